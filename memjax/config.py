@@ -1,0 +1,509 @@
+"""Every setting of a run, as frozen dataclasses. Nothing here imports JAX, so a wrong config is refused at once.
+
+The defaults are the quick start: a small model with one memory layer that learns generated biographies on a CPU.
+Checks that need one section stand in its `__post_init__`; checks across sections stand in `RunConfig`.
+A check's message begins with `field=value`, which is how the loader finds the line to point at.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+_config = dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+
+DType = Literal["auto", "float32", "bfloat16", "float64"]
+
+
+def _refuse(problems: list[str | None]) -> None:
+    """Raises one ValueError with every problem on a line of its own; does nothing when there is none."""
+    found = [problem for problem in problems if problem]
+    if found:
+        raise ValueError("\n".join(found))
+
+
+def _positive(**fields: float | None) -> list[str | None]:
+    return [f"{name}={value} must be positive" for name, value in fields.items() if value is not None and value <= 0]
+
+
+def _not_negative(**fields: float | None) -> list[str | None]:
+    return [f"{name}={value} must not be negative" for name, value in fields.items() if value is not None and value < 0]
+
+
+@_config
+class MemoryConfig:
+    """Memory layers: which blocks have one, and the sizes of the lookup."""
+
+    layers: tuple[int, ...] = (1,)
+    """Blocks (0-based) whose feed-forward layer is replaced by a memory layer."""
+    num_keys: int = 64
+    """Sub-keys per half; the table has num_keys squared slots."""
+    num_heads: int = 2
+    """Independent lookups per token; their outputs add up."""
+    top_k: int = 8
+    """Slots read per head and token."""
+    key_dim: int = 64
+    """Width of a query and of a whole key (each half has key_dim / 2)."""
+    value_dim: int | None = None
+    """Width of a table row; null means model.dim."""
+    gate: Literal["none", "silu"] = "silu"
+    """silu: Memory+, out = W2 (y * silu(W1 x)); none: the plain memory layer."""
+    qk_norm: bool = True
+    """Scale both halves of queries and keys to unit length before they are compared."""
+    score_scale: float = 4.0
+    """Factor on the scores before the softmax (the paper: 1, without qk_norm)."""
+    value_init_scale: float = 4.0
+    """Initial standard deviation of the table, in units of value_dim ** -0.5 (the paper: 1)."""
+    share: bool = True
+    """All memory layers read one table; false gives each layer its own."""
+    table_dtype: DType = "auto"
+    """auto: bfloat16 on GPUs, float32 on CPUs."""
+
+    def __post_init__(self) -> None:
+        _refuse(
+            _positive(
+                num_keys=self.num_keys,
+                num_heads=self.num_heads,
+                value_dim=self.value_dim,
+                score_scale=self.score_scale,
+                value_init_scale=self.value_init_scale,
+            )
+            + [
+                f"layers={list(self.layers)} must name at least one block; for a dense model set model.memory to null"
+                if not self.layers
+                else None,
+                f"layers={list(self.layers)} must be in rising order, each block once"
+                if list(self.layers) != sorted(set(self.layers))
+                else None,
+                f"top_k={self.top_k} must be in 1..num_keys={self.num_keys}: each half offers only num_keys candidates"
+                if not 1 <= self.top_k <= self.num_keys
+                else None,
+                f"num_keys={self.num_keys} must be at most 46340: slot numbers are 32-bit"
+                if self.num_keys > 46340
+                else None,
+                f"key_dim={self.key_dim} must be positive and even: it is split into two halves"
+                if self.key_dim <= 0 or self.key_dim % 2
+                else None,
+            ]
+        )
+
+    @property
+    def num_slots(self) -> int:
+        """Rows in a value table."""
+        return self.num_keys**2
+
+    @property
+    def picks(self) -> int:
+        """Rows read per token and layer, over all heads."""
+        return self.num_heads * self.top_k
+
+    def pool(self, layer: int) -> str:
+        """The name of the table that a block's memory layer reads."""
+        return "shared" if self.share else f"layer_{layer}"
+
+    @property
+    def pools(self) -> dict[str, tuple[int, ...]]:
+        """Each table's name and the blocks that read it."""
+        pools: dict[str, tuple[int, ...]] = {}
+        for layer in self.layers:
+            pools[self.pool(layer)] = (*pools.get(self.pool(layer), ()), layer)
+        return pools
+
+
+@_config
+class ModelConfig:
+    """The decoder: Llama's shape, with memory layers in place of some feed-forward layers."""
+
+    dim: int = 64
+    """Width of the residual stream."""
+    num_layers: int = 3
+    """Number of blocks."""
+    num_heads: int = 2
+    """Query heads of the attention."""
+    num_kv_heads: int | None = None
+    """Key and value heads (grouped-query attention); null means num_heads."""
+    ffn_dim: int = 176
+    """Hidden width of the feed-forward layers."""
+    vocab_size: int = 2048
+    """Rows of the embedding; a tokenizer with more tokens is refused, a trained one stays within it."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position frequencies."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in every RMSNorm."""
+    tie_embeddings: bool = False
+    """Use the embedding matrix as the output matrix too."""
+    embedding_init_std: float | None = 1.0
+    """Initial standard deviation of the embedding; null means dim ** -0.5 (the paper)."""
+    dtype: DType = "auto"
+    """Type of activations and matrix products; auto: bfloat16 on GPUs, float32 on CPUs."""
+    param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Type in which the dense parameters are kept."""
+    memory: MemoryConfig | None = dataclasses.field(default_factory=MemoryConfig)
+    """Memory layers; null gives a dense model."""
+
+    def __post_init__(self) -> None:
+        kv_heads = self.kv_heads
+        _refuse(
+            _positive(
+                dim=self.dim,
+                num_layers=self.num_layers,
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                ffn_dim=self.ffn_dim,
+                vocab_size=self.vocab_size,
+                rope_theta=self.rope_theta,
+                norm_eps=self.norm_eps,
+                embedding_init_std=self.embedding_init_std,
+            )
+            + [
+                f"num_heads={self.num_heads} must divide dim={self.dim} into heads of an even width"
+                if self.num_heads > 0 and (self.dim % self.num_heads or (self.dim // self.num_heads) % 2)
+                else None,
+                f"num_kv_heads={kv_heads} must divide num_heads={self.num_heads}"
+                if kv_heads > 0 and self.num_heads % kv_heads
+                else None,
+                f"memory.layers={list(self.memory.layers)} must lie in 0..{self.num_layers - 1}: "
+                f"the model has num_layers={self.num_layers} blocks"
+                if self.memory and any(not 0 <= layer < self.num_layers for layer in self.memory.layers)
+                else None,
+            ]
+        )
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads of the attention."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.num_heads
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a row of the value tables (dim where there is no memory)."""
+        return (self.memory and self.memory.value_dim) or self.dim
+
+
+@_config
+class TokenizerConfig:
+    """How text becomes token ids."""
+
+    kind: Literal["byte", "bpe"] = "bpe"
+    """byte: the 256 bytes and the special tokens; bpe: byte-level BPE trained on the run's own corpus."""
+    train_bytes: int = 10_000_000
+    """Text of the corpus, in bytes, that a BPE is trained on (spread evenly over it)."""
+
+    def __post_init__(self) -> None:
+        _refuse(_positive(train_bytes=self.train_bytes))
+
+
+@_config
+class BiographiesConfig:
+    """Generated people with six facts each, told in several wordings and asked about in questions."""
+
+    num_people: int = 800
+    """People, each with a full name of their own."""
+    form: Literal["fact", "biography"] = "fact"
+    """fact: one sentence a record; biography: all six sentences of a person in an order redrawn every time."""
+    held_out_fraction: float = 0.5
+    """Share of the people whose questions are never asked in training (their facts are told)."""
+    seed: int = 0
+    """Draws the people and their facts."""
+
+    def __post_init__(self) -> None:
+        _refuse(
+            _positive(num_people=self.num_people)
+            + [
+                f"held_out_fraction={self.held_out_fraction} must be in 0..1"
+                if not 0 <= self.held_out_fraction <= 1
+                else None
+            ]
+        )
+
+
+@_config
+class DataConfig:
+    """What the model reads, and how records become batches."""
+
+    source: Literal["biographies", "jsonl", "text"] = "biographies"
+    """biographies: generated; jsonl: a file with one JSON object a line; text: a plain text file, one document a line."""
+    path: str | None = None
+    """The training file (jsonl and text)."""
+    validation_path: str | None = None
+    """The validation file; null holds the last validation_fraction of the records of `path` out of the training."""
+    validation_fraction: float = 0.005
+    """Share of the records held out when validation_path is null."""
+    text_key: str = "text"
+    """JSONL field with a whole document; all its tokens are learned."""
+    prompt_key: str = "prompt"
+    """JSONL field with a prompt, used in records without text_key; its tokens are read, not learned."""
+    answer_key: str = "answer"
+    """JSONL field with the answer to the prompt; only its tokens are learned."""
+    sequence_length: int = 32
+    """Tokens the model sees at once."""
+    batch_size: int = 192
+    """Sequences per optimizer step, over all devices and micro-batches."""
+    packing: Literal["none", "concat", "first_fit"] = "none"
+    """none: one record a sequence, cut and padded; concat: records end to end, no padding; first_fit: whole records, packed."""
+    document_mask: bool = True
+    """Attention and positions stay inside a record when several share a sequence."""
+    shuffle: bool = True
+    """Shuffle all records anew in every epoch."""
+    num_workers: int = 0
+    """Processes that read and tokenise; 0 uses threads of this process."""
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    """How text becomes token ids."""
+    biographies: BiographiesConfig = dataclasses.field(default_factory=BiographiesConfig)
+    """The generated people (source: biographies)."""
+
+    def __post_init__(self) -> None:
+        _refuse(
+            _positive(sequence_length=self.sequence_length, batch_size=self.batch_size)
+            + _not_negative(num_workers=self.num_workers)
+            + [
+                f"validation_fraction={self.validation_fraction} must be in 0..1 and below 1"
+                if not 0 <= self.validation_fraction < 1
+                else None,
+            ]
+        )
+
+
+@_config
+class ScheduleConfig:
+    """A learning rate over the steps of a run."""
+
+    lr: float
+    """The highest learning rate."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """How the rate goes on after the warm-up."""
+    warmup_steps: int = 50
+    """Steps over which the rate rises from 0."""
+    final_fraction: float = 0.05
+    """Where a cosine schedule ends, as a share of lr."""
+
+    def __post_init__(self) -> None:
+        _refuse(
+            _not_negative(lr=self.lr, warmup_steps=self.warmup_steps)
+            + [
+                f"final_fraction={self.final_fraction} must be in 0..1" if not 0 <= self.final_fraction <= 1 else None,
+            ]
+        )
+
+
+@_config
+class TableOptimConfig(ScheduleConfig):
+    """The optimizer of the value tables: only rows that were read are touched."""
+
+    lr: float = 2e-2
+    """The highest learning rate of the tables."""
+    optimizer: Literal["rowwise_adam", "rowwise_adagrad", "adam", "sgd", "dense_adam", "dense_sgd"] = "rowwise_adam"
+    """dense_*: plain optax on a gradient of the table's size, to compare with; it costs the whole table every step."""
+    beta1: float = 0.9
+    """Decay of the first moment (adam, dense_adam)."""
+    beta2: float = 0.99
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    state_columns: int | None = None
+    """Neighbouring columns of a row that share a second moment (rowwise_*); null: the largest divisor of value_dim up to 256 that is a power of two."""
+    moment_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Type of adam's moments."""
+    stochastic_rounding: bool = True
+    """Round bfloat16 rows up or down at random, so that small updates are not lost; other types are unaffected."""
+
+    def __post_init__(self) -> None:
+        ScheduleConfig.__post_init__(self)
+        _refuse(_positive(eps=self.eps, state_columns=self.state_columns) + _betas(self.beta1, self.beta2))
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the table is differentiated as a whole."""
+        return self.optimizer.startswith("dense_")
+
+    def columns_per_state(self, value_dim: int) -> int:
+        """Columns of a row that share one second moment."""
+        return self.state_columns or math.gcd(256, value_dim)
+
+
+def _betas(beta1: float, beta2: float) -> list[str | None]:
+    return [
+        f"{name}={beta} must be in 0..1 and below 1"
+        for name, beta in (("beta1", beta1), ("beta2", beta2))
+        if not 0 <= beta < 1
+    ]
+
+
+@_config
+class OptimConfig(ScheduleConfig):
+    """AdamW for the dense parameters; `table` for the value tables."""
+
+    lr: float = 6e-3
+    """The highest learning rate of the dense parameters."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.98
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices (norms, biases and tables have none)."""
+    clip: float | None = 1.0
+    """Largest norm of the dense gradient; null for no clipping."""
+    key_lr_factor: float = 0.2
+    """Learning rate of memory keys and query projections, as a share of lr; slow keys spread the reads."""
+    table: TableOptimConfig = dataclasses.field(default_factory=TableOptimConfig)
+    """The optimizer of the value tables."""
+
+    def __post_init__(self) -> None:
+        ScheduleConfig.__post_init__(self)
+        _refuse(
+            _positive(eps=self.eps, clip=self.clip)
+            + _not_negative(weight_decay=self.weight_decay, key_lr_factor=self.key_lr_factor)
+            + _betas(self.beta1, self.beta2)
+        )
+
+
+@_config
+class MeshConfig:
+    """How devices are arranged. The batch is split over both axes, the tables' columns over `memory`."""
+
+    data: int | None = None
+    """Devices along the data axis; null takes all that `memory` leaves."""
+    memory: int = 1
+    """Devices along the memory axis: each holds value_dim / memory columns of every table row."""
+
+    def __post_init__(self) -> None:
+        _refuse(_positive(data=self.data, memory=self.memory))
+
+
+@_config
+class TrainConfig:
+    """The training loop."""
+
+    steps: int = 900
+    """Optimizer steps of the whole run."""
+    accumulate: int = 1
+    """Micro-batches per step."""
+    remat: Literal["none", "dots", "block"] = "none"
+    """What the backward pass computes again: nothing, all but matrix products, or whole blocks. Lookups are always kept."""
+
+    def __post_init__(self) -> None:
+        _refuse(_positive(steps=self.steps, accumulate=self.accumulate))
+
+
+@_config
+class CheckpointConfig:
+    """When checkpoints are written and how many are kept."""
+
+    every: int = 500
+    """Steps between checkpoints; the last step, a signal and a new best validation loss always write one."""
+    keep: int = 2
+    """Latest checkpoints that stay on disk."""
+    keep_best: bool = True
+    """Also keep the checkpoint with the lowest validation loss."""
+    verify: bool = True
+    """Compare every array with its digest when it is read."""
+
+    def __post_init__(self) -> None:
+        _refuse(_positive(every=self.every, keep=self.keep))
+
+
+@_config
+class EvalConfig:
+    """Evaluation during and after the training."""
+
+    every: int | None = 300
+    """Steps between validations; null validates only at the end."""
+    batches: int = 8
+    """Batches of a validation."""
+    recall_people: int = 800
+    """People asked about in the recall test at the end (source: biographies)."""
+
+    def __post_init__(self) -> None:
+        _refuse(_positive(every=self.every, batches=self.batches, recall_people=self.recall_people))
+
+
+@_config
+class LogConfig:
+    """What is printed and written while the run goes on."""
+
+    progress_seconds: float = 5.0
+    """Seconds between progress lines."""
+    usage_every: int = 100
+    """Steps over which reads of the slots are counted for one set of slot statistics."""
+
+    def __post_init__(self) -> None:
+        _refuse(_positive(progress_seconds=self.progress_seconds, usage_every=self.usage_every))
+
+
+@_config
+class RunFolderConfig:
+    """Where the run lives and what makes it repeatable."""
+
+    dir: str = "runs/quickstart"
+    """The run's folder; the same folder again resumes the run."""
+    seed: int = 0
+    """Seed of the initialisation, the data order and the stochastic rounding."""
+    deterministic: bool = False
+    """Ask XLA for bit-for-bit repeatable kernels on GPUs (slower)."""
+
+
+@_config
+class RunConfig:
+    """A whole run."""
+
+    run: RunFolderConfig = dataclasses.field(default_factory=RunFolderConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        problems: list[str | None] = [
+            f"data.batch_size={self.data.batch_size} must be a multiple of train.accumulate={self.train.accumulate}"
+            if self.data.batch_size % self.train.accumulate
+            else None,
+            f"data.batch_size={self.data.batch_size} must be a multiple of train.accumulate x mesh.data x mesh.memory = "
+            f"{self.train.accumulate} x {self.mesh.data} x {self.mesh.memory}"
+            if self.mesh.data and self.data.batch_size % (self.train.accumulate * self.mesh.data * self.mesh.memory)
+            else None,
+            f"model.vocab_size={self.model.vocab_size} must be at least 259: both tokenizers keep the 256 bytes and 3 special tokens"
+            if self.model.vocab_size < 259
+            else None,
+        ]
+        if self.model.memory:
+            problems += memory_axis_problems(self.model.value_dim, self.mesh.memory, self.optim.table)
+        _refuse(problems)
+
+
+MIN_COLUMNS_PER_DEVICE = 64
+"""Narrower shards would read table rows in pieces too short for the memory's bandwidth."""
+
+
+def memory_axis_problems(value_dim: int, memory_axis: int, table: TableOptimConfig) -> list[str | None]:
+    """Why rows of value_dim columns cannot be split over the memory axis; empty when they can."""
+    if memory_axis == 1:
+        columns = value_dim
+    else:
+        legal = [
+            m
+            for m in range(1, value_dim // MIN_COLUMNS_PER_DEVICE + 1)
+            if value_dim % m == 0
+        ] or [1]
+        if memory_axis not in legal:
+            return [
+                f"mesh.memory={memory_axis} cannot split value_dim={value_dim}: each device needs a whole number of columns, "
+                f"at least {MIN_COLUMNS_PER_DEVICE}; the largest that can is mesh.memory={legal[-1]}"
+            ]
+        columns = value_dim // memory_axis
+    shared = table.columns_per_state(value_dim)
+    if table.optimizer.startswith("rowwise_") and columns % shared:
+        return [
+            f"optim.table.state_columns={shared} must divide the {columns} columns of a device; "
+            f"set optim.table.state_columns={math.gcd(256, columns)}"
+        ]
+    return []
