@@ -1,0 +1,38 @@
+"""Settings of the whole suite: eight CPU devices, strict ranks and types, reproducible properties, no network."""
+
+import os
+import sys
+
+import hypothesis
+import jax
+import pytest
+
+# All of these must be set before the first backend starts. JAX_PLATFORMS=cuda,cpu runs the tests marked `gpu` too.
+if "JAX_PLATFORMS" not in os.environ:
+    jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Compilation makes single examples slow, so a time limit per example would only report noise.
+for _name, _examples in (("ci", 25), ("dev", 10), ("thorough", 1000)):
+    hypothesis.settings.register_profile(_name, max_examples=_examples, derandomize=_name == "ci", deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def _refuse_network(event: str, arguments: tuple) -> None:
+    if event == "socket.connect" and isinstance(arguments[1], tuple):
+        host = str(arguments[1][0])
+        if host not in ("localhost", "::1") and not host.startswith("127."):
+            raise RuntimeError(f"a test tried to reach {host}: tests must run without a network")
+
+
+sys.addaudithook(_refuse_network)
+
+
+@pytest.fixture
+def mesh() -> jax.sharding.Mesh:
+    """Eight host devices as 2 x 4, the shape in which an error on either axis shows."""
+    assert jax.device_count("cpu") == 8, "conftest.py must set the device count before JAX starts"
+    automatic = jax.sharding.AxisType.Auto
+    return jax.make_mesh((2, 4), ("data", "memory"), axis_types=(automatic, automatic), devices=jax.devices("cpu"))
