@@ -472,6 +472,12 @@ def _expected(annotation: Any) -> str:
     return f"{text}, or null" if optional else text
 
 
+_GRAMMAR = (
+    "Later settings win over earlier ones, and all of them over the file. Lists: 1,2 or '[1, 2]'. "
+    "Yes or no: --a.b, --a.no-b or --a.b false."
+)
+
+
 # tyro's help was tried and left: it tells of its own grammar (lists with spaces, no `section null`), not of this one.
 def _help(schema: type, prog: str, description: str, positional: Positional | None, flags: Mapping[str, str]) -> str:
     width = min(shutil.get_terminal_size().columns, 120)
@@ -488,14 +494,15 @@ def _help(schema: type, prog: str, description: str, positional: Positional | No
     lines += ["  -h, --help", indented("Show this and stop.", 6)]
     lines += [
         "",
-        indented("Later settings win over earlier ones, and settings over the file. Lists: [1, 2] or 1,2.", 0),
+        indented(_GRAMMAR, 0),
     ]
 
     def add(section: type, path: _Path) -> None:
         title = ".".join(path) or "settings"
         summary = inspect.cleandoc(section.__doc__ or "").partition("\n\n")[0]
-        lines.extend(["", indented(f"{title}: {' '.join(summary.split())}", 0)])
         docs, deeper = _field_docs(section), []
+        if not all(_section(annotation) for annotation in _annotations(section).values()):
+            lines.extend(["", indented(f"{title}: {' '.join(summary.split())}", 0)])
         for field in dataclasses.fields(section):
             annotation = _annotations(section)[field.name]
             name, inner = ".".join((*path, field.name)), _section(annotation)
