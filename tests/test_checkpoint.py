@@ -1,0 +1,397 @@
+"""Checkpoints come back bit for bit, on any mesh, after a kill, or say what is wrong."""
+
+import gc
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from memjax import checkpoint
+from memjax.checkpoint import CheckpointError, Checkpoints
+
+# TensorStore leaves reads pending when another read of a damaged array fails; they complain when they are collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def collect_failed_reads():
+    yield
+    gc.collect()
+
+
+def mesh_of(data, memory):
+    return jax.make_mesh((data, memory), ("data", "memory"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def place(mesh, *spec):
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def host_state(seed=0):
+    rng = np.random.default_rng(seed)
+    normal = rng.standard_normal
+    return {
+        "params": {"blocks": [{"w": normal((16, 8)).astype(np.float32)}, {"w": normal((16, 8)).astype(jnp.bfloat16)}]},
+        "tables": {"shared": normal((37, 16)).astype(jnp.bfloat16), "pair": {"down": normal((5, 8)), "up": normal(8)}},
+        "opt_state": (np.int32(7), {"m": rng.integers(0, 255, 11).astype(np.uint8), "mask": normal(9) > 0}, None),
+        "table_state": {"shared": normal((37, 4)).astype(np.float32), "none": np.zeros((0, 4), np.float16)},
+    }
+
+
+def sharding_of(leaf, mesh):
+    """Rows of 16 over data, columns of tables over memory, the rest repeated."""
+    if mesh is None:
+        return SingleDeviceSharding(jax.devices()[0])
+    if np.shape(leaf) == (16, 8):
+        return place(mesh, "data", "memory")
+    return place(mesh, None, "memory") if np.shape(leaf) == (37, 16) else place(mesh)
+
+
+def on(mesh, tree):
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, sharding_of(leaf, mesh)), tree)
+
+
+def targets_on(mesh, tree):
+    def target(leaf):
+        array = jnp.asarray(leaf)
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding_of(leaf, mesh))
+
+    return jax.tree.map(target, tree)
+
+
+def assert_same_bits(got, wanted):
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        left, right = np.asarray(left), np.asarray(jnp.asarray(right))
+        assert (left.dtype, left.shape, left.tobytes()) == (right.dtype, right.shape, right.tobytes())
+
+
+def small(step, columns=8):
+    return {"params": {"w": jnp.arange(64 * columns, dtype=jnp.float32).reshape(64, columns) + step}}
+
+
+def small_target(columns=8):
+    return {"params": {"w": jax.ShapeDtypeStruct((64, columns), jnp.float32)}}
+
+
+def saved(folder, *steps, **settings):
+    checkpoints = Checkpoints(folder, keep=9, **settings)
+    for step in steps:
+        checkpoints.save(step, small(step), {"meta": {"step": step}})
+    checkpoints.close()
+    return checkpoints
+
+
+def data_files(folder):
+    return sorted(path for path in pathlib.Path(folder).rglob("*") if path.is_file() and path.parent.name == "d")
+
+
+@pytest.mark.parametrize(("shape", "block_bytes"), [((8, 1), 100), ((2, 4), checkpoint.BLOCK_BYTES), (None, 100)])
+def test_every_dtype_comes_back_bit_for_bit_on_another_mesh(tmp_path, shape, block_bytes):
+    state = host_state()
+    documents = {"meta": {"config": {"a": [1, 2.5, None]}}, "data_iter": {"position": 3, "names": ["ä"]}}
+    with Checkpoints(tmp_path, block_bytes=block_bytes) as checkpoints:
+        checkpoints.save(3, on(mesh_of(2, 4), state), documents)
+    mesh = mesh_of(*shape) if shape else None
+    restored = Checkpoints(tmp_path).restore(targets_on(mesh, state), list(documents))
+    assert (restored.step, restored.documents) == (3, documents)
+    assert_same_bits(restored.arrays, state)
+    for leaf, target in zip(jax.tree.leaves(restored.arrays), jax.tree.leaves(targets_on(mesh, state)), strict=True):
+        assert leaf.sharding.is_equivalent_to(target.sharding, leaf.ndim)
+
+
+def test_a_large_leaf_is_stored_as_row_blocks_with_a_rest(tmp_path):
+    table = jnp.arange(37 * 16, dtype=jnp.float32).reshape(37, 16)
+    with Checkpoints(tmp_path, block_bytes=10 * 64) as checkpoints:
+        checkpoints.save(1, {"tables": {"shared": table}}, {})
+    metadata = json.loads((tmp_path / "1" / "tables" / "_METADATA").read_text())
+    names = ["/".join(key["key"] for key in leaf["key_metadata"]) for leaf in metadata["tree_metadata"].values()]
+    assert names == [f"shared/rows_{start:08d}" for start in (0, 10, 20, 30)]
+    wide = jax.ShapeDtypeStruct((37, 16), jnp.float32, sharding=place(mesh_of(2, 4), None, ("data", "memory")))
+    assert_same_bits(Checkpoints(tmp_path).restore({"tables": {"shared": wide}}).arrays["tables"]["shared"], table)
+
+
+def test_split_rows_are_stored_and_read_in_blocks(tmp_path):
+    table = np.arange(40 * 4, dtype=np.float32).reshape(40, 4)
+    split = place(mesh_of(8, 1), "data")
+    with Checkpoints(tmp_path, block_bytes=7 * 16) as checkpoints:
+        checkpoints.save(1, {"tables": {"shared": jax.device_put(table, split)}}, {})
+    target = {"tables": {"shared": jax.ShapeDtypeStruct((40, 4), jnp.float32, sharding=split)}}
+    restored = Checkpoints(tmp_path).restore(target).arrays["tables"]["shared"]
+    assert_same_bits(restored, table)
+    assert restored.sharding == split
+
+
+def test_float64_comes_back(tmp_path):
+    with jax.enable_x64(True):
+        values = {"w": jnp.linspace(0, 1, 30).reshape(10, 3), "n": jnp.arange(5)}
+        with Checkpoints(tmp_path, block_bytes=50) as checkpoints:
+            checkpoints.save(1, {"params": values}, {})
+        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), values)
+        assert values["w"].dtype == jnp.float64
+        assert_same_bits(Checkpoints(tmp_path).restore({"params": target}).arrays["params"], values)
+
+
+def test_only_the_named_items_are_read(tmp_path):
+    state = host_state()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, on(None, state), {"meta": {"a": 1}, "data_iter": {}})
+    for item in ("tables", "opt_state", "table_state", "data_iter"):
+        shutil.rmtree(tmp_path / "1" / item)
+    restored = Checkpoints(tmp_path).restore({"params": targets_on(None, state["params"])}, ["meta"])
+    assert_same_bits(restored.arrays["params"], state["params"])
+    assert Checkpoints(tmp_path).read_document("meta", 1) == {"a": 1}
+
+
+def test_latest_and_best_stay(tmp_path):
+    losses = {1: 3.0, 2: 0.5, 3: None, 4: float("nan"), 5: 2.0, 6: None, 7: float("-inf")}
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step, loss in losses.items():
+            checkpoints.save(step, small(step), {}, loss=loss)
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 6, 7]
+        assert (checkpoints.latest(), checkpoints.best()) == (7, 2)
+    with Checkpoints(tmp_path, keep=1) as later:
+        assert later.best() == 2
+        later.save(8, small(8), {}, loss=0.25)
+    assert later.steps() == [8]
+    with Checkpoints(tmp_path, keep=1, keep_best=False) as plain:
+        plain.save(9, small(9), {}, loss=1.0)
+    assert plain.steps() == [9]
+    assert sorted(os.listdir(tmp_path)) == ["9"]
+
+
+def test_best_is_none_without_losses(tmp_path):
+    assert saved(tmp_path, 1, 2).best() is None
+
+
+def test_a_step_is_saved_once(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, small(1), {"meta": {"first": True}})
+        checkpoints.save(1, small(5), {"meta": {"first": False}})
+    assert checkpoints.read_document("meta") == {"first": True}
+    assert_same_bits(checkpoints.restore(small_target()).arrays, small(1))
+
+
+def test_arrays_may_be_donated_right_after_save(tmp_path):
+    update = jax.jit(lambda x: x * 2 + 1, donate_argnums=0)
+    for trial, block_bytes in enumerate([1 << 30, 1 << 20] * 2):
+        table = jax.device_put(jnp.full((1 << 14, 256), 3, jnp.float32) + trial, place(mesh_of(2, 4), None, "memory"))
+        wanted = np.array(table)
+        with Checkpoints(tmp_path / str(trial), block_bytes=block_bytes) as checkpoints:
+            checkpoints.save(1, {"tables": {"shared": table}}, {})
+            for _ in range(3):
+                table = update(table)
+        target = jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=table.sharding)
+        assert_same_bits(checkpoints.restore({"tables": {"shared": target}}).arrays["tables"]["shared"], wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "uint32", "bool"])
+def test_digest_is_the_same_on_every_mesh_and_hangs_on_bits_and_order(dtype):
+    values = np.random.default_rng(1).integers(0, 2, (16, 32)).astype(jnp.dtype(dtype))
+    shardings = [None, place(mesh_of(8, 1), "data"), place(mesh_of(2, 4), "data", "memory"), place(mesh_of(2, 4))]
+    digests = {checkpoint._hex(checkpoint._digest(jax.device_put(values, sharding))) for sharding in shardings}
+    assert len(digests) == 1
+    changed = [values[::-1], values[:, ::-1], values.reshape(32, 16), values.reshape(-1)]
+    for row, column in ((0, 0), (15, 31), (7, 9)):
+        changed.append(values.copy())
+        changed[-1][row, column] = not values[row, column]
+    digests |= {checkpoint._hex(checkpoint._digest(jnp.asarray(other))) for other in changed}
+    assert len(digests) == 1 + len(changed)
+
+
+def test_the_same_bit_flipped_in_two_elements_changes_the_digest():
+    ones = np.ones((64, 64), np.float32)
+    flipped = ones.copy()
+    flipped[3, 5] = flipped[40, 2] = -1  # a plain weighted sum modulo 2**32 loses two sign bits
+    assert checkpoint._hex(checkpoint._digest(jnp.asarray(ones))) != checkpoint._hex(
+        checkpoint._digest(jnp.asarray(flipped))
+    )
+
+
+def test_digest_needs_no_memory():
+    table = jax.ShapeDtypeStruct((4096, 1024), jnp.bfloat16, sharding=place(mesh_of(2, 4), None, "memory"))
+    assert checkpoint._digest.lower(table).compile().memory_analysis().temp_size_in_bytes < 4096
+
+
+def test_no_flipped_bit_passes(tmp_path):
+    generator = random.Random(0)
+    values = jax.random.normal(jax.random.key(0), (64, 64), jnp.float32)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"params": {"w": values}}, {})
+    files = data_files(tmp_path / "1" / "params")
+    data = max(files, key=lambda path: path.stat().st_size)
+    found = 0
+    for _ in range(100):
+        whole = data.read_bytes()
+        place_, bit = generator.randrange(len(whole)), generator.randrange(8)
+        data.write_bytes(whole[:place_] + bytes([whole[place_] ^ (1 << bit)]) + whole[place_ + 1 :])
+        try:
+            restored = checkpoints.restore(small_target(64), step=1).arrays["params"]["w"]
+        except CheckpointError as error:
+            found += all(part in str(error) for part in ("step 1", "params", str(tmp_path)))
+        else:
+            assert_same_bits(restored, values)
+        data.write_bytes(whole)
+    assert found > 50
+    assert_same_bits(checkpoints.restore(small_target(64)).arrays["params"]["w"], values)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete"])
+def test_truncated_and_deleted_files_never_give_wrong_values(tmp_path, damage):
+    checkpoints = saved(tmp_path, 1)
+    found = 0
+    for path in [path for path in sorted((tmp_path / "1").rglob("*")) if path.is_file()]:
+        whole = path.read_bytes()
+        if damage == "delete":
+            path.unlink()
+        else:
+            path.write_bytes(whole[: len(whole) // 2])
+        try:
+            restored = checkpoints.restore(small_target(), ["meta"], step=1)
+            assert restored.documents == {"meta": {"step": 1}}
+            assert_same_bits(restored.arrays, small(1))
+        except CheckpointError as error:
+            found += "step 1" in str(error)
+        path.write_bytes(whole)
+    assert found >= 4
+
+
+def test_a_changed_document_is_found(tmp_path):
+    checkpoints = saved(tmp_path, 1)
+    (tmp_path / "1" / "meta" / "metadata").write_text('{"step": 2}')
+    with pytest.raises(CheckpointError, match="step 1, document meta"):
+        checkpoints.read_document("meta", 1)
+    assert Checkpoints(tmp_path, verify=False).read_document("meta") == {"step": 2}
+
+
+def test_a_damaged_step_falls_back_to_the_one_before_and_is_saved_again(tmp_path, capsys):
+    saved(tmp_path, 1, 2, 3)
+    for step in (2, 3):
+        for path in data_files(tmp_path / str(step) / "params"):
+            path.write_bytes(b"x" * path.stat().st_size)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        restored = checkpoints.restore(small_target())
+        assert restored.step == 1
+        assert_same_bits(restored.arrays, small(1))
+        first, second = capsys.readouterr().err.splitlines()
+        assert "step 3" in first
+        assert "step 2" in second
+        checkpoints.save(2, small(2), {})
+        checkpoints.save(3, small(3), {})
+    assert checkpoints.steps() == [2, 3]
+    assert_same_bits(checkpoints.restore(small_target(), step=3).arrays, small(3))
+
+
+def test_nothing_readable_is_an_error(tmp_path):
+    checkpoints = saved(tmp_path, 1)
+    shutil.rmtree(tmp_path / "1" / "params")
+    with pytest.raises(CheckpointError, match=r"none of the steps \[1\] can be read"):
+        checkpoints.restore(small_target())
+
+
+def test_a_target_that_does_not_fit_is_an_error_and_no_reason_to_fall_back(tmp_path, capsys):
+    checkpoints = saved(tmp_path, 1, 2)
+    other = {"w": jax.ShapeDtypeStruct((64, 9), jnp.bfloat16), "b": small_target()["params"]["w"]}
+    with pytest.raises(CheckpointError) as error:
+        checkpoints.restore({"params": other})
+    assert "params/w: saved float32[64, 8], wanted bfloat16[64, 9]" in str(error.value)
+    assert "params/b: saved nothing, wanted float32[64, 8]" in str(error.value)
+    with pytest.raises(CheckpointError, match="opt_state: no such item"):
+        checkpoints.restore({"opt_state": {}})
+    with pytest.raises(CheckpointError, match="tokens: no such document"):
+        checkpoints.read_document("tokens")
+    assert not capsys.readouterr().err
+
+
+def test_reading_a_missing_folder_says_so_and_creates_nothing(tmp_path):
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert (checkpoints.steps(), checkpoints.latest(), checkpoints.best()) == ([], None, None)
+        with pytest.raises(CheckpointError, match="there is no checkpoint"):
+            checkpoints.restore(small_target())
+        with pytest.raises(CheckpointError, match="there is no step 4"):
+            checkpoints.restore(small_target(), step=4)
+    assert not (tmp_path / "run").exists()
+
+
+def test_saving_into_a_file_fails(tmp_path):
+    (tmp_path / "run").write_text("")
+    with Checkpoints(tmp_path / "run") as checkpoints, pytest.raises(CheckpointError, match="step 1 cannot be written"):
+        checkpoints.save(1, small(1), {})
+
+
+def test_a_save_that_fails_in_the_background_is_reported(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, small(1), {})
+    checkpoints.wait()
+    checkpoints.check()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints._manager._checkpointer.handler, "finalize", full)
+    checkpoints.save(2, small(2), {})
+    while checkpoints._manager.is_saving_in_progress():
+        time.sleep(0.01)
+    with pytest.raises(CheckpointError, match="No space left"):
+        checkpoints.check()
+    assert checkpoints.steps() == [1]
+    checkpoints.save(2, small(2), {})
+    checkpoints.close()
+    assert checkpoints.restore(small_target()).step == 2
+    assert sorted(os.listdir(tmp_path)) == ["1", "2"]
+
+
+def test_a_reader_leaves_a_save_in_progress_alone(tmp_path):
+    saved(tmp_path, 1)
+    unfinished = tmp_path / "2.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    with Checkpoints(tmp_path) as reader:
+        assert reader.restore(small_target()).step == 1
+    assert unfinished.exists()
+
+
+WRITER = """
+import sys, jax, jax.numpy as jnp
+from memjax.checkpoint import Checkpoints
+checkpoints = Checkpoints(sys.argv[1], keep=2, block_bytes=1 << 20)
+first = (checkpoints.latest() or 0) + 1
+for step in range(first, first + 10000):
+    arrays = {"params": {"w": jnp.full((64, 8), step, jnp.float32)}, "tables": {"shared": jnp.full((4096, 256), step)}}
+    checkpoints.save(step, arrays, {"meta": {"step": step}}, loss=float(step % 5))
+    if step == first:
+        print("ready", flush=True)
+"""
+
+
+def test_after_a_kill_every_listed_step_can_be_read(tmp_path):
+    generator = random.Random(0)
+    target = {
+        "params": {"w": jax.ShapeDtypeStruct((64, 8), jnp.float32)},
+        "tables": {"shared": jax.ShapeDtypeStruct((4096, 256), jnp.int32)},
+    }
+    newest = 0
+    for _ in range(3):
+        with subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE) as writer:
+            assert writer.stdout.readline() == b"ready\n"
+            time.sleep(generator.uniform(0.1, 0.6))
+            writer.send_signal(signal.SIGKILL)
+        checkpoints = Checkpoints(tmp_path)
+        assert checkpoints.latest() is not None
+        assert checkpoints.latest() >= newest
+        newest = checkpoints.latest()
+        for step in checkpoints.steps():
+            restored = checkpoints.restore(target, ["meta"], step=step)
+            assert restored.documents["meta"] == {"step": step}
+            assert all((np.asarray(leaf) == step).all() for leaf in jax.tree.leaves(restored.arrays))
