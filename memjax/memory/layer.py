@@ -1,0 +1,130 @@
+"""The memory layer: a feed-forward layer's place taken by a lookup in a large table of values."""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from memjax.memory import parallel
+from memjax.memory.keys import ProductKeys
+from memjax.memory.table import ValueTable
+
+
+class Lookup(NamedTuple):
+    """What a memory layer reads for each token."""
+
+    indices: Int[Array, "t k"]
+    """Slots, the picks of all heads one after the other."""
+    weights: Float[Array, "t k"]
+    """Weight of each slot; the weights of a head add up to 1."""
+
+
+class MemoryLayer(nnx.Module):
+    """"Memory Layers at Scale" (arXiv:2412.09764): y = sum of the values of the best slots, weighted by softmax per head.
+
+    Memory+ (gate='silu') returns W2 (y * silu(W1 x)); gate='none' returns y, through W2 only where value_dim is not dim.
+    The table is owned by the model and passed in, so that several layers can share it:
+
+        table = ValueTable(num_slots=64**2, value_dim=256, rngs=rngs)
+        layer = MemoryLayer(256, num_keys=64, num_heads=4, top_k=8, key_dim=128, rngs=rngs)
+        y = layer(x, table)
+
+    It trains under plain autodiff with any optimizer; `row_sparse_value_and_grad` spares the gradient of the table's size.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_keys: int = 1024,
+        num_heads: int = 4,
+        top_k: int = 32,
+        key_dim: int = 512,
+        value_dim: int | None = None,
+        gate: Literal["none", "silu"] = "silu",
+        qk_norm: bool = False,
+        score_scale: float = 1.0,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        """A layer of width dim over a table of num_keys ** 2 rows of value_dim (default: dim); biases begin at zero.
+
+        Args:
+            dim: width of inputs and outputs.
+            num_keys: sub-keys per half.
+            num_heads: independent lookups, whose outputs add up.
+            top_k: slots read per head and token.
+            key_dim: width of queries and keys, both halves together; even.
+            value_dim: width of the table's rows.
+            gate: 'silu' for Memory+.
+            qk_norm: scale the halves of queries and keys to unit length.
+            score_scale: factor on the scores before the softmax.
+            dtype: type of activations; None promotes inputs and parameters.
+            param_dtype: type of the parameters.
+            implementation: of search and bag; None takes the fastest that can run.
+            rngs: source of the `params` key.
+        """
+        if key_dim % 2:
+            raise ValueError(f"key_dim={key_dim} must be even: it is split into two halves")
+        if not 1 <= top_k <= num_keys:
+            raise ValueError(f"top_k={top_k} must be in 1..num_keys={num_keys}: each half offers only num_keys candidates")
+        self.dim, self.value_dim, self.num_slots = dim, value_dim or dim, num_keys**2
+        self.score_scale, self.implementation = score_scale, implementation
+        self.keys = ProductKeys(
+            dim,
+            num_keys=num_keys,
+            num_heads=num_heads,
+            top_k=top_k,
+            key_dim=key_dim,
+            qk_norm=qk_norm,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            implementation=implementation,
+            rngs=rngs,
+        )
+
+        def linear(inputs: int, outputs: int) -> nnx.Linear:
+            init = nnx.initializers.normal(outputs**-0.5)
+            return nnx.Linear(inputs, outputs, dtype=dtype, param_dtype=param_dtype, kernel_init=init, rngs=rngs)
+
+        gated = gate == "silu"
+        self.gate_proj = linear(dim, self.value_dim) if gated else None
+        self.value_proj = linear(self.value_dim, dim) if gated or self.value_dim != dim else None
+
+    def __call__(self, x: Float[Array, "*b dim"], table: ValueTable) -> Float[Array, "*b dim"]:
+        """The layer's output.
+
+        Raises:
+            ValueError: the table's shape is not the one that the layer addresses.
+        """
+        lookup = self.lookup(x)
+        return self.combine(x, self.read(table, lookup))
+
+    def lookup(self, x: Float[Array, "*b dim"]) -> Lookup:
+        """Which slots each token reads, with which weights; batch axes are folded into tokens."""
+        scores, slots = self.keys(x.reshape(-1, self.dim))
+        weights = jax.nn.softmax(self.score_scale * scores, axis=-1)
+        return Lookup(slots.reshape(slots.shape[0], -1), weights.reshape(slots.shape[0], -1))
+
+    def read(
+        self, table: ValueTable, lookup: Lookup, tap: Float[Array, "t value_dim"] | None = None
+    ) -> Float[Array, "t value_dim"]:
+        """The bag of each token, plus the tap (see `row_sparse_value_and_grad`)."""
+        rows = table.rows[...]
+        if rows.shape != (self.num_slots, self.value_dim):
+            raise ValueError(
+                f"the table has [num_slots, value_dim] = {rows.shape}, the layer addresses {(self.num_slots, self.value_dim)}"
+            )
+        return parallel.bag(rows, *lookup, tap, implementation=self.implementation)
+
+    def combine(self, x: Float[Array, "*b dim"], bag: Float[Array, "t value_dim"]) -> Float[Array, "*b dim"]:
+        """The output from the layer's input and its bag."""
+        y = bag.reshape(*x.shape[:-1], self.value_dim)
+        if self.gate_proj is not None:
+            y = y.astype(x.dtype) * nnx.silu(self.gate_proj(x))
+        return y.astype(x.dtype) if self.value_proj is None else self.value_proj(y)

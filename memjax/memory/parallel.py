@@ -1,0 +1,151 @@
+"""The operations of a memory layer on a mesh with the axes ('data', 'memory').
+
+Tokens are split over both axes, the columns of a table over `memory`; keys are on every device. Inside `shard_map` each
+device searches for its own tokens, gathers the picks of its memory group, sums its own columns of all the group's bags,
+and an all-to-all returns whole rows to the device that owns the token.
+
+The mesh is the ambient one (`jax.set_mesh`). Without it, or without a `memory` axis, these are the plain operations, so
+one device, a mesh and somebody else's model run the same layer.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from memjax.ops.embedding_bag.api import embedding_bag
+from memjax.ops.product_key_search.api import product_key_search
+from memjax.ops.row_gradient import RowGradient
+from memjax.ops.row_update.api import row_update
+from memjax.ops.row_update.rules import RowRule, RowStep, TableState
+
+DATA, MEMORY = "data", "memory"
+TOKENS = P((DATA, MEMORY))
+"""Arrays with tokens (or sequences) in front."""
+COLUMNS = P(None, MEMORY)
+"""Tables and their state."""
+BAGS = P(DATA, MEMORY)
+"""Bags before the all-to-all: tokens over `data`, columns over `memory`."""
+
+
+def has_memory_axis() -> bool:
+    """Whether the ambient mesh splits tables."""
+    return MEMORY in jax.sharding.get_abstract_mesh().axis_names
+
+
+def search(
+    queries: Float[Array, "t h key_dim"],
+    keys: Float[Array, "h 2 n half"],
+    top_k: int,
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
+    """`product_key_search`, each device for its own tokens."""
+    run = partial(product_key_search, top_k=top_k, implementation=implementation)
+    if not has_memory_axis():
+        return run(queries, keys)
+    return _over_mesh(run, (TOKENS, P()), (TOKENS, TOKENS))(queries, keys)
+
+
+def bag(
+    table: Float[Array, "n d"],
+    indices: Int[Array, "t k"],
+    weights: Float[Array, "t k"],
+    tap: Float[Array, "t d"] | None = None,
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "t d"]:
+    """`embedding_bag` plus the tap, a zero whose cotangent is the cotangent of the bag.
+
+    The tap is added before the all-to-all, so its cotangent is already split by columns, as `update_rows` wants it.
+    """
+    run = partial(embedding_bag, implementation=implementation)
+    if not has_memory_axis():
+        out = run(table, indices, weights)
+        return out if tap is None else out + tap
+
+    def local(table: Array, indices: Array, weights: Array, *taps: Array) -> Array:
+        indices, weights = (jax.lax.all_gather(picks, MEMORY, tiled=True) for picks in (indices, weights))
+        out = sum(taps, start=run(table, indices, weights))
+        return jax.lax.all_to_all(out, MEMORY, split_axis=0, concat_axis=1, tiled=True)
+
+    taps = () if tap is None else (tap,)
+    specs = (COLUMNS, TOKENS, TOKENS, *(BAGS for _ in taps))
+    return _over_mesh(local, specs, TOKENS)(table, indices, weights, *taps)
+
+
+def zero_tap(num_tokens: int, value_dim: int, dtype) -> Float[Array, "t d"]:
+    """A tap, sharded like the bags."""
+    tap = jnp.zeros((num_tokens, value_dim), dtype)
+    return _place(tap, BAGS) if has_memory_axis() else tap
+
+
+def update_rows(
+    table: Float[Array, "n d"],
+    state: TableState,
+    gradients: Sequence[RowGradient],
+    rule: RowRule,
+    step: RowStep,
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "n d"], TableState]:
+    """`row_update` on every device's columns, with the picks of all tokens of the mesh.
+
+    Every replica of a column shard sees the same picks in the same order, so the replicas stay bit-equal.
+    """
+    run = partial(row_update, rule=rule, implementation=implementation)
+    if not has_memory_axis():
+        return run(table, state, gradients, step=step)
+
+    def local(table: Array, state: TableState, gradients: Sequence[RowGradient], step: RowStep):
+        whole = []
+        for gradient in gradients:
+            indices, weights = (
+                jax.lax.all_gather(picks, (DATA, MEMORY), tiled=True) for picks in (gradient.indices, gradient.weights)
+            )
+            vectors = jax.lax.all_gather(gradient.vectors, DATA, tiled=True)
+            whole.append(RowGradient(indices, weights, vectors))
+        first_column = step.first_column + jax.lax.axis_index(MEMORY) * table.shape[1]
+        return run(table, state, whole, step=step._replace(first_column=first_column))
+
+    specs = (COLUMNS, COLUMNS, [RowGradient(TOKENS, TOKENS, BAGS)] * len(gradients), P())
+    return _over_mesh(local, specs, (COLUMNS, COLUMNS))(table, state, list(gradients), step)
+
+
+def split_columns(table: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    """The table with its columns split over the memory axis, where there is one."""
+    return _place(table, COLUMNS) if has_memory_axis() else table
+
+
+def split_tokens(array: Array) -> Array:
+    """An array with tokens or sequences in front, split over all devices, where there is a mesh."""
+    return _place(array, TOKENS) if has_memory_axis() else array
+
+
+def _over_mesh(function, in_specs, out_specs):
+    """shard_map over the ambient mesh. The types of collectives' results are not checked: kernels carry no such types."""
+    mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def place(spec: P, argument):
+        return jax.tree.map(lambda array: _place(array, spec), argument)
+
+    def placed(*arguments):
+        return mapped(*jax.tree.map(place, in_specs, arguments, is_leaf=lambda spec: isinstance(spec, P)))
+
+    # An Explicit mesh does not move arrays by itself.
+    return placed if _is_explicit() else mapped
+
+
+def _is_explicit() -> bool:
+    return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+
+
+def _place(array: Array, spec: P) -> Array:
+    """The array in the given layout: a demand under an Explicit mesh, a constraint under an Auto one."""
+    if _is_explicit():
+        return jax.sharding.reshard(array, spec)
+    return jax.lax.with_sharding_constraint(array, spec)

@@ -1,0 +1,53 @@
+"""The table of values that memory layers read."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from memjax.memory import parallel
+
+BLOCK_ELEMENTS = 1 << 22
+"""Elements drawn at once; part of the definition of the initial table, since every block has a key of its own."""
+
+
+class TableRows(nnx.Param):
+    """Rows of a value table: a parameter that is read sparsely, with its own optimizer, sharding and checkpoint item."""
+
+
+class ValueTable(nnx.Module):
+    """A pool of values, owned by the model and passed to the layers that read it: `layer(x, table)`."""
+
+    def __init__(
+        self,
+        num_slots: int,
+        value_dim: int,
+        *,
+        init_scale: float = 1.0,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Draws num_slots rows of value_dim normal numbers with a standard deviation of init_scale * value_dim ** -0.5."""
+        self.num_slots, self.value_dim = num_slots, value_dim
+        std = init_scale * value_dim**-0.5
+        self.rows = TableRows(draw_rows(rngs.params(), num_slots, value_dim, std=std, dtype=dtype))
+
+
+def draw_rows(key: Array, num_slots: int, value_dim: int, *, std: float, dtype: DTypeLike) -> Float[Array, "n d"]:
+    """Normal rows, drawn block by block into place: bit-identical on every mesh, with a temporary of one block.
+
+    Each block is drawn in float32 (bfloat16 draws have only 128 distinct values) from `fold_in(key, block)`, then cast.
+    """
+    draw_dtype = jnp.promote_types(dtype, jnp.float32)
+    block = min(num_slots, max(1, BLOCK_ELEMENTS // value_dim))
+
+    def write_block(number: Array | int, table: Array, rows: int = block) -> Array:
+        values = std * jax.random.normal(jax.random.fold_in(key, number), (rows, value_dim), draw_dtype)
+        table = jax.lax.dynamic_update_slice(table, values.astype(dtype), (number * block, 0))
+        return parallel.split_columns(table)
+
+    whole, rest = divmod(num_slots, block)
+    table = parallel.split_columns(jnp.zeros((num_slots, value_dim), dtype))
+    table = jax.lax.fori_loop(0, whole, write_block, table)
+    return write_block(whole, table, rest) if rest else table

@@ -1,0 +1,80 @@
+"""Causal self-attention with grouped queries, rotary positions, document masks and a cache."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from memjax.models.feed_forward import linear
+from memjax.models.rotary import rotate
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of the tokens seen so far, of one layer: a cache for generation."""
+
+    keys: Float[Array, "b s kv_heads head_dim"]
+    values: Float[Array, "b s kv_heads head_dim"]
+
+
+class Attention(nnx.Module):
+    """Causal attention; with segments, each token sees only its own document."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        rope_theta: float,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
+        self.rope_theta = rope_theta
+        kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.query = linear(dim, num_heads * self.head_dim, **kwargs)
+        self.key = linear(dim, num_kv_heads * self.head_dim, **kwargs)
+        self.value = linear(dim, num_kv_heads * self.head_dim, **kwargs)
+        self.out = linear(num_heads * self.head_dim, dim, **kwargs)
+
+    def __call__(
+        self, x: Float[Array, "b s dim"], positions: Int[Array, "b s"], segments: Int[Array, "b s"] | None = None
+    ) -> Float[Array, "b s dim"]:
+        """Attention over the tokens of x."""
+        query, fresh = self._project(x, positions)
+        mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
+        return self._attend(query, fresh, mask=mask, is_causal=True)
+
+    def with_cache(
+        self, x: Float[Array, "b s dim"], positions: Int[Array, "b s"], cache: KeyValues, length: Int[Array, ""]
+    ) -> tuple[Float[Array, "b s dim"], KeyValues]:
+        """Attention of new tokens over `length` cached tokens and themselves, and the cache with them written in.
+
+        Cached tokens with a negative position are padding, which nobody sees; `positions` are those of the new tokens.
+        """
+        query, fresh = self._project(x, positions)
+        cache = KeyValues(
+            *(
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), length, axis=1)
+                for old, new in zip(cache, fresh, strict=True)
+            )
+        )
+        place = jnp.arange(cache.keys.shape[1])
+        newest = length + jnp.arange(x.shape[1])
+        mask = (place[None, :] <= newest[:, None])[None, None]
+        return self._attend(query, cache, mask=mask, is_causal=False), cache
+
+    def _project(self, x: Array, positions: Array) -> tuple[Array, KeyValues]:
+        split = lambda projected, heads: projected.reshape(*x.shape[:2], heads, self.head_dim)
+        query = rotate(split(self.query(x), self.num_heads), positions, self.rope_theta)
+        key = rotate(split(self.key(x), self.num_kv_heads), positions, self.rope_theta)
+        return query, KeyValues(key, split(self.value(x), self.num_kv_heads))
+
+    def _attend(self, query: Array, seen: KeyValues, *, mask: Bool[Array, "b 1 q k"] | None, is_causal: bool) -> Array:
+        keys, values = (array.astype(query.dtype) for array in seen)
+        out = jax.nn.dot_product_attention(query, keys, values, mask=mask, is_causal=is_causal)
+        return self.out(out.reshape(*out.shape[:2], -1))

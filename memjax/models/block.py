@@ -1,0 +1,87 @@
+"""A decoder block: attention, then a feed-forward layer or a memory layer."""
+
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from memjax.config import MemoryConfig, ModelConfig
+from memjax.memory.layer import Lookup, MemoryLayer
+from memjax.memory.table import ValueTable
+from memjax.models.attention import Attention, KeyValues
+from memjax.models.feed_forward import FeedForward
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mixer(norm(x)), where the mixer is dense or a memory."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        *,
+        dtype: DTypeLike | None,
+        param_dtype: DTypeLike,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        memory = config.memory
+        self.attention_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
+        self.attention = Attention(
+            config.dim,
+            num_heads=config.num_heads,
+            num_kv_heads=config.kv_heads,
+            rope_theta=config.rope_theta,
+            **kwargs,
+        )
+        self.mixer_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
+        reads = memory is not None and layer in memory.layers
+        self.feed_forward = None if reads else FeedForward(config.dim, config.ffn_dim, **kwargs)
+        self.memory = _memory_layer(config.dim, memory, implementation=implementation, **kwargs) if reads else None
+
+    def __call__(
+        self,
+        x: Float[Array, "b s dim"],
+        positions: Int[Array, "b s"],
+        segments: Int[Array, "b s"] | None = None,
+        table: ValueTable | None = None,
+        tap: Float[Array, "t value_dim"] | None = None,
+    ) -> tuple[Float[Array, "b s dim"], Lookup | None]:
+        """The block's output, and what it read from the table."""
+        x = x + self.attention(self.attention_norm(x), positions, segments)
+        return self._mix(x, table, tap)
+
+    def with_cache(
+        self,
+        x: Float[Array, "b s dim"],
+        positions: Int[Array, "b s"],
+        cache: KeyValues,
+        length: Int[Array, ""],
+        table: ValueTable | None = None,
+    ) -> tuple[Float[Array, "b s dim"], KeyValues]:
+        """The output for new tokens, and the cache with them."""
+        attended, cache = self.attention.with_cache(self.attention_norm(x), positions, cache, length)
+        return self._mix(x + attended, table, None)[0], cache
+
+    def _mix(self, x: Array, table: ValueTable | None, tap: Array | None) -> tuple[Array, Lookup | None]:
+        inputs = self.mixer_norm(x)
+        if self.feed_forward is not None:
+            return x + self.feed_forward(inputs), None
+        assert self.memory is not None and table is not None
+        lookup = self.memory.lookup(inputs)
+        return x + self.memory.combine(inputs, self.memory.read(table, lookup, tap)), lookup
+
+
+def _memory_layer(dim: int, config: MemoryConfig, **kwargs) -> MemoryLayer:
+    return MemoryLayer(
+        dim,
+        num_keys=config.num_keys,
+        num_heads=config.num_heads,
+        top_k=config.top_k,
+        key_dim=config.key_dim,
+        value_dim=config.value_dim,
+        gate=config.gate,
+        qk_norm=config.qk_norm,
+        score_scale=config.score_scale,
+        **kwargs,
+    )

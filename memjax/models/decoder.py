@@ -1,0 +1,155 @@
+"""The language model: embedding, blocks, norm, output; its memory layers read tables that the decoder owns."""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from memjax.config import ModelConfig
+from memjax.memory import parallel
+from memjax.memory.layer import Lookup
+from memjax.memory.table import ValueTable
+from memjax.models.attention import KeyValues
+from memjax.models.block import Block
+from memjax.models.feed_forward import linear
+from memjax.ops.embedding_bag.api import SAVED_NAME as SAVED_BAG
+from memjax.ops.product_key_search.api import SAVED_INDICES, SAVED_SCORES
+
+Remat = Literal["none", "dots", "block"]
+
+
+class Cache(NamedTuple):
+    """Keys and values of every block, and how many tokens they hold."""
+
+    blocks: tuple[KeyValues, ...]
+    length: Int[Array, ""]
+
+
+class Decoder(nnx.Module):
+    """A Llama-shaped decoder whose blocks end in a feed-forward layer or a memory layer."""
+
+    def __init__(self, config: ModelConfig, *, implementation: str | None = None, rngs: nnx.Rngs):
+        """Draws all parameters; under `jax.jit` with `nnx.eval_shape` nothing is allocated."""
+        self.config = config
+        dtype, param_dtype = resolve_dtype(config.dtype), jnp.dtype(config.param_dtype)
+        kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        std = config.embedding_init_std or config.dim**-0.5
+        self.embed = nnx.Embed(
+            config.vocab_size, config.dim, embedding_init=nnx.initializers.truncated_normal(std, lower=-3.0, upper=3.0), **kwargs
+        )
+        self.blocks = nnx.List(
+            [Block(config, layer, implementation=implementation, **kwargs) for layer in range(config.num_layers)]
+        )
+        self.norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
+        self.head = None if config.tie_embeddings else linear(config.dim, config.vocab_size, **kwargs)
+        self.tables = nnx.Dict(
+            {
+                pool: ValueTable(
+                    config.memory.num_slots,
+                    config.value_dim,
+                    init_scale=config.memory.value_init_scale,
+                    dtype=resolve_dtype(config.memory.table_dtype),
+                    rngs=rngs,
+                )
+                for pool in (config.memory.pools if config.memory else ())
+            }
+        )
+
+    def __call__(
+        self, tokens: Int[Array, "b s"], positions: Int[Array, "b s"] | None = None
+    ) -> Float[Array, "b s vocab"]:
+        """Logits of the next token at every place, in float32 or wider. For training see `hidden` and `models.loss`."""
+        return self.logits(self.hidden(tokens, positions)[0])
+
+    def hidden(
+        self,
+        tokens: Int[Array, "b s"],
+        positions: Int[Array, "b s"] | None = None,
+        segments: Int[Array, "b s"] | None = None,
+        taps: dict[str, Array] | None = None,
+        remat: Remat = "none",
+    ) -> tuple[Float[Array, "b s dim"], dict[str, Lookup]]:
+        """The normed residual stream, and what each memory layer read, by the layer's name.
+
+        Args:
+            tokens: token ids.
+            positions: of the tokens in their documents; None counts from 0.
+            segments: document of each token, where several share a row; tokens see their own document only.
+            taps: zeros of the shape of the bags, by layer name; their cotangents are those of the bags.
+            remat: what the backward pass computes again. Lookups and bags are always kept.
+        """
+        positions = default_positions(tokens) if positions is None else positions
+        x = parallel.split_tokens(self.embed(tokens))
+        lookups: dict[str, Lookup] = {}
+        for layer, block in enumerate(self.blocks):
+            name = layer_name(layer)
+            run = _rematerialised(remat)(lambda block, *args: block(*args))
+            x, lookup = run(block, x, positions, segments, self._table(layer), (taps or {}).get(name))
+            x = parallel.split_tokens(x)
+            if lookup is not None:
+                lookups[name] = lookup
+        return self.norm(x), lookups
+
+    def logits(self, hidden: Float[Array, "*b dim"]) -> Float[Array, "*b vocab"]:
+        """Scores of the vocabulary, in float32 or wider."""
+        kernel = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=wide)
+
+    def zero_taps(self, num_tokens: int) -> dict[str, Array]:
+        """A zero tap for every memory layer, for a batch of num_tokens tokens."""
+        memory = self.config.memory
+        if memory is None:
+            return {}
+        dtype = resolve_dtype(memory.table_dtype)
+        return {layer_name(i): parallel.zero_tap(num_tokens, self.config.value_dim, dtype) for i in memory.layers}
+
+    def init_cache(self, batch: int, max_length: int) -> Cache:
+        """An empty cache for `batch` sequences of at most max_length tokens."""
+        config = self.config
+        shape = (batch, max_length, config.kv_heads, config.head_dim)
+        empty = lambda: KeyValues(*(jnp.zeros(shape, resolve_dtype(config.dtype)) for _ in range(2)))
+        return Cache(tuple(empty() for _ in range(config.num_layers)), jnp.zeros((), jnp.int32))
+
+    def with_cache(self, tokens: Int[Array, "b s"], cache: Cache) -> tuple[Float[Array, "b s vocab"], Cache]:
+        """Logits at new tokens that follow the cached ones, and the cache with them."""
+        positions = default_positions(tokens) + cache.length
+        x, blocks = self.embed(tokens), []
+        for layer, block in enumerate(self.blocks):
+            x, kept = block.with_cache(x, positions, cache.blocks[layer], cache.length, self._table(layer))
+            blocks.append(kept)
+        return self.logits(self.norm(x)), Cache(tuple(blocks), cache.length + tokens.shape[1])
+
+    def _table(self, layer: int) -> ValueTable | None:
+        memory = self.config.memory
+        return self.tables[memory.pool(layer)] if memory and layer in memory.layers else None
+
+
+def layer_name(layer: int) -> str:
+    """Name of a block's memory layer, in taps, lookups and metrics."""
+    return f"L{layer}"
+
+
+def default_positions(tokens: Int[Array, "b s"]) -> Int[Array, "b s"]:
+    """0, 1, 2, ... in every row."""
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+
+
+def resolve_dtype(name: str) -> jnp.dtype:
+    """The type that a config names; 'auto' is bfloat16 on GPUs and TPUs, float32 on CPUs."""
+    if name == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(name)
+
+
+def _rematerialised(remat: Remat):
+    """jax.checkpoint with the policy's name; a search or a bag is never run twice: they are memory-bound and their outputs small."""
+    if remat == "none":
+        return lambda function: function
+    policies = jax.checkpoint_policies
+    policy = policies.save_only_these_names(SAVED_BAG, SAVED_SCORES, SAVED_INDICES)
+    if remat == "dots":
+        policy = policies.save_from_both_policies(policy, policies.dots_with_no_batch_dims_saveable)
+    return lambda function: jax.checkpoint(function, policy=policy)

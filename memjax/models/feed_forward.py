@@ -1,0 +1,33 @@
+"""The dense feed-forward layer."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+def linear(inputs: int, outputs: int, *, dtype: DTypeLike | None, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer without bias, drawn from a normal of standard deviation inputs ** -0.5, cut at 3 of them."""
+    init = nnx.initializers.truncated_normal(inputs**-0.5, lower=-3.0, upper=3.0)
+    return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, param_dtype=param_dtype, kernel_init=init, rngs=rngs)
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU (arXiv:2002.05202): W2 (silu(W1 x) * W3 x)."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.gate = linear(dim, hidden_dim, **kwargs)
+        self.up = linear(dim, hidden_dim, **kwargs)
+        self.down = linear(hidden_dim, dim, **kwargs)
+
+    def __call__(self, x: Float[Array, "*b dim"]) -> Float[Array, "*b dim"]:
+        return self.down(nnx.silu(self.gate(x)) * self.up(x))

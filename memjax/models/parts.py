@@ -1,0 +1,60 @@
+"""A decoder taken apart into what the trainer treats differently, and put together again."""
+
+import dataclasses
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from memjax.config import ModelConfig
+from memjax.memory.table import TableRows
+from memjax.models.decoder import Decoder
+
+Tables = dict[str, Float[Array, "n d"]]
+"""Rows of every table, by the name of the pool."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderParts:
+    """The structure of a decoder without its arrays: dense parameters and tables go in, a decoder comes out.
+
+    `assemble` costs nothing under `jax.jit` and copies nothing outside it.
+    """
+
+    config: ModelConfig
+    graphdef: nnx.GraphDef[Decoder]
+    abstract_params: nnx.State
+    """Dense parameters as shapes."""
+    abstract_tables: dict[str, jax.ShapeDtypeStruct]
+    """Tables as shapes."""
+
+    @classmethod
+    def of(cls, config: ModelConfig, *, implementation: str | None = None) -> "DecoderParts":
+        """The parts of the decoder that a config describes; nothing is allocated."""
+        build = lambda: Decoder(config, implementation=implementation, rngs=nnx.Rngs(0))
+        graphdef, tables, params = nnx.split(nnx.eval_shape(build), TableRows, nnx.Param)
+        return cls(config, graphdef, params, _tables_of(tables))
+
+    def init(self, key: Array) -> tuple[nnx.State, Tables]:
+        """Freshly drawn dense parameters and tables."""
+        _, tables, params = nnx.split(Decoder(self.config, rngs=nnx.Rngs(key)), TableRows, nnx.Param)
+        return params, _tables_of(tables)
+
+    def assemble(self, params: nnx.State, tables: Tables) -> Decoder:
+        """A decoder made of the given arrays."""
+        rows = {pool: {"rows": TableRows(table)} for pool, table in tables.items()}
+        return nnx.merge(self.graphdef, params, nnx.State({"tables": rows} if rows else {}))
+
+
+def take_apart(model: Decoder) -> tuple[DecoderParts, nnx.State, Tables]:
+    """The parts of a decoder and its arrays."""
+    graphdef, tables, params = nnx.split(model, TableRows, nnx.Param)
+    abstract = lambda tree: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    arrays = _tables_of(tables)
+    return DecoderParts(model.config, graphdef, abstract(params), abstract(arrays)), params, arrays
+
+
+def _tables_of(state: nnx.State) -> dict:
+    """The tables of a split state, by pool."""
+    pools = nnx.to_pure_dict(state).get("tables", {})
+    return {pool: table["rows"] for pool, table in pools.items()}

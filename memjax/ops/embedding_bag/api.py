@@ -1,0 +1,62 @@
+"""The embedding bag as others call it: any batch shape, gradients, choice of the implementation."""
+
+from functools import partial
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from memjax.ops import dispatch
+from memjax.ops.row_gradient import RowGradient
+
+SAVED_NAME = "memory_bag"
+"""`checkpoint_name` of the output, so that rematerialisation can keep it."""
+
+
+def embedding_bag(
+    table: Float[Array, "n d"],
+    indices: Int[Array, "*t k"],
+    weights: Float[Array, "*t k"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "*t d"]:
+    """out[t] = sum_k weights[t, k] * table[indices[t, k]], summed in float32, in the table's type.
+
+    Differentiable in `table` and `weights`. The table's gradient is as large as the table and is formed only when the
+    table is differentiated; `memjax.row_sparse_value_and_grad` avoids it. Indices outside 0..n-1 are not checked: what
+    they read is undefined.
+
+    Raises:
+        ValueError: `implementation` is unknown.
+        NotImplementedError: `implementation` cannot run here.
+    """
+    name = dispatch.choose("embedding_bag", implementation)
+    batch, picks = indices.shape[:-1], indices.shape[-1]
+    out = _bag(name, table, indices.reshape(-1, picks), weights.reshape(-1, picks))
+    return out.reshape(*batch, table.shape[1])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _bag(name: str, table: Array, indices: Array, weights: Array) -> Array:
+    return dispatch.load("embedding_bag", name).embedding_bag(table, indices, weights)
+
+
+def _bag_forward(name, table, indices, weights):
+    out = _bag(name, table.value, indices.value, weights.value)
+    # The tuple's length is part of the residuals' structure: a flag that stays static under jit.
+    wanted = ("table",) if table.perturbed else ()
+    residuals = (table.value, indices.value, weights.value, dict.fromkeys(wanted))
+    return checkpoint_name(out, SAVED_NAME), residuals
+
+
+def _bag_backward(name, residuals, cotangent):
+    table, indices, weights, wanted = residuals
+    # The bag's transpose in its weights is the dot of the same rows with the cotangent.
+    d_weights = dispatch.load("embedding_dot", name).embedding_dot(table, indices, cotangent)
+    d_table = None
+    if "table" in wanted:
+        d_table = RowGradient(indices, weights, cotangent).dense(table.shape[0]).astype(table.dtype)
+    return d_table, None, d_weights.astype(weights.dtype)
+
+
+_bag.defvjp(_bag_forward, _bag_backward, symbolic_zeros=True)

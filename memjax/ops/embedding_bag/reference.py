@@ -1,0 +1,15 @@
+"""The definition of the embedding bag."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from memjax.ops.precision import accumulator
+
+
+def embedding_bag(
+    table: Float[Array, "n d"], indices: Int[Array, "t k"], weights: Float[Array, "t k"]
+) -> Float[Array, "t d"]:
+    """For each token, the sum of its k table rows, each times its weight (arXiv:1907.05242)."""
+    dtype = accumulator(table.dtype)
+    picked = table[indices].astype(dtype)
+    return jnp.einsum("tkd,tk->td", picked, weights.astype(dtype)).astype(table.dtype)

@@ -1,0 +1,106 @@
+"""The optimizers of table rows, as arithmetic on a few rows at a time."""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from memjax.ops.precision import accumulator
+
+TableState = dict[str, jax.Array]
+"""Optimizer state of a table: arrays with a row for every row of the table."""
+
+
+class RowStep(NamedTuple):
+    """What changes from one update to the next."""
+
+    lr: Float[Array, ""]
+    """Learning rate of this step."""
+    step: Int[Array, ""]
+    """Number of the step, from 0."""
+    ok: Bool[Array, ""]
+    """False writes nothing: the gradient is not a number somewhere."""
+    seed: UInt32[Array, ""]
+    """Seed of the stochastic rounding; differs from table to table."""
+    first_column: Int[Array, ""]
+    """Column of the whole table at which this shard begins, so that every mesh draws the same random bits."""
+
+
+def row_step(lr, step, *, ok=True, seed=0, first_column=0) -> RowStep:
+    """A RowStep from Python numbers or arrays."""
+    return RowStep(
+        jnp.asarray(lr, accumulator(jnp.result_type(float))),
+        jnp.asarray(step, jnp.int32),
+        jnp.asarray(ok, bool),
+        jnp.asarray(seed, jnp.uint32),
+        jnp.asarray(first_column, jnp.int32),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RowRule:
+    """An optimizer of rows that touches only rows with a gradient ("lazy": other rows and their state stay as they are).
+
+    rowwise_adam: v = mean(g^2) over `state_columns` neighbouring columns at the first touch, then beta2 v + (1 - beta2)
+    mean(g^2); row -= lr g / (sqrt(v) + eps). No first moment, no bias correction (the first touch needs none).
+    rowwise_adagrad: v += mean(g^2), otherwise the same. adam: per element, bias-corrected by the number of the step.
+    sgd: row -= lr g.
+    """
+
+    kind: Literal["rowwise_adam", "rowwise_adagrad", "adam", "sgd"] = "rowwise_adam"
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    state_columns: int = 256
+    """Neighbouring columns that share a second moment (rowwise_*); must divide the columns of the table."""
+    moment_dtype: DTypeLike = jnp.float32
+    """Type of adam's moments."""
+    stochastic_rounding: bool = True
+    """Round bfloat16 rows at random, so that steps below half a unit in the last place are not lost."""
+
+    def init(self, num_rows: int, num_columns: int, dtype: DTypeLike = jnp.float32) -> TableState:
+        """The state before the first update, of a table of the given shape and type.
+
+        Raises:
+            ValueError: state_columns does not divide num_columns.
+        """
+        if self.kind == "sgd":
+            return {}
+        if self.kind == "adam":
+            # One array each: they are donated, and an array cannot be donated twice.
+            return {
+                "first_moment": jnp.zeros((num_rows, num_columns), self.moment_dtype),
+                "second_moment": jnp.zeros((num_rows, num_columns), self.moment_dtype),
+            }
+        if num_columns % self.state_columns:
+            raise ValueError(f"state_columns={self.state_columns} must divide the table's {num_columns} columns")
+        return {"second_moment": jnp.zeros((num_rows, num_columns // self.state_columns), accumulator(dtype))}
+
+    def apply(
+        self, rows: Float[Array, "u d"], state: TableState, gradients: Float[Array, "u d"], step: RowStep
+    ) -> tuple[Float[Array, "u d"], TableState]:
+        """New rows and state of touched rows. Rows and gradients are float32 or wider; the state keeps its types."""
+        lr = step.lr.astype(rows.dtype)
+        if self.kind == "sgd":
+            return rows - lr * gradients, {}
+        if self.kind == "adam":
+            first, second = (state[name].astype(rows.dtype) for name in ("first_moment", "second_moment"))
+            first = self.beta1 * first + (1 - self.beta1) * gradients
+            second = self.beta2 * second + (1 - self.beta2) * gradients**2
+            count = (step.step + 1).astype(rows.dtype)
+            corrected = jnp.sqrt(second / (1 - self.beta2**count))
+            new = rows - lr * first / (1 - self.beta1**count) / (corrected + self.eps)
+            moments = {"first_moment": first, "second_moment": second}
+            return new, {name: moment.astype(self.moment_dtype) for name, moment in moments.items()}
+
+        blocks = gradients.reshape(gradients.shape[0], -1, self.state_columns)
+        square, old = jnp.mean(blocks**2, axis=-1), state["second_moment"]
+        if self.kind == "rowwise_adagrad":
+            second = old + square
+        else:
+            second = jnp.where(old == 0, square, self.beta2 * old + (1 - self.beta2) * square)
+        scaled = blocks / (jnp.sqrt(second)[..., None] + self.eps)
+        return rows - lr * scaled.reshape(rows.shape), {"second_moment": second.astype(old.dtype)}

@@ -1,0 +1,90 @@
+"""The row update in plain XLA: one sort of the picks, one pass over them in chunks, rows written in place.
+
+Picks of one row are neighbours after the sort. A chunk sums its picks row by row; when its last row goes on in the next
+chunk, the partial sum is carried over, so every row is read, updated and written exactly once however often it was picked.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from memjax.ops.precision import accumulator
+from memjax.ops.row_gradient import RowGradient
+from memjax.ops.row_update import reference
+from memjax.ops.row_update.rounding import round_to
+from memjax.ops.row_update.rules import RowRule, RowStep, TableState
+
+CHUNK_BYTES = 1 << 22
+"""Summed gradients of one chunk of picks."""
+
+SMALL_TABLE_BYTES = 1 << 24
+"""Tables up to this size are updated whole: on a CPU the sort alone takes longer."""
+
+
+def row_update(
+    table: Float[Array, "n d"], state: TableState, gradients: Sequence[RowGradient], rule: RowRule, step: RowStep
+) -> tuple[Float[Array, "n d"], TableState]:
+    """The reference's update, touching only the rows that were read; temporaries do not grow with the table."""
+    num_rows, num_columns = table.shape
+    dtype = accumulator(table.dtype)
+    if table.size * dtype.itemsize <= SMALL_TABLE_BYTES:
+        return reference.row_update(table, state, gradients, rule, step)
+    rows, tokens, weights = _sorted_picks(gradients)
+    vectors = jnp.concatenate([gradient.vectors for gradient in gradients])
+    columns = step.first_column + jnp.arange(num_columns)
+
+    chunk = max(1, min(rows.shape[0], CHUNK_BYTES // (num_columns * dtype.itemsize)))
+    count = -(-rows.shape[0] // chunk)
+    # Row num_rows and those after it do not exist: whatever is written there is dropped. The extra pick closes the last row.
+    padding = (0, count * chunk - rows.shape[0] + 1)
+    rows = jnp.pad(rows, padding, constant_values=num_rows)
+    tokens, weights = jnp.pad(tokens, padding), jnp.pad(weights, padding)
+    absent = num_rows + jnp.arange(chunk, dtype=rows.dtype)
+    access = {"unique_indices": True, "mode": "drop"}
+
+    def update_chunk(number: Array, carry):
+        table, state, partial = carry
+        start = number * chunk
+        picked = jax.lax.dynamic_slice_in_dim(rows, start, chunk)
+        token = jax.lax.dynamic_slice_in_dim(tokens, start, chunk)
+        weight = jax.lax.dynamic_slice_in_dim(weights, start, chunk)
+        contributions = weight[:, None].astype(dtype) * vectors[token].astype(dtype)
+
+        # Segment s is the s-th distinct row of the chunk.
+        segment = jnp.cumsum(jnp.concatenate([jnp.zeros(1, jnp.int32), (picked[1:] != picked[:-1]).astype(jnp.int32)]))
+        summed = jax.ops.segment_sum(contributions, segment, chunk, indices_are_sorted=True).at[0].add(partial)
+        last = segment[-1]
+        goes_on = rows[start + chunk] == picked[-1]
+        partial = jnp.where(goes_on, summed[last], 0)
+
+        # Out of range, and each a row of its own: segments that do not exist, the unfinished one, all when not ok.
+        target = absent.at[segment].set(picked)
+        target = target.at[last].set(jnp.where(goes_on, absent[last], target[last]))
+        target = jnp.where(step.ok & (target < num_rows), target, absent)
+
+        old = table.at[target].get(mode="fill", fill_value=0).astype(dtype)
+        old_state = {name: array.at[target].get(mode="fill", fill_value=0) for name, array in state.items()}
+        new, new_state = rule.apply(old, old_state, summed, step)
+        new = round_to(new, table.dtype, rule.stochastic_rounding, step.seed, step.step, target, columns)
+        table = table.at[target].set(new, **access)
+        state = {name: state[name].at[target].set(new_state[name], **access) for name in state}
+        return table, state, partial
+
+    carry = (table, state, jnp.zeros(num_columns, dtype))
+    table, state, _ = jax.lax.fori_loop(0, count, update_chunk, carry)
+    return table, state
+
+
+def _sorted_picks(gradients: Sequence[RowGradient]) -> tuple[Int[Array, " m"], Int[Array, " m"], Float[Array, " m"]]:
+    """Row, token (in the concatenated vectors) and weight of every pick of all gradients, in the order of the rows."""
+    rows, tokens, weights, first = [], [], [], 0
+    for gradient in gradients:
+        count, picks = gradient.indices.shape
+        rows.append(gradient.indices.reshape(-1))
+        tokens.append(jnp.repeat(first + jnp.arange(count, dtype=jnp.int32), picks))
+        weights.append(gradient.weights.reshape(-1))
+        first += count
+    sorted_rows, order = jax.lax.sort_key_val(jnp.concatenate(rows), jnp.arange(sum(row.size for row in rows)))
+    return sorted_rows, jnp.concatenate(tokens)[order], jnp.concatenate(weights)[order]
