@@ -1,0 +1,133 @@
+"""Every preset loads and has the size it promises; the schema refuses impossible shapes; YAML keeps every config."""
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from memjax.command_line import differences, load, to_yaml
+from memjax.config import MemoryConfig, ModelConfig, RunConfig
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+PRESETS = {
+    # The totals of the paper, in millions of parameters; those of 720m and below follow from its formula.
+    "134m_dense": 134.1,
+    "134m_memory": 936.5,
+    "134m_memory_plus_1m": 937.1,
+    "373m_dense": 373.9,
+    "373m_memory": 1441.1,
+    "373m_memory_plus_1m": 1440.5,
+    "720m_dense": 721.2,
+    "720m_memory": 2315.6,
+    "720m_memory_plus_1m": 2313.0,
+    "1.3b_dense": 1261.5,
+    "1.3b_memory": 3377.6,
+    "1.3b_memory_plus_1m": 3368.1,
+    "1.3b_memory_plus_4m": 9823.2,
+    "1.3b_memory_plus_16m": 35618.1,
+    "1.3b_memory_plus_64m": 138747.7,
+}
+
+
+def parameters(model: ModelConfig) -> int:
+    """Every parameter of an untied model, counted by hand."""
+    attention, norms = 4 * model.dim**2, 2 * model.dim
+    total = 2 * model.vocab_size * model.dim + model.dim + model.num_layers * (attention + norms)
+    for layer in range(model.num_layers):
+        memory = model.memory
+        if memory is None or layer not in memory.layers:
+            total += 3 * model.dim * model.ffn_dim
+            continue
+        queries = (model.dim + 1) * memory.num_heads * memory.key_dim
+        keys = memory.num_heads * 2 * memory.num_keys * (memory.key_dim // 2)
+        gate = (model.dim + 1) * model.value_dim + (model.value_dim + 1) * model.dim
+        total += queries + keys + (gate if memory.gate == "silu" else 0)
+    if model.memory is not None:
+        total += model.memory.num_slots * model.value_dim
+    return total
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_file_loads(path):
+    config = load(RunConfig, path)
+    assert config.run.dir == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize(("name", "millions"), PRESETS.items())
+def test_presets_have_the_sizes_of_the_paper(name, millions):
+    assert round(parameters(load(RunConfig, CONFIGS / f"{name}.yaml").model) / 1e6, 1) == millions
+
+
+def test_presets_differ_from_their_dense_model_only_in_memory_and_mesh():
+    for name in PRESETS:
+        dense = load(RunConfig, CONFIGS / f"{name.split('_')[0]}_dense.yaml")
+        for line in differences(dense, load(RunConfig, CONFIGS / f"{name}.yaml")):
+            assert line.startswith(("run.dir:", "model.memory:", "mesh.memory:")), line
+
+
+def test_the_quick_start_is_the_defaults():
+    assert load(RunConfig, CONFIGS / "quickstart.yaml") == RunConfig()
+
+
+def test_layers_outside_the_model_are_refused():
+    with pytest.raises(ValueError, match=r"memory\.layers=\[7\] must lie in 0\.\.2"):
+        ModelConfig(num_layers=3, memory=MemoryConfig(layers=(7,)))
+
+
+def test_derived_sizes():
+    memory = MemoryConfig(layers=(0, 2), num_keys=100, num_heads=4, top_k=32)
+    assert (memory.num_slots, memory.picks) == (10_000, 128)
+    assert memory.pools == {"shared": (0, 2)}
+    assert dataclasses.replace(memory, share=False).pools == {"layer_0": (0,), "layer_2": (2,)}
+
+
+def some_fields(section: type) -> st.SearchStrategy[dict]:
+    """Some fields of a section with values of the right type, sensible or not; sections within it as dictionaries."""
+    hints = typing.get_type_hints(section)
+    return st.fixed_dictionaries({}, optional={f.name: value_of(hints[f.name]) for f in dataclasses.fields(section)})
+
+
+def value_of(annotation) -> st.SearchStrategy:
+    arguments = typing.get_args(annotation)
+    if type(None) in arguments:
+        return st.none() | value_of(next(kind for kind in arguments if kind is not type(None)))
+    if typing.get_origin(annotation) is typing.Literal:
+        return st.sampled_from(arguments)
+    if typing.get_origin(annotation) is tuple:
+        return st.lists(st.integers(0, 2), unique=True, min_size=1).map(sorted).map(tuple)
+    if dataclasses.is_dataclass(annotation):
+        return some_fields(typing.cast(type, annotation))
+    return {
+        int: st.integers(0, 2**31) | st.sampled_from([1, 2, 64]),
+        float: st.floats(0, 1) | st.floats(1e-30, 1e30),
+        bool: st.booleans(),
+        str: st.text() | st.sampled_from(["null", "1e3", "no", "0x10", "- a", "a: b", " a ", "12", "true", "#", "1_0"]),
+    }[annotation]
+
+
+def build(section: type, fields: dict) -> Any:
+    """A config with the fields that are allowed, and the defaults in place of the others."""
+    hints, kept = typing.get_type_hints(section), {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            kinds = (hints[name], *typing.get_args(hints[name]))
+            value = build(next(kind for kind in kinds if dataclasses.is_dataclass(kind)), value)
+        try:
+            section(**kept, **{name: value})
+        except ValueError:
+            continue
+        kept[name] = value
+    return section(**kept)
+
+
+@given(fields=some_fields(RunConfig))
+def test_yaml_gives_back_an_equal_config(tmp_path_factory, fields):
+    config = build(RunConfig, fields)
+    path = tmp_path_factory.getbasetemp() / "config.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8", newline="")
+    assert load(RunConfig, path) == config
