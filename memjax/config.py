@@ -9,8 +9,6 @@ import dataclasses
 import math
 from typing import Literal
 
-_config = dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-
 DType = Literal["auto", "float32", "bfloat16", "float64"]
 
 
@@ -21,15 +19,15 @@ def _refuse(problems: list[str | None]) -> None:
         raise ValueError("\n".join(found))
 
 
-def _positive(**fields: float | None) -> list[str | None]:
+def _positive(**fields: int | float | None) -> list[str | None]:
     return [f"{name}={value} must be positive" for name, value in fields.items() if value is not None and value <= 0]
 
 
-def _not_negative(**fields: float | None) -> list[str | None]:
+def _not_negative(**fields: int | float | None) -> list[str | None]:
     return [f"{name}={value} must not be negative" for name, value in fields.items() if value is not None and value < 0]
 
 
-@_config
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryConfig:
     """Memory layers: which blocks have one, and the sizes of the lookup."""
 
@@ -77,8 +75,8 @@ class MemoryConfig:
                 f"top_k={self.top_k} must be in 1..num_keys={self.num_keys}: each half offers only num_keys candidates"
                 if not 1 <= self.top_k <= self.num_keys
                 else None,
-                f"num_keys={self.num_keys} must be at most 46340: slot numbers are 32-bit"
-                if self.num_keys > 46340
+                f"num_keys={self.num_keys} must be at most 32768: slot numbers are 32-bit"
+                if self.num_keys > 32768
                 else None,
                 f"key_dim={self.key_dim} must be positive and even: it is split into two halves"
                 if self.key_dim <= 0 or self.key_dim % 2
@@ -109,7 +107,7 @@ class MemoryConfig:
         return pools
 
 
-@_config
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """The decoder: Llama's shape, with memory layers in place of some feed-forward layers."""
 
@@ -184,7 +182,7 @@ class ModelConfig:
         return (self.memory and self.memory.value_dim) or self.dim
 
 
-@_config
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerConfig:
     """How text becomes token ids."""
 
@@ -197,7 +195,7 @@ class TokenizerConfig:
         _refuse(_positive(train_bytes=self.train_bytes))
 
 
-@_config
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class BiographiesConfig:
     """Generated people with six facts each, told in several wordings and asked about in questions."""
 
@@ -221,12 +219,12 @@ class BiographiesConfig:
         )
 
 
-@_config
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """What the model reads, and how records become batches."""
 
     source: Literal["biographies", "jsonl", "text"] = "biographies"
-    """biographies: generated; jsonl: a file with one JSON object a line; text: a plain text file, one document a line."""
+    """biographies: generated; jsonl: a file with one JSON object a line; text: plain text, one document a line."""
     path: str | None = None
     """The training file (jsonl and text)."""
     validation_path: str | None = None
@@ -244,7 +242,7 @@ class DataConfig:
     batch_size: int = 192
     """Sequences per optimizer step, over all devices and micro-batches."""
     packing: Literal["none", "concat", "first_fit"] = "none"
-    """none: one record a sequence, cut and padded; concat: records end to end, no padding; first_fit: whole records, packed."""
+    """none: one record a sequence, cut and padded; concat: records end to end, unpadded; first_fit: whole records."""
     document_mask: bool = True
     """Attention and positions stay inside a record when several share a sequence."""
     shuffle: bool = True
@@ -268,7 +266,7 @@ class DataConfig:
         )
 
 
-@_config
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
     """A learning rate over the steps of a run."""
 
@@ -290,7 +288,7 @@ class ScheduleConfig:
         )
 
 
-@_config
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TableOptimConfig(ScheduleConfig):
     """The optimizer of the value tables: only rows that were read are touched."""
 
@@ -305,7 +303,8 @@ class TableOptimConfig(ScheduleConfig):
     eps: float = 1e-8
     """Added to the root of the second moment."""
     state_columns: int | None = None
-    """Neighbouring columns of a row that share a second moment (rowwise_*); null: the largest divisor of value_dim up to 256 that is a power of two."""
+    """Neighbouring columns of a row that share a second moment (rowwise_*); null: the largest power of two up to 256
+    that divides value_dim."""
     moment_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type of adam's moments."""
     stochastic_rounding: bool = True
@@ -333,7 +332,7 @@ def _betas(beta1: float, beta2: float) -> list[str | None]:
     ]
 
 
-@_config
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig(ScheduleConfig):
     """AdamW for the dense parameters; `table` for the value tables."""
 
@@ -363,7 +362,7 @@ class OptimConfig(ScheduleConfig):
         )
 
 
-@_config
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class MeshConfig:
     """How devices are arranged. The batch is split over both axes, the tables' columns over `memory`."""
 
@@ -376,7 +375,7 @@ class MeshConfig:
         _refuse(_positive(data=self.data, memory=self.memory))
 
 
-@_config
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """The training loop."""
 
@@ -385,13 +384,13 @@ class TrainConfig:
     accumulate: int = 1
     """Micro-batches per step."""
     remat: Literal["none", "dots", "block"] = "none"
-    """What the backward pass computes again: nothing, all but matrix products, or whole blocks. Lookups are always kept."""
+    """What the backward pass computes again: nothing, all but matrix products, or whole blocks; never the lookups."""
 
     def __post_init__(self) -> None:
         _refuse(_positive(steps=self.steps, accumulate=self.accumulate))
 
 
-@_config
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
     """When checkpoints are written and how many are kept."""
 
@@ -408,7 +407,7 @@ class CheckpointConfig:
         _refuse(_positive(every=self.every, keep=self.keep))
 
 
-@_config
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
     """Evaluation during and after the training."""
 
@@ -423,7 +422,7 @@ class EvalConfig:
         _refuse(_positive(every=self.every, batches=self.batches, recall_people=self.recall_people))
 
 
-@_config
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig:
     """What is printed and written while the run goes on."""
 
@@ -436,7 +435,7 @@ class LogConfig:
         _refuse(_positive(progress_seconds=self.progress_seconds, usage_every=self.usage_every))
 
 
-@_config
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RunFolderConfig:
     """Where the run lives and what makes it repeatable."""
 
@@ -448,7 +447,7 @@ class RunFolderConfig:
     """Ask XLA for bit-for-bit repeatable kernels on GPUs (slower)."""
 
 
-@_config
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """A whole run."""
 
@@ -467,11 +466,13 @@ class RunConfig:
             f"data.batch_size={self.data.batch_size} must be a multiple of train.accumulate={self.train.accumulate}"
             if self.data.batch_size % self.train.accumulate
             else None,
-            f"data.batch_size={self.data.batch_size} must be a multiple of train.accumulate x mesh.data x mesh.memory = "
+            f"data.batch_size={self.data.batch_size} must be a multiple of "
+            f"train.accumulate x mesh.data x mesh.memory = "
             f"{self.train.accumulate} x {self.mesh.data} x {self.mesh.memory}"
             if self.mesh.data and self.data.batch_size % (self.train.accumulate * self.mesh.data * self.mesh.memory)
             else None,
-            f"model.vocab_size={self.model.vocab_size} must be at least 259: both tokenizers keep the 256 bytes and 3 special tokens"
+            f"model.vocab_size={self.model.vocab_size} must be at least 259: "
+            "both tokenizers keep the 256 bytes and 3 special tokens"
             if self.model.vocab_size < 259
             else None,
         ]
@@ -489,15 +490,11 @@ def memory_axis_problems(value_dim: int, memory_axis: int, table: TableOptimConf
     if memory_axis == 1:
         columns = value_dim
     else:
-        legal = [
-            m
-            for m in range(1, value_dim // MIN_COLUMNS_PER_DEVICE + 1)
-            if value_dim % m == 0
-        ] or [1]
+        legal = [m for m in range(1, value_dim // MIN_COLUMNS_PER_DEVICE + 1) if value_dim % m == 0] or [1]
         if memory_axis not in legal:
             return [
-                f"mesh.memory={memory_axis} cannot split value_dim={value_dim}: each device needs a whole number of columns, "
-                f"at least {MIN_COLUMNS_PER_DEVICE}; the largest that can is mesh.memory={legal[-1]}"
+                f"mesh.memory={memory_axis} cannot split value_dim={value_dim}: each device needs a whole number "
+                f"of columns, at least {MIN_COLUMNS_PER_DEVICE}; the largest that can is mesh.memory={legal[-1]}"
             ]
         columns = value_dim // memory_axis
     shared = table.columns_per_state(value_dim)

@@ -116,7 +116,9 @@ def build(section: type, fields: dict) -> Any:
     for name, value in fields.items():
         if isinstance(value, dict):
             kinds = (hints[name], *typing.get_args(hints[name]))
-            value = build(next(kind for kind in kinds if dataclasses.is_dataclass(kind)), value)
+            value = build(
+                next(kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), value
+            )
         try:
             section(**kept, **{name: value})
         except ValueError:
