@@ -56,7 +56,8 @@ class Checkpoints:
     """The checkpoints of one folder.
 
     Only saving creates or cleans the folder, so any number of readers may look at a run that is being trained. One
-    writer at a time. With several processes, each one calls every method, at the same point of the run.
+    writer at a time. With several processes, each one calls every method, at the same point of the run. A run that
+    goes on saving restores with the same object, so that a step found damaged is saved again.
 
     Args:
         folder: Holds one folder per step.
@@ -259,7 +260,9 @@ class Checkpoints:
         if jax.process_index() == 0:  # Orbax fills it only while a save is being finished
             shutil.rmtree(self.folder / _TRASH, ignore_errors=True)
 
-    def _records(self, leaves: Mapping[str, jax.Array]) -> dict[str, Any]:
+    def _records(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
+        if other := [name for name, leaf in leaves.items() if not isinstance(leaf, jax.Array)]:
+            raise TypeError(f"not a jax.Array: {', '.join(other)}")
         sums = jax.device_get({name: _digest(leaf) for name, leaf in leaves.items()})
         return {
             name: {
@@ -446,7 +449,7 @@ def _digest(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     else:
         unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[array.dtype.itemsize]
         words = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)  # 8 bytes: a last axis of two words
-    place = jnp.uint32(0)
+    place = jnp.uint32(words.ndim)
     for axis in range(words.ndim):
         place = _scramble(place + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) + np.uint32(axis + 1))
     mixed = _scramble(words ^ place)

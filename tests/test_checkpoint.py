@@ -222,7 +222,9 @@ def test_the_same_bit_flipped_in_two_elements_changes_the_digest():
 
 def test_digest_needs_no_memory():
     table = jax.ShapeDtypeStruct((4096, 1024), jnp.bfloat16, sharding=place(mesh_of(2, 4), None, "memory"))
-    assert checkpoint._digest.lower(table).compile().memory_analysis().temp_size_in_bytes < 4096
+    memory = checkpoint._digest.lower(table).compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 4096
 
 
 def test_no_flipped_bit_passes(tmp_path):
@@ -325,6 +327,11 @@ def test_reading_a_missing_folder_says_so_and_creates_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_only_device_arrays_can_be_saved(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match=r"not a jax\.Array: b/0"):
+        checkpoints.save(1, {"params": {"a": jnp.ones(3), "b": [np.ones(3)]}}, {})
+
+
 def test_saving_into_a_file_fails(tmp_path):
     (tmp_path / "run").write_text("")
     with Checkpoints(tmp_path / "run") as checkpoints, pytest.raises(CheckpointError, match="step 1 cannot be written"):
@@ -340,6 +347,7 @@ def test_a_save_that_fails_in_the_background_is_reported(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
+    assert checkpoints._manager is not None
     monkeypatch.setattr(checkpoints._manager._checkpointer.handler, "finalize", full)
     checkpoints.save(2, small(2), {})
     while checkpoints._manager.is_saving_in_progress():
@@ -384,13 +392,15 @@ def test_after_a_kill_every_listed_step_can_be_read(tmp_path):
     newest = 0
     for _ in range(3):
         with subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE) as writer:
+            assert writer.stdout is not None
             assert writer.stdout.readline() == b"ready\n"
             time.sleep(generator.uniform(0.1, 0.6))
             writer.send_signal(signal.SIGKILL)
         checkpoints = Checkpoints(tmp_path)
-        assert checkpoints.latest() is not None
-        assert checkpoints.latest() >= newest
-        newest = checkpoints.latest()
+        latest = checkpoints.latest()
+        assert latest is not None
+        assert latest >= newest
+        newest = latest
         for step in checkpoints.steps():
             restored = checkpoints.restore(target, ["meta"], step=step)
             assert restored.documents["meta"] == {"step": step}
