@@ -23,7 +23,7 @@ int32 `tokens` and `targets`; int32 `segments` (0 is padding, else the record's 
 float32 `loss_mask` (1 where the target is learned, else 0).
 """
 
-Pairs = Int32[np.ndarray, "n 3"]
+Pairs = Int32[np.ndarray, "_ 3"]
 """Of one record: the tokens, their targets, and 1 where the target is learned."""
 
 _FEATURE = "pairs"

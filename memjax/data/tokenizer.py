@@ -87,7 +87,7 @@ class Tokenizer(ABC):
         except ValueError as error:
             raise DataError(f"{path}: not JSON ({error}); copy it again from the run it belongs to") from error
         try:
-            return Tokenizer.from_state(state)
+            return Tokenizer.from_state(state if isinstance(state, dict) else {})
         except ValueError as error:
             raise DataError(f"{path}: {error}") from error
 
@@ -98,7 +98,7 @@ class Tokenizer(ABC):
         Raises:
             ValueError: the state is of no known kind.
         """
-        kind = state.get("kind") if isinstance(state, dict) else None
+        kind = state.get("kind")
         if kind == ByteTokenizer.kind:
             return ByteTokenizer()
         if kind == BpeTokenizer.kind and "bpe" in state:

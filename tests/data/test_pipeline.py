@@ -1,0 +1,274 @@
+import collections
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from memjax.config import BiographiesConfig, DataConfig, TokenizerConfig
+from memjax.data.facts import questions
+from memjax.data.pipeline import TrainingData, train_tokenizer, validation_batches
+from memjax.data.records import DataError
+from memjax.data.sources import open_sources
+from memjax.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
+
+BYTES: Tokenizer = ByteTokenizer()
+BIOGRAPHIES = DataConfig(
+    biographies=BiographiesConfig(num_people=20),
+    batch_size=8,
+    sequence_length=96,
+    tokenizer=TokenizerConfig(kind="byte"),
+)
+kinds = pytest.mark.parametrize("packing", ["none", "concat", "first_fit"])
+
+
+@pytest.fixture
+def text_config(tmp_path):
+    """53 training records of lengths 1 to 40, each with a number of its own."""
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(f"{i:03d}" + "x" * (i * 7 % 38) for i in range(54)))
+    return DataConfig(
+        source="text", path=str(path), batch_size=4, sequence_length=48, tokenizer=TokenizerConfig(kind="byte")
+    )
+
+
+def take(config, count, *, seed=0, state=None, tokenizer: Tokenizer = BYTES, **processes):
+    data = TrainingData(config, tokenizer, seed=seed, **processes)
+    try:
+        if state is not None:
+            data.set_state(state)
+        return list(itertools.islice(data, count))
+    finally:
+        data.close()
+
+
+def assert_same(first, second):
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+def texts_of(batches):
+    """The text of each record in batches of whole records."""
+    texts = []
+    for batch in batches:
+        for tokens, segments in zip(batch["tokens"], batch["segments"], strict=True):
+            texts += [BYTES.decode(tokens[segments == s].tolist()) for s in range(1, segments.max() + 1)]
+    return texts
+
+
+def is_same(first, second):
+    return all(np.array_equal(one[name], other[name]) for one, other in zip(first, second, strict=True) for name in one)
+
+
+@kinds
+def test_a_place_is_found_again_after_any_number_of_batches(text_config, packing, monkeypatch):
+    # Small blocks, so that places fall inside, between and at the ends of them.
+    monkeypatch.setattr("memjax.data.packing._BLOCK", 5)
+    monkeypatch.setattr("memjax.data.packing._NUM_BINS", 6)
+    config = dataclasses.replace(text_config, packing=packing)
+    data = TrainingData(config, BYTES, seed=0)
+    states, batches = [], []
+    for _ in range(18):
+        states.append(json.dumps(data.get_state()))
+        batches.append(next(data))
+    data.close()
+    for k, state in enumerate(states[:-2]):
+        assert_same(take(config, 2, state=json.loads(state)), batches[k : k + 2])
+
+
+def test_concat_is_found_again_where_a_record_ends_with_a_row(tmp_path):
+    # Every third record fills a row to its end, so that nothing is left over; JSON must not make a remainder of it.
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(f"{i:03d}" for i in range(40)))
+    config = DataConfig(source="text", path=str(path), batch_size=1, sequence_length=8, packing="concat")
+    data = TrainingData(config, BYTES, seed=0)
+    states, batches = [], []
+    for _ in range(12):
+        states.append(json.loads(json.dumps(data.get_state())))
+        batches.append(next(data))
+    data.close()
+    for k, state in enumerate(states[:-2]):
+        assert_same(take(config, 2, state=state), batches[k : k + 2])
+
+
+def test_a_place_within_a_run_is_found_again_in_the_same_object():
+    data = TrainingData(BIOGRAPHIES, BYTES, seed=0)
+    next(data)
+    state = data.get_state()
+    first = [next(data), next(data)]
+    data.set_state(state)
+    assert_same([next(data), next(data)], first)
+    data.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["none", "concat"])
+def test_two_workers_see_every_record_and_resume_exactly(text_config, packing):
+    config = dataclasses.replace(text_config, packing=packing, num_workers=2)
+    data = TrainingData(config, BYTES, seed=0)
+    states, batches = [], []
+    for _ in range(20):
+        states.append(json.loads(json.dumps(data.get_state())))
+        batches.append(next(data))
+    for k in (0, 1, 7, 12):
+        data.set_state(states[k])
+        assert_same([next(data) for _ in range(20 - k)], batches[k:])
+    data.close()
+    seen = collections.Counter(texts_of(batches))
+    assert packing != "none" or set(seen) == {record[0].text for record in open_sources(config)[0]}
+
+
+@pytest.mark.slow
+def test_a_bad_line_is_named_from_a_worker_too(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n' * 30 + "{\n")
+    config = DataConfig(source="jsonl", path=str(path), validation_fraction=0.0, batch_size=4, num_workers=1)
+    with pytest.raises(DataError, match=r"a\.jsonl:31: not JSON"):
+        take(config, 40)
+
+
+@kinds
+def test_a_bad_line_is_named(tmp_path, packing):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n' * 30 + "{\n")
+    config = DataConfig(source="jsonl", path=str(path), validation_fraction=0.0, batch_size=4, packing=packing)
+    with pytest.raises(DataError, match=r"a\.jsonl:31: not JSON"):
+        take(config, 40)
+
+
+def test_every_epoch_has_every_record_once_in_another_order(text_config):
+    whole = [text for text in texts_of(take(text_config, 53)) if text]
+    expected = sorted(record[0].text for record in open_sources(text_config)[0])
+    epochs = [whole[i * 53 : (i + 1) * 53] for i in range(4)]
+    assert all(sorted(epoch) == expected for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert expected not in epochs
+
+
+def test_without_shuffling_records_come_in_file_order(text_config):
+    config = dataclasses.replace(text_config, shuffle=False)
+    expected = [record[0].text for record in open_sources(config)[0]]
+    assert texts_of(take(config, 20)) == (expected * 2)[:80]
+
+
+@kinds
+def test_the_seed_decides(text_config, packing):
+    config = dataclasses.replace(text_config, packing=packing)
+    first = take(config, 5, seed=1)
+    assert_same(first, take(config, 5, seed=1))
+    assert not is_same(first, take(config, 5, seed=2))
+    take(config, 1, seed=-1)
+    take(config, 1, seed=2**40)
+
+
+def test_two_processes_share_each_batch_without_overlap(text_config):
+    shares = [texts_of(take(text_config, 53, process_index=i, process_count=2)) for i in range(2)]
+    assert [len(share) for share in shares] == [106, 106]
+    together = [text for pair in zip(*shares, strict=True) for text in pair]
+    assert together == texts_of(take(text_config, 53))
+
+
+def test_biographies_are_worded_anew_in_every_epoch():
+    num_records = len(open_sources(BIOGRAPHIES)[0])
+    assert num_records == 20 * 6 + 10 * 6
+    whole = texts_of(take(BIOGRAPHIES, 2 * num_records // 8))
+    first, second = set(whole[:num_records]), set(whole[num_records:])
+    assert len(first) > 0.9 * num_records
+    assert 0.05 * num_records < len(first & second) < 0.5 * num_records
+
+
+@pytest.mark.parametrize(
+    ("change", "processes", "message"),
+    [
+        ({"num_workers": 1}, {}, "num_workers=1 here, 0 in the checkpoint"),
+        ({}, {"process_count": 2}, "process_count=2 here, 1 in the checkpoint"),
+        ({"batch_size": 6}, {}, "batch_size=6 here, 4 in the checkpoint"),
+        ({"packing": "concat"}, {}, "packing='concat' here, 'none' in the checkpoint"),
+        ({"validation_fraction": 0.5}, {}, "num_records=27 here, 53 in the checkpoint"),
+    ],
+)
+def test_a_place_in_other_data_is_refused(text_config, change, processes, message):
+    data = TrainingData(text_config, BYTES, seed=0)
+    state = data.get_state()
+    data.close()
+    with pytest.raises(DataError, match=message):
+        take(dataclasses.replace(text_config, **change), 1, state=state, **processes)
+
+
+def test_a_place_with_another_tokenizer_or_process_is_refused(text_config):
+    data = TrainingData(text_config, BYTES, seed=0, process_count=2)
+    state = data.get_state()
+    data.close()
+    bpe = train_tokenizer(dataclasses.replace(text_config, tokenizer=TokenizerConfig(kind="bpe")), 270)
+    with pytest.raises(DataError, match=f"tokenizer='{bpe.fingerprint}' here, '{BYTES.fingerprint}' in the checkpoint"):
+        take(text_config, 1, state=state, tokenizer=bpe, process_count=2)
+    with pytest.raises(DataError, match="process_index=1 here, 0 in the checkpoint"):
+        take(text_config, 1, state=state, process_index=1, process_count=2)
+
+
+def test_processes_that_cannot_share_a_batch_are_refused(text_config):
+    with pytest.raises(ValueError, match=r"data\.batch_size=4 must be a multiple of the 3 processes"):
+        TrainingData(text_config, BYTES, seed=0, process_count=3)
+    with pytest.raises(ValueError, match="process_index=2 must be in 0"):
+        next(validation_batches(text_config, BYTES, batches=1, process_index=2, process_count=2))
+
+
+@kinds
+def test_validation_is_the_same_every_time_and_padded_at_the_end(text_config, packing):
+    config = dataclasses.replace(text_config, validation_fraction=0.1, packing=packing)
+    _, source = open_sources(config)
+    assert source is not None
+    assert len(source) == 5
+    first = list(validation_batches(config, BYTES, batches=9))
+    assert_same(first, list(validation_batches(config, BYTES, batches=9)))
+    assert all(batch["tokens"].shape == (4, 48) for batch in first)
+    assert not first[-1]["segments"][-1].any()
+    assert not first[-1]["loss_mask"][-1].any()
+    learned = sum(batch["loss_mask"].sum() for batch in first)
+    assert learned == sum(len(record[0].text) + 1 for record in source)
+    assert len(list(validation_batches(config, BYTES, batches=1))) == 1
+    halves = [list(validation_batches(config, BYTES, batches=9, process_index=i, process_count=2)) for i in range(2)]
+    for whole, *parts in zip(first, *halves, strict=True):
+        for name in whole:
+            np.testing.assert_array_equal(whole[name], np.concatenate([part[name] for part in parts]))
+
+
+def test_there_is_no_validation_when_nothing_is_held_out(text_config):
+    config = dataclasses.replace(text_config, validation_fraction=0.0)
+    assert list(validation_batches(config, BYTES, batches=3)) == []
+
+
+def test_biographies_validate_with_questions_never_asked_in_training():
+    asked = texts_of(validation_batches(BIOGRAPHIES, BYTES, batches=99))
+    expected = questions(BIOGRAPHIES.biographies, False)
+    assert asked == [(question.prompt + question.answer) for question in expected]
+    trained = " ".join(texts_of(take(BIOGRAPHIES, 60)))
+    assert not any(question.prompt in trained for question in expected)
+    assert any(question.prompt in trained for question in questions(BIOGRAPHIES.biographies, True))
+
+
+def test_a_trained_tokenizer_keeps_names_and_values_whole():
+    config = DataConfig(biographies=BiographiesConfig(num_people=150))
+    tokenizer = train_tokenizer(config, 2048)
+    assert isinstance(tokenizer, BpeTokenizer)
+    assert 1000 < tokenizer.vocab_size <= 2048
+    everyone = questions(config.biographies, False) + questions(config.biographies, True)
+    for texts in ([question.answer for question in everyone], [" " + question.person.name for question in everyone]):
+        encoded = tokenizer.encode_batch(texts)
+        assert [len(ids) for ids in encoded] == [len(text.split()) for text in texts]
+    lengths = [batch["segments"].sum(axis=1).max() for batch in take(config, 5, tokenizer=tokenizer)]
+    assert max(lengths) <= 20  # far from the default sequence_length, so that no answer is cut off
+    assert tokenizer.fingerprint == train_tokenizer(config, 2048).fingerprint
+    assert train_tokenizer(BIOGRAPHIES, 2048).fingerprint == BYTES.fingerprint
+
+
+def test_a_tokenizer_is_trained_on_texts_from_everywhere(tmp_path):
+    path = tmp_path / "a.txt"
+    words = [f"{a}{b}zq" for a, b in itertools.product("abcdefghij", "klmnopqrst")]
+    path.write_text("\n".join(f"{words[i // 100]} {words[i // 100]}" for i in range(10_000)))
+    config = DataConfig(source="text", path=str(path), tokenizer=TokenizerConfig(train_bytes=11_000))
+    tokenizer = train_tokenizer(config, 1000)
+    assert all(len(tokenizer.encode(word)) == 1 for word in words[:99])
