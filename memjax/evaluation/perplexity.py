@@ -1,0 +1,167 @@
+"""How well a model predicts text: nats per token on batches, bits per byte on documents of any length."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from memjax.data.packing import Batch
+from memjax.data.tokenizer import Tokenizer
+from memjax.models.decoder import Decoder
+from memjax.models.loss import summed_loss
+
+Place = Callable[[Batch], dict[str, jax.Array]]
+"""Puts the arrays of a batch on the devices."""
+
+_TEXTS_AT_ONCE = 64
+"""Texts tokenised in one call, which a BPE spreads over the cores."""
+
+
+class TextScore(NamedTuple):
+    """How well a model predicts some text."""
+
+    bits_per_byte: float
+    """Bits the model needs for a byte of the UTF-8 text; comparable between tokenizers."""
+    loss_per_token: float
+    """Nats per token."""
+    bytes: int
+    """Length of the text as UTF-8."""
+    tokens: int
+    """Tokens predicted: all of the text, none of the special ones."""
+
+
+def to_device(batch: Batch) -> dict[str, jax.Array]:
+    """The batch as JAX arrays, left for the compiler to distribute."""
+    return {name: jnp.asarray(array) for name, array in batch.items()}
+
+
+def validation_loss(model: Decoder, batches: Iterable[Batch], *, place: Place = to_device) -> float:
+    """Mean nats per learned token; NaN where no token is learned.
+
+    Compiled once for each shape of batch and kind of model, however often it is called.
+
+    Args:
+        model: the model; under an ambient mesh its arrays may be split over it.
+        batches: as `memjax.data.pipeline` makes them.
+        place: puts a batch on the devices.
+    """
+    graphdef, state = nnx.split(model)
+    sums = [_batch_loss(graphdef, state, place(batch)) for batch in batches]
+    losses, counts = np.asarray(jax.device_get(sums), np.float64).reshape(-1, 2).sum(axis=0)
+    return float(losses / counts) if counts else math.nan
+
+
+def bits_per_byte(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    *,
+    sequence_length: int,
+    batch_size: int = 32,
+    stride: int | None = None,
+    max_bytes: int | None = None,
+    place: Place = to_device,
+) -> TextScore:
+    """The model's code length of documents, each predicted from a begin token on; every token counts exactly once.
+
+    Documents longer than a window are read through windows that begin `stride` tokens apart; a window counts only the
+    tokens that no window before it counted, so these have at least sequence_length - stride tokens of context.
+
+    Args:
+        model: the model.
+        tokenizer: the one it was trained with.
+        texts: the documents; those without a character count nothing.
+        sequence_length: tokens in a window.
+        batch_size: windows computed at once; under a mesh a multiple of its devices.
+        stride: tokens from one window's begin to the next one's; None is half a window, sequence_length is the fastest
+            and gives the first tokens of a window no context.
+        max_bytes: ends after that many bytes of text, cut between characters; None reads all.
+        place: puts a batch on the devices.
+
+    Raises:
+        ValueError: there is no text, or stride is not in 1..sequence_length.
+    """
+    stride = max(1, sequence_length // 2) if stride is None else stride
+    if not 1 <= stride <= sequence_length:
+        raise ValueError(f"stride={stride} must be in 1..sequence_length={sequence_length}: it would leave tokens out")
+    graphdef, state = nnx.split(model)
+    num_bytes = num_tokens = 0
+    nats = 0.0
+
+    def windows() -> Iterator[_Window]:
+        nonlocal num_bytes, num_tokens
+        limited = _limit(texts, max_bytes)
+        while some := list(itertools.islice(limited, _TEXTS_AT_ONCE)):
+            num_bytes += sum(len(text.encode()) for text in some)
+            for ids in tokenizer.encode_batch(some):
+                num_tokens += len(ids)
+                yield from _windows([tokenizer.bos_id, *ids], sequence_length, stride)
+
+    ahead = windows()
+    while rows := list(itertools.islice(ahead, batch_size)):
+        batch = place(_batch(rows, batch_size, sequence_length))
+        nats += float(_batch_loss(graphdef, state, batch)[0])
+    if not num_bytes:
+        raise ValueError("there is no text to score: every document is empty")
+    return TextScore(nats / math.log(2) / num_bytes, nats / num_tokens, num_bytes, num_tokens)
+
+
+class _Window(NamedTuple):
+    """Tokens with the one that follows each, and how many of the first have been counted before."""
+
+    tokens: list[int]
+    targets: list[int]
+    num_counted: int
+
+
+def _limit(texts: Iterable[str], max_bytes: int | None) -> Iterator[str]:
+    """The texts that are not empty, up to a number of bytes; the last may be cut, between two characters."""
+    left = math.inf if max_bytes is None else max_bytes
+    for text in texts:
+        size = len(text.encode())
+        if size > left:
+            text = text.encode()[: int(left)].decode(errors="ignore")
+        if text:
+            yield text
+        left -= size
+        if left <= 0:
+            return
+
+
+def _windows(ids: list[int], sequence_length: int, stride: int) -> Iterator[_Window]:
+    num_pairs, counted = len(ids) - 1, 0
+    for start in range(0, num_pairs, stride):
+        if counted == num_pairs:
+            return
+        stop = min(start + sequence_length, num_pairs)
+        yield _Window(ids[start:stop], ids[start + 1 : stop + 1], counted - start)
+        counted = stop
+
+
+def _batch(rows: list[_Window], num_rows: int, sequence_length: int) -> Batch:
+    """The windows as a batch of fixed shape; rows and ends that are missing count nothing."""
+    shape = (num_rows, sequence_length)
+    tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    mask = np.zeros(shape, np.float32)
+    for row, window in enumerate(rows):
+        length = len(window.tokens)
+        tokens[row, :length] = window.tokens
+        targets[row, :length] = window.targets
+        mask[row, window.num_counted : length] = 1
+    return {"tokens": tokens, "targets": targets, "loss_mask": mask}
+
+
+@partial(jax.jit, static_argnums=0)
+def _batch_loss(graphdef: Any, state: nnx.State, batch: dict[str, Array]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The summed loss of the learned tokens, and their number."""
+    model = nnx.merge(graphdef, state)
+    # Without segments a padded end is harmless: tokens see only what comes before them.
+    hidden, _ = model.hidden(batch["tokens"], batch.get("positions"), batch.get("segments"))
+    return summed_loss(model, hidden, batch["targets"], batch["loss_mask"]), batch["loss_mask"].sum()

@@ -1,0 +1,258 @@
+"""How many facts a model remembers, beside what guessing and the model without its tables would reach."""
+
+import textwrap
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Int
+
+from memjax.config import DataConfig
+from memjax.data import facts
+from memjax.data.facts import Question
+from memjax.data.packing import Batch
+from memjax.data.tokenizer import Tokenizer
+from memjax.evaluation.perplexity import Place, to_device
+from memjax.models.decoder import Decoder
+from memjax.models.generate import generate
+from memjax.models.parts import take_apart
+
+_SAMPLES = 3
+"""Questions of each kind whose answers are shown."""
+_SAMPLE_TOKENS = 24
+_MULTIPLE = 8
+"""Rows are padded to multiples of this, so that sets of questions share a compiled shape."""
+
+
+class Recall(NamedTuple):
+    """Which questions a model answers exactly."""
+
+    correct: Bool[np.ndarray, " questions"]
+    accuracy: float
+    """Share of all questions."""
+    by_attribute: dict[str, float]
+    """Share of the questions about each attribute."""
+
+
+def recall(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    *,
+    batch_size: int = 256,
+    place: Place = to_device,
+) -> Recall:
+    """Exact match of greedy answers, end of text included.
+
+    Every answer is checked in one forward pass: each token of the true answer, and the end after it, must be the
+    likeliest after what precedes it. Greedy decoding writes the true answer exactly when this holds, because up to its
+    first difference from the true answer it sees the same tokens.
+
+    Args:
+        model: the model.
+        tokenizer: the one it was trained with.
+        questions: prompts and answers, made to tokens apart as in training.
+        batch_size: questions at once; under a mesh a multiple of its devices.
+        place: puts a batch on the devices.
+
+    Raises:
+        ValueError: there are no questions.
+    """
+    if not questions:
+        raise ValueError("there are no questions to ask")
+    graphdef, state = nnx.split(model)
+    prompts = tokenizer.encode_batch([question.prompt for question in questions])
+    answers = tokenizer.encode_batch([question.answer for question in questions])
+    # One shape for all batches: of questions alike, the longest are only a little longer than the others.
+    width = _round_up(max(1 + len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)))
+    depth = _round_up(max(len(answer) for answer in answers) + 1)
+    found = []
+    for start in range(0, len(questions), batch_size):
+        some = slice(start, start + batch_size)
+        batch = _batch(prompts[some], answers[some], tokenizer, (batch_size, width, depth))
+        found.append(_answered(graphdef, state, place(batch)))
+    correct = np.concatenate(jax.device_get(found))[: len(questions)]
+    asked = defaultdict(list)
+    for question, right in zip(questions, correct, strict=True):
+        asked[question.attribute].append(right)
+    by_attribute = {attribute: float(np.mean(rights)) for attribute, rights in asked.items()}
+    return Recall(correct, float(correct.mean()), by_attribute)
+
+
+def majority_guess(train_questions: Sequence[Question], questions: Sequence[Question]) -> float:
+    """Share of `questions` right for who always says the attribute's commonest answer among `train_questions`."""
+    seen: dict[str, Counter[str]] = defaultdict(Counter)
+    for question in train_questions:
+        seen[question.attribute][question.answer] += 1
+    guess = {attribute: answers.most_common(1)[0][0] for attribute, answers in seen.items()}
+    right = sum(guess.get(question.attribute) == question.answer for question in questions)
+    return right / len(questions) if questions else 0.0
+
+
+def zero_tables(model: Decoder, *, donate: bool = False) -> Decoder:
+    """The model with all its tables zeroed, so that only its dense parameters can know anything.
+
+    Args:
+        model: the model.
+        donate: give the model's own tables back first, so that no memory is needed; the model cannot be used any more.
+    """
+    parts, params, tables = take_apart(model)
+    zeroed = {}
+    for pool, table in tables.items():
+        shape, dtype, sharding = table.shape, table.dtype, table.sharding
+        if donate:
+            table.delete()
+        zeroed[pool] = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+    return parts.assemble(params, zeroed)
+
+
+def fact_report(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    limit_people: int | None = None,
+    *,
+    batch_size: int = 256,
+    place: Place = to_device,
+    zeroed: bool = True,
+    donate: bool = False,
+) -> dict[str, Any]:
+    """The recall test of a run on biographies, as JSON values.
+
+    `asked` and `held_out` (left out when they have no people) each hold `questions`, `accuracy`, `by_attribute`,
+    `majority_guess` and `samples`; with memory layers also `zeroed_accuracy` and `zeroed_by_attribute`.
+
+    Args:
+        model: the model.
+        tokenizer: the one it was trained with.
+        config: the run's data.
+        limit_people: the most people to ask about, of each kind; None for all.
+        batch_size: questions at once; under a mesh a multiple of its devices.
+        place: puts a batch on the devices.
+        zeroed: ask the model with its tables zeroed too.
+        donate: zero the tables in place, after which the model cannot be used any more; otherwise the zeroed tables
+            need as much memory as the tables.
+    """
+    asked = facts.questions(config.biographies, asked=True)
+    groups = {
+        name: facts.questions(config.biographies, asked=name == "asked", limit_people=limit_people)
+        for name in ("asked", "held_out")
+    }
+    groups = {name: questions for name, questions in groups.items() if questions}
+    report: dict[str, Any] = {}
+    for name, questions in groups.items():
+        found = recall(model, tokenizer, questions, batch_size=batch_size, place=place)
+        report[name] = {
+            "questions": len(questions),
+            "accuracy": found.accuracy,
+            "by_attribute": found.by_attribute,
+            # Where nobody is asked about in training, only the held-out people's own facts can be counted.
+            "majority_guess": majority_guess(asked or questions, questions),
+            "samples": [_sample(model, tokenizer, question) for question in _spread(questions)],
+        }
+    if zeroed and model.config.memory is not None:
+        without = zero_tables(model, donate=donate)
+        for name, questions in groups.items():
+            found = recall(without, tokenizer, questions, batch_size=batch_size, place=place)
+            report[name]["zeroed_accuracy"] = found.accuracy
+            report[name]["zeroed_by_attribute"] = found.by_attribute
+    return report
+
+
+def format_fact_report(report: Mapping[str, Any]) -> str:
+    """The report as a screen of text."""
+    titles = {"asked": "asked in training", "held_out": "held out (told, never asked)"}
+    groups = {titles[name]: group for name, group in report.items() if name in titles}
+    lines = ["Recall of facts: exact answers to questions", "", _row("", groups)]
+    lines.append(_row("questions", [f"{group['questions']:,}" for group in groups.values()]))
+
+    def add(label: str, values: list[float | None]) -> None:
+        lines.append(_row(label, ["" if value is None else f"{value:.1%}" for value in values]))
+
+    add("recall", [group["accuracy"] for group in groups.values()])
+    if any("zeroed_accuracy" in group for group in groups.values()):
+        add("  with the tables zeroed", [group.get("zeroed_accuracy") for group in groups.values()])
+    add("  commonest answer", [group["majority_guess"] for group in groups.values()])
+    lines.append("")
+    for attribute in facts.attribute_names:
+        add(attribute.replace("_", " "), [group["by_attribute"].get(attribute) for group in groups.values()])
+    for title, group in groups.items():
+        lines += ["", f"Questions {title}:"]
+        for sample in group["samples"]:
+            mark = "right" if sample["answer"] == sample["expected"] else f"expected {sample['expected']!r}"
+            text = f"{sample['prompt']} {sample['answer']!r} ({mark})"
+            lines += textwrap.wrap(text, 118, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def _row(label: str, cells: Any) -> str:
+    return f"{label:<26}" + "".join(f"{cell:>32}" for cell in cells).rstrip()
+
+
+def _spread(questions: Sequence[Question]) -> list[Question]:
+    """A few questions, about different people and attributes where there are enough."""
+    per_person = len(facts.attribute_names)
+    count = min(_SAMPLES, len(questions) // per_person)
+    step = len(questions) // per_person // max(1, count)
+    return [questions[i * step * per_person + 2 * i % per_person] for i in range(count)]
+
+
+def _sample(model: Decoder, tokenizer: Tokenizer, question: Question) -> dict[str, str]:
+    prompt = [tokenizer.bos_id, *tokenizer.encode(question.prompt)]
+    tokens = generate(model, prompt, max_tokens=_SAMPLE_TOKENS, stop_ids=(tokenizer.eos_id,))
+    return {
+        "prompt": question.prompt,
+        "answer": tokenizer.decode(tokens).strip(),
+        "expected": question.answer.strip(),
+    }
+
+
+def _round_up(length: int) -> int:
+    return -(-length // _MULTIPLE) * _MULTIPLE
+
+
+def _batch(
+    prompts: list[list[int]], answers: list[list[int]], tokenizer: Tokenizer, shape: tuple[int, int, int]
+) -> Batch:
+    """`tokens` of prompts with answers; `targets` of the answers, and the `places` they are predicted at.
+
+    What is missing to the shape repeats a target and its place, or is a row of its own that nobody reads.
+    """
+    num_rows, width, depth = shape
+    tokens = np.zeros((num_rows, width), np.int32)
+    targets, places = np.zeros((num_rows, depth), np.int32), np.zeros((num_rows, depth), np.int32)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        record = [tokenizer.bos_id, *prompt, *answer]
+        tokens[row, : len(record)] = record
+        last = len(answer)
+        wanted = np.minimum(np.arange(depth), last)
+        targets[row] = np.array([*answer, tokenizer.eos_id])[wanted]
+        places[row] = len(prompt) + wanted
+    return {"tokens": tokens, "targets": targets, "places": places}
+
+
+@partial(jax.jit, static_argnums=0)
+def _answered(graphdef: Any, state: nnx.State, batch: dict[str, Array]) -> Bool[Array, " b"]:
+    """Whether each answer is the greedy one."""
+    model = nnx.merge(graphdef, state)
+    hidden, _ = model.hidden(batch["tokens"])
+    # Only the answers' places need logits, which at all places would be the largest array of all.
+    hidden = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
+    best: Int[Array, "b depth"] = jnp.argmax(model.logits(hidden), axis=-1)
+    return _everywhere(jnp.all(best == batch["targets"], axis=1))
+
+
+def _everywhere(array: Array) -> Array:
+    """The array whole on every device, so that every process can read it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return array
+    place = jax.sharding.reshard if AxisType.Explicit in mesh.axis_types else jax.lax.with_sharding_constraint
+    return place(array, P())
