@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -122,14 +123,23 @@ class TrainingData(Iterator[Batch]):
             batches = batches.mp_prefetch(options)
         else:
             batches = ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_READY_BATCHES)
-        self._batches = iter(batches)
+        self._open = [iter(batches)]
+        # A thread or process that still reads when the interpreter goes down would abort it with an exit code of its
+        # own, so what nobody closed is closed, and let go of, before.
+        self._close = weakref.finalize(self, _close_all, self._open)
 
     def __next__(self) -> Batch:
-        return next(self._batches)
+        if not self._open:
+            raise StopIteration
+        batch = next(self._open[0])
+        if self._plan["num_workers"]:
+            # Workers hand over shared memory, which is given back only when the last array that looks at it is gone.
+            batch = {name: np.array(rows) for name, rows in batch.items()}
+        return batch
 
     def get_state(self) -> dict[str, Any]:
-        """The place after the last batch given, as JSON values."""
-        return {"plan": dict(self._plan), "grain": json.loads(json.dumps(self._batches.get_state()))}
+        """The place after the last batch given, as JSON values; not to be asked for after `close`."""
+        return {"plan": dict(self._plan), "grain": json.loads(json.dumps(self._open[0].get_state()))}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on from a place that `get_state` gave.
@@ -148,11 +158,11 @@ class TrainingData(Iterator[Batch]):
                 f"the place in the data cannot be restored: {'; '.join(changed)}; "
                 "set it back, or start a new run in another run.dir"
             )
-        self._batches.set_state(_with_tuples(state["grain"]))
+        self._open[0].set_state(_with_tuples(state["grain"]))
 
     def close(self) -> None:
         """Ends the threads and processes that read ahead; there are no batches after that."""
-        self._batches.close()
+        self._close()
 
 
 def validation_batches(
@@ -185,6 +195,11 @@ def validation_batches(
     )
     for batch in itertools.islice(whole, batches):
         yield packing.take_rows(batch, process_index, process_count)
+
+
+def _close_all(iterators: list[grain.DatasetIterator]) -> None:
+    while iterators:
+        iterators.pop().close()
 
 
 def _check_processes(config: DataConfig, process_index: int, process_count: int) -> None:

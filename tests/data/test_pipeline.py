@@ -2,6 +2,8 @@ import collections
 import dataclasses
 import itertools
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -113,12 +115,34 @@ def test_two_workers_see_every_record_and_resume_exactly(text_config, packing):
     for _ in range(20):
         states.append(json.loads(json.dumps(data.get_state())))
         batches.append(next(data))
+    assert all(type(array) is np.ndarray for array in batches[0].values())
     for k in (0, 1, 7, 12):
         data.set_state(states[k])
         assert_same([next(data) for _ in range(20 - k)], batches[k:])
     data.close()
     seen = collections.Counter(texts_of(batches))
     assert packing != "none" or set(seen) == {record[0].text for record in open_sources(config)[0]}
+
+
+def test_there_is_nothing_after_closing():
+    data = TrainingData(BIOGRAPHIES, BYTES, seed=0)
+    next(data)
+    data.close()
+    data.close()
+    assert list(data) == []
+
+
+def test_a_program_may_end_without_closing():
+    program = """
+from memjax.config import DataConfig
+from memjax.data.pipeline import TrainingData
+from memjax.data.tokenizer import ByteTokenizer
+data = TrainingData(DataConfig(), ByteTokenizer(), seed=0)
+next(data)
+raise SystemExit(3)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (3, "")
 
 
 @pytest.mark.slow
