@@ -19,9 +19,9 @@ class UsageStatistics(NamedTuple):
     """Share of the reads that went to the most popular slot."""
 
 
-def count_reads(counts: Int[Array, " n"], indices: Int[Array, "t k"]) -> Int[Array, " n"]:
-    """The counts with one more for every pick."""
-    return counts.at[indices.reshape(-1)].add(1)
+def count_reads(counts: Int[Array, " n"], indices: Int[Array, "*t k"]) -> Int[Array, " n"]:
+    """The counts with one more for every pick; picks of a slot n or above do not count."""
+    return counts.at[indices.reshape(-1)].add(1, mode="drop")
 
 
 def statistics(counts: Int[Array, " n"]) -> UsageStatistics:

@@ -76,5 +76,24 @@ class Attention(nnx.Module):
 
     def _attend(self, query: Array, seen: KeyValues, *, mask: Bool[Array, "b 1 q k"] | None, is_causal: bool) -> Array:
         keys, values = (array.astype(query.dtype) for array in seen)
-        out = jax.nn.dot_product_attention(query, keys, values, mask=mask, is_causal=is_causal)
+        attention = jax.nn.dot_product_attention if query.dtype != jnp.float64 else _attention_in_float64
+        out = attention(query, keys, values, mask=mask, is_causal=is_causal)
         return self.out(out.reshape(*out.shape[:2], -1))
+
+
+def _attention_in_float64(
+    query: Float[Array, "b q n h"],
+    keys: Float[Array, "b k kv h"],
+    values: Float[Array, "b k kv h"],
+    *,
+    mask: Bool[Array, "b 1 q k"] | None,
+    is_causal: bool,
+) -> Float[Array, "b q n h"]:
+    """The same as jax.nn.dot_product_attention, whose softmax is float32 whatever it is given."""
+    groups = query.shape[2] // keys.shape[2]
+    keys, values = jnp.repeat(keys, groups, axis=2), jnp.repeat(values, groups, axis=2)
+    scores = jnp.einsum("bqnh,bknh->bnqk", query, keys) * query.shape[-1] ** -0.5
+    seen = jnp.ones((1, 1, *scores.shape[2:]), bool) if mask is None else mask
+    if is_causal:
+        seen = seen & jnp.tril(jnp.ones(scores.shape[2:], bool))[None, None]
+    return jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1), values)

@@ -98,14 +98,6 @@ class Decoder(nnx.Module):
         wide = jnp.promote_types(hidden.dtype, jnp.float32)
         return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=wide)
 
-    def zero_taps(self, num_tokens: int) -> dict[str, Array]:
-        """A zero tap for every memory layer, for a batch of num_tokens tokens."""
-        memory = self.config.memory
-        if memory is None:
-            return {}
-        dtype = resolve_dtype(memory.table_dtype)
-        return {layer_name(i): parallel.zero_tap(num_tokens, self.config.value_dim, dtype) for i in memory.layers}
-
     def init_cache(self, batch: int, max_length: int) -> Cache:
         """An empty cache for `batch` sequences of at most max_length tokens."""
         config = self.config

@@ -7,8 +7,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from memjax.config import ModelConfig
+from memjax.memory.parallel import zero_tap
 from memjax.memory.table import TableRows
-from memjax.models.decoder import Decoder
+from memjax.models.decoder import Decoder, layer_name
 
 Tables = dict[str, Float[Array, "n d"]]
 """Rows of every table, by the name of the pool."""
@@ -39,6 +40,14 @@ class DecoderParts:
         """Freshly drawn dense parameters and tables."""
         _, tables, params = nnx.split(Decoder(self.config, rngs=nnx.Rngs(key)), TableRows, nnx.Param)
         return params, _tables_of(tables)
+
+    def zero_taps(self, num_tokens: int) -> dict[str, Array]:
+        """A zero tap for every memory layer, for a batch of num_tokens tokens."""
+        memory = self.config.memory
+        if memory is None:
+            return {}
+        dtypes = {layer: self.abstract_tables[memory.pool(layer)].dtype for layer in memory.layers}
+        return {layer_name(i): zero_tap(num_tokens, self.config.value_dim, dtype) for i, dtype in dtypes.items()}
 
     def assemble(self, params: nnx.State, tables: Tables) -> Decoder:
         """A decoder made of the given arrays."""

@@ -1,0 +1,54 @@
+"""The device mesh, and where every part of the state and the batch lives on it."""
+
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from memjax.command_line import ConfigError
+from memjax.config import RunConfig
+from memjax.memory.parallel import COLUMNS, DATA, MEMORY
+
+
+def make_mesh(config: RunConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of a run over the given devices (default: all of them); one device is a 1 x 1 mesh.
+
+    Raises:
+        ConfigError: the devices do not fit the mesh, or the batch does not fit the devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    memory = config.mesh.memory
+    data = config.mesh.data or max(1, len(devices) // memory)
+    if data * memory != len(devices):
+        raise ConfigError(
+            [
+                f"mesh: data={data} x memory={memory} needs {data * memory} devices, found {len(devices)}; "
+                f"set mesh.data={max(1, len(devices) // memory)} or start with other devices"
+            ]
+        )
+    per_device = config.train.accumulate * len(devices)
+    if config.data.batch_size % per_device:
+        raise ConfigError(
+            [
+                f"data.batch_size={config.data.batch_size} must be a multiple of train.accumulate x devices = "
+                f"{config.train.accumulate} x {len(devices)}; try {-(-config.data.batch_size // per_device) * per_device}"
+            ]
+        )
+    return jax.make_mesh((data, memory), (DATA, MEMORY), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def replicated(mesh: Mesh, tree: Any) -> Any:
+    """Shardings that keep every array whole on every device."""
+    return jax.tree.map(lambda _: NamedSharding(mesh, P()), tree)
+
+
+def by_columns(mesh: Mesh, tree: Any) -> Any:
+    """Shardings of tables and their state: columns over the memory axis, scalars everywhere."""
+    return jax.tree.map(lambda array: NamedSharding(mesh, COLUMNS if array.ndim == 2 else P()), tree)
+
+
+def put_batch(mesh: Mesh, batch: dict[str, Any], spec: P) -> dict[str, jax.Array]:
+    """This process's part of a global batch, on its devices."""
+    sharding = NamedSharding(mesh, spec)
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

@@ -1,0 +1,89 @@
+"""Everything that changes from step to step."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Int
+
+from memjax.config import RunConfig
+from memjax.models.decoder import layer_name
+from memjax.models.parts import DecoderParts, Tables
+from memjax.training.mesh import by_columns, replicated
+from memjax.training.optimizer import make_optimizer, make_schedule
+from memjax.training.row_optimizer import TableOptimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """The state between two steps. Donated to the step, which returns the next one in the same memory."""
+
+    step: Int[Array, ""]
+    """Finished steps. A step whose gradient is not a number does not count."""
+    healthy: Bool[Array, ""]
+    """False once a step was not finite; the state then stays as it was before that step."""
+    params: nnx.State
+    """Dense parameters."""
+    opt_state: optax.OptState
+    tables: Tables
+    table_state: dict[str, Any]
+    reads: dict[str, Int[Array, " n"]]
+    """Reads of every slot since the last statistics, by memory layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """What stays the same over a run: the model's structure and the optimizers."""
+
+    config: RunConfig
+    parts: DecoderParts
+    optimizer: optax.GradientTransformation
+    table_optimizer: TableOptimizer
+
+    @classmethod
+    def of(cls, config: RunConfig, *, implementation: str | None = None) -> "Trainer":
+        """The trainer of a config; `implementation` names that of every operation."""
+        parts = DecoderParts.of(config.model, implementation=implementation)
+        steps, seed = config.train.steps, config.run.seed
+        table_optimizer = TableOptimizer(config.optim.table, steps, config.model.value_dim, seed)
+        return cls(config, parts, make_optimizer(config.optim, steps, parts.abstract_params), table_optimizer)
+
+    def init(self, key: Array) -> TrainState:
+        """The state before the first step. Run it under `jax.jit` with `shardings`, so that no table is ever whole."""
+        params, tables = self.parts.init(key)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            healthy=jnp.ones((), bool),
+            params=params,
+            opt_state=self.optimizer.init(params),
+            tables=tables,
+            table_state=self.table_optimizer.init(tables),
+            reads=self.no_reads(),
+        )
+
+    @property
+    def schedule(self) -> optax.Schedule:
+        """The dense parameters' learning rate, by step."""
+        return make_schedule(self.config.optim, self.config.train.steps)
+
+    def no_reads(self) -> dict[str, Array]:
+        """Read counters at zero."""
+        memory = self.config.model.memory
+        return {layer_name(i): jnp.zeros(memory.num_slots, jnp.int32) for i in memory.layers} if memory else {}
+
+    def abstract_state(self) -> TrainState:
+        """The state as shapes."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def shardings(self, mesh: jax.sharding.Mesh) -> TrainState:
+        """Where every array of the state lives: tables and their state by columns, the rest on every device."""
+        state = self.abstract_state()
+        return dataclasses.replace(
+            replicated(mesh, state),
+            tables=by_columns(mesh, state.tables),
+            table_state=by_columns(mesh, state.table_state),
+        )

@@ -1,0 +1,168 @@
+"""One training step: gradients of the dense parameters, row gradients of the tables, both optimizers."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from memjax.memory.parallel import DATA, MEMORY
+from memjax.memory.sparse_gradient import row_sparse_value_and_grad
+from memjax.memory.usage import count_reads, statistics
+from memjax.models.decoder import layer_name
+from memjax.models.loss import summed_loss
+from memjax.models.parts import Tables
+from memjax.ops.row_gradient import RowGradient
+from memjax.training.mesh import replicated
+from memjax.training.state import Trainer, TrainState
+
+BATCH = P(None, (DATA, MEMORY))
+"""Layout of a batch of shape [micro-batches, sequences, tokens]."""
+
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+
+
+def make_train_step(trainer: Trainer, mesh: jax.sharding.Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The compiled step (state, batch) -> (state, metrics); the state is donated. Call it under `jax.set_mesh(mesh)`.
+
+    Batches have the shape [micro-batches, sequences, tokens]. Metrics stay on the device: reading them waits for the step.
+    """
+    shardings = trainer.shardings(mesh)
+    step = jax.jit(
+        lambda state, batch: train_step(trainer, state, batch),
+        donate_argnums=0,
+        in_shardings=(shardings, jax.sharding.NamedSharding(mesh, BATCH)),
+        out_shardings=(shardings, None),
+    )
+    return step
+
+
+def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """The step itself, to be traced."""
+    learned = jnp.maximum(batch["loss_mask"].sum(), 1)
+    loss, dense, rows, whole = _accumulate(trainer, state, batch, learned)
+
+    # Decided before anything is written, so that the last good state is always whole.
+    ok = state.healthy & _all_finite((loss, dense, whole, [(row.weights, row.vectors) for row in rows.values()]))
+
+    updates, opt_state = trainer.optimizer.update(dense, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+    tables, table_state = _update_tables(trainer, state, rows, whole, ok)
+
+    new_state = TrainState(
+        step=state.step + ok.astype(jnp.int32),
+        healthy=ok,
+        params=keep(params, state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        tables=tables,
+        table_state=table_state,
+        reads=_count(trainer, state, rows, batch, ok),
+    )
+    metrics = {
+        "train/loss": loss,
+        "train/grad_norm": optax.tree.norm(dense),
+        "train/lr": trainer.schedule(state.step),
+        "train/tokens": (batch["segments"] > 0).sum(),
+        "train/learned_tokens": learned,
+        "healthy": ok,
+    }
+    if tables:
+        metrics["train/lr_table"] = trainer.table_optimizer.schedule(state.step)
+    return new_state, metrics
+
+
+def make_usage_report(trainer: Trainer, mesh: jax.sharding.Mesh) -> Callable[[TrainState], tuple[TrainState, Metrics]]:
+    """The compiled (state) -> (state with read counters at zero, slot statistics by memory layer)."""
+
+    def report(reads: dict[str, Array]) -> tuple[dict[str, Array], Metrics]:
+        metrics = {}
+        for name, counts in reads.items():
+            fields = statistics(counts)._asdict()
+            metrics |= {f"memory/{name}/{field}": value for field, value in fields.items()}
+        return trainer.no_reads(), metrics
+
+    compiled = jax.jit(report, donate_argnums=0, out_shardings=(replicated(mesh, trainer.abstract_state().reads), None))
+
+    def report_and_reset(state: TrainState) -> tuple[TrainState, Metrics]:
+        reads, metrics = compiled(state.reads)
+        return dataclasses.replace(state, reads=reads), metrics
+
+    return report_and_reset
+
+
+def _accumulate(trainer: Trainer, state: TrainState, batch: Batch, learned: Array) -> tuple[Array, Any, dict, Tables]:
+    """Loss, dense gradient, row gradients with a leading micro-batch axis, and the tables' gradients in the dense modes.
+
+    The loss is a sum over tokens, divided by the number of learned tokens of the whole batch: however the batch is cut
+    into micro-batches, every token counts the same.
+    """
+    one = lambda micro: _gradients(trainer, state.params, state.tables, micro, learned)
+    if batch["tokens"].shape[0] == 1:
+        (loss, dense, whole), rows = one(jax.tree.map(lambda array: array[0], batch))
+        return loss, dense, jax.tree.map(lambda array: array[None], rows), whole
+
+    def add(total: Any, micro: Batch) -> tuple[Any, dict[str, RowGradient]]:
+        part, rows = one(micro)
+        return jax.tree.map(jnp.add, total, part), rows
+
+    shapes = jax.eval_shape(lambda batch: one(jax.tree.map(lambda array: array[0], batch))[0], batch)
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    (loss, dense, whole), rows = jax.lax.scan(add, zero, batch)
+    return loss, dense, rows, whole
+
+
+def _gradients(trainer: Trainer, params: Any, tables: Tables, batch: Batch, learned: Array):
+    """(loss, dense gradient, dense table gradient), row gradients by layer: of one micro-batch."""
+    parts, remat = trainer.parts, trainer.config.train.remat
+
+    def loss_fn(params: Any, taps: dict[str, Array], tables: Tables) -> tuple[Array, tuple[dict, None]]:
+        model = parts.assemble(params, tables)
+        hidden, lookups = model.hidden(batch["tokens"], batch["positions"], batch["segments"], taps, remat)
+        loss = summed_loss(model, hidden, batch["targets"], batch["loss_mask"]) / learned
+        return loss, (lookups, None)
+
+    taps = parts.zero_taps(batch["tokens"].size)
+    if not trainer.config.optim.table.is_dense:
+        (loss, _), dense, rows = row_sparse_value_and_grad(loss_fn)(params, taps, tables)
+        return (loss, dense, {}), rows
+    differentiate = lambda params_and_tables, taps: loss_fn(params_and_tables[0], taps, params_and_tables[1])
+    (loss, _), (dense, whole), rows = row_sparse_value_and_grad(differentiate)((params, tables), taps)
+    return (loss, dense, whole), rows
+
+
+def _update_tables(trainer: Trainer, state: TrainState, rows: dict[str, RowGradient], whole: Tables, ok: Array):
+    """Tables and their state after the step."""
+    optimizer, memory = trainer.table_optimizer, trainer.config.model.memory
+    if memory is None:
+        return state.tables, state.table_state
+    if optimizer.config.is_dense:
+        return optimizer.update_dense(state.tables, state.table_state, whole, ok)
+    micro_batches = jax.tree.leaves(rows)[0].shape[0]
+    gradients = {
+        pool: [
+            RowGradient(*(factor[number] for factor in rows[layer_name(layer)]))
+            for layer in layers
+            for number in range(micro_batches)
+        ]
+        for pool, layers in memory.pools.items()
+    }
+    return optimizer.update_rows(state.tables, state.table_state, gradients, state.step, ok)
+
+
+def _count(trainer: Trainer, state: TrainState, rows: dict[str, RowGradient], batch: Batch, ok: Array) -> dict[str, Array]:
+    """Read counters with the picks of real tokens; padding and bad steps do not count."""
+    real = (batch["segments"].reshape(batch["segments"].shape[0], -1, 1) > 0) & ok
+    return {
+        name: count_reads(counts, jnp.where(real, rows[name].indices, counts.shape[0]))
+        for name, counts in state.reads.items()
+    }
+
+
+def _all_finite(tree: Any) -> Array:
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
