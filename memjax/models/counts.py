@@ -1,0 +1,117 @@
+"""Parameters, arithmetic and bytes of a model, computed from its shapes."""
+
+import dataclasses
+import math
+
+import jax
+
+from memjax.config import RunConfig
+from memjax.models.parts import DecoderParts
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters."""
+
+    dense: int
+    """Everything but the tables."""
+    table: int
+    """All tables together."""
+    active: int
+    """What one token uses: the dense parameters, of the input embedding one row, of the tables the rows it reads."""
+
+    @property
+    def total(self) -> int:
+        """Dense and table parameters."""
+        return self.dense + self.table
+
+
+def count_parameters(parts: DecoderParts) -> ParameterCounts:
+    """Parameters of a decoder."""
+    config, memory = parts.config, parts.config.memory
+    dense = _size(parts.abstract_params)
+    rows = len(memory.layers) * memory.picks if memory else 0
+    embedding = 0 if config.tie_embeddings else (config.vocab_size - 1) * config.dim
+    table = sum(math.prod(leaf.shape) for leaf in parts.abstract_tables.values())
+    return ParameterCounts(dense, table, dense - embedding + rows * config.value_dim)
+
+
+def training_flops_per_token(parts: DecoderParts, sequence_length: int) -> int:
+    """Floating-point operations of a training step, forward and backward, by token.
+
+    6 for every parameter of a matrix product (the input embedding is none, unless it is the output matrix too); attention
+    with half of the sequence seen on average; scores of all sub-keys; the sum over the picks and its two gradients.
+    """
+    config, memory = parts.config, parts.config.memory
+    matrices = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parts.abstract_params) if len(leaf.shape) == 2)
+    if not config.tie_embeddings:
+        matrices -= config.vocab_size * config.dim
+    flops = 6 * matrices + 6 * config.num_layers * sequence_length * config.dim
+    if memory:
+        search = memory.num_heads * memory.num_keys * memory.key_dim
+        read = memory.picks * config.value_dim
+        flops += 6 * len(memory.layers) * (search + read)
+    return flops
+
+
+@dataclasses.dataclass(frozen=True)
+class StateBytes:
+    """Bytes on each device of what lives from step to step."""
+
+    params: int
+    opt_state: int
+    tables: int
+    table_state: int
+
+    @property
+    def total(self) -> int:
+        """All of it; activations and gradients come on top."""
+        return self.params + self.opt_state + self.tables + self.table_state
+
+
+def state_bytes(state, memory_axis: int) -> StateBytes:
+    """Bytes of an abstract TrainState: tables and their state are split over the memory axis, the rest is everywhere."""
+    split = lambda tree: sum(_bytes(leaf) // (memory_axis if len(leaf.shape) == 2 else 1) for leaf in jax.tree.leaves(tree))
+    whole = lambda tree: sum(_bytes(leaf) for leaf in jax.tree.leaves(tree))
+    return StateBytes(whole(state.params), whole(state.opt_state), split(state.tables), split(state.table_state))
+
+
+def describe(config: RunConfig, parts: DecoderParts, state, *, data_axis: int) -> str:
+    """The screen of --dry_run: parameters, arithmetic, bytes by device, mesh."""
+    counts, memory_axis = count_parameters(parts), config.mesh.memory
+    sizes = state_bytes(state, memory_axis)
+    tokens = config.data.batch_size * config.data.sequence_length
+    flops = training_flops_per_token(parts, config.data.sequence_length)
+    memory = config.model.memory
+    lines = [
+        ("parameters", f"{counts.total:,} = {billions(counts.total)}"),
+        ("  dense", f"{counts.dense:,}"),
+        ("  tables", f"{counts.table:,}" + (f" ({len(memory.pools)} x {memory.num_slots:,} slots)" if memory else "")),
+        ("  active per token", f"{counts.active:,}"),
+        ("training arithmetic", f"{flops:,} FLOPs per token, {flops * tokens:.3g} per step of {tokens:,} tokens"),
+        ("bytes per device", f"{gigabytes(sizes.total)} (activations and gradients come on top)"),
+        ("  dense parameters", gigabytes(sizes.params)),
+        ("  their optimizer", gigabytes(sizes.opt_state)),
+        ("  tables", gigabytes(sizes.tables)),
+        ("  their optimizer", gigabytes(sizes.table_state)),
+        ("mesh", f"data {data_axis} x memory {memory_axis} = {data_axis * memory_axis} devices"),
+    ]
+    return "\n".join(f"{name:<20} {value}" for name, value in lines)
+
+
+def billions(count: int) -> str:
+    """A count in billions or millions."""
+    return f"{count / 1e9:.3f} b" if count >= 1e8 else f"{count / 1e6:.3f} m"
+
+
+def gigabytes(count: int) -> str:
+    """Bytes in GB or MB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def _size(tree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _bytes(leaf) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize

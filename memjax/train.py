@@ -1,0 +1,52 @@
+"""Trains a model: `python -m memjax.train [CONFIG.yaml] [--section.key value ...]`."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from memjax.command_line import Parsed, parse
+from memjax.config import RunConfig
+
+FLAGS = {
+    "dry_run": "Print parameters, arithmetic, bytes per device and the mesh, allocate nothing, and end.",
+    "allow_changed": "Continue a run although its settings have changed.",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Returns:
+        0 done, 2 wrong settings, 3 unusable data, 4 checkpoint trouble, 5 not a number, 75 stopped by a signal, saved.
+    """
+    arguments: Parsed[RunConfig] = parse(
+        RunConfig,
+        sys.argv[1:] if argv is None else argv,
+        prog="python -m memjax.train",
+        description=(
+            "Trains a language model with memory layers. Without arguments: the quick start, a small model that learns "
+            "generated facts on a CPU. The same command resumes an unfinished run."
+        ),
+        flags=FLAGS,
+    )
+    prepare_environment(arguments.config)
+    # Only now: the settings above must be in place before JAX starts, and wrong ones should not wait for its import.
+    from memjax.evaluation.command import exit_code
+    from memjax.training.main import dry_run, train
+
+    if "dry_run" in arguments.flags:
+        return exit_code(lambda: dry_run(arguments.config))
+    return exit_code(lambda: train(arguments.config, allow_changed="allow_changed" in arguments.flags))
+
+
+def prepare_environment(config: RunConfig) -> None:
+    """Sets what JAX and XLA read when they start; what the user has set stays."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    # XLA's start-up messages would hide ours.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if config.run.deterministic:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

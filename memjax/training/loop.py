@@ -1,0 +1,226 @@
+"""The training loop: data -> step -> metrics, with validation, checkpoints and a safe end."""
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from memjax.checkpoint import Checkpoints
+from memjax.config import RunConfig
+from memjax.data.pipeline import Batch, TrainingData, validation_batches
+from memjax.data.tokenizer import Tokenizer
+from memjax.evaluation.perplexity import validation_loss
+from memjax.loading import META, PARAMS, TABLES, meta_document
+from memjax.memory.parallel import TOKENS
+from memjax.models.counts import training_flops_per_token
+from memjax.models.trees import params_to_tree, tree_to_params
+from memjax.training.interrupt import Interrupt
+from memjax.training.mesh import put_batch
+from memjax.training.metrics import MetricsFile, Progress, Row, peak_flops
+from memjax.training.run_folder import RunFolder
+from memjax.training.state import Trainer, TrainState
+from memjax.training.step import BATCH, make_train_step, make_usage_report
+
+OPT_STATE, TABLE_STATE, DATA_ITER = "opt_state", "table_state", "data_iter"
+"""Items of a checkpoint beside those of `memjax.loading`."""
+
+MAX_PENDING = 16
+"""Steps that may be in flight before the loop waits for the oldest."""
+
+
+class NotFinite(Exception):
+    """A loss or gradient is not a number; the state before that step is saved."""
+
+
+class Preempted(Exception):
+    """A signal ended the run after a checkpoint."""
+
+
+@dataclasses.dataclass
+class _Pending:
+    """A step that was given to the device, and what the host knows of it."""
+
+    step: int
+    metrics: dict[str, Any]
+    """On the device: reading them waits for the step."""
+    place: dict[str, Any]
+    """Where the data was after the step's batch."""
+    host_metrics: Row = dataclasses.field(default_factory=dict)
+
+
+class Loop:
+    """One run, from the newest checkpoint (or from nothing) to its last step."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh, folder: RunFolder, tokenizer: Tokenizer, interrupt: Interrupt):
+        self.config, self.mesh, self.folder, self.tokenizer, self.interrupt = config, mesh, folder, tokenizer, interrupt
+        self.trainer = Trainer.of(config)
+        keep = config.checkpoint
+        self.checkpoints = Checkpoints(folder.checkpoints, keep=keep.keep, keep_best=keep.keep_best, verify=keep.verify)
+        self.train_step = make_train_step(self.trainer, mesh)
+        self.usage_report = make_usage_report(self.trainer, mesh)
+        self.flops_per_token = training_flops_per_token(self.trainer.parts, config.data.sequence_length)
+        self.peak_flops = peak_flops(mesh.devices.flat[0])
+        self.best_loss = float("inf")
+        self.pending: deque[_Pending] = deque()
+
+    def run(self) -> TrainState:
+        """Trains to the last step and returns the final state, saved.
+
+        Raises:
+            NotFinite: the loss or a gradient is not a number.
+            Preempted: a signal asked for the end.
+            DataError: the data cannot be read.
+            CheckpointError: a checkpoint cannot be written or read.
+        """
+        config = self.config
+        data = TrainingData(config.data, self.tokenizer, seed=config.run.seed)
+        try:
+            state, self.saved_place = self._start(data)
+            first = int(state.step)
+            self.metrics = MetricsFile(self.folder.metrics, last_step=first)
+            self.progress = Progress(first_step=first, steps=config.train.steps, every_seconds=config.log.progress_seconds)
+            self._last_read = time.monotonic()
+            for step in range(first + 1, config.train.steps + 1):
+                state = self._one_step(state, data, step)
+                self.checkpoints.check()
+                self._read(wait=len(self.pending) >= MAX_PENDING)
+                if self._due(step, config.log.usage_every) and config.model.memory:
+                    state, usage = self.usage_report(state)
+                    self.pending[-1].metrics |= usage
+                improved = self._validate(state, step)
+                last = step == config.train.steps
+                if last or improved or self.interrupt.name or step % config.checkpoint.every == 0:
+                    self._read(wait=True, all_of_them=True)
+                    self._save(state)
+                if self.interrupt.name and not last:
+                    self.checkpoints.wait()
+                    raise Preempted(f"{self.interrupt.name}: step {step} is saved; the same command goes on from there")
+            self.checkpoints.wait()
+            return state
+        except NotFinite as error:
+            self._save(state)
+            self.checkpoints.wait()
+            raise NotFinite(f"{error} The state before it is saved as step {int(state.step)}.") from None
+        finally:
+            data.close()
+            if hasattr(self, "metrics"):
+                self.metrics.close()
+            self.checkpoints.close()
+
+    def _start(self, data: TrainingData) -> tuple[TrainState, dict[str, Any]]:
+        """The newest state that can be read, or a fresh one, and the data's place; data is moved there."""
+        shardings = self.trainer.shardings(self.mesh)
+        if self.checkpoints.latest() is None:
+            init = jax.jit(self.trainer.init, out_shardings=shardings)
+            return init(jax.random.key(self.config.run.seed)), data.get_state()
+        abstract = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            self.trainer.abstract_state(),
+            shardings,
+        )
+        restored = self.checkpoints.restore(_items(abstract), [DATA_ITER, META])
+        place = restored.documents[DATA_ITER]
+        data.set_state(place)
+        best = restored.documents[META].get("best_loss")
+        self.best_loss = float("inf") if best is None else best
+        print(f"resumed from step {restored.step}", flush=True)
+        return _state(self.trainer, restored.arrays), place
+
+    def _one_step(self, state: TrainState, data: Iterator[Batch], step: int) -> TrainState:
+        batch = next(data)
+        place = data.get_state()  # type: ignore[attr-defined]
+        micro = {name: rows.reshape(self.config.train.accumulate, -1, rows.shape[-1]) for name, rows in batch.items()}
+        state, metrics = self.train_step(state, put_batch(self.mesh, micro, BATCH))
+        self.pending.append(_Pending(step, metrics, place))
+        return state
+
+    def _due(self, step: int, every: int | None) -> bool:
+        return step == self.config.train.steps or (every is not None and step % every == 0)
+
+    def _validate(self, state: TrainState, step: int) -> bool:
+        """Writes the validation loss into the step's row; whether it is the best so far."""
+        if not self._due(step, self.config.eval.every):
+            return False
+        model = self.trainer.parts.assemble(state.params, state.tables)
+        batches = validation_batches(self.config.data, self.tokenizer, batches=self.config.eval.batches)
+        loss = validation_loss(model, batches, place=lambda batch: put_batch(self.mesh, batch, TOKENS))
+        if np.isnan(loss):  # nothing is held out
+            return False
+        self.pending[-1].host_metrics["eval/validation/loss"] = loss
+        improved = loss < self.best_loss
+        self.best_loss = min(loss, self.best_loss)
+        print(f"step {step}: validation loss {loss:.4f}" + (" (best so far)" if improved else ""), flush=True)
+        return improved and self.config.checkpoint.keep_best
+
+    def _read(self, *, wait: bool, all_of_them: bool = False) -> None:
+        """Writes the rows of finished steps. The newest one stays in flight, so that the device never runs dry.
+
+        Raises:
+            NotFinite: a step was not finite.
+        """
+        ready = []
+        keep = 0 if all_of_them else 1
+        while len(self.pending) > keep and (wait or self.pending[0].metrics["train/loss"].is_ready()):
+            ready.append(self.pending.popleft())
+        if not ready:
+            return
+        values = jax.device_get([pending.metrics for pending in ready])
+        now = time.monotonic()
+        seconds, self._last_read = (now - self._last_read) / len(ready), now
+        for pending, metrics in zip(ready, values, strict=True):
+            if not metrics.pop("healthy"):
+                self.pending.clear()
+                raise NotFinite(
+                    f"step {pending.step}: loss {metrics['train/loss']:.4g}, gradient norm {metrics['train/grad_norm']:.4g}: "
+                    "not a number somewhere. Try a lower optim.lr or optim.table.lr, or look at the data."
+                )
+            self.saved_place = pending.place
+            row: Row = {"step": pending.step, **{name: value.item() for name, value in metrics.items()}}
+            row |= pending.host_metrics | self._throughput(row["train/tokens"], seconds)
+            self.metrics.write(row)
+            self.progress.show(row)
+        self.metrics.flush()
+
+    def _throughput(self, tokens: int, seconds: float) -> Row:
+        speed = tokens / max(seconds, 1e-9)
+        row: Row = {"throughput/step_seconds": seconds, "throughput/tokens_per_second": speed}
+        if self.peak_flops:
+            row["throughput/mfu"] = speed * self.flops_per_token / (self.peak_flops * self.mesh.size)
+        return row
+
+    def _save(self, state: TrainState) -> None:
+        """Saves the state with the data's place after its last step. Every row up to it is written before."""
+        step = int(state.step)
+        best = self.best_loss if np.isfinite(self.best_loss) else None
+        meta = meta_document(self.config, self.tokenizer, step=step) | {"best_loss": best}
+        loss = self.metrics.newest(step, "eval/validation/loss")
+        self.checkpoints.save(step, _items(state), {DATA_ITER: self.saved_place, META: meta}, loss=loss)
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """The checkpoint's items that hold a state."""
+    items = {
+        PARAMS: params_to_tree(state.params),
+        OPT_STATE: state.opt_state,
+        TABLE_STATE: {"optimizer": state.table_state, "reads": state.reads, "step": state.step},
+    }
+    return items | ({TABLES: state.tables} if state.tables else {})
+
+
+def _state(trainer: Trainer, items: dict[str, Any]) -> TrainState:
+    """The state that the items hold."""
+    step = items[TABLE_STATE]["step"]
+    return TrainState(
+        step=step,
+        healthy=jax.numpy.ones((), bool, device=step.sharding),
+        params=tree_to_params(trainer.parts, items[PARAMS]),
+        opt_state=items[OPT_STATE],
+        tables=items.get(TABLES, {}),
+        table_state=items[TABLE_STATE]["optimizer"],
+        reads=items[TABLE_STATE]["reads"],
+    )

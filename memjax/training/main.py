@@ -1,0 +1,104 @@
+"""A run from its config to its summary."""
+
+import sys
+
+import jax
+
+from memjax.command_line import ConfigError
+from memjax.config import RunConfig
+from memjax.models.counts import billions, count_parameters, describe, gigabytes, state_bytes
+from memjax.ops import dispatch
+from memjax.training.finish import describe_summary, finish
+from memjax.training.interrupt import catch_interrupts
+from memjax.training.loop import Loop, NotFinite, Preempted
+from memjax.training.mesh import make_mesh
+from memjax.training.run_folder import RunFolder
+from memjax.training.state import Trainer
+
+OPERATIONS = ("product_key_search", "embedding_bag", "embedding_dot", "row_update")
+
+
+def dry_run(config: RunConfig) -> int:
+    """Prints what a run would need; works on any machine, whatever the mesh."""
+    trainer = Trainer.of(config)
+    data_axis = config.mesh.data or max(1, jax.device_count() // config.mesh.memory)
+    print(describe(config, trainer.parts, trainer.abstract_state(), data_axis=data_axis))
+    return 0
+
+
+def train(config: RunConfig, *, allow_changed: bool = False) -> int:
+    """Trains, or resumes, or reports a finished run.
+
+    Returns:
+        The exit code: 0 done, 5 not a number, 75 stopped by a signal after saving.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: what their names say.
+    """
+    check(config)
+    folder = RunFolder.of(config)
+    folder.claim(config, allow_changed=allow_changed)
+    if summary := folder.read_summary():
+        print(f"{folder.path} is finished already. Another run.dir starts another run.\n")
+        print(describe_summary(summary, folder))
+        return 0
+    mesh = make_mesh(config)
+    with catch_interrupts() as interrupt, jax.set_mesh(mesh):
+        tokenizer = folder.tokenizer(config)
+        loop = Loop(config, mesh, folder, tokenizer, interrupt)
+        print(opening(config, loop.trainer, mesh, folder), flush=True)
+        try:
+            state = loop.run()
+        except NotFinite as error:
+            print(error, file=sys.stderr)
+            return 5
+        except Preempted as error:
+            print(error)
+            return 75
+        summary = finish(loop.trainer, state, mesh, folder, tokenizer)
+    print("\n" + describe_summary(summary, folder))
+    return 0
+
+
+def check(config: RunConfig) -> None:
+    """Refuses settings that only training needs to be right.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    problems = []
+    if config.data.source != "biographies" and config.data.path is None:
+        problems.append(f"data.path is null: source={config.data.source} needs a file; set --data.path FILE")
+    for name, schedule in (("optim", config.optim), ("optim.table", config.optim.table)):
+        if schedule.warmup_steps >= config.train.steps:
+            problems.append(
+                f"{name}.warmup_steps={schedule.warmup_steps} must be below train.steps={config.train.steps}; "
+                f"set --{name}.warmup_steps {config.train.steps // 10}"
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def opening(config: RunConfig, trainer: Trainer, mesh: jax.sharding.Mesh, folder: RunFolder) -> str:
+    """The first lines of a run: model, memory, devices, what computes."""
+    counts = count_parameters(trainer.parts)
+    sizes = state_bytes(trainer.abstract_state(), config.mesh.memory)
+    memory = config.model.memory
+    chosen = {operation: dispatch.choose(operation, None) for operation in OPERATIONS} if memory else {}
+    lines = [
+        f"run        {folder.path}",
+        f"model      {billions(counts.dense)} dense + {billions(counts.table)} table parameters, "
+        f"{billions(counts.active)} active per token",
+        f"devices    {mesh.size} x {mesh.devices.flat[0].device_kind} (data {mesh.shape['data']} x memory "
+        f"{mesh.shape['memory']}), {gigabytes(sizes.total)} of state on each",
+        f"data       {config.data.path or config.data.source}, {config.train.steps} steps of {config.data.batch_size} x "
+        f"{config.data.sequence_length} tokens",
+    ]
+    if memory:
+        layers = ", ".join(map(str, memory.layers))
+        lines.insert(
+            2, f"memory     {memory.num_slots:,} slots, {memory.num_heads} x {memory.top_k} read by block {layers}"
+        )
+        names = sorted(set(chosen.values()))
+        lines.append(f"kernels    {names[0] if len(names) == 1 else chosen}")
+    return "\n".join(lines)

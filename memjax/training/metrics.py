@@ -1,0 +1,104 @@
+"""What a run tells while it goes on: one line of JSON a step, a progress line now and then, plots at the end."""
+
+import json
+import math
+import pathlib
+import time
+from typing import Any, TextIO
+
+import jax
+
+Row = dict[str, Any]
+
+# Dense bf16 peak of one device in FLOP/s, from the makers' data sheets. A device that is not here has no MFU.
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Peak of a device in FLOP/s (dense bf16); None where it is not known."""
+    return next((peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind)), None)
+
+
+class MetricsFile:
+    """`metrics.jsonl`: exactly one line for every step."""
+
+    def __init__(self, path: pathlib.Path, *, last_step: int):
+        """Opens the file to append; lines after last_step, which will be made again, are cut off first."""
+        self.path = path
+        rows = [row for row in read_metrics(path) if row["step"] <= last_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        temporary.replace(path)
+        self._file: TextIO = path.open("a")
+        self._newest: Row = rows[-1] if rows else {}
+
+    def write(self, row: Row) -> None:
+        """Appends a line; values that are not finite become null, which JSON can hold."""
+        finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._newest = row
+
+    def newest(self, step: int, name: str) -> Any:
+        """A value of the newest row if that is the given step's; None if it is not, or has no such value."""
+        return self._newest.get(name) if self._newest.get("step") == step else None
+
+    def flush(self) -> None:
+        """Hands the lines to the operating system, so that a killed process loses none."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_metrics(path: pathlib.Path) -> list[Row]:
+    """The rows of a metrics file; a last line that was cut off is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Progress:
+    """Prints a line every few seconds: step, loss, rates, speed, time left."""
+
+    def __init__(self, *, first_step: int, steps: int, every_seconds: float):
+        self.steps, self.every_seconds = steps, every_seconds
+        self._first, self._start = first_step, time.monotonic()
+        self._last_print = self._start
+        self._recent: list[tuple[float, float]] = []
+
+    def show(self, row: Row) -> None:
+        """Takes a step's row; prints when it is time, and at the last step."""
+        now = time.monotonic()
+        if row["step"] < self.steps and now - self._last_print < self.every_seconds:
+            return
+        self._last_print = now
+        done = row["step"] - self._first
+        left = (now - self._start) / max(1, done) * (self.steps - row["step"])
+        parts = [
+            f"step {row['step']:>{len(str(self.steps))}}/{self.steps}",
+            f"{row['step'] / self.steps:4.0%}",
+            f"loss {row['train/loss']:.4f}",
+            f"lr {row['train/lr']:.1e}" + (f" table {row['train/lr_table']:.1e}" if "train/lr_table" in row else ""),
+            f"{row['throughput/tokens_per_second']:,.0f} tokens/s",
+        ]
+        if row.get("throughput/mfu") is not None:
+            parts.append(f"MFU {row['throughput/mfu']:.1%}")
+        parts.append(f"elapsed {clock(now - self._start)}  left {clock(left)}")
+        print("  ".join(parts), flush=True)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

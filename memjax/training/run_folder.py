@@ -1,0 +1,129 @@
+"""The folder of a run: its config, environment, tokenizer, and where the rest goes."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from typing import Any
+
+import jax
+
+from memjax.command_line import ConfigError, differences, load, to_yaml
+from memjax.config import RunConfig
+from memjax.data.pipeline import train_tokenizer
+from memjax.data.tokenizer import Tokenizer
+from memjax.loading import CHECKPOINTS
+
+MAY_CHANGE = ("run.dir", "mesh.", "checkpoint.", "eval.", "log.", "train.remat")
+"""Settings that a resumed run may change: they do not decide what is learned."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: pathlib.Path
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "RunFolder":
+        """The folder that the config names."""
+        return cls(pathlib.Path(config.run.dir))
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        return self.path / CHECKPOINTS
+
+    @property
+    def metrics(self) -> pathlib.Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def plots(self) -> pathlib.Path:
+        return self.path / "plots"
+
+    @property
+    def summary(self) -> pathlib.Path:
+        """Written last: a run that has it is finished."""
+        return self.path / "summary.json"
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """What the finished run reported; None while it is not finished."""
+        return json.loads(self.summary.read_text()) if self.summary.exists() else None
+
+    def write_json(self, name: str, content: dict[str, Any]) -> pathlib.Path:
+        """Writes a JSON file whole or not at all."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(temporary, path)
+        return path
+
+    def claim(self, config: RunConfig, *, allow_changed: bool = False) -> None:
+        """Writes the resolved config, or compares it with the one that the run began with.
+
+        Raises:
+            ConfigError: the folder holds a run with other settings.
+        """
+        file = self.path / "config.yaml"
+        if file.exists():
+            changed = differences(load(RunConfig, file), config)
+            refused = [line for line in changed if not line.startswith(MAY_CHANGE)]
+            if refused and not allow_changed:
+                raise ConfigError(
+                    [
+                        f"{self.path} holds a run with other settings; continue it with its own, name another run.dir, "
+                        "or pass --allow_changed:",
+                        *(f"  {line}" for line in refused),
+                    ]
+                )
+            for line in changed:
+                print(f"changed: {line}", flush=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        file.write_text(to_yaml(config))
+        self.write_json("environment.json", environment())
+
+    def tokenizer(self, config: RunConfig) -> Tokenizer:
+        """The run's tokenizer: read from the folder, or trained and kept there.
+
+        Raises:
+            ConfigError: it has more tokens than the model has embeddings.
+        """
+        if (self.path / "tokenizer.json").exists():
+            tokenizer = Tokenizer.load(self.path)
+        else:
+            tokenizer = train_tokenizer(config.data, config.model.vocab_size)
+            tokenizer.save(self.path)
+        if tokenizer.vocab_size > config.model.vocab_size:
+            raise ConfigError(
+                [
+                    f"model.vocab_size={config.model.vocab_size} is less than the {tokenizer.vocab_size} tokens of the "
+                    f"tokenizer in {self.path}; raise it, or name another run.dir"
+                ]
+            )
+        return tokenizer
+
+
+def environment() -> dict[str, Any]:
+    """What a run depends on besides its config."""
+    from importlib.metadata import version
+
+    packages = ("memjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except ImportError:  # run from a checkout that is not installed
+            versions[package] = None
+    source = pathlib.Path(__file__).parent
+    commit = subprocess.run(["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit.stdout.strip() or None,
+        "devices": [device.device_kind for device in jax.devices()],
+    }
