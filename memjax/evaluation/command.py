@@ -68,7 +68,8 @@ def exit_code(command: Callable[[], int | None]) -> int:
     """Runs a command; what users can mend is printed without a traceback.
 
     Returns:
-        what the command returns (None is 0), 2 for a wrong setting, 3 for data and 4 for a checkpoint that cannot be used.
+        What the command returns (None is 0); 2 for a wrong setting, 3 for data and 4 for a checkpoint that cannot be
+        used.
     """
     from memjax.checkpoint import CheckpointError
     from memjax.data.records import DataError

@@ -1,0 +1,190 @@
+"""From the folder of a run to a model that is ready to call, on any number of devices."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import pydantic
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.typing import DTypeLike
+
+from memjax.checkpoint import CheckpointError, Checkpoints
+from memjax.config import ModelConfig, RunConfig
+from memjax.data.tokenizer import Tokenizer
+from memjax.memory import parallel
+from memjax.models.decoder import Decoder, resolve_dtype
+from memjax.models.parts import DecoderParts
+from memjax.models.trees import params_to_tree, tree_to_params
+
+CHECKPOINTS = "checkpoints"
+"""The folder of a run that holds its steps."""
+PARAMS, TABLES, META = "params", "tables", "meta"
+"""The items of a step that a model is made of."""
+FORMAT = 1
+"""Of what `meta_document` writes; raised when older code could not read it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """What `load` gives; `model, tokenizer = memjax.load(path)` works too."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    config: RunConfig
+    """Of the run, as it was trained."""
+    step: int
+    """The step that was read."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.model, self.tokenizer))
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    step: int | Literal["latest", "best"] = "latest",
+    dtype: DTypeLike | None = None,
+) -> LoadedModel:
+    """The model and the tokenizer of a run.
+
+    Only these are read, not the optimizer's state. Under an ambient mesh with a `memory` axis the tables come split by
+    columns and all else on every device; otherwise everything lies on the first device.
+
+    Args:
+        path: the run's folder, or the `checkpoints` in it.
+        step: the number of a checkpoint, the newest that can be read, or that with the lowest validation loss.
+        dtype: of activations, parameters and tables. None keeps parameters and tables as they were saved, or widens
+            tables to what this machine computes in.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it cannot be read here.
+    """
+    folder = checkpoint_folder(path)
+    with Checkpoints(folder) as checkpoints:
+        wanted = _step(checkpoints, step)
+        # Of all the steps of a run the config is the same; which of them is whole, only reading the arrays tells.
+        saved = checkpoints.read_document(META, wanted)
+        config, table_dtype = _read_meta(saved, folder)
+        parts = DecoderParts.of(_with_dtypes(config.model, table=table_dtype))
+        whole, columns = _shardings(config.model, folder)
+        params = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+            params_to_tree(parts.abstract_params),
+        )
+        tables = {
+            pool: jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=columns)
+            for pool, table in parts.abstract_tables.items()
+        }
+        targets = {PARAMS: params, TABLES: tables} if tables else {PARAMS: params}
+        restored = checkpoints.restore(targets, [META], step=wanted)
+    model_config = _with_dtypes(config.model, all_of=dtype, table=_wider(table_dtype, config.model))
+    parts = DecoderParts.of(model_config)
+    arrays = _cast(restored.arrays[PARAMS], params_to_tree(parts.abstract_params))
+    rows = _cast(restored.arrays.get(TABLES, {}), parts.abstract_tables)
+    model = parts.assemble(tree_to_params(parts, arrays), rows)
+    tokenizer = Tokenizer.from_state(restored.documents[META]["tokenizer"])
+    return LoadedModel(model, tokenizer, config, restored.step)
+
+
+def meta_document(config: RunConfig, tokenizer: Tokenizer, *, step: int) -> dict[str, Any]:
+    """What a checkpoint must say of itself, so that `load` can read it anywhere, as JSON values."""
+    memory = config.model.memory
+    return {
+        "format": FORMAT,
+        "step": step,
+        "config": dataclasses.asdict(config),
+        "tokenizer": tokenizer.to_state(),
+        # 'auto' means another type on another machine.
+        "table_dtype": resolve_dtype(memory.table_dtype).name if memory else None,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("jax", "flax", "orbax-checkpoint")},
+        },
+    }
+
+
+def checkpoint_folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder of steps in a run's folder, or the path itself where it is that folder.
+
+    Raises:
+        CheckpointError: the path is neither.
+    """
+    folder = pathlib.Path(path)
+    for candidate in (folder / CHECKPOINTS, folder):
+        if Checkpoints(candidate).steps():
+            return candidate
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such folder; name the folder of a run (run.dir)")
+    raise CheckpointError(f"{folder}: there is no checkpoint in it; name the folder of a run that has saved one")
+
+
+def _step(checkpoints: Checkpoints, step: int | str) -> int | None:
+    """The step's number; None for the newest that can be read."""
+    if step == "latest":
+        return None
+    if step != "best":
+        return int(step)
+    best = checkpoints.best()
+    if best is None:
+        raise CheckpointError(f"{checkpoints.folder}: no step was saved with a validation loss; load the latest")
+    return best
+
+
+def _read_meta(meta: dict[str, Any], folder: pathlib.Path) -> tuple[RunConfig, str]:
+    """The run's config, and the type that its tables are stored in."""
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder}: the checkpoint has format {meta.get('format')}, this version of memjax reads {FORMAT}; "
+            "use the version that wrote it"
+        )
+    try:
+        # JSON is what pydantic reads strictly and yet turns lists into tuples from.
+        config = pydantic.TypeAdapter(RunConfig).validate_json(json.dumps(meta["config"]), strict=True)
+    except pydantic.ValidationError as error:
+        reason = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise CheckpointError(f"{folder}: the checkpoint's config is not one of this version: {reason}") from error
+    table_dtype = meta["table_dtype"] or "float32"
+    if "float64" in (config.model.param_dtype, table_dtype) and not jax.config.read("jax_enable_x64"):
+        raise CheckpointError(f"{folder}: the checkpoint is in float64; set JAX_ENABLE_X64=1 to load it")
+    return config, table_dtype
+
+
+def _wider(table_dtype: str, config: ModelConfig) -> str:
+    """The type a table gets here: never narrower than it was saved, because that would lose what it learned."""
+    wanted = resolve_dtype(config.memory.table_dtype) if config.memory else jnp.dtype(table_dtype)
+    return jnp.promote_types(table_dtype, wanted).name
+
+
+def _with_dtypes(config: ModelConfig, *, table: str, all_of: DTypeLike | None = None) -> ModelConfig:
+    """The config with the type of its tables, or of everything, named."""
+    changes: dict[str, Any] = {}
+    if all_of is not None:
+        table = jnp.dtype(all_of).name
+        changes = {"dtype": table, "param_dtype": table}
+    if config.memory is not None:
+        changes["memory"] = dataclasses.replace(config.memory, table_dtype=table)
+    return dataclasses.replace(config, **changes)
+
+
+def _shardings(config: ModelConfig, folder: pathlib.Path) -> tuple[Sharding | None, Sharding | None]:
+    """Of dense parameters and of tables; None is the first device."""
+    if not parallel.has_memory_axis():
+        return None, None
+    mesh = jax.sharding.get_mesh()
+    if config.memory and config.value_dim % mesh.shape[parallel.MEMORY]:
+        raise CheckpointError(
+            f"{folder}: rows of {config.value_dim} columns cannot be split evenly over "
+            f"{mesh.shape[parallel.MEMORY]} devices; use a number that divides the columns"
+        )
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, parallel.COLUMNS)
+
+
+def _cast(arrays: Any, like: Any) -> Any:
+    return jax.tree.map(lambda array, target: array.astype(target.dtype), arrays, like)
