@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array
 
 from memjax.config import RunConfig
 from memjax.models.decoder import layer_name
-from memjax.models.parts import DecoderParts, Tables
+from memjax.models.parts import DecoderParts
 from memjax.training.mesh import by_columns, replicated
 from memjax.training.optimizer import make_optimizer, make_schedule
 from memjax.training.row_optimizer import TableOptimizer
@@ -20,19 +20,23 @@ from memjax.training.row_optimizer import TableOptimizer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """The state between two steps. Donated to the step, which returns the next one in the same memory."""
+    """The state between two steps. Donated to the step, which returns the next one in the same memory.
 
-    step: Int[Array, ""]
-    """Finished steps. A step whose gradient is not a number does not count."""
-    healthy: Bool[Array, ""]
+    The same class holds the state's shapes, or where each array lives, so its leaves are of any type.
+    """
+
+    step: Any
+    """Finished steps (int32). A step whose gradient is not a number does not count."""
+    healthy: Any
     """False once a step was not finite; the state then stays as it was before that step."""
     params: nnx.State
     """Dense parameters."""
     opt_state: optax.OptState
-    tables: Tables
+    tables: dict[str, Any]
+    """Rows of every table, by the name of the pool."""
     table_state: dict[str, Any]
-    reads: dict[str, Int[Array, " n"]]
-    """Reads of every slot since the last statistics, by memory layer."""
+    reads: dict[str, Any]
+    """Reads of every slot (int32 [num_slots]) since the last statistics, by memory layer."""
 
 
 @dataclasses.dataclass(frozen=True)
