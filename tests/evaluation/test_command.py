@@ -1,0 +1,129 @@
+"""The command lines that read a run: what they print, what they keep, and their exit codes."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memjax import evaluate, generate
+from memjax.checkpoint import Checkpoints
+from memjax.config import BiographiesConfig, DataConfig, MemoryConfig, ModelConfig, RunConfig
+from memjax.data.tokenizer import ByteTokenizer
+from memjax.loading import load, meta_document
+from memjax.models import generate as streaming
+from memjax.models.parts import DecoderParts
+from memjax.models.trees import params_to_tree
+
+
+def save(folder, data: DataConfig, memory: bool = True) -> str:
+    small = MemoryConfig(layers=(0,), num_keys=8, num_heads=2, top_k=4, key_dim=8)
+    model = ModelConfig(dim=16, num_layers=1, num_heads=2, ffn_dim=32, vocab_size=259, memory=small if memory else None)
+    config = RunConfig(model=model, data=data)
+    # Drawn by NumPy: compiling the initialisation would take longer than all that is tested.
+    parts, rng = DecoderParts.of(model), np.random.default_rng(0)
+    fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype))
+    params, tables = fill(parts.abstract_params), fill(parts.abstract_tables)
+    meta = meta_document(config, ByteTokenizer(), step=7)
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        checkpoints.save(7, {"params": params_to_tree(params), "tables": tables}, {"meta": meta})
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def biographies(tmp_path_factory):
+    data = DataConfig(sequence_length=16, biographies=BiographiesConfig(num_people=4))
+    return save(tmp_path_factory.mktemp("run"), data)
+
+
+def test_facts_are_reported_and_kept(biographies, tmp_path, capsys):
+    assert evaluate.main([biographies, "--people", "1", "--batch_size", "16"]) == 0
+    printed = capsys.readouterr().out
+    assert "asked in training" in printed
+    assert "with the tables zeroed" in printed
+    path = printed.splitlines()[-1].removeprefix("written to ")
+    assert path == f"{biographies}/evals/7-facts.json"
+    with open(path) as file:
+        kept = json.load(file)
+    assert kept["asked"]["questions"] == kept["held_out"]["questions"] == 6
+    assert kept["step"] == 7
+    assert kept["settings"]["people"] == 1
+
+
+def test_a_text_is_read_from_lines_or_objects(biographies, tmp_path, capsys):
+    (tmp_path / "plain.txt").write_text("A first line.\n\nAnd a second, which is longer.\n")
+    lines = [{"body": "A first line."}, {"body": "And a second, which is longer."}]
+    (tmp_path / "objects.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    kept = []
+    for name, extra in (("plain.txt", []), ("objects.jsonl", ["--text_key", "body"])):
+        options = ["--text", str(tmp_path / name), "--batch_size", "4", "--stride", "4", *extra]
+        assert evaluate.main([biographies, *options]) == 0
+        printed = capsys.readouterr().out
+        assert "bits per byte" in printed
+        with open(printed.splitlines()[-1].removeprefix("written to ")) as file:
+            kept.append({key: value for key, value in json.load(file).items() if key != "settings"})
+    assert kept[0] == kept[1]
+    assert kept[0]["bytes"] == 13 + 30
+    assert kept[0]["difference"] == kept[0]["zeroed"]["bits_per_byte"] - kept[0]["bits_per_byte"] != 0
+
+
+def test_a_run_on_text_is_measured_on_its_validation_data(tmp_path, capsys):
+    (tmp_path / "train.txt").write_text("one\ntwo\nthree\n")
+    data = DataConfig(source="text", path=str(tmp_path / "train.txt"), sequence_length=8)
+    run = save(tmp_path, data, memory=False)
+    assert evaluate.main([run, "--batch_size", "2"]) == 0
+    assert "zeroed" not in capsys.readouterr().out
+    kept = json.loads((tmp_path / "evals" / "7-validation.json").read_text())
+    assert kept["bytes"] == len("three")
+    assert "zeroed" not in kept
+
+
+def test_text_is_generated_from_a_prompt(biographies, capsys):
+    assert generate.main([biographies, "--prompt", "What is", "--max_tokens", "9"]) == 0
+    model, tokenizer = load(biographies)
+    tokens = streaming.generate(model, [1, *tokenizer.encode("What is")], max_tokens=9, stop_ids=(2,))
+    assert capsys.readouterr().out == tokenizer.decode(tokens) + "\n"
+
+
+def test_two_devices_write_what_one_writes(biographies, capsys):
+    printed = []
+    for count in ("1", "2"):
+        assert generate.main([biographies, "--prompt", "What is", "--max_tokens", "9", "--memory_devices", count]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+
+
+def refused(module, *options) -> None:
+    with pytest.raises(SystemExit) as ended:
+        module.main(options)
+    assert ended.value.code == 2
+
+
+def test_wrong_settings_end_with_2(biographies, capsys):
+    refused(generate, biographies)
+    refused(generate, biographies, "--prompt", "x", "--temperature", "-1")
+    refused(evaluate, biographies, "--step", "newest")
+    refused(evaluate, biographies, "--batch_size", "0")
+    refused(evaluate)
+    errors = capsys.readouterr().err
+    for expected in ("prompt", "temperature=-1.0 must not be negative", "step=newest must be latest, best"):
+        assert expected in errors
+    assert "batch_size=0 must be positive" in errors
+    assert "RUN is missing" in errors
+    assert generate.main([biographies, "--prompt", "x", "--memory_devices", "99"]) == 2
+    assert "memory_devices=99 must be at most 8" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main(["--help"])
+    assert ended.value.code == 0
+
+
+def test_missing_texts_end_with_3_and_missing_checkpoints_with_4(biographies, tmp_path, capsys):
+    assert evaluate.main([biographies, "--text", str(tmp_path / "none.txt")]) == 3
+    assert "none.txt: there is no such file; set --text" in capsys.readouterr().err
+    for module, options in ((evaluate, []), (generate, ["--prompt", "x"])):
+        assert module.main([str(tmp_path / "none"), *options]) == 4
+        assert "there is no such folder" in capsys.readouterr().err
+    assert evaluate.main([biographies, "--step", "8"]) == 4
+    assert "there is no step 8" in capsys.readouterr().err
