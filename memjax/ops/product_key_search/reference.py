@@ -14,7 +14,8 @@ def product_key_search(
     num_keys = keys.shape[2]
     left, right = half_scores(queries, keys)
     pairs = left[..., :, None] + right[..., None, :]
-    return jax.lax.top_k(pairs.reshape(*pairs.shape[:2], num_keys**2), top_k)
+    scores, slots = jax.lax.top_k(pairs.reshape(*pairs.shape[:2], num_keys**2), top_k)
+    return scores, slots
 
 
 def search_gradient(

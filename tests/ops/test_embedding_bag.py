@@ -1,0 +1,184 @@
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memjax.ops.embedding_bag.api import embedding_bag
+
+IMPLEMENTATIONS = ["xla", "reference"]
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+# Batch axes, picks, rows, columns, type of the table.
+SHAPES = [
+    ((4,), 3, 7, 5, "float32"),
+    ((2, 3), 1, 1, 8, "bfloat16"),
+    ((2, 1, 3), 6, 3, 12, "float32"),
+    ((5,), 4, 33, 16, "bfloat16"),
+]
+
+
+def by_hand(table, indices, weights):
+    out = np.zeros((*indices.shape[:-1], table.shape[1]))
+    for place in np.ndindex(indices.shape[:-1]):
+        for row, weight in zip(indices[place], weights[place], strict=True):
+            out[place] += weight * table[row]
+    return out
+
+
+def draw(seed, shape, picks_of):
+    """Table, indices and weights of a case; `picks_of` says which rows are picked."""
+    batch, picks, num_rows, num_columns, dtype = shape
+    rng = np.random.default_rng(seed)
+    table = jnp.asarray(rng.normal(size=(num_rows, num_columns)), dtype)
+    indices = {
+        "any rows": lambda: rng.integers(num_rows, size=(*batch, picks)),
+        "one row for all": lambda: np.full((*batch, picks), rng.integers(num_rows)),
+        "one row per token": lambda: np.broadcast_to(rng.integers(num_rows, size=(*batch, 1)), (*batch, picks)),
+    }[picks_of]()
+    weights = jnp.asarray(rng.normal(size=(*batch, picks)), jnp.float32)
+    return table, jnp.asarray(indices, jnp.int32), weights
+
+
+seeds = st.integers(0, 2**32 - 1)
+cases = {
+    "seed": seeds,
+    "shape": st.sampled_from(SHAPES),
+    "picks_of": st.sampled_from(["any rows", "one row for all", "one row per token"]),
+}
+
+
+@cache
+def compiled(implementation):
+    return jax.jit(partial(embedding_bag, implementation=implementation))
+
+
+def wide(array):
+    return np.asarray(array, np.float64)
+
+
+def assert_close(got, table, indices, weights):
+    """Within the rounding of a float32 sum of the picks and of the cast to the table's type."""
+    expected = by_hand(wide(table), np.asarray(indices), wide(weights))
+    magnitude = by_hand(np.abs(wide(table)), np.asarray(indices), np.abs(wide(weights)))
+    sums = 4 * np.finfo(np.float32).eps * indices.shape[-1] * magnitude
+    assert np.all(np.abs(wide(got) - expected) <= sums + float(jnp.finfo(table.dtype).eps) * np.abs(expected))
+
+
+@every_implementation
+@given(**cases)
+def test_bag_is_the_weighted_sum_of_the_picked_rows(implementation, seed, shape, picks_of):
+    table, indices, weights = draw(seed, shape, picks_of)
+    out = compiled(implementation)(table, indices, weights)
+    assert out.dtype == table.dtype
+    assert_close(out, table, indices, weights)
+
+
+@every_implementation
+@given(seed=seeds)
+def test_nan_reaches_only_the_tokens_that_pick_it(implementation, seed):
+    table, indices, weights = draw(seed, SHAPES[0], "any rows")
+    out = compiled(implementation)(table.at[2].set(jnp.nan), indices, weights)
+    picked = np.any(np.asarray(indices) == 2, axis=-1)
+    np.testing.assert_array_equal(np.isnan(out).all(axis=-1), picked)
+    np.testing.assert_array_equal(np.isnan(out).any(axis=-1), picked)
+
+
+def numeric_gradient(function, array, step=1e-5):
+    gradient = np.zeros(array.shape)
+    for place in np.ndindex(array.shape):
+        shift = np.zeros(array.shape)
+        shift[place] = step
+        gradient[place] = (function(array + shift) - function(array - shift)) / (2 * step)
+    return gradient
+
+
+@cache
+def compiled_gradient(implementation):
+    def loss(table, weights, indices):
+        return jnp.sum(jnp.sin(embedding_bag(table, indices, weights, implementation=implementation)))
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))
+
+
+@every_implementation
+@given(seed=seeds, shape=st.sampled_from([SHAPES[0], SHAPES[2]]), picks_of=cases["picks_of"])
+def test_gradients_equal_finite_differences(implementation, seed, shape, picks_of):
+    table, indices, weights = (np.asarray(array) for array in draw(seed, shape, picks_of))
+    table, weights = wide(table), wide(weights)
+    with jax.enable_x64(True):
+        d_table, d_weights = compiled_gradient(implementation)(table, weights, indices)
+    assert d_table.dtype == d_weights.dtype == np.float64
+
+    def loss(table, weights):
+        return np.sum(np.sin(by_hand(table, indices, weights)))
+
+    np.testing.assert_allclose(d_table, numeric_gradient(lambda t: loss(t, weights), table), atol=1e-7)
+    np.testing.assert_allclose(d_weights, numeric_gradient(lambda w: loss(table, w), weights), atol=1e-7)
+
+
+@every_implementation
+def test_vmap_equals_a_loop(implementation):
+    table, indices, weights = draw(0, SHAPES[2], "any rows")
+    bag = compiled(implementation)
+    mapped = jax.vmap(bag, in_axes=(None, 0, 0))(table, indices, weights)
+    tables = jnp.stack([table, 2 * table])
+    by_table = jax.vmap(bag, in_axes=(0, None, None))(tables, indices, weights)
+    for number in range(2):
+        np.testing.assert_allclose(mapped[number], bag(table, indices[number], weights[number]), rtol=1e-6)
+        np.testing.assert_allclose(by_table[number], bag(tables[number], indices, weights), rtol=1e-6)
+
+
+@every_implementation
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "remat"])
+def test_table_gradient_is_built_only_where_the_table_is_differentiated(implementation, wrap, equations_of):
+    table, indices, weights = jnp.ones((4099, 24)), jnp.zeros((6, 3), jnp.int32), jnp.ones((6, 3))
+
+    def loss(weights, table):
+        return jnp.sum(wrap(partial(embedding_bag, implementation=implementation))(table, indices, weights) ** 2)
+
+    def writes_rows(argnums):
+        return [
+            equation
+            for equation in equations_of(jax.grad(loss, argnums), weights, table)
+            if "scatter" in equation.primitive and table.shape in equation.shapes
+        ]
+
+    assert not writes_rows(0)
+    assert writes_rows((0, 1))
+
+    def temporary(argnums):
+        return jax.jit(jax.grad(loss, argnums)).lower(weights, table).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(0) < table.nbytes / 4
+
+
+def test_xla_form_never_holds_every_picked_row(equations_of):
+    tokens, picks, columns = 32, 6, 40
+    table, weights = jnp.ones((50, columns)), jnp.ones((tokens, picks))
+    indices = jnp.zeros((tokens, picks), jnp.int32)
+
+    def largest(implementation):
+        def loss(table, weights):
+            return jnp.sum(embedding_bag(table, indices, weights, implementation=implementation) ** 2)
+
+        found = equations_of(jax.value_and_grad(loss, argnums=(0, 1)), table, weights)
+        return max(int(np.prod(shape)) for equation in found for shape in equation.shapes)
+
+    assert largest("xla") < tokens * picks * columns
+    assert largest("reference") >= tokens * picks * columns
+
+
+def test_output_is_named_so_that_remat_keeps_it():
+    table, indices, weights = draw(0, SHAPES[0], "any rows")
+    policy = jax.checkpoint_policies.save_only_these_names("memory_bag")
+
+    def loss(weights):
+        return jnp.sum(jnp.sin(embedding_bag(table, indices, weights)))
+
+    kept = jax.vjp(jax.checkpoint(loss, policy=policy), weights)[1]
+    shapes = [getattr(leaf, "shape", None) for leaf in jax.tree.leaves(kept)]
+    assert (4, 5) in shapes

@@ -1,0 +1,150 @@
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memjax.ops.embedding_dot.api import embedding_dot
+
+IMPLEMENTATIONS = ["xla", "reference"]
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+# Batch axes, picks, rows, columns, type of the table.
+SHAPES = [
+    ((4,), 3, 7, 5, "float32"),
+    ((2, 3), 1, 1, 8, "bfloat16"),
+    ((2, 1, 3), 6, 3, 12, "float32"),
+    ((5,), 4, 33, 16, "bfloat16"),
+]
+
+
+def by_hand(table, indices, vectors):
+    out = np.zeros(indices.shape)
+    for place in np.ndindex(indices.shape):
+        out[place] = np.sum(vectors[place[:-1]] * table[indices[place]])
+    return out
+
+
+def draw(seed, shape, same_row):
+    batch, picks, num_rows, num_columns, dtype = shape
+    rng = np.random.default_rng(seed)
+    table = jnp.asarray(rng.normal(size=(num_rows, num_columns)), dtype)
+    indices = rng.integers(num_rows, size=(*batch, picks))
+    if same_row:
+        indices[:] = indices.flat[0]
+    vectors = jnp.asarray(rng.normal(size=(*batch, num_columns)), jnp.float32)
+    return table, jnp.asarray(indices, jnp.int32), vectors
+
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+@cache
+def compiled(implementation):
+    return jax.jit(partial(embedding_dot, implementation=implementation))
+
+
+def wide(array):
+    return np.asarray(array, np.float64)
+
+
+@every_implementation
+@given(seed=seeds, shape=st.sampled_from(SHAPES), same_row=st.booleans())
+def test_dot_is_the_inner_product_with_each_picked_row(implementation, seed, shape, same_row):
+    table, indices, vectors = draw(seed, shape, same_row)
+    out = compiled(implementation)(table, indices, vectors)
+    assert out.dtype == jnp.float32
+    expected = by_hand(wide(table), np.asarray(indices), wide(vectors))
+    magnitude = by_hand(np.abs(wide(table)), np.asarray(indices), np.abs(wide(vectors)))
+    assert np.all(np.abs(out - expected) <= 4 * np.finfo(np.float32).eps * table.shape[1] * magnitude)
+
+
+@every_implementation
+@given(seed=seeds)
+def test_nan_reaches_only_the_picks_of_its_row(implementation, seed):
+    table, indices, vectors = draw(seed, SHAPES[0], same_row=False)
+    out = compiled(implementation)(table.at[2, 1].set(jnp.nan), indices, vectors)
+    np.testing.assert_array_equal(np.isnan(out), np.asarray(indices) == 2)
+
+
+def numeric_gradient(function, array, step=1e-5):
+    gradient = np.zeros(array.shape)
+    for place in np.ndindex(array.shape):
+        shift = np.zeros(array.shape)
+        shift[place] = step
+        gradient[place] = (function(array + shift) - function(array - shift)) / (2 * step)
+    return gradient
+
+
+@cache
+def compiled_gradient(implementation):
+    def loss(table, vectors, indices):
+        return jnp.sum(jnp.sin(embedding_dot(table, indices, vectors, implementation=implementation)))
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))
+
+
+@every_implementation
+@given(seed=seeds, shape=st.sampled_from([SHAPES[0], SHAPES[2]]), same_row=st.booleans())
+def test_gradients_equal_finite_differences(implementation, seed, shape, same_row):
+    table, indices, vectors = (np.asarray(array) for array in draw(seed, shape, same_row))
+    # Shorter vectors keep the third derivative of the sines, and with it the error of the differences, small.
+    table, vectors = wide(table), wide(vectors) / 4
+    with jax.enable_x64(True):
+        d_table, d_vectors = compiled_gradient(implementation)(table, vectors, indices)
+    assert d_table.dtype == d_vectors.dtype == np.float64
+
+    def loss(table, vectors):
+        return np.sum(np.sin(by_hand(table, indices, vectors)))
+
+    np.testing.assert_allclose(d_table, numeric_gradient(lambda t: loss(t, vectors), table), atol=1e-7)
+    np.testing.assert_allclose(d_vectors, numeric_gradient(lambda v: loss(table, v), vectors), atol=1e-7)
+
+
+@every_implementation
+def test_vmap_equals_a_loop(implementation):
+    table, indices, vectors = draw(0, SHAPES[2], same_row=False)
+    dot = compiled(implementation)
+    mapped = jax.vmap(dot, in_axes=(None, 0, 0))(table, indices, vectors)
+    for number in range(2):
+        np.testing.assert_allclose(mapped[number], dot(table, indices[number], vectors[number]), rtol=1e-5)
+
+
+@every_implementation
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "remat"])
+def test_table_gradient_is_built_only_where_the_table_is_differentiated(implementation, wrap, equations_of):
+    table, indices, vectors = jnp.ones((4099, 24)), jnp.zeros((6, 3), jnp.int32), jnp.ones((6, 24))
+
+    def loss(vectors, table):
+        return jnp.sum(wrap(partial(embedding_dot, implementation=implementation))(table, indices, vectors) ** 2)
+
+    def writes_rows(argnums):
+        return [
+            equation
+            for equation in equations_of(jax.grad(loss, argnums), vectors, table)
+            if "scatter" in equation.primitive and table.shape in equation.shapes
+        ]
+
+    assert not writes_rows(0)
+    assert writes_rows((0, 1))
+    compiled = jax.jit(jax.grad(loss)).lower(vectors, table).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < table.nbytes / 4
+
+
+def test_xla_form_never_holds_every_picked_row(equations_of):
+    tokens, picks, columns = 32, 6, 40
+    table, vectors = jnp.ones((50, columns)), jnp.ones((tokens, columns))
+    indices = jnp.zeros((tokens, picks), jnp.int32)
+
+    def largest(implementation):
+        def loss(table, vectors):
+            return jnp.sum(embedding_dot(table, indices, vectors, implementation=implementation) ** 2)
+
+        found = equations_of(jax.value_and_grad(loss, argnums=(0, 1)), table, vectors)
+        return max(int(np.prod(shape)) for equation in found for shape in equation.shapes)
+
+    assert largest("xla") < tokens * picks * columns
+    assert largest("reference") >= tokens * picks * columns

@@ -1,0 +1,209 @@
+import importlib
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memjax.ops.product_key_search.api import product_key_search
+
+xla = importlib.import_module("memjax.ops.product_key_search.xla")
+IMPLEMENTATIONS = ["xla", "reference"]
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+# The xla form once more in chunks of two tokens, which leaves the last chunk incomplete.
+FORMS = [*IMPLEMENTATIONS, "xla in chunks"]
+every_form = pytest.mark.parametrize("form", FORMS)
+
+# Batch axes, heads, sub-keys per half, width of a half, top_k, type.
+SHAPES = [
+    ((5,), 2, 6, 3, 4, "float32"),
+    ((2, 3), 1, 5, 1, 5, "float32"),
+    ((1, 3, 1), 3, 7, 2, 1, "float32"),
+    ((3,), 1, 16, 4, 16, "bfloat16"),
+]
+# In these all sums are exact or rounded once, so the scores must be equal to the last bit.
+EXACT = ("ties", "all equal", "last bits")
+
+
+def draw(seed, shape, values):
+    batch, num_heads, num_keys, half, top_k, dtype = shape
+    rng = np.random.default_rng(seed)
+    queries, keys = (*batch, num_heads, 2 * half), (num_heads, 2, num_keys, half)
+    if values == "normal":
+        queries, keys = rng.normal(size=queries), rng.normal(size=keys)
+    elif values == "ties":
+        queries, keys = rng.integers(-1, 2, size=queries), rng.integers(-1, 2, size=keys)
+    elif values == "all equal":
+        queries, keys = np.full(queries, rng.integers(-2, 3)), np.full(keys, rng.integers(-2, 3))
+    else:
+        # Scores differ by one unit in the last place, so that whole families of sums round to the same number.
+        queries, last_bits = np.ones(queries), rng.permuted(np.arange(num_keys)[:, None] * np.ones(half), axis=0)
+        keys = np.broadcast_to((1 + last_bits * 2.0**-23) * (np.arange(half) == 0), keys)
+        dtype = "float32"
+    return jnp.asarray(queries, dtype), jnp.asarray(keys, dtype), top_k
+
+
+def brute_force(queries, keys):
+    """Scores of all slots, [..., heads, n * n]: half scores in float64, rounded to float32, added in float32."""
+    queries, keys = np.asarray(queries, np.float64), np.asarray(keys, np.float64)
+    _num_heads, _, num_keys, half = keys.shape
+    scores = np.zeros((*queries.shape[:-1], num_keys**2), np.float32)
+    for place in np.ndindex(queries.shape[:-1]):
+        left = [np.float32(queries[place][:half] @ key) for key in keys[place[-1], 0]]
+        right = [np.float32(queries[place][half:] @ key) for key in keys[place[-1], 1]]
+        scores[place] = [first + second for first in left for second in right]
+    return scores
+
+
+@cache
+def compiled(form, top_k):
+    return jax.jit(partial(product_key_search, top_k=top_k, implementation=form.split()[0]))
+
+
+def search(form, queries, keys, top_k):
+    with pytest.MonkeyPatch.context() as patch:
+        if form == "xla in chunks":
+            patch.setattr(xla, "CHUNK_BYTES", 2 * 8 * keys.shape[0] * keys.shape[2])
+        return compiled(form, top_k)(queries, keys)
+
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+@every_form
+@given(seed=seeds, shape=st.sampled_from(SHAPES), values=st.sampled_from(["normal", *EXACT]))
+def test_slots_are_the_best_of_all_pairs(form, seed, shape, values):
+    queries, keys, top_k = draw(seed, shape, values)
+    scores, slots = search(form, queries, keys, top_k)
+    assert scores.dtype == jnp.float32
+    assert slots.dtype == jnp.int32
+    scores, slots = np.asarray(scores), np.asarray(slots)
+    every = brute_force(queries, keys)
+    assert np.all(np.diff(scores) <= 0), "best first"
+    assert all(len(set(row)) == top_k for row in slots.reshape(-1, top_k)), "slots are distinct"
+    # Half scores are at most half * max |q| * max |k|, and each of their products and sums rounds once.
+    bound = 4 * np.finfo(np.float32).eps * keys.shape[-1] ** 2 * np.abs(queries).max() * np.abs(keys).max()
+    tolerance = 0 if values in EXACT else float(bound)
+    np.testing.assert_allclose(scores, -np.sort(-every, axis=-1)[..., :top_k], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(scores, np.take_along_axis(every, slots, axis=-1), rtol=0, atol=tolerance)
+
+
+@every_form
+@given(seed=seeds, shape=st.sampled_from(SHAPES[:2]))
+def test_nan_in_gives_nan_out_and_slots_stay_distinct(form, seed, shape):
+    queries, keys, top_k = draw(seed, shape, "normal")
+    first = (0,) * (queries.ndim - 2)
+    clean, _ = search(form, queries, keys, top_k)
+    scores, slots = search(form, queries.at[(*first, 0, 0)].set(jnp.nan), keys, top_k)
+    lost = np.zeros(scores.shape, bool)
+    lost[(*first, 0)] = True
+    np.testing.assert_array_equal(np.isnan(scores), lost)
+    np.testing.assert_array_equal(np.asarray(scores)[~lost], np.asarray(clean)[~lost])
+
+    by_key, slots_by_key = search(form, queries, keys.at[0, 1, 3].set(jnp.nan), top_k)
+    assert np.isnan(by_key[..., 0, 0]).all()
+    for found in (slots, slots_by_key):
+        assert all(len(set(row)) == top_k for row in np.asarray(found).reshape(-1, top_k))
+        assert np.min(found) >= 0
+        assert np.max(found) < keys.shape[2] ** 2
+
+
+@cache
+def compiled_gradient(form, top_k):
+    def loss(queries, keys, factors):
+        scores, _ = product_key_search(queries, keys, top_k, implementation=form.split()[0])
+        return jnp.sum(factors * scores)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))
+
+
+def numeric_gradient(function, array, step=1e-6):
+    gradient = np.zeros(array.shape)
+    for place in np.ndindex(array.shape):
+        shift = np.zeros(array.shape)
+        shift[place] = step
+        gradient[place] = (function(array + shift) - function(array - shift)) / (2 * step)
+    return gradient
+
+
+@every_form
+@given(seed=seeds)
+def test_gradients_equal_finite_differences(form, seed):
+    rng = np.random.default_rng(seed)
+    num_heads, num_keys, half, top_k = 2, 4, 2, 3
+    queries, keys = rng.normal(size=(3, num_heads, 2 * half)), rng.normal(size=(num_heads, 2, num_keys, half))
+    factors = rng.normal(size=(3, num_heads, top_k))
+
+    def best_scores(queries, keys):
+        left = np.einsum("thd,hnd->thn", queries[..., :half], keys[:, 0])
+        right = np.einsum("thd,hnd->thn", queries[..., half:], keys[:, 1])
+        every = (left[..., :, None] + right[..., None, :]).reshape(3, num_heads, num_keys**2)
+        return -np.sort(-every, axis=-1)
+
+    # The derivative jumps where two of the best swap ranks: move on from the rare case that is that close.
+    if np.min(-np.diff(best_scores(queries, keys)[..., : top_k + 1])) < 1e-4:
+        return
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+        if form == "xla in chunks":
+            patch.setattr(xla, "CHUNK_BYTES", 2 * 8 * num_heads * num_keys)
+        d_queries, d_keys = compiled_gradient(form, top_k)(queries, keys, factors)
+    assert d_queries.dtype == d_keys.dtype == np.float64
+
+    def loss(queries, keys):
+        return np.sum(factors * best_scores(queries, keys)[..., :top_k])
+
+    np.testing.assert_allclose(d_queries, numeric_gradient(lambda q: loss(q, keys), queries), atol=1e-7)
+    np.testing.assert_allclose(d_keys, numeric_gradient(lambda k: loss(queries, k), keys), atol=1e-7)
+
+
+@every_implementation
+def test_gradients_keep_the_types_of_queries_and_keys(implementation):
+    queries, keys, top_k = draw(0, SHAPES[3], "normal")
+
+    def loss(queries, keys):
+        return product_key_search(queries, keys, top_k, implementation=implementation)[0].sum()
+
+    gradients = jax.eval_shape(jax.grad(loss, argnums=(0, 1)), queries, keys)
+    assert [gradient.dtype for gradient in gradients] == [jnp.bfloat16, jnp.bfloat16]
+
+
+@every_implementation
+def test_vmap_equals_a_loop(implementation):
+    queries, keys, top_k = draw(0, SHAPES[1], "normal")
+    run = compiled(implementation, top_k)
+    scores, slots = jax.jit(jax.vmap(run, in_axes=(0, None)))(queries, keys)
+    for number in range(2):
+        expected_scores, expected_slots = run(queries[number], keys)
+        np.testing.assert_allclose(scores[number], expected_scores, rtol=1e-6)
+        np.testing.assert_array_equal(slots[number], expected_slots)
+
+
+def test_xla_form_holds_neither_all_pairs_nor_the_half_scores_of_all_tokens(equations_of, monkeypatch):
+    tokens, num_heads, num_keys, top_k = 64, 2, 32, 4
+    queries, keys = jnp.ones((tokens, num_heads, 2)), jnp.ones((num_heads, 2, num_keys, 1))
+
+    def largest(implementation):
+        def loss(queries, keys):
+            return product_key_search(queries, keys, top_k, implementation=implementation)[0].sum()
+
+        found = equations_of(jax.value_and_grad(loss, argnums=(0, 1)), queries, keys)
+        return max(int(np.prod(shape)) for equation in found for shape in equation.shapes)
+
+    half_scores = tokens * num_heads * 2 * num_keys
+    assert largest("reference") >= tokens * num_heads * num_keys**2
+    assert half_scores <= largest("xla") < tokens * num_heads * num_keys**2
+    monkeypatch.setattr(xla, "CHUNK_BYTES", 4 * half_scores // 16)
+    assert largest("xla") < half_scores
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    keys = jnp.ones((2, 2, 4, 3))
+    with pytest.raises(ValueError, match=r"top_k=5 must be in 1\.\.n=4"):
+        product_key_search(jnp.ones((1, 2, 6)), keys, 5)
+    with pytest.raises(ValueError, match=r"top_k=0 must be in 1\.\.n=4"):
+        product_key_search(jnp.ones((1, 2, 6)), keys, 0)
+    with pytest.raises(ValueError, match=r"queries end in \[heads, key_dim\] = \(2, 4\), .* need \(2, 6\)"):
+        product_key_search(jnp.ones((1, 2, 4)), keys, 2)
