@@ -23,7 +23,8 @@ def plot_run(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 30 else None, markersize=3)
         axes.set(title=title, xlabel="step", ylabel=axis_label)
-        if log:
+        # matplotlib warns of a logarithmic axis without a positive value.
+        if log and any((row.get(key) or 0) > 0 for row in rows for key in curves):
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
         axes.legend()

@@ -1,0 +1,161 @@
+"""A decoder small enough to train in a test, batches for it, and training without a run's folder around it."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from memjax.command_line import load
+from memjax.config import RunConfig
+from memjax.training.mesh import put_batch
+from memjax.training.state import Trainer, TrainState
+from memjax.training.step import BATCH, make_train_step
+
+SEQUENCES, LENGTH, VOCAB = 16, 8, 259
+
+TINY = """
+--model.dim 16 --model.num_layers 2 --model.num_heads 2 --model.ffn_dim 24 --model.vocab_size 259
+--model.memory.layers 0,1 --model.memory.num_keys 8 --model.memory.num_heads 2 --model.memory.top_k 3
+--model.memory.key_dim 8 --model.memory.value_dim 256
+--data.batch_size 16 --data.sequence_length 8
+--optim.warmup_steps 0 --optim.table.warmup_steps 0 --optim.schedule constant --optim.table.schedule constant
+"""
+
+FLOAT64 = """
+--model.dtype float64 --model.param_dtype float64 --model.memory.table_dtype float64 --optim.table.moment_dtype float64
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What became of some steps; every array is NumPy's, but those of `live`."""
+
+    before: TrainState
+    after: TrainState
+    metrics: list[dict[str, Any]]
+    live: TrainState
+    """`after` on the devices."""
+
+    @property
+    def losses(self) -> np.ndarray:
+        return np.array([row["train/loss"] for row in self.metrics])
+
+
+def tiny_config(*settings: str, wide: bool = False) -> RunConfig:
+    """The config of two blocks with memory layers, with settings as on the command line; wide: all in float64."""
+    return load(RunConfig, None, " ".join([TINY, FLOAT64 if wide else "", *settings]).split())
+
+
+def ragged_batches(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
+    """Random batches: rows of several documents, some padding, and very unequal numbers of learned tokens."""
+    rng, batches = np.random.default_rng(seed), []
+    for _ in range(count):
+        segments, positions = np.zeros((2, SEQUENCES, LENGTH), np.int32)
+        for row in range(SEQUENCES):
+            # Some rows are empty, some hold two documents.
+            first, second = sorted(rng.integers(0, LENGTH + 1, size=2))
+            segments[row, :first], segments[row, first:second] = 1, 2
+            positions[row, :first], positions[row, first:second] = np.arange(first), np.arange(second - first)
+        tokens, targets = rng.integers(3, VOCAB, size=(2, SEQUENCES, LENGTH)).astype(np.int32)
+        learned = rng.random((SEQUENCES, LENGTH)) < rng.random((SEQUENCES, 1))
+        batches.append(
+            {
+                "tokens": tokens,
+                "targets": targets,
+                "segments": segments,
+                "positions": positions,
+                "loss_mask": (learned & (segments > 0)).astype(np.float32),
+            }
+        )
+    return batches
+
+
+def micro_batches(batch: dict[str, np.ndarray], accumulate: int) -> dict[str, np.ndarray]:
+    """The batch as the step takes it."""
+    return {name: rows.reshape(accumulate, -1, LENGTH) for name, rows in batch.items()}
+
+
+def mesh_of(data: int, memory: int) -> jax.sharding.Mesh:
+    """The first devices as a mesh."""
+    automatic = (jax.sharding.AxisType.Auto,) * 2
+    devices = jax.devices("cpu")[: data * memory]
+    return jax.make_mesh((data, memory), ("data", "memory"), axis_types=automatic, devices=devices)
+
+
+def drawn_state(trainer: Trainer, mesh: jax.sharding.Mesh) -> TrainState:
+    """The trainer's own state before the first step. Call it under the mesh."""
+    return jax.jit(trainer.init, out_shardings=trainer.shardings(mesh))(jax.random.key(trainer.config.run.seed))
+
+
+def quick_state(trainer: Trainer, mesh: jax.sharding.Mesh) -> TrainState:
+    """A state with parameters from NumPy, since compiling the trainer's own draw takes seconds."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf) -> np.ndarray:
+        is_scale = "scale" in jax.tree_util.keystr(path)
+        return np.asarray(is_scale + 0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    def zeros(leaf) -> np.ndarray:
+        return np.zeros(leaf.shape, leaf.dtype)
+
+    abstract = trainer.abstract_state()
+    state = dataclasses.replace(
+        jax.tree.map(zeros, abstract),
+        healthy=np.ones((), bool),
+        params=jax.tree_util.tree_map_with_path(draw, abstract.params),
+        tables=jax.tree_util.tree_map_with_path(draw, abstract.tables),
+    )
+    return jax.device_put(state, trainer.shardings(mesh))
+
+
+def to_numpy(tree: Any) -> Any:
+    """Copies, since what a step is given lives no longer than that step."""
+    return jax.tree.map(np.array, tree)
+
+
+def train(
+    config: RunConfig,
+    batches: Sequence[dict[str, np.ndarray]],
+    mesh_shape: tuple[int, int] = (1, 1),
+    *,
+    start: Callable[[Trainer, jax.sharding.Mesh], TrainState] = quick_state,
+) -> Trained:
+    """As many steps as there are batches."""
+    mesh, metrics, trainer = mesh_of(*mesh_shape), [], Trainer.of(config)
+    with jax.set_mesh(mesh):
+        step, state = make_train_step(trainer, mesh), start(trainer, mesh)
+        before = to_numpy(state)
+        for batch in batches:
+            state, row = step(state, put_batch(mesh, micro_batches(batch, config.train.accumulate), BATCH))
+            metrics.append(to_numpy(row))
+        return Trained(before, to_numpy(state), metrics, state)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> SimpleNamespace:
+    """The functions of this file, since tests cannot import a conftest."""
+    return SimpleNamespace(
+        config=tiny_config,
+        batches=ragged_batches,
+        micro_batches=micro_batches,
+        mesh=mesh_of,
+        drawn_state=drawn_state,
+        quick_state=quick_state,
+        to_numpy=to_numpy,
+        train=train,
+        vocab=VOCAB,
+    )
+
+
+@pytest.fixture(scope="module")
+def float64() -> Iterator[None]:
+    """Double precision for a module, and machine code that is not optimised, which takes longer than it saves."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.enable_x64(True):
+        yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -1,0 +1,114 @@
+"""Schedules, and which parameters the dense optimizer moves how."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memjax.config import OptimConfig, ScheduleConfig
+from memjax.memory.keys import AddressParam
+from memjax.memory.table import TableRows
+from memjax.models.parts import DecoderParts
+from memjax.models.trees import params_to_tree
+from memjax.training.optimizer import make_optimizer, make_schedule
+from memjax.training.state import Trainer
+
+
+def by_hand(config: ScheduleConfig, steps: int, number: int) -> float:
+    """The rate of the step with the given number, counted from 1."""
+    if number < config.warmup_steps:
+        return config.lr * number / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    done = (number - config.warmup_steps) / (steps - config.warmup_steps)
+    floor = config.final_fraction * config.lr
+    return floor + (config.lr - floor) * (1 + math.cos(math.pi * done)) / 2
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1, 10])
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_a_rate_rises_and_then_follows_its_schedule(schedule, warmup_steps):
+    config = ScheduleConfig(lr=0.3, schedule=schedule, warmup_steps=warmup_steps, final_fraction=0.1)
+    rates = np.array(jax.vmap(make_schedule(config, 40))(jnp.arange(40)))
+    np.testing.assert_allclose(rates, [by_hand(config, 40, number) for number in range(1, 41)], rtol=1e-5)
+    assert rates[-1] == pytest.approx(0.3 if schedule == "constant" else 0.03)
+    assert rates.min() > 0, "no step is wasted at rate zero"
+
+
+def test_a_rate_has_no_jump_where_its_parts_join():
+    config = ScheduleConfig(lr=1.0, warmup_steps=100, final_fraction=0.0)
+    rates = np.array(jax.vmap(make_schedule(config, 1000))(jnp.arange(1000)))
+    assert rates.max() == rates[99] == 1
+    assert np.abs(np.diff(rates)).max() <= 0.0101
+
+
+def test_tables_have_a_schedule_of_their_own(tiny):
+    config = tiny.config("--optim.lr 0.1 --optim.table.lr 0.2 --optim.table.schedule cosine --train.steps 10")
+    trainer = Trainer.of(config)
+    steps = jnp.arange(10)
+    np.testing.assert_allclose(jax.vmap(trainer.schedule)(steps), np.full(10, 0.1, np.float32))
+    expected = [by_hand(config.optim.table, 10, number) for number in range(1, 11)]
+    np.testing.assert_allclose(jax.vmap(trainer.table_optimizer.schedule)(steps), expected, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def first_updates(tiny):
+    """first_updates(gradient, ...): what one step at rate 1 adds to parameters that are all 1, by path."""
+    parts = DecoderParts.of(tiny.config().model)
+
+    def update(gradient: float, **optim) -> dict[str, np.ndarray]:
+        config = OptimConfig(lr=1.0, warmup_steps=0, schedule="constant", **optim)
+        optimizer = make_optimizer(config, 10, parts.abstract_params)
+
+        @jax.jit
+        def run():
+            params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), parts.abstract_params)
+            gradients = jax.tree.map(lambda leaf: gradient * leaf, params)
+            return optimizer.update(gradients, optimizer.init(params), params)[0]
+
+        flat, _ = jax.tree_util.tree_flatten_with_path(params_to_tree(run()))
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in flat}
+
+    return update
+
+
+def is_address(path: str) -> bool:
+    return "memory/keys" in path
+
+
+def test_queries_and_keys_move_at_a_share_of_the_rate(first_updates):
+    updates = first_updates(0.01, key_lr_factor=0.25, weight_decay=0.0, clip=None)
+    slow = {path for path in updates if is_address(path)}
+    assert {path.rpartition("/")[2] for path in slow} == {"keys", "query_kernel", "query_bias"}
+    for path, update in updates.items():
+        # The first step of Adam is the sign of the gradient times the rate.
+        np.testing.assert_allclose(update, -0.25 if path in slow else -1.0, rtol=1e-4)
+
+
+def test_matrices_decay_but_norms_and_biases_do_not(first_updates):
+    updates = first_updates(0.0, key_lr_factor=0.25, weight_decay=0.1)
+    for path, update in updates.items():
+        decays = path.endswith(("kernel", "embedding", "/keys"))
+        assert decays or path.endswith(("scale", "bias"))
+        np.testing.assert_allclose(update, (-0.025 if is_address(path) else -0.1) if decays else 0.0, rtol=1e-5)
+
+
+def test_the_gradient_is_clipped_as_a_whole(first_updates):
+    # Against an eps of 1 the first step is g / (|g| + 1), which shows the size of the clipped gradient.
+    free, clipped = (first_updates(0.5, eps=1.0, weight_decay=0.0, clip=clip) for clip in (None, 0.1))
+    count = sum(update.size for update in free.values())
+    each = 0.1 / math.sqrt(count)
+    np.testing.assert_allclose(free["norm/scale"], -0.5 / 1.5, rtol=1e-4)
+    np.testing.assert_allclose(clipped["norm/scale"], -each / (1 + each), rtol=1e-3)
+
+
+def test_the_optimizer_of_dense_parameters_never_sees_a_table(tiny):
+    trainer = Trainer.of(tiny.config())
+    variables = jax.tree.leaves(trainer.parts.abstract_params, is_leaf=lambda leaf: hasattr(leaf, "get_metadata"))
+    assert any(isinstance(variable, AddressParam) for variable in variables)
+    assert not any(isinstance(variable, TableRows) for variable in variables)
+    state = trainer.abstract_state()
+    assert all(leaf.shape != (64, 256) for leaf in jax.tree.leaves((state.params, state.opt_state)))
+    assert state.tables["shared"].shape == (64, 256)
