@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +128,8 @@ def test_dtype_is_that_of_everything(tmp_path):
 def test_the_step_is_the_latest_the_best_or_a_number(tmp_path):
     config = run_config(memory=False)
     saved = {step: save(tmp_path, config, step, loss) for step, loss in ((2, 1.0), (4, 2.0))}
-    for step, number in (("latest", 4), ("best", 2), (2, 2)):
+    wanted: dict[int | Literal["latest", "best"], int] = {"latest": 4, "best": 2, 2: 2}
+    for step, number in wanted.items():
         found = load(tmp_path, step=step)
         assert found.step == number
         assert equal_bits(found.model, saved[number])
