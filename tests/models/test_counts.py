@@ -1,0 +1,88 @@
+"""Parameter counts against published totals, and the FLOPs formula against XLA's own count."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from memjax.command_line import load
+from memjax.config import MemoryConfig, ModelConfig, RunConfig
+from memjax.models.counts import count_parameters, describe, training_flops_per_token
+from memjax.models.parts import DecoderParts
+from memjax.training.state import Trainer
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize(
+    ("preset", "billions"),
+    [
+        # Table 1 of arXiv:2412.09764; it prints 3.377 for the plain memory, whose shapes give 3.378.
+        ("1.3b_dense", 1.262),
+        ("1.3b_memory", 3.378),
+        ("1.3b_memory_plus_1m", 3.368),
+        ("1.3b_memory_plus_4m", 9.823),
+        ("1.3b_memory_plus_16m", 35.618),
+        ("1.3b_memory_plus_64m", 138.748),
+        ("134m_dense", 0.134),
+        ("373m_dense", 0.374),
+        ("720m_dense", 0.721),
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(preset, billions):
+    counts = count_parameters(DecoderParts.of(load(RunConfig, CONFIGS / f"{preset}.yaml").model))
+    assert round(counts.total / 1e9, 3) == billions
+
+
+def test_counts_by_hand():
+    memory = MemoryConfig(layers=(1,), num_keys=5, num_heads=3, top_k=2, key_dim=4, value_dim=6)
+    config = ModelConfig(dim=8, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=7, vocab_size=259, memory=memory)
+    counts = count_parameters(DecoderParts.of(config))
+    attention = 8 * 8 + 2 * 8 * 4 + 8 * 8
+    feed_forward = 3 * 8 * 7
+    address = 8 * 3 * 4 + 3 * 4 + 3 * 2 * 5 * 2
+    gate_and_output = (8 * 6 + 6) + (6 * 8 + 8)
+    norms = 5 * 8
+    assert counts.dense == 2 * 259 * 8 + 2 * attention + feed_forward + address + gate_and_output + norms
+    assert counts.table == 25 * 6
+    assert counts.total == counts.dense + counts.table
+    # A token uses one row of the input embedding and 3 x 2 rows of the table.
+    assert counts.active == counts.dense - 258 * 8 + 6 * 6
+
+
+def test_flops_are_those_that_xla_counts():
+    length = 64
+    config = ModelConfig(dim=128, num_layers=2, num_heads=2, ffn_dim=352, vocab_size=512, dtype="float32", memory=None)
+    parts = DecoderParts.of(config)
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    forward = jax.jit(lambda params, tokens: parts.assemble(params, {})(tokens))
+    analysis = forward.lower(parts.abstract_params, tokens).compile().cost_analysis()
+    assert isinstance(analysis, dict)
+    # Forward and backward are three forward passes. XLA also computes the masked half of attention.
+    masked_half = 2 * length * config.dim * config.num_layers
+    counted = 3 * (analysis["flops"] / length - masked_half)
+    assert training_flops_per_token(parts, length) == pytest.approx(counted, rel=0.03)
+
+
+def test_flops_of_a_memory_layer_are_those_of_its_search_and_its_reads():
+    memory = MemoryConfig(layers=(0,), num_keys=16, num_heads=2, top_k=4, key_dim=8, value_dim=32)
+    shape = {"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "vocab_size": 259}
+    with_memory, dense = (
+        training_flops_per_token(DecoderParts.of(ModelConfig(**shape, memory=kind)), 8) for kind in (memory, None)
+    )
+    feed_forward = 3 * 16 * 24
+    projections = 16 * 2 * 8 + 16 * 32 + 32 * 16
+    scores = 2 * 2 * 16 * 4
+    reads = 2 * 4 * 32
+    assert with_memory - dense == 6 * (projections + scores + reads - feed_forward)
+
+
+def test_a_dry_run_tells_bytes_of_each_device():
+    config = load(RunConfig, CONFIGS / "1.3b_memory_plus_1m.yaml", ["--mesh.memory", "8"])
+    trainer = Trainer.of(config)
+    text = describe(config, trainer.parts, trainer.abstract_state(), data_axis=2)
+    # 2**20 rows of 2048 columns in float32 over 8 devices, and a second moment for each 256 columns.
+    assert "  tables             1.07 GB" in text
+    assert "  their optimizer    4.19 MB" in text
+    assert "data 2 x memory 8 = 16 devices" in text
