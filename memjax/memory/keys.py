@@ -14,7 +14,7 @@ class AddressParam(nnx.Param):
 
 
 class ProductKeys(nnx.Module):
-    """Queries a product-key memory: [.., dim] -> scores and slots of the best top_k of num_keys squared, for each head."""
+    """Queries a product-key memory: [.., dim] -> scores and slots of the best top_k of num_keys ** 2, for each head."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class ProductKeys(nnx.Module):
         x, kernel, bias, keys = nnx.nn.dtypes.promote_dtype(
             (x, self.query_kernel[...], self.query_bias[...], self.keys[...]), dtype=self.dtype
         )
-        queries = (x @ kernel + bias).reshape(-1, self.num_heads, 2, self.key_dim // 2)
+        queries = (x @ kernel + bias[None, :]).reshape(-1, self.num_heads, 2, self.key_dim // 2)
         if self.qk_norm:
             queries, keys = unit_length(queries), unit_length(keys)
         queries = queries.reshape(-1, self.num_heads, self.key_dim)

@@ -23,16 +23,16 @@ class Lookup(NamedTuple):
 
 
 class MemoryLayer(nnx.Module):
-    """"Memory Layers at Scale" (arXiv:2412.09764): y = sum of the values of the best slots, weighted by softmax per head.
+    """The layer of "Memory Layers at Scale" (arXiv:2412.09764): y = sum of softmax weight * value of the best slots.
 
-    Memory+ (gate='silu') returns W2 (y * silu(W1 x)); gate='none' returns y, through W2 only where value_dim is not dim.
+    Memory+ (gate='silu') returns W2 (y * silu(W1 x)); gate='none' returns y, through W2 where value_dim is not dim.
     The table is owned by the model and passed in, so that several layers can share it:
 
         table = ValueTable(num_slots=64**2, value_dim=256, rngs=rngs)
         layer = MemoryLayer(256, num_keys=64, num_heads=4, top_k=8, key_dim=128, rngs=rngs)
         y = layer(x, table)
 
-    It trains under plain autodiff with any optimizer; `row_sparse_value_and_grad` spares the gradient of the table's size.
+    It trains under plain autodiff with any optimizer; `row_sparse_value_and_grad` saves a gradient of its size.
     """
 
     def __init__(
@@ -72,7 +72,9 @@ class MemoryLayer(nnx.Module):
         if key_dim % 2:
             raise ValueError(f"key_dim={key_dim} must be even: it is split into two halves")
         if not 1 <= top_k <= num_keys:
-            raise ValueError(f"top_k={top_k} must be in 1..num_keys={num_keys}: each half offers only num_keys candidates")
+            raise ValueError(
+                f"top_k={top_k} must be in 1..num_keys={num_keys}: each half offers only num_keys candidates"
+            )
         self.dim, self.value_dim, self.num_slots = dim, value_dim or dim, num_keys**2
         self.score_scale, self.implementation = score_scale, implementation
         self.keys = ProductKeys(
@@ -118,13 +120,14 @@ class MemoryLayer(nnx.Module):
         rows = table.rows[...]
         if rows.shape != (self.num_slots, self.value_dim):
             raise ValueError(
-                f"the table has [num_slots, value_dim] = {rows.shape}, the layer addresses {(self.num_slots, self.value_dim)}"
+                f"the table has [num_slots, value_dim] = {rows.shape}, "
+                f"the layer addresses {(self.num_slots, self.value_dim)}"
             )
         return parallel.bag(rows, *lookup, tap, implementation=self.implementation)
 
     def combine(self, x: Float[Array, "*b dim"], bag: Float[Array, "t value_dim"]) -> Float[Array, "*b dim"]:
         """The output from the layer's input and its bag."""
-        y = bag.reshape(*x.shape[:-1], self.value_dim)
+        y = parallel.split_like(bag, x).reshape(*x.shape[:-1], self.value_dim)
         if self.gate_proj is not None:
             y = y.astype(x.dtype) * nnx.silu(self.gate_proj(x))
         return y.astype(x.dtype) if self.value_proj is None else self.value_proj(y)

@@ -47,7 +47,7 @@ def search(
     """`product_key_search`, each device for its own tokens."""
     run = partial(product_key_search, top_k=top_k, implementation=implementation)
     if not has_memory_axis():
-        return run(queries, keys)
+        return _plain(run, queries)(queries, keys)
     return _over_mesh(run, (TOKENS, P()), (TOKENS, TOKENS))(queries, keys)
 
 
@@ -65,7 +65,7 @@ def bag(
     """
     run = partial(embedding_bag, implementation=implementation)
     if not has_memory_axis():
-        out = run(table, indices, weights)
+        out = _plain(run, indices)(table, indices, weights)
         return out if tap is None else out + tap
 
     def local(table: Array, indices: Array, weights: Array, *taps: Array) -> Array:
@@ -99,7 +99,7 @@ def update_rows(
     """
     run = partial(row_update, rule=rule, implementation=implementation)
     if not has_memory_axis():
-        return run(table, state, gradients, step=step)
+        return _plain(run, table)(table, state, gradients, step=step)
 
     def local(table: Array, state: TableState, gradients: Sequence[RowGradient], step: RowStep):
         whole = []
@@ -126,8 +126,13 @@ def split_tokens(array: Array) -> Array:
     return _place(array, TOKENS) if has_memory_axis() else array
 
 
+def split_like(tokens: Float[Array, "t d"], x: Float[Array, "*b dim"]) -> Float[Array, "t d"]:
+    """Folded tokens laid out like the batch they are of: nothing changes but under an Explicit mesh."""
+    return jax.sharding.reshard(tokens, _front(x)) if _is_explicit() else tokens
+
+
 def _over_mesh(function, in_specs, out_specs):
-    """shard_map over the ambient mesh. The types of collectives' results are not checked: kernels carry no such types."""
+    """shard_map over the ambient mesh. Collectives' results are not checked for their types: kernels carry none."""
     mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def place(spec: P, argument):
@@ -138,6 +143,16 @@ def _over_mesh(function, in_specs, out_specs):
 
     # An Explicit mesh does not move arrays by itself.
     return placed if _is_explicit() else mapped
+
+
+def _plain(function, like: Array):
+    """The function itself; under an Explicit mesh automatic inside, its results split in front like `like`."""
+    return jax.sharding.auto_axes(function, out_sharding=_front(like)) if _is_explicit() else function
+
+
+def _front(array: Array) -> P:
+    """How the first axis is split, by its type under an Explicit mesh."""
+    return P(*jax.typeof(array).sharding.spec[:1]) if array.ndim > 1 else P()
 
 
 def _is_explicit() -> bool:

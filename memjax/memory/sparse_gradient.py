@@ -18,8 +18,8 @@ def row_sparse_value_and_grad(
 ) -> Callable[..., tuple[tuple[Array, Any], Any, dict[str, RowGradient]]]:
     """Like `jax.value_and_grad(loss_fn, has_aux=True)`, with row gradients in place of dense gradients of the tables.
 
-    `loss_fn(params, taps, *args)` returns `loss, (lookups, aux)`. It must not differentiate the tables (close over them or
-    pass them in args) and adds `taps[name]` to the bag of layer `name`, whose `Lookup` it returns as `lookups[name]`:
+    `loss_fn(params, taps, *args)` returns `loss, (lookups, aux)`. It must not differentiate the tables (close over them
+    or pass them in args) and adds `taps[name]` to the bag of layer `name`, and returns its `Lookup` as `lookups[name]`:
 
         def loss_fn(params, taps, table, x, y):
             layer = nnx.merge(graphdef, params)
@@ -34,7 +34,7 @@ def row_sparse_value_and_grad(
     Since d bag / d tap = 1, a tap's cotangent is the bag's, and with the lookup it holds the table's whole gradient.
 
     Returns:
-        A function of (params, taps, *args) that returns (loss, aux), the gradient of params, and a RowGradient by layer.
+        A function of (params, taps, *args) that returns (loss, aux), the gradient of params, and RowGradients by layer.
     """
 
     def value_and_grad(params: Any, taps: Taps, *args: Any):

@@ -13,7 +13,7 @@ BLOCK_ELEMENTS = 1 << 22
 
 
 class TableRows(nnx.Param):
-    """Rows of a value table: a parameter that is read sparsely, with its own optimizer, sharding and checkpoint item."""
+    """Rows of a value table: a parameter read sparsely, with an optimizer, sharding and checkpoint item of its own."""
 
 
 class ValueTable(nnx.Module):
@@ -28,14 +28,14 @@ class ValueTable(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Draws num_slots rows of value_dim normal numbers with a standard deviation of init_scale * value_dim ** -0.5."""
+        """Draws num_slots rows of value_dim normal numbers of standard deviation init_scale * value_dim ** -0.5."""
         self.num_slots, self.value_dim = num_slots, value_dim
         std = init_scale * value_dim**-0.5
         self.rows = TableRows(draw_rows(rngs.params(), num_slots, value_dim, std=std, dtype=dtype))
 
 
 def draw_rows(key: Array, num_slots: int, value_dim: int, *, std: float, dtype: DTypeLike) -> Float[Array, "n d"]:
-    """Normal rows, drawn block by block into place: bit-identical on every mesh, with a temporary of one block.
+    """Normal rows, drawn block by block into place: bit-identical on every mesh, with temporaries of a few blocks.
 
     Each block is drawn in float32 (bfloat16 draws have only 128 distinct values) from `fold_in(key, block)`, then cast.
     """
@@ -44,8 +44,8 @@ def draw_rows(key: Array, num_slots: int, value_dim: int, *, std: float, dtype: 
 
     def write_block(number: Array | int, table: Array, rows: int = block) -> Array:
         values = std * jax.random.normal(jax.random.fold_in(key, number), (rows, value_dim), draw_dtype)
-        table = jax.lax.dynamic_update_slice(table, values.astype(dtype), (number * block, 0))
-        return parallel.split_columns(table)
+        values = parallel.split_columns(values.astype(dtype))
+        return parallel.split_columns(jax.lax.dynamic_update_slice(table, values, (number * block, 0)))
 
     whole, rest = divmod(num_slots, block)
     table = parallel.split_columns(jnp.zeros((num_slots, value_dim), dtype))

@@ -1,0 +1,65 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from memjax.memory.layer import MemoryLayer
+from memjax.memory.parallel import zero_tap
+from memjax.memory.sparse_gradient import row_sparse_value_and_grad
+from memjax.memory.table import ValueTable
+
+DIM, VALUE_DIM, NUM_KEYS, TOKENS = 6, 10, 4, 8
+
+
+def build():
+    """Two layers of different sizes that share a table, and an input."""
+    rngs = nnx.Rngs(0)
+    sizes = {"num_keys": NUM_KEYS, "value_dim": VALUE_DIM, "param_dtype": jnp.float64, "rngs": rngs}
+    layers = nnx.Dict(
+        first=MemoryLayer(DIM, num_heads=2, top_k=3, key_dim=4, **sizes),
+        second=MemoryLayer(DIM, num_heads=1, top_k=2, key_dim=6, gate="none", **sizes),
+    )
+    table = ValueTable(NUM_KEYS**2, VALUE_DIM, dtype=jnp.float64, rngs=rngs)
+    return layers, table, jax.random.normal(jax.random.key(1), (2, TOKENS // 2, DIM), jnp.float64)
+
+
+def test_row_gradients_of_layers_that_share_a_table_add_up_to_the_dense_gradient():
+    with jax.enable_x64(True):
+        layers, table, x = build()
+        graphdef, params = nnx.split(layers)
+        table_def, table_state = nnx.split(table)
+
+        def dense_loss(params, table_state):
+            layers, table = nnx.merge(graphdef, params), nnx.merge(table_def, table_state)
+            y = x + layers["first"](x, table)
+            return jnp.mean(jnp.sin(y + layers["second"](y, table)))
+
+        def sparse_loss(params, taps, table):
+            layers, lookups, y = nnx.merge(graphdef, params), {}, x
+            for name, layer in layers.items():
+                lookups[name] = layer.lookup(y)
+                y = y + layer.combine(y, layer.read(table, lookups[name], taps[name]))
+            return jnp.mean(jnp.sin(y)), (lookups, y.shape)
+
+        taps = {name: zero_tap(TOKENS, VALUE_DIM, jnp.float64) for name in layers}
+        loss, (d_params, d_table) = jax.jit(jax.value_and_grad(dense_loss, argnums=(0, 1)))(params, table_state)
+        (got, aux), gradient, rows = row_sparse_value_and_grad(sparse_loss)(params, taps, table)
+
+        assert aux == (2, TOKENS // 2, DIM)
+        np.testing.assert_allclose(got, loss, rtol=1e-12)
+        for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(d_params), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-13)
+        assert {name: row.indices.shape for name, row in rows.items()} == {"first": (8, 6), "second": (8, 2)}
+        total = sum(row.dense(NUM_KEYS**2) for row in rows.values())
+        np.testing.assert_allclose(total, d_table["rows"][...], rtol=1e-10, atol=1e-13)
+
+
+def test_lookups_and_taps_must_name_the_same_layers():
+    tap = jnp.zeros((1, 2))
+
+    def loss(params, taps):
+        return (params.sum() + taps["a"].sum(), ({}, None))
+
+    with pytest.raises(ValueError, match=r"returned lookups of \[\] for taps of \['a'\]"):
+        row_sparse_value_and_grad(loss)(jnp.ones(2), {"a": tap})
