@@ -6,11 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from memjax.command_line import load
 from memjax.config import RunConfig
+from memjax.memory import parallel
 from memjax.training.mesh import put_batch
 from memjax.training.state import Trainer, TrainState
 from memjax.training.step import BATCH, make_train_step
@@ -135,6 +137,24 @@ def train(
         return Trained(before, to_numpy(state), metrics, state)
 
 
+def poisoned_bag(layer_number: int):
+    """`parallel.bag` whose tap gets one NaN for a cotangent, in the layer with the given number of a trace."""
+    bag, calls = parallel.bag, []
+
+    @jax.custom_vjp
+    def identity(tap):
+        return tap
+
+    identity.defvjp(lambda tap: (tap, None), lambda _, cotangent: (cotangent.at[3, 5].set(jnp.nan),))
+
+    def poisoned(table, indices, weights, tap=None, **kwargs):
+        calls.append(layer_number)
+        poison = len(calls) - 1 == layer_number
+        return bag(table, indices, weights, identity(tap) if poison else tap, **kwargs)
+
+    return poisoned
+
+
 @pytest.fixture(scope="session")
 def tiny() -> SimpleNamespace:
     """The functions of this file, since tests cannot import a conftest."""
@@ -147,6 +167,7 @@ def tiny() -> SimpleNamespace:
         quick_state=quick_state,
         to_numpy=to_numpy,
         train=train,
+        poisoned_bag=poisoned_bag,
         vocab=VOCAB,
     )
 

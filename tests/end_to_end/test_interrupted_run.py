@@ -1,0 +1,168 @@
+"""A run that is killed and stopped again and again ends as the run that never was."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from memjax.checkpoint import Checkpoints
+from memjax.command_line import load
+from memjax.config import RunConfig
+from memjax.models.trees import params_to_tree
+from memjax.training.state import Trainer
+
+ROOT = pathlib.Path(__file__).parents[2]
+STEPS = 40
+
+# Two devices that split a bfloat16 table: rounding at random must go on where it stopped, too.
+SETTINGS = """
+model: {dim: 16, num_layers: 2, num_heads: 2, ffn_dim: 24, vocab_size: 259}
+data: {source: text, validation_fraction: 0.1, sequence_length: 32, batch_size: 8, packing: concat,
+       tokenizer: {kind: byte}}
+optim: {warmup_steps: 5, table: {warmup_steps: 5, state_columns: 64}}
+mesh: {data: 1, memory: 2}
+train: {steps: 40}
+checkpoint: {every: 10, keep: 10}
+eval: {every: 20, batches: 2}
+log: {progress_seconds: 0.001, usage_every: 10}
+"""
+MEMORY = {"layers": [1], "num_keys": 16, "num_heads": 2, "top_k": 4, "key_dim": 8, "value_dim": 128}
+
+
+class Runs:
+    """Starts the train command, all runs with the same settings."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+        rng = np.random.default_rng(0)
+        words = ["".join(rng.choice(list("abcdefgh"), size=rng.integers(2, 7))) for _ in range(50)]
+        lines = [" ".join(rng.choice(words, size=12)) for _ in range(100)]
+        (folder / "corpus.txt").write_text("\n".join(lines))
+        (folder / "config.yaml").write_text(SETTINGS)
+        self.environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "2",
+            # Every process compiles the same programs; the numbers are those of the programs, wherever they come from.
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONPATH": str(ROOT),
+        }
+
+    def arguments(self, name: str) -> list[str]:
+        memory = [word for key, value in MEMORY.items() for word in (f"--model.memory.{key}", json.dumps(value))]
+        files = ["--data.path", str(self.folder / "corpus.txt"), "--run.dir", str(self.folder / name)]
+        return [str(self.folder / "config.yaml"), *memory, "--model.memory.table_dtype", "bfloat16", *files]
+
+    def start(self, name: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "memjax.train", *self.arguments(name)]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, cwd=self.folder, env=self.environment, stdout=pipe, stderr=subprocess.STDOUT, text=True
+        )
+
+    def finish(self, name: str) -> tuple[int, str]:
+        process = self.start(name)
+        output, _ = process.communicate(timeout=200)
+        return process.returncode, output
+
+    def stop(self, name: str, number: signal.Signals) -> tuple[int, str]:
+        """Sends a signal as soon as the run goes on from a checkpoint."""
+        with self.start(name) as process:
+            assert process.stdout is not None
+            output = ""
+            for line in process.stdout:
+                output += line
+                if line.startswith("resumed from"):
+                    process.send_signal(number)
+        return process.returncode, output
+
+    def rows(self, name: str) -> list[dict]:
+        text = (self.folder / name / "metrics.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+    def checkpoints(self, name: str) -> Checkpoints:
+        return Checkpoints(self.folder / name / "checkpoints")
+
+    def kill(self, name: str, after: int) -> None:
+        """kill -9 once a step later than `after` is in the metrics and the checkpoint of `after` is written."""
+        process = self.start(name)
+        metrics = self.folder / name / "metrics.jsonl"
+        while process.poll() is None:
+            lines = metrics.read_text().count("\n") if metrics.exists() else 0
+            if lines > after and after in self.checkpoints(name).steps():
+                process.kill()
+                break
+            time.sleep(0.002)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
+
+    def arrays(self, name: str, step: int) -> dict[str, np.ndarray]:
+        """Every leaf of a checkpoint, by its path."""
+        trainer = Trainer.of(load(RunConfig, pathlib.Path(self.arguments(name)[0]), self.arguments(name)[1:]))
+        state = trainer.abstract_state()
+        targets = {
+            "params": params_to_tree(state.params),
+            "opt_state": state.opt_state,
+            "tables": state.tables,
+            "table_state": {"optimizer": state.table_state, "reads": state.reads, "step": state.step},
+        }
+        targets = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), targets)
+        restored = self.checkpoints(name).restore(targets, step=step).arrays
+        flat, _ = jax.tree_util.tree_flatten_with_path(restored)
+        return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    return [{name: value for name, value in row.items() if not name.startswith("throughput/")} for row in rows]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_kills_and_signals_leave_no_trace(tmp_path):
+    runs = Runs(tmp_path)
+    code, output = runs.finish("straight")
+    assert code == 0, output
+
+    runs.kill("broken", after=20)
+    saved = runs.checkpoints("broken").latest()
+    assert saved in (20, 30)
+    assert len(runs.rows("broken")) > 20
+
+    code, output = runs.stop("broken", signal.SIGTERM)
+    assert code == 75, output
+    assert f"resumed from step {saved}\n" in output
+    assert f"SIGTERM: step {saved + 1} is saved" in output
+    code, output = runs.stop("broken", signal.SIGINT)
+    assert code == 75, output
+    assert f"resumed from step {saved + 1}\n" in output
+    assert f"SIGINT: step {saved + 2} is saved" in output
+    code, output = runs.finish("broken")
+    assert code == 0, output
+    assert f"resumed from step {saved + 2}\n" in output
+
+    rows = runs.rows("broken")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert without_times(rows) == without_times(runs.rows("straight"))
+    assert len({row["train/loss"] for row in rows}) == STEPS, "every step must see another batch"
+
+    expected, found = runs.arrays("straight", STEPS), runs.arrays("broken", STEPS)
+    assert expected.keys() == found.keys()
+    different = [name for name in expected if expected[name].tobytes() != found[name].tobytes()]
+    assert different == []
+    assert expected["['tables']['shared']"].dtype == "bfloat16"
+    places = [runs.checkpoints(name).read_document("data_iter", STEPS) for name in ("straight", "broken")]
+    assert places[0] == places[1]
+
+    started = time.monotonic()
+    code, output = runs.finish("broken")
+    assert code == 0, output
+    assert f"{tmp_path / 'broken'} is finished already" in output
+    assert f"finished: {STEPS} steps, training loss {rows[-1]['train/loss']:.4f}" in output
+    assert time.monotonic() - started < 30

@@ -1,0 +1,142 @@
+"""The train command in this process: exit codes, messages, and what a failed run leaves."""
+
+import json
+import pathlib
+import re
+import shutil
+
+import jax
+import pytest
+
+from memjax import train
+from memjax.checkpoint import Checkpoints
+from memjax.data.tokenizer import ByteTokenizer
+from memjax.loading import load
+from memjax.memory import parallel
+from memjax.training import loop, main
+from memjax.training.mesh import make_mesh
+
+SETTINGS = """
+--model.dim 16 --model.num_layers 2 --model.num_heads 2 --model.ffn_dim 24 --model.vocab_size 259
+--model.memory.num_keys 8 --model.memory.top_k 3 --model.memory.key_dim 8
+--data.source text --data.validation_fraction 0 --data.sequence_length 16 --data.batch_size 8 --data.packing concat
+--data.tokenizer.kind byte
+--optim.warmup_steps 2 --optim.table.warmup_steps 2 --train.steps 12 --checkpoint.every 4 --eval.every 100
+--log.usage_every 5
+"""
+BAD_STEP = 7
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run(folder, *settings) -> (exit code, what was printed); on one device unless `all_devices`."""
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(f"line {number} of a small corpus" for number in range(50)))
+
+    def run(name: str, *settings: str, all_devices: bool = False) -> tuple[int, str]:
+        if not all_devices:
+            monkeypatch.setattr(main, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        arguments = [*SETTINGS.split(), "--data.path", str(corpus), "--run.dir", str(tmp_path / name), *settings]
+        code = train.main(arguments)
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--mesh.data", "3", "--data.batch_size", "6"], "mesh: data=3 x memory=1 needs 3 devices, found 8"),
+        (
+            ["--data.batch_size", "12"],
+            "data.batch_size=12 must be a multiple of train.accumulate x devices = 1 x 8; try 16",
+        ),
+        (["--train.steps", "2"], "optim.warmup_steps=2 must be below train.steps=2; set --optim.warmup_steps 0"),
+        (["--data.path", "null"], "data.path is null: source=text needs a file; set --data.path FILE"),
+    ],
+)
+def test_settings_that_cannot_run_here_end_with_2(run, settings, message):
+    code, printed = run("refused", *settings, all_devices=True)
+    assert code == 2
+    assert message in printed
+
+
+def test_a_file_that_is_not_there_ends_with_3(run, tmp_path):
+    code, printed = run("lost", "--data.path", str(tmp_path / "nowhere.txt"))
+    assert code == 3
+    assert "nowhere.txt" in printed
+
+
+def test_a_dry_run_writes_nothing(run, tmp_path):
+    code, printed = run("dry", "--dry_run")
+    assert code == 0
+    assert "active per token" in printed
+    assert not (tmp_path / "dry").exists()
+
+
+def steps_in(folder: pathlib.Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_run_that_meets_a_nan_keeps_its_last_good_state_and_can_be_mended(tiny, run, tmp_path, monkeypatch):
+    make_train_step = loop.make_train_step
+
+    def make_poisoned_step(trainer, mesh):
+        healthy, poisoned, calls = make_train_step(trainer, mesh), make_train_step(trainer, mesh), []
+
+        def step(state, batch):
+            calls.append(batch)
+            if len(calls) != BAD_STEP:
+                return healthy(state, batch)
+            with monkeypatch.context() as patch:
+                patch.setattr(parallel, "bag", tiny.poisoned_bag(0))
+                return poisoned(state, batch)
+
+        return step
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_train_step", make_poisoned_step)
+        code, printed = run("run")
+    assert code == 5, printed
+    # The loss is a number and so is the gradient of all but the table, but the step has looked further.
+    assert re.search(rf"step {BAD_STEP}: loss \d+\.\d+, gradient norm \d+\.\d+: not a number somewhere", printed), (
+        printed
+    )
+    assert f"The state before it is saved as step {BAD_STEP - 1}." in printed
+    assert steps_in(folder) == list(range(1, BAD_STEP))
+    assert Checkpoints(folder / "checkpoints").latest() == BAD_STEP - 1
+    assert not (folder / "summary.json").exists()
+    saved = load(folder)
+    assert saved.step == BAD_STEP - 1
+    assert all(bool(jax.numpy.isfinite(leaf).all()) for leaf in jax.tree.leaves(saved.model.tables))
+    assert isinstance(saved.tokenizer, ByteTokenizer)
+    shutil.copytree(folder, tmp_path / "damaged")
+
+    # Other settings are refused by name, unless the user says that they are meant.
+    code, printed = run("run", "--optim.lr", "0.003", "--model.ffn_dim", "32")
+    assert code == 2
+    assert "optim.lr" in printed
+    assert "0.003" in printed
+    assert "model.ffn_dim" in printed
+    assert steps_in(folder) == list(range(1, BAD_STEP))
+    code, printed = run("run", "--optim.lr", "0.003", "--checkpoint.every", "5", "--allow_changed")
+    assert code == 0, printed
+    assert f"resumed from step {BAD_STEP - 1}" in printed
+    assert "changed: optim.lr" in printed
+    assert steps_in(folder) == list(range(1, 13))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 12
+    assert all(pathlib.Path(path).stat().st_size > 0 for path in summary["plots"])
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "memory/L1/used_fraction" in row] == [5, 10, 12]
+
+    for file in (tmp_path / "damaged" / "checkpoints").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:-1] + b"x")
+    code, printed = run("damaged")
+    assert code == 4
+    assert "none of the steps" in printed
+    assert steps_in(tmp_path / "damaged") == list(range(1, BAD_STEP)), "what happened stays on record"

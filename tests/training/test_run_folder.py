@@ -1,0 +1,82 @@
+"""The folder of a run: what it records, and when it refuses to go on."""
+
+import json
+
+import pytest
+
+from memjax.command_line import ConfigError
+from memjax.config import RunConfig
+from memjax.training.run_folder import RunFolder
+
+
+@pytest.fixture
+def claimed(tiny, tmp_path):
+    """claim(settings): a run of those settings in one folder."""
+
+    def claim(*settings: str, allow_changed: bool = False) -> RunFolder:
+        folder = RunFolder.of(tiny.config(f"--run.dir {tmp_path}/run", *settings))
+        folder.claim(tiny.config(f"--run.dir {tmp_path}/run", *settings), allow_changed=allow_changed)
+        return folder
+
+    return claim
+
+
+def test_the_resolved_settings_and_the_environment_are_recorded(claimed):
+    folder = claimed()
+    assert "value_dim: 256" in (folder.path / "config.yaml").read_text()
+    environment = json.loads((folder.path / "environment.json").read_text())
+    assert environment["versions"]["jax"]
+    assert environment["devices"] == ["cpu"] * 8
+
+
+def test_what_decides_what_is_learned_may_not_change(claimed):
+    folder = claimed("--optim.lr 0.01")
+    before = (folder.path / "config.yaml").read_text()
+    with pytest.raises(ConfigError) as caught:
+        claimed("--optim.lr 0.02", "--data.sequence_length 9", "--log.usage_every 7")
+    first, *changes = caught.value.problems
+    assert "holds a run with other settings" in first
+    assert "--allow_changed" in first
+    assert [line.split()[0].rstrip(":=") for line in sorted(changes)] == ["data.sequence_length", "optim.lr"]
+    assert "0.01" in max(changes)
+    assert "0.02" in max(changes)
+    assert (folder.path / "config.yaml").read_text() == before, "a refused change must not be recorded"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    ["--mesh.data 2", "--checkpoint.every 7", "--eval.batches 3", "--log.usage_every 7", "--train.remat block"],
+)
+def test_where_and_how_it_runs_may_change(claimed, settings, capsys):
+    claimed()
+    claimed(settings)
+    assert f"changed: {settings.split()[0][2:]}" in capsys.readouterr().out
+
+
+def test_a_change_that_is_allowed_is_printed_and_recorded(claimed, capsys):
+    claimed("--optim.lr 0.01")
+    folder = claimed("--optim.lr 0.02", allow_changed=True)
+    assert "changed: optim.lr" in capsys.readouterr().out
+    assert "lr: 0.02" in (folder.path / "config.yaml").read_text()
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_json("evals/1.json", {"a": 1})
+    with pytest.raises(TypeError):
+        folder.write_json("evals/1.json", {"a": object()})
+    assert json.loads((tmp_path / "evals/1.json").read_text()) == {"a": 1}
+    assert folder.read_summary() is None
+    folder.write_json("summary.json", {"steps": 3})
+    assert folder.read_summary() == {"steps": 3}
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tiny, tmp_path):
+    config = tiny.config(f"--run.dir {tmp_path} --data.tokenizer.kind bpe --model.vocab_size 300")
+    folder = RunFolder.of(config)
+    tokenizer = folder.tokenizer(config)
+    assert 259 < tokenizer.vocab_size <= 300
+    assert folder.tokenizer(config).fingerprint == tokenizer.fingerprint
+    smaller = RunConfig(model=tiny.config().model, data=config.data, run=config.run)
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=259 is less than the 300 tokens"):
+        folder.tokenizer(smaller)
