@@ -1,13 +1,15 @@
 """Which implementation of an operation runs.
 
-An implementation is a module `memjax.ops.<operation>.<name>` with a function named like the operation and, where it cannot
-run everywhere, a function `why_not() -> str | None`. A named wish is met or refused, never swapped; only `None` may choose.
+An implementation is a module `memjax.ops.<operation>.<name>` with a function named like the operation. A named wish is met
+or refused, never swapped; only `None` may choose, and takes the first of IMPLEMENTATIONS that can run.
 """
 
 import importlib
 from types import ModuleType
 
-IMPLEMENTATIONS = ("xla", "reference")
+from memjax.ops import triton_call
+
+IMPLEMENTATIONS = ("triton", "xla", "reference")
 """In the order of preference."""
 
 
@@ -19,18 +21,17 @@ def choose(operation: str, wanted: str | None) -> str:
         NotImplementedError: `wanted` is known but cannot run here; the message says why.
     """
     if wanted is None:
-        return next(name for name in IMPLEMENTATIONS if why_not(operation, name) is None)
+        return "xla" if triton_call.why_not(interpreted_will_do=False) else "triton"
     if wanted not in IMPLEMENTATIONS:
         raise ValueError(f"{operation}: implementation={wanted!r} is unknown; known: {', '.join(IMPLEMENTATIONS)}")
-    if reason := why_not(operation, wanted):
+    if reason := why_not(wanted):
         raise NotImplementedError(f"{operation}: implementation={wanted!r} cannot run: {reason}")
     return wanted
 
 
-def why_not(operation: str, name: str) -> str | None:
+def why_not(name: str) -> str | None:
     """Why an implementation cannot run here, in words; None when it can."""
-    check = getattr(load(operation, name), "why_not", None)
-    return check() if check else None
+    return triton_call.why_not() if name == "triton" else None
 
 
 def load(operation: str, name: str) -> ModuleType:

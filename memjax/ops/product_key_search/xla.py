@@ -21,7 +21,7 @@ def product_key_search(
 ) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
     """The reference's slots (equal scores in any order), best first."""
     halves = _split(queries)
-    first, second = _pairs_worth_trying(top_k)
+    first, second = (jnp.asarray(ranks) for ranks in pairs_worth_trying(top_k))
     num_keys = keys.shape[2]
 
     def search(halves: Float[Array, "c h 2 half"]) -> tuple[Array, Array]:
@@ -32,7 +32,7 @@ def product_key_search(
         columns = jnp.take_along_axis(places[:, :, 1], second[pair], axis=-1)
         return best, rows * num_keys + columns
 
-    return _map_chunks(search, halves, chunk=_chunk(keys))
+    return map_chunks(search, halves, chunk=_chunk(keys))
 
 
 def search_gradient(
@@ -57,7 +57,7 @@ def search_gradient(
         d_keys += jnp.einsum("thcn,thcd->hcnd", d_half, halves.astype(dtype), precision="highest")
         return d_keys, d_halves
 
-    chunks = _chunked((_split(queries), places, d_scores), _chunk(keys))
+    chunks = chunked((_split(queries), places, d_scores), _chunk(keys))
     d_keys, d_halves = jax.lax.scan(one_chunk, jnp.zeros(keys.shape, dtype), chunks)
     d_queries = d_halves.reshape(-1, *queries.shape[1:])[: queries.shape[0]]
     return d_queries.astype(queries.dtype), d_keys.astype(keys.dtype)
@@ -73,11 +73,11 @@ def _score(halves: Float[Array, "c h 2 half"], keys: Float[Array, "h 2 n half"])
     return jnp.einsum("thcd,hcnd->thcn", halves, keys, precision="highest", preferred_element_type=dtype)
 
 
-def _pairs_worth_trying(top_k: int) -> tuple[Array, Array]:
+def pairs_worth_trying(top_k: int) -> tuple[np.ndarray, np.ndarray]:
     """Ranks (i, j) in the two sorted halves that can be among the best: (i + 1) (j + 1) pairs are at least as good."""
     ranks = np.arange(1, top_k + 1)
     first, second = np.nonzero(ranks[:, None] * ranks[None, :] <= top_k)
-    return jnp.asarray(first), jnp.asarray(second)
+    return first, second
 
 
 def _top_k(scores: Float[Array, "*b n"], top_k: int) -> tuple[Float[Array, "*b k"], Int[Array, "*b k"]]:
@@ -92,7 +92,7 @@ def _chunk(keys: Float[Array, "h 2 n half"]) -> int:
     return max(1, CHUNK_BYTES // (8 * num_heads * num_keys))
 
 
-def _chunked(arrays, chunk: int):
+def chunked(arrays, chunk: int):
     """Splits the leading axis into chunks, the last one filled up with zeros."""
     tokens = jax.tree.leaves(arrays)[0].shape[0]
     chunk = max(1, min(chunk, tokens))
@@ -105,9 +105,9 @@ def _chunked(arrays, chunk: int):
     return jax.tree.map(split, arrays)
 
 
-def _map_chunks(function, array: Array, *, chunk: int):
+def map_chunks(function, array: Array, *, chunk: int):
     """function over chunks of the leading axis; a single chunk needs no loop."""
     if array.shape[0] <= chunk:
         return function(array)
-    results = jax.lax.map(function, _chunked(array, chunk))
+    results = jax.lax.map(function, chunked(array, chunk))
     return jax.tree.map(lambda result: result.reshape(-1, *result.shape[2:])[: array.shape[0]], results)

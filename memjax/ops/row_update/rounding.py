@@ -18,16 +18,21 @@ def mix(value: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
 def random_bits(
     seed: UInt32[Array, ""], step: Int[Array, ""], rows: Int[Array, " u"], columns: Int[Array, " d"]
 ) -> UInt32[Array, "u d"]:
-    """32 random bits for each element of the given rows and columns of the whole table."""
+    """16 random bits for each element of the given rows and columns of the whole table.
+
+    The columns 2 i and 2 i + 1 share one hash, the even one taking its low half: hashing is what rounding costs.
+    """
     start = mix(mix(seed) ^ step.astype(jnp.uint32))
     by_row = mix(start ^ rows.astype(jnp.uint32))
-    return mix(by_row[:, None] ^ columns.astype(jnp.uint32)[None, :])
+    columns = columns.astype(jnp.uint32)[None, :]
+    words = mix(by_row[:, None] ^ (columns >> 1))
+    return jnp.where(columns & 1, words >> 16, words & jnp.uint32(0xFFFF))
 
 
 def round_stochastically(values: Float[Array, "u d"], bits: UInt32[Array, "u d"]) -> Float[Array, "u d"]:
-    """bfloat16 neighbours of float32 values, the upper one with a probability equal to the distance from the lower."""
+    """bfloat16 neighbours of float32 values, by 16 random bits: away from zero as often as that neighbour is near."""
     words = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
-    rounded = (words + (bits & jnp.uint32(0xFFFF))) & jnp.uint32(0xFFFF0000)
+    rounded = (words + bits) & jnp.uint32(0xFFFF0000)
     # Adding to the words of an infinity or a NaN would turn it into something else.
     words = jnp.where(jnp.isfinite(values), rounded, words)
     return jax.lax.bitcast_convert_type(words, jnp.float32).astype(jnp.bfloat16)

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from memjax.ops.precision import accumulator
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update import reference
 from memjax.ops.row_update.rounding import round_to
 from memjax.ops.row_update.rules import RowRule, RowStep, TableState
+from memjax.ops.row_update.segments import sorted_picks
 
 CHUNK_BYTES = 1 << 22
 """Summed gradients of one chunk of picks."""
@@ -31,7 +32,7 @@ def row_update(
     dtype = accumulator(table.dtype)
     if table.size * dtype.itemsize <= SMALL_TABLE_BYTES:
         return reference.row_update(table, state, gradients, rule, step)
-    rows, tokens, weights = _sorted_picks(gradients)
+    rows, tokens, weights = sorted_picks(gradients)
     vectors = jnp.concatenate([gradient.vectors for gradient in gradients])
     columns = step.first_column + jnp.arange(num_columns)
 
@@ -75,16 +76,3 @@ def row_update(
     carry = (table, state, jnp.zeros(num_columns, dtype))
     table, state, _ = jax.lax.fori_loop(0, count, update_chunk, carry)
     return table, state
-
-
-def _sorted_picks(gradients: Sequence[RowGradient]) -> tuple[Int[Array, " m"], Int[Array, " m"], Float[Array, " m"]]:
-    """Row, token (in the concatenated vectors) and weight of every pick of all gradients, in the order of the rows."""
-    rows, tokens, weights, first = [], [], [], 0
-    for gradient in gradients:
-        count, picks = gradient.indices.shape
-        rows.append(gradient.indices.reshape(-1))
-        tokens.append(jnp.repeat(first + jnp.arange(count, dtype=jnp.int32), picks))
-        weights.append(gradient.weights.reshape(-1))
-        first += count
-    sorted_rows, order = jax.lax.sort_key_val(jnp.concatenate(rows), jnp.arange(sum(row.size for row in rows)))
-    return sorted_rows, jnp.concatenate(tokens)[order], jnp.concatenate(weights)[order]

@@ -1,0 +1,61 @@
+"""The embedding dot as a Triton kernel: a program for every token and group of picks, a tile of rows in flight."""
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+from jax.custom_batching import sequential_vmap
+from jaxtyping import Array, Float, Int
+
+from memjax.ops import tiles, triton_call
+
+
+@triton.jit
+def dot_kernel(
+    table_ptr,
+    indices_ptr,
+    vectors_ptr,
+    out_ptr,
+    DIM: tl.constexpr,
+    PICKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    pick = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    valid = pick < PICKS
+    row = tl.load(indices_ptr + token * PICKS + pick, mask=valid, other=0).to(tl.int64)
+    # Summed across lanes only once, at the end.
+    products = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, DIM, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        inside = columns < DIM
+        vector = tl.load(vectors_ptr + token * DIM + columns, mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(
+            table_ptr + row[:, None] * DIM + columns[None, :], mask=valid[:, None] & inside[None, :], other=0.0
+        ).to(tl.float32)
+        products += values * vector[None, :]
+    tl.store(out_ptr + token * PICKS + pick, tl.sum(products, axis=1), mask=valid)
+
+
+@sequential_vmap
+def embedding_dot(
+    table: Float[Array, "n d"], indices: Int[Array, "t k"], vectors: Float[Array, "t d"]
+) -> Float[Array, "t k"]:
+    """The reference's products, in float32."""
+    (tokens, picks), dim = indices.shape, table.shape[1]
+    tile = tiles.embedding_dot(dim, picks, table.dtype.itemsize)
+    (out,) = triton_call.launch(
+        dot_kernel,
+        table,
+        indices,
+        vectors,
+        out=[jax.ShapeDtypeStruct((tokens, picks), jnp.float32)],
+        grid=(tokens, triton.cdiv(picks, tile.rows)),
+        num_warps=tile.num_warps,
+        DIM=dim,
+        PICKS=picks,
+        COLUMNS=tile.columns,
+        ROWS=tile.rows,
+    )
+    return out

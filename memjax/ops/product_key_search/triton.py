@@ -1,0 +1,279 @@
+"""The product-key search with Triton kernels around XLA's matrix products.
+
+Half scores are made by a matrix product, [h, 2, t, n] in float32; `select_kernel` takes the best k of every row, exactly;
+`pair_kernel` takes the best k sums of the two halves. Both sort 64-bit words, a score's order-preserving bits above its
+place, so that equal scores never lose or repeat a place.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+from jax.custom_batching import sequential_vmap
+from jaxtyping import Array, Float, Int
+
+from memjax.ops import tiles, triton_call
+from memjax.ops.precision import accumulator
+from memjax.ops.product_key_search.xla import chunked, map_chunks, pairs_worth_trying
+
+CHUNK_BYTES = 1 << 30
+"""Half scores that exist at once."""
+
+
+@triton.jit
+def order_bits(scores):
+    """Signed integers in the order of float32 scores; every NaN comes after infinity."""
+    bits = scores.to(tl.int32, bitcast=True)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(scores == scores, bits, 0x7FFFFFFF)
+
+
+@triton.jit
+def with_place(bits, place):
+    """Words that sort by bits, then by place."""
+    return (bits.to(tl.int64) << 32) | place.to(tl.int64)
+
+
+@triton.jit
+def place_of(word):
+    return (word & 0xFFFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def select_kernel(
+    scores_ptr,
+    best_ptr,
+    places_ptr,
+    NUM: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ROUND_K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """The best of NUM scores in a row. The k best lie in the k groups with the best maxima: only those are sorted."""
+    row = tl.program_id(0).to(tl.int64)
+    member = tl.arange(0, SIZE)[None, :]
+    group = tl.arange(0, GROUPS)
+    place = group[:, None] * SIZE + member
+    lowest = -0x7FFFFFFF - 1
+    scores = tl.load(scores_ptr + row * NUM + place, mask=place < NUM, other=0.0)
+    bits = tl.where(place < NUM, order_bits(scores), lowest)
+    words = tl.topk(with_place(tl.max(bits, axis=1), group), ROUND_K)
+    if SIZE > 1:
+        place = place_of(words)[:, None] * SIZE + member
+        scores = tl.load(scores_ptr + row * NUM + place, mask=place < NUM, other=0.0)
+        bits = tl.where(place < NUM, order_bits(scores), lowest)
+        words = tl.topk(tl.reshape(with_place(bits, place), [ROUND_K * SIZE]), ROUND_K)
+    rank = tl.arange(0, ROUND_K)
+    kept = rank < TOP_K
+    place = place_of(words)
+    # The score itself is read again, not made from its bits: NaN stays the NaN it was.
+    score = tl.load(scores_ptr + row * NUM + place, mask=kept, other=0.0)
+    tl.store(best_ptr + row * TOP_K + rank, score, mask=kept)
+    tl.store(places_ptr + row * TOP_K + rank, place, mask=kept)
+
+
+@triton.jit
+def pair_kernel(
+    best_ptr,
+    places_ptr,
+    first_ptr,
+    second_ptr,
+    scores_ptr,
+    slots_ptr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    NUM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROUND_PAIRS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ROUND_K: tl.constexpr,
+):
+    """The best sums of a token and head; inputs are [h, 2, t, k], outputs [t, h, k]."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    left = (2 * head * TOKENS + token) * TOP_K
+    right = left + TOKENS * TOP_K
+    pair = tl.arange(0, ROUND_PAIRS)
+    valid = pair < PAIRS
+    first = tl.load(first_ptr + pair, mask=valid, other=0)
+    second = tl.load(second_ptr + pair, mask=valid, other=0)
+    sums = tl.load(best_ptr + left + first) + tl.load(best_ptr + right + second)
+    bits = tl.where(valid, order_bits(sums), -0x7FFFFFFF - 1)
+    words = tl.topk(with_place(bits, pair), ROUND_K)
+    rank = tl.arange(0, ROUND_K)
+    kept = rank < TOP_K
+    pair = place_of(words)
+    first = tl.load(first_ptr + pair, mask=kept, other=0)
+    second = tl.load(second_ptr + pair, mask=kept, other=0)
+    sums = tl.load(best_ptr + left + first) + tl.load(best_ptr + right + second)
+    slots = tl.load(places_ptr + left + first) * NUM + tl.load(places_ptr + right + second)
+    out = (token * HEADS + head) * TOP_K + rank
+    tl.store(scores_ptr + out, sums, mask=kept)
+    tl.store(slots_ptr + out, slots, mask=kept)
+
+
+@triton.jit
+def scatter_kernel(
+    slots_ptr,
+    d_scores_ptr,
+    d_half_ptr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    NUM: tl.constexpr,
+    ROUND_NUM: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ROUND_K: tl.constexpr,
+):
+    """Row of d(half scores) of a token, head and half: zeros, and the sum over the picks of a sub-key in its place."""
+    token, head, half = tl.program_id(0).to(tl.int64), tl.program_id(1) // 2, tl.program_id(1) % 2
+    rank = tl.arange(0, ROUND_K)
+    kept = rank < TOP_K
+    picks = (token * HEADS + head) * TOP_K + rank
+    slots = tl.load(slots_ptr + picks, mask=kept, other=0)
+    d_scores = tl.load(d_scores_ptr + picks, mask=kept, other=0.0).to(tl.float32)
+    place = tl.where(kept, tl.where(half == 0, slots // NUM, slots % NUM), -1)
+    out = d_half_ptr + (tl.program_id(1).to(tl.int64) * TOKENS + token) * NUM
+    column = tl.arange(0, ROUND_NUM)
+    zeros = tl.zeros((ROUND_NUM,), tl.float32).to(d_half_ptr.dtype.element_ty)
+    tl.store(out + column, zeros, mask=column < NUM)
+    # Every pick of a sub-key computes the same sum in the same order and writes it to the same place.
+    same = place[:, None] == place[None, :]
+    total = tl.sum(tl.where(same, d_scores[None, :], 0.0), axis=1)
+    tl.debug_barrier()
+    tl.store(out + place, total.to(d_half_ptr.dtype.element_ty), mask=kept)
+
+
+def product_key_search(
+    queries: Float[Array, "t h key_dim"], keys: Float[Array, "h 2 n half"], top_k: int
+) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
+    """The reference's slots (equal scores in any order), best first."""
+    search = partial(_search_chunk, keys=keys, top_k=top_k)
+    return map_chunks(search, queries, chunk=_chunk(keys))
+
+
+def search_gradient(
+    queries: Float[Array, "t h key_dim"],
+    keys: Float[Array, "h 2 n half"],
+    indices: Int[Array, "t h k"],
+    d_scores: Float[Array, "t h k"],
+) -> tuple[Float[Array, "t h key_dim"], Float[Array, "h 2 n half"]]:
+    """Cotangents of queries and keys: d(half scores), in the type of the keys, and two matrix products with it."""
+    wide = accumulator(keys.dtype)
+
+    def one_chunk(d_keys: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        queries, indices, d_scores = chunk
+        d_half = _scatter(indices, d_scores, jnp.zeros((), keys.dtype), num_keys=keys.shape[2])
+        halves = queries.reshape(*queries.shape[:2], 2, -1)
+        d_halves = _product("hctn,hcnd->thcd", d_half, keys)
+        d_keys += _product("hctn,thcd->hcnd", d_half, halves)
+        return d_keys, d_halves.reshape(queries.shape).astype(queries.dtype)
+
+    chunk, zero = _chunk(keys), jnp.zeros(keys.shape, wide)
+    if queries.shape[0] <= chunk:
+        d_keys, d_queries = one_chunk(zero, (queries, indices, d_scores))
+        return d_queries, d_keys.astype(keys.dtype)
+    d_keys, d_queries = jax.lax.scan(one_chunk, zero, chunked((queries, indices, d_scores), chunk))
+    return d_queries.reshape(-1, *queries.shape[1:])[: queries.shape[0]], d_keys.astype(keys.dtype)
+
+
+def _search_chunk(queries: Array, keys: Array, top_k: int) -> tuple[Array, Array]:
+    halves = queries.reshape(*queries.shape[:2], 2, -1)
+    scores = _product("thcd,hcnd->hctn", halves, keys)
+    best, places = select(scores, top_k=top_k)
+    return _pairs(best, places, num_keys=keys.shape[2])
+
+
+def _product(subscripts: str, left: Array, right: Array) -> Array:
+    """An einsum into float32; float32 factors are not rounded to TF32."""
+    if triton_call.is_interpreted():  # XLA's CPU products do not widen bfloat16
+        left, right = left.astype(jnp.float32), right.astype(jnp.float32)
+    return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32, precision="highest")
+
+
+def select(scores: Float[Array, "*r n"], *, top_k: int) -> tuple[Float[Array, "*r k"], Int[Array, "*r k"]]:
+    """The exact top_k of every row of float32 scores, best first."""
+    return sequential_vmap(partial(_select, top_k=top_k))(scores)
+
+
+def _select(scores: Array, *, top_k: int) -> tuple[Array, Array]:
+    num, rows = scores.shape[-1], scores.size // scores.shape[-1]
+    tile = tiles.select(num, top_k)
+    shape = (*scores.shape[:-1], top_k)
+    best, places = triton_call.launch(
+        select_kernel,
+        scores,
+        out=[jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32)],
+        grid=(rows,),
+        num_warps=tile.num_warps,
+        NUM=num,
+        TOP_K=top_k,
+        ROUND_K=_round_k(top_k),
+        GROUPS=tile.rows,
+        SIZE=tile.columns,
+    )
+    return best, places
+
+
+def _pairs(best: Float[Array, "h 2 t k"], places: Int[Array, "h 2 t k"], *, num_keys: int) -> tuple[Array, Array]:
+    return sequential_vmap(partial(_launch_pairs, num_keys=num_keys))(best, places)
+
+
+def _launch_pairs(best: Array, places: Array, *, num_keys: int) -> tuple[Array, Array]:
+    heads, _, tokens, top_k = best.shape
+    first, second = (jnp.asarray(ranks, jnp.int32) for ranks in pairs_worth_trying(top_k))
+    round_k = _round_k(top_k)
+    shape = (tokens, heads, top_k)
+    scores, slots = triton_call.launch(
+        pair_kernel,
+        best,
+        places,
+        first,
+        second,
+        out=[jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32)],
+        grid=(tokens, heads),
+        num_warps=1,
+        TOKENS=tokens,
+        HEADS=heads,
+        NUM=num_keys,
+        PAIRS=first.shape[0],
+        ROUND_PAIRS=tiles.next_power_of_two(first.shape[0]),
+        TOP_K=top_k,
+        ROUND_K=round_k,
+    )
+    return scores, slots
+
+
+def _scatter(indices: Array, d_scores: Array, like: Array, *, num_keys: int) -> Float[Array, "h 2 t n"]:
+    return sequential_vmap(partial(_launch_scatter, num_keys=num_keys))(indices, d_scores, like)
+
+
+def _launch_scatter(indices: Array, d_scores: Array, like: Array, *, num_keys: int) -> Array:
+    tokens, heads, top_k = indices.shape
+    (d_half,) = triton_call.launch(
+        scatter_kernel,
+        indices,
+        d_scores,
+        out=[jax.ShapeDtypeStruct((heads, 2, tokens, num_keys), like.dtype)],
+        grid=(tokens, 2 * heads),
+        num_warps=1,
+        TOKENS=tokens,
+        HEADS=heads,
+        NUM=num_keys,
+        ROUND_NUM=tiles.next_power_of_two(num_keys),
+        TOP_K=top_k,
+        ROUND_K=_round_k(top_k),
+    )
+    return d_half
+
+
+def _round_k(top_k: int) -> int:
+    """Picks that are sorted: tl.topk takes powers of two from 2 on."""
+    return max(2, tiles.next_power_of_two(top_k))
+
+
+def _chunk(keys: Float[Array, "h 2 n half"]) -> int:
+    """Tokens in a chunk."""
+    num_heads, _, num_keys, _ = keys.shape
+    return max(1, CHUNK_BYTES // (8 * num_heads * num_keys))

@@ -1,0 +1,22 @@
+"""The picks of all gradients of a table, brought into the order of its rows."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from memjax.ops.row_gradient import RowGradient
+
+
+def sorted_picks(gradients: Sequence[RowGradient]) -> tuple[Int[Array, " m"], Int[Array, " m"], Float[Array, " m"]]:
+    """Row, token (in the concatenated vectors) and weight of every pick of all gradients, in the order of the rows."""
+    rows, tokens, weights, first = [], [], [], 0
+    for gradient in gradients:
+        count, picks = gradient.indices.shape
+        rows.append(gradient.indices.reshape(-1))
+        tokens.append(jnp.repeat(first + jnp.arange(count, dtype=jnp.int32), picks))
+        weights.append(gradient.weights.reshape(-1))
+        first += count
+    sorted_rows, order = jax.lax.sort_key_val(jnp.concatenate(rows), jnp.arange(sum(row.size for row in rows)))
+    return sorted_rows, jnp.concatenate(tokens)[order], jnp.concatenate(weights)[order]

@@ -1,0 +1,73 @@
+"""How the Triton kernels cut their work, as pure functions of the shapes.
+
+`tiles.json` holds what `experiments/bench/tune.py` found best on a kind of device; a kind that is not in it gets the
+defaults here, which are chosen for 16-byte loads and enough of them in flight.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+
+FILE = pathlib.Path(__file__).with_name("tiles.json")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Tile:
+    """The part of the work that one program of a kernel does at a time."""
+
+    rows: int
+    """Table rows, or rows of scores; a power of two."""
+    columns: int
+    """Columns; a power of two."""
+    num_warps: int
+
+
+def embedding_bag(dim: int, picks: int, itemsize: int) -> Tile:
+    """16 rows in flight; a warp reads 512 bytes of each."""
+    return _tuned("embedding_bag", Tile(rows=16, columns=512 // itemsize, num_warps=1), dim, picks)
+
+
+def embedding_dot(dim: int, picks: int, itemsize: int) -> Tile:
+    """Like the bag, but a program keeps all columns of its rows."""
+    return _tuned("embedding_dot", Tile(rows=16, columns=512 // itemsize, num_warps=1), dim, picks)
+
+
+def select(num: int, top_k: int) -> Tile:
+    """Groups and members of a row of `num` scores: `rows` groups of `columns` neighbouring scores."""
+    whole, round_k = max(2, next_power_of_two(num)), max(2, next_power_of_two(top_k))
+    size = _table().get("select", {}).get("columns", 4 if whole <= 4096 else 8)
+    # Fewer groups than picks would leave picks out, and a short row is sorted at once.
+    size = min(size, max(1, whole // (2 * round_k)))
+    return Tile(rows=whole // size, columns=size, num_warps=_table().get("select", {}).get("num_warps", 1))
+
+
+def row_update(columns: int) -> Tile:
+    """Rows that a program updates together, over one block of columns."""
+    return _tuned("row_update", Tile(rows=8, columns=next_power_of_two(columns), num_warps=1), columns, 8)
+
+
+def _tuned(operation: str, default: Tile, dim: int, picks: int) -> Tile:
+    found = _table().get(operation)
+    tile = dataclasses.replace(default, **found) if found else default
+    return dataclasses.replace(
+        tile, columns=min(tile.columns, next_power_of_two(dim)), rows=min(tile.rows, next_power_of_two(picks))
+    )
+
+
+def _table() -> dict[str, dict[str, int]]:
+    """The tuned tiles of this machine's kind of device."""
+    kind = jax.devices()[0].device_kind
+    return next((tuned for name, tuned in _tables().items() if kind.startswith(name)), {})
+
+
+@functools.cache
+def _tables() -> dict[str, dict[str, dict[str, int]]]:
+    return json.loads(FILE.read_text()) if FILE.exists() else {}
+
+
+def next_power_of_two(value: int) -> int:
+    """The smallest power of two that is not below value."""
+    return 1 << max(0, value - 1).bit_length()

@@ -1,0 +1,134 @@
+"""The only place that launches Triton kernels: through jax-triton on a GPU, or interpreted on the CPU in tests.
+
+jax-triton cannot be imported without a GPU build of JAX, so it is imported at the first launch. With TRITON_INTERPRET=1
+in the environment the same kernels run in Triton's interpreter on NumPy arrays: slow, exact, for tests alone.
+"""
+
+import functools
+import importlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+
+compute_capability: int | None = None
+"""Compile for this one (90 for sm_90) instead of the device's: for compile checks on machines without a GPU."""
+
+
+def why_not(*, interpreted_will_do: bool = True) -> str | None:
+    """Why Triton kernels cannot run here, in words; None when they can.
+
+    Args:
+        interpreted_will_do: whether the interpreter counts; it is never chosen by itself.
+    """
+    if interpreted_will_do and is_interpreted():
+        return None
+    if jax.default_backend() != "gpu":
+        return f"needs an NVIDIA GPU, found {jax.default_backend()}"
+    return _import_problem()
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter; decided before triton is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _import_problem() -> str | None:
+    try:
+        importlib.import_module("jax_triton")
+    except ImportError as error:
+        return f"jax_triton cannot be imported ({error}); install memjax[cuda]"
+    return None
+
+
+def launch(
+    kernel: Any,
+    *arguments: jax.Array,
+    out: Sequence[jax.ShapeDtypeStruct],
+    grid: Sequence[int],
+    num_warps: int = 4,
+    aliases: dict[int, int] | None = None,
+    **constants: Any,
+) -> list[jax.Array]:
+    """Runs a kernel whose parameters are the arguments, then one pointer for each output, then the constants.
+
+    Args:
+        kernel: a `triton.jit` function.
+        arguments: arrays.
+        out: shapes and types of the outputs.
+        grid: programs along each axis.
+        num_warps: warps of a program.
+        aliases: output by the number of the argument whose memory it takes over.
+        constants: compile-time values; names that the kernel does not have are refused.
+    """
+    unknown = set(constants) - set(kernel.arg_names)
+    if unknown:
+        raise TypeError(f"{kernel.fn.__name__} has no {', '.join(sorted(unknown))}")
+    options = {"out_shape": list(out), "grid": tuple(grid), "input_output_aliases": aliases or {}}
+    if is_interpreted():
+        return _interpret(kernel, *arguments, **options, **constants)
+    jax_triton = importlib.import_module("jax_triton")
+    return jax_triton.triton_call(
+        *arguments,
+        kernel=kernel,
+        num_warps=num_warps,
+        num_stages=2,
+        compute_capability=compute_capability,
+        **options,
+        **constants,
+    )
+
+
+class _NumpyTensor:
+    """A NumPy array with the few methods of a torch tensor that Triton's interpreter calls."""
+
+    device = "cpu"
+
+    def __init__(self, array: np.ndarray):
+        self.array, self.dtype, self.shape = array, array.dtype, array.shape
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    def untyped_storage(self) -> "_NumpyTensor":
+        return self
+
+    def cpu(self) -> "_NumpyTensor":
+        return self
+
+    def new_empty(self, *_: Any, **__: Any) -> "_NumpyTensor":
+        return _NumpyTensor(self.array)
+
+    def set_(self, *_: Any) -> "_NumpyTensor":
+        return self
+
+    def copy_(self, other: "_NumpyTensor") -> None:
+        assert other.array is self.array
+
+    def storage_offset(self) -> int:
+        return 0
+
+    def size(self) -> tuple[int, ...]:
+        return self.shape
+
+    def stride(self) -> list[int]:
+        return [stride // self.array.itemsize for stride in self.array.strides]
+
+
+def _interpret(kernel, *arguments, out_shape, grid, input_output_aliases, **constants):
+    shapes = [jax.ShapeDtypeStruct(shape.shape, shape.dtype) for shape in out_shape]
+
+    def run(*arrays: Any) -> list[np.ndarray]:
+        inputs = [np.ascontiguousarray(array) for array in arrays]
+        outputs = [np.zeros(shape.shape, shape.dtype) for shape in shapes]
+        for argument, output in input_output_aliases.items():
+            # Outputs begin as the aliased input, and the kernel may read them through either pointer.
+            outputs[output] = inputs[argument] = np.array(inputs[argument])
+        kernel[grid](*map(_NumpyTensor, [*inputs, *outputs]), **constants)
+        return outputs
+
+    return jax.pure_callback(run, shapes, *arguments, vmap_method="sequential")
