@@ -54,7 +54,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "b s dim"], KeyValues]:
         """Attention of new tokens over `length` cached tokens and themselves, and the cache with them written in.
 
-        Cached tokens with a negative position are padding, which nobody sees; `positions` are those of the new tokens.
+        What the cache holds behind its length is not seen; `positions` are those of the new tokens.
         """
         query, fresh = self._project(x, positions)
         cache = KeyValues(
@@ -74,7 +74,7 @@ class Attention(nnx.Module):
         key = rotate(split(self.key(x), self.num_kv_heads), positions, self.rope_theta)
         return query, KeyValues(key, split(self.value(x), self.num_kv_heads))
 
-    def _attend(self, query: Array, seen: KeyValues, *, mask: Bool[Array, "b 1 q k"] | None, is_causal: bool) -> Array:
+    def _attend(self, query: Array, seen: KeyValues, *, mask: Bool[Array, "#b 1 q k"] | None, is_causal: bool) -> Array:
         keys, values = (array.astype(query.dtype) for array in seen)
         attention = jax.nn.dot_product_attention if query.dtype != jnp.float64 else _attention_in_float64
         out = attention(query, keys, values, mask=mask, is_causal=is_causal)
@@ -86,7 +86,7 @@ def _attention_in_float64(
     keys: Float[Array, "b k kv h"],
     values: Float[Array, "b k kv h"],
     *,
-    mask: Bool[Array, "b 1 q k"] | None,
+    mask: Bool[Array, "#b 1 q k"] | None,
     is_causal: bool,
 ) -> Float[Array, "b q n h"]:
     """The same as jax.nn.dot_product_attention, whose softmax is float32 whatever it is given."""

@@ -11,7 +11,7 @@ def rotate(x: Float[Array, "b s n h"], positions: Int[Array, "b s"], theta: floa
     half = x.shape[-1] // 2
     wide = accumulator(x.dtype)
     frequencies = theta ** (-jnp.arange(half, dtype=wide) / half)
-    angles = positions[..., None, None].astype(wide) * frequencies
+    angles = positions[..., None, None].astype(wide) * frequencies[None, None, None, :]
     cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

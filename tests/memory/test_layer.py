@@ -48,16 +48,20 @@ def by_hand(layer, rows, x, *, num_heads, top_k, qk_norm, score_scale):
     return out
 
 
-def build(seed=0, dtype=jnp.float32, **options):
+def filled(build):
+    """What build makes, with random numbers in place of its initialisation, which would take seconds to compile."""
+    graphdef, state = nnx.split(nnx.eval_shape(build))
+    rng = np.random.default_rng(0)
+    return nnx.merge(
+        graphdef, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype), state)
+    )
+
+
+def build(dtype=jnp.float32, **options):
     """A layer whose biases are not zero, and its table."""
-    rngs = nnx.Rngs(seed)
     options = {"num_keys": NUM_KEYS, "num_heads": 3, "top_k": 4, "key_dim": 8, "param_dtype": dtype} | options
-    layer = MemoryLayer(DIM, rngs=rngs, **options)
-    for linear in (layer.gate_proj, layer.value_proj):
-        if linear is not None and linear.bias is not None:
-            linear.bias[...] = jax.random.normal(rngs.params(), linear.bias.shape, dtype)
-    layer.keys.query_bias[...] = jax.random.normal(rngs.params(), layer.keys.query_bias.shape, dtype)
-    return layer, ValueTable(NUM_KEYS**2, layer.value_dim, dtype=dtype, rngs=rngs)
+    layer = filled(lambda: MemoryLayer(DIM, rngs=nnx.Rngs(0), **options))
+    return layer, filled(lambda: ValueTable(NUM_KEYS**2, layer.value_dim, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
 run = nnx.jit(lambda layer, x, table: layer(x, table))
@@ -90,7 +94,7 @@ def test_output_is_the_papers_formula(options):
 
 def test_lookup_weights_of_every_head_add_up_to_one():
     layer, _ = build()
-    lookup = layer.lookup(jax.random.normal(jax.random.key(0), (7, DIM)))
+    lookup = nnx.jit(lambda layer, x: layer.lookup(x))(layer, jax.random.normal(jax.random.key(0), (7, DIM)))
     assert lookup.indices.shape == lookup.weights.shape == (7, 12)
     np.testing.assert_allclose(lookup.weights.reshape(7, 3, 4).sum(-1), 1, rtol=1e-6)
     assert int(lookup.indices.min()) >= 0
@@ -101,7 +105,8 @@ def test_activations_have_the_type_that_was_asked_for():
     layer, table = build(dtype=jnp.float32)
     x = jnp.ones((2, DIM), jnp.bfloat16)
     assert jax.eval_shape(lambda: layer(x, table)).dtype == jnp.float32
-    compute = MemoryLayer(DIM, num_keys=NUM_KEYS, top_k=2, key_dim=4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    options = {"num_keys": NUM_KEYS, "top_k": 2, "key_dim": 4, "dtype": jnp.bfloat16}
+    compute = filled(lambda: MemoryLayer(DIM, rngs=nnx.Rngs(0), **options))
     assert jax.eval_shape(lambda: compute(x, table)).dtype == jnp.bfloat16
 
 
@@ -138,9 +143,9 @@ def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"top_k=5 must be in 1\.\.num_keys=4: each half offers only"):
         MemoryLayer(DIM, num_keys=4, top_k=5, key_dim=8, rngs=rngs)
     layer, _ = build()
-    small = ValueTable(9, DIM, rngs=rngs)
+    small = filled(lambda: ValueTable(9, DIM, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"the table has \[num_slots, value_dim\] = \(9, 6\), .* \(25, 6\)"):
-        layer(jnp.ones((1, DIM)), small)
+        jax.eval_shape(lambda: layer(jnp.ones((1, DIM)), small))
     with pytest.raises(ValueError, match="implementation='cuda' is unknown"):
         build(implementation="cuda")[0].lookup(jnp.ones((1, DIM)))
 
@@ -171,15 +176,13 @@ def with_rows(table, rows):
 
 
 def test_vmap_over_layers_equals_a_loop():
-    _, table, x = shared()
-    stacked = nnx.vmap(lambda rngs: MemoryLayer(DIM, num_keys=NUM_KEYS, num_heads=2, top_k=3, key_dim=4, rngs=rngs))(
-        nnx.Rngs(0).split(3)
-    )
+    layer, table, x = shared()
+    graphdef, state = nnx.split(layer)
+    states = [jax.tree.map(lambda leaf, factor=factor: factor * leaf, state) for factor in (1.0, -0.5, 0.7)]
+    stacked = nnx.merge(graphdef, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
     mapped = nnx.jit(nnx.vmap(lambda layer, x, table: layer(x, table), in_axes=(0, None, None)))(stacked, x[0], table)
-    graphdef, state = nnx.split(stacked)
-    for number in range(3):
-        layer = nnx.merge(graphdef, jax.tree.map(lambda leaf, number=number: leaf[number], state))
-        np.testing.assert_allclose(mapped[number], run(layer, x[0], table), rtol=2e-5, atol=1e-6)
+    alone = [run(nnx.merge(graphdef, state), x[0], table) for state in states]
+    np.testing.assert_allclose(mapped, np.stack(alone), rtol=2e-5, atol=1e-6)
 
 
 def test_scan_equals_a_loop():
@@ -215,7 +218,7 @@ class Model(nnx.Module):
 
 
 def test_foreign_optimizer_loop_trains_the_table():
-    model = Model(nnx.Rngs(0))
+    model = filled(lambda: Model(nnx.Rngs(0)))
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
     x = jax.random.normal(jax.random.key(0), (4, DIM))
     target = jnp.sin(3 * x.sum(-1, keepdims=True))

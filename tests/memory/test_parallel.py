@@ -185,18 +185,28 @@ class Model(nnx.Module):
 
 def train(place):
     """Outputs and losses of a few steps of a foreign optimizer; `place` puts the batch."""
-    model = Model(nnx.Rngs(0))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Model(nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        return jnp.asarray(rng.normal(size=leaf.shape) / 4, leaf.dtype)
+
+    model = nnx.merge(graphdef, jax.tree.map(draw, state))
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
-    x = place(jax.random.normal(jax.random.key(0), (8, 2, 12)))
+    x = place(jnp.asarray(rng.normal(size=(8, 2, 12)), jnp.float32))
 
     @nnx.jit
     def step(model, optimizer):
-        loss, gradient = nnx.value_and_grad(lambda model: jnp.mean(jnp.sin(model(x))))(model)
-        optimizer.update(model, gradient)
-        return loss
+        def loss(model):
+            outputs = model(x)
+            return jnp.mean(jnp.sin(outputs)), outputs
 
-    outputs = np.asarray(nnx.jit(lambda model: model(x))(model))
-    losses = [float(step(model, optimizer)) for _ in range(3)]
+        (loss, outputs), gradient = nnx.value_and_grad(loss, has_aux=True)(model)
+        optimizer.update(model, gradient)
+        return loss, outputs
+
+    steps = [jax.tree.map(np.asarray, step(model, optimizer)) for _ in range(3)]
+    losses, outputs = zip(*steps, strict=True)
     return outputs, losses, np.asarray(model.table.rows[...])
 
 

@@ -12,16 +12,22 @@ from memjax.memory.table import ValueTable
 DIM, VALUE_DIM, NUM_KEYS, TOKENS = 6, 10, 4, 8
 
 
+class Model(nnx.Module):
+    """Two layers of different sizes that share a table."""
+
+    def __init__(self, rngs):
+        sizes = {"num_keys": NUM_KEYS, "value_dim": VALUE_DIM, "param_dtype": jnp.float64, "rngs": rngs}
+        first = MemoryLayer(DIM, num_heads=2, top_k=3, key_dim=4, **sizes)
+        self.layers = nnx.Dict(first=first, second=MemoryLayer(DIM, top_k=2, key_dim=6, gate="none", **sizes))
+        self.table = ValueTable(NUM_KEYS**2, VALUE_DIM, dtype=jnp.float64, rngs=rngs)
+
+
 def build():
-    """Two layers of different sizes that share a table, and an input."""
-    rngs = nnx.Rngs(0)
-    sizes = {"num_keys": NUM_KEYS, "value_dim": VALUE_DIM, "param_dtype": jnp.float64, "rngs": rngs}
-    layers = nnx.Dict(
-        first=MemoryLayer(DIM, num_heads=2, top_k=3, key_dim=4, **sizes),
-        second=MemoryLayer(DIM, num_heads=1, top_k=2, key_dim=6, gate="none", **sizes),
-    )
-    table = ValueTable(NUM_KEYS**2, VALUE_DIM, dtype=jnp.float64, rngs=rngs)
-    return layers, table, jax.random.normal(jax.random.key(1), (2, TOKENS // 2, DIM), jnp.float64)
+    """The layers, their table and an input."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Model(nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+    model = nnx.merge(graphdef, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), state))
+    return model.layers, model.table, jnp.asarray(rng.normal(size=(2, TOKENS // 2, DIM)))
 
 
 def test_row_gradients_of_layers_that_share_a_table_add_up_to_the_dense_gradient():
@@ -44,13 +50,14 @@ def test_row_gradients_of_layers_that_share_a_table_add_up_to_the_dense_gradient
 
         taps = {name: zero_tap(TOKENS, VALUE_DIM, jnp.float64) for name in layers}
         loss, (d_params, d_table) = jax.jit(jax.value_and_grad(dense_loss, argnums=(0, 1)))(params, table_state)
-        (got, aux), gradient, rows = row_sparse_value_and_grad(sparse_loss)(params, taps, table)
+        run = jax.jit(row_sparse_value_and_grad(sparse_loss))
+        (got, aux), gradient, rows = run(params, taps, table)
 
-        assert aux == (2, TOKENS // 2, DIM)
+        assert tuple(map(int, aux)) == (2, TOKENS // 2, DIM)
         np.testing.assert_allclose(got, loss, rtol=1e-12)
         for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(d_params), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-13)
-        assert {name: row.indices.shape for name, row in rows.items()} == {"first": (8, 6), "second": (8, 2)}
+        assert {name: row.indices.shape for name, row in rows.items()} == {"first": (8, 6), "second": (8, 8)}
         total = sum(row.dense(NUM_KEYS**2) for row in rows.values())
         np.testing.assert_allclose(total, d_table["rows"][...], rtol=1e-10, atol=1e-13)
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
 from memjax.memory import table as table_module
 from memjax.memory.table import TableRows, ValueTable, draw_rows
@@ -12,8 +13,8 @@ from memjax.memory.table import TableRows, ValueTable, draw_rows
 ROWS, COLUMNS = 96, 256
 
 
-def make_mesh(shape):
-    axis_types = (jax.sharding.AxisType.Auto,) * 2
+def make_mesh(shape, axis_type):
+    axis_types = (axis_type,) * 2
     devices = jax.devices()[: shape[0] * shape[1]]
     return jax.make_mesh(shape, ("data", "memory"), axis_types=axis_types, devices=devices)
 
@@ -32,9 +33,12 @@ def drawn_without_a_mesh(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [(1, 1), (8, 1), (2, 4)])
-def test_table_is_bit_identical_on_every_mesh(shape, dtype, small_blocks):
-    with jax.set_mesh(make_mesh(shape)):
+@pytest.mark.parametrize(
+    ("shape", "axis_type"),
+    [((1, 1), AxisType.Auto), ((8, 1), AxisType.Auto), ((2, 4), AxisType.Auto), ((2, 4), AxisType.Explicit)],
+)
+def test_table_is_bit_identical_on_every_mesh(shape, axis_type, dtype, small_blocks):
+    with jax.set_mesh(make_mesh(shape, axis_type)):
         draw = jax.jit(lambda key: draw_rows(key, ROWS, COLUMNS, std=0.5, dtype=dtype))
         rows = draw(jax.random.key(3))
     assert {shard.data.shape for shard in rows.addressable_shards} == {(ROWS, COLUMNS // shape[1])}

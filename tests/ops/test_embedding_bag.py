@@ -105,7 +105,7 @@ def compiled_gradient(implementation):
 
 
 @every_implementation
-@given(seed=seeds, shape=st.sampled_from([SHAPES[0], SHAPES[2]]), picks_of=cases["picks_of"])
+@given(seed=seeds, shape=st.just(SHAPES[0]), picks_of=cases["picks_of"])
 def test_gradients_equal_finite_differences(implementation, seed, shape, picks_of):
     table, indices, weights = (np.asarray(array) for array in draw(seed, shape, picks_of))
     table, weights = wide(table), wide(weights)

@@ -88,7 +88,7 @@ def compiled_gradient(implementation):
 
 
 @every_implementation
-@given(seed=seeds, shape=st.sampled_from([SHAPES[0], SHAPES[2]]), same_row=st.booleans())
+@given(seed=seeds, shape=st.just(SHAPES[0]), same_row=st.booleans())
 def test_gradients_equal_finite_differences(implementation, seed, shape, same_row):
     table, indices, vectors = (np.asarray(array) for array in draw(seed, shape, same_row))
     # Shorter vectors keep the third derivative of the sines, and with it the error of the differences, small.

@@ -52,9 +52,9 @@ def brute_force(queries, keys):
     _num_heads, _, num_keys, half = keys.shape
     scores = np.zeros((*queries.shape[:-1], num_keys**2), np.float32)
     for place in np.ndindex(queries.shape[:-1]):
-        left = [np.float32(queries[place][:half] @ key) for key in keys[place[-1], 0]]
-        right = [np.float32(queries[place][half:] @ key) for key in keys[place[-1], 1]]
-        scores[place] = [first + second for first in left for second in right]
+        left = (keys[place[-1], 0] @ queries[place][:half]).astype(np.float32)
+        right = (keys[place[-1], 1] @ queries[place][half:]).astype(np.float32)
+        scores[place] = np.add.outer(left, right).reshape(-1)
     return scores
 
 

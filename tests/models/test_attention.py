@@ -1,0 +1,90 @@
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from memjax.models.attention import Attention, KeyValues
+
+DIM, HEADS, LENGTH, THETA = 8, 4, 6, 100.0
+
+
+def turn(x, positions):
+    """Rotary embedding of x [s, h] by complex numbers."""
+    half = x.shape[-1] // 2
+    turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * np.outer(positions, THETA ** (-np.arange(half) / half)))
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def by_hand(layer, x, positions, segments):
+    """Causal attention, one sequence, head and token at a time."""
+
+    def kernel(part):
+        return np.asarray(part.kernel[...], np.float64)
+
+    head_dim = DIM // HEADS
+    out = np.zeros(x.shape)
+    for row in range(len(x)):
+        query, key, value = (
+            (x[row] @ kernel(part)).reshape(LENGTH, -1, head_dim) for part in (layer.query, layer.key, layer.value)
+        )
+        heads = np.zeros((LENGTH, HEADS, head_dim))
+        for head in range(HEADS):
+            group = head // (HEADS // key.shape[1])
+            queries, keys = turn(query[:, head], positions[row]), turn(key[:, group], positions[row])
+            for token in range(LENGTH):
+                seen = [other for other in range(token + 1) if segments[row, other] == segments[row, token]]
+                weights = np.exp(keys[seen] @ queries[token] / head_dim**0.5)
+                heads[token, head] = weights / weights.sum() @ value[seen, group]
+        out[row] = heads.reshape(LENGTH, -1) @ kernel(layer.out)
+    return out
+
+
+@cache
+def build(num_kv_heads, dtype="float32"):
+    options = {"num_heads": HEADS, "num_kv_heads": num_kv_heads, "rope_theta": THETA, "param_dtype": jnp.dtype(dtype)}
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Attention(DIM, rngs=nnx.Rngs(0), **options)))
+    rng = np.random.default_rng(1)
+    layer = nnx.merge(graphdef, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, dtype), state))
+    return layer, np.random.default_rng(0).normal(size=(2, LENGTH, DIM)).astype(dtype)
+
+
+run = nnx.jit(lambda layer, *arguments: layer(*arguments))
+
+COUNTING = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (2, LENGTH))
+SEGMENTS = np.asarray([[1, 1, 2, 2, 2, 0], [1, 2, 2, 2, 3, 3]], np.int32)
+RESTARTING = np.asarray([[0, 1, 0, 1, 2, 0], [0, 0, 1, 2, 0, 1]], np.int32)
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("float64", 1e-12)])
+def test_output_is_causal_attention_within_documents(num_kv_heads, documents, dtype, tolerance):
+    with jax.enable_x64(dtype == "float64"):
+        layer, x = build(num_kv_heads, dtype)
+        positions, segments = (RESTARTING, SEGMENTS) if documents else (COUNTING, None)
+        got = run(layer, x, positions, segments)
+        assert got.dtype == dtype
+        expected = by_hand(layer, x, positions, np.zeros_like(COUNTING) if segments is None else segments)
+        np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_cache_filled_in_pieces_gives_what_all_tokens_at_once_give(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        layer, x = build(2, dtype)
+        expected = run(layer, x, COUNTING)
+        # Longer than the sequence, with rubbish where nothing was written yet.
+        cache = KeyValues(*(jnp.full((2, LENGTH + 3, 2, DIM // HEADS), 7.0, dtype) for _ in range(2)))
+        extend = nnx.jit(lambda layer, *arguments: layer.with_cache(*arguments))
+        pieces, start = [], 0
+        for length in (3, 1, 1, 1):
+            place = slice(start, start + length)
+            out, cache = extend(layer, x[:, place], COUNTING[:, place], cache, jnp.int32(start))
+            pieces.append(out)
+            start += length
+        tolerance = 1e-12 if dtype == "float64" else 2e-5
+        np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, rtol=tolerance, atol=tolerance)
+        assert np.all(np.asarray(cache.keys)[:, LENGTH:] == 7)

@@ -1,0 +1,190 @@
+import re
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from memjax.config import MemoryConfig, ModelConfig
+from memjax.models.block import Block
+from memjax.models.decoder import resolve_dtype
+from memjax.models.feed_forward import FeedForward
+from memjax.models.loss import summed_loss
+from memjax.models.parts import DecoderParts, take_apart
+from memjax.ops.product_key_search.api import product_key_search
+
+SIZES = {"dim": 16, "num_heads": 2, "num_kv_heads": 1, "ffn_dim": 24, "vocab_size": 40}
+MEMORY = {"num_keys": 5, "num_heads": 2, "top_k": 3, "key_dim": 8, "value_dim": 12}
+TIED = {"num_layers": 2, "tie_embeddings": True}
+CONFIGS = {
+    "dense": ModelConfig(**SIZES, num_layers=1, memory=None),
+    "shared pool": ModelConfig(**SIZES, **TIED, memory=MemoryConfig(**MEMORY, layers=(0, 1))),
+    "own pools": ModelConfig(**SIZES, num_layers=3, memory=MemoryConfig(**MEMORY, layers=(0, 2), share=False)),
+}
+TOKENS = np.random.default_rng(0).integers(40, size=(2, 7)).astype(np.int32)
+
+
+@cache
+def build(name):
+    """A decoder with random numbers in place of its initialisation, which would take seconds to compile."""
+    parts, rng = DecoderParts.of(CONFIGS[name]), np.random.default_rng(0)
+
+    def draw(leaf):
+        scale = leaf.shape[-1] ** -0.5 if leaf.ndim > 1 else 1
+        return jnp.asarray(rng.normal(size=leaf.shape) * scale, leaf.dtype)
+
+    return parts.assemble(*jax.tree.map(draw, (parts.abstract_params, parts.abstract_tables)))
+
+
+call = nnx.jit(lambda layer, *arguments: layer(*arguments))
+
+
+def norm(layer, x):
+    scale = np.asarray(layer.scale[...], np.float64)
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-5) * scale
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_those_of_the_layers_put_together_by_hand(name):
+    """Attention, feed-forward and memory layers have tests of their own; here they are called one by one."""
+    model, config = build(name), CONFIGS[name]
+    positions = np.broadcast_to(np.arange(7, dtype=np.int32), TOKENS.shape)
+    embedding = np.asarray(model.embed.embedding[...], np.float64)
+
+    def narrow(x):
+        return jnp.asarray(x, jnp.float32)
+
+    x = embedding[TOKENS]
+    for number, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        x = x + np.asarray(call(block.attention, narrow(norm(block.attention_norm, x)), positions))
+        inputs = narrow(norm(block.mixer_norm, x))
+        if config.memory is not None and number in config.memory.layers:
+            table = model.tables["shared" if config.memory.share else f"layer_{number}"]
+            x = x + np.asarray(call(block.memory, inputs, table))
+        else:
+            assert isinstance(block.feed_forward, FeedForward)
+            x = x + np.asarray(call(block.feed_forward, inputs))
+    output = embedding.T if config.tie_embeddings else np.asarray(model.head.kernel[...], np.float64)
+    logits = call(model, TOKENS)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, norm(model.norm, x) @ output, rtol=1e-4, atol=1e-4)
+
+
+def test_tables_are_owned_by_the_decoder_one_for_each_pool():
+    def tables(name):
+        return {pool: table.rows[...].shape for pool, table in build(name).tables.items()}
+
+    assert tables("dense") == {}
+    assert tables("shared pool") == {"shared": (25, 12)}
+    assert tables("own pools") == {"layer_0": (25, 12), "layer_2": (25, 12)}
+    first, second = (build("own pools").tables[pool].rows[...] for pool in ("layer_0", "layer_2"))
+    assert np.any(first != second)
+
+
+@pytest.mark.parametrize("name", ["dense", "shared pool"])
+def test_packed_documents_get_what_they_get_alone(name):
+    model = build(name)
+    lengths = [3, 3, 1]
+    positions = np.concatenate([np.arange(length) for length in lengths]).astype(np.int32)[None]
+    segments = np.repeat(np.arange(1, 4), lengths).astype(np.int32)[None]
+    hidden = nnx.jit(lambda model, *arguments: model.hidden(*arguments)[0])
+    packed = hidden(model, TOKENS[:1], positions, segments)[0]
+    start = 0
+    for length in lengths:
+        alone = hidden(model, TOKENS[:1, start : start + length])[0]
+        np.testing.assert_allclose(packed[start : start + length], alone, rtol=1e-4, atol=1e-4)
+        start += length
+
+
+@pytest.mark.parametrize("name", ["dense", "own pools"])
+def test_cache_filled_in_pieces_gives_what_all_tokens_at_once_give(name):
+    model = build(name)
+    expected = call(model, TOKENS)
+    cache, pieces, start = model.init_cache(2, 9), [], 0
+    extend = nnx.jit(lambda model, tokens, cache: model.with_cache(tokens, cache))
+    for length in (4, 1, 1, 1):
+        logits, cache = extend(model, TOKENS[:, start : start + length], cache)
+        pieces.append(logits)
+        start += length
+    assert int(cache.length) == 7
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, rtol=1e-4, atol=1e-4)
+
+
+def loss_and_lookups(parts, params, tables, taps, remat):
+    model = parts.assemble(params, tables)
+    hidden, lookups = model.hidden(jnp.asarray(TOKENS), taps=taps, remat=remat)
+    return summed_loss(model, hidden, jnp.asarray(TOKENS[:, ::-1]), jnp.ones(TOKENS.shape)), lookups
+
+
+@cache
+def compiled_gradient(remat, forget=False):
+    """value_and_grad in parameters, tables and taps; `forget` recomputes everything, whatever remat says."""
+    parts, *arrays = take_apart(build("shared pool"))
+    policy = jax.checkpoint_policies.nothing_saveable
+    wrap = (lambda function: jax.checkpoint(function, policy=policy)) if forget else (lambda function: function)
+    loss = wrap(lambda *arguments: loss_and_lookups(parts, *arguments, remat))
+    compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+    arguments = (*arrays, parts.zero_taps(TOKENS.size))
+    return compiled.lower(*arguments).compile(), arguments
+
+
+@pytest.mark.parametrize("remat", ["dots", "block"])
+def test_remat_leaves_loss_and_gradients_as_they_are(remat):
+    (plain, arguments), (again, _) = compiled_gradient("none"), compiled_gradient(remat)
+    expected, got = plain(*arguments), again(*arguments)
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+def count_searches(compiled):
+    """Selections of the best in optimised code: a custom call on CPUs, an instruction or a sort elsewhere."""
+    return len(re.findall(r'custom_call_target="[^"]*TopK[^"]*"| topk\(| sort\(', compiled.as_text()))
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "block"])
+def test_compiled_gradient_holds_one_search_for_each_memory_layer(remat):
+    queries, keys = jnp.ones((14, 2, 8)), jnp.ones((2, 2, 5, 4))
+    one = count_searches(jax.jit(lambda *inputs: product_key_search(*inputs, 3)).lower(queries, keys).compile())
+    assert one > 0
+    assert count_searches(compiled_gradient(remat)[0]) == 2 * one
+
+
+def test_searching_again_would_be_counted():
+    compiled, _ = compiled_gradient("none", forget=True)
+    assert count_searches(compiled) > count_searches(compiled_gradient("none")[0])
+
+
+def test_lookups_and_tap_cotangents_are_the_tables_gradient():
+    compiled, arguments = compiled_gradient("block")
+    (_, lookups), (_, d_tables, d_taps) = compiled(*arguments)
+    assert lookups.keys() == d_taps.keys() == {"L0", "L1"}
+    expected = np.zeros((25, 12))
+    for name, lookup in lookups.items():
+        indices, weights, bags = (np.asarray(array) for array in (*lookup, d_taps[name]))
+        assert indices.shape == (14, 6)
+        for token, pick in np.ndindex(indices.shape):
+            expected[indices[token, pick]] += weights[token, pick] * bags[token]
+    np.testing.assert_allclose(d_tables["shared"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_types_follow_the_config():
+    assert resolve_dtype("auto") == (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    assert resolve_dtype("bfloat16") == jnp.bfloat16
+    memory = MemoryConfig(**MEMORY, layers=(0,), table_dtype="bfloat16")
+    parts = DecoderParts.of(ModelConfig(**SIZES, num_layers=1, dtype="bfloat16", memory=memory))
+    assert {leaf.dtype for leaf in jax.tree.leaves(parts.abstract_params)} == {jnp.dtype("float32")}
+    assert parts.abstract_tables["shared"].dtype == jnp.bfloat16
+
+    def run(params, tables):
+        return parts.assemble(params, tables).hidden(jnp.asarray(TOKENS))[0]
+
+    assert jax.eval_shape(run, parts.abstract_params, parts.abstract_tables).dtype == jnp.bfloat16
+
+    def logits(params, tables):
+        return parts.assemble(params, tables)(jnp.asarray(TOKENS))
+
+    assert jax.eval_shape(logits, parts.abstract_params, parts.abstract_tables).dtype == jnp.float32

@@ -1,0 +1,88 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from memjax.config import ModelConfig
+from memjax.models import loss as loss_module
+from memjax.models.loss import summed_loss, token_losses
+from memjax.models.parts import DecoderParts
+
+DIM, VOCAB, BATCH = 16, 96, 2
+
+
+def build(tie_embeddings=False, length=7):
+    sizes = {"dim": DIM, "num_layers": 1, "num_heads": 2, "ffn_dim": 8, "vocab_size": VOCAB, "memory": None}
+    config = ModelConfig(tie_embeddings=tie_embeddings, **sizes)
+    parts, rng = DecoderParts.of(config), np.random.default_rng(0)
+
+    def draw(leaf):
+        return jnp.asarray(rng.normal(size=leaf.shape) * DIM**-0.5, leaf.dtype)
+
+    model = parts.assemble(jax.tree.map(draw, parts.abstract_params), {})
+    hidden = jnp.asarray(rng.normal(size=(BATCH, length, DIM)), jnp.float32)
+    targets = jnp.asarray(rng.integers(VOCAB, size=(BATCH, length)), jnp.int32)
+    mask = jnp.asarray(rng.integers(2, size=(BATCH, length)), jnp.float32)
+    return model, hidden, targets, mask
+
+
+def by_hand(model, hidden, targets):
+    kernel = model.embed.embedding[...].T if model.head is None else model.head.kernel[...]
+    logits = np.asarray(hidden, np.float64) @ np.asarray(kernel, np.float64)
+    losses = np.zeros(targets.shape)
+    for place in np.ndindex(targets.shape):
+        losses[place] = np.log(np.sum(np.exp(logits[place]))) - logits[(*place, targets[place])]
+    return losses
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+@pytest.mark.parametrize("chunk_tokens", [1, 6, 4096], ids=lambda tokens: f"chunks of {tokens} tokens")
+def test_losses_are_minus_log_probabilities_however_they_are_cut(chunk_tokens, tie_embeddings, monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", chunk_tokens)
+    model, hidden, targets, mask = build(tie_embeddings)
+    expected = by_hand(model, hidden, np.asarray(targets))
+    np.testing.assert_allclose(nnx.jit(token_losses)(model, hidden, targets), expected, rtol=1e-5)
+    total = nnx.jit(summed_loss)(model, hidden, targets, mask)
+    np.testing.assert_allclose(total, np.sum(expected * np.asarray(mask)), rtol=1e-5)
+
+
+def gradients(model, hidden, targets, mask):
+    graphdef, params = nnx.split(model)
+
+    def loss(params, hidden):
+        return summed_loss(nnx.merge(graphdef, params), hidden, targets, mask)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1))), params, hidden
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_gradients_are_softmax_minus_target_however_they_are_cut(tie_embeddings, monkeypatch):
+    model, hidden, targets, mask = build(tie_embeddings)
+    kernel = np.asarray(model.embed.embedding[...].T if model.head is None else model.head.kernel[...], np.float64)
+    logits = np.asarray(hidden, np.float64) @ kernel
+    d_logits = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True) - np.eye(VOCAB)[np.asarray(targets)]
+    d_logits *= np.asarray(mask)[..., None]
+    for chunk_tokens in (6, 4096):
+        monkeypatch.setattr(loss_module, "CHUNK_TOKENS", chunk_tokens)
+        compiled, *arguments = gradients(model, hidden, targets, mask)
+        d_params, d_hidden = compiled(*arguments)
+        np.testing.assert_allclose(d_hidden, d_logits @ kernel.T, rtol=1e-4, atol=1e-5)
+        d_kernel = d_params["embed"]["embedding"][...].T if tie_embeddings else d_params["head"]["kernel"][...]
+        expected = np.einsum("bsd,bsv->dv", np.asarray(hidden, np.float64), d_logits)
+        np.testing.assert_allclose(d_kernel, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_gradient_holds_no_float32_array_of_tokens_by_vocabulary(monkeypatch):
+    length = 64
+
+    def largest(chunk_tokens):
+        monkeypatch.setattr(loss_module, "CHUNK_TOKENS", chunk_tokens)
+        compiled, *arguments = gradients(*build(length=length))
+        text = compiled.lower(*arguments).compile().as_text()
+        return max(np.prod([int(size) for size in shape.split(",")]) for shape in re.findall(r"f32\[([\d,]+)\]", text))
+
+    assert largest(4096) >= BATCH * length * VOCAB
+    assert largest(16) < BATCH * length * VOCAB

@@ -1,0 +1,74 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from memjax.config import MemoryConfig, ModelConfig
+from memjax.memory.table import TableRows
+from memjax.models.decoder import Decoder
+from memjax.models.parts import DecoderParts, take_apart
+
+SIZES = {"dim": 8, "num_layers": 2, "num_heads": 2, "ffn_dim": 8, "vocab_size": 16}
+MEMORY = {"layers": (0, 1), "num_keys": 3, "num_heads": 1, "top_k": 2, "key_dim": 4, "value_dim": 6}
+CONFIGS = {
+    "dense": ModelConfig(**SIZES, memory=None),
+    "memory": ModelConfig(**SIZES, memory=MemoryConfig(**MEMORY, share=False, table_dtype="bfloat16")),
+}
+
+
+def shapes(tree):
+    return [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_decoder_taken_apart_and_put_together_is_the_same(name):
+    abstract = DecoderParts.of(CONFIGS[name])
+
+    def fill(tree):
+        return jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.5, leaf.dtype), tree)
+
+    model = abstract.assemble(fill(abstract.abstract_params), fill(abstract.abstract_tables))
+    parts, params, tables = take_apart(model)
+    assert shapes((parts.abstract_params, parts.abstract_tables)) == shapes((params, tables))
+    again = parts.assemble(params, tables)
+    assert nnx.graphdef(again) == nnx.graphdef(model)
+    one, other = nnx.state(again), nnx.state(model)
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for got, expected in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert got is expected, "nothing is copied"
+    assert sorted(tables) == ([] if name == "dense" else ["layer_0", "layer_1"])
+    assert not jax.tree.leaves(nnx.filter_state(params, TableRows))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parts_of_a_config_have_the_structure_of_its_decoder(name):
+    parts = DecoderParts.of(CONFIGS[name])
+    model = nnx.eval_shape(lambda: Decoder(CONFIGS[name], rngs=nnx.Rngs(0)))
+
+    def zeros(tree):
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+
+    again = parts.assemble(zeros(parts.abstract_params), zeros(parts.abstract_tables))
+    assert nnx.graphdef(again) == nnx.graphdef(model)
+    assert shapes(nnx.state(again)) == shapes(nnx.state(model))
+
+
+def test_init_draws_what_the_parts_describe():
+    parts = DecoderParts.of(CONFIGS["memory"])
+    params, tables = jax.jit(parts.init)(jax.random.key(0))
+    assert shapes(params) == shapes(parts.abstract_params)
+    assert shapes(tables) == shapes(parts.abstract_tables)
+    assert jax.tree.structure(params) == jax.tree.structure(parts.abstract_params)
+    drawn = [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves((params, tables)) if leaf.ndim > 1]
+    assert all(np.std(leaf) > 0.01 for leaf in drawn)
+    assert np.any(drawn[-1] != drawn[-2]), "each table is drawn on its own"
+
+
+def test_taps_are_zeros_of_the_bags_shapes_and_types():
+    taps = DecoderParts.of(CONFIGS["memory"]).zero_taps(10)
+    assert {name: (tap.shape, tap.dtype) for name, tap in taps.items()} == dict.fromkeys(
+        ("L0", "L1"), ((10, 6), jnp.bfloat16)
+    )
+    assert not any(np.any(tap) for tap in taps.values())
+    assert DecoderParts.of(CONFIGS["dense"]).zero_taps(10) == {}
