@@ -13,6 +13,7 @@ import pytest
 from memjax.command_line import load
 from memjax.config import RunConfig
 from memjax.memory import parallel
+from memjax.ops.row_update import xla
 from memjax.training.mesh import put_batch
 from memjax.training.state import Trainer, TrainState
 from memjax.training.step import BATCH, make_train_step
@@ -173,10 +174,23 @@ def tiny() -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def float64() -> Iterator[None]:
-    """Double precision for a module, and machine code that is not optimised, which takes longer than it saves."""
+def quick_compile() -> Iterator[None]:
+    """Machine code that is not optimised, which would take longer than it saves."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def float64(quick_compile) -> Iterator[None]:
+    """Double precision for a module."""
     with jax.enable_x64(True):
         yield
-    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def small_tables_as_large(monkeypatch) -> None:
+    """Tables as small as these would be updated whole; now they are sorted and updated in many chunks."""
+    monkeypatch.setattr(xla, "SMALL_TABLE_BYTES", 0)
+    monkeypatch.setattr(xla, "CHUNK_BYTES", 1 << 15)

@@ -18,13 +18,16 @@ from memjax.training.mesh import make_mesh
 
 SETTINGS = """
 --model.dim 16 --model.num_layers 2 --model.num_heads 2 --model.ffn_dim 24 --model.vocab_size 259
---model.memory.num_keys 8 --model.memory.top_k 3 --model.memory.key_dim 8
+--model.memory.layers 1 --model.memory.num_keys 8 --model.memory.num_heads 2 --model.memory.top_k 3
+--model.memory.key_dim 8
 --data.source text --data.validation_fraction 0 --data.sequence_length 16 --data.batch_size 8 --data.packing concat
 --data.tokenizer.kind byte
 --optim.warmup_steps 2 --optim.table.warmup_steps 2 --train.steps 12 --checkpoint.every 4 --eval.every 100
 --log.usage_every 5
 """
 BAD_STEP = 7
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture

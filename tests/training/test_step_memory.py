@@ -1,0 +1,51 @@
+"""What the compiled step holds: no second table, and no second search."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from memjax.command_line import load
+from memjax.config import RunConfig
+from memjax.ops.product_key_search.api import product_key_search
+from memjax.training.state import Trainer
+from memjax.training.step import make_train_step
+
+LARGE = """
+--model.dim 64 --model.num_layers 2 --model.num_heads 2 --model.ffn_dim 64 --model.vocab_size 259
+--model.memory.layers 0,1 --model.memory.num_keys 1024 --model.memory.num_heads 2 --model.memory.top_k 8
+--model.memory.key_dim 16
+--data.batch_size 4 --data.sequence_length 64 --mesh.data 1
+"""
+
+
+def top_k_calls(compiled) -> int:
+    """Selections in a compiled program: an operation, a call, or a sort of values with their places."""
+    return len(re.findall(r'= \S+ topk\(|custom_call_target="TopK"|= \(f\d+\S+ s32\S+ sort\(', compiled.as_text()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "dots", "block"])
+def test_a_step_holds_no_second_table_and_one_search_a_layer(tiny, remat):
+    config = load(RunConfig, None, [*LARGE.split(), "--train.remat", remat])
+    trainer, mesh = Trainer.of(config), tiny.mesh(1, 1)
+    state = trainer.abstract_state()
+    batch = {
+        name: jax.ShapeDtypeStruct((1, 4, 64), jnp.float32 if name == "loss_mask" else jnp.int32)
+        for name in ("tokens", "targets", "segments", "positions", "loss_mask")
+    }
+    with jax.set_mesh(mesh):
+        compiled = make_train_step(trainer, mesh).lower(state, batch).compile()
+    table = 2**20 * 64 * 4
+    assert state.tables["shared"].size * 4 == table
+    updated = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.tables, state.table_state)))
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= updated
+    assert memory.temp_size_in_bytes < 0.1 * table
+    assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 0.1 * table
+
+    queries, keys = jax.ShapeDtypeStruct((256, 2, 16), jnp.float32), jax.ShapeDtypeStruct((2, 2, 1024, 8), jnp.float32)
+    search = jax.jit(lambda *arguments: product_key_search(*arguments, 8)).lower(queries, keys).compile()
+    assert top_k_calls(search) > 0
+    assert top_k_calls(compiled) == 2 * top_k_calls(search)
