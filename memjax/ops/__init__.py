@@ -5,6 +5,6 @@
     embedding_dot        out[t, k] = <vectors[t], table[indices[t, k]]>, the transpose of the bag
     row_update           table rows <- optimizer(rows, gradient), in place, only the rows that were read
 
-Each is a folder: `reference.py` is the definition, `xla.py` runs anywhere in bounded memory, `api.py` is what others call
-(`memjax.embedding_bag` and so on).
+Each is a folder: `reference.py` is the definition, `xla.py` runs anywhere in bounded memory, `api.py` is what others
+call (`memjax.embedding_bag` and so on).
 """

@@ -4,10 +4,12 @@
 defaults here, which are chosen for 16-byte loads and enough of them in flight.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import pathlib
+from collections.abc import Iterator
 
 import jax
 
@@ -35,13 +37,17 @@ def embedding_dot(dim: int, picks: int, itemsize: int) -> Tile:
     return _tuned("embedding_dot", Tile(rows=16, columns=512 // itemsize, num_warps=1), dim, picks)
 
 
+SELECT_MIDDLE = 4
+"""Scores in the groups that the second round of the selection chooses from."""
+
+
 def select(num: int, top_k: int) -> Tile:
     """Groups and members of a row of `num` scores: `rows` groups of `columns` neighbouring scores."""
     whole, round_k = max(2, next_power_of_two(num)), max(2, next_power_of_two(top_k))
-    size = _table().get("select", {}).get("columns", 4 if whole <= 4096 else 8)
+    tuned = _table().get("select" if whole <= 2048 else "select_long", {})
     # Fewer groups than picks would leave picks out, and a short row is sorted at once.
-    size = min(size, max(1, whole // (2 * round_k)))
-    return Tile(rows=whole // size, columns=size, num_warps=_table().get("select", {}).get("num_warps", 1))
+    size = min(tuned.get("columns", 4 if whole <= 4096 else 8), max(1, whole // (2 * round_k)))
+    return Tile(rows=whole // size, columns=size, num_warps=tuned.get("num_warps", 1))
 
 
 def row_update(columns: int) -> Tile:
@@ -50,17 +56,29 @@ def row_update(columns: int) -> Tile:
 
 
 def _tuned(operation: str, default: Tile, dim: int, picks: int) -> Tile:
-    found = _table().get(operation)
-    tile = dataclasses.replace(default, **found) if found else default
+    tile = dataclasses.replace(default, **_table().get(operation, {}))
     return dataclasses.replace(
         tile, columns=min(tile.columns, next_power_of_two(dim)), rows=min(tile.rows, next_power_of_two(picks))
     )
 
 
+_tried: dict[str, dict[str, int]] = {}
+
+
+@contextlib.contextmanager
+def trying(operation: str, **fields: int) -> Iterator[None]:
+    """Kernels traced inside the block use these fields of a tile: how tiles are tuned."""
+    _tried[operation] = fields
+    try:
+        yield
+    finally:
+        del _tried[operation]
+
+
 def _table() -> dict[str, dict[str, int]]:
     """The tuned tiles of this machine's kind of device."""
     kind = jax.devices()[0].device_kind
-    return next((tuned for name, tuned in _tables().items() if kind.startswith(name)), {})
+    return next((tuned for name, tuned in _tables().items() if kind.startswith(name)), {}) | _tried
 
 
 @functools.cache

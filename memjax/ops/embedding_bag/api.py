@@ -1,6 +1,7 @@
 """The embedding bag as others call it: any batch shape, gradients, choice of the implementation."""
 
 from functools import partial
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -32,7 +33,7 @@ def embedding_bag(
     """
     name = dispatch.choose("embedding_bag", implementation)
     batch, picks = indices.shape[:-1], indices.shape[-1]
-    out = _bag(name, table, indices.reshape(-1, picks), weights.reshape(-1, picks))
+    out: Any = _bag(name, table, indices.reshape(-1, picks), weights.reshape(-1, picks))
     return out.reshape(*batch, table.shape[1])
 
 

@@ -1,6 +1,7 @@
 """The embedding dot as others call it: any batch shape, gradients, choice of the implementation."""
 
 from functools import partial
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -30,7 +31,7 @@ def embedding_dot(
     """
     name = dispatch.choose("embedding_dot", implementation)
     batch, picks = indices.shape[:-1], indices.shape[-1]
-    out = _dot(name, table, indices.reshape(-1, picks), vectors.reshape(-1, vectors.shape[-1]))
+    out: Any = _dot(name, table, indices.reshape(-1, picks), vectors.reshape(-1, vectors.shape[-1]))
     return out.reshape(*batch, picks)
 
 

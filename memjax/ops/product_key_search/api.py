@@ -1,6 +1,7 @@
 """The product-key search as others call it: any batch shape, gradients, choice of the implementation."""
 
 from functools import partial
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -21,9 +22,9 @@ def product_key_search(
 ) -> tuple[Float[Array, "*t h k"], Int[Array, "*t h k"]]:
     """The top_k best of n * n slots per token and head, exactly: scores (best first, float32 or wider) and int32 slots.
 
-    A slot i * n + j scores <first half of the query, keys[h, 0, i]> + <second half, keys[h, 1, j]>. The slots of a token
-    and head are distinct, also when scores are equal; which of equal scores come first is not specified. Differentiable
-    in `queries` and `keys`. NaN in gives NaN out.
+    A slot i * n + j scores <first half of the query, keys[h, 0, i]> + <second half, keys[h, 1, j]>. The slots of a
+    token and head are distinct, also when scores are equal; which of equal scores come first is not specified.
+    Differentiable in `queries` and `keys`. NaN in gives NaN out.
 
     Raises:
         ValueError: sizes do not fit, or `implementation` is unknown.
@@ -39,7 +40,8 @@ def product_key_search(
         )
     name = dispatch.choose("product_key_search", implementation)
     batch = queries.shape[:-2]
-    scores, indices = _search(name, top_k, queries.reshape(-1, *queries.shape[-2:]), keys)
+    found: Any = _search(name, top_k, queries.reshape(-1, *queries.shape[-2:]), keys)
+    scores, indices = found
     return scores.reshape(*batch, num_heads, top_k), indices.reshape(*batch, num_heads, top_k)
 
 
@@ -49,7 +51,8 @@ def _search(name: str, top_k: int, queries: Array, keys: Array) -> tuple[Array, 
 
 
 def _search_forward(name, top_k, queries, keys):
-    scores, indices = _search(name, top_k, queries, keys)
+    found: Any = _search(name, top_k, queries, keys)
+    scores, indices = found
     scores, indices = checkpoint_name(scores, SAVED_SCORES), checkpoint_name(indices, SAVED_INDICES)
     return (scores, indices), (queries, keys, indices)
 

@@ -1,8 +1,8 @@
 """The product-key search with Triton kernels around XLA's matrix products.
 
 Half scores are made by a matrix product, [h, 2, t, n] in float32; `select_kernel` takes the best k of every row, exactly;
-`pair_kernel` takes the best k sums of the two halves. Both sort 64-bit words, a score's order-preserving bits above its
-place, so that equal scores never lose or repeat a place.
+`pair_kernel` takes the best k sums of the two halves. What decides is 64-bit words, a score's order-preserving bits above
+its place, so that equal scores never lose or repeat a place.
 """
 
 from functools import partial
@@ -42,6 +42,26 @@ def place_of(word):
 
 
 @triton.jit
+def load_bits(scores_ptr, place, NUM: tl.constexpr):
+    """Order-preserving bits of the scores at some places; places outside the row come last."""
+    scores = tl.load(scores_ptr + place, mask=place < NUM, other=0.0)
+    return tl.where(place < NUM, order_bits(scores), -0x7FFFFFFF - 1)
+
+
+@triton.jit
+def quick_best(bits, number, MASK: tl.constexpr, ROUND_K: tl.constexpr):
+    """Numbers of the ROUND_K best, up to near ties: 32-bit words hold the number in place of the lowest bits."""
+    return tl.topk((bits & ~MASK) | number, ROUND_K) & MASK
+
+
+@triton.jit
+def missed(bits, chosen):
+    """Whether something better than the worst of the chosen was left out, and the exact way must be taken."""
+    worst = tl.min(chosen, axis=0)
+    return tl.sum((bits > worst).to(tl.int32), axis=0) != tl.sum((chosen > worst).to(tl.int32), axis=0)
+
+
+@triton.jit
 def select_kernel(
     scores_ptr,
     best_ptr,
@@ -51,26 +71,57 @@ def select_kernel(
     ROUND_K: tl.constexpr,
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
+    MIDDLE: tl.constexpr,
 ):
-    """The best of NUM scores in a row. The k best lie in the k groups with the best maxima: only those are sorted."""
+    """The best of NUM scores in a row. The k best lie in the k groups with the best maxima: only those are looked at.
+
+    Groups of SIZE, then groups of MIDDLE within the chosen ones, then single scores are chosen by quick 32-bit sorts. A
+    quick sort can err only among scores that agree in their leading bits; that is detected, and the row then takes the
+    exact 64-bit sort.
+    """
     row = tl.program_id(0).to(tl.int64)
-    member = tl.arange(0, SIZE)[None, :]
+    scores_ptr += row * NUM
+    whole: tl.constexpr = GROUPS * SIZE
     group = tl.arange(0, GROUPS)
-    place = group[:, None] * SIZE + member
-    lowest = -0x7FFFFFFF - 1
-    scores = tl.load(scores_ptr + row * NUM + place, mask=place < NUM, other=0.0)
-    bits = tl.where(place < NUM, order_bits(scores), lowest)
-    words = tl.topk(with_place(tl.max(bits, axis=1), group), ROUND_K)
-    if SIZE > 1:
-        place = place_of(words)[:, None] * SIZE + member
-        scores = tl.load(scores_ptr + row * NUM + place, mask=place < NUM, other=0.0)
-        bits = tl.where(place < NUM, order_bits(scores), lowest)
-        words = tl.topk(tl.reshape(with_place(bits, place), [ROUND_K * SIZE]), ROUND_K)
+    member = tl.arange(0, SIZE)[None, :]
+    bits = load_bits(scores_ptr, group[:, None] * SIZE + member, NUM)
+    if SIZE == 1:
+        words = tl.topk(with_place(tl.max(bits, axis=1), group), ROUND_K)
+    else:
+        maxima = tl.max(bits, axis=1)
+        chosen = quick_best(maxima, group, GROUPS - 1, ROUND_K)
+        place = chosen[:, None] * SIZE + member
+        bits = load_bits(scores_ptr, place, NUM)
+        if missed(maxima, tl.max(bits, axis=1)):
+            chosen = place_of(tl.topk(with_place(maxima, group), ROUND_K))
+            place = chosen[:, None] * SIZE + member
+            bits = load_bits(scores_ptr, place, NUM)
+
+        if SIZE > MIDDLE:
+            maxima = tl.max(tl.reshape(bits, [ROUND_K * SIZE // MIDDLE, MIDDLE]), axis=1)
+            group = tl.min(tl.reshape(place, [ROUND_K * SIZE // MIDDLE, MIDDLE]), axis=1) // MIDDLE
+            member = tl.arange(0, MIDDLE)[None, :]
+            chosen = quick_best(maxima, group, whole // MIDDLE - 1, ROUND_K)
+            place = chosen[:, None] * MIDDLE + member
+            bits = load_bits(scores_ptr, place, NUM)
+            if missed(maxima, tl.max(bits, axis=1)):
+                chosen = place_of(tl.topk(with_place(maxima, group), ROUND_K))
+                place = chosen[:, None] * MIDDLE + member
+                bits = load_bits(scores_ptr, place, NUM)
+
+        bits = tl.reshape(bits, [ROUND_K * MIDDLE])
+        place = tl.reshape(place, [ROUND_K * MIDDLE])
+        chosen = quick_best(bits, place, whole - 1, ROUND_K)
+        chosen_bits = load_bits(scores_ptr, chosen, NUM)
+        if missed(bits, chosen_bits):
+            words = tl.topk(with_place(bits, place), ROUND_K)
+        else:
+            words = tl.topk(with_place(chosen_bits, chosen), ROUND_K)
     rank = tl.arange(0, ROUND_K)
     kept = rank < TOP_K
     place = place_of(words)
     # The score itself is read again, not made from its bits: NaN stays the NaN it was.
-    score = tl.load(scores_ptr + row * NUM + place, mask=kept, other=0.0)
+    score = tl.load(scores_ptr + place, mask=kept, other=0.0)
     tl.store(best_ptr + row * TOP_K + rank, score, mask=kept)
     tl.store(places_ptr + row * TOP_K + rank, place, mask=kept)
 
@@ -212,6 +263,7 @@ def _select(scores: Array, *, top_k: int) -> tuple[Array, Array]:
         ROUND_K=_round_k(top_k),
         GROUPS=tile.rows,
         SIZE=tile.columns,
+        MIDDLE=min(tiles.SELECT_MIDDLE, tile.columns),
     )
     return best, places
 

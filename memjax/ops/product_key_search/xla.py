@@ -68,7 +68,7 @@ def _split(queries: Float[Array, "t h key_dim"]) -> Float[Array, "t h 2 half"]:
 
 
 def _score(halves: Float[Array, "c h 2 half"], keys: Float[Array, "h 2 n half"]) -> Float[Array, "c h 2 n"]:
-    # "highest" keeps float32 inputs out of TF32, whose 10 bits would swap near ties; bfloat16 products are exact anyway.
+    # "highest" keeps float32 inputs out of TF32, whose 10 bits would swap near ties; bfloat16 products are exact.
     dtype = accumulator(halves.dtype)
     return jnp.einsum("thcd,hcnd->thcn", halves, keys, precision="highest", preferred_element_type=dtype)
 

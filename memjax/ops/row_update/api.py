@@ -21,8 +21,8 @@ def row_update(
     """One optimizer step on the rows that were read: the table and its state, updated.
 
     The gradients of all layers that read the table are summed first, in float32 or wider (their numbers of picks may
-    differ), so a row is updated once however often it was read. Under `jax.jit` with table and state donated, the update
-    is in place and its temporaries do not grow with the table. With `step.ok` false nothing changes.
+    differ), so a row is updated once however often it was read. Under `jax.jit` with table and state donated, the
+    update is in place and its temporaries do not grow with the table. With `step.ok` false nothing changes.
 
     Raises:
         ValueError: there is no gradient, or its width is not the table's, or `implementation` is unknown.

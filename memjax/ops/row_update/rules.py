@@ -42,7 +42,7 @@ def row_step(lr, step, *, ok=True, seed=0, first_column=0) -> RowStep:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RowRule:
-    """An optimizer of rows that touches only rows with a gradient ("lazy": other rows and their state stay as they are).
+    """An optimizer of rows that touches only rows with a gradient ("lazy": other rows and their state stay).
 
     rowwise_adam: v = mean(g^2) over `state_columns` neighbouring columns at the first touch, then beta2 v + (1 - beta2)
     mean(g^2); row -= lr g / (sqrt(v) + eps). No first moment, no bias correction (the first touch needs none).

@@ -1,7 +1,7 @@
 """The row update in plain XLA: one sort of the picks, one pass over them in chunks, rows written in place.
 
-Picks of one row are neighbours after the sort. A chunk sums its picks row by row; when its last row goes on in the next
-chunk, the partial sum is carried over, so every row is read, updated and written exactly once however often it was picked.
+Picks of one row are neighbours after the sort. A chunk sums its picks row by row; when its last row goes on in the
+next chunk, the partial sum is carried over, so every row is read, updated and written once however often it was picked.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def row_update(
 
     chunk = max(1, min(rows.shape[0], CHUNK_BYTES // (num_columns * dtype.itemsize)))
     count = -(-rows.shape[0] // chunk)
-    # Row num_rows and those after it do not exist: whatever is written there is dropped. The extra pick closes the last row.
+    # Row num_rows and those after it do not exist: writes there are dropped. The extra pick closes the last row.
     padding = (0, count * chunk - rows.shape[0] + 1)
     rows = jnp.pad(rows, padding, constant_values=num_rows)
     tokens, weights = jnp.pad(tokens, padding), jnp.pad(weights, padding)

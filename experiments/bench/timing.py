@@ -1,0 +1,102 @@
+"""Measuring on a device: medians of many runs on rotating inputs, index distributions, the ceiling, and the record."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+DISTRIBUTIONS = ("uniform", "zipf", "equal")
+
+
+def median_ms(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], *, rounds: int = 15, calls: int = 10) -> float:
+    """Milliseconds of a call: the median over rounds, each of several calls on rotating inputs with one wait at the end.
+
+    The calls of a round queue up behind each other, so that launching them costs nothing while the device is busy.
+    """
+    jax.block_until_ready([function(*arguments) for arguments in inputs])
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        out = [function(*inputs[call % len(inputs)]) for call in range(calls)]
+        jax.block_until_ready(out)
+        times.append((time.perf_counter() - start) / calls * 1e3)
+        del out
+    return statistics.median(times)
+
+
+def median_ms_in_place(
+    function: Callable[..., Any], state: Any, inputs: Sequence[tuple[Any, ...]], *, rounds: int = 15, calls: int = 10
+) -> tuple[float, Any]:
+    """Like `median_ms` for a function that takes over its first argument and returns it; also the last state."""
+    for arguments in inputs:
+        state = jax.block_until_ready(function(state, *arguments))
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for call in range(calls):
+            state = function(state, *inputs[call % len(inputs)])
+        jax.block_until_ready(state)
+        times.append((time.perf_counter() - start) / calls * 1e3)
+    return statistics.median(times), state
+
+
+def copy_bandwidth(num_bytes: int) -> float:
+    """Bytes read and written per second by the device's own copy of num_bytes."""
+    source = jax.random.bits(jax.random.key(0), (num_bytes // 4,), jnp.uint32)
+    copy = jax.jit(lambda array, one: array + one)
+    milliseconds = median_ms(copy, [(source, jnp.uint32(i)) for i in range(2)], calls=5)
+    return 2 * num_bytes / milliseconds * 1e3
+
+
+def draw_indices(distribution: str, num_rows: int, shape: tuple[int, ...], seed: int = 0) -> jax.Array:
+    """Row numbers: uniform; Zipf, p(rank r) ~ (r + 1) ** -1.1 with the rows permuted; or one row for all."""
+    rng = np.random.default_rng(seed)
+    if distribution == "equal":
+        return jnp.full(shape, num_rows // 3, jnp.int32)
+    if distribution == "uniform":
+        return jnp.asarray(rng.integers(0, num_rows, shape), jnp.int32)
+    cumulative = np.cumsum((np.arange(num_rows) + 1.0) ** -1.1)
+    ranks = np.searchsorted(cumulative, rng.random(shape) * cumulative[-1])
+    return jnp.asarray(np.random.default_rng(0).permutation(num_rows)[np.minimum(ranks, num_rows - 1)], jnp.int32)
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions and commit of this run."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
+    for name in ("triton", "jax-triton", "torch"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    here = pathlib.Path(__file__).parent
+    git = lambda *words: subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True).stdout.strip()
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "versions": versions,
+        "commit": git("rev-parse", "HEAD") or os.environ.get("COMMIT"),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def write_record(path: pathlib.Path, record: dict[str, Any]) -> None:
+    """The results as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    """Rows as a Markdown table."""
+    show = lambda value: "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return "\n".join(lines + [f"| {' | '.join(show(row.get(column)) for column in columns)} |" for row in rows])

@@ -1,0 +1,101 @@
+"""Finds the best tiles of the Triton kernels on this device: `python experiments/bench/tune.py [--out memjax/ops/tiles.json]`.
+
+Every candidate is timed at the sizes of `ops.py`; the fastest is written under the device's kind.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import memjax
+from memjax.ops import tiles
+from memjax.ops.row_gradient import RowGradient
+from memjax.ops.row_update.rules import RowRule, row_step
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from ops import Bench
+from timing import median_ms, median_ms_in_place
+
+
+def candidates(**choices: tuple[int, ...]) -> list[dict[str, int]]:
+    """Every combination."""
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+def best(operation: str, tried: list[dict[str, int]], measure: Callable[[], float]) -> dict[str, int]:
+    """The candidate with the lowest time; each one's time is printed, and a failure is one more result."""
+    times = []
+    for fields in tried:
+        with tiles.trying(operation, **fields):
+            try:
+                milliseconds = measure()
+            except Exception as error:  # a tile may need more registers or shared memory than there are
+                print(f"{operation} {fields}: {type(error).__name__}", flush=True)
+                continue
+        print(f"{operation} {fields}: {milliseconds:.3f} ms", flush=True)
+        times.append((milliseconds, fields))
+    return min(times, key=lambda pair: pair[0])[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, default=tiles.FILE)
+    arguments = parser.parse_args()
+    bench = Bench(small=jax.default_backend() == "cpu")
+    rounds: dict[str, Any] = {"rounds": 7, "calls": 5}
+    slots = bench.num_keys**2
+    table = bench.table(slots, bench.dim)
+    picks = bench.picks_of("uniform", slots)
+    found = {}
+
+    bags = [(table, index, bench.weights(0)) for index in picks]
+    run = lambda: median_ms(jax.jit(functools.partial(memjax.embedding_bag, implementation="triton")), bags, **rounds)
+    found["embedding_bag"] = best("embedding_bag", candidates(rows=(8, 16, 32), columns=(256, 512), num_warps=(1, 2)), run)
+    dots = [(table, index, bench.normal(0, (bench.tokens, bench.dim))) for index in picks]
+    run = lambda: median_ms(jax.jit(functools.partial(memjax.embedding_dot, implementation="triton")), dots, **rounds)
+    found["embedding_dot"] = best(
+        "embedding_dot",
+        candidates(rows=(8,), columns=(256, 512), num_warps=(1, 2))
+        + candidates(rows=(4, 8, 16), columns=(1024,), num_warps=(1, 2, 4)),
+        run,
+    )
+
+    from memjax.ops.product_key_search.triton import select
+
+    for operation, num in (("select", bench.num_keys), ("select_long", 4 * bench.num_keys)):
+        rows = (bench.heads, 2, bench.tokens, num)
+        scores = [(bench.normal(seed, rows, jnp.float32),) for seed in range(2)]
+        run = lambda scores=scores: median_ms(jax.jit(functools.partial(select, top_k=bench.top_k)), scores, **rounds)
+        found[operation] = best(operation, candidates(columns=(4, 8, 16), num_warps=(1, 2)), run)
+        del scores
+
+    rule = RowRule(state_columns=min(256, bench.dim))
+    gradients = [
+        (RowGradient(index, bench.weights(0), bench.normal(0, (bench.tokens, bench.dim))),) for index in picks
+    ]
+
+    def run_update() -> float:
+        update = jax.jit(
+            lambda state, gradient: memjax.row_update(*state, [gradient], rule, row_step(1e-3, 0), implementation="triton"),
+            donate_argnums=0,
+        )
+        state = (jnp.copy(table), rule.init(slots, bench.dim, table.dtype))
+        return median_ms_in_place(update, state, gradients, **rounds)[0]
+
+    found["row_update"] = best("row_update", candidates(rows=(4, 8, 16), num_warps=(1, 2, 4)), run_update)
+    kind = jax.devices()[0].device_kind
+    known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    arguments.out.write_text(json.dumps(known | {kind: found}, indent=1) + "\n")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
