@@ -1,5 +1,6 @@
 """Parameter counts against published totals, and the FLOPs formula against XLA's own count."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -64,15 +65,14 @@ def test_flops_are_those_that_xla_counts():
 
 def test_flops_of_a_memory_layer_are_those_of_its_search_and_its_reads():
     memory = MemoryConfig(layers=(0,), num_keys=16, num_heads=2, top_k=4, key_dim=8, value_dim=32)
-    shape = {"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "vocab_size": 259}
-    with_memory, dense = (
-        training_flops_per_token(DecoderParts.of(ModelConfig(**shape, memory=kind)), 8) for kind in (memory, None)
-    )
+    dense = ModelConfig(dim=16, num_layers=1, num_heads=2, ffn_dim=24, vocab_size=259, memory=None)
+    both = (dataclasses.replace(dense, memory=memory), dense)
+    with_memory, without = (training_flops_per_token(DecoderParts.of(config), 8) for config in both)
     feed_forward = 3 * 16 * 24
     projections = 16 * 2 * 8 + 16 * 32 + 32 * 16
     scores = 2 * 2 * 16 * 4
     reads = 2 * 4 * 32
-    assert with_memory - dense == 6 * (projections + scores + reads - feed_forward)
+    assert with_memory - without == 6 * (projections + scores + reads - feed_forward)
 
 
 def test_a_dry_run_tells_bytes_of_each_device():

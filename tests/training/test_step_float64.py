@@ -28,7 +28,7 @@ def moved(trained, what: str) -> np.ndarray:
 
 def difference(this, other, what: str = "tables") -> float:
     """Norm of the difference of two movements over the norm of the movement; the norm of the tables would ask less."""
-    return np.linalg.norm(moved(this, what) - moved(other, what)) / np.linalg.norm(moved(other, what))
+    return float(np.linalg.norm(moved(this, what) - moved(other, what)) / np.linalg.norm(moved(other, what)))
 
 
 def plain_bag(table, indices, weights, tap=None, **_):

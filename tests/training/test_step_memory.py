@@ -1,6 +1,7 @@
 """What the compiled step holds: no second table, and no second search."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,8 @@ def test_a_step_holds_no_second_table_and_one_search_a_layer(tiny, remat):
         for name in ("tokens", "targets", "segments", "positions", "loss_mask")
     }
     with jax.set_mesh(mesh):
-        compiled = make_train_step(trainer, mesh).lower(state, batch).compile()
+        step: Any = make_train_step(trainer, mesh)
+        compiled = step.lower(state, batch).compile()
     table = 2**20 * 64 * 4
     assert state.tables["shared"].size * 4 == table
     updated = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.tables, state.table_state)))
@@ -46,6 +48,6 @@ def test_a_step_holds_no_second_table_and_one_search_a_layer(tiny, remat):
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 0.1 * table
 
     queries, keys = jax.ShapeDtypeStruct((256, 2, 16), jnp.float32), jax.ShapeDtypeStruct((2, 2, 1024, 8), jnp.float32)
-    search = jax.jit(lambda *arguments: product_key_search(*arguments, 8)).lower(queries, keys).compile()
+    search = jax.jit(lambda queries, keys: product_key_search(queries, keys, 8)).lower(queries, keys).compile()
     assert top_k_calls(search) > 0
     assert top_k_calls(compiled) == 2 * top_k_calls(search)
