@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -41,7 +42,7 @@ class ProductKeys(nnx.Module):
 
     def __call__(self, x: Float[Array, "t dim"]) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
         """Scores, best first, and slots."""
-        x, kernel, bias, keys = nnx.nn.dtypes.promote_dtype(
+        x, kernel, bias, keys = promote_dtype(
             (x, self.query_kernel[...], self.query_bias[...], self.keys[...]), dtype=self.dtype
         )
         queries = (x @ kernel + bias[None, :]).reshape(-1, self.num_heads, 2, self.key_dim // 2)

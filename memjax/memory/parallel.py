@@ -8,7 +8,7 @@ The mesh is the ambient one (`jax.set_mesh`). Without it, or without a `memory` 
 one device, a mesh and somebody else's model run the same layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -112,7 +112,8 @@ def update_rows(
         first_column = step.first_column + jax.lax.axis_index(MEMORY) * table.shape[1]
         return run(table, state, whole, step=step._replace(first_column=first_column))
 
-    specs = (COLUMNS, COLUMNS, [RowGradient(TOKENS, TOKENS, BAGS)] * len(gradients), P())
+    factors = RowGradient._make((TOKENS, TOKENS, BAGS))
+    specs = (COLUMNS, COLUMNS, [factors] * len(gradients), P())
     return _over_mesh(local, specs, (COLUMNS, COLUMNS))(table, state, list(gradients), step)
 
 
@@ -145,7 +146,7 @@ def _over_mesh(function, in_specs, out_specs):
     return placed if _is_explicit() else mapped
 
 
-def _plain(function, like: Array):
+def _plain(function: Callable, like: Array) -> Callable:
     """The function itself; under an Explicit mesh automatic inside, its results split in front like `like`."""
     return jax.sharding.auto_axes(function, out_sharding=_front(like)) if _is_explicit() else function
 

@@ -38,12 +38,11 @@ def row_sparse_value_and_grad(
     """
 
     def value_and_grad(params: Any, taps: Taps, *args: Any):
-        (loss, (lookups, aux)), (gradient, bags) = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)(
-            params, taps, *args
-        )
+        differentiate = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
+        (loss, (lookups, aux)), (gradient, bags) = differentiate(params, taps, *args)
         if set(lookups) != set(taps):
             raise ValueError(f"loss_fn returned lookups of {sorted(lookups)} for taps of {sorted(taps)}")
-        rows = {name: RowGradient(*lookups[name], bags[name]) for name in taps}
+        rows = {name: RowGradient(lookups[name].indices, lookups[name].weights, bags[name]) for name in taps}
         return (loss, aux), gradient, rows
 
     return value_and_grad

@@ -69,10 +69,16 @@ class Attention(nnx.Module):
         return self._attend(query, cache, mask=mask, is_causal=False), cache
 
     def _project(self, x: Array, positions: Array) -> tuple[Array, KeyValues]:
-        split = lambda projected, heads: projected.reshape(*x.shape[:2], heads, self.head_dim)
-        query = rotate(split(self.query(x), self.num_heads), positions, self.rope_theta)
-        key = rotate(split(self.key(x), self.num_kv_heads), positions, self.rope_theta)
-        return query, KeyValues(key, split(self.value(x), self.num_kv_heads))
+        query, key, value = (
+            layer(x).reshape(*x.shape[:2], heads, self.head_dim)
+            for layer, heads in (
+                (self.query, self.num_heads),
+                (self.key, self.num_kv_heads),
+                (self.value, self.num_kv_heads),
+            )
+        )
+        key = rotate(key, positions, self.rope_theta)
+        return rotate(query, positions, self.rope_theta), KeyValues(key, value)
 
     def _attend(self, query: Array, seen: KeyValues, *, mask: Bool[Array, "#b 1 q k"] | None, is_causal: bool) -> Array:
         keys, values = (array.astype(query.dtype) for array in seen)

@@ -25,7 +25,7 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        memory = config.memory
+        memory = config.memory if config.memory and layer in config.memory.layers else None
         self.attention_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
         self.attention = Attention(
             config.dim,
@@ -35,9 +35,8 @@ class Block(nnx.Module):
             **kwargs,
         )
         self.mixer_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
-        reads = memory is not None and layer in memory.layers
-        self.feed_forward = None if reads else FeedForward(config.dim, config.ffn_dim, **kwargs)
-        self.memory = _memory_layer(config.dim, memory, implementation=implementation, **kwargs) if reads else None
+        self.feed_forward = None if memory else FeedForward(config.dim, config.ffn_dim, **kwargs)
+        self.memory = _memory_layer(config.dim, memory, implementation=implementation, **kwargs) if memory else None
 
     def __call__(
         self,
@@ -67,7 +66,8 @@ class Block(nnx.Module):
         inputs = self.mixer_norm(x)
         if self.feed_forward is not None:
             return x + self.feed_forward(inputs), None
-        assert self.memory is not None and table is not None
+        assert self.memory is not None
+        assert table is not None
         lookup = self.memory.lookup(inputs)
         return x + self.memory.combine(inputs, self.memory.read(table, lookup, tap)), lookup
 

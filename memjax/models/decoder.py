@@ -36,26 +36,23 @@ class Decoder(nnx.Module):
         dtype, param_dtype = resolve_dtype(config.dtype), jnp.dtype(config.param_dtype)
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         std = config.embedding_init_std or config.dim**-0.5
-        self.embed = nnx.Embed(
-            config.vocab_size, config.dim, embedding_init=nnx.initializers.truncated_normal(std, lower=-3.0, upper=3.0), **kwargs
-        )
+        init = nnx.initializers.truncated_normal(std, lower=-3.0, upper=3.0)
+        self.embed = nnx.Embed(config.vocab_size, config.dim, embedding_init=init, **kwargs)
         self.blocks = nnx.List(
             [Block(config, layer, implementation=implementation, **kwargs) for layer in range(config.num_layers)]
         )
         self.norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
         self.head = None if config.tie_embeddings else linear(config.dim, config.vocab_size, **kwargs)
-        self.tables = nnx.Dict(
-            {
-                pool: ValueTable(
-                    config.memory.num_slots,
+        self.tables = nnx.Dict()
+        if memory := config.memory:
+            for pool in memory.pools:
+                self.tables[pool] = ValueTable(
+                    memory.num_slots,
                     config.value_dim,
-                    init_scale=config.memory.value_init_scale,
-                    dtype=resolve_dtype(config.memory.table_dtype),
+                    init_scale=memory.value_init_scale,
+                    dtype=resolve_dtype(memory.table_dtype),
                     rngs=rngs,
                 )
-                for pool in (config.memory.pools if config.memory else ())
-            }
-        )
 
     def __call__(
         self, tokens: Int[Array, "b s"], positions: Int[Array, "b s"] | None = None
@@ -102,8 +99,8 @@ class Decoder(nnx.Module):
         """An empty cache for `batch` sequences of at most max_length tokens."""
         config = self.config
         shape = (batch, max_length, config.kv_heads, config.head_dim)
-        empty = lambda: KeyValues(*(jnp.zeros(shape, resolve_dtype(config.dtype)) for _ in range(2)))
-        return Cache(tuple(empty() for _ in range(config.num_layers)), jnp.zeros((), jnp.int32))
+        zeros = [[jnp.zeros(shape, resolve_dtype(config.dtype)) for _ in range(2)] for _ in range(config.num_layers)]
+        return Cache(tuple(KeyValues(*pair) for pair in zeros), jnp.zeros((), jnp.int32))
 
     def with_cache(self, tokens: Int[Array, "b s"], cache: Cache) -> tuple[Float[Array, "b s vocab"], Cache]:
         """Logits at new tokens that follow the cached ones, and the cache with them."""
@@ -137,7 +134,7 @@ def resolve_dtype(name: str) -> jnp.dtype:
 
 
 def _rematerialised(remat: Remat):
-    """jax.checkpoint with the policy's name; a search or a bag is never run twice: they are memory-bound and their outputs small."""
+    """jax.checkpoint with the named policy; no search or bag runs twice: they are memory-bound, their outputs small."""
     if remat == "none":
         return lambda function: function
     policies = jax.checkpoint_policies

@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 def linear(inputs: int, outputs: int, *, dtype: DTypeLike | None, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
     """A linear layer without bias, drawn from a normal of standard deviation inputs ** -0.5, cut at 3 of them."""
     init = nnx.initializers.truncated_normal(inputs**-0.5, lower=-3.0, upper=3.0)
-    return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, param_dtype=param_dtype, kernel_init=init, rngs=rngs)
+    kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    return nnx.Linear(inputs, outputs, use_bias=False, kernel_init=init, **kwargs)
 
 
 class FeedForward(nnx.Module):
@@ -30,4 +31,5 @@ class FeedForward(nnx.Module):
         self.down = linear(hidden_dim, dim, **kwargs)
 
     def __call__(self, x: Float[Array, "*b dim"]) -> Float[Array, "*b dim"]:
+        """The layer's output."""
         return self.down(nnx.silu(self.gate(x)) * self.up(x))

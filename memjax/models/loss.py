@@ -15,8 +15,8 @@ def summed_loss(
 ) -> Float[Array, ""]:
     """Sum over the masked-in tokens of -log p(target), in nats.
 
-    The sequence axis is cut into chunks that keep the batch's sharding; each chunk's logits are made, reduced and, in the
-    backward pass, made again, so that tokens x vocabulary never stands in memory.
+    The sequence axis is cut into chunks that keep the batch's sharding; each chunk's logits are made, reduced and, in
+    the backward pass, made again, so that tokens x vocabulary never stands in memory.
     """
     losses = token_losses(model, hidden, targets)
     return jnp.sum(losses * mask.astype(losses.dtype))

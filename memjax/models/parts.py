@@ -32,8 +32,8 @@ class DecoderParts:
     @classmethod
     def of(cls, config: ModelConfig, *, implementation: str | None = None) -> "DecoderParts":
         """The parts of the decoder that a config describes; nothing is allocated."""
-        build = lambda: Decoder(config, implementation=implementation, rngs=nnx.Rngs(0))
-        graphdef, tables, params = nnx.split(nnx.eval_shape(build), TableRows, nnx.Param)
+        model = nnx.eval_shape(lambda: Decoder(config, implementation=implementation, rngs=nnx.Rngs(0)))
+        graphdef, tables, params = nnx.split(model, TableRows, nnx.Param)
         return cls(config, graphdef, params, _tables_of(tables))
 
     def init(self, key: Array) -> tuple[nnx.State, Tables]:
@@ -58,9 +58,11 @@ class DecoderParts:
 def take_apart(model: Decoder) -> tuple[DecoderParts, nnx.State, Tables]:
     """The parts of a decoder and its arrays."""
     graphdef, tables, params = nnx.split(model, TableRows, nnx.Param)
-    abstract = lambda tree: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
     arrays = _tables_of(tables)
-    return DecoderParts(model.config, graphdef, abstract(params), abstract(arrays)), params, arrays
+    abstract_params, abstract_tables = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, arrays)
+    )
+    return DecoderParts(model.config, graphdef, abstract_params, abstract_tables), params, arrays
 
 
 def _tables_of(state: nnx.State) -> dict:

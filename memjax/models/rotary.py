@@ -7,7 +7,7 @@ from memjax.ops.precision import accumulator
 
 
 def rotate(x: Float[Array, "b s n h"], positions: Int[Array, "b s"], theta: float) -> Float[Array, "b s n h"]:
-    """Turns the pair (x[i], x[i + h/2]) by position * theta ** (-2 i / h): Llama's layout, angles in float32 or wider."""
+    """Turns the pair (x[i], x[i + h/2]) by position * theta ** (-2 i / h), in float32 or wider: Llama's layout."""
     half = x.shape[-1] // 2
     wide = accumulator(x.dtype)
     frequencies = theta ** (-jnp.arange(half, dtype=wide) / half)

@@ -74,7 +74,9 @@ def test_bfloat16_rows_take_many_values():
 def test_temporaries_of_drawing_a_table_do_not_grow_with_it(dtype):
     def memory(num_slots):
         draw = jax.jit(lambda key: draw_rows(key, num_slots, 64, std=1.0, dtype=dtype))
-        return draw.lower(jax.eval_shape(lambda: jax.random.key(0))).compile().memory_analysis()
+        memory = draw.lower(jax.eval_shape(lambda: jax.random.key(0))).compile().memory_analysis()
+        assert memory is not None
+        return memory
 
     small, large = memory(2**20), memory(2**23)
     assert large.output_size_in_bytes == 2**29 * jnp.dtype(dtype).itemsize

@@ -81,7 +81,7 @@ def test_compiled_gradient_holds_no_float32_array_of_tokens_by_vocabulary(monkey
     def largest(chunk_tokens):
         monkeypatch.setattr(loss_module, "CHUNK_TOKENS", chunk_tokens)
         compiled, *arguments = gradients(*build(length=length))
-        text = compiled.lower(*arguments).compile().as_text()
+        text = str(compiled.lower(*arguments).compile().as_text())
         return max(np.prod([int(size) for size in shape.split(",")]) for shape in re.findall(r"f32\[([\d,]+)\]", text))
 
     assert largest(4096) >= BATCH * length * VOCAB

@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,8 @@ from memjax.memory.table import TableRows
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, take_apart
 
-SIZES = {"dim": 8, "num_layers": 2, "num_heads": 2, "ffn_dim": 8, "vocab_size": 16}
-MEMORY = {"layers": (0, 1), "num_keys": 3, "num_heads": 1, "top_k": 2, "key_dim": 4, "value_dim": 6}
+SIZES: dict[str, Any] = {"dim": 8, "num_layers": 2, "num_heads": 2, "ffn_dim": 8, "vocab_size": 16}
+MEMORY: dict[str, Any] = {"layers": (0, 1), "num_keys": 3, "num_heads": 1, "top_k": 2, "key_dim": 4, "value_dim": 6}
 CONFIGS = {
     "dense": ModelConfig(**SIZES, memory=None),
     "memory": ModelConfig(**SIZES, memory=MemoryConfig(**MEMORY, share=False, table_dtype="bfloat16")),

@@ -151,7 +151,9 @@ def test_table_gradient_is_built_only_where_the_table_is_differentiated(implemen
     assert writes_rows((0, 1))
 
     def temporary(argnums):
-        return jax.jit(jax.grad(loss, argnums)).lower(weights, table).compile().memory_analysis().temp_size_in_bytes
+        memory = jax.jit(jax.grad(loss, argnums)).lower(weights, table).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     assert temporary(0) < table.nbytes / 4
 

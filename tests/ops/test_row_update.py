@@ -59,7 +59,7 @@ def draw_gradients(rng, picks_of="any rows"):
 
 def as_arrays(gradients, dtype=None):
     return [
-        RowGradient(np.asarray(indices, np.int32), np.asarray(weights, dtype), np.asarray(vectors, dtype))
+        RowGradient._make([np.asarray(indices, np.int32), np.asarray(weights, dtype), np.asarray(vectors, dtype)])
         for indices, weights, vectors in gradients
     ]
 
@@ -269,6 +269,7 @@ def test_update_of_a_large_table_is_in_place(kind):
         return row_update(table, state, gradients, rule, step)
 
     memory = jax.jit(run, donate_argnums=(0, 1)).lower(*arguments).compile().memory_analysis()
+    assert memory is not None
     table, state = (sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) for tree in arguments[:2])
     assert memory.alias_size_in_bytes >= table + state
     assert memory.temp_size_in_bytes < 0.1 * table
