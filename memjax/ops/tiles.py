@@ -52,14 +52,19 @@ def select(num: int, top_k: int) -> Tile:
 
 def row_update(columns: int) -> Tile:
     """Rows that a program updates together, over one block of columns."""
-    return _tuned("row_update", Tile(rows=8, columns=next_power_of_two(columns), num_warps=1), columns, 8)
+    return _tuned("row_update", Tile(rows=4, columns=next_power_of_two(columns), num_warps=2), next_power_of_two(columns), 8)
 
 
 def _tuned(operation: str, default: Tile, dim: int, picks: int) -> Tile:
     tile = dataclasses.replace(default, **_table().get(operation, {}))
     return dataclasses.replace(
-        tile, columns=min(tile.columns, next_power_of_two(dim)), rows=min(tile.rows, next_power_of_two(picks))
+        tile, columns=min(tile.columns, _columns(dim)), rows=min(tile.rows, next_power_of_two(picks))
     )
+
+
+def _columns(dim: int) -> int:
+    """Columns of a program that covers dim without much waste: the power of two that divides it, or 64 and a rest."""
+    return max(dim & -dim, min(64, next_power_of_two(dim)))
 
 
 _tried: dict[str, dict[str, int]] = {}
