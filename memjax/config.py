@@ -31,7 +31,7 @@ def _not_negative(**fields: int | float | None) -> list[str | None]:
 class MemoryConfig:
     """Memory layers: which blocks have one, and the sizes of the lookup."""
 
-    layers: tuple[int, ...] = (1,)
+    layers: tuple[int, ...] = (1, 2)
     """Blocks (0-based) whose feed-forward layer is replaced by a memory layer."""
     num_keys: int = 64
     """Sub-keys per half; the table has num_keys squared slots."""
@@ -119,7 +119,7 @@ class ModelConfig:
     """Query heads of the attention."""
     num_kv_heads: int | None = None
     """Key and value heads (grouped-query attention); null means num_heads."""
-    ffn_dim: int = 176
+    ffn_dim: int = 96
     """Hidden width of the feed-forward layers."""
     vocab_size: int = 2048
     """Rows of the embedding; a tokenizer with more tokens is refused, a trained one stays within it."""
@@ -199,7 +199,7 @@ class TokenizerConfig:
 class BiographiesConfig:
     """Generated people with six facts each, told in several wordings and asked about in questions."""
 
-    num_people: int = 800
+    num_people: int = 600
     """People, each with a full name of their own."""
     form: Literal["fact", "biography"] = "fact"
     """fact: one sentence a record; biography: all six sentences of a person in an order redrawn every time."""
@@ -237,11 +237,11 @@ class DataConfig:
     """JSONL field with a prompt, used in records without text_key; its tokens are read, not learned."""
     answer_key: str = "answer"
     """JSONL field with the answer to the prompt; only its tokens are learned."""
-    sequence_length: int = 32
+    sequence_length: int = 64
     """Tokens the model sees at once."""
-    batch_size: int = 192
+    batch_size: int = 32
     """Sequences per optimizer step, over all devices and micro-batches."""
-    packing: Literal["none", "concat", "first_fit"] = "none"
+    packing: Literal["none", "concat", "first_fit"] = "first_fit"
     """none: one record a sequence, cut and padded; concat: records end to end, unpadded; first_fit: whole records."""
     document_mask: bool = True
     """Attention and positions stay inside a record when several share a sequence."""
@@ -292,7 +292,7 @@ class ScheduleConfig:
 class TableOptimConfig(ScheduleConfig):
     """The optimizer of the value tables: only rows that were read are touched."""
 
-    lr: float = 2e-2
+    lr: float = 5e-2
     """The highest learning rate of the tables."""
     optimizer: Literal["rowwise_adam", "rowwise_adagrad", "adam", "sgd", "dense_adam", "dense_sgd"] = "rowwise_adam"
     """dense_*: plain optax on a gradient of the table's size, to compare with; it costs the whole table every step."""
@@ -415,7 +415,7 @@ class EvalConfig:
     """Steps between validations; null validates only at the end."""
     batches: int = 8
     """Batches of a validation."""
-    recall_people: int = 800
+    recall_people: int = 600
     """People asked about in the recall test at the end (source: biographies)."""
 
     def __post_init__(self) -> None:

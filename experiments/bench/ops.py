@@ -43,7 +43,9 @@ class Bench:
         self.implementations += ["xla"] if "xla" not in self.implementations else []
         self.rows: list[dict[str, Any]] = []
 
-    def record(self, operation: str, shape: str, indices: str, implementation: str, ms: float, num_bytes: int | None = None):
+    def record(
+        self, operation: str, shape: str, indices: str, implementation: str, ms: float, num_bytes: int | None = None
+    ):
         """Adds a row and prints it."""
         speed = num_bytes / ms / 1e6 if num_bytes else None
         row = {
@@ -63,9 +65,9 @@ class Bench:
         """A bfloat16 table of normal numbers, drawn in place."""
         from memjax.memory.table import draw_rows
 
-        return jax.jit(functools.partial(draw_rows, num_slots=num_rows, value_dim=dim, std=dim**-0.5, dtype=jnp.bfloat16))(
-            jax.random.key(0)
-        )
+        return jax.jit(
+            functools.partial(draw_rows, num_slots=num_rows, value_dim=dim, std=dim**-0.5, dtype=jnp.bfloat16)
+        )(jax.random.key(0))
 
     def picks_of(self, distribution: str, num_rows: int, count: int = 3) -> list[jax.Array]:
         """Several draws of [tokens, picks] rows."""
@@ -113,7 +115,9 @@ def search(bench: Bench) -> None:
             shape = f"n = {num_keys}, top {bench.top_k}"
             ms = median_ms(forward, [(query, keys) for query in queries], **bench.rounds)
             bench.record("product_key_search", shape, "", name, ms)
-            ms = median_ms(backward, [(q, keys, s, cotangent) for q, s in zip(queries, slots, strict=True)], **bench.rounds)
+            ms = median_ms(
+                backward, [(q, keys, s, cotangent) for q, s in zip(queries, slots, strict=True)], **bench.rounds
+            )
             bench.record("product_key_search backward", shape, "", name, ms)
 
 
@@ -137,7 +141,11 @@ def row_update(bench: Bench) -> None:
         inputs = []
         for step, index in enumerate(picks):
             gradients = [
-                RowGradient(jnp.roll(index, layer, 0), bench.weights(layer), bench.normal(layer + step, (bench.tokens, bench.dim)))
+                RowGradient(
+                    jnp.roll(index, layer, 0),
+                    bench.weights(layer),
+                    bench.normal(layer + step, (bench.tokens, bench.dim)),
+                )
                 for layer in range(layers)
             ]
             inputs.append((step, *gradients))
@@ -199,7 +207,11 @@ def layer(bench: Bench) -> None:
                 return updated, jax.tree.map(jnp.sum, gradient)
 
             inputs = [
-                (params, bench.normal(seed, (bench.tokens, bench.dim)), bench.normal(seed + 5, (bench.tokens, bench.dim)))
+                (
+                    params,
+                    bench.normal(seed, (bench.tokens, bench.dim)),
+                    bench.normal(seed + 5, (bench.tokens, bench.dim)),
+                )
                 for seed in range(3)
             ]
             keep = lambda state, *rest, step=step: step(state, *rest)[0]
@@ -221,7 +233,9 @@ def checks(bench: Bench) -> dict[str, Any]:
         best = np.sort(half, axis=-1)[..., -bench.top_k :]
         sums = (best[:, :, 0, :, None] + best[:, :, 1, None, :]).reshape(64, bench.heads, -1)
         oracle = np.sort(sums, axis=-1)[..., : -bench.top_k - 1 : -1]
-        found[f"search n={num_keys}: largest relative error of sorted scores"] = float(np.max(np.abs(scores - oracle) / np.abs(oracle)))
+        found[f"search n={num_keys}: largest relative error of sorted scores"] = float(
+            np.max(np.abs(scores - oracle) / np.abs(oracle))
+        )
         found[f"search n={num_keys}: slots are distinct"] = bool(
             all(len(set(row)) == bench.top_k for row in slots.reshape(-1, bench.top_k))
         )
@@ -230,11 +244,17 @@ def checks(bench: Bench) -> dict[str, Any]:
     index, rule = bench.picks_of("zipf", slots, 1)[0], RowRule(state_columns=min(256, bench.dim))
     gradient = RowGradient(index, bench.weights(0), bench.normal(3, (bench.tokens, bench.dim)))
     state = rule.init(slots, bench.dim, table.dtype)
-    update = jax.jit(lambda t, s, g, i: memjax.row_update(t, s, [g], rule, row_step(1e-2, 3, seed=7), implementation=i), static_argnums=3)
+    update = jax.jit(
+        lambda t, s, g, i: memjax.row_update(t, s, [g], rule, row_step(1e-2, 3, seed=7), implementation=i),
+        static_argnums=3,
+    )
     runs = [update(table, state, gradient, name) for _ in range(2)]
     same = lambda a, b: bool(jnp.array_equal(a.view(jnp.uint16), b.view(jnp.uint16)))
     found["row_update: two runs give the same bits"] = same(runs[0][0], runs[1][0])
-    bags = [jax.jit(functools.partial(memjax.embedding_bag, implementation=name))(table, index, bench.weights(0)) for _ in range(2)]
+    bags = [
+        jax.jit(functools.partial(memjax.embedding_bag, implementation=name))(table, index, bench.weights(0))
+        for _ in range(2)
+    ]
     found["embedding_bag: two runs give the same bits"] = same(*bags)
     other = update(table, state, gradient, "xla")
     change, difference = (other[0] - table).astype(jnp.float32), (other[0] - runs[0][0]).astype(jnp.float32)
@@ -316,7 +336,8 @@ def main() -> None:
     }
     stem = f"ops-{environment['device'].replace(' ', '-').lower()}" + ("-small" if bench.small else "")
     timing.write_record(arguments.out / f"{stem}.json", record)
-    heading = f"# Operations on one {environment['device']}\n\ncopy {bench.bandwidth / 1e12:.2f} TB/s; F = {bench.unit_ms:.3f} ms\n\n"
+    ceiling = f"copy {bench.bandwidth / 1e12:.2f} TB/s; F = {bench.unit_ms:.3f} ms"
+    heading = f"# Operations on one {environment['device']}\n\n{ceiling}\n\n"
     (arguments.out / f"{stem}.md").write_text(heading + timing.table(bench.rows, COLUMNS) + "\n")
 
 

@@ -18,8 +18,10 @@ import numpy as np
 DISTRIBUTIONS = ("uniform", "zipf", "equal")
 
 
-def median_ms(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], *, rounds: int = 15, calls: int = 10) -> float:
-    """Milliseconds of a call: the median over rounds, each of several calls on rotating inputs with one wait at the end.
+def median_ms(
+    function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], *, rounds: int = 15, calls: int = 10
+) -> float:
+    """Milliseconds of a call: the median over rounds of several calls on rotating inputs, with one wait at the end.
 
     The calls of a round queue up behind each other, so that launching them costs nothing while the device is busy.
     """

@@ -1,4 +1,4 @@
-"""Finds the best tiles of the Triton kernels on this device: `python experiments/bench/tune.py [--out memjax/ops/tiles.json]`.
+"""Finds the best tiles of the Triton kernels on this device: `python experiments/bench/tune.py [--out FILE]`.
 
 Every candidate is timed at the sizes of `ops.py`; the fastest is written under the device's kind.
 """
@@ -58,7 +58,9 @@ def main() -> None:
 
     bags = [(table, index, bench.weights(0)) for index in picks]
     run = lambda: median_ms(jax.jit(functools.partial(memjax.embedding_bag, implementation="triton")), bags, **rounds)
-    found["embedding_bag"] = best("embedding_bag", candidates(rows=(8, 16, 32), columns=(256, 512), num_warps=(1, 2)), run)
+    found["embedding_bag"] = best(
+        "embedding_bag", candidates(rows=(8, 16, 32), columns=(256, 512), num_warps=(1, 2)), run
+    )
     dots = [(table, index, bench.normal(0, (bench.tokens, bench.dim))) for index in picks]
     run = lambda: median_ms(jax.jit(functools.partial(memjax.embedding_dot, implementation="triton")), dots, **rounds)
     found["embedding_dot"] = best(
@@ -78,13 +80,13 @@ def main() -> None:
         del scores
 
     rule = RowRule(state_columns=min(256, bench.dim))
-    gradients = [
-        (RowGradient(index, bench.weights(0), bench.normal(0, (bench.tokens, bench.dim))),) for index in picks
-    ]
+    gradients = [(RowGradient(index, bench.weights(0), bench.normal(0, (bench.tokens, bench.dim))),) for index in picks]
 
     def run_update() -> float:
         update = jax.jit(
-            lambda state, gradient: memjax.row_update(*state, [gradient], rule, row_step(1e-3, 0), implementation="triton"),
+            lambda state, gradient: memjax.row_update(
+                *state, [gradient], rule, row_step(1e-3, 0), implementation="triton"
+            ),
             donate_argnums=0,
         )
         state = (jnp.copy(table), rule.init(slots, bench.dim, table.dtype))

@@ -39,8 +39,9 @@ def count_parameters(parts: DecoderParts) -> ParameterCounts:
 def training_flops_per_token(parts: DecoderParts, sequence_length: int) -> int:
     """Floating-point operations of a training step, forward and backward, by token.
 
-    6 for every parameter of a matrix product (the input embedding is none, unless it is the output matrix too); attention
-    with half of the sequence seen on average; scores of all sub-keys; the sum over the picks and its two gradients.
+    6 for every parameter of a matrix product (the input embedding is none, unless it is the output matrix too);
+    attention with half of the sequence seen on average; scores of all sub-keys; the sum over the picks and its two
+    gradients.
     """
     config, memory = parts.config, parts.config.memory
     matrices = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parts.abstract_params) if len(leaf.shape) == 2)
@@ -70,8 +71,10 @@ class StateBytes:
 
 
 def state_bytes(state, memory_axis: int) -> StateBytes:
-    """Bytes of an abstract TrainState: tables and their state are split over the memory axis, the rest is everywhere."""
-    split = lambda tree: sum(_bytes(leaf) // (memory_axis if len(leaf.shape) == 2 else 1) for leaf in jax.tree.leaves(tree))
+    """Bytes of an abstract TrainState: tables and their state are split over `memory`, the rest is everywhere."""
+    split = lambda tree: sum(
+        _bytes(leaf) // (memory_axis if len(leaf.shape) == 2 else 1) for leaf in jax.tree.leaves(tree)
+    )
     whole = lambda tree: sum(_bytes(leaf) for leaf in jax.tree.leaves(tree))
     return StateBytes(whole(state.params), whole(state.opt_state), split(state.tables), split(state.table_state))
 

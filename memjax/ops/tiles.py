@@ -52,7 +52,9 @@ def select(num: int, top_k: int) -> Tile:
 
 def row_update(columns: int) -> Tile:
     """Rows that a program updates together, over one block of columns."""
-    return _tuned("row_update", Tile(rows=4, columns=next_power_of_two(columns), num_warps=2), next_power_of_two(columns), 8)
+    return _tuned(
+        "row_update", Tile(rows=4, columns=next_power_of_two(columns), num_warps=2), next_power_of_two(columns), 8
+    )
 
 
 def _tuned(operation: str, default: Tile, dim: int, picks: int) -> Tile:
@@ -89,6 +91,11 @@ def _table() -> dict[str, dict[str, int]]:
 @functools.cache
 def _tables() -> dict[str, dict[str, dict[str, int]]]:
     return json.loads(FILE.read_text()) if FILE.exists() else {}
+
+
+def ceil_div(size: int, part: int) -> int:
+    """Parts that cover size."""
+    return -(-size // part)
 
 
 def next_power_of_two(value: int) -> int:

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 
-
 compute_capability: int | None = None
 """Compile for this one (90 for sm_90) instead of the device's: for compile checks on machines without a GPU."""
 

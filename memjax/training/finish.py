@@ -53,7 +53,7 @@ def describe_summary(summary: dict[str, Any], folder: RunFolder) -> str:
         "",
         *(f"plot       {path}" for path in summary["plots"]),
         f"metrics    {folder.metrics}",
-        f"ask it     python -m memjax.generate {folder.path} --prompt \"...\"",
+        f'ask it     python -m memjax.generate {folder.path} --prompt "..."',
         f"test it    python -m memjax.evaluate {folder.path}",
     ]
     return "\n".join(lines)

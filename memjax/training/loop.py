@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ from jax.sharding import Mesh
 
 from memjax.checkpoint import Checkpoints
 from memjax.config import RunConfig
-from memjax.data.pipeline import Batch, TrainingData, validation_batches
+from memjax.data.pipeline import TrainingData, validation_batches
 from memjax.data.tokenizer import Tokenizer
 from memjax.evaluation.perplexity import validation_loss
 from memjax.loading import META, PARAMS, TABLES, meta_document
@@ -77,40 +76,47 @@ class Loop:
             DataError: the data cannot be read.
             CheckpointError: a checkpoint cannot be written or read.
         """
-        config = self.config
-        data = TrainingData(config.data, self.tokenizer, seed=config.run.seed)
+        data = TrainingData(self.config.data, self.tokenizer, seed=self.config.run.seed)
         try:
-            state, self.saved_place = self._start(data)
-            first = int(state.step)
+            self.state, self.saved_place = self._start(data)
+            first = int(self.state.step)
             self.metrics = MetricsFile(self.folder.metrics, last_step=first)
-            self.progress = Progress(first_step=first, steps=config.train.steps, every_seconds=config.log.progress_seconds)
+            self.progress = Progress(
+                first_step=first, steps=self.config.train.steps, every_seconds=self.config.log.progress_seconds
+            )
             self._last_read = time.monotonic()
-            for step in range(first + 1, config.train.steps + 1):
-                state = self._one_step(state, data, step)
-                self.checkpoints.check()
-                self._read(wait=len(self.pending) >= MAX_PENDING)
-                if self._due(step, config.log.usage_every) and config.model.memory:
-                    state, usage = self.usage_report(state)
-                    self.pending[-1].metrics |= usage
-                improved = self._validate(state, step)
-                last = step == config.train.steps
-                if last or improved or self.interrupt.name or step % config.checkpoint.every == 0:
-                    self._read(wait=True, all_of_them=True)
-                    self._save(state)
-                if self.interrupt.name and not last:
-                    self.checkpoints.wait()
-                    raise Preempted(f"{self.interrupt.name}: step {step} is saved; the same command goes on from there")
-            self.checkpoints.wait()
-            return state
-        except NotFinite as error:
-            self._save(state)
-            self.checkpoints.wait()
-            raise NotFinite(f"{error} The state before it is saved as step {int(state.step)}.") from None
+            try:
+                for step in range(first + 1, self.config.train.steps + 1):
+                    self._one_step(data, step)
+            except NotFinite as error:
+                self._save()
+                raise NotFinite(f"{error} The state before it is saved as step {int(self.state.step)}.") from None
+            finally:
+                self.checkpoints.wait()
+                self.metrics.close()
+            return self.state
         finally:
             data.close()
-            if hasattr(self, "metrics"):
-                self.metrics.close()
             self.checkpoints.close()
+
+    def _one_step(self, data: TrainingData, step: int) -> None:
+        """A training step, and what is due after it."""
+        config, last = self.config, step == self.config.train.steps
+        batch = next(data)
+        micro = {name: rows.reshape(config.train.accumulate, -1, rows.shape[-1]) for name, rows in batch.items()}
+        self.state, metrics = self.train_step(self.state, put_batch(self.mesh, micro, BATCH))
+        self.pending.append(_Pending(step, metrics, data.get_state()))
+        self.checkpoints.check()
+        self._read(wait=len(self.pending) >= MAX_PENDING)
+        if config.model.memory and (last or step % config.log.usage_every == 0):
+            self.state, usage = self.usage_report(self.state)
+            self.pending[-1].metrics |= usage
+        improved = self._validate(step)
+        if last or improved or self.interrupt.name or step % config.checkpoint.every == 0:
+            self._read(wait=True, all_of_them=True)
+            self._save()
+        if self.interrupt.name and not last:
+            raise Preempted(f"{self.interrupt.name}: step {step} is saved; the same command goes on from there")
 
     def _start(self, data: TrainingData) -> tuple[TrainState, dict[str, Any]]:
         """The newest state that can be read, or a fresh one, and the data's place; data is moved there."""
@@ -131,22 +137,12 @@ class Loop:
         print(f"resumed from step {restored.step}", flush=True)
         return _state(self.trainer, restored.arrays), place
 
-    def _one_step(self, state: TrainState, data: Iterator[Batch], step: int) -> TrainState:
-        batch = next(data)
-        place = data.get_state()  # type: ignore[attr-defined]
-        micro = {name: rows.reshape(self.config.train.accumulate, -1, rows.shape[-1]) for name, rows in batch.items()}
-        state, metrics = self.train_step(state, put_batch(self.mesh, micro, BATCH))
-        self.pending.append(_Pending(step, metrics, place))
-        return state
-
-    def _due(self, step: int, every: int | None) -> bool:
-        return step == self.config.train.steps or (every is not None and step % every == 0)
-
-    def _validate(self, state: TrainState, step: int) -> bool:
+    def _validate(self, step: int) -> bool:
         """Writes the validation loss into the step's row; whether it is the best so far."""
-        if not self._due(step, self.config.eval.every):
+        every = self.config.eval.every
+        if step != self.config.train.steps and (every is None or step % every):
             return False
-        model = self.trainer.parts.assemble(state.params, state.tables)
+        model = self.trainer.parts.assemble(self.state.params, self.state.tables)
         batches = validation_batches(self.config.data, self.tokenizer, batches=self.config.eval.batches)
         loss = validation_loss(model, batches, place=lambda batch: put_batch(self.mesh, batch, TOKENS))
         if np.isnan(loss):  # nothing is held out
@@ -176,8 +172,8 @@ class Loop:
             if not metrics.pop("healthy"):
                 self.pending.clear()
                 raise NotFinite(
-                    f"step {pending.step}: loss {metrics['train/loss']:.4g}, gradient norm {metrics['train/grad_norm']:.4g}: "
-                    "not a number somewhere. Try a lower optim.lr or optim.table.lr, or look at the data."
+                    f"step {pending.step}: not a number somewhere (loss {metrics['train/loss']:.4g}, gradient norm "
+                    f"{metrics['train/grad_norm']:.4g}). Try a lower optim.lr or optim.table.lr, or look at the data."
                 )
             self.saved_place = pending.place
             row: Row = {"step": pending.step, **{name: value.item() for name, value in metrics.items()}}
@@ -193,13 +189,13 @@ class Loop:
             row["throughput/mfu"] = speed * self.flops_per_token / (self.peak_flops * self.mesh.size)
         return row
 
-    def _save(self, state: TrainState) -> None:
+    def _save(self) -> None:
         """Saves the state with the data's place after its last step. Every row up to it is written before."""
-        step = int(state.step)
+        step = int(self.state.step)
         best = self.best_loss if np.isfinite(self.best_loss) else None
         meta = meta_document(self.config, self.tokenizer, step=step) | {"best_loss": best}
         loss = self.metrics.newest(step, "eval/validation/loss")
-        self.checkpoints.save(step, _items(state), {DATA_ITER: self.saved_place, META: meta}, loss=loss)
+        self.checkpoints.save(step, _items(self.state), {DATA_ITER: self.saved_place, META: meta}, loss=loss)
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -91,8 +91,8 @@ def opening(config: RunConfig, trainer: Trainer, mesh: jax.sharding.Mesh, folder
         f"{billions(counts.active)} active per token",
         f"devices    {mesh.size} x {mesh.devices.flat[0].device_kind} (data {mesh.shape['data']} x memory "
         f"{mesh.shape['memory']}), {gigabytes(sizes.total)} of state on each",
-        f"data       {config.data.path or config.data.source}, {config.train.steps} steps of {config.data.batch_size} x "
-        f"{config.data.sequence_length} tokens",
+        f"data       {config.data.path or config.data.source}, {config.train.steps} steps of "
+        f"{config.data.batch_size} x {config.data.sequence_length} tokens",
     ]
     if memory:
         layers = ", ".join(map(str, memory.layers))

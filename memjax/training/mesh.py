@@ -11,7 +11,7 @@ from memjax.config import RunConfig
 from memjax.memory.parallel import COLUMNS, DATA, MEMORY
 
 
-def make_mesh(config: RunConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: RunConfig, devices: list[Any] | None = None) -> Mesh:
     """The mesh of a run over the given devices (default: all of them); one device is a 1 x 1 mesh.
 
     Raises:
@@ -27,12 +27,12 @@ def make_mesh(config: RunConfig, devices: list[jax.Device] | None = None) -> Mes
                 f"set mesh.data={max(1, len(devices) // memory)} or start with other devices"
             ]
         )
-    per_device = config.train.accumulate * len(devices)
-    if config.data.batch_size % per_device:
+    batch_size, per_device = config.data.batch_size, config.train.accumulate * len(devices)
+    if batch_size % per_device:
         raise ConfigError(
             [
-                f"data.batch_size={config.data.batch_size} must be a multiple of train.accumulate x devices = "
-                f"{config.train.accumulate} x {len(devices)}; try {-(-config.data.batch_size // per_device) * per_device}"
+                f"data.batch_size={batch_size} must be a multiple of train.accumulate x devices = "
+                f"{config.train.accumulate} x {len(devices)}; try {-(-batch_size // per_device) * per_device}"
             ]
         )
     return jax.make_mesh((data, memory), (DATA, MEMORY), axis_types=(AxisType.Auto,) * 2, devices=devices)

@@ -6,8 +6,6 @@ import pathlib
 import time
 from typing import Any, TextIO
 
-import jax
-
 Row = dict[str, Any]
 
 # Dense bf16 peak of one device in FLOP/s, from the makers' data sheets. A device that is not here has no MFU.
@@ -19,7 +17,7 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops(device: jax.Device) -> float | None:
+def peak_flops(device: Any) -> float | None:
     """Peak of a device in FLOP/s (dense bf16); None where it is not known."""
     return next((peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind)), None)
 

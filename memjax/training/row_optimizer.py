@@ -49,7 +49,7 @@ class TableOptimizer:
         """State before the first step, by pool."""
         if self.config.is_dense:
             return {pool: self._optax.init(table) for pool, table in tables.items()}
-        return {pool: self.rule.init(*table.shape, table.dtype) for pool, table in tables.items()}
+        return {pool: self.rule.init(table.shape[0], table.shape[1], table.dtype) for pool, table in tables.items()}
 
     def update_rows(
         self,
@@ -78,7 +78,7 @@ class TableOptimizer:
         new_tables, new_state = {}, {}
         for pool, table in tables.items():
             updates, after = self._optax.update(gradients[pool], state[pool], table)
-            new_tables[pool] = jnp.where(ok, optax.apply_updates(table, updates), table)
+            new_tables[pool] = jnp.where(ok, jnp.asarray(optax.apply_updates(table, updates)), table)
             new_state[pool] = jax.tree.map(lambda new, old: jnp.where(ok, new, old), after, state[pool])
         return new_tables, new_state
 

@@ -34,14 +34,17 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> pathlib.Path:
+        """The saved steps."""
         return self.path / CHECKPOINTS
 
     @property
     def metrics(self) -> pathlib.Path:
+        """One line of JSON a step."""
         return self.path / "metrics.jsonl"
 
     @property
     def plots(self) -> pathlib.Path:
+        """PNG files."""
         return self.path / "plots"
 
     @property
@@ -119,7 +122,9 @@ def environment() -> dict[str, Any]:
         except ImportError:  # run from a checkout that is not installed
             versions[package] = None
     source = pathlib.Path(__file__).parent
-    commit = subprocess.run(["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
     return {
         "command": sys.argv,
         "python": platform.python_version(),

@@ -27,10 +27,12 @@ Batch = dict[str, Array]
 Metrics = dict[str, Array]
 
 
-def make_train_step(trainer: Trainer, mesh: jax.sharding.Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def make_train_step(
+    trainer: Trainer, mesh: jax.sharding.Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The compiled step (state, batch) -> (state, metrics); the state is donated. Call it under `jax.set_mesh(mesh)`.
 
-    Batches have the shape [micro-batches, sequences, tokens]. Metrics stay on the device: reading them waits for the step.
+    Batches have the shape [micro-batches, sequences, tokens]. Metrics stay on the device: reading them waits.
     """
     shardings = trainer.shardings(mesh)
     step = jax.jit(
@@ -97,7 +99,7 @@ def make_usage_report(trainer: Trainer, mesh: jax.sharding.Mesh) -> Callable[[Tr
 
 
 def _accumulate(trainer: Trainer, state: TrainState, batch: Batch, learned: Array) -> tuple[Array, Any, dict, Tables]:
-    """Loss, dense gradient, row gradients with a leading micro-batch axis, and the tables' gradients in the dense modes.
+    """Loss, dense gradient, row gradients with a leading micro-batch axis, tables' gradients in the dense modes.
 
     The loss is a sum over tokens, divided by the number of learned tokens of the whole batch: however the batch is cut
     into micro-batches, every token counts the same.
@@ -155,7 +157,9 @@ def _update_tables(trainer: Trainer, state: TrainState, rows: dict[str, RowGradi
     return optimizer.update_rows(state.tables, state.table_state, gradients, state.step, ok)
 
 
-def _count(trainer: Trainer, state: TrainState, rows: dict[str, RowGradient], batch: Batch, ok: Array) -> dict[str, Array]:
+def _count(
+    trainer: Trainer, state: TrainState, rows: dict[str, RowGradient], batch: Batch, ok: Array
+) -> dict[str, Array]:
     """Read counters with the picks of real tokens; padding and bad steps do not count."""
     real = (batch["segments"].reshape(batch["segments"].shape[0], -1, 1) > 0) & ok
     return {

@@ -159,6 +159,7 @@ def test_every_mesh_draws_the_same_model_and_gives_the_same_losses(tiny):
     batches, runs = tiny.batches(4) * 5, {}
     for mesh_shape in ((1, 1), (8, 1), (2, 4), (1, 8)):
         config = tiny.config(
+            "--model.num_layers 1 --model.memory.layers 0",
             "--model.memory.value_dim 512 --optim.table.state_columns 64 --optim.table.lr 0.01",
             "--mesh.data {} --mesh.memory {}".format(*mesh_shape),
             wide=True,

@@ -20,6 +20,7 @@ def bag_kernel(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """COLUMNS columns of a token's bag, ROWS picks at a time."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < DIM
@@ -50,7 +51,7 @@ def embedding_bag(
         indices,
         weights,
         out=[jax.ShapeDtypeStruct((tokens, dim), table.dtype)],
-        grid=(tokens, triton.cdiv(dim, tile.columns)),
+        grid=(tokens, tiles.ceil_div(dim, tile.columns)),
         num_warps=tile.num_warps,
         DIM=dim,
         PICKS=picks,

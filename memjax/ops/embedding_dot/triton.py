@@ -21,6 +21,7 @@ def dot_kernel(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """The products of ROWS picks of a token, COLUMNS columns at a time."""
     token = tl.program_id(0).to(tl.int64)
     pick = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     valid = pick < PICKS
@@ -51,7 +52,7 @@ def embedding_dot(
         indices,
         vectors,
         out=[jax.ShapeDtypeStruct((tokens, picks), jnp.float32)],
-        grid=(tokens, triton.cdiv(picks, tile.rows)),
+        grid=(tokens, tiles.ceil_div(picks, tile.rows)),
         num_warps=tile.num_warps,
         DIM=dim,
         PICKS=picks,

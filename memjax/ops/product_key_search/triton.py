@@ -1,8 +1,8 @@
 """The product-key search with Triton kernels around XLA's matrix products.
 
-Half scores are made by a matrix product, [h, 2, t, n] in float32; `select_kernel` takes the best k of every row, exactly;
-`pair_kernel` takes the best k sums of the two halves. What decides is 64-bit words, a score's order-preserving bits above
-its place, so that equal scores never lose or repeat a place.
+Half scores are made by a matrix product, [h, 2, t, n] in float32; `select_kernel` takes the best k of every row,
+exactly; `pair_kernel` takes the best k sums of the two halves. What decides is 64-bit words, a score's order-
+preserving bits above its place, so that equal scores never lose or repeat a place.
 """
 
 from functools import partial
@@ -38,6 +38,7 @@ def with_place(bits, place):
 
 @triton.jit
 def place_of(word):
+    """The place in a word."""
     return (word & 0xFFFFFFFF).to(tl.int32)
 
 

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from memjax.ops.precision import accumulator
@@ -29,7 +29,9 @@ class RowStep(NamedTuple):
     """Column of the whole table at which this shard begins, so that every mesh draws the same random bits."""
 
 
-def row_step(lr, step, *, ok=True, seed=0, first_column=0) -> RowStep:
+def row_step(
+    lr: ArrayLike, step: ArrayLike, *, ok: ArrayLike = True, seed: ArrayLike = 0, first_column: ArrayLike = 0
+) -> RowStep:
     """A RowStep from Python numbers or arrays."""
     return RowStep(
         jnp.asarray(lr, accumulator(jnp.result_type(float))),

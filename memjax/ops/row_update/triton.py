@@ -1,12 +1,13 @@
 """The row update as Triton kernels: one sort of the picks, then one pass over (distinct row, block of columns).
 
-After the sort the picks of a row are neighbours: a segment. `update_kernel` sums the picks of a few segments side by side
-in registers, applies the rule and writes the rows back in place. A segment of more than CHUNK picks would keep one program
-busy while the others are done, so `partial_kernel` has summed it before, in pieces of at most CHUNK picks. Sums are always
-formed in the same order and without atomics: two runs give the same bits.
+After the sort the picks of a row are neighbours: a segment. `update_kernel` sums the picks of a few segments side by
+side in registers, applies the rule and writes the rows back in place. A segment of more than CHUNK picks would keep
+one program busy while the others are done, so `partial_kernel` has summed it before, in pieces of at most CHUNK
+picks. Sums are always formed in the same order and without atomics: two runs give the same bits.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -137,10 +138,14 @@ def update_kernel(
             weight_one = tl.load(weights_ptr + begin + nth, mask=one, other=0.0).to(tl.float32)
             weight_two = tl.load(weights_ptr + begin + nth + 1, mask=two, other=0.0).to(tl.float32)
             vector_one = tl.load(
-                vectors_ptr + token_one[:, None] * DIM + columns[None, :], mask=one[:, None] & inside[None, :], other=0.0
+                vectors_ptr + token_one[:, None] * DIM + columns[None, :],
+                mask=one[:, None] & inside[None, :],
+                other=0.0,
             )
             vector_two = tl.load(
-                vectors_ptr + token_two[:, None] * DIM + columns[None, :], mask=two[:, None] & inside[None, :], other=0.0
+                vectors_ptr + token_two[:, None] * DIM + columns[None, :],
+                mask=two[:, None] & inside[None, :],
+                other=0.0,
             )
             gradient += weight_one[:, None] * vector_one.to(tl.float32)
             gradient += weight_two[:, None] * vector_two.to(tl.float32)
@@ -213,7 +218,7 @@ def row_update(
     dim = table.shape[1]
     width = rule.state_columns if rule.kind.startswith("rowwise_") else min(UNSHARED_COLUMNS, dim)
     tile = tiles.row_update(width)
-    blocks = triton.cdiv(dim, width)
+    blocks = tiles.ceil_div(dim, width)
     rows, tokens, weights = sorted_picks(gradients)
     vectors = jnp.concatenate([gradient.vectors for gradient in gradients])
     picks = rows.shape[0]
@@ -224,8 +229,8 @@ def row_update(
     starts = jnp.full(picks + 1, picks, jnp.int32)
     starts = starts.at[jnp.where(begins, segment, picks + 1)].set(jnp.arange(picks, dtype=jnp.int32), mode="drop")
 
-    shared = {"DIM": dim, "WIDTH": width, "COLUMNS": tile.columns, "CHUNK": CHUNK}
-    chunks = triton.cdiv(picks, CHUNK)
+    shared: dict[str, Any] = {"DIM": dim, "WIDTH": width, "COLUMNS": tile.columns, "CHUNK": CHUNK}
+    chunks = tiles.ceil_div(picks, CHUNK)
     (partial,) = triton_call.launch(
         partial_kernel,
         segment,
@@ -260,7 +265,7 @@ def row_update(
         floats,
         ints,
         out=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (table, *moments)],
-        grid=(triton.cdiv(min(picks, table.shape[0]), tile.rows) * blocks,),
+        grid=(tiles.ceil_div(min(picks, table.shape[0]), tile.rows) * blocks,),
         num_warps=tile.num_warps,
         aliases={0: 0, 1: 1, 2: 2},
         ROWS=tile.rows,
@@ -272,5 +277,6 @@ def row_update(
         ROUND=rule.stochastic_rounding and table.dtype == jnp.bfloat16,
         **shared,
     )
-    named = dict(zip(("first_moment", "second_moment"), updated[1:], strict=True))
-    return updated[0], {name: named[name] for name in state}
+    table, *moments = updated
+    named: TableState = dict(zip(("first_moment", "second_moment"), moments, strict=True))
+    return table, {name: named[name] for name in state}
