@@ -58,7 +58,7 @@ WRONG = {
         "train:\n  accumulate: 7\n",
         ["--mesh.memory", "2"],
         [
-            "config.yaml:2: data.batch_size=192 must be a multiple of train.accumulate=7",
+            "config.yaml:2: data.batch_size=32 must be a multiple of train.accumulate=7",
             "command line: mesh.memory=2 cannot split value_dim=64: each device needs a whole number of columns, "
             "at least 64; the largest that can is mesh.memory=1",
         ],
@@ -66,7 +66,7 @@ WRONG = {
     "a layer that does not exist": (
         "model: {num_layers: 1}\n",
         [],
-        ["config.yaml:1: model.memory.layers=[1] must lie in 0..0: the model has num_layers=1 blocks"],
+        ["config.yaml:1: model.memory.layers=[1, 2] must lie in 0..0: the model has num_layers=1 blocks"],
     ),
     "one name twice": (
         "model:\n  dim: 64\n  dim: 128\n",
@@ -223,18 +223,18 @@ def test_differences_name_every_changed_field():
     old = load(RunConfig, None)
     new = load(RunConfig, None, ["--optim.lr", "1e-3", "--model.memory.layers", "0,2", "--optim.clip", "null"])
     assert differences(old, new) == [
-        "model.memory.layers: [1] -> [0, 2]",
+        "model.memory.layers: [1, 2] -> [0, 2]",
         "optim.lr: 0.006 -> 0.001",
         "optim.clip: 1.0 -> null",
     ]
     (line,) = differences(load(RunConfig, None, ["--model.memory", "null"]), old)
-    assert re.match(r"model\.memory: null -> \{layers: \[1\], num_keys: 64, .*gate: 'silu'", line)
+    assert re.match(r"model\.memory: null -> \{layers: \[1, 2\], num_keys: 64, .*gate: 'silu'", line)
     assert differences(new, new) == []
 
 
 def test_yaml_shows_every_field():
     lines = to_yaml(RunConfig()).splitlines()
-    assert "    layers: [1]" in lines
+    assert "    layers: [1, 2]" in lines
     assert "  clip: 1.0" in lines
 
 

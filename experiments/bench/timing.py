@@ -86,7 +86,7 @@ def environment() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "versions": versions,
-        "commit": git("rev-parse", "HEAD") or os.environ.get("COMMIT"),
+        "commit": git("rev-parse", "--verify", "-q", "HEAD") or os.environ.get("COMMIT"),
         "date": datetime.date.today().isoformat(),
     }
 

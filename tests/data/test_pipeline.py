@@ -20,6 +20,7 @@ BIOGRAPHIES = DataConfig(
     biographies=BiographiesConfig(num_people=20),
     batch_size=8,
     sequence_length=96,
+    packing="none",
     tokenizer=TokenizerConfig(kind="byte"),
 )
 kinds = pytest.mark.parametrize("packing", ["none", "concat", "first_fit"])
@@ -31,7 +32,12 @@ def text_config(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("\n".join(f"{i:03d}" + "x" * (i * 7 % 38) for i in range(54)))
     return DataConfig(
-        source="text", path=str(path), batch_size=4, sequence_length=48, tokenizer=TokenizerConfig(kind="byte")
+        source="text",
+        path=str(path),
+        batch_size=4,
+        sequence_length=48,
+        packing="none",
+        tokenizer=TokenizerConfig(kind="byte"),
     )
 
 
@@ -275,7 +281,7 @@ def test_biographies_validate_with_questions_never_asked_in_training():
 
 
 def test_a_trained_tokenizer_keeps_names_and_values_whole():
-    config = DataConfig(biographies=BiographiesConfig(num_people=150))
+    config = DataConfig(biographies=BiographiesConfig(num_people=150), packing="none")
     tokenizer = train_tokenizer(config, 2048)
     assert isinstance(tokenizer, BpeTokenizer)
     assert 1000 < tokenizer.vocab_size <= 2048
