@@ -199,7 +199,7 @@ class TokenizerConfig:
 class BiographiesConfig:
     """Generated people with six facts each, told in several wordings and asked about in questions."""
 
-    num_people: int = 600
+    num_people: int = 500
     """People, each with a full name of their own."""
     form: Literal["fact", "biography"] = "fact"
     """fact: one sentence a record; biography: all six sentences of a person in an order redrawn every time."""
@@ -379,7 +379,7 @@ class MeshConfig:
 class TrainConfig:
     """The training loop."""
 
-    steps: int = 900
+    steps: int = 750
     """Optimizer steps of the whole run."""
     accumulate: int = 1
     """Micro-batches per step."""
@@ -411,11 +411,11 @@ class CheckpointConfig:
 class EvalConfig:
     """Evaluation during and after the training."""
 
-    every: int | None = 300
+    every: int | None = 250
     """Steps between validations; null validates only at the end."""
     batches: int = 8
     """Batches of a validation."""
-    recall_people: int = 600
+    recall_people: int = 500
     """People asked about in the recall test at the end (source: biographies)."""
 
     def __post_init__(self) -> None:
