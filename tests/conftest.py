@@ -1,15 +1,30 @@
 """Settings of the whole suite: eight CPU devices, strict ranks, reproducible properties, no network."""
 
 import os
+import pathlib
 import sys
+
+# Compilation takes most of the suite's time, so XLA leaves out what only makes programs faster; runs that tests start
+# as processes of their own inherit it. Before JAX is imported.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
+
+# Shapes and types of the annotations are checked at every call; not in kernels, whose source Triton wants as it stands.
+_root = pathlib.Path(__file__).parents[1]
+_sources = [path for path in (_root / "memjax").rglob("*.py") if path.name not in ("__init__.py", "triton.py")]
+jaxtyping.install_import_hook(
+    [".".join(path.relative_to(_root).with_suffix("").parts) for path in _sources], "beartype.beartype"
+)
 
 # All of these must be set before the first backend starts. JAX_PLATFORMS=cuda,cpu runs the tests marked `gpu` too.
 if "JAX_PLATFORMS" not in os.environ:
     jax.config.update("jax_platforms", "cpu")
+    # Without a GPU the Triton kernels are tested in Triton's interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 jax.config.update("jax_num_cpu_devices", 8)
 # Strict promotion of types would be welcome too, but optax multiplies floats by integer counts.
 jax.config.update("jax_numpy_rank_promotion", "raise")

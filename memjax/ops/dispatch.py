@@ -7,31 +7,44 @@ met or refused, never swapped; only `None` may choose, and takes the first of IM
 import importlib
 from types import ModuleType
 
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
 from memjax.ops import triton_call
 
 IMPLEMENTATIONS = ("triton", "xla", "reference")
 """In the order of preference."""
 
 
-def choose(operation: str, wanted: str | None) -> str:
+def choose(operation: str, wanted: str | None, dtype: DTypeLike = jnp.float32) -> str:
     """The name of the implementation that runs.
+
+    Args:
+        operation: its folder in `memjax.ops`.
+        wanted: one of IMPLEMENTATIONS; None takes the fastest that can run.
+        dtype: of the table, or of the keys.
 
     Raises:
         ValueError: `wanted` is unknown.
         NotImplementedError: `wanted` is known but cannot run here; the message says why.
     """
     if wanted is None:
-        return "xla" if triton_call.why_not(interpreted_will_do=False) else "triton"
+        # Triton's interpreter is for tests: it has to be asked for.
+        return "xla" if triton_call.is_interpreted() or why_not("triton", dtype) else "triton"
     if wanted not in IMPLEMENTATIONS:
         raise ValueError(f"{operation}: implementation={wanted!r} is unknown; known: {', '.join(IMPLEMENTATIONS)}")
-    if reason := why_not(wanted):
+    if reason := why_not(wanted, dtype):
         raise NotImplementedError(f"{operation}: implementation={wanted!r} cannot run: {reason}")
     return wanted
 
 
-def why_not(name: str) -> str | None:
-    """Why an implementation cannot run here, in words; None when it can."""
-    return triton_call.why_not() if name == "triton" else None
+def why_not(name: str, dtype: DTypeLike = jnp.float32) -> str | None:
+    """Why an implementation cannot run here on arrays of a type, in words; None when it can."""
+    if name != "triton":
+        return None
+    if jnp.dtype(dtype) == jnp.float64:
+        return "its kernels add in float32, which would be too coarse for float64"
+    return triton_call.why_not()
 
 
 def load(operation: str, name: str) -> ModuleType:

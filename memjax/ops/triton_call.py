@@ -17,17 +17,13 @@ compute_capability: int | None = None
 """Compile for this one (90 for sm_90) instead of the device's: for compile checks on machines without a GPU."""
 
 
-def why_not(*, interpreted_will_do: bool = True) -> str | None:
-    """Why Triton kernels cannot run here, in words; None when they can.
-
-    Args:
-        interpreted_will_do: whether the interpreter counts; it is never chosen by itself.
-    """
-    if interpreted_will_do and is_interpreted():
-        return None
+def why_not() -> str | None:
+    """Why Triton kernels cannot run here, in words; None when they can."""
+    if is_interpreted():
+        return _import_problem("triton")
     if jax.default_backend() != "gpu":
         return f"needs an NVIDIA GPU, found {jax.default_backend()}"
-    return _import_problem()
+    return _import_problem("jax_triton")
 
 
 def is_interpreted() -> bool:
@@ -36,11 +32,11 @@ def is_interpreted() -> bool:
 
 
 @functools.cache
-def _import_problem() -> str | None:
+def _import_problem(module: str) -> str | None:
     try:
-        importlib.import_module("jax_triton")
+        importlib.import_module(module)
     except ImportError as error:
-        return f"jax_triton cannot be imported ({error}); install memjax[cuda]"
+        return f"{module} cannot be imported ({error}); install memjax[cuda]"
     return None
 
 

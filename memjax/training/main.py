@@ -5,8 +5,9 @@ import sys
 import jax
 
 from memjax.command_line import ConfigError
-from memjax.config import RunConfig
+from memjax.config import MemoryConfig, RunConfig
 from memjax.models.counts import billions, count_parameters, describe, gigabytes, state_bytes
+from memjax.models.decoder import resolve_dtype
 from memjax.ops import dispatch
 from memjax.training.finish import describe_summary, finish
 from memjax.training.interrupt import catch_interrupts
@@ -14,8 +15,6 @@ from memjax.training.loop import Loop, NotFinite, Preempted
 from memjax.training.mesh import make_mesh
 from memjax.training.run_folder import RunFolder
 from memjax.training.state import Trainer
-
-OPERATIONS = ("product_key_search", "embedding_bag", "embedding_dot", "row_update")
 
 
 def dry_run(config: RunConfig) -> int:
@@ -79,12 +78,20 @@ def check(config: RunConfig) -> None:
         raise ConfigError(problems)
 
 
+def kernels(memory: MemoryConfig) -> str:
+    """Which implementation of the memory's operations runs, and why not the fastest."""
+    dtype = resolve_dtype(memory.table_dtype)
+    # The four operations have the same implementations, so one name says it all.
+    chosen = dispatch.choose("embedding_bag", None, dtype)
+    reason = dispatch.why_not("triton", dtype)
+    return f"{chosen} (triton cannot run: {reason})" if reason else chosen
+
+
 def opening(config: RunConfig, trainer: Trainer, mesh: jax.sharding.Mesh, folder: RunFolder) -> str:
     """The first lines of a run: model, memory, devices, what computes."""
     counts = count_parameters(trainer.parts)
     sizes = state_bytes(trainer.abstract_state(), config.mesh.memory)
     memory = config.model.memory
-    chosen = {operation: dispatch.choose(operation, None) for operation in OPERATIONS} if memory else {}
     lines = [
         f"run        {folder.path}",
         f"model      {billions(counts.dense)} dense + {billions(counts.table)} table parameters, "
@@ -99,6 +106,5 @@ def opening(config: RunConfig, trainer: Trainer, mesh: jax.sharding.Mesh, folder
         lines.insert(
             2, f"memory     {memory.num_slots:,} slots, {memory.num_heads} x {memory.top_k} read by block {layers}"
         )
-        names = sorted(set(chosen.values()))
-        lines.append(f"kernels    {names[0] if len(names) == 1 else chosen}")
+        lines.append(f"kernels    {kernels(memory)}")
     return "\n".join(lines)

@@ -114,12 +114,23 @@ def environment() -> dict[str, Any]:
     """What a run depends on besides its config."""
     from importlib.metadata import version
 
-    packages = ("memjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    packages = (
+        "memjax",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+        "numpy",
+        "jax-triton",
+        "triton",
+    )
     versions = {}
     for package in packages:
         try:
             versions[package] = version(package)
-        except ImportError:  # run from a checkout that is not installed
+        except ImportError:  # not installed; memjax itself may run from a checkout
             versions[package] = None
     source = pathlib.Path(__file__).parent
     commit = subprocess.run(

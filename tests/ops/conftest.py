@@ -1,10 +1,25 @@
-"""What an operation computes with, read off its jaxpr."""
+"""What an operation computes with, read off its jaxpr; and where the cases of the Triton kernels run."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import pytest
+
+from memjax.ops import dispatch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Cases of `triton` are marked `gpu` where a GPU runs them, and left out where nothing can."""
+    reason = dispatch.why_not("triton")
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            if not any(str(value).startswith("triton") for value in item.callspec.params.values()):
+                continue
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
+            elif jax.default_backend() == "gpu":
+                item.add_marker(pytest.mark.gpu)
 
 
 class Equation(NamedTuple):

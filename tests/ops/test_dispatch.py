@@ -40,15 +40,26 @@ def test_named_implementation_that_cannot_run_is_refused_with_the_reason(operati
         CALLS[operation]("reference")
 
 
+def test_triton_without_a_gpu_is_refused_with_the_reason(monkeypatch):
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is a GPU")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(NotImplementedError, match="implementation='triton' cannot run: needs an NVIDIA GPU, found cpu"):
+        CALLS["embedding_bag"]("triton")
+    assert dispatch.choose("embedding_bag", None) == "xla"
+
+
 @every_operation
 def test_default_is_the_fastest_that_can_run(operation):
     assert dispatch.choose(operation, None) == ("triton" if jax.default_backend() == "gpu" else "xla")
+    assert dispatch.choose(operation, None, jnp.float64) == "xla"
     got, expected = (jax.tree.leaves(CALLS[operation](name))[0] for name in (None, "reference"))
     np.testing.assert_allclose(got, expected)
 
 
 @every_operation
-@pytest.mark.parametrize("name", ["xla", "reference"])
+@pytest.mark.parametrize("name", dispatch.IMPLEMENTATIONS)
 def test_every_operation_has_every_implementation(operation, name):
-    assert name in dispatch.IMPLEMENTATIONS
+    if name == "triton":
+        pytest.importorskip("triton")
     assert callable(getattr(dispatch.load(operation, name), operation))

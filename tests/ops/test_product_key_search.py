@@ -1,21 +1,25 @@
 import importlib
+from contextlib import contextmanager
 from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memjax.ops.product_key_search.api import product_key_search
 
-xla = importlib.import_module("memjax.ops.product_key_search.xla")
-IMPLEMENTATIONS = ["xla", "reference"]
+IMPLEMENTATIONS = ["triton", "xla", "reference"]
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-# The xla form once more in chunks of two tokens, which leaves the last chunk incomplete.
-FORMS = [*IMPLEMENTATIONS, "xla in chunks"]
-every_form = pytest.mark.parametrize("form", FORMS)
+# Two of them once more in chunks of two tokens, which leaves the last chunk incomplete.
+TRITON_FORMS, XLA_FORMS = ["triton", "triton in chunks"], ["xla", "reference", "xla in chunks"]
+every_form = pytest.mark.parametrize("form", TRITON_FORMS + XLA_FORMS)
+every_xla_form = pytest.mark.parametrize("form", XLA_FORMS)
+every_triton_form = pytest.mark.parametrize("form", TRITON_FORMS)
+# Triton's interpreter takes a second for what others do in a millisecond.
+few_examples = settings(max_examples=max(2, settings().max_examples // 12))
 
 # Batch axes, heads, sub-keys per half, width of a half, top_k, type.
 SHAPES = [
@@ -63,19 +67,26 @@ def compiled(form, top_k):
     return jax.jit(partial(product_key_search, top_k=top_k, implementation=form.split()[0]))
 
 
-def search(form, queries, keys, top_k):
+@contextmanager
+def chunks_of(form, keys):
+    """Chunks of two tokens where the form asks for chunks."""
     with pytest.MonkeyPatch.context() as patch:
-        if form == "xla in chunks":
-            patch.setattr(xla, "CHUNK_BYTES", 2 * 8 * keys.shape[0] * keys.shape[2])
+        name, _, in_chunks = form.partition(" ")
+        if in_chunks:
+            module = importlib.import_module(f"memjax.ops.product_key_search.{name}")
+            patch.setattr(module, "CHUNK_BYTES", 2 * 8 * keys.shape[0] * keys.shape[2])
+        yield
+
+
+def search(form, queries, keys, top_k):
+    with chunks_of(form, keys):
         return compiled(form, top_k)(queries, keys)
 
 
 seeds = st.integers(0, 2**32 - 1)
 
 
-@every_form
-@given(seed=seeds, shape=st.sampled_from(SHAPES), values=st.sampled_from(["normal", *EXACT]))
-def test_slots_are_the_best_of_all_pairs(form, seed, shape, values):
+def check_slots_are_the_best_of_all_pairs(form, seed, shape, values):
     queries, keys, top_k = draw(seed, shape, values)
     scores, slots = search(form, queries, keys, top_k)
     assert scores.dtype == jnp.float32
@@ -91,9 +102,20 @@ def test_slots_are_the_best_of_all_pairs(form, seed, shape, values):
     np.testing.assert_allclose(scores, np.take_along_axis(every, slots, axis=-1), rtol=0, atol=tolerance)
 
 
-@every_form
-@given(seed=seeds, shape=st.sampled_from(SHAPES[:2]))
-def test_nan_in_gives_nan_out_and_slots_stay_distinct(form, seed, shape):
+@every_xla_form
+@given(seed=seeds, shape=st.sampled_from(SHAPES), values=st.sampled_from(["normal", *EXACT]))
+def test_slots_are_the_best_of_all_pairs(form, seed, shape, values):
+    check_slots_are_the_best_of_all_pairs(form, seed, shape, values)
+
+
+@every_triton_form
+@few_examples
+@given(seed=seeds, shape=st.sampled_from(SHAPES), values=st.sampled_from(["normal", *EXACT]))
+def test_slots_are_the_best_of_all_pairs_in_triton(form, seed, shape, values):
+    check_slots_are_the_best_of_all_pairs(form, seed, shape, values)
+
+
+def check_nan_in_gives_nan_out_and_slots_stay_distinct(form, seed, shape):
     queries, keys, top_k = draw(seed, shape, "normal")
     first = (0,) * (queries.ndim - 2)
     clean, _ = search(form, queries, keys, top_k)
@@ -109,6 +131,37 @@ def test_nan_in_gives_nan_out_and_slots_stay_distinct(form, seed, shape):
         assert all(len(set(row)) == top_k for row in np.asarray(found).reshape(-1, top_k))
         assert np.min(found) >= 0
         assert np.max(found) < keys.shape[2] ** 2
+
+
+@every_xla_form
+@given(seed=seeds, shape=st.sampled_from(SHAPES[:2]))
+def test_nan_in_gives_nan_out_and_slots_stay_distinct(form, seed, shape):
+    check_nan_in_gives_nan_out_and_slots_stay_distinct(form, seed, shape)
+
+
+@every_triton_form
+@few_examples
+@given(seed=seeds, shape=st.sampled_from(SHAPES[:2]))
+def test_nan_in_gives_nan_out_and_slots_stay_distinct_in_triton(form, seed, shape):
+    check_nan_in_gives_nan_out_and_slots_stay_distinct(form, seed, shape)
+
+
+@pytest.mark.parametrize("implementation", ["triton"])
+@pytest.mark.parametrize(("num", "top_k"), [(16, 16), (100, 3), (1024, 1), (1024, 32), (8192, 64)])
+@pytest.mark.parametrize("values", ["normal", "1 + i * 2**-23", "two values", "all equal"])
+def test_selection_from_long_rows_is_exact(implementation, num, top_k, values):
+    rng = np.random.default_rng(num + top_k)
+    rows = {
+        "normal": rng.normal(size=(1, num)),
+        "1 + i * 2**-23": 1 + rng.permuted(np.arange(num)[None], axis=1) * 2.0**-23,
+        "two values": rng.integers(2, size=(1, num)),
+        "all equal": np.full((1, num), -0.5),
+    }[values].astype(np.float32)
+    select = importlib.import_module(f"memjax.ops.product_key_search.{implementation}").select
+    best, places = select(jnp.asarray(rows), top_k=top_k)
+    np.testing.assert_array_equal(best, -np.sort(-rows, axis=1)[:, :top_k])
+    np.testing.assert_array_equal(np.take_along_axis(rows, np.asarray(places), axis=1), best)
+    assert all(len(set(row)) == top_k for row in np.asarray(places))
 
 
 @cache
@@ -129,7 +182,7 @@ def numeric_gradient(function, array, step=1e-6):
     return gradient
 
 
-@every_form
+@every_xla_form
 @given(seed=seeds)
 def test_gradients_equal_finite_differences(form, seed):
     rng = np.random.default_rng(seed)
@@ -146,9 +199,7 @@ def test_gradients_equal_finite_differences(form, seed):
     # The derivative jumps where two of the best swap ranks: move on from the rare case that is that close.
     if np.min(-np.diff(best_scores(queries, keys)[..., : top_k + 1])) < 1e-4:
         return
-    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
-        if form == "xla in chunks":
-            patch.setattr(xla, "CHUNK_BYTES", 2 * 8 * num_heads * num_keys)
+    with jax.enable_x64(True), chunks_of(form, keys):
         d_queries, d_keys = compiled_gradient(form, top_k)(queries, keys, factors)
     assert d_queries.dtype == d_keys.dtype == np.float64
 
@@ -157,6 +208,28 @@ def test_gradients_equal_finite_differences(form, seed):
 
     np.testing.assert_allclose(d_queries, numeric_gradient(lambda q: loss(q, keys), queries), atol=1e-7)
     np.testing.assert_allclose(d_keys, numeric_gradient(lambda k: loss(queries, k), keys), atol=1e-7)
+
+
+@every_form
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_of_every_form_agree(form, shape):
+    queries, keys, top_k = draw(5, shape, "normal")
+    factors = jnp.asarray(np.random.default_rng(6).normal(size=(*queries.shape[:-1], top_k)), jnp.float32)
+    with chunks_of(form, keys):
+        got = compiled_gradient(form, top_k)(queries, keys, factors)
+    for mine, other in zip(got, compiled_gradient("reference", top_k)(queries, keys, factors), strict=True):
+        assert mine.dtype == other.dtype
+        mine, other = np.asarray(mine, np.float64), np.asarray(other, np.float64)
+        scale = np.abs(other).max() * float(jnp.finfo(keys.dtype).eps)
+        np.testing.assert_allclose(mine, other, atol=8 * scale, rtol=0)
+
+
+def test_float64_is_not_for_triton():
+    with jax.enable_x64(True):
+        queries, keys, top_k = jnp.ones((3, 1, 4)), jnp.ones((1, 2, 4, 2)), 2
+        with pytest.raises(NotImplementedError, match="'triton' cannot run: its kernels add in float32"):
+            product_key_search(queries, keys, top_k, implementation="triton")
+        assert product_key_search(queries, keys, top_k)[0].dtype == jnp.float64
 
 
 @every_implementation
@@ -195,6 +268,7 @@ def test_xla_form_holds_neither_all_pairs_nor_the_half_scores_of_all_tokens(equa
     half_scores = tokens * num_heads * 2 * num_keys
     assert largest("reference") >= tokens * num_heads * num_keys**2
     assert half_scores <= largest("xla") < tokens * num_heads * num_keys**2
+    xla = importlib.import_module("memjax.ops.product_key_search.xla")
     monkeypatch.setattr(xla, "CHUNK_BYTES", 4 * half_scores // 16)
     assert largest("xla") < half_scores
 

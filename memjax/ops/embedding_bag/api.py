@@ -31,7 +31,7 @@ def embedding_bag(
         ValueError: `implementation` is unknown.
         NotImplementedError: `implementation` cannot run here.
     """
-    name = dispatch.choose("embedding_bag", implementation)
+    name = dispatch.choose("embedding_bag", implementation, table.dtype)
     batch, picks = indices.shape[:-1], indices.shape[-1]
     out: Any = _bag(name, table, indices.reshape(-1, picks), weights.reshape(-1, picks))
     return out.reshape(*batch, table.shape[1])

@@ -29,7 +29,7 @@ def embedding_dot(
         ValueError: `implementation` is unknown.
         NotImplementedError: `implementation` cannot run here.
     """
-    name = dispatch.choose("embedding_dot", implementation)
+    name = dispatch.choose("embedding_dot", implementation, table.dtype)
     batch, picks = indices.shape[:-1], indices.shape[-1]
     out: Any = _dot(name, table, indices.reshape(-1, picks), vectors.reshape(-1, vectors.shape[-1]))
     return out.reshape(*batch, picks)

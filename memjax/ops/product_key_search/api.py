@@ -38,7 +38,7 @@ def product_key_search(
             f"queries end in [heads, key_dim] = {queries.shape[-2:]}, but the keys {keys.shape} need "
             f"{(num_heads, 2 * half_dim)}"
         )
-    name = dispatch.choose("product_key_search", implementation)
+    name = dispatch.choose("product_key_search", implementation, keys.dtype)
     batch = queries.shape[:-2]
     found: Any = _search(name, top_k, queries.reshape(-1, *queries.shape[-2:]), keys)
     scores, indices = found

@@ -33,5 +33,5 @@ def row_update(
     for gradient in gradients:
         if gradient.vectors.shape[-1] != table.shape[1]:
             raise ValueError(f"vectors of width {gradient.vectors.shape[-1]} cannot update rows of {table.shape[1]}")
-    name = dispatch.choose("row_update", implementation)
+    name = dispatch.choose("row_update", implementation, table.dtype)
     return dispatch.load("row_update", name).row_update(table, state, gradients, rule, step)

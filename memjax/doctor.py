@@ -1,0 +1,184 @@
+"""`python -m memjax.doctor`: what is installed, what this machine can run, and whether it computes what it should."""
+
+import contextlib
+import dataclasses
+import io
+import pathlib
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from memjax import command_line
+
+FLAGS = {"quick": "Leave out the training run: only versions, devices and operations."}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DoctorConfig:
+    """There is nothing to set."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the report; returns 0 when everything that was tried works, else 1."""
+    parsed = command_line.parse(
+        DoctorConfig,
+        sys.argv[1:] if argv is None else argv,
+        prog="python -m memjax.doctor",
+        description=(
+            "Shows versions, devices and which kernels can run here, checks every operation against its definition and "
+            "trains a small model for a few steps. It takes about a minute."
+        ),
+        positional=None,
+        flags=FLAGS,
+    )
+    checks = {"operations": check_operations}
+    if "quick" not in parsed.flags:
+        checks["training"] = check_training
+    print(describe_machine(), flush=True)
+    works = True
+    for name, check in checks.items():
+        print(f"\n{name}", flush=True)
+        works &= check()
+    print("\neverything that was tried works" if works else "\nsomething does not work; the lines with FAILED say what")
+    return 0 if works else 1
+
+
+def describe_machine() -> str:
+    """Versions, devices and implementations, one a line."""
+    import jax
+
+    from memjax.ops import dispatch
+    from memjax.training.run_folder import environment
+
+    found = environment()
+    lines = [f"{package:<17} {version or 'not installed'}" for package, version in found["versions"].items()]
+    lines.append(f"{'python':<17} {found['python']}")
+    for device in jax.local_devices():
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        memory = f", {limit / 1e9:.1f} GB for JAX" if limit else ""
+        lines.append(f"{'device':<17} {device.id}: {device.device_kind} ({device.platform}{memory})")
+    default = dispatch.choose("embedding_bag", None)
+    for name in dispatch.IMPLEMENTATIONS:
+        reason = dispatch.why_not(name)
+        state = f"cannot run: {reason}" if reason else "can run"
+        lines.append(f"{name:<17} {state}{', the default here' if name == default else ''}")
+    return "\n".join(lines)
+
+
+def check_operations() -> bool:
+    """Compares every implementation that can run with the reference; prints a line each."""
+    from memjax.ops import dispatch
+
+    works = True
+    for name in dispatch.IMPLEMENTATIONS:
+        if name == "reference" or dispatch.why_not(name):
+            continue
+        for operation, run in _operations().items():
+            works &= _report(f"{operation} {name}", lambda run=run, name=name: _compare(run, name))
+    return works
+
+
+def _operations() -> dict[str, Callable[[str], Any]]:
+    """Every operation on one set of arrays, forward and backward, as a function of the implementation."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import memjax
+
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    table, weights, vectors = draw(500, 96), draw(33, 7), draw(33, 96)
+    indices = jnp.asarray(rng.integers(500, size=(33, 7)), jnp.int32)
+    queries, keys = draw(33, 2, 32), draw(2, 2, 40, 16)
+    rule = memjax.RowRule(state_columns=32)
+    gradient = memjax.RowGradient(indices, weights, vectors)
+
+    def bag(name: str) -> Any:
+        loss = lambda weights: jnp.sum(memjax.embedding_bag(table, indices, weights, implementation=name) ** 2)
+        return jax.value_and_grad(loss)(weights)
+
+    def dot(name: str) -> Any:
+        loss = lambda vectors: jnp.sum(memjax.embedding_dot(table, indices, vectors, implementation=name) ** 2)
+        return jax.value_and_grad(loss)(vectors)
+
+    def search(name: str) -> Any:
+        # Slots are left out: which of two equal scores comes first is nobody's promise.
+        loss = lambda queries, keys: jnp.sum(memjax.product_key_search(queries, keys, 5, implementation=name)[0] ** 2)
+        return jax.value_and_grad(loss, argnums=(0, 1))(queries, keys)
+
+    def update(name: str) -> Any:
+        state = rule.init(*table.shape)
+        return memjax.row_update(table, state, [gradient], rule, memjax.row_step(1e-2, 0), implementation=name)
+
+    return {"product_key_search": search, "embedding_bag": bag, "embedding_dot": dot, "row_update": update}
+
+
+def _compare(run: Callable[[str], Any], name: str) -> str:
+    import jax
+    import numpy as np
+
+    worst = 0.0
+    for got, expected in zip(jax.tree.leaves(run(name)), jax.tree.leaves(run("reference")), strict=True):
+        got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+        worst = max(worst, float(np.abs(got - expected).max() / np.abs(expected).max()))
+    if not worst < 1e-4:
+        raise ArithmeticError(f"differs from the definition by {worst:.1e} of the largest number")
+    return f"ok, within {worst:.0e} of the definition"
+
+
+def check_training() -> bool:
+    """Trains the quick start's model for a few steps, saves it, loads it and lets it write; prints a line each."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _report("train and save", lambda: _train(folder)) and _report("load and write", lambda: _write(folder))
+
+
+SETTINGS = (
+    *("--train.steps", "20", "--optim.warmup_steps", "2", "--optim.table.warmup_steps", "2"),
+    *("--data.biographies.num_people", "20", "--data.batch_size", "8"),
+)
+
+
+def _train(folder: str) -> str:
+    import json
+
+    from memjax.config import RunConfig
+    from memjax.training.main import train
+
+    run = pathlib.Path(folder) / "run"
+    # The log of the run is of interest only when it fails.
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = train(command_line.load(RunConfig, None, [*SETTINGS, "--run.dir", str(run)]))
+    if code:
+        raise RuntimeError(f"training ended with exit code {code}")
+    losses = [line["loss"] for line in map(json.loads, (run / "metrics.jsonl").open()) if "loss" in line]
+    if not losses[-1] < losses[0]:
+        raise ArithmeticError(f"the loss rose from {losses[0]:.3f} to {losses[-1]:.3f}")
+    return f"ok, the loss fell from {losses[0]:.3f} to {losses[-1]:.3f} in 20 steps"
+
+
+def _write(folder: str) -> str:
+    from memjax.loading import load
+    from memjax.models.generate import generate
+
+    model, tokenizer = load(pathlib.Path(folder) / "run")
+    tokens = list(generate(model, [tokenizer.bos_id, *tokenizer.encode("What")], max_tokens=8))
+    return f"ok, {len(tokens)} tokens"
+
+
+def _report(name: str, check: Callable[[], str]) -> bool:
+    start = time.monotonic()
+    try:
+        result, works = check(), True
+    except Exception as error:  # whatever it is, the report goes on and says so
+        traceback.print_exc(file=sys.stderr)
+        result, works = f"FAILED: {type(error).__name__}: {error}", False
+    print(f"{name:<27} {result} ({time.monotonic() - start:.1f} s)", flush=True)
+    return works
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Every Triton kernel, compiled for sm_90 on a machine that needs no GPU (only a CUDA build of JAX's plugin)."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+# In a process of its own: this one has Triton's interpreter.
+PROGRAM = """
+import functools, importlib, sys
+
+import jax
+import jax.numpy as jnp
+
+from memjax.ops import triton_call
+from memjax.ops.row_gradient import RowGradient
+from memjax.ops.row_update.rules import RowRule, row_step
+
+triton_call.compute_capability = 90
+bag, dot, search, update = (
+    importlib.import_module(f"memjax.ops.{name}.triton")
+    for name in ("embedding_bag", "embedding_dot", "product_key_search", "row_update")
+)
+
+
+def compile(name, function, *arguments):
+    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "triton_kernel_call" in lowered, f"{name}: no kernel in the program"
+    print(name, lowered.count("triton_kernel_call"))
+
+
+def array(dtype, *shape):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+for dtype, dim in ((jnp.bfloat16, 1024), (jnp.float32, 48), (jnp.bfloat16, 1536), (jnp.bfloat16, 64)):
+    table, indices = array(dtype, 1000, dim), array(jnp.int32, 8, 20)
+    compile(f"bag {dim}", bag.embedding_bag, table, indices, array(jnp.float32, 8, 20))
+    compile(f"dot {dim}", dot.embedding_dot, table, indices, array(dtype, 8, dim))
+
+for dtype, num, top_k in ((jnp.bfloat16, 1024, 32), (jnp.float32, 16, 3), (jnp.bfloat16, 8192, 64)):
+    queries, keys = array(dtype, 8, 2, 32), array(dtype, 2, 2, num, 16)
+    found = array(jnp.int32, 8, 2, top_k), array(jnp.float32, 8, 2, top_k)
+    compile(f"search {num}", functools.partial(search.product_key_search, top_k=top_k), queries, keys)
+    compile(f"search gradient {num}", search.search_gradient, queries, keys, *found)
+
+for kind in ("rowwise_adam", "rowwise_adagrad", "adam", "sgd"):
+    rule, table = RowRule(kind=kind), array(jnp.bfloat16, 1000, 1024)
+    state = jax.eval_shape(lambda: rule.init(1000, 1024))
+    gradient = RowGradient(array(jnp.int32, 8, 20), array(jnp.float32, 8, 20), array(jnp.bfloat16, 8, 1024))
+    step = jax.eval_shape(lambda: row_step(1e-3, 0))
+    compile(f"update {kind}", lambda t, s, g, at: update.row_update(t, s, [g], rule, at), table, state, gradient, step)
+"""
+
+
+def test_every_kernel_compiles_for_sm_90():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"JAX_PLATFORMS": "cpu"}
+
+    def run(program: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+
+    missing = run("import jax_triton")
+    if missing.returncode:
+        pytest.skip(f"jax_triton cannot be imported: {missing.stderr.strip().splitlines()[-1]}")
+    done = run(PROGRAM)
+    assert done.returncode == 0, done.stderr
+    kernels = {line.rsplit(" ", 1)[0]: int(line.rsplit(" ", 1)[1]) for line in done.stdout.splitlines()}
+    assert kernels["search 1024"] == kernels["update rowwise_adam"] == 2
+    assert len(kernels) == 18
