@@ -3,6 +3,7 @@
 import os
 import pathlib
 import sys
+from collections.abc import Iterator
 
 # Compilation takes most of the suite's time, so XLA leaves out what only makes programs faster; runs that tests start
 # as processes of their own inherit it. Before JAX is imported.
@@ -43,6 +44,13 @@ def _refuse_network(event: str, arguments: tuple) -> None:
 
 
 sys.addaudithook(_refuse_network)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_programs() -> Iterator[None]:
+    """What a module compiled is of no use to others, and a heap of gigabytes makes every garbage collection slow."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -1,3 +1,6 @@
+import json
+import pathlib
+
 import pytest
 
 from memjax import doctor
@@ -37,11 +40,29 @@ def test_a_wrong_result_is_found(monkeypatch, capsys):
     assert "Traceback" in captured.err
 
 
-@pytest.mark.slow
-def test_a_small_model_is_trained_saved_loaded_and_writes(monkeypatch, capsys):
-    small = ("--model.dim", "32", "--model.num_layers", "2", "--model.memory.layers", "[1]")
-    monkeypatch.setattr(doctor, "SETTINGS", (*doctor.SETTINGS, *small))
-    assert doctor.check_training()
-    out = capsys.readouterr().out
-    assert "the loss fell from" in out
-    assert "8 tokens" in out
+def finished_run(losses, code=0):
+    """Stands in for `train`: it writes what a run of that outcome would."""
+
+    def train(config):
+        folder = pathlib.Path(config.run.dir)
+        folder.mkdir()
+        lines = [json.dumps({"step": number + 1, "train/loss": loss}) for number, loss in enumerate(losses)]
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        return code
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("losses", "code", "works", "line"),
+    [
+        ([3.0, 2.0], 0, True, "train and save              ok, the loss fell from 3.000 to 2.000 in 2 steps"),
+        ([2.0, 3.0], 0, False, "FAILED: ArithmeticError: the loss rose from 2.000 to 3.000"),
+        ([3.0, 2.0], 5, False, "FAILED: RuntimeError: training ended with exit code 5"),
+    ],
+)
+def test_the_training_run_is_judged_by_its_loss_and_exit_code(losses, code, works, line, monkeypatch, capsys):
+    monkeypatch.setattr("memjax.training.main.train", finished_run(losses, code))
+    monkeypatch.setattr(doctor, "_write", lambda folder: "ok")
+    assert doctor.check_training() is works
+    assert line in capsys.readouterr().out

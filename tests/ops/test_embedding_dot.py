@@ -117,7 +117,7 @@ def test_gradients_of_every_implementation_agree(implementation, shape):
         assert mine.dtype == other.dtype
         # The same sums in another order, made wider by the slope of the sine of sums of many columns.
         scale = np.abs(wide(other)).max() * float(jnp.finfo(table.dtype).eps)
-        np.testing.assert_allclose(wide(mine), wide(other), atol=50 * scale, rtol=0)
+        np.testing.assert_allclose(wide(mine), wide(other), atol=200 * scale, rtol=0)
 
 
 @every_implementation

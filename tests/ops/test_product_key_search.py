@@ -141,14 +141,23 @@ def test_nan_in_gives_nan_out_and_slots_stay_distinct(form, seed, shape):
 
 @every_triton_form
 @few_examples
-@given(seed=seeds, shape=st.sampled_from(SHAPES[:2]))
+@given(seed=seeds, shape=st.just(SHAPES[1]))
 def test_nan_in_gives_nan_out_and_slots_stay_distinct_in_triton(form, seed, shape):
     check_nan_in_gives_nan_out_and_slots_stay_distinct(form, seed, shape)
 
 
 @pytest.mark.parametrize("implementation", ["triton"])
-@pytest.mark.parametrize(("num", "top_k"), [(16, 16), (100, 3), (1024, 1), (1024, 32), (8192, 64)])
-@pytest.mark.parametrize("values", ["normal", "1 + i * 2**-23", "two values", "all equal"])
+@pytest.mark.parametrize(
+    ("num", "top_k", "values"),
+    [
+        (16, 16, "all equal"),
+        (100, 3, "two values"),
+        (1024, 1, "two values"),
+        (1024, 32, "normal"),
+        (1024, 33, "1 + i * 2**-23"),
+        (8192, 64, "1 + i * 2**-23"),
+    ],
+)
 def test_selection_from_long_rows_is_exact(implementation, num, top_k, values):
     rng = np.random.default_rng(num + top_k)
     rows = {
