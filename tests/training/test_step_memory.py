@@ -27,7 +27,7 @@ def top_k_calls(compiled) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["none", "dots", "block"])
+@pytest.mark.parametrize("remat", ["none", "block"])
 def test_a_step_holds_no_second_table_and_one_search_a_layer(tiny, remat):
     config = load(RunConfig, None, [*LARGE.split(), "--train.remat", remat])
     trainer, mesh = Trainer.of(config), tiny.mesh(1, 1)
