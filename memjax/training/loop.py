@@ -3,6 +3,8 @@
 import dataclasses
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -10,7 +12,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from memjax.checkpoint import Checkpoints
-from memjax.config import RunConfig
+from memjax.command_line import ConfigError
+from memjax.config import DataConfig, RunConfig
+from memjax.data.packing import Batch
 from memjax.data.pipeline import TrainingData, validation_batches
 from memjax.data.tokenizer import Tokenizer
 from memjax.evaluation.perplexity import validation_loss
@@ -20,16 +24,21 @@ from memjax.models.counts import training_flops_per_token
 from memjax.models.trees import params_to_tree, tree_to_params
 from memjax.training.interrupt import Interrupt
 from memjax.training.mesh import put_batch
-from memjax.training.metrics import MetricsFile, Progress, Row, peak_flops
+from memjax.training.metrics import MetricsFile, Progress, Row, Stopwatch, peak_flops
+from memjax.training.profiling import ProfileWindow
 from memjax.training.run_folder import RunFolder
 from memjax.training.state import Trainer, TrainState
 from memjax.training.step import BATCH, make_train_step, make_usage_report
+from memjax.training.trackers import close_trackers, make_trackers
 
 OPT_STATE, TABLE_STATE, DATA_ITER = "opt_state", "table_state", "data_iter"
 """Items of a checkpoint beside those of `memjax.loading`."""
 
 MAX_PENDING = 16
 """Steps that may be in flight before the loop waits for the oldest."""
+
+PATIENCE = 8
+"""Batches without a learned token that a run may begin with."""
 
 
 class NotFinite(Exception):
@@ -60,12 +69,17 @@ class Loop:
         self.trainer = Trainer.of(config)
         keep = config.checkpoint
         self.checkpoints = Checkpoints(folder.checkpoints, keep=keep.keep, keep_best=keep.keep_best, verify=keep.verify)
-        self.train_step = make_train_step(self.trainer, mesh)
         self.usage_report = make_usage_report(self.trainer, mesh)
         self.flops_per_token = training_flops_per_token(self.trainer.parts, config.data.sequence_length)
         self.peak_flops = peak_flops(mesh.devices.flat[0])
         self.best_loss = float("inf")
         self.pending: deque[_Pending] = deque()
+        self.profile = ProfileWindow(config.log.profile, folder.profile)
+        self.compile_seconds: float | None = None
+        """Known once the step is compiled; None again once it is written."""
+        self._reported = False
+        self._unlearned: int | None = 0
+        """Batches without a learned token; None once there was one with."""
 
     def run(self) -> TrainState:
         """Trains to the last step and returns the final state, saved.
@@ -73,27 +87,32 @@ class Loop:
         Raises:
             NotFinite: the loss or a gradient is not a number.
             Preempted: a signal asked for the end.
+            ConfigError: the first batches have no learned token.
             DataError: the data cannot be read.
             CheckpointError: a checkpoint cannot be written or read.
         """
         data = TrainingData(self.config.data, self.tokenizer, seed=self.config.run.seed)
         try:
             self.state, self.saved_place = self._start(data)
-            first = int(self.state.step)
-            self.metrics = MetricsFile(self.folder.metrics, last_step=first)
+            self.first = int(self.state.step)
+            self.metrics = MetricsFile(self.folder.metrics, last_step=self.first)
             self.progress = Progress(
-                first_step=first, steps=self.config.train.steps, every_seconds=self.config.log.progress_seconds
+                first_step=self.first, steps=self.config.train.steps, every_seconds=self.config.log.progress_seconds
             )
-            self._last_read = time.monotonic()
+            self.trackers = make_trackers(self.config, self.folder.path, last_step=self.first)
             try:
-                for step in range(first + 1, self.config.train.steps + 1):
+                for step in range(self.first + 1, self.config.train.steps + 1):
                     self._one_step(data, step)
             except NotFinite as error:
                 self._save()
                 raise NotFinite(f"{error} The state before it is saved as step {int(self.state.step)}.") from None
             finally:
-                self.checkpoints.wait()
-                self.metrics.close()
+                self.profile.abandon()
+                try:
+                    self.checkpoints.wait()
+                finally:
+                    self.metrics.close()
+                    close_trackers(self.trackers)
             return self.state
         finally:
             data.close()
@@ -103,20 +122,68 @@ class Loop:
         """A training step, and what is due after it."""
         config, last = self.config, step == self.config.train.steps
         batch = next(data)
+        self._refuse_to_learn_nothing(batch, last)
         micro = {name: rows.reshape(config.train.accumulate, -1, rows.shape[-1]) for name, rows in batch.items()}
-        self.state, metrics = self.train_step(self.state, put_batch(self.mesh, micro, BATCH))
+        micro = put_batch(self.mesh, micro, BATCH)
+        if step == self.first + 1:
+            self._compile(micro)
+        if self.profile.opens(step):
+            with self._aside():
+                self.profile.start(step)
+        with self.profile.step(step):
+            self.state, metrics = self.train_step(self.state, micro)
         self.pending.append(_Pending(step, metrics, data.get_state()))
+        if self.profile.closes(step, last=last):
+            with self._aside():
+                self.profile.stop(step)
         self.checkpoints.check()
         self._read(wait=len(self.pending) >= MAX_PENDING)
         if config.model.memory and (last or step % config.log.usage_every == 0):
-            self.state, usage = self.usage_report(self.state)
-            self.pending[-1].metrics |= usage
+            self.pending[-1].metrics |= self._report_usage()
         improved = self._validate(step)
         if last or improved or self.interrupt.name or step % config.checkpoint.every == 0:
             self._read(wait=True, all_of_them=True)
-            self._save()
+            with self._aside():
+                self._save()
         if self.interrupt.name and not last:
             raise Preempted(f"{self.interrupt.name}: step {step} is saved; the same command goes on from there")
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """For what is not training: begins when the steps under way are done, and does not count as their time."""
+        jax.block_until_ready(self.state.step)
+        with self.stopwatch.paused():
+            yield
+
+    def _compile(self, batch: dict[str, jax.Array]) -> None:
+        """Compiles the step ahead of its first call, and starts the stopwatch: what came before was not training."""
+        started = time.monotonic()
+        self.train_step = make_train_step(self.trainer, self.mesh).lower(self.state, batch).compile()
+        self.compile_seconds = time.monotonic() - started
+        print(f"compiled the training step in {self.compile_seconds:.1f} s", flush=True)
+        self.stopwatch = Stopwatch()
+
+    def _report_usage(self) -> dict[str, Any]:
+        """Slot statistics since the last ones, on the device. The first call compiles."""
+        if self._reported:
+            self.state, usage = self.usage_report(self.state)
+        else:
+            with self._aside():
+                self.state, usage = self.usage_report(self.state)
+        self._reported = True
+        return usage
+
+    def _refuse_to_learn_nothing(self, batch: Batch, last: bool) -> None:
+        """Looks at the first batches only.
+
+        Raises:
+            ConfigError: none of them has a learned token.
+        """
+        if self._unlearned is None:
+            return
+        self._unlearned = None if batch["loss_mask"].any() else self._unlearned + 1
+        if self._unlearned and (last or self._unlearned == PATIENCE):
+            raise ConfigError([nothing_learned(self.config.data, self._unlearned)])
 
     def _start(self, data: TrainingData) -> tuple[TrainState, dict[str, Any]]:
         """The newest state that can be read, or a fresh one, and the data's place; data is moved there."""
@@ -142,9 +209,10 @@ class Loop:
         every = self.config.eval.every
         if step != self.config.train.steps and (every is None or step % every):
             return False
-        model = self.trainer.parts.assemble(self.state.params, self.state.tables)
-        batches = validation_batches(self.config.data, self.tokenizer, batches=self.config.eval.batches)
-        loss = validation_loss(model, batches, place=lambda batch: put_batch(self.mesh, batch, TOKENS))
+        with self._aside():
+            model = self.trainer.parts.assemble(self.state.params, self.state.tables)
+            batches = validation_batches(self.config.data, self.tokenizer, batches=self.config.eval.batches)
+            loss = validation_loss(model, batches, place=lambda batch: put_batch(self.mesh, batch, TOKENS))
         if np.isnan(loss):  # nothing is held out
             return False
         self.pending[-1].host_metrics["eval/validation/loss"] = loss
@@ -166,8 +234,7 @@ class Loop:
         if not ready:
             return
         values = jax.device_get([pending.metrics for pending in ready])
-        now = time.monotonic()
-        seconds, self._last_read = (now - self._last_read) / len(ready), now
+        seconds = self.stopwatch.lap() / len(ready)
         for pending, metrics in zip(ready, values, strict=True):
             if not metrics.pop("healthy"):
                 self.pending.clear()
@@ -179,6 +246,8 @@ class Loop:
             row: Row = {"step": pending.step, **{name: value.item() for name, value in metrics.items()}}
             row |= pending.host_metrics | self._throughput(row["train/tokens"], seconds)
             self.metrics.write(row)
+            for tracker in self.trackers:
+                tracker.write(row)
             self.progress.show(row)
         self.metrics.flush()
 
@@ -187,6 +256,8 @@ class Loop:
         row: Row = {"throughput/step_seconds": seconds, "throughput/tokens_per_second": speed}
         if self.peak_flops:
             row["throughput/mfu"] = speed * self.flops_per_token / (self.peak_flops * self.mesh.size)
+        if self.compile_seconds is not None:
+            row["throughput/compile_seconds"], self.compile_seconds = self.compile_seconds, None
         return row
 
     def _save(self) -> None:
@@ -196,6 +267,20 @@ class Loop:
         meta = meta_document(self.config, self.tokenizer, step=step) | {"best_loss": best}
         loss = self.metrics.newest(step, "eval/validation/loss")
         self.checkpoints.save(step, _items(self.state), {DATA_ITER: self.saved_place, META: meta}, loss=loss)
+
+
+def nothing_learned(data: DataConfig, num_batches: int) -> str:
+    """Why no token of the first batches is learned, and what to do."""
+    found = f"no token of the first {num_batches} batches is learned"
+    if data.packing == "none":
+        return (
+            f"data.sequence_length={data.sequence_length} is too short for data.packing=none, which cuts every record "
+            f"there: {found}; raise data.sequence_length, or set data.packing to first_fit"
+        )
+    return (
+        f"data.sequence_length={data.sequence_length} x data.batch_size={data.batch_size} holds nothing but prompts: "
+        f"{found}; raise one of them, or look at what the records have under data.answer_key={data.answer_key}"
+    )
 
 
 def _items(state: TrainState) -> dict[str, Any]:

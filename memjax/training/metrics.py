@@ -4,6 +4,8 @@ import json
 import math
 import pathlib
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 Row = dict[str, Any]
@@ -65,32 +67,64 @@ def read_metrics(path: pathlib.Path) -> list[Row]:
     return rows
 
 
+class Stopwatch:
+    """Seconds of training: what happens while it is paused does not count."""
+
+    def __init__(self) -> None:
+        self._mark = time.monotonic()
+        self._paused = 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stops it while the block runs; blocks do not nest."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused += time.monotonic() - start
+
+    def lap(self) -> float:
+        """Seconds since the last lap, or since the start."""
+        now = time.monotonic()
+        seconds = now - self._mark - self._paused
+        self._mark, self._paused = now, 0.0
+        return seconds
+
+
 class Progress:
-    """Prints a line every few seconds: step, loss, rates, speed, time left."""
+    """Prints a line every few seconds: step, loss, rates, speed, time left.
+
+    Speed is that since the line before. Time left is that of the steps alone, at their mean speed since the start.
+    """
 
     def __init__(self, *, first_step: int, steps: int, every_seconds: float):
         self.steps, self.every_seconds = steps, every_seconds
         self._first, self._start = first_step, time.monotonic()
         self._last_print = self._start
-        self._recent: list[tuple[float, float]] = []
+        self._seconds = 0.0
+        self._since_print: list[Row] = []
 
     def show(self, row: Row) -> None:
         """Takes a step's row; prints when it is time, and at the last step."""
         now = time.monotonic()
+        self._seconds += row["throughput/step_seconds"]
+        self._since_print.append(row)
         if row["step"] < self.steps and now - self._last_print < self.every_seconds:
             return
         self._last_print = now
-        done = row["step"] - self._first
-        left = (now - self._start) / max(1, done) * (self.steps - row["step"])
+        rows, self._since_print = self._since_print, []
+        seconds = max(sum(row["throughput/step_seconds"] for row in rows), 1e-9)
+        left = self._seconds / (row["step"] - self._first) * (self.steps - row["step"])
         parts = [
             f"step {row['step']:>{len(str(self.steps))}}/{self.steps}",
             f"{row['step'] / self.steps:4.0%}",
             f"loss {row['train/loss']:.4f}",
             f"lr {row['train/lr']:.1e}" + (f" table {row['train/lr_table']:.1e}" if "train/lr_table" in row else ""),
-            f"{row['throughput/tokens_per_second']:,.0f} tokens/s",
+            f"{sum(row['train/tokens'] for row in rows) / seconds:,.0f} tokens/s",
         ]
-        if row.get("throughput/mfu") is not None:
-            parts.append(f"MFU {row['throughput/mfu']:.1%}")
+        if "throughput/mfu" in row:
+            share = sum(row["throughput/mfu"] * row["throughput/step_seconds"] for row in rows) / seconds
+            parts.append(f"MFU {share:.1%}")
         parts.append(f"elapsed {clock(now - self._start)}  left {clock(left)}")
         print("  ".join(parts), flush=True)
 

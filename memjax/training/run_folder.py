@@ -43,6 +43,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def profile(self) -> pathlib.Path:
+        """Traces of some steps."""
+        return self.path / "profile"
+
+    @property
     def plots(self) -> pathlib.Path:
         """PNG files."""
         return self.path / "plots"

@@ -27,27 +27,27 @@ Batch = dict[str, Array]
 Metrics = dict[str, Array]
 
 
-def make_train_step(
-    trainer: Trainer, mesh: jax.sharding.Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The compiled step (state, batch) -> (state, metrics); the state is donated. Call it under `jax.set_mesh(mesh)`.
+def make_train_step(trainer: Trainer, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
+    """The step (state, batch) -> (state, metrics), compiled when it is first called, or ahead by its `lower`.
+
+    The state is donated. Call it under `jax.set_mesh(mesh)`.
 
     Batches have the shape [micro-batches, sequences, tokens]. Metrics stay on the device: reading them waits.
     """
     shardings = trainer.shardings(mesh)
-    step = jax.jit(
+    return jax.jit(
         lambda state, batch: train_step(trainer, state, batch),
         donate_argnums=0,
         in_shardings=(shardings, jax.sharding.NamedSharding(mesh, BATCH)),
         out_shardings=(shardings, None),
     )
-    return step
 
 
 def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """The step itself, to be traced."""
-    learned = jnp.maximum(batch["loss_mask"].sum(), 1)
-    loss, dense, rows, whole = _accumulate(trainer, state, batch, learned)
+    learned = batch["loss_mask"].sum()
+    # A batch in which nothing is learned has the loss 0.
+    loss, dense, rows, whole = _accumulate(trainer, state, batch, jnp.maximum(learned, 1))
 
     # Decided before anything is written, so that the last good state is always whole.
     ok = state.healthy & _all_finite((loss, dense, whole, [(row.weights, row.vectors) for row in rows.values()]))

@@ -1,0 +1,187 @@
+"""A trace of some steps, and a table of the operations that took the most time in them."""
+
+import pathlib
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import jax
+from jax.profiler import ProfileData, ProfileOptions, StepTraceAnnotation
+
+from memjax.config import ProfileConfig
+
+_NAME_WIDTH = 80
+_NANOSECONDS = 1e-9
+
+
+class ProfileWindow:
+    """Traces the steps that a config names. Nothing that goes wrong here stops the run."""
+
+    def __init__(self, config: ProfileConfig | None, folder: pathlib.Path):
+        """No config: there is no window.
+
+        Args:
+            config: which steps.
+            folder: where the trace goes.
+        """
+        self._config, self._folder = config, folder
+        self._first: int | None = None
+        """The first step traced, while the window is open."""
+        self._failed = False
+
+    def opens(self, step: int) -> bool:
+        """Whether `start` is due before this step; a window that a resumption falls into is traced from there on."""
+        if self._config is None or self._first is not None or self._failed:
+            return False
+        return self._config.start <= step < self._config.start + self._config.steps
+
+    def closes(self, step: int, *, last: bool) -> bool:
+        """Whether `stop` is due after this step; `last` is that of the run."""
+        if self._config is None or self._first is None:
+            return False
+        return last or step >= self._config.start + self._config.steps - 1
+
+    def step(self, step: int) -> AbstractContextManager[Any]:
+        """Marks a step in the trace."""
+        return nullcontext() if self._first is None else StepTraceAnnotation("train", step_num=step)
+
+    def start(self, step: int) -> None:
+        """Begins to trace. Steps under way would be traced too, so wait for them before."""
+        options = ProfileOptions()
+        options.python_tracer_level = 0  # every call of every function: slow, and nobody asked for it
+        try:
+            jax.profiler.start_trace(str(self._folder), profiler_options=options)
+            self._first = step
+        except Exception as error:
+            self._give_up(error)
+
+    def stop(self, step: int) -> None:
+        """Ends the trace and prints the table. Wait for the steps under way before."""
+        assert self._config is not None
+        first, self._first = self._first, None
+        try:
+            jax.profiler.stop_trace()
+            path = newest_trace(self._folder)
+            found = operations(ProfileData.from_file(str(path)))
+            print(
+                f"profile of the steps {first} to {step}\n{table(found, self._config.top)}\ntrace in {path}", flush=True
+            )
+        except Exception as error:
+            self._give_up(error)
+
+    def abandon(self) -> None:
+        """Ends a trace that is still under way when the run ends early."""
+        if self._first is not None:
+            self._first = None
+            try:
+                jax.profiler.stop_trace()
+            except Exception as error:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._failed = True
+        text = " ".join(str(error).split())
+        print(f"log.profile: {type(error).__name__}: {text}. The run goes on without it.", file=sys.stderr, flush=True)
+
+
+class Operation(NamedTuple):
+    """What the devices did under one name."""
+
+    name: str
+    """Without the number that tells one use from the next."""
+    seconds: float
+    """Over all uses and all devices, without the operations inside it."""
+    uses: int
+
+
+def newest_trace(folder: pathlib.Path) -> pathlib.Path:
+    """The newest trace below a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = sorted(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"{folder}: the profiler wrote no trace")
+    return found[-1]
+
+
+def operations(profile: Any) -> list[Operation]:
+    """The operations of a trace (a `jax.profiler.ProfileData`), the slowest first.
+
+    Of accelerators these are the kernels and copies of their streams; where there is none, what XLA ran on the CPU.
+    """
+    seconds: dict[str, float] = defaultdict(float)
+    uses: dict[str, int] = defaultdict(int)
+    for line in _device_lines(profile) or _cpu_lines(profile):
+        for name, own in _own_times(line):
+            # fusion.12 and fusion.13 are one operation in two places.
+            name = re.sub(r"(?<=\w)([._]\d+)+$", "", name)
+            seconds[name] += own * _NANOSECONDS
+            uses[name] += 1
+    return sorted((Operation(name, seconds[name], uses[name]) for name in seconds), key=lambda found: -found.seconds)
+
+
+def table(found: list[Operation], top: int) -> str:
+    """The slowest operations as text, each with its share of the time of all."""
+    total = sum(operation.seconds for operation in found)
+    if not found:
+        return "no operation is in the trace"
+    rest = found[top:]
+    shown = found[:top]
+    if rest:
+        rest_seconds, rest_uses = sum(o.seconds for o in rest), sum(o.uses for o in rest)
+        shown = [*shown, Operation(f"({len(rest)} others)", rest_seconds, rest_uses)]
+    shown = [*shown, Operation("all", total, sum(operation.uses for operation in found))]
+    lines = [f"{'ms':>12}{'share':>8}{'count':>9}  operation"]
+    for name, seconds, uses in shown:
+        short = name if len(name) <= _NAME_WIDTH else name[: _NAME_WIDTH - 3] + "..."
+        lines.append(f"{seconds * 1e3:>12,.3f}{seconds / max(total, 1e-12):>8.1%}{uses:>9,}  {short}")
+    return "\n".join(lines)
+
+
+class _Event(NamedTuple):
+    name: str
+    start: float
+    """In nanoseconds, as the duration."""
+    duration: float
+
+
+def _device_lines(profile: Any) -> list[list[_Event]]:
+    """Of GPUs every stream; of other accelerators the line of XLA's operations."""
+    found = []
+    for plane in profile.planes:
+        if plane.name.startswith("/device:"):
+            lines = {line.name: line for line in plane.lines}
+            names = [name for name in lines if name.startswith("Stream")] or [n for n in lines if n == "XLA Ops"]
+            found += [[_Event(e.name, e.start_ns, e.duration_ns) for e in lines[name].events] for name in names]
+    return found
+
+
+def _cpu_lines(profile: Any) -> list[list[_Event]]:
+    """Of each thread the operations of compiled programs."""
+    plane = profile.find_plane_with_name("/host:CPU")
+    found = []
+    for line in plane.lines if plane else []:
+        events = [(event, dict(event.stats)) for event in line.events if event.duration_ns]
+        found.append([_Event(e.name, e.start_ns, e.duration_ns) for e, stats in events if "hlo_op" in stats])
+    return found
+
+
+def _own_times(events: Iterable[_Event]) -> list[tuple[str, float]]:
+    """Name and time of each event of a line, without that of the events inside it: a loop holds its body's."""
+    times: list[tuple[str, float]] = []
+    open_events: list[tuple[int, float]] = []  # number and end
+    # Of two that begin together the longer one is outside.
+    for event in sorted(events, key=lambda event: (event.start, -event.duration)):
+        while open_events and open_events[-1][1] <= event.start:
+            open_events.pop()
+        if open_events:
+            outer = open_events[-1][0]
+            times[outer] = (times[outer][0], times[outer][1] - event.duration)
+        open_events.append((len(times), event.start + event.duration))
+        times.append((event.name, event.duration))
+    return times
