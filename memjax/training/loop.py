@@ -78,8 +78,7 @@ class Loop:
         self.compile_seconds: float | None = None
         """Known once the step is compiled; None again once it is written."""
         self._reported = False
-        self._unlearned: int | None = 0
-        """Batches without a learned token; None once there was one with."""
+        self.first_batches = FirstBatches(config.data)
 
     def run(self) -> TrainState:
         """Trains to the last step and returns the final state, saved.
@@ -122,7 +121,7 @@ class Loop:
         """A training step, and what is due after it."""
         config, last = self.config, step == self.config.train.steps
         batch = next(data)
-        self._refuse_to_learn_nothing(batch, last)
+        self.first_batches.look(batch, last=last)
         micro = {name: rows.reshape(config.train.accumulate, -1, rows.shape[-1]) for name, rows in batch.items()}
         micro = put_batch(self.mesh, micro, BATCH)
         if step == self.first + 1:
@@ -172,18 +171,6 @@ class Loop:
                 self.state, usage = self.usage_report(self.state)
         self._reported = True
         return usage
-
-    def _refuse_to_learn_nothing(self, batch: Batch, last: bool) -> None:
-        """Looks at the first batches only.
-
-        Raises:
-            ConfigError: none of them has a learned token.
-        """
-        if self._unlearned is None:
-            return
-        self._unlearned = None if batch["loss_mask"].any() else self._unlearned + 1
-        if self._unlearned and (last or self._unlearned == PATIENCE):
-            raise ConfigError([nothing_learned(self.config.data, self._unlearned)])
 
     def _start(self, data: TrainingData) -> tuple[TrainState, dict[str, Any]]:
         """The newest state that can be read, or a fresh one, and the data's place; data is moved there."""
@@ -269,18 +256,39 @@ class Loop:
         self.checkpoints.save(step, _items(self.state), {DATA_ITER: self.saved_place, META: meta}, loss=loss)
 
 
-def nothing_learned(data: DataConfig, num_batches: int) -> str:
-    """Why no token of the first batches is learned, and what to do."""
-    found = f"no token of the first {num_batches} batches is learned"
-    if data.packing == "none":
+class FirstBatches:
+    """Refuses data of which nothing is learned: cut to sequences that end before the answers begin, for example."""
+
+    def __init__(self, data: DataConfig):
+        self._data = data
+        self._unlearned: int | None = 0
+        """Batches without a learned token; None once there was one with."""
+
+    def look(self, batch: Batch, *, last: bool) -> None:
+        """Takes the next batch; `last` when no other will follow.
+
+        Raises:
+            ConfigError: no batch so far has a learned token, and there were enough of them.
+        """
+        if self._unlearned is None:
+            return
+        self._unlearned = None if batch["loss_mask"].any() else self._unlearned + 1
+        if self._unlearned and (last or self._unlearned == PATIENCE):
+            raise ConfigError([self._why()])
+
+    def _why(self) -> str:
+        data = self._data
+        found = f"no token of the first {self._unlearned} batches is learned"
+        if data.packing == "none":
+            return (
+                f"data.sequence_length={data.sequence_length} is too short for data.packing=none, which cuts every "
+                f"record there: {found}; raise data.sequence_length, or set data.packing to first_fit"
+            )
         return (
-            f"data.sequence_length={data.sequence_length} is too short for data.packing=none, which cuts every record "
-            f"there: {found}; raise data.sequence_length, or set data.packing to first_fit"
+            f"data.sequence_length={data.sequence_length} x data.batch_size={data.batch_size} holds nothing but "
+            f"prompts: {found}; raise one of them, or look at what the records have under "
+            f"data.answer_key={data.answer_key}"
         )
-    return (
-        f"data.sequence_length={data.sequence_length} x data.batch_size={data.batch_size} holds nothing but prompts: "
-        f"{found}; raise one of them, or look at what the records have under data.answer_key={data.answer_key}"
-    )
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import pathlib
 import re
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -165,9 +166,12 @@ def _cpu_lines(profile: Any) -> list[list[_Event]]:
     """Of each thread the operations of compiled programs."""
     plane = profile.find_plane_with_name("/host:CPU")
     found = []
-    for line in plane.lines if plane else []:
-        events = [(event, dict(event.stats)) for event in line.events if event.duration_ns]
-        found.append([_Event(e.name, e.start_ns, e.duration_ns) for e, stats in events if "hlo_op" in stats])
+    with warnings.catch_warnings():
+        # Under Python 3.12 the type of `stats` draws a warning, which would end the process if it were an error.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for line in plane.lines if plane else []:
+            events = [(event, dict(event.stats)) for event in line.events if event.duration_ns]
+            found.append([_Event(e.name, e.start_ns, e.duration_ns) for e, stats in events if "hlo_op" in stats])
     return found
 
 

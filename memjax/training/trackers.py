@@ -87,7 +87,7 @@ class Tracker:
                 sink.write(row["step"], metrics)
             sink.close()
         except (Exception, SystemExit) as error:
-            text = " ".join(str(error).split())
+            text = " ".join(str(error).split()).rstrip(".")
             self._drop(text if isinstance(error, _NotInstalled) else f"{type(error).__name__}: {text}")
 
     def _drop(self, why: str) -> None:

@@ -4,6 +4,8 @@ import json
 import pathlib
 import re
 import shutil
+import time
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -26,6 +28,8 @@ SETTINGS = """
 --log.usage_every 5
 """
 BAD_STEP = 7
+SLOW_SECONDS = 1.5
+"""Far longer than a step, also on a busy machine."""
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -78,6 +82,20 @@ def test_a_dry_run_writes_nothing(run, tmp_path):
     assert not (tmp_path / "dry").exists()
 
 
+def test_a_run_that_would_learn_nothing_ends_with_2(run, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a question that is too long", "answer": "yes"}\n' * 9)
+    source = ["--data.source", "jsonl", "--data.path", str(tmp_path / "pairs.jsonl"), "--data.packing", "none"]
+    steps = ["--train.steps", "1", "--optim.warmup_steps", "0", "--optim.table.warmup_steps", "0"]
+    code, printed = run("unlearned", *source, *steps, "--model.memory", "null", "--model.num_layers", "1")
+    assert code == 2
+    assert "data.sequence_length=16 is too short for data.packing=none" in printed
+
+
+def slow_validation(*_, **__) -> float:
+    time.sleep(SLOW_SECONDS)
+    return 2.0
+
+
 def steps_in(folder: pathlib.Path) -> list[int]:
     return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -97,7 +115,7 @@ def test_a_run_that_meets_a_nan_keeps_its_last_good_state_and_can_be_mended(tiny
                 patch.setattr(parallel, "bag", tiny.poisoned_bag(0))
                 return poisoned(state, batch)
 
-        return step
+        return SimpleNamespace(lower=lambda *_: SimpleNamespace(compile=lambda: step))
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -125,7 +143,10 @@ def test_a_run_that_meets_a_nan_keeps_its_last_good_state_and_can_be_mended(tiny
     assert "0.003" in printed
     assert "model.ffn_dim" in printed
     assert steps_in(folder) == list(range(1, BAD_STEP))
-    code, printed = run("run", "--optim.lr", "0.003", "--checkpoint.every", "5", "--allow_changed")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "validation_loss", slow_validation)
+        extra = ["--log.profile.start", "9", "--log.profile.steps", "2", "--eval.every", "8"]
+        code, printed = run("run", "--optim.lr", "0.003", "--checkpoint.every", "5", "--allow_changed", *extra)
     assert code == 0, printed
     assert f"resumed from step {BAD_STEP - 1}" in printed
     assert "changed: optim.lr" in printed
@@ -135,6 +156,16 @@ def test_a_run_that_meets_a_nan_keeps_its_last_good_state_and_can_be_mended(tiny
     assert all(pathlib.Path(path).stat().st_size > 0 for path in summary["plots"])
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "memory/L1/used_fraction" in row] == [5, 10, 12]
+    # Each start tells once how long it compiled; the steps' times hold neither that nor the validations.
+    compiled = {row["step"]: row["throughput/compile_seconds"] for row in rows if "throughput/compile_seconds" in row}
+    assert list(compiled) == [1, BAD_STEP]
+    assert f"compiled the training step in {compiled[BAD_STEP]:.1f} s" in printed
+    assert rows[BAD_STEP - 1]["throughput/step_seconds"] < compiled[BAD_STEP]
+    assert all(row["throughput/step_seconds"] < SLOW_SECONDS for row in rows[BAD_STEP - 1 :])
+    assert [row["step"] for row in rows if row.get("eval/validation/loss") == 2.0] == [8, 12]
+    assert "profile of the steps 9 to 10" in printed
+    assert list((folder / "profile").rglob("*.xplane.pb"))
+    assert len(list((folder / "tensorboard").iterdir())) == 2
 
     for file in (tmp_path / "damaged" / "checkpoints").rglob("*"):
         if file.is_file():

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from memjax.training import metrics
-from memjax.training.metrics import MetricsFile, Progress, clock, peak_flops, read_metrics
+from memjax.training.metrics import MetricsFile, Progress, Stopwatch, clock, peak_flops, read_metrics
 
 
 def write(path, steps, **last):
@@ -79,31 +79,45 @@ def test_a_clock_counts_minutes_and_hours(seconds, text):
     assert clock(seconds) == text
 
 
-def row(step, **more):
-    return {"step": step, "train/loss": 2.5, "train/lr": 1e-3, "throughput/tokens_per_second": 12_345.6} | more
+def test_a_stopwatch_leaves_out_what_happens_while_it_is_paused(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
+    watch = Stopwatch()
+    now = 103.0
+    with watch.paused():
+        now = 110.0
+    now = 111.0
+    assert watch.lap() == 4.0
+    now = 111.5
+    assert watch.lap() == 0.5
+
+
+def row(step, seconds=1.0, **more):
+    rates = {"train/loss": 2.5, "train/lr": 1e-3, "train/tokens": 1000}
+    return {"step": step, "throughput/step_seconds": seconds} | rates | more
 
 
 def test_progress_is_printed_now_and_then_and_at_the_end(monkeypatch, capsys):
     now = 100.0
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
-    progress = Progress(first_step=10, steps=30, every_seconds=5.0)
-    for step, now in ((11, 101.0), (15, 105.0), (16, 109.0), (20, 110.0), (30, 111.0)):  # noqa: B007
-        progress.show(row(step))
+    progress = Progress(first_step=10, steps=15, every_seconds=50.0)
+    # Between the steps there is time that is not theirs: compilation, validation.
+    for step, seconds, now in ((11, 2.0, 149.0), (12, 6.0, 160.0), (13, 1.0, 170.0), (15, 0.5, 171.0)):  # noqa: B007
+        progress.show(row(step, seconds))
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines] == ["15/30", "20/30", "30/30"]
-    assert lines[0] == "step 15/30   50%  loss 2.5000  lr 1.0e-03  12,346 tokens/s  elapsed 0:05  left 0:15"
-    # What was done before a resumption does not make the rest look faster.
-    assert lines[1].endswith("elapsed 0:10  left 0:10")
-    assert lines[2].endswith("elapsed 0:11  left 0:00")
+    assert [line.split()[1] for line in lines] == ["12/15", "15/15"]
+    # 2000 tokens in 8 s; 3 steps are left at 4 s each, whatever went by between them and before a resumption.
+    assert lines[0] == "step 12/15   80%  loss 2.5000  lr 1.0e-03  250 tokens/s  elapsed 1:00  left 0:12"
+    assert lines[1].endswith("1,333 tokens/s  elapsed 1:11  left 0:00")
 
 
 def test_progress_tells_the_tables_rate_and_the_share_of_the_peak(capsys):
-    Progress(first_step=0, steps=1, every_seconds=5.0).show(
-        row(1, **{"train/lr_table": 2e-2, "throughput/mfu": 0.4321})
-    )
+    progress = Progress(first_step=0, steps=2, every_seconds=5.0)
+    progress.show(row(1, 3.0, **{"train/lr_table": 2e-2, "throughput/mfu": 0.4}))
+    progress.show(row(2, 1.0, **{"train/lr_table": 2e-2, "throughput/mfu": 0.8}))
     line = capsys.readouterr().out
     assert "lr 1.0e-03 table 2.0e-02" in line
-    assert "MFU 43.2%" in line
+    assert "MFU 50.0%" in line
 
 
 def test_only_devices_with_a_known_peak_have_one(monkeypatch):

@@ -56,11 +56,16 @@ def test_a_nan_in_one_tap_leaves_everything_as_it_was(tiny, monkeypatch):
     trainer, mesh = Trainer.of(tiny.config()), tiny.mesh(1, 1)
     with jax.set_mesh(mesh):
         state = tiny.quick_state(trainer, mesh)
-        batches = [put_batch(mesh, tiny.micro_batches(batch, 1), BATCH) for batch in tiny.batches(4)]
+        drawn = tiny.batches(4)
+        num_learned = drawn[0]["loss_mask"].sum()
+        drawn[1]["loss_mask"][:] = 0
+        batches = [put_batch(mesh, tiny.micro_batches(batch, 1), BATCH) for batch in drawn]
         step, report = make_train_step(trainer, mesh), make_usage_report(trainer, mesh)
-        for batch in batches[:2]:
+        for batch, learned in zip(batches[:2], (num_learned, 0), strict=True):
             state, metrics = step(state, batch)
             assert metrics["healthy"]
+            assert metrics["train/learned_tokens"] == learned
+            assert (metrics["train/loss"] == 0) == (learned == 0)
         check_usage(tiny, state, report)
 
         good = dataclasses.replace(tiny.to_numpy(state), healthy=np.zeros((), bool))
