@@ -8,7 +8,7 @@ import time
 import types
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
 from memjax.config import LogConfig, RunConfig, TrackioConfig, WandbConfig
 from memjax.training import trackers

@@ -1,0 +1,85 @@
+"""What a schema, a frozen dataclass of settings and sections, says of itself: fields, types, and both in words."""
+
+import dataclasses
+import functools
+import json
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal
+
+FieldPath = tuple[str, ...]
+"""Where a field is: the names of its sections and its own."""
+
+
+@functools.cache
+def field_types(section: type) -> dict[str, Any]:
+    """The type of each field of a section."""
+    hints = typing.get_type_hints(section)
+    return {field.name: hints[field.name] for field in dataclasses.fields(section)}
+
+
+def unwrap(annotation: Any) -> tuple[Any, bool]:
+    """`X | None` as (X, True), other types as (type, False)."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        members = [member for member in typing.get_args(annotation) if member is not types.NoneType]
+        return functools.reduce(lambda left, right: left | right, members), True
+    return annotation, False
+
+
+def section_of(annotation: Any) -> type | None:
+    """The section that a field holds, also one that may be null; None for a setting."""
+    inner, _ = unwrap(annotation)
+    return inner if isinstance(inner, type) and dataclasses.is_dataclass(inner) else None
+
+
+def walk(section: type, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
+    """Every field of a section and of the sections in it, with its type."""
+    for name, annotation in field_types(section).items():
+        yield (*path, name), annotation
+        if deeper := section_of(annotation):
+            yield from walk(deeper, (*path, name))
+
+
+def field_type(section: type, path: FieldPath) -> Any:
+    """The type of a field; None where there is no such field."""
+    annotation: Any = section
+    for name in path:
+        inner = section_of(annotation)
+        annotation = field_types(inner).get(name) if inner else None
+    return annotation
+
+
+def show(value: Any) -> str:
+    """A value as it stands in YAML, on one line."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {show(inner)}" for name, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(show(inner) for inner in value) + "]"
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+
+
+PLAIN_TYPES: dict[Any, tuple[str, str]] = {
+    int: ("a whole number", "INT"),
+    float: ("a number", "NUMBER"),
+    bool: ("true or false", "BOOL"),
+    str: ("text, in quotes if it looks like a number", "TEXT"),
+}
+"""Types of settings, in words and as help abbreviates them."""
+
+
+def in_words(annotation: Any) -> str:
+    """What a field's value must be."""
+    inner, optional = unwrap(annotation)
+    arguments = typing.get_args(inner)
+    if typing.get_origin(inner) is Literal:
+        text = f"one of {', '.join(show(option) for option in arguments)}"
+    elif typing.get_origin(inner) is tuple:
+        text = f"a list, each item {in_words(arguments[0])}"
+    elif section_of(inner):
+        text = "a section, with its settings on indented lines"
+    else:
+        text = PLAIN_TYPES.get(inner, (str(inner), ""))[0]
+    return f"{text}, or null" if optional else text

@@ -1,0 +1,65 @@
+"""The command that compares runs: what it writes, prints and refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from memjax import plot
+
+
+@pytest.fixture
+def runs(tmp_path) -> list[str]:
+    for name, steps in (("first", 12), ("second", 5)):
+        rows = [{"step": step, "train/loss": 2 / step, "train/tokens": 10} for step in range(1, steps + 1)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(tmp_path / "first"), str(tmp_path / "second")]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".html"])
+def test_runs_are_compared_in_one_file_and_a_table(runs, tmp_path, capsys, suffix):
+    out = tmp_path / f"all{suffix}"
+    assert plot.main([*runs, "--out", str(out), "--x", "tokens"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "run     steps  tokens    loss  best validation  tokens/s  slots read",
+        "first      12     120  0.1667                -         -           -",
+        "second      5      50  0.4000                -         -           -",
+        "there is no validation loss in any run",
+        "there is no throughput in any run",
+        "there is no slot use in any run",
+        f"written to {out}",
+    ]
+    assert out.read_bytes()[:4] == (b"\x89PNG" if suffix == ".png" else b"<!do")
+
+
+def test_wrong_settings_end_with_2_and_folders_without_metrics_with_3(runs, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        plot.main(["--out", "all.pdf", "--smoothing", "0"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "python -m memjax.plot: 3 problems",
+        "  command line: RUN is missing: The folders of the runs.",
+        "  command line: out=all.pdf must end in .png or .html",
+        "  command line: smoothing=0 must be positive",
+        "--help lists every setting.",
+    ]
+    assert plot.main([runs[0], str(tmp_path / "none")]) == 3
+    assert "there are no metrics in metrics.jsonl" in capsys.readouterr().err
+
+
+def test_help_says_that_there_may_be_several_runs(capsys):
+    with pytest.raises(SystemExit):
+        plot.main(["--help"])
+    assert "usage: python -m memjax.plot RUN [RUN ...] [--setting value ...]" in capsys.readouterr().out
+
+
+def test_no_jax_is_needed(runs, tmp_path):
+    code = "import sys; from memjax import plot; plot.main(sys.argv[1:]); sys.exit('jax' in sys.modules)"
+    command = [sys.executable, "-c", code, *runs, "--out", str(tmp_path / "all.png")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, env=environment, timeout=120, check=False)
+    assert done.returncode == 0
