@@ -1,4 +1,4 @@
-"""`python -m memjax.evaluate RUN`: facts remembered or bits per byte, beside the same with the tables zeroed."""
+"""`python -m memjax.evaluate RUN`: facts remembered and bits known, or bits per byte; beside it with tables zeroed."""
 
 import dataclasses
 import json
@@ -80,19 +80,23 @@ def _evaluate(run: str, settings: EvaluateConfig) -> None:
 
 
 def _facts(found: "LoadedModel", settings: EvaluateConfig) -> dict[str, Any]:
+    from memjax.evaluation.knowledge import format_knowledge_report, knowledge_report
     from memjax.evaluation.recall import fact_report, format_fact_report
 
+    data = found.config.data
+    # First, because the recall with the tables zeroed gives the tables back.
+    known = knowledge_report(found.model, found.tokenizer, data, settings.people, batch_size=settings.batch_size)
     report = fact_report(
         found.model,
         found.tokenizer,
-        found.config.data,
+        data,
         settings.people,
         batch_size=settings.batch_size,
         zeroed=settings.zero_tables,
         donate=True,
     )
-    print(format_fact_report(report))
-    return report
+    print(f"{format_fact_report(report)}\n\n{format_knowledge_report(known)}")
+    return report | {"knowledge": known}
 
 
 def _text(found: "LoadedModel", settings: EvaluateConfig, source: "Source") -> dict[str, Any]:

@@ -246,10 +246,10 @@ def _answered(graphdef: Any, state: nnx.State, batch: dict[str, Array]) -> Bool[
     # Only the answers' places need logits, which at all places would be the largest array of all.
     hidden = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
     best: Int[Array, "b depth"] = jnp.argmax(model.logits(hidden), axis=-1)
-    return _everywhere(jnp.all(best == batch["targets"], axis=1))
+    return everywhere(jnp.all(best == batch["targets"], axis=1))
 
 
-def _everywhere(array: Array) -> Array:
+def everywhere(array: Array) -> Array:
     """The array whole on every device, so that every process can read it."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

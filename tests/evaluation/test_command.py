@@ -43,6 +43,7 @@ def test_facts_are_reported_and_kept(biographies, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "asked in training" in printed
     assert "with the tables zeroed" in printed
+    assert "bits known" in printed
     path = printed.splitlines()[-1].removeprefix("written to ")
     assert path == f"{biographies}/evals/7-facts.json"
     with open(path) as file:
@@ -50,6 +51,9 @@ def test_facts_are_reported_and_kept(biographies, tmp_path, capsys):
     assert kept["asked"]["questions"] == kept["held_out"]["questions"] == 6
     assert kept["step"] == 7
     assert kept["settings"]["people"] == 1
+    known = kept["knowledge"]
+    assert (known["people"], known["people_measured"]) == (4, 1)
+    assert known["bits_per_table_parameter"] == known["bits"] / (64 * 16)
 
 
 def test_a_text_is_read_from_lines_or_objects(biographies, tmp_path, capsys):

@@ -13,7 +13,7 @@ from memjax.data.records import DataError
 from memjax.training.comparison import Run, draw, missing, read_runs, smoothed, smoothing_window, summary_table
 
 
-def row(step: int, *, memory: bool = True, **more) -> dict:
+def row(step: int, *, memory: bool = True) -> dict:
     found = {"step": step, "train/loss": 4 / step, "train/tokens": 100, "throughput/step_seconds": 0.5}
     found["throughput/tokens_per_second"] = 200.0
     if step % 4 == 0:
@@ -21,11 +21,11 @@ def row(step: int, *, memory: bool = True, **more) -> dict:
         if memory:
             shares = {"used": 0.8, "effective": 0.4}
             found |= {f"memory/L{n}/{name}_fraction": value - n / 10 for n in (1, 2) for name, value in shares.items()}
-    return found | more
+    return found
 
 
-def run(name: str, steps: int, **more) -> Run:
-    return Run(name, [row(step, **more) for step in range(1, steps + 1)])
+def run(name: str, steps: int, *, memory: bool = True) -> Run:
+    return Run(name, [row(step, memory=memory) for step in range(1, steps + 1)])
 
 
 @given(values=st.lists(st.floats(-10, 10) | st.just(float("nan")), min_size=1, max_size=30), window=st.integers(1, 40))
@@ -87,7 +87,7 @@ RUNS = {
     "different lengths and odd names": [run("long", 200), run("_$x$ <b>&amp;", 7), run("dense", 60, memory=False)],
     "nothing but nulls": [Run("nulls", [{"step": 1, "train/loss": None}])],
     "more runs than colours have names": [run(f"run {number}", 4) for number in range(12)],
-    "losses of zero": [Run("zero", [row(1, **{"train/loss": 0.0})])],
+    "losses of zero": [Run("zero", [row(1) | {"train/loss": 0.0}])],
 }
 
 

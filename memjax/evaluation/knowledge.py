@@ -1,0 +1,171 @@
+"""How many bits of its facts a model knows, and how many for each of its parameters (arXiv:2404.05405).
+
+What there is to know about the generated people is known to the bit: each value is one of so many. A model that needs
+p nats to write the values after the person's name, where a stranger to the person needs log S0, knows at least
+log S0 - p of them. The paper counts the names as well; here names stand only in prompts, which are not learned, so they
+are given. The work city follows from the employer and counts nothing.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from memjax.config import DataConfig
+from memjax.data import facts
+from memjax.data.facts import Person
+from memjax.data.packing import Batch
+from memjax.data.tokenizer import Tokenizer
+from memjax.evaluation.perplexity import Place, to_device
+from memjax.evaluation.recall import everywhere
+from memjax.models.counts import count_parameters
+from memjax.models.decoder import Decoder
+from memjax.models.loss import token_losses
+from memjax.models.parts import take_apart
+
+_CHOICES = {
+    "birth_date": len(facts.DAYS) * len(facts.MONTHS) * len(facts.YEARS),
+    "birth_city": len(facts.CITIES),
+    "university": len(facts.UNIVERSITIES),
+    "major": len(facts.MAJORS),
+    "employer": len(facts.EMPLOYERS),
+}
+"""Values that each attribute is drawn from, all equally likely and none the beginning of another."""
+
+_RENDERINGS = 2
+"""Wordings that each fact is read in; their losses are averaged."""
+_MULTIPLE = 8
+
+
+class _Statement(NamedTuple):
+    """A fact as training tells it."""
+
+    attribute: str
+    prompt: str
+    value: str
+
+
+def knowledge_report(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    limit_people: int | None = None,
+    *,
+    batch_size: int = 256,
+    place: Place = to_device,
+) -> dict[str, Any]:
+    """What a model trained on biographies knows, as JSON values.
+
+    `bits` is a lower bound over all people of the config, `bits_to_know` the most it can be, `by_attribute` the same of
+    one person on average. Below zero, a model is worse than one that takes all values to be equally likely.
+    `bits_per_parameter` counts every parameter but the embedding rows for which the tokenizer has no token,
+    `bits_per_table_parameter` (None without memory layers) the tables alone.
+
+    Args:
+        model: the model.
+        tokenizer: the one it was trained with.
+        config: the run's data.
+        limit_people: people to measure; their mean stands for all. None measures all.
+        batch_size: statements at once; under a mesh a multiple of its devices.
+        place: puts a batch on the devices.
+    """
+    people = facts.people(config.biographies)
+    measured = people[:limit_people]
+    # In a biography the full stop belongs to the value, and any sentence may be the first.
+    statements = _statements(measured, config.biographies.seed, "." if config.biographies.form == "biography" else "")
+    nats: dict[str, list[float]] = defaultdict(list)
+    for statement, loss in zip(statements, _losses(model, tokenizer, statements, batch_size, place), strict=True):
+        nats[statement.attribute].append(loss)
+    by_attribute = {}
+    for name, choices in _CHOICES.items():
+        needed = float(np.mean(nats[name])) / math.log(2)
+        by_attribute[name] = {"bits": math.log2(choices) - needed, "bits_to_know": math.log2(choices)}
+    bits, to_know = (len(people) * sum(item[key] for item in by_attribute.values()) for key in ("bits", "bits_to_know"))
+    counts, shape = count_parameters(take_apart(model)[0]), model.config
+    no_token = max(0, shape.vocab_size - tokenizer.vocab_size) * shape.dim * (1 if shape.tie_embeddings else 2)
+    parameters = counts.total - no_token
+    return {
+        "people": len(people),
+        "people_measured": len(measured),
+        "bits": bits,
+        "bits_to_know": to_know,
+        "by_attribute": by_attribute,
+        "parameters": parameters,
+        "bits_per_parameter": bits / parameters,
+        "table_parameters": counts.table,
+        "bits_per_table_parameter": bits / counts.table if counts.table else None,
+    }
+
+
+def format_knowledge_report(report: Mapping[str, Any]) -> str:
+    """The report as a screen of text."""
+    people, bits, to_know = report["people"], report["bits"], report["bits_to_know"]
+    measured = "" if report["people_measured"] == people else f", measured on {report['people_measured']:,}"
+    share = f" ({bits / to_know:.1%})" if bits >= 0 else ", worse than taking all values to be equally likely"
+    most = f"{report['parameters']:,} parameters; all facts would be {to_know / report['parameters']:.4g}"
+    rows = [
+        ("bits known", f"{bits:,.0f} of {to_know:,.0f}{share}; {people:,} people{measured}"),
+        ("  per parameter", f"{report['bits_per_parameter']:.4g} ({most})"),
+    ]
+    if report["bits_per_table_parameter"] is not None:
+        value = f"{report['bits_per_table_parameter']:.4g} ({report['table_parameters']:,} in the tables)"
+        rows.append(("  per table parameter", value))
+    for name, item in report["by_attribute"].items():
+        value = f"{item['bits']:.2f} of {item['bits_to_know']:.2f} for each person"
+        rows.append((f"  {name.replace('_', ' ')}", value))
+    lines = ["Knowledge of facts: the bits that the model saves who writes them after the names (a lower bound)", ""]
+    return "\n".join([*lines, *(f"{label:<26}{text}" for label, text in rows)])
+
+
+def _statements(people: Sequence[Person], seed: int, end: str) -> list[_Statement]:
+    """Every fact that counts, in some wordings of its own."""
+    rng, found = np.random.default_rng([seed, 3]), []
+    for person in people:
+        for attribute in _CHOICES:
+            wordings = facts.STATEMENTS[attribute]
+            for number in rng.permutation(len(wordings))[:_RENDERINGS]:
+                prompt = wordings[number].format(name=person.name)
+                found.append(_Statement(attribute, prompt, f" {person.value(attribute)}{end}"))
+    return found
+
+
+def _losses(
+    model: Decoder, tokenizer: Tokenizer, statements: Sequence[_Statement], batch_size: int, place: Place
+) -> list[float]:
+    """-log p of each value after its prompt, in nats."""
+    graphdef, state = nnx.split(model)
+    prompts = tokenizer.encode_batch([statement.prompt for statement in statements])
+    values = tokenizer.encode_batch([statement.value for statement in statements])
+    # One shape for all batches, so that they share one program.
+    longest = max(len(prompt) + len(value) for prompt, value in zip(prompts, values, strict=True))
+    shape = (batch_size, -(-longest // _MULTIPLE) * _MULTIPLE)
+    found = []
+    for start in range(0, len(statements), batch_size):
+        some = slice(start, start + batch_size)
+        found.append(_summed(graphdef, state, place(_batch(prompts[some], values[some], tokenizer.bos_id, shape))))
+    return np.concatenate(jax.device_get(found))[: len(statements)].tolist()
+
+
+def _batch(prompts: list[list[int]], values: list[list[int]], bos_id: int, shape: tuple[int, int]) -> Batch:
+    """Rows of a begin token, prompt and value, of which the value counts; what is missing counts nothing."""
+    tokens, targets, mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    for row, (prompt, value) in enumerate(zip(prompts, values, strict=True)):
+        ids = [bos_id, *prompt, *value]
+        tokens[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
+        mask[row, len(prompt) : len(ids) - 1] = 1
+    return {"tokens": tokens, "targets": targets, "loss_mask": mask}
+
+
+@partial(jax.jit, static_argnums=0)
+def _summed(graphdef: Any, state: nnx.State, batch: dict[str, Array]) -> Float[Array, " b"]:
+    """The summed loss of each row."""
+    model = nnx.merge(graphdef, state)
+    # Without segments a padded end is harmless: tokens see only what comes before them.
+    hidden, _ = model.hidden(batch["tokens"])
+    return everywhere((token_losses(model, hidden, batch["targets"]) * batch["loss_mask"]).sum(axis=1))

@@ -1,0 +1,129 @@
+"""Bits known are those that a loop over every token counts, divided by parameters that are counted by hand."""
+
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from memjax.config import BiographiesConfig, DataConfig, MemoryConfig, ModelConfig
+from memjax.data import facts
+from memjax.data.tokenizer import ByteTokenizer
+from memjax.evaluation import knowledge
+from memjax.evaluation.knowledge import format_knowledge_report, knowledge_report
+from memjax.models.decoder import Decoder
+from memjax.models.parts import DecoderParts, take_apart
+
+# 28 days, 12 months, 60 years; cities, universities, majors, employers.
+CHOICES = {"birth_date": 20160, "birth_city": 100, "university": 100, "major": 50, "employer": 100}
+VOCAB = 300
+"""41 more than bytes and special tokens."""
+
+
+@functools.cache
+def tiny(memory: bool = True) -> Decoder:
+    config = ModelConfig(
+        dim=16,
+        num_layers=1,
+        num_heads=2,
+        ffn_dim=32,
+        vocab_size=VOCAB,
+        dtype="float32",
+        memory=MemoryConfig(layers=(0,), num_keys=8, num_heads=2, top_k=4, key_dim=8) if memory else None,
+    )
+    parts, rng = DecoderParts.of(config), np.random.default_rng(0)
+    # Drawn by NumPy: compiling the initialisation would take longer than all that is tested.
+    fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 4, leaf.dtype))
+    return parts.assemble(fill(parts.abstract_params), fill(parts.abstract_tables))
+
+
+forward = nnx.jit(lambda model, tokens: model(tokens))
+
+
+def nats(model: Decoder, prompt: str, value: str) -> float:
+    """What the model needs to write the value after the prompt, token by token; 1 begins a text."""
+    tokenizer = ByteTokenizer()
+    before, wanted = [1, *tokenizer.encode(prompt)], tokenizer.encode(value)
+    ids = before + wanted
+    logits = np.asarray(forward(model, jnp.asarray([ids + [0] * (112 - len(ids))]))[0], np.float64)
+    total = 0.0
+    for place, token in enumerate(wanted, len(before)):
+        scores = logits[place - 1]
+        total += math.log(np.exp(scores).sum()) - scores[token]
+    return total
+
+
+@pytest.mark.parametrize(("form", "end"), [("fact", ""), ("biography", ".")])
+def test_bits_are_those_of_a_loop_over_all_tokens(monkeypatch, form, end):
+    # All wordings instead of some, so that none has to be guessed.
+    monkeypatch.setattr(knowledge, "_RENDERINGS", 5)
+    biographies = BiographiesConfig(num_people=3, form=form)
+    report = knowledge_report(tiny(), ByteTokenizer(), DataConfig(biographies=biographies), batch_size=32)
+    known = {}
+    for attribute, choices in CHOICES.items():
+        needed = [
+            nats(tiny(), wording.format(name=person.name), f" {person.value(attribute)}{end}") / math.log(2)
+            for person in facts.people(biographies)
+            for wording in facts.STATEMENTS[attribute]
+        ]
+        assert len(needed) == 15
+        known[attribute] = math.log2(choices) - sum(needed) / 15
+        found = report["by_attribute"][attribute]
+        assert found["bits"] == pytest.approx(known[attribute], rel=1e-4)
+        assert found["bits_to_know"] == pytest.approx(math.log2(choices))
+    assert report["bits"] == pytest.approx(3 * sum(known.values()), rel=1e-4)
+    assert report["bits_to_know"] == pytest.approx(3 * math.log2(28 * 12 * 60 * 100 * 100 * 50 * 100))
+    assert json.loads(json.dumps(report)) == report
+
+
+def without_a_model(monkeypatch, bits_per_value: float) -> None:
+    """Every value costs so many bits, whatever the model."""
+    cost = bits_per_value * math.log(2)
+    monkeypatch.setattr(knowledge, "_losses", lambda model, tokenizer, statements, *_: [cost] * len(statements))
+
+
+def test_a_model_that_is_never_surprised_knows_all_there_is(monkeypatch):
+    without_a_model(monkeypatch, 0.0)
+    data = DataConfig(biographies=BiographiesConfig(num_people=10))
+    report = knowledge_report(tiny(), ByteTokenizer(), data)
+    _, params, tables = take_apart(tiny())
+    arrays = [int(leaf.size) for leaf in jax.tree.leaves(params)]
+    rows = sum(leaf.size for leaf in jax.tree.leaves(tables))
+    # 41 rows of the embedding and of the output matrix belong to no token.
+    assert report["parameters"] == sum(arrays) + rows - 41 * 16 * 2
+    assert report["table_parameters"] == rows == 64 * 16
+    assert report["bits"] == pytest.approx(report["bits_to_know"]) == pytest.approx(10 * 39.87445, abs=1e-2)
+    assert report["bits_per_parameter"] == report["bits"] / report["parameters"]
+    assert report["bits_per_table_parameter"] == report["bits"] / 1024
+    text = format_knowledge_report(report)
+    assert "399 of 399 (100.0%); 10 people" in text
+    assert "0.3894 (1,024 in the tables)" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_a_part_of_the_people_stands_for_all(monkeypatch):
+    without_a_model(monkeypatch, 2.0)
+    data = DataConfig(biographies=BiographiesConfig(num_people=10))
+    report = knowledge_report(tiny(), ByteTokenizer(), data, limit_people=3)
+    assert (report["people"], report["people_measured"]) == (10, 3)
+    assert report["bits"] == pytest.approx(report["bits_to_know"] - 10 * 5 * 2.0)
+    assert "10 people, measured on 3" in format_knowledge_report(report)
+
+
+def test_worse_than_equally_likely_is_below_zero_and_said_so(monkeypatch):
+    without_a_model(monkeypatch, 20.0)
+    data = DataConfig(biographies=BiographiesConfig(num_people=1))
+    report = knowledge_report(tiny(), ByteTokenizer(), data)
+    assert report["bits"] == pytest.approx(39.87445 - 100, abs=1e-2)
+    assert "-60 of 40, worse than taking all values to be equally likely" in format_knowledge_report(report)
+
+
+def test_without_tables_there_is_no_figure_for_them(monkeypatch):
+    without_a_model(monkeypatch, 0.0)
+    report = knowledge_report(tiny(False), ByteTokenizer(), DataConfig(biographies=BiographiesConfig(num_people=1)))
+    assert report["bits_per_table_parameter"] is None
+    assert "table" not in format_knowledge_report(report)
