@@ -20,7 +20,7 @@ import yaml
 
 from memjax.command_help import Positional, help_text
 from memjax.command_schema import FieldPath, field_type, field_types, in_words, section_of, show, unwrap, walk
-from memjax.command_yaml import Dumper, Loader, scalar
+from memjax.command_yaml import Dumper, Loader, scalar, why_invalid
 
 T = TypeVar("T")
 _NO_FLAGS: Mapping[str, str] = types.MappingProxyType({})
@@ -146,13 +146,22 @@ class _Sources:
             node = yaml.compose(path.read_text(encoding="utf-8"), Loader=Loader)
         except FileNotFoundError:
             names = [str(other) for other in path.parent.glob("*.yaml")]
-            self.problems.append(f"{asked_at}: {path} does not exist{_did_you_mean(_close(str(path), names))}")
+            hint = _did_you_mean(_close(str(path), names))
+            if not hint and "=" in str(path):
+                hint = f"; for a setting write --{path}"
+            self.problems.append(f"{asked_at}: {path} does not exist{hint}")
             return {}
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
-            self.problems.append(f"{path}:{line}: not valid YAML: {error.problem}")
+            self.problems.append(f"{path}:{line}: not valid YAML: {why_invalid(error)}")
             return {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except IsADirectoryError:
+            self.problems.append(f"{asked_at}: {path} is a folder; name a YAML file")
+            return {}
+        except UnicodeDecodeError:
+            self.problems.append(f"{asked_at}: {path} is not UTF-8 text")
+            return {}
+        except (OSError, yaml.YAMLError) as error:
             self.problems.append(f"{asked_at}: {path} cannot be read: {' '.join(str(error).split())}")
             return {}
         if node is None:
@@ -189,8 +198,10 @@ class _Sources:
                 continue
             name, equals, text = word[2:].partition("=")
             path = tuple(name.replace("-", "_").split("."))
-            if path[0] in flags and len(path) == 1 and not equals:
+            if path[0] in flags and len(path) == 1:
                 given.add(path[0])
+                if equals:
+                    self.problems.append(f"command line: --{path[0]} takes no value")
                 continue
             annotation = field_type(self.schema, path)
             negated = (*path[:-1], path[-1].removeprefix("no_"))

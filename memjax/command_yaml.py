@@ -59,3 +59,15 @@ def scalar(node: yaml.ScalarNode) -> Any:
     if kind == "float" and math.isfinite(float(text)):
         return float(text)
     return node.value
+
+
+def why_invalid(error: yaml.MarkedYAMLError) -> str:
+    """What is wrong with a text that is no YAML, and what it mostly comes from."""
+    problem = error.problem or "it cannot be read"
+    if problem.startswith("but "):
+        problem = f"{error.context}, {problem}"
+    if "'\\t'" in problem:
+        return f"{problem}; indent with spaces, not with tabs"
+    if problem.startswith("mapping values are not allowed"):
+        return f"{problem}; look at how far this line is indented, and put text with a colon in quotes"
+    return problem
