@@ -26,7 +26,7 @@ from memjax.config import RunConfig
 PACKAGE = pathlib.Path(memjax.__file__).parent
 FIRST_COMMANDS = ("train", "evaluate", "generate", "doctor")
 """In this order; commands that are not named here follow."""
-HELP_COLUMNS = 100
+HELP_COLUMNS = 84
 
 
 def settings() -> str:
