@@ -34,7 +34,8 @@ def row_sparse_value_and_grad(
     Since d bag / d tap = 1, a tap's cotangent is the bag's, and with the lookup it holds the table's whole gradient.
 
     Returns:
-        A function of (params, taps, *args) that returns (loss, aux), the gradient of params, and RowGradients by layer.
+        A function of `(params, taps, *args)` that returns `(loss, aux)`, the gradient of `params`, and
+        RowGradients by layer.
     """
 
     def value_and_grad(params: Any, taps: Taps, *args: Any):

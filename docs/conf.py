@@ -1,0 +1,108 @@
+"""Settings of the site: `sphinx-build -n -W docs build/docs` from the repository's root. Needs no network."""
+
+import pathlib
+import re
+import sys
+from typing import Any
+
+from docutils import nodes
+
+HERE = pathlib.Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import generated  # noqa: E402
+
+import memjax  # noqa: E402
+
+project = "memjax"
+author = "The memjax authors"
+project_copyright = author
+release = version = memjax.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+
+html_theme = "furo"
+html_title = f"memjax {release}"
+html_static_path = ["static"]
+html_css_files = ["memjax.css"]
+html_copy_source = False
+html_show_copyright = False
+pygments_style = "friendly"
+pygments_dark_style = "github-dark"
+
+# Docstrings are written for readers of the source: single backticks are code there.
+default_role = "code"
+autodoc_member_order = "bysource"
+# Modules of Flax are made by a metaclass, behind which the class's own signature is not seen; that of __init__ is.
+autodoc_class_signature = "separated"
+autodoc_typehints_format = "short"
+napoleon_numpy_docstring = False
+python_use_unqualified_type_names = True
+
+# Types of other libraries have no page here, and there is no network at build time to look for theirs.
+nitpick_ignore_regex = [
+    (r"py:.*", r"(jax|jaxlib|jaxtyping|flax|numpy|optax|collections|typing|os|pathlib)\..*"),
+    (r"py:class", "Array"),
+]
+
+
+SHORT_TYPES = {
+    "~jaxlib._jax.Array": "~jax.Array",
+    "jaxlib._jax.Array": "Array",
+    "str | type[~typing.Any] | ~numpy.dtype | ~jax._src.typing.SupportsDType": "~jax.typing.DTypeLike",
+    "~jax.Array | ~numpy.ndarray | ~numpy.bool | ~numpy.number | bool | int | float | complex": "~jax.typing.ArrayLike",
+    "<class 'jax.numpy.float32'>": "jnp.float32",
+    "<factory>": "...",
+}
+"""What signatures say once names that stand for several types are spelt out, and what the source says."""
+
+
+def shorten(app: Any, what: str, name: str, obj: Any, options: Any, signature: str, returned: str) -> tuple[Any, Any]:
+    """A signature with the names of the source."""
+    for long, short in SHORT_TYPES.items():
+        signature, returned = (text and text.replace(long, short) for text in (signature, returned))
+    return signature, returned
+
+
+def skip(app: Any, what: str, name: str, obj: Any, would_skip: bool, options: Any) -> bool | None:
+    """Leaves out what metaclasses and named tuples add; the signature of __init__ says it better."""
+    return True if name == "__new__" else None
+
+
+def shorten_attributes(app: Any, doctree: Any) -> None:
+    """The same for the types of attributes, which are no signatures."""
+    for text in list(doctree.findall(nodes.Text)):
+        if "jaxlib._jax.Array" in text:
+            text.parent.replace(text, nodes.Text(text.replace("jaxlib._jax.Array", "Array")))
+
+
+def keep_colons(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Keeps an attribute's sentence whole: napoleon takes what is before a colon as a type, so it gets none."""
+    if what == "attribute" and lines:
+        lines[0] = f": {lines[0]}"
+
+
+def literal_blocks(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Makes an indented block below a line that ends in a colon code; in the source one colon is enough."""
+    for number in range(len(lines) - 2):
+        opens_block = lines[number].endswith(":") and not lines[number].endswith("::")
+        if opens_block and not lines[number + 1].strip() and re.match(r" {4}\S", lines[number + 2]):
+            lines[number] += ":"
+
+
+def fill_in(app: Any, docname: str, source: list[str]) -> None:
+    """Puts what is made from the code into the page."""
+    source[0] = generated.fill_in(source[0])
+
+
+def setup(app: Any) -> None:
+    """Connects the steps above."""
+    app.connect("autodoc-process-signature", shorten)
+    app.connect("autodoc-skip-member", skip)
+    app.connect("doctree-read", shorten_attributes)
+    app.connect("autodoc-process-docstring", keep_colons, priority=400)  # before napoleon's
+    app.connect("autodoc-process-docstring", literal_blocks)
+    app.connect("source-read", fill_in)

@@ -1,0 +1,119 @@
+"""The parts of the pages that are made from the code when the site is built, as MyST text.
+
+A page holds a line such as `<!-- generated: settings -->`; conf.py puts what the function of that name returns in its
+place. Nothing of it is committed, so a new setting or command appears without anybody writing it down.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import html
+import importlib
+import inspect
+import io
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import figure
+
+import memjax
+from memjax import command_line
+from memjax.config import RunConfig
+
+PACKAGE = pathlib.Path(memjax.__file__).parent
+FIRST_COMMANDS = ("train", "evaluate", "generate", "doctor")
+"""In this order; commands that are not named here follow."""
+HELP_COLUMNS = 84
+
+
+def settings() -> str:
+    """Every section of a run's config with its fields: name, type, default and the docstring below the field."""
+    return "\n".join(_section(RunConfig, ()))
+
+
+def commands() -> str:
+    """Every command line with its help."""
+    return "\n".join(line for name in command_names() for line in _command(name))
+
+
+def memory_layer() -> str:
+    """The picture of a memory layer."""
+    return f"```{{raw}} html\n{figure.memory_layer()}\n```\n"
+
+
+def command_names() -> list[str]:
+    """The modules of the package that are commands: they have a `main` and run it when they are started."""
+    found = set()
+    for path in PACKAGE.glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        if "main" in functions and any(isinstance(n, ast.If) and "__main__" in ast.unparse(n.test) for n in tree.body):
+            found.add(path.stem)
+    return [name for name in FIRST_COMMANDS if name in found] + sorted(found.difference(FIRST_COMMANDS))
+
+
+def help_text(name: str) -> str:
+    """What `python -m memjax.<name> --help` prints."""
+    module = importlib.import_module(f"memjax.{name}")
+    printed = io.StringIO()
+    columns = mock.patch.dict(os.environ, {"COLUMNS": str(HELP_COLUMNS)})
+    with columns, contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        module.main(["--help"])
+    return printed.getvalue()
+
+
+GENERATED: dict[str, Callable[[], str]] = {"settings": settings, "commands": commands, "memory_layer": memory_layer}
+_MARK = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
+
+
+def fill_in(page: str) -> str:
+    """A page with every mark replaced by what it stands for.
+
+    Raises:
+        KeyError: a mark names nothing that can be generated.
+    """
+    return _MARK.sub(lambda mark: GENERATED[mark[1]](), page)
+
+
+def _section(section: type, path: tuple[str, ...]) -> Iterator[str]:
+    # How types and defaults are written is the command line's business, so that page and --help say the same.
+    docs, annotations, deeper = command_line._field_docs(section), command_line._annotations(section), []
+    if path:
+        summary = " ".join(inspect.cleandoc(section.__doc__ or "").split())
+        yield from (f"{'#' * (1 + len(path))} {'.'.join(path)}", "", _escaped(summary), "")
+    for field in dataclasses.fields(section):
+        annotation, name = annotations[field.name], ".".join((*path, field.name))
+        if inner := command_line._section(annotation):
+            deeper.append((inner, (*path, field.name)))
+            if command_line._unwrap(annotation)[1]:
+                yield from _setting(name, "section | null", "the section below", docs.get(field.name, ""))
+            continue
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        shown = "required" if default is dataclasses.MISSING else f"`{command_line._show(default)}`"
+        yield from _setting(
+            name, command_line._metavar(annotation).replace("|", " | "), shown, docs.get(field.name, "")
+        )
+    for inner, where in deeper:
+        yield from _section(inner, where)
+
+
+def _setting(name: str, kind: str, default: str, text: str) -> Iterator[str]:
+    yield from (f"```{{confval}} {name}", f":type: `{kind}`", f":default: {default}", "", _escaped(text), "```", "")
+
+
+def _command(name: str) -> Iterator[str]:
+    module = importlib.import_module(f"memjax.{name}")
+    # The module's first sentence: what it does, after the command itself.
+    summary = (module.__doc__ or "").strip().partition("\n\n")[0]
+    shown = html.escape(help_text(name))
+    yield from (f"({name})=", f"## {name}", "", summary, "", "```{raw} html")
+    yield from (f'<pre class="help" tabindex="0" aria-label="Help of memjax.{name}">{shown}</pre>', "```", "")
+
+
+def _escaped(text: str) -> str:
+    """Plain text as Markdown; what stands between backticks is code there, too."""
+    parts = text.split("`")
+    return "`".join(part if i % 2 else re.sub(r"([*_<\[\]\\])", r"\\\1", part) for i, part in enumerate(parts))

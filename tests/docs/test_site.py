@@ -1,0 +1,154 @@
+"""What the pages say of settings, commands, names and each other is so. The site itself is built by .ci/run."""
+
+import ast
+import dataclasses
+import importlib
+import itertools
+import pathlib
+import re
+import types
+import typing
+import xml.etree.ElementTree
+
+import pytest
+
+import memjax
+from memjax.config import RunConfig
+
+ROOT = pathlib.Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+@pytest.fixture
+def generated(monkeypatch):
+    """The module that makes parts of the pages from the code."""
+    monkeypatch.syspath_prepend(str(DOCS))
+    return importlib.import_module("generated")
+
+
+@pytest.fixture
+def figure(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    return importlib.import_module("figure")
+
+
+def settings(section: type, prefix: str = "") -> dict[str, typing.Any]:
+    """Every setting that is no section, with its default."""
+    found, hints = {}, typing.get_type_hints(section)
+    for field in dataclasses.fields(section):
+        hint = hints[field.name]
+        members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        inner = [member for member in members if dataclasses.is_dataclass(member)]
+        if inner:
+            found |= settings(typing.cast(type, inner[0]), f"{prefix}{field.name}.")
+        else:
+            found[prefix + field.name] = field.default
+    return found
+
+
+def plain(text: str) -> str:
+    return " ".join(text.replace("\\", "").split())
+
+
+def test_every_setting_is_in_the_reference_with_its_docstring(generated):
+    reference = generated.fill_in((DOCS / "configuration.md").read_text())
+    names = settings(RunConfig)
+    assert len(names) > 60
+    assert set(re.findall(r"```{confval} (\S+)\n", reference)) == {*names, "model.memory"}
+    # In the config's source: what stands alone below a field of a class; sections are shown by the text of their class.
+    for node in ast.parse((ROOT / "memjax/config.py").read_text()).body:
+        # What all schedules share is shown with each of them, and two of them say another thing of the rate.
+        if isinstance(node, ast.ClassDef) and node.name not in ("ScheduleConfig", "RunConfig"):
+            for field, below in itertools.pairwise(node.body):
+                if isinstance(field, ast.AnnAssign) and not ast.unparse(field.annotation).endswith("Config"):
+                    assert isinstance(below, ast.Expr)
+                    assert plain(ast.literal_eval(below.value)) in plain(reference)
+    assert reference.count("How the rate goes on after the warm-up.") == 2
+
+
+def test_types_and_defaults_in_the_reference_are_those_of_the_config(generated):
+    reference = generated.settings()
+    for name, kind, default in [
+        ("model.dim", "INT", "64"),
+        ("model.memory.layers", "INT,...", "[1, 2]"),
+        ("model.memory.gate", "none | silu", "'silu'"),
+        ("optim.clip", "NUMBER | null", "1.0"),
+        ("data.path", "TEXT | null", "null"),
+        ("checkpoint.keep_best", "BOOL", "true"),
+    ]:
+        assert f"```{{confval}} {name}\n:type: `{kind}`\n:default: `{default}`\n" in reference
+
+
+def test_a_new_setting_appears_by_itself(generated, monkeypatch):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Extended:
+        """A config of a later version."""
+
+        added: int = 7
+        """What it adds_to <all>."""
+
+    monkeypatch.setattr(generated, "RunConfig", Extended)
+    assert "{confval} added\n:type: `INT`\n:default: `7`\n\nWhat it adds\\_to \\<all>.\n" in generated.settings()
+
+
+def test_every_command_is_shown_with_its_help(generated):
+    page = generated.fill_in((DOCS / "command_lines.md").read_text())
+    names = [path.stem for path in (ROOT / "memjax").glob("*.py") if 'if __name__ == "__main__"' in path.read_text()]
+    assert {"train", "evaluate", "generate", "doctor"} <= set(names)
+    for name in names:
+        assert f"## {name}\n" in page
+        assert f"usage: python -m memjax.{name}" in page
+    assert "--allow_changed" in page
+    assert "--memory_devices" in page
+
+
+def test_every_public_name_is_in_the_api_reference():
+    shown = re.findall(r"\.\. auto\w+:: (\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert sorted(shown) == sorted(set(memjax.__all__) - {"__version__"})
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=lambda path: path.stem)
+def test_links_lead_somewhere(path, generated):
+    text = generated.fill_in(path.read_text())
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"{download}`[^<]+<([^>]+)>`", text):
+        if not target.startswith("https://"):
+            name, _, anchor = target.partition("#")
+            other = (path.parent / name).resolve() if name else path
+            assert other.is_file(), f"{path.name}: {target} is not there"
+            assert not anchor or anchor in anchors(generated.fill_in(other.read_text())), f"{path.name}: {target}"
+    known = {*settings(RunConfig), "model.memory"}
+    assert set(re.findall(r"{confval}`([^`]+)`", text)) <= known
+
+
+def anchors(text: str) -> set[str]:
+    """What can stand behind # in a link: headings in small letters, with dashes, and named places."""
+    without_code = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", without_code, re.MULTILINE)
+    slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return slugs | set(re.findall(r"^\((\S+)\)=$", text, re.MULTILINE))
+
+
+def test_every_page_is_in_the_contents_and_says_what_it_is_good_for():
+    contents = "\n".join(re.findall(r"```{toctree}\n(.*?)```", (DOCS / "index.md").read_text(), re.DOTALL))
+    assert sorted(re.findall(r"^\w+$", contents, re.MULTILINE)) == sorted({path.stem for path in PAGES} - {"index"})
+    for path in PAGES:
+        if path.stem not in ("index", "changelog"):
+            assert re.match(r"# .+\n\nAfter this page you ", path.read_text()), path.name
+
+
+def test_the_picture_shows_the_best_slots(figure):
+    count = range(len(figure.LEFT))
+    scores = {(i, j): figure.LEFT[i] + figure.RIGHT[j] for i in count for j in count}
+    best = sorted(scores, key=lambda slot: scores[slot], reverse=True)[: figure.TOP_K]
+    assert figure.read_slots() == best
+    assert scores[best[-1]] > sorted(scores.values(), reverse=True)[figure.TOP_K], "a tie would leave the choice open"
+
+
+def test_the_letters_of_the_picture_take_the_colour_of_the_page(figure):
+    picture = xml.etree.ElementTree.fromstring(figure.memory_layer())
+    (svg,) = picture
+    assert svg.attrib["fill"] == "currentColor"
+    letters = [element for element in svg.iter() if element.tag.endswith("text")]
+    assert len(letters) > 10
+    assert all("fill" not in element.attrib for element in letters)
