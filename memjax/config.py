@@ -186,13 +186,37 @@ class ModelConfig:
 class TokenizerConfig:
     """How text becomes token ids."""
 
-    kind: Literal["byte", "bpe"] = "bpe"
-    """byte: the 256 bytes and the special tokens; bpe: byte-level BPE trained on the run's own corpus."""
+    kind: Literal["byte", "bpe", "hf", "sentencepiece", "tiktoken"] = "bpe"
+    """byte: the 256 bytes and the special tokens; bpe: byte-level BPE trained on the run's own corpus; the others are
+    read from a file: hf a tokenizer.json with a byte-level BPE, sentencepiece a .model, tiktoken a file of ranks."""
+    path: str | None = None
+    """The file (hf, sentencepiece and tiktoken); the run keeps a copy."""
     train_bytes: int = 10_000_000
     """Text of the corpus, in bytes, that a BPE is trained on (spread evenly over it)."""
+    bos: str | None = None
+    """The file's special token that begins a text; null: the one of a known name, or the one that ends texts."""
+    eos: str | None = None
+    """The file's special token that ends a text; null: the one of a known name."""
+    pattern: Literal["gpt2", "cl100k", "o200k"] = "gpt2"
+    """How text is cut before ranks are applied, which their file does not say; Llama 3 has cl100k's (tiktoken)."""
+    special_tokens: tuple[str, ...] = ("<|endoftext|>",)
+    """Special tokens, which get the ids after the last rank in this order (tiktoken)."""
 
     def __post_init__(self) -> None:
-        _refuse(_positive(train_bytes=self.train_bytes))
+        from_file = self.kind not in ("byte", "bpe")
+        _refuse(
+            _positive(train_bytes=self.train_bytes)
+            + [
+                f"{name}={value} is for a tokenizer from a file; set kind to hf, sentencepiece or tiktoken"
+                for name, value in (("path", self.path), ("bos", self.bos), ("eos", self.eos))
+                if value is not None and not from_file
+            ]
+            + [
+                f"special_tokens={list(self.special_tokens)} must name each token once, and none may be empty"
+                if len(set(self.special_tokens)) < len(self.special_tokens) or "" in self.special_tokens
+                else None
+            ]
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -435,6 +459,31 @@ class LogConfig:
         _refuse(_positive(progress_seconds=self.progress_seconds, usage_every=self.usage_every))
 
 
+# Without slots, so that the settings of a command can inherit from it and from another class.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next token of a text is picked."""
+
+    temperature: float = 0.0
+    """0 always takes the likeliest token; 1 draws from the model's own probabilities."""
+    top_k: int | None = None
+    """Draw from this many of the likeliest tokens; null for all."""
+    top_p: float = 1.0
+    """Draw from the fewest likeliest tokens that have this probability together, after top_k."""
+    repetition_penalty: float = 1.0
+    """Divides the positive scores of tokens that the text holds already, multiplies the negative ones
+    (arXiv:1909.05858)."""
+    seed: int = 0
+    """Of the draws; the same seed writes the same text."""
+
+    def __post_init__(self) -> None:
+        _refuse(
+            _not_negative(temperature=self.temperature)
+            + _positive(top_k=self.top_k, repetition_penalty=self.repetition_penalty)
+            + [f"top_p={self.top_p} must be above 0 and at most 1" if not 0 < self.top_p <= 1 else None]
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RunFolderConfig:
     """Where the run lives and what makes it repeatable."""
@@ -472,8 +521,8 @@ class RunConfig:
             if self.mesh.data and self.data.batch_size % (self.train.accumulate * self.mesh.data * self.mesh.memory)
             else None,
             f"model.vocab_size={self.model.vocab_size} must be at least 259: "
-            "both tokenizers keep the 256 bytes and 3 special tokens"
-            if self.model.vocab_size < 259
+            f"data.tokenizer.kind={self.data.tokenizer.kind} keeps the 256 bytes and 3 special tokens"
+            if self.model.vocab_size < 259 and self.data.tokenizer.kind in ("byte", "bpe")
             else None,
         ]
         if self.model.memory:

@@ -98,6 +98,8 @@ def value_of(annotation) -> st.SearchStrategy:
         return st.none() | value_of(next(kind for kind in arguments if kind is not type(None)))
     if typing.get_origin(annotation) is typing.Literal:
         return st.sampled_from(arguments)
+    if annotation == tuple[str, ...]:
+        return st.lists(st.text() | st.sampled_from(["a, b", "null", "- a"]), unique=True).map(tuple)
     if typing.get_origin(annotation) is tuple:
         return st.lists(st.integers(0, 2), unique=True, min_size=1).map(sorted).map(tuple)
     if dataclasses.is_dataclass(annotation):

@@ -50,22 +50,23 @@ class Attention(nnx.Module):
         return self._attend(query, fresh, mask=mask, is_causal=True)
 
     def with_cache(
-        self, x: Float[Array, "b s dim"], positions: Int[Array, "b s"], cache: KeyValues, length: Int[Array, ""]
+        self, x: Float[Array, "b s dim"], positions: Int[Array, "b s"], cache: KeyValues
     ) -> tuple[Float[Array, "b s dim"], KeyValues]:
-        """Attention of new tokens over `length` cached tokens and themselves, and the cache with them written in.
+        """Attention of new tokens over cached tokens and themselves, and the cache with them written in.
 
-        What the cache holds behind its length is not seen; `positions` are those of the new tokens.
+        `positions` say where the new tokens stand, in their text and in the cache; each row has its own. A token sees
+        what the cache holds up to its own place: what lies behind may be anything.
         """
         query, fresh = self._project(x, positions)
+        row = jnp.arange(x.shape[0])[:, None]
         cache = KeyValues(
             *(
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), length, axis=1)
+                old.at[row, positions].set(new.astype(old.dtype), unique_indices=True)
                 for old, new in zip(cache, fresh, strict=True)
             )
         )
-        place = jnp.arange(cache.keys.shape[1])
-        newest = length + jnp.arange(x.shape[1])
-        mask = (place[None, :] <= newest[:, None])[None, None]
+        place = jnp.arange(cache.keys.shape[1])[None, None, None, :]
+        mask = place <= positions[:, None, :, None]
         return self._attend(query, cache, mask=mask, is_causal=False), cache
 
     def _project(self, x: Array, positions: Array) -> tuple[Array, KeyValues]:

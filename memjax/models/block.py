@@ -55,11 +55,10 @@ class Block(nnx.Module):
         x: Float[Array, "b s dim"],
         positions: Int[Array, "b s"],
         cache: KeyValues,
-        length: Int[Array, ""],
         table: ValueTable | None = None,
     ) -> tuple[Float[Array, "b s dim"], KeyValues]:
         """The output for new tokens, and the cache with them."""
-        attended, cache = self.attention.with_cache(self.attention_norm(x), positions, cache, length)
+        attended, cache = self.attention.with_cache(self.attention_norm(x), positions, cache)
         return self._mix(x + attended, table, None)[0], cache
 
     def _mix(self, x: Array, table: ValueTable | None, tap: Array | None) -> tuple[Array, Lookup | None]:
