@@ -45,6 +45,8 @@ class MemoryConfig:
     """Width of a table row; null means model.dim."""
     gate: Literal["none", "silu"] = "silu"
     """silu: Memory+, out = W2 (y * silu(W1 x)); none: the plain memory layer."""
+    output_gate: bool = False
+    """Scale each token's output by a learned number between 0 and 1 (the paper's '+gated')."""
     qk_norm: bool = True
     """Scale both halves of queries and keys to unit length before they are compared."""
     score_scale: float = 4.0
@@ -108,6 +110,30 @@ class MemoryConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScalingConfig:
+    """Rotary frequencies slowed down for texts longer than those of a first training, as in Llama 3.1."""
+
+    factor: float = 8.0
+    """What slow frequencies are divided by: how much longer texts may get."""
+    low_freq_factor: float = 1.0
+    """Frequencies of fewer turns than this within original_length are slow."""
+    high_freq_factor: float = 4.0
+    """Frequencies of more turns than this within original_length stay as they are; those between are blended."""
+    original_length: int = 8192
+    """Tokens in the longest texts of the first training."""
+
+    def __post_init__(self) -> None:
+        _refuse(
+            _positive(factor=self.factor, low_freq_factor=self.low_freq_factor, original_length=self.original_length)
+            + [
+                f"high_freq_factor={self.high_freq_factor} must be above low_freq_factor={self.low_freq_factor}"
+                if self.high_freq_factor <= self.low_freq_factor
+                else None
+            ]
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """The decoder: Llama's shape, with memory layers in place of some feed-forward layers."""
 
@@ -125,6 +151,10 @@ class ModelConfig:
     """Rows of the embedding; a tokenizer with more tokens is refused, a trained one stays within it."""
     rope_theta: float = 10000.0
     """Base of the rotary position frequencies."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Slower rotary frequencies for longer texts; null keeps them all."""
+    sliding_window: int | None = None
+    """Tokens that a token sees, itself and those before it; null for all of its document."""
     norm_eps: float = 1e-5
     """Added to the mean square in every RMSNorm."""
     tie_embeddings: bool = False
@@ -149,6 +179,7 @@ class ModelConfig:
                 ffn_dim=self.ffn_dim,
                 vocab_size=self.vocab_size,
                 rope_theta=self.rope_theta,
+                sliding_window=self.sliding_window,
                 norm_eps=self.norm_eps,
                 embedding_init_std=self.embedding_init_std,
             )

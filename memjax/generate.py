@@ -147,7 +147,10 @@ def _write(found: "LoadedModel", settings: GenerateConfig, prompt: str, *, numbe
 
 
 def _converse(found: "LoadedModel", settings: GenerateConfig) -> None:
-    """Asks for prompts, each written on by itself, until the input ends."""
+    """Asks for prompts, each written on by itself, until the input ends; Ctrl-C ends a text."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  gives `input` a history and keys to edit a line with
+
     print("Write a prompt; the model goes on from it. Ctrl-D ends.", flush=True)
     number = 0
     while True:
@@ -156,9 +159,13 @@ def _converse(found: "LoadedModel", settings: GenerateConfig) -> None:
         except EOFError:
             print()
             return
-        if prompt:
+        if not prompt:
+            continue
+        try:
             _write(found, settings, prompt, number=number)
-            number += 1
+        except KeyboardInterrupt:
+            print()
+        number += 1
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Literal
 from memjax.config import SamplingConfig
 from memjax.data.tokenizer import StreamingDecoder, Tokenizer
 from memjax.models.decoder import Decoder
-from memjax.models.generate import generate, generate_batch
+from memjax.models.generate import GREEDY, generate, generate_batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +28,7 @@ def stream_text(
     prompt: str,
     *,
     max_tokens: int,
-    sampling: SamplingConfig,
+    sampling: SamplingConfig = GREEDY,
     stop: Sequence[str] = (),
     special_tokens: bool = False,
     number: int = 0,
@@ -40,7 +40,7 @@ def stream_text(
         tokenizer: the one it was trained with.
         prompt: the text to go on from.
         max_tokens: the most tokens to write.
-        sampling: how tokens are picked.
+        sampling: how tokens are picked; by default the likeliest.
         stop: strings that end the text; special tokens may be named too.
         special_tokens: whether the names of special tokens in the prompt mean these.
         number: of the prompt; with the seed it decides the draws.
@@ -63,7 +63,7 @@ def continue_texts(
     prompts: Sequence[str],
     *,
     max_tokens: int,
-    sampling: SamplingConfig,
+    sampling: SamplingConfig = GREEDY,
     stop: Sequence[str] = (),
     special_tokens: bool = False,
     batch_size: int = 8,

@@ -32,6 +32,8 @@ class Block(nnx.Module):
             num_heads=config.num_heads,
             num_kv_heads=config.kv_heads,
             rope_theta=config.rope_theta,
+            rope_scaling=config.rope_scaling,
+            sliding_window=config.sliding_window,
             **kwargs,
         )
         self.mixer_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
@@ -80,6 +82,7 @@ def _memory_layer(dim: int, config: MemoryConfig, **kwargs) -> MemoryLayer:
         key_dim=config.key_dim,
         value_dim=config.value_dim,
         gate=config.gate,
+        output_gate=config.output_gate,
         qk_norm=config.qk_norm,
         score_scale=config.score_scale,
         **kwargs,

@@ -17,7 +17,7 @@ from memjax.models.decoder import Cache, Decoder
 
 _SMALLEST = 16
 """Prompts and caches are padded to powers of two from here on, so that few shapes are ever compiled."""
-_GREEDY = SamplingConfig()
+GREEDY = SamplingConfig()
 
 
 def generate(
@@ -25,7 +25,7 @@ def generate(
     prompt_ids: Sequence[int],
     *,
     max_tokens: int,
-    sampling: SamplingConfig = _GREEDY,
+    sampling: SamplingConfig = GREEDY,
     stop_ids: Collection[int] = (),
     number: int = 0,
 ) -> Iterator[int]:
@@ -56,7 +56,7 @@ def generate_batch(
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
-    sampling: SamplingConfig = _GREEDY,
+    sampling: SamplingConfig = GREEDY,
     stop_ids: Collection[int] = (),
     first_number: int = 0,
     num_rows: int = 1,
