@@ -1,10 +1,12 @@
 """Ranks are merged by hand; patterns cut texts as their vocabularies are known to."""
 
 import base64
+import json
 import re
 
 import pytest
 
+from memjax.data.hf_tokenizer import HfTokenizer
 from memjax.data.tiktoken_tokenizer import PATTERNS, TiktokenTokenizer
 
 NAMES = ("<|begin_of_text|>", "<|end_of_text|>")
@@ -60,6 +62,24 @@ def test_patterns_cut_texts_as_their_vocabularies_do(pattern, pieces, tokenizer_
         lines += base64.b64encode(token) + b" %d\n" % (count + number)
     tokenizer = build(lines, pattern)
     assert [tokenizer.token_bytes(token).decode() for token in tokenizer.encode(whole)] == pieces
+
+
+def test_a_tokenizer_json_in_llamas_shape_says_the_same(tokenizer_files):
+    """Two libraries with one vocabulary and one pattern; in a trained BPE the order of ids is that of the merges."""
+    description = json.loads((tokenizer_files / "hf.json").read_text())
+    description["model"]["ignore_merges"] = True
+    description["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": PATTERNS["cl100k"]}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        ],
+    }
+    llama = HfTokenizer(description)
+    lines = [base64.b64encode(llama.token_bytes(i)) + b" %d" % i for i in range(len(description["model"]["vocab"]))]
+    tokenizer = build(b"\n".join(lines), "cl100k")
+    for text in ("the cat's naïve\n\n  café 12345", "日本語の\r\n def f(x):\n\treturn x  # x", "<|eot_id|> THE CAT'S"):
+        assert tokenizer.encode(text) == llama.encode(text)
 
 
 def test_what_is_no_file_of_ranks_is_refused(tokenizer_files):

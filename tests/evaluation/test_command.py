@@ -103,6 +103,9 @@ def test_a_file_of_prompts_gives_an_object_for_each(biographies, tmp_path, capsy
     # The first prompt has the number that a single one has; the same prompt further down is drawn anew.
     assert generate.main([biographies, "--prompt", "What is", *options]) == 0
     assert capsys.readouterr().out == printed[0]["text"] + "\n" != printed[2]["text"] + "\n"
+    stop = printed[0]["text"][2:4]
+    assert generate.main([biographies, "--prompt", "What is", "--stop", json.dumps(["no such", stop]), *options]) == 0
+    assert capsys.readouterr().out == printed[0]["text"].partition(stop)[0] + "\n"
 
 
 def test_prompts_are_asked_for_at_a_terminal(biographies, capsys, monkeypatch):
