@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memjax.config import MemoryConfig, ModelConfig, RunConfig
+    from memjax.config import MemoryConfig, ModelConfig, RunConfig, SamplingConfig
     from memjax.data.tokenizer import Tokenizer
     from memjax.loading import load
     from memjax.memory.layer import Lookup, MemoryLayer
@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from memjax.ops.row_gradient import RowGradient
     from memjax.ops.row_update.api import row_update
     from memjax.ops.row_update.rules import RowRule, row_step
+    from memjax.text_generation import Continuation, continue_texts, stream_text
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Continuation",
     "Decoder",
     "Lookup",
     "MemoryConfig",
@@ -33,10 +35,12 @@ __all__ = [
     "RowGradient",
     "RowRule",
     "RunConfig",
+    "SamplingConfig",
     "TableRows",
     "Tokenizer",
     "ValueTable",
     "__version__",
+    "continue_texts",
     "embedding_bag",
     "embedding_dot",
     "load",
@@ -44,10 +48,12 @@ __all__ = [
     "row_sparse_value_and_grad",
     "row_step",
     "row_update",
+    "stream_text",
     "zero_tap",
 ]
 
 _MODULES = {
+    "Continuation": "text_generation",
     "Decoder": "models.decoder",
     "Lookup": "memory.layer",
     "MemoryConfig": "config",
@@ -56,9 +62,11 @@ _MODULES = {
     "RowGradient": "ops.row_gradient",
     "RowRule": "ops.row_update.rules",
     "RunConfig": "config",
+    "SamplingConfig": "config",
     "TableRows": "memory.table",
     "Tokenizer": "data.tokenizer",
     "ValueTable": "memory.table",
+    "continue_texts": "text_generation",
     "embedding_bag": "ops.embedding_bag.api",
     "embedding_dot": "ops.embedding_dot.api",
     "load": "loading",
@@ -66,6 +74,7 @@ _MODULES = {
     "row_sparse_value_and_grad": "memory.sparse_gradient",
     "row_step": "ops.row_update.rules",
     "row_update": "ops.row_update.api",
+    "stream_text": "text_generation",
     "zero_tap": "memory.parallel",
 }
 

@@ -49,6 +49,8 @@ class MemoryConfig:
     """Width of a table row; null means model.dim."""
     gate: Literal["none", "silu"] = "silu"
     """silu: Memory+, out = W2 (y * silu(W1 x)); none: the plain memory layer."""
+    output_gate: bool = False
+    """Scale each token's output by a learned number between 0 and 1 (the paper's '+gated')."""
     qk_norm: bool = True
     """Scale both halves of queries and keys to unit length before they are compared."""
     score_scale: float = 4.0
@@ -112,6 +114,30 @@ class MemoryConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScalingConfig:
+    """Rotary frequencies slowed down for texts longer than those of a first training, as in Llama 3.1."""
+
+    factor: float = 8.0
+    """What slow frequencies are divided by: how much longer texts may get."""
+    low_freq_factor: float = 1.0
+    """Frequencies of fewer turns than this within original_length are slow."""
+    high_freq_factor: float = 4.0
+    """Frequencies of more turns than this within original_length stay as they are; those between are blended."""
+    original_length: int = 8192
+    """Tokens in the longest texts of the first training."""
+
+    def __post_init__(self) -> None:
+        _refuse(
+            _positive(factor=self.factor, low_freq_factor=self.low_freq_factor, original_length=self.original_length)
+            + [
+                f"high_freq_factor={self.high_freq_factor} must be above low_freq_factor={self.low_freq_factor}"
+                if self.high_freq_factor <= self.low_freq_factor
+                else None
+            ]
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """The decoder: Llama's shape, with memory layers in place of some feed-forward layers."""
 
@@ -129,6 +155,10 @@ class ModelConfig:
     """Rows of the embedding; a tokenizer with more tokens is refused, a trained one stays within it."""
     rope_theta: float = 10000.0
     """Base of the rotary position frequencies."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Slower rotary frequencies for longer texts; null keeps them all."""
+    sliding_window: int | None = None
+    """Tokens that a token sees, itself and those before it; null for all of its document."""
     norm_eps: float = 1e-5
     """Added to the mean square in every RMSNorm."""
     tie_embeddings: bool = False
@@ -153,6 +183,7 @@ class ModelConfig:
                 ffn_dim=self.ffn_dim,
                 vocab_size=self.vocab_size,
                 rope_theta=self.rope_theta,
+                sliding_window=self.sliding_window,
                 norm_eps=self.norm_eps,
                 embedding_init_std=self.embedding_init_std,
             )
@@ -190,13 +221,37 @@ class ModelConfig:
 class TokenizerConfig:
     """How text becomes token ids."""
 
-    kind: Literal["byte", "bpe"] = "bpe"
-    """byte: the 256 bytes and the special tokens; bpe: byte-level BPE trained on the run's own corpus."""
+    kind: Literal["byte", "bpe", "hf", "sentencepiece", "tiktoken"] = "bpe"
+    """byte: the 256 bytes and the special tokens; bpe: byte-level BPE trained on the run's own corpus; the others are
+    read from a file: hf a tokenizer.json with a byte-level BPE, sentencepiece a .model, tiktoken a file of ranks."""
+    path: str | None = None
+    """The file (hf, sentencepiece and tiktoken); the run keeps a copy."""
     train_bytes: int = 10_000_000
     """Text of the corpus, in bytes, that a BPE is trained on (spread evenly over it)."""
+    bos: str | None = None
+    """The file's special token that begins a text; null: the one of a known name, or the one that ends texts."""
+    eos: str | None = None
+    """The file's special token that ends a text; null: the one of a known name."""
+    pattern: Literal["gpt2", "cl100k", "o200k"] = "gpt2"
+    """How text is cut before ranks are applied, which their file does not say; Llama 3 has cl100k's (tiktoken)."""
+    special_tokens: tuple[str, ...] = ("<|endoftext|>",)
+    """Special tokens, which get the ids after the last rank in this order (tiktoken)."""
 
     def __post_init__(self) -> None:
-        _refuse(_positive(train_bytes=self.train_bytes))
+        from_file = self.kind not in ("byte", "bpe")
+        _refuse(
+            _positive(train_bytes=self.train_bytes)
+            + [
+                f"{name}={value} is for a tokenizer from a file; set kind to hf, sentencepiece or tiktoken"
+                for name, value in (("path", self.path), ("bos", self.bos), ("eos", self.eos))
+                if value is not None and not from_file
+            ]
+            + [
+                f"special_tokens={list(self.special_tokens)} must name each token once, and none may be empty"
+                if len(set(self.special_tokens)) < len(self.special_tokens) or "" in self.special_tokens
+                else None
+            ]
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -490,6 +545,31 @@ class LogConfig:
         _refuse(_positive(progress_seconds=self.progress_seconds, usage_every=self.usage_every))
 
 
+# Without slots, so that the settings of a command can inherit from it and from another class.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next token of a text is picked."""
+
+    temperature: float = 0.0
+    """0 always takes the likeliest token; 1 draws from the model's own probabilities."""
+    top_k: int | None = None
+    """Draw from this many of the likeliest tokens; null for all."""
+    top_p: float = 1.0
+    """Draw from the fewest likeliest tokens that have this probability together, after top_k."""
+    repetition_penalty: float = 1.0
+    """Divides the positive scores of tokens that the text holds already, multiplies the negative ones
+    (arXiv:1909.05858)."""
+    seed: int = 0
+    """Of the draws; the same seed writes the same text."""
+
+    def __post_init__(self) -> None:
+        _refuse(
+            _not_negative(temperature=self.temperature)
+            + _positive(top_k=self.top_k, repetition_penalty=self.repetition_penalty)
+            + [f"top_p={self.top_p} must be above 0 and at most 1" if not 0 < self.top_p <= 1 else None]
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RunFolderConfig:
     """Where the run lives and what makes it repeatable."""
@@ -527,8 +607,8 @@ class RunConfig:
             if self.mesh.data and self.data.batch_size % (self.train.accumulate * self.mesh.data * self.mesh.memory)
             else None,
             f"model.vocab_size={self.model.vocab_size} must be at least 259: "
-            "both tokenizers keep the 256 bytes and 3 special tokens"
-            if self.model.vocab_size < 259
+            f"data.tokenizer.kind={self.data.tokenizer.kind} keeps the 256 bytes and 3 special tokens"
+            if self.model.vocab_size < 259 and self.data.tokenizer.kind in ("byte", "bpe")
             else None,
         ]
         if self.model.memory:

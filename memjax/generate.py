@@ -1,39 +1,63 @@
-"""`python -m memjax.generate RUN --prompt "..."`: text from a trained model, printed as it is made."""
+"""`python -m memjax.generate RUN --prompt "..."`: text from a trained model, for one prompt, many or a person."""
 
+import contextlib
 import dataclasses
+import json
+import pathlib
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from memjax import command_line
+from memjax.config import SamplingConfig
 from memjax.evaluation.command import CheckpointSettings, exit_code, loaded
 
+if TYPE_CHECKING:
+    from memjax.loading import LoadedModel
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateConfig(CheckpointSettings):
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig(CheckpointSettings, SamplingConfig):
     """What to write, and how."""
 
-    prompt: str
-    """The text to go on from. A model of biographies answers a question such as "What is the major of ...? Answer:"."""
+    prompt: str | None = None
+    """The text to go on from. A model of biographies answers a question such as "What is the major of ...? Answer:".
+    Without it and without a file, prompts are asked for at the terminal."""
+    prompts: str | None = None
+    """A file of prompts: one a line, or (.jsonl) one object a line with the field prompt. Prints one JSON object for
+    each, with its text, why it ended, and the other fields of its line."""
+    output: str | None = None
+    """The file for these objects, in place of the terminal."""
+    batch_size: int = 8
+    """Prompts of the file that are worked on at once; it changes no text."""
     max_tokens: int = 64
     """The most tokens to write; the model may end the text before."""
-    temperature: float = 0.0
-    """0 always takes the likeliest token; 1 draws from the model's own probabilities."""
-    seed: int = 0
-    """Of the draws; the same seed writes the same text."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text, such as '["\\n", "Question:"]'; special tokens may be named too."""
+    special_tokens: bool = False
+    """Whether the names of special tokens in a prompt, as chat templates have them, mean these or are mere text."""
 
     def __post_init__(self) -> None:
-        CheckpointSettings.__post_init__(self)
-        problems = [
-            f"{name}={value} must not be negative"
-            for name, value in (("max_tokens", self.max_tokens), ("temperature", self.temperature))
-            if value < 0
-        ]
+        problems = []
+        for check in (CheckpointSettings.__post_init__, SamplingConfig.__post_init__):
+            try:
+                check(self)
+            except ValueError as error:
+                problems.append(str(error))
+        if self.max_tokens < 0:
+            problems.append(f"max_tokens={self.max_tokens} must not be negative")
+        if self.batch_size < 1:
+            problems.append(f"batch_size={self.batch_size} must be positive")
+        if self.prompt is not None and self.prompts is not None:
+            problems.append(f"prompts={self.prompts} cannot be written on together with a prompt; give one of the two")
+        if self.output is not None and self.prompts is None:
+            problems.append(f"output={self.output} is for a file of prompts; set prompts too")
         if problems:
             raise ValueError("\n".join(problems))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints what follows the prompt; returns the exit code."""
+    """Prints what follows the prompt or the prompts; returns the exit code."""
     parsed = command_line.parse(
         GenerateConfig,
         sys.argv[1:] if argv is None else argv,
@@ -45,22 +69,103 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _generate(run: str, settings: GenerateConfig) -> None:
-    from memjax.data.tokenizer import StreamingDecoder
-    from memjax.models.generate import generate
+    # A file that cannot be read is refused before the model is.
+    records = None if settings.prompts is None else read_prompts(settings.prompts)
+    if records is None and settings.prompt is None and not sys.stdin.isatty():
+        raise command_line.ConfigError(["prompt=null: give --prompt or --prompts, or ask at a terminal"])
+    with loaded(run, settings) as found:
+        if records is not None:
+            _write_file(found, settings, records)
+        elif settings.prompt is not None:
+            _write(found, settings, settings.prompt, number=0)
+        else:
+            _converse(found, settings)
 
-    with loaded(run, settings) as (model, tokenizer):
-        decoder = StreamingDecoder(tokenizer)
-        tokens = generate(
-            model,
-            [tokenizer.bos_id, *tokenizer.encode(settings.prompt)],
-            max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-            seed=settings.seed,
-            stop_ids=(tokenizer.eos_id,),
-        )
-        for token in tokens:
-            print(decoder.push(token), end="", flush=True)
-        print(decoder.finish(), flush=True)
+
+def read_prompts(path: str) -> list[dict[str, Any]]:
+    """The lines of a file of prompts as objects with the field `prompt`; empty lines are left out.
+
+    Raises:
+        DataError: the file cannot be read, or a line of a .jsonl file is no object with a text in `prompt`.
+    """
+    from memjax.data.records import DataError
+
+    try:
+        lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); set --prompts to a file of UTF-8 text") from error
+    numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1) if line.strip()]
+    if pathlib.Path(path).suffix != ".jsonl":
+        return [{"prompt": line} for _, line in numbered]
+    records = []
+    for number, line in numbered:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: not JSON ({error}); write one object a line") from error
+        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+            raise DataError(f"{path}:{number}: not an object with a text in the field 'prompt'")
+        records.append(record)
+    return records
+
+
+def _write_file(found: "LoadedModel", settings: GenerateConfig, records: list[dict[str, Any]]) -> None:
+    from memjax.text_generation import continue_texts
+
+    texts = continue_texts(
+        found.model,
+        found.tokenizer,
+        [record["prompt"] for record in records],
+        max_tokens=settings.max_tokens,
+        sampling=settings,
+        stop=settings.stop,
+        special_tokens=settings.special_tokens,
+        batch_size=settings.batch_size,
+    )
+    with contextlib.ExitStack() as stack:
+        file = settings.output and stack.enter_context(open(settings.output, "w", encoding="utf-8"))
+        for record, continuation in zip(records, texts, strict=True):
+            line = json.dumps(record | dataclasses.asdict(continuation), ensure_ascii=False)
+            print(line, file=file or None, flush=True)
+
+
+def _write(found: "LoadedModel", settings: GenerateConfig, prompt: str, *, number: int) -> None:
+    from memjax.text_generation import stream_text
+
+    for piece in stream_text(
+        found.model,
+        found.tokenizer,
+        prompt,
+        max_tokens=settings.max_tokens,
+        sampling=settings,
+        stop=settings.stop,
+        special_tokens=settings.special_tokens,
+        number=number,
+    ):
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def _converse(found: "LoadedModel", settings: GenerateConfig) -> None:
+    """Asks for prompts, each written on by itself, until the input ends; Ctrl-C ends a text."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  gives `input` a history and keys to edit a line with
+
+    print("Write a prompt; the model goes on from it. Ctrl-D ends.", flush=True)
+    number = 0
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            print()
+            return
+        if not prompt:
+            continue
+        try:
+            _write(found, settings, prompt, number=number)
+        except KeyboardInterrupt:
+            print()
+        number += 1
 
 
 if __name__ == "__main__":

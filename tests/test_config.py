@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 
 from memjax.command_line import differences, load, to_yaml
-from memjax.config import MemoryConfig, ModelConfig, RunConfig
+from memjax.config import MemoryConfig, ModelConfig, RopeScalingConfig, RunConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -31,12 +31,16 @@ PRESETS = {
     "1.3b_memory_plus_4m": 9823.2,
     "1.3b_memory_plus_16m": 35618.1,
     "1.3b_memory_plus_64m": 138747.7,
+    # Llama 3 8B has 8.03 billion parameters.
+    "8b_dense": 8030.3,
+    "8b_memory_plus_16m": 76523.3,
 }
 
 
 def parameters(model: ModelConfig) -> int:
     """Every parameter of an untied model, counted by hand."""
-    attention, norms = 4 * model.dim**2, 2 * model.dim
+    key_and_value = 2 * model.dim * model.kv_heads * (model.dim // model.num_heads)
+    attention, norms = 2 * model.dim**2 + key_and_value, 2 * model.dim
     total = 2 * model.vocab_size * model.dim + model.dim + model.num_layers * (attention + norms)
     for layer in range(model.num_layers):
         memory = model.memory
@@ -79,6 +83,15 @@ def test_layers_outside_the_model_are_refused():
         ModelConfig(num_layers=3, memory=MemoryConfig(layers=(7,)))
 
 
+def test_stretched_frequencies_and_windows_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match=r"high_freq_factor=1\.0 must be above low_freq_factor=1\.0"):
+        RopeScalingConfig(high_freq_factor=1.0)
+    with pytest.raises(ValueError, match=r"factor=0\.0 must be positive\noriginal_length=-1 must be positive"):
+        RopeScalingConfig(factor=0.0, original_length=-1)
+    with pytest.raises(ValueError, match="sliding_window=0 must be positive"):
+        ModelConfig(sliding_window=0)
+
+
 def test_derived_sizes():
     memory = MemoryConfig(layers=(0, 2), num_keys=100, num_heads=4, top_k=32)
     assert (memory.num_slots, memory.picks) == (10_000, 128)
@@ -98,6 +111,8 @@ def value_of(annotation) -> st.SearchStrategy:
         return st.none() | value_of(next(kind for kind in arguments if kind is not type(None)))
     if typing.get_origin(annotation) is typing.Literal:
         return st.sampled_from(arguments)
+    if annotation == tuple[str, ...]:
+        return st.lists(st.text() | st.sampled_from(["a, b", "null", "- a"]), unique=True).map(tuple)
     if typing.get_origin(annotation) is tuple:
         return st.lists(st.integers(0, 2), unique=True, min_size=1).map(sorted).map(tuple)
     if dataclasses.is_dataclass(annotation):

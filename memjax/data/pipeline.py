@@ -17,7 +17,7 @@ from memjax.data import packing
 from memjax.data.packing import Batch
 from memjax.data.records import DataError, Source
 from memjax.data.sources import open_sources
-from memjax.data.tokenizer import ByteTokenizer, Tokenizer, train_bpe
+from memjax.data.tokenizer import Tokenizer, open_tokenizer, train_bpe
 
 __all__ = ["Batch", "TrainingData", "train_tokenizer", "validation_batches"]
 
@@ -27,7 +27,7 @@ _BIOGRAPHY_PASSES = 5
 
 
 def train_tokenizer(config: DataConfig, vocab_size: int) -> Tokenizer:
-    """The tokenizer that the config asks for, a BPE trained on texts spread evenly over the training records.
+    """The tokenizer that the config asks for; a BPE is trained on texts spread evenly over the training records.
 
     Args:
         config: the data, and how much of it to train on.
@@ -35,10 +35,10 @@ def train_tokenizer(config: DataConfig, vocab_size: int) -> Tokenizer:
 
     Raises:
         ValueError: vocab_size is below 259.
-        DataError: the training data cannot be used.
+        DataError: the training data or the tokenizer's file cannot be used.
     """
-    if config.tokenizer.kind == "byte":
-        return ByteTokenizer()
+    if config.tokenizer.kind != "bpe":
+        return open_tokenizer(config.tokenizer)
     source, _ = open_sources(config)
     passes = _BIOGRAPHY_PASSES if config.source == "biographies" else 1
     return train_bpe(_sample(source, passes, config.tokenizer.train_bytes), vocab_size)

@@ -1,11 +1,13 @@
-"""Text to token ids and back, exactly: bytes, or byte-level BPE trained on the run's own corpus."""
+"""Text to token ids and back: the base of all tokenizers, bytes, and byte-level BPE of the run's own corpus."""
 
 import codecs
+import functools
 import hashlib
 import json
 import pathlib
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import tokenizers
@@ -13,30 +15,43 @@ import tokenizers.models
 import tokenizers.pre_tokenizers
 import tokenizers.trainers
 
+from memjax.config import TokenizerConfig
 from memjax.data.records import DataError
 
 FILE_NAME = "tokenizer.json"
-_SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
+_SPECIAL_TOKENS = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
 _MIN_VOCAB_SIZE = len(_SPECIAL_TOKENS) + 256
 
 
 class Tokenizer(ABC):
-    """Ids 0, 1 and 2 are padding, begin and end of a record; no text encodes to them."""
+    """Encodes texts; special tokens have ids and names, but no text encodes to them unless that is asked for."""
 
     kind: ClassVar[str]
-    pad_id: ClassVar[int] = 0
-    bos_id: ClassVar[int] = 1
-    eos_id: ClassVar[int] = 2
+    adds_leading_space: bool = False
+    """Whether a text's first token carries a space that is no part of the text."""
 
-    def __init__(self, token_bytes: Sequence[bytes]):
+    def __init__(
+        self,
+        token_bytes: Sequence[bytes],
+        special_tokens: Mapping[str, int] = _SPECIAL_TOKENS,
+        *,
+        bos_id: int = _SPECIAL_TOKENS["<bos>"],
+        eos_id: int = _SPECIAL_TOKENS["<eos>"],
+    ):
+        """Takes the bytes that each id stands for (none for special tokens), and the special tokens by their names."""
         self._token_bytes = tuple(token_bytes)
+        self.special_tokens = dict(special_tokens)
+        self.bos_id = bos_id
+        self.eos_id = eos_id
+        # Padding is masked everywhere, so any token will do.
+        self.pad_id = self.special_tokens.get("<pad>", eos_id)
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, the special ones included."""
         return len(self._token_bytes)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """16 hex digits that differ between tokenizers that encode differently."""
         return hashlib.sha256(json.dumps(self.to_state(), sort_keys=True).encode()).hexdigest()[:16]
@@ -58,12 +73,30 @@ class Tokenizer(ABC):
         """All of the tokenizer as JSON values, for checkpoints."""
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes a token stands for; empty for the special ones and for ids past the vocabulary."""
+        """The bytes a token stands for; none for the special ones and for ids past the vocabulary."""
         return self._token_bytes[token] if 0 <= token < self.vocab_size else b""
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids; special tokens are left out and bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+    def encode_with_special(self, text: str) -> list[int]:
+        """The ids of a text in which the names of special tokens, such as a chat template's, mean these tokens."""
+        if not self.special_tokens:
+            return self.encode(text)
+        # Of names that begin alike the longest counts.
+        names = sorted(self.special_tokens, key=len, reverse=True)
+        pieces = re.split(f"({'|'.join(map(re.escape, names))})", text)
+        ids: list[int] = []
+        for piece in filter(None, pieces):
+            ids += [self.special_tokens[piece]] if piece in self.special_tokens else self.encode(piece)
+        return ids
+
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """The text of the ids; bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+            ids: token ids; those past the vocabulary have no text.
+            special: write special tokens by their names, in place of leaving them out.
+        """
+        decoder = StreamingDecoder(self, special=special)
+        return "".join([decoder.push(token) for token in ids]) + decoder.finish()
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes tokenizer.json into the folder, which is made if need be."""
@@ -97,13 +130,33 @@ class Tokenizer(ABC):
 
         Raises:
             ValueError: the state is of no known kind.
+        DataError: the package that the kind needs is missing.
         """
         kind = state.get("kind")
         if kind == ByteTokenizer.kind:
             return ByteTokenizer()
         if kind == BpeTokenizer.kind and "bpe" in state:
             return BpeTokenizer(state["bpe"])
-        raise ValueError(f"tokenizer kind={kind!r} is unknown; known: {ByteTokenizer.kind}, {BpeTokenizer.kind}")
+        # Imported when they are wanted: two of them need packages that may be missing.
+        try:
+            if kind == "hf":
+                from memjax.data.hf_tokenizer import HfTokenizer
+
+                return HfTokenizer(state["json"], bos=state["bos"], eos=state["eos"])
+            if kind == "sentencepiece":
+                from memjax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+
+                return SentencePieceTokenizer(state["model"], bos=state["bos"], eos=state["eos"])
+            if kind == "tiktoken":
+                from memjax.data.tiktoken_tokenizer import TiktokenTokenizer
+
+                ranks, names = state["ranks"], state["special_tokens"]
+                return TiktokenTokenizer(
+                    ranks, pattern=state["pattern"], special_tokens=names, bos=state["bos"], eos=state["eos"]
+                )
+        except KeyError as error:
+            raise ValueError(f"the state of a tokenizer of kind={kind!r} lacks {error}") from error
+        raise ValueError(f"tokenizer kind={kind!r} is unknown; known: byte, bpe, hf, sentencepiece, tiktoken")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer.from_state, (self.to_state(),)
@@ -143,7 +196,7 @@ class BpeTokenizer(Tokenizer):
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"the BPE's description cannot be read ({error})") from error
         vocab = self._tokenizer.get_vocab()
-        byte_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
+        byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
         token_bytes = [b""] * len(vocab)
         for token, index in vocab.items():
             if index >= len(_SPECIAL_TOKENS):
@@ -152,11 +205,11 @@ class BpeTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special tokens."""
-        return self._tokenizer.encode(_whole_unicode(text)).ids
+        return self._tokenizer.encode(whole_unicode(text)).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, spread over the cores."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast([_whole_unicode(t) for t in texts])]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast([whole_unicode(t) for t in texts])]
 
     def to_state(self) -> dict[str, Any]:
         """Vocabulary and merges, as the tokenizers library describes them."""
@@ -190,25 +243,97 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return BpeTokenizer(bpe)
 
 
+def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer of a config whose kind needs no training.
+
+    Raises:
+        DataError: its file is not named, missing or no tokenizer, or its package is missing.
+    """
+    if config.kind == "byte":
+        return ByteTokenizer()
+    if config.path is None:
+        raise DataError(f"data.tokenizer.path is not set; data.tokenizer.kind={config.kind} needs its file")
+    path = pathlib.Path(config.path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error}); set data.tokenizer.path to a file") from error
+    try:
+        if config.kind == "hf":
+            from memjax.data.hf_tokenizer import HfTokenizer
+
+            return HfTokenizer(json.loads(content), bos=config.bos, eos=config.eos)
+        if config.kind == "sentencepiece":
+            from memjax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+
+            return SentencePieceTokenizer.of_file(content, bos=config.bos, eos=config.eos)
+        from memjax.data.tiktoken_tokenizer import TiktokenTokenizer
+
+        return TiktokenTokenizer.of_file(
+            content, pattern=config.pattern, special_tokens=config.special_tokens, bos=config.bos, eos=config.eos
+        )
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def begin_and_end(special_tokens: Mapping[str, int], bos: str | None, eos: str | None) -> tuple[int, int]:
+    """The ids of the begin and the end token: the named ones, or those of names that are in common use.
+
+    A tokenizer without a begin token of its own, like GPT-2's, begins texts with the end token.
+
+    Raises:
+        ValueError: there is no such special token, or none that is known to end texts.
+    """
+    for field, name in (("bos", bos), ("eos", eos)):
+        if name is not None and name not in special_tokens:
+            raise ValueError(f"data.tokenizer.{field}={name} is none of its special tokens: {_some(special_tokens)}")
+    known = lambda names: next((name for name in names if name in special_tokens), None)
+    end = eos or known(("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>"))
+    if end is None:
+        raise ValueError(
+            f"none of its special tokens is known to end texts; set data.tokenizer.eos to one of: "
+            f"{_some(special_tokens)}"
+        )
+    begin = bos or known(("<|begin_of_text|>", "<|startoftext|>", "<s>", "<bos>")) or end
+    return special_tokens[begin], special_tokens[end]
+
+
+def _some(special_tokens: Mapping[str, int]) -> str:
+    names = list(special_tokens)
+    return (", ".join(names[:8]) + (", ..." if len(names) > 8 else "")) or "it has none"
+
+
 class StreamingDecoder:
     """Text of ids that arrive one at a time; a character appears once all its bytes are there."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, *, after: Sequence[int] = (), special: bool = False):
+        """Decodes what follows the ids `after`; special tokens are left out, or written by their names."""
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._names = {token: name for name, token in tokenizer.special_tokens.items()}
+        self._shows_special = special
+        # A text begins after a special token too: what is encoded there got a space of its own.
+        self._at_start = not after or after[-1] in self._names
 
     def push(self, token: int) -> str:
         """The text that this id completes; often a word, sometimes nothing."""
-        return self._utf8.decode(self._tokenizer.token_bytes(token))
+        if token in self._names:
+            self._at_start = True
+            return self.finish() + self._names[token] if self._shows_special else ""
+        piece = self._tokenizer.token_bytes(token)
+        if piece and self._at_start and self._tokenizer.adds_leading_space:
+            piece = piece.removeprefix(b" ")
+        self._at_start = self._at_start and not self._tokenizer.token_bytes(token)
+        return self._utf8.decode(piece)
 
     def finish(self) -> str:
-        """What is still held back, unfinished characters as U+FFFD; the decoder is then as new."""
+        """What is still held back, unfinished characters as U+FFFD."""
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return text
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """For each byte the letter that stands for it in byte-level BPE vocabularies.
 
     Visible Latin-1 characters stand for themselves, the other bytes for the letters from U+0100 on, in order.
@@ -222,7 +347,7 @@ def _byte_letters() -> list[str]:
     return letters
 
 
-def _whole_unicode(text: str) -> str:
+def whole_unicode(text: str) -> str:
     """The text itself; the library would raise a TypeError that does not name the cause."""
     if not text.isascii():
         text.encode()

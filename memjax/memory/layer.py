@@ -26,6 +26,7 @@ class MemoryLayer(nnx.Module):
     """The layer of "Memory Layers at Scale" (arXiv:2412.09764): y = sum of softmax weight * value of the best slots.
 
     Memory+ (gate='silu') returns W2 (y * silu(W1 x)); gate='none' returns y, through W2 where value_dim is not dim.
+    With output_gate the result is scaled by sigmoid(w x), one number a token.
     The table is owned by the model and passed in, so that several layers can share it:
 
         table = ValueTable(num_slots=64**2, value_dim=256, rngs=rngs)
@@ -45,6 +46,7 @@ class MemoryLayer(nnx.Module):
         key_dim: int = 512,
         value_dim: int | None = None,
         gate: Literal["none", "silu"] = "silu",
+        output_gate: bool = False,
         qk_norm: bool = False,
         score_scale: float = 1.0,
         dtype: DTypeLike | None = None,
@@ -62,6 +64,7 @@ class MemoryLayer(nnx.Module):
             key_dim: width of queries and keys, both halves together; even.
             value_dim: width of the table's rows.
             gate: 'silu' for Memory+.
+            output_gate: let each token turn its output down.
             qk_norm: scale the halves of queries and keys to unit length.
             score_scale: factor on the scores before the softmax.
             dtype: type of activations; None promotes inputs and parameters.
@@ -90,13 +93,14 @@ class MemoryLayer(nnx.Module):
             rngs=rngs,
         )
 
-        def linear(inputs: int, outputs: int) -> nnx.Linear:
-            init = nnx.initializers.normal(outputs**-0.5)
+        def linear(inputs: int, outputs: int, *, init_dim: int | None = None) -> nnx.Linear:
+            init = nnx.initializers.normal((init_dim or outputs) ** -0.5)
             return nnx.Linear(inputs, outputs, dtype=dtype, param_dtype=param_dtype, kernel_init=init, rngs=rngs)
 
         gated = gate == "silu"
         self.gate_proj = linear(dim, self.value_dim) if gated else None
         self.value_proj = linear(self.value_dim, dim) if gated or self.value_dim != dim else None
+        self.output_gate = linear(dim, 1, init_dim=dim) if output_gate else None
 
     def __call__(self, x: Float[Array, "*b dim"], table: ValueTable) -> Float[Array, "*b dim"]:
         """The layer's output.
@@ -130,4 +134,5 @@ class MemoryLayer(nnx.Module):
         y = parallel.split_like(bag, x).reshape(*x.shape[:-1], self.value_dim)
         if self.gate_proj is not None:
             y = y.astype(x.dtype) * nnx.silu(self.gate_proj(x))
-        return y.astype(x.dtype) if self.value_proj is None else self.value_proj(y)
+        out = y.astype(x.dtype) if self.value_proj is None else self.value_proj(y)
+        return out if self.output_gate is None else out * nnx.sigmoid(self.output_gate(x))

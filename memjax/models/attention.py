@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped queries, rotary positions, document masks and a cache."""
+"""Causal self-attention with grouped queries, rotary positions, document masks, a sliding window and a cache."""
 
 from typing import NamedTuple
 
@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from memjax.config import RopeScalingConfig
 from memjax.models.feed_forward import linear
 from memjax.models.rotary import rotate
 
@@ -20,7 +21,7 @@ class KeyValues(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Causal attention; with segments, each token sees only its own document."""
+    """Causal attention; with segments, each token sees only its own document, with a window only its neighbours."""
 
     def __init__(
         self,
@@ -29,12 +30,14 @@ class Attention(nnx.Module):
         num_heads: int,
         num_kv_heads: int,
         rope_theta: float,
+        rope_scaling: RopeScalingConfig | None = None,
+        sliding_window: int | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
-        self.rope_theta = rope_theta
+        self.rope_theta, self.rope_scaling, self.sliding_window = rope_theta, rope_scaling, sliding_window
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.query = linear(dim, num_heads * self.head_dim, **kwargs)
         self.key = linear(dim, num_kv_heads * self.head_dim, **kwargs)
@@ -47,25 +50,33 @@ class Attention(nnx.Module):
         """Attention over the tokens of x."""
         query, fresh = self._project(x, positions)
         mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
+        if self.sliding_window is not None:
+            # By places in the row: within a document they differ as positions do.
+            place = jnp.arange(x.shape[1])
+            near = self._is_near(place[None, None, :, None], place[None, None, None, :])
+            mask = near if mask is None else mask & near
         return self._attend(query, fresh, mask=mask, is_causal=True)
 
     def with_cache(
-        self, x: Float[Array, "b s dim"], positions: Int[Array, "b s"], cache: KeyValues, length: Int[Array, ""]
+        self, x: Float[Array, "b s dim"], positions: Int[Array, "b s"], cache: KeyValues
     ) -> tuple[Float[Array, "b s dim"], KeyValues]:
-        """Attention of new tokens over `length` cached tokens and themselves, and the cache with them written in.
+        """Attention of new tokens over cached tokens and themselves, and the cache with them written in.
 
-        What the cache holds behind its length is not seen; `positions` are those of the new tokens.
+        `positions` say where the new tokens stand, in their text and in the cache; each row has its own. A token sees
+        what the cache holds up to its own place: what lies behind may be anything.
         """
         query, fresh = self._project(x, positions)
+        row = jnp.arange(x.shape[0])[:, None]
         cache = KeyValues(
             *(
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), length, axis=1)
+                old.at[row, positions].set(new.astype(old.dtype), unique_indices=True)
                 for old, new in zip(cache, fresh, strict=True)
             )
         )
-        place = jnp.arange(cache.keys.shape[1])
-        newest = length + jnp.arange(x.shape[1])
-        mask = (place[None, :] <= newest[:, None])[None, None]
+        place = jnp.arange(cache.keys.shape[1])[None, None, None, :]
+        mask = place <= positions[:, None, :, None]
+        if self.sliding_window is not None:
+            mask &= self._is_near(positions[:, None, :, None], place)
         return self._attend(query, cache, mask=mask, is_causal=False), cache
 
     def _project(self, x: Array, positions: Array) -> tuple[Array, KeyValues]:
@@ -77,8 +88,12 @@ class Attention(nnx.Module):
                 (self.value, self.num_kv_heads),
             )
         )
-        key = rotate(key, positions, self.rope_theta)
-        return rotate(query, positions, self.rope_theta), KeyValues(key, value)
+        query, key = (rotate(part, positions, self.rope_theta, self.rope_scaling) for part in (query, key))
+        return query, KeyValues(key, value)
+
+    def _is_near(self, query_place: Array, key_place: Array) -> Array:
+        assert self.sliding_window is not None
+        return query_place - key_place < self.sliding_window
 
     def _attend(self, query: Array, seen: KeyValues, *, mask: Bool[Array, "#b 1 q k"] | None, is_causal: bool) -> Array:
         keys, values = (array.astype(query.dtype) for array in seen)

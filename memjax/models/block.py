@@ -32,6 +32,8 @@ class Block(nnx.Module):
             num_heads=config.num_heads,
             num_kv_heads=config.kv_heads,
             rope_theta=config.rope_theta,
+            rope_scaling=config.rope_scaling,
+            sliding_window=config.sliding_window,
             **kwargs,
         )
         self.mixer_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
@@ -55,11 +57,10 @@ class Block(nnx.Module):
         x: Float[Array, "b s dim"],
         positions: Int[Array, "b s"],
         cache: KeyValues,
-        length: Int[Array, ""],
         table: ValueTable | None = None,
     ) -> tuple[Float[Array, "b s dim"], KeyValues]:
         """The output for new tokens, and the cache with them."""
-        attended, cache = self.attention.with_cache(self.attention_norm(x), positions, cache, length)
+        attended, cache = self.attention.with_cache(self.attention_norm(x), positions, cache)
         return self._mix(x + attended, table, None)[0], cache
 
     def _mix(self, x: Array, table: ValueTable | None, tap: Array | None) -> tuple[Array, Lookup | None]:
@@ -81,6 +82,7 @@ def _memory_layer(dim: int, config: MemoryConfig, **kwargs) -> MemoryLayer:
         key_dim=config.key_dim,
         value_dim=config.value_dim,
         gate=config.gate,
+        output_gate=config.output_gate,
         qk_norm=config.qk_norm,
         score_scale=config.score_scale,
         **kwargs,

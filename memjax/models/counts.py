@@ -40,14 +40,17 @@ def training_flops_per_token(parts: DecoderParts, sequence_length: int) -> int:
     """Floating-point operations of a training step, forward and backward, by token.
 
     6 for every parameter of a matrix product (the input embedding is none, unless it is the output matrix too);
-    attention with half of the sequence seen on average; scores of all sub-keys; the sum over the picks and its two
-    gradients.
+    attention with the tokens that are seen on average, half of the sequence, or fewer with a sliding window; scores of
+    all sub-keys; the sum over the picks and its two gradients.
     """
     config, memory = parts.config, parts.config.memory
     matrices = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parts.abstract_params) if len(leaf.shape) == 2)
     if not config.tie_embeddings:
         matrices -= config.vocab_size * config.dim
-    flops = 6 * matrices + 6 * config.num_layers * sequence_length * config.dim
+    # The first tokens of a row see fewer than the window holds.
+    window = min(config.sliding_window or sequence_length, sequence_length)
+    seen_twice = 2 * window - window**2 // sequence_length
+    flops = 6 * matrices + 6 * config.num_layers * seen_twice * config.dim
     if memory:
         search = memory.num_heads * memory.num_keys * memory.key_dim
         read = memory.picks * config.value_dim

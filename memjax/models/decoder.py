@@ -21,10 +21,10 @@ Remat = Literal["none", "dots", "block"]
 
 
 class Cache(NamedTuple):
-    """Keys and values of every block, and how many tokens they hold."""
+    """Keys and values of every block, and how many tokens of each row they hold."""
 
     blocks: tuple[KeyValues, ...]
-    length: Int[Array, ""]
+    lengths: Int[Array, " b"]
 
 
 class Decoder(nnx.Module):
@@ -100,16 +100,21 @@ class Decoder(nnx.Module):
         config = self.config
         shape = (batch, max_length, config.kv_heads, config.head_dim)
         zeros = [[jnp.zeros(shape, resolve_dtype(config.dtype)) for _ in range(2)] for _ in range(config.num_layers)]
-        return Cache(tuple(KeyValues(*pair) for pair in zeros), jnp.zeros((), jnp.int32))
+        return Cache(tuple(KeyValues(*pair) for pair in zeros), jnp.zeros(batch, jnp.int32))
 
     def with_cache(self, tokens: Int[Array, "b s"], cache: Cache) -> tuple[Float[Array, "b s vocab"], Cache]:
-        """Logits at new tokens that follow the cached ones, and the cache with them."""
-        positions = default_positions(tokens) + cache.length
+        """Logits at new tokens that follow each row's cached ones, and the cache with them."""
+        hidden, cache = self.hidden_with_cache(tokens, cache)
+        return self.logits(hidden), cache
+
+    def hidden_with_cache(self, tokens: Int[Array, "b s"], cache: Cache) -> tuple[Float[Array, "b s dim"], Cache]:
+        """`with_cache` before the logits, for those who want them of some tokens only."""
+        positions = default_positions(tokens) + cache.lengths[:, None]
         x, blocks = self.embed(tokens), []
         for layer, block in enumerate(self.blocks):
-            x, kept = block.with_cache(x, positions, cache.blocks[layer], cache.length, self._table(layer))
+            x, kept = block.with_cache(x, positions, cache.blocks[layer], self._table(layer))
             blocks.append(kept)
-        return self.logits(self.norm(x)), Cache(tuple(blocks), cache.length + tokens.shape[1])
+        return self.norm(x), Cache(tuple(blocks), cache.lengths + tokens.shape[1])
 
     def _table(self, layer: int) -> ValueTable | None:
         memory = self.config.memory

@@ -1,46 +1,82 @@
-import functools
 import json
 import pickle
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memjax.config import TokenizerConfig
 from memjax.data.records import DataError
-from memjax.data.tokenizer import BpeTokenizer, ByteTokenizer, StreamingDecoder, Tokenizer, train_bpe
+from memjax.data.tokenizer import (
+    BpeTokenizer,
+    ByteTokenizer,
+    StreamingDecoder,
+    Tokenizer,
+    begin_and_end,
+    open_tokenizer,
+    train_bpe,
+)
 
 CORPUS = ["the cat sat on the mat", "naïve café, naïve café", "日本語の日本語", "def f(x):\n\treturn x  # x"] * 4
 PIECES = ["<eos>", "<pad>", " ", "\n", "é", "日本", "\U0001f469\u200d\U0001f467", "the", "\x00"]
-TRICKY = st.text() | st.lists(st.sampled_from(PIECES)).map("".join)
+# SentencePiece takes U+2581 for a space.
+TRICKY = st.text(st.characters(exclude_characters="\u2581", codec="utf-8")) | st.lists(st.sampled_from(PIECES)).map(
+    "".join
+)
 
 
-@functools.cache
-def tokenizer(kind: str) -> Tokenizer:
-    return ByteTokenizer() if kind == "byte" else train_bpe(CORPUS, 300)
+FILES = {"hf": "hf.json", "sentencepiece": "sentencepiece.model", "tiktoken": "ranks.tiktoken"}
+KINDS = ["byte", "bpe", *FILES]
 
 
-kinds = pytest.mark.parametrize("kind", ["byte", "bpe"])
+@pytest.fixture(scope="session")
+def opened(tokenizer_files) -> dict[str, Tokenizer]:
+    """A tokenizer of every kind."""
+    of_files = {
+        kind: open_tokenizer(TokenizerConfig(kind=kind, path=str(tokenizer_files / name)))  # pyright: ignore[reportArgumentType]
+        for kind, name in FILES.items()
+    }
+    return {"byte": ByteTokenizer(), "bpe": train_bpe(CORPUS, 300), **of_files}
+
+
+kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 @kinds
 @given(text=TRICKY)
-def test_every_text_comes_back_and_needs_no_special_token(kind, text):
-    ids = tokenizer(kind).encode(text)
-    assert tokenizer(kind).decode(ids) == text
-    assert all(3 <= i < tokenizer(kind).vocab_size for i in ids)
+def test_every_text_comes_back_and_needs_no_special_token(opened, kind, text):
+    chosen = opened[kind]
+    text += "".join(chosen.special_tokens)
+    ids = chosen.encode(text)
+    assert chosen.decode(ids) == text
+    assert set(ids) <= set(range(chosen.vocab_size)) - set(chosen.special_tokens.values())
+
+
+@kinds
+@given(data=st.data())
+def test_special_tokens_are_read_and_written_where_that_is_asked_for(opened, kind, data):
+    chosen = opened[kind]
+    pieces = data.draw(st.lists(st.sampled_from([*chosen.special_tokens, "the cat", " ", "é", "<"])))
+    text = "".join(pieces)
+    ids = chosen.encode_with_special(text)
+    assert chosen.decode(ids, special=True) == text
+    special = [chosen.special_tokens[piece] for piece in pieces if piece in chosen.special_tokens]
+    assert [i for i in ids if i in chosen.special_tokens.values()] == special
 
 
 @kinds
 @given(texts=st.lists(TRICKY, max_size=4))
-def test_a_batch_is_its_texts_one_by_one(kind, texts):
-    assert tokenizer(kind).encode_batch(texts) == [tokenizer(kind).encode(text) for text in texts]
+def test_a_batch_is_its_texts_one_by_one(opened, kind, texts):
+    assert opened[kind].encode_batch(texts) == [opened[kind].encode(text) for text in texts]
 
 
 @kinds
 @given(text=TRICKY)
-def test_streamed_text_is_the_decoded_text_and_shows_no_broken_characters(kind, text):
-    decoder = StreamingDecoder(tokenizer(kind))
-    pieces = [decoder.push(i) for i in [1, *tokenizer(kind).encode(text), 2]]
+def test_streamed_text_is_the_decoded_text_and_shows_no_broken_characters(opened, kind, text):
+    chosen = opened[kind]
+    decoder = StreamingDecoder(chosen)
+    pieces = [decoder.push(i) for i in [chosen.bos_id, *chosen.encode(text), chosen.eos_id]]
     assert "".join(pieces) == text
     assert decoder.finish() == ""
 
@@ -54,12 +90,22 @@ def test_streaming_holds_a_character_back_until_its_last_byte():
 
 
 @kinds
-def test_decoding_replaces_bad_bytes_and_skips_special_and_unknown_ids(kind):
-    euro = tokenizer(kind).encode("a€")
-    first_bytes = ByteTokenizer().encode("a€")[:2] if kind == "byte" else None
-    assert tokenizer(kind).decode([1, *euro, 2, 0, 10**6, -1]) == "a€"
-    if first_bytes:
-        assert tokenizer(kind).decode(first_bytes) == "a\ufffd"
+def test_decoding_replaces_bad_bytes_and_skips_special_and_unknown_ids(opened, kind):
+    chosen = opened[kind]
+    euro = chosen.encode("a€")
+    assert chosen.decode([chosen.bos_id, *euro, chosen.eos_id, chosen.pad_id, 10**6, -1]) == "a€"
+    assert chosen.decode(euro[:-1]) == "a\ufffd"
+
+
+@kinds
+def test_what_follows_a_prompt_keeps_its_spaces(opened, kind):
+    chosen = opened[kind]
+    prompt, whole = chosen.encode("the cat"), chosen.encode("the cat sat  on")
+    assert whole[: len(prompt)] == prompt
+    decoder = StreamingDecoder(chosen, after=[chosen.bos_id, *prompt])
+    assert "".join(decoder.push(i) for i in whole[len(prompt) :]) == " sat  on"
+    fresh = StreamingDecoder(chosen, after=[chosen.bos_id])
+    assert "".join(fresh.push(i) for i in whole) == "the cat sat  on"
 
 
 def test_byte_ids_are_the_bytes_shifted_by_the_special_tokens():
@@ -68,8 +114,8 @@ def test_byte_ids_are_the_bytes_shifted_by_the_special_tokens():
 
 
 @kinds
-def test_state_file_and_pickle_give_the_same_tokenizer(kind, tmp_path):
-    original = tokenizer(kind)
+def test_state_file_and_pickle_give_the_same_tokenizer(opened, kind, tmp_path):
+    original = opened[kind]
     original.save(tmp_path / "new")
     state = json.loads(json.dumps(original.to_state()))
     for copy in (Tokenizer.from_state(state), Tokenizer.load(tmp_path / "new"), pickle.loads(pickle.dumps(original))):
@@ -77,6 +123,43 @@ def test_state_file_and_pickle_give_the_same_tokenizer(kind, tmp_path):
         assert copy.fingerprint == original.fingerprint
         assert copy.vocab_size == original.vocab_size
         assert copy.encode("the naïve 日本") == original.encode("the naïve 日本")
+        for name in ("pad_id", "bos_id", "eos_id", "special_tokens", "adds_leading_space"):
+            assert getattr(copy, name) == getattr(original, name)
+
+
+def test_fingerprints_differ(opened):
+    assert len({chosen.fingerprint for chosen in opened.values()}) == len(KINDS)
+
+
+def test_begin_and_end_are_found_by_their_names_or_named():
+    llama = {"<|begin_of_text|>": 7, "<|end_of_text|>": 8, "<|eot_id|>": 9}
+    assert begin_and_end(llama, None, None) == (7, 8)
+    assert begin_and_end(llama, None, "<|eot_id|>") == (7, 9)
+    assert begin_and_end({"<|endoftext|>": 5}, None, None) == (5, 5)
+    with pytest.raises(ValueError, match=r"bos=<s> is none of its special tokens: <\|begin_of_text\|>, <\|end"):
+        begin_and_end(llama, "<s>", None)
+    with pytest.raises(ValueError, match=r"set data\.tokenizer\.eos to one of: \[SEP\]"):
+        begin_and_end({"[SEP]": 1}, None, None)
+
+
+def test_what_a_file_cannot_give_is_said(tokenizer_files, tmp_path):
+    with pytest.raises(DataError, match=r"data\.tokenizer\.path is not set; data\.tokenizer\.kind=hf needs its file"):
+        open_tokenizer(TokenizerConfig(kind="hf"))
+    with pytest.raises(DataError, match="none: cannot be read"):
+        open_tokenizer(TokenizerConfig(kind="hf", path=str(tmp_path / "none")))
+    with pytest.raises(DataError, match=r"hf\.json: .*eos=<end> is none of its special tokens"):
+        open_tokenizer(TokenizerConfig(kind="hf", path=str(tokenizer_files / "hf.json"), eos="<end>"))
+    with pytest.raises(ValueError, match="path=x is for a tokenizer from a file"):
+        TokenizerConfig(kind="bpe", path="x")
+    with pytest.raises(ValueError, match="must name each token once"):
+        TokenizerConfig(kind="tiktoken", special_tokens=("<a>", "<a>"))
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "tiktoken"])
+def test_a_missing_package_names_the_extra(kind, tokenizer_files, monkeypatch):
+    monkeypatch.setitem(sys.modules, kind, None)
+    with pytest.raises(DataError, match=rf"needs the package {kind}: pip install 'memjax\[tokenizers\]'"):
+        open_tokenizer(TokenizerConfig(kind=kind, path=str(tokenizer_files / FILES[kind])))
 
 
 def test_training_is_repeatable_and_keeps_to_its_size():
@@ -85,7 +168,7 @@ def test_training_is_repeatable_and_keeps_to_its_size():
     assert first.fingerprint != other.fingerprint != ByteTokenizer().fingerprint
     assert first.vocab_size <= 290
     assert train_bpe([], 259).vocab_size == 259
-    assert len(tokenizer("bpe").encode("the cat")) < 7
+    assert len(first.encode("the cat")) < 7
     with pytest.raises(ValueError, match="vocab_size=258 must be at least 259"):
         train_bpe(CORPUS, 258)
 
@@ -97,11 +180,13 @@ def test_what_is_no_tokenizer_is_refused_by_name(tmp_path):
         (tmp_path / "tokenizer.json").write_text(text)
         with pytest.raises(DataError, match=message):
             Tokenizer.load(tmp_path)
+    with pytest.raises(ValueError, match="kind='hf' lacks 'json'"):
+        Tokenizer.from_state({"kind": "hf"})
     with pytest.raises(ValueError, match="cannot be read"):
         BpeTokenizer({"model": 3})
 
 
 @kinds
-def test_half_a_surrogate_pair_is_refused(kind):
+def test_half_a_surrogate_pair_is_refused(opened, kind):
     with pytest.raises(UnicodeEncodeError):
-        tokenizer(kind).encode("a\ud800")
+        opened[kind].encode("a\ud800")

@@ -91,6 +91,43 @@ def test_text_is_generated_from_a_prompt(biographies, capsys):
     assert capsys.readouterr().out == tokenizer.decode(tokens) + "\n"
 
 
+def test_a_file_of_prompts_gives_an_object_for_each(biographies, tmp_path, capsys):
+    (tmp_path / "plain.txt").write_text("What is\n\nWho\nWhat is\n")
+    asked = [{"id": 7, "prompt": "What is"}, {"prompt": "Who", "text": "overwritten"}, {"prompt": "What is"}]
+    (tmp_path / "objects.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    options = ["--max_tokens", "9", "--temperature", "1", "--batch_size", "2"]
+    assert generate.main([biographies, "--prompts", str(tmp_path / "plain.txt"), *options]) == 0
+    printed = list(map(json.loads, capsys.readouterr().out.splitlines()))
+    output = tmp_path / "out.jsonl"
+    written = ["--prompts", str(tmp_path / "objects.jsonl"), "--output", str(output)]
+    assert generate.main([biographies, *written, *options]) == 0
+    kept = list(map(json.loads, output.read_text().splitlines()))
+    assert kept == [printed[0] | {"id": 7}, *printed[1:]]
+    assert [line["prompt"] for line in printed] == ["What is", "Who", "What is"]
+    # The first prompt has the number that a single one has; the same prompt further down is drawn anew.
+    assert generate.main([biographies, "--prompt", "What is", *options]) == 0
+    assert capsys.readouterr().out == printed[0]["text"] + "\n" != printed[2]["text"] + "\n"
+    stop = printed[0]["text"][2:4]
+    assert generate.main([biographies, "--prompt", "What is", "--stop", json.dumps(["no such", stop]), *options]) == 0
+    assert capsys.readouterr().out == printed[0]["text"].partition(stop)[0] + "\n"
+
+
+def test_prompts_are_asked_for_at_a_terminal(biographies, capsys, monkeypatch):
+    answers = iter(["What is", "", "What is"])
+
+    def ask(sign):
+        print(sign, end="")
+        if (answer := next(answers, None)) is None:
+            raise EOFError
+        return answer
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", ask)
+    assert generate.main([biographies, "--max_tokens", "9", "--temperature", "0.0"]) == 0
+    first, second = (text.removesuffix("\n") for text in capsys.readouterr().out.split("> ", 1)[1].split("> > "))
+    assert second == first + "\n> "
+
+
 def test_two_devices_write_what_one_writes(biographies, capsys):
     printed = []
     for count in ("1", "2"):
@@ -106,13 +143,21 @@ def refused(module, *options) -> None:
 
 
 def test_wrong_settings_end_with_2(biographies, capsys):
-    refused(generate, biographies)
-    refused(generate, biographies, "--prompt", "x", "--temperature", "-1")
+    assert generate.main([biographies]) == 2
+    refused(generate, biographies, "--prompt", "x", "--temperature", "-1", "--batch_size", "0")
+    refused(generate, biographies, "--prompt", "x", "--prompts", "y")
+    refused(generate, biographies, "--prompt", "x", "--output", "y")
     refused(evaluate, biographies, "--step", "newest")
     refused(evaluate, biographies, "--batch_size", "0")
     refused(evaluate)
     errors = capsys.readouterr().err
-    for expected in ("prompt", "temperature=-1.0 must not be negative", "step=newest must be latest, best"):
+    for expected in (
+        "prompt=null: give --prompt or --prompts",
+        "temperature=-1.0 must not be negative",
+        "prompts=y cannot be written on together with a prompt",
+        "output=y is for a file of prompts",
+        "step=newest must be latest, best",
+    ):
         assert expected in errors
     assert "batch_size=0 must be positive" in errors
     assert "RUN is missing" in errors
@@ -126,6 +171,12 @@ def test_wrong_settings_end_with_2(biographies, capsys):
 def test_missing_texts_end_with_3_and_missing_checkpoints_with_4(biographies, tmp_path, capsys):
     assert evaluate.main([biographies, "--text", str(tmp_path / "none.txt")]) == 3
     assert "none.txt: there is no such file; set --text" in capsys.readouterr().err
+    assert generate.main([biographies, "--prompts", str(tmp_path / "none.txt")]) == 3
+    assert "none.txt: cannot be read" in capsys.readouterr().err
+    for line, problem in (("{", "not JSON"), ('{"text": "x"}', "not an object with a text in the field 'prompt'")):
+        (tmp_path / "wrong.jsonl").write_text('{"prompt": "x"}\n' + line)
+        assert generate.main([biographies, "--prompts", str(tmp_path / "wrong.jsonl")]) == 3
+        assert f"wrong.jsonl:2: {problem}" in capsys.readouterr().err
     for module, options in ((evaluate, []), (generate, ["--prompt", "x"])):
         assert module.main([str(tmp_path / "none"), *options]) == 4
         assert "there is no such folder" in capsys.readouterr().err

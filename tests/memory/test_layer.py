@@ -44,6 +44,9 @@ def by_hand(layer, rows, x, *, num_heads, top_k, qk_norm, score_scale):
             y *= silu(x[place] @ parameter(layer.gate_proj.kernel) + parameter(layer.gate_proj.bias))
         if layer.value_proj is not None:
             y = y @ parameter(layer.value_proj.kernel) + parameter(layer.value_proj.bias)
+        if layer.output_gate is not None:
+            gate = x[place] @ parameter(layer.output_gate.kernel) + parameter(layer.output_gate.bias)
+            y = y / (1 + np.exp(-gate))
         out[place] = y
     return out
 
@@ -72,7 +75,8 @@ run = nnx.jit(lambda layer, x, table: layer(x, table))
     [
         {},
         {"gate": "none", "num_heads": 1},
-        {"gate": "none", "value_dim": 10},
+        {"gate": "none", "value_dim": 10, "output_gate": True},
+        {"output_gate": True},
         {"value_dim": 4, "qk_norm": True, "score_scale": 3.0},
         {"top_k": NUM_KEYS, "num_heads": 1, "score_scale": 0.5, "implementation": "reference"},
     ],

@@ -18,7 +18,7 @@ def turn(x, positions):
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
-def by_hand(layer, x, positions, segments):
+def by_hand(layer, x, positions, segments, window=LENGTH):
     """Causal attention, one sequence, head and token at a time."""
 
     def kernel(part):
@@ -35,7 +35,8 @@ def by_hand(layer, x, positions, segments):
             group = head // (HEADS // key.shape[1])
             queries, keys = turn(query[:, head], positions[row]), turn(key[:, group], positions[row])
             for token in range(LENGTH):
-                seen = [other for other in range(token + 1) if segments[row, other] == segments[row, token]]
+                near = range(max(0, token + 1 - window), token + 1)
+                seen = [other for other in near if segments[row, other] == segments[row, token]]
                 weights = np.exp(keys[seen] @ queries[token] / head_dim**0.5)
                 heads[token, head] = weights / weights.sum() @ value[seen, group]
         out[row] = heads.reshape(LENGTH, -1) @ kernel(layer.out)
@@ -43,8 +44,9 @@ def by_hand(layer, x, positions, segments):
 
 
 @cache
-def build(num_kv_heads, dtype="float32"):
+def build(num_kv_heads, dtype="float32", **more):
     options = {"num_heads": HEADS, "num_kv_heads": num_kv_heads, "rope_theta": THETA, "param_dtype": jnp.dtype(dtype)}
+    options |= more
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Attention(DIM, rngs=nnx.Rngs(0), **options)))
     rng = np.random.default_rng(1)
     layer = nnx.merge(graphdef, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, dtype), state))
@@ -71,10 +73,21 @@ def test_output_is_causal_attention_within_documents(num_kv_heads, documents, dt
         np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_cache_filled_in_pieces_gives_what_all_tokens_at_once_give(dtype):
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("window", [1, 3, LENGTH + 1])
+def test_a_window_hides_all_but_the_nearest_tokens(window, documents):
+    with jax.enable_x64(True):
+        layer, x = build(2, "float64", sliding_window=window)
+        positions, segments = (RESTARTING, SEGMENTS) if documents else (COUNTING, None)
+        got = run(layer, x, positions, segments)
+        expected = by_hand(layer, x, positions, np.zeros_like(COUNTING) if segments is None else segments, window)
+        np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "window"), [("float32", None), ("float64", None), ("float64", 2)])
+def test_cache_filled_in_pieces_gives_what_all_tokens_at_once_give(dtype, window):
     with jax.enable_x64(dtype == "float64"):
-        layer, x = build(2, dtype)
+        layer, x = build(2, dtype, sliding_window=window)
         expected = run(layer, x, COUNTING)
         # Longer than the sequence, with rubbish where nothing was written yet.
         cache = KeyValues(*(jnp.full((2, LENGTH + 3, 2, DIM // HEADS), 7.0, dtype) for _ in range(2)))
@@ -82,9 +95,23 @@ def test_cache_filled_in_pieces_gives_what_all_tokens_at_once_give(dtype):
         pieces, start = [], 0
         for length in (3, 1, 1, 1):
             place = slice(start, start + length)
-            out, cache = extend(layer, x[:, place], COUNTING[:, place], cache, jnp.int32(start))
+            out, cache = extend(layer, x[:, place], COUNTING[:, place], cache)
             pieces.append(out)
             start += length
         tolerance = 1e-12 if dtype == "float64" else 2e-5
         np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, rtol=tolerance, atol=tolerance)
         assert np.all(np.asarray(cache.keys)[:, LENGTH:] == 7)
+
+
+def test_rows_of_a_cache_have_places_of_their_own():
+    layer, x = build(2)
+    expected = run(layer, x, COUNTING)
+    cache = KeyValues(*(jnp.full((2, LENGTH + 2, 2, DIM // HEADS), 7.0) for _ in range(2)))
+    extend = nnx.jit(lambda layer, *arguments: layer.with_cache(*arguments))
+    # The first row begins with four tokens, the second with two and padding that new tokens overwrite.
+    _, cache = extend(layer, x[:, :4], COUNTING[:, :4], cache)
+    for step in range(2):
+        places = np.asarray([[4 + step], [2 + step]], np.int32)
+        out, cache = extend(layer, x[np.arange(2)[:, None], places], places, cache)
+        np.testing.assert_allclose(out[0, 0], expected[0, 4 + step], rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(out[1, 0], expected[1, 2 + step], rtol=2e-5, atol=2e-5)

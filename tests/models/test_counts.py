@@ -75,6 +75,16 @@ def test_flops_of_a_memory_layer_are_those_of_its_search_and_its_reads():
     assert with_memory - without == 6 * (projections + scores + reads - feed_forward)
 
 
+def test_a_window_counts_the_tokens_that_are_seen():
+    whole = ModelConfig(dim=16, num_layers=3, num_heads=2, vocab_size=259, memory=None)
+    parts = [DecoderParts.of(dataclasses.replace(whole, sliding_window=window)) for window in (None, 64, 16)]
+    full, long, short = (training_flops_per_token(part, 64) for part in parts)
+    assert full == long
+    # Seen places up to each token's own half, as the formula counts them: areas of the mask, by hand.
+    area = 64 * 64 / 2 - 48 * 48 / 2
+    assert full - short == 12 * 3 * 16 * (64 * 64 / 2 - area) / 64
+
+
 def test_a_dry_run_tells_bytes_of_each_device():
     config = load(RunConfig, CONFIGS / "134m_memory_plus_1m.yaml", ["--mesh.memory", "3"])
     trainer = Trainer.of(config)

@@ -4,18 +4,32 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memjax.config import RopeScalingConfig
 from memjax.models.rotary import rotate
 
-rotated = jax.jit(rotate, static_argnums=2)
+rotated = jax.jit(rotate, static_argnums=(2, 3))
 
 
-def by_hand(x, positions, theta):
+def stretched(frequency, scaling):
+    """Llama 3.1's rule, by the wave's length in tokens."""
+    length = 2 * np.pi / frequency
+    if length < scaling.original_length / scaling.high_freq_factor:
+        return frequency
+    if length > scaling.original_length / scaling.low_freq_factor:
+        return frequency / scaling.factor
+    smooth = scaling.original_length / length - scaling.low_freq_factor
+    smooth /= scaling.high_freq_factor - scaling.low_freq_factor
+    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+
+
+def by_hand(x, positions, theta, scaling=None):
     """Every pair (x[i], x[i + h/2]) as a complex number, turned by its angle."""
     half = x.shape[-1] // 2
     out = np.zeros(x.shape)
     for place in np.ndindex(x.shape[:-1]):
         for i in range(half):
-            angle = positions[place[:2]] * theta ** (-2 * i / x.shape[-1])
+            frequency = theta ** (-2 * i / x.shape[-1])
+            angle = positions[place[:2]] * (frequency if scaling is None else stretched(frequency, scaling))
             turned = complex(x[(*place, i)], x[(*place, i + half)]) * np.exp(1j * angle)
             out[(*place, i)], out[(*place, i + half)] = turned.real, turned.imag
     return out
@@ -47,3 +61,18 @@ def test_bfloat16_angles_are_exact_at_far_positions():
     got = rotated(jnp.asarray(x, jnp.bfloat16), far, 10_000.0)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(got, np.float32), by_hand(x, far, 10_000.0), atol=0.02)
+
+
+def test_slow_frequencies_are_stretched_and_fast_ones_stay():
+    scaling = RopeScalingConfig(factor=8.0, original_length=128)
+    rng = np.random.default_rng(0)
+    x, positions = rng.normal(size=(1, 4, 2, 16)), rng.integers(0, 1000, size=(1, 4)).astype(np.int32)
+    frequencies = 1000.0 ** (-np.arange(8) / 8)
+    ratios = np.array([stretched(frequency, scaling) for frequency in frequencies]) / frequencies
+    # All three cases are there.
+    assert ratios[0] == 1
+    assert ratios[-1] == 1 / 8
+    assert any(1 / 8 < ratio < 1 for ratio in ratios)
+    with jax.enable_x64(True):
+        got = rotated(x, positions, 1000.0, scaling)
+        np.testing.assert_allclose(got, by_hand(x, positions, 1000.0, scaling), atol=1e-11)

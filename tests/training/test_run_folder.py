@@ -1,5 +1,6 @@
 """The folder of a run: what it records, and when it refuses to go on."""
 
+import base64
 import json
 
 import pytest
@@ -80,3 +81,16 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tiny, tmp_path):
     smaller = RunConfig(model=tiny.config().model, data=config.data, run=config.run)
     with pytest.raises(ConfigError, match=r"model\.vocab_size=259 is less than the 300 tokens"):
         folder.tokenizer(smaller)
+
+
+def test_a_run_keeps_a_copy_of_the_tokenizers_file(tiny, tmp_path):
+    ranks = "".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
+    (tmp_path / "ranks").write_text(ranks)
+    options = f"--data.tokenizer.kind tiktoken --data.tokenizer.path {tmp_path}/ranks"
+    config = tiny.config(f"--run.dir {tmp_path}/run", *options.split())
+    opened = RunFolder.of(config).tokenizer(config)
+    (tmp_path / "ranks").unlink()
+    kept = RunFolder.of(config).tokenizer(config)
+    assert kept.fingerprint == opened.fingerprint
+    assert kept.encode("a") == [97]
+    assert (kept.bos_id, kept.eos_id, kept.vocab_size) == (256, 256, 257)

@@ -1,0 +1,82 @@
+"""Tokenizers from a SentencePiece .model file: Llama 1 and 2, Mistral, T5 and their kin."""
+
+import base64
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from memjax.data.records import DataError
+from memjax.data.tokenizer import Tokenizer, begin_and_end, whole_unicode
+
+_SPACE = "\u2581"
+"""What stands for a space in pieces; the library takes it for a space in texts too."""
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """Encodes as the library does; texts come back as far as the model's own normalisation leaves them as they are.
+
+    Models whose pieces cover every text have a piece for each byte; others lose characters that they do not know, which
+    come back as U+FFFD.
+    """
+
+    kind: ClassVar[str] = "sentencepiece"
+
+    def __init__(self, model: str, *, bos: str | None = None, eos: str | None = None):
+        """Takes the content of the file in base 64, and names of the begin and end token other than the model's own.
+
+        Raises:
+            ValueError: it is no SentencePiece model, or has no such token.
+            DataError: the library is missing.
+        """
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise DataError(
+                "a tokenizer of kind=sentencepiece needs the package sentencepiece: pip install 'memjax[tokenizers]'"
+            ) from error
+        self._model, self._bos, self._eos = model, bos, eos
+        processor = sentencepiece.SentencePieceProcessor()
+        try:
+            processor.LoadFromSerializedProto(base64.b64decode(model))
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"not a SentencePiece model ({error})") from error
+        self._processor = processor
+        pieces = [processor.IdToPiece(token) for token in range(processor.GetPieceSize())]
+        special_tokens = {piece: token for token, piece in enumerate(pieces) if processor.IsControl(token)}
+
+        def own(token: int) -> str | None:
+            return pieces[token] if token >= 0 else None
+
+        bos_id, eos_id = begin_and_end(special_tokens, bos or own(processor.bos_id()), eos or own(processor.eos_id()))
+        super().__init__(
+            [self._bytes_of(token, piece) for token, piece in enumerate(pieces)],
+            special_tokens,
+            bos_id=bos_id,
+            eos_id=eos_id,
+        )
+        self.adds_leading_space = b"".join(map(self.token_bytes, self.encode("a"))).startswith(b" ")
+
+    @classmethod
+    def of_file(cls, content: bytes, *, bos: str | None = None, eos: str | None = None) -> "SentencePieceTokenizer":
+        """The tokenizer of a .model file's content; raises what the constructor raises."""
+        return cls(base64.b64encode(content).decode(), bos=bos, eos=eos)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without special tokens."""
+        return self._processor.EncodeAsIds(whole_unicode(text))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
+
+    def to_state(self) -> dict[str, Any]:
+        """The whole .model file."""
+        return {"kind": self.kind, "model": self._model, "bos": self._bos, "eos": self._eos}
+
+    def _bytes_of(self, token: int, piece: str) -> bytes:
+        if self._processor.IsControl(token) or self._processor.IsUnused(token):
+            return b""
+        if self._processor.IsUnknown(token):
+            return "\ufffd".encode()
+        if self._processor.IsByte(token):  # <0x0A>
+            return bytes.fromhex(piece[3:5])
+        return piece.replace(_SPACE, " ").encode()

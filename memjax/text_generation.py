@@ -1,0 +1,174 @@
+"""From prompts to texts: a model and its tokenizer write on, up to their end, a stop string or a number of tokens."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from memjax.config import SamplingConfig
+from memjax.data.tokenizer import StreamingDecoder, Tokenizer
+from memjax.models.decoder import Decoder
+from memjax.models.generate import GREEDY, generate, generate_batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Continuation:
+    """What a model wrote after a prompt."""
+
+    text: str
+    """Without the prompt and without the stop string."""
+    finish: Literal["end", "stop", "length"]
+    """Why it ends: the model ended it, a stop string came, or max_tokens were written."""
+    tokens: int
+    """Tokens written, those of the stop string included."""
+
+
+def stream_text(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_tokens: int,
+    sampling: SamplingConfig = GREEDY,
+    stop: Sequence[str] = (),
+    special_tokens: bool = False,
+    number: int = 0,
+) -> Iterator[str]:
+    """Yields pieces of the text that follows a prompt; what may turn out to be a stop string is held back.
+
+    Args:
+        model: the model.
+        tokenizer: the one it was trained with.
+        prompt: the text to go on from.
+        max_tokens: the most tokens to write.
+        sampling: how tokens are picked; by default the likeliest.
+        stop: strings that end the text; special tokens may be named too.
+        special_tokens: whether the names of special tokens in the prompt mean these.
+        number: of the prompt; with the seed it decides the draws.
+    """
+    prompt_ids = _prompt_ids(tokenizer, prompt, special_tokens)
+    text = _Text(tokenizer, prompt_ids, stop)
+    stop_ids = _stop_ids(tokenizer, stop)
+    for token in generate(
+        model, prompt_ids, max_tokens=max_tokens, sampling=sampling, stop_ids=stop_ids, number=number
+    ):
+        yield text.push(token)
+        if text.is_stopped:
+            return
+    yield text.finish()
+
+
+def continue_texts(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int,
+    sampling: SamplingConfig = GREEDY,
+    stop: Sequence[str] = (),
+    special_tokens: bool = False,
+    batch_size: int = 8,
+) -> Iterator[Continuation]:
+    """Yields the continuation of every prompt, in their order; the arguments are those of `stream_text`.
+
+    A prompt's place in the list is its number, so the batch size changes no text.
+    """
+    stop_ids = _stop_ids(tokenizer, stop)
+    for start in range(0, len(prompts), batch_size):
+        ids = [_prompt_ids(tokenizer, prompt, special_tokens) for prompt in prompts[start : start + batch_size]]
+        texts = [_Text(tokenizer, prompt_ids, stop) for prompt_ids in ids]
+        for tokens in generate_batch(
+            model,
+            ids,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop_ids=stop_ids,
+            first_number=start,
+            num_rows=min(batch_size, len(prompts)),
+        ):
+            for text, token in zip(texts, tokens, strict=True):
+                if token is not None:
+                    text.push(token)
+            # A text that the model has ended goes no further in any case.
+            if all(text.is_stopped or token is None for text, token in zip(texts, tokens, strict=True)):
+                break
+        for text in texts:
+            text.finish()
+            finish = "stop" if text.is_stopped else "length" if text.num_tokens == max_tokens else "end"
+            yield Continuation(text=text.text, finish=finish, tokens=text.num_tokens)
+
+
+def _prompt_ids(tokenizer: Tokenizer, prompt: str, special_tokens: bool) -> list[int]:
+    encode = tokenizer.encode_with_special if special_tokens else tokenizer.encode
+    ids = encode(prompt)
+    # Chat templates write the begin token out.
+    return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
+
+
+def _stop_ids(tokenizer: Tokenizer, stop: Sequence[str]) -> set[int]:
+    return {tokenizer.eos_id, *(tokenizer.special_tokens[name] for name in stop if name in tokenizer.special_tokens)}
+
+
+class _Text:
+    """A continuation in the making."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]):
+        self.text = ""
+        self.num_tokens = 0
+        self._decoder = StreamingDecoder(tokenizer, after=prompt_ids)
+        self._stops = StopStrings(stop)
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._stops.found is not None
+
+    def push(self, token: int) -> str:
+        """The new text that a token completes; nothing once a stop string was found."""
+        if self.is_stopped:
+            return ""
+        self.num_tokens += 1
+        return self._add(self._stops.push(self._decoder.push(token)))
+
+    def finish(self) -> str:
+        """What was held back."""
+        return self._add(self._stops.push(self._decoder.finish()) + self._stops.finish())
+
+    def _add(self, piece: str) -> str:
+        self.text += piece
+        return piece
+
+
+class StopStrings:
+    """Passes a text on, piece by piece, up to the first stop string; how the text is cut into pieces changes nothing.
+
+    The first is the one that is complete first; of several that end in the same place the longest.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self.found: str | None = None
+        """The stop string that ended the text."""
+        self._stops = sorted(filter(None, stops), key=len, reverse=True)
+        self._held = ""
+
+    def push(self, piece: str) -> str:
+        """What can be passed on now: all but an end that may be the beginning of a stop string."""
+        passed = ""
+        for letter in piece:
+            if self.found is not None:
+                break
+            self._held += letter
+            self.found = next((stop for stop in self._stops if self._held.endswith(stop)), None)
+            keep = len(self.found) if self.found is not None else self._beginning()
+            passed += self._held[: len(self._held) - keep]
+            self._held = self._held[len(self._held) - keep :]
+        return passed
+
+    def finish(self) -> str:
+        """What was held back and is the beginning of a stop string without its end."""
+        held, self._held = self._held, ""
+        return "" if self.found is not None else held
+
+    def _beginning(self) -> int:
+        """How many of the last letters are the beginning of a stop string, at the most."""
+        longest = min(len(self._held), len(self._stops[0]) - 1) if self._stops else 0
+        fits = lambda length: any(stop.startswith(self._held[len(self._held) - length :]) for stop in self._stops)
+        return next((length for length in range(longest, 0, -1) if fits(length)), 0)

@@ -1,0 +1,89 @@
+"""Texts end where their stop strings say, in a batch as alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memjax.config import ModelConfig, SamplingConfig
+from memjax.data.tokenizer import ByteTokenizer
+from memjax.models.decoder import Decoder
+from memjax.models.parts import DecoderParts
+from memjax.text_generation import StopStrings, continue_texts, stream_text
+
+SAMPLING = SamplingConfig(temperature=1.0, top_k=30, seed=1)
+PROMPTS = ["What is", "x", "A longer prompt, longer than 16", "", "What is"]
+
+
+@functools.cache
+def tiny() -> Decoder:
+    config = ModelConfig(dim=16, num_layers=1, num_heads=2, ffn_dim=32, vocab_size=259, memory=None)
+    parts, rng = DecoderParts.of(config), np.random.default_rng(0)
+    # Drawn by NumPy: compiling the initialisation would take longer than all that is tested.
+    fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype))
+    return parts.assemble(fill(parts.abstract_params), {})
+
+
+def up_to_the_first(text: str, stops: list[str]) -> str:
+    """The text before the stop string that is complete first; the longest of those that end together."""
+    for end in range(len(text) + 1):
+        if ended := [stop for stop in stops if text[:end].endswith(stop)]:
+            return text[: end - max(map(len, ended))]
+    return text
+
+
+@given(
+    pieces=st.lists(st.text("abc", max_size=5), max_size=8),
+    stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+)
+def test_a_text_is_passed_on_up_to_the_first_stop_string(pieces, stops):
+    filter_ = StopStrings(stops)
+    passed = [filter_.push(piece) for piece in pieces]
+    for count in range(len(pieces)):
+        # Nothing is taken back later, and nothing is held back that no stop string can begin with.
+        so_far = "".join(passed[: count + 1])
+        assert up_to_the_first("".join(pieces), stops).startswith(so_far)
+        held = "".join(pieces[: count + 1])[len(so_far) :]
+        assert filter_.found is not None or any(stop.startswith(held) for stop in stops) or not held
+    whole = "".join(passed) + filter_.finish()
+    assert whole == up_to_the_first("".join(pieces), stops)
+    assert (filter_.found is None) == (whole == "".join(pieces))
+
+
+def test_a_batch_writes_what_is_written_alone():
+    model, tokenizer = tiny(), ByteTokenizer()
+    alone = [
+        "".join(stream_text(model, tokenizer, prompt, max_tokens=12, sampling=SAMPLING, number=number))
+        for number, prompt in enumerate(PROMPTS)
+    ]
+    assert alone[0] != alone[4]
+    texts = continue_texts(model, tokenizer, PROMPTS, max_tokens=12, sampling=SAMPLING, batch_size=2)
+    for expected, continuation in zip(alone, texts, strict=True):
+        assert continuation.text == expected
+        assert (continuation.finish == "length") == (continuation.tokens == 12)
+
+
+def test_texts_say_why_they_end():
+    model, tokenizer = tiny(), ByteTokenizer()
+    options = {"max_tokens": 12, "sampling": SAMPLING, "batch_size": 2}
+    whole = [continuation.text for continuation in continue_texts(model, tokenizer, PROMPTS[:2], **options)]
+    stop = whole[0][3:5]
+    assert stop not in whole[1]
+    first, second = continue_texts(model, tokenizer, PROMPTS[:2], stop=[stop], **options)
+    assert (first.text, first.finish) == (whole[0][: whole[0].index(stop)], "stop")
+    assert second.text == whole[1]
+    # A special token that is a stop string ends a text too: here whatever comes first.
+    tokenizer.special_tokens["<first>"] = tokenizer.encode(whole[0])[0]
+    first, _ = continue_texts(model, tokenizer, PROMPTS[:2], stop=["<first>"], **options)
+    assert (first.text, first.finish, first.tokens) == ("", "end", 0)
+
+
+def test_a_prompt_with_its_begin_token_gets_no_second_one():
+    model, tokenizer = tiny(), ByteTokenizer()
+    write = functools.partial(stream_text, model, tokenizer, max_tokens=12, sampling=SAMPLING)
+    spelled = "".join(write("<bos>x", special_tokens=True))
+    assert spelled == "".join(write("x"))
+    assert spelled != "".join(write("<bos>x"))
