@@ -86,8 +86,8 @@ def find_files(path: str, source: Literal["jsonl", "text", "files"], field: str)
         below = sorted(file for file in place.rglob("*") if file.is_file() and _suffix_format(file) in kinds)
         if not below:
             raise DataError(
-                f"{path}: the folder, not a file, has no file below it that ends in {_suffixes(kinds)} (.gz, .xz or "
-                f".zst may follow), so it holds no text; set {field} to a file, a folder of files or a glob"
+                f"{path}: the folder holds no file that ends in {_suffixes(kinds)} (.gz, .xz or .zst may follow); "
+                f"set {field} to a file, a folder of files or a glob"
             )
         return [_data_file(file, source, field) for file in below]
     if place.is_file():

@@ -114,6 +114,26 @@ def order(parts: Sequence[Part], *, seed: int, shuffle: bool, repeat: bool) -> g
     return grain.MapDataset.mix(orders, [part.record_weight for part in parts])
 
 
+def prepare_parts(config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Prepares what must be prepared and is not, in order; `open_parts` would do the same.
+
+    Raises:
+        DataError: the data cannot be used.
+    """
+    if config.source != "biographies":
+        for corpus in filter(None, [*training_corpora(config), validation_corpus(config)]):
+            if _is_read_prepared(corpus, config):
+                prepare(corpus, tokenizer, prepared_folder(corpus, config))
+
+
+def malformed_counts(parts: Sequence[Part]) -> dict[str, int]:
+    """For metrics: how many records were left out, where any could have been."""
+    manifests = [part.manifest for part in parts if part.manifest is not None]
+    if not any(manifest.settings["malformed"] == "skip" for manifest in manifests):
+        return {}
+    return {"data/malformed": sum(manifest.malformed for manifest in manifests)}
+
+
 def describe(parts: Sequence[Part]) -> list[str]:
     """Lines about the prepared data among the parts, and what was left out of it."""
     lines = []
@@ -133,10 +153,13 @@ def _whole(reader: Reader) -> Part:
 
 
 def _open(corpus: Corpus, config: DataConfig, tokenizer: Tokenizer) -> Reader:
-    if config.prepared is not None and is_prepared(prepared_folder(corpus, config)):
-        return open_prepared(prepared_folder(corpus, config), corpus, tokenizer)
-    if not must_be_prepared(corpus, config):
+    if not _is_read_prepared(corpus, config):
         return TextReader(open_corpus(corpus), tokenizer)
     folder = prepared_folder(corpus, config)
     prepare(corpus, tokenizer, folder)
     return open_prepared(folder, corpus, tokenizer)
+
+
+def _is_read_prepared(corpus: Corpus, config: DataConfig) -> bool:
+    done = config.prepared is not None and is_prepared(prepared_folder(corpus, config))
+    return done or must_be_prepared(corpus, config)

@@ -79,7 +79,9 @@ class TextReader(Reader):
         return make_pairs(tokens, learned, self.tokenizer)
 
 
-def make_pairs(tokens: Sequence[int] | np.ndarray, learned: bool | Sequence[bool], tokenizer: Tokenizer) -> Pairs:
+def make_pairs(
+    tokens: Sequence[int] | np.ndarray, learned: bool | Sequence[bool] | np.ndarray, tokenizer: Tokenizer
+) -> Pairs:
     """The pairs of a record between its begin and its end.
 
     Args:
