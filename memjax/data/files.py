@@ -1,5 +1,6 @@
 """The files that a path names, their formats, and their records one after the other."""
 
+import contextlib
 import dataclasses
 import glob
 import gzip
@@ -164,26 +165,22 @@ class Stream:
         from array_record.python.array_record_module import ArrayRecordReader
 
         size = self.file.path.stat().st_size
-        reader = None
         try:
-            reader = ArrayRecordReader(str(self.file.path))
-            count = reader.num_records()
-            for start in range(0, count, _RECORDS_AT_ONCE):
-                numbers = range(start, min(start + _RECORDS_AT_ONCE, count))
-                payloads = reader.read(list(numbers))
+            # Closing a file that is none, or only half of one, says so too.
+            with contextlib.closing(ArrayRecordReader(str(self.file.path))) as reader:
+                count = reader.num_records()
+                for start in range(0, count, _RECORDS_AT_ONCE):
+                    numbers = range(start, min(start + _RECORDS_AT_ONCE, count))
+                    payloads = reader.read(list(numbers))
+                    if not reader.ok():
+                        break
+                    for number, payload in zip(numbers, payloads, strict=True):
+                        self.bytes_read = size * (number + 1) // count
+                        yield number + 1, payload
                 if not reader.ok():
-                    break
-                for number, payload in zip(numbers, payloads, strict=True):
-                    self.bytes_read = size * (number + 1) // count
-                    yield number + 1, payload
-            # The reader of a file that is none, or only half of one, says so nowhere else.
-            if not reader.ok():
-                raise _BrokenFileError("not a whole ArrayRecord file")
+                    raise _BrokenFileError("not a whole ArrayRecord file")
         except RuntimeError as error:
             raise _BrokenFileError(f"not a whole ArrayRecord file: {error}") from error
-        finally:
-            if reader is not None:
-                reader.close()
 
 
 class _BrokenFileError(Exception):

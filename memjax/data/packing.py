@@ -124,7 +124,8 @@ class _Finish:
         }
         if self.with_sources:
             batch["sources"] = pairs[:, :, 2] >> 1
-        missing = self.num_rows - len(pairs)
+        if not (missing := self.num_rows - len(pairs)):
+            return batch
         return {name: np.pad(rows, ((0, missing), (0, 0))) for name, rows in batch.items()}
 
 

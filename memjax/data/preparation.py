@@ -74,7 +74,7 @@ def prepare(
     folder: pathlib.Path,
     *,
     processes: int | None = None,
-    every_seconds: float = 5,
+    every_seconds: float = 5.0,
 ) -> None:
     """Tokenises a corpus into the folder, unless that has been done.
 
