@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -66,7 +67,7 @@ def texts_of(batches):
     """The texts between begin and end tokens, of whole records only, in order of concat."""
     tokens = np.concatenate([batch["tokens"].ravel() for batch in batches])
     begins = np.flatnonzero(tokens == 1)
-    return [BYTES.decode(tokens[start:stop].tolist()) for start, stop in zip(begins, begins[1:], strict=False)]
+    return [BYTES.decode(tokens[start:stop].tolist()) for start, stop in itertools.pairwise(begins)]
 
 
 @pytest.mark.parametrize("packing", ["none", "concat", "first_fit"])
@@ -83,13 +84,13 @@ def test_every_token_knows_its_part(mixture, packing):
 
 
 def test_weights_are_shares_of_the_tokens(mixture):
-    sources = np.concatenate([batch["sources"].ravel() for batch in take(mixture, 300)])
+    sources = np.concatenate([batch["sources"].ravel() for batch in take(mixture, 120)])
     shares = np.bincount(sources) / len(sources)
-    np.testing.assert_allclose(shares, [0.25, 0.5, 0.25], atol=0.01)
+    np.testing.assert_allclose(shares, [0.25, 0.5, 0.25], atol=0.02)
 
 
 def test_each_part_has_epochs_of_its_own_without_its_held_out_records(mixture):
-    texts = texts_of(take(mixture, 150))
+    texts = texts_of(take(mixture, 70))
     for letter, count in (("a", 54), ("p", 18), ("t", 36)):
         names = [text[:3] for text in texts if text[:1] == letter]
         whole = {f"{letter}{i:02d}" for i in range(count)}
@@ -121,7 +122,7 @@ def test_validation_may_have_files_of_its_own(mixture, tmp_path):
 
 
 def test_two_processes_share_each_batch(mixture):
-    shares = [take(mixture, 150, process_index=i, process_count=2) for i in range(2)]
+    shares = [take(mixture, 60, process_index=i, process_count=2) for i in range(2)]
     assert shares[0][0]["tokens"].shape == (2, 48)
     epoch = collections.Counter(text[:3] for share in shares for text in texts_of(share) if text[:1] == "p")
     assert set(epoch) == {f"p{i:02d}" for i in range(18)}
@@ -183,30 +184,36 @@ def test_a_tokenizer_is_trained_on_every_part_by_its_weight(mixture, tmp_path):
 
 
 PROGRAM = """
-import hashlib, json, sys
+import dataclasses, hashlib, json, sys
 from memjax.config import DataConfig, MixtureConfig
 from memjax.data.pipeline import TrainingData
 from memjax.data.tokenizer import ByteTokenizer
 if __name__ == "__main__":
-    fields, state = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+    fields, places = json.loads(sys.argv[1]), json.loads(sys.argv[2])
     fields["mixture"] = tuple(MixtureConfig(**part) for part in fields["mixture"])
-    data = TrainingData(DataConfig(**fields), ByteTokenizer(), seed=3)
-    if state:
-        data.set_state(state)
+    config = DataConfig(**fields)
+    streams = [
+        TrainingData(dataclasses.replace(config, num_workers=workers), ByteTokenizer(), seed=3) for workers in (0, 1, 2)
+    ]
+    for stream, place in zip(streams, places):
+        stream.set_state(place)
     while True:
-        state = data.get_state()
-        batch = next(data)
-        digest = hashlib.sha256(b"".join(batch[name].tobytes() for name in sorted(batch))).hexdigest()
-        print(json.dumps([state, digest]), flush=True)
+        line = []
+        for stream in streams:
+            place = stream.get_state()
+            batch = next(stream)
+            digest = hashlib.sha256(b"".join(batch[name].tobytes() for name in sorted(batch))).hexdigest()
+            line.append([place, digest])
+        print(json.dumps(line), flush=True)
 """
 
 
-def batches_until_killed(folder, config, state, count):
-    """(place before, digest) of batches that a process of its own makes, which is then killed."""
+def batches_until_killed(folder, config, places, count):
+    """(place before, digest) of batches at 0, 1 and 2 workers, made by a process of its own that is then killed."""
     fields = dataclasses.asdict(config)
     del fields["tokenizer"], fields["biographies"]
     (folder / "program.py").write_text(PROGRAM)
-    command = [sys.executable, str(folder / "program.py"), json.dumps(fields), json.dumps(state)]
+    command = [sys.executable, str(folder / "program.py"), json.dumps(fields), json.dumps(places)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
         assert process.stdout is not None
         found = []
@@ -222,14 +229,12 @@ def batches_until_killed(folder, config, state, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_a_mixture_goes_on_exactly_after_kill_9(tmp_path, mixture, num_workers):
-    config = dataclasses.replace(mixture, num_workers=num_workers, packing="first_fit")
-    straight = batches_until_killed(tmp_path, config, None, 40)
-    resumed = batches_until_killed(tmp_path, config, straight[23][0], 17)
-    assert [digest for _, digest in resumed] == [digest for _, digest in straight[23:]]
+def test_a_mixture_goes_on_exactly_after_kill_9_at_any_number_of_workers(tmp_path, mixture):
+    config = dataclasses.replace(mixture, packing="first_fit")
+    straight = batches_until_killed(tmp_path, config, [], 40)
+    resumed = batches_until_killed(tmp_path, config, [place for place, _ in straight[23]], 17)
     assert resumed == straight[23:]
-    assert len({digest for _, digest in straight}) == 40
-    if num_workers == 0:
-        here = [hashlib.sha256(b"".join(b[n].tobytes() for n in sorted(b))).hexdigest() for b in take(config, 40)]
-        assert here == [digest for _, digest in straight]
+    for workers in range(3):
+        assert len({line[workers][1] for line in straight}) == 40
+    here = [hashlib.sha256(b"".join(b[n].tobytes() for n in sorted(b))).hexdigest() for b in take(config, 40)]
+    assert here == [line[0][1] for line in straight]
