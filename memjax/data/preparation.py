@@ -92,19 +92,25 @@ def prepare(
     Raises:
         DataError: records cannot be used and may not be left out, or none is left, or the folder holds something else.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f"{folder.name}.partial")
-    with _locked(folder.with_name(f"{folder.name}.lock"), folder):
-        if is_prepared(folder):
-            return
-        if folder.exists():
-            raise DataError(f"{folder}: is there, but holds no prepared data; remove it, or name another data.prepared")
-        if partial.exists():
-            print(f"{partial}: an unfinished preparation is removed and begun again", flush=True)
-            shutil.rmtree(partial)
-        partial.mkdir()
-        _prepare(corpus, tokenizer, partial, processes, every_seconds)
-        os.replace(partial, folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_name(f"{folder.name}.lock"), folder):
+            if is_prepared(folder):
+                return
+            if folder.exists():
+                raise DataError(
+                    f"{folder}: is there, but holds no prepared data; remove it, or name another data.prepared"
+                )
+            if partial.exists():
+                print(f"{partial}: an unfinished preparation is removed and begun again", flush=True)
+                shutil.rmtree(partial)
+            partial.mkdir()
+            _prepare(corpus, tokenizer, partial, processes, every_seconds)
+            os.replace(partial, folder)
+    except OSError as error:
+        # What goes wrong in reading is a malformed record.
+        raise DataError(f"{folder}: cannot be written ({error}); make room, or name another data.prepared") from error
 
 
 def _prepare(

@@ -5,6 +5,7 @@ then the ids of all of them, two bytes each where the vocabulary allows it. `man
 """
 
 import bisect
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -81,13 +82,20 @@ class Writer:
         self._size = 0
 
     def write(self, record: bytes) -> None:
-        """Appends a record."""
+        """Appends a record.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
         if self._file is None or self._size + len(record) > _SHARD_BYTES:
             self._close_shard()
             name = f"{len(self._shards):05d}.array_record"
             self._file, self._size = ArrayRecordWriter(str(self.folder / name), _WRITER_OPTIONS), 0
             self._shards.append([name, 0, 0])
-        self._file.write(record)
+        try:
+            self._file.write(record)
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
         self._size += len(record)
         self._shards[-1][2] += 1
 
@@ -95,7 +103,7 @@ class Writer:
         """Closes the last shard; returns what a manifest says of the shards.
 
         Raises:
-            DataError: the disk did not take it all.
+            OSError: the disk did not take it all.
         """
         self._close_shard()
         return self._shards
@@ -103,7 +111,8 @@ class Writer:
     def abandon(self) -> None:
         """Closes an unfinished shard, however that ends."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(RuntimeError):
+                self._file.close()
             self._file = None
 
     def _close_shard(self) -> None:
@@ -114,7 +123,7 @@ class Writer:
         try:
             file.close()
         except RuntimeError as error:
-            raise DataError(f"{path}: cannot be written ({error}); make room on the disk") from error
+            raise OSError(str(error)) from error
         with path.open("rb") as written:
             os.fsync(written.fileno())
         self._shards[-1][1] = path.stat().st_size

@@ -1,6 +1,7 @@
 import gzip
 import json
 import lzma
+from typing import Literal
 
 import pyarrow
 import pyarrow.parquet
@@ -37,7 +38,7 @@ WRITERS = {
 }
 
 
-def read(path, source="files"):
+def read(path, source: Literal["text", "files"] = "files"):
     """(number, text or why there is none) of every record."""
     (file,) = find_files(str(path), source, "data.path")
     found = []

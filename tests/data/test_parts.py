@@ -84,13 +84,13 @@ def test_every_token_knows_its_part(mixture, packing):
 
 
 def test_weights_are_shares_of_the_tokens(mixture):
-    sources = np.concatenate([batch["sources"].ravel() for batch in take(mixture, 120)])
+    sources = np.concatenate([batch["sources"].ravel() for batch in take(mixture, 40)])
     shares = np.bincount(sources) / len(sources)
     np.testing.assert_allclose(shares, [0.25, 0.5, 0.25], atol=0.02)
 
 
 def test_each_part_has_epochs_of_its_own_without_its_held_out_records(mixture):
-    texts = texts_of(take(mixture, 70))
+    texts = texts_of(take(mixture, 25))
     for letter, count in (("a", 54), ("p", 18), ("t", 36)):
         names = [text[:3] for text in texts if text[:1] == letter]
         whole = {f"{letter}{i:02d}" for i in range(count)}
@@ -122,7 +122,7 @@ def test_validation_may_have_files_of_its_own(mixture, tmp_path):
 
 
 def test_two_processes_share_each_batch(mixture):
-    shares = [take(mixture, 60, process_index=i, process_count=2) for i in range(2)]
+    shares = [take(mixture, 20, process_index=i, process_count=2) for i in range(2)]
     assert shares[0][0]["tokens"].shape == (2, 48)
     epoch = collections.Counter(text[:3] for share in shares for text in texts_of(share) if text[:1] == "p")
     assert set(epoch) == {f"p{i:02d}" for i in range(18)}
@@ -163,7 +163,7 @@ def test_prepared_data_gives_the_batches_of_the_file(mixture, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines)
     plain = dataclasses.replace(mixture, source="jsonl", mixture=(), path=str(tmp_path / "a.jsonl"))
     packed = dataclasses.replace(plain, path=str(tmp_path / "a.jsonl.gz"), prepared=str(tmp_path / "packed"))
-    for one, two in zip(take(plain, 30), take(packed, 30), strict=True):
+    for one, two in zip(take(plain, 10), take(packed, 10), strict=True):
         assert one.keys() == two.keys()
         assert all(np.array_equal(one[name], two[name]) for name in one)
 

@@ -210,6 +210,16 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, lines):
     assert (tmp_path / "p" / "thesis.txt").exists()
 
 
+def test_a_disk_that_takes_nothing_is_an_error_that_says_so(tmp_path, lines, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(preparation, "write_manifest", full)
+    with pytest.raises(DataError, match=r"p: cannot be written \(.*No space left.*\); make room"):
+        prepare(corpus(lines), BYTES, tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
 def test_a_second_process_waits_for_the_first(tmp_path, lines, monkeypatch, capsys):
     inner, entered, go_on = preparation._prepare, threading.Event(), threading.Event()
 
