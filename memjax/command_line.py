@@ -19,7 +19,17 @@ import pydantic
 import yaml
 
 from memjax.command_help import Positional, help_text
-from memjax.command_schema import FieldPath, field_type, field_types, in_words, section_of, show, unwrap, walk
+from memjax.command_schema import (
+    FieldPath,
+    field_type,
+    field_types,
+    in_words,
+    item_section_of,
+    section_of,
+    show,
+    unwrap,
+    walk,
+)
 from memjax.command_yaml import Dumper, Loader, scalar, why_invalid
 
 T = TypeVar("T")
@@ -282,6 +292,18 @@ class _Sources:
                 self._unknown((*path, name), isinstance(value, dict), self.places[(*path, name)])
             elif isinstance(value, dict) and (deeper := section_of(inner)):
                 self._refuse_unknown(deeper, value, (*path, name))
+            elif isinstance(value, list) and (item := item_section_of(inner)):
+                self._refuse_unknown_in_items(item, value, (*path, name))
+
+    def _refuse_unknown_in_items(self, section: type, items: list[Any], path: FieldPath) -> None:
+        """Items are whole: a section of a list has no sections in it."""
+        known = list(field_types(section))
+        for number, item in enumerate(items):
+            for name in item if isinstance(item, dict) else ():
+                if name not in known:
+                    hint = _did_you_mean(_close(name, known)) or f"; known: {', '.join(known)}"
+                    place = self._nearest((*path, name))
+                    self.problems.append(f"{place}: {'.'.join(path)}[{number}].{name}: unknown setting{hint}")
 
     def _unknown(self, path: FieldPath, is_section: bool, place: str) -> None:
         name = ".".join(path)

@@ -33,6 +33,13 @@ def section_of(annotation: Any) -> type | None:
     return inner if isinstance(inner, type) and dataclasses.is_dataclass(inner) else None
 
 
+def item_section_of(annotation: Any) -> type | None:
+    """The section that each item of a list is; None for lists of settings and for what is no list."""
+    inner, _ = unwrap(annotation)
+    items = typing.get_args(inner)
+    return section_of(items[0]) if items and typing.get_origin(inner) is tuple else None
+
+
 def walk(section: type, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
     """Every field of a section and of the sections in it, with its type."""
     for name, annotation in field_types(section).items():

@@ -114,7 +114,7 @@ def _operations() -> dict[str, Callable[[str], Any]]:
         step = lambda table, state: memjax.row_update(
             table, state, [gradient], rule, memjax.row_step(1e-2, 0), implementation=name
         )
-        return jax.jit(step)(table, rule.init(*table.shape))
+        return jax.jit(step)(table, rule.init(500, 96))
 
     return {"product_key_search": search, "embedding_bag": bag, "embedding_dot": dot, "row_update": update}
 

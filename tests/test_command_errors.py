@@ -225,6 +225,14 @@ WRONG = {
         [],
         ["config.yaml:1: a config consists of sections, `name:` with indented lines below it"],
     ),
+    "a wrong part of a list": (
+        "data:\n  source: mixture\n  mixture:\n    - {name: a, path: b, wieght: 2}\n    - {name: c, path: 3}\n",
+        [],
+        [
+            "config.yaml:4: data.mixture[0].wieght: unknown setting; did you mean 'weight'?",
+            "config.yaml:5: data.mixture[1].path: Input should be a valid string",
+        ],
+    ),
     "broken YAML": (
         "model: [1,\ntrain: 3\n",
         [],

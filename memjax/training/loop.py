@@ -15,6 +15,7 @@ from memjax.checkpoint import Checkpoints
 from memjax.command_line import ConfigError
 from memjax.config import DataConfig, RunConfig
 from memjax.data.packing import Batch
+from memjax.data.parts import describe, malformed_counts
 from memjax.data.pipeline import TrainingData, validation_batches
 from memjax.data.tokenizer import Tokenizer
 from memjax.evaluation.perplexity import validation_loss
@@ -66,6 +67,7 @@ class Loop:
 
     def __init__(self, config: RunConfig, mesh: Mesh, folder: RunFolder, tokenizer: Tokenizer, interrupt: Interrupt):
         self.config, self.mesh, self.folder, self.tokenizer, self.interrupt = config, mesh, folder, tokenizer, interrupt
+        self.data_config = config.data.in_run(str(folder.path))
         self.trainer = Trainer.of(config)
         keep = config.checkpoint
         self.checkpoints = Checkpoints(folder.checkpoints, keep=keep.keep, keep_best=keep.keep_best, verify=keep.verify)
@@ -90,7 +92,10 @@ class Loop:
             DataError: the data cannot be read.
             CheckpointError: a checkpoint cannot be written or read.
         """
-        data = TrainingData(self.config.data, self.tokenizer, seed=self.config.run.seed)
+        data = TrainingData(self.data_config, self.tokenizer, seed=self.config.run.seed)
+        for line in describe(data.parts):
+            print(line, flush=True)
+        self.malformed = malformed_counts(data.parts)
         try:
             self.state, self.saved_place = self._start(data)
             self.first = int(self.state.step)
@@ -131,7 +136,7 @@ class Loop:
                 self.profile.start(step)
         with self.profile.step(step):
             self.state, metrics = self.train_step(self.state, micro)
-        self.pending.append(_Pending(step, metrics, data.get_state()))
+        self.pending.append(_Pending(step, metrics, data.get_state(), dict(self.malformed)))
         if self.profile.closes(step, last=last):
             with self._aside():
                 self.profile.stop(step)
@@ -198,7 +203,7 @@ class Loop:
             return False
         with self._aside():
             model = self.trainer.parts.assemble(self.state.params, self.state.tables)
-            batches = validation_batches(self.config.data, self.tokenizer, batches=self.config.eval.batches)
+            batches = validation_batches(self.data_config, self.tokenizer, batches=self.config.eval.batches)
             loss = validation_loss(model, batches, place=lambda batch: put_batch(self.mesh, batch, TOKENS))
         if np.isnan(loss):  # nothing is held out
             return False
