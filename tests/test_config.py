@@ -119,7 +119,7 @@ def value_of(annotation) -> st.SearchStrategy:
         return st.lists(st.text() | st.sampled_from(["a, b", "null", "- a"]), unique=True).map(tuple)
     if typing.get_origin(annotation) is tuple and dataclasses.is_dataclass(arguments[0]):
         item = typing.cast(type, arguments[0])
-        return st.lists(some_fields(item).map(lambda fields: build(item, fields)), max_size=3).map(tuple)
+        return st.lists(some_fields(item), max_size=3)
     if typing.get_origin(annotation) is tuple:
         return st.lists(st.integers(0, 2), unique=True, min_size=1).map(sorted).map(tuple)
     if dataclasses.is_dataclass(annotation):
@@ -141,6 +141,9 @@ def build(section: type, fields: dict) -> Any:
             value = build(
                 next(kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), value
             )
+        if isinstance(value, list):
+            item = typing.get_args(hints[name])[0]
+            value = tuple(build(item, fields) for fields in value)
         try:
             section(**{**kept, name: value})
         except ValueError:
