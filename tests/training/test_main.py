@@ -28,8 +28,8 @@ SETTINGS = """
 --log.usage_every 5
 """
 BAD_STEP = 7
-SLOW_SECONDS = 1.5
-"""Far longer than a step, also on a busy machine."""
+SLOW_SECONDS = 4.0
+"""Far longer than a few steps, also on a busy machine."""
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -145,7 +145,7 @@ def test_a_run_that_meets_a_nan_keeps_its_last_good_state_and_can_be_mended(tiny
     assert steps_in(folder) == list(range(1, BAD_STEP))
     with monkeypatch.context() as patch:
         patch.setattr(loop, "validation_loss", slow_validation)
-        extra = ["--log.profile.start", "9", "--log.profile.steps", "2", "--eval.every", "8"]
+        extra = ["--log.profile.start", "9", "--log.profile.steps", "2"]
         code, printed = run("run", "--optim.lr", "0.003", "--checkpoint.every", "5", "--allow_changed", *extra)
     assert code == 0, printed
     assert f"resumed from step {BAD_STEP - 1}" in printed
@@ -161,8 +161,8 @@ def test_a_run_that_meets_a_nan_keeps_its_last_good_state_and_can_be_mended(tiny
     assert list(compiled) == [1, BAD_STEP]
     assert f"compiled the training step in {compiled[BAD_STEP]:.1f} s" in printed
     assert rows[BAD_STEP - 1]["throughput/step_seconds"] < compiled[BAD_STEP]
-    assert all(row["throughput/step_seconds"] < SLOW_SECONDS for row in rows[BAD_STEP - 1 :])
-    assert [row["step"] for row in rows if row.get("eval/validation/loss") == 2.0] == [8, 12]
+    assert sum(row["throughput/step_seconds"] for row in rows[BAD_STEP - 1 :]) < SLOW_SECONDS
+    assert [row["step"] for row in rows if row.get("eval/validation/loss") == 2.0] == [12]
     assert "profile of the steps 9 to 10" in printed
     assert list((folder / "profile").rglob("*.xplane.pb"))
     assert len(list((folder / "tensorboard").iterdir())) == 2
