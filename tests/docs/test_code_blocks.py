@@ -169,6 +169,10 @@ def execute_module(module: str, arguments: list[str], shown: bool) -> tuple[int,
     if module == "pytest":
         assert all((ROOT / word).exists() for word in arguments if "/" in word)
         return 0, ""
+    if module == "sphinx":
+        source, _ = arguments[-2:]
+        assert (ROOT / source / "conf.py").is_file()
+        return 0, ""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         try:

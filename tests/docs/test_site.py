@@ -92,6 +92,11 @@ def test_a_new_setting_appears_by_itself(generated, monkeypatch):
     assert "{confval} added\n:type: `INT`\n:default: `7`\n\nWhat it adds\\_to \\<all>.\n" in generated.settings()
 
 
+def test_a_mark_that_names_nothing_is_refused(generated):
+    with pytest.raises(KeyError, match="setings"):
+        generated.fill_in("# Title\n\n<!-- generated: setings -->\n")
+
+
 def test_every_command_is_shown_with_its_help(generated):
     page = generated.fill_in((DOCS / "command_lines.md").read_text())
     names = [path.stem for path in (ROOT / "memjax").glob("*.py") if 'if __name__ == "__main__"' in path.read_text()]
