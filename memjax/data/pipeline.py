@@ -17,7 +17,8 @@ from memjax.data import packing
 from memjax.data.packing import Batch
 from memjax.data.records import DataError, Source
 from memjax.data.sources import open_sources
-from memjax.data.tokenizer import Tokenizer, open_tokenizer, train_bpe
+from memjax.data.tokenizer import Tokenizer, train_bpe
+from memjax.data.tokenizer_files import open_tokenizer
 
 __all__ = ["Batch", "TrainingData", "train_tokenizer", "validation_batches"]
 
