@@ -15,7 +15,7 @@ from memjax.models.parts import DecoderParts
 from memjax.text_generation import StopStrings, continue_texts, stream_text
 
 SAMPLING = SamplingConfig(temperature=1.0, top_k=30, seed=1)
-PROMPTS = ["What is", "x", "A longer prompt, longer than 16", "", "What is"]
+PROMPTS = ["What is", "x", "A longer one", "", "What is"]
 
 
 @functools.cache

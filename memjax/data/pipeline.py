@@ -17,7 +17,8 @@ from memjax.data.packing import Batch
 from memjax.data.parts import open_parts, order, reader_of
 from memjax.data.records import DataError
 from memjax.data.sampling import sample_texts
-from memjax.data.tokenizer import Tokenizer, open_tokenizer, train_bpe
+from memjax.data.tokenizer import Tokenizer, train_bpe
+from memjax.data.tokenizer_files import open_tokenizer
 
 __all__ = ["Batch", "TrainingData", "train_tokenizer", "validation_batches"]
 

@@ -15,7 +15,6 @@ import tokenizers.models
 import tokenizers.pre_tokenizers
 import tokenizers.trainers
 
-from memjax.config import TokenizerConfig
 from memjax.data.records import DataError
 
 FILE_NAME = "tokenizer.json"
@@ -137,7 +136,7 @@ class Tokenizer(ABC):
             return ByteTokenizer()
         if kind == BpeTokenizer.kind and "bpe" in state:
             return BpeTokenizer(state["bpe"])
-        # Imported when they are wanted: two of them need packages that may be missing.
+        # Imported here, because these modules are built on this one.
         try:
             if kind == "hf":
                 from memjax.data.hf_tokenizer import HfTokenizer
@@ -241,39 +240,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     # Merges cannot spell one either: the pre-tokenizer parts brackets from letters.
     bpe["added_tokens"] = []
     return BpeTokenizer(bpe)
-
-
-def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer of a config whose kind needs no training.
-
-    Raises:
-        DataError: its file is not named, missing or no tokenizer, or its package is missing.
-    """
-    if config.kind == "byte":
-        return ByteTokenizer()
-    if config.path is None:
-        raise DataError(f"data.tokenizer.path is not set; data.tokenizer.kind={config.kind} needs its file")
-    path = pathlib.Path(config.path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error}); set data.tokenizer.path to a file") from error
-    try:
-        if config.kind == "hf":
-            from memjax.data.hf_tokenizer import HfTokenizer
-
-            return HfTokenizer(json.loads(content), bos=config.bos, eos=config.eos)
-        if config.kind == "sentencepiece":
-            from memjax.data.sentencepiece_tokenizer import SentencePieceTokenizer
-
-            return SentencePieceTokenizer.of_file(content, bos=config.bos, eos=config.eos)
-        from memjax.data.tiktoken_tokenizer import TiktokenTokenizer
-
-        return TiktokenTokenizer.of_file(
-            content, pattern=config.pattern, special_tokens=config.special_tokens, bos=config.bos, eos=config.eos
-        )
-    except ValueError as error:
-        raise DataError(f"{path}: {error}") from error
 
 
 def begin_and_end(special_tokens: Mapping[str, int], bos: str | None, eos: str | None) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 import json
 import pickle
-import sys
 
 import pytest
 from hypothesis import given
@@ -14,9 +13,9 @@ from memjax.data.tokenizer import (
     StreamingDecoder,
     Tokenizer,
     begin_and_end,
-    open_tokenizer,
     train_bpe,
 )
+from memjax.data.tokenizer_files import open_tokenizer
 
 CORPUS = ["the cat sat on the mat", "naïve café, naïve café", "日本語の日本語", "def f(x):\n\treturn x  # x"] * 4
 PIECES = ["<eos>", "<pad>", " ", "\n", "é", "日本", "\U0001f469\u200d\U0001f467", "the", "\x00"]
@@ -140,26 +139,6 @@ def test_begin_and_end_are_found_by_their_names_or_named():
         begin_and_end(llama, "<s>", None)
     with pytest.raises(ValueError, match=r"set data\.tokenizer\.eos to one of: \[SEP\]"):
         begin_and_end({"[SEP]": 1}, None, None)
-
-
-def test_what_a_file_cannot_give_is_said(tokenizer_files, tmp_path):
-    with pytest.raises(DataError, match=r"data\.tokenizer\.path is not set; data\.tokenizer\.kind=hf needs its file"):
-        open_tokenizer(TokenizerConfig(kind="hf"))
-    with pytest.raises(DataError, match="none: cannot be read"):
-        open_tokenizer(TokenizerConfig(kind="hf", path=str(tmp_path / "none")))
-    with pytest.raises(DataError, match=r"hf\.json: .*eos=<end> is none of its special tokens"):
-        open_tokenizer(TokenizerConfig(kind="hf", path=str(tokenizer_files / "hf.json"), eos="<end>"))
-    with pytest.raises(ValueError, match="path=x is for a tokenizer from a file"):
-        TokenizerConfig(kind="bpe", path="x")
-    with pytest.raises(ValueError, match="must name each token once"):
-        TokenizerConfig(kind="tiktoken", special_tokens=("<a>", "<a>"))
-
-
-@pytest.mark.parametrize("kind", ["sentencepiece", "tiktoken"])
-def test_a_missing_package_names_the_extra(kind, tokenizer_files, monkeypatch):
-    monkeypatch.setitem(sys.modules, kind, None)
-    with pytest.raises(DataError, match=rf"needs the package {kind}: pip install 'memjax\[tokenizers\]'"):
-        open_tokenizer(TokenizerConfig(kind=kind, path=str(tokenizer_files / FILES[kind])))
 
 
 def test_training_is_repeatable_and_keeps_to_its_size():
