@@ -20,7 +20,8 @@ from unittest import mock
 import figure
 
 import memjax
-from memjax import command_line
+from memjax.command_help import field_docs, metavar
+from memjax.command_schema import field_types, section_of, show, unwrap
 from memjax.config import RunConfig
 
 PACKAGE = pathlib.Path(memjax.__file__).parent
@@ -80,22 +81,20 @@ def fill_in(page: str) -> str:
 
 def _section(section: type, path: tuple[str, ...]) -> Iterator[str]:
     # How types and defaults are written is the command line's business, so that page and --help say the same.
-    docs, annotations, deeper = command_line._field_docs(section), command_line._annotations(section), []
+    docs, annotations, deeper = field_docs(section), field_types(section), []
     if path:
         summary = " ".join(inspect.cleandoc(section.__doc__ or "").split())
         yield from (f"{'#' * (1 + len(path))} {'.'.join(path)}", "", _escaped(summary), "")
     for field in dataclasses.fields(section):
         annotation, name = annotations[field.name], ".".join((*path, field.name))
-        if inner := command_line._section(annotation):
+        if inner := section_of(annotation):
             deeper.append((inner, (*path, field.name)))
-            if command_line._unwrap(annotation)[1]:
+            if unwrap(annotation)[1]:
                 yield from _setting(name, "section | null", "the section below", docs.get(field.name, ""))
             continue
         default = field.default_factory() if callable(field.default_factory) else field.default
-        shown = "required" if default is dataclasses.MISSING else f"`{command_line._show(default)}`"
-        yield from _setting(
-            name, command_line._metavar(annotation).replace("|", " | "), shown, docs.get(field.name, "")
-        )
+        shown = "required" if default is dataclasses.MISSING else f"`{show(default)}`"
+        yield from _setting(name, metavar(annotation).replace("|", " | "), shown, docs.get(field.name, ""))
     for inner, where in deeper:
         yield from _section(inner, where)
 

@@ -62,7 +62,7 @@ def help_text(
     def add(section: type, path: FieldPath) -> None:
         title = ".".join(path) or "settings"
         summary = inspect.cleandoc(section.__doc__ or "").partition("\n\n")[0]
-        docs, deeper = _field_docs(section), []
+        docs, deeper = field_docs(section), []
         if not all(section_of(annotation) for annotation in field_types(section).values()):
             lines.extend(["", indented(f"{title}: {' '.join(summary.split())}", 0)])
         for field in dataclasses.fields(section):
@@ -76,7 +76,7 @@ def help_text(
                 continue
             default = field.default_factory() if callable(field.default_factory) else field.default
             shown = "required" if default is dataclasses.MISSING else f"default: {show(default)}"
-            lines.extend([f"  --{name} {_metavar(annotation)}", indented(f"{docs.get(field.name, '')} ({shown})", 6)])
+            lines.extend([f"  --{name} {metavar(annotation)}", indented(f"{docs.get(field.name, '')} ({shown})", 6)])
         for inner, where in deeper:
             add(inner, where)
 
@@ -84,19 +84,20 @@ def help_text(
     return "\n".join(lines)
 
 
-def _metavar(annotation: Any) -> str:
+def metavar(annotation: Any) -> str:
+    """What stands for a value of this type behind the name of its setting."""
     inner, optional = unwrap(annotation)
     arguments = typing.get_args(inner)
     if typing.get_origin(inner) is Literal:
         text = "|".join(str(option) for option in arguments)
     elif typing.get_origin(inner) is tuple:
-        text = f"{_metavar(arguments[0])},..."
+        text = f"{metavar(arguments[0])},..."
     else:
         text = PLAIN_TYPES.get(inner, ("", "VALUE"))[1]
     return f"{text}|null" if optional else text
 
 
-def _field_docs(section: type) -> dict[str, str]:
+def field_docs(section: type) -> dict[str, str]:
     """The string literal under each field, also of inherited ones."""
     docs: dict[str, str] = {}
     for owner in reversed(section.__mro__):
