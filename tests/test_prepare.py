@@ -17,16 +17,6 @@ MODEL = """
 --data.validation_fraction 0 --train.steps 6 --train.accumulate 2 --eval.batches 2 --checkpoint.every 3
 """
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
-@pytest.fixture(scope="module")
-def quick_compile():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
 
 @pytest.fixture
 def mixture(tmp_path):

@@ -92,6 +92,8 @@ def prepare(
     Raises:
         DataError: records cannot be used and may not be left out, or none is left, or the folder holds something else.
     """
+    if is_prepared(folder):  # which may lie where nothing can be written
+        return
     partial = folder.with_name(f"{folder.name}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
