@@ -284,6 +284,18 @@ class _Sources:
                 self._unknown((*path, name), isinstance(value, dict), self.places[(*path, name)])
             elif isinstance(value, dict) and (deeper := _section(inner)):
                 self._refuse_unknown(deeper, value, (*path, name))
+            elif isinstance(value, list) and (item := _item_section(inner)):
+                self._refuse_unknown_in_items(item, value, (*path, name))
+
+    def _refuse_unknown_in_items(self, section: type, items: list[Any], path: _Path) -> None:
+        """Items are whole: a section of a list has no sections in it."""
+        known = list(_annotations(section))
+        for number, item in enumerate(items):
+            for name in item if isinstance(item, dict) else ():
+                if name not in known:
+                    hint = _did_you_mean(_close(name, known)) or f"; known: {', '.join(known)}"
+                    place = self._nearest((*path, name))
+                    self.problems.append(f"{place}: {'.'.join(path)}[{number}].{name}: unknown setting{hint}")
 
     def _unknown(self, path: _Path, is_section: bool, place: str) -> None:
         name = ".".join(path)
@@ -413,6 +425,12 @@ def _unwrap(annotation: Any) -> tuple[Any, bool]:
 def _section(annotation: Any) -> type | None:
     inner, _ = _unwrap(annotation)
     return inner if isinstance(inner, type) and dataclasses.is_dataclass(inner) else None
+
+
+def _item_section(annotation: Any) -> type | None:
+    """The section that the items of a list are."""
+    arguments = typing.get_args(_unwrap(annotation)[0])
+    return _section(arguments[0]) if arguments and typing.get_origin(_unwrap(annotation)[0]) is tuple else None
 
 
 def _walk(section: type, path: _Path = ()) -> Iterator[tuple[_Path, Any]]:

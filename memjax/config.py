@@ -7,6 +7,7 @@ A check's message begins with `field=value`, which is how the loader finds the l
 
 import dataclasses
 import math
+import re
 from typing import Literal
 
 DType = Literal["auto", "float32", "bfloat16", "float64"]
@@ -220,23 +221,57 @@ class BiographiesConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MixtureConfig:
+    """One part of a mixture."""
+
+    name: str
+    """What metrics call it, and the folder of its prepared data."""
+    path: str
+    """File, folder or glob, as in data.path."""
+    source: Literal["files", "jsonl", "text"] = "files"
+    """How its files are read, as in data.source."""
+    weight: float = 1.0
+    """Share of the tokens of the training, relative to the weights of the other parts."""
+
+    def __post_init__(self) -> None:
+        _refuse(
+            _positive(weight=self.weight)
+            + [
+                f"name={self.name} must consist of letters, digits, - and _: a folder and metrics are named after it"
+                if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name)
+                else None
+            ]
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """What the model reads, and how records become batches."""
 
-    source: Literal["biographies", "jsonl", "text"] = "biographies"
-    """biographies: generated; jsonl: a file with one JSON object a line; text: plain text, one document a line."""
+    source: Literal["biographies", "jsonl", "text", "files", "mixture"] = "biographies"
+    """biographies: generated; jsonl: a JSON object a line; text: a document a line; files: as the suffix says (.jsonl
+    .txt .parquet .array_record, lines also with .gz .xz .zst); mixture: the parts in `mixture`."""
     path: str | None = None
-    """The training file (jsonl and text)."""
+    """The training data (jsonl, text, files): a file, a folder or a glob, read in sorted order."""
+    mixture: tuple[MixtureConfig, ...] = ()
+    """Parts that are mixed (source: mixture), as {name, path, weight, source} each."""
     validation_path: str | None = None
-    """The validation file; null holds the last validation_fraction of the records of `path` out of the training."""
+    """The validation data; null holds the last validation_fraction of the records (of every part) out of training."""
     validation_fraction: float = 0.005
     """Share of the records held out when validation_path is null."""
+    prepared: str | None = None
+    """Folder of the tokenised data; null: `prepared` in the run's folder. Compressed files, Parquet, ArrayRecord,
+    mixtures and whatever is read with malformed: skip are tokenised there before the training; see memjax.prepare."""
+    malformed: Literal["strict", "skip"] = "strict"
+    """strict: a record that cannot be used ends the run; skip: it is left out, counted and reported."""
+    max_malformed: int = 1000
+    """The most records that may be left out of a part (malformed: skip); more end the run."""
     text_key: str = "text"
-    """JSONL field with a whole document; all its tokens are learned."""
+    """Field (JSON, Parquet) with a whole document; all its tokens are learned."""
     prompt_key: str = "prompt"
-    """JSONL field with a prompt, used in records without text_key; its tokens are read, not learned."""
+    """Field with a prompt, used in records without text_key; its tokens are read, not learned."""
     answer_key: str = "answer"
-    """JSONL field with the answer to the prompt; only its tokens are learned."""
+    """Field with the answer to the prompt; only its tokens are learned."""
     sequence_length: int = 64
     """Tokens the model sees at once."""
     batch_size: int = 32
@@ -255,15 +290,30 @@ class DataConfig:
     """The generated people (source: biographies)."""
 
     def __post_init__(self) -> None:
+        names = [part.name for part in self.mixture]
         _refuse(
             _positive(sequence_length=self.sequence_length, batch_size=self.batch_size)
-            + _not_negative(num_workers=self.num_workers)
+            + _not_negative(num_workers=self.num_workers, max_malformed=self.max_malformed)
             + [
+                f"source={self.source} needs the parts to mix; list them in mixture, as {{name, path, weight}} each"
+                if self.source == "mixture" and not self.mixture
+                else None,
+                f"source={self.source} does not read mixture; set source to mixture, or remove the list"
+                if self.source != "mixture" and self.mixture
+                else None,
+                f"path={self.path} is not read with source=mixture; make it a part of mixture"
+                if self.source == "mixture" and self.path is not None
+                else None,
+                f"mixture={names} must give every part a name of its own" if len(set(names)) < len(names) else None,
                 f"validation_fraction={self.validation_fraction} must be in 0..1 and below 1"
                 if not 0 <= self.validation_fraction < 1
                 else None,
             ]
         )
+
+    def in_run(self, folder: str) -> "DataConfig":
+        """The same data, with the folder of the prepared data named also where it is the run's own."""
+        return self if self.prepared else dataclasses.replace(self, prepared=f"{folder}/prepared")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,6 @@ from memjax import command_line
 from memjax.evaluation.command import CheckpointSettings, exit_code, loaded
 
 if TYPE_CHECKING:
-    from memjax.config import DataConfig
     from memjax.data.records import Source
     from memjax.loading import LoadedModel
 
@@ -69,7 +68,7 @@ def _evaluate(run: str, settings: EvaluateConfig) -> None:
         if settings.text is None and data.source == "biographies":
             name, report = "facts", _facts(found, settings)
         else:
-            source = _open(data, settings)
+            source = _open(run, found, settings)
             name = "validation" if settings.text is None else f"text-{pathlib.Path(settings.text).stem}"
             report = _text(found, settings, source)
         path = _evals_folder(run) / f"{found.step}-{name}.json"
@@ -127,19 +126,21 @@ def _text(found: "LoadedModel", settings: EvaluateConfig, source: "Source") -> d
     return report
 
 
-def _open(data: "DataConfig", settings: EvaluateConfig) -> "Source":
+def _open(run: str, found: "LoadedModel", settings: EvaluateConfig) -> "Source":
     """The text to read.
 
     Raises:
         DataError: it cannot be read, or the run has no validation data.
     """
-    from memjax.data.sources import DataError, JsonlSource, TextSource, open_sources
+    from memjax.data.parts import PartSource, open_parts
+    from memjax.data.sources import DataError, JsonlSource, TextSource
 
+    data = found.config.data
     if settings.text is None:
-        source = open_sources(data)[1]
-        if source is None:
+        _, parts = open_parts(data.in_run(str(_evals_folder(run).parent)), found.tokenizer)
+        if not parts:
             raise DataError("the run holds no validation data out; name a file with --text")
-        return source
+        return PartSource(parts)
     if pathlib.Path(settings.text).suffix == ".jsonl":
         keys = (settings.text_key or data.text_key, data.prompt_key, data.answer_key)
         return JsonlSource(settings.text, *keys, field="--text")

@@ -44,6 +44,14 @@ WRONG = {
             "config.yaml:6: train.steps=1000.0 must be a whole number",
         ],
     ),
+    "a wrong part of a list": (
+        "data:\n  source: mixture\n  mixture:\n    - {name: a, path: b, wieght: 2}\n    - {name: c, path: 3}\n",
+        [],
+        [
+            "config.yaml:4: data.mixture[0].wieght: unknown setting; did you mean 'weight'?",
+            "config.yaml:5: data.mixture[1].path: Input should be a valid string",
+        ],
+    ),
     "impossible sizes": (
         "model:\n  memory:\n    top_k: 100\n    key_dim: 3\noptim:\n  beta2: 1.0\n",
         [],

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 
 from memjax.command_line import differences, load, to_yaml
-from memjax.config import MemoryConfig, ModelConfig, RunConfig
+from memjax.config import DataConfig, MemoryConfig, MixtureConfig, ModelConfig, RunConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -86,6 +86,10 @@ def test_derived_sizes():
     assert dataclasses.replace(memory, share=False).pools == {"layer_0": (0,), "layer_2": (2,)}
 
 
+REQUIRED: dict[type, dict] = {MixtureConfig: {"name": "a", "path": "b"}}
+"""Fields without a default."""
+
+
 def some_fields(section: type) -> st.SearchStrategy[dict]:
     """Some fields of a section with values of the right type, sensible or not; sections within it as dictionaries."""
     hints = typing.get_type_hints(section)
@@ -98,6 +102,9 @@ def value_of(annotation) -> st.SearchStrategy:
         return st.none() | value_of(next(kind for kind in arguments if kind is not type(None)))
     if typing.get_origin(annotation) is typing.Literal:
         return st.sampled_from(arguments)
+    if typing.get_origin(annotation) is tuple and dataclasses.is_dataclass(arguments[0]):
+        item = typing.cast(type, arguments[0])
+        return st.lists(some_fields(item).map(lambda fields: build(item, fields)), max_size=3).map(tuple)
     if typing.get_origin(annotation) is tuple:
         return st.lists(st.integers(0, 2), unique=True, min_size=1).map(sorted).map(tuple)
     if dataclasses.is_dataclass(annotation):
@@ -112,7 +119,7 @@ def value_of(annotation) -> st.SearchStrategy:
 
 def build(section: type, fields: dict) -> Any:
     """A config with the fields that are allowed, and the defaults in place of the others."""
-    hints, kept = typing.get_type_hints(section), {}
+    hints, kept = typing.get_type_hints(section), dict(REQUIRED.get(section, {}))
     for name, value in fields.items():
         if isinstance(value, dict):
             kinds = (hints[name], *typing.get_args(hints[name]))
@@ -120,11 +127,44 @@ def build(section: type, fields: dict) -> Any:
                 next(kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), value
             )
         try:
-            section(**kept, **{name: value})
+            section(**{**kept, name: value})
         except ValueError:
             continue
         kept[name] = value
     return section(**kept)
+
+
+def test_a_mixture_goes_through_yaml(tmp_path):
+    parts = (MixtureConfig(name="a", path="x: y"), MixtureConfig(name="b", path="null", weight=0.25, source="text"))
+    config = RunConfig(data=DataConfig(source="mixture", mixture=parts))
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load(RunConfig, tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"source": "mixture"}, "source=mixture needs the parts to mix; list them in mixture"),
+        ({"mixture": (MixtureConfig(name="a", path="x"),)}, "source=biographies does not read mixture"),
+        (
+            {"source": "mixture", "path": "x", "mixture": (MixtureConfig(name="a", path="x"),)},
+            "path=x is not read with source=mixture; make it a part of mixture",
+        ),
+        (
+            {"source": "mixture", "mixture": (MixtureConfig(name="a", path="x"), MixtureConfig(name="a", path="y"))},
+            r"mixture=\['a', 'a'\] must give every part a name of its own",
+        ),
+    ],
+)
+def test_a_mixture_that_says_too_little_or_too_much_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**fields)
+
+
+@pytest.mark.parametrize(("field", "value"), [("name", "../x"), ("name", ""), ("weight", 0.0)])
+def test_a_part_of_a_mixture_needs_a_plain_name_and_a_weight(field, value):
+    with pytest.raises(ValueError, match=f"{field}={value} must"):
+        MixtureConfig(**{"name": "a", "path": "x", field: value})
 
 
 @given(fields=some_fields(RunConfig))

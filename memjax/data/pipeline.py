@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -15,15 +14,14 @@ from grain.experimental import ThreadPrefetchIterDataset
 from memjax.config import DataConfig
 from memjax.data import packing
 from memjax.data.packing import Batch
-from memjax.data.records import DataError, Source
-from memjax.data.sources import open_sources
+from memjax.data.parts import open_parts, order, reader_of
+from memjax.data.records import DataError
+from memjax.data.sampling import sample_texts
 from memjax.data.tokenizer import ByteTokenizer, Tokenizer, train_bpe
 
 __all__ = ["Batch", "TrainingData", "train_tokenizer", "validation_batches"]
 
 _READY_BATCHES = 4
-_BIOGRAPHY_PASSES = 5
-"""Tellings of each record that a BPE is trained on: about as many as there are wordings."""
 
 
 def train_tokenizer(config: DataConfig, vocab_size: int) -> Tokenizer:
@@ -39,24 +37,7 @@ def train_tokenizer(config: DataConfig, vocab_size: int) -> Tokenizer:
     """
     if config.tokenizer.kind == "byte":
         return ByteTokenizer()
-    source, _ = open_sources(config)
-    passes = _BIOGRAPHY_PASSES if config.source == "biographies" else 1
-    return train_bpe(_sample(source, passes, config.tokenizer.train_bytes), vocab_size)
-
-
-def _sample(source: Source, passes: int, num_bytes: int) -> Iterator[str]:
-    """Texts of all records, or of records evenly spread, until there are num_bytes."""
-    rng = np.random.default_rng(0)
-    # Steps of the golden ratio reach every record once, and wherever they stop they have been everywhere equally.
-    step = max(1, round(len(source) * 0.618034))
-    while math.gcd(step, len(source)) > 1:
-        step += 1
-    for count in range(passes * len(source)):
-        for segment in source.draw(count * step % len(source), rng):
-            yield segment.text
-            num_bytes -= len(segment.text.encode())
-        if num_bytes <= 0:
-            return
+    return train_bpe(sample_texts(config, config.tokenizer.train_bytes), vocab_size)
 
 
 class TrainingData(Iterator[Batch]):
@@ -84,7 +65,7 @@ class TrainingData(Iterator[Batch]):
             DataError: the training data cannot be used.
         """
         _check_processes(config, process_index, process_count)
-        source, _ = open_sources(config)
+        self.parts, _ = open_parts(config, tokenizer)
         self._plan = {
             "num_workers": config.num_workers,
             "process_count": process_count,
@@ -92,28 +73,30 @@ class TrainingData(Iterator[Batch]):
             "tokenizer": tokenizer.fingerprint,
             "seed": seed,
             "source": config.source,
-            "num_records": len(source),
+            "num_records": sum(part.stop for part in self.parts),
             "packing": config.packing,
             "sequence_length": config.sequence_length,
             "batch_size": config.batch_size,
             "shuffle": config.shuffle,
         }
+        if config.source == "mixture":
+            self._plan["mixture"] = [
+                {"name": part.name, "weight": part.weight, "num_records": opened.stop}
+                for part, opened in zip(config.mixture, self.parts, strict=True)
+            ]
         grain_seed = seed % 2**32
-        numbers = grain.MapDataset.range(len(source)).seed(grain_seed)
-        if config.shuffle:
-            numbers = numbers.shuffle()
-        numbers = numbers.repeat()
+        numbers = order(self.parts, seed=grain_seed, shuffle=config.shuffle, repeat=True)
         if process_count > 1:
             numbers = numbers[process_index::process_count]
         batches = packing.batches(
             numbers,
-            source,
-            tokenizer,
+            reader_of(self.parts, config),
             packing=config.packing,
             sequence_length=config.sequence_length,
             num_rows=config.batch_size // process_count,
             document_mask=config.document_mask,
             seed=(grain_seed + process_index) % 2**32,
+            with_sources=config.source == "mixture",
         )
         if config.num_workers:
             # Grain's workers read absl's flags, which only programs started through absl have parsed.
@@ -170,6 +153,8 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """This process's rows of the first batches of the validation records, in file order, the same at every call.
 
+    Of a mixture the records held out of the parts come mixed as in training.
+
     Every process sees the same number of batches; the last is padded with empty rows. Nothing comes when the config
     holds nothing out.
 
@@ -178,15 +163,14 @@ def validation_batches(
         DataError: the validation data cannot be used.
     """
     _check_processes(config, process_index, process_count)
-    _, source = open_sources(config)
-    if source is None:
+    _, parts = open_parts(config, tokenizer)
+    if not parts:
         return
     # Every process packs all rows and keeps its own: packing shares apart could give them unequal numbers of batches,
     # and a process that stops early would leave the others waiting.
     whole = packing.batches(
-        grain.MapDataset.range(len(source)),
-        source,
-        tokenizer,
+        order(parts, seed=0, shuffle=False, repeat=False),
+        reader_of(parts, config),
         packing=config.packing,
         sequence_length=config.sequence_length,
         num_rows=config.batch_size,

@@ -1,6 +1,9 @@
 """What every source of text hands on: records, cut into segments that are learned or only read."""
 
+import bisect
+import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +62,21 @@ class Part(Source):
     def draw(self, index: int, rng: np.random.Generator) -> Record:
         """The record as the whole source would draw it."""
         return self.source.draw(self.start + checked(index, len(self)), rng)
+
+
+class Chain(Source):
+    """The records of several sources, those of the first, then those of the second."""
+
+    def __init__(self, sources: Sequence[Source]):
+        self.sources = tuple(sources)
+        self._starts = [0, *itertools.accumulate(map(len, self.sources))]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> Record:
+        owner = bisect.bisect_right(self._starts, checked(index, len(self))) - 1
+        return self.sources[owner][index - self._starts[owner]]
 
 
 def checked(index: int, length: int) -> int:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from memjax.checkpoint import Checkpoints
 from memjax.config import RunConfig
+from memjax.data.parts import describe, malformed_counts
 from memjax.data.pipeline import TrainingData, validation_batches
 from memjax.data.tokenizer import Tokenizer
 from memjax.evaluation.perplexity import validation_loss
@@ -57,6 +58,7 @@ class Loop:
 
     def __init__(self, config: RunConfig, mesh: Mesh, folder: RunFolder, tokenizer: Tokenizer, interrupt: Interrupt):
         self.config, self.mesh, self.folder, self.tokenizer, self.interrupt = config, mesh, folder, tokenizer, interrupt
+        self.data_config = config.data.in_run(str(folder.path))
         self.trainer = Trainer.of(config)
         keep = config.checkpoint
         self.checkpoints = Checkpoints(folder.checkpoints, keep=keep.keep, keep_best=keep.keep_best, verify=keep.verify)
@@ -76,7 +78,10 @@ class Loop:
             DataError: the data cannot be read.
             CheckpointError: a checkpoint cannot be written or read.
         """
-        data = TrainingData(self.config.data, self.tokenizer, seed=self.config.run.seed)
+        data = TrainingData(self.data_config, self.tokenizer, seed=self.config.run.seed)
+        for line in describe(data.parts):
+            print(line, flush=True)
+        self.malformed = malformed_counts(data.parts)
         try:
             self.state, self.saved_place = self._start(data)
             first = int(self.state.step)
@@ -105,7 +110,7 @@ class Loop:
         batch = next(data)
         micro = {name: rows.reshape(config.train.accumulate, -1, rows.shape[-1]) for name, rows in batch.items()}
         self.state, metrics = self.train_step(self.state, put_batch(self.mesh, micro, BATCH))
-        self.pending.append(_Pending(step, metrics, data.get_state()))
+        self.pending.append(_Pending(step, metrics, data.get_state(), dict(self.malformed)))
         self.checkpoints.check()
         self._read(wait=len(self.pending) >= MAX_PENDING)
         if config.model.memory and (last or step % config.log.usage_every == 0):
@@ -143,7 +148,7 @@ class Loop:
         if step != self.config.train.steps and (every is None or step % every):
             return False
         model = self.trainer.parts.assemble(self.state.params, self.state.tables)
-        batches = validation_batches(self.config.data, self.tokenizer, batches=self.config.eval.batches)
+        batches = validation_batches(self.data_config, self.tokenizer, batches=self.config.eval.batches)
         loss = validation_loss(model, batches, place=lambda batch: put_batch(self.mesh, batch, TOKENS))
         if np.isnan(loss):  # nothing is held out
             return False

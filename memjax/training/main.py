@@ -6,6 +6,7 @@ import jax
 
 from memjax.command_line import ConfigError
 from memjax.config import MemoryConfig, RunConfig
+from memjax.data.parts import prepare_parts
 from memjax.models.counts import billions, count_parameters, describe, gigabytes, state_bytes
 from memjax.models.decoder import resolve_dtype
 from memjax.ops import dispatch
@@ -42,8 +43,10 @@ def train(config: RunConfig, *, allow_changed: bool = False) -> int:
         print(describe_summary(summary, folder))
         return 0
     mesh = make_mesh(config)
+    # What takes long and keeps nothing that a signal should wait for comes first.
+    tokenizer = folder.tokenizer(config)
+    prepare_parts(config.data.in_run(str(folder.path)), tokenizer)
     with catch_interrupts() as interrupt, jax.set_mesh(mesh):
-        tokenizer = folder.tokenizer(config)
         loop = Loop(config, mesh, folder, tokenizer, interrupt)
         print(opening(config, loop.trainer, mesh, folder), flush=True)
         try:
@@ -66,7 +69,7 @@ def check(config: RunConfig) -> None:
         ConfigError: with every problem.
     """
     problems = []
-    if config.data.source != "biographies" and config.data.path is None:
+    if config.data.source not in ("biographies", "mixture") and config.data.path is None:
         problems.append(f"data.path is null: source={config.data.source} needs a file; set --data.path FILE")
     for name, schedule in (("optim", config.optim), ("optim.table", config.optim.table)):
         if schedule.warmup_steps >= config.train.steps:

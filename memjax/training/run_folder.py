@@ -17,7 +17,16 @@ from memjax.data.pipeline import train_tokenizer
 from memjax.data.tokenizer import Tokenizer
 from memjax.loading import CHECKPOINTS
 
-MAY_CHANGE = ("run.dir", "mesh.", "checkpoint.", "eval.", "log.", "train.remat")
+MAY_CHANGE = (
+    "run.dir",
+    "data.prepared",
+    "data.max_malformed",
+    "mesh.",
+    "checkpoint.",
+    "eval.",
+    "log.",
+    "train.remat",
+)
 """Settings that a resumed run may change: they do not decide what is learned."""
 
 

@@ -14,7 +14,7 @@ from memjax.memory.parallel import DATA, MEMORY
 from memjax.memory.sparse_gradient import row_sparse_value_and_grad
 from memjax.memory.usage import count_reads, statistics
 from memjax.models.decoder import layer_name
-from memjax.models.loss import summed_loss
+from memjax.models.loss import token_losses
 from memjax.models.parts import Tables
 from memjax.ops.row_gradient import RowGradient
 from memjax.training.mesh import replicated
@@ -47,7 +47,7 @@ def make_train_step(
 def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """The step itself, to be traced."""
     learned = jnp.maximum(batch["loss_mask"].sum(), 1)
-    loss, dense, rows, whole = _accumulate(trainer, state, batch, learned)
+    (loss, by_part), dense, rows, whole = _accumulate(trainer, state, batch, learned)
 
     # Decided before anything is written, so that the last good state is always whole.
     ok = state.healthy & _all_finite((loss, dense, whole, [(row.weights, row.vectors) for row in rows.values()]))
@@ -74,6 +74,7 @@ def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[Train
         "train/learned_tokens": learned,
         "healthy": ok,
     }
+    metrics |= _part_metrics(trainer, batch, by_part)
     if tables:
         metrics["train/lr_table"] = trainer.table_optimizer.schedule(state.step)
     return new_state, metrics
@@ -98,8 +99,9 @@ def make_usage_report(trainer: Trainer, mesh: jax.sharding.Mesh) -> Callable[[Tr
     return report_and_reset
 
 
-def _accumulate(trainer: Trainer, state: TrainState, batch: Batch, learned: Array) -> tuple[Array, Any, dict, Tables]:
-    """Loss, dense gradient, row gradients with a leading micro-batch axis, tables' gradients in the dense modes.
+def _accumulate(trainer: Trainer, state: TrainState, batch: Batch, learned: Array) -> tuple[Any, Any, dict, Tables]:
+    """(loss, losses of a mixture's parts), dense gradient, row gradients with a leading micro-batch axis, and the
+    tables' gradients in the dense modes.
 
     The loss is a sum over tokens, divided by the number of learned tokens of the whole batch: however the batch is cut
     into micro-batches, every token counts the same.
@@ -120,22 +122,39 @@ def _accumulate(trainer: Trainer, state: TrainState, batch: Batch, learned: Arra
 
 
 def _gradients(trainer: Trainer, params: Any, tables: Tables, batch: Batch, learned: Array):
-    """(loss, dense gradient, dense table gradient), row gradients by layer: of one micro-batch."""
+    """((loss, losses of parts), dense gradient, dense table gradient), row gradients by layer: of one micro-batch."""
     parts, remat = trainer.parts, trainer.config.train.remat
 
-    def loss_fn(params: Any, taps: dict[str, Array], tables: Tables) -> tuple[Array, tuple[dict, None]]:
+    def loss_fn(params: Any, taps: dict[str, Array], tables: Tables) -> tuple[Array, tuple[dict, list[Array]]]:
         model = parts.assemble(params, tables)
         hidden, lookups = model.hidden(batch["tokens"], batch["positions"], batch["segments"], taps, remat)
-        loss = summed_loss(model, hidden, batch["targets"], batch["loss_mask"]) / learned
-        return loss, (lookups, None)
+        losses = token_losses(model, hidden, batch["targets"])
+        losses = losses * batch["loss_mask"].astype(losses.dtype)
+        by_part = [jnp.sum(losses, where=is_of_part) for is_of_part in _parts(trainer, batch)]
+        return jnp.sum(losses) / learned, (lookups, by_part)
 
     taps = parts.zero_taps(batch["tokens"].size)
     if not trainer.config.optim.table.is_dense:
-        (loss, _), dense, rows = row_sparse_value_and_grad(loss_fn)(params, taps, tables)
+        loss, dense, rows = row_sparse_value_and_grad(loss_fn)(params, taps, tables)
         return (loss, dense, {}), rows
     differentiate = lambda params_and_tables, taps: loss_fn(params_and_tables[0], taps, params_and_tables[1])
-    (loss, _), (dense, whole), rows = row_sparse_value_and_grad(differentiate)((params, tables), taps)
+    loss, (dense, whole), rows = row_sparse_value_and_grad(differentiate)((params, tables), taps)
     return (loss, dense, whole), rows
+
+
+def _parts(trainer: Trainer, batch: Batch) -> list[Array]:
+    """Of each part of a mixture, which places of the batch are from it."""
+    return [batch["sources"] == number for number in range(len(trainer.config.data.mixture))]
+
+
+def _part_metrics(trainer: Trainer, batch: Batch, losses: list[Array]) -> Metrics:
+    """Learned tokens and loss of each part of a mixture; not a number for a part of which the batch has nothing."""
+    metrics = {}
+    for part, is_of_part, loss in zip(trainer.config.data.mixture, _parts(trainer, batch), losses, strict=True):
+        learned = jnp.sum(batch["loss_mask"], where=is_of_part)
+        metrics[f"data/{part.name}/learned_tokens"] = learned
+        metrics[f"data/{part.name}/loss"] = loss / learned
+    return metrics
 
 
 def _update_tables(trainer: Trainer, state: TrainState, rows: dict[str, RowGradient], whole: Tables, ok: Array):

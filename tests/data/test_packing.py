@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memjax.data import packing
+from memjax.data.reading import TextReader
 from memjax.data.records import Segment, Source
 from memjax.data.tokenizer import ByteTokenizer
 
@@ -32,8 +33,7 @@ def pack(records, kind, document_mask=True):
     return list(
         packing.batches(
             grain.MapDataset.range(len(records)),
-            Listed(records),
-            ByteTokenizer(),
+            TextReader(Listed(records), ByteTokenizer()),
             packing=kind,
             sequence_length=LENGTH,
             num_rows=ROWS,
@@ -142,14 +142,3 @@ def test_the_shares_of_processes_make_up_a_batch():
     shares = [packing.take_rows(batch, i, 3)["tokens"] for i in range(3)]
     assert [share.shape for share in shares] == [(2, 2)] * 3
     np.testing.assert_array_equal(np.concatenate(shares), batch["tokens"])
-
-
-def test_remembered_texts_are_encoded_as_before(monkeypatch):
-    monkeypatch.setattr(packing, "_CACHED_LETTERS", 2)
-    monkeypatch.setattr(packing, "_CACHED_TEXTS", 3)
-    records = [(Segment(text, True),) for text in ("a", "abc", "b", "c", "ab", "a", "abc", "abcabc")]
-    reader = packing.Reader(Listed(records), ByteTokenizer())
-    rng = np.random.default_rng(0)
-    for _ in range(3):
-        for i, record in enumerate(records):
-            assert [tuple(pair) for pair in reader([i], rng)[0]] == pairs_by_hand(record)

@@ -115,7 +115,12 @@ def test_missing_and_empty_files_are_refused_with_the_field_to_set(tmp_path):
     (tmp_path / "blank").write_text("\n  \n\r\n")
     good = tmp_path / "good"
     good.write_text("a\nb")
-    for name, what in (("none", "no such file"), ("empty", "no text"), ("blank", "no text"), (".", "not a file")):
+    for name, what in (
+        ("none", "no such file"),
+        ("empty", "no text"),
+        ("blank", "no text"),
+        (".", "holds no file that ends in .*"),
+    ):
         bad = str(tmp_path / name)
         for kind in ("text", "jsonl"):
             with pytest.raises(DataError, match=f"{what}; set data.path to"):

@@ -1,6 +1,7 @@
 """The command lines that read a run: what they print, what they keep, and their exit codes."""
 
 import functools
+import gzip
 import json
 
 import jax
@@ -70,8 +71,9 @@ def test_a_text_is_read_from_lines_or_objects(biographies, tmp_path, capsys):
 
 
 def test_a_run_on_text_is_measured_on_its_validation_data(tmp_path, capsys):
-    (tmp_path / "train.txt").write_text("one\ntwo\nthree\n")
-    data = DataConfig(source="text", path=str(tmp_path / "train.txt"), sequence_length=8)
+    # Packed, so that it is read from the data that was prepared in the run's folder.
+    (tmp_path / "train.txt.gz").write_bytes(gzip.compress(b"one\ntwo\nthree\n"))
+    data = DataConfig(source="text", path=str(tmp_path / "train.txt.gz"), sequence_length=8)
     run = save(tmp_path, data, memory=False)
     assert evaluate.main([run, "--batch_size", "2"]) == 0
     assert "zeroed" not in capsys.readouterr().out

@@ -1,0 +1,74 @@
+"""Tokenises data ahead of training: `python -m memjax.prepare [CONFIG.yaml] [--section.key value ...]`."""
+
+import pathlib
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from memjax.command_line import ConfigError, Parsed, parse
+from memjax.config import RunConfig
+
+if TYPE_CHECKING:
+    from memjax.data.tokenizer import Tokenizer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Returns:
+        0 done, 2 wrong settings, 3 unusable data, 130 stopped by Ctrl-C.
+    """
+    arguments: Parsed[RunConfig] = parse(
+        RunConfig,
+        sys.argv[1:] if argv is None else argv,
+        prog="python -m memjax.prepare",
+        description=(
+            "Tokenises the training and validation data of a run once, over all cores, into data.prepared (default: "
+            "`prepared` in the run's folder). A training with the same settings reads it there and tokenises nothing. "
+            "The same command begins an interrupted preparation again, and leaves a finished one alone."
+        ),
+    )
+    # Only now: wrong settings should not wait for imports.
+    from memjax.evaluation.command import exit_code
+
+    try:
+        return exit_code(lambda: _prepare(arguments.config))
+    except KeyboardInterrupt:
+        print("\nstopped; the same command begins the unfinished part again", file=sys.stderr)
+        return 130
+
+
+def _prepare(config: RunConfig) -> None:
+    from memjax.data.corpus import training_corpora, validation_corpus
+    from memjax.data.parts import describe, open_parts, prepared_folder
+    from memjax.data.preparation import prepare
+
+    if config.data.source == "biographies":
+        raise ConfigError(["data.source=biographies is generated as it is read; there is nothing to prepare"])
+    data = config.data.in_run(config.run.dir)
+    corpora = [*training_corpora(data), validation_corpus(data)]
+    for corpus in filter(None, corpora):
+        corpus.files()  # a missing file should not wait for a tokenizer to be trained
+    tokenizer = _tokenizer(config)
+    for corpus in filter(None, corpora):
+        prepare(corpus, tokenizer, prepared_folder(corpus, data), every_seconds=config.log.progress_seconds)
+    print("\n".join(describe(open_parts(data, tokenizer)[0])))
+
+
+def _tokenizer(config: RunConfig) -> "Tokenizer":
+    """That of the run if it has begun; else the one that it will begin with, which is not kept.
+
+    A tokenizer in the folder of a run without a config would go on to be used whatever the config came to say.
+    """
+    from memjax.training.run_folder import RunFolder
+
+    folder = RunFolder.of(config)
+    if (folder.path / "config.yaml").exists():
+        return folder.tokenizer(config)
+    with tempfile.TemporaryDirectory() as other:
+        return RunFolder(pathlib.Path(other)).tokenizer(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

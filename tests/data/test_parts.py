@@ -1,0 +1,240 @@
+"""Mixtures: shares of tokens, what is held out, and the same batches after kill -9 at any number of workers."""
+
+import collections
+import dataclasses
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from memjax.config import DataConfig, MixtureConfig, TokenizerConfig
+from memjax.data.parts import PartSource, describe, malformed_counts, open_parts
+from memjax.data.pipeline import TrainingData, train_tokenizer, validation_batches
+from memjax.data.records import DataError
+from memjax.data.tokenizer import ByteTokenizer
+
+BYTES = ByteTokenizer()
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    """Three kinds of files: 60 short records of a, 20 long ones of p, 40 of t in two files; weights 1, 2 and 1."""
+    rows = [json.dumps({"text": f"a{i:02d}"}) for i in range(60)]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
+    table = pyarrow.table({"text": [f"p{i:02d}" + "-" * (20 + i) for i in range(20)]})
+    pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "0.txt").write_text("\n".join(f"t{i:02d}......" for i in range(30)))
+    writer = ArrayRecordWriter(str(tmp_path / "t" / "1.array_record"), "group_size:1")
+    for i in range(30, 40):
+        writer.write(f"t{i:02d}......".encode())
+    writer.close()
+    return DataConfig(
+        source="mixture",
+        mixture=(
+            MixtureConfig(name="a", path=str(tmp_path / "a.jsonl.gz")),
+            MixtureConfig(name="p", path=str(tmp_path / "p.parquet"), weight=2.0),
+            MixtureConfig(name="t", path=str(tmp_path / "t"), source="text"),
+        ),
+        prepared=str(tmp_path / "prepared"),
+        validation_fraction=0.1,
+        batch_size=4,
+        sequence_length=48,
+        packing="concat",
+        tokenizer=TokenizerConfig(kind="byte"),
+    )
+
+
+def take(config, count, **processes):
+    data = TrainingData(config, BYTES, seed=3, **processes)
+    batches = [next(data) for _ in range(count)]
+    data.close()
+    return batches
+
+
+def texts_of(batches):
+    """The texts between begin and end tokens, of whole records only, in order of concat."""
+    tokens = np.concatenate([batch["tokens"].ravel() for batch in batches])
+    begins = np.flatnonzero(tokens == 1)
+    return [BYTES.decode(tokens[start:stop].tolist()) for start, stop in itertools.pairwise(begins)]
+
+
+@pytest.mark.parametrize("packing", ["none", "concat", "first_fit"])
+def test_every_token_knows_its_part(mixture, packing):
+    for batch in take(dataclasses.replace(mixture, packing=packing), 5):
+        assert batch["sources"].dtype == np.int32
+        for tokens, segments, sources in zip(batch["tokens"], batch["segments"], batch["sources"], strict=True):
+            for segment in range(1, segments.max() + 1):
+                text = BYTES.decode(tokens[segments == segment].tolist())
+                (source,) = set(sources[segments == segment].tolist())
+                if text:
+                    # A row may begin inside a record, whose filling tells the part too.
+                    assert source in {"a": [0], "p": [1], "-": [1], "t": [2], ".": [2]}.get(text[0], [0, 1, 2])
+
+
+def test_weights_are_shares_of_the_tokens(mixture):
+    sources = np.concatenate([batch["sources"].ravel() for batch in take(mixture, 40)])
+    shares = np.bincount(sources) / len(sources)
+    np.testing.assert_allclose(shares, [0.25, 0.5, 0.25], atol=0.02)
+
+
+def test_each_part_has_epochs_of_its_own_without_its_held_out_records(mixture):
+    texts = texts_of(take(mixture, 25))
+    for letter, count in (("a", 54), ("p", 18), ("t", 36)):
+        names = [text[:3] for text in texts if text[:1] == letter]
+        whole = {f"{letter}{i:02d}" for i in range(count)}
+        epochs = [names[at : at + count] for at in range(0, len(names) - count, count)]
+        assert epochs
+        assert all(set(epoch) == whole for epoch in epochs)
+    _, held_out = open_parts(mixture, BYTES)
+    records = PartSource(held_out)
+    names = [records[i][0].text[:3] for i in range(len(records))]
+    assert names == [*(f"a{i}" for i in range(54, 60)), "p18", "p19", *(f"t{i}" for i in range(36, 40))]
+
+
+def test_validation_mixes_what_is_held_out_and_is_the_same_every_time(mixture):
+    first, again = ([*validation_batches(mixture, BYTES, batches=9)] for _ in range(2))
+    assert first
+    assert all(np.array_equal(one[name], two[name]) for one, two in zip(first, again, strict=True) for name in one)
+    held_out = {*(f"a{i}" for i in range(54, 60)), "p18", "p19", *(f"t{i}" for i in range(36, 40))}
+    found = {text[:3] for text in texts_of(first)} - {""}
+    assert found <= held_out
+    assert {name[0] for name in found} == {"a", "p", "t"}
+
+
+def test_validation_may_have_files_of_its_own(mixture, tmp_path):
+    (tmp_path / "v.txt.gz").write_bytes(gzip.compress(b"v0\nv1"))
+    config = dataclasses.replace(mixture, validation_path=str(tmp_path / "v.txt.gz"))
+    training, validation = open_parts(config, BYTES)
+    assert [part.stop for part in training] == [60, 20, 40]
+    assert [PartSource(validation)[i][0].text for i in range(2)] == ["v0", "v1"]
+
+
+def test_two_processes_share_each_batch(mixture):
+    shares = [take(mixture, 20, process_index=i, process_count=2) for i in range(2)]
+    assert shares[0][0]["tokens"].shape == (2, 48)
+    epoch = collections.Counter(text[:3] for share in shares for text in texts_of(share) if text[:1] == "p")
+    assert set(epoch) == {f"p{i:02d}" for i in range(18)}
+    assert max(epoch.values()) - min(epoch.values()) <= 2
+
+
+def test_a_place_in_another_mixture_is_refused(mixture):
+    data = TrainingData(mixture, BYTES, seed=3)
+    state = json.loads(json.dumps(data.get_state()))
+    data.close()
+    parts = (*mixture.mixture[:2], dataclasses.replace(mixture.mixture[2], weight=5.0))
+    other = TrainingData(dataclasses.replace(mixture, mixture=parts), BYTES, seed=3)
+    with pytest.raises(DataError, match=r"mixture=.*'weight': 5\.0.* here, .*'weight': 1\.0.* in the checkpoint"):
+        other.set_state(state)
+    other.close()
+
+
+def test_malformed_records_of_all_parts_are_counted_and_told(mixture, tmp_path):
+    assert malformed_counts(open_parts(mixture, BYTES)[0]) == {}
+    (tmp_path / "t" / "2.txt").write_bytes(b"t40\xff\nt41\n")
+    config = dataclasses.replace(mixture, malformed="skip", prepared=str(tmp_path / "other"))
+    training, _ = open_parts(config, BYTES)
+    assert malformed_counts(training) == {"data/malformed": 1}
+    lines = describe(training)
+    assert "41 records" in lines[2]
+    assert lines[2].endswith("1 malformed records left out, such as")
+    assert "2.txt:1: not UTF-8" in lines[3]
+
+
+def test_files_that_cannot_be_read_at_random_need_a_folder(mixture):
+    path = mixture.mixture[0].path
+    with pytest.raises(DataError, match=r"data\.prepared is not set; .*a\.jsonl\.gz must be prepared"):
+        open_parts(DataConfig(source="jsonl", path=path), BYTES)
+
+
+def test_prepared_data_gives_the_batches_of_the_file(mixture, tmp_path):
+    lines = gzip.decompress((tmp_path / "a.jsonl.gz").read_bytes())
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    plain = dataclasses.replace(mixture, source="jsonl", mixture=(), path=str(tmp_path / "a.jsonl"))
+    packed = dataclasses.replace(plain, path=str(tmp_path / "a.jsonl.gz"), prepared=str(tmp_path / "packed"))
+    for one, two in zip(take(plain, 10), take(packed, 10), strict=True):
+        assert one.keys() == two.keys()
+        assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def test_a_tokenizer_is_trained_on_every_part_by_its_weight(mixture, tmp_path):
+    words = {"a": "qzax ", "p": "wkpx ", "t": "vjtx "}
+    parts = []
+    for name, word in words.items():
+        (tmp_path / f"{name}.txt.gz").write_bytes(gzip.compress(b"\n".join([word.encode() * 20] * 500)))
+        parts.append(
+            MixtureConfig(name=name, path=str(tmp_path / f"{name}.txt.gz"), weight=3.0 if name == "p" else 1.0)
+        )
+    tokenizer = TokenizerConfig(kind="bpe", train_bytes=5000)
+    config = dataclasses.replace(mixture, mixture=tuple(parts), tokenizer=tokenizer)
+    trained = train_tokenizer(config, 400)
+    assert all(len(trained.encode(word.strip())) == 1 for word in words.values())
+    assert trained.fingerprint == train_tokenizer(config, 400).fingerprint
+
+
+PROGRAM = """
+import dataclasses, hashlib, json, sys
+from memjax.config import DataConfig, MixtureConfig
+from memjax.data.pipeline import TrainingData
+from memjax.data.tokenizer import ByteTokenizer
+if __name__ == "__main__":
+    fields, places = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+    fields["mixture"] = tuple(MixtureConfig(**part) for part in fields["mixture"])
+    config = DataConfig(**fields)
+    streams = [
+        TrainingData(dataclasses.replace(config, num_workers=workers), ByteTokenizer(), seed=3) for workers in (0, 1, 2)
+    ]
+    for stream, place in zip(streams, places):
+        stream.set_state(place)
+    while True:
+        line = []
+        for stream in streams:
+            place = stream.get_state()
+            batch = next(stream)
+            digest = hashlib.sha256(b"".join(batch[name].tobytes() for name in sorted(batch))).hexdigest()
+            line.append([place, digest])
+        print(json.dumps(line), flush=True)
+"""
+
+
+def batches_until_killed(folder, config, places, count):
+    """(place before, digest) of batches at 0, 1 and 2 workers, made by a process of its own that is then killed."""
+    fields = dataclasses.asdict(config)
+    del fields["tokenizer"], fields["biographies"]
+    (folder / "program.py").write_text(PROGRAM)
+    command = [sys.executable, str(folder / "program.py"), json.dumps(fields), json.dumps(places)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+        assert process.stdout is not None
+        found = []
+        for line in process.stdout:
+            if line.startswith("["):
+                found.append(json.loads(line))
+            if len(found) == count:
+                process.kill()
+                break
+        process.stdout.close()
+    assert process.returncode == -signal.SIGKILL
+    return found
+
+
+@pytest.mark.slow
+def test_a_mixture_goes_on_exactly_after_kill_9_at_any_number_of_workers(tmp_path, mixture):
+    config = dataclasses.replace(mixture, packing="first_fit")
+    straight = batches_until_killed(tmp_path, config, [], 40)
+    resumed = batches_until_killed(tmp_path, config, [place for place, _ in straight[23]], 17)
+    assert resumed == straight[23:]
+    for workers in range(3):
+        assert len({line[workers][1] for line in straight}) == 40
+    here = [hashlib.sha256(b"".join(b[n].tobytes() for n in sorted(b))).hexdigest() for b in take(config, 40)]
+    assert here == [line[0][1] for line in straight]
