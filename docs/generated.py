@@ -21,7 +21,7 @@ import figure
 
 import memjax
 from memjax.command_help import field_docs, metavar
-from memjax.command_schema import field_types, section_of, show, unwrap
+from memjax.command_schema import field_types, item_section_of, section_of, show, unwrap
 from memjax.config import RunConfig
 
 PACKAGE = pathlib.Path(memjax.__file__).parent
@@ -92,6 +92,8 @@ def _section(section: type, path: tuple[str, ...]) -> Iterator[str]:
             if unwrap(annotation)[1]:
                 yield from _setting(name, "section | null", "the section below", docs.get(field.name, ""))
             continue
+        if item := item_section_of(annotation):
+            deeper.append((item, (*path, f"{field.name}[]")))
         default = field.default_factory() if callable(field.default_factory) else field.default
         shown = "required" if default is dataclasses.MISSING else f"`{show(default)}`"
         yield from _setting(name, metavar(annotation).replace("|", " | "), shown, docs.get(field.name, ""))

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from memjax.command_schema import PLAIN_TYPES, FieldPath, field_types, section_of, show, unwrap
+from memjax.command_schema import PLAIN_TYPES, FieldPath, field_types, item_section_of, section_of, show, unwrap
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +62,7 @@ def help_text(
     def add(section: type, path: FieldPath) -> None:
         title = ".".join(path) or "settings"
         summary = inspect.cleandoc(section.__doc__ or "").partition("\n\n")[0]
-        docs, deeper = field_docs(section), []
+        docs, deeper, items = field_docs(section), [], []
         if not all(section_of(annotation) for annotation in field_types(section).values()):
             lines.extend(["", indented(f"{title}: {' '.join(summary.split())}", 0)])
         for field in dataclasses.fields(section):
@@ -74,10 +74,16 @@ def help_text(
                     off = " (default: null)" if field.default is None else ""
                     lines.extend([f"  --{name} null|{{}}", indented(f"{docs.get(field.name, '')}{off}", 6)])
                 continue
+            if item := item_section_of(annotation):
+                items.append((item, (*path, f"{field.name}[]")))
             default = field.default_factory() if callable(field.default_factory) else field.default
             shown = "required" if default is dataclasses.MISSING else f"default: {show(default)}"
-            lines.extend([f"  --{name} {metavar(annotation)}", indented(f"{docs.get(field.name, '')} ({shown})", 6)])
-        for inner, where in deeper:
+            # The settings of a list's items have no option of their own: they stand inside the list.
+            dashes = "" if any(part.endswith("[]") for part in path) else "--"
+            lines.extend(
+                [f"  {dashes}{name} {metavar(annotation)}", indented(f"{docs.get(field.name, '')} ({shown})", 6)]
+            )
+        for inner, where in deeper + items:
             add(inner, where)
 
     add(schema, ())
@@ -90,6 +96,9 @@ def metavar(annotation: Any) -> str:
     arguments = typing.get_args(inner)
     if typing.get_origin(inner) is Literal:
         text = "|".join(str(option) for option in arguments)
+    elif item := item_section_of(inner):
+        required = [field.name for field in dataclasses.fields(item) if field.default is dataclasses.MISSING]
+        text = f"'[{{{', '.join(f'{name}: ...' for name in required)}}}, ...]'"
     elif typing.get_origin(inner) is tuple:
         text = f"{metavar(arguments[0])},..."
     else:
