@@ -98,7 +98,7 @@ def metavar(annotation: Any) -> str:
         text = "|".join(str(option) for option in arguments)
     elif item := item_section_of(inner):
         required = [field.name for field in dataclasses.fields(item) if field.default is dataclasses.MISSING]
-        text = f"'[{{{', '.join(f'{name}: ...' for name in required)}}}, ...]'"
+        text = f"[{{{','.join(f'{name}:...' for name in required)}}},...]"
     elif typing.get_origin(inner) is tuple:
         text = f"{metavar(arguments[0])},..."
     else:

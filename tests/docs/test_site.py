@@ -34,16 +34,19 @@ def figure(monkeypatch):
 
 
 def settings(section: type, prefix: str = "") -> dict[str, typing.Any]:
-    """Every setting that is no section, with its default."""
+    """Every setting, with its default: sections only where they may be null, and what the items of a list hold."""
     found, hints = {}, typing.get_type_hints(section)
     for field in dataclasses.fields(section):
         hint = hints[field.name]
         members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         inner = [member for member in members if dataclasses.is_dataclass(member)]
+        items = [item for item in typing.get_args(hint) if typing.get_origin(hint) is tuple]
+        if not inner or len(members) > 1:
+            found[prefix + field.name] = field.default
         if inner:
             found |= settings(typing.cast(type, inner[0]), f"{prefix}{field.name}.")
-        else:
-            found[prefix + field.name] = field.default
+        elif items and dataclasses.is_dataclass(items[0]):
+            found |= settings(typing.cast(type, items[0]), f"{prefix}{field.name}[].")
     return found
 
 
@@ -55,11 +58,11 @@ def test_every_setting_is_in_the_reference_with_its_docstring(generated):
     reference = generated.fill_in((DOCS / "configuration.md").read_text())
     names = settings(RunConfig)
     assert len(names) > 60
-    assert set(re.findall(r"```{confval} (\S+)\n", reference)) == {*names, "model.memory"}
+    assert set(re.findall(r"```{confval} (\S+)\n", reference)) == set(names)
     # In the config's source: what stands alone below a field of a class; sections are shown by the text of their class.
     for node in ast.parse((ROOT / "memjax/config.py").read_text()).body:
-        # What all schedules share is shown with each of them, and two of them say another thing of the rate.
-        if isinstance(node, ast.ClassDef) and node.name not in ("ScheduleConfig", "RunConfig"):
+        # Sampling is no part of a run. What all schedules share is shown with each of them, and two of them say another thing of the rate.
+        if isinstance(node, ast.ClassDef) and node.name not in ("ScheduleConfig", "SamplingConfig", "RunConfig"):
             for field, below in itertools.pairwise(node.body):
                 if isinstance(field, ast.AnnAssign) and not ast.unparse(field.annotation).endswith("Config"):
                     assert isinstance(below, ast.Expr)
@@ -122,7 +125,7 @@ def test_links_lead_somewhere(path, generated):
             other = (path.parent / name).resolve() if name else path
             assert other.is_file(), f"{path.name}: {target} is not there"
             assert not anchor or anchor in anchors(generated.fill_in(other.read_text())), f"{path.name}: {target}"
-    known = {*settings(RunConfig), "model.memory"}
+    known = set(settings(RunConfig))
     assert set(re.findall(r"{confval}`([^`]+)`", text)) <= known
 
 
