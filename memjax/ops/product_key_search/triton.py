@@ -291,7 +291,8 @@ def _launch_pairs(best: Array, places: Array, *, num_keys: int) -> tuple[Array, 
         HEADS=heads,
         NUM=num_keys,
         PAIRS=first.shape[0],
-        ROUND_PAIRS=tiles.next_power_of_two(first.shape[0]),
+        # tl.topk wants at least as many as it keeps.
+        ROUND_PAIRS=max(round_k, tiles.next_power_of_two(first.shape[0])),
         TOP_K=top_k,
         ROUND_K=round_k,
     )
