@@ -140,8 +140,9 @@ def test_steps_equal_a_loop_over_picks_and_rows(implementation, chunk, kind, see
     check_steps_equal_a_loop_over_picks_and_rows(implementation, chunk, kind, seed, picks_of)
 
 
-@every_triton_form
-@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize(
+    ("implementation", "chunk", "kind"), [*(("triton", None, kind) for kind in RULES), ("triton", 3, "rowwise_adam")]
+)
 @few_examples
 @given(seed=seeds, picks_of=st.sampled_from(["any rows", "one row", "few rows"]))
 def test_steps_equal_a_loop_over_picks_and_rows_in_triton(implementation, chunk, kind, seed, picks_of):

@@ -57,7 +57,6 @@ def sgd(tiny, float64):
     ("share", "settings", "mesh_shape"),
     [
         ("true", "sgd", (1, 1)),
-        ("true", "sgd --train.accumulate 4", (1, 1)),
         ("true", "sgd --train.accumulate 2", (2, 4)),
         ("false", "sgd --train.accumulate 2", (1, 1)),
     ],
