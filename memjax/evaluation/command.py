@@ -69,7 +69,7 @@ def exit_code(command: Callable[[], int | None]) -> int:
 
     Returns:
         What the command returns (None is 0); 2 for a wrong setting, 3 for data and 4 for a checkpoint that cannot be
-        used.
+        used; 130 for a Ctrl-C that the command does not catch itself.
     """
     from memjax.checkpoint import CheckpointError
     from memjax.data.records import DataError
@@ -80,3 +80,6 @@ def exit_code(command: Callable[[], int | None]) -> int:
     except tuple(codes) as error:
         print(error, file=sys.stderr)
         return next(code for kind, code in codes.items() if isinstance(error, kind))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

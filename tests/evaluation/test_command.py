@@ -13,6 +13,7 @@ from memjax import evaluate, generate
 from memjax.checkpoint import Checkpoints
 from memjax.config import BiographiesConfig, DataConfig, MemoryConfig, ModelConfig, RunConfig
 from memjax.data.tokenizer import ByteTokenizer
+from memjax.evaluation.command import exit_code
 from memjax.loading import load, meta_document
 from memjax.models import generate as streaming
 from memjax.models.parts import DecoderParts
@@ -184,3 +185,11 @@ def test_missing_texts_end_with_3_and_missing_checkpoints_with_4(biographies, tm
         assert "there is no such folder" in capsys.readouterr().err
     assert evaluate.main([biographies, "--step", "8"]) == 4
     assert "there is no step 8" in capsys.readouterr().err
+
+
+def test_an_interrupt_that_nobody_catches_ends_without_a_traceback(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert exit_code(interrupted) == 130
+    assert capsys.readouterr().err == "interrupted\n"
