@@ -32,11 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Only now: wrong settings should not wait for imports.
     from memjax.evaluation.command import exit_code
 
-    try:
-        return exit_code(lambda: _prepare(arguments.config))
-    except KeyboardInterrupt:
-        print("\nstopped; the same command begins the unfinished part again", file=sys.stderr)
-        return 130
+    stopped = "stopped; the same command begins the unfinished part again"
+    return exit_code(lambda: _prepare(arguments.config), interrupted=stopped)
 
 
 def _prepare(config: RunConfig) -> None:

@@ -64,8 +64,8 @@ def loaded(run: str, settings: CheckpointSettings) -> Iterator["LoadedModel"]:
         yield load(run, step=settings.checkpoint)
 
 
-def exit_code(command: Callable[[], int | None]) -> int:
-    """Runs a command; what users can mend is printed without a traceback.
+def exit_code(command: Callable[[], int | None], *, interrupted: str = "interrupted") -> int:
+    """Runs a command; what users can mend is printed without a traceback, and `interrupted` after a Ctrl-C.
 
     Returns:
         What the command returns (None is 0); 2 for a wrong setting, 3 for data and 4 for a checkpoint that cannot be
@@ -81,5 +81,5 @@ def exit_code(command: Callable[[], int | None]) -> int:
         print(error, file=sys.stderr)
         return next(code for kind, code in codes.items() if isinstance(error, kind))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(f"\n{interrupted}", file=sys.stderr)
         return 130

@@ -192,4 +192,4 @@ def test_an_interrupt_that_nobody_catches_ends_without_a_traceback(capsys):
         raise KeyboardInterrupt
 
     assert exit_code(interrupted) == 130
-    assert capsys.readouterr().err == "interrupted\n"
+    assert capsys.readouterr().err == "\ninterrupted\n"
