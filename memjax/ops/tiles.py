@@ -25,6 +25,8 @@ class Tile:
     columns: int
     """Columns; a power of two."""
     num_warps: int
+    repeats: int = 1
+    """Times that a program does this, one after the other."""
 
 
 def embedding_bag(dim: int, picks: int, itemsize: int) -> Tile:
@@ -51,10 +53,9 @@ def select(num: int, top_k: int) -> Tile:
 
 
 def row_update(columns: int) -> Tile:
-    """Rows that a program updates together, over one block of columns."""
-    return _tuned(
-        "row_update", Tile(rows=4, columns=next_power_of_two(columns), num_warps=2), next_power_of_two(columns), 8
-    )
+    """Picks of a tile, the columns that share a state, and tiles of a program. A tensor core takes 16 at least."""
+    tile = Tile(rows=32, columns=max(16, next_power_of_two(columns)), num_warps=4, repeats=8)
+    return dataclasses.replace(tile, **_table().get("row_update", {}))
 
 
 def _tuned(operation: str, default: Tile, dim: int, picks: int) -> Tile:
