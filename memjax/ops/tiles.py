@@ -25,8 +25,6 @@ class Tile:
     columns: int
     """Columns; a power of two."""
     num_warps: int
-    repeats: int = 1
-    """Times that a program does this, one after the other."""
 
 
 def embedding_bag(dim: int, picks: int, itemsize: int) -> Tile:
@@ -53,8 +51,9 @@ def select(num: int, top_k: int) -> Tile:
 
 
 def row_update(columns: int) -> Tile:
-    """Picks of a tile, the columns that share a state, and tiles of a program. A tensor core takes 16 at least."""
-    tile = Tile(rows=32, columns=max(16, next_power_of_two(columns)), num_warps=4, repeats=8)
+    """Picks in flight, and the columns that share a state: 256 of them keep a warp busy."""
+    width = next_power_of_two(columns)
+    tile = Tile(rows=4, columns=width, num_warps=max(1, width // 256))
     return dataclasses.replace(tile, **_table().get("row_update", {}))
 
 
