@@ -37,21 +37,34 @@ def mix(value):
 
 
 @triton.jit
-def round_up_or_down(new, ints_ptr, row, first_column, COLUMNS: tl.constexpr, IN_PAIRS: tl.constexpr):
-    """`rounding.round_stochastically` by the bits of `rounding.random_bits`; float32 with the low half cleared."""
-    seed = tl.load(ints_ptr + 2).to(tl.uint32, bitcast=True)
-    step = tl.load(ints_ptr).to(tl.uint32, bitcast=True)
-    by_row = mix(mix(mix(seed) ^ step) ^ row.to(tl.uint32))
+def round_up_or_down(values, hashed_row, first_column, COLUMNS: tl.constexpr, IN_PAIRS: tl.constexpr):
+    """`rounding.round_stochastically` by the bits of `rounding.random_bits`: float32 with the low half cleared."""
+    inner = tl.arange(0, COLUMNS)
     if IN_PAIRS:
-        words = mix(by_row ^ ((first_column >> 1) + tl.arange(0, COLUMNS // 2)).to(tl.uint32))
-        random = tl.interleave(words & 0xFFFF, words >> 16)
+        # first_column is even. Written so that the compiler sees which neighbours in a thread share a hash.
+        words, odd = mix(hashed_row ^ ((first_column >> 1) + (inner >> 1)).to(tl.uint32)), inner & 1
     else:
-        column = (first_column + tl.arange(0, COLUMNS)).to(tl.uint32)
-        words = mix(by_row ^ (column >> 1))
-        random = tl.where(column & 1 == 1, words >> 16, words & 0xFFFF)
-    bits = (new.to(tl.uint32, bitcast=True) + random) & 0xFFFF0000
+        column = first_column + inner
+        words, odd = mix(hashed_row ^ (column >> 1).to(tl.uint32)), column & 1
+    random = tl.where(odd == 1, words >> 16, words & 0xFFFF)
+    bits = (values.to(tl.uint32, bitcast=True) + random) & 0xFFFF0000
     # Adding to the words of a NaN could turn it into a number; an infinity has none to carry into.
-    return tl.where(new == new, bits.to(tl.float32, bitcast=True), new)
+    return tl.where(values == values, bits.to(tl.float32, bitcast=True), values)
+
+
+@triton.jit
+def store_halves(halves_ptr, values, mask, DIM: tl.constexpr):
+    """Stores float32 values as their high and low halves: 16 bits wide like the table, they keep its layout."""
+    bits = values.to(tl.uint32, bitcast=True)
+    tl.store(halves_ptr, (bits >> 16).to(tl.uint16), mask=mask)
+    tl.store(halves_ptr + DIM, bits.to(tl.uint16), mask=mask)
+
+
+@triton.jit
+def load_halves(halves_ptr, mask, DIM: tl.constexpr):
+    """What `store_halves` has stored."""
+    high, low = tl.load(halves_ptr, mask=mask, other=0), tl.load(halves_ptr + DIM, mask=mask, other=0)
+    return ((high.to(tl.uint32) << 16) | low.to(tl.uint32)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -95,9 +108,12 @@ def update_kernel(
     num_columns = tl.minimum(DIM - block * WIDTH, WIDTH)
     inside = inner < num_columns
     nth, end = chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, NUM_PICKS)
-    partial_ptr += 2 * chunk.to(tl.int64) * DIM + columns
+    partial_ptr += 4 * chunk.to(tl.int64) * DIM + columns
     if tl.load(ints_ptr + 1) != 0:
         lr = tl.load(floats_ptr)
+        seed, step = tl.load(ints_ptr + 2), tl.load(ints_ptr)
+        hashed_step = mix(mix(seed.to(tl.uint32, bitcast=True)) ^ step.to(tl.uint32, bitcast=True))
+        first_column = tl.load(ints_ptr + 3) + block * WIDTH
         total = tl.zeros((COLUMNS,), tl.float32)
         row = tl.load(rows_ptr + nth)
         # Of the partial sums: 0 while the open segment is one that has begun before this chunk, else 1.
@@ -115,9 +131,12 @@ def update_kernel(
                 else:
                     source = tl.load(sources_ptr + pick, mask=exists, other=0).to(tl.int64)
                 mask = inner < tl.where(exists, num_columns, 0)
-                vector = tl.load(
-                    vectors_ptr + source * DIM + columns, mask=mask, other=0.0, eviction_policy="evict_last"
-                )
+                if PARTIAL:
+                    vector = load_halves(vectors_ptr + source * 2 * DIM + columns, mask, DIM)
+                else:
+                    vector = tl.load(
+                        vectors_ptr + source * DIM + columns, mask=mask, other=0.0, eviction_policy="evict_last"
+                    )
                 next_row = tl.load(rows_ptr + pick + 1, mask=pick + 1 < NUM_PICKS, other=-1)
                 last = (next_row != row) & (row >= 0)
                 place = row.to(tl.int64) * DIM + columns
@@ -138,7 +157,7 @@ def update_kernel(
                     picked = 1
                 if (rows[ahead] != rows[ahead + 1]) & (rows[ahead] >= 0):
                     if side == 0:
-                        tl.store(partial_ptr, total, mask=inside)
+                        store_halves(partial_ptr, total, inside, DIM)
                     elif picked > 0:
                         place = rows[ahead].to(tl.int64) * DIM + columns
                         value = olds[ahead].to(tl.float32)
@@ -163,8 +182,8 @@ def update_kernel(
                             new = value - lr / (tl.sqrt(second) + EPS) * total
                             tl.store(second_ptr + rows[ahead].to(tl.int64) * blocks + block, second)
                         if ROUND:
-                            first_column = tl.load(ints_ptr + 3) + block * WIDTH
-                            new = round_up_or_down(new, ints_ptr, rows[ahead], first_column, COLUMNS, IN_PAIRS)
+                            hashed_row = mix(hashed_step ^ rows[ahead].to(tl.uint32))
+                            new = round_up_or_down(new, hashed_row, first_column, COLUMNS, IN_PAIRS)
                         new = new.to(table_ptr.dtype.element_ty)
                         tl.store(table_ptr + place, new, mask=inside, eviction_policy="evict_first")
                     total = tl.zeros((COLUMNS,), tl.float32)
@@ -172,7 +191,7 @@ def update_kernel(
                     picked = 0
             nth += STRIDE
         if (end < NUM_PICKS) & (tl.load(rows_ptr + end - 1) == tl.load(rows_ptr + tl.minimum(end, NUM_PICKS - 1))):
-            tl.store(partial_ptr + side * DIM, total, mask=inside)
+            store_halves(partial_ptr + side * 2 * DIM, total, inside, DIM)
 
 
 def row_update(
@@ -219,7 +238,7 @@ def row_update(
             ints,
             out=[
                 *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (table, *moments)),
-                jax.ShapeDtypeStruct((2 * chunks, dim), jnp.float32),
+                jax.ShapeDtypeStruct((2 * chunks, 2 * dim), jnp.uint16),
             ],
             grid=(chunks * blocks,),
             num_warps=tile.num_warps,
