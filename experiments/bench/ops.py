@@ -9,7 +9,6 @@ import functools
 import importlib
 import pathlib
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
