@@ -2,12 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from memjax.models.decoder import Decoder
+from memjax.ops.precision import accumulator
 
-CHUNK_TOKENS = 4096
-"""Tokens per device whose logits exist at once."""
+LOGIT_BYTES = 1 << 29
+"""Logits per device that exist at once."""
 
 
 def summed_loss(
@@ -25,9 +27,8 @@ def summed_loss(
 def token_losses(model: Decoder, hidden: Float[Array, "b s dim"], targets: Int[Array, "b s"]) -> Float[Array, "b s"]:
     """-log p(target) of every token, in nats, float32 or wider."""
     batch, length = targets.shape
-    mesh = jax.sharding.get_abstract_mesh()
-    chunk = max(1, CHUNK_TOKENS * max(1, mesh.size) // batch)
-    count = -(-length // chunk)
+    count = chunk_count(targets.size, model.config.vocab_size, hidden.dtype, jax.sharding.get_abstract_mesh().size)
+    count = min(count, length)
     chunk = -(-length // count)
     padding = count * chunk - length
 
@@ -38,10 +39,18 @@ def token_losses(model: Decoder, hidden: Float[Array, "b s dim"], targets: Int[A
     @jax.checkpoint
     def one_chunk(hidden: Array, targets: Array) -> Array:
         logits = model.logits(hidden)
-        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        # A comparison is part of the passes over the logits; a gather's gradient would be another, by scattering.
+        is_target = jnp.arange(logits.shape[-1])[None, None, :] == targets[..., None]
+        picked = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
         return jax.nn.logsumexp(logits, axis=-1) - picked
 
     if count == 1:
         return one_chunk(hidden, targets)
     losses = jax.lax.map(lambda chunk: one_chunk(*chunk), (split(hidden), split(targets)))
     return jnp.moveaxis(losses, 0, 1).reshape(batch, count * chunk)[:, :length]
+
+
+def chunk_count(tokens: int, vocab_size: int, dtype: DTypeLike, devices: int) -> int:
+    """Pieces in which the logits of so many tokens, spread over the devices, are made."""
+    logit_bytes = tokens * vocab_size * accumulator(dtype).itemsize
+    return max(1, -(-logit_bytes // (LOGIT_BYTES * max(1, devices))))

@@ -50,8 +50,9 @@ class Trainer:
 
     @classmethod
     def of(cls, config: RunConfig, *, implementation: str | None = None) -> "Trainer":
-        """The trainer of a config; `implementation` names that of every operation."""
-        parts = DecoderParts.of(config.model, implementation=implementation)
+        """The trainer of a config; `implementation` names that of the memory's operations."""
+        attention = None if config.train.attention == "auto" else config.train.attention
+        parts = DecoderParts.of(config.model, implementation=implementation, attention=attention)
         steps, seed = config.train.steps, config.run.seed
         table_optimizer = TableOptimizer(config.optim.table, steps, config.model.value_dim, seed)
         return cls(config, parts, make_optimizer(config.optim, steps, parts.abstract_params), table_optimizer)

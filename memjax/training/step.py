@@ -124,10 +124,12 @@ def _accumulate(trainer: Trainer, state: TrainState, batch: Batch, learned: Arra
 def _gradients(trainer: Trainer, params: Any, tables: Tables, batch: Batch, learned: Array):
     """((loss, losses of parts), dense gradient, dense table gradient), row gradients by layer: of one micro-batch."""
     parts, remat = trainer.parts, trainer.config.train.remat
+    # Padding comes last in its row, so the tokens before it never see it.
+    segments = batch["segments"] if trainer.config.data.rows_hold_documents else None
 
     def loss_fn(params: Any, taps: dict[str, Array], tables: Tables) -> tuple[Array, tuple[dict, list[Array]]]:
         model = parts.assemble(params, tables)
-        hidden, lookups = model.hidden(batch["tokens"], batch["positions"], batch["segments"], taps, remat)
+        hidden, lookups = model.hidden(batch["tokens"], batch["positions"], segments, taps, remat)
         losses = token_losses(model, hidden, batch["targets"])
         losses = losses * batch["loss_mask"].astype(losses.dtype)
         by_part = [jnp.sum(losses, where=is_of_part) for is_of_part in _parts(trainer, batch)]
