@@ -105,8 +105,12 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*b dim"]) -> Float[Array, "*b vocab"]:
         """Scores of the vocabulary, in float32 or wider."""
-        kernel = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
-        return _product(hidden, kernel)
+        kernel = self.output_matrix().astype(hidden.dtype)
+        return jnp.matmul(hidden, kernel, preferred_element_type=accumulator(hidden.dtype))
+
+    def output_matrix(self) -> Float[Array, "dim vocab"]:
+        """The matrix of the logits, in the type in which it is kept."""
+        return self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
 
     def init_cache(self, batch: int, max_length: int) -> Cache:
         """An empty cache for `batch` sequences of at most max_length tokens."""
@@ -154,28 +158,6 @@ def resolve_dtype(name: str) -> jnp.dtype:
     if name == "auto":
         return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     return jnp.dtype(name)
-
-
-@jax.custom_vjp
-def _product(x: Float[Array, "*b dim"], kernel: Float[Array, "dim out"]) -> Float[Array, "*b out"]:
-    """x @ kernel in x's type with results in float32 or wider; the backward products are in x's type too."""
-    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=accumulator(x.dtype))
-
-
-def _product_forward(x: Array, kernel: Array):
-    return _product(x, kernel), (x, kernel)
-
-
-def _product_backward(residuals: tuple[Array, Array], cotangent: Array):
-    x, kernel = residuals
-    # Left as wide as it is, it would widen the other factor, and both products would miss the fast units.
-    cotangent = cotangent.astype(x.dtype)
-    d_x = jnp.matmul(cotangent, kernel.astype(x.dtype).T)
-    d_kernel = jnp.einsum("...i,...o->io", x, cotangent, preferred_element_type=accumulator(x.dtype))
-    return d_x, d_kernel.astype(kernel.dtype)
-
-
-_product.defvjp(_product_forward, _product_backward)
 
 
 def _rematerialised(remat: Remat):
