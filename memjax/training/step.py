@@ -10,6 +10,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from memjax.config import RunConfig
 from memjax.memory.parallel import DATA, MEMORY
 from memjax.memory.sparse_gradient import row_sparse_value_and_grad
 from memjax.memory.usage import count_reads, statistics
@@ -41,6 +42,15 @@ def make_train_step(trainer: Trainer, mesh: jax.sharding.Mesh) -> jax.stages.Wra
         in_shardings=(shardings, jax.sharding.NamedSharding(mesh, BATCH)),
         out_shardings=(shardings, None),
     )
+
+
+def abstract_batch(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of the step as shapes."""
+    data, accumulate = config.data, config.train.accumulate
+    shape = (accumulate, data.batch_size // accumulate, data.sequence_length)
+    integers = ["tokens", "targets", "segments", "positions"] + (["sources"] if data.mixture else [])
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in integers}
+    return batch | {"loss_mask": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
 
 def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
