@@ -8,7 +8,7 @@ from memjax.command_line import Parsed, parse
 from memjax.config import RunConfig
 
 FLAGS = {
-    "dry_run": "Print parameters, arithmetic, mesh and the bytes that a step needs of each device, allocate nothing, and end.",
+    "dry_run": "Print parameters, arithmetic, mesh and what a step needs of each device, allocate nothing, and end.",
     "allow_changed": "Continue a run although its settings have changed.",
 }
 

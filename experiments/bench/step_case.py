@@ -26,6 +26,7 @@ from memjax.models import dot_product
 from memjax.models.counts import count_parameters, training_flops_per_token
 from memjax.models.decoder import resolve_dtype
 from memjax.ops.row_update.rules import RowRule, row_step
+from memjax.training import planner
 from memjax.training.mesh import make_mesh, put_batch
 from memjax.training.metrics import peak_flops
 from memjax.training.profiling import newest_trace, operations, table
@@ -109,14 +110,10 @@ def whole_step(config: RunConfig, devices: list[Any], case: Row) -> Row:
         started = time.perf_counter()
         compiled = make_train_step(trainer, mesh).lower(state, batch).compile()
         row["compile s"] = time.perf_counter() - started
-        memory = compiled.memory_analysis()
-        row["compiled GB"] = (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes
-        ) / 1e9
-        row["temporary GB"] = memory.temp_size_in_bytes / 1e9
+        predicted = planner.plan(config, data_axis=mesh.shape["data"], trainer=trainer)
+        row |= {"predicted GB": predicted.total / 1e9, "compiled GB": planner.compiled_bytes(compiled) / 1e9}
+        row["prediction"] = {name: count / 1e9 for name, count in (predicted.state | predicted.temporary).items()}
+        row["temporary GB"] = compiled.memory_analysis().temp_size_in_bytes / 1e9
         seconds, state = seconds_of(lambda state: compiled(state, batch)[0], state, case)
         row["peak GB"] = allocator_peak(devices[0])
         if case["profile"]:

@@ -29,8 +29,8 @@ from memjax.config import RunConfig
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
-COLUMNS = ("part", "case", "mesh", "attention", "ms", "tokens/s", "MFU", "peak GB", "compiled GB", "compile s")
-COLUMNS += ("distinct rows", "tokens/s per GPU", "of one GPU", "note")
+COLUMNS = ("part", "case", "mesh", "attention", "ms", "tokens/s", "MFU", "peak GB", "compiled GB")
+COLUMNS += ("predicted GB", "compile s", "distinct rows", "tokens/s per GPU", "of one GPU", "note")
 
 SMALL = """
 --model.dim 128 --model.num_layers 2 --model.num_heads 2 --model.ffn_dim 64 --model.vocab_size 512 --model.dtype float32

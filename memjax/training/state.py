@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array
 
 from memjax.config import RunConfig
@@ -84,7 +85,7 @@ class Trainer:
         """The state as shapes."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
-    def shardings(self, mesh: jax.sharding.Mesh) -> TrainState:
+    def shardings(self, mesh: Mesh | AbstractMesh) -> TrainState:
         """Where every array of the state lives: tables and their state by columns, the rest on every device."""
         state = self.abstract_state()
         return dataclasses.replace(
