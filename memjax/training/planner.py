@@ -219,8 +219,8 @@ class _Planner:
         return self.score_bytes() // self.tokens
 
     def feed_forward(self) -> int:
-        """Bytes a token: the stream, its norm, both projections, their product and its left factor."""
-        return (2 * self.model.dim + 4 * self.model.ffn_dim) * self.width
+        """Bytes a token: the stream, its norm, both projections and their product."""
+        return (2 * self.model.dim + 3 * self.model.ffn_dim) * self.width
 
     def memory(self) -> int:
         """Bytes a token: the stream, its norm, queries, what was looked up, and the gate's factors."""
