@@ -68,7 +68,7 @@ def describe(found: Plan) -> str:
 
 def compiled_bytes(compiled: jax.stages.Compiled) -> int:
     """What a compiled step really needs of each device: the number that `plan` predicts."""
-    sizes = compiled.memory_analysis()
+    sizes: Any = compiled.memory_analysis()
     new = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + new
 
@@ -175,6 +175,7 @@ class _Planner:
             "activations, attention": blocks * attention * self.tokens,
             "activations, feed-forward": (blocks - memories) * feed_forward * self.tokens,
             "activations, memory": memories * memory * self.tokens,
+            "mask of documents": self.mask() if remat == "none" else 0,
         }
 
     def working(self) -> int:
@@ -185,7 +186,7 @@ class _Planner:
         # The cotangents of what is widest in it.
         widest = max(2 * self.model.ffn_dim, 4 * self.model.dim) * self.width * self.tokens
         search = min(SEARCH_BYTES, self.half_scores()) if self.model.memory else 0
-        return again + widest + self.scores() + search
+        return again + widest + self.scores() + self.mask() + search
 
     def attention(self) -> int:
         """Bytes a token: the stream, its norm, queries, keys, values and output; of the kernel the softmax's sums."""
@@ -206,11 +207,13 @@ class _Planner:
         return self.tokens * self.config.data.sequence_length * self.model.num_heads * self.wide
 
     def scores(self) -> int:
-        """Bytes of attention scores that exist at once, or of the mask that the kernel takes in their place."""
-        if self.is_fused:
-            mask = self.tokens * self.config.data.sequence_length * self.width
-            return mask if self.config.data.rows_hold_documents else 0
-        return 2 * min(self.score_bytes(), dot_product.SCORE_BYTES)
+        """Bytes of attention scores that exist at once."""
+        return 0 if self.is_fused else 2 * min(self.score_bytes(), dot_product.SCORE_BYTES)
+
+    def mask(self) -> int:
+        """Bytes of the mask that the kernel takes where rows hold documents, the same in all blocks."""
+        is_taken = self.is_fused and self.config.data.rows_hold_documents
+        return self.tokens * self.config.data.sequence_length * self.width if is_taken else 0
 
     def kept_scores(self) -> int:
         """Bytes a token of softmax weights that are kept: only where all scores may exist at once."""
@@ -266,21 +269,22 @@ class _Planner:
         if self.is_split:
             dense = dense * self.state()["dense parameters"] // _bytes(self.abstract.params)
             dense += max(self.block_sizes) * self.width
-        rows = 0
-        if (memory := self.model.memory) and not self.config.optim.table.is_dense:
-            a_layer = self.tokens * (self.model.value_dim * self.table_width + memory.picks * 8)
-            rows = len(memory.layers) * a_layer * self.config.train.accumulate
         whole = self.state()["tables"] if self.config.optim.table.is_dense else 0
-        return self.accumulated() | {
-            "gradients": dense,
-            "row gradients": rows,
-            "gradients of the tables": whole,
-        }
+        return self.accumulated() | self.row_gradients() | {"gradients": dense, "gradients of the tables": whole}
 
     def accumulated(self) -> Bytes:
-        """The gradient summed over micro-batches."""
-        several = self.config.train.accumulate > 1
-        return {"accumulated gradients": self.state()["dense parameters"] if several else 0}
+        """What grows or is summed from micro-batch to micro-batch."""
+        if self.config.train.accumulate == 1:
+            return {}
+        return {"accumulated gradients": self.state()["dense parameters"]} | self.row_gradients()
+
+    def row_gradients(self) -> Bytes:
+        """Index and weight of every pick and the bags' cotangents, of all micro-batches."""
+        memory = self.model.memory
+        if memory is None or self.config.optim.table.is_dense:
+            return {}
+        a_layer = self.tokens * (self.model.value_dim * self.table_width + memory.picks * 8)
+        return {"row gradients": len(memory.layers) * a_layer * self.config.train.accumulate}
 
     def row_update(self) -> Bytes:
         """Picks of all devices in the order of their rows, and the vectors they multiply."""
