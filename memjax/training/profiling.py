@@ -117,8 +117,13 @@ def operations(profile: Any) -> list[Operation]:
     """
     seconds: dict[str, float] = defaultdict(float)
     uses: dict[str, int] = defaultdict(int)
-    for line in _device_lines(profile) or _cpu_lines(profile):
-        for name, own in _own_times(line):
+    streams = _lines(profile, "Stream")
+    # Kernels of a stream may overlap, but none holds another; operations of XLA and of threads do.
+    times = [[(event.name, event.duration) for event in stream] for stream in streams] or [
+        _own_times(line) for line in _lines(profile, "XLA Ops") or _cpu_lines(profile)
+    ]
+    for line in times:
+        for name, own in line:
             # fusion.12 and fusion.13 are one operation in two places.
             name = re.sub(r"(?<=\w)([._]\d+)+$", "", name)
             seconds[name] += own * _NANOSECONDS
@@ -151,15 +156,15 @@ class _Event(NamedTuple):
     duration: float
 
 
-def _device_lines(profile: Any) -> list[list[_Event]]:
-    """Of GPUs every stream; of other accelerators the line of XLA's operations."""
-    found = []
-    for plane in profile.planes:
-        if plane.name.startswith("/device:"):
-            lines = {line.name: line for line in plane.lines}
-            names = [name for name in lines if name.startswith("Stream")] or [n for n in lines if n == "XLA Ops"]
-            found += [[_Event(e.name, e.start_ns, e.duration_ns) for e in lines[name].events] for name in names]
-    return found
+def _lines(profile: Any, prefix: str) -> list[list[_Event]]:
+    """Of the accelerators the lines with such names: GPUs have streams, others a line of XLA's operations."""
+    return [
+        [_Event(event.name, event.start_ns, event.duration_ns) for event in line.events]
+        for plane in profile.planes
+        if plane.name.startswith("/device:")
+        for line in plane.lines
+        if line.name.startswith(prefix)
+    ]
 
 
 def _cpu_lines(profile: Any) -> list[list[_Event]]:
