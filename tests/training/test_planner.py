@@ -15,7 +15,6 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 # Gigabytes of these steps on one H100: arguments and temporaries of XLA's buffers, compiled with JAX 0.11.2 for a
 # described device (`jax.experimental.topologies`), so without the workspaces that cuDNN asks for when it is there.
 COMPILED = {
-    "the whole model": ("373m_dense", "", 19.307),
     "two layers: most of it is the loss": ("373m_dense", "--model.num_layers 2", 3.326),
     "memory": ("373m_memory_plus_1m", "--model.num_layers 4 --model.memory.layers 1,2,3", 9.286),
     "blocks again": ("373m_dense", "--model.num_layers 6 --train.remat block", 2.997),
