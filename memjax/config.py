@@ -37,7 +37,10 @@ class MemoryConfig:
     """Memory layers: which blocks have one, and the sizes of the lookup."""
 
     layers: tuple[int, ...] = (1, 2)
-    """Blocks (0-based) whose feed-forward layer is replaced by a memory layer."""
+    """Blocks (0-based) that have a memory layer."""
+    placement: Literal["replace", "beside"] = "replace"
+    """replace: the memory takes the feed-forward layer's place (the paper); beside: the block has both, and adds them
+    up; what the memory adds is scaled by learned numbers that begin at zero, so that at first it changes nothing."""
     num_keys: int = 64
     """Sub-keys per half; the table has num_keys squared slots."""
     num_heads: int = 2
@@ -467,6 +470,8 @@ class OptimConfig(ScheduleConfig):
     """Largest norm of the dense gradient; null for no clipping."""
     key_lr_factor: float = 0.2
     """Learning rate of memory keys and query projections, as a share of lr; slow keys spread the reads."""
+    freeze_dense: bool = False
+    """Train the memory layers and their tables only; all else stays as it is, and has no optimizer state."""
     table: TableOptimConfig = dataclasses.field(default_factory=TableOptimConfig)
     """The optimizer of the value tables."""
 
@@ -498,6 +503,9 @@ class TrainConfig:
 
     steps: int = 750
     """Optimizer steps of the whole run."""
+    init_from: str | None = None
+    """Folder of a run (of its newest checkpoint) whose parameters, tables and tokenizer the training starts from;
+    every shape must fit. A run that has a checkpoint of its own goes on from that. null: fresh random parameters."""
     accumulate: int = 1
     """Micro-batches per step."""
     remat: Literal["none", "dots", "block"] = "none"
@@ -669,6 +677,11 @@ class RunConfig:
             if self.model.vocab_size < 259 and self.data.tokenizer.kind in ("byte", "bpe")
             else None,
         ]
+        if self.optim.freeze_dense and not self.model.memory:
+            problems.append(
+                "optim.freeze_dense=True leaves nothing to train without model.memory; give the model memory layers, "
+                "or train the dense part"
+            )
         if self.model.memory:
             problems += memory_axis_problems(self.model.value_dim, self.mesh.memory, self.optim.table)
         _refuse(problems)

@@ -93,6 +93,25 @@ def load(
     return LoadedModel(model, tokenizer, config, restored.step)
 
 
+def read_config(path: str | os.PathLike[str]) -> RunConfig:
+    """The config of a run, from its newest checkpoint that can be read.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or this version cannot read it.
+    """
+    folder = checkpoint_folder(path)
+    return _read_meta(Checkpoints(folder).read_document(META), folder)[0]
+
+
+def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a run, from its newest checkpoint that can be read.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+    """
+    return Tokenizer.from_state(Checkpoints(checkpoint_folder(path)).read_document(META)["tokenizer"])
+
+
 def meta_document(config: RunConfig, tokenizer: Tokenizer, *, step: int) -> dict[str, Any]:
     """What a checkpoint must say of itself, so that `load` can read it anywhere, as JSON values."""
     memory = config.model.memory

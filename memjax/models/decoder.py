@@ -28,7 +28,7 @@ class Cache(NamedTuple):
 
 
 class Decoder(nnx.Module):
-    """A Llama-shaped decoder whose blocks end in a feed-forward layer or a memory layer."""
+    """A Llama-shaped decoder whose blocks end in a feed-forward layer, a memory layer, or both."""
 
     def __init__(self, config: ModelConfig, *, implementation: str | None = None, rngs: nnx.Rngs):
         """Draws all parameters; under `jax.jit` with `nnx.eval_shape` nothing is allocated."""
