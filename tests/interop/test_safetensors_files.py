@@ -51,7 +51,20 @@ def refused(folder: pathlib.Path, message: str) -> None:
         (b'{"a": ' + b"[" * 10_000, b"", None),
         (b"", b"", 0),
     ],
-    ids="same overlap hole rest short shape negative huge oversized list deep empty".split(),
+    ids=[
+        "same bytes",
+        "overlap",
+        "hole",
+        "rest",
+        "too short",
+        "other shape",
+        "negative",
+        "longer than the file",
+        "too long",
+        "list",
+        "deep",
+        "empty",
+    ],
 )
 def test_a_header_that_lies_is_refused(header, data, length, tmp_path):
     write_raw(tmp_path / "model.safetensors", header, data, length)
