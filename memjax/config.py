@@ -153,6 +153,10 @@ class ModelConfig:
     """Query heads of the attention."""
     num_kv_heads: int | None = None
     """Key and value heads (grouped-query attention); null means num_heads."""
+    head_dim: int | None = None
+    """Width of an attention head; null means dim / num_heads."""
+    attention_bias: bool = False
+    """Whether the four projections of the attention have biases."""
     ffn_dim: int = 96
     """Hidden width of the feed-forward layers."""
     vocab_size: int = 2048
@@ -184,6 +188,7 @@ class ModelConfig:
                 num_layers=self.num_layers,
                 num_heads=self.num_heads,
                 num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
                 ffn_dim=self.ffn_dim,
                 vocab_size=self.vocab_size,
                 rope_theta=self.rope_theta,
@@ -192,8 +197,11 @@ class ModelConfig:
                 embedding_init_std=self.embedding_init_std,
             )
             + [
-                f"num_heads={self.num_heads} must divide dim={self.dim} into heads of an even width"
-                if self.num_heads > 0 and (self.dim % self.num_heads or (self.dim // self.num_heads) % 2)
+                f"num_heads={self.num_heads} must divide dim={self.dim} into heads of an even width, or head_dim be set"
+                if self.head_dim is None and self.num_heads > 0 and (self.dim % self.num_heads or self.head_width % 2)
+                else None,
+                f"head_dim={self.head_dim} must be even: rotary positions turn pairs of numbers"
+                if self.head_dim is not None and self.head_dim % 2
                 else None,
                 f"num_kv_heads={kv_heads} must divide num_heads={self.num_heads}"
                 if kv_heads > 0 and self.num_heads % kv_heads
@@ -211,9 +219,9 @@ class ModelConfig:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
-    def head_dim(self) -> int:
+    def head_width(self) -> int:
         """Width of one attention head."""
-        return self.dim // self.num_heads
+        return self.dim // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
     def value_dim(self) -> int:

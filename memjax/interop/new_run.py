@@ -2,12 +2,11 @@
 
 import dataclasses
 import os
-import pathlib
 
 from memjax.checkpoint import Checkpoints
-from memjax.command_line import ConfigError
 from memjax.config import RunConfig
 from memjax.data.tokenizer import Tokenizer
+from memjax.interop.folders import written_whole
 from memjax.loading import CHECKPOINTS, META, PARAMS, TABLES, meta_document
 from memjax.models.decoder import Decoder
 from memjax.models.parts import take_apart
@@ -15,31 +14,20 @@ from memjax.models.trees import params_to_tree
 from memjax.training.run_folder import RunFolder
 
 
-def check_new(folder: str | os.PathLike[str]) -> None:
-    """Refuses a folder that holds something.
-
-    Raises:
-        ConfigError: it does.
-    """
-    path = pathlib.Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError([f"{path} is there already and not empty; name a new folder"])
-
-
 def write_run(folder: str | os.PathLike[str], model: Decoder, tokenizer: Tokenizer, config: RunConfig) -> None:
-    """Writes a run at step 0: config, environment, tokenizer and one checkpoint of the model alone.
+    """Writes a run at step 0, whole or not at all: config, environment, tokenizer and one checkpoint of the model alone.
 
     Raises:
         ConfigError: the folder holds something.
         CheckpointError: it cannot be written.
     """
-    check_new(folder)
     _, params, tables = take_apart(model)
     run = dataclasses.replace(config.run, dir=str(folder))
     train = dataclasses.replace(config.train, init_from=None)
     config = dataclasses.replace(config, model=model.config, run=run, train=train)
     items = {PARAMS: params_to_tree(params)} | ({TABLES: tables} if tables else {})
-    with Checkpoints(pathlib.Path(folder) / CHECKPOINTS) as checkpoints:
-        checkpoints.save(0, items, {META: meta_document(config, tokenizer, step=0)})
-    tokenizer.save(pathlib.Path(folder))
-    RunFolder.of(config).claim(config)
+    with written_whole(folder) as path:
+        with Checkpoints(path / CHECKPOINTS) as checkpoints:
+            checkpoints.save(0, items, {META: meta_document(config, tokenizer, step=0)})
+        tokenizer.save(path)
+        RunFolder(path).claim(config)

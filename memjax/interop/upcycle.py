@@ -7,7 +7,8 @@ from typing import Any, Literal
 import jax
 
 from memjax.config import MemoryConfig
-from memjax.interop.new_run import check_new, write_run
+from memjax.interop.folders import check_new
+from memjax.interop.new_run import write_run
 from memjax.loading import load
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, take_apart

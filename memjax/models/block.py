@@ -31,6 +31,8 @@ class Block(nnx.Module):
             config.dim,
             num_heads=config.num_heads,
             num_kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            use_bias=config.attention_bias,
             rope_theta=config.rope_theta,
             rope_scaling=config.rope_scaling,
             sliding_window=config.sliding_window,

@@ -1,0 +1,156 @@
+"""`python -m memjax.convert from-hf FOLDER --out RUN` and `to-hf RUN --out FOLDER`: Hugging Face models in and out."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from memjax import command_line
+from memjax.command_help import Positional, help_text
+from memjax.evaluation.command import CheckpointSettings, exit_code
+
+PROG = "python -m memjax.convert"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class FromHfConfig:
+    """Where the run goes, and what the folder does not say."""
+
+    out: str
+    """The folder of the run to write; new or empty."""
+    tokenizer: str | None = None
+    """A tokenizer.json or a SentencePiece .model; null takes that of the folder. byte: the 256 bytes, for a model
+    without a tokenizer, which is then of use by token ids only."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ToHfConfig:
+    """Which checkpoint is written, and how."""
+
+    out: str
+    """The folder to write; new or empty."""
+    step: str = "latest"
+    """The checkpoint: latest, best (lowest validation loss) or its number."""
+    dtype: Literal["saved", "float32", "bfloat16", "float16"] = "saved"
+    """Type of the numbers in the files; saved: that of the checkpoint."""
+    max_length: int | None = None
+    """Tokens that the model may be given at once (max_position_embeddings); null takes data.sequence_length."""
+    shard_gb: float = 5.0
+    """Largest file in GB; a model that needs more gets several, and an index."""
+
+    def __post_init__(self) -> None:
+        CheckpointSettings(step=self.step)
+        problems = [
+            f"{name}={value} must be positive"
+            for name, value in (("max_length", self.max_length), ("shard_gb", self.shard_gb))
+            if value is not None and value <= 0
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+def from_hf(folder: str, settings: FromHfConfig) -> None:
+    """Writes a run and says how to go on."""
+    _stay_on_cpu()
+    from memjax.interop import hugging_face
+
+    config = hugging_face.from_hf(folder, settings.out, tokenizer=settings.tokenizer)
+    print(f"written to {settings.out}: {describe(config.model)}")
+    print(f"text from it     python -m memjax.generate {settings.out} --prompt ...")
+    print(
+        f"training from it python -m memjax.train {settings.out}/config.yaml --train.init_from {settings.out} "
+        "--run.dir NEW_RUN --data.path FILE"
+    )
+
+
+def to_hf(run: str, settings: ToHfConfig) -> None:
+    """Writes a Hugging Face folder and says what it is good for."""
+    _stay_on_cpu()
+    from memjax.interop import hugging_face
+
+    has_tokenizer = hugging_face.to_hf(
+        run,
+        settings.out,
+        step=CheckpointSettings(step=settings.step).checkpoint,
+        dtype=None if settings.dtype == "saved" else settings.dtype,
+        longest=settings.max_length,
+        max_bytes=int(settings.shard_gb * 1e9),
+    )
+    print(f"written to {settings.out}, read back and compared: the same numbers and logits")
+    if not has_tokenizer:
+        print("without the tokenizer, which has no form there; keep the one that the run was made with")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Command:
+    """One kind of conversion: the first word of the command line."""
+
+    run: Callable[[str, Any], None]
+    """Takes the positional argument and the settings."""
+    schema: type
+    positional: Positional
+    description: str
+
+
+COMMANDS: Mapping[str, Command] = {
+    "from-hf": Command(
+        from_hf,
+        FromHfConfig,
+        Positional(name="HF_FOLDER", help="A downloaded model: config.json, *.safetensors and a tokenizer."),
+        "Makes a run of a Llama or Mistral in Hugging Face's format, or of a model with memory layers that to-hf wrote.",
+    ),
+    "to-hf": Command(
+        to_hf,
+        ToHfConfig,
+        command_line.RUN_FOLDER,
+        "Writes a run's model in Hugging Face's format, reads it back and compares numbers and logits. Without memory "
+        "layers it is a Llama or a Mistral, which transformers 4 and 5 load; with memory layers only from-hf reads it.",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the conversion that the first word names; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words[0].replace("_", "-") if words else ""
+    if name in COMMANDS:
+        command = COMMANDS[name]
+        parsed = command_line.parse(
+            command.schema,
+            words[1:],
+            prog=f"{PROG} {name}",
+            description=command.description,
+            positional=command.positional,
+        )
+        return exit_code(lambda: command.run(str(parsed.positional), parsed.config))
+    if name in ("-h", "--help"):
+        print(whole_help())
+        return 0
+    print(f"{PROG}: {name!r} must be one of {', '.join(COMMANDS)}\n--help tells what they do.", file=sys.stderr)
+    return 2
+
+
+def whole_help() -> str:
+    """The help of every conversion."""
+    parts = [
+        help_text(command.schema, f"{PROG} {name}", command.description, command.positional, {})
+        for name, command in COMMANDS.items()
+    ]
+    return "\n\n\n".join([f"usage: {PROG} {'|'.join(COMMANDS)} ...", *parts])
+
+
+def describe(model: Any) -> str:
+    """A model's shape in a few words."""
+    memory = f", memory in blocks {', '.join(map(str, model.memory.layers))}" if model.memory else ""
+    return f"{model.num_layers} blocks of width {model.dim}, weights in {model.param_dtype}{memory}"
+
+
+def _stay_on_cpu() -> None:
+    """Arrays are only copied and checked here; an accelerator, whose memory a training may need, is left alone."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
