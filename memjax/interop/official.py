@@ -8,6 +8,7 @@ neighbouring numbers of a head, where here they turn numbers half a head apart.
 import contextlib
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -177,7 +178,7 @@ def _in_safetensors(handle: Any, name: str, file: pathlib.Path) -> LazyArray:
 
 
 def _memory_layers(arrays: Arrays) -> list[int]:
-    return sorted(int(name.split(".")[1]) for name in arrays if name.endswith(".feed_forward.keys"))
+    return sorted(int(found[1]) for name in arrays if (found := re.fullmatch(r"layers\.(\d+)\.feed_forward\.keys", name)))
 
 
 def _tables(arrays: Arrays, place: str) -> dict[str, str]:
@@ -210,9 +211,9 @@ def _table(array: Any, place: str) -> jax.Array:
 
 def _model_config(dense: Arrays, tables: Arrays, settings: Mapping[str, Any], place: str) -> ModelConfig:
     known = settings.get("model", settings)
-    layers = sorted({int(name.split(".")[1]) for name in dense if name.endswith(".attention.wq.weight")})
+    layers = sorted({int(found[1]) for name in dense if (found := re.match(r"layers\.(\d+)\.", name))})
     if layers != list(range(len(layers))):
-        raise CheckpointError(f"{place}: has attention in the layers {layers}, must have it in all from 0 on")
+        raise CheckpointError(f"{place}: has the layers {layers}, must have all from 0 on")
     vocab_size, dim = shape_of(dense, "tok_embeddings.weight", place)
     queries, keys = (shape_of(dense, f"layers.0.attention.{name}.weight", place)[0] for name in ("wq", "wk"))
     head_dim = _head_dim(known, queries, place)
@@ -259,7 +260,7 @@ def _head_dim(known: Mapping[str, Any], queries: int, place: str) -> int:
     if not heads and not width:
         raise CheckpointError(f"{place}: {SETTINGS} must say n_heads or head_dim, which no shape tells")
     width = width or queries // heads
-    if width < 1 or queries % width:
+    if width < 1 or queries % width or (heads and heads * width != queries):
         raise CheckpointError(
             f"{place}: n_heads={heads} and head_dim={known.get('head_dim')} in {SETTINGS} do not fit queries of width "
             f"{queries}"
