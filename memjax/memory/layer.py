@@ -141,4 +141,6 @@ class MemoryLayer(nnx.Module):
         out = y.astype(x.dtype) if self.value_proj is None else self.value_proj(y)
         if self.output_gate is not None:
             out = out * nnx.sigmoid(self.output_gate(x))
-        return out if self.scale is None else out * self.scale[...].astype(out.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (
+            out if self.scale is None else out * self.scale[...].astype(out.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        )

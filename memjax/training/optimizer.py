@@ -45,7 +45,7 @@ def make_optimizer(config: OptimConfig, steps: int, abstract_params: nnx.State) 
 
 
 def parameter_groups(config: OptimConfig, abstract_params: nnx.State) -> Any:
-    """How each parameter is trained: `dense`, `address` (queries and keys) or `frozen`, in the tree of the parameters."""
+    """How each parameter is trained, in the parameters' tree: `dense`, `address` (queries and keys) or `frozen`."""
 
     def group(path: tuple[Any, ...], variable: nnx.Variable) -> str:
         if isinstance(variable, AddressParam):
