@@ -171,19 +171,23 @@ def _copy_kept_files(origin: pathlib.Path, folder: pathlib.Path) -> bool:
 
 
 def _rounded(model: Decoder, dtype: str | None) -> Decoder:
-    """The model with its numbers rounded to another type, and kept in their own."""
+    """The model with its numbers rounded to another type, and kept in their own; the given one is gone then."""
     if dtype is None:
         return model
     parts, params, tables = take_apart(model)
 
     def rounded(leaf: jax.Array) -> jax.Array:
+        if jnp.promote_types(leaf.dtype, dtype) == dtype:
+            return leaf
         narrow = leaf.astype(dtype)
         if not bool(jnp.isfinite(narrow).all()) and bool(jnp.isfinite(leaf).all()):
             raise CheckpointError(
                 f"dtype={dtype} cannot hold numbers as large as {float(jnp.abs(leaf).max()):.3g}, which the model has; "
                 "take bfloat16 or float32"
             )
-        return narrow.astype(leaf.dtype)
+        own = leaf.dtype
+        leaf.delete()  # or the whole model would be in memory twice
+        return narrow.astype(own)
 
     return parts.assemble(*jax.tree.map(rounded, (params, tables)))
 
