@@ -192,9 +192,6 @@ def _rounded(model: Decoder, dtype: str | None) -> Decoder:
     return parts.assemble(*jax.tree.map(rounded, (params, tables)))
 
 
-_forward = nnx.jit(lambda model, tokens: model(tokens))
-
-
 def _logits(model: Decoder) -> np.ndarray:
     """The model's answer to a few tokens, computed in float32 or wider whatever it computes in otherwise."""
     wide = "float64" if model.config.param_dtype == "float64" else "float32"
@@ -202,4 +199,7 @@ def _logits(model: Decoder) -> np.ndarray:
         _, params, tables = take_apart(model)
         model = DecoderParts.of(dataclasses.replace(model.config, dtype=wide)).assemble(params, tables)
     tokens = np.arange(1, 25, dtype=np.int32)[None] * 7919 % model.config.vocab_size
-    return np.asarray(_forward(model, tokens))
+    # Compiled as a whole, a dense model would be in memory in the wider type too; operation by operation only a matrix
+    # of it is. A memory layer has so many small operations that compiling each takes longer than all the rest.
+    forward = nnx.jit(lambda model, tokens: model(tokens)) if model.config.memory else Decoder.__call__
+    return np.asarray(forward(model, jnp.asarray(tokens)))

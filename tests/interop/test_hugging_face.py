@@ -16,8 +16,8 @@ from memjax.command_line import ConfigError
 from memjax.config import DataConfig, MemoryConfig, ModelConfig, RunConfig
 from memjax.data.tokenizer import ByteTokenizer
 from memjax.interop import hugging_face
-from memjax.interop.hugging_face import from_hf, to_hf
 from memjax.interop.hf_tokenizer_files import read_tokenizer
+from memjax.interop.hugging_face import from_hf, to_hf
 from memjax.interop.new_run import write_run
 from memjax.loading import load_as_saved
 from memjax.models.decoder import Decoder
