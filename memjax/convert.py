@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from memjax import command_line
 from memjax.command_help import Positional, help_text
+from memjax.config import ModelConfig
 from memjax.evaluation.command import CheckpointSettings, exit_code
 
 PROG = "python -m memjax.convert"
@@ -50,15 +51,17 @@ class ToHfConfig:
 
 
 def from_hf(folder: str, settings: FromHfConfig) -> None:
-    """Writes a run and says how to go on."""
+    """Writes a run and says how to go on from it."""
     _stay_on_cpu()
     from memjax.interop import hugging_face
 
-    config = hugging_face.from_hf(folder, settings.out, tokenizer=settings.tokenizer)
-    print(f"written to {settings.out}: {describe(config.model)}")
-    print(f"text from it     python -m memjax.generate {settings.out} --prompt ...")
+    model = hugging_face.from_hf(folder, settings.out, tokenizer=settings.tokenizer).model
+    # Steps as small as a fine-tuning's are lost between two numbers in bfloat16.
+    wider = " --model.param_dtype float32" if model.param_dtype == "bfloat16" else ""
+    print(f"run        {settings.out}: {describe(model)}")
+    print(f'ask it     python -m memjax.generate {settings.out} --prompt "..."')
     print(
-        f"training from it python -m memjax.train {settings.out}/config.yaml --train.init_from {settings.out} "
+        f"train it   python -m memjax.train {settings.out}/config.yaml --train.init_from {settings.out}{wider} "
         "--run.dir NEW_RUN --data.path FILE"
     )
 
@@ -97,14 +100,14 @@ COMMANDS: Mapping[str, Command] = {
         from_hf,
         FromHfConfig,
         Positional(name="HF_FOLDER", help="A downloaded model: config.json, *.safetensors and a tokenizer."),
-        "Makes a run of a Llama or Mistral in Hugging Face's format, or of a model with memory layers that to-hf wrote.",
+        "Makes a run of a Llama or Mistral in Hugging Face's format, or of a model with memory that to-hf wrote.",
     ),
     "to-hf": Command(
         to_hf,
         ToHfConfig,
         command_line.RUN_FOLDER,
         "Writes a run's model in Hugging Face's format, reads it back and compares numbers and logits. Without memory "
-        "layers it is a Llama or a Mistral, which transformers 4 and 5 load; with memory layers only from-hf reads it.",
+        "layers it is a Llama or a Mistral, which transformers 4 and 5 load; with them only from-hf reads it.",
     ),
 }
 
@@ -139,7 +142,7 @@ def whole_help() -> str:
     return "\n\n\n".join([f"usage: {PROG} {'|'.join(COMMANDS)} ...", *parts])
 
 
-def describe(model: Any) -> str:
+def describe(model: ModelConfig) -> str:
     """A model's shape in a few words."""
     memory = f", memory in blocks {', '.join(map(str, model.memory.layers))}" if model.memory else ""
     return f"{model.num_layers} blocks of width {model.dim}, weights in {model.param_dtype}{memory}"

@@ -67,18 +67,19 @@ def load(
         CheckpointError: there is no such checkpoint, or it cannot be read here.
     """
     saved = load_as_saved(path, step=step)
-    parts, params, tables = take_apart(saved.model)
-    memory = parts.config.memory
-    table = _wider(memory.table_dtype, saved.config.model) if memory else "float32"
-    parts = DecoderParts.of(_with_dtypes(saved.config.model, all_of=dtype, table=table))
-    arrays = _cast(params_to_tree(params), params_to_tree(parts.abstract_params))
-    model = parts.assemble(tree_to_params(parts, arrays), _cast(tables, parts.abstract_tables))
+    memory = saved.model.config.memory
+    table_dtype = _wider(memory.table_dtype, saved.config.model) if memory else "float32"
+    config = _with_dtypes(saved.config.model, all_of=dtype, table=table_dtype)
+    if config == saved.model.config:
+        return saved
+    _, params, tables = take_apart(saved.model)
+    parts = DecoderParts.of(config)
+    params = _cast(params_to_tree(params), params_to_tree(parts.abstract_params))
+    model = parts.assemble(tree_to_params(parts, params), _cast(tables, parts.abstract_tables))
     return dataclasses.replace(saved, model=model)
 
 
-def load_as_saved(
-    path: str | os.PathLike[str], *, step: int | Literal["latest", "best"] = "latest"
-) -> LoadedModel:
+def load_as_saved(path: str | os.PathLike[str], *, step: int | Literal["latest", "best"] = "latest") -> LoadedModel:
     """`load` with parameters and tables in the types in which they lie on disk.
 
     Raises:

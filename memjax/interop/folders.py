@@ -1,4 +1,4 @@
-"""Folders of other programs: files that lie where they should, JSON that is what it should be, all or nothing written."""
+"""Folders of other programs: files that lie where they should, JSON that is JSON, and all or nothing written."""
 
 import contextlib
 import json
@@ -69,7 +69,9 @@ def file_in(folder: pathlib.Path, name: str) -> pathlib.Path:
     if inside[0].parent.name == "snapshots":
         inside.append(inside[0].parents[1] / "blobs")
     if not any(real.is_relative_to(root) for root in inside):
-        raise CheckpointError(f"{path}: is a link that leads out of its folder, to {real}; put a copy of the file there")
+        raise CheckpointError(
+            f"{path}: is a link that leads out of its folder, to {real}; put a copy of the file there"
+        )
     if not real.is_file():
         raise CheckpointError(f"{path}: is missing, or no file; download or copy the whole model again")
     return path
@@ -88,7 +90,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download or copy it again") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, not {type(content).__name__}; download or copy it again")
+        raise CheckpointError(
+            f"{path}: must hold a JSON object, not {type(content).__name__}; download or copy it again"
+        )
     return content
 
 

@@ -1,4 +1,4 @@
-"""`config.json` of Hugging Face's Llama and Mistral, as transformers 4 and 5 write it, and this project's ModelConfig."""
+"""`config.json` of Hugging Face's Llama and Mistral, as transformers 4 and 5 write it, and ModelConfig."""
 
 import dataclasses
 import json

@@ -62,7 +62,9 @@ def read_model(files: TensorFiles, config: ModelConfig, place: str) -> Decoder:
         _check_tied(files, place)
         del stored[_HEAD]
     if config.num_layers > len(stored):  # before a decoder of so many is built
-        raise CheckpointError(f"{place}: num_layers={config.num_layers} are more than the {len(stored)} tensors there are")
+        raise CheckpointError(
+            f"{place}: num_layers={config.num_layers} are more than the {len(stored)} tensors there are"
+        )
     parts = DecoderParts.of(_with_stored_types(config, stored, place))
     wanted = _tensors(params_to_tree(parts.abstract_params), parts.abstract_tables)
     _compare_shapes({tensor.name: tensor.shape for tensor in wanted.values()}, stored, place)
@@ -79,12 +81,15 @@ def read_model(files: TensorFiles, config: ModelConfig, place: str) -> Decoder:
 
 
 def write_model(folder: pathlib.Path, model: Decoder, *, dtype: str | None, max_bytes: int) -> None:
-    """Writes the weights as safetensors files of at most max_bytes (or one tensor), rounded to dtype where it is given."""
+    """Writes the weights as safetensors files of at most max_bytes (or one tensor each), rounded to dtype if given."""
     write_tensors(
         folder,
         [
             TensorToWrite(
-                tensor.name, tensor.shape, jnp.dtype(dtype or tensor.leaf.dtype), functools.partial(_in_file, tensor, dtype)
+                tensor.name,
+                tensor.shape,
+                jnp.dtype(dtype or tensor.leaf.dtype),
+                functools.partial(_in_file, tensor, dtype),
             )
             for tensor in _tensors_of(model)
         ],

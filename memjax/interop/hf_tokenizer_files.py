@@ -15,12 +15,14 @@ from memjax.interop.folders import file_in, read_json, write_json
 JSON, MODEL, SETTINGS = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 """A tokenizer of the tokenizers library, one of SentencePiece, and the names of the special tokens."""
 _ADVICE = (
-    "set --tokenizer to a tokenizer.json with a byte-level BPE or to a SentencePiece .model, or to byte, with which the "
-    "model can be called with token ids, but knows no text"
+    "set --tokenizer to a tokenizer.json with a byte-level BPE or to a SentencePiece .model, or to byte, with which "
+    "the model can be called with token ids, but knows no text"
 )
 
 
-def read_tokenizer(folder: pathlib.Path, chosen: str | None, config: dict[str, Any]) -> tuple[TokenizerConfig, Tokenizer]:
+def read_tokenizer(
+    folder: pathlib.Path, chosen: str | None, config: dict[str, Any]
+) -> tuple[TokenizerConfig, Tokenizer]:
     """The tokenizer of a model, and the settings that open it.
 
     Args:

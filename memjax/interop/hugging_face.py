@@ -23,7 +23,7 @@ from memjax.interop.hf_tokenizer_files import read_tokenizer, write_tokenizer
 from memjax.interop.new_run import write_run
 from memjax.interop.safetensors_files import open_tensors
 from memjax.loading import load_as_saved
-from memjax.models.decoder import Decoder
+from memjax.models.decoder import Decoder, resolve_dtype
 from memjax.models.parts import DecoderParts, take_apart
 
 CONFIG = "config.json"
@@ -115,8 +115,8 @@ def to_hf(
             found = _logits(read_model(files, described, str(folder)))
         if not (difference := np.max(np.abs(found - expected))) <= TOLERANCE:
             raise CheckpointError(
-                f"{run}: as written to {out} the model gives other logits (by up to {difference:.2g}); nothing is kept. "
-                "This is a fault of memjax: please report it with the run's config.yaml"
+                f"{run}: as written to {out} the model gives other logits (by up to {difference:.2g}); nothing is "
+                "kept. This is a fault of memjax: please report it with the run's config.yaml"
             )
     return has_tokenizer
 
@@ -153,8 +153,9 @@ _forward = nnx.jit(lambda model, tokens: model(tokens))
 
 def _logits(model: Decoder) -> np.ndarray:
     """The model's answer to a few tokens, computed in float32 or wider whatever it computes in otherwise."""
-    _, params, tables = take_apart(model)
     wide = "float64" if model.config.param_dtype == "float64" else "float32"
-    same = DecoderParts.of(dataclasses.replace(model.config, dtype=wide)).assemble(params, tables)
+    if resolve_dtype(model.config.dtype) != wide:
+        _, params, tables = take_apart(model)
+        model = DecoderParts.of(dataclasses.replace(model.config, dtype=wide)).assemble(params, tables)
     tokens = np.arange(1, 25, dtype=np.int32)[None] * 7919 % model.config.vocab_size
-    return np.asarray(_forward(same, tokens))
+    return np.asarray(_forward(model, tokens))

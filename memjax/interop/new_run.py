@@ -15,7 +15,7 @@ from memjax.training.run_folder import RunFolder
 
 
 def write_run(folder: str | os.PathLike[str], model: Decoder, tokenizer: Tokenizer, config: RunConfig) -> None:
-    """Writes a run at step 0, whole or not at all: config, environment, tokenizer and one checkpoint of the model alone.
+    """Writes a run at step 0, whole or not at all: config, environment, tokenizer, one checkpoint of the model alone.
 
     Raises:
         ConfigError: the folder holds something.

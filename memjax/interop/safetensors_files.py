@@ -167,4 +167,6 @@ def _compare(index: pathlib.Path, promised: dict[str, str], found: dict[str, str
         if promised.get(name) != found.get(name)
     ]
     if wrong:
-        raise CheckpointError(f"{index}: {'; '.join(wrong[:3])}" + (f"; and {len(wrong) - 3} more" if wrong[3:] else ""))
+        raise CheckpointError(
+            f"{index}: {'; '.join(wrong[:3])}" + (f"; and {len(wrong) - 3} more" if wrong[3:] else "")
+        )
