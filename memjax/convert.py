@@ -1,4 +1,7 @@
-"""`python -m memjax.convert from-hf FOLDER --out RUN` and `to-hf RUN --out FOLDER`: Hugging Face models in and out."""
+"""`python -m memjax.convert`: Hugging Face models in and out, official checkpoints in, memory for a dense run.
+
+`from-hf FOLDER --out RUN`, `to-hf RUN --out FOLDER`, `from-official FOLDER --out RUN`, `upcycle RUN --out RUN`.
+"""
 
 import dataclasses
 import sys
@@ -7,7 +10,7 @@ from typing import Any, Literal
 
 from memjax import command_line
 from memjax.command_help import Positional, help_text
-from memjax.config import ModelConfig
+from memjax.config import MemoryConfig, ModelConfig
 from memjax.evaluation.command import CheckpointSettings, exit_code
 
 PROG = "python -m memjax.convert"
@@ -54,20 +57,40 @@ class ToHfConfig:
             raise ValueError("\n".join(problems))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class AddedMemoryConfig(MemoryConfig):
+    """The memory layers that the model gets."""
+
+    layers: tuple[int, ...]
+    """Blocks (0-based) that get a memory layer."""
+    placement: Literal["replace", "beside"] = "beside"
+    """beside: the feed-forward layers stay, and the model's outputs are what they were until the memory is trained;
+    replace: the memory takes their place, and what they knew is gone."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class UpcycleConfig:
+    """Where the new run goes, and the memory that its model gets."""
+
+    out: str
+    """The folder of the run to write; new or empty."""
+    memory: AddedMemoryConfig
+    step: str = "latest"
+    """The checkpoint of the dense run: latest, best (lowest validation loss) or its number."""
+    seed: int = 0
+    """Of the new parameters."""
+
+    def __post_init__(self) -> None:
+        CheckpointSettings(step=self.step)
+
+
 def from_hf(folder: str, settings: FromHfConfig) -> None:
     """Writes a run and says how to go on from it."""
     _stay_on_cpu()
     from memjax.interop import hugging_face
 
     model = hugging_face.from_hf(folder, settings.out, tokenizer=settings.tokenizer).model
-    # Steps as small as a fine-tuning's are lost between two numbers in bfloat16.
-    wider = " --model.param_dtype float32" if model.param_dtype == "bfloat16" else ""
-    print(f"run        {settings.out}: {describe(model)}")
-    print(f'ask it     python -m memjax.generate {settings.out} --prompt "..."')
-    print(
-        f"train it   python -m memjax.train {settings.out}/config.yaml --train.init_from {settings.out}{wider} "
-        "--run.dir NEW_RUN --data.path FILE"
-    )
+    _tell_of_run(settings.out, model)
 
 
 def to_hf(run: str, settings: ToHfConfig) -> None:
@@ -87,6 +110,29 @@ def to_hf(run: str, settings: ToHfConfig) -> None:
     print(f"written to {settings.out}, read back and compared: the same numbers and logits")
     if not has_tokenizer:
         print("without the tokenizer, which has no form there; keep the one that the run was made with")
+
+
+def from_official(folder: str, settings: FromHfConfig) -> None:
+    """Writes a run and says how to go on from it."""
+    _stay_on_cpu()
+    from memjax.interop import official
+
+    _tell_of_run(settings.out, official.from_official(folder, settings.out, tokenizer=settings.tokenizer).model)
+
+
+def upcycle(run: str, settings: UpcycleConfig) -> None:
+    """Writes a run and says how to go on from it."""
+    _stay_on_cpu()
+    from memjax.interop.upcycle import upcycle_run
+    from memjax.loading import read_config
+
+    memory = MemoryConfig(**dataclasses.asdict(settings.memory))
+    step = CheckpointSettings(step=settings.step).checkpoint
+    try:
+        upcycle_run(run, settings.out, memory, step=step, seed=settings.seed)
+    except ValueError as error:
+        raise command_line.ConfigError(str(error).splitlines()) from error
+    _tell_of_run(settings.out, read_config(settings.out).model)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,6 +159,20 @@ COMMANDS: Mapping[str, Command] = {
         command_line.RUN_FOLDER,
         "Writes a run's model in Hugging Face's format, reads it back and compares numbers and logits. Without memory "
         "layers it is a Llama or a Mistral, which transformers 4 and 5 load; with them only from-hf reads it.",
+    ),
+    "from-official": Command(
+        from_official,
+        FromHfConfig,
+        Positional(name="FOLDER", help="consolidated.safetensors or consolidated.pth, params.json and a tokenizer."),
+        "Makes a run of a checkpoint of the PyTorch code of the paper (arXiv:2412.09764). A .pth file is read without "
+        "unpickling: nothing in it is run.",
+    ),
+    "upcycle": Command(
+        upcycle,
+        UpcycleConfig,
+        command_line.RUN_FOLDER,
+        "Makes a run of a dense one whose model gets memory layers: by default beside its feed-forward layers, with "
+        "the same outputs until it is trained.",
     ),
 }
 
@@ -145,6 +205,17 @@ def whole_help() -> str:
         for name, command in COMMANDS.items()
     ]
     return "\n\n\n".join([f"usage: {PROG} {'|'.join(COMMANDS)} ...", *parts])
+
+
+def _tell_of_run(out: str, model: ModelConfig) -> None:
+    # Steps as small as a fine-tuning's are lost between two numbers in bfloat16.
+    wider = " --model.param_dtype float32" if model.param_dtype == "bfloat16" else ""
+    print(f"run        {out}: {describe(model)}")
+    print(f'ask it     python -m memjax.generate {out} --prompt "..."')
+    print(
+        f"train it   python -m memjax.train {out}/config.yaml --train.init_from {out}{wider} "
+        "--run.dir NEW_RUN --data.path FILE"
+    )
 
 
 def describe(model: ModelConfig) -> str:

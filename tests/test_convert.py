@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 
 from memjax import convert, evaluate
+from memjax.config import MemoryConfig
 from memjax.interop import hugging_face
-from memjax.loading import load
+from memjax.loading import load, read_config
 
 MODELS = pathlib.Path(__file__).parent / "fixtures" / "llama"
 
@@ -101,3 +102,26 @@ def test_help_tells_of_every_conversion_and_each_has_its_own(capsys):
             convert.main([name, "--help"])
         assert end.value.code == 0
         assert capsys.readouterr().out.strip() in whole
+
+
+def test_an_official_checkpoint_becomes_a_run_and_cannot_get_a_second_memory(tmp_path, capsys):
+    official = MODELS.parent / "official"
+    assert convert.main(["from-official", str(official), "--out", str(tmp_path / "run"), "--tokenizer", "byte"]) == 0
+    assert "2 blocks of width 8, weights in float32, memory in blocks 1" in capsys.readouterr().out
+    assert convert.main(["from-official", str(official), "--out", str(tmp_path / "run")]) == 2
+    assert "not empty" in capsys.readouterr().err
+    # A dense run is needed for a memory; this one has one.
+    settings = ["--memory.layers", "0", "--memory.num_keys", "8"]
+    assert convert.main(["upcycle", str(tmp_path / "run"), "--out", str(tmp_path / "new"), *settings]) == 2
+    assert "the model has memory layers already, in blocks [1]" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_gets_a_memory_beside_its_feed_forward_layers(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert convert.main(["from-hf", str(MODELS / "llama3_old"), "--out", str(run), "--tokenizer", "byte"]) == 0
+    settings = ["--memory.layers", "1", "--memory.num_keys", "8", "--memory.key_dim", "8"]
+    assert convert.main(["upcycle", str(run), "--out", str(tmp_path / "new"), *settings]) == 0
+    memory = read_config(tmp_path / "new").model.memory
+    assert memory == MemoryConfig(layers=(1,), placement="beside", num_keys=8, key_dim=8)
+    assert f"--train.init_from {tmp_path / 'new'}" in capsys.readouterr().out

@@ -178,7 +178,8 @@ def _in_safetensors(handle: Any, name: str, file: pathlib.Path) -> LazyArray:
 
 
 def _memory_layers(arrays: Arrays) -> list[int]:
-    return sorted(int(found[1]) for name in arrays if (found := re.fullmatch(r"layers\.(\d+)\.feed_forward\.keys", name)))
+    matches = (re.fullmatch(r"layers\.(\d+)\.feed_forward\.keys", name) for name in arrays)
+    return sorted(int(found[1]) for found in matches if found)
 
 
 def _tables(arrays: Arrays, place: str) -> dict[str, str]:

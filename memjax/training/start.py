@@ -45,7 +45,7 @@ def check_start(config: RunConfig) -> None:
         raise ConfigError(
             [
                 f"train.init_from={source} does not fit the model; train with the config.yaml of that run, or add "
-                "memory layers to it with memjax.upcycle first:",
+                "memory layers to it with memjax.convert upcycle:",
                 *problems,
             ]
         )
