@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from memjax.config import MemoryConfig, ModelConfig, RunConfig, SamplingConfig
     from memjax.data.tokenizer import Tokenizer
+    from memjax.interop.official import from_official
+    from memjax.interop.upcycle import upcycle, upcycle_run
     from memjax.loading import load
     from memjax.memory.layer import Lookup, MemoryLayer
     from memjax.memory.parallel import zero_tap
@@ -43,12 +45,15 @@ __all__ = [
     "continue_texts",
     "embedding_bag",
     "embedding_dot",
+    "from_official",
     "load",
     "product_key_search",
     "row_sparse_value_and_grad",
     "row_step",
     "row_update",
     "stream_text",
+    "upcycle",
+    "upcycle_run",
     "zero_tap",
 ]
 
@@ -69,12 +74,15 @@ _MODULES = {
     "continue_texts": "text_generation",
     "embedding_bag": "ops.embedding_bag.api",
     "embedding_dot": "ops.embedding_dot.api",
+    "from_official": "interop.official",
     "load": "loading",
     "product_key_search": "ops.product_key_search.api",
     "row_sparse_value_and_grad": "memory.sparse_gradient",
     "row_step": "ops.row_update.rules",
     "row_update": "ops.row_update.api",
     "stream_text": "text_generation",
+    "upcycle": "interop.upcycle",
+    "upcycle_run": "interop.upcycle",
     "zero_tap": "memory.parallel",
 }
 

@@ -37,7 +37,10 @@ class MemoryConfig:
     """Memory layers: which blocks have one, and the sizes of the lookup."""
 
     layers: tuple[int, ...] = (1, 2)
-    """Blocks (0-based) whose feed-forward layer is replaced by a memory layer."""
+    """Blocks (0-based) that have a memory layer."""
+    placement: Literal["replace", "beside"] = "replace"
+    """replace: the memory takes the feed-forward layer's place (the paper); beside: the block has both, and adds them
+    up; what the memory adds is scaled by learned numbers that begin at zero, so that at first it changes nothing."""
     num_keys: int = 64
     """Sub-keys per half; the table has num_keys squared slots."""
     num_heads: int = 2
@@ -150,6 +153,10 @@ class ModelConfig:
     """Query heads of the attention."""
     num_kv_heads: int | None = None
     """Key and value heads (grouped-query attention); null means num_heads."""
+    head_dim: int | None = None
+    """Width of an attention head; null means dim / num_heads."""
+    attention_bias: bool = False
+    """Whether the four projections of the attention have biases."""
     ffn_dim: int = 96
     """Hidden width of the feed-forward layers."""
     vocab_size: int = 2048
@@ -181,6 +188,7 @@ class ModelConfig:
                 num_layers=self.num_layers,
                 num_heads=self.num_heads,
                 num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
                 ffn_dim=self.ffn_dim,
                 vocab_size=self.vocab_size,
                 rope_theta=self.rope_theta,
@@ -189,8 +197,11 @@ class ModelConfig:
                 embedding_init_std=self.embedding_init_std,
             )
             + [
-                f"num_heads={self.num_heads} must divide dim={self.dim} into heads of an even width"
-                if self.num_heads > 0 and (self.dim % self.num_heads or (self.dim // self.num_heads) % 2)
+                f"num_heads={self.num_heads} must divide dim={self.dim} into heads of an even width, or head_dim be set"
+                if self.head_dim is None and self.num_heads > 0 and (self.dim % self.num_heads or self.head_width % 2)
+                else None,
+                f"head_dim={self.head_dim} must be even: rotary positions turn pairs of numbers"
+                if self.head_dim is not None and self.head_dim % 2
                 else None,
                 f"num_kv_heads={kv_heads} must divide num_heads={self.num_heads}"
                 if kv_heads > 0 and self.num_heads % kv_heads
@@ -208,9 +219,9 @@ class ModelConfig:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
-    def head_dim(self) -> int:
+    def head_width(self) -> int:
         """Width of one attention head."""
-        return self.dim // self.num_heads
+        return self.dim // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
     def value_dim(self) -> int:
@@ -464,6 +475,8 @@ class OptimConfig(ScheduleConfig):
     """Largest norm of the dense gradient; null for no clipping."""
     key_lr_factor: float = 0.2
     """Learning rate of memory keys and query projections, as a share of lr; slow keys spread the reads."""
+    freeze_dense: bool = False
+    """Train the memory layers and their tables only; all else stays as it is, and has no optimizer state."""
     table: TableOptimConfig = dataclasses.field(default_factory=TableOptimConfig)
     """The optimizer of the value tables."""
 
@@ -495,6 +508,9 @@ class TrainConfig:
 
     steps: int = 750
     """Optimizer steps of the whole run."""
+    init_from: str | None = None
+    """Folder of a run (of its newest checkpoint) whose parameters, tables and tokenizer the training starts from;
+    every shape must fit. A run that has a checkpoint of its own goes on from that. null: fresh random parameters."""
     accumulate: int = 1
     """Micro-batches per step."""
     remat: Literal["none", "dots", "block"] = "none"
@@ -669,6 +685,11 @@ class RunConfig:
             if self.model.vocab_size < 259 and self.data.tokenizer.kind in ("byte", "bpe")
             else None,
         ]
+        if self.optim.freeze_dense and not self.model.memory:
+            problems.append(
+                "optim.freeze_dense=True leaves nothing to train without model.memory; give the model memory layers, "
+                "or train the dense part"
+            )
         if self.model.memory:
             problems += memory_axis_problems(self.model.value_dim, self.mesh.memory, self.optim.table)
         _refuse(problems)

@@ -140,6 +140,8 @@ def _open(run: str, found: "LoadedModel", settings: EvaluateConfig) -> "Source":
     from memjax.data.sources import DataError, JsonlSource, TextSource
 
     data = found.config.data
+    if settings.text is None and data.source != "mixture" and data.path is None:  # a model from elsewhere
+        raise DataError("the run has no text of its own; name a file with --text")
     if settings.text is None:
         _, parts = open_parts(data.in_run(str(_evals_folder(run).parent)), found.tokenizer)
         if not parts:

@@ -20,7 +20,7 @@ from memjax.config import ModelConfig, RunConfig
 from memjax.data.tokenizer import Tokenizer
 from memjax.memory import parallel
 from memjax.models.decoder import Decoder, resolve_dtype
-from memjax.models.parts import DecoderParts
+from memjax.models.parts import DecoderParts, take_apart
 from memjax.models.trees import params_to_tree, tree_to_params
 
 CHECKPOINTS = "checkpoints"
@@ -66,6 +66,25 @@ def load(
     Raises:
         CheckpointError: there is no such checkpoint, or it cannot be read here.
     """
+    saved = load_as_saved(path, step=step)
+    memory = saved.model.config.memory
+    table_dtype = _wider(memory.table_dtype, saved.config.model) if memory else "float32"
+    config = _with_dtypes(saved.config.model, all_of=dtype, table=table_dtype)
+    if config == saved.model.config:
+        return saved
+    _, params, tables = take_apart(saved.model)
+    parts = DecoderParts.of(config)
+    params = _cast(params_to_tree(params), params_to_tree(parts.abstract_params))
+    model = parts.assemble(tree_to_params(parts, params), _cast(tables, parts.abstract_tables))
+    return dataclasses.replace(saved, model=model)
+
+
+def load_as_saved(path: str | os.PathLike[str], *, step: int | Literal["latest", "best"] = "latest") -> LoadedModel:
+    """`load` with parameters and tables in the types in which they lie on disk.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it cannot be read here.
+    """
     folder = checkpoint_folder(path)
     with Checkpoints(folder) as checkpoints:
         wanted = _step(checkpoints, step)
@@ -84,13 +103,28 @@ def load(
         }
         targets = {PARAMS: params, TABLES: tables} if tables else {PARAMS: params}
         restored = checkpoints.restore(targets, [META], step=wanted)
-    model_config = _with_dtypes(config.model, all_of=dtype, table=_wider(table_dtype, config.model))
-    parts = DecoderParts.of(model_config)
-    arrays = _cast(restored.arrays[PARAMS], params_to_tree(parts.abstract_params))
-    rows = _cast(restored.arrays.get(TABLES, {}), parts.abstract_tables)
-    model = parts.assemble(tree_to_params(parts, arrays), rows)
+    model = parts.assemble(tree_to_params(parts, restored.arrays[PARAMS]), restored.arrays.get(TABLES, {}))
     tokenizer = Tokenizer.from_state(restored.documents[META]["tokenizer"])
     return LoadedModel(model, tokenizer, config, restored.step)
+
+
+def read_config(path: str | os.PathLike[str]) -> RunConfig:
+    """The config of a run, from its newest checkpoint that can be read.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or this version cannot read it.
+    """
+    folder = checkpoint_folder(path)
+    return _read_meta(Checkpoints(folder).read_document(META), folder)[0]
+
+
+def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a run, from its newest checkpoint that can be read.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+    """
+    return Tokenizer.from_state(Checkpoints(checkpoint_folder(path)).read_document(META)["tokenizer"])
 
 
 def meta_document(config: RunConfig, tokenizer: Tokenizer, *, step: int) -> dict[str, Any]:

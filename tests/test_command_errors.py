@@ -46,7 +46,7 @@ KINDS = {
     "impossible shape": (
         "",
         ["--model.dim", "65"],
-        "command line: model.num_heads=2 must divide dim=65 into heads of an even width",
+        "command line: model.num_heads=2 must divide dim=65 into heads of an even width, or head_dim be set",
     ),
     "shapes that do not fit each other": (
         "model:\n  memory:\n    num_keys: 4\n",

@@ -92,6 +92,19 @@ def test_stretched_frequencies_and_windows_that_cannot_be_are_refused():
         ModelConfig(sliding_window=0)
 
 
+def test_heads_that_cannot_be_are_refused():
+    with pytest.raises(
+        ValueError, match="num_heads=3 must divide dim=64 into heads of an even width, or head_dim be set"
+    ):
+        ModelConfig(num_heads=3)
+    assert ModelConfig(num_heads=3, head_dim=8).head_width == 8
+    assert ModelConfig(num_heads=4).head_width == 16
+    with pytest.raises(ValueError, match="head_dim=7 must be even: rotary positions turn pairs"):
+        ModelConfig(head_dim=7)
+    with pytest.raises(ValueError, match="head_dim=0 must be positive"):
+        ModelConfig(head_dim=0)
+
+
 def test_derived_sizes():
     memory = MemoryConfig(layers=(0, 2), num_keys=100, num_heads=4, top_k=32)
     assert (memory.num_slots, memory.picks) == (10_000, 128)

@@ -26,7 +26,7 @@ class MemoryLayer(nnx.Module):
     """The layer of "Memory Layers at Scale" (arXiv:2412.09764): y = sum of softmax weight * value of the best slots.
 
     Memory+ (gate='silu') returns W2 (y * silu(W1 x)); gate='none' returns y, through W2 where value_dim is not dim.
-    With output_gate the result is scaled by sigmoid(w x), one number a token.
+    With output_gate the result is scaled by sigmoid(w x), one number a token; with zero_start by a number a channel.
     The table is owned by the model and passed in, so that several layers can share it:
 
         table = ValueTable(num_slots=64**2, value_dim=256, rngs=rngs)
@@ -47,6 +47,7 @@ class MemoryLayer(nnx.Module):
         value_dim: int | None = None,
         gate: Literal["none", "silu"] = "silu",
         output_gate: bool = False,
+        zero_start: bool = False,
         qk_norm: bool = False,
         score_scale: float = 1.0,
         dtype: DTypeLike | None = None,
@@ -65,6 +66,8 @@ class MemoryLayer(nnx.Module):
             value_dim: width of the table's rows.
             gate: 'silu' for Memory+.
             output_gate: let each token turn its output down.
+            zero_start: scale the output by learned numbers, one a channel, that begin at zero: a layer that is added to
+                a trained model changes nothing at first.
             qk_norm: scale the halves of queries and keys to unit length.
             score_scale: factor on the scores before the softmax.
             dtype: type of activations; None promotes inputs and parameters.
@@ -101,6 +104,7 @@ class MemoryLayer(nnx.Module):
         self.gate_proj = linear(dim, self.value_dim) if gated else None
         self.value_proj = linear(self.value_dim, dim) if gated or self.value_dim != dim else None
         self.output_gate = linear(dim, 1, init_dim=dim) if output_gate else None
+        self.scale = nnx.Param(jnp.zeros((dim,), param_dtype)) if zero_start else None
 
     def __call__(self, x: Float[Array, "*b dim"], table: ValueTable) -> Float[Array, "*b dim"]:
         """The layer's output.
@@ -135,4 +139,8 @@ class MemoryLayer(nnx.Module):
         if self.gate_proj is not None:
             y = y.astype(x.dtype) * nnx.silu(self.gate_proj(x))
         out = y.astype(x.dtype) if self.value_proj is None else self.value_proj(y)
-        return out if self.output_gate is None else out * nnx.sigmoid(self.output_gate(x))
+        if self.output_gate is not None:
+            out = out * nnx.sigmoid(self.output_gate(x))
+        return (
+            out if self.scale is None else out * self.scale[...].astype(out.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        )

@@ -29,6 +29,8 @@ class Attention(nnx.Module):
         *,
         num_heads: int,
         num_kv_heads: int,
+        head_dim: int | None = None,
+        use_bias: bool = False,
         rope_theta: float,
         rope_scaling: RopeScalingConfig | None = None,
         sliding_window: int | None = None,
@@ -39,9 +41,9 @@ class Attention(nnx.Module):
     ):
         """`implementation` is one of `dot_product.IMPLEMENTATIONS`; None takes the fastest that can run."""
         self.implementation = implementation
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim or dim // num_heads
         self.rope_theta, self.rope_scaling, self.sliding_window = rope_theta, rope_scaling, sliding_window
-        kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        kwargs = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.query = linear(dim, num_heads * self.head_dim, **kwargs)
         self.key = linear(dim, num_kv_heads * self.head_dim, **kwargs)
         self.value = linear(dim, num_kv_heads * self.head_dim, **kwargs)

@@ -1,4 +1,4 @@
-"""A decoder block: attention, then a feed-forward layer or a memory layer."""
+"""A decoder block: attention, then a feed-forward layer, a memory layer, or both side by side."""
 
 from flax import nnx
 from jax.typing import DTypeLike
@@ -12,7 +12,7 @@ from memjax.models.feed_forward import FeedForward
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mixer(norm(x)), where the mixer is dense or a memory."""
+    """x + attention(norm(x)), then x + mixer(norm(x)), where the mixer is dense, a memory, or the sum of both."""
 
     def __init__(
         self,
@@ -33,6 +33,8 @@ class Block(nnx.Module):
             config.dim,
             num_heads=config.num_heads,
             num_kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            use_bias=config.attention_bias,
             rope_theta=config.rope_theta,
             rope_scaling=config.rope_scaling,
             sliding_window=config.sliding_window,
@@ -40,7 +42,8 @@ class Block(nnx.Module):
             **kwargs,
         )
         self.mixer_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
-        self.feed_forward = None if memory else FeedForward(config.dim, config.ffn_dim, **kwargs)
+        replaced = memory is not None and memory.placement == "replace"
+        self.feed_forward = None if replaced else FeedForward(config.dim, config.ffn_dim, **kwargs)
         self.memory = _memory_layer(config.dim, memory, implementation=implementation, **kwargs) if memory else None
 
     def __call__(
@@ -67,13 +70,14 @@ class Block(nnx.Module):
         return self._mix(x + attended, table, None)[0], cache
 
     def _mix(self, x: Array, table: ValueTable | None, tap: Array | None) -> tuple[Array, Lookup | None]:
-        inputs = self.mixer_norm(x)
+        inputs, lookup = self.mixer_norm(x), None
         if self.feed_forward is not None:
-            return x + self.feed_forward(inputs), None
-        assert self.memory is not None
-        assert table is not None
-        lookup = self.memory.lookup(inputs)
-        return x + self.memory.combine(inputs, self.memory.read(table, lookup, tap)), lookup
+            x = x + self.feed_forward(inputs)
+        if self.memory is not None:
+            assert table is not None
+            lookup = self.memory.lookup(inputs)
+            x = x + self.memory.combine(inputs, self.memory.read(table, lookup, tap))
+        return x, lookup
 
 
 def _memory_layer(dim: int, config: MemoryConfig, **kwargs) -> MemoryLayer:
@@ -86,6 +90,7 @@ def _memory_layer(dim: int, config: MemoryConfig, **kwargs) -> MemoryLayer:
         value_dim=config.value_dim,
         gate=config.gate,
         output_gate=config.output_gate,
+        zero_start=config.placement == "beside",
         qk_norm=config.qk_norm,
         score_scale=config.score_scale,
         **kwargs,

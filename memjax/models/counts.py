@@ -50,7 +50,7 @@ def training_flops_per_token(parts: DecoderParts, sequence_length: int) -> int:
     # The first tokens of a row see fewer than the window holds.
     window = min(config.sliding_window or sequence_length, sequence_length)
     seen_twice = 2 * window - window**2 // sequence_length
-    flops = 6 * matrices + 6 * config.num_layers * seen_twice * config.dim
+    flops = 6 * matrices + 6 * config.num_layers * seen_twice * config.num_heads * config.head_width
     if memory:
         search = memory.num_heads * memory.num_keys * memory.key_dim
         read = memory.picks * config.value_dim

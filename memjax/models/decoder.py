@@ -29,7 +29,7 @@ class Cache(NamedTuple):
 
 
 class Decoder(nnx.Module):
-    """A Llama-shaped decoder whose blocks end in a feed-forward layer or a memory layer."""
+    """A Llama-shaped decoder whose blocks end in a feed-forward layer, a memory layer, or both."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class Decoder(nnx.Module):
     def init_cache(self, batch: int, max_length: int) -> Cache:
         """An empty cache for `batch` sequences of at most max_length tokens."""
         config = self.config
-        shape = (batch, max_length, config.kv_heads, config.head_dim)
+        shape = (batch, max_length, config.kv_heads, config.head_width)
         zeros = [[jnp.zeros(shape, resolve_dtype(config.dtype)) for _ in range(2)] for _ in range(config.num_layers)]
         return Cache(tuple(KeyValues(*pair) for pair in zeros), jnp.zeros(batch, jnp.int32))
 

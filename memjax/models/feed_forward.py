@@ -6,11 +6,19 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
-def linear(inputs: int, outputs: int, *, dtype: DTypeLike | None, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear layer without bias, drawn from a normal of standard deviation inputs ** -0.5, cut at 3 of them."""
+def linear(
+    inputs: int,
+    outputs: int,
+    *,
+    use_bias: bool = False,
+    dtype: DTypeLike | None,
+    param_dtype: DTypeLike,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    """A linear layer drawn from a normal of standard deviation inputs ** -0.5, cut at 3 of them; a bias begins at 0."""
     init = nnx.initializers.truncated_normal(inputs**-0.5, lower=-3.0, upper=3.0)
     kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    return nnx.Linear(inputs, outputs, use_bias=False, kernel_init=init, **kwargs)
+    return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, **kwargs)
 
 
 class FeedForward(nnx.Module):

@@ -28,12 +28,13 @@ from memjax.training.mesh import put_batch
 from memjax.training.metrics import MetricsFile, Progress, Row, Stopwatch, peak_flops
 from memjax.training.profiling import ProfileWindow
 from memjax.training.run_folder import RunFolder
+from memjax.training.start import OPT_STATE, first_state
 from memjax.training.state import Trainer, TrainState
 from memjax.training.step import BATCH, make_train_step, make_usage_report
 from memjax.training.trackers import close_trackers, make_trackers
 
-OPT_STATE, TABLE_STATE, DATA_ITER = "opt_state", "table_state", "data_iter"
-"""Items of a checkpoint beside those of `memjax.loading`."""
+TABLE_STATE, DATA_ITER = "table_state", "data_iter"
+"""Items of a checkpoint beside OPT_STATE and those of `memjax.loading`."""
 
 MAX_PENDING = 16
 """Steps that may be in flight before the loop waits for the oldest."""
@@ -178,11 +179,10 @@ class Loop:
         return usage
 
     def _start(self, data: TrainingData) -> tuple[TrainState, dict[str, Any]]:
-        """The newest state that can be read, or a fresh one, and the data's place; data is moved there."""
-        shardings = self.trainer.shardings(self.mesh)
+        """The newest state that can be read, or the first one, and the data's place; data is moved there."""
         if self.checkpoints.latest() is None:
-            init = jax.jit(self.trainer.init, out_shardings=shardings)
-            return init(jax.random.key(self.config.run.seed)), data.get_state()
+            return first_state(self.trainer, self.mesh), data.get_state()
+        shardings = self.trainer.shardings(self.mesh)
         abstract = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             self.trainer.abstract_state(),

@@ -17,6 +17,7 @@ from memjax.training.interrupt import catch_interrupts
 from memjax.training.loop import Loop, NotFinite, Preempted
 from memjax.training.mesh import make_mesh
 from memjax.training.run_folder import RunFolder
+from memjax.training.start import check_start
 from memjax.training.state import Trainer
 from memjax.training.step import abstract_batch, make_train_step
 
@@ -47,6 +48,7 @@ def train(config: RunConfig, *, allow_changed: bool = False) -> int:
         ConfigError, DataError, CheckpointError: what their names say.
     """
     check(config)
+    check_start(config)
     folder = RunFolder.of(config)
     folder.claim(config, allow_changed=allow_changed)
     if summary := folder.read_summary():

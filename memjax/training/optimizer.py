@@ -1,4 +1,6 @@
-"""The optimizer of the dense parameters: AdamW, with a slower rate for queries and keys."""
+"""The optimizer of all parameters but the tables: AdamW, with a slower rate for queries and keys."""
+
+from typing import Any
 
 import jax
 import optax
@@ -6,6 +8,8 @@ from flax import nnx
 
 from memjax.config import OptimConfig, ScheduleConfig
 from memjax.memory.keys import AddressParam
+
+FROZEN = "frozen"
 
 
 def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
@@ -21,7 +25,7 @@ def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, steps: int, abstract_params: nnx.State) -> optax.GradientTransformation:
-    """AdamW on the clipped gradient; matrices decay, norms and biases do not."""
+    """AdamW on the clipped gradient; matrices decay, norms and biases do not. What is frozen has no state."""
     schedule = make_schedule(config, steps)
 
     def adamw(factor: float) -> optax.GradientTransformation:
@@ -34,11 +38,26 @@ def make_optimizer(config: OptimConfig, steps: int, abstract_params: nnx.State) 
             mask=lambda params: jax.tree.map(lambda param: param.ndim >= 2, params),
         )
 
-    labels = jax.tree.map(
-        lambda variable: "address" if isinstance(variable, AddressParam) else "dense",
-        abstract_params,
-        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
-    )
-    by_group = optax.partition({"dense": adamw(1.0), "address": adamw(config.key_lr_factor)}, labels)
+    transforms = {"dense": adamw(1.0), "address": adamw(config.key_lr_factor), FROZEN: optax.set_to_zero()}
+    by_group = optax.partition(transforms, parameter_groups(config, abstract_params))
     clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
     return optax.chain(clip, by_group)
+
+
+def parameter_groups(config: OptimConfig, abstract_params: nnx.State) -> Any:
+    """How each parameter is trained, in the parameters' tree: `dense`, `address` (queries and keys) or `frozen`."""
+
+    def group(path: tuple[Any, ...], variable: nnx.Variable) -> str:
+        if isinstance(variable, AddressParam):
+            return "address"
+        is_memory = any(getattr(key, "key", None) == "memory" for key in path)
+        return FROZEN if config.freeze_dense and not is_memory else "dense"
+
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
+    return jax.tree_util.tree_map_with_path(group, abstract_params, is_leaf=is_variable)
+
+
+def without_gradient_where_frozen(config: OptimConfig, params: nnx.State) -> nnx.State:
+    """The parameters; the frozen ones are constants to autodiff, so that their gradients are zero and cost nothing."""
+    constant = lambda group, variable: jax.lax.stop_gradient(variable) if group == FROZEN else variable
+    return jax.tree.map(constant, parameter_groups(config, params), params)

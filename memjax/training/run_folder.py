@@ -15,7 +15,7 @@ from memjax.command_line import ConfigError, differences, load, to_yaml
 from memjax.config import RunConfig
 from memjax.data.pipeline import train_tokenizer
 from memjax.data.tokenizer import Tokenizer
-from memjax.loading import CHECKPOINTS
+from memjax.loading import CHECKPOINTS, read_tokenizer
 
 MAY_CHANGE = (
     "run.dir",
@@ -104,15 +104,17 @@ class RunFolder:
         self.write_json("environment.json", environment())
 
     def tokenizer(self, config: RunConfig) -> Tokenizer:
-        """The run's tokenizer: read from the folder, or trained and kept there.
+        """The run's tokenizer: read from the folder, or taken from train.init_from or trained, and kept there.
 
         Raises:
             ConfigError: it has more tokens than the model has embeddings.
+            CheckpointError: train.init_from cannot be read.
         """
         if (self.path / "tokenizer.json").exists():
             tokenizer = Tokenizer.load(self.path)
         else:
-            tokenizer = train_tokenizer(config.data, config.model.vocab_size)
+            source = config.train.init_from
+            tokenizer = read_tokenizer(source) if source else train_tokenizer(config.data, config.model.vocab_size)
             tokenizer.save(self.path)
         if tokenizer.vocab_size > config.model.vocab_size:
             raise ConfigError(

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from memjax.config import RunConfig
 from memjax.models.decoder import layer_name
-from memjax.models.parts import DecoderParts
+from memjax.models.parts import DecoderParts, Tables
 from memjax.training.mesh import by_columns, replicated
 from memjax.training.optimizer import make_optimizer, make_schedule
 from memjax.training.row_optimizer import TableOptimizer
@@ -60,7 +60,10 @@ class Trainer:
 
     def init(self, key: Array) -> TrainState:
         """The state before the first step. Run it under `jax.jit` with `shardings`, so that no table is ever whole."""
-        params, tables = self.parts.init(key)
+        return self.begin(*self.parts.init(key))
+
+    def begin(self, params: nnx.State, tables: Tables) -> TrainState:
+        """The state before the first step of a training that starts from the given arrays."""
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             healthy=jnp.ones((), bool),

@@ -19,6 +19,7 @@ from memjax.models.loss import token_losses
 from memjax.models.parts import Tables
 from memjax.ops.row_gradient import RowGradient
 from memjax.training.mesh import replicated
+from memjax.training.optimizer import without_gradient_where_frozen
 from memjax.training.state import Trainer, TrainState
 
 BATCH = P(None, (DATA, MEMORY))
@@ -138,7 +139,7 @@ def _gradients(trainer: Trainer, params: Any, tables: Tables, batch: Batch, lear
     segments = batch["segments"] if trainer.config.data.rows_hold_documents else None
 
     def loss_fn(params: Any, taps: dict[str, Array], tables: Tables) -> tuple[Array, tuple[dict, list[Array]]]:
-        model = parts.assemble(params, tables)
+        model = parts.assemble(without_gradient_where_frozen(trainer.config.optim, params), tables)
         hidden, lookups = model.hidden(batch["tokens"], batch["positions"], segments, taps, remat)
         losses = token_losses(model, hidden, batch["targets"])
         losses = losses * batch["loss_mask"].astype(losses.dtype)

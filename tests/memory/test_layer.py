@@ -47,6 +47,8 @@ def by_hand(layer, rows, x, *, num_heads, top_k, qk_norm, score_scale):
         if layer.output_gate is not None:
             gate = x[place] @ parameter(layer.output_gate.kernel) + parameter(layer.output_gate.bias)
             y = y / (1 + np.exp(-gate))
+        if layer.scale is not None:
+            y = y * parameter(layer.scale)
         out[place] = y
     return out
 
@@ -75,7 +77,7 @@ run = nnx.jit(lambda layer, x, table: layer(x, table))
     [
         {},
         {"gate": "none", "num_heads": 1},
-        {"gate": "none", "value_dim": 10, "output_gate": True},
+        {"gate": "none", "value_dim": 10, "output_gate": True, "zero_start": True},
         {"output_gate": True},
         {"value_dim": 4, "qk_norm": True, "score_scale": 3.0},
         {"top_k": NUM_KEYS, "num_heads": 1, "score_scale": 0.5, "implementation": "reference"},
@@ -94,6 +96,12 @@ def test_output_is_the_papers_formula(options):
         np.testing.assert_allclose(
             y, by_hand(layer, np.asarray(table.rows[...]), x, **settings), rtol=1e-10, atol=1e-10
         )
+
+
+def test_a_layer_that_starts_at_zero_adds_nothing_at_first():
+    layer = MemoryLayer(DIM, num_keys=NUM_KEYS, top_k=2, key_dim=4, zero_start=True, rngs=nnx.Rngs(0))
+    assert layer.scale is not None
+    np.testing.assert_array_equal(layer.scale[...], np.zeros(DIM))
 
 
 def test_lookup_weights_of_every_head_add_up_to_one():

@@ -21,14 +21,15 @@ def turn(x, positions):
 def by_hand(layer, x, positions, segments, window=LENGTH):
     """Causal attention, one sequence, head and token at a time."""
 
-    def kernel(part):
-        return np.asarray(part.kernel[...], np.float64)
+    def times(inputs, part):
+        bias = 0 if part.bias is None else np.asarray(part.bias[...], np.float64)
+        return inputs @ np.asarray(part.kernel[...], np.float64) + bias
 
-    head_dim = DIM // HEADS
+    head_dim = layer.query.kernel.shape[1] // HEADS
     out = np.zeros(x.shape)
     for row in range(len(x)):
         query, key, value = (
-            (x[row] @ kernel(part)).reshape(LENGTH, -1, head_dim) for part in (layer.query, layer.key, layer.value)
+            times(x[row], part).reshape(LENGTH, -1, head_dim) for part in (layer.query, layer.key, layer.value)
         )
         heads = np.zeros((LENGTH, HEADS, head_dim))
         for head in range(HEADS):
@@ -39,7 +40,7 @@ def by_hand(layer, x, positions, segments, window=LENGTH):
                 seen = [other for other in near if segments[row, other] == segments[row, token]]
                 weights = np.exp(keys[seen] @ queries[token] / head_dim**0.5)
                 heads[token, head] = weights / weights.sum() @ value[seen, group]
-        out[row] = heads.reshape(LENGTH, -1) @ kernel(layer.out)
+        out[row] = times(heads.reshape(LENGTH, -1), layer.out)
     return out
 
 
@@ -71,6 +72,14 @@ def test_output_is_causal_attention_within_documents(num_kv_heads, documents, dt
         assert got.dtype == dtype
         expected = by_hand(layer, x, positions, np.zeros_like(COUNTING) if segments is None else segments)
         np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_projections_may_have_biases_and_heads_any_width():
+    with jax.enable_x64(True):
+        layer, x = build(2, "float64", use_bias=True, head_dim=6)
+        assert layer.out.kernel.shape == (HEADS * 6, DIM)
+        expected = by_hand(layer, x, COUNTING, np.zeros_like(COUNTING))
+        np.testing.assert_allclose(run(layer, x, COUNTING), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("window", "documents"), [(1, False), (3, False), (3, True), (LENGTH + 1, True)])

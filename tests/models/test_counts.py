@@ -50,14 +50,16 @@ def test_counts_by_hand():
 
 def test_flops_are_those_that_xla_counts():
     length = 64
-    config = ModelConfig(dim=128, num_layers=2, num_heads=2, ffn_dim=352, vocab_size=512, dtype="float32", memory=None)
+    config = ModelConfig(
+        dim=128, num_layers=2, num_heads=2, head_dim=48, ffn_dim=352, vocab_size=512, dtype="float32", memory=None
+    )
     parts = DecoderParts.of(config)
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
     forward = jax.jit(lambda params, tokens: parts.assemble(params, {})(tokens))
     analysis = forward.lower(parts.abstract_params, tokens).compile().cost_analysis()
     assert isinstance(analysis, dict)
     # Forward and backward are three forward passes. XLA also computes the masked half of attention.
-    masked_half = 2 * length * config.dim * config.num_layers
+    masked_half = 2 * length * 2 * 48 * config.num_layers
     counted = 3 * (analysis["flops"] / length - masked_half)
     assert training_flops_per_token(parts, length) == pytest.approx(counted, rel=0.03)
 

@@ -23,6 +23,7 @@ CONFIGS = {
     "dense": ModelConfig(**SIZES, num_layers=1, memory=None),
     "shared pool": ModelConfig(**SIZES, **TIED, memory=MemoryConfig(**MEMORY, layers=(0, 1))),
     "own pools": ModelConfig(**SIZES, num_layers=3, memory=MemoryConfig(**MEMORY, layers=(0, 2), share=False)),
+    "beside": ModelConfig(**SIZES, num_layers=2, memory=MemoryConfig(**MEMORY, layers=(1,), placement="beside")),
 }
 TOKENS = np.random.default_rng(0).integers(40, size=(2, 7)).astype(np.int32)
 
@@ -62,10 +63,11 @@ def test_logits_are_those_of_the_layers_put_together_by_hand(name):
         assert isinstance(block, Block)
         x = x + np.asarray(call(block.attention, narrow(norm(block.attention_norm, x)), positions))
         inputs = narrow(norm(block.mixer_norm, x))
-        if config.memory is not None and number in config.memory.layers:
+        has_memory = config.memory is not None and number in config.memory.layers
+        if has_memory:
             table = model.tables["shared" if config.memory.share else f"layer_{number}"]
             x = x + np.asarray(call(block.memory, inputs, table))
-        else:
+        if not has_memory or config.memory.placement == "beside":
             assert isinstance(block.feed_forward, FeedForward)
             x = x + np.asarray(call(block.feed_forward, inputs))
     output = embedding.T if model.head is None else np.asarray(model.head.kernel[...], np.float64)

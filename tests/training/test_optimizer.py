@@ -104,6 +104,16 @@ def test_the_gradient_is_clipped_as_a_whole(first_updates):
     np.testing.assert_allclose(clipped["norm/scale"], -each / (1 + each), rtol=1e-3)
 
 
+def test_what_is_frozen_neither_moves_nor_has_a_state(first_updates, tiny):
+    free, frozen = (first_updates(0.5, eps=1.0, weight_decay=0.1, clip=None, freeze_dense=on) for on in (False, True))
+    for path, update in frozen.items():
+        np.testing.assert_array_equal(update, free[path] if "/memory/" in path else np.zeros_like(update))
+    trainer = Trainer.of(tiny.config("--optim.freeze_dense true"))
+    trained = sum(array.size for path, array in free.items() if "/memory/" in path)
+    kept = sum(leaf.size for leaf in jax.tree.leaves(trainer.abstract_state().opt_state) if leaf.ndim)
+    assert kept == 2 * trained, "two moments of what is trained, and none of the rest"
+
+
 def test_the_optimizer_of_dense_parameters_never_sees_a_table(tiny):
     trainer = Trainer.of(tiny.config())
     variables = jax.tree.leaves(trainer.parts.abstract_params, is_leaf=lambda leaf: hasattr(leaf, "get_metadata"))

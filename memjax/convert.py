@@ -1,0 +1,235 @@
+"""`python -m memjax.convert`: Hugging Face models in and out, official checkpoints in, memory for a dense run.
+
+`from-hf FOLDER --out RUN`, `to-hf RUN --out FOLDER`, `from-official FOLDER --out RUN`, `upcycle RUN --out RUN`.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from memjax import command_line
+from memjax.command_help import Positional, help_text
+from memjax.config import MemoryConfig, ModelConfig
+from memjax.evaluation.command import CheckpointSettings, exit_code
+
+PROG = "python -m memjax.convert"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class FromHfConfig:
+    """Where the run goes, and what the folder does not say."""
+
+    out: str
+    """The folder of the run to write; new or empty."""
+    tokenizer: str | None = None
+    """A tokenizer.json or a SentencePiece .model; null takes that of the folder. byte: the 256 bytes, for a model
+    without a tokenizer, which is then of use by token ids only."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ToHfConfig:
+    """Which checkpoint is written, and how."""
+
+    out: str
+    """The folder to write; new or empty."""
+    step: str = "latest"
+    """The checkpoint: latest, best (lowest validation loss) or its number."""
+    dtype: Literal["saved", "float32", "bfloat16", "float16"] = "saved"
+    """Type of the numbers in the files; saved: that of the checkpoint."""
+    max_length: int | None = None
+    """Tokens that the model may be given at once (max_position_embeddings); null takes that of `like`, or
+    data.sequence_length."""
+    like: str | None = None
+    """The Hugging Face folder that the run's model came from: its tokenizer files, chat template and settings for
+    generation are kept."""
+    shard_gb: float = 5.0
+    """Largest file in GB; a model that needs more gets several, and an index."""
+
+    def __post_init__(self) -> None:
+        CheckpointSettings(step=self.step)
+        problems = [
+            f"{name}={value} must be positive"
+            for name, value in (("max_length", self.max_length), ("shard_gb", self.shard_gb))
+            if value is not None and value <= 0
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class AddedMemoryConfig(MemoryConfig):
+    """The memory layers that the model gets."""
+
+    layers: tuple[int, ...]
+    """Blocks (0-based) that get a memory layer."""
+    placement: Literal["replace", "beside"] = "beside"
+    """beside: the feed-forward layers stay, and the model's outputs are what they were until the memory is trained;
+    replace: the memory takes their place, and what they knew is gone."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class UpcycleConfig:
+    """Where the new run goes, and the memory that its model gets."""
+
+    out: str
+    """The folder of the run to write; new or empty."""
+    memory: AddedMemoryConfig
+    step: str = "latest"
+    """The checkpoint of the dense run: latest, best (lowest validation loss) or its number."""
+    seed: int = 0
+    """Of the new parameters."""
+
+    def __post_init__(self) -> None:
+        CheckpointSettings(step=self.step)
+
+
+def from_hf(folder: str, settings: FromHfConfig) -> None:
+    """Writes a run and says how to go on from it."""
+    _stay_on_cpu()
+    from memjax.interop import hugging_face
+
+    model = hugging_face.from_hf(folder, settings.out, tokenizer=settings.tokenizer).model
+    _tell_of_run(settings.out, model)
+
+
+def to_hf(run: str, settings: ToHfConfig) -> None:
+    """Writes a Hugging Face folder and says what it is good for."""
+    _stay_on_cpu()
+    from memjax.interop import hugging_face
+
+    has_tokenizer = hugging_face.to_hf(
+        run,
+        settings.out,
+        step=CheckpointSettings(step=settings.step).checkpoint,
+        dtype=None if settings.dtype == "saved" else settings.dtype,
+        longest=settings.max_length,
+        like=settings.like,
+        max_bytes=int(settings.shard_gb * 1e9),
+    )
+    print(f"written to {settings.out}, read back and compared: the same numbers and logits")
+    if not has_tokenizer:
+        print("without the tokenizer, which has no form there; keep the one that the run was made with")
+
+
+def from_official(folder: str, settings: FromHfConfig) -> None:
+    """Writes a run and says how to go on from it."""
+    _stay_on_cpu()
+    from memjax.interop import official
+
+    _tell_of_run(settings.out, official.from_official(folder, settings.out, tokenizer=settings.tokenizer).model)
+
+
+def upcycle(run: str, settings: UpcycleConfig) -> None:
+    """Writes a run and says how to go on from it."""
+    _stay_on_cpu()
+    from memjax.interop.upcycle import upcycle_run
+    from memjax.loading import read_config
+
+    memory = MemoryConfig(**dataclasses.asdict(settings.memory))
+    step = CheckpointSettings(step=settings.step).checkpoint
+    try:
+        upcycle_run(run, settings.out, memory, step=step, seed=settings.seed)
+    except ValueError as error:
+        raise command_line.ConfigError(str(error).splitlines()) from error
+    _tell_of_run(settings.out, read_config(settings.out).model)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Command:
+    """One kind of conversion: the first word of the command line."""
+
+    run: Callable[[str, Any], None]
+    """Takes the positional argument and the settings."""
+    schema: type
+    positional: Positional
+    description: str
+
+
+COMMANDS: Mapping[str, Command] = {
+    "from-hf": Command(
+        from_hf,
+        FromHfConfig,
+        Positional(name="HF_FOLDER", help="A downloaded model: config.json, *.safetensors and a tokenizer."),
+        "Makes a run of a Llama or Mistral in Hugging Face's format, or of a model with memory that to-hf wrote.",
+    ),
+    "to-hf": Command(
+        to_hf,
+        ToHfConfig,
+        command_line.RUN_FOLDER,
+        "Writes a run's model in Hugging Face's format, reads it back and compares numbers and logits. Without memory "
+        "layers it is a Llama or a Mistral, which transformers 4 and 5 load; with them only from-hf reads it.",
+    ),
+    "from-official": Command(
+        from_official,
+        FromHfConfig,
+        Positional(name="FOLDER", help="consolidated.safetensors or consolidated.pth, params.json and a tokenizer."),
+        "Makes a run of a checkpoint of the PyTorch code of the paper (arXiv:2412.09764). A .pth file is read without "
+        "unpickling: nothing in it is run.",
+    ),
+    "upcycle": Command(
+        upcycle,
+        UpcycleConfig,
+        command_line.RUN_FOLDER,
+        "Makes a run of a dense one whose model gets memory layers: by default beside its feed-forward layers, with "
+        "the same outputs until it is trained.",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the conversion that the first word names; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words[0].replace("_", "-") if words else ""
+    if name in COMMANDS:
+        command = COMMANDS[name]
+        parsed = command_line.parse(
+            command.schema,
+            words[1:],
+            prog=f"{PROG} {name}",
+            description=command.description,
+            positional=command.positional,
+        )
+        return exit_code(lambda: command.run(str(parsed.positional), parsed.config))
+    if name in ("-h", "--help"):
+        print(whole_help())
+        return 0
+    print(f"{PROG}: {name!r} must be one of {', '.join(COMMANDS)}\n--help tells what they do.", file=sys.stderr)
+    return 2
+
+
+def whole_help() -> str:
+    """The help of every conversion."""
+    parts = [
+        help_text(command.schema, f"{PROG} {name}", command.description, command.positional, {})
+        for name, command in COMMANDS.items()
+    ]
+    return "\n\n\n".join([f"usage: {PROG} {'|'.join(COMMANDS)} ...", *parts])
+
+
+def _tell_of_run(out: str, model: ModelConfig) -> None:
+    # Steps as small as a fine-tuning's are lost between two numbers in bfloat16.
+    wider = " --model.param_dtype float32" if model.param_dtype == "bfloat16" else ""
+    print(f"run        {out}: {describe(model)}")
+    print(f'ask it     python -m memjax.generate {out} --prompt "..."')
+    print(
+        f"train it   python -m memjax.train {out}/config.yaml --train.init_from {out}{wider} "
+        "--run.dir NEW_RUN --data.path FILE"
+    )
+
+
+def describe(model: ModelConfig) -> str:
+    """A model's shape in a few words."""
+    memory = f", memory in blocks {', '.join(map(str, model.memory.layers))}" if model.memory else ""
+    return f"{model.num_layers} blocks of width {model.dim}, weights in {model.param_dtype}{memory}"
+
+
+def _stay_on_cpu() -> None:
+    """Arrays are only copied and checked here; an accelerator, whose memory a training may need, is left alone."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Models from elsewhere: other checkpoints, and dense models that become memory models."""

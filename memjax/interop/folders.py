@@ -1,0 +1,112 @@
+"""Folders of other programs: files that lie where they should, JSON that is JSON, and all or nothing written."""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from memjax.checkpoint import CheckpointError
+from memjax.command_line import ConfigError
+
+MAX_JSON_BYTES = 1 << 28
+"""Largest JSON file that is read; a tokenizer of 256,000 tokens takes about 40 MB."""
+
+
+def check_new(folder: str | os.PathLike[str]) -> None:
+    """Refuses a folder that holds something.
+
+    Raises:
+        ConfigError: it does.
+    """
+    path = pathlib.Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError([f"{path} is there already and not empty; name a new folder"])
+
+
+@contextlib.contextmanager
+def written_whole(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """A folder to write in that takes the given name when the block ends; after an error there is nothing.
+
+    Raises:
+        ConfigError: the folder holds something.
+        CheckpointError: it cannot be written.
+    """
+    check_new(folder)
+    target = pathlib.Path(folder).absolute()
+    # Beside the target, because only within a file system a folder moves in one step.
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.unfinished")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target}: cannot be written ({error}); is the disk full, and may its parent be written?"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def file_in(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """The file of this name directly in the folder.
+
+    Links may lead to other places in the folder, or to the blobs of the download cache that the folder belongs to.
+
+    Raises:
+        CheckpointError: the name is a path, or what lies there is missing, no file, or a link that leads elsewhere.
+    """
+    if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
+        raise CheckpointError(f"{folder}: {name!r} must be the name of a file in this folder, not a path")
+    path = folder / name
+    real = path.resolve()
+    inside = [folder.resolve()]
+    # huggingface_hub keeps snapshots/<commit>/<name> as links to ../../blobs/<digest>.
+    if inside[0].parent.name == "snapshots":
+        inside.append(inside[0].parents[1] / "blobs")
+    if not any(real.is_relative_to(root) for root in inside):
+        raise CheckpointError(
+            f"{path}: is a link that leads out of its folder, to {real}; put a copy of the file there"
+        )
+    if not real.is_file():
+        raise CheckpointError(f"{path}: is missing, or no file; download or copy the whole model again")
+    return path
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: it cannot be read, is no JSON object, or holds a number that is not finite.
+    """
+    try:
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise ValueError(f"{size:,} bytes are more than the {MAX_JSON_BYTES:,} that are read")
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse, parse_float=_finite)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download or copy it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path}: must hold a JSON object, not {type(content).__name__}; download or copy it again"
+        )
+    return content
+
+
+def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+    """Writes an object as JSON for people to read."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is too large")
+    return number

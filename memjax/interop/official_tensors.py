@@ -1,0 +1,186 @@
+"""Names and shapes of the official code's parameters, and how each is arranged there and here."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memjax.checkpoint import CheckpointError
+
+Arrays = Mapping[str, Any]
+"""Arrays by name: NumPy's, JAX's, or LazyArrays."""
+
+VALUES = "feed_forward.values.weight"
+_KEYS = "feed_forward.keys"
+_QUERY = "feed_forward.query_proj.query_mlps.0.weight"
+_TURNED = ("attention/query/kernel", "attention/key/kernel")
+"""What rotary positions turn."""
+_IN_BLOCK = {
+    "attention_norm/scale": "attention_norm.weight",
+    "mixer_norm/scale": "ffn_norm.weight",
+    "attention/query/kernel": "attention.wq.weight",
+    "attention/key/kernel": "attention.wk.weight",
+    "attention/value/kernel": "attention.wv.weight",
+    "attention/out/kernel": "attention.wo.weight",
+    "feed_forward/gate/kernel": "feed_forward.w1.weight",
+    "feed_forward/up/kernel": "feed_forward.w3.weight",
+    "feed_forward/down/kernel": "feed_forward.w2.weight",
+    "memory/keys/keys": _KEYS,
+    "memory/keys/query_kernel": _QUERY,
+    "memory/keys/query_bias": "feed_forward.query_proj.query_mlps.0.bias",
+    "memory/gate_proj/kernel": "feed_forward.swilu_projection.weight",
+    "memory/gate_proj/bias": "feed_forward.swilu_projection.bias",
+    "memory/value_proj/kernel": "feed_forward.value_proj.weight",
+    "memory/value_proj/bias": "feed_forward.value_proj.bias",
+    "memory/output_gate/kernel": "feed_forward.gating.weight",
+    "memory/output_gate/bias": "feed_forward.gating.bias",
+}
+_IN_MODEL = {"embed/embedding": "tok_embeddings.weight", "norm/scale": "norm.weight", "head/kernel": "output.weight"}
+
+
+def take(arrays: Arrays, tree: Any, place: str, *, head_dim: int = 2, block: str | None = None) -> Any:
+    """The tree of parameters with the official arrays in place of its shapes.
+
+    Args:
+        arrays: all there are but the tables; none may be left over.
+        tree: nested dicts of shapes under the decoder's names.
+        place: for messages.
+        head_dim: width of an attention head.
+        block: the prefix of the names of a single block, whose tree it is; None for a decoder.
+
+    Raises:
+        CheckpointError: arrays are missing, left over or of other shapes.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    names = [_name(path) if block is None else block + _IN_BLOCK[path] for path in paths]
+    wanted = {name: _shape_there(path, leaf.shape) for name, path, (_, leaf) in zip(names, paths, leaves, strict=True)}
+    _compare(wanted, arrays, place)
+    found = [
+        _arranged(path, np.asarray(arrays[name]), leaf, head_dim)
+        for name, path, (_, leaf) in zip(names, paths, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, found)
+
+
+def memory_options(arrays: Arrays, block: str, values: tuple[int, ...], place: str) -> dict[str, Any]:
+    """The sizes of a memory layer, from the shapes of its arrays and of its table: arguments of `MemoryLayer`.
+
+    Raises:
+        CheckpointError: arrays are missing or do not fit each other, or memjax has no such layer.
+    """
+    refuse_experts(arrays, place)
+    (rows, half), (queries, dim) = shape_of(arrays, block + _KEYS, place), shape_of(arrays, block + _QUERY, place)
+    num_slots, value_dim = values
+    num_keys = math.isqrt(num_slots)
+    if num_keys**2 != num_slots or not num_keys or rows % (2 * num_keys) or queries * num_keys != rows * half:
+        raise CheckpointError(
+            f"{place}: {block}{_KEYS} {[rows, half]}, query_mlps.0.weight {[queries, dim]} and values.weight "
+            f"{list(values)} do not fit each other: with n**2 rows of values, keys must be [2 * heads * n, key_dim / "
+            "2] and the query [heads * key_dim, dim]"
+        )
+    has = lambda path: block + _IN_BLOCK[f"memory/{path}/kernel"] in arrays
+    if has("value_proj") and not has("gate_proj") and value_dim == dim:
+        raise CheckpointError(
+            f"{place}: {block}feed_forward.value_proj without swilu_projection, for values as wide as the model, is no "
+            "layer of the paper, and memjax has none like it"
+        )
+    gate: Literal["silu", "none"] = "silu" if has("gate_proj") else "none"
+    return {
+        "num_keys": num_keys,
+        "num_heads": rows // (2 * num_keys),
+        "key_dim": 2 * half,
+        "value_dim": value_dim,
+        "gate": gate,
+        "output_gate": has("output_gate"),
+        "qk_norm": False,
+        "score_scale": 1.0,
+    }
+
+
+def refuse_experts(arrays: Arrays, place: str) -> None:
+    """Refuses PEER layers.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    for name in arrays:
+        if ".values_u." in name or ".values_v." in name:
+            raise CheckpointError(f"{place}: {name} belongs to a PEER layer, which memjax does not have yet")
+
+
+def shape_of(arrays: Arrays, name: str, place: str) -> tuple[int, int]:
+    """The shape of a matrix.
+
+    Raises:
+        CheckpointError: it is missing, or no matrix.
+    """
+    if name not in arrays:
+        raise CheckpointError(f"{place}: {name} is missing; there are {_some(sorted(arrays))}")
+    shape = tuple(arrays[name].shape)
+    if len(shape) != 2:
+        raise CheckpointError(f"{place}: {name} has the shape {list(shape)}, must be a matrix")
+    return shape[0], shape[1]
+
+
+def common_type(arrays: Arrays, place: str) -> Literal["float32", "bfloat16", "float64"]:
+    """The narrowest type of parameters that holds all of the arrays; float16 needs float32.
+
+    Raises:
+        CheckpointError: one is no array of floating-point numbers, or of float64 while JAX computes in 32 bits.
+    """
+    names = {name: jnp.dtype(array.dtype).name for name, array in arrays.items()}
+    for name, dtype in names.items():
+        if dtype not in ("float64", "float32", "float16", "bfloat16"):
+            raise CheckpointError(f"{place}: {name} is of type {dtype}, must be floating-point")
+    if "float64" in names.values() and not jax.config.read("jax_enable_x64"):
+        raise CheckpointError(f"{place}: arrays are in float64; set JAX_ENABLE_X64=1 to read them")
+    kinds = set(names.values())
+    return "float64" if "float64" in kinds else "bfloat16" if kinds == {"bfloat16"} else "float32"
+
+
+def _name(path: str) -> str:
+    """What the official code calls a parameter of the decoder."""
+    if path in _IN_MODEL:
+        return _IN_MODEL[path]
+    _, layer, inner = path.split("/", 2)
+    return f"layers.{layer}.{_IN_BLOCK[inner]}"
+
+
+def _shape_there(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if path.endswith("keys/keys"):
+        return (math.prod(shape[:3]), shape[3])
+    return shape[::-1] if path.endswith("kernel") else shape
+
+
+def _arranged(path: str, array: np.ndarray, leaf: Any, head_dim: int) -> jax.Array:
+    if path.endswith(_TURNED):
+        # Neighbours (2 i, 2 i + 1) of a head become (i, i + head_dim / 2).
+        heads = array.reshape(-1, head_dim // 2, 2, array.shape[-1])
+        array = heads.swapaxes(1, 2).reshape(array.shape)
+    array = array.reshape(leaf.shape) if path.endswith("keys/keys") else array.T if path.endswith("kernel") else array
+    # A copy of its own: the array may lie in a file.
+    return jax.device_put(np.array(array, leaf.dtype, order="C", copy=True))
+
+
+def _compare(wanted: Mapping[str, tuple[int, ...]], arrays: Arrays, place: str) -> None:
+    problems = [f"{name} is missing" for name in wanted if name not in arrays]
+    problems += [f"{name} is none of this model's" for name in arrays if name not in wanted]
+    problems += [
+        f"{name} has the shape {list(arrays[name].shape)}, must have {list(shape)}"
+        for name, shape in wanted.items()
+        if name in arrays and tuple(arrays[name].shape) != tuple(shape)
+    ]
+    if problems:
+        lines = [
+            f"{place}: these are not the arrays of an official checkpoint, as its shapes describe it:",
+            *problems[:8],
+        ]
+        raise CheckpointError("\n  ".join(lines + ([f"and {len(problems) - 8} more"] if problems[8:] else [])))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if names[6:] else "")

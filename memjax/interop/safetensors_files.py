@@ -1,0 +1,172 @@
+"""Tensors in safetensors files, one or many with an index: read one at a time, written shard by shard.
+
+The library refuses headers that are too long or no JSON, shapes that do not fit their bytes, and bytes that overlap or
+belong to nobody. What it cannot know is checked here: that an index names files of its own folder, and tells of them
+what they hold.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from memjax.checkpoint import CheckpointError
+from memjax.interop.folders import file_in, read_json, write_json
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""The one file, or what tells which of several files holds a tensor."""
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """What the header of a file says of a tensor."""
+
+    file: pathlib.Path
+    dtype: str
+    """The format's name: F32, BF16, ..."""
+    shape: tuple[int, ...]
+
+
+class TensorFiles:
+    """The tensors of an open folder; nothing is read before it is asked for."""
+
+    def __init__(self, handles: dict[pathlib.Path, Any]):
+        """Takes the library's handle of each file."""
+        self._handles = handles
+        self.tensors: dict[str, StoredTensor] = {}
+        """Every tensor by its name."""
+        for file, handle in handles.items():
+            for name in handle.keys():  # noqa: SIM118  a handle is no dict
+                if name in self.tensors:
+                    raise CheckpointError(f"{file}: tensor {name!r} is in {self.tensors[name].file.name} too")
+                part = handle.get_slice(name)
+                self.tensors[name] = StoredTensor(file, part.get_dtype(), tuple(part.get_shape()))
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, read from disk now.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        file = self.tensors[name].file
+        try:
+            return self._handles[file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: tensor {name!r} cannot be read ({error}); download it again") from error
+
+
+@contextlib.contextmanager
+def open_tensors(folder: str | os.PathLike[str]) -> Iterator[TensorFiles]:
+    """The tensors of a folder, as long as the block lasts.
+
+    Raises:
+        CheckpointError: there are none, the index is wrong, or a file is no sound safetensors file.
+    """
+    folder = pathlib.Path(folder)
+    weight_map = None if (folder / SINGLE).exists() else _weight_map(folder)
+    names = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
+    files = [file_in(folder, name) for name in names]
+    with contextlib.ExitStack() as stack:
+        handles = {}
+        for file in files:
+            try:
+                handles[file] = stack.enter_context(safe_open(file, framework="np"))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{file}: is no sound safetensors file ({error}); download or copy it again"
+                ) from error
+        found = TensorFiles(handles)
+        if weight_map is not None:
+            _compare(folder / INDEX, weight_map, {name: tensor.file.name for name, tensor in found.tensors.items()})
+        yield found
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TensorToWrite:
+    """A tensor that is made when its file is written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensors(folder: pathlib.Path, tensors: Iterable[TensorToWrite], *, max_bytes: int) -> None:
+    """Writes the tensors into one file, or, where that would be larger than max_bytes, into several with an index.
+
+    A file holds at least one tensor, however large. Only the tensors of one file are in memory at once.
+    """
+    shards = _shards(tensors, max_bytes)
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [SINGLE]
+    for name, shard in zip(names, shards, strict=True):
+        # Readers that are written for torch insist on the format's name.
+        arrays = {tensor.name: np.ascontiguousarray(tensor.make()) for tensor in shard}
+        save_file(arrays, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        total = sum(tensor.nbytes for shard in shards for tensor in shard)
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _shards(tensors: Iterable[TensorToWrite], max_bytes: int) -> list[list[TensorToWrite]]:
+    shards: list[list[TensorToWrite]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.nbytes > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
+    return shards
+
+
+def _weight_map(folder: pathlib.Path) -> dict[str, str]:
+    """File by tensor, as the index says; the names are still to be checked."""
+    if not (folder / INDEX).exists():
+        raise CheckpointError(f"{folder}: {_why_nothing(folder)}")
+    weight_map = read_json(file_in(folder, INDEX)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / INDEX}: weight_map must name the file of each tensor")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{folder / INDEX}: weight_map[{tensor!r}]={file!r} must name a .safetensors file")
+    return weight_map
+
+
+def _why_nothing(folder: pathlib.Path) -> str:
+    if not folder.is_dir():
+        return "there is no such folder; name the folder of a downloaded model"
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    if pickles:
+        return (
+            f"its weights are pickles ({', '.join(pickles[:3])}), which can run any code when they are read, so they "
+            f"are not; take the model's {SINGLE}, or save it so with transformers where you trust it"
+        )
+    return f"there is neither {SINGLE} nor {INDEX}; name the folder of a downloaded model"
+
+
+def _compare(index: pathlib.Path, promised: dict[str, str], found: dict[str, str]) -> None:
+    wrong = [
+        f"tensor {name!r} is in {found.get(name, 'no file')}, the index says {promised.get(name, 'nothing of it')}"
+        for name in sorted(promised.keys() | found.keys())
+        if promised.get(name) != found.get(name)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{index}: {'; '.join(wrong[:3])}" + (f"; and {len(wrong) - 3} more" if wrong[3:] else "")
+        )

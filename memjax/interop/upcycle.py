@@ -1,0 +1,102 @@
+"""Up-cycling: a trained dense model becomes a memory model, and keeps what it knows."""
+
+import dataclasses
+import os
+from typing import Any, Literal
+
+import jax
+
+from memjax.config import MemoryConfig
+from memjax.interop.folders import check_new
+from memjax.interop.new_run import write_run
+from memjax.loading import load
+from memjax.models.decoder import Decoder
+from memjax.models.parts import DecoderParts, take_apart
+from memjax.models.trees import params_to_tree, tree_to_params
+
+
+def upcycle(model: Decoder, memory: MemoryConfig, *, seed: int = 0) -> Decoder:
+    """A dense model with memory layers.
+
+    With placement 'beside' every block keeps its feed-forward layer and the outputs are those of the dense model, bit
+    for bit, until training moves the memory's scale away from zero. With 'replace' the feed-forward layers in
+    memory.layers are gone, and with them what they knew.
+
+    Args:
+        model: without memory layers. Its arrays become arrays of the new model; they are not copied.
+        memory: the memory layers.
+        seed: of their initial parameters and of the tables.
+
+    Raises:
+        ValueError: the model has memory layers already, or no block of the number of a memory layer.
+    """
+    if model.config.memory is not None:
+        raise ValueError(
+            f"the model has memory layers already, in blocks {list(model.config.memory.layers)}; only a dense model "
+            "can be given some"
+        )
+    parts = DecoderParts.of(dataclasses.replace(model.config, memory=memory))
+    kept = _kept(params_to_tree(take_apart(model)[1]), params_to_tree(parts.abstract_params))
+
+    @jax.jit
+    def draw(key: jax.Array) -> tuple[Any, Any]:
+        params, tables = parts.init(key)
+        return _without(params_to_tree(params), kept), tables
+
+    new, tables = draw(jax.random.key(seed))
+    return parts.assemble(tree_to_params(parts, _joined(kept, new)), tables)
+
+
+def upcycle_run(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    memory: MemoryConfig,
+    *,
+    step: int | Literal["latest", "best"] = "latest",
+    seed: int = 0,
+) -> None:
+    """Writes the folder of a run whose model is the dense one of another run with memory layers.
+
+    `memjax.load` reads the folder; a training starts from it with its `config.yaml` and `train.init_from`.
+
+    Args:
+        source: the folder of the dense run.
+        target: the folder to write; it must not exist or be empty.
+        memory: the memory layers.
+        step: the checkpoint of the dense run.
+        seed: of the new parameters.
+
+    Raises:
+        ValueError: as `upcycle`.
+        ConfigError: the target holds something, or the memory does not fit the rest of the run's config.
+        CheckpointError: the source cannot be read, or the target cannot be written.
+    """
+    check_new(target)
+    loaded = load(source, step=step)
+    model = upcycle(loaded.model, memory, seed=seed)
+    config = dataclasses.replace(loaded.config, model=dataclasses.replace(loaded.config.model, memory=memory))
+    write_run(target, model, loaded.tokenizer, config)
+
+
+def _kept(old: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """The part of the old tree whose names the wanted one has."""
+    return {
+        name: _kept(leaf, wanted[name]) if isinstance(leaf, dict) else leaf
+        for name, leaf in old.items()
+        if name in wanted
+    }
+
+
+def _without(tree: dict[str, Any], names: dict[str, Any]) -> dict[str, Any]:
+    """The tree without the leaves that have a name in the other."""
+    return {
+        name: _without(leaf, names.get(name, {})) if isinstance(leaf, dict) else leaf
+        for name, leaf in tree.items()
+        if isinstance(leaf, dict) or name not in names
+    }
+
+
+def _joined(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
+    """Both trees as one; no leaf is in both."""
+    both = {name: _joined(left[name], right[name]) for name in left.keys() & right.keys()}
+    return left | right | both

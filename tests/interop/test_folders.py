@@ -1,0 +1,108 @@
+"""Files that lie where they should, and folders that appear whole or not at all."""
+
+import os
+
+import pytest
+
+from memjax.checkpoint import CheckpointError
+from memjax.command_line import ConfigError
+from memjax.interop.folders import MAX_JSON_BYTES, check_new, file_in, read_json, written_whole
+
+
+def test_a_folder_appears_when_it_is_whole(tmp_path):
+    with written_whole(tmp_path / "a" / "b") as folder:
+        (folder / "file").write_text("x")
+        assert not (tmp_path / "a" / "b").exists()
+    assert [path.name for path in (tmp_path / "a").rglob("*")] == ["b", "file"]
+
+
+def write_and_fail(folder, error: Exception) -> None:
+    with written_whole(folder) as unfinished:
+        (unfinished / "file").write_text("x")
+        raise error
+
+
+def test_after_an_error_nothing_is_left(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        write_and_fail(tmp_path / "out", ZeroDivisionError())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told(tmp_path):
+    with pytest.raises(CheckpointError, match=r"out: cannot be written .*No space left.*is the disk full"):
+        write_and_fail(tmp_path / "out", OSError(28, "No space left on device"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_an_empty_folder_is_taken(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("mine")
+    with written_whole(tmp_path / "empty") as folder:
+        (folder / "new").write_text("x")
+    assert (tmp_path / "empty" / "new").exists()
+    for taken in (tmp_path, tmp_path / "file"):
+        with pytest.raises(ConfigError, match="is there already and not empty"):
+            check_new(taken)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "sub/file", "..", ".", "", "a\\b", "a\0b"])
+def test_a_name_that_is_a_path_is_refused(name, tmp_path):
+    with pytest.raises(CheckpointError, match="must be the name of a file in this folder, not a path"):
+        file_in(tmp_path, name)
+
+
+def test_a_link_that_leads_out_is_refused_and_one_that_stays_is_not(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret").write_text("s")
+    (folder / "out").symlink_to("../secret")
+    (folder / "real").write_text("r")
+    (folder / "in").symlink_to("real")
+    assert file_in(folder, "in").read_text() == "r"
+    with pytest.raises(CheckpointError, match="is a link that leads out of its folder"):
+        file_in(folder, "out")
+
+
+def test_the_download_cache_keeps_its_links(tmp_path):
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--a--b" / "blobs").mkdir()
+    (tmp_path / "models--a--b" / "blobs" / "digest").write_text("weights")
+    (tmp_path / "secret").write_text("s")
+    (snapshot / "good").symlink_to("../../blobs/digest")
+    (snapshot / "bad").symlink_to("../../../secret")
+    assert file_in(snapshot, "good").read_text() == "weights"
+    with pytest.raises(CheckpointError, match="leads out of its folder"):
+        file_in(snapshot, "bad")
+
+
+def test_what_is_no_file_is_refused_without_being_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # to open it would wait for ever
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder", "nothing"):
+        with pytest.raises(CheckpointError, match="is missing, or no file"):
+            file_in(tmp_path, name)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1', "cannot be read as JSON"),
+        (b'{"a": NaN}', "NaN is no number"),
+        (b'{"a": 1e999}', "1e999 is too large"),
+        (b"\xff{}", "cannot be read as JSON"),
+        (b"[1]", "must hold a JSON object, not list"),
+        (b'{"a":' * 100_000, "cannot be read as JSON"),
+    ],
+)
+def test_what_is_no_sound_json_object_is_refused(content, message, tmp_path):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        read_json(tmp_path / "config.json")
+
+
+def test_a_file_of_gigabytes_is_not_read(tmp_path):
+    with open(tmp_path / "config.json", "wb") as file:
+        file.truncate(MAX_JSON_BYTES + 1)
+    with pytest.raises(CheckpointError, match="268,435,457 bytes are more than the 268,435,456"):
+        read_json(tmp_path / "config.json")

@@ -1,0 +1,127 @@
+"""A run that starts from another's weights: strictly, once, and with nothing of the other's training."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import memjax
+from memjax import train
+from memjax.command_line import load
+from memjax.config import MemoryConfig, ModelConfig, RunConfig
+from memjax.data.tokenizer import ByteTokenizer
+from memjax.interop.new_run import write_run
+from memjax.interop.upcycle import upcycle_run
+from memjax.models.parts import DecoderParts, take_apart
+from memjax.models.trees import params_to_tree
+from memjax.training import main
+from memjax.training.mesh import make_mesh
+from memjax.training.start import check_start
+
+DENSE = ModelConfig(dim=16, num_layers=1, num_heads=2, ffn_dim=24, vocab_size=259, memory=None)
+MEMORY = MemoryConfig(layers=(0,), placement="beside", num_keys=8, num_heads=2, top_k=3, key_dim=8)
+SETTINGS = """
+--data.source text --data.validation_fraction 0 --data.sequence_length 16 --data.batch_size 8 --data.packing concat
+--optim.warmup_steps 0 --optim.table.warmup_steps 0 --optim.freeze_dense true --optim.schedule constant
+--train.steps 2 --checkpoint.every 1 --eval.every null --log.tensorboard false
+"""
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A dense run, the same with memory, and a corpus."""
+    folder = tmp_path_factory.mktemp("runs")
+    parts, rng = DecoderParts.of(DENSE), np.random.default_rng(0)
+    draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 4 + (leaf.ndim == 1), leaf.dtype)
+    model = parts.assemble(jax.tree.map(draw, parts.abstract_params), {})
+    write_run(folder / "dense", model, ByteTokenizer(), RunConfig(model=DENSE))
+    upcycle_run(folder / "dense", folder / "memory", MEMORY)
+    (folder / "corpus.txt").write_text("\n".join(f"line {number} of a small corpus" for number in range(50)))
+    return folder
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    """run(config's folder, name, *settings) -> (exit code, what was printed)."""
+
+    def run(config: str, name: str, *settings: str) -> tuple[int, str]:
+        monkeypatch.setattr(main, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        paths = ["--data.path", str(folder / "corpus.txt"), "--run.dir", str(folder / name)]
+        code = train.main([str(folder / config / "config.yaml"), *SETTINGS.split(), *paths, *settings])
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return run
+
+
+def arrays_of(folder, step: Any = "latest") -> dict[str, np.ndarray]:
+    _, params, tables = take_apart(memjax.load(folder, step=step).model)
+    leaves = jax.tree_util.tree_flatten_with_path({"params": params_to_tree(params), "tables": tables})[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+
+
+def test_a_training_starts_from_the_weights_and_does_not_do_so_again_when_it_resumes(folder, run):
+    start = str(folder / "memory")
+    code, printed = run("memory", "new", "--train.init_from", start, "--train.steps", "1")
+    assert code == 0, printed
+    assert f"starts from step 0 of {start}" in printed
+    assert (folder / "new/tokenizer.json").exists()
+    before, after = arrays_of(folder / "memory"), arrays_of(folder / "new")
+    moved = {name for name, array in after.items() if not np.array_equal(array, before[name])}
+    assert "params/blocks/0/memory/scale" in moved
+    assert all("/memory/" in name or name.startswith("tables/") for name in moved), "the dense part is frozen"
+
+    # Now the start is gone: the run goes on from its own checkpoint.
+    (folder / "new/summary.json").unlink()
+    (folder / "memory").rename(folder / "elsewhere")
+    code, printed = run("elsewhere", "new", "--train.init_from", start, "--allow_changed")
+    assert code == 0, printed
+    (folder / "elsewhere").rename(folder / "memory")
+    assert "resumed from step 1" in printed
+    assert "starts from" not in printed
+    later, scale = arrays_of(folder / "new"), "params/blocks/0/memory/scale"
+    # Adam's step is about the rate at most, so two steps beyond zero are more than a start anew could reach.
+    assert np.abs(later[scale]).max() > 1.5 * np.abs(after[scale]).max()
+    assert not np.array_equal(later["tables/shared"], before["tables/shared"]), "the table learns once the scale moved"
+    code, printed = run("memory", "new", "--train.init_from", str(folder / "dense"))
+    assert code == 2
+    assert "train.init_from" in printed
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(folder, run, capsys):
+    start = str(folder / "memory")
+
+    def refused(config: str, *settings: str, code: int = 2) -> str:
+        got, printed = run(config, "refused", *settings)
+        assert got == code, printed
+        assert not (folder / "refused").exists()
+        return printed
+
+    printed = refused("memory", "--train.init_from", start, "--model.ffn_dim", "32", "--model.memory.num_keys", "9")
+    assert f"train.init_from={start} does not fit the model" in printed
+    assert "params/blocks/0/feed_forward/up/kernel: has [16, 24], the model has [16, 32]" in printed
+    assert "tables/shared: has [64, 16], the model has [81, 16]" in printed
+    printed = refused("memory", "--train.init_from", str(folder / "dense"))
+    assert "params/blocks/0/memory/scale: has nothing, the model has [16]" in printed
+    assert "there is no such folder" in refused("memory", "--train.init_from", str(folder / "none"), code=4)
+    with pytest.raises(SystemExit):
+        run("dense", "refused")
+    assert "optim.freeze_dense=True leaves nothing to train without model.memory" in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_a_model_alone_is_not_resumed_but_says_how_to_train_it(folder, run):
+    code, printed = run("memory", "memory")
+    assert code == 2
+    assert re.search(r"run\.dir=\S+/memory holds a model without the state of a training", printed)
+    assert f"--train.init_from {folder / 'memory'}" in printed
+
+
+def test_other_settings_of_the_model_are_told(folder, capsys):
+    settings = ["--model.memory.top_k", "2", "--train.init_from", str(folder / "memory"), "--run.dir", "none"]
+    check_start(load(RunConfig, folder / "memory/config.yaml", settings))
+    assert capsys.readouterr().out == f"other than in {folder / 'memory'}: model.memory.top_k: 3 -> 2\n"
