@@ -38,7 +38,11 @@ class ToHfConfig:
     dtype: Literal["saved", "float32", "bfloat16", "float16"] = "saved"
     """Type of the numbers in the files; saved: that of the checkpoint."""
     max_length: int | None = None
-    """Tokens that the model may be given at once (max_position_embeddings); null takes data.sequence_length."""
+    """Tokens that the model may be given at once (max_position_embeddings); null takes that of `like`, or
+    data.sequence_length."""
+    like: str | None = None
+    """The Hugging Face folder that the run's model came from: its tokenizer files, chat template and settings for
+    generation are kept."""
     shard_gb: float = 5.0
     """Largest file in GB; a model that needs more gets several, and an index."""
 
@@ -100,6 +104,7 @@ def to_hf(run: str, settings: ToHfConfig) -> None:
         step=CheckpointSettings(step=settings.step).checkpoint,
         dtype=None if settings.dtype == "saved" else settings.dtype,
         longest=settings.max_length,
+        like=settings.like,
         max_bytes=int(settings.shard_gb * 1e9),
     )
     print(f"written to {settings.out}, read back and compared: the same numbers and logits")

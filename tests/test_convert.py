@@ -53,13 +53,14 @@ def test_the_settings_of_to_hf_arrive(monkeypatch, capsys):
         "9",
         "--shard_gb=2",
     ]
-    assert convert.main(arguments) == 0
+    assert convert.main([*arguments, "--like", "c"]) == 0
     assert given == {
         "run": "runs/a",
         "out": "b",
         "step": 7,
         "dtype": "bfloat16",
         "longest": 9,
+        "like": "c",
         "max_bytes": 2_000_000_000,
     }
     assert "without the tokenizer" in capsys.readouterr().out

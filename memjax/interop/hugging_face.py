@@ -7,7 +7,8 @@ has the same names where it has the same parts, and model_type memjax in its con
 import dataclasses
 import os
 import pathlib
-from typing import Literal
+import shutil
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,9 @@ import numpy as np
 from flax import nnx
 
 from memjax.checkpoint import CheckpointError
+from memjax.command_line import ConfigError
 from memjax.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TokenizerConfig
+from memjax.data.tokenizer import Tokenizer
 from memjax.interop.folders import check_new, file_in, read_json, write_json, written_whole
 from memjax.interop.hf_config import longest_text, read_model_config, write_model_config
 from memjax.interop.hf_tensors import compare_bits, read_model, write_model
@@ -31,6 +34,19 @@ LONGEST_SEQUENCE = 2048
 """data.sequence_length of a new run is at most this: few machines have room for all that some models could read."""
 LEARNING_RATE = 2e-5
 """optim.lr of a new run: that of the quick start would undo what the model has learned."""
+KEPT_FIELDS = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+"""Of the config.json of the folder that a model came from: what this project has no setting for."""
+KEPT_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+"""Of its files: all that is neither weights nor config.json."""
 TOLERANCE = 1e-4
 """Largest difference between the logits of a model before and after it was written."""
 
@@ -73,6 +89,7 @@ def to_hf(
     step: int | Literal["latest", "best"] = "latest",
     dtype: str | None = None,
     longest: int | None = None,
+    like: str | os.PathLike[str] | None = None,
     max_bytes: int = 5 * 10**9,
 ) -> bool:
     """Writes the Hugging Face folder of a run's model, once what was written is read and gives the same logits.
@@ -82,14 +99,17 @@ def to_hf(
         out: the folder to write; new or empty.
         step: the checkpoint.
         dtype: to round weights and tables to; None leaves them as they were saved.
-        longest: max_position_embeddings; None takes the run's data.sequence_length.
+        longest: max_position_embeddings; None takes that of `like`, or the run's data.sequence_length.
+        like: the folder that the run's model came from; its tokenizer files, chat template and settings for generation
+            are kept.
         max_bytes: largest file; a larger tensor has one of its own.
 
     Returns:
         Whether there is a tokenizer in it: the format knows not all kinds.
 
     Raises:
-        ConfigError: out holds something.
+        ConfigError: out holds something, or `like` has another tokenizer than the run.
+        DataError: the tokenizer of `like` cannot be read.
         CheckpointError: the run cannot be read, the format has no such model, or out cannot be written.
     """
     check_new(out)
@@ -102,11 +122,14 @@ def to_hf(
         bos=tokenizer.bos_id,
         eos=tokenizer.eos_id,
     )
+    origin = None if like is None else pathlib.Path(like)
+    kept = {} if origin is None else _kept_fields(origin, tokenizer)
+    fields |= kept if longest is None else {**kept, "max_position_embeddings": longest}
     del loaded
     expected = _logits(model)
     with written_whole(out) as folder:
         write_json(folder / CONFIG, fields)
-        has_tokenizer = write_tokenizer(folder, tokenizer)
+        has_tokenizer = write_tokenizer(folder, tokenizer) if origin is None else _copy_kept_files(origin, folder)
         write_model(folder, model, dtype=dtype, max_bytes=max_bytes)
         with open_tensors(folder) as files:
             compare_bits(model, files, dtype=dtype)
@@ -130,25 +153,43 @@ def _run_config(model: ModelConfig, tokenizer: TokenizerConfig, longest: int) ->
     )
 
 
+def _kept_fields(folder: pathlib.Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What config.json says there of texts; refuses the folder of a model with another tokenizer."""
+    fields = read_json(file_in(folder, CONFIG))
+    if read_tokenizer(folder, None, fields)[1].fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            [f"like={folder} has another tokenizer than the run; name the folder that its model came from"]
+        )
+    return {name: fields[name] for name in KEPT_FIELDS if name in fields}
+
+
+def _copy_kept_files(origin: pathlib.Path, folder: pathlib.Path) -> bool:
+    for name in KEPT_FILES:
+        if (origin / name).exists():
+            shutil.copyfile(file_in(origin, name), folder / name)
+    return True  # it was read for its config
+
+
 def _rounded(model: Decoder, dtype: str | None) -> Decoder:
-    """The model with its numbers rounded to another type, and kept in their own."""
+    """The model with its numbers rounded to another type, and kept in their own; the given one is gone then."""
     if dtype is None:
         return model
     parts, params, tables = take_apart(model)
 
     def rounded(leaf: jax.Array) -> jax.Array:
+        if jnp.promote_types(leaf.dtype, dtype) == dtype:
+            return leaf
         narrow = leaf.astype(dtype)
         if not bool(jnp.isfinite(narrow).all()) and bool(jnp.isfinite(leaf).all()):
             raise CheckpointError(
                 f"dtype={dtype} cannot hold numbers as large as {float(jnp.abs(leaf).max()):.3g}, which the model has; "
                 "take bfloat16 or float32"
             )
-        return narrow.astype(leaf.dtype)
+        own = leaf.dtype
+        leaf.delete()  # or the whole model would be in memory twice
+        return narrow.astype(own)
 
     return parts.assemble(*jax.tree.map(rounded, (params, tables)))
-
-
-_forward = nnx.jit(lambda model, tokens: model(tokens))
 
 
 def _logits(model: Decoder) -> np.ndarray:
@@ -158,4 +199,7 @@ def _logits(model: Decoder) -> np.ndarray:
         _, params, tables = take_apart(model)
         model = DecoderParts.of(dataclasses.replace(model.config, dtype=wide)).assemble(params, tables)
     tokens = np.arange(1, 25, dtype=np.int32)[None] * 7919 % model.config.vocab_size
-    return np.asarray(_forward(model, tokens))
+    # Compiled as a whole, a dense model would be in memory in the wider type too; operation by operation only a matrix
+    # of it is. A memory layer has so many small operations that compiling each takes longer than all the rest.
+    forward = nnx.jit(lambda model, tokens: model(tokens)) if model.config.memory else Decoder.__call__
+    return np.asarray(forward(model, jnp.asarray(tokens)))

@@ -37,7 +37,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 WITH_RUN = [path for path in PAGES if "runs/quickstart" in path.read_text()]
 """Pages that use the run of the quick start."""
 
-NOT_RUN = {"checkpoints.md": 1, "upcycle.md": 1}
+NOT_RUN = {"checkpoints.md": 1, "convert.md": 2, "upcycle.md": 1}
 """How many blocks of a page are marked as not run."""
 
 DIRECTIVES = {"{toctree}", "{include}", "{eval-rst}"}
@@ -193,8 +193,9 @@ def run_memjax(module: str, arguments: list[str], shown: bool) -> int:
             return train.main(arguments)
     # Whatever else there is must at least have the options that are shown.
     helped = io.StringIO()
+    conversion = arguments[:1] if module == "memjax.convert" else []
     with contextlib.redirect_stdout(helped), contextlib.suppress(SystemExit):
-        importlib.import_module(module).main(["--help"])
+        importlib.import_module(module).main([*conversion, "--help"])
     known = re.findall(r"^ +--([\w.]+)", helped.getvalue(), re.MULTILINE)
     unknown = [word for word in arguments if word.startswith("--") and word[2:].partition("=")[0] not in known]
     assert not unknown, f"{module} has no {unknown}"

@@ -16,6 +16,7 @@ from memjax.command_line import ConfigError
 from memjax.config import DataConfig, MemoryConfig, ModelConfig, RunConfig
 from memjax.data.tokenizer import ByteTokenizer
 from memjax.interop import hugging_face
+from memjax.interop.hf_tokenizer_files import read_tokenizer
 from memjax.interop.hugging_face import from_hf, to_hf
 from memjax.interop.new_run import write_run
 from memjax.loading import load_as_saved
@@ -67,6 +68,32 @@ def test_a_model_with_memory_goes_out_with_its_table_once_and_comes_back_bit_for
     assert back.config.run.dir == str(tmp_path / "back")
     assert back.tokenizer.encode("né <eos>") == before.tokenizer.encode("né <eos>")
     assert (back.tokenizer.bos_id, back.tokenizer.eos_id) == (before.tokenizer.bos_id, before.tokenizer.eos_id)
+
+
+def test_what_belongs_to_the_model_is_kept_from_where_it_came(memory_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(hugging_face, "_logits", lambda model: np.zeros(1))  # which are not the matter here
+    to_hf(memory_run, tmp_path / "like")
+    fields = json.loads((tmp_path / "like" / "config.json").read_text())
+    changed = {"max_position_embeddings": 4096, "eos_token_id": [2, 7]}
+    (tmp_path / "like" / "config.json").write_text(json.dumps(fields | changed | {"hidden_size": 1}))
+    (tmp_path / "like" / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(
+        ConfigError, match="has another tokenizer than the run; name the folder that its model came from"
+    ):
+        to_hf(memory_run, tmp_path / "other", like=tmp_path / "like")
+
+    loaded = load_as_saved(memory_run)
+    tokenizer = read_tokenizer(tmp_path / "like", None, fields)[1]
+    monkeypatch.setattr(
+        hugging_face, "load_as_saved", lambda *_, **__: dataclasses.replace(loaded, tokenizer=tokenizer)
+    )
+    for longest in (None, 77):
+        out = tmp_path / f"out_{longest}"
+        assert to_hf(memory_run, out, like=tmp_path / "like", longest=longest)
+        kept = json.loads((out / "config.json").read_text())
+        assert kept == fields | changed | ({"max_position_embeddings": 77} if longest else {})
+        assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
+        assert (out / "tokenizer.json").read_bytes() == (tmp_path / "like" / "tokenizer.json").read_bytes()
 
 
 @pytest.mark.parametrize("other", [1e-3, np.nan])
