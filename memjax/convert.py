@@ -61,7 +61,7 @@ class ToHfConfig:
 class AddedMemoryConfig(MemoryConfig):
     """The memory layers that the model gets."""
 
-    layers: tuple[int, ...]
+    layers: tuple[int, ...]  # pyright: ignore[reportGeneralTypeIssues]  # fields by keyword may do without a default
     """Blocks (0-based) that get a memory layer."""
     placement: Literal["replace", "beside"] = "beside"
     """beside: the feed-forward layers stay, and the model's outputs are what they were until the memory is trained;

@@ -211,7 +211,7 @@ def _table(array: Any, place: str) -> jax.Array:
 
 
 def _model_config(dense: Arrays, tables: Arrays, settings: Mapping[str, Any], place: str) -> ModelConfig:
-    known = settings.get("model", settings)
+    known = settings["model"] if isinstance(settings.get("model"), Mapping) else settings
     layers = sorted({int(found[1]) for name in dense if (found := re.match(r"layers\.(\d+)\.", name))})
     if layers != list(range(len(layers))):
         raise CheckpointError(f"{place}: has the layers {layers}, must have all from 0 on")
@@ -257,16 +257,16 @@ def _memory_config(dense: Arrays, tables: Arrays, settings: Mapping[str, Any], p
 
 def _head_dim(known: Mapping[str, Any], queries: int, place: str) -> int:
     """Width of an attention head."""
-    heads, width = known.get("n_heads"), known.get("head_dim")
+    heads, width = (known.get(name) or 0 for name in ("n_heads", "head_dim"))
     if not heads and not width:
         raise CheckpointError(f"{place}: {SETTINGS} must say n_heads or head_dim, which no shape tells")
-    width = width or queries // heads
-    if width < 1 or queries % width or (heads and heads * width != queries):
+    found = (width or queries // heads) if isinstance(heads, int) and isinstance(width, int) else 0
+    if found < 1 or queries % found or (heads and heads * found != queries):
         raise CheckpointError(
-            f"{place}: n_heads={heads} and head_dim={known.get('head_dim')} in {SETTINGS} do not fit queries of width "
-            f"{queries}"
+            f"{place}: n_heads={known.get('n_heads')} and head_dim={known.get('head_dim')} in {SETTINGS} do not fit "
+            f"queries of width {queries}"
         )
-    return width
+    return found
 
 
 def _find(tree: Any, name: str, default: Any) -> Any:

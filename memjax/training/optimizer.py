@@ -38,8 +38,10 @@ def make_optimizer(config: OptimConfig, steps: int, abstract_params: nnx.State) 
             mask=lambda params: jax.tree.map(lambda param: param.ndim >= 2, params),
         )
 
-    transforms = {"dense": adamw(1.0), "address": adamw(config.key_lr_factor), FROZEN: optax.set_to_zero()}
-    by_group = optax.partition(transforms, parameter_groups(config, abstract_params))
+    by_group = optax.partition(
+        {"dense": adamw(1.0), "address": adamw(config.key_lr_factor), FROZEN: optax.set_to_zero()},
+        parameter_groups(config, abstract_params),
+    )
     clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
     return optax.chain(clip, by_group)
 

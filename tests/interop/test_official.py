@@ -279,6 +279,7 @@ def test_checkpoints_that_cannot_be_are_refused_and_nothing_is_written(tmp_path,
     [
         ({}, "params.json must say n_heads or head_dim"),
         ({"n_heads": 3}, "n_heads=3 and head_dim=None in params.json do not fit queries of width 8"),
+        ({"n_heads": "2"}, "n_heads=2 and head_dim=None"),
         ({"n_heads": 2, "mem_knn": 5}, "top_k=5 must be in 1..num_keys=4"),
         ({"n_heads": 2, "mem_knn": "x"}, "describes no model that can be"),
         ({"n_heads": 2, "use_scaled_rope": True}, "asks for scaled rotary frequencies"),

@@ -91,7 +91,7 @@ def test_nothing_that_a_pickle_asks_for_is_run(tmp_path, monkeypatch):
         "__builtin__.eval": pickle.dumps({"a": Evil(builtins.eval, f"open({str(traces[1])!r}, 'w')")}, protocol=2),
         "evil_module.f": b"\x80\x02cevil_module\nf\n)R.",
         "INST": b"\x80\x02(ievil_module\nf\n.",
-        "OBJ": b"\x80\x02(cevil_module\nf\no.",
+        "OBJ": b"\x80\x02(ccollections\nOrderedDict\no.",
         "FRAME": pickle.dumps(Evil(os.system, f"touch {traces[0]}"), protocol=4),
         "NEWOBJ": b"\x80\x02ccollections\nOrderedDict\n)\x81.",
         "EXT1": b"\x80\x02\x82\x01.",

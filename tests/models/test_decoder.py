@@ -63,11 +63,11 @@ def test_logits_are_those_of_the_layers_put_together_by_hand(name):
         assert isinstance(block, Block)
         x = x + np.asarray(call(block.attention, narrow(norm(block.attention_norm, x)), positions))
         inputs = narrow(norm(block.mixer_norm, x))
-        has_memory = config.memory is not None and number in config.memory.layers
-        if has_memory:
-            table = model.tables["shared" if config.memory.share else f"layer_{number}"]
+        memory = config.memory if config.memory and number in config.memory.layers else None
+        if memory is not None:
+            table = model.tables["shared" if memory.share else f"layer_{number}"]
             x = x + np.asarray(call(block.memory, inputs, table))
-        if not has_memory or config.memory.placement == "beside":
+        if memory is None or memory.placement == "beside":
             assert isinstance(block.feed_forward, FeedForward)
             x = x + np.asarray(call(block.feed_forward, inputs))
     output = embedding.T if model.head is None else np.asarray(model.head.kernel[...], np.float64)
