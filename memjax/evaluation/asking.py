@@ -28,9 +28,10 @@ class Examinee:
 
 
 class Marked(NamedTuple):
-    """An answer and what it is worth."""
+    """What a question was answered, and what that is worth."""
 
-    answer: str
+    answers: tuple[str, ...]
+    """One, or all samples."""
     metrics: dict[str, float]
     """Each 0 to 1; the same names for all questions of a kind."""
     is_cut: bool
@@ -38,31 +39,38 @@ class Marked(NamedTuple):
 
 
 def ask_open(
-    who: Examinee, questions: Sequence[OpenQuestion], before: Sequence[str], *, max_tokens: int, show: Show
+    who: Examinee,
+    questions: Sequence[OpenQuestion],
+    before: Sequence[str],
+    *,
+    max_tokens: int,
+    sampling: SamplingConfig,
+    show: Show,
 ) -> list[Marked]:
-    """Greedy answers up to the end of the line, by exact match and F1.
+    """Answers up to the end of the line, by exact match and F1.
 
     Args:
         who: the model.
         questions: what to ask.
         before: of each question the text in front of its prompt.
         max_tokens: the most tokens of an answer.
+        sampling: how their tokens are picked.
         show: is told how much is done.
     """
     prompts = [text + question.prompt for text, question in zip(before, questions, strict=True)]
-    written = write(who, prompts, max_tokens=max_tokens, stop=("\n",), show=show)
+    written = write(who, prompts, max_tokens=max_tokens, stop=("\n",), sampling=sampling, show=show)
     found = []
     for question, (text, is_cut) in zip(questions, written, strict=True):
         measures = {"exact_match": answers.exact_match, "f1": answers.f1}
         metrics = {name: answers.best(measure, text, question.answers) for name, measure in measures.items()}
-        found.append(Marked(text.strip(), metrics, is_cut))
+        found.append(Marked((text.strip(),), metrics, is_cut))
     return found
 
 
 def ask_choices(
     who: Examinee, questions: Sequence[ChoiceQuestion], before: Sequence[str], *, show: Show
 ) -> list[Marked]:
-    """The likeliest choice, as it is and for each character of its text; beside them the share that a guess would get.
+    """The likeliest choice, as it is and for each character of it; beside them the share that a guess would get.
 
     The arguments are those of `ask_open`.
     """
@@ -77,13 +85,13 @@ def ask_choices(
     for question in questions:
         likely = np.array([next(scores).log_likelihood for _ in question.options])
         longest = max(next(lengths) for _ in question.options)
-        letters = np.array([len(choice) for choice in question.choices])
+        letters = np.array([len(option.continuation.strip()) for option in question.options])
         metrics = {
             "accuracy": float(np.argmax(likely) == question.answer),
             "normalised_accuracy": float(np.argmax(likely / np.maximum(1, letters)) == question.answer),
             "chance": 1 / len(question.choices),
         }
-        found.append(Marked(question.choices[np.argmax(likely)], metrics, longest > who.max_length))
+        found.append(Marked((question.choices[np.argmax(likely)],), metrics, longest > who.max_length))
     return found
 
 
@@ -101,8 +109,8 @@ def write(
     *,
     max_tokens: int,
     stop: Sequence[str],
-    show: Show | None = None,
-    sampling: SamplingConfig = SamplingConfig(),  # noqa: B008  frozen, so one for all calls will do
+    sampling: SamplingConfig,
+    show: Show,
 ) -> list[Written]:
     """What the model writes after each prompt, up to a stop string.
 
@@ -125,6 +133,5 @@ def write(
     found = {}
     for number, continuation in zip(order, texts, strict=True):
         found[number] = Written(continuation.text, lengths[number] > room)
-        if show:
-            show(len(found) / len(prompts))
+        show(len(found) / len(prompts))
     return [found[number] for number in range(len(prompts))]

@@ -67,8 +67,8 @@ def ask_problems(
         right = sum(passed[mine])
         tries = [k for k in _TRIES if k <= samples] if passed else []
         metrics = {f"pass@{k}": pass_at_k(samples, right, k) for k in tries}
-        best = mine.start + (passed[mine].index(True) if right else 0)
-        found.append(Marked(written[best].text, metrics, written[best].is_cut))
+        texts = tuple(text for text, _ in written[mine])
+        found.append(Marked(texts, metrics, written[mine.start].is_cut))
     return found
 
 

@@ -244,9 +244,7 @@ def _prompt(question: str) -> str:
     return f"Question: {question}\nAnswer:"
 
 
-def _open_question(
-    text: str, answers: tuple[str, ...], *, before: str = "", group: str | None = None
-) -> OpenQuestion:
+def _open_question(text: str, answers: tuple[str, ...], *, before: str = "", group: str | None = None) -> OpenQuestion:
     prompt = before + _prompt(text)
     return OpenQuestion(text=text, prompt=prompt, solved=f"{prompt} {answers[0]}", group=group, answers=answers)
 

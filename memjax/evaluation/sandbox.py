@@ -63,7 +63,7 @@ class Outcome:
     """Why not, in a line: the error, or the limit."""
 
 
-def run_program(source: str, limits: Limits = Limits()) -> Outcome:  # noqa: B008  frozen, so one for all calls will do
+def run_program(source: str, limits: Limits = Limits()) -> Outcome:
     """Whether a program runs to its end without an error; one that ends itself earlier, even with exit(0), has not."""
     # Its last line leaves a mark whose name no program knows before it is written.
     mark = f"passed-{secrets.token_hex(16)}"
