@@ -40,11 +40,8 @@ def _evaluate(run: str, settings: EvaluateConfig) -> None:
     # What cannot be read is refused before the model is loaded.
     sets, examples = _question_sets(settings)
     if settings.tasks and importlib.util.find_spec("lm_eval") is None:
-        raise command_line.ConfigError(
-            [
-                f"tasks={','.join(settings.tasks)} needs the package lm-eval, which is not here: pip install 'memjax[eval]'"
-            ]
-        )
+        asked = ",".join(settings.tasks)
+        raise command_line.ConfigError([f"tasks={asked} needs the package lm-eval: pip install 'memjax[eval]'"])
     with loaded(run, settings) as found:
         data = found.config.data
         folder = _evals_folder(run)
@@ -81,8 +78,9 @@ def _question_sets(settings: EvaluateConfig) -> tuple[list["QuestionSet"], list[
 
     context = settings.show_context
     sets = read_question_sets(settings.questions, field="--questions", show_context=context)
-    examples = settings.examples and read_question_sets(settings.examples, field="--examples", show_context=context)
-    return sets, list(examples)
+    if not settings.examples:
+        return sets, []
+    return sets, read_question_sets(settings.examples, field="--examples", show_context=context)
 
 
 def _questions(

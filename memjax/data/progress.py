@@ -2,15 +2,17 @@
 
 import sys
 import time
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import rich.progress
+
+P = TypeVar("P", bound="Progress")
 
 
 class Progress:
     """Shows the share that is done, the time left, and what there is to say of it. Use it in a `with`."""
 
-    def __init__(self, total: float, every_seconds: float):
+    def __init__(self, total: int | float, every_seconds: float):
         """Takes what `update` counts up to, and the time between two lines where there is no terminal."""
         self.total, self.every_seconds = max(1, total), every_seconds
         self._started = self._last = time.monotonic()
@@ -27,7 +29,7 @@ class Progress:
             )
             self._task = self._bar.add_task("", total=self.total)
 
-    def __enter__(self) -> Self:
+    def __enter__(self: P) -> P:
         if self._bar:
             self._bar.start()
         return self
@@ -41,15 +43,14 @@ class Progress:
         """Seconds since the work began; never zero."""
         return max(time.monotonic() - self._started, 1e-9)
 
-    def update(self, done: float, text: str) -> None:
+    def update(self, done: int | float, text: str) -> None:
         """Takes how far it is."""
         if self._bar:
             self._bar.update(self._task, completed=done, description=text)
         elif time.monotonic() - self._last >= self.every_seconds:
             self._last = time.monotonic()
-            elapsed = self.elapsed
-            left = elapsed / max(1, done) * (self.total - done)
-            print(f"{done / self.total:4.0%}  {text}  elapsed {elapsed:.0f} s  left {left:.0f} s", flush=True)
+            left = f"  left {self.elapsed * (self.total - done) / done:.0f} s" if done else ""
+            print(f"{done / self.total:4.0%}  {text}  elapsed {self.elapsed:.0f} s{left}", flush=True)
 
 
 class ByteProgress(Progress):

@@ -48,7 +48,8 @@ class HarnessModel(LM):
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """The log-likelihood of each continuation after its context, and whether greedy decoding would write it."""
-        return [*self._scores([request(self.who.tokenizer, *one.args) for one in requests])]
+        pairs: list[tuple[Any, ...]] = [one.args for one in requests]
+        return [*self._scores([request(self.who.tokenizer, *pair) for pair in pairs])]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of whole texts, in windows that have at most one token in common; 0 for an empty text."""
@@ -58,12 +59,13 @@ class HarnessModel(LM):
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """What the model writes after each context, up to one of the task's stop strings."""
+        asked: list[tuple[Any, ...]] = [one.args for one in requests]
         by_rule: dict[str, list[int]] = defaultdict(list)
-        for number, one in enumerate(requests):
-            by_rule[json.dumps(one.args[1], sort_keys=True)].append(number)
+        for number, (_, rule) in enumerate(asked):
+            by_rule[json.dumps(rule, sort_keys=True)].append(number)
         texts: dict[int, str] = {}
         for rule, numbers in by_rule.items():
-            contexts = [requests[number].args[0] for number in numbers]
+            contexts = [asked[number][0] for number in numbers]
             with Progress(1, self.every_seconds) as progress:
                 show = lambda share, progress=progress: progress.update(share, f"{len(contexts):,} texts")  # noqa: B023
                 written = write(self.who, contexts, **_writing(json.loads(rule)), show=show)
@@ -165,9 +167,8 @@ def _writing(rule: dict[str, Any]) -> dict[str, Any]:
     until = rule.get("until") or ()
     sampling = SamplingConfig()
     if rule.get("do_sample"):
-        names = ("temperature", "top_k", "top_p")
-        given = {name: rule[name] for name in names if rule.get(name) is not None}
-        sampling = SamplingConfig(**({"temperature": 1.0} | given))
+        temperature, top_p = rule.get("temperature") or 1.0, rule.get("top_p") or 1.0
+        sampling = SamplingConfig(temperature=temperature, top_k=rule.get("top_k"), top_p=top_p)
     return {
         "max_tokens": rule.get("max_gen_toks") or _MOST_TOKENS,
         "stop": (until,) if isinstance(until, str) else tuple(until),

@@ -45,7 +45,7 @@ class Limits:
 
     cpu_seconds: int = 5
     """Time of computing."""
-    seconds: float = 15.0
+    seconds: int = 15
     """Time by the clock, waiting included."""
     memory_bytes: int = 1 << 30
     """Address space."""
@@ -84,7 +84,7 @@ def run_program(source: str, limits: Limits = Limits()) -> Outcome:
         try:
             process.wait(limits.seconds)
         except subprocess.TimeoutExpired:
-            return Outcome(False, f"stopped after {limits.seconds:g} s by the clock")
+            return Outcome(False, f"stopped after {limits.seconds} s by the clock")
         finally:
             # The whole group, so that no child stays behind.
             with contextlib.suppress(ProcessLookupError):
