@@ -139,9 +139,7 @@ def _examples(whole: QuestionSet, asked: Iterable[Question], sets: Sequence[Ques
     sources = [one for one in sets if one.family == whole.family] if sets else [whole]
     if not sources:
         others = ", ".join(sorted({one.family for one in sets}))
-        raise DataError(
-            f"{whole.path}: none of the examples is of {whole.family}: they are of {others}; set --examples"
-        )
+        raise DataError(f"{whole.path}: --examples holds none of {whole.family}, only of {others}; name a file of it")
     by_group: dict[str | None, list[Question]] = defaultdict(list)
     every = [question for source in sources for question in source.questions]
     for question in every:
@@ -151,9 +149,7 @@ def _examples(whole: QuestionSet, asked: Iterable[Question], sets: Sequence[Ques
         others = (other for other in (group if len(group) > shots else every) if other.text != question.text)
         picked = list(itertools.islice(others, shots))
         if len(picked) < shots:
-            raise DataError(
-                f"{whole.path}: there are {len(picked)} examples for {question.text!r}; set --shots to that"
-            )
+            raise DataError(f"{whole.path}: there are only {len(picked)} examples for a question; set --shots to that")
         yield "".join(f"{other.solved}\n\n" for other in picked)
 
 

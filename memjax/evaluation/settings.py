@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from memjax.command_schema import show
 from memjax.config import SamplingConfig
 from memjax.evaluation.command import CheckpointSettings
 
@@ -80,7 +81,7 @@ class EvaluateConfig(CheckpointSettings):
         if self.samples > 1 and self.sampling.temperature == 0:
             problems.append(f"samples={self.samples} would all be the same; set sampling.temperature, such as 0.8")
         if self.examples and not self.shots:
-            problems.append(f"examples={_shown(self.examples)} are not used without shots; set shots to their number")
+            problems.append(f"examples={show(self.examples)} are not used without shots; set shots to their number")
         problems += self._misplaced()
         if problems:
             raise ValueError("\n".join(problems))
@@ -89,19 +90,15 @@ class EvaluateConfig(CheckpointSettings):
         """What is asked for together with something else, and settings of what is not asked for."""
         asked = [name for name in ("text", "questions", "tasks") if getattr(self, name)]
         problems = [
-            f"{name}={_shown(getattr(self, name))} cannot be done together with {asked[0]}; do one after the other"
+            f"{name}={show(getattr(self, name))} cannot be done together with {asked[0]}; do one after the other"
             for name in asked[1:]
         ]
         for field in dataclasses.fields(self):
             owners, value = _USED_BY.get(field.name, ()), getattr(self, field.name)
             if owners and value != _default(field) and not set(owners) & set(asked):
-                problems.append(f"{field.name}={_shown(value)} is only for {' and '.join(owners)}; leave it out")
+                problems.append(f"{field.name}={show(value)} is only for {' and '.join(owners)}; leave it out")
         return problems
 
 
 def _default(field: dataclasses.Field) -> object:
     return field.default_factory() if callable(field.default_factory) else field.default
-
-
-def _shown(value: object) -> str:
-    return ",".join(value) if isinstance(value, tuple) else "..." if dataclasses.is_dataclass(value) else str(value)

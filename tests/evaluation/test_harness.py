@@ -1,5 +1,6 @@
 """lm-eval's tasks give what whole forward passes and greedy decoding without a cache give."""
 
+import contextlib
 import json
 import pathlib
 import sys
@@ -7,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from memjax import evaluate
 from memjax.command_line import ConfigError
 from memjax.config import SamplingConfig
 from memjax.data.records import DataError
@@ -179,3 +181,17 @@ def test_the_rules_of_a_task_are_those_of_sampling(harness):
 def test_lm_eval_needs_no_torch(harness):
     assert "torch" not in sys.modules
     assert "transformers" not in sys.modules
+
+
+def test_the_command_keeps_results_and_answers(harness, found, tmp_path, monkeypatch, capsys):
+    rule = {"doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}"}
+    rule |= {"output_type": "multiple_choice", "metric_list": [metric("acc")]}
+    write_task(tmp_path, "choose", CHOICES, **rule)
+    monkeypatch.setattr(evaluate, "loaded", lambda run, settings: contextlib.nullcontext(found))
+    monkeypatch.setattr(evaluate, "_evals_folder", lambda run: tmp_path / "evals")
+    options = ["--tasks", "choose", "--task_folder", str(tmp_path), "--batch_size", "8", "--no-zero_tables"]
+    assert evaluate.main(["run", *options]) == 0
+    assert "choose" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "evals" / "0-tasks-choose.json").read_text())
+    assert kept["versions"] == {"choose": 3.0}
+    assert len((tmp_path / "evals" / "0-tasks-choose-answers.jsonl").read_text().splitlines()) == len(CHOICES)

@@ -72,8 +72,8 @@ def test_examples_can_come_from_another_part_of_the_set(found, asked):
     assert asked == [("q50? none\n\n", "q1")]
     with pytest.raises(DataError, match=r"facts_test.jsonl: --examples holds none of facts, only of trivia"):
         question_report(found, [whole(question(1))], settings, examples=[other])
-    with pytest.raises(DataError, match="there are only 1 examples for one question; set --shots to that"):
-        settings = EvaluateConfig(**SETTINGS, shots=2, examples=("x",))
+    settings = EvaluateConfig(**SETTINGS, shots=2, examples=("x",))
+    with pytest.raises(DataError, match="there are only 1 examples for a question; set --shots to that"):
         question_report(found, [whole(question(1))], settings, examples=[train])
 
 
@@ -106,9 +106,9 @@ def test_the_table_has_a_line_for_each_set_and_group(found, asked, monkeypatch):
     questions = [question(number, group="P1" if number < 9 else "P2") for number in range(10)]
     settings = EvaluateConfig(questions=("facts_test.jsonl",))
     text = format_question_report(question_report(found, [whole(*questions)], settings))
-    lines = [line.split() for line in text.splitlines() if line]
-    assert lines[0] == "Short answers questions exact match f1 commonest answer tables zeroed".split()
-    assert lines[1] == ["facts_test", "10", "50.0%", "25.0%", "100.0%", "50.0%"]
-    assert lines[2] == ["P1", "9", "55.6%", "25.0%", "100.0%", "55.6%"]
-    assert lines[3] == ["P2", "1", "0.0%", "25.0%", "100.0%", "0.0%"]
+    heading, *lines = [line.split() for line in text.splitlines() if line]
+    assert " ".join(heading) == "Short answers questions exact match f1 commonest answer tables zeroed"
+    assert lines[0] == ["facts_test", "10", "50.0%", "25.0%", "100.0%", "50.0%"]
+    assert lines[1] == ["P1", "9", "55.6%", "25.0%", "100.0%", "55.6%"]
+    assert lines[2] == ["P2", "1", "0.0%", "25.0%", "100.0%", "0.0%"]
     assert "facts_test: 1 of 10 prompts did not fit into 32 tokens" in text
