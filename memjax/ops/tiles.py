@@ -37,24 +37,21 @@ def embedding_dot(dim: int, picks: int, itemsize: int) -> Tile:
     return _tuned("embedding_dot", Tile(rows=16, columns=512 // itemsize, num_warps=1), dim, picks)
 
 
-SELECT_MIDDLE = 4
-"""Scores in the groups that the second round of the selection chooses from."""
-
-
 def select(num: int, top_k: int) -> Tile:
-    """Groups and members of a row of `num` scores: `rows` groups of `columns` neighbouring scores."""
-    whole, round_k = max(2, next_power_of_two(num)), max(2, next_power_of_two(top_k))
+    """Groups (`rows`) and neighbouring scores (`columns`) of the selection from a row of `num` scores."""
+    whole, round_k = next_power_of_two(num), max(2, next_power_of_two(top_k))
     tuned = _table().get("select" if whole <= 2048 else "select_long", {})
     # Fewer groups than picks would leave picks out, and a short row is sorted at once.
-    size = min(tuned.get("columns", 4 if whole <= 4096 else 8), max(1, whole // (2 * round_k)))
-    return Tile(rows=whole // size, columns=size, num_warps=tuned.get("num_warps", 1))
+    run = min(tuned.get("columns", 4), max(1, whole // (2 * round_k)))
+    groups = min(max(tuned.get("rows", 256), 2 * round_k), max(2, whole // run))
+    return Tile(rows=groups, columns=run, num_warps=tuned.get("num_warps", 1))
 
 
 def row_update(columns: int) -> Tile:
-    """Rows that a program updates together, over one block of columns."""
-    return _tuned(
-        "row_update", Tile(rows=4, columns=next_power_of_two(columns), num_warps=2), next_power_of_two(columns), 8
-    )
+    """Picks in flight, and the columns that share a state: 256 of them keep a warp busy."""
+    width = next_power_of_two(columns)
+    tile = Tile(rows=4, columns=width, num_warps=max(1, width // 256))
+    return dataclasses.replace(tile, **_table().get("row_update", {}))
 
 
 def _tuned(operation: str, default: Tile, dim: int, picks: int) -> Tile:

@@ -26,8 +26,8 @@ def dot_kernel(
     pick = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     valid = pick < PICKS
     row = tl.load(indices_ptr + token * PICKS + pick, mask=valid, other=0).to(tl.int64)
-    # Summed across lanes only once, at the end.
-    products = tl.zeros((ROWS, COLUMNS), tl.float32)
+    # A thread sums the neighbouring columns that it has loaded; lanes meet only once, at the end.
+    total = tl.zeros((ROWS, COLUMNS // 8), tl.float32)
     for first in range(0, DIM, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
         inside = columns < DIM
@@ -35,8 +35,8 @@ def dot_kernel(
         values = tl.load(
             table_ptr + row[:, None] * DIM + columns[None, :], mask=valid[:, None] & inside[None, :], other=0.0
         ).to(tl.float32)
-        products += values * vector[None, :]
-    tl.store(out_ptr + token * PICKS + pick, tl.sum(products, axis=1), mask=valid)
+        total += tl.sum(tl.reshape(values * vector[None, :], [ROWS, COLUMNS // 8, 8]), axis=2)
+    tl.store(out_ptr + token * PICKS + pick, tl.sum(total, axis=1), mask=valid)
 
 
 @sequential_vmap

@@ -22,6 +22,10 @@ CHUNK_BYTES = 1 << 30
 """Half scores that exist at once."""
 
 
+WORST = tl.constexpr(-(1 << 31))
+LEAST = tl.constexpr(-(1 << 63))
+
+
 @triton.jit
 def order_bits(scores):
     """Signed integers in the order of float32 scores; every NaN comes after infinity."""
@@ -46,7 +50,7 @@ def place_of(word):
 def load_bits(scores_ptr, place, NUM: tl.constexpr):
     """Order-preserving bits of the scores at some places; places outside the row come last."""
     scores = tl.load(scores_ptr + place, mask=place < NUM, other=0.0)
-    return tl.where(place < NUM, order_bits(scores), -0x7FFFFFFF - 1)
+    return tl.where(place < NUM, order_bits(scores), WORST)
 
 
 @triton.jit
@@ -63,6 +67,26 @@ def missed(bits, chosen):
 
 
 @triton.jit
+def exact_best(bits, number, ROUND_K: tl.constexpr):
+    """Numbers of the ROUND_K best, one after the other: slow, for few rows, and little code."""
+    words = with_place(bits, number)
+    rank = tl.arange(0, ROUND_K)
+    chosen = tl.zeros((ROUND_K,), tl.int64)
+    for nth in range(ROUND_K):
+        best = tl.max(words, axis=0)
+        chosen = tl.where(rank == nth, best, chosen)
+        words = tl.where(words == best, LEAST, words)
+    return place_of(chosen)
+
+
+@triton.jit
+def rank_of(bits, number):
+    """How many others come before, which is where the outputs are stored; of equal bits the higher number is first."""
+    words = with_place(bits, number)
+    return tl.sum((words[None, :] > words[:, None]).to(tl.int32), axis=1)
+
+
+@triton.jit
 def select_kernel(
     scores_ptr,
     best_ptr,
@@ -71,60 +95,71 @@ def select_kernel(
     TOP_K: tl.constexpr,
     ROUND_K: tl.constexpr,
     GROUPS: tl.constexpr,
-    SIZE: tl.constexpr,
-    MIDDLE: tl.constexpr,
+    RUNS: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     """The best of NUM scores in a row. The k best lie in the k groups with the best maxima: only those are looked at.
 
-    Groups of SIZE, then groups of MIDDLE within the chosen ones, then single scores are chosen by quick 32-bit sorts. A
-    quick sort can err only among scores that agree in their leading bits; that is detected, and the row then takes the
-    exact 64-bit sort.
+    RUN neighbouring scores are a run; run r belongs to group r % GROUPS, which has RUNS of them, so that the maxima of
+    the groups form without any exchange between threads. Groups, then runs of the chosen groups, then scores of the
+    chosen runs are chosen by quick 32-bit sorts. A quick sort can err only among scores that agree in their leading
+    bits; that is detected, and the row then takes the exact 64-bit sort.
     """
     row = tl.program_id(0).to(tl.int64)
     scores_ptr += row * NUM
-    whole: tl.constexpr = GROUPS * SIZE
     group = tl.arange(0, GROUPS)
-    member = tl.arange(0, SIZE)[None, :]
-    bits = load_bits(scores_ptr, group[:, None] * SIZE + member, NUM)
-    if SIZE == 1:
-        words = tl.topk(with_place(tl.max(bits, axis=1), group), ROUND_K)
+    member = tl.arange(0, RUN)
+    maxima = tl.full((GROUPS,), WORST, tl.int32)
+    for run in tl.static_range(RUNS):
+        place = (run * GROUPS + group)[:, None] * RUN + member[None, :]
+        maxima = tl.maximum(maxima, tl.max(load_bits(scores_ptr, place, NUM), axis=1))
+    if RUNS * RUN == 1:
+        chosen = exact_best(maxima, group, ROUND_K)
+        chosen_bits = load_bits(scores_ptr, chosen, NUM)
     else:
-        maxima = tl.max(bits, axis=1)
         chosen = quick_best(maxima, group, GROUPS - 1, ROUND_K)
-        place = chosen[:, None] * SIZE + member
-        bits = load_bits(scores_ptr, place, NUM)
-        if missed(maxima, tl.max(bits, axis=1)):
-            chosen = place_of(tl.topk(with_place(maxima, group), ROUND_K))
-            place = chosen[:, None] * SIZE + member
-            bits = load_bits(scores_ptr, place, NUM)
+        runs = tl.arange(0, RUNS)[None, :] * GROUPS + chosen[:, None]
+        bits = load_bits(scores_ptr, runs[:, :, None] * RUN + member[None, None, :], NUM)
+        if missed(maxima, tl.max(tl.max(bits, axis=2), axis=1)):
+            chosen = exact_best(maxima, group, ROUND_K)
+            runs = tl.arange(0, RUNS)[None, :] * GROUPS + chosen[:, None]
+            bits = load_bits(scores_ptr, runs[:, :, None] * RUN + member[None, None, :], NUM)
 
-        if SIZE > MIDDLE:
-            maxima = tl.max(tl.reshape(bits, [ROUND_K * SIZE // MIDDLE, MIDDLE]), axis=1)
-            group = tl.min(tl.reshape(place, [ROUND_K * SIZE // MIDDLE, MIDDLE]), axis=1) // MIDDLE
-            member = tl.arange(0, MIDDLE)[None, :]
-            chosen = quick_best(maxima, group, whole // MIDDLE - 1, ROUND_K)
-            place = chosen[:, None] * MIDDLE + member
+        if RUNS > 1:
+            maxima = tl.reshape(tl.max(bits, axis=2), [ROUND_K * RUNS])
+            runs = tl.reshape(runs, [ROUND_K * RUNS])
+            chosen = quick_best(maxima, runs, GROUPS * RUNS - 1, ROUND_K)
+            place = chosen[:, None] * RUN + member[None, :]
             bits = load_bits(scores_ptr, place, NUM)
             if missed(maxima, tl.max(bits, axis=1)):
-                chosen = place_of(tl.topk(with_place(maxima, group), ROUND_K))
-                place = chosen[:, None] * MIDDLE + member
+                chosen = exact_best(maxima, runs, ROUND_K)
+                place = chosen[:, None] * RUN + member[None, :]
                 bits = load_bits(scores_ptr, place, NUM)
+        else:
+            place = runs * RUN + member[None, :]
 
-        bits = tl.reshape(bits, [ROUND_K * MIDDLE])
-        place = tl.reshape(place, [ROUND_K * MIDDLE])
-        chosen = quick_best(bits, place, whole - 1, ROUND_K)
+        bits = tl.reshape(bits, [ROUND_K * RUN])
+        place = tl.reshape(place, [ROUND_K * RUN])
+        chosen = quick_best(bits, place, GROUPS * RUNS * RUN - 1, ROUND_K)
         chosen_bits = load_bits(scores_ptr, chosen, NUM)
         if missed(bits, chosen_bits):
-            words = tl.topk(with_place(bits, place), ROUND_K)
-        else:
-            words = tl.topk(with_place(chosen_bits, chosen), ROUND_K)
-    rank = tl.arange(0, ROUND_K)
+            chosen = exact_best(bits, place, ROUND_K)
+            chosen_bits = load_bits(scores_ptr, chosen, NUM)
+    rank = rank_of(chosen_bits, chosen)
     kept = rank < TOP_K
-    place = place_of(words)
     # The score itself is read again, not made from its bits: NaN stays the NaN it was.
-    score = tl.load(scores_ptr + place, mask=kept, other=0.0)
+    score = tl.load(scores_ptr + chosen, mask=kept, other=0.0)
     tl.store(best_ptr + row * TOP_K + rank, score, mask=kept)
-    tl.store(places_ptr + row * TOP_K + rank, place, mask=kept)
+    tl.store(places_ptr + row * TOP_K + rank, chosen, mask=kept)
+
+
+@triton.jit
+def load_pairs(best_ptr, first_ptr, second_ptr, left, right, pair, PAIRS: tl.constexpr):
+    """Sums of pairs of ranks, and where the two halves of each lie."""
+    valid = pair < PAIRS
+    first = left + tl.load(first_ptr + pair, mask=valid, other=0)
+    second = right + tl.load(second_ptr + pair, mask=valid, other=0)
+    return tl.load(best_ptr + first) + tl.load(best_ptr + second), first, second
 
 
 @triton.jit
@@ -148,19 +183,18 @@ def pair_kernel(
     left = (2 * head * TOKENS + token) * TOP_K
     right = left + TOKENS * TOP_K
     pair = tl.arange(0, ROUND_PAIRS)
-    valid = pair < PAIRS
-    first = tl.load(first_ptr + pair, mask=valid, other=0)
-    second = tl.load(second_ptr + pair, mask=valid, other=0)
-    sums = tl.load(best_ptr + left + first) + tl.load(best_ptr + right + second)
-    bits = tl.where(valid, order_bits(sums), -0x7FFFFFFF - 1)
-    words = tl.topk(with_place(bits, pair), ROUND_K)
-    rank = tl.arange(0, ROUND_K)
+    sums, _, _ = load_pairs(best_ptr, first_ptr, second_ptr, left, right, pair, PAIRS)
+    bits = tl.where(pair < PAIRS, order_bits(sums), WORST)
+    chosen = quick_best(bits, pair, ROUND_PAIRS - 1, ROUND_K)
+    sums, first, second = load_pairs(best_ptr, first_ptr, second_ptr, left, right, chosen, PAIRS)
+    chosen_bits = tl.where(chosen < PAIRS, order_bits(sums), WORST)
+    if missed(bits, chosen_bits):
+        chosen = exact_best(bits, pair, ROUND_K)
+        sums, first, second = load_pairs(best_ptr, first_ptr, second_ptr, left, right, chosen, PAIRS)
+        chosen_bits = tl.where(chosen < PAIRS, order_bits(sums), WORST)
+    rank = rank_of(chosen_bits, chosen)
     kept = rank < TOP_K
-    pair = place_of(words)
-    first = tl.load(first_ptr + pair, mask=kept, other=0)
-    second = tl.load(second_ptr + pair, mask=kept, other=0)
-    sums = tl.load(best_ptr + left + first) + tl.load(best_ptr + right + second)
-    slots = tl.load(places_ptr + left + first) * NUM + tl.load(places_ptr + right + second)
+    slots = tl.load(places_ptr + first) * NUM + tl.load(places_ptr + second)
     out = (token * HEADS + head) * TOP_K + rank
     tl.store(scores_ptr + out, sums, mask=kept)
     tl.store(slots_ptr + out, slots, mask=kept)
@@ -263,8 +297,8 @@ def _select(scores: Array, *, top_k: int) -> tuple[Array, Array]:
         TOP_K=top_k,
         ROUND_K=_round_k(top_k),
         GROUPS=tile.rows,
-        SIZE=tile.columns,
-        MIDDLE=min(tiles.SELECT_MIDDLE, tile.columns),
+        RUNS=tiles.ceil_div(tiles.next_power_of_two(num), tile.rows * tile.columns),
+        RUN=tile.columns,
     )
     return best, places
 

@@ -1,9 +1,10 @@
-"""The row update as Triton kernels: one sort of the picks, then one pass over (distinct row, block of columns).
+"""The row update as Triton kernels: one sort of the picks, then one pass over them that updates the rows in place.
 
-After the sort the picks of a row are neighbours: a segment. `update_kernel` sums the picks of a few segments side by
-side in registers, applies the rule and writes the rows back in place. A segment of more than CHUNK picks would keep
-one program busy while the others are done, so `partial_kernel` has summed it before, in pieces of at most CHUNK
-picks. Sums are always formed in the same order and without atomics: two runs give the same bits.
+After the sort the picks of a row are neighbours: a segment. A program walks through a chunk of picks, over one block of
+columns; where a segment ends it applies the rule to its sum and writes the row. Every chunk is the same work, however
+often its rows were picked. A segment that the border of a chunk cuts is left as a partial sum in each of its chunks;
+the partial sums are the picks of the next round, which is shorter by far, until one chunk holds all. Sums are always
+formed in the same order and without atomics: two runs give the same bits.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from memjax.ops import tiles, triton_call
 from memjax.ops.row_gradient import RowGradient
@@ -21,7 +22,7 @@ from memjax.ops.row_update.rules import RowRule, RowStep, TableState
 from memjax.ops.row_update.segments import sorted_picks
 
 CHUNK = 128
-"""Picks of a row that one program sums by itself."""
+"""Picks of a program; a multiple of the tile's rows."""
 
 UNSHARED_COLUMNS = 256
 """Columns of a program where no columns share a state (sgd, adam)."""
@@ -36,49 +37,34 @@ def mix(value):
 
 
 @triton.jit
-def partial_kernel(
-    segment_ptr,
-    starts_ptr,
-    tokens_ptr,
-    weights_ptr,
-    vectors_ptr,
-    partial_ptr,
-    NUM_PICKS: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Sum of the picks of a long segment inside one chunk of the sorted picks.
+def round_up_or_down(values, hashed_row, first_column, COLUMNS: tl.constexpr, IN_PAIRS: tl.constexpr):
+    """`rounding.round_stochastically` by the bits of `rounding.random_bits`: float32 with the low half cleared."""
+    inner = tl.arange(0, COLUMNS)
+    if IN_PAIRS:
+        # first_column is even. Written so that the compiler sees which neighbours in a thread share a hash.
+        words, odd = mix(hashed_row ^ ((first_column >> 1) + (inner >> 1)).to(tl.uint32)), inner & 1
+    else:
+        column = first_column + inner
+        words, odd = mix(hashed_row ^ (column >> 1).to(tl.uint32)), column & 1
+    random = tl.where(odd == 1, words >> 16, words & 0xFFFF)
+    bits = (values.to(tl.uint32, bitcast=True) + random) & 0xFFFF0000
+    # Adding to the words of a NaN could turn it into a number; an infinity has none to carry into.
+    return tl.where(values == values, bits.to(tl.float32, bitcast=True), values)
 
-    At most two long segments meet in a chunk: the one of its first pick (side 0) and the one of its last (side 1).
-    """
-    chunk, side = tl.program_id(0) // 2, tl.program_id(0) % 2
-    first = chunk * CHUNK
-    last = tl.minimum(first + CHUNK, NUM_PICKS) - 1
-    segment = tl.load(segment_ptr + tl.where(side == 0, first, last))
-    begin, end = tl.load(starts_ptr + segment), tl.load(starts_ptr + segment + 1)
-    wanted = (end - begin > CHUNK) & ((side == 0) | (begin > first))
-    if wanted:
-        inner = tl.arange(0, COLUMNS)
-        inside = inner < WIDTH
-        columns = tl.program_id(1) * WIDTH + inner
-        inside = inside & (columns < DIM)
-        begin, end = tl.maximum(begin, first), tl.minimum(end, last + 1)
-        total = tl.zeros((COLUMNS,), tl.float32)
-        # `while`, because Triton's interpreter cannot take the bounds of a range from memory.
-        while begin < end:
-            pick = begin + tl.arange(0, ROWS)
-            valid = pick < end
-            token = tl.load(tokens_ptr + pick, mask=valid, other=0).to(tl.int64)
-            weight = tl.load(weights_ptr + pick, mask=valid, other=0.0).to(tl.float32)
-            vector = tl.load(
-                vectors_ptr + token[:, None] * DIM + columns[None, :], mask=valid[:, None] & inside[None, :], other=0.0
-            ).to(tl.float32)
-            total += tl.sum(weight[:, None] * vector, axis=0)
-            begin += ROWS
-        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * DIM + columns, total, mask=inside)
+
+@triton.jit
+def store_halves(halves_ptr, values, mask, DIM: tl.constexpr):
+    """Stores float32 values as their high and low halves: 16 bits wide like the table, they keep its layout."""
+    bits = values.to(tl.uint32, bitcast=True)
+    tl.store(halves_ptr, (bits >> 16).to(tl.uint16), mask=mask)
+    tl.store(halves_ptr + DIM, bits.to(tl.uint16), mask=mask)
+
+
+@triton.jit
+def load_halves(halves_ptr, mask, DIM: tl.constexpr):
+    """What `store_halves` has stored."""
+    high, low = tl.load(halves_ptr, mask=mask, other=0), tl.load(halves_ptr + DIM, mask=mask, other=0)
+    return ((high.to(tl.uint32) << 16) | low.to(tl.uint32)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -87,128 +73,125 @@ def update_kernel(
     first_in_ptr,
     second_in_ptr,
     rows_ptr,
-    starts_ptr,
-    tokens_ptr,
+    sources_ptr,
     weights_ptr,
     vectors_ptr,
-    partial_ptr,
     floats_ptr,
     ints_ptr,
     table_ptr,
     first_ptr,
     second_ptr,
+    partial_ptr,
+    NUM_PICKS: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STRIDE: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-    PIECES: tl.constexpr,
-    CHUNK: tl.constexpr,
     KIND: tl.constexpr,
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
     EPS: tl.constexpr,
     ROUND: tl.constexpr,
+    IN_PAIRS: tl.constexpr,
 ):
-    """New rows and state of ROWS segments, over WIDTH columns. Table and state are updated in place."""
+    """Sums CHUNK sorted picks by their rows and updates these, over WIDTH columns, in place.
+
+    Where PARTIAL, the picks are the partial sums of the round before, and those of weight zero do not exist.
+    """
     blocks: tl.constexpr = (DIM + WIDTH - 1) // WIDTH
-    # Programs of the same segments run side by side: their rows lie in the same pages.
-    number, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    distinct = tl.load(ints_ptr + 4)
-    ok = tl.load(ints_ptr + 1) != 0
-    if ok & (number * ROWS < distinct):
-        segment = number * ROWS + tl.arange(0, ROWS)
-        exists = segment < distinct
-        begin = tl.load(starts_ptr + segment, mask=exists, other=0)
-        count = tl.load(starts_ptr + segment + 1, mask=exists, other=0) - begin
-        row = tl.load(rows_ptr + begin, mask=exists, other=0).to(tl.int64)
-        inner = tl.arange(0, COLUMNS)
-        columns = block * WIDTH + inner
-        inside = (inner < WIDTH) & (columns < DIM)
-        mask = exists[:, None] & inside[None, :]
-        place = row[:, None] * DIM + columns[None, :]
-        gradient = tl.zeros((ROWS, COLUMNS), tl.float32)
-        short = tl.where(count <= CHUNK, count, 0)
-        longest = tl.max(short, axis=0)
-        nth = 0
-        while nth < longest:
-            # Two picks of every row in flight.
-            one, two = nth < short, nth + 1 < short
-            token_one = tl.load(tokens_ptr + begin + nth, mask=one, other=0).to(tl.int64)
-            token_two = tl.load(tokens_ptr + begin + nth + 1, mask=two, other=0).to(tl.int64)
-            weight_one = tl.load(weights_ptr + begin + nth, mask=one, other=0.0).to(tl.float32)
-            weight_two = tl.load(weights_ptr + begin + nth + 1, mask=two, other=0.0).to(tl.float32)
-            vector_one = tl.load(
-                vectors_ptr + token_one[:, None] * DIM + columns[None, :],
-                mask=one[:, None] & inside[None, :],
-                other=0.0,
-            )
-            vector_two = tl.load(
-                vectors_ptr + token_two[:, None] * DIM + columns[None, :],
-                mask=two[:, None] & inside[None, :],
-                other=0.0,
-            )
-            gradient += weight_one[:, None] * vector_one.to(tl.float32)
-            gradient += weight_two[:, None] * vector_two.to(tl.float32)
-            nth += 2
-
-        if tl.max(count, axis=0) > CHUNK:
-            for member in range(0, ROWS):
-                chosen = tl.arange(0, ROWS) == member
-                member_begin = tl.sum(tl.where(chosen, begin, 0), axis=0)
-                member_count = tl.sum(tl.where(chosen, count, 0), axis=0)
-                if member_count > CHUNK:
-                    total = tl.zeros((COLUMNS,), tl.float32)
-                    last_chunk = (member_begin + member_count - 1) // CHUNK
-                    start = member_begin // CHUNK
-                    while start <= last_chunk:
-                        chunk = start + tl.arange(0, PIECES)
-                        piece = (2 * chunk + tl.where(member_begin > chunk * CHUNK, 1, 0)).to(tl.int64)
-                        values = tl.load(
-                            partial_ptr + piece[:, None] * DIM + columns[None, :],
-                            mask=(chunk <= last_chunk)[:, None] & inside[None, :],
-                            other=0.0,
-                        )
-                        total += tl.sum(values, axis=0)
-                        start += PIECES
-                    gradient += tl.where(chosen[:, None], total[None, :], 0.0)
-
-        # Only now: held over the sums, the old rows would take registers from the loads in flight.
-        old = tl.load(table_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    # Programs of the same picks run side by side: their rows lie in the same pages.
+    chunk, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    inner = tl.arange(0, COLUMNS)
+    columns = block * WIDTH + inner
+    num_columns = tl.minimum(DIM - block * WIDTH, WIDTH)
+    inside = inner < num_columns
+    nth, end = chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, NUM_PICKS)
+    partial_ptr += 4 * chunk.to(tl.int64) * DIM + columns
+    if tl.load(ints_ptr + 1) != 0:
         lr = tl.load(floats_ptr)
-        if KIND == "sgd":
-            new = old - lr * gradient
-        elif KIND == "adam":
-            first = tl.load(first_ptr + place, mask=mask, other=0.0).to(tl.float32)
-            second = tl.load(second_ptr + place, mask=mask, other=0.0).to(tl.float32)
-            first = BETA1 * first + (1 - BETA1) * gradient
-            second = BETA2 * second + (1 - BETA2) * gradient * gradient
-            corrected = tl.sqrt(second / tl.load(floats_ptr + 2))
-            new = old - lr * first / tl.load(floats_ptr + 1) / (corrected + EPS)
-            tl.store(first_ptr + place, first.to(first_ptr.dtype.element_ty), mask=mask)
-            tl.store(second_ptr + place, second.to(second_ptr.dtype.element_ty), mask=mask)
-        else:
-            state = second_ptr + row * blocks + block
-            before = tl.load(state, mask=exists, other=0.0)
-            square = tl.sum(gradient * gradient, axis=1) / WIDTH
-            if KIND == "rowwise_adagrad":
-                second = before + square
-            else:
-                second = tl.where(before == 0, square, BETA2 * before + (1 - BETA2) * square)
-            new = old - (lr / (tl.sqrt(second) + EPS))[:, None] * gradient
-            tl.store(state, second, mask=exists)
+        seed, step = tl.load(ints_ptr + 2), tl.load(ints_ptr)
+        hashed_step = mix(mix(seed.to(tl.uint32, bitcast=True)) ^ step.to(tl.uint32, bitcast=True))
+        first_column = tl.load(ints_ptr + 3) + block * WIDTH
+        total = tl.zeros((COLUMNS,), tl.float32)
+        row = tl.load(rows_ptr + nth)
+        # Of the partial sums: 0 while the open segment is one that has begun before this chunk, else 1.
+        side = tl.where((nth > 0) & (tl.load(rows_ptr + tl.maximum(nth - 1, 0)) == row), 0, 1)
+        picked = 0
+        while nth < end:
+            # Everything that STRIDE picks need is asked for before anything is waited for.
+            rows, weights, vectors, olds, old_seconds = (row,), (), (), (), ()
+            for ahead in tl.static_range(STRIDE):
+                pick = nth + ahead
+                exists = pick < NUM_PICKS
+                weight = tl.load(weights_ptr + pick, mask=exists, other=0.0).to(tl.float32)
+                if PARTIAL:
+                    source, exists = pick.to(tl.int64), weight != 0
+                else:
+                    source = tl.load(sources_ptr + pick, mask=exists, other=0).to(tl.int64)
+                mask = inner < tl.where(exists, num_columns, 0)
+                if PARTIAL:
+                    vector = load_halves(vectors_ptr + source * 2 * DIM + columns, mask, DIM)
+                else:
+                    vector = tl.load(
+                        vectors_ptr + source * DIM + columns, mask=mask, other=0.0, eviction_policy="evict_last"
+                    )
+                next_row = tl.load(rows_ptr + pick + 1, mask=pick + 1 < NUM_PICKS, other=-1)
+                last = (next_row != row) & (row >= 0)
+                place = row.to(tl.int64) * DIM + columns
+                mask = inner < tl.where(last, num_columns, 0)
+                old = tl.load(table_ptr + place, mask=mask, other=0.0, eviction_policy="evict_first")
+                old_second = 0.0
+                if KIND == "rowwise_adam" or KIND == "rowwise_adagrad":
+                    old_second = tl.load(second_ptr + row.to(tl.int64) * blocks + block, mask=last, other=0.0)
+                row = next_row
+                rows, weights, vectors = rows + (row,), weights + (weight,), vectors + (vector,)
+                olds, old_seconds = olds + (old,), old_seconds + (old_second,)
 
-        if ROUND:
-            seed = tl.load(ints_ptr + 2).to(tl.uint32, bitcast=True)
-            step = tl.load(ints_ptr).to(tl.uint32, bitcast=True)
-            by_row = mix(mix(mix(seed) ^ step) ^ row.to(tl.uint32))
-            column = (tl.load(ints_ptr + 3) + columns).to(tl.uint32)
-            words = mix(by_row[:, None] ^ (column >> 1)[None, :])
-            random = tl.where((column & 1)[None, :] == 1, words >> 16, words & 0xFFFF)
-            bits = new.to(tl.uint32, bitcast=True)
-            finite = (bits & 0x7F800000) != 0x7F800000
-            bits = tl.where(finite, (bits + random) & 0xFFFF0000, bits)
-            new = bits.to(tl.float32, bitcast=True)
-        tl.store(table_ptr + place, new.to(table_ptr.dtype.element_ty), mask=mask)
+            for ahead in tl.static_range(STRIDE):
+                total += weights[ahead] * vectors[ahead].to(tl.float32)
+                if PARTIAL:
+                    picked += (weights[ahead] != 0).to(tl.int32)
+                else:
+                    picked = 1
+                if (rows[ahead] != rows[ahead + 1]) & (rows[ahead] >= 0):
+                    if side == 0:
+                        store_halves(partial_ptr, total, inside, DIM)
+                    elif picked > 0:
+                        place = rows[ahead].to(tl.int64) * DIM + columns
+                        value = olds[ahead].to(tl.float32)
+                        if KIND == "sgd":
+                            new = value - lr * total
+                        elif KIND == "adam":
+                            first = tl.load(first_ptr + place, mask=inside, other=0.0).to(tl.float32)
+                            second = tl.load(second_ptr + place, mask=inside, other=0.0).to(tl.float32)
+                            first = BETA1 * first + (1 - BETA1) * total
+                            second = BETA2 * second + (1 - BETA2) * total * total
+                            corrected = tl.sqrt(second / tl.load(floats_ptr + 2))
+                            new = value - lr * first / tl.load(floats_ptr + 1) / (corrected + EPS)
+                            tl.store(first_ptr + place, first.to(first_ptr.dtype.element_ty), mask=inside)
+                            tl.store(second_ptr + place, second.to(second_ptr.dtype.element_ty), mask=inside)
+                        else:
+                            square = tl.sum(total * total, axis=0) / WIDTH
+                            second = old_seconds[ahead]
+                            if KIND == "rowwise_adagrad":
+                                second = second + square
+                            else:
+                                second = tl.where(second == 0, square, BETA2 * second + (1 - BETA2) * square)
+                            new = value - lr / (tl.sqrt(second) + EPS) * total
+                            tl.store(second_ptr + rows[ahead].to(tl.int64) * blocks + block, second)
+                        if ROUND:
+                            hashed_row = mix(hashed_step ^ rows[ahead].to(tl.uint32))
+                            new = round_up_or_down(new, hashed_row, first_column, COLUMNS, IN_PAIRS)
+                        new = new.to(table_ptr.dtype.element_ty)
+                        tl.store(table_ptr + place, new, mask=inside, eviction_policy="evict_first")
+                    total = tl.zeros((COLUMNS,), tl.float32)
+                    side = 1
+                    picked = 0
+            nth += STRIDE
+        if (end < NUM_PICKS) & (tl.load(rows_ptr + end - 1) == tl.load(rows_ptr + tl.minimum(end, NUM_PICKS - 1))):
+            store_halves(partial_ptr + side * 2 * DIM, total, inside, DIM)
 
 
 def row_update(
@@ -219,64 +202,64 @@ def row_update(
     width = rule.state_columns if rule.kind.startswith("rowwise_") else min(UNSHARED_COLUMNS, dim)
     tile = tiles.row_update(width)
     blocks = tiles.ceil_div(dim, width)
-    rows, tokens, weights = sorted_picks(gradients)
-    vectors = jnp.concatenate([gradient.vectors for gradient in gradients])
-    picks = rows.shape[0]
-
-    begins = jnp.concatenate([jnp.ones(1, bool), rows[1:] != rows[:-1]])
-    segment = jnp.cumsum(begins.astype(jnp.int32)) - 1
-    # Segments that do not exist are empty, at the end.
-    starts = jnp.full(picks + 1, picks, jnp.int32)
-    starts = starts.at[jnp.where(begins, segment, picks + 1)].set(jnp.arange(picks, dtype=jnp.int32), mode="drop")
-
-    shared: dict[str, Any] = {"DIM": dim, "WIDTH": width, "COLUMNS": tile.columns, "CHUNK": CHUNK}
-    chunks = tiles.ceil_div(picks, CHUNK)
-    (partial,) = triton_call.launch(
-        partial_kernel,
-        segment,
-        starts,
-        tokens,
-        weights,
-        vectors,
-        out=[jax.ShapeDtypeStruct((2 * chunks, dim), jnp.float32)],
-        grid=(2 * chunks, blocks),
-        num_warps=1,
-        NUM_PICKS=picks,
-        ROWS=16,
-        **shared,
-    )
 
     count = (step.step + 1).astype(jnp.float32)
     floats = jnp.stack([step.lr.astype(jnp.float32), 1 - rule.beta1**count, 1 - rule.beta2**count])
     seed = jax.lax.bitcast_convert_type(step.seed, jnp.int32)
-    ints = jnp.stack([step.step, step.ok.astype(jnp.int32), seed, step.first_column, segment[-1] + 1])
-    nothing = jnp.zeros(1, jnp.float32)
-    moments = [state.get(name, nothing) for name in ("first_moment", "second_moment")]
-    updated = triton_call.launch(
-        update_kernel,
-        table,
-        *moments,
-        rows,
-        starts,
-        tokens,
-        weights,
-        vectors,
-        partial,
-        floats,
-        ints,
-        out=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (table, *moments)],
-        grid=(tiles.ceil_div(min(picks, table.shape[0]), tile.rows) * blocks,),
-        num_warps=tile.num_warps,
-        aliases={0: 0, 1: 1, 2: 2},
-        ROWS=tile.rows,
-        PIECES=16,
-        KIND=rule.kind,
-        BETA1=rule.beta1,
-        BETA2=rule.beta2,
-        EPS=rule.eps,
-        ROUND=rule.stochastic_rounding and table.dtype == jnp.bfloat16,
-        **shared,
-    )
-    table, *moments = updated
-    named: TableState = dict(zip(("first_moment", "second_moment"), moments, strict=True))
-    return table, {name: named[name] for name in state}
+    ints = jnp.stack([step.step, step.ok.astype(jnp.int32), seed, step.first_column])
+    moments = [state.get(name, jnp.zeros(1, jnp.float32)) for name in ("first_moment", "second_moment")]
+    constants: dict[str, Any] = {
+        "DIM": dim,
+        "WIDTH": width,
+        "COLUMNS": tile.columns,
+        "CHUNK": CHUNK,
+        "STRIDE": tile.rows,
+        "KIND": rule.kind,
+        "BETA1": rule.beta1,
+        "BETA2": rule.beta2,
+        "EPS": rule.eps,
+        "ROUND": rule.stochastic_rounding and table.dtype == jnp.bfloat16,
+        "IN_PAIRS": dim % 2 == 0 and width % 2 == 0,
+    }
+
+    rows, sources, weights = sorted_picks(gradients)
+    vectors, partial = jnp.concatenate([gradient.vectors for gradient in gradients]), False
+    while True:
+        chunks = tiles.ceil_div(rows.shape[0], CHUNK)
+        table, *moments, sums = triton_call.launch(
+            update_kernel,
+            table,
+            *moments,
+            rows,
+            sources,
+            weights,
+            vectors,
+            floats,
+            ints,
+            out=[
+                *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (table, *moments)),
+                jax.ShapeDtypeStruct((2 * chunks, 2 * dim), jnp.uint16),
+            ],
+            grid=(chunks * blocks,),
+            num_warps=tile.num_warps,
+            aliases={0: 0, 1: 1, 2: 2},
+            NUM_PICKS=rows.shape[0],
+            PARTIAL=partial,
+            **constants,
+        )
+        if chunks == 1:
+            named: TableState = dict(zip(("first_moment", "second_moment"), moments, strict=True))
+            return table, {name: named[name] for name in state}
+        rows, weights = cut_segments(rows, CHUNK)
+        sources, vectors, partial = rows, sums, True
+
+
+def cut_segments(rows: Int[Array, " m"], chunk_size: int) -> tuple[Int[Array, " s"], Float[Array, " s"]]:
+    """Row and weight (one, or zero where there is none) of the partial sums on both sides of every chunk."""
+    begin = jnp.arange(0, rows.shape[0], CHUNK)
+    end = jnp.minimum(begin + chunk_size, rows.shape[0])
+    first, last = rows[begin], rows[end - 1]
+    from_before: Bool[Array, " c"] = (begin > 0) & (rows[begin - 1] == first)
+    goes_on: Bool[Array, " c"] = (end < rows.shape[0]) & (rows[end % rows.shape[0]] == last)
+    cut = jnp.stack([from_before, goes_on & ~(from_before & (first == last))], axis=1)
+    return jnp.stack([first, last], axis=1).reshape(-1), cut.reshape(-1).astype(jnp.float32)
