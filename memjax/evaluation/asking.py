@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,7 +11,9 @@ from memjax.data.tokenizer import Tokenizer
 from memjax.evaluation import answers
 from memjax.evaluation.questions import ChoiceQuestion, OpenQuestion
 from memjax.evaluation.scoring import Show, request, score
-from memjax.models.decoder import Decoder
+from memjax.evaluation.settings import EvaluateConfig
+from memjax.loading import LoadedModel
+from memjax.models.decoder import Decoder, resolve_dtype
 from memjax.text_generation import continue_texts
 
 
@@ -25,6 +27,21 @@ class Examinee:
     """Tokens that the model sees at once."""
     batch_size: int
     """Sequences at once; under a mesh a multiple of its devices. It changes no answer."""
+
+    @classmethod
+    def of(cls, found: LoadedModel, settings: EvaluateConfig) -> "Examinee":
+        """The model of a run."""
+        length = settings.sequence_length or found.config.data.sequence_length
+        return cls(model=found.model, tokenizer=found.tokenizer, max_length=length, batch_size=settings.batch_size)
+
+    def description(self) -> dict[str, Any]:
+        """What numbers depend on besides the questions, as JSON values."""
+        return {
+            "sequence_length": self.max_length,
+            "dtype": resolve_dtype(self.model.config.dtype).name,
+            "tokenizer": self.tokenizer.fingerprint,
+            "begin_token": True,
+        }
 
 
 class Marked(NamedTuple):

@@ -95,8 +95,7 @@ def task_report(
         ConfigError: a task is not known.
         DataError: a task cannot be loaded, or wants something that memjax does not have.
     """
-    length = settings.sequence_length or found.config.data.sequence_length
-    who = Examinee(model=found.model, tokenizer=found.tokenizer, max_length=length, batch_size=settings.batch_size)
+    who = Examinee.of(found, settings)
     every = found.config.log.progress_seconds
     measured = _measure(HarnessModel(who, every_seconds=every), settings)
     for task, samples in measured.pop("samples").items():
@@ -105,14 +104,7 @@ def task_report(
     if settings.zero_tables and found.model.config.memory is not None:
         without = dataclasses.replace(who, model=zero_tables(found.model, donate=True))
         measured["zeroed"] = _measure(HarnessModel(without, every_seconds=every), settings)["results"]
-    return {
-        "lm_eval": importlib.metadata.version("lm-eval"),
-        "sequence_length": length,
-        "dtype": found.model.config.dtype,
-        "tokenizer": found.tokenizer.fingerprint,
-        "begin_token": True,
-        **measured,
-    }
+    return {"lm_eval": importlib.metadata.version("lm-eval"), **who.description(), **measured}
 
 
 def format_task_report(report: Mapping[str, Any]) -> str:
@@ -130,6 +122,8 @@ def format_task_report(report: Mapping[str, Any]) -> str:
 
 
 def _measure(model: HarnessModel, settings: EvaluateConfig) -> dict[str, Any]:
+    if settings.task_folder is not None and not os.path.isdir(settings.task_folder):
+        raise ConfigError([f"task_folder={settings.task_folder} is no folder; name one that holds YAML files of tasks"])
     manager = TaskManager(include_path=settings.task_folder, include_defaults=settings.task_folder is None)
     names = manager.match_tasks(list(settings.tasks))
     for task in settings.tasks:

@@ -57,10 +57,14 @@ def ask_problems(
         sources = [
             f"{problem.beginning}{text}\n{problem.tests}" for problem, (text, _) in zip(repeated, written, strict=True)
         ]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pool = ThreadPoolExecutor(os.cpu_count())
+        try:
             for outcome in pool.map(lambda source: run_program(source, limits), sources):
                 passed.append(outcome.passed)
                 show(_WRITING + (1 - _WRITING) * len(passed) / len(sources))
+        finally:
+            # After a Ctrl-C those that have not begun do not begin.
+            pool.shutdown(cancel_futures=True)
     found = []
     for number in range(len(problems)):
         mine = slice(number * samples, (number + 1) * samples)

@@ -52,8 +52,7 @@ def question_report(
         DataError: there are not enough examples for a set.
     """
     chosen = [_Chosen.of(one, examples, settings) for one in sets]
-    length = settings.sequence_length or found.config.data.sequence_length
-    who = Examinee(model=found.model, tokenizer=found.tokenizer, max_length=length, batch_size=settings.batch_size)
+    who = Examinee.of(found, settings)
     every = found.config.log.progress_seconds
     entries = []
     for one in chosen:
@@ -79,12 +78,7 @@ def question_report(
             entry["zeroed"] = _means(marked)
             for name, group in _by_group(one.questions, marked).items():
                 entry["by_group"][name]["zeroed"] = group["metrics"]
-    return {
-        "sequence_length": length,
-        "dtype": str(found.model.config.dtype),
-        "tokenizer": found.tokenizer.fingerprint,
-        "sets": entries,
-    }
+    return {**who.description(), "sets": entries}
 
 
 def format_question_report(report: Mapping[str, Any]) -> str:
@@ -144,10 +138,14 @@ def _examples(whole: QuestionSet, asked: Iterable[Question], sets: Sequence[Ques
     every = [question for source in sources for question in source.questions]
     for question in every:
         by_group[question.group].append(question)
+
+    def first(candidates: Iterable[Question], text: str) -> list[Question]:
+        return list(itertools.islice((other for other in candidates if other.text != text), shots))
+
     for question in asked:
-        group = by_group[question.group]
-        others = (other for other in (group if len(group) > shots else every) if other.text != question.text)
-        picked = list(itertools.islice(others, shots))
+        picked = first(by_group[question.group], question.text)
+        if len(picked) < shots:
+            picked = first(every, question.text)
         if len(picked) < shots:
             raise DataError(f"{whole.path}: there are only {len(picked)} examples for a question; set --shots to that")
         yield "".join(f"{other.solved}\n\n" for other in picked)
@@ -157,7 +155,8 @@ def _commonest(questions: Iterable[Question]) -> dict[str | None, str]:
     seen: dict[str | None, Counter[str]] = defaultdict(Counter)
     for question in questions:
         if isinstance(question, OpenQuestion):
-            seen[question.group].update({normalised(answer) for answer in question.answers})
+            # Not a set, whose order differs between runs: of answers that are equally common the first one counts.
+            seen[question.group].update(dict.fromkeys(map(normalised, question.answers), 1))
     return {group: counts.most_common(1)[0][0] for group, counts in seen.items()}
 
 
@@ -219,13 +218,17 @@ def _table(title: str, entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     metrics = list(entries[0]["metrics"])
     zeroed = metrics[:1] if "zeroed" in entries[0] else []
     names = ["questions", *(name.replace("_", " ") for name in metrics), *("tables zeroed" for _ in zeroed)]
-    yield f"{title:<28}" + "".join(f"{name:>20}" for name in names)
+    widths = [max(len(name) + 3, 12) for name in names]
+
+    def line(label: str, cells: Iterable[str]) -> str:
+        return f"{label:<28}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
     def row(label: str, values: Mapping[str, Any]) -> str:
         cells = [f"{values['questions']:,}", *(f"{values['metrics'][name]:.1%}" for name in metrics)]
         cells += [f"{values['zeroed'][name]:.1%}" for name in zeroed]
-        return f"{label:<28}" + "".join(f"{cell:>20}" for cell in cells)
+        return line(label, cells)
 
+    yield line(title, names)
     for entry in entries:
         yield row(entry["name"], entry)
         groups = len(entry["by_group"])

@@ -49,6 +49,7 @@ class EvaluateConfig(CheckpointSettings):
     max_tokens: int | None = None
     """The most tokens to write; null: 32 for an answer, 384 for a program."""
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    """How answers and programs are written."""
     samples: int = 1
     """Programs to write for each problem, for pass@10 and pass@100."""
     run_programs: bool = False
@@ -96,7 +97,9 @@ class EvaluateConfig(CheckpointSettings):
         for field in dataclasses.fields(self):
             owners, value = _USED_BY.get(field.name, ()), getattr(self, field.name)
             if owners and value != _default(field) and not set(owners) & set(asked):
-                problems.append(f"{field.name}={show(value)} is only for {' and '.join(owners)}; leave it out")
+                problems.append(
+                    f"{field.name}={show(value)} is only for {' and '.join(owners)}; set that, or leave it out"
+                )
         return problems
 
 

@@ -149,6 +149,7 @@ def test_the_zeroed_tables_the_shots_and_the_limit(harness, found, tmp_path, mon
     ("tasks", "error", "message"),
     [
         (("chose",), ConfigError, "tasks=chose is not known; known are choose"),
+        (("*",), DataError, "cannot be loaded"),
         (("broken",), DataError, "--tasks broken: cannot be loaded .*data must be on this machine"),
         (("beams",), DataError, "generation_kwargs: num_beams unknown; known are until, max_gen_toks"),
     ],
@@ -162,6 +163,11 @@ def test_what_cannot_be_done_is_said(harness, found, tmp_path, tasks, error, mes
     write_task(tmp_path, "beams", CHOICES, **rule, generation_kwargs={"until": ["x"], "num_beams": 4})
     with pytest.raises(error, match=message):
         report(harness, found, tmp_path, *tasks)
+
+
+def test_a_folder_that_is_not_there_is_said(harness, found, tmp_path):
+    with pytest.raises(ConfigError, match=r"task_folder=.*none is no folder; name one that holds YAML files"):
+        report(harness, found, tmp_path / "none", "choose")
 
 
 def test_the_rules_of_a_task_are_those_of_sampling(harness):

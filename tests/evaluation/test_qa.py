@@ -70,6 +70,11 @@ def test_examples_can_come_from_another_part_of_the_set(found, asked):
     train, other = whole(question(50), path="facts_train.jsonl"), whole(question(60), path="trivia_train.jsonl")
     question_report(found, [whole(question(1))], settings, examples=[other, train])
     assert asked == [("q50? none\n\n", "q1")]
+    asked.clear()
+    # As many as are wanted, and no more, of the question's own subject.
+    subjects = whole(question(50, "a"), question(51, "b"), path="facts_train.jsonl")
+    question_report(found, [whole(question(1, "b"))], settings, examples=[subjects])
+    assert asked == [("q51? none\n\n", "q1")]
     with pytest.raises(DataError, match=r"facts_test.jsonl: --examples holds none of facts, only of trivia"):
         question_report(found, [whole(question(1))], settings, examples=[other])
     settings = EvaluateConfig(**SETTINGS, shots=2, examples=("x",))

@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import pathlib
+import typing
 
 import pytest
 
@@ -24,7 +25,7 @@ def read(*paths: str, **options):
     return read_question_sets(paths, field="--questions", **options)
 
 
-def only(path: str, **options):
+def only(path: str, **options) -> typing.Any:
     ((question,),) = [one.questions for one in read(path, **options)]
     return question
 
