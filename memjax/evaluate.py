@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,7 @@ def _evaluate(run: str, settings: EvaluateConfig) -> None:
             name, report = "facts", _facts(found, settings)
         else:
             source = _open(run, found, settings)
-            name = "validation" if settings.text is None else f"text-{_stem([settings.text])}"
+            name = "validation" if settings.text is None else f"text-{pathlib.Path(settings.text).stem}"
             report = _text(found, settings, source)
         path = folder / f"{found.step}-{name}.json"
         whole = {"step": found.step, "settings": dataclasses.asdict(settings), **report}
@@ -64,10 +65,10 @@ def _evaluate(run: str, settings: EvaluateConfig) -> None:
     print(f"\nwritten to {path}")
 
 
-def _stem(paths: Sequence[str]) -> str:
-    """What is asked for, for the name of a report."""
-    more = f"-and-{len(paths) - 1}-more" if len(paths) > 1 else ""
-    return pathlib.Path(paths[0]).name.partition(".")[0] + more
+def _stem(asked: Sequence[str]) -> str:
+    """Files or tasks that are asked for, as a part of a file's name."""
+    more = f"-and-{len(asked) - 1}-more" if len(asked) > 1 else ""
+    return re.sub(r"[^\w-]+", "_", pathlib.Path(asked[0]).resolve().name.partition(".")[0]) + more
 
 
 def _question_sets(settings: EvaluateConfig) -> tuple[list["QuestionSet"], list["QuestionSet"]]:
