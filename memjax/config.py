@@ -370,6 +370,11 @@ class DataConfig:
             ]
         )
 
+    @property
+    def rows_hold_documents(self) -> bool:
+        """Whether attention has to keep documents apart: not where each has a row of its own, or rows are one text."""
+        return self.document_mask and self.packing != "none"
+
     def in_run(self, folder: str) -> "DataConfig":
         """The same data, with the folder of the prepared data named also where it is the run's own."""
         return self if self.prepared else dataclasses.replace(self, prepared=f"{folder}/prepared")
@@ -494,6 +499,9 @@ class TrainConfig:
     """Micro-batches per step."""
     remat: Literal["none", "dots", "block"] = "none"
     """What the backward pass computes again: nothing, all but matrix products, or whole blocks; never the lookups."""
+    attention: Literal["auto", "cudnn", "chunked"] = "auto"
+    """cudnn: the fused kernel of NVIDIA GPUs, for 16-bit types; chunked: anywhere, some queries at a time; auto: cudnn
+    where it can run."""
 
     def __post_init__(self) -> None:
         _refuse(_positive(steps=self.steps, accumulate=self.accumulate))

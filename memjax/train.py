@@ -8,7 +8,7 @@ from memjax.command_line import Parsed, parse
 from memjax.config import RunConfig
 
 FLAGS = {
-    "dry_run": "Print parameters, arithmetic, bytes per device and the mesh, allocate nothing, and end.",
+    "dry_run": "Print parameters, arithmetic, mesh and what a step needs of each device, allocate nothing, and end.",
     "allow_changed": "Continue a run although its settings have changed.",
 }
 
@@ -17,8 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-        0 done, 2 wrong settings, 3 unusable data, 4 checkpoint trouble, 5 not a number, 75 stopped by a signal, saved,
-        130 interrupted before there was anything to save.
+        0 done, 2 wrong settings, 3 unusable data, 4 checkpoint trouble, 5 not a number, 7 out of memory,
+        75 stopped by a signal, saved, 130 interrupted before there was anything to save.
     """
     arguments: Parsed[RunConfig] = parse(
         RunConfig,

@@ -9,7 +9,6 @@ import functools
 import importlib
 import pathlib
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,7 +36,8 @@ class Bench:
         self.dim, self.num_keys, self.key_dim = (128, 64, 32) if small else (1024, 1024, 512)
         self.small, self.picks = small, self.heads * self.top_k
         self.rounds = {"rounds": 3, "calls": 2} if small else {"rounds": 15, "calls": 10}
-        self.bandwidth = timing.copy_bandwidth(1 << 24 if small else 1 << 31)
+        self.copies = timing.copy_bandwidth(1 << 24 if small else 1 << 31)
+        self.bandwidth = max(self.copies.values())
         self.unit_ms = self.tokens * self.picks * self.dim * 2 / self.bandwidth * 1e3
         self.implementations = [dispatch.choose("embedding_bag", None)]
         self.implementations += ["xla"] if "xla" not in self.implementations else []
@@ -276,20 +276,7 @@ def peers(bench: Bench) -> None:
         return
     import torch.nn.functional as F
 
-    def measure(function: Callable[[], Any], rounds: int = 15) -> float:
-        for _ in range(3):
-            function()
-        times = []
-        for _ in range(rounds):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            for _ in range(5):
-                function()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end) / 5)
-        return sorted(times)[len(times) // 2]
-
+    measure = timing.median_cuda_ms
     slots = bench.num_keys**2
     table = torch.randn(slots, bench.dim, device="cuda", dtype=torch.bfloat16)
     index = torch.randint(0, slots, (bench.tokens, bench.picks), device="cuda")
@@ -328,6 +315,7 @@ def main() -> None:
     record = {
         **environment,
         "copy_bytes_per_second": bench.bandwidth,
+        "copies": bench.copies,
         "F_ms": bench.unit_ms,
         "tokens": bench.tokens,
         "picks": bench.picks,

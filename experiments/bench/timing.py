@@ -1,5 +1,6 @@
 """Measuring on a device: medians of many runs on rotating inputs, index distributions, the ceiling, and the record."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -52,12 +53,41 @@ def median_ms_in_place(
     return statistics.median(times), state
 
 
-def copy_bandwidth(num_bytes: int) -> float:
-    """Bytes read and written per second by the device's own copy of num_bytes."""
+def copy_bandwidth(num_bytes: int) -> dict[str, float]:
+    """Bytes read and written per second when num_bytes are copied on the device, by the ways there are to do it."""
     source = jax.random.bits(jax.random.key(0), (num_bytes // 4,), jnp.uint32)
-    copy = jax.jit(lambda array, one: array + one)
-    milliseconds = median_ms(copy, [(source, jnp.uint32(i)) for i in range(2)], calls=5)
-    return 2 * num_bytes / milliseconds * 1e3
+    inputs = [(source, jnp.uint32(number)) for number in range(2)]
+    milliseconds = {"XLA's a + 1": median_ms(jax.jit(lambda array, one: array + one), inputs, calls=20)}
+    milliseconds["jnp.copy"] = median_ms(jax.jit(lambda array, _: jnp.copy(array)), inputs, calls=20)
+    del source, inputs
+    with contextlib.suppress(ImportError):
+        import torch
+
+        if torch.cuda.is_available():
+            from_here = torch.empty(num_bytes // 4, dtype=torch.int32, device="cuda").random_()
+            to_here = torch.empty_like(from_here)
+            milliseconds["torch copy_"] = median_cuda_ms(lambda: to_here.copy_(from_here))
+            del from_here, to_here
+            torch.cuda.empty_cache()
+    return {way: 2 * num_bytes / time * 1e3 for way, time in milliseconds.items()}
+
+
+def median_cuda_ms(function: Callable[[], Any], *, rounds: int = 15, calls: int = 5) -> float:
+    """Milliseconds of a call that queues PyTorch work, by device events: the median over rounds of several calls."""
+    import torch
+
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(rounds):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(calls):
+            function()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / calls)
+    return statistics.median(times)
 
 
 def draw_indices(distribution: str, num_rows: int, shape: tuple[int, ...], seed: int = 0) -> jax.Array:

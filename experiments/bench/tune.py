@@ -65,8 +65,7 @@ def main() -> None:
     run = lambda: median_ms(jax.jit(functools.partial(memjax.embedding_dot, implementation="triton")), dots, **rounds)
     found["embedding_dot"] = best(
         "embedding_dot",
-        candidates(rows=(8,), columns=(256, 512), num_warps=(1, 2))
-        + candidates(rows=(4, 8, 16), columns=(1024,), num_warps=(1, 2, 4)),
+        candidates(rows=(8, 16, 32), columns=(256, 512), num_warps=(1, 2)),
         run,
     )
 
@@ -76,7 +75,7 @@ def main() -> None:
         rows = (bench.heads, 2, bench.tokens, num)
         scores = [(bench.normal(seed, rows, jnp.float32),) for seed in range(2)]
         run = lambda scores=scores: median_ms(jax.jit(functools.partial(select, top_k=bench.top_k)), scores, **rounds)
-        found[operation] = best(operation, candidates(columns=(4, 8, 16), num_warps=(1, 2)), run)
+        found[operation] = best(operation, candidates(rows=(64, 128, 256), columns=(4,), num_warps=(1,)), run)
         del scores
 
     rule = RowRule(state_columns=min(256, bench.dim))
@@ -92,7 +91,7 @@ def main() -> None:
         state = (jnp.copy(table), rule.init(slots, bench.dim, table.dtype))
         return median_ms_in_place(update, state, gradients, **rounds)[0]
 
-    found["row_update"] = best("row_update", candidates(rows=(1, 2, 4, 8), num_warps=(1, 2)), run_update)
+    found["row_update"] = best("row_update", candidates(rows=(2, 4, 8)), run_update)
     kind = jax.devices()[0].device_kind
     known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     arguments.out.write_text(json.dumps(known | {kind: found}, indent=1) + "\n")

@@ -2,13 +2,13 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from memjax.config import RopeScalingConfig
+from memjax.models import dot_product
 from memjax.models.feed_forward import linear
 from memjax.models.rotary import rotate
 
@@ -34,8 +34,11 @@ class Attention(nnx.Module):
         sliding_window: int | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
+        implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
+        """`implementation` is one of `dot_product.IMPLEMENTATIONS`; None takes the fastest that can run."""
+        self.implementation = implementation
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
         self.rope_theta, self.rope_scaling, self.sliding_window = rope_theta, rope_scaling, sliding_window
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -49,13 +52,15 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b s dim"]:
         """Attention over the tokens of x."""
         query, fresh = self._project(x, positions)
-        mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
-        if self.sliding_window is not None:
-            # By places in the row: within a document they differ as positions do.
-            place = jnp.arange(x.shape[1])
-            near = self._is_near(place[None, None, :, None], place[None, None, None, :])
-            mask = near if mask is None else mask & near
-        return self._attend(query, fresh, mask=mask, is_causal=True)
+        # A window counts places in the row: within a document they differ as positions do.
+        out = dot_product.self_attention(
+            query,
+            *fresh,
+            segments=segments,
+            window=self.sliding_window,
+            implementation=dot_product.choose(self.implementation, query.dtype, self.head_dim, x.shape[1]),
+        )
+        return self._project_out(out)
 
     def with_cache(
         self, x: Float[Array, "b s dim"], positions: Int[Array, "b s"], cache: KeyValues
@@ -73,11 +78,9 @@ class Attention(nnx.Module):
                 for old, new in zip(cache, fresh, strict=True)
             )
         )
-        place = jnp.arange(cache.keys.shape[1])[None, None, None, :]
-        mask = place <= positions[:, None, :, None]
-        if self.sliding_window is not None:
-            mask &= self._is_near(positions[:, None, :, None], place)
-        return self._attend(query, cache, mask=mask, is_causal=False), cache
+        keys, values = (array.astype(query.dtype) for array in cache)
+        out = dot_product.attention(query, keys, values, places=positions, window=self.sliding_window)
+        return self._project_out(out), cache
 
     def _project(self, x: Array, positions: Array) -> tuple[Array, KeyValues]:
         query, key, value = (
@@ -91,30 +94,5 @@ class Attention(nnx.Module):
         query, key = (rotate(part, positions, self.rope_theta, self.rope_scaling) for part in (query, key))
         return query, KeyValues(key, value)
 
-    def _is_near(self, query_place: Array, key_place: Array) -> Array:
-        assert self.sliding_window is not None
-        return query_place - key_place < self.sliding_window
-
-    def _attend(self, query: Array, seen: KeyValues, *, mask: Bool[Array, "#b 1 q k"] | None, is_causal: bool) -> Array:
-        keys, values = (array.astype(query.dtype) for array in seen)
-        attention = jax.nn.dot_product_attention if query.dtype != jnp.float64 else _attention_in_float64
-        out = attention(query, keys, values, mask=mask, is_causal=is_causal)
+    def _project_out(self, out: Float[Array, "b s n h"]) -> Float[Array, "b s dim"]:
         return self.out(out.reshape(*out.shape[:2], -1))
-
-
-def _attention_in_float64(
-    query: Float[Array, "b q n h"],
-    keys: Float[Array, "b k kv h"],
-    values: Float[Array, "b k kv h"],
-    *,
-    mask: Bool[Array, "#b 1 q k"] | None,
-    is_causal: bool,
-) -> Float[Array, "b q n h"]:
-    """The same as jax.nn.dot_product_attention, whose softmax is float32 whatever it is given."""
-    groups = query.shape[2] // keys.shape[2]
-    keys, values = jnp.repeat(keys, groups, axis=2), jnp.repeat(values, groups, axis=2)
-    scores = jnp.einsum("bqnh,bknh->bnqk", query, keys) * query.shape[-1] ** -0.5
-    seen = jnp.ones((1, 1, *scores.shape[2:]), bool) if mask is None else mask
-    if is_causal:
-        seen = seen & jnp.tril(jnp.ones(scores.shape[2:], bool))[None, None]
-    return jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1), values)

@@ -22,8 +22,10 @@ class Block(nnx.Module):
         dtype: DTypeLike | None,
         param_dtype: DTypeLike,
         implementation: str | None = None,
+        attention: str | None = None,
         rngs: nnx.Rngs,
     ):
+        """`implementation` names that of the memory's operations, `attention` that of the attention."""
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         memory = config.memory if config.memory and layer in config.memory.layers else None
         self.attention_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
@@ -34,6 +36,7 @@ class Block(nnx.Module):
             rope_theta=config.rope_theta,
             rope_scaling=config.rope_scaling,
             sliding_window=config.sliding_window,
+            implementation=attention,
             **kwargs,
         )
         self.mixer_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)

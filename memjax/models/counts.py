@@ -58,34 +58,9 @@ def training_flops_per_token(parts: DecoderParts, sequence_length: int) -> int:
     return flops
 
 
-@dataclasses.dataclass(frozen=True)
-class StateBytes:
-    """Bytes on each device of what lives from step to step."""
-
-    params: int
-    opt_state: int
-    tables: int
-    table_state: int
-
-    @property
-    def total(self) -> int:
-        """All of it; activations and gradients come on top."""
-        return self.params + self.opt_state + self.tables + self.table_state
-
-
-def state_bytes(state, memory_axis: int) -> StateBytes:
-    """Bytes of an abstract TrainState: tables and their state are split over `memory`, the rest is everywhere."""
-    split = lambda tree: sum(
-        _bytes(leaf) // (memory_axis if len(leaf.shape) == 2 else 1) for leaf in jax.tree.leaves(tree)
-    )
-    whole = lambda tree: sum(_bytes(leaf) for leaf in jax.tree.leaves(tree))
-    return StateBytes(whole(state.params), whole(state.opt_state), split(state.tables), split(state.table_state))
-
-
-def describe(config: RunConfig, parts: DecoderParts, state, *, data_axis: int) -> str:
-    """The screen of --dry_run: parameters, arithmetic, bytes by device, mesh."""
+def describe(config: RunConfig, parts: DecoderParts, *, data_axis: int) -> str:
+    """The first part of --dry_run: parameters, arithmetic, mesh."""
     counts, memory_axis = count_parameters(parts), config.mesh.memory
-    sizes = state_bytes(state, memory_axis)
     tokens = config.data.batch_size * config.data.sequence_length
     flops = training_flops_per_token(parts, config.data.sequence_length)
     memory = config.model.memory
@@ -95,14 +70,9 @@ def describe(config: RunConfig, parts: DecoderParts, state, *, data_axis: int) -
         ("  tables", f"{counts.table:,}" + (f" ({len(memory.pools)} x {memory.num_slots:,} slots)" if memory else "")),
         ("  active per token", f"{counts.active:,}"),
         ("training arithmetic", f"{flops:,} FLOPs per token, {flops * tokens:.3g} per step of {tokens:,} tokens"),
-        ("bytes per device", f"{gigabytes(sizes.total)} (activations and gradients come on top)"),
-        ("  dense parameters", gigabytes(sizes.params)),
-        ("  their optimizer", gigabytes(sizes.opt_state)),
-        ("  tables", gigabytes(sizes.tables)),
-        ("  their optimizer", gigabytes(sizes.table_state)),
         ("mesh", f"data {data_axis} x memory {memory_axis} = {data_axis * memory_axis} devices"),
     ]
-    return "\n".join(f"{name:<20} {value}" for name, value in lines)
+    return "\n".join(f"{name:<27} {value}" for name, value in lines)
 
 
 def billions(count: int) -> str:
@@ -117,7 +87,3 @@ def gigabytes(count: int) -> str:
 
 def _size(tree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
-def _bytes(leaf) -> int:
-    return math.prod(leaf.shape) * leaf.dtype.itemsize

@@ -15,6 +15,7 @@ from memjax.models.attention import KeyValues
 from memjax.models.block import Block
 from memjax.models.feed_forward import linear
 from memjax.ops.embedding_bag.api import SAVED_NAME as SAVED_BAG
+from memjax.ops.precision import accumulator
 from memjax.ops.product_key_search.api import SAVED_INDICES, SAVED_SCORES
 
 Remat = Literal["none", "dots", "block"]
@@ -30,17 +31,30 @@ class Cache(NamedTuple):
 class Decoder(nnx.Module):
     """A Llama-shaped decoder whose blocks end in a feed-forward layer or a memory layer."""
 
-    def __init__(self, config: ModelConfig, *, implementation: str | None = None, rngs: nnx.Rngs):
-        """Draws all parameters; under `jax.jit` with `nnx.eval_shape` nothing is allocated."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        implementation: str | None = None,
+        attention: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        """Draws all parameters; under `jax.jit` with `nnx.eval_shape` nothing is allocated.
+
+        Args:
+            config: sizes and types.
+            implementation: of the memory's operations; None takes the fastest that can run.
+            attention: implementation of the attention (`dot_product.IMPLEMENTATIONS`); None as above.
+            rngs: source of the `params` key.
+        """
         self.config = config
         dtype, param_dtype = resolve_dtype(config.dtype), jnp.dtype(config.param_dtype)
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         std = config.embedding_init_std or config.dim**-0.5
         init = nnx.initializers.truncated_normal(std, lower=-3.0, upper=3.0)
         self.embed = nnx.Embed(config.vocab_size, config.dim, embedding_init=init, **kwargs)
-        self.blocks = nnx.List(
-            [Block(config, layer, implementation=implementation, **kwargs) for layer in range(config.num_layers)]
-        )
+        kernels = {"implementation": implementation, "attention": attention}
+        self.blocks = nnx.List([Block(config, layer, **kernels, **kwargs) for layer in range(config.num_layers)])
         self.norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
         self.head = None if config.tie_embeddings else linear(config.dim, config.vocab_size, **kwargs)
         self.tables = nnx.Dict()
@@ -78,7 +92,7 @@ class Decoder(nnx.Module):
             remat: what the backward pass computes again. Lookups and bags are always kept.
         """
         positions = default_positions(tokens) if positions is None else positions
-        x = parallel.split_tokens(self.embed(tokens))
+        x = parallel.split_tokens(self._embed(tokens))
         lookups: dict[str, Lookup] = {}
         for layer, block in enumerate(self.blocks):
             name = layer_name(layer)
@@ -91,9 +105,12 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*b dim"]) -> Float[Array, "*b vocab"]:
         """Scores of the vocabulary, in float32 or wider."""
-        kernel = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
-        wide = jnp.promote_types(hidden.dtype, jnp.float32)
-        return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=wide)
+        kernel = self.output_matrix().astype(hidden.dtype)
+        return jnp.matmul(hidden, kernel, preferred_element_type=accumulator(hidden.dtype))
+
+    def output_matrix(self) -> Float[Array, "dim vocab"]:
+        """The matrix of the logits, in the type in which it is kept."""
+        return self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
 
     def init_cache(self, batch: int, max_length: int) -> Cache:
         """An empty cache for `batch` sequences of at most max_length tokens."""
@@ -110,11 +127,16 @@ class Decoder(nnx.Module):
     def hidden_with_cache(self, tokens: Int[Array, "b s"], cache: Cache) -> tuple[Float[Array, "b s dim"], Cache]:
         """`with_cache` before the logits, for those who want them of some tokens only."""
         positions = default_positions(tokens) + cache.lengths[:, None]
-        x, blocks = self.embed(tokens), []
+        x, blocks = self._embed(tokens), []
         for layer, block in enumerate(self.blocks):
             x, kept = block.with_cache(x, positions, cache.blocks[layer], self._table(layer))
             blocks.append(kept)
         return self.norm(x), Cache(tuple(blocks), cache.lengths + tokens.shape[1])
+
+    def _embed(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s dim"]:
+        # Rows first, then their type: the other way round the whole matrix would be cast, and its gradient be summed
+        # in 16 bits.
+        return self.embed.embedding[...][tokens].astype(self.embed.dtype)
 
     def _table(self, layer: int) -> ValueTable | None:
         memory = self.config.memory

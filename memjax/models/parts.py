@@ -30,9 +30,12 @@ class DecoderParts:
     """Tables as shapes."""
 
     @classmethod
-    def of(cls, config: ModelConfig, *, implementation: str | None = None) -> "DecoderParts":
+    def of(
+        cls, config: ModelConfig, *, implementation: str | None = None, attention: str | None = None
+    ) -> "DecoderParts":
         """The parts of the decoder that a config describes; nothing is allocated."""
-        model = nnx.eval_shape(lambda: Decoder(config, implementation=implementation, rngs=nnx.Rngs(0)))
+        kernels = {"implementation": implementation, "attention": attention}
+        model = nnx.eval_shape(lambda: Decoder(config, **kernels, rngs=nnx.Rngs(0)))
         graphdef, tables, params = nnx.split(model, TableRows, nnx.Param)
         return cls(config, graphdef, params, _tables_of(tables))
 

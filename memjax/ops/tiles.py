@@ -43,12 +43,12 @@ def select(num: int, top_k: int) -> Tile:
     tuned = _table().get("select" if whole <= 2048 else "select_long", {})
     # Fewer groups than picks would leave picks out, and a short row is sorted at once.
     run = min(tuned.get("columns", 4), max(1, whole // (2 * round_k)))
-    groups = min(max(tuned.get("rows", 256), 2 * round_k), max(2, whole // run))
+    groups = min(max(tuned.get("rows", 256 if whole > 2048 else 128), 2 * round_k), max(2, whole // run))
     return Tile(rows=groups, columns=run, num_warps=tuned.get("num_warps", 1))
 
 
 def row_update(columns: int) -> Tile:
-    """Picks in flight, and the columns that share a state: 256 of them keep a warp busy."""
+    """Picks in flight (at most 8, they divide a chunk), and the columns that share a state: 256 keep a warp busy."""
     width = next_power_of_two(columns)
     tile = Tile(rows=4, columns=width, num_warps=max(1, width // 256))
     return dataclasses.replace(tile, **_table().get("row_update", {}))

@@ -7,22 +7,33 @@ import jax
 from memjax.command_line import ConfigError
 from memjax.config import MemoryConfig, RunConfig
 from memjax.data.parts import prepare_parts
-from memjax.models.counts import billions, count_parameters, describe, gigabytes, state_bytes
+from memjax.models import dot_product
+from memjax.models.counts import billions, count_parameters, describe, gigabytes
 from memjax.models.decoder import resolve_dtype
 from memjax.ops import dispatch
+from memjax.training import planner
 from memjax.training.finish import describe_summary, finish
 from memjax.training.interrupt import catch_interrupts
 from memjax.training.loop import Loop, NotFinite, Preempted
 from memjax.training.mesh import make_mesh
 from memjax.training.run_folder import RunFolder
 from memjax.training.state import Trainer
+from memjax.training.step import abstract_batch, make_train_step
 
 
 def dry_run(config: RunConfig) -> int:
-    """Prints what a run would need; works on any machine, whatever the mesh."""
+    """Prints what a run would need; works on any machine, whatever the mesh. Where the mesh's accelerators are there,
+    also compiles the step, which tells exactly.
+    """
     trainer = Trainer.of(config)
     data_axis = config.mesh.data or max(1, jax.device_count() // config.mesh.memory)
-    print(describe(config, trainer.parts, trainer.abstract_state(), data_axis=data_axis))
+    print(describe(config, trainer.parts, data_axis=data_axis))
+    print(planner.describe(planner.plan(config, data_axis=data_axis, trainer=trainer)))
+    if jax.default_backend() != "cpu" and jax.device_count() == data_axis * config.mesh.memory:
+        mesh = make_mesh(config)
+        with jax.set_mesh(mesh):
+            compiled = make_train_step(trainer, mesh).lower(trainer.abstract_state(), abstract_batch(config)).compile()
+        print(f"{'compiled for these devices':<27} {gigabytes(planner.compiled_bytes(compiled))} on each")
     return 0
 
 
@@ -30,7 +41,7 @@ def train(config: RunConfig, *, allow_changed: bool = False) -> int:
     """Trains, or resumes, or reports a finished run.
 
     Returns:
-        The exit code: 0 done, 5 not a number, 75 stopped by a signal after saving.
+        The exit code: 0 done, 5 not a number, 7 out of memory, 75 stopped by a signal after saving.
 
     Raises:
         ConfigError, DataError, CheckpointError: what their names say.
@@ -57,6 +68,12 @@ def train(config: RunConfig, *, allow_changed: bool = False) -> int:
         except Preempted as error:
             print(error)
             return 75
+        except jax.errors.JaxRuntimeError as error:
+            if not planner.is_out_of_memory(error):
+                raise
+            limit = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
+            print(planner.explain_out_of_memory(config, data_axis=mesh.shape["data"], limit=limit), file=sys.stderr)
+            return 7
         summary = finish(loop.trainer, state, mesh, folder, tokenizer)
     print("\n" + describe_summary(summary, folder))
     return 0
@@ -77,8 +94,25 @@ def check(config: RunConfig) -> None:
                 f"{name}.warmup_steps={schedule.warmup_steps} must be below train.steps={config.train.steps}; "
                 f"set --{name}.warmup_steps {config.train.steps // 10}"
             )
+    wanted, reason = config.train.attention, why_no_cudnn(config)
+    if wanted == "cudnn" and reason:
+        problems.append(f"train.attention={wanted} cannot run: {reason}; set train.attention=auto")
     if problems:
         raise ConfigError(problems)
+
+
+def why_no_cudnn(config: RunConfig) -> str | None:
+    """Why cuDNN's attention cannot run, in words; None when it can."""
+    model = config.model
+    return dot_product.why_not("cudnn", resolve_dtype(model.dtype), model.head_dim, config.data.sequence_length)
+
+
+def attention(config: RunConfig) -> str:
+    """Which implementation of the attention runs, and why not the fastest."""
+    reason = why_no_cudnn(config)
+    if config.train.attention == "auto" and reason:
+        return f"chunked (cudnn cannot run: {reason})"
+    return "cudnn" if config.train.attention == "auto" else config.train.attention
 
 
 def kernels(memory: MemoryConfig) -> str:
@@ -93,16 +127,17 @@ def kernels(memory: MemoryConfig) -> str:
 def opening(config: RunConfig, trainer: Trainer, mesh: jax.sharding.Mesh, folder: RunFolder) -> str:
     """The first lines of a run: model, memory, devices, what computes."""
     counts = count_parameters(trainer.parts)
-    sizes = state_bytes(trainer.abstract_state(), config.mesh.memory)
+    sizes = planner.plan(config, data_axis=mesh.shape["data"], trainer=trainer)
     memory = config.model.memory
     lines = [
         f"run        {folder.path}",
         f"model      {billions(counts.dense)} dense + {billions(counts.table)} table parameters, "
         f"{billions(counts.active)} active per token",
         f"devices    {mesh.size} x {mesh.devices.flat[0].device_kind} (data {mesh.shape['data']} x memory "
-        f"{mesh.shape['memory']}), {gigabytes(sizes.total)} of state on each",
+        f"{mesh.shape['memory']}), {gigabytes(sizes.total)} needed on each",
         f"data       {config.data.path or config.data.source}, {config.train.steps} steps of "
         f"{config.data.batch_size} x {config.data.sequence_length} tokens",
+        f"attention  {attention(config)}",
     ]
     if memory:
         layers = ", ".join(map(str, memory.layers))

@@ -3,7 +3,7 @@
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from memjax.command_line import ConfigError
@@ -38,12 +38,12 @@ def make_mesh(config: RunConfig, devices: list[Any] | None = None) -> Mesh:
     return jax.make_mesh((data, memory), (DATA, MEMORY), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
-def replicated(mesh: Mesh, tree: Any) -> Any:
+def replicated(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """Shardings that keep every array whole on every device."""
     return jax.tree.map(lambda _: NamedSharding(mesh, P()), tree)
 
 
-def by_columns(mesh: Mesh, tree: Any) -> Any:
+def by_columns(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """Shardings of tables and their state: columns over the memory axis, scalars everywhere."""
     return jax.tree.map(lambda array: NamedSharding(mesh, COLUMNS if array.ndim == 2 else P()), tree)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array
 
 from memjax.config import RunConfig
@@ -50,8 +51,9 @@ class Trainer:
 
     @classmethod
     def of(cls, config: RunConfig, *, implementation: str | None = None) -> "Trainer":
-        """The trainer of a config; `implementation` names that of every operation."""
-        parts = DecoderParts.of(config.model, implementation=implementation)
+        """The trainer of a config; `implementation` names that of the memory's operations."""
+        attention = None if config.train.attention == "auto" else config.train.attention
+        parts = DecoderParts.of(config.model, implementation=implementation, attention=attention)
         steps, seed = config.train.steps, config.run.seed
         table_optimizer = TableOptimizer(config.optim.table, steps, config.model.value_dim, seed)
         return cls(config, parts, make_optimizer(config.optim, steps, parts.abstract_params), table_optimizer)
@@ -83,7 +85,7 @@ class Trainer:
         """The state as shapes."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
-    def shardings(self, mesh: jax.sharding.Mesh) -> TrainState:
+    def shardings(self, mesh: Mesh | AbstractMesh) -> TrainState:
         """Where every array of the state lives: tables and their state by columns, the rest on every device."""
         state = self.abstract_state()
         return dataclasses.replace(

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from memjax.config import RunConfig
 from memjax.memory.parallel import DATA, MEMORY
 from memjax.memory.sparse_gradient import row_sparse_value_and_grad
 from memjax.memory.usage import count_reads, statistics
@@ -41,6 +42,15 @@ def make_train_step(trainer: Trainer, mesh: jax.sharding.Mesh) -> jax.stages.Wra
         in_shardings=(shardings, jax.sharding.NamedSharding(mesh, BATCH)),
         out_shardings=(shardings, None),
     )
+
+
+def abstract_batch(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of the step as shapes."""
+    data, accumulate = config.data, config.train.accumulate
+    shape = (accumulate, data.batch_size // accumulate, data.sequence_length)
+    integers = ["tokens", "targets", "segments", "positions"] + (["sources"] if data.mixture else [])
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in integers}
+    return batch | {"loss_mask": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
 
 def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -124,10 +134,12 @@ def _accumulate(trainer: Trainer, state: TrainState, batch: Batch, learned: Arra
 def _gradients(trainer: Trainer, params: Any, tables: Tables, batch: Batch, learned: Array):
     """((loss, losses of parts), dense gradient, dense table gradient), row gradients by layer: of one micro-batch."""
     parts, remat = trainer.parts, trainer.config.train.remat
+    # Padding comes last in its row, so the tokens before it never see it.
+    segments = batch["segments"] if trainer.config.data.rows_hold_documents else None
 
     def loss_fn(params: Any, taps: dict[str, Array], tables: Tables) -> tuple[Array, tuple[dict, list[Array]]]:
         model = parts.assemble(params, tables)
-        hidden, lookups = model.hidden(batch["tokens"], batch["positions"], batch["segments"], taps, remat)
+        hidden, lookups = model.hidden(batch["tokens"], batch["positions"], segments, taps, remat)
         losses = token_losses(model, hidden, batch["targets"])
         losses = losses * batch["loss_mask"].astype(losses.dtype)
         by_part = [jnp.sum(losses, where=is_of_part) for is_of_part in _parts(trainer, batch)]

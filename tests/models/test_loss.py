@@ -41,7 +41,7 @@ def by_hand(model, hidden, targets):
 @pytest.mark.parametrize("tie_embeddings", [False, True])
 @pytest.mark.parametrize("chunk_tokens", [1, 6, 4096], ids=lambda tokens: f"chunks of {tokens} tokens")
 def test_losses_are_minus_log_probabilities_however_they_are_cut(chunk_tokens, tie_embeddings, monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", chunk_tokens)
+    monkeypatch.setattr(loss_module, "LOGIT_BYTES", chunk_tokens * VOCAB * 4)
     model, hidden, targets, mask = build(tie_embeddings)
     expected = by_hand(model, hidden, np.asarray(targets))
     np.testing.assert_allclose(nnx.jit(token_losses)(model, hidden, targets), expected, rtol=1e-5)
@@ -66,7 +66,7 @@ def test_gradients_are_softmax_minus_target_however_they_are_cut(tie_embeddings,
     d_logits = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True) - np.eye(VOCAB)[np.asarray(targets)]
     d_logits *= np.asarray(mask)[..., None]
     for chunk_tokens in (6, 4096):
-        monkeypatch.setattr(loss_module, "CHUNK_TOKENS", chunk_tokens)
+        monkeypatch.setattr(loss_module, "LOGIT_BYTES", chunk_tokens * VOCAB * 4)
         compiled, *arguments = gradients(model, hidden, targets, mask)
         d_params, d_hidden = compiled(*arguments)
         np.testing.assert_allclose(d_hidden, d_logits @ kernel.T, rtol=1e-4, atol=1e-5)
@@ -79,7 +79,7 @@ def test_compiled_gradient_holds_no_float32_array_of_tokens_by_vocabulary(monkey
     length = 64
 
     def largest(chunk_tokens):
-        monkeypatch.setattr(loss_module, "CHUNK_TOKENS", chunk_tokens)
+        monkeypatch.setattr(loss_module, "LOGIT_BYTES", chunk_tokens * VOCAB * 4)
         compiled, *arguments = gradients(*build(length=length))
         text = str(compiled.lower(*arguments).compile().as_text())
         return max(np.prod([int(size) for size in shape.split(",")]) for shape in re.findall(r"f32\[([\d,]+)\]", text))

@@ -131,9 +131,10 @@ def test_gradients_of_every_implementation_agree(implementation, shape):
     expected = compiled_gradient("reference")(table, weights, indices)
     for mine, other in zip(got, expected, strict=True):
         assert mine.dtype == other.dtype
-        # Sums of the same numbers in another order, rounded to the table's type on the way.
+        # Sums of the same numbers in another order, rounded to the table's type on the way; the loss bends the bags, so
+        # the error of their sums, which grows with the picks, comes on top.
         scale = np.abs(wide(other)).max() * float(jnp.finfo(table.dtype).eps)
-        np.testing.assert_allclose(wide(mine), wide(other), atol=8 * scale, rtol=0)
+        np.testing.assert_allclose(wide(mine), wide(other), atol=(8 + indices.shape[-1]) * scale, rtol=0)
 
 
 @every_implementation

@@ -1,11 +1,13 @@
 """What the loop decides before anything is computed."""
 
+from collections import deque
+
 import numpy as np
 import pytest
 
 from memjax.command_line import ConfigError
 from memjax.config import DataConfig
-from memjax.training.loop import PATIENCE, FirstBatches
+from memjax.training.loop import PATIENCE, FirstBatches, Loop, _Pending
 
 
 def batch(learned: int) -> dict[str, np.ndarray]:
@@ -42,3 +44,20 @@ def test_after_one_learned_token_everything_may_come():
     for learned in (0, 0, 1, *[0] * (2 * PATIENCE)):
         first_batches.look(batch(learned), last=False)
     first_batches.look(batch(0), last=True)
+
+
+class UnderWay:
+    """A value that a device has not computed yet: to read it would wait."""
+
+    def is_ready(self) -> bool:
+        return False
+
+    def __array__(self, *_, **__):
+        raise AssertionError("the loop waits for a step that is under way")
+
+
+def test_steps_under_way_are_not_waited_for():
+    loop = Loop.__new__(Loop)
+    loop.pending = deque(_Pending(step, {"train/loss": UnderWay(), "healthy": UnderWay()}, {}) for step in range(1, 6))
+    loop._read(wait=False)
+    assert len(loop.pending) == 5

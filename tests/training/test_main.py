@@ -17,6 +17,7 @@ from memjax.loading import load
 from memjax.memory import parallel
 from memjax.training import loop, main
 from memjax.training.mesh import make_mesh
+from memjax.training.state import Trainer
 
 SETTINGS = """
 --model.dim 16 --model.num_layers 2 --model.num_heads 2 --model.ffn_dim 24 --model.vocab_size 259
@@ -69,6 +70,41 @@ def test_settings_that_cannot_run_here_end_with_2(run, settings, message):
     assert message in printed
 
 
+def test_attention_that_cannot_run_here_ends_with_2(run):
+    code, printed = run("refused", "--train.attention", "cudnn")
+    assert code == 2
+    assert "train.attention=cudnn cannot run: needs an NVIDIA GPU, found cpu; set train.attention=auto" in printed
+
+
+def loop_that_fails(message: str) -> type:
+    """A loop whose device reports an error, at whatever moment."""
+
+    class Failing:
+        def __init__(self, config, *_):
+            self.trainer = Trainer.of(config)
+
+        def run(self):
+            raise jax.errors.JaxRuntimeError(message)
+
+    return Failing
+
+
+def test_a_run_without_enough_memory_tells_what_it_needs_and_ends_with_7(run, monkeypatch):
+    message = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes."
+    monkeypatch.setattr(main, "Loop", loop_that_fails(message))
+    code, printed = run("large")
+    assert code == 7, printed
+    assert "out of memory" in printed
+    assert "bytes per device" in printed
+    assert re.search(r"--data.batch_size 4 +\S+ MB less", printed), printed
+
+
+def test_another_error_of_a_device_is_not_taken_for_too_little_memory(run, monkeypatch):
+    monkeypatch.setattr(main, "Loop", loop_that_fails("INTERNAL: something else"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        run("broken")
+
+
 def test_a_file_that_is_not_there_ends_with_3(run, tmp_path):
     code, printed = run("lost", "--data.path", str(tmp_path / "nowhere.txt"))
     assert code == 3
@@ -79,6 +115,7 @@ def test_a_dry_run_writes_nothing(run, tmp_path):
     code, printed = run("dry", "--dry_run")
     assert code == 0
     assert "active per token" in printed
+    assert "bytes per device" in printed
     assert not (tmp_path / "dry").exists()
 
 

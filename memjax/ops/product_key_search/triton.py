@@ -68,7 +68,7 @@ def missed(bits, chosen):
 
 @triton.jit
 def exact_best(bits, number, ROUND_K: tl.constexpr):
-    """Numbers of the ROUND_K best, one after the other: slow, for few rows, and little code."""
+    """Numbers of the ROUND_K best, best first, taken one after the other: slow, for few rows, and little code."""
     words = with_place(bits, number)
     rank = tl.arange(0, ROUND_K)
     chosen = tl.zeros((ROUND_K,), tl.int64)
@@ -80,10 +80,9 @@ def exact_best(bits, number, ROUND_K: tl.constexpr):
 
 
 @triton.jit
-def rank_of(bits, number):
-    """How many others come before, which is where the outputs are stored; of equal bits the higher number is first."""
-    words = with_place(bits, number)
-    return tl.sum((words[None, :] > words[:, None]).to(tl.int32), axis=1)
+def in_order(bits, number, ROUND_K: tl.constexpr):
+    """The ROUND_K numbers, best first; of equal bits the higher number comes first."""
+    return place_of(tl.topk(with_place(bits, number), ROUND_K))
 
 
 @triton.jit
@@ -103,7 +102,7 @@ def select_kernel(
     RUN neighbouring scores are a run; run r belongs to group r % GROUPS, which has RUNS of them, so that the maxima of
     the groups form without any exchange between threads. Groups, then runs of the chosen groups, then scores of the
     chosen runs are chosen by quick 32-bit sorts. A quick sort can err only among scores that agree in their leading
-    bits; that is detected, and the row then takes the exact 64-bit sort.
+    bits; that is detected, and the row then takes the exact, slower way.
     """
     row = tl.program_id(0).to(tl.int64)
     scores_ptr += row * NUM
@@ -115,7 +114,6 @@ def select_kernel(
         maxima = tl.maximum(maxima, tl.max(load_bits(scores_ptr, place, NUM), axis=1))
     if RUNS * RUN == 1:
         chosen = exact_best(maxima, group, ROUND_K)
-        chosen_bits = load_bits(scores_ptr, chosen, NUM)
     else:
         chosen = quick_best(maxima, group, GROUPS - 1, ROUND_K)
         runs = tl.arange(0, RUNS)[None, :] * GROUPS + chosen[:, None]
@@ -144,8 +142,9 @@ def select_kernel(
         chosen_bits = load_bits(scores_ptr, chosen, NUM)
         if missed(bits, chosen_bits):
             chosen = exact_best(bits, place, ROUND_K)
-            chosen_bits = load_bits(scores_ptr, chosen, NUM)
-    rank = rank_of(chosen_bits, chosen)
+        else:
+            chosen = in_order(chosen_bits, chosen, ROUND_K)
+    rank = tl.arange(0, ROUND_K)
     kept = rank < TOP_K
     # The score itself is read again, not made from its bits: NaN stays the NaN it was.
     score = tl.load(scores_ptr + chosen, mask=kept, other=0.0)
@@ -186,13 +185,14 @@ def pair_kernel(
     sums, _, _ = load_pairs(best_ptr, first_ptr, second_ptr, left, right, pair, PAIRS)
     bits = tl.where(pair < PAIRS, order_bits(sums), WORST)
     chosen = quick_best(bits, pair, ROUND_PAIRS - 1, ROUND_K)
-    sums, first, second = load_pairs(best_ptr, first_ptr, second_ptr, left, right, chosen, PAIRS)
+    sums, _, _ = load_pairs(best_ptr, first_ptr, second_ptr, left, right, chosen, PAIRS)
     chosen_bits = tl.where(chosen < PAIRS, order_bits(sums), WORST)
     if missed(bits, chosen_bits):
         chosen = exact_best(bits, pair, ROUND_K)
-        sums, first, second = load_pairs(best_ptr, first_ptr, second_ptr, left, right, chosen, PAIRS)
-        chosen_bits = tl.where(chosen < PAIRS, order_bits(sums), WORST)
-    rank = rank_of(chosen_bits, chosen)
+    else:
+        chosen = in_order(chosen_bits, chosen, ROUND_K)
+    sums, first, second = load_pairs(best_ptr, first_ptr, second_ptr, left, right, chosen, PAIRS)
+    rank = tl.arange(0, ROUND_K)
     kept = rank < TOP_K
     slots = tl.load(places_ptr + first) * NUM + tl.load(places_ptr + second)
     out = (token * HEADS + head) * TOP_K + rank

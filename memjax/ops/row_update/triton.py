@@ -134,14 +134,12 @@ def update_kernel(
                 if PARTIAL:
                     vector = load_halves(vectors_ptr + source * 2 * DIM + columns, mask, DIM)
                 else:
-                    vector = tl.load(
-                        vectors_ptr + source * DIM + columns, mask=mask, other=0.0, eviction_policy="evict_last"
-                    )
+                    vector = tl.load(vectors_ptr + source * DIM + columns, mask=mask, other=0.0)
                 next_row = tl.load(rows_ptr + pick + 1, mask=pick + 1 < NUM_PICKS, other=-1)
                 last = (next_row != row) & (row >= 0)
                 place = row.to(tl.int64) * DIM + columns
                 mask = inner < tl.where(last, num_columns, 0)
-                old = tl.load(table_ptr + place, mask=mask, other=0.0, eviction_policy="evict_first")
+                old = tl.load(table_ptr + place, mask=mask, other=0.0)
                 old_second = 0.0
                 if KIND == "rowwise_adam" or KIND == "rowwise_adagrad":
                     old_second = tl.load(second_ptr + row.to(tl.int64) * blocks + block, mask=last, other=0.0)
@@ -185,7 +183,7 @@ def update_kernel(
                             hashed_row = mix(hashed_step ^ rows[ahead].to(tl.uint32))
                             new = round_up_or_down(new, hashed_row, first_column, COLUMNS, IN_PAIRS)
                         new = new.to(table_ptr.dtype.element_ty)
-                        tl.store(table_ptr + place, new, mask=inside, eviction_policy="evict_first")
+                        tl.store(table_ptr + place, new, mask=inside)
                     total = tl.zeros((COLUMNS,), tl.float32)
                     side = 1
                     picked = 0

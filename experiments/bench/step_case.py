@@ -1,0 +1,253 @@
+"""Measures one case of the bench of whole steps, in a process of its own: `step_case.py CASE RESULT`.
+
+A process for each case: what one case leaves in the device's memory, or an out-of-memory, does not touch the next, and
+the peak that the allocator reports is that of the case. train_step.py starts the processes.
+"""
+
+import json
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import memjax
+from memjax.command_line import load
+from memjax.config import RunConfig
+from memjax.memory import parallel
+from memjax.memory.table import draw_rows
+from memjax.models import dot_product
+from memjax.models.counts import count_parameters, training_flops_per_token
+from memjax.models.decoder import resolve_dtype
+from memjax.ops.row_update.rules import RowRule, row_step
+from memjax.training import planner
+from memjax.training.mesh import make_mesh, put_batch
+from memjax.training.metrics import peak_flops
+from memjax.training.profiling import newest_trace, operations, table
+from memjax.training.state import Trainer
+from memjax.training.step import BATCH, make_train_step
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import timing
+
+Row = dict[str, Any]
+
+
+def seconds_of(step: Callable[[Any], Any], state: Any, case: Row) -> tuple[float, Any]:
+    """Seconds of a step that takes its state over: the median of windows of chained steps, each with one wait."""
+    for _ in range(2):
+        state = jax.block_until_ready(step(state))
+    times = []
+    for _ in range(case["windows"]):
+        started = time.perf_counter()
+        for _ in range(case["steps"]):
+            state = step(state)
+        jax.block_until_ready(state)
+        times.append((time.perf_counter() - started) / case["steps"])
+    return statistics.median(times), state
+
+
+def random_batch(config: RunConfig, documents: bool) -> dict[str, np.ndarray]:
+    """Uniformly random tokens, drawn once; rows of one text each, or of documents of 512 tokens on average."""
+    rng = np.random.default_rng(0)
+    shape = (config.data.batch_size, config.data.sequence_length)
+    starts = np.zeros(shape, bool)
+    if documents:
+        starts = rng.random(shape) < 1 / 512
+    starts[:, 0] = True
+    place = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    batch = {
+        "tokens": rng.integers(config.model.vocab_size, size=shape, dtype=np.int32),
+        "targets": rng.integers(config.model.vocab_size, size=shape, dtype=np.int32),
+        "segments": np.cumsum(starts, axis=1, dtype=np.int32),
+        "positions": place - np.maximum.accumulate(np.where(starts, place, 0), axis=1),
+        "loss_mask": np.ones(shape, np.float32),
+    }
+    return {name: rows.reshape(config.train.accumulate, -1, shape[1]) for name, rows in batch.items()}
+
+
+def distinct_rows(trainer: Trainer, state: Any, batch: dict[str, jax.Array]) -> Row:
+    """Picks of a batch, and how many different rows of the tables they are."""
+    memory = trainer.config.model.memory
+    if memory is None:
+        return {}
+
+    @jax.jit
+    def picks(params: Any, tables: Any, tokens: jax.Array, positions: jax.Array) -> list[jax.Array]:
+        lookups = trainer.parts.assemble(params, tables).hidden(tokens, positions)[1]
+        return [lookup.indices for lookup in lookups.values()]
+
+    found = jax.device_get(picks(state.params, state.tables, batch["tokens"][0], batch["positions"][0]))
+    return {
+        "picks": sum(indices.size for indices in found),
+        "distinct rows": int(np.unique(np.concatenate([indices.ravel() for indices in found])).size),
+        "table slots": memory.num_slots,
+    }
+
+
+def allocator_peak(device: Any) -> float | None:
+    """Gigabytes that were in use at once on a device, over the life of this process; None where nobody counts."""
+    stats = device.memory_stats()
+    return stats["peak_bytes_in_use"] / 1e9 if stats else None
+
+
+def whole_step(config: RunConfig, devices: list[Any], case: Row) -> Row:
+    """A training step as the trainer runs it."""
+    trainer, mesh = Trainer.of(config), make_mesh(config, devices)
+    tokens = config.data.batch_size * config.data.sequence_length
+    row: Row = {"tokens": tokens, "attention": attention_of(config)}
+    with jax.set_mesh(mesh):
+        state = jax.jit(trainer.init, out_shardings=trainer.shardings(mesh))(jax.random.key(0))
+        batch = put_batch(mesh, random_batch(config, case["documents"]), BATCH)
+        if case["count_rows"]:
+            row |= distinct_rows(trainer, state, batch)
+        started = time.perf_counter()
+        compiled = make_train_step(trainer, mesh).lower(state, batch).compile()
+        row["compile s"] = time.perf_counter() - started
+        predicted = planner.plan(config, data_axis=mesh.shape["data"], trainer=trainer)
+        row |= {"predicted GB": predicted.total / 1e9, "compiled GB": planner.compiled_bytes(compiled) / 1e9}
+        row["prediction"] = {name: count / 1e9 for name, count in (predicted.state | predicted.temporary).items()}
+        row["temporary GB"] = compiled.memory_analysis().temp_size_in_bytes / 1e9
+        seconds, state = seconds_of(lambda state: compiled(state, batch)[0], state, case)
+        row["peak GB"] = allocator_peak(devices[0])
+        if case["profile"]:
+            row["profile"] = profile(lambda state: compiled(state, batch)[0], state, pathlib.Path(case["profile"]))
+    speed, counts = tokens / seconds, count_parameters(trainer.parts)
+    row |= {
+        "ms": seconds * 1e3,
+        "tokens/s": round(speed),
+        "dense parameters": counts.dense,
+        "table parameters": counts.table,
+    }
+    if peak := peak_flops(devices[0]):
+        flops = training_flops_per_token(trainer.parts, config.data.sequence_length)
+        row["MFU"] = speed * flops / (peak * len(devices))
+    return row
+
+
+def attention_of(config: RunConfig) -> str:
+    """Which attention runs."""
+    wanted = None if config.train.attention == "auto" else config.train.attention
+    dtype, length = resolve_dtype(config.model.dtype), config.data.sequence_length
+    return dot_product.choose(wanted, dtype, config.model.head_dim, length)
+
+
+def profile(step: Callable[[Any], Any], state: Any, folder: pathlib.Path) -> list[Row]:
+    """The operations of three steps that take the most time."""
+    with jax.profiler.trace(str(folder)):
+        for _ in range(3):
+            state = step(state)
+        jax.block_until_ready(state)
+    found = operations(jax.profiler.ProfileData.from_file(str(newest_trace(folder))))
+    print(table(found, 30), flush=True)
+    total = sum(operation.seconds for operation in found)
+    return [
+        {"operation": name, "ms a step": seconds / 3 * 1e3, "share": seconds / total, "uses": uses / 3}
+        for name, seconds, uses in found[:30]
+    ]
+
+
+def memory_layer(config: RunConfig, devices: list[Any], case: Row) -> Row:
+    """One memory layer forward and backward and the update of its table, split over all the devices."""
+    memory, dim, mesh = config.model.memory, config.model.dim, make_mesh(config, devices)
+    assert memory is not None
+    dtype, tokens = resolve_dtype(config.model.dtype), config.data.batch_size * config.data.sequence_length
+    rule = RowRule(state_columns=config.optim.table.columns_per_state(dim))
+    split = lambda spec: jax.sharding.NamedSharding(mesh, spec)
+    with jax.set_mesh(mesh):
+        layer = memjax.MemoryLayer(
+            dim,
+            num_keys=memory.num_keys,
+            num_heads=memory.num_heads,
+            top_k=memory.top_k,
+            key_dim=memory.key_dim,
+            dtype=dtype,
+            rngs=nnx.Rngs(0),
+        )
+        graphdef, params = nnx.split(layer)
+
+        def start(key: jax.Array):
+            table = draw_rows(key, memory.num_slots, dim, std=dim**-0.5, dtype=dtype)
+            return table, rule.init(memory.num_slots, dim, dtype)
+
+        table_state = jax.jit(start, out_shardings=split(parallel.COLUMNS))(jax.random.key(0))
+        draw = jax.jit(
+            lambda key: jax.random.normal(key, (tokens, dim)).astype(dtype), out_shardings=split(parallel.TOKENS)
+        )
+        x, target = draw(jax.random.key(1)), draw(jax.random.key(2))
+
+        def loss_fn(params, taps, rows, x, target):
+            layer = nnx.merge(graphdef, params)
+            lookup = layer.lookup(x)
+            bag = parallel.bag(rows, *lookup, taps["memory"])
+            return jnp.mean((layer.combine(x, bag) * target).astype(jnp.float32)), ({"memory": lookup}, None)
+
+        def step(table_state, params, x, target):
+            taps = {"memory": parallel.zero_tap(tokens, dim, dtype)}
+            value_and_grad = memjax.row_sparse_value_and_grad(loss_fn)
+            _, gradient, rows = value_and_grad(params, taps, table_state[0], x, target)
+            updated = parallel.update_rows(*table_state, [rows["memory"]], rule, row_step(1e-3, 0))
+            # All of the gradient is asked for, and little of it leaves the devices.
+            return updated, jax.tree.map(jnp.sum, gradient)
+
+        compiled = jax.jit(step, donate_argnums=0).lower(table_state, params, x, target).compile()
+        seconds, _ = seconds_of(lambda state: compiled(state, params, x, target)[0], table_state, case)
+    return {"tokens": tokens, "ms": seconds * 1e3, "tokens/s": round(tokens / seconds)}
+
+
+def over_devices(case: Row) -> list[Row]:
+    """Weak scaling: the same work for each device on one and on more of them."""
+    available, rows = jax.devices(), []
+    counts = [count for count in (1, 2, 4, 8) if count <= len(available)]
+    for name, measure in (("memory layer", memory_layer), ("whole step", whole_step)):
+        alone = None
+        for count in counts:
+            for data, memory in dict.fromkeys(((1, count), (count, 1))):
+                sizes = ["--data.batch_size", str(case["batch"] * count)]
+                sizes += ["--mesh.data", str(data), "--mesh.memory", str(memory)]
+                row: Row = {"case": f"{name}, {count} of {len(available)}", "mesh": f"data {data} x memory {memory}"}
+                row |= attempt(lambda sizes=sizes, n=count, f=measure: f(config_of(case, sizes), available[:n], case))
+                row.pop("peak GB", None)  # that of the cases before too
+                if "tokens/s" in row:
+                    each = row["tokens/s"] / count
+                    alone = alone or each
+                    row |= {"tokens/s per GPU": round(each), "of one GPU": each / alone}
+                rows.append(row)
+    return rows
+
+
+def attempt(function: Callable[[], Row]) -> Row:
+    """The function's row, or what went wrong as one."""
+    try:
+        return function()
+    except Exception as error:
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
+            return {"note": "out of memory"}
+        print(f"{type(error).__name__}: {text[:4000]}", file=sys.stderr, flush=True)
+        return {"note": f"{type(error).__name__}: {' '.join(text.split())[:200]}"}
+
+
+def config_of(case: Row, more: list[str] | None = None) -> RunConfig:
+    """The case's preset with its settings."""
+    return load(RunConfig, pathlib.Path(case["preset"]), [*case["settings"], *(more or [])])
+
+
+def main() -> None:
+    """Writes the case's rows as JSON."""
+    case, result = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
+    if case["kind"] == "devices":
+        rows = over_devices(case)
+    else:
+        rows = [attempt(lambda: whole_step(config_of(case), jax.devices()[:1], case))]
+    result.write_text(json.dumps({"rows": rows, "environment": timing.environment()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Times whole training steps: `python experiments/bench/train_step.py [--only PART ...] [--out FOLDER] [--small]`.
+
+Dense against Memory+ of one size on one device, a PyTorch peer of the dense model, table sizes, documents that share
+rows, XLA's flags, and one device against several. The settings are those of the size's presets but for the batch
+(4 x 4,096 tokens a device), `train.remat: none` and rows of one text; tokens are random. Each case runs in a process of
+its own, so that an out-of-memory is a row and the rest goes on. The record is written after every case.
+
+With --small (for CPUs) a few cases of small sizes run, and the figures say nothing but that it runs.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+import timing
+
+from memjax.command_line import load
+from memjax.config import RunConfig
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+COLUMNS = ("part", "case", "mesh", "attention", "ms", "tokens/s", "MFU", "peak GB", "compiled GB")
+COLUMNS += ("predicted GB", "compile s", "distinct rows", "tokens/s per GPU", "of one GPU", "note")
+
+SMALL = """
+--model.dim 128 --model.num_layers 2 --model.num_heads 2 --model.ffn_dim 64 --model.vocab_size 512 --model.dtype float32
+"""
+SMALL_MEMORY = "--model.memory.layers 1 --model.memory.num_heads 2 --model.memory.top_k 4 --model.memory.key_dim 16 "
+SMALL_MEMORY += "--optim.table.state_columns 64"
+BFLOAT16 = ["--model.param_dtype", "bfloat16"]
+
+XLA_FLAGS = {
+    "default flags": "",
+    "no Triton matrix products": "--xla_gpu_enable_triton_gemm=false",
+    "latency hiding scheduler": "--xla_gpu_enable_latency_hiding_scheduler=true",
+    "no command buffers": "--xla_gpu_enable_command_buffer=",
+    "cuBLASLt": "--xla_gpu_enable_cublaslt=true",
+    "autotune level 1": "--xla_gpu_autotune_level=1",
+}
+
+Row = dict[str, Any]
+
+
+def cases(arguments: argparse.Namespace) -> dict[str, list[Row]]:
+    """The cases of every part."""
+    small = arguments.small
+    dense, memory_plus = (str(ROOT / f"configs/{arguments.size}_{kind}.yaml") for kind in ("dense", "memory_plus_1m"))
+    length = 64 if small else 4096
+    batch = arguments.batch or (2 if small else 4)
+
+    def case(name: str, preset: str, *settings: str, **more: Any) -> Row:
+        common = ["--data.batch_size", str(batch), "--data.sequence_length", str(length), "--train.remat", "none"]
+        common += [] if more.get("documents") else ["--data.document_mask", "false"]
+        shrink = f"{SMALL} {SMALL_MEMORY if preset == memory_plus else ''}".split() if small else []
+        windows = {"windows": 2, "steps": 2} if small else {"windows": 5, "steps": 10}
+        found = {"case": name, "kind": "step", "preset": preset, "batch": batch, "length": length}
+        found |= {"settings": [*common, *shrink, *settings, *arguments.settings], "xla_flags": "", "documents": False}
+        return found | {"count_rows": False, "profile": None} | windows | more
+
+    def memory_case(name: str, num_keys: int, *settings: str, **more: Any) -> Row:
+        keys = ["--model.memory.num_keys", str(num_keys)]
+        return case(name, memory_plus, *keys, *settings, **more)
+
+    model = load(RunConfig, pathlib.Path(dense), [*(SMALL.split() if small else []), *arguments.settings]).model
+    names = ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size", "rope_theta", "norm_eps")
+    shape = {name: getattr(model, name) for name in names}
+    largest = [16] if small else [1024, 2048, 4096, 6928]
+    documents = {"documents": True}
+    found = {
+        "dense": [case("dense, float32 parameters", dense), case("dense, bfloat16 parameters", dense, *BFLOAT16)],
+        "memory": [
+            memory_case("Memory+, float32 parameters", largest[0], count_rows=True),
+            memory_case("Memory+, bfloat16 parameters", largest[0], *BFLOAT16),
+        ],
+        "torch": [case("PyTorch dense, bfloat16 parameters", dense, kind="torch", shape=shape)],
+        "documents": [
+            case(f"dense, rows of documents, {name}", dense, "--train.attention", name, **documents)
+            for name in ("cudnn", "chunked")
+        ],
+        "sizes": [memory_case(f"Memory+, {keys**2:,} slots", keys, count_rows=True) for keys in largest],
+        "remat": [case(f"dense, remat {name}", dense, "--train.remat", name) for name in ("dots", "block")],
+        "xla": [case(f"dense, {name}", dense, xla_flags=flags) for name, flags in XLA_FLAGS.items()],
+        "devices": [memory_case("weak scaling", largest[0], kind="devices")],
+    }
+    if small:
+        found = {part: found[part][:1] for part in ("dense", "memory", "torch", "devices")}
+    for part, of_part in found.items():
+        for number, one in enumerate(of_part):
+            one["part"] = part
+            if arguments.profile:
+                one["profile"] = str(arguments.out / "profiles" / f"{part}-{number}")
+    return found
+
+
+def run(case: Row, seconds: float) -> tuple[list[Row], Row]:
+    """The rows of a case, from a process of its own, and what it says of the device."""
+    script = HERE / ("torch_peer.py" if case["kind"] == "torch" else "step_case.py")
+    if case["kind"] == "torch" and importlib.util.find_spec("torch") is None:
+        return [{"note": "PyTorch is not installed"}], {}
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {case['xla_flags']}".strip(),
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95"),
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        result = pathlib.Path(folder) / "result.json"
+        command = [sys.executable, str(script), json.dumps(case), str(result)]
+        try:
+            code = subprocess.run(command, env=environment, timeout=seconds, check=False).returncode
+        except subprocess.TimeoutExpired:
+            return [{"note": f"stopped after {seconds:.0f} s"}], {}
+        if not result.exists():
+            return [{"note": f"ended with exit code {code}"}], {}
+        found = json.loads(result.read_text())
+        return found["rows"], found.get("environment", {})
+
+
+def write(out: pathlib.Path, stem: str, record: Row) -> None:
+    """The record as JSON and as a table."""
+    timing.write_record(out / f"{stem}.json", record)
+    device = record.get("device", "an unknown device")
+    text = f"# Training steps on {device}\n\n{record['command']}\n\n{timing.table(record['rows'], COLUMNS)}\n"
+    (out / f"{stem}.md").write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/bench/results"))
+    parser.add_argument("--small", action="store_true", help="small sizes")
+    parser.add_argument("--size", default="373m", help="presets configs/SIZE_dense.yaml and SIZE_memory_plus_1m.yaml")
+    parser.add_argument("--batch", type=int, help="sequences a device")
+    parser.add_argument("--only", nargs="*", help="parts: dense memory torch documents sizes remat xla devices")
+    parser.add_argument("--cases", default="", help="only cases whose name contains this")
+    parser.add_argument("--profile", action="store_true", help="trace three steps of every case too")
+    parser.add_argument("--seconds", type=float, default=570, help="no case begins after this, and none goes on longer")
+    parser.add_argument("--settings", default=[], type=str.split, help="settings for all cases, as train takes them")
+    parser.add_argument("--stem", help="name of the files in the folder, without suffix")
+    arguments = parser.parse_args()
+    arguments.out = arguments.out.resolve()
+    started, record = time.monotonic(), {"command": " ".join(sys.argv), "rows": []}
+    parts = cases(arguments)
+    if unknown := set(arguments.only or []) - set(parts):
+        parser.error(f"--only: no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+    print(timing.table([], COLUMNS), flush=True)
+    for case in [case for part in arguments.only or parts for case in parts[part] if arguments.cases in case["case"]]:
+        left = arguments.seconds - (time.monotonic() - started)
+        rows, environment = run(case, left) if left > 0 else ([{"note": "no time left"}], {})
+        record |= environment
+        for row in rows:
+            record["rows"].append({"part": case["part"], "case": case["case"]} | row)
+            print(timing.table(record["rows"][-1:], COLUMNS).splitlines()[-1], flush=True)
+        device = record.get("device", "unknown").replace(" ", "-").lower()
+        write(arguments.out, arguments.stem or f"train_step-{device}" + ("-small" if arguments.small else ""), record)
+
+
+if __name__ == "__main__":
+    main()

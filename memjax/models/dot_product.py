@@ -1,0 +1,145 @@
+"""Dot-product attention in bounded memory: cuDNN's kernel where it can run, else chunks of queries.
+
+As with the memory's operations, a named implementation is met or refused, never swapped; only None may choose.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from memjax.ops.precision import accumulator
+
+IMPLEMENTATIONS = ("cudnn", "chunked")
+"""In the order of preference."""
+
+SCORE_BYTES = 1 << 28
+"""Scores per device that exist at once."""
+
+
+def choose(wanted: str | None, dtype: DTypeLike, head_dim: int, length: int) -> str:
+    """The name of the implementation that runs.
+
+    Args:
+        wanted: one of IMPLEMENTATIONS; None takes the fastest that can run.
+        dtype: of queries, keys and values.
+        head_dim: width of a head.
+        length: tokens in a row.
+
+    Raises:
+        ValueError: `wanted` is unknown.
+        NotImplementedError: `wanted` is known but cannot run here; the message says why.
+    """
+    if wanted is None:
+        return "chunked" if why_not("cudnn", dtype, head_dim, length) else "cudnn"
+    if wanted not in IMPLEMENTATIONS:
+        raise ValueError(f"attention={wanted!r} is unknown; known: {', '.join(IMPLEMENTATIONS)}")
+    if reason := why_not(wanted, dtype, head_dim, length):
+        raise NotImplementedError(f"attention={wanted!r} cannot run: {reason}")
+    return wanted
+
+
+def why_not(name: str, dtype: DTypeLike, head_dim: int, length: int) -> str | None:
+    """Why an implementation cannot run here, in words; None when it can."""
+    if name != "cudnn":
+        return None
+    if jax.default_backend() != "gpu":
+        return f"needs an NVIDIA GPU, found {jax.default_backend()}"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"needs bfloat16 or float16, found {jnp.dtype(dtype).name}"
+    device: Any = jax.devices()[0]
+    capability = tuple(int(part) for part in device.compute_capability.split("."))
+    if capability < (8, 0):
+        return f"needs compute capability 8.0, found {device.compute_capability}"
+    widest = 256 if capability >= (9, 0) else 128
+    if head_dim % 8 or head_dim > widest:
+        return f"needs heads whose width is a multiple of 8 and at most {widest}, found {head_dim}"
+    if length % 2:
+        return f"needs an even number of tokens in a row, found {length}"
+    return None
+
+
+def self_attention(
+    query: Float[Array, "b s n h"],
+    keys: Float[Array, "b s kv h"],
+    values: Float[Array, "b s kv h"],
+    *,
+    segments: Int[Array, "b s"] | None,
+    window: int | None,
+    implementation: str,
+) -> Float[Array, "b s n h"]:
+    """Each token attends to itself and those before it, of its own segment and among the nearest `window` ones."""
+    if implementation == "chunked":
+        places = jnp.arange(query.shape[1])[None, :]
+        return attention(query, keys, values, places=places, segments=segments, window=window)
+    mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
+    nearest = None if window is None else (window - 1, 0)
+    return jax.nn.dot_product_attention(
+        query, keys, values, mask=mask, is_causal=True, local_window_size=nearest, implementation="cudnn"
+    )
+
+
+def attention(
+    query: Float[Array, "b q n h"],
+    keys: Float[Array, "b k kv h"],
+    values: Float[Array, "b k kv h"],
+    *,
+    places: Int[Array, "#b q"],
+    segments: Int[Array, "b k"] | None = None,
+    window: int | None = None,
+) -> Float[Array, "b q n h"]:
+    """Queries that stand at `places` among the keys; a chunk of them is scored at a time, and again in the backward
+    pass, so that queries x keys never stands in memory.
+
+    Args:
+        query: queries.
+        keys: keys; a query sees those up to its own place.
+        values: values.
+        places: of the queries, among the keys.
+        segments: of the keys; a query sees those of the segment at its place. None is one segment.
+        window: how many of the nearest keys a query sees; None for all.
+    """
+    batch, length, heads, _ = query.shape
+    places = jnp.broadcast_to(places, (batch, length))
+    wide = accumulator(query.dtype).itemsize
+    score_bytes = batch * length * heads * keys.shape[1] * wide
+    count = min(length, -(-score_bytes // (SCORE_BYTES * max(1, jax.sharding.get_abstract_mesh().size))))
+    chunk = -(-length // count)
+
+    def one_chunk(query: Array, places: Array) -> Array:
+        return _attend(query, keys, values, _seen(places, keys.shape[1], segments, window))
+
+    if count == 1:
+        return one_chunk(query, places)
+
+    def split(array: Array) -> Array:
+        padding = [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (array.ndim - 2)
+        return jnp.moveaxis(jnp.pad(array, padding).reshape(batch, count, chunk, *array.shape[2:]), 1, 0)
+
+    out = jax.lax.map(lambda part: jax.checkpoint(one_chunk)(*part), (split(query), split(places)))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, count * chunk, *query.shape[2:])[:, :length]
+
+
+def _seen(
+    places: Int[Array, "b q"], num_keys: int, segments: Int[Array, "b k"] | None, window: int | None
+) -> Bool[Array, "b 1 q k"]:
+    """Which keys each query sees."""
+    distance = places[:, :, None] - jnp.arange(num_keys)[None, None, :]
+    seen = distance >= 0
+    if window is not None:
+        seen &= distance < window
+    if segments is not None:
+        seen &= jnp.take_along_axis(segments, places, axis=1)[:, :, None] == segments[:, None, :]
+    return seen[:, None]
+
+
+def _attend(query: Array, keys: Array, values: Array, seen: Bool[Array, "b 1 q k"]) -> Array:
+    if query.dtype != jnp.float64:
+        return jax.nn.dot_product_attention(query, keys, values, mask=seen, implementation="xla")
+    # jax.nn's softmax is float32 whatever it is given.
+    groups = query.shape[2] // keys.shape[2]
+    keys, values = jnp.repeat(keys, groups, axis=2), jnp.repeat(values, groups, axis=2)
+    scores = jnp.einsum("bqnh,bknh->bnqk", query, keys) * query.shape[-1] ** -0.5
+    return jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1), values)

@@ -1,0 +1,134 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memjax.models import dot_product
+
+BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 10, 4, 2, 8
+
+
+def draw(dtype="float32", length=LENGTH):
+    rng = np.random.default_rng(0)
+    shapes = [(BATCH, length, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    segments = jnp.asarray(np.sort(rng.integers(1, 4, size=(BATCH, length)), axis=1), jnp.int32)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes], segments
+
+
+def by_hand(query, keys, values, segments, window):
+    out = np.zeros(query.shape)
+    for row, place, head in np.ndindex(query.shape[:3]):
+        seen = [
+            other
+            for other in range(max(0, place + 1 - (window or LENGTH)), place + 1)
+            if segments is None or segments[row, other] == segments[row, place]
+        ]
+        group = head // (HEADS // KV_HEADS)
+        weights = np.exp(keys[row, seen, group] @ query[row, place, head] / HEAD_DIM**0.5)
+        out[row, place, head] = weights / weights.sum() @ values[row, seen, group]
+    return out
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("chunks", [1, 3, 10])
+def test_output_does_not_depend_on_how_queries_are_cut(chunks, window, documents, monkeypatch):
+    arrays, segments = draw()
+    scores = BATCH * HEADS * LENGTH * LENGTH * 4
+    monkeypatch.setattr(dot_product, "SCORE_BYTES", -(-scores // chunks))
+    options = {"segments": segments if documents else None, "window": window, "implementation": "chunked"}
+    got = jax.jit(functools.partial(dot_product.self_attention, **options))(*arrays)
+    query, keys, values = map(np.asarray, arrays)
+    expected = by_hand(query, keys, values, np.asarray(segments) if documents else None, window)
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)
+
+
+def test_gradients_of_chunks_are_those_of_the_whole_and_hold_no_square_of_scores(monkeypatch):
+    arrays, segments = draw(length=64)
+
+    def compiled(limit):
+        monkeypatch.setattr(dot_product, "SCORE_BYTES", limit)
+        loss = lambda *arrays: jnp.sum(
+            jnp.sin(dot_product.self_attention(*arrays, segments=segments, window=None, implementation="chunked"))
+        )
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arrays).compile()
+
+    scores = BATCH * HEADS * 64 * 64 * 4
+    whole, chunked = compiled(scores), compiled(scores // 16)
+    for one, other in zip(whole(*arrays), chunked(*arrays), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    temporary = lambda compiled: compiled.memory_analysis().temp_size_in_bytes
+    assert temporary(whole) > scores > temporary(chunked)
+
+
+def test_cudnn_is_asked_for_the_same_attention(monkeypatch):
+    """What is asked of cuDNN's kernel, answered by XLA's, which has the same interface."""
+    asked, plain = [], jax.nn.dot_product_attention
+
+    def answer(*arrays, implementation, **options):
+        asked.append(implementation)
+        return plain(*arrays, implementation="xla", **options)
+
+    arrays, segments = draw()
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.nn, "dot_product_attention", answer)
+        options = {"segments": segments, "window": 3}
+        got = dot_product.self_attention(*arrays, **options, implementation="cudnn")
+        assert asked == ["cudnn"]
+    expected = dot_product.self_attention(*arrays, **options, implementation="chunked")
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)
+
+
+class Gpu:
+    compute_capability = "9.0"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "length", "capability", "reason"),
+    [
+        ("bfloat16", 64, 10, "9.0", None),
+        ("float16", 256, 10, "9.0", None),
+        ("float32", 64, 10, "9.0", "needs bfloat16 or float16, found float32"),
+        ("bfloat16", 256, 10, "8.6", "a multiple of 8 and at most 128, found 256"),
+        ("bfloat16", 68, 10, "9.0", "a multiple of 8 and at most 256, found 68"),
+        ("bfloat16", 64, 10, "7.5", "needs compute capability 8.0, found 7.5"),
+        ("bfloat16", 64, 11, "9.0", "needs an even number of tokens in a row, found 11"),
+    ],
+)
+def test_cudnn_says_why_it_cannot_run(dtype, head_dim, length, capability, reason, monkeypatch):
+    monkeypatch.setattr(Gpu, "compute_capability", capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [Gpu()])
+    found = dot_product.why_not("cudnn", dtype, head_dim, length)
+    assert found == reason or (reason and reason in found)
+    assert dot_product.choose(None, dtype, head_dim, length) == ("chunked" if reason else "cudnn")
+
+
+def test_a_named_wish_is_met_or_refused():
+    assert dot_product.choose("chunked", "float32", 64, 10) == "chunked"
+    with pytest.raises(NotImplementedError, match=r"attention='cudnn' cannot run: needs an NVIDIA GPU, found cpu"):
+        dot_product.choose("cudnn", "bfloat16", 64, 10)
+    with pytest.raises(ValueError, match=r"attention='flash' is unknown; known: cudnn, chunked"):
+        dot_product.choose("flash", "bfloat16", 64, 10)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_cudnn_gives_what_chunks_give(window, documents):
+    arrays, segments = draw("bfloat16")
+
+    def run(implementation):
+        def loss(*arrays):
+            options = {"segments": segments if documents else None, "window": window}
+            out = dot_product.self_attention(*arrays, **options, implementation=implementation)
+            return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
+
+    # Eight bits of mantissa, and weights rounded to them before they are summed with values.
+    for one, other in zip(jax.tree.leaves(run("cudnn")), jax.tree.leaves(run("chunked")), strict=True):
+        np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=3e-2, atol=3e-2)
