@@ -18,7 +18,7 @@ from memjax.evaluation.perplexity import Place, to_device
 from memjax.evaluation.recall import everywhere
 from memjax.models.decoder import Decoder
 from memjax.models.generate import padded_length
-from memjax.models.loss import CHUNK_TOKENS
+from memjax.models.loss import LOGIT_BYTES
 
 Show = Callable[[float], None]
 """Is told how much of a work is done: 0 to 1."""
@@ -184,5 +184,6 @@ def _scored(
 
     shape = batch["targets"].shape
     flat = (hidden.reshape(-1, hidden.shape[-1]), batch["targets"].reshape(-1))
-    log_p, best = jax.lax.map(one, flat, batch_size=min(CHUNK_TOKENS, len(flat[1])))
+    most = max(1, LOGIT_BYTES // (4 * model.config.vocab_size))
+    log_p, best = jax.lax.map(one, flat, batch_size=min(most, len(flat[1])))
     return everywhere(log_p.reshape(shape)), everywhere(best.reshape(shape))
