@@ -1,53 +1,28 @@
-"""`python -m memjax.evaluate RUN`: facts remembered and bits known, or bits per byte; beside it with tables zeroed."""
+"""`python -m memjax.evaluate RUN`: facts, text, questions or tasks; beside it the same with the tables zeroed."""
 
+import contextlib
 import dataclasses
+import importlib.util
 import json
+import os
 import pathlib
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memjax import command_line
-from memjax.evaluation.command import CheckpointSettings, exit_code, loaded
+from memjax.evaluation.command import exit_code, loaded
+from memjax.evaluation.settings import EvaluateConfig
 
 if TYPE_CHECKING:
     from memjax.data.records import Source
+    from memjax.evaluation.questions import QuestionSet
     from memjax.loading import LoadedModel
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateConfig(CheckpointSettings):
-    """What to measure. A run on biographies is asked for its facts, unless a text is named; other runs read text."""
-
-    text: str | None = None
-    """A file to read, one document a line; .jsonl: one object a line. null: the facts, or the run's validation data."""
-    text_key: str | None = None
-    """JSONL field with a whole document; null takes the run's."""
-    max_bytes: int | None = None
-    """Text to read, in bytes; null reads all."""
-    sequence_length: int | None = None
-    """Tokens that the model sees at once; null takes the run's."""
-    stride: int | None = None
-    """Tokens from one window on a long document to the next; null is half a window, so that tokens have a context."""
-    people: int | None = None
-    """The most people to ask about, of those asked about in training and of the others; null asks about all."""
-    batch_size: int = 64
-    """Sequences at once."""
-    zero_tables: bool = True
-    """Measure again with the tables zeroed, which tells how much is in them."""
-
-    def __post_init__(self) -> None:
-        CheckpointSettings.__post_init__(self)
-        counts = {
-            name: getattr(self, name) for name in ("max_bytes", "sequence_length", "stride", "people", "batch_size")
-        }
-        problems = [
-            f"{name}={value} must be positive" for name, value in counts.items() if value is not None and value < 1
-        ]
-        if self.memory_devices > 0 and self.batch_size % self.memory_devices:
-            problems.append(f"batch_size={self.batch_size} must be a multiple of memory_devices={self.memory_devices}")
-        if problems:
-            raise ValueError("\n".join(problems))
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+"""What libraries below lm-eval read when they are imported: data that is not on this machine is not looked for."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,26 +31,91 @@ def main(argv: Sequence[str] | None = None) -> int:
         EvaluateConfig,
         sys.argv[1:] if argv is None else argv,
         prog="python -m memjax.evaluate",
-        description="Measures what a trained model knows: exact answers to questions, or bits per byte of text.",
+        description="Measures what a trained model knows: exact answers to questions, bits per byte of text, or tasks.",
         positional=command_line.RUN_FOLDER,
     )
     return exit_code(lambda: _evaluate(str(parsed.positional), parsed.config))
 
 
 def _evaluate(run: str, settings: EvaluateConfig) -> None:
+    # What cannot be read is refused before the model is loaded.
+    sets, examples = _question_sets(settings)
+    if settings.tasks and importlib.util.find_spec("lm_eval") is None:
+        asked = ",".join(settings.tasks)
+        raise command_line.ConfigError([f"tasks={asked} needs the package lm-eval: pip install 'memjax[eval]'"])
     with loaded(run, settings) as found:
         data = found.config.data
-        if settings.text is None and data.source == "biographies":
+        folder = _evals_folder(run)
+        if sets:
+            name = f"questions-{_stem(settings.questions)}"
+            report = _questions(found, settings, sets, examples, folder / f"{found.step}-{name}-answers.jsonl")
+        elif settings.tasks:
+            name = f"tasks-{_stem(settings.tasks)}"
+            report = _tasks(found, settings, folder / f"{found.step}-{name}-answers.jsonl")
+        elif settings.text is None and data.source == "biographies":
             name, report = "facts", _facts(found, settings)
         else:
             source = _open(run, found, settings)
             name = "validation" if settings.text is None else f"text-{pathlib.Path(settings.text).stem}"
             report = _text(found, settings, source)
-        path = _evals_folder(run) / f"{found.step}-{name}.json"
+        path = folder / f"{found.step}-{name}.json"
         whole = {"step": found.step, "settings": dataclasses.asdict(settings), **report}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"\nwritten to {path}")
+
+
+def _stem(asked: Sequence[str]) -> str:
+    """Files or tasks that are asked for, as a part of a file's name."""
+    more = f"-and-{len(asked) - 1}-more" if len(asked) > 1 else ""
+    return re.sub(r"[^\w-]+", "_", pathlib.Path(asked[0]).resolve().name.partition(".")[0]) + more
+
+
+def _question_sets(settings: EvaluateConfig) -> tuple[list["QuestionSet"], list["QuestionSet"]]:
+    """What to ask, and what to take examples from."""
+    if not settings.questions:
+        return [], []
+    from memjax.evaluation.questions import read_question_sets
+
+    context = settings.show_context
+    sets = read_question_sets(settings.questions, field="--questions", show_context=context)
+    if not settings.examples:
+        return sets, []
+    return sets, read_question_sets(settings.examples, field="--examples", show_context=context)
+
+
+def _questions(
+    found: "LoadedModel",
+    settings: EvaluateConfig,
+    sets: list["QuestionSet"],
+    examples: list["QuestionSet"],
+    answers: pathlib.Path,
+) -> dict[str, Any]:
+    from memjax.evaluation.qa import format_question_report, question_report
+
+    with _lines(answers) as keep:
+        report = question_report(found, sets, settings, examples=examples, keep=keep)
+    print(f"{format_question_report(report)}\n\nevery answer is in {answers}")
+    return report
+
+
+def _tasks(found: "LoadedModel", settings: EvaluateConfig, answers: pathlib.Path) -> dict[str, Any]:
+    for name, value in _OFFLINE.items():
+        os.environ.setdefault(name, value)
+    from memjax.evaluation.harness import format_task_report, task_report
+
+    with _lines(answers) as keep:
+        report = task_report(found, settings, keep=keep)
+    print(f"{format_task_report(report)}\n\nevery answer is in {answers}")
+    return report
+
+
+@contextlib.contextmanager
+def _lines(path: pathlib.Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that writes objects into a file, one a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        yield lambda values: print(json.dumps(values, ensure_ascii=False, default=str), file=file)
 
 
 def _facts(found: "LoadedModel", settings: EvaluateConfig) -> dict[str, Any]:

@@ -67,14 +67,17 @@ def continue_texts(
     stop: Sequence[str] = (),
     special_tokens: bool = False,
     batch_size: int = 8,
+    max_prompt_tokens: int | None = None,
 ) -> Iterator[Continuation]:
     """Yields the continuation of every prompt, in their order; the arguments are those of `stream_text`.
 
-    A prompt's place in the list is its number, so the batch size changes no text.
+    A prompt's place in the list is its number, so the batch size changes no text. Of a prompt of more than
+    max_prompt_tokens the last ones are read.
     """
     stop_ids = _stop_ids(tokenizer, stop)
+    read = slice(None) if max_prompt_tokens is None else slice(-max_prompt_tokens, None)
     for start in range(0, len(prompts), batch_size):
-        ids = [_prompt_ids(tokenizer, prompt, special_tokens) for prompt in prompts[start : start + batch_size]]
+        ids = [_prompt_ids(tokenizer, prompt, special_tokens)[read] for prompt in prompts[start : start + batch_size]]
         texts = [_Text(tokenizer, prompt_ids, stop) for prompt_ids in ids]
         for tokens in generate_batch(
             model,

@@ -135,7 +135,7 @@ def attention_of(config: RunConfig) -> str:
     """Which attention runs."""
     wanted = None if config.train.attention == "auto" else config.train.attention
     dtype, length = resolve_dtype(config.model.dtype), config.data.sequence_length
-    return dot_product.choose(wanted, dtype, config.model.head_dim, length)
+    return dot_product.choose(wanted, dtype, config.model.head_width, length)
 
 
 def profile(step: Callable[[Any], Any], state: Any, folder: pathlib.Path) -> list[Row]:

@@ -1,1 +1,1 @@
-"""What a trained model can do: bits per byte on text, recall of facts."""
+"""What a trained model can do: bits per byte on text, recall of facts, questions, tasks."""

@@ -112,7 +112,7 @@ def _steps(
     devices = jax.sharding.get_abstract_mesh().size if parallel.has_memory_axis() else 1
     num_rows = math.ceil(max(len(prompts), num_rows) / devices) * devices
     longest = max(len(prompt_ids) for prompt_ids in prompts)
-    tokens, lengths = np.zeros((num_rows, _padded(longest)), np.int32), np.ones(num_rows, np.int32)
+    tokens, lengths = np.zeros((num_rows, padded_length(longest)), np.int32), np.ones(num_rows, np.int32)
     for row, prompt_ids in enumerate(prompts):
         tokens[row, : len(prompt_ids)] = prompt_ids
         lengths[row] = len(prompt_ids)
@@ -128,7 +128,7 @@ def _steps(
         state,
         jnp.asarray(tokens),
         jnp.asarray(lengths),
-        cache_length=max(tokens.shape[1], _padded(longest + max_tokens)),
+        cache_length=max(tokens.shape[1], padded_length(longest + max_tokens)),
     )
     ended = [False] * len(prompts)
     for step in range(max_tokens):
@@ -142,7 +142,8 @@ def _steps(
             logits, cache = _extend(graphdef, state, picked, cache)
 
 
-def _padded(length: int) -> int:
+def padded_length(length: int) -> int:
+    """The length that a row of so many tokens is padded to: a power of two, so that few shapes are ever compiled."""
     return max(_SMALLEST, 1 << (length - 1).bit_length())
 
 

@@ -106,7 +106,7 @@ def check(config: RunConfig) -> None:
 def why_no_cudnn(config: RunConfig) -> str | None:
     """Why cuDNN's attention cannot run, in words; None when it can."""
     model = config.model
-    return dot_product.why_not("cudnn", resolve_dtype(model.dtype), model.head_dim, config.data.sequence_length)
+    return dot_product.why_not("cudnn", resolve_dtype(model.dtype), model.head_width, config.data.sequence_length)
 
 
 def attention(config: RunConfig) -> str:

@@ -195,7 +195,7 @@ class _Planner:
 
     @property
     def query_and_keys(self) -> int:
-        return self.model.dim + 2 * self.model.kv_heads * self.model.head_dim
+        return (self.model.num_heads + 2 * self.model.kv_heads) * self.model.head_width
 
     @property
     def is_fused(self) -> bool:

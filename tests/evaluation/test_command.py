@@ -87,6 +87,37 @@ def test_a_run_on_text_is_measured_on_its_validation_data(tmp_path, capsys):
     assert "zeroed" not in kept
 
 
+def test_questions_are_asked_and_every_answer_is_kept(biographies, tmp_path, capsys):
+    short = [{"question": f"Who is {name}?", "answers": [name]} for name in ("Ann", "Ben", "Cleo")]
+    choice = [{"question": "Which?", "choices": ["a", "b"], "answer": 1}]
+    for name, rows in (("short_dev.jsonl", short), ("choice.jsonl", choice)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--limit", "2", "--max_tokens", "9", "--batch_size", "2"]
+    assert evaluate.main([biographies, "--questions", str(tmp_path), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "Short answers" in printed
+    assert "Multiple choice" in printed
+    assert "tables zeroed" in printed
+    path = printed.splitlines()[-1].removeprefix("written to ")
+    assert path == f"{biographies}/evals/7-questions-{tmp_path.name}.json"
+    with open(path) as file:
+        kept = json.load(file)
+    assert (kept["step"], kept["settings"]["limit"]) == (7, 2)
+    assert [(one["name"], one["questions"], one["of"]) for one in kept["sets"]] == [
+        ("choice", 1, 1),
+        ("short_dev", 2, 3),
+    ]
+    assert all("zeroed" in one for one in kept["sets"])
+    with open(path.replace(".json", "-answers.jsonl")) as file:
+        answers = [json.loads(line) for line in file]
+    assert [(one["set"], one["expected"]) for one in answers] == [
+        ("choice", ["b"]),
+        ("short_dev", ["Ann"]),
+        ("short_dev", ["Ben"]),
+    ]
+    assert answers[0]["answers"] in (["a"], ["b"])
+
+
 def test_text_is_generated_from_a_prompt(biographies, capsys):
     assert generate.main([biographies, "--prompt", "What is", "--max_tokens", "9"]) == 0
     model, tokenizer = load(biographies)
@@ -152,6 +183,9 @@ def test_wrong_settings_end_with_2(biographies, capsys):
     refused(generate, biographies, "--prompt", "x", "--output", "y")
     refused(evaluate, biographies, "--step", "newest")
     refused(evaluate, biographies, "--batch_size", "0")
+    refused(evaluate, biographies, "--questions", "x", "--tasks", "y", "--text", "z")
+    refused(evaluate, biographies, "--run_programs", "--limit", "3", "--sampling.temperature", "1")
+    refused(evaluate, biographies, "--questions", "x", "--samples", "5", "--examples", "y", "--shots", "-1")
     refused(evaluate)
     errors = capsys.readouterr().err
     for expected in (
@@ -160,6 +194,13 @@ def test_wrong_settings_end_with_2(biographies, capsys):
         "prompts=y cannot be written on together with a prompt",
         "output=y is for a file of prompts",
         "step=newest must be latest, best",
+        "questions=['x'] cannot be done together with text; do one after the other",
+        "tasks=['y'] cannot be done together with text",
+        "run_programs=true is only for questions; set that, or leave it out",
+        "limit=3 is only for questions and tasks; set that, or leave it out",
+        "sampling={temperature: 1.0, ",
+        "samples=5 would all be the same; set sampling.temperature, such as 0.8",
+        "shots=-1 must not be negative",
     ):
         assert expected in errors
     assert "batch_size=0 must be positive" in errors
@@ -171,9 +212,17 @@ def test_wrong_settings_end_with_2(biographies, capsys):
     assert ended.value.code == 0
 
 
+def test_tasks_need_their_package(biographies, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert evaluate.main([biographies, "--tasks", "arc_easy"]) == 2
+    assert "tasks=arc_easy needs the package lm-eval: pip install 'memjax[eval]'" in capsys.readouterr().err
+
+
 def test_missing_texts_end_with_3_and_missing_checkpoints_with_4(biographies, tmp_path, capsys):
     assert evaluate.main([biographies, "--text", str(tmp_path / "none.txt")]) == 3
     assert "none.txt: there is no such file; set --text" in capsys.readouterr().err
+    assert evaluate.main([biographies, "--questions", str(tmp_path / "none.jsonl")]) == 3
+    assert "none.jsonl: there is no such file; set --questions" in capsys.readouterr().err
     assert generate.main([biographies, "--prompts", str(tmp_path / "none.txt")]) == 3
     assert "none.txt: cannot be read" in capsys.readouterr().err
     for line, problem in (("{", "not JSON"), ('{"text": "x"}', "not an object with a text in the field 'prompt'")):

@@ -1,0 +1,181 @@
+"""The language model evaluation harness (lm-eval) on a model of memjax, in this process."""
+
+import dataclasses
+import difflib
+import importlib.metadata
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+from unittest import mock
+
+from lm_eval import evaluator
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
+
+from memjax.command_line import ConfigError
+from memjax.config import SamplingConfig
+from memjax.data.progress import Progress
+from memjax.data.records import DataError
+from memjax.evaluation.asking import Examinee, write
+from memjax.evaluation.recall import zero_tables
+from memjax.evaluation.scoring import Request, Score, request, score
+from memjax.evaluation.settings import EvaluateConfig
+from memjax.loading import LoadedModel
+
+_MOST_TOKENS = 256
+"""Of a text where the task does not say."""
+_RESAMPLES = 1000
+"""For the standard error of metrics that have no formula for it."""
+_FEWSHOT_SEED = 1234
+"""lm-eval's own, so that the examples are those of others."""
+_KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
+
+
+class HarnessModel(LM):
+    """What lm-eval asks, answered by a model: `lm_eval.simple_evaluate(model=HarnessModel(who), tasks=[...])`.
+
+    Every text begins with the begin token, as in training.
+    """
+
+    def __init__(self, who: Examinee, *, every_seconds: float = 10.0):
+        """Takes the model, and the time between two lines on how far it is."""
+        super().__init__()
+        self.who = who
+        self.every_seconds = every_seconds
+
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """The log-likelihood of each continuation after its context, and whether greedy decoding would write it."""
+        pairs: list[tuple[Any, ...]] = [one.args for one in requests]
+        return [*self._scores([request(self.who.tokenizer, *pair) for pair in pairs])]
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of whole texts, in windows that have at most one token in common; 0 for an empty text."""
+        tokenizer = self.who.tokenizer
+        texts = tokenizer.encode_batch([one.args[0] for one in requests])
+        return [one.log_likelihood for one in self._scores([Request([tokenizer.bos_id], text) for text in texts])]
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes after each context, up to one of the task's stop strings."""
+        asked: list[tuple[Any, ...]] = [one.args for one in requests]
+        by_rule: dict[str, list[int]] = defaultdict(list)
+        for number, (_, rule) in enumerate(asked):
+            by_rule[json.dumps(rule, sort_keys=True)].append(number)
+        texts: dict[int, str] = {}
+        for rule, numbers in by_rule.items():
+            contexts = [asked[number][0] for number in numbers]
+            with Progress(1, self.every_seconds) as progress:
+                show = lambda share, progress=progress: progress.update(share, f"{len(contexts):,} texts")  # noqa: B023
+                written = write(self.who, contexts, **_writing(json.loads(rule)), show=show)
+            texts |= {number: one.text for number, one in zip(numbers, written, strict=True)}
+        return [texts[number] for number in range(len(requests))]
+
+    def _scores(self, requests: Sequence[Request]) -> list[Score]:
+        who = self.who
+        with Progress(1, self.every_seconds) as progress:
+            show = lambda share: progress.update(share, f"{len(requests):,} log-likelihoods")
+            return score(who.model, requests, max_length=who.max_length, batch_size=who.batch_size, show=show)
+
+
+def task_report(
+    found: LoadedModel, settings: EvaluateConfig, *, keep: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
+    """How a model does on tasks, as JSON values: lm-eval's results with versions and hashes of the tasks.
+
+    `zeroed` has the results of the model without its tables, which it has lost for good then.
+
+    Args:
+        found: the model.
+        settings: which tasks, how much of them, and how.
+        keep: is given every document with its answer, as JSON values.
+
+    Raises:
+        ConfigError: a task is not known.
+        DataError: a task cannot be loaded, or wants something that memjax does not have.
+    """
+    who = Examinee.of(found, settings)
+    every = found.config.log.progress_seconds
+    measured = _measure(HarnessModel(who, every_seconds=every), settings)
+    for task, samples in measured.pop("samples").items():
+        for sample in samples:
+            keep({"task": task, **sample})
+    if settings.zero_tables and found.model.config.memory is not None:
+        without = dataclasses.replace(who, model=zero_tables(found.model, donate=True))
+        measured["zeroed"] = _measure(HarnessModel(without, every_seconds=every), settings)["results"]
+    return {"lm_eval": importlib.metadata.version("lm-eval"), **who.description(), **measured}
+
+
+def format_task_report(report: Mapping[str, Any]) -> str:
+    """The report as a table."""
+    zeroed = report.get("zeroed")
+    lines = [_line("Tasks", "shots", "metric", "value", "standard error", "tables zeroed" if zeroed else "")]
+    for task, results in report["results"].items():
+        for metric, value in _numbers(results):
+            name, _, kind = metric.partition(",")
+            error = results.get(f"{name}_stderr,{kind}")
+            cells = [f"{number:.4f}" if isinstance(number, float) else "" for number in (value, error)]
+            cells.append(f"{zeroed[task][metric]:.4f}" if zeroed else "")
+            lines.append(_line(task, str(report["n-shot"].get(task, "")), name, *cells))
+    return "\n".join(lines)
+
+
+def _measure(model: HarnessModel, settings: EvaluateConfig) -> dict[str, Any]:
+    if settings.task_folder is not None and not os.path.isdir(settings.task_folder):
+        raise ConfigError([f"task_folder={settings.task_folder} is no folder; name one that holds YAML files of tasks"])
+    manager = TaskManager(include_path=settings.task_folder, include_defaults=settings.task_folder is None)
+    names = manager.match_tasks(list(settings.tasks))
+    for task in settings.tasks:
+        if not manager.match_tasks([task]):
+            close = difflib.get_close_matches(task, manager.all_tasks, n=3) or manager.all_tasks[:8]
+            raise ConfigError([f"tasks={task} is not known; known are {', '.join(close) or 'none'}"])
+    try:
+        loaded = manager.load(names)
+    except Exception as error:  # whatever a task's file or its data can do wrong
+        raise DataError(
+            f"--tasks {','.join(settings.tasks)}: cannot be loaded ({error}); data must be on this machine: name files "
+            "in the task's YAML file, or fetch them once with HF_HUB_OFFLINE=0"
+        ) from error
+    for task in loaded["tasks"].values():
+        if settings.shots is not None or task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", settings.shots or 0)
+        task.set_fewshot_seed(_FEWSHOT_SEED)
+        if getattr(task, "UNSAFE_CODE", False):
+            raise DataError(f"--tasks {task.task_name}: runs programs of the model; for those see --questions")
+    # A pool of processes would fork this one, which a process with JAX's threads must not.
+    with mock.patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}):
+        results = evaluator.evaluate(model, loaded, limit=settings.limit, bootstrap_iters=_RESAMPLES)
+    # Only JSON values: configs hold functions.
+    return json.loads(json.dumps(results, default=str))
+
+
+def _writing(rule: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `write` that a task's rules for texts mean.
+
+    Raises:
+        DataError: a rule that is not known; to leave it out would change the task.
+    """
+    if unknown := set(rule) - set(_KNOWN):
+        raise DataError(f"generation_kwargs: {', '.join(sorted(unknown))} unknown; known are {', '.join(_KNOWN)}")
+    until = rule.get("until") or ()
+    sampling = SamplingConfig()
+    if rule.get("do_sample"):
+        temperature, top_p = rule.get("temperature") or 1.0, rule.get("top_p") or 1.0
+        sampling = SamplingConfig(temperature=temperature, top_k=rule.get("top_k"), top_p=top_p)
+    return {
+        "max_tokens": rule.get("max_gen_toks") or _MOST_TOKENS,
+        "stop": (until,) if isinstance(until, str) else tuple(until),
+        "sampling": sampling,
+    }
+
+
+def _numbers(results: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for metric, value in results.items():
+        if isinstance(value, float) and "_stderr," not in metric:
+            yield metric, value
+
+
+def _line(task: str, *cells: str) -> str:
+    shots, metric, *numbers = cells
+    return f"{task:<32}{shots:>6}  {metric:<22}" + "".join(f"{number:>16}" for number in numbers).rstrip()

@@ -1,0 +1,107 @@
+"""What `python -m memjax.evaluate` can be asked for. Nothing here imports JAX."""
+
+import dataclasses
+
+from memjax.command_schema import show
+from memjax.config import SamplingConfig
+from memjax.evaluation.command import CheckpointSettings
+
+_OF_QUESTIONS = ("examples", "show_context", "max_tokens", "sampling", "samples", "run_programs", "program_seconds")
+_USED_BY = dict.fromkeys(_OF_QUESTIONS, ("questions",)) | {
+    "limit": ("questions", "tasks"),
+    "shots": ("questions", "tasks"),
+    "task_folder": ("tasks",),
+}
+"""Settings that mean nothing without one of others."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig(CheckpointSettings):
+    """What to measure: a text, sets of questions or tasks of lm-eval. Where none of them is named, a run on biographies
+    is asked for its facts; other runs read their validation data.
+    """
+
+    text: str | None = None
+    """A file to read, one document a line; .jsonl: one object a line. null: the facts, or the run's validation data."""
+    text_key: str | None = None
+    """JSONL field with a whole document; null takes the run's."""
+    max_bytes: int | None = None
+    """Text to read, in bytes; null reads all."""
+    sequence_length: int | None = None
+    """Tokens that the model sees at once; null takes the run's."""
+    stride: int | None = None
+    """Tokens from one window on a long document to the next; null is half a window, so that tokens have a context."""
+    people: int | None = None
+    """The most people to ask about, of those asked about in training and of the others; null asks about all."""
+    questions: tuple[str, ...] = ()
+    """Sets of questions to ask: .jsonl files (.gz, .xz or .zst may follow), folders of such, or globs. What is in a
+    file, its fields say: question, answers; question, choices, answer; context, qas; or as HumanEval and MBPP are
+    published."""
+    limit: int | None = None
+    """The most questions of each set, evenly spread over it; of each task the first. null asks all."""
+    shots: int | None = None
+    """Solved questions in front of each one. null: none in front of questions, as many as a task wants."""
+    examples: tuple[str, ...] = ()
+    """Where these come from: files with the same names but for `_train`, `_dev` and the like. Without, from the set
+    itself, never the question itself."""
+    show_context: bool = False
+    """Put the paragraph in front of questions that have one (SQuAD). Without it, the model must know the answer."""
+    max_tokens: int | None = None
+    """The most tokens to write; null: 32 for an answer, 384 for a program."""
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    """How answers and programs are written."""
+    samples: int = 1
+    """Programs to write for each problem, for pass@10 and pass@100."""
+    run_programs: bool = False
+    """Run the programs that the model writes, in processes with limits, to see whether they are right. Limits are no
+    walls: such a program can read, change and send whatever you can. Say it on a machine that has nothing to lose."""
+    program_seconds: int = 5
+    """What such a program may compute; of the clock it gets three times as much."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-eval to do (pip install 'memjax[eval]'). No network is used, so their data must be on this
+    machine."""
+    task_folder: str | None = None
+    """A folder with tasks of your own as YAML files, which then are the only ones known. Such files can name Python
+    code that is run."""
+    batch_size: int = 64
+    """Sequences at once."""
+    zero_tables: bool = True
+    """Measure again with the tables zeroed, which tells how much is in them."""
+
+    def __post_init__(self) -> None:
+        CheckpointSettings.__post_init__(self)
+        names = ("max_bytes", "sequence_length", "stride", "people", "limit", "max_tokens", "samples")
+        counts = {name: getattr(self, name) for name in (*names, "program_seconds", "batch_size")}
+        problems = [
+            f"{name}={value} must be positive" for name, value in counts.items() if value is not None and value < 1
+        ]
+        if self.shots is not None and self.shots < 0:
+            problems.append(f"shots={self.shots} must not be negative")
+        if self.memory_devices > 0 and self.batch_size % self.memory_devices:
+            problems.append(f"batch_size={self.batch_size} must be a multiple of memory_devices={self.memory_devices}")
+        if self.samples > 1 and self.sampling.temperature == 0:
+            problems.append(f"samples={self.samples} would all be the same; set sampling.temperature, such as 0.8")
+        if self.examples and not self.shots:
+            problems.append(f"examples={show(self.examples)} are not used without shots; set shots to their number")
+        problems += self._misplaced()
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def _misplaced(self) -> list[str]:
+        """What is asked for together with something else, and settings of what is not asked for."""
+        asked = [name for name in ("text", "questions", "tasks") if getattr(self, name)]
+        problems = [
+            f"{name}={show(getattr(self, name))} cannot be done together with {asked[0]}; do one after the other"
+            for name in asked[1:]
+        ]
+        for field in dataclasses.fields(self):
+            owners, value = _USED_BY.get(field.name, ()), getattr(self, field.name)
+            if owners and value != _default(field) and not set(owners) & set(asked):
+                problems.append(
+                    f"{field.name}={show(value)} is only for {' and '.join(owners)}; set that, or leave it out"
+                )
+        return problems
+
+
+def _default(field: dataclasses.Field) -> object:
+    return field.default_factory() if callable(field.default_factory) else field.default

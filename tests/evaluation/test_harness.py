@@ -1,0 +1,203 @@
+"""lm-eval's tasks give what whole forward passes and greedy decoding without a cache give."""
+
+import contextlib
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+from memjax import evaluate
+from memjax.command_line import ConfigError
+from memjax.config import SamplingConfig
+from memjax.data.records import DataError
+from memjax.data.tokenizer import ByteTokenizer
+from memjax.evaluation.recall import zero_tables
+from memjax.evaluation.scoring import Score
+from memjax.evaluation.settings import EvaluateConfig
+
+# lm-eval and what it imports warn of their own affairs.
+pytestmark = pytest.mark.filterwarnings("ignore")
+TOKENIZER = ByteTokenizer()
+
+CHOICES = [
+    {"q": "The sky is", "choices": ["blue", "a long way off"], "gold": 0},
+    {"q": "", "choices": ["red", "green", "x"], "gold": 1},
+    {"q": "Snow that fell in a town far away and long ago was", "choices": ["white", "w"], "gold": 0},
+    {"q": "One", "choices": ["a", "b", "c", "d"], "gold": 3},
+]
+PROMPTS = ["The capital is", "Two and two", "A prompt that is far longer than what the model may see at once, is cut"]
+TEXTS = ["A small text.", "", "Another text, which is so long that it needs more than a single window to be read."]
+MAX_LENGTH, MAX_TOKENS = 32, 10
+
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        from memjax.evaluation import harness
+
+        yield harness
+
+
+def write_task(folder: pathlib.Path, name: str, rows: list[dict], **settings) -> None:
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": str(data)}},
+        "validation_split": "validation",
+        "metadata": {"version": 3.0},
+        **settings,
+    }
+    (folder / f"{name}.yaml").write_text(json.dumps(task))
+
+
+def metric(name: str) -> dict:
+    return {"metric": name, "aggregation": "mean", "higher_is_better": True}
+
+
+def report(harness, found, folder: pathlib.Path, *tasks: str, keep=lambda _: None, **settings) -> dict:
+    config = EvaluateConfig(tasks=tasks, task_folder=str(folder), batch_size=8, zero_tables=False, **settings)
+    return harness.task_report(found, config, keep=keep)
+
+
+def test_choices_are_those_of_whole_forward_passes(harness, found, by_hand, tmp_path):
+    rule = {"doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}"}
+    rule |= {"output_type": "multiple_choice", "metric_list": [metric("acc"), metric("acc_norm")]}
+    write_task(tmp_path, "choose", CHOICES, **rule)
+    kept = []
+    measured = report(harness, found, tmp_path, "choose", keep=kept.append)
+    plain, normalised, scores = [], [], []
+    for row in CHOICES:
+        context = [1, *TOKENIZER.encode(row["q"])]
+        mine = [by_hand.score(context, TOKENIZER.encode(f" {choice}"), MAX_LENGTH)[0] for choice in row["choices"]]
+        scores.append(mine)
+        plain.append(np.argmax(mine) == row["gold"])
+        lengths = [len(choice) for choice in row["choices"]]
+        normalised.append(np.argmax(np.array(mine) / lengths) == row["gold"])
+    results = measured["results"]["choose"]
+    assert (results["acc,none"], results["acc_norm,none"]) == (np.mean(plain), np.mean(normalised))
+    for sample, mine in zip(kept, scores, strict=True):
+        assert sample["task"] == "choose"
+        found_scores = [float(value) for value, _ in sample["filtered_resps"]]
+        np.testing.assert_allclose(found_scores, mine, atol=1e-4)
+    assert measured["versions"] == {"choose": 3.0}
+    assert (measured["sequence_length"], measured["begin_token"]) == (MAX_LENGTH, True)
+    assert "choose" in harness.format_task_report(measured)
+    json.dumps(measured)
+
+
+def test_texts_are_those_of_greedy_decoding_without_a_cache(harness, found, by_hand, tmp_path):
+    room = MAX_LENGTH - MAX_TOKENS
+    prompts = [[1, *TOKENIZER.encode(prompt)][-room:] for prompt in PROMPTS]
+    written = [TOKENIZER.decode(by_hand.write(prompt, MAX_TOKENS)) for prompt in prompts]
+    stop = written[1][2:4]
+    assert stop
+    expected = [text.partition(stop)[0] for text in written]
+    rows = [{"q": prompt, "a": text} for prompt, text in zip(PROMPTS, [*expected[:2], "another"], strict=True)]
+    kept = []
+    rule = {"doc_to_text": "{{q}}", "doc_to_target": "{{a}}", "output_type": "generate_until"}
+    until = {"until": [stop], "max_gen_toks": MAX_TOKENS, "do_sample": False}
+    write_task(tmp_path, "write", rows, **rule, generation_kwargs=until, metric_list=[metric("exact_match")])
+    measured = report(harness, found, tmp_path, "write", keep=kept.append)
+    assert [sample["filtered_resps"] for sample in kept] == [[text] for text in expected]
+    assert measured["results"]["write"]["exact_match,none"] == pytest.approx(2 / 3)
+
+
+def test_whole_texts_are_read_in_windows(harness, found, by_hand, tmp_path):
+    rule = {"doc_to_text": "", "doc_to_target": "{{text}}", "output_type": "loglikelihood_rolling"}
+    write_task(tmp_path, "read", [{"text": text} for text in TEXTS], **rule, metric_list=[{"metric": "bits_per_byte"}])
+    kept = []
+    measured = report(harness, found, tmp_path, "read", keep=kept.append)
+    expected = [by_hand.score([1], TOKENIZER.encode(text), MAX_LENGTH)[0] for text in TEXTS]
+    assert expected[1] == 0
+    np.testing.assert_allclose([float(*sample["filtered_resps"]) for sample in kept], expected, atol=1e-4)
+    bits = -sum(expected) / np.log(2) / len("".join(TEXTS))
+    assert measured["results"]["read"]["bits_per_byte,none"] == pytest.approx(bits, abs=1e-5)
+
+
+def test_the_zeroed_tables_the_shots_and_the_limit(harness, found, tmp_path, monkeypatch):
+    rule = {"doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}"}
+    rule |= {"output_type": "multiple_choice", "metric_list": [metric("acc")]}
+    write_task(tmp_path, "choose", CHOICES, **rule)
+    asked = []
+
+    def score(model, requests, **_):
+        asked.append((float(np.abs(np.asarray(model.tables["shared"].rows[...])).sum()), requests))
+        return [Score(-float(number), False) for number in range(len(requests))]
+
+    monkeypatch.setattr(harness, "score", score)
+    monkeypatch.setattr(harness, "zero_tables", lambda model, donate: zero_tables(model))
+    config = EvaluateConfig(tasks=("choose",), task_folder=str(tmp_path), limit=2, shots=1)
+    measured = harness.task_report(found, config)
+    (whole, requests), (zeroed, _) = asked
+    assert whole > 0 == zeroed
+    assert measured["n-samples"]["choose"] == {"original": 4, "effective": 2}
+    assert set(measured["zeroed"]) == {"choose"}
+    assert "tables zeroed" in harness.format_task_report(measured)
+    assert len(requests) == 5
+    # One solved document stands in front.
+    assert all(TOKENIZER.decode([*one.context, *one.continuation]).count("\n\n") == 1 for one in requests)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "error", "message"),
+    [
+        (("chose",), ConfigError, "tasks=chose is not known; known are choose"),
+        (("*",), DataError, "cannot be loaded"),
+        (("broken",), DataError, "--tasks broken: cannot be loaded .*data must be on this machine"),
+        (("beams",), DataError, "generation_kwargs: num_beams unknown; known are until, max_gen_toks"),
+    ],
+)
+def test_what_cannot_be_done_is_said(harness, found, tmp_path, tasks, error, message):
+    rule = {"doc_to_text": "{{q}}", "doc_to_target": "{{gold}}", "output_type": "generate_until"}
+    rule |= {"metric_list": [metric("exact_match")]}
+    write_task(tmp_path, "choose", CHOICES, **rule)
+    write_task(tmp_path, "broken", CHOICES, **rule)
+    (tmp_path / "broken.jsonl").unlink()
+    write_task(tmp_path, "beams", CHOICES, **rule, generation_kwargs={"until": ["x"], "num_beams": 4})
+    with pytest.raises(error, match=message):
+        report(harness, found, tmp_path, *tasks)
+
+
+def test_a_folder_that_is_not_there_is_said(harness, found, tmp_path):
+    with pytest.raises(ConfigError, match=r"task_folder=.*none is no folder; name one that holds YAML files"):
+        report(harness, found, tmp_path / "none", "choose")
+
+
+def test_the_rules_of_a_task_are_those_of_sampling(harness):
+    found = harness._writing({"until": "\n\n", "do_sample": True, "temperature": 0.5, "top_k": 3})
+    assert found == {
+        "max_tokens": 256,
+        "stop": ("\n\n",),
+        "sampling": SamplingConfig(temperature=0.5, top_k=3),
+    }
+    assert harness._writing({"temperature": 0.5, "max_gen_toks": 7, "until": None}) == {
+        "max_tokens": 7,
+        "stop": (),
+        "sampling": SamplingConfig(),
+    }
+
+
+def test_lm_eval_needs_no_torch(harness):
+    assert "torch" not in sys.modules
+    assert "transformers" not in sys.modules
+
+
+def test_the_command_keeps_results_and_answers(harness, found, tmp_path, monkeypatch, capsys):
+    rule = {"doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}"}
+    rule |= {"output_type": "multiple_choice", "metric_list": [metric("acc")]}
+    write_task(tmp_path, "choose", CHOICES, **rule)
+    monkeypatch.setattr(evaluate, "loaded", lambda run, settings: contextlib.nullcontext(found))
+    monkeypatch.setattr(evaluate, "_evals_folder", lambda run: tmp_path / "evals")
+    options = ["--tasks", "choose", "--task_folder", str(tmp_path), "--batch_size", "8", "--no-zero_tables"]
+    assert evaluate.main(["run", *options]) == 0
+    assert "choose" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "evals" / "0-tasks-choose.json").read_text())
+    assert kept["versions"] == {"choose": 3.0}
+    assert len((tmp_path / "evals" / "0-tasks-choose-answers.jsonl").read_text().splitlines()) == len(CHOICES)

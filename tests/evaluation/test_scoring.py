@@ -1,0 +1,88 @@
+"""Scores are those of whole forward passes, whatever the lengths, the batch size and what is asked beside them."""
+
+import jax
+import numpy as np
+import pytest
+
+from memjax.data.tokenizer import ByteTokenizer
+from memjax.evaluation import scoring
+from memjax.evaluation.scoring import Request, request, score
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(3, 259, size=count).tolist()
+
+
+def mixed_requests(by_hand) -> list[Request]:
+    context = [1, *tokens(9, 0)]
+    greedy = by_hand.write(context, 3)
+    assert len(greedy) == 3
+    return [
+        Request(context, tokens(1, 1)),  # one token
+        Request(context, greedy[:1]),  # another one after the same context
+        Request(context, greedy),
+        Request(context, [*greedy[:2], greedy[2] ^ 1]),
+        Request([1], tokens(5, 2)),  # nothing before it
+        Request([1], []),
+        Request([1, *tokens(50, 3)], tokens(4, 4)),  # a context that is too long
+        Request([1, *tokens(15, 5)], tokens(1, 6)),  # one that just fits into 16
+        Request([1, *tokens(5, 7)], tokens(75, 8)),  # a continuation of several windows
+        Request([1], tokens(32, 9)),
+        *(Request(context, [token]) for token in range(3, 40)),
+    ]
+
+
+# The batch size is tried where there is one shape for each: a shape takes longer to compile than all else.
+@pytest.mark.parametrize(("max_length", "batch_sizes"), [(16, (1, 8, 32)), (32, (8,))])
+def test_scores_are_those_of_whole_forward_passes_at_any_batch_size(model, by_hand, max_length, batch_sizes):
+    requests = mixed_requests(by_hand)
+    expected = [by_hand.score(*one, max_length) for one in requests]
+    assert [is_greedy for _, is_greedy in expected][:4] == [False, True, True, False]
+    for batch_size in batch_sizes:
+        found = score(model, requests, max_length=max_length, batch_size=batch_size)
+        # Nats in float32, of at most 75 tokens.
+        np.testing.assert_allclose([one[0] for one in found], [one[0] for one in expected], rtol=0, atol=1e-4)
+        assert [one.is_greedy for one in found] == [is_greedy for _, is_greedy in expected]
+
+
+def test_few_programs_are_compiled_and_equal_rows_are_computed_once(model, by_hand, monkeypatch):
+    computed = []
+
+    def scored(graphdef, state, batch):
+        computed.append(batch["tokens"])
+        shape = batch["targets"].shape
+        return np.zeros(shape, np.float32), np.ones(shape, bool)
+
+    monkeypatch.setattr(scoring, "_scored", scored)
+    shares = []
+    score(model, mixed_requests(by_hand), max_length=32, batch_size=4, show=shares.append)
+    assert {batch.shape for batch in computed} == {(4, 16), (4, 32)}
+    assert shares[-1] == 1
+    assert shares == sorted(shares)
+    context = [1, *tokens(9, 0)]
+    rows = [row for batch in computed for row in batch.tolist() if row[:11] == [*context, 0]]
+    # 39 tokens after it, at most 16 a row.
+    assert len(rows) == 3
+
+
+def test_a_context_needs_a_token(model):
+    with pytest.raises(ValueError, match="the context of request 1 is empty"):
+        score(model, [Request([1], [5]), Request([], [5])], max_length=8)
+
+
+def test_two_devices_score_what_one_scores(model, by_hand):
+    requests = mixed_requests(by_hand)[:3]
+    mesh = jax.make_mesh(
+        (1, 2), ("data", "memory"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:2]
+    )
+    with jax.set_mesh(mesh):
+        found = score(model, requests, max_length=16, batch_size=4)
+    expected = [by_hand.score(*one, 16) for one in requests]
+    np.testing.assert_allclose([one[0] for one in found], [one[0] for one in expected], rtol=0, atol=1e-4)
+
+
+def test_a_pair_of_texts_is_encoded_as_one_and_spaces_go_with_the_word():
+    tokenizer = ByteTokenizer()
+    found = request(tokenizer, "The sky is ", "blue")
+    assert found == Request([1, *tokenizer.encode("The sky is")], tokenizer.encode(" blue"))
+    assert request(tokenizer, "", "blue") == Request([1], tokenizer.encode("blue"))
