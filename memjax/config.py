@@ -473,12 +473,16 @@ class OptimConfig(ScheduleConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class MeshConfig:
-    """How devices are arranged. The batch is split over both axes, the tables' columns over `memory`."""
+    """How devices, of one process or of many, are arranged. The batch is split over both axes, the tables' columns over
+    `memory`."""
 
     data: int | None = None
     """Devices along the data axis; null takes all that `memory` leaves."""
     memory: int = 1
     """Devices along the memory axis: each holds value_dim / memory columns of every table row."""
+    dense: Literal["sharded", "replicated"] = "sharded"
+    """The dense parameters and their optimizer: sharded, a piece on each device, gathered block by block while they are
+    used; or replicated, whole on every device, which sends less."""
 
     def __post_init__(self) -> None:
         _refuse(_positive(data=self.data, memory=self.memory))

@@ -1,9 +1,10 @@
 """The device mesh, and where every part of the state and the batch lives on it."""
 
+import math
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from memjax.command_line import ConfigError
@@ -38,12 +39,33 @@ def make_mesh(config: RunConfig, devices: list[Any] | None = None) -> Mesh:
     return jax.make_mesh((data, memory), (DATA, MEMORY), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
-def replicated(mesh: Mesh, tree: Any) -> Any:
+def replicated(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """Shardings that keep every array whole on every device."""
     return jax.tree.map(lambda _: NamedSharding(mesh, P()), tree)
 
 
-def by_columns(mesh: Mesh, tree: Any) -> Any:
+def fully_sharded(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
+    """Shardings that give every device a piece of every matrix: of its largest axis that can be cut evenly.
+
+    It is cut over all devices, or over one axis of the mesh where that is all that can be. Vectors and scalars stay
+    whole: they are small, and sending them costs more than keeping them.
+    """
+
+    def spec(shape: tuple[int, ...]) -> P:
+        if len(shape) < 2:
+            return P()
+        largest_first = sorted(range(len(shape)), key=lambda axis: -shape[axis])
+        for names in ((DATA, MEMORY), (DATA,), (MEMORY,)):
+            devices = math.prod(mesh.shape[name] for name in names)
+            for axis in largest_first:
+                if shape[axis] % devices == 0:
+                    return P(*[None] * axis, names)
+        return P()
+
+    return jax.tree.map(lambda array: NamedSharding(mesh, spec(array.shape)), tree)
+
+
+def by_columns(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """Shardings of tables and their state: columns over the memory axis, scalars everywhere."""
     return jax.tree.map(lambda array: NamedSharding(mesh, COLUMNS if array.ndim == 2 else P()), tree)
 

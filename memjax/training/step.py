@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from memjax.memory import parallel
 from memjax.memory.parallel import DATA, MEMORY
 from memjax.memory.sparse_gradient import row_sparse_value_and_grad
 from memjax.memory.usage import count_reads, statistics
@@ -125,8 +127,8 @@ def _gradients(trainer: Trainer, params: Any, tables: Tables, batch: Batch, lear
     """((loss, losses of parts), dense gradient, dense table gradient), row gradients by layer: of one micro-batch."""
     parts, remat = trainer.parts, trainer.config.train.remat
 
-    def loss_fn(params: Any, taps: dict[str, Array], tables: Tables) -> tuple[Array, tuple[dict, list[Array]]]:
-        model = parts.assemble(params, tables)
+    def loss_fn(params: nnx.State, taps: dict[str, Array], tables: Tables) -> tuple[Array, tuple[dict, list[Array]]]:
+        model = parts.assemble(_whole_outside_blocks(params), tables)
         hidden, lookups = model.hidden(batch["tokens"], batch["positions"], batch["segments"], taps, remat)
         losses = token_losses(model, hidden, batch["targets"])
         losses = losses * batch["loss_mask"].astype(losses.dtype)
@@ -136,10 +138,21 @@ def _gradients(trainer: Trainer, params: Any, tables: Tables, batch: Batch, lear
     taps = parts.zero_taps(batch["tokens"].size)
     if not trainer.config.optim.table.is_dense:
         loss, dense, rows = row_sparse_value_and_grad(loss_fn)(params, taps, tables)
-        return (loss, dense, {}), rows
+        return (loss, _place_gradient(trainer, dense), {}), rows
     differentiate = lambda params_and_tables, taps: loss_fn(params_and_tables[0], taps, params_and_tables[1])
     loss, (dense, whole), rows = row_sparse_value_and_grad(differentiate)((params, tables), taps)
-    return (loss, dense, whole), rows
+    return (loss, _place_gradient(trainer, dense), whole), rows
+
+
+def _whole_outside_blocks(params: nnx.State) -> nnx.State:
+    """Embedding, norm and output matrix gathered once; blocks gather theirs when they run."""
+    return nnx.State({name: part if name == "blocks" else parallel.whole(part) for name, part in params.items()})
+
+
+def _place_gradient(trainer: Trainer, dense: nnx.State) -> nnx.State:
+    """The dense gradient where its parameters live, so that no device sums or keeps all of it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return dense if mesh.empty else jax.lax.with_sharding_constraint(dense, trainer.dense_shardings(mesh, dense))
 
 
 def _parts(trainer: Trainer, batch: Batch) -> list[Array]:
