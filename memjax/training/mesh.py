@@ -71,6 +71,6 @@ def by_columns(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
 
 
 def put_batch(mesh: Mesh, batch: dict[str, Any], spec: P) -> dict[str, jax.Array]:
-    """This process's part of a global batch, on its devices."""
+    """A batch, which every process has whole, on the devices: each process gives its own devices their part."""
     sharding = NamedSharding(mesh, spec)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    return {name: jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__) for name, rows in batch.items()}
