@@ -156,6 +156,11 @@ def whole(weights: Weights, dtype: DTypeLike | None = None) -> Weights:
     return jax.tree.map(gather, weights)
 
 
+def everywhere(array: Array) -> Array:
+    """The array whole on every device, so that every process can read it."""
+    return array if jax.sharding.get_abstract_mesh().empty else _place(array, P())
+
+
 def split_like(tokens: Float[Array, "t d"], x: Float[Array, "*b dim"]) -> Float[Array, "t d"]:
     """Folded tokens laid out like the batch they are of: nothing changes but under an Explicit mesh."""
     return jax.sharding.reshard(tokens, _front(x)) if _is_explicit() else tokens

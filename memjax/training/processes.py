@@ -205,7 +205,9 @@ def _output_of_the_first_only() -> Iterator[None]:
 
 
 def _explain(launch: Launch, error: Exception) -> int:
-    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+    # A lost connection comes as a ValueError, too, if it is lost while a program is being started.
+    from_jax = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+    if from_jax or "Gloo" in str(error) or "NCCL" in str(error):
         print(
             f"process {launch.index} of {launch.count}: has lost the others ({' '.join(str(error).split())[:300]}). What "
             "they printed last says why. The same command for all of them goes on from the newest checkpoint.",
