@@ -473,8 +473,7 @@ class OptimConfig(ScheduleConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class MeshConfig:
-    """How devices, of one process or of many, are arranged. The batch is split over both axes, the tables' columns over
-    `memory`."""
+    """How devices are arranged. The batch is split over both axes, the tables' columns over `memory`."""
 
     data: int | None = None
     """Devices along the data axis; null takes all that `memory` leaves."""

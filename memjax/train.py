@@ -17,8 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-        0 done, 2 wrong settings, 3 unusable data, 4 checkpoint trouble, 5 not a number, 6 without the other processes of
-        the run, 75 stopped by a signal, saved, 130 interrupted before there was anything to save.
+        0 done, 2 wrong settings, 3 unusable data, 4 checkpoint trouble, 5 not a number, 6 alone without the
+        other processes of the run, 75 stopped by a signal, saved, 130 interrupted before there was anything to save.
     """
     arguments: Parsed[RunConfig] = parse(
         RunConfig,

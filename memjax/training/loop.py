@@ -79,6 +79,7 @@ class Loop:
         self.flops_per_token = training_flops_per_token(self.trainer.parts, config.data.sequence_length)
         self.peak_flops = peak_flops(mesh.devices.flat[0])
         self.best_loss = float("inf")
+        self.newest_row: Row = {}
         self.pending: deque[_Pending] = deque()
         self.profile = ProfileWindow(config.log.profile if is_first() else None, folder.profile)
         self.wish_to_stop = shared_wish(interrupt, mesh)
@@ -106,13 +107,11 @@ class Loop:
         try:
             self.state, self.saved_place = self._start(data)
             self.first = int(self.state.step)
-            self.metrics = MetricsFile(self.folder.metrics, last_step=self.first, writes=is_first())
+            self.metrics = MetricsFile(self.folder.metrics, last_step=self.first) if is_first() else None
             self.progress = Progress(
                 first_step=self.first, steps=self.config.train.steps, every_seconds=self.config.log.progress_seconds
             )
-            self.trackers = (
-                make_trackers(self.config, self.folder.path, last_step=self.first) if is_first() else []
-            )
+            self.trackers = make_trackers(self.config, self.folder.path, last_step=self.first) if is_first() else []
             try:
                 for step in range(self.first + 1, self.config.train.steps + 1):
                     self._one_step(data, step)
@@ -124,7 +123,8 @@ class Loop:
                 try:
                     self.checkpoints.wait()
                 finally:
-                    self.metrics.close()
+                    if self.metrics:
+                        self.metrics.close()
                     close_trackers(self.trackers)
             return self.state
         finally:
@@ -255,11 +255,14 @@ class Loop:
             self.saved_place = pending.place
             row: Row = {"step": pending.step, **{name: value.item() for name, value in metrics.items()}}
             row |= pending.host_metrics | self._throughput(row["train/tokens"], seconds)
-            self.metrics.write(row)
+            self.newest_row = row
+            if self.metrics:
+                self.metrics.write(row)
             for tracker in self.trackers:
                 tracker.write(row)
             self.progress.show(row)
-        self.metrics.flush()
+        if self.metrics:
+            self.metrics.flush()
 
     def _throughput(self, tokens: int, seconds: float) -> Row:
         speed = tokens / max(seconds, 1e-9)
@@ -275,7 +278,7 @@ class Loop:
         step = int(self.state.step)
         best = self.best_loss if np.isfinite(self.best_loss) else None
         meta = meta_document(self.config, self.tokenizer, step=step) | {"best_loss": best}
-        loss = self.metrics.newest(step, "eval/validation/loss")
+        loss = self.newest_row.get("eval/validation/loss") if self.newest_row.get("step") == step else None
         self.checkpoints.save(step, _items(self.state), {DATA_ITER: self.saved_place, META: meta}, loss=loss)
 
 

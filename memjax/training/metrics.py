@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pathlib
 import time
 from collections.abc import Iterator
@@ -28,32 +27,19 @@ def peak_flops(device: Any) -> float | None:
 class MetricsFile:
     """`metrics.jsonl`: exactly one line for every step."""
 
-    def __init__(self, path: pathlib.Path, *, last_step: int, writes: bool = True):
-        """Opens the file to append; lines after last_step, which will be made again, are cut off first.
-
-        One that does not write, as that of every process but the first, only remembers its newest row.
-        """
+    def __init__(self, path: pathlib.Path, *, last_step: int):
+        """Opens the file to append; lines after last_step, which will be made again, are cut off first."""
         self.path = path
-        self._newest: Row = {}
-        if not writes:
-            self._file: TextIO = open(os.devnull, "w")
-            return
         rows = [row for row in read_metrics(path) if row["step"] <= last_step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         temporary.replace(path)
-        self._file = path.open("a")
-        self._newest = rows[-1] if rows else {}
+        self._file: TextIO = path.open("a")
 
     def write(self, row: Row) -> None:
         """Appends a line; values that are not finite become null, which JSON can hold."""
         finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         self._file.write(json.dumps(finite) + "\n")
-        self._newest = row
-
-    def newest(self, step: int, name: str) -> Any:
-        """A value of the newest row if that is the given step's; None if it is not, or has no such value."""
-        return self._newest.get(name) if self._newest.get("step") == step else None
 
     def flush(self) -> None:
         """Hands the lines to the operating system, so that a killed process loses none."""

@@ -49,6 +49,10 @@ class Launch:
     coordinator: str
     """host:port of process 0."""
 
+    def report(self, trouble: str) -> None:
+        """Says which process has it."""
+        print(f"process {self.index} of {self.count}: {trouble}", file=sys.stderr, flush=True)
+
 
 def find(config: ProcessesConfig, environ: Mapping[str, str]) -> Launch | None:
     """The place of this process among others, from the settings, or else from what launched it; None alone.
@@ -162,11 +166,10 @@ def _first_machine(environ: Mapping[str, str]) -> str | None:
 
 def _start(config: ProcessesConfig, launch: Launch) -> None:
     def too_late() -> None:
-        print(
-            f"process {launch.index} of {launch.count}: the others did not come together at {launch.coordinator} within "
-            f"processes.start_timeout={config.start_timeout} s. Are all {launch.count} started, does process 0 run at "
-            "that address, and may they reach its port?",
-            file=sys.stderr,
+        launch.report(
+            f"the others did not come together at {launch.coordinator} within "
+            f"processes.start_timeout={config.start_timeout} s. Are all {launch.count} started, does process 0 run "
+            "there, and may they reach its port?"
         )
         _exit(LOST)
 
@@ -208,10 +211,9 @@ def _explain(launch: Launch, error: Exception) -> int:
     # A lost connection comes as a ValueError, too, if it is lost while a program is being started.
     from_jax = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
     if from_jax or "Gloo" in str(error) or "NCCL" in str(error):
-        print(
-            f"process {launch.index} of {launch.count}: has lost the others ({' '.join(str(error).split())[:300]}). What "
-            "they printed last says why. The same command for all of them goes on from the newest checkpoint.",
-            file=sys.stderr,
+        launch.report(
+            f"has lost the others ({' '.join(str(error).split())[:300]}). What they printed last says why. The same "
+            "command for all of them goes on from the newest checkpoint."
         )
         return LOST
     traceback.print_exc()

@@ -85,8 +85,11 @@ class Trainer:
         return jax.eval_shape(self.init, jax.random.key(0))
 
     def shardings(self, mesh: Mesh | AbstractMesh) -> TrainState:
-        """Where every array of the state lives: tables and their state by columns, dense parameters and theirs as
-        `mesh.dense` says, the rest on every device."""
+        """Where every array of the state lives.
+
+        Tables and their state are split by columns, dense parameters and theirs as `mesh.dense` says; the rest is on
+        every device.
+        """
         state = self.abstract_state()
         return dataclasses.replace(
             replicated(mesh, state),

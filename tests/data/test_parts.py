@@ -1,6 +1,5 @@
 """Mixtures: shares of tokens, what is held out, and the same batches after kill -9 at any number of workers."""
 
-import collections
 import dataclasses
 import gzip
 import hashlib

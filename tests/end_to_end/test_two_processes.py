@@ -22,7 +22,7 @@ from memjax.training.state import Trainer
 ROOT = pathlib.Path(__file__).parents[2]
 
 SETTINGS = """
-model: {dim: 16, num_layers: 2, num_heads: 2, ffn_dim: 24, vocab_size: 259, dtype: float64, param_dtype: float64}
+model: {dim: 16, num_layers: 1, num_heads: 2, ffn_dim: 24, vocab_size: 259, dtype: float64, param_dtype: float64}
 data: {source: text, path: corpus.txt, validation_fraction: 0.1, sequence_length: 16, batch_size: 4, packing: concat,
        tokenizer: {kind: byte}}
 optim: {warmup_steps: 0, schedule: constant, table: {warmup_steps: 0, schedule: constant, state_columns: 64}}
@@ -30,10 +30,10 @@ mesh: {memory: 2}
 train: {steps: 1000}
 checkpoint: {every: 5, keep_best: false}
 eval: {every: 4, batches: 2}
-log: {progress_seconds: 0.001, usage_every: 5, tensorboard: false}
+log: {progress_seconds: 0.001, usage_every: 1000, tensorboard: false}
 """
 MEMORY = """
---model.memory.layers 1 --model.memory.num_keys 8 --model.memory.num_heads 2 --model.memory.top_k 3
+--model.memory.layers 0 --model.memory.num_keys 8 --model.memory.num_heads 2 --model.memory.top_k 3
 --model.memory.key_dim 8 --model.memory.value_dim 128 --model.memory.table_dtype float64
 """
 
