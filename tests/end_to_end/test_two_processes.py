@@ -97,12 +97,12 @@ class Runs:
 
 
 def ends(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
-    outputs = [process.communicate(timeout=100)[0] for process in processes]
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
     return [process.returncode for process in processes], outputs
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_kill_and_a_signal_to_one_of_two_processes_leave_no_trace(tmp_path):
     runs = Runs(tmp_path)
 
