@@ -100,7 +100,7 @@ def test_a_run_keeps_a_copy_of_the_tokenizers_file(tiny, tmp_path):
 def test_a_process_that_is_not_the_first_reads_the_claim_and_writes_nothing(tmp_path):
     folder = RunFolder(tmp_path / "run")
     with pytest.raises(
-        ConfigError, match="is there for process 0, but not here; name a run.dir that all machines share"
+        ConfigError, match=r"there for process 0, but not here; name a run\.dir that all machines share"
     ):
         folder.claim(RunConfig(), writes=False)
     assert not folder.path.exists()
