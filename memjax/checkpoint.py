@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 BLOCK_BYTES = 2 << 30
@@ -125,7 +126,7 @@ class Checkpoints:
             CheckpointError: this save, or the one before in the background, failed.
         """
         self.wait()
-        if step in self.steps() and step not in self._damaged:
+        if _any_process(step in self.steps()) and step not in self._damaged:
             return
         with self._explain(CheckpointError, _CANNOT_SAVE.format(f"step {step}")), self._fresh_after_failure():
             manager = self._open()
@@ -282,7 +283,19 @@ class Checkpoints:
         return stored["index"]
 
     def _items(self, step: int, args: Mapping[str, Any]) -> Mapping[str, Any]:
-        with self._explain(_Damaged, f"step {step}, item {', '.join(args)}: cannot be read"):
+        what = f"step {step}, item {', '.join(args)}: cannot be read"
+        try:
+            found = self._items_here(step, args, what)
+        except _Damaged:
+            _any_process(True)
+            raise
+        # What one process cannot read, none goes on with: they would wait for each other for ever.
+        if _any_process(False):
+            raise _Damaged(f"{self.folder}: {what} by another process")
+        return found
+
+    def _items_here(self, step: int, args: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+        with self._explain(_Damaged, what):
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
                 found = reader.restore(self.folder / str(step), args=ocp.args.Composite(**args))
             if missing := [item for item in args if found[item] is None]:
@@ -427,6 +440,11 @@ def _differences(item: str, records: Mapping[str, Any], wanted: Mapping[str, Any
         for name in sorted(saved.keys() | asked.keys())
         if saved.get(name) != asked.get(name)
     ]
+
+
+def _any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process; all of them ask at the same point."""
+    return flag if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
 def _text_digest(document: Any) -> str:

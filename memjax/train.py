@@ -17,8 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-        0 done, 2 wrong settings, 3 unusable data, 4 checkpoint trouble, 5 not a number, 7 out of memory,
-        75 stopped by a signal, saved, 130 interrupted before there was anything to save.
+        0 done, 2 wrong settings, 3 unusable data, 4 checkpoint trouble, 5 not a number, 6 alone without the other
+        processes of the run, 7 out of memory, 75 stopped by a signal, saved, 130 interrupted before there was anything
+        to save.
     """
     arguments: Parsed[RunConfig] = parse(
         RunConfig,
@@ -34,10 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Only now: the settings above must be in place before JAX starts, and wrong ones should not wait for its import.
     from memjax.evaluation.command import exit_code
     from memjax.training.main import dry_run, train
+    from memjax.training.processes import run_together
 
     if "dry_run" in arguments.flags:
         return exit_code(lambda: dry_run(arguments.config))
-    return exit_code(lambda: train(arguments.config, allow_changed="allow_changed" in arguments.flags))
+    run = lambda: exit_code(lambda: train(arguments.config, allow_changed="allow_changed" in arguments.flags))
+    return exit_code(lambda: run_together(arguments.config.processes, run))
 
 
 def prepare_environment(config: RunConfig) -> None:

@@ -127,9 +127,3 @@ class _Finish:
         if not (missing := self.num_rows - len(pairs)):
             return batch
         return {name: np.pad(rows, ((0, missing), (0, 0))) for name, rows in batch.items()}
-
-
-def take_rows(batch: Batch, process_index: int, process_count: int) -> Batch:
-    """The rows of a batch that belong to one of several processes, in order."""
-    num_rows = len(batch["tokens"]) // process_count
-    return {name: rows[process_index * num_rows : (process_index + 1) * num_rows] for name, rows in batch.items()}

@@ -1,4 +1,8 @@
-"""The batches of a run: shuffled anew every epoch, endless, shared out over processes, and resumed exactly."""
+"""The batches of a run: shuffled anew every epoch, endless, and resumed exactly.
+
+Every process of a run reads all of it and gives its devices their rows: so the order of the data depends neither on
+the mesh nor on the number of processes, and a place in it means the same to all of them.
+"""
 
 import itertools
 import json
@@ -42,35 +46,26 @@ def train_tokenizer(config: DataConfig, vocab_size: int) -> Tokenizer:
 
 
 class TrainingData(Iterator[Batch]):
-    """An endless iterator over this process's rows of every batch, whose place can be saved and found again.
+    """An endless iterator over batches, whose place can be saved and found again.
 
     The same arguments give the same batches. Batches are made ahead by a thread, or by `config.num_workers` processes;
     a program that uses workers must keep its own start under `if __name__ == "__main__"`.
     """
 
-    def __init__(
-        self, config: DataConfig, tokenizer: Tokenizer, *, seed: int, process_index: int = 0, process_count: int = 1
-    ):
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, *, seed: int):
         """Opens the data.
 
         Args:
-            config: what to read, and the shape of batches (batch_size is that of all processes together).
+            config: what to read, and the shape of batches.
             tokenizer: makes the ids.
             seed: orders the records and chooses the wordings.
-            process_index: the number of this process, from 0.
-            process_count: processes that share each batch; of the records in the order of all epochs, each takes every
-                process_count-th.
 
         Raises:
-            ValueError: the processes cannot share a batch evenly.
             DataError: the training data cannot be used.
         """
-        _check_processes(config, process_index, process_count)
         self.parts, _ = open_parts(config, tokenizer)
         self._plan = {
             "num_workers": config.num_workers,
-            "process_count": process_count,
-            "process_index": process_index,
             "tokenizer": tokenizer.fingerprint,
             "seed": seed,
             "source": config.source,
@@ -87,16 +82,14 @@ class TrainingData(Iterator[Batch]):
             ]
         grain_seed = seed % 2**32
         numbers = order(self.parts, seed=grain_seed, shuffle=config.shuffle, repeat=True)
-        if process_count > 1:
-            numbers = numbers[process_index::process_count]
         batches = packing.batches(
             numbers,
             reader_of(self.parts, config),
             packing=config.packing,
             sequence_length=config.sequence_length,
-            num_rows=config.batch_size // process_count,
+            num_rows=config.batch_size,
             document_mask=config.document_mask,
-            seed=(grain_seed + process_index) % 2**32,
+            seed=grain_seed,
             with_sources=config.source == "mixture",
         )
         if config.num_workers:
@@ -149,27 +142,20 @@ class TrainingData(Iterator[Batch]):
         self._close()
 
 
-def validation_batches(
-    config: DataConfig, tokenizer: Tokenizer, *, batches: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
-    """This process's rows of the first batches of the validation records, in file order, the same at every call.
+def validation_batches(config: DataConfig, tokenizer: Tokenizer, *, batches: int) -> Iterator[Batch]:
+    """The first batches of the validation records, in file order, the same at every call.
 
     Of a mixture the records held out of the parts come mixed as in training.
 
-    Every process sees the same number of batches; the last is padded with empty rows. Nothing comes when the config
-    holds nothing out.
+    The last batch is padded with empty rows. Nothing comes when the config holds nothing out.
 
     Raises:
-        ValueError: the processes cannot share a batch evenly.
         DataError: the validation data cannot be used.
     """
-    _check_processes(config, process_index, process_count)
     _, parts = open_parts(config, tokenizer)
     if not parts:
         return
-    # Every process packs all rows and keeps its own: packing shares apart could give them unequal numbers of batches,
-    # and a process that stops early would leave the others waiting.
-    whole = packing.batches(
+    found = packing.batches(
         order(parts, seed=0, shuffle=False, repeat=False),
         reader_of(parts, config),
         packing=config.packing,
@@ -178,22 +164,12 @@ def validation_batches(
         document_mask=config.document_mask,
         seed=0,
     )
-    for batch in itertools.islice(whole, batches):
-        yield packing.take_rows(batch, process_index, process_count)
+    yield from itertools.islice(found, batches)
 
 
 def _close_all(iterators: list[grain.DatasetIterator]) -> None:
     while iterators:
         iterators.pop().close()
-
-
-def _check_processes(config: DataConfig, process_index: int, process_count: int) -> None:
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} must be in 0..process_count - 1 = {process_count - 1}")
-    if config.batch_size % process_count:
-        raise ValueError(
-            f"data.batch_size={config.batch_size} must be a multiple of the {process_count} processes that share it"
-        )
 
 
 def _with_tuples(state: Any) -> Any:

@@ -23,7 +23,7 @@ from memjax.data.facts import Person
 from memjax.data.packing import Batch
 from memjax.data.tokenizer import Tokenizer
 from memjax.evaluation.perplexity import Place, to_device
-from memjax.evaluation.recall import everywhere
+from memjax.memory import parallel
 from memjax.models.counts import count_parameters
 from memjax.models.decoder import Decoder
 from memjax.models.loss import token_losses
@@ -168,4 +168,4 @@ def _summed(graphdef: Any, state: nnx.State, batch: dict[str, Array]) -> Float[A
     model = nnx.merge(graphdef, state)
     # Without segments a padded end is harmless: tokens see only what comes before them.
     hidden, _ = model.hidden(batch["tokens"])
-    return everywhere((token_losses(model, hidden, batch["targets"]) * batch["loss_mask"]).sum(axis=1))
+    return parallel.everywhere((token_losses(model, hidden, batch["targets"]) * batch["loss_mask"]).sum(axis=1))

@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
 
 from memjax.config import DataConfig
@@ -20,6 +18,7 @@ from memjax.data.facts import Question
 from memjax.data.packing import Batch
 from memjax.data.tokenizer import Tokenizer
 from memjax.evaluation.perplexity import Place, to_device
+from memjax.memory import parallel
 from memjax.models.decoder import Decoder
 from memjax.models.generate import generate
 from memjax.models.parts import take_apart
@@ -246,13 +245,4 @@ def _answered(graphdef: Any, state: nnx.State, batch: dict[str, Array]) -> Bool[
     # Only the answers' places need logits, which at all places would be the largest array of all.
     hidden = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
     best: Int[Array, "b depth"] = jnp.argmax(model.logits(hidden), axis=-1)
-    return everywhere(jnp.all(best == batch["targets"], axis=1))
-
-
-def everywhere(array: Array) -> Array:
-    """The array whole on every device, so that every process can read it."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return array
-    place = jax.sharding.reshard if AxisType.Explicit in mesh.axis_types else jax.lax.with_sharding_constraint
-    return place(array, P())
+    return parallel.everywhere(jnp.all(best == batch["targets"], axis=1))

@@ -10,11 +10,14 @@ one device, a mesh and somebody else's model run the same layer.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from memjax.ops.embedding_bag.api import embedding_bag
@@ -30,11 +33,20 @@ COLUMNS = P(None, MEMORY)
 """Tables and their state."""
 BAGS = P(DATA, MEMORY)
 """Bags before the all-to-all: tokens over `data`, columns over `memory`."""
+WHOLE_WEIGHTS = "whole_weights"
+"""Name (`checkpoint_name`) of weights that `whole` has gathered."""
+
+Weights = TypeVar("Weights")
 
 
 def has_memory_axis() -> bool:
     """Whether the ambient mesh splits tables."""
     return MEMORY in jax.sharding.get_abstract_mesh().axis_names
+
+
+def has_several_devices() -> bool:
+    """Whether the ambient mesh splits anything at all."""
+    return has_memory_axis() and jax.sharding.get_abstract_mesh().size > 1
 
 
 def search(
@@ -125,6 +137,28 @@ def split_columns(table: Float[Array, "n d"]) -> Float[Array, "n d"]:
 def split_tokens(array: Array) -> Array:
     """An array with tokens or sequences in front, split over all devices, where there is a mesh."""
     return _place(array, TOKENS) if has_memory_axis() else array
+
+
+def whole(weights: Weights, dtype: DTypeLike | None = None) -> Weights:
+    """Weights (a module, or arrays) whole on every device, for the time of their use, where there is a mesh.
+
+    Matrices are cast to dtype before they are sent. What is whole already stays as it is. Under an Explicit mesh the
+    layout of weights is their owner's affair.
+    """
+    if not has_several_devices() or _is_explicit():
+        return weights
+
+    def gather(weight: Array) -> Array:
+        if dtype is not None and weight.ndim >= 2:
+            weight = weight.astype(dtype)
+        return checkpoint_name(jax.lax.with_sharding_constraint(weight, P()), WHOLE_WEIGHTS)
+
+    return jax.tree.map(gather, weights)
+
+
+def everywhere(array: Array) -> Array:
+    """The array whole on every device, so that every process can read it."""
+    return array if jax.sharding.get_abstract_mesh().empty else _place(array, P())
 
 
 def split_like(tokens: Float[Array, "t d"], x: Float[Array, "*b dim"]) -> Float[Array, "t d"]:

@@ -96,7 +96,7 @@ class Decoder(nnx.Module):
         lookups: dict[str, Lookup] = {}
         for layer, block in enumerate(self.blocks):
             name = layer_name(layer)
-            run = _rematerialised(remat)(lambda block, *args: block(*args))
+            run = _rematerialised(remat)(lambda block, *args: parallel.whole(block, self.embed.dtype)(*args))
             x, lookup = run(block, x, positions, segments, self._table(layer), (taps or {}).get(name))
             x = parallel.split_tokens(x)
             if lookup is not None:
@@ -161,11 +161,16 @@ def resolve_dtype(name: str) -> jnp.dtype:
 
 
 def _rematerialised(remat: Remat):
-    """jax.checkpoint with the named policy; no search or bag runs twice: they are memory-bound, their outputs small."""
-    if remat == "none":
-        return lambda function: function
+    """jax.checkpoint with the named policy; no search or bag runs twice: they are memory-bound, their outputs small.
+
+    Weights that were gathered for the forward pass are never kept, but gathered again.
+    """
     policies = jax.checkpoint_policies
+    if remat == "none" and not parallel.has_several_devices():
+        return lambda function: function
     policy = policies.save_only_these_names(SAVED_BAG, SAVED_SCORES, SAVED_INDICES)
-    if remat == "dots":
+    if remat == "none":
+        policy = policies.save_anything_except_these_names(parallel.WHOLE_WEIGHTS)
+    elif remat == "dots":
         policy = policies.save_from_both_policies(policy, policies.dots_with_no_batch_dims_saveable)
     return lambda function: jax.checkpoint(function, policy=policy)

@@ -220,7 +220,7 @@ def _pick(
         # One number is drawn for each token of the vocabulary, not for each rank: ranks that rounding swaps change
         # nothing then.
         picked = jax.vmap(jax.random.categorical)(keys, logits)
-    picked = picked.astype(jnp.int32)
+    picked = parallel.everywhere(picked.astype(jnp.int32))
     return picked, seen.at[jnp.arange(len(picked)), picked].set(True)
 
 

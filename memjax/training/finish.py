@@ -3,38 +3,64 @@
 import time
 from typing import Any
 
+from jax.sharding import Mesh
+
+from memjax.config import RunConfig
 from memjax.data.tokenizer import Tokenizer
 from memjax.evaluation.recall import fact_report, format_fact_report
 from memjax.memory.parallel import TOKENS
 from memjax.training.mesh import put_batch
 from memjax.training.metrics import read_metrics
 from memjax.training.plots import plot_run
+from memjax.training.processes import first_alone, is_first
 from memjax.training.run_folder import RunFolder
 from memjax.training.state import Trainer, TrainState
 
 
-def finish(trainer: Trainer, state: TrainState, mesh: Any, folder: RunFolder, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Writes plots, the recall test of runs on biographies, and the summary, which marks the run as finished."""
-    config, rows = trainer.config, read_metrics(folder.metrics)
+def finish(trainer: Trainer, state: TrainState, mesh: Mesh, folder: RunFolder, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The recall test of runs on biographies, plots, and the summary, which marks the run as finished.
+
+    All processes ask the model; the first one writes.
+    """
+    config = trainer.config
+    report = _ask_for_facts(trainer, state, mesh, tokenizer) if config.data.source == "biographies" else None
+    with first_alone("summary"):
+        if is_first():
+            _write(config, folder, report)
+    summary = folder.read_summary()
+    assert summary is not None
+    return summary
+
+
+def _ask_for_facts(trainer: Trainer, state: TrainState, mesh: Mesh, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Uses the tables up."""
+    config, started = trainer.config, time.monotonic()
+    model = trainer.parts.assemble(state.params, state.tables)
+    report = fact_report(
+        model,
+        tokenizer,
+        config.data,
+        config.eval.recall_people,
+        batch_size=-(-256 // mesh.size) * mesh.size,
+        place=lambda batch: put_batch(mesh, batch, TOKENS),
+        donate=True,
+    )
+    print(f"asked about {config.eval.recall_people} people in {time.monotonic() - started:.0f} s", flush=True)
+    return report
+
+
+def _write(config: RunConfig, folder: RunFolder, report: dict[str, Any] | None) -> None:
+    rows = read_metrics(folder.metrics)
     summary: dict[str, Any] = {
         "steps": config.train.steps,
         "metrics": {name: value for name, value in rows[-1].items() if name != "step"},
         "plots": [str(path) for path in plot_run(rows, folder.plots)],
         "training_seconds": sum(row.get("throughput/step_seconds", 0) for row in rows),
     }
-    if config.data.source == "biographies":
-        started = time.monotonic()
-        model = trainer.parts.assemble(state.params, state.tables)
-        batch_size = -(-256 // mesh.size) * mesh.size
-        place = lambda batch: put_batch(mesh, batch, TOKENS)
-        report = fact_report(
-            model, tokenizer, config.data, config.eval.recall_people, batch_size=batch_size, place=place, donate=True
-        )
+    if report is not None:
         folder.write_json(f"evals/{config.train.steps}-facts.json", report)
         summary["facts"] = report
-        print(f"asked about {config.eval.recall_people} people in {time.monotonic() - started:.0f} s", flush=True)
     folder.write_json(folder.summary.name, summary)
-    return summary
 
 
 def describe_summary(summary: dict[str, Any], folder: RunFolder) -> str:

@@ -1,9 +1,17 @@
 """SIGTERM and Ctrl-C as a wish that the loop grants at the end of a step."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from memjax.memory.parallel import TOKENS
 
 
 class Interrupt:
@@ -30,3 +38,18 @@ def catch_interrupts() -> Iterator[Interrupt]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def shared_wish(interrupt: Interrupt, mesh: Mesh) -> Callable[[], jax.Array]:
+    """A function that tells, on the device, whether somebody wants to stop any of the processes.
+
+    All processes call it at the same points of the run and get the same answers. Reading one waits for it.
+    """
+    reduce = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))
+    sharding = NamedSharding(mesh, TOKENS)
+
+    def ask() -> jax.Array:
+        here = np.full(mesh.size, interrupt.name is not None)
+        return reduce(jax.make_array_from_callback(here.shape, sharding, here.__getitem__))
+
+    return ask

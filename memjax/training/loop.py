@@ -23,9 +23,10 @@ from memjax.loading import META, PARAMS, TABLES, meta_document
 from memjax.memory.parallel import TOKENS
 from memjax.models.counts import training_flops_per_token
 from memjax.models.trees import params_to_tree, tree_to_params
-from memjax.training.interrupt import Interrupt
+from memjax.training.interrupt import Interrupt, shared_wish
 from memjax.training.mesh import put_batch
 from memjax.training.metrics import MetricsFile, Progress, Row, Stopwatch, peak_flops
+from memjax.training.processes import is_first
 from memjax.training.profiling import ProfileWindow
 from memjax.training.run_folder import RunFolder
 from memjax.training.start import OPT_STATE, first_state
@@ -39,6 +40,9 @@ TABLE_STATE, DATA_ITER = "table_state", "data_iter"
 MAX_PENDING = 16
 """Steps that may be in flight before the loop waits for the oldest."""
 
+LAG = 2
+"""Steps that are in flight when one is read, where several processes must read the same ones at the same time."""
+
 PATIENCE = 8
 """Batches without a learned token that a run may begin with."""
 
@@ -48,7 +52,7 @@ class NotFinite(Exception):
 
 
 class Preempted(Exception):
-    """A signal ended the run after a checkpoint."""
+    """A signal, to this process or another, ended the run after a checkpoint."""
 
 
 @dataclasses.dataclass
@@ -76,8 +80,12 @@ class Loop:
         self.flops_per_token = training_flops_per_token(self.trainer.parts, config.data.sequence_length)
         self.peak_flops = peak_flops(mesh.devices.flat[0])
         self.best_loss = float("inf")
+        self.newest_row: Row = {}
         self.pending: deque[_Pending] = deque()
-        self.profile = ProfileWindow(config.log.profile, folder.profile)
+        self.profile = ProfileWindow(config.log.profile if is_first() else None, folder.profile)
+        self.wish_to_stop = shared_wish(interrupt, mesh)
+        self.must_stop = False
+        """Known to all processes at the same step."""
         self.compile_seconds: float | None = None
         """Known once the step is compiled; None again once it is written."""
         self._reported = False
@@ -100,11 +108,11 @@ class Loop:
         try:
             self.state, self.saved_place = self._start(data)
             self.first = int(self.state.step)
-            self.metrics = MetricsFile(self.folder.metrics, last_step=self.first)
+            self.metrics = MetricsFile(self.folder.metrics, last_step=self.first) if is_first() else None
             self.progress = Progress(
                 first_step=self.first, steps=self.config.train.steps, every_seconds=self.config.log.progress_seconds
             )
-            self.trackers = make_trackers(self.config, self.folder.path, last_step=self.first)
+            self.trackers = make_trackers(self.config, self.folder.path, last_step=self.first) if is_first() else []
             try:
                 for step in range(self.first + 1, self.config.train.steps + 1):
                     self._one_step(data, step)
@@ -116,7 +124,8 @@ class Loop:
                 try:
                     self.checkpoints.wait()
                 finally:
-                    self.metrics.close()
+                    if self.metrics:
+                        self.metrics.close()
                     close_trackers(self.trackers)
             return self.state
         finally:
@@ -137,6 +146,8 @@ class Loop:
                 self.profile.start(step)
         with self.profile.step(step):
             self.state, metrics = self.train_step(self.state, micro)
+        if jax.process_count() > 1:
+            metrics["must_stop"] = self.wish_to_stop()
         self.pending.append(_Pending(step, metrics, data.get_state(), dict(self.malformed)))
         if self.profile.closes(step, last=last):
             with self._aside():
@@ -146,12 +157,14 @@ class Loop:
         if config.model.memory and (last or step % config.log.usage_every == 0):
             self.pending[-1].metrics |= self._report_usage()
         improved = self._validate(step)
-        if last or improved or self.interrupt.name or step % config.checkpoint.every == 0:
+        stop = self.must_stop or (jax.process_count() == 1 and self.interrupt.name is not None)
+        if last or improved or stop or step % config.checkpoint.every == 0:
             self._read(wait=True, all_of_them=True)
             with self._aside():
                 self._save()
-        if self.interrupt.name and not last:
-            raise Preempted(f"{self.interrupt.name}: step {step} is saved; the same command goes on from there")
+        if stop and not last:
+            why = self.interrupt.name or "another process was told to stop"
+            raise Preempted(f"{why}: step {step} is saved; the same command goes on from there")
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
@@ -216,11 +229,15 @@ class Loop:
     def _read(self, *, wait: bool, all_of_them: bool = False) -> None:
         """Writes the rows of finished steps. The newest one stays in flight, so that the device never runs dry.
 
+        What a row says may end the run, so several processes read each at the same point, however fast they are.
+
         Raises:
             NotFinite: a step was not finite.
         """
         ready = []
         keep = 0 if all_of_them else 1
+        if jax.process_count() > 1 and not all_of_them:
+            keep, wait = LAG, True
         while len(self.pending) > keep and (wait or self.pending[0].metrics["train/loss"].is_ready()):
             ready.append(self.pending.popleft())
         if not ready:
@@ -234,14 +251,18 @@ class Loop:
                     f"step {pending.step}: not a number somewhere (loss {metrics['train/loss']:.4g}, gradient norm "
                     f"{metrics['train/grad_norm']:.4g}). Try a lower optim.lr or optim.table.lr, or look at the data."
                 )
+            self.must_stop |= bool(metrics.pop("must_stop", False))
             self.saved_place = pending.place
             row: Row = {"step": pending.step, **{name: value.item() for name, value in metrics.items()}}
             row |= pending.host_metrics | self._throughput(row["train/tokens"], seconds)
-            self.metrics.write(row)
+            self.newest_row = row
+            if self.metrics:
+                self.metrics.write(row)
             for tracker in self.trackers:
                 tracker.write(row)
             self.progress.show(row)
-        self.metrics.flush()
+        if self.metrics:
+            self.metrics.flush()
 
     def _throughput(self, tokens: int, seconds: float) -> Row:
         speed = tokens / max(seconds, 1e-9)
@@ -257,7 +278,7 @@ class Loop:
         step = int(self.state.step)
         best = self.best_loss if np.isfinite(self.best_loss) else None
         meta = meta_document(self.config, self.tokenizer, step=step) | {"best_loss": best}
-        loss = self.metrics.newest(step, "eval/validation/loss")
+        loss = self.newest_row.get("eval/validation/loss") if self.newest_row.get("step") == step else None
         self.checkpoints.save(step, _items(self.state), {DATA_ITER: self.saved_place, META: meta}, loss=loss)
 
 

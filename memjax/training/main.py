@@ -16,6 +16,7 @@ from memjax.training.finish import describe_summary, finish
 from memjax.training.interrupt import catch_interrupts
 from memjax.training.loop import Loop, NotFinite, Preempted
 from memjax.training.mesh import make_mesh
+from memjax.training.processes import first_alone, is_first
 from memjax.training.run_folder import RunFolder
 from memjax.training.start import check_start
 from memjax.training.state import Trainer
@@ -50,15 +51,17 @@ def train(config: RunConfig, *, allow_changed: bool = False) -> int:
     check(config)
     check_start(config)
     folder = RunFolder.of(config)
-    folder.claim(config, allow_changed=allow_changed)
+    with first_alone("run.dir"):
+        folder.claim(config, allow_changed=allow_changed, writes=is_first())
     if summary := folder.read_summary():
         print(f"{folder.path} is finished already. Another run.dir starts another run.\n")
         print(describe_summary(summary, folder))
         return 0
     mesh = make_mesh(config)
     # What takes long and keeps nothing that a signal should wait for comes first.
-    tokenizer = folder.tokenizer(config)
-    prepare_parts(config.data.in_run(str(folder.path)), tokenizer)
+    with first_alone("data"):
+        tokenizer = folder.tokenizer(config)
+        prepare_parts(config.data.in_run(str(folder.path)), tokenizer)
     with catch_interrupts() as interrupt, jax.set_mesh(mesh):
         loop = Loop(config, mesh, folder, tokenizer, interrupt)
         print(opening(config, loop.trainer, mesh, folder), flush=True)
@@ -136,7 +139,7 @@ def opening(config: RunConfig, trainer: Trainer, mesh: jax.sharding.Mesh, folder
         f"model      {billions(counts.dense)} dense + {billions(counts.table)} table parameters, "
         f"{billions(counts.active)} active per token",
         f"devices    {mesh.size} x {mesh.devices.flat[0].device_kind} (data {mesh.shape['data']} x memory "
-        f"{mesh.shape['memory']}), {gigabytes(sizes.total)} needed on each",
+        f"{mesh.shape['memory']}{_of_processes()}), {gigabytes(sizes.total)} needed on each",
         f"data       {config.data.path or config.data.source}, {config.train.steps} steps of "
         f"{config.data.batch_size} x {config.data.sequence_length} tokens",
         f"attention  {attention(config)}",
@@ -148,3 +151,7 @@ def opening(config: RunConfig, trainer: Trainer, mesh: jax.sharding.Mesh, folder
         )
         lines.append(f"kernels    {kernels(memory)}")
     return "\n".join(lines)
+
+
+def _of_processes() -> str:
+    return f", {jax.process_count()} processes" if jax.process_count() > 1 else ""

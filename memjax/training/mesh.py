@@ -1,5 +1,6 @@
 """The device mesh, and where every part of the state and the batch lives on it."""
 
+import math
 from typing import Any
 
 import jax
@@ -43,12 +44,33 @@ def replicated(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     return jax.tree.map(lambda _: NamedSharding(mesh, P()), tree)
 
 
+def fully_sharded(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
+    """Shardings that give every device a piece of every matrix: of its largest axis that can be cut evenly.
+
+    It is cut over all devices, or over one axis of the mesh where that is all that can be. Vectors and scalars stay
+    whole: they are small, and sending them costs more than keeping them.
+    """
+
+    def spec(shape: tuple[int, ...]) -> P:
+        if len(shape) < 2:
+            return P()
+        largest_first = sorted(range(len(shape)), key=lambda axis: -shape[axis])
+        for names in ((DATA, MEMORY), (DATA,), (MEMORY,)):
+            devices = math.prod(mesh.shape[name] for name in names)
+            for axis in largest_first:
+                if shape[axis] % devices == 0:
+                    return P(*[None] * axis, names)
+        return P()
+
+    return jax.tree.map(lambda array: NamedSharding(mesh, spec(array.shape)), tree)
+
+
 def by_columns(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """Shardings of tables and their state: columns over the memory axis, scalars everywhere."""
     return jax.tree.map(lambda array: NamedSharding(mesh, COLUMNS if array.ndim == 2 else P()), tree)
 
 
 def put_batch(mesh: Mesh, batch: dict[str, Any], spec: P) -> dict[str, jax.Array]:
-    """This process's part of a global batch, on its devices."""
+    """A batch, which every process has whole, on the devices: each process gives its own devices their part."""
     sharding = NamedSharding(mesh, spec)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    return {name: jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__) for name, rows in batch.items()}

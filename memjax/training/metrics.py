@@ -35,17 +35,11 @@ class MetricsFile:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         temporary.replace(path)
         self._file: TextIO = path.open("a")
-        self._newest: Row = rows[-1] if rows else {}
 
     def write(self, row: Row) -> None:
         """Appends a line; values that are not finite become null, which JSON can hold."""
         finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         self._file.write(json.dumps(finite) + "\n")
-        self._newest = row
-
-    def newest(self, step: int, name: str) -> Any:
-        """A value of the newest row if that is the given step's; None if it is not, or has no such value."""
-        return self._newest.get(name) if self._newest.get("step") == step else None
 
     def flush(self) -> None:
         """Hands the lines to the operating system, so that a killed process loses none."""

@@ -3,11 +3,14 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from memjax.config import OptimConfig, ScheduleConfig
 from memjax.memory.keys import AddressParam
+from memjax.ops.precision import accumulator
 
 FROZEN = "frozen"
 
@@ -42,8 +45,24 @@ def make_optimizer(config: OptimConfig, steps: int, abstract_params: nnx.State) 
         {"dense": adamw(1.0), "address": adamw(config.key_lr_factor), FROZEN: optax.set_to_zero()},
         parameter_groups(config, abstract_params),
     )
-    clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
+    clip = optax.identity() if config.clip is None else clip_by_global_norm(config.clip)
     return optax.chain(clip, by_group)
+
+
+def global_norm(gradient: Any) -> Float[Array, ""]:
+    """Euclidean norm of all gradients together, in float32 or wider: not a number where one of them is not."""
+    squares = [jnp.sum(jnp.square(leaf.astype(accumulator(leaf.dtype)))) for leaf in jax.tree.leaves(gradient)]
+    return jnp.sqrt(sum(squares))
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """Shortens gradients whose norm is above the limit; optax's own would sum bfloat16 squares in bfloat16."""
+
+    def clip(gradient: Any, _: Any) -> Any:
+        factor = jnp.minimum(1, limit / global_norm(gradient))
+        return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), gradient)
+
+    return optax.stateless(clip)
 
 
 def parameter_groups(config: OptimConfig, abstract_params: nnx.State) -> Any:

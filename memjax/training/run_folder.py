@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "data.prepared",
     "data.max_malformed",
     "mesh.",
+    "processes.",
     "checkpoint.",
     "eval.",
     "log.",
@@ -79,13 +80,19 @@ class RunFolder:
         os.replace(temporary, path)
         return path
 
-    def claim(self, config: RunConfig, *, allow_changed: bool = False) -> None:
+    def claim(self, config: RunConfig, *, allow_changed: bool = False, writes: bool = True) -> None:
         """Writes the resolved config, or compares it with the one that the run began with.
 
+        One that does not write, as every process but the first, expects that it is written.
+
         Raises:
-            ConfigError: the folder holds a run with other settings.
+            ConfigError: the folder holds a run with other settings, or is not the one that the first process sees.
         """
         file = self.path / "config.yaml"
+        if not writes and not file.exists():
+            raise ConfigError(
+                [f"{file.absolute()} is there for process 0, but not here; name a run.dir that all machines share"]
+            )
         if file.exists():
             changed = differences(load(RunConfig, file), config)
             refused = [line for line in changed if not line.startswith(MAY_CHANGE)]
@@ -99,6 +106,8 @@ class RunFolder:
                 )
             for line in changed:
                 print(f"changed: {line}", flush=True)
+        if not writes:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         file.write_text(to_yaml(config))
         self.write_json("environment.json", environment())

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from memjax.config import RunConfig
 from memjax.models.decoder import layer_name
 from memjax.models.parts import DecoderParts, Tables
-from memjax.training.mesh import by_columns, replicated
+from memjax.training.mesh import by_columns, fully_sharded, replicated
 from memjax.training.optimizer import make_optimizer, make_schedule
 from memjax.training.row_optimizer import TableOptimizer
 
@@ -89,10 +89,20 @@ class Trainer:
         return jax.eval_shape(self.init, jax.random.key(0))
 
     def shardings(self, mesh: Mesh | AbstractMesh) -> TrainState:
-        """Where every array of the state lives: tables and their state by columns, the rest on every device."""
+        """Where every array of the state lives.
+
+        Tables and their state are split by columns, dense parameters and theirs as `mesh.dense` says; the rest is on
+        every device.
+        """
         state = self.abstract_state()
         return dataclasses.replace(
             replicated(mesh, state),
+            params=self.dense_shardings(mesh, state.params),
+            opt_state=self.dense_shardings(mesh, state.opt_state),
             tables=by_columns(mesh, state.tables),
             table_state=by_columns(mesh, state.table_state),
         )
+
+    def dense_shardings(self, mesh: Mesh | AbstractMesh, tree: Any) -> Any:
+        """Where arrays of the shapes of dense parameters live."""
+        return (fully_sharded if self.config.mesh.dense == "sharded" else replicated)(mesh, tree)

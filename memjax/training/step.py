@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from memjax.config import RunConfig
+from memjax.memory import parallel
 from memjax.memory.parallel import DATA, MEMORY
 from memjax.memory.sparse_gradient import row_sparse_value_and_grad
 from memjax.memory.usage import count_reads, statistics
@@ -19,7 +21,7 @@ from memjax.models.loss import token_losses
 from memjax.models.parts import Tables
 from memjax.ops.row_gradient import RowGradient
 from memjax.training.mesh import replicated
-from memjax.training.optimizer import without_gradient_where_frozen
+from memjax.training.optimizer import global_norm, without_gradient_where_frozen
 from memjax.training.state import Trainer, TrainState
 
 BATCH = P(None, (DATA, MEMORY))
@@ -60,8 +62,10 @@ def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[Train
     # A batch in which nothing is learned has the loss 0.
     (loss, by_part), dense, rows, whole = _accumulate(trainer, state, batch, jnp.maximum(learned, 1))
 
-    # Decided before anything is written, so that the last good state is always whole.
-    ok = state.healthy & _all_finite((loss, dense, whole, [(row.weights, row.vectors) for row in rows.values()]))
+    # Decided before anything is written, so that the last good state is always whole. The norm, which clipping needs
+    # anyway, tells of all dense gradients in one pass over them.
+    norm = global_norm(dense)
+    ok = state.healthy & _all_finite((loss, norm, whole, [(row.weights, row.vectors) for row in rows.values()]))
 
     updates, opt_state = trainer.optimizer.update(dense, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -79,7 +83,7 @@ def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[Train
     )
     metrics = {
         "train/loss": loss,
-        "train/grad_norm": optax.tree.norm(dense),
+        "train/grad_norm": norm,
         "train/lr": trainer.schedule(state.step),
         "train/tokens": (batch["segments"] > 0).sum(),
         "train/learned_tokens": learned,
@@ -138,8 +142,9 @@ def _gradients(trainer: Trainer, params: Any, tables: Tables, batch: Batch, lear
     # Padding comes last in its row, so the tokens before it never see it.
     segments = batch["segments"] if trainer.config.data.rows_hold_documents else None
 
-    def loss_fn(params: Any, taps: dict[str, Array], tables: Tables) -> tuple[Array, tuple[dict, list[Array]]]:
-        model = parts.assemble(without_gradient_where_frozen(trainer.config.optim, params), tables)
+    def loss_fn(params: nnx.State, taps: dict[str, Array], tables: Tables) -> tuple[Array, tuple[dict, list[Array]]]:
+        params = without_gradient_where_frozen(trainer.config.optim, _whole_outside_blocks(params))
+        model = parts.assemble(params, tables)
         hidden, lookups = model.hidden(batch["tokens"], batch["positions"], segments, taps, remat)
         losses = token_losses(model, hidden, batch["targets"])
         losses = losses * batch["loss_mask"].astype(losses.dtype)
@@ -149,10 +154,21 @@ def _gradients(trainer: Trainer, params: Any, tables: Tables, batch: Batch, lear
     taps = parts.zero_taps(batch["tokens"].size)
     if not trainer.config.optim.table.is_dense:
         loss, dense, rows = row_sparse_value_and_grad(loss_fn)(params, taps, tables)
-        return (loss, dense, {}), rows
+        return (loss, _place_gradient(trainer, dense), {}), rows
     differentiate = lambda params_and_tables, taps: loss_fn(params_and_tables[0], taps, params_and_tables[1])
     loss, (dense, whole), rows = row_sparse_value_and_grad(differentiate)((params, tables), taps)
-    return (loss, dense, whole), rows
+    return (loss, _place_gradient(trainer, dense), whole), rows
+
+
+def _whole_outside_blocks(params: nnx.State) -> nnx.State:
+    """Embedding, norm and output matrix gathered once; blocks gather theirs when they run."""
+    return nnx.State({name: part if name == "blocks" else parallel.whole(part) for name, part in params.items()})
+
+
+def _place_gradient(trainer: Trainer, dense: nnx.State) -> nnx.State:
+    """The dense gradient where its parameters live, so that no device sums or keeps all of it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return dense if mesh.empty else jax.lax.with_sharding_constraint(dense, trainer.dense_shardings(mesh, dense))
 
 
 def _parts(trainer: Trainer, batch: Batch) -> list[Array]:

@@ -135,10 +135,3 @@ def test_only_pairs_whose_target_is_learned_count():
     assert batch["loss_mask"][0].tolist() == [0, 0, 1, 1, 1, 0, 0]
     assert batch["segments"][0].tolist() == [1, 1, 1, 1, 2, 2, 2]
     assert batch["positions"][0].tolist() == [0, 1, 2, 3, 0, 1, 2]
-
-
-def test_the_shares_of_processes_make_up_a_batch():
-    batch = {"tokens": np.arange(12).reshape(6, 2)}
-    shares = [packing.take_rows(batch, i, 3)["tokens"] for i in range(3)]
-    assert [share.shape for share in shares] == [(2, 2)] * 3
-    np.testing.assert_array_equal(np.concatenate(shares), batch["tokens"])

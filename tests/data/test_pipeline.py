@@ -41,8 +41,8 @@ def text_config(tmp_path):
     )
 
 
-def take(config, count, *, seed=0, state=None, tokenizer: Tokenizer = BYTES, **processes):
-    data = TrainingData(config, tokenizer, seed=seed, **processes)
+def take(config, count, *, seed=0, state=None, tokenizer: Tokenizer = BYTES):
+    data = TrainingData(config, tokenizer, seed=seed)
     try:
         if state is not None:
             data.set_state(state)
@@ -194,13 +194,6 @@ def test_the_seed_decides(text_config, packing):
     take(config, 1, seed=2**40)
 
 
-def test_two_processes_share_each_batch_without_overlap(text_config):
-    shares = [texts_of(take(text_config, 53, process_index=i, process_count=2)) for i in range(2)]
-    assert [len(share) for share in shares] == [106, 106]
-    together = [text for pair in zip(*shares, strict=True) for text in pair]
-    assert together == texts_of(take(text_config, 53))
-
-
 def test_biographies_are_worded_anew_in_every_epoch():
     num_records = len(open_sources(BIOGRAPHIES)[0])
     assert num_records == 20 * 6 + 10 * 6
@@ -211,39 +204,29 @@ def test_biographies_are_worded_anew_in_every_epoch():
 
 
 @pytest.mark.parametrize(
-    ("change", "processes", "message"),
+    ("change", "message"),
     [
-        ({"num_workers": 1}, {}, "num_workers=1 here, 0 in the checkpoint"),
-        ({}, {"process_count": 2}, "process_count=2 here, 1 in the checkpoint"),
-        ({"batch_size": 6}, {}, "batch_size=6 here, 4 in the checkpoint"),
-        ({"packing": "concat"}, {}, "packing='concat' here, 'none' in the checkpoint"),
-        ({"validation_fraction": 0.5}, {}, "num_records=27 here, 53 in the checkpoint"),
+        ({"num_workers": 1}, "num_workers=1 here, 0 in the checkpoint"),
+        ({"batch_size": 6}, "batch_size=6 here, 4 in the checkpoint"),
+        ({"packing": "concat"}, "packing='concat' here, 'none' in the checkpoint"),
+        ({"validation_fraction": 0.5}, "num_records=27 here, 53 in the checkpoint"),
     ],
 )
-def test_a_place_in_other_data_is_refused(text_config, change, processes, message):
+def test_a_place_in_other_data_is_refused(text_config, change, message):
     data = TrainingData(text_config, BYTES, seed=0)
     state = data.get_state()
     data.close()
     with pytest.raises(DataError, match=message):
-        take(dataclasses.replace(text_config, **change), 1, state=state, **processes)
+        take(dataclasses.replace(text_config, **change), 1, state=state)
 
 
-def test_a_place_with_another_tokenizer_or_process_is_refused(text_config):
-    data = TrainingData(text_config, BYTES, seed=0, process_count=2)
+def test_a_place_with_another_tokenizer_is_refused(text_config):
+    data = TrainingData(text_config, BYTES, seed=0)
     state = data.get_state()
     data.close()
     bpe = train_tokenizer(dataclasses.replace(text_config, tokenizer=TokenizerConfig(kind="bpe")), 270)
     with pytest.raises(DataError, match=f"tokenizer='{bpe.fingerprint}' here, '{BYTES.fingerprint}' in the checkpoint"):
-        take(text_config, 1, state=state, tokenizer=bpe, process_count=2)
-    with pytest.raises(DataError, match="process_index=1 here, 0 in the checkpoint"):
-        take(text_config, 1, state=state, process_index=1, process_count=2)
-
-
-def test_processes_that_cannot_share_a_batch_are_refused(text_config):
-    with pytest.raises(ValueError, match=r"data\.batch_size=4 must be a multiple of the 3 processes"):
-        TrainingData(text_config, BYTES, seed=0, process_count=3)
-    with pytest.raises(ValueError, match="process_index=2 must be in 0"):
-        next(validation_batches(text_config, BYTES, batches=1, process_index=2, process_count=2))
+        take(text_config, 1, state=state, tokenizer=bpe)
 
 
 @kinds
@@ -260,10 +243,6 @@ def test_validation_is_the_same_every_time_and_padded_at_the_end(text_config, pa
     learned = sum(batch["loss_mask"].sum() for batch in first)
     assert learned == sum(len(record[0].text) + 1 for record in source)
     assert len(list(validation_batches(config, BYTES, batches=1))) == 1
-    halves = [list(validation_batches(config, BYTES, batches=9, process_index=i, process_count=2)) for i in range(2)]
-    for whole, *parts in zip(first, *halves, strict=True):
-        for name in whole:
-            np.testing.assert_array_equal(whole[name], np.concatenate([part[name] for part in parts]))
 
 
 def test_there_is_no_validation_when_nothing_is_held_out(text_config):

@@ -1,11 +1,13 @@
 """Devices against the mesh, and where the state lives."""
 
+import math
+
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from memjax.command_line import ConfigError
-from memjax.training.mesh import make_mesh
+from memjax.training.mesh import fully_sharded, make_mesh
 from memjax.training.state import Trainer
 
 
@@ -47,10 +49,40 @@ def test_devices_that_do_not_fit_are_refused_with_a_way_out(tiny, settings, devi
     assert str(caught.value).startswith(message)
 
 
-def test_tables_and_their_state_are_split_by_columns_and_the_rest_is_everywhere(tiny):
+def test_tables_are_split_by_columns_and_matrices_over_all_devices(tiny):
     config = tiny.config("--mesh.memory 4 --optim.table.state_columns 64")
-    shardings = Trainer.of(config).shardings(make_mesh(config))
+    trainer, mesh = Trainer.of(config), make_mesh(config)
+    state, shardings = trainer.abstract_state(), trainer.shardings(mesh)
     columns = {sharding.spec for sharding in jax.tree.leaves((shardings.tables, shardings.table_state))}
     assert columns == {P(None, "memory")}
-    rest = (shardings.params, shardings.opt_state, shardings.reads, shardings.step, shardings.healthy)
+    rest = (shardings.reads, shardings.step, shardings.healthy)
     assert {sharding.spec for sharding in jax.tree.leaves(rest)} == {P()}
+    dense, places = (state.params, state.opt_state), (shardings.params, shardings.opt_state)
+    for array, sharding in zip(jax.tree.leaves(dense), jax.tree.leaves(places), strict=True):
+        here = math.prod(sharding.shard_shape(array.shape))
+        # 259 embeddings of 16 numbers: the longer axis cannot be cut.
+        assert here == (array.size // 8 if array.ndim >= 2 else array.size), array.shape
+
+
+@pytest.mark.parametrize(
+    ("mesh", "shape", "spec"),
+    [
+        ((2, 4), (16, 64), P(None, ("data", "memory"))),
+        ((2, 4), (259, 16), P(None, ("data", "memory"))),
+        ((2, 3), (6, 4), P(("data", "memory"))),
+        ((2, 3), (4, 5), P(("data",))),
+        ((2, 3), (7, 9), P(None, ("memory",))),
+        ((2, 3), (5, 7), P()),
+        ((2, 4), (64,), P()),
+        ((2, 4), (), P()),
+    ],
+)
+def test_the_largest_axis_that_can_be_cut_is_cut(mesh, shape, spec):
+    mesh = jax.sharding.AbstractMesh(mesh, ("data", "memory"))
+    assert fully_sharded(mesh, jax.ShapeDtypeStruct(shape, "float32")).spec == spec
+
+
+def test_replicated_parameters_are_whole_everywhere(tiny):
+    config = tiny.config("--mesh.dense replicated")
+    shardings = Trainer.of(config).shardings(make_mesh(config))
+    assert {sharding.spec for sharding in jax.tree.leaves((shardings.params, shardings.opt_state))} == {P()}

@@ -62,16 +62,6 @@ def test_rows_are_on_disk_after_a_flush(tmp_path):
     file.close()
 
 
-def test_the_newest_value_is_asked_for_by_its_step(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    write(path, [1, 2], loss=0.5)
-    file = MetricsFile(path, last_step=2)
-    assert file.newest(2, "loss") == 0.5
-    assert file.newest(1, "loss") is None
-    assert file.newest(2, "absent") is None
-    file.close()
-
-
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.0, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (3599.7, "1:00:00"), (36_061.0, "10:01:01")]
 )

@@ -1,12 +1,13 @@
 """The folder of a run: what it records, and when it refuses to go on."""
 
 import base64
+import dataclasses
 import json
 
 import pytest
 
 from memjax.command_line import ConfigError
-from memjax.config import RunConfig
+from memjax.config import ProcessesConfig, RunConfig, TrainConfig
 from memjax.training.run_folder import RunFolder
 
 
@@ -94,3 +95,19 @@ def test_a_run_keeps_a_copy_of_the_tokenizers_file(tiny, tmp_path):
     assert kept.fingerprint == opened.fingerprint
     assert kept.encode("a") == [97]
     assert (kept.bos_id, kept.eos_id, kept.vocab_size) == (256, 256, 257)
+
+
+def test_a_process_that_is_not_the_first_reads_the_claim_and_writes_nothing(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(
+        ConfigError, match=r"there for process 0, but not here; name a run\.dir that all machines share"
+    ):
+        folder.claim(RunConfig(), writes=False)
+    assert not folder.path.exists()
+    folder.claim(RunConfig())
+    before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
+    other = dataclasses.replace(RunConfig(), processes=ProcessesConfig(index=1))
+    folder.claim(other, writes=False)
+    assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
+    with pytest.raises(ConfigError, match="holds a run with other settings"):
+        folder.claim(dataclasses.replace(other, train=TrainConfig(steps=7)), writes=False)

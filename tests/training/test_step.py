@@ -33,7 +33,8 @@ def test_in_float32_one_step_is_that_of_plain_sgd_and_of_one_batch(tiny):
 @pytest.mark.slow
 def test_replicas_of_a_stochastically_rounded_table_stay_bit_equal(tiny):
     config = tiny.config(
-        "--model.memory.table_dtype bfloat16 --optim.table.state_columns 64 --mesh.data 2 --mesh.memory 4"
+        "--model.memory.table_dtype bfloat16 --optim.table.state_columns 64 --mesh.data 2 --mesh.memory 4",
+        "--mesh.dense replicated",
     )
     state = tiny.train(config, tiny.batches(20), (2, 4)).live
     assert state.step == 20

@@ -21,6 +21,14 @@ LARGE = """
 """
 
 
+SHARDED = """
+--model.dim 64 --model.num_layers 2 --model.num_heads 2 --model.ffn_dim 256 --model.vocab_size 512
+--model.memory.layers 1 --model.memory.num_keys 16 --model.memory.num_heads 2 --model.memory.top_k 4
+--model.memory.key_dim 16 --model.memory.value_dim 256 --optim.table.state_columns 64
+--data.batch_size 8 --data.sequence_length 16 --mesh.data 2 --mesh.memory 4
+"""
+
+
 def top_k_calls(compiled) -> int:
     """Selections in a compiled program: an operation, a call, or a sort of values with their places."""
     return len(re.findall(r'= \S+ topk\(|custom_call_target="TopK"|= \(f\d+\S+ s32\S+ sort\(', compiled.as_text()))
@@ -51,3 +59,39 @@ def test_a_step_holds_no_second_table_and_one_search_a_layer(tiny, remat):
     search = jax.jit(lambda queries, keys: product_key_search(queries, keys, 8)).lower(queries, keys).compile()
     assert top_k_calls(search) > 0
     assert top_k_calls(compiled) == 2 * top_k_calls(search)
+
+
+def num_bytes(tree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.slow
+def test_no_device_is_given_or_draws_or_keeps_all_dense_parameters(tiny):
+    config = load(RunConfig, None, SHARDED.split())
+    trainer, mesh = Trainer.of(config), tiny.mesh(2, 4)
+    state = trainer.abstract_state()
+    batch = {
+        name: jax.ShapeDtypeStruct((1, 8, 16), jnp.float32 if name == "loss_mask" else jnp.int32)
+        for name in ("tokens", "targets", "segments", "positions", "loss_mask")
+    }
+    with jax.set_mesh(mesh):
+        step: Any = make_train_step(trainer, mesh)
+        compiled = step.lower(state, batch).compile()
+        draw: Any = jax.jit(trainer.init, out_shardings=trainer.shardings(mesh)).lower(jax.random.key(0)).compile()
+    dense, tables = num_bytes((state.params, state.opt_state)), num_bytes((state.tables, state.table_state))
+    matrices = [leaf for leaf in jax.tree.leaves(state.params) if leaf.ndim >= 2]
+    # Of the matrices each device has an eighth, of the tables a quarter, and a little that is everywhere.
+    assert num_bytes(matrices) > 0.3 * dense
+    share = dense / 8 + tables / 4
+    memory = compiled.memory_analysis()
+    assert share < memory.argument_size_in_bytes < 1.1 * share
+    assert share < draw.memory_analysis().output_size_in_bytes < 1.1 * share
+    assert draw.memory_analysis().temp_size_in_bytes < num_bytes(state.params) / 2
+
+    text = compiled.as_text()
+    gathered = [line for line in text.splitlines() if " all-gather(" in line and "sharding_constraint" in line]
+    assert len(gathered) >= len(matrices), "every matrix is gathered for its use"
+    # Gradients are summed in pieces, so the optimizer works on an eighth of a matrix: on CPUs, XLA writes an all-reduce
+    # and a slice for what is a reduce-scatter on GPUs.
+    assert re.search(r"f32\[64,32\]\S* sqrt\(", text)
+    assert not re.search(r"f32\[(64,256|256,64|64,512|512,64)\]\S* sqrt\(", text)

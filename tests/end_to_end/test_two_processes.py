@@ -1,0 +1,153 @@
+"""Two processes that lose each other, and are stopped, end where one process that drives both devices ends."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from memjax.checkpoint import Checkpoints
+from memjax.command_line import load
+from memjax.config import RunConfig
+from memjax.models.trees import params_to_tree
+from memjax.training.state import Trainer
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+SETTINGS = """
+model: {dim: 16, num_layers: 1, num_heads: 2, ffn_dim: 24, vocab_size: 259, dtype: float64, param_dtype: float64}
+data: {source: text, path: corpus.txt, validation_fraction: 0.1, sequence_length: 16, batch_size: 4, packing: concat,
+       tokenizer: {kind: byte}}
+optim: {warmup_steps: 0, schedule: constant, table: {warmup_steps: 0, schedule: constant, state_columns: 64}}
+mesh: {memory: 2}
+train: {steps: 1000}
+checkpoint: {every: 5, keep_best: false}
+eval: {every: 4, batches: 2}
+log: {progress_seconds: 0.001, usage_every: 1000, tensorboard: false}
+"""
+MEMORY = """
+--model.memory.layers 0 --model.memory.num_keys 8 --model.memory.num_heads 2 --model.memory.top_k 3
+--model.memory.key_dim 8 --model.memory.value_dim 128 --model.memory.table_dtype float64
+"""
+
+
+class Runs:
+    """Starts the train command, all runs with the same settings but their processes and steps."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+        rng = np.random.default_rng(0)
+        lines = ["".join(rng.choice(list("abcdefgh "), size=40)) for _ in range(60)]
+        (folder / "corpus.txt").write_text("\n".join(lines))
+        (folder / "config.yaml").write_text(SETTINGS)
+
+    def start(self, name: str, *settings: str, devices: int) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "memjax.train", "config.yaml", *MEMORY.split(), "--run.dir", name, *settings]
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "JAX_ENABLE_X64": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONPATH": str(ROOT),
+        }
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, cwd=self.folder, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True
+        )
+
+    def start_two(self, name: str) -> list[subprocess.Popen[str]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            where = ["--processes.count", "2", "--processes.coordinator", f"127.0.0.1:{free.getsockname()[1]}"]
+        where += ["--processes.silence_timeout", "5"]
+        return [self.start(name, *where, "--processes.index", str(index), devices=1) for index in range(2)]
+
+    def rows(self, name: str) -> dict[int, dict]:
+        """The metrics by step, without those that tell the time."""
+        file = self.folder / name / "metrics.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        return {row["step"]: {k: v for k, v in row.items() if not k.startswith("throughput/")} for row in rows}
+
+    def checkpoints(self, name: str) -> Checkpoints:
+        return Checkpoints(self.folder / name / "checkpoints")
+
+    def arrays(self, name: str, step: int) -> dict[str, np.ndarray]:
+        """Every leaf of a checkpoint, by its path, on one device."""
+        trainer = Trainer.of(load(RunConfig, self.folder / "config.yaml", MEMORY.split()))
+        state = trainer.abstract_state()
+        targets = {
+            "params": params_to_tree(state.params),
+            "opt_state": state.opt_state,
+            "tables": state.tables,
+            "table_state": {"optimizer": state.table_state, "reads": state.reads, "step": state.step},
+        }
+        targets = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), targets)
+        restored = self.checkpoints(name).restore(targets, step=step).arrays
+        flat, _ = jax.tree_util.tree_flatten_with_path(restored)
+        return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
+
+
+def ends(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    return [process.returncode for process in processes], outputs
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_kill_and_a_signal_to_one_of_two_processes_leave_no_trace(tmp_path):
+    runs = Runs(tmp_path)
+
+    first, second = runs.start_two("two")
+    while first.poll() is None and not (len(runs.rows("two")) > 6 and runs.checkpoints("two").latest()):
+        time.sleep(0.05)
+    second.kill()
+    killed = time.monotonic()
+    (code, _), (output, _) = ends([first, second])
+    assert time.monotonic() - killed < 60
+    assert code in (6, -signal.SIGABRT), output
+    assert "has lost the others" in output or "another task died" in output, output
+    saved = runs.checkpoints("two").latest()
+    assert saved
+
+    first, second = runs.start_two("two")
+    assert first.stdout is not None
+    seen = ""
+    for line in first.stdout:
+        seen += line
+        if line.startswith("resumed from"):
+            break
+    second.send_signal(signal.SIGTERM)
+    codes, outputs = ends([first, second])
+    assert codes == [75, 75], (seen, outputs)
+    assert f"resumed from step {saved}\n" in seen
+    step = runs.checkpoints("two").latest()
+    assert step is not None
+    assert step > saved
+    assert f"another process was told to stop: step {step} is saved" in outputs[0]
+    assert not outputs[1].count("\nstep "), "only the first process reports"
+
+    code, output = ends([runs.start("one", "--train.steps", str(step), devices=2)])
+    assert code == [0], output
+    one, two = runs.rows("one"), runs.rows("two")
+    assert list(two) == list(range(1, step + 1))
+    # Both validate every four steps; the last step of a run does it besides, and reports the use of the slots.
+    extra = lambda row: {name: value for name, value in row.items() if not name.startswith(("eval/", "memory/"))}
+    assert [extra(row) for row in two.values()] == [extra(row) for row in one.values()]
+    assert all(two[step] == one[step] for step in one if step != max(one))
+    with jax.enable_x64(True):
+        expected, found = runs.arrays("one", step), runs.arrays("two", step)
+    different = [name for name in expected if "reads" not in name and expected[name].tobytes() != found[name].tobytes()]
+    assert different == []
+    assert expected.keys() == found.keys()
+    assert expected["['tables']['shared']"].dtype == "float64"
+    places = [runs.checkpoints(name).read_document("data_iter", step) for name in ("one", "two")]
+    assert places[0] == places[1]
