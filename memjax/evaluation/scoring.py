@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from memjax.data.packing import Batch
 from memjax.data.tokenizer import Tokenizer
 from memjax.evaluation.perplexity import Place, to_device
-from memjax.evaluation.recall import everywhere
+from memjax.memory import parallel
 from memjax.models.decoder import Decoder
 from memjax.models.generate import padded_length
 from memjax.models.loss import LOGIT_BYTES
@@ -186,4 +186,4 @@ def _scored(
     flat = (hidden.reshape(-1, hidden.shape[-1]), batch["targets"].reshape(-1))
     most = max(1, LOGIT_BYTES // (4 * model.config.vocab_size))
     log_p, best = jax.lax.map(one, flat, batch_size=min(most, len(flat[1])))
-    return everywhere(log_p.reshape(shape)), everywhere(best.reshape(shape))
+    return parallel.everywhere(log_p.reshape(shape)), parallel.everywhere(best.reshape(shape))
