@@ -21,6 +21,7 @@ MEMORY = MemoryConfig(
 TRAININGS = (
     ("memory", 3.0, ()),
     ("all", 8.0, ("--optim.freeze_dense", "false", "--optim.lr", "3e-3", "--train.steps", "300")),
+    ("half_text", 1.0, ("--optim.freeze_dense", "false", "--optim.lr", "1e-3", "--train.steps", "700")),
 )
 """Name, weight of the facts beside the text, and what differs from facts.yaml."""
 
