@@ -8,6 +8,8 @@ from collections.abc import Iterator
 # Compilation takes most of the suite's time, so XLA leaves out what only makes programs faster; runs that tests start
 # as processes of their own inherit it. Before JAX is imported.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Threads of XLA: devices that wait for each other hold one each, and others must be left.
+os.environ.setdefault("NPROC", "32")
 
 import hypothesis
 import jax
