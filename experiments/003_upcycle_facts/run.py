@@ -22,6 +22,7 @@ TRAININGS = (
     ("memory", 3.0, ()),
     ("all", 8.0, ("--optim.freeze_dense", "false", "--optim.lr", "3e-3", "--train.steps", "300")),
     ("half_text", 1.0, ("--optim.freeze_dense", "false", "--optim.lr", "1e-3", "--train.steps", "700")),
+    ("half_text_faster", 1.0, ("--optim.freeze_dense", "false", "--optim.lr", "2e-3", "--train.steps", "900")),
 )
 """Name, weight of the facts beside the text, and what differs from facts.yaml."""
 
