@@ -98,7 +98,9 @@ def test_differences_name_every_changed_field():
         "optim.clip: 1.0 -> null",
     ]
     (line,) = differences(load(RunConfig, None, ["--model.memory", "null"]), old)
-    assert re.match(r"model\.memory: null -> \{layers: \[1, 2\], placement: 'replace', num_keys: 64, .*gate: 'silu'", line)
+    assert re.match(
+        r"model\.memory: null -> \{layers: \[1, 2\], placement: 'replace', num_keys: 64, .*gate: 'silu'", line
+    )
     assert differences(new, new) == []
 
 
