@@ -147,8 +147,11 @@ def main() -> None:
     parser.add_argument("--settings", default=[], type=str.split, help="settings for all cases, as train takes them")
     parser.add_argument("--stem", help="name of the files in the folder, without suffix")
     arguments = parser.parse_args()
+    # Where the files go says nothing of the measurement.
+    words = [word for word in sys.argv[1:] if word not in ("--out", str(arguments.out), "--stem", arguments.stem)]
+    command = " ".join(["python experiments/bench/train_step.py", *words])
     arguments.out = arguments.out.resolve()
-    started, record = time.monotonic(), {"command": " ".join(sys.argv), "rows": []}
+    started, record = time.monotonic(), {"command": command, "rows": []}
     parts = cases(arguments)
     if unknown := set(arguments.only or []) - set(parts):
         parser.error(f"--only: no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
