@@ -8,15 +8,12 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 
 from memjax.checkpoint import Checkpoints
 from memjax.command_line import load
 from memjax.config import RunConfig
-from memjax.models.trees import params_to_tree
-from memjax.training.state import Trainer
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 40
@@ -103,20 +100,8 @@ class Runs:
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
 
-    def arrays(self, name: str, step: int) -> dict[str, np.ndarray]:
-        """Every leaf of a checkpoint, by its path."""
-        trainer = Trainer.of(load(RunConfig, pathlib.Path(self.arguments(name)[0]), self.arguments(name)[1:]))
-        state = trainer.abstract_state()
-        targets = {
-            "params": params_to_tree(state.params),
-            "opt_state": state.opt_state,
-            "tables": state.tables,
-            "table_state": {"optimizer": state.table_state, "reads": state.reads, "step": state.step},
-        }
-        targets = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), targets)
-        restored = self.checkpoints(name).restore(targets, step=step).arrays
-        flat, _ = jax.tree_util.tree_flatten_with_path(restored)
-        return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
+    def config(self, name: str) -> RunConfig:
+        return load(RunConfig, pathlib.Path(self.arguments(name)[0]), self.arguments(name)[1:])
 
 
 def without_times(rows: list[dict]) -> list[dict]:
@@ -125,7 +110,7 @@ def without_times(rows: list[dict]) -> list[dict]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_kills_and_signals_leave_no_trace(tmp_path):
+def test_kills_and_signals_leave_no_trace(arrays_of, tmp_path):
     runs = Runs(tmp_path)
     code, output = runs.finish("straight")
     assert code == 0, output
@@ -152,7 +137,7 @@ def test_kills_and_signals_leave_no_trace(tmp_path):
     assert without_times(rows) == without_times(runs.rows("straight"))
     assert len({row["train/loss"] for row in rows}) == STEPS, "every step must see another batch"
 
-    expected, found = runs.arrays("straight", STEPS), runs.arrays("broken", STEPS)
+    expected, found = (arrays_of(runs.config(name), runs.checkpoints(name), STEPS) for name in ("straight", "broken"))
     assert expected.keys() == found.keys()
     different = [name for name in expected if expected[name].tobytes() != found[name].tobytes()]
     assert different == []

@@ -16,8 +16,6 @@ import pytest
 from memjax.checkpoint import Checkpoints
 from memjax.command_line import load
 from memjax.config import RunConfig
-from memjax.models.trees import params_to_tree
-from memjax.training.state import Trainer
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -80,20 +78,8 @@ class Runs:
     def checkpoints(self, name: str) -> Checkpoints:
         return Checkpoints(self.folder / name / "checkpoints")
 
-    def arrays(self, name: str, step: int) -> dict[str, np.ndarray]:
-        """Every leaf of a checkpoint, by its path, on one device."""
-        trainer = Trainer.of(load(RunConfig, self.folder / "config.yaml", MEMORY.split()))
-        state = trainer.abstract_state()
-        targets = {
-            "params": params_to_tree(state.params),
-            "opt_state": state.opt_state,
-            "tables": state.tables,
-            "table_state": {"optimizer": state.table_state, "reads": state.reads, "step": state.step},
-        }
-        targets = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), targets)
-        restored = self.checkpoints(name).restore(targets, step=step).arrays
-        flat, _ = jax.tree_util.tree_flatten_with_path(restored)
-        return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
+    def config(self) -> RunConfig:
+        return load(RunConfig, self.folder / "config.yaml", MEMORY.split())
 
 
 def ends(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
@@ -103,7 +89,7 @@ def ends(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_kill_and_a_signal_to_one_of_two_processes_leave_no_trace(tmp_path):
+def test_a_kill_and_a_signal_to_one_of_two_processes_leave_no_trace(arrays_of, tmp_path):
     runs = Runs(tmp_path)
 
     first, second = runs.start_two("two")
@@ -144,7 +130,7 @@ def test_a_kill_and_a_signal_to_one_of_two_processes_leave_no_trace(tmp_path):
     assert [extra(row) for row in two.values()] == [extra(row) for row in one.values()]
     assert all(two[step] == one[step] for step in one if step != max(one))
     with jax.enable_x64(True):
-        expected, found = runs.arrays("one", step), runs.arrays("two", step)
+        expected, found = (arrays_of(runs.config(), runs.checkpoints(name), step) for name in ("one", "two"))
     different = [name for name in expected if "reads" not in name and expected[name].tobytes() != found[name].tobytes()]
     assert different == []
     assert expected.keys() == found.keys()
