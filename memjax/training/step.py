@@ -17,7 +17,7 @@ from memjax.memory.parallel import DATA, MEMORY
 from memjax.memory.sparse_gradient import row_sparse_value_and_grad
 from memjax.memory.usage import count_reads, statistics
 from memjax.models.decoder import layer_name
-from memjax.models.loss import token_losses
+from memjax.models.loss import summed_loss
 from memjax.models.parts import Tables
 from memjax.ops.row_gradient import RowGradient
 from memjax.training.mesh import replicated
@@ -146,10 +146,10 @@ def _gradients(trainer: Trainer, params: Any, tables: Tables, batch: Batch, lear
         params = without_gradient_where_frozen(trainer.config.optim, _whole_outside_blocks(params))
         model = parts.assemble(params, tables)
         hidden, lookups = model.hidden(batch["tokens"], batch["positions"], segments, taps, remat)
-        losses = token_losses(model, hidden, batch["targets"])
-        losses = losses * batch["loss_mask"].astype(losses.dtype)
-        by_part = [jnp.sum(losses, where=is_of_part) for is_of_part in _parts(trainer, batch)]
-        return jnp.sum(losses) / learned, (lookups, by_part)
+        mask = batch["loss_mask"]
+        loss, losses = summed_loss(model, hidden, batch["targets"], mask / learned)
+        by_part = [jnp.sum(losses * mask, where=is_of_part) for is_of_part in _parts(trainer, batch)]
+        return loss, (lookups, by_part)
 
     taps = parts.zero_taps(batch["tokens"].size)
     if not trainer.config.optim.table.is_dense:
