@@ -9,7 +9,7 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -114,7 +114,10 @@ def whole_step(config: RunConfig, devices: list[Any], case: Row) -> Row:
         row |= {"predicted GB": predicted.total / 1e9, "compiled GB": planner.compiled_bytes(compiled) / 1e9}
         row["prediction"] = {name: count / 1e9 for name, count in (predicted.state | predicted.temporary).items()}
         row["temporary GB"] = compiled.memory_analysis().temp_size_in_bytes / 1e9
+        state, first = compiled(state, batch)
         seconds, state = seconds_of(lambda state: compiled(state, batch)[0], state, case)
+        state, last = compiled(state, batch)
+        row |= {"first loss": float(first["train/loss"]), "last loss": float(last["train/loss"])}
         row["peak GB"] = allocator_peak(devices[0])
         if case["profile"]:
             row["profile"] = profile(lambda state: compiled(state, batch)[0], state, pathlib.Path(case["profile"]))
@@ -201,9 +204,9 @@ def memory_layer(config: RunConfig, devices: list[Any], case: Row) -> Row:
     return {"tokens": tokens, "ms": seconds * 1e3, "tokens/s": round(tokens / seconds)}
 
 
-def over_devices(case: Row) -> list[Row]:
+def over_devices(case: Row) -> Iterator[Row]:
     """Weak scaling: the same work for each device on one and on more of them."""
-    available, rows = jax.devices(), []
+    available = jax.devices()
     counts = [count for count in (1, 2, 4, 8) if count <= len(available)]
     for name, measure in (("memory layer", memory_layer), ("whole step", whole_step)):
         alone = None
@@ -218,8 +221,7 @@ def over_devices(case: Row) -> list[Row]:
                     each = row["tokens/s"] / count
                     alone = alone or each
                     row |= {"tokens/s per GPU": round(each), "of one GPU": each / alone}
-                rows.append(row)
-    return rows
+                yield row
 
 
 def attempt(function: Callable[[], Row]) -> Row:
@@ -243,10 +245,14 @@ def main() -> None:
     """Writes the case's rows as JSON."""
     case, result = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
     if case["kind"] == "devices":
-        rows = over_devices(case)
+        found = over_devices(case)
     else:
-        rows = [attempt(lambda: whole_step(config_of(case), jax.devices()[:1], case))]
-    result.write_text(json.dumps({"rows": rows, "environment": timing.environment()}))
+        found = iter([attempt(lambda: whole_step(config_of(case), jax.devices()[: case["devices"]], case))])
+    rows: list[Row] = []
+    for row in found:
+        # After each: what comes next may take too long.
+        rows.append(row)
+        result.write_text(json.dumps({"rows": rows, "environment": timing.environment()}))
 
 
 if __name__ == "__main__":

@@ -30,13 +30,17 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
 COLUMNS = ("part", "case", "mesh", "attention", "ms", "tokens/s", "MFU", "peak GB", "compiled GB")
-COLUMNS += ("predicted GB", "compile s", "distinct rows", "tokens/s per GPU", "of one GPU", "note")
+COLUMNS += ("predicted GB", "compile s", "distinct rows", "tokens/s per GPU", "of one GPU", "last loss", "note")
 
 SMALL = """
 --model.dim 128 --model.num_layers 2 --model.num_heads 2 --model.ffn_dim 64 --model.vocab_size 512 --model.dtype float32
 """
 SMALL_MEMORY = "--model.memory.layers 1 --model.memory.num_heads 2 --model.memory.top_k 4 --model.memory.key_dim 16 "
 SMALL_MEMORY += "--optim.table.state_columns 64"
+# The paper's largest table with a small dense model: 128 GiB of rows on each of two devices.
+HUGE = "--model.num_layers 4 --model.memory.layers 2 --model.memory.value_dim 2048 --data.batch_size 4"
+# Rates that move something within the steps that are timed.
+FAST = "--optim.lr 1e-3 --optim.warmup_steps 10 --optim.table.warmup_steps 10 --mesh.memory 2"
 BFLOAT16 = ["--model.param_dtype", "bfloat16"]
 
 XLA_FLAGS = {
@@ -64,7 +68,12 @@ def cases(arguments: argparse.Namespace) -> dict[str, list[Row]]:
         shrink = f"{SMALL} {SMALL_MEMORY if preset == memory_plus else ''}".split() if small else []
         windows = {"windows": 2, "steps": 2} if small else {"windows": 5, "steps": 10}
         found = {"case": name, "kind": "step", "preset": preset, "batch": batch, "length": length}
-        found |= {"settings": [*common, *shrink, *settings, *arguments.settings], "xla_flags": "", "documents": False}
+        found |= {
+            "settings": [*common, *shrink, *settings, *arguments.settings],
+            "xla_flags": "",
+            "documents": False,
+            "devices": 1,
+        }
         return found | {"count_rows": False, "profile": None} | windows | more
 
     def memory_case(name: str, num_keys: int, *settings: str, **more: Any) -> Row:
@@ -76,6 +85,7 @@ def cases(arguments: argparse.Namespace) -> dict[str, list[Row]]:
     shape = {name: getattr(model, name) for name in names}
     largest = [16] if small else [1024, 2048, 4096, 6928]
     documents = {"documents": True}
+    fast = [*BFLOAT16, *FAST.split(), "--data.batch_size", str(2 * batch)]
     found = {
         "dense": [case("dense, float32 parameters", dense), case("dense, bfloat16 parameters", dense, *BFLOAT16)],
         "memory": [
@@ -90,7 +100,11 @@ def cases(arguments: argparse.Namespace) -> dict[str, list[Row]]:
         "sizes": [memory_case(f"Memory+, {keys**2:,} slots", keys, count_rows=True) for keys in largest],
         "remat": [case(f"dense, remat {name}", dense, "--train.remat", name) for name in ("dots", "block")],
         "xla": [case(f"dense, {name}", dense, xla_flags=flags) for name, flags in XLA_FLAGS.items()],
-        "devices": [memory_case("weak scaling", largest[0], kind="devices")],
+        "devices": [memory_case("weak scaling", largest[0], *BFLOAT16, kind="devices")],
+        "largest": [
+            memory_case("67,108,864 x 1,024 on two devices", 8192, *fast, devices=2, steps=20),
+            memory_case("67,108,864 x 2,048 on two devices", 8192, *fast, *HUGE.split(), devices=2, steps=20),
+        ],
     }
     if small:
         found = {part: found[part][:1] for part in ("dense", "memory", "torch", "devices")}
@@ -118,12 +132,11 @@ def run(case: Row, seconds: float) -> tuple[list[Row], Row]:
         command = [sys.executable, str(script), json.dumps(case), str(result)]
         try:
             code = subprocess.run(command, env=environment, timeout=seconds, check=False).returncode
+            note = f"ended with exit code {code}" if code else None
         except subprocess.TimeoutExpired:
-            return [{"note": f"stopped after {seconds:.0f} s"}], {}
-        if not result.exists():
-            return [{"note": f"ended with exit code {code}"}], {}
-        found = json.loads(result.read_text())
-        return found["rows"], found.get("environment", {})
+            note = f"stopped after {seconds:.0f} s"
+        found = json.loads(result.read_text()) if result.exists() else {"rows": []}
+        return found["rows"] + ([{"note": note}] if note else []), found.get("environment", {})
 
 
 def write(out: pathlib.Path, stem: str, record: Row) -> None:
@@ -140,7 +153,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="small sizes")
     parser.add_argument("--size", default="373m", help="presets configs/SIZE_dense.yaml and SIZE_memory_plus_1m.yaml")
     parser.add_argument("--batch", type=int, help="sequences a device")
-    parser.add_argument("--only", nargs="*", help="parts: dense memory torch documents sizes remat xla devices")
+    parser.add_argument("--only", nargs="*", help="parts: dense memory torch documents sizes remat xla devices largest")
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
     parser.add_argument("--profile", action="store_true", help="trace three steps of every case too")
     parser.add_argument("--seconds", type=float, default=570, help="no case begins after this, and none goes on longer")

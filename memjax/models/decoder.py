@@ -16,7 +16,7 @@ from memjax.models.block import Block
 from memjax.models.feed_forward import linear
 from memjax.models.norm import RMSNorm
 from memjax.ops.embedding_bag.api import SAVED_NAME as SAVED_BAG
-from memjax.ops.precision import accumulator
+from memjax.ops.precision import accumulator, drawn_wide
 from memjax.ops.product_key_search.api import SAVED_INDICES, SAVED_SCORES
 
 Remat = Literal["none", "dots", "block"]
@@ -52,7 +52,7 @@ class Decoder(nnx.Module):
         dtype, param_dtype = resolve_dtype(config.dtype), jnp.dtype(config.param_dtype)
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         std = config.embedding_init_std or config.dim**-0.5
-        init = nnx.initializers.truncated_normal(std, lower=-3.0, upper=3.0)
+        init = drawn_wide(nnx.initializers.truncated_normal(std, lower=-3.0, upper=3.0))
         self.embed = nnx.Embed(config.vocab_size, config.dim, embedding_init=init, **kwargs)
         kernels = {"implementation": implementation, "attention": attention}
         self.blocks = nnx.List([Block(config, layer, **kernels, **kwargs) for layer in range(config.num_layers)])
