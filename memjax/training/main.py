@@ -11,7 +11,7 @@ from memjax.models import dot_product
 from memjax.models.counts import billions, count_parameters, describe, gigabytes
 from memjax.models.decoder import resolve_dtype
 from memjax.ops import dispatch
-from memjax.training import planner
+from memjax.training import exchange, planner
 from memjax.training.finish import describe_summary, finish
 from memjax.training.interrupt import catch_interrupts
 from memjax.training.loop import Loop, NotFinite, Preempted
@@ -31,6 +31,8 @@ def dry_run(config: RunConfig) -> int:
     data_axis = config.mesh.data or max(1, jax.device_count() // config.mesh.memory)
     print(describe(config, trainer.parts, data_axis=data_axis))
     print(planner.describe(planner.plan(config, data_axis=data_axis, trainer=trainer)))
+    if told := exchange.describe(config, data_axis=data_axis):
+        print(told)
     if jax.default_backend() != "cpu" and jax.device_count() == data_axis * config.mesh.memory:
         mesh = make_mesh(config)
         with jax.set_mesh(mesh):
