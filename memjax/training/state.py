@@ -88,7 +88,7 @@ class Trainer:
 
     def abstract_state(self) -> TrainState:
         """The state as shapes."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return jax.eval_shape(self.begin, self.parts.abstract_params, self.parts.abstract_tables)
 
     def shardings(self, mesh: Mesh | AbstractMesh) -> TrainState:
         """Where every array of the state lives.
