@@ -126,7 +126,8 @@ def whole_step(config: RunConfig, devices: list[Any], case: Row) -> Row:
         "table parameters": counts.table,
     }
     if peak := peak_flops(devices[0]):
-        flops = training_flops_per_token(trainer.parts, config.data.sequence_length)
+        freeze_dense = config.optim.freeze_dense
+        flops = training_flops_per_token(trainer.parts, config.data.sequence_length, freeze_dense=freeze_dense)
         row["MFU"] = speed * flops / (peak * len(devices))
     return row
 

@@ -77,7 +77,9 @@ class Loop:
         keep = config.checkpoint
         self.checkpoints = Checkpoints(folder.checkpoints, keep=keep.keep, keep_best=keep.keep_best, verify=keep.verify)
         self.usage_report = make_usage_report(self.trainer, mesh)
-        self.flops_per_token = training_flops_per_token(self.trainer.parts, config.data.sequence_length)
+        self.flops_per_token = training_flops_per_token(
+            self.trainer.parts, config.data.sequence_length, freeze_dense=config.optim.freeze_dense
+        )
         self.peak_flops = peak_flops(mesh.devices.flat[0])
         self.best_loss = float("inf")
         self.newest_row: Row = {}
