@@ -572,9 +572,25 @@ class CheckpointConfig:
     """Also keep the checkpoint with the lowest validation loss."""
     verify: bool = True
     """Compare every array with its digest when it is read."""
+    tables: str = "always"
+    """Which checkpoints hold the tables and their optimizer. always: all; 'every N': of those written every `every`
+    steps each N-th, and all others that are written. One without tables is small, but nothing can go on from it."""
 
     def __post_init__(self) -> None:
-        _refuse(_positive(every=self.every, keep=self.keep))
+        _refuse(
+            _positive(every=self.every, keep=self.keep)
+            + [
+                f"tables={self.tables} must be always or, as in 'every 4', every and a number from 1; there is no never: "
+                "nothing could go on from such a run, not even itself"
+                if not re.fullmatch(r"always|every 0*[1-9]\d*", self.tables)
+                else None
+            ]
+        )
+
+    @property
+    def steps_between_tables(self) -> int:
+        """Of the checkpoints written by number, those of its multiples hold the tables."""
+        return self.every * int(self.tables.removeprefix("every ") if self.tables != "always" else 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given
 
 from memjax.command_line import ConfigError, differences, load, to_yaml
-from memjax.config import DataConfig, MemoryConfig, MixtureConfig, ModelConfig, RopeScalingConfig, RunConfig
+from memjax.config import (
+    CheckpointConfig,
+    DataConfig,
+    MemoryConfig,
+    MixtureConfig,
+    ModelConfig,
+    RopeScalingConfig,
+    RunConfig,
+)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -81,6 +89,14 @@ def test_more_picks_than_can_be_sorted_at_once_are_refused_where_factors_are_dem
         load(RunConfig, preset, ["--mesh.row_exchange", "factored"])
     load(RunConfig, preset, ["--mesh.row_exchange", "factored", "--data.batch_size", "1024"])
     load(RunConfig, preset)
+
+
+def test_how_often_tables_are_saved_is_always_or_every_so_many():
+    assert CheckpointConfig(every=50).steps_between_tables == 50
+    assert CheckpointConfig(every=50, tables="every 4").steps_between_tables == 200
+    for wrong in ("never", "every", "every 0", "every -1", "4"):
+        with pytest.raises(ValueError, match=rf"tables={wrong} must be always or, as in 'every 4', every and a number"):
+            CheckpointConfig(tables=wrong)
 
 
 def test_the_quick_start_is_the_defaults():

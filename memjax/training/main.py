@@ -16,6 +16,7 @@ from memjax.training.finish import describe_summary, finish
 from memjax.training.interrupt import catch_interrupts
 from memjax.training.loop import Loop, NotFinite, Preempted
 from memjax.training.mesh import make_mesh
+from memjax.training.metrics import tell_phase
 from memjax.training.processes import first_alone, is_first
 from memjax.training.run_folder import RunFolder
 from memjax.training.start import check_start
@@ -62,6 +63,7 @@ def train(config: RunConfig, *, allow_changed: bool = False) -> int:
     mesh = make_mesh(config)
     # What takes long and keeps nothing that a signal should wait for comes first.
     with first_alone("data"):
+        tell_phase("preparing tokenizer and data")
         tokenizer = folder.tokenizer(config)
         prepare_parts(config.data.in_run(str(folder.path)), tokenizer)
     with catch_interrupts() as interrupt, jax.set_mesh(mesh):

@@ -112,9 +112,7 @@ def test_row_update_equals_the_plain_one(monkeypatch, shape, exchange):
         gradients = [RowGradient(*factors) for factors in picks]
         state = RULE.init(ROWS, COLUMNS, table.dtype)
         for number in range(2):
-            table, state = parallel.update_rows(
-                table, state, gradients, RULE, row_step(0.1, number), exchange=exchange
-            )
+            table, state = parallel.update_rows(table, state, gradients, RULE, row_step(0.1, number), exchange=exchange)
         return table, state
 
     got, expected = on_mesh_and_alone(shape, run, table, picks)

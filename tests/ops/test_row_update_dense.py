@@ -11,6 +11,7 @@ from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update import dense
 from memjax.ops.row_update.api import row_update
 from memjax.ops.row_update.rules import RowRule, row_step
+from memjax.ops.row_update.segments import sorted_picks
 
 ROWS, COLUMNS, UNREAD = 13, 8, 5
 
@@ -81,3 +82,13 @@ def test_a_table_updated_in_blocks_is_never_copied(monkeypatch):
     bytes_of_table = table.size * 4
     assert memory.alias_size_in_bytes >= bytes_of_table
     assert memory.temp_size_in_bytes < bytes_of_table / 2
+
+
+def test_more_picks_than_32_bits_can_count_are_refused_with_the_way_out():
+    gradient = RowGradient(
+        jax.ShapeDtypeStruct((1 << 24, 128), jnp.int32),
+        jax.ShapeDtypeStruct((1 << 24, 128), jnp.float32),
+        jax.ShapeDtypeStruct((1 << 24, 8), jnp.float32),
+    )
+    with pytest.raises(ValueError, match=r"2,147,483,648 picks cannot be sorted at once, .* mesh\.row_exchange: dense"):
+        jax.eval_shape(sorted_picks, [gradient])
