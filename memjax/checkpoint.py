@@ -195,10 +195,8 @@ class Checkpoints:
                 print(f"warning: {error}; trying the step before", file=sys.stderr, flush=True)
             else:
                 if step is None:
-                    # Whoever goes on from here comes to these once more.
-                    self._replaced.update(
-                        later for later in self.steps() if later > candidate and later not in candidates
-                    )
+                    # Whoever goes on from here comes to the partial ones after it once more.
+                    self._replaced.update(set(self.steps()) - set(candidates) - set(range(candidate)))
                 return found
         if candidates:
             found = f"none of the steps {candidates} can be read"
@@ -350,14 +348,8 @@ class Checkpoints:
         absent = [item for item in targets if item not in index["arrays"]]
         if absent and index.get("partial", False):
             newest = self.latest()
-            raise CheckpointError(
-                f"{self.folder}: step {step} was saved without its {' and '.join(absent)}; "
-                + (
-                    f"the newest step with all of it is {newest}"
-                    if newest is not None
-                    else "no step here has all of it"
-                )
-            )
+            way_out = "no step here has all of it" if newest is None else f"the newest step with all of it is {newest}"
+            raise CheckpointError(f"{self.folder}: step {step} was saved without its {' and '.join(absent)}; {way_out}")
         problems = [f"{item}: no such item" for item in absent]
         problems += [f"{item}: no such document" for item in documents if item not in index["documents"]]
         for item in wanted.keys() & index["arrays"].keys():

@@ -501,8 +501,8 @@ class MeshConfig:
     """The dense parameters and their optimizer: sharded, a piece on each device, gathered block by block while they are
     used; or replicated, whole on every device, which sends less."""
     row_exchange: Literal["auto", "factored", "dense"] = "auto"
-    """How row gradients cross the data axis. factored: every device gets and sorts the picks of all; dense: each replica
-    sums its own to a gradient of the table's size, and these are added up; auto: whichever takes fewer bytes."""
+    """How row gradients cross the data axis. factored: every device gets and sorts the picks of all; dense: each
+    replica sums its own to a gradient of the table's size, and these are added up; auto: what takes fewer bytes."""
 
     def __post_init__(self) -> None:
         _refuse(_positive(data=self.data, memory=self.memory))
@@ -580,8 +580,8 @@ class CheckpointConfig:
         _refuse(
             _positive(every=self.every, keep=self.keep)
             + [
-                f"tables={self.tables} must be always or, as in 'every 4', every and a number from 1; there is no never: "
-                "nothing could go on from such a run, not even itself"
+                f"tables={self.tables} must be always or, as in 'every 4', every and a number from 1; there is no "
+                "never: nothing could go on from such a run, not even itself"
                 if not re.fullmatch(r"always|every 0*[1-9]\d*", self.tables)
                 else None
             ]

@@ -116,6 +116,8 @@ def whole_step(config: RunConfig, devices: list[Any], case: Row) -> Row:
         row["temporary GB"] = compiled.memory_analysis().temp_size_in_bytes / 1e9
         seconds, state = seconds_of(lambda state: compiled(state, batch)[0], state, case)
         row["peak GB"] = allocator_peak(devices[0])
+        if row["peak GB"]:
+            row["predicted / peak"] = row["predicted GB"] / row["peak GB"]
         if case["profile"]:
             row["profile"] = profile(lambda state: compiled(state, batch)[0], state, pathlib.Path(case["profile"]))
     speed, counts = tokens / seconds, count_parameters(trainer.parts)
@@ -214,7 +216,8 @@ def over_devices(case: Row) -> list[Row]:
                 sizes += ["--mesh.data", str(data), "--mesh.memory", str(memory)]
                 row: Row = {"case": f"{name}, {count} of {len(available)}", "mesh": f"data {data} x memory {memory}"}
                 row |= attempt(lambda sizes=sizes, n=count, f=measure: f(config_of(case, sizes), available[:n], case))
-                row.pop("peak GB", None)  # that of the cases before too
+                for name in ("peak GB", "predicted / peak"):
+                    row.pop(name, None)  # those of the cases before too
                 if "tokens/s" in row:
                     each = row["tokens/s"] / count
                     alone = alone or each

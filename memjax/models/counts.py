@@ -66,8 +66,8 @@ def _attention_products(config: ModelConfig, sequence_length: int) -> int:
 def _spared_by_freezing(parts: DecoderParts, sequence_length: int) -> int:
     """What a training of the memory layers alone does not compute, by token.
 
-    2 for every frozen parameter, whose weight gradient nobody wants; and 2 more before the first memory layer, where the
-    gradient of the activations has nowhere to go, and neither has that of the attention there.
+    2 for every frozen parameter, whose weight gradient nobody wants; and 2 more before the first memory layer, where
+    the gradient of the activations has nowhere to go, and neither has that of the attention there.
     """
     config, memory = parts.config, parts.config.memory
     if memory is None:

@@ -164,7 +164,7 @@ def test_a_run_whose_newest_checkpoint_has_no_tables_goes_on_from_the_newest_tha
     saved = Checkpoints(folder / "checkpoints")
     assert (saved.steps(), saved.complete()) == ([3, 5], [3])
     assert load(folder).step == 3
-    with pytest.raises(CheckpointError, match="step 5 was saved without its tables; the newest step .* is 3"):
+    with pytest.raises(CheckpointError, match=r"step 5 was saved without its tables; the newest step .* is 3"):
         load(folder, step=5)
 
     code, printed = run("light", *small, *often)
