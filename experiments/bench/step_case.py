@@ -39,6 +39,14 @@ import timing
 Row = dict[str, Any]
 
 
+BEGUN = time.perf_counter()
+
+
+def say(what: str) -> None:
+    """A line of progress: most of a case's time is not that of its steps."""
+    print(f"  {time.perf_counter() - BEGUN:6.1f} s: {what}", file=sys.stderr, flush=True)
+
+
 def seconds_of(step: Callable[[Any], Any], state: Any, case: Row) -> tuple[float, Any]:
     """Seconds of a step that takes its state over: the median of windows of chained steps, each with one wait."""
     for _ in range(2):
@@ -99,26 +107,35 @@ def allocator_peak(device: Any) -> float | None:
 
 def whole_step(config: RunConfig, devices: list[Any], case: Row) -> Row:
     """A training step as the trainer runs it."""
+    say("imported")
     trainer, mesh = Trainer.of(config), make_mesh(config, devices)
+    say("model's shapes known")
     tokens = config.data.batch_size * config.data.sequence_length
     row: Row = {"tokens": tokens, "attention": attention_of(config)}
     with jax.set_mesh(mesh):
         state = jax.jit(trainer.init, out_shardings=trainer.shardings(mesh))(jax.random.key(0))
         batch = put_batch(mesh, random_batch(config, case["documents"]), BATCH)
+        jax.block_until_ready(state)
+        say("state drawn")
         if case["count_rows"]:
             row |= distinct_rows(trainer, state, batch)
         started = time.perf_counter()
         compiled = make_train_step(trainer, mesh).lower(state, batch).compile()
         row["compile s"] = time.perf_counter() - started
+        say("compiled")
         predicted = planner.plan(config, data_axis=mesh.shape["data"], trainer=trainer)
         row |= {"predicted GB": predicted.total / 1e9, "compiled GB": planner.compiled_bytes(compiled) / 1e9}
         row["prediction"] = {name: count / 1e9 for name, count in (predicted.state | predicted.temporary).items()}
         row["temporary GB"] = compiled.memory_analysis().temp_size_in_bytes / 1e9
         state, first = compiled(state, batch)
+        jax.block_until_ready(state)
+        say("first step done")
         seconds, state = seconds_of(lambda state: compiled(state, batch)[0], state, case)
         state, last = compiled(state, batch)
         row |= {"first loss": float(first["train/loss"]), "last loss": float(last["train/loss"])}
         row["peak GB"] = allocator_peak(devices[0])
+        if row["peak GB"]:
+            row["predicted / peak"] = row["predicted GB"] / row["peak GB"]
         if case["profile"]:
             row["profile"] = profile(lambda state: compiled(state, batch)[0], state, pathlib.Path(case["profile"]))
     speed, counts = tokens / seconds, count_parameters(trainer.parts)
@@ -129,7 +146,8 @@ def whole_step(config: RunConfig, devices: list[Any], case: Row) -> Row:
         "table parameters": counts.table,
     }
     if peak := peak_flops(devices[0]):
-        flops = training_flops_per_token(trainer.parts, config.data.sequence_length)
+        freeze_dense = config.optim.freeze_dense
+        flops = training_flops_per_token(trainer.parts, config.data.sequence_length, freeze_dense=freeze_dense)
         row["MFU"] = speed * flops / (peak * len(devices))
     return row
 
@@ -216,7 +234,8 @@ def over_devices(case: Row) -> Iterator[Row]:
                 sizes += ["--mesh.data", str(data), "--mesh.memory", str(memory)]
                 row: Row = {"case": f"{name}, {count} of {len(available)}", "mesh": f"data {data} x memory {memory}"}
                 row |= attempt(lambda sizes=sizes, n=count, f=measure: f(config_of(case, sizes), available[:n], case))
-                row.pop("peak GB", None)  # that of the cases before too
+                for name in ("peak GB", "predicted / peak"):
+                    row.pop(name, None)  # those of the cases before too
                 if "tokens/s" in row:
                     each = row["tokens/s"] / count
                     alone = alone or each
