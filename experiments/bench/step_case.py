@@ -113,7 +113,7 @@ def whole_step(config: RunConfig, devices: list[Any], case: Row) -> Row:
     tokens = config.data.batch_size * config.data.sequence_length
     row: Row = {"tokens": tokens, "attention": attention_of(config)}
     with jax.set_mesh(mesh):
-        state = jax.jit(trainer.init, out_shardings=trainer.shardings(mesh))(jax.random.key(0))
+        state = trainer.init(jax.random.key(0), mesh)
         batch = put_batch(mesh, random_batch(config, case["documents"]), BATCH)
         jax.block_until_ready(state)
         say("state drawn")

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -188,7 +189,7 @@ def main() -> None:
     arguments = parser.parse_args()
     # Where the files go says nothing of the measurement.
     words = [word for word in sys.argv[1:] if word not in ("--out", str(arguments.out), "--stem", arguments.stem)]
-    command = " ".join(["python experiments/bench/train_step.py", *words])
+    command = f"python experiments/bench/train_step.py {shlex.join(words)}".strip()
     arguments.out = arguments.out.resolve()
     started, record = time.monotonic(), {"command": command, "rows": []}
     parts = cases(arguments)

@@ -50,9 +50,11 @@ class Decoder(nnx.Module):
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         std = config.embedding_init_std or config.dim**-0.5
         init = drawn_wide(nnx.initializers.truncated_normal(std, lower=-3.0, upper=3.0))
+        # First of all draws, where `DecoderParts.init` finds it: it draws blocks one by one.
+        block_key = rngs.params()
         self.embed = nnx.Embed(config.vocab_size, config.dim, embedding_init=init, **kwargs)
         kernels = {"implementation": implementation, "attention": attention}
-        self.blocks = nnx.List([Block(config, layer, **kernels, **kwargs) for layer in range(config.num_layers)])
+        self.blocks = nnx.List([draw_block(config, layer, block_key, **kernels) for layer in range(config.num_layers)])
         self.norm = RMSNorm(
             config.dim,
             epsilon=config.norm_eps,
@@ -145,6 +147,21 @@ class Decoder(nnx.Module):
     def _table(self, layer: int) -> ValueTable | None:
         memory = self.config.memory
         return self.tables[memory.pool(layer)] if memory and layer in memory.layers else None
+
+
+def draw_block(config: ModelConfig, layer: int, key: Array, number: int | Array | None = None, **kernels) -> Block:
+    """A block with fresh parameters.
+
+    Args:
+        config: sizes and types.
+        layer: which block, for its kind.
+        key: of all blocks.
+        number: which block, for its draws; may be traced, so that blocks of a kind share a program. None is `layer`.
+        kernels: `implementation` and `attention` of the decoder.
+    """
+    rngs = nnx.Rngs(params=jax.random.fold_in(key, layer if number is None else number))
+    dtype, param_dtype = resolve_dtype(config.dtype), jnp.dtype(config.param_dtype)
+    return Block(config, layer, **kernels, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
 
 def layer_name(layer: int) -> str:

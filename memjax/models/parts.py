@@ -1,6 +1,8 @@
 """A decoder taken apart into what the trainer treats differently, and put together again."""
 
 import dataclasses
+from functools import partial
+from typing import Any
 
 import jax
 from flax import nnx
@@ -9,7 +11,7 @@ from jaxtyping import Array, Float
 from memjax.config import ModelConfig
 from memjax.memory.parallel import zero_tap
 from memjax.memory.table import TableRows
-from memjax.models.decoder import Decoder, layer_name
+from memjax.models.decoder import Decoder, draw_block, layer_name
 
 Tables = dict[str, Float[Array, "n d"]]
 """Rows of every table, by the name of the pool."""
@@ -39,10 +41,38 @@ class DecoderParts:
         graphdef, tables, params = nnx.split(model, TableRows, nnx.Param)
         return cls(config, graphdef, params, _tables_of(tables))
 
-    def init(self, key: Array) -> tuple[nnx.State, Tables]:
-        """Freshly drawn dense parameters and tables."""
+    def init(self, key: Array, shardings: tuple[Any, Any] | None = None) -> tuple[nnx.State, Tables]:
+        """Freshly drawn dense parameters and tables, those of `Decoder(config, rngs=nnx.Rngs(key))`.
+
+        XLA needs seconds for the draws of a block, and would take them anew for every layer: a program is compiled for
+        each kind of block and run for each block.
+
+        Args:
+            key: of all draws.
+            shardings: where the arrays are drawn, in their structure; None leaves it to JAX.
+        """
+        params, tables = shardings or (None, None)
+        without_blocks = None if params is None else (_without_blocks(params), tables)
+        rest, drawn_tables = jax.jit(self._draw_rest, out_shardings=without_blocks)(key)
+        block_key, programs, blocks = nnx.Rngs(key).params(), {}, {}
+        for layer, abstract in self.abstract_params["blocks"].items():
+            leaves, structure = jax.tree.flatten(abstract)
+            kind = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+            if kind not in programs:
+                where = None if params is None else params["blocks"][layer]
+                programs[kind] = jax.jit(partial(self._draw_block, layer), out_shardings=where)
+            blocks[layer] = programs[kind](block_key, layer)
+        leaves = jax.tree.leaves({**rest, "blocks": blocks})
+        return jax.tree.unflatten(jax.tree.structure(self.abstract_params), leaves), drawn_tables
+
+    def _draw_rest(self, key: Array) -> tuple[nnx.State, Tables]:
+        """All but the blocks."""
         _, tables, params = nnx.split(Decoder(self.config, rngs=nnx.Rngs(key)), TableRows, nnx.Param)
-        return params, _tables_of(tables)
+        return _without_blocks(params), _tables_of(tables)
+
+    def _draw_block(self, layer: int, key: Array, number: int | Array) -> nnx.State:
+        """The block of a number, which is of the kind of the given layer."""
+        return nnx.state(draw_block(self.config, layer, key, number), nnx.Param)
 
     def zero_taps(self, num_tokens: int) -> dict[str, Array]:
         """A zero tap for every memory layer, for a batch of num_tokens tokens."""
@@ -56,6 +86,10 @@ class DecoderParts:
         """A decoder made of the given arrays."""
         rows = {pool: {"rows": TableRows(table)} for pool, table in tables.items()}
         return nnx.merge(self.graphdef, params, nnx.State({"tables": rows} if rows else {}))
+
+
+def _without_blocks(params: nnx.State) -> nnx.State:
+    return nnx.State({name: part for name, part in params.items() if name != "blocks"})
 
 
 def take_apart(model: Decoder) -> tuple[DecoderParts, nnx.State, Tables]:

@@ -60,13 +60,10 @@ def first_state(trainer: Trainer, mesh: jax.sharding.Mesh) -> TrainState:
     Raises:
         CheckpointError: train.init_from cannot be read.
     """
-    shardings, source = trainer.shardings(mesh), trainer.config.train.init_from
+    source = trainer.config.train.init_from
     if source is None:
-        draw, key = jax.jit(trainer.init, out_shardings=shardings), jax.random.key(trainer.config.run.seed)
-        tell_phase("compiling the draw of parameters and tables")
-        compiled = draw.lower(key).compile()
         tell_phase("drawing parameters and tables")
-        return jax.block_until_ready(compiled(key))
+        return jax.block_until_ready(trainer.init(jax.random.key(trainer.config.run.seed), mesh))
     tell_phase(f"reading {source}")
     loaded = load(source)
     _, params, tables = take_apart(loaded.model)
@@ -74,8 +71,7 @@ def first_state(trainer: Trainer, mesh: jax.sharding.Mesh) -> TrainState:
     like = (trainer.parts.abstract_params, trainer.parts.abstract_tables)
     arrays = jax.tree.map(lambda array, target: array.astype(target.dtype), (params, tables), like)
     print(f"starts from step {loaded.step} of {source}", flush=True)
-    # Donated, because two copies of the tables might not fit.
-    return jax.jit(trainer.begin, donate_argnums=(0, 1), out_shardings=shardings)(*arrays)
+    return trainer.place(arrays, trainer.shardings(mesh))
 
 
 def _shapes(parts: DecoderParts) -> dict[str, list[int]]:

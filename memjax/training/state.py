@@ -60,9 +60,14 @@ class Trainer:
         )
         return cls(config, parts, make_optimizer(config.optim, steps, parts.abstract_params), table_optimizer)
 
-    def init(self, key: Array) -> TrainState:
-        """The state before the first step. Run it under `jax.jit` with `shardings`, so that no table is ever whole."""
-        return self.begin(*self.parts.init(key))
+    def init(self, key: Array, mesh: Mesh) -> TrainState:
+        """The state before the first step; every array is drawn where it lives, so no table is ever whole."""
+        shardings = self.shardings(mesh)
+        return self.place(self.parts.init(key, (shardings.params, shardings.tables)), shardings)
+
+    def place(self, arrays: tuple[nnx.State, Tables], shardings: TrainState) -> TrainState:
+        """`begin` on the devices. The arrays are donated, because two copies of the tables might not fit."""
+        return jax.jit(self.begin, donate_argnums=(0, 1), out_shardings=shardings)(*arrays)
 
     def begin(self, params: nnx.State, tables: Tables) -> TrainState:
         """The state before the first step of a training that starts from the given arrays."""

@@ -91,7 +91,7 @@ def mesh_of(data: int, memory: int) -> jax.sharding.Mesh:
 
 def drawn_state(trainer: Trainer, mesh: jax.sharding.Mesh) -> TrainState:
     """The trainer's own state before the first step. Call it under the mesh."""
-    return jax.jit(trainer.init, out_shardings=trainer.shardings(mesh))(jax.random.key(trainer.config.run.seed))
+    return trainer.init(jax.random.key(trainer.config.run.seed), mesh)
 
 
 def quick_state(trainer: Trainer, mesh: jax.sharding.Mesh) -> TrainState:
