@@ -31,6 +31,12 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 BLOCK_BYTES = 2 << 30
 """Largest array that is stored in one piece: Orbax refuses single arrays near 96 GB."""
 
+SMALL_BYTES = 16 << 20
+"""Arrays up to this size are never cut."""
+
+BLOCKS = 32
+"""Blocks of an array that is all of its item. To read one takes about four times its bytes in host memory."""
+
 _CANNOT_SAVE = "{} cannot be written; is the disk full, and may this folder be written?"
 _INDEX = "digests"
 _TRASH = ".trash"
@@ -305,11 +311,12 @@ class Checkpoints:
         if other := [name for name, leaf in leaves.items() if not isinstance(leaf, jax.Array)]:
             raise TypeError(f"not a jax.Array: {', '.join(other)}")
         sums = jax.device_get({name: _digest(leaf) for name, leaf in leaves.items()})
+        block_bytes = min(self._block_bytes, max(SMALL_BYTES, sum(leaf.nbytes for leaf in leaves.values()) // BLOCKS))
         return {
             name: {
                 "shape": list(leaf.shape),
                 "dtype": leaf.dtype.name,
-                "block_rows": max(1, self._block_bytes // max(1, leaf.dtype.itemsize * math.prod(leaf.shape[1:]))),
+                "block_rows": max(1, block_bytes // max(1, leaf.dtype.itemsize * math.prod(leaf.shape[1:]))),
                 "digest": _hex(sums[name]),
             }
             for name, leaf in leaves.items()
