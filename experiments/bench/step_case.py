@@ -9,7 +9,7 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -37,6 +37,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import timing
 
 Row = dict[str, Any]
+
+
+BEGUN = time.perf_counter()
+
+
+def say(what: str) -> None:
+    """A line of progress: most of a case's time is not that of its steps."""
+    print(f"  {time.perf_counter() - BEGUN:6.1f} s: {what}", file=sys.stderr, flush=True)
 
 
 def seconds_of(step: Callable[[Any], Any], state: Any, case: Row) -> tuple[float, Any]:
@@ -99,22 +107,32 @@ def allocator_peak(device: Any) -> float | None:
 
 def whole_step(config: RunConfig, devices: list[Any], case: Row) -> Row:
     """A training step as the trainer runs it."""
+    say("imported")
     trainer, mesh = Trainer.of(config), make_mesh(config, devices)
+    say("model's shapes known")
     tokens = config.data.batch_size * config.data.sequence_length
     row: Row = {"tokens": tokens, "attention": attention_of(config)}
     with jax.set_mesh(mesh):
         state = jax.jit(trainer.init, out_shardings=trainer.shardings(mesh))(jax.random.key(0))
         batch = put_batch(mesh, random_batch(config, case["documents"]), BATCH)
+        jax.block_until_ready(state)
+        say("state drawn")
         if case["count_rows"]:
             row |= distinct_rows(trainer, state, batch)
         started = time.perf_counter()
         compiled = make_train_step(trainer, mesh).lower(state, batch).compile()
         row["compile s"] = time.perf_counter() - started
+        say("compiled")
         predicted = planner.plan(config, data_axis=mesh.shape["data"], trainer=trainer)
         row |= {"predicted GB": predicted.total / 1e9, "compiled GB": planner.compiled_bytes(compiled) / 1e9}
         row["prediction"] = {name: count / 1e9 for name, count in (predicted.state | predicted.temporary).items()}
         row["temporary GB"] = compiled.memory_analysis().temp_size_in_bytes / 1e9
+        state, first = compiled(state, batch)
+        jax.block_until_ready(state)
+        say("first step done")
         seconds, state = seconds_of(lambda state: compiled(state, batch)[0], state, case)
+        state, last = compiled(state, batch)
+        row |= {"first loss": float(first["train/loss"]), "last loss": float(last["train/loss"])}
         row["peak GB"] = allocator_peak(devices[0])
         if row["peak GB"]:
             row["predicted / peak"] = row["predicted GB"] / row["peak GB"]
@@ -204,9 +222,9 @@ def memory_layer(config: RunConfig, devices: list[Any], case: Row) -> Row:
     return {"tokens": tokens, "ms": seconds * 1e3, "tokens/s": round(tokens / seconds)}
 
 
-def over_devices(case: Row) -> list[Row]:
+def over_devices(case: Row) -> Iterator[Row]:
     """Weak scaling: the same work for each device on one and on more of them."""
-    available, rows = jax.devices(), []
+    available = jax.devices()
     counts = [count for count in (1, 2, 4, 8) if count <= len(available)]
     for name, measure in (("memory layer", memory_layer), ("whole step", whole_step)):
         alone = None
@@ -222,8 +240,7 @@ def over_devices(case: Row) -> list[Row]:
                     each = row["tokens/s"] / count
                     alone = alone or each
                     row |= {"tokens/s per GPU": round(each), "of one GPU": each / alone}
-                rows.append(row)
-    return rows
+                yield row
 
 
 def attempt(function: Callable[[], Row]) -> Row:
@@ -247,10 +264,14 @@ def main() -> None:
     """Writes the case's rows as JSON."""
     case, result = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
     if case["kind"] == "devices":
-        rows = over_devices(case)
+        found = over_devices(case)
     else:
-        rows = [attempt(lambda: whole_step(config_of(case), jax.devices()[:1], case))]
-    result.write_text(json.dumps({"rows": rows, "environment": timing.environment()}))
+        found = iter([attempt(lambda: whole_step(config_of(case), jax.devices()[: case["devices"]], case))])
+    rows: list[Row] = []
+    for row in found:
+        # After each: what comes next may take too long.
+        rows.append(row)
+        result.write_text(json.dumps({"rows": rows, "environment": timing.environment()}))
 
 
 if __name__ == "__main__":

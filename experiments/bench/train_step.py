@@ -1,10 +1,10 @@
 """Times whole training steps: `python experiments/bench/train_step.py [--only PART ...] [--out FOLDER] [--small]`.
 
 Dense against Memory+ of one size on one device, a PyTorch peer of the dense model, table sizes, documents that share
-rows, XLA's flags, one device against several, and whether the planner is right. The settings are those of the size's
-presets but for the batch (4 x 4,096 tokens a device), `train.remat: none` and rows of one text; tokens are random. Each
-case runs in a process of its own, so that an out-of-memory is a row and the rest goes on. The record is written after
-every case, and keeps what other runs have put into it.
+rows, cases that tell whether the planner is right, XLA's flags, and one device against several. The settings are those
+of the size's presets but for the batch (4 x 4,096 tokens a device), `train.remat: none` and rows of one text; tokens
+are random. Each case runs in a process of its own, so that an out-of-memory is a row and the rest goes on. The record
+is written after every case, and keeps what other runs have put into it.
 
 With --small (for CPUs) a few cases of small sizes run, and the figures say nothing but that it runs.
 """
@@ -31,19 +31,23 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
 COLUMNS = ("part", "case", "mesh", "attention", "ms", "tokens/s", "MFU", "peak GB", "compiled GB")
-COLUMNS += ("predicted GB", "predicted / peak", "compile s", "distinct rows", "tokens/s per GPU", "of one GPU", "note")
+COLUMNS += ("predicted GB", "predicted / peak", "compile s", "distinct rows", "tokens/s per GPU", "of one GPU")
+COLUMNS += ("last loss", "note")
 
 SMALL = """
 --model.dim 128 --model.num_layers 2 --model.num_heads 2 --model.ffn_dim 64 --model.vocab_size 512 --model.dtype float32
 """
 SMALL_MEMORY = "--model.memory.layers 1 --model.memory.num_heads 2 --model.memory.top_k 4 --model.memory.key_dim 16 "
 SMALL_MEMORY += "--optim.table.state_columns 64"
+# The paper's largest table with a small dense model: 128 GiB of rows on each of two devices.
+HUGE = "--model.num_layers 4 --model.memory.layers 2 --model.memory.value_dim 2048 --data.batch_size 4"
+# Rates that move something within the steps that are timed.
+FAST = "--optim.lr 1e-3 --optim.warmup_steps 10 --optim.table.warmup_steps 10 --mesh.memory 2"
 BFLOAT16 = ["--model.param_dtype", "bfloat16"]
 
 XLA_FLAGS = {
     "default flags": "",
-    "no Triton matrix products": "--xla_gpu_enable_triton_gemm=false",
-    "latency hiding scheduler": "--xla_gpu_enable_latency_hiding_scheduler=true",
+    "Triton matrix products": "--xla_gpu_enable_triton_gemm=true",
     "no command buffers": "--xla_gpu_enable_command_buffer=",
     "cuBLASLt": "--xla_gpu_enable_cublaslt=true",
     "autotune level 1": "--xla_gpu_autotune_level=1",
@@ -57,6 +61,8 @@ PLANNED = {
     "memory, nothing again": ("memory", "--model.num_layers 4 --model.memory.layers {layers}"),
     "memory, blocks again": ("memory", "--model.num_layers 4 --model.memory.layers {layers} --train.remat block"),
 }
+
+PARTS = ("dense", "memory", "torch", "documents", "sizes", "remat", "planner", "xla", "devices", "largest")
 
 Row = dict[str, Any]
 
@@ -74,7 +80,12 @@ def cases(arguments: argparse.Namespace) -> dict[str, list[Row]]:
         shrink = f"{SMALL} {SMALL_MEMORY if preset == memory_plus else ''}".split() if small else []
         windows = {"windows": 2, "steps": 2} if small else {"windows": 5, "steps": 10}
         found = {"case": name, "kind": "step", "preset": preset, "batch": batch, "length": length}
-        found |= {"settings": [*common, *shrink, *settings, *arguments.settings], "xla_flags": "", "documents": False}
+        found |= {
+            "settings": [*common, *shrink, *settings, *arguments.settings],
+            "xla_flags": "",
+            "documents": False,
+            "devices": 1,
+        }
         return found | {"count_rows": False, "profile": None} | windows | more
 
     def memory_case(name: str, num_keys: int, *settings: str, **more: Any) -> Row:
@@ -93,6 +104,7 @@ def cases(arguments: argparse.Namespace) -> dict[str, list[Row]]:
     shape = {name: getattr(model, name) for name in names}
     largest = [16] if small else [1024, 2048, 4096, 6928]
     documents = {"documents": True}
+    fast = [*BFLOAT16, *FAST.split(), "--data.batch_size", str(2 * batch)]
     found = {
         "dense": [case("dense, float32 parameters", dense), case("dense, bfloat16 parameters", dense, *BFLOAT16)],
         "memory": [
@@ -108,7 +120,11 @@ def cases(arguments: argparse.Namespace) -> dict[str, list[Row]]:
         "remat": [case(f"dense, remat {name}", dense, "--train.remat", name) for name in ("dots", "block")],
         "planner": [planned(name, kind, settings) for name, (kind, settings) in PLANNED.items()],
         "xla": [case(f"dense, {name}", dense, xla_flags=flags) for name, flags in XLA_FLAGS.items()],
-        "devices": [memory_case("weak scaling", largest[0], kind="devices")],
+        "devices": [memory_case("weak scaling", largest[0], *BFLOAT16, kind="devices")],
+        "largest": [
+            memory_case("67,108,864 x 1,024 on two devices", 8192, *fast, devices=2, steps=20),
+            memory_case("67,108,864 x 2,048 on two devices", 8192, *fast, *HUGE.split(), devices=2, steps=20),
+        ],
     }
     if small:
         found = {part: found[part][:1] for part in ("dense", "memory", "torch", "planner", "devices")}
@@ -136,12 +152,11 @@ def run(case: Row, seconds: float) -> tuple[list[Row], Row]:
         command = [sys.executable, str(script), json.dumps(case), str(result)]
         try:
             code = subprocess.run(command, env=environment, timeout=seconds, check=False).returncode
+            note = f"ended with exit code {code}" if code else None
         except subprocess.TimeoutExpired:
-            return [{"note": f"stopped after {seconds:.0f} s"}], {}
-        if not result.exists():
-            return [{"note": f"ended with exit code {code}"}], {}
-        found = json.loads(result.read_text())
-        return found["rows"], found.get("environment", {})
+            note = f"stopped after {seconds:.0f} s"
+        found = json.loads(result.read_text()) if result.exists() else {"rows": []}
+        return found["rows"] + ([{"note": note}] if note else []), found.get("environment", {})
 
 
 def write(out: pathlib.Path, stem: str, record: Row) -> None:
@@ -164,7 +179,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="small sizes")
     parser.add_argument("--size", default="373m", help="presets configs/SIZE_dense.yaml and SIZE_memory_plus_1m.yaml")
     parser.add_argument("--batch", type=int, help="sequences a device")
-    parser.add_argument("--only", nargs="*", help="parts: dense memory torch documents sizes remat planner xla devices")
+    parser.add_argument("--only", nargs="*", help=f"parts: {' '.join(PARTS)}")
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
     parser.add_argument("--profile", action="store_true", help="trace three steps of every case too")
     parser.add_argument("--seconds", type=float, default=570, help="no case begins after this, and none goes on longer")

@@ -21,8 +21,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from memjax.memory import row_exchange
+from memjax.ops import dispatch
 from memjax.ops.embedding_bag.api import embedding_bag
 from memjax.ops.product_key_search.api import product_key_search
+from memjax.ops.rms_norm.api import Normed, rms_norm
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update import dense
 from memjax.ops.row_update.api import row_update
@@ -62,7 +64,7 @@ def search(
     run = partial(product_key_search, top_k=top_k, implementation=implementation)
     if not has_memory_axis():
         return _plain(run, queries)(queries, keys)
-    return _over_mesh(run, (TOKENS, P()), (TOKENS, TOKENS))(queries, keys)
+    return over_mesh(run, (TOKENS, P()), (TOKENS, TOKENS))(queries, keys)
 
 
 def bag(
@@ -89,7 +91,19 @@ def bag(
 
     taps = () if tap is None else (tap,)
     specs = (COLUMNS, TOKENS, TOKENS, *(BAGS for _ in taps))
-    return _over_mesh(local, specs, TOKENS)(table, indices, weights, *taps)
+    return over_mesh(local, specs, TOKENS)(table, indices, weights, *taps)
+
+
+def norm(
+    x: Float[Array, "*b d"], scale: Float[Array, " d"], epsilon: float, *, implementation: str | None = None
+) -> Normed:
+    """`rms_norm`, each device for its own tokens."""
+    name = dispatch.choose("rms_norm", implementation, x.dtype)
+    run = partial(rms_norm, epsilon=epsilon, implementation=name)
+    if name != "triton":
+        return run(x, scale)
+    # XLA cannot split a kernel.
+    return (over_mesh(run, (TOKENS, P()), TOKENS) if has_memory_axis() else _plain(run, x))(x, scale)
 
 
 def zero_tap(num_tokens: int, value_dim: int, dtype) -> Float[Array, "t d"]:
@@ -133,7 +147,7 @@ def update_rows(
 
     factors = RowGradient._make((TOKENS, TOKENS, BAGS))
     specs = (COLUMNS, COLUMNS, [factors] * len(gradients), P())
-    return _over_mesh(local, specs, (COLUMNS, COLUMNS))(table, state, list(gradients), step)
+    return over_mesh(local, specs, (COLUMNS, COLUMNS))(table, state, list(gradients), step)
 
 
 def _gather_gradient(gradient: RowGradient, *, whole_mesh: bool) -> RowGradient:
@@ -181,7 +195,7 @@ def split_like(tokens: Float[Array, "t d"], x: Float[Array, "*b dim"]) -> Float[
     return jax.sharding.reshard(tokens, _front(x)) if _is_explicit() else tokens
 
 
-def _over_mesh(function, in_specs, out_specs):
+def over_mesh(function, in_specs, out_specs):
     """shard_map over the ambient mesh. Collectives' results are not checked for their types: kernels carry none."""
     mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 

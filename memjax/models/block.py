@@ -1,5 +1,7 @@
 """A decoder block: attention, then a feed-forward layer, a memory layer, or both side by side."""
 
+from functools import partial
+
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -9,6 +11,7 @@ from memjax.memory.layer import Lookup, MemoryLayer
 from memjax.memory.table import ValueTable
 from memjax.models.attention import Attention, KeyValues
 from memjax.models.feed_forward import FeedForward
+from memjax.models.norm import RMSNorm
 
 
 class Block(nnx.Module):
@@ -28,7 +31,8 @@ class Block(nnx.Module):
         """`implementation` names that of the memory's operations, `attention` that of the attention."""
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         memory = config.memory if config.memory and layer in config.memory.layers else None
-        self.attention_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
+        norm = partial(RMSNorm, config.dim, epsilon=config.norm_eps, dtype=dtype, param_dtype=param_dtype)
+        self.attention_norm = norm(implementation=implementation)
         self.attention = Attention(
             config.dim,
             num_heads=config.num_heads,
@@ -41,7 +45,7 @@ class Block(nnx.Module):
             implementation=attention,
             **kwargs,
         )
-        self.mixer_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
+        self.mixer_norm = norm(implementation=implementation)
         replaced = memory is not None and memory.placement == "replace"
         self.feed_forward = None if replaced else FeedForward(config.dim, config.ffn_dim, **kwargs)
         self.memory = _memory_layer(config.dim, memory, implementation=implementation, **kwargs) if memory else None
@@ -55,8 +59,8 @@ class Block(nnx.Module):
         tap: Float[Array, "t value_dim"] | None = None,
     ) -> tuple[Float[Array, "b s dim"], Lookup | None]:
         """The block's output, and what it read from the table."""
-        x = x + self.attention(self.attention_norm(x), positions, segments)
-        return self._mix(x, table, tap)
+        x, inputs = self.attention_norm(x)
+        return self._mix(x + self.attention(inputs, positions, segments), table, tap)
 
     def with_cache(
         self,
@@ -66,11 +70,12 @@ class Block(nnx.Module):
         table: ValueTable | None = None,
     ) -> tuple[Float[Array, "b s dim"], KeyValues]:
         """The output for new tokens, and the cache with them."""
-        attended, cache = self.attention.with_cache(self.attention_norm(x), positions, cache)
+        x, inputs = self.attention_norm(x)
+        attended, cache = self.attention.with_cache(inputs, positions, cache)
         return self._mix(x + attended, table, None)[0], cache
 
     def _mix(self, x: Array, table: ValueTable | None, tap: Array | None) -> tuple[Array, Lookup | None]:
-        inputs, lookup = self.mixer_norm(x), None
+        (x, inputs), lookup = self.mixer_norm(x), None
         if self.feed_forward is not None:
             x = x + self.feed_forward(inputs)
         if self.memory is not None:

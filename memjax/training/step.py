@@ -17,9 +17,10 @@ from memjax.memory.parallel import DATA, MEMORY
 from memjax.memory.sparse_gradient import row_sparse_value_and_grad
 from memjax.memory.usage import count_reads, statistics
 from memjax.models.decoder import layer_name
-from memjax.models.loss import token_losses
+from memjax.models.loss import summed_loss
 from memjax.models.parts import Tables
 from memjax.ops.row_gradient import RowGradient
+from memjax.training.compiler import compiler_options
 from memjax.training.mesh import replicated
 from memjax.training.optimizer import global_norm, without_gradient_where_frozen
 from memjax.training.state import Trainer, TrainState
@@ -44,6 +45,7 @@ def make_train_step(trainer: Trainer, mesh: jax.sharding.Mesh) -> jax.stages.Wra
         donate_argnums=0,
         in_shardings=(shardings, jax.sharding.NamedSharding(mesh, BATCH)),
         out_shardings=(shardings, None),
+        compiler_options=compiler_options(mesh),
     )
 
 
@@ -146,10 +148,10 @@ def _gradients(trainer: Trainer, params: Any, tables: Tables, batch: Batch, lear
         params = without_gradient_where_frozen(trainer.config.optim, _whole_outside_blocks(params))
         model = parts.assemble(params, tables)
         hidden, lookups = model.hidden(batch["tokens"], batch["positions"], segments, taps, remat)
-        losses = token_losses(model, hidden, batch["targets"])
-        losses = losses * batch["loss_mask"].astype(losses.dtype)
-        by_part = [jnp.sum(losses, where=is_of_part) for is_of_part in _parts(trainer, batch)]
-        return jnp.sum(losses) / learned, (lookups, by_part)
+        mask = batch["loss_mask"]
+        loss, losses = summed_loss(model, hidden, batch["targets"], mask / learned)
+        by_part = [jnp.sum(losses * mask, where=is_of_part) for is_of_part in _parts(trainer, batch)]
+        return loss, (lookups, by_part)
 
     taps = parts.zero_taps(batch["tokens"].size)
     if not trainer.config.optim.table.is_dense:
@@ -208,10 +210,14 @@ def _update_tables(trainer: Trainer, state: TrainState, rows: dict[str, RowGradi
 def _count(
     trainer: Trainer, state: TrainState, rows: dict[str, RowGradient], batch: Batch, ok: Array
 ) -> dict[str, Array]:
-    """Read counters with the picks of real tokens; padding and bad steps do not count."""
+    """Read counters with the picks of real tokens; padding and bad steps do not count.
+
+    Every device counts all picks: they are fewer than the slots of a large table, whose counts would have to be added
+    up over the devices.
+    """
     real = (batch["segments"].reshape(batch["segments"].shape[0], -1, 1) > 0) & ok
     return {
-        name: count_reads(counts, jnp.where(real, rows[name].indices, counts.shape[0]))
+        name: count_reads(counts, parallel.everywhere(jnp.where(real, rows[name].indices, counts.shape[0])))
         for name, counts in state.reads.items()
     }
 
