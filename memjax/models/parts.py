@@ -10,6 +10,7 @@ from memjax.config import ModelConfig
 from memjax.memory.parallel import zero_tap
 from memjax.memory.table import TableRows
 from memjax.models.decoder import Decoder, layer_name
+from memjax.models.drawing import draw_decoder
 
 Tables = dict[str, Float[Array, "n d"]]
 """Rows of every table, by the name of the pool."""
@@ -41,7 +42,7 @@ class DecoderParts:
 
     def init(self, key: Array) -> tuple[nnx.State, Tables]:
         """Freshly drawn dense parameters and tables."""
-        _, tables, params = nnx.split(Decoder(self.config, rngs=nnx.Rngs(key)), TableRows, nnx.Param)
+        params, tables = draw_decoder(self.config, key)
         return params, _tables_of(tables)
 
     def zero_taps(self, num_tokens: int) -> dict[str, Array]:
