@@ -77,6 +77,6 @@ def _keys_taken(config: ModelConfig, layer: int) -> int:
 
 def _block(config: ModelConfig, layer: int, stream: _Stream) -> Block:
     rngs = nnx.Rngs(jax.random.key(0))
-    rngs.default = stream
+    rngs.default = stream  # pyright: ignore[reportAttributeAccessIssue]  # streams are attributes by name
     dtype, param_dtype = resolve_dtype(config.dtype), jnp.dtype(config.param_dtype)
     return Block(config, layer, dtype=dtype, param_dtype=param_dtype, rngs=rngs)

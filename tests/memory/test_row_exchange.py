@@ -9,11 +9,8 @@ from memjax.ops.row_gradient import RowGradient
 
 
 def shapes(tokens, picks=4, columns=256, rows=1000):
-    gradient = RowGradient(
-        jax.ShapeDtypeStruct((tokens, picks), jnp.int32),
-        jax.ShapeDtypeStruct((tokens, picks), jnp.float32),
-        jax.ShapeDtypeStruct((tokens, columns), jnp.bfloat16),
-    )
+    factors = (((tokens, picks), jnp.int32), ((tokens, picks), jnp.float32), ((tokens, columns), jnp.bfloat16))
+    gradient = RowGradient._make(jax.ShapeDtypeStruct(*factor) for factor in factors)
     return jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16), [gradient, gradient]
 
 

@@ -30,7 +30,7 @@ def test_numbers_are_those_that_the_decoder_draws_itself():
 def test_a_kind_of_block_is_compiled_once_however_many_there_are():
     def loops(config):
         compiled = jax.jit(lambda key: draw_decoder(config, key)).lower(jax.random.key(0)).compile()
-        return compiled.as_text().count(" while(")
+        return str(compiled.as_text()).count(" while(")
 
     more = ModelConfig(dim=16, num_layers=12, num_heads=2, ffn_dim=24, vocab_size=259, memory=MEMORY)
     assert 0 < loops(CONFIG) == loops(more)
