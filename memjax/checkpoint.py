@@ -35,7 +35,7 @@ SMALL_BYTES = 16 << 20
 """Arrays up to this size are never cut."""
 
 BLOCKS = 32
-"""Blocks of an array that is all of its item. To read one takes about four times its bytes in host memory."""
+"""Blocks of an array that is all of its item; while one is read, its bytes are in host memory about four times."""
 
 _CANNOT_SAVE = "{} cannot be written; is the disk full, and may this folder be written?"
 _INDEX = "digests"
@@ -256,12 +256,13 @@ class Checkpoints:
         return self._notes[step]
 
     def _open(self) -> ocp.CheckpointManager:
-        if replaced := self._replaced.intersection(self.steps()):
+        if self._replaced:
             self._drop()
             if jax.process_index() == 0:
-                for step in replaced:
+                for step in self._replaced.intersection(self.steps()):
                     shutil.rmtree(self.folder / str(step))
-        self._replaced.clear()
+            self._replaced.clear()
+            _any_process(False)  # nobody lists the steps before they are gone
         if damaged := self._damaged.intersection(self.steps()):
             self._drop()
             if jax.process_index() == 0:

@@ -35,25 +35,32 @@ class _Stream(nnx.RngStream):
 
 
 def draw_decoder(config: ModelConfig, key: Array) -> tuple[nnx.State, nnx.State]:
-    """Parameters and tables of `Decoder(config, rngs=nnx.Rngs(key))`, bit for bit; to be traced by `jax.jit`."""
+    """Parameters and tables of `Decoder(config, rngs=nnx.Rngs(key))`, bit for bit.
+
+    To be traced by `jax.jit`, which leaves out what the decoder draws by itself and a loop draws as well.
+    """
     _, tables, params = nnx.split(Decoder(config, rngs=nnx.Rngs(key)), TableRows, nnx.Param)
     blocks = params["blocks"]
     kinds: dict[Any, list[int]] = {}
     for layer in range(config.num_layers):
         leaves, structure = jax.tree.flatten(blocks[layer])
         kinds.setdefault((structure, *(leaf.shape for leaf in leaves)), []).append(layer)
-    keys_of = {layer: _keys_taken(config, layers[0]) for layers in kinds.values() for layer in layers}
-    firsts = [BEFORE_BLOCKS + sum(keys_of[before] for before in range(layer)) for layer in range(config.num_layers)]
+    taken = [0] * config.num_layers
+    for layers in kinds.values():
+        of_kind = _keys_taken(config, layers[0])
+        for layer in layers:
+            taken[layer] = of_kind
     for layers in kinds.values():
         if len(layers) > 1:
-            drawn = _draw_alike(config, key, layers[0], [firsts[layer] for layer in layers])
+            firsts = [BEFORE_BLOCKS + sum(taken[:layer]) for layer in layers]
+            drawn = _draw_alike(config, key, layers[0], firsts)
             for place, layer in enumerate(layers):
                 blocks[layer] = jax.tree.map(lambda stacked, place=place: stacked[place], drawn)
     return params, tables
 
 
 def _draw_alike(config: ModelConfig, key: Array, layer: int, firsts: Sequence[int]) -> nnx.State:
-    """Parameters of blocks like the given one, stacked: of each that whose keys begin at its number."""
+    """Parameters, stacked, of blocks like that of the layer, each with the keys from its number on."""
 
     def draw(first: Array) -> nnx.State:
         return nnx.state(_block(config, layer, _Stream(key, first)), nnx.Param)
