@@ -19,8 +19,11 @@ from memjax.ops.row_update.rules import RowRule, RowStep, TableState, row_step
 PIECE_PICKS = 1 << 26
 """The most picks that are sorted at once."""
 
-BLOCK_BYTES = 1 << 28
+BLOCK_BYTES = 1 << 26
 """Dense gradient of the rows that are updated at once."""
+
+BLOCK_COPIES = 5
+"""Arrays of a block's size while it is updated: its gradient, the sum of replicas, rows and state before and after."""
 
 
 def summed(
