@@ -31,6 +31,12 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 BLOCK_BYTES = 2 << 30
 """Largest array that is stored in one piece: Orbax refuses single arrays near 96 GB."""
 
+SMALL_BYTES = 16 << 20
+"""Arrays up to this size are never cut."""
+
+BLOCKS = 32
+"""Blocks of an array that is all of its item; while one is read, its bytes are in host memory about four times."""
+
 _CANNOT_SAVE = "{} cannot be written; is the disk full, and may this folder be written?"
 _INDEX = "digests"
 _TRASH = ".trash"
@@ -250,12 +256,13 @@ class Checkpoints:
         return self._notes[step]
 
     def _open(self) -> ocp.CheckpointManager:
-        if replaced := self._replaced.intersection(self.steps()):
+        if self._replaced:
             self._drop()
             if jax.process_index() == 0:
-                for step in replaced:
+                for step in self._replaced.intersection(self.steps()):
                     shutil.rmtree(self.folder / str(step))
-        self._replaced.clear()
+            self._replaced.clear()
+            _any_process(False)  # nobody lists the steps before they are gone
         if damaged := self._damaged.intersection(self.steps()):
             self._drop()
             if jax.process_index() == 0:
@@ -305,11 +312,12 @@ class Checkpoints:
         if other := [name for name, leaf in leaves.items() if not isinstance(leaf, jax.Array)]:
             raise TypeError(f"not a jax.Array: {', '.join(other)}")
         sums = jax.device_get({name: _digest(leaf) for name, leaf in leaves.items()})
+        block_bytes = min(self._block_bytes, max(SMALL_BYTES, sum(leaf.nbytes for leaf in leaves.values()) // BLOCKS))
         return {
             name: {
                 "shape": list(leaf.shape),
                 "dtype": leaf.dtype.name,
-                "block_rows": max(1, self._block_bytes // max(1, leaf.dtype.itemsize * math.prod(leaf.shape[1:]))),
+                "block_rows": max(1, block_bytes // max(1, leaf.dtype.itemsize * math.prod(leaf.shape[1:]))),
                 "digest": _hex(sums[name]),
             }
             for name, leaf in leaves.items()

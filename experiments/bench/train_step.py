@@ -4,7 +4,7 @@ Dense against Memory+ of one size on one device, a PyTorch peer of the dense mod
 rows, cases that tell whether the planner is right, XLA's flags, and one device against several. The settings are those
 of the size's presets but for the batch (4 x 4,096 tokens a device), `train.remat: none` and rows of one text; tokens
 are random. Each case runs in a process of its own, so that an out-of-memory is a row and the rest goes on. The record
-is written after every case.
+is written after every case, and keeps what other runs have put into it.
 
 With --small (for CPUs) a few cases of small sizes run, and the figures say nothing but that it runs.
 """

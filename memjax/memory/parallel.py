@@ -125,14 +125,15 @@ def update_rows(
     """`row_update` on every device's columns, with the picks of all tokens of the mesh.
 
     Replicas of a column shard see the same picks in the same order (factored), or the same sum of what each has summed
-    of its own tokens (dense), so they stay bit-equal. See `row_exchange.choose` for auto.
+    of its own tokens (dense), so they stay bit-equal. See `row_exchange.choose` for auto. Without a `memory` axis there
+    are no replicas, and nothing is exchanged.
     """
     if not has_memory_axis():
         run = partial(row_update, rule=rule, implementation=implementation)
         return _plain(run, table)(table, state, gradients, step=step)
 
     axes = jax.sharding.get_abstract_mesh().shape
-    sizes = {"data_axis": axes.get(DATA, 1), "memory_axis": axes[MEMORY]}
+    sizes = {"data_axis": axes[DATA], "memory_axis": axes[MEMORY]}
     factored = row_exchange.choose(exchange, table, gradients, **sizes) == "factored"
 
     def local(table: Array, state: TableState, gradients: Sequence[RowGradient], step: RowStep):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from memjax.ops.precision import accumulator
 from memjax.ops.row_gradient import RowGradient
-from memjax.ops.row_update.dense import BLOCK_BYTES, piece_tokens
+from memjax.ops.row_update.dense import BLOCK_BYTES, BLOCK_COPIES, piece_tokens
 from memjax.ops.row_update.segments import MOST_PICKS
 
 Exchange = Literal["factored", "dense"]
@@ -58,7 +58,7 @@ def exchange_bytes(
         "factored": ExchangeBytes(from_others(of_picks + vectors), 0, picks * PICK_BYTES + vectors),
         "dense": ExchangeBytes(
             from_others(reduced),
-            num_rows * row + min(num_rows * row, BLOCK_BYTES),
+            num_rows * row + BLOCK_COPIES * min(num_rows * row, BLOCK_BYTES),
             max(_of_one(gradient, gradient.indices.shape[0] // data_axis, columns) for gradient in gradients),
         ),
     }

@@ -28,11 +28,9 @@ def plan_exchange(config: RunConfig, *, data_axis: int) -> PlannedExchange | Non
         return None
     tokens, columns = data.batch_size // accumulate * data.sequence_length, config.model.value_dim
     dtype = resolve_dtype(memory.table_dtype)
-    gradient = RowGradient(
-        jax.ShapeDtypeStruct((tokens, memory.picks), jnp.int32),
-        jax.ShapeDtypeStruct((tokens, memory.picks), accumulator(resolve_dtype(config.model.dtype))),
-        jax.ShapeDtypeStruct((tokens, columns), dtype),
-    )
+    picks, weight = (tokens, memory.picks), accumulator(resolve_dtype(config.model.dtype))
+    factors = ((picks, jnp.int32), (picks, weight), ((tokens, columns), dtype))
+    gradient = RowGradient._make(jax.ShapeDtypeStruct(*factor) for factor in factors)
     gradients = [gradient] * (max(map(len, memory.pools.values())) * accumulate)
     table = jax.ShapeDtypeStruct((memory.num_slots, columns), dtype)
     axes = {"data_axis": data_axis, "memory_axis": config.mesh.memory}

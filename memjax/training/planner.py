@@ -340,7 +340,7 @@ def _changes(config: RunConfig, data_axis: int) -> Iterator[tuple[str, Any]]:
         yield "model.memory.num_keys", max(memory.top_k, round(memory.num_keys * 0.5**0.5))
         if memory.table_dtype == "float32":
             yield "model.memory.table_dtype", "bfloat16"
-        if data_axis > 1 and config.mesh.row_exchange != "dense" and not config.optim.table.is_dense:
+        if config.mesh.row_exchange != "dense" and not config.optim.table.is_dense:
             yield "mesh.row_exchange", "dense"
         if config.optim.table.optimizer in ("adam", "dense_adam"):
             yield "optim.table.optimizer", "rowwise_adam"

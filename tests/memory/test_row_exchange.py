@@ -9,11 +9,8 @@ from memjax.ops.row_gradient import RowGradient
 
 
 def shapes(tokens, picks=4, columns=256, rows=1000):
-    gradient = RowGradient(
-        jax.ShapeDtypeStruct((tokens, picks), jnp.int32),
-        jax.ShapeDtypeStruct((tokens, picks), jnp.float32),
-        jax.ShapeDtypeStruct((tokens, columns), jnp.bfloat16),
-    )
+    factors = (((tokens, picks), jnp.int32), ((tokens, picks), jnp.float32), ((tokens, columns), jnp.bfloat16))
+    gradient = RowGradient._make(jax.ShapeDtypeStruct(*factor) for factor in factors)
     return jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16), [gradient, gradient]
 
 
@@ -21,9 +18,9 @@ def test_bytes_by_hand():
     found = exchange_bytes(*shapes(80), data_axis=4, memory_axis=2)
     # Two layers of 80 tokens: 4 picks of 8 bytes each, and 128 columns of 2 bytes; a quarter of it is there already.
     assert found["factored"] == ExchangeBytes(2 * 80 * (32 + 256) * 3 // 4, 0, 2 * 80 * (4 * 40 + 256))
-    # 1000 rows of 128 columns and a count, 4 bytes each, sent to be summed and as sums. The gradient and a block of it
-    # (all, here) are held, and of one layer of 20 tokens the picks, gathered and sorted, with their vectors.
-    assert found["dense"] == ExchangeBytes(2 * 1000 * 129 * 4 * 3 // 4, 2 * 1000 * 128 * 4, 20 * (32 + 160 + 256))
+    # 1000 rows of 128 columns and a count, 4 bytes each, sent to be summed and as sums. The gradient and five blocks of
+    # it (all, here) are held, and of one layer of 20 tokens the picks, gathered and sorted, with their vectors.
+    assert found["dense"] == ExchangeBytes(2 * 1000 * 129 * 4 * 3 // 4, 6 * 1000 * 128 * 4, 20 * (32 + 160 + 256))
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,13 @@ def draw_gradients():
     """
     rng, gradients = np.random.default_rng(0), []
     for tokens, picks in ((5, 3), (9, 1)):
-        indices = rng.integers(UNREAD, size=(tokens, picks)).astype(np.int32)
-        weights, vectors = rng.integers(1, 5, size=(tokens, picks)), rng.integers(-9, 9, size=(tokens, COLUMNS))
-        gradients.append(RowGradient(indices, weights.astype(np.float32), vectors.astype(np.float32)))
-    gradients[1].indices[4, 0], gradients[1].weights[4, 0] = UNREAD, 0
-    return jax.tree.map(jnp.asarray, gradients)
+        indices, weights = rng.integers(UNREAD, size=(tokens, picks)), rng.integers(1, 5, size=(tokens, picks))
+        if picks == 1:
+            indices[4], weights[4] = UNREAD, 0
+        vectors = rng.integers(-9, 9, size=(tokens, COLUMNS))
+        factors = ((indices, jnp.int32), (weights, jnp.float32), (vectors, jnp.float32))
+        gradients.append(RowGradient._make(jnp.asarray(*factor) for factor in factors))
+    return gradients
 
 
 @pytest.mark.parametrize("implementation", ["triton", "xla"])
@@ -85,10 +87,7 @@ def test_a_table_updated_in_blocks_is_never_copied(monkeypatch):
 
 
 def test_more_picks_than_32_bits_can_count_are_refused_with_the_way_out():
-    gradient = RowGradient(
-        jax.ShapeDtypeStruct((1 << 24, 128), jnp.int32),
-        jax.ShapeDtypeStruct((1 << 24, 128), jnp.float32),
-        jax.ShapeDtypeStruct((1 << 24, 8), jnp.float32),
-    )
+    factors = (((1 << 24, 128), jnp.int32), ((1 << 24, 128), jnp.float32), ((1 << 24, 8), jnp.float32))
+    gradient = RowGradient._make(jax.ShapeDtypeStruct(*factor) for factor in factors)
     with pytest.raises(ValueError, match=r"2,147,483,648 picks cannot be sorted at once, .* mesh\.row_exchange: dense"):
         jax.eval_shape(sorted_picks, [gradient])

@@ -19,8 +19,11 @@ from memjax.ops.row_update.rules import RowRule, RowStep, TableState, row_step
 PIECE_PICKS = 1 << 26
 """The most picks that are sorted at once."""
 
-BLOCK_BYTES = 1 << 28
+BLOCK_BYTES = 1 << 26
 """Dense gradient of the rows that are updated at once."""
+
+BLOCK_COPIES = 5
+"""Arrays of a block's size while it is updated: its gradient, the sum of replicas, rows and state before and after."""
 
 
 def summed(
@@ -42,7 +45,9 @@ def summed(
         implementation: of the row update, whose kernels sum here.
     """
     dtype = jnp.result_type(*[accumulator(gradient.vectors.dtype) for gradient in gradients])
-    total = jnp.zeros((num_rows, gradients[0].vectors.shape[1]), dtype)
+    # Not a constant: that could be written, and take memory, long before there are gradients.
+    zero, gradients = jax.lax.optimization_barrier((jnp.zeros((), dtype), list(gradients)))
+    total = jnp.full((num_rows, gradients[0].vectors.shape[1]), zero)
     touched = jnp.zeros(num_rows, bool)
     # A step of gradient descent at the rate -1 adds.
     add = RowRule(kind="sgd")
