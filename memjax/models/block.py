@@ -4,12 +4,13 @@ from typing import NamedTuple
 
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from memjax.config import MemoryConfig, ModelConfig
+from memjax.config import ExpertsConfig, MemoryConfig, ModelConfig
 from memjax.memory.layer import Lookup, MemoryLayer
 from memjax.memory.table import ValueTable
 from memjax.models.attention import Attention, KeyValues
+from memjax.models.experts import Experts, Routing
 from memjax.models.feed_forward import FeedForward
 
 
@@ -18,6 +19,8 @@ class Report(NamedTuple):
 
     lookup: Lookup | None = None
     """What it read from the table, if it has a memory."""
+    routing: Routing | None = None
+    """What its router said, if it has experts."""
 
 
 class Block(nnx.Module):
@@ -37,7 +40,7 @@ class Block(nnx.Module):
         attention: str | None = None,
         rngs: nnx.Rngs,
     ):
-        """`implementation` names that of the memory's operations, `attention` that of the attention."""
+        """`implementation` names that of the operations of memory and experts, `attention` that of the attention."""
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         memory = config.memory if config.memory and layer in config.memory.layers else None
         self.attention_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
@@ -55,9 +58,13 @@ class Block(nnx.Module):
         )
         self.mixer_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
         kind = config.kind(layer)
-        if kind in ("experts", "expert_lookup"):
+        if kind == "expert_lookup":
             raise NotImplementedError(f"model.{kind}: this version of memjax cannot build such blocks")
         self.feed_forward = FeedForward(config.dim, config.ffn_dim, **kwargs) if kind == "dense" else None
+        self.experts = None
+        if config.experts and kind == "experts":
+            sizes = (config.dim, config.expert_dim)
+            self.experts = _experts(*sizes, config.experts, implementation=implementation, **kwargs)
         self.memory = _memory_layer(config.dim, memory, implementation=implementation, **kwargs) if memory else None
 
     def __call__(
@@ -67,10 +74,13 @@ class Block(nnx.Module):
         segments: Int[Array, "b s"] | None = None,
         table: ValueTable | None = None,
         tap: Float[Array, "t value_dim"] | None = None,
+        real: Bool[Array, "b s"] | None = None,
+        *,
+        training: bool = False,
     ) -> tuple[Float[Array, "b s dim"], Report]:
         """The block's output, and what it tells beside it."""
         x = x + self.attention(self.attention_norm(x), positions, segments)
-        return self._mix(x, table, tap)
+        return self._mix(x, table, tap, real, training=training)
 
     def with_cache(
         self,
@@ -81,17 +91,41 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "b s dim"], KeyValues]:
         """The output for new tokens, and the cache with them."""
         attended, cache = self.attention.with_cache(self.attention_norm(x), positions, cache)
-        return self._mix(x + attended, table, None)[0], cache
+        return self._mix(x + attended, table)[0], cache
 
-    def _mix(self, x: Array, table: ValueTable | None, tap: Array | None) -> tuple[Array, Report]:
-        inputs, lookup = self.mixer_norm(x), None
+    def _mix(
+        self,
+        x: Array,
+        table: ValueTable | None,
+        tap: Array | None = None,
+        real: Array | None = None,
+        *,
+        training: bool = False,
+    ) -> tuple[Array, Report]:
+        inputs, lookup, routing = self.mixer_norm(x), None, None
         if self.feed_forward is not None:
             x = x + self.feed_forward(inputs)
+        if self.experts is not None:
+            out, routing = self.experts(inputs, real, training=training)
+            x = x + out
         if self.memory is not None:
             assert table is not None
             lookup = self.memory.lookup(inputs)
             x = x + self.memory.combine(inputs, self.memory.read(table, lookup, tap))
-        return x, Report(lookup)
+        return x, Report(lookup, routing)
+
+
+def _experts(dim: int, hidden_dim: int, config: ExpertsConfig, **kwargs) -> Experts:
+    return Experts(
+        dim,
+        hidden_dim,
+        num_experts=config.num_experts,
+        routing=config.routing,
+        top_k=config.chosen,
+        renormalize=config.renormalize,
+        capacity=config.capacity,
+        **kwargs,
+    )
 
 
 def _memory_layer(dim: int, config: MemoryConfig, **kwargs) -> MemoryLayer:

@@ -1,18 +1,19 @@
 """The language model: embedding, blocks, norm, output; its memory layers read tables that the decoder owns."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from memjax.config import ModelConfig
 from memjax.memory import parallel
 from memjax.memory.layer import Lookup
 from memjax.memory.table import ValueTable
 from memjax.models.attention import KeyValues
-from memjax.models.block import Block
+from memjax.models.block import Block, Report
+from memjax.models.experts import SAVED_ROUTING, Routing
 from memjax.models.feed_forward import linear
 from memjax.ops.embedding_bag.api import SAVED_NAME as SAVED_BAG
 from memjax.ops.precision import accumulator
@@ -35,6 +36,8 @@ class Hidden(NamedTuple):
     """The normed residual stream."""
     lookups: dict[str, Lookup]
     """What each memory layer read, by the layer's name."""
+    routings: dict[str, Routing]
+    """What the router of each block with experts said, by the layer's name."""
 
 
 class Decoder(nnx.Module):
@@ -52,7 +55,7 @@ class Decoder(nnx.Module):
 
         Args:
             config: sizes and types.
-            implementation: of the memory's operations; None takes the fastest that can run.
+            implementation: of the operations of memory and experts; None takes the fastest that can run.
             attention: implementation of the attention (`dot_product.IMPLEMENTATIONS`); None as above.
             rngs: source of the `params` key.
         """
@@ -90,6 +93,9 @@ class Decoder(nnx.Module):
         segments: Int[Array, "b s"] | None = None,
         taps: dict[str, Array] | None = None,
         remat: Remat = "none",
+        *,
+        real: Bool[Array, "b s"] | None = None,
+        training: bool = False,
     ) -> Hidden:
         """The normed residual stream, and what the blocks tell of their work, by the layer's name.
 
@@ -98,19 +104,28 @@ class Decoder(nnx.Module):
             positions: of the tokens in their documents; None counts from 0.
             segments: document of each token, where several share a row; tokens see their own document only.
             taps: zeros of the shape of the bags, by layer name; their cotangents are those of the bags.
-            remat: what the backward pass computes again. Lookups and bags are always kept.
+            remat: what the backward pass computes again. Lookups, bags and routings are always kept.
+            real: which tokens are no padding, which experts that choose must not take; None for all.
+            training: let experts choose their tokens, in models where they do so.
         """
         positions = default_positions(tokens) if positions is None else positions
         x = parallel.split_tokens(self._embed(tokens))
         lookups: dict[str, Lookup] = {}
+        routings: dict[str, Routing] = {}
+
+        @_rematerialised(remat)
+        def run(block: Block, *arguments: Any) -> tuple[Array, Report]:
+            return parallel.whole(block, self.embed.dtype)(*arguments, training=training)
+
         for layer, block in enumerate(self.blocks):
             name = layer_name(layer)
-            run = _rematerialised(remat)(lambda block, *args: parallel.whole(block, self.embed.dtype)(*args))
-            x, report = run(block, x, positions, segments, self._table(layer), (taps or {}).get(name))
+            x, report = run(block, x, positions, segments, self._table(layer), (taps or {}).get(name), real)
             x = parallel.split_tokens(x)
             if report.lookup is not None:
                 lookups[name] = report.lookup
-        return Hidden(self.norm(x), lookups)
+            if report.routing is not None:
+                routings[name] = report.routing
+        return Hidden(self.norm(x), lookups, routings)
 
     def logits(self, hidden: Float[Array, "*b dim"]) -> Float[Array, "*b vocab"]:
         """Scores of the vocabulary, in float32 or wider."""
@@ -171,13 +186,14 @@ def resolve_dtype(name: str) -> jnp.dtype:
 
 def _rematerialised(remat: Remat):
     """jax.checkpoint with the named policy; no search or bag runs twice: they are memory-bound, their outputs small.
+    Nor does a router choose twice: rounded otherwise, it might choose others.
 
     Weights that were gathered for the forward pass are never kept, but gathered again.
     """
     policies = jax.checkpoint_policies
     if remat == "none" and not parallel.has_several_devices():
         return lambda function: function
-    policy = policies.save_only_these_names(SAVED_BAG, SAVED_SCORES, SAVED_INDICES)
+    policy = policies.save_only_these_names(SAVED_BAG, SAVED_SCORES, SAVED_INDICES, SAVED_ROUTING)
     if remat == "none":
         policy = policies.save_anything_except_these_names(parallel.WHOLE_WEIGHTS)
     elif remat == "dots":

@@ -100,11 +100,7 @@ def matrices_kernel(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     is_row, is_column = (row < K)[None, :], (column < N)[None, :]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    if STEPS > 0:
-        steps = STEPS
-    else:
-        steps = tl.cdiv(end - begin, INNER)
-    for step in range(0, steps):
+    for step in range(0, STEPS if STEPS > 0 else tl.cdiv(end - begin, INNER)):
         inner = begin + step * INNER + tl.arange(0, INNER)
         place, inside = inner.to(tl.int64)[:, None], (inner < end)[:, None]
         a = tl.load(rows_ptr + place * K + row[None, :], mask=inside & is_row, other=0.0)

@@ -1,5 +1,8 @@
-"""The grouped product as XLA's ragged dot. Where a back end has no kernel of its own for it, CPUs among them, XLA
-multiplies every row with every matrix and keeps one product in g."""
+"""The grouped product as XLA's ragged dot.
+
+Where a back end has no kernel of its own for it, CPUs among them, XLA multiplies every row with every matrix and keeps
+one product of each row: g times the work.
+"""
 
 import jax
 import jax.numpy as jnp
