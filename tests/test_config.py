@@ -43,6 +43,11 @@ PRESETS = {
     # Llama 3 8B has 8.03 billion parameters.
     "8b_dense": 8030.3,
     "8b_memory_plus_16m": 76523.3,
+    # Without routers, which the paper does not count, 983.5, 1827.2, 2797.4 and 3545.3.
+    "134m_moe": 983.6,
+    "373m_moe": 1827.4,
+    "720m_moe": 2797.6,
+    "1.3b_moe": 3545.5,
 }
 
 
@@ -52,7 +57,10 @@ def parameters(model: ModelConfig) -> int:
     attention, norms = 2 * model.dim**2 + key_and_value, 2 * model.dim
     total = 2 * model.vocab_size * model.dim + model.dim + model.num_layers * (attention + norms)
     for layer in range(model.num_layers):
-        memory = model.memory
+        memory, experts = model.memory, model.experts
+        if experts is not None:
+            total += experts.num_experts * (3 * model.dim * model.ffn_dim + model.dim)
+            continue
         if memory is None or layer not in memory.layers:
             total += 3 * model.dim * model.ffn_dim
             continue
@@ -76,11 +84,11 @@ def test_presets_have_the_sizes_of_the_paper(name, millions):
     assert round(parameters(load(RunConfig, CONFIGS / f"{name}.yaml").model) / 1e6, 1) == millions
 
 
-def test_presets_differ_from_their_dense_model_only_in_memory_and_mesh():
+def test_presets_differ_from_their_dense_model_only_in_memory_experts_and_mesh():
     for name in PRESETS:
         dense = load(RunConfig, CONFIGS / f"{name.split('_')[0]}_dense.yaml")
         for line in differences(dense, load(RunConfig, CONFIGS / f"{name}.yaml")):
-            assert line.startswith(("run.dir:", "model.memory:", "mesh.memory:")), line
+            assert line.startswith(("run.dir:", "model.memory:", "model.experts:", "mesh.memory:")), line
 
 
 def test_the_quick_start_is_the_defaults():

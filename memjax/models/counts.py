@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import jax
 
-from memjax.config import ModelConfig, RunConfig
+from memjax.config import RunConfig
 from memjax.models.parts import DecoderParts
 
 
@@ -126,7 +126,12 @@ def describe(config: RunConfig, parts: DecoderParts, *, data_axis: int) -> str:
     lines = [
         ("parameters", f"{counts.total:,} = {billions(counts.total)}"),
         ("  dense", f"{counts.dense:,}"),
-        ("  experts", f"{counts.experts:,} ({_described(config.model)})" if experts else ""),
+        (
+            "  experts",
+            f"{counts.experts:,} ({len(config.model.layers_of('experts'))} x {experts.num_experts} experts)"
+            if experts
+            else "",
+        ),
         ("  without routers", billions(counts.total - counts.routers) if experts else ""),
         ("  tables", f"{counts.table:,}" + (f" ({len(memory.pools)} x {memory.num_slots:,} slots)" if memory else "")),
         ("  active per token", f"{counts.active:,}"),
@@ -138,13 +143,6 @@ def describe(config: RunConfig, parts: DecoderParts, *, data_axis: int) -> str:
         ("mesh", f"data {data_axis} x memory {memory_axis} = {data_axis * memory_axis} devices"),
     ]
     return "\n".join(f"{name:<27} {value}" for name, value in lines if value)
-
-
-def _described(config: ModelConfig) -> str:
-    """How many experts there are, in words."""
-    experts = config.experts
-    assert experts is not None
-    return f"{experts.num_experts} in each of {len(config.layers_of('experts'))} blocks"
 
 
 def billions(count: int) -> str:
