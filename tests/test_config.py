@@ -9,8 +9,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from memjax.command_line import differences, load, to_yaml
+from memjax.command_line import ConfigError, differences, load, to_yaml
 from memjax.config import (
+    CheckpointConfig,
     DataConfig,
     ExpertLookupConfig,
     ExpertsConfig,
@@ -89,6 +90,23 @@ def test_presets_differ_from_their_dense_model_only_in_memory_experts_and_mesh()
         dense = load(RunConfig, CONFIGS / f"{name.split('_')[0]}_dense.yaml")
         for line in differences(dense, load(RunConfig, CONFIGS / f"{name}.yaml")):
             assert line.startswith(("run.dir:", "model.memory:", "model.experts:", "mesh.memory:")), line
+
+
+def test_more_picks_than_can_be_sorted_at_once_are_refused_where_factors_are_demanded():
+    preset = CONFIGS / "8b_memory_plus_16m.yaml"
+    # Three layers, each 128 picks of 2048 x 4096 tokens.
+    with pytest.raises(ConfigError, match=r"mesh\.row_exchange=factored cannot sort the 3,221,225,472 rows"):
+        load(RunConfig, preset, ["--mesh.row_exchange", "factored"])
+    load(RunConfig, preset, ["--mesh.row_exchange", "factored", "--data.batch_size", "1024"])
+    load(RunConfig, preset)
+
+
+def test_how_often_tables_are_saved_is_always_or_every_so_many():
+    assert CheckpointConfig(every=50).steps_between_tables == 50
+    assert CheckpointConfig(every=50, tables="every 4").steps_between_tables == 200
+    for wrong in ("never", "every", "every 0", "every -1", "4"):
+        with pytest.raises(ValueError, match=rf"tables={wrong} must be always or, as in 'every 4', every and a number"):
+            CheckpointConfig(tables=wrong)
 
 
 def test_the_quick_start_is_the_defaults():

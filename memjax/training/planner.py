@@ -22,13 +22,11 @@ from memjax.models import dot_product, loss
 from memjax.models.counts import gigabytes
 from memjax.models.decoder import resolve_dtype
 from memjax.ops.precision import accumulator
+from memjax.training.exchange import plan_exchange
 from memjax.training.state import Trainer
 
 GAPS = 0.06
 """What lies idle between the buffers of a compiled step, as a share of what is temporary: 0 to 0.11 was seen."""
-
-PICK_BYTES = 40
-"""Of each pick while a table is updated: its row, token and weight, sorted and unsorted, and where segments begin."""
 
 SEARCH_BYTES = 1 << 28
 """Half scores of the chunk of tokens that searches, forward and backward."""
@@ -308,15 +306,12 @@ class _Planner:
         return {"row gradients": len(memory.layers) * a_layer * self.config.train.accumulate}
 
     def row_update(self) -> Bytes:
-        """Picks of all devices in the order of their rows, and the vectors they multiply."""
-        memory = self.model.memory
-        if memory is None or self.config.optim.table.is_dense:
+        """Picks in the order of their rows with the vectors that they multiply, and where they are summed."""
+        planned = plan_exchange(self.config, data_axis=self.mesh.shape[DATA])
+        if planned is None:
             return {}
-        tokens = self.tokens * self.mesh.size * self.config.train.accumulate
-        largest = max(len(layers) for layers in memory.pools.values())
-        columns = self.model.value_dim // self.config.mesh.memory
-        of_token = memory.picks * PICK_BYTES + columns * self.table_width
-        return {"sorted picks": largest * tokens * of_token}
+        held = planned.bytes[planned.chosen]
+        return {"dense row gradient": held.gradient, "sorted picks": held.picks}
 
     @property
     def param_width(self) -> int:
@@ -369,6 +364,8 @@ def _changes(config: RunConfig, data_axis: int) -> Iterator[tuple[str, Any]]:
         yield "model.memory.num_keys", max(memory.top_k, round(memory.num_keys * 0.5**0.5))
         if memory.table_dtype == "float32":
             yield "model.memory.table_dtype", "bfloat16"
+        if data_axis > 1 and config.mesh.row_exchange != "dense" and not config.optim.table.is_dense:
+            yield "mesh.row_exchange", "dense"
         if config.optim.table.optimizer in ("adam", "dense_adam"):
             yield "optim.table.optimizer", "rowwise_adam"
         if config.optim.table.optimizer == "adam" and config.optim.table.moment_dtype == "float32":

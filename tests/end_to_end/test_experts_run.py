@@ -9,16 +9,14 @@ import pytest
 
 import memjax
 from memjax import train
-from memjax.checkpoint import CheckpointError, Checkpoints
-from memjax.command_line import load
-from memjax.config import RunConfig
+from memjax.checkpoint import CheckpointError
 from memjax.interop.hugging_face import to_hf
 from memjax.models.generate import generate
 from memjax.training import main
 from memjax.training.mesh import make_mesh
 
 SETTINGS = """
---model.dim 16 --model.num_layers 2 --model.num_heads 2 --model.ffn_dim 24 --model.vocab_size 259 --model.memory null
+--model.dim 16 --model.num_layers 1 --model.num_heads 2 --model.ffn_dim 24 --model.vocab_size 259 --model.memory null
 --model.experts.num_experts 3 --model.experts.routing expert_choice --model.experts.capacity 2
 --data.source text --data.sequence_length 16 --data.batch_size 8 --data.packing concat --data.validation_fraction 0.2
 --data.tokenizer.kind byte --optim.lr 0.03 --optim.warmup_steps 2 --optim.table.warmup_steps 0
@@ -27,31 +25,27 @@ SETTINGS = """
 
 
 @pytest.mark.slow
-def test_a_run_with_experts_learns_resumes_exactly_and_writes_text(tmp_path, monkeypatch, arrays_of, capsys):
+def test_a_run_with_experts_learns_resumes_exactly_and_writes_text(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(main, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     corpus, folder = tmp_path / "corpus.txt", tmp_path / "run"
     corpus.write_text("\n".join(f"line {number} of a small corpus" for number in range(50)))
     arguments = [*SETTINGS.split(), "--data.path", str(corpus), "--run.dir", str(folder)]
-    config = load(RunConfig, None, arguments)
 
     def run():
         assert train.main(arguments) == 0
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return rows, arrays_of(config, Checkpoints(folder / "checkpoints"), 12)
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
-    rows, arrays = run()
-    assert "experts    3 in block 0, 1; experts choose" in capsys.readouterr().out
+    rows = run()
+    assert "experts    3 in block 0; experts choose" in capsys.readouterr().out
     assert rows[-1]["train/loss"] < rows[0]["train/loss"] - 0.5
     assert "eval/validation/loss" in rows[-1]
     shutil.rmtree(folder / "checkpoints" / "12")
     (folder / "summary.json").unlink()
-    again, arrays_again = run()
+    again = run()
     assert "resumed from step 6" in capsys.readouterr().out
-    told = [name for name in rows[0] if name.startswith(("moe/", "train/"))]
-    assert {name.split("/")[1] for name in told if name.startswith("moe/")} == {"L0", "L1"}
-    assert [[row[name] for name in told] for row in again] == [[row[name] for name in told] for row in rows]
-    assert arrays.keys() == arrays_again.keys()
-    assert all(np.array_equal(arrays[name], arrays_again[name]) for name in arrays)
+    told = [name for name in rows[-1] if name.startswith(("moe/L0/", "train/", "eval/"))]
+    assert {"moe/L0/load_balance_loss", "train/grad_norm", "eval/validation/loss"} <= set(told)
+    assert [[row.get(name) for name in told] for row in again] == [[row.get(name) for name in told] for row in rows]
 
     model, tokenizer = memjax.load(folder)
     prompt = [tokenizer.bos_id, *tokenizer.encode("line")]

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 from memjax.command_line import load
-from memjax.config import ExpertsConfig, MemoryConfig, ModelConfig, RunConfig
+from memjax.config import ExpertsConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
 from memjax.models.counts import count_parameters, describe, training_flops, training_flops_per_token
 from memjax.models.parts import DecoderParts
+from memjax.training.optimizer import without_gradient_where_frozen
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
@@ -109,6 +110,40 @@ def test_flops_of_a_memory_layer_are_those_of_its_search_and_its_reads():
     groups = training_flops(DecoderParts.of(both[0]), 8)
     assert groups.memory_search == 6 * (16 * 2 * 8 + scores)
     assert groups.memory_read == 6 * (16 * 32 + 32 * 16 + reads)
+
+
+def test_frozen_parts_compute_no_gradients_of_their_weights_and_none_at_all_before_the_first_memory():
+    memory = MemoryConfig(layers=(1,), num_keys=8, num_heads=1, top_k=2, key_dim=8)
+    config = ModelConfig(
+        dim=128, num_layers=3, num_heads=2, ffn_dim=352, vocab_size=512, dtype="float32", memory=memory
+    )
+    parts, length = DecoderParts.of(config), 64
+
+    def counted(freeze_dense: bool) -> float:
+        """What XLA counts of a loss and its gradient, by token."""
+        optim = OptimConfig(freeze_dense=freeze_dense)
+
+        def loss(params, tables, tokens):
+            model = parts.assemble(without_gradient_where_frozen(optim, params), tables)
+            return jax.nn.logsumexp(model(tokens), axis=-1).sum()
+
+        lowered = jax.jit(jax.value_and_grad(loss)).lower(
+            parts.abstract_params, parts.abstract_tables, jax.ShapeDtypeStruct((1, length), jnp.int32)
+        )
+        analysis = lowered.compile().cost_analysis()
+        assert isinstance(analysis, dict)
+        return analysis["flops"] / length
+
+    attention, feed_forward, head = 4 * 128 * 128, 3 * 128 * 352, 128 * 512
+    # Scores and weighted values of a token that sees half of the sequence.
+    seen = length // 2 * 128 * 2
+    before = 2 * attention + feed_forward
+    by_hand = 4 * before + 2 * (attention + feed_forward + head) + 4 * 2 * seen
+    both = (training_flops_per_token(parts, length, freeze_dense=frozen) for frozen in (False, True))
+    assert next(both) - next(both) == by_hand
+    # XLA also computes the masked half of the attention, and counts norms, gates and softmax: here a thirtieth of it.
+    masked = 4 * 2 * seen
+    assert counted(False) - counted(True) == pytest.approx(by_hand + masked, rel=0.04)
 
 
 def test_a_window_counts_the_tokens_that_are_seen():
