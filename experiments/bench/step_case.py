@@ -234,8 +234,8 @@ def over_devices(case: Row) -> Iterator[Row]:
                 sizes += ["--mesh.data", str(data), "--mesh.memory", str(memory)]
                 row: Row = {"case": f"{name}, {count} of {len(available)}", "mesh": f"data {data} x memory {memory}"}
                 row |= attempt(lambda sizes=sizes, n=count, f=measure: f(config_of(case, sizes), available[:n], case))
-                for name in ("peak GB", "predicted / peak"):
-                    row.pop(name, None)  # those of the cases before too
+                for column in ("peak GB", "predicted / peak"):
+                    row.pop(column, None)  # those of the cases before too
                 if "tokens/s" in row:
                     each = row["tokens/s"] / count
                     alone = alone or each

@@ -1,6 +1,6 @@
 """The language model: embedding, blocks, norm, output; its memory layers read tables that the decoder owns."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,11 @@ from memjax.memory.layer import Lookup
 from memjax.memory.table import ValueTable
 from memjax.models.attention import KeyValues
 from memjax.models.block import Block, Report
-from memjax.models.experts import SAVED_ROUTING, Routing
+from memjax.models.experts import Routing
 from memjax.models.feed_forward import linear
 from memjax.models.norm import RMSNorm
-from memjax.ops.embedding_bag.api import SAVED_NAME as SAVED_BAG
+from memjax.models.remat import Remat, rematerialised
 from memjax.ops.precision import accumulator, drawn_wide
-from memjax.ops.product_key_search.api import SAVED_INDICES, SAVED_SCORES
-
-Remat = Literal["none", "dots", "block"]
 
 
 class Cache(NamedTuple):
@@ -120,7 +117,7 @@ class Decoder(nnx.Module):
         lookups: dict[str, Lookup] = {}
         routings: dict[str, Routing] = {}
 
-        @_rematerialised(remat)
+        @rematerialised(remat)
         def run(block: Block, *arguments: Any) -> tuple[Array, Report]:
             return parallel.whole(block, self.embed.dtype)(*arguments, training=training)
 
@@ -189,20 +186,3 @@ def resolve_dtype(name: str) -> jnp.dtype:
     if name == "auto":
         return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     return jnp.dtype(name)
-
-
-def _rematerialised(remat: Remat):
-    """jax.checkpoint with the named policy; no search or bag runs twice: they are memory-bound, their outputs small.
-    Nor does a router choose twice: rounded otherwise, it might choose others.
-
-    Weights that were gathered for the forward pass are never kept, but gathered again.
-    """
-    policies = jax.checkpoint_policies
-    if remat == "none" and not parallel.has_several_devices():
-        return lambda function: function
-    policy = policies.save_only_these_names(SAVED_BAG, SAVED_SCORES, SAVED_INDICES, SAVED_ROUTING)
-    if remat == "none":
-        policy = policies.save_anything_except_these_names(parallel.WHOLE_WEIGHTS)
-    elif remat == "dots":
-        policy = policies.save_from_both_policies(policy, policies.dots_with_no_batch_dims_saveable)
-    return lambda function: jax.checkpoint(function, policy=policy)
