@@ -96,6 +96,7 @@ def _operations() -> dict[str, Callable[[str], Any]]:
     queries, keys = draw(33, 2, 32), draw(2, 2, 40, 16)
     rule = memjax.RowRule(state_columns=32)
     gradient = memjax.RowGradient(indices, weights, vectors)
+    matrices, sizes = draw(3, 96, 40), jnp.asarray([20, 0, 13], jnp.int32)
 
     def bag(name: str) -> Any:
         loss = lambda weights: jnp.sum(memjax.embedding_bag(table, indices, weights, implementation=name) ** 2)
@@ -110,13 +111,23 @@ def _operations() -> dict[str, Callable[[str], Any]]:
         loss = lambda queries, keys: jnp.sum(memjax.product_key_search(queries, keys, 5, implementation=name)[0] ** 2)
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(queries, keys)
 
+    def experts(name: str) -> Any:
+        loss = lambda rows, matrices: jnp.sum(memjax.grouped_matmul(rows, matrices, sizes, implementation=name) ** 2)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(vectors, matrices)
+
     def update(name: str) -> Any:
         step = lambda table, state: memjax.row_update(
             table, state, [gradient], rule, memjax.row_step(1e-2, 0), implementation=name
         )
         return jax.jit(step)(table, rule.init(500, 96))
 
-    return {"product_key_search": search, "embedding_bag": bag, "embedding_dot": dot, "row_update": update}
+    return {
+        "product_key_search": search,
+        "embedding_bag": bag,
+        "embedding_dot": dot,
+        "row_update": update,
+        "grouped_matmul": experts,
+    }
 
 
 def _compare(run: Callable[[str], Any], name: str) -> str:

@@ -97,8 +97,14 @@ def write_model_config(config: ModelConfig, *, dtype: str, longest: int, bos: in
         eos: id of the token that ends them.
 
     Raises:
-        CheckpointError: the model is neither a Llama nor a Mistral.
+        CheckpointError: the model is neither a Llama nor a Mistral, nor one with memory layers.
     """
+    for name in ("experts", "expert_lookup"):
+        if getattr(config, name) is not None:
+            raise CheckpointError(
+                f"model.{name} must be null: a model with experts cannot be written as a folder of Hugging Face; "
+                "evaluate and generate read the run itself"
+            )
     both = {
         "vocab_size": config.vocab_size,
         "max_position_embeddings": longest,

@@ -10,7 +10,7 @@ one device, a mesh and somebody else's model run the same layer.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +157,17 @@ def _gather_gradient(gradient: RowGradient, *, whole_mesh: bool) -> RowGradient:
     gather = partial(jax.lax.all_gather, tiled=True)
     indices, weights = gather(gradient.indices, over), gather(gradient.weights, over)
     return RowGradient(indices, weights, gather(gradient.vectors, DATA) if whole_mesh else gradient.vectors)
+
+
+def on_own_tokens(function: Callable, tokens: Sequence[Array], weights: Sequence[Array]) -> Any:
+    """`function(*tokens, *weights)`, each device for its own tokens, with weights that are whole on all of them.
+
+    What stands in front in `tokens` and in the results is split, be it tokens or sequences of them.
+    """
+    if not has_memory_axis():
+        return _plain(function, tokens[0])(*tokens, *weights)
+    specs = (*(TOKENS for _ in tokens), *(P() for _ in weights))
+    return over_mesh(function, specs, TOKENS)(*tokens, *weights)
 
 
 def split_columns(table: Float[Array, "n d"]) -> Float[Array, "n d"]:

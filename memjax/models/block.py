@@ -1,21 +1,35 @@
-"""A decoder block: attention, then a feed-forward layer, a memory layer, or both side by side."""
+"""A decoder block: attention, then a feed-forward layer or what takes its place, and perhaps a memory beside it."""
 
 from functools import partial
+from typing import NamedTuple
 
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from memjax.config import MemoryConfig, ModelConfig
 from memjax.memory.layer import Lookup, MemoryLayer
 from memjax.memory.table import ValueTable
 from memjax.models.attention import Attention, KeyValues
+from memjax.models.experts import Experts, Routing
 from memjax.models.feed_forward import FeedForward
 from memjax.models.norm import RMSNorm
 
 
+class Report(NamedTuple):
+    """What a block tells beside its output."""
+
+    lookup: Lookup | None = None
+    """What it read from the table, if it has a memory."""
+    routing: Routing | None = None
+    """What its router said, if it has experts."""
+
+
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mixer(norm(x)), where the mixer is dense, a memory, or the sum of both."""
+    """x + attention(norm(x)), then x + mixer(norm(x)); `ModelConfig.kind` says what the mixer is.
+
+    A memory beside the mixer adds its own output.
+    """
 
     def __init__(
         self,
@@ -28,7 +42,7 @@ class Block(nnx.Module):
         attention: str | None = None,
         rngs: nnx.Rngs,
     ):
-        """`implementation` names that of the memory's operations, `attention` that of the attention."""
+        """`implementation` names that of the operations of memory and experts, `attention` that of the attention."""
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         memory = config.memory if config.memory and layer in config.memory.layers else None
         norm = partial(RMSNorm, config.dim, epsilon=config.norm_eps, dtype=dtype, param_dtype=param_dtype)
@@ -46,8 +60,11 @@ class Block(nnx.Module):
             **kwargs,
         )
         self.mixer_norm = norm(implementation=implementation)
-        replaced = memory is not None and memory.placement == "replace"
-        self.feed_forward = None if replaced else FeedForward(config.dim, config.ffn_dim, **kwargs)
+        kind = config.kind(layer)
+        if kind == "expert_lookup":
+            raise NotImplementedError(f"model.{kind}: this version of memjax cannot build such blocks")
+        self.feed_forward = FeedForward(config.dim, config.ffn_dim, **kwargs) if kind == "dense" else None
+        self.experts = _experts(config, implementation=implementation, **kwargs) if kind == "experts" else None
         self.memory = _memory_layer(config.dim, memory, implementation=implementation, **kwargs) if memory else None
 
     def __call__(
@@ -57,10 +74,14 @@ class Block(nnx.Module):
         segments: Int[Array, "b s"] | None = None,
         table: ValueTable | None = None,
         tap: Float[Array, "t value_dim"] | None = None,
-    ) -> tuple[Float[Array, "b s dim"], Lookup | None]:
-        """The block's output, and what it read from the table."""
+        real: Bool[Array, "b s"] | None = None,
+        *,
+        training: bool = False,
+    ) -> tuple[Float[Array, "b s dim"], Report]:
+        """The block's output, and what it tells beside it."""
         x, inputs = self.attention_norm(x)
-        return self._mix(x + self.attention(inputs, positions, segments), table, tap)
+        x = x + self.attention(inputs, positions, segments)
+        return self._mix(x, table, tap, real, training=training)
 
     def with_cache(
         self,
@@ -72,17 +93,43 @@ class Block(nnx.Module):
         """The output for new tokens, and the cache with them."""
         x, inputs = self.attention_norm(x)
         attended, cache = self.attention.with_cache(inputs, positions, cache)
-        return self._mix(x + attended, table, None)[0], cache
+        return self._mix(x + attended, table)[0], cache
 
-    def _mix(self, x: Array, table: ValueTable | None, tap: Array | None) -> tuple[Array, Lookup | None]:
-        (x, inputs), lookup = self.mixer_norm(x), None
+    def _mix(
+        self,
+        x: Array,
+        table: ValueTable | None,
+        tap: Array | None = None,
+        real: Array | None = None,
+        *,
+        training: bool = False,
+    ) -> tuple[Array, Report]:
+        (x, inputs), lookup, routing = self.mixer_norm(x), None, None
         if self.feed_forward is not None:
             x = x + self.feed_forward(inputs)
+        if self.experts is not None:
+            out, routing = self.experts(inputs, real, training=training)
+            x = x + out
         if self.memory is not None:
             assert table is not None
             lookup = self.memory.lookup(inputs)
             x = x + self.memory.combine(inputs, self.memory.read(table, lookup, tap))
-        return x, lookup
+        return x, Report(lookup, routing)
+
+
+def _experts(config: ModelConfig, **kwargs) -> Experts:
+    experts = config.experts
+    assert experts is not None
+    return Experts(
+        config.dim,
+        config.expert_dim,
+        num_experts=experts.num_experts,
+        routing=experts.routing,
+        top_k=experts.chosen,
+        renormalize=experts.renormalize,
+        capacity=experts.capacity,
+        **kwargs,
+    )
 
 
 def _memory_layer(dim: int, config: MemoryConfig, **kwargs) -> MemoryLayer:

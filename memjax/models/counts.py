@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import jax
 
@@ -14,45 +15,91 @@ class ParameterCounts:
     """Numbers of parameters."""
 
     dense: int
-    """Everything but the tables."""
+    """Everything but the experts and the tables."""
+    routers: int
+    """Of the dense ones those that choose experts, which published totals leave out."""
+    experts: int
+    """All experts together, without their routers."""
     table: int
     """All tables together."""
     active: int
-    """What one token uses: the dense parameters, of the input embedding one row, of the tables the rows it reads."""
+    """What one token uses: the dense parameters, of the input embedding one row, the experts that it chooses, of the
+    tables the rows it reads."""
 
     @property
     def total(self) -> int:
-        """Dense and table parameters."""
-        return self.dense + self.table
+        """All of them."""
+        return self.dense + self.experts + self.table
 
 
 def count_parameters(parts: DecoderParts) -> ParameterCounts:
     """Parameters of a decoder."""
     config, memory = parts.config, parts.config.memory
-    dense = _size(parts.abstract_params)
+    experts = sum(math.prod(shape) for names, shape in _arrays(parts) if _is_expert(names, shape))
+    dense = sum(math.prod(shape) for _, shape in _arrays(parts)) - experts
+    routers = sum(math.prod(shape) for names, shape in _arrays(parts) if "router" in names)
+    used = experts * config.experts.chosen // config.experts.num_experts if config.experts else 0
     rows = len(memory.layers) * memory.picks if memory else 0
     embedding = 0 if config.tie_embeddings else (config.vocab_size - 1) * config.dim
     table = sum(math.prod(leaf.shape) for leaf in parts.abstract_tables.values())
-    return ParameterCounts(dense, table, dense - embedding + rows * config.value_dim)
+    return ParameterCounts(dense, routers, experts, table, dense - embedding + used + rows * config.value_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlopCounts:
+    """Floating-point operations of a training step, forward and backward, by token and by what they are for."""
+
+    attention: int
+    feed_forward: int
+    experts: int
+    """The experts that a token goes through, and the router."""
+    memory_search: int
+    """Queries, and the scores of all sub-keys."""
+    memory_read: int
+    """The sum over the picks and its two gradients, and the layer's products around it."""
+    head: int
+    """The logits."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(dataclasses.astuple(self))
+
+
+def training_flops(parts: DecoderParts, sequence_length: int, *, freeze_dense: bool = False) -> FlopCounts:
+    """The arithmetic of a training.
+
+    6 for every parameter of a matrix product that a token meets (the input embedding is in none, unless it is the
+    output matrix too); attention with the tokens that are seen on average, half of the sequence, or fewer with a
+    sliding window.
+
+    With freeze_dense, 2 fewer for every frozen parameter, whose weight gradient nobody wants; and 2 fewer again up to
+    the first memory layer, where the gradient of the activations has nowhere to go, and neither has the attention's.
+    """
+    config, memory, experts = parts.config, parts.config.memory, parts.config.experts
+    frozen_blocks = memory.layers[0] + 1 if memory and freeze_dense else 0
+    flops = dict.fromkeys((field.name for field in dataclasses.fields(FlopCounts)), 0)
+    for names, shape in _arrays(parts):
+        by_parameter = 6
+        if frozen_blocks and "memory" not in names:
+            by_parameter = 2 if names[0] == "blocks" and int(names[1]) < frozen_blocks else 4
+        if _is_expert(names, shape):
+            assert experts is not None
+            by_token = experts.capacity if experts.routing == "expert_choice" else experts.top_k
+            flops["experts"] += round(by_parameter * by_token * math.prod(shape) / experts.num_experts)
+        elif len(shape) == 2 and (group := _group(names, tied=config.tie_embeddings)):
+            flops[group] += by_parameter * math.prod(shape)
+    blocks = 6 * config.num_layers - 4 * frozen_blocks
+    flops["attention"] += blocks * _attention_products(config, sequence_length)
+    if memory:
+        flops["memory_search"] += 6 * len(memory.layers) * memory.num_heads * memory.num_keys * memory.key_dim
+        flops["memory_read"] += 6 * len(memory.layers) * memory.picks * config.value_dim
+    return FlopCounts(**flops)
 
 
 def training_flops_per_token(parts: DecoderParts, sequence_length: int, *, freeze_dense: bool = False) -> int:
-    """Floating-point operations of a training step, forward and backward, by token.
-
-    6 for every parameter of a matrix product (the input embedding is none, unless it is the output matrix too);
-    attention with the tokens that are seen on average, half of the sequence, or fewer with a sliding window; scores of
-    all sub-keys; the sum over the picks and its two gradients. With freeze_dense, less `_spared_by_freezing`.
-    """
-    config, memory = parts.config, parts.config.memory
-    matrices = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parts.abstract_params) if len(leaf.shape) == 2)
-    if not config.tie_embeddings:
-        matrices -= config.vocab_size * config.dim
-    flops = 6 * matrices + 6 * config.num_layers * _attention_products(config, sequence_length)
-    if memory:
-        search = memory.num_heads * memory.num_keys * memory.key_dim
-        read = memory.picks * config.value_dim
-        flops += 6 * len(memory.layers) * (search + read)
-    return flops - (_spared_by_freezing(parts, sequence_length) if freeze_dense else 0)
+    """All of `training_flops`."""
+    return training_flops(parts, sequence_length, freeze_dense=freeze_dense).total
 
 
 def _attention_products(config: ModelConfig, sequence_length: int) -> int:
@@ -63,42 +110,52 @@ def _attention_products(config: ModelConfig, sequence_length: int) -> int:
     return seen_twice * config.num_heads * config.head_width
 
 
-def _spared_by_freezing(parts: DecoderParts, sequence_length: int) -> int:
-    """What a training of the memory layers alone does not compute, by token.
+def _group(names: tuple[str, ...], *, tied: bool) -> str | None:
+    """What a matrix is for; None for an input embedding."""
+    if names[0] == "blocks":
+        if names[2] == "memory":
+            return "memory_search" if "keys" in names else "memory_read"
+        return names[2]
+    return "head" if names[0] == "head" or tied else None
 
-    2 for every frozen parameter, whose weight gradient nobody wants; and 2 more before the first memory layer, where
-    the gradient of the activations has nowhere to go, and neither has that of the attention there.
-    """
-    config, memory = parts.config, parts.config.memory
-    if memory is None:
-        return 0
-    first, spared = memory.layers[0], 4 * (memory.layers[0] + 1) * _attention_products(config, sequence_length)
+
+def _is_expert(names: tuple[str, ...], shape: tuple[int, ...]) -> bool:
+    """Whether an array holds a matrix for each expert; routers do not."""
+    return "experts" in names and len(shape) == 3
+
+
+def _arrays(parts: DecoderParts) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Name, as parts of a path, and shape of every parameter outside the tables."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(parts.abstract_params):
-        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        is_input = names[0] == "embed" and not config.tie_embeddings
-        if len(leaf.shape) != 2 or "memory" in names or is_input:
-            continue
-        is_before = names[0] == "blocks" and int(names[1]) <= first
-        spared += (4 if is_before else 2) * math.prod(leaf.shape)
-    return spared
+        yield tuple(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)), leaf.shape
 
 
 def describe(config: RunConfig, parts: DecoderParts, *, data_axis: int) -> str:
     """The first part of --dry_run: parameters, arithmetic, mesh."""
     counts, memory_axis = count_parameters(parts), config.mesh.memory
     tokens = config.data.batch_size * config.data.sequence_length
-    freeze_dense = config.optim.freeze_dense
-    flops = training_flops_per_token(parts, config.data.sequence_length, freeze_dense=freeze_dense)
-    memory = config.model.memory
+    flops = training_flops(parts, config.data.sequence_length, freeze_dense=config.optim.freeze_dense)
+    memory, experts = config.model.memory, config.model.experts
     lines = [
         ("parameters", f"{counts.total:,} = {billions(counts.total)}"),
         ("  dense", f"{counts.dense:,}"),
+        (
+            "  experts",
+            f"{counts.experts:,} ({len(config.model.layers_of('experts'))} x {experts.num_experts} experts)"
+            if experts
+            else "",
+        ),
+        ("  without routers", billions(counts.total - counts.routers) if experts else ""),
         ("  tables", f"{counts.table:,}" + (f" ({len(memory.pools)} x {memory.num_slots:,} slots)" if memory else "")),
         ("  active per token", f"{counts.active:,}"),
-        ("training arithmetic", f"{flops:,} FLOPs per token, {flops * tokens:.3g} per step of {tokens:,} tokens"),
+        (
+            "training arithmetic",
+            f"{flops.total:,} FLOPs per token, {flops.total * tokens:.3g} per step of {tokens:,} tokens",
+        ),
+        *((f"  {group.replace('_', ' ')}", f"{count:,}" if count else "") for group, count in vars(flops).items()),
         ("mesh", f"data {data_axis} x memory {memory_axis} = {data_axis * memory_axis} devices"),
     ]
-    return "\n".join(f"{name:<27} {value}" for name, value in lines)
+    return "\n".join(f"{name:<27} {value}" for name, value in lines if value)
 
 
 def billions(count: int) -> str:
@@ -109,7 +166,3 @@ def billions(count: int) -> str:
 def gigabytes(count: int) -> str:
     """Bytes in GB or MB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
-
-
-def _size(tree) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

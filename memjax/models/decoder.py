@@ -1,18 +1,19 @@
 """The language model: embedding, blocks, norm, output; its memory layers read tables that the decoder owns."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from memjax.config import ModelConfig
 from memjax.memory import parallel
 from memjax.memory.layer import Lookup
 from memjax.memory.table import ValueTable
 from memjax.models.attention import KeyValues
-from memjax.models.block import Block
+from memjax.models.block import Block, Report
+from memjax.models.experts import Routing
 from memjax.models.feed_forward import linear
 from memjax.models.norm import RMSNorm
 from memjax.models.remat import Remat, rematerialised
@@ -26,8 +27,19 @@ class Cache(NamedTuple):
     lengths: Int[Array, " b"]
 
 
+class Hidden(NamedTuple):
+    """What the blocks make of tokens, before the logits."""
+
+    states: Float[Array, "b s dim"]
+    """The normed residual stream."""
+    lookups: dict[str, Lookup]
+    """What each memory layer read, by the layer's name."""
+    routings: dict[str, Routing]
+    """What the router of each block with experts said, by the layer's name."""
+
+
 class Decoder(nnx.Module):
-    """A Llama-shaped decoder whose blocks end in a feed-forward layer, a memory layer, or both."""
+    """A Llama-shaped decoder whose blocks are of the kinds that `ModelConfig.kind` says."""
 
     def __init__(
         self,
@@ -41,7 +53,7 @@ class Decoder(nnx.Module):
 
         Args:
             config: sizes and types.
-            implementation: of the memory's operations; None takes the fastest that can run.
+            implementation: of the operations of memory and experts; None takes the fastest that can run.
             attention: implementation of the attention (`dot_product.IMPLEMENTATIONS`); None as above.
             rngs: source of the `params` key.
         """
@@ -78,7 +90,7 @@ class Decoder(nnx.Module):
         self, tokens: Int[Array, "b s"], positions: Int[Array, "b s"] | None = None
     ) -> Float[Array, "b s vocab"]:
         """Logits of the next token at every place, in float32 or wider. For training see `hidden` and `models.loss`."""
-        return self.logits(self.hidden(tokens, positions)[0])
+        return self.logits(self.hidden(tokens, positions).states)
 
     def hidden(
         self,
@@ -87,27 +99,39 @@ class Decoder(nnx.Module):
         segments: Int[Array, "b s"] | None = None,
         taps: dict[str, Array] | None = None,
         remat: Remat = "none",
-    ) -> tuple[Float[Array, "b s dim"], dict[str, Lookup]]:
-        """The normed residual stream, and what each memory layer read, by the layer's name.
+        *,
+        real: Bool[Array, "b s"] | None = None,
+        training: bool = False,
+    ) -> Hidden:
+        """The normed residual stream, and what the blocks tell of their work, by the layer's name.
 
         Args:
             tokens: token ids.
             positions: of the tokens in their documents; None counts from 0.
             segments: document of each token, where several share a row; tokens see their own document only.
             taps: zeros of the shape of the bags, by layer name; their cotangents are those of the bags.
-            remat: what the backward pass computes again. Lookups and bags are always kept.
+            remat: what the backward pass computes again. Lookups, bags and routings are always kept.
+            real: which tokens are no padding, which experts that choose must not take; None for all.
+            training: let experts choose their tokens, in models where they do so.
         """
         positions = default_positions(tokens) if positions is None else positions
         x = parallel.split_tokens(self._embed(tokens))
         lookups: dict[str, Lookup] = {}
+        routings: dict[str, Routing] = {}
+
+        @rematerialised(remat)
+        def run(block: Block, *arguments: Any) -> tuple[Array, Report]:
+            return parallel.whole(block, self.embed.dtype)(*arguments, training=training)
+
         for layer, block in enumerate(self.blocks):
             name = layer_name(layer)
-            run = rematerialised(remat)(lambda block, *args: parallel.whole(block, self.embed.dtype)(*args))
-            x, lookup = run(block, x, positions, segments, self._table(layer), (taps or {}).get(name))
+            x, report = run(block, x, positions, segments, self._table(layer), (taps or {}).get(name), real)
             x = parallel.split_tokens(x)
-            if lookup is not None:
-                lookups[name] = lookup
-        return self.norm(x).normed, lookups
+            if report.lookup is not None:
+                lookups[name] = report.lookup
+            if report.routing is not None:
+                routings[name] = report.routing
+        return Hidden(self.norm(x).normed, lookups, routings)
 
     def logits(self, hidden: Float[Array, "*b dim"]) -> Float[Array, "*b vocab"]:
         """Scores of the vocabulary, in float32 or wider."""
@@ -165,7 +189,7 @@ def draw_block(config: ModelConfig, layer: int, key: Array, number: int | Array 
 
 
 def layer_name(layer: int) -> str:
-    """Name of a block's memory layer, in taps, lookups and metrics."""
+    """Name of a block in taps, lookups and metrics."""
     return f"L{layer}"
 
 

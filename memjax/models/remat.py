@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax
 
 from memjax.memory import parallel
+from memjax.models.experts import SAVED_ROUTING
 from memjax.ops.embedding_bag.api import SAVED_NAME as SAVED_BAG
 from memjax.ops.product_key_search.api import SAVED_INDICES, SAVED_SCORES
 
@@ -71,12 +72,13 @@ CHEAP = frozenset(
 def rematerialised(remat: Remat) -> Callable[[Callable], Callable]:
     """jax.checkpoint with the named policy; no search or bag runs twice: they are memory-bound, their outputs small.
 
-    Weights that were gathered for the forward pass are never kept, but gathered again.
+    Nor does a router choose twice: rounded otherwise, it might choose others. Weights that were gathered for the
+    forward pass are never kept, but gathered again.
     """
     policies = jax.checkpoint_policies
     if remat == "none" and not parallel.has_several_devices():
         return lambda function: function
-    policy = policies.save_only_these_names(SAVED_BAG, SAVED_SCORES, SAVED_INDICES)
+    policy = policies.save_only_these_names(SAVED_BAG, SAVED_SCORES, SAVED_INDICES, SAVED_ROUTING)
     if remat == "none":
         policy = _all_but_cheap_and_gathered
     elif remat == "dots":

@@ -161,17 +161,18 @@ class _Planner:
         """What the forward pass keeps for the backward pass."""
         dim, blocks, remat = self.model.dim, self.model.num_layers, self.config.train.remat
         memories = len(self.model.memory.layers) if self.model.memory else 0
-        attention, feed_forward, memory = self.attention(), self.feed_forward(), self.memory()
+        attention, feed_forward, memory, experts = self.attention(), self.feed_forward(), self.memory(), self.experts()
         if remat == "block":
             attention, feed_forward = dim * self.width, 0
-            memory = self.lookup()
+            memory, experts = self.lookup(), self.routing()
         elif remat == "dots":
             dots = dim + self.query_and_keys + dim
             attention, feed_forward = dots * self.width, 2 * self.model.ffn_dim * self.width
-            memory = self.lookup() + self.memory_dots()
+            memory, experts = self.lookup() + self.memory_dots(), self.routing()
         return {
             "activations, attention": blocks * attention * self.tokens,
-            "activations, feed-forward": (blocks - memories) * feed_forward * self.tokens,
+            "activations, feed-forward": len(self.model.layers_of("dense")) * feed_forward * self.tokens,
+            "activations, experts": len(self.model.layers_of("experts")) * experts * self.tokens,
             "activations, memory": memories * memory * self.tokens,
             "mask of documents": self.mask() if remat == "none" else 0,
         }
@@ -179,10 +180,11 @@ class _Planner:
     def working(self) -> int:
         """The activations of one block whose backward pass is under way."""
         remat = self.config.train.remat != "none"
-        mixer = max(self.feed_forward(), self.memory() if self.model.memory else 0)
+        mixer = max(self.feed_forward(), self.memory(), self.experts())
         again = (self.attention() + mixer) * self.tokens if remat else 0
         # The cotangents of what is widest in it.
-        widest = max(2 * self.model.ffn_dim, 4 * self.model.dim) * self.width * self.tokens
+        expert = self.expert_rows() * self.model.expert_dim
+        widest = int(max(2 * self.model.ffn_dim, 4 * self.model.dim, 2 * expert)) * self.width * self.tokens
         search = min(SEARCH_BYTES, self.half_scores()) if self.model.memory else 0
         return again + widest + self.scores() + self.mask() + search
 
@@ -222,6 +224,25 @@ class _Planner:
     def feed_forward(self) -> int:
         """Bytes a token: the stream, its norm, both projections and their product."""
         return (2 * self.model.dim + 3 * self.model.ffn_dim) * self.width
+
+    def expert_rows(self) -> float:
+        """Experts that a token goes through in training, on average."""
+        experts = self.model.experts
+        if experts is None:
+            return 0.0
+        return experts.capacity if experts.routing == "expert_choice" else float(experts.top_k)
+
+    def experts(self) -> int:
+        """Bytes a token: the stream, its norm, and for each of its experts input, projections, product and output."""
+        if self.model.experts is None:
+            return 0
+        rows = self.expert_rows() * (2 * self.model.dim + 3 * self.model.expert_dim)
+        return int(2 * self.model.dim + rows) * self.width + self.routing()
+
+    def routing(self) -> int:
+        """Bytes a token: logits, and twice who goes to whom."""
+        experts = self.model.experts
+        return int(experts.num_experts * self.wide + self.expert_rows() * 8) if experts else 0
 
     def memory(self) -> int:
         """Bytes a token: the stream, its norm, queries, what was looked up, and the gate's factors."""
@@ -336,6 +357,9 @@ def _changes(config: RunConfig, data_axis: int) -> Iterator[tuple[str, Any]]:
         yield "model.dtype", "bfloat16"
     if config.model.param_dtype == "float32":
         yield "model.param_dtype", "bfloat16"
+    experts = config.model.experts
+    if experts and experts.num_experts // 2 >= max(2, experts.chosen):
+        yield "model.experts.num_experts", experts.num_experts // 2
     if memory:
         yield "model.memory.num_keys", max(memory.top_k, round(memory.num_keys * 0.5**0.5))
         if memory.table_dtype == "float32":

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from memjax.command_line import load
-from memjax.config import MemoryConfig, ModelConfig, OptimConfig, RunConfig
-from memjax.models.counts import count_parameters, describe, training_flops_per_token
+from memjax.config import ExpertsConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
+from memjax.models.counts import count_parameters, describe, training_flops, training_flops_per_token
 from memjax.models.parts import DecoderParts
 from memjax.training.optimizer import without_gradient_where_frozen
 
@@ -49,6 +49,38 @@ def test_counts_by_hand():
     assert counts.active == counts.dense - 258 * 8 + 6 * 6
 
 
+@pytest.mark.parametrize(
+    ("size", "billions"),
+    # The second is Table 1's, the first follows from its formula. They leave routers out.
+    [("134m", 0.983), ("1.3b", 3.545)],
+)
+def test_presets_with_experts_have_the_published_size_and_the_arithmetic_of_their_dense_model(size, billions):
+    config = load(RunConfig, CONFIGS / f"{size}_moe.yaml")
+    model, parts = config.model, DecoderParts.of(config.model)
+    counts = count_parameters(parts)
+    assert round((counts.total - counts.routers) / 1e9, 3) == billions
+    assert f"  without routers           {billions:.3f} b\n" in describe(config, parts, data_axis=1)
+    assert training_flops(parts, 4096).experts == 6 * (
+        model.num_layers * 3 * model.dim * model.ffn_dim + counts.routers
+    )
+
+
+def test_experts_by_hand():
+    experts = ExpertsConfig(layers=(0,), num_experts=5, ffn_dim=6, top_k=2)
+    config = ModelConfig(dim=8, num_layers=2, num_heads=2, ffn_dim=7, vocab_size=259, memory=None, experts=experts)
+    parts = DecoderParts.of(config)
+    counts, flops = count_parameters(parts), training_flops(parts, 16)
+    assert counts.experts == 5 * 3 * 8 * 6
+    assert counts.routers == 8 * 5
+    assert counts.dense == 2 * 259 * 8 + 2 * 4 * 8 * 8 + 3 * 8 * 7 + 8 * 5 + 5 * 8
+    assert counts.total == counts.dense + counts.experts
+    assert counts.active == counts.dense - 258 * 8 + 2 * 3 * 8 * 6
+    assert flops.experts == 6 * (2 * 3 * 8 * 6 + 8 * 5)
+    assert flops.feed_forward == 6 * 3 * 8 * 7
+    assert flops.attention == 6 * 2 * (4 * 8 * 8 + 16 * 8)
+    assert (flops.head, flops.memory_search, flops.memory_read) == (6 * 259 * 8, 0, 0)
+
+
 def test_flops_are_those_that_xla_counts():
     length = 64
     config = ModelConfig(
@@ -75,6 +107,9 @@ def test_flops_of_a_memory_layer_are_those_of_its_search_and_its_reads():
     scores = 2 * 2 * 16 * 4
     reads = 2 * 4 * 32
     assert with_memory - without == 6 * (projections + scores + reads - feed_forward)
+    groups = training_flops(DecoderParts.of(both[0]), 8)
+    assert groups.memory_search == 6 * (16 * 2 * 8 + scores)
+    assert groups.memory_read == 6 * (16 * 32 + 32 * 16 + reads)
 
 
 def test_frozen_parts_compute_no_gradients_of_their_weights_and_none_at_all_before_the_first_memory():

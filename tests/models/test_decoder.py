@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memjax.config import MemoryConfig, ModelConfig
+from memjax.config import ExpertsConfig, MemoryConfig, ModelConfig
 from memjax.models.block import Block
 from memjax.models.decoder import resolve_dtype
 from memjax.models.feed_forward import FeedForward
@@ -23,6 +23,12 @@ CONFIGS = {
     "dense": ModelConfig(**SIZES, num_layers=1, memory=None),
     "shared pool": ModelConfig(**SIZES, **TIED, memory=MemoryConfig(**MEMORY, layers=(0, 1))),
     "own pools": ModelConfig(**SIZES, num_layers=3, memory=MemoryConfig(**MEMORY, layers=(0, 2), share=False)),
+    "experts": ModelConfig(
+        **SIZES,
+        num_layers=3,
+        memory=MemoryConfig(**MEMORY, layers=(2,)),
+        experts=ExpertsConfig(layers=(0,), num_experts=3, ffn_dim=20),
+    ),
     "beside": ModelConfig(**SIZES, num_layers=2, memory=MemoryConfig(**MEMORY, layers=(1,), placement="beside")),
 }
 TOKENS = np.random.default_rng(0).integers(40, size=(2, 7)).astype(np.int32)
@@ -50,7 +56,7 @@ def norm(layer, x):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_those_of_the_layers_put_together_by_hand(name):
-    """Attention, feed-forward and memory layers have tests of their own; here they are called one by one."""
+    """Attention, feed-forward, memory and expert layers have tests of their own; here they are called one by one."""
     model, config = build(name), CONFIGS[name]
     positions = np.broadcast_to(np.arange(7, dtype=np.int32), TOKENS.shape)
     embedding = np.asarray(model.embed.embedding[...], np.float64)
@@ -67,7 +73,9 @@ def test_logits_are_those_of_the_layers_put_together_by_hand(name):
         if memory is not None:
             table = model.tables["shared" if memory.share else f"layer_{number}"]
             x = x + np.asarray(call(block.memory, inputs, table))
-        if memory is None or memory.placement == "beside":
+        if config.kind(number) == "experts":
+            x = x + np.asarray(call(block.experts, inputs)[0])
+        elif memory is None or memory.placement == "beside":
             assert isinstance(block.feed_forward, FeedForward)
             x = x + np.asarray(call(block.feed_forward, inputs))
     output = embedding.T if model.head is None else np.asarray(model.head.kernel[...], np.float64)
@@ -103,7 +111,7 @@ def test_packed_documents_get_what_they_get_alone(name):
         start += length
 
 
-@pytest.mark.parametrize("name", ["dense", "own pools"])
+@pytest.mark.parametrize("name", ["dense", "own pools", "experts"])
 def test_cache_filled_in_pieces_gives_what_all_tokens_at_once_give(name):
     model = build(name)
     expected = call(model, TOKENS)
@@ -119,7 +127,7 @@ def test_cache_filled_in_pieces_gives_what_all_tokens_at_once_give(name):
 
 def loss_and_lookups(parts, params, tables, taps, remat):
     model = parts.assemble(params, tables)
-    hidden, lookups = model.hidden(jnp.asarray(TOKENS), taps=taps, remat=remat)
+    hidden, lookups, *_ = model.hidden(jnp.asarray(TOKENS), taps=taps, remat=remat)
     return summed_loss(model, hidden, jnp.asarray(TOKENS[:, ::-1]), jnp.ones(TOKENS.shape))[0], lookups
 
 
