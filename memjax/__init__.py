@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from memjax.interop.official import from_official
     from memjax.interop.upcycle import upcycle, upcycle_run
     from memjax.loading import load
-    from memjax.memory.layer import Lookup, MemoryLayer
+    from memjax.memory.expert_lookup import ExpertLookupLayer
+    from memjax.memory.keys import Lookup
+    from memjax.memory.layer import MemoryLayer
     from memjax.memory.parallel import zero_tap
     from memjax.memory.sparse_gradient import row_sparse_value_and_grad
     from memjax.memory.table import TableRows, ValueTable
@@ -30,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Continuation",
     "Decoder",
+    "ExpertLookupLayer",
     "Lookup",
     "MemoryConfig",
     "MemoryLayer",
@@ -60,7 +63,8 @@ __all__ = [
 _MODULES = {
     "Continuation": "text_generation",
     "Decoder": "models.decoder",
-    "Lookup": "memory.layer",
+    "ExpertLookupLayer": "memory.expert_lookup",
+    "Lookup": "memory.keys",
     "MemoryConfig": "config",
     "MemoryLayer": "memory.layer",
     "ModelConfig": "config",

@@ -5,7 +5,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from memjax.config import MemoryConfig, ModelConfig
-from memjax.memory.layer import Lookup, MemoryLayer
+from memjax.memory.keys import Lookup
+from memjax.memory.layer import MemoryLayer
 from memjax.memory.table import ValueTable
 from memjax.models.attention import Attention, KeyValues
 from memjax.models.feed_forward import FeedForward

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from memjax.config import ModelConfig
 from memjax.memory import parallel
-from memjax.memory.layer import Lookup
+from memjax.memory.keys import Lookup
 from memjax.memory.table import ValueTable
 from memjax.models.attention import KeyValues
 from memjax.models.block import Block
