@@ -1,4 +1,6 @@
-"""A decoder block: attention, then a feed-forward layer, a memory layer, or both side by side."""
+"""A decoder block: attention, then a feed-forward layer or what takes its place, and perhaps a memory beside it."""
+
+from typing import NamedTuple
 
 from flax import nnx
 from jax.typing import DTypeLike
@@ -12,8 +14,18 @@ from memjax.models.attention import Attention, KeyValues
 from memjax.models.feed_forward import FeedForward
 
 
+class Report(NamedTuple):
+    """What a block tells beside its output."""
+
+    lookup: Lookup | None = None
+    """What it read from the table, if it has a memory."""
+
+
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mixer(norm(x)), where the mixer is dense, a memory, or the sum of both."""
+    """x + attention(norm(x)), then x + mixer(norm(x)); `ModelConfig.kind` says what the mixer is.
+
+    A memory beside the mixer adds its own output.
+    """
 
     def __init__(
         self,
@@ -43,8 +55,10 @@ class Block(nnx.Module):
             **kwargs,
         )
         self.mixer_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
-        replaced = memory is not None and memory.placement == "replace"
-        self.feed_forward = None if replaced else FeedForward(config.dim, config.ffn_dim, **kwargs)
+        kind = config.kind(layer)
+        if kind in ("experts", "expert_lookup"):
+            raise NotImplementedError(f"model.{kind}: this version of memjax cannot build such blocks")
+        self.feed_forward = FeedForward(config.dim, config.ffn_dim, **kwargs) if kind == "dense" else None
         self.memory = _memory_layer(config.dim, memory, implementation=implementation, **kwargs) if memory else None
 
     def __call__(
@@ -54,8 +68,8 @@ class Block(nnx.Module):
         segments: Int[Array, "b s"] | None = None,
         table: ValueTable | None = None,
         tap: Float[Array, "t value_dim"] | None = None,
-    ) -> tuple[Float[Array, "b s dim"], Lookup | None]:
-        """The block's output, and what it read from the table."""
+    ) -> tuple[Float[Array, "b s dim"], Report]:
+        """The block's output, and what it tells beside it."""
         x = x + self.attention(self.attention_norm(x), positions, segments)
         return self._mix(x, table, tap)
 
@@ -70,7 +84,7 @@ class Block(nnx.Module):
         attended, cache = self.attention.with_cache(self.attention_norm(x), positions, cache)
         return self._mix(x + attended, table, None)[0], cache
 
-    def _mix(self, x: Array, table: ValueTable | None, tap: Array | None) -> tuple[Array, Lookup | None]:
+    def _mix(self, x: Array, table: ValueTable | None, tap: Array | None) -> tuple[Array, Report]:
         inputs, lookup = self.mixer_norm(x), None
         if self.feed_forward is not None:
             x = x + self.feed_forward(inputs)
@@ -78,7 +92,7 @@ class Block(nnx.Module):
             assert table is not None
             lookup = self.memory.lookup(inputs)
             x = x + self.memory.combine(inputs, self.memory.read(table, lookup, tap))
-        return x, lookup
+        return x, Report(lookup)
 
 
 def _memory_layer(dim: int, config: MemoryConfig, **kwargs) -> MemoryLayer:

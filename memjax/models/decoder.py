@@ -28,8 +28,17 @@ class Cache(NamedTuple):
     lengths: Int[Array, " b"]
 
 
+class Hidden(NamedTuple):
+    """What the blocks make of tokens, before the logits."""
+
+    states: Float[Array, "b s dim"]
+    """The normed residual stream."""
+    lookups: dict[str, Lookup]
+    """What each memory layer read, by the layer's name."""
+
+
 class Decoder(nnx.Module):
-    """A Llama-shaped decoder whose blocks end in a feed-forward layer, a memory layer, or both."""
+    """A Llama-shaped decoder whose blocks are of the kinds that `ModelConfig.kind` says."""
 
     def __init__(
         self,
@@ -72,7 +81,7 @@ class Decoder(nnx.Module):
         self, tokens: Int[Array, "b s"], positions: Int[Array, "b s"] | None = None
     ) -> Float[Array, "b s vocab"]:
         """Logits of the next token at every place, in float32 or wider. For training see `hidden` and `models.loss`."""
-        return self.logits(self.hidden(tokens, positions)[0])
+        return self.logits(self.hidden(tokens, positions).states)
 
     def hidden(
         self,
@@ -81,8 +90,8 @@ class Decoder(nnx.Module):
         segments: Int[Array, "b s"] | None = None,
         taps: dict[str, Array] | None = None,
         remat: Remat = "none",
-    ) -> tuple[Float[Array, "b s dim"], dict[str, Lookup]]:
-        """The normed residual stream, and what each memory layer read, by the layer's name.
+    ) -> Hidden:
+        """The normed residual stream, and what the blocks tell of their work, by the layer's name.
 
         Args:
             tokens: token ids.
@@ -97,11 +106,11 @@ class Decoder(nnx.Module):
         for layer, block in enumerate(self.blocks):
             name = layer_name(layer)
             run = _rematerialised(remat)(lambda block, *args: parallel.whole(block, self.embed.dtype)(*args))
-            x, lookup = run(block, x, positions, segments, self._table(layer), (taps or {}).get(name))
+            x, report = run(block, x, positions, segments, self._table(layer), (taps or {}).get(name))
             x = parallel.split_tokens(x)
-            if lookup is not None:
-                lookups[name] = lookup
-        return self.norm(x), lookups
+            if report.lookup is not None:
+                lookups[name] = report.lookup
+        return Hidden(self.norm(x), lookups)
 
     def logits(self, hidden: Float[Array, "*b dim"]) -> Float[Array, "*b vocab"]:
         """Scores of the vocabulary, in float32 or wider."""
@@ -144,7 +153,7 @@ class Decoder(nnx.Module):
 
 
 def layer_name(layer: int) -> str:
-    """Name of a block's memory layer, in taps, lookups and metrics."""
+    """Name of a block in taps, lookups and metrics."""
     return f"L{layer}"
 
 

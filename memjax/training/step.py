@@ -145,11 +145,11 @@ def _gradients(trainer: Trainer, params: Any, tables: Tables, batch: Batch, lear
     def loss_fn(params: nnx.State, taps: dict[str, Array], tables: Tables) -> tuple[Array, tuple[dict, list[Array]]]:
         params = without_gradient_where_frozen(trainer.config.optim, _whole_outside_blocks(params))
         model = parts.assemble(params, tables)
-        hidden, lookups = model.hidden(batch["tokens"], batch["positions"], segments, taps, remat)
-        losses = token_losses(model, hidden, batch["targets"])
+        hidden = model.hidden(batch["tokens"], batch["positions"], segments, taps, remat)
+        losses = token_losses(model, hidden.states, batch["targets"])
         losses = losses * batch["loss_mask"].astype(losses.dtype)
         by_part = [jnp.sum(losses, where=is_of_part) for is_of_part in _parts(trainer, batch)]
-        return jnp.sum(losses) / learned, (lookups, by_part)
+        return jnp.sum(losses) / learned, (hidden.lookups, by_part)
 
     taps = parts.zero_taps(batch["tokens"].size)
     if not trainer.config.optim.table.is_dense:
