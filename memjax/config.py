@@ -17,9 +17,12 @@ from memjax.model_config import (
     DType,
     ExpertLookupConfig,
     ExpertsConfig,
+    LookupKind,
     MemoryConfig,
     ModelConfig,
+    ProductKeyConfig,
     RopeScalingConfig,
+    TableSizes,
 )
 
 __all__ = [
@@ -32,12 +35,14 @@ __all__ = [
     "ExpertLookupConfig",
     "ExpertsConfig",
     "LogConfig",
+    "LookupKind",
     "MemoryConfig",
     "MeshConfig",
     "MixtureConfig",
     "ModelConfig",
     "OptimConfig",
     "ProcessesConfig",
+    "ProductKeyConfig",
     "ProfileConfig",
     "RopeScalingConfig",
     "RunConfig",
@@ -45,6 +50,7 @@ __all__ = [
     "SamplingConfig",
     "ScheduleConfig",
     "TableOptimConfig",
+    "TableSizes",
     "TokenizerConfig",
     "TrackioConfig",
     "TrainConfig",
@@ -544,13 +550,13 @@ class RunConfig:
             if self.model.vocab_size < 259 and self.data.tokenizer.kind in ("byte", "bpe")
             else None,
         ]
-        if self.optim.freeze_dense and not self.model.memory:
+        if self.optim.freeze_dense and not self.model.lookups:
             problems.append(
                 "optim.freeze_dense=True leaves nothing to train without model.memory; give the model memory layers, "
                 "or train the dense part"
             )
-        if self.model.memory:
-            problems += memory_axis_problems(self.model.value_dim, self.mesh.memory, self.optim.table)
+        for width in sorted({table.width for table in self.model.tables.values()}):
+            problems += memory_axis_problems(width, self.mesh.memory, self.optim.table)
         refuse(problems)
 
 

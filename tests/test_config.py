@@ -159,8 +159,9 @@ def test_heads_that_cannot_be_are_refused():
 def test_derived_sizes():
     memory = MemoryConfig(layers=(0, 2), num_keys=100, num_heads=4, top_k=32)
     assert (memory.num_slots, memory.picks) == (10_000, 128)
-    assert memory.pools == {"shared": (0, 2)}
-    assert dataclasses.replace(memory, share=False).pools == {"layer_0": (0,), "layer_2": (2,)}
+    readers = lambda memory: {name: table.readers for name, table in ModelConfig(memory=memory).tables.items()}
+    assert readers(memory) == {"shared": (0, 2)}
+    assert readers(dataclasses.replace(memory, share=False)) == {"layer_0": (0,), "layer_2": (2,)}
 
 
 REQUIRED: dict[type, dict] = {MixtureConfig: {"name": "a", "path": "b"}}

@@ -30,9 +30,9 @@ def upcycle(model: Decoder, memory: MemoryConfig, *, seed: int = 0) -> Decoder:
     Raises:
         ValueError: the model has memory layers already, or no block of the number of a memory layer.
     """
-    if model.config.memory is not None:
+    if model.config.lookups:
         raise ValueError(
-            f"the model has memory layers already, in blocks {list(model.config.memory.layers)}; only a dense model "
+            f"the model has memory layers already, in blocks {sorted(model.config.lookups)}; only a dense model "
             "can be given some"
         )
     parts = DecoderParts.of(dataclasses.replace(model.config, memory=memory))

@@ -1,12 +1,13 @@
 """A decoder block: attention, then a feed-forward layer or what takes its place, and perhaps a memory beside it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from memjax.config import MemoryConfig, ModelConfig
+from memjax.memory.expert_lookup import ExpertLookupLayer, ExpertReads, ExpertTaps
 from memjax.memory.keys import Lookup
 from memjax.memory.layer import MemoryLayer
 from memjax.memory.table import ValueTable
@@ -17,8 +18,8 @@ from memjax.models.feed_forward import FeedForward
 class Report(NamedTuple):
     """What a block tells beside its output."""
 
-    lookup: Lookup | None = None
-    """What it read from the table, if it has a memory."""
+    lookup: Lookup | ExpertReads | None = None
+    """What it read from the tables, if it has a memory or an expert lookup."""
 
 
 class Block(nnx.Module):
@@ -56,42 +57,49 @@ class Block(nnx.Module):
         )
         self.mixer_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
         kind = config.kind(layer)
-        if kind in ("experts", "expert_lookup"):
+        if kind == "experts":
             raise NotImplementedError(f"model.{kind}: this version of memjax cannot build such blocks")
         self.feed_forward = FeedForward(config.dim, config.ffn_dim, **kwargs) if kind == "dense" else None
         self.memory = _memory_layer(config.dim, memory, implementation=implementation, **kwargs) if memory else None
+        self.expert_lookup = (
+            _expert_lookup(config, implementation=implementation, **kwargs) if kind == "expert_lookup" else None
+        )
 
     def __call__(
         self,
         x: Float[Array, "b s dim"],
         positions: Int[Array, "b s"],
         segments: Int[Array, "b s"] | None = None,
-        table: ValueTable | None = None,
-        tap: Float[Array, "t value_dim"] | None = None,
+        tables: tuple[ValueTable, ...] = (),
+        tap: Float[Array, "t value_dim"] | ExpertTaps | None = None,
     ) -> tuple[Float[Array, "b s dim"], Report]:
-        """The block's output, and what it tells beside it."""
+        """The block's output, and what it tells beside it. A memory reads one table, an expert lookup two."""
         x = x + self.attention(self.attention_norm(x), positions, segments)
-        return self._mix(x, table, tap)
+        return self._mix(x, tables, tap)
 
     def with_cache(
         self,
         x: Float[Array, "b s dim"],
         positions: Int[Array, "b s"],
         cache: KeyValues,
-        table: ValueTable | None = None,
+        tables: tuple[ValueTable, ...] = (),
     ) -> tuple[Float[Array, "b s dim"], KeyValues]:
         """The output for new tokens, and the cache with them."""
         attended, cache = self.attention.with_cache(self.attention_norm(x), positions, cache)
-        return self._mix(x + attended, table, None)[0], cache
+        return self._mix(x + attended, tables, None)[0], cache
 
-    def _mix(self, x: Array, table: ValueTable | None, tap: Array | None) -> tuple[Array, Report]:
+    def _mix(self, x: Array, tables: tuple[ValueTable, ...], tap: Any) -> tuple[Array, Report]:
         inputs, lookup = self.mixer_norm(x), None
         if self.feed_forward is not None:
             x = x + self.feed_forward(inputs)
         if self.memory is not None:
-            assert table is not None
+            (table,) = tables
             lookup = self.memory.lookup(inputs)
             x = x + self.memory.combine(inputs, self.memory.read(table, lookup, tap))
+        if self.expert_lookup is not None:
+            found, (expert_inputs, expert_outputs) = self.expert_lookup.lookup(inputs), tables
+            mixed, lookup = self.expert_lookup.read(inputs, found, expert_inputs, expert_outputs, tap)
+            x = x + mixed
         return x, Report(lookup)
 
 
@@ -108,5 +116,20 @@ def _memory_layer(dim: int, config: MemoryConfig, **kwargs) -> MemoryLayer:
         zero_start=config.placement == "beside",
         qk_norm=config.qk_norm,
         score_scale=config.score_scale,
+        **kwargs,
+    )
+
+
+def _expert_lookup(config: ModelConfig, **kwargs) -> ExpertLookupLayer:
+    section = config.expert_lookup
+    assert section is not None
+    return ExpertLookupLayer(
+        config.dim,
+        num_keys=section.num_keys,
+        num_heads=section.num_heads,
+        top_k=section.top_k,
+        key_dim=section.key_dim,
+        qk_norm=section.qk_norm,
+        score_scale=section.score_scale,
         **kwargs,
     )

@@ -9,12 +9,15 @@ from jaxtyping import Array, Float, Int
 
 from memjax.config import ModelConfig
 from memjax.memory import parallel
+from memjax.memory.expert_lookup import ExpertReads
 from memjax.memory.keys import Lookup
+from memjax.memory.sparse_gradient import Taps
 from memjax.memory.table import ValueTable
 from memjax.models.attention import KeyValues
 from memjax.models.block import Block
 from memjax.models.feed_forward import linear
 from memjax.ops.embedding_bag.api import SAVED_NAME as SAVED_BAG
+from memjax.ops.embedding_dot.api import SAVED_NAME as SAVED_DOT
 from memjax.ops.precision import accumulator
 from memjax.ops.product_key_search.api import SAVED_INDICES, SAVED_SCORES
 
@@ -33,8 +36,8 @@ class Hidden(NamedTuple):
 
     states: Float[Array, "b s dim"]
     """The normed residual stream."""
-    lookups: dict[str, Lookup]
-    """What each memory layer read, by the layer's name."""
+    lookups: dict[str, Lookup | ExpertReads]
+    """What each memory layer and expert lookup read, by the layer's name."""
 
 
 class Decoder(nnx.Module):
@@ -67,15 +70,14 @@ class Decoder(nnx.Module):
         self.norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
         self.head = None if config.tie_embeddings else linear(config.dim, config.vocab_size, **kwargs)
         self.tables = nnx.Dict()
-        if memory := config.memory:
-            for pool in memory.pools:
-                self.tables[pool] = ValueTable(
-                    memory.num_slots,
-                    config.value_dim,
-                    init_scale=memory.value_init_scale,
-                    dtype=resolve_dtype(memory.table_dtype),
-                    rngs=rngs,
-                )
+        for name, table in config.tables.items():
+            self.tables[name] = ValueTable(
+                table.num_slots,
+                table.width,
+                init_scale=table.init_scale,
+                dtype=resolve_dtype(table.dtype),
+                rngs=rngs,
+            )
 
     def __call__(
         self, tokens: Int[Array, "b s"], positions: Int[Array, "b s"] | None = None
@@ -88,7 +90,7 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "b s"],
         positions: Int[Array, "b s"] | None = None,
         segments: Int[Array, "b s"] | None = None,
-        taps: dict[str, Array] | None = None,
+        taps: Taps | None = None,
         remat: Remat = "none",
     ) -> Hidden:
         """The normed residual stream, and what the blocks tell of their work, by the layer's name.
@@ -97,16 +99,17 @@ class Decoder(nnx.Module):
             tokens: token ids.
             positions: of the tokens in their documents; None counts from 0.
             segments: document of each token, where several share a row; tokens see their own document only.
-            taps: zeros of the shape of the bags, by layer name; their cotangents are those of the bags.
-            remat: what the backward pass computes again. Lookups and bags are always kept.
+            taps: zeros, by layer name, that are added to what tables give (`DecoderParts.zero_taps`); their cotangents
+                and what was read hold the tables' gradients.
+            remat: what the backward pass computes again. What tables gave is always kept.
         """
         positions = default_positions(tokens) if positions is None else positions
         x = parallel.split_tokens(self._embed(tokens))
-        lookups: dict[str, Lookup] = {}
+        lookups: dict[str, Lookup | ExpertReads] = {}
         for layer, block in enumerate(self.blocks):
             name = layer_name(layer)
             run = _rematerialised(remat)(lambda block, *args: parallel.whole(block, self.embed.dtype)(*args))
-            x, report = run(block, x, positions, segments, self._table(layer), (taps or {}).get(name))
+            x, report = run(block, x, positions, segments, self._tables(layer), (taps or {}).get(name))
             x = parallel.split_tokens(x)
             if report.lookup is not None:
                 lookups[name] = report.lookup
@@ -138,7 +141,7 @@ class Decoder(nnx.Module):
         positions = default_positions(tokens) + cache.lengths[:, None]
         x, blocks = self._embed(tokens), []
         for layer, block in enumerate(self.blocks):
-            x, kept = block.with_cache(x, positions, cache.blocks[layer], self._table(layer))
+            x, kept = block.with_cache(x, positions, cache.blocks[layer], self._tables(layer))
             blocks.append(kept)
         return self.norm(x), Cache(tuple(blocks), cache.lengths + tokens.shape[1])
 
@@ -147,9 +150,10 @@ class Decoder(nnx.Module):
         # in 16 bits.
         return self.embed.embedding[...][tokens].astype(self.embed.dtype)
 
-    def _table(self, layer: int) -> ValueTable | None:
-        memory = self.config.memory
-        return self.tables[memory.pool(layer)] if memory and layer in memory.layers else None
+    def _tables(self, layer: int) -> tuple[ValueTable, ...]:
+        """The tables that a block reads."""
+        lookup = self.config.lookups.get(layer)
+        return tuple(self.tables[name] for name in lookup.tables(layer)) if lookup else ()
 
 
 def layer_name(layer: int) -> str:
@@ -170,14 +174,14 @@ def resolve_dtype(name: str) -> jnp.dtype:
 
 
 def _rematerialised(remat: Remat):
-    """jax.checkpoint with the named policy; no search or bag runs twice: they are memory-bound, their outputs small.
+    """jax.checkpoint with the named policy; nothing of a lookup runs twice: it is memory-bound, what it gives small.
 
     Weights that were gathered for the forward pass are never kept, but gathered again.
     """
     policies = jax.checkpoint_policies
     if remat == "none" and not parallel.has_several_devices():
         return lambda function: function
-    policy = policies.save_only_these_names(SAVED_BAG, SAVED_SCORES, SAVED_INDICES)
+    policy = policies.save_only_these_names(SAVED_BAG, SAVED_DOT, SAVED_SCORES, SAVED_INDICES)
     if remat == "none":
         policy = policies.save_anything_except_these_names(parallel.WHOLE_WEIGHTS)
     elif remat == "dots":

@@ -5,7 +5,7 @@ import sys
 import jax
 
 from memjax.command_line import ConfigError
-from memjax.config import MemoryConfig, RunConfig
+from memjax.config import ProductKeyConfig, RunConfig
 from memjax.data.parts import prepare_parts
 from memjax.models import dot_product
 from memjax.models.counts import billions, count_parameters, describe, gigabytes
@@ -120,9 +120,9 @@ def attention(config: RunConfig) -> str:
     return "cudnn" if config.train.attention == "auto" else config.train.attention
 
 
-def kernels(memory: MemoryConfig) -> str:
-    """Which implementation of the memory's operations runs, and why not the fastest."""
-    dtype = resolve_dtype(memory.table_dtype)
+def kernels(lookup: ProductKeyConfig) -> str:
+    """Which implementation of a lookup's operations runs, and why not the fastest."""
+    dtype = resolve_dtype(lookup.table_dtype)
     # The four operations have the same implementations, so one name says it all.
     chosen = dispatch.choose("embedding_bag", None, dtype)
     reason = dispatch.why_not("triton", dtype)
@@ -133,7 +133,6 @@ def opening(config: RunConfig, trainer: Trainer, mesh: jax.sharding.Mesh, folder
     """The first lines of a run: model, memory, devices, what computes."""
     counts = count_parameters(trainer.parts)
     sizes = planner.plan(config, data_axis=mesh.shape["data"], trainer=trainer)
-    memory = config.model.memory
     lines = [
         f"run        {folder.path}",
         f"model      {billions(counts.dense)} dense + {billions(counts.table)} table parameters, "
@@ -144,12 +143,14 @@ def opening(config: RunConfig, trainer: Trainer, mesh: jax.sharding.Mesh, folder
         f"{config.data.batch_size} x {config.data.sequence_length} tokens",
         f"attention  {attention(config)}",
     ]
-    if memory:
-        layers = ", ".join(map(str, memory.layers))
-        lines.insert(
-            2, f"memory     {memory.num_slots:,} slots, {memory.num_heads} x {memory.top_k} read by block {layers}"
-        )
-        lines.append(f"kernels    {kernels(memory)}")
+    titles = {"memory": "memory     {:,} slots", "expert_lookup": "lookup     {:,} experts"}
+    lines[2:2] = [
+        f"{titles[kind].format(lookup.num_slots)}, {lookup.num_heads} x {lookup.top_k} read by block "
+        + ", ".join(map(str, lookup.layers))
+        for kind, lookup in config.model.lookup_sections.items()
+    ]
+    # The types of tables differ only where somebody wants them to.
+    lines += [f"kernels    {name}" for name in sorted({kernels(lookup) for lookup in config.model.lookups.values()})]
     return "\n".join(lines)
 
 

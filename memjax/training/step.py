@@ -14,7 +14,7 @@ from jaxtyping import Array
 from memjax.config import RunConfig
 from memjax.memory import parallel
 from memjax.memory.parallel import DATA, MEMORY
-from memjax.memory.sparse_gradient import row_sparse_value_and_grad
+from memjax.memory.sparse_gradient import Taps, row_sparse_value_and_grad
 from memjax.memory.usage import count_reads, statistics
 from memjax.models.decoder import layer_name
 from memjax.models.loss import token_losses
@@ -65,7 +65,7 @@ def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[Train
     # Decided before anything is written, so that the last good state is always whole. The norm, which clipping needs
     # anyway, tells of all dense gradients in one pass over them.
     norm = global_norm(dense)
-    ok = state.healthy & _all_finite((loss, norm, whole, [(row.weights, row.vectors) for row in rows.values()]))
+    ok = state.healthy & _all_finite((loss, norm, whole, [(row.weights, row.vectors) for row in _row_gradients(rows)]))
 
     updates, opt_state = trainer.optimizer.update(dense, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -96,7 +96,7 @@ def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[Train
 
 
 def make_usage_report(trainer: Trainer, mesh: jax.sharding.Mesh) -> Callable[[TrainState], tuple[TrainState, Metrics]]:
-    """The compiled (state) -> (state with read counters at zero, slot statistics by memory layer)."""
+    """The compiled (state) -> (state with read counters at zero, slot statistics by layer)."""
 
     def report(reads: dict[str, Array]) -> tuple[dict[str, Array], Metrics]:
         metrics = {}
@@ -126,7 +126,7 @@ def _accumulate(trainer: Trainer, state: TrainState, batch: Batch, learned: Arra
         (loss, dense, whole), rows = one(jax.tree.map(lambda array: array[0], batch))
         return loss, dense, jax.tree.map(lambda array: array[None], rows), whole
 
-    def add(total: Any, micro: Batch) -> tuple[Any, dict[str, RowGradient]]:
+    def add(total: Any, micro: Batch) -> tuple[Any, dict[str, Any]]:
         part, rows = one(micro)
         return jax.tree.map(jnp.add, total, part), rows
 
@@ -142,7 +142,7 @@ def _gradients(trainer: Trainer, params: Any, tables: Tables, batch: Batch, lear
     # Padding comes last in its row, so the tokens before it never see it.
     segments = batch["segments"] if trainer.config.data.rows_hold_documents else None
 
-    def loss_fn(params: nnx.State, taps: dict[str, Array], tables: Tables) -> tuple[Array, tuple[dict, list[Array]]]:
+    def loss_fn(params: nnx.State, taps: Taps, tables: Tables) -> tuple[Array, tuple[dict, list[Array]]]:
         params = without_gradient_where_frozen(trainer.config.optim, _whole_outside_blocks(params))
         model = parts.assemble(params, tables)
         hidden = model.hidden(batch["tokens"], batch["positions"], segments, taps, remat)
@@ -186,32 +186,29 @@ def _part_metrics(trainer: Trainer, batch: Batch, losses: list[Array]) -> Metric
     return metrics
 
 
-def _update_tables(trainer: Trainer, state: TrainState, rows: dict[str, RowGradient], whole: Tables, ok: Array):
+def _row_gradients(rows: Any) -> list[RowGradient]:
+    """All row gradients in a tree; of an expert lookup those of the inputs come first."""
+    return jax.tree.leaves(rows, is_leaf=lambda leaf: isinstance(leaf, RowGradient))
+
+
+def _update_tables(trainer: Trainer, state: TrainState, rows: dict[str, Any], whole: Tables, ok: Array):
     """Tables and their state after the step."""
-    optimizer, memory = trainer.table_optimizer, trainer.config.model.memory
-    if memory is None:
-        return state.tables, state.table_state
+    optimizer = trainer.table_optimizer
     if optimizer.config.is_dense:
         return optimizer.update_dense(state.tables, state.table_state, whole, ok)
-    micro_batches = jax.tree.leaves(rows)[0].shape[0]
-    gradients = {
-        pool: [
-            RowGradient(*(factor[number] for factor in rows[layer_name(layer)]))
-            for layer in layers
-            for number in range(micro_batches)
-        ]
-        for pool, layers in memory.pools.items()
-    }
+    gradients: dict[str, list[RowGradient]] = {name: [] for name in state.tables}
+    for layer, lookup in trainer.config.model.lookups.items():
+        for name, found in zip(lookup.tables(layer), _row_gradients(rows[layer_name(layer)]), strict=True):
+            micro_batches = range(found.indices.shape[0])
+            gradients[name] += [RowGradient(*(factor[number] for factor in found)) for number in micro_batches]
     return optimizer.update_rows(state.tables, state.table_state, gradients, state.step, ok)
 
 
-def _count(
-    trainer: Trainer, state: TrainState, rows: dict[str, RowGradient], batch: Batch, ok: Array
-) -> dict[str, Array]:
+def _count(trainer: Trainer, state: TrainState, rows: dict[str, Any], batch: Batch, ok: Array) -> dict[str, Array]:
     """Read counters with the picks of real tokens; padding and bad steps do not count."""
     real = (batch["segments"].reshape(batch["segments"].shape[0], -1, 1) > 0) & ok
     return {
-        name: count_reads(counts, jnp.where(real, rows[name].indices, counts.shape[0]))
+        name: count_reads(counts, jnp.where(real, _row_gradients(rows[name])[0].indices, counts.shape[0]))
         for name, counts in state.reads.items()
     }
 
