@@ -11,7 +11,7 @@ one device, a mesh and somebody else's model run the same layer.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -163,6 +163,17 @@ def update_rows(
     factors = RowGradient._make((TOKENS, TOKENS, BAGS))
     specs = (COLUMNS, COLUMNS, [factors] * len(gradients), P())
     return _over_mesh(local, specs, (COLUMNS, COLUMNS))(table, state, list(gradients), step)
+
+
+def on_own_tokens(function: Callable, tokens: Sequence[Array], weights: Sequence[Array]) -> Any:
+    """`function(*tokens, *weights)`, each device for its own tokens, with weights that are whole on all of them.
+
+    What stands in front in `tokens` and in the results is split, be it tokens or sequences of them.
+    """
+    if not has_memory_axis():
+        return _plain(function, tokens[0])(*tokens, *weights)
+    specs = (*(TOKENS for _ in tokens), *(P() for _ in weights))
+    return _over_mesh(function, specs, TOKENS)(*tokens, *weights)
 
 
 def split_columns(table: Float[Array, "n d"]) -> Float[Array, "n d"]:

@@ -4,14 +4,15 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from memjax.config import MemoryConfig, ModelConfig
+from memjax.config import ExpertsConfig, MemoryConfig, ModelConfig
 from memjax.memory.expert_lookup import ExpertLookupLayer, ExpertReads, ExpertTaps
 from memjax.memory.keys import Lookup
 from memjax.memory.layer import MemoryLayer
 from memjax.memory.table import ValueTable
 from memjax.models.attention import Attention, KeyValues
+from memjax.models.experts import Experts, Routing
 from memjax.models.feed_forward import FeedForward
 
 
@@ -20,6 +21,8 @@ class Report(NamedTuple):
 
     lookup: Lookup | ExpertReads | None = None
     """What it read from the tables, if it has a memory or an expert lookup."""
+    routing: Routing | None = None
+    """What its router said, if it has experts."""
 
 
 class Block(nnx.Module):
@@ -39,7 +42,7 @@ class Block(nnx.Module):
         attention: str | None = None,
         rngs: nnx.Rngs,
     ):
-        """`implementation` names that of the memory's operations, `attention` that of the attention."""
+        """`implementation` names that of the operations of memory and experts, `attention` that of the attention."""
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         memory = config.memory if config.memory and layer in config.memory.layers else None
         self.attention_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
@@ -57,9 +60,11 @@ class Block(nnx.Module):
         )
         self.mixer_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
         kind = config.kind(layer)
-        if kind == "experts":
-            raise NotImplementedError(f"model.{kind}: this version of memjax cannot build such blocks")
         self.feed_forward = FeedForward(config.dim, config.ffn_dim, **kwargs) if kind == "dense" else None
+        self.experts = None
+        if config.experts and kind == "experts":
+            sizes = (config.dim, config.expert_dim)
+            self.experts = _experts(*sizes, config.experts, implementation=implementation, **kwargs)
         self.memory = _memory_layer(config.dim, memory, implementation=implementation, **kwargs) if memory else None
         self.expert_lookup = (
             _expert_lookup(config, implementation=implementation, **kwargs) if kind == "expert_lookup" else None
@@ -72,10 +77,13 @@ class Block(nnx.Module):
         segments: Int[Array, "b s"] | None = None,
         tables: tuple[ValueTable, ...] = (),
         tap: Float[Array, "t value_dim"] | ExpertTaps | None = None,
+        real: Bool[Array, "b s"] | None = None,
+        *,
+        training: bool = False,
     ) -> tuple[Float[Array, "b s dim"], Report]:
         """The block's output, and what it tells beside it. A memory reads one table, an expert lookup two."""
         x = x + self.attention(self.attention_norm(x), positions, segments)
-        return self._mix(x, tables, tap)
+        return self._mix(x, tables, tap, real, training=training)
 
     def with_cache(
         self,
@@ -86,21 +94,45 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "b s dim"], KeyValues]:
         """The output for new tokens, and the cache with them."""
         attended, cache = self.attention.with_cache(self.attention_norm(x), positions, cache)
-        return self._mix(x + attended, tables, None)[0], cache
+        return self._mix(x + attended, tables)[0], cache
 
-    def _mix(self, x: Array, tables: tuple[ValueTable, ...], tap: Any) -> tuple[Array, Report]:
-        inputs, lookup = self.mixer_norm(x), None
+    def _mix(
+        self,
+        x: Array,
+        tables: tuple[ValueTable, ...],
+        tap: Any = None,
+        real: Array | None = None,
+        *,
+        training: bool = False,
+    ) -> tuple[Array, Report]:
+        inputs, lookup, routing = self.mixer_norm(x), None, None
         if self.feed_forward is not None:
             x = x + self.feed_forward(inputs)
+        if self.experts is not None:
+            out, routing = self.experts(inputs, real, training=training)
+            x = x + out
         if self.memory is not None:
             (table,) = tables
             lookup = self.memory.lookup(inputs)
             x = x + self.memory.combine(inputs, self.memory.read(table, lookup, tap))
         if self.expert_lookup is not None:
             found, (expert_inputs, expert_outputs) = self.expert_lookup.lookup(inputs), tables
-            mixed, lookup = self.expert_lookup.read(inputs, found, expert_inputs, expert_outputs, tap)
-            x = x + mixed
-        return x, Report(lookup)
+            out, lookup = self.expert_lookup.read(inputs, found, expert_inputs, expert_outputs, tap)
+            x = x + out
+        return x, Report(lookup, routing)
+
+
+def _experts(dim: int, hidden_dim: int, config: ExpertsConfig, **kwargs) -> Experts:
+    return Experts(
+        dim,
+        hidden_dim,
+        num_experts=config.num_experts,
+        routing=config.routing,
+        top_k=config.chosen,
+        renormalize=config.renormalize,
+        capacity=config.capacity,
+        **kwargs,
+    )
 
 
 def _memory_layer(dim: int, config: MemoryConfig, **kwargs) -> MemoryLayer:

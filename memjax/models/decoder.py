@@ -1,11 +1,11 @@
 """The language model: embedding, blocks, norm, output; its memory layers read tables that the decoder owns."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from memjax.config import ModelConfig
 from memjax.memory import parallel
@@ -14,7 +14,8 @@ from memjax.memory.keys import Lookup
 from memjax.memory.sparse_gradient import Taps
 from memjax.memory.table import ValueTable
 from memjax.models.attention import KeyValues
-from memjax.models.block import Block
+from memjax.models.block import Block, Report
+from memjax.models.experts import SAVED_ROUTING, Routing
 from memjax.models.feed_forward import linear
 from memjax.ops.embedding_bag.api import SAVED_NAME as SAVED_BAG
 from memjax.ops.embedding_dot.api import SAVED_NAME as SAVED_DOT
@@ -38,6 +39,8 @@ class Hidden(NamedTuple):
     """The normed residual stream."""
     lookups: dict[str, Lookup | ExpertReads]
     """What each memory layer and expert lookup read, by the layer's name."""
+    routings: dict[str, Routing]
+    """What the router of each block with experts said, by the layer's name."""
 
 
 class Decoder(nnx.Module):
@@ -55,7 +58,7 @@ class Decoder(nnx.Module):
 
         Args:
             config: sizes and types.
-            implementation: of the memory's operations; None takes the fastest that can run.
+            implementation: of the operations of memory and experts; None takes the fastest that can run.
             attention: implementation of the attention (`dot_product.IMPLEMENTATIONS`); None as above.
             rngs: source of the `params` key.
         """
@@ -92,6 +95,9 @@ class Decoder(nnx.Module):
         segments: Int[Array, "b s"] | None = None,
         taps: Taps | None = None,
         remat: Remat = "none",
+        *,
+        real: Bool[Array, "b s"] | None = None,
+        training: bool = False,
     ) -> Hidden:
         """The normed residual stream, and what the blocks tell of their work, by the layer's name.
 
@@ -101,19 +107,28 @@ class Decoder(nnx.Module):
             segments: document of each token, where several share a row; tokens see their own document only.
             taps: zeros, by layer name, that are added to what tables give (`DecoderParts.zero_taps`); their cotangents
                 and what was read hold the tables' gradients.
-            remat: what the backward pass computes again. What tables gave is always kept.
+            remat: what the backward pass computes again. What tables gave and routings are always kept.
+            real: which tokens are no padding, which experts that choose must not take; None for all.
+            training: let experts choose their tokens, in models where they do so.
         """
         positions = default_positions(tokens) if positions is None else positions
         x = parallel.split_tokens(self._embed(tokens))
         lookups: dict[str, Lookup | ExpertReads] = {}
+        routings: dict[str, Routing] = {}
+
+        @_rematerialised(remat)
+        def run(block: Block, *arguments: Any) -> tuple[Array, Report]:
+            return parallel.whole(block, self.embed.dtype)(*arguments, training=training)
+
         for layer, block in enumerate(self.blocks):
             name = layer_name(layer)
-            run = _rematerialised(remat)(lambda block, *args: parallel.whole(block, self.embed.dtype)(*args))
-            x, report = run(block, x, positions, segments, self._tables(layer), (taps or {}).get(name))
+            x, report = run(block, x, positions, segments, self._tables(layer), (taps or {}).get(name), real)
             x = parallel.split_tokens(x)
             if report.lookup is not None:
                 lookups[name] = report.lookup
-        return Hidden(self.norm(x), lookups)
+            if report.routing is not None:
+                routings[name] = report.routing
+        return Hidden(self.norm(x), lookups, routings)
 
     def logits(self, hidden: Float[Array, "*b dim"]) -> Float[Array, "*b vocab"]:
         """Scores of the vocabulary, in float32 or wider."""
@@ -175,13 +190,14 @@ def resolve_dtype(name: str) -> jnp.dtype:
 
 def _rematerialised(remat: Remat):
     """jax.checkpoint with the named policy; nothing of a lookup runs twice: it is memory-bound, what it gives small.
+    Nor does a router choose twice: rounded otherwise, it might choose others.
 
     Weights that were gathered for the forward pass are never kept, but gathered again.
     """
     policies = jax.checkpoint_policies
     if remat == "none" and not parallel.has_several_devices():
         return lambda function: function
-    policy = policies.save_only_these_names(SAVED_BAG, SAVED_DOT, SAVED_SCORES, SAVED_INDICES)
+    policy = policies.save_only_these_names(SAVED_BAG, SAVED_DOT, SAVED_SCORES, SAVED_INDICES, SAVED_ROUTING)
     if remat == "none":
         policy = policies.save_anything_except_these_names(parallel.WHOLE_WEIGHTS)
     elif remat == "dots":
