@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memjax.config import MemoryConfig, ModelConfig, RunConfig, SamplingConfig
+    from memjax.config import ExpertsConfig, MemoryConfig, ModelConfig, RunConfig, SamplingConfig
     from memjax.data.tokenizer import Tokenizer
     from memjax.interop.official import from_official
     from memjax.interop.upcycle import upcycle, upcycle_run
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from memjax.models.decoder import Decoder
     from memjax.ops.embedding_bag.api import embedding_bag
     from memjax.ops.embedding_dot.api import embedding_dot
+    from memjax.ops.grouped_matmul.api import grouped_matmul
     from memjax.ops.product_key_search.api import product_key_search
     from memjax.ops.row_gradient import RowGradient
     from memjax.ops.row_update.api import row_update
@@ -33,6 +34,7 @@ __all__ = [
     "Continuation",
     "Decoder",
     "ExpertLookupLayer",
+    "ExpertsConfig",
     "Lookup",
     "MemoryConfig",
     "MemoryLayer",
@@ -49,6 +51,7 @@ __all__ = [
     "embedding_bag",
     "embedding_dot",
     "from_official",
+    "grouped_matmul",
     "load",
     "product_key_search",
     "row_sparse_value_and_grad",
@@ -64,6 +67,7 @@ _MODULES = {
     "Continuation": "text_generation",
     "Decoder": "models.decoder",
     "ExpertLookupLayer": "memory.expert_lookup",
+    "ExpertsConfig": "config",
     "Lookup": "memory.keys",
     "MemoryConfig": "config",
     "MemoryLayer": "memory.layer",
@@ -79,6 +83,7 @@ _MODULES = {
     "embedding_bag": "ops.embedding_bag.api",
     "embedding_dot": "ops.embedding_dot.api",
     "from_official": "interop.official",
+    "grouped_matmul": "ops.grouped_matmul.api",
     "load": "loading",
     "product_key_search": "ops.product_key_search.api",
     "row_sparse_value_and_grad": "memory.sparse_gradient",

@@ -97,8 +97,13 @@ def write_model_config(config: ModelConfig, *, dtype: str, longest: int, bos: in
         eos: id of the token that ends them.
 
     Raises:
-        CheckpointError: the model is neither a Llama nor a Mistral.
+        CheckpointError: the model is neither a Llama nor a Mistral, nor one with lookups.
     """
+    if config.experts is not None:
+        raise CheckpointError(
+            "model.experts must be null: a model with experts cannot be written as a folder of Hugging Face; "
+            "evaluate and generate read the run itself"
+        )
     both = {
         "vocab_size": config.vocab_size,
         "max_position_embeddings": longest,

@@ -6,7 +6,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from memjax.config import ExpertsConfig, MemoryConfig, ModelConfig
+from memjax.config import MemoryConfig, ModelConfig
 from memjax.memory.expert_lookup import ExpertLookupLayer, ExpertReads, ExpertTaps
 from memjax.memory.keys import Lookup
 from memjax.memory.layer import MemoryLayer
@@ -61,10 +61,7 @@ class Block(nnx.Module):
         self.mixer_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
         kind = config.kind(layer)
         self.feed_forward = FeedForward(config.dim, config.ffn_dim, **kwargs) if kind == "dense" else None
-        self.experts = None
-        if config.experts and kind == "experts":
-            sizes = (config.dim, config.expert_dim)
-            self.experts = _experts(*sizes, config.experts, implementation=implementation, **kwargs)
+        self.experts = _experts(config, implementation=implementation, **kwargs) if kind == "experts" else None
         self.memory = _memory_layer(config.dim, memory, implementation=implementation, **kwargs) if memory else None
         self.expert_lookup = (
             _expert_lookup(config, implementation=implementation, **kwargs) if kind == "expert_lookup" else None
@@ -122,15 +119,17 @@ class Block(nnx.Module):
         return x, Report(lookup, routing)
 
 
-def _experts(dim: int, hidden_dim: int, config: ExpertsConfig, **kwargs) -> Experts:
+def _experts(config: ModelConfig, **kwargs) -> Experts:
+    experts = config.experts
+    assert experts is not None
     return Experts(
-        dim,
-        hidden_dim,
-        num_experts=config.num_experts,
-        routing=config.routing,
-        top_k=config.chosen,
-        renormalize=config.renormalize,
-        capacity=config.capacity,
+        config.dim,
+        config.expert_dim,
+        num_experts=experts.num_experts,
+        routing=experts.routing,
+        top_k=experts.chosen,
+        renormalize=experts.renormalize,
+        capacity=experts.capacity,
         **kwargs,
     )
 

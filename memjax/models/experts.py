@@ -42,7 +42,7 @@ class RouterStatistics(NamedTuple):
     """Share of the choices that fall on each expert."""
 
 
-def statistics(routing: Routing, real: Bool[Array, " t"]) -> RouterStatistics:
+def router_statistics(routing: Routing, real: Bool[Array, " t"]) -> RouterStatistics:
     """Statistics of the tokens that are real; all zero where none is."""
     num_experts, wide = routing.logits.shape[1], routing.logits.dtype
     share = real.astype(wide) / jnp.maximum(real.sum(), 1)

@@ -163,16 +163,19 @@ class _Planner:
         """What the forward pass keeps for the backward pass."""
         dim, blocks, remat = self.model.dim, self.model.num_layers, self.config.train.remat
         attention, feed_forward, lookups = self.attention(), self.feed_forward(), self.all_lookups(self.mixer)
+        experts = self.experts()
         if remat == "block":
             attention, feed_forward = dim * self.width, 0
-            lookups = self.all_lookups(self.lookup)
+            lookups, experts = self.all_lookups(self.lookup), self.routing()
         elif remat == "dots":
             dots = dim + self.query_and_keys + dim
             attention, feed_forward = dots * self.width, 2 * self.model.ffn_dim * self.width
             lookups = self.all_lookups(self.lookup) + self.all_lookups(self.lookup_dots)
+            experts = self.routing()
         return {
             "activations, attention": blocks * attention * self.tokens,
             "activations, feed-forward": len(self.model.layers_of("dense")) * feed_forward * self.tokens,
+            "activations, experts": len(self.model.layers_of("experts")) * experts * self.tokens,
             "activations, memory": lookups * self.tokens,
             "mask of documents": self.mask() if remat == "none" else 0,
         }
@@ -181,10 +184,11 @@ class _Planner:
         """The activations of one block whose backward pass is under way."""
         remat = self.config.train.remat != "none"
         lookups = self.model.lookups.values()
-        mixer = max([self.feed_forward(), *map(self.mixer, lookups)])
+        mixer = max([self.feed_forward(), self.experts(), *map(self.mixer, lookups)])
         again = (self.attention() + mixer) * self.tokens if remat else 0
         # The cotangents of what is widest in it.
-        widest = max(2 * self.model.ffn_dim, 4 * self.model.dim) * self.width * self.tokens
+        expert = self.expert_rows() * self.model.expert_dim
+        widest = int(max(2 * self.model.ffn_dim, 4 * self.model.dim, 2 * expert)) * self.width * self.tokens
         search = min(SEARCH_BYTES, max(map(self.half_scores, lookups), default=0))
         return again + widest + self.scores() + self.mask() + search
 
@@ -224,6 +228,25 @@ class _Planner:
     def feed_forward(self) -> int:
         """Bytes a token: the stream, its norm, both projections and their product."""
         return (2 * self.model.dim + 3 * self.model.ffn_dim) * self.width
+
+    def expert_rows(self) -> float:
+        """Experts that a token goes through in training, on average."""
+        experts = self.model.experts
+        if experts is None:
+            return 0
+        return experts.capacity if experts.routing == "expert_choice" else experts.top_k
+
+    def experts(self) -> int:
+        """Bytes a token: the stream, its norm, and for each of its experts input, projections, product and output."""
+        if self.model.experts is None:
+            return 0
+        rows = self.expert_rows() * (2 * self.model.dim + 3 * self.model.expert_dim)
+        return int(2 * self.model.dim + rows) * self.width + self.routing()
+
+    def routing(self) -> int:
+        """Bytes a token: logits, and twice who goes to whom."""
+        experts = self.model.experts
+        return int(experts.num_experts * self.wide + self.expert_rows() * 8) if experts else 0
 
     def all_lookups(self, bytes_of: Callable[[ProductKeyConfig], int]) -> int:
         return sum(bytes_of(lookup) for lookup in self.model.lookups.values())
@@ -345,6 +368,9 @@ def _changes(config: RunConfig, data_axis: int) -> Iterator[tuple[str, Any]]:
         yield "model.dtype", "bfloat16"
     if config.model.param_dtype == "float32":
         yield "model.param_dtype", "bfloat16"
+    experts = config.model.experts
+    if experts and experts.num_experts // 2 >= max(2, experts.chosen):
+        yield "model.experts.num_experts", experts.num_experts // 2
     for kind, lookup in config.model.lookup_sections.items():
         yield f"model.{kind}.num_keys", max(lookup.top_k, round(lookup.num_keys * 0.5**0.5))
         if lookup.table_dtype == "float32":

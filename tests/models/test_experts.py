@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from memjax.models.experts import Experts, Routing, statistics
+from memjax.models.experts import Experts, Routing, router_statistics
 
 SEQUENCES, LENGTH, DIM, HIDDEN, EXPERTS = 8, 5, 4, 3, 3
 # Padding comes last; the last sequence has nothing else.
@@ -169,8 +169,8 @@ def test_statistics_by_hand_leave_padding_out():
     picks = np.argsort(-logits, axis=-1)[:, :2]
     real = np.array([True, True, False, True, True, False])
     with jax.enable_x64(True):
-        found = statistics(Routing(jnp.asarray(logits), jnp.asarray(picks, jnp.int32)), jnp.asarray(real))
-        none = statistics(Routing(jnp.asarray(logits), jnp.asarray(picks, jnp.int32)), jnp.zeros(6, bool))
+        found = router_statistics(Routing(jnp.asarray(logits), jnp.asarray(picks, jnp.int32)), jnp.asarray(real))
+        none = router_statistics(Routing(jnp.asarray(logits), jnp.asarray(picks, jnp.int32)), jnp.zeros(6, bool))
     load, mean, z, entropy = np.zeros(EXPERTS), np.zeros(EXPERTS), 0.0, 0.0
     for token in np.flatnonzero(real):
         probabilities = softmax(logits[token])
