@@ -233,8 +233,8 @@ class _Planner:
         """Experts that a token goes through in training, on average."""
         experts = self.model.experts
         if experts is None:
-            return 0
-        return experts.capacity if experts.routing == "expert_choice" else experts.top_k
+            return 0.0
+        return experts.capacity if experts.routing == "expert_choice" else float(experts.top_k)
 
     def experts(self) -> int:
         """Bytes a token: the stream, its norm, and for each of its experts input, projections, product and output."""
