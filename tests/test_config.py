@@ -9,8 +9,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from memjax.command_line import differences, load, to_yaml
+from memjax.command_line import ConfigError, differences, load, to_yaml
 from memjax.config import (
+    CheckpointConfig,
     DataConfig,
     ExpertLookupConfig,
     ExpertsConfig,
@@ -47,6 +48,11 @@ PRESETS = {
     # Llama 3 8B has 8.03 billion parameters.
     "8b_dense": 8030.3,
     "8b_memory_plus_16m": 76523.3,
+    # Without routers, which the paper does not count, 983.5, 1827.2, 2797.4 and 3545.3.
+    "134m_moe": 983.6,
+    "373m_moe": 1827.4,
+    "720m_moe": 2797.6,
+    "1.3b_moe": 3545.5,
 }
 
 
@@ -56,6 +62,9 @@ def parameters(model: ModelConfig) -> int:
     attention, norms = 2 * model.dim**2 + key_and_value, 2 * model.dim
     total = 2 * model.vocab_size * model.dim + model.dim + model.num_layers * (attention + norms)
     for layer in range(model.num_layers):
+        if model.experts is not None:
+            total += model.experts.num_experts * (3 * model.dim * model.ffn_dim + model.dim)
+            continue
         lookup = next((one for one in (model.memory, model.expert_lookup) if one and layer in one.layers), None)
         if lookup is None:
             total += 3 * model.dim * model.ffn_dim
@@ -83,11 +92,30 @@ def test_presets_have_the_sizes_of_the_paper(name, millions):
     assert round(parameters(load(RunConfig, CONFIGS / f"{name}.yaml").model) / 1e6, 1) == millions
 
 
-def test_presets_differ_from_their_dense_model_only_in_memory_and_mesh():
+def test_presets_differ_from_their_dense_model_only_in_memory_experts_and_mesh():
     for name in PRESETS:
         dense = load(RunConfig, CONFIGS / f"{name.split('_')[0]}_dense.yaml")
         for line in differences(dense, load(RunConfig, CONFIGS / f"{name}.yaml")):
-            assert line.startswith(("run.dir:", "model.memory:", "model.expert_lookup:", "mesh.memory:")), line
+            assert line.startswith(
+                ("run.dir:", "model.memory:", "model.experts:", "model.expert_lookup:", "mesh.memory:")
+            ), line
+
+
+def test_more_picks_than_can_be_sorted_at_once_are_refused_where_factors_are_demanded():
+    preset = CONFIGS / "8b_memory_plus_16m.yaml"
+    # Three layers, each 128 picks of 2048 x 4096 tokens.
+    with pytest.raises(ConfigError, match=r"mesh\.row_exchange=factored cannot sort the 3,221,225,472 rows"):
+        load(RunConfig, preset, ["--mesh.row_exchange", "factored"])
+    load(RunConfig, preset, ["--mesh.row_exchange", "factored", "--data.batch_size", "1024"])
+    load(RunConfig, preset)
+
+
+def test_how_often_tables_are_saved_is_always_or_every_so_many():
+    assert CheckpointConfig(every=50).steps_between_tables == 50
+    assert CheckpointConfig(every=50, tables="every 4").steps_between_tables == 200
+    for wrong in ("never", "every", "every 0", "every -1", "4"):
+        with pytest.raises(ValueError, match=rf"tables={wrong} must be always or, as in 'every 4', every and a number"):
+            CheckpointConfig(tables=wrong)
 
 
 def test_the_quick_start_is_the_defaults():

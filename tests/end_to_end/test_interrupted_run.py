@@ -137,6 +137,7 @@ def test_kills_and_signals_leave_no_trace(arrays_of, tmp_path):
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert without_times(rows) == without_times(runs.rows("straight"))
     assert len({row["train/loss"] for row in rows}) == STEPS, "every step must see another batch"
+    assert rows[-1]["train/loss"] < 0.6 * rows[0]["train/loss"]
 
     expected, found = (arrays_of(runs.config(name), runs.checkpoints(name), STEPS) for name in ("straight", "broken"))
     assert expected.keys() == found.keys()
