@@ -119,7 +119,8 @@ class ExpertsConfig:
     capacity: float = 1.0
     """Experts that a token is taken by on average in training (expert_choice)."""
     balance_weight: float = 0.01
-    """Weight of the load-balance loss in the training: above 1, its least, as far as tokens crowd at some experts."""
+    """Weight of the load-balance loss in the training. It is 1 where tokens spread evenly over the experts, and more
+    where they crowd (with expert_choice: where they would)."""
     z_weight: float = 0.001
     """Weight of the router's z loss in the training, which keeps its logits small."""
 

@@ -45,6 +45,27 @@ def best(operation: str, tried: list[dict[str, int]], measure: Callable[[], floa
     return min(times, key=lambda pair: pair[0])[1]
 
 
+def tune_grouped_matmul(bench: Bench, rounds: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Of the products of 8 experts with even groups, and of the gradient of their matrices."""
+    from memjax.ops.grouped_matmul import triton
+
+    hidden = 11 * bench.dim // 4
+    sizes = jnp.full((8,), bench.tokens // 8, jnp.int32)
+    rows = [bench.normal(seed, (bench.tokens, bench.dim)) for seed in range(2)]
+    matrices, cotangent = bench.normal(2, (8, bench.dim, hidden)), bench.normal(3, (bench.tokens, hidden))
+    cases = {
+        "grouped_matmul": (triton.grouped_matmul, [(row, matrices, sizes) for row in rows]),
+        "grouped_matmul_gradient": (triton.matrices_gradient, [(row, cotangent, sizes) for row in rows]),
+    }
+    tried = candidates(rows=(64, 128), columns=(128, 256), inner=(32, 64), num_warps=(4, 8), num_stages=(3, 4))
+    found = {}
+    for operation, (function, inputs) in cases.items():
+        # Another function for each candidate: a traced one would keep the tiles it was traced with.
+        run = lambda function=function, inputs=inputs: median_ms(jax.jit(functools.partial(function)), inputs, **rounds)
+        found[operation] = best(operation, tried, run)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, default=tiles.FILE)
@@ -92,6 +113,7 @@ def main() -> None:
         return median_ms_in_place(update, state, gradients, **rounds)[0]
 
     found["row_update"] = best("row_update", candidates(rows=(2, 4, 8)), run_update)
+    found |= tune_grouped_matmul(bench, rounds)
     kind = jax.devices()[0].device_kind
     known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     arguments.out.write_text(json.dumps(known | {kind: found}, indent=1) + "\n")

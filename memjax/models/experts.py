@@ -137,6 +137,7 @@ class Experts(nnx.Module):
         return out, Routing(logits, picks.reshape(-1, 1))
 
     def _logits(self, tokens: Float[Array, "t dim"]) -> Float[Array, "t e"]:
+        # In the type of the tokens, as weights are sent over a mesh: so that all meshes choose alike.
         kernel = self.router.kernel[...].astype(tokens.dtype)
         return jnp.matmul(tokens, kernel, preferred_element_type=accumulator(tokens.dtype))
 

@@ -6,6 +6,6 @@
     row_update           table rows <- optimizer(rows, gradient), in place, only the rows that were read
     grouped_matmul       out[i] = rows[i] @ matrices[group of i], rows in the order of their groups
 
-Each is a folder: `reference.py` is the definition, `xla.py` runs anywhere in bounded memory, `api.py` is what others
-call (`memjax.embedding_bag` and so on).
+Each is a folder: `reference.py` is the definition, `xla.py` runs anywhere, in bounded memory where XLA lets it,
+`api.py` is what others call (`memjax.embedding_bag` and so on).
 """

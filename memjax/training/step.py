@@ -158,7 +158,6 @@ def _gradients(trainer: Trainer, params: Any, tables: Tables, batch: Batch, lear
     parts, remat = trainer.parts, trainer.config.train.remat
     # Padding comes last in its row, so the tokens before it never see it.
     segments = batch["segments"] if trainer.config.data.rows_hold_documents else None
-
     is_real = batch["segments"] > 0
 
     def loss_fn(params: nnx.State, taps: Taps, tables: Tables) -> tuple[Array, tuple[dict, _Told]]:

@@ -4,13 +4,16 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import memjax
 from memjax import train
 from memjax.checkpoint import CheckpointError
 from memjax.interop.hugging_face import to_hf
+from memjax.models.decoder import Decoder
 from memjax.models.generate import generate
 from memjax.training import main
 from memjax.training.mesh import make_mesh
@@ -51,7 +54,7 @@ def test_a_run_with_experts_learns_resumes_exactly_and_writes_text(tmp_path, mon
     prompt = [tokenizer.bos_id, *tokenizer.encode("line")]
     text = list(generate(model, prompt, max_tokens=3))
     # Without the cache, and with all tokens at once.
-    logits = np.asarray(model(np.asarray([prompt + text], np.int32)))[0]
+    logits = np.asarray(nnx.jit(Decoder.__call__)(model, jnp.asarray([prompt + text])))[0]
     assert text == list(logits[len(prompt) - 1 : -1].argmax(axis=-1))
     with pytest.raises(CheckpointError, match="a model with experts cannot be written as a folder of Hugging Face"):
         to_hf(folder, tmp_path / "hf")

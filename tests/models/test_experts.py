@@ -1,5 +1,6 @@
 """Experts against a loop over tokens in NumPy, float64."""
 
+import re
 from functools import partial
 from typing import Any
 
@@ -146,6 +147,24 @@ def test_experts_without_tokens_learn_nothing():
     assert np.all(np.asarray(routing.picks) == 1)
     for name in ("gate", "up", "down"):
         np.testing.assert_array_equal(np.any(gradients[name], axis=(1, 2)), [False, True, False])
+
+
+@pytest.mark.parametrize("name", ["top 2", "expert choice"])
+def test_with_the_routing_kept_nobody_chooses_or_sorts_twice(name):
+    params, x = (jax.tree.map(np.float32, part) for part in draw())
+
+    def choices(policy):
+        def loss(params):
+            return jnp.sum(jnp.sin(layer_of(params, **WAYS[name])(jnp.asarray(x), training=True)[0]))
+
+        text = str(jax.make_jaxpr(jax.grad(jax.checkpoint(loss, policy=policy)))(params))
+        return len(re.findall(r" = (top_k|sort)\[", text))
+
+    policies = jax.checkpoint_policies
+    once = choices(policies.everything_saveable)
+    assert once > 0
+    assert choices(policies.save_only_these_names("routing")) == once
+    assert choices(policies.nothing_saveable) > once
 
 
 def test_the_kernels_take_the_place_of_the_ragged_dot():

@@ -8,6 +8,7 @@ import pytest
 from memjax.ops import dispatch
 from memjax.ops.embedding_bag.api import embedding_bag
 from memjax.ops.embedding_dot.api import embedding_dot
+from memjax.ops.grouped_matmul.api import grouped_matmul
 from memjax.ops.product_key_search.api import product_key_search
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.api import row_update
@@ -73,3 +74,20 @@ def test_two_runs_give_the_same_bits():
     first, second = (jax.tree.leaves(jax.device_get(run())) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert one.tobytes() == other.tobytes()
+
+
+def test_grouped_products_of_bfloat16_and_their_gradients_are_the_references():
+    rng = np.random.default_rng(0)
+    sizes = jnp.asarray([700, 0, 1, 299, 24], jnp.int32)
+    rows = jnp.asarray(rng.normal(size=(1024, 320)), jnp.bfloat16)
+    matrices = jnp.asarray(rng.normal(size=(5, 320, 520)) / 18, jnp.bfloat16)
+    cotangent = jnp.asarray(rng.normal(size=(1024, 520)), jnp.bfloat16)
+
+    def run(name):
+        product = lambda rows, matrices: grouped_matmul(rows, matrices, sizes, implementation=name)
+        out, pull = jax.vjp(product, rows, matrices)
+        return [np.asarray(array, np.float64) for array in (out, *pull(cotangent))]
+
+    for one, other in zip(run("triton"), run("reference"), strict=True):
+        # Both sum in float32 and round once to 8 bits.
+        np.testing.assert_allclose(one, other, rtol=2**-7, atol=2**-10 * np.abs(other).max())

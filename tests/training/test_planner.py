@@ -90,6 +90,20 @@ def test_more_devices_and_micro_batches_need_less_of_each():
     assert again.temporary["accumulated gradients"] == plans[0].state["dense parameters"]
 
 
+def test_experts_are_planned_for():
+    small = "--model.num_layers 2"
+    dense, experts = (planner.plan(config_of(f"373m_{kind}", small), data_axis=1) for kind in ("dense", "moe"))
+    # 7 more of them in 2 blocks, and the routers.
+    more = 4 * 2 * (7 * 3 * 1024 * 2816 + 8 * 1024)
+    assert experts.state["dense parameters"] - dense.state["dense parameters"] == more
+    assert experts.temporary["activations, feed-forward"] == 0
+    # What one expert keeps is what a feed-forward layer keeps, and input and output beside the logits of the router.
+    kept = experts.temporary["activations, experts"] - dense.temporary["activations, feed-forward"]
+    assert kept == 2 * 4 * 4096 * (2 * 1024 * 2 + 8 * 4 + 8)
+    found = dict(planner.savings(config_of("373m_moe", small), data_axis=1))
+    assert found["--model.experts.num_experts 4"] > 0
+
+
 def test_savings_are_real_settings_and_the_most_useful_comes_first():
     small = "--model.num_layers 2 --model.memory.layers 1"
     config = config_of("373m_memory_plus_1m", small)
