@@ -7,12 +7,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memjax.config import ExpertsConfig, MemoryConfig, ModelConfig, RunConfig, SamplingConfig
+    from memjax.config import ExpertLookupConfig, ExpertsConfig, MemoryConfig, ModelConfig, RunConfig, SamplingConfig
     from memjax.data.tokenizer import Tokenizer
     from memjax.interop.official import from_official
     from memjax.interop.upcycle import upcycle, upcycle_run
     from memjax.loading import load
-    from memjax.memory.layer import Lookup, MemoryLayer
+    from memjax.memory.expert_lookup import ExpertLookupLayer
+    from memjax.memory.keys import Lookup
+    from memjax.memory.layer import MemoryLayer
     from memjax.memory.parallel import zero_tap
     from memjax.memory.sparse_gradient import row_sparse_value_and_grad
     from memjax.memory.table import TableRows, ValueTable
@@ -31,6 +33,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Continuation",
     "Decoder",
+    "ExpertLookupConfig",
+    "ExpertLookupLayer",
     "ExpertsConfig",
     "Lookup",
     "MemoryConfig",
@@ -63,8 +67,10 @@ __all__ = [
 _MODULES = {
     "Continuation": "text_generation",
     "Decoder": "models.decoder",
+    "ExpertLookupConfig": "config",
+    "ExpertLookupLayer": "memory.expert_lookup",
     "ExpertsConfig": "config",
-    "Lookup": "memory.layer",
+    "Lookup": "memory.keys",
     "MemoryConfig": "config",
     "MemoryLayer": "memory.layer",
     "ModelConfig": "config",

@@ -17,9 +17,12 @@ from memjax.model_config import (
     DType,
     ExpertLookupConfig,
     ExpertsConfig,
+    LookupKind,
     MemoryConfig,
     ModelConfig,
+    ProductKeyConfig,
     RopeScalingConfig,
+    TableSizes,
 )
 
 __all__ = [
@@ -32,12 +35,14 @@ __all__ = [
     "ExpertLookupConfig",
     "ExpertsConfig",
     "LogConfig",
+    "LookupKind",
     "MemoryConfig",
     "MeshConfig",
     "MixtureConfig",
     "ModelConfig",
     "OptimConfig",
     "ProcessesConfig",
+    "ProductKeyConfig",
     "ProfileConfig",
     "RopeScalingConfig",
     "RunConfig",
@@ -45,6 +50,7 @@ __all__ = [
     "SamplingConfig",
     "ScheduleConfig",
     "TableOptimConfig",
+    "TableSizes",
     "TokenizerConfig",
     "TrackioConfig",
     "TrainConfig",
@@ -563,24 +569,23 @@ class RunConfig:
             if self.model.vocab_size < 259 and self.data.tokenizer.kind in ("byte", "bpe")
             else None,
         ]
-        if self.optim.freeze_dense and not self.model.memory:
+        if self.optim.freeze_dense and not self.model.lookups:
             problems.append(
                 "optim.freeze_dense=True leaves nothing to train without model.memory; give the model memory layers, "
                 "or train the dense part"
             )
-        if self.model.memory:
-            problems += _too_many_picks(self)
-            problems += memory_axis_problems(self.model.value_dim, self.mesh.memory, self.optim.table)
+        problems += _too_many_picks(self)
+        for width in sorted({table.width for table in self.model.tables.values()}):
+            problems += memory_axis_problems(width, self.mesh.memory, self.optim.table)
         refuse(problems)
 
 
 def _too_many_picks(config: RunConfig) -> list[str | None]:
     """Why the picks of a step cannot be sorted at once; empty when they can, or need not."""
-    memory, data = config.model.memory, config.data
-    if memory is None or config.mesh.row_exchange != "factored" or config.optim.table.is_dense:
+    if config.mesh.row_exchange != "factored" or config.optim.table.is_dense:
         return []
-    layers = max(len(layers) for layers in memory.pools.values())
-    picks = layers * memory.picks * data.batch_size * data.sequence_length
+    of_token = max((len(table.readers) * table.picks for table in config.model.tables.values()), default=0)
+    picks = of_token * config.data.batch_size * config.data.sequence_length
     if picks < 2**31:
         return []
     return [

@@ -9,6 +9,8 @@ from memjax.config_checks import not_negative, positive, refuse
 DType = Literal["auto", "float32", "bfloat16", "float64"]
 BlockKind = Literal["dense", "memory", "experts", "expert_lookup"]
 """What a block has after its attention: a feed-forward layer, or what takes its place."""
+LookupKind = Literal["memory", "expert_lookup"]
+"""Kinds of blocks that read tables."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,17 +70,9 @@ class ProductKeyConfig:
         """Rows read per token and layer, over all heads."""
         return self.num_heads * self.top_k
 
-    def pool(self, layer: int) -> str:
-        """The name of the table that a block's lookup reads."""
-        return "shared" if self.share else f"layer_{layer}"
-
-    @property
-    def pools(self) -> dict[str, tuple[int, ...]]:
-        """Each table's name and the blocks that read it."""
-        pools: dict[str, tuple[int, ...]] = {}
-        for layer in self.layers:
-            pools[self.pool(layer)] = (*pools.get(self.pool(layer), ()), layer)
-        return pools
+    def tables(self, layer: int) -> tuple[str, ...]:
+        """The names of the tables that a block's lookup reads."""
+        return ("shared" if self.share else f"layer_{layer}",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,6 +164,28 @@ class ExpertLookupConfig(ProductKeyConfig):
     """Initial standard deviation of both tables, in units of model.dim ** -0.5 (the paper: 1)."""
     share: bool = True
     """All these layers use the same experts; false gives each layer its own."""
+
+    def tables(self, layer: int) -> tuple[str, ...]:
+        """The names of the tables with the experts' input and output vectors."""
+        pool = "experts" if self.share else f"experts_{layer}"
+        return f"{pool}_inputs", f"{pool}_outputs"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TableSizes:
+    """A table, as the lookups that read it describe it."""
+
+    num_slots: int
+    """Rows."""
+    width: int
+    """Columns."""
+    picks: int
+    """Rows that each of its readers reads per token."""
+    init_scale: float
+    """Initial standard deviation, in units of width ** -0.5."""
+    dtype: DType
+    readers: tuple[int, ...]
+    """Blocks whose lookups read it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -314,6 +330,40 @@ class ModelConfig:
         return tuple(layer for layer in range(self.num_layers) if self.kind(layer) == kind)
 
     @property
+    def lookup_sections(self) -> dict[LookupKind, ProductKeyConfig]:
+        """The sections of the kinds of lookups that the model has."""
+        sections: dict[LookupKind, ProductKeyConfig | None] = {
+            "memory": self.memory,
+            "expert_lookup": self.expert_lookup,
+        }
+        return {kind: section for kind, section in sections.items() if section}
+
+    @property
+    def lookups(self) -> dict[int, ProductKeyConfig]:
+        """The lookup of each block that has one; memories come first."""
+        return {layer: section for section in self.lookup_sections.values() for layer in section.layers}
+
+    @property
+    def tables(self) -> dict[str, TableSizes]:
+        """The tables by name."""
+        readers: dict[str, list[int]] = {}
+        for layer, lookup in self.lookups.items():
+            for name in lookup.tables(layer):
+                readers.setdefault(name, []).append(layer)
+        return {name: self._table_sizes(tuple(layers)) for name, layers in readers.items()}
+
+    def _table_sizes(self, readers: tuple[int, ...]) -> TableSizes:
+        lookup = self.lookups[readers[0]]
+        return TableSizes(
+            num_slots=lookup.num_slots,
+            width=self.value_dim if lookup is self.memory else self.dim,
+            picks=lookup.picks,
+            init_scale=lookup.value_init_scale,
+            dtype=lookup.table_dtype,
+            readers=readers,
+        )
+
+    @property
     def kv_heads(self) -> int:
         """Key and value heads of the attention."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
@@ -325,7 +375,7 @@ class ModelConfig:
 
     @property
     def value_dim(self) -> int:
-        """Width of a row of the value tables (dim where there is no memory)."""
+        """Width of a row of the memories' tables (dim where there is no memory)."""
         return (self.memory and self.memory.value_dim) or self.dim
 
     @property

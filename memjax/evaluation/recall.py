@@ -156,7 +156,7 @@ def fact_report(
             "majority_guess": majority_guess(asked or questions, questions),
             "samples": [_sample(model, tokenizer, question) for question in _spread(questions)],
         }
-    if zeroed and model.config.memory is not None:
+    if zeroed and model.config.lookups:
         without = zero_tables(model, donate=donate)
         for name, questions in groups.items():
             found = recall(without, tokenizer, questions, batch_size=batch_size, place=place)

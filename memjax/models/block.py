@@ -1,14 +1,16 @@
 """A decoder block: attention, then a feed-forward layer or what takes its place, and perhaps a memory beside it."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax.config import MemoryConfig, ModelConfig
-from memjax.memory.layer import Lookup, MemoryLayer
+from memjax.memory.expert_lookup import ExpertLookupLayer, ExpertReads, ExpertTaps
+from memjax.memory.keys import Lookup
+from memjax.memory.layer import MemoryLayer
 from memjax.memory.table import ValueTable
 from memjax.models.attention import Attention, KeyValues
 from memjax.models.experts import Experts, Routing
@@ -19,8 +21,8 @@ from memjax.models.norm import RMSNorm
 class Report(NamedTuple):
     """What a block tells beside its output."""
 
-    lookup: Lookup | None = None
-    """What it read from the table, if it has a memory."""
+    lookup: Lookup | ExpertReads | None = None
+    """What it read from the tables, if it has a memory or an expert lookup."""
     routing: Routing | None = None
     """What its router said, if it has experts."""
 
@@ -61,45 +63,46 @@ class Block(nnx.Module):
         )
         self.mixer_norm = norm(implementation=implementation)
         kind = config.kind(layer)
-        if kind == "expert_lookup":
-            raise NotImplementedError(f"model.{kind}: this version of memjax cannot build such blocks")
         self.feed_forward = FeedForward(config.dim, config.ffn_dim, **kwargs) if kind == "dense" else None
         self.experts = _experts(config, implementation=implementation, **kwargs) if kind == "experts" else None
         self.memory = _memory_layer(config.dim, memory, implementation=implementation, **kwargs) if memory else None
+        self.expert_lookup = (
+            _expert_lookup(config, implementation=implementation, **kwargs) if kind == "expert_lookup" else None
+        )
 
     def __call__(
         self,
         x: Float[Array, "b s dim"],
         positions: Int[Array, "b s"],
         segments: Int[Array, "b s"] | None = None,
-        table: ValueTable | None = None,
-        tap: Float[Array, "t value_dim"] | None = None,
+        tables: tuple[ValueTable, ...] = (),
+        tap: Float[Array, "t value_dim"] | ExpertTaps | None = None,
         real: Bool[Array, "b s"] | None = None,
         *,
         training: bool = False,
     ) -> tuple[Float[Array, "b s dim"], Report]:
-        """The block's output, and what it tells beside it."""
+        """The block's output, and what it tells beside it. A memory reads one table, an expert lookup two."""
         x, inputs = self.attention_norm(x)
         x = x + self.attention(inputs, positions, segments)
-        return self._mix(x, table, tap, real, training=training)
+        return self._mix(x, tables, tap, real, training=training)
 
     def with_cache(
         self,
         x: Float[Array, "b s dim"],
         positions: Int[Array, "b s"],
         cache: KeyValues,
-        table: ValueTable | None = None,
+        tables: tuple[ValueTable, ...] = (),
     ) -> tuple[Float[Array, "b s dim"], KeyValues]:
         """The output for new tokens, and the cache with them."""
         x, inputs = self.attention_norm(x)
         attended, cache = self.attention.with_cache(inputs, positions, cache)
-        return self._mix(x + attended, table)[0], cache
+        return self._mix(x + attended, tables)[0], cache
 
     def _mix(
         self,
         x: Array,
-        table: ValueTable | None,
-        tap: Array | None = None,
+        tables: tuple[ValueTable, ...],
+        tap: Any = None,
         real: Array | None = None,
         *,
         training: bool = False,
@@ -111,9 +114,13 @@ class Block(nnx.Module):
             out, routing = self.experts(inputs, real, training=training)
             x = x + out
         if self.memory is not None:
-            assert table is not None
+            (table,) = tables
             lookup = self.memory.lookup(inputs)
             x = x + self.memory.combine(inputs, self.memory.read(table, lookup, tap))
+        if self.expert_lookup is not None:
+            found, (expert_inputs, expert_outputs) = self.expert_lookup.lookup(inputs), tables
+            out, lookup = self.expert_lookup.read(inputs, found, expert_inputs, expert_outputs, tap)
+            x = x + out
         return x, Report(lookup, routing)
 
 
@@ -145,5 +152,20 @@ def _memory_layer(dim: int, config: MemoryConfig, **kwargs) -> MemoryLayer:
         zero_start=config.placement == "beside",
         qk_norm=config.qk_norm,
         score_scale=config.score_scale,
+        **kwargs,
+    )
+
+
+def _expert_lookup(config: ModelConfig, **kwargs) -> ExpertLookupLayer:
+    section = config.expert_lookup
+    assert section is not None
+    return ExpertLookupLayer(
+        config.dim,
+        num_keys=section.num_keys,
+        num_heads=section.num_heads,
+        top_k=section.top_k,
+        key_dim=section.key_dim,
+        qk_norm=section.qk_norm,
+        score_scale=section.score_scale,
         **kwargs,
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterator
 
 import jax
@@ -34,15 +35,14 @@ class ParameterCounts:
 
 def count_parameters(parts: DecoderParts) -> ParameterCounts:
     """Parameters of a decoder."""
-    config, memory = parts.config, parts.config.memory
+    config = parts.config
     experts = sum(math.prod(shape) for names, shape in _arrays(parts) if _is_expert(names, shape))
     dense = sum(math.prod(shape) for _, shape in _arrays(parts)) - experts
     routers = sum(math.prod(shape) for names, shape in _arrays(parts) if "router" in names)
     used = experts * config.experts.chosen // config.experts.num_experts if config.experts else 0
-    rows = len(memory.layers) * memory.picks if memory else 0
     embedding = 0 if config.tie_embeddings else (config.vocab_size - 1) * config.dim
     table = sum(math.prod(leaf.shape) for leaf in parts.abstract_tables.values())
-    return ParameterCounts(dense, routers, experts, table, dense - embedding + used + rows * config.value_dim)
+    return ParameterCounts(dense, routers, experts, table, dense - embedding + used + _read_per_token(config))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,8 @@ class FlopCounts:
     memory_search: int
     """Queries, and the scores of all sub-keys."""
     memory_read: int
-    """The sum over the picks and its two gradients, and the layer's products around it."""
+    """The sum over the picks and its two gradients, and the layer's products around it; of expert lookups also the
+    products of token and picks."""
     head: int
     """The logits."""
 
@@ -74,14 +75,15 @@ def training_flops(parts: DecoderParts, sequence_length: int, *, freeze_dense: b
     sliding window.
 
     With freeze_dense, 2 fewer for every frozen parameter, whose weight gradient nobody wants; and 2 fewer again up to
-    the first memory layer, where the gradient of the activations has nowhere to go, and neither has the attention's.
+    the first memory layer or expert lookup, where the gradient of the activations has nowhere to go, and neither has
+    the attention's.
     """
-    config, memory, experts = parts.config, parts.config.memory, parts.config.experts
-    frozen_blocks = memory.layers[0] + 1 if memory and freeze_dense else 0
+    config, experts = parts.config, parts.config.experts
+    frozen_blocks = min(config.lookups) + 1 if config.lookups and freeze_dense else 0
     flops = dict.fromkeys((field.name for field in dataclasses.fields(FlopCounts)), 0)
     for names, shape in _arrays(parts):
         by_parameter = 6
-        if frozen_blocks and "memory" not in names:
+        if frozen_blocks and not {"memory", "expert_lookup"} & set(names):
             by_parameter = 2 if names[0] == "blocks" and int(names[1]) < frozen_blocks else 4
         if _is_expert(names, shape):
             assert experts is not None
@@ -91,9 +93,9 @@ def training_flops(parts: DecoderParts, sequence_length: int, *, freeze_dense: b
             flops[group] += by_parameter * math.prod(shape)
     blocks = 6 * config.num_layers - 4 * frozen_blocks
     flops["attention"] += blocks * _attention_products(config, sequence_length)
-    if memory:
-        flops["memory_search"] += 6 * len(memory.layers) * memory.num_heads * memory.num_keys * memory.key_dim
-        flops["memory_read"] += 6 * len(memory.layers) * memory.picks * config.value_dim
+    for lookup in config.lookups.values():
+        flops["memory_search"] += 6 * lookup.num_heads * lookup.num_keys * lookup.key_dim
+    flops["memory_read"] += 6 * _read_per_token(config)
     return FlopCounts(**flops)
 
 
@@ -113,7 +115,7 @@ def _attention_products(config: ModelConfig, sequence_length: int) -> int:
 def _group(names: tuple[str, ...], *, tied: bool) -> str | None:
     """What a matrix is for; None for an input embedding."""
     if names[0] == "blocks":
-        if names[2] == "memory":
+        if names[2] in ("memory", "expert_lookup"):
             return "memory_search" if "keys" in names else "memory_read"
         return names[2]
     return "head" if names[0] == "head" or tied else None
@@ -135,7 +137,9 @@ def describe(config: RunConfig, parts: DecoderParts, *, data_axis: int) -> str:
     counts, memory_axis = count_parameters(parts), config.mesh.memory
     tokens = config.data.batch_size * config.data.sequence_length
     flops = training_flops(parts, config.data.sequence_length, freeze_dense=config.optim.freeze_dense)
-    memory, experts = config.model.memory, config.model.experts
+    experts = config.model.experts
+    slots = Counter(table.num_slots for table in config.model.tables.values())
+    sizes = ", ".join(f"{number} x {num_slots:,} slots" for num_slots, number in slots.items())
     lines = [
         ("parameters", f"{counts.total:,} = {billions(counts.total)}"),
         ("  dense", f"{counts.dense:,}"),
@@ -146,7 +150,7 @@ def describe(config: RunConfig, parts: DecoderParts, *, data_axis: int) -> str:
             else "",
         ),
         ("  without routers", billions(counts.total - counts.routers) if experts else ""),
-        ("  tables", f"{counts.table:,}" + (f" ({len(memory.pools)} x {memory.num_slots:,} slots)" if memory else "")),
+        ("  tables", f"{counts.table:,}" + (f" ({sizes})" if sizes else "")),
         ("  active per token", f"{counts.active:,}"),
         (
             "training arithmetic",
@@ -166,3 +170,8 @@ def billions(count: int) -> str:
 def gigabytes(count: int) -> str:
     """Bytes in GB or MB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def _read_per_token(config: ModelConfig) -> int:
+    """Numbers of the tables that a token reads, over all layers."""
+    return sum(len(table.readers) * table.picks * table.width for table in config.tables.values())

@@ -9,7 +9,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from memjax.config import ModelConfig
 from memjax.memory import parallel
-from memjax.memory.layer import Lookup
+from memjax.memory.expert_lookup import ExpertReads
+from memjax.memory.keys import Lookup
+from memjax.memory.sparse_gradient import Taps
 from memjax.memory.table import ValueTable
 from memjax.models.attention import KeyValues
 from memjax.models.block import Block, Report
@@ -32,8 +34,8 @@ class Hidden(NamedTuple):
 
     states: Float[Array, "b s dim"]
     """The normed residual stream."""
-    lookups: dict[str, Lookup]
-    """What each memory layer read, by the layer's name."""
+    lookups: dict[str, Lookup | ExpertReads]
+    """What each memory layer and expert lookup read, by the layer's name."""
     routings: dict[str, Routing]
     """What the router of each block with experts said, by the layer's name."""
 
@@ -76,15 +78,14 @@ class Decoder(nnx.Module):
         )
         self.head = None if config.tie_embeddings else linear(config.dim, config.vocab_size, **kwargs)
         self.tables = nnx.Dict()
-        if memory := config.memory:
-            for pool in memory.pools:
-                self.tables[pool] = ValueTable(
-                    memory.num_slots,
-                    config.value_dim,
-                    init_scale=memory.value_init_scale,
-                    dtype=resolve_dtype(memory.table_dtype),
-                    rngs=rngs,
-                )
+        for name, table in config.tables.items():
+            self.tables[name] = ValueTable(
+                table.num_slots,
+                table.width,
+                init_scale=table.init_scale,
+                dtype=resolve_dtype(table.dtype),
+                rngs=rngs,
+            )
 
     def __call__(
         self, tokens: Int[Array, "b s"], positions: Int[Array, "b s"] | None = None
@@ -97,7 +98,7 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "b s"],
         positions: Int[Array, "b s"] | None = None,
         segments: Int[Array, "b s"] | None = None,
-        taps: dict[str, Array] | None = None,
+        taps: Taps | None = None,
         remat: Remat = "none",
         *,
         real: Bool[Array, "b s"] | None = None,
@@ -109,14 +110,15 @@ class Decoder(nnx.Module):
             tokens: token ids.
             positions: of the tokens in their documents; None counts from 0.
             segments: document of each token, where several share a row; tokens see their own document only.
-            taps: zeros of the shape of the bags, by layer name; their cotangents are those of the bags.
-            remat: what the backward pass computes again. Lookups, bags and routings are always kept.
+            taps: zeros, by layer name, that are added to what tables give (`DecoderParts.zero_taps`); their cotangents
+                and what was read hold the tables' gradients.
+            remat: what the backward pass computes again. What tables gave and routings are always kept.
             real: which tokens are no padding, which experts that choose must not take; None for all.
             training: let experts choose their tokens, in models where they do so.
         """
         positions = default_positions(tokens) if positions is None else positions
         x = parallel.split_tokens(self._embed(tokens))
-        lookups: dict[str, Lookup] = {}
+        lookups: dict[str, Lookup | ExpertReads] = {}
         routings: dict[str, Routing] = {}
 
         @rematerialised(remat)
@@ -125,7 +127,7 @@ class Decoder(nnx.Module):
 
         for layer, block in enumerate(self.blocks):
             name = layer_name(layer)
-            x, report = run(block, x, positions, segments, self._table(layer), (taps or {}).get(name), real)
+            x, report = run(block, x, positions, segments, self._tables(layer), (taps or {}).get(name), real)
             x = parallel.split_tokens(x)
             if report.lookup is not None:
                 lookups[name] = report.lookup
@@ -159,7 +161,7 @@ class Decoder(nnx.Module):
         positions = default_positions(tokens) + cache.lengths[:, None]
         x, blocks = self._embed(tokens), []
         for layer, block in enumerate(self.blocks):
-            x, kept = block.with_cache(x, positions, cache.blocks[layer], self._table(layer))
+            x, kept = block.with_cache(x, positions, cache.blocks[layer], self._tables(layer))
             blocks.append(kept)
         return self.norm(x).normed, Cache(tuple(blocks), cache.lengths + tokens.shape[1])
 
@@ -168,9 +170,10 @@ class Decoder(nnx.Module):
         # in 16 bits.
         return self.embed.embedding[...][tokens].astype(self.embed.dtype)
 
-    def _table(self, layer: int) -> ValueTable | None:
-        memory = self.config.memory
-        return self.tables[memory.pool(layer)] if memory and layer in memory.layers else None
+    def _tables(self, layer: int) -> tuple[ValueTable, ...]:
+        """The tables that a block reads."""
+        lookup = self.config.lookups.get(layer)
+        return tuple(self.tables[name] for name in lookup.tables(layer)) if lookup else ()
 
 
 def draw_block(config: ModelConfig, layer: int, key: Array, number: int | Array | None = None, **kernels) -> Block:

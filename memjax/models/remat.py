@@ -8,64 +8,17 @@ import jax
 from memjax.memory import parallel
 from memjax.models.experts import SAVED_ROUTING
 from memjax.ops.embedding_bag.api import SAVED_NAME as SAVED_BAG
+from memjax.ops.embedding_dot.api import SAVED_NAME as SAVED_DOT
 from memjax.ops.product_key_search.api import SAVED_INDICES, SAVED_SCORES
 
 Remat = Literal["none", "dots", "block"]
 
-CHEAP = frozenset(
-    [
-        "abs",
-        "add",
-        "and",
-        "broadcast_in_dim",
-        "ceil",
-        "clamp",
-        "concatenate",
-        "convert_element_type",
-        "copy",
-        "cos",
-        "div",
-        "eq",
-        "exp",
-        "exp2",
-        "expand_dims",
-        "floor",
-        "ge",
-        "gt",
-        "integer_pow",
-        "iota",
-        "le",
-        "log",
-        "log1p",
-        "logistic",
-        "lt",
-        "max",
-        "min",
-        "mul",
-        "ne",
-        "neg",
-        "not",
-        "or",
-        "pad",
-        "pow",
-        "reshape",
-        "round",
-        "rsqrt",
-        "select_n",
-        "sign",
-        "sin",
-        "slice",
-        "split",
-        "sqrt",
-        "square",
-        "squeeze",
-        "stop_gradient",
-        "sub",
-        "tanh",
-        "transpose",
-        "xor",
-    ]
-)
+ELEMENTWISE = """
+abs add and ceil clamp convert_element_type copy cos div eq exp exp2 floor ge gt integer_pow le log log1p logistic lt max
+min mul ne neg not or pow round rsqrt select_n sign sin sqrt square stop_gradient sub tanh xor
+"""
+LAYOUT = "broadcast_in_dim concatenate expand_dims iota pad reshape slice split squeeze transpose"
+CHEAP = frozenset(f"{ELEMENTWISE} {LAYOUT}".split())
 """Primitives that XLA fuses into whatever uses them: reading what they made costs as much as making it again."""
 
 
@@ -78,7 +31,7 @@ def rematerialised(remat: Remat) -> Callable[[Callable], Callable]:
     policies = jax.checkpoint_policies
     if remat == "none" and not parallel.has_several_devices():
         return lambda function: function
-    policy = policies.save_only_these_names(SAVED_BAG, SAVED_SCORES, SAVED_INDICES, SAVED_ROUTING)
+    policy = policies.save_only_these_names(SAVED_BAG, SAVED_DOT, SAVED_SCORES, SAVED_INDICES, SAVED_ROUTING)
     if remat == "none":
         policy = _all_but_cheap_and_gathered
     elif remat == "dots":

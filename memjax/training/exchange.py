@@ -15,7 +15,7 @@ from memjax.ops.row_gradient import RowGradient
 
 
 class PlannedExchange(NamedTuple):
-    """The exchange of the table that most layers read, and what either way would take of a device."""
+    """The exchange of the table that is read most, and what either way would take of a device."""
 
     chosen: Exchange
     bytes: dict[Exchange, ExchangeBytes]
@@ -23,16 +23,16 @@ class PlannedExchange(NamedTuple):
 
 def plan_exchange(config: RunConfig, *, data_axis: int) -> PlannedExchange | None:
     """The exchange of a run over data_axis x mesh.memory devices; None where no rows are updated."""
-    memory, data, accumulate = config.model.memory, config.data, config.train.accumulate
-    if memory is None or config.optim.table.is_dense:
+    data, accumulate, tables = config.data, config.train.accumulate, config.model.tables
+    if not tables or config.optim.table.is_dense:
         return None
-    tokens, columns = data.batch_size // accumulate * data.sequence_length, config.model.value_dim
-    dtype = resolve_dtype(memory.table_dtype)
-    picks, weight = (tokens, memory.picks), accumulator(resolve_dtype(config.model.dtype))
-    factors = ((picks, jnp.int32), (picks, weight), ((tokens, columns), dtype))
+    busiest = max(tables.values(), key=lambda table: len(table.readers) * table.picks)
+    tokens, dtype = data.batch_size // accumulate * data.sequence_length, resolve_dtype(busiest.dtype)
+    picks, weight = (tokens, busiest.picks), accumulator(resolve_dtype(config.model.dtype))
+    factors = ((picks, jnp.int32), (picks, weight), ((tokens, busiest.width), dtype))
     gradient = RowGradient._make(jax.ShapeDtypeStruct(*factor) for factor in factors)
-    gradients = [gradient] * (max(map(len, memory.pools.values())) * accumulate)
-    table = jax.ShapeDtypeStruct((memory.num_slots, columns), dtype)
+    gradients = [gradient] * (len(busiest.readers) * accumulate)
+    table = jax.ShapeDtypeStruct((busiest.num_slots, busiest.width), dtype)
     axes = {"data_axis": data_axis, "memory_axis": config.mesh.memory}
     chosen = row_exchange.choose(config.mesh.row_exchange, table, gradients, **axes)
     return PlannedExchange(chosen, row_exchange.exchange_bytes(table, gradients, **axes))

@@ -136,7 +136,7 @@ def opening(config: RunConfig, trainer: Trainer, mesh: jax.sharding.Mesh, folder
     """The first lines of a run: model, memory, devices, what computes."""
     counts = count_parameters(trainer.parts)
     sizes = planner.plan(config, data_axis=mesh.shape["data"], trainer=trainer)
-    memory, experts = config.model.memory, config.model.experts
+    experts = config.model.experts
     lines = [
         f"run        {folder.path}",
         f"model      {billions(counts.dense)} dense + {billions(counts.table)} table parameters, "
@@ -148,17 +148,19 @@ def opening(config: RunConfig, trainer: Trainer, mesh: jax.sharding.Mesh, folder
         f"{config.data.batch_size} x {config.data.sequence_length} tokens",
         f"attention  {attention(config)}",
     ]
-    if memory:
-        layers = ", ".join(map(str, memory.layers))
-        lines.insert(
-            2, f"memory     {memory.num_slots:,} slots, {memory.num_heads} x {memory.top_k} read by block {layers}"
-        )
-        # The memory's operations have the same implementations, so one name says it all.
-        lines.append(f"kernels    {kernels('embedding_bag', memory.table_dtype)}")
+    titles = {"memory": "memory     {:,} slots", "expert_lookup": "lookup     {:,} experts"}
+    lines[2:2] = [
+        f"{titles[kind].format(lookup.num_slots)}, {lookup.num_heads} x {lookup.top_k} read by block "
+        + ", ".join(map(str, lookup.layers))
+        for kind, lookup in config.model.lookup_sections.items()
+    ]
+    # The operations of lookups have the same implementations, so one name says it all.
+    chosen = {kernels("embedding_bag", lookup.table_dtype) for lookup in config.model.lookups.values()}
+    lines += [f"kernels    {name}" for name in sorted(chosen)]
     if experts:
         layers = ", ".join(map(str, config.model.layers_of("experts")))
-        chosen = "experts choose" if experts.routing == "expert_choice" else f"{experts.top_k} by token"
-        lines.insert(2, f"experts    {experts.num_experts} in block {layers}; {chosen}")
+        choice = "experts choose" if experts.routing == "expert_choice" else f"{experts.top_k} by token"
+        lines.insert(2, f"experts    {experts.num_experts} in block {layers}; {choice}")
         lines.append(f"kernels    {kernels('grouped_matmul', config.model.dtype)} for experts")
     return "\n".join(lines)
 

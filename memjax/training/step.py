@@ -14,7 +14,7 @@ from jaxtyping import Array
 from memjax.config import RunConfig
 from memjax.memory import parallel
 from memjax.memory.parallel import DATA, MEMORY
-from memjax.memory.sparse_gradient import row_sparse_value_and_grad
+from memjax.memory.sparse_gradient import Taps, row_sparse_value_and_grad
 from memjax.memory.usage import count_reads, statistics
 from memjax.models.decoder import layer_name
 from memjax.models.experts import RouterStatistics, Routing, router_statistics
@@ -79,7 +79,8 @@ def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[Train
     # Decided before anything is written, so that the last good state is always whole. The norm, which clipping needs
     # anyway, tells of all dense gradients in one pass over them.
     norm = global_norm(dense)
-    ok = state.healthy & _all_finite((told, norm, whole, [(row.weights, row.vectors) for row in rows.values()]))
+    factors = [(row.weights, row.vectors) for row in _row_gradients(rows)]
+    ok = state.healthy & _all_finite((told, norm, whole, factors))
 
     updates, opt_state = trainer.optimizer.update(dense, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -110,7 +111,7 @@ def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[Train
 
 
 def make_usage_report(trainer: Trainer, mesh: jax.sharding.Mesh) -> Callable[[TrainState], tuple[TrainState, Metrics]]:
-    """The compiled (state) -> (state with read counters at zero, slot statistics by memory layer)."""
+    """The compiled (state) -> (state with read counters at zero, slot statistics by layer)."""
 
     def report(reads: dict[str, Array]) -> tuple[dict[str, Array], Metrics]:
         metrics = {}
@@ -142,7 +143,7 @@ def _accumulate(
         (told, dense, whole), rows = one(jax.tree.map(lambda array: array[0], batch))
         return told, dense, jax.tree.map(lambda array: array[None], rows), whole
 
-    def add(total: Any, micro: Batch) -> tuple[Any, dict[str, RowGradient]]:
+    def add(total: Any, micro: Batch) -> tuple[Any, dict[str, Any]]:
         part, rows = one(micro)
         return jax.tree.map(jnp.add, total, part), rows
 
@@ -159,7 +160,7 @@ def _gradients(trainer: Trainer, params: Any, tables: Tables, batch: Batch, lear
     segments = batch["segments"] if trainer.config.data.rows_hold_documents else None
     is_real = batch["segments"] > 0
 
-    def loss_fn(params: nnx.State, taps: dict[str, Array], tables: Tables) -> tuple[Array, tuple[dict, _Told]]:
+    def loss_fn(params: nnx.State, taps: Taps, tables: Tables) -> tuple[Array, tuple[dict, _Told]]:
         params = without_gradient_where_frozen(trainer.config.optim, _whole_outside_blocks(params))
         model = parts.assemble(params, tables)
         places = (batch["tokens"], batch["positions"], segments)
@@ -234,36 +235,34 @@ def _router_metrics(routers: dict[str, RouterStatistics]) -> Metrics:
     return metrics
 
 
-def _update_tables(trainer: Trainer, state: TrainState, rows: dict[str, RowGradient], whole: Tables, ok: Array):
+def _row_gradients(rows: Any) -> list[RowGradient]:
+    """All row gradients in a tree; of an expert lookup those of the inputs come first."""
+    return jax.tree.leaves(rows, is_leaf=lambda leaf: isinstance(leaf, RowGradient))
+
+
+def _update_tables(trainer: Trainer, state: TrainState, rows: dict[str, Any], whole: Tables, ok: Array):
     """Tables and their state after the step."""
-    optimizer, memory = trainer.table_optimizer, trainer.config.model.memory
-    if memory is None:
-        return state.tables, state.table_state
+    optimizer = trainer.table_optimizer
     if optimizer.config.is_dense:
         return optimizer.update_dense(state.tables, state.table_state, whole, ok)
-    micro_batches = jax.tree.leaves(rows)[0].shape[0]
-    gradients = {
-        pool: [
-            RowGradient(*(factor[number] for factor in rows[layer_name(layer)]))
-            for layer in layers
-            for number in range(micro_batches)
-        ]
-        for pool, layers in memory.pools.items()
-    }
+    gradients: dict[str, list[RowGradient]] = {name: [] for name in state.tables}
+    for layer, lookup in trainer.config.model.lookups.items():
+        for name, found in zip(lookup.tables(layer), _row_gradients(rows[layer_name(layer)]), strict=True):
+            micro_batches = range(found.indices.shape[0])
+            gradients[name] += [RowGradient(*(factor[number] for factor in found)) for number in micro_batches]
     return optimizer.update_rows(state.tables, state.table_state, gradients, state.step, ok)
 
 
-def _count(
-    trainer: Trainer, state: TrainState, rows: dict[str, RowGradient], batch: Batch, ok: Array
-) -> dict[str, Array]:
+def _count(trainer: Trainer, state: TrainState, rows: dict[str, Any], batch: Batch, ok: Array) -> dict[str, Array]:
     """Read counters with the picks of real tokens; padding and bad steps do not count.
 
     Every device counts all picks: they are fewer than the slots of a large table, whose counts would have to be added
     up over the devices.
     """
     real = (batch["segments"].reshape(batch["segments"].shape[0], -1, 1) > 0) & ok
+    picks = {name: _row_gradients(found)[0].indices for name, found in rows.items()}
     return {
-        name: count_reads(counts, parallel.everywhere(jnp.where(real, rows[name].indices, counts.shape[0])))
+        name: count_reads(counts, parallel.everywhere(jnp.where(real, picks[name], counts.shape[0])))
         for name, counts in state.reads.items()
     }
 

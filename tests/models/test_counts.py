@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from memjax.command_line import load
-from memjax.config import ExpertsConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
+from memjax.config import ExpertLookupConfig, ExpertsConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
 from memjax.models.counts import count_parameters, describe, training_flops, training_flops_per_token
 from memjax.models.parts import DecoderParts
 from memjax.training.optimizer import without_gradient_where_frozen
@@ -24,8 +24,13 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
         ("1.3b_memory_plus_1m", 3.368),
         ("1.3b_memory_plus_4m", 9.823),
         ("1.3b_memory_plus_64m", 138.748),
+        ("1.3b_peer", 3.646),
         ("134m_dense", 0.134),
         ("373m_dense", 0.374),
+        # Not printed there, by the same formula.
+        ("134m_peer", 1.037),
+        ("373m_peer", 1.575),
+        ("720m_peer", 2.517),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(preset, billions):
@@ -146,6 +151,22 @@ def test_frozen_parts_compute_no_gradients_of_their_weights_and_none_at_all_befo
     assert counted(False) - counted(True) == pytest.approx(by_hand + masked, rel=0.04)
 
 
+def test_an_expert_lookup_by_hand():
+    experts = ExpertLookupConfig(layers=(0,), num_keys=16, num_heads=2, top_k=4, key_dim=8)
+    dense = ModelConfig(dim=16, num_layers=1, num_heads=2, ffn_dim=24, vocab_size=259, memory=None)
+    parts, without = (DecoderParts.of(config) for config in (dataclasses.replace(dense, expert_lookup=experts), dense))
+    feed_forward, queries = 3 * 16 * 24, 16 * 2 * 8
+    counts, before = count_parameters(parts), count_parameters(without)
+    assert counts.table == 2 * 16**2 * 16
+    assert counts.dense - before.dense == queries + 2 * 8 + 2 * 2 * 16 * 4 - feed_forward
+    # Of both tables a token uses the rows of its 2 x 4 experts.
+    reads = 2 * 2 * 4 * 16
+    assert counts.active - before.active == counts.dense - before.dense + reads
+    flops = training_flops(parts, 8)
+    assert (flops.memory_search, flops.memory_read) == (6 * (queries + 2 * 2 * 16 * 4), 6 * reads)
+    assert flops.total - training_flops(without, 8).total == 6 * (queries + 2 * 2 * 16 * 4 + reads - feed_forward)
+
+
 def test_a_window_counts_the_tokens_that_are_seen():
     whole = ModelConfig(dim=16, num_layers=3, num_heads=2, vocab_size=259, memory=None)
     parts = [DecoderParts.of(dataclasses.replace(whole, sliding_window=window)) for window in (None, 64, 16)]
@@ -161,3 +182,5 @@ def test_a_dry_run_tells_parameters_and_mesh():
     text = describe(config, DecoderParts.of(config.model), data_axis=2)
     assert "805,306,368 (1 x 1,048,576 slots)" in text
     assert "data 2 x memory 3 = 6 devices" in text
+    both = load(RunConfig, CONFIGS / "134m_peer.yaml", ["--model.memory", "{layers: [2], num_keys: 100}"])
+    assert "(1 x 10,000 slots, 2 x 589,824 slots)" in describe(both, DecoderParts.of(both.model), data_axis=1)
