@@ -1,0 +1,172 @@
+"""How much do dense, expert and memory models remember of generated biographies? See README.md.
+
+    python experiments/001_fact_capacity/run.py --stage gate grid full --seconds 570
+
+runs what has no result yet and can end in time; the same command again goes on. `--plan` lists the runs instead.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
+
+from factlab.runs import Pool, Result, Run, read_results
+
+STAGES = ("gate", "grid", "full")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Size:
+    """The knobs of cost."""
+
+    people: int
+    gate_exposures: float
+    grid_exposures: float
+    full_exposures: float
+    seeds: int
+    num_rates: int
+    """Settings of the rates that are tried for each family."""
+    settings: tuple[str, ...] = ()
+
+
+SIZES = {
+    "full": Size(people=24_000, gate_exposures=24, grid_exposures=20, full_exposures=60, seeds=3, num_rates=3),
+    # Says only that everything runs: minutes on a CPU.
+    "small": Size(
+        people=50,
+        gate_exposures=10,
+        grid_exposures=10,
+        full_exposures=30,
+        seeds=1,
+        num_rates=1,
+        settings=("--data.batch_size", "64"),
+    ),
+}
+
+MIDDLE_LR = 5e-3
+DENSE = ((MIDDLE_LR, 0.0), (2e-3, 0.0), (1e-2, 0.0))
+SPARSE = ((MIDDLE_LR, 1e-1), (MIDDLE_LR, 2e-2), (MIDDLE_LR, 3e-1))
+"""Highest rates of the dense parameters and of the tables."""
+RATES = {
+    "dense_x1": DENSE,
+    "dense_x2": DENSE,
+    "dense_x4": DENSE,
+    "memory": SPARSE,
+    "memory_plus": SPARSE,
+}
+RATES_OF = {"memory_plus_small": "memory_plus", "memory_plus_large": "memory_plus"}
+"""Families that take the rates that were found for another."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES, help="stages to run, in this order")
+    parser.add_argument("--size", choices=tuple(SIZES), default="full")
+    parser.add_argument("--jobs", type=int, default=4, help="trainings at once on the device")
+    parser.add_argument("--seconds", type=float, help="start nothing that would not end within so many seconds")
+    parser.add_argument("--out", type=pathlib.Path, default=HERE / "results", help="folder of the results")
+    parser.add_argument("--families", nargs="+", default=[*RATES, *RATES_OF], choices=[*RATES, *RATES_OF])
+    parser.add_argument("--plan", action="store_true", help="list the runs and what they cost, and run nothing")
+    arguments = parser.parse_args()
+    deadline = None if arguments.seconds is None else time.time() + arguments.seconds
+    size, path = SIZES[arguments.size], arguments.out / f"{arguments.size}.json"
+    # What is committed need not be run again, wherever the new results go.
+    results = read_results(path, HERE / "results" / path.name)
+    pool = Pool(path, results, jobs=arguments.jobs, deadline=deadline)
+    open_runs = []
+    for stage in arguments.stage:
+        runs = [run for run in runs_of(stage, size, results) if stage == "gate" or run.family in arguments.families]
+        print(f"--- {stage}", flush=True)
+        if arguments.plan:
+            tell_plan(runs)
+        else:
+            open_runs += pool.run(runs)
+    print("\n".join(["without a result:", *open_runs]) if open_runs else "every run has its result", flush=True)
+
+
+def runs_of(stage: str, size: Size, results: dict[str, Result]) -> list[Run]:
+    """The runs of a stage; those of the last one at the rates that the one before found best."""
+    if stage == "gate":
+        return gate(size)
+    if stage == "grid":
+        return [
+            a_run(stage, size, family, rates, size.grid_exposures)
+            for family, tried in RATES.items()
+            for rates in tried[: size.num_rates]
+        ]
+    return [
+        a_run(stage, size, family, best_rates(RATES_OF.get(family, family), results), size.full_exposures, seed=seed)
+        for seed in range(size.seeds)
+        for family in [*RATES, *RATES_OF]
+    ]
+
+
+def gate(size: Size) -> list[Run]:
+    """Dense rates by the scale of the embedding; rates of the table by those of the keys; placements; the control."""
+    one = lambda family, rates, *settings, **options: a_run(
+        "gate", size, family, rates, size.gate_exposures, settings=settings, **options
+    )
+    dense = [one("dense_x1", rates, *scale) for rates in DENSE for scale in ((), ("--model.embedding_init_std", "null"))]
+    keys = ((), ("--optim.key_lr_factor", "1.0"))
+    memory = [one("memory_plus", rates, *factor) for rates in SPARSE for factor in keys]
+    layers = [one("memory_plus", SPARSE[0], "--model.memory.layers", which) for which in ("1,3", "2")]
+    control = [one("memory_plus", SPARSE[0], perfect_address=True)]
+    return [*dense, *memory, *layers, *control, one("dense_x4", DENSE[0])][:: len(DENSE) if size.num_rates == 1 else 1]
+
+
+def a_run(stage, size, family, rates, exposures, *, seed=0, settings=(), perfect_address=False) -> Run:
+    lr, table_lr = rates
+    return Run(
+        stage=stage,
+        family=family,
+        config=str((HERE / "families" / f"{family}.yaml").relative_to(HERE.parents[1])),
+        lr=lr,
+        table_lr=table_lr,
+        exposures=exposures,
+        facts={"people": size.people},
+        seed=seed,
+        settings=(*size.settings, *settings),
+        perfect_address=perfect_address,
+        # Tokens at the rate of one of four processes, after starting and compiling.
+        seconds=40 + exposures * size.people * 6 * 14 / 3e6,
+    )
+
+
+def best_rates(family: str, results: dict[str, Result]) -> tuple[float, float]:
+    """The rates with the best recall of the grid; the middle ones where it has not been run."""
+    tried = [row for row in results.values() if row["stage"] == "grid" and row["family"] == family]
+    if not tried:
+        return RATES[family][0]
+    best = max(tried, key=lambda row: (row["recall"], row["stored_bits"]))
+    return best["lr"], best["table_lr"]
+
+
+def tell_plan(runs: list[Run]) -> None:
+    """Cost of each run, by the library's own count."""
+    from factlab.rows import biography_rows
+    from memjax.command_line import load
+    from memjax.config import BiographiesConfig, RunConfig
+    from memjax.models.counts import count_parameters, training_flops_per_token
+    from memjax.models.parts import DecoderParts
+
+    rows = biography_rows(BiographiesConfig(num_people=runs[0].facts["people"]))
+    total = 0.0
+    for run in runs:
+        sizes = ["--model.vocab_size", str(rows.vocab_size), "--data.sequence_length", str(rows.length)]
+        parts = DecoderParts.of(load(RunConfig, HERE.parents[1] / run.config, [*sizes, *run.settings]).model)
+        tokens, counts = run.exposures * len(rows.tokens) * rows.length, count_parameters(parts)
+        flops = tokens * training_flops_per_token(parts, rows.length)
+        total += tokens
+        print(
+            f"{run.name}: {counts.dense:,} dense + {counts.table:,} table parameters, {tokens / 1e6:.0f} M tokens, "
+            f"{flops:.3g} FLOPs"
+        )
+    print(f"{len(runs)} runs, {total / 1e9:.2f} G tokens")
+
+
+if __name__ == "__main__":
+    main()
