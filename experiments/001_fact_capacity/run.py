@@ -5,16 +5,15 @@
 runs what has no result yet and can end in time; the same command again goes on. `--plan` lists the runs instead.
 """
 
-import argparse
 import dataclasses
 import pathlib
 import sys
-import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
-from factlab.runs import Pool, Result, Run, read_results
+from factlab import command
+from factlab.runs import Result, Run
 
 STAGES = ("gate", "grid", "full")
 
@@ -63,29 +62,9 @@ RATES_OF = {"memory_plus_small": "memory_plus", "memory_plus_large": "memory_plu
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES, help="stages to run, in this order")
-    parser.add_argument("--size", choices=tuple(SIZES), default="full")
-    parser.add_argument("--jobs", type=int, default=4, help="trainings at once on the device")
-    parser.add_argument("--seconds", type=float, help="start nothing that would not end within so many seconds")
-    parser.add_argument("--out", type=pathlib.Path, default=HERE / "results", help="folder of the results")
-    parser.add_argument("--families", nargs="+", default=[*RATES, *RATES_OF], choices=[*RATES, *RATES_OF])
-    parser.add_argument("--plan", action="store_true", help="list the runs and what they cost, and run nothing")
-    arguments = parser.parse_args()
-    deadline = None if arguments.seconds is None else time.time() + arguments.seconds
-    size, path = SIZES[arguments.size], arguments.out / f"{arguments.size}.json"
-    # What is committed need not be run again, wherever the new results go.
-    results = read_results(path, HERE / "results" / path.name)
-    pool = Pool(path, results, jobs=arguments.jobs, deadline=deadline)
-    open_runs = []
-    for stage in arguments.stage:
-        runs = [run for run in runs_of(stage, size, results) if stage == "gate" or run.family in arguments.families]
-        print(f"--- {stage}", flush=True)
-        if arguments.plan:
-            tell_plan(runs)
-        else:
-            open_runs += pool.run(runs)
-    print("\n".join(["without a result:", *open_runs]) if open_runs else "every run has its result", flush=True)
+    arguments = command.parser(__doc__, stages=STAGES, sizes=tuple(SIZES), folder=HERE).parse_args()
+    size = SIZES[arguments.size]
+    command.serve(arguments, HERE, lambda stage, results: runs_of(stage, size, results))
 
 
 def runs_of(stage: str, size: Size, results: dict[str, Result]) -> list[Run]:
@@ -143,29 +122,6 @@ def best_rates(family: str, results: dict[str, Result]) -> tuple[float, float]:
         return RATES[family][0]
     best = max(tried, key=lambda row: (row["recall"], row["stored_bits"]))
     return best["lr"], best["table_lr"]
-
-
-def tell_plan(runs: list[Run]) -> None:
-    """Cost of each run, by the library's own count."""
-    from factlab.rows import biography_rows
-    from memjax.command_line import load
-    from memjax.config import BiographiesConfig, RunConfig
-    from memjax.models.counts import count_parameters, training_flops_per_token
-    from memjax.models.parts import DecoderParts
-
-    rows = biography_rows(BiographiesConfig(num_people=runs[0].facts["people"]))
-    total = 0.0
-    for run in runs:
-        sizes = ["--model.vocab_size", str(rows.vocab_size), "--data.sequence_length", str(rows.length)]
-        parts = DecoderParts.of(load(RunConfig, HERE.parents[1] / run.config, [*sizes, *run.settings]).model)
-        tokens, counts = run.exposures * len(rows.tokens) * rows.length, count_parameters(parts)
-        flops = tokens * training_flops_per_token(parts, rows.length)
-        total += tokens
-        print(
-            f"{run.name}: {counts.dense:,} dense + {counts.table:,} table parameters, {tokens / 1e6:.0f} M tokens, "
-            f"{flops:.3g} FLOPs"
-        )
-    print(f"{len(runs)} runs, {total / 1e9:.2f} G tokens")
 
 
 if __name__ == "__main__":

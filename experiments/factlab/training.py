@@ -121,6 +121,7 @@ class FactTrainer:
         self._init = jax.jit(lambda key: self._at(Rates(1.0, 1.0), self.trainer).init(key))
         self._steps = jax.jit(self._run_steps, donate_argnums=0)
         self._test = jax.jit(self._answer)
+        self._write = jax.jit(self._write_some)
 
     def run(
         self,
@@ -130,6 +131,7 @@ class FactTrainer:
         seed: int,
         deadline: float | None = None,
         tell: Callable[[str], None] = lambda _: None,
+        examine: Callable[[TrainState], dict[str, Any]] = lambda _: {},
     ) -> dict[str, Any]:
         """Trains and tests a model; the result as JSON values.
 
@@ -139,6 +141,7 @@ class FactTrainer:
             seed: of initialisation and data order.
             deadline: `time.time()` at which the run must have ended.
             tell: takes lines of progress.
+            examine: what else is to be measured of the trained model.
 
         Raises:
             OutOfTime: the deadline would be missed.
@@ -195,6 +198,7 @@ class FactTrainer:
             "healthy": bool(state.healthy),
             "curve": curve,
             **self._of_the_table(state),
+            **examine(state),
             "compile_seconds": round(compile_seconds, 1),
             "training_seconds": round(training_seconds, 2),
             "tokens_per_second": round(tokens_per_step * (steps - CHUNK) / training_seconds) if training_seconds else 0,
@@ -226,6 +230,34 @@ class FactTrainer:
         counted = kept if kept.any() else ~kept
         names = enumerate(self.rows.group_names)
         return {name: float(found.correct[counted & (self.rows.groups == number)].mean()) for number, name in names}
+
+    def write_answers(self, state: TrainState, facts: np.ndarray) -> dict[int, list[int]]:
+        """Greedy answers (token ids) to the test wordings of some facts, by number; those beyond a multiple of
+        TEST_ROWS are left out, but a first part is always asked."""
+        facts = facts[: max(TEST_ROWS, len(facts) // TEST_ROWS * TEST_ROWS)]
+        written: dict[int, list[int]] = {}
+        for start in range(0, len(facts), TEST_ROWS):
+            some = np.resize(facts[start : start + TEST_ROWS], TEST_ROWS)
+            begins = self.rows.answers[some, 0, 0]
+            tokens = np.asarray(self._write(state.params, state.tables, self.rows.tokens[some, 0], begins))
+            for fact, row, begin in zip(some.tolist(), tokens.tolist(), begins.tolist(), strict=True):
+                written[fact] = row[begin:]
+        return written
+
+    def _write_some(self, params: Any, tables: Any, tokens: Array, begins: Array) -> Array:
+        """The rows with what the model writes from `begins` on; each token is likeliest after those before it."""
+        model = self.trainer.parts.assemble(params, tables)
+        rows = jnp.arange(len(tokens))
+
+        def one(step: Array, tokens: Array) -> Array:
+            places = begins + step
+            hidden = model.hidden(tokens[:, :-1])[0]
+            best = jnp.argmax(model.logits(hidden[rows, jnp.minimum(places, tokens.shape[1] - 1) - 1]), axis=-1)
+            return tokens.at[rows, places].set(best.astype(tokens.dtype), mode="drop")
+
+        places = jnp.arange(tokens.shape[1])[None, :]
+        longest = int((self.rows.answers[:, 0, 1] - self.rows.answers[:, 0, 0]).max())
+        return jax.lax.fori_loop(0, longest, one, jnp.where(places < begins[:, None], tokens, 0))
 
     def _of_the_table(self, state: TrainState) -> dict[str, Any]:
         """What shows whether the tables are used: slots read in the last part of the training, recall without them."""
