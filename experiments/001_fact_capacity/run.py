@@ -13,6 +13,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
 from factlab import command
+from factlab.report import bits_per_parameter, draw, grouped, markdown, millions, settings, spread
 from factlab.runs import Result, Run
 
 STAGES = ("gate", "grid", "full")
@@ -64,7 +65,7 @@ RATES_OF = {"memory_plus_small": "memory_plus", "memory_plus_large": "memory_plu
 def main() -> None:
     arguments = command.parser(__doc__, stages=STAGES, sizes=tuple(SIZES), folder=HERE).parse_args()
     size = SIZES[arguments.size]
-    command.serve(arguments, HERE, lambda stage, results: runs_of(stage, size, results))
+    command.serve(arguments, HERE, lambda stage, results: runs_of(stage, size, results), report)
 
 
 def runs_of(stage: str, size: Size, results: dict[str, Result]) -> list[Run]:
@@ -122,6 +123,58 @@ def best_rates(family: str, results: dict[str, Result]) -> tuple[float, float]:
         return RATES[family][0]
     best = max(tried, key=lambda row: (row["recall"], row["stored_bits"]))
     return best["lr"], best["table_lr"]
+
+
+def report(rows: list[Result], folder: pathlib.Path) -> str:
+    """The tables of the three stages, and the picture."""
+    of_stage = lambda stage: [row for row in rows if row["stage"] == stage]
+    parts = []
+    if full := grouped(of_stage("full"), lambda row: (row["family"],)):
+        picture(full, folder / "recall.png")
+        head = ("family", "FLOPs per token", "dense", "tables, experts", "lr, of tables", "recall", "tables zeroed")
+        head += ("stored kbit", "bits per parameter")
+        parts += ["![recall and bits per parameter against the arithmetic of the training](recall.png)"]
+        parts += [markdown(head, [headline(*key, runs) for key, runs in full.items()])]
+    for stage in ("grid", "gate"):
+        if found := of_stage(stage):
+            head = ("family", "lr", "of tables", "settings", "recall", "stored kbit")
+            tried = [
+                (f"`{row['family']}`", f"{row['lr']:g}", f"{row['table_lr']:g}" if row["table_lr"] else "", settings(row))
+                + (f"{row['recall']:.1%}", f"{row['stored_bits'] / 1e3:.0f}")
+                for row in found
+            ]
+            exposures = found[0]["exposures"]
+            parts += [f"{stage.capitalize()}, {exposures:.0f} exposures, one seed:", markdown(head, tried)]
+    return "\n\n".join(parts)
+
+
+def headline(family: str, runs: list[Result]) -> tuple[str, ...]:
+    """A family's line of the table: means over the seeds, lowest and highest in brackets."""
+    row, parameters = runs[0], runs[0]["parameters"]
+    zeroed = spread(runs, lambda row: row["recall_zeroed"]) if "recall_zeroed" in row else ""
+    return (
+        f"`{family}`",
+        millions(row["flops_per_token"]),
+        millions(parameters["dense"] - parameters.get("experts", 0)),
+        millions(parameters["total"] - parameters["dense"] + parameters.get("experts", 0)),
+        f"{row['lr']:g}" + (f", {row['table_lr']:g}" if row["table_lr"] else ""),
+        spread(runs, lambda row: row["recall"]),
+        zeroed,
+        spread(runs, lambda row: row["stored_bits"] / 1e3, ".0f"),
+        spread(runs, bits_per_parameter, ".2f"),
+    )
+
+
+def picture(full: dict[tuple[str], list[Result]], path: pathlib.Path) -> None:
+    """Recall and bits per parameter while the training goes on."""
+    recall, bits = {}, {}
+    for (family,), runs in full.items():
+        points = list(zip(*[run["curve"] for run in runs], strict=True))
+        total = runs[0]["parameters"]["total"]
+        recall[family] = [(each[0]["flops"], [point["recall"] for point in each]) for each in points]
+        bits[family] = [(each[0]["flops"], [max(0, point["stored_bits"]) / total for point in each]) for each in points]
+    panels = [("Recall", "share of the facts", recall), ("Stored bits", "bits per parameter", bits)]
+    draw(path, panels, "training FLOPs")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,13 @@ import pathlib
 import time
 from collections.abc import Callable, Sequence
 
+from factlab.report import write_into
 from factlab.runs import Pool, Result, Run, read_results
 
 RunsOf = Callable[[str, dict[str, Result]], list[Run]]
 """The runs of a stage, given the results so far."""
+Report = Callable[[list[Result], pathlib.Path], str]
+"""README's tables of results; pictures are written into the folder."""
 
 
 def parser(description: str | None, *, stages: Sequence[str], sizes: Sequence[str], folder: pathlib.Path):
@@ -25,8 +28,12 @@ def parser(description: str | None, *, stages: Sequence[str], sizes: Sequence[st
     return made
 
 
-def serve(arguments: argparse.Namespace, folder: pathlib.Path, runs_of: RunsOf) -> None:
-    """Runs the stages that were asked for, as far as the time allows."""
+def serve(arguments: argparse.Namespace, folder: pathlib.Path, runs_of: RunsOf, report: Report) -> None:
+    """Runs the stages that were asked for as far as the time allows, or writes the report of the committed results."""
+    if arguments.report:
+        rows = list(read_results(folder / "results" / "full.json").values())
+        write_into(folder / "README.md", report(rows, folder))
+        return
     deadline = None if arguments.seconds is None else time.time() + arguments.seconds
     path = arguments.out / f"{arguments.size}.json"
     # What is committed need not be run again, wherever new results go.

@@ -134,12 +134,21 @@ class Questions(NamedTuple):
             name = self.rows.group_names[self.rows.groups[fact]]
             right[name].append(best(exact_match, text, self.accepted[fact]))
         by_relation = {name: sum(marks) / len(marks) for name, marks in sorted(right.items())}
-        count = sum(map(len, right.values()))
         return {
-            "exact_match": sum(map(sum, right.values())) / count,
-            "exact_match_questions": count,
+            "exact_match": sum(map(sum, right.values())) / len(written),
+            "exact_match_questions": len(written),
             "exact_match_by_relation": by_relation,
+            "commonest_answer": self._guessed(list(written)),
         }
+
+    def _guessed(self, facts: list[int]) -> float:
+        """Exact match of who always says the commonest answer of the relation."""
+        groups = self.rows.groups.tolist()
+        told = collections.defaultdict(collections.Counter)
+        for group, accepted in zip(groups, self.accepted, strict=True):
+            told[group][accepted[0]] += 1
+        commonest = {group: answers.most_common(1)[0][0] for group, answers in told.items()}
+        return sum(best(exact_match, commonest[groups[fact]], self.accepted[fact]) for fact in facts) / len(facts)
 
 
 def question_rows(path: pathlib.Path, count: int | None) -> Questions:
