@@ -73,9 +73,11 @@ def runs_of(stage: str, size: Size, results: dict[str, Result]) -> list[Run]:
     if stage == "gate":
         return gate(size)
     if stage == "grid":
+        # One setting of each family would be no grid.
+        tried_rates = RATES.items() if size.num_rates > 1 else ()
         return [
             a_run(stage, size, family, rates, size.grid_exposures)
-            for family, tried in RATES.items()
+            for family, tried in tried_rates
             for rates in tried[: size.num_rates]
         ]
     return [
@@ -95,7 +97,9 @@ def gate(size: Size) -> list[Run]:
     memory = [one("memory_plus", rates, *factor) for rates in SPARSE for factor in keys]
     layers = [one("memory_plus", SPARSE[0], "--model.memory.layers", which) for which in ("1,3", "2")]
     control = [one("memory_plus", SPARSE[0], perfect_address=True)]
-    return [*dense, *memory, *layers, *control, one("dense_x4", DENSE[0])][:: len(DENSE) if size.num_rates == 1 else 1]
+    if size.num_rates == 1:
+        return [dense[0], *control]
+    return [*dense, *memory, *layers, *control, one("dense_x4", DENSE[0])]
 
 
 def a_run(stage, size, family, rates, exposures, *, seed=0, settings=(), perfect_address=False) -> Run:

@@ -10,6 +10,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ class Run:
     @property
     def kind(self) -> tuple[Any, ...]:
         """Runs of one kind share their compiled programs."""
-        return self.config, self.settings, self.perfect_address
+        return self.config, self.settings, self.perfect_address, tuple(self.facts.items())
 
     def row(self) -> Result:
         """What the results say of it beside what was measured."""
@@ -104,22 +105,19 @@ class Pool:
 
     def _serve(self, number: int) -> None:
         """Gives one process a run after the other; a process that died is replaced."""
-        process, compiled, failures = None, set(), 0
-        while (run := self._take(compiled)) is not None:
-            if process is None or process.poll() is not None:
-                process, compiled = _start(), set()
+        worker, compiled, failures = Worker(), set(), 0
+        while failures < 3 and (run := self._take(compiled)) is not None:
+            if not worker.is_alive():
+                worker.stop()
+                worker, compiled = Worker(), set()
             compiled.add(run.kind)
             started = time.time()
-            answer = _ask(process, run, self.deadline)
+            answer = worker.ask({**dataclasses.asdict(run), "name": run.name, "deadline": self.deadline})
             self._note(run, answer, time.time() - started, number)
             failures = 0 if "result" in answer else failures + 1
-            if failures >= 3:
-                print(f"process {number} gives up after {failures} failures in a row", flush=True)
-                break
-        if process is not None and process.poll() is None:
-            assert process.stdin is not None
-            process.stdin.close()
-            process.wait()
+        if failures:
+            print(f"process {number} ended after {failures} failures in a row", flush=True)
+        worker.stop()
 
     def _take(self, compiled: set[Any]) -> Run | None:
         """The next run that can end in time: one that this process has compiled, else of a kind that nobody runs."""
@@ -160,32 +158,45 @@ class Pool:
             )
 
 
-def _start() -> subprocess.Popen[str]:
-    """A worker that takes the device's memory only as it needs it, and shares compiled programs with the others."""
+class Worker:
+    """A process of worker.py, started when it is first asked."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def is_alive(self) -> bool:
+        """Whether it can still be asked."""
+        return self._process is None or self._process.poll() is None
+
+    def ask(self, task: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a task: `result`, `late` or `error`."""
+        self._process = self._process or start()
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            print(json.dumps(task), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        except OSError as error:
+            return {"error": f"the worker cannot be asked: {error}"}
+        return json.loads(line) if line else {"error": f"the worker ended with {self._process.wait()}"}
+
+    def stop(self) -> None:
+        """Lets it end."""
+        if self._process is not None:
+            # With its input at the end it has nothing more to do; of what it still writes nothing is wanted.
+            self._process.communicate()
+
+
+def start() -> subprocess.Popen[str]:
+    """A process that takes the device's memory only as it needs it, and shares compiled programs with the others."""
     paths = [str(HERE.parent), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     for name, value in {
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / "factlab_programs"),
+        "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(tempfile.gettempdir()) / "factlab_programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
         "OMP_NUM_THREADS": "1",
     }.items():
         environment.setdefault(name, value)
     command = [sys.executable, "-m", "factlab.worker"]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-
-
-def _ask(process: subprocess.Popen[str], run: Run, deadline: float | None) -> dict[str, Any]:
-    """A worker's answer to a run: `result`, `late` or `error`."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        print(json.dumps({**dataclasses.asdict(run), "name": run.name, "deadline": deadline}), file=process.stdin)
-        process.stdin.flush()
-        line = process.stdout.readline()
-    except OSError as error:
-        line = ""
-        print(f"worker {process.pid}: {error}", flush=True)
-    if not line:
-        return {"error": f"the worker ended with {process.wait()}"}
-    return json.loads(line)

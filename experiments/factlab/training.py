@@ -35,7 +35,7 @@ CHUNK = 50
 WARMUP_STEPS, FINAL_FRACTION = 100, 0.05
 CURVE_POINTS = 8
 TEST_ROWS = 2048
-"""Questions in one forward pass of a test."""
+"""Questions in one forward pass of a test, where there are so many."""
 
 
 class OutOfTime(Exception):
@@ -113,6 +113,7 @@ class FactTrainer:
         picks = config.model.memory.picks if perfect_address and config.model.memory else 0
         slots = config.model.memory.num_slots if config.model.memory else 1
         num_facts = len(rows.tokens)
+        self.test_rows = min(TEST_ROWS, num_facts)
         self.on_device = DeviceRows(
             tokens=jnp.asarray(rows.tokens.reshape(-1, rows.tokens.shape[-1])),
             answers=jnp.asarray(rows.answers.reshape(-1, 2)),
@@ -174,12 +175,11 @@ class FactTrainer:
                 curve.append({**point, "flops": point["tokens"] * flops_per_token})
                 if done < steps:
                     state = dataclasses.replace(state, reads=self.trainer.no_reads())
-                each = training_seconds / max(1, first)
-                left = each * (steps - done)
-                tell(
-                    f"step {done}/{steps}, loss {losses[-1]:.3f}, recall {point['recall']:.3f}, "
-                    f"{tokens_per_step / max(each, 1e-9) / 1e6:.2f} M tokens/s, {left:.0f} s left"
-                )
+                speed = ""
+                if first:
+                    each = training_seconds / first
+                    speed = f", {tokens_per_step / each / 1e6:.2f} M tokens/s, {each * (steps - done):.0f} s left"
+                tell(f"step {done}/{steps}, loss {losses[-1]:.3f}, recall {point['recall']:.3f}{speed}")
             if deadline is not None and first > 0:
                 left = training_seconds / first * (steps - done)
                 if time.time() + left > deadline:
@@ -208,9 +208,9 @@ class FactTrainer:
         """Every fact asked in its test wording: greedy exact match, and the answer's negative log likelihood."""
         tokens, answers = self.rows.tokens[:, 0], self.rows.answers[:, 0]
         count = len(tokens)
-        fill = -count % TEST_ROWS
-        split = lambda rows: np.pad(rows, [(0, fill), (0, 0)]).reshape(-1, TEST_ROWS, rows.shape[1])
-        numbers = np.pad(np.arange(count, dtype=np.int32), (0, fill)).reshape(-1, TEST_ROWS)
+        fill = -count % self.test_rows
+        split = lambda rows: np.pad(rows, [(0, fill), (0, 0)]).reshape(-1, self.test_rows, rows.shape[1])
+        numbers = np.pad(np.arange(count, dtype=np.int32), (0, fill)).reshape(-1, self.test_rows)
         found = self._test(state.params, state.tables, self.on_device.slots, split(tokens), split(answers), numbers)
         return Answers(*(np.asarray(part).reshape(-1)[:count] for part in found))
 
@@ -232,12 +232,11 @@ class FactTrainer:
         return {name: float(found.correct[counted & (self.rows.groups == number)].mean()) for number, name in names}
 
     def write_answers(self, state: TrainState, facts: np.ndarray) -> dict[int, list[int]]:
-        """Greedy answers (token ids) to the test wordings of some facts, by number; those beyond a multiple of
-        TEST_ROWS are left out, but a first part is always asked."""
-        facts = facts[: max(TEST_ROWS, len(facts) // TEST_ROWS * TEST_ROWS)]
+        """Greedy answers (token ids) to the test wordings of some facts, by the facts' numbers."""
         written: dict[int, list[int]] = {}
-        for start in range(0, len(facts), TEST_ROWS):
-            some = np.resize(facts[start : start + TEST_ROWS], TEST_ROWS)
+        for start in range(0, len(facts), self.test_rows):
+            # One shape for all: the last part is filled up with facts that are asked twice.
+            some = np.resize(facts[start : start + self.test_rows], self.test_rows)
             begins = self.rows.answers[some, 0, 0]
             tokens = np.asarray(self._write(state.params, state.tables, self.rows.tokens[some, 0], begins))
             for fact, row, begin in zip(some.tolist(), tokens.tolist(), begins.tolist(), strict=True):
