@@ -103,10 +103,10 @@ class FactTrainer:
         for name, rate in (("optim", optim), ("optim.table", optim.table)):
             if (rate.lr, rate.schedule, rate.warmup_steps) != (1.0, "constant", 0):
                 raise ValueError(f"{name} must have lr=1, schedule=constant, warmup_steps=0: rates are given to `run`")
-        if (config.model.vocab_size, config.data.sequence_length) != (rows.vocab_size, rows.length):
+        if config.model.vocab_size < rows.vocab_size or config.data.sequence_length != rows.length:
             raise ValueError(
-                f"model.vocab_size={config.model.vocab_size} and data.sequence_length={config.data.sequence_length} "
-                f"must be those of the facts, {rows.vocab_size} and {rows.length}"
+                f"model.vocab_size={config.model.vocab_size} must be at least {rows.vocab_size} and "
+                f"data.sequence_length={config.data.sequence_length} must be {rows.length}, as the facts are"
             )
         self.config, self.rows, self.perfect_address = config, rows, perfect_address
         self.trainer = Trainer.of(config)

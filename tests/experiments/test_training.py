@@ -7,14 +7,22 @@ import pytest
 from factlab import training
 from factlab.rows import biography_rows, draw_order
 
-from memjax.config import BiographiesConfig, DataConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from memjax.config import TableOptimConfig
+from memjax.config import (
+    BiographiesConfig,
+    DataConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TableOptimConfig,
+    TrainConfig,
+)
+from memjax.training.mesh import make_mesh
 from memjax.training.state import Trainer
 from memjax.training.step import make_train_step
-from memjax.training.mesh import make_mesh
 
 RATES = training.Rates(2e-2, 3e-1)
-SIZES = {"dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24, "dtype": "float32"}
+SIZES = {"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +30,13 @@ def rows():
     return biography_rows(BiographiesConfig(num_people=8))
 
 
+@pytest.fixture(scope="module")
+def trainer(rows):
+    return training.FactTrainer(config_of(rows), rows)
+
+
 def config_of(rows, **schedule) -> RunConfig:
-    model = ModelConfig(**SIZES, vocab_size=rows.vocab_size, memory=MemoryConfig(layers=(1,), num_keys=8, top_k=4))
+    model = ModelConfig(**SIZES, vocab_size=259, memory=MemoryConfig(layers=(0,), num_keys=8, top_k=4))
     at = lambda lr: {"lr": lr, "schedule": "constant", "warmup_steps": 0} if not schedule else {"lr": lr, **schedule}
     rates = RATES if schedule else training.Rates(1.0, 1.0)
     return RunConfig(
@@ -34,17 +47,16 @@ def config_of(rows, **schedule) -> RunConfig:
     )
 
 
-def test_a_run_is_the_librarys_step_at_the_librarys_schedule_and_its_answers_are_checked_one_by_one(rows):
-    exposures = 50 * 16 / 48
-    result = training.FactTrainer(config_of(rows), rows).run(RATES, exposures=exposures, seed=3)
+def test_a_run_is_the_librarys_step_at_the_librarys_schedule_and_its_answers_are_checked_one_by_one(rows, trainer):
+    result = trainer.run(RATES, exposures=50 * 16 / 48, seed=3)
 
-    trainer = Trainer.of(config_of(rows, schedule="cosine", warmup_steps=100, final_fraction=0.05))
-    mesh = make_mesh(trainer.config, jax.devices()[:1])
+    plain = Trainer.of(config_of(rows, schedule="cosine", warmup_steps=100, final_fraction=0.05))
+    mesh = make_mesh(plain.config, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        state, step = jax.jit(trainer.init)(jax.random.key(3)), make_train_step(trainer, mesh)
+        state, step = jax.jit(plain.init)(jax.random.key(3)), make_train_step(plain, mesh)
         for numbers in draw_order(rows, batch_size=16, steps=50, seed=3):
-            state, metrics = step(state, batch_by_hand(rows, numbers))
-    model = trainer.parts.assemble(state.params, state.tables)
+            state, _ = step(state, batch_by_hand(rows, numbers))
+    model = plain.parts.assemble(state.params, state.tables)
     right, nats = [], 0.0
     logits = np.asarray(jax.jit(lambda model, tokens: model(tokens))(model, rows.tokens[:, 0, :-1]), np.float64)
     for row, scores, (begin, end) in zip(rows.tokens[:, 0], logits, rows.answers[:, 0], strict=True):
@@ -55,7 +67,8 @@ def test_a_run_is_the_librarys_step_at_the_librarys_schedule_and_its_answers_are
     assert result["steps"] == 50
     assert result["recall"] == pytest.approx(np.mean(right), abs=2 / 48)  # near ties may fall either way
     assert result["stored_bits"] == pytest.approx(rows.bits.sum() - nats / np.log(2), rel=1e-2)
-    assert nats < 48 * 6  # it has learned: untrained, each answer costs more than log(vocabulary) = 6 nats
+    untrained = 8 * (5 * 2 + 4) * np.log(259)  # five answers of a word and a date, each with its end
+    assert nats < 0.6 * untrained
 
 
 def batch_by_hand(rows, numbers):
@@ -73,8 +86,9 @@ def test_in_the_control_every_token_of_a_sentence_reads_the_slots_of_its_fact(ro
     trainer = training.FactTrainer(config_of(rows), rows, perfect_address=True)
     facts = jnp.array([5, 0, 5])
     addressed = trainer._addressed(trainer.on_device.slots, facts)
-    params, tables = addressed.parts.init(jax.random.key(0))
-    lookup = addressed.parts.assemble(params, tables).blocks[1].memory.lookup(None)
+    parts = addressed.parts
+    params, tables = jax.jit(lambda key: parts.init(key))(jax.random.key(0))
+    lookup = parts.assemble(params, tables).blocks[0].memory.lookup(None)
     read = np.asarray(lookup.indices).reshape(3, rows.length, -1)
     assert (read == read[:, :1]).all()
     assert (read[0] == read[2]).all()
@@ -82,9 +96,9 @@ def test_in_the_control_every_token_of_a_sentence_reads_the_slots_of_its_fact(ro
     assert np.asarray(lookup.weights).sum(axis=1) == pytest.approx(2)  # 1 for each head
 
 
-def test_a_run_that_would_miss_its_deadline_ends_early(rows):
+def test_a_run_that_would_miss_its_deadline_ends_early(trainer):
     with pytest.raises(training.OutOfTime, match="more are needed"):
-        training.FactTrainer(config_of(rows), rows).run(RATES, exposures=1e4, seed=0, deadline=0.0)
+        trainer.run(RATES, exposures=1e4, seed=0, deadline=0.0)
 
 
 def test_rates_of_their_own_are_refused(rows):
