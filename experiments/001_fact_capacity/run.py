@@ -92,7 +92,9 @@ def gate(size: Size) -> list[Run]:
     one = lambda family, rates, *settings, **options: a_run(
         "gate", size, family, rates, size.gate_exposures, settings=settings, **options
     )
-    dense = [one("dense_x1", rates, *scale) for rates in DENSE for scale in ((), ("--model.embedding_init_std", "null"))]
+    dense = [
+        one("dense_x1", rates, *scale) for rates in DENSE for scale in ((), ("--model.embedding_init_std", "null"))
+    ]
     keys = ((), ("--optim.key_lr_factor", "1.0"))
     memory = [one("memory_plus", rates, *factor) for rates in SPARSE for factor in keys]
     layers = [one("memory_plus", SPARSE[0], "--model.memory.layers", which) for which in ("1,3", "2")]
@@ -143,7 +145,12 @@ def report(rows: list[Result], folder: pathlib.Path) -> str:
         if found := of_stage(stage):
             head = ("family", "lr", "of tables", "settings", "recall", "stored kbit")
             tried = [
-                (f"`{row['family']}`", f"{row['lr']:g}", f"{row['table_lr']:g}" if row["table_lr"] else "", settings(row))
+                (
+                    f"`{row['family']}`",
+                    f"{row['lr']:g}",
+                    f"{row['table_lr']:g}" if row["table_lr"] else "",
+                    settings(row),
+                )
                 + (f"{row['recall']:.1%}", f"{row['stored_bits'] / 1e3:.0f}")
                 for row in found
             ]

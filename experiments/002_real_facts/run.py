@@ -1,7 +1,7 @@
 """How many real facts do dense and memory models recall, closed-book? See README.md.
 
-    python experiments/002_real_facts/run.py --prepare entity_questions/train.jsonl.xz    # once, on any machine
-    python experiments/002_real_facts/run.py --seconds 570                                # again until all is done
+python experiments/002_real_facts/run.py --prepare entity_questions/train.jsonl.xz    # once, on any machine
+python experiments/002_real_facts/run.py --seconds 570                                # again until all is done
 """
 
 import dataclasses
@@ -57,6 +57,7 @@ def main() -> None:
     arguments = options.parse_args()
     # Only now, so that --help need not wait.
     from factlab.entity_questions import prepare
+
     from memjax.data.records import DataError
 
     try:

@@ -90,7 +90,9 @@ def prepare(source: pathlib.Path, target: pathlib.Path, *, vocab_size: int, seed
     """Writes the facts in all wordings as token arrays, in random order; returns how many they are."""
     facts = read_facts(source)
     facts = [facts[i] for i in np.random.default_rng(seed).permutation(len(facts))]
-    prompts = [[fact.question, *(wording.format(fact.subject) for wording in STATEMENTS[fact.relation])] for fact in facts]
+    prompts = [
+        [fact.question, *(wording.format(fact.subject) for wording in STATEMENTS[fact.relation])] for fact in facts
+    ]
     answers = [f" {fact.answers[0]}" for fact in facts]
     told = [f"{prompt}{answer}" for row, answer in zip(prompts, answers, strict=True) for prompt in row]
     tokenizer = train_bpe(told[:: max(1, len(told) // 200_000)], vocab_size)
@@ -102,6 +104,8 @@ def prepare(source: pathlib.Path, target: pathlib.Path, *, vocab_size: int, seed
             rows.append([head + answer + [EOS] for head in heads])
             ends.append([(len(head), len(head) + len(answer) + 1) for head in heads])
             kept.append(place)
+    if not rows:
+        raise DataError(f"{source}: no fact of the known relations fits in {MAX_LENGTH} tokens of {vocab_size:,}")
     tokens = np.zeros((len(rows), len(rows[0]), MAX_LENGTH + 1), np.uint16)
     for fact, sentences in enumerate(rows):
         for wording, sentence in enumerate(sentences):
@@ -115,7 +119,9 @@ def prepare(source: pathlib.Path, target: pathlib.Path, *, vocab_size: int, seed
         accepted=np.array([json.dumps(facts[place].answers, ensure_ascii=False) for place in kept]),
         tokenizer=np.array(json.dumps(tokenizer.to_state(), ensure_ascii=False)),
     )
-    print(f"{len(kept):,} of {len(facts):,} facts in at most {MAX_LENGTH} tokens, {tokenizer.vocab_size:,} tokens known")
+    print(
+        f"{len(kept):,} of {len(facts):,} facts in at most {MAX_LENGTH} tokens, {tokenizer.vocab_size:,} tokens known"
+    )
     return len(kept)
 
 

@@ -63,7 +63,7 @@ def write_into(readme: pathlib.Path, text: str) -> None:
 
 
 def draw(path: pathlib.Path, panels: Sequence[tuple[str, str, dict[str, list[tuple[Any, Any]]]]], x_label: str) -> None:
-    """A picture of panels (title, label of y, points (x, values of the seeds) by name), with the spread of the seeds."""
+    """A picture of panels: title, label of y, and points (x, values of the seeds) by name; bars are their spread."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Facts in all their wordings as arrays of token ids, made once, so that drawing a batch is one gather on the device."""
+"""Facts in all their wordings as token ids in arrays, made once, so that a batch is a single gather on the device."""
 
 import math
 from collections.abc import Sequence

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from jax import Array
 
+from factlab.rows import FactRows, draw_order
 from memjax.config import RunConfig, ScheduleConfig
 from memjax.evaluation.recall import zero_tables
 from memjax.memory.layer import Lookup
@@ -27,8 +28,6 @@ from memjax.training.optimizer import make_schedule
 from memjax.training.row_optimizer import TableOptimizer
 from memjax.training.state import Trainer, TrainState
 from memjax.training.step import Batch, train_step
-
-from factlab.rows import FactRows, draw_order
 
 CHUNK = 50
 """Steps for each call of the device."""
@@ -264,9 +263,7 @@ class FactTrainer:
             return {}
         parts = self.trainer.parts
         zeroed = zero_tables(parts.assemble(state.params, state.tables))
-        without = dataclasses.replace(
-            state, tables={pool: table.rows[...] for pool, table in zeroed.tables.items()}
-        )
+        without = dataclasses.replace(state, tables={pool: table.rows[...] for pool, table in zeroed.tables.items()})
         used = {name: float(statistics(counts).used_fraction) for name, counts in state.reads.items()}
         return {"used_fraction": used, "recall_zeroed": self.summary(self.test(without))["recall"]}
 

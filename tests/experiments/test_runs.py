@@ -33,7 +33,15 @@ def pool(monkeypatch, tmp_path):
 def a_run(family, seed=0, **options):
     facts = {"people": 3}
     return runs.Run(
-        stage="full", family=family, config=f"{family}.yaml", lr=1e-3, table_lr=0.0, exposures=2, facts=facts, seed=seed, **options
+        stage="full",
+        family=family,
+        config=f"{family}.yaml",
+        lr=1e-3,
+        table_lr=0.0,
+        exposures=2,
+        facts=facts,
+        seed=seed,
+        **options,
     )
 
 
