@@ -88,7 +88,9 @@ def test_in_the_control_every_token_of_a_sentence_reads_the_slots_of_its_fact(ro
     addressed = trainer._addressed(trainer.on_device.slots, facts)
     parts = addressed.parts
     params, tables = jax.jit(lambda key: parts.init(key))(jax.random.key(0))
-    lookup = parts.assemble(params, tables).blocks[0].memory.lookup(None)
+    memory = parts.assemble(params, tables).blocks[0].memory
+    assert memory is not None
+    lookup = memory.lookup(jnp.zeros((3 * rows.length, 16)))
     read = np.asarray(lookup.indices).reshape(3, rows.length, -1)
     assert (read == read[:, :1]).all()
     assert (read[0] == read[2]).all()
