@@ -55,6 +55,8 @@ RATES = {
     "dense_x1": DENSE,
     "dense_x2": DENSE,
     "dense_x4": DENSE,
+    "moe": DENSE,
+    "peer": SPARSE,
     "memory": SPARSE,
     "memory_plus": SPARSE,
 }
@@ -166,8 +168,8 @@ def headline(family: str, runs: list[Result]) -> tuple[str, ...]:
     return (
         f"`{family}`",
         millions(row["flops_per_token"]),
-        millions(parameters["dense"] - parameters.get("experts", 0)),
-        millions(parameters["total"] - parameters["dense"] + parameters.get("experts", 0)),
+        millions(parameters["dense"] + parameters["routers"]),
+        millions(parameters["table"] + parameters["experts"]),
         f"{row['lr']:g}" + (f", {row['table_lr']:g}" if row["table_lr"] else ""),
         spread(runs, lambda row: row["recall"]),
         zeroed,
