@@ -7,18 +7,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memjax.config import MemoryConfig, ModelConfig, RunConfig, SamplingConfig
+    from memjax.config import ExpertsConfig, MemoryConfig, ModelConfig, RunConfig, SamplingConfig
     from memjax.data.tokenizer import Tokenizer
     from memjax.interop.official import from_official
     from memjax.interop.upcycle import upcycle, upcycle_run
     from memjax.loading import load
-    from memjax.memory.layer import Lookup, MemoryLayer
+    from memjax.memory.expert_lookup import ExpertLookupLayer
+    from memjax.memory.keys import Lookup
+    from memjax.memory.layer import MemoryLayer
     from memjax.memory.parallel import zero_tap
     from memjax.memory.sparse_gradient import row_sparse_value_and_grad
     from memjax.memory.table import TableRows, ValueTable
     from memjax.models.decoder import Decoder
     from memjax.ops.embedding_bag.api import embedding_bag
     from memjax.ops.embedding_dot.api import embedding_dot
+    from memjax.ops.grouped_matmul.api import grouped_matmul
     from memjax.ops.product_key_search.api import product_key_search
     from memjax.ops.row_gradient import RowGradient
     from memjax.ops.row_update.api import row_update
@@ -30,6 +33,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Continuation",
     "Decoder",
+    "ExpertLookupLayer",
+    "ExpertsConfig",
     "Lookup",
     "MemoryConfig",
     "MemoryLayer",
@@ -46,6 +51,7 @@ __all__ = [
     "embedding_bag",
     "embedding_dot",
     "from_official",
+    "grouped_matmul",
     "load",
     "product_key_search",
     "row_sparse_value_and_grad",
@@ -60,7 +66,9 @@ __all__ = [
 _MODULES = {
     "Continuation": "text_generation",
     "Decoder": "models.decoder",
-    "Lookup": "memory.layer",
+    "ExpertLookupLayer": "memory.expert_lookup",
+    "ExpertsConfig": "config",
+    "Lookup": "memory.keys",
     "MemoryConfig": "config",
     "MemoryLayer": "memory.layer",
     "ModelConfig": "config",
@@ -75,6 +83,7 @@ _MODULES = {
     "embedding_bag": "ops.embedding_bag.api",
     "embedding_dot": "ops.embedding_dot.api",
     "from_official": "interop.official",
+    "grouped_matmul": "ops.grouped_matmul.api",
     "load": "loading",
     "product_key_search": "ops.product_key_search.api",
     "row_sparse_value_and_grad": "memory.sparse_gradient",

@@ -1,6 +1,7 @@
 """Every setting of a run, as frozen dataclasses. Nothing here imports JAX, so a wrong config is refused at once.
 
 The defaults are the quick start: a small model with one memory layer that learns generated biographies on a CPU.
+The model's own settings are in `memjax.model_config`; their names are here too.
 Checks that need one section stand in its `__post_init__`; checks across sections stand in `RunConfig`.
 A check's message begins with `field=value`, which is how the loader finds the line to point at.
 """
@@ -10,223 +11,52 @@ import math
 import re
 from typing import Literal
 
-DType = Literal["auto", "float32", "bfloat16", "float64"]
+from memjax.config_checks import not_empty, not_negative, positive, refuse
+from memjax.model_config import (
+    BlockKind,
+    DType,
+    ExpertLookupConfig,
+    ExpertsConfig,
+    LookupKind,
+    MemoryConfig,
+    ModelConfig,
+    ProductKeyConfig,
+    RopeScalingConfig,
+    TableSizes,
+)
 
-
-def _refuse(problems: list[str | None]) -> None:
-    """Raises one ValueError with every problem on a line of its own; does nothing when there is none."""
-    found = [problem for problem in problems if problem]
-    if found:
-        raise ValueError("\n".join(found))
-
-
-def _positive(**fields: int | float | None) -> list[str | None]:
-    return [f"{name}={value} must be positive" for name, value in fields.items() if value is not None and value <= 0]
-
-
-def _not_empty(**fields: str | None) -> list[str | None]:
-    return [f"{name}={value!r} must not be empty" for name, value in fields.items() if value is not None and not value]
-
-
-def _not_negative(**fields: int | float | None) -> list[str | None]:
-    return [f"{name}={value} must not be negative" for name, value in fields.items() if value is not None and value < 0]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class MemoryConfig:
-    """Memory layers: which blocks have one, and the sizes of the lookup."""
-
-    layers: tuple[int, ...] = (1, 2)
-    """Blocks (0-based) that have a memory layer."""
-    placement: Literal["replace", "beside"] = "replace"
-    """replace: the memory takes the feed-forward layer's place (the paper); beside: the block has both, and adds them
-    up; what the memory adds is scaled by learned numbers that begin at zero, so that at first it changes nothing."""
-    num_keys: int = 64
-    """Sub-keys per half; the table has num_keys squared slots."""
-    num_heads: int = 2
-    """Independent lookups per token; their outputs add up."""
-    top_k: int = 8
-    """Slots read per head and token."""
-    key_dim: int = 64
-    """Width of a query and of a whole key (each half has key_dim / 2)."""
-    value_dim: int | None = None
-    """Width of a table row; null means model.dim."""
-    gate: Literal["none", "silu"] = "silu"
-    """silu: Memory+, out = W2 (y * silu(W1 x)); none: the plain memory layer."""
-    output_gate: bool = False
-    """Scale each token's output by a learned number between 0 and 1 (the paper's '+gated')."""
-    qk_norm: bool = True
-    """Scale both halves of queries and keys to unit length before they are compared."""
-    score_scale: float = 4.0
-    """Factor on the scores before the softmax (the paper: 1, without qk_norm)."""
-    value_init_scale: float = 4.0
-    """Initial standard deviation of the table, in units of value_dim ** -0.5 (the paper: 1)."""
-    share: bool = True
-    """All memory layers read one table; false gives each layer its own."""
-    table_dtype: DType = "auto"
-    """auto: bfloat16 on GPUs, float32 on CPUs."""
-
-    def __post_init__(self) -> None:
-        _refuse(
-            _positive(
-                num_keys=self.num_keys,
-                num_heads=self.num_heads,
-                value_dim=self.value_dim,
-                score_scale=self.score_scale,
-                value_init_scale=self.value_init_scale,
-            )
-            + [
-                f"layers={list(self.layers)} must name at least one block; for a dense model set model.memory to null"
-                if not self.layers
-                else None,
-                f"layers={list(self.layers)} must be in rising order, each block once"
-                if list(self.layers) != sorted(set(self.layers))
-                else None,
-                f"top_k={self.top_k} must be in 1..num_keys={self.num_keys}: each half offers only num_keys candidates"
-                if not 1 <= self.top_k <= self.num_keys
-                else None,
-                f"num_keys={self.num_keys} must be at most 32768: slot numbers are 32-bit"
-                if self.num_keys > 32768
-                else None,
-                f"key_dim={self.key_dim} must be positive and even: it is split into two halves"
-                if self.key_dim <= 0 or self.key_dim % 2
-                else None,
-            ]
-        )
-
-    @property
-    def num_slots(self) -> int:
-        """Rows in a value table."""
-        return self.num_keys**2
-
-    @property
-    def picks(self) -> int:
-        """Rows read per token and layer, over all heads."""
-        return self.num_heads * self.top_k
-
-    def pool(self, layer: int) -> str:
-        """The name of the table that a block's memory layer reads."""
-        return "shared" if self.share else f"layer_{layer}"
-
-    @property
-    def pools(self) -> dict[str, tuple[int, ...]]:
-        """Each table's name and the blocks that read it."""
-        pools: dict[str, tuple[int, ...]] = {}
-        for layer in self.layers:
-            pools[self.pool(layer)] = (*pools.get(self.pool(layer), ()), layer)
-        return pools
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class RopeScalingConfig:
-    """Rotary frequencies slowed down for texts longer than those of a first training, as in Llama 3.1."""
-
-    factor: float = 8.0
-    """What slow frequencies are divided by: how much longer texts may get."""
-    low_freq_factor: float = 1.0
-    """Frequencies of fewer turns than this within original_length are slow."""
-    high_freq_factor: float = 4.0
-    """Frequencies of more turns than this within original_length stay as they are; those between are blended."""
-    original_length: int = 8192
-    """Tokens in the longest texts of the first training."""
-
-    def __post_init__(self) -> None:
-        _refuse(
-            _positive(factor=self.factor, low_freq_factor=self.low_freq_factor, original_length=self.original_length)
-            + [
-                f"high_freq_factor={self.high_freq_factor} must be above low_freq_factor={self.low_freq_factor}"
-                if self.high_freq_factor <= self.low_freq_factor
-                else None
-            ]
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """The decoder: Llama's shape, with memory layers in place of some feed-forward layers."""
-
-    dim: int = 64
-    """Width of the residual stream."""
-    num_layers: int = 3
-    """Number of blocks."""
-    num_heads: int = 2
-    """Query heads of the attention."""
-    num_kv_heads: int | None = None
-    """Key and value heads (grouped-query attention); null means num_heads."""
-    head_dim: int | None = None
-    """Width of an attention head; null means dim / num_heads."""
-    attention_bias: bool = False
-    """Whether the four projections of the attention have biases."""
-    ffn_dim: int = 96
-    """Hidden width of the feed-forward layers."""
-    vocab_size: int = 2048
-    """Rows of the embedding; a tokenizer with more tokens is refused, a trained one stays within it."""
-    rope_theta: float = 10000.0
-    """Base of the rotary position frequencies."""
-    rope_scaling: RopeScalingConfig | None = None
-    """Slower rotary frequencies for longer texts; null keeps them all."""
-    sliding_window: int | None = None
-    """Tokens that a token sees, itself and those before it; null for all of its document."""
-    norm_eps: float = 1e-5
-    """Added to the mean square in every RMSNorm."""
-    tie_embeddings: bool = False
-    """Use the embedding matrix as the output matrix too."""
-    embedding_init_std: float | None = 1.0
-    """Initial standard deviation of the embedding; null means dim ** -0.5 (the paper)."""
-    dtype: DType = "auto"
-    """Type of activations and matrix products; auto: bfloat16 on GPUs, float32 on CPUs."""
-    param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Type in which the dense parameters are kept."""
-    memory: MemoryConfig | None = dataclasses.field(default_factory=MemoryConfig)
-    """Memory layers; null gives a dense model."""
-
-    def __post_init__(self) -> None:
-        kv_heads = self.kv_heads
-        _refuse(
-            _positive(
-                dim=self.dim,
-                num_layers=self.num_layers,
-                num_heads=self.num_heads,
-                num_kv_heads=self.num_kv_heads,
-                head_dim=self.head_dim,
-                ffn_dim=self.ffn_dim,
-                vocab_size=self.vocab_size,
-                rope_theta=self.rope_theta,
-                sliding_window=self.sliding_window,
-                norm_eps=self.norm_eps,
-                embedding_init_std=self.embedding_init_std,
-            )
-            + [
-                f"num_heads={self.num_heads} must divide dim={self.dim} into heads of an even width, or head_dim be set"
-                if self.head_dim is None and self.num_heads > 0 and (self.dim % self.num_heads or self.head_width % 2)
-                else None,
-                f"head_dim={self.head_dim} must be even: rotary positions turn pairs of numbers"
-                if self.head_dim is not None and self.head_dim % 2
-                else None,
-                f"num_kv_heads={kv_heads} must divide num_heads={self.num_heads}"
-                if kv_heads > 0 and self.num_heads % kv_heads
-                else None,
-                f"memory.layers={list(self.memory.layers)} must lie in 0..{self.num_layers - 1}: "
-                f"the model has num_layers={self.num_layers} blocks"
-                if self.memory and any(not 0 <= layer < self.num_layers for layer in self.memory.layers)
-                else None,
-            ]
-        )
-
-    @property
-    def kv_heads(self) -> int:
-        """Key and value heads of the attention."""
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
-
-    @property
-    def head_width(self) -> int:
-        """Width of one attention head."""
-        return self.dim // self.num_heads if self.head_dim is None else self.head_dim
-
-    @property
-    def value_dim(self) -> int:
-        """Width of a row of the value tables (dim where there is no memory)."""
-        return (self.memory and self.memory.value_dim) or self.dim
+__all__ = [
+    "BiographiesConfig",
+    "BlockKind",
+    "CheckpointConfig",
+    "DType",
+    "DataConfig",
+    "EvalConfig",
+    "ExpertLookupConfig",
+    "ExpertsConfig",
+    "LogConfig",
+    "LookupKind",
+    "MemoryConfig",
+    "MeshConfig",
+    "MixtureConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ProcessesConfig",
+    "ProductKeyConfig",
+    "ProfileConfig",
+    "RopeScalingConfig",
+    "RunConfig",
+    "RunFolderConfig",
+    "SamplingConfig",
+    "ScheduleConfig",
+    "TableOptimConfig",
+    "TableSizes",
+    "TokenizerConfig",
+    "TrackioConfig",
+    "TrainConfig",
+    "WandbConfig",
+    "memory_axis_problems",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,8 +81,8 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         from_file = self.kind not in ("byte", "bpe")
-        _refuse(
-            _positive(train_bytes=self.train_bytes)
+        refuse(
+            positive(train_bytes=self.train_bytes)
             + [
                 f"{name}={value} is for a tokenizer from a file; set kind to hf, sentencepiece or tiktoken"
                 for name, value in (("path", self.path), ("bos", self.bos), ("eos", self.eos))
@@ -280,8 +110,8 @@ class BiographiesConfig:
     """Draws the people and their facts."""
 
     def __post_init__(self) -> None:
-        _refuse(
-            _positive(num_people=self.num_people)
+        refuse(
+            positive(num_people=self.num_people)
             + [
                 f"held_out_fraction={self.held_out_fraction} must be in 0..1"
                 if not 0 <= self.held_out_fraction <= 1
@@ -304,8 +134,8 @@ class MixtureConfig:
     """Share of the tokens of the training, relative to the weights of the other parts."""
 
     def __post_init__(self) -> None:
-        _refuse(
-            _positive(weight=self.weight)
+        refuse(
+            positive(weight=self.weight)
             + [
                 f"name={self.name} must consist of letters, digits, - and _: a folder and metrics are named after it"
                 if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name)
@@ -361,9 +191,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         names = [part.name for part in self.mixture]
-        _refuse(
-            _positive(sequence_length=self.sequence_length, batch_size=self.batch_size)
-            + _not_negative(num_workers=self.num_workers, max_malformed=self.max_malformed)
+        refuse(
+            positive(sequence_length=self.sequence_length, batch_size=self.batch_size)
+            + not_negative(num_workers=self.num_workers, max_malformed=self.max_malformed)
             + [
                 f"source={self.source} needs the parts to mix; list them in mixture, as {{name, path, weight}} each"
                 if self.source == "mixture" and not self.mixture
@@ -405,8 +235,8 @@ class ScheduleConfig:
     """Where a cosine schedule ends, as a share of lr."""
 
     def __post_init__(self) -> None:
-        _refuse(
-            _not_negative(lr=self.lr, warmup_steps=self.warmup_steps)
+        refuse(
+            not_negative(lr=self.lr, warmup_steps=self.warmup_steps)
             + [
                 f"final_fraction={self.final_fraction} must be in 0..1" if not 0 <= self.final_fraction <= 1 else None,
             ]
@@ -437,7 +267,7 @@ class TableOptimConfig(ScheduleConfig):
 
     def __post_init__(self) -> None:
         ScheduleConfig.__post_init__(self)
-        _refuse(_positive(eps=self.eps, state_columns=self.state_columns) + _betas(self.beta1, self.beta2))
+        refuse(positive(eps=self.eps, state_columns=self.state_columns) + _betas(self.beta1, self.beta2))
 
     @property
     def is_dense(self) -> bool:
@@ -482,9 +312,9 @@ class OptimConfig(ScheduleConfig):
 
     def __post_init__(self) -> None:
         ScheduleConfig.__post_init__(self)
-        _refuse(
-            _positive(eps=self.eps, clip=self.clip)
-            + _not_negative(weight_decay=self.weight_decay, key_lr_factor=self.key_lr_factor)
+        refuse(
+            positive(eps=self.eps, clip=self.clip)
+            + not_negative(weight_decay=self.weight_decay, key_lr_factor=self.key_lr_factor)
             + _betas(self.beta1, self.beta2)
         )
 
@@ -502,7 +332,7 @@ class MeshConfig:
     used; or replicated, whole on every device, which sends less."""
 
     def __post_init__(self) -> None:
-        _refuse(_positive(data=self.data, memory=self.memory))
+        refuse(positive(data=self.data, memory=self.memory))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -522,9 +352,9 @@ class ProcessesConfig:
 
     def __post_init__(self) -> None:
         host, _, port = (self.coordinator or "host:1").rpartition(":")
-        _refuse(
-            _positive(count=self.count, start_timeout=self.start_timeout, silence_timeout=self.silence_timeout)
-            + _not_negative(index=self.index)
+        refuse(
+            positive(count=self.count, start_timeout=self.start_timeout, silence_timeout=self.silence_timeout)
+            + not_negative(index=self.index)
             + [
                 f"coordinator={self.coordinator} must be HOST:PORT, as in node1:12345"
                 if not (host and port.isdecimal())
@@ -554,7 +384,7 @@ class TrainConfig:
     where it can run."""
 
     def __post_init__(self) -> None:
-        _refuse(_positive(steps=self.steps, accumulate=self.accumulate))
+        refuse(positive(steps=self.steps, accumulate=self.accumulate))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -571,7 +401,7 @@ class CheckpointConfig:
     """Compare every array with its digest when it is read."""
 
     def __post_init__(self) -> None:
-        _refuse(_positive(every=self.every, keep=self.keep))
+        refuse(positive(every=self.every, keep=self.keep))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -586,7 +416,7 @@ class EvalConfig:
     """People asked about in the recall test at the end (source: biographies)."""
 
     def __post_init__(self) -> None:
-        _refuse(_positive(every=self.every, batches=self.batches, recall_people=self.recall_people))
+        refuse(positive(every=self.every, batches=self.batches, recall_people=self.recall_people))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -601,7 +431,7 @@ class WandbConfig:
     """offline keeps everything in the run's folder, for `wandb sync`."""
 
     def __post_init__(self) -> None:
-        _refuse(_not_empty(project=self.project, name=self.name))
+        refuse(not_empty(project=self.project, name=self.name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -614,7 +444,7 @@ class TrackioConfig:
     """The run's name; null takes that of its folder."""
 
     def __post_init__(self) -> None:
-        _refuse(_not_empty(project=self.project, name=self.name))
+        refuse(not_empty(project=self.project, name=self.name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -629,7 +459,7 @@ class ProfileConfig:
     """Operations in the table."""
 
     def __post_init__(self) -> None:
-        _refuse(_positive(start=self.start, steps=self.steps, top=self.top))
+        refuse(positive(start=self.start, steps=self.steps, top=self.top))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -650,7 +480,7 @@ class LogConfig:
     """Trace some steps; '{}' switches it on with its defaults."""
 
     def __post_init__(self) -> None:
-        _refuse(_positive(progress_seconds=self.progress_seconds, usage_every=self.usage_every))
+        refuse(positive(progress_seconds=self.progress_seconds, usage_every=self.usage_every))
 
 
 # Without slots, so that the settings of a command can inherit from it and from another class.
@@ -671,9 +501,9 @@ class SamplingConfig:
     """Of the draws; the same seed writes the same text."""
 
     def __post_init__(self) -> None:
-        _refuse(
-            _not_negative(temperature=self.temperature)
-            + _positive(top_k=self.top_k, repetition_penalty=self.repetition_penalty)
+        refuse(
+            not_negative(temperature=self.temperature)
+            + positive(top_k=self.top_k, repetition_penalty=self.repetition_penalty)
             + [f"top_p={self.top_p} must be above 0 and at most 1" if not 0 < self.top_p <= 1 else None]
         )
 
@@ -720,14 +550,14 @@ class RunConfig:
             if self.model.vocab_size < 259 and self.data.tokenizer.kind in ("byte", "bpe")
             else None,
         ]
-        if self.optim.freeze_dense and not self.model.memory:
+        if self.optim.freeze_dense and not self.model.lookups:
             problems.append(
                 "optim.freeze_dense=True leaves nothing to train without model.memory; give the model memory layers, "
                 "or train the dense part"
             )
-        if self.model.memory:
-            problems += memory_axis_problems(self.model.value_dim, self.mesh.memory, self.optim.table)
-        _refuse(problems)
+        for width in sorted({table.width for table in self.model.tables.values()}):
+            problems += memory_axis_problems(width, self.mesh.memory, self.optim.table)
+        refuse(problems)
 
 
 MIN_COLUMNS_PER_DEVICE = 64

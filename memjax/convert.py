@@ -220,8 +220,12 @@ def _tell_of_run(out: str, model: ModelConfig) -> None:
 
 def describe(model: ModelConfig) -> str:
     """A model's shape in a few words."""
-    memory = f", memory in blocks {', '.join(map(str, model.memory.layers))}" if model.memory else ""
-    return f"{model.num_layers} blocks of width {model.dim}, weights in {model.param_dtype}{memory}"
+    words = {"memory": "memory", "expert_lookup": "expert lookups"}
+    lookups = [
+        f", {words[kind]} in blocks {', '.join(map(str, section.layers))}"
+        for kind, section in model.lookup_sections.items()
+    ]
+    return f"{model.num_layers} blocks of width {model.dim}, weights in {model.param_dtype}{''.join(lookups)}"
 
 
 def _stay_on_cpu() -> None:

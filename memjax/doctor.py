@@ -110,13 +110,24 @@ def _operations() -> dict[str, Callable[[str], Any]]:
         loss = lambda queries, keys: jnp.sum(memjax.product_key_search(queries, keys, 5, implementation=name)[0] ** 2)
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(queries, keys)
 
+    def experts(name: str) -> Any:
+        sizes = jnp.asarray([20, 0, 13], jnp.int32)
+        loss = lambda rows, matrices: jnp.sum(memjax.grouped_matmul(rows, matrices, sizes, implementation=name) ** 2)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(vectors, draw(3, 96, 40))
+
     def update(name: str) -> Any:
         step = lambda table, state: memjax.row_update(
             table, state, [gradient], rule, memjax.row_step(1e-2, 0), implementation=name
         )
         return jax.jit(step)(table, rule.init(500, 96))
 
-    return {"product_key_search": search, "embedding_bag": bag, "embedding_dot": dot, "row_update": update}
+    return {
+        "product_key_search": search,
+        "embedding_bag": bag,
+        "embedding_dot": dot,
+        "row_update": update,
+        "grouped_matmul": experts,
+    }
 
 
 def _compare(run: Callable[[str], Any], name: str) -> str:

@@ -160,7 +160,7 @@ def _text(found: "LoadedModel", settings: EvaluateConfig, source: "Source") -> d
 
     report = measure(found.model)
     print(f"bits per byte             {report['bits_per_byte']:.4f}", flush=True)
-    if settings.zero_tables and found.model.config.memory is not None:
+    if settings.zero_tables and found.model.config.lookups:
         report["zeroed"] = measure(zero_tables(found.model, donate=True))
         report["difference"] = report["zeroed"]["bits_per_byte"] - report["bits_per_byte"]
         print(f"  with the tables zeroed  {report['zeroed']['bits_per_byte']:.4f}")

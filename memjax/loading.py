@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 from memjax.checkpoint import CheckpointError, Checkpoints
-from memjax.config import ModelConfig, RunConfig
+from memjax.config import LookupKind, ModelConfig, RunConfig
 from memjax.data.tokenizer import Tokenizer
 from memjax.memory import parallel
 from memjax.models.decoder import Decoder, resolve_dtype
@@ -29,6 +29,8 @@ PARAMS, TABLES, META = "params", "tables", "meta"
 """The items of a step that a model is made of."""
 FORMAT = 1
 """Of what `meta_document` writes; raised when older code could not read it."""
+TableDtypes = Mapping[LookupKind, str]
+"""Names of the types of tables, by the section that they belong to."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,9 +69,7 @@ def load(
         CheckpointError: there is no such checkpoint, or it cannot be read here.
     """
     saved = load_as_saved(path, step=step)
-    memory = saved.model.config.memory
-    table_dtype = _wider(memory.table_dtype, saved.config.model) if memory else "float32"
-    config = _with_dtypes(saved.config.model, all_of=dtype, table=table_dtype)
+    config = _with_dtypes(saved.config.model, all_of=dtype, tables=_wider(saved))
     if config == saved.model.config:
         return saved
     _, params, tables = take_apart(saved.model)
@@ -90,8 +90,8 @@ def load_as_saved(path: str | os.PathLike[str], *, step: int | Literal["latest",
         wanted = _step(checkpoints, step)
         # Of all the steps of a run the config is the same; which of them is whole, only reading the arrays tells.
         saved = checkpoints.read_document(META, wanted)
-        config, table_dtype = _read_meta(saved, folder)
-        parts = DecoderParts.of(_with_dtypes(config.model, table=table_dtype))
+        config, table_dtypes = _read_meta(saved, folder)
+        parts = DecoderParts.of(_with_dtypes(config.model, tables=table_dtypes))
         whole, columns = _shardings(config.model, folder)
         params = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
@@ -129,14 +129,15 @@ def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 def meta_document(config: RunConfig, tokenizer: Tokenizer, *, step: int) -> dict[str, Any]:
     """What a checkpoint must say of itself, so that `load` can read it anywhere, as JSON values."""
-    memory = config.model.memory
+    dtypes = {kind: resolve_dtype(section.table_dtype).name for kind, section in config.model.lookup_sections.items()}
     return {
         "format": FORMAT,
         "step": step,
         "config": dataclasses.asdict(config),
         "tokenizer": tokenizer.to_state(),
         # 'auto' means another type on another machine.
-        "table_dtype": resolve_dtype(memory.table_dtype).name if memory else None,
+        "table_dtype": dtypes.get("memory"),
+        "expert_table_dtype": dtypes.get("expert_lookup"),
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("jax", "flax", "orbax-checkpoint")},
@@ -171,8 +172,8 @@ def _step(checkpoints: Checkpoints, step: int | str) -> int | None:
     return best
 
 
-def _read_meta(meta: dict[str, Any], folder: pathlib.Path) -> tuple[RunConfig, str]:
-    """The run's config, and the type that its tables are stored in."""
+def _read_meta(meta: dict[str, Any], folder: pathlib.Path) -> tuple[RunConfig, TableDtypes]:
+    """The run's config, and the types that its tables are stored in."""
     if meta.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder}: the checkpoint has format {meta.get('format')}, this version of memjax reads {FORMAT}; "
@@ -184,26 +185,30 @@ def _read_meta(meta: dict[str, Any], folder: pathlib.Path) -> tuple[RunConfig, s
     except pydantic.ValidationError as error:
         reason = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise CheckpointError(f"{folder}: the checkpoint's config is not one of this version: {reason}") from error
-    table_dtype = meta["table_dtype"] or "float32"
-    if "float64" in (config.model.param_dtype, table_dtype) and not jax.config.read("jax_enable_x64"):
+    stored: dict[LookupKind, Any] = {"memory": meta["table_dtype"], "expert_lookup": meta.get("expert_table_dtype")}
+    dtypes: TableDtypes = {kind: stored[kind] for kind in config.model.lookup_sections}
+    if "float64" in (config.model.param_dtype, *dtypes.values()) and not jax.config.read("jax_enable_x64"):
         raise CheckpointError(f"{folder}: the checkpoint is in float64; set JAX_ENABLE_X64=1 to load it")
-    return config, table_dtype
+    return config, dtypes
 
 
-def _wider(table_dtype: str, config: ModelConfig) -> str:
-    """The type a table gets here: never narrower than it was saved, because that would lose what it learned."""
-    wanted = resolve_dtype(config.memory.table_dtype) if config.memory else jnp.dtype(table_dtype)
-    return jnp.promote_types(table_dtype, wanted).name
+def _wider(saved: LoadedModel) -> TableDtypes:
+    """The types that tables get here: never narrower than saved, because that would lose what they learned."""
+    wanted, found = saved.config.model.lookup_sections, saved.model.config.lookup_sections
+    return {
+        kind: jnp.promote_types(found[kind].table_dtype, resolve_dtype(section.table_dtype)).name
+        for kind, section in wanted.items()
+    }
 
 
-def _with_dtypes(config: ModelConfig, *, table: str, all_of: DTypeLike | None = None) -> ModelConfig:
-    """The config with the type of its tables, or of everything, named."""
+def _with_dtypes(config: ModelConfig, *, tables: TableDtypes, all_of: DTypeLike | None = None) -> ModelConfig:
+    """The config with the types of its tables, or of everything, named."""
     changes: dict[str, Any] = {}
     if all_of is not None:
-        table = jnp.dtype(all_of).name
-        changes = {"dtype": table, "param_dtype": table}
-    if config.memory is not None:
-        changes["memory"] = dataclasses.replace(config.memory, table_dtype=table)
+        name = jnp.dtype(all_of).name
+        tables, changes = dict.fromkeys(tables, name), {"dtype": name, "param_dtype": name}
+    for kind, section in config.lookup_sections.items():
+        changes[kind] = dataclasses.replace(section, table_dtype=tables[kind])
     return dataclasses.replace(config, **changes)
 
 
@@ -212,10 +217,11 @@ def _shardings(config: ModelConfig, folder: pathlib.Path) -> tuple[Sharding | No
     if not parallel.has_memory_axis():
         return None, None
     mesh = jax.sharding.get_mesh()
-    if config.memory and config.value_dim % mesh.shape[parallel.MEMORY]:
+    devices = mesh.shape[parallel.MEMORY]
+    for width in {table.width for table in config.tables.values() if table.width % devices}:
         raise CheckpointError(
-            f"{folder}: rows of {config.value_dim} columns cannot be split evenly over "
-            f"{mesh.shape[parallel.MEMORY]} devices; use a number that divides the columns"
+            f"{folder}: rows of {width} columns cannot be split evenly over {devices} devices; "
+            "use a number that divides the columns"
         )
     return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, parallel.COLUMNS)
 

@@ -139,7 +139,8 @@ WRONG = {
         "model:\n  num_keys: 32\nsteps: 4\nmemory: {top_k: 1}\n",
         [],
         [
-            "config.yaml:2: model.num_keys: unknown setting; did you mean 'model.memory.num_keys'?",
+            "config.yaml:2: model.num_keys: unknown setting; did you mean 'model.memory.num_keys' or "
+            "'model.expert_lookup.num_keys'?",
             "config.yaml:3: steps: unknown setting; did you mean 'train.steps'?",
             "config.yaml:4: memory: unknown setting; did you mean 'model.memory'?",
         ],

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 
 from memjax.command_line import differences, load, to_yaml
-from memjax.config import DataConfig, MemoryConfig, MixtureConfig, ModelConfig, RopeScalingConfig, RunConfig
+from memjax.config import (
+    DataConfig,
+    ExpertLookupConfig,
+    ExpertsConfig,
+    MemoryConfig,
+    MixtureConfig,
+    ModelConfig,
+    RopeScalingConfig,
+    RunConfig,
+)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -83,6 +92,48 @@ def test_layers_outside_the_model_are_refused():
         ModelConfig(num_layers=3, memory=MemoryConfig(layers=(7,)))
 
 
+def test_every_block_is_of_one_kind():
+    mixed = ModelConfig(
+        num_layers=6,
+        memory=MemoryConfig(layers=(1, 4)),
+        expert_lookup=ExpertLookupConfig(layers=(2,)),
+        experts=ExpertsConfig(layers=(0, 5)),
+    )
+    kinds = ["experts", "memory", "expert_lookup", "dense", "memory", "experts"]
+    assert [mixed.kind(layer) for layer in range(6)] == kinds
+    assert mixed.layers_of("experts") == (0, 5)
+    assert mixed.layers_of("dense") == (3,)
+    # Without a list, experts take what nobody else names; a memory beside a feed-forward layer names its block.
+    beside = ModelConfig(memory=MemoryConfig(layers=(1,), placement="beside"), experts=ExpertsConfig())
+    assert [beside.kind(layer) for layer in range(3)] == ["experts", "dense", "experts"]
+    assert ModelConfig(memory=None).layers_of("dense") == (0, 1, 2)
+
+
+def test_a_block_that_two_lists_name_is_refused():
+    with pytest.raises(ValueError, match=r"experts\.layers=\[0, 2\] and memory\.layers both name \[2\]: a block is"):
+        ModelConfig(memory=MemoryConfig(layers=(1, 2)), experts=ExpertsConfig(layers=(0, 2)))
+    with pytest.raises(ValueError, match=r"expert_lookup\.layers=\[1\] and memory\.layers both name \[1\]"):
+        ModelConfig(memory=MemoryConfig(placement="beside"), expert_lookup=ExpertLookupConfig())
+    with pytest.raises(ValueError, match=r"experts\.layers=\[3\] must lie in 0\.\.2"):
+        ModelConfig(experts=ExpertsConfig(layers=(3,)))
+    with pytest.raises(ValueError, match=r"experts\.layers=null finds no block that is not named elsewhere"):
+        ModelConfig(memory=MemoryConfig(layers=(0, 1, 2)), experts=ExpertsConfig())
+
+
+def test_experts_that_cannot_be_are_refused():
+    for fields, problem in [
+        ({"top_k": 9}, r"top_k=9 must be in 1\.\.num_experts=8"),
+        ({"top_k": 1, "renormalize": True}, "renormalize=True would leave the router nothing to learn from"),
+        ({"routing": "expert_choice", "renormalize": True}, "renormalize=True would leave the router nothing"),
+        ({"routing": "expert_choice", "capacity": 9.0}, r"capacity=9\.0 must be above 0 and at most num_experts=8"),
+        ({"layers": ()}, r"layers=\[\] must name at least one block; for none, set the section to null"),
+        ({"balance_weight": -1.0, "ffn_dim": 0}, r"ffn_dim=0 must be positive\nbalance_weight=-1\.0 must not be neg"),
+    ]:
+        with pytest.raises(ValueError, match=problem):
+            ExpertsConfig(**fields)
+    assert (ExpertsConfig().chosen, ExpertsConfig(routing="expert_choice", top_k=99).chosen) == (2, 1)
+
+
 def test_stretched_frequencies_and_windows_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match=r"high_freq_factor=1\.0 must be above low_freq_factor=1\.0"):
         RopeScalingConfig(high_freq_factor=1.0)
@@ -108,8 +159,9 @@ def test_heads_that_cannot_be_are_refused():
 def test_derived_sizes():
     memory = MemoryConfig(layers=(0, 2), num_keys=100, num_heads=4, top_k=32)
     assert (memory.num_slots, memory.picks) == (10_000, 128)
-    assert memory.pools == {"shared": (0, 2)}
-    assert dataclasses.replace(memory, share=False).pools == {"layer_0": (0,), "layer_2": (2,)}
+    readers = lambda memory: {name: table.readers for name, table in ModelConfig(memory=memory).tables.items()}
+    assert readers(memory) == {"shared": (0, 2)}
+    assert readers(dataclasses.replace(memory, share=False)) == {"layer_0": (0,), "layer_2": (2,)}
 
 
 REQUIRED: dict[type, dict] = {MixtureConfig: {"name": "a", "path": "b"}}

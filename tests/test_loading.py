@@ -12,7 +12,7 @@ from flax import nnx
 
 import memjax
 from memjax.checkpoint import CheckpointError, Checkpoints
-from memjax.config import MemoryConfig, ModelConfig, RunConfig
+from memjax.config import ExpertLookupConfig, MemoryConfig, ModelConfig, RunConfig
 from memjax.data.tokenizer import ByteTokenizer, Tokenizer
 from memjax.loading import load, meta_document
 from memjax.models.decoder import Decoder
@@ -25,7 +25,9 @@ TOKENS = jnp.asarray([[1, 5, 9, 200], [1, 8, 7, 6]])
 def run_config(memory: bool = True, **model) -> RunConfig:
     small = MemoryConfig(layers=(1,), num_keys=8, num_heads=2, top_k=4, key_dim=8, value_dim=32)
     sizes = {"dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32, "vocab_size": 259}
-    return RunConfig(model=ModelConfig(**sizes, memory=small if memory else None, **model))
+    experts = ExpertLookupConfig(layers=(0,), num_keys=8, num_heads=2, top_k=4, key_dim=8, table_dtype="float32")
+    lookups = {"memory": small, "expert_lookup": experts} if memory else {"memory": None}
+    return RunConfig(model=ModelConfig(**sizes, **lookups, **model))
 
 
 forward = nnx.jit(lambda model, tokens: model(tokens))

@@ -80,7 +80,7 @@ def distinct_rows(trainer: Trainer, state: Any, batch: dict[str, jax.Array]) -> 
 
     @jax.jit
     def picks(params: Any, tables: Any, tokens: jax.Array, positions: jax.Array) -> list[jax.Array]:
-        lookups = trainer.parts.assemble(params, tables).hidden(tokens, positions)[1]
+        lookups = trainer.parts.assemble(params, tables).hidden(tokens, positions).lookups
         return [lookup.indices for lookup in lookups.values()]
 
     found = jax.device_get(picks(state.params, state.tables, batch["tokens"][0], batch["positions"][0]))

@@ -101,7 +101,7 @@ def task_report(
     for task, samples in measured.pop("samples").items():
         for sample in samples:
             keep({"task": task, **sample})
-    if settings.zero_tables and found.model.config.memory is not None:
+    if settings.zero_tables and found.model.config.lookups:
         without = dataclasses.replace(who, model=zero_tables(found.model, donate=True))
         measured["zeroed"] = _measure(HarnessModel(without, every_seconds=every), settings)["results"]
     return {"lm_eval": importlib.metadata.version("lm-eval"), **who.description(), **measured}

@@ -167,5 +167,5 @@ def _summed(graphdef: Any, state: nnx.State, batch: dict[str, Array]) -> Float[A
     """The summed loss of each row."""
     model = nnx.merge(graphdef, state)
     # Without segments a padded end is harmless: tokens see only what comes before them.
-    hidden, _ = model.hidden(batch["tokens"])
+    hidden = model.hidden(batch["tokens"]).states
     return parallel.everywhere((token_losses(model, hidden, batch["targets"]) * batch["loss_mask"]).sum(axis=1))

@@ -163,5 +163,5 @@ def _batch_loss(graphdef: Any, state: nnx.State, batch: dict[str, Array]) -> tup
     """The summed loss of the learned tokens, and their number."""
     model = nnx.merge(graphdef, state)
     # Without segments a padded end is harmless: tokens see only what comes before them.
-    hidden, _ = model.hidden(batch["tokens"], batch.get("positions"), batch.get("segments"))
+    hidden = model.hidden(batch["tokens"], batch.get("positions"), batch.get("segments")).states
     return summed_loss(model, hidden, batch["targets"], batch["loss_mask"]), batch["loss_mask"].sum()

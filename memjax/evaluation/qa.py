@@ -71,7 +71,7 @@ def question_report(
                 "by_group": _by_group(one.questions, marked),
             }
         )
-    if settings.zero_tables and found.model.config.memory is not None:
+    if settings.zero_tables and found.model.config.lookups:
         who = dataclasses.replace(who, model=zero_tables(found.model, donate=True))
         for one, entry in zip(chosen, entries, strict=True):
             marked = _ask(who, one, settings, every, " with the tables zeroed")

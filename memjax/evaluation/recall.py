@@ -156,7 +156,7 @@ def fact_report(
             "majority_guess": majority_guess(asked or questions, questions),
             "samples": [_sample(model, tokenizer, question) for question in _spread(questions)],
         }
-    if zeroed and model.config.memory is not None:
+    if zeroed and model.config.lookups:
         without = zero_tables(model, donate=donate)
         for name, questions in groups.items():
             found = recall(without, tokenizer, questions, batch_size=batch_size, place=place)
@@ -241,7 +241,7 @@ def _batch(
 def _answered(graphdef: Any, state: nnx.State, batch: dict[str, Array]) -> Bool[Array, " b"]:
     """Whether each answer is the greedy one."""
     model = nnx.merge(graphdef, state)
-    hidden, _ = model.hidden(batch["tokens"])
+    hidden = model.hidden(batch["tokens"]).states
     # Only the answers' places need logits, which at all places would be the largest array of all.
     hidden = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
     best: Int[Array, "b depth"] = jnp.argmax(model.logits(hidden), axis=-1)

@@ -173,7 +173,7 @@ def _scored(
     """log p of each target at its place, in nats, and whether it is the likeliest there."""
     model = nnx.merge(graphdef, state)
     # Without segments a padded end is harmless: tokens see only what comes before them.
-    hidden, _ = model.hidden(batch["tokens"])
+    hidden = model.hidden(batch["tokens"]).states
     # Only these places need logits, which at all places would be the largest array of all.
     hidden = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
 

@@ -97,8 +97,13 @@ def write_model_config(config: ModelConfig, *, dtype: str, longest: int, bos: in
         eos: id of the token that ends them.
 
     Raises:
-        CheckpointError: the model is neither a Llama nor a Mistral.
+        CheckpointError: the model is neither a Llama nor a Mistral, nor one with lookups.
     """
+    if config.experts is not None:
+        raise CheckpointError(
+            "model.experts must be null: a model with experts cannot be written as a folder of Hugging Face; "
+            "evaluate and generate read the run itself"
+        )
     both = {
         "vocab_size": config.vocab_size,
         "max_position_embeddings": longest,
@@ -106,7 +111,7 @@ def write_model_config(config: ModelConfig, *, dtype: str, longest: int, bos: in
         "eos_token_id": eos,
         "torch_dtype": dtype,
     }
-    if config.memory is not None:
+    if config.lookups:
         names = {"architectures": ["MemjaxDecoder"], "model_type": MEMORY_MODEL, "memjax_format": MEMORY_FORMAT}
         return {**names, **both, "model": dataclasses.asdict(config)}
     if config.sliding_window is not None and config.attention_bias:
@@ -194,7 +199,7 @@ def _memory_model(config: dict[str, Any], place: str) -> ModelConfig:
     except pydantic.ValidationError as error:
         reason = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise CheckpointError(f"{place}: model: {reason}") from error
-    if model.memory is None:
+    if not model.lookups:
         raise CheckpointError(f"{place}: model.memory=null must hold memory layers where model_type is {MEMORY_MODEL}")
     return model
 

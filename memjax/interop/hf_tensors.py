@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memjax.checkpoint import CheckpointError
-from memjax.config import ModelConfig
+from memjax.config import ModelConfig, ProductKeyConfig
 from memjax.interop.safetensors_files import StoredTensor, TensorFiles, TensorToWrite, write_tensors
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, take_apart
@@ -148,20 +148,27 @@ def _in_file(tensor: _Tensor, dtype: str | None) -> np.ndarray:
 
 def _with_stored_types(config: ModelConfig, stored: dict[str, StoredTensor], place: str) -> ModelConfig:
     """The config with the types in which the files hold parameters and tables."""
-    tables = {_TABLE.format(pool) for pool in config.memory.pools} if config.memory else set()
+    tables = {_TABLE.format(name) for name in config.tables}
     for name, tensor in stored.items():
         if tensor.dtype not in _DTYPES:
             raise CheckpointError(
                 f"{place}: tensor {name!r} is of type {tensor.dtype}, must be one of {', '.join(_DTYPES)}: quantised "
                 "weights are not read; take the model as it was before it was quantised"
             )
-    if config.memory:
-        table_dtype = _common_type(tensor.dtype for name, tensor in stored.items() if name in tables)
-        config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, table_dtype=table_dtype))
+    sections = {kind: _with_stored_type(section, stored) for kind, section in config.lookup_sections.items()}
     dense = _common_type(tensor.dtype for name, tensor in stored.items() if name not in tables)
-    if "float64" in (dense, config.memory and config.memory.table_dtype) and not jax.config.read("jax_enable_x64"):
+    if "float64" in (dense, *(section.table_dtype for section in sections.values())) and not jax.config.read(
+        "jax_enable_x64"
+    ):
         raise CheckpointError(f"{place}: the weights are in float64; set JAX_ENABLE_X64=1 to read them")
-    return dataclasses.replace(config, param_dtype=dense)
+    return dataclasses.replace(config, param_dtype=dense, **sections)
+
+
+def _with_stored_type(section: ProductKeyConfig, stored: dict[str, StoredTensor]) -> ProductKeyConfig:
+    """The section with the type of its tables."""
+    names = {_TABLE.format(name) for layer in section.layers for name in section.tables(layer)}
+    dtype = _common_type(tensor.dtype for name, tensor in stored.items() if name in names)
+    return dataclasses.replace(section, table_dtype=dtype)
 
 
 def _common_type(names: Any) -> Any:

@@ -201,5 +201,5 @@ def _logits(model: Decoder) -> np.ndarray:
     tokens = np.arange(1, 25, dtype=np.int32)[None] * 7919 % model.config.vocab_size
     # Compiled as a whole, a dense model would be in memory in the wider type too; operation by operation only a matrix
     # of it is. A memory layer has so many small operations that compiling each takes longer than all the rest.
-    forward = nnx.jit(lambda model, tokens: model(tokens)) if model.config.memory else Decoder.__call__
+    forward = nnx.jit(lambda model, tokens: model(tokens)) if model.config.lookups else Decoder.__call__
     return np.asarray(forward(model, jnp.asarray(tokens)))

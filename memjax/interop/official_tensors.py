@@ -109,7 +109,9 @@ def refuse_experts(arrays: Arrays, place: str) -> None:
     """
     for name in arrays:
         if ".values_u." in name or ".values_v." in name:
-            raise CheckpointError(f"{place}: {name} belongs to a PEER layer, which memjax does not have yet")
+            raise CheckpointError(
+                f"{place}: {name} belongs to a PEER layer; those of official checkpoints are not read"
+            )
 
 
 def shape_of(arrays: Arrays, name: str, place: str) -> tuple[int, int]:

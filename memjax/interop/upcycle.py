@@ -28,8 +28,10 @@ def upcycle(model: Decoder, memory: MemoryConfig, *, seed: int = 0) -> Decoder:
         seed: of their initial parameters and of the tables.
 
     Raises:
-        ValueError: the model has memory layers already, or no block of the number of a memory layer.
+        ValueError: the model has memory layers or experts already, or no block of the number of a memory layer.
     """
+    if model.config.experts is not None or model.config.expert_lookup is not None:
+        raise ValueError("the model has experts in place of feed-forward layers; only a dense one can be given memory")
     if model.config.memory is not None:
         raise ValueError(
             f"the model has memory layers already, in blocks {list(model.config.memory.layers)}; only a dense model "

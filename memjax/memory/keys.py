@@ -1,5 +1,7 @@
 """The parameters that decide which slots are read: the query projection and the product keys."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,6 +10,20 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from memjax.memory import parallel
+from memjax.ops.row_gradient import RowGradient
+
+
+class Lookup(NamedTuple):
+    """What a layer reads for each token."""
+
+    indices: Int[Array, "t k"]
+    """Slots, the picks of all heads one after the other."""
+    weights: Float[Array, "t k"]
+    """Weight of each slot; the weights of a head add up to 1."""
+
+    def row_gradients(self, bags: Float[Array, "t d"]) -> RowGradient:
+        """The gradient of a table of which the lookup is a bag, from the bag's cotangent."""
+        return RowGradient(self.indices, self.weights, bags)
 
 
 class AddressParam(nnx.Param):
@@ -15,7 +31,7 @@ class AddressParam(nnx.Param):
 
 
 class ProductKeys(nnx.Module):
-    """Queries a product-key memory: [.., dim] -> scores and slots of the best top_k of num_keys ** 2, for each head."""
+    """Queries a product-key memory: [.., dim] -> the best top_k of num_keys ** 2 slots for each head, with weights."""
 
     def __init__(
         self,
@@ -26,21 +42,38 @@ class ProductKeys(nnx.Module):
         top_k: int,
         key_dim: int,
         qk_norm: bool = False,
+        score_scale: float = 1.0,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
-        """Queries are one linear layer (Xavier-uniform, bias 0), keys uniform within +- key_dim ** -0.5."""
-        self.num_heads, self.top_k, self.key_dim, self.qk_norm = num_heads, top_k, key_dim, qk_norm
-        self.dtype, self.implementation = dtype, implementation
+        """Queries are one linear layer (Xavier-uniform, bias 0), keys uniform within +- key_dim ** -0.5.
+
+        Raises:
+            ValueError: key_dim is odd, or num_keys cannot offer top_k slots.
+        """
+        if key_dim % 2:
+            raise ValueError(f"key_dim={key_dim} must be even: it is split into two halves")
+        if not 1 <= top_k <= num_keys:
+            raise ValueError(
+                f"top_k={top_k} must be in 1..num_keys={num_keys}: each half offers only num_keys candidates"
+            )
+        self.dim, self.num_slots, self.num_heads, self.top_k, self.key_dim = dim, num_keys**2, num_heads, top_k, key_dim
+        self.qk_norm, self.score_scale, self.dtype, self.implementation = qk_norm, score_scale, dtype, implementation
         glorot = nnx.initializers.xavier_uniform()
         self.query_kernel = AddressParam(glorot(rngs.params(), (dim, num_heads * key_dim), param_dtype))
         self.query_bias = AddressParam(jnp.zeros((num_heads * key_dim,), param_dtype))
         shape, bound = (num_heads, 2, num_keys, key_dim // 2), key_dim**-0.5
         self.keys = AddressParam(jax.random.uniform(rngs.params(), shape, param_dtype, -bound, bound))
 
-    def __call__(self, x: Float[Array, "t dim"]) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
+    def __call__(self, x: Float[Array, "*b dim"]) -> Lookup:
+        """Which slots each token reads, with which weights; batch axes are folded into tokens."""
+        scores, slots = self._search(x.reshape(-1, self.dim))
+        weights = jax.nn.softmax(self.score_scale * scores, axis=-1)
+        return Lookup(slots.reshape(slots.shape[0], -1), weights.reshape(slots.shape[0], -1))
+
+    def _search(self, x: Float[Array, "t dim"]) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
         """Scores, best first, and slots."""
         x, kernel, bias, keys = promote_dtype(
             (x, self.query_kernel[...], self.query_bias[...], self.keys[...]), dtype=self.dtype

@@ -1,25 +1,15 @@
 """The memory layer: a feed-forward layer's place taken by a lookup in a large table of values."""
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from memjax.memory import parallel
-from memjax.memory.keys import ProductKeys
+from memjax.memory.keys import Lookup, ProductKeys
 from memjax.memory.table import ValueTable
-
-
-class Lookup(NamedTuple):
-    """What a memory layer reads for each token."""
-
-    indices: Int[Array, "t k"]
-    """Slots, the picks of all heads one after the other."""
-    weights: Float[Array, "t k"]
-    """Weight of each slot; the weights of a head add up to 1."""
 
 
 class MemoryLayer(nnx.Module):
@@ -74,15 +64,11 @@ class MemoryLayer(nnx.Module):
             param_dtype: type of the parameters.
             implementation: of search and bag; None takes the fastest that can run.
             rngs: source of the `params` key.
+
+        Raises:
+            ValueError: key_dim is odd, or num_keys cannot offer top_k slots.
         """
-        if key_dim % 2:
-            raise ValueError(f"key_dim={key_dim} must be even: it is split into two halves")
-        if not 1 <= top_k <= num_keys:
-            raise ValueError(
-                f"top_k={top_k} must be in 1..num_keys={num_keys}: each half offers only num_keys candidates"
-            )
-        self.dim, self.value_dim, self.num_slots = dim, value_dim or dim, num_keys**2
-        self.score_scale, self.implementation = score_scale, implementation
+        self.value_dim, self.implementation = value_dim or dim, implementation
         self.keys = ProductKeys(
             dim,
             num_keys=num_keys,
@@ -90,6 +76,7 @@ class MemoryLayer(nnx.Module):
             top_k=top_k,
             key_dim=key_dim,
             qk_norm=qk_norm,
+            score_scale=score_scale,
             dtype=dtype,
             param_dtype=param_dtype,
             implementation=implementation,
@@ -117,20 +104,13 @@ class MemoryLayer(nnx.Module):
 
     def lookup(self, x: Float[Array, "*b dim"]) -> Lookup:
         """Which slots each token reads, with which weights; batch axes are folded into tokens."""
-        scores, slots = self.keys(x.reshape(-1, self.dim))
-        weights = jax.nn.softmax(self.score_scale * scores, axis=-1)
-        return Lookup(slots.reshape(slots.shape[0], -1), weights.reshape(slots.shape[0], -1))
+        return self.keys(x)
 
     def read(
         self, table: ValueTable, lookup: Lookup, tap: Float[Array, "t value_dim"] | None = None
     ) -> Float[Array, "t value_dim"]:
         """The bag of each token, plus the tap (see `row_sparse_value_and_grad`)."""
-        rows = table.rows[...]
-        if rows.shape != (self.num_slots, self.value_dim):
-            raise ValueError(
-                f"the table has [num_slots, value_dim] = {rows.shape}, "
-                f"the layer addresses {(self.num_slots, self.value_dim)}"
-            )
+        rows = table.rows_for(self.keys.num_slots, self.value_dim)
         return parallel.bag(rows, *lookup, tap, implementation=self.implementation)
 
     def combine(self, x: Float[Array, "*b dim"], bag: Float[Array, "t value_dim"]) -> Float[Array, "*b dim"]:

@@ -2,7 +2,8 @@
 
 Tokens are split over both axes, the columns of a table over `memory`; keys are on every device. Inside `shard_map` each
 device searches for its own tokens, gathers the picks of its memory group, sums its own columns of all the group's bags,
-and an all-to-all returns whole rows to the device that owns the token.
+and an all-to-all returns whole rows to the device that owns the token. For dots the way is the opposite: an all-to-all
+hands out the columns of the vectors, and the parts of each product are summed on the device that owns the token.
 
 The mesh is the ambient one (`jax.set_mesh`). Without it, or without a `memory` axis, these are the plain operations, so
 one device, a mesh and somebody else's model run the same layer.
@@ -10,7 +11,7 @@ one device, a mesh and somebody else's model run the same layer.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from memjax.ops.embedding_bag.api import embedding_bag
+from memjax.ops.embedding_dot.api import embedding_dot
+from memjax.ops.precision import accumulator
 from memjax.ops.product_key_search.api import product_key_search
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.api import row_update
@@ -90,10 +93,43 @@ def bag(
     return _over_mesh(local, specs, TOKENS)(table, indices, weights, *taps)
 
 
+def dot(
+    table: Float[Array, "n d"],
+    indices: Int[Array, "t k"],
+    vectors: Float[Array, "t d"],
+    tap: Float[Array, "t k"] | None = None,
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "t k"], Float[Array, "t d"]]:
+    """`embedding_dot` plus the tap, a zero whose cotangent is the cotangent of the dots; and the vectors.
+
+    The vectors come back split by columns like the bags of `bag`, as `update_rows` wants them.
+    """
+    run = partial(embedding_dot, implementation=implementation)
+    if not has_memory_axis():
+        out = _plain(run, indices)(table, indices, vectors)
+        return out if tap is None else out + tap, vectors
+
+    def local(table: Array, indices: Array, vectors: Array, *taps: Array) -> tuple[Array, Array]:
+        indices = jax.lax.all_gather(indices, MEMORY, tiled=True)
+        columns = jax.lax.all_to_all(vectors, MEMORY, split_axis=1, concat_axis=0, tiled=True)
+        out = jax.lax.psum_scatter(run(table, indices, columns), MEMORY, scatter_dimension=0, tiled=True)
+        return sum(taps, start=out), columns
+
+    taps = () if tap is None else (tap,)
+    specs = (COLUMNS, TOKENS, TOKENS, *(TOKENS for _ in taps))
+    return _over_mesh(local, specs, (TOKENS, BAGS))(table, indices, vectors, *taps)
+
+
 def zero_tap(num_tokens: int, value_dim: int, dtype) -> Float[Array, "t d"]:
-    """A tap, sharded like the bags."""
+    """A tap of `bag`, laid out as it is added there; that of `dot` is `zero_dot_tap`."""
     tap = jnp.zeros((num_tokens, value_dim), dtype)
     return _place(tap, BAGS) if has_memory_axis() else tap
+
+
+def zero_dot_tap(num_tokens: int, picks: int, table_dtype: DTypeLike) -> Float[Array, "t k"]:
+    """A tap of `dot` for a table of the given type, laid out as it is added there."""
+    return split_tokens(jnp.zeros((num_tokens, picks), accumulator(table_dtype)))
 
 
 def update_rows(
@@ -127,6 +163,17 @@ def update_rows(
     factors = RowGradient._make((TOKENS, TOKENS, BAGS))
     specs = (COLUMNS, COLUMNS, [factors] * len(gradients), P())
     return _over_mesh(local, specs, (COLUMNS, COLUMNS))(table, state, list(gradients), step)
+
+
+def on_own_tokens(function: Callable, tokens: Sequence[Array], weights: Sequence[Array]) -> Any:
+    """`function(*tokens, *weights)`, each device for its own tokens, with weights that are whole on all of them.
+
+    What stands in front in `tokens` and in the results is split, be it tokens or sequences of them.
+    """
+    if not has_memory_axis():
+        return _plain(function, tokens[0])(*tokens, *weights)
+    specs = (*(TOKENS for _ in tokens), *(P() for _ in weights))
+    return _over_mesh(function, specs, TOKENS)(*tokens, *weights)
 
 
 def split_columns(table: Float[Array, "n d"]) -> Float[Array, "n d"]:

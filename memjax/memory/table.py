@@ -33,6 +33,19 @@ class ValueTable(nnx.Module):
         std = init_scale * value_dim**-0.5
         self.rows = TableRows(draw_rows(rngs.params(), num_slots, value_dim, std=std, dtype=dtype))
 
+    def rows_for(self, num_slots: int, value_dim: int, *, name: str = "the table") -> Float[Array, "n d"]:
+        """The rows, for a layer that addresses num_slots of value_dim.
+
+        Raises:
+            ValueError: the table's shape is another; the message calls it by its name.
+        """
+        rows = self.rows[...]
+        if rows.shape != (num_slots, value_dim):
+            raise ValueError(
+                f"{name} has [num_slots, value_dim] = {rows.shape}, the layer addresses {(num_slots, value_dim)}"
+            )
+        return rows
+
 
 def draw_rows(key: Array, num_slots: int, value_dim: int, *, std: float, dtype: DTypeLike) -> Float[Array, "n d"]:
     """Normal rows, drawn block by block into place: bit-identical on every mesh, with temporaries of a few blocks.

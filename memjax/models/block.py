@@ -1,18 +1,35 @@
-"""A decoder block: attention, then a feed-forward layer, a memory layer, or both side by side."""
+"""A decoder block: attention, then a feed-forward layer or what takes its place, and perhaps a memory beside it."""
+
+from typing import Any, NamedTuple
 
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from memjax.config import MemoryConfig, ModelConfig
-from memjax.memory.layer import Lookup, MemoryLayer
+from memjax.memory.expert_lookup import ExpertLookupLayer, ExpertReads, ExpertTaps
+from memjax.memory.keys import Lookup
+from memjax.memory.layer import MemoryLayer
 from memjax.memory.table import ValueTable
 from memjax.models.attention import Attention, KeyValues
+from memjax.models.experts import Experts, Routing
 from memjax.models.feed_forward import FeedForward
 
 
+class Report(NamedTuple):
+    """What a block tells beside its output."""
+
+    lookup: Lookup | ExpertReads | None = None
+    """What it read from the tables, if it has a memory or an expert lookup."""
+    routing: Routing | None = None
+    """What its router said, if it has experts."""
+
+
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mixer(norm(x)), where the mixer is dense, a memory, or the sum of both."""
+    """x + attention(norm(x)), then x + mixer(norm(x)); `ModelConfig.kind` says what the mixer is.
+
+    A memory beside the mixer adds its own output.
+    """
 
     def __init__(
         self,
@@ -25,7 +42,7 @@ class Block(nnx.Module):
         attention: str | None = None,
         rngs: nnx.Rngs,
     ):
-        """`implementation` names that of the memory's operations, `attention` that of the attention."""
+        """`implementation` names that of the operations of memory and experts, `attention` that of the attention."""
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         memory = config.memory if config.memory and layer in config.memory.layers else None
         self.attention_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
@@ -42,42 +59,79 @@ class Block(nnx.Module):
             **kwargs,
         )
         self.mixer_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
-        replaced = memory is not None and memory.placement == "replace"
-        self.feed_forward = None if replaced else FeedForward(config.dim, config.ffn_dim, **kwargs)
+        kind = config.kind(layer)
+        self.feed_forward = FeedForward(config.dim, config.ffn_dim, **kwargs) if kind == "dense" else None
+        self.experts = _experts(config, implementation=implementation, **kwargs) if kind == "experts" else None
         self.memory = _memory_layer(config.dim, memory, implementation=implementation, **kwargs) if memory else None
+        self.expert_lookup = (
+            _expert_lookup(config, implementation=implementation, **kwargs) if kind == "expert_lookup" else None
+        )
 
     def __call__(
         self,
         x: Float[Array, "b s dim"],
         positions: Int[Array, "b s"],
         segments: Int[Array, "b s"] | None = None,
-        table: ValueTable | None = None,
-        tap: Float[Array, "t value_dim"] | None = None,
-    ) -> tuple[Float[Array, "b s dim"], Lookup | None]:
-        """The block's output, and what it read from the table."""
+        tables: tuple[ValueTable, ...] = (),
+        tap: Float[Array, "t value_dim"] | ExpertTaps | None = None,
+        real: Bool[Array, "b s"] | None = None,
+        *,
+        training: bool = False,
+    ) -> tuple[Float[Array, "b s dim"], Report]:
+        """The block's output, and what it tells beside it. A memory reads one table, an expert lookup two."""
         x = x + self.attention(self.attention_norm(x), positions, segments)
-        return self._mix(x, table, tap)
+        return self._mix(x, tables, tap, real, training=training)
 
     def with_cache(
         self,
         x: Float[Array, "b s dim"],
         positions: Int[Array, "b s"],
         cache: KeyValues,
-        table: ValueTable | None = None,
+        tables: tuple[ValueTable, ...] = (),
     ) -> tuple[Float[Array, "b s dim"], KeyValues]:
         """The output for new tokens, and the cache with them."""
         attended, cache = self.attention.with_cache(self.attention_norm(x), positions, cache)
-        return self._mix(x + attended, table, None)[0], cache
+        return self._mix(x + attended, tables)[0], cache
 
-    def _mix(self, x: Array, table: ValueTable | None, tap: Array | None) -> tuple[Array, Lookup | None]:
-        inputs, lookup = self.mixer_norm(x), None
+    def _mix(
+        self,
+        x: Array,
+        tables: tuple[ValueTable, ...],
+        tap: Any = None,
+        real: Array | None = None,
+        *,
+        training: bool = False,
+    ) -> tuple[Array, Report]:
+        inputs, lookup, routing = self.mixer_norm(x), None, None
         if self.feed_forward is not None:
             x = x + self.feed_forward(inputs)
+        if self.experts is not None:
+            out, routing = self.experts(inputs, real, training=training)
+            x = x + out
         if self.memory is not None:
-            assert table is not None
+            (table,) = tables
             lookup = self.memory.lookup(inputs)
             x = x + self.memory.combine(inputs, self.memory.read(table, lookup, tap))
-        return x, lookup
+        if self.expert_lookup is not None:
+            found, (expert_inputs, expert_outputs) = self.expert_lookup.lookup(inputs), tables
+            out, lookup = self.expert_lookup.read(inputs, found, expert_inputs, expert_outputs, tap)
+            x = x + out
+        return x, Report(lookup, routing)
+
+
+def _experts(config: ModelConfig, **kwargs) -> Experts:
+    experts = config.experts
+    assert experts is not None
+    return Experts(
+        config.dim,
+        config.expert_dim,
+        num_experts=experts.num_experts,
+        routing=experts.routing,
+        top_k=experts.chosen,
+        renormalize=experts.renormalize,
+        capacity=experts.capacity,
+        **kwargs,
+    )
 
 
 def _memory_layer(dim: int, config: MemoryConfig, **kwargs) -> MemoryLayer:
@@ -93,5 +147,20 @@ def _memory_layer(dim: int, config: MemoryConfig, **kwargs) -> MemoryLayer:
         zero_start=config.placement == "beside",
         qk_norm=config.qk_norm,
         score_scale=config.score_scale,
+        **kwargs,
+    )
+
+
+def _expert_lookup(config: ModelConfig, **kwargs) -> ExpertLookupLayer:
+    section = config.expert_lookup
+    assert section is not None
+    return ExpertLookupLayer(
+        config.dim,
+        num_keys=section.num_keys,
+        num_heads=section.num_heads,
+        top_k=section.top_k,
+        key_dim=section.key_dim,
+        qk_norm=section.qk_norm,
+        score_scale=section.score_scale,
         **kwargs,
     )

@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from collections import Counter
+from collections.abc import Iterator
 
 import jax
 
-from memjax.config import RunConfig
+from memjax.config import ModelConfig, RunConfig
 from memjax.models.parts import DecoderParts
 
 
@@ -14,65 +16,137 @@ class ParameterCounts:
     """Numbers of parameters."""
 
     dense: int
-    """Everything but the tables."""
+    """Everything but the experts and the tables."""
+    routers: int
+    """Of the dense ones those that choose experts, which published totals leave out."""
+    experts: int
+    """All experts together, without their routers."""
     table: int
     """All tables together."""
     active: int
-    """What one token uses: the dense parameters, of the input embedding one row, of the tables the rows it reads."""
+    """What one token uses: the dense parameters, of the input embedding one row, the experts that it chooses, of the
+    tables the rows it reads."""
 
     @property
     def total(self) -> int:
-        """Dense and table parameters."""
-        return self.dense + self.table
+        """All of them."""
+        return self.dense + self.experts + self.table
 
 
 def count_parameters(parts: DecoderParts) -> ParameterCounts:
     """Parameters of a decoder."""
-    config, memory = parts.config, parts.config.memory
-    dense = _size(parts.abstract_params)
-    rows = len(memory.layers) * memory.picks if memory else 0
+    config = parts.config
+    experts = sum(math.prod(shape) for names, shape in _arrays(parts) if _is_expert(names, shape))
+    dense = sum(math.prod(shape) for _, shape in _arrays(parts)) - experts
+    routers = sum(math.prod(shape) for names, shape in _arrays(parts) if "router" in names)
+    used = experts * config.experts.chosen // config.experts.num_experts if config.experts else 0
     embedding = 0 if config.tie_embeddings else (config.vocab_size - 1) * config.dim
     table = sum(math.prod(leaf.shape) for leaf in parts.abstract_tables.values())
-    return ParameterCounts(dense, table, dense - embedding + rows * config.value_dim)
+    return ParameterCounts(dense, routers, experts, table, dense - embedding + used + _read_per_token(config))
 
 
-def training_flops_per_token(parts: DecoderParts, sequence_length: int) -> int:
-    """Floating-point operations of a training step, forward and backward, by token.
+@dataclasses.dataclass(frozen=True)
+class FlopCounts:
+    """Floating-point operations of a training step, forward and backward, by token and by what they are for."""
 
-    6 for every parameter of a matrix product (the input embedding is none, unless it is the output matrix too);
-    attention with the tokens that are seen on average, half of the sequence, or fewer with a sliding window; scores of
-    all sub-keys; the sum over the picks and its two gradients.
+    attention: int
+    feed_forward: int
+    experts: int
+    """The experts that a token goes through, and the router."""
+    memory_search: int
+    """Queries, and the scores of all sub-keys."""
+    memory_read: int
+    """The sum over the picks and its two gradients, and the layer's products around it; of expert lookups also the
+    products of token and picks."""
+    head: int
+    """The logits."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(dataclasses.astuple(self))
+
+
+def training_flops(parts: DecoderParts, sequence_length: int) -> FlopCounts:
+    """The arithmetic of a training.
+
+    6 for every parameter of a matrix product that a token meets (the input embedding is in none, unless it is the
+    output matrix too); attention with the tokens that are seen on average, half of the sequence, or fewer with a
+    sliding window.
     """
-    config, memory = parts.config, parts.config.memory
-    matrices = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parts.abstract_params) if len(leaf.shape) == 2)
-    if not config.tie_embeddings:
-        matrices -= config.vocab_size * config.dim
+    config, experts = parts.config, parts.config.experts
+    met = dict.fromkeys((field.name for field in dataclasses.fields(FlopCounts)), 0)
+    for names, shape in _arrays(parts):
+        if _is_expert(names, shape):
+            assert experts is not None
+            by_token = experts.capacity if experts.routing == "expert_choice" else experts.top_k
+            met["experts"] += round(by_token * math.prod(shape) / experts.num_experts)
+        elif len(shape) == 2 and (group := _group(names, tied=config.tie_embeddings)):
+            met[group] += math.prod(shape)
     # The first tokens of a row see fewer than the window holds.
     window = min(config.sliding_window or sequence_length, sequence_length)
     seen_twice = 2 * window - window**2 // sequence_length
-    flops = 6 * matrices + 6 * config.num_layers * seen_twice * config.num_heads * config.head_width
-    if memory:
-        search = memory.num_heads * memory.num_keys * memory.key_dim
-        read = memory.picks * config.value_dim
-        flops += 6 * len(memory.layers) * (search + read)
-    return flops
+    met["attention"] += config.num_layers * seen_twice * config.num_heads * config.head_width
+    for lookup in config.lookups.values():
+        met["memory_search"] += lookup.num_heads * lookup.num_keys * lookup.key_dim
+    met["memory_read"] += _read_per_token(config)
+    return FlopCounts(**{group: 6 * count for group, count in met.items()})
+
+
+def training_flops_per_token(parts: DecoderParts, sequence_length: int) -> int:
+    """All of `training_flops`."""
+    return training_flops(parts, sequence_length).total
+
+
+def _group(names: tuple[str, ...], *, tied: bool) -> str | None:
+    """What a matrix is for; None for an input embedding."""
+    if names[0] == "blocks":
+        if names[2] in ("memory", "expert_lookup"):
+            return "memory_search" if "keys" in names else "memory_read"
+        return names[2]
+    return "head" if names[0] == "head" or tied else None
+
+
+def _is_expert(names: tuple[str, ...], shape: tuple[int, ...]) -> bool:
+    """Whether an array holds a matrix for each expert; routers do not."""
+    return "experts" in names and len(shape) == 3
+
+
+def _arrays(parts: DecoderParts) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Name, as parts of a path, and shape of every parameter outside the tables."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parts.abstract_params):
+        yield tuple(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)), leaf.shape
 
 
 def describe(config: RunConfig, parts: DecoderParts, *, data_axis: int) -> str:
     """The first part of --dry_run: parameters, arithmetic, mesh."""
     counts, memory_axis = count_parameters(parts), config.mesh.memory
     tokens = config.data.batch_size * config.data.sequence_length
-    flops = training_flops_per_token(parts, config.data.sequence_length)
-    memory = config.model.memory
+    flops, experts = training_flops(parts, config.data.sequence_length), config.model.experts
+    slots = Counter(table.num_slots for table in config.model.tables.values())
+    sizes = ", ".join(f"{number} x {num_slots:,} slots" for num_slots, number in slots.items())
     lines = [
         ("parameters", f"{counts.total:,} = {billions(counts.total)}"),
         ("  dense", f"{counts.dense:,}"),
-        ("  tables", f"{counts.table:,}" + (f" ({len(memory.pools)} x {memory.num_slots:,} slots)" if memory else "")),
+        ("  experts", f"{counts.experts:,} ({_described(config.model)})" if experts else ""),
+        ("  without routers", billions(counts.total - counts.routers) if experts else ""),
+        ("  tables", f"{counts.table:,}" + (f" ({sizes})" if sizes else "")),
         ("  active per token", f"{counts.active:,}"),
-        ("training arithmetic", f"{flops:,} FLOPs per token, {flops * tokens:.3g} per step of {tokens:,} tokens"),
+        (
+            "training arithmetic",
+            f"{flops.total:,} FLOPs per token, {flops.total * tokens:.3g} per step of {tokens:,} tokens",
+        ),
+        *((f"  {group.replace('_', ' ')}", f"{count:,}" if count else "") for group, count in vars(flops).items()),
         ("mesh", f"data {data_axis} x memory {memory_axis} = {data_axis * memory_axis} devices"),
     ]
-    return "\n".join(f"{name:<27} {value}" for name, value in lines)
+    return "\n".join(f"{name:<27} {value}" for name, value in lines if value)
+
+
+def _described(config: ModelConfig) -> str:
+    """How many experts there are, in words."""
+    experts = config.experts
+    assert experts is not None
+    return f"{experts.num_experts} in each of {len(config.layers_of('experts'))} blocks"
 
 
 def billions(count: int) -> str:
@@ -85,5 +159,6 @@ def gigabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
-def _size(tree) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+def _read_per_token(config: ModelConfig) -> int:
+    """Numbers of the tables that a token reads, over all layers."""
+    return sum(len(table.readers) * table.picks * table.width for table in config.tables.values())

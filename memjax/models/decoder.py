@@ -1,20 +1,24 @@
 """The language model: embedding, blocks, norm, output; its memory layers read tables that the decoder owns."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from memjax.config import ModelConfig
 from memjax.memory import parallel
-from memjax.memory.layer import Lookup
+from memjax.memory.expert_lookup import ExpertReads
+from memjax.memory.keys import Lookup
+from memjax.memory.sparse_gradient import Taps
 from memjax.memory.table import ValueTable
 from memjax.models.attention import KeyValues
-from memjax.models.block import Block
+from memjax.models.block import Block, Report
+from memjax.models.experts import SAVED_ROUTING, Routing
 from memjax.models.feed_forward import linear
 from memjax.ops.embedding_bag.api import SAVED_NAME as SAVED_BAG
+from memjax.ops.embedding_dot.api import SAVED_NAME as SAVED_DOT
 from memjax.ops.precision import accumulator
 from memjax.ops.product_key_search.api import SAVED_INDICES, SAVED_SCORES
 
@@ -28,8 +32,19 @@ class Cache(NamedTuple):
     lengths: Int[Array, " b"]
 
 
+class Hidden(NamedTuple):
+    """What the blocks make of tokens, before the logits."""
+
+    states: Float[Array, "b s dim"]
+    """The normed residual stream."""
+    lookups: dict[str, Lookup | ExpertReads]
+    """What each memory layer and expert lookup read, by the layer's name."""
+    routings: dict[str, Routing]
+    """What the router of each block with experts said, by the layer's name."""
+
+
 class Decoder(nnx.Module):
-    """A Llama-shaped decoder whose blocks end in a feed-forward layer, a memory layer, or both."""
+    """A Llama-shaped decoder whose blocks are of the kinds that `ModelConfig.kind` says."""
 
     def __init__(
         self,
@@ -43,7 +58,7 @@ class Decoder(nnx.Module):
 
         Args:
             config: sizes and types.
-            implementation: of the memory's operations; None takes the fastest that can run.
+            implementation: of the operations of memory and experts; None takes the fastest that can run.
             attention: implementation of the attention (`dot_product.IMPLEMENTATIONS`); None as above.
             rngs: source of the `params` key.
         """
@@ -58,50 +73,62 @@ class Decoder(nnx.Module):
         self.norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
         self.head = None if config.tie_embeddings else linear(config.dim, config.vocab_size, **kwargs)
         self.tables = nnx.Dict()
-        if memory := config.memory:
-            for pool in memory.pools:
-                self.tables[pool] = ValueTable(
-                    memory.num_slots,
-                    config.value_dim,
-                    init_scale=memory.value_init_scale,
-                    dtype=resolve_dtype(memory.table_dtype),
-                    rngs=rngs,
-                )
+        for name, table in config.tables.items():
+            self.tables[name] = ValueTable(
+                table.num_slots,
+                table.width,
+                init_scale=table.init_scale,
+                dtype=resolve_dtype(table.dtype),
+                rngs=rngs,
+            )
 
     def __call__(
         self, tokens: Int[Array, "b s"], positions: Int[Array, "b s"] | None = None
     ) -> Float[Array, "b s vocab"]:
         """Logits of the next token at every place, in float32 or wider. For training see `hidden` and `models.loss`."""
-        return self.logits(self.hidden(tokens, positions)[0])
+        return self.logits(self.hidden(tokens, positions).states)
 
     def hidden(
         self,
         tokens: Int[Array, "b s"],
         positions: Int[Array, "b s"] | None = None,
         segments: Int[Array, "b s"] | None = None,
-        taps: dict[str, Array] | None = None,
+        taps: Taps | None = None,
         remat: Remat = "none",
-    ) -> tuple[Float[Array, "b s dim"], dict[str, Lookup]]:
-        """The normed residual stream, and what each memory layer read, by the layer's name.
+        *,
+        real: Bool[Array, "b s"] | None = None,
+        training: bool = False,
+    ) -> Hidden:
+        """The normed residual stream, and what the blocks tell of their work, by the layer's name.
 
         Args:
             tokens: token ids.
             positions: of the tokens in their documents; None counts from 0.
             segments: document of each token, where several share a row; tokens see their own document only.
-            taps: zeros of the shape of the bags, by layer name; their cotangents are those of the bags.
-            remat: what the backward pass computes again. Lookups and bags are always kept.
+            taps: zeros, by layer name, that are added to what tables give (`DecoderParts.zero_taps`); their cotangents
+                and what was read hold the tables' gradients.
+            remat: what the backward pass computes again. What tables gave and routings are always kept.
+            real: which tokens are no padding, which experts that choose must not take; None for all.
+            training: let experts choose their tokens, in models where they do so.
         """
         positions = default_positions(tokens) if positions is None else positions
         x = parallel.split_tokens(self._embed(tokens))
-        lookups: dict[str, Lookup] = {}
+        lookups: dict[str, Lookup | ExpertReads] = {}
+        routings: dict[str, Routing] = {}
+
+        @_rematerialised(remat)
+        def run(block: Block, *arguments: Any) -> tuple[Array, Report]:
+            return parallel.whole(block, self.embed.dtype)(*arguments, training=training)
+
         for layer, block in enumerate(self.blocks):
             name = layer_name(layer)
-            run = _rematerialised(remat)(lambda block, *args: parallel.whole(block, self.embed.dtype)(*args))
-            x, lookup = run(block, x, positions, segments, self._table(layer), (taps or {}).get(name))
+            x, report = run(block, x, positions, segments, self._tables(layer), (taps or {}).get(name), real)
             x = parallel.split_tokens(x)
-            if lookup is not None:
-                lookups[name] = lookup
-        return self.norm(x), lookups
+            if report.lookup is not None:
+                lookups[name] = report.lookup
+            if report.routing is not None:
+                routings[name] = report.routing
+        return Hidden(self.norm(x), lookups, routings)
 
     def logits(self, hidden: Float[Array, "*b dim"]) -> Float[Array, "*b vocab"]:
         """Scores of the vocabulary, in float32 or wider."""
@@ -129,7 +156,7 @@ class Decoder(nnx.Module):
         positions = default_positions(tokens) + cache.lengths[:, None]
         x, blocks = self._embed(tokens), []
         for layer, block in enumerate(self.blocks):
-            x, kept = block.with_cache(x, positions, cache.blocks[layer], self._table(layer))
+            x, kept = block.with_cache(x, positions, cache.blocks[layer], self._tables(layer))
             blocks.append(kept)
         return self.norm(x), Cache(tuple(blocks), cache.lengths + tokens.shape[1])
 
@@ -138,13 +165,14 @@ class Decoder(nnx.Module):
         # in 16 bits.
         return self.embed.embedding[...][tokens].astype(self.embed.dtype)
 
-    def _table(self, layer: int) -> ValueTable | None:
-        memory = self.config.memory
-        return self.tables[memory.pool(layer)] if memory and layer in memory.layers else None
+    def _tables(self, layer: int) -> tuple[ValueTable, ...]:
+        """The tables that a block reads."""
+        lookup = self.config.lookups.get(layer)
+        return tuple(self.tables[name] for name in lookup.tables(layer)) if lookup else ()
 
 
 def layer_name(layer: int) -> str:
-    """Name of a block's memory layer, in taps, lookups and metrics."""
+    """Name of a block in taps, lookups and metrics."""
     return f"L{layer}"
 
 
@@ -161,14 +189,15 @@ def resolve_dtype(name: str) -> jnp.dtype:
 
 
 def _rematerialised(remat: Remat):
-    """jax.checkpoint with the named policy; no search or bag runs twice: they are memory-bound, their outputs small.
+    """jax.checkpoint with the named policy; nothing of a lookup runs twice: it is memory-bound, what it gives small.
+    Nor does a router choose twice: rounded otherwise, it might choose others.
 
     Weights that were gathered for the forward pass are never kept, but gathered again.
     """
     policies = jax.checkpoint_policies
     if remat == "none" and not parallel.has_several_devices():
         return lambda function: function
-    policy = policies.save_only_these_names(SAVED_BAG, SAVED_SCORES, SAVED_INDICES)
+    policy = policies.save_only_these_names(SAVED_BAG, SAVED_DOT, SAVED_SCORES, SAVED_INDICES, SAVED_ROUTING)
     if remat == "none":
         policy = policies.save_anything_except_these_names(parallel.WHOLE_WEIGHTS)
     elif remat == "dots":

@@ -6,7 +6,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from memjax.config import ModelConfig
+from memjax.config import ExpertLookupConfig, ModelConfig
+from memjax.memory.expert_lookup import ExpertTaps
 from memjax.memory.parallel import zero_tap
 from memjax.memory.table import TableRows
 from memjax.models.decoder import Decoder, layer_name
@@ -44,13 +45,17 @@ class DecoderParts:
         _, tables, params = nnx.split(Decoder(self.config, rngs=nnx.Rngs(key)), TableRows, nnx.Param)
         return params, _tables_of(tables)
 
-    def zero_taps(self, num_tokens: int) -> dict[str, Array]:
-        """A zero tap for every memory layer, for a batch of num_tokens tokens."""
-        memory = self.config.memory
-        if memory is None:
-            return {}
-        dtypes = {layer: self.abstract_tables[memory.pool(layer)].dtype for layer in memory.layers}
-        return {layer_name(i): zero_tap(num_tokens, self.config.value_dim, dtype) for i, dtype in dtypes.items()}
+    def zero_taps(self, num_tokens: int) -> dict[str, Array | ExpertTaps]:
+        """The taps of every memory layer and expert lookup, for a batch of num_tokens tokens."""
+        return {layer_name(layer): self._zero_tap(layer, num_tokens) for layer in self.config.lookups}
+
+    def _zero_tap(self, layer: int, num_tokens: int) -> Array | ExpertTaps:
+        lookup = self.config.lookups[layer]
+        # Tables that a layer reads together are of one shape and type.
+        table = self.abstract_tables[lookup.tables(layer)[0]]
+        if isinstance(lookup, ExpertLookupConfig):
+            return ExpertTaps.zeros(num_tokens, lookup.picks, table.shape[1], table.dtype)
+        return zero_tap(num_tokens, table.shape[1], table.dtype)
 
     def assemble(self, params: nnx.State, tables: Tables) -> Decoder:
         """A decoder made of the given arrays."""

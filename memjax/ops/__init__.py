@@ -1,9 +1,10 @@
-"""The four operations that carry every memory layer; nothing here knows of models.
+"""The operations that carry memory layers and experts; nothing here knows of models.
 
     product_key_search   which slots a query reads, and their scores
     embedding_bag        out[t] = sum_k weights[t, k] * table[indices[t, k]]
     embedding_dot        out[t, k] = <vectors[t], table[indices[t, k]]>, the transpose of the bag
     row_update           table rows <- optimizer(rows, gradient), in place, only the rows that were read
+    grouped_matmul       out[i] = rows[i] @ matrices[group of i], rows in the order of their groups
 
 Each is a folder: `reference.py` is the definition, `xla.py` runs anywhere in bounded memory, `api.py` is what others
 call (`memjax.embedding_bag` and so on).

@@ -22,7 +22,7 @@ def choose(operation: str, wanted: str | None, dtype: DTypeLike = jnp.float32) -
     Args:
         operation: its folder in `memjax.ops`.
         wanted: one of IMPLEMENTATIONS; None takes the fastest that can run.
-        dtype: of the table, or of the keys.
+        dtype: of the table, of the keys, or of the matrices.
 
     Raises:
         ValueError: `wanted` is unknown.

@@ -46,6 +46,7 @@ def launch(
     out: Sequence[jax.ShapeDtypeStruct],
     grid: Sequence[int],
     num_warps: int = 4,
+    num_stages: int = 2,
     aliases: dict[int, int] | None = None,
     **constants: Any,
 ) -> list[jax.Array]:
@@ -57,6 +58,7 @@ def launch(
         out: shapes and types of the outputs.
         grid: programs along each axis.
         num_warps: warps of a program.
+        num_stages: loads of a loop that are under way at once.
         aliases: output by the number of the argument whose memory it takes over.
         constants: compile-time values; names that the kernel does not have are refused.
     """
@@ -71,7 +73,7 @@ def launch(
         *arguments,
         kernel=kernel,
         num_warps=num_warps,
-        num_stages=2,
+        num_stages=num_stages,
         compute_capability=compute_capability,
         **options,
         **constants,

@@ -154,7 +154,7 @@ class Loop:
                 self.profile.stop(step)
         self.checkpoints.check()
         self._read(wait=len(self.pending) >= MAX_PENDING)
-        if config.model.memory and (last or step % config.log.usage_every == 0):
+        if config.model.lookups and (last or step % config.log.usage_every == 0):
             self.pending[-1].metrics |= self._report_usage()
         improved = self._validate(step)
         stop = self.must_stop or (jax.process_count() == 1 and self.interrupt.name is not None)

@@ -5,7 +5,7 @@ import sys
 import jax
 
 from memjax.command_line import ConfigError
-from memjax.config import MemoryConfig, RunConfig
+from memjax.config import DType, RunConfig
 from memjax.data.parts import prepare_parts
 from memjax.models import dot_product
 from memjax.models.counts import billions, count_parameters, describe, gigabytes
@@ -120,11 +120,10 @@ def attention(config: RunConfig) -> str:
     return "cudnn" if config.train.attention == "auto" else config.train.attention
 
 
-def kernels(memory: MemoryConfig) -> str:
-    """Which implementation of the memory's operations runs, and why not the fastest."""
-    dtype = resolve_dtype(memory.table_dtype)
-    # The four operations have the same implementations, so one name says it all.
-    chosen = dispatch.choose("embedding_bag", None, dtype)
+def kernels(operation: str, type_name: DType) -> str:
+    """Which implementation of an operation runs on a type, and why not the fastest."""
+    dtype = resolve_dtype(type_name)
+    chosen = dispatch.choose(operation, None, dtype)
     reason = dispatch.why_not("triton", dtype)
     return f"{chosen} (triton cannot run: {reason})" if reason else chosen
 
@@ -133,23 +132,32 @@ def opening(config: RunConfig, trainer: Trainer, mesh: jax.sharding.Mesh, folder
     """The first lines of a run: model, memory, devices, what computes."""
     counts = count_parameters(trainer.parts)
     sizes = planner.plan(config, data_axis=mesh.shape["data"], trainer=trainer)
-    memory = config.model.memory
+    experts = config.model.experts
     lines = [
         f"run        {folder.path}",
         f"model      {billions(counts.dense)} dense + {billions(counts.table)} table parameters, "
-        f"{billions(counts.active)} active per token",
+        + (f"{billions(counts.experts)} in experts, " if config.model.experts else "")
+        + f"{billions(counts.active)} active per token",
         f"devices    {mesh.size} x {mesh.devices.flat[0].device_kind} (data {mesh.shape['data']} x memory "
         f"{mesh.shape['memory']}{_of_processes()}), {gigabytes(sizes.total)} needed on each",
         f"data       {config.data.path or config.data.source}, {config.train.steps} steps of "
         f"{config.data.batch_size} x {config.data.sequence_length} tokens",
         f"attention  {attention(config)}",
     ]
-    if memory:
-        layers = ", ".join(map(str, memory.layers))
-        lines.insert(
-            2, f"memory     {memory.num_slots:,} slots, {memory.num_heads} x {memory.top_k} read by block {layers}"
-        )
-        lines.append(f"kernels    {kernels(memory)}")
+    titles = {"memory": "memory     {:,} slots", "expert_lookup": "lookup     {:,} experts"}
+    lines[2:2] = [
+        f"{titles[kind].format(lookup.num_slots)}, {lookup.num_heads} x {lookup.top_k} read by block "
+        + ", ".join(map(str, lookup.layers))
+        for kind, lookup in config.model.lookup_sections.items()
+    ]
+    # The operations of lookups have the same implementations, so one name says it all.
+    chosen = {kernels("embedding_bag", lookup.table_dtype) for lookup in config.model.lookups.values()}
+    lines += [f"kernels    {name}" for name in sorted(chosen)]
+    if experts:
+        layers = ", ".join(map(str, config.model.layers_of("experts")))
+        choice = "experts choose" if experts.routing == "expert_choice" else f"{experts.top_k} by token"
+        lines.insert(2, f"experts    {experts.num_experts} in block {layers}; {choice}")
+        lines.append(f"kernels    {kernels('grouped_matmul', config.model.dtype)} for experts")
     return "\n".join(lines)
 
 

@@ -71,8 +71,8 @@ def parameter_groups(config: OptimConfig, abstract_params: nnx.State) -> Any:
     def group(path: tuple[Any, ...], variable: nnx.Variable) -> str:
         if isinstance(variable, AddressParam):
             return "address"
-        is_memory = any(getattr(key, "key", None) == "memory" for key in path)
-        return FROZEN if config.freeze_dense and not is_memory else "dense"
+        is_lookup = any(getattr(key, "key", None) in ("memory", "expert_lookup") for key in path)
+        return FROZEN if config.freeze_dense and not is_lookup else "dense"
 
     is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
     return jax.tree_util.tree_map_with_path(group, abstract_params, is_leaf=is_variable)

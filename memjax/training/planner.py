@@ -9,14 +9,14 @@ fuses and schedules otherwise, and a step takes up to three times as much beside
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from memjax.config import RunConfig
+from memjax.config import MemoryConfig, ProductKeyConfig, RunConfig, TableSizes
 from memjax.memory.parallel import DATA, MEMORY
 from memjax.models import dot_product, loss
 from memjax.models.counts import gigabytes
@@ -162,30 +162,34 @@ class _Planner:
     def kept(self) -> Bytes:
         """What the forward pass keeps for the backward pass."""
         dim, blocks, remat = self.model.dim, self.model.num_layers, self.config.train.remat
-        memories = len(self.model.memory.layers) if self.model.memory else 0
-        attention, feed_forward, memory = self.attention(), self.feed_forward(), self.memory()
+        attention, feed_forward, lookups = self.attention(), self.feed_forward(), self.all_lookups(self.mixer)
+        experts = self.experts()
         if remat == "block":
             attention, feed_forward = dim * self.width, 0
-            memory = self.lookup()
+            lookups, experts = self.all_lookups(self.lookup), self.routing()
         elif remat == "dots":
             dots = dim + self.query_and_keys + dim
             attention, feed_forward = dots * self.width, 2 * self.model.ffn_dim * self.width
-            memory = self.lookup() + self.memory_dots()
+            lookups = self.all_lookups(self.lookup) + self.all_lookups(self.lookup_dots)
+            experts = self.routing()
         return {
             "activations, attention": blocks * attention * self.tokens,
-            "activations, feed-forward": (blocks - memories) * feed_forward * self.tokens,
-            "activations, memory": memories * memory * self.tokens,
+            "activations, feed-forward": len(self.model.layers_of("dense")) * feed_forward * self.tokens,
+            "activations, experts": len(self.model.layers_of("experts")) * experts * self.tokens,
+            "activations, memory": lookups * self.tokens,
             "mask of documents": self.mask() if remat == "none" else 0,
         }
 
     def working(self) -> int:
         """The activations of one block whose backward pass is under way."""
         remat = self.config.train.remat != "none"
-        mixer = max(self.feed_forward(), self.memory() if self.model.memory else 0)
+        lookups = self.model.lookups.values()
+        mixer = max([self.feed_forward(), self.experts(), *map(self.mixer, lookups)])
         again = (self.attention() + mixer) * self.tokens if remat else 0
         # The cotangents of what is widest in it.
-        widest = max(2 * self.model.ffn_dim, 4 * self.model.dim) * self.width * self.tokens
-        search = min(SEARCH_BYTES, self.half_scores()) if self.model.memory else 0
+        expert = self.expert_rows() * self.model.expert_dim
+        widest = int(max(2 * self.model.ffn_dim, 4 * self.model.dim, 2 * expert)) * self.width * self.tokens
+        search = min(SEARCH_BYTES, max(map(self.half_scores, lookups), default=0))
         return again + widest + self.scores() + self.mask() + search
 
     def attention(self) -> int:
@@ -225,32 +229,52 @@ class _Planner:
         """Bytes a token: the stream, its norm, both projections and their product."""
         return (2 * self.model.dim + 3 * self.model.ffn_dim) * self.width
 
-    def memory(self) -> int:
+    def expert_rows(self) -> float:
+        """Experts that a token goes through in training, on average."""
+        experts = self.model.experts
+        if experts is None:
+            return 0
+        return experts.capacity if experts.routing == "expert_choice" else experts.top_k
+
+    def experts(self) -> int:
+        """Bytes a token: the stream, its norm, and for each of its experts input, projections, product and output."""
+        if self.model.experts is None:
+            return 0
+        rows = self.expert_rows() * (2 * self.model.dim + 3 * self.model.expert_dim)
+        return int(2 * self.model.dim + rows) * self.width + self.routing()
+
+    def routing(self) -> int:
+        """Bytes a token: logits, and twice who goes to whom."""
+        experts = self.model.experts
+        return int(experts.num_experts * self.wide + self.expert_rows() * 8) if experts else 0
+
+    def all_lookups(self, bytes_of: Callable[[ProductKeyConfig], int]) -> int:
+        return sum(bytes_of(lookup) for lookup in self.model.lookups.values())
+
+    def mixer(self, lookup: ProductKeyConfig) -> int:
         """Bytes a token: the stream, its norm, queries, what was looked up, and the gate's factors."""
-        memory = self.model.memory
-        if memory is None:
-            return 0
-        queries = memory.num_heads * memory.key_dim
-        gate = 3 * self.model.value_dim if memory.gate == "silu" else self.model.value_dim
-        return (2 * self.model.dim + queries + gate) * self.width + self.lookup()
+        queries = lookup.num_heads * lookup.key_dim
+        gate = 0
+        if isinstance(lookup, MemoryConfig):
+            gate = 3 * self.model.value_dim if lookup.gate == "silu" else self.model.value_dim
+        return (2 * self.model.dim + queries + gate) * self.width + self.lookup(lookup)
 
-    def memory_dots(self) -> int:
+    def lookup_dots(self, lookup: ProductKeyConfig) -> int:
         """Bytes a token: outputs of the layer's matrix products."""
-        memory = self.model.memory
-        if memory is None:
-            return 0
-        gate = self.model.value_dim if memory.gate == "silu" else 0
-        return (memory.num_heads * memory.key_dim + gate) * self.width
+        gate = self.model.value_dim if isinstance(lookup, MemoryConfig) and lookup.gate == "silu" else 0
+        return (lookup.num_heads * lookup.key_dim + gate) * self.width
 
-    def lookup(self) -> int:
-        """Bytes a token: score, index and weight of every pick, and the bag."""
-        memory = self.model.memory
-        return memory.picks * 12 + self.model.value_dim * self.table_width if memory else 0
+    def lookup(self, lookup: ProductKeyConfig) -> int:
+        """Bytes a token: score, index and weight of every pick, and the bag.
 
-    def half_scores(self) -> int:
-        memory = self.model.memory
-        assert memory is not None
-        return self.tokens * memory.num_heads * 2 * memory.num_keys * self.wide
+        With experts also their products with the token, what comes of these, and the token.
+        """
+        if isinstance(lookup, MemoryConfig):
+            return lookup.picks * 12 + self.model.value_dim * self.table_width(lookup)
+        return lookup.picks * 20 + self.model.dim * (self.width + self.table_width(lookup))
+
+    def half_scores(self, lookup: ProductKeyConfig) -> int:
+        return self.tokens * lookup.num_heads * 2 * lookup.num_keys * self.wide
 
     def logits(self) -> Bytes:
         """Logits of a chunk, their gradient, and that of the output matrix."""
@@ -279,32 +303,35 @@ class _Planner:
         return {"accumulated gradients": self.state()["dense parameters"]} | self.row_gradients()
 
     def row_gradients(self) -> Bytes:
-        """Index and weight of every pick and the bags' cotangents, of all micro-batches."""
-        memory = self.model.memory
-        if memory is None or self.config.optim.table.is_dense:
+        """Index and weight of every pick, and the vectors that they multiply, of all micro-batches."""
+        if not self.model.lookups or self.config.optim.table.is_dense:
             return {}
-        a_layer = self.tokens * (self.model.value_dim * self.table_width + memory.picks * 8)
-        return {"row gradients": len(memory.layers) * a_layer * self.config.train.accumulate}
+        return {"row gradients": self.all_lookups(self.factors) * self.tokens * self.config.train.accumulate}
+
+    def factors(self, lookup: ProductKeyConfig) -> int:
+        """Bytes a token: of a memory the bag's cotangent; of experts also the token, and two weights of every pick."""
+        if isinstance(lookup, MemoryConfig):
+            return lookup.picks * 8 + self.model.value_dim * self.table_width(lookup)
+        return lookup.picks * 12 + self.model.dim * (self.width + self.table_width(lookup))
 
     def row_update(self) -> Bytes:
         """Picks of all devices in the order of their rows, and the vectors they multiply."""
-        memory = self.model.memory
-        if memory is None or self.config.optim.table.is_dense:
+        if not self.model.lookups or self.config.optim.table.is_dense:
             return {}
         tokens = self.tokens * self.mesh.size * self.config.train.accumulate
-        largest = max(len(layers) for layers in memory.pools.values())
-        columns = self.model.value_dim // self.config.mesh.memory
-        of_token = memory.picks * PICK_BYTES + columns * self.table_width
-        return {"sorted picks": largest * tokens * of_token}
+
+        def of_token(table: TableSizes) -> int:
+            columns = table.width // self.config.mesh.memory
+            return len(table.readers) * (table.picks * PICK_BYTES + columns * resolve_dtype(table.dtype).itemsize)
+
+        return {"sorted picks": max(map(of_token, self.model.tables.values())) * tokens}
 
     @property
     def param_width(self) -> int:
         return jnp.dtype(self.model.param_dtype).itemsize
 
-    @property
-    def table_width(self) -> int:
-        memory = self.model.memory
-        return resolve_dtype(memory.table_dtype).itemsize if memory else 0
+    def table_width(self, lookup: ProductKeyConfig) -> int:
+        return resolve_dtype(lookup.table_dtype).itemsize
 
     @property
     def is_split(self) -> bool:
@@ -330,7 +357,7 @@ def _elements(tree: Any) -> int:
 
 def _changes(config: RunConfig, data_axis: int) -> Iterator[tuple[str, Any]]:
     """Settings that may need less memory, each with a value to try."""
-    data, train, memory = config.data, config.train, config.model.memory
+    data, train = config.data, config.train
     devices = data_axis * config.mesh.memory
     if data.batch_size % (2 * train.accumulate * devices) == 0:
         yield "train.accumulate", 2 * train.accumulate
@@ -341,10 +368,14 @@ def _changes(config: RunConfig, data_axis: int) -> Iterator[tuple[str, Any]]:
         yield "model.dtype", "bfloat16"
     if config.model.param_dtype == "float32":
         yield "model.param_dtype", "bfloat16"
-    if memory:
-        yield "model.memory.num_keys", max(memory.top_k, round(memory.num_keys * 0.5**0.5))
-        if memory.table_dtype == "float32":
-            yield "model.memory.table_dtype", "bfloat16"
+    experts = config.model.experts
+    if experts and experts.num_experts // 2 >= max(2, experts.chosen):
+        yield "model.experts.num_experts", experts.num_experts // 2
+    for kind, lookup in config.model.lookup_sections.items():
+        yield f"model.{kind}.num_keys", max(lookup.top_k, round(lookup.num_keys * 0.5**0.5))
+        if lookup.table_dtype == "float32":
+            yield f"model.{kind}.table_dtype", "bfloat16"
+    if config.model.lookups:
         if config.optim.table.optimizer in ("adam", "dense_adam"):
             yield "optim.table.optimizer", "rowwise_adam"
         if config.optim.table.optimizer == "adam" and config.optim.table.moment_dtype == "float32":

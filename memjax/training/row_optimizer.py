@@ -24,7 +24,6 @@ class TableOptimizer:
 
     config: TableOptimConfig
     steps: int
-    value_dim: int
     seed: int
 
     @property
@@ -32,15 +31,14 @@ class TableOptimizer:
         """The tables' own learning rate, by step."""
         return make_schedule(self.config, self.steps)
 
-    @property
-    def rule(self) -> RowRule:
-        """The row optimizer (not for the dense modes)."""
+    def rule(self, width: int) -> RowRule:
+        """The row optimizer of a table with rows of some width (not for the dense modes)."""
         return RowRule(
             kind=self.config.optimizer,  # pyright: ignore[reportArgumentType]  # the dense modes never come here
             beta1=self.config.beta1,
             beta2=self.config.beta2,
             eps=self.config.eps,
-            state_columns=self.config.columns_per_state(self.value_dim),
+            state_columns=self.config.columns_per_state(width),
             moment_dtype=jnp.dtype(self.config.moment_dtype),
             stochastic_rounding=self.config.stochastic_rounding,
         )
@@ -49,7 +47,10 @@ class TableOptimizer:
         """State before the first step, by pool."""
         if self.config.is_dense:
             return {pool: self._optax.init(table) for pool, table in tables.items()}
-        return {pool: self.rule.init(table.shape[0], table.shape[1], table.dtype) for pool, table in tables.items()}
+        return {
+            pool: self.rule(table.shape[1]).init(table.shape[0], table.shape[1], table.dtype)
+            for pool, table in tables.items()
+        }
 
     def update_rows(
         self,
@@ -67,7 +68,7 @@ class TableOptimizer:
             # Each pool rounds with bits of its own.
             now = row_step(self.schedule(step), step, ok=ok, seed=zlib.crc32(f"{self.seed} {pool}".encode()))
             new_tables[pool], new_state[pool] = parallel.update_rows(
-                table, state[pool], gradients[pool], self.rule, now, implementation=implementation
+                table, state[pool], gradients[pool], self.rule(table.shape[1]), now, implementation=implementation
             )
         return new_tables, new_state
 

@@ -37,7 +37,7 @@ class TrainState:
     """Rows of every table, by the name of the pool."""
     table_state: dict[str, Any]
     reads: dict[str, Any]
-    """Reads of every slot (int32 [num_slots]) since the last statistics, by memory layer."""
+    """Reads of every slot (int32 [num_slots]) since the last statistics, by layer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Trainer:
         attention = None if config.train.attention == "auto" else config.train.attention
         parts = DecoderParts.of(config.model, implementation=implementation, attention=attention)
         steps, seed = config.train.steps, config.run.seed
-        table_optimizer = TableOptimizer(config.optim.table, steps, config.model.value_dim, seed)
+        table_optimizer = TableOptimizer(config.optim.table, steps, seed)
         return cls(config, parts, make_optimizer(config.optim, steps, parts.abstract_params), table_optimizer)
 
     def init(self, key: Array) -> TrainState:
@@ -81,8 +81,8 @@ class Trainer:
 
     def no_reads(self) -> dict[str, Array]:
         """Read counters at zero."""
-        memory = self.config.model.memory
-        return {layer_name(i): jnp.zeros(memory.num_slots, jnp.int32) for i in memory.layers} if memory else {}
+        lookups = self.config.model.lookups
+        return {layer_name(layer): jnp.zeros(lookup.num_slots, jnp.int32) for layer, lookup in lookups.items()}
 
     def abstract_state(self) -> TrainState:
         """The state as shapes."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,10 @@ from jaxtyping import Array
 from memjax.config import RunConfig
 from memjax.memory import parallel
 from memjax.memory.parallel import DATA, MEMORY
-from memjax.memory.sparse_gradient import row_sparse_value_and_grad
+from memjax.memory.sparse_gradient import Taps, row_sparse_value_and_grad
 from memjax.memory.usage import count_reads, statistics
 from memjax.models.decoder import layer_name
+from memjax.models.experts import RouterStatistics, Routing, router_statistics
 from memjax.models.loss import token_losses
 from memjax.models.parts import Tables
 from memjax.ops.row_gradient import RowGradient
@@ -29,6 +30,17 @@ BATCH = P(None, (DATA, MEMORY))
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
+
+
+class _Told(NamedTuple):
+    """What micro-batches tell beside their gradients; it adds up over them."""
+
+    loss: Array
+    """Of the language model, of all learned tokens."""
+    by_part: list[Array]
+    """Summed losses of a mixture's parts."""
+    routers: dict[str, RouterStatistics]
+    """Of the real tokens, by layer."""
 
 
 def make_train_step(trainer: Trainer, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
@@ -58,14 +70,15 @@ def abstract_batch(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """The step itself, to be traced."""
-    learned = batch["loss_mask"].sum()
+    learned, real = batch["loss_mask"].sum(), (batch["segments"] > 0).sum()
     # A batch in which nothing is learned has the loss 0.
-    (loss, by_part), dense, rows, whole = _accumulate(trainer, state, batch, jnp.maximum(learned, 1))
+    told, dense, rows, whole = _accumulate(trainer, state, batch, jnp.maximum(learned, 1), jnp.maximum(real, 1))
 
     # Decided before anything is written, so that the last good state is always whole. The norm, which clipping needs
     # anyway, tells of all dense gradients in one pass over them.
     norm = global_norm(dense)
-    ok = state.healthy & _all_finite((loss, norm, whole, [(row.weights, row.vectors) for row in rows.values()]))
+    factors = [(row.weights, row.vectors) for row in _row_gradients(rows)]
+    ok = state.healthy & _all_finite((told, norm, whole, factors))
 
     updates, opt_state = trainer.optimizer.update(dense, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -82,21 +95,21 @@ def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[Train
         reads=_count(trainer, state, rows, batch, ok),
     )
     metrics = {
-        "train/loss": loss,
+        "train/loss": told.loss,
         "train/grad_norm": norm,
         "train/lr": trainer.schedule(state.step),
-        "train/tokens": (batch["segments"] > 0).sum(),
+        "train/tokens": real,
         "train/learned_tokens": learned,
         "healthy": ok,
     }
-    metrics |= _part_metrics(trainer, batch, by_part)
+    metrics |= _part_metrics(trainer, batch, told.by_part) | _router_metrics(told.routers)
     if tables:
         metrics["train/lr_table"] = trainer.table_optimizer.schedule(state.step)
     return new_state, metrics
 
 
 def make_usage_report(trainer: Trainer, mesh: jax.sharding.Mesh) -> Callable[[TrainState], tuple[TrainState, Metrics]]:
-    """The compiled (state) -> (state with read counters at zero, slot statistics by memory layer)."""
+    """The compiled (state) -> (state with read counters at zero, slot statistics by layer)."""
 
     def report(reads: dict[str, Array]) -> tuple[dict[str, Array], Metrics]:
         metrics = {}
@@ -114,50 +127,72 @@ def make_usage_report(trainer: Trainer, mesh: jax.sharding.Mesh) -> Callable[[Tr
     return report_and_reset
 
 
-def _accumulate(trainer: Trainer, state: TrainState, batch: Batch, learned: Array) -> tuple[Any, Any, dict, Tables]:
-    """(loss, losses of a mixture's parts), dense gradient, row gradients with a leading micro-batch axis, and the
-    tables' gradients in the dense modes.
+def _accumulate(
+    trainer: Trainer, state: TrainState, batch: Batch, learned: Array, real: Array
+) -> tuple[_Told, Any, dict, Tables]:
+    """What the micro-batches tell, dense gradient, row gradients with a leading micro-batch axis, and the tables'
+    gradients in the dense modes.
 
     The loss is a sum over tokens, divided by the number of learned tokens of the whole batch: however the batch is cut
     into micro-batches, every token counts the same.
     """
-    one = lambda micro: _gradients(trainer, state.params, state.tables, micro, learned)
+    one = lambda micro: _gradients(trainer, state.params, state.tables, micro, learned, real)
     if batch["tokens"].shape[0] == 1:
-        (loss, dense, whole), rows = one(jax.tree.map(lambda array: array[0], batch))
-        return loss, dense, jax.tree.map(lambda array: array[None], rows), whole
+        (told, dense, whole), rows = one(jax.tree.map(lambda array: array[0], batch))
+        return told, dense, jax.tree.map(lambda array: array[None], rows), whole
 
-    def add(total: Any, micro: Batch) -> tuple[Any, dict[str, RowGradient]]:
+    def add(total: Any, micro: Batch) -> tuple[Any, dict[str, Any]]:
         part, rows = one(micro)
         return jax.tree.map(jnp.add, total, part), rows
 
     shapes = jax.eval_shape(lambda batch: one(jax.tree.map(lambda array: array[0], batch))[0], batch)
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    (loss, dense, whole), rows = jax.lax.scan(add, zero, batch)
-    return loss, dense, rows, whole
+    (told, dense, whole), rows = jax.lax.scan(add, zero, batch)
+    return told, dense, rows, whole
 
 
-def _gradients(trainer: Trainer, params: Any, tables: Tables, batch: Batch, learned: Array):
-    """((loss, losses of parts), dense gradient, dense table gradient), row gradients by layer: of one micro-batch."""
+def _gradients(trainer: Trainer, params: Any, tables: Tables, batch: Batch, learned: Array, real: Array):
+    """(what it tells, dense gradient, dense table gradient), row gradients by layer: of one micro-batch."""
     parts, remat = trainer.parts, trainer.config.train.remat
     # Padding comes last in its row, so the tokens before it never see it.
     segments = batch["segments"] if trainer.config.data.rows_hold_documents else None
 
-    def loss_fn(params: nnx.State, taps: dict[str, Array], tables: Tables) -> tuple[Array, tuple[dict, list[Array]]]:
+    is_real = batch["segments"] > 0
+
+    def loss_fn(params: nnx.State, taps: Taps, tables: Tables) -> tuple[Array, tuple[dict, _Told]]:
         params = without_gradient_where_frozen(trainer.config.optim, _whole_outside_blocks(params))
         model = parts.assemble(params, tables)
-        hidden, lookups = model.hidden(batch["tokens"], batch["positions"], segments, taps, remat)
-        losses = token_losses(model, hidden, batch["targets"])
+        places = (batch["tokens"], batch["positions"], segments)
+        hidden = model.hidden(*places, taps, remat, real=is_real, training=True)
+        losses = token_losses(model, hidden.states, batch["targets"])
         losses = losses * batch["loss_mask"].astype(losses.dtype)
         by_part = [jnp.sum(losses, where=is_of_part) for is_of_part in _parts(trainer, batch)]
-        return jnp.sum(losses) / learned, (lookups, by_part)
+        routers = _routers(hidden.routings, is_real, real)
+        told = _Told(jnp.sum(losses) / learned, by_part, routers)
+        return told.loss + _router_loss(trainer, routers), (hidden.lookups, told)
 
     taps = parts.zero_taps(batch["tokens"].size)
     if not trainer.config.optim.table.is_dense:
-        loss, dense, rows = row_sparse_value_and_grad(loss_fn)(params, taps, tables)
-        return (loss, _place_gradient(trainer, dense), {}), rows
+        (_, told), dense, rows = row_sparse_value_and_grad(loss_fn)(params, taps, tables)
+        return (told, _place_gradient(trainer, dense), {}), rows
     differentiate = lambda params_and_tables, taps: loss_fn(params_and_tables[0], taps, params_and_tables[1])
-    loss, (dense, whole), rows = row_sparse_value_and_grad(differentiate)((params, tables), taps)
-    return (loss, _place_gradient(trainer, dense), whole), rows
+    (_, told), (dense, whole), rows = row_sparse_value_and_grad(differentiate)((params, tables), taps)
+    return (told, _place_gradient(trainer, dense), whole), rows
+
+
+def _routers(routings: dict[str, Routing], is_real: Array, real: Array) -> dict[str, RouterStatistics]:
+    """Statistics of a micro-batch's real tokens, times their share in those of the whole batch."""
+    share = is_real.sum() / real
+    found = {name: router_statistics(routing, is_real.ravel()) for name, routing in routings.items()}
+    return jax.tree.map(lambda value: value * share.astype(value.dtype), found)
+
+
+def _router_loss(trainer: Trainer, routers: dict[str, RouterStatistics]) -> Array | float:
+    """What routers add to the loss of the training."""
+    experts = trainer.config.model.experts
+    if experts is None:
+        return 0.0
+    return sum(experts.balance_weight * router.balance + experts.z_weight * router.z for router in routers.values())
 
 
 def _whole_outside_blocks(params: nnx.State) -> nnx.State:
@@ -186,32 +221,43 @@ def _part_metrics(trainer: Trainer, batch: Batch, losses: list[Array]) -> Metric
     return metrics
 
 
-def _update_tables(trainer: Trainer, state: TrainState, rows: dict[str, RowGradient], whole: Tables, ok: Array):
+def _router_metrics(routers: dict[str, RouterStatistics]) -> Metrics:
+    """How tokens spread over the experts of each layer, and the losses that are to spread them."""
+    metrics = {}
+    for name, router in routers.items():
+        metrics |= {
+            f"moe/{name}/load_balance_loss": router.balance,
+            f"moe/{name}/z_loss": router.z,
+            f"moe/{name}/entropy": router.entropy,
+            f"moe/{name}/most_loaded": router.load.max(),
+            f"moe/{name}/least_loaded": router.load.min(),
+        }
+    return metrics
+
+
+def _row_gradients(rows: Any) -> list[RowGradient]:
+    """All row gradients in a tree; of an expert lookup those of the inputs come first."""
+    return jax.tree.leaves(rows, is_leaf=lambda leaf: isinstance(leaf, RowGradient))
+
+
+def _update_tables(trainer: Trainer, state: TrainState, rows: dict[str, Any], whole: Tables, ok: Array):
     """Tables and their state after the step."""
-    optimizer, memory = trainer.table_optimizer, trainer.config.model.memory
-    if memory is None:
-        return state.tables, state.table_state
+    optimizer = trainer.table_optimizer
     if optimizer.config.is_dense:
         return optimizer.update_dense(state.tables, state.table_state, whole, ok)
-    micro_batches = jax.tree.leaves(rows)[0].shape[0]
-    gradients = {
-        pool: [
-            RowGradient(*(factor[number] for factor in rows[layer_name(layer)]))
-            for layer in layers
-            for number in range(micro_batches)
-        ]
-        for pool, layers in memory.pools.items()
-    }
+    gradients: dict[str, list[RowGradient]] = {name: [] for name in state.tables}
+    for layer, lookup in trainer.config.model.lookups.items():
+        for name, found in zip(lookup.tables(layer), _row_gradients(rows[layer_name(layer)]), strict=True):
+            micro_batches = range(found.indices.shape[0])
+            gradients[name] += [RowGradient(*(factor[number] for factor in found)) for number in micro_batches]
     return optimizer.update_rows(state.tables, state.table_state, gradients, state.step, ok)
 
 
-def _count(
-    trainer: Trainer, state: TrainState, rows: dict[str, RowGradient], batch: Batch, ok: Array
-) -> dict[str, Array]:
+def _count(trainer: Trainer, state: TrainState, rows: dict[str, Any], batch: Batch, ok: Array) -> dict[str, Array]:
     """Read counters with the picks of real tokens; padding and bad steps do not count."""
     real = (batch["segments"].reshape(batch["segments"].shape[0], -1, 1) > 0) & ok
     return {
-        name: count_reads(counts, jnp.where(real, rows[name].indices, counts.shape[0]))
+        name: count_reads(counts, jnp.where(real, _row_gradients(rows[name])[0].indices, counts.shape[0]))
         for name, counts in state.reads.items()
     }
 

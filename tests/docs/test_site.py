@@ -60,9 +60,11 @@ def test_every_setting_is_in_the_reference_with_its_docstring(generated):
     assert len(names) > 60
     assert set(re.findall(r"```{confval} (\S+)\n", reference)) == set(names)
     # In the config's source: what stands alone below a field of a class; sections are shown by the text of their class.
-    for node in ast.parse((ROOT / "memjax/config.py").read_text()).body:
-        # Sampling is no part of a run; schedules share fields, and two of them say another thing of the rate.
-        if isinstance(node, ast.ClassDef) and node.name not in ("ScheduleConfig", "SamplingConfig", "RunConfig"):
+    sources = [(ROOT / f"memjax/{name}.py").read_text() for name in ("config", "model_config")]
+    # Sampling is no part of a run; schedules and lookups share fields, of which some say another thing.
+    others = ("ScheduleConfig", "ProductKeyConfig", "SamplingConfig", "RunConfig")
+    for node in itertools.chain(*(ast.parse(source).body for source in sources)):
+        if isinstance(node, ast.ClassDef) and node.name not in others:
             for field, below in itertools.pairwise(node.body):
                 if isinstance(field, ast.AnnAssign) and not ast.unparse(field.annotation).endswith("Config"):
                     assert isinstance(below, ast.Expr)

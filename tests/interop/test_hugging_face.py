@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file
 
 from memjax.checkpoint import CheckpointError
 from memjax.command_line import ConfigError
-from memjax.config import DataConfig, MemoryConfig, ModelConfig, RunConfig
+from memjax.config import DataConfig, ExpertLookupConfig, MemoryConfig, ModelConfig, RunConfig
 from memjax.data.tokenizer import ByteTokenizer
 from memjax.interop import hugging_face
 from memjax.interop.hf_tokenizer_files import read_tokenizer
@@ -24,7 +25,9 @@ from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, take_apart
 
 MEMORY = MemoryConfig(layers=(0, 1), num_keys=8, num_heads=2, top_k=4, key_dim=8, value_dim=8, table_dtype="bfloat16")
-MODEL = ModelConfig(dim=16, num_layers=2, num_heads=2, ffn_dim=24, vocab_size=259, memory=MEMORY)
+EXPERTS = ExpertLookupConfig(layers=(2,), num_keys=8, num_heads=2, top_k=4, key_dim=8, table_dtype="float32")
+SIZES: dict[str, Any] = {"dim": 16, "num_layers": 4, "num_heads": 2, "ffn_dim": 24, "vocab_size": 259}
+MODEL = ModelConfig(**SIZES, memory=MEMORY, expert_lookup=EXPERTS)
 
 
 def make_run(folder: pathlib.Path) -> None:
@@ -58,6 +61,8 @@ def test_a_model_with_memory_goes_out_with_its_table_once_and_comes_back_bit_for
     tables = [name for name, array in tensors.items() if array.shape == (64, 8)]
     assert tables == ["model.tables.shared.weight"]
     assert tensors[tables[0]].dtype == jnp.bfloat16
+    assert tensors["model.tables.experts_outputs.weight"].dtype == jnp.float32
+    assert tensors["model.tables.experts_inputs.weight"].shape == (64, 16)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["max_position_embeddings"]) == ("memjax", 48)
 

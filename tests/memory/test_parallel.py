@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from memjax.memory import parallel
+from memjax.memory.expert_lookup import ExpertLookupLayer
 from memjax.memory.layer import MemoryLayer
 from memjax.memory.table import ValueTable
 from memjax.ops.row_gradient import RowGradient
@@ -76,6 +77,30 @@ def test_bag_and_its_gradients_equal_the_plain_ones(shape):
     )
     np.testing.assert_allclose(out, by_hand, atol=1e-12)
     np.testing.assert_allclose(d_tap, factors * np.cos(by_hand), atol=1e-12)
+    assert np.any(d_table)
+
+
+@every_mesh
+def test_dot_and_its_gradients_equal_the_plain_ones(shape):
+    table, indices, factors, vectors = draw()
+
+    def run(table, vectors, indices):
+        tap = parallel.zero_dot_tap(TOKENS, PICKS, table.dtype)
+
+        def loss(table, vectors, tap):
+            out, back = parallel.dot(table, indices, vectors, tap)
+            return jnp.sum(factors * jnp.sin(out)), (out, back)
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(table, vectors, tap)
+
+    got, expected = on_mesh_and_alone(shape, run, table, vectors, indices)
+    assert_equal_trees(got, expected)
+    (_, (out, back)), (d_table, d_vectors, d_tap) = expected
+    by_hand = np.array([[table[i] @ vector for i in row] for row, vector in zip(indices, vectors, strict=True)])
+    np.testing.assert_allclose(out, by_hand, atol=1e-12)
+    np.testing.assert_array_equal(back, vectors)
+    np.testing.assert_allclose(d_tap, factors * np.cos(by_hand), atol=1e-12)
+    np.testing.assert_allclose(d_vectors, np.stack([d @ table[row] for d, row in zip(d_tap, indices, strict=True)]))
     assert np.any(d_table)
 
 
@@ -163,6 +188,17 @@ def test_bag_moves_picks_and_bags_and_nothing_else(mesh):
         assert collectives(parallel.bag, *arguments) == ["all-gather", "all-gather", "all-to-all"]
 
 
+def test_dot_moves_picks_and_vectors_and_dots_and_nothing_else(mesh):
+    table, indices, _, vectors = draw()
+    with jax.set_mesh(mesh):
+        specs = (parallel.COLUMNS, parallel.TOKENS, parallel.TOKENS)
+        arrays = (table.astype(np.float32), indices, vectors.astype(np.float32))
+        placed = [jax.device_put(array, NamedSharding(mesh, spec)) for array, spec in zip(arrays, specs, strict=True)]
+        assert collectives(parallel.dot, *placed) == ["all-gather", "all-to-all", "reduce-scatter"]
+        _, back = jax.jit(parallel.dot)(*placed)
+        assert back.sharding.is_equivalent_to(NamedSharding(mesh, parallel.BAGS), back.ndim)
+
+
 def test_without_a_memory_axis_the_operations_are_the_plain_ones():
     table, indices, weights, _ = draw()
     arguments = (jnp.asarray(table, jnp.float32), jnp.asarray(indices), jnp.asarray(weights, jnp.float32))
@@ -178,10 +214,15 @@ class Model(nnx.Module):
 
     def __init__(self, rngs):
         self.table = ValueTable(25, 64, rngs=rngs)
-        self.layer = MemoryLayer(12, num_keys=5, num_heads=2, top_k=2, key_dim=4, value_dim=64, rngs=rngs)
+        self.inputs, self.outputs = (ValueTable(25, 64, rngs=rngs) for _ in range(2))
+        sizes = {"num_keys": 5, "num_heads": 2, "top_k": 2, "key_dim": 4, "rngs": rngs}
+        self.layer = MemoryLayer(12, value_dim=64, **sizes)
+        self.widen, self.narrow = nnx.Linear(12, 64, rngs=rngs), nnx.Linear(64, 12, rngs=rngs)
+        self.experts = ExpertLookupLayer(64, **sizes)
 
     def __call__(self, x):
-        return x + self.layer(x, self.table)
+        x = x + self.layer(x, self.table)
+        return x + self.narrow(self.experts(self.widen(x), self.inputs, self.outputs))
 
 
 def train(place):
@@ -208,7 +249,7 @@ def train(place):
 
     steps = [jax.tree.map(np.asarray, step(model, optimizer)) for _ in range(3)]
     losses, outputs = zip(*steps, strict=True)
-    return outputs, losses, np.asarray(model.table.rows[...])
+    return outputs, losses, np.stack([table.rows[...] for table in (model.table, model.inputs, model.outputs)])
 
 
 @cache

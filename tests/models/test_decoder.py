@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memjax.config import MemoryConfig, ModelConfig
+from memjax.config import ExpertLookupConfig, MemoryConfig, ModelConfig
 from memjax.models.block import Block
 from memjax.models.decoder import resolve_dtype
 from memjax.models.feed_forward import FeedForward
@@ -18,11 +18,22 @@ from memjax.ops.product_key_search.api import product_key_search
 
 SIZES: dict[str, Any] = {"dim": 16, "num_heads": 2, "num_kv_heads": 1, "ffn_dim": 24, "vocab_size": 40}
 MEMORY: dict[str, Any] = {"num_keys": 5, "num_heads": 2, "top_k": 3, "key_dim": 8, "value_dim": 12}
-TIED: dict[str, Any] = {"num_layers": 2, "tie_embeddings": True}
+EXPERTS: dict[str, Any] = {"num_keys": 5, "num_heads": 2, "top_k": 3, "key_dim": 8}
 CONFIGS = {
     "dense": ModelConfig(**SIZES, num_layers=1, memory=None),
-    "shared pool": ModelConfig(**SIZES, **TIED, memory=MemoryConfig(**MEMORY, layers=(0, 1))),
-    "own pools": ModelConfig(**SIZES, num_layers=3, memory=MemoryConfig(**MEMORY, layers=(0, 2), share=False)),
+    "shared tables": ModelConfig(
+        **SIZES,
+        num_layers=3,
+        tie_embeddings=True,
+        memory=MemoryConfig(**MEMORY, layers=(0, 1)),
+        expert_lookup=ExpertLookupConfig(**EXPERTS, layers=(2,)),
+    ),
+    "own tables": ModelConfig(
+        **SIZES,
+        num_layers=4,
+        memory=MemoryConfig(**MEMORY, layers=(0, 2), share=False),
+        expert_lookup=ExpertLookupConfig(**EXPERTS, layers=(1, 3), share=False),
+    ),
     "beside": ModelConfig(**SIZES, num_layers=2, memory=MemoryConfig(**MEMORY, layers=(1,), placement="beside")),
 }
 TOKENS = np.random.default_rng(0).integers(40, size=(2, 7)).astype(np.int32)
@@ -50,7 +61,7 @@ def norm(layer, x):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_those_of_the_layers_put_together_by_hand(name):
-    """Attention, feed-forward and memory layers have tests of their own; here they are called one by one."""
+    """Attention, feed-forward, memory and lookup layers have tests of their own; here they are called one by one."""
     model, config = build(name), CONFIGS[name]
     positions = np.broadcast_to(np.arange(7, dtype=np.int32), TOKENS.shape)
     embedding = np.asarray(model.embed.embedding[...], np.float64)
@@ -67,7 +78,13 @@ def test_logits_are_those_of_the_layers_put_together_by_hand(name):
         if memory is not None:
             table = model.tables["shared" if memory.share else f"layer_{number}"]
             x = x + np.asarray(call(block.memory, inputs, table))
-        if memory is None or memory.placement == "beside":
+        experts = config.expert_lookup if config.expert_lookup and number in config.expert_lookup.layers else None
+        if experts is not None:
+            pool = "experts" if experts.share else f"experts_{number}"
+            tables = (model.tables[f"{pool}_{which}"] for which in ("inputs", "outputs"))
+            x = x + np.asarray(call(block.expert_lookup, inputs, *tables))
+            assert (block.memory, block.feed_forward) == (None, None)
+        elif memory is None or memory.placement == "beside":
             assert isinstance(block.feed_forward, FeedForward)
             x = x + np.asarray(call(block.feed_forward, inputs))
     output = embedding.T if model.head is None else np.asarray(model.head.kernel[...], np.float64)
@@ -77,18 +94,20 @@ def test_logits_are_those_of_the_layers_put_together_by_hand(name):
     np.testing.assert_allclose(logits, norm(model.norm, x) @ output, rtol=1e-4, atol=1e-4)
 
 
-def test_tables_are_owned_by_the_decoder_one_for_each_pool():
+def test_tables_are_owned_by_the_decoder_one_or_two_for_each_pool():
     def tables(name):
         return {pool: table.rows[...].shape for pool, table in build(name).tables.items()}
 
     assert tables("dense") == {}
-    assert tables("shared pool") == {"shared": (25, 12)}
-    assert tables("own pools") == {"layer_0": (25, 12), "layer_2": (25, 12)}
-    first, second = (build("own pools").tables[pool].rows[...] for pool in ("layer_0", "layer_2"))
+    pair = lambda pool: {f"{pool}_inputs": (25, 16), f"{pool}_outputs": (25, 16)}
+    assert tables("shared tables") == {"shared": (25, 12)} | pair("experts")
+    memories = {"layer_0": (25, 12), "layer_2": (25, 12)}
+    assert tables("own tables") == memories | pair("experts_1") | pair("experts_3")
+    first, second = (build("own tables").tables[pool].rows[...] for pool in ("layer_0", "layer_2"))
     assert np.any(first != second)
 
 
-@pytest.mark.parametrize("name", ["dense", "shared pool"])
+@pytest.mark.parametrize("name", ["dense", "shared tables"])
 def test_packed_documents_get_what_they_get_alone(name):
     model = build(name)
     lengths = [3, 3, 1]
@@ -103,7 +122,7 @@ def test_packed_documents_get_what_they_get_alone(name):
         start += length
 
 
-@pytest.mark.parametrize("name", ["dense", "own pools"])
+@pytest.mark.parametrize("name", ["dense", "own tables"])
 def test_cache_filled_in_pieces_gives_what_all_tokens_at_once_give(name):
     model = build(name)
     expected = call(model, TOKENS)
@@ -119,14 +138,14 @@ def test_cache_filled_in_pieces_gives_what_all_tokens_at_once_give(name):
 
 def loss_and_lookups(parts, params, tables, taps, remat):
     model = parts.assemble(params, tables)
-    hidden, lookups = model.hidden(jnp.asarray(TOKENS), taps=taps, remat=remat)
+    hidden, lookups, *_ = model.hidden(jnp.asarray(TOKENS), taps=taps, remat=remat)
     return summed_loss(model, hidden, jnp.asarray(TOKENS[:, ::-1]), jnp.ones(TOKENS.shape)), lookups
 
 
 @cache
 def compiled_gradient(remat, forget=False):
     """value_and_grad in parameters, tables and taps; `forget` recomputes everything, whatever remat says."""
-    parts, *arrays = take_apart(build("shared pool"))
+    parts, *arrays = take_apart(build("shared tables"))
     policy = jax.checkpoint_policies.nothing_saveable
     wrap = (lambda function: jax.checkpoint(function, policy=policy)) if forget else (lambda function: function)
     loss = wrap(lambda params, tables, taps: loss_and_lookups(parts, params, tables, taps, remat))
@@ -150,13 +169,13 @@ def count_searches(compiled):
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "block"])
-def test_compiled_gradient_holds_one_search_for_each_memory_layer(remat):
+def test_compiled_gradient_holds_one_search_for_each_layer_that_looks_up(remat):
     queries, keys = jnp.ones((14, 2, 8)), jnp.ones((2, 2, 5, 4))
     one = count_searches(
         jax.jit(lambda queries, keys: product_key_search(queries, keys, 3)).lower(queries, keys).compile()
     )
     assert one > 0
-    assert count_searches(compiled_gradient(remat)[0]) == 2 * one
+    assert count_searches(compiled_gradient(remat)[0]) == 3 * one
 
 
 def test_searching_again_would_be_counted():
@@ -167,14 +186,23 @@ def test_searching_again_would_be_counted():
 def test_lookups_and_tap_cotangents_are_the_tables_gradient():
     compiled, arguments = compiled_gradient("block")
     (_, lookups), (_, d_tables, d_taps) = compiled(*arguments)
-    assert lookups.keys() == d_taps.keys() == {"L0", "L1"}
-    expected = np.zeros((25, 12))
-    for name, lookup in lookups.items():
-        indices, weights, bags = (np.asarray(array) for array in (*lookup, d_taps[name]))
+    assert lookups.keys() == d_taps.keys() == {"L0", "L1", "L2"}
+    expected = {name: np.zeros(rows.shape) for name, rows in d_tables.items()}
+
+    def add(table, indices, weights, vectors):
+        indices, weights, vectors = (np.asarray(array) for array in (indices, weights, vectors))
         assert indices.shape == (14, 6)
         for token, pick in np.ndindex(indices.shape):
-            expected[indices[token, pick]] += weights[token, pick] * bags[token]
-    np.testing.assert_allclose(d_tables["shared"], expected, rtol=1e-4, atol=1e-5)
+            expected[table][indices[token, pick]] += weights[token, pick] * vectors[token]
+
+    for name in ("L0", "L1"):
+        add("shared", lookups[name].indices, lookups[name].weights, d_taps[name])
+    experts, taps = lookups["L2"], d_taps["L2"]
+    add("experts_inputs", experts.indices, taps.dots, experts.vectors)
+    add("experts_outputs", experts.indices, experts.weights, taps.bags)
+    for name, gradient in d_tables.items():
+        assert np.any(gradient)
+        np.testing.assert_allclose(gradient, expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_types_follow_the_config():

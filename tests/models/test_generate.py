@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memjax.config import MemoryConfig, ModelConfig, SamplingConfig
+from memjax.config import ExpertLookupConfig, MemoryConfig, ModelConfig, SamplingConfig
 from memjax.models.decoder import Decoder
 from memjax.models.generate import _extend, _pick, _prefill, generate, generate_batch
 from memjax.models.parts import DecoderParts, take_apart
@@ -24,13 +24,14 @@ forward = nnx.jit(lambda model, tokens: model(tokens))
 def tiny(memory: bool = True, num_kv_heads: int | None = None) -> Decoder:
     config = ModelConfig(
         dim=16,
-        num_layers=2,
+        num_layers=3 if memory else 2,
         num_heads=4,
         num_kv_heads=num_kv_heads,
         ffn_dim=32,
         vocab_size=259,
         dtype="float32",
         memory=MemoryConfig(layers=(1,), num_keys=8, num_heads=2, top_k=4, key_dim=8) if memory else None,
+        expert_lookup=ExpertLookupConfig(layers=(2,), num_keys=8, num_heads=2, top_k=4, key_dim=8) if memory else None,
     )
     parts, rng = DecoderParts.of(config), np.random.default_rng(0)
     # Drawn by NumPy: compiling the initialisation would take longer than all that is tested.

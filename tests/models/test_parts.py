@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memjax.config import MemoryConfig, ModelConfig
+from memjax.config import ExpertLookupConfig, MemoryConfig, ModelConfig
 from memjax.memory.table import TableRows
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, take_apart
@@ -16,7 +16,13 @@ MEMORY: dict[str, Any] = {"layers": (0, 1), "num_keys": 3, "num_heads": 1, "top_
 CONFIGS = {
     "dense": ModelConfig(**SIZES, memory=None),
     "memory": ModelConfig(**SIZES, memory=MemoryConfig(**MEMORY, share=False, table_dtype="bfloat16")),
+    "experts": ModelConfig(
+        **SIZES,
+        memory=None,
+        expert_lookup=ExpertLookupConfig(num_keys=3, num_heads=1, top_k=2, key_dim=4, table_dtype="bfloat16"),
+    ),
 }
+TABLES = {"dense": [], "memory": ["layer_0", "layer_1"], "experts": ["experts_inputs", "experts_outputs"]}
 
 
 def shapes(tree):
@@ -39,7 +45,7 @@ def test_a_decoder_taken_apart_and_put_together_is_the_same(name):
     assert jax.tree.structure(one) == jax.tree.structure(other)
     for got, expected in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         assert got is expected, "nothing is copied"
-    assert sorted(tables) == ([] if name == "dense" else ["layer_0", "layer_1"])
+    assert sorted(tables) == TABLES[name]
     assert not jax.tree.leaves(nnx.filter_state(params, TableRows))
 
 
@@ -69,8 +75,11 @@ def test_init_draws_what_the_parts_describe():
 
 def test_taps_are_zeros_of_the_bags_shapes_and_types():
     taps = DecoderParts.of(CONFIGS["memory"]).zero_taps(10)
-    assert {name: (tap.shape, tap.dtype) for name, tap in taps.items()} == dict.fromkeys(
+    assert {name: (tap.shape, tap.dtype) for name, tap in taps.items() if isinstance(tap, jax.Array)} == dict.fromkeys(
         ("L0", "L1"), ((10, 6), jnp.bfloat16)
     )
-    assert not any(np.any(tap) for tap in taps.values())
+    experts = DecoderParts.of(CONFIGS["experts"]).zero_taps(10)
+    # Products are summed in float32.
+    assert {name: shapes(tap) for name, tap in experts.items()} == {"L1": [((10, 2), "float32"), ((10, 8), "bfloat16")]}
+    assert not any(np.any(tap) for tap in jax.tree.leaves((taps, experts)))
     assert DecoderParts.of(CONFIGS["dense"]).zero_taps(10) == {}

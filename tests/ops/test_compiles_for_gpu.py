@@ -18,9 +18,9 @@ from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.rules import RowRule, row_step
 
 triton_call.compute_capability = 90
-bag, dot, search, update = (
+bag, dot, search, update, grouped = (
     importlib.import_module(f"memjax.ops.{name}.triton")
-    for name in ("embedding_bag", "embedding_dot", "product_key_search", "row_update")
+    for name in ("embedding_bag", "embedding_dot", "product_key_search", "row_update", "grouped_matmul")
 )
 
 
@@ -45,6 +45,14 @@ for dtype, num, top_k in ((jnp.bfloat16, 1024, 32), (jnp.float32, 16, 3)):
     compile(f"search {num}", functools.partial(search.product_key_search, top_k=top_k), queries, keys)
     compile(f"search gradient {num}", search.search_gradient, queries, keys, *found)
 
+for dtype, inputs, outputs in ((jnp.bfloat16, 1024, 2816), (jnp.float32, 24, 40)):
+    rows, matrices, sizes = array(dtype, 500, inputs), array(dtype, 4, inputs, outputs), array(jnp.int32, 4)
+    cotangent = array(dtype, 500, outputs)
+    transposed = functools.partial(grouped.grouped_matmul, transposed=True)
+    compile(f"experts {inputs}", grouped.grouped_matmul, rows, matrices, sizes)
+    compile(f"experts transposed {inputs}", transposed, cotangent, matrices, sizes)
+    compile(f"experts gradient {inputs}", grouped.matrices_gradient, rows, cotangent, sizes)
+
 for kind in ("rowwise_adam", "adam"):
     rule, table = RowRule(kind=kind), array(jnp.bfloat16, 1000, 1024)
     state = jax.eval_shape(lambda: rule.init(1000, 1024))
@@ -68,4 +76,4 @@ def test_every_kernel_compiles_for_sm_90():
     assert done.returncode == 0, done.stderr
     kernels = {line.rsplit(" ", 1)[0]: int(line.rsplit(" ", 1)[1]) for line in done.stdout.splitlines()}
     assert kernels["search 1024"] == kernels["update rowwise_adam"] == 2
-    assert len(kernels) == 10
+    assert len(kernels) == 16

@@ -6,6 +6,7 @@ import pytest
 from memjax.ops import dispatch
 from memjax.ops.embedding_bag.api import embedding_bag
 from memjax.ops.embedding_dot.api import embedding_dot
+from memjax.ops.grouped_matmul.api import grouped_matmul
 from memjax.ops.product_key_search.api import product_key_search
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.api import row_update
@@ -20,6 +21,9 @@ CALLS = {
     ),
     "row_update": lambda name: row_update(
         TABLE, {}, [RowGradient(INDICES, WEIGHTS, VECTORS)], RowRule(kind="sgd"), row_step(1.0, 0), implementation=name
+    ),
+    "grouped_matmul": lambda name: grouped_matmul(
+        jnp.ones((3, 2)), jnp.ones((2, 2, 4)), jnp.asarray([1, 2], jnp.int32), implementation=name
     ),
 }
 every_operation = pytest.mark.parametrize("operation", CALLS)

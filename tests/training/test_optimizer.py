@@ -12,7 +12,7 @@ from memjax.memory.keys import AddressParam
 from memjax.memory.table import TableRows
 from memjax.models.parts import DecoderParts
 from memjax.models.trees import params_to_tree
-from memjax.training.optimizer import make_optimizer, make_schedule
+from memjax.training.optimizer import make_optimizer, make_schedule, parameter_groups
 from memjax.training.state import Trainer
 
 
@@ -112,6 +112,14 @@ def test_what_is_frozen_neither_moves_nor_has_a_state(first_updates, tiny):
     trained = sum(array.size for path, array in free.items() if "/memory/" in path)
     kept = sum(leaf.size for leaf in jax.tree.leaves(trainer.abstract_state().opt_state) if leaf.ndim)
     assert kept == 2 * trained, "two moments of what is trained, and none of the rest"
+
+
+def test_expert_lookups_are_not_frozen_with_the_dense_part(tiny):
+    config = tiny.config("--model.memory null --model.expert_lookup.layers 1 --optim.freeze_dense true")
+    groups = parameter_groups(config.optim, Trainer.of(config).parts.abstract_params)
+    found = {(jax.tree_util.keystr(path), group) for path, group in jax.tree_util.tree_leaves_with_path(groups)}
+    assert all((group == "address") == ("expert_lookup" in path) for path, group in found)
+    assert {group for _, group in found} == {"address", "frozen"}
 
 
 def test_the_optimizer_of_dense_parameters_never_sees_a_table(tiny):

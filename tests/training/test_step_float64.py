@@ -116,7 +116,7 @@ def test_rows_follow_their_rule_on_the_gradient_of_the_whole_table(tiny, monkeyp
 
         def loss(tables):
             model = trainer.parts.assemble(params, tables)
-            hidden, lookups = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
+            hidden, lookups, *_ = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
             every = jax.nn.log_softmax(model.logits(hidden))
             picked = jnp.sum(every * jax.nn.one_hot(batch["targets"], tiny.vocab, dtype=every.dtype), axis=-1)
             mask = batch["loss_mask"]

@@ -1,0 +1,395 @@
+"""The settings of a model, as frozen dataclasses: its sizes, and which kind each block is of."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
+from memjax.config_checks import not_negative, positive, refuse
+
+DType = Literal["auto", "float32", "bfloat16", "float64"]
+BlockKind = Literal["dense", "memory", "experts", "expert_lookup"]
+"""What a block has after its attention: a feed-forward layer, or what takes its place."""
+LookupKind = Literal["memory", "expert_lookup"]
+"""Kinds of blocks that read tables."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ProductKeyConfig:
+    """What all lookups by product keys have in common."""
+
+    layers: tuple[int, ...]
+    """Blocks (0-based) that have a lookup."""
+    num_keys: int = 64
+    """Sub-keys per half; the table has num_keys squared slots."""
+    num_heads: int = 2
+    """Independent lookups per token; their outputs add up."""
+    top_k: int = 8
+    """Slots read per head and token."""
+    key_dim: int = 64
+    """Width of a query and of a whole key (each half has key_dim / 2)."""
+    qk_norm: bool = True
+    """Scale both halves of queries and keys to unit length before they are compared."""
+    score_scale: float = 4.0
+    """Factor on the scores before the softmax (the paper: 1, without qk_norm)."""
+    value_init_scale: float = 4.0
+    """Initial standard deviation of the table, in units of value_dim ** -0.5 (the paper: 1)."""
+    share: bool = True
+    """All these layers read one table; false gives each layer its own."""
+    table_dtype: DType = "auto"
+    """auto: bfloat16 on GPUs, float32 on CPUs."""
+
+    def __post_init__(self) -> None:
+        refuse(
+            positive(
+                num_keys=self.num_keys,
+                num_heads=self.num_heads,
+                score_scale=self.score_scale,
+                value_init_scale=self.value_init_scale,
+            )
+            + _layers_problems(self.layers)
+            + [
+                f"top_k={self.top_k} must be in 1..num_keys={self.num_keys}: each half offers only num_keys candidates"
+                if not 1 <= self.top_k <= self.num_keys
+                else None,
+                f"num_keys={self.num_keys} must be at most 32768: slot numbers are 32-bit"
+                if self.num_keys > 32768
+                else None,
+                f"key_dim={self.key_dim} must be positive and even: it is split into two halves"
+                if self.key_dim <= 0 or self.key_dim % 2
+                else None,
+            ]
+        )
+
+    @property
+    def num_slots(self) -> int:
+        """Rows in a table."""
+        return self.num_keys**2
+
+    @property
+    def picks(self) -> int:
+        """Rows read per token and layer, over all heads."""
+        return self.num_heads * self.top_k
+
+    def tables(self, layer: int) -> tuple[str, ...]:
+        """The names of the tables that a block's lookup reads."""
+        return ("shared" if self.share else f"layer_{layer}",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryConfig(ProductKeyConfig):
+    """Memory layers: which blocks have one, and the sizes of the lookup."""
+
+    layers: tuple[int, ...] = (1, 2)
+    """Blocks (0-based) that have a memory layer."""
+    placement: Literal["replace", "beside"] = "replace"
+    """replace: the memory takes the feed-forward layer's place (the paper); beside: the block has both, and adds them
+    up; what the memory adds is scaled by learned numbers that begin at zero, so that at first it changes nothing."""
+    value_dim: int | None = None
+    """Width of a table row; null means model.dim."""
+    gate: Literal["none", "silu"] = "silu"
+    """silu: Memory+, out = W2 (y * silu(W1 x)); none: the plain memory layer."""
+    output_gate: bool = False
+    """Scale each token's output by a learned number between 0 and 1 (the paper's '+gated')."""
+    share: bool = True
+    """All memory layers read one table; false gives each layer its own."""
+
+    def __post_init__(self) -> None:
+        ProductKeyConfig.__post_init__(self)
+        refuse(positive(value_dim=self.value_dim))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertsConfig:
+    """A mixture of experts: several feed-forward layers in a block, of which each token uses a few."""
+
+    layers: tuple[int, ...] | None = None
+    """Blocks (0-based) that have experts; null means every block that no other list names."""
+    num_experts: int = 8
+    """Feed-forward layers in a block."""
+    ffn_dim: int | None = None
+    """Hidden width of an expert; null means model.ffn_dim."""
+    routing: Literal["token_choice", "expert_choice"] = "token_choice"
+    """token_choice: each token takes its top_k best experts, and none is turned away; expert_choice: in training each
+    expert takes its best tokens, so many that all do the same work (arXiv:2202.09368), and otherwise each token takes
+    its best expert."""
+    top_k: int = 2
+    """Experts of each token (token_choice)."""
+    renormalize: bool = False
+    """Scale the weights of a token's experts so that they add up to 1 (token_choice, top_k above 1)."""
+    capacity: float = 1.0
+    """Experts that a token is taken by on average in training (expert_choice)."""
+    balance_weight: float = 0.01
+    """Weight of the load-balance loss in the training: above 1, its least, as far as tokens crowd at some experts."""
+    z_weight: float = 0.001
+    """Weight of the router's z loss in the training, which keeps its logits small."""
+
+    def __post_init__(self) -> None:
+        by_token = self.routing == "token_choice"
+        refuse(
+            positive(num_experts=self.num_experts, ffn_dim=self.ffn_dim)
+            + not_negative(balance_weight=self.balance_weight, z_weight=self.z_weight)
+            + (_layers_problems(self.layers) if self.layers is not None else [])
+            + [
+                f"top_k={self.top_k} must be in 1..num_experts={self.num_experts}"
+                if by_token and not 1 <= self.top_k <= self.num_experts
+                else None,
+                f"renormalize={self.renormalize} would leave the router nothing to learn from with top_k={self.top_k}, "
+                "routing=token_choice is needed, and top_k above 1: a single weight would always be 1"
+                if self.renormalize and (self.top_k == 1 or not by_token)
+                else None,
+                f"capacity={self.capacity} must be above 0 and at most num_experts={self.num_experts}"
+                if not by_token and not 0 < self.capacity <= self.num_experts
+                else None,
+            ]
+        )
+
+    @property
+    def chosen(self) -> int:
+        """Experts that a token chooses; with expert_choice it does so outside of the training only."""
+        return self.top_k if self.routing == "token_choice" else 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertLookupConfig(ProductKeyConfig):
+    """PEER (arXiv:2407.04153): product keys pick experts of a single hidden number, two table rows each."""
+
+    layers: tuple[int, ...] = (1,)
+    """Blocks (0-based) that have an expert lookup in place of the feed-forward layer."""
+    num_keys: int = 64
+    """Sub-keys per half; there are num_keys squared experts."""
+    top_k: int = 8
+    """Experts used per head and token."""
+    value_init_scale: float = 4.0
+    """Initial standard deviation of both tables, in units of model.dim ** -0.5 (the paper: 1)."""
+    share: bool = True
+    """All these layers use the same experts; false gives each layer its own."""
+
+    def tables(self, layer: int) -> tuple[str, ...]:
+        """The names of the tables with the experts' input and output vectors."""
+        pool = "experts" if self.share else f"experts_{layer}"
+        return f"{pool}_inputs", f"{pool}_outputs"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TableSizes:
+    """A table, as the lookups that read it describe it."""
+
+    num_slots: int
+    """Rows."""
+    width: int
+    """Columns."""
+    picks: int
+    """Rows that each of its readers reads per token."""
+    init_scale: float
+    """Initial standard deviation, in units of width ** -0.5."""
+    dtype: DType
+    readers: tuple[int, ...]
+    """Blocks whose lookups read it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScalingConfig:
+    """Rotary frequencies slowed down for texts longer than those of a first training, as in Llama 3.1."""
+
+    factor: float = 8.0
+    """What slow frequencies are divided by: how much longer texts may get."""
+    low_freq_factor: float = 1.0
+    """Frequencies of fewer turns than this within original_length are slow."""
+    high_freq_factor: float = 4.0
+    """Frequencies of more turns than this within original_length stay as they are; those between are blended."""
+    original_length: int = 8192
+    """Tokens in the longest texts of the first training."""
+
+    def __post_init__(self) -> None:
+        refuse(
+            positive(factor=self.factor, low_freq_factor=self.low_freq_factor, original_length=self.original_length)
+            + [
+                f"high_freq_factor={self.high_freq_factor} must be above low_freq_factor={self.low_freq_factor}"
+                if self.high_freq_factor <= self.low_freq_factor
+                else None
+            ]
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The decoder: Llama's shape, with memory layers or experts in place of some feed-forward layers."""
+
+    dim: int = 64
+    """Width of the residual stream."""
+    num_layers: int = 3
+    """Number of blocks."""
+    num_heads: int = 2
+    """Query heads of the attention."""
+    num_kv_heads: int | None = None
+    """Key and value heads (grouped-query attention); null means num_heads."""
+    head_dim: int | None = None
+    """Width of an attention head; null means dim / num_heads."""
+    attention_bias: bool = False
+    """Whether the four projections of the attention have biases."""
+    ffn_dim: int = 96
+    """Hidden width of the feed-forward layers."""
+    vocab_size: int = 2048
+    """Rows of the embedding; a tokenizer with more tokens is refused, a trained one stays within it."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position frequencies."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Slower rotary frequencies for longer texts; null keeps them all."""
+    sliding_window: int | None = None
+    """Tokens that a token sees, itself and those before it; null for all of its document."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in every RMSNorm."""
+    tie_embeddings: bool = False
+    """Use the embedding matrix as the output matrix too."""
+    embedding_init_std: float | None = 1.0
+    """Initial standard deviation of the embedding; null means dim ** -0.5 (the paper)."""
+    dtype: DType = "auto"
+    """Type of activations and matrix products; auto: bfloat16 on GPUs, float32 on CPUs."""
+    param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Type in which the dense parameters are kept."""
+    memory: MemoryConfig | None = dataclasses.field(default_factory=MemoryConfig)
+    """Memory layers; null for none. A model of feed-forward layers alone has neither these nor experts."""
+    experts: ExpertsConfig | None = None
+    """Experts in place of feed-forward layers; null for none."""
+    expert_lookup: ExpertLookupConfig | None = None
+    """Experts that are looked up like memories, in place of feed-forward layers; null for none."""
+
+    def __post_init__(self) -> None:
+        kv_heads = self.kv_heads
+        refuse(
+            positive(
+                dim=self.dim,
+                num_layers=self.num_layers,
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+                ffn_dim=self.ffn_dim,
+                vocab_size=self.vocab_size,
+                rope_theta=self.rope_theta,
+                sliding_window=self.sliding_window,
+                norm_eps=self.norm_eps,
+                embedding_init_std=self.embedding_init_std,
+            )
+            + [
+                f"num_heads={self.num_heads} must divide dim={self.dim} into heads of an even width, or head_dim be set"
+                if self.head_dim is None and self.num_heads > 0 and (self.dim % self.num_heads or self.head_width % 2)
+                else None,
+                f"head_dim={self.head_dim} must be even: rotary positions turn pairs of numbers"
+                if self.head_dim is not None and self.head_dim % 2
+                else None,
+                f"num_kv_heads={kv_heads} must divide num_heads={self.num_heads}"
+                if kv_heads > 0 and self.num_heads % kv_heads
+                else None,
+            ]
+            + list(self._kind_problems())
+        )
+
+    def _kind_problems(self) -> Iterator[str]:
+        """Layers that do not exist or are named twice, and experts that find no layer."""
+        named: dict[int, str] = {}
+        for section, layers in self._named_layers().items():
+            shown = f"{section}.layers={list(layers)}"
+            if any(not 0 <= layer < self.num_layers for layer in layers):
+                yield (
+                    f"{shown} must lie in 0..{self.num_layers - 1}: the model has num_layers={self.num_layers} blocks"
+                )
+            for other in {named[layer] for layer in layers if layer in named}:
+                twice = [layer for layer in layers if named.get(layer) == other]
+                yield (
+                    f"{shown} and {other}.layers both name {twice}: a block is of one kind; take it out of one list, "
+                    f"or set model.{other} to null"
+                )
+            named |= dict.fromkeys(layers, section)
+        if self.experts and not self.layers_of("experts"):
+            yield (
+                "experts.layers=null finds no block that is not named elsewhere; shorten the other lists, "
+                "or set model.memory to null"
+            )
+
+    def _named_layers(self) -> dict[BlockKind, tuple[int, ...]]:
+        """The layers that each section lists."""
+        sections: dict[BlockKind, ProductKeyConfig | ExpertsConfig | None] = {
+            "memory": self.memory,
+            "expert_lookup": self.expert_lookup,
+            "experts": self.experts,
+        }
+        return {kind: section.layers or () for kind, section in sections.items() if section}
+
+    def kind(self, layer: int) -> BlockKind:
+        """What a block has after its attention. A memory that stands beside a feed-forward layer leaves it dense."""
+        named = self._named_layers()
+        for kind, layers in named.items():
+            if layer in layers:
+                beside = kind == "memory" and self.memory is not None and self.memory.placement == "beside"
+                return "dense" if beside else kind
+        return "experts" if self.experts and self.experts.layers is None else "dense"
+
+    def layers_of(self, kind: BlockKind) -> tuple[int, ...]:
+        """The blocks of a kind."""
+        return tuple(layer for layer in range(self.num_layers) if self.kind(layer) == kind)
+
+    @property
+    def lookup_sections(self) -> dict[LookupKind, ProductKeyConfig]:
+        """The sections of the kinds of lookups that the model has."""
+        sections: dict[LookupKind, ProductKeyConfig | None] = {
+            "memory": self.memory,
+            "expert_lookup": self.expert_lookup,
+        }
+        return {kind: section for kind, section in sections.items() if section}
+
+    @property
+    def lookups(self) -> dict[int, ProductKeyConfig]:
+        """The lookup of each block that has one; memories come first."""
+        return {layer: section for section in self.lookup_sections.values() for layer in section.layers}
+
+    @property
+    def tables(self) -> dict[str, TableSizes]:
+        """The tables by name."""
+        readers: dict[str, list[int]] = {}
+        for layer, lookup in self.lookups.items():
+            for name in lookup.tables(layer):
+                readers.setdefault(name, []).append(layer)
+        return {name: self._table_sizes(tuple(layers)) for name, layers in readers.items()}
+
+    def _table_sizes(self, readers: tuple[int, ...]) -> TableSizes:
+        lookup = self.lookups[readers[0]]
+        return TableSizes(
+            num_slots=lookup.num_slots,
+            width=self.value_dim if lookup is self.memory else self.dim,
+            picks=lookup.picks,
+            init_scale=lookup.value_init_scale,
+            dtype=lookup.table_dtype,
+            readers=readers,
+        )
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads of the attention."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a row of the memories' tables (dim where there is no memory)."""
+        return (self.memory and self.memory.value_dim) or self.dim
+
+    @property
+    def expert_dim(self) -> int:
+        """Hidden width of an expert of `experts`."""
+        return (self.experts and self.experts.ffn_dim) or self.ffn_dim
+
+
+def _layers_problems(layers: tuple[int, ...]) -> list[str | None]:
+    """Why a list of blocks cannot be."""
+    return [
+        f"layers={list(layers)} must name at least one block; for none, set the section to null"
+        if not layers
+        else None,
+        f"layers={list(layers)} must be in rising order, each block once"
+        if list(layers) != sorted(set(layers))
+        else None,
+    ]

@@ -1,0 +1,57 @@
+"""The grouped product as others call it: gradients, choice of the implementation."""
+
+from functools import partial
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from memjax.ops import dispatch
+
+
+def grouped_matmul(
+    rows: Float[Array, "m k"],
+    matrices: Float[Array, "g inputs n"],
+    sizes: Int[Array, " groups"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "m n"]:
+    """Every row times the matrix of its group, summed in float32 or wider, in the rows' type.
+
+    Rows are in the order of their groups: the first sizes[0] belong to group 0, and so on. Groups may be empty; the
+    sizes must add up to m, which is not checked: what comes of other rows is undefined.
+    Differentiable in `rows` and `matrices`, which have one type.
+
+    Raises:
+        ValueError: shapes or types do not fit, or `implementation` is unknown.
+        NotImplementedError: `implementation` cannot run here.
+    """
+    if rows.shape[1] != matrices.shape[1] or rows.dtype != matrices.dtype:
+        raise ValueError(
+            f"rows are {rows.dtype}{list(rows.shape)} and matrices {matrices.dtype}{list(matrices.shape)}; "
+            "both must have one type, and rows as many columns as a matrix has rows"
+        )
+    if matrices.shape[0] != sizes.shape[0]:
+        raise ValueError(f"there are {matrices.shape[0]} matrices and {sizes.shape[0]} sizes; each group has one")
+    name = dispatch.choose("grouped_matmul", implementation, matrices.dtype)
+    out: Any = _product(name, rows, matrices, sizes)
+    return out
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(name: str, rows: Array, matrices: Array, sizes: Array) -> Array:
+    return dispatch.load("grouped_matmul", name).grouped_matmul(rows, matrices, sizes)
+
+
+def _product_forward(name, rows, matrices, sizes):
+    return _product(name, rows, matrices, sizes), (rows, matrices, sizes)
+
+
+def _product_backward(name, residuals, cotangent):
+    rows, matrices, sizes = residuals
+    module = dispatch.load("grouped_matmul", name)
+    d_rows = module.grouped_matmul(cotangent, matrices, sizes, transposed=True)
+    return d_rows, module.matrices_gradient(rows, cotangent, sizes), None
+
+
+_product.defvjp(_product_forward, _product_backward)
