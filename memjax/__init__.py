@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memjax.config import ExpertsConfig, MemoryConfig, ModelConfig, RunConfig, SamplingConfig
+    from memjax.config import ExpertLookupConfig, ExpertsConfig, MemoryConfig, ModelConfig, RunConfig, SamplingConfig
     from memjax.data.tokenizer import Tokenizer
     from memjax.interop.official import from_official
     from memjax.interop.upcycle import upcycle, upcycle_run
@@ -33,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Continuation",
     "Decoder",
+    "ExpertLookupConfig",
     "ExpertLookupLayer",
     "ExpertsConfig",
     "Lookup",
@@ -66,6 +67,7 @@ __all__ = [
 _MODULES = {
     "Continuation": "text_generation",
     "Decoder": "models.decoder",
+    "ExpertLookupConfig": "config",
     "ExpertLookupLayer": "memory.expert_lookup",
     "ExpertsConfig": "config",
     "Lookup": "memory.keys",

@@ -3,7 +3,8 @@
 A step is a folder of items. An item of arrays is stored as nested names, one array per leaf; a leaf larger than a block
 is stored as row blocks, `name/rows_<first row>`, so that reading and writing need memory for a block beside the leaf.
 A document is one JSON file. The item `digests` indexes the others: shape, dtype and digest of every leaf, digest of
-every document, and the loss. It is committed with them, by one rename.
+every document, the loss, and whether the step is partial, which is to say that large items were left out on purpose. It
+is committed with them, by one rename.
 
 Orbax (0.12) restores flipped bits without a word, hence the digests.
 """
@@ -18,7 +19,7 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,13 @@ class _Damaged(CheckpointError):
     """What is on disk is not what was saved, so an older step may do."""
 
 
+class _Note(NamedTuple):
+    """What the index says of a step as a whole."""
+
+    loss: float | None
+    partial: bool
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Restored:
     """What `Checkpoints.restore` read: `arrays` has the trees of the targets."""
@@ -62,7 +70,7 @@ class Checkpoints:
 
     Args:
         folder: Holds one folder per step.
-        keep: Latest steps that stay.
+        keep: Latest steps that stay, and as many of the latest complete ones.
         keep_best: Whether the step with the lowest loss stays too.
         verify: Whether everything read is compared with its digest.
         block_bytes: Arrays larger than this are stored as row blocks of at most this size (of one row at least).
@@ -80,8 +88,9 @@ class Checkpoints:
         self.folder = pathlib.Path(folder).absolute()
         self._keep, self._keep_best, self._verify, self._block_bytes = keep, keep_best, verify, block_bytes
         self._manager: ocp.CheckpointManager | None = None
-        self._losses: dict[int, float | None] = {}
+        self._notes: dict[int, _Note] = {}
         self._damaged: set[int] = set()
+        self._replaced: set[int] = set()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -96,12 +105,16 @@ class Checkpoints:
         # Orbax renames a step's folder to its number when it is complete, and moves it away whole to delete it.
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir())
 
+    def complete(self) -> list[int]:
+        """The steps on disk that are not partial, ascending; damaged ones among them."""
+        return [step for step in self.steps() if not self._note(step).partial]
+
     def latest(self) -> int | None:
-        """The newest step on disk."""
-        return max(self.steps(), default=None)
+        """The newest complete step on disk."""
+        return max(self.complete(), default=None)
 
     def best(self) -> int | None:
-        """The step on disk with the lowest loss, the newer one of equals; None when no step has a loss."""
+        """The complete step on disk with the lowest loss, the newer one of equals; None when none has a loss."""
         return self._best(self.steps())
 
     def save(
@@ -111,8 +124,11 @@ class Checkpoints:
         documents: Mapping[str, Mapping[str, Any]],
         *,
         loss: float | None = None,
+        partial: bool = False,
     ) -> None:
         """Copies the arrays to host memory, then writes them in the background; does nothing if the step exists.
+
+        A complete step takes the place of a partial one.
 
         The arrays may be donated as soon as this returns. A save that is still being written is waited for first.
 
@@ -121,13 +137,16 @@ class Checkpoints:
             arrays: A tree of `jax.Array` by item name.
             documents: JSON objects by item name.
             loss: What `best` ranks by; a step without one, or with one that is not finite, is never the best.
+            partial: Items of other steps are left out: only who asks for this step by its number reads it.
 
         Raises:
             CheckpointError: this save, or the one before in the background, failed.
         """
         self.wait()
-        if _any_process(step in self.steps()) and step not in self._damaged:
-            return
+        if _any_process(step in self.steps()) and step not in self._damaged | self._replaced:
+            if partial or not self._note(step).partial:
+                return
+            self._replaced.add(step)
         with self._explain(CheckpointError, _CANNOT_SAVE.format(f"step {step}")), self._fresh_after_failure():
             manager = self._open()
             leaves = {item: _flatten(tree) for item, tree in arrays.items()}
@@ -135,8 +154,9 @@ class Checkpoints:
             # Through JSON and back, because keys and tuples change on the way and the digest is of what is read.
             texts = {item: json.loads(json.dumps(document)) for item, document in documents.items()}
             digests = {item: _text_digest(text) for item, text in texts.items()}
-            self._losses[step] = loss if loss is not None and math.isfinite(loss) else None
-            index = {"arrays": records, "documents": digests, "loss": self._losses[step]}
+            note = _Note(loss if loss is not None and math.isfinite(loss) else None, partial)
+            index = {"arrays": records, "documents": digests, **note._asdict()}
+            self._notes[step] = note
             items: dict[str, Any] = {item: ocp.args.JsonSave(text) for item, text in texts.items()}
             items[_INDEX] = ocp.args.JsonSave({"index": index, "digest": _text_digest(index)})
             for item, flat in leaves.items():
@@ -149,8 +169,8 @@ class Checkpoints:
     ) -> Restored:
         """Reads the named items and nothing else.
 
-        Without `step`, a newest step that is damaged is reported on stderr and the one before it is read; the next
-        save moves the damaged one out of the way.
+        Without `step`, a newest complete step that is damaged is reported on stderr and the one before it is read; the
+        next save moves the damaged one out of the way.
 
         Args:
             targets: A tree of `jax.ShapeDtypeStruct` by item name. Leaves come back under their sharding, or on the
@@ -159,20 +179,31 @@ class Checkpoints:
             step: The step to read; None means the newest that can be read.
 
         Raises:
-            CheckpointError: nothing there, nothing readable, or a target does not fit what was saved.
+            CheckpointError: nothing there, nothing readable, or a target does not fit what was saved, or is what a
+                partial step lacks.
         """
-        candidates = self.steps()[::-1] if step is None else [step]
+        candidates = self.complete()[::-1] if step is None else [step]
         if step is not None and step not in self.steps():
             raise CheckpointError(f"{self.folder}: there is no step {step}; there are {self.steps() or 'none'}")
         for candidate in candidates:
             try:
-                return self._read(candidate, targets, documents)
+                found = self._read(candidate, targets, documents)
             except _Damaged as error:
                 self._damaged.add(candidate)
                 if step is not None:
                     raise
                 print(f"warning: {error}; trying the step before", file=sys.stderr, flush=True)
-        found = f"none of the steps {candidates} can be read" if candidates else "there is no checkpoint"
+            else:
+                if step is None:
+                    # Whoever goes on from here comes to the partial ones after it once more.
+                    self._replaced.update(set(self.steps()) - set(candidates) - set(range(candidate)))
+                return found
+        if candidates:
+            found = f"none of the steps {candidates} can be read"
+        elif self.steps():
+            found = f"the steps {self.steps()} are all partial, saved without their largest items"
+        else:
+            found = "there is no checkpoint"
         raise CheckpointError(f"{self.folder}: {found}; name the folder of another run, or start over in a new one")
 
     def read_document(self, name: str, step: int | None = None) -> dict[str, Any]:
@@ -197,25 +228,34 @@ class Checkpoints:
         self._drop()
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Orbax's preservation policy: the latest and the best."""
+        """Orbax's preservation policy: the latest, the latest complete ones, and the best."""
         del context
         steps = sorted(info.step for info in checkpoints)
-        kept = {*steps[-self._keep :], self._best(steps) if self._keep_best else None}
+        complete = [step for step in steps if not self._note(step).partial]
+        kept = {*steps[-self._keep :], *complete[-self._keep :], self._best(steps) if self._keep_best else None}
         return [info.step in kept for info in checkpoints]
 
     def _best(self, steps: Iterable[int]) -> int | None:
-        losses = [(loss, -step) for step in steps if (loss := self._loss(step)) is not None]
+        notes = {step: self._note(step) for step in steps}
+        losses = [(note.loss, -step) for step, note in notes.items() if note.loss is not None and not note.partial]
         return -min(losses)[1] if losses else None
 
-    def _loss(self, step: int) -> float | None:
-        if step not in self._losses:
+    def _note(self, step: int) -> "_Note":
+        if step not in self._notes:
             try:
-                self._losses[step] = self._index(step)["loss"]
+                index = self._index(step)
             except _Damaged:
-                return None
-        return self._losses[step]
+                return _Note(loss=None, partial=False)
+            self._notes[step] = _Note(index["loss"], index.get("partial", False))
+        return self._notes[step]
 
     def _open(self) -> ocp.CheckpointManager:
+        if replaced := self._replaced.intersection(self.steps()):
+            self._drop()
+            if jax.process_index() == 0:
+                for step in replaced:
+                    shutil.rmtree(self.folder / str(step))
+        self._replaced.clear()
         if damaged := self._damaged.intersection(self.steps()):
             self._drop()
             if jax.process_index() == 0:
@@ -305,7 +345,12 @@ class Checkpoints:
     def _read(self, step: int, targets: Mapping[str, Any], documents: Sequence[str]) -> Restored:
         index = self._index(step)
         wanted = {item: _flatten(tree) for item, tree in targets.items()}
-        problems = [f"{item}: no such item" for item in targets if item not in index["arrays"]]
+        absent = [item for item in targets if item not in index["arrays"]]
+        if absent and index.get("partial", False):
+            newest = self.latest()
+            way_out = "no step here has all of it" if newest is None else f"the newest step with all of it is {newest}"
+            raise CheckpointError(f"{self.folder}: step {step} was saved without its {' and '.join(absent)}; {way_out}")
+        problems = [f"{item}: no such item" for item in absent]
         problems += [f"{item}: no such document" for item in documents if item not in index["documents"]]
         for item in wanted.keys() & index["arrays"].keys():
             problems += _differences(item, index["arrays"][item], wanted[item])

@@ -330,6 +330,9 @@ class MeshConfig:
     dense: Literal["sharded", "replicated"] = "sharded"
     """The dense parameters and their optimizer: sharded, a piece on each device, gathered block by block while they are
     used; or replicated, whole on every device, which sends less."""
+    row_exchange: Literal["auto", "factored", "dense"] = "auto"
+    """How row gradients cross the data axis. factored: every device gets and sorts the picks of all; dense: each
+    replica sums its own to a gradient of the table's size, and these are added up; auto: what takes fewer bytes."""
 
     def __post_init__(self) -> None:
         refuse(positive(data=self.data, memory=self.memory))
@@ -399,9 +402,25 @@ class CheckpointConfig:
     """Also keep the checkpoint with the lowest validation loss."""
     verify: bool = True
     """Compare every array with its digest when it is read."""
+    tables: str = "always"
+    """Which checkpoints hold the tables and their optimizer. always: all; 'every N': of those written every `every`
+    steps each N-th, and all others that are written. One without tables is small, but nothing can go on from it."""
 
     def __post_init__(self) -> None:
-        refuse(positive(every=self.every, keep=self.keep))
+        refuse(
+            positive(every=self.every, keep=self.keep)
+            + [
+                f"tables={self.tables} must be always or, as in 'every 4', every and a number from 1; there is no "
+                "never: nothing could go on from such a run, not even itself"
+                if not re.fullmatch(r"always|every 0*[1-9]\d*", self.tables)
+                else None
+            ]
+        )
+
+    @property
+    def steps_between_tables(self) -> int:
+        """Of the checkpoints written by number, those of its multiples hold the tables."""
+        return self.every * int(self.tables.removeprefix("every ") if self.tables != "always" else 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -555,9 +574,24 @@ class RunConfig:
                 "optim.freeze_dense=True leaves nothing to train without model.memory; give the model memory layers, "
                 "or train the dense part"
             )
+        problems += _too_many_picks(self)
         for width in sorted({table.width for table in self.model.tables.values()}):
             problems += memory_axis_problems(width, self.mesh.memory, self.optim.table)
         refuse(problems)
+
+
+def _too_many_picks(config: RunConfig) -> list[str | None]:
+    """Why the picks of a step cannot be sorted at once; empty when they can, or need not."""
+    if config.mesh.row_exchange != "factored" or config.optim.table.is_dense:
+        return []
+    of_token = max((len(table.readers) * table.picks for table in config.model.tables.values()), default=0)
+    picks = of_token * config.data.batch_size * config.data.sequence_length
+    if picks < 2**31:
+        return []
+    return [
+        f"mesh.row_exchange=factored cannot sort the {picks:,} rows that a step picks: 32 bits count fewer than "
+        f"{2**31:,}; set mesh.row_exchange to auto or dense, or lower data.batch_size"
+    ]
 
 
 MIN_COLUMNS_PER_DEVICE = 64

@@ -96,6 +96,7 @@ def _operations() -> dict[str, Callable[[str], Any]]:
     queries, keys = draw(33, 2, 32), draw(2, 2, 40, 16)
     rule = memjax.RowRule(state_columns=32)
     gradient = memjax.RowGradient(indices, weights, vectors)
+    matrices, sizes = draw(3, 96, 40), jnp.asarray([20, 0, 13], jnp.int32)
 
     def bag(name: str) -> Any:
         loss = lambda weights: jnp.sum(memjax.embedding_bag(table, indices, weights, implementation=name) ** 2)
@@ -111,9 +112,8 @@ def _operations() -> dict[str, Callable[[str], Any]]:
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(queries, keys)
 
     def experts(name: str) -> Any:
-        sizes = jnp.asarray([20, 0, 13], jnp.int32)
         loss = lambda rows, matrices: jnp.sum(memjax.grouped_matmul(rows, matrices, sizes, implementation=name) ** 2)
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(vectors, draw(3, 96, 40))
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(vectors, matrices)
 
     def update(name: str) -> Any:
         step = lambda table, state: memjax.row_update(

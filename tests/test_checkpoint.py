@@ -405,3 +405,61 @@ def test_after_a_kill_every_listed_step_can_be_read(tmp_path):
             restored = checkpoints.restore(target, ["meta"], step=step)
             assert restored.documents["meta"] == {"step": step}
             assert all((np.asarray(leaf) == step).all() for leaf in jax.tree.leaves(restored.arrays))
+
+
+def light(step):
+    return {"params": small(step)["params"]}
+
+
+def whole(step):
+    return light(step) | {"tables": {"shared": jnp.full((3, 2), step, jnp.float32)}}
+
+
+WHOLE = small_target() | {"tables": {"shared": jax.ShapeDtypeStruct((3, 2), jnp.float32)}}
+
+
+def test_partial_steps_are_passed_over_and_never_cost_the_last_complete_one(tmp_path, capsys):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, light(1), {}, loss=0.1, partial=True)
+        checkpoints.wait()
+        assert (checkpoints.steps(), checkpoints.latest(), checkpoints.best()) == ([1], None, None)
+        with pytest.raises(
+            CheckpointError, match=r"the steps \[1\] are all partial, saved without their largest items"
+        ):
+            checkpoints.restore(WHOLE)
+        checkpoints.save(2, whole(2), {"meta": {"step": 2}}, loss=3.0)
+        for step in (3, 4):
+            checkpoints.save(step, light(step), {"meta": {"step": step}}, loss=2.0, partial=True)
+    with Checkpoints(tmp_path, keep=1) as later:
+        assert (later.steps(), later.complete(), later.latest(), later.best()) == ([2, 4], [2], 2, 2)
+        restored = later.restore(WHOLE, ["meta"])
+        assert (restored.step, restored.documents["meta"]) == (2, {"step": 2})
+        # By its number a partial step gives what it has.
+        assert_same_bits(later.restore(small_target(), ["meta"], step=4).arrays, small(4))
+        message = "step 4 was saved without its tables; the newest step with all of it is 2"
+        with pytest.raises(CheckpointError, match=message):
+            later.restore(WHOLE, step=4)
+        assert later.restore({}, ["meta"]).documents["meta"] == {"step": 2}
+    assert not capsys.readouterr().err
+
+
+def test_who_goes_on_from_a_complete_step_saves_the_partial_ones_after_it_anew(tmp_path):
+    with Checkpoints(tmp_path, keep=9) as checkpoints:
+        checkpoints.save(1, whole(1), {})
+        for step in (2, 3, 4):
+            checkpoints.save(step, light(step), {}, partial=True)
+    with Checkpoints(tmp_path, keep=9) as again:
+        assert again.restore(WHOLE).step == 1
+        again.save(2, light(20), {}, partial=True)
+        assert again.steps() == [1]
+        again.save(3, whole(30), {})
+        again.wait()
+        assert (again.steps(), again.complete()) == ([1, 2, 3], [1, 3])
+        assert_same_bits(again.restore(small_target(), step=2).arrays, small(20))
+        # Once more within the same run: complete takes the place of partial, not the other way round.
+        again.save(3, light(31), {}, partial=True)
+        again.save(2, whole(21), {})
+        again.wait()
+        assert again.complete() == [1, 2, 3]
+        assert_same_bits(again.restore(WHOLE, step=2).arrays, whole(21))
+        assert_same_bits(again.restore(WHOLE, step=3).arrays, whole(30))

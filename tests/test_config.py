@@ -9,8 +9,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from memjax.command_line import differences, load, to_yaml
+from memjax.command_line import ConfigError, differences, load, to_yaml
 from memjax.config import (
+    CheckpointConfig,
     DataConfig,
     ExpertLookupConfig,
     ExpertsConfig,
@@ -28,21 +29,30 @@ PRESETS = {
     "134m_dense": 134.1,
     "134m_memory": 936.5,
     "134m_memory_plus_1m": 937.1,
+    "134m_peer": 1036.9,
     "373m_dense": 373.9,
     "373m_memory": 1441.1,
     "373m_memory_plus_1m": 1440.5,
+    "373m_peer": 1575.0,
     "720m_dense": 721.2,
     "720m_memory": 2315.6,
     "720m_memory_plus_1m": 2313.0,
+    "720m_peer": 2516.7,
     "1.3b_dense": 1261.5,
     "1.3b_memory": 3377.6,
     "1.3b_memory_plus_1m": 3368.1,
     "1.3b_memory_plus_4m": 9823.2,
     "1.3b_memory_plus_16m": 35618.1,
     "1.3b_memory_plus_64m": 138747.7,
+    "1.3b_peer": 3645.7,
     # Llama 3 8B has 8.03 billion parameters.
     "8b_dense": 8030.3,
     "8b_memory_plus_16m": 76523.3,
+    # Without routers, which the paper does not count, 983.5, 1827.2, 2797.4 and 3545.3.
+    "134m_moe": 983.6,
+    "373m_moe": 1827.4,
+    "720m_moe": 2797.6,
+    "1.3b_moe": 3545.5,
 }
 
 
@@ -52,16 +62,22 @@ def parameters(model: ModelConfig) -> int:
     attention, norms = 2 * model.dim**2 + key_and_value, 2 * model.dim
     total = 2 * model.vocab_size * model.dim + model.dim + model.num_layers * (attention + norms)
     for layer in range(model.num_layers):
-        memory = model.memory
-        if memory is None or layer not in memory.layers:
+        if model.experts is not None:
+            total += model.experts.num_experts * (3 * model.dim * model.ffn_dim + model.dim)
+            continue
+        lookup = next((one for one in (model.memory, model.expert_lookup) if one and layer in one.layers), None)
+        if lookup is None:
             total += 3 * model.dim * model.ffn_dim
             continue
-        queries = (model.dim + 1) * memory.num_heads * memory.key_dim
-        keys = memory.num_heads * 2 * memory.num_keys * (memory.key_dim // 2)
+        queries = (model.dim + 1) * lookup.num_heads * lookup.key_dim
+        keys = lookup.num_heads * 2 * lookup.num_keys * (lookup.key_dim // 2)
         gate = (model.dim + 1) * model.value_dim + (model.value_dim + 1) * model.dim
-        total += queries + keys + (gate if memory.gate == "silu" else 0)
+        gated = isinstance(lookup, MemoryConfig) and lookup.gate == "silu"
+        total += queries + keys + (gate if gated else 0)
     if model.memory is not None:
         total += model.memory.num_slots * model.value_dim
+    if model.expert_lookup is not None:
+        total += 2 * model.expert_lookup.num_slots * model.dim
     return total
 
 
@@ -76,11 +92,30 @@ def test_presets_have_the_sizes_of_the_paper(name, millions):
     assert round(parameters(load(RunConfig, CONFIGS / f"{name}.yaml").model) / 1e6, 1) == millions
 
 
-def test_presets_differ_from_their_dense_model_only_in_memory_and_mesh():
+def test_presets_differ_from_their_dense_model_only_in_memory_experts_and_mesh():
     for name in PRESETS:
         dense = load(RunConfig, CONFIGS / f"{name.split('_')[0]}_dense.yaml")
         for line in differences(dense, load(RunConfig, CONFIGS / f"{name}.yaml")):
-            assert line.startswith(("run.dir:", "model.memory:", "mesh.memory:")), line
+            assert line.startswith(
+                ("run.dir:", "model.memory:", "model.experts:", "model.expert_lookup:", "mesh.memory:")
+            ), line
+
+
+def test_more_picks_than_can_be_sorted_at_once_are_refused_where_factors_are_demanded():
+    preset = CONFIGS / "8b_memory_plus_16m.yaml"
+    # Three layers, each 128 picks of 2048 x 4096 tokens.
+    with pytest.raises(ConfigError, match=r"mesh\.row_exchange=factored cannot sort the 3,221,225,472 rows"):
+        load(RunConfig, preset, ["--mesh.row_exchange", "factored"])
+    load(RunConfig, preset, ["--mesh.row_exchange", "factored", "--data.batch_size", "1024"])
+    load(RunConfig, preset)
+
+
+def test_how_often_tables_are_saved_is_always_or_every_so_many():
+    assert CheckpointConfig(every=50).steps_between_tables == 50
+    assert CheckpointConfig(every=50, tables="every 4").steps_between_tables == 200
+    for wrong in ("never", "every", "every 0", "every -1", "4"):
+        with pytest.raises(ValueError, match=rf"tables={wrong} must be always or, as in 'every 4', every and a number"):
+            CheckpointConfig(tables=wrong)
 
 
 def test_the_quick_start_is_the_defaults():
@@ -159,9 +194,24 @@ def test_heads_that_cannot_be_are_refused():
 def test_derived_sizes():
     memory = MemoryConfig(layers=(0, 2), num_keys=100, num_heads=4, top_k=32)
     assert (memory.num_slots, memory.picks) == (10_000, 128)
-    readers = lambda memory: {name: table.readers for name, table in ModelConfig(memory=memory).tables.items()}
-    assert readers(memory) == {"shared": (0, 2)}
-    assert readers(dataclasses.replace(memory, share=False)) == {"layer_0": (0,), "layer_2": (2,)}
+    experts = ExpertLookupConfig(layers=(1, 3), num_keys=20)
+    readers = lambda model: {name: table.readers for name, table in model.tables.items()}
+    model = ModelConfig(num_layers=4, memory=memory, expert_lookup=experts)
+    assert readers(model) == {"shared": (0, 2), "experts_inputs": (1, 3), "experts_outputs": (1, 3)}
+    assert {name: (table.num_slots, table.width) for name, table in model.tables.items()} == {
+        "shared": (10_000, 64),
+        "experts_inputs": (400, 64),
+        "experts_outputs": (400, 64),
+    }
+    apart = {"memory": dataclasses.replace(memory, share=False), "expert_lookup": None}
+    assert readers(dataclasses.replace(model, **apart)) == {"layer_0": (0,), "layer_2": (2,)}
+    own = dataclasses.replace(experts, layers=(1,), share=False)
+    assert list(dataclasses.replace(model, expert_lookup=own).tables) == [
+        "shared",
+        "experts_1_inputs",
+        "experts_1_outputs",
+    ]
+    assert list(model.lookups) == [0, 2, 1, 3]
 
 
 REQUIRED: dict[type, dict] = {MixtureConfig: {"name": "a", "path": "b"}}

@@ -9,7 +9,7 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -37,6 +37,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import timing
 
 Row = dict[str, Any]
+
+
+BEGUN = time.perf_counter()
+
+
+def say(what: str) -> None:
+    """A line of progress: most of a case's time is not that of its steps."""
+    print(f"  {time.perf_counter() - BEGUN:6.1f} s: {what}", file=sys.stderr, flush=True)
 
 
 def seconds_of(step: Callable[[Any], Any], state: Any, case: Row) -> tuple[float, Any]:
@@ -99,23 +107,35 @@ def allocator_peak(device: Any) -> float | None:
 
 def whole_step(config: RunConfig, devices: list[Any], case: Row) -> Row:
     """A training step as the trainer runs it."""
+    say("imported")
     trainer, mesh = Trainer.of(config), make_mesh(config, devices)
+    say("model's shapes known")
     tokens = config.data.batch_size * config.data.sequence_length
     row: Row = {"tokens": tokens, "attention": attention_of(config)}
     with jax.set_mesh(mesh):
         state = jax.jit(trainer.init, out_shardings=trainer.shardings(mesh))(jax.random.key(0))
         batch = put_batch(mesh, random_batch(config, case["documents"]), BATCH)
+        jax.block_until_ready(state)
+        say("state drawn")
         if case["count_rows"]:
             row |= distinct_rows(trainer, state, batch)
         started = time.perf_counter()
         compiled = make_train_step(trainer, mesh).lower(state, batch).compile()
         row["compile s"] = time.perf_counter() - started
+        say("compiled")
         predicted = planner.plan(config, data_axis=mesh.shape["data"], trainer=trainer)
         row |= {"predicted GB": predicted.total / 1e9, "compiled GB": planner.compiled_bytes(compiled) / 1e9}
         row["prediction"] = {name: count / 1e9 for name, count in (predicted.state | predicted.temporary).items()}
         row["temporary GB"] = compiled.memory_analysis().temp_size_in_bytes / 1e9
+        state, first = compiled(state, batch)
+        jax.block_until_ready(state)
+        say("first step done")
         seconds, state = seconds_of(lambda state: compiled(state, batch)[0], state, case)
+        state, last = compiled(state, batch)
+        row |= {"first loss": float(first["train/loss"]), "last loss": float(last["train/loss"])}
         row["peak GB"] = allocator_peak(devices[0])
+        if row["peak GB"]:
+            row["predicted / peak"] = row["predicted GB"] / row["peak GB"]
         if case["profile"]:
             row["profile"] = profile(lambda state: compiled(state, batch)[0], state, pathlib.Path(case["profile"]))
     speed, counts = tokens / seconds, count_parameters(trainer.parts)
@@ -126,7 +146,8 @@ def whole_step(config: RunConfig, devices: list[Any], case: Row) -> Row:
         "table parameters": counts.table,
     }
     if peak := peak_flops(devices[0]):
-        flops = training_flops_per_token(trainer.parts, config.data.sequence_length)
+        freeze_dense = config.optim.freeze_dense
+        flops = training_flops_per_token(trainer.parts, config.data.sequence_length, freeze_dense=freeze_dense)
         row["MFU"] = speed * flops / (peak * len(devices))
     return row
 
@@ -201,9 +222,9 @@ def memory_layer(config: RunConfig, devices: list[Any], case: Row) -> Row:
     return {"tokens": tokens, "ms": seconds * 1e3, "tokens/s": round(tokens / seconds)}
 
 
-def over_devices(case: Row) -> list[Row]:
+def over_devices(case: Row) -> Iterator[Row]:
     """Weak scaling: the same work for each device on one and on more of them."""
-    available, rows = jax.devices(), []
+    available = jax.devices()
     counts = [count for count in (1, 2, 4, 8) if count <= len(available)]
     for name, measure in (("memory layer", memory_layer), ("whole step", whole_step)):
         alone = None
@@ -213,13 +234,13 @@ def over_devices(case: Row) -> list[Row]:
                 sizes += ["--mesh.data", str(data), "--mesh.memory", str(memory)]
                 row: Row = {"case": f"{name}, {count} of {len(available)}", "mesh": f"data {data} x memory {memory}"}
                 row |= attempt(lambda sizes=sizes, n=count, f=measure: f(config_of(case, sizes), available[:n], case))
-                row.pop("peak GB", None)  # that of the cases before too
+                for name in ("peak GB", "predicted / peak"):
+                    row.pop(name, None)  # those of the cases before too
                 if "tokens/s" in row:
                     each = row["tokens/s"] / count
                     alone = alone or each
                     row |= {"tokens/s per GPU": round(each), "of one GPU": each / alone}
-                rows.append(row)
-    return rows
+                yield row
 
 
 def attempt(function: Callable[[], Row]) -> Row:
@@ -243,10 +264,14 @@ def main() -> None:
     """Writes the case's rows as JSON."""
     case, result = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
     if case["kind"] == "devices":
-        rows = over_devices(case)
+        found = over_devices(case)
     else:
-        rows = [attempt(lambda: whole_step(config_of(case), jax.devices()[:1], case))]
-    result.write_text(json.dumps({"rows": rows, "environment": timing.environment()}))
+        found = iter([attempt(lambda: whole_step(config_of(case), jax.devices()[: case["devices"]], case))])
+    rows: list[Row] = []
+    for row in found:
+        # After each: what comes next may take too long.
+        rows.append(row)
+        result.write_text(json.dumps({"rows": rows, "environment": timing.environment()}))
 
 
 if __name__ == "__main__":

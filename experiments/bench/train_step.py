@@ -1,9 +1,10 @@
 """Times whole training steps: `python experiments/bench/train_step.py [--only PART ...] [--out FOLDER] [--small]`.
 
 Dense against Memory+ of one size on one device, a PyTorch peer of the dense model, table sizes, documents that share
-rows, XLA's flags, and one device against several. The settings are those of the size's presets but for the batch
-(4 x 4,096 tokens a device), `train.remat: none` and rows of one text; tokens are random. Each case runs in a process of
-its own, so that an out-of-memory is a row and the rest goes on. The record is written after every case.
+rows, cases that tell whether the planner is right, XLA's flags, and one device against several. The settings are those
+of the size's presets but for the batch (4 x 4,096 tokens a device), `train.remat: none` and rows of one text; tokens
+are random. Each case runs in a process of its own, so that an out-of-memory is a row and the rest goes on. The record
+is written after every case.
 
 With --small (for CPUs) a few cases of small sizes run, and the figures say nothing but that it runs.
 """
@@ -30,23 +31,38 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
 COLUMNS = ("part", "case", "mesh", "attention", "ms", "tokens/s", "MFU", "peak GB", "compiled GB")
-COLUMNS += ("predicted GB", "compile s", "distinct rows", "tokens/s per GPU", "of one GPU", "note")
+COLUMNS += ("predicted GB", "predicted / peak", "compile s", "distinct rows", "tokens/s per GPU", "of one GPU")
+COLUMNS += ("last loss", "note")
 
 SMALL = """
 --model.dim 128 --model.num_layers 2 --model.num_heads 2 --model.ffn_dim 64 --model.vocab_size 512 --model.dtype float32
 """
 SMALL_MEMORY = "--model.memory.layers 1 --model.memory.num_heads 2 --model.memory.top_k 4 --model.memory.key_dim 16 "
 SMALL_MEMORY += "--optim.table.state_columns 64"
+# The paper's largest table with a small dense model: 128 GiB of rows on each of two devices.
+HUGE = "--model.num_layers 4 --model.memory.layers 2 --model.memory.value_dim 2048 --data.batch_size 4"
+# Rates that move something within the steps that are timed.
+FAST = "--optim.lr 1e-3 --optim.warmup_steps 10 --optim.table.warmup_steps 10 --mesh.memory 2"
 BFLOAT16 = ["--model.param_dtype", "bfloat16"]
 
 XLA_FLAGS = {
     "default flags": "",
-    "no Triton matrix products": "--xla_gpu_enable_triton_gemm=false",
-    "latency hiding scheduler": "--xla_gpu_enable_latency_hiding_scheduler=true",
+    "Triton matrix products": "--xla_gpu_enable_triton_gemm=true",
     "no command buffers": "--xla_gpu_enable_command_buffer=",
     "cuBLASLt": "--xla_gpu_enable_cublaslt=true",
     "autotune level 1": "--xla_gpu_autotune_level=1",
 }
+
+# Few layers, which compile fast; in three of them nearly all of the peak is activations.
+PLANNED = {
+    "long rows, nothing again": ("dense", "--model.num_layers 4"),
+    "long rows, attention in chunks": ("dense", "--model.num_layers 2 --train.attention chunked"),
+    "a large vocabulary": ("dense", "--model.num_layers 2 --model.vocab_size {vocab}"),
+    "memory, nothing again": ("memory", "--model.num_layers 4 --model.memory.layers {layers}"),
+    "memory, blocks again": ("memory", "--model.num_layers 4 --model.memory.layers {layers} --train.remat block"),
+}
+
+PARTS = ("dense", "memory", "torch", "documents", "sizes", "remat", "planner", "xla", "devices", "largest")
 
 Row = dict[str, Any]
 
@@ -64,18 +80,31 @@ def cases(arguments: argparse.Namespace) -> dict[str, list[Row]]:
         shrink = f"{SMALL} {SMALL_MEMORY if preset == memory_plus else ''}".split() if small else []
         windows = {"windows": 2, "steps": 2} if small else {"windows": 5, "steps": 10}
         found = {"case": name, "kind": "step", "preset": preset, "batch": batch, "length": length}
-        found |= {"settings": [*common, *shrink, *settings, *arguments.settings], "xla_flags": "", "documents": False}
+        found |= {
+            "settings": [*common, *shrink, *settings, *arguments.settings],
+            "xla_flags": "",
+            "documents": False,
+            "devices": 1,
+        }
         return found | {"count_rows": False, "profile": None} | windows | more
 
     def memory_case(name: str, num_keys: int, *settings: str, **more: Any) -> Row:
         keys = ["--model.memory.num_keys", str(num_keys)]
         return case(name, memory_plus, *keys, *settings, **more)
 
+    def planned(name: str, kind: str, settings: str) -> Row:
+        words = settings.format(vocab=1024 if small else 128_000, layers="1" if small else "1,2").split()
+        rows = batch if kind == "memory" else 4 * batch
+        words += ["--data.batch_size", str(rows)]
+        preset = dense if kind == "dense" else memory_plus
+        return case(name, preset, *words, batch=rows, windows=2, steps=2 if small else 4)
+
     model = load(RunConfig, pathlib.Path(dense), [*(SMALL.split() if small else []), *arguments.settings]).model
     names = ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size", "rope_theta", "norm_eps")
     shape = {name: getattr(model, name) for name in names}
     largest = [16] if small else [1024, 2048, 4096, 6928]
     documents = {"documents": True}
+    fast = [*BFLOAT16, *FAST.split(), "--data.batch_size", str(2 * batch)]
     found = {
         "dense": [case("dense, float32 parameters", dense), case("dense, bfloat16 parameters", dense, *BFLOAT16)],
         "memory": [
@@ -89,11 +118,16 @@ def cases(arguments: argparse.Namespace) -> dict[str, list[Row]]:
         ],
         "sizes": [memory_case(f"Memory+, {keys**2:,} slots", keys, count_rows=True) for keys in largest],
         "remat": [case(f"dense, remat {name}", dense, "--train.remat", name) for name in ("dots", "block")],
+        "planner": [planned(name, kind, settings) for name, (kind, settings) in PLANNED.items()],
         "xla": [case(f"dense, {name}", dense, xla_flags=flags) for name, flags in XLA_FLAGS.items()],
-        "devices": [memory_case("weak scaling", largest[0], kind="devices")],
+        "devices": [memory_case("weak scaling", largest[0], *BFLOAT16, kind="devices")],
+        "largest": [
+            memory_case("67,108,864 x 1,024 on two devices", 8192, *fast, devices=2, steps=20),
+            memory_case("67,108,864 x 2,048 on two devices", 8192, *fast, *HUGE.split(), devices=2, steps=20),
+        ],
     }
     if small:
-        found = {part: found[part][:1] for part in ("dense", "memory", "torch", "devices")}
+        found = {part: found[part][:1] for part in ("dense", "memory", "torch", "planner", "devices")}
     for part, of_part in found.items():
         for number, one in enumerate(of_part):
             one["part"] = part
@@ -118,17 +152,22 @@ def run(case: Row, seconds: float) -> tuple[list[Row], Row]:
         command = [sys.executable, str(script), json.dumps(case), str(result)]
         try:
             code = subprocess.run(command, env=environment, timeout=seconds, check=False).returncode
+            note = f"ended with exit code {code}" if code else None
         except subprocess.TimeoutExpired:
-            return [{"note": f"stopped after {seconds:.0f} s"}], {}
-        if not result.exists():
-            return [{"note": f"ended with exit code {code}"}], {}
-        found = json.loads(result.read_text())
-        return found["rows"], found.get("environment", {})
+            note = f"stopped after {seconds:.0f} s"
+        found = json.loads(result.read_text()) if result.exists() else {"rows": []}
+        return found["rows"] + ([{"note": note}] if note else []), found.get("environment", {})
 
 
 def write(out: pathlib.Path, stem: str, record: Row) -> None:
-    """The record as JSON and as a table."""
-    timing.write_record(out / f"{stem}.json", record)
+    """The record as JSON and as a table; cases of a record that is there already stay, unless they ran again."""
+    file = out / f"{stem}.json"
+    old = json.loads(file.read_text()) if file.exists() else {}
+    again = {(row["part"], row["case"]) for row in record["rows"]}
+    kept = [row for row in old.get("rows", []) if (row["part"], row["case"]) not in again]
+    commands = dict.fromkeys([*old.get("command", "").split(" ; "), record["command"]])
+    record = record | {"rows": kept + record["rows"], "command": " ; ".join(filter(None, commands))}
+    timing.write_record(file, record)
     device = record.get("device", "an unknown device")
     text = f"# Training steps on {device}\n\n{record['command']}\n\n{timing.table(record['rows'], COLUMNS)}\n"
     (out / f"{stem}.md").write_text(text)
@@ -140,7 +179,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="small sizes")
     parser.add_argument("--size", default="373m", help="presets configs/SIZE_dense.yaml and SIZE_memory_plus_1m.yaml")
     parser.add_argument("--batch", type=int, help="sequences a device")
-    parser.add_argument("--only", nargs="*", help="parts: dense memory torch documents sizes remat xla devices")
+    parser.add_argument("--only", nargs="*", help=f"parts: {' '.join(PARTS)}")
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
     parser.add_argument("--profile", action="store_true", help="trace three steps of every case too")
     parser.add_argument("--seconds", type=float, default=570, help="no case begins after this, and none goes on longer")

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from memjax.data.packing import Batch
 from memjax.data.tokenizer import Tokenizer
 from memjax.models.decoder import Decoder
-from memjax.models.loss import summed_loss
+from memjax.models.loss import token_losses
 
 Place = Callable[[Batch], dict[str, jax.Array]]
 """Puts the arrays of a batch on the devices."""
@@ -164,4 +164,4 @@ def _batch_loss(graphdef: Any, state: nnx.State, batch: dict[str, Array]) -> tup
     model = nnx.merge(graphdef, state)
     # Without segments a padded end is harmless: tokens see only what comes before them.
     hidden = model.hidden(batch["tokens"], batch.get("positions"), batch.get("segments")).states
-    return summed_loss(model, hidden, batch["targets"], batch["loss_mask"]), batch["loss_mask"].sum()
+    return jnp.sum(token_losses(model, hidden, batch["targets"]) * batch["loss_mask"]), batch["loss_mask"].sum()

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from memjax.memory import parallel
+from memjax.ops.precision import drawn_wide
 from memjax.ops.row_gradient import RowGradient
 
 
@@ -61,11 +62,11 @@ class ProductKeys(nnx.Module):
             )
         self.dim, self.num_slots, self.num_heads, self.top_k, self.key_dim = dim, num_keys**2, num_heads, top_k, key_dim
         self.qk_norm, self.score_scale, self.dtype, self.implementation = qk_norm, score_scale, dtype, implementation
-        glorot = nnx.initializers.xavier_uniform()
+        glorot, uniform = drawn_wide(nnx.initializers.xavier_uniform()), drawn_wide(_uniform)
         self.query_kernel = AddressParam(glorot(rngs.params(), (dim, num_heads * key_dim), param_dtype))
         self.query_bias = AddressParam(jnp.zeros((num_heads * key_dim,), param_dtype))
         shape, bound = (num_heads, 2, num_keys, key_dim // 2), key_dim**-0.5
-        self.keys = AddressParam(jax.random.uniform(rngs.params(), shape, param_dtype, -bound, bound))
+        self.keys = AddressParam(uniform(rngs.params(), shape, param_dtype, bound))
 
     def __call__(self, x: Float[Array, "*b dim"]) -> Lookup:
         """Which slots each token reads, with which weights; batch axes are folded into tokens."""
@@ -89,3 +90,7 @@ def unit_length(vectors: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     """Vectors over their Euclidean length, computed in float32 or wider."""
     wide = vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
     return (wide * jax.lax.rsqrt(jnp.sum(wide**2, axis=-1, keepdims=True) + 1e-12)).astype(vectors.dtype)
+
+
+def _uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike, bound: float) -> Array:
+    return jax.random.uniform(key, shape, dtype, -bound, bound)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from memjax.memory import parallel
 from memjax.memory.keys import Lookup, ProductKeys
 from memjax.memory.table import ValueTable
+from memjax.ops.precision import drawn_wide
 
 
 class MemoryLayer(nnx.Module):
@@ -84,7 +85,7 @@ class MemoryLayer(nnx.Module):
         )
 
         def linear(inputs: int, outputs: int, *, init_dim: int | None = None) -> nnx.Linear:
-            init = nnx.initializers.normal((init_dim or outputs) ** -0.5)
+            init = drawn_wide(nnx.initializers.normal((init_dim or outputs) ** -0.5))
             return nnx.Linear(inputs, outputs, dtype=dtype, param_dtype=param_dtype, kernel_init=init, rngs=rngs)
 
         gated = gate == "silu"

@@ -11,7 +11,7 @@ one device, a mesh and somebody else's model run the same layer.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,15 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from memjax.memory import row_exchange
+from memjax.ops import dispatch
 from memjax.ops.embedding_bag.api import embedding_bag
 from memjax.ops.embedding_dot.api import embedding_dot
 from memjax.ops.precision import accumulator
 from memjax.ops.product_key_search.api import product_key_search
+from memjax.ops.rms_norm.api import Normed, rms_norm
 from memjax.ops.row_gradient import RowGradient
+from memjax.ops.row_update import dense
 from memjax.ops.row_update.api import row_update
 from memjax.ops.row_update.rules import RowRule, RowStep, TableState
 
@@ -63,7 +67,7 @@ def search(
     run = partial(product_key_search, top_k=top_k, implementation=implementation)
     if not has_memory_axis():
         return _plain(run, queries)(queries, keys)
-    return _over_mesh(run, (TOKENS, P()), (TOKENS, TOKENS))(queries, keys)
+    return over_mesh(run, (TOKENS, P()), (TOKENS, TOKENS))(queries, keys)
 
 
 def bag(
@@ -90,7 +94,19 @@ def bag(
 
     taps = () if tap is None else (tap,)
     specs = (COLUMNS, TOKENS, TOKENS, *(BAGS for _ in taps))
-    return _over_mesh(local, specs, TOKENS)(table, indices, weights, *taps)
+    return over_mesh(local, specs, TOKENS)(table, indices, weights, *taps)
+
+
+def norm(
+    x: Float[Array, "*b d"], scale: Float[Array, " d"], epsilon: float, *, implementation: str | None = None
+) -> Normed:
+    """`rms_norm`, each device for its own tokens."""
+    name = dispatch.choose("rms_norm", implementation, x.dtype)
+    run = partial(rms_norm, epsilon=epsilon, implementation=name)
+    if name != "triton":
+        return run(x, scale)
+    # XLA cannot split a kernel.
+    return (over_mesh(run, (TOKENS, P()), TOKENS) if has_memory_axis() else _plain(run, x))(x, scale)
 
 
 def dot(
@@ -118,7 +134,7 @@ def dot(
 
     taps = () if tap is None else (tap,)
     specs = (COLUMNS, TOKENS, TOKENS, *(TOKENS for _ in taps))
-    return _over_mesh(local, specs, (TOKENS, BAGS))(table, indices, vectors, *taps)
+    return over_mesh(local, specs, (TOKENS, BAGS))(table, indices, vectors, *taps)
 
 
 def zero_tap(num_tokens: int, value_dim: int, dtype) -> Float[Array, "t d"]:
@@ -139,30 +155,43 @@ def update_rows(
     rule: RowRule,
     step: RowStep,
     *,
+    exchange: Literal["auto", "factored", "dense"] = "auto",
     implementation: str | None = None,
 ) -> tuple[Float[Array, "n d"], TableState]:
     """`row_update` on every device's columns, with the picks of all tokens of the mesh.
 
-    Every replica of a column shard sees the same picks in the same order, so the replicas stay bit-equal.
+    Replicas of a column shard see the same picks in the same order (factored), or the same sum of what each has summed
+    of its own tokens (dense), so they stay bit-equal. See `row_exchange.choose` for auto.
     """
-    run = partial(row_update, rule=rule, implementation=implementation)
     if not has_memory_axis():
+        run = partial(row_update, rule=rule, implementation=implementation)
         return _plain(run, table)(table, state, gradients, step=step)
 
+    axes = jax.sharding.get_abstract_mesh().shape
+    sizes = {"data_axis": axes.get(DATA, 1), "memory_axis": axes[MEMORY]}
+    factored = row_exchange.choose(exchange, table, gradients, **sizes) == "factored"
+
     def local(table: Array, state: TableState, gradients: Sequence[RowGradient], step: RowStep):
-        whole = []
-        for gradient in gradients:
-            indices, weights = (
-                jax.lax.all_gather(picks, (DATA, MEMORY), tiled=True) for picks in (gradient.indices, gradient.weights)
-            )
-            vectors = jax.lax.all_gather(gradient.vectors, DATA, tiled=True)
-            whole.append(RowGradient(indices, weights, vectors))
-        first_column = step.first_column + jax.lax.axis_index(MEMORY) * table.shape[1]
-        return run(table, state, whole, step=step._replace(first_column=first_column))
+        gather = partial(_gather_gradient, whole_mesh=factored)
+        step = step._replace(first_column=step.first_column + jax.lax.axis_index(MEMORY) * table.shape[1])
+        if factored:
+            return row_update(table, state, list(map(gather, gradients)), rule, step, implementation=implementation)
+        gradient, touched = dense.summed(gradients, table.shape[0], gather=gather, implementation=implementation)
+        touched = jax.lax.psum(touched.astype(jnp.int32), DATA) > 0
+        reduce = partial(jax.lax.psum, axis_name=DATA)
+        return dense.update_touched(table, state, gradient, touched, rule, step, reduce=reduce)
 
     factors = RowGradient._make((TOKENS, TOKENS, BAGS))
     specs = (COLUMNS, COLUMNS, [factors] * len(gradients), P())
-    return _over_mesh(local, specs, (COLUMNS, COLUMNS))(table, state, list(gradients), step)
+    return over_mesh(local, specs, (COLUMNS, COLUMNS))(table, state, list(gradients), step)
+
+
+def _gather_gradient(gradient: RowGradient, *, whole_mesh: bool) -> RowGradient:
+    """All tokens' row gradient of a device's columns: of the whole mesh, or of its replica of the table."""
+    over = (DATA, MEMORY) if whole_mesh else MEMORY
+    gather = partial(jax.lax.all_gather, tiled=True)
+    indices, weights = gather(gradient.indices, over), gather(gradient.weights, over)
+    return RowGradient(indices, weights, gather(gradient.vectors, DATA) if whole_mesh else gradient.vectors)
 
 
 def on_own_tokens(function: Callable, tokens: Sequence[Array], weights: Sequence[Array]) -> Any:
@@ -173,7 +202,7 @@ def on_own_tokens(function: Callable, tokens: Sequence[Array], weights: Sequence
     if not has_memory_axis():
         return _plain(function, tokens[0])(*tokens, *weights)
     specs = (*(TOKENS for _ in tokens), *(P() for _ in weights))
-    return _over_mesh(function, specs, TOKENS)(*tokens, *weights)
+    return over_mesh(function, specs, TOKENS)(*tokens, *weights)
 
 
 def split_columns(table: Float[Array, "n d"]) -> Float[Array, "n d"]:
@@ -213,7 +242,7 @@ def split_like(tokens: Float[Array, "t d"], x: Float[Array, "*b dim"]) -> Float[
     return jax.sharding.reshard(tokens, _front(x)) if _is_explicit() else tokens
 
 
-def _over_mesh(function, in_specs, out_specs):
+def over_mesh(function, in_specs, out_specs):
     """shard_map over the ambient mesh. Collectives' results are not checked for their types: kernels carry none."""
     mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 

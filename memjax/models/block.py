@@ -1,5 +1,6 @@
 """A decoder block: attention, then a feed-forward layer or what takes its place, and perhaps a memory beside it."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -14,6 +15,7 @@ from memjax.memory.table import ValueTable
 from memjax.models.attention import Attention, KeyValues
 from memjax.models.experts import Experts, Routing
 from memjax.models.feed_forward import FeedForward
+from memjax.models.norm import RMSNorm
 
 
 class Report(NamedTuple):
@@ -45,7 +47,8 @@ class Block(nnx.Module):
         """`implementation` names that of the operations of memory and experts, `attention` that of the attention."""
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         memory = config.memory if config.memory and layer in config.memory.layers else None
-        self.attention_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
+        norm = partial(RMSNorm, config.dim, epsilon=config.norm_eps, dtype=dtype, param_dtype=param_dtype)
+        self.attention_norm = norm(implementation=implementation)
         self.attention = Attention(
             config.dim,
             num_heads=config.num_heads,
@@ -58,7 +61,7 @@ class Block(nnx.Module):
             implementation=attention,
             **kwargs,
         )
-        self.mixer_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
+        self.mixer_norm = norm(implementation=implementation)
         kind = config.kind(layer)
         self.feed_forward = FeedForward(config.dim, config.ffn_dim, **kwargs) if kind == "dense" else None
         self.experts = _experts(config, implementation=implementation, **kwargs) if kind == "experts" else None
@@ -79,7 +82,8 @@ class Block(nnx.Module):
         training: bool = False,
     ) -> tuple[Float[Array, "b s dim"], Report]:
         """The block's output, and what it tells beside it. A memory reads one table, an expert lookup two."""
-        x = x + self.attention(self.attention_norm(x), positions, segments)
+        x, inputs = self.attention_norm(x)
+        x = x + self.attention(inputs, positions, segments)
         return self._mix(x, tables, tap, real, training=training)
 
     def with_cache(
@@ -90,7 +94,8 @@ class Block(nnx.Module):
         tables: tuple[ValueTable, ...] = (),
     ) -> tuple[Float[Array, "b s dim"], KeyValues]:
         """The output for new tokens, and the cache with them."""
-        attended, cache = self.attention.with_cache(self.attention_norm(x), positions, cache)
+        x, inputs = self.attention_norm(x)
+        attended, cache = self.attention.with_cache(inputs, positions, cache)
         return self._mix(x + attended, tables)[0], cache
 
     def _mix(
@@ -102,7 +107,7 @@ class Block(nnx.Module):
         *,
         training: bool = False,
     ) -> tuple[Array, Report]:
-        inputs, lookup, routing = self.mixer_norm(x), None, None
+        (x, inputs), lookup, routing = self.mixer_norm(x), None, None
         if self.feed_forward is not None:
             x = x + self.feed_forward(inputs)
         if self.experts is not None:

@@ -67,35 +67,49 @@ class FlopCounts:
         return sum(dataclasses.astuple(self))
 
 
-def training_flops(parts: DecoderParts, sequence_length: int) -> FlopCounts:
+def training_flops(parts: DecoderParts, sequence_length: int, *, freeze_dense: bool = False) -> FlopCounts:
     """The arithmetic of a training.
 
     6 for every parameter of a matrix product that a token meets (the input embedding is in none, unless it is the
     output matrix too); attention with the tokens that are seen on average, half of the sequence, or fewer with a
     sliding window.
+
+    With freeze_dense, 2 fewer for every frozen parameter, whose weight gradient nobody wants; and 2 fewer again up to
+    the first memory layer or expert lookup, where the gradient of the activations has nowhere to go, and neither has
+    the attention's.
     """
     config, experts = parts.config, parts.config.experts
-    met = dict.fromkeys((field.name for field in dataclasses.fields(FlopCounts)), 0)
+    frozen_blocks = min(config.lookups) + 1 if config.lookups and freeze_dense else 0
+    flops = dict.fromkeys((field.name for field in dataclasses.fields(FlopCounts)), 0)
     for names, shape in _arrays(parts):
+        by_parameter = 6
+        if frozen_blocks and not {"memory", "expert_lookup"} & set(names):
+            by_parameter = 2 if names[0] == "blocks" and int(names[1]) < frozen_blocks else 4
         if _is_expert(names, shape):
             assert experts is not None
             by_token = experts.capacity if experts.routing == "expert_choice" else experts.top_k
-            met["experts"] += round(by_token * math.prod(shape) / experts.num_experts)
+            flops["experts"] += round(by_parameter * by_token * math.prod(shape) / experts.num_experts)
         elif len(shape) == 2 and (group := _group(names, tied=config.tie_embeddings)):
-            met[group] += math.prod(shape)
+            flops[group] += by_parameter * math.prod(shape)
+    blocks = 6 * config.num_layers - 4 * frozen_blocks
+    flops["attention"] += blocks * _attention_products(config, sequence_length)
+    for lookup in config.lookups.values():
+        flops["memory_search"] += 6 * lookup.num_heads * lookup.num_keys * lookup.key_dim
+    flops["memory_read"] += 6 * _read_per_token(config)
+    return FlopCounts(**flops)
+
+
+def training_flops_per_token(parts: DecoderParts, sequence_length: int, *, freeze_dense: bool = False) -> int:
+    """All of `training_flops`."""
+    return training_flops(parts, sequence_length, freeze_dense=freeze_dense).total
+
+
+def _attention_products(config: ModelConfig, sequence_length: int) -> int:
+    """Multiplications of scores and of weighted values in one block, by token."""
     # The first tokens of a row see fewer than the window holds.
     window = min(config.sliding_window or sequence_length, sequence_length)
     seen_twice = 2 * window - window**2 // sequence_length
-    met["attention"] += config.num_layers * seen_twice * config.num_heads * config.head_width
-    for lookup in config.lookups.values():
-        met["memory_search"] += lookup.num_heads * lookup.num_keys * lookup.key_dim
-    met["memory_read"] += _read_per_token(config)
-    return FlopCounts(**{group: 6 * count for group, count in met.items()})
-
-
-def training_flops_per_token(parts: DecoderParts, sequence_length: int) -> int:
-    """All of `training_flops`."""
-    return training_flops(parts, sequence_length).total
+    return seen_twice * config.num_heads * config.head_width
 
 
 def _group(names: tuple[str, ...], *, tied: bool) -> str | None:
@@ -122,13 +136,19 @@ def describe(config: RunConfig, parts: DecoderParts, *, data_axis: int) -> str:
     """The first part of --dry_run: parameters, arithmetic, mesh."""
     counts, memory_axis = count_parameters(parts), config.mesh.memory
     tokens = config.data.batch_size * config.data.sequence_length
-    flops, experts = training_flops(parts, config.data.sequence_length), config.model.experts
+    flops = training_flops(parts, config.data.sequence_length, freeze_dense=config.optim.freeze_dense)
+    experts = config.model.experts
     slots = Counter(table.num_slots for table in config.model.tables.values())
     sizes = ", ".join(f"{number} x {num_slots:,} slots" for num_slots, number in slots.items())
     lines = [
         ("parameters", f"{counts.total:,} = {billions(counts.total)}"),
         ("  dense", f"{counts.dense:,}"),
-        ("  experts", f"{counts.experts:,} ({_described(config.model)})" if experts else ""),
+        (
+            "  experts",
+            f"{counts.experts:,} ({len(config.model.layers_of('experts'))} x {experts.num_experts} experts)"
+            if experts
+            else "",
+        ),
         ("  without routers", billions(counts.total - counts.routers) if experts else ""),
         ("  tables", f"{counts.table:,}" + (f" ({sizes})" if sizes else "")),
         ("  active per token", f"{counts.active:,}"),
@@ -140,13 +160,6 @@ def describe(config: RunConfig, parts: DecoderParts, *, data_axis: int) -> str:
         ("mesh", f"data {data_axis} x memory {memory_axis} = {data_axis * memory_axis} devices"),
     ]
     return "\n".join(f"{name:<27} {value}" for name, value in lines if value)
-
-
-def _described(config: ModelConfig) -> str:
-    """How many experts there are, in words."""
-    experts = config.experts
-    assert experts is not None
-    return f"{experts.num_experts} in each of {len(config.layers_of('experts'))} blocks"
 
 
 def billions(count: int) -> str:

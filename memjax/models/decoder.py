@@ -17,9 +17,10 @@ from memjax.models.attention import KeyValues
 from memjax.models.block import Block, Report
 from memjax.models.experts import SAVED_ROUTING, Routing
 from memjax.models.feed_forward import linear
+from memjax.models.norm import RMSNorm
 from memjax.ops.embedding_bag.api import SAVED_NAME as SAVED_BAG
 from memjax.ops.embedding_dot.api import SAVED_NAME as SAVED_DOT
-from memjax.ops.precision import accumulator
+from memjax.ops.precision import accumulator, drawn_wide
 from memjax.ops.product_key_search.api import SAVED_INDICES, SAVED_SCORES
 
 Remat = Literal["none", "dots", "block"]
@@ -66,11 +67,17 @@ class Decoder(nnx.Module):
         dtype, param_dtype = resolve_dtype(config.dtype), jnp.dtype(config.param_dtype)
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         std = config.embedding_init_std or config.dim**-0.5
-        init = nnx.initializers.truncated_normal(std, lower=-3.0, upper=3.0)
+        init = drawn_wide(nnx.initializers.truncated_normal(std, lower=-3.0, upper=3.0))
         self.embed = nnx.Embed(config.vocab_size, config.dim, embedding_init=init, **kwargs)
         kernels = {"implementation": implementation, "attention": attention}
         self.blocks = nnx.List([Block(config, layer, **kernels, **kwargs) for layer in range(config.num_layers)])
-        self.norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, **kwargs)
+        self.norm = RMSNorm(
+            config.dim,
+            epsilon=config.norm_eps,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            implementation=implementation,
+        )
         self.head = None if config.tie_embeddings else linear(config.dim, config.vocab_size, **kwargs)
         self.tables = nnx.Dict()
         for name, table in config.tables.items():
@@ -128,7 +135,7 @@ class Decoder(nnx.Module):
                 lookups[name] = report.lookup
             if report.routing is not None:
                 routings[name] = report.routing
-        return Hidden(self.norm(x), lookups, routings)
+        return Hidden(self.norm(x).normed, lookups, routings)
 
     def logits(self, hidden: Float[Array, "*b dim"]) -> Float[Array, "*b vocab"]:
         """Scores of the vocabulary, in float32 or wider."""
@@ -158,7 +165,7 @@ class Decoder(nnx.Module):
         for layer, block in enumerate(self.blocks):
             x, kept = block.with_cache(x, positions, cache.blocks[layer], self._tables(layer))
             blocks.append(kept)
-        return self.norm(x), Cache(tuple(blocks), cache.lengths + tokens.shape[1])
+        return self.norm(x).normed, Cache(tuple(blocks), cache.lengths + tokens.shape[1])
 
     def _embed(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s dim"]:
         # Rows first, then their type: the other way round the whole matrix would be cast, and its gradient be summed

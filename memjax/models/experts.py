@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from memjax.memory import parallel
 from memjax.models.feed_forward import linear
 from memjax.ops.grouped_matmul.api import grouped_matmul
-from memjax.ops.precision import accumulator
+from memjax.ops.precision import accumulator, drawn_wide
 
 SAVED_ROUTING = "routing"
 """`checkpoint_name` of who goes to whom: with it kept, rematerialisation neither chooses nor sorts again."""
@@ -103,7 +103,7 @@ class Experts(nnx.Module):
         self.router = linear(dim, num_experts, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
         def matrices(inputs: int, outputs: int) -> nnx.Param:
-            init = nnx.initializers.truncated_normal(inputs**-0.5, lower=-3.0, upper=3.0)
+            init = drawn_wide(nnx.initializers.truncated_normal(inputs**-0.5, lower=-3.0, upper=3.0))
             return nnx.Param(init(rngs.params(), (num_experts, inputs, outputs), param_dtype))
 
         self.gate = matrices(dim, hidden_dim)

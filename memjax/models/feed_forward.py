@@ -5,6 +5,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from memjax.ops.precision import drawn_wide
+
 
 def linear(
     inputs: int,
@@ -16,7 +18,7 @@ def linear(
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
     """A linear layer drawn from a normal of standard deviation inputs ** -0.5, cut at 3 of them; a bias begins at 0."""
-    init = nnx.initializers.truncated_normal(inputs**-0.5, lower=-3.0, upper=3.0)
+    init = drawn_wide(nnx.initializers.truncated_normal(inputs**-0.5, lower=-3.0, upper=3.0))
     kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, **kwargs)
 

@@ -1,10 +1,15 @@
-"""Cross-entropy over the vocabulary, in chunks of tokens."""
+"""Cross-entropy over the vocabulary, in chunks of tokens: tokens x vocabulary never stands in memory."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from memjax.memory import parallel
+from memjax.memory.parallel import DATA, MEMORY, TOKENS
 from memjax.models.decoder import Decoder
 from memjax.ops.precision import accumulator
 
@@ -12,69 +17,120 @@ LOGIT_BYTES = 1 << 29
 """Logits per device that exist at once."""
 
 
-def summed_loss(
-    model: Decoder, hidden: Float[Array, "b s dim"], targets: Int[Array, "b s"], mask: Float[Array, "b s"]
-) -> Float[Array, ""]:
-    """Sum over the masked-in tokens of -log p(target), in nats.
-
-    The sequence axis is cut into chunks that keep the batch's sharding; each chunk's logits are made, reduced and, in
-    the backward pass, made again, so that tokens x vocabulary never stands in memory.
-    """
-    losses = token_losses(model, hidden, targets)
-    return jnp.sum(losses * mask.astype(losses.dtype))
-
-
 def token_losses(model: Decoder, hidden: Float[Array, "b s dim"], targets: Int[Array, "b s"]) -> Float[Array, "b s"]:
-    """-log p(target) of every token, in nats, float32 or wider."""
-    batch, length = targets.shape
-    count = chunk_count(targets.size, model.config.vocab_size, hidden.dtype, jax.sharding.get_abstract_mesh().size)
-    count = min(count, length)
-    chunk = -(-length // count)
-    padding = count * chunk - length
-
-    def split(array: Array) -> Array:
-        padded = jnp.pad(array, [(0, 0), (0, padding), *[(0, 0)] * (array.ndim - 2)])
-        return jnp.moveaxis(padded.reshape(batch, count, chunk, *array.shape[2:]), 1, 0)
-
+    """-log p(target) of every token, in nats, float32 or wider; for gradients see `summed_loss`."""
     kernel = model.output_matrix()
-    one_chunk = lambda hidden, targets: _cross_entropy(hidden, kernel, targets)
-    if count == 1:
-        return one_chunk(hidden, targets)
-    losses = jax.lax.map(lambda chunk: one_chunk(*chunk), (split(hidden), split(targets)))
-    return jnp.moveaxis(losses, 0, 1).reshape(batch, count * chunk)[:, :length]
+
+    def one_chunk(hidden: Array, targets: Array) -> Array:
+        return _cross_entropy(_logits(hidden, kernel), targets)[0]
+
+    return _by_chunks(one_chunk, _chunks_of(model, hidden), hidden, targets)
 
 
-@jax.custom_vjp
-def _cross_entropy(
-    hidden: Float[Array, "b s dim"], kernel: Float[Array, "dim vocab"], targets: Int[Array, "b s"]
-) -> Float[Array, "b s"]:
-    """-log softmax(hidden @ kernel)[target]; nothing of the logits' size is kept for the backward pass."""
-    return _cross_entropy_forward(hidden, kernel, targets)[0]
+def summed_loss(
+    model: Decoder, hidden: Float[Array, "b s dim"], targets: Int[Array, "b s"], weights: Float[Array, "b s"]
+) -> tuple[Float[Array, ""], Float[Array, "b s"]]:
+    """The sum over tokens of weight * -log p(target), in nats, and every token's own loss.
+
+    Differentiable through the sum alone, in the model and in hidden. A chunk's gradient is formed together with its
+    losses, while its logits are there: they are made once, not again for the backward pass.
+    """
+    return _summed(_chunks_of(model, hidden), hidden, model.output_matrix(), targets, weights)
 
 
-def _cross_entropy_forward(hidden: Array, kernel: Array, targets: Array):
-    logits = _logits(hidden, kernel)
-    total = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return total - picked, (hidden, kernel, targets, total)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(chunks: int, hidden: Array, kernel: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+    losses = _by_chunks(lambda h, t: _cross_entropy(_logits(h, kernel), t)[0], chunks, hidden, targets)
+    return jnp.sum(losses * weights.astype(losses.dtype)), losses
 
 
-def _cross_entropy_backward(residuals: tuple[Array, Array, Array, Array], cotangent: Array):
-    hidden, kernel, targets, total = residuals
-    probabilities = jnp.exp(_logits(hidden, kernel) - total[..., None])
-    is_target = jnp.arange(kernel.shape[1])[None, None, :] == targets[..., None]
-    # In the type of the factors: left as wide as the logits, it would keep both products from the fast units.
-    d_logits = ((probabilities - is_target) * cotangent[..., None]).astype(hidden.dtype)
-    d_hidden = jnp.matmul(d_logits, kernel.astype(hidden.dtype).T)
-    d_kernel = jnp.einsum("bsd,bsv->dv", hidden, d_logits, preferred_element_type=accumulator(hidden.dtype))
-    return d_hidden, d_kernel.astype(kernel.dtype), None
+def _summed_forward(chunks: int, hidden: Array, kernel: Array, targets: Array, weights: Array):
+    run = partial(_losses_and_gradients, chunks)
+    if parallel.has_several_devices():
+        # Every device sums over all its chunks before the devices' sums are added up.
+        run = parallel.over_mesh(
+            partial(_summed_over_devices, run), (TOKENS, P(), TOKENS, TOKENS), (TOKENS, TOKENS, P())
+        )
+    losses, d_hidden, d_kernel = run(hidden, kernel, targets, weights)
+    total = jnp.sum(losses * weights.astype(losses.dtype))
+    return (total, losses), (d_hidden, d_kernel.astype(kernel.dtype))
 
 
-_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+def _summed_backward(chunks: int, gradients: tuple[Array, Array], cotangents: tuple[Array, Array]):
+    total, _ = cotangents
+    d_hidden, d_kernel = (gradient * total.astype(gradient.dtype) for gradient in gradients)
+    return d_hidden, d_kernel, None, None
+
+
+_summed.defvjp(_summed_forward, _summed_backward)
+
+
+def _losses_and_gradients(chunks: int, hidden: Array, kernel: Array, targets: Array, weights: Array):
+    """Losses, and the gradients of their weighted sum in hidden and kernel."""
+    d_kernel = jnp.zeros(kernel.shape, accumulator(hidden.dtype))
+
+    def add_chunk(d_kernel: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        hidden, targets, weights = chunk
+        logits = _logits(hidden, kernel)
+        losses, log_total = _cross_entropy(logits, targets)
+        is_target = jnp.arange(kernel.shape[1])[None, None, :] == targets[..., None]
+        d_logits = (jnp.exp(logits - log_total[..., None]) - is_target) * weights.astype(logits.dtype)[..., None]
+        # In the type of the factors: left as wide as the logits, it would keep both products from the fast units.
+        d_logits = d_logits.astype(hidden.dtype)
+        d_hidden = jnp.matmul(d_logits, kernel.astype(hidden.dtype).T)
+        d_kernel += jnp.einsum("bsd,bsv->dv", hidden, d_logits, preferred_element_type=d_kernel.dtype)
+        return d_kernel, (losses, d_hidden)
+
+    length = targets.shape[1]
+    if chunks == 1:
+        d_kernel, (losses, d_hidden) = add_chunk(d_kernel, (hidden, targets, weights))
+        return losses, d_hidden, d_kernel
+    split = tuple(_split(array, chunks) for array in (hidden, targets, weights))
+    d_kernel, (losses, d_hidden) = jax.lax.scan(add_chunk, d_kernel, split)
+    return _join(losses, length), _join(d_hidden, length), d_kernel
+
+
+def _summed_over_devices(run, *own: Array) -> tuple[Array, Array, Array]:
+    losses, d_hidden, d_kernel = run(*own)
+    return losses, d_hidden, jax.lax.psum(d_kernel, (DATA, MEMORY))
+
+
+def _by_chunks(function, chunks: int, *arrays: Array) -> Array:
+    """function(*arrays), of some tokens after the others; the batch's layout stays as it is."""
+    if chunks == 1:
+        return function(*arrays)
+    out = jax.lax.map(lambda parts: function(*parts), tuple(_split(array, chunks) for array in arrays))
+    return _join(out, arrays[0].shape[1])
+
+
+def _split(array: Float[Array, "b s *rest"] | Int[Array, "b s"], chunks: int) -> Array:
+    """The sequence axis in so many equal pieces, which come first; zeros fill the last."""
+    length = array.shape[1]
+    each = -(-length // chunks)
+    padded = jnp.pad(array, [(0, 0), (0, chunks * each - length), *[(0, 0)] * (array.ndim - 2)])
+    return jnp.moveaxis(padded.reshape(array.shape[0], chunks, each, *array.shape[2:]), 1, 0)
+
+
+def _join(pieces: Float[Array, "pieces b each *rest"], length: int) -> Array:
+    """What `_split` has cut."""
+    joined = jnp.moveaxis(pieces, 0, 1)
+    return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :length]
 
 
 def _logits(hidden: Array, kernel: Array) -> Float[Array, "b s vocab"]:
     return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=accumulator(hidden.dtype))
+
+
+def _cross_entropy(logits: Float[Array, "b s vocab"], targets: Int[Array, "b s"]) -> tuple[Array, Array]:
+    """-log softmax(logits)[target], and the logarithm of the softmax's denominator."""
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    return log_total - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], log_total
+
+
+def _chunks_of(model: Decoder, hidden: Float[Array, "b s dim"]) -> int:
+    """Chunks for these hidden states, at most one for each place."""
+    tokens, devices = hidden.shape[0] * hidden.shape[1], jax.sharding.get_abstract_mesh().size
+    return min(hidden.shape[1], chunk_count(tokens, model.config.vocab_size, hidden.dtype, devices))
 
 
 def chunk_count(tokens: int, vocab_size: int, dtype: DTypeLike, devices: int) -> int:

@@ -88,6 +88,24 @@ def row_update(columns: int) -> Tile:
     return dataclasses.replace(tile, **_table().get("row_update", {}))
 
 
+def rms_norm(dim: int) -> Tile:
+    """Whole rows: a thread holds 16 bytes of 16-bit numbers of each."""
+    return _whole_rows("rms_norm", Tile(rows=4, columns=next_power_of_two(dim), num_warps=4))
+
+
+def rms_norm_gradient(dim: int) -> Tile:
+    """Like the norm; rows in flight of three arrays."""
+    return _whole_rows("rms_norm_gradient", Tile(rows=2, columns=next_power_of_two(dim), num_warps=4))
+
+
+def _whole_rows(operation: str, default: Tile) -> Tile:
+    """Fewer rows and more warps where rows are long: their numbers have to fit into registers."""
+    tile = dataclasses.replace(default, **_table().get(operation, {}))
+    longer = max(1, tile.columns // 1024)
+    warps = min(32, tile.num_warps * longer)
+    return dataclasses.replace(tile, rows=max(1, tile.rows // longer), num_warps=warps)
+
+
 def _tuned(operation: str, default: Tile, dim: int, picks: int) -> Tile:
     tile = dataclasses.replace(default, **_table().get(operation, {}))
     return dataclasses.replace(

@@ -25,7 +25,7 @@ from memjax.models.counts import training_flops_per_token
 from memjax.models.trees import params_to_tree, tree_to_params
 from memjax.training.interrupt import Interrupt, shared_wish
 from memjax.training.mesh import put_batch
-from memjax.training.metrics import MetricsFile, Progress, Row, Stopwatch, peak_flops
+from memjax.training.metrics import MetricsFile, Progress, Row, Stopwatch, peak_flops, tell_phase
 from memjax.training.processes import is_first
 from memjax.training.profiling import ProfileWindow
 from memjax.training.run_folder import RunFolder
@@ -77,7 +77,9 @@ class Loop:
         keep = config.checkpoint
         self.checkpoints = Checkpoints(folder.checkpoints, keep=keep.keep, keep_best=keep.keep_best, verify=keep.verify)
         self.usage_report = make_usage_report(self.trainer, mesh)
-        self.flops_per_token = training_flops_per_token(self.trainer.parts, config.data.sequence_length)
+        self.flops_per_token = training_flops_per_token(
+            self.trainer.parts, config.data.sequence_length, freeze_dense=config.optim.freeze_dense
+        )
         self.peak_flops = peak_flops(mesh.devices.flat[0])
         self.best_loss = float("inf")
         self.newest_row: Row = {}
@@ -101,6 +103,7 @@ class Loop:
             DataError: the data cannot be read.
             CheckpointError: a checkpoint cannot be written or read.
         """
+        tell_phase("opening the data")
         data = TrainingData(self.data_config, self.tokenizer, seed=self.config.run.seed)
         for line in describe(data.parts):
             print(line, flush=True)
@@ -160,8 +163,9 @@ class Loop:
         stop = self.must_stop or (jax.process_count() == 1 and self.interrupt.name is not None)
         if last or improved or stop or step % config.checkpoint.every == 0:
             self._read(wait=True, all_of_them=True)
+            light = bool(self.state.tables) and step % config.checkpoint.steps_between_tables != 0
             with self._aside():
-                self._save()
+                self._save(without_tables=light and not (last or improved or stop))
         if stop and not last:
             why = self.interrupt.name or "another process was told to stop"
             raise Preempted(f"{why}: step {step} is saved; the same command goes on from there")
@@ -176,6 +180,7 @@ class Loop:
     def _compile(self, batch: dict[str, jax.Array]) -> None:
         """Compiles the step ahead of its first call, and starts the stopwatch: what came before was not training."""
         started = time.monotonic()
+        tell_phase("compiling the training step")
         self.train_step = make_train_step(self.trainer, self.mesh).lower(self.state, batch).compile()
         self.compile_seconds = time.monotonic() - started
         print(f"compiled the training step in {self.compile_seconds:.1f} s", flush=True)
@@ -193,7 +198,11 @@ class Loop:
 
     def _start(self, data: TrainingData) -> tuple[TrainState, dict[str, Any]]:
         """The newest state that can be read, or the first one, and the data's place; data is moved there."""
-        if self.checkpoints.latest() is None:
+        steps, whole = self.checkpoints.steps(), self.checkpoints.latest()
+        if steps and steps[-1] != whole:
+            place = "the beginning" if whole is None else f"step {whole}"
+            print(f"step {steps[-1]} was saved without tables, so the run goes on from {place}", flush=True)
+        if whole is None:
             return first_state(self.trainer, self.mesh), data.get_state()
         shardings = self.trainer.shardings(self.mesh)
         abstract = jax.tree.map(
@@ -201,6 +210,7 @@ class Loop:
             self.trainer.abstract_state(),
             shardings,
         )
+        tell_phase("restoring the newest checkpoint")
         restored = self.checkpoints.restore(_items(abstract), [DATA_ITER, META])
         place = restored.documents[DATA_ITER]
         data.set_state(place)
@@ -273,13 +283,17 @@ class Loop:
             row["throughput/compile_seconds"], self.compile_seconds = self.compile_seconds, None
         return row
 
-    def _save(self) -> None:
+    def _save(self, *, without_tables: bool = False) -> None:
         """Saves the state with the data's place after its last step. Every row up to it is written before."""
         step = int(self.state.step)
         best = self.best_loss if np.isfinite(self.best_loss) else None
         meta = meta_document(self.config, self.tokenizer, step=step) | {"best_loss": best}
         loss = self.newest_row.get("eval/validation/loss") if self.newest_row.get("step") == step else None
-        self.checkpoints.save(step, _items(self.state), {DATA_ITER: self.saved_place, META: meta}, loss=loss)
+        items = _items(self.state)
+        if without_tables:
+            items = {name: item for name, item in items.items() if name not in (TABLES, TABLE_STATE)}
+        documents = {DATA_ITER: self.saved_place, META: meta}
+        self.checkpoints.save(step, items, documents, loss=loss, partial=without_tables)
 
 
 class FirstBatches:

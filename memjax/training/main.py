@@ -11,11 +11,12 @@ from memjax.models import dot_product
 from memjax.models.counts import billions, count_parameters, describe, gigabytes
 from memjax.models.decoder import resolve_dtype
 from memjax.ops import dispatch
-from memjax.training import planner
+from memjax.training import exchange, planner
 from memjax.training.finish import describe_summary, finish
 from memjax.training.interrupt import catch_interrupts
 from memjax.training.loop import Loop, NotFinite, Preempted
 from memjax.training.mesh import make_mesh
+from memjax.training.metrics import tell_phase
 from memjax.training.processes import first_alone, is_first
 from memjax.training.run_folder import RunFolder
 from memjax.training.start import check_start
@@ -31,6 +32,8 @@ def dry_run(config: RunConfig) -> int:
     data_axis = config.mesh.data or max(1, jax.device_count() // config.mesh.memory)
     print(describe(config, trainer.parts, data_axis=data_axis))
     print(planner.describe(planner.plan(config, data_axis=data_axis, trainer=trainer)))
+    if told := exchange.describe(config, data_axis=data_axis):
+        print(told)
     if jax.default_backend() != "cpu" and jax.device_count() == data_axis * config.mesh.memory:
         mesh = make_mesh(config)
         with jax.set_mesh(mesh):
@@ -60,6 +63,7 @@ def train(config: RunConfig, *, allow_changed: bool = False) -> int:
     mesh = make_mesh(config)
     # What takes long and keeps nothing that a signal should wait for comes first.
     with first_alone("data"):
+        tell_phase("preparing tokenizer and data")
         tokenizer = folder.tokenizer(config)
         prepare_parts(config.data.in_run(str(folder.path)), tokenizer)
     with catch_interrupts() as interrupt, jax.set_mesh(mesh):

@@ -10,6 +10,8 @@ from typing import Any, TextIO
 
 Row = dict[str, Any]
 
+_BEGAN = time.monotonic()
+
 # Dense bf16 peak of one device in FLOP/s, from the makers' data sheets. A device that is not here has no MFU.
 PEAK_FLOPS = {
     "NVIDIA A100": 312e12,
@@ -22,6 +24,11 @@ PEAK_FLOPS = {
 def peak_flops(device: Any) -> float | None:
     """Peak of a device in FLOP/s (dense bf16); None where it is not known."""
     return next((peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind)), None)
+
+
+def tell_phase(what: str) -> None:
+    """Prints what a start is about to do, and when: seconds since the program began."""
+    print(f"{time.monotonic() - _BEGAN:7.1f} s   {what}", flush=True)
 
 
 class MetricsFile:

@@ -16,19 +16,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from memjax.config import MemoryConfig, ProductKeyConfig, RunConfig, TableSizes
+from memjax.config import MemoryConfig, ProductKeyConfig, RunConfig
 from memjax.memory.parallel import DATA, MEMORY
 from memjax.models import dot_product, loss
 from memjax.models.counts import gigabytes
 from memjax.models.decoder import resolve_dtype
 from memjax.ops.precision import accumulator
+from memjax.training.exchange import plan_exchange
 from memjax.training.state import Trainer
 
 GAPS = 0.06
 """What lies idle between the buffers of a compiled step, as a share of what is temporary: 0 to 0.11 was seen."""
-
-PICK_BYTES = 40
-"""Of each pick while a table is updated: its row, token and weight, sorted and unsorted, and where segments begin."""
 
 SEARCH_BYTES = 1 << 28
 """Half scores of the chunk of tokens that searches, forward and backward."""
@@ -233,8 +231,8 @@ class _Planner:
         """Experts that a token goes through in training, on average."""
         experts = self.model.experts
         if experts is None:
-            return 0
-        return experts.capacity if experts.routing == "expert_choice" else experts.top_k
+            return 0.0
+        return experts.capacity if experts.routing == "expert_choice" else float(experts.top_k)
 
     def experts(self) -> int:
         """Bytes a token: the stream, its norm, and for each of its experts input, projections, product and output."""
@@ -315,16 +313,12 @@ class _Planner:
         return lookup.picks * 12 + self.model.dim * (self.width + self.table_width(lookup))
 
     def row_update(self) -> Bytes:
-        """Picks of all devices in the order of their rows, and the vectors they multiply."""
-        if not self.model.lookups or self.config.optim.table.is_dense:
+        """Picks in the order of their rows with the vectors that they multiply, and where they are summed."""
+        planned = plan_exchange(self.config, data_axis=self.mesh.shape[DATA])
+        if planned is None:
             return {}
-        tokens = self.tokens * self.mesh.size * self.config.train.accumulate
-
-        def of_token(table: TableSizes) -> int:
-            columns = table.width // self.config.mesh.memory
-            return len(table.readers) * (table.picks * PICK_BYTES + columns * resolve_dtype(table.dtype).itemsize)
-
-        return {"sorted picks": max(map(of_token, self.model.tables.values())) * tokens}
+        held = planned.bytes[planned.chosen]
+        return {"dense row gradient": held.gradient, "sorted picks": held.picks}
 
     @property
     def param_width(self) -> int:
@@ -376,6 +370,8 @@ def _changes(config: RunConfig, data_axis: int) -> Iterator[tuple[str, Any]]:
         if lookup.table_dtype == "float32":
             yield f"model.{kind}.table_dtype", "bfloat16"
     if config.model.lookups:
+        if data_axis > 1 and config.mesh.row_exchange != "dense" and not config.optim.table.is_dense:
+            yield "mesh.row_exchange", "dense"
         if config.optim.table.optimizer in ("adam", "dense_adam"):
             yield "optim.table.optimizer", "rowwise_adam"
         if config.optim.table.optimizer == "adam" and config.optim.table.moment_dtype == "float32":

@@ -3,7 +3,7 @@
 import dataclasses
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ class TableOptimizer:
     config: TableOptimConfig
     steps: int
     seed: int
+    row_exchange: Literal["auto", "factored", "dense"] = "auto"
+    """As in `parallel.update_rows`."""
 
     @property
     def schedule(self) -> optax.Schedule:
@@ -68,7 +70,13 @@ class TableOptimizer:
             # Each pool rounds with bits of its own.
             now = row_step(self.schedule(step), step, ok=ok, seed=zlib.crc32(f"{self.seed} {pool}".encode()))
             new_tables[pool], new_state[pool] = parallel.update_rows(
-                table, state[pool], gradients[pool], self.rule(table.shape[1]), now, implementation=implementation
+                table,
+                state[pool],
+                gradients[pool],
+                self.rule(table.shape[1]),
+                now,
+                exchange=self.row_exchange,
+                implementation=implementation,
             )
         return new_tables, new_state
 

@@ -8,6 +8,7 @@ from memjax.config import RunConfig
 from memjax.loading import PARAMS, TABLES, load, read_config
 from memjax.models.parts import DecoderParts, take_apart
 from memjax.models.trees import params_to_tree, tree_to_params
+from memjax.training.metrics import tell_phase
 from memjax.training.run_folder import RunFolder
 from memjax.training.state import Trainer, TrainState
 
@@ -61,7 +62,12 @@ def first_state(trainer: Trainer, mesh: jax.sharding.Mesh) -> TrainState:
     """
     shardings, source = trainer.shardings(mesh), trainer.config.train.init_from
     if source is None:
-        return jax.jit(trainer.init, out_shardings=shardings)(jax.random.key(trainer.config.run.seed))
+        draw, key = jax.jit(trainer.init, out_shardings=shardings), jax.random.key(trainer.config.run.seed)
+        tell_phase("compiling the draw of parameters and tables")
+        compiled = draw.lower(key).compile()
+        tell_phase("drawing parameters and tables")
+        return jax.block_until_ready(compiled(key))
+    tell_phase(f"reading {source}")
     loaded = load(source)
     _, params, tables = take_apart(loaded.model)
     params = tree_to_params(trainer.parts, params_to_tree(params))

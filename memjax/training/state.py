@@ -55,7 +55,7 @@ class Trainer:
         attention = None if config.train.attention == "auto" else config.train.attention
         parts = DecoderParts.of(config.model, implementation=implementation, attention=attention)
         steps, seed = config.train.steps, config.run.seed
-        table_optimizer = TableOptimizer(config.optim.table, steps, seed)
+        table_optimizer = TableOptimizer(config.optim.table, steps, seed, config.mesh.row_exchange)
         return cls(config, parts, make_optimizer(config.optim, steps, parts.abstract_params), table_optimizer)
 
     def init(self, key: Array) -> TrainState:
@@ -86,7 +86,7 @@ class Trainer:
 
     def abstract_state(self) -> TrainState:
         """The state as shapes."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return jax.eval_shape(self.begin, self.parts.abstract_params, self.parts.abstract_tables)
 
     def shardings(self, mesh: Mesh | AbstractMesh) -> TrainState:
         """Where every array of the state lives.

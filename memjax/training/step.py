@@ -18,9 +18,10 @@ from memjax.memory.sparse_gradient import Taps, row_sparse_value_and_grad
 from memjax.memory.usage import count_reads, statistics
 from memjax.models.decoder import layer_name
 from memjax.models.experts import RouterStatistics, Routing, router_statistics
-from memjax.models.loss import token_losses
+from memjax.models.loss import summed_loss
 from memjax.models.parts import Tables
 from memjax.ops.row_gradient import RowGradient
+from memjax.training.compiler import compiler_options
 from memjax.training.mesh import replicated
 from memjax.training.optimizer import global_norm, without_gradient_where_frozen
 from memjax.training.state import Trainer, TrainState
@@ -56,6 +57,7 @@ def make_train_step(trainer: Trainer, mesh: jax.sharding.Mesh) -> jax.stages.Wra
         donate_argnums=0,
         in_shardings=(shardings, jax.sharding.NamedSharding(mesh, BATCH)),
         out_shardings=(shardings, None),
+        compiler_options=compiler_options(mesh),
     )
 
 
@@ -164,12 +166,11 @@ def _gradients(trainer: Trainer, params: Any, tables: Tables, batch: Batch, lear
         model = parts.assemble(params, tables)
         places = (batch["tokens"], batch["positions"], segments)
         hidden = model.hidden(*places, taps, remat, real=is_real, training=True)
-        losses = token_losses(model, hidden.states, batch["targets"])
-        losses = losses * batch["loss_mask"].astype(losses.dtype)
-        by_part = [jnp.sum(losses, where=is_of_part) for is_of_part in _parts(trainer, batch)]
-        routers = _routers(hidden.routings, is_real, real)
-        told = _Told(jnp.sum(losses) / learned, by_part, routers)
-        return told.loss + _router_loss(trainer, routers), (hidden.lookups, told)
+        mask = batch["loss_mask"]
+        loss, losses = summed_loss(model, hidden.states, batch["targets"], mask / learned)
+        by_part = [jnp.sum(losses * mask, where=is_of_part) for is_of_part in _parts(trainer, batch)]
+        told = _Told(loss, by_part, _routers(hidden.routings, is_real, real))
+        return loss + _router_loss(trainer, told.routers), (hidden.lookups, told)
 
     taps = parts.zero_taps(batch["tokens"].size)
     if not trainer.config.optim.table.is_dense:
@@ -254,10 +255,15 @@ def _update_tables(trainer: Trainer, state: TrainState, rows: dict[str, Any], wh
 
 
 def _count(trainer: Trainer, state: TrainState, rows: dict[str, Any], batch: Batch, ok: Array) -> dict[str, Array]:
-    """Read counters with the picks of real tokens; padding and bad steps do not count."""
+    """Read counters with the picks of real tokens; padding and bad steps do not count.
+
+    Every device counts all picks: they are fewer than the slots of a large table, whose counts would have to be added
+    up over the devices.
+    """
     real = (batch["segments"].reshape(batch["segments"].shape[0], -1, 1) > 0) & ok
+    picks = {name: _row_gradients(found)[0].indices for name, found in rows.items()}
     return {
-        name: count_reads(counts, jnp.where(real, _row_gradients(rows[name])[0].indices, counts.shape[0]))
+        name: count_reads(counts, parallel.everywhere(jnp.where(real, picks[name], counts.shape[0])))
         for name, counts in state.reads.items()
     }
 

@@ -3,7 +3,7 @@
 import pytest
 
 from memjax.checkpoint import CheckpointError
-from memjax.config import MemoryConfig, ModelConfig, RopeScalingConfig
+from memjax.config import ExpertLookupConfig, ExpertsConfig, MemoryConfig, ModelConfig, RopeScalingConfig
 from memjax.interop.hf_config import longest_text, read_model_config, write_model_config
 
 LLAMA = {
@@ -115,6 +115,8 @@ def test_what_is_written_is_read_as_the_same_model(config):
     [
         (ModelConfig(memory=None, attention_bias=True, sliding_window=4), "neither a Llama .* nor a Mistral"),
         (ModelConfig(memory=None, num_heads=3, head_dim=8), "num_heads=3 must divide dim=64"),
+        (ModelConfig(experts=ExpertsConfig()), r"model\.experts must be null: a model with experts cannot be written"),
+        (ModelConfig(expert_lookup=ExpertLookupConfig(layers=(0,))), r"model\.expert_lookup must be null"),
     ],
 )
 def test_what_has_no_form_there_is_not_written(config, message):

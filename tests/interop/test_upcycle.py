@@ -13,7 +13,7 @@ from flax import nnx
 import memjax
 from memjax.checkpoint import CheckpointError
 from memjax.command_line import ConfigError
-from memjax.config import MemoryConfig, ModelConfig, RunConfig
+from memjax.config import ExpertsConfig, MemoryConfig, ModelConfig, RunConfig
 from memjax.data.tokenizer import ByteTokenizer
 from memjax.interop.new_run import write_run
 from memjax.interop.upcycle import upcycle, upcycle_run
@@ -77,6 +77,10 @@ def test_in_place_of_feed_forward_layers_all_else_stays(dense):
 def test_models_that_cannot_get_a_memory_are_refused(dense, beside):
     with pytest.raises(ValueError, match=r"has memory layers already, in blocks \[0, 1\]"):
         upcycle(beside, BESIDE)
+    config = dataclasses.replace(DENSE, experts=ExpertsConfig(num_experts=2))
+    experts = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="has experts in place of feed-forward layers; only a dense one can"):
+        upcycle(experts, BESIDE)
     with pytest.raises(ValueError, match=r"memory\.layers=\[2\] must lie in 0\.\.1"):
         upcycle(dense, MemoryConfig(layers=(2,), **SIZES))
 

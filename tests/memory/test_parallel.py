@@ -17,6 +17,7 @@ from memjax.memory.expert_lookup import ExpertLookupLayer
 from memjax.memory.layer import MemoryLayer
 from memjax.memory.table import ValueTable
 from memjax.ops.row_gradient import RowGradient
+from memjax.ops.row_update import dense
 from memjax.ops.row_update.rules import RowRule, row_step
 
 ROWS, COLUMNS, TOKENS, PICKS = 37, 64, 16, 3
@@ -124,7 +125,11 @@ RULE = RowRule(state_columns=8, eps=1e-3)
 
 
 @every_mesh
-def test_row_update_equals_the_plain_one(shape):
+@pytest.mark.parametrize("exchange", ["factored", "dense"])
+def test_row_update_equals_the_plain_one(monkeypatch, shape, exchange):
+    # Row by row and few picks at a time, where the table is small.
+    monkeypatch.setattr(dense, "PIECE_PICKS", 4)
+    monkeypatch.setattr(dense, "BLOCK_BYTES", 7 * COLUMNS * 8)
     table, *_ = draw()
     picks = [draw(seed)[1:] for seed in (1, 2)]
 
@@ -132,15 +137,19 @@ def test_row_update_equals_the_plain_one(shape):
         gradients = [RowGradient(*factors) for factors in picks]
         state = RULE.init(ROWS, COLUMNS, table.dtype)
         for number in range(2):
-            table, state = parallel.update_rows(table, state, gradients, RULE, row_step(0.1, number))
+            table, state = parallel.update_rows(table, state, gradients, RULE, row_step(0.1, number), exchange=exchange)
         return table, state
 
     got, expected = on_mesh_and_alone(shape, run, table, picks)
     assert_equal_trees(got, expected)
     assert np.any(expected[0] != table)
+    unread = np.setdiff1d(np.arange(ROWS), np.concatenate([indices.ravel() for indices, _, _ in picks]))
+    assert unread.size
+    np.testing.assert_array_equal(got[0][unread], table[unread])
 
 
-def test_replicas_stay_bit_equal_and_equal_one_device(mesh):
+@pytest.mark.parametrize("exchange", ["factored", "dense"])
+def test_replicas_stay_bit_equal_and_equal_one_device(mesh, exchange):
     table = jnp.asarray(draw()[0], jnp.bfloat16)
     gradients = [
         RowGradient(jnp.asarray(indices), jnp.asarray(weights, jnp.float32), jnp.asarray(vectors, jnp.float32))
@@ -150,7 +159,9 @@ def test_replicas_stay_bit_equal_and_equal_one_device(mesh):
 
     def run(table):
         step = jax.jit(
-            lambda table, number: parallel.update_rows(table, {}, gradients, rule, row_step(1e-3, number))[0]
+            lambda table, number: parallel.update_rows(
+                table, {}, gradients, rule, row_step(1e-3, number), exchange=exchange
+            )[0]
         )
         for number in range(5):
             table = step(table, number)
@@ -165,7 +176,10 @@ def test_replicas_stay_bit_equal_and_equal_one_device(mesh):
     assert all(len(set(copies)) == 1 for copies in replicas.values())
     alone = np.asarray(run(table))
     assert np.any(alone != np.asarray(table))
-    assert np.asarray(split).tobytes() == alone.tobytes()
+    different = np.asarray(split) != alone
+    # A dense sum is rounded otherwise, so that here and there a draw rounds the other way.
+    assert different.mean() <= (0.001 if exchange == "dense" else 0)
+    np.testing.assert_allclose(np.asarray(split, float), alone.astype(float), rtol=2**-7)
 
 
 def collectives(function, *arguments):

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 from memjax.command_line import load
-from memjax.config import MemoryConfig, ModelConfig, RunConfig
-from memjax.models.counts import count_parameters, describe, training_flops_per_token
+from memjax.config import ExpertLookupConfig, ExpertsConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
+from memjax.models.counts import count_parameters, describe, training_flops, training_flops_per_token
 from memjax.models.parts import DecoderParts
+from memjax.training.optimizer import without_gradient_where_frozen
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
@@ -23,8 +24,13 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
         ("1.3b_memory_plus_1m", 3.368),
         ("1.3b_memory_plus_4m", 9.823),
         ("1.3b_memory_plus_64m", 138.748),
+        ("1.3b_peer", 3.646),
         ("134m_dense", 0.134),
         ("373m_dense", 0.374),
+        # Not printed there, by the same formula.
+        ("134m_peer", 1.037),
+        ("373m_peer", 1.575),
+        ("720m_peer", 2.517),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(preset, billions):
@@ -46,6 +52,38 @@ def test_counts_by_hand():
     assert counts.total == counts.dense + counts.table
     # A token uses one row of the input embedding and 3 x 2 rows of the table.
     assert counts.active == counts.dense - 258 * 8 + 6 * 6
+
+
+@pytest.mark.parametrize(
+    ("size", "billions"),
+    # The second is Table 1's, the first follows from its formula. They leave routers out.
+    [("134m", 0.983), ("1.3b", 3.545)],
+)
+def test_presets_with_experts_have_the_published_size_and_the_arithmetic_of_their_dense_model(size, billions):
+    config = load(RunConfig, CONFIGS / f"{size}_moe.yaml")
+    model, parts = config.model, DecoderParts.of(config.model)
+    counts = count_parameters(parts)
+    assert round((counts.total - counts.routers) / 1e9, 3) == billions
+    assert f"  without routers           {billions:.3f} b\n" in describe(config, parts, data_axis=1)
+    assert training_flops(parts, 4096).experts == 6 * (
+        model.num_layers * 3 * model.dim * model.ffn_dim + counts.routers
+    )
+
+
+def test_experts_by_hand():
+    experts = ExpertsConfig(layers=(0,), num_experts=5, ffn_dim=6, top_k=2)
+    config = ModelConfig(dim=8, num_layers=2, num_heads=2, ffn_dim=7, vocab_size=259, memory=None, experts=experts)
+    parts = DecoderParts.of(config)
+    counts, flops = count_parameters(parts), training_flops(parts, 16)
+    assert counts.experts == 5 * 3 * 8 * 6
+    assert counts.routers == 8 * 5
+    assert counts.dense == 2 * 259 * 8 + 2 * 4 * 8 * 8 + 3 * 8 * 7 + 8 * 5 + 5 * 8
+    assert counts.total == counts.dense + counts.experts
+    assert counts.active == counts.dense - 258 * 8 + 2 * 3 * 8 * 6
+    assert flops.experts == 6 * (2 * 3 * 8 * 6 + 8 * 5)
+    assert flops.feed_forward == 6 * 3 * 8 * 7
+    assert flops.attention == 6 * 2 * (4 * 8 * 8 + 16 * 8)
+    assert (flops.head, flops.memory_search, flops.memory_read) == (6 * 259 * 8, 0, 0)
 
 
 def test_flops_are_those_that_xla_counts():
@@ -74,6 +112,59 @@ def test_flops_of_a_memory_layer_are_those_of_its_search_and_its_reads():
     scores = 2 * 2 * 16 * 4
     reads = 2 * 4 * 32
     assert with_memory - without == 6 * (projections + scores + reads - feed_forward)
+    groups = training_flops(DecoderParts.of(both[0]), 8)
+    assert groups.memory_search == 6 * (16 * 2 * 8 + scores)
+    assert groups.memory_read == 6 * (16 * 32 + 32 * 16 + reads)
+
+
+def test_frozen_parts_compute_no_gradients_of_their_weights_and_none_at_all_before_the_first_memory():
+    memory = MemoryConfig(layers=(1,), num_keys=8, num_heads=1, top_k=2, key_dim=8)
+    config = ModelConfig(
+        dim=128, num_layers=3, num_heads=2, ffn_dim=352, vocab_size=512, dtype="float32", memory=memory
+    )
+    parts, length = DecoderParts.of(config), 64
+
+    def counted(freeze_dense: bool) -> float:
+        """What XLA counts of a loss and its gradient, by token."""
+        optim = OptimConfig(freeze_dense=freeze_dense)
+
+        def loss(params, tables, tokens):
+            model = parts.assemble(without_gradient_where_frozen(optim, params), tables)
+            return jax.nn.logsumexp(model(tokens), axis=-1).sum()
+
+        lowered = jax.jit(jax.value_and_grad(loss)).lower(
+            parts.abstract_params, parts.abstract_tables, jax.ShapeDtypeStruct((1, length), jnp.int32)
+        )
+        analysis = lowered.compile().cost_analysis()
+        assert isinstance(analysis, dict)
+        return analysis["flops"] / length
+
+    attention, feed_forward, head = 4 * 128 * 128, 3 * 128 * 352, 128 * 512
+    # Scores and weighted values of a token that sees half of the sequence.
+    seen = length // 2 * 128 * 2
+    before = 2 * attention + feed_forward
+    by_hand = 4 * before + 2 * (attention + feed_forward + head) + 4 * 2 * seen
+    both = (training_flops_per_token(parts, length, freeze_dense=frozen) for frozen in (False, True))
+    assert next(both) - next(both) == by_hand
+    # XLA also computes the masked half of the attention, and counts norms, gates and softmax: here a thirtieth of it.
+    masked = 4 * 2 * seen
+    assert counted(False) - counted(True) == pytest.approx(by_hand + masked, rel=0.04)
+
+
+def test_an_expert_lookup_by_hand():
+    experts = ExpertLookupConfig(layers=(0,), num_keys=16, num_heads=2, top_k=4, key_dim=8)
+    dense = ModelConfig(dim=16, num_layers=1, num_heads=2, ffn_dim=24, vocab_size=259, memory=None)
+    parts, without = (DecoderParts.of(config) for config in (dataclasses.replace(dense, expert_lookup=experts), dense))
+    feed_forward, queries = 3 * 16 * 24, 16 * 2 * 8
+    counts, before = count_parameters(parts), count_parameters(without)
+    assert counts.table == 2 * 16**2 * 16
+    assert counts.dense - before.dense == queries + 2 * 8 + 2 * 2 * 16 * 4 - feed_forward
+    # Of both tables a token uses the rows of its 2 x 4 experts.
+    reads = 2 * 2 * 4 * 16
+    assert counts.active - before.active == counts.dense - before.dense + reads
+    flops = training_flops(parts, 8)
+    assert (flops.memory_search, flops.memory_read) == (6 * (queries + 2 * 2 * 16 * 4), 6 * reads)
+    assert flops.total - training_flops(without, 8).total == 6 * (queries + 2 * 2 * 16 * 4 + reads - feed_forward)
 
 
 def test_a_window_counts_the_tokens_that_are_seen():
@@ -91,3 +182,5 @@ def test_a_dry_run_tells_parameters_and_mesh():
     text = describe(config, DecoderParts.of(config.model), data_axis=2)
     assert "805,306,368 (1 x 1,048,576 slots)" in text
     assert "data 2 x memory 3 = 6 devices" in text
+    both = load(RunConfig, CONFIGS / "134m_peer.yaml", ["--model.memory", "{layers: [2], num_keys: 100}"])
+    assert "(1 x 10,000 slots, 2 x 589,824 slots)" in describe(both, DecoderParts.of(both.model), data_axis=1)

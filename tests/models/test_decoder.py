@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memjax.config import ExpertLookupConfig, MemoryConfig, ModelConfig
+from memjax.config import ExpertLookupConfig, ExpertsConfig, MemoryConfig, ModelConfig
 from memjax.models.block import Block
 from memjax.models.decoder import resolve_dtype
 from memjax.models.feed_forward import FeedForward
@@ -33,6 +33,12 @@ CONFIGS = {
         num_layers=4,
         memory=MemoryConfig(**MEMORY, layers=(0, 2), share=False),
         expert_lookup=ExpertLookupConfig(**EXPERTS, layers=(1, 3), share=False),
+    ),
+    "experts": ModelConfig(
+        **SIZES,
+        num_layers=3,
+        memory=MemoryConfig(**MEMORY, layers=(2,)),
+        experts=ExpertsConfig(layers=(0,), num_experts=3, ffn_dim=20),
     ),
     "beside": ModelConfig(**SIZES, num_layers=2, memory=MemoryConfig(**MEMORY, layers=(1,), placement="beside")),
 }
@@ -61,7 +67,7 @@ def norm(layer, x):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_those_of_the_layers_put_together_by_hand(name):
-    """Attention, feed-forward, memory and lookup layers have tests of their own; here they are called one by one."""
+    """All kinds of layers have tests of their own; here they are called one by one."""
     model, config = build(name), CONFIGS[name]
     positions = np.broadcast_to(np.arange(7, dtype=np.int32), TOKENS.shape)
     embedding = np.asarray(model.embed.embedding[...], np.float64)
@@ -78,12 +84,14 @@ def test_logits_are_those_of_the_layers_put_together_by_hand(name):
         if memory is not None:
             table = model.tables["shared" if memory.share else f"layer_{number}"]
             x = x + np.asarray(call(block.memory, inputs, table))
-        experts = config.expert_lookup if config.expert_lookup and number in config.expert_lookup.layers else None
-        if experts is not None:
-            pool = "experts" if experts.share else f"experts_{number}"
+        lookup = config.expert_lookup if config.kind(number) == "expert_lookup" else None
+        if lookup is not None:
+            pool = "experts" if lookup.share else f"experts_{number}"
             tables = (model.tables[f"{pool}_{which}"] for which in ("inputs", "outputs"))
             x = x + np.asarray(call(block.expert_lookup, inputs, *tables))
             assert (block.memory, block.feed_forward) == (None, None)
+        elif config.kind(number) == "experts":
+            x = x + np.asarray(call(block.experts, inputs)[0])
         elif memory is None or memory.placement == "beside":
             assert isinstance(block.feed_forward, FeedForward)
             x = x + np.asarray(call(block.feed_forward, inputs))
@@ -122,7 +130,7 @@ def test_packed_documents_get_what_they_get_alone(name):
         start += length
 
 
-@pytest.mark.parametrize("name", ["dense", "own tables"])
+@pytest.mark.parametrize("name", ["dense", "own tables", "experts"])
 def test_cache_filled_in_pieces_gives_what_all_tokens_at_once_give(name):
     model = build(name)
     expected = call(model, TOKENS)
@@ -139,7 +147,7 @@ def test_cache_filled_in_pieces_gives_what_all_tokens_at_once_give(name):
 def loss_and_lookups(parts, params, tables, taps, remat):
     model = parts.assemble(params, tables)
     hidden, lookups, *_ = model.hidden(jnp.asarray(TOKENS), taps=taps, remat=remat)
-    return summed_loss(model, hidden, jnp.asarray(TOKENS[:, ::-1]), jnp.ones(TOKENS.shape)), lookups
+    return summed_loss(model, hidden, jnp.asarray(TOKENS[:, ::-1]), jnp.ones(TOKENS.shape))[0], lookups
 
 
 @cache

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
 
 from memjax.models.experts import Experts, Routing, router_statistics
 
@@ -16,7 +15,6 @@ SEQUENCES, LENGTH, DIM, HIDDEN, EXPERTS = 8, 5, 4, 3, 3
 # Padding comes last; the last sequence has nothing else.
 REAL = np.arange(LENGTH)[None, :] < np.array([5, 4, 2, 1, 5, 3, 5, 0])[:, None]
 WAYS: dict[str, dict[str, Any]] = {
-    "top 1": {"top_k": 1},
     "top 2": {"top_k": 2},
     "renormalized": {"top_k": 2, "renormalize": True},
     "expert choice": {"routing": "expert_choice"},
@@ -62,9 +60,7 @@ def draw(seed=0):
 
 def layer_of(params, **way):
     dtype = params["router"].dtype
-    layer = Experts(
-        DIM, HIDDEN, num_experts=EXPERTS, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0), **({"top_k": 1} | way)
-    )
+    layer = Experts(DIM, HIDDEN, num_experts=EXPERTS, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0), **way)
     layer.router.kernel[...] = jnp.asarray(params["router"])
     for name in ("gate", "up", "down"):
         getattr(layer, name)[...] = jnp.asarray(params[name])
@@ -123,16 +119,11 @@ def test_gradients_are_those_of_finite_differences(case):
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("shape", [(2, 4), (8, 1)], ids=["2x4", "8x1"])
-@pytest.mark.parametrize("name", ["top 2", "capacity 2"])
-def test_on_a_mesh_outputs_and_gradients_are_those_of_one_device(shape, name):
-    params, x = draw()
-    factors = np.random.default_rng(9).normal(size=x.shape)
-    mesh = jax.make_mesh(shape, ("data", "memory"), axis_types=(AxisType.Auto,) * 2)
-    with jax.enable_x64(True):
-        alone = jax.jit(partial(run, way=WAYS[name]))(params, x, factors)
-        with jax.set_mesh(mesh):
-            split = jax.jit(partial(run, way=WAYS[name]))(params, x, factors)
+@pytest.mark.parametrize("case", ["top 2", "capacity 2"], indirect=True)
+def test_on_a_mesh_outputs_and_gradients_are_those_of_one_device(case, mesh):
+    way, params, x, factors, alone = case
+    with jax.enable_x64(True), jax.set_mesh(mesh):
+        split = jax.jit(partial(run, way=way))(params, x, factors)
     for one, other in zip(jax.tree.leaves(split), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
 
@@ -150,7 +141,7 @@ def test_experts_without_tokens_learn_nothing():
     x[..., 0], params["router"] = 1, np.zeros((DIM, EXPERTS))
     params["router"][0] = [0, 5, -5]
     with jax.enable_x64(True):
-        out, routing, (gradients, _) = jax.jit(partial(run, way=WAYS["top 1"]))(params, x, np.ones(x.shape))
+        out, routing, (gradients, _) = jax.jit(partial(run, way={}))(params, x, np.ones(x.shape))
     np.testing.assert_allclose(out, by_hand(params, x), rtol=1e-12, atol=1e-12)
     assert np.all(np.asarray(routing.picks) == 1)
     for name in ("gate", "up", "down"):

@@ -45,7 +45,8 @@ def test_losses_are_minus_log_probabilities_however_they_are_cut(chunk_tokens, t
     model, hidden, targets, mask = build(tie_embeddings)
     expected = by_hand(model, hidden, np.asarray(targets))
     np.testing.assert_allclose(nnx.jit(token_losses)(model, hidden, targets), expected, rtol=1e-5)
-    total = nnx.jit(summed_loss)(model, hidden, targets, mask)
+    total, losses = nnx.jit(summed_loss)(model, hidden, targets, mask)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
     np.testing.assert_allclose(total, np.sum(expected * np.asarray(mask)), rtol=1e-5)
 
 
@@ -53,7 +54,7 @@ def gradients(model, hidden, targets, mask):
     graphdef, params = nnx.split(model)
 
     def loss(params, hidden):
-        return summed_loss(nnx.merge(graphdef, params), hidden, targets, mask)
+        return summed_loss(nnx.merge(graphdef, params), hidden, targets, mask)[0]
 
     return jax.jit(jax.grad(loss, argnums=(0, 1))), params, hidden
 

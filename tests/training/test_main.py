@@ -11,7 +11,8 @@ import jax
 import pytest
 
 from memjax import train
-from memjax.checkpoint import Checkpoints
+from memjax.checkpoint import CheckpointError, Checkpoints
+from memjax.data.records import DataError
 from memjax.data.tokenizer import ByteTokenizer
 from memjax.loading import load
 from memjax.memory import parallel
@@ -126,6 +127,53 @@ def test_a_run_that_would_learn_nothing_ends_with_2(run, tmp_path):
     code, printed = run("unlearned", *source, *steps, "--model.memory", "null", "--model.num_layers", "1")
     assert code == 2
     assert "data.sequence_length=16 is too short for data.packing=none" in printed
+
+
+def data_that_ends_before(step: int) -> type:
+    """The run's data, which cannot be read at one step."""
+
+    class Ending(loop.TrainingData):
+        def __next__(self):
+            self.calls = getattr(self, "calls", 0) + 1
+            if self.calls == step:
+                raise DataError("the disk is gone")
+            return super().__next__()
+
+    return Ending
+
+
+@pytest.mark.slow
+def test_a_run_whose_newest_checkpoint_has_no_tables_goes_on_from_the_newest_that_has(run, tmp_path, monkeypatch):
+    small = [
+        "--model.num_layers",
+        "1",
+        "--model.memory.layers",
+        "0",
+        "--train.steps",
+        "6",
+        "--log.tensorboard",
+        "false",
+    ]
+    often = ["--checkpoint.every", "1", "--checkpoint.tables", "every 3", "--checkpoint.keep", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "TrainingData", data_that_ends_before(6))
+        code, printed = run("light", *small, *often)
+    assert code == 3, printed
+    assert re.search(r"\d\.\d s   drawing parameters and tables\n", printed), "a start tells what takes its time"
+    folder = tmp_path / "light"
+    saved = Checkpoints(folder / "checkpoints")
+    assert (saved.steps(), saved.complete()) == ([3, 5], [3])
+    assert load(folder).step == 3
+    with pytest.raises(CheckpointError, match=r"step 5 was saved without its tables; the newest step .* is 3"):
+        load(folder, step=5)
+
+    code, printed = run("light", *small, *often)
+    assert code == 0, printed
+    assert "step 5 was saved without tables, so the run goes on from step 3\n" in printed
+    assert re.search(r"\d\.\d s   restoring the newest checkpoint\n", printed)
+    assert "resumed from step 3\n" in printed
+    assert steps_in(folder) == [1, 2, 3, 4, 5, 6]
+    assert Checkpoints(folder / "checkpoints").complete() == [6]
 
 
 def slow_validation(*_, **__) -> float:

@@ -8,7 +8,9 @@ import pytest
 
 from memjax.command_line import load
 from memjax.config import RunConfig
+from memjax.memory.row_exchange import PICK_BYTES
 from memjax.training import planner
+from memjax.training.state import Trainer
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
@@ -57,6 +59,23 @@ def test_state_is_counted_by_device_and_exactly():
     text = planner.describe(found)
     assert "  tables                    1.07 GB" in text
     assert text.startswith("bytes per device ")
+
+
+def test_an_expert_lookup_is_counted_with_both_its_tables():
+    small = "--model.num_layers 2 --model.expert_lookup.layers 1 --model.expert_lookup.table_dtype bfloat16"
+    config = load(RunConfig, CONFIGS / "134m_peer.yaml", f"{GPU} {small}".split())
+    found = planner.plan(config, data_axis=1)
+    assert found.state["tables"] == 2 * 768**2 * 768 * 2
+    assert found.state["optimizer of the tables"] == 2 * 768**2 * 3 * 4
+    tokens = config.data.batch_size * config.data.sequence_length
+    # The stream, its norm and queries; of each pick score, place, weight, product and what comes of it; token and bag.
+    kept = (2 * 768 + 4 * 256) * 2 + 128 * 20 + 2 * 768 * 2
+    assert found.temporary["activations, memory"] == tokens * kept
+    update = planner._Planner(config, Trainer.of(config), 1)
+    # Weights of picks for each of the tables, and what they multiply: the token, and the bag's cotangent.
+    assert update.row_gradients()["row gradients"] == tokens * (128 * (4 + 4 + 4) + 2 * 768 * 2)
+    assert update.row_update()["sorted picks"] == tokens * (128 * PICK_BYTES + 768 * 2)
+    assert "--model.expert_lookup.num_keys 543" in {name for name, _ in planner.savings(config, data_axis=1)}
 
 
 def test_more_devices_and_micro_batches_need_less_of_each():

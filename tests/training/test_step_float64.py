@@ -57,7 +57,7 @@ def sgd(tiny, float64):
     ("share", "settings", "mesh_shape"),
     [
         ("true", "sgd", (1, 1)),
-        ("true", "sgd --train.accumulate 2", (2, 4)),
+        ("true", "sgd --train.accumulate 2 --mesh.row_exchange dense", (2, 4)),
         ("false", "sgd --train.accumulate 2", (1, 1)),
     ],
 )
@@ -160,7 +160,7 @@ def test_every_mesh_draws_the_same_model_and_gives_the_same_losses(tiny):
         config = tiny.config(
             "--model.num_layers 1 --model.memory.layers 0",
             "--model.memory.value_dim 512 --optim.table.state_columns 64 --optim.table.lr 0.01",
-            "--mesh.data {} --mesh.memory {}".format(*mesh_shape),
+            "--mesh.row_exchange factored --mesh.data {} --mesh.memory {}".format(*mesh_shape),
             wide=True,
         )
         runs[mesh_shape] = tiny.train(config, batches, mesh_shape, start=tiny.drawn_state)

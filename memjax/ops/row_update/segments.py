@@ -8,9 +8,21 @@ from jaxtyping import Array, Float, Int
 
 from memjax.ops.row_gradient import RowGradient
 
+MOST_PICKS = 2**31 - 1
+"""That can be sorted at once: they are counted in 32 bits."""
+
 
 def sorted_picks(gradients: Sequence[RowGradient]) -> tuple[Int[Array, " m"], Int[Array, " m"], Float[Array, " m"]]:
-    """Row, token (in the concatenated vectors) and weight of every pick of all gradients, in the order of the rows."""
+    """Row, token (in the concatenated vectors) and weight of every pick of all gradients, in the order of the rows.
+
+    Raises:
+        ValueError: there are more picks than 32 bits can count.
+    """
+    if (total := sum(gradient.indices.size for gradient in gradients)) > MOST_PICKS:
+        raise ValueError(
+            f"{total:,} picks cannot be sorted at once, {MOST_PICKS:,} can; take fewer tokens, or sum them to a dense "
+            "gradient (row_update.dense; in a training mesh.row_exchange: dense)"
+        )
     rows, tokens, weights, first = [], [], [], 0
     for gradient in gradients:
         count, picks = gradient.indices.shape

@@ -1,0 +1,94 @@
+"""How row gradients cross the `data` axis of a mesh: in factors, or summed to a dense gradient of the table."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+
+from memjax.ops.precision import accumulator
+from memjax.ops.row_gradient import RowGradient
+from memjax.ops.row_update.dense import BLOCK_BYTES, piece_tokens
+from memjax.ops.row_update.segments import MOST_PICKS
+
+Exchange = Literal["factored", "dense"]
+
+PICK_BYTES = 40
+"""Of each pick while rows are updated: its row, token and weight, sorted and unsorted, and where segments begin."""
+
+
+class ExchangeBytes(NamedTuple):
+    """What one update of a table costs a device in bytes."""
+
+    received: int
+    """From other replicas, over `data`."""
+    gradient: int
+    """Held of the dense gradient."""
+    picks: int
+    """Held of picks and vectors while they are sorted and summed."""
+
+    @property
+    def total(self) -> int:
+        """All of them: what is moved and what is held."""
+        return sum(self)
+
+
+def exchange_bytes(
+    table: Any, gradients: Sequence[RowGradient], *, data_axis: int, memory_axis: int
+) -> dict[Exchange, ExchangeBytes]:
+    """The bytes of either exchange.
+
+    Args:
+        table: anything with the shape and dtype of the whole table.
+        gradients: row gradients of all tokens of the mesh, or their shapes.
+        data_axis: replicas of a column shard.
+        memory_axis: devices that share the columns.
+    """
+    num_rows, columns = table.shape[0], table.shape[1] // memory_axis
+    picks = sum(gradient.indices.size for gradient in gradients)
+    vectors = sum(gradient.indices.shape[0] * columns * gradient.vectors.dtype.itemsize for gradient in gradients)
+    of_picks = sum(
+        gradient.indices.size * (gradient.indices.dtype.itemsize + gradient.weights.dtype.itemsize)
+        for gradient in gradients
+    )
+    row = columns * accumulator(table.dtype).itemsize
+    # A reduction sends everything twice: to be summed, and summed. Counts of picks go with the rows.
+    reduced = 2 * num_rows * (row + jnp.dtype(jnp.int32).itemsize)
+    from_others = lambda count: count * (data_axis - 1) // data_axis
+    return {
+        "factored": ExchangeBytes(from_others(of_picks + vectors), 0, picks * PICK_BYTES + vectors),
+        "dense": ExchangeBytes(
+            from_others(reduced),
+            num_rows * row + min(num_rows * row, BLOCK_BYTES),
+            max(_of_one(gradient, gradient.indices.shape[0] // data_axis, columns) for gradient in gradients),
+        ),
+    }
+
+
+def _of_one(gradient: RowGradient, num_tokens: int, columns: int) -> int:
+    """Bytes while one gradient is summed: its gathered picks, and a piece of them with its vectors sorted."""
+    k, width = gradient.indices.shape[1], gradient.vectors.dtype.itemsize
+    gathered = num_tokens * k * (gradient.indices.dtype.itemsize + gradient.weights.dtype.itemsize)
+    return gathered + piece_tokens(num_tokens, k) * (k * PICK_BYTES + columns * width)
+
+
+def choose(
+    wanted: Literal["auto", "factored", "dense"],
+    table: Any,
+    gradients: Sequence[RowGradient],
+    *,
+    data_axis: int,
+    memory_axis: int,
+) -> Exchange:
+    """The exchange that runs; arguments as for `exchange_bytes`.
+
+    auto takes the one of fewer bytes, received and held together; on one replica, where nothing is exchanged, the dense
+    one only where there are too many picks to be sorted at once.
+    """
+    if wanted != "auto":
+        return wanted
+    if sum(gradient.indices.size for gradient in gradients) > MOST_PICKS:
+        return "dense"
+    if data_axis == 1:
+        return "factored"
+    found = exchange_bytes(table, gradients, data_axis=data_axis, memory_axis=memory_axis)
+    return min(found, key=lambda name: found[name].total)

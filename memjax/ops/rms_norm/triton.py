@@ -1,0 +1,117 @@
+"""The root mean square norm and its gradient as Triton kernels: every row is read once."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+from jax.custom_batching import sequential_vmap
+from jaxtyping import Array, Float
+
+from memjax.ops import tiles, triton_call
+
+STRIP = 32
+"""Rows of a program of the gradient: enough that the parts of d_scale are few, few enough to fill a GPU."""
+
+
+@triton.jit
+def norm_kernel(
+    x_ptr, scale_ptr, y_ptr, TOKENS: tl.constexpr, DIM: tl.constexpr, EPSILON: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """ROWS whole rows; WIDTH is DIM rounded up to a power of two."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    place = row[:, None] * DIM + column[None, :]
+    inside = (row < TOKENS)[:, None] & (column < DIM)[None, :]
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + column, mask=column < DIM, other=0.0).to(tl.float32)
+    inverse = 1 / tl.sqrt(tl.sum(x * x, axis=1) / DIM + EPSILON)
+    y = x * inverse[:, None] * scale[None, :]
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def norm_gradient_kernel(
+    x_ptr, scale_ptr, d_y_ptr, beside_ptr, d_x_ptr, d_scale_ptr, TOKENS: tl.constexpr, DIM: tl.constexpr,
+    EPSILON: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STRIP: tl.constexpr,
+):  # fmt: skip
+    """STRIP rows, ROWS at a time: their part of d_scale stays in registers."""
+    strip = tl.program_id(0)
+    column = tl.arange(0, WIDTH)
+    scale = tl.load(scale_ptr + column, mask=column < DIM, other=0.0).to(tl.float32)
+    d_scale = tl.zeros((WIDTH,), tl.float32)
+    for first in range(0, STRIP, ROWS):
+        row = strip.to(tl.int64) * STRIP + first + tl.arange(0, ROWS)
+        place = row[:, None] * DIM + column[None, :]
+        inside = (row < TOKENS)[:, None] & (column < DIM)[None, :]
+        x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        d_y = tl.load(d_y_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        beside = tl.load(beside_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        inverse = 1 / tl.sqrt(tl.sum(x * x, axis=1) / DIM + EPSILON)
+        normed = x * inverse[:, None]
+        d_normed = d_y * scale[None, :]
+        along = tl.sum(d_normed * normed, axis=1) / DIM
+        d_x = beside + (d_normed - normed * along[:, None]) * inverse[:, None]
+        tl.store(d_x_ptr + place, d_x.to(d_x_ptr.dtype.element_ty), mask=inside)
+        d_scale += tl.sum(d_y * normed, axis=0)
+    tl.store(d_scale_ptr + strip * DIM + column, d_scale, mask=column < DIM)
+
+
+def rms_norm(x: Float[Array, "t d"], scale: Float[Array, " d"], epsilon: float) -> Float[Array, "t d"]:
+    """The reference's formula, in float32."""
+    return sequential_vmap(partial(_norm, epsilon=epsilon))(x, scale)
+
+
+def rms_norm_gradient(
+    x: Float[Array, "t d"],
+    scale: Float[Array, " d"],
+    d_y: Float[Array, "t d"],
+    beside: Float[Array, "t d"],
+    epsilon: float,
+) -> tuple[Float[Array, "t d"], Float[Array, " d"]]:
+    """The norm's gradient in x plus `beside`, x's gradient from elsewhere; and the gradient in scale, in float32."""
+    return sequential_vmap(partial(_gradient, epsilon=epsilon))(x, scale, d_y, beside)
+
+
+def _norm(x: Array, scale: Array, *, epsilon: float) -> Array:
+    tokens, dim = x.shape
+    tile = tiles.rms_norm(dim)
+    (y,) = triton_call.launch(
+        norm_kernel,
+        x,
+        scale,
+        out=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
+        grid=(tiles.ceil_div(tokens, tile.rows),),
+        num_warps=tile.num_warps,
+        TOKENS=tokens,
+        DIM=dim,
+        EPSILON=epsilon,
+        WIDTH=tile.columns,
+        ROWS=tile.rows,
+    )
+    return y
+
+
+def _gradient(x: Array, scale: Array, d_y: Array, beside: Array, *, epsilon: float) -> tuple[Array, Array]:
+    tokens, dim = x.shape
+    tile = tiles.rms_norm_gradient(dim)
+    strips = tiles.ceil_div(tokens, STRIP)
+    d_x, d_scale = triton_call.launch(
+        norm_gradient_kernel,
+        x,
+        scale,
+        d_y,
+        beside,
+        out=[jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((strips, dim), jnp.float32)],
+        grid=(strips,),
+        num_warps=tile.num_warps,
+        TOKENS=tokens,
+        DIM=dim,
+        EPSILON=epsilon,
+        WIDTH=tile.columns,
+        ROWS=tile.rows,
+        STRIP=STRIP,
+    )
+    return d_x, d_scale.sum(axis=0)

@@ -1,0 +1,110 @@
+"""The row update by way of a dense gradient: first all picks are summed, then the rows that were read are updated.
+
+It takes memory of the table's size, but the picks may come in pieces, and dense gradients of replicas can be added up.
+Where many picks are read by many devices that is less than all their picks on every device.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from memjax.ops.precision import accumulator
+from memjax.ops.row_gradient import RowGradient
+from memjax.ops.row_update.api import row_update
+from memjax.ops.row_update.rounding import round_to
+from memjax.ops.row_update.rules import RowRule, RowStep, TableState, row_step
+
+PIECE_PICKS = 1 << 26
+"""The most picks that are sorted at once."""
+
+BLOCK_BYTES = 1 << 28
+"""Dense gradient of the rows that are updated at once."""
+
+
+def summed(
+    gradients: Sequence[RowGradient],
+    num_rows: int,
+    *,
+    gather: Callable[[RowGradient], RowGradient] = lambda gradient: gradient,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "n d"], Bool[Array, " n"]]:
+    """All gradients as one array of the table's shape, and the rows that any pick names: a zero does not tell.
+
+    One gradient after the other, at most PIECE_PICKS picks at a time, are gathered, sorted and added, so the sum is in
+    float32 or wider, and always formed in the same order.
+
+    Args:
+        gradients: what to sum.
+        num_rows: of the table.
+        gather: applied to each gradient when its turn comes, as to collect the picks of other devices.
+        implementation: of the row update, whose kernels sum here.
+    """
+    dtype = jnp.result_type(*[accumulator(gradient.vectors.dtype) for gradient in gradients])
+    total = jnp.zeros((num_rows, gradients[0].vectors.shape[1]), dtype)
+    touched = jnp.zeros(num_rows, bool)
+    # A step of gradient descent at the rate -1 adds.
+    add = RowRule(kind="sgd")
+
+    def add_piece(total: Array, gradient: RowGradient, start: Array | int, size: int) -> Array:
+        piece = RowGradient(*(jax.lax.dynamic_slice_in_dim(factor, start, size) for factor in gradient))
+        return row_update(total, {}, [piece], add, row_step(-1, 0), implementation=implementation)[0]
+
+    for gradient in gradients:
+        # Or the picks of all might be gathered and sorted before the first are added.
+        total, touched, gradient = jax.lax.optimization_barrier((total, touched, gradient))
+        gradient = gather(gradient)
+        touched = touched.at[gradient.indices.reshape(-1)].set(True)
+        size = piece_tokens(*gradient.indices.shape)
+        whole, rest = divmod(gradient.indices.shape[0], size)
+        add_nth = lambda number, total, of=gradient, size=size: add_piece(total, of, number * size, size)
+        total = jax.lax.fori_loop(0, whole, add_nth, total)
+        total = add_piece(total, gradient, whole * size, rest) if rest else total
+    return total, touched
+
+
+def piece_tokens(num_tokens: int, picks: int) -> int:
+    """Tokens whose picks are sorted at once."""
+    return min(num_tokens, max(1, PIECE_PICKS // picks))
+
+
+def update_touched(
+    table: Float[Array, "n d"],
+    state: TableState,
+    gradient: Float[Array, "n d"],
+    touched: Bool[Array, " n"],
+    rule: RowRule,
+    step: RowStep,
+    *,
+    reduce: Callable[[Array], Array] = lambda gradient: gradient,
+) -> tuple[Float[Array, "n d"], TableState]:
+    """`row_update` of the touched rows by a dense gradient, a block of rows at a time, in place where donated.
+
+    Args:
+        table: rows.
+        state: of the rule.
+        gradient: as `summed` gives it.
+        touched: the rows to update.
+        rule: the optimizer.
+        step: rate, number and so on.
+        reduce: applied to the gradient of every block, as to add those of other devices.
+    """
+    num_rows, num_columns = table.shape
+    rows = max(1, min(num_rows, BLOCK_BYTES // (num_columns * gradient.dtype.itemsize)))
+    columns = step.first_column + jnp.arange(num_columns)
+
+    def update_block(number: Array, carry: tuple[Array, TableState]) -> tuple[Array, TableState]:
+        table, state = carry
+        # The last block may begin before its turn; rows that were updated already are left alone.
+        start = jnp.minimum(number * rows, num_rows - rows)
+        cut = lambda array: jax.lax.dynamic_slice_in_dim(array, start, rows)
+        place = start + jnp.arange(rows)
+        write = (cut(touched) & (place >= number * rows) & step.ok)[:, None]
+        old, old_state = cut(table), {name: cut(array) for name, array in state.items()}
+        new, new_state = rule.apply(old.astype(gradient.dtype), old_state, reduce(cut(gradient)), step)
+        new = round_to(new, table.dtype, rule.stochastic_rounding, step.seed, step.step, place, columns)
+        put = lambda array, new, old: jax.lax.dynamic_update_slice_in_dim(array, jnp.where(write, new, old), start, 0)
+        return put(table, new, old), {name: put(state[name], new_state[name], old_state[name]) for name in state}
+
+    return jax.lax.fori_loop(0, -(-num_rows // rows), update_block, (table, state))

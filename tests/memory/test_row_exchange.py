@@ -1,0 +1,42 @@
+"""Which way row gradients cross the data axis, and what it takes."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from memjax.memory.row_exchange import ExchangeBytes, choose, exchange_bytes
+from memjax.ops.row_gradient import RowGradient
+
+
+def shapes(tokens, picks=4, columns=256, rows=1000):
+    gradient = RowGradient(
+        jax.ShapeDtypeStruct((tokens, picks), jnp.int32),
+        jax.ShapeDtypeStruct((tokens, picks), jnp.float32),
+        jax.ShapeDtypeStruct((tokens, columns), jnp.bfloat16),
+    )
+    return jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16), [gradient, gradient]
+
+
+def test_bytes_by_hand():
+    found = exchange_bytes(*shapes(80), data_axis=4, memory_axis=2)
+    # Two layers of 80 tokens: 4 picks of 8 bytes each, and 128 columns of 2 bytes; a quarter of it is there already.
+    assert found["factored"] == ExchangeBytes(2 * 80 * (32 + 256) * 3 // 4, 0, 2 * 80 * (4 * 40 + 256))
+    # 1000 rows of 128 columns and a count, 4 bytes each, sent to be summed and as sums. The gradient and a block of it
+    # (all, here) are held, and of one layer of 20 tokens the picks, gathered and sorted, with their vectors.
+    assert found["dense"] == ExchangeBytes(2 * 1000 * 129 * 4 * 3 // 4, 2 * 1000 * 128 * 4, 20 * (32 + 160 + 256))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "data_axis", "wanted", "expected"),
+    [
+        (100, 4, "auto", "factored"),
+        (100, 4, "dense", "dense"),
+        (100_000, 4, "auto", "dense"),
+        (100_000, 4, "factored", "factored"),
+        # Nothing is exchanged: dense only where the picks cannot be sorted at once.
+        (100_000, 1, "auto", "factored"),
+        (2**28, 1, "auto", "dense"),
+    ],
+)
+def test_auto_takes_what_needs_fewer_bytes_and_a_wish_is_met(tokens, data_axis, wanted, expected):
+    assert choose(wanted, *shapes(tokens), data_axis=data_axis, memory_axis=1) == expected

@@ -1,0 +1,32 @@
+"""The bench of whole steps runs, and adds to the record that is there."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+BENCH = pathlib.Path(__file__).parents[1] / "experiments/bench/train_step.py"
+
+
+@pytest.mark.slow
+def test_predictions_are_set_beside_what_a_step_takes_and_the_record_keeps_other_cases(tmp_path):
+    rows = [{"part": "dense", "case": "a case of another day"}, {"part": "planner", "case": "long rows, nothing again"}]
+    (tmp_path / "record.json").write_text(json.dumps({"command": "another", "rows": rows}))
+    command = [sys.executable, str(BENCH), "--small", "--only", "planner", "--out", str(tmp_path), "--stem", "record"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["command"].startswith("another ; python experiments/bench/train_step.py --small --only planner")
+    kept, measured = record["rows"]
+    assert kept == rows[0]
+    assert measured["case"] == "long rows, nothing again"
+    assert "note" not in measured, measured
+    # XLA on a CPU takes up to three times what a GPU needs beside the state, and tells no peak.
+    assert 0.3 < measured["predicted GB"] / measured["compiled GB"] < 1.5
+    assert measured["peak GB"] is None
+    assert "predicted / peak" in done.stdout.splitlines()[0]
+    assert "long rows, nothing again" in done.stdout
