@@ -153,7 +153,8 @@ class Pool:
             print(
                 f"{done}/{self._total} in {elapsed:.0f} s, about {elapsed / done * (self._total - done):.0f} s left: "
                 f"[{run.name}] recall {result['recall']:.4f}, {result['stored_bits'] / 1e3:.0f} kbit, "
-                f"{seconds:.0f} s (compiling {result['compile_seconds']:.0f}), process {number}",
+                f"{result['tokens_per_second'] / 1e6:.2f} M tokens/s, {seconds:.0f} s "
+                f"(compiling {result['compile_seconds']:.0f}), process {number}",
                 flush=True,
             )
 

@@ -157,35 +157,32 @@ class FactTrainer:
         state = jax.block_until_ready(self._init(jax.random.key(seed)))
         tokens_per_step = batch_size * self.rows.length
         flops_per_token = training_flops_per_token(self.trainer.parts, self.rows.length)
+        found = Answers(np.zeros(0, bool), np.zeros(0))
         measured_at = {steps * point // CURVE_POINTS // CHUNK * CHUNK for point in range(1, CURVE_POINTS + 1)}
 
-        curve, losses = [], []
+        curve: list[dict[str, Any]] = []
         training_seconds, compile_seconds = 0.0, 0.0
-        for first in range(0, steps, CHUNK):
+        for done in range(CHUNK, steps + 1, CHUNK):
             started = time.perf_counter()
-            chunk = slice(first, first + CHUNK)
+            chunk = slice(done - CHUNK, done)
             state, loss = self._steps(state, self.on_device, order[chunk], by_step[chunk])
-            losses.append(float(loss))
-            if first == 0:
+            loss = float(loss)
+            if done == CHUNK:
                 compile_seconds = time.perf_counter() - begin
             else:
                 training_seconds += time.perf_counter() - started
-            done = first + CHUNK
+            # The first steps, with which the program was compiled, say nothing of the speed.
+            seconds_left = training_seconds / max(CHUNK, done - CHUNK) * (steps - done)
+            if deadline is not None and time.time() + seconds_left > deadline:
+                raise OutOfTime(f"step {done}/{steps}: {seconds_left:.0f} s more are needed")
             if done in measured_at:
                 found = self.test(state)
-                point = {"step": done, "tokens": done * tokens_per_step, "loss": losses[-1], **self.summary(found)}
-                curve.append({**point, "flops": point["tokens"] * flops_per_token})
+                tokens = done * tokens_per_step
+                point = {"step": done, "tokens": tokens, "flops": tokens * flops_per_token, **self.summary(found)}
+                curve.append(point | {"loss": loss if np.isfinite(loss) else None})
+                tell(f"step {done}/{steps}, loss {loss:.3f}, recall {point['recall']:.3f}, {seconds_left:.0f} s left")
                 if done < steps:
                     state = dataclasses.replace(state, reads=self.trainer.no_reads())
-                speed = ""
-                if first:
-                    each = training_seconds / first
-                    speed = f", {tokens_per_step / each / 1e6:.2f} M tokens/s, {each * (steps - done):.0f} s left"
-                tell(f"step {done}/{steps}, loss {losses[-1]:.3f}, recall {point['recall']:.3f}{speed}")
-            if deadline is not None and first > 0:
-                left = training_seconds / first * (steps - done)
-                if time.time() + left > deadline:
-                    raise OutOfTime(f"step {done}/{steps}: {left:.0f} s more are needed")
         counts = count_parameters(self.trainer.parts)
         return {
             "steps": steps,
@@ -196,7 +193,7 @@ class FactTrainer:
             "flops_per_token": flops_per_token,
             "parameters": dataclasses.asdict(counts) | {"total": counts.total},
             **{name: value for name, value in curve[-1].items() if name not in ("step", "tokens", "flops")},
-            "by_group": self.by_group(self.test(state)),
+            "by_group": self.by_group(found),
             "healthy": bool(state.healthy),
             "curve": curve,
             **self._of_the_table(state),
@@ -230,8 +227,8 @@ class FactTrainer:
         """Recall of each attribute or relation; of the facts that training never asks about, where there are some."""
         kept = self.rows.first_wording > 0
         counted = kept if kept.any() else ~kept
-        names = enumerate(self.rows.group_names)
-        return {name: float(found.correct[counted & (self.rows.groups == number)].mean()) for number, name in names}
+        chosen = {name: counted & (self.rows.groups == place) for place, name in enumerate(self.rows.group_names)}
+        return {name: float(found.correct[rows].mean()) for name, rows in chosen.items() if rows.any()}
 
     def write_answers(self, state: TrainState, facts: np.ndarray) -> dict[int, list[int]]:
         """Greedy answers (token ids) to the test wordings of some facts, by the facts' numbers."""

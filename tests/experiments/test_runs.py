@@ -15,7 +15,8 @@ for line in sys.stdin:
     task = json.loads(line)
     if task["family"] == "dies":
         sys.exit(9)
-    result = {"recall": 0.5, "stored_bits": 1000.0, "compile_seconds": 0.0, "seed_given": task["seed"]}
+    result = {"recall": 0.5, "stored_bits": 1000.0, "compile_seconds": 0.0, "tokens_per_second": 1.0}
+    result["seed_given"] = task["seed"]
     print(json.dumps({"error": "on purpose"} if task["family"] == "fails" else {"result": result}), flush=True)
 """
 
