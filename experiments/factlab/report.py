@@ -36,8 +36,8 @@ def bits_per_parameter(row: Result) -> float:
 
 
 def millions(count: float) -> str:
-    """A count in millions."""
-    return f"{count / 1e6:.2f} M"
+    """A count in millions; nothing for none."""
+    return f"{count / 1e6:.2f} M" if count else ""
 
 
 def settings(row: Result) -> str:
