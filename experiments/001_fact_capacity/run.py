@@ -1,0 +1,194 @@
+"""How much do dense, expert and memory models remember of generated biographies? See README.md.
+
+    python experiments/001_fact_capacity/run.py --stage gate grid full --seconds 570
+
+runs what has no result yet and can end in time; the same command again goes on. `--plan` lists the runs instead.
+"""
+
+import dataclasses
+import pathlib
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
+
+from factlab import command
+from factlab.report import bits_per_parameter, draw, grouped, markdown, millions, settings, spread
+from factlab.runs import Result, Run
+
+STAGES = ("gate", "grid", "full")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Size:
+    """The knobs of cost."""
+
+    people: int
+    gate_exposures: float
+    grid_exposures: float
+    full_exposures: float
+    seeds: int
+    num_rates: int
+    """Settings of the rates that are tried for each family."""
+    settings: tuple[str, ...] = ()
+
+
+SIZES = {
+    "full": Size(people=24_000, gate_exposures=24, grid_exposures=20, full_exposures=60, seeds=3, num_rates=3),
+    # Says only that everything runs: minutes on a CPU.
+    "small": Size(
+        people=50,
+        gate_exposures=10,
+        grid_exposures=10,
+        full_exposures=30,
+        seeds=1,
+        num_rates=1,
+        settings=("--data.batch_size", "64"),
+    ),
+}
+
+MIDDLE_LR = 5e-3
+DENSE = ((MIDDLE_LR, 0.0), (2e-3, 0.0), (1e-2, 0.0))
+SPARSE = ((MIDDLE_LR, 1e-1), (MIDDLE_LR, 2e-2), (MIDDLE_LR, 3e-1))
+"""Highest rates of the dense parameters and of the tables."""
+RATES = {
+    "dense_x1": DENSE,
+    "dense_x2": DENSE,
+    "dense_x4": DENSE,
+    "moe": DENSE,
+    "peer": SPARSE,
+    "memory": SPARSE,
+    "memory_plus": SPARSE,
+}
+RATES_OF = {"memory_plus_small": "memory_plus", "memory_plus_large": "memory_plus"}
+"""Families that take the rates that were found for another."""
+
+
+def main() -> None:
+    arguments = command.parser(__doc__, stages=STAGES, sizes=tuple(SIZES), folder=HERE).parse_args()
+    size = SIZES[arguments.size]
+    command.serve(arguments, HERE, lambda stage, results: runs_of(stage, size, results), report)
+
+
+def runs_of(stage: str, size: Size, results: dict[str, Result]) -> list[Run]:
+    """The runs of a stage; those of the last one at the rates that the one before found best."""
+    if stage == "gate":
+        return gate(size)
+    if stage == "grid":
+        # One setting of each family would be no grid.
+        tried_rates = RATES.items() if size.num_rates > 1 else ()
+        return [
+            a_run(stage, size, family, rates, size.grid_exposures)
+            for family, tried in tried_rates
+            for rates in tried[: size.num_rates]
+        ]
+    return [
+        a_run(stage, size, family, best_rates(RATES_OF.get(family, family), results), size.full_exposures, seed=seed)
+        for seed in range(size.seeds)
+        for family in [*RATES, *RATES_OF]
+    ]
+
+
+def gate(size: Size) -> list[Run]:
+    """Dense rates by the scale of the embedding; rates of the table by those of the keys; placements; the control."""
+    one = lambda family, rates, *settings, **options: a_run(
+        "gate", size, family, rates, size.gate_exposures, settings=settings, **options
+    )
+    dense = [
+        one("dense_x1", rates, *scale) for rates in DENSE for scale in ((), ("--model.embedding_init_std", "null"))
+    ]
+    keys = ((), ("--optim.key_lr_factor", "1.0"))
+    memory = [one("memory_plus", rates, *factor) for rates in SPARSE for factor in keys]
+    layers = [one("memory_plus", SPARSE[0], "--model.memory.layers", which) for which in ("1,3", "2")]
+    control = [one("memory_plus", SPARSE[0], perfect_address=True)]
+    if size.num_rates == 1:
+        return [dense[0], *control]
+    return [*dense, *memory, *layers, *control, one("dense_x4", DENSE[0])]
+
+
+def a_run(stage, size, family, rates, exposures, *, seed=0, settings=(), perfect_address=False) -> Run:
+    lr, table_lr = rates
+    return Run(
+        stage=stage,
+        family=family,
+        config=str((HERE / "families" / f"{family}.yaml").relative_to(HERE.parents[1])),
+        lr=lr,
+        table_lr=table_lr,
+        exposures=exposures,
+        facts={"people": size.people},
+        seed=seed,
+        settings=(*size.settings, *settings),
+        perfect_address=perfect_address,
+        # Tokens at the rate of one of four processes, after starting and compiling.
+        seconds=40 + exposures * size.people * 6 * 14 / 3e6,
+    )
+
+
+def best_rates(family: str, results: dict[str, Result]) -> tuple[float, float]:
+    """The rates with the best recall of the grid; the middle ones where it has not been run."""
+    tried = [row for row in results.values() if row["stage"] == "grid" and row["family"] == family]
+    if not tried:
+        return RATES[family][0]
+    best = max(tried, key=lambda row: (row["recall"], row["stored_bits"]))
+    return best["lr"], best["table_lr"]
+
+
+def report(rows: list[Result], folder: pathlib.Path) -> str:
+    """The tables of the three stages, and the picture."""
+    of_stage = lambda stage: [row for row in rows if row["stage"] == stage]
+    parts = []
+    if full := grouped(of_stage("full"), lambda row: (row["family"],)):
+        picture(full, folder / "recall.png")
+        head = ("family", "FLOPs per token", "dense", "tables, experts", "lr, of tables", "recall", "tables zeroed")
+        head += ("stored kbit", "bits per parameter")
+        parts += ["![recall and bits per parameter against the arithmetic of the training](recall.png)"]
+        parts += [markdown(head, [headline(*key, runs) for key, runs in full.items()])]
+    for stage in ("grid", "gate"):
+        if found := of_stage(stage):
+            head = ("family", "lr", "of tables", "settings", "recall", "stored kbit")
+            tried = [
+                (
+                    f"`{row['family']}`",
+                    f"{row['lr']:g}",
+                    f"{row['table_lr']:g}" if row["table_lr"] else "",
+                    settings(row),
+                )
+                + (f"{row['recall']:.1%}", f"{row['stored_bits'] / 1e3:.0f}")
+                for row in found
+            ]
+            exposures = found[0]["exposures"]
+            parts += [f"{stage.capitalize()}, {exposures:.0f} exposures, one seed:", markdown(head, tried)]
+    return "\n\n".join(parts)
+
+
+def headline(family: str, runs: list[Result]) -> tuple[str, ...]:
+    """A family's line of the table: means over the seeds, lowest and highest in brackets."""
+    row, parameters = runs[0], runs[0]["parameters"]
+    zeroed = spread(runs, lambda row: row["recall_zeroed"]) if "recall_zeroed" in row else ""
+    return (
+        f"`{family}`",
+        millions(row["flops_per_token"]),
+        millions(parameters["dense"] + parameters["routers"]),
+        millions(parameters["table"] + parameters["experts"]),
+        f"{row['lr']:g}" + (f", {row['table_lr']:g}" if row["table_lr"] else ""),
+        spread(runs, lambda row: row["recall"]),
+        zeroed,
+        spread(runs, lambda row: row["stored_bits"] / 1e3, ".0f"),
+        spread(runs, bits_per_parameter, ".2f"),
+    )
+
+
+def picture(full: dict[tuple[str], list[Result]], path: pathlib.Path) -> None:
+    """Recall and bits per parameter while the training goes on."""
+    recall, bits = {}, {}
+    for (family,), runs in full.items():
+        points = list(zip(*[run["curve"] for run in runs], strict=True))
+        total = runs[0]["parameters"]["total"]
+        recall[family] = [(each[0]["flops"], [point["recall"] for point in each]) for each in points]
+        bits[family] = [(each[0]["flops"], [max(0, point["stored_bits"]) / total for point in each]) for each in points]
+    panels = [("Recall", "share of the facts", recall), ("Stored bits", "bits per parameter", bits)]
+    draw(path, panels, "training FLOPs")
+
+
+if __name__ == "__main__":
+    main()

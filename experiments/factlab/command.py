@@ -1,0 +1,53 @@
+"""The command line that the experiments share: stages of runs, a time limit, results that grow from call to call."""
+
+import argparse
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+
+from factlab.report import write_into
+from factlab.runs import Pool, Result, Run, read_results
+
+RunsOf = Callable[[str, dict[str, Result]], list[Run]]
+"""The runs of a stage, given the results so far."""
+Report = Callable[[list[Result], pathlib.Path], str]
+"""README's tables of results; pictures are written into the folder."""
+
+
+def parser(description: str | None, *, stages: Sequence[str], sizes: Sequence[str], folder: pathlib.Path):
+    """The options of every experiment."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--stage", nargs="+", choices=stages, default=stages, help="stages to run, in this order")
+    made.add_argument("--size", choices=sizes, default=sizes[0], help="small only shows that everything runs")
+    made.add_argument("--families", nargs="+", help="run only these")
+    made.add_argument("--jobs", type=int, default=4, help="trainings at once on the device")
+    made.add_argument("--seconds", type=float, help="start nothing that would not end within so many seconds")
+    made.add_argument("--out", type=pathlib.Path, default=folder / "results", help="folder of the results")
+    made.add_argument("--plan", action="store_true", help="list the runs and run nothing")
+    made.add_argument("--report", action="store_true", help="write README's table and the plots from results, no more")
+    return made
+
+
+def serve(arguments: argparse.Namespace, folder: pathlib.Path, runs_of: RunsOf, report: Report) -> None:
+    """Runs the stages that were asked for as far as the time allows, or writes the report of the committed results."""
+    if arguments.report:
+        rows = list(read_results(folder / "results" / "full.json").values())
+        write_into(folder / "README.md", report(rows, folder))
+        return
+    deadline = None if arguments.seconds is None else time.time() + arguments.seconds
+    path = arguments.out / f"{arguments.size}.json"
+    # What is committed need not be run again, wherever new results go.
+    results = read_results(path, folder / "results" / path.name)
+    pool = Pool(path, results, jobs=arguments.jobs, deadline=deadline)
+    still_open: list[str] = []
+    for stage in arguments.stage:
+        runs = runs_of(stage, results)
+        if arguments.families:
+            runs = [run for run in runs if run.family in arguments.families]
+        print(f"--- {stage}", flush=True)
+        if arguments.plan:
+            print("\n".join(f"{run.name}: {'done' if run.name in results else 'to do'}" for run in runs))
+        else:
+            still_open += pool.run(runs)
+    if not arguments.plan:
+        print("\n".join(["without a result:", *still_open]) if still_open else "every run has its result", flush=True)

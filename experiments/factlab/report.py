@@ -1,0 +1,84 @@
+"""Tables and plots of results, made from their JSON alone."""
+
+import pathlib
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from factlab.runs import Result
+
+BEGIN = "<!-- made from results/full.json by run.py --report -->"
+END = "<!-- end of what is made -->"
+NOT_RUN = "Not run at full size yet."
+
+Rows = list[Result]
+Key = tuple[Any, ...]
+
+
+def grouped(results: Iterable[Result], key: Callable[[Result], Key]) -> dict[Key, Rows]:
+    """The results by a key, in the order of their first."""
+    groups: dict[Key, Rows] = {}
+    for row in results:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def spread(rows: Rows, value: Callable[[Result], float], form: str = ".1%") -> str:
+    """The mean over some runs, with the lowest and the highest where there are several."""
+    values = [value(row) for row in rows]
+    mean = format(statistics.mean(values), form)
+    return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
+
+
+def bits_per_parameter(row: Result) -> float:
+    """Stored bits over all parameters."""
+    return row["stored_bits"] / row["parameters"]["total"]
+
+
+def millions(count: float) -> str:
+    """A count in millions; nothing for none."""
+    return f"{count / 1e6:.2f} M" if count else ""
+
+
+def settings(row: Result) -> str:
+    """What a run changed in its family's config."""
+    pairs = zip(*[iter(row["settings"])] * 2, strict=True)
+    words = [f"`{name.removeprefix('--')}` {value}" for name, value in pairs]
+    return ", ".join(words + (["perfect address"] if row["perfect_address"] else [])) or "-"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def write_into(readme: pathlib.Path, text: str) -> None:
+    """Replaces what stands between the marks."""
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise ValueError(f"{readme}: needs the lines {BEGIN!r} and {END!r}, between which the results go")
+    readme.write_text(f"{before}{BEGIN}\n\n{text or NOT_RUN}\n\n{END}{after}", encoding="utf-8")
+
+
+def draw(path: pathlib.Path, panels: Sequence[tuple[str, str, dict[str, list[tuple[Any, Any]]]]], x_label: str) -> None:
+    """A picture of panels: title, label of y, and points (x, values of the seeds) by name; bars are their spread."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, all_axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4.2), layout="constrained")
+    for axes, (title, y_label, lines) in zip(all_axes, panels, strict=True):
+        for name, points in lines.items():
+            x = [point[0] for point in points]
+            middle = [statistics.mean(point[1]) for point in points]
+            below = [mean - min(point[1]) for mean, point in zip(middle, points, strict=True)]
+            above = [max(point[1]) - mean for mean, point in zip(middle, points, strict=True)]
+            axes.errorbar(x, middle, yerr=[below, above], label=name, marker="o", markersize=3, capsize=2, linewidth=1)
+        axes.set(title=title, xlabel=x_label, ylabel=y_label, xscale="log")
+        axes.grid(alpha=0.3)
+    all_axes[-1].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,108 @@
+"""Facts in all their wordings as token ids in arrays, made once, so that a batch is a single gather on the device."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memjax.config import BiographiesConfig
+from memjax.data import facts
+
+PAD, BOS, EOS = 0, 1, 2
+Ints = NDArray[np.integer]
+
+
+class FactRows(NamedTuple):
+    """A sentence for each fact and wording; wording 0 is the one that tests ask in."""
+
+    tokens: Ints
+    """[facts, wordings, length + 1]: the begin token, prompt, answer, the end token, padding."""
+    answers: Ints
+    """[facts, wordings, 2]: where the answer begins in `tokens`, and where it ends, the end token included."""
+    first_wording: Ints
+    """[facts]: the first wording that training shows; 1 where the test's wording is kept from it."""
+    groups: Ints
+    """[facts]: number of the attribute or relation."""
+    bits: NDArray[np.floating]
+    """[facts]: information of the answer for who knows how often each answer occurs, and nothing else."""
+    group_names: tuple[str, ...]
+    vocab_size: int
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model reads of a row."""
+        return self.tokens.shape[2] - 1
+
+
+def biography_rows(config: BiographiesConfig) -> FactRows:
+    """The six facts of every person in the library's five wordings; each word is a token."""
+    people = facts.people(config)
+    names = [person.name.split() for person in people]
+    values = {name: [person.value(name).split() for person in people] for name in facts.attribute_names}
+    templates = {name: [wording.split() for wording in facts.STATEMENTS[name]] for name in facts.attribute_names}
+    words = {word for name in names for word in name}
+    words |= {word for answers in values.values() for answer in answers for word in answer}
+    words |= {word for wordings in templates.values() for wording in wordings for word in wording if word != "{name}"}
+    number = {word: place for place, word in enumerate(sorted(words), start=EOS + 1)}
+    ids = lambda texts: np.array([[number[word] for word in text] for text in texts], np.int32)
+
+    name_ids = ids(names)
+    rows: list[list[tuple[Ints, int]]] = []
+    for attribute in facts.attribute_names:
+        answer_ids = ids(values[attribute])
+        rows.append([_tell(wording, number, name_ids, answer_ids) for wording in templates[attribute]])
+    width = max(row.shape[1] for wordings in rows for row, _ in wordings)
+
+    num_people, num_attributes, num_wordings = len(people), len(rows), len(rows[0])
+    tokens = np.zeros((num_people, num_attributes, num_wordings, width), np.int32)
+    answers = np.zeros((num_people, num_attributes, num_wordings, 2), np.int32)
+    for attribute, wordings in enumerate(rows):
+        for wording, (row, begin) in enumerate(wordings):
+            tokens[:, attribute, wording, : row.shape[1]] = row
+            answers[:, attribute, wording] = begin, row.shape[1]
+    return FactRows(
+        tokens=tokens.reshape(-1, num_wordings, width),
+        answers=answers.reshape(-1, num_wordings, 2),
+        first_wording=np.zeros(num_people * num_attributes, np.int32),
+        groups=np.tile(np.arange(num_attributes, dtype=np.int32), num_people),
+        bits=np.tile([math.log2(choices) for choices in _choices().values()], num_people),
+        group_names=facts.attribute_names,
+        vocab_size=EOS + 1 + len(number),
+    )
+
+
+def _tell(wording: Sequence[str], number: dict[str, int], names: Ints, answers: Ints) -> tuple[Ints, int]:
+    """Everybody's sentence in one wording, and the place of the answer's first token."""
+    column = lambda token: np.full((len(names), 1), token, np.int32)
+    prompt = [names if word == "{name}" else column(number[word]) for word in wording]
+    row = np.concatenate([column(BOS), *prompt, answers, column(EOS)], axis=1)
+    return row, row.shape[1] - answers.shape[1] - 1
+
+
+def _choices() -> dict[str, int]:
+    """Values among which each attribute was drawn; the work city follows from the employer."""
+    return {
+        "birth_date": len(facts.DAYS) * len(facts.MONTHS) * len(facts.YEARS),
+        "birth_city": len(facts.CITIES),
+        "university": len(facts.UNIVERSITIES),
+        "major": len(facts.MAJORS),
+        "employer": len(facts.EMPLOYERS),
+        "work_city": 1,
+    }
+
+
+def draw_order(rows: FactRows, *, batch_size: int, steps: int, seed: int) -> Ints:
+    """Which row (fact x wordings + wording) stands where in each batch, [steps, batch_size].
+
+    All facts are shuffled anew in every epoch, and every exposure draws its wording.
+    """
+    rng = np.random.default_rng([seed, 3])
+    num_facts, num_wordings = rows.tokens.shape[:2]
+    count = steps * batch_size
+    epochs = -(-count // num_facts)
+    fact = np.concatenate([rng.permutation(num_facts) for _ in range(epochs)])[:count]
+    first = rows.first_wording[fact]
+    wording = first + (rng.random(count) * (num_wordings - first)).astype(np.int64)
+    return (fact * num_wordings + wording).astype(np.int32).reshape(steps, batch_size)

@@ -1,0 +1,203 @@
+"""Many trainings at once on one device, within a time limit; results are on disk after each of them.
+
+Small models leave a GPU idle while they compile and start, so several processes share it. A run that fails is reported
+and the others go on; a run that cannot end in time is left for the next call, which resumes where this one stopped.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+Result = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training."""
+
+    stage: str
+    family: str
+    config: str
+    """Path of the family's YAML."""
+    lr: float
+    table_lr: float
+    exposures: float
+    facts: dict[str, Any]
+    seed: int = 0
+    settings: tuple[str, ...] = ()
+    perfect_address: bool = False
+    seconds: float = 60.0
+    """A guess, for the first run of its kind; later ones are judged by those before."""
+
+    @property
+    def name(self) -> str:
+        """Tells it from all others: what is in the results under this name is not run again."""
+        facts = "-".join(f"{name}{value}" for name, value in self.facts.items() if name != "file")
+        words = [self.stage, self.family, facts, f"x{self.exposures:g}", f"lr{self.lr:g}"]
+        words += [f"table{self.table_lr:g}"] if self.table_lr else []
+        words += [f"seed{self.seed}"] + (["perfect"] if self.perfect_address else [])
+        words += [f"{name.removeprefix('--')}={value}" for name, value in zip(*[iter(self.settings)] * 2, strict=True)]
+        return " ".join(words)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Runs of one kind share their compiled programs."""
+        return self.config, self.settings, self.perfect_address, tuple(self.facts.items())
+
+    def row(self) -> Result:
+        """What the results say of it beside what was measured."""
+        fields = ("stage", "family", "lr", "table_lr", "seed", "perfect_address")
+        return {"name": self.name, "settings": list(self.settings), **{name: getattr(self, name) for name in fields}}
+
+
+def read_results(*paths: pathlib.Path) -> dict[str, Result]:
+    """The results of some files, by the name of the run; of two with one name the first file's counts."""
+    found: dict[str, Result] = {}
+    for path in paths:
+        for row in json.loads(path.read_text())["runs"] if path.exists() else ():
+            found.setdefault(row["name"], row)
+    return found
+
+
+def write_results(path: pathlib.Path, results: dict[str, Result]) -> None:
+    """All results as one file, whole at any time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in results.values())
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(f'{{"runs": [\n{lines}\n]}}\n')
+    temporary.replace(path)
+
+
+class Pool:
+    """Runs tasks in several processes until all are done, or the time is over."""
+
+    def __init__(self, path: pathlib.Path, results: dict[str, Result], *, jobs: int, deadline: float | None):
+        """Results are added to `results` and written to `path`; `deadline` is a `time.time()`."""
+        self.path, self.results, self.jobs, self.deadline = path, results, jobs, deadline
+        self._lock = threading.Lock()
+        self._seconds: dict[Any, float] = {}
+        self._running: dict[str, Run] = {}
+        self._began = time.time()
+
+    def run(self, runs: Sequence[Run]) -> list[str]:
+        """Runs what has no result yet; returns the names of those that have none in the end."""
+        self._left = [run for run in runs if run.name not in self.results]
+        self._total, self._failed = len(self._left), []
+        already = len(runs) - self._total
+        print(f"{self._total} runs to do, {already} done before, {self.jobs} at once", flush=True)
+        threads = [threading.Thread(target=self._serve, args=(number,)) for number in range(self.jobs)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return self._failed + [run.name for run in self._left]
+
+    def _serve(self, number: int) -> None:
+        """Gives one process a run after the other; a process that died is replaced."""
+        worker, compiled, failures = Worker(), set(), 0
+        while failures < 3 and (run := self._take(compiled)) is not None:
+            if not worker.is_alive():
+                worker.stop()
+                worker, compiled = Worker(), set()
+            compiled.add(run.kind)
+            started = time.time()
+            answer = worker.ask({**dataclasses.asdict(run), "name": run.name, "deadline": self.deadline})
+            self._note(run, answer, time.time() - started, number)
+            failures = 0 if "result" in answer else failures + 1
+        if failures:
+            print(f"process {number} ended after {failures} failures in a row", flush=True)
+        worker.stop()
+
+    def _take(self, compiled: set[Any]) -> Run | None:
+        """The next run that can end in time: one that this process has compiled, else of a kind that nobody runs."""
+        with self._lock:
+            in_time = [run for run in self._left if self.deadline is None or self._ends(run) <= self.deadline]
+            if not in_time:
+                return None
+            order = {run.name: place for place, run in enumerate(in_time)}
+            busy = [run.kind for run in self._running.values()]
+            rank = lambda run: (run.seed, run.kind not in compiled, run.kind in busy, order[run.name])
+            best = min(in_time, key=rank)
+            self._left.remove(best)
+            self._running[best.name] = best
+            return best
+
+    def _ends(self, run: Run) -> float:
+        return time.time() + self._seconds.get((run.kind, run.exposures), run.seconds)
+
+    def _note(self, run: Run, answer: dict[str, Any], seconds: float, number: int) -> None:
+        """Keeps a result, or says what went wrong."""
+        with self._lock:
+            del self._running[run.name]
+            if "result" not in answer:
+                self._failed.append(run.name)
+                print(f"FAILED [{run.name}] {answer}", flush=True)
+                return
+            self._seconds[run.kind, run.exposures] = seconds
+            result = {**run.row(), **answer["result"], "wall_seconds": round(seconds, 1)}
+            self.results[run.name] = result
+            write_results(self.path, self.results)
+            done = self._total - len(self._left) - len(self._running)
+            elapsed = time.time() - self._began
+            print(
+                f"{done}/{self._total} in {elapsed:.0f} s, about {elapsed / done * (self._total - done):.0f} s left: "
+                f"[{run.name}] recall {result['recall']:.4f}, {result['stored_bits'] / 1e3:.0f} kbit, "
+                f"{result['tokens_per_second'] / 1e6:.2f} M tokens/s, {seconds:.0f} s "
+                f"(compiling {result['compile_seconds']:.0f}), process {number}",
+                flush=True,
+            )
+
+
+class Worker:
+    """A process of worker.py, started when it is first asked."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def is_alive(self) -> bool:
+        """Whether it can still be asked."""
+        return self._process is None or self._process.poll() is None
+
+    def ask(self, task: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a task: `result`, `late` or `error`."""
+        self._process = self._process or start()
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            print(json.dumps(task), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        except OSError as error:
+            return {"error": f"the worker cannot be asked: {error}"}
+        return json.loads(line) if line else {"error": f"the worker ended with {self._process.wait()}"}
+
+    def stop(self) -> None:
+        """Lets it end."""
+        if self._process is not None:
+            # With its input at the end it has nothing more to do; of what it still writes nothing is wanted.
+            self._process.communicate()
+
+
+def start() -> subprocess.Popen[str]:
+    """A process that takes the device's memory only as it needs it, and shares compiled programs with the others."""
+    paths = [str(HERE.parent), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    for name, value in {
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(tempfile.gettempdir()) / "factlab_programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
+        "OMP_NUM_THREADS": "1",
+    }.items():
+        environment.setdefault(name, value)
+    command = [sys.executable, "-m", "factlab.worker"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)

@@ -1,0 +1,340 @@
+"""One training on facts: memjax's own step on batches gathered on the device, many steps for each call of the device.
+
+Rates are arguments of the compiled program, not constants in it, so that all rates, lengths and seeds of a model share
+one compilation.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from factlab.rows import FactRows, draw_order
+from memjax.config import RunConfig, ScheduleConfig
+from memjax.evaluation.recall import zero_tables
+from memjax.memory.layer import Lookup
+from memjax.memory.usage import statistics
+from memjax.models.counts import count_parameters, training_flops_per_token
+from memjax.models.decoder import Decoder
+from memjax.models.parts import DecoderParts, Tables
+from memjax.training.compiler import compiler_options
+from memjax.training.mesh import make_mesh
+from memjax.training.optimizer import make_schedule
+from memjax.training.row_optimizer import TableOptimizer
+from memjax.training.state import Trainer, TrainState
+from memjax.training.step import Batch, train_step
+
+CHUNK = 50
+"""Steps for each call of the device."""
+WARMUP_STEPS, FINAL_FRACTION = 100, 0.05
+CURVE_POINTS = 8
+TEST_ROWS = 2048
+"""Questions in one forward pass of a test, where there are so many."""
+
+
+class OutOfTime(Exception):
+    """A run would not end before its deadline."""
+
+
+class Rates(NamedTuple):
+    """The highest learning rates of a run; a family without tables ignores that of the table."""
+
+    lr: float
+    table_lr: float
+
+
+class DeviceRows(NamedTuple):
+    """The arrays of FactRows that batches are made of, with wordings folded into facts."""
+
+    tokens: Array
+    answers: Array
+    slots: Array
+    """[facts, picks]: the slots of the perfect-address control; no columns elsewhere."""
+
+
+class Answers(NamedTuple):
+    """A test of every fact."""
+
+    correct: np.ndarray
+    nats: np.ndarray
+    """-log p(answer)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenRate(TableOptimizer):
+    """A table optimizer whose rate is computed elsewhere."""
+
+    rate: Any = None
+
+    @property
+    def schedule(self) -> optax.Schedule:
+        return lambda _: self.rate
+
+
+@dataclasses.dataclass(frozen=True)
+class PerfectAddress(DecoderParts):
+    """Parts of a decoder whose memory layers do not search: every token of a sentence reads the slots of its fact.
+
+    The control that tells what the table could hold if the address were right.
+    """
+
+    lookup: Any = None
+
+    def assemble(self, params: Any, tables: Tables) -> Decoder:
+        model = DecoderParts.assemble(self, params, tables)
+        assert self.config.memory is not None
+        for layer in self.config.memory.layers:
+            model.blocks[layer].memory.lookup = lambda _: self.lookup
+        return model
+
+
+class FactTrainer:
+    """A model's compiled programs, for any rates, seeds and lengths."""
+
+    def __init__(self, config: RunConfig, rows: FactRows, *, perfect_address: bool = False):
+        """The config's own rates must be constant and 1: those of a run are factors on them."""
+        optim = config.optim
+        for name, rate in (("optim", optim), ("optim.table", optim.table)):
+            if (rate.lr, rate.schedule, rate.warmup_steps) != (1.0, "constant", 0):
+                raise ValueError(f"{name} must have lr=1, schedule=constant, warmup_steps=0: rates are given to `run`")
+        if config.model.vocab_size < rows.vocab_size or config.data.sequence_length != rows.length:
+            raise ValueError(
+                f"model.vocab_size={config.model.vocab_size} must be at least {rows.vocab_size} and "
+                f"data.sequence_length={config.data.sequence_length} must be {rows.length}, as the facts are"
+            )
+        self.config, self.rows, self.perfect_address = config, rows, perfect_address
+        self.trainer = Trainer.of(config)
+        picks = config.model.memory.picks if perfect_address and config.model.memory else 0
+        slots = config.model.memory.num_slots if config.model.memory else 1
+        num_facts = len(rows.tokens)
+        self.test_rows = min(TEST_ROWS, num_facts)
+        self.on_device = DeviceRows(
+            tokens=jnp.asarray(rows.tokens.reshape(-1, rows.tokens.shape[-1])),
+            answers=jnp.asarray(rows.answers.reshape(-1, 2)),
+            slots=jnp.asarray(np.random.default_rng(5).integers(slots, size=(num_facts, picks), dtype=np.int32)),
+        )
+        options = {"compiler_options": compiler_options(make_mesh(config, jax.devices()[:1]))}
+        self._init = jax.jit(lambda key: self._at(Rates(1.0, 1.0), self.trainer).init(key), **options)
+        self._steps = jax.jit(self._run_steps, donate_argnums=0, **options)
+        self._test = jax.jit(self._answer, **options)
+        self._write = jax.jit(self._write_some, **options)
+
+    def run(
+        self,
+        rates: Rates,
+        *,
+        exposures: float,
+        seed: int,
+        deadline: float | None = None,
+        tell: Callable[[str], None] = lambda _: None,
+        examine: Callable[[TrainState], dict[str, Any]] = lambda _: {},
+    ) -> dict[str, Any]:
+        """Trains and tests a model; the result as JSON values.
+
+        Args:
+            rates: highest rates.
+            exposures: how often each fact is read, on average.
+            seed: of initialisation and data order.
+            deadline: `time.time()` at which the run must have ended.
+            tell: takes lines of progress.
+            examine: what else is to be measured of the trained model.
+
+        Raises:
+            OutOfTime: the deadline would be missed.
+        """
+        begin = time.perf_counter()
+        batch_size, num_facts = self.config.data.batch_size, len(self.rows.tokens)
+        steps = max(1, round(exposures * num_facts / batch_size / CHUNK)) * CHUNK
+        order = draw_order(self.rows, batch_size=batch_size, steps=steps, seed=seed)
+        by_step = np.stack([_schedule(rate, steps) for rate in rates], axis=1)
+        state = jax.block_until_ready(self._init(jax.random.key(seed)))
+        tokens_per_step = batch_size * self.rows.length
+        flops_per_token = training_flops_per_token(self.trainer.parts, self.rows.length)
+        found = Answers(np.zeros(0, bool), np.zeros(0))
+        measured_at = {steps * point // CURVE_POINTS // CHUNK * CHUNK for point in range(1, CURVE_POINTS + 1)}
+
+        curve: list[dict[str, Any]] = []
+        training_seconds, compile_seconds = 0.0, 0.0
+        for done in range(CHUNK, steps + 1, CHUNK):
+            started = time.perf_counter()
+            chunk = slice(done - CHUNK, done)
+            state, loss = self._steps(state, self.on_device, order[chunk], by_step[chunk])
+            loss = float(loss)
+            if done == CHUNK:
+                compile_seconds = time.perf_counter() - begin
+            else:
+                training_seconds += time.perf_counter() - started
+            # The first steps, with which the program was compiled, say nothing of the speed.
+            seconds_left = training_seconds / max(CHUNK, done - CHUNK) * (steps - done)
+            if deadline is not None and time.time() + seconds_left > deadline:
+                raise OutOfTime(f"step {done}/{steps}: {seconds_left:.0f} s more are needed")
+            if done in measured_at:
+                found = self.test(state)
+                tokens = done * tokens_per_step
+                point = {"step": done, "tokens": tokens, "flops": tokens * flops_per_token, **self.summary(found)}
+                curve.append(point | {"loss": loss if np.isfinite(loss) else None})
+                tell(f"step {done}/{steps}, loss {loss:.3f}, recall {point['recall']:.3f}, {seconds_left:.0f} s left")
+                if done < steps:
+                    state = dataclasses.replace(state, reads=self.trainer.no_reads())
+        counts = count_parameters(self.trainer.parts)
+        return {
+            "steps": steps,
+            "exposures": steps * batch_size / num_facts,
+            "facts": num_facts,
+            "tokens": steps * tokens_per_step,
+            "training_flops": steps * tokens_per_step * flops_per_token,
+            "flops_per_token": flops_per_token,
+            "parameters": dataclasses.asdict(counts) | {"total": counts.total},
+            **{name: value for name, value in curve[-1].items() if name not in ("step", "tokens", "flops")},
+            "by_group": self.by_group(found),
+            "healthy": bool(state.healthy),
+            "curve": curve,
+            **self._of_the_table(state),
+            **examine(state),
+            "compile_seconds": round(compile_seconds, 1),
+            "training_seconds": round(training_seconds, 2),
+            "tokens_per_second": round(tokens_per_step * (steps - CHUNK) / training_seconds) if training_seconds else 0,
+        }
+
+    def test(self, state: TrainState) -> Answers:
+        """Every fact asked in its test wording: greedy exact match, and the answer's negative log likelihood."""
+        tokens, answers = self.rows.tokens[:, 0], self.rows.answers[:, 0]
+        count = len(tokens)
+        fill = -count % self.test_rows
+        split = lambda rows: np.pad(rows, [(0, fill), (0, 0)]).reshape(-1, self.test_rows, rows.shape[1])
+        numbers = np.pad(np.arange(count, dtype=np.int32), (0, fill)).reshape(-1, self.test_rows)
+        found = self._test(state.params, state.tables, self.on_device.slots, split(tokens), split(answers), numbers)
+        return Answers(*(np.asarray(part).reshape(-1)[:count] for part in found))
+
+    def summary(self, found: Answers) -> dict[str, Any]:
+        """Recall, and the bits that the model has stored: of each answer what it knows more than its prior."""
+        kept = self.rows.first_wording > 0
+        stored = float(np.sum(self.rows.bits - found.nats / np.log(2)))
+        summary = {"recall": float(found.correct.mean()), "stored_bits": stored}
+        if kept.any():
+            shares = {"recall_asked": found.correct[~kept], "recall_held_out": found.correct[kept]}
+            summary |= {name: float(part.mean()) for name, part in shares.items()}
+        return summary
+
+    def by_group(self, found: Answers) -> dict[str, float]:
+        """Recall of each attribute or relation; of the facts that training never asks about, where there are some."""
+        kept = self.rows.first_wording > 0
+        counted = kept if kept.any() else ~kept
+        chosen = {name: counted & (self.rows.groups == place) for place, name in enumerate(self.rows.group_names)}
+        return {name: float(found.correct[rows].mean()) for name, rows in chosen.items() if rows.any()}
+
+    def write_answers(self, state: TrainState, facts: np.ndarray) -> dict[int, list[int]]:
+        """Greedy answers (token ids) to the test wordings of some facts, by the facts' numbers."""
+        written: dict[int, list[int]] = {}
+        for start in range(0, len(facts), self.test_rows):
+            # One shape for all: the last part is filled up with facts that are asked twice.
+            some = np.resize(facts[start : start + self.test_rows], self.test_rows)
+            begins = self.rows.answers[some, 0, 0]
+            tokens = np.asarray(self._write(state.params, state.tables, self.rows.tokens[some, 0], begins))
+            for fact, row, begin in zip(some.tolist(), tokens.tolist(), begins.tolist(), strict=True):
+                written[fact] = row[begin:]
+        return written
+
+    def _write_some(self, params: Any, tables: Any, tokens: Array, begins: Array) -> Array:
+        """The rows with what the model writes from `begins` on; each token is likeliest after those before it."""
+        model = self.trainer.parts.assemble(params, tables)
+        rows = jnp.arange(len(tokens))
+
+        def one(step: Array, tokens: Array) -> Array:
+            places = begins + step
+            hidden = model.hidden(tokens[:, :-1])[0]
+            best = jnp.argmax(model.logits(hidden[rows, jnp.minimum(places, tokens.shape[1] - 1) - 1]), axis=-1)
+            return tokens.at[rows, places].set(best.astype(tokens.dtype), mode="drop")
+
+        places = jnp.arange(tokens.shape[1])[None, :]
+        longest = int((self.rows.answers[:, 0, 1] - self.rows.answers[:, 0, 0]).max())
+        return jax.lax.fori_loop(0, longest, one, jnp.where(places < begins[:, None], tokens, 0))
+
+    def _of_the_table(self, state: TrainState) -> dict[str, Any]:
+        """What shows whether the tables are used: slots read in the last part of the training, recall without them."""
+        if not state.tables:
+            return {}
+        parts = self.trainer.parts
+        zeroed = zero_tables(parts.assemble(state.params, state.tables))
+        without = dataclasses.replace(state, tables={pool: table.rows[...] for pool, table in zeroed.tables.items()})
+        used = {name: float(statistics(counts).used_fraction) for name, counts in state.reads.items()}
+        return {"used_fraction": used, "recall_zeroed": self.summary(self.test(without))["recall"]}
+
+    def _run_steps(self, state: TrainState, rows: DeviceRows, order: Array, rates: Array) -> tuple[TrainState, Array]:
+        """Steps one after the other, and the mean of their losses."""
+
+        def one(state: TrainState, now: tuple[Array, Array]) -> tuple[TrainState, Array]:
+            row, rate = now
+            trainer = self._at(Rates(*rate), self._addressed(rows.slots, row // self.rows.tokens.shape[1]))
+            state, metrics = train_step(trainer, state, _batch(rows, row))
+            return state, metrics["train/loss"]
+
+        state, losses = jax.lax.scan(one, state, (order, rates))
+        return state, losses.mean()
+
+    def _answer(self, params: Any, tables: Any, slots: Array, *questions: Array) -> tuple[Array, Array]:
+        def some(question: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+            tokens, answers, numbers = question
+            model = self._addressed(slots, numbers).parts.assemble(params, tables)
+            logits = model.logits(model.hidden(tokens[:, :-1])[0])
+            targets, is_answer = tokens[:, 1:], _is_answer(tokens, answers)
+            right = (jnp.argmax(logits, axis=-1) == targets) | ~is_answer
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+            return right.all(axis=1), jnp.sum(losses, axis=1, where=is_answer)
+
+        return jax.lax.map(some, questions)
+
+    def _addressed(self, slots: Array, facts: Array) -> Trainer:
+        """The trainer; in the control with the slots of the facts that the rows of a batch tell."""
+        if not self.perfect_address:
+            return self.trainer
+        parts, memory = self.trainer.parts, self.trainer.config.model.memory
+        assert memory is not None
+        indices = jnp.repeat(slots[facts], self.rows.length, axis=0)
+        weights = jnp.full(indices.shape, 1 / memory.top_k, jnp.float32)
+        fields = {field.name: getattr(parts, field.name) for field in dataclasses.fields(parts)}
+        return dataclasses.replace(self.trainer, parts=PerfectAddress(**fields, lookup=Lookup(indices, weights)))
+
+    @staticmethod
+    def _at(rates: Rates, trainer: Trainer) -> Trainer:
+        """The trainer at given rates, which may be traced: AdamW's step, its decay included, is linear in its rate."""
+        table = trainer.table_optimizer
+        fields = {field.name: getattr(table, field.name) for field in dataclasses.fields(table)}
+        optimizer = optax.chain(trainer.optimizer, optax.scale(rates.lr))
+        return dataclasses.replace(
+            trainer, optimizer=optimizer, table_optimizer=GivenRate(**fields, rate=rates.table_lr)
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _schedule(rate: float, steps: int) -> np.ndarray:
+    """The library's own cosine with a warm-up, at every step."""
+    config = ScheduleConfig(lr=rate, warmup_steps=WARMUP_STEPS, final_fraction=FINAL_FRACTION)
+    return np.asarray(jax.vmap(make_schedule(config, steps))(jnp.arange(steps)), np.float32)
+
+
+def _is_answer(tokens: Array, answers: Array) -> Array:
+    """Which targets are learned: [rows, length]."""
+    places = jnp.arange(1, tokens.shape[1])[None, :]
+    return (places >= answers[:, :1]) & (places < answers[:, 1:])
+
+
+def _batch(rows: DeviceRows, numbers: Array) -> Batch:
+    """The rows of the given numbers as a batch of one micro-batch."""
+    tokens, answers = rows.tokens[numbers], rows.answers[numbers]
+    length = tokens.shape[1] - 1
+    batch = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segments": (jnp.arange(length)[None, :] < answers[:, 1:] - 1).astype(jnp.int32),
+        "positions": jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (len(numbers), length)),
+        "loss_mask": _is_answer(tokens, answers).astype(jnp.float32),
+    }
+    return {name: array[None] for name, array in batch.items()}

@@ -1,0 +1,88 @@
+"""A process that trains one model after the other: a task of JSON on a line in, a result of JSON on a line out.
+
+`python -m factlab.worker`; runs.py starts it. Programs once compiled serve all later tasks of the same model.
+"""
+
+import importlib.metadata
+import json
+import pathlib
+import sys
+import traceback
+from typing import Any
+
+import jax
+import numpy as np
+
+from factlab import training
+from factlab.entity_questions import question_rows
+from factlab.rows import biography_rows
+from memjax.command_line import load
+from memjax.config import BiographiesConfig, RunConfig
+from memjax.training.state import TrainState
+
+Task = dict[str, Any]
+MAX_ASKED = 20_480
+"""Questions that are answered freely."""
+
+
+def main() -> None:
+    """Serves until the input ends. Whatever else prints goes to the error output, so that results stand alone."""
+    results, sys.stdout = sys.stdout, sys.stderr
+    models: dict[str, Model] = {}
+    for line in sys.stdin:
+        task = json.loads(line)
+        try:
+            answer = {"result": _run(task, models)}
+        except training.OutOfTime as reason:
+            answer = {"late": str(reason)}
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"[:500]}
+        print(json.dumps(answer), file=results, flush=True)
+
+
+def _run(task: Task, models: dict[str, "Model"]) -> dict[str, Any]:
+    key = json.dumps([task[name] for name in ("config", "settings", "facts", "perfect_address")])
+    if key not in models:
+        models[key] = Model(task)
+    return models[key].run(task) | environment()
+
+
+class Model:
+    """A family's trainer on some facts, for any rates, seeds and lengths."""
+
+    def __init__(self, task: Task):
+        facts = task["facts"]
+        # Generated people, or a file of real facts.
+        self.questions = None if "people" in facts else question_rows(pathlib.Path(facts["file"]), facts["count"])
+        rows = self.questions.rows if self.questions else biography_rows(BiographiesConfig(num_people=facts["people"]))
+        sizes = ["--model.vocab_size", str(rows.vocab_size), "--data.sequence_length", str(rows.length)]
+        config = load(RunConfig, pathlib.Path(task["config"]), [*sizes, *task["settings"]])
+        self.trainer = training.FactTrainer(config, rows, perfect_address=task["perfect_address"])
+
+    def run(self, task: Task) -> dict[str, Any]:
+        return self.trainer.run(
+            training.Rates(task["lr"], task["table_lr"]),
+            exposures=task["exposures"],
+            seed=task["seed"],
+            deadline=task["deadline"],
+            tell=lambda line: print(f"[{task['name']}] {line}", file=sys.stderr, flush=True),
+            examine=self._ask,
+        )
+
+    def _ask(self, state: TrainState) -> dict[str, Any]:
+        """Questions that training never asked, answered freely; of generated people the test of all facts is enough."""
+        if self.questions is None:
+            return {}
+        kept = np.flatnonzero(self.questions.rows.first_wording > 0)[:MAX_ASKED]
+        return self.questions.grade(self.trainer.write_answers(state, kept))
+
+
+def environment() -> dict[str, Any]:
+    """Device and versions."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
+    return {"device": jax.devices()[0].device_kind, "versions": versions}
+
+
+if __name__ == "__main__":
+    main()

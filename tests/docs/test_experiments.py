@@ -1,0 +1,41 @@
+"""The figures in the experiments' READMEs are those of their committed results."""
+
+import collections
+import json
+import pathlib
+import re
+import statistics
+
+import pytest
+
+FOLDERS = [pathlib.Path(__file__).parents[2] / "experiments" / name for name in ("001_fact_capacity", "002_real_facts")]
+
+
+@pytest.mark.parametrize(
+    ("folder", "metric", "key"),
+    [(FOLDERS[0], "recall", ("family",)), (FOLDERS[1], "exact_match", ("facts", "family"))],
+    ids=lambda value: value.name if isinstance(value, pathlib.Path) else None,
+)
+def test_the_headline_table_is_the_mean_over_the_seeds_of_the_results(folder, metric, key):
+    results = folder / "results" / "full.json"
+    text = (folder / "README.md").read_text()
+    shown = text.split("<!-- made from results/full.json by run.py --report -->")[1].split("<!-- end of")[0]
+    rows = (
+        [row for row in json.loads(results.read_text())["runs"] if row["stage"] == "full"] if results.exists() else []
+    )
+    if not rows:
+        assert "Not run at full size yet." in shown
+        return
+    groups = collections.defaultdict(list)
+    for row in rows:
+        groups[tuple(f"{row[name]:,}" if name == "facts" else f"`{row[name]}`" for name in key)].append(row)
+    table = next(part for part in shown.split("\n\n") if part.startswith("|")).splitlines()
+    cells = {tuple(re.split(r" *\| *", line)[1 : 1 + len(key)]): line for line in table[2:]}
+    assert set(cells) == set(groups)
+    for name, runs in groups.items():
+        values = [run[metric] for run in runs]
+        figure = f"{statistics.mean(values):.1%}"
+        if len(values) > 1:
+            figure += f" ({min(values):.1%} to {max(values):.1%})"
+        assert f"| {figure} |" in cells[name], name
+        assert f"| {statistics.mean(run['stored_bits'] for run in runs) / 1e3:.0f} " in cells[name]

@@ -1,0 +1,50 @@
+"""Facts as token arrays are the library's own sentences, and the order shows each as often as it says."""
+
+import numpy as np
+import pytest
+from factlab.rows import BOS, EOS, PAD, biography_rows, draw_order
+
+from memjax.config import BiographiesConfig
+from memjax.data import facts
+
+CONFIG = BiographiesConfig(num_people=30)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return biography_rows(CONFIG)
+
+
+def test_a_row_is_the_begin_token_the_librarys_sentence_and_the_end_with_one_token_for_each_word(rows):
+    word_of: dict[int, str] = {}
+    for number, (person, attribute) in enumerate(
+        (person, attribute) for person in facts.people(CONFIG) for attribute in facts.attribute_names
+    ):
+        for wording, template in enumerate(facts.STATEMENTS[attribute]):
+            prompt = template.format(name=person.name).split()
+            answer = person.value(attribute).split()
+            begin, end = rows.answers[number, wording]
+            row = rows.tokens[number, wording].tolist()
+            assert (begin, end) == (1 + len(prompt), 1 + len(prompt) + len(answer) + 1)
+            assert row[0] == BOS
+            assert row[end - 1] == EOS
+            assert set(row[end:]) <= {PAD}
+            for token, word in zip(row[1 : end - 1], prompt + answer, strict=True):
+                assert word_of.setdefault(token, word) == word
+    assert len(set(word_of.values())) == len(word_of) <= rows.vocab_size - 3
+
+
+def test_a_persons_information_is_that_of_the_values_drawn(rows):
+    # 28 days x 12 months x 60 years, 100 cities, 100 universities, 50 majors, 100 employers; the work city follows.
+    assert rows.bits.reshape(30, 6)[0].sum() == pytest.approx(np.log2(28 * 12 * 60 * 100 * 100 * 50 * 100), abs=1e-9)
+
+
+def test_every_epoch_shows_every_fact_once_in_a_wording_that_training_may_show(rows):
+    kept = rows._replace(first_wording=np.arange(180) % 2)
+    order = draw_order(kept, batch_size=18, steps=40, seed=1)
+    fact, wording = order.reshape(-1) // 5, order.reshape(-1) % 5
+    for epoch in range(4):
+        assert sorted(fact[180 * epoch : 180 * (epoch + 1)]) == list(range(180))
+    assert set(wording[fact % 2 == 0]) == {0, 1, 2, 3, 4}
+    assert set(wording[fact % 2 == 1]) == {1, 2, 3, 4}
+    assert (order != draw_order(kept, batch_size=18, steps=40, seed=2)).any()

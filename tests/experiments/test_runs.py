@@ -1,0 +1,77 @@
+"""Many runs at once: what fails is told and stops nothing, what is done is not run again, the time is kept."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from factlab import runs
+
+# Answers like a worker: fails or dies where the family's name says so, and else returns what a table needs.
+WORKER = """
+import json, sys
+for line in sys.stdin:
+    task = json.loads(line)
+    if task["family"] == "dies":
+        sys.exit(9)
+    result = {"recall": 0.5, "stored_bits": 1000.0, "compile_seconds": 0.0, "tokens_per_second": 1.0}
+    result["seed_given"] = task["seed"]
+    print(json.dumps({"error": "on purpose"} if task["family"] == "fails" else {"result": result}), flush=True)
+"""
+
+
+@pytest.fixture
+def pool(monkeypatch, tmp_path):
+    def start():
+        command = [sys.executable, "-c", WORKER]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    monkeypatch.setattr(runs, "start", start)
+    return lambda results, deadline=None: runs.Pool(tmp_path / "out.json", results, jobs=2, deadline=deadline)
+
+
+def a_run(family, seed=0, **options):
+    facts = {"people": 3}
+    return runs.Run(
+        stage="full",
+        family=family,
+        config=f"{family}.yaml",
+        lr=1e-3,
+        table_lr=0.0,
+        exposures=2,
+        facts=facts,
+        seed=seed,
+        **options,
+    )
+
+
+def test_runs_that_fail_or_kill_their_process_are_named_and_the_others_go_on(pool, tmp_path):
+    todo = [a_run("a"), a_run("fails"), a_run("b", 1), a_run("dies"), a_run("c", 2)]
+    without = pool({}).run(todo)
+    assert sorted(without) == sorted([todo[1].name, todo[3].name])
+    written = json.loads((tmp_path / "out.json").read_text())["runs"]
+    assert {(row["family"], row["seed_given"]) for row in written} == {("a", 0), ("b", 1), ("c", 2)}
+
+
+def test_what_has_a_result_is_not_run_again_and_files_are_merged(pool, tmp_path):
+    first = a_run("a")
+    pool({}).run([first])
+    (tmp_path / "out.json").rename(tmp_path / "committed.json")
+    results = runs.read_results(tmp_path / "out.json", tmp_path / "committed.json")
+    assert pool(results).run([first, a_run("b")]) == []
+    rows = runs.read_results(tmp_path / "out.json")
+    assert [row["family"] for row in rows.values()] == ["a", "b"]
+    assert rows[first.name] == json.loads((tmp_path / "committed.json").read_text())["runs"][0]
+
+
+def test_nothing_is_started_that_would_end_after_the_deadline(pool, tmp_path):
+    long, short = a_run("a", seconds=1000), a_run("b", seconds=1)
+    assert pool({}, deadline=time.time() + 60).run([long, short]) == [long.name]
+    assert [row["family"] for row in runs.read_results(tmp_path / "out.json").values()] == ["b"]
+
+
+def test_runs_that_differ_in_anything_have_different_names():
+    plain = a_run("a")
+    others = [a_run("a", 1), a_run("b"), a_run("a", perfect_address=True), a_run("a", settings=("--model.dim", "8"))]
+    assert len({run.name for run in [plain, *others]}) == 5
