@@ -176,7 +176,15 @@ class Decoder(nnx.Module):
         return tuple(self.tables[name] for name in lookup.tables(layer)) if lookup else ()
 
 
-def draw_block(config: ModelConfig, layer: int, key: Array, number: int | Array | None = None, **kernels) -> Block:
+def draw_block(
+    config: ModelConfig,
+    layer: int,
+    key: Array,
+    *,
+    number: int | Array | None = None,
+    implementation: str | None = None,
+    attention: str | None = None,
+) -> Block:
     """A block with fresh parameters.
 
     Args:
@@ -184,10 +192,12 @@ def draw_block(config: ModelConfig, layer: int, key: Array, number: int | Array 
         layer: which block, for its kind.
         key: of all blocks.
         number: which block, for its draws; may be traced, so that blocks of a kind share a program. None is `layer`.
-        kernels: `implementation` and `attention` of the decoder.
+        implementation: of the decoder's operations.
+        attention: its implementation.
     """
     rngs = nnx.Rngs(params=jax.random.fold_in(key, layer if number is None else number))
     dtype, param_dtype = resolve_dtype(config.dtype), jnp.dtype(config.param_dtype)
+    kernels = {"implementation": implementation, "attention": attention}
     return Block(config, layer, **kernels, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
 

@@ -85,7 +85,7 @@ def _losses_and_gradients(chunks: int, hidden: Array, kernel: Array, targets: Ar
     if chunks == 1:
         d_kernel, (losses, d_hidden) = add_chunk(d_kernel, (hidden, targets, weights))
         return losses, d_hidden, d_kernel
-    split = tuple(_split(array, chunks) for array in (hidden, targets, weights))
+    split = _split(hidden, chunks), _split(targets, chunks), _split(weights, chunks)
     d_kernel, (losses, d_hidden) = jax.lax.scan(add_chunk, d_kernel, split)
     return _join(losses, length), _join(d_hidden, length), d_kernel
 

@@ -73,7 +73,7 @@ class DecoderParts:
 
     def _draw_block(self, layer: int, key: Array, number: int | Array) -> nnx.State:
         """The block of a number, which is of the kind of the given layer."""
-        return nnx.state(draw_block(self.config, layer, key, number), nnx.Param)
+        return nnx.state(draw_block(self.config, layer, key, number=number), nnx.Param)
 
     def zero_taps(self, num_tokens: int) -> dict[str, Array | ExpertTaps]:
         """The taps of every memory layer and expert lookup, for a batch of num_tokens tokens."""

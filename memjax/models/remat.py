@@ -14,8 +14,8 @@ from memjax.ops.product_key_search.api import SAVED_INDICES, SAVED_SCORES
 Remat = Literal["none", "dots", "block"]
 
 ELEMENTWISE = """
-abs add and ceil clamp convert_element_type copy cos div eq exp exp2 floor ge gt integer_pow le log log1p logistic lt max
-min mul ne neg not or pow round rsqrt select_n sign sin sqrt square stop_gradient sub tanh xor
+abs add and ceil clamp convert_element_type copy cos div eq exp exp2 floor ge gt integer_pow le log log1p logistic lt
+max min mul ne neg not or pow round rsqrt select_n sign sin sqrt square stop_gradient sub tanh xor
 """
 LAYOUT = "broadcast_in_dim concatenate expand_dims iota pad reshape slice split squeeze transpose"
 CHEAP = frozenset(f"{ELEMENTWISE} {LAYOUT}".split())

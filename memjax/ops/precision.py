@@ -1,7 +1,9 @@
 """In which type sums are formed and random numbers drawn."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
-from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -11,14 +13,14 @@ def accumulator(dtype: DTypeLike) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def drawn_wide(init: Initializer) -> Initializer:
+def drawn_wide(init: Callable[..., Array]) -> Callable[..., Array]:
     """The initializer, drawing in float32 or wider before the cast.
 
     JAX draws bfloat16 from 128 values whose mean is off by 2 % of their standard deviation: over the inputs of a layer
     that adds up to a direction which all outputs share.
     """
 
-    def draw(key: Array, shape, dtype: DTypeLike = jnp.float32, *rest) -> Array:
+    def draw(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32, *rest: Any) -> Array:
         return jnp.asarray(init(key, shape, accumulator(dtype), *rest), dtype)
 
     return draw

@@ -1,7 +1,7 @@
 """The root mean square norm as others call it: any batch shape, gradients, choice of the implementation."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Float
@@ -32,7 +32,8 @@ def rms_norm(
     folded = x.reshape(-1, x.shape[-1])
     if name != "triton":
         return Normed(x, dispatch.load("rms_norm", name).rms_norm(folded, scale, epsilon).reshape(x.shape))
-    same, normed = _by_kernels(epsilon, folded, scale)
+    both: Any = _by_kernels(epsilon, folded, scale)
+    same, normed = both
     return Normed(same.reshape(x.shape), normed.reshape(x.shape))
 
 
