@@ -1,5 +1,6 @@
 """The language model: embedding, blocks, norm, output; its memory layers read tables that the decoder owns."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -67,8 +68,8 @@ class Decoder(nnx.Module):
         # First of all draws, where `DecoderParts.init` finds it: it draws blocks one by one.
         block_key = rngs.params()
         self.embed = nnx.Embed(config.vocab_size, config.dim, embedding_init=init, **kwargs)
-        kernels = {"implementation": implementation, "attention": attention}
-        self.blocks = nnx.List([draw_block(config, layer, block_key, **kernels) for layer in range(config.num_layers)])
+        draw = partial(draw_block, config, key=block_key, implementation=implementation, attention=attention)
+        self.blocks = nnx.List([draw(layer) for layer in range(config.num_layers)])
         self.norm = RMSNorm(
             config.dim,
             epsilon=config.norm_eps,
