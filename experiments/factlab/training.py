@@ -25,7 +25,6 @@ from memjax.models.counts import count_parameters, training_flops_per_token
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, Tables
 from memjax.training.compiler import compiler_options
-from memjax.training.mesh import make_mesh
 from memjax.training.optimizer import make_schedule
 from memjax.training.row_optimizer import TableOptimizer
 from memjax.training.state import Trainer, TrainState
@@ -120,8 +119,9 @@ class FactTrainer:
             answers=jnp.asarray(rows.answers.reshape(-1, 2)),
             slots=jnp.asarray(np.random.default_rng(5).integers(slots, size=(num_facts, picks), dtype=np.int32)),
         )
-        options = {"compiler_options": compiler_options(make_mesh(config, jax.devices()[:1]))}
-        self._init = jax.jit(lambda key: self._at(Rates(1.0, 1.0), self.trainer).init(key), **options)
+        options = {"compiler_options": compiler_options(jax.default_backend(), 1)}
+        begun = self._at(Rates(1.0, 1.0), self.trainer)
+        self._init = jax.jit(lambda key: begun.begin(*begun.parts.init(key)), **options)
         self._steps = jax.jit(self._run_steps, donate_argnums=0, **options)
         self._test = jax.jit(self._answer, **options)
         self._write = jax.jit(self._write_some, **options)

@@ -2,8 +2,6 @@
 
 import os
 
-import jax
-
 GPU_OPTIONS = {
     # cuBLAS alone was faster for the products of these sizes: 2 % of a dense step on an H200.
     "xla_gpu_enable_triton_gemm": False,
@@ -14,9 +12,9 @@ SEVERAL_GPUS_OPTIONS = {
 }
 
 
-def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool] | None:
-    """XLA's options for a step on these devices; what the user has set in XLA_FLAGS stays."""
-    if mesh.devices.flat[0].platform != "gpu":
+def compiler_options(platform: str, devices: int) -> dict[str, bool] | None:
+    """XLA's options for a step on so many devices of a platform; what the user has set in XLA_FLAGS stays."""
+    if platform != "gpu":
         return None
-    wanted = GPU_OPTIONS | (SEVERAL_GPUS_OPTIONS if mesh.size > 1 else {})
+    wanted = GPU_OPTIONS | (SEVERAL_GPUS_OPTIONS if devices > 1 else {})
     return {name: value for name, value in wanted.items() if name not in os.environ.get("XLA_FLAGS", "")}

@@ -63,7 +63,7 @@ def train(config: RunConfig, *, allow_changed: bool = False) -> int:
     mesh = make_mesh(config)
     # What takes long and keeps nothing that a signal should wait for comes first.
     with first_alone("data"):
-        tell_phase("preparing tokenizer and data")
+        tell_phase("reading tokenizer and data")
         tokenizer = folder.tokenizer(config)
         prepare_parts(config.data.in_run(str(folder.path)), tokenizer)
     with catch_interrupts() as interrupt, jax.set_mesh(mesh):

@@ -20,6 +20,7 @@ from memjax.models.decoder import layer_name
 from memjax.models.experts import RouterStatistics, Routing, router_statistics
 from memjax.models.loss import summed_loss
 from memjax.models.parts import Tables
+from memjax.ops.precision import accumulator
 from memjax.ops.row_gradient import RowGradient
 from memjax.training.compiler import compiler_options
 from memjax.training.mesh import replicated
@@ -57,7 +58,7 @@ def make_train_step(trainer: Trainer, mesh: jax.sharding.Mesh) -> jax.stages.Wra
         donate_argnums=0,
         in_shardings=(shardings, jax.sharding.NamedSharding(mesh, BATCH)),
         out_shardings=(shardings, None),
-        compiler_options=compiler_options(mesh),
+        compiler_options=compiler_options(mesh.devices.flat[0].platform, mesh.size),
     )
 
 
@@ -165,7 +166,7 @@ def _gradients(trainer: Trainer, params: Any, tables: Tables, batch: Batch, lear
         model = parts.assemble(params, tables)
         places = (batch["tokens"], batch["positions"], segments)
         hidden = model.hidden(*places, taps, remat, real=is_real, training=True)
-        mask = batch["loss_mask"]
+        mask = batch["loss_mask"].astype(accumulator(hidden.states.dtype))
         loss, losses = summed_loss(model, hidden.states, batch["targets"], mask / learned)
         by_part = [jnp.sum(losses * mask, where=is_of_part) for is_of_part in _parts(trainer, batch)]
         told = _Told(loss, by_part, _routers(hidden.routings, is_real, real))

@@ -53,7 +53,7 @@ def test_a_run_is_the_librarys_step_at_the_librarys_schedule_and_its_answers_are
     plain = Trainer.of(config_of(rows, schedule="cosine", warmup_steps=100, final_fraction=0.05))
     mesh = make_mesh(plain.config, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        state, step = jax.jit(plain.init)(jax.random.key(3)), make_train_step(plain, mesh)
+        state, step = plain.init(jax.random.key(3), mesh), make_train_step(plain, mesh)
         for numbers in draw_order(rows, batch_size=16, steps=50, seed=3):
             state, _ = step(state, batch_by_hand(rows, numbers))
     model = plain.parts.assemble(state.params, state.tables)

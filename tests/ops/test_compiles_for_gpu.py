@@ -18,9 +18,9 @@ from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.rules import RowRule, row_step
 
 triton_call.compute_capability = 90
-bag, dot, search, update, grouped = (
+bag, dot, search, update, grouped, norm = (
     importlib.import_module(f"memjax.ops.{name}.triton")
-    for name in ("embedding_bag", "embedding_dot", "product_key_search", "row_update", "grouped_matmul")
+    for name in ("embedding_bag", "embedding_dot", "product_key_search", "row_update", "grouped_matmul", "rms_norm")
 )
 
 
@@ -38,6 +38,9 @@ for dtype, dim in ((jnp.bfloat16, 1024), (jnp.float32, 48)):
     table, indices = array(dtype, 1000, dim), array(jnp.int32, 8, 20)
     compile(f"bag {dim}", bag.embedding_bag, table, indices, array(jnp.float32, 8, 20))
     compile(f"dot {dim}", dot.embedding_dot, table, indices, array(dtype, 8, dim))
+    x, scale = array(dtype, 40, dim), array(jnp.float32, dim)
+    compile(f"norm {dim}", functools.partial(norm.rms_norm, epsilon=1e-5), x, scale)
+    compile(f"norm gradient {dim}", functools.partial(norm.rms_norm_gradient, epsilon=1e-5), x, scale, x, x)
 
 for dtype, num, top_k in ((jnp.bfloat16, 1024, 32), (jnp.float32, 16, 3)):
     queries, keys = array(dtype, 8, 2, 32), array(dtype, 2, 2, num, 16)
@@ -76,4 +79,4 @@ def test_every_kernel_compiles_for_sm_90():
     assert done.returncode == 0, done.stderr
     kernels = {line.rsplit(" ", 1)[0]: int(line.rsplit(" ", 1)[1]) for line in done.stdout.splitlines()}
     assert kernels["search 1024"] == kernels["update rowwise_adam"] == 2
-    assert len(kernels) == 16
+    assert len(kernels) == 20

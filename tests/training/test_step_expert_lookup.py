@@ -68,7 +68,7 @@ def test_row_updates_of_micro_batches_are_plain_sgd_on_the_whole_batch(trained):
     assert_same_movement(rows, plain, 1e-10)
 
 
-@pytest.mark.parametrize("mesh_shape", [(1, 2), (2, 2), (2, 4)], ids=lambda shape: f"{shape[0]}x{shape[1]}")
+@pytest.mark.parametrize("mesh_shape", [(1, 2), (2, 4)], ids=lambda shape: f"{shape[0]}x{shape[1]}")
 def test_every_mesh_trains_the_same_model(trained, mesh_shape):
     alone, split = trained("sgd --train.accumulate 2"), trained("sgd", mesh_shape)
     np.testing.assert_allclose(split.losses, alone.losses, rtol=1e-7)
