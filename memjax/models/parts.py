@@ -52,24 +52,30 @@ class DecoderParts:
             key: of all draws.
             shardings: where the arrays are drawn, in their structure; None leaves it to JAX.
         """
-        params, tables = shardings or (None, None)
-        without_blocks = None if params is None else (_without_blocks(params), tables)
+        without_blocks, blocks = None, None
+        if shardings is not None:
+            params, tables = shardings
+            without_blocks, blocks = (_without_blocks(params), tables), params["blocks"]
         rest, drawn_tables = jax.jit(self._draw_rest, out_shardings=without_blocks)(key)
-        block_key, programs, blocks = nnx.Rngs(key).params(), {}, {}
-        for layer, abstract in self.abstract_params["blocks"].items():
-            leaves, structure = jax.tree.flatten(abstract)
-            kind = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-            if kind not in programs:
-                where = None if params is None else params["blocks"][layer]
-                programs[kind] = jax.jit(partial(self._draw_block, layer), out_shardings=where)
-            blocks[layer] = programs[kind](block_key, layer)
-        leaves = jax.tree.leaves({**rest, "blocks": blocks})
+        leaves = jax.tree.leaves({**rest, "blocks": self._draw_blocks(nnx.Rngs(key).params(), blocks)})
         return jax.tree.unflatten(jax.tree.structure(self.abstract_params), leaves), drawn_tables
 
     def _draw_rest(self, key: Array) -> tuple[nnx.State, Tables]:
         """All but the blocks."""
         _, tables, params = nnx.split(Decoder(self.config, rngs=nnx.Rngs(key)), TableRows, nnx.Param)
         return _without_blocks(params), _tables_of(tables)
+
+    def _draw_blocks(self, key: Array, shardings: Any | None) -> dict[int, nnx.State]:
+        """Every block's parameters, by its number."""
+        programs, blocks = {}, {}
+        for layer, abstract in self.abstract_params["blocks"].items():
+            leaves, structure = jax.tree.flatten(abstract)
+            kind = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+            if kind not in programs:
+                where = None if shardings is None else shardings[layer]
+                programs[kind] = jax.jit(partial(self._draw_block, layer), out_shardings=where)
+            blocks[layer] = programs[kind](key, layer)
+        return blocks
 
     def _draw_block(self, layer: int, key: Array, number: int | Array) -> nnx.State:
         """The block of a number, which is of the kind of the given layer."""
