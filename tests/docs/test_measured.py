@@ -15,3 +15,13 @@ def test_every_figure_of_the_speed_table_was_measured():
     assert len(figures) >= 15
     assert set(figures) <= measured
     assert f"{results['copy_bytes_per_second'] / 1e12:.2f} TB/s" in section
+
+
+def test_speeds_of_whole_steps_were_measured():
+    rows = json.loads((ROOT / "experiments/bench/results/step-nvidia-h200.json").read_text())["rows"]
+    speed = {row["case"]: row["tokens/s"] for row in rows if "tokens/s" in row}
+    section = (ROOT / "README.md").read_text().split("Whole training steps")[1].split("\n\n")[0]
+    told = [int(figure.replace(",", "")) for figure in re.findall(r"\d{3},\d{3}", section)]
+    dense, torch = speed["dense, bfloat16 parameters"], speed["PyTorch dense, bfloat16 parameters"]
+    assert told == [dense, speed["Memory+, 1,048,576 slots"], speed["Memory+, 47,997,184 slots"]]
+    assert f"{dense / torch:.2f} of a compiled PyTorch" in section
