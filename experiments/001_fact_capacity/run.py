@@ -34,7 +34,7 @@ class Size:
 
 
 SIZES = {
-    "full": Size(people=24_000, gate_exposures=24, grid_exposures=20, full_exposures=60, seeds=3, num_rates=3),
+    "full": Size(people=24_000, gate_exposures=48, grid_exposures=48, full_exposures=100, seeds=3, num_rates=3),
     # Says only that everything runs: minutes on a CPU.
     "small": Size(
         people=50,
@@ -47,8 +47,8 @@ SIZES = {
     ),
 }
 
-MIDDLE_LR = 5e-3
-DENSE = ((MIDDLE_LR, 0.0), (2e-3, 0.0), (1e-2, 0.0))
+MIDDLE_LR = 1e-3
+DENSE = ((MIDDLE_LR, 0.0), (5e-4, 0.0), (2e-3, 0.0))
 SPARSE = ((MIDDLE_LR, 1e-1), (MIDDLE_LR, 2e-2), (MIDDLE_LR, 3e-1))
 """Highest rates of the dense parameters and of the tables."""
 RATES = {
@@ -100,6 +100,7 @@ def gate(size: Size) -> list[Run]:
     keys = ((), ("--optim.key_lr_factor", "1.0"))
     memory = [one("memory_plus", rates, *factor) for rates in SPARSE for factor in keys]
     layers = [one("memory_plus", SPARSE[0], "--model.memory.layers", which) for which in ("1,3", "2")]
+    layers += [one("memory_plus", SPARSE[0], "--model.embedding_init_std", "null")]
     control = [one("memory_plus", SPARSE[0], perfect_address=True)]
     if size.num_rates == 1:
         return [dense[0], *control]

@@ -29,7 +29,7 @@ from memjax.ops.row_update.rules import RowRule, row_step
 from memjax.training import planner
 from memjax.training.mesh import make_mesh, put_batch
 from memjax.training.metrics import peak_flops
-from memjax.training.profiling import newest_trace, operations, table
+from memjax.training.profiling import newest_trace, operations, overlaps, table, told
 from memjax.training.state import Trainer
 from memjax.training.step import BATCH, make_train_step
 
@@ -137,7 +137,7 @@ def whole_step(config: RunConfig, devices: list[Any], case: Row) -> Row:
         if row["peak GB"]:
             row["predicted / peak"] = row["predicted GB"] / row["peak GB"]
         if case["profile"]:
-            row["profile"] = profile(lambda state: compiled(state, batch)[0], state, pathlib.Path(case["profile"]))
+            row |= profile(lambda state: compiled(state, batch)[0], state, pathlib.Path(case["profile"]))
     speed, counts = tokens / seconds, count_parameters(trainer.parts)
     row |= {
         "ms": seconds * 1e3,
@@ -159,19 +159,25 @@ def attention_of(config: RunConfig) -> str:
     return dot_product.choose(wanted, dtype, config.model.head_width, length)
 
 
-def profile(step: Callable[[Any], Any], state: Any, folder: pathlib.Path) -> list[Row]:
-    """The operations of three steps that take the most time."""
+def profile(step: Callable[[Any], Any], state: Any, folder: pathlib.Path) -> Row:
+    """The operations of three steps that take the most time, and how much of their collectives each GPU hid."""
     with jax.profiler.trace(str(folder)):
         for _ in range(3):
             state = step(state)
         jax.block_until_ready(state)
-    found = operations(jax.profiler.ProfileData.from_file(str(newest_trace(folder))))
-    print(table(found, 30), flush=True)
+    trace = jax.profiler.ProfileData.from_file(str(newest_trace(folder)))
+    found, by_device = operations(trace), overlaps(trace)
+    print(table(found, 30), *(told(*pair) for pair in by_device.items()), sep="\n", flush=True)
     total = sum(operation.seconds for operation in found)
-    return [
+    slowest = [
         {"operation": name, "ms a step": seconds / 3 * 1e3, "share": seconds / total, "uses": uses / 3}
         for name, seconds, uses in found[:30]
     ]
+    times = {
+        device: {f"{name} ms a step": seconds / 3 * 1e3 for name, seconds in overlap._asdict().items()}
+        for device, overlap in by_device.items()
+    }
+    return {"profile": slowest, "overlap": times}
 
 
 def memory_layer(config: RunConfig, devices: list[Any], case: Row) -> Row:

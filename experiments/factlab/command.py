@@ -21,6 +21,7 @@ def parser(description: str | None, *, stages: Sequence[str], sizes: Sequence[st
     made.add_argument("--size", choices=sizes, default=sizes[0], help="small only shows that everything runs")
     made.add_argument("--families", nargs="+", help="run only these")
     made.add_argument("--jobs", type=int, default=4, help="trainings at once on the device")
+    made.add_argument("--gpus", type=int, default=1, help="GPUs that the trainings are spread over, one each")
     made.add_argument("--seconds", type=float, help="start nothing that would not end within so many seconds")
     made.add_argument("--out", type=pathlib.Path, default=folder / "results", help="folder of the results")
     made.add_argument("--plan", action="store_true", help="list the runs and run nothing")
@@ -38,7 +39,7 @@ def serve(arguments: argparse.Namespace, folder: pathlib.Path, runs_of: RunsOf, 
     path = arguments.out / f"{arguments.size}.json"
     # What is committed need not be run again, wherever new results go.
     results = read_results(path, folder / "results" / path.name)
-    pool = Pool(path, results, jobs=arguments.jobs, deadline=deadline)
+    pool = Pool(path, results, jobs=arguments.jobs, gpus=arguments.gpus, deadline=deadline)
     still_open: list[str] = []
     for stage in arguments.stage:
         runs = runs_of(stage, results)

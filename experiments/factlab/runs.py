@@ -82,9 +82,18 @@ def write_results(path: pathlib.Path, results: dict[str, Result]) -> None:
 class Pool:
     """Runs tasks in several processes until all are done, or the time is over."""
 
-    def __init__(self, path: pathlib.Path, results: dict[str, Result], *, jobs: int, deadline: float | None):
-        """Results are added to `results` and written to `path`; `deadline` is a `time.time()`."""
+    def __init__(
+        self, path: pathlib.Path, results: dict[str, Result], *, jobs: int, gpus: int = 1, deadline: float | None
+    ):
+        """Results are added to `results` and written to `path`; `deadline` is a `time.time()`.
+
+        With several GPUs each process sees one of them.
+        """
         self.path, self.results, self.jobs, self.deadline = path, results, jobs, deadline
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+        if len(visible) < gpus:
+            raise SystemExit(f"--gpus {gpus}: CUDA_VISIBLE_DEVICES={','.join(visible)} shows only {len(visible)}")
+        self._environments = [{"CUDA_VISIBLE_DEVICES": name} if gpus > 1 else {} for name in visible[:gpus]]
         self._lock = threading.Lock()
         self._seconds: dict[Any, float] = {}
         self._running: dict[str, Run] = {}
@@ -105,11 +114,12 @@ class Pool:
 
     def _serve(self, number: int) -> None:
         """Gives one process a run after the other; a process that died is replaced."""
-        worker, compiled, failures = Worker(), set(), 0
+        environment = self._environments[number % len(self._environments)]
+        worker, compiled, failures = Worker(environment), set(), 0
         while failures < 3 and (run := self._take(compiled)) is not None:
             if not worker.is_alive():
                 worker.stop()
-                worker, compiled = Worker(), set()
+                worker, compiled = Worker(environment), set()
             compiled.add(run.kind)
             started = time.time()
             answer = worker.ask({**dataclasses.asdict(run), "name": run.name, "deadline": self.deadline})
@@ -162,7 +172,8 @@ class Pool:
 class Worker:
     """A process of worker.py, started when it is first asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: dict[str, str]) -> None:
+        self._environment = environment
         self._process: subprocess.Popen[str] | None = None
 
     def is_alive(self) -> bool:
@@ -171,7 +182,7 @@ class Worker:
 
     def ask(self, task: dict[str, Any]) -> dict[str, Any]:
         """The answer to a task: `result`, `late` or `error`."""
-        self._process = self._process or start()
+        self._process = self._process or start(self._environment)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -188,10 +199,13 @@ class Worker:
             self._process.communicate()
 
 
-def start() -> subprocess.Popen[str]:
-    """A process that takes the device's memory only as it needs it, and shares compiled programs with the others."""
+def start(environment: dict[str, str]) -> subprocess.Popen[str]:
+    """A process that takes the device's memory only as it needs it, and shares compiled programs with the others.
+
+    `environment` is what its variables have beside this process's.
+    """
     paths = [str(HERE.parent), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environment
     for name, value in {
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(tempfile.gettempdir()) / "factlab_programs"),

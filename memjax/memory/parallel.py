@@ -228,9 +228,22 @@ def whole(weights: Weights, dtype: DTypeLike | None = None) -> Weights:
     def gather(weight: Array) -> Array:
         if dtype is not None and weight.ndim >= 2:
             weight = weight.astype(dtype)
-        return checkpoint_name(jax.lax.with_sharding_constraint(weight, P()), WHOLE_WEIGHTS)
+        return checkpoint_name(_gathered(weight), WHOLE_WEIGHTS)
 
     return jax.tree.map(gather, weights)
+
+
+@jax.custom_vjp
+def _gathered(weight: Array) -> Array:
+    """The array whole on every device; nothing is asked of its gradient, which nobody needs whole.
+
+    The transpose of a plain constraint would ask for all of it on every device, and where XLA does not see that only a
+    piece is kept it would be summed everywhere.
+    """
+    return jax.lax.with_sharding_constraint(weight, P())
+
+
+_gathered.defvjp(lambda weight: (_gathered(weight), None), lambda _, gradient: (gradient,))
 
 
 def everywhere(array: Array) -> Array:

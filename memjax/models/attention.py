@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from memjax.config import RopeScalingConfig
 from memjax.models import dot_product
-from memjax.models.feed_forward import linear
+from memjax.models.feed_forward import linear, side_by_side
 from memjax.models.rotary import rotate
 
 
@@ -86,12 +86,7 @@ class Attention(nnx.Module):
 
     def _project(self, x: Array, positions: Array) -> tuple[Array, KeyValues]:
         query, key, value = (
-            layer(x).reshape(*x.shape[:2], heads, self.head_dim)
-            for layer, heads in (
-                (self.query, self.num_heads),
-                (self.key, self.num_kv_heads),
-                (self.value, self.num_kv_heads),
-            )
+            part.reshape(*x.shape[:2], -1, self.head_dim) for part in side_by_side(x, self.query, self.key, self.value)
         )
         query, key = (rotate(part, positions, self.rope_theta, self.rope_scaling) for part in (query, key))
         return query, KeyValues(key, value)

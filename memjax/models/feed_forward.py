@@ -1,7 +1,10 @@
 """The dense feed-forward layer."""
 
+import itertools
+
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn import dtypes
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -21,6 +24,18 @@ def linear(
     init = drawn_wide(nnx.initializers.truncated_normal(inputs**-0.5, lower=-3.0, upper=3.0))
     kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, **kwargs)
+
+
+def side_by_side(x: Float[Array, "*b inputs"], *layers: nnx.Linear) -> list[Float[Array, "*b outputs"]]:
+    """What each of several layers makes of one input, by one matrix product: one gradient of the input, not a sum."""
+    kernel = jnp.concatenate([layer.kernel[...] for layer in layers], axis=1)
+    x, kernel = dtypes.promote_dtype((x, kernel), dtype=layers[0].dtype)
+    out = x @ kernel
+    if layers[0].bias is not None:
+        bias = jnp.concatenate([layer.bias[...] for layer in layers])
+        out += jnp.broadcast_to(bias.astype(out.dtype), out.shape)
+    ends = itertools.accumulate(layer.out_features for layer in layers)
+    return jnp.split(out, list(ends)[:-1], axis=-1)
 
 
 class FeedForward(nnx.Module):

@@ -7,11 +7,16 @@ in the environment the same kernels run in Triton's interpreter on NumPy arrays:
 import functools
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.interpreters import mlir
+from jaxlib.mlir import ir
+
+FFI_TARGET, FFI_VERSION = "triton_kernel_call_ffi", 4
+"""jaxlib's launcher for XLA's typed foreign function interface."""
 
 compute_capability: int | None = None
 """Compile for this one (90 for sm_90) instead of the device's: for compile checks on machines without a GPU."""
@@ -68,8 +73,7 @@ def launch(
     options = {"out_shape": list(out), "grid": tuple(grid), "input_output_aliases": aliases or {}}
     if is_interpreted():
         return _interpret(kernel, *arguments, **options, **constants)
-    jax_triton = importlib.import_module("jax_triton")
-    return jax_triton.triton_call(
+    return _jax_triton().triton_call(
         *arguments,
         kernel=kernel,
         num_warps=num_warps,
@@ -78,6 +82,34 @@ def launch(
         **options,
         **constants,
     )
+
+
+@functools.cache
+def _jax_triton() -> Any:
+    """jax-triton, made to call jaxlib's newer launcher where it does not do so by itself.
+
+    XLA ends a CUDA graph at each custom call of the oldest interface, which jax-triton 0.3 asks for. jaxlib launches
+    the same kernels through XLA's foreign function interface too, and those calls become part of the graph.
+    """
+    jax_triton = importlib.import_module("jax_triton")
+    plugin = importlib.import_module("jaxlib.gpu_triton")._cuda_triton
+    if FFI_TARGET in getattr(plugin, "registrations", dict)():
+        lib = importlib.import_module("jax_triton.triton_lib")
+        lower = functools.partial(lib.triton_kernel_call_lowering, lib.get_cuda_backend)
+        mlir.register_lowering(lib.triton_kernel_call_p, functools.partial(_lower, lower), platform="cuda")
+    return jax_triton
+
+
+def _lower(lower: Callable[..., Any], context: mlir.LoweringRuleContext, *arguments: Any, **options: Any) -> Any:
+    """jax-triton's own lowering, with the custom call that it wrote turned into one of the newer interface."""
+    results = lower(context, *arguments, **options)
+    attributes = results[0].owner.attributes
+    if attributes["api_version"].value < FFI_VERSION:
+        kernel = attributes["backend_config"]
+        attributes["call_target_name"] = ir.StringAttr.get(FFI_TARGET)
+        attributes["api_version"] = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), FFI_VERSION)
+        attributes["backend_config"] = ir.DictAttr.get({"opaque": kernel})
+    return results
 
 
 class _NumpyTensor:

@@ -57,8 +57,9 @@ def global_norm(gradient: Any) -> Float[Array, ""]:
         return jnp.sqrt(sum(jnp.sum(square) for square in squares))
     # The sums of all rows side by side: two small kernels for each array would be hundreds, one each and one for all
     # are half of them. (Split over devices, the rows of an array are not at hand.)
-    rows = [jnp.sum(jnp.atleast_1d(square), axis=-1).ravel() for square in squares]
-    return jnp.sqrt(jnp.sum(jnp.concatenate(rows)))
+    rows = [(jnp.sum(square, axis=-1) if square.ndim > 1 else square).ravel() for square in squares]
+    # XLA would turn the sum of what is joined back into a sum for each array; the barrier keeps it from that.
+    return jnp.sqrt(jnp.sum(jax.lax.optimization_barrier(jnp.concatenate(rows))))
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:

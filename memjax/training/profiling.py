@@ -16,6 +16,17 @@ from memjax.config import ProfileConfig
 
 _NAME_WIDTH = 80
 _NANOSECONDS = 1e-9
+_COLLECTIVES = (
+    "nccl",
+    "allreduce",
+    "all_reduce",
+    "allgather",
+    "all_gather",
+    "alltoall",
+    "all_to_all",
+    "reduce_scatter",
+)
+"""Parts of the names of kernels that send and receive, in small letters."""
 
 
 class ProfileWindow:
@@ -66,10 +77,10 @@ class ProfileWindow:
         try:
             jax.profiler.stop_trace()
             path = newest_trace(self._folder)
-            found = operations(ProfileData.from_file(str(path)))
-            print(
-                f"profile of the steps {first} to {step}\n{table(found, self._config.top)}\ntrace in {path}", flush=True
-            )
+            profile = ProfileData.from_file(str(path))
+            lines = [f"profile of the steps {first} to {step}", table(operations(profile), self._config.top)]
+            lines += [told(device, overlap) for device, overlap in overlaps(profile).items()]
+            print("\n".join([*lines, f"trace in {path}"]), flush=True)
         except Exception as error:
             self._give_up(error)
 
@@ -131,6 +142,41 @@ def operations(profile: Any) -> list[Operation]:
     return sorted((Operation(name, seconds[name], uses[name]) for name in seconds), key=lambda found: -found.seconds)
 
 
+class Overlap(NamedTuple):
+    """How a GPU spent the time between its first operation and its last; in seconds."""
+
+    span: float
+    idle: float
+    """Nothing ran on any stream."""
+    collectives: float
+    """Something was being sent to other devices or received."""
+    exposed: float
+    """As `collectives`, while nothing else ran."""
+
+
+def overlaps(profile: Any) -> dict[str, Overlap]:
+    """For each GPU of a trace how much of its collectives hid behind other work."""
+    found = {}
+    for plane in profile.planes:
+        events = [event for stream in _lines_of(plane, "Stream") for event in stream]
+        if not plane.name.startswith("/device:") or not events:
+            continue
+        is_collective = lambda event: any(word in event.name.lower() for word in _COLLECTIVES)
+        collectives = _covered([event for event in events if is_collective(event)])
+        others = _covered([event for event in events if not is_collective(event)])
+        span = max(event.start + event.duration for event in events) - min(event.start for event in events)
+        times = (span, span - _covered(events), collectives, _covered(events) - others)
+        found[plane.name] = Overlap(*(time * _NANOSECONDS for time in times))
+    return found
+
+
+def told(device: str, overlap: Overlap) -> str:
+    """A GPU's overlap as a line of text."""
+    span, idle, collectives, exposed = (f"{seconds * 1e3:,.1f} ms" for seconds in overlap)
+    text = f"{device}: {span}, idle {idle}"
+    return f"{text}, collectives {collectives}, of which nothing else ran {exposed}" if overlap.collectives else text
+
+
 def table(found: list[Operation], top: int) -> str:
     """The slowest operations as text, each with its share of the time of all."""
     total = sum(operation.seconds for operation in found)
@@ -158,13 +204,26 @@ class _Event(NamedTuple):
 
 def _lines(profile: Any, prefix: str) -> list[list[_Event]]:
     """Of the accelerators the lines with such names: GPUs have streams, others a line of XLA's operations."""
+    devices = [plane for plane in profile.planes if plane.name.startswith("/device:")]
+    return [line for plane in devices for line in _lines_of(plane, prefix)]
+
+
+def _lines_of(plane: Any, prefix: str) -> list[list[_Event]]:
+    """Of a plane the lines with such names."""
     return [
         [_Event(event.name, event.start_ns, event.duration_ns) for event in line.events]
-        for plane in profile.planes
-        if plane.name.startswith("/device:")
         for line in plane.lines
         if line.name.startswith(prefix)
     ]
+
+
+def _covered(events: Iterable[_Event]) -> float:
+    """How long at least one of the events was under way."""
+    covered, end = 0.0, 0.0
+    for event in sorted(events, key=lambda event: event.start):
+        covered += max(0.0, event.start + event.duration - max(end, event.start))
+        end = max(end, event.start + event.duration)
+    return covered
 
 
 def _cpu_lines(profile: Any) -> list[list[_Event]]:

@@ -23,7 +23,7 @@ for line in sys.stdin:
 
 @pytest.fixture
 def pool(monkeypatch, tmp_path):
-    def start():
+    def start(_):
         command = [sys.executable, "-c", WORKER]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 

@@ -8,7 +8,7 @@ from jax.profiler import ProfileData
 
 from memjax.config import ProfileConfig
 from memjax.training import profiling
-from memjax.training.profiling import Operation, ProfileWindow, operations, table
+from memjax.training.profiling import Operation, ProfileWindow, operations, overlaps, table, told
 
 # Two GPUs: one stream computes, one copies; the host's own times do not count where there are devices.
 GPU_TRACE = """
@@ -39,6 +39,21 @@ planes {
   stat_metadata { key: 1 value { id: 1 name: "hlo_op" } }
   lines { id: 1 name: "worker"
     events { metadata_id: 1 offset_ps: 0 duration_ps: 9000000000 stats { metadata_id: 1 str_value: "dot.1" } } }
+}
+"""
+
+# 1 to 5 ms a collective, beside a kernel until 3 ms; another from 6 to 7 ms alone; nothing from 5 to 6 and 7 to 8 ms.
+OVERLAP_TRACE = """
+planes {
+  name: "/device:GPU:0"
+  event_metadata { key: 1 value { id: 1 name: "loop_add_fusion_12" } }
+  event_metadata { key: 2 value { id: 2 name: "ncclDevKernel_AllGather_RING_LL" } }
+  lines { id: 1 name: "Stream #13(Compute)"
+    events { metadata_id: 1 offset_ps: 0 duration_ps: 3000000000 }
+    events { metadata_id: 1 offset_ps: 8000000000 duration_ps: 1000000000 } }
+  lines { id: 2 name: "Stream #14(Communication)"
+    events { metadata_id: 2 offset_ps: 1000000000 duration_ps: 4000000000 }
+    events { metadata_id: 2 offset_ps: 6000000000 duration_ps: 1000000000 } }
 }
 """
 
@@ -169,3 +184,17 @@ def test_on_this_machine_the_operations_of_the_traced_steps_are_told(tmp_path, c
     assert uses["sort"] == 3
     assert "100.0%" in lines[-2]
     assert str(profiling.newest_trace(tmp_path)) in lines[-1]
+
+
+def test_overlap_is_what_collectives_share_with_other_work():
+    found = overlaps(ProfileData.from_text_proto(OVERLAP_TRACE))
+    assert list(found) == ["/device:GPU:0"]
+    np.testing.assert_allclose(found["/device:GPU:0"], (9e-3, 2e-3, 5e-3, 3e-3))
+    assert "collectives 5.0 ms, of which nothing else ran 3.0 ms" in told(*found.popitem())
+
+
+def test_a_gpu_alone_has_no_collectives_to_tell_of():
+    assert overlaps(ProfileData.from_text_proto(CPU_TRACE)) == {}
+    found = overlaps(ProfileData.from_text_proto(GPU_TRACE))
+    np.testing.assert_allclose(found["/device:GPU:0"], (9e-3, 1e-3, 0, 0))
+    assert "collectives" not in told("/device:GPU:0", found["/device:GPU:0"])
