@@ -24,9 +24,10 @@ class Size:
     """The knobs of cost."""
 
     people: int
-    gate_exposures: float
+    exposures: float
     grid_exposures: float
-    full_exposures: float
+    gate_people: int
+    gate_exposures: float
     seeds: int
     num_rates: int
     """Settings of the rates that are tried for each family."""
@@ -34,13 +35,16 @@ class Size:
 
 
 SIZES = {
-    "full": Size(people=24_000, gate_exposures=48, grid_exposures=48, full_exposures=100, seeds=3, num_rates=3),
+    "full": Size(
+        people=60_000, exposures=60, grid_exposures=20, gate_people=24_000, gate_exposures=48, seeds=3, num_rates=3
+    ),
     # Says only that everything runs: minutes on a CPU.
     "small": Size(
         people=50,
-        gate_exposures=10,
+        exposures=30,
         grid_exposures=10,
-        full_exposures=30,
+        gate_people=50,
+        gate_exposures=10,
         seeds=1,
         num_rates=1,
         settings=("--data.batch_size", "64"),
@@ -51,6 +55,9 @@ MIDDLE_LR = 1e-3
 DENSE = ((MIDDLE_LR, 0.0), (5e-4, 0.0), (2e-3, 0.0))
 SPARSE = ((MIDDLE_LR, 1e-1), (MIDDLE_LR, 2e-2), (MIDDLE_LR, 3e-1))
 """Highest rates of the dense parameters and of the tables."""
+GATE_SETTINGS = ("--data.batch_size", "1024")
+EMBEDDING, UNIT, SMALL = ("--model.embedding_init_std",), "1.0", "null"
+"""Standard deviation of the embedding: 1, or dim ** -0.5."""
 RATES = {
     "dense_x1": DENSE,
     "dense_x2": DENSE,
@@ -83,7 +90,7 @@ def runs_of(stage: str, size: Size, results: dict[str, Result]) -> list[Run]:
             for rates in tried[: size.num_rates]
         ]
     return [
-        a_run(stage, size, family, best_rates(RATES_OF.get(family, family), results), size.full_exposures, seed=seed)
+        a_run(stage, size, family, best_rates(RATES_OF.get(family, family), results), size.exposures, seed=seed)
         for seed in range(size.seeds)
         for family in [*RATES, *RATES_OF]
     ]
@@ -91,20 +98,21 @@ def runs_of(stage: str, size: Size, results: dict[str, Result]) -> list[Run]:
 
 def gate(size: Size) -> list[Run]:
     """Dense rates by the scale of the embedding; rates of the table by those of the keys; placements; the control."""
-    one = lambda family, rates, *settings, **options: a_run(
-        "gate", size, family, rates, size.gate_exposures, settings=settings, **options
-    )
-    dense = [
-        one("dense_x1", rates, *scale) for rates in DENSE for scale in ((), ("--model.embedding_init_std", "null"))
-    ]
+    small = dataclasses.replace(size, people=size.gate_people, settings=size.settings or GATE_SETTINGS)
+
+    def one(family, rates, scale=UNIT, layers="1,2", settings=(), **options):
+        placed = ("--model.memory.layers", layers) if family == "memory_plus" else ()
+        settings = (*EMBEDDING, scale, *placed, *settings)
+        return a_run("gate", small, family, rates, size.gate_exposures, settings=settings, **options)
+
+    dense = [one("dense_x1", rates, scale) for rates in DENSE for scale in (UNIT, SMALL)]
     keys = ((), ("--optim.key_lr_factor", "1.0"))
-    memory = [one("memory_plus", rates, *factor) for rates in SPARSE for factor in keys]
-    layers = [one("memory_plus", SPARSE[0], "--model.memory.layers", which) for which in ("1,3", "2")]
-    layers += [one("memory_plus", SPARSE[0], "--model.embedding_init_std", "null")]
-    control = [one("memory_plus", SPARSE[0], perfect_address=True)]
+    memory = [one("memory_plus", rates, settings=factor) for rates in SPARSE for factor in keys]
+    others = [one("memory_plus", SPARSE[0], layers=which) for which in ("1,3", "2")]
+    others += [one("memory_plus", SPARSE[0], SMALL), one("memory_plus", SPARSE[0], perfect_address=True)]
     if size.num_rates == 1:
-        return [dense[0], *control]
-    return [*dense, *memory, *layers, *control, one("dense_x4", DENSE[0])]
+        return [dense[0], others[-1]]
+    return [*dense, *memory, *others, one("dense_x4", DENSE[0])]
 
 
 def a_run(stage, size, family, rates, exposures, *, seed=0, settings=(), perfect_address=False) -> Run:
@@ -121,7 +129,7 @@ def a_run(stage, size, family, rates, exposures, *, seed=0, settings=(), perfect
         settings=(*size.settings, *settings),
         perfect_address=perfect_address,
         # Tokens at the rate of one of four processes, after starting and compiling.
-        seconds=40 + exposures * size.people * 6 * 14 / 3e6,
+        seconds=40 + exposures * size.people * 6 * 14 / 2e6,
     )
 
 

@@ -15,7 +15,6 @@ from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
@@ -40,8 +39,6 @@ COLUMNS = P(None, MEMORY)
 """Tables and their state."""
 BAGS = P(DATA, MEMORY)
 """Bags before the all-to-all: tokens over `data`, columns over `memory`."""
-WHOLE_WEIGHTS = "whole_weights"
-"""Name (`checkpoint_name`) of weights that `whole` has gathered."""
 
 Weights = TypeVar("Weights")
 
@@ -228,7 +225,7 @@ def whole(weights: Weights, dtype: DTypeLike | None = None) -> Weights:
     def gather(weight: Array) -> Array:
         if dtype is not None and weight.ndim >= 2:
             weight = weight.astype(dtype)
-        return checkpoint_name(_gathered(weight), WHOLE_WEIGHTS)
+        return _gathered(weight)
 
     return jax.tree.map(gather, weights)
 

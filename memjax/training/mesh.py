@@ -45,20 +45,20 @@ def replicated(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
 
 
 def fully_sharded(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
-    """Shardings that give every device a piece of every matrix: of its largest axis that can be cut evenly.
+    """Shardings that give every device a piece of every matrix: of its first axis that can be cut evenly.
 
-    It is cut over all devices, or over one axis of the mesh where that is all that can be. Vectors and scalars stay
-    whole: they are small, and sending them costs more than keeping them.
+    It is cut over all devices, or over one axis of the mesh where that is all that can be. Pieces of the first axis lie
+    one behind the other in memory, so that sending them takes no transposition. Vectors and scalars stay whole: they
+    are small, and sending them costs more than keeping them.
     """
 
     def spec(shape: tuple[int, ...]) -> P:
         if len(shape) < 2:
             return P()
-        largest_first = sorted(range(len(shape)), key=lambda axis: -shape[axis])
         for names in ((DATA, MEMORY), (DATA,), (MEMORY,)):
             devices = math.prod(mesh.shape[name] for name in names)
-            for axis in largest_first:
-                if shape[axis] % devices == 0:
+            for axis, length in enumerate(shape):
+                if length % devices == 0:
                     return P(*[None] * axis, names)
         return P()
 

@@ -151,9 +151,11 @@ class _Planner:
         }
 
     def copies(self) -> Bytes:
-        """Parameters in the type of the activations, and those that are in pieces but while they are used."""
+        """Parameters in the type of the activations, whole: those in pieces until nothing needs them any more."""
         if self.is_split:
-            return {"gathered parameters": self.outside_bytes + 2 * max(self.block_sizes) * self.width}
+            again = self.config.train.remat != "none"
+            blocks = 2 * max(self.block_sizes) if again else sum(self.block_sizes)
+            return {"gathered parameters": self.outside_bytes + blocks * self.width}
         casts = self.param_width != self.width
         return {"parameters as activations": sum(self.block_sizes) * self.width if casts else 0}
 
