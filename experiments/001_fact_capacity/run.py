@@ -16,7 +16,7 @@ from factlab import command
 from factlab.report import bits_per_parameter, draw, grouped, markdown, millions, settings, spread
 from factlab.runs import Result, Run
 
-STAGES = ("gate", "grid", "full")
+STAGES = ("gate", "grid", "full", "edges")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,8 @@ RATES = {
     "memory": SPARSE,
     "memory_plus": SPARSE,
 }
+BEYOND = {"memory": (MIDDLE_LR, 1.0), "peer": (MIDDLE_LR, 5e-3)}
+"""Where the best rate of the grid lies at its edge: the next one. It is reported, and changes nothing."""
 RATES_OF = {"memory_plus_small": "memory_plus", "memory_plus_large": "memory_plus"}
 """Families that take the rates that were found for another."""
 
@@ -89,6 +91,9 @@ def runs_of(stage: str, size: Size, results: dict[str, Result]) -> list[Run]:
             for family, tried in tried_rates
             for rates in tried[: size.num_rates]
         ]
+    if stage == "edges":
+        beyond = BEYOND.items() if size.num_rates > 1 else ()
+        return [a_run(stage, size, family, rates, size.grid_exposures) for family, rates in beyond]
     return [
         a_run(stage, size, family, best_rates(RATES_OF.get(family, family), results), size.exposures, seed=seed)
         for seed in range(size.seeds)
@@ -152,7 +157,7 @@ def report(rows: list[Result], folder: pathlib.Path) -> str:
         head += ("stored kbit", "bits per parameter")
         parts += ["![recall and bits per parameter against the arithmetic of the training](recall.png)"]
         parts += [markdown(head, [headline(*key, runs) for key, runs in full.items()])]
-    for stage in ("grid", "gate"):
+    for stage in ("grid", "edges", "gate"):
         if found := of_stage(stage):
             head = ("family", "lr", "of tables", "settings", "recall", "stored kbit")
             tried = [
