@@ -8,14 +8,17 @@ runs what has no result yet and can end in time; the same command again goes on.
 import dataclasses
 import pathlib
 import sys
+from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE.parent), str(ROOT)]
 
 from factlab import command
-from factlab.report import bits_per_parameter, draw, grouped, markdown, millions, settings, spread
-from factlab.runs import Result, Run
+from factlab.report import bits_per_parameter, draw, grouped, markdown, millions, settings, spread, write_into
+from factlab.runs import Result, Run, read_results
 
+SUMMARY = "<!-- made by experiments/001_fact_capacity/run.py --report -->"
 STAGES = ("gate", "grid", "full", "edges")
 
 
@@ -72,11 +75,28 @@ BEYOND = {"memory": (MIDDLE_LR, 1.0), "peer": (MIDDLE_LR, 5e-3)}
 RATES_OF = {"memory_plus_small": "memory_plus", "memory_plus_large": "memory_plus"}
 """Families that take the rates that were found for another."""
 
+NAMES = {
+    "dense_x1": "dense",
+    "dense_x2": "dense, twice the arithmetic",
+    "dense_x4": "dense, four times the arithmetic",
+    "moe": "mixture of 21 experts",
+    "peer": "PEER, 32,400 experts",
+    "memory": "one memory layer, 65,536 slots",
+    "memory_plus_small": "Memory+, two layers share 16,384 slots",
+    "memory_plus": "Memory+, 65,536 slots",
+    "memory_plus_large": "Memory+, 262,144 slots",
+}
+ORDER = tuple(NAMES)
+"""Of the families in tables."""
+
 
 def main() -> None:
     arguments = command.parser(__doc__, stages=STAGES, sizes=tuple(SIZES), folder=HERE).parse_args()
     size = SIZES[arguments.size]
     command.serve(arguments, HERE, lambda stage, results: runs_of(stage, size, results), report)
+    if arguments.report:
+        rows = list(read_results(HERE / "results" / "full.json").values())
+        write_into(ROOT / "README.md", summary(rows), begin=SUMMARY)
 
 
 def runs_of(stage: str, size: Size, results: dict[str, Result]) -> list[Run]:
@@ -125,7 +145,7 @@ def a_run(stage, size, family, rates, exposures, *, seed=0, settings=(), perfect
     return Run(
         stage=stage,
         family=family,
-        config=str((HERE / "families" / f"{family}.yaml").relative_to(HERE.parents[1])),
+        config=str((HERE / "families" / f"{family}.yaml").relative_to(ROOT)),
         lr=lr,
         table_lr=table_lr,
         exposures=exposures,
@@ -148,8 +168,8 @@ def best_rates(family: str, results: dict[str, Result]) -> tuple[float, float]:
 
 
 def report(rows: list[Result], folder: pathlib.Path) -> str:
-    """The tables of the three stages, and the picture."""
-    of_stage = lambda stage: [row for row in rows if row["stage"] == stage]
+    """The tables of the stages, what was run again, and the picture."""
+    of_stage = lambda stage: sorted((row for row in rows if row["stage"] == stage), key=place)
     parts = []
     if full := grouped(of_stage("full"), lambda row: (row["family"],)):
         picture(full, folder / "recall.png")
@@ -157,6 +177,8 @@ def report(rows: list[Result], folder: pathlib.Path) -> str:
         head += ("stored kbit", "bits per parameter")
         parts += ["![recall and bits per parameter against the arithmetic of the training](recall.png)"]
         parts += [markdown(head, [headline(*key, runs) for key, runs in full.items()])]
+    if again := read_results(folder / "results" / "again.json"):
+        parts += ["From scratch once more, with the same seed (`results/again.json`):", repeated(rows, again)]
     for stage in ("grid", "edges", "gate"):
         if found := of_stage(stage):
             head = ("family", "lr", "of tables", "settings", "recall", "stored kbit")
@@ -173,6 +195,44 @@ def report(rows: list[Result], folder: pathlib.Path) -> str:
             exposures = found[0]["exposures"]
             parts += [f"{stage.capitalize()}, {exposures:.0f} exposures, one seed:", markdown(head, tried)]
     return "\n\n".join(parts)
+
+
+def place(row: Result) -> tuple[Any, ...]:
+    """Where a result stands in the tables."""
+    return ORDER.index(row["family"]), row["seed"], row["lr"], row["table_lr"]
+
+
+def repeated(rows: list[Result], again: dict[str, Result]) -> str:
+    """What was run again, beside what it gave first and the spread of the seeds."""
+    first, lines = {row["name"]: row for row in rows}, []
+    for row in sorted(again.values(), key=place):
+        seeds = [other for other in rows if other["stage"] == row["stage"] and other["family"] == row["family"]]
+        figures = (f"{first[row['name']]['recall']:.1%}", f"{row['recall']:.1%}")
+        lines.append((f"`{row['family']}`", str(row["seed"]), *figures, spread(seeds, lambda row: row["recall"])))
+    return markdown(("family", "seed", "recall", "again", "of the three seeds"), lines)
+
+
+def summary(rows: list[Result]) -> str:
+    """The few lines of the project's README."""
+    full = grouped(sorted((row for row in rows if row["stage"] == "full"), key=place), lambda row: (row["family"],))
+    if not full:
+        return ""
+    first = full["dense_x1",][0]
+    lines = []
+    for (family,), runs in full.items():
+        row, parameters = runs[0], runs[0]["parameters"]
+        share = row["flops_per_token"] / first["flops_per_token"]
+        lines.append(
+            (
+                NAMES[family],
+                f"{share:.2f}",
+                f"{parameters['total'] / 1e6:.2f} M",
+                spread(runs, lambda row: row["recall"]),
+            )
+        )
+    head = ("model", "arithmetic a token", "parameters", f"recall of {first['facts']:,} facts")
+    picture = f"![recall against the arithmetic of the training]({(HERE / 'recall.png').relative_to(ROOT)})"
+    return f"{picture}\n\n{markdown(head, lines)}"
 
 
 def headline(family: str, runs: list[Result]) -> tuple[str, ...]:

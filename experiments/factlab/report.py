@@ -53,13 +53,13 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def write_into(readme: pathlib.Path, text: str) -> None:
+def write_into(readme: pathlib.Path, text: str, begin: str = BEGIN) -> None:
     """Replaces what stands between the marks."""
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
     _, mark, after = rest.partition(END)
     if not mark:
-        raise ValueError(f"{readme}: needs the lines {BEGIN!r} and {END!r}, between which the results go")
-    readme.write_text(f"{before}{BEGIN}\n\n{text or NOT_RUN}\n\n{END}{after}", encoding="utf-8")
+        raise ValueError(f"{readme}: needs the lines {begin!r} and {END!r}, between which the results go")
+    readme.write_text(f"{before}{begin}\n\n{text or NOT_RUN}\n\n{END}{after}", encoding="utf-8")
 
 
 def draw(path: pathlib.Path, panels: Sequence[tuple[str, str, dict[str, list[tuple[Any, Any]]]]], x_label: str) -> None:
@@ -67,7 +67,7 @@ def draw(path: pathlib.Path, panels: Sequence[tuple[str, str, dict[str, list[tup
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, all_axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4.2), layout="constrained")
     for axes, (title, y_label, lines) in zip(all_axes, panels, strict=True):
@@ -78,6 +78,9 @@ def draw(path: pathlib.Path, panels: Sequence[tuple[str, str, dict[str, list[tup
             above = [max(point[1]) - mean for mean, point in zip(middle, points, strict=True)]
             axes.errorbar(x, middle, yerr=[below, above], label=name, marker="o", markersize=3, capsize=2, linewidth=1)
         axes.set(title=title, xlabel=x_label, ylabel=y_label, xscale="log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ticker.EngFormatter())
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         axes.grid(alpha=0.3)
     all_axes[-1].legend(fontsize="small")
     figure.savefig(path, dpi=110)

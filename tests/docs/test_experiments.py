@@ -1,14 +1,18 @@
 """The figures in the experiments' READMEs are those of their committed results."""
 
 import collections
+import importlib.util
 import json
 import pathlib
 import re
+import shutil
 import statistics
+import sys
 
 import pytest
 
-FOLDERS = [pathlib.Path(__file__).parents[2] / "experiments" / name for name in ("001_fact_capacity", "002_real_facts")]
+ROOT = pathlib.Path(__file__).parents[2]
+FOLDERS = [ROOT / "experiments" / name for name in ("001_fact_capacity", "002_real_facts")]
 
 
 @pytest.mark.parametrize(
@@ -39,3 +43,26 @@ def test_the_headline_table_is_the_mean_over_the_seeds_of_the_results(folder, me
             figure += f" ({min(values):.1%} to {max(values):.1%})"
         assert f"| {figure} |" in cells[name], name
         assert f"| {statistics.mean(run['stored_bits'] for run in runs) / 1e3:.0f} " in cells[name]
+
+
+def experiment(folder, monkeypatch):
+    """The experiment's run.py as a module."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    spec = importlib.util.spec_from_file_location(folder.name, folder / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, folder.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_what_the_readmes_show_is_what_the_command_makes_of_the_results(folder, monkeypatch, tmp_path):
+    run = experiment(folder, monkeypatch)
+    shutil.copytree(folder / "results", tmp_path / "results")
+    rows = json.loads((folder / "results" / "full.json").read_text())["runs"]
+    begin = "<!-- made from results/full.json by run.py --report -->"
+    made = f"{begin}\n\n{run.report(rows, tmp_path)}\n\n<!-- end of what is made -->"
+    assert made in (folder / "README.md").read_text()
+    assert [path.name for path in tmp_path.glob("*.png")] == [path.name for path in folder.glob("*.png")]
+    if hasattr(run, "summary"):
+        assert f"{run.SUMMARY}\n\n{run.summary(rows)}\n\n<!-- end" in (ROOT / "README.md").read_text()
