@@ -193,9 +193,12 @@ class _Planner:
         return again + widest + self.scores() + self.mask() + search
 
     def attention(self) -> int:
-        """Bytes a token: the stream, its norm, queries, keys, values and output; of the kernel the softmax's sums."""
-        sums = self.model.num_heads * self.wide if self.is_fused else 0
-        return (3 * self.model.dim + self.query_and_keys) * self.width + sums + self.kept_scores()
+        """Bytes a token: the stream, its norm, queries, keys, values and output.
+
+        Of the kernel the softmax's sums too; where queries come in chunks, what these need laid out for them.
+        """
+        beside = self.model.num_heads * self.wide if self.is_fused else self.query_and_keys * self.width
+        return (3 * self.model.dim + self.query_and_keys) * self.width + beside + self.kept_scores()
 
     @property
     def query_and_keys(self) -> int:

@@ -23,5 +23,8 @@ def test_speeds_of_whole_steps_were_measured():
     section = (ROOT / "README.md").read_text().split("Whole training steps")[1].split("\n\n")[0]
     told = [int(figure.replace(",", "")) for figure in re.findall(r"\d{3},\d{3}", section)]
     dense, torch = speed["dense, bfloat16 parameters"], speed["PyTorch dense, bfloat16 parameters"]
-    assert told == [dense, speed["Memory+, 1,048,576 slots"], speed["Memory+, 47,997,184 slots"]]
-    assert f"{dense / torch:.2f} of a compiled PyTorch" in section
+    slots = ("1,048,576 slots, bfloat16 parameters", "16,777,216 slots", "47,997,184 slots")
+    assert told == [dense, *(speed[f"Memory+, {name}"] for name in slots)]
+    assert f"{dense / torch:.2f} of a compiled PyTorch" in " ".join(section.split())
+    share = {row["case"]: row["of one GPU"] for row in rows if row.get("mesh") == "data 1 x memory 2"}
+    assert f"keeps {share['whole step, 2 of 2']:.0%}".replace("%", " %") in " ".join(section.split())
