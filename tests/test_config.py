@@ -1,6 +1,7 @@
 """Every preset loads and has the size it promises; the schema refuses impossible shapes; YAML keeps every config."""
 
 import dataclasses
+import json
 import typing
 from pathlib import Path
 from typing import Any
@@ -92,13 +93,32 @@ def test_presets_have_the_sizes_of_the_paper(name, millions):
     assert round(parameters(load(RunConfig, CONFIGS / f"{name}.yaml").model) / 1e6, 1) == millions
 
 
-def test_presets_differ_from_their_dense_model_only_in_memory_experts_and_mesh():
+def test_presets_differ_from_their_dense_model_only_in_memory_experts_its_tables_rate_and_mesh():
     for name in PRESETS:
         dense = load(RunConfig, CONFIGS / f"{name.split('_')[0]}_dense.yaml")
         for line in differences(dense, load(RunConfig, CONFIGS / f"{name}.yaml")):
             assert line.startswith(
-                ("run.dir:", "model.memory:", "model.experts:", "model.expert_lookup:", "mesh.memory:")
+                (
+                    "run.dir:",
+                    "model.memory:",
+                    "model.experts:",
+                    "model.expert_lookup:",
+                    "mesh.memory:",
+                    "optim.table.lr:",
+                )
             ), line
+
+
+def test_presets_have_the_rates_that_the_experiment_found_best():
+    runs = json.loads((CONFIGS.parent / "experiments/001_fact_capacity/results/full.json").read_text())["runs"]
+    for kind in ("memory", "peer", "memory_plus"):
+        best = next(run for run in runs if run["stage"] == "full" and run["family"] == kind)
+        for name in (name for name in PRESETS if name.partition("_")[2].startswith(kind)):
+            if kind == "memory" and "memory_plus" in name:
+                continue
+            optim = load(RunConfig, CONFIGS / f"{name}.yaml").optim
+            assert optim.table.lr / optim.lr == pytest.approx(best["table_lr"] / best["lr"]), name
+            assert optim.key_lr_factor == 0.02
 
 
 def test_more_picks_than_can_be_sorted_at_once_are_refused_where_factors_are_demanded():

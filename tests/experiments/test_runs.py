@@ -22,12 +22,21 @@ for line in sys.stdin:
 
 
 @pytest.fixture
-def pool(monkeypatch, tmp_path):
-    def start(_):
+def started(monkeypatch):
+    """The variables that were given to each process."""
+    environments = []
+
+    def start(environment):
+        environments.append(environment)
         command = [sys.executable, "-c", WORKER]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     monkeypatch.setattr(runs, "start", start)
+    return environments
+
+
+@pytest.fixture
+def pool(started, tmp_path):
     return lambda results, deadline=None: runs.Pool(tmp_path / "out.json", results, jobs=2, deadline=deadline)
 
 
@@ -75,3 +84,21 @@ def test_runs_that_differ_in_anything_have_different_names():
     plain = a_run("a")
     others = [a_run("a", 1), a_run("b"), a_run("a", perfect_address=True), a_run("a", settings=("--model.dim", "8"))]
     assert len({run.name for run in [plain, *others]}) == 5
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "expected"),
+    [(None, 2, {"0", "1"}), ("3,5", 2, {"3", "5"}), (None, 1, {None}), ("3", 1, {None})],
+)
+def test_processes_are_spread_over_gpus(started, monkeypatch, tmp_path, visible, gpus, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    runs.Pool(tmp_path / "out.json", {}, jobs=2, gpus=gpus, deadline=None).run([a_run(name) for name in "abcdefgh"])
+    assert {environment.get("CUDA_VISIBLE_DEVICES") for environment in started} == expected
+
+
+def test_more_gpus_than_are_visible_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(SystemExit, match="--gpus 2: CUDA_VISIBLE_DEVICES=3 shows only 1"):
+        runs.Pool(tmp_path / "out.json", {}, jobs=2, gpus=2, deadline=None)

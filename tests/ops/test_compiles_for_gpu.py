@@ -26,8 +26,11 @@ bag, dot, search, update, grouped, norm = (
 
 def compile(name, function, *arguments):
     lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    assert "triton_kernel_call" in lowered, f"{name}: no kernel in the program"
-    print(name, lowered.count("triton_kernel_call"))
+    # At a custom call of an older interface XLA would end its CUDA graph.
+    calls = [line for line in lowered.splitlines() if "triton_kernel_call" in line]
+    assert calls, f"{name}: no kernel in the program"
+    assert all("@triton_kernel_call_ffi(" in call and "api_version = 4" in call for call in calls), name
+    print(name, len(calls))
 
 
 def array(dtype, *shape):
