@@ -31,9 +31,8 @@ def side_by_side(x: Float[Array, "*b inputs"], *layers: nnx.Linear) -> list[Floa
     kernel = jnp.concatenate([layer.kernel[...] for layer in layers], axis=1)
     x, kernel = dtypes.promote_dtype((x, kernel), dtype=layers[0].dtype)
     out = x @ kernel
-    if layers[0].bias is not None:
-        bias = jnp.concatenate([layer.bias[...] for layer in layers])
-        out += jnp.broadcast_to(bias.astype(out.dtype), out.shape)
+    if biases := [layer.bias[...] for layer in layers if layer.bias is not None]:
+        out += jnp.broadcast_to(jnp.concatenate(biases).astype(out.dtype), out.shape)
     ends = itertools.accumulate(layer.out_features for layer in layers)
     return jnp.split(out, list(ends)[:-1], axis=-1)
 

@@ -49,6 +49,8 @@ def experiment(folder, monkeypatch):
     """The experiment's run.py as a module."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     spec = importlib.util.spec_from_file_location(folder.name, folder / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, folder.name, module)
     spec.loader.exec_module(module)
