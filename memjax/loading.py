@@ -15,7 +15,8 @@ import pydantic
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
-from memjax.checkpoint import CheckpointError, Checkpoints
+from memjax.checkpoint.checkpoints import Checkpoints
+from memjax.checkpoint.errors import CheckpointError
 from memjax.config import LookupKind, ModelConfig, RunConfig
 from memjax.data.tokenizer import Tokenizer
 from memjax.memory import parallel

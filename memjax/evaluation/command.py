@@ -71,7 +71,7 @@ def exit_code(command: Callable[[], int | None], *, interrupted: str = "interrup
         What the command returns (None is 0); 2 for a wrong setting, 3 for data and 4 for a checkpoint that cannot be
         used; 130 for a Ctrl-C that the command does not catch itself.
     """
-    from memjax.checkpoint import CheckpointError
+    from memjax.checkpoint.errors import CheckpointError
     from memjax.data.records import DataError
 
     codes = {ConfigError: 2, DataError: 3, CheckpointError: 4}

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from memjax.checkpoint import CheckpointError
+from memjax.checkpoint.errors import CheckpointError
 from memjax.command_line import ConfigError
 
 MAX_JSON_BYTES = 1 << 28

@@ -6,7 +6,7 @@ from typing import Any
 
 import pydantic
 
-from memjax.checkpoint import CheckpointError
+from memjax.checkpoint.errors import CheckpointError
 from memjax.config import ModelConfig, RopeScalingConfig
 
 MEMORY_MODEL = "memjax"

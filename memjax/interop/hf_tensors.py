@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memjax.checkpoint import CheckpointError
+from memjax.checkpoint.errors import CheckpointError
 from memjax.config import ModelConfig, ProductKeyConfig
 from memjax.interop.safetensors_files import StoredTensor, TensorFiles, TensorToWrite, write_tensors
 from memjax.models.decoder import Decoder

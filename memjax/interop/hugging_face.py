@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from memjax.checkpoint import CheckpointError
+from memjax.checkpoint.errors import CheckpointError
 from memjax.command_line import ConfigError
 from memjax.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TokenizerConfig
 from memjax.data.tokenizer import Tokenizer

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 
-from memjax.checkpoint import Checkpoints
+from memjax.checkpoint.checkpoints import Checkpoints
 from memjax.config import RunConfig
 from memjax.data.tokenizer import Tokenizer
 from memjax.interop.folders import written_whole

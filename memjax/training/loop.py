@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from memjax.checkpoint import Checkpoints
+from memjax.checkpoint.checkpoints import Checkpoints
 from memjax.command_line import ConfigError
 from memjax.config import DataConfig, RunConfig
 from memjax.data.packing import Batch

@@ -2,7 +2,7 @@
 
 import jax
 
-from memjax.checkpoint import Checkpoints
+from memjax.checkpoint.checkpoints import Checkpoints
 from memjax.command_line import ConfigError, differences
 from memjax.config import RunConfig
 from memjax.loading import PARAMS, TABLES, load, read_config

@@ -1,0 +1,86 @@
+"""Streaming of large arrays: cut into row blocks to be written, put together from them when they are read."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+BLOCK_BYTES = 2 << 30
+"""Largest array that is stored in one piece: Orbax refuses single arrays near 96 GB."""
+
+SMALL_BYTES = 16 << 20
+"""Arrays up to this size are never cut."""
+
+BLOCKS = 32
+"""Blocks of an array that is all of its item; while one is read, its bytes are in host memory about four times."""
+
+
+def block_rows(leaf: jax.Array, item_bytes: int, most_bytes: int) -> int:
+    """How many rows of a leaf go into a block of at most `most_bytes`, in an item of so many bytes; at least one."""
+    block_bytes = min(most_bytes, max(SMALL_BYTES, item_bytes // BLOCKS))
+    return max(1, block_bytes // max(1, leaf.dtype.itemsize * math.prod(leaf.shape[1:])))
+
+
+def blocks(name: str, record: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """First row and number of rows by stored name; one block has the leaf's own name, an empty leaf has none."""
+    shape, step = record["shape"], record["block_rows"]
+    if 0 in shape:
+        return {}
+    if not shape or shape[0] <= step:
+        return {name: (0, shape[0] if shape else 1)}
+    return {f"{name}/rows_{start:08d}": (start, min(step, shape[0] - start)) for start in range(0, shape[0], step)}
+
+
+def cut(leaves: Mapping[str, jax.Array], records: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """What is stored, by stored name: leaves in one piece as they are, copies of the blocks of the others."""
+    stored = {}
+    for name, leaf in leaves.items():
+        places = blocks(name, records[name])
+        for piece, (start, rows) in places.items():
+            stored[piece] = leaf if len(places) == 1 else _copy_rows(leaf, start, rows)
+    return stored
+
+
+def put_together(
+    target: jax.ShapeDtypeStruct,
+    places: Mapping[str, tuple[int, int]],
+    read: Callable[[str, jax.ShapeDtypeStruct], jax.Array],
+) -> jax.Array:
+    """The leaf, read block by block into a donated array: beside it there is never more than one block.
+
+    Args:
+        target: The leaf, with its sharding.
+        places: Its blocks, as `blocks` names them.
+        read: Reads a block by its stored name and form.
+    """
+    leaf = jax.jit(lambda: jnp.zeros(target.shape, target.dtype), out_shardings=target.sharding)()
+    put = jax.jit(_put_rows, donate_argnums=0, out_shardings=target.sharding)
+    for piece, (start, rows) in places.items():
+        shape = (rows, *target.shape[1:])
+        block = jax.ShapeDtypeStruct(shape, target.dtype, sharding=_block_sharding(target.sharding))
+        leaf = put(leaf, read(piece, block), start)
+    return leaf
+
+
+def _copy_rows(leaf: jax.Array, start: int, rows: int) -> jax.Array:
+    take = jax.jit(jax.lax.dynamic_slice_in_dim, static_argnums=2, out_shardings=_block_sharding(leaf.sharding))
+    block = take(leaf, start, rows)
+    kinds = {memory.kind for memory in next(iter(block.sharding.device_set)).addressable_memories()}
+    if jax.default_backend() != "cpu" and "pinned_host" in kinds:
+        # One block at a time leaves the device; all of them there would be the table a second time.
+        block = jax.device_put(block, block.sharding.with_memory_kind("pinned_host"))
+    return block.block_until_ready()
+
+
+def _put_rows(leaf: jax.Array, block: jax.Array, start: Any) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(leaf, block, start, 0)
+
+
+def _block_sharding(sharding: Sharding) -> Sharding:
+    """The leaf's sharding for some of its rows: their number need not divide, so rows are not split."""
+    if isinstance(sharding, NamedSharding):
+        return sharding.update(spec=PartitionSpec(None, *sharding.spec[1:]))
+    return sharding

@@ -1,0 +1,73 @@
+"""The index of a step: the item that says what the others hold."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from memjax.checkpoint.blocks import block_rows
+from memjax.checkpoint.digests import array_digests, text_digest
+
+INDEX = "digests"
+"""Name of the item."""
+
+
+class Note(NamedTuple):
+    """What the index says of a step as a whole."""
+
+    loss: float | None
+    partial: bool
+
+
+def describe(leaves: Mapping[str, Any], most_bytes: int) -> dict[str, Any]:
+    """Shape, dtype, rows per block and digest of every leaf of one item.
+
+    Raises:
+        TypeError: a leaf is not a `jax.Array`.
+    """
+    if other := [name for name, leaf in leaves.items() if not isinstance(leaf, jax.Array)]:
+        raise TypeError(f"not a jax.Array: {', '.join(other)}")
+    digests = array_digests(leaves)
+    item_bytes = sum(leaf.nbytes for leaf in leaves.values())
+    return {
+        name: {
+            "shape": list(leaf.shape),
+            "dtype": leaf.dtype.name,
+            "block_rows": block_rows(leaf, item_bytes, most_bytes),
+            "digest": digests[name],
+        }
+        for name, leaf in leaves.items()
+    }
+
+
+def differences(item: str, records: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """A line for every leaf that was saved otherwise than it is wanted, or only one of both."""
+    saved = {name: f"{record['dtype']}{record['shape']}" for name, record in records.items()}
+    asked = {name: f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}" for name, leaf in wanted.items()}
+    return [
+        f"{item}/{name}: saved {saved.get(name, 'nothing')}, wanted {asked.get(name, 'nothing')}"
+        for name in sorted(saved.keys() | asked.keys())
+        if saved.get(name) != asked.get(name)
+    ]
+
+
+def seal(index: Mapping[str, Any]) -> dict[str, Any]:
+    """The index as it is stored, with a digest of its own."""
+    return {"index": index, "digest": text_digest(index)}
+
+
+def unseal(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The index from what is stored.
+
+    Raises:
+        ValueError: it is not what was sealed.
+    """
+    if text_digest(stored["index"]) != stored["digest"]:
+        raise ValueError("its digest differs")
+    return stored["index"]
+
+
+def note_of(index: Mapping[str, Any]) -> Note:
+    """The note in an index; steps of before there were partial ones are complete."""
+    return Note(index["loss"], index.get("partial", False))

@@ -1,0 +1,29 @@
+"""Trees as names and leaves, and names as nested dictionaries, the form in which Orbax stores them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from memjax.checkpoint.errors import CheckpointError
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """The leaves by name, in the order of the tree; names are the path joined by slashes."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    flat = {jax.tree_util.keystr(path, simple=True, separator="/") or "value": leaf for path, leaf in paths}
+    if len(flat) != len(paths):
+        raise CheckpointError(f"two leaves of a tree have one name; rename a key with a slash among {sorted(flat)}")
+    return flat
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A dictionary for each part of the names in front of a slash."""
+    nested: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split("/")
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = leaf
+    return nested

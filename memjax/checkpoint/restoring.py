@@ -1,0 +1,125 @@
+"""Restoring: the named items of one step, onto any mesh, compared with their digests."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+
+from memjax.checkpoint.blocks import blocks, put_together
+from memjax.checkpoint.digests import array_digests, text_digest
+from memjax.checkpoint.errors import CheckpointError, Damaged, explained
+from memjax.checkpoint.index import INDEX, differences, unseal
+from memjax.checkpoint.names import flatten, nest
+from memjax.checkpoint.processes import any_process
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Restored:
+    """What `Checkpoints.restore` read: `arrays` has the trees of the targets."""
+
+    step: int
+    arrays: dict[str, Any]
+    documents: dict[str, dict[str, Any]]
+
+
+class StoredStep:
+    """One step on disk; with several processes, each one calls every method."""
+
+    def __init__(self, folder: pathlib.Path, step: int) -> None:
+        self.step = step
+        self._path = folder / str(step)
+        self._name = f"{folder}: step {step}"
+
+    def index(self) -> dict[str, Any]:
+        """What the step says of its items; raises Damaged if it cannot be read."""
+        stored = self._items({INDEX: ocp.args.JsonRestore()})[INDEX]
+        with explained(Damaged, f"{self._name}, item {INDEX}: is damaged"):
+            return unseal(stored)
+
+    def restore(
+        self, index: Mapping[str, Any], targets: Mapping[str, Any], documents: Sequence[str], *, verify: bool
+    ) -> Restored:
+        """Reads the named items, which the index has.
+
+        Raises:
+            CheckpointError: a target does not fit what was saved.
+            Damaged: what is on disk is not what was saved, or cannot be read.
+        """
+        wanted = {item: flatten(tree) for item, tree in targets.items()}
+        self._check_fit(index, wanted, documents)
+        texts = dict(self._items({item: ocp.args.JsonRestore() for item in documents})) if documents else {}
+        for item, text in texts.items():
+            if verify and text_digest(text) != index["documents"][item]:
+                raise Damaged(f"{self._name}, document {item}: its digest differs")
+        arrays = {}
+        for item, flat in wanted.items():
+            leaves = self._read_leaves(item, flat, index["arrays"][item], verify)
+            arrays[item] = jax.tree.unflatten(jax.tree.structure(targets[item]), leaves.values())
+        return Restored(step=self.step, arrays=arrays, documents=texts)
+
+    def _check_fit(self, index: Mapping[str, Any], wanted: Mapping[str, Any], documents: Sequence[str]) -> None:
+        problems = [f"{item}: no such item" for item in wanted if item not in index["arrays"]]
+        problems += [f"{item}: no such document" for item in documents if item not in index["documents"]]
+        for item in wanted.keys() & index["arrays"].keys():
+            problems += differences(item, index["arrays"][item], wanted[item])
+        if problems:
+            hint = "build the model with the config of that run"
+            raise CheckpointError("\n  ".join([f"{self._name} does not fit; {hint}", *problems]))
+
+    def _read_leaves(
+        self, item: str, wanted: Mapping[str, Any], records: Mapping[str, Any], verify: bool
+    ) -> dict[str, jax.Array]:
+        places = {name: blocks(name, records[name]) for name in wanted}
+        first_device = SingleDeviceSharding(jax.devices()[0])
+        targets = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or first_device)
+            for name, leaf in wanted.items()
+        }
+
+        def read_block(piece: str, block: jax.ShapeDtypeStruct) -> jax.Array:
+            return self._read_pieces(item, {piece: block})[piece]
+
+        found = self._read_pieces(item, {name: target for name, target in targets.items() if name in places[name]})
+        leaves = {
+            name: found[name] if name in found else put_together(target, places[name], read_block)
+            for name, target in targets.items()
+        }
+        if verify:
+            digests = array_digests(leaves)
+            if differ := [name for name in leaves if digests[name] != records[name]["digest"]]:
+                raise Damaged(f"{self._name}, item {item}: digest differs in {', '.join(differ)}")
+        return leaves
+
+    def _read_pieces(self, item: str, pieces: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        if not pieces:
+            return {}
+        tree = nest(pieces)
+        how = jax.tree.map(
+            lambda t: ocp.ArrayRestoreArgs(sharding=t.sharding, global_shape=t.shape, dtype=t.dtype), tree
+        )
+        args = {item: ocp.args.PyTreeRestore(item=tree, restore_args=how, partial_restore=True)}
+        return flatten(self._items(args)[item])
+
+    def _items(self, args: Mapping[str, Any]) -> Mapping[str, Any]:
+        what = f"{self._name}, item {', '.join(args)}: cannot be read"
+        try:
+            found = self._items_here(args, what)
+        except Damaged:
+            any_process(True)
+            raise
+        # What one process cannot read, none goes on with: they would wait for each other for ever.
+        if any_process(False):
+            raise Damaged(f"{what} by another process")
+        return found
+
+    def _items_here(self, args: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+        with explained(Damaged, what):
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+                found = reader.restore(self._path, args=ocp.args.Composite(**args))
+            if missing := [item for item in args if found[item] is None]:
+                raise ValueError(f"{', '.join(missing)} is missing")
+            return found

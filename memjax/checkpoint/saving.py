@@ -1,0 +1,122 @@
+"""Saving: steps written in the background by Orbax, each one committed by a rename, and others taken away."""
+
+import contextlib
+import json
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from memjax.checkpoint.blocks import cut
+from memjax.checkpoint.digests import text_digest
+from memjax.checkpoint.errors import CheckpointError, explained
+from memjax.checkpoint.index import INDEX, Note, describe, seal
+from memjax.checkpoint.names import flatten, nest
+from memjax.checkpoint.processes import any_process
+from memjax.checkpoint.steps import Retention
+
+_TRASH = ".trash"
+_SET_ASIDE = ".unreadable"
+
+
+def items_of(
+    arrays: Mapping[str, Any], documents: Mapping[str, Mapping[str, Any]], note: Note, block_bytes: int
+) -> dict[str, Any]:
+    """Everything a step holds, as Orbax takes it: the arrays in pieces, the documents and the index of both."""
+    leaves = {item: flatten(tree) for item, tree in arrays.items()}
+    records = {item: describe(flat, block_bytes) for item, flat in leaves.items()}
+    # Through JSON and back, because keys and tuples change on the way and the digest is of what is read.
+    texts = {item: json.loads(json.dumps(document)) for item, document in documents.items()}
+    digests = {item: text_digest(text) for item, text in texts.items()}
+    index = {"arrays": records, "documents": digests, **note._asdict()}
+    items: dict[str, Any] = {item: ocp.args.JsonSave(text) for item, text in texts.items()}
+    items[INDEX] = ocp.args.JsonSave(seal(index))
+    for item, flat in leaves.items():
+        if stored := nest(cut(flat, records[item])):  # Orbax refuses empty items; the index has them
+            items[item] = ocp.args.PyTreeSave(stored)
+    return items
+
+
+class Writer:
+    """What writes and deletes steps in one folder; with several processes, each one calls every method."""
+
+    def __init__(self, folder: pathlib.Path, retention: Retention) -> None:
+        self._folder, self._retention = folder, retention
+        self._manager: ocp.CheckpointManager | None = None
+
+    def open(self) -> ocp.CheckpointManager:
+        """Makes the folder ready, once, and takes away what a killed run left unfinished."""
+        if self._manager is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._empty_trash()
+            self._manager = ocp.CheckpointManager(
+                self._folder,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=self._retention,
+                    cleanup_tmp_directories=True,
+                    # A step to delete is first moved away whole, so that a kill leaves no half of it in the list.
+                    todelete_subdir=_TRASH,
+                    # The losses are in the index; reading each step's metadata could only fail.
+                    lightweight_initialize=True,
+                ),
+            )
+        return self._manager
+
+    def write(self, step: int, items: Mapping[str, Any]) -> None:
+        """Returns when the arrays are copied to host memory; they are written afterwards."""
+        self.open().save(step, args=ocp.args.Composite(**items), force=True)
+
+    def is_writing(self) -> bool:
+        """Whether something is still being written in the background."""
+        return self._manager is not None and self._manager.is_saving_in_progress()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more; raises CheckpointError if the last save failed."""
+        if self._manager is not None:
+            with self.failing("the last save"):
+                self._manager.wait_until_finished()
+            self._empty_trash()
+
+    def delete(self, steps: Iterable[int]) -> None:
+        """Deletes steps before their successors are written."""
+        self.close()
+        if jax.process_index() == 0:
+            for step in steps:
+                shutil.rmtree(self._folder / str(step))
+        any_process(False)  # nobody lists the steps before they are gone
+
+    def set_aside(self, steps: Iterable[int]) -> None:
+        """Moves steps out of the way; not deleted, because a step may be unreadable for a reason that passes."""
+        self.close()
+        if jax.process_index() == 0:
+            (self._folder / _SET_ASIDE).mkdir(exist_ok=True)
+            for step in steps:
+                target = self._folder / _SET_ASIDE / str(step)
+                shutil.rmtree(target, ignore_errors=True)
+                (self._folder / str(step)).rename(target)
+
+    def close(self) -> None:
+        """Frees what writing needs; the next write opens the folder anew."""
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            manager.close()
+
+    @contextlib.contextmanager
+    def failing(self, what: str) -> Iterator[None]:
+        """Errors inside say that `what` cannot be written; the next write begins anew."""
+        advice = "cannot be written; is the disk full, and may this folder be written?"
+        with explained(CheckpointError, f"{self._folder}: {what} {advice}"):
+            try:
+                yield
+            except Exception:
+                # After a failure, what Orbax remembers of the steps is no longer what is on disk.
+                with contextlib.suppress(Exception):
+                    self.close()
+                raise
+
+    def _empty_trash(self) -> None:
+        if jax.process_index() == 0:  # Orbax fills it only while a save is being finished
+            shutil.rmtree(self._folder / _TRASH, ignore_errors=True)

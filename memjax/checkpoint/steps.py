@@ -1,0 +1,66 @@
+"""Which steps a folder holds, which of them are complete, which is the best, and which are kept."""
+
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from memjax.checkpoint.errors import Damaged
+from memjax.checkpoint.index import Note, note_of
+from memjax.checkpoint.restoring import StoredStep
+
+
+class Steps:
+    """The steps of one folder. What their indices say is read once; a damaged step counts as complete."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self._folder = folder
+        self._notes: dict[int, Note] = {}
+
+    def on_disk(self) -> list[int]:
+        """Every step, ascending; a step still being written is not among them."""
+        if not self._folder.is_dir():
+            return []
+        # Orbax renames a step's folder to its number when it is complete, and moves it away whole to delete it.
+        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdecimal() and path.is_dir())
+
+    def is_partial(self, step: int) -> bool:
+        """Whether large items were left out of the step on purpose."""
+        return self._note(step).partial
+
+    def complete(self, steps: Iterable[int]) -> list[int]:
+        """Those of the steps that are not partial."""
+        return [step for step in steps if not self.is_partial(step)]
+
+    def best(self, steps: Iterable[int]) -> int | None:
+        """The complete one with the lowest loss, the newer one of equals; None when none has a loss."""
+        notes = {step: self._note(step) for step in steps}
+        losses = [(note.loss, -step) for step, note in notes.items() if note.loss is not None and not note.partial]
+        return -min(losses)[1] if losses else None
+
+    def remember(self, step: int, note: Note) -> None:
+        """Takes the note of a step that is about to be written."""
+        self._notes[step] = note
+
+    def _note(self, step: int) -> Note:
+        if step not in self._notes:
+            try:
+                index = StoredStep(self._folder, step).index()
+            except Damaged:
+                return Note(loss=None, partial=False)
+            self._notes[step] = note_of(index)
+        return self._notes[step]
+
+
+class Retention:
+    """Orbax's preservation policy: the latest steps, the latest complete ones, and the best."""
+
+    def __init__(self, steps: Steps, *, keep: int, keep_best: bool) -> None:
+        self._steps, self._keep, self._keep_best = steps, keep, keep_best
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """For each of Orbax's checkpoints whether it stays."""
+        del context
+        steps = sorted(info.step for info in checkpoints)
+        best = self._steps.best(steps) if self._keep_best else None
+        kept = {*steps[-self._keep :], *self._steps.complete(steps)[-self._keep :], best}
+        return [info.step in kept for info in checkpoints]
