@@ -59,8 +59,9 @@ DENSE = ((MIDDLE_LR, 0.0), (5e-4, 0.0), (2e-3, 0.0))
 SPARSE = ((MIDDLE_LR, 1e-1), (MIDDLE_LR, 2e-2), (MIDDLE_LR, 3e-1))
 """Highest rates of the dense parameters and of the tables."""
 GATE_SETTINGS = ("--data.batch_size", "1024")
-EMBEDDING, UNIT, SMALL = ("--model.embedding_init_std",), "1.0", "null"
-"""Standard deviation of the embedding: 1, or dim ** -0.5."""
+UNIT_EMBEDDING = ("--model.embedding_init_std", "1.0")
+NARROW_EMBEDDING = ("--model.embedding_init_std", "null")
+"""Begins with a standard deviation of dim ** -0.5."""
 RATES = {
     "dense_x1": DENSE,
     "dense_x2": DENSE,
@@ -87,7 +88,7 @@ NAMES = {
     "memory_plus_large": "Memory+, 262,144 slots",
 }
 ORDER = tuple(NAMES)
-"""Of the families in tables."""
+"""Order of the families in tables."""
 
 
 def main() -> None:
@@ -123,18 +124,18 @@ def runs_of(stage: str, size: Size, results: dict[str, Result]) -> list[Run]:
 
 def gate(size: Size) -> list[Run]:
     """Dense rates by the scale of the embedding; rates of the table by those of the keys; placements; the control."""
-    small = dataclasses.replace(size, people=size.gate_people, settings=size.settings or GATE_SETTINGS)
+    gate_size = dataclasses.replace(size, people=size.gate_people, settings=size.settings or GATE_SETTINGS)
 
-    def one(family, rates, scale=UNIT, layers="1,2", settings=(), **options):
+    def one(family, rates, embedding=UNIT_EMBEDDING, layers="1,2", settings=(), **options):
         placed = ("--model.memory.layers", layers) if family == "memory_plus" else ()
-        settings = (*EMBEDDING, scale, *placed, *settings)
-        return a_run("gate", small, family, rates, size.gate_exposures, settings=settings, **options)
+        settings = (*embedding, *placed, *settings)
+        return a_run("gate", gate_size, family, rates, size.gate_exposures, settings=settings, **options)
 
-    dense = [one("dense_x1", rates, scale) for rates in DENSE for scale in (UNIT, SMALL)]
+    dense = [one("dense_x1", rates, scale) for rates in DENSE for scale in (UNIT_EMBEDDING, NARROW_EMBEDDING)]
     keys = ((), ("--optim.key_lr_factor", "1.0"))
     memory = [one("memory_plus", rates, settings=factor) for rates in SPARSE for factor in keys]
     others = [one("memory_plus", SPARSE[0], layers=which) for which in ("1,3", "2")]
-    others += [one("memory_plus", SPARSE[0], SMALL), one("memory_plus", SPARSE[0], perfect_address=True)]
+    others += [one("memory_plus", SPARSE[0], NARROW_EMBEDDING), one("memory_plus", SPARSE[0], perfect_address=True)]
     if size.num_rates == 1:
         return [dense[0], others[-1]]
     return [*dense, *memory, *others, one("dense_x4", DENSE[0])]
@@ -169,7 +170,7 @@ def best_rates(family: str, results: dict[str, Result]) -> tuple[float, float]:
 
 def report(rows: list[Result], folder: pathlib.Path) -> str:
     """The tables of the stages, what was run again, and the picture."""
-    of_stage = lambda stage: sorted((row for row in rows if row["stage"] == stage), key=place)
+    of_stage = lambda stage: sorted((row for row in rows if row["stage"] == stage), key=table_order)
     parts = []
     if full := grouped(of_stage("full"), lambda row: (row["family"],)):
         picture(full, folder / "recall.png")
@@ -197,7 +198,7 @@ def report(rows: list[Result], folder: pathlib.Path) -> str:
     return "\n\n".join(parts)
 
 
-def place(row: Result) -> tuple[Any, ...]:
+def table_order(row: Result) -> tuple[Any, ...]:
     """Where a result stands in the tables."""
     return ORDER.index(row["family"]), row["seed"], row["lr"], row["table_lr"]
 
@@ -205,7 +206,7 @@ def place(row: Result) -> tuple[Any, ...]:
 def repeated(rows: list[Result], again: dict[str, Result]) -> str:
     """What was run again, beside what it gave first and the spread of the seeds."""
     first, lines = {row["name"]: row for row in rows}, []
-    for row in sorted(again.values(), key=place):
+    for row in sorted(again.values(), key=table_order):
         seeds = [other for other in rows if other["stage"] == row["stage"] and other["family"] == row["family"]]
         figures = (f"{first[row['name']]['recall']:.1%}", f"{row['recall']:.1%}")
         lines.append((f"`{row['family']}`", str(row["seed"]), *figures, spread(seeds, lambda row: row["recall"])))
@@ -214,7 +215,9 @@ def repeated(rows: list[Result], again: dict[str, Result]) -> str:
 
 def summary(rows: list[Result]) -> str:
     """The few lines of the project's README."""
-    full = grouped(sorted((row for row in rows if row["stage"] == "full"), key=place), lambda row: (row["family"],))
+    full = grouped(
+        sorted((row for row in rows if row["stage"] == "full"), key=table_order), lambda row: (row["family"],)
+    )
     if not full:
         return ""
     first = full["dense_x1",][0]

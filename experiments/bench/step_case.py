@@ -29,7 +29,7 @@ from memjax.ops.row_update.rules import RowRule, row_step
 from memjax.training import planner
 from memjax.training.mesh import make_mesh, put_batch
 from memjax.training.metrics import peak_flops
-from memjax.training.profiling import newest_trace, operations, overlaps, table, told
+from memjax.training.profiling import describe_overlap, newest_trace, operations, overlaps, table
 from memjax.training.state import Trainer
 from memjax.training.step import BATCH, make_train_step
 
@@ -167,7 +167,7 @@ def profile(step: Callable[[Any], Any], state: Any, folder: pathlib.Path) -> Row
         jax.block_until_ready(state)
     trace = jax.profiler.ProfileData.from_file(str(newest_trace(folder)))
     found, by_device = operations(trace), overlaps(trace)
-    print(table(found, 30), *(told(*pair) for pair in by_device.items()), sep="\n", flush=True)
+    print(table(found, 30), *(describe_overlap(*pair) for pair in by_device.items()), sep="\n", flush=True)
     total = sum(operation.seconds for operation in found)
     slowest = [
         {"operation": name, "ms a step": seconds / 3 * 1e3, "share": seconds / total, "uses": uses / 3}

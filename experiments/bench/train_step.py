@@ -54,7 +54,7 @@ XLA_FLAGS = {
     "autotune level 1": "--xla_gpu_autotune_level=1",
 }
 
-# Few layers, which compile fast; in three of them nearly all of the peak is activations.
+# Few layers, which compile fast; in the first three most of the peak is activations and logits.
 PLANNED = {
     "long rows, nothing again": ("dense", "--model.num_layers 4"),
     "long rows, attention in chunks": ("dense", "--model.num_layers 2 --train.attention chunked"),

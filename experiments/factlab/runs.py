@@ -1,4 +1,4 @@
-"""Many trainings at once on one device, within a time limit; results are on disk after each of them.
+"""Many trainings at once on a device or several, within a time limit; results are on disk after each of them.
 
 Small models leave a GPU idle while they compile and start, so several processes share it. A run that fails is reported
 and the others go on; a run that cannot end in time is left for the next call, which resumes where this one stopped.
@@ -90,10 +90,14 @@ class Pool:
         With several GPUs each process sees one of them.
         """
         self.path, self.results, self.jobs, self.deadline = path, results, jobs, deadline
+        if not 1 <= gpus <= jobs:
+            raise SystemExit(f"--gpus {gpus}: must be between 1 and --jobs {jobs}")
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
         if len(visible) < gpus:
             raise SystemExit(f"--gpus {gpus}: CUDA_VISIBLE_DEVICES={','.join(visible)} shows only {len(visible)}")
-        self._environments = [{"CUDA_VISIBLE_DEVICES": name} if gpus > 1 else {} for name in visible[:gpus]]
+        # With the platform named, a GPU that is not there is an error, not a training on the CPU.
+        given = lambda name: {"CUDA_VISIBLE_DEVICES": name, "JAX_PLATFORMS": "cuda,cpu"}
+        self._environments = [given(name) if gpus > 1 else {} for name in visible[:gpus]]
         self._lock = threading.Lock()
         self._seconds: dict[Any, float] = {}
         self._running: dict[str, Run] = {}

@@ -217,7 +217,7 @@ def whole(weights: Weights, dtype: DTypeLike | None = None) -> Weights:
     """Weights (a module, or arrays) whole on every device, for the time of their use, where there is a mesh.
 
     Matrices are cast to dtype before they are sent. What is whole already stays as it is. Under an Explicit mesh the
-    layout of weights is their owner's affair.
+    layout of weights is their owner's affair. Gradients go through it backwards only (`jax.grad`, not `jax.jvp`).
     """
     if not has_several_devices() or _is_explicit():
         return weights

@@ -72,7 +72,7 @@ class Attention(nnx.Module):
         `positions` say where the new tokens stand, in their text and in the cache; each row has its own. A token sees
         what the cache holds up to its own place: what lies behind may be anything.
         """
-        query, fresh = self._project(x, positions)
+        query, fresh = self._project(x, positions, is_cached=True)
         row = jnp.arange(x.shape[0])[:, None]
         cache = KeyValues(
             *(
@@ -84,10 +84,11 @@ class Attention(nnx.Module):
         out = dot_product.attention(query, keys, values, places=positions, window=self.sliding_window)
         return self._project_out(out), cache
 
-    def _project(self, x: Array, positions: Array) -> tuple[Array, KeyValues]:
-        query, key, value = (
-            part.reshape(*x.shape[:2], -1, self.head_dim) for part in side_by_side(x, self.query, self.key, self.value)
-        )
+    def _project(self, x: Array, positions: Array, *, is_cached: bool = False) -> tuple[Array, KeyValues]:
+        layers = (self.query, self.key, self.value)
+        # With few new tokens most of the time goes into reading weights, and joining them would copy them first.
+        parts = [layer(x) for layer in layers] if is_cached else side_by_side(x, *layers)
+        query, key, value = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in parts)
         query, key = (rotate(part, positions, self.rope_theta, self.rope_scaling) for part in (query, key))
         return query, KeyValues(key, value)
 

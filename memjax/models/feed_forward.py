@@ -27,12 +27,23 @@ def linear(
 
 
 def side_by_side(x: Float[Array, "*b inputs"], *layers: nnx.Linear) -> list[Float[Array, "*b outputs"]]:
-    """What each of several layers makes of one input, by one matrix product: one gradient of the input, not a sum."""
+    """What each of several layers makes of one input, by one matrix product: one gradient of the input, not a sum.
+
+    The layers compute in one type.
+
+    Raises:
+        ValueError: some of them have a bias and some have none.
+    """
+    biases = [layer.bias[...] for layer in layers if layer.bias is not None]
+    if len(biases) not in (0, len(layers)):
+        raise ValueError(f"{len(biases)} of {len(layers)} layers have a bias: all of them must, or none")
     kernel = jnp.concatenate([layer.kernel[...] for layer in layers], axis=1)
-    x, kernel = dtypes.promote_dtype((x, kernel), dtype=layers[0].dtype)
+    bias = jnp.concatenate(biases) if biases else None
+    x, kernel, bias = dtypes.promote_dtype((x, kernel, bias), dtype=layers[0].dtype)
     out = x @ kernel
-    if biases := [layer.bias[...] for layer in layers if layer.bias is not None]:
-        out += jnp.broadcast_to(jnp.concatenate(biases).astype(out.dtype), out.shape)
+    if bias is not None:
+        # Spelled out for those who forbid JAX to promote ranks.
+        out += jnp.broadcast_to(bias, out.shape)
     ends = itertools.accumulate(layer.out_features for layer in layers)
     return jnp.split(out, list(ends)[:-1], axis=-1)
 

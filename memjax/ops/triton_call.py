@@ -89,9 +89,11 @@ def _jax_triton() -> Any:
     """jax-triton, made to call jaxlib's newer launcher where it does not do so by itself.
 
     XLA ends a CUDA graph at each custom call of the oldest interface, which jax-triton 0.3 asks for. jaxlib launches
-    the same kernels through XLA's foreign function interface too, and those calls become part of the graph.
+    the same kernels through XLA's foreign function interface too, and those calls become part of the graph. A jaxlib
+    without that launcher keeps the old one.
     """
     jax_triton = importlib.import_module("jax_triton")
+    # None where jaxlib finds no CUDA plugin.
     plugin = importlib.import_module("jaxlib.gpu_triton")._cuda_triton
     if FFI_TARGET in getattr(plugin, "registrations", dict)():
         lib = importlib.import_module("jax_triton.triton_lib")

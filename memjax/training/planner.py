@@ -151,10 +151,13 @@ class _Planner:
         }
 
     def copies(self) -> Bytes:
-        """Parameters in the type of the activations, whole: those in pieces until nothing needs them any more."""
+        """Whole copies of parameters, in the type of the activations.
+
+        What is gathered for the blocks lives until the backward pass with remat "none", else while two blocks run.
+        """
         if self.is_split:
-            again = self.config.train.remat != "none"
-            blocks = 2 * max(self.block_sizes) if again else sum(self.block_sizes)
+            is_gathered_again = self.config.train.remat != "none"
+            blocks = 2 * max(self.block_sizes) if is_gathered_again else sum(self.block_sizes)
             return {"gathered parameters": self.outside_bytes + blocks * self.width}
         casts = self.param_width != self.width
         return {"parameters as activations": sum(self.block_sizes) * self.width if casts else 0}
@@ -197,8 +200,8 @@ class _Planner:
 
         Of the kernel the softmax's sums too; where queries come in chunks, what these need laid out for them.
         """
-        beside = self.model.num_heads * self.wide if self.is_fused else self.query_and_keys * self.width
-        return (3 * self.model.dim + self.query_and_keys) * self.width + beside + self.kept_scores()
+        extra = self.model.num_heads * self.wide if self.is_fused else self.query_and_keys * self.width
+        return (3 * self.model.dim + self.query_and_keys) * self.width + extra + self.kept_scores()
 
     @property
     def query_and_keys(self) -> int:

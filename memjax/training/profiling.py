@@ -16,17 +16,8 @@ from memjax.config import ProfileConfig
 
 _NAME_WIDTH = 80
 _NANOSECONDS = 1e-9
-_COLLECTIVES = (
-    "nccl",
-    "allreduce",
-    "all_reduce",
-    "allgather",
-    "all_gather",
-    "alltoall",
-    "all_to_all",
-    "reduce_scatter",
-)
-"""Parts of the names of kernels that send and receive, in small letters."""
+_COLLECTIVES = ("nccl", "allreduce", "allgather", "alltoall", "reducescatter", "collectivepermute")
+"""Parts of the names of kernels that send and receive, in small letters and without underscores."""
 
 
 class ProfileWindow:
@@ -79,7 +70,7 @@ class ProfileWindow:
             path = newest_trace(self._folder)
             profile = ProfileData.from_file(str(path))
             lines = [f"profile of the steps {first} to {step}", table(operations(profile), self._config.top)]
-            lines += [told(device, overlap) for device, overlap in overlaps(profile).items()]
+            lines += [describe_overlap(device, overlap) for device, overlap in overlaps(profile).items()]
             print("\n".join([*lines, f"trace in {path}"]), flush=True)
         except Exception as error:
             self._give_up(error)
@@ -157,23 +148,22 @@ class Overlap(NamedTuple):
 def overlaps(profile: Any) -> dict[str, Overlap]:
     """For each GPU of a trace how much of its collectives hid behind other work."""
     found = {}
-    for plane in profile.planes:
+    for plane in _devices(profile):
         events = [event for stream in _lines_of(plane, "Stream") for event in stream]
-        if not plane.name.startswith("/device:") or not events:
+        if not events:
             continue
-        is_collective = lambda event: any(word in event.name.lower() for word in _COLLECTIVES)
-        collectives = _covered([event for event in events if is_collective(event)])
-        others = _covered([event for event in events if not is_collective(event)])
+        collectives = _covered([event for event in events if _is_collective(event)])
+        others = _covered([event for event in events if not _is_collective(event)])
         span = max(event.start + event.duration for event in events) - min(event.start for event in events)
         times = (span, span - _covered(events), collectives, _covered(events) - others)
         found[plane.name] = Overlap(*(time * _NANOSECONDS for time in times))
     return found
 
 
-def told(device: str, overlap: Overlap) -> str:
+def describe_overlap(device: str, overlap: Overlap) -> str:
     """A GPU's overlap as a line of text."""
     span, idle, collectives, exposed = (f"{seconds * 1e3:,.1f} ms" for seconds in overlap)
-    text = f"{device}: {span}, idle {idle}"
+    text = f"{device}: {span} from first to last operation, of which idle {idle}"
     return f"{text}, collectives {collectives}, of which nothing else ran {exposed}" if overlap.collectives else text
 
 
@@ -204,8 +194,17 @@ class _Event(NamedTuple):
 
 def _lines(profile: Any, prefix: str) -> list[list[_Event]]:
     """Of the accelerators the lines with such names: GPUs have streams, others a line of XLA's operations."""
-    devices = [plane for plane in profile.planes if plane.name.startswith("/device:")]
-    return [line for plane in devices for line in _lines_of(plane, prefix)]
+    return [line for plane in _devices(profile) for line in _lines_of(plane, prefix)]
+
+
+def _devices(profile: Any) -> list[Any]:
+    """The accelerators' planes."""
+    return [plane for plane in profile.planes if plane.name.startswith("/device:")]
+
+
+def _is_collective(event: _Event) -> bool:
+    name = event.name.lower().replace("_", "")
+    return any(word in name for word in _COLLECTIVES)
 
 
 def _lines_of(plane: Any, prefix: str) -> list[list[_Event]]:

@@ -98,6 +98,12 @@ def test_processes_are_spread_over_gpus(started, monkeypatch, tmp_path, visible,
     assert {environment.get("CUDA_VISIBLE_DEVICES") for environment in started} == expected
 
 
+@pytest.mark.parametrize("gpus", [0, 3])
+def test_gpus_without_a_training_are_refused(tmp_path, gpus):
+    with pytest.raises(SystemExit, match=rf"--gpus {gpus}: must be between 1 and --jobs 2"):
+        runs.Pool(tmp_path / "out.json", {}, jobs=2, gpus=gpus, deadline=None)
+
+
 def test_more_gpus_than_are_visible_are_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     with pytest.raises(SystemExit, match="--gpus 2: CUDA_VISIBLE_DEVICES=3 shows only 1"):

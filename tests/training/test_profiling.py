@@ -8,7 +8,7 @@ from jax.profiler import ProfileData
 
 from memjax.config import ProfileConfig
 from memjax.training import profiling
-from memjax.training.profiling import Operation, ProfileWindow, operations, overlaps, table, told
+from memjax.training.profiling import Operation, ProfileWindow, describe_overlap, operations, overlaps, table
 
 # Two GPUs: one stream computes, one copies; the host's own times do not count where there are devices.
 GPU_TRACE = """
@@ -190,11 +190,11 @@ def test_overlap_is_what_collectives_share_with_other_work():
     found = overlaps(ProfileData.from_text_proto(OVERLAP_TRACE))
     assert list(found) == ["/device:GPU:0"]
     np.testing.assert_allclose(found["/device:GPU:0"], (9e-3, 2e-3, 5e-3, 3e-3))
-    assert "collectives 5.0 ms, of which nothing else ran 3.0 ms" in told(*found.popitem())
+    assert "collectives 5.0 ms, of which nothing else ran 3.0 ms" in describe_overlap(*found.popitem())
 
 
 def test_a_gpu_alone_has_no_collectives_to_tell_of():
     assert overlaps(ProfileData.from_text_proto(CPU_TRACE)) == {}
     found = overlaps(ProfileData.from_text_proto(GPU_TRACE))
     np.testing.assert_allclose(found["/device:GPU:0"], (9e-3, 1e-3, 0, 0))
-    assert "collectives" not in told("/device:GPU:0", found["/device:GPU:0"])
+    assert "collectives" not in describe_overlap("/device:GPU:0", found["/device:GPU:0"])
