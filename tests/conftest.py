@@ -28,6 +28,10 @@ if "JAX_PLATFORMS" not in os.environ:
     jax.config.update("jax_platforms", "cpu")
     # Without a GPU the Triton kernels are tested in Triton's interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# XLA's newer code generator for CPUs takes twice as long over a training step as the older one, which jax 0.11 has no
+# longer: the tests on 3.12 are those of the newer. Processes that tests start inherit this, too.
+if jax.__version_info__ < (0, 11) and "xla_cpu_use_fusion_emitters" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 jax.config.update("jax_num_cpu_devices", 8)
 # Strict promotion of types would be welcome too, but optax multiplies floats by integer counts.
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -46,7 +46,7 @@ def save(folder, run: RunConfig, step: int = 3, loss: float | None = None, **cha
     model = build(run.model, step)
     _, params, tables = take_apart(model)
     document = meta_document(run, ByteTokenizer(), step=step) | changes
-    with Checkpoints(folder / "checkpoints", block_bytes=1024) as checkpoints:
+    with Checkpoints(folder / "checkpoints", block_bytes=4096) as checkpoints:
         items = {"params": params_to_tree(params), "tables": tables, "opt_state": {"count": jnp.zeros(())}}
         checkpoints.save(step, items, {"meta": document}, loss=loss)
     return model
