@@ -70,4 +70,6 @@ def test_going_on_takes_no_more_memory_than_beginning_and_the_mesh_may_be_anothe
     table = 4 * 700**2 * 128
     fresh = peak_of_start(tmp_path, "fresh", devices=2)
     assert fresh > table
-    assert peak_of_start(tmp_path, "resume", devices=1) <= fresh
+    # Blocks are read side by side, so that the peak differs by a few percent from one time to the next; whatever else
+    # held the table, or a device's part of it, would be far more.
+    assert peak_of_start(tmp_path, "resume", devices=1) <= fresh + 0.15 * table
