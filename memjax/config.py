@@ -329,7 +329,7 @@ class MeshConfig:
     """Devices along the memory axis: each holds value_dim / memory columns of every table row."""
     dense: Literal["sharded", "replicated"] = "sharded"
     """The dense parameters and their optimizer: sharded, a piece on each device, gathered block by block while they are
-    used; or replicated, whole on every device, which sends less."""
+    used; or replicated, whole on every device, which sends less where train.remat gathers blocks again."""
     row_exchange: Literal["auto", "factored", "dense"] = "auto"
     """How row gradients cross the data axis. factored: every device gets and sorts the picks of all; dense: each
     replica sums its own to a gradient of the table's size, and these are added up; auto: what takes fewer bytes."""
