@@ -37,8 +37,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Compilation makes single examples slow, so a time limit per example would only report noise.
-for _name, _examples in (("ci", 15), ("dev", 10), ("thorough", 1000)):
-    hypothesis.settings.register_profile(_name, max_examples=_examples, derandomize=_name == "ci", deadline=None)
+for _name, _examples in (("ci", 15), ("ci_again", 8), ("dev", 10), ("thorough", 1000)):
+    _same = _name.startswith("ci")
+    hypothesis.settings.register_profile(_name, max_examples=_examples, derandomize=_same, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
