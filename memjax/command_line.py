@@ -31,17 +31,10 @@ from memjax.command_schema import (
     walk,
 )
 from memjax.command_yaml import Dumper, Loader, scalar, why_invalid
+from memjax.errors import ConfigError
 
 T = TypeVar("T")
 _NO_FLAGS: Mapping[str, str] = types.MappingProxyType({})
-
-
-class ConfigError(ValueError):
-    """Everything that is wrong with a config, one line a problem."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = tuple(problems)
 
 
 CONFIG_FILE = Positional(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from memjax import command_line
 from memjax.command_help import Positional, help_text
 from memjax.config import MemoryConfig, ModelConfig
+from memjax.errors import ConfigError
 from memjax.evaluation.command import CheckpointSettings, exit_code
 
 PROG = "python -m memjax.convert"
@@ -131,7 +132,7 @@ def upcycle(run: str, settings: UpcycleConfig) -> None:
     try:
         upcycle_run(run, settings.out, memory, step=step, seed=settings.seed)
     except ValueError as error:
-        raise command_line.ConfigError(str(error).splitlines()) from error
+        raise ConfigError(str(error).splitlines()) from error
     _tell_of_run(settings.out, read_config(settings.out).model)
 
 

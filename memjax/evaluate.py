@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memjax import command_line
+from memjax.errors import ConfigError
 from memjax.evaluation.command import exit_code, loaded
 from memjax.evaluation.settings import EvaluateConfig
 
@@ -42,7 +43,7 @@ def _evaluate(run: str, settings: EvaluateConfig) -> None:
     sets, examples = _question_sets(settings)
     if settings.tasks and importlib.util.find_spec("lm_eval") is None:
         asked = ",".join(settings.tasks)
-        raise command_line.ConfigError([f"tasks={asked} needs the package lm-eval: pip install 'memjax[eval]'"])
+        raise ConfigError([f"tasks={asked} needs the package lm-eval: pip install 'memjax[eval]'"])
     with loaded(run, settings) as found:
         data = found.config.data
         folder = _evals_folder(run)
@@ -144,7 +145,7 @@ def _text(found: "LoadedModel", settings: EvaluateConfig, source: "Source") -> d
 
     length = settings.sequence_length or found.config.data.sequence_length
     if settings.stride is not None and settings.stride > length:
-        raise command_line.ConfigError([f"stride={settings.stride} must be at most sequence_length={length}"])
+        raise ConfigError([f"stride={settings.stride} must be at most sequence_length={length}"])
 
     def measure(model: Any) -> dict[str, Any]:
         score = bits_per_byte(

@@ -72,7 +72,7 @@ def _generate(run: str, settings: GenerateConfig) -> None:
     # A file that cannot be read is refused before the model is.
     records = None if settings.prompts is None else read_prompts(settings.prompts)
     if records is None and settings.prompt is None and not sys.stdin.isatty():
-        raise command_line.ConfigError(["prompt=null: give --prompt or --prompts, or ask at a terminal"])
+        raise ConfigError(["prompt=null: give --prompt or --prompts, or ask at a terminal"])
     with loaded(run, settings) as found:
         if records is not None:
             _write_file(found, settings, records)
@@ -88,7 +88,7 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
     Raises:
         DataError: the file cannot be read, or a line of a .jsonl file is no object with a text in `prompt`.
     """
-    from memjax.data.records import DataError
+    from memjax.errors import DataError
 
     try:
         lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")

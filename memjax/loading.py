@@ -16,9 +16,9 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 from memjax.checkpoint.checkpoints import Checkpoints
-from memjax.checkpoint.errors import CheckpointError
 from memjax.config import LookupKind, ModelConfig, RunConfig
 from memjax.data.tokenizer import Tokenizer
+from memjax.errors import CheckpointError
 from memjax.memory import parallel
 from memjax.models.decoder import Decoder, resolve_dtype
 from memjax.models.parts import DecoderParts, take_apart

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         positional=RUNS,
     )
     # Only now, so that wrong settings need not wait for NumPy; JAX is not needed at all.
-    from memjax.data.records import DataError
+    from memjax.errors import DataError
     from memjax.training import comparison
 
     settings = parsed.config

@@ -6,8 +6,9 @@ import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from memjax.command_line import ConfigError, Parsed, parse
+from memjax.command_line import Parsed, parse
 from memjax.config import RunConfig
+from memjax.errors import ConfigError
 
 if TYPE_CHECKING:
     from memjax.data.tokenizer import Tokenizer

@@ -6,8 +6,9 @@ from typing import Literal
 
 import pytest
 
-from memjax.command_line import RUN_FOLDER, ConfigError, load, parse
+from memjax.command_line import RUN_FOLDER, load, parse
 from memjax.config import RunConfig
+from memjax.errors import ConfigError
 
 # kind -> (config.yaml, words after it, the one problem)
 KINDS = {

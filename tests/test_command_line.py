@@ -10,8 +10,9 @@ from typing import Literal
 
 import pytest
 
-from memjax.command_line import RUN_FOLDER, ConfigError, differences, load, parse, to_yaml
+from memjax.command_line import RUN_FOLDER, differences, load, parse, to_yaml
 from memjax.config import MemoryConfig, RunConfig
+from memjax.errors import ConfigError
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from memjax.command_line import ConfigError, differences, load, to_yaml
+from memjax.command_line import differences, load, to_yaml
 from memjax.config import (
     CheckpointConfig,
     DataConfig,
@@ -22,6 +22,7 @@ from memjax.config import (
     RopeScalingConfig,
     RunConfig,
 )
+from memjax.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

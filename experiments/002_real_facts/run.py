@@ -58,7 +58,7 @@ def main() -> None:
     # Only now, so that --help need not wait.
     from factlab.entity_questions import prepare
 
-    from memjax.data.records import DataError
+    from memjax.errors import DataError
 
     try:
         if arguments.prepare:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from factlab.rows import BOS, EOS, FactRows
-from memjax.data.records import DataError
 from memjax.data.tokenizer import Tokenizer, train_bpe
+from memjax.errors import DataError
 from memjax.evaluation.answers import best, exact_match
 
 STATEMENTS = {

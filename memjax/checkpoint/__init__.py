@@ -13,7 +13,7 @@ says of itself), `digests` and `blocks`.
 """
 
 from memjax.checkpoint.checkpoints import Checkpoints
-from memjax.checkpoint.errors import CheckpointError
 from memjax.checkpoint.restoring import Restored
+from memjax.errors import CheckpointError
 
 __all__ = ["CheckpointError", "Checkpoints", "Restored"]

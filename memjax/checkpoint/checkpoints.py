@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memjax.checkpoint.blocks import BLOCK_BYTES
-from memjax.checkpoint.errors import CheckpointError, Damaged
+from memjax.checkpoint.errors import Damaged
 from memjax.checkpoint.index import Note, note_of
 from memjax.checkpoint.processes import any_process
 from memjax.checkpoint.restoring import Restored, StoredStep
 from memjax.checkpoint.saving import Writer, items_of
 from memjax.checkpoint.steps import Retention, Steps
+from memjax.errors import CheckpointError
 
 
 class Checkpoints:

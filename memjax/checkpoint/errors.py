@@ -5,9 +5,7 @@ from collections.abc import Iterator
 
 import jax
 
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be written, found or read; the message names folder, step, item and the way out."""
+from memjax.errors import CheckpointError
 
 
 class Damaged(CheckpointError):

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from memjax.checkpoint.errors import CheckpointError
+from memjax.errors import CheckpointError
 
 
 def flatten(tree: Any) -> dict[str, Any]:

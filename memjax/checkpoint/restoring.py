@@ -11,10 +11,11 @@ from jax.sharding import SingleDeviceSharding
 
 from memjax.checkpoint.blocks import blocks, put_together
 from memjax.checkpoint.digests import array_digests, text_digest
-from memjax.checkpoint.errors import CheckpointError, Damaged, explained
+from memjax.checkpoint.errors import Damaged, explained
 from memjax.checkpoint.index import INDEX, differences, unseal
 from memjax.checkpoint.names import flatten, nest
 from memjax.checkpoint.processes import any_process
+from memjax.errors import CheckpointError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

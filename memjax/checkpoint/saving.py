@@ -12,11 +12,12 @@ import orbax.checkpoint as ocp
 
 from memjax.checkpoint.blocks import cut
 from memjax.checkpoint.digests import text_digest
-from memjax.checkpoint.errors import CheckpointError, explained
+from memjax.checkpoint.errors import explained
 from memjax.checkpoint.index import INDEX, Note, describe, seal
 from memjax.checkpoint.names import flatten, nest
 from memjax.checkpoint.processes import any_process
 from memjax.checkpoint.steps import Retention
+from memjax.errors import CheckpointError
 
 _TRASH = ".trash"
 _SET_ASIDE = ".unreadable"

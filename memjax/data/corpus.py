@@ -8,7 +8,8 @@ from typing import Any, Literal
 from memjax.config import DataConfig
 from memjax.data.files import DataFile, Payload, Stream, find_files
 from memjax.data.parsing import Keys, MalformedError
-from memjax.data.records import DataError, Record
+from memjax.data.records import Record
+from memjax.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,8 @@ from types import ModuleType
 from typing import Any, BinaryIO, Literal
 
 from memjax.data.parsing import Keys, MalformedError, fields_record, json_record, text_record
-from memjax.data.records import DataError, Record
+from memjax.data.records import Record
+from memjax.errors import DataError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 Format = Literal["jsonl", "text", "parquet", "array_record"]

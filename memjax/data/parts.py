@@ -11,9 +11,10 @@ from memjax.data.corpus import Corpus, border, must_be_prepared, training_corpor
 from memjax.data.preparation import prepare
 from memjax.data.prepared import Manifest, PreparedReader, is_prepared, open_prepared
 from memjax.data.reading import JoinedReader, Reader, TextReader
-from memjax.data.records import DataError, Record, Source, checked
+from memjax.data.records import Record, Source, checked
 from memjax.data.sources import open_corpus, open_sources
 from memjax.data.tokenizer import Tokenizer
+from memjax.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

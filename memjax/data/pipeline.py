@@ -19,10 +19,10 @@ from memjax.config import DataConfig
 from memjax.data import packing
 from memjax.data.packing import Batch
 from memjax.data.parts import open_parts, order, reader_of
-from memjax.data.records import DataError
 from memjax.data.sampling import sample_texts
 from memjax.data.tokenizer import Tokenizer, train_bpe
 from memjax.data.tokenizer_files import open_tokenizer
+from memjax.errors import DataError
 
 __all__ = ["Batch", "TrainingData", "train_tokenizer", "validation_batches"]
 

@@ -20,8 +20,9 @@ from memjax.data.files import DataFile, Payload
 from memjax.data.parsing import Keys, MalformedError
 from memjax.data.prepared import Manifest, Writer, encode_record, id_dtype, is_prepared, settings_of, write_manifest
 from memjax.data.progress import ByteProgress
-from memjax.data.records import DataError, Record
+from memjax.data.records import Record
 from memjax.data.tokenizer import Tokenizer
+from memjax.errors import DataError
 
 _BLOCK_BYTES = 1 << 19
 _BYTES_PER_PROCESS = 8 << 20

@@ -19,8 +19,9 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from memjax.data.corpus import Corpus
 from memjax.data.reading import Pairs, Reader, make_pairs
-from memjax.data.records import DataError, Record, Segment, checked
+from memjax.data.records import Record, Segment, checked
 from memjax.data.tokenizer import Tokenizer
+from memjax.errors import DataError
 
 MANIFEST = "manifest.json"
 _FORMAT = 1

@@ -9,10 +9,6 @@ from typing import NamedTuple
 import numpy as np
 
 
-class DataError(Exception):
-    """The data cannot be used; the message says where, what is wrong, and what to do."""
-
-
 class Segment(NamedTuple):
     """A piece of a record's text, and whether the model is trained to write it."""
 

@@ -4,8 +4,8 @@ import base64
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from memjax.data.records import DataError
 from memjax.data.tokenizer import Tokenizer, begin_and_end, whole_unicode
+from memjax.errors import DataError
 
 _SPACE = "\u2581"
 """What stands for a space in pieces; the library takes it for a space in texts too."""

@@ -13,7 +13,8 @@ from memjax.data.corpus import Corpus, border, training_corpora, validation_corp
 from memjax.data.facts import BiographySource, QuestionSource
 from memjax.data.files import BYTE_ORDER_MARK, DataFile
 from memjax.data.parsing import Keys, MalformedError, json_record, text_record
-from memjax.data.records import Chain, DataError, Part, Record, Segment, Source, checked
+from memjax.data.records import Chain, Part, Record, Segment, Source, checked
+from memjax.errors import DataError
 
 __all__ = ["DataError", "JsonlSource", "Part", "Record", "Segment", "Source", "TextSource", "open_sources"]
 

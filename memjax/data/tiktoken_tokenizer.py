@@ -5,8 +5,8 @@ import binascii
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from memjax.data.records import DataError
 from memjax.data.tokenizer import Tokenizer, begin_and_end, whole_unicode
+from memjax.errors import DataError
 
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"

@@ -15,7 +15,7 @@ import tokenizers.models
 import tokenizers.pre_tokenizers
 import tokenizers.trainers
 
-from memjax.data.records import DataError
+from memjax.errors import DataError
 
 FILE_NAME = "tokenizer.json"
 _SPECIAL_TOKENS = {"<pad>": 0, "<bos>": 1, "<eos>": 2}

@@ -5,10 +5,10 @@ import pathlib
 
 from memjax.config import TokenizerConfig
 from memjax.data.hf_tokenizer import HfTokenizer
-from memjax.data.records import DataError
 from memjax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from memjax.data.tiktoken_tokenizer import TiktokenTokenizer
 from memjax.data.tokenizer import ByteTokenizer, Tokenizer
+from memjax.errors import DataError
 
 
 def open_tokenizer(config: TokenizerConfig) -> Tokenizer:

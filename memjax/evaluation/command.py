@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal
 
-from memjax.command_line import ConfigError
+from memjax.errors import ConfigError
 
 if TYPE_CHECKING:
     from memjax.loading import LoadedModel
@@ -71,8 +71,7 @@ def exit_code(command: Callable[[], int | None], *, interrupted: str = "interrup
         What the command returns (None is 0); 2 for a wrong setting, 3 for data and 4 for a checkpoint that cannot be
         used; 130 for a Ctrl-C that the command does not catch itself.
     """
-    from memjax.checkpoint.errors import CheckpointError
-    from memjax.data.records import DataError
+    from memjax.errors import CheckpointError, DataError
 
     codes = {ConfigError: 2, DataError: 3, CheckpointError: 4}
     try:

@@ -15,10 +15,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
-from memjax.command_line import ConfigError
 from memjax.config import SamplingConfig
 from memjax.data.progress import Progress
-from memjax.data.records import DataError
+from memjax.errors import ConfigError, DataError
 from memjax.evaluation.asking import Examinee, write
 from memjax.evaluation.recall import zero_tables
 from memjax.evaluation.scoring import Request, Score, request, score

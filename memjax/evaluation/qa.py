@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from memjax.data.progress import Progress
-from memjax.data.records import DataError
+from memjax.errors import DataError
 from memjax.evaluation.answers import normalised
 from memjax.evaluation.asking import Examinee, Marked, ask_choices, ask_open
 from memjax.evaluation.programs import ask_problems

@@ -13,7 +13,7 @@ import pydantic
 
 from memjax.data.files import DataFile, Stream, find_files
 from memjax.data.parsing import Keys, MalformedError
-from memjax.data.records import DataError
+from memjax.errors import DataError
 
 _SPLITS = ("train", "validation", "val", "dev", "test")
 _MBPP_PARTS = {"prompt": 10, "test": 510, "validation": 600, "train": sys.maxsize}

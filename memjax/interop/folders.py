@@ -10,8 +10,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from memjax.checkpoint.errors import CheckpointError
-from memjax.command_line import ConfigError
+from memjax.errors import CheckpointError, ConfigError
 
 MAX_JSON_BYTES = 1 << 28
 """Largest JSON file that is read; a tokenizer of 256,000 tokens takes about 40 MB."""

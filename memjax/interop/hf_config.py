@@ -6,8 +6,8 @@ from typing import Any
 
 import pydantic
 
-from memjax.checkpoint.errors import CheckpointError
 from memjax.config import ModelConfig, RopeScalingConfig
+from memjax.errors import CheckpointError
 
 MEMORY_MODEL = "memjax"
 """The model_type of what transformers has no name for: a decoder with memory layers."""

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memjax.checkpoint.errors import CheckpointError
 from memjax.config import ModelConfig, ProductKeyConfig
+from memjax.errors import CheckpointError
 from memjax.interop.safetensors_files import StoredTensor, TensorFiles, TensorToWrite, write_tensors
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, take_apart

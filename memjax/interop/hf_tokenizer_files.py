@@ -5,11 +5,10 @@ import json
 import pathlib
 from typing import Any
 
-from memjax.command_line import ConfigError
 from memjax.config import TokenizerConfig
-from memjax.data.records import DataError
 from memjax.data.tokenizer import Tokenizer, byte_letters
 from memjax.data.tokenizer_files import open_tokenizer
+from memjax.errors import ConfigError, DataError
 from memjax.interop.folders import file_in, read_json, write_json
 
 JSON, MODEL, SETTINGS = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"

@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from memjax.checkpoint.errors import CheckpointError
-from memjax.command_line import ConfigError
 from memjax.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TokenizerConfig
 from memjax.data.tokenizer import Tokenizer
+from memjax.errors import CheckpointError, ConfigError
 from memjax.interop.folders import check_new, file_in, read_json, write_json, written_whole
 from memjax.interop.hf_config import longest_text, read_model_config, write_model_config
 from memjax.interop.hf_tensors import compare_bits, read_model, write_model

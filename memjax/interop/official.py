@@ -18,8 +18,8 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
-from memjax.checkpoint.errors import CheckpointError
 from memjax.config import DataConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
+from memjax.errors import CheckpointError
 from memjax.interop.folders import check_new, file_in, read_json
 from memjax.interop.hf_tokenizer_files import read_tokenizer
 from memjax.interop.lazy_array import LazyArray

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memjax.checkpoint.errors import CheckpointError
+from memjax.errors import CheckpointError
 
 Arrays = Mapping[str, Any]
 """Arrays by name: NumPy's, JAX's, or LazyArrays."""

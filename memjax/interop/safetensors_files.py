@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from memjax.checkpoint.errors import CheckpointError
+from memjax.errors import CheckpointError
 from memjax.interop.folders import file_in, read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

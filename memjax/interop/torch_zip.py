@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from memjax.checkpoint.errors import CheckpointError
+from memjax.errors import CheckpointError
 from memjax.interop.lazy_array import LazyArray
 
 MAX_PICKLE_BYTES = 1 << 28

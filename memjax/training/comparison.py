@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from memjax.data.records import DataError
+from memjax.errors import DataError
 from memjax.training.metrics import Row, read_metrics
 
 Axis = Literal["step", "tokens", "seconds"]

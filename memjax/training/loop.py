@@ -12,12 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from memjax.checkpoint.checkpoints import Checkpoints
-from memjax.command_line import ConfigError
 from memjax.config import DataConfig, RunConfig
 from memjax.data.packing import Batch
 from memjax.data.parts import describe, malformed_counts
 from memjax.data.pipeline import TrainingData, validation_batches
 from memjax.data.tokenizer import Tokenizer
+from memjax.errors import ConfigError
 from memjax.evaluation.perplexity import validation_loss
 from memjax.loading import META, PARAMS, TABLES, meta_document
 from memjax.memory.parallel import TOKENS

@@ -4,9 +4,9 @@ import sys
 
 import jax
 
-from memjax.command_line import ConfigError
 from memjax.config import DType, RunConfig
 from memjax.data.parts import prepare_parts
+from memjax.errors import ConfigError
 from memjax.models import dot_product
 from memjax.models.counts import billions, count_parameters, describe, gigabytes
 from memjax.models.decoder import resolve_dtype

@@ -7,8 +7,8 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from memjax.command_line import ConfigError
 from memjax.config import RunConfig
+from memjax.errors import ConfigError
 from memjax.memory.parallel import COLUMNS, DATA, MEMORY
 
 

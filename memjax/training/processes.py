@@ -17,8 +17,8 @@ from functools import partial
 import jax
 import orbax.checkpoint as ocp
 
-from memjax.command_line import ConfigError
 from memjax.config import ProcessesConfig
+from memjax.errors import ConfigError
 
 LOST = 6
 """Exit code of a process that has lost the others, or never found them."""

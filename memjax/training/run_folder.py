@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 
-from memjax.command_line import ConfigError, differences, load, to_yaml
+from memjax.command_line import differences, load, to_yaml
 from memjax.config import RunConfig
 from memjax.data.pipeline import train_tokenizer
 from memjax.data.tokenizer import Tokenizer
+from memjax.errors import ConfigError
 from memjax.loading import CHECKPOINTS, read_tokenizer
 
 MAY_CHANGE = (

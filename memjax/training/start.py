@@ -3,8 +3,9 @@
 import jax
 
 from memjax.checkpoint.checkpoints import Checkpoints
-from memjax.command_line import ConfigError, differences
+from memjax.command_line import differences
 from memjax.config import RunConfig
+from memjax.errors import ConfigError
 from memjax.loading import PARAMS, TABLES, load, read_config
 from memjax.models.parts import DecoderParts, take_apart
 from memjax.models.trees import params_to_tree, tree_to_params

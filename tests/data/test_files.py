@@ -10,7 +10,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from memjax.data.files import Stream, find_files
 from memjax.data.parsing import Keys, MalformedError
-from memjax.data.records import DataError
+from memjax.errors import DataError
 
 TEXTS = ["one", "zwei é", "three\nlines\n", "x" * 3000]
 ROWS = [{"text": text} for text in TEXTS]

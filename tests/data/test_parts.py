@@ -19,8 +19,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from memjax.config import DataConfig, MixtureConfig, TokenizerConfig
 from memjax.data.parts import PartSource, describe, malformed_counts, open_parts
 from memjax.data.pipeline import TrainingData, train_tokenizer, validation_batches
-from memjax.data.records import DataError
 from memjax.data.tokenizer import ByteTokenizer
+from memjax.errors import DataError
 
 BYTES = ByteTokenizer()
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

@@ -11,9 +11,9 @@ import pytest
 from memjax.config import BiographiesConfig, DataConfig, TokenizerConfig
 from memjax.data.facts import questions
 from memjax.data.pipeline import TrainingData, train_tokenizer, validation_batches
-from memjax.data.records import DataError
 from memjax.data.sources import open_sources
 from memjax.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
+from memjax.errors import DataError
 
 BYTES: Tokenizer = ByteTokenizer()
 BIOGRAPHIES = DataConfig(

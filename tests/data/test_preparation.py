@@ -22,9 +22,9 @@ from memjax.data.parsing import Keys
 from memjax.data.preparation import prepare
 from memjax.data.prepared import PreparedReader, open_prepared
 from memjax.data.reading import TextReader
-from memjax.data.records import DataError
 from memjax.data.sources import open_corpus
 from memjax.data.tokenizer import ByteTokenizer, train_bpe
+from memjax.errors import DataError
 
 BYTES = ByteTokenizer()
 

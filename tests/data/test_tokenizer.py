@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memjax.config import TokenizerConfig
-from memjax.data.records import DataError
 from memjax.data.tokenizer import (
     BpeTokenizer,
     ByteTokenizer,
@@ -16,6 +15,7 @@ from memjax.data.tokenizer import (
     train_bpe,
 )
 from memjax.data.tokenizer_files import open_tokenizer
+from memjax.errors import DataError
 
 CORPUS = ["the cat sat on the mat", "naïve café, naïve café", "日本語の日本語", "def f(x):\n\treturn x  # x"] * 4
 PIECES = ["<eos>", "<pad>", " ", "\n", "é", "日本", "\U0001f469\u200d\U0001f467", "the", "\x00"]

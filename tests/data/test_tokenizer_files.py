@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from memjax.config import TokenizerConfig
-from memjax.data.records import DataError
 from memjax.data.tokenizer_files import open_tokenizer
+from memjax.errors import DataError
 
 FILES = {"sentencepiece": "sentencepiece.model", "tiktoken": "ranks.tiktoken"}
 

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from memjax import evaluate
-from memjax.command_line import ConfigError
 from memjax.config import SamplingConfig
-from memjax.data.records import DataError
 from memjax.data.tokenizer import ByteTokenizer
+from memjax.errors import ConfigError, DataError
 from memjax.evaluation.recall import zero_tables
 from memjax.evaluation.scoring import Score
 from memjax.evaluation.settings import EvaluateConfig

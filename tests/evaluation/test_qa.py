@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from memjax.data.records import DataError
+from memjax.errors import DataError
 from memjax.evaluation import qa
 from memjax.evaluation.asking import Marked
 from memjax.evaluation.qa import format_question_report, question_report

@@ -8,7 +8,7 @@ import typing
 
 import pytest
 
-from memjax.data.records import DataError
+from memjax.errors import DataError
 from memjax.evaluation.questions import ChoiceQuestion, OpenQuestion, Problem, read_question_sets
 
 

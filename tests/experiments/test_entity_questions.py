@@ -8,7 +8,7 @@ import pytest
 from factlab import entity_questions
 from factlab.rows import BOS, EOS
 
-from memjax.data.records import DataError
+from memjax.errors import DataError
 
 QUESTIONS = [
     ("P19", "Ada Lovelace", "Where was Ada Lovelace born?", ["London"]),

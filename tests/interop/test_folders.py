@@ -5,7 +5,7 @@ import os
 import pytest
 
 from memjax.checkpoint import CheckpointError
-from memjax.command_line import ConfigError
+from memjax.errors import ConfigError
 from memjax.interop.folders import MAX_JSON_BYTES, check_new, file_in, read_json, written_whole
 
 

@@ -11,10 +11,9 @@ import tokenizers.models
 import tokenizers.pre_tokenizers
 import tokenizers.trainers
 
-from memjax.command_line import ConfigError
-from memjax.data.records import DataError
 from memjax.data.tiktoken_tokenizer import TiktokenTokenizer
 from memjax.data.tokenizer import ByteTokenizer, Tokenizer, train_bpe
+from memjax.errors import ConfigError, DataError
 from memjax.interop.hf_tokenizer_files import read_tokenizer, write_tokenizer
 
 TEXTS = ["the cat sat on the mat", "naïve  日本 x\n\n", "<eos> is a text", ""]

@@ -13,9 +13,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from memjax.checkpoint import CheckpointError
-from memjax.command_line import ConfigError
 from memjax.config import DataConfig, ExpertLookupConfig, MemoryConfig, ModelConfig, RunConfig
 from memjax.data.tokenizer import ByteTokenizer
+from memjax.errors import ConfigError
 from memjax.interop import hugging_face
 from memjax.interop.hf_tokenizer_files import read_tokenizer
 from memjax.interop.hugging_face import from_hf, to_hf

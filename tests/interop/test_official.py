@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 import memjax
 from memjax.checkpoint import CheckpointError
-from memjax.command_line import ConfigError
+from memjax.errors import ConfigError
 from memjax.interop.official import from_official, load_decoder, load_layer, open_arrays
 
 FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures/official"

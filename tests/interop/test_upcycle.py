@@ -12,9 +12,9 @@ from flax import nnx
 
 import memjax
 from memjax.checkpoint import CheckpointError
-from memjax.command_line import ConfigError
 from memjax.config import ExpertsConfig, MemoryConfig, ModelConfig, RunConfig
 from memjax.data.tokenizer import ByteTokenizer
+from memjax.errors import ConfigError
 from memjax.interop.new_run import write_run
 from memjax.interop.upcycle import upcycle, upcycle_run
 from memjax.models.decoder import Decoder

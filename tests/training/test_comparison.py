@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib import image
 
-from memjax.data.records import DataError
+from memjax.errors import DataError
 from memjax.training.comparison import Run, draw, missing, read_runs, smoothed, smoothing_window, summary_table
 
 

@@ -5,8 +5,8 @@ from collections import deque
 import numpy as np
 import pytest
 
-from memjax.command_line import ConfigError
 from memjax.config import DataConfig
+from memjax.errors import ConfigError
 from memjax.training.loop import PATIENCE, FirstBatches, Loop, _Pending
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from memjax import train
 from memjax.checkpoint import CheckpointError, Checkpoints
-from memjax.data.records import DataError
 from memjax.data.tokenizer import ByteTokenizer
+from memjax.errors import DataError
 from memjax.loading import load
 from memjax.memory import parallel
 from memjax.training import loop, main

@@ -6,7 +6,7 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from memjax.command_line import ConfigError
+from memjax.errors import ConfigError
 from memjax.training.mesh import fully_sharded, make_mesh
 from memjax.training.state import Trainer
 

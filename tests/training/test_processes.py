@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from memjax.command_line import ConfigError
 from memjax.config import ProcessesConfig
+from memjax.errors import ConfigError
 from memjax.training.processes import Launch, find, run_together
 
 ROOT = pathlib.Path(__file__).parents[2]

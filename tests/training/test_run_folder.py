@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from memjax.command_line import ConfigError
 from memjax.config import ProcessesConfig, RunConfig, TrainConfig
+from memjax.errors import ConfigError
 from memjax.training.run_folder import RunFolder
 
 

@@ -1,0 +1,30 @@
+"""Lines for people on standard output, which may be gone: a log pipe that was closed must not end a training."""
+
+import contextlib
+import os
+import sys
+
+
+def say(text: str = "", *, end: str = "\n") -> None:
+    """Prints and flushes. When standard output is closed, full or cannot encode the text, the program goes on.
+
+    Characters that the terminal cannot encode are replaced. After the first failure standard output is replaced by the
+    null device, so that neither later prints nor the interpreter's last flush fail again.
+    """
+    stream = sys.stdout
+    if stream is None:  # started without standard output
+        return
+    try:
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        stream.write(text.encode(encoding, "replace").decode(encoding) + end)
+        stream.flush()
+    except (OSError, ValueError):  # ValueError: written to a closed file
+        _discard_output()
+
+
+def _discard_output() -> None:
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        # What is buffered is flushed into the null device at exit.
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)

@@ -1,0 +1,36 @@
+import subprocess
+import sys
+
+PROGRAM = """
+import sys
+from memjax.io.console import say
+for number in range(20000):
+    say(f"line {number} \\u2014")
+print("done", file=sys.stderr)
+"""
+
+
+def test_a_reader_that_leaves_ends_nothing() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline().startswith("line 0")
+    process.stdout.close()
+    assert process.stderr.read() == "done\n"
+    process.stderr.close()
+    assert process.wait() == 0
+
+
+def test_a_full_disk_ends_nothing() -> None:
+    with open("/dev/full", "w") as full:
+        run = subprocess.run([sys.executable, "-c", PROGRAM], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (run.returncode, run.stderr) == (0, "done\n")
+
+
+def test_characters_that_the_terminal_lacks_are_replaced() -> None:
+    program = "from memjax.io.console import say\nsay('caf\\u00e9 \\u2014')"
+    environment = {"PYTHONIOENCODING": "ascii"}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert run.stdout == "caf? ?\n"

@@ -1,0 +1,49 @@
+import os
+import pathlib
+
+import pytest
+
+from memjax.io.files import write_atomic
+
+
+def test_replaces_the_content_and_leaves_no_other_file(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "deep" / "a.json"
+    write_atomic(path, "one")
+    write_atomic(path, b"two\xff")
+    assert path.read_bytes() == b"two\xff"
+    assert os.listdir(path.parent) == ["a.json"]
+
+
+def test_a_new_file_has_the_mode_that_open_gives(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "like").write_text("x")
+    write_atomic(tmp_path / "new", "x")
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "like").stat().st_mode
+
+
+def test_equal_content_is_not_written_again(tmp_path: pathlib.Path) -> None:
+    path = write_atomic(tmp_path / "a", "same")
+    before = path.stat().st_ino
+    write_atomic(path, "same")
+    assert path.stat().st_ino == before
+
+
+def test_a_link_is_replaced_and_its_target_untouched(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "outside").write_text("mine")
+    (tmp_path / "a").symlink_to(tmp_path / "outside")
+    write_atomic(tmp_path / "a", "new")
+    assert (tmp_path / "outside").read_text() == "mine"
+    assert not (tmp_path / "a").is_symlink()
+    assert (tmp_path / "a").read_text() == "new"
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_atomic(tmp_path / "a", "old")
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a"]
