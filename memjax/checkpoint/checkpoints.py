@@ -63,8 +63,16 @@ class Checkpoints:
         return self._steps.complete(self.steps())
 
     def latest(self) -> int | None:
-        """The newest complete step on disk."""
-        return max(self.complete(), default=None)
+        """The newest complete step on disk whose index can be read."""
+        return max(self._steps.readable(self.complete()), default=None)
+
+    def newest_with(self, item: str) -> int | None:
+        """The newest step, partial or not, whose index can be read and names an item of arrays; None when none does."""
+        return next((step for step in reversed(self.steps()) if item in (self._steps.items(step) or ())), None)
+
+    def readable(self) -> list[int]:
+        """The steps on disk whose index can be read, ascending; what they hold may be damaged all the same."""
+        return self._steps.readable(self.steps())
 
     def best(self) -> int | None:
         """The complete step on disk with the lowest loss, the newer one of equals; None when none has a loss."""
@@ -104,7 +112,7 @@ class Checkpoints:
             self._make_way()
             self._writer.open()
             note = Note(loss if loss is not None and math.isfinite(loss) else None, partial)
-            items = items_of(arrays, documents, note, self._block_bytes)
+            items = items_of(step, arrays, documents, note, self._block_bytes)
             self._steps.remember(step, note)
             self._writer.write(step, items)
 

@@ -1,11 +1,31 @@
-"""What goes wrong with checkpoints, told with folder, step and item."""
+"""What goes wrong with checkpoints, explained with folder, step, item and the way out."""
 
 import contextlib
-from collections.abc import Iterator
+import errno
+import re
+from collections.abc import Callable, Iterator
 
 import jax
 
 from memjax.errors import CheckpointError
+
+_DAMAGE = re.compile(r"(DATA_LOSS|INVALID_ARGUMENT|NOT_FOUND|OUT_OF_RANGE|FAILED_PRECONDITION)\b")
+"""Statuses of JAX that come from what was read. Others come from devices, or from too little memory."""
+
+_WRITE_ADVICE = {
+    "ENOSPC": "the disk is full; make room, or keep fewer steps with checkpoint.keep",
+    "EDQUOT": "the quota of this disk is used up; make room, or keep fewer steps with checkpoint.keep",
+    "EFBIG": "a file may not grow that large here; see `ulimit -f`",
+    "EROFS": "the file system is read-only; mount it for writing, or name another run.dir",
+    "EACCES": "this user may not write there; change the permissions, or name another run.dir",
+    "EPERM": "this user may not write there; change the permissions, or name another run.dir",
+    "ENOTDIR": "a file is where a folder should be; move it away, or name another run.dir",
+    "ENOTEMPTY": "another process writes there, or has left files that cannot be deleted; only one may use a run.dir",
+    "EEXIST": "something of that name is there already; move it away, or end the other process that writes there",
+    "ENOENT": "the folder was removed while it was in use",
+    "EIO": "the disk reports an error; look at it before anything else is written there",
+    "ESTALE": "the network disk was lost; mount it again",
+}
 
 
 class Damaged(CheckpointError):
@@ -13,12 +33,38 @@ class Damaged(CheckpointError):
 
 
 @contextlib.contextmanager
-def explained(kind: type[CheckpointError], what: str) -> Iterator[None]:
-    """Raises what goes wrong inside as an error of this kind, which begins with `what`."""
+def explained(
+    kind: type[CheckpointError], what: str, *, advice: Callable[[BaseException], str] | None = None
+) -> Iterator[None]:
+    """Raises what goes wrong inside as an error of this kind.
+
+    Too little memory and failing devices are no fault of a step and pass as they are.
+
+    Args:
+        kind: the error's type.
+        what: the beginning of its message.
+        advice: finds the way out for an error; empty where there is none.
+    """
     try:
         yield
-    except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
-        raise  # explained already, or too little memory, which is no fault of the step
+    except (CheckpointError, MemoryError):
+        raise
     except Exception as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and not _DAMAGE.match(str(error)):
+            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise kind(f"{what} ({reason})") from error
+        way_out = advice(error) if advice else ""
+        raise kind(f"{what}{': ' if way_out else ''}{way_out} ({reason})") from error
+
+
+def write_advice(error: BaseException) -> str:
+    """What to do about an error of writing, by the error number in it or in what caused it."""
+    found: BaseException | None = error
+    while found is not None:
+        names = [errno.errorcode.get(found.errno or 0, "")] if isinstance(found, OSError) else []
+        # TensorStore raises ValueError with the number in its text: "[OS error 28: ENOSPC No space left on device]".
+        names += re.findall(r"\bE[A-Z]+\b", str(found))
+        if advice := next((_WRITE_ADVICE[name] for name in names if name in _WRITE_ADVICE), None):
+            return advice
+        found = found.__cause__ or found.__context__
+    return ""

@@ -57,15 +57,18 @@ def seal(index: Mapping[str, Any]) -> dict[str, Any]:
     return {"index": index, "digest": text_digest(index)}
 
 
-def unseal(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The index from what is stored.
+def unseal(stored: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """The index of a step from what is stored. Steps of before indices had a number are taken at their folder's word.
 
     Raises:
-        ValueError: it is not what was sealed.
+        ValueError: it is not what was sealed, or is that of another step.
     """
-    if text_digest(stored["index"]) != stored["digest"]:
+    index = stored["index"]
+    if text_digest(index) != stored["digest"]:
         raise ValueError("its digest differs")
-    return stored["index"]
+    if index.get("step", step) != step:
+        raise ValueError(f"it was saved as step {index['step']}, so the folder was renamed")
+    return index
 
 
 def note_of(index: Mapping[str, Any]) -> Note:

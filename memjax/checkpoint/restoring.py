@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ class StoredStep:
         """What the step says of its items; raises Damaged if it cannot be read."""
         stored = self._items({INDEX: ocp.args.JsonRestore()})[INDEX]
         with explained(Damaged, f"{self._name}, item {INDEX}: is damaged"):
-            return unseal(stored)
+            return unseal(stored, self.step)
 
     def restore(
         self, index: Mapping[str, Any], targets: Mapping[str, Any], documents: Sequence[str], *, verify: bool
@@ -90,7 +90,8 @@ class StoredStep:
             for name, target in targets.items()
         }
         if verify:
-            digests = array_digests(leaves)
+            with explained(Damaged, f"{self._name}, item {item}: cannot be compared with its digests"):
+                digests = array_digests(leaves)
             if differ := [name for name in leaves if digests[name] != records[name]["digest"]]:
                 raise Damaged(f"{self._name}, item {item}: digest differs in {', '.join(differ)}")
         return leaves
@@ -103,12 +104,21 @@ class StoredStep:
             lambda t: ocp.ArrayRestoreArgs(sharding=t.sharding, global_shape=t.shape, dtype=t.dtype), tree
         )
         args = {item: ocp.args.PyTreeRestore(item=tree, restore_args=how, partial_restore=True)}
-        return flatten(self._items(args)[item])
 
-    def _items(self, args: Mapping[str, Any]) -> Mapping[str, Any]:
+        def check(found: Mapping[str, Any]) -> None:
+            leaves = flatten(found[item])
+            # Orbax leaves the target in place of an array that it does not find.
+            if lost := [name for name, target in pieces.items() if not _is_array_like(leaves.get(name), target)]:
+                raise ValueError(f"{', '.join(lost)} did not come back")
+
+        return flatten(self._items(args, check)[item])
+
+    def _items(
+        self, args: Mapping[str, Any], check: Callable[[Mapping[str, Any]], None] | None = None
+    ) -> Mapping[str, Any]:
         what = f"{self._name}, item {', '.join(args)}: cannot be read"
         try:
-            found = self._items_here(args, what)
+            found = self._items_here(args, what, check)
         except Damaged:
             any_process(True)
             raise
@@ -117,10 +127,18 @@ class StoredStep:
             raise Damaged(f"{what} by another process")
         return found
 
-    def _items_here(self, args: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+    def _items_here(
+        self, args: Mapping[str, Any], what: str, check: Callable[[Mapping[str, Any]], None] | None
+    ) -> Mapping[str, Any]:
         with explained(Damaged, what):
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
                 found = reader.restore(self._path, args=ocp.args.Composite(**args))
             if missing := [item for item in args if found[item] is None]:
                 raise ValueError(f"{', '.join(missing)} is missing")
+            if check:
+                check(found)
             return found
+
+
+def _is_array_like(leaf: Any, target: jax.ShapeDtypeStruct) -> bool:
+    return isinstance(leaf, jax.Array) and (leaf.shape, leaf.dtype) == (target.shape, target.dtype)

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 
 from memjax.checkpoint.blocks import cut
 from memjax.checkpoint.digests import text_digest
-from memjax.checkpoint.errors import explained
+from memjax.checkpoint.errors import explained, write_advice
 from memjax.checkpoint.index import INDEX, Note, describe, seal
 from memjax.checkpoint.names import flatten, nest
 from memjax.checkpoint.processes import any_process
@@ -24,7 +24,7 @@ _SET_ASIDE = ".unreadable"
 
 
 def items_of(
-    arrays: Mapping[str, Any], documents: Mapping[str, Mapping[str, Any]], note: Note, block_bytes: int
+    step: int, arrays: Mapping[str, Any], documents: Mapping[str, Mapping[str, Any]], note: Note, block_bytes: int
 ) -> dict[str, Any]:
     """Everything a step holds, as Orbax takes it: the arrays in pieces, the documents and the index of both."""
     leaves = {item: flatten(tree) for item, tree in arrays.items()}
@@ -32,7 +32,7 @@ def items_of(
     # Through JSON and back, because keys and tuples change on the way and the digest is of what is read.
     texts = {item: json.loads(json.dumps(document)) for item, document in documents.items()}
     digests = {item: text_digest(text) for item, text in texts.items()}
-    index = {"arrays": records, "documents": digests, **note._asdict()}
+    index = {"step": step, "arrays": records, "documents": digests, **note._asdict()}
     items: dict[str, Any] = {item: ocp.args.JsonSave(text) for item, text in texts.items()}
     items[INDEX] = ocp.args.JsonSave(seal(index))
     for item, flat in leaves.items():
@@ -52,6 +52,7 @@ class Writer:
         """Makes the folder ready, once, and takes away what a killed run left unfinished."""
         if self._manager is None:
             self._folder.mkdir(parents=True, exist_ok=True)
+            self._refuse_links()
             self._empty_trash()
             self._manager = ocp.CheckpointManager(
                 self._folder,
@@ -62,6 +63,8 @@ class Writer:
                     todelete_subdir=_TRASH,
                     # The losses are in the index; reading each step's metadata could only fail.
                     lightweight_initialize=True,
+                    # Made in the background, a folder that cannot be made leaves threads that wait for it for minutes.
+                    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 ),
             )
         return self._manager
@@ -92,6 +95,7 @@ class Writer:
     def set_aside(self, steps: Iterable[int]) -> None:
         """Moves steps out of the way; not deleted, because a step may be unreadable for a reason that passes."""
         self.close()
+        self._refuse_links()
         if jax.process_index() == 0:
             (self._folder / _SET_ASIDE).mkdir(exist_ok=True)
             for step in steps:
@@ -108,8 +112,7 @@ class Writer:
     @contextlib.contextmanager
     def failing(self, what: str) -> Iterator[None]:
         """Errors inside say that `what` cannot be written; the next write begins anew."""
-        advice = "cannot be written; is the disk full, and may this folder be written?"
-        with explained(CheckpointError, f"{self._folder}: {what} {advice}"):
+        with explained(CheckpointError, f"{self._folder}: {what} cannot be written", advice=write_advice):
             try:
                 yield
             except Exception:
@@ -117,6 +120,12 @@ class Writer:
                 with contextlib.suppress(Exception):
                     self.close()
                 raise
+
+    def _refuse_links(self) -> None:
+        """Steps are moved into two folders and deleted there; a link would do that wherever it points to."""
+        for name in (_TRASH, _SET_ASIDE):
+            if (self._folder / name).is_symlink():
+                raise CheckpointError(f"{self._folder / name} is a link, which is not followed; remove it")
 
     def _empty_trash(self) -> None:
         if jax.process_index() == 0:  # Orbax fills it only while a save is being finished

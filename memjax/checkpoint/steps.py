@@ -4,13 +4,14 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from memjax.checkpoint.errors import Damaged
+from memjax.checkpoint.errors import Damaged, explained
 from memjax.checkpoint.index import Note, note_of
 from memjax.checkpoint.restoring import StoredStep
+from memjax.errors import CheckpointError
 
 
 class Steps:
-    """The steps of one folder. What their indices say is read once; a damaged step counts as complete."""
+    """The steps of one folder. What their indices say is read once."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self._folder = folder
@@ -18,37 +19,55 @@ class Steps:
 
     def on_disk(self) -> list[int]:
         """Every step, ascending; a step still being written is not among them."""
-        if not self._folder.is_dir():
-            return []
-        # Orbax renames a step's folder to its number when it is complete, and moves it away whole to delete it.
-        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdecimal() and path.is_dir())
+        with explained(CheckpointError, f"{self._folder}: cannot be listed"):
+            if not self._folder.is_dir():
+                return []
+            # Orbax renames a step's folder to its number when it is complete, and moves it away whole to delete it.
+            return sorted(int(path.name) for path in self._folder.iterdir() if _is_step(path.name) and path.is_dir())
+
+    def items(self, step: int) -> frozenset[str] | None:
+        """Names of the items of arrays that a step holds; None if its index cannot be read."""
+        try:
+            return frozenset(StoredStep(self._folder, step).index()["arrays"])
+        except Damaged:
+            return None
 
     def is_partial(self, step: int) -> bool:
         """Whether large items were left out of the step on purpose."""
-        return self._note(step).partial
+        note = self._note(step)
+        return note is not None and note.partial
 
     def complete(self, steps: Iterable[int]) -> list[int]:
-        """Those of the steps that are not partial."""
+        """Those of the steps that are not partial; one whose index cannot be read is taken for complete."""
         return [step for step in steps if not self.is_partial(step)]
+
+    def readable(self, steps: Iterable[int]) -> list[int]:
+        """Those of the steps whose index can be read."""
+        return [step for step in steps if self._note(step) is not None]
 
     def best(self, steps: Iterable[int]) -> int | None:
         """The complete one with the lowest loss, the newer one of equals; None when none has a loss."""
         notes = {step: self._note(step) for step in steps}
-        losses = [(note.loss, -step) for step, note in notes.items() if note.loss is not None and not note.partial]
+        losses = [(n.loss, -step) for step, n in notes.items() if n and n.loss is not None and not n.partial]
         return -min(losses)[1] if losses else None
 
     def remember(self, step: int, note: Note) -> None:
         """Takes the note of a step that is about to be written."""
         self._notes[step] = note
 
-    def _note(self, step: int) -> Note:
+    def _note(self, step: int) -> Note | None:
         if step not in self._notes:
             try:
                 index = StoredStep(self._folder, step).index()
             except Damaged:
-                return Note(loss=None, partial=False)
+                return None  # asked again, because the reason may pass
             self._notes[step] = note_of(index)
         return self._notes[step]
+
+
+def _is_step(name: str) -> bool:
+    """Whether a folder's name is a number as saving writes it: no leading zeros, no digits of other scripts."""
+    return name.isascii() and name.isdecimal() and str(int(name)) == name
 
 
 class Retention:
@@ -62,5 +81,7 @@ class Retention:
         del context
         steps = sorted(info.step for info in checkpoints)
         best = self._steps.best(steps) if self._keep_best else None
-        kept = {*steps[-self._keep :], *self._steps.complete(steps)[-self._keep :], best}
+        # A step that cannot be read takes nobody's place.
+        complete = self._steps.complete(self._steps.readable(steps))
+        kept = {*steps[-self._keep :], *complete[-self._keep :], best}
         return [info.step in kept for info in checkpoints]

@@ -1,6 +1,8 @@
 """Checkpoints come back bit for bit, on any mesh, after a kill, or say what is wrong."""
 
+import errno
 import gc
+import json
 import os
 import pathlib
 import random
@@ -17,6 +19,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from memjax.checkpoint import CheckpointError, Checkpoints
+from memjax.checkpoint.errors import write_advice
+from memjax.checkpoint.index import INDEX, seal
 
 # TensorStore leaves reads pending when another read of a damaged array fails; they complain when they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -409,3 +413,112 @@ def test_who_goes_on_from_a_complete_step_saves_the_partial_ones_after_it_anew(t
         assert again.complete() == [1, 2, 3]
         assert_same_bits(again.restore(WHOLE, step=2).arrays, whole(21))
         assert_same_bits(again.restore(WHOLE, step=3).arrays, whole(30))
+
+
+def test_folders_that_changed_places_are_noticed(tmp_path, capsys):
+    checkpoints = saved(tmp_path, 1, 2, 3)
+    for source, target in (("2", "x"), ("3", "2"), ("x", "3")):
+        (tmp_path / source).rename(tmp_path / target)
+    later = Checkpoints(tmp_path)
+    with pytest.raises(CheckpointError, match=r"step 3.*it was saved as step 2, so the folder was renamed"):
+        later.restore(small_target(), step=3)
+    assert later.restore(small_target()).step == 1
+    assert (later.latest(), later.readable(), checkpoints.steps()) == (1, [1], [1, 2, 3])
+    assert "step 3" in capsys.readouterr().err
+
+
+def test_an_index_without_a_number_is_still_read(tmp_path):
+    saved(tmp_path, 7)
+    file = tmp_path / "7" / INDEX / "metadata"
+    index = json.loads(file.read_text())["index"]
+    del index["step"], index["partial"]
+    file.write_text(json.dumps(seal(index)))
+    assert_same_bits(Checkpoints(tmp_path).restore(small_target(), step=7).arrays, small(7))
+
+
+@pytest.mark.parametrize("name", ["0099", "99999999", "٣٣", "+9", "9.orbax-checkpoint-tmp"])
+def test_folders_that_are_no_steps_and_empty_steps_are_passed_over(tmp_path, name):
+    saved(tmp_path, 1)
+    (tmp_path / name).mkdir()
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.steps() == ([1, 99999999] if name == "99999999" else [1])
+    assert (checkpoints.latest(), checkpoints.newest_with("params")) == (1, 1)
+    assert checkpoints.newest_with("opt_state") is None
+    assert checkpoints.restore(small_target()).step == 1
+
+
+def test_a_step_that_cannot_be_read_costs_no_other_its_place(tmp_path):
+    saved(tmp_path, 1)
+    (tmp_path / "2").mkdir()
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(3, light(3), {}, partial=True)
+    assert checkpoints.latest() == 1
+
+
+def test_a_leaf_that_does_not_come_back_is_damage(tmp_path, capsys):
+    saved(tmp_path, 1, 2)
+    # One flipped bit in the name of an array: Orbax restores the others and leaves the target in its place.
+    file = tmp_path / "2" / "params" / "_METADATA"
+    file.write_bytes(file.read_bytes().replace(b"('w',)", b"('v',)").replace(b'"w"', b'"v"'))
+    for verify in (True, False):
+        assert Checkpoints(tmp_path, verify=verify).restore(small_target()).step == 1
+        assert "step 2, item params: cannot be read (ValueError: w did not come back)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [".unreadable", ".trash"])
+def test_a_link_in_place_of_a_folder_that_is_emptied_is_refused(tmp_path, name):
+    (tmp_path / "elsewhere" / "2").mkdir(parents=True)
+    saved(tmp_path / "run", 1, 2)
+    shutil.rmtree(tmp_path / "run" / "2" / "params")
+    (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
+    checkpoints = Checkpoints(tmp_path / "run")
+    assert checkpoints.restore(small_target()).step == 1
+    with pytest.raises(CheckpointError, match=f"{name} is a link"):
+        checkpoints.save(2, small(2), {})
+    assert os.listdir(tmp_path / "elsewhere") == ["2"]
+
+
+FAILING = """
+import pathlib, sys, jax.numpy as jnp
+from memjax.checkpoint import CheckpointError, Checkpoints
+folder = pathlib.Path(sys.argv[1])
+checkpoints = Checkpoints(folder)
+checkpoints.save(1, {"params": {"w": jnp.ones(3)}}, {})
+checkpoints.wait()
+folder.rename(folder.with_suffix(".old"))
+folder.write_text("")  # a file in the way of the folder
+try:
+    checkpoints.save(2, {"params": {"w": jnp.ones(3)}}, {})
+    checkpoints.wait()
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_a_program_whose_save_has_failed_ends_at_once_and_says_why(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-c", FAILING, str(tmp_path / "run")], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert run.returncode == 0
+    assert "step 2" in run.stdout
+    assert "cannot be written: a file is where a folder should be" in run.stdout
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(errno.ENOSPC, "x"), "the disk is full"),
+        (ValueError("Error writing local file [OS error 28: ENOSPC No space left on device]"), "the disk is full"),
+        (PermissionError(errno.EACCES, "x"), "this user may not write there"),
+        (OSError(errno.EROFS, "x"), "read-only"),
+        (OSError(errno.ENOTEMPTY, "x"), "another process writes there"),
+        (TypeError("x"), ""),
+    ],
+)
+def test_advice_fits_the_cause(error, advice):
+    for found in (error, RuntimeError("wrapped")):
+        if found is not error:
+            found.__cause__ = error
+        assert advice in write_advice(found)
+        assert bool(advice) == bool(write_advice(found))
