@@ -37,6 +37,7 @@ def batches(
     document_mask: bool,
     seed: int,
     with_sources: bool = False,
+    shard: slice = slice(None),
 ) -> grain.IterDataset[Batch]:
     """Batches of num_rows rows; a last one that records do not fill is padded with empty rows.
 
@@ -49,14 +50,16 @@ def batches(
         document_mask: number the records of a row and their positions, or treat a row as one text.
         seed: chooses the wordings of the records, and orders the rows that first_fit fills together.
         with_sources: tell the part of a mixture that each token is from.
+        shard: which of the blocks of records that are read together, for one of several workers.
     """
     finish = _Finish(num_rows=num_rows, document_mask=document_mask, with_sources=with_sources)
     read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     if packing == "none":
         blocks = numbers.batch(num_rows, batch_fn=list).random_map(reader, seed=seed)
-        return blocks.map(_OneEach(sequence_length)).map(finish).to_iter_dataset(read)
-    blocks = numbers.batch(_BLOCK, batch_fn=list).random_map(reader, seed=seed).to_iter_dataset(read)
-    pieces = FlatMapIterDataset(blocks, _Pieces(None if packing == "concat" else sequence_length))
+        return blocks.map(_OneEach(sequence_length)).map(finish)[shard].to_iter_dataset(read)
+    blocks = numbers.batch(_BLOCK, batch_fn=list).random_map(reader, seed=seed)
+    cut = _Pieces(None if packing == "concat" else sequence_length)
+    pieces = FlatMapIterDataset(blocks[shard].to_iter_dataset(read), cut)
     rows: grain.IterDataset[Any]
     if packing == "concat":
         rows = ConcatThenSplitIterDataset(pieces, length_struct={_FEATURE: sequence_length})

@@ -4,24 +4,24 @@ Every process of a run reads all of it and gives its devices their rows: so the 
 the mesh nor on the number of processes, and a place in it means the same to all of them.
 """
 
+import dataclasses
 import itertools
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
-import numpy as np
-from absl import flags
 from grain.experimental import ThreadPrefetchIterDataset
 
 from memjax.config import DataConfig
 from memjax.data import packing
 from memjax.data.packing import Batch
-from memjax.data.parts import open_parts, order, reader_of
+from memjax.data.parts import Part, open_parts, order, reader_of
 from memjax.data.sampling import sample_texts
 from memjax.data.tokenizer import Tokenizer, train_bpe
 from memjax.data.tokenizer_files import open_tokenizer
+from memjax.data.workers import Workers
 from memjax.errors import DataError
 
 __all__ = ["Batch", "TrainingData", "train_tokenizer", "validation_batches"]
@@ -80,27 +80,13 @@ class TrainingData(Iterator[Batch]):
                 {"name": part.name, "weight": part.weight, "num_records": opened.stop}
                 for part, opened in zip(config.mixture, self.parts, strict=True)
             ]
-        grain_seed = seed % 2**32
-        numbers = order(self.parts, seed=grain_seed, shuffle=config.shuffle, repeat=True)
-        batches = packing.batches(
-            numbers,
-            reader_of(self.parts, config),
-            packing=config.packing,
-            sequence_length=config.sequence_length,
-            num_rows=config.batch_size,
-            document_mask=config.document_mask,
-            seed=grain_seed,
-            with_sources=config.source == "mixture",
-        )
+        recipe = _Recipe(config, self.parts, seed % 2**32)
+        batches: Iterator[Batch]
         if config.num_workers:
-            # Grain's workers read absl's flags, which only programs started through absl have parsed.
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()
-            options = grain.MultiprocessingOptions(config.num_workers, per_worker_buffer_size=_READY_BATCHES)
-            batches = batches.mp_prefetch(options)
+            batches = Workers(recipe.shard, config.num_workers)
         else:
-            batches = ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_READY_BATCHES)
-        self._open = [iter(batches)]
+            batches = iter(ThreadPrefetchIterDataset(recipe.shard(0, 1), prefetch_buffer_size=_READY_BATCHES))
+        self._open: list[Any] = [batches]
         # A thread or process that still reads when the interpreter goes down would abort it with an exit code of its
         # own, so what nobody closed is closed, and let go of, before.
         self._close = weakref.finalize(self, _close_all, self._open)
@@ -108,11 +94,7 @@ class TrainingData(Iterator[Batch]):
     def __next__(self) -> Batch:
         if not self._open:
             raise StopIteration
-        batch = next(self._open[0])
-        if self._plan["num_workers"]:
-            # Workers hand over shared memory, which is given back only when the last array that looks at it is gone.
-            batch = {name: np.array(rows) for name, rows in batch.items()}
-        return batch
+        return next(self._open[0])
 
     def get_state(self) -> dict[str, Any]:
         """The place after the last batch given, as JSON values; not to be asked for after `close`."""
@@ -167,7 +149,31 @@ def validation_batches(config: DataConfig, tokenizer: Tokenizer, *, batches: int
     yield from itertools.islice(found, batches)
 
 
-def _close_all(iterators: list[grain.DatasetIterator]) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    """Makes the batches of a run, or every n-th block of records for a worker."""
+
+    config: DataConfig
+    parts: Sequence[Part]
+    seed: int
+
+    def shard(self, index: int, count: int) -> grain.IterDataset[Batch]:
+        """The batches of one of several workers."""
+        config = self.config
+        return packing.batches(
+            order(self.parts, seed=self.seed, shuffle=config.shuffle, repeat=True),
+            reader_of(self.parts, config),
+            packing=config.packing,
+            sequence_length=config.sequence_length,
+            num_rows=config.batch_size,
+            document_mask=config.document_mask,
+            seed=self.seed,
+            with_sources=config.source == "mixture",
+            shard=slice(index, None, count),
+        )
+
+
+def _close_all(iterators: list[Any]) -> None:
     while iterators:
         iterators.pop().close()
 

@@ -8,7 +8,6 @@ import os
 import pathlib
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -22,6 +21,7 @@ from memjax.data.prepared import Manifest, Writer, encode_record, id_dtype, is_p
 from memjax.data.progress import ByteProgress
 from memjax.data.records import Record
 from memjax.data.tokenizer import Tokenizer
+from memjax.data.workers import end_with_parent
 from memjax.errors import DataError
 
 _BLOCK_BYTES = 1 << 19
@@ -210,14 +210,7 @@ def _start_process(work: BlockTokenizer) -> None:
     # Ctrl-C reaches every process of a terminal; the parent is the one that says so.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _this_process.append(work)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """Ends this process once its parent is gone, which a killed parent cannot see to."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    end_with_parent()
 
 
 def _work(block: _Block) -> _Tokenised:

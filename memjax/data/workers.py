@@ -1,0 +1,164 @@
+"""Batches from worker processes that end with the program, however that ends.
+
+Each worker makes every n-th batch and sends it through a pipe of its own. Nothing else is shared: no queue, no lock and
+no shared memory, so a worker may be killed at any moment and nothing has to be drained, released or waited for.
+"""
+
+import contextlib
+import fcntl
+import multiprocessing
+import multiprocessing.util
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple
+
+import grain
+from grain.experimental import ThreadPrefetchIterDataset
+
+from memjax.errors import DataError
+
+_AHEAD = 4
+"""Batches that a worker makes ahead of the one it sends."""
+_PIPE_BYTES = 1 << 20
+"""As much as Linux lets an ordinary user have: fewer switches between the processes for each batch."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+State = dict[str, Any]
+
+
+Shards = Callable[[int, int], grain.IterDataset]
+"""Picklable: from a worker's number and that of all workers to its batches, every n-th of all."""
+
+
+class _Message(NamedTuple):
+    batch: Any
+    state: State | None
+    error: Exception | None = None
+
+
+class Workers(Iterator[Any]):
+    """The batches of n worker processes, one of each in turn; the processes start at the first batch."""
+
+    def __init__(self, shards: Shards, count: int):
+        """Starts nothing yet.
+
+        Args:
+            shards: makes the batches of a worker; sent to each.
+            count: number of processes.
+        """
+        self._shards = shards
+        self._states: list[State] = [iter(shards(index, count)).get_state() for index in range(count)]
+        self._next = 0
+        self._running: list[tuple[BaseProcess, Connection]] = []
+        self._closed = False
+        # multiprocessing terminates what is left before the interpreter ends, and would wait for it.
+        self._finalize = multiprocessing.util.Finalize(self, _kill, args=(self._running,), exitpriority=10)
+
+    def __next__(self) -> Any:
+        if self._closed:
+            raise StopIteration
+        if not self._running:
+            self._start()
+        process, pipe = self._running[self._next]
+        try:
+            batch, state, error = pipe.recv()
+        except (EOFError, OSError) as lost:
+            process.join(1)
+            code = process.exitcode
+            self.close()
+            raise DataError(
+                f"data worker {self._next} ended with exit code {code}; -9 is likely a lack of memory: "
+                "set data.num_workers lower"
+            ) from lost
+        if error is not None:
+            self.close()
+            raise error
+        self._states[self._next] = state
+        self._next = (self._next + 1) % len(self._states)
+        return batch
+
+    def get_state(self) -> State:
+        """The position after the last batch given."""
+        return {"next": self._next, "workers": list(self._states)}
+
+    def set_state(self, state: State) -> None:
+        """Continues from a position that `get_state` gave, also one of Grain's own worker processes."""
+        if "iterators_in_use_states" in state:
+            state = {"next": state["next_index_in_cycle"], "workers": state["iterators_in_use_states"]}
+        _kill(self._running)
+        self._next, self._states = state["next"], list(state["workers"])
+
+    def close(self) -> None:
+        """Ends the processes; there are no batches after that."""
+        self._closed = True
+        self._finalize()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        resource_tracker.ensure_running()  # its start would unblock signals that are blocked below
+        for index, state in enumerate(self._states):
+            ours, theirs = context.Pipe(duplex=False)
+            with contextlib.suppress(OSError, AttributeError):
+                fcntl.fcntl(theirs.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+            args = (theirs, self._shards, index, len(self._states), state)
+            process = context.Process(target=_work, args=args, daemon=True, name=f"data-worker-{index}")
+            # A signal to the whole process group asks the program to save and end; it must not take its data away.
+            with _blocked(_SIGNALS):
+                process.start()
+            theirs.close()
+            self._running.append((process, ours))
+
+
+def end_with_parent() -> None:
+    """Ends this process as soon as its parent is gone, even if that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _work(pipe: Connection, shards: Shards, index: int, count: int, state: State) -> None:
+    end_with_parent()
+    try:
+        batches = iter(ThreadPrefetchIterDataset(shards(index, count), prefetch_buffer_size=_AHEAD))
+        batches.set_state(state)
+        while True:
+            batch = next(batches)
+            pipe.send(_Message(batch, batches.get_state()))
+    except BrokenPipeError:
+        pass
+    except Exception as error:
+        if not isinstance(error, DataError):
+            error.add_note(f"in data worker {index}:\n{traceback.format_exc()}")
+        pipe.send(_Message(None, None, error))
+    os._exit(0)  # the thread that reads ahead may be in the middle of a batch
+
+
+def _kill(running: list[tuple[BaseProcess, Connection]]) -> None:
+    for process, _ in running:
+        process.kill()
+    while running:
+        process, pipe = running.pop()
+        process.join()
+        process.close()
+        pipe.close()
+
+
+@contextlib.contextmanager
+def _blocked(signals: Sequence[signal.Signals]) -> Iterator[None]:
+    """Blocks signals in this thread and in processes that it starts meanwhile, where they stay blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
