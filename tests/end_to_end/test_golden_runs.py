@@ -4,6 +4,7 @@ The archives are made by tests/fixtures/make_runs.py. On the machine that made t
 bit; other processors and other code generators of XLA add up in another order, hence the tolerance.
 """
 
+import functools
 import json
 import pathlib
 import tarfile
@@ -19,7 +20,7 @@ from memjax.training import main
 from memjax.training.mesh import make_mesh
 
 RUNS = sorted((pathlib.Path(__file__).parents[1] / "fixtures" / "runs").glob("*.tar.xz"))
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("archive", RUNS, ids=[path.name.partition(".")[0] for path in RUNS])
@@ -30,13 +31,13 @@ def test_an_older_run_loads_and_resumes_with_the_numbers_that_it_had(archive, tm
     expected = np.load(tmp_path / "expected.npz")
     loaded = memjax.load(tmp_path)
     assert loaded.step == 4
-    np.testing.assert_allclose(loaded.model(jnp.asarray(expected["tokens"])), expected["logits"], **CLOSE)
+    close(loaded.model(jnp.asarray(expected["tokens"])), expected["logits"])
 
     assert train.main([str(tmp_path / "config.yaml"), "--run.dir", str(tmp_path)]) == 0
     assert "resumed from step 4" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 9))
-    np.testing.assert_allclose([row["train/loss"] for row in rows[4:]], expected["losses"], **CLOSE)
+    close([row["train/loss"] for row in rows[4:]], expected["losses"])
 
 
 def test_there_is_a_run_of_each_kind():
