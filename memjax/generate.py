@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from memjax import command_line
 from memjax.config import SamplingConfig
+from memjax.errors import ConfigError
 from memjax.evaluation.command import CheckpointSettings, exit_code, loaded
 
 if TYPE_CHECKING:
