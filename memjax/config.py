@@ -78,6 +78,12 @@ class TokenizerConfig:
     """How text is cut before ranks are applied, which their file does not say; Llama 3 has cl100k's (tiktoken)."""
     special_tokens: tuple[str, ...] = ("<|endoftext|>",)
     """Special tokens, which get the ids after the last rank in this order (tiktoken)."""
+    added_tokens: tuple[str, ...] = ()
+    """Special tokens that were added to the file's own, with the ids after its last piece (sentencepiece)."""
+    end_tokens: tuple[str, ...] = ()
+    """Special tokens besides eos at which generation ends."""
+    adds_bos: bool = True
+    """Whether prompts begin with the begin token, in generation and evaluation; records of a training always do."""
 
     def __post_init__(self) -> None:
         from_file = self.kind not in ("byte", "bpe")
@@ -87,6 +93,11 @@ class TokenizerConfig:
                 f"{name}={value} is for a tokenizer from a file; set kind to hf, sentencepiece or tiktoken"
                 for name, value in (("path", self.path), ("bos", self.bos), ("eos", self.eos))
                 if value is not None and not from_file
+            ]
+            + [
+                f"added_tokens={list(self.added_tokens)} is for kind sentencepiece, whose files lack added tokens"
+                if self.added_tokens and self.kind != "sentencepiece"
+                else None
             ]
             + [
                 f"special_tokens={list(self.special_tokens)} must name each token once, and none may be empty"

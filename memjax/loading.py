@@ -135,7 +135,7 @@ def meta_document(config: RunConfig, tokenizer: Tokenizer, *, step: int) -> dict
         "format": FORMAT,
         "step": step,
         "config": dataclasses.asdict(config),
-        "tokenizer": tokenizer.to_state(),
+        "tokenizer": tokenizer.full_state(),
         # 'auto' means another type on another machine.
         "table_dtype": dtypes.get("memory"),
         "expert_table_dtype": dtypes.get("expert_lookup"),

@@ -102,13 +102,11 @@ def continue_texts(
 
 def _prompt_ids(tokenizer: Tokenizer, prompt: str, special_tokens: bool) -> list[int]:
     encode = tokenizer.encode_with_special if special_tokens else tokenizer.encode
-    ids = encode(prompt)
-    # Chat templates write the begin token out.
-    return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
+    return tokenizer.prompt(encode(prompt))
 
 
 def _stop_ids(tokenizer: Tokenizer, stop: Sequence[str]) -> set[int]:
-    return {tokenizer.eos_id, *(tokenizer.special_tokens[name] for name in stop if name in tokenizer.special_tokens)}
+    return {*tokenizer.end_ids, *(tokenizer.special_tokens[name] for name in stop if name in tokenizer.special_tokens)}
 
 
 class _Text:

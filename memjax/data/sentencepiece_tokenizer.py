@@ -20,35 +20,38 @@ class SentencePieceTokenizer(Tokenizer):
 
     kind: ClassVar[str] = "sentencepiece"
 
-    def __init__(self, model: str, *, bos: str | None = None, eos: str | None = None):
-        """Takes the content of the file in base 64, and names of the begin and end token other than the model's own.
+    def __init__(self, model: str, *, bos: str | None = None, eos: str | None = None, added_tokens: Sequence[str] = ()):
+        """Takes the content of the file in base 64.
+
+        Args:
+            model: that content.
+            bos: name of a begin token other than the model's own.
+            eos: name of an end token other than the model's own.
+            added_tokens: further special tokens, which get the ids after the last piece.
 
         Raises:
             ValueError: it is no SentencePiece model, or has no such token.
             DataError: the library is missing.
         """
-        try:
-            import sentencepiece
-        except ImportError as error:
-            raise DataError(
-                "a tokenizer of kind=sentencepiece needs the package sentencepiece: pip install 'memjax[tokenizers]'"
-            ) from error
         self._model, self._bos, self._eos = model, bos, eos
-        processor = sentencepiece.SentencePieceProcessor()
         try:
-            processor.LoadFromSerializedProto(base64.b64decode(model))
-        except (RuntimeError, ValueError) as error:
+            content = base64.b64decode(model)
+        except ValueError as error:
             raise ValueError(f"not a SentencePiece model ({error})") from error
-        self._processor = processor
+        processor = self._processor = _processor(content)
         pieces = [processor.IdToPiece(token) for token in range(processor.GetPieceSize())]
         special_tokens = {piece: token for token, piece in enumerate(pieces) if processor.IsControl(token)}
+        if known := sorted(set(added_tokens) & set(pieces)):
+            raise ValueError(f"its added token {known[0]!r} is a piece of the model already")
+        self._added_tokens = tuple(added_tokens)
+        special_tokens |= {name: len(pieces) + number for number, name in enumerate(added_tokens)}
 
         def own(token: int) -> str | None:
             return pieces[token] if token >= 0 else None
 
         bos_id, eos_id = begin_and_end(special_tokens, bos or own(processor.bos_id()), eos or own(processor.eos_id()))
         super().__init__(
-            [self._bytes_of(token, piece) for token, piece in enumerate(pieces)],
+            [self._bytes_of(token, piece) for token, piece in enumerate(pieces)] + [b""] * len(added_tokens),
             special_tokens,
             bos_id=bos_id,
             eos_id=eos_id,
@@ -56,9 +59,24 @@ class SentencePieceTokenizer(Tokenizer):
         self.adds_leading_space = b"".join(map(self.token_bytes, self.encode("a"))).startswith(b" ")
 
     @classmethod
-    def of_file(cls, content: bytes, *, bos: str | None = None, eos: str | None = None) -> "SentencePieceTokenizer":
+    def of_file(
+        cls, content: bytes, *, bos: str | None = None, eos: str | None = None, added_tokens: Sequence[str] = ()
+    ) -> "SentencePieceTokenizer":
         """The tokenizer of a .model file's content; raises what the constructor raises."""
-        return cls(base64.b64encode(content).decode(), bos=bos, eos=eos)
+        return cls(base64.b64encode(content).decode(), bos=bos, eos=eos, added_tokens=added_tokens)
+
+    @staticmethod
+    def pieces_of(content: bytes) -> list[str]:
+        """The pieces of a .model file, by id; raises what the constructor raises."""
+        processor = _processor(content)
+        return [processor.IdToPiece(token) for token in range(processor.GetPieceSize())]
+
+    @staticmethod
+    def special_tokens_of(content: bytes, added_tokens: Sequence[str] = ()) -> dict[str, int]:
+        """The special tokens of a .model file and what was added to it; raises what the constructor raises."""
+        processor, size = _processor(content), len(SentencePieceTokenizer.pieces_of(content))
+        own = {processor.IdToPiece(token): token for token in range(size) if processor.IsControl(token)}
+        return own | {name: size + number for number, name in enumerate(added_tokens)}
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special tokens."""
@@ -69,8 +87,9 @@ class SentencePieceTokenizer(Tokenizer):
         return [self.encode(text) for text in texts]
 
     def to_state(self) -> dict[str, Any]:
-        """The whole .model file."""
-        return {"kind": self.kind, "model": self._model, "bos": self._bos, "eos": self._eos}
+        """The content of the .model file, and what was added to it."""
+        state = {"kind": self.kind, "model": self._model, "bos": self._bos, "eos": self._eos}
+        return {**state, "added_tokens": list(self._added_tokens)} if self._added_tokens else state
 
     def _bytes_of(self, token: int, piece: str) -> bytes:
         if self._processor.IsControl(token) or self._processor.IsUnused(token):
@@ -80,3 +99,19 @@ class SentencePieceTokenizer(Tokenizer):
         if self._processor.IsByte(token):  # <0x0A>
             return bytes.fromhex(piece[3:5])
         return piece.replace(_SPACE, " ").encode()
+
+
+def _processor(content: bytes) -> Any:
+    """The library's model of a .model file's content."""
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise DataError(
+            "a tokenizer of kind=sentencepiece needs the package sentencepiece: pip install 'memjax[tokenizers]'"
+        ) from error
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(content)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"not a SentencePiece model ({error})") from error
+    return processor

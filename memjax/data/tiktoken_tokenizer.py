@@ -5,7 +5,7 @@ import binascii
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from memjax.data.tokenizer import Tokenizer, begin_and_end, whole_unicode
+from memjax.data.tokenizer import Tokenizer, begin_and_end, check_id, whole_unicode
 from memjax.errors import DataError
 
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -52,8 +52,10 @@ class TiktokenTokenizer(Tokenizer):
         of_bytes = {base64.b64decode(token): rank for token, rank in ranks.items()}
         if missing := [byte for byte in range(256) if bytes([byte]) not in of_bytes]:
             raise ValueError(f"{len(missing)} of the 256 bytes are no tokens; texts would lose them")
-        if len(set(of_bytes.values())) < len(ranks):
-            raise ValueError("two tokens have the same rank")
+        if len(of_bytes) < len(ranks) or len(set(of_bytes.values())) < len(ranks):
+            raise ValueError("two tokens have the same rank, or two ranks the same token")
+        for rank in (min(of_bytes.values()), max(of_bytes.values())):
+            check_id(rank)
         first = max(of_bytes.values()) + 1
         ids = {name: first + number for number, name in enumerate(special_tokens)}
         token_bytes = [b""] * (first + len(ids))
@@ -85,10 +87,14 @@ class TiktokenTokenizer(Tokenizer):
                 continue
             try:
                 token, rank = line.split()
-                base64.b64decode(token, validate=True)
+                # Whisper's multilingual vocabulary ends with an empty token, written as padding alone.
+                if token != b"=":
+                    base64.b64decode(token, validate=True)
+                if token.decode() in ranks:
+                    raise ValueError
                 ranks[token.decode()] = int(rank)
             except (ValueError, binascii.Error):
-                raise ValueError(f"line {number} is not a token in base 64 and its rank") from None
+                raise ValueError(f"line {number} is not a token in base 64 and its rank, or repeats a token") from None
         return cls(ranks, pattern=PATTERNS[pattern], special_tokens=special_tokens, bos=bos, eos=eos)
 
     def encode(self, text: str) -> list[int]:

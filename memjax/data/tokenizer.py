@@ -16,9 +16,14 @@ import tokenizers.pre_tokenizers
 import tokenizers.trainers
 
 from memjax.errors import DataError
+from memjax.io.files import write_atomic
 
 FILE_NAME = "tokenizer.json"
 _SPECIAL_TOKENS = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
+_MAX_VOCAB_SIZE = 1 << 22
+"""Several times that of the largest vocabularies in use."""
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError, MemoryError)
+"""What reading content of the wrong shape can raise."""
 _MIN_VOCAB_SIZE = len(_SPECIAL_TOKENS) + 256
 
 
@@ -28,6 +33,12 @@ class Tokenizer(ABC):
     kind: ClassVar[str]
     adds_leading_space: bool = False
     """Whether a text's first token carries a space that is no part of the text."""
+    added_words: tuple[str, ...] = ()
+    """Words that were added to the vocabulary after its training; texts encode to them."""
+    adds_bos: bool = True
+    """Whether prompts begin with the begin token. Training always puts it in front of records."""
+    end_tokens: tuple[str, ...] = ()
+    """Special tokens besides `eos_id` at which generation ends."""
 
     def __init__(
         self,
@@ -45,15 +56,48 @@ class Tokenizer(ABC):
         # Padding is masked everywhere, so any token will do.
         self.pad_id = self.special_tokens.get("<pad>", eos_id)
 
+    def configure(self, *, adds_bos: bool = True, end_tokens: Sequence[str] = ()) -> "Tokenizer":
+        """Sets how a model uses the tokenizer, which its file does not hold, and returns the tokenizer.
+
+        Raises:
+            ValueError: an end token is no special token.
+        """
+        if unknown := [name for name in end_tokens if name not in self.special_tokens]:
+            raise ValueError(
+                f"data.tokenizer.end_tokens: {unknown[0]!r} is none of its special tokens: {_some(self.special_tokens)}"
+            )
+        self.adds_bos = adds_bos
+        self.end_tokens = tuple(name for name in end_tokens if self.special_tokens[name] != self.eos_id)
+        return self
+
     @property
     def vocab_size(self) -> int:
         """Number of ids, the special ones included."""
         return len(self._token_bytes)
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids at which generation ends; `eos_id` comes first."""
+        return (self.eos_id, *(self.special_tokens[name] for name in self.end_tokens))
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """16 hex digits that differ between tokenizers that encode differently."""
         return hashlib.sha256(json.dumps(self.to_state(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def prompt(self, ids: Sequence[int]) -> list[int]:
+        """The ids of a prompt as the model expects them: after the begin token, where prompts have one.
+
+        A begin token that a chat template wrote out is not repeated, and an empty prompt always is the begin token.
+        """
+        begins = not ids or (self.adds_bos and ids[0] != self.bos_id)
+        return [self.bos_id, *ids] if begins else list(ids)
+
+    def num_bytes(self, ids: Sequence[int]) -> int:
+        """Bytes of the text that the ids of an encoded text stand for; less than the text's own where some is lost."""
+        total = sum(len(self.token_bytes(token)) for token in ids)
+        first = next((piece for token in ids if (piece := self.token_bytes(token))), b"")
+        return total - (self.adds_leading_space and first.startswith(b" "))
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -69,7 +113,12 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def to_state(self) -> dict[str, Any]:
+        """All that encoding depends on as JSON values; `save` and checkpoints keep `full_state`."""
+
+    def full_state(self) -> dict[str, Any]:
         """All of the tokenizer as JSON values, for checkpoints."""
+        used = {} if self.adds_bos else {"adds_bos": False}
+        return {**self.to_state(), **used, **({"end_tokens": list(self.end_tokens)} if self.end_tokens else {})}
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token stands for; none for the special ones and for ids past the vocabulary."""
@@ -79,13 +128,16 @@ class Tokenizer(ABC):
         """The ids of a text in which the names of special tokens, such as a chat template's, mean these tokens."""
         if not self.special_tokens:
             return self.encode(text)
-        # Of names that begin alike the longest counts.
-        names = sorted(self.special_tokens, key=len, reverse=True)
-        pieces = re.split(f"({'|'.join(map(re.escape, names))})", text)
         ids: list[int] = []
-        for piece in filter(None, pieces):
+        for piece in filter(None, self._special_names.split(text)):
             ids += [self.special_tokens[piece]] if piece in self.special_tokens else self.encode(piece)
         return ids
+
+    @functools.cached_property
+    def _special_names(self) -> re.Pattern[str]:
+        # Of names that begin alike the longest counts.
+        names = sorted(self.special_tokens, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, names))})")
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD.
@@ -99,10 +151,9 @@ class Tokenizer(ABC):
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes tokenizer.json into the folder, which is made if need be."""
-        folder = pathlib.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_state(), ensure_ascii=False, indent=1)
-        (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+        write_atomic(
+            pathlib.Path(folder) / FILE_NAME, json.dumps(self.full_state(), ensure_ascii=False, indent=1) + "\n"
+        )
 
     @staticmethod
     def load(folder: str | pathlib.Path) -> "Tokenizer":
@@ -116,21 +167,28 @@ class Tokenizer(ABC):
             state = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise DataError(f"{path}: there is no tokenizer here; name the folder of a run") from None
-        except ValueError as error:
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error})") from error
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: not JSON ({error}); copy it again from the run it belongs to") from error
         try:
             return Tokenizer.from_state(state if isinstance(state, dict) else {})
-        except ValueError as error:
-            raise DataError(f"{path}: {error}") from error
+        except MALFORMED as error:
+            raise DataError(f"{path}: {explained(error)}") from error
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> "Tokenizer":
-        """The tokenizer that `to_state` described.
+        """The tokenizer that `full_state` described.
 
         Raises:
             ValueError: the state is of no known kind.
-        DataError: the package that the kind needs is missing.
+            DataError: the package that the kind needs is missing.
         """
+        found = Tokenizer._of_kind(state)
+        return found.configure(adds_bos=state.get("adds_bos", True), end_tokens=state.get("end_tokens", ()))
+
+    @staticmethod
+    def _of_kind(state: dict[str, Any]) -> "Tokenizer":
         kind = state.get("kind")
         if kind == ByteTokenizer.kind:
             return ByteTokenizer()
@@ -145,7 +203,8 @@ class Tokenizer(ABC):
             if kind == "sentencepiece":
                 from memjax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
-                return SentencePieceTokenizer(state["model"], bos=state["bos"], eos=state["eos"])
+                added = state.get("added_tokens", ())
+                return SentencePieceTokenizer(state["model"], bos=state["bos"], eos=state["eos"], added_tokens=added)
             if kind == "tiktoken":
                 from memjax.data.tiktoken_tokenizer import TiktokenTokenizer
 
@@ -158,7 +217,7 @@ class Tokenizer(ABC):
         raise ValueError(f"tokenizer kind={kind!r} is unknown; known: byte, bpe, hf, sentencepiece, tiktoken")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tokenizer.from_state, (self.to_state(),)
+        return Tokenizer.from_state, (self.full_state(),)
 
 
 class ByteTokenizer(Tokenizer):
@@ -194,13 +253,7 @@ class BpeTokenizer(Tokenizer):
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(bpe))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"the BPE's description cannot be read ({error})") from error
-        vocab = self._tokenizer.get_vocab()
-        byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
-        token_bytes = [b""] * len(vocab)
-        for token, index in vocab.items():
-            if index >= len(_SPECIAL_TOKENS):
-                token_bytes[index] = bytes(byte_of[letter] for letter in token)
-        super().__init__(token_bytes)
+        super().__init__(bytes_by_id(self._tokenizer.get_vocab(), dict.fromkeys(_SPECIAL_TOKENS.values(), b"")))
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special tokens."""
@@ -311,6 +364,50 @@ def byte_letters() -> list[str]:
         letters.append(chr(byte if byte in visible else 0x100 + num_hidden))
         num_hidden += byte not in visible
     return letters
+
+
+def bytes_by_id(vocab: Mapping[str, int], known: Mapping[int, bytes]) -> list[bytes]:
+    """The bytes of every id of a byte-level vocabulary.
+
+    Args:
+        vocab: ids by words, which are spelled in `byte_letters`.
+        known: the bytes of words that are spelled otherwise, by id.
+
+    Raises:
+        ValueError: two words share an id, an id is far beyond the number of words, or a word has other letters.
+    """
+    if len(set(vocab.values())) < len(vocab):
+        seen: dict[int, str] = {}
+        twice = next((seen[index], word) for word, index in vocab.items() if seen.setdefault(index, word) != word)
+        raise ValueError(f"its words {twice[0]!r} and {twice[1]!r} have the same id")
+    check_id(max(vocab.values(), default=0))
+    byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
+    found = [b""] * (max(vocab.values(), default=-1) + 1)
+    for word, index in vocab.items():
+        try:
+            found[index] = known[index] if index in known else bytes([byte_of[letter] for letter in word])
+        except KeyError as error:
+            raise ValueError(
+                f"its word {word!r} has the letter {error}, which stands for no byte in a byte-level BPE; list the "
+                "word under added_tokens if texts may hold it, or take it out of the vocabulary"
+            ) from None
+    return found
+
+
+def check_id(token: int) -> None:
+    """Refuses ids for which no table of tokens should be allocated.
+
+    Raises:
+        ValueError: the id is negative, or larger than any vocabulary in use.
+    """
+    if not 0 <= token < _MAX_VOCAB_SIZE:
+        raise ValueError(f"has the token id {token}; ids must be in 0..{_MAX_VOCAB_SIZE - 1}")
+
+
+def explained(error: BaseException) -> str:
+    """An error of malformed content in one line: messages of this package as they are, others with their kind."""
+    text = " ".join(str(error).split())
+    return text if type(error) is ValueError else f"malformed tokenizer ({type(error).__name__}: {text[:200]})"
 
 
 def whole_unicode(text: str) -> str:

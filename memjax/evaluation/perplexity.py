@@ -32,7 +32,7 @@ class TextScore(NamedTuple):
     loss_per_token: float
     """Nats per token."""
     bytes: int
-    """Length of the text as UTF-8."""
+    """Length of the text as UTF-8, as far as its tokens hold it: what a tokenizer drops is not predicted either."""
     tokens: int
     """Tokens predicted: all of the text, none of the special ones."""
 
@@ -99,8 +99,9 @@ def bits_per_byte(
         nonlocal num_bytes, num_tokens
         limited = _limit(texts, max_bytes)
         while some := list(itertools.islice(limited, _TEXTS_AT_ONCE)):
-            num_bytes += sum(len(text.encode()) for text in some)
             for ids in tokenizer.encode_batch(some):
+                # What a tokenizer drops was not predicted, and must not be counted either.
+                num_bytes += tokenizer.num_bytes(ids)
                 num_tokens += len(ids)
                 yield from _windows([tokenizer.bos_id, *ids], sequence_length, stride)
 

@@ -204,8 +204,8 @@ def _spread(questions: Sequence[Question]) -> list[Question]:
 
 
 def _sample(model: Decoder, tokenizer: Tokenizer, question: Question) -> dict[str, str]:
-    prompt = [tokenizer.bos_id, *tokenizer.encode(question.prompt)]
-    tokens = generate(model, prompt, max_tokens=_SAMPLE_TOKENS, stop_ids=(tokenizer.eos_id,))
+    prompt = tokenizer.prompt(tokenizer.encode(question.prompt))
+    tokens = generate(model, prompt, max_tokens=_SAMPLE_TOKENS, stop_ids=tokenizer.end_ids)
     return {
         "prompt": question.prompt,
         "answer": tokenizer.decode(tokens).strip(),

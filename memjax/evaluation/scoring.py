@@ -46,14 +46,14 @@ class Score(NamedTuple):
 
 
 def request(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
-    """A begin token and the context; the tokens that the continuation adds to them when both are encoded as one text.
+    """The context as a prompt, and the tokens that the continuation adds to it when both are encoded as one text.
 
     Spaces at the end of the context belong to the continuation: tokens carry the space before a word.
     """
     kept = context.rstrip()
     before = tokenizer.encode(kept)
     whole = tokenizer.encode(context + continuation)
-    return Request([tokenizer.bos_id, *before], whole[len(before) :])
+    return Request(tokenizer.prompt(before), whole[len(before) :])
 
 
 def score(

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pydantic
 
 from memjax.config import ModelConfig, RopeScalingConfig
 from memjax.errors import CheckpointError
+from memjax.interop.model_card import one_or_many
 
 MEMORY_MODEL = "memjax"
 """The model_type of what transformers has no name for: a decoder with memory layers."""
@@ -86,7 +88,9 @@ def longest_text(config: dict[str, Any], place: str) -> int:
     return _Fields(config, place).size("max_position_embeddings", absent["max_position_embeddings"])
 
 
-def write_model_config(config: ModelConfig, *, dtype: str, longest: int, bos: int, eos: int) -> dict[str, Any]:
+def write_model_config(
+    config: ModelConfig, *, dtype: str, longest: int, bos: int, eos: Sequence[int]
+) -> dict[str, Any]:
     """The config.json of a model, which transformers 4 and 5 both read; with memory layers one of this project's own.
 
     Args:
@@ -94,7 +98,7 @@ def write_model_config(config: ModelConfig, *, dtype: str, longest: int, bos: in
         dtype: of the weights in the files.
         longest: tokens that it takes at once.
         bos: id of the token that begins texts.
-        eos: id of the token that ends them.
+        eos: ids of the tokens that end them.
 
     Raises:
         CheckpointError: the model is neither a Llama nor a Mistral, nor one with lookups.
@@ -108,7 +112,7 @@ def write_model_config(config: ModelConfig, *, dtype: str, longest: int, bos: in
         "vocab_size": config.vocab_size,
         "max_position_embeddings": longest,
         "bos_token_id": bos,
-        "eos_token_id": eos,
+        "eos_token_id": one_or_many(eos),
         "torch_dtype": dtype,
     }
     if config.lookups:

@@ -19,6 +19,19 @@ from memjax.models.trees import params_to_tree, tree_to_params
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _TABLE = "model.tables.{}.weight"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_BUFFERS = (
+    ".rotary_emb.inv_freq",
+    ".rotary_emb.original_inv_freq",
+    ".rotary_emb.cos_cached",
+    ".rotary_emb.sin_cached",
+    ".attn.bias",
+    ".self_attn.bias",
+    ".masked_bias",
+    ".position_ids",
+    ".causal_mask",
+)
+"""Ends of the names of what is no parameter."""
+_WITHOUT_HEAD = ("embed_tokens.", "layers.", "norm.", "rotary_emb.")
 _IN_MODEL = {"embed/embedding": _EMBEDDING, "norm/scale": "model.norm.weight", "head/kernel": _HEAD}
 _IN_BLOCK = {
     "attention_norm/scale": "input_layernorm.weight",
@@ -56,11 +69,7 @@ def read_model(files: TensorFiles, config: ModelConfig, place: str) -> Decoder:
     Raises:
         CheckpointError: tensors are missing or left over, or have another shape or type than the config says.
     """
-    # Buffers that older checkpoints hold, computed anew everywhere.
-    stored = {name: tensor for name, tensor in files.tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
-    if config.tie_embeddings and _HEAD in stored:
-        _check_tied(files, place)
-        del stored[_HEAD]
+    stored, names = _parameters(files, config, place)
     if config.num_layers > len(stored):  # before a decoder of so many is built
         raise CheckpointError(
             f"{place}: num_layers={config.num_layers} are more than the {len(stored)} tensors there are"
@@ -71,13 +80,35 @@ def read_model(files: TensorFiles, config: ModelConfig, place: str) -> Decoder:
 
     def read(path: Any, leaf: Any) -> jax.Array:
         tensor = wanted[_text(path)]
-        array = files.read(tensor.name)
+        array = files.read(names[tensor.name])
         # A copy of its own: what the library gives may lie in the file.
         return jax.device_put(np.array(array.T if tensor.transposed else array, leaf.dtype, order="C", copy=True))
 
     params = jax.tree_util.tree_map_with_path(read, params_to_tree(parts.abstract_params))
     tables = {pool: read(_table_path(pool), leaf) for pool, leaf in parts.abstract_tables.items()}
     return parts.assemble(tree_to_params(parts, params), tables)
+
+
+def _parameters(files: TensorFiles, config: ModelConfig, place: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The parameters in the files by their usual names, and what the files call them.
+
+    Buffers, which every program computes anew, are left out. A model that was saved without its head has names without
+    `model.` in front. The matrix of tied embeddings may be stored under either of its names.
+    """
+    names = {name: name for name in files.tensors if not name.endswith(_BUFFERS)}
+    if names and all(name.startswith(_WITHOUT_HEAD) for name in names):
+        names = {f"model.{name}": stored for name, stored in names.items()}
+    if config.tie_embeddings and _HEAD in names:
+        if _EMBEDDING in names:
+            _check_tied(files, place)
+        names[_EMBEDDING] = names.get(_EMBEDDING, names[_HEAD])
+        del names[_HEAD]
+    elif not config.tie_embeddings and _EMBEDDING in names and _HEAD not in names:
+        raise CheckpointError(
+            f"{place}: {_HEAD} is missing while tie_word_embeddings=false; set it to true in config.json if the output "
+            "shares the weights of the embedding, or download the model again"
+        )
+    return {name: files.tensors[stored] for name, stored in names.items()}, names
 
 
 def write_model(folder: pathlib.Path, model: Decoder, *, dtype: str | None, max_bytes: int) -> None:
@@ -179,7 +210,7 @@ def _common_type(names: Any) -> Any:
 
 
 def _check_tied(files: TensorFiles, place: str) -> None:
-    if _EMBEDDING in files.tensors and not np.array_equal(files.read(_EMBEDDING), files.read(_HEAD)):
+    if not np.array_equal(files.read(_EMBEDDING), files.read(_HEAD)):
         raise CheckpointError(
             f"{place}: tie_word_embeddings=true, yet {_HEAD} differs from {_EMBEDDING}; set it to false in config.json "
             "if the output has weights of its own"

@@ -21,7 +21,8 @@ from memjax.errors import CheckpointError, ConfigError
 from memjax.interop.folders import check_new, file_in, read_json, write_json, written_whole
 from memjax.interop.hf_config import longest_text, read_model_config, write_model_config
 from memjax.interop.hf_tensors import compare_bits, read_model, write_model
-from memjax.interop.hf_tokenizer_files import read_tokenizer, write_tokenizer
+from memjax.interop.hf_tokenizer_files import GENERATION, read_tokenizer, write_tokenizer
+from memjax.interop.model_card import CARD, generation_config, model_card
 from memjax.interop.new_run import write_run
 from memjax.interop.safetensors_files import open_tensors
 from memjax.loading import load_as_saved
@@ -43,7 +44,7 @@ KEPT_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
-    "generation_config.json",
+    GENERATION,
 )
 """Of its files: all that is neither weights nor config.json."""
 TOLERANCE = 1e-4
@@ -119,8 +120,9 @@ def to_hf(
         dtype=dtype or model.config.param_dtype,
         longest=longest or loaded.config.data.sequence_length,
         bos=tokenizer.bos_id,
-        eos=tokenizer.eos_id,
+        eos=tokenizer.end_ids,
     )
+    card = model_card(loaded.config, model.config, step=loaded.step)
     origin = None if like is None else pathlib.Path(like)
     kept = {} if origin is None else _kept_fields(origin, tokenizer)
     fields |= kept if longest is None else {**kept, "max_position_embeddings": longest}
@@ -128,6 +130,8 @@ def to_hf(
     expected = _logits(model)
     with written_whole(out) as folder:
         write_json(folder / CONFIG, fields)
+        write_json(folder / GENERATION, generation_config(tokenizer.bos_id, tokenizer.end_ids))
+        (folder / CARD).write_text(card, encoding="utf-8")
         has_tokenizer = write_tokenizer(folder, tokenizer) if origin is None else _copy_kept_files(origin, folder)
         write_model(folder, model, dtype=dtype, max_bytes=max_bytes)
         with open_tensors(folder) as files:

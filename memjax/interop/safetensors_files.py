@@ -19,9 +19,12 @@ from safetensors.numpy import save_file
 
 from memjax.errors import CheckpointError
 from memjax.interop.folders import file_in, read_json, write_json
+from memjax.io.files import default_mode
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The one file, or what tells which of several files holds a tensor."""
+_ONLY_SHARD = "model-00001-of-00001.safetensors"
+"""What some programs call the one file; some of them write an index to it, some do not."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -71,8 +74,9 @@ def open_tensors(folder: str | os.PathLike[str]) -> Iterator[TensorFiles]:
         CheckpointError: there are none, the index is wrong, or a file is no sound safetensors file.
     """
     folder = pathlib.Path(folder)
-    weight_map = None if (folder / SINGLE).exists() else _weight_map(folder)
-    names = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
+    single = next((name for name in (SINGLE, _ONLY_SHARD) if (folder / name).exists()), None)
+    weight_map = _weight_map(folder) if single is None else None
+    names = [single] if single is not None else sorted(set((weight_map or {}).values()))
     files = [file_in(folder, name) for name in names]
     with contextlib.ExitStack() as stack:
         handles = {}
@@ -117,6 +121,8 @@ def write_tensors(folder: pathlib.Path, tensors: Iterable[TensorToWrite], *, max
         # Readers that are written for torch insist on the format's name.
         arrays = {tensor.name: np.ascontiguousarray(tensor.make()) for tensor in shard}
         save_file(arrays, folder / name, metadata={"format": "pt"})
+        # The library makes files that only their owner may read.
+        (folder / name).chmod(default_mode())
     if len(shards) > 1:
         weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         total = sum(tensor.nbytes for shard in shards for tensor in shard)
@@ -161,10 +167,12 @@ def _why_nothing(folder: pathlib.Path) -> str:
 
 
 def _compare(index: pathlib.Path, promised: dict[str, str], found: dict[str, str]) -> None:
+    # Programs leave tied weights and buffers out of the files or out of the index; who reads tensors finds what is
+    # missing. Another file than the index says is a mix of two downloads.
     wrong = [
-        f"tensor {name!r} is in {found.get(name, 'no file')}, the index says {promised.get(name, 'nothing of it')}"
-        for name in sorted(promised.keys() | found.keys())
-        if promised.get(name) != found.get(name)
+        f"tensor {name!r} is in {found[name]}, the index says {promised[name]}"
+        for name in sorted(promised.keys() & found.keys())
+        if promised[name] != found[name]
     ]
     if wrong:
         raise CheckpointError(

@@ -31,7 +31,7 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> pathlib.
             file.write(data)
             file.flush()
             # mkstemp makes private files; these get the mode that open() would have given them.
-            os.fchmod(handle, 0o666 & ~_umask())
+            os.fchmod(handle, default_mode())
             os.fsync(handle)
         os.replace(temporary, path)
     except BaseException:
@@ -41,7 +41,8 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> pathlib.
     return path
 
 
-def _umask() -> int:
+def default_mode() -> int:
+    """The permissions that `open` gives a new file under this process's umask."""
     mask = os.umask(0o022)
     os.umask(mask)
-    return mask
+    return 0o666 & ~mask

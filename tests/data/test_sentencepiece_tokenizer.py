@@ -7,7 +7,7 @@ import pytest
 import sentencepiece
 
 from memjax.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from memjax.data.tokenizer import StreamingDecoder
+from memjax.data.tokenizer import StreamingDecoder, Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +61,15 @@ def test_what_is_no_model_is_refused():
     for content in (b"", b"no model"):
         with pytest.raises(ValueError, match="not a SentencePiece model"):
             SentencePieceTokenizer(base64.b64encode(content).decode())
+
+
+def test_added_tokens_follow_the_pieces_and_are_special(model):
+    plain = SentencePieceTokenizer.of_file(model)
+    chat = SentencePieceTokenizer.of_file(model, added_tokens=("<|im_start|>", "<|im_end|>"), eos="<|im_end|>")
+    first = plain.vocab_size
+    assert (chat.vocab_size, chat.eos_id) == (first + 2, first + 1)
+    assert chat.encode("<|im_end|>") == plain.encode("<|im_end|>")
+    assert chat.encode_with_special("<|im_start|>the<|im_end|>") == [first, *plain.encode("the"), first + 1]
+    assert Tokenizer.from_state(chat.full_state()).special_tokens == chat.special_tokens
+    with pytest.raises(ValueError, match="its added token '</s>' is a piece of the model already"):
+        SentencePieceTokenizer.of_file(model, added_tokens=("</s>",))

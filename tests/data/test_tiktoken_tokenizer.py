@@ -92,3 +92,18 @@ def test_what_is_no_file_of_ranks_is_refused(tokenizer_files):
     with pytest.raises(ValueError, match="two tokens have the same rank"):
         build(content + base64.b64encode(b"xyz") + b" 3\n")
     assert set(PATTERNS) == {"gpt2", "cl100k", "o200k"}
+
+
+def test_an_empty_token_keeps_its_rank_and_stands_for_nothing(tokenizer_files):
+    """Whisper's multilingual vocabulary ends with one, which is written as padding alone."""
+    content = (tokenizer_files / "ranks.tiktoken").read_bytes() + b"= 264\n"
+    tokenizer = TiktokenTokenizer.of_file(content, pattern="gpt2", special_tokens=("<|endoftext|>",))
+    assert tokenizer.eos_id == 265
+    assert tokenizer.decode([*tokenizer.encode("the cat"), 264]) == "the cat"
+
+
+@pytest.mark.parametrize("rank", [-1, 2**31, 5_000_000])
+def test_ranks_that_no_vocabulary_has_are_refused(rank, tokenizer_files):
+    content = (tokenizer_files / "ranks.tiktoken").read_bytes() + b"eHh4 %d\n" % rank
+    with pytest.raises(ValueError, match=f"has the token id {rank}"):
+        TiktokenTokenizer.of_file(content, pattern="gpt2", special_tokens=("<|endoftext|>",))

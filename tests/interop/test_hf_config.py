@@ -29,7 +29,7 @@ def read(**changes) -> ModelConfig:
 
 
 def write(config: ModelConfig) -> dict:
-    return write_model_config(config, dtype="float32", longest=64, bos=1, eos=2)
+    return write_model_config(config, dtype="float32", longest=64, bos=1, eos=[2])
 
 
 def test_fields_that_are_not_there_mean_what_transformers_takes_them_for():

@@ -119,3 +119,27 @@ def test_a_bit_that_changed_on_disk_is_found(tmp_path):
     file.write_bytes(content)
     with open_tensors(tmp_path) as files, pytest.raises(CheckpointError, match="is not what was written"):
         compare_bits(model, files, dtype=None)
+
+
+def test_tied_weights_may_be_stored_under_either_name(tmp_path):
+    tensors = tensors_in(MODELS / "llama3")
+    expected = read(MODELS / "llama3", config_of("llama3"))
+    embedding = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors | {HEAD: embedding}, tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(read(tmp_path, config_of("llama3")).embed.embedding, expected.embed.embedding)
+
+
+def test_names_of_a_model_without_its_head_and_buffers_of_any_type_are_understood(tmp_path):
+    tensors = {name.removeprefix("model."): array for name, array in tensors_in(MODELS / "llama3").items()}
+    tensors["layers.1.self_attn.rotary_emb.cos_cached"] = np.zeros((2, 2), np.int8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    expected = read(MODELS / "llama3", config_of("llama3"))
+    found = read(tmp_path, config_of("llama3"))
+    np.testing.assert_array_equal(found.norm.scale, expected.norm.scale)
+    np.testing.assert_array_equal(found.embed.embedding, expected.embed.embedding)
+
+
+def test_a_head_that_is_missing_says_which_field_to_look_at(tmp_path):
+    save_file(change(tensors_in(MODELS / "llama2"), HEAD, None), tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing while tie_word_embeddings=false; set it"):
+        read(tmp_path, config_of("llama2"))

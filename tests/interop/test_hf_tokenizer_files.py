@@ -127,3 +127,118 @@ def test_a_kind_that_has_no_form_there_is_not_written(tmp_path):
     tokenizer = TiktokenTokenizer.of_file(ranks, pattern="gpt2", special_tokens=("<|endoftext|>",))
     assert not write_tokenizer(tmp_path, tokenizer)
     assert list(tmp_path.iterdir()) == []
+
+
+def _chatml(folder, pieces: bytes, *, in_json: bool) -> int:
+    """The folder of a SentencePiece model to which two tokens were added; the first new id."""
+    library = sentencepiece.SentencePieceProcessor(model_proto=pieces)
+    size = library.GetPieceSize()
+    added = {"<|im_start|>": size, "<|im_end|>": size + 1}
+    (folder / "tokenizer.model").write_bytes(pieces)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    if in_json:
+        tokens = [{"id": token, "content": name, "special": True} for name, token in added.items()]
+        vocab = [[library.IdToPiece(token), 0.0] for token in range(size)]
+        content = {"added_tokens": tokens, "model": {"type": "Unigram", "vocab": vocab}}
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    else:
+        (folder / "added_tokens.json").write_text(json.dumps(added))
+    return size
+
+
+@pytest.mark.parametrize("in_json", [True, False])
+def test_tokens_that_were_added_to_a_sentencepiece_model_and_end_texts_are_known(in_json, pieces, tmp_path):
+    size = _chatml(tmp_path, pieces, in_json=in_json)
+    settings, tokenizer = read_tokenizer(tmp_path, None, {"eos_token_id": size + 1})
+    assert settings.added_tokens == ("<|im_start|>", "<|im_end|>")
+    assert tokenizer.encode_with_special("<|im_start|>the")[0] == size
+    assert tokenizer.end_ids == (tokenizer.special_tokens["</s>"], size + 1)
+    (tmp_path / "out").mkdir()
+    write_tokenizer(tmp_path / "out", tokenizer)
+    again = read_tokenizer(tmp_path / "out", None, {"eos_token_id": [2, size + 1]})[1]
+    assert (again.special_tokens, again.end_ids) == (tokenizer.special_tokens, tokenizer.end_ids)
+
+
+@pytest.mark.parametrize(
+    ("files", "config", "message"),
+    [
+        ({"added_tokens.json": {"<x>": 900}}, {}, "adds tokens with the ids \\[900\\]"),
+        ({"added_tokens.json": {"<x>": 5}}, {}, "its piece 5 is .*, the folder's other files call that token '<x>'"),
+        ({}, {"eos_token_id": 900}, "eos_token_id=900 is beyond the 280 tokens of the tokenizer"),
+        ({"generation_config.json": {"eos_token_id": [2, 900]}}, {}, "eos_token_id=900 is beyond"),
+        (
+            {
+                "tokenizer_config.json": {"added_tokens_decoder": {"280": {"content": "<y>"}}},
+                "added_tokens.json": {"<x>": 280},
+            },
+            {},
+            "gives the added token '<x>' the id 280, another file of the folder says otherwise",
+        ),
+        (
+            {"tokenizer_config.json": {"added_tokens_decoder": {"280": 5}}},
+            {},
+            "an entry of its added tokens is malformed",
+        ),
+    ],
+)
+def test_files_that_contradict_the_tokenizer_are_refused(files, config, message, pieces, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(pieces)
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message):
+        read_tokenizer(tmp_path, None, config)
+
+
+def test_a_token_that_only_a_second_file_adds_to_a_byte_level_bpe_is_refused(byte_level, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(byte_level))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|begin|>": 0, "<|im_end|>": 281}))
+    with pytest.raises(
+        DataError, match=r"lacks the token '<\|im_end\|>' with the id 281, which the files next to it add"
+    ):
+        read_tokenizer(tmp_path, None, {"bos_token_id": 0, "eos_token_id": 1})
+
+
+def _template(name: str, token: int) -> dict:
+    one = {"SpecialToken": {"id": name, "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    tokens = {name: {"id": name, "ids": [token], "tokens": [name]}}
+    return {"type": "TemplateProcessing", "single": [one, text], "pair": [one, text], "special_tokens": tokens}
+
+
+@pytest.mark.parametrize(
+    ("processor", "settings", "adds"),
+    [
+        (None, {}, False),
+        (_template("<|begin|>", 0), {}, True),
+        (_template("<|begin|>", 0), {"add_bos_token": False}, False),
+        (None, {"add_bos_token": True}, True),
+    ],
+)
+def test_whether_prompts_begin_with_a_token_is_carried_both_ways(processor, settings, adds, byte_level, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**byte_level, "post_processor": processor}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    opened, tokenizer = read_tokenizer(tmp_path, None, {"bos_token_id": 0, "eos_token_id": 1})
+    assert (opened.adds_bos, tokenizer.adds_bos) == (adds, adds)
+    ids = tokenizer.encode("the cat")
+    assert tokenizer.prompt(ids) == [0] * adds + ids
+    (tmp_path / "out").mkdir()
+    write_tokenizer(tmp_path / "out", tokenizer)
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert library.encode("the cat").ids == tokenizer.prompt(ids)
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["add_bos_token"] is adds
+
+
+def test_prompts_that_begin_with_another_token_are_refused(byte_level, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**byte_level, "post_processor": _template("<|pad|>", 2)}))
+    with pytest.raises(DataError, match=r"begins prompts with the tokens \[2\]"):
+        read_tokenizer(tmp_path, None, {"bos_token_id": 0, "eos_token_id": 1})
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+def test_exported_tokenizers_begin_texts_as_trainings_do(kind, tmp_path):
+    tokenizer = ByteTokenizer() if kind == "byte" else train_bpe(["the cat sat on the mat"] * 9, 270)
+    write_tokenizer(tmp_path, tokenizer)
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in TEXTS[:2]:
+        assert library.encode(text).ids == [tokenizer.bos_id, *tokenizer.encode(text)]
+    assert read_tokenizer(tmp_path, None, {})[1].adds_bos

@@ -66,6 +66,11 @@ def test_a_model_with_memory_goes_out_with_its_table_once_and_comes_back_bit_for
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["max_position_embeddings"]) == ("memjax", 48)
 
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (generation["bos_token_id"], generation["eos_token_id"], config["eos_token_id"]) == (1, 2, 2)
+    assert "library_name: memjax" in (tmp_path / "out" / "README.md").read_text()
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
+
     from_hf(tmp_path / "out", tmp_path / "back")
     back, before = (load_as_saved(run) for run in (tmp_path / "back", memory_run))
     assert arrays_of(back.model) == arrays_of(before.model)
