@@ -2,11 +2,12 @@
 
 import ast
 import dataclasses
+import functools
 import inspect
 import shutil
 import textwrap
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from memjax.command_schema import PLAIN_TYPES, FieldPath, field_types, item_section_of, section_of, show, unwrap
@@ -36,58 +37,99 @@ _GRAMMAR = (
 
 # tyro's help was tried and left: it tells of its own grammar (lists with spaces, no `section null`), not of this one.
 def help_text(
-    schema: type, prog: str, description: str, positional: Positional | None, flags: Mapping[str, str]
+    schema: type,
+    prog: str,
+    description: str,
+    positional: Positional | None,
+    flags: Mapping[str, str],
+    examples: Sequence[str] = (),
 ) -> str:
-    """The whole help of a command; the arguments are those of `memjax.command_line.parse`."""
-    width = min(shutil.get_terminal_size().columns, 120)
-
-    def indented(text: str, spaces: int) -> str:
-        return textwrap.fill(text, width, initial_indent=" " * spaces, subsequent_indent=" " * spaces)
-
+    """The help of a command; the arguments are those of `memjax.command_line.parse`."""
     usage = ""
     if positional:
         usage = f" {positional.name}" if positional.required else f" [{positional.name}]"
         usage += f" [{positional.name} ...]" if positional.repeats else ""
-    lines = [f"usage: {prog}{usage} [--setting value ...]", "", indented(description, 0), ""]
+    lines = [*_wrapped(f"usage: {prog}{usage} [--setting value ...]", 0), "", *_wrapped(description, 0), ""]
+    if examples:
+        lines += ["examples:", *(f"  {example}" for example in examples), ""]
     if positional:
-        lines += [f"  {positional.name}", indented(positional.help, 6)]
+        lines += [f"  {positional.name}", *_wrapped(positional.help, 6)]
     for name, text in flags.items():
-        lines += [f"  --{name}", indented(text, 6)]
-    lines += ["  -h, --help", indented("Show this and stop.", 6)]
-    lines += [
-        "",
-        indented(_GRAMMAR, 0),
-    ]
-
-    def add(section: type, path: FieldPath) -> None:
-        title = ".".join(path) or "settings"
-        summary = inspect.cleandoc(section.__doc__ or "").partition("\n\n")[0]
-        docs, deeper, items = field_docs(section), [], []
-        if not all(section_of(annotation) for annotation in field_types(section).values()):
-            lines.extend(["", indented(f"{title}: {' '.join(summary.split())}", 0)])
-        for field in dataclasses.fields(section):
-            annotation = field_types(section)[field.name]
-            name, inner = ".".join((*path, field.name)), section_of(annotation)
-            if inner:
-                deeper.append((inner, (*path, field.name)))
-                if unwrap(annotation)[1]:
-                    off = " (default: null)" if field.default is None else ""
-                    lines.extend([f"  --{name} null|{{}}", indented(f"{docs.get(field.name, '')}{off}", 6)])
-                continue
-            if item := item_section_of(annotation):
-                items.append((item, (*path, f"{field.name}[]")))
-            default = field.default_factory() if callable(field.default_factory) else field.default
-            shown = "required" if default is dataclasses.MISSING else f"default: {show(default)}"
-            # The settings of a list's items have no option of their own: they stand inside the list.
-            dashes = "" if any(part.endswith("[]") for part in path) else "--"
-            lines.extend(
-                [f"  {dashes}{name} {metavar(annotation)}", indented(f"{docs.get(field.name, '')} ({shown})", 6)]
-            )
-        for inner, where in deeper + items:
-            add(inner, where)
-
-    add(schema, ())
+        lines += [f"  --{name}", *_wrapped(text, 6)]
+    has_sections = any(section_of(annotation) for annotation in field_types(schema).values())
+    lines += ["  -h, --help [SECTION]" if has_sections else "  -h, --help"]
+    lines += _wrapped("Show this, or one section or setting of it, and stop." if has_sections else _SHOW_THIS, 6)
+    lines += ["", *_wrapped(_GRAMMAR, 0), *_section_lines(schema, ())]
     return "\n".join(lines)
+
+
+_SHOW_THIS = "Show this and stop."
+
+
+def section_help(schema: type, topic: str) -> str | None:
+    """The help of one section or setting, named by its dotted path; None where there is none of that name."""
+    path = tuple(topic.split("."))
+    annotation: Any = schema
+    owner: type = schema
+    for name in path:
+        inner = section_of(annotation)
+        if inner is None or name not in field_types(inner):
+            return None
+        owner, annotation = inner, field_types(inner)[name]
+    section = section_of(annotation)
+    head = _field_lines(owner, path, annotation)
+    lines = head if section is None else [*(head if unwrap(annotation)[1] else []), *_section_lines(section, path)]
+    if item := item_section_of(annotation):
+        lines += _section_lines(item, (*path[:-1], f"{path[-1]}[]"))
+    return "\n".join(lines).lstrip("\n")
+
+
+def _section_lines(section: type, path: FieldPath) -> list[str]:
+    """A section, its settings, and the sections within it."""
+    lines: list[str] = []
+    summary = inspect.cleandoc(section.__doc__ or "").partition("\n\n")[0]
+    deeper: list[tuple[type, FieldPath]] = []
+    items: list[tuple[type, FieldPath]] = []
+    if not all(section_of(annotation) for annotation in field_types(section).values()):
+        lines += ["", *_wrapped(f"{'.'.join(path) or 'settings'}: {' '.join(summary.split())}", 0)]
+    for name, annotation in field_types(section).items():
+        if inner := section_of(annotation):
+            deeper.append((inner, (*path, name)))
+            if not unwrap(annotation)[1]:
+                continue
+        if item := item_section_of(annotation):
+            items.append((item, (*path, f"{name}[]")))
+        lines += _field_lines(section, (*path, name), annotation)
+    for inner, where in deeper + items:
+        lines += _section_lines(inner, where)
+    return lines
+
+
+def _field_lines(section: type, path: FieldPath, annotation: Any) -> list[str]:
+    """A setting: its name, what it takes, what it is for, and its default."""
+    (field,) = (field for field in dataclasses.fields(section) if field.name == path[-1])
+    doc = field_docs(section).get(field.name, "")
+    if section_of(annotation):
+        off = " (default: null)" if field.default is None else ""
+        return [f"  --{'.'.join(path)} null|{{}}", *_wrapped(f"{doc}{off}", 6)]
+    default = field.default_factory() if callable(field.default_factory) else field.default
+    shown = "required" if default is dataclasses.MISSING else f"default: {show(default)}"
+    # The settings of a list's items have no option of their own: they stand inside the list.
+    dashes = "" if any(part.endswith("[]") for part in path) else "--"
+    name, value = f"{dashes}{'.'.join(path)}", metavar(annotation)
+    if len(name) + len(value) + 3 <= _width():
+        lines = [f"  {name} {value}"]
+    else:
+        lines = [f"  {name}", *_wrapped(value.replace("|", "| "), 6)]
+    return [*lines, *_wrapped(f"{doc} ({shown})", 6)]
+
+
+def _width() -> int:
+    return max(20, min(shutil.get_terminal_size().columns, 120))
+
+
+def _wrapped(text: str, spaces: int) -> list[str]:
+    return textwrap.wrap(text, _width(), initial_indent=" " * spaces, subsequent_indent=" " * spaces)
 
 
 def metavar(annotation: Any) -> str:
@@ -106,6 +148,7 @@ def metavar(annotation: Any) -> str:
     return f"{text}|null" if optional else text
 
 
+@functools.cache
 def field_docs(section: type) -> dict[str, str]:
     """The string literal under each field, also of inherited ones."""
     docs: dict[str, str] = {}

@@ -11,27 +11,30 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, NoReturn, TypeVar
 
 import pydantic
 import yaml
 
-from memjax.command_help import Positional, help_text
+from memjax.command_help import Positional, help_text, section_help
 from memjax.command_schema import (
     FieldPath,
     field_type,
     field_types,
     in_words,
     item_section_of,
+    printable,
     section_of,
+    shortened,
     show,
     unwrap,
     walk,
 )
 from memjax.command_yaml import Dumper, Loader, scalar, why_invalid
 from memjax.errors import ConfigError
+from memjax.io.console import say
 
 T = TypeVar("T")
 _NO_FLAGS: Mapping[str, str] = types.MappingProxyType({})
@@ -41,6 +44,12 @@ CONFIG_FILE = Positional(
     name="CONFIG.yaml", help="Settings of the run; without it, the defaults.", required=False, is_config=True
 )
 RUN_FOLDER = Positional(name="RUN", help="The folder of a run.")
+
+SHOWN_PROBLEMS = 40
+"""The most problems that are listed: a file that is no config at all has thousands."""
+
+DEEPEST = 32
+"""The most levels of sections and lists in a config; the schema has four."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +75,9 @@ def load(schema: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T
     sources = _Sources(schema)
     tree = sources.read(path, "command line") if path else {}
     settings, stray, _ = sources.arguments(overrides, _NO_FLAGS)
-    sources.problems += [f"command line: {word!r} is not a setting; write --section.key value" for word in stray]
+    sources.problems += [
+        f"command line: {shortened(repr(word))} is not a setting; write --section.key value" for word in stray
+    ]
     return sources.validate(tree, settings)
 
 
@@ -78,6 +89,7 @@ def parse(
     description: str,
     positional: Positional | None = CONFIG_FILE,
     flags: Mapping[str, str] = _NO_FLAGS,
+    examples: Sequence[str] = (),
 ) -> Parsed[T]:
     """The settings and other arguments of a command line; ends the process on --help (0) and on problems (2).
 
@@ -88,9 +100,22 @@ def parse(
         description: What the command does.
         positional: The argument without a name; None where there is none.
         flags: Options without a value: name (with underscores) and help.
+        examples: Command lines for the help.
     """
-    if "-h" in argv or "--help" in argv:
-        print(help_text(schema, prog, description, positional, flags))
+    if asked := {"-h", "--help"}.intersection(argv):
+        topic = next(iter(argv[min(map(argv.index, asked)) + 1 :]), "-")
+        if topic.startswith("-"):
+            say(help_text(schema, prog, description, positional, flags, examples))
+            sys.exit(0)
+        text = section_help(schema, topic.replace("-", "_"))
+        if text is None:
+            names = sorted({".".join(path) for path, _ in walk(schema)})
+            sections = [
+                field.name for field in dataclasses.fields(schema) if section_of(field_types(schema)[field.name])
+            ]
+            hint = _did_you_mean(_close(topic, names)) or (f"; sections: {', '.join(sections)}" if sections else "")
+            _end(prog, [f"--help {printable(topic)}: there is no such section or setting{hint}"])
+        say(str(text))
         sys.exit(0)
     sources = _Sources(schema)
     settings, stray, given = sources.arguments(argv, flags)
@@ -98,17 +123,23 @@ def parse(
     positionals, stray = tuple(stray[:allowed]), stray[allowed:]
     first = positionals[0] if positionals else None
     tree = sources.read(Path(first), "command line") if first and positional and positional.is_config else {}
-    sources.problems += [f"command line: {word!r} is one argument too many" for word in stray]
+    sources.problems += [f"command line: {shortened(repr(word))} is one argument too many" for word in stray]
     if positional and positional.required and first is None:
         sources.problems.append(f"command line: {positional.name} is missing: {positional.help}")
     try:
         config = sources.validate(tree, settings)
     except ConfigError as error:
-        count = "1 problem" if len(error.problems) == 1 else f"{len(error.problems)} problems"
-        lines = [f"{prog}: {count}", *(f"  {problem}" for problem in error.problems), "--help lists every setting."]
-        print("\n".join(lines), file=sys.stderr)
-        sys.exit(2)
+        _end(prog, error.problems)
     return Parsed(config=config, positional=first, positionals=positionals, flags=frozenset(given))
+
+
+def _end(prog: str, problems: Sequence[str]) -> NoReturn:
+    count = "1 problem" if len(problems) == 1 else f"{len(problems):,} problems"
+    lines = [f"{prog}: {count}", *(f"  {problem}" for problem in problems[:SHOWN_PROBLEMS])]
+    if len(problems) > SHOWN_PROBLEMS:
+        lines.append(f"  and {len(problems) - SHOWN_PROBLEMS:,} more")
+    print("\n".join([*lines, "--help lists every setting."]), file=sys.stderr)
+    sys.exit(2)
 
 
 def to_yaml(config: Any) -> str:
@@ -137,6 +168,8 @@ class _Sources:
         self.places: dict[FieldPath, str] = {}
         self.problems: list[str] = []
         self.options: list[str] = []
+        self.unknown = 0
+        self.known = {".".join(path): section_of(annotation) is not None for path, annotation in walk(schema)}
 
     def read(self, path: Path, asked_at: str, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
         """The tree of a file merged over that of the file it extends."""
@@ -152,7 +185,7 @@ class _Sources:
             hint = _did_you_mean(_close(str(path), names))
             if not hint and "=" in str(path):
                 hint = f"; for a setting write --{path}"
-            self.problems.append(f"{asked_at}: {path} does not exist{hint}")
+            self.problems.append(f"{asked_at}: {printable(str(path))} does not exist{hint}")
             return {}
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
@@ -164,8 +197,14 @@ class _Sources:
         except UnicodeDecodeError:
             self.problems.append(f"{asked_at}: {path} is not UTF-8 text")
             return {}
-        except (OSError, yaml.YAMLError) as error:
-            self.problems.append(f"{asked_at}: {path} cannot be read: {' '.join(str(error).split())}")
+        except RecursionError:
+            self.problems.append(f"{path}: is nested more than {DEEPEST} levels deep")
+            return {}
+        except OSError as error:
+            self.problems.append(f"{asked_at}: {path} cannot be read: {error.strerror or error}")
+            return {}
+        except (ValueError, yaml.YAMLError) as error:  # ValueError: a path with a NUL
+            self.problems.append(f"{asked_at}: {printable(str(path))} cannot be read: {' '.join(str(error).split())}")
             return {}
         if node is None:
             return {}
@@ -177,10 +216,10 @@ class _Sources:
         for key, value in node.value:
             if key.value == "extends":
                 line = f"{path}:{key.start_mark.line + 1}"
-                if isinstance(value, yaml.ScalarNode) and value.value:
+                if isinstance(value, yaml.ScalarNode) and value.value.endswith((".yaml", ".yml")):
                     base = self.read(path.parent / value.value, line, (*chain, path))
-                else:
-                    self.problems.append(f"{line}: extends must name one YAML file")
+                else:  # another kind of file is not opened: messages about its content would print parts of it
+                    self.problems.append(f"{line}: extends must name one YAML file, .yaml or .yml")
         tree = self._tree(node, (), lambda part: f"{path}:{part.start_mark.line + 1}")
         tree.pop("extends", None)
         return _merge(base, tree)
@@ -216,7 +255,7 @@ class _Sources:
                 if queue and not queue[0].startswith("--"):
                     text = queue.pop(0)
                 elif annotation is not None:
-                    self.problems.append(f"command line: --{name} needs a value")
+                    self.problems.append(f"command line: --{printable(name)} needs a value")
                     continue
             if annotation is None:
                 self._unknown(path, text.startswith("{"), "command line")
@@ -232,6 +271,7 @@ class _Sources:
             value = self._from_text(text, field_type(self.schema, path), path)
             tree = _merge(tree, functools.reduce(lambda inner, part: {part: inner}, reversed(path), value))
         self._refuse_unknown(self.schema, tree, ())
+        tree = self._without_undecodable(tree, ())
         config = None
         try:
             # JSON is what pydantic reads strictly and yet turns lists into tuples and 1 into 1.0 from.
@@ -243,21 +283,25 @@ class _Sources:
             raise ConfigError(self.problems)
         return config
 
-    def _tree(self, node: yaml.Node, path: FieldPath, place: Callable[[yaml.Node], str]) -> Any:
+    def _tree(self, node: yaml.Node, path: FieldPath, place: Callable[[yaml.Node], str], depth: int = 0) -> Any:
         if isinstance(node, yaml.ScalarNode):
             return scalar(node)
+        if depth > DEEPEST:
+            self.problems.append(f"{place(node)}: {printable('.'.join(path))}: nested more than {DEEPEST} levels deep")
+            return None
         if isinstance(node, yaml.SequenceNode):
-            return [self._tree(item, path, place) for item in node.value]
+            return [self._tree(item, path, place, depth + 1) for item in node.value]
         tree: dict[str, Any] = {}
         for key, value in node.value:
             inner = (*path, str(key.value))
             if not isinstance(key, yaml.ScalarNode):
                 self.problems.append(f"{place(key)}: a name must be a single word")
             elif key.value in tree:
-                self.problems.append(f"{place(key)}: {'.'.join(inner)}: given twice; first at {self.places[inner]}")
+                name = printable(".".join(inner))
+                self.problems.append(f"{place(key)}: {name}: given twice; first at {self.places[inner]}")
             else:
                 self.places[inner] = place(key)
-                tree[key.value] = self._tree(value, inner, place)
+                tree[key.value] = self._tree(value, inner, place, depth + 1)
         return tree
 
     def _from_text(self, text: str, annotation: Any, path: FieldPath) -> Any:
@@ -273,9 +317,29 @@ class _Sources:
             text = f"[{text}]"
         try:
             node = yaml.compose(text, Loader=Loader)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, RecursionError):
             return text
         return text if node is None else self._tree(node, path, lambda _: "command line")
+
+    def _without_undecodable(self, value: Any, path: FieldPath) -> Any:
+        """The tree without text that UTF-8 cannot express (lone surrogates, undecodable bytes of the command line)."""
+        if isinstance(value, dict):
+            return {
+                name: self._without_undecodable(inner, (*path, name))
+                for name, inner in value.items()
+                if _encodable(name)  # else it is an unknown setting, which was refused
+            }
+        if isinstance(value, list):
+            return [self._without_undecodable(inner, path) for inner in value]
+        if not isinstance(value, str) or _encodable(value):
+            return value
+        way_out = ""
+        if sys.getfilesystemencoding() != "utf-8":
+            way_out = f"; this locale is {sys.getfilesystemencoding()}: set PYTHONUTF8=1 for other letters"
+        self.problems.append(
+            f"{self._nearest(path)}: {'.'.join(path)}='{shortened(printable(value))}' is not text in UTF-8{way_out}"
+        )
+        return None if unwrap(field_type(self.schema, path))[1] else ""
 
     def _refuse_unknown(self, section: type, tree: dict[str, Any], path: FieldPath) -> None:
         annotations = field_types(section)
@@ -296,31 +360,37 @@ class _Sources:
                 if name not in known:
                     hint = _did_you_mean(_close(name, known)) or f"; known: {', '.join(known)}"
                     place = self._nearest((*path, name))
-                    self.problems.append(f"{place}: {'.'.join(path)}[{number}].{name}: unknown setting{hint}")
+                    self.problems.append(
+                        f"{place}: {'.'.join(path)}[{number}].{printable(name)}: unknown setting{hint}"
+                    )
 
     def _unknown(self, path: FieldPath, is_section: bool, place: str) -> None:
         name = ".".join(path)
-        known = {".".join(where): section_of(annotation) is not None for where, annotation in walk(self.schema)}
-        if name in known:
+        if name in self.known:
             self.problems.append(f"{place}: {name}: write sections as indented lines, not with dots")
             return
-        # First the same name in another section, with as much of its own path as can be found; then a similar name.
-        found: list[str] = []
-        for start in range(len(path)):
-            tail = "." + ".".join(path[start:])
-            found = found or [other for other in known if f".{other}".endswith(tail)]
-        found = [other for other in found if known[other] == is_section] or found
-        # Of equal names that of the outermost section is meant: steps is train.steps, not log.profile.steps.
-        found = [other for other in found if other.count(".") == min(name.count(".") for name in found)]
-        siblings = [other for other in known if other.rpartition(".")[0] == ".".join(path[:-1])]
-        leaves = {other.rpartition(".")[2]: other for other in known}
-        found = (
-            found[:3]
-            or _close(name, siblings)
-            or _close(name, [*known, *self.options])
-            or [leaves[leaf] for leaf in _close(path[-1], list(leaves))]
-        )
-        self.problems.append(f"{place}: {name}: unknown setting{_did_you_mean(found)}")
+        self.unknown += 1
+        # Each hint compares the name with every setting; a file of thousands of unknown names is no misspelt config.
+        hint = _did_you_mean(self._similar(path, is_section)) if self.unknown <= SHOWN_PROBLEMS else ""
+        self.problems.append(f"{place}: {shortened(printable(name))}: unknown setting{hint}")
+
+    def _similar(self, path: FieldPath, is_section: bool) -> list[str]:
+        """The setting that is meant most likely; empty where none is similar.
+
+        The dotted paths are compared as a whole, so that a misspelt section does not lead into another one. A name
+        that exists in another section only is looked for there.
+        """
+        known = self.known
+        same_kind = [name for name, section in known.items() if section == is_section] + self.options
+        if found := _close(".".join(path), same_kind, last=path[-1]):
+            return found
+        same_name = [name for name in same_kind if name.rpartition(".")[2] == path[-1]]
+        if same_name:
+            return _close(".".join(path), same_name, cutoff=0.0)
+        if found := _close(".".join(path), [*known, *self.options]):
+            return found
+        leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
+        return [leaves[leaf] for leaf in _close(path[-1], list(leaves))]
 
     def _describe(self, item: Any) -> None:
         path = tuple(part for part in item["loc"] if isinstance(part, str))
@@ -331,7 +401,7 @@ class _Sources:
                 named = [(*path, *name.split(".")) for name in re.findall(r"([a-z_][\w.]*)=", line)]
                 place = next((self.places[field] for field in named if field in self.places), self._nearest(path))
                 joint = "" if not dotted else "." if re.match(r"[a-z_][\w.]*=", line) else ": "
-                self.problems.append(f"{place}: {dotted}{joint}{line}")
+                self.problems.append(f"{place}: {dotted}{joint}{printable(line)}")
             return
         annotation = field_type(self.schema, path)
         if item["type"] == "missing":
@@ -342,8 +412,8 @@ class _Sources:
             inner, _ = unwrap(annotation)
             expected = annotation if path and item["loc"][-1] == path[-1] else typing.get_args(inner)[0]
             options = [option for option in typing.get_args(inner) if isinstance(option, str)]
-            hint = _did_you_mean(_close(str(item["input"]), options))
-            problem = f"{dotted}={show(item['input'])} must be {in_words(expected)}{hint}"
+            hint = _did_you_mean(_close(str(item["input"])[:100], options))
+            problem = f"{dotted}={shortened(show(item['input']))} must be {in_words(expected)}{hint}"
         self.problems.append(f"{self._nearest(path)}: {problem}")
 
     def _nearest(self, path: FieldPath) -> str:
@@ -360,9 +430,26 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _close(name: str, names: Sequence[str]) -> list[str]:
-    return difflib.get_close_matches(name, names, n=1, cutoff=0.7)
+def _close(name: str, names: Iterable[str], *, cutoff: float = 0.72, last: str = "") -> list[str]:
+    """The most similar of some names, in a list; the `last` part of a dotted name must be similar too."""
+
+    def similarity(other: str) -> float:
+        leaf = other.rpartition(".")[2]
+        if last and _ratio(leaf, last) < 0.6:  # a long path in common would hide that the names are different
+            return 0.0
+        return _ratio(other, name) + (0.06 if leaf == last else 0.0)
+
+    found = max(names, key=similarity, default="")
+    return [found] if found and similarity(found) >= cutoff else []
+
+
+def _ratio(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other[:200], autojunk=False).ratio()
 
 
 def _did_you_mean(names: Sequence[str]) -> str:
     return f"; did you mean {' or '.join(repr(name) for name in names)}?" if names else ""
+
+
+def _encodable(text: str) -> bool:
+    return not re.search("[\ud800-\udfff]", text)

@@ -22,8 +22,9 @@ def field_types(section: type) -> dict[str, Any]:
 def unwrap(annotation: Any) -> tuple[Any, bool]:
     """`X | None` as (X, True), other types as (type, False)."""
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        members = [member for member in typing.get_args(annotation) if member is not types.NoneType]
-        return functools.reduce(lambda left, right: left | right, members), True
+        arguments = typing.get_args(annotation)
+        members = [member for member in arguments if member is not types.NoneType]
+        return functools.reduce(lambda left, right: left | right, members), types.NoneType in arguments
     return annotation, False
 
 
@@ -68,9 +69,20 @@ def show(value: Any) -> str:
     return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
+def printable(text: str) -> str:
+    """The text with control characters and undecodable bytes escaped, so that a terminal shows it and does nothing."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def shortened(text: str, limit: int = 200) -> str:
+    """The text, cut where it is longer than a message should be."""
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
+
+
 PLAIN_TYPES: dict[Any, tuple[str, str]] = {
     int: ("a whole number", "INT"),
     float: ("a number", "NUMBER"),
+    int | float: ("a whole number, or a share such as 0.05", "INT|SHARE"),
     bool: ("true or false", "BOOL"),
     str: ("text, in quotes if it looks like a number", "TEXT"),
 }

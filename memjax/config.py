@@ -240,8 +240,8 @@ class ScheduleConfig:
     """The highest learning rate."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """How the rate goes on after the warm-up."""
-    warmup_steps: int = 50
-    """Steps over which the rate rises from 0."""
+    warmup_steps: int | float = 0.067
+    """Steps over which the rate rises from 0; a number below 1 is a share of train.steps."""
     final_fraction: float = 0.05
     """Where a cosine schedule ends, as a share of lr."""
 
@@ -249,9 +249,18 @@ class ScheduleConfig:
         refuse(
             not_negative(lr=self.lr, warmup_steps=self.warmup_steps)
             + [
+                f"warmup_steps={self.warmup_steps} must be a whole number of steps, or a share of them below 1"
+                if self.warmup_steps >= 1 and not isinstance(self.warmup_steps, int)
+                else None,
                 f"final_fraction={self.final_fraction} must be in 0..1" if not 0 <= self.final_fraction <= 1 else None,
             ]
         )
+
+    def warmup_of(self, steps: int) -> int:
+        """The warm-up of a run of so many steps, in steps."""
+        if isinstance(self.warmup_steps, int):
+            return self.warmup_steps
+        return min(round(self.warmup_steps * steps), steps - 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -608,14 +617,18 @@ def _too_many_picks(config: RunConfig) -> list[str | None]:
 MIN_COLUMNS_PER_DEVICE = 64
 """Narrower shards would read table rows in pieces too short for the memory's bandwidth."""
 
+MOST_DEVICES = 1 << 16
+"""The largest memory axis that is proposed."""
+
 
 def memory_axis_problems(value_dim: int, memory_axis: int, table: TableOptimConfig) -> list[str | None]:
     """Why rows of value_dim columns cannot be split over the memory axis; empty when they can."""
     if memory_axis == 1:
         columns = value_dim
     else:
-        legal = [m for m in range(1, value_dim // MIN_COLUMNS_PER_DEVICE + 1) if value_dim % m == 0] or [1]
-        if memory_axis not in legal:
+        most = max(1, value_dim // MIN_COLUMNS_PER_DEVICE)
+        if memory_axis > most or value_dim % memory_axis:
+            legal = [axis for axis in range(1, min(most, MOST_DEVICES) + 1) if value_dim % axis == 0]
             return [
                 f"mesh.memory={memory_axis} cannot split value_dim={value_dim}: each device needs a whole number "
                 f"of columns, at least {MIN_COLUMNS_PER_DEVICE}; the largest that can is mesh.memory={legal[-1]}"

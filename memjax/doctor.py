@@ -150,7 +150,7 @@ def check_training() -> bool:
 
 
 SETTINGS = (
-    *("--train.steps", "20", "--optim.warmup_steps", "2", "--optim.table.warmup_steps", "2"),
+    *("--train.steps", "20"),
     *("--data.biographies.num_people", "20", "--eval.recall_people", "4"),
 )
 

@@ -212,6 +212,10 @@ class RopeScalingConfig:
         )
 
 
+MOST_LAYERS = 1000
+"""The most blocks of a model; ten times those of the deepest language models."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """The decoder: Llama's shape, with memory layers or experts in place of some feed-forward layers."""
@@ -278,11 +282,14 @@ class ModelConfig:
                 f"head_dim={self.head_dim} must be even: rotary positions turn pairs of numbers"
                 if self.head_dim is not None and self.head_dim % 2
                 else None,
+                f"num_layers={self.num_layers} must be at most {MOST_LAYERS}: every block is compiled by itself"
+                if self.num_layers > MOST_LAYERS
+                else None,
                 f"num_kv_heads={kv_heads} must divide num_heads={self.num_heads}"
                 if kv_heads > 0 and self.num_heads % kv_heads
                 else None,
             ]
-            + list(self._kind_problems())
+            + (list(self._kind_problems()) if self.num_layers <= MOST_LAYERS else [])
         )
 
     def _kind_problems(self) -> Iterator[str]:

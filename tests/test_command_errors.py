@@ -1,6 +1,9 @@
 """What a person sees when a config or a command line is wrong, word for word."""
 
 import dataclasses
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -140,8 +143,7 @@ WRONG = {
         "model:\n  num_keys: 32\nsteps: 4\nmemory: {top_k: 1}\n",
         [],
         [
-            "config.yaml:2: model.num_keys: unknown setting; did you mean 'model.memory.num_keys' or "
-            "'model.expert_lookup.num_keys'?",
+            "config.yaml:2: model.num_keys: unknown setting; did you mean 'model.memory.num_keys'?",
             "config.yaml:3: steps: unknown setting; did you mean 'train.steps'?",
             "config.yaml:4: memory: unknown setting; did you mean 'model.memory'?",
         ],
@@ -216,7 +218,11 @@ WRONG = {
         [],
         ["config.yaml:1: bse.yaml does not exist; did you mean 'base.yaml'?"],
     ),
-    "an extends that names no file": ("extends: [a, b]\n", [], ["config.yaml:1: extends must name one YAML file"]),
+    "an extends that names no file": (
+        "extends: [a, b]\n",
+        [],
+        ["config.yaml:1: extends must name one YAML file, .yaml or .yml"],
+    ),
     "dots in a file": (
         "model.dim: 8\n",
         [],
@@ -326,3 +332,124 @@ def test_parse_prints_one_screen_and_exits_2(capsys):
         "  command line: prompt is missing: it must be text, in quotes if it looks like a number",
         "--help lists every setting.",
     ]
+
+
+# What was written (with 3 as the value) -> the setting that is meant.
+TYPOS = {
+    "optim.tabel.lr": "optim.table.lr",
+    "optim.tables.optimizer": "optim.table.optimizer",
+    "optim.beta": "optim.beta1",
+    "optim.warmup": "optim.warmup_steps",
+    "log.profil.steps": "log.profile.steps",
+    "log.profile.stesp": "log.profile.steps",
+    "log.wandbb.name": "log.wandb.name",
+    "log.trackio.projct": "log.trackio.project",
+    "model.memory.heads": "model.memory.num_heads",
+    "model.memroy.num_keys": "model.memory.num_keys",
+    "model.expert_lokup.num_keys": "model.expert_lookup.num_keys",
+    "model.expert.num_experts": "model.experts.num_experts",
+    "model.layers": "model.num_layers",
+    "model.vocabsize": "model.vocab_size",
+    "data.tokeniser.kind": "data.tokenizer.kind",
+    "data.seq_len": "data.sequence_length",
+    "data.pth": "data.path",
+    "data.biographys.seed": "data.biographies.seed",
+    "data.tokenizer.vocab_size": "model.vocab_size",
+    "trian.steps": "train.steps",
+    "train.attn": "train.attention",
+    "train.lr": "optim.lr",
+    "checkpont.every": "checkpoint.every",
+    "process.index": "processes.index",
+    "mesh.memori": "mesh.memory",
+    "stpes": "train.steps",
+    "top_k": "model.memory.top_k",
+    "lr": "optim.lr",
+    "seed": "run.seed",
+    "memory": "model.memory",
+    "dryrun": "dry_run",
+    "optim.momentum": None,
+    "model.hidden_size": None,
+    "zzz.yyy": None,
+}
+
+
+@pytest.mark.parametrize("typo", TYPOS)
+def test_the_hint_is_the_setting_that_is_meant(capsys, typo):
+    value = "{}" if typo == "memory" else "3"
+    hint = f"; did you mean '{TYPOS[typo]}'?" if TYPOS[typo] else ""
+    assert refused(capsys, f"--{typo}", value)[1] == f"  command line: {typo}: unknown setting{hint}"
+
+
+def test_thousands_of_unknown_settings_are_counted_in_seconds(here, capsys):
+    Path("config.yaml").write_text("optim:\n" + "".join(f"  lr_{number}: 0\n" for number in range(20_000)))
+    start = time.monotonic()
+    lines = refused(capsys, "config.yaml")
+    assert time.monotonic() - start < 10  # about 1.5 s on an idle core
+    assert lines[:2] == [
+        "go: 20,000 problems",
+        "  config.yaml:2: optim.lr_0: unknown setting; did you mean 'optim.lr'?",
+    ]
+    assert lines[-2:] == ["  and 19,960 more", "--help lists every setting."]
+    assert len(lines) == 43
+
+
+# name -> (config.yaml, words after it, what the one problem begins with)
+HOSTILE = {
+    "lists in lists": (
+        "run: {dir: " + "[" * 100 + "]" * 100 + "}",
+        [],
+        "config.yaml:1: run.dir: nested more than 32 lev",
+    ),
+    "more lists than Python's stack holds": (
+        "run: " + "[" * 9000 + "]" * 9000,
+        [],
+        "config.yaml: is nested more than 32 levels deep",
+    ),
+    "lists in lists on the command line": ("", ["--data.mixture", "[" * 9000], "command line: data.mixture='[[["),
+    "half a letter": ('run: {dir: "\\ud800"}', [], "config.yaml:1: run.dir='\\ud800' is not text in UTF-8"),
+    "half a letter in a name": ('"a\\udfff": 1', [], "config.yaml:1: a\\udfff: unknown setting"),
+    "a byte that is no UTF-8": ("", ["--run.dir", "a\udcff"], "command line: run.dir='a\\udcff' is not text in UTF-8"),
+    "an escape sequence in a name": ('"\\e[31m": 1', [], "config.yaml:1: \\x1b[31m: unknown setting"),
+    "an escape sequence in a value": (
+        "",
+        ["--processes.coordinator", "\x1b[31m"],
+        "command line: processes.coordinator=\\x1b[31m must be HOST:PORT",
+    ),
+    "a base that is no config": (
+        "extends: /etc/passwd",
+        [],
+        "config.yaml:1: extends must name one YAML file, .yaml or",
+    ),
+    "a megabyte of text": ("run: {seed: '" + "x" * 1_000_000 + "'}", [], "config.yaml:1: run.seed='xxx"),
+    "more blocks than can be": (
+        "model: {num_layers: 1000000000, experts: {}}",
+        [],
+        "config.yaml:1: model.num_layers=1",
+    ),
+    "more columns than can be": (
+        "",
+        ["--model.dim", "1000000000000", "--mesh.memory", "3"],
+        "command line: mesh.memory=3 cannot split value_dim=1000000000000",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_text_is_refused_in_a_line(here, capsys, name):
+    text, words, problem = HOSTILE[name]
+    Path("config.yaml").write_text(text)
+    start = time.monotonic()
+    lines = refused(capsys, "config.yaml", *words)
+    assert time.monotonic() - start < 5
+    assert lines[1].startswith(f"  {problem}")
+    assert max(map(len, lines)) < 500
+    assert all(line.isprintable() for line in lines)
+
+
+def test_letters_that_the_locale_lacks_are_refused_with_the_way_out():
+    env = {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    words = [sys.executable, "-m", "memjax.train", "--run.dir", "/tmp/ü"]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "this locale is ascii: set PYTHONUTF8=1 for other letters" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -89,6 +89,20 @@ def test_every_file_loads(path):
     assert config.run.dir == f"runs/{path.stem}"
 
 
+@pytest.mark.parametrize("steps", [1, 2, 6, 60, 200])
+def test_every_file_trains_for_any_number_of_steps_without_other_changes(steps):
+    for path in CONFIGS.glob("*.yaml"):
+        config = load(
+            RunConfig,
+            path,
+            ["--train.steps", str(steps), "--data.path", "x"]
+            if path.stem != "quickstart"
+            else ["--train.steps", str(steps)],
+        )
+        for schedule in (config.optim, config.optim.table):
+            assert 0 <= schedule.warmup_of(steps) < steps
+
+
 @pytest.mark.parametrize(("name", "millions"), PRESETS.items())
 def test_presets_have_the_sizes_of_the_paper(name, millions):
     assert round(parameters(load(RunConfig, CONFIGS / f"{name}.yaml").model) / 1e6, 1) == millions
@@ -260,6 +274,8 @@ def value_of(annotation) -> st.SearchStrategy:
         return st.lists(st.integers(0, 2), unique=True, min_size=1).map(sorted).map(tuple)
     if dataclasses.is_dataclass(annotation):
         return some_fields(typing.cast(type, annotation))
+    if arguments == (int, float):
+        return st.integers(0, 2**31) | st.floats(0, 1, exclude_max=True)
     return {
         int: st.integers(0, 2**31) | st.sampled_from([1, 2, 64]),
         float: st.floats(0, 1) | st.floats(1e-30, 1e30),

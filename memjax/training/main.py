@@ -97,11 +97,12 @@ def check(config: RunConfig) -> None:
     problems = []
     if config.data.source not in ("biographies", "mixture") and config.data.path is None:
         problems.append(f"data.path is null: source={config.data.source} needs a file; set --data.path FILE")
-    for name, schedule in (("optim", config.optim), ("optim.table", config.optim.table)):
-        if schedule.warmup_steps >= config.train.steps:
+    schedules = {"optim": config.optim} | ({"optim.table": config.optim.table} if config.model.lookups else {})
+    for name, schedule in schedules.items():
+        if schedule.warmup_of(config.train.steps) >= config.train.steps:
             problems.append(
                 f"{name}.warmup_steps={schedule.warmup_steps} must be below train.steps={config.train.steps}; "
-                f"set --{name}.warmup_steps {config.train.steps // 10}"
+                f"set --{name}.warmup_steps 0.1, a share of the steps"
             )
     wanted, reason = config.train.attention, why_no_cudnn(config)
     if wanted == "cudnn" and reason:

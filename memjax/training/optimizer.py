@@ -18,12 +18,13 @@ FROZEN = "frozen"
 
 def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
     """Learning rate by step number (from 0): a linear warm-up, then a cosine to final_fraction or a constant."""
+    warmup = config.warmup_of(steps)
     if config.schedule == "constant":
         after = optax.constant_schedule(config.lr)
     else:
-        after = optax.cosine_decay_schedule(config.lr, max(1, steps - config.warmup_steps), alpha=config.final_fraction)
-    rise = optax.linear_schedule(0.0, config.lr, config.warmup_steps)
-    joined = optax.join_schedules([rise, after], [config.warmup_steps]) if config.warmup_steps else after
+        after = optax.cosine_decay_schedule(config.lr, max(1, steps - warmup), alpha=config.final_fraction)
+    rise = optax.linear_schedule(0.0, config.lr, warmup)
+    joined = optax.join_schedules([rise, after], [warmup]) if warmup else after
     # The first step counts as 1: at rate 0 it would be wasted.
     return lambda step: joined(step + 1)
 

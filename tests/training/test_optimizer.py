@@ -37,6 +37,17 @@ def test_a_rate_rises_and_then_follows_its_schedule(schedule, warmup_steps):
     assert rates.min() > 0, "no step is wasted at rate zero"
 
 
+def test_a_share_of_the_steps_warms_up_as_long_as_their_number():
+    for share, steps, number in ((0.1, 40, 4), (0.03125, 128_000, 4000), (0.067, 750, 50), (0.1, 1, 0), (0.99, 5, 4)):
+        assert ScheduleConfig(lr=1.0, warmup_steps=share).warmup_of(steps) == number
+    rates = [make_schedule(ScheduleConfig(lr=0.3, warmup_steps=warmup), 40) for warmup in (0.1, 4)]
+    assert [float(rates[0](step)) for step in (0, 3, 4, 39)] == [float(rates[1](step)) for step in (0, 3, 4, 39)]
+    with pytest.raises(
+        ValueError, match=r"warmup_steps=2\.5 must be a whole number of steps, or a share of them below 1"
+    ):
+        ScheduleConfig(lr=1.0, warmup_steps=2.5)
+
+
 def test_a_rate_has_no_jump_where_its_parts_join():
     config = ScheduleConfig(lr=1.0, warmup_steps=100, final_fraction=0.0)
     rates = np.array(jax.vmap(make_schedule(config, 1000))(jnp.arange(1000)))
