@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from memjax.config import ExpertLookupConfig, ExpertsConfig, MemoryConfig, ModelConfig, RunConfig, SamplingConfig
     from memjax.data.tokenizer import Tokenizer
+    from memjax.inference.text import Continuation, continue_texts, stream_text
     from memjax.interop.official import from_official
     from memjax.interop.upcycle import upcycle, upcycle_run
     from memjax.loading import load
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from memjax.ops.row_gradient import RowGradient
     from memjax.ops.row_update.api import row_update
     from memjax.ops.row_update.rules import RowRule, row_step
-    from memjax.text_generation import Continuation, continue_texts, stream_text
 
 __version__ = "0.1.0"
 
@@ -65,7 +65,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Continuation": "text_generation",
+    "Continuation": "inference.text",
     "Decoder": "models.decoder",
     "ExpertLookupConfig": "config",
     "ExpertLookupLayer": "memory.expert_lookup",
@@ -81,7 +81,7 @@ _MODULES = {
     "TableRows": "memory.table",
     "Tokenizer": "data.tokenizer",
     "ValueTable": "memory.table",
-    "continue_texts": "text_generation",
+    "continue_texts": "inference.text",
     "embedding_bag": "ops.embedding_bag.api",
     "embedding_dot": "ops.embedding_dot.api",
     "from_official": "interop.official",
@@ -91,7 +91,7 @@ _MODULES = {
     "row_sparse_value_and_grad": "memory.sparse_gradient",
     "row_step": "ops.row_update.rules",
     "row_update": "ops.row_update.api",
-    "stream_text": "text_generation",
+    "stream_text": "inference.text",
     "upcycle": "interop.upcycle",
     "upcycle_run": "interop.upcycle",
     "zero_tap": "memory.parallel",

@@ -174,8 +174,8 @@ def _train(folder: str) -> str:
 
 
 def _write(folder: str) -> str:
+    from memjax.inference.engine import generate
     from memjax.loading import load
-    from memjax.models.generate import generate
 
     model, tokenizer = load(pathlib.Path(folder) / "run")
     tokens = list(generate(model, [tokenizer.bos_id, *tokenizer.encode("What")], max_tokens=8))

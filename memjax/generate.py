@@ -111,7 +111,7 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
 
 
 def _write_file(found: "LoadedModel", settings: GenerateConfig, records: list[dict[str, Any]]) -> None:
-    from memjax.text_generation import continue_texts
+    from memjax.inference.text import continue_texts
 
     texts = continue_texts(
         found.model,
@@ -131,7 +131,7 @@ def _write_file(found: "LoadedModel", settings: GenerateConfig, records: list[di
 
 
 def _write(found: "LoadedModel", settings: GenerateConfig, prompt: str, *, number: int) -> None:
-    from memjax.text_generation import stream_text
+    from memjax.inference.text import stream_text
 
     for piece in stream_text(
         found.model,

@@ -12,9 +12,9 @@ from memjax.evaluation import answers
 from memjax.evaluation.questions import ChoiceQuestion, OpenQuestion
 from memjax.evaluation.scoring import Show, request, score
 from memjax.evaluation.settings import EvaluateConfig
+from memjax.inference.text import continue_texts
 from memjax.loading import LoadedModel
 from memjax.models.decoder import Decoder, resolve_dtype
-from memjax.text_generation import continue_texts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ from unittest import mock
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from memjax.config import SamplingConfig
@@ -30,7 +31,8 @@ _RESAMPLES = 1000
 """For the standard error of metrics that have no formula for it."""
 _FEWSHOT_SEED = 1234
 """lm-eval's own, so that the examples are those of others."""
-_KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
+_KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams")
+"""And lm-eval's other names of `max_gen_toks`."""
 
 
 class HarnessModel(LM):
@@ -137,8 +139,10 @@ def _measure(model: HarnessModel, settings: EvaluateConfig) -> dict[str, Any]:
             "in the task's YAML file, or fetch them once with HF_HUB_OFFLINE=0"
         ) from error
     for task in loaded["tasks"].values():
-        if settings.shots is not None or task.get_config("num_fewshot") is None:
-            task.set_config("num_fewshot", settings.shots or 0)
+        if settings.shots is not None:
+            task.set_config("num_fewshot", settings.shots)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(_FEWSHOT_SEED)
         if getattr(task, "UNSAFE_CODE", False):
             raise DataError(f"--tasks {task.task_name}: runs programs of the model; for those see --questions")
@@ -150,23 +154,47 @@ def _measure(model: HarnessModel, settings: EvaluateConfig) -> dict[str, Any]:
 
 
 def _writing(rule: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `write` that a task's rules for texts mean.
+    """The arguments of `write` that a task's generation settings mean, as lm-eval's own models read them.
+
+    A temperature of 0, or a top_p of 0, takes the likeliest token; a top_k of 0 or -1 cuts nothing off; and no token
+    is written where max_gen_toks is 0. null is the default.
 
     Raises:
-        DataError: a rule that is not known; to leave it out would change the task.
+        DataError: a setting that is not known, which to leave out would change the task, or one that cannot be met.
     """
-    if unknown := set(rule) - set(_KNOWN):
+    try:
+        given = normalize_gen_kwargs({name: value for name, value in rule.items() if value is not None}, _MOST_TOKENS)
+        sampling = _sampling(given)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"generation_kwargs: {json.dumps(rule)} cannot be met: {error}") from error
+    stop, max_tokens = tuple(given.get("until", ())), given.get("max_gen_toks", _MOST_TOKENS)
+    if max_tokens < 0:
+        raise DataError(f"generation_kwargs: max_gen_toks={max_tokens} must not be negative")
+    if not all(isinstance(one, str) for one in stop):
+        raise DataError(f"generation_kwargs: until={json.dumps(rule['until'])} must be strings")
+    return {"max_tokens": max_tokens, "stop": stop, "sampling": sampling}
+
+
+def _sampling(given: Mapping[str, Any]) -> SamplingConfig:
+    if unknown := set(given) - set(_KNOWN):
         raise DataError(f"generation_kwargs: {', '.join(sorted(unknown))} unknown; known are {', '.join(_KNOWN)}")
-    until = rule.get("until") or ()
-    sampling = SamplingConfig()
-    if rule.get("do_sample"):
-        temperature, top_p = rule.get("temperature") or 1.0, rule.get("top_p") or 1.0
-        sampling = SamplingConfig(temperature=temperature, top_k=rule.get("top_k"), top_p=top_p)
-    return {
-        "max_tokens": rule.get("max_gen_toks") or _MOST_TOKENS,
-        "stop": (until,) if isinstance(until, str) else tuple(until),
-        "sampling": sampling,
-    }
+    if given.get("num_beams", 1) != 1:
+        raise DataError(
+            f"generation_kwargs: num_beams={given['num_beams']} must be 1: texts are written token by token"
+        )
+    if not isinstance(given["do_sample"], bool):
+        raise DataError(f"generation_kwargs: do_sample={given['do_sample']!r} must be true or false")
+    penalty = float(given.get("repetition_penalty", 1.0))
+    if not given["do_sample"]:
+        return SamplingConfig(repetition_penalty=penalty)
+    top_k, top_p = int(given.get("top_k", 0)), float(given.get("top_p", 1.0))
+    return SamplingConfig(
+        # transformers' own default, where the task does not say.
+        temperature=0.0 if top_p == 0 else float(given.get("temperature", 1.0)),
+        top_k=None if top_k in (0, -1) else top_k,
+        top_p=1.0 if top_p == 0 else top_p,
+        repetition_penalty=penalty,
+    )
 
 
 def _numbers(results: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

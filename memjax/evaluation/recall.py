@@ -18,9 +18,9 @@ from memjax.data.facts import Question
 from memjax.data.packing import Batch
 from memjax.data.tokenizer import Tokenizer
 from memjax.evaluation.perplexity import Place, to_device
+from memjax.inference.engine import generate
 from memjax.memory import parallel
 from memjax.models.decoder import Decoder
-from memjax.models.generate import generate
 from memjax.models.parts import take_apart
 
 _SAMPLES = 3

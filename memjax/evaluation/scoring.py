@@ -15,9 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 from memjax.data.packing import Batch
 from memjax.data.tokenizer import Tokenizer
 from memjax.evaluation.perplexity import Place, to_device
+from memjax.inference.engine import padded_length
 from memjax.memory import parallel
 from memjax.models.decoder import Decoder
-from memjax.models.generate import padded_length
 from memjax.models.loss import LOGIT_BYTES
 
 Show = Callable[[float], None]

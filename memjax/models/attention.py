@@ -1,5 +1,7 @@
 """Causal self-attention with grouped queries, rotary positions, document masks, a sliding window and a cache."""
 
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -8,16 +10,19 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from memjax.config import RopeScalingConfig
+from memjax.memory import parallel
 from memjax.models import dot_product
 from memjax.models.feed_forward import linear, side_by_side
 from memjax.models.rotary import rotate
+from memjax.ops.decode_attention.api import decode_attention
 
 
 class KeyValues(NamedTuple):
     """Keys and values of the tokens seen so far, of one layer: a cache for generation."""
 
-    keys: Float[Array, "b s kv_heads head_dim"]
-    values: Float[Array, "b s kv_heads head_dim"]
+    keys: Float[Array, "b kv_heads s head_dim"]
+    """A head's keys lie together, as the matrix products of decoding read them."""
+    values: Float[Array, "b kv_heads s head_dim"]
 
 
 class Attention(nnx.Module):
@@ -53,7 +58,7 @@ class Attention(nnx.Module):
         self, x: Float[Array, "b s dim"], positions: Int[Array, "b s"], segments: Int[Array, "b s"] | None = None
     ) -> Float[Array, "b s dim"]:
         """Attention over the tokens of x."""
-        query, fresh = self._project(x, positions)
+        query, *fresh = self._project(x, positions)
         # A window counts places in the row: within a document they differ as positions do.
         out = dot_product.self_attention(
             query,
@@ -65,32 +70,51 @@ class Attention(nnx.Module):
         return self._project_out(out)
 
     def with_cache(
-        self, x: Float[Array, "b s dim"], positions: Int[Array, "b s"], cache: KeyValues
+        self, x: Float[Array, "b s dim"], positions: Int[Array, "b s"], cache: KeyValues | None
     ) -> tuple[Float[Array, "b s dim"], KeyValues]:
         """Attention of new tokens over cached tokens and themselves, and the cache with them written in.
 
-        `positions` say where the new tokens stand, in their text and in the cache; each row has its own. A token sees
-        what the cache holds up to its own place: what lies behind may be anything.
+        Args:
+            x: the new tokens.
+            positions: where they stand, in their text and in the cache; each row has its own, one after the other. A
+                token sees what the cache holds up to its own place: what lies behind may be anything. A token whose
+                place is beyond the cache is not written.
+            cache: None where nothing is cached and positions count from 0; the new cache then holds just these tokens.
         """
-        query, fresh = self._project(x, positions, is_cached=True)
+        query, *fresh = self._project(x, positions)
+        if cache is None:
+            name = dot_product.choose(self.implementation, query.dtype, self.head_dim, x.shape[1])
+            out = dot_product.self_attention(
+                query, *fresh, segments=None, window=self.sliding_window, implementation=name
+            )
+            return self._project_out(out), KeyValues(*(jnp.swapaxes(array, 1, 2) for array in fresh))
         row = jnp.arange(x.shape[0])[:, None]
         cache = KeyValues(
             *(
-                old.at[row, positions].set(new.astype(old.dtype), unique_indices=True)
+                old.at[row, :, positions].set(new.astype(old.dtype), unique_indices=True, mode="drop")
                 for old, new in zip(cache, fresh, strict=True)
             )
         )
         keys, values = (array.astype(query.dtype) for array in cache)
-        out = dot_product.attention(query, keys, values, places=positions, window=self.sliding_window)
+        if x.shape[1] == 1:
+            lengths = jnp.minimum(positions[:, 0] + 1, keys.shape[2])
+            attend = partial(decode_attention, window=self.sliding_window)
+            out = parallel.on_own_tokens(attend, (query[:, 0], keys, values, lengths), ())[:, None]
+        else:
+            keys, values = (jnp.swapaxes(array, 1, 2) for array in (keys, values))
+            out = dot_product.attention(query, keys, values, places=positions, window=self.sliding_window)
         return self._project_out(out), cache
 
-    def _project(self, x: Array, positions: Array, *, is_cached: bool = False) -> tuple[Array, KeyValues]:
-        layers = (self.query, self.key, self.value)
-        # With few new tokens most of the time goes into reading weights, and joining them would copy them first.
-        parts = [layer(x) for layer in layers] if is_cached else side_by_side(x, *layers)
+    def _project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
+        """Queries, keys and values [b, s, heads, head_dim]."""
+        parts = self.query_key_value(x)
         query, key, value = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in parts)
         query, key = (rotate(part, positions, self.rope_theta, self.rope_scaling) for part in (query, key))
-        return query, KeyValues(key, value)
+        return query, key, value
+
+    def query_key_value(self, x: Float[Array, "b s dim"]) -> Sequence[Float[Array, "b s width"]]:
+        """The three projections, before they are cut into heads."""
+        return side_by_side(x, self.query, self.key, self.value)
 
     def _project_out(self, out: Float[Array, "b s n h"]) -> Float[Array, "b s dim"]:
         return self.out(out.reshape(*out.shape[:2], -1))

@@ -90,10 +90,10 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "b s dim"],
         positions: Int[Array, "b s"],
-        cache: KeyValues,
+        cache: KeyValues | None,
         tables: tuple[ValueTable, ...] = (),
     ) -> tuple[Float[Array, "b s dim"], KeyValues]:
-        """The output for new tokens, and the cache with them."""
+        """The output for new tokens, and the cache with them; None is an empty one, see `Attention.with_cache`."""
         x, inputs = self.attention_norm(x)
         attended, cache = self.attention.with_cache(inputs, positions, cache)
         return self._mix(x + attended, tables)[0], cache

@@ -148,7 +148,7 @@ class Decoder(nnx.Module):
     def init_cache(self, batch: int, max_length: int) -> Cache:
         """An empty cache for `batch` sequences of at most max_length tokens."""
         config = self.config
-        shape = (batch, max_length, config.kv_heads, config.head_width)
+        shape = (batch, config.kv_heads, max_length, config.head_width)
         zeros = [[jnp.zeros(shape, resolve_dtype(config.dtype)) for _ in range(2)] for _ in range(config.num_layers)]
         return Cache(tuple(KeyValues(*pair) for pair in zeros), jnp.zeros(batch, jnp.int32))
 
@@ -157,14 +157,22 @@ class Decoder(nnx.Module):
         hidden, cache = self.hidden_with_cache(tokens, cache)
         return self.logits(hidden), cache
 
-    def hidden_with_cache(self, tokens: Int[Array, "b s"], cache: Cache) -> tuple[Float[Array, "b s dim"], Cache]:
-        """`with_cache` before the logits, for those who want them of some tokens only."""
-        positions = default_positions(tokens) + cache.lengths[:, None]
+    def hidden_with_cache(
+        self, tokens: Int[Array, "b s"], cache: Cache | None
+    ) -> tuple[Float[Array, "b s dim"], Cache]:
+        """`with_cache` before the logits, for those who want them of some tokens only.
+
+        Without a cache the tokens are the first ones, and the new cache holds just these.
+        """
+        positions, lengths = default_positions(tokens), jnp.zeros(tokens.shape[0], jnp.int32)
+        if cache is not None:
+            lengths = cache.lengths
+            positions += lengths[:, None]
         x, blocks = self._embed(tokens), []
         for layer, block in enumerate(self.blocks):
-            x, kept = block.with_cache(x, positions, cache.blocks[layer], self._tables(layer))
+            x, kept = block.with_cache(x, positions, cache and cache.blocks[layer], self._tables(layer))
             blocks.append(kept)
-        return self.norm(x).normed, Cache(tuple(blocks), cache.lengths + tokens.shape[1])
+        return self.norm(x).normed, Cache(tuple(blocks), lengths + tokens.shape[1])
 
     def _embed(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s dim"]:
         # Rows first, then their type: the other way round the whole matrix would be cast, and its gradient be summed

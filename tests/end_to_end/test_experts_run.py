@@ -12,9 +12,9 @@ from flax import nnx
 import memjax
 from memjax import train
 from memjax.checkpoint import CheckpointError
+from memjax.inference.engine import generate
 from memjax.interop.hugging_face import to_hf
 from memjax.models.decoder import Decoder
-from memjax.models.generate import generate
 from memjax.training import main
 from memjax.training.mesh import make_mesh
 

@@ -150,7 +150,7 @@ def test_the_zeroed_tables_the_shots_and_the_limit(harness, found, tmp_path, mon
         (("chose",), ConfigError, "tasks=chose is not known; known are choose"),
         (("*",), DataError, "cannot be loaded"),
         (("broken",), DataError, "--tasks broken: cannot be loaded .*data must be on this machine"),
-        (("beams",), DataError, "generation_kwargs: num_beams unknown; known are until, max_gen_toks"),
+        (("contrastive",), DataError, "generation_kwargs: penalty_alpha unknown; known are until, max_gen_toks"),
     ],
 )
 def test_what_cannot_be_done_is_said(harness, found, tmp_path, tasks, error, message):
@@ -159,7 +159,7 @@ def test_what_cannot_be_done_is_said(harness, found, tmp_path, tasks, error, mes
     write_task(tmp_path, "choose", CHOICES, **rule)
     write_task(tmp_path, "broken", CHOICES, **rule)
     (tmp_path / "broken.jsonl").unlink()
-    write_task(tmp_path, "beams", CHOICES, **rule, generation_kwargs={"until": ["x"], "num_beams": 4})
+    write_task(tmp_path, "contrastive", CHOICES, **rule, generation_kwargs={"until": ["x"], "penalty_alpha": 4})
     with pytest.raises(error, match=message):
         report(harness, found, tmp_path, *tasks)
 
@@ -169,18 +169,67 @@ def test_a_folder_that_is_not_there_is_said(harness, found, tmp_path):
         report(harness, found, tmp_path / "none", "choose")
 
 
-def test_the_rules_of_a_task_are_those_of_sampling(harness):
-    found = harness._writing({"until": "\n\n", "do_sample": True, "temperature": 0.5, "top_k": 3})
-    assert found == {
-        "max_tokens": 256,
-        "stop": ("\n\n",),
-        "sampling": SamplingConfig(temperature=0.5, top_k=3),
-    }
-    assert harness._writing({"temperature": 0.5, "max_gen_toks": 7, "until": None}) == {
-        "max_tokens": 7,
-        "stop": (),
-        "sampling": SamplingConfig(),
-    }
+GREEDY, DRAWN = SamplingConfig(), SamplingConfig(temperature=1.0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "max_tokens", "stop", "sampling"),
+    [
+        (
+            {"until": "\n\n", "do_sample": True, "temperature": 0.5, "top_k": 3},
+            256,
+            ("\n\n",),
+            SamplingConfig(temperature=0.5, top_k=3),
+        ),
+        # Without do_sample a temperature draws; with do_sample false it does not.
+        ({"temperature": 3.0, "max_gen_toks": 7, "until": None}, 7, (), SamplingConfig(temperature=3.0)),
+        ({"temperature": 3.0, "do_sample": False}, 256, (), GREEDY),
+        ({}, 256, (), GREEDY),
+        ({"do_sample": True}, 256, (), DRAWN),
+        # Zeros are values.
+        ({"do_sample": True, "temperature": 0.0}, 256, (), GREEDY),
+        ({"do_sample": True, "temperature": 0, "top_p": 0.5, "top_k": 4}, 256, (), SamplingConfig(top_p=0.5, top_k=4)),
+        ({"max_gen_toks": 0}, 0, (), GREEDY),
+        ({"max_new_tokens": 0, "until": []}, 0, (), GREEDY),
+        ({"do_sample": True, "top_k": 0}, 256, (), DRAWN),
+        ({"do_sample": True, "top_k": -1}, 256, (), DRAWN),
+        ({"do_sample": True, "top_p": 0}, 256, (), GREEDY),
+        # lm-eval's other names, and null.
+        ({"max_new_tokens": 9, "until": ["a", "b"]}, 9, ("a", "b"), GREEDY),
+        ({"max_tokens": 9, "max_gen_toks": 5}, 5, (), GREEDY),
+        ({"max_completion_tokens": 3, "temperature": None, "top_p": None, "do_sample": None}, 3, (), GREEDY),
+        ({"num_beams": 1, "repetition_penalty": 1.3}, 256, (), SamplingConfig(repetition_penalty=1.3)),
+    ],
+)
+def test_a_tasks_generation_settings_mean_what_lm_eval_means(harness, rule, max_tokens, stop, sampling):
+    assert harness._writing(rule) == {"max_tokens": max_tokens, "stop": stop, "sampling": sampling}
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"num_beams": 4}, "num_beams=4 must be 1"),
+        ({"do_sample": "yes"}, "do_sample='yes' must be true or false"),
+        ({"do_sample": True, "temperature": -1}, r"temperature=-1\.0 must not be negative"),
+        ({"do_sample": True, "top_k": -3}, "top_k=-3 must be positive"),
+        ({"do_sample": True, "top_p": 1.5}, r"top_p=1\.5 must be above 0 and at most 1"),
+        ({"temperature": "warm"}, "could not convert"),
+        ({"max_gen_toks": -1}, "max_gen_toks=-1 must not be negative"),
+        ({"until": [3]}, r"until=\[3\] must be strings"),
+    ],
+)
+def test_generation_settings_that_cannot_be_met_are_refused(harness, rule, message):
+    with pytest.raises(DataError, match=f"generation_kwargs: .*{message}"):
+        harness._writing(rule)
+
+
+def test_no_token_is_written_where_none_is_asked_for(harness, found, tmp_path):
+    kept = []
+    rule = {"doc_to_text": "{{q}}", "doc_to_target": "", "output_type": "generate_until"}
+    rule |= {"generation_kwargs": {"max_gen_toks": 0}, "metric_list": [metric("exact_match")]}
+    write_task(tmp_path, "nothing", [{"q": prompt} for prompt in PROMPTS], **rule)
+    report(harness, found, tmp_path, "nothing", keep=kept.append)
+    assert [sample["filtered_resps"] for sample in kept] == [[""]] * len(PROMPTS)
 
 
 def test_lm_eval_needs_no_torch(harness):

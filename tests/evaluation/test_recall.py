@@ -13,8 +13,8 @@ from memjax.config import BiographiesConfig, DataConfig, MemoryConfig, ModelConf
 from memjax.data.facts import Person, Question
 from memjax.data.tokenizer import ByteTokenizer, Tokenizer
 from memjax.evaluation.recall import fact_report, format_fact_report, majority_guess, recall, zero_tables
+from memjax.inference.engine import generate
 from memjax.models.decoder import Decoder
-from memjax.models.generate import generate
 from memjax.models.parts import DecoderParts, take_apart
 
 NOBODY = Person(name="", birth_date="", birth_city="", university="", major="", employer="", work_city="")

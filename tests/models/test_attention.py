@@ -98,7 +98,7 @@ def test_cache_filled_in_pieces_gives_what_all_tokens_at_once_give(dtype, window
         layer, x = build(2, dtype, sliding_window=window)
         expected = run(layer, x, COUNTING)
         # Longer than the sequence, with rubbish where nothing was written yet.
-        cache = KeyValues(*(jnp.full((2, LENGTH + 3, 2, DIM // HEADS), 7.0, dtype) for _ in range(2)))
+        cache = KeyValues(*(jnp.full((2, 2, LENGTH + 3, DIM // HEADS), 7.0, dtype) for _ in range(2)))
         extend = nnx.jit(lambda layer, *arguments: layer.with_cache(*arguments))
         pieces, start = [], 0
         for length in (3, 1, 1, 1):
@@ -108,13 +108,13 @@ def test_cache_filled_in_pieces_gives_what_all_tokens_at_once_give(dtype, window
             start += length
         tolerance = 1e-12 if dtype == "float64" else 2e-5
         np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, rtol=tolerance, atol=tolerance)
-        assert np.all(np.asarray(cache.keys)[:, LENGTH:] == 7)
+        assert np.all(np.asarray(cache.keys)[:, :, LENGTH:] == 7)
 
 
 def test_rows_of_a_cache_have_places_of_their_own():
     layer, x = build(2)
     expected = run(layer, x, COUNTING)
-    cache = KeyValues(*(jnp.full((2, LENGTH + 2, 2, DIM // HEADS), 7.0) for _ in range(2)))
+    cache = KeyValues(*(jnp.full((2, 2, LENGTH + 2, DIM // HEADS), 7.0) for _ in range(2)))
     extend = nnx.jit(lambda layer, *arguments: layer.with_cache(*arguments))
     # The first row begins with four tokens, the second with two and padding that new tokens overwrite.
     _, cache = extend(layer, x[:, :4], COUNTING[:, :4], cache)

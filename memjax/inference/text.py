@@ -1,13 +1,14 @@
 """From prompts to texts: a model and its tokenizer write on, up to their end, a stop string or a number of tokens."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 from memjax.config import SamplingConfig
 from memjax.data.tokenizer import StreamingDecoder, Tokenizer
+from memjax.inference.engine import Engine, Pace, Request, generate
+from memjax.inference.sampling import GREEDY
 from memjax.models.decoder import Decoder
-from memjax.models.generate import GREEDY, generate, generate_batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,27 +75,31 @@ def continue_texts(
     A prompt's place in the list is its number, so the batch size changes no text. Of a prompt of more than
     max_prompt_tokens the last ones are read.
     """
-    stop_ids = _stop_ids(tokenizer, stop)
+    if not max_tokens:
+        yield from (Continuation(text="", finish="length", tokens=0) for _ in prompts)
+        return
+    stop_ids = frozenset(_stop_ids(tokenizer, stop))
     read = slice(None) if max_prompt_tokens is None else slice(-max_prompt_tokens, None)
+    num_slots = max(1, min(batch_size, len(prompts)))
+    engine = Engine(model, num_slots=num_slots, prefill_rows=num_slots)
     for start in range(0, len(prompts), batch_size):
         ids = [_prompt_ids(tokenizer, prompt, special_tokens)[read] for prompt in prompts[start : start + batch_size]]
-        texts = [_Text(tokenizer, prompt_ids, stop) for prompt_ids in ids]
-        for tokens in generate_batch(
-            model,
-            ids,
-            max_tokens=max_tokens,
-            sampling=sampling,
-            stop_ids=stop_ids,
-            first_number=start,
-            num_rows=min(batch_size, len(prompts)),
-        ):
-            for text, token in zip(texts, tokens, strict=True):
-                if token is not None:
-                    text.push(token)
-            # A text that the model has ended goes no further in any case.
-            if all(text.is_stopped or token is None for text, token in zip(texts, tokens, strict=True)):
+        requests = [
+            Request(prompt_ids=prompt_ids, max_tokens=max_tokens, sampling=sampling, stop_ids=stop_ids, number=number)
+            for number, prompt_ids in enumerate(ids, start)
+        ]
+        slots = engine.insert(requests)
+        texts = {slot: _Text(tokenizer, prompt_ids, stop) for slot, prompt_ids in zip(slots, ids, strict=True)}
+        made, pace = engine.step(0), Pace()
+        while True:
+            for slot, more in made.items():
+                texts[slot].extend(more.tokens)
+                if texts[slot].is_stopped:
+                    engine.release(slot)
+            if not engine.is_busy:
                 break
-        for text in texts:
+            made = engine.step(pace.next())
+        for text in texts.values():
             text.finish()
             finish = "stop" if text.is_stopped else "length" if text.num_tokens == max_tokens else "end"
             yield Continuation(text=text.text, finish=finish, tokens=text.num_tokens)
@@ -129,6 +134,10 @@ class _Text:
         self.num_tokens += 1
         return self._add(self._stops.push(self._decoder.push(token)))
 
+    def extend(self, tokens: Iterable[int]) -> str:
+        """The new text that several tokens complete."""
+        return "".join([self.push(token) for token in tokens])
+
     def finish(self) -> str:
         """What was held back."""
         return self._add(self._stops.push(self._decoder.finish()) + self._stops.finish())
@@ -139,37 +148,38 @@ class _Text:
 
 
 class StopStrings:
-    """Passes a text on, piece by piece, up to the first stop string; how the text is cut into pieces changes nothing.
+    """Passes a text on, piece by piece, up to a stop string; a piece is what a token adds.
 
-    The first is the one that is complete first; of several that end in the same place the longest.
+    As lm-eval does it, the text ends with the first piece that completes a stop string. Where that piece completes
+    several, the text is cut in front of the first of them in the order in which they are given, and what is left in
+    front of the next, if it is still there.
     """
 
     def __init__(self, stops: Sequence[str]):
         self.found: str | None = None
-        """The stop string that ended the text."""
-        self._stops = sorted(filter(None, stops), key=len, reverse=True)
+        """The stop string that cut the text."""
+        self._stops = [stop for stop in stops if stop]
         self._held = ""
 
     def push(self, piece: str) -> str:
         """What can be passed on now: all but an end that may be the beginning of a stop string."""
-        passed = ""
-        for letter in piece:
-            if self.found is not None:
-                break
-            self._held += letter
-            self.found = next((stop for stop in self._stops if self._held.endswith(stop)), None)
-            keep = len(self.found) if self.found is not None else self._beginning()
-            passed += self._held[: len(self._held) - keep]
-            self._held = self._held[len(self._held) - keep :]
-        return passed
+        if self.found is not None:
+            return ""
+        text = self._held + piece
+        for stop in self._stops:
+            before, found, _ = text.partition(stop)
+            if found:
+                text, self.found = before, stop
+        self._held = "" if self.found is not None else text[len(text) - self._beginning(text) :]
+        return text[: len(text) - len(self._held)]
 
     def finish(self) -> str:
         """What was held back and is the beginning of a stop string without its end."""
         held, self._held = self._held, ""
-        return "" if self.found is not None else held
+        return held
 
-    def _beginning(self) -> int:
+    def _beginning(self, text: str) -> int:
         """How many of the last letters are the beginning of a stop string, at the most."""
-        longest = min(len(self._held), len(self._stops[0]) - 1) if self._stops else 0
-        fits = lambda length: any(stop.startswith(self._held[len(self._held) - length :]) for stop in self._stops)
+        longest = min(len(text), max(map(len, self._stops), default=1) - 1)
+        fits = lambda length: any(stop.startswith(text[len(text) - length :]) for stop in self._stops)
         return next((length for length in range(longest, 0, -1) if fits(length)), 0)

@@ -10,8 +10,10 @@ import pytest
 from flax import nnx
 
 from memjax.config import ExpertLookupConfig, MemoryConfig, ModelConfig, SamplingConfig
+from memjax.inference import engine
+from memjax.inference.engine import generate, generate_batch
+from memjax.inference.weights import prepare
 from memjax.models.decoder import Decoder
-from memjax.models.generate import _extend, _pick, _prefill, generate, generate_batch
 from memjax.models.parts import DecoderParts, take_apart
 
 LONGEST = 32
@@ -176,24 +178,25 @@ def test_tokens_come_one_by_one_and_stop_before_a_stop_token():
     assert list(generate(model, prompt(5), max_tokens=0)) == []
 
 
-def num_compiled(function) -> int:
-    return function._cache_size()
+def num_compiled(model: Decoder) -> list[int]:
+    programs: Any = engine._programs(nnx.split(prepare(model))[0])
+    return [program._cache_size() for program in programs]
 
 
 def test_nearby_lengths_share_what_is_compiled():
     model = tiny(True, 2)
     list(generate(model, prompt(9), max_tokens=8))
-    compiled = [num_compiled(function) for function in (_prefill, _extend, _pick)]
+    compiled = num_compiled(model)
     for length in (10, 13, 16):
         list(generate(model, prompt(length), max_tokens=9))
-    assert [num_compiled(function) for function in (_prefill, _extend, _pick)] == compiled
+    assert num_compiled(model) == compiled
     # Batches that are not full, and other numbers of the sampling, run what is compiled too.
     for some in ([prompt(3), prompt(12), prompt(7)], [prompt(16)]):
         for seed, top_k in ((0, 3), (1, 5)):
             sampling = SamplingConfig(temperature=1.0 + seed, top_k=top_k, seed=seed)
             list(generate_batch(model, some, max_tokens=9, sampling=sampling, num_rows=3))
-    for function, before in zip((_prefill, _extend, _pick), compiled, strict=True):
-        assert num_compiled(function) <= before + 1
+    for now, before in zip(num_compiled(model), compiled, strict=True):
+        assert now <= before + 1
 
 
 def test_what_cannot_be_done_is_refused_at_the_call():

@@ -5,14 +5,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from memjax.config import ModelConfig, SamplingConfig
 from memjax.data.tokenizer import ByteTokenizer
+from memjax.inference.text import StopStrings, continue_texts, stream_text
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts
-from memjax.text_generation import StopStrings, continue_texts, stream_text
 
 SAMPLING = SamplingConfig(temperature=1.0, top_k=30, seed=1)
 PROMPTS = ["What is", "x", "A longer one", "", "What is"]
@@ -27,30 +28,50 @@ def tiny() -> Decoder:
     return parts.assemble(fill(parts.abstract_params), {})
 
 
-def up_to_the_first(text: str, stops: list[str]) -> str:
-    """The text before the stop string that is complete first; the longest of those that end together."""
-    for end in range(len(text) + 1):
-        if ended := [stop for stop in stops if text[:end].endswith(stop)]:
-            return text[: end - max(map(len, ended))]
+def as_lm_eval_cuts(pieces: list[str], stops: list[str]) -> str:
+    """Pieces until one of the stop strings is complete, then split at each in its turn."""
+    text = ""
+    for piece in pieces:
+        text += piece
+        if any(stop in text for stop in stops):
+            break
+    for stop in stops:
+        text = text.split(stop)[0]
     return text
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stops", "expected"),
+    [
+        (["... ak", " th", "e"], ["e", " the"], "... ak th"),
+        (["... ak", " th", "e"], [" the", "e"], "... ak"),
+        (["x", "abc"], ["b", "abc"], "xa"),
+        (["x", "abc"], ["abc", "b"], "x"),
+        (["x", "a", "b", "c"], ["abc", "b"], "xa"),
+        (["aab"], ["", "ab"], "a"),
+    ],
+)
+def test_stop_strings_cut_as_lm_eval_cuts(pieces, stops, expected):
+    filter_ = StopStrings(stops)
+    assert "".join(map(filter_.push, pieces)) + filter_.finish() == expected
+    assert expected == as_lm_eval_cuts(pieces, [stop for stop in stops if stop])
 
 
 @given(
     pieces=st.lists(st.text("abc", max_size=5), max_size=8),
     stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
 )
-def test_a_text_is_passed_on_up_to_the_first_stop_string(pieces, stops):
-    filter_ = StopStrings(stops)
+def test_a_text_is_passed_on_up_to_a_stop_string(pieces, stops):
+    filter_, expected = StopStrings(stops), as_lm_eval_cuts(pieces, stops)
     passed = [filter_.push(piece) for piece in pieces]
     for count in range(len(pieces)):
         # Nothing is taken back later, and nothing is held back that no stop string can begin with.
         so_far = "".join(passed[: count + 1])
-        assert up_to_the_first("".join(pieces), stops).startswith(so_far)
+        assert expected.startswith(so_far)
         held = "".join(pieces[: count + 1])[len(so_far) :]
         assert filter_.found is not None or any(stop.startswith(held) for stop in stops) or not held
-    whole = "".join(passed) + filter_.finish()
-    assert whole == up_to_the_first("".join(pieces), stops)
-    assert (filter_.found is None) == (whole == "".join(pieces))
+    assert "".join(passed) + filter_.finish() == expected
+    assert (filter_.found is None) == (expected == "".join(pieces))
 
 
 def test_a_batch_writes_what_is_written_alone():

@@ -1,0 +1,1 @@
+"""Text from a model: the compiled prefill and decode, sampling, and prompts in, texts out."""

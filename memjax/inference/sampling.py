@@ -1,0 +1,178 @@
+"""Picking the next token of each row, with settings of its own, inside a compiled program and without a sort."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from memjax.config import SamplingConfig
+
+GREEDY = SamplingConfig()
+
+_ALL = 2**31 - 1
+"""A top_k that cuts nothing off."""
+
+
+class Rules(NamedTuple):
+    """The sampling settings of each row as arrays, so that other settings need no other program."""
+
+    temperature: Float[Array, " b"]
+    """0 for the likeliest token."""
+    top_k: Int[Array, " b"]
+    top_p: Float[Array, " b"]
+    repetition_penalty: Float[Array, " b"]
+    seed: UInt[Array, " b"]
+    number: UInt[Array, " b"]
+    """The prompt's number: with the seed and the step it decides a draw."""
+
+    @classmethod
+    def of(cls, settings: Sequence[tuple[SamplingConfig, int]]) -> "Rules":
+        """The rules of rows with the given sampling settings and prompt numbers, as NumPy arrays."""
+        rows = [
+            (
+                sampling.temperature,
+                _ALL if sampling.top_k is None else min(sampling.top_k, _ALL),
+                # The sum of all probabilities can pass 1 by a rounding error, and must not cut the last token off.
+                sampling.top_p if sampling.top_p < 1 else math.inf,
+                sampling.repetition_penalty,
+                sampling.seed % 2**32,
+                number % 2**32,
+            )
+            for sampling, number in settings
+        ]
+        types = (np.float32, np.int32, np.float32, np.float32, np.uint32, np.uint32)
+        columns = zip(*rows, strict=True)
+        return cls._make(np.array(column, dtype) for column, dtype in zip(columns, types, strict=True))
+
+
+class Mode(NamedTuple):
+    """What the rows of a batch need at most; each combination is a compiled program of its own."""
+
+    draws: bool = False
+    """Some row has a temperature."""
+    top_k: bool = False
+    top_p: bool = False
+    penalty: bool = False
+
+    @classmethod
+    def of(cls, samplings: Sequence[SamplingConfig]) -> "Mode":
+        """The mode that serves rows with all these settings."""
+        drawn = [sampling for sampling in samplings if sampling.temperature > 0]
+        return cls(
+            draws=bool(drawn),
+            top_k=any(sampling.top_k is not None for sampling in drawn),
+            top_p=any(sampling.top_p < 1 for sampling in drawn),
+            penalty=any(sampling.repetition_penalty != 1 for sampling in samplings),
+        )
+
+
+def pick(
+    logits: Float[Array, "b vocab"],
+    seen: Bool[Array, "b vocab"],
+    rules: Rules,
+    step: Int[Array, " b"],
+    *,
+    mode: Mode,
+) -> Int[Array, " b"]:
+    """The next token of each row.
+
+    Args:
+        logits: of the next token.
+        seen: which tokens the row's text holds, prompt included; only the repetition penalty asks.
+        rules: of the rows.
+        step: how many tokens each row has picked before.
+        mode: what `rules` need; anything beyond it is ignored.
+    """
+    if mode.penalty:
+        penalty = rules.repetition_penalty[:, None].astype(logits.dtype)
+        logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if not mode.draws:
+        return best
+    is_drawn = rules.temperature > 0
+    logits = logits / jnp.where(is_drawn, rules.temperature, 1)[:, None].astype(logits.dtype)
+    logits = jnp.where(allowed(logits, rules.top_k, rules.top_p, mode=mode), logits, -jnp.inf)
+
+    def draw(row: Float[Array, " vocab"], seed: Array, number: Array, step: Array) -> Int[Array, ""]:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), step)
+        # One number is drawn for each token of the vocabulary, not for each rank: two tokens whose ranks rounding
+        # swaps keep their draws.
+        return jax.random.categorical(key, row)
+
+    drawn = jax.vmap(draw)(logits, rules.seed, rules.number, step)
+    return jnp.where(is_drawn, drawn.astype(jnp.int32), best)
+
+
+def allowed(
+    logits: Float[Array, "b vocab"], top_k: Int[Array, " b"], top_p: Float[Array, " b"], *, mode: Mode
+) -> Bool[Array, "b vocab"]:
+    """Which tokens may be drawn: the top_k likeliest, and of these the fewest whose probabilities reach top_p.
+
+    Exactly top_k tokens are kept: of tokens that are equally likely those with the smaller ids come first.
+    """
+    kept, codes = jnp.ones(logits.shape, bool), _codes(logits)
+    if mode.top_k:
+        kept = _likeliest(codes, jnp.ones(logits.shape, jnp.int32), top_k)
+    if mode.top_p:
+        probabilities = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
+        kept &= _likeliest(codes, probabilities, top_p.astype(probabilities.dtype))
+    return kept
+
+
+def _likeliest(codes: UInt[Array, "b v"], weights: Array, target: Array) -> Bool[Array, "b v"]:
+    """Of each row the fewest largest codes whose weights add up to the target; all where they do not reach it."""
+    threshold = _threshold(codes, weights, target)[:, None]
+    above, level = codes > threshold, codes == threshold
+    # Of those at the threshold the first ones in their order, each if what comes before it does not suffice.
+    reached = jnp.sum(jnp.where(above, weights, 0), axis=-1, keepdims=True)
+    at_level = jnp.where(level, weights, 0)
+    before = reached + jnp.cumsum(at_level, axis=-1) - at_level
+    return above | (level & (before < target[:, None]))
+
+
+def _threshold(codes: UInt[Array, "b v"], weights: Array, target: Array) -> UInt[Array, " b"]:
+    """The largest number such that the weights of the codes that are not below it reach the target; 0 if none does.
+
+    A binary search, one bit a pass: for a vocabulary a sort takes ten times as long.
+    """
+    bits = jnp.iinfo(codes.dtype).bits
+
+    def set_bit(place: Array, found: UInt[Array, " b"]) -> UInt[Array, " b"]:
+        bit = jnp.array(1, codes.dtype) << (bits - 1 - place).astype(codes.dtype)
+        tried = found | bit
+        reached = jnp.sum(jnp.where(codes >= tried[:, None], weights, 0), axis=-1)
+        return jnp.where(reached >= target, tried, found)
+
+    return jax.lax.fori_loop(0, bits, set_bit, jnp.zeros(codes.shape[:1], codes.dtype))
+
+
+def _codes(logits: Float[Array, "b v"]) -> UInt[Array, "b v"]:
+    """Unsigned integers in the order of the logits; equal logits have equal ones, 0 and -0 too."""
+    unsigned = jnp.uint64 if logits.dtype == jnp.float64 else jnp.uint32
+    wide = logits if logits.dtype == jnp.float64 else logits.astype(jnp.float32)
+    codes = jax.lax.bitcast_convert_type(jnp.where(wide == 0, 0, wide), unsigned)
+    sign = jnp.array(1, unsigned) << jnp.array(jnp.iinfo(unsigned).bits - 1, unsigned)
+    return jnp.where(codes & sign, ~codes, codes | sign)
+
+
+class Likelihoods(NamedTuple):
+    """How likely the model itself, before any sampling setting, holds tokens: natural logarithms."""
+
+    chosen: Float[Array, " b"]
+    """Of the token picked."""
+    top: Float[Array, "b n"]
+    """Of the likeliest tokens, in falling order."""
+    top_tokens: Int[Array, "b n"]
+
+
+def likelihoods(logits: Float[Array, "b vocab"], picked: Int[Array, " b"], num_top: int) -> Likelihoods:
+    """Log-probabilities of the picked tokens, and the num_top likeliest tokens with theirs."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, picked[:, None], axis=-1)[:, 0] - total[:, 0]
+    top, tokens = jax.lax.top_k(logits, num_top) if num_top else (logits[:, :0], jnp.zeros((len(logits), 0), jnp.int32))
+    return Likelihoods(chosen, top - total, tokens)

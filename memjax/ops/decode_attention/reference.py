@@ -1,0 +1,26 @@
+"""Decode attention as the formula: every head with keys of its own."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from memjax.ops.precision import accumulator
+
+
+def decode_attention(
+    query: Float[Array, "b n h"],
+    keys: Float[Array, "b kv s h"],
+    values: Float[Array, "b kv s h"],
+    lengths: Int[Array, " b"],
+    window: int | None,
+) -> Float[Array, "b n h"]:
+    """All scores, and then those that may be seen."""
+    wide, groups = accumulator(query.dtype), query.shape[1] // keys.shape[1]
+    keys, values = (jnp.repeat(array, groups, axis=1).astype(wide) for array in (keys, values))
+    scores = jnp.einsum("bnh,bnsh->bns", query.astype(wide), keys) * query.shape[-1] ** -0.5
+    places = jnp.arange(keys.shape[2])[None, None, :]
+    seen = places < lengths[:, None, None]
+    if window is not None:
+        seen &= places >= lengths[:, None, None] - window
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bns,bnsh->bnh", weights, jnp.where(seen[..., None], values, 0)).astype(query.dtype)

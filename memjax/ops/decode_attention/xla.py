@@ -1,0 +1,29 @@
+"""Decode attention as two batched matrix products over the cache as it lies, heads of a group side by side."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from memjax.ops.precision import accumulator
+
+
+def decode_attention(
+    query: Float[Array, "b n h"],
+    keys: Float[Array, "b kv s h"],
+    values: Float[Array, "b kv s h"],
+    lengths: Int[Array, " b"],
+    window: int | None,
+) -> Float[Array, "b n h"]:
+    """Reads the whole cache, and weighs what is not filled with zero."""
+    (batch, heads, width), (kv_heads, size) = query.shape, keys.shape[1:3]
+    wide = accumulator(query.dtype)
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, width)
+    scores = jnp.einsum("bkgh,bksh->bkgs", grouped, keys, preferred_element_type=wide) * width**-0.5
+    places = jnp.arange(size)[None, None, None, :]
+    seen = places < lengths[:, None, None, None]
+    if window is not None:
+        seen &= places >= lengths[:, None, None, None] - window
+    # Finite, so that what an unfilled cache holds cannot turn into a NaN by way of inf - inf.
+    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(wide).min), axis=-1).astype(values.dtype)
+    out = jnp.einsum("bkgs,bksh->bkgh", weights, values, preferred_element_type=wide)
+    return out.reshape(batch, heads, width).astype(query.dtype)
