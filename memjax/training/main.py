@@ -66,7 +66,8 @@ def train(config: RunConfig, *, allow_changed: bool = False) -> int:
         tell_phase("reading tokenizer and data")
         tokenizer = folder.tokenizer(config)
         prepare_parts(config.data.in_run(str(folder.path)), tokenizer)
-    with catch_interrupts() as interrupt, jax.set_mesh(mesh):
+    alone = jax.process_count() == 1
+    with catch_interrupts(at_once=alone, quiet=not is_first()) as interrupt, jax.set_mesh(mesh):
         loop = Loop(config, mesh, folder, tokenizer, interrupt)
         print(opening(config, loop.trainer, mesh, folder), flush=True)
         try:
