@@ -177,6 +177,10 @@ class DataConfig:
     """strict: a record that cannot be used ends the run; skip: it is left out, counted and reported."""
     max_malformed: int = 1000
     """The most records that may be left out of a part (malformed: skip); more end the run."""
+    damaged_files: Literal["strict", "skip"] = "strict"
+    """strict: a file of which a part cannot be read ends the run; skip: the rest of it is used (malformed: skip)."""
+    max_record_bytes: int = 64_000_000
+    """The largest record; a larger one is malformed, and is never read into memory."""
     text_key: str = "text"
     """Field (JSON, Parquet) with a whole document; all its tokens are learned."""
     prompt_key: str = "prompt"
@@ -203,7 +207,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         names = [part.name for part in self.mixture]
         refuse(
-            positive(sequence_length=self.sequence_length, batch_size=self.batch_size)
+            positive(
+                sequence_length=self.sequence_length,
+                batch_size=self.batch_size,
+                max_record_bytes=self.max_record_bytes,
+            )
             + not_negative(num_workers=self.num_workers, max_malformed=self.max_malformed)
             + [
                 f"source={self.source} needs the parts to mix; list them in mixture, as {{name, path, weight}} each"

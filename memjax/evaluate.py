@@ -8,7 +8,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memjax import command_line
@@ -17,7 +17,7 @@ from memjax.evaluation.command import exit_code, loaded
 from memjax.evaluation.settings import EvaluateConfig
 
 if TYPE_CHECKING:
-    from memjax.data.records import Source
+    from memjax.data.records import Record
     from memjax.evaluation.questions import QuestionSet
     from memjax.loading import LoadedModel
 
@@ -44,8 +44,9 @@ def _evaluate(run: str, settings: EvaluateConfig) -> None:
     if settings.tasks and importlib.util.find_spec("lm_eval") is None:
         asked = ",".join(settings.tasks)
         raise ConfigError([f"tasks={asked} needs the package lm-eval: pip install 'memjax[eval]'"])
+    from memjax.data.sources import find_source
+
     with loaded(run, settings) as found:
-        data = found.config.data
         folder = _evals_folder(run)
         if sets:
             name = f"questions-{_stem(settings.questions)}"
@@ -53,7 +54,7 @@ def _evaluate(run: str, settings: EvaluateConfig) -> None:
         elif settings.tasks:
             name = f"tasks-{_stem(settings.tasks)}"
             report = _tasks(found, settings, folder / f"{found.step}-{name}-answers.jsonl")
-        elif settings.text is None and data.source == "biographies":
+        elif settings.text is None and find_source(found.config.data).people:
             name, report = "facts", _facts(found, settings)
         else:
             source = _open(run, found, settings)
@@ -139,7 +140,7 @@ def _facts(found: "LoadedModel", settings: EvaluateConfig) -> dict[str, Any]:
     return report | {"knowledge": known}
 
 
-def _text(found: "LoadedModel", settings: EvaluateConfig, source: "Source") -> dict[str, Any]:
+def _text(found: "LoadedModel", settings: EvaluateConfig, source: "Iterable[Record]") -> dict[str, Any]:
     from memjax.evaluation.perplexity import bits_per_byte
     from memjax.evaluation.recall import zero_tables
 
@@ -171,32 +172,35 @@ def _text(found: "LoadedModel", settings: EvaluateConfig, source: "Source") -> d
     return report
 
 
-def _open(run: str, found: "LoadedModel", settings: EvaluateConfig) -> "Source":
+def _open(run: str, found: "LoadedModel", settings: EvaluateConfig) -> "Iterable[Record]":
     """The text to read.
 
     Raises:
         DataError: it cannot be read, or the run has no validation data.
     """
-    from memjax.data.parts import PartSource, open_parts
-    from memjax.data.sources import DataError, JsonlSource, TextSource
+    from memjax.data.dataset import open_dataset
+    from memjax.data.files import RecordFiles
+    from memjax.data.mixture import SplitRecords
+    from memjax.data.parsing import Keys
+    from memjax.data.sources import find_source
+    from memjax.errors import DataError
 
     data = found.config.data
-    if settings.text is None and data.source != "mixture" and data.path is None:  # a model from elsewhere
+    if settings.text is not None:
+        keys = Keys(settings.text_key or data.text_key, data.prompt_key, data.answer_key)
+        return RecordFiles(settings.text, "--text", keys)
+    source = find_source(data.in_run(str(_evals_folder(run).parent)))
+    if source.problem:  # a model from elsewhere
         raise DataError("the run has no text of its own; name a file with --text")
-    if settings.text is None:
-        _, parts = open_parts(data.in_run(str(_evals_folder(run).parent)), found.tokenizer)
-        if not parts:
-            raise DataError("the run holds no validation data out; name a file with --text")
-        return PartSource(parts)
-    if pathlib.Path(settings.text).suffix == ".jsonl":
-        keys = (settings.text_key or data.text_key, data.prompt_key, data.answer_key)
-        return JsonlSource(settings.text, *keys, field="--text")
-    return TextSource(settings.text, field="--text")
+    held_out = open_dataset(source, found.tokenizer).validation
+    if not held_out:
+        raise DataError("the run holds no validation data out; name a file with --text")
+    return SplitRecords(held_out)
 
 
-def _texts(source: "Source") -> Iterator[str]:
-    for index in range(len(source)):
-        yield "".join(segment.text for segment in source[index])
+def _texts(records: "Iterable[Record]") -> Iterator[str]:
+    for record in records:
+        yield "".join(segment.text for segment in record)
 
 
 def _evals_folder(run: str) -> pathlib.Path:

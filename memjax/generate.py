@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -84,28 +83,19 @@ def _generate(run: str, settings: GenerateConfig) -> None:
 
 
 def read_prompts(path: str) -> list[dict[str, Any]]:
-    """The lines of a file of prompts as objects with the field `prompt`; empty lines are left out.
+    """The records of a file of prompts as objects with the field `prompt`, a line of text being a prompt.
 
     Raises:
-        DataError: the file cannot be read, or a line of a .jsonl file is no object with a text in `prompt`.
+        DataError: the file cannot be read, or a record of JSON lines is no object with a text in `prompt`.
     """
+    from memjax.data.files import RecordFiles
+    from memjax.data.parsing import Keys
     from memjax.errors import DataError
 
-    try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); set --prompts to a file of UTF-8 text") from error
-    numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1) if line.strip()]
-    if pathlib.Path(path).suffix != ".jsonl":
-        return [{"prompt": line} for _, line in numbered]
     records = []
-    for number, line in numbered:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{number}: not JSON ({error}); write one object a line") from error
-        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-            raise DataError(f"{path}:{number}: not an object with a text in the field 'prompt'")
+    for place, record in RecordFiles(path, "--prompts", Keys("prompt")).fields("prompt"):
+        if not isinstance(record.get("prompt"), str):
+            raise DataError(f"{place}: not an object with a text in the field 'prompt'")
         records.append(record)
     return records
 

@@ -11,6 +11,7 @@ from memjax.config import RunConfig
 from memjax.errors import ConfigError
 
 if TYPE_CHECKING:
+    from memjax.data.sources import Source
     from memjax.data.tokenizer import Tokenizer
 
 
@@ -38,23 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare(config: RunConfig) -> None:
-    from memjax.data.corpus import training_corpora, validation_corpus
-    from memjax.data.parts import describe, open_parts, prepared_folder
-    from memjax.data.preparation import prepare
+    from memjax.data.dataset import open_dataset
+    from memjax.data.sources import Files, find_source
 
-    if config.data.source == "biographies":
-        raise ConfigError(["data.source=biographies is generated as it is read; there is nothing to prepare"])
-    data = config.data.in_run(config.run.dir)
-    corpora = [*training_corpora(data), validation_corpus(data)]
-    for corpus in filter(None, corpora):
-        corpus.files()  # a missing file should not wait for a tokenizer to be trained
-    tokenizer = _tokenizer(config)
-    for corpus in filter(None, corpora):
-        prepare(corpus, tokenizer, prepared_folder(corpus, data), every_seconds=config.log.progress_seconds)
-    print("\n".join(describe(open_parts(data, tokenizer)[0])))
+    source = find_source(config.data.in_run(config.run.dir))
+    if not isinstance(source, Files):
+        raise ConfigError([f"data.source={config.data.source} is generated as it is read; there is nothing to prepare"])
+    for corpus in source.corpora:
+        _ = corpus.files  # a missing file should not wait for a tokenizer to be trained
+    tokenizer = _tokenizer(config, source)
+    source.prepare(tokenizer, every_seconds=config.log.progress_seconds)
+    print("\n".join(open_dataset(source, tokenizer).describe()))
 
 
-def _tokenizer(config: RunConfig) -> "Tokenizer":
+def _tokenizer(config: RunConfig, data: "Source") -> "Tokenizer":
     """That of the run if it has begun; else the one that it will begin with, which is not kept.
 
     A tokenizer in the folder of a run without a config would go on to be used whatever the config came to say.
@@ -63,9 +61,9 @@ def _tokenizer(config: RunConfig) -> "Tokenizer":
 
     folder = RunFolder.of(config)
     if (folder.path / "config.yaml").exists():
-        return folder.tokenizer(config)
+        return folder.tokenizer(config, data)
     with tempfile.TemporaryDirectory() as other:
-        return RunFolder(pathlib.Path(other)).tokenizer(config)
+        return RunFolder(pathlib.Path(other)).tokenizer(config, data)
 
 
 if __name__ == "__main__":

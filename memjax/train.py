@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from memjax.command_line import Parsed, parse
 from memjax.config import RunConfig
-from memjax.training.interrupt import run_program
 
 FLAGS = {
     "dry_run": "Print parameters, arithmetic, mesh and what a step needs of each device, allocate nothing, and end.",
@@ -58,4 +57,4 @@ def prepare_environment(config: RunConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    sys.exit(main())

@@ -1,20 +1,21 @@
-"""Which files a data config means, part by part, and their records one after the other."""
+"""Files that are read as one, and their records one after the other."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from memjax.config import DataConfig
-from memjax.data.files import DataFile, Payload, Stream, find_files
+from memjax.data.files import MAX_RECORD_BYTES, DataFile, Payload, Stream, UnreadableError, find_files
+from memjax.data.lines import LineRecords
 from memjax.data.parsing import Keys, MalformedError
 from memjax.data.records import Record
 from memjax.errors import DataError
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Files that are read as one, in order."""
+    """Files that are read as one, in order. They are listed once and, where they are plain, scanned once."""
 
     name: str
     """The folder of its prepared data."""
@@ -30,9 +31,14 @@ class Corpus:
     """What becomes of a record that cannot be used."""
     max_malformed: int = 1000
     """The most that may be left out."""
+    damaged_files: Literal["strict", "skip"] = "strict"
+    """What becomes of a file of which a part cannot be read."""
+    max_record_bytes: int = MAX_RECORD_BYTES
+    """The largest record."""
     weight: float = 1.0
     """Its share of a mixture."""
 
+    @functools.cached_property
     def files(self) -> list[DataFile]:
         """Its files.
 
@@ -41,86 +47,36 @@ class Corpus:
         """
         return find_files(self.path, self.source, self.field)
 
+    @property
+    def is_random_access(self) -> bool:
+        """Whether all its files can be read at random as they are."""
+        return all(file.is_random_access for file in self.files)
+
+    @functools.cached_property
+    def lines(self) -> LineRecords:
+        """The records of plain files.
+
+        Raises:
+            DataError: a file cannot be read or holds no text.
+        """
+        return LineRecords(self.files, self.keys, field=self.field, max_bytes=self.max_record_bytes)
+
     def settings(self) -> dict[str, Any]:
         """What decides, beside the files and the tokenizer, which records they give."""
         return {"source": self.source, **dataclasses.asdict(self.keys), "malformed": self.malformed}
 
-    def fingerprint(self, files: list[DataFile]) -> list[list[Any]]:
-        """Name and size of every file, which change when files do and stay when they are copied."""
+    def names_and_sizes(self) -> list[list[Any]]:
+        """Name and size of every file, which stay when files are copied."""
         base = pathlib.Path(self.path)
         return [
             [file.path.relative_to(base).as_posix() if base.is_dir() else file.path.name, file.path.stat().st_size]
-            for file in files
+            for file in self.files
         ]
 
-
-def training_corpora(config: DataConfig) -> list[Corpus]:
-    """What is trained on: one corpus, or the parts of a mixture; none for biographies.
-
-    Raises:
-        DataError: the config names no files.
-    """
-    if config.source == "biographies":
-        return []
-    if config.source == "mixture":
-        return [
-            _corpus(
-                config,
-                name=f"mixture-{part.name}",
-                path=part.path,
-                source=part.source,
-                field=f"data.mixture[{number}].path",
-                weight=part.weight,
-            )
-            for number, part in enumerate(config.mixture)
-        ]
-    if config.path is None:
-        raise DataError(f"data.path is not set; data.source={config.source} needs the file to train on")
-    return [_corpus(config, name="training", path=config.path, source=config.source, field="data.path")]
-
-
-def validation_corpus(config: DataConfig) -> Corpus | None:
-    """What is validated with where it has files of its own."""
-    if config.source == "biographies" or config.validation_path is None:
-        return None
-    source = "files" if config.source == "mixture" else config.source
-    field = "data.validation_path"
-    return _corpus(config, name="validation", path=config.validation_path, source=source, field=field)
-
-
-def _corpus(config: DataConfig, **fields: Any) -> Corpus:
-    return Corpus(keys=Keys.of(config), malformed=config.malformed, max_malformed=config.max_malformed, **fields)
-
-
-def must_be_prepared(corpus: Corpus, config: DataConfig) -> bool:
-    """Whether a corpus cannot be read as it lies.
-
-    Mixtures are weighted by tokens, and records that are left out are counted: both take a look at everything before.
-
-    Raises:
-        DataError: there are no files.
-    """
-    return (
-        config.source == "mixture"
-        or corpus.malformed == "skip"
-        or not all(file.is_random_access for file in corpus.files())
-    )
-
-
-def border(count: int, config: DataConfig, path: str) -> int:
-    """How many of the first records are trained on; those after them are held out.
-
-    Raises:
-        DataError: there are too few to part.
-    """
-    if config.validation_path is not None or config.validation_fraction == 0:
-        return count
-    if count < 2:
-        raise DataError(
-            f"{path}: one record cannot be split into training and validation; "
-            "set data.validation_path, or data.validation_fraction=0 for no validation"
-        )
-    return count - min(max(1, round(count * config.validation_fraction)), count - 1)
+    def fingerprint(self) -> dict[str, Any]:
+        """Name, size and samples of every plain file."""
+        sampled = zip(self.names_and_sizes(), self.lines.fingerprint(), strict=True)
+        return {"files": [[name, size, samples] for (name, _), (size, samples) in sampled]}
 
 
 class CorpusStream:
@@ -133,7 +89,7 @@ class CorpusStream:
             DataError: there are none.
         """
         self.corpus = corpus
-        self.files = corpus.files()
+        self.files = corpus.files
         self.total_bytes = sum(file.path.stat().st_size for file in self.files)
         self.num_malformed = 0
         self.examples: list[str] = []
@@ -149,7 +105,7 @@ class CorpusStream:
     def __iter__(self) -> Iterator[tuple[int, int, Payload]]:
         """The number of the file, the number of the payload in it, and the payload."""
         for index, file in enumerate(self.files):
-            self._stream = Stream(file, self.corpus.keys)
+            self._stream = Stream(file, self.corpus.keys, self.corpus.max_record_bytes)
             for number, payload in self._stream:
                 yield index, number, payload
             self._bytes_before += file.path.stat().st_size
@@ -165,15 +121,19 @@ class CorpusStream:
             try:
                 yield self.files[index].record(payload, self.corpus.keys)
             except MalformedError as error:
-                self.leave_out(index, number, str(error))
+                self.leave_out(index, number, error)
 
-    def leave_out(self, index: int, number: int, what: str) -> None:
+    def leave_out(self, index: int, number: int, error: MalformedError) -> None:
         """Counts a payload that cannot be used.
 
         Raises:
             DataError: it may not be left out, or too many were.
         """
-        where = f"{self.files[index].path}:{number}: {what}"
+        where = f"{self.files[index].path}:{number}: {error}"
+        if isinstance(error, UnreadableError) and error.lost and self.corpus.damaged_files == "strict":
+            raise DataError(
+                f"{where}, or keep what can be read of such files with data.malformed=skip and data.damaged_files=skip"
+            )
         if self.corpus.malformed == "strict":
             raise DataError(f"{where}; or leave such records out with data.malformed=skip")
         self.num_malformed += 1

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from memjax.config import BiographiesConfig
-from memjax.data.records import Record, Segment, Source, checked
+from memjax.data.records import Record, Records, Segment, checked
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -227,7 +227,7 @@ def _question(person: Person, attribute: str, wordings: dict[str, tuple[str, ...
     return Question(prompt=prompt, answer=f" {person.value(attribute)}", attribute=attribute, person=person)
 
 
-class BiographySource(Source):
+class BiographyRecords(Records):
     """What training tells and asks: statements (form fact) or whole lives (form biography), then the questions.
 
     `draw` takes wordings and the order of sentences from its rng; plain indexing always takes the first wording.
@@ -239,9 +239,9 @@ class BiographySource(Source):
         self._asked = asked_people(config)
         self._num_told = len(self._people) * (len(attribute_names) if config.form == "fact" else 1)
 
-    def __reduce__(self) -> tuple[type["BiographySource"], tuple[BiographiesConfig]]:
+    def __reduce__(self) -> tuple[type["BiographyRecords"], tuple[BiographiesConfig]]:
         # Worker processes draw the people again, which is quicker than sending them.
-        return BiographySource, (self.config,)
+        return BiographyRecords, (self.config,)
 
     def __len__(self) -> int:
         return self._num_told + len(self._asked) * len(attribute_names)
@@ -267,15 +267,15 @@ class BiographySource(Source):
         return tuple(life)
 
 
-class QuestionSource(Source):
+class QuestionRecords(Records):
     """Questions of held-out people, or of those asked about in training when nobody is held out; fixed wordings."""
 
     def __init__(self, config: BiographiesConfig):
         self.config = config
         self._people = held_out_people(config) or asked_people(config)
 
-    def __reduce__(self) -> tuple[type["QuestionSource"], tuple[BiographiesConfig]]:
-        return QuestionSource, (self.config,)
+    def __reduce__(self) -> tuple[type["QuestionRecords"], tuple[BiographiesConfig]]:
+        return QuestionRecords, (self.config,)
 
     def __len__(self) -> int:
         return len(self._people) * len(attribute_names)

@@ -80,7 +80,7 @@ class _Pieces(grain.experimental.FlatMapTransform):
 
     def flat_map(self, element: list[Pairs]) -> list[dict[str, Pairs]]:
         if self.longest is None:
-            return [{_FEATURE: pairs} for pairs in element]
+            return [{_FEATURE: pairs} for pairs in element if len(pairs)]
         step = self.longest
         return [{_FEATURE: pairs[at : at + step]} for pairs in element for at in range(0, len(pairs), step)]
 

@@ -47,6 +47,15 @@ def json_record(line: bytes, keys: Keys) -> Record:
     Raises:
         MalformedError: it is none, or its fields cannot be used.
     """
+    return fields_record(json_fields(line), keys)
+
+
+def json_fields(line: bytes) -> dict[str, Any]:
+    """The fields of a JSON object.
+
+    Raises:
+        MalformedError: it is none.
+    """
     try:
         fields = json.loads(_decode(line))
     except MalformedError:
@@ -55,7 +64,7 @@ def json_record(line: bytes, keys: Keys) -> Record:
         raise MalformedError(f"not JSON ({error}); write one whole JSON object a line") from error
     if not isinstance(fields, dict):
         raise MalformedError(f"a JSON {_kind(fields)}, not an object; write one JSON object a line")
-    return fields_record(fields, keys)
+    return fields
 
 
 def fields_record(fields: Mapping[str, Any], keys: Keys) -> Record:

@@ -9,15 +9,25 @@ import pathlib
 import shutil
 import signal
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 from memjax.data.corpus import Corpus, CorpusStream
-from memjax.data.files import DataFile, Payload
+from memjax.data.files import DataFile, Payload, UnreadableError
 from memjax.data.parsing import Keys, MalformedError
-from memjax.data.prepared import Manifest, Writer, encode_record, id_dtype, is_prepared, settings_of, write_manifest
+from memjax.data.prepared import (
+    Manifest,
+    Writer,
+    encode_record,
+    id_dtype,
+    is_empty,
+    is_prepared,
+    settings_of,
+    write_manifest,
+)
 from memjax.data.progress import ByteProgress
 from memjax.data.records import Record
 from memjax.data.tokenizer import Tokenizer
@@ -35,9 +45,10 @@ _Block = list[tuple[int, int, Payload]]
 
 class _Tokenised(NamedTuple):
     records: list[bytes]
+    """A malformed record is empty here, and keeps its number."""
     tokens: int
     largest_id: int
-    malformed: list[tuple[int, int, str]]
+    malformed: list[tuple[int, int, MalformedError]]
 
 
 class BlockTokenizer:
@@ -55,12 +66,14 @@ class BlockTokenizer:
             try:
                 records.append(self.files[index].record(payload, self.keys))
             except MalformedError as error:
-                malformed.append((index, number, str(error)))
+                malformed.append((index, number, error))
+                if not isinstance(error, UnreadableError):
+                    records.append(())
         ids = iter(self.tokenizer.encode_batch([segment.text for record in records for segment in record]))
         encoded, tokens, largest = [], 0, 0
         for record in records:
             segments = [(next(ids), segment.learned) for segment in record]
-            tokens += 1 + sum(len(some) for some, _ in segments)
+            tokens += bool(segments) + sum(len(some) for some, _ in segments)
             largest = max([largest, *(max(some, default=0) for some, _ in segments)])
             encoded.append(encode_record(segments, self._dtype))
         if largest >= self.tokenizer.vocab_size:
@@ -129,17 +142,19 @@ def _prepare(
         f"{stream.total_bytes / 1e6:,.1f} MB) into {folder.with_suffix('')}",
         flush=True,
     )
-    started, tokens, largest, count = time.monotonic(), 0, 0, 0
+    started, tokens, largest, count, digest = time.monotonic(), 0, 0, 0, 0
     writer = Writer(folder)
     work = BlockTokenizer(stream.files, corpus.keys, tokenizer)
     try:
         with ByteProgress(stream.total_bytes, every_seconds) as progress:
             for done in _tokenised(work, stream, processes):
-                for index, number, what in done.malformed:
-                    stream.leave_out(index, number, what)
+                for index, number, error in done.malformed:
+                    stream.leave_out(index, number, error)
                 for record in done.records:
                     writer.write(record)
-                tokens, largest, count = tokens + done.tokens, max(largest, done.largest_id), count + len(done.records)
+                    digest = zlib.crc32(record, digest)
+                    count += not is_empty(record)
+                tokens, largest = tokens + done.tokens, max(largest, done.largest_id)
                 progress.show(stream.bytes_read, count, tokens)
         shards = writer.finish()
     finally:
@@ -148,8 +163,10 @@ def _prepare(
         raise DataError(f"{corpus.path}: no record can be used; set {corpus.field} to files with at least one")
     manifest = Manifest(
         settings=settings_of(corpus, tokenizer),
-        files=corpus.fingerprint(stream.files),
+        files=corpus.names_and_sizes(),
         shards=shards,
+        usable=count,
+        digest=f"{digest:08x}",
         tokens=tokens,
         largest_id=largest,
         malformed=stream.num_malformed,

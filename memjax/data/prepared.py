@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import pathlib
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,6 +51,14 @@ class Manifest:
     """Records that were left out."""
     examples: list[str]
     """The first of them, and why."""
+    usable: int = -1
+    """Records without the empty ones that keep the numbers of those left out; -1: all, before 0.2."""
+    digest: str = ""
+    """Checksum of all records; empty before 0.2."""
+
+    def __post_init__(self) -> None:
+        if self.usable < 0:
+            object.__setattr__(self, "usable", self.records)
 
     @property
     def records(self) -> int:
@@ -66,6 +75,11 @@ def encode_record(segments: Sequence[tuple[Sequence[int], bool]], dtype: np.dtyp
     """A record from the ids of its segments, and whether each is learned."""
     head = np.array([len(segments), *(2 * len(ids) + learned for ids, learned in segments)], "<u4")
     return b"".join([head.tobytes(), *(np.asarray(ids, dtype).tobytes() for ids, _ in segments)])
+
+
+def is_empty(record: bytes) -> bool:
+    """Whether it only keeps the number of a record that was left out."""
+    return record == bytes(4)
 
 
 def settings_of(corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -177,6 +191,7 @@ class PreparedReader(Reader):
         self._dtype = id_dtype(self.manifest.settings["vocab_size"])
         self._starts = [0, *itertools.accumulate(count for _, _, count in self.manifest.shards)]
         self._files: dict[int, Any] = {}
+        self._lock = threading.Lock()  # training and validation read in threads of their own
         for name, size, _ in self.manifest.shards:
             path = folder / name
             found = path.stat().st_size if path.is_file() else None
@@ -199,12 +214,19 @@ class PreparedReader(Reader):
                     f"{self.folder}: record {number} holds the id {ids.max()}, the tokenizer has "
                     f"{self.tokenizer.vocab_size}; {_AGAIN}"
                 )
+            if not len(lengths):
+                found.append(np.zeros((0, 3), np.int32))
+                continue
             learned: bool | np.ndarray = bool(lengths[-1] & 1)
             if len(lengths) > 1:
-                # The end is a part of what was said last.
+                # EOS belongs to the last segment.
                 learned = np.append(np.repeat(lengths & 1, lengths >> 1), lengths[-1] & 1)
             found.append(make_pairs(ids, learned, self.tokenizer))
         return found
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Checksum of all records, and the files that they were made of."""
+        return {"digest": self.manifest.digest, "files": self.manifest.files}
 
     def record(self, number: int) -> Record:
         """The record's text, from its ids; what the tokenizer does not give back exactly is not exact here."""
@@ -213,7 +235,7 @@ class PreparedReader(Reader):
         pieces = np.split(ids, stops[:-1])
         return tuple(
             Segment(self.tokenizer.decode(piece.tolist()), bool(length & 1))
-            for piece, length in zip(pieces, lengths, strict=True)
+            for piece, length in zip(pieces if len(lengths) else (), lengths, strict=True)
         )
 
     def _read(self, numbers: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -230,11 +252,12 @@ class PreparedReader(Reader):
     def _read_shard(self, shard: int, wanted: list[int]) -> list[bytes]:
         path = self.folder / self.manifest.shards[shard][0]
         try:
-            if shard not in self._files:
-                self._files[shard] = ArrayRecordReader(str(path), _READER_OPTIONS, file_reader_buffer_size=1 << 15)
-            records = self._files[shard].read(wanted)
-            if self._files[shard].ok():
-                return records
+            with self._lock:
+                if shard not in self._files:
+                    self._files[shard] = ArrayRecordReader(str(path), _READER_OPTIONS, file_reader_buffer_size=1 << 15)
+                records = self._files[shard].read(wanted)
+                if self._files[shard].ok():
+                    return records
             what = "not a whole ArrayRecord file"
         except (RuntimeError, IndexError) as error:
             what = str(error)
@@ -244,7 +267,7 @@ class PreparedReader(Reader):
         count = int.from_bytes(record[:4], "little")
         at = 4 + 4 * count
         lengths = np.frombuffer(record, "<u4", count, 4) if 4 <= at <= len(record) else np.zeros(0, "<u4")
-        if not count or at + int((lengths >> 1).sum()) * self._dtype.itemsize != len(record):
+        if (not count and not is_empty(record)) or at + int((lengths >> 1).sum()) * self._dtype.itemsize != len(record):
             raise DataError(f"{self.folder}: record {number} is damaged; {_AGAIN}")
         return np.frombuffer(record, self._dtype, offset=at), lengths
 
@@ -263,7 +286,7 @@ def open_prepared(folder: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer) ->
         if manifest.settings.get(name) != now
     ]
     try:
-        files = corpus.fingerprint(corpus.files())
+        files = corpus.names_and_sizes()
     except DataError:
         files = manifest.files  # prepared data may travel without what it was made of
     if files != manifest.files:

@@ -2,13 +2,15 @@
 
 import bisect
 import itertools
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
-from memjax.data.records import Record, Source
+from memjax.data.records import Record, Records
 from memjax.data.tokenizer import Tokenizer
 
 Pairs = Int32[np.ndarray, "_ 3"]
@@ -16,6 +18,7 @@ Pairs = Int32[np.ndarray, "_ 3"]
 
 _CACHED_LETTERS = 200
 _CACHED_TEXTS = 100_000
+_RECORDS_UNTIL_STOPPED = 16
 
 
 class Reader(ABC):
@@ -36,45 +39,53 @@ class Reader(ABC):
     def record(self, number: int) -> Record:
         """The text of a record."""
 
+    def fingerprint(self) -> dict[str, Any] | None:
+        """What tells these records from others, as JSON values; None where the settings decide them."""
+        return None
+
 
 class TextReader(Reader):
-    """Tokenises the records of a source."""
+    """Tokenises records as they are read."""
 
-    def __init__(self, source: Source, tokenizer: Tokenizer):
-        self.source = source
-        self.tokenizer = tokenizer
+    def __init__(self, records: Records, tokenizer: Tokenizer, fingerprint: dict[str, Any] | None = None):
+        self.records, self.tokenizer = records, tokenizer
+        self._fingerprint = fingerprint
         # Generated data repeats its texts all the time; documents are too long to be worth remembering.
         self._known: dict[str, list[int]] = {}
 
-    def __reduce__(self) -> tuple[type["TextReader"], tuple[Source, Tokenizer]]:
-        return TextReader, (self.source, self.tokenizer)
+    def __reduce__(self) -> tuple[type["TextReader"], tuple[Any, ...]]:
+        return TextReader, (self.records, self.tokenizer, self._fingerprint)
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.records)
 
     def record(self, number: int) -> Record:
-        """The record as the source has it."""
-        return self.source[number]
+        """The record as it is."""
+        return self.records[number]
+
+    def fingerprint(self) -> dict[str, Any] | None:
+        """That of the files."""
+        return self._fingerprint
 
     def __call__(self, numbers: Sequence[int], rng: np.random.Generator) -> list[Pairs]:
         """The pairs of those records, in wordings from rng."""
-        records = [self.source.draw(number, rng) for number in numbers]
+        records = [self.records.draw(number, rng) for number in numbers]
         if len(self._known) > _CACHED_TEXTS:
             self._known = {}
-        known = self._known
+        known = self._known  # which the validation, in another thread, may replace meanwhile
         new = list({segment.text for record in records for segment in record if segment.text not in known})
         ids = dict(zip(new, self.tokenizer.encode_batch(new), strict=True))
         known.update((text, found) for text, found in ids.items() if len(text) <= _CACHED_LETTERS)
-        return [self._pairs(record, ids) for record in records]
+        return [self._pairs(record, ids, known) for record in records]
 
-    def _pairs(self, record: Record, ids: dict[str, list[int]]) -> Pairs:
+    def _pairs(self, record: Record, ids: dict[str, list[int]], known: dict[str, list[int]]) -> Pairs:
         tokens: list[int] = []
         learned: list[bool] = []
         for text, is_learned in record:
-            segment = ids[text] if text in ids else self._known[text]
+            segment = ids[text] if text in ids else known[text]
             tokens += segment
             learned += [is_learned] * len(segment)
-        # The end is a part of what was said last.
+        # EOS belongs to the last segment.
         learned.append(bool(record) and record[-1].learned)
         return make_pairs(tokens, learned, self.tokenizer)
 
@@ -96,6 +107,29 @@ def make_pairs(
     pairs[-1, 1] = tokenizer.eos_id
     pairs[:, 2] = learned
     return pairs
+
+
+class StoppableReader(Reader):
+    """Another reader's records, a few at a time, until it is told to stop: a block of long ones takes seconds."""
+
+    def __init__(self, reader: Reader, stop: threading.Event):
+        self.reader, self.stop = reader, stop
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def record(self, number: int) -> Record:
+        """The record as the reader has it."""
+        return self.reader.record(number)
+
+    def __call__(self, numbers: Sequence[int], rng: np.random.Generator) -> list[Pairs]:
+        """The pairs of those records, the same as if all were read at once."""
+        found: list[Pairs] = []
+        for at in range(0, len(numbers), _RECORDS_UNTIL_STOPPED):
+            if self.stop.is_set():
+                raise InterruptedError("the data was closed")
+            found += self.reader(numbers[at : at + _RECORDS_UNTIL_STOPPED], rng)
+        return found
 
 
 class JoinedReader(Reader):

@@ -5,52 +5,37 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from memjax.config import DataConfig
-from memjax.data.corpus import Corpus, CorpusStream, must_be_prepared, training_corpora
+from memjax.data.corpus import Corpus, CorpusStream
 from memjax.data.parsing import MalformedError
-from memjax.data.records import Source
-from memjax.data.sources import open_sources
-
-_BIOGRAPHY_PASSES = 5
-"""Tellings of each record that a BPE is trained on: about as many as there are wordings."""
+from memjax.data.records import Records
 
 
-def sample_texts(config: DataConfig, num_bytes: int) -> Iterator[str]:
-    """Texts of all training records, or of records evenly spread, until there are num_bytes.
-
-    Parts of a mixture give texts by their weights.
+def spread_over_records(records: Records, passes: int, num_bytes: int, count: int | None = None) -> Iterator[str]:
+    """Texts of the first `count` records (None: all) in an even order, up to num_bytes or so many passes.
 
     Raises:
-        DataError: the training data cannot be used.
+        DataError: a record cannot be used.
     """
-    if config.source == "biographies":
-        yield from _of_source(open_sources(config)[0], _BIOGRAPHY_PASSES, num_bytes)
-        return
-    corpora = training_corpora(config)
-    if not any(must_be_prepared(corpus, config) for corpus in corpora):
-        yield from _of_source(open_sources(config)[0], 1, num_bytes)
-        return
-    whole = sum(corpus.weight for corpus in corpora)
-    for corpus in corpora:
-        yield from _of_stream(corpus, num_bytes * corpus.weight / whole)
-
-
-def _of_source(source: Source, passes: int, num_bytes: int) -> Iterator[str]:
+    size = len(records) if count is None else count
     rng = np.random.default_rng(0)
     # Steps of the golden ratio reach every record once, and wherever they stop they have been everywhere equally.
-    step = max(1, round(len(source) * 0.618034))
-    while math.gcd(step, len(source)) > 1:
+    step = max(1, round(size * 0.618034))
+    while math.gcd(step, size) > 1:
         step += 1
-    for count in range(passes * len(source)):
-        for segment in source.draw(count * step % len(source), rng):
+    for number in range(passes * size):
+        for segment in records.draw(number * step % size, rng):
             yield segment.text
             num_bytes -= len(segment.text.encode())
         if num_bytes <= 0:
             return
 
 
-def _of_stream(corpus: Corpus, num_bytes: float) -> Iterator[str]:
-    """Every n-th record of files that can only be read from the start, n as small as num_bytes allow."""
+def spread_over_stream(corpus: Corpus, num_bytes: float) -> Iterator[str]:
+    """Texts of every n-th record of files that can only be read from the start, n as small as num_bytes allow.
+
+    Raises:
+        DataError: a record cannot be used and may not be left out.
+    """
     stream = CorpusStream(corpus)
     kept: list[str] = []
     size, every = 0, 1
@@ -60,7 +45,7 @@ def _of_stream(corpus: Corpus, num_bytes: float) -> Iterator[str]:
         try:
             record = stream.files[index].record(payload, corpus.keys)
         except MalformedError as error:
-            stream.leave_out(index, number, str(error))
+            stream.leave_out(index, number, error)
             record = ()
         # A record that was left out keeps its place, so that every n-th still is.
         kept.append("\n".join(segment.text for segment in record))

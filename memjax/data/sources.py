@@ -1,172 +1,232 @@
-"""Files of records with random access, and what a data config means by its source."""
+"""Kinds of data: what a config's `source` stands for, before there is a tokenizer. Each is one entry of `SOURCES`."""
 
-import dataclasses
-import mmap
 import pathlib
-from abc import abstractmethod
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Literal
 
-import numpy as np
-
-from memjax.config import DataConfig
-from memjax.data.corpus import Corpus, border, training_corpora, validation_corpus
-from memjax.data.facts import BiographySource, QuestionSource
-from memjax.data.files import BYTE_ORDER_MARK, DataFile
-from memjax.data.parsing import Keys, MalformedError, json_record, text_record
-from memjax.data.records import Chain, Part, Record, Segment, Source, checked
+from memjax.config import BiographiesConfig, DataConfig
+from memjax.data.corpus import Corpus
+from memjax.data.facts import BiographyRecords, QuestionRecords
+from memjax.data.mixture import Split, num_training_records
+from memjax.data.parsing import Keys
+from memjax.data.preparation import prepare
+from memjax.data.prepared import is_prepared, open_prepared
+from memjax.data.reading import Reader, TextReader
+from memjax.data.sampling import spread_over_records, spread_over_stream
+from memjax.data.tokenizer import Tokenizer
 from memjax.errors import DataError
 
-__all__ = ["DataError", "JsonlSource", "Part", "Record", "Segment", "Source", "TextSource", "open_sources"]
+_BIOGRAPHY_PASSES = 5
+"""Tellings of each record that a BPE is trained on: about as many as there are wordings."""
 
-_SCAN_BYTES = 1 << 22
 
+class Source(ABC):
+    """One kind of data. Files are listed and scanned once, when they are first needed."""
 
-class LineSource(Source):
-    """The non-blank lines of a UTF-8 file; only their offsets are kept in memory."""
-
-    def __init__(self, path: str | pathlib.Path, *, field: str = "data.path"):
-        """Finds the lines.
-
-        Args:
-            path: the file.
-            field: the config field that names it, for messages.
-
-        Raises:
-            DataError: the file is missing, cannot be read or holds no text.
-        """
-        self.path = pathlib.Path(path)
-        self._bytes: mmap.mmap | None = None
-        if not self.path.is_file():
-            what = "is a folder, not a file" if self.path.is_dir() else "there is no such file"
-            raise DataError(f"{self.path}: {what}; set {field} to a file that can be read")
-        try:
-            size = self.path.stat().st_size
-            if size:
-                self._starts, self._stops = _line_bounds(self._open())
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error}); set {field} to a file that can") from error
-        if not size or not len(self._starts):
-            raise DataError(f"{self.path}: the file holds no text; set {field} to a file with at least one record")
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, index: int) -> Record:
-        index = checked(index, len(self))
-        try:
-            return self._record(self._open()[self._starts[index] : self._stops[index]])
-        except MalformedError as error:
-            # Blank lines count in the file but not here, so the line is counted only when someone must be told.
-            line = self._open()[: self._starts[index]].count(10) + 1
-            raise DataError(f"{self.path}:{line}: {error}") from error
+    def __init__(self, config: DataConfig):
+        """Opens nothing yet."""
+        self.config = config
 
     @abstractmethod
-    def _record(self, line: bytes) -> Record: ...
-
-    def _open(self) -> mmap.mmap:
-        if self._bytes is None:
-            with self.path.open("rb") as file:
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._bytes
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bytes": None}
-
-
-class TextSource(LineSource):
-    """A plain text file: every line that is not blank is a document, all of it learned."""
-
-    def _record(self, line: bytes) -> Record:
-        return text_record(line)
-
-
-class JsonlSource(LineSource):
-    """One JSON object a line: a text, or a prompt that is read and an answer that is learned."""
-
-    def __init__(
-        self,
-        path: str | pathlib.Path,
-        text_key: str = "text",
-        prompt_key: str = "prompt",
-        answer_key: str = "answer",
-        *,
-        field: str = "data.path",
-    ):
-        """Finds the lines; objects are parsed when they are read.
-
-        Args:
-            path: the file.
-            text_key: the field of a whole document; it wins over the other two.
-            prompt_key: the field of a prompt.
-            answer_key: the field of its answer.
-            field: the config field that names the file, for messages.
+    def texts(self, num_bytes: int) -> Iterator[str]:
+        """Texts spread evenly over what is trained on, at least num_bytes if there are as many.
 
         Raises:
-            DataError: the file is missing, cannot be read or holds no text.
+            DataError: the data cannot be used.
         """
-        super().__init__(path, field=field)
-        self.keys = Keys(text_key, prompt_key, answer_key)
 
-    def _record(self, line: bytes) -> Record:
-        return json_record(line, self.keys)
+    @abstractmethod
+    def open(self, tokenizer: Tokenizer) -> tuple[list[Split], list[Split]]:
+        """What is trained on, and what is held out for validation (may be empty).
 
+        Raises:
+            DataError: the data cannot be used, or prepared data is of something else.
+        """
 
-def open_sources(config: DataConfig) -> tuple[Source, Source | None]:
-    """The records to train on and those to validate with, of data that is read as it lies.
+    @property
+    def people(self) -> BiographiesConfig | None:
+        """The people whose facts the data tells, for the recall test; None where it is of something else."""
+        return None
 
-    Files: the records of validation_path, or the last validation_fraction of the records of path (at least one);
-    none when there is no such path and the fraction is 0. Biographies: the questions of held-out people, or of the
-    people asked about in training when nobody is held out.
+    @property
+    def corpora(self) -> list[Corpus]:
+        """The files; none where data is generated."""
+        return []
 
-    Raises:
-        DataError: a file is missing, empty, not named, or too short to be parted, or must be prepared first.
-    """
-    if config.source == "biographies":
-        return BiographySource(config.biographies), QuestionSource(config.biographies)
-    corpora = training_corpora(config)
-    if len(corpora) > 1:
-        raise DataError("data.source=mixture is read from prepared data only; see memjax.data.parts")
-    training = open_corpus(corpora[0])
-    if (validation := validation_corpus(config)) is not None:
-        return training, open_corpus(validation)
-    stop = border(len(training), config, corpora[0].path)
-    if stop == len(training):
-        return training, None
-    return Part(training, 0, stop), Part(training, stop, len(training))
+    @property
+    def problem(self) -> str | None:
+        """What the config lacks."""
+        return None
 
 
-def open_corpus(corpus: Corpus) -> Source:
-    """The records of files that can be read at random, as they lie.
+class Biographies(Source):
+    """Generated people; validation asks the questions of those that are not asked about in training."""
 
-    Raises:
-        DataError: a file is missing, empty or must be prepared first.
-    """
-    sources = [_open_file(file, corpus) for file in corpus.files()]
-    return sources[0] if len(sources) == 1 else Chain(sources)
+    def texts(self, num_bytes: int) -> Iterator[str]:
+        """Statements and questions in all wordings."""
+        return spread_over_records(BiographyRecords(self.config.biographies), _BIOGRAPHY_PASSES, num_bytes)
+
+    def open(self, tokenizer: Tokenizer) -> tuple[list[Split], list[Split]]:
+        """Statements and questions; questions of other people."""
+        people = self.config.biographies
+        training, validation = (
+            Split.of(TextReader(records, tokenizer)) for records in (BiographyRecords(people), QuestionRecords(people))
+        )
+        return [training], [validation]
+
+    @property
+    def people(self) -> BiographiesConfig:
+        """The generated people."""
+        return self.config.biographies
 
 
-def _open_file(file: DataFile, corpus: Corpus) -> LineSource:
-    if not file.is_random_access:
-        raise DataError(f"{file.path}: must be prepared first, by the training or by python -m memjax.prepare")
-    if file.format == "jsonl":
-        return JsonlSource(file.path, *dataclasses.astuple(corpus.keys), field=corpus.field)
-    return TextSource(file.path, field=corpus.field)
+class Files(Source):
+    """The files of a path: plain ones are read as they are, others from prepared data."""
+
+    def __init__(self, config: DataConfig):
+        """Opens nothing yet."""
+        super().__init__(config)
+        self.training = [] if self.problem else self._training()
+        self.validation = self._validation()
+
+    def _training(self) -> list[Corpus]:
+        assert self.config.path is not None
+        assert self.config.source in ("jsonl", "text", "files")
+        return [self._corpus(name="training", path=self.config.path, source=self.config.source, field="data.path")]
+
+    def _validation(self) -> Corpus | None:
+        if self.config.validation_path is None:
+            return None
+        source = self.config.source if self.config.source in ("jsonl", "text") else "files"
+        return self._corpus(
+            name="validation", path=self.config.validation_path, source=source, field="data.validation_path"
+        )
+
+    def _corpus(
+        self, *, name: str, path: str, source: Literal["jsonl", "text", "files"], field: str, weight: float = 1.0
+    ) -> Corpus:
+        config = self.config
+        return Corpus(
+            name=name,
+            path=path,
+            source=source,
+            field=field,
+            weight=weight,
+            keys=Keys.of(config),
+            malformed=config.malformed,
+            max_malformed=config.max_malformed,
+            damaged_files=config.damaged_files,
+            max_record_bytes=config.max_record_bytes,
+        )
+
+    @property
+    def problem(self) -> str | None:
+        """A path that is missing."""
+        if self.config.path is not None:
+            return None
+        return (
+            f"data.path is not set; data.source={self.config.source} needs the file to train on; set --data.path FILE"
+        )
+
+    @property
+    def corpora(self) -> list[Corpus]:
+        """What is trained on, then what is validated with."""
+        return [*self.training, *([self.validation] if self.validation else [])]
+
+    def texts(self, num_bytes: int) -> Iterator[str]:
+        """Texts of every corpus by its weight."""
+        self._check()
+        if not any(map(self._must_be_prepared, self.training)):
+            (corpus,) = self.training
+            yield from spread_over_records(corpus.lines, 1, num_bytes, self._num_training(corpus, len(corpus.lines)))
+            return
+        total = sum(corpus.weight for corpus in self.training)
+        for corpus in self.training:
+            yield from spread_over_stream(corpus, num_bytes * corpus.weight / total)
+
+    def open(self, tokenizer: Tokenizer) -> tuple[list[Split], list[Split]]:
+        """The splits of each corpus; data that must be prepared and is not is prepared here."""
+        self._check()
+        readers = [self._reader(corpus, tokenizer) for corpus in self.training]
+        training, held_out = [], []
+        for corpus, reader in zip(self.training, readers, strict=True):
+            stop = self._num_training(corpus, len(reader))
+            training.append(Split(reader=reader, start=0, stop=stop, weight=corpus.weight))
+            if stop < len(reader):
+                held_out.append(Split(reader=reader, start=stop, stop=len(reader), weight=corpus.weight))
+        if self.validation is not None:
+            return training, [Split.of(self._reader(self.validation, tokenizer))]
+        return training, held_out
+
+    def prepare(self, tokenizer: Tokenizer, *, every_seconds: float) -> None:
+        """Prepares all corpora, also those that could be read as they are.
+
+        Raises:
+            DataError: records cannot be used.
+        """
+        for corpus in self.corpora:
+            prepare(corpus, tokenizer, self._folder(corpus), every_seconds=every_seconds)
+
+    def _check(self) -> None:
+        if self.problem:
+            raise DataError(self.problem)
+
+    def _must_be_prepared(self, corpus: Corpus) -> bool:
+        """Whether it cannot be read as it is. Records that are left out are counted, which takes a look at all."""
+        return corpus.malformed == "skip" or not corpus.is_random_access
+
+    def _folder(self, corpus: Corpus) -> pathlib.Path:
+        if self.config.prepared is None:
+            raise DataError(f"data.prepared is not set; {corpus.path} must be prepared, which takes a folder")
+        return pathlib.Path(self.config.prepared) / corpus.name
+
+    def _reader(self, corpus: Corpus, tokenizer: Tokenizer) -> Reader:
+        has_folder = self.config.prepared is not None
+        if not (has_folder and is_prepared(self._folder(corpus))) and not self._must_be_prepared(corpus):
+            return TextReader(corpus.lines, tokenizer, corpus.fingerprint())
+        folder = self._folder(corpus)
+        prepare(corpus, tokenizer, folder)
+        return open_prepared(folder, corpus, tokenizer)
+
+    def _num_training(self, corpus: Corpus, count: int) -> int:
+        fraction = self.config.validation_fraction if self.validation is None else 0.0
+        return num_training_records(count, fraction, corpus.path)
 
 
-def _line_bounds(file: mmap.mmap) -> tuple[np.ndarray, np.ndarray]:
-    """Where the non-blank lines start and stop, line ends left out; int64 [lines] each."""
-    data = np.frombuffer(file, dtype=np.uint8)
-    # In pieces, because the comparison makes an array as long as what it compares.
-    ends = [np.flatnonzero(data[at : at + _SCAN_BYTES] == 10) + at for at in range(0, len(data), _SCAN_BYTES)]
-    stops = np.concatenate([*ends, [len(data)]]).astype(np.int64)
-    starts = np.concatenate([[0], stops[:-1] + 1])
-    if file[:3] == BYTE_ORDER_MARK:
-        starts[0] = 3
-    # A Windows line end belongs to the line end, not to the text.
-    stops = stops - ((stops > starts) & (data[np.maximum(stops, 1) - 1] == 13))
-    full = stops > starts
-    starts, stops = starts[full], stops[full]
-    # Only a line that begins with white space can be blank, so few lines are looked at one by one.
-    suspects = np.flatnonzero(data[starts] <= 32)
-    blank = [i for i in suspects if not file[starts[i] : stops[i]].strip()]
-    return np.delete(starts, blank), np.delete(stops, blank)
+class Mixture(Files):
+    """Several corpora, weighted by their tokens, which only prepared data knows."""
+
+    def _training(self) -> list[Corpus]:
+        return [
+            self._corpus(
+                name=f"mixture-{part.name}",
+                path=part.path,
+                source=part.source,
+                field=f"data.mixture[{number}].path",
+                weight=part.weight,
+            )
+            for number, part in enumerate(self.config.mixture)
+        ]
+
+    @property
+    def problem(self) -> str | None:
+        """Nothing: the config has checked that there are parts."""
+        return None
+
+    def _must_be_prepared(self, corpus: Corpus) -> bool:
+        return True
+
+
+SOURCES: dict[str, type[Source]] = {
+    "biographies": Biographies,
+    "jsonl": Files,
+    "text": Files,
+    "files": Files,
+    "mixture": Mixture,
+}
+
+
+def find_source(config: DataConfig) -> Source:
+    """The data that a config names; files are listed and scanned when they are first needed."""
+    return SOURCES[config.source](config)

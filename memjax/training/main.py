@@ -5,7 +5,8 @@ import sys
 import jax
 
 from memjax.config import DType, RunConfig
-from memjax.data.parts import prepare_parts
+from memjax.data.dataset import open_dataset
+from memjax.data.sources import find_source
 from memjax.errors import ConfigError
 from memjax.models import dot_product
 from memjax.models.counts import billions, count_parameters, describe, gigabytes
@@ -64,11 +65,10 @@ def train(config: RunConfig, *, allow_changed: bool = False) -> int:
     # What takes long and keeps nothing that a signal should wait for comes first.
     with first_alone("data"):
         tell_phase("reading tokenizer and data")
-        tokenizer = folder.tokenizer(config)
-        prepare_parts(config.data.in_run(str(folder.path)), tokenizer)
-    alone = jax.process_count() == 1
-    with catch_interrupts(at_once=alone, quiet=not is_first()) as interrupt, jax.set_mesh(mesh):
-        loop = Loop(config, mesh, folder, tokenizer, interrupt)
+        source = find_source(config.data.in_run(str(folder.path)))
+        dataset = open_dataset(source, folder.tokenizer(config, source))
+    with catch_interrupts() as interrupt, jax.set_mesh(mesh):
+        loop = Loop(config, mesh, folder, dataset, interrupt)
         print(opening(config, loop.trainer, mesh, folder), flush=True)
         try:
             state = loop.run()
@@ -84,7 +84,7 @@ def train(config: RunConfig, *, allow_changed: bool = False) -> int:
             limit = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
             print(planner.explain_out_of_memory(config, data_axis=mesh.shape["data"], limit=limit), file=sys.stderr)
             return 7
-        summary = finish(loop.trainer, state, mesh, folder, tokenizer)
+        summary = finish(loop.trainer, state, mesh, folder, dataset.tokenizer)
     print("\n" + describe_summary(summary, folder))
     return 0
 
@@ -95,9 +95,7 @@ def check(config: RunConfig) -> None:
     Raises:
         ConfigError: with every problem.
     """
-    problems = []
-    if config.data.source not in ("biographies", "mixture") and config.data.path is None:
-        problems.append(f"data.path is null: source={config.data.source} needs a file; set --data.path FILE")
+    problems = [problem] if (problem := find_source(config.data).problem) else []
     schedules = {"optim": config.optim} | ({"optim.table": config.optim.table} if config.model.lookups else {})
     for name, schedule in schedules.items():
         if schedule.warmup_of(config.train.steps) >= config.train.steps:

@@ -13,7 +13,8 @@ import jax
 
 from memjax.command_line import differences, load, to_yaml
 from memjax.config import RunConfig
-from memjax.data.pipeline import train_tokenizer
+from memjax.data.dataset import train_tokenizer
+from memjax.data.sources import Source, find_source
 from memjax.data.tokenizer import Tokenizer
 from memjax.errors import ConfigError
 from memjax.loading import CHECKPOINTS, read_tokenizer
@@ -21,7 +22,10 @@ from memjax.loading import CHECKPOINTS, read_tokenizer
 MAY_CHANGE = (
     "run.dir",
     "data.prepared",
+    "data.malformed",
     "data.max_malformed",
+    "data.max_record_bytes",
+    "data.damaged_files",
     "mesh.",
     "processes.",
     "checkpoint.",
@@ -113,8 +117,12 @@ class RunFolder:
         file.write_text(to_yaml(config))
         self.write_json("environment.json", environment())
 
-    def tokenizer(self, config: RunConfig) -> Tokenizer:
+    def tokenizer(self, config: RunConfig, data: Source | None = None) -> Tokenizer:
         """The run's tokenizer: read from the folder, or taken from train.init_from or trained, and kept there.
+
+        Args:
+            config: of the run.
+            data: the config's, where it has been found before.
 
         Raises:
             ConfigError: it has more tokens than the model has embeddings.
@@ -124,7 +132,11 @@ class RunFolder:
             tokenizer = Tokenizer.load(self.path)
         else:
             source = config.train.init_from
-            tokenizer = read_tokenizer(source) if source else train_tokenizer(config.data, config.model.vocab_size)
+            tokenizer = (
+                read_tokenizer(source)
+                if source
+                else train_tokenizer(data or find_source(config.data), config.model.vocab_size)
+            )
             tokenizer.save(self.path)
         if tokenizer.vocab_size > config.model.vocab_size:
             raise ConfigError(

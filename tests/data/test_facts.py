@@ -7,7 +7,7 @@ import pytest
 
 from memjax.config import BiographiesConfig
 from memjax.data import facts
-from memjax.data.facts import BiographySource, QuestionSource, attribute_names, people, questions
+from memjax.data.facts import BiographyRecords, QuestionRecords, attribute_names, people, questions
 
 CONFIG = BiographiesConfig(num_people=60, held_out_fraction=0.25, seed=3)
 LISTS = {
@@ -24,7 +24,7 @@ def text_of(record) -> str:
 
 
 def exposures(config, rng):
-    source = BiographySource(config)
+    source = BiographyRecords(config)
     return [source.draw(i, rng) for i in range(len(source))]
 
 
@@ -107,13 +107,13 @@ def test_only_answers_are_learned_and_they_end_their_sentence(form):
 
 def test_wordings_and_orders_are_drawn_anew():
     rng = np.random.default_rng(0)
-    life = BiographySource(dataclasses.replace(CONFIG, form="biography"))
+    life = BiographyRecords(dataclasses.replace(CONFIG, form="biography"))
     texts = [text_of(life.draw(7, rng)) for _ in range(20)]
     assert len(set(texts)) == 20
     person = people(CONFIG)[7]
     orders = {tuple(sorted(attribute_names, key=lambda a: text.index(f" {person.value(a)}."))) for text in texts}
     assert len(orders) > 10
-    fact, question = BiographySource(CONFIG), 60 * 6 + 1
+    fact, question = BiographyRecords(CONFIG), 60 * 6 + 1
     assert len({text_of(fact.draw(7, rng)) for _ in range(100)}) == 5
     assert len({text_of(fact.draw(question, rng)) for _ in range(50)}) == 2
     again = np.random.default_rng(0)
@@ -150,13 +150,13 @@ def test_statements_are_told_in_training():
 def test_validation_asks_the_held_out_or_else_the_asked():
     for fraction, asked in ((0.25, False), (0.0, True)):
         config = dataclasses.replace(CONFIG, held_out_fraction=fraction)
-        source = QuestionSource(config)
+        source = QuestionRecords(config)
         expected = [question.prompt + question.answer for question in questions(config, asked)]
         assert [text_of(source[i]) for i in range(len(source))] == expected
 
 
 def test_sources_travel():
-    for source in (BiographySource(CONFIG), QuestionSource(CONFIG)):
+    for source in (BiographyRecords(CONFIG), QuestionRecords(CONFIG)):
         copy = pickle.loads(pickle.dumps(source))
         assert len(copy) == len(source)
         assert copy[11] == source[11]

@@ -6,14 +6,14 @@ from hypothesis import strategies as st
 
 from memjax.data import packing
 from memjax.data.reading import TextReader
-from memjax.data.records import Segment, Source
+from memjax.data.records import Records, Segment
 from memjax.data.tokenizer import ByteTokenizer
 
 LENGTH, ROWS = 7, 3
 BOS, EOS = 1, 2
 
 
-class Listed(Source):
+class Listed(Records):
     def __init__(self, records):
         self.records = records
 

@@ -22,7 +22,6 @@ from memjax.data.parsing import Keys
 from memjax.data.preparation import prepare
 from memjax.data.prepared import PreparedReader, open_prepared
 from memjax.data.reading import TextReader
-from memjax.data.sources import open_corpus
 from memjax.data.tokenizer import ByteTokenizer, train_bpe
 from memjax.errors import DataError
 
@@ -51,7 +50,7 @@ def test_prepared_records_are_those_of_the_files(tmp_path, lines, kind, monkeypa
     monkeypatch.setattr(preparation, "_BLOCK_BYTES", 100)
     tokenizer = BYTES if kind == "byte" else train_bpe(["y é yy é1 é2"] * 9, 280)
     prepare(corpus(lines), tokenizer, tmp_path / "p")
-    prepared, direct = PreparedReader(tmp_path / "p", tokenizer), TextReader(open_corpus(corpus(lines)), tokenizer)
+    prepared, direct = PreparedReader(tmp_path / "p", tokenizer), TextReader(corpus(lines).lines, tokenizer)
     assert len(prepared) == 70
     assert everything(prepared) == everything(direct)
     assert [prepared.record(i) for i in range(70)] == [direct.record(i) for i in range(70)]
@@ -76,7 +75,7 @@ def test_records_are_spread_over_shards(tmp_path, lines, monkeypatch):
     reader = PreparedReader(tmp_path / "p", BYTES)
     assert len(reader.manifest.shards) > 2
     whole = everything(reader)
-    assert whole == everything(TextReader(open_corpus(corpus(lines)), BYTES))
+    assert whole == everything(TextReader(corpus(lines).lines, BYTES))
     order = np.random.default_rng(0).permutation(70).tolist()
     assert [pairs.tolist() for pairs in reader(order, np.random.default_rng(0))] == [whole[i] for i in order]
 
@@ -109,8 +108,10 @@ def test_a_broken_line_is_refused_or_left_out_and_counted(tmp_path, name, packed
     assert not (tmp_path / "p").exists()
     prepare(corpus(path, malformed="skip"), BYTES, tmp_path / "p")
     reader = PreparedReader(tmp_path / "p", BYTES)
-    assert [reader.record(i)[0].text for i in range(len(reader))] == ["first", "last"]
-    assert reader.manifest.malformed == 1
+    # The record that is left out keeps its number, and has no tokens.
+    assert [len(pairs) for pairs in reader(range(3), np.random.default_rng(0))] == [6, 0, 5]
+    assert ["".join(segment.text for segment in reader.record(i)) for i in range(len(reader))] == ["first", "", "last"]
+    assert (reader.manifest.malformed, reader.manifest.usable, reader.manifest.tokens) == (1, 2, 11)
     (example,) = reader.manifest.examples
     assert example.startswith(f"{path}:3: ")
 
@@ -153,10 +154,10 @@ def broken_folder(tmp_path):
 
 
 def test_broken_files_of_a_folder_are_left_out_and_counted_one_by_one(tmp_path, broken_folder, capsys):
-    skipping = corpus(broken_folder, malformed="skip")
+    skipping = corpus(broken_folder, malformed="skip", damaged_files="skip")
     prepare(skipping, BYTES, tmp_path / "p")
     reader = open_prepared(tmp_path / "p", skipping, BYTES)
-    texts = [reader.record(i)[0].text for i in range(len(reader))]
+    texts = [segment.text for i in range(len(reader)) for segment in reader.record(i)]
     assert [text for text in texts if text != "b"] == ["a", "fine", "c", "f"]
     assert texts.count("b") <= 2
     places = [example.removeprefix(f"{broken_folder}/").split(": ")[0] for example in reader.manifest.examples]
@@ -177,10 +178,12 @@ def test_broken_files_of_a_folder_are_refused_at_the_first(tmp_path, broken_fold
 
 def test_too_many_malformed_records_end_it(tmp_path, broken_folder):
     with pytest.raises(DataError, match=r"more than data\.max_malformed=7 .*7\.txt:1(.|\n)*The first:\n.*0\.jsonl:1"):
-        prepare(corpus(broken_folder, malformed="skip", max_malformed=7), BYTES, tmp_path / "p")
-    prepare(corpus(broken_folder, malformed="skip", max_malformed=8), BYTES, tmp_path / "p")
+        prepare(corpus(broken_folder, malformed="skip", damaged_files="skip", max_malformed=7), BYTES, tmp_path / "p")
+    prepare(corpus(broken_folder, malformed="skip", damaged_files="skip", max_malformed=8), BYTES, tmp_path / "p")
     with pytest.raises(DataError, match="max_malformed=7 here, 8 in the prepared data"):
-        open_prepared(tmp_path / "p", corpus(broken_folder, malformed="skip", max_malformed=7), BYTES)
+        open_prepared(
+            tmp_path / "p", corpus(broken_folder, malformed="skip", damaged_files="skip", max_malformed=7), BYTES
+        )
 
 
 def test_nothing_that_can_be_used_is_an_error_in_both_modes(tmp_path):

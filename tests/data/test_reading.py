@@ -1,13 +1,13 @@
 import numpy as np
 
 from memjax.data import reading
-from memjax.data.records import Segment, Source
+from memjax.data.records import Records, Segment
 from memjax.data.tokenizer import ByteTokenizer
 
 BOS, EOS = 1, 2
 
 
-class Listed(Source):
+class Listed(Records):
     def __init__(self, records):
         self.records = records
 

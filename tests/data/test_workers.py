@@ -10,7 +10,8 @@ import time
 import pytest
 
 from memjax.config import DataConfig, TokenizerConfig
-from memjax.data.pipeline import TrainingData
+from memjax.data.dataset import open_dataset
+from memjax.data.loader import TrainingData
 from memjax.data.tokenizer import ByteTokenizer
 from memjax.errors import DataError
 
@@ -18,7 +19,8 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.
 PROGRAM = """
 import sys, time
 from memjax.config import DataConfig, TokenizerConfig
-from memjax.data.pipeline import TrainingData
+from memjax.data.dataset import open_dataset
+from memjax.data.loader import TrainingData
 from memjax.data.tokenizer import ByteTokenizer
 
 if __name__ == "__main__":
@@ -26,7 +28,7 @@ if __name__ == "__main__":
         source="text", path=sys.argv[1], batch_size=32, sequence_length=2048, num_workers=2,
         tokenizer=TokenizerConfig(kind="byte"),
     )
-    data = TrainingData(config, ByteTokenizer(), seed=0)
+    data = TrainingData(open_dataset(config, ByteTokenizer()), seed=0)
     next(data)
     print(*(process.pid for process, _ in data._open[0]._running), flush=True)
     sys.stdin.readline()
@@ -68,7 +70,7 @@ def wait_until(done) -> None:
 def test_closing_is_prompt_with_full_queues_and_in_the_middle_of_a_batch(tmp_path, large):
     shared_memory = set(os.listdir("/dev/shm"))
     for seconds in (0, 1.5):
-        data = TrainingData(config(tmp_path, large=large), ByteTokenizer(), seed=0)
+        data = TrainingData(open_dataset(config(tmp_path, large=large), ByteTokenizer()), seed=0)
         next(data)
         time.sleep(seconds)
         workers = [process.pid for process, _ in data._open[0]._running]
@@ -82,7 +84,7 @@ def test_closing_is_prompt_with_full_queues_and_in_the_middle_of_a_batch(tmp_pat
 
 def test_closing_before_the_first_batch_starts_nothing(tmp_path):
     started = time.monotonic()
-    data = TrainingData(config(tmp_path, large=True, workers=8), ByteTokenizer(), seed=0)
+    data = TrainingData(open_dataset(config(tmp_path, large=True, workers=8), ByteTokenizer()), seed=0)
     data.get_state()
     data.close()
     assert time.monotonic() - started < 2
@@ -90,7 +92,7 @@ def test_closing_before_the_first_batch_starts_nothing(tmp_path):
 
 
 def test_a_killed_worker_is_an_error_that_says_so(tmp_path):
-    data = TrainingData(config(tmp_path, large=True), ByteTokenizer(), seed=0)
+    data = TrainingData(open_dataset(config(tmp_path, large=True), ByteTokenizer()), seed=0)
     next(data)
     process, _ = data._open[0]._running[1]
     os.kill(process.pid, signal.SIGKILL)

@@ -26,7 +26,7 @@ from markdown_it import MarkdownIt
 from memjax import train
 from memjax.command_line import load
 from memjax.config import RunConfig
-from memjax.data.sources import JsonlSource
+from memjax.data.files import RecordFiles
 from memjax.training import finish
 from memjax.training import main as training
 from memjax.training.mesh import make_mesh
@@ -131,9 +131,9 @@ class Page:
 
     def _json(self, block: Block) -> None:
         pathlib.Path("shown.jsonl").write_text(block.code)
-        source = JsonlSource("shown.jsonl")
-        assert len(source) == len(block.code.splitlines())
-        assert all(source[index] for index in range(len(source)))
+        records = list(RecordFiles("shown.jsonl", "data.path"))
+        assert len(records) == len(block.code.splitlines())
+        assert all(records)
 
 
 def commands_in(line: str) -> Iterator[list[str]]:

@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from memjax.config import BiographiesConfig, DataConfig, MemoryConfig, ModelConfig
+from memjax.data.dataset import open_dataset
 from memjax.data.packing import Batch
-from memjax.data.pipeline import validation_batches
 from memjax.data.tokenizer import ByteTokenizer
 from memjax.evaluation import perplexity
 from memjax.evaluation.perplexity import TextScore, bits_per_byte, validation_loss
@@ -113,7 +113,7 @@ def batches(packing: Literal["none", "first_fit"] = "none") -> list[Batch]:
     data = DataConfig(
         sequence_length=96, batch_size=8, packing=packing, biographies=BiographiesConfig(num_people=6, seed=1)
     )
-    return list(validation_batches(data, TOKENIZER, batches=3))
+    return list(open_dataset(data, TOKENIZER).validation_batches(3))
 
 
 def test_validation_loss_is_the_mean_over_learned_tokens():

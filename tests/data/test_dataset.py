@@ -17,8 +17,9 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from memjax.config import DataConfig, MixtureConfig, TokenizerConfig
-from memjax.data.parts import PartSource, describe, malformed_counts, open_parts
-from memjax.data.pipeline import TrainingData, train_tokenizer, validation_batches
+from memjax.data.dataset import open_dataset, train_tokenizer
+from memjax.data.loader import TrainingData
+from memjax.data.mixture import SplitRecords
 from memjax.data.tokenizer import ByteTokenizer
 from memjax.errors import DataError
 
@@ -56,7 +57,7 @@ def mixture(tmp_path):
 
 
 def take(config, count):
-    data = TrainingData(config, BYTES, seed=3)
+    data = TrainingData(open_dataset(config, BYTES), seed=3)
     batches = [next(data) for _ in range(count)]
     data.close()
     return batches
@@ -96,14 +97,13 @@ def test_each_part_has_epochs_of_its_own_without_its_held_out_records(mixture):
         epochs = [names[at : at + count] for at in range(0, len(names) - count, count)]
         assert epochs
         assert all(set(epoch) == whole for epoch in epochs)
-    _, held_out = open_parts(mixture, BYTES)
-    records = PartSource(held_out)
+    records = SplitRecords(open_dataset(mixture, BYTES).validation)
     names = [records[i][0].text[:3] for i in range(len(records))]
     assert names == [*(f"a{i}" for i in range(54, 60)), "p18", "p19", *(f"t{i}" for i in range(36, 40))]
 
 
 def test_validation_mixes_what_is_held_out_and_is_the_same_every_time(mixture):
-    first, again = ([*validation_batches(mixture, BYTES, batches=9)] for _ in range(2))
+    first, again = ([*open_dataset(mixture, BYTES).validation_batches(9)] for _ in range(2))
     assert first
     assert all(np.array_equal(one[name], two[name]) for one, two in zip(first, again, strict=True) for name in one)
     held_out = {*(f"a{i}" for i in range(54, 60)), "p18", "p19", *(f"t{i}" for i in range(36, 40))}
@@ -115,29 +115,29 @@ def test_validation_mixes_what_is_held_out_and_is_the_same_every_time(mixture):
 def test_validation_may_have_files_of_its_own(mixture, tmp_path):
     (tmp_path / "v.txt.gz").write_bytes(gzip.compress(b"v0\nv1"))
     config = dataclasses.replace(mixture, validation_path=str(tmp_path / "v.txt.gz"))
-    training, validation = open_parts(config, BYTES)
-    assert [part.stop for part in training] == [60, 20, 40]
-    assert [PartSource(validation)[i][0].text for i in range(2)] == ["v0", "v1"]
+    dataset = open_dataset(config, BYTES)
+    assert [split.stop for split in dataset.train] == [60, 20, 40]
+    assert [record[0].text for record in SplitRecords(dataset.validation)] == ["v0", "v1"]
 
 
 def test_a_place_in_another_mixture_is_refused(mixture):
-    data = TrainingData(mixture, BYTES, seed=3)
+    data = TrainingData(open_dataset(mixture, BYTES), seed=3)
     state = json.loads(json.dumps(data.get_state()))
     data.close()
     parts = (*mixture.mixture[:2], dataclasses.replace(mixture.mixture[2], weight=5.0))
-    other = TrainingData(dataclasses.replace(mixture, mixture=parts), BYTES, seed=3)
+    other = TrainingData(open_dataset(dataclasses.replace(mixture, mixture=parts), BYTES), seed=3)
     with pytest.raises(DataError, match=r"mixture=.*'weight': 5\.0.* here, .*'weight': 1\.0.* in the checkpoint"):
         other.set_state(state)
     other.close()
 
 
 def test_malformed_records_of_all_parts_are_counted_and_told(mixture, tmp_path):
-    assert malformed_counts(open_parts(mixture, BYTES)[0]) == {}
+    assert open_dataset(mixture, BYTES).malformed_counts() == {}
     (tmp_path / "t" / "2.txt").write_bytes(b"t40\xff\nt41\n")
     config = dataclasses.replace(mixture, malformed="skip", prepared=str(tmp_path / "other"))
-    training, _ = open_parts(config, BYTES)
-    assert malformed_counts(training) == {"data/malformed": 1}
-    lines = describe(training)
+    dataset = open_dataset(config, BYTES)
+    assert dataset.malformed_counts() == {"data/malformed": 1}
+    lines = dataset.describe()
     assert "41 records" in lines[2]
     assert lines[2].endswith("1 malformed records left out, such as")
     assert "2.txt:1: not UTF-8" in lines[3]
@@ -146,7 +146,7 @@ def test_malformed_records_of_all_parts_are_counted_and_told(mixture, tmp_path):
 def test_files_that_cannot_be_read_at_random_need_a_folder(mixture):
     path = mixture.mixture[0].path
     with pytest.raises(DataError, match=r"data\.prepared is not set; .*a\.jsonl\.gz must be prepared"):
-        open_parts(DataConfig(source="jsonl", path=path), BYTES)
+        open_dataset(DataConfig(source="jsonl", path=path), BYTES)
 
 
 def test_prepared_data_gives_the_batches_of_the_file(mixture, tmp_path):
@@ -177,14 +177,16 @@ def test_a_tokenizer_is_trained_on_every_part_by_its_weight(mixture, tmp_path):
 PROGRAM = """
 import dataclasses, hashlib, json, sys
 from memjax.config import DataConfig, MixtureConfig
-from memjax.data.pipeline import TrainingData
+from memjax.data.dataset import open_dataset
+from memjax.data.loader import TrainingData
 from memjax.data.tokenizer import ByteTokenizer
 if __name__ == "__main__":
     fields, places = json.loads(sys.argv[1]), json.loads(sys.argv[2])
     fields["mixture"] = tuple(MixtureConfig(**part) for part in fields["mixture"])
     config = DataConfig(**fields)
     streams = [
-        TrainingData(dataclasses.replace(config, num_workers=workers), ByteTokenizer(), seed=3) for workers in (0, 1, 2)
+        TrainingData(open_dataset(dataclasses.replace(config, num_workers=workers), ByteTokenizer()), seed=3)
+        for workers in (0, 1, 2)
     ]
     for stream, place in zip(streams, places):
         stream.set_state(place)

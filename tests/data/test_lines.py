@@ -7,11 +7,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memjax.config import DataConfig
-from memjax.data.sources import DataError, JsonlSource, Segment, TextSource, open_sources
+from memjax.data.dataset import open_dataset
+from memjax.data.files import find_files
+from memjax.data.lines import LineRecords
+from memjax.data.mixture import SplitRecords
+from memjax.data.parsing import Keys
+from memjax.data.records import Segment
+from memjax.data.tokenizer import ByteTokenizer
+from memjax.errors import DataError
 
 
-def all_records(source):
-    return [source[i] for i in range(len(source))]
+def texts(path):
+    return LineRecords(find_files(str(path), "text", "data.path"))
+
+
+def objects(path, *keys):
+    return LineRecords(find_files(str(path), "jsonl", "data.path"), Keys(*keys))
+
+
+def opened(config):
+    dataset = open_dataset(config, ByteTokenizer())
+    return SplitRecords(dataset.train), SplitRecords(dataset.validation)
 
 
 LINES = st.lists(st.sampled_from(["a", "", "  ", " b", "é€", "\t", "c d ", "\r"]), max_size=12)
@@ -23,15 +39,15 @@ def test_a_text_file_gives_its_non_blank_lines(tmp_path_factory, lines, end, end
     text = end.join(["x", *lines]) + (end if ended else "")
     path.write_bytes(text.encode("utf-8-sig" if mark else "utf-8"))
     by_hand = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
-    assert all_records(TextSource(path)) == [(Segment(line, True),) for line in by_hand]
+    assert list(texts(path)) == [(Segment(line, True),) for line in by_hand]
 
 
 def test_the_index_is_right_across_the_pieces_it_is_made_from(tmp_path, monkeypatch):
-    monkeypatch.setattr("memjax.data.sources._SCAN_BYTES", 7)
+    monkeypatch.setattr("memjax.data.lines._SCAN_BYTES", 7)
     lines = ["x" * (i % 11) for i in range(60)]
     path = tmp_path / "a.txt"
     path.write_text("\n".join(lines))
-    assert [record[0].text for record in all_records(TextSource(path))] == [line for line in lines if line]
+    assert [record[0].text for record in texts(path)] == [line for line in lines if line]
 
 
 def test_json_lines_are_texts_or_prompts_with_answers(tmp_path):
@@ -43,7 +59,7 @@ def test_json_lines_are_texts_or_prompts_with_answers(tmp_path):
         {"prompt": "Q:", "answer": "\nA"},
     ]
     path.write_text("\n\n".join(map(json.dumps, rows)))
-    assert all_records(JsonlSource(path)) == [
+    assert list(objects(path)) == [
         (Segment("one", True),),
         (Segment("Q:", False), Segment(" A", True)),
         (Segment("Q: ", False), Segment("A", True)),
@@ -54,7 +70,7 @@ def test_json_lines_are_texts_or_prompts_with_answers(tmp_path):
 def test_the_keys_can_be_named(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"t": "x"}\n{"q": "y", "a": "z"}')
-    assert all_records(JsonlSource(path, "t", "q", "a")) == [
+    assert list(objects(path, "t", "q", "a")) == [
         (Segment("x", True),),
         (Segment("y", False), Segment(" z", True)),
     ]
@@ -81,7 +97,7 @@ def test_the_keys_can_be_named(tmp_path):
 def test_a_bad_line_is_named_with_the_way_out(tmp_path, line, what, way_out):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "fine"}\n\n' + line + b'\n{"text": "fine"}\n')
-    source = JsonlSource(path)
+    source = objects(path)
     assert len(source) == 3
     assert source[2] == source[0] == (Segment("fine", True),)
     with pytest.raises(DataError, match=f"a.jsonl:3: .*{what}.*{way_out}"):
@@ -92,21 +108,21 @@ def test_text_that_is_not_utf8_is_named_by_its_line(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("fine\ncafé\n".encode("latin-1"))
     with pytest.raises(DataError, match=r"a.txt:2: not UTF-8 \(byte 4 of the line\)"):
-        TextSource(path)[1]
+        texts(path)[1]
 
 
 def test_there_is_no_record_past_the_end(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("a\nb")
     for index in (2, -1):
-        with pytest.raises(IndexError, match=f"record {index} of a source of 2 records"):
-            TextSource(path)[index]
+        with pytest.raises(IndexError, match=f"record {index} of 2 records"):
+            texts(path)[index]
 
 
 def test_a_source_travels_without_its_open_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("a\nb")
-    source = TextSource(path)
+    source = texts(path)
     assert source[1] == pickle.loads(pickle.dumps(source))[1]
 
 
@@ -124,11 +140,11 @@ def test_missing_and_empty_files_are_refused_with_the_field_to_set(tmp_path):
         bad = str(tmp_path / name)
         for kind in ("text", "jsonl"):
             with pytest.raises(DataError, match=f"{what}; set data.path to"):
-                open_sources(DataConfig(source=kind, path=bad))
+                opened(DataConfig(source=kind, path=bad))
         with pytest.raises(DataError, match=f"{what}; set data.validation_path to"):
-            open_sources(DataConfig(source="text", path=str(good), validation_path=bad))
-    with pytest.raises(DataError, match=r"data\.path is not set"):
-        open_sources(DataConfig(source="text"))
+            opened(DataConfig(source="text", path=str(good), validation_path=bad))
+    with pytest.raises(DataError, match=r"data\.path is null: source=text needs a file"):
+        opened(DataConfig(source="text"))
 
 
 @pytest.mark.parametrize(
@@ -137,10 +153,9 @@ def test_missing_and_empty_files_are_refused_with_the_field_to_set(tmp_path):
 def test_the_last_records_are_held_out(tmp_path, num_records, fraction, num_held_out):
     path = tmp_path / "a.txt"
     path.write_text("\n".join(map(str, range(num_records))))
-    training, validation = open_sources(DataConfig(source="text", path=str(path), validation_fraction=fraction))
-    assert validation is not None
-    texts = [record[0].text for part in (training, validation) for record in all_records(part)]
-    assert texts == [str(i) for i in range(num_records)]
+    training, validation = opened(DataConfig(source="text", path=str(path), validation_fraction=fraction))
+    found = [record[0].text for part in (training, validation) for record in part]
+    assert found == [str(i) for i in range(num_records)]
     assert len(validation) == num_held_out
     rng = np.random.default_rng(0)
     assert validation.draw(0, rng) == validation[0]
@@ -153,9 +168,8 @@ def test_validation_can_come_from_its_own_file_or_not_at_all(tmp_path):
     path.write_text("a")
     other.write_text("b")
     config = DataConfig(source="text", path=str(path), validation_path=str(other))
-    training, validation = open_sources(config)
-    assert validation is not None
+    training, validation = opened(config)
     assert (training[0][0].text, validation[0][0].text) == ("a", "b")
-    assert open_sources(DataConfig(source="text", path=str(path), validation_fraction=0.0))[1] is None
+    assert not len(opened(DataConfig(source="text", path=str(path), validation_fraction=0.0))[1])
     with pytest.raises(DataError, match="one record cannot be split"):
-        open_sources(DataConfig(source="text", path=str(path)))
+        opened(DataConfig(source="text", path=str(path)))

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from memjax.config import BiographiesConfig, DataConfig, TokenizerConfig
+from memjax.data.dataset import open_dataset, train_tokenizer
 from memjax.data.facts import questions
-from memjax.data.pipeline import TrainingData, train_tokenizer, validation_batches
-from memjax.data.sources import open_sources
+from memjax.data.loader import TrainingData
+from memjax.data.mixture import SplitRecords
 from memjax.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
 from memjax.errors import DataError
 
@@ -42,7 +43,7 @@ def text_config(tmp_path):
 
 
 def take(config, count, *, seed=0, state=None, tokenizer: Tokenizer = BYTES):
-    data = TrainingData(config, tokenizer, seed=seed)
+    data = TrainingData(open_dataset(config, tokenizer), seed=seed)
     try:
         if state is not None:
             data.set_state(state)
@@ -77,7 +78,7 @@ def test_a_place_is_found_again_after_any_number_of_batches(text_config, packing
     monkeypatch.setattr("memjax.data.packing._BLOCK", 5)
     monkeypatch.setattr("memjax.data.packing._NUM_BINS", 6)
     config = dataclasses.replace(text_config, packing=packing)
-    data = TrainingData(config, BYTES, seed=0)
+    data = TrainingData(open_dataset(config, BYTES), seed=0)
     states, batches = [], []
     for _ in range(18):
         states.append(json.dumps(data.get_state()))
@@ -92,7 +93,7 @@ def test_concat_is_found_again_where_a_record_ends_with_a_row(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("\n".join(f"{i:03d}" for i in range(40)))
     config = DataConfig(source="text", path=str(path), batch_size=1, sequence_length=8, packing="concat")
-    data = TrainingData(config, BYTES, seed=0)
+    data = TrainingData(open_dataset(config, BYTES), seed=0)
     states, batches = [], []
     for _ in range(12):
         states.append(json.loads(json.dumps(data.get_state())))
@@ -103,7 +104,7 @@ def test_concat_is_found_again_where_a_record_ends_with_a_row(tmp_path):
 
 
 def test_a_place_within_a_run_is_found_again_in_the_same_object():
-    data = TrainingData(BIOGRAPHIES, BYTES, seed=0)
+    data = TrainingData(open_dataset(BIOGRAPHIES, BYTES), seed=0)
     next(data)
     state = data.get_state()
     first = [next(data), next(data)]
@@ -116,7 +117,7 @@ def test_a_place_within_a_run_is_found_again_in_the_same_object():
 @pytest.mark.parametrize("packing", ["none", "concat"])
 def test_two_workers_see_every_record_and_resume_exactly(text_config, packing):
     config = dataclasses.replace(text_config, packing=packing, num_workers=2)
-    data = TrainingData(config, BYTES, seed=0)
+    data = TrainingData(open_dataset(config, BYTES), seed=0)
     states, batches = [], []
     for _ in range(20):
         states.append(json.loads(json.dumps(data.get_state())))
@@ -127,11 +128,13 @@ def test_two_workers_see_every_record_and_resume_exactly(text_config, packing):
         assert_same([next(data) for _ in range(20 - k)], batches[k:])
     data.close()
     seen = collections.Counter(texts_of(batches))
-    assert packing != "none" or set(seen) == {record[0].text for record in open_sources(config)[0]}
+    assert packing != "none" or set(seen) == {
+        record[0].text for record in SplitRecords(open_dataset(config, BYTES).train)
+    }
 
 
 def test_there_is_nothing_after_closing():
-    data = TrainingData(BIOGRAPHIES, BYTES, seed=0)
+    data = TrainingData(open_dataset(BIOGRAPHIES, BYTES), seed=0)
     next(data)
     data.close()
     data.close()
@@ -141,9 +144,10 @@ def test_there_is_nothing_after_closing():
 def test_a_program_may_end_without_closing():
     program = """
 from memjax.config import DataConfig
-from memjax.data.pipeline import TrainingData
+from memjax.data.dataset import open_dataset
+from memjax.data.loader import TrainingData
 from memjax.data.tokenizer import ByteTokenizer
-data = TrainingData(DataConfig(), ByteTokenizer(), seed=0)
+data = TrainingData(open_dataset(DataConfig(), ByteTokenizer()), seed=0)
 next(data)
 raise SystemExit(3)
 """
@@ -171,7 +175,7 @@ def test_a_bad_line_is_named(tmp_path, packing):
 
 def test_every_epoch_has_every_record_once_in_another_order(text_config):
     whole = [text for text in texts_of(take(text_config, 53)) if text]
-    expected = sorted(record[0].text for record in open_sources(text_config)[0])
+    expected = sorted(record[0].text for record in SplitRecords(open_dataset(text_config, BYTES).train))
     epochs = [whole[i * 53 : (i + 1) * 53] for i in range(4)]
     assert all(sorted(epoch) == expected for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
@@ -180,7 +184,7 @@ def test_every_epoch_has_every_record_once_in_another_order(text_config):
 
 def test_without_shuffling_records_come_in_file_order(text_config):
     config = dataclasses.replace(text_config, shuffle=False)
-    expected = [record[0].text for record in open_sources(config)[0]]
+    expected = [record[0].text for record in SplitRecords(open_dataset(config, BYTES).train)]
     assert texts_of(take(config, 20)) == (expected * 2)[:80]
 
 
@@ -195,7 +199,7 @@ def test_the_seed_decides(text_config, packing):
 
 
 def test_biographies_are_worded_anew_in_every_epoch():
-    num_records = len(open_sources(BIOGRAPHIES)[0])
+    num_records = len(SplitRecords(open_dataset(BIOGRAPHIES, BYTES).train))
     assert num_records == 20 * 6 + 10 * 6
     whole = texts_of(take(BIOGRAPHIES, 2 * num_records // 8))
     first, second = set(whole[:num_records]), set(whole[num_records:])
@@ -213,7 +217,7 @@ def test_biographies_are_worded_anew_in_every_epoch():
     ],
 )
 def test_a_place_in_other_data_is_refused(text_config, change, message):
-    data = TrainingData(text_config, BYTES, seed=0)
+    data = TrainingData(open_dataset(text_config, BYTES), seed=0)
     state = data.get_state()
     data.close()
     with pytest.raises(DataError, match=message):
@@ -221,7 +225,7 @@ def test_a_place_in_other_data_is_refused(text_config, change, message):
 
 
 def test_a_place_with_another_tokenizer_is_refused(text_config):
-    data = TrainingData(text_config, BYTES, seed=0)
+    data = TrainingData(open_dataset(text_config, BYTES), seed=0)
     state = data.get_state()
     data.close()
     bpe = train_tokenizer(dataclasses.replace(text_config, tokenizer=TokenizerConfig(kind="bpe")), 270)
@@ -232,26 +236,25 @@ def test_a_place_with_another_tokenizer_is_refused(text_config):
 @kinds
 def test_validation_is_the_same_every_time_and_padded_at_the_end(text_config, packing):
     config = dataclasses.replace(text_config, validation_fraction=0.1, packing=packing)
-    _, source = open_sources(config)
-    assert source is not None
+    source = SplitRecords(open_dataset(config, BYTES).validation)
     assert len(source) == 5
-    first = list(validation_batches(config, BYTES, batches=9))
-    assert_same(first, list(validation_batches(config, BYTES, batches=9)))
+    first = list(open_dataset(config, BYTES).validation_batches(9))
+    assert_same(first, list(open_dataset(config, BYTES).validation_batches(9)))
     assert all(batch["tokens"].shape == (4, 48) for batch in first)
     assert not first[-1]["segments"][-1].any()
     assert not first[-1]["loss_mask"][-1].any()
     learned = sum(batch["loss_mask"].sum() for batch in first)
     assert learned == sum(len(record[0].text) + 1 for record in source)
-    assert len(list(validation_batches(config, BYTES, batches=1))) == 1
+    assert len(list(open_dataset(config, BYTES).validation_batches(1))) == 1
 
 
 def test_there_is_no_validation_when_nothing_is_held_out(text_config):
     config = dataclasses.replace(text_config, validation_fraction=0.0)
-    assert list(validation_batches(config, BYTES, batches=3)) == []
+    assert list(open_dataset(config, BYTES).validation_batches(3)) == []
 
 
 def test_biographies_validate_with_questions_never_asked_in_training():
-    asked = texts_of(validation_batches(BIOGRAPHIES, BYTES, batches=99))
+    asked = texts_of(open_dataset(BIOGRAPHIES, BYTES).validation_batches(99))
     expected = questions(BIOGRAPHIES.biographies, False)
     assert asked == [(question.prompt + question.answer) for question in expected]
     trained = " ".join(texts_of(take(BIOGRAPHIES, 60)))

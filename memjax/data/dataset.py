@@ -1,0 +1,179 @@
+"""The data of a run, opened once: training and validation batches come from the same files, scans and token caches.
+
+Five nested stages, each standing on the one above it:
+
+1. a `Source` finds the files that the config names, lists and scans them (`sources`, `corpus`, `lines`);
+2. a `Reader` gives records by number as token ids, from text or from prepared data (`reading`, `prepared`);
+3. an order of record numbers, shuffled and mixed by weight, endless for training (`mixture`);
+4. packing turns records into batches (`packing`);
+5. a thread or worker processes make batches ahead, and their position can be saved (`loader`, `workers`).
+"""
+
+import dataclasses
+import itertools
+import threading
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from memjax.config import DataConfig
+from memjax.data import packing
+from memjax.data.mixture import Split, joined, order
+from memjax.data.packing import Batch
+from memjax.data.prepared import PreparedReader
+from memjax.data.reading import Reader, StoppableReader
+from memjax.data.sources import Source, find_source
+from memjax.data.tokenizer import Tokenizer, train_bpe
+from memjax.data.tokenizer_files import open_tokenizer
+
+_SAMPLED_RECORDS, _SAMPLED_PAIRS = 64, 1 << 16
+"""Records from which the number of tokens is estimated, and the tokens that are enough."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """What is trained on and what is validated with. Picklable: worker processes get a copy."""
+
+    config: DataConfig
+    tokenizer: Tokenizer
+    train: list[Split]
+    validation: list[Split]
+    """Empty when nothing is held out."""
+
+    def train_batches(
+        self, seed: int, shard: slice = slice(None), stop: threading.Event | None = None
+    ) -> grain.IterDataset[Batch]:
+        """Endless training batches, or those of one of several workers.
+
+        Args:
+            seed: orders the records and chooses their wordings.
+            shard: which blocks of records are read.
+            stop: ends a batch that is being made in another thread.
+        """
+        reader = joined(self.train, with_sources=self.config.source == "mixture")
+        return self._batches(
+            self.train,
+            reader if stop is None else StoppableReader(reader, stop),
+            seed=seed % 2**32,
+            shuffle=self.config.shuffle,
+            repeat=True,
+            shard=shard,
+        )
+
+    def validation_batches(self, count: int) -> Iterator[Batch]:
+        """The first batches of the validation records, in file order, the same at every call.
+
+        Of a mixture the records held out of the parts come mixed as in training. The last batch is padded with empty
+        rows. Nothing comes when nothing is held out.
+
+        Raises:
+            DataError: the validation data cannot be used.
+        """
+        if self.validation:
+            reader = joined(self.validation, with_sources=self.config.source == "mixture")
+            batches = self._batches(self.validation, reader, seed=0, shuffle=False, repeat=False)
+            yield from itertools.islice(batches, count)
+
+    def _batches(
+        self, splits: list[Split], reader: Reader, *, seed: int, shuffle: bool, repeat: bool, shard: slice = slice(None)
+    ) -> grain.IterDataset[Batch]:
+        config = self.config
+        return packing.batches(
+            order(splits, seed=seed, shuffle=shuffle, repeat=repeat),
+            reader,
+            packing=config.packing,
+            sequence_length=config.sequence_length,
+            num_rows=config.batch_size,
+            document_mask=config.document_mask,
+            seed=seed,
+            with_sources=config.source == "mixture" and repeat,
+            shard=shard,
+        )
+
+    def malformed_counts(self) -> dict[str, int]:
+        """For metrics: how many training records were left out, where any could have been."""
+        manifests = [split.manifest for split in self.train if split.manifest is not None]
+        if not any(manifest.settings["malformed"] == "skip" for manifest in manifests):
+            return {}
+        return {"data/malformed": sum(manifest.malformed for manifest in manifests)}
+
+    def describe(self, steps: int | None = None) -> list[str]:
+        """Lines about prepared data and what was left out of it, then about records, tokens and epochs.
+
+        Args:
+            steps: of the run, for the epochs that it reads.
+        """
+        lines = []
+        for split in self.train:
+            if isinstance(split.reader, PreparedReader):
+                manifest = split.reader.manifest
+                lines.append(
+                    f"prepared   {split.reader.folder}: {manifest.usable:,} records, {manifest.tokens:,} tokens"
+                    + (f", {manifest.malformed:,} malformed records left out, such as" if manifest.malformed else "")
+                )
+                lines += [f"           {example}" for example in manifest.examples[:3]]
+        names = [part.name for part in self.config.mixture] or [None]
+        shares = np.array([split.weight for split in self.train])
+        for name, split, share in zip(names, self.train, shares / shares.sum(), strict=True):
+            lines.append(f"records    {f'{name}: ' if name else ''}{self._amount(split, steps, share)}")
+        held_out = sum(split.stop - split.start for split in self.validation)
+        return [*lines[:-1], f"{lines[-1]}; {held_out:,} records for validation" if held_out else lines[-1]]
+
+    def _amount(self, split: Split, steps: int | None, share: float) -> str:
+        count, config = split.stop - split.start, self.config
+        tokens, is_exact = _num_tokens(split)
+        told = f"{count:,} for training, {'' if is_exact else 'about '}{tokens:,} tokens"
+        if steps is None:
+            return told
+        read = steps * share * config.batch_size
+        if config.packing == "none":
+            return f"{told}; {steps:,} steps read {read / count:.3g} epochs"
+        return f"{told}; {steps:,} steps read about {read * config.sequence_length / tokens:.3g} epochs"
+
+
+def open_dataset(data: DataConfig | Source, tokenizer: Tokenizer) -> Dataset:
+    """Opens the data of a config, or of a source that was found before (whose files are not scanned again).
+
+    What must be prepared and is not is prepared here. What was prepared is read from there, and gives the same tokens.
+
+    Raises:
+        DataError: the data cannot be used, or the prepared data is of something else.
+    """
+    source = data if isinstance(data, Source) else find_source(data)
+    return Dataset(source.config, tokenizer, *source.open(tokenizer))
+
+
+def train_tokenizer(data: DataConfig | Source, vocab_size: int) -> Tokenizer:
+    """The tokenizer that the config asks for; a BPE is trained on texts spread evenly over the training records.
+
+    Args:
+        data: the config, or the source that was found for it.
+        vocab_size: the most tokens; a small corpus may give fewer, and bytes always take 259.
+
+    Raises:
+        ValueError: vocab_size is below 259.
+        DataError: the training data or the tokenizer's file cannot be used.
+    """
+    source = data if isinstance(data, Source) else find_source(data)
+    config = source.config.tokenizer
+    return train_bpe(source.texts(config.train_bytes), vocab_size) if config.kind == "bpe" else open_tokenizer(config)
+
+
+def _num_tokens(split: Split) -> tuple[int, bool]:
+    """Tokens of a split, and whether that is exact and not an estimate."""
+    count, manifest = split.stop - split.start, split.manifest
+    if manifest is not None:
+        return max(1, round(manifest.tokens * count / manifest.records)), count == manifest.records
+    rng, pairs, read = np.random.default_rng(0), 0, 0
+    samples = min(_SAMPLED_RECORDS, count)
+    for sample in range(samples):
+        pairs += len(split.reader([split.start + sample * count // samples], rng)[0])
+        read += 1
+        if pairs >= _SAMPLED_PAIRS:
+            break
+    if read == count:
+        return max(1, pairs), True
+    tokens = pairs * count // read
+    step = 10 ** max(0, len(str(tokens)) - 2)  # two digits of an estimate are enough
+    return max(1, round(tokens / step) * step), False

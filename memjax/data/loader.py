@@ -1,0 +1,158 @@
+"""The training batches of a run: shuffled anew every epoch, endless, and resumed exactly.
+
+Every process of a run reads all of it and gives its devices their rows: so the order of the data depends neither on
+the mesh nor on the number of processes, and a position in it means the same to all of them.
+"""
+
+import dataclasses
+import json
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import grain
+from grain.experimental import ThreadPrefetchIterDataset
+
+from memjax.data.dataset import Dataset
+from memjax.data.packing import Batch
+from memjax.data.workers import Workers
+from memjax.errors import DataError
+from memjax.io.console import say
+
+_READY_BATCHES = 4
+
+
+class TrainingData(Iterator[Batch]):
+    """An endless iterator over batches, whose position can be saved and restored.
+
+    The same arguments give the same batches. Batches are made ahead by a thread, or by `config.num_workers` processes;
+    a program that uses workers must keep its own start under `if __name__ == "__main__"`.
+    """
+
+    def __init__(self, dataset: Dataset, *, seed: int):
+        """Starts no thread or process yet.
+
+        Args:
+            dataset: what to read, and the shape of batches.
+            seed: orders the records and chooses the wordings.
+        """
+        config, splits = dataset.config, dataset.train
+        self._plan = {
+            "num_workers": config.num_workers,
+            "tokenizer": dataset.tokenizer.fingerprint,
+            "seed": seed,
+            "source": config.source,
+            "num_records": sum(split.stop for split in splits),
+            "packing": config.packing,
+            "sequence_length": config.sequence_length,
+            "batch_size": config.batch_size,
+            "shuffle": config.shuffle,
+        }
+        if config.source == "mixture":
+            self._plan["mixture"] = [
+                {"name": part.name, "weight": part.weight, "num_records": split.stop}
+                for part, split in zip(config.mixture, splits, strict=True)
+            ]
+        self._data = [split.reader.fingerprint() for split in splits]
+        shards = _Shards(dataset, seed)
+        stop = threading.Event()
+        batches: Any
+        if config.num_workers:
+            batches = Workers(shards, config.num_workers)
+        else:
+            ahead = dataset.train_batches(seed, stop=stop)
+            batches = iter(ThreadPrefetchIterDataset(ahead, prefetch_buffer_size=_READY_BATCHES))
+        self._open = [batches]
+        # A thread or process that still reads when the interpreter goes down would abort it with an exit code of its
+        # own, so what nobody closed is closed, and released, before.
+        self._close = weakref.finalize(self, _close_all, self._open, stop)
+
+    def __next__(self) -> Batch:
+        if not self._open:
+            raise StopIteration
+        return next(self._open[0])
+
+    def get_state(self) -> dict[str, Any]:
+        """The position after the last batch given, as JSON values; not to be asked for after `close`."""
+        position = json.loads(json.dumps(self._open[0].get_state()))
+        return {"plan": dict(self._plan), "data": self._data, "grain": position}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues from a position that `get_state` gave. Those of before 0.2 do not know the content of the data.
+
+        Raises:
+            DataError: it was given with other data, another tokenizer or other settings, where it means another place.
+        """
+        saved = state["plan"]
+        changed = [
+            f"{name}={now!r} here, {saved.get(name)!r} in the checkpoint"
+            for name, now in self._plan.items()
+            if saved.get(name) != now
+        ]
+        if not changed:
+            for before, now in zip(state.get("data", self._data), self._data, strict=True):
+                changed += _differences(before, now)
+        if changed:
+            raise DataError(
+                f"the place in the data cannot be restored: {'; '.join(changed)}; "
+                "set it back, or start a new run in another run.dir"
+            )
+        self._open[0].set_state(_with_tuples(state["grain"]))
+
+    def close(self) -> None:
+        """Ends the threads and processes that read ahead; there are no batches after that."""
+        self._close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shards:
+    dataset: Dataset
+    seed: int
+
+    def __call__(self, index: int, count: int) -> grain.IterDataset[Batch]:
+        return self.dataset.train_batches(self.seed, slice(index, None, count))
+
+
+def _close_all(iterators: list[Any], stop: threading.Event) -> None:
+    stop.set()
+    while iterators:
+        iterators.pop().close()
+
+
+def _differences(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> list[str]:
+    """Why the records of a checkpoint are not those here; their number is the same.
+
+    A repair is no other data: a few of the sampled records of a file may differ, and its size with them.
+    """
+    if before is None or now is None:
+        return []
+    if "digest" in before and "digest" in now:
+        same = before["digest"] == now["digest"] or not before["digest"]
+        return [] if same else ["the prepared data holds other records than in the checkpoint"]
+    problems = []
+    if "digest" in before or "digest" in now:  # read as it is before, prepared since malformed records are skipped
+        return []
+    for (_, old_size, *old), (name, size, *new) in zip(before["files"], now["files"], strict=False):
+        different = sum(one != other for one, other in zip(old[0], new[0], strict=False))
+        if different > max(1, len(new[0]) // 2):
+            problems.append(f"{name} holds other text here than in the checkpoint, in as many records")
+        elif different or old_size != size:
+            say(
+                f"{name} has changed in some records since the checkpoint; their number is the same, so the run goes on"
+            )
+    return problems
+
+
+def _with_tuples(state: Any) -> Any:
+    """Grain's state as it was before JSON: concat compares its slices with tuples, and takes a list for a remainder."""
+    if isinstance(state, dict):
+        return {
+            name: {feature: tuple(bounds) for feature, bounds in value.items()}
+            if name == "remainder_slices"
+            else _with_tuples(value)
+            for name, value in state.items()
+        }
+    if isinstance(state, list):
+        return [_with_tuples(value) for value in state]
+    return state

@@ -1,0 +1,94 @@
+"""Splits of readers for training and validation, mixed by weight into one order of records."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import grain
+
+from memjax.data.prepared import Manifest, PreparedReader
+from memjax.data.reading import JoinedReader, Reader
+from memjax.data.records import Record, Records, checked
+from memjax.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """The records start..stop - 1 of a reader."""
+
+    reader: Reader
+    start: int
+    stop: int
+    weight: float = 1.0
+    """Of its tokens among those of all splits."""
+
+    @classmethod
+    def of(cls, reader: Reader) -> "Split":
+        """All records of a reader."""
+        return cls(reader=reader, start=0, stop=len(reader))
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """What is known of prepared data."""
+        return self.reader.manifest if isinstance(self.reader, PreparedReader) else None
+
+    @property
+    def record_weight(self) -> float:
+        """Of its records among those of all splits: the longer they are, the fewer give as many tokens."""
+        manifest = self.manifest
+        return self.weight if manifest is None else self.weight * manifest.records / manifest.tokens
+
+
+class SplitRecords(Records):
+    """The records of splits as text, those of the first, then those of the second."""
+
+    def __init__(self, splits: Sequence[Split]):
+        self._numbers = [(split.reader, number) for split in splits for number in range(split.start, split.stop)]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Record:
+        reader, number = self._numbers[checked(index, len(self))]
+        return reader.record(number)
+
+
+def num_training_records(count: int, validation_fraction: float, path: str) -> int:
+    """How many of the first records are trained on; those after them are held out.
+
+    Raises:
+        DataError: there are too few to split.
+    """
+    if validation_fraction == 0:
+        return count
+    if count < 2:
+        raise DataError(
+            f"{path}: one record cannot be split into training and validation; "
+            "set data.validation_path, or data.validation_fraction=0 for no validation"
+        )
+    return count - min(max(1, round(count * validation_fraction)), count - 1)
+
+
+def joined(splits: Sequence[Split], *, with_sources: bool) -> Reader:
+    """One reader of all records of the splits' readers; with_sources it gives the number of the split, too."""
+    return JoinedReader([split.reader for split in splits]) if with_sources else splits[0].reader
+
+
+def order(splits: Sequence[Split], *, seed: int, shuffle: bool, repeat: bool) -> grain.MapDataset[int]:
+    """The numbers of the records, in the order in which they are to be seen, as `joined` counts them.
+
+    Args:
+        splits: what is mixed, by weight.
+        seed: orders the records.
+        shuffle: in every epoch of a split anew, or in the order of the files.
+        repeat: endlessly, each split in epochs of its own; or until one of them has no more.
+    """
+    orders, first = [], 0
+    for number, split in enumerate(splits):
+        numbers = grain.MapDataset.range(first + split.start, first + split.stop).seed((seed + number) % 2**32)
+        if shuffle:
+            numbers = numbers.shuffle()
+        orders.append(numbers.repeat() if repeat else numbers)
+        first += len(split.reader)
+    if len(orders) == 1:
+        return orders[0]
+    return grain.MapDataset.mix(orders, [split.record_weight for split in splits])
