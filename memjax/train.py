@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from memjax.command_line import Parsed, parse
 from memjax.config import RunConfig
+from memjax.training.interrupt import run_program
 
 FLAGS = {
     "dry_run": "Print parameters, arithmetic, mesh and what a step needs of each device, allocate nothing, and end.",
@@ -57,4 +58,4 @@ def prepare_environment(config: RunConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -3,7 +3,6 @@
 import math
 import os
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from memjax.checkpoint.restoring import Restored, StoredStep
 from memjax.checkpoint.saving import Writer, items_of
 from memjax.checkpoint.steps import Retention, Steps
 from memjax.errors import CheckpointError
+from memjax.io.console import warn
 
 
 class Checkpoints:
@@ -144,7 +144,7 @@ class Checkpoints:
                 self._damaged.add(candidate)
                 if step is not None:
                     raise
-                print(f"warning: {error}; trying the step before", file=sys.stderr, flush=True)
+                warn(f"warning: {error}; trying the step before")
             else:
                 if step is None:
                     # Whoever goes on from here comes to the partial ones after it once more.

@@ -34,7 +34,11 @@ class Damaged(CheckpointError):
 
 @contextlib.contextmanager
 def explained(
-    kind: type[CheckpointError], what: str, *, advice: Callable[[BaseException], str] | None = None
+    kind: type[CheckpointError],
+    what: str,
+    *,
+    advice: Callable[[BaseException], str] | None = None,
+    only: type[Exception] = Exception,
 ) -> Iterator[None]:
     """Raises what goes wrong inside as an error of this kind.
 
@@ -44,12 +48,13 @@ def explained(
         kind: the error's type.
         what: the beginning of its message.
         advice: finds the way out for an error; empty where there is none.
+        only: errors of other types pass as they are, too.
     """
     try:
         yield
     except (CheckpointError, MemoryError):
         raise
-    except Exception as error:
+    except only as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and not _DAMAGE.match(str(error)):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]

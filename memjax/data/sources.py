@@ -125,9 +125,7 @@ class Files(Source):
         """A path that is missing."""
         if self.config.path is not None:
             return None
-        return (
-            f"data.path is not set; data.source={self.config.source} needs the file to train on; set --data.path FILE"
-        )
+        return f"data.path is null: source={self.config.source} needs a file; set --data.path FILE"
 
     @property
     def corpora(self) -> list[Corpus]:

@@ -53,7 +53,12 @@ def validation_loss(model: Decoder, batches: Iterable[Batch], *, place: Place = 
         place: puts a batch on the devices.
     """
     graphdef, state = nnx.split(model)
-    sums = [_batch_loss(graphdef, state, place(batch)) for batch in batches]
+    sums: list[Any] = []
+    for batch in batches:
+        sums.append(_batch_loss(graphdef, state, place(batch)))
+        if len(sums) > 1:
+            # One batch computes while the next is made; more would be memory, and time in which nothing can stop it.
+            jax.block_until_ready(sums[-2])
     losses, counts = np.asarray(jax.device_get(sums), np.float64).reshape(-1, 2).sum(axis=0)
     return float(losses / counts) if counts else math.nan
 

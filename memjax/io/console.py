@@ -22,6 +22,13 @@ def say(text: str = "", *, end: str = "\n") -> None:
         _discard_output()
 
 
+def warn(text: str) -> None:
+    """Prints and flushes a line on standard error; when that is gone, the program goes on."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            print(text, file=sys.stderr, flush=True)
+
+
 def _discard_output() -> None:
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)

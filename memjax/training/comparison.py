@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memjax.errors import DataError
-from memjax.training.metrics import Row, read_metrics
+from memjax.training.metrics import Row, comparable, read_metrics
 
 Axis = Literal["step", "tokens", "seconds"]
 Values = NDArray[np.float64]
@@ -58,7 +58,7 @@ def read_runs(folders: Sequence[pathlib.Path]) -> list[Run]:
     paths = {folder.resolve(): folder for folder in folders}
     runs = []
     for path, folder in paths.items():
-        rows = read_metrics(path / "metrics.jsonl")
+        rows = comparable(read_metrics(path / "metrics.jsonl"))
         if not rows:
             raise DataError(f"{folder}: there are no metrics in metrics.jsonl; name the folder of a run that has begun")
         lengths = range(1, len(path.parts) + 1)

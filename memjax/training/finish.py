@@ -11,7 +11,7 @@ from memjax.data.tokenizer import Tokenizer
 from memjax.evaluation.recall import fact_report, format_fact_report
 from memjax.memory.parallel import TOKENS
 from memjax.training.mesh import put_batch
-from memjax.training.metrics import read_metrics
+from memjax.training.metrics import WINDOW, comparable, has_usage, read_metrics
 from memjax.training.plots import plot_run
 from memjax.training.processes import first_alone, is_first
 from memjax.training.run_folder import RunFolder
@@ -51,13 +51,16 @@ def _ask_for_facts(trainer: Trainer, state: TrainState, mesh: Mesh, tokenizer: T
 
 
 def _write(config: RunConfig, folder: RunFolder, report: dict[str, Any] | None) -> None:
-    rows = read_metrics(folder.metrics)
+    rows = comparable(read_metrics(folder.metrics))
+    usage = next((row for row in reversed(rows) if has_usage(row)), {})
     summary: dict[str, Any] = {
         "steps": config.train.steps,
-        "metrics": {name: value for name, value in rows[-1].items() if name != "step"},
+        "metrics": {name: value for name, value in (usage | (rows[-1] if rows else {})).items() if name != "step"},
         "plots": [str(path) for path in plot_run(rows, folder.plots)],
         "training_seconds": sum(row.get("throughput/step_seconds", 0) for row in rows),
     }
+    if usage:
+        summary["slots_until_step"] = usage["step"]
     if report is not None:
         folder.write_json(f"evals/{config.train.steps}-facts.json", report)
         summary["facts"] = report
@@ -67,13 +70,18 @@ def _write(config: RunConfig, folder: RunFolder, report: dict[str, Any] | None) 
 def describe_summary(summary: dict[str, Any], folder: RunFolder) -> str:
     """The closing screen of a run."""
     metrics = summary["metrics"]
-    lines = [f"finished: {summary['steps']} steps, training loss {metrics['train/loss']:.4f}"]
+    lines = [f"finished: {summary['steps']} steps"]
+    if metrics.get("train/loss") is not None:
+        lines[0] += f", training loss {metrics['train/loss']:.4f}"
     if "eval/validation/loss" in metrics:
         lines[0] += f", validation loss {metrics['eval/validation/loss']:.4f}"
     layers = sorted({name.split("/")[1] for name in metrics if name.startswith("memory/")})
     for layer in layers:
         used, effective = (metrics[f"memory/{layer}/{field}"] for field in ("used_fraction", "effective_fraction"))
-        lines.append(f"memory {layer}: {used:.1%} of the slots read, as if {effective:.1%} were read equally often")
+        line = f"memory {layer}: {used:.1%} of the slots read, as if {effective:.1%} were read equally often"
+        if (last := summary.get("slots_until_step")) is not None:
+            line += f" (steps {last - metrics[WINDOW] + 1:,} to {last:,})"
+        lines.append(line)
     if "facts" in summary:
         lines += ["", format_fact_report(summary["facts"])]
     lines += [

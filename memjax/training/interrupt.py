@@ -1,51 +1,200 @@
-"""SIGTERM and Ctrl-C as a wish that the loop grants at the end of a step."""
+"""Signals: at the end of a step while there is something to save, at once while there is not.
 
+Imports no JAX, so that a program can call `run_program` before it does.
+"""
+
+import contextlib
+import multiprocessing
+import os
 import signal
+import socket
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+if TYPE_CHECKING:
+    import jax
+    from jax.sharding import Mesh
 
-from memjax.memory.parallel import TOKENS
+SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    if hasattr(signal, name)
+)
+"""What schedulers, terminals and people send to end a program."""
+
+SAVED, NOTHING_SAVED, CHECKPOINT_TROUBLE = 75, 130, 4
+"""Exit codes: the same command goes on from a checkpoint; there is none; one could not be written or read."""
+
+SAME_WISH_SECONDS = 2.0
+"""Launchers pass on what a terminal sends to all of them as well; copies within this time are one wish."""
+
+_HANDLER_SECONDS = 0.5
+"""How long Python's own handler has before the thread takes over: none runs while JAX compiles."""
 
 
 class Interrupt:
-    """Whether somebody wants the run to stop."""
+    """Whether a signal wants the run to stop.
 
-    def __init__(self) -> None:
+    While nothing would be lost (`at_once`), a signal ends the process. Otherwise it is a flag, which the loop looks at
+    between two steps; a later Ctrl-C, or a second SIGTERM, then ends the process without another save.
+    """
+
+    wakeup: int | None = None
+    """Where the interpreter writes the numbers of signals as they come."""
+
+    def __init__(self, *, at_once: bool = True, quiet: bool = False) -> None:
+        """Starts without a wish.
+
+        Args:
+            at_once: whether signals end the process, to begin with.
+            quiet: nothing is printed, as in every process but the first.
+        """
         self.name: str | None = None
         """The signal that came, None so far."""
+        self.exit_code = NOTHING_SAVED
+        """What the process ends with if it ends at once; SAVED as soon as there is a checkpoint."""
+        self._first: tuple[int, float] | None = None
+        self.set(at_once=at_once, quiet=quiet)
 
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler."""
-        again = self.name is not None
-        self.name = signal.Signals(number).name
-        print(f"\n{self.name}: " + ("saving already, please wait" if again else "saving after this step"), flush=True)
+    def set(self, *, at_once: bool, quiet: bool) -> None:
+        """Changes what `__init__` was given."""
+        self._at_once, self._quiet = at_once, quiet
+
+    def __call__(self, number: int, frame: FrameType | None = None) -> None:
+        """The signal handler. It prints nothing through Python's files, which it may have interrupted."""
+        name, now = signal.Signals(number).name, time.monotonic()
+        if self._at_once:
+            self._end(name)
+        if self._first is None:
+            self._first, self.name = (number, now), name
+            self._print(f"\n{name}: saving after this step")
+        # SIGXCPU comes every second, and schedulers warn with one signal before they send another.
+        elif now - self._first[1] > SAME_WISH_SECONDS and (
+            number == signal.SIGINT or number == self._first[0] == signal.SIGTERM
+        ):
+            self._end(f"{name} again")
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """While the block runs, signals wait for the loop. After it they end the process, unless an error ended it."""
+        self._at_once = False
+        yield
+        self._at_once = True
+        if self.name is not None:  # it came too late for the loop
+            self.end()
+
+    def rearm(self) -> None:
+        """Takes back the wake-up descriptor, which event loops of libraries leave unset."""
+        if self.wakeup is not None and threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(self.wakeup, warn_on_full_buffer=False)
+
+    def end(self) -> NoReturn:
+        """Ends the process for the signal that came."""
+        self._end(self.name or "stopped")
+
+    def _end(self, why: str) -> NoReturn:
+        after = "the same command goes on from the newest checkpoint"
+        if self.exit_code != SAVED:
+            after = "ended before there was anything to save"
+        self._print(f"\n{why}: {after}")
+        leave(self.exit_code)
+
+    def _print(self, line: str) -> None:
+        if not self._quiet:
+            with contextlib.suppress(OSError):
+                os.write(2, f"{line}\n".encode())
+
+    def watch(self, number: int) -> None:
+        """Ends the process where Python's handler cannot, because the main thread is in a long call of a library."""
+        time.sleep(_HANDLER_SECONDS)
+        if self._at_once:
+            self._end(signal.Signals(number).name)
 
 
-@contextmanager
-def catch_interrupts() -> Iterator[Interrupt]:
-    """Turns SIGTERM and SIGINT into a flag while the block runs."""
-    interrupt = Interrupt()
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+@contextlib.contextmanager
+def catch_interrupts(*, at_once: bool = True, quiet: bool = False) -> Iterator[Interrupt]:
+    """Handles the signals while the block runs; outside of the main thread, where Python allows none, nothing changes.
+
+    Inside another such block the same `Interrupt` is used. SIGHUP stays ignored under nohup. The arguments are those of
+    `Interrupt`.
+    """
+    outer = signal.getsignal(signal.SIGTERM)
+    if isinstance(outer, Interrupt):
+        outer.set(at_once=at_once, quiet=quiet)
+        yield outer
+        return
+    interrupt = Interrupt(at_once=at_once, quiet=quiet)
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+    here, there = socket.socketpair()
+    there.setblocking(False)
+    watcher = threading.Thread(target=_watch, args=[interrupt, here], name="memjax signals", daemon=True)
+    watcher.start()
+    caught = [n for n in SIGNALS if n != getattr(signal, "SIGHUP", None) or signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in caught}
+    interrupt.wakeup = there.fileno()
+    fd_before = signal.set_wakeup_fd(interrupt.wakeup, warn_on_full_buffer=False)
     try:
         yield interrupt
     finally:
+        signal.set_wakeup_fd(fd_before)
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        there.close()
+        watcher.join()
+        here.close()
 
 
-def shared_wish(interrupt: Interrupt, mesh: Mesh) -> Callable[[], jax.Array]:
+def _watch(interrupt: Interrupt, numbers: socket.socket) -> None:
+    while received := numbers.recv(1):
+        if received[0] in SIGNALS:
+            interrupt.watch(received[0])
+
+
+def run_program(main: Callable[[], int]) -> NoReturn:
+    """Runs the main function of a program and ends the process with its exit code.
+
+    A signal that comes before the program catches its own ends it with 130; one that comes after it has returned does
+    not change its code.
+    """
+    with catch_interrupts():
+        code = main()
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        if code == CHECKPOINT_TROUBLE:  # threads of Orbax may wait for the save that has failed
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+            leave(code)
+        sys.exit(code)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process now, and its children with it, without waiting for any thread; safe in a signal handler."""
+    with contextlib.suppress(Exception):
+        for child in multiprocessing.active_children():
+            child.kill()
+    os._exit(code)
+
+
+def shared_wish(interrupt: Interrupt, mesh: "Mesh") -> "Callable[[], jax.Array]":
     """A function that tells, on the device, whether somebody wants to stop any of the processes.
 
     All processes call it at the same points of the run and get the same answers. Reading one waits for it.
     """
-    reduce = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from memjax.memory.parallel import TOKENS
+
+    reduce = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
     sharding = NamedSharding(mesh, TOKENS)
 
     def ask() -> jax.Array:

@@ -67,7 +67,8 @@ def train(config: RunConfig, *, allow_changed: bool = False) -> int:
         tell_phase("reading tokenizer and data")
         source = find_source(config.data.in_run(str(folder.path)))
         dataset = open_dataset(source, folder.tokenizer(config, source))
-    with catch_interrupts() as interrupt, jax.set_mesh(mesh):
+    alone = jax.process_count() == 1
+    with catch_interrupts(at_once=alone, quiet=not is_first()) as interrupt, jax.set_mesh(mesh):
         loop = Loop(config, mesh, folder, dataset, interrupt)
         print(opening(config, loop.trainer, mesh, folder), flush=True)
         try:

@@ -1,12 +1,20 @@
 """What a run tells while it goes on: one line of JSON a step, a progress line now and then, plots at the end."""
 
+import contextlib
+import errno
+import io
 import json
 import math
+import os
 import pathlib
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any
+
+from memjax.io.console import say, warn
+from memjax.io.files import write_atomic
 
 Row = dict[str, Any]
 
@@ -28,44 +36,154 @@ def peak_flops(device: Any) -> float | None:
 
 def tell_phase(what: str) -> None:
     """Prints what a start is about to do, and when: seconds since the program began."""
-    print(f"{time.monotonic() - _BEGAN:7.1f} s   {what}", flush=True)
+    say(f"{time.monotonic() - _BEGAN:7.1f} s   {what}")
 
 
 class MetricsFile:
-    """`metrics.jsonl`: exactly one line for every step."""
+    """`metrics.jsonl`: exactly one line for every step.
+
+    Lines that cannot be written stay in memory and are tried again with the next ones: a disk that is full for a while
+    costs nothing.
+    """
 
     def __init__(self, path: pathlib.Path, *, last_step: int):
-        """Opens the file to append; lines after last_step, which will be made again, are cut off first."""
+        """Opens the file to append. Lines after last_step, which will be made again, and damaged ones are left out.
+
+        Raises:
+            OSError: the file cannot be read or replaced.
+        """
         self.path = path
+        self._waiting: list[str] = []
+        self._written = 0
+        """Bytes of the file that are whole lines."""
+        self._warned = False
         rows = [row for row in read_metrics(path) if row["step"] <= last_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        temporary.replace(path)
-        self._file: TextIO = path.open("a")
+        write_atomic(path, "".join(_line(row) for row in rows))
+        self._file: io.FileIO | None = None
+        self._open()
 
     def write(self, row: Row) -> None:
-        """Appends a line; values that are not finite become null, which JSON can hold."""
-        finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        """Takes a line; values that are not finite become null, which JSON can hold."""
+        self._waiting.append(_line(row))
+
+    def amend(self, step: int, more: Row) -> None:
+        """Adds metrics to the row of a step that is in the file already."""
+        self.flush()
+        rows = [row | more if row["step"] == step else row for row in read_metrics(self.path)]
+        try:
+            write_atomic(self.path, "".join(_line(row) for row in rows))
+            self._open()
+        except OSError as error:
+            self._warn(error)
 
     def flush(self) -> None:
-        """Hands the lines to the operating system, so that a killed process loses none."""
-        self._file.flush()
+        """Hands the lines to the operating system, so that a killed process loses none; raises nothing."""
+        if not self._waiting:
+            return
+        data = "".join(self._waiting).encode()
+        try:
+            if self._file is None or not self.path.exists():  # somebody has moved or deleted it
+                self._open()
+            assert self._file is not None
+            if self._file.seek(0, os.SEEK_END) > self._written:
+                data = b"\n" + data  # after a part of a line that could not be taken back
+            if self._file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._take_back()
+            self._warn(error)
+            return
+        self._written = self._file.tell()
+        self._waiting.clear()
+        if self._warned:
+            self._warned = False
+            warn(f"{self.path} can be written again; no step is missing")
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Writes what still waits and closes the file; raises nothing."""
+        self.flush()
+        if self._waiting:
+            warn(f"{self.path} lacks the last {len(self._waiting)} steps")
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+    def _open(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+        self._file = None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = io.FileIO(self.path, "a")
+        self._written = self._file.seek(0, os.SEEK_END)
+
+    def _take_back(self) -> None:
+        """Cuts off the part of the lines that was written, so that they can follow again."""
+        with contextlib.suppress(OSError, ValueError):
+            if self._file is not None:
+                self._file.truncate(self._written)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            warn(f"{self.path} cannot be written ({error}); the run goes on, and its lines wait until it can")
 
 
 def read_metrics(path: pathlib.Path) -> list[Row]:
-    """The rows of a metrics file; a last line that was cut off is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """The rows of a metrics file, by step. Damaged lines are left out; of two of one step the later counts."""
+    rows: dict[int, Row] = {}
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+            row = json.loads(line)  # bytes that are no UTF-8 are a ValueError, too
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
+
+
+WINDOW = "slots/window_steps"
+"""Steps over which the slot statistics of a row count."""
+
+
+def has_usage(row: Row) -> bool:
+    """Whether a row has slot statistics."""
+    return any(name.startswith("memory/") for name in row)
+
+
+def usage_rows(rows: Sequence[Row]) -> list[Row]:
+    """The rows with slot statistics that can be compared: over equally many steps, the most common number of them.
+
+    Rows written before the number of steps was among them are taken to count since the row before.
+    """
+    found, before = [], 0
+    for row in rows:
+        if has_usage(row):
+            found.append({WINDOW: row["step"] - before} | row)
+            before = row["step"]
+    counts = Counter(row[WINDOW] for row in found)
+    if not counts:
+        return []
+    window = max(counts, key=lambda steps: (counts[steps], steps))
+    return [row for row in found if row[WINDOW] == window]
+
+
+def comparable(rows: Sequence[Row]) -> list[Row]:
+    """All rows, without the slot statistics of those that `usage_rows` leaves out."""
+    kept = {row["step"] for row in usage_rows(rows)}
+    usage = lambda name: name.startswith("memory/") or name == WINDOW
+    return [
+        row if row["step"] in kept else {name: value for name, value in row.items() if not usage(name)} for row in rows
+    ]
+
+
+def _line(row: Row) -> str:
+    finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+    return json.dumps(finite) + "\n"
 
 
 class Stopwatch:
@@ -93,7 +211,7 @@ class Stopwatch:
 
 
 class Progress:
-    """Prints a line every few seconds: step, loss, rates, speed, time left.
+    """Prints a line for the first step, then one every few seconds: step, loss, rates, speed, time left.
 
     Speed is that since the line before. Time left is that of the steps alone, at their mean speed since the start.
     """
@@ -106,11 +224,12 @@ class Progress:
         self._since_print: list[Row] = []
 
     def show(self, row: Row) -> None:
-        """Takes a step's row; prints when it is time, and at the last step."""
+        """Takes a step's row; prints when it is time, and at the first and the last step."""
         now = time.monotonic()
         self._seconds += row["throughput/step_seconds"]
         self._since_print.append(row)
-        if row["step"] < self.steps and now - self._last_print < self.every_seconds:
+        due = now - self._last_print >= self.every_seconds
+        if not due and row["step"] not in (self._first + 1, self.steps):
             return
         self._last_print = now
         rows, self._since_print = self._since_print, []
@@ -127,7 +246,7 @@ class Progress:
             share = sum(row["throughput/mfu"] * row["throughput/step_seconds"] for row in rows) / seconds
             parts.append(f"MFU {share:.1%}")
         parts.append(f"elapsed {clock(now - self._start)}  left {clock(left)}")
-        print("  ".join(parts), flush=True)
+        say("  ".join(parts))
 
 
 def clock(seconds: float) -> str:

@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Sequence
 
-from memjax.training.metrics import Row
+from memjax.training.metrics import Row, comparable
 
 
 def plot_run(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
@@ -40,6 +40,7 @@ def plot_run(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
         save("loss.png", "Loss", "nats per token", losses, log=True)
     layers = sorted({name.split("/")[1] for row in rows for name in row if name.startswith("memory/")})
     fields = {"used_fraction": "used", "effective_fraction": "effective", "dead_fraction": "dead"}
+    rows = comparable(rows)
     slots = {f"memory/{layer}/{field}": f"{layer} {label}" for layer in layers for field, label in fields.items()}
     if slots := present(slots):
         save("slots.png", "Slots of the memory layers", "share of slots", slots, log=False)

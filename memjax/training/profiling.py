@@ -2,7 +2,6 @@
 
 import pathlib
 import re
-import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ import jax
 from jax.profiler import ProfileData, ProfileOptions, StepTraceAnnotation
 
 from memjax.config import ProfileConfig
+from memjax.io.console import say, warn
 
 _NAME_WIDTH = 80
 _NANOSECONDS = 1e-9
@@ -71,7 +71,7 @@ class ProfileWindow:
             profile = ProfileData.from_file(str(path))
             lines = [f"profile of the steps {first} to {step}", table(operations(profile), self._config.top)]
             lines += [describe_overlap(device, overlap) for device, overlap in overlaps(profile).items()]
-            print("\n".join([*lines, f"trace in {path}"]), flush=True)
+            say("\n".join([*lines, f"trace in {path}"]))
         except Exception as error:
             self._give_up(error)
 
@@ -87,7 +87,7 @@ class ProfileWindow:
     def _give_up(self, error: Exception) -> None:
         self._failed = True
         text = " ".join(str(error).split())
-        print(f"log.profile: {type(error).__name__}: {text}. The run goes on without it.", file=sys.stderr, flush=True)
+        warn(f"log.profile: {type(error).__name__}: {text}. The run goes on without it.")
 
 
 class Operation(NamedTuple):

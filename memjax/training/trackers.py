@@ -11,7 +11,6 @@ import json
 import math
 import pathlib
 import queue
-import sys
 import threading
 import time
 import uuid
@@ -20,6 +19,8 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from memjax.config import RunConfig, TrackioConfig, WandbConfig
+from memjax.io.console import warn
+from memjax.io.files import write_atomic
 from memjax.training.metrics import Row
 
 _MOST_WAITING = 100_000
@@ -88,12 +89,12 @@ class Tracker:
             sink.close()
         except (Exception, SystemExit) as error:
             text = " ".join(str(error).split()).rstrip(".")
-            self._drop(text if isinstance(error, _NotInstalled) else f"{type(error).__name__}: {text}")
+            self._drop(text if isinstance(error, _Unusable) else f"{type(error).__name__}: {text}")
 
     def _drop(self, why: str) -> None:
         if not self._dropped:
             self._dropped = True
-            print(f"{self.name}: {why}. The run goes on without it.", file=sys.stderr, flush=True)
+            warn(f"{self.name}: {why}. The run goes on without it.")
 
 
 def make_trackers(config: RunConfig, folder: pathlib.Path, *, last_step: int) -> list[Tracker]:
@@ -125,7 +126,11 @@ def close_trackers(trackers: Iterable[Tracker], seconds: float = CLOSE_SECONDS) 
         tracker.wait(end - time.monotonic())
 
 
-class _NotInstalled(Exception):
+class _Unusable(Exception):
+    """The tracker cannot start; the message says what to do."""
+
+
+class _NotInstalled(_Unusable):
     """A package is missing."""
 
 
@@ -170,7 +175,7 @@ class _Service:
 
     def __init__(self, notes: pathlib.Path):
         self._path = notes
-        self.notes: dict[str, Any] = json.loads(notes.read_text()) if notes.exists() else {}
+        self.notes: dict[str, Any] = _read_notes(notes)
         self.run: Any = None
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
@@ -185,9 +190,19 @@ class _Service:
     def keep(self, **notes: Any) -> None:
         """Adds notes to those in the folder."""
         self.notes |= notes
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.notes) + "\n")
-        temporary.replace(self._path)
+        write_atomic(self._path, json.dumps(self.notes) + "\n")
+
+
+def _read_notes(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        notes = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        notes = None
+    if not isinstance(notes, dict):
+        raise _Unusable(f"{path} is damaged; remove it, and the next start begins a new run there")
+    return notes
 
 
 class _Wandb(_Service):

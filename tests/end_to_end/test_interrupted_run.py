@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -70,15 +71,16 @@ class Runs:
         output, _ = process.communicate(timeout=200)
         return process.returncode, output
 
-    def stop(self, name: str, number: signal.Signals) -> tuple[int, str]:
-        """Sends a signal as soon as the run goes on from a checkpoint."""
+    def stop(self, name: str, number: signal.Signals, *, at: str) -> tuple[int, str]:
+        """Sends a signal after the first line that begins so."""
         with self.start(name) as process:
             assert process.stdout is not None
-            output = ""
+            output, sent = "", False
             for line in process.stdout:
                 output += line
-                if line.startswith("resumed from"):
+                if line.startswith(at) and not sent:
                     process.send_signal(number)
+                    sent = True
         return process.returncode, output
 
     def rows(self, name: str) -> list[dict]:
@@ -121,17 +123,22 @@ def test_kills_and_signals_leave_no_trace(arrays_of, tmp_path):
     assert saved in (20, 30)
     assert len(runs.rows("broken")) > 20
 
-    code, output = runs.stop("broken", signal.SIGTERM)
+    # Before the first step nothing is lost, so nothing is waited for.
+    code, output = runs.stop("broken", signal.SIGHUP, at="resumed from")
     assert code == 75, output
-    assert f"resumed from step {saved}\n" in output
-    assert f"SIGTERM: step {saved + 1} is saved" in output
-    code, output = runs.stop("broken", signal.SIGINT)
-    assert code == 75, output
-    assert f"resumed from step {saved + 1}\n" in output
-    assert f"SIGINT: step {saved + 2} is saved" in output
+    assert "SIGHUP: the same command goes on from the newest checkpoint" in output
+    for number in (signal.SIGTERM, signal.SIGINT):
+        code, output = runs.stop("broken", number, at="step ")
+        assert code == 75, output
+        assert f"resumed from step {saved}\n" in output
+        found = re.search(rf"{number.name}: step (\d+) is saved", output)
+        assert found, output
+        assert int(found[1]) > saved
+        assert "Traceback" not in output
+        saved = int(found[1])
     code, output = runs.finish("broken")
     assert code == 0, output
-    assert f"resumed from step {saved + 2}\n" in output
+    assert f"resumed from step {saved}\n" in output
 
     rows = runs.rows("broken")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))

@@ -49,15 +49,12 @@ def test_after_one_learned_token_everything_may_come():
 class UnderWay:
     """A value that a device has not computed yet: to read it would wait."""
 
-    def is_ready(self) -> bool:
-        return False
-
     def __array__(self, *_, **__):
-        raise AssertionError("the loop waits for a step that is under way")
+        raise AssertionError("the loop waits for the newest step")
 
 
-def test_steps_under_way_are_not_waited_for():
+def test_the_newest_step_stays_under_way_while_the_next_is_made_ready():
     loop = Loop.__new__(Loop)
-    loop.pending = deque(_Pending(step, {"train/loss": UnderWay(), "healthy": UnderWay()}, {}) for step in range(1, 6))
-    loop._read(wait=False)
-    assert len(loop.pending) == 5
+    loop.pending = deque([_Pending(1, {"train/loss": UnderWay(), "healthy": UnderWay()}, {})])
+    loop._read()
+    assert len(loop.pending) == 1

@@ -1,10 +1,14 @@
 """The train command in this process: exit codes, messages, and what a failed run leaves."""
 
+import itertools
 import json
+import os
 import pathlib
 import re
 import shutil
+import signal
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import jax
@@ -12,11 +16,12 @@ import pytest
 
 from memjax import train
 from memjax.checkpoint import CheckpointError, Checkpoints
+from memjax.data.dataset import Dataset
 from memjax.data.tokenizer import ByteTokenizer
 from memjax.errors import DataError
 from memjax.loading import load
 from memjax.memory import parallel
-from memjax.training import loop, main
+from memjax.training import loop, main, metrics
 from memjax.training.mesh import make_mesh
 from memjax.training.state import Trainer
 
@@ -129,21 +134,93 @@ def test_a_run_that_would_learn_nothing_ends_with_2(run, tmp_path):
     assert "data.sequence_length=16 is too short for data.packing=none" in printed
 
 
-def data_that_ends_before(step: int) -> type:
-    """The run's data, which cannot be read at one step."""
+def data_with(event: Callable[[], None], before_batch: int) -> type:
+    """The run's data, with something that happens once, before a batch is given."""
 
-    class Ending(loop.TrainingData):
+    class Eventful(loop.TrainingData):
         def __next__(self):
             self.calls = getattr(self, "calls", 0) + 1
-            if self.calls == step:
-                raise DataError("the disk is gone")
+            if self.calls == before_batch:
+                event()
             return super().__next__()
 
-    return Ending
+    return Eventful
+
+
+def raises(error: Exception) -> Callable[[], None]:
+    def event() -> None:
+        raise error
+
+    return event
 
 
 @pytest.mark.slow
-def test_a_run_whose_newest_checkpoint_has_no_tables_goes_on_from_the_newest_that_has(run, tmp_path, monkeypatch):
+def test_what_the_host_meets_ends_a_run_only_after_its_steps_are_saved(run, tmp_path, monkeypatch):
+    settings = ["--model.num_layers", "1", "--model.memory", "null", "--train.steps", "9", "--log.tensorboard", "false"]
+    settings += ["--checkpoint.every", "100"]
+    folder = tmp_path / "host"
+
+    def ended_by(event: Callable[[], None], before_batch: int) -> tuple[int, str]:
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "TrainingData", data_with(event, before_batch))
+            return run("host", *settings)
+
+    code, printed = ended_by(raises(DataError("corpus.txt: line 9 is damaged")), 1)
+    assert code == 3, printed
+    assert not (folder / "checkpoints").exists(), "there was nothing to save"
+    code, printed = ended_by(lambda: os.kill(os.getpid(), signal.SIGUSR1), 3)
+    assert code == 75, printed
+    assert "SIGUSR1: step 3 is saved; the same command goes on from there" in printed
+    code, printed = ended_by(raises(DataError("corpus.txt: line 9 is damaged")), 3)
+    assert code == 3, printed
+    assert "corpus.txt: line 9 is damaged\nThe state after step 5 is saved; the same command goes on" in printed
+    code, printed = ended_by(raises(OSError(5, "Input/output error")), 2)
+    assert code == 4, printed
+    assert "The state after step 6 is saved" in printed
+    assert f"{folder}: the disk reports an error" in printed
+    code, printed = run("host", *settings)
+    assert code == 0, printed
+    assert "resumed from step 6\n" in printed
+    assert steps_in(folder) == list(range(1, 10))
+
+
+@pytest.mark.slow
+def test_a_validation_that_a_signal_cuts_short_is_made_up(run, tmp_path, monkeypatch):
+    settings = ["--model.num_layers", "1", "--model.memory", "null", "--train.steps", "4", "--log.tensorboard", "false"]
+    settings += ["--data.validation_fraction", "0.2", "--eval.every", "2"]
+    real = Dataset.validation_batches
+
+    def signalled(*arguments, **more):
+        for batch in real(*arguments, **more):
+            os.kill(os.getpid(), signal.SIGHUP)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Dataset, "validation_batches", signalled)
+        code, printed = run("cut", *settings)
+    assert code == 75, printed
+    assert "SIGHUP: step 2 is saved" in printed
+    assert "validation loss" not in printed
+    code, printed = run("cut", *settings)
+    assert code == 0, printed
+    assert re.search(r"resumed from step 2\n(.*\n)*?step 2: validation loss \d", printed), printed
+    code, straight = run("straight", *settings)
+    assert code == 0, straight
+    losses = [
+        [row.get("eval/validation/loss") for row in metrics.read_metrics(tmp_path / name / "metrics.jsonl")]
+        for name in ("cut", "straight")
+    ]
+    assert losses[0] == losses[1]
+    assert [loss is not None for loss in losses[0]] == [False, True, False, True]
+    # The line of a step's validation follows the lines of the steps before it.
+    shown = re.findall(r"^step +(\d+)", straight, re.MULTILINE)
+    assert shown == sorted(shown, key=int)
+
+
+@pytest.mark.slow
+def test_a_run_whose_newest_checkpoint_has_no_tables_goes_on_from_the_newest_that_has(
+    run, tmp_path, monkeypatch, capsys
+):
     small = [
         "--model.num_layers",
         "1",
@@ -156,10 +233,10 @@ def test_a_run_whose_newest_checkpoint_has_no_tables_goes_on_from_the_newest_tha
     ]
     often = ["--checkpoint.every", "1", "--checkpoint.tables", "every 3", "--checkpoint.keep", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "TrainingData", data_that_ends_before(6))
-        code, printed = run("light", *small, *often)
-    assert code == 3, printed
-    assert re.search(r"\d\.\d s   drawing parameters and tables\n", printed), "a start tells what takes its time"
+        patch.setattr(loop, "TrainingData", data_with(raises(jax.errors.JaxRuntimeError("INTERNAL: gone")), 6))
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            run("light", *small, *often)
+    assert re.search(r"\d\.\d s   drawing parameters and tables\n", capsys.readouterr().out), "what takes its time"
     folder = tmp_path / "light"
     saved = Checkpoints(folder / "checkpoints")
     assert (saved.steps(), saved.complete()) == ([3, 5], [3])
@@ -240,7 +317,11 @@ def test_a_run_that_meets_a_nan_keeps_its_last_good_state_and_can_be_mended(tiny
     assert summary["steps"] == 12
     assert all(pathlib.Path(path).stat().st_size > 0 for path in summary["plots"])
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "memory/L1/used_fraction" in row] == [5, 10, 12]
+    # Steps 11 and 12 are no window of 5.
+    assert [row["step"] for row in rows if "memory/L1/used_fraction" in row] == [5, 10]
+    assert [row["slots/window_steps"] for row in rows if "slots/window_steps" in row] == [5, 5]
+    assert "were read equally often (steps 6 to 10)" in printed
+    assert [row["train/tokens_seen"] for row in rows] == list(itertools.accumulate(row["train/tokens"] for row in rows))
     # Each start tells once how long it compiled; the steps' times hold neither that nor the validations.
     compiled = {row["step"]: row["throughput/compile_seconds"] for row in rows if "throughput/compile_seconds" in row}
     assert list(compiled) == [1, BAD_STEP]

@@ -1,0 +1,127 @@
+"""Signals: a flag while there is something to save, the end while there is not."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from memjax.training import interrupt
+from memjax.training.interrupt import SAVED, SIGNALS, catch_interrupts
+
+NAMES = ("TERM", "INT", "HUP", "USR1", "USR2", "XCPU")
+
+PROGRAM = """
+import hashlib, sys, time
+from memjax.training.interrupt import SAVED, catch_interrupts, run_program
+
+def main():
+    where = sys.argv[1]
+    with catch_interrupts() as interrupt:
+        if where == "saved":
+            interrupt.exit_code = SAVED
+        if where != "loop":
+            print("ready", flush=True)
+        if where == "library":
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in which no handler of Python runs
+        if where == "loop":
+            with interrupt.deferred():
+                print("ready", flush=True)
+                while interrupt.name is None:
+                    time.sleep(0.01)
+                print("saved", flush=True)
+                raise SystemExit(75)
+        time.sleep(60)
+
+run_program(main)
+"""
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *arguments], stdout=pipe, stderr=pipe, text=True, bufsize=1
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_every_signal_that_ends_programs_is_caught():
+    assert {number.name for number in SIGNALS} == {f"SIG{name}" for name in NAMES}
+    before = [signal.getsignal(number) for number in SIGNALS]
+    for number in SIGNALS:
+        with catch_interrupts(at_once=False, quiet=True) as caught:
+            os.kill(os.getpid(), number)
+            assert caught.name == number.name
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_blocks_within_blocks_share_one_wish():
+    with catch_interrupts(at_once=False, quiet=True) as outer:
+        with catch_interrupts(at_once=False, quiet=True) as inner:
+            assert inner is outer
+        assert signal.getsignal(signal.SIGTERM) is outer
+
+
+def test_a_run_in_a_thread_does_without_signals():
+    before, found = signal.getsignal(signal.SIGTERM), []
+
+    def run() -> None:
+        with catch_interrupts() as caught:
+            found.append((caught.name, signal.getsignal(signal.SIGTERM) is before))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [(None, True)]
+
+
+def test_a_hangup_stays_ignored_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with catch_interrupts(at_once=False) as caught:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert caught.name is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(("where", "code"), [("start", 130), ("saved", SAVED), ("library", 130)])
+def test_without_anything_to_save_a_signal_ends_the_program_at_once(where, code):
+    started = time.monotonic()
+    with start(where) as process:
+        process.send_signal(signal.SIGUSR2)
+        out, error = process.communicate(timeout=30)
+    assert (process.returncode, out) == (code, "")
+    assert error.strip().startswith("SIGUSR2: ")
+    assert len(error.strip().splitlines()) == 1, error
+    assert time.monotonic() - started < 10
+
+
+def test_copies_of_a_signal_do_not_stop_the_save():
+    with start("loop") as process:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            process.send_signal(number)
+        out, error = process.communicate(timeout=30)
+    assert (process.returncode, out) == (75, "saved\n"), error
+    # Signals that arrive together are delivered in any order.
+    assert error in ("\nSIGTERM: saving after this step\n", "\nSIGINT: saving after this step\n")
+
+
+@pytest.mark.parametrize(("numbers", "ends"), [("TERM TERM", True), ("USR1 INT", True), ("USR1 TERM XCPU", False)])
+def test_a_later_ctrl_c_or_second_sigterm_ends_the_program_without_a_save(monkeypatch, numbers, ends):
+    now = 100.0
+    monkeypatch.setattr(interrupt.time, "monotonic", lambda: now)
+    monkeypatch.setattr(interrupt, "leave", sys.exit)
+    caught = interrupt.Interrupt(at_once=False, quiet=True)
+    *first, last = (getattr(signal, f"SIG{name}") for name in numbers.split())
+    for number in first:
+        caught(number)
+        now += 10
+    with pytest.raises(SystemExit, match="130") if ends else contextlib.nullcontext():
+        caught(last)
