@@ -67,8 +67,9 @@ def write_advice(error: BaseException) -> str:
     found: BaseException | None = error
     while found is not None:
         names = [errno.errorcode.get(found.errno or 0, "")] if isinstance(found, OSError) else []
-        # TensorStore raises ValueError with the number in its text: "[OS error 28: ENOSPC No space left on device]".
-        names += re.findall(r"\bE[A-Z]+\b", str(found))
+        # TensorStore raises ValueError with the number in its text: "No space left on device [os_error_code='28']".
+        numbers = re.findall(r"os_error_code='(\d+)'", str(found))
+        names += [errno.errorcode.get(int(number), "") for number in numbers]
         if advice := next((_WRITE_ADVICE[name] for name in names if name in _WRITE_ADVICE), None):
             return advice
         found = found.__cause__ or found.__context__

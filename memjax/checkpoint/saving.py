@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import pathlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -41,6 +42,16 @@ def items_of(
     return items
 
 
+class _ReportedOnce(logging.Filter):
+    """Drops the tracebacks that Orbax logs from its threads: what fails there is raised by the next wait."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in record.pathname)
+
+
+_REPORTED_ONCE = _ReportedOnce()
+
+
 class Writer:
     """What writes and deletes steps in one folder; with several processes, each one calls every method."""
 
@@ -54,6 +65,7 @@ class Writer:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._refuse_links()
             self._empty_trash()
+            logging.getLogger("absl").addFilter(_REPORTED_ONCE)  # Orbax's; adding it again changes nothing
             self._manager = ocp.CheckpointManager(
                 self._folder,
                 options=ocp.CheckpointManagerOptions(

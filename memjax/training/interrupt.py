@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -162,6 +162,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     A signal that comes before the program catches its own ends it with 130; one that comes after it has returned does
     not change its code.
     """
+    sys.excepthook = _without_closed_loops
     with catch_interrupts():
         code = main()
         for number in SIGNALS:
@@ -172,6 +173,12 @@ def run_program(main: Callable[[], int]) -> NoReturn:
                     stream.flush()
             leave(code)
         sys.exit(code)
+
+
+def _without_closed_loops(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """TensorStore's threads report writes that failed to an event loop which the first of them has ended."""
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
 
 
 def leave(code: int) -> NoReturn:

@@ -1,13 +1,12 @@
 """A run from its config to its summary."""
 
-import sys
-
 import jax
 
 from memjax.config import DType, RunConfig
 from memjax.data.dataset import open_dataset
 from memjax.data.sources import find_source
 from memjax.errors import ConfigError
+from memjax.io.console import say, warn
 from memjax.models import dot_product
 from memjax.models.counts import billions, count_parameters, describe, gigabytes
 from memjax.models.decoder import resolve_dtype
@@ -31,15 +30,15 @@ def dry_run(config: RunConfig) -> int:
     """
     trainer = Trainer.of(config)
     data_axis = config.mesh.data or max(1, jax.device_count() // config.mesh.memory)
-    print(describe(config, trainer.parts, data_axis=data_axis))
-    print(planner.describe(planner.plan(config, data_axis=data_axis, trainer=trainer)))
+    say(describe(config, trainer.parts, data_axis=data_axis))
+    say(planner.describe(planner.plan(config, data_axis=data_axis, trainer=trainer)))
     if told := exchange.describe(config, data_axis=data_axis):
-        print(told)
+        say(told)
     if jax.default_backend() != "cpu" and jax.device_count() == data_axis * config.mesh.memory:
         mesh = make_mesh(config)
         with jax.set_mesh(mesh):
             compiled = make_train_step(trainer, mesh).lower(trainer.abstract_state(), abstract_batch(config)).compile()
-        print(f"{'compiled for these devices':<27} {gigabytes(planner.compiled_bytes(compiled))} on each")
+        say(f"{'compiled for these devices':<27} {gigabytes(planner.compiled_bytes(compiled))} on each")
     return 0
 
 
@@ -58,8 +57,8 @@ def train(config: RunConfig, *, allow_changed: bool = False) -> int:
     with first_alone("run.dir"):
         folder.claim(config, allow_changed=allow_changed, writes=is_first())
     if summary := folder.read_summary():
-        print(f"{folder.path} is finished already. Another run.dir starts another run.\n")
-        print(describe_summary(summary, folder))
+        say(f"{folder.path} is finished already. Another run.dir starts another run.\n")
+        say(describe_summary(summary, folder))
         return 0
     mesh = make_mesh(config)
     # What takes long and keeps nothing that a signal should wait for comes first.
@@ -70,23 +69,23 @@ def train(config: RunConfig, *, allow_changed: bool = False) -> int:
     alone = jax.process_count() == 1
     with catch_interrupts(at_once=alone, quiet=not is_first()) as interrupt, jax.set_mesh(mesh):
         loop = Loop(config, mesh, folder, dataset, interrupt)
-        print(opening(config, loop.trainer, mesh, folder), flush=True)
+        say(opening(config, loop.trainer, mesh, folder))
         try:
             state = loop.run()
         except NotFinite as error:
-            print(error, file=sys.stderr)
+            warn(str(error))
             return 5
         except Preempted as error:
-            print(error)
+            say(str(error))
             return 75
         except jax.errors.JaxRuntimeError as error:
             if not planner.is_out_of_memory(error):
                 raise
             limit = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
-            print(planner.explain_out_of_memory(config, data_axis=mesh.shape["data"], limit=limit), file=sys.stderr)
+            warn(planner.explain_out_of_memory(config, data_axis=mesh.shape["data"], limit=limit))
             return 7
         summary = finish(loop.trainer, state, mesh, folder, dataset.tokenizer)
-    print("\n" + describe_summary(summary, folder))
+    say("\n" + describe_summary(summary, folder))
     return 0
 
 

@@ -125,3 +125,10 @@ def test_a_later_ctrl_c_or_second_sigterm_ends_the_program_without_a_save(monkey
         now += 10
     with pytest.raises(SystemExit, match="130") if ends else contextlib.nullcontext():
         caught(last)
+
+
+def test_of_errors_in_threads_only_closed_event_loops_are_left_out(capsys):
+    interrupt._without_closed_loops(RuntimeError, RuntimeError("Event loop is closed"), None)
+    assert capsys.readouterr().err == ""
+    interrupt._without_closed_loops(RuntimeError, RuntimeError("something else"), None)
+    assert "something else" in capsys.readouterr().err
