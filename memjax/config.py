@@ -11,7 +11,7 @@ import math
 import re
 from typing import Literal
 
-from memjax.config_checks import not_empty, not_negative, positive, refuse
+from memjax.config_checks import decays, not_empty, not_negative, positive, refuse, row_rule
 from memjax.model_config import (
     BlockKind,
     DType,
@@ -295,7 +295,7 @@ class TableOptimConfig(ScheduleConfig):
 
     def __post_init__(self) -> None:
         ScheduleConfig.__post_init__(self)
-        refuse(positive(eps=self.eps, state_columns=self.state_columns) + _betas(self.beta1, self.beta2))
+        refuse(row_rule(beta1=self.beta1, beta2=self.beta2, eps=self.eps, state_columns=self.state_columns))
 
     @property
     def is_dense(self) -> bool:
@@ -305,14 +305,6 @@ class TableOptimConfig(ScheduleConfig):
     def columns_per_state(self, value_dim: int) -> int:
         """Columns of a row that share one second moment."""
         return self.state_columns or math.gcd(256, value_dim)
-
-
-def _betas(beta1: float, beta2: float) -> list[str | None]:
-    return [
-        f"{name}={beta} must be in 0..1 and below 1"
-        for name, beta in (("beta1", beta1), ("beta2", beta2))
-        if not 0 <= beta < 1
-    ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -343,7 +335,7 @@ class OptimConfig(ScheduleConfig):
         refuse(
             positive(eps=self.eps, clip=self.clip)
             + not_negative(weight_decay=self.weight_decay, key_lr_factor=self.key_lr_factor)
-            + _betas(self.beta1, self.beta2)
+            + decays(beta1=self.beta1, beta2=self.beta2)
         )
 
 

@@ -88,6 +88,7 @@ def _operations() -> dict[str, Callable[[str], Any]]:
     import numpy as np
 
     import memjax
+    from memjax.ops.rms_norm.api import rms_norm
 
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -121,12 +122,17 @@ def _operations() -> dict[str, Callable[[str], Any]]:
         )
         return jax.jit(step)(table, rule.init(500, 96))
 
+    def norm(name: str) -> Any:
+        loss = lambda x, scale: jnp.sum(rms_norm(x, scale, 1e-5, implementation=name).normed ** 2)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(vectors, 1 + weights.reshape(-1)[:96])
+
     return {
         "product_key_search": search,
         "embedding_bag": bag,
         "embedding_dot": dot,
         "row_update": update,
         "grouped_matmul": experts,
+        "rms_norm": norm,
     }
 
 

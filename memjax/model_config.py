@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
-from memjax.config_checks import not_negative, positive, refuse
+from memjax import config_checks
+from memjax.config_checks import counts, not_negative, positive, refuse
 
 DType = Literal["auto", "float32", "bfloat16", "float64"]
 BlockKind = Literal["dense", "memory", "experts", "expert_lookup"]
@@ -40,24 +41,15 @@ class ProductKeyConfig:
 
     def __post_init__(self) -> None:
         refuse(
-            positive(
+            config_checks.product_keys(
                 num_keys=self.num_keys,
                 num_heads=self.num_heads,
+                top_k=self.top_k,
+                key_dim=self.key_dim,
                 score_scale=self.score_scale,
-                value_init_scale=self.value_init_scale,
             )
+            + positive(value_init_scale=self.value_init_scale)
             + _layers_problems(self.layers)
-            + [
-                f"top_k={self.top_k} must be in 1..num_keys={self.num_keys}: each half offers only num_keys candidates"
-                if not 1 <= self.top_k <= self.num_keys
-                else None,
-                f"num_keys={self.num_keys} must be at most 32768: slot numbers are 32-bit"
-                if self.num_keys > 32768
-                else None,
-                f"key_dim={self.key_dim} must be positive and even: it is split into two halves"
-                if self.key_dim <= 0 or self.key_dim % 2
-                else None,
-            ]
         )
 
     @property
@@ -95,7 +87,7 @@ class MemoryConfig(ProductKeyConfig):
 
     def __post_init__(self) -> None:
         ProductKeyConfig.__post_init__(self)
-        refuse(positive(value_dim=self.value_dim))
+        refuse(counts(value_dim=self.value_dim))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,23 +117,17 @@ class ExpertsConfig:
     """Weight of the router's z loss in the training, which keeps its logits small."""
 
     def __post_init__(self) -> None:
-        by_token = self.routing == "token_choice"
         refuse(
-            positive(num_experts=self.num_experts, ffn_dim=self.ffn_dim)
+            config_checks.experts(
+                num_experts=self.num_experts,
+                ffn_dim=self.ffn_dim,
+                routing=self.routing,
+                top_k=self.top_k,
+                renormalize=self.renormalize,
+                capacity=self.capacity,
+            )
             + not_negative(balance_weight=self.balance_weight, z_weight=self.z_weight)
             + (_layers_problems(self.layers) if self.layers is not None else [])
-            + [
-                f"top_k={self.top_k} must be in 1..num_experts={self.num_experts}"
-                if by_token and not 1 <= self.top_k <= self.num_experts
-                else None,
-                f"renormalize={self.renormalize} would leave the router nothing to learn from with top_k={self.top_k}, "
-                "routing=token_choice is needed, and top_k above 1: a single weight would always be 1"
-                if self.renormalize and (self.top_k == 1 or not by_token)
-                else None,
-                f"capacity={self.capacity} must be above 0 and at most num_experts={self.num_experts}"
-                if not by_token and not 0 < self.capacity <= self.num_experts
-                else None,
-            ]
         )
 
     @property

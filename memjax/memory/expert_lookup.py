@@ -1,5 +1,6 @@
 """The expert lookup (PEER): a feed-forward layer's place taken by a few of very many experts with one hidden unit."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -9,9 +10,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from memjax.memory import parallel
-from memjax.memory.keys import Lookup, ProductKeys
+from memjax.memory.keys import Lookup, ProductKeys, check_width
 from memjax.memory.table import ValueTable
 from memjax.ops.row_gradient import RowGradient
+from memjax.ops.shapes import require
 
 
 class ExpertTaps(NamedTuple):
@@ -99,7 +101,7 @@ class ExpertLookupLayer(nnx.Module):
             rngs: source of the `params` key.
 
         Raises:
-            ValueError: key_dim is odd, or num_keys cannot offer top_k experts.
+            ValueError: key_dim is odd, num_keys cannot offer top_k experts, or a number is out of its range.
         """
         self.dim, self.implementation = dim, implementation
         self.keys = ProductKeys(
@@ -120,7 +122,7 @@ class ExpertLookupLayer(nnx.Module):
         """The layer's output.
 
         Raises:
-            ValueError: a table's shape is not the one that the layer addresses.
+            ValueError: x is of another width, or a table's shape is not the one that the layer addresses.
         """
         return self.read(x, self.lookup(x), inputs, outputs)[0]
 
@@ -136,12 +138,19 @@ class ExpertLookupLayer(nnx.Module):
         outputs: ValueTable,
         taps: ExpertTaps | None = None,
     ) -> tuple[Float[Array, "*b dim"], ExpertReads]:
-        """The output, and what it was read from; taps are added on the way (see `row_sparse_value_and_grad`)."""
+        """The output, and what it was read from; taps are added on the way (see `row_sparse_value_and_grad`).
+
+        Raises:
+            ValueError: shapes do not fit together.
+        """
+        check_width(type(self).__name__, x, self.dim)
+        fits = lookup.indices.shape[:1] == (math.prod(x.shape[:-1]),)
+        require(type(self).__name__, fits, "every token needs its picks", x=x, indices=lookup.indices)
         dot_tap, bag_tap = taps or (None, None)
         dots, vectors = parallel.dot(
             self._rows(inputs, "inputs"),
             lookup.indices,
-            x.reshape(-1, self.dim),
+            parallel.fold(x),
             dot_tap,
             implementation=self.implementation,
         )
@@ -149,7 +158,7 @@ class ExpertLookupLayer(nnx.Module):
         bag = parallel.bag(
             self._rows(outputs, "outputs"), lookup.indices, weights, bag_tap, implementation=self.implementation
         )
-        y = parallel.split_like(bag, x).reshape(x.shape).astype(x.dtype)
+        y = parallel.unfold(bag, x).astype(x.dtype)
         return y, ExpertReads(lookup.indices, weights, vectors)
 
     def zero_taps(self, num_tokens: int, table_dtype: DTypeLike) -> ExpertTaps:

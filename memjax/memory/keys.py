@@ -9,9 +9,11 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from memjax import config_checks
 from memjax.memory import parallel
 from memjax.ops.precision import drawn_wide
 from memjax.ops.row_gradient import RowGradient
+from memjax.ops.shapes import require
 
 
 class Lookup(NamedTuple):
@@ -52,14 +54,12 @@ class ProductKeys(nnx.Module):
         """Queries are one linear layer (Xavier-uniform, bias 0), keys uniform within +- key_dim ** -0.5.
 
         Raises:
-            ValueError: key_dim is odd, or num_keys cannot offer top_k slots.
+            ValueError: key_dim is odd, num_keys cannot offer top_k slots, or a number is out of its range.
         """
-        if key_dim % 2:
-            raise ValueError(f"key_dim={key_dim} must be even: it is split into two halves")
-        if not 1 <= top_k <= num_keys:
-            raise ValueError(
-                f"top_k={top_k} must be in 1..num_keys={num_keys}: each half offers only num_keys candidates"
-            )
+        sizes = {"num_keys": num_keys, "num_heads": num_heads, "top_k": top_k, "key_dim": key_dim}
+        config_checks.refuse(
+            config_checks.counts(dim=dim) + config_checks.product_keys(**sizes, score_scale=score_scale)
+        )
         self.dim, self.num_slots, self.num_heads, self.top_k, self.key_dim = dim, num_keys**2, num_heads, top_k, key_dim
         self.qk_norm, self.score_scale, self.dtype, self.implementation = qk_norm, score_scale, dtype, implementation
         glorot, uniform = drawn_wide(nnx.initializers.xavier_uniform()), drawn_wide(_uniform)
@@ -69,21 +69,36 @@ class ProductKeys(nnx.Module):
         self.keys = AddressParam(uniform(rngs.params(), shape, param_dtype, bound))
 
     def __call__(self, x: Float[Array, "*b dim"]) -> Lookup:
-        """Which slots each token reads, with which weights; batch axes are folded into tokens."""
-        scores, slots = self._search(x.reshape(-1, self.dim))
+        """Which slots each token reads, with which weights; batch axes are folded into tokens.
+
+        Raises:
+            ValueError: x is of another width.
+        """
+        check_width(type(self).__name__, x, self.dim)
+        scores, slots = self._search(parallel.fold(x))
         weights = jax.nn.softmax(self.score_scale * scores, axis=-1)
-        return Lookup(slots.reshape(slots.shape[0], -1), weights.reshape(slots.shape[0], -1))
+        shape = slots.shape[0], self.num_heads * self.top_k
+        return Lookup(slots.reshape(shape), weights.reshape(shape))
 
     def _search(self, x: Float[Array, "t dim"]) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
         """Scores, best first, and slots."""
         x, kernel, bias, keys = promote_dtype(
             (x, self.query_kernel[...], self.query_bias[...], self.keys[...]), dtype=self.dtype
         )
-        queries = (x @ kernel + bias[None, :]).reshape(-1, self.num_heads, 2, self.key_dim // 2)
+        queries = (x @ kernel + bias[None, :]).reshape(x.shape[0], self.num_heads, 2, self.key_dim // 2)
         if self.qk_norm:
             queries, keys = unit_length(queries), unit_length(keys)
-        queries = queries.reshape(-1, self.num_heads, self.key_dim)
+        queries = queries.reshape(x.shape[0], self.num_heads, self.key_dim)
         return parallel.search(queries, keys, self.top_k, implementation=self.implementation)
+
+
+def check_width(layer: str, x: Float[Array, "*b width"], dim: int) -> None:
+    """Refuses activations of another width than the layer's.
+
+    Raises:
+        ValueError: it is so.
+    """
+    require(layer, x.ndim >= 1 and x.shape[-1] == dim, f"x must be [..., {dim}]", x=x)
 
 
 def unit_length(vectors: Float[Array, "*b d"]) -> Float[Array, "*b d"]:

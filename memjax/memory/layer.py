@@ -1,16 +1,21 @@
 """The memory layer: a feed-forward layer's place taken by a lookup in a large table of values."""
 
-from typing import Literal
+import math
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from memjax import config_checks
 from memjax.memory import parallel
-from memjax.memory.keys import Lookup, ProductKeys
+from memjax.memory.keys import Lookup, ProductKeys, check_width
 from memjax.memory.table import ValueTable
 from memjax.ops.precision import drawn_wide
+from memjax.ops.shapes import require
+
+Gate = Literal["none", "silu"]
 
 
 class MemoryLayer(nnx.Module):
@@ -36,7 +41,7 @@ class MemoryLayer(nnx.Module):
         top_k: int = 32,
         key_dim: int = 512,
         value_dim: int | None = None,
-        gate: Literal["none", "silu"] = "silu",
+        gate: Gate = "silu",
         output_gate: bool = False,
         zero_start: bool = False,
         qk_norm: bool = False,
@@ -67,9 +72,14 @@ class MemoryLayer(nnx.Module):
             rngs: source of the `params` key.
 
         Raises:
-            ValueError: key_dim is odd, or num_keys cannot offer top_k slots.
+            ValueError: `gate` is unknown, key_dim is odd, num_keys cannot offer top_k slots, or a number is out of its
+                range.
         """
-        self.value_dim, self.implementation = value_dim or dim, implementation
+        config_checks.refuse(
+            config_checks.one_of(get_args(Gate), gate=gate) + config_checks.counts(value_dim=value_dim)
+        )
+        self.dim, self.value_dim = dim, dim if value_dim is None else value_dim
+        self.implementation = implementation
         self.keys = ProductKeys(
             dim,
             num_keys=num_keys,
@@ -98,7 +108,7 @@ class MemoryLayer(nnx.Module):
         """The layer's output.
 
         Raises:
-            ValueError: the table's shape is not the one that the layer addresses.
+            ValueError: x is of another width, or the table's shape is not the one that the layer addresses.
         """
         lookup = self.lookup(x)
         return self.combine(x, self.read(table, lookup))
@@ -115,8 +125,15 @@ class MemoryLayer(nnx.Module):
         return parallel.bag(rows, *lookup, tap, implementation=self.implementation)
 
     def combine(self, x: Float[Array, "*b dim"], bag: Float[Array, "t value_dim"]) -> Float[Array, "*b dim"]:
-        """The output from the layer's input and its bag."""
-        y = parallel.split_like(bag, x).reshape(*x.shape[:-1], self.value_dim)
+        """The output from the layer's input and its bag.
+
+        Raises:
+            ValueError: shapes do not fit together.
+        """
+        check_width(type(self).__name__, x, self.dim)
+        fits = bag.shape == (math.prod(x.shape[:-1]), self.value_dim)
+        require(type(self).__name__, fits, f"every token needs a bag of {self.value_dim} columns", x=x, bag=bag)
+        y = parallel.unfold(bag, x)
         if self.gate_proj is not None:
             y = y.astype(x.dtype) * nnx.silu(self.gate_proj(x))
         out = y.astype(x.dtype) if self.value_proj is None else self.value_proj(y)

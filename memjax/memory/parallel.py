@@ -5,10 +5,11 @@ device searches for its own tokens, gathers the picks of its memory group, sums 
 and an all-to-all returns whole rows to the device that owns the token. For dots the way is the opposite: an all-to-all
 hands out the columns of the vectors, and the parts of each product are summed on the device that owns the token.
 
-The mesh is the ambient one (`jax.set_mesh`). Without it, or without a `memory` axis, these are the plain operations, so
-one device, a mesh and somebody else's model run the same layer.
+The mesh is the ambient one (`jax.set_mesh`). Without it, without both axes, or inside a `jax.shard_map` over them,
+these are the plain operations, so one device, a mesh and somebody else's model run the same layer.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -29,8 +30,9 @@ from memjax.ops.product_key_search.api import product_key_search
 from memjax.ops.rms_norm.api import Normed, rms_norm
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update import dense
-from memjax.ops.row_update.api import row_update
+from memjax.ops.row_update.api import check_state, row_update
 from memjax.ops.row_update.rules import RowRule, RowStep, TableState
+from memjax.ops.shapes import describe, require
 
 DATA, MEMORY = "data", "memory"
 TOKENS = P((DATA, MEMORY))
@@ -44,8 +46,9 @@ Weights = TypeVar("Weights")
 
 
 def has_memory_axis() -> bool:
-    """Whether the ambient mesh splits tables."""
-    return MEMORY in jax.sharding.get_abstract_mesh().axis_names
+    """Whether the ambient mesh splits tables: it has both axes, and neither is a caller's own in a `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {DATA, MEMORY} <= set(mesh.axis_names) - set(mesh.manual_axes)
 
 
 def has_several_devices() -> bool:
@@ -79,6 +82,11 @@ def bag(
 
     The tap is added before the all-to-all, so its cotangent is already split by columns, as `update_rows` wants it.
     """
+    if tap is not None:
+        tokens = (*indices.shape[:1], *table.shape[1:])
+        require(
+            "bag", tap.shape == tokens, "a tap must have the shape of the bags", tap=tap, indices=indices, table=table
+        )
     run = partial(embedding_bag, implementation=implementation)
     if not has_memory_axis():
         out = _plain(run, indices)(table, indices, weights)
@@ -118,6 +126,8 @@ def dot(
 
     The vectors come back split by columns like the bags of `bag`, as `update_rows` wants them.
     """
+    if tap is not None:
+        require("dot", tap.shape == indices.shape, "a tap must have the shape of the dots", tap=tap, indices=indices)
     run = partial(embedding_dot, implementation=implementation)
     if not has_memory_axis():
         out = _plain(run, indices)(table, indices, vectors)
@@ -154,13 +164,34 @@ def update_rows(
     *,
     exchange: Literal["auto", "factored", "dense"] = "auto",
     implementation: str | None = None,
+    piece_picks: int = dense.PIECE_PICKS,
+    block_bytes: int = dense.BLOCK_BYTES,
 ) -> tuple[Float[Array, "n d"], TableState]:
     """`row_update` on every device's columns, with the picks of all tokens of the mesh.
 
     Replicas of a column shard see the same picks in the same order (factored), or the same sum of what each has summed
     of its own tokens (dense), so they stay bit-equal. See `row_exchange.choose` for auto. Without a `memory` axis there
     are no replicas, and nothing is exchanged.
+
+    Args:
+        table: rows.
+        state: of the rule.
+        gradients: of all layers that read the table.
+        rule: the optimizer.
+        step: rate, number and so on.
+        exchange: how row gradients cross the `data` axis.
+        implementation: of `row_update`.
+        piece_picks: picks that are sorted at once, where they are summed dense.
+        block_bytes: dense gradient of the rows that are updated at once.
+
+    Raises:
+        ValueError: shapes do not fit together, or `exchange` or `implementation` is unknown.
     """
+    if not gradients:
+        raise ValueError("update_rows needs at least one RowGradient")
+    for gradient in gradients:
+        gradient.check(table.shape[1])
+    check_state(table, state, rule)
     if not has_memory_axis():
         run = partial(row_update, rule=rule, implementation=implementation)
         return _plain(run, table)(table, state, gradients, step=step)
@@ -174,10 +205,12 @@ def update_rows(
         step = step._replace(first_column=step.first_column + jax.lax.axis_index(MEMORY) * table.shape[1])
         if factored:
             return row_update(table, state, list(map(gather, gradients)), rule, step, implementation=implementation)
-        gradient, touched = dense.summed(gradients, table.shape[0], gather=gather, implementation=implementation)
+        gradient, touched = dense.summed(
+            gradients, table.shape[0], gather=gather, piece_picks=piece_picks, implementation=implementation
+        )
         touched = jax.lax.psum(touched.astype(jnp.int32), DATA) > 0
         reduce = partial(jax.lax.psum, axis_name=DATA)
-        return dense.update_touched(table, state, gradient, touched, rule, step, reduce=reduce)
+        return dense.update_touched(table, state, gradient, touched, rule, step, reduce=reduce, block_bytes=block_bytes)
 
     factors = RowGradient._make((TOKENS, TOKENS, BAGS))
     specs = (COLUMNS, COLUMNS, [factors] * len(gradients), P())
@@ -248,9 +281,21 @@ def everywhere(array: Array) -> Array:
     return array if jax.sharding.get_abstract_mesh().empty else _place(array, P())
 
 
-def split_like(tokens: Float[Array, "t d"], x: Float[Array, "*b dim"]) -> Float[Array, "t d"]:
-    """Folded tokens laid out like the batch they are of: nothing changes but under an Explicit mesh."""
-    return jax.sharding.reshard(tokens, _front(x)) if _is_explicit() else tokens
+def fold(x: Float[Array, "*b dim"]) -> Float[Array, "t dim"]:
+    """The batch axes as one of tokens. Under an Explicit mesh it is split like the first of them."""
+    if _is_explicit() and x.ndim > 2:
+        spec = jax.typeof(x).sharding.spec
+        x = jax.sharding.reshard(x, P(spec[0], *[None] * (x.ndim - 2), spec[-1]))
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def unfold(tokens: Float[Array, "t d"], x: Float[Array, "*b dim"]) -> Float[Array, "*b d"]:
+    """Tokens of `fold(x)` in the batch axes of x, under an Explicit mesh laid out like them."""
+    shape = (*x.shape[:-1], tokens.shape[-1])
+    if not _is_explicit():
+        return tokens.reshape(shape)
+    unfolded = jax.sharding.reshard(tokens, _front(x)).reshape(shape)
+    return jax.sharding.reshard(unfolded, P(*jax.typeof(x).sharding.spec[:-1]))
 
 
 def over_mesh(function, in_specs, out_specs):
@@ -258,13 +303,14 @@ def over_mesh(function, in_specs, out_specs):
     mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def place(spec: P, argument):
-        return jax.tree.map(lambda array: _place(array, spec), argument)
+        # An Explicit mesh does not move arrays by itself.
+        put = _place if _is_explicit() else _checked
+        return jax.tree.map(lambda array: put(array, spec), argument)
 
     def placed(*arguments):
         return mapped(*jax.tree.map(place, in_specs, arguments, is_leaf=lambda spec: isinstance(spec, P)))
 
-    # An Explicit mesh does not move arrays by itself.
-    return placed if _is_explicit() else mapped
+    return placed
 
 
 def _plain(function: Callable, like: Array) -> Callable:
@@ -283,6 +329,32 @@ def _is_explicit() -> bool:
 
 def _place(array: Array, spec: P) -> Array:
     """The array in the given layout: a demand under an Explicit mesh, a constraint under an Auto one."""
+    array = _checked(array, spec)
     if _is_explicit():
         return jax.sharding.reshard(array, spec)
     return jax.lax.with_sharding_constraint(array, spec)
+
+
+def _checked(array: Array, spec: P) -> Array:
+    """The array, whose axes the mesh can split evenly.
+
+    Raises:
+        ValueError: it cannot; the message says what to do.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    for axis, names in enumerate(spec):
+        names = (names,) if isinstance(names, str) else names or ()
+        devices, length = math.prod(sizes[name] for name in names), array.shape[axis]
+        if length % devices == 0:
+            continue
+        over = f"{devices} devices ({' x '.join(f'{name}={sizes[name]}' for name in names)})"
+        if axis == 0:
+            raise ValueError(
+                f"{length} tokens or sequences (the first axis of {describe(array)}) cannot be split evenly over "
+                f"{over}: fill up to {-(-length // devices) * devices} with padding, or use a mesh of other sizes"
+            )
+        raise ValueError(
+            f"{length} columns of {describe(array)} cannot be split evenly over {over}: choose a width that is a "
+            f"multiple of {devices}, or a mesh of other sizes"
+        )
+    return array

@@ -1,10 +1,11 @@
 """How row gradients cross the `data` axis of a mesh: in factors, or summed to a dense gradient of the table."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 
+from memjax import config_checks
 from memjax.ops.precision import accumulator
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.dense import BLOCK_BYTES, BLOCK_COPIES, piece_tokens
@@ -83,7 +84,11 @@ def choose(
 
     auto takes the one of fewer bytes, received and held together; on one replica, where nothing is exchanged, the dense
     one only where there are too many picks to be sorted at once.
+
+    Raises:
+        ValueError: `wanted` is unknown.
     """
+    config_checks.refuse(config_checks.one_of(("auto", *get_args(Exchange)), exchange=wanted))
     if wanted != "auto":
         return wanted
     if sum(gradient.indices.size for gradient in gradients) > MOST_PICKS:

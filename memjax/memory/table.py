@@ -6,10 +6,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from memjax import config_checks
 from memjax.memory import parallel
 
 BLOCK_ELEMENTS = 1 << 22
 """Elements drawn at once; part of the definition of the initial table, since every block has a key of its own."""
+
+MOST_SLOTS = config_checks.MOST_KEYS**2
+"""Rows of the largest table."""
 
 
 class TableRows(nnx.Param):
@@ -28,7 +32,22 @@ class ValueTable(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Draws num_slots rows of value_dim normal numbers of standard deviation init_scale * value_dim ** -0.5."""
+        """Draws num_slots rows of value_dim normal numbers of standard deviation init_scale * value_dim ** -0.5.
+
+        Raises:
+            ValueError: a number is out of its range, or dtype is no type of floating-point numbers.
+        """
+        is_float = jnp.issubdtype(dtype, jnp.floating)
+        config_checks.refuse(
+            config_checks.counts(num_slots=num_slots, value_dim=value_dim)
+            + config_checks.not_negative(init_scale=init_scale)
+            + [
+                None if is_float else f"dtype={jnp.dtype(dtype).name} must be a type of floating-point numbers",
+                f"num_slots={num_slots} must be at most {MOST_SLOTS:,}: slot numbers are 32-bit"
+                if num_slots > MOST_SLOTS
+                else None,
+            ]
+        )
         self.num_slots, self.value_dim = num_slots, value_dim
         std = init_scale * value_dim**-0.5
         self.rows = TableRows(draw_rows(rngs.params(), num_slots, value_dim, std=std, dtype=dtype))
@@ -47,13 +66,21 @@ class ValueTable(nnx.Module):
         return rows
 
 
-def draw_rows(key: Array, num_slots: int, value_dim: int, *, std: float, dtype: DTypeLike) -> Float[Array, "n d"]:
+def draw_rows(
+    key: Array,
+    num_slots: int,
+    value_dim: int,
+    *,
+    std: float,
+    dtype: DTypeLike,
+    block_elements: int = BLOCK_ELEMENTS,
+) -> Float[Array, "n d"]:
     """Normal rows, drawn block by block into place: bit-identical on every mesh, with temporaries of a few blocks.
 
     Each block is drawn in float32 (bfloat16 draws have only 128 distinct values) from `fold_in(key, block)`, then cast.
     """
     draw_dtype = jnp.promote_types(dtype, jnp.float32)
-    block = min(num_slots, max(1, BLOCK_ELEMENTS // value_dim))
+    block = min(num_slots, max(1, block_elements // value_dim))
 
     def write_block(number: Array | int, table: Array, rows: int = block) -> Array:
         values = std * jax.random.normal(jax.random.fold_in(key, number), (rows, value_dim), draw_dtype)

@@ -69,11 +69,14 @@ def self_attention(
     segments: Int[Array, "b s"] | None,
     window: int | None,
     implementation: str,
+    max_score_bytes: int = SCORE_BYTES,
 ) -> Float[Array, "b s n h"]:
     """Each token attends to itself and those before it, of its own segment and among the nearest `window` ones."""
     if implementation == "chunked":
         places = jnp.arange(query.shape[1])[None, :]
-        return attention(query, keys, values, places=places, segments=segments, window=window)
+        return attention(
+            query, keys, values, places=places, segments=segments, window=window, max_score_bytes=max_score_bytes
+        )
     mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
     nearest = None if window is None else (window - 1, 0)
     return jax.nn.dot_product_attention(
@@ -89,6 +92,7 @@ def attention(
     places: Int[Array, "#b q"],
     segments: Int[Array, "b k"] | None = None,
     window: int | None = None,
+    max_score_bytes: int = SCORE_BYTES,
 ) -> Float[Array, "b q n h"]:
     """Queries that stand at `places` among the keys; a chunk of them is scored at a time, and again in the backward
     pass, so that queries x keys never stands in memory.
@@ -100,12 +104,14 @@ def attention(
         places: of the queries, among the keys.
         segments: of the keys; a query sees those of the segment at its place. None is one segment.
         window: how many of the nearest keys a query sees; None for all.
+        max_score_bytes: scores per device that exist at once.
     """
     batch, length, heads, _ = query.shape
     places = jnp.broadcast_to(places, (batch, length))
     wide = accumulator(query.dtype).itemsize
     score_bytes = batch * length * heads * keys.shape[1] * wide
-    count = min(length, -(-score_bytes // (SCORE_BYTES * max(1, jax.sharding.get_abstract_mesh().size))))
+    at_once = max_score_bytes * max(1, jax.sharding.get_abstract_mesh().size)
+    count = max(1, min(length, -(-score_bytes // at_once)))
     chunk = -(-length // count)
 
     def one_chunk(query: Array, places: Array) -> Array:

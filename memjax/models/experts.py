@@ -11,10 +11,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from memjax import config_checks
 from memjax.memory import parallel
 from memjax.models.feed_forward import linear
 from memjax.ops.grouped_matmul.api import grouped_matmul
 from memjax.ops.precision import accumulator, drawn_wide
+from memjax.ops.shapes import require
 
 SAVED_ROUTING = "routing"
 """`checkpoint_name` of who goes to whom: with it kept, rematerialisation neither chooses nor sorts again."""
@@ -44,6 +46,8 @@ class RouterStatistics(NamedTuple):
 
 def router_statistics(routing: Routing, real: Bool[Array, " t"]) -> RouterStatistics:
     """Statistics of the tokens that are real; all zero where none is."""
+    fits = real.shape == routing.logits.shape[:1]
+    require("router_statistics", fits, "real must have one value for each token", logits=routing.logits, real=real)
     num_experts, wide = routing.logits.shape[1], routing.logits.dtype
     share = real.astype(wide) / jnp.maximum(real.sum(), 1)
     log_probabilities = jax.nn.log_softmax(routing.logits)
@@ -96,7 +100,21 @@ class Experts(nnx.Module):
             param_dtype: type of the parameters.
             implementation: of `grouped_matmul`; None takes the fastest that can run.
             rngs: source of the `params` key.
+
+        Raises:
+            ValueError: `routing` is unknown, or a number is out of its range.
         """
+        config_checks.refuse(
+            config_checks.counts(dim=dim, hidden_dim=hidden_dim)
+            + config_checks.experts(
+                num_experts=num_experts,
+                ffn_dim=None,
+                routing=routing,
+                top_k=top_k,
+                renormalize=renormalize,
+                capacity=capacity,
+            )
+        )
         self.num_experts, self.routing, self.top_k = num_experts, routing, top_k
         self.renormalize, self.capacity = renormalize, capacity
         self.dtype, self.implementation = dtype, implementation
@@ -119,9 +137,16 @@ class Experts(nnx.Module):
             x: the tokens.
             real: which tokens are no padding; None for all. Only experts that choose ask.
             training: let experts choose, if they are to.
+
+        Raises:
+            ValueError: shapes do not fit together.
         """
+        dim = self.router.kernel.shape[0]
+        require("Experts", x.ndim == 3 and x.shape[2] == dim, f"x must be [batch, sequence, {dim}]", x=x)
+        if real is not None:
+            require("Experts", real.shape == x.shape[:2], "real must have one value for each token", x=x, real=real)
         x = x.astype(self.dtype or x.dtype)
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens = x.reshape(x.shape[0] * x.shape[1], dim)
         weights = [matrices[...].astype(x.dtype) for matrices in (self.gate, self.up, self.down)]
         logits = checkpoint_name(self._logits(tokens), SAVED_ROUTING)
         by_token = partial(
@@ -132,9 +157,9 @@ class Experts(nnx.Module):
             return out.reshape(x.shape), Routing(logits, picks)
         real = jnp.ones(x.shape[:2], bool) if real is None else real
         by_expert = partial(_expert_choice, capacity=self.capacity)
-        of_sequences = (x, logits.reshape(*x.shape[:2], -1), real)
+        of_sequences = (x, logits.reshape(*x.shape[:2], self.num_experts), real)
         out, picks = parallel.on_own_tokens(by_expert, of_sequences, weights)
-        return out, Routing(logits, picks.reshape(-1, 1))
+        return out, Routing(logits, picks.reshape(tokens.shape[0], 1))
 
     def _logits(self, tokens: Float[Array, "t dim"]) -> Float[Array, "t e"]:
         # In the type of the tokens, as weights are sent over a mesh: so that all meshes choose alike.

@@ -11,31 +11,54 @@ from jaxtyping import Array, Float, Int
 from memjax.memory import parallel
 from memjax.memory.parallel import DATA, MEMORY, TOKENS
 from memjax.models.decoder import Decoder
+from memjax.ops.manual_axes import vary_like
 from memjax.ops.precision import accumulator
+from memjax.ops.shapes import require
 
 LOGIT_BYTES = 1 << 29
 """Logits per device that exist at once."""
 
 
-def token_losses(model: Decoder, hidden: Float[Array, "b s dim"], targets: Int[Array, "b s"]) -> Float[Array, "b s"]:
+def token_losses(
+    model: Decoder,
+    hidden: Float[Array, "b s dim"],
+    targets: Int[Array, "b s"],
+    *,
+    logit_bytes: int = LOGIT_BYTES,
+) -> Float[Array, "b s"]:
     """-log p(target) of every token, in nats, float32 or wider; for gradients see `summed_loss`."""
+    _check(hidden, targets=targets)
     kernel = model.output_matrix()
 
     def one_chunk(hidden: Array, targets: Array) -> Array:
         return _cross_entropy(_logits(hidden, kernel), targets)[0]
 
-    return _by_chunks(one_chunk, _chunks_of(model, hidden), hidden, targets)
+    return _by_chunks(one_chunk, _chunks_of(model, hidden, logit_bytes), hidden, targets)
 
 
 def summed_loss(
-    model: Decoder, hidden: Float[Array, "b s dim"], targets: Int[Array, "b s"], weights: Float[Array, "b s"]
+    model: Decoder,
+    hidden: Float[Array, "b s dim"],
+    targets: Int[Array, "b s"],
+    weights: Float[Array, "b s"],
+    *,
+    logit_bytes: int = LOGIT_BYTES,
 ) -> tuple[Float[Array, ""], Float[Array, "b s"]]:
     """The sum over tokens of weight * -log p(target), in nats, and every token's own loss.
 
     Differentiable through the sum alone, in the model and in hidden. A chunk's gradient is formed together with its
     losses, while its logits are there: they are made once, not again for the backward pass.
+
+    Raises:
+        ValueError: targets or weights are not one for each token.
     """
-    return _summed(_chunks_of(model, hidden), hidden, model.output_matrix(), targets, weights)
+    _check(hidden, targets=targets, weights=weights)
+    return _summed(_chunks_of(model, hidden, logit_bytes), hidden, model.output_matrix(), targets, weights)
+
+
+def _check(hidden: Array, **by_token: Array) -> None:
+    fits = hidden.ndim == 3 and all(array.shape == hidden.shape[:2] for array in by_token.values())
+    require("loss", fits, "each token needs one of each", hidden=hidden, **by_token)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -67,7 +90,7 @@ _summed.defvjp(_summed_forward, _summed_backward)
 
 def _losses_and_gradients(chunks: int, hidden: Array, kernel: Array, targets: Array, weights: Array):
     """Losses, and the gradients of their weighted sum in hidden and kernel."""
-    d_kernel = jnp.zeros(kernel.shape, accumulator(hidden.dtype))
+    d_kernel = vary_like(jnp.zeros(kernel.shape, accumulator(hidden.dtype)), hidden)
 
     def add_chunk(d_kernel: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         hidden, targets, weights = chunk
@@ -127,13 +150,14 @@ def _cross_entropy(logits: Float[Array, "b s vocab"], targets: Int[Array, "b s"]
     return log_total - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], log_total
 
 
-def _chunks_of(model: Decoder, hidden: Float[Array, "b s dim"]) -> int:
+def _chunks_of(model: Decoder, hidden: Float[Array, "b s dim"], logit_bytes: int) -> int:
     """Chunks for these hidden states, at most one for each place."""
     tokens, devices = hidden.shape[0] * hidden.shape[1], jax.sharding.get_abstract_mesh().size
-    return min(hidden.shape[1], chunk_count(tokens, model.config.vocab_size, hidden.dtype, devices))
+    count = chunk_count(tokens, model.config.vocab_size, hidden.dtype, devices, logit_bytes=logit_bytes)
+    return max(1, min(hidden.shape[1], count))
 
 
-def chunk_count(tokens: int, vocab_size: int, dtype: DTypeLike, devices: int) -> int:
-    """Pieces in which the logits of so many tokens, spread over the devices, are made."""
-    logit_bytes = tokens * vocab_size * accumulator(dtype).itemsize
-    return max(1, -(-logit_bytes // (LOGIT_BYTES * max(1, devices))))
+def chunk_count(tokens: int, vocab_size: int, dtype: DTypeLike, devices: int, *, logit_bytes: int = LOGIT_BYTES) -> int:
+    """Pieces in which the logits of so many tokens, spread over the devices, are made; logit_bytes a device at once."""
+    every = tokens * vocab_size * accumulator(dtype).itemsize
+    return max(1, -(-every // (logit_bytes * max(1, devices))))

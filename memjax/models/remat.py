@@ -1,10 +1,11 @@
 """What a block's backward pass computes again instead of keeping it."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 
+from memjax import config_checks
 from memjax.models.experts import SAVED_ROUTING
 from memjax.ops.embedding_bag.api import SAVED_NAME as SAVED_BAG
 from memjax.ops.embedding_dot.api import SAVED_NAME as SAVED_DOT
@@ -19,6 +20,7 @@ def rematerialised(remat: Remat) -> Callable[[Callable], Callable]:
     Nor does a router choose twice: rounded otherwise, it might choose others. Weights that were gathered for the
     forward pass are gathered again for the backward pass; with "none", where nothing is done again, they are kept.
     """
+    config_checks.refuse(config_checks.one_of(get_args(Remat), remat=remat))
     if remat == "none":
         return lambda function: function
     policies = jax.checkpoint_policies

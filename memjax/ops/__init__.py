@@ -5,6 +5,7 @@
     embedding_dot        out[t, k] = <vectors[t], table[indices[t, k]]>, the transpose of the bag
     row_update           table rows <- optimizer(rows, gradient), in place, only the rows that were read
     grouped_matmul       out[i] = rows[i] @ matrices[group of i], rows in the order of their groups
+    rms_norm             scale * x / sqrt(mean(x**2) + epsilon), and x, for the residual
 
 Each is a folder: `reference.py` is the definition, `xla.py` runs anywhere, in bounded memory where XLA lets it,
 `api.py` is what others call (`memjax.embedding_bag` and so on).

@@ -4,15 +4,24 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from memjax.ops.manual_axes import vary_like
 from memjax.ops.precision import accumulator
+from memjax.ops.shapes import require
+
+PIECES = 16
+"""The most scatters that `RowGradient.dense` unrolls."""
+
+PIECE_BYTES = 1 << 20
+"""Products of one scatter, whatever the size of the table."""
 
 
 class RowGradient(NamedTuple):
     """d table[r] = sum of weights[t, k] * vectors[t] over the picks (t, k) with indices[t, k] == r.
 
-    The product is never formed for the whole table: `row_update` consumes the factors.
+    The product is never formed for the whole table: `row_update` consumes the factors. A pick of row num_rows or above
+    does not exist: it adds nothing, and no row or state is touched for it (see `without_padding`).
     """
 
     indices: Int[Array, "t k"]
@@ -22,13 +31,59 @@ class RowGradient(NamedTuple):
     vectors: Float[Array, "t d"]
     """Cotangent of the bag (embedding_bag) or the vectors (embedding_dot) of each token."""
 
+    def without_padding(self, is_real: Bool[Array, " t"], num_rows: int) -> "RowGradient":
+        """The gradient of a table of num_rows rows without the picks of tokens that are padding.
+
+        The gradient of padding is zero, but rows with a gradient of zero still count as read: `rowwise_adam` decays
+        their second moment, and `adam` moves them by their momentum.
+        """
+        return self._replace(indices=jnp.where(is_real[..., None], self.indices, num_rows))
+
+    def check(self, width: int | None = None) -> None:
+        """Refuses factors that do not fit together, or rows of another width.
+
+        Raises:
+            ValueError: it is so; the message has the shapes.
+        """
+        indices, weights, vectors = self
+        require(
+            "RowGradient",
+            indices.ndim == 2
+            and jnp.issubdtype(indices.dtype, jnp.integer)
+            and indices.shape == weights.shape
+            and vectors.ndim == 2
+            and vectors.shape[0] == indices.shape[0],
+            "must have integer indices [tokens, picks], as many weights, and vectors [tokens, width]",
+            **self._asdict(),
+        )
+        if width is not None and vectors.shape[1] != width:
+            raise ValueError(f"vectors of width {vectors.shape[1]} cannot update rows of {width}")
+
     def dense(self, num_rows: int) -> Float[Array, "n d"]:
-        """The whole gradient, mostly zeros, in float32 or wider: for plain autodiff and for comparisons."""
+        """The whole gradient, mostly zeros, in float32 or wider: for plain autodiff and for comparisons.
+
+        Products of picks and vectors are formed for some picks of all tokens at a time, at most a quarter of the
+        result. Where few scatters add them, these are not in a loop: XLA then adds the gradients of all uses of a
+        float32 table into one array, and does not keep one for each use until the end.
+        """
+        self.check()
         dtype = accumulator(self.vectors.dtype)
         vectors, weights = self.vectors.astype(dtype), self.weights.astype(dtype)
+        (tokens, picks), width = self.indices.shape, vectors.shape[1]
 
-        def add_pick(pick: Array, gradient: Array) -> Array:
-            return gradient.at[self.indices[:, pick]].add(weights[:, pick, None] * vectors)
+        def add(gradient: Array, indices: Array, weights: Array) -> Array:
+            # Pick by pick, as in the loop: the order of the sums is one and the same.
+            products = weights.T[:, :, None] * vectors[None]
+            return gradient.at[indices.T.reshape(-1)].add(products.reshape(indices.size, width))
 
-        gradient = jnp.zeros((num_rows, self.vectors.shape[1]), dtype)
-        return jax.lax.fori_loop(0, self.indices.shape[1], add_pick, gradient)
+        gradient = vary_like(jnp.zeros((num_rows, width), dtype), self)
+        if self.indices.size == 0:
+            return gradient
+        at_once = max(num_rows * width // 4, PIECE_BYTES // dtype.itemsize) // max(1, tokens * width)
+        if at_once == 0 or picks > PIECES * at_once:
+            one = lambda pick, gradient: add(gradient, self.indices[:, pick, None], weights[:, pick, None])
+            return jax.lax.fori_loop(0, picks, one, gradient)
+        for first in range(0, picks, at_once):
+            some = slice(first, first + at_once)
+            gradient = add(gradient, self.indices[:, some], weights[:, some])
+        return gradient

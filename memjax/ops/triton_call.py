@@ -15,6 +15,8 @@ import numpy as np
 from jax.interpreters import mlir
 from jaxlib.mlir import ir
 
+from memjax.ops.manual_axes import vary_like
+
 FFI_TARGET, FFI_VERSION = "triton_kernel_call_ffi", 4
 """jaxlib's launcher for XLA's typed foreign function interface."""
 
@@ -72,8 +74,8 @@ def launch(
         raise TypeError(f"{kernel.fn.__name__} has no {', '.join(sorted(unknown))}")
     options = {"out_shape": list(out), "grid": tuple(grid), "input_output_aliases": aliases or {}}
     if is_interpreted():
-        return _interpret(kernel, *arguments, **options, **constants)
-    return _jax_triton().triton_call(
+        return vary_like(_interpret(kernel, *arguments, **options, **constants), arguments)
+    outputs = _jax_triton().triton_call(
         *arguments,
         kernel=kernel,
         num_warps=num_warps,
@@ -82,6 +84,8 @@ def launch(
         **options,
         **constants,
     )
+    # Kernels carry no types of manual axes.
+    return vary_like(outputs, arguments)
 
 
 @functools.cache

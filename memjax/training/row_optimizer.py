@@ -27,6 +27,8 @@ class TableOptimizer:
     seed: int
     row_exchange: Literal["auto", "factored", "dense"] = "auto"
     """As in `parallel.update_rows`."""
+    implementation: str | None = None
+    """Of `row_update`."""
 
     @property
     def schedule(self) -> optax.Schedule:
@@ -61,8 +63,6 @@ class TableOptimizer:
         gradients: Mapping[str, Sequence[RowGradient]],
         step: Array,
         ok: Array,
-        *,
-        implementation: str | None = None,
     ) -> tuple[Tables, dict[str, Any]]:
         """Tables and state after a step; as they were where ok is false."""
         new_tables, new_state = {}, {}
@@ -76,7 +76,7 @@ class TableOptimizer:
                 self.rule(table.shape[1]),
                 now,
                 exchange=self.row_exchange,
-                implementation=implementation,
+                implementation=self.implementation,
             )
         return new_tables, new_state
 

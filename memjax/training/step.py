@@ -76,6 +76,7 @@ def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[Train
     learned, real = batch["loss_mask"].sum(), (batch["segments"] > 0).sum()
     # A batch in which nothing is learned has the loss 0.
     told, dense, rows, whole = _accumulate(trainer, state, batch, jnp.maximum(learned, 1), jnp.maximum(real, 1))
+    rows = _without_padding(trainer, rows, batch)
 
     # Decided before anything is written, so that the last good state is always whole. The norm, which clipping needs
     # anyway, tells of all dense gradients in one pass over them.
@@ -95,7 +96,7 @@ def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[Train
         opt_state=keep(opt_state, state.opt_state),
         tables=tables,
         table_state=table_state,
-        reads=_count(trainer, state, rows, batch, ok),
+        reads=_count(state, rows, ok),
     )
     metrics = {
         "train/loss": told.loss,
@@ -254,16 +255,27 @@ def _update_tables(trainer: Trainer, state: TrainState, rows: dict[str, Any], wh
     return optimizer.update_rows(state.tables, state.table_state, gradients, state.step, ok)
 
 
-def _count(trainer: Trainer, state: TrainState, rows: dict[str, Any], batch: Batch, ok: Array) -> dict[str, Array]:
-    """Read counters with the picks of real tokens; padding and bad steps do not count.
+def _without_padding(trainer: Trainer, rows: dict[str, Any], batch: Batch) -> dict[str, Any]:
+    """Row gradients by layer without the picks of tokens that are padding: they touch no row and no state."""
+    is_real = batch["segments"].reshape(batch["segments"].shape[0], -1) > 0
+
+    def of_layer(found: Any, num_slots: int) -> Any:
+        keep = lambda gradient: gradient.without_padding(is_real, num_slots)
+        return jax.tree.map(keep, found, is_leaf=lambda leaf: isinstance(leaf, RowGradient))
+
+    lookups = {layer_name(layer): lookup for layer, lookup in trainer.config.model.lookups.items()}
+    return {name: of_layer(found, lookups[name].num_slots) for name, found in rows.items()}
+
+
+def _count(state: TrainState, rows: dict[str, Any], ok: Array) -> dict[str, Array]:
+    """Read counters with the picks of real tokens (see `_without_padding`); bad steps do not count.
 
     Every device counts all picks: they are fewer than the slots of a large table, whose counts would have to be added
     up over the devices.
     """
-    real = (batch["segments"].reshape(batch["segments"].shape[0], -1, 1) > 0) & ok
     picks = {name: _row_gradients(found)[0].indices for name, found in rows.items()}
     return {
-        name: count_reads(counts, parallel.everywhere(jnp.where(real, picks[name], counts.shape[0])))
+        name: count_reads(counts, parallel.everywhere(jnp.where(ok, picks[name], counts.shape[0])))
         for name, counts in state.reads.items()
     }
 

@@ -166,7 +166,7 @@ def test_the_layer_begins_as_the_paper_says():
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="key_dim=7 must be even"):
+    with pytest.raises(ValueError, match="key_dim=7 must be positive and even"):
         ExpertLookupLayer(DIM, key_dim=7, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"top_k=5 must be in 1\.\.num_keys=4"):
         ExpertLookupLayer(DIM, num_keys=4, top_k=5, rngs=nnx.Rngs(0))

@@ -150,7 +150,7 @@ def test_queries_and_keys_are_told_apart_by_type():
 
 def test_sizes_that_do_not_fit_are_refused():
     rngs = nnx.Rngs(0)
-    with pytest.raises(ValueError, match="key_dim=7 must be even"):
+    with pytest.raises(ValueError, match="key_dim=7 must be positive and even"):
         MemoryLayer(DIM, num_keys=4, top_k=2, key_dim=7, rngs=rngs)
     with pytest.raises(ValueError, match=r"top_k=5 must be in 1\.\.num_keys=4: each half offers only"):
         MemoryLayer(DIM, num_keys=4, top_k=5, key_dim=8, rngs=rngs)

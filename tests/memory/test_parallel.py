@@ -17,7 +17,6 @@ from memjax.memory.expert_lookup import ExpertLookupLayer
 from memjax.memory.layer import MemoryLayer
 from memjax.memory.table import ValueTable
 from memjax.ops.row_gradient import RowGradient
-from memjax.ops.row_update import dense
 from memjax.ops.row_update.rules import RowRule, row_step
 
 ROWS, COLUMNS, TOKENS, PICKS = 37, 64, 16, 3
@@ -126,10 +125,9 @@ RULE = RowRule(state_columns=8, eps=1e-3)
 
 @every_mesh
 @pytest.mark.parametrize("exchange", ["factored", "dense"])
-def test_row_update_equals_the_plain_one(monkeypatch, shape, exchange):
+def test_row_update_equals_the_plain_one(shape, exchange):
     # Row by row and few picks at a time, where the table is small.
-    monkeypatch.setattr(dense, "PIECE_PICKS", 4)
-    monkeypatch.setattr(dense, "BLOCK_BYTES", 7 * COLUMNS * 8)
+    cut = {"exchange": exchange, "piece_picks": 4, "block_bytes": 7 * COLUMNS * 8}
     table, *_ = draw()
     picks = [draw(seed)[1:] for seed in (1, 2)]
 
@@ -137,7 +135,7 @@ def test_row_update_equals_the_plain_one(monkeypatch, shape, exchange):
         gradients = [RowGradient(*factors) for factors in picks]
         state = RULE.init(ROWS, COLUMNS, table.dtype)
         for number in range(2):
-            table, state = parallel.update_rows(table, state, gradients, RULE, row_step(0.1, number), exchange=exchange)
+            table, state = parallel.update_rows(table, state, gradients, RULE, row_step(0.1, number), **cut)
         return table, state
 
     got, expected = on_mesh_and_alone(shape, run, table, picks)

@@ -7,7 +7,6 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from memjax.memory import table as table_module
 from memjax.memory.table import TableRows, ValueTable, draw_rows
 
 ROWS, COLUMNS = 96, 256
@@ -19,17 +18,13 @@ def make_mesh(shape, axis_type):
     return jax.make_mesh(shape, ("data", "memory"), axis_types=axis_types, devices=devices)
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Blocks of 40 rows, which leaves an incomplete one at the end."""
-    monkeypatch.setattr(table_module, "BLOCK_ELEMENTS", 40 * COLUMNS)
+# Blocks of 40 rows, which leaves an incomplete one at the end.
+draw_in_blocks = partial(draw_rows, num_slots=ROWS, value_dim=COLUMNS, std=0.5, block_elements=40 * COLUMNS)
 
 
 @cache
 def drawn_without_a_mesh(dtype):
-    return np.asarray(
-        jax.jit(partial(draw_rows, num_slots=ROWS, value_dim=COLUMNS, std=0.5, dtype=dtype))(jax.random.key(3))
-    )
+    return np.asarray(jax.jit(partial(draw_in_blocks, dtype=dtype))(jax.random.key(3)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -37,15 +32,15 @@ def drawn_without_a_mesh(dtype):
     ("shape", "axis_type"),
     [((1, 1), AxisType.Auto), ((8, 1), AxisType.Auto), ((2, 4), AxisType.Auto), ((2, 4), AxisType.Explicit)],
 )
-def test_table_is_bit_identical_on_every_mesh(shape, axis_type, dtype, small_blocks):
+def test_table_is_bit_identical_on_every_mesh(shape, axis_type, dtype):
     with jax.set_mesh(make_mesh(shape, axis_type)):
-        draw = jax.jit(lambda key: draw_rows(key, ROWS, COLUMNS, std=0.5, dtype=dtype))
+        draw = jax.jit(lambda key: draw_in_blocks(key, dtype=dtype))
         rows = draw(jax.random.key(3))
     assert {shard.data.shape for shard in rows.addressable_shards} == {(ROWS, COLUMNS // shape[1])}
     assert np.asarray(rows).tobytes() == drawn_without_a_mesh(dtype).tobytes()
 
 
-def test_blocks_are_drawn_one_by_one_each_with_its_own_key(small_blocks):
+def test_blocks_are_drawn_one_by_one_each_with_its_own_key():
     rows = drawn_without_a_mesh("float32")
     expected = [
         0.5 * jax.random.normal(jax.random.fold_in(jax.random.key(3), block), (count, COLUMNS))

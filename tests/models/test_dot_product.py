@@ -34,25 +34,23 @@ def by_hand(query, keys, values, segments, window):
 @pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("chunks", [1, 3, 10])
-def test_output_does_not_depend_on_how_queries_are_cut(chunks, window, documents, monkeypatch):
+def test_output_does_not_depend_on_how_queries_are_cut(chunks, window, documents):
     arrays, segments = draw()
     scores = BATCH * HEADS * LENGTH * LENGTH * 4
-    monkeypatch.setattr(dot_product, "SCORE_BYTES", -(-scores // chunks))
     options = {"segments": segments if documents else None, "window": window, "implementation": "chunked"}
+    options["max_score_bytes"] = -(-scores // chunks)
     got = jax.jit(functools.partial(dot_product.self_attention, **options))(*arrays)
     query, keys, values = map(np.asarray, arrays)
     expected = by_hand(query, keys, values, np.asarray(segments) if documents else None, window)
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)
 
 
-def test_gradients_of_chunks_are_those_of_the_whole_and_hold_no_square_of_scores(monkeypatch):
+def test_gradients_of_chunks_are_those_of_the_whole_and_hold_no_square_of_scores():
     arrays, segments = draw(length=64)
 
     def compiled(limit):
-        monkeypatch.setattr(dot_product, "SCORE_BYTES", limit)
-        loss = lambda *arrays: jnp.sum(
-            jnp.sin(dot_product.self_attention(*arrays, segments=segments, window=None, implementation="chunked"))
-        )
+        options = {"window": None, "implementation": "chunked", "max_score_bytes": limit}
+        loss = lambda *arrays: jnp.sum(jnp.sin(dot_product.self_attention(*arrays, segments=segments, **options)))
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arrays).compile()
 
     scores = BATCH * HEADS * 64 * 64 * 4

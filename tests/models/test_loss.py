@@ -1,4 +1,5 @@
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,6 @@ import pytest
 from flax import nnx
 
 from memjax.config import ModelConfig
-from memjax.models import loss as loss_module
 from memjax.models.loss import summed_loss, token_losses
 from memjax.models.parts import DecoderParts
 
@@ -40,35 +40,34 @@ def by_hand(model, hidden, targets):
 
 @pytest.mark.parametrize("tie_embeddings", [False, True])
 @pytest.mark.parametrize("chunk_tokens", [1, 6, 4096], ids=lambda tokens: f"chunks of {tokens} tokens")
-def test_losses_are_minus_log_probabilities_however_they_are_cut(chunk_tokens, tie_embeddings, monkeypatch):
-    monkeypatch.setattr(loss_module, "LOGIT_BYTES", chunk_tokens * VOCAB * 4)
+def test_losses_are_minus_log_probabilities_however_they_are_cut(chunk_tokens, tie_embeddings):
+    cut = {"logit_bytes": chunk_tokens * VOCAB * 4}
     model, hidden, targets, mask = build(tie_embeddings)
     expected = by_hand(model, hidden, np.asarray(targets))
-    np.testing.assert_allclose(nnx.jit(token_losses)(model, hidden, targets), expected, rtol=1e-5)
-    total, losses = nnx.jit(summed_loss)(model, hidden, targets, mask)
+    np.testing.assert_allclose(nnx.jit(partial(token_losses, **cut))(model, hidden, targets), expected, rtol=1e-5)
+    total, losses = nnx.jit(partial(summed_loss, **cut))(model, hidden, targets, mask)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     np.testing.assert_allclose(total, np.sum(expected * np.asarray(mask)), rtol=1e-5)
 
 
-def gradients(model, hidden, targets, mask):
+def gradients(model, hidden, targets, mask, *, chunk_tokens):
     graphdef, params = nnx.split(model)
 
     def loss(params, hidden):
-        return summed_loss(nnx.merge(graphdef, params), hidden, targets, mask)[0]
+        return summed_loss(nnx.merge(graphdef, params), hidden, targets, mask, logit_bytes=chunk_tokens * VOCAB * 4)[0]
 
     return jax.jit(jax.grad(loss, argnums=(0, 1))), params, hidden
 
 
 @pytest.mark.parametrize("tie_embeddings", [False, True])
-def test_gradients_are_softmax_minus_target_however_they_are_cut(tie_embeddings, monkeypatch):
+def test_gradients_are_softmax_minus_target_however_they_are_cut(tie_embeddings):
     model, hidden, targets, mask = build(tie_embeddings)
     kernel = np.asarray(model.embed.embedding[...].T if model.head is None else model.head.kernel[...], np.float64)
     logits = np.asarray(hidden, np.float64) @ kernel
     d_logits = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True) - np.eye(VOCAB)[np.asarray(targets)]
     d_logits *= np.asarray(mask)[..., None]
     for chunk_tokens in (6, 4096):
-        monkeypatch.setattr(loss_module, "LOGIT_BYTES", chunk_tokens * VOCAB * 4)
-        compiled, *arguments = gradients(model, hidden, targets, mask)
+        compiled, *arguments = gradients(model, hidden, targets, mask, chunk_tokens=chunk_tokens)
         d_params, d_hidden = compiled(*arguments)
         np.testing.assert_allclose(d_hidden, d_logits @ kernel.T, rtol=1e-4, atol=1e-5)
         d_kernel = d_params["embed"]["embedding"][...].T if tie_embeddings else d_params["head"]["kernel"][...]
@@ -76,12 +75,11 @@ def test_gradients_are_softmax_minus_target_however_they_are_cut(tie_embeddings,
         np.testing.assert_allclose(d_kernel, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_compiled_gradient_holds_no_float32_array_of_tokens_by_vocabulary(monkeypatch):
+def test_compiled_gradient_holds_no_float32_array_of_tokens_by_vocabulary():
     length = 64
 
     def largest(chunk_tokens):
-        monkeypatch.setattr(loss_module, "LOGIT_BYTES", chunk_tokens * VOCAB * 4)
-        compiled, *arguments = gradients(*build(length=length))
+        compiled, *arguments = gradients(*build(length=length), chunk_tokens=chunk_tokens)
         text = str(compiled.lower(*arguments).compile().as_text())
         return max(np.prod([int(size) for size in shape.split(",")]) for shape in re.findall(r"f32\[([\d,]+)\]", text))
 

@@ -176,7 +176,7 @@ def test_table_gradient_is_built_only_where_the_table_is_differentiated(implemen
 
 
 def test_xla_form_never_holds_every_picked_row(equations_of):
-    tokens, picks, columns = 32, 6, 40
+    tokens, picks, columns = 64, 17, 512
     table, weights = jnp.ones((50, columns)), jnp.ones((tokens, picks))
     indices = jnp.zeros((tokens, picks), jnp.int32)
 

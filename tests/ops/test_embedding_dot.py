@@ -152,7 +152,7 @@ def test_table_gradient_is_built_only_where_the_table_is_differentiated(implemen
 
 
 def test_xla_form_never_holds_every_picked_row(equations_of):
-    tokens, picks, columns = 32, 6, 40
+    tokens, picks, columns = 64, 17, 512
     table, vectors = jnp.ones((50, columns)), jnp.ones((tokens, columns))
     indices = jnp.zeros((tokens, picks), jnp.int32)
 

@@ -1,5 +1,4 @@
 import importlib
-from contextlib import contextmanager
 from functools import cache, partial
 
 import jax
@@ -63,24 +62,18 @@ def brute_force(queries, keys):
 
 
 @cache
-def compiled(form, top_k):
-    return jax.jit(partial(product_key_search, top_k=top_k, implementation=form.split()[0]))
+def compiled(form, top_k, chunk_bytes=None):
+    run = partial(product_key_search, top_k=top_k, implementation=form.split()[0], chunk_bytes=chunk_bytes)
+    return jax.jit(run)
 
 
-@contextmanager
-def chunks_of(form, keys):
+def chunk_of(form, keys):
     """Chunks of two tokens where the form asks for chunks."""
-    with pytest.MonkeyPatch.context() as patch:
-        name, _, in_chunks = form.partition(" ")
-        if in_chunks:
-            module = importlib.import_module(f"memjax.ops.product_key_search.{name}")
-            patch.setattr(module, "CHUNK_BYTES", 2 * 8 * keys.shape[0] * keys.shape[2])
-        yield
+    return 2 * 8 * keys.shape[0] * keys.shape[2] if "in chunks" in form else None
 
 
 def search(form, queries, keys, top_k):
-    with chunks_of(form, keys):
-        return compiled(form, top_k)(queries, keys)
+    return compiled(form, top_k, chunk_of(form, keys))(queries, keys)
 
 
 seeds = st.integers(0, 2**32 - 1)
@@ -174,9 +167,10 @@ def test_selection_from_long_rows_is_exact(implementation, num, top_k, values):
 
 
 @cache
-def compiled_gradient(form, top_k):
+def compiled_gradient(form, top_k, chunk_bytes):
     def loss(queries, keys, factors):
-        scores, _ = product_key_search(queries, keys, top_k, implementation=form.split()[0])
+        name = form.split()[0]
+        scores, _ = product_key_search(queries, keys, top_k, implementation=name, chunk_bytes=chunk_bytes)
         return jnp.sum(factors * scores)
 
     return jax.jit(jax.grad(loss, argnums=(0, 1)))
@@ -208,8 +202,8 @@ def test_gradients_equal_finite_differences(form, seed):
     # The derivative jumps where two of the best swap ranks: move on from the rare case that is that close.
     if np.min(-np.diff(best_scores(queries, keys)[..., : top_k + 1])) < 1e-4:
         return
-    with jax.enable_x64(True), chunks_of(form, keys):
-        d_queries, d_keys = compiled_gradient(form, top_k)(queries, keys, factors)
+    with jax.enable_x64(True):
+        d_queries, d_keys = compiled_gradient(form, top_k, chunk_of(form, keys))(queries, keys, factors)
     assert d_queries.dtype == d_keys.dtype == np.float64
 
     def loss(queries, keys):
@@ -224,9 +218,8 @@ def test_gradients_equal_finite_differences(form, seed):
 def test_gradients_of_every_form_agree(form, shape):
     queries, keys, top_k = draw(5, shape, "normal")
     factors = jnp.asarray(np.random.default_rng(6).normal(size=(*queries.shape[:-1], top_k)), jnp.float32)
-    with chunks_of(form, keys):
-        got = compiled_gradient(form, top_k)(queries, keys, factors)
-    for mine, other in zip(got, compiled_gradient("reference", top_k)(queries, keys, factors), strict=True):
+    got = compiled_gradient(form, top_k, chunk_of(form, keys))(queries, keys, factors)
+    for mine, other in zip(got, compiled_gradient("reference", top_k, None)(queries, keys, factors), strict=True):
         assert mine.dtype == other.dtype
         mine, other = np.asarray(mine, np.float64), np.asarray(other, np.float64)
         scale = np.abs(other).max() * float(jnp.finfo(keys.dtype).eps)
@@ -263,13 +256,14 @@ def test_vmap_equals_a_loop(implementation):
         np.testing.assert_array_equal(slots[number], expected_slots)
 
 
-def test_xla_form_holds_neither_all_pairs_nor_the_half_scores_of_all_tokens(equations_of, monkeypatch):
+def test_xla_form_holds_neither_all_pairs_nor_the_half_scores_of_all_tokens(equations_of):
     tokens, num_heads, num_keys, top_k = 64, 2, 32, 4
     queries, keys = jnp.ones((tokens, num_heads, 2)), jnp.ones((num_heads, 2, num_keys, 1))
 
-    def largest(implementation):
+    def largest(implementation, chunk_bytes=None):
         def loss(queries, keys):
-            return product_key_search(queries, keys, top_k, implementation=implementation)[0].sum()
+            options = {"implementation": implementation, "chunk_bytes": chunk_bytes}
+            return product_key_search(queries, keys, top_k, **options)[0].sum()
 
         found = equations_of(jax.value_and_grad(loss, argnums=(0, 1)), queries, keys)
         return max(int(np.prod(shape)) for equation in found for shape in equation.shapes)
@@ -277,9 +271,7 @@ def test_xla_form_holds_neither_all_pairs_nor_the_half_scores_of_all_tokens(equa
     half_scores = tokens * num_heads * 2 * num_keys
     assert largest("reference") >= tokens * num_heads * num_keys**2
     assert half_scores <= largest("xla") < tokens * num_heads * num_keys**2
-    xla = importlib.import_module("memjax.ops.product_key_search.xla")
-    monkeypatch.setattr(xla, "CHUNK_BYTES", 4 * half_scores // 16)
-    assert largest("xla") < half_scores
+    assert largest("xla", 4 * half_scores // 16) < half_scores
 
 
 def test_sizes_that_do_not_fit_are_refused():

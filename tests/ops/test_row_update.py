@@ -1,5 +1,4 @@
 import dataclasses
-import importlib
 from functools import cache
 
 import jax
@@ -9,11 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memjax.ops import dispatch
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.api import row_update
 from memjax.ops.row_update.rules import RowRule, row_step
-
-xla = importlib.import_module("memjax.ops.row_update.xla")
 
 ROWS, COLUMNS = 11, 8
 IMPLEMENTATIONS = ["triton", "xla", "reference"]
@@ -37,19 +35,17 @@ RULES = {
 
 
 @cache
-def compiled(rule, implementation, chunk):
-    del chunk  # part of the key: it is read while tracing
-    return jax.jit(lambda *arguments: row_update(*arguments, implementation=implementation), static_argnums=3)
+def compiled(rule, implementation, chunk, width):
+    if chunk is None:
+        return jax.jit(lambda *arguments: row_update(*arguments, implementation=implementation), static_argnums=3)
+    size = {"chunk": chunk} if implementation == "triton" else {"chunk_bytes": chunk * width}
+    module = dispatch.load("row_update", implementation)
+    return jax.jit(lambda *arguments: module.row_update(*arguments, **size), static_argnums=3)
 
 
 def update(table, state, gradients, rule, step, *, implementation, chunk):
-    with pytest.MonkeyPatch.context() as patch:
-        if chunk is not None and implementation == "triton":
-            patch.setattr(importlib.import_module("memjax.ops.row_update.triton"), "CHUNK", chunk)
-        elif chunk is not None:
-            patch.setattr(xla, "SMALL_TABLE_BYTES", 0)
-            patch.setattr(xla, "CHUNK_BYTES", chunk * table.shape[1] * max(4, table.dtype.itemsize))
-        return compiled(rule, implementation, chunk)(table, state, gradients, rule, step)
+    width = table.shape[1] * max(4, table.dtype.itemsize)
+    return compiled(rule, implementation, chunk, width)(table, state, gradients, rule, step)
 
 
 def draw_gradients(rng, picks_of="any rows"):

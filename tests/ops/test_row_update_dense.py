@@ -34,22 +34,22 @@ def draw_gradients():
 
 @pytest.mark.parametrize("implementation", ["triton", "xla"])
 @pytest.mark.parametrize("piece", [1 << 26, 6, 1], ids=lambda piece: f"{piece} picks")
-def test_sum_and_touched_rows_equal_a_loop_over_picks(monkeypatch, implementation, piece):
-    monkeypatch.setattr(dense, "PIECE_PICKS", piece)
+def test_sum_and_touched_rows_equal_a_loop_over_picks(implementation, piece):
     gradients = draw_gradients()
     expected = np.zeros((ROWS, COLUMNS))
     for indices, weights, vectors in jax.tree.map(np.asarray, gradients):
         for token, pick in np.ndindex(indices.shape):
             expected[indices[token, pick]] += weights[token, pick] * vectors[token]
-    total, touched = jax.jit(lambda g: dense.summed(g, ROWS, implementation=implementation))(gradients)
+    total, touched = jax.jit(lambda g: dense.summed(g, ROWS, piece_picks=piece, implementation=implementation))(
+        gradients
+    )
     np.testing.assert_array_equal(total, expected)
     np.testing.assert_array_equal(touched, np.arange(ROWS) <= UNREAD)
 
 
 @pytest.mark.parametrize("rows", [ROWS, 5], ids=lambda rows: f"blocks of {rows} rows")
 @pytest.mark.parametrize("kind", ["rowwise_adam", "adam"])
-def test_touched_rows_are_updated_as_by_row_update_bit_for_bit(monkeypatch, kind, rows):
-    monkeypatch.setattr(dense, "BLOCK_BYTES", rows * COLUMNS * 4)
+def test_touched_rows_are_updated_as_by_row_update_bit_for_bit(kind, rows):
     rule, gradients = RowRule(kind=kind, state_columns=4), draw_gradients()
     table = jnp.asarray(np.random.default_rng(1).normal(size=(ROWS, COLUMNS)), jnp.bfloat16)
     state = rule.init(ROWS, COLUMNS, table.dtype)
@@ -57,7 +57,9 @@ def test_touched_rows_are_updated_as_by_row_update_bit_for_bit(monkeypatch, kind
 
     @jax.jit
     def by_dense(table, state, gradients, step):
-        return dense.update_touched(table, state, *dense.summed(gradients, ROWS), rule, step)
+        return dense.update_touched(
+            table, state, *dense.summed(gradients, ROWS), rule, step, block_bytes=rows * COLUMNS * 4
+        )
 
     got = by_dense(table, state, gradients, step)
     expected = jax.jit(partial(row_update, rule=rule))(table, state, gradients, step=step)
@@ -70,14 +72,13 @@ def test_touched_rows_are_updated_as_by_row_update_bit_for_bit(monkeypatch, kind
     jax.tree.map(np.testing.assert_array_equal, unchanged, (table, state))
 
 
-def test_a_table_updated_in_blocks_is_never_copied(monkeypatch):
-    monkeypatch.setattr(dense, "BLOCK_BYTES", 1 << 16)
+def test_a_table_updated_in_blocks_is_never_copied():
     rule, table = RowRule(state_columns=64), jax.ShapeDtypeStruct((4096, 64), jnp.float32)
     state = jax.eval_shape(lambda: rule.init(*table.shape))
     touched = jax.ShapeDtypeStruct(table.shape[:1], jnp.bool_)
 
     def update(table, state, gradient, touched):
-        return dense.update_touched(table, state, gradient, touched, rule, row_step(1e-2, 0))
+        return dense.update_touched(table, state, gradient, touched, rule, row_step(1e-2, 0), block_bytes=1 << 16)
 
     memory = jax.jit(update, donate_argnums=(0, 1)).lower(table, state, table, touched).compile().memory_analysis()
     assert memory is not None

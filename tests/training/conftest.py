@@ -13,7 +13,6 @@ import pytest
 from memjax.command_line import load
 from memjax.config import RunConfig
 from memjax.memory import parallel
-from memjax.ops.row_update import xla
 from memjax.training.mesh import put_batch
 from memjax.training.state import Trainer, TrainState
 from memjax.training.step import BATCH, make_train_step
@@ -89,6 +88,11 @@ def mesh_of(data: int, memory: int) -> jax.sharding.Mesh:
     return jax.make_mesh((data, memory), ("data", "memory"), axis_types=automatic, devices=devices)
 
 
+def trainer_of(config: RunConfig) -> Trainer:
+    """The trainer, with the row update of large tables: by itself it would take the reference for these small ones."""
+    return Trainer.of(config, implementation="xla")
+
+
 def drawn_state(trainer: Trainer, mesh: jax.sharding.Mesh) -> TrainState:
     """The trainer's own state before the first step. Call it under the mesh."""
     return trainer.init(jax.random.key(trainer.config.run.seed), mesh)
@@ -128,7 +132,7 @@ def train(
     start: Callable[[Trainer, jax.sharding.Mesh], TrainState] = quick_state,
 ) -> Trained:
     """As many steps as there are batches."""
-    mesh, metrics, trainer = mesh_of(*mesh_shape), [], Trainer.of(config)
+    mesh, metrics, trainer = mesh_of(*mesh_shape), [], trainer_of(config)
     with jax.set_mesh(mesh):
         step, state = make_train_step(trainer, mesh), start(trainer, mesh)
         before = to_numpy(state)
@@ -164,6 +168,7 @@ def tiny() -> SimpleNamespace:
         batches=ragged_batches,
         micro_batches=micro_batches,
         mesh=mesh_of,
+        trainer_of=trainer_of,
         drawn_state=drawn_state,
         quick_state=quick_state,
         to_numpy=to_numpy,
@@ -187,10 +192,3 @@ def float64(quick_compile) -> Iterator[None]:
     """Double precision for a module."""
     with jax.enable_x64(True):
         yield
-
-
-@pytest.fixture
-def small_tables_as_large(monkeypatch) -> None:
-    """Tables as small as these would be updated whole; now they are sorted and updated in many chunks."""
-    monkeypatch.setattr(xla, "SMALL_TABLE_BYTES", 0)
-    monkeypatch.setattr(xla, "CHUNK_BYTES", 1 << 15)

@@ -9,10 +9,9 @@ import pytest
 
 from memjax.memory import parallel
 from memjax.training.mesh import put_batch
-from memjax.training.state import Trainer
 from memjax.training.step import BATCH, make_train_step, make_usage_report
 
-pytestmark = pytest.mark.usefixtures("small_tables_as_large", "quick_compile")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.mark.slow
@@ -54,7 +53,7 @@ def test_replicas_of_a_stochastically_rounded_table_stay_bit_equal(tiny):
 
 @pytest.mark.slow
 def test_a_nan_in_one_tap_leaves_everything_as_it_was(tiny, monkeypatch):
-    trainer, mesh = Trainer.of(tiny.config()), tiny.mesh(1, 1)
+    trainer, mesh = tiny.trainer_of(tiny.config()), tiny.mesh(1, 1)
     with jax.set_mesh(mesh):
         state = tiny.quick_state(trainer, mesh)
         drawn = tiny.batches(4)

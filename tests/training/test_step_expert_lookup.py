@@ -9,7 +9,7 @@ import pytest
 
 from memjax.memory import parallel
 
-pytestmark = [pytest.mark.usefixtures("float64", "small_tables_as_large"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.slow]
 
 STEPS, HEADS, TOP_K = 4, 2, 3
 MODEL = f"""

@@ -12,10 +12,9 @@ import pytest
 
 from memjax.memory import parallel
 from memjax.training.mesh import put_batch
-from memjax.training.state import Trainer
 from memjax.training.step import BATCH, make_train_step
 
-pytestmark = [pytest.mark.usefixtures("float64", "small_tables_as_large"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.slow]
 
 STEPS = 4
 
@@ -108,7 +107,7 @@ def test_rows_follow_their_rule_on_the_gradient_of_the_whole_table(tiny, monkeyp
         "--model.memory.num_keys 24",
         wide=True,
     )
-    trainer, mesh = Trainer.of(config), tiny.mesh(1, 1)
+    trainer, mesh = tiny.trainer_of(config), tiny.mesh(1, 1)
 
     @jax.jit
     def oracle(params, tables, batch):

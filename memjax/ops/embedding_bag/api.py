@@ -1,14 +1,18 @@
 """The embedding bag as others call it: any batch shape, gradients, choice of the implementation."""
 
+import math
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from memjax.ops import dispatch
+from memjax.ops.manual_axes import vary_together
 from memjax.ops.row_gradient import RowGradient
+from memjax.ops.shapes import check_table, require
 
 SAVED_NAME = "memory_bag"
 """`checkpoint_name` of the output, so that rematerialisation can keep it."""
@@ -28,12 +32,24 @@ def embedding_bag(
     they read is undefined.
 
     Raises:
-        ValueError: `implementation` is unknown.
+        ValueError: shapes do not fit together, or `implementation` is unknown.
         NotImplementedError: `implementation` cannot run here.
     """
     name = dispatch.choose("embedding_bag", implementation, table.dtype)
+    check_table("embedding_bag", table, indices)
+    require(
+        "embedding_bag",
+        indices.shape == weights.shape,
+        "every index needs one weight",
+        indices=indices,
+        weights=weights,
+    )
     batch, picks = indices.shape[:-1], indices.shape[-1]
-    out: Any = _bag(name, table, indices.reshape(-1, picks), weights.reshape(-1, picks))
+    if indices.size == 0:
+        return jnp.zeros((*batch, table.shape[1]), table.dtype)
+    tokens = math.prod(batch)
+    factors = vary_together((table, indices.reshape(tokens, picks), weights.reshape(tokens, picks)))
+    out: Any = _bag(name, *factors)
     return out.reshape(*batch, table.shape[1])
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from memjax.ops.manual_axes import vary_like
 from memjax.ops.precision import accumulator
 
 
@@ -17,5 +18,5 @@ def embedding_bag(
         rows = table.at[indices[:, pick]].get(mode="promise_in_bounds")
         return total + weights[:, pick, None].astype(dtype) * rows.astype(dtype)
 
-    total = jnp.zeros((indices.shape[0], table.shape[1]), dtype)
+    total = vary_like(jnp.zeros((indices.shape[0], table.shape[1]), dtype), indices)
     return jax.lax.fori_loop(0, indices.shape[1], add_pick, total).astype(table.dtype)

@@ -1,14 +1,19 @@
 """The embedding dot as others call it: any batch shape, gradients, choice of the implementation."""
 
+import math
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from memjax.ops import dispatch
+from memjax.ops.manual_axes import vary_together
+from memjax.ops.precision import accumulator
 from memjax.ops.row_gradient import RowGradient
+from memjax.ops.shapes import check_table, require
 
 SAVED_NAME = "memory_dot"
 """`checkpoint_name` of the output, so that rematerialisation can keep it."""
@@ -26,12 +31,25 @@ def embedding_dot(
     Differentiable in `table` (see `embedding_bag` for its price) and `vectors`. Indices outside 0..n-1 are not checked.
 
     Raises:
-        ValueError: `implementation` is unknown.
+        ValueError: shapes do not fit together, or `implementation` is unknown.
         NotImplementedError: `implementation` cannot run here.
     """
     name = dispatch.choose("embedding_dot", implementation, table.dtype)
+    check_table("embedding_dot", table, indices)
     batch, picks = indices.shape[:-1], indices.shape[-1]
-    out: Any = _dot(name, table, indices.reshape(-1, picks), vectors.reshape(-1, vectors.shape[-1]))
+    require(
+        "embedding_dot",
+        vectors.shape == (*batch, table.shape[1]),
+        "every token needs one vector of the table's width",
+        indices=indices,
+        vectors=vectors,
+        table=table,
+    )
+    if indices.size == 0:
+        return jnp.zeros(indices.shape, accumulator(table.dtype))
+    tokens = math.prod(batch)
+    factors = vary_together((table, indices.reshape(tokens, picks), vectors.reshape(tokens, -1)))
+    out: Any = _dot(name, *factors)
     return out.reshape(*batch, picks)
 
 

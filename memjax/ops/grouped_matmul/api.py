@@ -4,9 +4,12 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from memjax.ops import dispatch
+from memjax.ops.manual_axes import vary_together
+from memjax.ops.shapes import require
 
 
 def grouped_matmul(
@@ -26,6 +29,14 @@ def grouped_matmul(
         ValueError: shapes or types do not fit, or `implementation` is unknown.
         NotImplementedError: `implementation` cannot run here.
     """
+    require(
+        "grouped_matmul",
+        (rows.ndim, matrices.ndim, sizes.ndim) == (2, 3, 1),
+        "rows must be [rows, inputs], matrices [groups, inputs, outputs] and sizes [groups]",
+        rows=rows,
+        matrices=matrices,
+        sizes=sizes,
+    )
     if rows.shape[1] != matrices.shape[1] or rows.dtype != matrices.dtype:
         raise ValueError(
             f"rows are {rows.dtype}{list(rows.shape)} and matrices {matrices.dtype}{list(matrices.shape)}; "
@@ -34,7 +45,9 @@ def grouped_matmul(
     if matrices.shape[0] != sizes.shape[0]:
         raise ValueError(f"there are {matrices.shape[0]} matrices and {sizes.shape[0]} sizes; each group has one")
     name = dispatch.choose("grouped_matmul", implementation, matrices.dtype)
-    out: Any = _product(name, rows, matrices, sizes)
+    if rows.size == 0:
+        return jnp.zeros((rows.shape[0], matrices.shape[2]), rows.dtype)
+    out: Any = _product(name, *vary_together((rows, matrices, sizes)))
     return out
 
 

@@ -1,16 +1,23 @@
 """The product-key search as others call it: any batch shape, gradients, choice of the implementation."""
 
+import math
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from memjax.ops import dispatch
+from memjax.ops.manual_axes import vary_together
+from memjax.ops.precision import accumulator
+from memjax.ops.shapes import require
 
 SAVED_SCORES, SAVED_INDICES = "memory_scores", "memory_indices"
 """`checkpoint_name`s of the outputs: with both kept, rematerialisation does not search again."""
+
+MOST_SLOTS = 2**31 - 1
 
 
 def product_key_search(
@@ -19,6 +26,7 @@ def product_key_search(
     top_k: int,
     *,
     implementation: str | None = None,
+    chunk_bytes: int | None = None,
 ) -> tuple[Float[Array, "*t h k"], Int[Array, "*t h k"]]:
     """The top_k best of n * n slots per token and head, exactly: scores (best first, float32 or wider) and int32 slots.
 
@@ -26,11 +34,30 @@ def product_key_search(
     token and head are distinct, also when scores are equal; which of equal scores come first is not specified.
     Differentiable in `queries` and `keys`. NaN in gives NaN out.
 
+    Args:
+        queries: one for each token and head.
+        keys: two halves of n for each head.
+        top_k: slots to find.
+        implementation: one of `dispatch.IMPLEMENTATIONS`; None takes the fastest that can run.
+        chunk_bytes: half scores that exist at once; None leaves it to the implementation (the reference has all).
+
     Raises:
-        ValueError: sizes do not fit, or `implementation` is unknown.
+        ValueError: shapes do not fit together, there are more slots than 32 bits can number, or `implementation` is
+            unknown.
         NotImplementedError: `implementation` cannot run here.
     """
+    require(
+        "product_key_search",
+        keys.ndim == 4 and keys.shape[1] == 2 and queries.ndim >= 2,
+        "queries must be [..., heads, key_dim] and keys [heads, 2, n, key_dim / 2]",
+        queries=queries,
+        keys=keys,
+    )
     num_heads, _, num_keys, half_dim = keys.shape
+    if num_keys**2 > MOST_SLOTS:
+        raise ValueError(
+            f"n={num_keys} keys make {num_keys**2:,} slots; slot numbers are 32-bit, at most {MOST_SLOTS:,}"
+        )
     if not 1 <= top_k <= num_keys:
         raise ValueError(f"top_k={top_k} must be in 1..n={num_keys}: each half offers only n candidates")
     if queries.shape[-2:] != (num_heads, 2 * half_dim):
@@ -40,27 +67,37 @@ def product_key_search(
         )
     name = dispatch.choose("product_key_search", implementation, keys.dtype)
     batch = queries.shape[:-2]
-    found: Any = _search(name, top_k, queries.reshape(-1, *queries.shape[-2:]), keys)
+    if queries.size == 0:
+        shape = (*batch, num_heads, top_k)
+        return jnp.zeros(shape, accumulator(queries.dtype)), jnp.zeros(shape, jnp.int32)
+    folded = queries.reshape(math.prod(batch), *queries.shape[-2:])
+    found: Any = _search(name, top_k, chunk_bytes, *vary_together((folded, keys)))
     scores, indices = found
     return scores.reshape(*batch, num_heads, top_k), indices.reshape(*batch, num_heads, top_k)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _search(name: str, top_k: int, queries: Array, keys: Array) -> tuple[Array, Array]:
-    return dispatch.load("product_key_search", name).product_key_search(queries, keys, top_k)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _search(name: str, top_k: int, chunk_bytes: int | None, queries: Array, keys: Array) -> tuple[Array, Array]:
+    module = dispatch.load("product_key_search", name)
+    return module.product_key_search(queries, keys, top_k, **_options(name, chunk_bytes))
 
 
-def _search_forward(name, top_k, queries, keys):
-    found: Any = _search(name, top_k, queries, keys)
+def _search_forward(name, top_k, chunk_bytes, queries, keys):
+    found: Any = _search(name, top_k, chunk_bytes, queries, keys)
     scores, indices = found
     scores, indices = checkpoint_name(scores, SAVED_SCORES), checkpoint_name(indices, SAVED_INDICES)
     return (scores, indices), (queries, keys, indices)
 
 
-def _search_backward(name, top_k, residuals, cotangents):
+def _search_backward(name, top_k, chunk_bytes, residuals, cotangents):
     queries, keys, indices = residuals
     d_scores, _ = cotangents
-    return dispatch.load("product_key_search", name).search_gradient(queries, keys, indices, d_scores)
+    module = dispatch.load("product_key_search", name)
+    return module.search_gradient(queries, keys, indices, d_scores, **_options(name, chunk_bytes))
+
+
+def _options(name: str, chunk_bytes: int | None) -> dict[str, int]:
+    return {} if chunk_bytes is None or name == "reference" else {"chunk_bytes": chunk_bytes}
 
 
 _search.defvjp(_search_forward, _search_backward)

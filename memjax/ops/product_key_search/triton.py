@@ -15,8 +15,9 @@ from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
 from memjax.ops import tiles, triton_call
+from memjax.ops.manual_axes import vary_like
 from memjax.ops.precision import accumulator
-from memjax.ops.product_key_search.xla import chunked, map_chunks, pairs_worth_trying
+from memjax.ops.product_key_search.xla import chunked, map_chunks, pairs_worth_trying, tokens_of
 
 CHUNK_BYTES = 1 << 30
 """Half scores that exist at once."""
@@ -232,11 +233,15 @@ def scatter_kernel(
 
 
 def product_key_search(
-    queries: Float[Array, "t h key_dim"], keys: Float[Array, "h 2 n half"], top_k: int
+    queries: Float[Array, "t h key_dim"],
+    keys: Float[Array, "h 2 n half"],
+    top_k: int,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
-    """The reference's slots (equal scores in any order), best first."""
+    """The reference's slots (equal scores in any order), best first; `chunk_bytes` of half scores exist at once."""
     search = partial(_search_chunk, keys=keys, top_k=top_k)
-    return map_chunks(search, queries, chunk=_chunk(keys))
+    return map_chunks(search, queries, chunk=tokens_of(chunk_bytes, keys))
 
 
 def search_gradient(
@@ -244,6 +249,8 @@ def search_gradient(
     keys: Float[Array, "h 2 n half"],
     indices: Int[Array, "t h k"],
     d_scores: Float[Array, "t h k"],
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Float[Array, "t h key_dim"], Float[Array, "h 2 n half"]]:
     """Cotangents of queries and keys: d(half scores), in the type of the keys, and two matrix products with it."""
     wide = accumulator(keys.dtype)
@@ -256,7 +263,7 @@ def search_gradient(
         d_keys += _product("hctn,thcd->hcnd", d_half, halves)
         return d_keys, d_halves.reshape(queries.shape).astype(queries.dtype)
 
-    chunk, zero = _chunk(keys), jnp.zeros(keys.shape, wide)
+    chunk, zero = tokens_of(chunk_bytes, keys), vary_like(jnp.zeros(keys.shape, wide), queries)
     if queries.shape[0] <= chunk:
         d_keys, d_queries = one_chunk(zero, (queries, indices, d_scores))
         return d_queries, d_keys.astype(keys.dtype)
@@ -359,9 +366,3 @@ def _launch_scatter(indices: Array, d_scores: Array, like: Array, *, num_keys: i
 def _round_k(top_k: int) -> int:
     """Picks that are sorted: tl.topk takes powers of two from 2 on."""
     return max(2, tiles.next_power_of_two(top_k))
-
-
-def _chunk(keys: Float[Array, "h 2 n half"]) -> int:
-    """Tokens in a chunk."""
-    num_heads, _, num_keys, _ = keys.shape
-    return max(1, CHUNK_BYTES // (8 * num_heads * num_keys))

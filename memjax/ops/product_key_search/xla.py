@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from memjax.ops.manual_axes import vary_like
 from memjax.ops.precision import accumulator
 
 CHUNK_BYTES = 1 << 26
@@ -17,9 +18,13 @@ _TOP_K_OPTIONS = {"is_stable": False} if "is_stable" in inspect.signature(jax.la
 
 
 def product_key_search(
-    queries: Float[Array, "t h key_dim"], keys: Float[Array, "h 2 n half"], top_k: int
+    queries: Float[Array, "t h key_dim"],
+    keys: Float[Array, "h 2 n half"],
+    top_k: int,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
-    """The reference's slots (equal scores in any order), best first."""
+    """The reference's slots (equal scores in any order), best first; `chunk_bytes` of half scores exist at once."""
     halves = _split(queries)
     first, second = (jnp.asarray(ranks) for ranks in pairs_worth_trying(top_k))
     num_keys = keys.shape[2]
@@ -32,7 +37,7 @@ def product_key_search(
         columns = jnp.take_along_axis(places[:, :, 1], second[pair], axis=-1)
         return best, rows * num_keys + columns
 
-    return map_chunks(search, halves, chunk=_chunk(keys))
+    return map_chunks(search, halves, chunk=tokens_of(chunk_bytes, keys))
 
 
 def search_gradient(
@@ -40,6 +45,8 @@ def search_gradient(
     keys: Float[Array, "h 2 n half"],
     indices: Int[Array, "t h k"],
     d_scores: Float[Array, "t h k"],
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Float[Array, "t h key_dim"], Float[Array, "h 2 n half"]]:
     """Cotangents of queries and keys, through the (sparse) cotangent of the half scores of one chunk at a time."""
     num_heads, _, num_keys, _ = keys.shape
@@ -57,8 +64,8 @@ def search_gradient(
         d_keys += jnp.einsum("thcn,thcd->hcnd", d_half, halves.astype(dtype), precision="highest")
         return d_keys, d_halves
 
-    chunks = chunked((_split(queries), places, d_scores), _chunk(keys))
-    d_keys, d_halves = jax.lax.scan(one_chunk, jnp.zeros(keys.shape, dtype), chunks)
+    chunks = chunked((_split(queries), places, d_scores), tokens_of(chunk_bytes, keys))
+    d_keys, d_halves = jax.lax.scan(one_chunk, vary_like(jnp.zeros(keys.shape, dtype), queries), chunks)
     d_queries = d_halves.reshape(-1, *queries.shape[1:])[: queries.shape[0]]
     return d_queries.astype(queries.dtype), d_keys.astype(keys.dtype)
 
@@ -86,10 +93,10 @@ def _top_k(scores: Float[Array, "*b n"], top_k: int) -> tuple[Float[Array, "*b k
     return best.reshape(*scores.shape[:-1], top_k), places.reshape(*scores.shape[:-1], top_k)
 
 
-def _chunk(keys: Float[Array, "h 2 n half"]) -> int:
-    """Tokens in a chunk."""
+def tokens_of(chunk_bytes: int, keys: Float[Array, "h 2 n half"]) -> int:
+    """Tokens whose half scores take so many bytes; at least one."""
     num_heads, _, num_keys, _ = keys.shape
-    return max(1, CHUNK_BYTES // (8 * num_heads * num_keys))
+    return max(1, chunk_bytes // (8 * num_heads * num_keys))
 
 
 def chunked(arrays, chunk: int):

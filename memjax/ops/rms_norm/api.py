@@ -1,5 +1,6 @@
 """The root mean square norm as others call it: any batch shape, gradients, choice of the implementation."""
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -7,6 +8,8 @@ import jax
 from jaxtyping import Array, Float
 
 from memjax.ops import dispatch
+from memjax.ops.manual_axes import vary_together
+from memjax.ops.shapes import require
 
 
 class Normed(NamedTuple):
@@ -25,14 +28,18 @@ def rms_norm(
     Sums are in float32 or wider. Differentiable in x and scale.
 
     Raises:
-        ValueError: `implementation` is unknown.
+        ValueError: shapes do not fit together, or `implementation` is unknown.
         NotImplementedError: `implementation` cannot run here.
     """
     name = dispatch.choose("rms_norm", implementation, x.dtype)
-    folded = x.reshape(-1, x.shape[-1])
+    fits = x.ndim >= 1 and scale.shape == x.shape[-1:]
+    require("rms_norm", fits, "scale must have one number for each column of x", x=x, scale=scale)
+    if x.size == 0:
+        return Normed(x, x)
+    folded = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if name != "triton":
         return Normed(x, dispatch.load("rms_norm", name).rms_norm(folded, scale, epsilon).reshape(x.shape))
-    both: Any = _by_kernels(epsilon, folded, scale)
+    both: Any = _by_kernels(epsilon, *vary_together((folded, scale)))
     same, normed = both
     return Normed(same.reshape(x.shape), normed.reshape(x.shape))
 

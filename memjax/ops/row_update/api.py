@@ -2,11 +2,18 @@
 
 from collections.abc import Sequence
 
+import jax
 from jaxtyping import Array, Float
 
 from memjax.ops import dispatch
+from memjax.ops.manual_axes import vary_together
+from memjax.ops.precision import accumulator
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.rules import RowRule, RowStep, TableState
+from memjax.ops.shapes import require
+
+SMALL_TABLE_BYTES = 1 << 24
+"""Up to this size the reference is faster than the xla form, whose sort alone takes longer on a CPU."""
 
 
 def row_update(
@@ -25,13 +32,44 @@ def row_update(
     update is in place and its temporaries do not grow with the table. With `step.ok` false nothing changes.
 
     Raises:
-        ValueError: there is no gradient, or its width is not the table's, or `implementation` is unknown.
+        ValueError: there is no gradient, shapes do not fit together, or `implementation` is unknown.
         NotImplementedError: `implementation` cannot run here.
     """
     if not gradients:
         raise ValueError("row_update needs at least one RowGradient")
+    require("row_update", table.ndim == 2, "table must be [slots, width]", table=table)
     for gradient in gradients:
-        if gradient.vectors.shape[-1] != table.shape[1]:
-            raise ValueError(f"vectors of width {gradient.vectors.shape[-1]} cannot update rows of {table.shape[1]}")
+        gradient.check(table.shape[1])
+    check_state(table, state, rule)
+    require("row_update", all(field.shape == () for field in step), "a step has scalars", **step._asdict())
     name = dispatch.choose("row_update", implementation, table.dtype)
-    return dispatch.load("row_update", name).row_update(table, state, gradients, rule, step)
+    if implementation is None and name == "xla" and is_small(table):
+        name = "reference"
+    with_picks = [gradient for gradient in gradients if gradient.indices.size]
+    if not with_picks:
+        return table, state
+    arguments = vary_together((table, state, with_picks, step))
+    table, state, with_picks, step = arguments
+    return dispatch.load("row_update", name).row_update(table, state, with_picks, rule, step)
+
+
+def is_small(table: Float[Array, "n d"]) -> bool:
+    """Whether None takes the reference in place of the xla form."""
+    return table.size * accumulator(table.dtype).itemsize <= SMALL_TABLE_BYTES
+
+
+def check_state(table: Float[Array, "n d"], state: TableState, rule: RowRule) -> None:
+    """Refuses a state that is not the rule's for this table.
+
+    Raises:
+        ValueError: it is so; the message has the shapes.
+    """
+    expected = jax.eval_shape(lambda: rule.init(*table.shape, table.dtype))
+    fits = {name: array.shape for name, array in state.items()} == {name: a.shape for name, a in expected.items()}
+    if not fits:
+        shapes = {name: list(array.shape) for name, array in state.items()}
+        needed = {name: list(array.shape) for name, array in expected.items()}
+        raise ValueError(
+            f"row_update: a state of shapes {shapes} is not that of {rule.kind} for a table {list(table.shape)}, which "
+            f"has {needed}; make it with rule.init"
+        )

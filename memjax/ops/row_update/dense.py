@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from memjax.ops.manual_axes import vary_like, vary_together
 from memjax.ops.precision import accumulator
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.api import row_update
@@ -31,24 +32,26 @@ def summed(
     num_rows: int,
     *,
     gather: Callable[[RowGradient], RowGradient] = lambda gradient: gradient,
+    piece_picks: int = PIECE_PICKS,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "n d"], Bool[Array, " n"]]:
     """All gradients as one array of the table's shape, and the rows that any pick names: a zero does not tell.
 
-    One gradient after the other, at most PIECE_PICKS picks at a time, are gathered, sorted and added, so the sum is in
+    One gradient after the other, at most piece_picks picks at a time, are gathered, sorted and added, so the sum is in
     float32 or wider, and always formed in the same order.
 
     Args:
         gradients: what to sum.
         num_rows: of the table.
         gather: applied to each gradient when its turn comes, as to collect the picks of other devices.
+        piece_picks: the most picks that are sorted at once.
         implementation: of the row update, whose kernels sum here.
     """
     dtype = jnp.result_type(*[accumulator(gradient.vectors.dtype) for gradient in gradients])
     # Not a constant: that could be written, and take memory, long before there are gradients.
-    zero, gradients = jax.lax.optimization_barrier((jnp.zeros((), dtype), list(gradients)))
-    total = jnp.full((num_rows, gradients[0].vectors.shape[1]), zero)
-    touched = jnp.zeros(num_rows, bool)
+    zero, gradients = jax.lax.optimization_barrier((jnp.zeros((), dtype), vary_together(list(gradients))))
+    total = vary_like(jnp.full((num_rows, gradients[0].vectors.shape[1]), zero), gradients)
+    touched = vary_like(jnp.zeros(num_rows, bool), gradients)
     # A step of gradient descent at the rate -1 adds.
     add = RowRule(kind="sgd")
 
@@ -61,7 +64,9 @@ def summed(
         total, touched, gradient = jax.lax.optimization_barrier((total, touched, gradient))
         gradient = gather(gradient)
         touched = touched.at[gradient.indices.reshape(-1)].set(True)
-        size = piece_tokens(*gradient.indices.shape)
+        if not gradient.indices.size:
+            continue
+        size = piece_tokens(*gradient.indices.shape, piece_picks)
         whole, rest = divmod(gradient.indices.shape[0], size)
         add_nth = lambda number, total, of=gradient, size=size: add_piece(total, of, number * size, size)
         total = jax.lax.fori_loop(0, whole, add_nth, total)
@@ -69,9 +74,9 @@ def summed(
     return total, touched
 
 
-def piece_tokens(num_tokens: int, picks: int) -> int:
+def piece_tokens(num_tokens: int, picks: int, piece_picks: int = PIECE_PICKS) -> int:
     """Tokens whose picks are sorted at once."""
-    return min(num_tokens, max(1, PIECE_PICKS // picks))
+    return min(num_tokens, max(1, piece_picks // picks))
 
 
 def update_touched(
@@ -83,6 +88,7 @@ def update_touched(
     step: RowStep,
     *,
     reduce: Callable[[Array], Array] = lambda gradient: gradient,
+    block_bytes: int = BLOCK_BYTES,
 ) -> tuple[Float[Array, "n d"], TableState]:
     """`row_update` of the touched rows by a dense gradient, a block of rows at a time, in place where donated.
 
@@ -94,9 +100,10 @@ def update_touched(
         rule: the optimizer.
         step: rate, number and so on.
         reduce: applied to the gradient of every block, as to add those of other devices.
+        block_bytes: of the dense gradient of the rows that are updated at once.
     """
     num_rows, num_columns = table.shape
-    rows = max(1, min(num_rows, BLOCK_BYTES // (num_columns * gradient.dtype.itemsize)))
+    rows = max(1, min(num_rows, block_bytes // (num_columns * gradient.dtype.itemsize)))
     columns = step.first_column + jnp.arange(num_columns)
 
     def update_block(number: Array, carry: tuple[Array, TableState]) -> tuple[Array, TableState]:
@@ -112,4 +119,5 @@ def update_touched(
         put = lambda array, new, old: jax.lax.dynamic_update_slice_in_dim(array, jnp.where(write, new, old), start, 0)
         return put(table, new, old), {name: put(state[name], new_state[name], old_state[name]) for name in state}
 
-    return jax.lax.fori_loop(0, -(-num_rows // rows), update_block, (table, state))
+    carry = vary_like((table, state), (table, state, gradient, touched, step))
+    return jax.lax.fori_loop(0, -(-num_rows // rows), update_block, carry)

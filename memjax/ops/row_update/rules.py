@@ -1,14 +1,17 @@
 """The optimizers of table rows, as arithmetic on a few rows at a time."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from memjax import config_checks
 from memjax.ops.precision import accumulator
+
+Kind = Literal["rowwise_adam", "rowwise_adagrad", "adam", "sgd"]
 
 TableState = dict[str, jax.Array]
 """Optimizer state of a table: arrays with a row for every row of the table."""
@@ -44,15 +47,18 @@ def row_step(
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RowRule:
-    """An optimizer of rows that touches only rows with a gradient ("lazy": other rows and their state stay).
+    """An optimizer of rows that touches only rows that were read ("lazy": other rows and their state stay).
 
     rowwise_adam: v = mean(g^2) over `state_columns` neighbouring columns at the first touch, then beta2 v + (1 - beta2)
     mean(g^2); row -= lr g / (sqrt(v) + eps). No first moment, no bias correction (the first touch needs none).
     rowwise_adagrad: v += mean(g^2), otherwise the same. adam: per element, bias-corrected by the number of the step.
     sgd: row -= lr g.
+
+    Raises:
+        ValueError: `kind` is unknown, or a number is out of its range.
     """
 
-    kind: Literal["rowwise_adam", "rowwise_adagrad", "adam", "sgd"] = "rowwise_adam"
+    kind: Kind = "rowwise_adam"
     beta1: float = 0.9
     beta2: float = 0.99
     eps: float = 1e-8
@@ -62,6 +68,15 @@ class RowRule:
     """Type of adam's moments."""
     stochastic_rounding: bool = True
     """Round bfloat16 rows at random, so that steps below half a unit in the last place are not lost."""
+
+    def __post_init__(self) -> None:
+        numbers = {"beta1": self.beta1, "beta2": self.beta2, "eps": self.eps, "state_columns": self.state_columns}
+        is_float = jnp.issubdtype(self.moment_dtype, jnp.floating)
+        config_checks.refuse(
+            config_checks.one_of(get_args(Kind), kind=self.kind)
+            + config_checks.row_rule(**numbers)
+            + [None if is_float else f"moment_dtype={self.moment_dtype} must be a type of floating-point numbers"]
+        )
 
     def init(self, num_rows: int, num_columns: int, dtype: DTypeLike = jnp.float32) -> TableState:
         """The state before the first update, of a table of the given shape and type.

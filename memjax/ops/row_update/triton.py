@@ -83,6 +83,7 @@ def update_kernel(
     second_ptr,
     partial_ptr,
     NUM_PICKS: tl.constexpr,
+    NUM_ROWS: tl.constexpr,
     PARTIAL: tl.constexpr,
     CHUNK: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -98,6 +99,7 @@ def update_kernel(
 ):
     """Sums CHUNK sorted picks by their rows and updates these, over WIDTH columns, in place.
 
+    Rows that do not exist (NUM_ROWS and above, as of padding) are left alone.
     Where PARTIAL, the picks are the partial sums of the round before, and those of weight zero do not exist.
     """
     blocks: tl.constexpr = (DIM + WIDTH - 1) // WIDTH
@@ -136,7 +138,8 @@ def update_kernel(
                 else:
                     vector = tl.load(vectors_ptr + source * DIM + columns, mask=mask, other=0.0)
                 next_row = tl.load(rows_ptr + pick + 1, mask=pick + 1 < NUM_PICKS, other=-1)
-                last = (next_row != row) & (row >= 0)
+                # As unsigned numbers: -1, after the last pick, is no row either.
+                last = (next_row != row) & (row.to(tl.uint32, bitcast=True) < NUM_ROWS)
                 place = row.to(tl.int64) * DIM + columns
                 mask = inner < tl.where(last, num_columns, 0)
                 old = tl.load(table_ptr + place, mask=mask, other=0.0)
@@ -153,7 +156,7 @@ def update_kernel(
                     picked += (weights[ahead] != 0).to(tl.int32)
                 else:
                     picked = 1
-                if (rows[ahead] != rows[ahead + 1]) & (rows[ahead] >= 0):
+                if (rows[ahead] != rows[ahead + 1]) & (rows[ahead].to(tl.uint32, bitcast=True) < NUM_ROWS):
                     if side == 0:
                         store_halves(partial_ptr, total, inside, DIM)
                     elif picked > 0:
@@ -193,9 +196,15 @@ def update_kernel(
 
 
 def row_update(
-    table: Float[Array, "n d"], state: TableState, gradients: Sequence[RowGradient], rule: RowRule, step: RowStep
+    table: Float[Array, "n d"],
+    state: TableState,
+    gradients: Sequence[RowGradient],
+    rule: RowRule,
+    step: RowStep,
+    *,
+    chunk: int = CHUNK,
 ) -> tuple[Float[Array, "n d"], TableState]:
-    """The reference's update, in place where the table and the state are donated."""
+    """The reference's update, in place where the table and the state are donated; a program sums `chunk` picks."""
     dim = table.shape[1]
     width = rule.state_columns if rule.kind.startswith("rowwise_") else min(UNSHARED_COLUMNS, dim)
     tile = tiles.row_update(width)
@@ -210,20 +219,21 @@ def row_update(
         "DIM": dim,
         "WIDTH": width,
         "COLUMNS": tile.columns,
-        "CHUNK": CHUNK,
+        "CHUNK": chunk,
         "STRIDE": tile.rows,
         "KIND": rule.kind,
         "BETA1": rule.beta1,
         "BETA2": rule.beta2,
         "EPS": rule.eps,
         "ROUND": rule.stochastic_rounding and table.dtype == jnp.bfloat16,
+        "NUM_ROWS": table.shape[0],
         "IN_PAIRS": dim % 2 == 0 and width % 2 == 0,
     }
 
     rows, sources, weights = sorted_picks(gradients)
     vectors, partial = jnp.concatenate([gradient.vectors for gradient in gradients]), False
     while True:
-        chunks = tiles.ceil_div(rows.shape[0], CHUNK)
+        chunks = tiles.ceil_div(rows.shape[0], chunk)
         table, *moments, sums = triton_call.launch(
             update_kernel,
             table,
@@ -248,13 +258,13 @@ def row_update(
         if chunks == 1:
             named: TableState = dict(zip(("first_moment", "second_moment"), moments, strict=True))
             return table, {name: named[name] for name in state}
-        rows, weights = cut_segments(rows, CHUNK)
+        rows, weights = cut_segments(rows, chunk)
         sources, vectors, partial = rows, sums, True
 
 
 def cut_segments(rows: Int[Array, " m"], chunk_size: int) -> tuple[Int[Array, " s"], Float[Array, " s"]]:
     """Row and weight (one, or zero where there is none) of the partial sums on both sides of every chunk."""
-    begin = jnp.arange(0, rows.shape[0], CHUNK)
+    begin = jnp.arange(0, rows.shape[0], chunk_size)
     end = jnp.minimum(begin + chunk_size, rows.shape[0])
     first, last = rows[begin], rows[end - 1]
     from_before: Bool[Array, " c"] = (begin > 0) & (rows[begin - 1] == first)

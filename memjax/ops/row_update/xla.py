@@ -10,33 +10,39 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from memjax.ops.manual_axes import vary_like
 from memjax.ops.precision import accumulator
 from memjax.ops.row_gradient import RowGradient
-from memjax.ops.row_update import reference
 from memjax.ops.row_update.rounding import round_to
 from memjax.ops.row_update.rules import RowRule, RowStep, TableState
-from memjax.ops.row_update.segments import sorted_picks
+from memjax.ops.row_update.segments import MOST_PICKS, sorted_picks
 
 CHUNK_BYTES = 1 << 22
 """Summed gradients of one chunk of picks."""
 
-SMALL_TABLE_BYTES = 1 << 24
-"""Tables up to this size are updated whole: on a CPU the sort alone takes longer."""
-
 
 def row_update(
-    table: Float[Array, "n d"], state: TableState, gradients: Sequence[RowGradient], rule: RowRule, step: RowStep
+    table: Float[Array, "n d"],
+    state: TableState,
+    gradients: Sequence[RowGradient],
+    rule: RowRule,
+    step: RowStep,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Float[Array, "n d"], TableState]:
-    """The reference's update, touching only the rows that were read; temporaries do not grow with the table."""
+    """The reference's update, touching only the rows that were read; temporaries do not grow with the table.
+
+    `chunk_bytes` of summed gradients exist at once.
+    """
     num_rows, num_columns = table.shape
     dtype = accumulator(table.dtype)
-    if table.size * dtype.itemsize <= SMALL_TABLE_BYTES:
-        return reference.row_update(table, state, gradients, rule, step)
     rows, tokens, weights = sorted_picks(gradients)
     vectors = jnp.concatenate([gradient.vectors for gradient in gradients])
     columns = step.first_column + jnp.arange(num_columns)
 
-    chunk = max(1, min(rows.shape[0], CHUNK_BYTES // (num_columns * dtype.itemsize)))
+    chunk = max(1, min(rows.shape[0], chunk_bytes // (num_columns * dtype.itemsize)))
+    # Rows that do not exist are numbered too, in 32 bits.
+    chunk = max(1, min(chunk, MOST_PICKS - num_rows))
     count = -(-rows.shape[0] // chunk)
     # Row num_rows and those after it do not exist: writes there are dropped. The extra pick closes the last row.
     padding = (0, count * chunk - rows.shape[0] + 1)
@@ -73,6 +79,6 @@ def row_update(
         state = {name: state[name].at[target].set(new_state[name], **access) for name in state}
         return table, state, partial
 
-    carry = (table, state, jnp.zeros(num_columns, dtype))
+    carry = (table, state, vary_like(jnp.zeros(num_columns, dtype), table))
     table, state, _ = jax.lax.fori_loop(0, count, update_chunk, carry)
     return table, state

@@ -1,0 +1,38 @@
+"""Checks of shapes, so that what does not fit is refused by name and never broadcast or reshaped to something else."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+
+def require(operation: str, fits: bool, rule: str, **arrays: Any) -> None:
+    """Refuses arrays that do not fit together.
+
+    Args:
+        operation: begins the message.
+        fits: whether they do.
+        rule: what must hold, in words.
+        arrays: the arrays by name; the message has their types and shapes.
+
+    Raises:
+        ValueError: `fits` is false.
+    """
+    if not fits:
+        found = ", ".join(f"{name} {describe(array)}" for name, array in arrays.items())
+        raise ValueError(f"{operation}: {rule}; found {found}")
+
+
+def describe(array: Any) -> str:
+    """Type and shape, as in float32[16, 64]."""
+    return f"{jnp.dtype(array.dtype).name}[{', '.join(map(str, array.shape))}]"
+
+
+def check_table(operation: str, table: Any, indices: Any) -> None:
+    """A table has two axes, and indices are integers with at least one axis, that of the picks.
+
+    Raises:
+        ValueError: it is not so.
+    """
+    require(operation, table.ndim == 2, "table must be [slots, width]", table=table)
+    is_indices = jnp.issubdtype(indices.dtype, jnp.integer) and indices.ndim >= 1
+    require(operation, is_indices, "indices must be integers [..., picks]", indices=indices)
