@@ -12,7 +12,7 @@ these are the plain operations, so one device, a mesh and somebody else's model 
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from memjax import config_checks
 from memjax.memory import row_exchange
 from memjax.ops import dispatch
 from memjax.ops.embedding_bag.api import embedding_bag
@@ -192,6 +193,7 @@ def update_rows(
     for gradient in gradients:
         gradient.check(table.shape[1])
     check_state(table, state, rule)
+    config_checks.refuse(config_checks.one_of(("auto", *get_args(row_exchange.Exchange)), exchange=exchange))
     if not has_memory_axis():
         run = partial(row_update, rule=rule, implementation=implementation)
         return _plain(run, table)(table, state, gradients, step=step)

@@ -31,7 +31,7 @@ class RowGradient(NamedTuple):
     vectors: Float[Array, "t d"]
     """Cotangent of the bag (embedding_bag) or the vectors (embedding_dot) of each token."""
 
-    def without_padding(self, is_real: Bool[Array, " t"], num_rows: int) -> "RowGradient":
+    def without_padding(self, is_real: Bool[Array, "*micro t"], num_rows: int) -> "RowGradient":
         """The gradient of a table of num_rows rows without the picks of tokens that are padding.
 
         The gradient of padding is zero, but rows with a gradient of zero still count as read: `rowwise_adam` decays

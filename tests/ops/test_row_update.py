@@ -254,6 +254,23 @@ def test_only_picked_rows_and_their_state_change(implementation, chunk):
     np.testing.assert_array_equal(np.any(new_state["second_moment"] != 1, axis=1), picked)
 
 
+@every_form
+@pytest.mark.parametrize("kind", ["adam", "rowwise_adam"])
+def test_picks_of_padding_touch_no_row_and_no_state(implementation, chunk, kind):
+    rng, rule = np.random.default_rng(3), RULES[kind]
+    table = jnp.asarray(rng.normal(size=(ROWS, COLUMNS)), jnp.float32)
+    state = {name: jnp.ones_like(array) for name, array in rule.init(ROWS, COLUMNS).items()}
+    real, padded = as_arrays(draw_gradients(rng), jnp.float32), []
+    for gradient in real:
+        # As many tokens again that are padding, with what must not be read in place of zeros.
+        twice = RowGradient._make(np.concatenate([factor, factor]) for factor in gradient)
+        is_real = np.arange(len(twice.indices)) < len(gradient.indices)
+        padded.append(twice.without_padding(jnp.asarray(is_real), ROWS))
+    options = {"implementation": implementation, "chunk": chunk}
+    got, expected = (update(table, state, of, rule, row_step(0.1, 2), **options) for of in (padded, real))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6), got, expected)
+
+
 @every_implementation
 def test_rounding_is_reproducible_and_unbiased(implementation):
     rows, rule = 96, RowRule(kind="sgd")

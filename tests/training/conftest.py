@@ -78,7 +78,7 @@ def ragged_batches(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
 
 def micro_batches(batch: dict[str, np.ndarray], accumulate: int) -> dict[str, np.ndarray]:
     """The batch as the step takes it."""
-    return {name: rows.reshape(accumulate, -1, LENGTH) for name, rows in batch.items()}
+    return {name: rows.reshape(accumulate, -1, rows.shape[1]) for name, rows in batch.items()}
 
 
 def mesh_of(data: int, memory: int) -> jax.sharding.Mesh:

@@ -1,0 +1,98 @@
+"""The layers in programs of others: inside their `jax.shard_map`, on their meshes, with their layouts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from memjax.memory.expert_lookup import ExpertLookupLayer
+from memjax.memory.layer import MemoryLayer
+from memjax.memory.table import TableRows, ValueTable
+
+DIM = 8
+SIZES = {"num_keys": 4, "num_heads": 2, "top_k": 2, "key_dim": 4}
+
+
+class Both(nnx.Module):
+    """A memory layer and an expert lookup, one after the other."""
+
+    def __init__(self, rngs):
+        self.table, self.inputs, self.outputs = (ValueTable(16, DIM, rngs=rngs) for _ in range(3))
+        self.memory, self.experts = MemoryLayer(DIM, **SIZES, rngs=rngs), ExpertLookupLayer(DIM, **SIZES, rngs=rngs)
+
+    def __call__(self, x):
+        x = x + self.memory(x, self.table)
+        return x + self.experts(x, self.inputs, self.outputs)
+
+
+def draw(*batch):
+    return Both(nnx.Rngs(0)), jnp.asarray(np.random.default_rng(0).normal(size=(*batch, DIM)), jnp.float32)
+
+
+def loss_and_gradient(model, x, reduce=lambda loss: loss):
+    return jax.value_and_grad(lambda model: reduce(jnp.sum(jnp.sin(model(x)))))(model)
+
+
+def assert_close(got, expected):
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("names", [("i", "j"), ("data", "memory"), ("memory",)], ids=str)
+def test_layers_inside_a_users_shard_map_with_its_checks_on(names):
+    model, x = draw(8)
+    shape = (2, 2) if len(names) == 2 else (4,)
+    mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names), devices=jax.devices()[:4])
+    local = lambda model, x: loss_and_gradient(model, x, lambda loss: jax.lax.psum(loss, names))
+    mapped = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P(names)), out_specs=P()))
+    assert_close(mapped(model, x), jax.jit(loss_and_gradient)(model, x))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_a_mesh_of_the_memory_axis_alone_is_like_any_other(axis_type):
+    model, x = draw(8)
+    mesh = jax.make_mesh((4,), ("memory",), axis_types=(axis_type,), devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        got = jax.jit(loss_and_gradient)(*jax.device_put((model, x), NamedSharding(mesh, P())))
+    assert_close(got, jax.jit(loss_and_gradient)(model, x))
+
+
+@pytest.mark.parametrize("names", [("data", "model"), ("data", "memory")], ids=str)
+@pytest.mark.parametrize("layout", [P(None, "data"), P("data", None, None)], ids=str)
+def test_layouts_of_batch_and_table_under_an_explicit_mesh(names, layout):
+    model, x = draw(4, 4)
+    expected = jax.jit(loss_and_gradient)(model, x)
+    mesh = jax.make_mesh((2, 2), names, axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        model = jax.device_put(model, NamedSharding(mesh, P()))
+        for table in (model.table, model.inputs, model.outputs):
+            table.rows.set_value(jax.device_put(table.rows[...], NamedSharding(mesh, P(None, names[1]))))
+        x = jax.device_put(x, NamedSharding(mesh, layout))
+        out = jax.jit(lambda model, x: model.memory(x, model.table))(model, x)
+        got = jax.jit(loss_and_gradient)(model, x)
+    assert out.sharding.is_equivalent_to(x.sharding, out.ndim)
+    assert got[1].table.rows[...].sharding.spec == P(None, names[1])
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize("layers", [2, 8])
+def test_a_table_shared_by_unrolled_layers_holds_one_gradient_under_plain_autodiff(layers):
+    table = ValueTable(64**2, 32, rngs=nnx.Rngs(0))
+    sizes = {"num_keys": 64, "num_heads": 1, "top_k": 4, "key_dim": 8}
+    model = [MemoryLayer(32, **sizes, rngs=nnx.Rngs(number)) for number in range(layers)]
+    experts = ExpertLookupLayer(32, **sizes, rngs=nnx.Rngs(99))
+
+    def loss(rows, x):
+        table = nnx.merge(graphdef, nnx.State({"rows": TableRows(rows)}))
+        for layer in model:
+            x = x + layer(x, table)
+        return jnp.sum(jnp.sin(experts(x, table, table)))
+
+    graphdef, rows, x = nnx.graphdef(table), table.rows[...], jnp.ones((16, 32))
+    memory = jax.jit(jax.grad(loss)).lower(rows, x).compile().memory_analysis()
+    assert memory is not None
+    assert memory.output_size_in_bytes >= rows.nbytes
+    assert memory.temp_size_in_bytes < rows.nbytes

@@ -1,0 +1,112 @@
+"""Layers refuse what does not fit them, take no token at all, and keep the rules of the config."""
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from flax import nnx
+
+from memjax.memory import parallel
+from memjax.memory.expert_lookup import ExpertLookupLayer
+from memjax.memory.layer import MemoryLayer
+from memjax.memory.table import ValueTable
+from memjax.ops.row_gradient import RowGradient
+from memjax.ops.row_update.rules import RowRule, row_step
+
+DIM = 6
+SIZES = {"num_keys": 3, "num_heads": 2, "top_k": 2, "key_dim": 4}
+
+
+@pytest.fixture
+def as_users_call():
+    """Without the suite's checks of annotations, which users do not have."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def build():
+    rngs = nnx.Rngs(0)
+    tables = [ValueTable(9, DIM, rngs=rngs) for _ in range(3)]
+    return MemoryLayer(DIM, **SIZES, rngs=rngs), ExpertLookupLayer(DIM, **SIZES, rngs=rngs), tables
+
+
+@pytest.mark.parametrize("shape", [(8, 3), (8, 12), (6, 8), (4, 2, 2)], ids=str)
+def test_activations_of_another_width_are_refused(as_users_call, shape):
+    memory, experts, (table, inputs, outputs) = build()
+    x = jnp.ones(shape)
+    message = rf"x must be \[\.\.\., 6\]; found x float32\[{', '.join(map(str, shape))}\]"
+    bag, lookup = jnp.ones((8, DIM)), experts.lookup(jnp.ones((8, DIM)))
+    for call in (
+        lambda: memory(x, table),
+        lambda: memory.lookup(x),
+        lambda: memory.combine(x, bag),
+        lambda: experts(x, inputs, outputs),
+        lambda: experts.read(x, lookup, inputs, outputs),
+        lambda: jax.jit(lambda x: memory(x, table))(x),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 16])
+def test_what_belongs_to_another_number_of_tokens_is_refused(as_users_call, tokens):
+    memory, experts, (table, inputs, outputs) = build()
+    x = jnp.ones((8, DIM))
+    lookup = memory.lookup(x)
+    with pytest.raises(ValueError, match=rf"tap float32\[{tokens}, 6\], indices int32\[8, 4\]"):
+        memory.read(table, lookup, jnp.zeros((tokens, DIM)))
+    with pytest.raises(ValueError, match=rf"tap float32\[{tokens}, 4\], indices int32\[8, 4\]"):
+        experts.read(x, lookup, inputs, outputs, experts.zero_taps(tokens, jnp.float32))
+    with pytest.raises(ValueError, match=rf"x float32\[{tokens}, 6\], indices int32\[8, 4\]"):
+        experts.read(jnp.ones((tokens, DIM)), lookup, inputs, outputs)
+    with pytest.raises(ValueError, match=rf"x float32\[8, 6\], bag float32\[{tokens}, 6\]"):
+        memory.combine(x, jnp.ones((tokens, DIM)))
+
+
+@pytest.mark.parametrize("shape", [(0, DIM), (4, 0, DIM)], ids=str)
+def test_no_token_gives_nothing(shape):
+    memory, experts, (table, inputs, outputs) = build()
+    x = jnp.ones(shape)
+    assert memory(x, table).shape == experts(x, inputs, outputs).shape == shape
+    gradient = nnx.grad(lambda table: jnp.sum(memory(x, table)))(table)
+    assert not np.any(gradient["rows"][...])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"gate": "SiLU"}, "gate='SiLU' is unknown; known: none, silu"),
+        ({"gate": True}, "gate=True is unknown"),
+        ({"gate": None}, "gate=None is unknown"),
+        ({"num_keys": 32769}, "num_keys=32769 must be at most 32768: slot numbers are 32-bit"),
+        ({"num_keys": 3.0}, "num_keys=3.0 must be a whole number"),
+        ({"value_dim": 0}, "value_dim=0 must be positive"),
+        ({"num_heads": 0}, "num_heads=0 must be positive"),
+        ({"score_scale": float("nan")}, "score_scale=nan must be positive"),
+    ],
+)
+def test_rules_of_the_config_hold_for_the_layers(as_users_call, wrong, message):
+    kinds = [MemoryLayer] if wrong.keys() & {"gate", "value_dim"} else [MemoryLayer, ExpertLookupLayer]
+    for kind in kinds:
+        with pytest.raises(ValueError, match=message):
+            kind(DIM, **{**SIZES, **wrong}, rngs=nnx.Rngs(0))
+
+
+def test_rules_of_the_config_hold_for_tables_and_exchanges(as_users_call):
+    for wrong in ({"num_slots": 0}, {"num_slots": 2**31}, {"value_dim": -1}, {"dtype": jnp.int8}):
+        with pytest.raises(ValueError, match=rf"{next(iter(wrong))}="):
+            ValueTable(**{"num_slots": 4, "value_dim": 4, **wrong}, rngs=nnx.Rngs(0))
+    gradient = RowGradient(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1)), jnp.ones((1, 4)))
+    with pytest.raises(ValueError, match="exchange='Dense' is unknown; known: auto, factored, dense"):
+        parallel.update_rows(jnp.ones((4, 4)), {}, [gradient], RowRule(kind="sgd"), row_step(1.0, 0), exchange="Dense")
+
+
+def test_tokens_that_devices_cannot_share_evenly_are_refused_with_what_to_do(mesh):
+    memory, experts, (table, inputs, outputs) = build()
+    x = jnp.ones((15, DIM))
+    with jax.set_mesh(mesh):
+        for call in (lambda: memory(x, table), lambda: experts(x, inputs, outputs)):
+            with pytest.raises(ValueError, match=r"15 tokens .* 8 devices \(data=2 x memory=4\): fill up to 16 with"):
+                call()

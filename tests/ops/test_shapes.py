@@ -1,0 +1,142 @@
+"""What does not fit together is refused with both shapes, and no token at all is as good as any number."""
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from memjax.ops.embedding_bag.api import embedding_bag
+from memjax.ops.embedding_dot.api import embedding_dot
+from memjax.ops.grouped_matmul.api import grouped_matmul
+from memjax.ops.product_key_search.api import product_key_search
+from memjax.ops.rms_norm.api import rms_norm
+from memjax.ops.row_gradient import RowGradient
+from memjax.ops.row_update.api import row_update
+from memjax.ops.row_update.rules import RowRule, row_step
+
+
+@pytest.fixture
+def as_users_call():
+    """Without the suite's checks of annotations, which users do not have."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+TABLE = jnp.ones((8, 4))
+RULE = RowRule(state_columns=4)
+
+
+def indices(*shape):
+    return jnp.zeros(shape, jnp.int32)
+
+
+def update(gradient, state=None, step=None):
+    state = RULE.init(8, 4) if state is None else state
+    return row_update(TABLE, state, [gradient], RULE, step or row_step(1.0, 0))
+
+
+MISFITS = {
+    "one weight for two picks": (
+        lambda: embedding_bag(TABLE, indices(3, 2), jnp.ones((3, 1))),
+        r"indices int32\[3, 2\], weights float32\[3, 1\]",
+    ),
+    "indices that are floats": (
+        lambda: embedding_bag(TABLE, jnp.ones((3, 2)), jnp.ones((3, 2))),
+        r"indices must be integers .* float32\[3, 2\]",
+    ),
+    "vectors of one token for three": (
+        lambda: embedding_dot(TABLE, indices(3, 2), jnp.ones((1, 4))),
+        r"indices int32\[3, 2\], vectors float32\[1, 4\], table float32\[8, 4\]",
+    ),
+    "vectors of half the width": (
+        lambda: embedding_dot(TABLE, indices(3, 2), jnp.ones((6, 2))),
+        r"vectors float32\[6, 2\], table float32\[8, 4\]",
+    ),
+    "keys without halves": (
+        lambda: product_key_search(jnp.ones((3, 2, 4)), jnp.ones((2, 1, 5, 2)), 2),
+        r"queries float32\[3, 2, 4\], keys float32\[2, 1, 5, 2\]",
+    ),
+    "more slots than 32 bits number": (
+        lambda: jax.eval_shape(
+            lambda q, k: product_key_search(q, k, 1),
+            jnp.ones((1, 1, 2)),
+            jax.ShapeDtypeStruct((1, 2, 46341, 1), "float32"),
+        ),
+        r"n=46341 keys make 2,147,488,281 slots",
+    ),
+    "one scale for all columns": (
+        lambda: rms_norm(jnp.ones((3, 4)), jnp.ones(1), 1e-5),
+        r"x float32\[3, 4\], scale float32\[1\]",
+    ),
+    "sizes with two axes": (
+        lambda: grouped_matmul(jnp.ones((3, 4)), jnp.ones((2, 4, 5)), indices(2, 1)),
+        r"rows float32\[3, 4\], matrices float32\[2, 4, 5\], sizes int32\[2, 1\]",
+    ),
+    "a row gradient with one weight for two picks": (
+        lambda: update(RowGradient(indices(3, 2), jnp.ones((3, 1)), jnp.ones((3, 4)))),
+        r"indices int32\[3, 2\], weights float32\[3, 1\]",
+    ),
+    "a row gradient with vectors of one token": (
+        lambda: update(RowGradient(indices(3, 2), jnp.ones((3, 2)), jnp.ones((1, 4)))),
+        r"indices int32\[3, 2\], .* vectors float32\[1, 4\]",
+    ),
+    "a row gradient with vectors of more tokens": (
+        lambda: RowGradient(indices(3, 2), jnp.ones((3, 2)), jnp.ones((5, 4))).dense(8),
+        r"indices int32\[3, 2\], .* vectors float32\[5, 4\]",
+    ),
+    "the state of a smaller table": (
+        lambda: update(RowGradient(indices(1, 1), jnp.ones((1, 1)), jnp.ones((1, 4))), state=RULE.init(4, 4)),
+        r"\[4, 1\].* for a table \[8, 4\], which has .*\[8, 1\]",
+    ),
+    "a rate for each row": (
+        lambda: update(
+            RowGradient(indices(1, 1), jnp.ones((1, 1)), jnp.ones((1, 4))), step=row_step(jnp.ones((8, 1)), 0)
+        ),
+        r"a step has scalars; found lr float32\[8, 1\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_shapes_that_do_not_fit_are_refused_by_name(as_users_call, case):
+    call, message = MISFITS[case]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("batch", [(0,), (3, 0)], ids=str)
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_no_token_gives_nothing_and_gradients_of_zero(implementation, batch):
+    named = {"implementation": implementation}
+    assert embedding_bag(TABLE, indices(*batch, 2), jnp.ones((*batch, 2)), **named).shape == (*batch, 4)
+    assert embedding_dot(TABLE, indices(*batch, 2), jnp.ones((*batch, 4)), **named).shape == (*batch, 2)
+    assert rms_norm(jnp.ones((*batch, 4)), jnp.ones(4), 1e-5, **named).normed.shape == (*batch, 4)
+    keys = jnp.ones((2, 2, 5, 3))
+    scores, slots = product_key_search(jnp.ones((*batch, 2, 6)), keys, 2, **named)
+    assert scores.shape == slots.shape == (*batch, 2, 2)
+    d_table = jax.grad(lambda t: embedding_bag(t, indices(*batch, 2), jnp.ones((*batch, 2)), **named).sum())(TABLE)
+    np.testing.assert_array_equal(d_table, np.zeros((8, 4)))
+    assert grouped_matmul(jnp.ones((0, 4)), jnp.ones((2, 4, 5)), indices(2), **named).shape == (0, 5)
+    gradient = RowGradient(indices(0, 2), jnp.ones((0, 2)), jnp.ones((0, 4)))
+    table, state = row_update(TABLE, RULE.init(8, 4), [gradient], RULE, row_step(1.0, 0), **named)
+    np.testing.assert_array_equal(table, TABLE)
+    assert not np.any(state["second_moment"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"kind": "SGD"}, "kind='SGD' is unknown; known: rowwise_adam"),
+        ({"kind": None}, "kind=None is unknown"),
+        ({"beta2": 1.5}, "beta2=1.5 must be in 0..1 and below 1"),
+        ({"beta1": float("nan")}, "beta1=nan must be"),
+        ({"eps": 0.0}, "eps=0.0 must be positive"),
+        ({"state_columns": 2.5}, "state_columns=2.5 must be a whole number"),
+        ({"moment_dtype": jnp.int32}, "must be a type of floating-point numbers"),
+    ],
+)
+def test_rules_of_the_config_hold_for_row_rules(as_users_call, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        RowRule(**wrong)
