@@ -14,8 +14,8 @@ from memjax.checkpoint import Checkpoints
 from memjax.config import BiographiesConfig, DataConfig, MemoryConfig, ModelConfig, RunConfig
 from memjax.data.tokenizer import ByteTokenizer
 from memjax.evaluation.command import exit_code
+from memjax.inference import engine as streaming
 from memjax.loading import load, meta_document
-from memjax.models import generate as streaming
 from memjax.models.parts import DecoderParts
 from memjax.models.trees import params_to_tree
 
