@@ -2,6 +2,11 @@
 
 Each process drives the devices of its machine, and JAX makes one mesh of them all. Every process runs the same program
 on the same batches; the first one alone prints and writes what is not a checkpoint.
+
+The connection is `jax.distributed`'s; where the processes are is read here, because JAX's own detection (0.10 and 0.11)
+takes a shell within an allocation, as of salloc, for one process of a job step; cuts host lists at the first bracket,
+so that `n[1-2]-ib` is n1; knows Open MPI's mpirun up to version 4 only, and no other MPI; and its errors name
+environment variables instead of settings.
 """
 
 import contextlib
@@ -30,11 +35,13 @@ _DAYS = 7
 """That the others wait while the first process works alone."""
 
 _LAUNCHERS = {
-    # Name: number of processes, number of this one, processes on this machine. What srun sets of a job step only, since
-    # a shell inside an allocation sees the rest, too.
-    "SLURM": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", None),
+    # Name: number of processes, number of this one, processes on this machine. Inner launchers come first: mpirun in
+    # an allocation starts its daemons by srun, whose variables their children inherit, and they number the daemons.
+    # srun itself may set PMI's variables, with the same numbers as its own.
     "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     "MPI": ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS"),
+    # What srun sets of a job step only, since a shell inside an allocation sees the rest, too.
+    "SLURM": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", None),
 }
 
 
@@ -63,17 +70,16 @@ def find(config: ProcessesConfig, environ: Mapping[str, str]) -> Launch | None:
     if config.count == 1:
         return None
     launcher, count, index, several_machines = "settings", config.count, config.index, False
-    for name, (count_name, index_name, here_name) in _LAUNCHERS.items():
-        found = int(environ.get(count_name, 1))
-        if found > 1 and index_name in environ:
-            launcher, count = name, count or found
-            index = int(environ[index_name]) if index is None else index
-            here = int(environ.get(here_name, found)) if here_name else found
-            several_machines = here < found or int(environ.get("SLURM_STEP_NUM_NODES", 1)) > 1
-            break
-    if count and "JOB_COMPLETION_INDEX" in environ:
+    if started := _launcher(environ, config):
+        launcher, found, number = started
+        here_name = _LAUNCHERS[launcher][2]
+        here = (_number(environ, here_name) if here_name else None) or found
+        several_machines = here < found or (_number(environ, "SLURM_STEP_NUM_NODES") or 1) > 1
+        count, index = count or found, number if index is None else index
+    completion = _number(environ, "JOB_COMPLETION_INDEX")
+    if count and completion is not None:
         launcher, several_machines = "Kubernetes", True
-        index = int(environ["JOB_COMPLETION_INDEX"]) if index is None else index
+        index = completion if index is None else index
     if count is None:
         return None
     coordinator = config.coordinator or (_first_machine(environ) if launcher == "SLURM" else None)
@@ -97,6 +103,41 @@ def find(config: ProcessesConfig, environ: Mapping[str, str]) -> Launch | None:
     assert index is not None
     assert coordinator is not None
     return Launch(launcher=launcher, count=count, index=index, coordinator=coordinator)
+
+
+def _launcher(environ: Mapping[str, str], config: ProcessesConfig) -> tuple[str, int, int] | None:
+    """The innermost launcher that started several processes, their number and the number of this one."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, (count_name, index_name, _) in _LAUNCHERS.items():
+        count, index = _number(environ, count_name), _number(environ, index_name)
+        if count is not None and index is not None:
+            found[name] = count, index
+    if found.get("MPI") == found.get("SLURM"):  # PMI's variables are srun's own, and srun knows where process 0 runs
+        found.pop("MPI", None)
+    several = [name for name, (count, _) in found.items() if count > 1]
+    if not several:
+        return None
+    innermost = next(iter(found))
+    if found[innermost][0] == 1 and config.count is None:
+        raise ConfigError(
+            [
+                f"{innermost} started 1 process and {several[0]} {found[several[0]][0]}, and which of them started "
+                "this one is not known; set --processes.count to the number of processes that train together"
+            ]
+        )
+    return (several[0], *found[several[0]])
+
+
+def _number(environ: Mapping[str, str], name: str) -> int | None:
+    """A number that a launcher has set; None where it is not set or empty."""
+    text = environ.get(name, "").strip()
+    if not text:
+        return None
+    if not (text.isascii() and text.isdecimal()):
+        raise ConfigError(
+            [f"the environment has {name}={text!r}, which must be a whole number; mend it, or set --processes.count 1"]
+        )
+    return int(text)
 
 
 def run_together(config: ProcessesConfig, run: Callable[[], int]) -> int:
@@ -157,11 +198,14 @@ def first_alone(name: str) -> Iterator[None]:
 
 
 def _first_machine(environ: Mapping[str, str]) -> str | None:
-    """Of a SLURM job step, with a port that other jobs are unlikely to use: node[003-007,9] is node003."""
-    first = re.match(r"([^,\[]+)(?:\[(\d+))?", environ.get("SLURM_STEP_NODELIST", ""))
+    """That of a SLURM job step, with a port that other jobs are unlikely to use: n[003-007,9]-ib is n003-ib."""
+    numbers = r"\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\]"
+    first = re.match(rf"(?:[\w.-]|{numbers})+(?=,|$)", environ.get("SLURM_STEP_NODELIST", "").strip(), re.ASCII)
     if first is None:
         return None
-    return f"{first[1]}{first[2] or ''}:{61440 + int(environ.get('SLURM_JOB_ID', 0)) % 4096}"
+    host = re.sub(numbers, lambda found: re.findall(r"\d+", found[0])[0], first[0])
+    job = re.match(r"\d+", environ.get("SLURM_JOB_ID", ""))  # 12+0 is a part of the heterogeneous job 12
+    return f"{host}:{61440 + int(job[0] if job else 0) % 4096}"
 
 
 def _start(config: ProcessesConfig, launch: Launch) -> None:

@@ -61,6 +61,35 @@ OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM
         # The pods of an indexed job may as well be runs of their own.
         ({}, {"JOB_COMPLETION_INDEX": "2"}, None),
         ({"count": 1}, SLURM, None),
+        # mpirun starts its daemons by srun, which numbers these: three, on the other nodes of an allocation of four.
+        *[
+            (
+                {"coordinator": "n1:9"},
+                SLURM
+                | {"SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": str(rank // 8 - 1)}
+                | {"OMPI_COMM_WORLD_SIZE": "32", "OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_LOCAL_SIZE": "8"},
+                Launch(launcher="Open MPI", count=32, index=rank, coordinator="n1:9"),
+            )
+            for rank in (8, 16, 31)
+        ],
+        (
+            {"coordinator": "n1:9"},
+            SLURM | {"PMI_SIZE": "8", "PMI_RANK": "6"},
+            Launch(launcher="MPI", count=8, index=6, coordinator="n1:9"),
+        ),
+        # srun --mpi=pmi2 sets both.
+        (
+            {},
+            SLURM | {"PMI_SIZE": "4", "PMI_RANK": "3"},
+            Launch(launcher="SLURM", count=4, index=3, coordinator="node007:61441"),
+        ),
+        # Empty variables are none, and part 0 of the heterogeneous job 4097 has its number.
+        ({}, dict.fromkeys([*SLURM, *OPEN_MPI, "PMI_SIZE", "PMI_RANK", "JOB_COMPLETION_INDEX"], ""), None),
+        (
+            {},
+            SLURM | dict.fromkeys(OPEN_MPI, "") | {"SLURM_JOB_ID": "4097+0", "SLURM_STEP_NUM_NODES": ""},
+            Launch(launcher="SLURM", count=4, index=3, coordinator="node007:61441"),
+        ),
     ],
 )
 def test_a_process_is_one_of_several_only_where_somebody_says_so(settings, environ, place):
@@ -80,12 +109,35 @@ def test_a_process_is_one_of_several_only_where_somebody_says_so(settings, envir
         ({}, OPEN_MPI, "4 processes (Open MPI), but where process 0 runs is not known; set --processes.coordinator"),
         ({"count": 2, "coordinator": "n1:9"}, {}, "processes.count=2, but no launcher numbers them; give each its"),
         ({"count": 2}, SLURM, "processes.index=3 must be below processes.count=2 (SLURM)"),
+        ({}, SLURM | {"SLURM_STEP_NUM_TASKS": "4(x2)"}, "the environment has SLURM_STEP_NUM_TASKS='4(x2)', which must"),
+        ({"count": 2}, {"JOB_COMPLETION_INDEX": "-1"}, "the environment has JOB_COMPLETION_INDEX='-1', which must be"),
+        ({}, SLURM | OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, "Open MPI started 1 process and SLURM 4, and which of"),
+        ({}, SLURM | {"SLURM_STEP_NODELIST": "n[1-"}, "4 processes (SLURM), but where process 0 runs is not known"),
     ],
 )
 def test_what_cannot_be_found_is_refused_with_a_way_out(settings, environ, message):
     with pytest.raises(ConfigError) as caught:
         find(ProcessesConfig(**settings), environ)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("gpu-a,gpu-b", "gpu-a"),
+        ("n[1-2]-ib", "n1-ib"),
+        ("n[001,007-015]-ib,other", "n001-ib"),
+        ("rack[0-1]node[3-4]", "rack0node3"),
+        ("rack[01-02]node[003-004].cluster.org,x[1-2]", "rack01node003.cluster.org"),
+        ("n[1-2].cluster.org", "n1.cluster.org"),
+        ("a.b.c,n[1-2]", "a.b.c"),
+    ],
+)
+def test_process_0_is_on_the_first_node_of_the_list(nodes, first):
+    launch = find(ProcessesConfig(), SLURM | {"SLURM_STEP_NODELIST": nodes})
+    assert launch is not None
+    assert launch.coordinator == f"{first}:61441"
 
 
 @pytest.mark.parametrize(
