@@ -557,6 +557,10 @@ class RunFolderConfig:
     """Seed of the initialisation, the data order and the stochastic rounding."""
     deterministic: bool = False
     """Ask XLA for bit-for-bit repeatable kernels on GPUs (slower)."""
+    compile_cache: str | None = "auto"
+    """Folder that keeps compiled programs, so that the next start does not compile them again. auto: memjax/compiled in
+    the user's cache folder (at most 2 GB; MEMJAX_COMPILE_CACHE in the environment names another or says off, and is for
+    evaluate and generate too); null keeps none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

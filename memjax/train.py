@@ -35,9 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_environment(arguments.config)
     # Only now: the settings above must be in place before JAX starts, and wrong ones should not wait for its import.
     from memjax.evaluation.command import exit_code
+    from memjax.io import compilation_cache
     from memjax.training.main import dry_run, train
     from memjax.training.processes import run_together
 
+    compilation_cache.enable(arguments.config.run.compile_cache)
     if "dry_run" in arguments.flags:
         return exit_code(lambda: dry_run(arguments.config))
     run = lambda: exit_code(lambda: train(arguments.config, allow_changed="allow_changed" in arguments.flags))

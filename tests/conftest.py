@@ -8,6 +8,8 @@ from collections.abc import Iterator
 # Compilation takes most of the suite's time, so XLA leaves out what only makes programs faster; runs that tests start
 # as processes of their own inherit it. Before JAX is imported.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# No test depends on what another run of the suite has compiled.
+os.environ.setdefault("MEMJAX_COMPILE_CACHE", "off")
 # Threads of XLA: devices that wait for each other hold one each, and others must be left.
 os.environ.setdefault("NPROC", "32")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal
@@ -48,9 +49,11 @@ def loaded(run: str, settings: CheckpointSettings) -> Iterator["LoadedModel"]:
     """
     import jax
 
+    from memjax.io import compilation_cache
     from memjax.loading import load
     from memjax.memory import parallel
 
+    compilation_cache.enable()
     count = settings.memory_devices
     if count == 1:
         yield load(run, step=settings.checkpoint)
@@ -69,8 +72,12 @@ def exit_code(command: Callable[[], int | None], *, interrupted: str = "interrup
 
     Returns:
         What the command returns (None is 0); 2 for a wrong setting, 3 for data and 4 for a checkpoint that cannot be
-        used; 130 for a Ctrl-C that the command does not catch itself.
+        used, or whatever else the operating system refuses; 130 for a Ctrl-C that the command does not catch itself;
+        141 when the reader of standard output is gone, as of programs that SIGPIPE ends.
     """
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        # Text of models and file names may hold letters that the terminal's encoding lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     from memjax.errors import CheckpointError, DataError
 
     codes = {ConfigError: 2, DataError: 3, CheckpointError: 4}
@@ -79,6 +86,48 @@ def exit_code(command: Callable[[], int | None], *, interrupted: str = "interrup
     except tuple(codes) as error:
         print(error, file=sys.stderr)
         return next(code for kind, code in codes.items() if isinstance(error, kind))
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _output_is_gone():
+            return 141
+        print(explain(error), file=sys.stderr)
+        return 4
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
         return 130
+
+
+def explain(error: OSError) -> str:
+    """What the operating system refused, in a line: `runs/a/evals: Permission denied`."""
+    named = [str(path) for path in (error.filename, error.filename2) if path is not None]
+    return ": ".join([*[" -> ".join(named)] * bool(named), error.strerror or str(error) or type(error).__name__])
+
+
+def check_output(path: str, name: str) -> None:
+    """Refuses a file that could not be written after the work.
+
+    Raises:
+        ConfigError: its folder does not exist or is not writable, or the path is a folder.
+    """
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path):
+        problem = "is a folder; name a file"
+    elif not os.path.isdir(folder):
+        problem = f"cannot be written: there is no folder {folder}"
+    elif not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        problem = "cannot be written: permission denied"
+    else:
+        return
+    raise ConfigError([f"{name}={path} {problem}"])
+
+
+def _output_is_gone() -> bool:
+    """Whether standard output is closed; then what is left in its buffer goes nowhere, or the interpreter would fail."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
+        return True
+    return False

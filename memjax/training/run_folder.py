@@ -21,6 +21,7 @@ from memjax.loading import CHECKPOINTS, read_tokenizer
 
 MAY_CHANGE = (
     "run.dir",
+    "run.compile_cache",
     "data.prepared",
     "data.malformed",
     "data.max_malformed",

@@ -1,0 +1,168 @@
+"""JAX's persistent compilation cache in the user's cache folder: a second start compiles nothing again.
+
+JAX reads and writes the entries; what it leaves to others is here. Entries are kept apart by what they depend on and
+JAX's keys do not hold (jaxlib, the CPU's instructions), damaged ones are removed, the size is bounded. JAX's own bound
+(`jax_compilation_cache_max_size`) needs the package filelock, and locks and lists the folder at every read.
+"""
+
+import atexit
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shutil
+import sys
+import time
+import warnings
+import zlib
+
+from memjax.io.files import write_atomic
+
+VARIABLE = "MEMJAX_COMPILE_CACHE"
+"""Environment variable: a folder, or `off`."""
+
+MAX_BYTES = 2 << 30
+"""Size of a folder above which the entries that were not used for longest are removed."""
+
+DAYS = 60
+"""After so many days without a new entry, the folder of another jaxlib or machine is removed."""
+
+_CHECKED = "checked.json"
+_ENTRIES = "*-cache"
+
+
+def enable(setting: str | None = "auto") -> pathlib.Path | None:
+    """Switches the cache on, before anything is compiled; a folder that cannot be used costs a line and nothing else.
+
+    Args:
+        setting: auto is memjax in the user's cache folder, null (None) no cache, all else a folder. The variable
+            MEMJAX_COMPILE_CACHE goes before auto; whoever has set JAX's own variables is left alone.
+
+    Returns:
+        The folder; None without a cache.
+    """
+    chosen = os.environ.get(VARIABLE) if setting == "auto" else setting
+    if chosen is None and setting == "auto":
+        chosen = _user_folder()
+    if not chosen or chosen.lower() in ("off", "null", "none") or _set_by_user():
+        return None
+    import jax
+
+    try:
+        folder = pathlib.Path(chosen).expanduser() / _machine()
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(13, "not writable")
+        # An entry is machine code: one that somebody else could write must not be run.
+        if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
+            raise PermissionError(1, "belongs to another user")
+        _tidy(folder)
+        _remove_old(folder)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home folder is not known
+        if setting != "auto":
+            reason = getattr(error, "strerror", None) or error
+            print(f"compiled programs are not kept: {chosen}: {reason}", file=sys.stderr)
+        return None
+    # What JAX cannot read it compiles, what it cannot write it leaves; neither is worth the user's attention.
+    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Hundreds of small programs take as long as the few large ones.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    atexit.register(_tidy_at_exit, folder)
+    return folder
+
+
+def _set_by_user() -> bool:
+    return any(os.environ.get(name) for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"))
+
+
+def _user_folder() -> str:
+    # The specification has relative paths ignored.
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return os.path.join(base if os.path.isabs(base) else os.path.join("~", ".cache"), "memjax", "compiled")
+
+
+def _machine() -> str:
+    """A folder's name for jaxlib and this kind of CPU: a home may be shared by machines with other instructions."""
+    kind = [platform.system(), platform.machine(), platform.processor()]
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        # The first of each: all cores are alike, and frequencies change.
+        names = ("model name", "flags", "Features", "CPU part")
+        kind += [next((line for line in lines if line.startswith(name)), "") for name in names]
+    digest = hashlib.sha256("\n".join(kind).encode()).hexdigest()[:12]
+    return f"jaxlib-{importlib.metadata.version('jaxlib')}-{digest}"
+
+
+def _tidy_at_exit(folder: pathlib.Path) -> None:
+    """Notes the checksums of what this process has compiled."""
+    with contextlib.suppress(Exception):
+        _tidy(folder)
+
+
+def _tidy(folder: pathlib.Path) -> None:
+    """Removes entries that are damaged, and the oldest of too many.
+
+    A process that is killed while it writes leaves a part of an entry, which JAX would neither use nor replace. An
+    entry is read and unpacked once; then its size, time and checksum are kept, and it is read again when these change.
+    """
+    try:
+        known = json.loads((folder / _CHECKED).read_text(encoding="utf-8"))
+        known = known if isinstance(known, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        known = {}
+    checked: dict[str, list[int]] = {}
+    sizes: list[tuple[float, int, pathlib.Path]] = []
+    for path in folder.glob(_ENTRIES):
+        with contextlib.suppress(OSError):  # another process removes entries too
+            stat = path.stat()
+            state, old = [stat.st_size, stat.st_mtime_ns], known.get(path.name)
+            is_known = isinstance(old, list) and len(old) == 3
+            if not (is_known and old[:2] == state):
+                content = path.read_bytes()
+                checksum = zlib.crc32(content)
+                if checksum != old[2] if is_known else not _is_entry(content):
+                    # A part of an entry may be one that another process is writing.
+                    if is_known or time.time() - stat.st_mtime > 60:
+                        path.unlink()
+                    continue
+                state = [*state, checksum]
+            else:
+                state = old
+            checked[path.name] = state
+            sizes.append((max(stat.st_atime, stat.st_mtime), stat.st_size, path))
+    total = sum(size for _, size, _ in sizes)
+    for _, size, path in sorted(sizes, key=lambda entry: entry[0]):
+        if total <= MAX_BYTES:
+            break
+        with contextlib.suppress(OSError):
+            path.unlink()
+        checked.pop(path.name, None)
+        total -= size
+    if checked != known:
+        write_atomic(folder / _CHECKED, json.dumps(checked))
+
+
+def _remove_old(folder: pathlib.Path) -> None:
+    """Removes the folders of other versions and machines that nobody has added to for a long time."""
+    for other in folder.parent.glob("jaxlib-*"):
+        with contextlib.suppress(OSError):
+            if other != folder and time.time() - other.stat().st_mtime > DAYS * 24 * 3600:
+                shutil.rmtree(other, ignore_errors=True)
+
+
+def _is_entry(content: bytes) -> bool:
+    """Whether JAX's packing of an entry, zlib's or zstd's, is whole."""
+    try:
+        if content[:4] == b"\x28\xb5\x2f\xfd":
+            import zstandard  # pyright: ignore[reportMissingImports]  # what JAX packs with where it is installed
+
+            zstandard.ZstdDecompressor().decompress(content)
+        else:
+            zlib.decompress(content)
+    except Exception:
+        return False
+    return True
