@@ -460,7 +460,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class WandbConfig:
-    """Weights & Biases (pip install 'memjax[wandb]'). A resumed run goes on as the same run there."""
+    """Weights & Biases (pip install wandb). A resumed run goes on as the same run there."""
 
     project: str = "memjax"
     """The project."""
@@ -475,7 +475,7 @@ class WandbConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrackioConfig:
-    """Trackio (pip install 'memjax[trackio]'), a local dashboard: `trackio show`."""
+    """Trackio (pip install trackio), a local dashboard: `trackio show`."""
 
     project: str = "memjax"
     """The project."""

@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
 import pathlib
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +17,15 @@ from memjax import command_line
 from memjax.errors import ConfigError
 from memjax.evaluation.command import exit_code, loaded
 from memjax.evaluation.settings import EvaluateConfig
+from memjax.io.files import write_atomic
 
 if TYPE_CHECKING:
     from memjax.data.records import Record
     from memjax.evaluation.questions import QuestionSet
     from memjax.loading import LoadedModel
 
+
+PROG = "python -m memjax.evaluate"
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 """What libraries below lm-eval read when they are imported: data that is not on this machine is not looked for."""
@@ -31,9 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = command_line.parse(
         EvaluateConfig,
         sys.argv[1:] if argv is None else argv,
-        prog="python -m memjax.evaluate",
+        prog=PROG,
         description="Measures what a trained model knows: exact answers to questions, bits per byte of text, or tasks.",
         positional=command_line.RUN_FOLDER,
+        examples=[
+            f"{PROG} runs/quickstart",
+            f"{PROG} runs/wiki_text --text held_out.jsonl",
+            f"{PROG} runs/wiki_text --questions questions.jsonl --shots 5",
+        ],
     )
     return exit_code(lambda: _evaluate(str(parsed.positional), parsed.config))
 
@@ -43,28 +53,61 @@ def _evaluate(run: str, settings: EvaluateConfig) -> None:
     sets, examples = _question_sets(settings)
     if settings.tasks and importlib.util.find_spec("lm_eval") is None:
         asked = ",".join(settings.tasks)
-        raise ConfigError([f"tasks={asked} needs the package lm-eval: pip install 'memjax[eval]'"])
+        raise ConfigError([f"tasks={asked} needs the package lm-eval: pip install lm-eval"])
     from memjax.data.sources import find_source
 
     with loaded(run, settings) as found:
         folder = _evals_folder(run)
         if sets:
             name = f"questions-{_stem(settings.questions)}"
-            report = _questions(found, settings, sets, examples, folder / f"{found.step}-{name}-answers.jsonl")
+            path = _result_path(folder, f"{found.step}-{name}", settings)
+            report = _questions(found, settings, sets, examples, path and _answers(path))
         elif settings.tasks:
             name = f"tasks-{_stem(settings.tasks)}"
-            report = _tasks(found, settings, folder / f"{found.step}-{name}-answers.jsonl")
+            path = _result_path(folder, f"{found.step}-{name}", settings)
+            report = _tasks(found, settings, path and _answers(path))
         elif settings.text is None and find_source(found.config.data).people:
-            name, report = "facts", _facts(found, settings)
+            path = _result_path(folder, f"{found.step}-facts", settings)
+            report = _facts(found, settings)
         else:
             source = _open(run, found, settings)
             name = "validation" if settings.text is None else f"text-{pathlib.Path(settings.text).stem}"
+            path = _result_path(folder, f"{found.step}-{name}", settings)
             report = _text(found, settings, source)
-        path = folder / f"{found.step}-{name}.json"
-        whole = {"step": found.step, "settings": dataclasses.asdict(settings), **report}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"\nwritten to {path}")
+        document = {"step": found.step, "settings": dataclasses.asdict(settings), **report}
+    if path:
+        write_atomic(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        print(f"\nwritten to {path}")
+
+
+def _result_path(folder: pathlib.Path, name: str, settings: EvaluateConfig) -> pathlib.Path | None:
+    """The file of the result; None, and a line, where nothing can be written, since the figures are printed anyway.
+
+    A result that was measured with other settings stays: the new one gets a name with a digest of its settings.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        print(f"the results are printed only: {folder}: {error.strerror}", file=sys.stderr)
+        return None
+    asked = json.loads(json.dumps(dataclasses.asdict(settings)))
+    path = folder / f"{name}.json"
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    except FileNotFoundError:
+        return path
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        kept = None
+    if kept == asked:
+        return path
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+    return folder / f"{name}-{digest}.json"
+
+
+def _answers(result: pathlib.Path) -> pathlib.Path:
+    return result.with_name(f"{result.stem}-answers.jsonl")
 
 
 def _stem(asked: Sequence[str]) -> str:
@@ -91,31 +134,33 @@ def _questions(
     settings: EvaluateConfig,
     sets: list["QuestionSet"],
     examples: list["QuestionSet"],
-    answers: pathlib.Path,
+    answers: pathlib.Path | None,
 ) -> dict[str, Any]:
     from memjax.evaluation.qa import format_question_report, question_report
 
     with _lines(answers) as keep:
         report = question_report(found, sets, settings, examples=examples, keep=keep)
-    print(f"{format_question_report(report)}\n\nevery answer is in {answers}")
+    print(format_question_report(report) + (f"\n\nevery answer is in {answers}" if answers else ""))
     return report
 
 
-def _tasks(found: "LoadedModel", settings: EvaluateConfig, answers: pathlib.Path) -> dict[str, Any]:
+def _tasks(found: "LoadedModel", settings: EvaluateConfig, answers: pathlib.Path | None) -> dict[str, Any]:
     for name, value in _OFFLINE.items():
         os.environ.setdefault(name, value)
     from memjax.evaluation.harness import format_task_report, task_report
 
     with _lines(answers) as keep:
         report = task_report(found, settings, keep=keep)
-    print(f"{format_task_report(report)}\n\nevery answer is in {answers}")
+    print(format_task_report(report) + (f"\n\nevery answer is in {answers}" if answers else ""))
     return report
 
 
 @contextlib.contextmanager
-def _lines(path: pathlib.Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that writes objects into a file, one a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _lines(path: pathlib.Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that writes objects into a file, one a line; without a file it does nothing."""
+    if path is None:
+        yield lambda values: None
+        return
     with path.open("w", encoding="utf-8") as file:
         yield lambda values: print(json.dumps(values, ensure_ascii=False, default=str), file=file)
 

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from memjax import command_line
 from memjax.config import SamplingConfig
 from memjax.errors import ConfigError
-from memjax.evaluation.command import CheckpointSettings, exit_code, loaded
+from memjax.evaluation.command import CheckpointSettings, check_output, exit_code, loaded
 
 if TYPE_CHECKING:
     from memjax.loading import LoadedModel
+
+PROG = "python -m memjax.generate"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,9 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = command_line.parse(
         GenerateConfig,
         sys.argv[1:] if argv is None else argv,
-        prog="python -m memjax.generate",
+        prog=PROG,
         description="Writes what a trained model says after a prompt, token by token.",
         positional=command_line.RUN_FOLDER,
+        examples=[
+            f'{PROG} runs/quickstart --prompt "What is the major of"',
+            f"{PROG} runs/quickstart --prompts prompts.txt --output answers.jsonl",
+        ],
     )
     return exit_code(lambda: _generate(str(parsed.positional), parsed.config))
 
@@ -73,6 +79,8 @@ def _generate(run: str, settings: GenerateConfig) -> None:
     records = None if settings.prompts is None else read_prompts(settings.prompts)
     if records is None and settings.prompt is None and not sys.stdin.isatty():
         raise ConfigError(["prompt=null: give --prompt or --prompts, or ask at a terminal"])
+    if settings.output is not None:
+        check_output(settings.output, "output")
     with loaded(run, settings) as found:
         if records is not None:
             _write_file(found, settings, records)

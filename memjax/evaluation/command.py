@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal
@@ -121,13 +122,16 @@ def check_output(path: str, name: str) -> None:
 
 
 def _output_is_gone() -> bool:
-    """Whether standard output is closed; then what is left in its buffer goes nowhere, or the interpreter would fail."""
+    """Whether standard output has no reader; what is left in its buffer then goes nowhere, or the exit would fail."""
     try:
-        sys.stdout.flush()
-    except OSError:
-        with contextlib.suppress(OSError, ValueError):
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, sys.stdout.fileno())
-            os.close(null)
-        return True
-    return False
+        output = sys.stdout.fileno()
+        poll = select.poll()
+        poll.register(output, 0)
+        if not any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
+            return False
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, output)
+        os.close(null)
+    except (OSError, ValueError):
+        return False
+    return True

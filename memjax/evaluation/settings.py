@@ -58,7 +58,7 @@ class EvaluateConfig(CheckpointSettings):
     program_seconds: int = 5
     """What such a program may compute; of the clock it gets three times as much."""
     tasks: tuple[str, ...] = ()
-    """Tasks of lm-eval to do (pip install 'memjax[eval]'). No network is used, so their data must be on this
+    """Tasks of lm-eval to do (pip install lm-eval). No network is used, so their data must be on this
     machine."""
     task_folder: str | None = None
     """A folder with tasks of your own as YAML files, which then are the only ones known. Such files can name Python

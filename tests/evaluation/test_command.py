@@ -3,6 +3,11 @@
 import functools
 import gzip
 import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -215,7 +220,7 @@ def test_wrong_settings_end_with_2(biographies, capsys):
 def test_tasks_need_their_package(biographies, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert evaluate.main([biographies, "--tasks", "arc_easy"]) == 2
-    assert "tasks=arc_easy needs the package lm-eval: pip install 'memjax[eval]'" in capsys.readouterr().err
+    assert "tasks=arc_easy needs the package lm-eval: pip install lm-eval" in capsys.readouterr().err
 
 
 def test_missing_texts_end_with_3_and_missing_checkpoints_with_4(biographies, tmp_path, capsys):
@@ -242,3 +247,54 @@ def test_an_interrupt_that_nobody_catches_ends_without_a_traceback(capsys):
 
     assert exit_code(interrupted) == 130
     assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_what_the_system_refuses_is_a_line_with_the_path(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert exit_code(lambda: (tmp_path / "file" / "x").write_text("")) == 4
+    assert capsys.readouterr().err == f"{tmp_path}/file/x: Not a directory\n"
+    assert exit_code(lambda: os.rename(tmp_path / "a", tmp_path / "b")) == 4
+    assert capsys.readouterr().err == f"{tmp_path}/a -> {tmp_path}/b: No such file or directory\n"
+
+
+def test_a_reader_that_goes_ends_a_command_quietly():
+    code = """
+import sys
+from memjax.evaluation.command import exit_code
+sys.exit(exit_code(lambda: [print("a line of \u2581 text", flush=True) for _ in range(100_000)] and None))
+"""
+    env = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2]), "PYTHONIOENCODING": "ascii"}
+    words = [sys.executable, "-c", code]
+    with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.readline() == b"a line of \\u2581 text\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 141
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(biographies, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("What is\n")
+    for output, problem in ((tmp_path, "is a folder; name a file"), (tmp_path / "no/x", "there is no folder")):
+        words = ["--prompts", str(tmp_path / "prompts.txt"), "--output", str(output)]
+        assert generate.main([str(tmp_path / "no run"), *words]) == 2
+        assert problem in capsys.readouterr().err
+
+
+def test_results_of_other_settings_are_kept_and_printed_where_nothing_can_be(tmp_path, capsys):
+    run = save(tmp_path / "run", DataConfig(sequence_length=16, biographies=BiographiesConfig(num_people=4)))
+    (tmp_path / "text.txt").write_text("A first line.\n")
+    options = ["--text", str(tmp_path / "text.txt"), "--batch_size", "4", "--no-zero_tables"]
+    evals = tmp_path / "run" / "evals"
+    for more, number in (([], 1), ([], 1), (["--max_bytes", "5"], 2), (["--max_bytes", "5"], 2)):
+        assert evaluate.main([run, *options, *more]) == 0
+        assert len(list(evals.iterdir())) == number
+    assert (evals / "7-text-text.json").exists()
+    shutil.rmtree(evals)
+    evals.write_text("")
+    capsys.readouterr()
+    assert evaluate.main([run, *options]) == 0
+    printed = capsys.readouterr()
+    assert "bits per byte" in printed.out
+    assert printed.err == f"the results are printed only: {evals}: File exists\n"

@@ -1,0 +1,36 @@
+"""`python -m memjax COMMAND ...`: every command by its name; without one, what there is."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from memjax.io.console import say
+
+COMMANDS = {
+    "train": "train a model, or go on with a run",
+    "prepare": "tokenise the data of a run ahead of training",
+    "evaluate": "measure what a trained model knows: facts, text, questions or tasks",
+    "generate": "write on from a prompt, a file of prompts, or at the terminal",
+    "convert": "models of Hugging Face in and out, official checkpoints in, memory for a dense run",
+    "plot": "compare runs in one picture",
+    "doctor": "show versions and devices, and check what this machine computes",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command that the first word names; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words[0] if words else "--help"
+    if name in COMMANDS:
+        return importlib.import_module(f"memjax.{name}").main(words[1:])
+    lines = [f"  {command:<10} {summary}" for command, summary in COMMANDS.items()]
+    overview = "\n".join(["usage: python -m memjax COMMAND ...", "", *lines, "", "COMMAND --help explains a command."])
+    if name in ("-h", "--help"):
+        say(overview)
+        return 0
+    print(f"python -m memjax: there is no command {name!r}\n\n{overview}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
