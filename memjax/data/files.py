@@ -359,7 +359,7 @@ def _pyarrow(path: pathlib.Path) -> ModuleType:
         import pyarrow.parquet
     except ImportError as error:
         raise DataError(
-            f"{path}: needs the package pyarrow, which cannot be imported ({error}); pip install 'memjax[data]'"
+            f"{path}: needs the package pyarrow, which cannot be imported ({error}); pip install pyarrow"
         ) from error
     return pyarrow
 

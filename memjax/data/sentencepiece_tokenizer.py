@@ -107,7 +107,7 @@ def _processor(content: bytes) -> Any:
         import sentencepiece
     except ImportError as error:
         raise DataError(
-            "a tokenizer of kind=sentencepiece needs the package sentencepiece: pip install 'memjax[tokenizers]'"
+            "a tokenizer of kind=sentencepiece needs the package sentencepiece: pip install sentencepiece"
         ) from error
     processor = sentencepiece.SentencePieceProcessor()
     try:

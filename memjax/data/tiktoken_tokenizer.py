@@ -45,9 +45,7 @@ class TiktokenTokenizer(Tokenizer):
         try:
             import tiktoken
         except ImportError as error:
-            raise DataError(
-                "a tokenizer of kind=tiktoken needs the package tiktoken: pip install 'memjax[tokenizers]'"
-            ) from error
+            raise DataError("a tokenizer of kind=tiktoken needs the package tiktoken: pip install tiktoken") from error
         self._ranks, self._pattern, self._bos, self._eos = dict(ranks), pattern, bos, eos
         of_bytes = {base64.b64decode(token): rank for token, rank in ranks.items()}
         if missing := [byte for byte in range(256) if bytes([byte]) not in of_bytes]:

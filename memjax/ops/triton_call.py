@@ -43,7 +43,7 @@ def _import_problem(module: str) -> str | None:
     try:
         importlib.import_module(module)
     except ImportError as error:
-        return f"{module} cannot be imported ({error}); install memjax[cuda]"
+        return f"{module} cannot be imported ({error}); install jax-triton and triton"
     return None
 
 

@@ -207,7 +207,7 @@ def _read_notes(path: pathlib.Path) -> dict[str, Any]:
 
 class _Wandb(_Service):
     def __init__(self, config: RunConfig, settings: WandbConfig, folder: pathlib.Path):
-        library = _package("wandb", "memjax[wandb]")
+        library = _package("wandb", "wandb")
         super().__init__(folder / "wandb.json")
         if "id" not in self.notes:
             self.keep(id=uuid.uuid4().hex[:12])
@@ -226,7 +226,7 @@ class _Wandb(_Service):
 
 class _Trackio(_Service):
     def __init__(self, config: RunConfig, settings: TrackioConfig, folder: pathlib.Path):
-        library = _package("trackio", "memjax[trackio]")
+        library = _package("trackio", "trackio")
         super().__init__(folder / "trackio.json")
         self.run = library.init(
             project=settings.project,
