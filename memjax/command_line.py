@@ -35,13 +35,17 @@ from memjax.command_schema import (
 from memjax.command_yaml import Dumper, Loader, scalar, why_invalid
 from memjax.errors import ConfigError
 from memjax.io.console import say
+from memjax.io.paths import local_path
 
 T = TypeVar("T")
 _NO_FLAGS: Mapping[str, str] = types.MappingProxyType({})
 
 
 CONFIG_FILE = Positional(
-    name="CONFIG.yaml", help="Settings of the run; without it, the defaults.", required=False, is_config=True
+    name="CONFIG.yaml",
+    help="Settings of the run, or the folder of a run, which goes on with its own. Without it, the defaults.",
+    required=False,
+    is_config=True,
 )
 RUN_FOLDER = Positional(name="RUN", help="The folder of a run.")
 
@@ -120,9 +124,9 @@ def parse(
     sources = _Sources(schema)
     settings, stray, given = sources.arguments(argv, flags)
     allowed = 0 if positional is None else len(stray) if positional.repeats else 1
-    positionals, stray = tuple(stray[:allowed]), stray[allowed:]
+    positionals, stray = sources.paths(stray[:allowed], positional), stray[allowed:]
     first = positionals[0] if positionals else None
-    tree = sources.read(Path(first), "command line") if first and positional and positional.is_config else {}
+    tree = sources.config(Path(first)) if first and positional and positional.is_config else {}
     sources.problems += [f"command line: {shortened(repr(word))} is one argument too many" for word in stray]
     if positional and positional.required and first is None:
         sources.problems.append(f"command line: {positional.name} is missing: {positional.help}")
@@ -170,6 +174,30 @@ class _Sources:
         self.options: list[str] = []
         self.unknown = 0
         self.known = {".".join(path): section_of(annotation) is not None for path, annotation in walk(schema)}
+
+    def paths(self, words: Sequence[str], positional: Positional | None) -> tuple[str, ...]:
+        """Positional arguments, each with its `~` expanded; what is no path of this machine is left out."""
+        found = []
+        for word in words:
+            try:
+                found.append(str(local_path(word, positional.name if positional else "")))
+            except ValueError as error:
+                self.problems.append(f"command line: {error}")
+        return tuple(found)
+
+    def config(self, path: Path) -> dict[str, Any]:
+        """The tree of a config's file, or of a run's folder, whatever the place that the run began in."""
+        if not path.is_dir():
+            return self.read(path, "command line")
+        file = path / "config.yaml"
+        if not file.exists():
+            is_part = path.name == "checkpoints" and (path.parent / "config.yaml").exists()
+            self.problems.append(
+                f"command line: {path} is a folder without a config.yaml, so it is not that of a run that has made a "
+                f"step; {f'name {path.parent}' if is_part else f'name a YAML file, and --run.dir {path} to run there'}"
+            )
+            return {}
+        return _merge(self.read(file, "command line"), {"run": {"dir": str(path)}})
 
     def read(self, path: Path, asked_at: str, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
         """The tree of a file merged over that of the file it extends."""

@@ -11,7 +11,7 @@ import math
 import re
 from typing import Literal
 
-from memjax.config_checks import decays, not_empty, not_negative, positive, refuse, row_rule
+from memjax.config_checks import decays, local_paths, not_empty, not_negative, positive, refuse, row_rule
 from memjax.model_config import (
     BlockKind,
     DType,
@@ -89,6 +89,7 @@ class TokenizerConfig:
         from_file = self.kind not in ("byte", "bpe")
         refuse(
             positive(train_bytes=self.train_bytes)
+            + local_paths(self, "path")
             + [
                 f"{name}={value} is for a tokenizer from a file; set kind to hf, sentencepiece or tiktoken"
                 for name, value in (("path", self.path), ("bos", self.bos), ("eos", self.eos))
@@ -147,6 +148,7 @@ class MixtureConfig:
     def __post_init__(self) -> None:
         refuse(
             positive(weight=self.weight)
+            + local_paths(self, "path")
             + [
                 f"name={self.name} must consist of letters, digits, - and _: a folder and metrics are named after it"
                 if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name)
@@ -213,6 +215,7 @@ class DataConfig:
                 max_record_bytes=self.max_record_bytes,
             )
             + not_negative(num_workers=self.num_workers, max_malformed=self.max_malformed)
+            + local_paths(self, "path", "validation_path", "prepared")
             + [
                 f"source={self.source} needs the parts to mix; list them in mixture, as {{name, path, weight}} each"
                 if self.source == "mixture" and not self.mixture
@@ -407,7 +410,7 @@ class TrainConfig:
     where it can run."""
 
     def __post_init__(self) -> None:
-        refuse(positive(steps=self.steps, accumulate=self.accumulate))
+        refuse(positive(steps=self.steps, accumulate=self.accumulate) + local_paths(self, "init_from"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -561,6 +564,9 @@ class RunFolderConfig:
     """Folder that keeps compiled programs, so that the next start does not compile them again. auto: memjax/compiled in
     the user's cache folder (at most 2 GB; MEMJAX_COMPILE_CACHE in the environment names another or says off, and is for
     evaluate and generate too); null keeps none."""
+
+    def __post_init__(self) -> None:
+        refuse(local_paths(self, "dir"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,8 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
+from memjax.io.paths import local_path
+
 MOST_KEYS = 32768
 """Sub-keys per half whose slots 32-bit numbers can count, with room for those that do not exist."""
 
@@ -103,3 +105,25 @@ def experts(
 def row_rule(*, beta1: float, beta2: float, eps: float, state_columns: int | None) -> list[str | None]:
     """The rules of an optimizer of table rows."""
     return decays(beta1=beta1, beta2=beta2) + positive(eps=eps) + counts(state_columns=state_columns)
+
+
+def local_paths(section: Any, *names: str) -> list[str | None]:
+    """Fields must hold paths of this machine, alone or in a tuple, or null; their `~` is expanded in the section."""
+    problems: list[str | None] = []
+
+    def expanded(text: str, name: str) -> str:
+        try:
+            path = local_path(text, name)
+        except ValueError as error:
+            problems.append(str(error))
+            return text
+        # Otherwise as it was written, so that messages and recorded settings show it so.
+        return str(path) if text.startswith("~") else text
+
+    for name in names:
+        value = getattr(section, name)
+        if isinstance(value, str):
+            object.__setattr__(section, name, expanded(value, name))
+        elif value is not None:
+            object.__setattr__(section, name, tuple(expanded(text, name) for text in value))
+    return problems

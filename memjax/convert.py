@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from memjax import command_line
 from memjax.command_help import Positional, help_text
 from memjax.config import MemoryConfig, ModelConfig
+from memjax.config_checks import local_paths, positive, refuse
 from memjax.errors import ConfigError
 from memjax.evaluation.command import CheckpointSettings, exit_code
 
@@ -26,6 +28,9 @@ class FromHfConfig:
     tokenizer: str | None = None
     """A tokenizer.json or a SentencePiece .model; null takes that of the folder. byte: the 256 bytes, for a model
     without a tokenizer, which is then of use by token ids only."""
+
+    def __post_init__(self) -> None:
+        refuse(local_paths(self, "out", "tokenizer"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,13 +54,7 @@ class ToHfConfig:
 
     def __post_init__(self) -> None:
         CheckpointSettings(step=self.step)
-        problems = [
-            f"{name}={value} must be positive"
-            for name, value in (("max_length", self.max_length), ("shard_gb", self.shard_gb))
-            if value is not None and value <= 0
-        ]
-        if problems:
-            raise ValueError("\n".join(problems))
+        refuse(positive(max_length=self.max_length, shard_gb=self.shard_gb) + local_paths(self, "out", "like"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +82,7 @@ class UpcycleConfig:
 
     def __post_init__(self) -> None:
         CheckpointSettings(step=self.step)
+        refuse(local_paths(self, "out"))
 
 
 def from_hf(folder: str, settings: FromHfConfig) -> None:
@@ -211,10 +211,11 @@ def whole_help() -> str:
 def _tell_of_run(out: str, model: ModelConfig) -> None:
     # Steps as small as a fine-tuning's are lost between two numbers in bfloat16.
     wider = " --model.param_dtype float32" if model.param_dtype == "bfloat16" else ""
+    place, config = shlex.quote(out), shlex.quote(f"{out}/config.yaml")
     print(f"run        {out}: {describe(model)}")
-    print(f'ask it     python -m memjax.generate {out} --prompt "..."')
+    print(f'ask it     python -m memjax.generate {place} --prompt "..."')
     print(
-        f"train it   python -m memjax.train {out}/config.yaml --train.init_from {out}{wider} "
+        f"train it   python -m memjax.train {config} --train.init_from {place}{wider} "
         "--run.dir NEW_RUN --data.path FILE"
     )
 

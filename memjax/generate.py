@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from memjax import command_line
 from memjax.config import SamplingConfig
+from memjax.config_checks import local_paths
 from memjax.errors import ConfigError
 from memjax.evaluation.command import CheckpointSettings, check_output, exit_code, loaded
 
@@ -46,6 +47,7 @@ class GenerateConfig(CheckpointSettings, SamplingConfig):
                 check(self)
             except ValueError as error:
                 problems.append(str(error))
+        problems += [text for text in local_paths(self, "prompts", "output") if text]
         if self.max_tokens < 0:
             problems.append(f"max_tokens={self.max_tokens} must not be negative")
         if self.batch_size < 1:

@@ -19,6 +19,7 @@ from memjax.checkpoint.checkpoints import Checkpoints
 from memjax.config import LookupKind, ModelConfig, RunConfig
 from memjax.data.tokenizer import Tokenizer
 from memjax.errors import CheckpointError
+from memjax.io.paths import local_path
 from memjax.memory import parallel
 from memjax.models.decoder import Decoder, resolve_dtype
 from memjax.models.parts import DecoderParts, take_apart
@@ -152,7 +153,10 @@ def checkpoint_folder(path: str | os.PathLike[str]) -> pathlib.Path:
     Raises:
         CheckpointError: the path is neither.
     """
-    folder = pathlib.Path(path)
+    try:
+        folder = local_path(os.fspath(path), "path")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     for candidate in (folder / CHECKPOINTS, folder):
         if Checkpoints(candidate).steps():
             return candidate

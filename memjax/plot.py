@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from memjax import command_line
+from memjax.config_checks import local_paths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +22,7 @@ class PlotConfig:
     """Steps that are averaged; 1 draws each step alone, null takes a fiftieth of the longest run."""
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = [text for text in local_paths(self, "out") if text]
         if pathlib.PurePath(self.out).suffix not in (".png", ".html"):
             problems.append(f"out={self.out} must end in .png or .html")
         if self.smoothing is not None and self.smoothing < 1:

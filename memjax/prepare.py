@@ -1,8 +1,6 @@
 """Tokenises data ahead of training: `python -m memjax.prepare [CONFIG.yaml] [--section.key value ...]`."""
 
-import pathlib
 import sys
-import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -53,17 +51,10 @@ def _prepare(config: RunConfig) -> None:
 
 
 def _tokenizer(config: RunConfig, data: "Source") -> "Tokenizer":
-    """That of the run if it has begun; else the one that it will begin with, which is not kept.
+    """That of the run's checkpoints; else the one that the run will begin with, which is not kept."""
+    from memjax.training.run_folder import RunFolder, make_tokenizer
 
-    A tokenizer in the folder of a run without a config would go on to be used whatever the config came to say.
-    """
-    from memjax.training.run_folder import RunFolder
-
-    folder = RunFolder.of(config)
-    if (folder.path / "config.yaml").exists():
-        return folder.tokenizer(config, data)
-    with tempfile.TemporaryDirectory() as other:
-        return RunFolder(pathlib.Path(other)).tokenizer(config, data)
+    return RunFolder.of(config).saved_tokenizer() or make_tokenizer(config, data)
 
 
 if __name__ == "__main__":

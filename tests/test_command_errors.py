@@ -128,7 +128,8 @@ KINDS = {
 FILES = {
     "confg.yaml": "command line: confg.yaml does not exist; did you mean 'config.yaml'?",
     "train.steps=4": "command line: train.steps=4 does not exist; for a setting write --train.steps=4",
-    "folder": "command line: folder is a folder; name a YAML file",
+    "folder": "command line: folder is a folder without a config.yaml, so it is not that of a run that has made a "
+    "step; name a YAML file, and --run.dir folder to run there",
     "utf_16.yaml": "command line: utf_16.yaml is not UTF-8 text",
 }
 

@@ -155,3 +155,26 @@ def test_nothing_here_imports_jax():
     code = "import sys, memjax.command_line, memjax.config; sys.exit('jax' in sys.modules)"
     env = {"PYTHONPATH": str(Path(__file__).parents[1])}
     assert subprocess.run([sys.executable, "-c", code], env=env, check=False, timeout=60).returncode == 0
+
+
+def test_the_folder_of_a_run_stands_for_its_settings_and_its_place(here):
+    def config(*words: str) -> RunConfig:
+        return parse(RunConfig, words, prog="go", description="Goes.").config
+
+    run = here / "moved to"
+    run.mkdir()
+    (run / "config.yaml").write_text("run: {dir: where/it/was, seed: 3}\noptim: {lr: 0.5}\n")
+    found = config("moved to/", "--train.steps", "900")
+    assert (found.run.dir, found.run.seed, found.optim.lr, found.train.steps) == ("moved to", 3, 0.5, 900)
+    assert config("moved to", "--run.dir", "other").run.dir == "other"
+
+
+def test_a_folder_without_settings_is_no_run_and_the_message_says_what_to_name(here, capsys):
+    (here / "run/checkpoints").mkdir(parents=True)
+    for word, hint in (("run", "--run.dir run to run there"), ("run/checkpoints", "name run")):
+        if word != "run":
+            (here / "run/config.yaml").write_text("")
+        with pytest.raises(SystemExit):
+            parse(RunConfig, [word], prog="go", description="Goes.")
+        assert f"{word} is a folder without a config.yaml" in (shown := capsys.readouterr().err)
+        assert hint in shown

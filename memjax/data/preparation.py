@@ -1,8 +1,6 @@
 """Tokenises a corpus once, over all cores, into a folder of prepared data that is whole or not there."""
 
 import collections
-import contextlib
-import fcntl
 import multiprocessing
 import os
 import pathlib
@@ -33,6 +31,8 @@ from memjax.data.records import Record
 from memjax.data.tokenizer import Tokenizer
 from memjax.data.workers import end_with_parent
 from memjax.errors import DataError
+from memjax.io.console import say
+from memjax.io.lock import locked
 
 _BLOCK_BYTES = 1 << 19
 _BYTES_PER_PROCESS = 8 << 20
@@ -111,7 +111,8 @@ def prepare(
     partial = folder.with_name(f"{folder.name}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_name(f"{folder.name}.lock"), folder):
+        waiting = lambda holder: say(f"waiting for another process that prepares {folder} ({holder})")
+        with locked(folder.with_name(f"{folder.name}.lock"), on_wait=waiting):
             if is_prepared(folder):
                 return
             if folder.exists():
@@ -236,15 +237,3 @@ def _work(block: _Block) -> _Tokenised:
 
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0))
-
-
-@contextlib.contextmanager
-def _locked(path: pathlib.Path, folder: pathlib.Path) -> Iterator[None]:
-    """Holds a lock that ends with the process that holds it, however that ends."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that prepares {folder}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -4,6 +4,7 @@ import dataclasses
 
 from memjax.command_schema import show
 from memjax.config import SamplingConfig
+from memjax.config_checks import local_paths
 from memjax.evaluation.command import CheckpointSettings
 
 _OF_QUESTIONS = ("examples", "show_context", "max_tokens", "sampling", "samples", "run_programs", "program_seconds")
@@ -83,6 +84,7 @@ class EvaluateConfig(CheckpointSettings):
             problems.append(f"samples={self.samples} would all be the same; set sampling.temperature, such as 0.8")
         if self.examples and not self.shots:
             problems.append(f"examples={show(self.examples)} are not used without shots; set shots to their number")
+        problems += [text for text in local_paths(self, "text", "questions", "examples", "task_folder") if text]
         problems += self._misplaced()
         if problems:
             raise ValueError("\n".join(problems))

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from memjax.errors import CheckpointError, ConfigError
+from memjax.io.files import write_atomic
+from memjax.io.paths import local_path
 
 MAX_JSON_BYTES = 1 << 28
 """Largest JSON file that is read; a tokenizer of 256,000 tokens takes about 40 MB."""
@@ -22,9 +24,16 @@ def check_new(folder: str | os.PathLike[str]) -> None:
     Raises:
         ConfigError: it does.
     """
-    path = pathlib.Path(folder)
+    path = _target(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError([f"{path} is there already and not empty; name a new folder"])
+
+
+def _target(folder: str | os.PathLike[str]) -> pathlib.Path:
+    try:
+        return local_path(os.fspath(folder), "out")
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
 
 
 @contextlib.contextmanager
@@ -36,7 +45,7 @@ def written_whole(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         CheckpointError: it cannot be written.
     """
     check_new(folder)
-    target = pathlib.Path(folder).absolute()
+    target = _target(folder).absolute()
     # Beside the target, because only within a file system a folder moves in one step.
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.unfinished")
     try:
@@ -97,7 +106,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
     """Writes an object as JSON for people to read."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _refuse(constant: str) -> Any:

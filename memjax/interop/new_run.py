@@ -11,7 +11,7 @@ from memjax.loading import CHECKPOINTS, META, PARAMS, TABLES, meta_document
 from memjax.models.decoder import Decoder
 from memjax.models.parts import take_apart
 from memjax.models.trees import params_to_tree
-from memjax.training.run_folder import RunFolder
+from memjax.training.run_folder import Claim, RunFolder
 
 
 def write_run(folder: str | os.PathLike[str], model: Decoder, tokenizer: Tokenizer, config: RunConfig) -> None:
@@ -29,5 +29,4 @@ def write_run(folder: str | os.PathLike[str], model: Decoder, tokenizer: Tokeniz
     with written_whole(folder) as path:
         with Checkpoints(path / CHECKPOINTS) as checkpoints:
             checkpoints.save(0, items, {META: meta_document(config, tokenizer, step=0)})
-        tokenizer.save(path)
-        RunFolder(path).claim(config)
+        Claim(RunFolder(path), config).record(0, tokenizer)

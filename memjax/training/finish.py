@@ -1,5 +1,6 @@
 """The end of a run: what it learned, in words, numbers and plots."""
 
+import shlex
 import time
 from typing import Any
 
@@ -8,7 +9,9 @@ from jax.sharding import Mesh
 from memjax.config import RunConfig
 from memjax.data.sources import find_source
 from memjax.data.tokenizer import Tokenizer
+from memjax.errors import CheckpointError
 from memjax.evaluation.recall import fact_report, format_fact_report
+from memjax.io.console import say
 from memjax.memory.parallel import TOKENS
 from memjax.training.mesh import put_batch
 from memjax.training.metrics import WINDOW, comparable, has_usage, read_metrics
@@ -29,7 +32,8 @@ def finish(trainer: Trainer, state: TrainState, mesh: Mesh, folder: RunFolder, t
         if is_first():
             _write(config, folder, report)
     summary = folder.read_summary()
-    assert summary is not None
+    if summary is None:
+        raise CheckpointError(f"{folder.summary}: was written, but cannot be read; is this file system damaged?")
     return summary
 
 
@@ -46,7 +50,7 @@ def _ask_for_facts(trainer: Trainer, state: TrainState, mesh: Mesh, tokenizer: T
         place=lambda batch: put_batch(mesh, batch, TOKENS),
         donate=True,
     )
-    print(f"asked about {config.eval.recall_people} people in {time.monotonic() - started:.0f} s", flush=True)
+    say(f"asked about {config.eval.recall_people} people in {time.monotonic() - started:.0f} s")
     return report
 
 
@@ -69,26 +73,28 @@ def _write(config: RunConfig, folder: RunFolder, report: dict[str, Any] | None) 
 
 def describe_summary(summary: dict[str, Any], folder: RunFolder) -> str:
     """The closing screen of a run."""
-    metrics = summary["metrics"]
-    lines = [f"finished: {summary['steps']} steps"]
+    metrics, place = summary["metrics"], shlex.quote(str(folder.path))
+    told = [f"finished: {summary['steps']} steps"]
     if metrics.get("train/loss") is not None:
-        lines[0] += f", training loss {metrics['train/loss']:.4f}"
-    if "eval/validation/loss" in metrics:
-        lines[0] += f", validation loss {metrics['eval/validation/loss']:.4f}"
-    layers = sorted({name.split("/")[1] for name in metrics if name.startswith("memory/")})
-    for layer in layers:
-        used, effective = (metrics[f"memory/{layer}/{field}"] for field in ("used_fraction", "effective_fraction"))
+        told.append(f"training loss {metrics['train/loss']:.4f}")
+    if metrics.get("eval/validation/loss") is not None:
+        told.append(f"validation loss {metrics['eval/validation/loss']:.4f}")
+    lines = [", ".join(told)]
+    for layer in sorted({name.split("/")[1] for name in metrics if name.startswith("memory/L")}):
+        used, effective = (metrics.get(f"memory/{layer}/{field}") for field in ("used_fraction", "effective_fraction"))
+        if used is None or effective is None:
+            continue
         line = f"memory {layer}: {used:.1%} of the slots read, as if {effective:.1%} were read equally often"
-        if (last := summary.get("slots_until_step")) is not None:
+        if (last := summary.get("slots_until_step")) is not None and WINDOW in metrics:
             line += f" (steps {last - metrics[WINDOW] + 1:,} to {last:,})"
         lines.append(line)
     if "facts" in summary:
         lines += ["", format_fact_report(summary["facts"])]
     lines += [
         "",
-        *(f"plot       {path}" for path in summary["plots"]),
+        *(f"plot       {path}" for path in summary.get("plots", ())),
         f"metrics    {folder.metrics}",
-        f'ask it     python -m memjax.generate {folder.path} --prompt "..."',
-        f"test it    python -m memjax.evaluate {folder.path}",
+        f'ask it     python -m memjax.generate {place} --prompt "..."',
+        f"test it    python -m memjax.evaluate {place}",
     ]
     return "\n".join(lines)

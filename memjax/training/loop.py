@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -88,7 +88,17 @@ class _Pending:
 class Loop:
     """One run, from the newest checkpoint (or from nothing) to its last step."""
 
-    def __init__(self, config: RunConfig, mesh: Mesh, folder: RunFolder, dataset: Dataset, interrupt: Interrupt):
+    def __init__(
+        self,
+        config: RunConfig,
+        mesh: Mesh,
+        folder: RunFolder,
+        dataset: Dataset,
+        interrupt: Interrupt,
+        record: Callable[[int], None] = lambda step: None,
+    ):
+        """Takes what a run needs; `record` is called with the step that it goes on from, before the first row."""
+        self.record = record
         self.config, self.mesh, self.folder, self.dataset, self.interrupt = config, mesh, folder, dataset, interrupt
         self.trainer = Trainer.of(config)
         keep = config.checkpoint
@@ -185,6 +195,8 @@ class Loop:
                 self._preempt()
             self.interrupt.exit_code = SAVED
         except NotFinite as error:
+            if int(self.state.step) == self.first:  # no step was made: other settings may begin here
+                raise
             self._save()
             raise NotFinite(f"{error} The state before it is saved as step {int(self.state.step)}.") from None
         except (Preempted, CheckpointError, ConfigError, jax.errors.JaxRuntimeError):
@@ -426,6 +438,7 @@ class Loop:
             row |= {"train/tokens_seen": self.tokens_seen}
             row |= pending.host_metrics | self._throughput(row["train/tokens"], seconds)
             self.newest_row = row
+            self.record(self.first)
             if self.metrics:
                 self.metrics.write(row)
                 self.metrics.flush()

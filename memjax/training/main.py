@@ -1,5 +1,7 @@
 """A run from its config to its summary."""
 
+import contextlib
+
 import jax
 
 from memjax.config import DType, RunConfig
@@ -18,8 +20,8 @@ from memjax.training.loop import Loop, NotFinite, Preempted
 from memjax.training.mesh import make_mesh
 from memjax.training.metrics import tell_phase
 from memjax.training.processes import first_alone, is_first
-from memjax.training.run_folder import RunFolder
-from memjax.training.start import check_start
+from memjax.training.run_folder import Claim, RunFolder
+from memjax.training.start import check_start, tell_of_schedules
 from memjax.training.state import Trainer
 from memjax.training.step import abstract_batch, make_train_step
 
@@ -52,23 +54,35 @@ def train(config: RunConfig, *, allow_changed: bool = False) -> int:
         ConfigError, DataError, CheckpointError: what their names say.
     """
     check(config)
-    check_start(config)
     folder = RunFolder.of(config)
-    with first_alone("run.dir"):
-        folder.claim(config, allow_changed=allow_changed, writes=is_first())
-    if summary := folder.read_summary():
-        say(f"{folder.path} is finished already. Another run.dir starts another run.\n")
-        say(describe_summary(summary, folder))
+    with contextlib.ExitStack() as stack:
+        with first_alone("run.dir"):
+            if is_first():
+                stack.enter_context(folder.owned())
+            else:
+                folder.check_shared()
+        check_start(config)
+        claim = folder.claim(config, allow_changed=allow_changed)
+        if claim.finished is None:
+            return _train(claim)
+        say(f"{folder.path} is finished already; a larger --train.steps continues it, another --run.dir starts anew.\n")
+        say(describe_summary(claim.finished, folder))
         return 0
+
+
+def _train(claim: Claim) -> int:
+    config, folder = claim.config, claim.folder
+    tell_of_schedules(claim)
     mesh = make_mesh(config)
     # What takes long and keeps nothing that a signal should wait for comes first.
+    tell_phase("reading tokenizer and data")
+    source = find_source(config.data.in_run(str(folder.path)))
+    tokenizer = folder.tokenizer(config, source)
     with first_alone("data"):
-        tell_phase("reading tokenizer and data")
-        source = find_source(config.data.in_run(str(folder.path)))
-        dataset = open_dataset(source, folder.tokenizer(config, source))
+        dataset = open_dataset(source, tokenizer)
     alone = jax.process_count() == 1
     with catch_interrupts(at_once=alone, quiet=not is_first()) as interrupt, jax.set_mesh(mesh):
-        loop = Loop(config, mesh, folder, dataset, interrupt)
+        loop = Loop(config, mesh, folder, dataset, interrupt, lambda step: claim.record(step, tokenizer))
         say(opening(config, loop.trainer, mesh, folder))
         try:
             state = loop.run()
@@ -84,7 +98,7 @@ def train(config: RunConfig, *, allow_changed: bool = False) -> int:
             limit = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
             warn(planner.explain_out_of_memory(config, data_axis=mesh.shape["data"], limit=limit))
             return 7
-        summary = finish(loop.trainer, state, mesh, folder, dataset.tokenizer)
+        summary = finish(loop.trainer, state, mesh, folder, tokenizer)
     say("\n" + describe_summary(summary, folder))
     return 0
 

@@ -1,8 +1,10 @@
 """Plots of a run, written as PNG files."""
 
+import io
 import pathlib
 from collections.abc import Sequence
 
+from memjax.io.files import write_atomic
 from memjax.training.metrics import Row, comparable
 
 
@@ -14,7 +16,6 @@ def plot_run(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
 
     def save(name: str, title: str, axis_label: str, curves: dict[str, str], *, log: bool) -> None:
@@ -28,9 +29,10 @@ def plot_run(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(folder / name, dpi=120)
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=120)
         pyplot.close(figure)
-        written.append(folder / name)
+        written.append(write_atomic(folder / name, image.getvalue()))
 
     def present(curves: dict[str, str]) -> dict[str, str]:
         return {key: label for key, label in curves.items() if any(row.get(key) is not None for row in rows)}

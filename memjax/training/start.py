@@ -1,16 +1,21 @@
 """Where a run begins that has no checkpoint of its own: at random parameters, or at those of another run."""
 
+import shlex
+
 import jax
+import jax.numpy as jnp
 
 from memjax.checkpoint.checkpoints import Checkpoints
 from memjax.command_line import differences
-from memjax.config import RunConfig
-from memjax.errors import ConfigError
+from memjax.config import RunConfig, ScheduleConfig
+from memjax.errors import CheckpointError, ConfigError
+from memjax.io.console import say
 from memjax.loading import PARAMS, TABLES, load, read_config
 from memjax.models.parts import DecoderParts, take_apart
 from memjax.models.trees import params_to_tree, tree_to_params
 from memjax.training.metrics import tell_phase
-from memjax.training.run_folder import RunFolder
+from memjax.training.optimizer import make_schedule
+from memjax.training.run_folder import Claim, RunFolder
 from memjax.training.state import Trainer, TrainState
 
 OPT_STATE = "opt_state"
@@ -25,14 +30,7 @@ def check_start(config: RunConfig) -> None:
         CheckpointError: train.init_from names no run that can be read.
     """
     folder, source = RunFolder.of(config), config.train.init_from
-    if steps := Checkpoints(folder.checkpoints).steps():
-        if not (folder.checkpoints / str(steps[-1]) / OPT_STATE).exists():
-            raise ConfigError(
-                [
-                    f"run.dir={folder.path} holds a model without the state of a training, so there is nothing to "
-                    f"resume; to train that model set --train.init_from {folder.path} and another --run.dir"
-                ]
-            )
+    if _check_own_steps(folder, config):
         return
     if source is None:
         return
@@ -52,7 +50,59 @@ def check_start(config: RunConfig) -> None:
             ]
         )
     for line in differences(saved, config.model):
-        print(f"other than in {source}: model.{line}", flush=True)
+        say(f"other than in {source}: model.{line}")
+
+
+def _check_own_steps(folder: RunFolder, config: RunConfig) -> bool:
+    """Whether the run has checkpoints of its own, which then can be resumed."""
+    checkpoints = Checkpoints(folder.checkpoints)
+    if not checkpoints.steps():
+        return False
+    unreadable = sorted(set(checkpoints.steps()) - set(checkpoints.readable()))
+    if unreadable and checkpoints.latest() is None:
+        # To begin again would bury what may still be repaired.
+        raise CheckpointError(
+            f"{folder.checkpoints}: none of the steps {unreadable} can be read, and no other holds all of the state; "
+            "repair or remove them, or name another run.dir"
+        )
+    if checkpoints.newest_with(OPT_STATE) is None:
+        raise ConfigError(
+            [
+                f"run.dir={folder.path} holds a model without the state of a training, so there is nothing to "
+                f"resume; to train that model set --train.init_from {shlex.quote(str(folder.path))} and another "
+                "--run.dir"
+            ]
+        )
+    newest = checkpoints.latest() if folder.read_summary() is None else None
+    if newest is not None and newest > config.train.steps:
+        raise ConfigError(
+            [
+                f"train.steps={config.train.steps} is below step {newest}, which {folder.path} has reached; set it to "
+                f"{newest} or more"
+            ]
+        )
+    return True
+
+
+def tell_of_schedules(claim: Claim) -> None:
+    """Says what another number of steps does to the learning rates of a run that goes on."""
+    before, config = claim.before, claim.config
+    if before is None or before.train.steps == config.train.steps:
+        return
+    step = 1 + (Checkpoints(claim.folder.checkpoints).latest() or 0)
+    schedules: list[tuple[str, ScheduleConfig, ScheduleConfig]] = [("optim", before.optim, config.optim)]
+    if config.model.lookups:
+        schedules.append(("optim.table", before.optim.table, config.optim.table))
+    for name, old, new in schedules:
+        was, now = (
+            jnp.asarray(make_schedule(schedule, run.train.steps)(step - 1)).item()
+            for schedule, run in ((old, before), (new, config))
+        )
+        if was != now:
+            say(
+                f"{name}: its {new.schedule} schedule is laid over {config.train.steps} steps now; the rate of step "
+                f"{step} is {now:.2e}, it was {was:.2e} over {before.train.steps}"
+            )
 
 
 def first_state(trainer: Trainer, mesh: jax.sharding.Mesh) -> TrainState:
@@ -71,7 +121,7 @@ def first_state(trainer: Trainer, mesh: jax.sharding.Mesh) -> TrainState:
     params = tree_to_params(trainer.parts, params_to_tree(params))
     like = (trainer.parts.abstract_params, trainer.parts.abstract_tables)
     arrays = jax.tree.map(lambda array, target: array.astype(target.dtype), (params, tables), like)
-    print(f"starts from step {loaded.step} of {source}", flush=True)
+    say(f"starts from step {loaded.step} of {source}")
     return trainer.place(arrays, trainer.shardings(mesh))
 
 

@@ -1,6 +1,9 @@
 """A run that starts from another's weights: strictly, once, and with nothing of the other's training."""
 
+import dataclasses
+import pathlib
 import re
+import shutil
 from typing import Any
 
 import jax
@@ -10,16 +13,19 @@ import pytest
 
 import memjax
 from memjax import train
+from memjax.checkpoint.checkpoints import Checkpoints
 from memjax.command_line import load
 from memjax.config import MemoryConfig, ModelConfig, RunConfig
 from memjax.data.tokenizer import ByteTokenizer
+from memjax.errors import CheckpointError, ConfigError
 from memjax.interop.new_run import write_run
 from memjax.interop.upcycle import upcycle_run
 from memjax.models.parts import DecoderParts, take_apart
 from memjax.models.trees import params_to_tree
 from memjax.training import main
 from memjax.training.mesh import make_mesh
-from memjax.training.start import check_start
+from memjax.training.run_folder import Claim, RunFolder
+from memjax.training.start import OPT_STATE, check_start, tell_of_schedules
 
 DENSE = ModelConfig(dim=16, num_layers=1, num_heads=2, ffn_dim=24, vocab_size=259, memory=None)
 MEMORY = MemoryConfig(layers=(0,), placement="beside", num_keys=8, num_heads=2, top_k=3, key_dim=8)
@@ -119,6 +125,79 @@ def test_a_folder_that_holds_a_model_alone_is_not_resumed_but_says_how_to_train_
     assert code == 2
     assert re.search(r"run\.dir=\S+/memory holds a model without the state of a training", printed)
     assert f"--train.init_from {folder / 'memory'}" in printed
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """trained(name): a copy of a run with the steps 10 and 20, each with a document and the state of an optimizer."""
+    original = tmp_path_factory.mktemp("trained") / "run"
+    with Checkpoints(original / "checkpoints") as checkpoints:
+        for step in (10, 20):
+            arrays = {"params": {"a": jnp.ones(3)}, OPT_STATE: {"b": jnp.ones(3)}}
+            checkpoints.save(step, arrays, {"meta": {}})
+
+    def copy(name: str) -> pathlib.Path:
+        return pathlib.Path(shutil.copytree(original, original.with_name(name)))
+
+    return copy
+
+
+def emptied(step: pathlib.Path) -> None:
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda steps: emptied(steps / "20"),
+        lambda steps: shutil.rmtree(steps / "20/opt_state"),
+        lambda steps: shutil.rmtree(steps / "20/digests"),
+        lambda steps: (steps / "20/_METADATA").unlink(missing_ok=True),
+        lambda steps: (steps / "99999").mkdir(),
+        lambda steps: (steps / "0099").mkdir(),
+        lambda steps: (steps / "\N{ARABIC-INDIC DIGIT NINE}9").mkdir(),
+        lambda steps: (steps / "99").touch(),
+    ],
+    ids=["emptied", "no opt_state", "no index", "no _METADATA", "empty 99999", "0099", "arabic", "a file"],
+)
+def test_a_newest_step_that_is_damaged_does_not_hide_the_one_before(trained, request, harm, capsys):
+    run = trained(request.node.callspec.id)
+    harm(run / "checkpoints")
+    check_start(load(RunConfig, None, ["--run.dir", str(run)]))
+    assert capsys.readouterr().out == ""
+
+
+def test_steps_that_can_all_not_be_read_are_not_buried_under_a_new_start(trained):
+    run = trained("lost")
+    for step in ("10", "20"):
+        emptied(run / "checkpoints" / step)
+    with pytest.raises(CheckpointError, match=r"none of the steps \[10, 20\] can be read"):
+        check_start(load(RunConfig, None, ["--run.dir", str(run)]))
+
+
+def test_fewer_steps_than_the_run_has_made_are_refused(trained):
+    run = trained("fewer")
+    check_start(load(RunConfig, None, ["--run.dir", str(run), "--train.steps", "60"]))
+    short = load(RunConfig, None, ["--run.dir", str(run), "--train.steps", "19"])
+    with pytest.raises(ConfigError, match=r"train\.steps=19 is below step 20, which \S+fewer has reached"):
+        check_start(short)
+
+
+def test_what_more_steps_do_to_the_rates_is_told(trained, capsys):
+    folder = RunFolder(trained("longer"))
+    before = load(RunConfig, None, ["--train.steps=20", "--optim.warmup_steps=0", "--optim.table.schedule=constant"])
+    longer = dataclasses.replace(before, train=dataclasses.replace(before.train, steps=40))
+    tell_of_schedules(Claim(folder, longer, before=before))
+    lr, last = before.optim.lr, before.optim.final_fraction
+    # By hand: step 21 of 40 is 21/40 of half a cosine; the shorter run had reached its lowest rate.
+    now = lr * (last + (1 - last) * (1 + np.cos(np.pi * 21 / 40)) / 2)
+    assert capsys.readouterr().out == (
+        f"optim: its cosine schedule is laid over 40 steps now; the rate of step 21 is {now:.2e}, it was "
+        f"{lr * last:.2e} over 20\n"
+    )
+    tell_of_schedules(Claim(folder, before, before=before))
+    assert capsys.readouterr().out == ""
 
 
 def test_other_settings_of_the_model_are_told(folder, capsys):

@@ -1,0 +1,137 @@
+"""A lock on a file, held by one process at a time and freed by its death."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import socket
+import stat
+import time
+from collections.abc import Callable, Iterator
+
+from memjax.io.console import say
+
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What flock answers on file systems without locks, such as Lustre mounted without `-o flock`."""
+
+_held: set[int] = set()
+
+
+class Locked(Exception):
+    """Another process holds the lock; the message names it."""
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path, *, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Holds a lock on a file while the block runs. Any end of the process frees it, kill -9 included.
+
+    The file and its folder are created if need be. Afterwards the file is removed, and so are the folders that were
+    created for it and are still empty.
+
+    Args:
+        path: the file. A link, or a file with a second name, is refused, so that nothing else is ever written to.
+        on_wait: called with the holder's name before waiting for a lock that is taken; None does not wait.
+
+    Raises:
+        Locked: the lock is taken, and on_wait is None.
+        OSError: the file cannot be created or written.
+    """
+    created = [folder for folder in path.parents if not folder.exists()]
+    try:
+        handle = _acquire(path, on_wait)
+        try:
+            _sign(handle)
+            yield
+        finally:
+            # Before the lock is freed: whoever opened the file meanwhile sees that it is gone, and begins again.
+            with contextlib.suppress(OSError):
+                path.unlink()
+            _held.discard(handle)
+            os.close(handle)
+    finally:
+        with contextlib.suppress(OSError):
+            for folder in created:
+                folder.rmdir()
+
+
+def _acquire(path: pathlib.Path, on_wait: Callable[[str], None] | None) -> int:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            handle = os.open(path, flags, 0o666)
+        except FileNotFoundError:  # the last holder has just removed the folder
+            continue
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise OSError(errno.ELOOP, "is a link; remove it", str(path)) from None
+        _held.add(handle)
+        try:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+                raise OSError(errno.EINVAL, "is no file of its own; remove it", str(path))
+            _flock(handle, path, on_wait)
+            if _is_at(path, handle):
+                return handle
+        except BaseException:
+            _held.discard(handle)
+            os.close(handle)
+            raise
+        _held.discard(handle)
+        os.close(handle)
+
+
+def _flock(handle: int, path: pathlib.Path, on_wait: Callable[[str], None] | None) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = _holder(handle)
+        if on_wait is None:
+            raise Locked(holder) from None
+        on_wait(holder)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        say(f"{path.parent}: its file system has no locks, so nothing but you keeps a second process out of it")
+
+
+def _is_at(path: pathlib.Path, handle: int) -> bool:
+    """Whether the path still names the open file."""
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _sign(handle: int) -> None:
+    """Writes who holds the lock; on a full disk this fails."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n"
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, text.encode(), 0)
+    os.fsync(handle)
+
+
+def _holder(handle: int) -> str:
+    for _ in range(5):
+        try:
+            who = json.loads(os.pread(handle, 4096, 0))
+            return f"process {int(who['pid'])} on {who['host']!s:.100} since {who['since']!s:.30}"
+        except (ValueError, KeyError, TypeError):
+            time.sleep(0.05)  # it has the lock, but has not signed yet
+    return "another process"
+
+
+def _close_in_child() -> None:
+    """A forked process would keep the lock beyond the death of the one that took it."""
+    for handle in _held:
+        with contextlib.suppress(OSError):
+            os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
