@@ -1,5 +1,6 @@
 """Generation with the cache writes what the plain forward pass would write."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,7 +12,7 @@ from flax import nnx
 
 from memjax.config import ExpertLookupConfig, MemoryConfig, ModelConfig, SamplingConfig
 from memjax.inference import engine
-from memjax.inference.engine import generate, generate_batch
+from memjax.inference.engine import Engine, Request, generate, generate_batch
 from memjax.inference.weights import prepare
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, take_apart
@@ -127,12 +128,150 @@ def test_equal_prompts_of_other_numbers_are_drawn_anew():
     assert len(set(zip(*steps, strict=True))) == 3
 
 
+def drawn_by_hand(model: Decoder, tokens: list[int], count: int, sampling: SamplingConfig, number: int) -> list[int]:
+    """Tokens drawn from whole forward passes: what is kept is found by sorting, draws are keyed as documented."""
+    text = list(tokens)
+    for step in range(count):
+        padded = np.zeros((1, LONGEST), np.int32)
+        padded[0, : len(text)] = text
+        logits = np.asarray(forward(model, jnp.asarray(padded))[0, len(text) - 1])
+        kept = allowed_by_hand(
+            logits, set(text), sampling.temperature, sampling.top_k, sampling.top_p, sampling.repetition_penalty
+        )
+        log_p = np.full(len(logits), -np.inf, np.float32)
+        for token, probability in kept.items():
+            log_p[token] = np.log(probability)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), number), step)
+        text.append(int(jax.random.categorical(key, jnp.asarray(log_p))))
+    return text[len(tokens) :]
+
+
+@pytest.mark.parametrize("name", ["drawn", "cut"])
+def test_draws_are_those_of_the_plain_forward_pass(name):
+    model, sampling = tiny(True, 2), SAMPLINGS[name]
+    for number, length in ((0, 5), (7, 17)):
+        expected = drawn_by_hand(model, prompt(length), 8, sampling, number)
+        assert list(generate(model, prompt(length), max_tokens=8, sampling=sampling, number=number)) == expected
+
+
+def request(length: int, **settings) -> Request:
+    return Request(**({"prompt_ids": prompt(length), "max_tokens": 12, "number": length} | settings))
+
+
+def alone(model: Decoder, one: Request) -> list[int]:
+    return list(
+        generate(
+            model,
+            one.prompt_ids,
+            max_tokens=one.max_tokens,
+            sampling=one.sampling,
+            stop_ids=one.stop_ids,
+            number=one.number,
+        )
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 32])
+def test_requests_that_join_and_leave_write_what_they_write_alone(chunk):
+    model = tiny(True, 2)
+    stop = alone(model, request(9))[6]
+    requests = [
+        request(5),
+        request(9, stop_ids=(stop,)),
+        request(17, sampling=SAMPLINGS["drawn"], max_tokens=7),
+        request(3, sampling=SAMPLINGS["cut"]),
+        request(20, max_tokens=1),
+        request(4, max_tokens=20),
+    ]
+    writer, waiting, texts, finishes, owners = Engine(model, num_slots=3), list(range(6)), {}, {}, {}
+    while waiting or writer.is_busy:
+        joining = waiting[: len(writer.free_slots)]
+        waiting = waiting[len(joining) :]
+        for number, slot in zip(joining, writer.insert([requests[number] for number in joining]), strict=True):
+            owners[slot], texts[number] = number, []
+        for slot, made in writer.step(chunk).items():
+            texts[owners[slot]] += made.tokens
+            finishes[owners[slot]] = made.finish
+    for number, one in enumerate(requests):
+        assert texts[number] == alone(model, one), number
+    assert [finishes[number] for number in range(6)] == ["length", "stop", "length", "length", "length", "length"]
+
+
+def test_a_slot_that_was_released_takes_another_text():
+    model = tiny(True, 2)
+    writer = Engine(model, num_slots=2)
+    first, second = writer.insert([request(5), request(9)])
+    writer.release(first)
+    (again,) = writer.insert([request(17)])
+    assert again == first
+    made = writer.step(3)
+    assert set(made) == {first, second}
+    assert made[first].tokens == alone(model, request(17))[:4]
+    writer.release(second)
+    assert set(writer.step(3)) == {first}
+    assert writer.free_slots == [second]
+    with pytest.raises(ValueError, match="2 requests do not fit into 1 free slots of 2"):
+        writer.insert([request(5), request(9)])
+
+
+def test_a_cache_grows_under_a_text(monkeypatch):
+    monkeypatch.setattr(engine, "_AT_ONCE", 0)
+    model = tiny(False, None)
+    assert alone(model, request(5, max_tokens=27)) == by_hand(model, prompt(5), 27)
+
+
+def test_long_prompts_are_read_in_groups(monkeypatch):
+    model = tiny(True, 2)
+    requests = [request(length) for length in (5, 17, 9, 20)]
+    monkeypatch.setattr(engine, "_PREFILL_TOKENS", 40)
+    writer = Engine(model, num_slots=4)
+    slots, read = writer.insert(requests), writer._unread
+    assert [fresh.state.cache.blocks[0].keys.shape[::2] for fresh in read] == [(1, 16), (1, 32), (1, 16), (1, 32)]
+    made = writer.step(11)
+    assert [made[slot].tokens for slot in slots] == [alone(model, one) for one in requests]
+
+
+def test_log_probabilities_are_those_of_the_plain_forward_pass():
+    model = tiny(True, 2)
+    sampling = SamplingConfig(temperature=2.0, top_k=9, repetition_penalty=1.5, seed=2)
+    writer = Engine(model, num_slots=2)
+    first, second = writer.insert([request(5, sampling=sampling, logprobs=3), request(9, sampling=sampling)])
+    made = writer.step(5)
+    assert made[second].logprobs == []
+    text = prompt(5)
+    assert len(made[first].tokens) == len(made[first].logprobs) == 6
+    for token, found in zip(made[first].tokens, made[first].logprobs, strict=True):
+        padded = np.zeros((1, LONGEST), np.int32)
+        padded[0, : len(text)] = text
+        logits = np.asarray(forward(model, jnp.asarray(padded))[0, len(text) - 1], np.float64)
+        log_p = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+        assert found.chosen == pytest.approx(log_p[token], abs=1e-4)
+        assert list(found.top) == np.argsort(-log_p)[:3].tolist()
+        assert list(found.top.values()) == pytest.approx(np.sort(log_p)[::-1][:3].tolist(), abs=1e-4)
+        text.append(token)
+
+
+def test_sixteen_bit_logits_follow_those_of_the_plain_forward_pass():
+    config = dataclasses.replace(tiny(False, None).config, dtype="bfloat16")
+    _, params, tables = take_apart(tiny(False, None))
+    model = DecoderParts.of(config).assemble(params, tables)
+    forced = alone(model, request(5, max_tokens=20))
+    cache, logits = model.init_cache(1, 32), []
+    extend = nnx.jit(lambda model, tokens, cache: model.with_cache(tokens, cache))
+    for token in prompt(5) + forced:
+        found, cache = extend(prepare(model), jnp.asarray([[token]]), cache)
+        logits.append(found[0, 0])
+    whole = np.asarray(forward(model, jnp.asarray([prompt(5) + forced]))[0])
+    # The network's weights are large: its logits reach 20.
+    np.testing.assert_allclose(np.asarray(logits), whole, atol=2e-2 * np.abs(whole).max())
+
+
 def allowed_by_hand(logits, seen, temperature, top_k, top_p, penalty):
     """Probabilities of what may be drawn, one token after the other."""
     scores = np.array(logits, np.float64)
     for token in seen:
         scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
-    likeliest = np.argsort(-scores)[:top_k]
+    likeliest = np.argsort(-scores, kind="stable")[:top_k]
     weights = np.exp((scores[likeliest] - scores.max()) / temperature)
     weights /= weights.sum()
     kept, total = {}, 0.0

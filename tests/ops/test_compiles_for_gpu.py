@@ -18,9 +18,12 @@ from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.rules import RowRule, row_step
 
 triton_call.compute_capability = 90
-bag, dot, search, update, grouped, norm = (
+bag, dot, search, update, grouped, norm, decode = (
     importlib.import_module(f"memjax.ops.{name}.triton")
-    for name in ("embedding_bag", "embedding_dot", "product_key_search", "row_update", "grouped_matmul", "rms_norm")
+    for name in (
+        *("embedding_bag", "embedding_dot", "product_key_search", "row_update", "grouped_matmul", "rms_norm"),
+        "decode_attention",
+    )
 )
 
 
@@ -59,6 +62,11 @@ for dtype, inputs, outputs in ((jnp.bfloat16, 1024, 2816), (jnp.float32, 24, 40)
     compile(f"experts transposed {inputs}", transposed, cotangent, matrices, sizes)
     compile(f"experts gradient {inputs}", grouped.matrices_gradient, rows, cotangent, sizes)
 
+for dtype, heads, width in ((jnp.bfloat16, 16, 64), (jnp.bfloat16, 4, 128), (jnp.float32, 2, 24)):
+    query, cache = array(dtype, 2, 16, width), array(dtype, 2, heads, 1024, width)
+    attend = functools.partial(decode.decode_attention, window=None)
+    compile(f"decode {heads}", attend, query, cache, cache, array(jnp.int32, 2))
+
 for kind in ("rowwise_adam", "adam"):
     rule, table = RowRule(kind=kind), array(jnp.bfloat16, 1000, 1024)
     state = jax.eval_shape(lambda: rule.init(1000, 1024))
@@ -82,4 +90,4 @@ def test_every_kernel_compiles_for_sm_90():
     assert done.returncode == 0, done.stderr
     kernels = {line.rsplit(" ", 1)[0]: int(line.rsplit(" ", 1)[1]) for line in done.stdout.splitlines()}
     assert kernels["search 1024"] == kernels["update rowwise_adam"] == 2
-    assert len(kernels) == 20
+    assert len(kernels) == 23

@@ -1,0 +1,118 @@
+"""Tokens are kept and drawn as a sort of the vocabulary would have it, without one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memjax.config import SamplingConfig
+from memjax.inference.sampling import Mode, Rules, allowed, likelihoods, pick
+
+BOTH = Mode(draws=True, top_k=True, top_p=True)
+compiled = jax.jit(allowed, static_argnames="mode")
+compiled_pick = jax.jit(pick, static_argnames="mode")
+VOCABULARY = 12
+
+
+def kept_by_sorting(logits, top_k, top_p):
+    """The likeliest tokens one after the other; of equal ones the first."""
+    order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))[: int(top_k)]
+    weights = np.exp(np.array([logits[token] for token in order], np.float64))
+    kept, total = set(), 0.0
+    for token, weight in zip(order, weights / weights.sum(), strict=True):
+        if total >= top_p:
+            break
+        kept.add(token)
+        total += weight
+    return kept
+
+
+@given(
+    rows=st.lists(
+        st.lists(st.sampled_from([-2.5, -1.0, -0.0, 0.0, 0.125, 0.5, 1.0, 3.0]), min_size=12, max_size=12),
+        min_size=3,
+        max_size=3,
+    ),
+    top_k=st.lists(st.integers(1, VOCABULARY + 3), min_size=3, max_size=3),
+    # No sum of these probabilities comes near them.
+    top_p=st.lists(st.sampled_from([0.0137, 0.3211, 0.7013, 0.9717, np.inf]), min_size=3, max_size=3),
+)
+def test_exactly_the_likeliest_tokens_are_kept_and_of_equal_ones_the_first(rows, top_k, top_p):
+    logits = jnp.asarray(rows, jnp.float32)
+    kept = np.asarray(compiled(logits, jnp.asarray(top_k, jnp.int32), jnp.asarray(top_p, jnp.float32), mode=BOTH))
+    for row, logits_of_row in enumerate(rows):
+        expected = kept_by_sorting(logits_of_row, top_k[row], top_p[row])
+        assert set(np.flatnonzero(kept[row])) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_top_k_is_exact_where_logits_are_as_close_as_numbers_can_be(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        steps = np.random.default_rng(0).permutation(4000)
+        logits = jnp.asarray(1 + steps * float(np.finfo(dtype).eps), dtype)[None]
+        mode = Mode(draws=True, top_k=True)
+        for top_k in (1, 7, 1000, 4000):
+            kept = compiled(logits, jnp.asarray([top_k], jnp.int32), jnp.asarray([1.0], jnp.float32), mode=mode)
+            assert set(steps[np.asarray(kept[0])]) == set(range(4000 - top_k, 4000))
+
+
+def test_infinities_and_huge_numbers_keep_their_order():
+    logits = jnp.asarray([[-jnp.inf, -3e38, -1e-40, 1e-30, 3e38, jnp.inf]], jnp.float32)
+    for top_k in range(1, 7):
+        kept = compiled(logits, jnp.asarray([top_k]), jnp.asarray([1.0]), mode=Mode(draws=True, top_k=True))
+        assert np.flatnonzero(kept[0]).tolist() == list(range(6 - top_k, 6))
+
+
+def test_every_row_is_picked_by_its_own_settings():
+    rng = np.random.default_rng(0)
+    logits, seen = jnp.asarray(rng.normal(size=(5, 50)), jnp.float32), jnp.asarray(rng.random((5, 50)) < 0.3)
+    samplings = [
+        SamplingConfig(),
+        SamplingConfig(temperature=1.0, seed=3),
+        SamplingConfig(temperature=2.0, top_k=3, seed=4),
+        SamplingConfig(temperature=1.5, top_p=0.5, seed=5),
+        SamplingConfig(repetition_penalty=4.0),
+    ]
+    step = jnp.arange(5, dtype=jnp.int32)
+
+    def picked(rows):
+        chosen = [(samplings[row], row) for row in rows]
+        mode = Mode.of([samplings[row] for row in rows])
+        rows = np.asarray(rows)
+        return compiled_pick(logits[rows], seen[rows], Rules.of(chosen), step[rows], mode=mode).tolist()
+
+    together = picked(range(5))
+    assert together == [token for row in range(5) for token in picked([row])]
+    assert together[0] == int(np.argmax(logits[0]))
+    penalised = np.where(seen[4], np.where(logits[4] > 0, logits[4] / 4, logits[4] * 4), logits[4])
+    assert together[4] == int(np.argmax(penalised))
+
+
+def test_a_vocabulary_is_never_sorted():
+    def operations(jaxpr):
+        for equation in jaxpr.eqns:
+            yield equation.primitive.name
+            for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from operations(inner)
+
+    rules = Rules.of([(SamplingConfig(temperature=1.0, top_k=5, top_p=0.9), 0)] * 4)
+    run = lambda logits, seen: compiled_pick(logits, seen, rules, jnp.zeros(4, jnp.int32), mode=BOTH)
+    jaxpr = jax.make_jaxpr(run)(jnp.zeros((4, 4096)), jnp.zeros((4, 4096), bool))
+    names = set(operations(jaxpr.jaxpr))
+    assert "while" in names or "scan" in names
+    assert not {"sort", "top_k"} & names
+
+
+def test_log_probabilities_are_the_models_own():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9)), jnp.float32)
+    found = likelihoods(logits, jnp.asarray([4, 0]), 3)
+    expected = np.log(np.exp(np.asarray(logits, np.float64)) / np.exp(np.asarray(logits, np.float64)).sum(1)[:, None])
+    np.testing.assert_allclose(found.chosen, [expected[0, 4], expected[1, 0]], rtol=1e-5)
+    order = np.argsort(-expected, axis=1)[:, :3]
+    np.testing.assert_array_equal(found.top_tokens, order)
+    np.testing.assert_allclose(found.top, np.take_along_axis(expected, order, axis=1), rtol=1e-5)
+    assert likelihoods(logits, jnp.asarray([4, 0]), 0).top.shape == (2, 0)

@@ -1,0 +1,68 @@
+"""Prepared weights compute the model's own numbers, and take memory only where something was joined."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from memjax.config import ExpertsConfig, MemoryConfig, ModelConfig
+from memjax.inference.weights import prepare
+from memjax.models.decoder import Decoder
+from memjax.models.parts import DecoderParts
+
+TOKENS = np.array([[1, 5, 9, 3, 7, 2], [1, 8, 8, 4, 6, 5]], np.int32)
+
+
+def drawn(**settings) -> Decoder:
+    config = ModelConfig(dim=16, num_layers=3, num_heads=4, num_kv_heads=2, ffn_dim=24, vocab_size=40, **settings)
+    parts, rng = DecoderParts.of(config), np.random.default_rng(0)
+    # Drawn by NumPy: compiling the initialisation would take longer than all that is tested.
+    fill = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype)
+    return parts.assemble(jax.tree.map(fill, parts.abstract_params), jax.tree.map(fill, parts.abstract_tables))
+
+
+def kinds():
+    memory = MemoryConfig(layers=(1,), num_keys=8, num_heads=2, top_k=4, key_dim=8)
+    return {
+        "memory": {"memory": memory, "attention_bias": True},
+        "experts": {
+            "memory": None,
+            "experts": ExpertsConfig(layers=(1,), num_experts=4, top_k=2),
+            "tie_embeddings": True,
+        },
+    }
+
+
+@nnx.jit
+def logits_of(model: Decoder, tokens: jax.Array) -> jax.Array:
+    return model.logits(model.hidden_with_cache(tokens, None)[0])
+
+
+@pytest.mark.parametrize("kind", kinds())
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 3e-2)])
+def test_logits_are_those_of_the_model(kind, dtype, tolerance):
+    model = drawn(dtype=dtype, **kinds()[kind])
+    expected = nnx.jit(lambda model, tokens: model(tokens))(model, TOKENS)
+    found = logits_of(prepare(model), TOKENS)
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * float(jnp.abs(expected).max()))
+
+
+def test_tables_and_vectors_stay_the_models_own_and_matrices_are_narrowed():
+    model = drawn(dtype="bfloat16", **kinds()["memory"])
+    ready = prepare(model)
+    assert ready.tables["shared"].rows[...] is model.tables["shared"].rows[...]
+    assert ready.norm.scale[...] is model.norm.scale[...]
+    assert ready.embed.embedding.dtype == ready.blocks[0].attention.joined.kernel.dtype == jnp.bfloat16
+    assert ready.blocks[0].attention.joined.kernel.shape == (16, 16 + 8 + 8)
+    # The model is as it was.
+    assert model.embed.embedding.dtype == model.blocks[0].attention.query.kernel.dtype == jnp.float32
+
+
+def test_weights_are_prepared_once_and_anew_when_the_model_was_changed():
+    model = drawn(dtype="float32", **kinds()["memory"])
+    ready = prepare(model)
+    assert prepare(model) is ready
+    model.norm.scale[...] = model.norm.scale[...] * 2
+    assert prepare(model) is not ready
+    np.testing.assert_allclose(prepare(model).norm.scale[...], ready.norm.scale[...] * 2)

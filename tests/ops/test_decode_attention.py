@@ -1,0 +1,78 @@
+"""Decode attention is the softmax of the scores that may be seen, key by key, whatever lies behind them."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memjax.ops.decode_attention.api import decode_attention
+
+every_implementation = pytest.mark.parametrize("implementation", ["triton", "xla", "reference"])
+# Rows, heads, heads of keys, width of a head, places of the cache. Groups and widths that fill no whole tile.
+SHAPES = [(3, 4, 2, 8, 96), (2, 3, 3, 24, 40), (1, 5, 1, 16, 7)]
+
+
+def draw(shape, dtype="float32"):
+    """A query, and a cache with large numbers behind lengths of all kinds."""
+    (rows, heads, kv_heads, width, size), rng = shape, np.random.default_rng(sum(shape))
+    lengths = np.array([size, 1, (size + 1) // 2][:rows], np.int32)
+    query = rng.normal(size=(rows, heads, width))
+    keys, values = rng.normal(size=(2, rows, kv_heads, size, width))
+    for row, length in enumerate(lengths):
+        keys[row, :, length:] = values[row, :, length:] = 1e4
+    return *(jnp.asarray(array, dtype) for array in (query, keys, values)), jnp.asarray(lengths)
+
+
+def by_hand(query, keys, values, lengths, window):
+    query, keys, values = (np.asarray(array, np.float64) for array in (query, keys, values))
+    out = np.zeros(query.shape)
+    for row, head in np.ndindex(query.shape[:2]):
+        own, end = head // (query.shape[1] // keys.shape[1]), int(lengths[row])
+        seen = range(max(0, end - window) if window else 0, end)
+        weights = np.exp([query[row, head] @ keys[row, own, place] / query.shape[2] ** 0.5 for place in seen])
+        total = sum(weight * values[row, own, place] for weight, place in zip(weights, seen, strict=True))
+        out[row, head] = total / weights.sum()
+    return out
+
+
+@cache
+def compiled(implementation, window):
+    return jax.jit(partial(decode_attention, window=window, implementation=implementation))
+
+
+@every_implementation
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_query_sees_what_is_filled_and_in_the_window(implementation, window, shape):
+    arguments = draw(shape)
+    out = compiled(implementation, window)(*arguments)
+    np.testing.assert_allclose(out, by_hand(*arguments, window), rtol=2e-5, atol=2e-5)
+
+
+# Triton's interpreter multiplies no bfloat16.
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [("triton", "float16"), ("xla", "float16"), ("xla", "bfloat16"), ("reference", "bfloat16")],
+)
+def test_sixteen_bits_are_summed_in_float32(implementation, dtype):
+    arguments = draw(SHAPES[0], dtype)
+    out = compiled(implementation, None)(*arguments)
+    assert out.dtype == dtype
+    tolerance = 4 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.asarray(out, np.float64), by_hand(*arguments, None), rtol=tolerance, atol=tolerance)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    query, keys, values, lengths = draw(SHAPES[0])
+    for wrong in (
+        (query[:, :3], keys, values, lengths),
+        (query, keys[..., :4], values, lengths),
+        (query, keys, values[:, :, :5], lengths),
+        (query[:1], keys, values, lengths),
+    ):
+        with pytest.raises((ValueError, TypeError), match=r"decode_attention|shape"):
+            decode_attention(*wrong)
+    with pytest.raises(ValueError, match="window=0 must be positive"):
+        decode_attention(query, keys, values, lengths, window=0)
