@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from memjax.config import ExpertLookupConfig, ExpertsConfig, MemoryConfig, ModelConfig, RunConfig, SamplingConfig
     from memjax.data.tokenizer import Tokenizer
+    from memjax.inference.engine import Engine, Request
     from memjax.inference.text import Continuation, continue_texts, stream_text
     from memjax.interop.official import from_official
     from memjax.interop.upcycle import upcycle, upcycle_run
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Continuation",
     "Decoder",
+    "Engine",
     "ExpertLookupConfig",
     "ExpertLookupLayer",
     "ExpertsConfig",
@@ -40,6 +42,7 @@ __all__ = [
     "MemoryConfig",
     "MemoryLayer",
     "ModelConfig",
+    "Request",
     "RowGradient",
     "RowRule",
     "RunConfig",
@@ -67,6 +70,7 @@ __all__ = [
 _MODULES = {
     "Continuation": "inference.text",
     "Decoder": "models.decoder",
+    "Engine": "inference.engine",
     "ExpertLookupConfig": "config",
     "ExpertLookupLayer": "memory.expert_lookup",
     "ExpertsConfig": "config",
@@ -74,6 +78,7 @@ _MODULES = {
     "MemoryConfig": "config",
     "MemoryLayer": "memory.layer",
     "ModelConfig": "config",
+    "Request": "inference.engine",
     "RowGradient": "ops.row_gradient",
     "RowRule": "ops.row_update.rules",
     "RunConfig": "config",

@@ -30,3 +30,26 @@ def test_predictions_are_set_beside_what_a_step_takes_and_the_record_keeps_other
     assert measured["peak GB"] is None
     assert "predicted / peak" in done.stdout.splitlines()[0]
     assert "long rows, nothing again" in done.stdout
+
+
+@pytest.mark.slow
+def test_generation_is_timed_by_batch_and_prompt_and_memory_is_set_against_dense(tmp_path):
+    bench = BENCH.with_name("inference.py")
+    command = [sys.executable, str(bench), "--small", "--only", "dense", "memory", "--out", str(tmp_path)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    done = subprocess.run([*command, "--stem", "record"], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert [(row["model"], row["batch"]) for row in record["rows"]] == [
+        ("dense", 1),
+        ("dense", 2),
+        ("Memory+", 1),
+        ("Memory+", 2),
+    ]
+    for row in record["rows"]:
+        assert "note" not in row, row
+        assert row["first token ms"] > 0 < row["ms a token"]
+    assert record["rows"][2]["of dense"] == record["rows"][2]["ms a token"] / record["rows"][0]["ms a token"]
+    assert record["commit"]
+    assert record["versions"]["jax"]
+    assert "| Memory+ | 2 | 16 |" in (tmp_path / "record.md").read_text()

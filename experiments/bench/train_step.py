@@ -11,25 +11,21 @@ With --small (for CPUs) a few cases of small sizes run, and the figures say noth
 
 import argparse
 import importlib.util
-import json
-import os
 import pathlib
 import shlex
-import subprocess
 import sys
-import tempfile
 import time
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+import cases
 import timing
 
 from memjax.command_line import load
 from memjax.config import RunConfig
 
-HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+ROOT = cases.ROOT
 
 COLUMNS = ("part", "case", "mesh", "attention", "ms", "tokens/s", "MFU", "peak GB", "compiled GB")
 COLUMNS += ("predicted GB", "predicted / peak", "compile s", "distinct rows", "tokens/s per GPU", "of one GPU")
@@ -65,10 +61,10 @@ PLANNED = {
 
 PARTS = ("dense", "memory", "torch", "documents", "sizes", "remat", "planner", "xla", "devices", "largest")
 
-Row = dict[str, Any]
+Row = cases.Row
 
 
-def cases(arguments: argparse.Namespace) -> dict[str, list[Row]]:
+def cases_of(arguments: argparse.Namespace) -> dict[str, list[Row]]:
     """The cases of every part."""
     small = arguments.small
     dense, memory_plus = (str(ROOT / f"configs/{arguments.size}_{kind}.yaml") for kind in ("dense", "memory_plus_1m"))
@@ -138,40 +134,11 @@ def cases(arguments: argparse.Namespace) -> dict[str, list[Row]]:
 
 
 def run(case: Row, seconds: float) -> tuple[list[Row], Row]:
-    """The rows of a case, from a process of its own, and what it says of the device."""
-    script = HERE / ("torch_peer.py" if case["kind"] == "torch" else "step_case.py")
+    """The rows of a case, and what its process says of the device."""
     if case["kind"] == "torch" and importlib.util.find_spec("torch") is None:
         return [{"note": "PyTorch is not installed"}], {}
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {case['xla_flags']}".strip(),
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95"),
-        "TF_CPP_MIN_LOG_LEVEL": "2",
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        result = pathlib.Path(folder) / "result.json"
-        command = [sys.executable, str(script), json.dumps(case), str(result)]
-        try:
-            code = subprocess.run(command, env=environment, timeout=seconds, check=False).returncode
-            note = f"ended with exit code {code}" if code else None
-        except subprocess.TimeoutExpired:
-            note = f"stopped after {seconds:.0f} s"
-        found = json.loads(result.read_text()) if result.exists() else {"rows": []}
-        return found["rows"] + ([{"note": note}] if note else []), found.get("environment", {})
-
-
-def write(out: pathlib.Path, stem: str, record: Row) -> None:
-    """The record as JSON and as a table; cases of a record that is there already stay, unless they ran again."""
-    file = out / f"{stem}.json"
-    old = json.loads(file.read_text()) if file.exists() else {}
-    again = {(row["part"], row["case"]) for row in record["rows"]}
-    kept = [row for row in old.get("rows", []) if (row["part"], row["case"]) not in again]
-    commands = dict.fromkeys([*old.get("command", "").split(" ; "), record["command"]])
-    record = record | {"rows": kept + record["rows"], "command": " ; ".join(filter(None, commands))}
-    timing.write_record(file, record)
-    device = record.get("device", "an unknown device")
-    text = f"# Training steps on {device}\n\n{record['command']}\n\n{timing.table(record['rows'], COLUMNS)}\n"
-    (out / f"{stem}.md").write_text(text)
+    script = "torch_peer.py" if case["kind"] == "torch" else "step_case.py"
+    return cases.run(script, case, seconds, xla_flags=case["xla_flags"])
 
 
 def main() -> None:
@@ -192,7 +159,7 @@ def main() -> None:
     command = f"python experiments/bench/train_step.py {shlex.join(words)}".strip()
     arguments.out = arguments.out.resolve()
     started, record = time.monotonic(), {"command": command, "rows": []}
-    parts = cases(arguments)
+    parts = cases_of(arguments)
     if unknown := set(arguments.only or []) - set(parts):
         parser.error(f"--only: no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
     print(timing.table([], COLUMNS), flush=True)
@@ -204,7 +171,9 @@ def main() -> None:
             record["rows"].append({"part": case["part"], "case": case["case"]} | row)
             print(timing.table(record["rows"][-1:], COLUMNS).splitlines()[-1], flush=True)
         device = record.get("device", "unknown").replace(" ", "-").lower()
-        write(arguments.out, arguments.stem or f"train_step-{device}" + ("-small" if arguments.small else ""), record)
+        stem = arguments.stem or f"train_step-{device}" + ("-small" if arguments.small else "")
+        key = ("part", "case")
+        cases.write(arguments.out, stem, record, title="Training steps on", columns=COLUMNS, key=key)
 
 
 if __name__ == "__main__":

@@ -185,22 +185,23 @@ class Engine:
 
     def _read_together(self, requests: Sequence[Request]) -> Sequence[Request]:
         """The first of the requests, as many as are read at once."""
-        widths = [padded_length(len(request.prompt_ids)) for request in requests]
-        count = 1
-        while count < len(requests) and self._group(count + 1) * max(widths[: count + 1]) <= _PREFILL_TOKENS:
+        width, count = 0, 0
+        for request in requests:
+            width = max(width, padded_length(len(request.prompt_ids)))
+            if count and (count + 1) * width > _PREFILL_TOKENS:
+                break
             count += 1
         return requests[:count]
 
-    def _group(self, count: int) -> int:
+    def _group(self, count: int, width: int) -> int:
         """Rows of the prefill of so many prompts."""
-        rows = next_power_of_two(count) if self._prefill_rows is None else max(count, self._prefill_rows)
-        return math.ceil(min(rows, self._num_rows) / self._devices) * self._devices
+        wanted = next_power_of_two(count) if self._prefill_rows is None else self._prefill_rows
+        rows = max(count, min(wanted, self._num_rows, _PREFILL_TOKENS // width))
+        return math.ceil(rows / self._devices) * self._devices
 
     def _prefill(self, requests: Sequence[Request], slots: Sequence[int]) -> None:
         width = max(padded_length(len(request.prompt_ids)) for request in requests)
-        group = self._group(len(requests))
-        if group * width > _PREFILL_TOKENS:
-            group = math.ceil(len(requests) / self._devices) * self._devices
+        group = self._group(len(requests), width)
         tokens, lengths = np.zeros((group, width), np.int32), np.ones(group, np.int32)
         taken: dict[int, _Slot] = {}
         for row, (request, slot) in enumerate(zip(requests, slots, strict=True)):

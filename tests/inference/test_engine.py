@@ -229,6 +229,14 @@ def test_long_prompts_are_read_in_groups(monkeypatch):
     assert [fresh.state.cache.blocks[0].keys.shape[::2] for fresh in read] == [(1, 16), (1, 32), (1, 16), (1, 32)]
     made = writer.step(11)
     assert [made[slot].tokens for slot in slots] == [alone(model, one) for one in requests]
+    # Rows are padded only as far as the same bound allows.
+    writer = Engine(model, num_slots=4, prefill_rows=4)
+    writer.insert(requests)
+    assert [len(fresh.tokens) for fresh in writer._unread] == [2, 1, 2, 1]
+    monkeypatch.setattr(engine, "_PREFILL_TOKENS", 64)
+    writer = Engine(model, num_slots=4, prefill_rows=4)
+    writer.insert(requests[:3])
+    assert [len(fresh.tokens) for fresh in writer._unread] == [2, 4]
 
 
 def test_log_probabilities_are_those_of_the_plain_forward_pass():

@@ -1,0 +1,119 @@
+"""Times generation: `python experiments/bench/inference.py [--only PART ...] [--out FOLDER] [--small]`.
+
+Dense against Memory+ of one size, in bfloat16: the first token of a batch of prompts (prefill, on the host), and the
+milliseconds of each further token, greedy, at several batch sizes and lengths of the prompts; a model's cases run in a
+process of their own. Where transformers can be imported a Llama of the same shape is timed by its `generate`, with its
+dynamic cache and with its static cache, which it compiles. `attention` times decode attention alone, in every
+implementation. The record is written after every process, and keeps what other runs have put into it.
+
+With --small (for CPUs) a few cases of small sizes run, and the figures say nothing but that it runs.
+"""
+
+import argparse
+import importlib.util
+import pathlib
+import shlex
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+import cases
+import timing
+from train_step import SMALL, SMALL_MEMORY
+
+from memjax.command_line import load
+from memjax.config import RunConfig
+
+COLUMNS = ("model", "batch", "prompt", "first token ms", "ms a token", "tokens/s", "of dense", "of transformers")
+COLUMNS += ("compile s", "peak GB", "note")
+KEY = ("model", "batch", "prompt")
+
+PARTS = ("dense", "memory", "transformers", "attention")
+
+
+def processes(arguments: argparse.Namespace) -> dict[str, list[tuple[str, cases.Row]]]:
+    """Scripts and their cases, by part."""
+    small = arguments.small
+    dense, memory_plus = (
+        str(cases.ROOT / f"configs/{arguments.size}_{kind}.yaml") for kind in ("dense", "memory_plus_1m")
+    )
+    sizes = [(1, 16), (2, 16)] if small else [(1, 512), (8, 512), (64, 512), (1, 4096), (8, 4096), (64, 4096)]
+    shared = {"sizes": sizes, "new": 8 if small else 64, "rounds": 1 if small else arguments.rounds}
+
+    def memjax(name: str, preset: str, *settings: str) -> tuple[str, cases.Row]:
+        words = [*SMALL.split(), *(SMALL_MEMORY.split() if preset == memory_plus else [])] if small else []
+        words += ["--model.param_dtype", "float32" if small else "bfloat16", *settings]
+        profile = str(arguments.out / "profiles" / name.replace(" ", "-")) if arguments.profile else None
+        case = {"kind": "engine", "model": name, "preset": preset, "settings": words, "profile": profile}
+        return "inference_case.py", case | shared
+
+    memory_settings = ["--model.memory.num_keys", "16"] if small else []
+    model = load(RunConfig, pathlib.Path(dense), SMALL.split() if small else []).model
+    names = ("dim", "num_layers", "num_heads", "kv_heads", "ffn_dim", "vocab_size", "rope_theta", "norm_eps")
+    shape = {name: getattr(model, name) for name in names}
+    peers = [
+        ("inference_peer.py", {"model": f"transformers, {cache} cache", "cache": cache, "shape": shape} | shared)
+        for cache in ("dynamic", "static")
+    ]
+    attention = {"kind": "attention", "model": "decode attention", "heads": model.num_heads, "width": model.head_width}
+    return {
+        "dense": [memjax("dense", dense)],
+        "memory": [memjax("Memory+", memory_plus, *memory_settings)],
+        "transformers": peers,
+        "attention": [("inference_case.py", attention | {"small": small} | shared)],
+    }
+
+
+def compare(rows: list[cases.Row]) -> None:
+    """Sets each row's time of a token against that of the dense model, and of the faster form of transformers."""
+    found = {tuple(row.get(name) for name in KEY): row.get("ms a token") for row in rows}
+    for row in rows:
+        own, size = row.get("ms a token"), (row.get("batch"), row.get("prompt"))
+        dense = found.get(("dense", *size))
+        peers = [found.get((f"transformers, {cache} cache", *size)) for cache in ("dynamic", "static")]
+        peer = min((time for time in peers if time), default=None)
+        row["of dense"] = own / dense if own and dense and row["model"] == "Memory+" else None
+        row["of transformers"] = own / peer if own and peer and row["model"] in ("dense", "Memory+") else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/bench/results"))
+    parser.add_argument("--small", action="store_true", help="small sizes")
+    parser.add_argument("--size", default="373m", help="presets configs/SIZE_dense.yaml and SIZE_memory_plus_1m.yaml")
+    parser.add_argument("--only", nargs="*", help=f"parts: {' '.join(PARTS)}")
+    parser.add_argument("--rounds", type=int, default=5, help="texts of each size, whose median counts")
+    parser.add_argument("--profile", action="store_true", help="trace a chunk of every size too")
+    parser.add_argument("--seconds", type=float, default=570, help="no process begins after this or goes on longer")
+    parser.add_argument("--stem", help="name of the files in the folder, without suffix")
+    arguments = parser.parse_args()
+    # Where the files go says nothing of the measurement.
+    words = [word for word in sys.argv[1:] if word not in ("--out", str(arguments.out), "--stem", arguments.stem)]
+    command = f"python experiments/bench/inference.py {shlex.join(words)}".strip()
+    arguments.out = arguments.out.resolve()
+    parts = processes(arguments)
+    if unknown := set(arguments.only or []) - set(parts):
+        parser.error(f"--only: no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+    started, record = time.monotonic(), {"command": command, "rows": []}
+    print(timing.table([], COLUMNS), flush=True)
+    for script, case in [process for part in arguments.only or parts for process in parts[part]]:
+        left = arguments.seconds - (time.monotonic() - started)
+        if script == "inference_peer.py" and importlib.util.find_spec("transformers") is None:
+            rows, environment = [{"note": "transformers is not installed"}], {}
+        elif left <= 0:
+            rows, environment = [{"note": "no time left"}], {}
+        else:
+            # The script prints its rows as it goes.
+            rows, environment = cases.run(script, case | {"seconds": left}, left)
+        record |= environment
+        record["rows"] += [{"model": case["model"]} | row for row in rows]
+        compare(record["rows"])
+        device = record.get("device", "unknown").replace(" ", "-").lower()
+        stem = arguments.stem or f"inference-{device}" + ("-small" if arguments.small else "")
+        cases.write(arguments.out, stem, record, title="Generation on", columns=COLUMNS, key=KEY)
+    print(f"\n{timing.table(record['rows'], COLUMNS)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Measures generation by one model, or decode attention, in a process of its own: `inference_case.py CASE RESULT`.
+
+inference.py starts the processes.
+"""
+
+import json
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memjax.command_line import load
+from memjax.config import RunConfig
+from memjax.inference.engine import LONGEST_CHUNK, Engine, Request
+from memjax.models.decoder import Decoder
+from memjax.models.parts import DecoderParts
+from memjax.ops import dispatch
+from memjax.ops.decode_attention.api import decode_attention
+from memjax.training.profiling import newest_trace, operations, table
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import timing
+
+Row = dict[str, Any]
+
+
+def measure(model: Decoder, case: Row, batch: int, length: int) -> Row:
+    """The first token of `batch` prompts, and the time of each further one: medians over texts."""
+    vocab_size = model.config.vocab_size
+    engine = Engine(model, num_slots=batch, prefill_rows=batch)
+
+    def texts(seed: int) -> tuple[float, float]:
+        rng = np.random.default_rng(seed)
+        prompts = rng.integers(3, vocab_size, size=(batch, length)).tolist()
+        requests = [Request(prompt_ids=prompt, max_tokens=1 + case["new"]) for prompt in prompts]
+        started = time.perf_counter()
+        engine.insert(requests)
+        engine.step(0)
+        first = time.perf_counter()
+        while engine.is_busy:
+            engine.step(LONGEST_CHUNK)
+        return first - started, (time.perf_counter() - first) / case["new"]
+
+    started = time.perf_counter()
+    texts(0)
+    compile_seconds = time.perf_counter() - started
+    texts(1)
+    firsts, others = zip(*[texts(2 + number) for number in range(case["rounds"])], strict=True)
+    milliseconds = statistics.median(others) * 1e3
+    stats = jax.devices()[0].memory_stats()
+    row = {
+        "first token ms": statistics.median(firsts) * 1e3,
+        "ms a token": milliseconds,
+        "tokens/s": round(batch / milliseconds * 1e3),
+        "compile s": compile_seconds,
+        "peak GB": stats["peak_bytes_in_use"] / 1e9 if stats else None,
+        "decode attention": dispatch.choose("decode_attention", None, jnp.dtype(model.embed.dtype)),
+    }
+    if case["profile"]:
+        folder = pathlib.Path(case["profile"]) / f"{batch}x{length}"
+        rng = np.random.default_rng(1)
+        prompts = rng.integers(3, vocab_size, size=(batch, length)).tolist()
+        engine.insert([Request(prompt_ids=prompt, max_tokens=1 + case["new"]) for prompt in prompts])
+        engine.step(1)
+        with jax.profiler.trace(str(folder)):
+            engine.step(LONGEST_CHUNK)
+        trace = jax.profiler.ProfileData.from_file(str(newest_trace(folder)))
+        row["profile"] = table(operations(trace), 24)
+        print(row["profile"], file=sys.stderr, flush=True)
+    return row
+
+
+def of_engine(case: Row) -> Iterator[Row]:
+    """A row for every batch and length of prompts."""
+    config = load(RunConfig, pathlib.Path(case["preset"]), case["settings"]).model
+    parts = DecoderParts.of(config)
+    model = parts.assemble(*parts.init(jax.random.key(0)))
+    for batch, length in case["sizes"]:
+        yield {"batch": batch, "prompt": length} | attempt(lambda: measure(model, case, batch, length))  # noqa: B023
+
+
+def of_attention(case: Row) -> Iterator[Row]:
+    """Decode attention over caches whose fill is that of the prompts, in every implementation that runs."""
+    dtype = jnp.float32 if case["small"] else jnp.bfloat16
+    for batch, length in case["sizes"]:
+        for name in ("triton", "xla"):
+            found = {"model": f"decode attention, {name}", "batch": batch, "prompt": length}
+            yield found | attempt(lambda: attention_row(case, batch, length, name, dtype))  # noqa: B023
+
+
+def attention_row(case: Row, batch: int, length: int, name: str, dtype: Any) -> Row:
+    """One layer's attention of one token, for a cache of twice the length that is filled to the length."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    cache = [jax.random.normal(key, (batch, case["heads"], 2 * length, case["width"]), dtype) for key in keys[:2]]
+    query = jax.random.normal(keys[2], (batch, case["heads"], case["width"]), dtype)
+    lengths = jnp.full(batch, length, jnp.int32)
+    run = jax.jit(lambda *arguments: decode_attention(*arguments, implementation=name))
+    milliseconds = timing.median_ms(run, [(query, *cache, lengths)], rounds=case["rounds"], calls=20)
+    filled = 2 * batch * length * case["heads"] * case["width"] * jnp.dtype(dtype).itemsize
+    return {"ms a token": milliseconds, "note": f"{filled / milliseconds / 1e6:.0f} GB/s of what is filled"}
+
+
+def attempt(function: Callable[[], Row]) -> Row:
+    """The function's row, or what went wrong as one."""
+    try:
+        return function()
+    except Exception as error:
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
+            return {"note": "out of memory"}
+        print(f"{type(error).__name__}: {text[:4000]}", file=sys.stderr, flush=True)
+        return {"note": f"{type(error).__name__}: {' '.join(text.split())[:200]}"}
+
+
+def main() -> None:
+    """Writes the case's rows as JSON, and prints them, one by one."""
+    case, result = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
+    rows: list[Row] = []
+    for row in of_engine(case) if case["kind"] == "engine" else of_attention(case):
+        # After each: what comes next may take too long.
+        rows.append({"model": case["model"]} | row)
+        result.write_text(json.dumps({"rows": rows, "environment": timing.environment()}))
+        print({name: value for name, value in rows[-1].items() if name != "profile"}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
