@@ -130,7 +130,7 @@ class CorpusStream:
             DataError: it may not be left out, or too many were.
         """
         where = f"{self.files[index].path}:{number}: {error}"
-        if isinstance(error, UnreadableError) and error.lost and self.corpus.damaged_files == "strict":
+        if isinstance(error, UnreadableError) and error.lost is not None and self.corpus.damaged_files == "strict":
             raise DataError(
                 f"{where}, or keep what can be read of such files with data.malformed=skip and data.damaged_files=skip"
             )

@@ -163,12 +163,12 @@ class RecordFiles:
 class UnreadableError(MalformedError):
     """A file holds nothing, or from some place on cannot be read; no record is meant."""
 
-    def __init__(self, message: str, lost: float = 0.0):
-        """Takes the message, and the share of the file's bytes that is lost."""
+    def __init__(self, message: str, lost: float | None = None):
+        """Takes the message, and the share of the file's bytes that is not read; None for a file that is empty."""
         super().__init__(message)
         self.lost = lost
 
-    def __reduce__(self) -> tuple[type["UnreadableError"], tuple[str, float]]:
+    def __reduce__(self) -> tuple[type["UnreadableError"], tuple[str, float | None]]:
         return UnreadableError, (str(self), self.lost)
 
 
@@ -214,7 +214,8 @@ class Stream:
             raise
         except (OSError, EOFError, ValueError, MemoryError, lzma.LZMAError, zlib.error, _BrokenFileError) as error:
             lost = 1 - self.bytes_read / max(1, self.file.path.stat().st_size)
-            message = f"the file is cut off or damaged here ({error}), and about {lost:.0%} of it cannot be read"
+            share = f"; about {lost:.0%} of its bytes are not read" if lost >= 0.005 else ""
+            message = f"the file is cut off or damaged here ({error}), and what follows is lost{share}"
             yield number + 1, UnreadableError(f"{message}; make it again", lost)
 
     def _lines(self) -> Iterator[tuple[int, Payload]]:

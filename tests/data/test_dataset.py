@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import lzma
 import os
 import signal
 import subprocess
@@ -16,10 +17,12 @@ import pyarrow.parquet
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
+import memjax.data.lines
 from memjax.config import DataConfig, MixtureConfig, TokenizerConfig
 from memjax.data.dataset import open_dataset, train_tokenizer
 from memjax.data.loader import TrainingData
 from memjax.data.mixture import SplitRecords
+from memjax.data.sources import find_source
 from memjax.data.tokenizer import ByteTokenizer
 from memjax.errors import DataError
 
@@ -231,3 +234,65 @@ def test_a_mixture_goes_on_exactly_after_kill_9_at_any_number_of_workers(tmp_pat
         assert len({line[workers][1] for line in straight}) == 40
     here = [hashlib.sha256(b"".join(b[n].tobytes() for n in sorted(b))).hexdigest() for b in take(config, 40)]
     assert here == [line[0][1] for line in straight]
+
+
+def test_a_run_opens_its_files_once_however_often_it_validates(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(f"{i} some words" for i in range(100)))
+    scanned, read, real = [], [], memjax.data.lines._line_bounds
+
+    def counted(handle, size):
+        scanned.append(size)
+        return real(handle, size)
+
+    class Counted(memjax.data.lines._OpenFile):
+        def __init__(self, path):
+            read.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(memjax.data.lines, "_line_bounds", counted)
+    monkeypatch.setattr(memjax.data.lines, "_OpenFile", Counted)
+    config = DataConfig(source="text", path=str(path), validation_fraction=0.1, batch_size=4, sequence_length=32)
+    source = find_source(config)
+    dataset = open_dataset(source, train_tokenizer(source, 300))
+    data = TrainingData(dataset, seed=0)
+    for _ in range(3):
+        next(data)
+        assert list(dataset.validation_batches(2))
+    data.close()
+    assert len(scanned) == 1
+    assert len(read) == 2  # to scan it, and to read it
+
+
+def test_a_packed_validation_file_goes_with_a_plain_training_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a b"}\n' * 20)
+    (tmp_path / "v.jsonl.xz").write_bytes(lzma.compress(b'{"text": "v"}\n' * 3))
+    config = DataConfig(
+        source="jsonl",
+        path=str(tmp_path / "a.jsonl"),
+        validation_path=str(tmp_path / "v.jsonl.xz"),
+        prepared=str(tmp_path / "prepared"),
+        tokenizer=TokenizerConfig(kind="bpe"),
+    )
+    dataset = open_dataset(config, train_tokenizer(config, 300))
+    assert [record[0].text for record in SplitRecords(dataset.validation)] == ["v"] * 3
+    assert not (tmp_path / "prepared" / "training").exists()
+
+
+@pytest.mark.parametrize(("packing", "told"), [("none", "steps read 2 epochs"), ("concat", "read about 3.2 epochs")])
+def test_records_tokens_and_epochs_are_told(tmp_path, packing, told):
+    (tmp_path / "a.txt").write_text("123456789\n" * 42)
+    config = DataConfig(
+        source="text",
+        path=str(tmp_path / "a.txt"),
+        validation_fraction=0.05,
+        packing=packing,
+        batch_size=4,
+        sequence_length=16,
+    )
+    (line,) = open_dataset(config, BYTES).describe(steps=20)
+    assert line.startswith("records    40 for training, 400 tokens; 20 steps")
+    assert told in line
+    assert line.endswith("epochs; 2 records for validation")
+    (tmp_path / "a.txt").write_text("123456789\n" * 4200)
+    assert "3,990 for training, about 40,000 tokens;" in open_dataset(config, BYTES).describe(steps=20)[0]

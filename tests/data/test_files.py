@@ -1,14 +1,16 @@
 import gzip
 import json
 import lzma
+import tracemalloc
 from typing import Literal
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from memjax.data.files import Stream, find_files
+from memjax.data.files import RecordFiles, Stream, UnreadableError, find_files
 from memjax.data.parsing import Keys, MalformedError
 from memjax.errors import DataError
 
@@ -159,7 +161,7 @@ def test_packed_parquet_is_refused(tmp_path):
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     WRITERS["a.ndjson.zst"](tmp_path / "a.ndjson.zst")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(DataError, match=r"pyarrow.*pip install 'memjax\[data\]'"):
+    with pytest.raises(DataError, match=r"pyarrow.*pip install pyarrow"):
         read(tmp_path / "a.ndjson.zst")
 
 
@@ -170,3 +172,92 @@ def test_progress_is_counted_in_bytes_of_the_file(tmp_path):
     seen = [stream.bytes_read for _ in stream]
     assert seen == sorted(seen)
     assert path.stat().st_size == seen[-1] == 200
+
+
+def streams_of(lines):
+    """Two .xz streams end to end, with padding between them."""
+    half = len(lines) // 2
+    return lzma.compress(b"".join(lines[:half])) + bytes(8) + lzma.compress(b"".join(lines[half:]))
+
+
+def test_streams_of_an_xz_file_are_read_to_the_end_or_the_damage_is_told(tmp_path):
+    path = tmp_path / "a.txt.xz"
+    packed = streams_of([b"%d\n" % i for i in range(300)])
+    path.write_bytes(packed)
+    assert [text for _, text in read(path)] == [str(i) for i in range(300)]
+    second = packed.index(b"\xfd7zXZ", 1)
+    for at in range(second, second + 12):
+        path.write_bytes(packed[:at] + bytes([packed[at] ^ 0x55]) + packed[at + 1 :])
+        *whole, (number, error) = read(path)
+        assert (len(whole), number) == (150, 151)
+        assert isinstance(error, UnreadableError)
+        assert "and what follows is lost" in str(error)
+
+
+def test_a_parquet_value_that_is_no_utf8_is_one_malformed_row(tmp_path):
+    path = tmp_path / "a.parquet"
+    column = pyarrow.array([b"one", b"\xff", b"three"]).cast(pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    (_, one), (number, error), (_, three) = read(path)
+    assert (one, number, three) == ("one", 2, "three")
+    assert isinstance(error, MalformedError)
+    assert "UTF-8" in str(error)
+
+
+def test_page_checksums_of_parquet_are_compared_where_there_are_any(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": ["needle in it" + "x" * 50] * 3})
+    options = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+    pyarrow.parquet.write_table(table, path, **options)
+    path.write_bytes(path.read_bytes().replace(b"needle", b"noodle"))
+    (_, error), *_ = read(path)
+    assert isinstance(error, MalformedError)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.xz", "a.txt.zst"])
+def test_a_record_without_end_is_malformed_and_not_kept_in_memory(tmp_path, name):
+    pack = {".gz": lambda d: gzip.compress(d, 1), ".xz": lzma.compress, ".zst": zstd}.get(name[5:], bytes)
+    (tmp_path / name).write_bytes(pack(b"first\n" + bytes(30 << 20) + b"\nlast\n"))
+    (file,) = find_files(str(tmp_path / name), "files", "data.path")
+    tracemalloc.start()
+    payloads = [payload for _, payload in Stream(file, Keys(), max_bytes=1000)]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20 << 20
+    assert (payloads[0], payloads[2]) == (b"first", b"last")
+    assert "more than data.max_record_bytes=1,000 bytes; split it, or raise" in str(payloads[1])
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.ndjson", "a.jsonl", "a.jsonl.gz", "a.txt", "a.md", "a.txt.xz"])
+def test_files_of_a_command_line_are_read_as_training_reads_them(tmp_path, name):
+    text = name.startswith(("a.txt", "a.md"))
+    content = "\ufeffé b\r\n\nc\n" if text else '\ufeff{"text": "é b"}\n\n{"text": "c", "n": 1}'
+    pack = {".gz": gzip.compress, ".xz": lzma.compress}.get(name[-3:], bytes)
+    (tmp_path / name).write_bytes(pack(content.encode()))
+    files = RecordFiles(str(tmp_path / name), "--text")
+    assert [record[0].text for record in files] == ["é b", "c"]
+    places, fields = zip(*files.fields("text"), strict=True)
+    assert fields == ({"text": "é b"}, {"text": "c"} if text else {"text": "c", "n": 1})
+    assert places == (f"{tmp_path / name}:1", f"{tmp_path / name}:3")
+
+
+def test_a_bad_record_of_a_command_line_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: not JSON"):
+        list(RecordFiles(str(tmp_path / "a.jsonl"), "--text"))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_damaged_files_end_in_records_and_malformed_ones_only(tmp_path, name):
+    path = tmp_path / name
+    WRITERS[name](path)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        data = bytearray(whole)
+        for at in rng.integers(len(data), size=rng.integers(1, 4)):
+            data[at] = rng.integers(256)
+        if rng.random() < 0.3:
+            del data[rng.integers(len(data)) :]
+        path.write_bytes(data)
+        assert all(isinstance(found, str | MalformedError) for _, found in read(path))

@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 
 import numpy as np
@@ -173,3 +174,59 @@ def test_validation_can_come_from_its_own_file_or_not_at_all(tmp_path):
     assert not len(opened(DataConfig(source="text", path=str(path), validation_fraction=0.0))[1])
     with pytest.raises(DataError, match="one record cannot be split"):
         opened(DataConfig(source="text", path=str(path)))
+
+
+def test_a_file_that_is_cut_or_rewritten_while_it_is_read_is_an_error_that_names_it(tmp_path):
+    path = tmp_path / "a.txt"
+    for change in (
+        lambda: os.truncate(path, 100),
+        lambda: path.write_text("".join(f"other {i:4d}\n" for i in range(100))),
+        lambda: path.write_text("grown\n" * 500),
+    ):
+        path.write_text("".join(f"lines {i:4d}\n" for i in range(100)))
+        records = texts(path)
+        assert records[99] == (Segment("lines   99", True),)
+        change()
+        os.utime(path, ns=(1, 1))
+        with pytest.raises(DataError, match=r"a\.txt: the file has changed since the run opened it; put back"):
+            records[98]
+
+
+def test_a_file_that_is_touched_or_replaced_by_its_copy_is_the_same_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("a\nb\nc")
+    records = texts(path)
+    assert records[0] == (Segment("a", True),)
+    os.utime(path, ns=(1, 1))
+    assert records[1] == (Segment("b", True),)
+    (tmp_path / "copy").write_bytes(path.read_bytes())
+    os.replace(tmp_path / "copy", path)
+    assert pickle.loads(pickle.dumps(records))[2] == (Segment("c", True),)
+
+
+def test_a_file_that_is_gone_is_named(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("a\nb")
+    records = texts(path)
+    path.unlink()
+    with pytest.raises(DataError, match=r"a\.txt: cannot be read any more .*put the file back"):
+        records[0]
+
+
+def test_many_files_are_one_and_stay_closed_but_a_few(tmp_path, monkeypatch):
+    monkeypatch.setattr("memjax.data.lines._OPEN_FILES", 3)
+    for number in range(10):
+        (tmp_path / f"{number}.txt").write_text(f"{number}a\n{number}b\n")
+    records = texts(tmp_path)
+    order = [7, 0, 19, 3, 8, 12, 1, 5, 16, 7]
+    assert [records[i][0].text for i in order] == [f"{i // 2}{'ab'[i % 2]}" for i in order]
+    assert len(records._open) <= 3
+
+
+def test_a_line_that_is_too_long_is_not_read(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("short\n" + "x" * 100)
+    records = LineRecords(find_files(str(path), "text", "data.path"), max_bytes=99)
+    assert records[0][0].text == "short"
+    with pytest.raises(DataError, match=r"a\.txt:2: a record of more than data\.max_record_bytes=99 bytes"):
+        records[1]

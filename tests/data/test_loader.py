@@ -1,9 +1,12 @@
 import collections
 import dataclasses
+import gzip
 import itertools
 import json
+import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -284,3 +287,97 @@ def test_a_tokenizer_is_trained_on_texts_from_everywhere(tmp_path):
     config = DataConfig(source="text", path=str(path), tokenizer=TokenizerConfig(train_bytes=11_000))
     tokenizer = train_tokenizer(config, 1000)
     assert all(len(tokenizer.encode(word)) == 1 for word in words[:99])
+
+
+def lines_of(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+@pytest.fixture
+def jsonl_config(tmp_path):
+    """200 records, of which none is held out."""
+    lines_of(tmp_path / "a.jsonl", (f"{i} fine" for i in range(200)))
+    return DataConfig(
+        source="jsonl",
+        path=str(tmp_path / "a.jsonl"),
+        prepared=str(tmp_path / "prepared"),
+        validation_fraction=0.0,
+        batch_size=4,
+        sequence_length=32,
+        packing="none",
+        tokenizer=TokenizerConfig(kind="byte"),
+    )
+
+
+def place_after(config, count):
+    data = TrainingData(open_dataset(config, BYTES), seed=0)
+    for _ in range(count):
+        next(data)
+    place = json.loads(json.dumps(data.get_state()))
+    data.close()
+    return place
+
+
+def test_other_text_of_as_many_records_is_refused_on_resume(jsonl_config, tmp_path):
+    place = place_after(jsonl_config, 3)
+    lines_of(tmp_path / "a.jsonl", (f"{i} else" for i in range(200)))
+    with pytest.raises(DataError, match=r"a\.jsonl holds other text here than in the checkpoint, in as many records"):
+        take(jsonl_config, 1, state=place)
+    gzipped = dataclasses.replace(jsonl_config, path=str(tmp_path / "a.jsonl.gz"))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    place = place_after(gzipped, 3)
+    shutil.rmtree(tmp_path / "prepared")
+    lines_of(tmp_path / "a.jsonl", (f"{i} more" for i in range(200)))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    with pytest.raises(DataError, match="the prepared data holds other records than in the checkpoint"):
+        take(gzipped, 1, state=place)
+
+
+def test_a_place_saved_before_the_content_was_known_is_found_again(jsonl_config):
+    place = place_after(jsonl_config, 3)
+    expected = take(jsonl_config, 5)[3:]
+    del place["data"]
+    assert_same(take(jsonl_config, 2, state=place), expected)
+
+
+@pytest.mark.parametrize("repair", ["replace", "skip"])
+def test_the_repairs_that_the_message_for_a_bad_line_names_can_be_resumed(jsonl_config, tmp_path, repair):
+    path = tmp_path / "a.jsonl"
+    good = take(jsonl_config, 40)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:123], '{"text": "cut', *lines[124:]]))
+    data = TrainingData(open_dataset(jsonl_config, BYTES), seed=0)
+    before = []
+    with pytest.raises(DataError, match=r"a\.jsonl:124: .*replace the line and keep the number.*data\.malformed=skip"):
+        before.extend((batch, data.get_state()) for batch in data)
+    data.close()
+    assert 0 < len(before) < 39
+    assert_same([batch for batch, _ in before], good[: len(before)])
+    config, left = jsonl_config, 40 - len(before)
+    if repair == "replace":
+        path.write_text("\n".join([*lines[:123], '{"text": "a longer line than before"}', *lines[124:]]))
+    else:
+        config = dataclasses.replace(config, malformed="skip")
+    after = take(config, left, state=json.loads(json.dumps(before[-1][1])))
+    # All other records come where they would have come without the bad line.
+    for one, other in zip(after, good[len(before) :], strict=True):
+        same = np.array([np.array_equal(a, b) for a, b in zip(one["tokens"], other["tokens"], strict=True)])
+        assert all(same | (other["tokens"] == BYTES.encode("123 fine")[0]).any(axis=1))
+        assert same.sum() >= 3
+
+
+def test_closing_stops_a_thread_in_the_middle_of_a_batch(tmp_path):
+    class Slow(ByteTokenizer):
+        def encode_batch(self, texts):
+            time.sleep(0.2)
+            return super().encode_batch(texts)
+
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(f"line {i}" for i in range(5000)))
+    config = DataConfig(source="text", path=str(path), batch_size=64, sequence_length=512, packing="concat")
+    data = TrainingData(open_dataset(config, Slow()), seed=0)
+    data._open[0].start_prefetch()
+    time.sleep(0.3)
+    started = time.monotonic()
+    data.close()
+    assert time.monotonic() - started < 2

@@ -347,3 +347,16 @@ def test_ids_past_the_vocabulary_are_refused_before_they_are_used(tmp_path, line
 
 def test_settings_of_the_config_reach_the_corpus():
     assert Keys.of(DataConfig(text_key="a", prompt_key="b", answer_key="c")) == Keys("a", "b", "c")
+
+
+def test_a_lost_part_of_a_file_ends_a_preparation_that_skips_records_unless_it_may_be_lost(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    rng = np.random.default_rng(0)
+    lines = [json.dumps({"text": bytes(rng.integers(97, 123, 200, np.uint8)).decode()}).encode() for _ in range(1000)]
+    packed = gzip.compress(b"\n".join(lines))
+    path.write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(DataError, match=r"cut off or damaged here.*what follows is lost.*data\.damaged_files=skip"):
+        prepare(corpus(path, malformed="skip"), BYTES, tmp_path / "p")
+    prepare(corpus(path, malformed="skip", damaged_files="skip"), BYTES, tmp_path / "p")
+    (example,) = PreparedReader(tmp_path / "p", BYTES).manifest.examples
+    assert "what follows is lost" in example
