@@ -165,7 +165,9 @@ def _state_dict(tree: Any, place: str) -> Arrays:
         raise CheckpointError(f"{place}: holds a {type(found).__name__}, must hold tensors by name")
     for name, value in found.items():
         if not isinstance(name, str) or not isinstance(value, LazyArray):
-            raise CheckpointError(f"{place}: {name!r} is a {type(value).__name__}, must be a tensor with a name")
+            raise CheckpointError(
+                f"{place}: {str(name)[:80]!r} is a {type(value).__name__}, must be a tensor with a name"
+            )
     return found
 
 

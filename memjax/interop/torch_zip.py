@@ -25,6 +25,10 @@ MAX_PICKLE_BYTES = 1 << 28
 """Longest description that is read; a state dict of 10,000 tensors takes about 2 MB."""
 
 _MAX_AXES = 8
+_MAX_DEPTH = 50
+"""Deepest nesting of dicts, lists and tuples; a state dict needs 2, a checkpoint of a whole training a few more."""
+_MAX_SHOWN = 300
+"""Letters of what a message says of a file's content."""
 
 _STORAGES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -83,7 +87,9 @@ def read_torch_zip(path: str | os.PathLike[str]) -> Any:
         ) from error
     # What zipfile raises beside its own: names in no encoding, encrypted entries, archives that end too early.
     except (_Refused, OSError, ValueError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path}: {error}; only tensors in dicts and lists are read, nothing was run") from error
+        reason = str(error)
+        reason = reason if len(reason) <= _MAX_SHOWN else f"{reason[:_MAX_SHOWN]}..."
+        raise CheckpointError(f"{path}: {reason}; only tensors in dicts and lists are read, nothing was run") from None
 
 
 def _description(archive: zipfile.ZipFile) -> tuple[str, bytes]:
@@ -113,6 +119,8 @@ class _Machine:
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
+        self._depths: dict[int, tuple[Any, int]] = {}
+        """Nesting of the containers, by their identity; they are held here, so that no identity is used twice."""
 
     def run(self, description: bytes) -> Any:
         """What the description leaves on the stack."""
@@ -135,25 +143,21 @@ class _Machine:
             case "NONE" | "NEWTRUE" | "NEWFALSE":
                 stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
             case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE":
-                stack.append({"EMPTY_DICT": {}, "EMPTY_LIST": [], "EMPTY_TUPLE": ()}[name])
+                stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[name]())
             case "MARK":
                 self._marks.append(len(stack))
             case "TUPLE":
-                stack.append(tuple(self._since_mark()))
+                stack.append(self._tuple(self._since_mark()))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(self._pop(int(name[-1]))))
+                stack.append(self._tuple(self._pop(int(name[-1]))))
             case "APPEND":
-                (item,) = self._pop(1)
-                self._top(list).append(item)
+                self._extend(self._pop(1))
             case "APPENDS":
-                items = self._since_mark()
-                self._top(list).extend(items)
+                self._extend(self._since_mark())
             case "SETITEM":
-                key, value = self._pop(2)
-                self._top(dict)[key] = value
+                self._update(self._pop(2))
             case "SETITEMS":
-                items = self._since_mark()
-                self._top(dict).update(zip(items[::2], items[1::2], strict=True))
+                self._update(self._since_mark())
             case "BINPUT" | "LONG_BINPUT":
                 self._memo[argument] = stack[-1]
             case "BINGET" | "LONG_BINGET":
@@ -170,6 +174,37 @@ class _Machine:
                 self._top(dict)
             case _:
                 raise _Refused(f"asks for the pickle instruction {name}, which no state dict needs")
+
+    def _tuple(self, items: list[Any]) -> tuple[Any, ...]:
+        found = tuple(items)
+        self._nest(found, items)
+        return found
+
+    def _extend(self, items: list[Any]) -> None:
+        self._nest(self._top(list), items)
+        self._top(list).extend(items)
+
+    def _update(self, items: list[Any]) -> None:
+        keys, values = items[::2], items[1::2]
+        # The hash of nested tuples visits every path to every one of them.
+        if wrong := [key for key in keys if type(key) not in (str, int)]:
+            raise _Refused(f"has a {type(wrong[0]).__name__} for the key of a dict, must have a str or an int")
+        self._nest(self._top(dict), values)
+        self._top(dict).update(zip(keys, values, strict=True))
+
+    def _nest(self, container: Any, items: list[Any]) -> None:
+        """Notes how deeply a container is nested once it holds the items.
+
+        What a container that is deeper inside gets later is not seen, so depth is bounded as containers are built: from
+        the inside out, as pickles of trees are, or by a container in itself, which is refused.
+        """
+        inner = [self._depths.get(id(item), (None, 0))[1] for item in items if isinstance(item, dict | list | tuple)]
+        if any(item is container for item in items):
+            raise _Refused("has a container that holds itself")
+        depth = max(self._depths.get(id(container), (None, 1))[1], 1 + max(inner, default=0))
+        if depth > _MAX_DEPTH:
+            raise _Refused(f"nests containers more than {_MAX_DEPTH} deep")
+        self._depths[id(container)] = container, depth
 
     def _pop(self, count: int) -> list[Any]:
         if len(self._stack) < count:
@@ -196,7 +231,7 @@ class _Machine:
     def _storage(self, persistent: Any) -> _Storage:
         word, kind, key, _, size = persistent
         if word != "storage" or not isinstance(kind, _Name) or not re.fullmatch(r"\d+", key) or not _is_count(size):
-            raise ValueError(f"a storage {persistent!r}")
+            raise ValueError("a storage that torch does not write")
         return _Storage(key, _STORAGES[kind.removeprefix("torch.")], size)
 
     def _call(self, name: Any, arguments: Any) -> Any:

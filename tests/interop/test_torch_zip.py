@@ -162,3 +162,30 @@ def test_a_flipped_bit_is_found_when_the_tensor_is_read(tmp_path):
     array = read_torch_zip(path)["a"]
     with pytest.raises(CheckpointError, match="model/data/0 cannot be read"):
         np.asarray(array)
+
+
+_TWICE = b"q\x00h\x00\x86"
+"""A tuple of what is on top of the stack, twice."""
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        (b"\x80\x02})K\x01s.", "has a tuple for the key of a dict, must have a str or an int"),
+        (b"\x80\x02}NK\x01s.", "has a NoneType for the key of a dict"),
+        (b"\x80\x02})" + b"\x85" * 1_000_000 + b"K\x01s.", "nests containers more than 50 deep"),
+        (b"\x80\x02})" + b"\x85" * 10_000 + b"K\x01s.", "nests containers more than 50 deep"),
+        (b"\x80\x02})" + _TWICE * 40 + b"K\x01s.", "has a tuple for the key of a dict"),
+        (b"\x80\x02)" + _TWICE * 40 + b"Q.", "makes no sense"),
+        (b"\x80\x02" + b"]" * 200 + b"a" * 199 + b".", "nests containers more than 50 deep"),
+        (b"\x80\x02" + b"}K\x00" * 200 + b"N" + b"s" * 200 + b".", "nests containers more than 50 deep"),
+        (b"\x80\x02]q\x00h\x00a.", "holds itself"),
+        (b"\x80\x02c" + b"x" * 10_000_000 + b"\ny\n.", "asks for xxx"),
+    ],
+    ids=["tuple", "none", "deep", "less deep", "doubled", "doubled storage", "lists", "dicts", "itself", "long name"],
+)
+def test_descriptions_that_would_exhaust_the_stack_or_the_memory_are_refused(description, message, tmp_path):
+    with pytest.raises(CheckpointError) as error:
+        read_torch_zip(archive(tmp_path / "x.pth", description))
+    assert message in str(error.value)
+    assert len(str(error.value)) < 1000
