@@ -50,6 +50,11 @@ def lost_in(tokenizer: Tokenizer) -> list[str]:
     return lost
 
 
+def probe_texts() -> list[str]:
+    """The texts that `lost_in` encodes and decodes."""
+    return [*_PLAIN, *(text for texts in _PROBES.values() for text in texts)]
+
+
 def _round_trip(tokenizer: Tokenizer) -> Callable[[str], str]:
     return lambda text: tokenizer.decode(tokenizer.encode(text))
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from memjax.data.tokenizer import Tokenizer, begin_and_end, whole_unicode
 from memjax.errors import DataError
 
-_SPACE = "\u2581"
+SPACE = "\u2581"
 """What stands for a space in pieces; the library takes it for a space in texts too."""
 
 
@@ -39,7 +39,10 @@ class SentencePieceTokenizer(Tokenizer):
         except ValueError as error:
             raise ValueError(f"not a SentencePiece model ({error})") from error
         processor = self._processor = _processor(content)
-        pieces = [processor.IdToPiece(token) for token in range(processor.GetPieceSize())]
+        pieces = self.pieces = [processor.IdToPiece(token) for token in range(processor.GetPieceSize())]
+        """The model's pieces by id, added tokens left out."""
+        self.unknown = pieces[processor.unk_id()]
+        """The piece that stands for unknown characters."""
         special_tokens = {piece: token for token, piece in enumerate(pieces) if processor.IsControl(token)}
         if known := sorted(set(added_tokens) & set(pieces)):
             raise ValueError(f"its added token {known[0]!r} is a piece of the model already")
@@ -98,7 +101,7 @@ class SentencePieceTokenizer(Tokenizer):
             return "\ufffd".encode()
         if self._processor.IsByte(token):  # <0x0A>
             return bytes.fromhex(piece[3:5])
-        return piece.replace(_SPACE, " ").encode()
+        return piece.replace(SPACE, " ").encode()
 
 
 def _processor(content: bytes) -> Any:

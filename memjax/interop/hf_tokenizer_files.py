@@ -8,10 +8,12 @@ from typing import Any
 
 from memjax.config import TokenizerConfig
 from memjax.data.hf_tokenizer import read_description
+from memjax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from memjax.data.tokenizer import Tokenizer, byte_letters
 from memjax.data.tokenizer_files import open_tokenizer, sentencepiece_pieces, special_tokens_of
 from memjax.errors import CheckpointError, ConfigError, DataError
 from memjax.interop.folders import file_in, read_json, write_json
+from memjax.interop.sentencepiece_json import sentencepiece_as_json
 from memjax.io.console import say
 
 JSON, MODEL, SETTINGS = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
@@ -80,7 +82,12 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer) -> bool:
             settings["added_tokens_decoder"] = {
                 str(token): {"content": name, **_FLAGS} for token, name in added.items()
             }
-        write_json(folder / SETTINGS, {"tokenizer_class": "LlamaTokenizer", **settings})
+        description = sentencepiece_as_json(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else None
+        if description is None:
+            write_json(folder / SETTINGS, {"tokenizer_class": "LlamaTokenizer", **settings})
+            return True
+        write_json(folder / JSON, _with_begin(description, tokenizer, names[tokenizer.bos_id]))
+        write_json(folder / SETTINGS, {"tokenizer_class": "PreTrainedTokenizerFast", **settings})
         return True
     if tokenizer.kind == "hf":
         description = state["json"]

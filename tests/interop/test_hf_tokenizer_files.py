@@ -242,3 +242,49 @@ def test_exported_tokenizers_begin_texts_as_trainings_do(kind, tmp_path):
     for text in TEXTS[:2]:
         assert library.encode(text).ids == [tokenizer.bos_id, *tokenizer.encode(text)]
     assert read_tokenizer(tmp_path, None, {})[1].adds_bos
+
+
+def _model(**settings) -> bytes:
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(["the cat sat on the mat", "a mat and a cat"] * 4),
+        model_writer=written,
+        vocab_size=290,
+        byte_fallback=True,
+        minloglevel=2,
+        num_threads=1,
+        **{"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False, **settings},
+    )
+    return written.getvalue()
+
+
+@pytest.mark.parametrize("settings", [{}, {"add_dummy_prefix": False}, {"control_symbols": ["[INST]"]}])
+def test_a_sentencepiece_bpe_is_written_as_a_tokenizer_json_with_the_same_ids(settings, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(_model(**settings))
+    tokenizer = read_tokenizer(tmp_path, None, {})[1]
+    (tmp_path / "out").mkdir()
+    write_tokenizer(tmp_path / "out", tokenizer)
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    for text in (*TEXTS[:2], " the", "  the  mat", "\n the", "日本", "the\n\n\tcat "):
+        assert library.encode(text).ids == tokenizer.prompt(tokenizer.encode(text))
+        assert library.decode(tokenizer.encode(text)) == tokenizer.decode(tokenizer.encode(text)) == text
+    again = read_tokenizer(tmp_path / "out", None, {})[1]
+    assert (again.kind, again.fingerprint, again.adds_bos) == ("sentencepiece", tokenizer.fingerprint, True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model_type": "unigram", "vocab_size": 280},
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"remove_extra_whitespaces": True},
+        {"user_defined_symbols": ["at on"]},
+    ],
+    ids=["unigram", "normalised", "spaces", "symbols"],
+)
+def test_a_sentencepiece_model_that_encodes_otherwise_is_written_as_its_own_file_only(settings, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(_model(**settings))
+    tokenizer = read_tokenizer(tmp_path, None, {})[1]
+    (tmp_path / "out").mkdir()
+    write_tokenizer(tmp_path / "out", tokenizer)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["tokenizer.model", "tokenizer_config.json"]

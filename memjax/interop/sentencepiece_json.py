@@ -1,0 +1,63 @@
+"""A SentencePiece BPE model as a tokenizer.json, which every version of transformers reads in the same way."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from memjax.data.hf_tokenizer import read_description
+from memjax.data.round_trip import probe_texts
+from memjax.data.sentencepiece_tokenizer import SPACE, SentencePieceTokenizer
+
+
+def sentencepiece_as_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any] | None:
+    """The description of a tokenizer that encodes as the model does; None if there is none.
+
+    transformers 5 converts .model files itself, and then drops a space from texts that begin with one. Models that are
+    no BPE, normalise texts or have pieces of a user encode otherwise, which shows in the probes.
+    """
+    description = _description(tokenizer)
+    try:
+        library = read_description(description)
+    except ValueError:
+        return None
+    library.encode_special_tokens = True
+    texts = [*probe_texts(), *(f"a{piece}b".replace(SPACE, " ") for piece in tokenizer.pieces)]
+    encoded = library.encode_batch(texts, add_special_tokens=False)
+    same = all(one.ids == ids for one, ids in zip(encoded, tokenizer.encode_batch(texts), strict=True))
+    return description if same else None
+
+
+def _description(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
+    vocab = {piece: token for token, piece in enumerate(tokenizer.pieces)}
+    prefix = [{"type": "Prepend", "prepend": SPACE}] if tokenizer.adds_leading_space else []
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": token, "content": name, **flags} for name, token in tokenizer.special_tokens.items()],
+        "normalizer": {"type": "Sequence", "normalizers": [*prefix, spaces]},
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": tokenizer.unknown,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": [list(pair) for pair in _merges(tokenizer.pieces, vocab)],
+        },
+    }
+
+
+def _merges(pieces: list[str], vocab: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """All pairs of pieces that make a piece, those of earlier pieces first: a BPE's pieces are in order of merging."""
+    for piece in pieces:
+        pairs = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+        known = [pair for pair in pairs if pair[0] in vocab and pair[1] in vocab]
+        yield from sorted(known, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
