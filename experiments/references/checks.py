@@ -1,0 +1,35 @@
+"""What a comparison with a reference found."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the table."""
+
+    area: str
+    """Part of memjax."""
+    what: str
+    """The thing that was compared."""
+    reference: str
+    """What it was compared with."""
+    measure: str
+    """What the figure is."""
+    figure: float
+    """A relative difference, or a number of things that differ."""
+    bound: float
+    """The largest figure that passes."""
+
+    @property
+    def passes(self) -> bool:
+        """Whether the figure, which NaN never does, stays within the bound."""
+        return self.figure <= self.bound
+
+
+def relative(found: object, expected: object) -> float:
+    """The largest difference, as a share of the largest expected number."""
+    wide, wanted = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert wide.shape == wanted.shape, (wide.shape, wanted.shape)
+    return float(np.abs(wide - wanted).max() / np.abs(wanted).max())

@@ -1,0 +1,204 @@
+"""Layers, losses and optimizers against torch, in float64 where the reference has it."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torch.nn.functional as F
+from checks import Check, relative
+from flax import nnx
+from transformers import LlamaConfig, MixtralConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+from memjax.config import ModelConfig, OptimConfig, RopeScalingConfig
+from memjax.models import dot_product
+from memjax.models.decoder import Decoder
+from memjax.models.experts import Experts
+from memjax.models.loss import token_losses
+from memjax.models.norm import RMSNorm
+from memjax.models.rotary import rotate
+from memjax.ops.row_gradient import RowGradient
+from memjax.ops.row_update.api import row_update
+from memjax.ops.row_update.rules import RowRule, row_step
+from memjax.training.optimizer import make_optimizer
+
+
+def layers() -> Iterator[Check]:
+    """Everything below, under float64."""
+    with jax.enable_x64(True):
+        yield from attention()
+        yield from norms_and_rope()
+        yield cross_entropy()
+        yield from experts()
+        yield adamw()
+        yield from table_rules()
+
+
+def attention() -> Iterator[Check]:
+    """Outputs and gradients of causal attention against scaled_dot_product_attention."""
+    rng = np.random.default_rng(0)
+    for heads, groups, window in ((4, 4, None), (6, 2, None), (5, 1, None), (4, 2, 7)):
+        query = rng.normal(size=(2, 33, heads, 8))
+        key, value = (rng.normal(size=(2, 33, groups, 8)) for _ in range(2))
+        weight = rng.normal(size=query.shape)
+
+        def ours(query, key, value, window=window, weight=weight):
+            arguments = {"segments": None, "window": window, "implementation": "chunked"}
+            out = dot_product.self_attention(query, key, value, **arguments)
+            return (out * weight).sum(), out
+
+        (_, out), gradients = jax.value_and_grad(ours, (0, 1, 2), has_aux=True)(*map(jnp.asarray, (query, key, value)))
+        tensors = [torch.tensor(array, requires_grad=True) for array in (query, key, value)]
+        first = [tensor.transpose(1, 2) for tensor in tensors]
+        distance = torch.arange(33)[:, None] - torch.arange(33)
+        seen = (distance >= 0) & (distance < (window or 99))
+        theirs = F.scaled_dot_product_attention(*first, attn_mask=seen, enable_gqa=True).transpose(1, 2)
+        (theirs * torch.tensor(weight)).sum().backward()
+        pairs = [(out, theirs.detach()), *zip(gradients, (tensor.grad for tensor in tensors), strict=True)]
+        figure = max(relative(one, other) for one, other in pairs)
+        what = f"attention, {heads} heads, {groups} of keys" + (f", window {window}" if window else "")
+        yield Check("layers", what, "torch", "output and gradients, float64", figure, 1e-12)
+
+
+def norms_and_rope() -> Iterator[Check]:
+    """RMSNorm in float64, rotary positions in float32 up to far positions."""
+    rng = np.random.default_rng(0)
+    x, scale = rng.normal(size=(3, 5, 16)), rng.normal(size=16)
+    norm = RMSNorm(16, epsilon=1e-5, dtype=jnp.float32, param_dtype=jnp.float32)
+    norm.scale[...] = jnp.asarray(scale, jnp.float32)
+    theirs = LlamaRMSNorm(16, eps=1e-5)
+    theirs.weight.data = torch.tensor(scale, dtype=torch.float32)
+    found = norm(jnp.asarray(x, jnp.float32)).normed
+    expected = theirs(torch.tensor(x, dtype=torch.float32)).detach()
+    yield Check("layers", "RMSNorm", "transformers", "output, float32", relative(found, expected), 1e-6)
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    for name, fields, scaling in (
+        ("plain", {"rope_type": "default"}, None),
+        ("llama3 scaling", {**llama3, "original_max_position_embeddings": 8192}, RopeScalingConfig()),
+    ):
+        config = LlamaConfig(
+            hidden_size=64, num_attention_heads=1, rope_parameters={"rope_theta": 500000.0, **fields},
+            max_position_embeddings=131072,
+        )  # fmt: skip
+        for last in (512, 131072):
+            positions = np.linspace(0, last - 1, 64).astype(np.int32)[None]
+            heads = rng.normal(size=(1, 64, 1, 64)).astype(np.float32)
+            cos, sin = LlamaRotaryEmbedding(config)(torch.tensor(heads), torch.tensor(positions))
+            expected = apply_rotary_pos_emb(torch.tensor(heads), torch.tensor(heads), cos, sin, unsqueeze_dim=2)[0]
+            found = rotate(jnp.asarray(heads), jnp.asarray(positions), 500000.0, scaling)
+            # In float32 an angle is as exact as its number of turns: both round, and differ by no more than that.
+            what = f"rotary positions to {last:,}, {name}"
+            yield Check(
+                "layers", what, "transformers", "output, float32", relative(found, expected), max(1e-6, last * 4e-7)
+            )
+
+
+def cross_entropy() -> Check:
+    """Weighted losses of tokens."""
+    rng = np.random.default_rng(0)
+    config = ModelConfig(dim=16, num_layers=1, vocab_size=50, memory=None, dtype="float64", param_dtype="float64")
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    hidden, targets = rng.normal(size=(2, 7, 16)), rng.integers(0, 50, (2, 7))
+    found = token_losses(model, jnp.asarray(hidden), jnp.asarray(targets, jnp.int32))
+    logits = torch.tensor(hidden) @ torch.tensor(np.asarray(model.output_matrix()))
+    expected = F.cross_entropy(logits.reshape(-1, 50), torch.tensor(targets).reshape(-1), reduction="none")
+    return Check("layers", "cross entropy", "torch", "losses, float64", relative(found, expected.reshape(2, 7)), 1e-13)
+
+
+def experts() -> Iterator[Check]:
+    """Token-choice experts with renormalised weights against Mixtral's."""
+    for top_k in (2, 3):
+        torch.manual_seed(0)
+        config = MixtralConfig(hidden_size=16, intermediate_size=24, num_local_experts=4, num_experts_per_tok=top_k)
+        theirs = MixtralSparseMoeBlock(config).double()
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                parameter.copy_(torch.randn_like(parameter) / 4)
+        float64 = {"dtype": jnp.float64, "param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+        ours = Experts(16, 24, num_experts=4, top_k=top_k, renormalize=True, **float64)
+        named = dict(theirs.named_parameters())
+        turned = lambda tensor: jnp.asarray(tensor.detach().numpy().swapaxes(-1, -2))
+        gate, up = np.split(named["experts.gate_up_proj"].detach().numpy(), 2, axis=1)
+        ours.router.kernel[...] = turned(named["gate.weight"])
+        ours.gate[...], ours.up[...] = jnp.asarray(gate.swapaxes(1, 2)), jnp.asarray(up.swapaxes(1, 2))
+        ours.down[...] = turned(named["experts.down_proj"])
+        x = np.random.default_rng(0).normal(size=(2, 9, 16))
+        expected = theirs(torch.tensor(x))
+        expected = expected[0] if isinstance(expected, tuple) else expected
+        figure = relative(ours(jnp.asarray(x))[0], expected.detach())
+        # Mixtral's router computes its softmax in float32.
+        yield Check("layers", f"experts, {top_k} of 4 a token", "transformers' Mixtral", "output", figure, 1e-6)
+
+
+def adamw() -> Check:
+    """50 steps of the dense optimizer with clipping."""
+    rng = np.random.default_rng(0)
+    first = {"matrix": rng.normal(size=(5, 7)), "bias": rng.normal(size=7)}
+    config = OptimConfig(lr=1e-2, schedule="constant", warmup_steps=0, weight_decay=0.1, clip=1.0)
+    params = nnx.State({name: nnx.Param(jnp.asarray(array)) for name, array in first.items()})
+    optimizer = make_optimizer(config, 50, params)
+    state = optimizer.init(params)
+    tensors = {name: torch.tensor(array, requires_grad=True) for name, array in first.items()}
+    groups = [
+        {"params": [tensors["matrix"]], "weight_decay": 0.1},
+        {"params": [tensors["bias"]], "weight_decay": 0.0},
+    ]
+    theirs = torch.optim.AdamW(groups, lr=1e-2, betas=(config.beta1, config.beta2), eps=config.eps)
+    for _ in range(50):
+        gradients = {name: rng.normal(size=array.shape) for name, array in first.items()}
+        wrapped = jax.tree.map(
+            lambda _, array: jnp.asarray(array), params, nnx.State(gradients_like(params, gradients))
+        )
+        updates, state = optimizer.update(wrapped, state, params)
+        params = jax.tree.map(lambda param, update: param + update, params, updates)
+        for name, tensor in tensors.items():
+            tensor.grad = torch.tensor(gradients[name])
+        torch.nn.utils.clip_grad_norm_(tensors.values(), 1.0)
+        theirs.step()
+    found = nnx.to_pure_dict(params)
+    figure = max(relative(found[name], tensor.detach()) for name, tensor in tensors.items())
+    # The rate is formed in float32.
+    return Check("optimizers", "AdamW with clipping", "torch", "parameters after 50 steps, float64", figure, 1e-7)
+
+
+def gradients_like(params: nnx.State, gradients: dict[str, np.ndarray]) -> dict[str, nnx.Param]:
+    """The gradients in the structure of the parameters."""
+    return {name: nnx.Param(jnp.asarray(gradients[name])) for name in params}
+
+
+def table_rules() -> Iterator[Check]:
+    """25 updates of rows that are read again and again, with torch's optimizers on the same gradients."""
+    rules = {
+        "lazy adam": (
+            RowRule(kind="adam", beta1=0.9, beta2=0.99, eps=1e-30, moment_dtype=jnp.float64),
+            torch.optim.SparseAdam,
+            {"eps": 1e-30},
+        ),
+        "rowwise_adagrad, one column a state": (
+            RowRule(kind="rowwise_adagrad", eps=1e-10, state_columns=1),
+            torch.optim.Adagrad,
+            {"eps": 1e-10},
+        ),
+        "sgd": (RowRule(kind="sgd"), torch.optim.SGD, {}),
+    }
+    for name, (rule, optimizer, settings) in rules.items():
+        rng = np.random.default_rng(0)
+        first = rng.normal(size=(20, 8))
+        table, state = jnp.asarray(first), rule.init(20, 8, jnp.float64)
+        tensor = torch.nn.Parameter(torch.tensor(first))
+        if optimizer is torch.optim.SparseAdam:
+            settings = {**settings, "betas": (0.9, 0.99)}
+        theirs = optimizer([tensor], lr=0.1, **settings)
+        for step in range(25):
+            rows = rng.integers(0, 20, (6, 3))
+            weights, vectors = rng.normal(size=(6, 3)), rng.normal(size=(6, 8))
+            gradient = RowGradient(jnp.asarray(rows, jnp.int32), jnp.asarray(weights), jnp.asarray(vectors))
+            table, state = row_update(table, state, [gradient], rule, row_step(0.1, step))
+            each = torch.tensor((weights[:, :, None] * vectors[:, None]).reshape(-1, 8))
+            tensor.grad = torch.sparse_coo_tensor(torch.tensor(rows.reshape(1, -1)), each, (20, 8)).coalesce()
+            theirs.step()
+        yield Check("optimizers", f"tables: {name}", f"torch's {optimizer.__name__}", "rows after 25 steps, float64",
+                    relative(table, tensor.detach()), 1e-13)  # fmt: skip
