@@ -152,14 +152,16 @@ COMMANDS: Mapping[str, Command] = {
         from_hf,
         FromHfConfig,
         Positional(name="HF_FOLDER", help="A downloaded model: config.json, *.safetensors and a tokenizer."),
-        "Makes a run of a Llama or Mistral in Hugging Face's format, or of a model with memory that to-hf wrote.",
+        "Makes a run of a Llama, Mistral, Qwen 2, Qwen 3 or SmolLM 3 in Hugging Face's format, or of a model with "
+        "memory that to-hf wrote.",
     ),
     "to-hf": Command(
         to_hf,
         ToHfConfig,
         command_line.RUN_FOLDER,
         "Writes a run's model in Hugging Face's format, reads it back and compares numbers and logits. Without memory "
-        "layers it is a Llama or a Mistral, which transformers 4 and 5 load; with them only from-hf reads it.",
+        "layers it is a Llama, a Mistral or a relative, which transformers 4 and 5 load; with them only from-hf reads "
+        "it.",
     ),
     "from-official": Command(
         from_official,

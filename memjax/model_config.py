@@ -174,26 +174,72 @@ class TableSizes:
     """Blocks whose lookups read it."""
 
 
+RopeScalingKind = Literal["llama3", "linear", "dynamic", "yarn", "longrope"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RopeScalingConfig:
-    """Rotary frequencies slowed down for texts longer than those of a first training, as in Llama 3.1."""
+    """Slower rotary frequencies, with which a model reads longer texts than those of its first training."""
 
+    kind: RopeScalingKind = "llama3"
+    """llama3: as Llama 3.1; linear: all frequencies by one factor; dynamic: a larger base for rows beyond
+    original_length (NTK); yarn: slow frequencies only, and sharper attention (arXiv:2309.00071); longrope: a factor for
+    each frequency, one list of them for short rows and one for rows beyond original_length (arXiv:2402.13753)."""
     factor: float = 8.0
     """What slow frequencies are divided by: how much longer texts may get."""
     low_freq_factor: float = 1.0
-    """Frequencies of fewer turns than this within original_length are slow."""
+    """Frequencies of fewer turns than this within original_length are slow (llama3)."""
     high_freq_factor: float = 4.0
-    """Frequencies of more turns than this within original_length stay as they are; those between are blended."""
+    """Frequencies of more turns than this within original_length stay as they are; those between are blended
+    (llama3)."""
     original_length: int = 8192
     """Tokens in the longest texts of the first training."""
+    beta_fast: float = 32.0
+    """Frequencies of more turns than this within original_length stay as they are (yarn)."""
+    beta_slow: float = 1.0
+    """Frequencies of fewer turns than this within original_length are divided by factor (yarn)."""
+    truncate: bool = True
+    """Whether the borders between fast and slow frequencies are rounded to whole dimensions (yarn)."""
+    attention_factor: float | None = None
+    """Factor on rotated queries and keys; null computes it from the other settings (yarn and longrope)."""
+    mscale: float | None = None
+    """With mscale_all_dim, another way to that factor (yarn)."""
+    mscale_all_dim: float | None = None
+    """See mscale (yarn)."""
+    short_factor: tuple[float, ...] = ()
+    """What each frequency is divided by in rows of at most original_length tokens (longrope)."""
+    long_factor: tuple[float, ...] = ()
+    """What each frequency is divided by in longer rows (longrope)."""
 
     def __post_init__(self) -> None:
+        is_longrope = self.kind == "longrope"
         refuse(
-            positive(factor=self.factor, low_freq_factor=self.low_freq_factor, original_length=self.original_length)
+            positive(
+                factor=self.factor,
+                low_freq_factor=self.low_freq_factor,
+                original_length=self.original_length,
+                beta_fast=self.beta_fast,
+                beta_slow=self.beta_slow,
+                attention_factor=self.attention_factor,
+                mscale=self.mscale,
+                mscale_all_dim=self.mscale_all_dim,
+            )
             + [
                 f"high_freq_factor={self.high_freq_factor} must be above low_freq_factor={self.low_freq_factor}"
                 if self.high_freq_factor <= self.low_freq_factor
-                else None
+                else None,
+                f"original_length={self.original_length} must be at least 2" if self.original_length == 1 else None,
+                f"beta_fast={self.beta_fast} must be at least beta_slow={self.beta_slow}"
+                if self.beta_fast < self.beta_slow
+                else None,
+                f"kind={self.kind} needs short_factor and long_factor, other kinds must leave them empty"
+                if not is_longrope == bool(self.short_factor) == bool(self.long_factor)
+                else None,
+                *(
+                    f"{name} must hold positive numbers"
+                    for name, factors in (("short_factor", self.short_factor), ("long_factor", self.long_factor))
+                    if any(factor <= 0 for factor in factors)
+                ),
             ]
         )
 
@@ -217,7 +263,11 @@ class ModelConfig:
     head_dim: int | None = None
     """Width of an attention head; null means dim / num_heads."""
     attention_bias: bool = False
-    """Whether the four projections of the attention have biases."""
+    """Whether the projections of the attention have biases."""
+    attention_out_bias: bool | None = None
+    """Whether its output projection has one; null: as the others (Qwen 2: false)."""
+    head_norm: bool = False
+    """RMSNorm over the width of each head, of queries and keys before they are rotated (Qwen 3)."""
     ffn_dim: int = 96
     """Hidden width of the feed-forward layers."""
     vocab_size: int = 2048
@@ -226,6 +276,8 @@ class ModelConfig:
     """Base of the rotary position frequencies."""
     rope_scaling: RopeScalingConfig | None = None
     """Slower rotary frequencies for longer texts; null keeps them all."""
+    rope_free_layers: tuple[int, ...] = ()
+    """Blocks (0-based) whose attention has no rotary positions (SmolLM 3)."""
     sliding_window: int | None = None
     """Tokens that a token sees, itself and those before it; null for all of its document."""
     norm_eps: float = 1e-5
@@ -274,9 +326,27 @@ class ModelConfig:
                 f"num_kv_heads={kv_heads} must divide num_heads={self.num_heads}"
                 if kv_heads > 0 and self.num_heads % kv_heads
                 else None,
+                f"rope_free_layers={list(self.rope_free_layers)} must rise and lie within 0..{self.num_layers - 1}"
+                if list(self.rope_free_layers) != sorted(set(self.rope_free_layers))
+                or not all(0 <= layer < self.num_layers for layer in self.rope_free_layers)
+                else None,
             ]
+            + list(self._rope_problems())
             + (list(self._kind_problems()) if self.num_layers <= MOST_LAYERS else [])
         )
+
+    def _rope_problems(self) -> Iterator[str]:
+        """Factors of frequencies that the heads do not have."""
+        scaling, half = self.rope_scaling, self.head_width // 2 if self.num_heads > 0 else 0
+        if scaling is None:
+            return
+        if scaling.kind == "yarn" and self.rope_theta == 1:
+            yield "rope_theta=1.0 must be another number with rope_scaling.kind=yarn: all frequencies would be one"
+        for name, factors in (("short_factor", scaling.short_factor), ("long_factor", scaling.long_factor)):
+            if factors and len(factors) != half:
+                yield (
+                    f"rope_scaling.{name} holds {len(factors)} numbers, must hold {half}: one for each pair of a head"
+                )
 
     def _kind_problems(self) -> Iterator[str]:
         """Layers that do not exist or are named twice, and experts that find no layer."""

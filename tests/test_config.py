@@ -267,6 +267,8 @@ def value_of(annotation) -> st.SearchStrategy:
         return st.sampled_from(arguments)
     if annotation == tuple[str, ...]:
         return st.lists(st.text() | st.sampled_from(["a, b", "null", "- a"]), unique=True).map(tuple)
+    if annotation == tuple[float, ...]:
+        return st.lists(st.floats(0, 2), max_size=3).map(tuple)
     if typing.get_origin(annotation) is tuple and dataclasses.is_dataclass(arguments[0]):
         item = typing.cast(type, arguments[0])
         return st.lists(some_fields(item), max_size=3)

@@ -243,7 +243,7 @@ def tokenizers_of(folder: pathlib.Path) -> dict[str, Tokenizer]:
     (folder / "r.tiktoken").write_bytes(ranks)
     files = {"hf": "t.json", "sentencepiece": "m.model", "tiktoken": "r.tiktoken"}
     opened = {
-        kind: open_tokenizer(TokenizerConfig(kind=kind, path=str(folder / name)), quiet=True)  # pyright: ignore
+        kind: open_tokenizer(TokenizerConfig(kind=kind, path=str(folder / name)))  # pyright: ignore
         for kind, name in files.items()
     }
     return {"byte": ByteTokenizer(), "bpe": train_bpe(corpus, 400), **opened}

@@ -18,12 +18,8 @@ _MAX_FILE_BYTES = 1 << 28
 """A tokenizer of 256,000 tokens takes about 40 MB."""
 
 
-def open_tokenizer(config: TokenizerConfig, *, quiet: bool = False) -> Tokenizer:
-    """The tokenizer of a config whose kind needs no training.
-
-    Args:
-        config: which kind, and its file.
-        quiet: do not print a warning where it loses text.
+def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer of a config whose kind needs no training; prints a warning where it loses text.
 
     Raises:
         DataError: its file is not named, missing or no tokenizer, or its package is missing.
@@ -32,7 +28,7 @@ def open_tokenizer(config: TokenizerConfig, *, quiet: bool = False) -> Tokenizer
         return ByteTokenizer()
     with _reading(config) as content:
         tokenizer = _of_content(content, config).configure(adds_bos=config.adds_bos, end_tokens=config.end_tokens)
-        lost = [] if quiet else lost_in(tokenizer)
+        lost = lost_in(tokenizer)
     if lost:
         say(
             f"warning: {config.path}: texts do not come back exactly from its tokens, so a model can neither read nor "

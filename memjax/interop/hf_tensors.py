@@ -40,6 +40,8 @@ _IN_BLOCK = {
     "attention/key": "self_attn.k_proj",
     "attention/value": "self_attn.v_proj",
     "attention/out": "self_attn.o_proj",
+    "attention/query_norm": "self_attn.q_norm",
+    "attention/key_norm": "self_attn.k_norm",
     "feed_forward/gate": "mlp.gate_proj",
     "feed_forward/up": "mlp.up_proj",
     "feed_forward/down": "mlp.down_proj",
@@ -160,8 +162,13 @@ def _name(path: str) -> str:
         return _IN_MODEL[path]
     _, layer, inner = path.split("/", 2)
     module, _, last = inner.rpartition("/")
-    known = _IN_BLOCK.get(inner) or f"{_IN_BLOCK.get(module, module)}/{'weight' if last == 'kernel' else last}"
+    known = _IN_BLOCK.get(inner) or f"{_IN_BLOCK.get(module, module)}/{_last_name(module, last)}"
     return f"model.layers.{layer}.{known.replace('/', '.')}"
+
+
+def _last_name(module: str, last: str) -> str:
+    is_norm = last == "scale" and module.startswith("attention/")
+    return "weight" if last == "kernel" or is_norm else last
 
 
 def _text(path: Any) -> str:

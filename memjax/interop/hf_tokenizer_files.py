@@ -203,11 +203,12 @@ def _open(path: pathlib.Path, folder: _Folder) -> tuple[TokenizerConfig, Tokeniz
     names = {token: name for name, token in tokens.items()}
     bos, eos = (_special_name(folder, names, which) for which in ("bos", "eos"))
     settings = dataclasses.replace(settings, bos=bos, eos=eos)
-    tokenizer = open_tokenizer(settings, quiet=True)
-    settings = dataclasses.replace(
-        settings, adds_bos=_adds_bos(path, folder, tokenizer), end_tokens=_end_tokens(folder, names, tokenizer)
-    )
-    return settings, open_tokenizer(settings)
+    tokenizer = open_tokenizer(settings)
+    used = {
+        "adds_bos": _adds_bos(path, folder, tokenizer),
+        "end_tokens": _end_tokens(folder, names, tokenizer),
+    }
+    return dataclasses.replace(settings, **used), tokenizer.configure(**used)
 
 
 def _after_pieces(path: pathlib.Path, folder: _Folder) -> tuple[str, ...]:
@@ -243,7 +244,7 @@ def _check_added(path: pathlib.Path, folder: _Folder, special: Mapping[str, int]
     if path.resolve() != (folder.path / JSON).resolve():
         return
     known = {int(token["id"]): token["content"] for token in folder.description.get("added_tokens") or ()}
-    vocab = folder.description["model"].get("vocab") or {}
+    vocab = (folder.description.get("model") or {}).get("vocab") or {}
     for token, name in folder.added_tokens().items():
         if known.get(token) != name and vocab.get(name) != token and special.get(name) != token:
             raise _Contradiction(

@@ -1,7 +1,7 @@
 """Models in and out of Hugging Face's format: a folder with config.json, safetensors files and a tokenizer.
 
-Llamas and Mistrals are written as transformers writes them. A model with memory layers, which transformers cannot run,
-has the same names where it has the same parts, and model_type memjax in its config.json.
+Llamas, Mistrals and their relatives are written as transformers writes them. A model with memory layers, which
+transformers cannot run, has the same names where it has the same parts, and model_type memjax in its config.json.
 """
 
 import dataclasses
@@ -122,6 +122,12 @@ def to_hf(
         bos=tokenizer.bos_id,
         eos=tokenizer.end_ids,
     )
+    scaling = model.config.rope_scaling
+    if longest is not None and scaling is not None and scaling.kind == "dynamic" and longest != scaling.original_length:
+        raise CheckpointError(
+            f"longest={longest} must be {scaling.original_length} or left out: with rope_scaling.kind=dynamic "
+            "max_position_embeddings says from which length on the frequencies change"
+        )
     card = model_card(loaded.config, model.config, step=loaded.step)
     origin = None if like is None else pathlib.Path(like)
     kept = {} if origin is None else _kept_fields(origin, tokenizer)

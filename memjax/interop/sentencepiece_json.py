@@ -1,11 +1,15 @@
 """A SentencePiece BPE model as a tokenizer.json, which every version of transformers reads in the same way."""
 
+import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from memjax.data.hf_tokenizer import read_description
 from memjax.data.round_trip import probe_texts
 from memjax.data.sentencepiece_tokenizer import SPACE, SentencePieceTokenizer
+
+_MIXTURES = 2000
+"""Texts of several pieces that both must encode alike."""
 
 
 def sentencepiece_as_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any] | None:
@@ -20,7 +24,10 @@ def sentencepiece_as_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any] |
     except ValueError:
         return None
     library.encode_special_tokens = True
-    texts = [*probe_texts(), *(f"a{piece}b".replace(SPACE, " ") for piece in tokenizer.pieces)]
+    pieces = [piece.replace(SPACE, " ") for piece in tokenizer.pieces]
+    draw = random.Random(0)
+    mixtures = ["".join(draw.choices(pieces, k=8)) for _ in range(_MIXTURES)]
+    texts = [*probe_texts(), *(f"a{piece}b" for piece in pieces), *mixtures]
     encoded = library.encode_batch(texts, add_special_tokens=False)
     same = all(one.ids == ids for one, ids in zip(encoded, tokenizer.encode_batch(texts), strict=True))
     return description if same else None

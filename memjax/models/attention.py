@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -15,6 +16,7 @@ from memjax.models import dot_product
 from memjax.models.feed_forward import linear, side_by_side
 from memjax.models.rotary import rotate
 from memjax.ops.decode_attention.api import decode_attention
+from memjax.ops.precision import accumulator
 
 
 class KeyValues(NamedTuple):
@@ -23,6 +25,21 @@ class KeyValues(NamedTuple):
     keys: Float[Array, "b kv_heads s head_dim"]
     """A head's keys lie together, as the matrix products of decoding read them."""
     values: Float[Array, "b kv_heads s head_dim"]
+
+
+class HeadNorm(nnx.Module):
+    """Root mean square norm over the width of a head, with a scale that all heads share."""
+
+    def __init__(self, head_dim: int, epsilon: float, param_dtype: DTypeLike):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones(head_dim, param_dtype))
+
+    def __call__(self, x: Float[Array, "b s n h"]) -> Float[Array, "b s n h"]:
+        """The heads at length sqrt(h), times the scale; in float32 or wider."""
+        wide = x.astype(accumulator(x.dtype))
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
+        scale = self.scale[...].astype(wide.dtype)
+        return (normed * scale[None, None, None]).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -36,7 +53,9 @@ class Attention(nnx.Module):
         num_kv_heads: int,
         head_dim: int | None = None,
         use_bias: bool = False,
-        rope_theta: float,
+        use_out_bias: bool | None = None,
+        head_norm_eps: float | None = None,
+        rope_theta: float | None,
         rope_scaling: RopeScalingConfig | None = None,
         sliding_window: int | None = None,
         dtype: DTypeLike | None = None,
@@ -44,7 +63,24 @@ class Attention(nnx.Module):
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
-        """`implementation` is one of `dot_product.IMPLEMENTATIONS`; None takes the fastest that can run."""
+        """Draws the projections.
+
+        Args:
+            dim: width of the inputs and outputs.
+            num_heads: heads of queries.
+            num_kv_heads: heads of keys and values.
+            head_dim: width of a head; None divides dim among the heads.
+            use_bias: whether the projections have biases.
+            use_out_bias: whether the output projection has one; None is `use_bias`.
+            head_norm_eps: epsilon of a norm over each head's queries and keys; None for no such norm.
+            rope_theta: base of the rotary frequencies; None leaves positions out.
+            rope_scaling: of these frequencies.
+            sliding_window: tokens that a token sees; None for all.
+            dtype: of activations.
+            param_dtype: of parameters.
+            implementation: one of `dot_product.IMPLEMENTATIONS`; None takes the fastest that can run.
+            rngs: source of the `params` key.
+        """
         self.implementation = implementation
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim or dim // num_heads
         self.rope_theta, self.rope_scaling, self.sliding_window = rope_theta, rope_scaling, sliding_window
@@ -52,7 +88,11 @@ class Attention(nnx.Module):
         self.query = linear(dim, num_heads * self.head_dim, **kwargs)
         self.key = linear(dim, num_kv_heads * self.head_dim, **kwargs)
         self.value = linear(dim, num_kv_heads * self.head_dim, **kwargs)
-        self.out = linear(num_heads * self.head_dim, dim, **kwargs)
+        out_bias = use_bias if use_out_bias is None else use_out_bias
+        self.out = linear(num_heads * self.head_dim, dim, **{**kwargs, "use_bias": out_bias})
+        has_norm = head_norm_eps is not None
+        self.query_norm = HeadNorm(self.head_dim, head_norm_eps, param_dtype) if has_norm else None
+        self.key_norm = HeadNorm(self.head_dim, head_norm_eps, param_dtype) if has_norm else None
 
     def __call__(
         self, x: Float[Array, "b s dim"], positions: Int[Array, "b s"], segments: Int[Array, "b s"] | None = None
@@ -109,7 +149,10 @@ class Attention(nnx.Module):
         """Queries, keys and values [b, s, heads, head_dim]."""
         parts = self.query_key_value(x)
         query, key, value = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in parts)
-        query, key = (rotate(part, positions, self.rope_theta, self.rope_scaling) for part in (query, key))
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if self.rope_theta is not None:
+            query, key = (rotate(part, positions, self.rope_theta, self.rope_scaling) for part in (query, key))
         return query, key, value
 
     def query_key_value(self, x: Float[Array, "b s dim"]) -> Sequence[Float[Array, "b s width"]]:

@@ -1,8 +1,9 @@
-"""Rotary position embedding (arXiv:2104.09864)."""
+"""Rotary position embedding (arXiv:2104.09864), and the ways to scale it for texts longer than those of a training."""
 
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from memjax.config import RopeScalingConfig
@@ -15,18 +16,78 @@ def rotate(
     """Turns the pair (x[i], x[i + h/2]) by position * theta ** (-2 i / h), in float32 or wider: Llama's layout."""
     half = x.shape[-1] // 2
     wide = accumulator(x.dtype)
-    frequencies = theta ** (-jnp.arange(half, dtype=wide) / half)
-    if scaling is not None:
-        frequencies = _slowed_down(frequencies, scaling)
-    angles = positions[..., None, None].astype(wide) * frequencies[None, None, None, :]
-    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    frequencies = _frequencies(half, theta, scaling, positions, wide)
+    angles = positions[..., None, None].astype(wide) * frequencies
+    factor = 1.0 if scaling is None else attention_factor(scaling)
+    cos, sin = ((turn(angles) * factor).astype(x.dtype) for turn in (jnp.cos, jnp.sin))
     first, second = x[..., :half], x[..., half:]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def _slowed_down(frequencies: Float[Array, " half"], scaling: RopeScalingConfig) -> Float[Array, " half"]:
+def attention_factor(scaling: RopeScalingConfig) -> float:
+    """What queries and keys are multiplied by, besides being turned."""
+    if scaling.kind not in ("yarn", "longrope"):
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.factor <= 1:
+        return 1.0
+    if scaling.kind == "longrope":
+        return math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_length))
+    sharper = lambda scale: 0.1 * scale * math.log(scaling.factor) + 1
+    if scaling.mscale and scaling.mscale_all_dim:
+        return sharper(scaling.mscale) / sharper(scaling.mscale_all_dim)
+    return sharper(1)
+
+
+def _frequencies(
+    half: int, theta: float, scaling: RopeScalingConfig | None, positions: Int[Array, "b s"], wide: jnp.dtype
+) -> Float[Array, "#b 1 1 half"]:
+    """Turns of each pair from one position to the next, in radians; of every row, where they depend on its length."""
+    exponents = jnp.arange(half, dtype=wide)[None, None, None] / half
+    frequencies = theta**-exponents
+    if scaling is None:
+        return frequencies
+    # As in transformers, the length is what the positions of a call reach.
+    lengths = (jnp.max(positions, axis=1) + 1)[:, None, None, None].astype(wide)
+    if scaling.kind == "dynamic":
+        beyond = jnp.maximum(lengths / scaling.original_length, 1) - 1
+        # theta grows by this to the power of h / (h - 2).
+        growth = (1 + scaling.factor * beyond) ** (half / max(half - 1, 1))
+        return (theta * growth) ** -exponents
+    if scaling.kind == "longrope":
+        lists = (scaling.short_factor, scaling.long_factor)
+        short, long = (jnp.asarray(factors, wide)[None, None, None] for factors in lists)
+        return frequencies / jnp.where(lengths > scaling.original_length, long, short)
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    if scaling.kind == "yarn":
+        return jnp.asarray(_yarn(half, theta, scaling), wide)[None, None, None]
+    return _slowed_down(frequencies, scaling)
+
+
+def _slowed_down(frequencies: Float[Array, "1 1 1 half"], scaling: RopeScalingConfig) -> Float[Array, "1 1 1 half"]:
     """Slow frequencies, which never came round in the first training, divided by the factor; fast ones as they are."""
     turns = scaling.original_length * frequencies / (2 * math.pi)
     speed = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = jnp.clip(speed, 0, 1)
     return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def _yarn(half: int, theta: float, scaling: RopeScalingConfig) -> np.ndarray:
+    """Fast frequencies as they are, slow ones divided by the factor, those between blended by their number."""
+
+    def number(turns: float) -> float:
+        """The (fractional) number of the frequency that turns so often within the original length."""
+        return half * math.log(scaling.original_length / (2 * math.pi * turns)) / math.log(theta)
+
+    first, last = number(scaling.beta_fast), number(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    # transformers bounds it by the width of a head, not by the frequencies of one.
+    first, last = max(first, 0), min(last, 2 * half - 1)
+    last = last + 0.001 if first == last else last
+    # They are constants of the program, so they are rounded to float32 only once.
+    numbers = np.arange(half, dtype=np.float64)
+    slow = np.clip((numbers - first) / (last - first), 0, 1)
+    return theta ** (-numbers / half) * (1 - slow + slow / scaling.factor)

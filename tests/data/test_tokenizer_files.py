@@ -77,6 +77,7 @@ def test_a_saved_tokenizer_of_any_other_shape_is_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_special_tokens_take_seconds(tokenizer_files, tmp_path):
     description = json.loads((tokenizer_files / "hf.json").read_text())
     flags = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -84,9 +85,9 @@ def test_a_hundred_thousand_special_tokens_take_seconds(tokenizer_files, tmp_pat
     many = [{"id": first + number, "content": f"<|special_{number}|>", **flags} for number in range(100_000)]
     description["added_tokens"] += many
     (tmp_path / "tokenizer.json").write_text(json.dumps(description))
-    before = time.monotonic()
+    before = time.process_time()
     tokenizer = open_tokenizer(TokenizerConfig(kind="hf", path=str(tmp_path / "tokenizer.json")))
-    assert time.monotonic() - before < 10  # 2 s on a machine with nothing else to do
+    assert time.process_time() - before < 30  # some 3 s; encoding the names one by one took minutes
     assert tokenizer.encode_with_special("a<|special_99999|>")[-1] == many[-1]["id"]
 
 

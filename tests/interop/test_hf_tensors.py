@@ -39,7 +39,7 @@ def bits(tensors: Tensors) -> dict[str, tuple]:
     return {name: (array.dtype, array.shape, array.tobytes()) for name, array in tensors.items()}
 
 
-@pytest.mark.parametrize("name", ["llama2", "llama3", "biases", "mistral"])
+@pytest.mark.parametrize("name", ["llama2", "llama3", "biases", "mistral", "qwen2", "qwen3", "smollm3"])
 def test_a_model_of_transformers_has_its_logits_here_and_keeps_its_bits(name, tmp_path):
     model = read(MODELS / name, config_of(name))
     expected = np.load(MODELS / name / "logits.npy")
@@ -83,8 +83,8 @@ def test_weights_that_do_not_fit_the_config_are_refused(name, array, message, tm
 
 def test_more_layers_than_tensors_are_refused_before_they_are_built(tmp_path):
     save_file(tensors_in(MODELS / "llama2"), tmp_path / "model.safetensors")
-    fields = json.loads((MODELS / "llama2" / "config.json").read_text()) | {"num_hidden_layers": 10**9}
-    with pytest.raises(CheckpointError, match="num_layers=1000000000 are more than the 21 tensors"):
+    fields = json.loads((MODELS / "llama2" / "config.json").read_text()) | {"num_hidden_layers": 1000}
+    with pytest.raises(CheckpointError, match="num_layers=1000 are more than the 21 tensors"):
         read(tmp_path, read_model_config(fields, "config.json"))
 
 

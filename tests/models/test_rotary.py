@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -76,3 +77,59 @@ def test_slow_frequencies_are_stretched_and_fast_ones_stay():
     with jax.enable_x64(True):
         got = rotated(x, positions, 1000.0, scaling)
         np.testing.assert_allclose(got, by_hand(x, positions, 1000.0, scaling), atol=1e-11)
+
+
+def _frequency(scaling: RopeScalingConfig, number: int, width: int, theta: float, length: int) -> float:
+    """A pair's turn from one position to the next, by the formulas of the papers."""
+    plain = theta ** (-2 * number / width)
+    if scaling.kind == "linear":
+        return plain / scaling.factor
+    if scaling.kind == "dynamic":
+        stretch = scaling.factor * max(length, scaling.original_length) / scaling.original_length - scaling.factor + 1
+        return (theta * stretch ** (width / (width - 2))) ** (-2 * number / width)
+    if scaling.kind == "longrope":
+        return plain / (scaling.long_factor if length > scaling.original_length else scaling.short_factor)[number]
+    # yarn: the number of the pair that turns so often within the original length, rounded outwards.
+    pair = lambda turns: width * np.log(scaling.original_length / (turns * 2 * np.pi)) / (2 * np.log(theta))
+    low, high = max(np.floor(pair(scaling.beta_fast)), 0), min(np.ceil(pair(scaling.beta_slow)), width - 1)
+    share = min(max((number - low) / (high - low), 0), 1)
+    return plain / scaling.factor * share + plain * (1 - share)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "factor"),
+    [
+        (RopeScalingConfig(kind="linear", factor=4.0), 1.0),
+        (RopeScalingConfig(kind="dynamic", factor=4.0, original_length=64), 1.0),
+        (RopeScalingConfig(kind="yarn", factor=4.0, original_length=64), 0.1 * np.log(4) + 1),
+        (
+            RopeScalingConfig(kind="yarn", factor=4.0, original_length=64, mscale=0.5, mscale_all_dim=0.25),
+            (0.05 * np.log(4) + 1) / (0.025 * np.log(4) + 1),
+        ),
+        (RopeScalingConfig(kind="yarn", factor=4.0, original_length=64, attention_factor=1.5), 1.5),
+        (
+            RopeScalingConfig(
+                kind="longrope",
+                factor=4.0,
+                original_length=64,
+                short_factor=(1.0, 1.5, 2.0, 2.5),
+                long_factor=(2.0, 3.0, 4.0, 5.0),
+            ),
+            np.sqrt(1 + np.log(4) / np.log(64)),
+        ),
+    ],
+    ids=["linear", "dynamic", "yarn", "yarn mscale", "yarn factor", "longrope"],
+)
+def test_scaled_frequencies_are_those_of_the_papers(scaling, factor):
+    rng = np.random.default_rng(0)
+    # One row within the original length, one beyond it.
+    positions = np.stack([np.arange(20), np.arange(20) * 7]).astype(np.int32)
+    x, theta = rng.normal(size=(2, 20, 1, 8)), 1000.0
+    expected = np.zeros(x.shape)
+    for row, place, pair in np.ndindex(2, 20, 4):
+        length = positions[row].max() + 1
+        angle = positions[row, place] * _frequency(scaling, pair, 8, theta, length)
+        turned = complex(x[row, place, 0, pair], x[row, place, 0, pair + 4]) * np.exp(1j * angle) * factor
+        expected[row, place, 0, pair], expected[row, place, 0, pair + 4] = turned.real, turned.imag
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(rotated(x, positions, theta, scaling), expected, atol=1e-11)
