@@ -20,9 +20,9 @@ from unittest import mock
 import figure
 
 import memjax
-from memjax.command_help import field_docs, metavar
-from memjax.command_schema import field_types, item_section_of, section_of, show, unwrap
-from memjax.config import RunConfig
+from memjax.config.help import field_docs, metavar
+from memjax.config.run import RunConfig
+from memjax.config.schema import field_types, item_section_of, section_of, show, unwrap
 
 PACKAGE = pathlib.Path(memjax.__file__).parent
 FIRST_COMMANDS = ("train", "evaluate", "generate", "doctor")

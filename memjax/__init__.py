@@ -7,91 +7,66 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memjax.config import ExpertLookupConfig, ExpertsConfig, MemoryConfig, ModelConfig, RunConfig, SamplingConfig
-    from memjax.data.tokenizer import Tokenizer
-    from memjax.inference.engine import Engine, Request
-    from memjax.inference.text import Continuation, continue_texts, stream_text
-    from memjax.interop.official import from_official
-    from memjax.interop.upcycle import upcycle, upcycle_run
-    from memjax.loading import load
-    from memjax.memory.expert_lookup import ExpertLookupLayer
-    from memjax.memory.keys import Lookup
-    from memjax.memory.layer import MemoryLayer
-    from memjax.memory.parallel import zero_tap
-    from memjax.memory.sparse_gradient import row_sparse_value_and_grad
-    from memjax.memory.table import TableRows, ValueTable
-    from memjax.models.decoder import Decoder
-    from memjax.ops.embedding_bag.api import embedding_bag
-    from memjax.ops.embedding_dot.api import embedding_dot
-    from memjax.ops.grouped_matmul.api import grouped_matmul
-    from memjax.ops.product_key_search.api import product_key_search
-    from memjax.ops.row_gradient import RowGradient
-    from memjax.ops.row_update.api import row_update
-    from memjax.ops.row_update.rules import RowRule, row_step
+    from memjax.config.memory import ExpertLookupConfig as ExpertLookupConfig
+    from memjax.config.memory import MemoryConfig as MemoryConfig
+    from memjax.config.model import ExpertsConfig as ExpertsConfig
+    from memjax.config.model import ModelConfig as ModelConfig
+    from memjax.config.run import RunConfig as RunConfig
+    from memjax.config.sampling import SamplingConfig as SamplingConfig
+    from memjax.data.tokenizers.base import Tokenizer as Tokenizer
+    from memjax.inference.engine import Engine as Engine
+    from memjax.inference.engine import Request as Request
+    from memjax.inference.text import Continuation as Continuation
+    from memjax.inference.text import continue_texts as continue_texts
+    from memjax.inference.text import stream_text as stream_text
+    from memjax.interop.official.convert import from_official as from_official
+    from memjax.interop.upcycle import upcycle as upcycle
+    from memjax.interop.upcycle import upcycle_run as upcycle_run
+    from memjax.memory.keys import Lookup as Lookup
+    from memjax.memory.layer import MemoryLayer as MemoryLayer
+    from memjax.memory.peer import ExpertLookupLayer as ExpertLookupLayer
+    from memjax.memory.sharded import zero_tap as zero_tap
+    from memjax.memory.sparse_gradient import row_sparse_value_and_grad as row_sparse_value_and_grad
+    from memjax.memory.table import TableRows as TableRows
+    from memjax.memory.table import ValueTable as ValueTable
+    from memjax.models.decoder import Decoder as Decoder
+    from memjax.ops.embedding_bag.api import embedding_bag as embedding_bag
+    from memjax.ops.embedding_dot.api import embedding_dot as embedding_dot
+    from memjax.ops.grouped_matmul.api import grouped_matmul as grouped_matmul
+    from memjax.ops.product_key_search.api import product_key_search as product_key_search
+    from memjax.ops.row_gradient import RowGradient as RowGradient
+    from memjax.ops.row_update.api import row_update as row_update
+    from memjax.ops.row_update.rules import RowRule as RowRule
+    from memjax.ops.row_update.rules import row_step as row_step
+    from memjax.runs.load import load as load
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "Continuation",
-    "Decoder",
-    "Engine",
-    "ExpertLookupConfig",
-    "ExpertLookupLayer",
-    "ExpertsConfig",
-    "Lookup",
-    "MemoryConfig",
-    "MemoryLayer",
-    "ModelConfig",
-    "Request",
-    "RowGradient",
-    "RowRule",
-    "RunConfig",
-    "SamplingConfig",
-    "TableRows",
-    "Tokenizer",
-    "ValueTable",
-    "__version__",
-    "continue_texts",
-    "embedding_bag",
-    "embedding_dot",
-    "from_official",
-    "grouped_matmul",
-    "load",
-    "product_key_search",
-    "row_sparse_value_and_grad",
-    "row_step",
-    "row_update",
-    "stream_text",
-    "upcycle",
-    "upcycle_run",
-    "zero_tap",
-]
 
 _MODULES = {
     "Continuation": "inference.text",
     "Decoder": "models.decoder",
     "Engine": "inference.engine",
-    "ExpertLookupConfig": "config",
-    "ExpertLookupLayer": "memory.expert_lookup",
-    "ExpertsConfig": "config",
+    "ExpertLookupConfig": "config.memory",
+    "ExpertLookupLayer": "memory.peer",
+    "ExpertsConfig": "config.model",
     "Lookup": "memory.keys",
-    "MemoryConfig": "config",
+    "MemoryConfig": "config.memory",
     "MemoryLayer": "memory.layer",
-    "ModelConfig": "config",
+    "ModelConfig": "config.model",
     "Request": "inference.engine",
     "RowGradient": "ops.row_gradient",
     "RowRule": "ops.row_update.rules",
-    "RunConfig": "config",
-    "SamplingConfig": "config",
+    "RunConfig": "config.run",
+    "SamplingConfig": "config.sampling",
     "TableRows": "memory.table",
-    "Tokenizer": "data.tokenizer",
+    "Tokenizer": "data.tokenizers.base",
     "ValueTable": "memory.table",
     "continue_texts": "inference.text",
     "embedding_bag": "ops.embedding_bag.api",
     "embedding_dot": "ops.embedding_dot.api",
-    "from_official": "interop.official",
+    "from_official": "interop.official.convert",
     "grouped_matmul": "ops.grouped_matmul.api",
-    "load": "loading",
+    "load": "runs.load",
     "product_key_search": "ops.product_key_search.api",
     "row_sparse_value_and_grad": "memory.sparse_gradient",
     "row_step": "ops.row_update.rules",
@@ -99,8 +74,11 @@ _MODULES = {
     "stream_text": "inference.text",
     "upcycle": "interop.upcycle",
     "upcycle_run": "interop.upcycle",
-    "zero_tap": "memory.parallel",
+    "zero_tap": "memory.sharded",
 }
+"""The public names, and the module that each is in."""
+
+__all__ = ["__version__", *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

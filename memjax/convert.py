@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from memjax import command_line
-from memjax.command_help import Positional, help_text
-from memjax.config import MemoryConfig, ModelConfig
-from memjax.config_checks import local_paths, positive, refuse
+from memjax.config.checks import local_paths, positive, refuse
+from memjax.config.help import Positional, help_text
+from memjax.config.load import RUN_FOLDER, parse
+from memjax.config.memory import MemoryConfig
+from memjax.config.model import ModelConfig
 from memjax.errors import ConfigError
-from memjax.evaluation.command import CheckpointSettings, exit_code
+from memjax.runs.command import CheckpointSettings, exit_code
 
 PROG = "python -m memjax.convert"
 
@@ -88,18 +89,18 @@ class UpcycleConfig:
 def from_hf(folder: str, settings: FromHfConfig) -> None:
     """Writes a run and says how to go on from it."""
     _stay_on_cpu()
-    from memjax.interop import hugging_face
+    from memjax.interop.huggingface import convert as huggingface
 
-    model = hugging_face.from_hf(folder, settings.out, tokenizer=settings.tokenizer).model
+    model = huggingface.from_hf(folder, settings.out, tokenizer=settings.tokenizer).model
     _tell_of_run(settings.out, model)
 
 
 def to_hf(run: str, settings: ToHfConfig) -> None:
     """Writes a Hugging Face folder and says what it is good for."""
     _stay_on_cpu()
-    from memjax.interop import hugging_face
+    from memjax.interop.huggingface import convert as huggingface
 
-    has_tokenizer = hugging_face.to_hf(
+    has_tokenizer = huggingface.to_hf(
         run,
         settings.out,
         step=CheckpointSettings(step=settings.step).checkpoint,
@@ -116,7 +117,7 @@ def to_hf(run: str, settings: ToHfConfig) -> None:
 def from_official(folder: str, settings: FromHfConfig) -> None:
     """Writes a run and says how to go on from it."""
     _stay_on_cpu()
-    from memjax.interop import official
+    from memjax.interop.official import convert as official
 
     _tell_of_run(settings.out, official.from_official(folder, settings.out, tokenizer=settings.tokenizer).model)
 
@@ -125,7 +126,7 @@ def upcycle(run: str, settings: UpcycleConfig) -> None:
     """Writes a run and says how to go on from it."""
     _stay_on_cpu()
     from memjax.interop.upcycle import upcycle_run
-    from memjax.loading import read_config
+    from memjax.runs.load import read_config
 
     memory = MemoryConfig(**dataclasses.asdict(settings.memory))
     step = CheckpointSettings(step=settings.step).checkpoint
@@ -158,7 +159,7 @@ COMMANDS: Mapping[str, Command] = {
     "to-hf": Command(
         to_hf,
         ToHfConfig,
-        command_line.RUN_FOLDER,
+        RUN_FOLDER,
         "Writes a run's model in Hugging Face's format, reads it back and compares numbers and logits. Without memory "
         "layers it is a Llama, a Mistral or a relative, which transformers 4 and 5 load; with them only from-hf reads "
         "it.",
@@ -173,7 +174,7 @@ COMMANDS: Mapping[str, Command] = {
     "upcycle": Command(
         upcycle,
         UpcycleConfig,
-        command_line.RUN_FOLDER,
+        RUN_FOLDER,
         "Makes a run of a dense one whose model gets memory layers: by default beside its feed-forward layers, with "
         "the same outputs until it is trained.",
     ),
@@ -186,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = words[0].replace("_", "-") if words else ""
     if name in COMMANDS:
         command = COMMANDS[name]
-        parsed = command_line.parse(
+        parsed = parse(
             command.schema,
             words[1:],
             prog=f"{PROG} {name}",

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from memjax import command_line
+from memjax.config import load as config_load
 
 FLAGS = {"quick": "Leave out the training run: only versions, devices and operations."}
 
@@ -23,7 +23,7 @@ class DoctorConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the report; returns 0 when everything that was tried works, else 1."""
-    parsed = command_line.parse(
+    parsed = config_load.parse(
         DoctorConfig,
         sys.argv[1:] if argv is None else argv,
         prog="python -m memjax.doctor",
@@ -51,7 +51,7 @@ def describe_machine() -> str:
     import jax
 
     from memjax.ops import dispatch
-    from memjax.training.run_folder import environment
+    from memjax.runs.folder import environment
 
     found = environment()
     lines = [f"{package:<17} {version or 'not installed'}" for package, version in found["versions"].items()]
@@ -164,13 +164,13 @@ SETTINGS = (
 def _train(folder: str) -> str:
     import json
 
-    from memjax.config import RunConfig
+    from memjax.config.run import RunConfig
     from memjax.training.main import train
 
     run = pathlib.Path(folder) / "run"
     # The log of the run is of interest only when it fails.
     with contextlib.redirect_stdout(io.StringIO()):
-        code = train(command_line.load(RunConfig, None, [*SETTINGS, "--run.dir", str(run)]))
+        code = train(config_load.load(RunConfig, None, [*SETTINGS, "--run.dir", str(run)]))
     if code:
         raise RuntimeError(f"training ended with exit code {code}")
     losses = [json.loads(line)["train/loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -181,7 +181,7 @@ def _train(folder: str) -> str:
 
 def _write(folder: str) -> str:
     from memjax.inference.engine import generate
-    from memjax.loading import load
+    from memjax.runs.load import load
 
     model, tokenizer = load(pathlib.Path(folder) / "run")
     tokens = list(generate(model, [tokenizer.bos_id, *tokenizer.encode("What")], max_tokens=8))

@@ -13,16 +13,16 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from memjax import command_line
+from memjax.config.load import RUN_FOLDER, parse
 from memjax.errors import ConfigError
-from memjax.evaluation.command import exit_code, loaded
 from memjax.evaluation.settings import EvaluateConfig
 from memjax.io.files import write_atomic
+from memjax.runs.command import exit_code, loaded
 
 if TYPE_CHECKING:
-    from memjax.data.records import Record
-    from memjax.evaluation.questions import QuestionSet
-    from memjax.loading import LoadedModel
+    from memjax.data.sources.records import Record
+    from memjax.evaluation.question_sets.formats import QuestionSet
+    from memjax.runs.load import LoadedModel
 
 
 PROG = "python -m memjax.evaluate"
@@ -33,12 +33,12 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the measurements and keeps them in the run's `evals`; returns the exit code."""
-    parsed = command_line.parse(
+    parsed = parse(
         EvaluateConfig,
         sys.argv[1:] if argv is None else argv,
         prog=PROG,
         description="Measures what a trained model knows: exact answers to questions, bits per byte of text, or tasks.",
-        positional=command_line.RUN_FOLDER,
+        positional=RUN_FOLDER,
         examples=[
             f"{PROG} runs/quickstart",
             f"{PROG} runs/wiki_text --text held_out.jsonl",
@@ -54,7 +54,7 @@ def _evaluate(run: str, settings: EvaluateConfig) -> None:
     if settings.tasks and importlib.util.find_spec("lm_eval") is None:
         asked = ",".join(settings.tasks)
         raise ConfigError([f"tasks={asked} needs the package lm-eval: pip install lm-eval"])
-    from memjax.data.sources import find_source
+    from memjax.data.sources.kinds import find_source
 
     with loaded(run, settings) as found:
         folder = _evals_folder(run)
@@ -120,7 +120,7 @@ def _question_sets(settings: EvaluateConfig) -> tuple[list["QuestionSet"], list[
     """What to ask, and what to take examples from."""
     if not settings.questions:
         return [], []
-    from memjax.evaluation.questions import read_question_sets
+    from memjax.evaluation.question_sets.formats import read_question_sets
 
     context = settings.show_context
     sets = read_question_sets(settings.questions, field="--questions", show_context=context)
@@ -136,7 +136,7 @@ def _questions(
     examples: list["QuestionSet"],
     answers: pathlib.Path | None,
 ) -> dict[str, Any]:
-    from memjax.evaluation.qa import format_question_report, question_report
+    from memjax.evaluation.question_sets.report import format_question_report, question_report
 
     with _lines(answers) as keep:
         report = question_report(found, sets, settings, examples=examples, keep=keep)
@@ -224,10 +224,10 @@ def _open(run: str, found: "LoadedModel", settings: EvaluateConfig) -> "Iterable
         DataError: it cannot be read, or the run has no validation data.
     """
     from memjax.data.dataset import open_dataset
-    from memjax.data.files import RecordFiles
     from memjax.data.mixture import SplitRecords
-    from memjax.data.parsing import Keys
-    from memjax.data.sources import find_source
+    from memjax.data.sources.files import RecordFiles
+    from memjax.data.sources.kinds import find_source
+    from memjax.data.sources.parsing import Keys
     from memjax.errors import DataError
 
     data = found.config.data
@@ -249,7 +249,8 @@ def _texts(records: "Iterable[Record]") -> Iterator[str]:
 
 
 def _evals_folder(run: str) -> pathlib.Path:
-    from memjax.loading import CHECKPOINTS, checkpoint_folder
+    from memjax.runs.layout import CHECKPOINTS
+    from memjax.runs.load import checkpoint_folder
 
     folder = checkpoint_folder(run)
     return (folder.parent if folder.name == CHECKPOINTS else folder) / "evals"

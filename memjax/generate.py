@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from memjax import command_line
-from memjax.config import SamplingConfig
-from memjax.config_checks import local_paths
+from memjax.config.checks import local_paths
+from memjax.config.load import RUN_FOLDER, parse
+from memjax.config.sampling import SamplingConfig
 from memjax.errors import ConfigError
-from memjax.evaluation.command import CheckpointSettings, check_output, exit_code, loaded
+from memjax.runs.command import CheckpointSettings, check_output, exit_code, loaded
 
 if TYPE_CHECKING:
-    from memjax.loading import LoadedModel
+    from memjax.runs.load import LoadedModel
 
 PROG = "python -m memjax.generate"
 
@@ -62,12 +62,12 @@ class GenerateConfig(CheckpointSettings, SamplingConfig):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints what follows the prompt or the prompts; returns the exit code."""
-    parsed = command_line.parse(
+    parsed = parse(
         GenerateConfig,
         sys.argv[1:] if argv is None else argv,
         prog=PROG,
         description="Writes what a trained model says after a prompt, token by token.",
-        positional=command_line.RUN_FOLDER,
+        positional=RUN_FOLDER,
         examples=[
             f'{PROG} runs/quickstart --prompt "What is the major of"',
             f"{PROG} runs/quickstart --prompts prompts.txt --output answers.jsonl",
@@ -98,8 +98,8 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
     Raises:
         DataError: the file cannot be read, or a record of JSON lines is no object with a text in `prompt`.
     """
-    from memjax.data.files import RecordFiles
-    from memjax.data.parsing import Keys
+    from memjax.data.sources.files import RecordFiles
+    from memjax.data.sources.parsing import Keys
     from memjax.errors import DataError
 
     records = []

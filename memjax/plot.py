@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import Literal
 
-from memjax import command_line
-from memjax.config_checks import local_paths
+from memjax.config.checks import local_paths
+from memjax.config.load import RUN_FOLDER, parse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,12 +31,12 @@ class PlotConfig:
             raise ValueError("\n".join(problems))
 
 
-RUNS = dataclasses.replace(command_line.RUN_FOLDER, help="The folders of the runs.", repeats=True)
+RUNS = dataclasses.replace(RUN_FOLDER, help="The folders of the runs.", repeats=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the picture; returns the exit code: 0 done, 2 wrong settings, 3 a folder without metrics."""
-    parsed = command_line.parse(
+    parsed = parse(
         PlotConfig,
         sys.argv[1:] if argv is None else argv,
         prog="python -m memjax.plot",
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     # Only now, so that wrong settings need not wait for NumPy; JAX is not needed at all.
     from memjax.errors import DataError
-    from memjax.training import comparison
+    from memjax.monitoring import comparison
 
     settings = parsed.config
     try:

@@ -4,13 +4,13 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from memjax.command_line import Parsed, parse
-from memjax.config import RunConfig
+from memjax.config.load import Parsed, parse
+from memjax.config.run import RunConfig
 from memjax.errors import ConfigError
 
 if TYPE_CHECKING:
-    from memjax.data.sources import Source
-    from memjax.data.tokenizer import Tokenizer
+    from memjax.data.sources.kinds import Source
+    from memjax.data.tokenizers.base import Tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
     )
     # Only now: wrong settings should not wait for imports.
-    from memjax.evaluation.command import exit_code
+    from memjax.runs.command import exit_code
 
     stopped = "stopped; the same command begins the unfinished part again"
     return exit_code(lambda: _prepare(arguments.config), interrupted=stopped)
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _prepare(config: RunConfig) -> None:
     from memjax.data.dataset import open_dataset
-    from memjax.data.sources import Files, find_source
+    from memjax.data.sources.kinds import Files, find_source
 
     source = find_source(config.data.in_run(config.run.dir))
     if not isinstance(source, Files):
@@ -52,7 +52,7 @@ def _prepare(config: RunConfig) -> None:
 
 def _tokenizer(config: RunConfig, data: "Source") -> "Tokenizer":
     """That of the run's checkpoints; else the one that the run will begin with, which is not kept."""
-    from memjax.training.run_folder import RunFolder, make_tokenizer
+    from memjax.runs.folder import RunFolder, make_tokenizer
 
     return RunFolder.of(config).saved_tokenizer() or make_tokenizer(config, data)
 

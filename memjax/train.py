@@ -4,8 +4,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from memjax.command_line import Parsed, parse
-from memjax.config import RunConfig
+from memjax.config.load import Parsed, parse
+from memjax.config.run import RunConfig
 from memjax.training.interrupt import run_program
 
 FLAGS = {
@@ -34,10 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     prepare_environment(arguments.config)
     # Only now: the settings above must be in place before JAX starts, and wrong ones should not wait for its import.
-    from memjax.evaluation.command import exit_code
     from memjax.io import compilation_cache
+    from memjax.runs.command import exit_code
+    from memjax.sharding.processes import run_together
     from memjax.training.main import dry_run, train
-    from memjax.training.processes import run_together
 
     compilation_cache.enable(arguments.config.run.compile_cache)
     if "dry_run" in arguments.flags:

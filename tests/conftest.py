@@ -3,7 +3,8 @@
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 # Compilation takes most of the suite's time, so XLA leaves out what only makes programs faster; runs that tests start
 # as processes of their own inherit it. Before JAX is imported.
@@ -68,3 +69,21 @@ def mesh() -> jax.sharding.Mesh:
     assert jax.device_count("cpu") == 8, "conftest.py must set the device count before JAX starts"
     automatic = jax.sharding.AxisType.Auto
     return jax.make_mesh((2, 4), ("data", "memory"), axis_types=(automatic, automatic), devices=jax.devices("cpu"))
+
+
+TINY = """
+--model.dim 16 --model.num_layers 2 --model.num_heads 2 --model.ffn_dim 24 --model.vocab_size 259
+--model.memory.layers 0,1 --model.memory.num_keys 8 --model.memory.num_heads 2 --model.memory.top_k 3
+--model.memory.key_dim 8 --model.memory.value_dim 256
+--data.batch_size 16 --data.sequence_length 8
+--optim.warmup_steps 0 --optim.table.warmup_steps 0 --optim.schedule constant --optim.table.schedule constant
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., Any]:
+    """tiny_config(*settings): the config of two blocks with memory layers, with settings as on the command line."""
+    from memjax.config.load import load
+    from memjax.config.run import RunConfig
+
+    return lambda *settings: load(RunConfig, None, " ".join([TINY, *settings]).split())

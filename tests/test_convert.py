@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 
 from memjax import convert, evaluate
-from memjax.config import MemoryConfig
-from memjax.interop import hugging_face
-from memjax.loading import load, read_config
+from memjax.config.memory import MemoryConfig
+from memjax.interop.huggingface import convert as huggingface
+from memjax.runs.load import load, read_config
 
 MODELS = pathlib.Path(__file__).parent / "fixtures" / "llama"
 
@@ -40,7 +40,7 @@ def test_the_settings_of_to_hf_arrive(monkeypatch, capsys):
         given.update(run=run, out=out, **settings)
         return False
 
-    monkeypatch.setattr(hugging_face, "to_hf", to_hf)
+    monkeypatch.setattr(huggingface, "to_hf", to_hf)
     arguments = [
         "to_hf",
         "runs/a",

@@ -7,8 +7,8 @@ import jax
 import pytest
 
 from memjax import prepare, train
+from memjax.sharding.mesh import make_mesh
 from memjax.training import main
-from memjax.training.mesh import make_mesh
 
 MODEL = """
 --model.dim 16 --model.num_layers 1 --model.num_heads 2 --model.ffn_dim 24 --model.vocab_size 259 --model.memory null
@@ -43,7 +43,7 @@ def test_ctrl_c_ends_it_with_130(mixture, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("memjax.data.preparation._prepare", interrupted)
+    monkeypatch.setattr("memjax.data.pretokenized.prepare._prepare", interrupted)
     assert prepare.main([*MODEL.split(), *mixture]) == 130
     assert "the same command begins the unfinished part again" in capsys.readouterr().err
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from memjax import train
-from memjax.config import MemoryConfig
+from memjax.config.memory import MemoryConfig
 
 HERE = pathlib.Path(__file__).parent
 NUM_FACTS, HELD_OUT_BYTES = 1_000, 200_000

@@ -24,8 +24,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import timing
 
 import memjax
-from memjax.models.experts import Experts
 from memjax.models.feed_forward import FeedForward
+from memjax.models.moe import Experts
 from memjax.ops import dispatch
 
 COLUMNS = ("what", "top k", "groups", "implementation", "ms", "TFLOP/s", "of dense", "note")

@@ -22,8 +22,8 @@ import cases
 import timing
 from train_step import SMALL, SMALL_MEMORY
 
-from memjax.command_line import load
-from memjax.config import RunConfig
+from memjax.config.load import load
+from memjax.config.run import RunConfig
 
 COLUMNS = ("model", "batch", "prompt", "first token ms", "ms a token", "tokens/s", "of dense", "of transformers")
 COLUMNS += ("compile s", "peak GB", "note")

@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memjax.command_line import load
-from memjax.config import RunConfig
+from memjax.config.load import load
+from memjax.config.run import RunConfig
 from memjax.inference.engine import LONGEST_CHUNK, Engine, Request
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts
+from memjax.monitoring.profile import newest_trace, operations, table
 from memjax.ops import dispatch
 from memjax.ops.decode_attention.api import decode_attention
-from memjax.training.profiling import newest_trace, operations, table
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import timing

@@ -18,19 +18,20 @@ import numpy as np
 from flax import nnx
 
 import memjax
-from memjax.command_line import load
-from memjax.config import RunConfig
-from memjax.memory import parallel
+from memjax.config.load import load
+from memjax.config.run import RunConfig
+from memjax.memory import sharded
 from memjax.memory.table import draw_rows
 from memjax.models import dot_product
 from memjax.models.counts import count_parameters, training_flops_per_token
 from memjax.models.decoder import resolve_dtype
+from memjax.monitoring.metrics import peak_flops
+from memjax.monitoring.profile import describe_overlap, newest_trace, operations, overlaps, table
 from memjax.ops.row_update.rules import RowRule, row_step
-from memjax.training import planner
-from memjax.training.mesh import make_mesh, put_batch
-from memjax.training.metrics import peak_flops
-from memjax.training.profiling import describe_overlap, newest_trace, operations, overlaps, table
-from memjax.training.state import Trainer
+from memjax.sharding.axes import COLUMNS, TOKENS
+from memjax.sharding.mesh import make_mesh, put_batch
+from memjax.training.plan import memory as memory_plan
+from memjax.training.program import Trainer
 from memjax.training.step import BATCH, make_train_step
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -123,8 +124,8 @@ def whole_step(config: RunConfig, devices: list[Any], case: Row) -> Row:
         compiled = make_train_step(trainer, mesh).lower(state, batch).compile()
         row["compile s"] = time.perf_counter() - started
         say("compiled")
-        predicted = planner.plan(config, data_axis=mesh.shape["data"], trainer=trainer)
-        row |= {"predicted GB": predicted.total / 1e9, "compiled GB": planner.compiled_bytes(compiled) / 1e9}
+        predicted = memory_plan.plan(config, data_axis=mesh.shape["data"], trainer=trainer)
+        row |= {"predicted GB": predicted.total / 1e9, "compiled GB": memory_plan.compiled_bytes(compiled) / 1e9}
         row["prediction"] = {name: count / 1e9 for name, count in (predicted.state | predicted.temporary).items()}
         row["temporary GB"] = compiled.memory_analysis().temp_size_in_bytes / 1e9
         state, first = compiled(state, batch)
@@ -203,23 +204,21 @@ def memory_layer(config: RunConfig, devices: list[Any], case: Row) -> Row:
             table = draw_rows(key, memory.num_slots, dim, std=dim**-0.5, dtype=dtype)
             return table, rule.init(memory.num_slots, dim, dtype)
 
-        table_state = jax.jit(start, out_shardings=split(parallel.COLUMNS))(jax.random.key(0))
-        draw = jax.jit(
-            lambda key: jax.random.normal(key, (tokens, dim)).astype(dtype), out_shardings=split(parallel.TOKENS)
-        )
+        table_state = jax.jit(start, out_shardings=split(COLUMNS))(jax.random.key(0))
+        draw = jax.jit(lambda key: jax.random.normal(key, (tokens, dim)).astype(dtype), out_shardings=split(TOKENS))
         x, target = draw(jax.random.key(1)), draw(jax.random.key(2))
 
         def loss_fn(params, taps, rows, x, target):
             layer = nnx.merge(graphdef, params)
             lookup = layer.lookup(x)
-            bag = parallel.bag(rows, *lookup, taps["memory"])
+            bag = sharded.bag(rows, *lookup, taps["memory"])
             return jnp.mean((layer.combine(x, bag) * target).astype(jnp.float32)), ({"memory": lookup}, None)
 
         def step(table_state, params, x, target):
-            taps = {"memory": parallel.zero_tap(tokens, dim, dtype)}
+            taps = {"memory": sharded.zero_tap(tokens, dim, dtype)}
             value_and_grad = memjax.row_sparse_value_and_grad(loss_fn)
             _, gradient, rows = value_and_grad(params, taps, table_state[0], x, target)
-            updated = parallel.update_rows(*table_state, [rows["memory"]], rule, row_step(1e-3, 0))
+            updated = sharded.update_rows(*table_state, [rows["memory"]], rule, row_step(1e-3, 0))
             # All of the gradient is asked for, and little of it leaves the devices.
             return updated, jax.tree.map(jnp.sum, gradient)
 

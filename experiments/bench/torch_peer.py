@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from memjax.training.metrics import peak_flops
+from memjax.monitoring.metrics import peak_flops
 
 
 def rotary(length: int, head_dim: int, theta: float, device: str) -> tuple[torch.Tensor, torch.Tensor]:

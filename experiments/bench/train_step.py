@@ -22,8 +22,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import cases
 import timing
 
-from memjax.command_line import load
-from memjax.config import RunConfig
+from memjax.config.load import load
+from memjax.config.run import RunConfig
 
 ROOT = cases.ROOT
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from factlab.rows import BOS, EOS, FactRows
-from memjax.data.tokenizer import Tokenizer, train_bpe
+from memjax.data.tokenizers.base import Tokenizer, train_bpe
 from memjax.errors import DataError
-from memjax.evaluation.answers import best, exact_match
+from memjax.evaluation.question_sets.metrics import best, exact_match
 
 STATEMENTS = {
     "P19": ("{} was born in", "The birthplace of {} is", "The first home of {} was in", "{} came into the world in"),

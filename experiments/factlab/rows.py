@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from memjax.config import BiographiesConfig
-from memjax.data import facts
+from memjax.config.data import BiographiesConfig
+from memjax.data.sources import biographies
 
 PAD, BOS, EOS = 0, 1, 2
 Ints = NDArray[np.integer]
@@ -38,10 +38,12 @@ class FactRows(NamedTuple):
 
 def biography_rows(config: BiographiesConfig) -> FactRows:
     """The six facts of every person in the library's five wordings; each word is a token."""
-    people = facts.people(config)
+    people = biographies.people(config)
     names = [person.name.split() for person in people]
-    values = {name: [person.value(name).split() for person in people] for name in facts.attribute_names}
-    templates = {name: [wording.split() for wording in facts.STATEMENTS[name]] for name in facts.attribute_names}
+    values = {name: [person.value(name).split() for person in people] for name in biographies.attribute_names}
+    templates = {
+        name: [wording.split() for wording in biographies.STATEMENTS[name]] for name in biographies.attribute_names
+    }
     words = {word for name in names for word in name}
     words |= {word for answers in values.values() for answer in answers for word in answer}
     words |= {word for wordings in templates.values() for wording in wordings for word in wording if word != "{name}"}
@@ -50,7 +52,7 @@ def biography_rows(config: BiographiesConfig) -> FactRows:
 
     name_ids = ids(names)
     rows: list[list[tuple[Ints, int]]] = []
-    for attribute in facts.attribute_names:
+    for attribute in biographies.attribute_names:
         answer_ids = ids(values[attribute])
         rows.append([_tell(wording, number, name_ids, answer_ids) for wording in templates[attribute]])
     width = max(row.shape[1] for wordings in rows for row, _ in wordings)
@@ -68,7 +70,7 @@ def biography_rows(config: BiographiesConfig) -> FactRows:
         first_wording=np.zeros(num_people * num_attributes, np.int32),
         groups=np.tile(np.arange(num_attributes, dtype=np.int32), num_people),
         bits=np.tile([math.log2(choices) for choices in _choices().values()], num_people),
-        group_names=facts.attribute_names,
+        group_names=biographies.attribute_names,
         vocab_size=EOS + 1 + len(number),
     )
 
@@ -84,11 +86,11 @@ def _tell(wording: Sequence[str], number: dict[str, int], names: Ints, answers: 
 def _choices() -> dict[str, int]:
     """Values among which each attribute was drawn; the work city follows from the employer."""
     return {
-        "birth_date": len(facts.DAYS) * len(facts.MONTHS) * len(facts.YEARS),
-        "birth_city": len(facts.CITIES),
-        "university": len(facts.UNIVERSITIES),
-        "major": len(facts.MAJORS),
-        "employer": len(facts.EMPLOYERS),
+        "birth_date": len(biographies.DAYS) * len(biographies.MONTHS) * len(biographies.YEARS),
+        "birth_city": len(biographies.CITIES),
+        "university": len(biographies.UNIVERSITIES),
+        "major": len(biographies.MAJORS),
+        "employer": len(biographies.EMPLOYERS),
         "work_city": 1,
     }
 

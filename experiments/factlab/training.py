@@ -17,7 +17,8 @@ import optax
 from jax import Array
 
 from factlab.rows import FactRows, draw_order
-from memjax.config import RunConfig, ScheduleConfig
+from memjax.config.optim import ScheduleConfig
+from memjax.config.run import RunConfig
 from memjax.evaluation.recall import zero_tables
 from memjax.memory.layer import Lookup
 from memjax.memory.usage import statistics
@@ -26,8 +27,9 @@ from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, Tables
 from memjax.training.compiler import compiler_options
 from memjax.training.optimizer import make_schedule
+from memjax.training.program import Trainer
 from memjax.training.row_optimizer import TableOptimizer
-from memjax.training.state import Trainer, TrainState
+from memjax.training.state import TrainState
 from memjax.training.step import Batch, train_step
 
 CHUNK = 50

@@ -16,8 +16,9 @@ import numpy as np
 from factlab import training
 from factlab.entity_questions import question_rows
 from factlab.rows import biography_rows
-from memjax.command_line import load
-from memjax.config import BiographiesConfig, RunConfig
+from memjax.config.data import BiographiesConfig
+from memjax.config.load import load
+from memjax.config.run import RunConfig
 from memjax.training.state import TrainState
 
 Task = dict[str, Any]

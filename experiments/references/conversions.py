@@ -21,13 +21,15 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import memjax
-from memjax.config import DataConfig, ModelConfig, RunConfig, TokenizerConfig
-from memjax.data.tokenizer import ByteTokenizer, Tokenizer, train_bpe
-from memjax.data.tokenizer_files import open_tokenizer
+from memjax.config.data import DataConfig, TokenizerConfig
+from memjax.config.model import ModelConfig
+from memjax.config.run import RunConfig
+from memjax.data.tokenizers.base import ByteTokenizer, Tokenizer, train_bpe
+from memjax.data.tokenizers.open import open_tokenizer
 from memjax.inference.text import continue_texts
-from memjax.interop.hugging_face import from_hf, to_hf
-from memjax.interop.new_run import write_run
+from memjax.interop.huggingface.convert import from_hf, to_hf
 from memjax.models.parts import DecoderParts
+from memjax.runs.write import write_run
 
 TOKENS = 512
 SIZES = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96}
@@ -211,7 +213,7 @@ def token_ids(folder: pathlib.Path) -> Iterator[Check]:
 
 
 def _export(out: pathlib.Path, tokenizer: Tokenizer) -> None:
-    from memjax.interop.hf_tokenizer_files import write_tokenizer
+    from memjax.interop.huggingface.tokenizer import write_tokenizer
 
     out.mkdir()
     write_tokenizer(out, tokenizer)

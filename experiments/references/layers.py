@@ -13,11 +13,12 @@ from transformers import LlamaConfig, MixtralConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-from memjax.config import ModelConfig, OptimConfig, RopeScalingConfig
+from memjax.config.model import ModelConfig, RopeScalingConfig
+from memjax.config.optim import OptimConfig
 from memjax.models import dot_product
 from memjax.models.decoder import Decoder
-from memjax.models.experts import Experts
 from memjax.models.loss import token_losses
+from memjax.models.moe import Experts
 from memjax.models.norm import RMSNorm
 from memjax.models.rotary import rotate
 from memjax.ops.row_gradient import RowGradient

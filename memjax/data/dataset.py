@@ -17,15 +17,15 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from memjax.config import DataConfig
+from memjax.config.data import DataConfig
 from memjax.data import packing
 from memjax.data.mixture import Split, joined, order
 from memjax.data.packing import Batch
-from memjax.data.prepared import PreparedReader
-from memjax.data.reading import Reader, StoppableReader
-from memjax.data.sources import Source, find_source
-from memjax.data.tokenizer import Tokenizer, train_bpe
-from memjax.data.tokenizer_files import open_tokenizer
+from memjax.data.pretokenized.store import PreparedReader
+from memjax.data.sources.kinds import Source, find_source
+from memjax.data.tokenize import Reader, StoppableReader
+from memjax.data.tokenizers.base import Tokenizer, train_bpe
+from memjax.data.tokenizers.open import open_tokenizer
 
 _SAMPLED_RECORDS, _SAMPLED_PAIRS = 64, 1 << 16
 """Records from which the number of tokens is estimated, and the tokens that are enough."""

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import grain
 
-from memjax.data.prepared import Manifest, PreparedReader
-from memjax.data.reading import JoinedReader, Reader
-from memjax.data.records import Record, Records, checked
+from memjax.data.pretokenized.store import Manifest, PreparedReader
+from memjax.data.sources.records import Record, Records, checked
+from memjax.data.tokenize import JoinedReader, Reader
 from memjax.errors import DataError
 
 

@@ -11,7 +11,7 @@ import grain
 import numpy as np
 from grain.experimental import ConcatThenSplitIterDataset, FirstFitPackIterDataset, FlatMapIterDataset
 
-from memjax.data.reading import Pairs, Reader
+from memjax.data.tokenize import Pairs, Reader
 
 Batch = dict[str, np.ndarray]
 """Arrays of shape [batch, sequence_length].

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from memjax.data.corpus import Corpus, CorpusStream
-from memjax.data.parsing import MalformedError
-from memjax.data.records import Records
+from memjax.data.sources.corpus import Corpus, CorpusStream
+from memjax.data.sources.parsing import MalformedError
+from memjax.data.sources.records import Records
 
 
 def spread_over_records(records: Records, passes: int, num_bytes: int, count: int | None = None) -> Iterator[str]:

@@ -16,14 +16,14 @@ from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
-from memjax.config import SamplingConfig
-from memjax.data.progress import Progress
+from memjax.config.sampling import SamplingConfig
 from memjax.errors import ConfigError, DataError
-from memjax.evaluation.asking import Examinee, write
+from memjax.evaluation.question_sets.ask import Examinee, write
 from memjax.evaluation.recall import zero_tables
 from memjax.evaluation.scoring import Request, Score, request, score
 from memjax.evaluation.settings import EvaluateConfig
-from memjax.loading import LoadedModel
+from memjax.monitoring.progress import Progress
+from memjax.runs.load import LoadedModel
 
 _MOST_TOKENS = 256
 """Of a text where the task does not say."""

@@ -17,24 +17,24 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from memjax.config import DataConfig
-from memjax.data import facts
-from memjax.data.facts import Person
+from memjax.config.data import DataConfig
 from memjax.data.packing import Batch
-from memjax.data.tokenizer import Tokenizer
+from memjax.data.sources import biographies
+from memjax.data.sources.biographies import Person
+from memjax.data.tokenizers.base import Tokenizer
 from memjax.evaluation.perplexity import Place, to_device
-from memjax.memory import parallel
 from memjax.models.counts import count_parameters
 from memjax.models.decoder import Decoder
 from memjax.models.loss import token_losses
 from memjax.models.parts import take_apart
+from memjax.sharding.axes import everywhere
 
 _CHOICES = {
-    "birth_date": len(facts.DAYS) * len(facts.MONTHS) * len(facts.YEARS),
-    "birth_city": len(facts.CITIES),
-    "university": len(facts.UNIVERSITIES),
-    "major": len(facts.MAJORS),
-    "employer": len(facts.EMPLOYERS),
+    "birth_date": len(biographies.DAYS) * len(biographies.MONTHS) * len(biographies.YEARS),
+    "birth_city": len(biographies.CITIES),
+    "university": len(biographies.UNIVERSITIES),
+    "major": len(biographies.MAJORS),
+    "employer": len(biographies.EMPLOYERS),
 }
 """Values that each attribute is drawn from, all equally likely and none the beginning of another."""
 
@@ -75,7 +75,7 @@ def knowledge_report(
         batch_size: statements at once; under a mesh a multiple of its devices.
         place: puts a batch on the devices.
     """
-    people = facts.people(config.biographies)
+    people = biographies.people(config.biographies)
     measured = people[:limit_people]
     # In a biography the full stop belongs to the value, and any sentence may be the first.
     statements = _statements(measured, config.biographies.seed, "." if config.biographies.form == "biography" else "")
@@ -128,7 +128,7 @@ def _statements(people: Sequence[Person], seed: int, end: str) -> list[_Statemen
     rng, found = np.random.default_rng([seed, 3]), []
     for person in people:
         for attribute in _CHOICES:
-            wordings = facts.STATEMENTS[attribute]
+            wordings = biographies.STATEMENTS[attribute]
             for number in rng.permutation(len(wordings))[:_RENDERINGS]:
                 prompt = wordings[number].format(name=person.name)
                 found.append(_Statement(attribute, prompt, f" {person.value(attribute)}{end}"))
@@ -168,4 +168,4 @@ def _summed(graphdef: Any, state: nnx.State, batch: dict[str, Array]) -> Float[A
     model = nnx.merge(graphdef, state)
     # Without segments a padded end is harmless: tokens see only what comes before them.
     hidden = model.hidden(batch["tokens"]).states
-    return parallel.everywhere((token_losses(model, hidden, batch["targets"]) * batch["loss_mask"]).sum(axis=1))
+    return everywhere((token_losses(model, hidden, batch["targets"]) * batch["loss_mask"]).sum(axis=1))

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from memjax.data.packing import Batch
-from memjax.data.tokenizer import Tokenizer
+from memjax.data.tokenizers.base import Tokenizer
 from memjax.models.decoder import Decoder
 from memjax.models.loss import token_losses
 

@@ -12,16 +12,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
-from memjax.config import DataConfig
-from memjax.data import facts
-from memjax.data.facts import Question
+from memjax.config.data import DataConfig
 from memjax.data.packing import Batch
-from memjax.data.tokenizer import Tokenizer
+from memjax.data.sources import biographies
+from memjax.data.sources.biographies import Question
+from memjax.data.tokenizers.base import Tokenizer
 from memjax.evaluation.perplexity import Place, to_device
 from memjax.inference.engine import generate
-from memjax.memory import parallel
 from memjax.models.decoder import Decoder
 from memjax.models.parts import take_apart
+from memjax.sharding.axes import everywhere
 
 _SAMPLES = 3
 """Questions of each kind whose answers are shown."""
@@ -139,9 +139,9 @@ def fact_report(
         donate: zero the tables in place, after which the model cannot be used any more; otherwise the zeroed tables
             need as much memory as the tables.
     """
-    asked = facts.questions(config.biographies, asked=True)
+    asked = biographies.questions(config.biographies, asked=True)
     groups = {
-        name: facts.questions(config.biographies, asked=name == "asked", limit_people=limit_people)
+        name: biographies.questions(config.biographies, asked=name == "asked", limit_people=limit_people)
         for name in ("asked", "held_out")
     }
     groups = {name: questions for name, questions in groups.items() if questions}
@@ -180,7 +180,7 @@ def format_fact_report(report: Mapping[str, Any]) -> str:
         add("  with the tables zeroed", [group.get("zeroed_accuracy") for group in groups.values()])
     add("  commonest answer", [group["majority_guess"] for group in groups.values()])
     lines.append("")
-    for attribute in facts.attribute_names:
+    for attribute in biographies.attribute_names:
         add(attribute.replace("_", " "), [group["by_attribute"].get(attribute) for group in groups.values()])
     for title, group in groups.items():
         lines += ["", f"Questions {title}:"]
@@ -197,7 +197,7 @@ def _row(label: str, cells: Any) -> str:
 
 def _spread(questions: Sequence[Question]) -> list[Question]:
     """A few questions, about different people and attributes where there are enough."""
-    per_person = len(facts.attribute_names)
+    per_person = len(biographies.attribute_names)
     count = min(_SAMPLES, len(questions) // per_person)
     step = len(questions) // per_person // max(1, count)
     return [questions[i * step * per_person + 2 * i % per_person] for i in range(count)]
@@ -245,4 +245,4 @@ def _answered(graphdef: Any, state: nnx.State, batch: dict[str, Array]) -> Bool[
     # Only the answers' places need logits, which at all places would be the largest array of all.
     hidden = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
     best: Int[Array, "b depth"] = jnp.argmax(model.logits(hidden), axis=-1)
-    return parallel.everywhere(jnp.all(best == batch["targets"], axis=1))
+    return everywhere(jnp.all(best == batch["targets"], axis=1))

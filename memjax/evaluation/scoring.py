@@ -13,12 +13,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax.data.packing import Batch
-from memjax.data.tokenizer import Tokenizer
+from memjax.data.tokenizers.base import Tokenizer
 from memjax.evaluation.perplexity import Place, to_device
 from memjax.inference.engine import padded_length
-from memjax.memory import parallel
 from memjax.models.decoder import Decoder
 from memjax.models.loss import LOGIT_BYTES
+from memjax.sharding.axes import everywhere
 
 Show = Callable[[float], None]
 """Is told how much of a work is done: 0 to 1."""
@@ -186,4 +186,4 @@ def _scored(
     flat = (hidden.reshape(-1, hidden.shape[-1]), batch["targets"].reshape(-1))
     most = max(1, LOGIT_BYTES // (4 * model.config.vocab_size))
     log_p, best = jax.lax.map(one, flat, batch_size=min(most, len(flat[1])))
-    return parallel.everywhere(log_p.reshape(shape)), parallel.everywhere(best.reshape(shape))
+    return everywhere(log_p.reshape(shape)), everywhere(best.reshape(shape))

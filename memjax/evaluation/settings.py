@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from memjax.command_schema import show
-from memjax.config import SamplingConfig
-from memjax.config_checks import local_paths
-from memjax.evaluation.command import CheckpointSettings
+from memjax.config.checks import local_paths
+from memjax.config.sampling import SamplingConfig
+from memjax.config.schema import show
+from memjax.runs.command import CheckpointSettings
 
 _OF_QUESTIONS = ("examples", "show_context", "max_tokens", "sampling", "samples", "run_programs", "program_seconds")
 _USED_BY = dict.fromkeys(_OF_QUESTIONS, ("questions",)) | {

@@ -22,12 +22,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from memjax.config import SamplingConfig
+from memjax.config.sampling import SamplingConfig
 from memjax.inference.sampling import GREEDY, Likelihoods, Mode, Rules, likelihoods, pick
 from memjax.inference.weights import prepare
-from memjax.memory import parallel
 from memjax.models.decoder import Cache, Decoder
 from memjax.ops.tiles import next_power_of_two
+from memjax.sharding.axes import everywhere, has_memory_axis, split_tokens
 
 LONGEST_CHUNK = 32
 """Tokens that one call of the decoding program makes at most; the host looks at texts between calls only."""
@@ -111,7 +111,7 @@ class Engine:
         graphdef, self._weights = nnx.split(prepare(model))
         self._programs = _programs(graphdef)
         # A mesh splits rows over its devices, so each needs as many as the others; nobody reads the rows in excess.
-        self._devices = jax.sharding.get_abstract_mesh().size if parallel.has_memory_axis() else 1
+        self._devices = jax.sharding.get_abstract_mesh().size if has_memory_axis() else 1
         self._num_rows = math.ceil(num_slots / self._devices) * self._devices
         self._slots: list[_Slot | None] = [None] * num_slots
         self._state: _State | None = None
@@ -375,7 +375,7 @@ def _programs(graphdef: Any) -> _Programs:
     ) -> tuple[Float[Array, "b vocab"], Cache]:
         """Logits after the first `lengths` tokens of each row, and the cache of these."""
         model = nnx.merge(graphdef, weights)
-        hidden, cache = model.hidden_with_cache(parallel.split_tokens(tokens), None)
+        hidden, cache = model.hidden_with_cache(split_tokens(tokens), None)
         last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
         # The padding's keys stay in the cache behind its lengths: nobody sees them, and new tokens overwrite them.
         return model.logits(last), cache._replace(lengths=lengths)
@@ -401,7 +401,7 @@ def _programs(graphdef: Any) -> _Programs:
         nothing = jnp.zeros(num_rows, jnp.int32)
         state = _State(cache=cache, token=nothing, num_made=nothing, is_active=rows.is_used, seen=seen)
         state, made, likely = _add_token(state, logits, rows, mode, num_top)
-        return state, parallel.everywhere(made), jax.tree.map(parallel.everywhere, likely)
+        return state, everywhere(made), jax.tree.map(everywhere, likely)
 
     @functools.partial(jax.jit, static_argnames=("num_rows", "capacity"), donate_argnames="state")
     def insert(state: _State | None, fresh: _State, slots: Int[Array, " b"], *, num_rows: int, capacity: int) -> _State:
@@ -409,7 +409,7 @@ def _programs(graphdef: Any) -> _Programs:
         # Whole rows are written: what another text has left there cannot come back as 0 * inf.
         fresh = _with_capacity(fresh, capacity)
         if state is None:
-            empty = lambda array: parallel.split_tokens(jnp.zeros((num_rows, *array.shape[1:]), array.dtype))
+            empty = lambda array: split_tokens(jnp.zeros((num_rows, *array.shape[1:]), array.dtype))
             state = jax.tree.map(empty, fresh)
         return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), state, fresh)
 
@@ -445,7 +445,7 @@ def _programs(graphdef: Any) -> _Programs:
             )
         go_on = lambda carry: (carry[0] < count) & jnp.any(carry[1].is_active)
         _, state, tokens, reported = jax.lax.while_loop(go_on, add, (jnp.int32(0), state, tokens, reported))
-        return state, parallel.everywhere(tokens), jax.tree.map(parallel.everywhere, reported)
+        return state, everywhere(tokens), jax.tree.map(everywhere, reported)
 
     return _Programs(prefill, start, insert, grow, decode)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from memjax.config import SamplingConfig
+from memjax.config.sampling import SamplingConfig
 
 GREEDY = SamplingConfig()
 

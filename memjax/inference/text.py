@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
-from memjax.config import SamplingConfig
-from memjax.data.tokenizer import StreamingDecoder, Tokenizer
+from memjax.config.sampling import SamplingConfig
+from memjax.data.tokenizers.base import StreamingDecoder, Tokenizer
 from memjax.inference.engine import Engine, Pace, Request, generate
 from memjax.inference.sampling import GREEDY
 from memjax.models.decoder import Decoder

@@ -1,13 +1,9 @@
-"""Folders of other programs: files that lie where they should, JSON that is JSON, and all or nothing written."""
+"""Folders of other programs: files that lie where they should, and JSON that is JSON."""
 
-import contextlib
 import json
 import math
 import os
 import pathlib
-import shutil
-import uuid
-from collections.abc import Iterator
 from typing import Any
 
 from memjax.errors import CheckpointError, ConfigError
@@ -18,46 +14,11 @@ MAX_JSON_BYTES = 1 << 28
 """Largest JSON file that is read; a tokenizer of 256,000 tokens takes about 40 MB."""
 
 
-def check_new(folder: str | os.PathLike[str]) -> None:
-    """Refuses a folder that holds something.
-
-    Raises:
-        ConfigError: it does.
-    """
-    path = _target(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError([f"{path} is there already and not empty; name a new folder"])
-
-
 def _target(folder: str | os.PathLike[str]) -> pathlib.Path:
     try:
         return local_path(os.fspath(folder), "out")
     except ValueError as error:
         raise ConfigError([str(error)]) from None
-
-
-@contextlib.contextmanager
-def written_whole(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A folder to write in that takes the given name when the block ends; after an error there is nothing.
-
-    Raises:
-        ConfigError: the folder holds something.
-        CheckpointError: it cannot be written.
-    """
-    check_new(folder)
-    target = _target(folder).absolute()
-    # Beside the target, because only within a file system a folder moves in one step.
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.unfinished")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.replace(temporary, target)
-    except OSError as error:
-        raise CheckpointError(
-            f"{target}: cannot be written ({error}); is the disk full, and may its parent be written?"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def file_in(folder: pathlib.Path, name: str) -> pathlib.Path:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from memjax.config import ModelConfig, RunConfig
+from memjax.config.model import ModelConfig
+from memjax.config.run import RunConfig
 
 CARD = "README.md"
 

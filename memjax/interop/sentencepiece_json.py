@@ -4,9 +4,9 @@ import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from memjax.data.hf_tokenizer import read_description
-from memjax.data.round_trip import probe_texts
-from memjax.data.sentencepiece_tokenizer import SPACE, SentencePieceTokenizer
+from memjax.data.tokenizers.hf import read_description
+from memjax.data.tokenizers.round_trip import probe_texts
+from memjax.data.tokenizers.sentencepiece import SPACE, SentencePieceTokenizer
 
 _MIXTURES = 2000
 """Texts of several pieces that both must encode alike."""

@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 import jax
 
-from memjax.config import MemoryConfig
-from memjax.interop.folders import check_new
-from memjax.interop.new_run import write_run
-from memjax.loading import load
+from memjax.config.memory import MemoryConfig
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, take_apart
-from memjax.models.trees import params_to_tree, tree_to_params
+from memjax.runs.files import check_new
+from memjax.runs.layout import params_to_tree, tree_to_params
+from memjax.runs.load import load
+from memjax.runs.write import write_run
 
 
 def upcycle(model: Decoder, memory: MemoryConfig, *, seed: int = 0) -> Decoder:

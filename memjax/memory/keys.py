@@ -9,11 +9,12 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from memjax import config_checks
-from memjax.memory import parallel
+from memjax.config import checks
+from memjax.memory import sharded
 from memjax.ops.precision import drawn_wide
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.shapes import require
+from memjax.sharding.axes import fold
 
 
 class Lookup(NamedTuple):
@@ -57,9 +58,7 @@ class ProductKeys(nnx.Module):
             ValueError: key_dim is odd, num_keys cannot offer top_k slots, or a number is out of its range.
         """
         sizes = {"num_keys": num_keys, "num_heads": num_heads, "top_k": top_k, "key_dim": key_dim}
-        config_checks.refuse(
-            config_checks.counts(dim=dim) + config_checks.product_keys(**sizes, score_scale=score_scale)
-        )
+        checks.refuse(checks.counts(dim=dim) + checks.product_keys(**sizes, score_scale=score_scale))
         self.dim, self.num_slots, self.num_heads, self.top_k, self.key_dim = dim, num_keys**2, num_heads, top_k, key_dim
         self.qk_norm, self.score_scale, self.dtype, self.implementation = qk_norm, score_scale, dtype, implementation
         glorot, uniform = drawn_wide(nnx.initializers.xavier_uniform()), drawn_wide(_uniform)
@@ -75,7 +74,7 @@ class ProductKeys(nnx.Module):
             ValueError: x is of another width.
         """
         check_width(type(self).__name__, x, self.dim)
-        scores, slots = self._search(parallel.fold(x))
+        scores, slots = self._search(fold(x))
         weights = jax.nn.softmax(self.score_scale * scores, axis=-1)
         shape = slots.shape[0], self.num_heads * self.top_k
         return Lookup(slots.reshape(shape), weights.reshape(shape))
@@ -89,7 +88,7 @@ class ProductKeys(nnx.Module):
         if self.qk_norm:
             queries, keys = unit_length(queries), unit_length(keys)
         queries = queries.reshape(x.shape[0], self.num_heads, self.key_dim)
-        return parallel.search(queries, keys, self.top_k, implementation=self.implementation)
+        return sharded.search(queries, keys, self.top_k, implementation=self.implementation)
 
 
 def check_width(layer: str, x: Float[Array, "*b width"], dim: int) -> None:

@@ -8,12 +8,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from memjax import config_checks
-from memjax.memory import parallel
+from memjax.config import checks
+from memjax.memory import sharded
 from memjax.memory.keys import Lookup, ProductKeys, check_width
 from memjax.memory.table import ValueTable
 from memjax.ops.precision import drawn_wide
 from memjax.ops.shapes import require
+from memjax.sharding.axes import unfold
 
 Gate = Literal["none", "silu"]
 
@@ -75,9 +76,7 @@ class MemoryLayer(nnx.Module):
             ValueError: `gate` is unknown, key_dim is odd, num_keys cannot offer top_k slots, or a number is out of its
                 range.
         """
-        config_checks.refuse(
-            config_checks.one_of(get_args(Gate), gate=gate) + config_checks.counts(value_dim=value_dim)
-        )
+        checks.refuse(checks.one_of(get_args(Gate), gate=gate) + checks.counts(value_dim=value_dim))
         self.dim, self.value_dim = dim, dim if value_dim is None else value_dim
         self.implementation = implementation
         self.keys = ProductKeys(
@@ -122,7 +121,7 @@ class MemoryLayer(nnx.Module):
     ) -> Float[Array, "t value_dim"]:
         """The bag of each token, plus the tap (see `row_sparse_value_and_grad`)."""
         rows = table.rows_for(self.keys.num_slots, self.value_dim)
-        return parallel.bag(rows, *lookup, tap, implementation=self.implementation)
+        return sharded.bag(rows, *lookup, tap, implementation=self.implementation)
 
     def combine(self, x: Float[Array, "*b dim"], bag: Float[Array, "t value_dim"]) -> Float[Array, "*b dim"]:
         """The output from the layer's input and its bag.
@@ -133,7 +132,7 @@ class MemoryLayer(nnx.Module):
         check_width(type(self).__name__, x, self.dim)
         fits = bag.shape == (math.prod(x.shape[:-1]), self.value_dim)
         require(type(self).__name__, fits, f"every token needs a bag of {self.value_dim} columns", x=x, bag=bag)
-        y = parallel.unfold(bag, x)
+        y = unfold(bag, x)
         if self.gate_proj is not None:
             y = y.astype(x.dtype) * nnx.silu(self.gate_proj(x))
         out = y.astype(x.dtype) if self.value_proj is None else self.value_proj(y)

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 
-from memjax import config_checks
+from memjax.config import checks
 from memjax.ops.precision import accumulator
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.dense import BLOCK_BYTES, BLOCK_COPIES, piece_tokens
@@ -88,7 +88,7 @@ def choose(
     Raises:
         ValueError: `wanted` is unknown.
     """
-    config_checks.refuse(config_checks.one_of(("auto", *get_args(Exchange)), exchange=wanted))
+    checks.refuse(checks.one_of(("auto", *get_args(Exchange)), exchange=wanted))
     if wanted != "auto":
         return wanted
     if sum(gradient.indices.size for gradient in gradients) > MOST_PICKS:

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from memjax.memory.expert_lookup import ExpertReads
 from memjax.memory.keys import Lookup
+from memjax.memory.peer import ExpertReads
 
 Taps = Mapping[str, Any]
 """Zeros, by the name of the layer: of a memory layer of the shape of its bags, of an expert lookup `ExpertTaps`."""

@@ -6,13 +6,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from memjax import config_checks
-from memjax.memory import parallel
+from memjax.config import checks
+from memjax.sharding.axes import split_columns
 
 BLOCK_ELEMENTS = 1 << 22
 """Elements drawn at once; part of the definition of the initial table, since every block has a key of its own."""
 
-MOST_SLOTS = config_checks.MOST_KEYS**2
+MOST_SLOTS = checks.MOST_KEYS**2
 """Rows of the largest table."""
 
 
@@ -38,9 +38,9 @@ class ValueTable(nnx.Module):
             ValueError: a number is out of its range, or dtype is no type of floating-point numbers.
         """
         is_float = jnp.issubdtype(dtype, jnp.floating)
-        config_checks.refuse(
-            config_checks.counts(num_slots=num_slots, value_dim=value_dim)
-            + config_checks.not_negative(init_scale=init_scale)
+        checks.refuse(
+            checks.counts(num_slots=num_slots, value_dim=value_dim)
+            + checks.not_negative(init_scale=init_scale)
             + [
                 None if is_float else f"dtype={jnp.dtype(dtype).name} must be a type of floating-point numbers",
                 f"num_slots={num_slots} must be at most {MOST_SLOTS:,}: slot numbers are 32-bit"
@@ -84,10 +84,10 @@ def draw_rows(
 
     def write_block(number: Array | int, table: Array, rows: int = block) -> Array:
         values = std * jax.random.normal(jax.random.fold_in(key, number), (rows, value_dim), draw_dtype)
-        values = parallel.split_columns(values.astype(dtype))
-        return parallel.split_columns(jax.lax.dynamic_update_slice(table, values, (number * block, 0)))
+        values = split_columns(values.astype(dtype))
+        return split_columns(jax.lax.dynamic_update_slice(table, values, (number * block, 0)))
 
     whole, rest = divmod(num_slots, block)
-    table = parallel.split_columns(jnp.zeros((num_slots, value_dim), dtype))
+    table = split_columns(jnp.zeros((num_slots, value_dim), dtype))
     table = jax.lax.fori_loop(0, whole, write_block, table)
     return write_block(whole, table, rest) if rest else table

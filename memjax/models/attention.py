@@ -10,13 +10,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from memjax.config import RopeScalingConfig
-from memjax.memory import parallel
+from memjax.config.model import RopeScalingConfig
 from memjax.models import dot_product
 from memjax.models.feed_forward import linear, side_by_side
 from memjax.models.rotary import rotate
 from memjax.ops.decode_attention.api import decode_attention
 from memjax.ops.precision import accumulator
+from memjax.sharding.axes import on_own_tokens
 
 
 class KeyValues(NamedTuple):
@@ -139,7 +139,7 @@ class Attention(nnx.Module):
         if x.shape[1] == 1:
             lengths = jnp.minimum(positions[:, 0] + 1, keys.shape[2])
             attend = partial(decode_attention, window=self.sliding_window)
-            out = parallel.on_own_tokens(attend, (query[:, 0], keys, values, lengths), ())[:, None]
+            out = on_own_tokens(attend, (query[:, 0], keys, values, lengths), ())[:, None]
         else:
             keys, values = (jnp.swapaxes(array, 1, 2) for array in (keys, values))
             out = dot_product.attention(query, keys, values, places=positions, window=self.sliding_window)

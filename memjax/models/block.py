@@ -7,14 +7,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from memjax.config import MemoryConfig, ModelConfig
-from memjax.memory.expert_lookup import ExpertLookupLayer, ExpertReads, ExpertTaps
+from memjax.config.memory import MemoryConfig
+from memjax.config.model import ModelConfig
 from memjax.memory.keys import Lookup
 from memjax.memory.layer import MemoryLayer
+from memjax.memory.peer import ExpertLookupLayer, ExpertReads, ExpertTaps
 from memjax.memory.table import ValueTable
 from memjax.models.attention import Attention, KeyValues
-from memjax.models.experts import Experts, Routing
 from memjax.models.feed_forward import FeedForward
+from memjax.models.moe import Experts, Routing
 from memjax.models.norm import RMSNorm
 
 

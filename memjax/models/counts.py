@@ -1,13 +1,12 @@
-"""Parameters, arithmetic and bytes of a model, computed from its shapes."""
+"""Parameters and arithmetic of a model, computed from its shapes."""
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Iterator
 
 import jax
 
-from memjax.config import ModelConfig, RunConfig
+from memjax.config.model import ModelConfig
 from memjax.models.parts import DecoderParts
 
 
@@ -130,46 +129,6 @@ def _arrays(parts: DecoderParts) -> Iterator[tuple[tuple[str, ...], tuple[int, .
     """Name, as parts of a path, and shape of every parameter outside the tables."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(parts.abstract_params):
         yield tuple(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)), leaf.shape
-
-
-def describe(config: RunConfig, parts: DecoderParts, *, data_axis: int) -> str:
-    """The first part of --dry_run: parameters, arithmetic, mesh."""
-    counts, memory_axis = count_parameters(parts), config.mesh.memory
-    tokens = config.data.batch_size * config.data.sequence_length
-    flops = training_flops(parts, config.data.sequence_length, freeze_dense=config.optim.freeze_dense)
-    experts = config.model.experts
-    slots = Counter(table.num_slots for table in config.model.tables.values())
-    sizes = ", ".join(f"{number} x {num_slots:,} slots" for num_slots, number in slots.items())
-    lines = [
-        ("parameters", f"{counts.total:,} = {billions(counts.total)}"),
-        ("  dense", f"{counts.dense:,}"),
-        (
-            "  experts",
-            f"{counts.experts:,} ({len(config.model.layers_of('experts'))} x {experts.num_experts} experts)"
-            if experts
-            else "",
-        ),
-        ("  without routers", billions(counts.total - counts.routers) if experts else ""),
-        ("  tables", f"{counts.table:,}" + (f" ({sizes})" if sizes else "")),
-        ("  active per token", f"{counts.active:,}"),
-        (
-            "training arithmetic",
-            f"{flops.total:,} FLOPs per token, {flops.total * tokens:.3g} per step of {tokens:,} tokens",
-        ),
-        *((f"  {group.replace('_', ' ')}", f"{count:,}" if count else "") for group, count in vars(flops).items()),
-        ("mesh", f"data {data_axis} x memory {memory_axis} = {data_axis * memory_axis} devices"),
-    ]
-    return "\n".join(f"{name:<27} {value}" for name, value in lines if value)
-
-
-def billions(count: int) -> str:
-    """A count in billions or millions."""
-    return f"{count / 1e9:.3f} b" if count >= 1e8 else f"{count / 1e6:.3f} m"
-
-
-def gigabytes(count: int) -> str:
-    """Bytes in GB or MB."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 def _read_per_token(config: ModelConfig) -> int:

@@ -8,19 +8,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from memjax.config import ModelConfig
-from memjax.memory import parallel
-from memjax.memory.expert_lookup import ExpertReads
+from memjax.config.model import ModelConfig
 from memjax.memory.keys import Lookup
+from memjax.memory.peer import ExpertReads
 from memjax.memory.sparse_gradient import Taps
 from memjax.memory.table import ValueTable
 from memjax.models.attention import KeyValues
 from memjax.models.block import Block, Report
-from memjax.models.experts import Routing
 from memjax.models.feed_forward import linear
+from memjax.models.moe import Routing
 from memjax.models.norm import RMSNorm
 from memjax.models.remat import Remat, rematerialised
 from memjax.ops.precision import accumulator, drawn_wide
+from memjax.sharding.axes import split_tokens, whole
 
 
 class Cache(NamedTuple):
@@ -118,18 +118,18 @@ class Decoder(nnx.Module):
             training: let experts choose their tokens, in models where they do so.
         """
         positions = default_positions(tokens) if positions is None else positions
-        x = parallel.split_tokens(self._embed(tokens))
+        x = split_tokens(self._embed(tokens))
         lookups: dict[str, Lookup | ExpertReads] = {}
         routings: dict[str, Routing] = {}
 
         @rematerialised(remat)
         def run(block: Block, *arguments: Any) -> tuple[Array, Report]:
-            return parallel.whole(block, self.embed.dtype)(*arguments, training=training)
+            return whole(block, self.embed.dtype)(*arguments, training=training)
 
         for layer, block in enumerate(self.blocks):
             name = layer_name(layer)
             x, report = run(block, x, positions, segments, self._tables(layer), (taps or {}).get(name), real)
-            x = parallel.split_tokens(x)
+            x = split_tokens(x)
             if report.lookup is not None:
                 lookups[name] = report.lookup
             if report.routing is not None:

@@ -8,12 +8,11 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from memjax.memory import parallel
-from memjax.memory.parallel import DATA, MEMORY, TOKENS
 from memjax.models.decoder import Decoder
 from memjax.ops.manual_axes import vary_like
 from memjax.ops.precision import accumulator
 from memjax.ops.shapes import require
+from memjax.sharding.axes import DATA, MEMORY, TOKENS, has_several_devices, over_mesh
 
 LOGIT_BYTES = 1 << 29
 """Logits per device that exist at once."""
@@ -69,11 +68,9 @@ def _summed(chunks: int, hidden: Array, kernel: Array, targets: Array, weights: 
 
 def _summed_forward(chunks: int, hidden: Array, kernel: Array, targets: Array, weights: Array):
     run = partial(_losses_and_gradients, chunks)
-    if parallel.has_several_devices():
+    if has_several_devices():
         # Every device sums over all its chunks before the devices' sums are added up.
-        run = parallel.over_mesh(
-            partial(_summed_over_devices, run), (TOKENS, P(), TOKENS, TOKENS), (TOKENS, TOKENS, P())
-        )
+        run = over_mesh(partial(_summed_over_devices, run), (TOKENS, P(), TOKENS, TOKENS), (TOKENS, TOKENS, P()))
     losses, d_hidden, d_kernel = run(hidden, kernel, targets, weights)
     total = jnp.sum(losses * weights.astype(losses.dtype))
     return (total, losses), (d_hidden, d_kernel.astype(kernel.dtype))

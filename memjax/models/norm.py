@@ -1,12 +1,28 @@
 """The norm in front of every part of a block."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from memjax.memory import parallel
-from memjax.ops.rms_norm.api import Normed
+from memjax.ops import dispatch
+from memjax.ops.rms_norm.api import Normed, rms_norm
+from memjax.sharding.axes import TOKENS, has_memory_axis, over_mesh, unsharded
+
+
+def norm(
+    x: Float[Array, "*b d"], scale: Float[Array, " d"], epsilon: float, *, implementation: str | None = None
+) -> Normed:
+    """`rms_norm`, each device for its own tokens."""
+    name = dispatch.choose("rms_norm", implementation, x.dtype)
+    run = partial(rms_norm, epsilon=epsilon, implementation=name)
+    if name != "triton":
+        return run(x, scale)
+    # XLA cannot split a kernel.
+    return (over_mesh(run, (TOKENS, P()), TOKENS) if has_memory_axis() else unsharded(run, x))(x, scale)
 
 
 class RMSNorm(nnx.Module):
@@ -28,4 +44,4 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*b dim"]) -> Normed:
         """x, for the residual, and its norm."""
         x = x if self.dtype is None else x.astype(self.dtype)
-        return parallel.norm(x, self.scale[...], self.epsilon, implementation=self.implementation)
+        return norm(x, self.scale[...], self.epsilon, implementation=self.implementation)

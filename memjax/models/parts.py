@@ -8,9 +8,10 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from memjax.config import ExpertLookupConfig, ModelConfig
-from memjax.memory.expert_lookup import ExpertTaps
-from memjax.memory.parallel import zero_tap
+from memjax.config.memory import ExpertLookupConfig
+from memjax.config.model import ModelConfig
+from memjax.memory.peer import ExpertTaps
+from memjax.memory.sharded import zero_tap
 from memjax.memory.table import TableRows
 from memjax.models.decoder import Decoder, draw_block, layer_name
 

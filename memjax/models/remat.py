@@ -5,8 +5,8 @@ from typing import Literal, get_args
 
 import jax
 
-from memjax import config_checks
-from memjax.models.experts import SAVED_ROUTING
+from memjax.config import checks
+from memjax.models.moe import SAVED_ROUTING
 from memjax.ops.embedding_bag.api import SAVED_NAME as SAVED_BAG
 from memjax.ops.embedding_dot.api import SAVED_NAME as SAVED_DOT
 from memjax.ops.product_key_search.api import SAVED_INDICES, SAVED_SCORES
@@ -20,7 +20,7 @@ def rematerialised(remat: Remat) -> Callable[[Callable], Callable]:
     Nor does a router choose twice: rounded otherwise, it might choose others. Weights that were gathered for the
     forward pass are gathered again for the backward pass; with "none", where nothing is done again, they are kept.
     """
-    config_checks.refuse(config_checks.one_of(get_args(Remat), remat=remat))
+    checks.refuse(checks.one_of(get_args(Remat), remat=remat))
     if remat == "none":
         return lambda function: function
     policies = jax.checkpoint_policies

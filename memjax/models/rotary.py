@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from memjax.config import RopeScalingConfig
+from memjax.config.model import RopeScalingConfig
 from memjax.ops.precision import accumulator
 
 

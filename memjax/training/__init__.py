@@ -1,1 +1,1 @@
-"""Training: mesh, state, optimizers, the step and the loop around it."""
+"""Training: program, state, optimizers, the step and the loop around it."""

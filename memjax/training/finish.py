@@ -6,19 +6,20 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from memjax.config import RunConfig
-from memjax.data.sources import find_source
-from memjax.data.tokenizer import Tokenizer
+from memjax.config.run import RunConfig
+from memjax.data.sources.kinds import find_source
+from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import CheckpointError
 from memjax.evaluation.recall import fact_report, format_fact_report
 from memjax.io.console import say
-from memjax.memory.parallel import TOKENS
-from memjax.training.mesh import put_batch
-from memjax.training.metrics import WINDOW, comparable, has_usage, read_metrics
-from memjax.training.plots import plot_run
-from memjax.training.processes import first_alone, is_first
-from memjax.training.run_folder import RunFolder
-from memjax.training.state import Trainer, TrainState
+from memjax.monitoring.metrics import WINDOW, comparable, has_usage, read_metrics
+from memjax.monitoring.plots import plot_run
+from memjax.runs.folder import RunFolder
+from memjax.sharding.axes import TOKENS
+from memjax.sharding.mesh import put_batch
+from memjax.sharding.processes import first_alone, is_first
+from memjax.training.program import Trainer
+from memjax.training.state import TrainState
 
 
 def finish(trainer: Trainer, state: TrainState, mesh: Mesh, folder: RunFolder, tokenizer: Tokenizer) -> dict[str, Any]:

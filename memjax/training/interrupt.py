@@ -199,7 +199,7 @@ def shared_wish(interrupt: Interrupt, mesh: "Mesh") -> "Callable[[], jax.Array]"
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from memjax.memory.parallel import TOKENS
+    from memjax.sharding.axes import TOKENS
 
     reduce = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
     sharding = NamedSharding(mesh, TOKENS)

@@ -4,26 +4,30 @@ import contextlib
 
 import jax
 
-from memjax.config import DType, RunConfig
+from memjax.config.dtype import DType
+from memjax.config.run import RunConfig
 from memjax.data.dataset import open_dataset
-from memjax.data.sources import find_source
+from memjax.data.sources.kinds import find_source
 from memjax.errors import ConfigError
 from memjax.io.console import say, warn
 from memjax.models import dot_product
-from memjax.models.counts import billions, count_parameters, describe, gigabytes
+from memjax.models.counts import count_parameters
 from memjax.models.decoder import resolve_dtype
+from memjax.monitoring.progress import tell_phase
+from memjax.monitoring.units import billions, gigabytes
 from memjax.ops import dispatch
-from memjax.training import exchange, planner
+from memjax.runs.folder import Claim, RunFolder
+from memjax.sharding.mesh import make_mesh
+from memjax.sharding.processes import first_alone, is_first
 from memjax.training.finish import describe_summary, finish
 from memjax.training.interrupt import catch_interrupts
-from memjax.training.loop import Loop, NotFinite, Preempted
-from memjax.training.mesh import make_mesh
-from memjax.training.metrics import tell_phase
-from memjax.training.processes import first_alone, is_first
-from memjax.training.run_folder import Claim, RunFolder
+from memjax.training.plan import memory as memory_plan
+from memjax.training.plan import row_exchange as exchange_plan
+from memjax.training.plan.report import describe
+from memjax.training.program import Trainer
 from memjax.training.start import check_start, tell_of_schedules
-from memjax.training.state import Trainer
 from memjax.training.step import abstract_batch, make_train_step
+from memjax.training.trainer import Loop, NotFinite, Preempted
 
 
 def dry_run(config: RunConfig) -> int:
@@ -33,14 +37,14 @@ def dry_run(config: RunConfig) -> int:
     trainer = Trainer.of(config)
     data_axis = config.mesh.data or max(1, jax.device_count() // config.mesh.memory)
     say(describe(config, trainer.parts, data_axis=data_axis))
-    say(planner.describe(planner.plan(config, data_axis=data_axis, trainer=trainer)))
-    if told := exchange.describe(config, data_axis=data_axis):
+    say(memory_plan.describe(memory_plan.plan(config, data_axis=data_axis, trainer=trainer)))
+    if told := exchange_plan.describe(config, data_axis=data_axis):
         say(told)
     if jax.default_backend() != "cpu" and jax.device_count() == data_axis * config.mesh.memory:
         mesh = make_mesh(config)
         with jax.set_mesh(mesh):
             compiled = make_train_step(trainer, mesh).lower(trainer.abstract_state(), abstract_batch(config)).compile()
-        say(f"{'compiled for these devices':<27} {gigabytes(planner.compiled_bytes(compiled))} on each")
+        say(f"{'compiled for these devices':<27} {gigabytes(memory_plan.compiled_bytes(compiled))} on each")
     return 0
 
 
@@ -93,10 +97,10 @@ def _train(claim: Claim) -> int:
             say(str(error))
             return 75
         except jax.errors.JaxRuntimeError as error:
-            if not planner.is_out_of_memory(error):
+            if not memory_plan.is_out_of_memory(error):
                 raise
             limit = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
-            warn(planner.explain_out_of_memory(config, data_axis=mesh.shape["data"], limit=limit))
+            warn(memory_plan.explain_out_of_memory(config, data_axis=mesh.shape["data"], limit=limit))
             return 7
         summary = finish(loop.trainer, state, mesh, folder, tokenizer)
     say("\n" + describe_summary(summary, folder))
@@ -149,7 +153,7 @@ def kernels(operation: str, type_name: DType) -> str:
 def opening(config: RunConfig, trainer: Trainer, mesh: jax.sharding.Mesh, folder: RunFolder) -> str:
     """The first lines of a run: model, memory, devices, what computes."""
     counts = count_parameters(trainer.parts)
-    sizes = planner.plan(config, data_axis=mesh.shape["data"], trainer=trainer)
+    sizes = memory_plan.plan(config, data_axis=mesh.shape["data"], trainer=trainer)
     experts = config.model.experts
     lines = [
         f"run        {folder.path}",

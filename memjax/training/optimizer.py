@@ -8,10 +8,10 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from memjax.config import OptimConfig, ScheduleConfig
-from memjax.memory import parallel
+from memjax.config.optim import OptimConfig, ScheduleConfig
 from memjax.memory.keys import AddressParam
 from memjax.ops.precision import accumulator
+from memjax.sharding.axes import has_several_devices
 
 FROZEN = "frozen"
 
@@ -54,7 +54,7 @@ def make_optimizer(config: OptimConfig, steps: int, abstract_params: nnx.State) 
 def global_norm(gradient: Any) -> Float[Array, ""]:
     """Euclidean norm of all gradients together, in float32 or wider: not a number where one of them is not."""
     squares = [jnp.square(leaf.astype(accumulator(leaf.dtype))) for leaf in jax.tree.leaves(gradient)]
-    if parallel.has_several_devices():
+    if has_several_devices():
         return jnp.sqrt(sum(jnp.sum(square) for square in squares))
     # One small kernel for each array and one for all of them take half the time of two for each. (Split over devices,
     # the rows of an array are not at hand.)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from memjax.config import TableOptimConfig
-from memjax.memory import parallel
+from memjax.config.optim import TableOptimConfig
+from memjax.memory import sharded
 from memjax.models.parts import Tables
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.rules import RowRule, row_step
@@ -26,7 +26,7 @@ class TableOptimizer:
     steps: int
     seed: int
     row_exchange: Literal["auto", "factored", "dense"] = "auto"
-    """As in `parallel.update_rows`."""
+    """As in `sharded.update_rows`."""
     implementation: str | None = None
     """Of `row_update`."""
 
@@ -69,7 +69,7 @@ class TableOptimizer:
         for pool, table in tables.items():
             # Each pool rounds with bits of its own.
             now = row_step(self.schedule(step), step, ok=ok, seed=zlib.crc32(f"{self.seed} {pool}".encode()))
-            new_tables[pool], new_state[pool] = parallel.update_rows(
+            new_tables[pool], new_state[pool] = sharded.update_rows(
                 table,
                 state[pool],
                 gradients[pool],

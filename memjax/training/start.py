@@ -6,20 +6,19 @@ import jax
 import jax.numpy as jnp
 
 from memjax.checkpoint.checkpoints import Checkpoints
-from memjax.command_line import differences
-from memjax.config import RunConfig, ScheduleConfig
+from memjax.config.load import differences
+from memjax.config.optim import ScheduleConfig
+from memjax.config.run import RunConfig
 from memjax.errors import CheckpointError, ConfigError
 from memjax.io.console import say
-from memjax.loading import PARAMS, TABLES, load, read_config
 from memjax.models.parts import DecoderParts, take_apart
-from memjax.models.trees import params_to_tree, tree_to_params
-from memjax.training.metrics import tell_phase
+from memjax.monitoring.progress import tell_phase
+from memjax.runs.folder import Claim, RunFolder
+from memjax.runs.layout import OPT_STATE, PARAMS, TABLES, params_to_tree, tree_to_params
+from memjax.runs.load import load, read_config
 from memjax.training.optimizer import make_schedule
-from memjax.training.run_folder import Claim, RunFolder
-from memjax.training.state import Trainer, TrainState
-
-OPT_STATE = "opt_state"
-"""The item of a checkpoint with the state of the dense optimizer, which a model without a training does not have."""
+from memjax.training.program import Trainer
+from memjax.training.state import TrainState
 
 
 def check_start(config: RunConfig) -> None:

@@ -4,18 +4,8 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Array
-
-from memjax.config import RunConfig
-from memjax.models.decoder import layer_name
-from memjax.models.parts import DecoderParts, Tables
-from memjax.training.mesh import by_columns, fully_sharded, replicated
-from memjax.training.optimizer import make_optimizer, make_schedule
-from memjax.training.row_optimizer import TableOptimizer
 
 
 @jax.tree_util.register_dataclass
@@ -38,76 +28,3 @@ class TrainState:
     table_state: dict[str, Any]
     reads: dict[str, Any]
     """Reads of every slot (int32 [num_slots]) since the last statistics, by layer."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Trainer:
-    """What stays the same over a run: the model's structure and the optimizers."""
-
-    config: RunConfig
-    parts: DecoderParts
-    optimizer: optax.GradientTransformation
-    table_optimizer: TableOptimizer
-
-    @classmethod
-    def of(cls, config: RunConfig, *, implementation: str | None = None) -> "Trainer":
-        """The trainer of a config; `implementation` names that of the memory's operations."""
-        attention = None if config.train.attention == "auto" else config.train.attention
-        parts = DecoderParts.of(config.model, implementation=implementation, attention=attention)
-        steps, seed = config.train.steps, config.run.seed
-        table_optimizer = TableOptimizer(config.optim.table, steps, seed, config.mesh.row_exchange, implementation)
-        return cls(config, parts, make_optimizer(config.optim, steps, parts.abstract_params), table_optimizer)
-
-    def init(self, key: Array, mesh: Mesh) -> TrainState:
-        """The state before the first step; every array is drawn where it lives, so no table is ever whole."""
-        shardings = self.shardings(mesh)
-        return self.place(self.parts.init(key, (shardings.params, shardings.tables)), shardings)
-
-    def place(self, arrays: tuple[nnx.State, Tables], shardings: TrainState) -> TrainState:
-        """`begin` on the devices. The arrays are donated, because two copies of the tables might not fit."""
-        return jax.jit(self.begin, donate_argnums=(0, 1), out_shardings=shardings)(*arrays)
-
-    def begin(self, params: nnx.State, tables: Tables) -> TrainState:
-        """The state before the first step of a training that starts from the given arrays."""
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            healthy=jnp.ones((), bool),
-            params=params,
-            opt_state=self.optimizer.init(params),
-            tables=tables,
-            table_state=self.table_optimizer.init(tables),
-            reads=self.no_reads(),
-        )
-
-    @property
-    def schedule(self) -> optax.Schedule:
-        """The dense parameters' learning rate, by step."""
-        return make_schedule(self.config.optim, self.config.train.steps)
-
-    def no_reads(self) -> dict[str, Array]:
-        """Read counters at zero."""
-        lookups = self.config.model.lookups
-        return {layer_name(layer): jnp.zeros(lookup.num_slots, jnp.int32) for layer, lookup in lookups.items()}
-
-    def abstract_state(self) -> TrainState:
-        """The state as shapes."""
-        return jax.eval_shape(self.begin, self.parts.abstract_params, self.parts.abstract_tables)
-
-    def shardings(self, mesh: Mesh | AbstractMesh) -> TrainState:
-        """Where every array of the state lives.
-
-        Tables and their state are split by columns, dense parameters and theirs as `mesh.dense` says; the rest is on
-        every device.
-        """
-        state = self.abstract_state()
-        return dataclasses.replace(
-            replicated(mesh, state),
-            params=self.dense_shardings(mesh, state.params),
-            opt_state=self.dense_shardings(mesh, state.opt_state),
-            tables=by_columns(mesh, state.tables),
-            table_state=by_columns(mesh, state.table_state),
-        )
-
-    def dense_shardings(self, mesh: Mesh | AbstractMesh, tree: Any) -> Any:
-        """Where arrays of the shapes of dense parameters live."""
-        return (fully_sharded if self.config.mesh.dense == "sharded" else replicated)(mesh, tree)

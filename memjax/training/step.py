@@ -11,21 +11,22 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from memjax.config import RunConfig
-from memjax.memory import parallel
-from memjax.memory.parallel import DATA, MEMORY
+from memjax.config.run import RunConfig
 from memjax.memory.sparse_gradient import Taps, row_sparse_value_and_grad
 from memjax.memory.usage import count_reads, statistics
 from memjax.models.decoder import layer_name
-from memjax.models.experts import RouterStatistics, Routing, router_statistics
 from memjax.models.loss import summed_loss
+from memjax.models.moe import RouterStatistics, Routing, router_statistics
 from memjax.models.parts import Tables
 from memjax.ops.precision import accumulator
 from memjax.ops.row_gradient import RowGradient
+from memjax.sharding import axes
+from memjax.sharding.axes import DATA, MEMORY
+from memjax.sharding.mesh import replicated
 from memjax.training.compiler import compiler_options
-from memjax.training.mesh import replicated
 from memjax.training.optimizer import global_norm, without_gradient_where_frozen
-from memjax.training.state import Trainer, TrainState
+from memjax.training.program import Trainer
+from memjax.training.state import TrainState
 
 BATCH = P(None, (DATA, MEMORY))
 """Layout of a batch of shape [micro-batches, sequences, tokens]."""
@@ -199,7 +200,7 @@ def _router_loss(trainer: Trainer, routers: dict[str, RouterStatistics]) -> Arra
 
 def _whole_outside_blocks(params: nnx.State) -> nnx.State:
     """Embedding, norm and output matrix gathered once; blocks gather theirs when they run."""
-    return nnx.State({name: part if name == "blocks" else parallel.whole(part) for name, part in params.items()})
+    return nnx.State({name: part if name == "blocks" else axes.whole(part) for name, part in params.items()})
 
 
 def _place_gradient(trainer: Trainer, dense: nnx.State) -> nnx.State:
@@ -275,7 +276,7 @@ def _count(state: TrainState, rows: dict[str, Any], ok: Array) -> dict[str, Arra
     """
     picks = {name: _row_gradients(found)[0].indices for name, found in rows.items()}
     return {
-        name: count_reads(counts, parallel.everywhere(jnp.where(ok, picks[name], counts.shape[0])))
+        name: count_reads(counts, axes.everywhere(jnp.where(ok, picks[name], counts.shape[0])))
         for name, counts in state.reads.items()
     }
 

@@ -17,13 +17,13 @@ import pyarrow.parquet
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-import memjax.data.lines
-from memjax.config import DataConfig, MixtureConfig, TokenizerConfig
+import memjax.data.sources.lines
+from memjax.config.data import DataConfig, MixtureConfig, TokenizerConfig
 from memjax.data.dataset import open_dataset, train_tokenizer
 from memjax.data.loader import TrainingData
 from memjax.data.mixture import SplitRecords
-from memjax.data.sources import find_source
-from memjax.data.tokenizer import ByteTokenizer
+from memjax.data.sources.kinds import find_source
+from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.errors import DataError
 
 BYTES = ByteTokenizer()
@@ -179,10 +179,10 @@ def test_a_tokenizer_is_trained_on_every_part_by_its_weight(mixture, tmp_path):
 
 PROGRAM = """
 import dataclasses, hashlib, json, sys
-from memjax.config import DataConfig, MixtureConfig
+from memjax.config.data import DataConfig, MixtureConfig
 from memjax.data.dataset import open_dataset
 from memjax.data.loader import TrainingData
-from memjax.data.tokenizer import ByteTokenizer
+from memjax.data.tokenizers.base import ByteTokenizer
 if __name__ == "__main__":
     fields, places = json.loads(sys.argv[1]), json.loads(sys.argv[2])
     fields["mixture"] = tuple(MixtureConfig(**part) for part in fields["mixture"])
@@ -239,19 +239,19 @@ def test_a_mixture_goes_on_exactly_after_kill_9_at_any_number_of_workers(tmp_pat
 def test_a_run_opens_its_files_once_however_often_it_validates(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("\n".join(f"{i} some words" for i in range(100)))
-    scanned, read, real = [], [], memjax.data.lines._line_bounds
+    scanned, read, real = [], [], memjax.data.sources.lines._line_bounds
 
     def counted(handle, size):
         scanned.append(size)
         return real(handle, size)
 
-    class Counted(memjax.data.lines._OpenFile):
+    class Counted(memjax.data.sources.lines._OpenFile):
         def __init__(self, path):
             read.append(path)
             super().__init__(path)
 
-    monkeypatch.setattr(memjax.data.lines, "_line_bounds", counted)
-    monkeypatch.setattr(memjax.data.lines, "_OpenFile", Counted)
+    monkeypatch.setattr(memjax.data.sources.lines, "_line_bounds", counted)
+    monkeypatch.setattr(memjax.data.sources.lines, "_OpenFile", Counted)
     config = DataConfig(source="text", path=str(path), validation_fraction=0.1, batch_size=4, sequence_length=32)
     source = find_source(config)
     dataset = open_dataset(source, train_tokenizer(source, 300))

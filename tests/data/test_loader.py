@@ -11,12 +11,12 @@ import time
 import numpy as np
 import pytest
 
-from memjax.config import BiographiesConfig, DataConfig, TokenizerConfig
+from memjax.config.data import BiographiesConfig, DataConfig, TokenizerConfig
 from memjax.data.dataset import open_dataset, train_tokenizer
-from memjax.data.facts import questions
 from memjax.data.loader import TrainingData
 from memjax.data.mixture import SplitRecords
-from memjax.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
+from memjax.data.sources.biographies import questions
+from memjax.data.tokenizers.base import BpeTokenizer, ByteTokenizer, Tokenizer
 from memjax.errors import DataError
 
 BYTES: Tokenizer = ByteTokenizer()
@@ -146,10 +146,10 @@ def test_there_is_nothing_after_closing():
 
 def test_a_program_may_end_without_closing():
     program = """
-from memjax.config import DataConfig
+from memjax.config.data import DataConfig
 from memjax.data.dataset import open_dataset
 from memjax.data.loader import TrainingData
-from memjax.data.tokenizer import ByteTokenizer
+from memjax.data.tokenizers.base import ByteTokenizer
 data = TrainingData(open_dataset(DataConfig(), ByteTokenizer()), seed=0)
 next(data)
 raise SystemExit(3)

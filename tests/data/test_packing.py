@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memjax.data import packing
-from memjax.data.reading import TextReader
-from memjax.data.records import Records, Segment
-from memjax.data.tokenizer import ByteTokenizer
+from memjax.data.sources.records import Records, Segment
+from memjax.data.tokenize import TextReader
+from memjax.data.tokenizers.base import ByteTokenizer
 
 LENGTH, ROWS = 7, 3
 BOS, EOS = 1, 2

@@ -9,19 +9,19 @@ import time
 
 import pytest
 
-from memjax.config import DataConfig, TokenizerConfig
+from memjax.config.data import DataConfig, TokenizerConfig
 from memjax.data.dataset import open_dataset
 from memjax.data.loader import TrainingData
-from memjax.data.tokenizer import ByteTokenizer
+from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.errors import DataError
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 PROGRAM = """
 import sys, time
-from memjax.config import DataConfig, TokenizerConfig
+from memjax.config.data import DataConfig, TokenizerConfig
 from memjax.data.dataset import open_dataset
 from memjax.data.loader import TrainingData
-from memjax.data.tokenizer import ByteTokenizer
+from memjax.data.tokenizers.base import ByteTokenizer
 
 if __name__ == "__main__":
     config = DataConfig(

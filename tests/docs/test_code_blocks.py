@@ -24,12 +24,12 @@ import pytest
 from markdown_it import MarkdownIt
 
 from memjax import train
-from memjax.command_line import load
-from memjax.config import RunConfig
-from memjax.data.files import RecordFiles
+from memjax.config.load import load
+from memjax.config.run import RunConfig
+from memjax.data.sources.files import RecordFiles
+from memjax.sharding.mesh import make_mesh
 from memjax.training import finish
 from memjax.training import main as training
-from memjax.training.mesh import make_mesh
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

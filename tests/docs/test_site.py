@@ -13,9 +13,11 @@ import xml.etree.ElementTree
 import pytest
 
 import memjax
-from memjax.config import RunConfig
+from memjax.config.run import RunConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
+SECTIONS = ("run", "model", "memory", "data", "optim", "devices", "training", "log")
+"""Modules of memjax/config that hold settings of a run."""
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 
@@ -60,7 +62,7 @@ def test_every_setting_is_in_the_reference_with_its_docstring(generated):
     assert len(names) > 60
     assert set(re.findall(r"```{confval} (\S+)\n", reference)) == set(names)
     # In the config's source: what stands alone below a field of a class; sections are shown by the text of their class.
-    sources = [(ROOT / f"memjax/{name}.py").read_text() for name in ("config", "model_config")]
+    sources = [(ROOT / f"memjax/config/{name}.py").read_text() for name in SECTIONS]
     # Sampling is no part of a run; schedules and lookups share fields, of which some say another thing.
     others = ("ScheduleConfig", "ProductKeyConfig", "TableSizes", "SamplingConfig", "RunConfig")
     for node in itertools.chain(*(ast.parse(source).body for source in sources)):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from memjax.checkpoint import Checkpoints
-from memjax.config import RunConfig
-from memjax.models.trees import params_to_tree
-from memjax.training.state import Trainer
+from memjax.config.run import RunConfig
+from memjax.runs.layout import params_to_tree
+from memjax.training.program import Trainer
 
 
 @pytest.fixture(scope="session")

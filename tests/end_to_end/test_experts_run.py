@@ -13,10 +13,10 @@ import memjax
 from memjax import train
 from memjax.checkpoint import CheckpointError
 from memjax.inference.engine import generate
-from memjax.interop.hugging_face import to_hf
+from memjax.interop.huggingface.convert import to_hf
 from memjax.models.decoder import Decoder
+from memjax.sharding.mesh import make_mesh
 from memjax.training import main
-from memjax.training.mesh import make_mesh
 
 SETTINGS = """
 --model.dim 16 --model.num_layers 1 --model.num_heads 2 --model.ffn_dim 24 --model.vocab_size 259 --model.memory null

@@ -16,8 +16,8 @@ import pytest
 
 import memjax
 from memjax import train
+from memjax.sharding.mesh import make_mesh
 from memjax.training import main
-from memjax.training.mesh import make_mesh
 
 RUNS = sorted((pathlib.Path(__file__).parents[1] / "fixtures" / "runs").glob("*.tar.xz"))
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)

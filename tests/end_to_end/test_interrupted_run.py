@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from memjax.checkpoint import Checkpoints
-from memjax.command_line import load
-from memjax.config import RunConfig
+from memjax.config.load import load
+from memjax.config.run import RunConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 40

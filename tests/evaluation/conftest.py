@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memjax.config import DataConfig, MemoryConfig, ModelConfig, RunConfig
-from memjax.data.tokenizer import ByteTokenizer
-from memjax.loading import LoadedModel
+from memjax.config.data import DataConfig
+from memjax.config.memory import MemoryConfig
+from memjax.config.model import ModelConfig
+from memjax.config.run import RunConfig
+from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts
+from memjax.runs.load import LoadedModel
 
 
 @dataclasses.dataclass

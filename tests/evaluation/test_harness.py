@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from memjax import evaluate
-from memjax.config import SamplingConfig
-from memjax.data.tokenizer import ByteTokenizer
+from memjax.config.sampling import SamplingConfig
+from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.errors import ConfigError, DataError
 from memjax.evaluation.recall import zero_tables
 from memjax.evaluation.scoring import Score

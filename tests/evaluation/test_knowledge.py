@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memjax.config import BiographiesConfig, DataConfig, MemoryConfig, ModelConfig
-from memjax.data import facts
-from memjax.data.tokenizer import ByteTokenizer
+from memjax.config.data import BiographiesConfig, DataConfig
+from memjax.config.memory import MemoryConfig
+from memjax.config.model import ModelConfig
+from memjax.data.sources import biographies as biographies_module
+from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.evaluation import knowledge
 from memjax.evaluation.knowledge import format_knowledge_report, knowledge_report
 from memjax.models.decoder import Decoder
@@ -67,8 +69,8 @@ def test_bits_are_those_of_a_loop_over_all_tokens(monkeypatch, form, end):
     for attribute, choices in CHOICES.items():
         needed = [
             nats(tiny(), wording.format(name=person.name), f" {person.value(attribute)}{end}") / math.log(2)
-            for person in facts.people(biographies)
-            for wording in facts.STATEMENTS[attribute]
+            for person in biographies_module.people(biographies)
+            for wording in biographies_module.STATEMENTS[attribute]
         ]
         assert len(needed) == 15
         known[attribute] = math.log2(choices) - sum(needed) / 15

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memjax.config import BiographiesConfig, DataConfig, MemoryConfig, ModelConfig
+from memjax.config.data import BiographiesConfig, DataConfig
+from memjax.config.memory import MemoryConfig
+from memjax.config.model import ModelConfig
 from memjax.data.dataset import open_dataset
 from memjax.data.packing import Batch
-from memjax.data.tokenizer import ByteTokenizer
+from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.evaluation import perplexity
 from memjax.evaluation.perplexity import TextScore, bits_per_byte, validation_loss
 from memjax.models.decoder import Decoder

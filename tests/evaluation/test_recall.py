@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memjax.config import BiographiesConfig, DataConfig, MemoryConfig, ModelConfig
-from memjax.data.facts import Person, Question
-from memjax.data.tokenizer import ByteTokenizer, Tokenizer
+from memjax.config.data import BiographiesConfig, DataConfig
+from memjax.config.memory import MemoryConfig
+from memjax.config.model import ModelConfig
+from memjax.data.sources.biographies import Person, Question
+from memjax.data.tokenizers.base import ByteTokenizer, Tokenizer
 from memjax.evaluation.recall import fact_report, format_fact_report, majority_guess, recall, zero_tables
 from memjax.inference.engine import generate
 from memjax.models.decoder import Decoder

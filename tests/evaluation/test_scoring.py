@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from memjax.data.tokenizer import ByteTokenizer
+from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.evaluation import scoring
 from memjax.evaluation.scoring import Request, request, score
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from factlab.rows import BOS, EOS, PAD, biography_rows, draw_order
 
-from memjax.config import BiographiesConfig
-from memjax.data import facts
+from memjax.config.data import BiographiesConfig
+from memjax.data.sources import biographies
 
 CONFIG = BiographiesConfig(num_people=30)
 
@@ -18,9 +18,9 @@ def rows():
 def test_a_row_is_the_begin_token_the_librarys_sentence_and_the_end_with_one_token_for_each_word(rows):
     word_of: dict[int, str] = {}
     for number, (person, attribute) in enumerate(
-        (person, attribute) for person in facts.people(CONFIG) for attribute in facts.attribute_names
+        (person, attribute) for person in biographies.people(CONFIG) for attribute in biographies.attribute_names
     ):
-        for wording, template in enumerate(facts.STATEMENTS[attribute]):
+        for wording, template in enumerate(biographies.STATEMENTS[attribute]):
             prompt = template.format(name=person.name).split()
             answer = person.value(attribute).split()
             begin, end = rows.answers[number, wording]

@@ -7,18 +7,14 @@ import pytest
 from factlab import training
 from factlab.rows import biography_rows, draw_order
 
-from memjax.config import (
-    BiographiesConfig,
-    DataConfig,
-    MemoryConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TableOptimConfig,
-    TrainConfig,
-)
-from memjax.training.mesh import make_mesh
-from memjax.training.state import Trainer
+from memjax.config.data import BiographiesConfig, DataConfig
+from memjax.config.memory import MemoryConfig
+from memjax.config.model import ModelConfig
+from memjax.config.optim import OptimConfig, TableOptimConfig
+from memjax.config.run import RunConfig
+from memjax.config.training import TrainConfig
+from memjax.sharding.mesh import make_mesh
+from memjax.training.program import Trainer
 from memjax.training.step import make_train_step
 
 RATES = training.Rates(2e-2, 3e-1)

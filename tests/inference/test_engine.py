@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memjax.config import ExpertLookupConfig, MemoryConfig, ModelConfig, SamplingConfig
+from memjax.config.memory import ExpertLookupConfig, MemoryConfig
+from memjax.config.model import ModelConfig
+from memjax.config.sampling import SamplingConfig
 from memjax.inference import engine
 from memjax.inference.engine import Engine, Request, generate, generate_batch
 from memjax.inference.weights import prepare

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memjax.config import SamplingConfig
+from memjax.config.sampling import SamplingConfig
 from memjax.inference.sampling import Mode, Rules, allowed, likelihoods, pick
 
 BOTH = Mode(draws=True, top_k=True, top_p=True)

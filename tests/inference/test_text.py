@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memjax.config import ModelConfig, SamplingConfig
-from memjax.data.tokenizer import ByteTokenizer
+from memjax.config.model import ModelConfig
+from memjax.config.sampling import SamplingConfig
+from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.inference.text import StopStrings, continue_texts, stream_text
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memjax.config import ExpertsConfig, MemoryConfig, ModelConfig
+from memjax.config.memory import MemoryConfig
+from memjax.config.model import ExpertsConfig, ModelConfig
 from memjax.inference.weights import prepare
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts

@@ -6,7 +6,8 @@ import pytest
 
 from memjax.checkpoint import CheckpointError
 from memjax.errors import ConfigError
-from memjax.interop.folders import MAX_JSON_BYTES, check_new, file_in, read_json, written_whole
+from memjax.interop.folders import MAX_JSON_BYTES, file_in, read_json
+from memjax.runs.files import check_new, written_whole
 
 
 def test_a_folder_appears_when_it_is_whole(tmp_path):

@@ -12,14 +12,16 @@ from flax import nnx
 
 import memjax
 from memjax.checkpoint import CheckpointError
-from memjax.config import ExpertsConfig, MemoryConfig, ModelConfig, RunConfig
-from memjax.data.tokenizer import ByteTokenizer
+from memjax.config.memory import MemoryConfig
+from memjax.config.model import ExpertsConfig, ModelConfig
+from memjax.config.run import RunConfig
+from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.errors import ConfigError
-from memjax.interop.new_run import write_run
 from memjax.interop.upcycle import upcycle, upcycle_run
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, take_apart
-from memjax.models.trees import params_to_tree
+from memjax.runs.layout import params_to_tree
+from memjax.runs.write import write_run
 
 DENSE = ModelConfig(dim=16, num_layers=2, num_heads=2, ffn_dim=24, vocab_size=259, memory=None)
 SIZES: dict[str, Any] = {"num_keys": 5, "num_heads": 2, "top_k": 3, "key_dim": 8}

@@ -8,8 +8,8 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from memjax.memory.expert_lookup import ExpertLookupLayer
 from memjax.memory.layer import MemoryLayer
+from memjax.memory.peer import ExpertLookupLayer
 from memjax.memory.table import TableRows, ValueTable
 
 DIM = 8

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memjax.memory import parallel
-from memjax.memory.expert_lookup import ExpertLookupLayer
+from memjax.memory import sharded
 from memjax.memory.layer import MemoryLayer
+from memjax.memory.peer import ExpertLookupLayer
 from memjax.memory.table import ValueTable
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.rules import RowRule, row_step
@@ -100,7 +100,7 @@ def test_rules_of_the_config_hold_for_tables_and_exchanges(as_users_call):
             ValueTable(**{"num_slots": 4, "value_dim": 4, **wrong}, rngs=nnx.Rngs(0))
     gradient = RowGradient(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1)), jnp.ones((1, 4)))
     with pytest.raises(ValueError, match="exchange='Dense' is unknown; known: auto, factored, dense"):
-        parallel.update_rows(jnp.ones((4, 4)), {}, [gradient], RowRule(kind="sgd"), row_step(1.0, 0), exchange="Dense")
+        sharded.update_rows(jnp.ones((4, 4)), {}, [gradient], RowRule(kind="sgd"), row_step(1.0, 0), exchange="Dense")
 
 
 def test_tokens_that_devices_cannot_share_evenly_are_refused_with_what_to_do(mesh):

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from memjax.memory.layer import MemoryLayer
-from memjax.memory.parallel import zero_tap
+from memjax.memory.sharded import zero_tap
 from memjax.memory.sparse_gradient import row_sparse_value_and_grad
 from memjax.memory.table import ValueTable
 

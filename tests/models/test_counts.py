@@ -7,11 +7,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from memjax.command_line import load
-from memjax.config import ExpertLookupConfig, ExpertsConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig
-from memjax.models.counts import count_parameters, describe, training_flops, training_flops_per_token
+from memjax.config.load import load
+from memjax.config.memory import ExpertLookupConfig, MemoryConfig
+from memjax.config.model import ExpertsConfig, ModelConfig
+from memjax.config.optim import OptimConfig
+from memjax.config.run import RunConfig
+from memjax.models.counts import count_parameters, training_flops, training_flops_per_token
 from memjax.models.parts import DecoderParts
 from memjax.training.optimizer import without_gradient_where_frozen
+from memjax.training.plan.report import describe
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 

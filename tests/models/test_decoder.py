@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memjax.config import ExpertLookupConfig, ExpertsConfig, MemoryConfig, ModelConfig
+from memjax.config.memory import ExpertLookupConfig, MemoryConfig
+from memjax.config.model import ExpertsConfig, ModelConfig
 from memjax.models.block import Block
 from memjax.models.decoder import resolve_dtype
 from memjax.models.feed_forward import FeedForward

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memjax.config import ModelConfig
+from memjax.config.model import ModelConfig
 from memjax.models.loss import summed_loss, token_losses
 from memjax.models.parts import DecoderParts
 

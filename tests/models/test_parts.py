@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memjax.config import ExpertLookupConfig, MemoryConfig, ModelConfig
+from memjax.config.memory import ExpertLookupConfig, MemoryConfig
+from memjax.config.model import ModelConfig
 from memjax.memory.table import TableRows
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, take_apart

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memjax.config import RopeScalingConfig
+from memjax.config.model import RopeScalingConfig
 from memjax.models.rotary import rotate
 
 rotated = jax.jit(rotate, static_argnums=(2, 3))

@@ -10,22 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memjax.command_line import load
-from memjax.config import RunConfig
-from memjax.memory import parallel
-from memjax.training.mesh import put_batch
-from memjax.training.state import Trainer, TrainState
+from memjax.config.run import RunConfig
+from memjax.memory import sharded
+from memjax.sharding.mesh import put_batch
+from memjax.training.program import Trainer
+from memjax.training.state import TrainState
 from memjax.training.step import BATCH, make_train_step
 
 SEQUENCES, LENGTH, VOCAB = 16, 8, 259
 
-TINY = """
---model.dim 16 --model.num_layers 2 --model.num_heads 2 --model.ffn_dim 24 --model.vocab_size 259
---model.memory.layers 0,1 --model.memory.num_keys 8 --model.memory.num_heads 2 --model.memory.top_k 3
---model.memory.key_dim 8 --model.memory.value_dim 256
---data.batch_size 16 --data.sequence_length 8
---optim.warmup_steps 0 --optim.table.warmup_steps 0 --optim.schedule constant --optim.table.schedule constant
-"""
 
 FLOAT64 = """
 --model.dtype float64 --model.param_dtype float64 --model.memory.table_dtype float64 --optim.table.moment_dtype float64
@@ -45,11 +38,6 @@ class Trained:
     @property
     def losses(self) -> np.ndarray:
         return np.array([row["train/loss"] for row in self.metrics])
-
-
-def tiny_config(*settings: str, wide: bool = False) -> RunConfig:
-    """The config of two blocks with memory layers, with settings as on the command line; wide: all in float64."""
-    return load(RunConfig, None, " ".join([TINY, FLOAT64 if wide else "", *settings]).split())
 
 
 def ragged_batches(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
@@ -143,8 +131,8 @@ def train(
 
 
 def poisoned_bag(layer_number: int):
-    """`parallel.bag` whose tap gets one NaN for a cotangent, in the layer with the given number of a trace."""
-    bag, calls = parallel.bag, []
+    """`sharded.bag` whose tap gets one NaN for a cotangent, in the layer with the given number of a trace."""
+    bag, calls = sharded.bag, []
 
     @jax.custom_vjp
     def identity(tap):
@@ -161,10 +149,10 @@ def poisoned_bag(layer_number: int):
 
 
 @pytest.fixture(scope="session")
-def tiny() -> SimpleNamespace:
+def tiny(tiny_config) -> SimpleNamespace:
     """The functions of this file, since tests cannot import a conftest."""
     return SimpleNamespace(
-        config=tiny_config,
+        config=lambda *settings, wide=False: tiny_config(FLOAT64 if wide else "", *settings),
         batches=ragged_batches,
         micro_batches=micro_batches,
         mesh=mesh_of,

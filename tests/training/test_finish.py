@@ -3,8 +3,8 @@
 import json
 import shlex
 
+from memjax.runs.folder import RunFolder
 from memjax.training.finish import _write, describe_summary
-from memjax.training.run_folder import RunFolder
 
 
 def test_a_run_whose_metrics_were_removed_finishes_without_them(tiny, tmp_path):

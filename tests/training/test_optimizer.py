@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memjax.config import OptimConfig, ScheduleConfig
+from memjax.config.optim import OptimConfig, ScheduleConfig
 from memjax.memory.keys import AddressParam
 from memjax.memory.table import TableRows
 from memjax.models.parts import DecoderParts
-from memjax.models.trees import params_to_tree
+from memjax.runs.layout import params_to_tree
 from memjax.training.optimizer import make_optimizer, make_schedule, parameter_groups
-from memjax.training.state import Trainer
+from memjax.training.program import Trainer
 
 
 def by_hand(config: ScheduleConfig, steps: int, number: int) -> float:

@@ -14,18 +14,20 @@ import pytest
 import memjax
 from memjax import train
 from memjax.checkpoint.checkpoints import Checkpoints
-from memjax.command_line import load
-from memjax.config import MemoryConfig, ModelConfig, RunConfig
-from memjax.data.tokenizer import ByteTokenizer
+from memjax.config.load import load
+from memjax.config.memory import MemoryConfig
+from memjax.config.model import ModelConfig
+from memjax.config.run import RunConfig
+from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.errors import CheckpointError, ConfigError
-from memjax.interop.new_run import write_run
 from memjax.interop.upcycle import upcycle_run
 from memjax.models.parts import DecoderParts, take_apart
-from memjax.models.trees import params_to_tree
+from memjax.runs.folder import Claim, RunFolder
+from memjax.runs.layout import OPT_STATE, params_to_tree
+from memjax.runs.write import write_run
+from memjax.sharding.mesh import make_mesh
 from memjax.training import main
-from memjax.training.mesh import make_mesh
-from memjax.training.run_folder import Claim, RunFolder
-from memjax.training.start import OPT_STATE, check_start, tell_of_schedules
+from memjax.training.start import check_start, tell_of_schedules
 
 DENSE = ModelConfig(dim=16, num_layers=1, num_heads=2, ffn_dim=24, vocab_size=259, memory=None)
 MEMORY = MemoryConfig(layers=(0,), placement="beside", num_keys=8, num_heads=2, top_k=3, key_dim=8)

@@ -13,12 +13,12 @@ PROGRAM = """
 import re, sys
 import jax
 from memjax.checkpoint import Checkpoints
-from memjax.command_line import load
-from memjax.config import RunConfig
-from memjax.training.loop import _items
-from memjax.training.mesh import make_mesh
+from memjax.config.load import load
+from memjax.config.run import RunConfig
+from memjax.training.trainer import _items
+from memjax.sharding.mesh import make_mesh
 from memjax.training.start import first_state
-from memjax.training.state import Trainer
+from memjax.training.program import Trainer
 
 folder, how, devices = sys.argv[1:]
 config = load(RunConfig, None, f'''

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memjax.memory import parallel
-from memjax.training.mesh import put_batch
+from memjax.memory import sharded
+from memjax.sharding.mesh import put_batch
 from memjax.training.step import BATCH, make_train_step, make_usage_report
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -69,7 +69,7 @@ def test_a_nan_in_one_tap_leaves_everything_as_it_was(tiny, monkeypatch):
         check_usage(tiny, state, report)
 
         good = dataclasses.replace(tiny.to_numpy(state), healthy=np.zeros((), bool))
-        monkeypatch.setattr(parallel, "bag", tiny.poisoned_bag(1))
+        monkeypatch.setattr(sharded, "bag", tiny.poisoned_bag(1))
         bad = make_train_step(trainer, mesh)
         state, metrics = bad(state, batches[2])
         # The dense gradient does not pass through the tap: loss and norm look healthy.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memjax.memory import parallel
+from memjax.memory import sharded
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.slow]
 
@@ -43,8 +43,8 @@ def trained(tiny, float64):
         config = tiny.config(MODEL, "--optim.table.optimizer", settings, mesh, wide=True)
         with pytest.MonkeyPatch.context() as patch:
             if config.optim.table.is_dense:
-                patch.setattr(parallel, "bag", plain_bag)
-                patch.setattr(parallel, "dot", plain_dot)
+                patch.setattr(sharded, "bag", plain_bag)
+                patch.setattr(sharded, "dot", plain_dot)
             return tiny.train(config, tiny.batches(2) * (STEPS // 2), mesh_shape)
 
     return run

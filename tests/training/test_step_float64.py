@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memjax.memory import parallel
-from memjax.training.mesh import put_batch
+from memjax.memory import sharded
+from memjax.sharding.mesh import put_batch
 from memjax.training.step import BATCH, make_train_step
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.slow]
@@ -46,7 +46,7 @@ def sgd(tiny, float64):
         config = tiny.config("--optim.table.lr 10.0 --optim.table.optimizer", settings, mesh, wide=True)
         with pytest.MonkeyPatch.context() as patch:
             if config.optim.table.is_dense:
-                patch.setattr(parallel, "bag", plain_bag)
+                patch.setattr(sharded, "bag", plain_bag)
             return tiny.train(config, tiny.batches(STEPS), mesh_shape)
 
     return run
@@ -129,7 +129,7 @@ def test_rows_follow_their_rule_on_the_gradient_of_the_whole_table(tiny, monkeyp
         untouched = np.ones(len(expected), bool)
         for number, batch in enumerate(tiny.batches(3), start=1):
             with monkeypatch.context() as patch:
-                patch.setattr(parallel, "bag", plain_bag)
+                patch.setattr(sharded, "bag", plain_bag)
                 (loss, read), gradients = oracle(state.params, state.tables, batch)
             state, metrics = step(state, put_batch(mesh, tiny.micro_batches(batch, 1), BATCH))
             assert abs(metrics["train/loss"] - loss) <= 1e-12 * abs(loss)

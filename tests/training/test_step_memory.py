@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from memjax.command_line import load
-from memjax.config import RunConfig
+from memjax.config.load import load
+from memjax.config.run import RunConfig
 from memjax.ops.product_key_search.api import product_key_search
-from memjax.training.state import Trainer
+from memjax.training.program import Trainer
 from memjax.training.step import make_train_step
 
 LARGE = """

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from memjax import config_checks
+from memjax.config import checks
 from memjax.ops.precision import accumulator
 
 Kind = Literal["rowwise_adam", "rowwise_adagrad", "adam", "sgd"]
@@ -72,9 +72,9 @@ class RowRule:
     def __post_init__(self) -> None:
         numbers = {"beta1": self.beta1, "beta2": self.beta2, "eps": self.eps, "state_columns": self.state_columns}
         is_float = jnp.issubdtype(self.moment_dtype, jnp.floating)
-        config_checks.refuse(
-            config_checks.one_of(get_args(Kind), kind=self.kind)
-            + config_checks.row_rule(**numbers)
+        checks.refuse(
+            checks.one_of(get_args(Kind), kind=self.kind)
+            + checks.row_rule(**numbers)
             + [None if is_float else f"moment_dtype={self.moment_dtype} must be a type of floating-point numbers"]
         )
 

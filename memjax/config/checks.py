@@ -1,0 +1,141 @@
+"""Checks of settings, for the `__post_init__` of configs and for the classes that take the same values as arguments.
+
+A check is a list of problems in words, each beginning with `field=value`; None stands where all is well.
+"""
+
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+from memjax.io.paths import local_path
+
+MOST_KEYS = 32768
+"""Sub-keys per half whose slots 32-bit numbers can count, with room for those that do not exist."""
+
+
+def refuse(problems: list[str | None]) -> None:
+    """Raises one ValueError with every problem on a line of its own; does nothing when there is none."""
+    found = [problem for problem in problems if problem]
+    if found:
+        raise ValueError("\n".join(found))
+
+
+def positive(**fields: int | float | None) -> list[str | None]:
+    """Fields must be above 0, or null."""
+    return [f"{name}={value} must be positive" for name, value in fields.items() if value is not None and not value > 0]
+
+
+def not_empty(**fields: str | None) -> list[str | None]:
+    """Texts must not be empty; they may be null."""
+    return [f"{name}={value!r} must not be empty" for name, value in fields.items() if value is not None and not value]
+
+
+def not_negative(**fields: int | float | None) -> list[str | None]:
+    """Fields must be 0 or above, or null."""
+    return [
+        f"{name}={value} must not be negative" for name, value in fields.items() if value is not None and not value >= 0
+    ]
+
+
+def whole(**fields: Any) -> list[str | None]:
+    """Fields must be whole numbers, or null."""
+    return [
+        f"{name}={value!r} must be a whole number"
+        for name, value in fields.items()
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral))
+    ]
+
+
+def counts(**fields: Any) -> list[str | None]:
+    """Fields must be whole numbers above 0, or null."""
+    return whole(**fields) or positive(**fields)
+
+
+def one_of(known: Sequence[str], **fields: Any) -> list[str | None]:
+    """Fields must be one of the known words."""
+    return [
+        f"{name}={value!r} is unknown; known: {', '.join(known)}"
+        for name, value in fields.items()
+        if not (isinstance(value, str) and value in known)
+    ]
+
+
+def decays(**fields: float) -> list[str | None]:
+    """Fields must be in 0..1, and below 1."""
+    return [f"{name}={value} must be in 0..1 and below 1" for name, value in fields.items() if not 0 <= value < 1]
+
+
+def product_keys(*, num_keys: int, num_heads: int, top_k: int, key_dim: int, score_scale: float) -> list[str | None]:
+    """The rules of a lookup by product keys."""
+    if problems := whole(num_keys=num_keys, num_heads=num_heads, top_k=top_k, key_dim=key_dim):
+        return problems
+    return positive(num_keys=num_keys, num_heads=num_heads, score_scale=score_scale) + [
+        f"top_k={top_k} must be in 1..num_keys={num_keys}: each half offers only num_keys candidates"
+        if not 1 <= top_k <= num_keys
+        else None,
+        f"num_keys={num_keys} must be at most {MOST_KEYS}: slot numbers are 32-bit" if num_keys > MOST_KEYS else None,
+        f"key_dim={key_dim} must be positive and even: it is split into two halves"
+        if key_dim <= 0 or key_dim % 2
+        else None,
+    ]
+
+
+def experts(
+    *, num_experts: int, ffn_dim: int | None, routing: str, top_k: int, renormalize: bool, capacity: float
+) -> list[str | None]:
+    """The rules of a mixture of experts."""
+    problems = whole(num_experts=num_experts, ffn_dim=ffn_dim, top_k=top_k)
+    if problems := problems + one_of(("token_choice", "expert_choice"), routing=routing):
+        return problems
+    by_token = routing == "token_choice"
+    return positive(num_experts=num_experts, ffn_dim=ffn_dim) + [
+        f"top_k={top_k} must be in 1..num_experts={num_experts}"
+        if by_token and not 1 <= top_k <= num_experts
+        else None,
+        f"renormalize={renormalize} would leave the router nothing to learn from with top_k={top_k}, "
+        "routing=token_choice is needed, and top_k above 1: a single weight would always be 1"
+        if renormalize and (top_k == 1 or not by_token)
+        else None,
+        f"capacity={capacity} must be above 0 and at most num_experts={num_experts}"
+        if not by_token and not 0 < capacity <= num_experts
+        else None,
+    ]
+
+
+def row_rule(*, beta1: float, beta2: float, eps: float, state_columns: int | None) -> list[str | None]:
+    """The rules of an optimizer of table rows."""
+    return decays(beta1=beta1, beta2=beta2) + positive(eps=eps) + counts(state_columns=state_columns)
+
+
+def local_paths(section: Any, *names: str) -> list[str | None]:
+    """Fields must hold paths of this machine, alone or in a tuple, or null; their `~` is expanded in the section."""
+    problems: list[str | None] = []
+
+    def expanded(text: str, name: str) -> str:
+        try:
+            path = local_path(text, name)
+        except ValueError as error:
+            problems.append(str(error))
+            return text
+        # Otherwise as it was written, so that messages and recorded settings show it so.
+        return str(path) if text.startswith("~") else text
+
+    for name in names:
+        value = getattr(section, name)
+        if isinstance(value, str):
+            object.__setattr__(section, name, expanded(value, name))
+        elif value is not None:
+            object.__setattr__(section, name, tuple(expanded(text, name) for text in value))
+    return problems
+
+
+def layers_problems(layers: tuple[int, ...]) -> list[str | None]:
+    """Why a list of blocks cannot be."""
+    return [
+        f"layers={list(layers)} must name at least one block; for none, set the section to null"
+        if not layers
+        else None,
+        f"layers={list(layers)} must be in rising order, each block once"
+        if list(layers) != sorted(set(layers))
+        else None,
+    ]

@@ -1,0 +1,56 @@
+"""How devices and processes train one model together."""
+
+import dataclasses
+from typing import Literal
+
+from memjax.config.checks import not_negative, positive, refuse
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MeshConfig:
+    """How devices are arranged. The batch is split over both axes, the tables' columns over `memory`."""
+
+    data: int | None = None
+    """Devices along the data axis; null takes all that `memory` leaves."""
+    memory: int = 1
+    """Devices along the memory axis: each holds value_dim / memory columns of every table row."""
+    dense: Literal["sharded", "replicated"] = "sharded"
+    """The dense parameters and their optimizer: sharded, a piece on each device, gathered block by block while they are
+    used; or replicated, whole on every device, which sends less where train.remat gathers blocks again."""
+    row_exchange: Literal["auto", "factored", "dense"] = "auto"
+    """How row gradients cross the data axis. factored: every device gets and sorts the picks of all; dense: each
+    replica sums its own to a gradient of the table's size, and these are added up; auto: what takes fewer bytes."""
+
+    def __post_init__(self) -> None:
+        refuse(positive(data=self.data, memory=self.memory))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ProcessesConfig:
+    """Processes that train one model together, on one machine or on many. All of them are started with one command."""
+
+    count: int | None = None
+    """Their number; null asks SLURM or MPI, and is 1 without them. 1 trains alone, whatever they say."""
+    index: int | None = None
+    """The number of this process, from 0; null asks SLURM, MPI or Kubernetes."""
+    coordinator: str | None = None
+    """host:port where process 0 waits for the others; null is the first machine of a SLURM job."""
+    start_timeout: int = 300
+    """Seconds to wait for the others at the start."""
+    silence_timeout: int = 30
+    """Seconds without a sign of life after which a process counts as gone, and the others end."""
+
+    def __post_init__(self) -> None:
+        host, _, port = (self.coordinator or "host:1").rpartition(":")
+        refuse(
+            positive(count=self.count, start_timeout=self.start_timeout, silence_timeout=self.silence_timeout)
+            + not_negative(index=self.index)
+            + [
+                f"coordinator={self.coordinator} must be HOST:PORT, as in node1:12345"
+                if not (host and port.isdecimal())
+                else None,
+                f"index={self.index} must be below count={self.count}: the first process is 0"
+                if self.index is not None and self.count is not None and self.index >= self.count
+                else None,
+            ]
+        )

@@ -1,0 +1,125 @@
+"""Blocks that read tables: memory layers and PEER, and the tables they read."""
+
+import dataclasses
+from typing import Literal
+
+from memjax.config import checks
+from memjax.config.checks import counts, layers_problems, positive, refuse
+from memjax.config.dtype import DType
+
+LookupKind = Literal["memory", "expert_lookup"]
+"""Kinds of blocks that read tables."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ProductKeyConfig:
+    """What all lookups by product keys have in common."""
+
+    layers: tuple[int, ...]
+    """Blocks (0-based) that have a lookup."""
+    num_keys: int = 64
+    """Sub-keys per half; the table has num_keys squared slots."""
+    num_heads: int = 2
+    """Independent lookups per token; their outputs add up."""
+    top_k: int = 8
+    """Slots read per head and token."""
+    key_dim: int = 64
+    """Width of a query and of a whole key (each half has key_dim / 2)."""
+    qk_norm: bool = True
+    """Scale both halves of queries and keys to unit length before they are compared."""
+    score_scale: float = 4.0
+    """Factor on the scores before the softmax (the paper: 1, without qk_norm)."""
+    value_init_scale: float = 4.0
+    """Initial standard deviation of the table, in units of value_dim ** -0.5 (the paper: 1)."""
+    share: bool = True
+    """All these layers read one table; false gives each layer its own."""
+    table_dtype: DType = "auto"
+    """auto: bfloat16 on GPUs, float32 on CPUs."""
+
+    def __post_init__(self) -> None:
+        refuse(
+            checks.product_keys(
+                num_keys=self.num_keys,
+                num_heads=self.num_heads,
+                top_k=self.top_k,
+                key_dim=self.key_dim,
+                score_scale=self.score_scale,
+            )
+            + positive(value_init_scale=self.value_init_scale)
+            + layers_problems(self.layers)
+        )
+
+    @property
+    def num_slots(self) -> int:
+        """Rows in a table."""
+        return self.num_keys**2
+
+    @property
+    def picks(self) -> int:
+        """Rows read per token and layer, over all heads."""
+        return self.num_heads * self.top_k
+
+    def tables(self, layer: int) -> tuple[str, ...]:
+        """The names of the tables that a block's lookup reads."""
+        return ("shared" if self.share else f"layer_{layer}",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryConfig(ProductKeyConfig):
+    """Memory layers: which blocks have one, and the sizes of the lookup."""
+
+    layers: tuple[int, ...] = (1, 2)
+    """Blocks (0-based) that have a memory layer."""
+    placement: Literal["replace", "beside"] = "replace"
+    """replace: the memory takes the feed-forward layer's place (the paper); beside: the block has both, and adds them
+    up; what the memory adds is scaled by learned numbers that begin at zero, so that at first it changes nothing."""
+    value_dim: int | None = None
+    """Width of a table row; null means model.dim."""
+    gate: Literal["none", "silu"] = "silu"
+    """silu: Memory+, out = W2 (y * silu(W1 x)); none: the plain memory layer."""
+    output_gate: bool = False
+    """Scale each token's output by a learned number between 0 and 1 (the paper's '+gated')."""
+    share: bool = True
+    """All memory layers read one table; false gives each layer its own."""
+
+    def __post_init__(self) -> None:
+        ProductKeyConfig.__post_init__(self)
+        refuse(counts(value_dim=self.value_dim))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertLookupConfig(ProductKeyConfig):
+    """PEER (arXiv:2407.04153): product keys pick experts of a single hidden number, two table rows each."""
+
+    layers: tuple[int, ...] = (1,)
+    """Blocks (0-based) that have an expert lookup in place of the feed-forward layer."""
+    num_keys: int = 64
+    """Sub-keys per half; there are num_keys squared experts."""
+    top_k: int = 8
+    """Experts used per head and token."""
+    value_init_scale: float = 4.0
+    """Initial standard deviation of both tables, in units of model.dim ** -0.5 (the paper: 1)."""
+    share: bool = True
+    """All these layers use the same experts; false gives each layer its own."""
+
+    def tables(self, layer: int) -> tuple[str, ...]:
+        """The names of the tables with the experts' input and output vectors."""
+        pool = "experts" if self.share else f"experts_{layer}"
+        return f"{pool}_inputs", f"{pool}_outputs"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TableSizes:
+    """A table, as the lookups that read it describe it."""
+
+    num_slots: int
+    """Rows."""
+    width: int
+    """Columns."""
+    picks: int
+    """Rows that each of its readers reads per token."""
+    init_scale: float
+    """Initial standard deviation, in units of width ** -0.5."""
+    dtype: DType
+    readers: tuple[int, ...]
+    """Blocks whose lookups read it."""

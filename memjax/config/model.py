@@ -1,0 +1,332 @@
+"""The settings of a model, as frozen dataclasses: its sizes, and which kind each block is of."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
+from memjax.config import checks
+from memjax.config.checks import layers_problems, not_negative, positive, refuse
+from memjax.config.dtype import DType
+from memjax.config.memory import ExpertLookupConfig, LookupKind, MemoryConfig, ProductKeyConfig, TableSizes
+
+BlockKind = Literal["dense", "memory", "experts", "expert_lookup"]
+"""What a block has after its attention: a feed-forward layer, or what takes its place."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertsConfig:
+    """A mixture of experts: several feed-forward layers in a block, of which each token uses a few."""
+
+    layers: tuple[int, ...] | None = None
+    """Blocks (0-based) that have experts; null means every block that no other list names."""
+    num_experts: int = 8
+    """Feed-forward layers in a block."""
+    ffn_dim: int | None = None
+    """Hidden width of an expert; null means model.ffn_dim."""
+    routing: Literal["token_choice", "expert_choice"] = "token_choice"
+    """token_choice: each token takes its top_k best experts, and none is turned away; expert_choice: in training each
+    expert takes its best tokens, so many that all do the same work (arXiv:2202.09368), and otherwise each token takes
+    its best expert."""
+    top_k: int = 2
+    """Experts of each token (token_choice)."""
+    renormalize: bool = False
+    """Scale the weights of a token's experts so that they add up to 1 (token_choice, top_k above 1)."""
+    capacity: float = 1.0
+    """Experts that a token is taken by on average in training (expert_choice)."""
+    balance_weight: float = 0.01
+    """Weight of the load-balance loss in the training. It is 1 where tokens spread evenly over the experts, and more
+    where they crowd (with expert_choice: where they would)."""
+    z_weight: float = 0.001
+    """Weight of the router's z loss in the training, which keeps its logits small."""
+
+    def __post_init__(self) -> None:
+        refuse(
+            checks.experts(
+                num_experts=self.num_experts,
+                ffn_dim=self.ffn_dim,
+                routing=self.routing,
+                top_k=self.top_k,
+                renormalize=self.renormalize,
+                capacity=self.capacity,
+            )
+            + not_negative(balance_weight=self.balance_weight, z_weight=self.z_weight)
+            + (layers_problems(self.layers) if self.layers is not None else [])
+        )
+
+    @property
+    def chosen(self) -> int:
+        """Experts that a token chooses; with expert_choice it does so outside of the training only."""
+        return self.top_k if self.routing == "token_choice" else 1
+
+
+RopeScalingKind = Literal["llama3", "linear", "dynamic", "yarn", "longrope"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScalingConfig:
+    """Slower rotary frequencies, with which a model reads longer texts than those of its first training."""
+
+    kind: RopeScalingKind = "llama3"
+    """llama3: as Llama 3.1; linear: all frequencies by one factor; dynamic: a larger base for rows beyond
+    original_length (NTK); yarn: slow frequencies only, and sharper attention (arXiv:2309.00071); longrope: a factor for
+    each frequency, one list of them for short rows and one for rows beyond original_length (arXiv:2402.13753)."""
+    factor: float = 8.0
+    """What slow frequencies are divided by: how much longer texts may get."""
+    low_freq_factor: float = 1.0
+    """Frequencies of fewer turns than this within original_length are slow (llama3)."""
+    high_freq_factor: float = 4.0
+    """Frequencies of more turns than this within original_length stay as they are; those between are blended
+    (llama3)."""
+    original_length: int = 8192
+    """Tokens in the longest texts of the first training."""
+    beta_fast: float = 32.0
+    """Frequencies of more turns than this within original_length stay as they are (yarn)."""
+    beta_slow: float = 1.0
+    """Frequencies of fewer turns than this within original_length are divided by factor (yarn)."""
+    truncate: bool = True
+    """Whether the borders between fast and slow frequencies are rounded to whole dimensions (yarn)."""
+    attention_factor: float | None = None
+    """Factor on rotated queries and keys; null computes it from the other settings (yarn and longrope)."""
+    mscale: float | None = None
+    """With mscale_all_dim, another way to that factor (yarn)."""
+    mscale_all_dim: float | None = None
+    """See mscale (yarn)."""
+    short_factor: tuple[float, ...] = ()
+    """What each frequency is divided by in rows of at most original_length tokens (longrope)."""
+    long_factor: tuple[float, ...] = ()
+    """What each frequency is divided by in longer rows (longrope)."""
+
+    def __post_init__(self) -> None:
+        is_longrope = self.kind == "longrope"
+        refuse(
+            positive(
+                factor=self.factor,
+                low_freq_factor=self.low_freq_factor,
+                original_length=self.original_length,
+                beta_fast=self.beta_fast,
+                beta_slow=self.beta_slow,
+                attention_factor=self.attention_factor,
+                mscale=self.mscale,
+                mscale_all_dim=self.mscale_all_dim,
+            )
+            + [
+                f"high_freq_factor={self.high_freq_factor} must be above low_freq_factor={self.low_freq_factor}"
+                if self.high_freq_factor <= self.low_freq_factor
+                else None,
+                f"original_length={self.original_length} must be at least 2" if self.original_length == 1 else None,
+                f"beta_fast={self.beta_fast} must be at least beta_slow={self.beta_slow}"
+                if self.beta_fast < self.beta_slow
+                else None,
+                f"kind={self.kind} needs short_factor and long_factor, other kinds must leave them empty"
+                if not is_longrope == bool(self.short_factor) == bool(self.long_factor)
+                else None,
+                *(
+                    f"{name} must hold positive numbers"
+                    for name, factors in (("short_factor", self.short_factor), ("long_factor", self.long_factor))
+                    if any(factor <= 0 for factor in factors)
+                ),
+            ]
+        )
+
+
+MOST_LAYERS = 1000
+"""The most blocks of a model; ten times those of the deepest language models."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The decoder: Llama's shape, with memory layers or experts in place of some feed-forward layers."""
+
+    dim: int = 64
+    """Width of the residual stream."""
+    num_layers: int = 3
+    """Number of blocks."""
+    num_heads: int = 2
+    """Query heads of the attention."""
+    num_kv_heads: int | None = None
+    """Key and value heads (grouped-query attention); null means num_heads."""
+    head_dim: int | None = None
+    """Width of an attention head; null means dim / num_heads."""
+    attention_bias: bool = False
+    """Whether the projections of the attention have biases."""
+    attention_out_bias: bool | None = None
+    """Whether its output projection has one; null: as the others (Qwen 2: false)."""
+    head_norm: bool = False
+    """RMSNorm over the width of each head, of queries and keys before they are rotated (Qwen 3)."""
+    ffn_dim: int = 96
+    """Hidden width of the feed-forward layers."""
+    vocab_size: int = 2048
+    """Rows of the embedding; a tokenizer with more tokens is refused, a trained one stays within it."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position frequencies."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Slower rotary frequencies for longer texts; null keeps them all."""
+    rope_free_layers: tuple[int, ...] = ()
+    """Blocks (0-based) whose attention has no rotary positions (SmolLM 3)."""
+    sliding_window: int | None = None
+    """Tokens that a token sees, itself and those before it; null for all of its document."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in every RMSNorm."""
+    tie_embeddings: bool = False
+    """Use the embedding matrix as the output matrix too."""
+    embedding_init_std: float | None = 1.0
+    """Initial standard deviation of the embedding; null means dim ** -0.5 (the paper)."""
+    dtype: DType = "auto"
+    """Type of activations and matrix products; auto: bfloat16 on GPUs, float32 on CPUs."""
+    param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Type in which the dense parameters are kept."""
+    memory: MemoryConfig | None = dataclasses.field(default_factory=MemoryConfig)
+    """Memory layers; null for none. A model of feed-forward layers alone has neither these nor experts."""
+    experts: ExpertsConfig | None = None
+    """Experts in place of feed-forward layers; null for none."""
+    expert_lookup: ExpertLookupConfig | None = None
+    """Experts that are looked up like memories, in place of feed-forward layers; null for none."""
+
+    def __post_init__(self) -> None:
+        kv_heads = self.kv_heads
+        refuse(
+            positive(
+                dim=self.dim,
+                num_layers=self.num_layers,
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+                ffn_dim=self.ffn_dim,
+                vocab_size=self.vocab_size,
+                rope_theta=self.rope_theta,
+                sliding_window=self.sliding_window,
+                norm_eps=self.norm_eps,
+                embedding_init_std=self.embedding_init_std,
+            )
+            + [
+                f"num_heads={self.num_heads} must divide dim={self.dim} into heads of an even width, or head_dim be set"
+                if self.head_dim is None and self.num_heads > 0 and (self.dim % self.num_heads or self.head_width % 2)
+                else None,
+                f"head_dim={self.head_dim} must be even: rotary positions turn pairs of numbers"
+                if self.head_dim is not None and self.head_dim % 2
+                else None,
+                f"num_layers={self.num_layers} must be at most {MOST_LAYERS}: every block is compiled by itself"
+                if self.num_layers > MOST_LAYERS
+                else None,
+                f"num_kv_heads={kv_heads} must divide num_heads={self.num_heads}"
+                if kv_heads > 0 and self.num_heads % kv_heads
+                else None,
+                f"rope_free_layers={list(self.rope_free_layers)} must rise and lie within 0..{self.num_layers - 1}"
+                if list(self.rope_free_layers) != sorted(set(self.rope_free_layers))
+                or not all(0 <= layer < self.num_layers for layer in self.rope_free_layers)
+                else None,
+            ]
+            + list(self._rope_problems())
+            + (list(self._kind_problems()) if self.num_layers <= MOST_LAYERS else [])
+        )
+
+    def _rope_problems(self) -> Iterator[str]:
+        """Factors of frequencies that the heads do not have."""
+        scaling, half = self.rope_scaling, self.head_width // 2 if self.num_heads > 0 else 0
+        if scaling is None:
+            return
+        if scaling.kind == "yarn" and self.rope_theta == 1:
+            yield "rope_theta=1.0 must be another number with rope_scaling.kind=yarn: all frequencies would be one"
+        for name, factors in (("short_factor", scaling.short_factor), ("long_factor", scaling.long_factor)):
+            if factors and len(factors) != half:
+                yield (
+                    f"rope_scaling.{name} holds {len(factors)} numbers, must hold {half}: one for each pair of a head"
+                )
+
+    def _kind_problems(self) -> Iterator[str]:
+        """Layers that do not exist or are named twice, and experts that find no layer."""
+        named: dict[int, str] = {}
+        for section, layers in self._named_layers().items():
+            shown = f"{section}.layers={list(layers)}"
+            if any(not 0 <= layer < self.num_layers for layer in layers):
+                yield (
+                    f"{shown} must lie in 0..{self.num_layers - 1}: the model has num_layers={self.num_layers} blocks"
+                )
+            for other in {named[layer] for layer in layers if layer in named}:
+                twice = [layer for layer in layers if named.get(layer) == other]
+                yield (
+                    f"{shown} and {other}.layers both name {twice}: a block is of one kind; take it out of one list, "
+                    f"or set model.{other} to null"
+                )
+            named |= dict.fromkeys(layers, section)
+        if self.experts and not self.layers_of("experts"):
+            yield (
+                "experts.layers=null finds no block that is not named elsewhere; shorten the other lists, "
+                "or set model.memory to null"
+            )
+
+    def _named_layers(self) -> dict[BlockKind, tuple[int, ...]]:
+        """The layers that each section lists."""
+        sections: dict[BlockKind, ProductKeyConfig | ExpertsConfig | None] = {
+            "memory": self.memory,
+            "expert_lookup": self.expert_lookup,
+            "experts": self.experts,
+        }
+        return {kind: section.layers or () for kind, section in sections.items() if section}
+
+    def kind(self, layer: int) -> BlockKind:
+        """What a block has after its attention. A memory that stands beside a feed-forward layer leaves it dense."""
+        named = self._named_layers()
+        for kind, layers in named.items():
+            if layer in layers:
+                beside = kind == "memory" and self.memory is not None and self.memory.placement == "beside"
+                return "dense" if beside else kind
+        return "experts" if self.experts and self.experts.layers is None else "dense"
+
+    def layers_of(self, kind: BlockKind) -> tuple[int, ...]:
+        """The blocks of a kind."""
+        return tuple(layer for layer in range(self.num_layers) if self.kind(layer) == kind)
+
+    @property
+    def lookup_sections(self) -> dict[LookupKind, ProductKeyConfig]:
+        """The sections of the kinds of lookups that the model has."""
+        sections: dict[LookupKind, ProductKeyConfig | None] = {
+            "memory": self.memory,
+            "expert_lookup": self.expert_lookup,
+        }
+        return {kind: section for kind, section in sections.items() if section}
+
+    @property
+    def lookups(self) -> dict[int, ProductKeyConfig]:
+        """The lookup of each block that has one; memories come first."""
+        return {layer: section for section in self.lookup_sections.values() for layer in section.layers}
+
+    @property
+    def tables(self) -> dict[str, TableSizes]:
+        """The tables by name."""
+        readers: dict[str, list[int]] = {}
+        for layer, lookup in self.lookups.items():
+            for name in lookup.tables(layer):
+                readers.setdefault(name, []).append(layer)
+        return {name: self._table_sizes(tuple(layers)) for name, layers in readers.items()}
+
+    def _table_sizes(self, readers: tuple[int, ...]) -> TableSizes:
+        lookup = self.lookups[readers[0]]
+        return TableSizes(
+            num_slots=lookup.num_slots,
+            width=self.value_dim if lookup is self.memory else self.dim,
+            picks=lookup.picks,
+            init_scale=lookup.value_init_scale,
+            dtype=lookup.table_dtype,
+            readers=readers,
+        )
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads of the attention."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a row of the memories' tables (dim where there is no memory)."""
+        return (self.memory and self.memory.value_dim) or self.dim
+
+    @property
+    def expert_dim(self) -> int:
+        """Hidden width of an expert of `experts`."""
+        return (self.experts and self.experts.ffn_dim) or self.ffn_dim

@@ -1,0 +1,106 @@
+"""The optimizers of dense parameters and of tables, and their learning rates."""
+
+import dataclasses
+import math
+from typing import Literal
+
+from memjax.config.checks import decays, not_negative, positive, refuse, row_rule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig:
+    """A learning rate over the steps of a run."""
+
+    lr: float
+    """The highest learning rate."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """How the rate goes on after the warm-up."""
+    warmup_steps: int | float = 0.067
+    """Steps over which the rate rises from 0; a number below 1 is a share of train.steps."""
+    final_fraction: float = 0.05
+    """Where a cosine schedule ends, as a share of lr."""
+
+    def __post_init__(self) -> None:
+        refuse(
+            not_negative(lr=self.lr, warmup_steps=self.warmup_steps)
+            + [
+                f"warmup_steps={self.warmup_steps} must be a whole number of steps, or a share of them below 1"
+                if self.warmup_steps >= 1 and not isinstance(self.warmup_steps, int)
+                else None,
+                f"final_fraction={self.final_fraction} must be in 0..1" if not 0 <= self.final_fraction <= 1 else None,
+            ]
+        )
+
+    def warmup_of(self, steps: int) -> int:
+        """The warm-up of a run of so many steps, in steps."""
+        if isinstance(self.warmup_steps, int):
+            return self.warmup_steps
+        return min(round(self.warmup_steps * steps), steps - 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TableOptimConfig(ScheduleConfig):
+    """The optimizer of the value tables: only rows that were read are touched."""
+
+    lr: float = 5e-2
+    """The highest learning rate of the tables."""
+    optimizer: Literal["rowwise_adam", "rowwise_adagrad", "adam", "sgd", "dense_adam", "dense_sgd"] = "rowwise_adam"
+    """dense_*: plain optax on a gradient of the table's size, to compare with; it costs the whole table every step."""
+    beta1: float = 0.9
+    """Decay of the first moment (adam, dense_adam)."""
+    beta2: float = 0.99
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    state_columns: int | None = None
+    """Neighbouring columns of a row that share a second moment (rowwise_*); null: the largest power of two up to 256
+    that divides value_dim."""
+    moment_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Type of adam's moments."""
+    stochastic_rounding: bool = True
+    """Round bfloat16 rows up or down at random, so that small updates are not lost; other types are unaffected."""
+
+    def __post_init__(self) -> None:
+        ScheduleConfig.__post_init__(self)
+        refuse(row_rule(beta1=self.beta1, beta2=self.beta2, eps=self.eps, state_columns=self.state_columns))
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the table is differentiated as a whole."""
+        return self.optimizer.startswith("dense_")
+
+    def columns_per_state(self, value_dim: int) -> int:
+        """Columns of a row that share one second moment."""
+        return self.state_columns or math.gcd(256, value_dim)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig(ScheduleConfig):
+    """AdamW for the dense parameters; `table` for the value tables."""
+
+    lr: float = 6e-3
+    """The highest learning rate of the dense parameters."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.98
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices (norms, biases and tables have none)."""
+    clip: float | None = 1.0
+    """Largest norm of the dense gradient; null for no clipping."""
+    key_lr_factor: float = 0.2
+    """Learning rate of memory keys and query projections, as a share of lr; slow keys spread the reads."""
+    freeze_dense: bool = False
+    """Train the memory layers and their tables only; all else stays as it is, and has no optimizer state."""
+    table: TableOptimConfig = dataclasses.field(default_factory=TableOptimConfig)
+    """The optimizer of the value tables."""
+
+    def __post_init__(self) -> None:
+        ScheduleConfig.__post_init__(self)
+        refuse(
+            positive(eps=self.eps, clip=self.clip)
+            + not_negative(weight_decay=self.weight_decay, key_lr_factor=self.key_lr_factor)
+            + decays(beta1=self.beta1, beta2=self.beta2)
+        )

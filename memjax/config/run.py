@@ -1,0 +1,115 @@
+"""A whole run: every section, and the rules that hold between sections."""
+
+import dataclasses
+import math
+
+from memjax.config.checks import local_paths, refuse
+from memjax.config.data import DataConfig
+from memjax.config.devices import MeshConfig, ProcessesConfig
+from memjax.config.log import LogConfig
+from memjax.config.model import ModelConfig
+from memjax.config.optim import OptimConfig, TableOptimConfig
+from memjax.config.training import CheckpointConfig, EvalConfig, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RunFolderConfig:
+    """Where the run lives and what makes it repeatable."""
+
+    dir: str = "runs/quickstart"
+    """The run's folder; the same folder again resumes the run."""
+    seed: int = 0
+    """Seed of the initialisation, the data order and the stochastic rounding."""
+    deterministic: bool = False
+    """Ask XLA for bit-for-bit repeatable kernels on GPUs (slower)."""
+    compile_cache: str | None = "auto"
+    """Folder that keeps compiled programs, so that the next start does not compile them again. auto: memjax/compiled in
+    the user's cache folder (at most 2 GB; MEMJAX_COMPILE_CACHE in the environment names another or says off, and is for
+    evaluate and generate too); null keeps none."""
+
+    def __post_init__(self) -> None:
+        refuse(local_paths(self, "dir"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """A whole run."""
+
+    run: RunFolderConfig = dataclasses.field(default_factory=RunFolderConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    processes: ProcessesConfig = dataclasses.field(default_factory=ProcessesConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        problems: list[str | None] = [
+            f"data.batch_size={self.data.batch_size} must be a multiple of train.accumulate={self.train.accumulate}"
+            if self.data.batch_size % self.train.accumulate
+            else None,
+            f"data.batch_size={self.data.batch_size} must be a multiple of "
+            f"train.accumulate x mesh.data x mesh.memory = "
+            f"{self.train.accumulate} x {self.mesh.data} x {self.mesh.memory}"
+            if self.mesh.data and self.data.batch_size % (self.train.accumulate * self.mesh.data * self.mesh.memory)
+            else None,
+            f"model.vocab_size={self.model.vocab_size} must be at least 259: "
+            f"data.tokenizer.kind={self.data.tokenizer.kind} keeps the 256 bytes and 3 special tokens"
+            if self.model.vocab_size < 259 and self.data.tokenizer.kind in ("byte", "bpe")
+            else None,
+        ]
+        if self.optim.freeze_dense and not self.model.lookups:
+            problems.append(
+                "optim.freeze_dense=True leaves nothing to train without model.memory; give the model memory layers, "
+                "or train the dense part"
+            )
+        problems += _too_many_picks(self)
+        for width in sorted({table.width for table in self.model.tables.values()}):
+            problems += memory_axis_problems(width, self.mesh.memory, self.optim.table)
+        refuse(problems)
+
+
+def _too_many_picks(config: RunConfig) -> list[str | None]:
+    """Why the picks of a step cannot be sorted at once; empty when they can, or need not."""
+    if config.mesh.row_exchange != "factored" or config.optim.table.is_dense:
+        return []
+    of_token = max((len(table.readers) * table.picks for table in config.model.tables.values()), default=0)
+    picks = of_token * config.data.batch_size * config.data.sequence_length
+    if picks < 2**31:
+        return []
+    return [
+        f"mesh.row_exchange=factored cannot sort the {picks:,} rows that a step picks: 32 bits count fewer than "
+        f"{2**31:,}; set mesh.row_exchange to auto or dense, or lower data.batch_size"
+    ]
+
+
+MIN_COLUMNS_PER_DEVICE = 64
+"""Narrower shards would read table rows in pieces too short for the memory's bandwidth."""
+
+MOST_DEVICES = 1 << 16
+"""The largest memory axis that is proposed."""
+
+
+def memory_axis_problems(value_dim: int, memory_axis: int, table: TableOptimConfig) -> list[str | None]:
+    """Why rows of value_dim columns cannot be split over the memory axis; empty when they can."""
+    if memory_axis == 1:
+        columns = value_dim
+    else:
+        most = max(1, value_dim // MIN_COLUMNS_PER_DEVICE)
+        if memory_axis > most or value_dim % memory_axis:
+            legal = [axis for axis in range(1, min(most, MOST_DEVICES) + 1) if value_dim % axis == 0]
+            return [
+                f"mesh.memory={memory_axis} cannot split value_dim={value_dim}: each device needs a whole number "
+                f"of columns, at least {MIN_COLUMNS_PER_DEVICE}; the largest that can is mesh.memory={legal[-1]}"
+            ]
+        columns = value_dim // memory_axis
+    shared = table.columns_per_state(value_dim)
+    if table.optimizer.startswith("rowwise_") and columns % shared:
+        return [
+            f"optim.table.state_columns={shared} must divide the {columns} columns of a device; "
+            f"set optim.table.state_columns={math.gcd(256, columns)}"
+        ]
+    return []

@@ -1,0 +1,76 @@
+"""The training loop, its checkpoints and its validations."""
+
+import dataclasses
+import re
+from typing import Literal
+
+from memjax.config.checks import local_paths, positive, refuse
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The training loop."""
+
+    steps: int = 750
+    """Optimizer steps of the whole run."""
+    init_from: str | None = None
+    """Folder of a run (of its newest checkpoint) whose parameters, tables and tokenizer the training starts from;
+    every shape must fit. A run that has a checkpoint of its own goes on from that. null: fresh random parameters."""
+    accumulate: int = 1
+    """Micro-batches per step."""
+    remat: Literal["none", "dots", "block"] = "none"
+    """What the backward pass computes again: nothing, all but matrix products, or whole blocks; never the lookups."""
+    attention: Literal["auto", "cudnn", "chunked"] = "auto"
+    """cudnn: the fused kernel of NVIDIA GPUs, for 16-bit types; chunked: anywhere, some queries at a time; auto: cudnn
+    where it can run."""
+
+    def __post_init__(self) -> None:
+        refuse(positive(steps=self.steps, accumulate=self.accumulate) + local_paths(self, "init_from"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many are kept."""
+
+    every: int = 500
+    """Steps between checkpoints; the last step, a signal and a new best validation loss always write one."""
+    keep: int = 2
+    """Latest checkpoints that stay on disk."""
+    keep_best: bool = True
+    """Also keep the checkpoint with the lowest validation loss."""
+    verify: bool = True
+    """Compare every array with its digest when it is read."""
+    tables: str = "always"
+    """Which checkpoints hold the tables and their optimizer. always: all; 'every N': of those written every `every`
+    steps each N-th, and all others that are written. One without tables is small, but nothing can go on from it."""
+
+    def __post_init__(self) -> None:
+        refuse(
+            positive(every=self.every, keep=self.keep)
+            + [
+                f"tables={self.tables} must be always or, as in 'every 4', every and a number from 1; there is no "
+                "never: nothing could go on from such a run, not even itself"
+                if not re.fullmatch(r"always|every 0*[1-9]\d*", self.tables)
+                else None
+            ]
+        )
+
+    @property
+    def steps_between_tables(self) -> int:
+        """Of the checkpoints written by number, those of its multiples hold the tables."""
+        return self.every * int(self.tables.removeprefix("every ") if self.tables != "always" else 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """Evaluation during and after the training."""
+
+    every: int | None = 250
+    """Steps between validations; null validates only at the end."""
+    batches: int = 8
+    """Batches of a validation."""
+    recall_people: int = 500
+    """People asked about in the recall test at the end (source: biographies)."""
+
+    def __post_init__(self) -> None:
+        refuse(positive(every=self.every, batches=self.batches, recall_people=self.recall_people))

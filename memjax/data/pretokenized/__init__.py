@@ -1,0 +1,1 @@
+"""Corpora that were tokenised before the training."""

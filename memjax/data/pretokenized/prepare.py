@@ -1,0 +1,239 @@
+"""Tokenises a corpus once, over all cores, into a folder of prepared data that is whole or not there."""
+
+import collections
+import multiprocessing
+import os
+import pathlib
+import shutil
+import signal
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
+
+from memjax.data.pretokenized.store import (
+    Manifest,
+    Writer,
+    encode_record,
+    id_dtype,
+    is_empty,
+    is_prepared,
+    settings_of,
+    write_manifest,
+)
+from memjax.data.sources.corpus import Corpus, CorpusStream
+from memjax.data.sources.files import DataFile, Payload, UnreadableError
+from memjax.data.sources.parsing import Keys, MalformedError
+from memjax.data.sources.records import Record
+from memjax.data.tokenizers.base import Tokenizer
+from memjax.data.workers import end_with_parent
+from memjax.errors import DataError
+from memjax.io.console import say
+from memjax.io.lock import locked
+from memjax.monitoring.progress import ByteProgress
+
+_BLOCK_BYTES = 1 << 19
+_BYTES_PER_PROCESS = 8 << 20
+"""Files below this are tokenised sooner than another process starts."""
+_BLOCKS_AHEAD = 4
+"""Blocks under way for each process: enough to keep it busy, few enough to keep memory small."""
+
+_Block = list[tuple[int, int, Payload]]
+
+
+class _Tokenised(NamedTuple):
+    records: list[bytes]
+    """A malformed record is empty here, and keeps its number."""
+    tokens: int
+    largest_id: int
+    malformed: list[tuple[int, int, MalformedError]]
+
+
+class BlockTokenizer:
+    """Parses and tokenises payloads; sent to every process once."""
+
+    def __init__(self, files: Sequence[DataFile], keys: Keys, tokenizer: Tokenizer):
+        self.files, self.keys, self.tokenizer = tuple(files), keys, tokenizer
+        self._dtype = id_dtype(tokenizer.vocab_size)
+
+    def __call__(self, block: _Block) -> _Tokenised:
+        """The records of a block in order, and the payloads that hold none."""
+        records: list[Record] = []
+        malformed = []
+        for index, number, payload in block:
+            try:
+                records.append(self.files[index].record(payload, self.keys))
+            except MalformedError as error:
+                malformed.append((index, number, error))
+                if not isinstance(error, UnreadableError):
+                    records.append(())
+        ids = iter(self.tokenizer.encode_batch([segment.text for record in records for segment in record]))
+        encoded, tokens, largest = [], 0, 0
+        for record in records:
+            segments = [(next(ids), segment.learned) for segment in record]
+            tokens += bool(segments) + sum(len(some) for some, _ in segments)
+            largest = max([largest, *(max(some, default=0) for some, _ in segments)])
+            encoded.append(encode_record(segments, self._dtype))
+        if largest >= self.tokenizer.vocab_size:
+            # Numbers are written modulo the width of their type, so this must never pass.
+            raise DataError(f"the tokenizer gives the id {largest}, but has only {self.tokenizer.vocab_size}")
+        return _Tokenised(encoded, tokens, largest, malformed)
+
+
+def prepare(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    folder: pathlib.Path,
+    *,
+    processes: int | None = None,
+    every_seconds: float = 5.0,
+) -> None:
+    """Tokenises a corpus into the folder, unless that has been done.
+
+    What an interrupted preparation left is removed first. Of several processes that want the same folder one prepares
+    it, and the others wait.
+
+    Args:
+        corpus: what to read.
+        tokenizer: makes the ids.
+        folder: comes into being at the end, all at once.
+        processes: that tokenise; None is one for each core, or fewer for small files. More than one start anew, so a
+            program must keep its own start under `if __name__ == "__main__"`.
+        every_seconds: between lines of progress where the output is no terminal.
+
+    Raises:
+        DataError: records cannot be used and may not be left out, or none is left, or the folder holds something else.
+    """
+    if is_prepared(folder):  # which may lie where nothing can be written
+        return
+    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        waiting = lambda holder: say(f"waiting for another process that prepares {folder} ({holder})")
+        with locked(folder.with_name(f"{folder.name}.lock"), on_wait=waiting):
+            if is_prepared(folder):
+                return
+            if folder.exists():
+                raise DataError(
+                    f"{folder}: is there, but holds no prepared data; remove it, or name another data.prepared"
+                )
+            if partial.exists():
+                print(f"{partial}: an unfinished preparation is removed and begun again", flush=True)
+                shutil.rmtree(partial)
+            partial.mkdir()
+            _prepare(corpus, tokenizer, partial, processes, every_seconds)
+            os.replace(partial, folder)
+    except OSError as error:
+        # What goes wrong in reading is a malformed record.
+        raise DataError(f"{folder}: cannot be written ({error}); make room, or name another data.prepared") from error
+
+
+def _prepare(
+    corpus: Corpus, tokenizer: Tokenizer, folder: pathlib.Path, processes: int | None, every_seconds: float
+) -> None:
+    stream = CorpusStream(corpus)
+    if processes is None:
+        # Packed text is about four times as long.
+        size = sum(file.path.stat().st_size * (4 if file.compression else 1) for file in stream.files)
+        processes = min(_num_cores(), size // _BYTES_PER_PROCESS)
+    print(
+        f"preparing {corpus.path} ({len(stream.files)} file{'s' * (len(stream.files) > 1)}, "
+        f"{stream.total_bytes / 1e6:,.1f} MB) into {folder.with_suffix('')}",
+        flush=True,
+    )
+    started, tokens, largest, count, digest = time.monotonic(), 0, 0, 0, 0
+    writer = Writer(folder)
+    work = BlockTokenizer(stream.files, corpus.keys, tokenizer)
+    try:
+        with ByteProgress(stream.total_bytes, every_seconds) as progress:
+            for done in _tokenised(work, stream, processes):
+                for index, number, error in done.malformed:
+                    stream.leave_out(index, number, error)
+                for record in done.records:
+                    writer.write(record)
+                    digest = zlib.crc32(record, digest)
+                    count += not is_empty(record)
+                tokens, largest = tokens + done.tokens, max(largest, done.largest_id)
+                progress.show(stream.bytes_read, count, tokens)
+        shards = writer.finish()
+    finally:
+        writer.abandon()
+    if not count:
+        raise DataError(f"{corpus.path}: no record can be used; set {corpus.field} to files with at least one")
+    manifest = Manifest(
+        settings=settings_of(corpus, tokenizer),
+        files=corpus.names_and_sizes(),
+        shards=shards,
+        usable=count,
+        digest=f"{digest:08x}",
+        tokens=tokens,
+        largest_id=largest,
+        malformed=stream.num_malformed,
+        examples=stream.examples,
+    )
+    write_manifest(folder, manifest)
+    seconds = time.monotonic() - started
+    print(
+        f"prepared {count:,} records, {tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s",
+        flush=True,
+    )
+
+
+def _tokenised(work: BlockTokenizer, stream: CorpusStream, processes: int) -> Iterator[_Tokenised]:
+    """The blocks of a stream, tokenised, in order."""
+    if processes <= 1:
+        yield from map(work, _blocks(stream))
+        return
+    # Forked processes would share locks with JAX's threads; these begin with nothing.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, context, initializer=_start_process, initargs=(work,))
+    pending: collections.deque[Future[_Tokenised]] = collections.deque()
+    try:
+        for block in _blocks(stream):
+            pending.append(pool.submit(_work, block))
+            while len(pending) > _BLOCKS_AHEAD * processes or (pending and pending[0].done()):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that tokenises was killed, likely for lack of memory; give the preparation fewer processes"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _blocks(stream: CorpusStream) -> Iterator[_Block]:
+    block: _Block = []
+    size = 0
+    for item in stream:
+        payload = item[2]
+        block.append(item)
+        texts = payload.values() if isinstance(payload, dict) else [payload]
+        size += sum(len(text) if isinstance(text, str | bytes) else 8 for text in texts)
+        if size >= _BLOCK_BYTES:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+_this_process: list[BlockTokenizer] = []
+
+
+def _start_process(work: BlockTokenizer) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Ctrl-C reaches every process of a terminal; the parent is the one that says so.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _this_process.append(work)
+    end_with_parent()
+
+
+def _work(block: _Block) -> _Tokenised:
+    return _this_process[0](block)
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0))

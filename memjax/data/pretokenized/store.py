@@ -1,0 +1,315 @@
+"""Tokenised records in ArrayRecord files: how they are written, checked and read back at random.
+
+A record is a little-endian uint32 count of segments, for each of them its length doubled plus 1 if it is learned, and
+then the ids of all of them, two bytes each where the vocabulary allows it. `manifest.json` says what they were made of.
+"""
+
+import bisect
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from memjax.data.sources.corpus import Corpus
+from memjax.data.sources.records import Record, Segment, checked
+from memjax.data.tokenize import Pairs, Reader, make_pairs
+from memjax.data.tokenizers.base import Tokenizer
+from memjax.errors import DataError
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_SHARD_BYTES = 1 << 31
+# Every record on its own, as random access wants it; ids are packed already, so that unpacking them costs more than
+# the bytes it saves.
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a folder of prepared data says of itself."""
+
+    settings: dict[str, Any]
+    """What decided the ids, the tokenizer's fingerprint among it."""
+    files: list[list[Any]]
+    """Name and size of every file that was read."""
+    shards: list[list[Any]]
+    """Name, size and number of records of every file that was written."""
+    tokens: int
+    """All tokens, each record's end included."""
+    largest_id: int
+    """The largest id."""
+    malformed: int
+    """Records that were left out."""
+    examples: list[str]
+    """The first of them, and why."""
+    usable: int = -1
+    """Records without the empty ones that keep the numbers of those left out; -1: all, before 0.2."""
+    digest: str = ""
+    """Checksum of all records; empty before 0.2."""
+
+    def __post_init__(self) -> None:
+        if self.usable < 0:
+            object.__setattr__(self, "usable", self.records)
+
+    @property
+    def records(self) -> int:
+        """Number of records."""
+        return sum(count for _, _, count in self.shards)
+
+
+def id_dtype(vocab_size: int) -> np.dtype:
+    """The type in which ids are written."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def encode_record(segments: Sequence[tuple[Sequence[int], bool]], dtype: np.dtype) -> bytes:
+    """A record from the ids of its segments, and whether each is learned."""
+    head = np.array([len(segments), *(2 * len(ids) + learned for ids, learned in segments)], "<u4")
+    return b"".join([head.tobytes(), *(np.asarray(ids, dtype).tobytes() for ids, _ in segments)])
+
+
+def is_empty(record: bytes) -> bool:
+    """Whether it only keeps the number of a record that was left out."""
+    return record == bytes(4)
+
+
+def settings_of(corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Everything that decides the ids of a corpus, beside its files."""
+    return {"tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, **corpus.settings()}
+
+
+class Writer:
+    """Writes records into shards of a folder; the manifest, which makes them whole, comes last."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        self._shards: list[list[Any]] = []
+        self._file: Any = None
+        self._size = 0
+
+    def write(self, record: bytes) -> None:
+        """Appends a record.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
+        if self._file is None or self._size + len(record) > _SHARD_BYTES:
+            self._close_shard()
+            name = f"{len(self._shards):05d}.array_record"
+            self._file, self._size = ArrayRecordWriter(str(self.folder / name), _WRITER_OPTIONS), 0
+            self._shards.append([name, 0, 0])
+        try:
+            self._file.write(record)
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
+        self._size += len(record)
+        self._shards[-1][2] += 1
+
+    def finish(self) -> list[list[Any]]:
+        """Closes the last shard; returns what a manifest says of the shards.
+
+        Raises:
+            OSError: the disk did not take it all.
+        """
+        self._close_shard()
+        return self._shards
+
+    def abandon(self) -> None:
+        """Closes an unfinished shard, however that ends."""
+        if self._file is not None:
+            with contextlib.suppress(RuntimeError):
+                self._file.close()
+            self._file = None
+
+    def _close_shard(self) -> None:
+        if self._file is None:
+            return
+        path = self.folder / self._shards[-1][0]
+        file, self._file = self._file, None
+        try:
+            file.close()
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
+        with path.open("rb") as written:
+            os.fsync(written.fileno())
+        self._shards[-1][1] = path.stat().st_size
+
+
+def write_manifest(folder: pathlib.Path, manifest: Manifest) -> None:
+    """Writes the manifest into the folder."""
+    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+        json.dump({"format": _FORMAT, **dataclasses.asdict(manifest)}, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def is_prepared(folder: pathlib.Path) -> bool:
+    """Whether a finished preparation lies in the folder."""
+    return (folder / MANIFEST).is_file()
+
+
+def read_manifest(folder: pathlib.Path) -> Manifest:
+    """The manifest of a folder.
+
+    Raises:
+        DataError: it cannot be read, or is of another format.
+    """
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = content.pop("format")
+        if found == _FORMAT:
+            return Manifest(**content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); {_AGAIN}") from error
+    raise DataError(f"{path}: format={found!r} here, {_FORMAT} is what this version reads; {_AGAIN}")
+
+
+_AGAIN = "delete the folder, so that the data is prepared again"
+
+
+class PreparedReader(Reader):
+    """The records of a folder of prepared data; nothing is tokenised."""
+
+    def __init__(self, folder: pathlib.Path, tokenizer: Tokenizer):
+        """Opens the folder; `open_prepared` also checks whether it holds what is wanted.
+
+        Raises:
+            DataError: its files are not those that were written.
+        """
+        self.folder, self.tokenizer = folder, tokenizer
+        self.manifest = read_manifest(folder)
+        self._dtype = id_dtype(self.manifest.settings["vocab_size"])
+        self._starts = [0, *itertools.accumulate(count for _, _, count in self.manifest.shards)]
+        self._files: dict[int, Any] = {}
+        self._lock = threading.Lock()  # training and validation read in threads of their own
+        for name, size, _ in self.manifest.shards:
+            path = folder / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                what = "is missing" if found is None else f"has {found} bytes, {size} were written"
+                raise DataError(f"{path}: {what}; {_AGAIN}")
+
+    def __reduce__(self) -> tuple[type["PreparedReader"], tuple[pathlib.Path, Tokenizer]]:
+        return PreparedReader, (self.folder, self.tokenizer)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __call__(self, numbers: Sequence[int], rng: np.random.Generator) -> list[Pairs]:
+        """The pairs of those records, always the same."""
+        found = []
+        for number, (ids, lengths) in zip(numbers, self._read(numbers), strict=True):
+            if len(ids) and ids.max() >= self.tokenizer.vocab_size:
+                raise DataError(
+                    f"{self.folder}: record {number} holds the id {ids.max()}, the tokenizer has "
+                    f"{self.tokenizer.vocab_size}; {_AGAIN}"
+                )
+            if not len(lengths):
+                found.append(np.zeros((0, 3), np.int32))
+                continue
+            learned: bool | np.ndarray = bool(lengths[-1] & 1)
+            if len(lengths) > 1:
+                # EOS belongs to the last segment.
+                learned = np.append(np.repeat(lengths & 1, lengths >> 1), lengths[-1] & 1)
+            found.append(make_pairs(ids, learned, self.tokenizer))
+        return found
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Checksum of all records, and the files that they were made of."""
+        return {"digest": self.manifest.digest, "files": self.manifest.files}
+
+    def record(self, number: int) -> Record:
+        """The record's text, from its ids; what the tokenizer does not give back exactly is not exact here."""
+        ids, lengths = self._read([checked(number, len(self))])[0]
+        stops = np.cumsum(lengths >> 1)
+        pieces = np.split(ids, stops[:-1])
+        return tuple(
+            Segment(self.tokenizer.decode(piece.tolist()), bool(length & 1))
+            for piece, length in zip(pieces if len(lengths) else (), lengths, strict=True)
+        )
+
+    def _read(self, numbers: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The ids of each record, and its head: of each segment the doubled length, plus 1 if it is learned."""
+        shards = [bisect.bisect_right(self._starts, number) - 1 for number in numbers]
+        found: list[bytes] = [b""] * len(numbers)
+        for shard in set(shards):
+            places = [place for place, owner in enumerate(shards) if owner == shard]
+            wanted = [numbers[place] - self._starts[shard] for place in places]
+            for place, record in zip(places, self._read_shard(shard, wanted), strict=True):
+                found[place] = record
+        return [self._parse(record, number) for record, number in zip(found, numbers, strict=True)]
+
+    def _read_shard(self, shard: int, wanted: list[int]) -> list[bytes]:
+        path = self.folder / self.manifest.shards[shard][0]
+        try:
+            with self._lock:
+                if shard not in self._files:
+                    self._files[shard] = ArrayRecordReader(str(path), _READER_OPTIONS, file_reader_buffer_size=1 << 15)
+                records = self._files[shard].read(wanted)
+                if self._files[shard].ok():
+                    return records
+            what = "not a whole ArrayRecord file"
+        except (RuntimeError, IndexError) as error:
+            what = str(error)
+        raise DataError(f"{path}: damaged ({what}); {_AGAIN}")
+
+    def _parse(self, record: bytes, number: int) -> tuple[np.ndarray, np.ndarray]:
+        count = int.from_bytes(record[:4], "little")
+        at = 4 + 4 * count
+        lengths = np.frombuffer(record, "<u4", count, 4) if 4 <= at <= len(record) else np.zeros(0, "<u4")
+        if (not count and not is_empty(record)) or at + int((lengths >> 1).sum()) * self._dtype.itemsize != len(record):
+            raise DataError(f"{self.folder}: record {number} is damaged; {_AGAIN}")
+        return np.frombuffer(record, self._dtype, offset=at), lengths
+
+
+def open_prepared(folder: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer) -> PreparedReader:
+    """The prepared data of a corpus.
+
+    Raises:
+        DataError: the folder holds other data, or ids of another tokenizer, or is damaged.
+    """
+    reader = PreparedReader(folder, tokenizer)
+    manifest, wanted = reader.manifest, settings_of(corpus, tokenizer)
+    changed = [
+        f"{name}={now!r} here, {manifest.settings.get(name)!r} in the prepared data"
+        for name, now in wanted.items()
+        if manifest.settings.get(name) != now
+    ]
+    try:
+        files = corpus.names_and_sizes()
+    except DataError:
+        files = manifest.files  # prepared data may travel without what it was made of
+    if files != manifest.files:
+        names = sorted({str(name) for name, _ in _differing(files, manifest.files)})
+        changed.append(
+            f"files {_amount(files)} here, {_amount(manifest.files)} in the prepared data (not the same: "
+            f"{', '.join(names[:3])}{' and others' if len(names) > 3 else ''})"
+        )
+    if manifest.largest_id >= tokenizer.vocab_size:
+        changed.append(f"vocab_size={tokenizer.vocab_size} here, an id {manifest.largest_id} in the prepared data")
+    if manifest.malformed > corpus.max_malformed:
+        changed.append(f"max_malformed={corpus.max_malformed} here, {manifest.malformed} in the prepared data")
+    if changed:
+        raise DataError(
+            f"{folder}: the prepared data does not fit: {'; '.join(changed)}; "
+            "set it back, name another data.prepared, or delete the folder, so that the data is prepared again"
+        )
+    return reader
+
+
+def _amount(files: list[list[Any]]) -> str:
+    return f"{len(files)} of {sum(size for _, size in files):,} bytes"
+
+
+def _differing(some: list[list[Any]], others: list[list[Any]]) -> list[list[Any]]:
+    return [file for file in some if file not in others] + [file for file in others if file not in some]

@@ -1,0 +1,149 @@
+"""Files that are read as one, and their records one after the other."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from memjax.data.sources.files import MAX_RECORD_BYTES, DataFile, Payload, Stream, UnreadableError, find_files
+from memjax.data.sources.lines import LineRecords
+from memjax.data.sources.parsing import Keys, MalformedError
+from memjax.data.sources.records import Record
+from memjax.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Files that are read as one, in order. They are listed once and, where they are plain, scanned once."""
+
+    name: str
+    """The folder of its prepared data."""
+    path: str
+    """A file, a folder or a glob."""
+    source: Literal["jsonl", "text", "files"]
+    """How lines are read."""
+    field: str
+    """The config field that names the path, for messages."""
+    keys: Keys = dataclasses.field(default_factory=Keys)
+    """The fields that hold the text."""
+    malformed: Literal["strict", "skip"] = "strict"
+    """What becomes of a record that cannot be used."""
+    max_malformed: int = 1000
+    """The most that may be left out."""
+    damaged_files: Literal["strict", "skip"] = "strict"
+    """What becomes of a file of which a part cannot be read."""
+    max_record_bytes: int = MAX_RECORD_BYTES
+    """The largest record."""
+    weight: float = 1.0
+    """Its share of a mixture."""
+
+    @functools.cached_property
+    def files(self) -> list[DataFile]:
+        """Its files.
+
+        Raises:
+            DataError: there are none.
+        """
+        return find_files(self.path, self.source, self.field)
+
+    @property
+    def is_random_access(self) -> bool:
+        """Whether all its files can be read at random as they are."""
+        return all(file.is_random_access for file in self.files)
+
+    @functools.cached_property
+    def lines(self) -> LineRecords:
+        """The records of plain files.
+
+        Raises:
+            DataError: a file cannot be read or holds no text.
+        """
+        return LineRecords(self.files, self.keys, field=self.field, max_bytes=self.max_record_bytes)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides, beside the files and the tokenizer, which records they give."""
+        return {"source": self.source, **dataclasses.asdict(self.keys), "malformed": self.malformed}
+
+    def names_and_sizes(self) -> list[list[Any]]:
+        """Name and size of every file, which stay when files are copied."""
+        base = pathlib.Path(self.path)
+        return [
+            [file.path.relative_to(base).as_posix() if base.is_dir() else file.path.name, file.path.stat().st_size]
+            for file in self.files
+        ]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Name, size and samples of every plain file."""
+        sampled = zip(self.names_and_sizes(), self.lines.fingerprint(), strict=True)
+        return {"files": [[name, size, samples] for (name, _), (size, samples) in sampled]}
+
+
+class CorpusStream:
+    """The payloads of all files of a corpus, and what becomes of those that cannot be used."""
+
+    def __init__(self, corpus: Corpus):
+        """Finds the files.
+
+        Raises:
+            DataError: there are none.
+        """
+        self.corpus = corpus
+        self.files = corpus.files
+        self.total_bytes = sum(file.path.stat().st_size for file in self.files)
+        self.num_malformed = 0
+        self.examples: list[str] = []
+        """The first payloads that were left out, and why."""
+        self._bytes_before = 0
+        self._stream: Stream | None = None
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the files that are done with, as they lie on disk."""
+        return self._bytes_before + (self._stream.bytes_read if self._stream else 0)
+
+    def __iter__(self) -> Iterator[tuple[int, int, Payload]]:
+        """The number of the file, the number of the payload in it, and the payload."""
+        for index, file in enumerate(self.files):
+            self._stream = Stream(file, self.corpus.keys, self.corpus.max_record_bytes)
+            for number, payload in self._stream:
+                yield index, number, payload
+            self._bytes_before += file.path.stat().st_size
+            self._stream = None
+
+    def records(self) -> Iterator[Record]:
+        """All records that can be used.
+
+        Raises:
+            DataError: one cannot be used, and may not be left out.
+        """
+        for index, number, payload in self:
+            try:
+                yield self.files[index].record(payload, self.corpus.keys)
+            except MalformedError as error:
+                self.leave_out(index, number, error)
+
+    def leave_out(self, index: int, number: int, error: MalformedError) -> None:
+        """Counts a payload that cannot be used.
+
+        Raises:
+            DataError: it may not be left out, or too many were.
+        """
+        where = f"{self.files[index].path}:{number}: {error}"
+        if isinstance(error, UnreadableError) and error.lost is not None and self.corpus.damaged_files == "strict":
+            raise DataError(
+                f"{where}, or keep what can be read of such files with data.malformed=skip and data.damaged_files=skip"
+            )
+        if self.corpus.malformed == "strict":
+            raise DataError(f"{where}; or leave such records out with data.malformed=skip")
+        self.num_malformed += 1
+        if len(self.examples) < _NUM_EXAMPLES:
+            self.examples.append(where)
+        if self.num_malformed > self.corpus.max_malformed:
+            raise DataError(
+                f"{self.corpus.path}: more than data.max_malformed={self.corpus.max_malformed} records cannot be used, "
+                f"the last at {where}; mend the files or raise the limit. The first:\n  " + "\n  ".join(self.examples)
+            )
+
+
+_NUM_EXAMPLES = 10

@@ -1,0 +1,389 @@
+"""The files that a path names, their formats, and their records one after the other."""
+
+import contextlib
+import dataclasses
+import glob
+import gzip
+import io
+import itertools
+import lzma
+import pathlib
+import zlib
+from collections.abc import Iterable, Iterator
+from types import ModuleType
+from typing import Any, BinaryIO, Literal
+
+from memjax.data.sources.parsing import Keys, MalformedError, fields_record, json_fields, json_record, text_record
+from memjax.data.sources.records import Record
+from memjax.errors import DataError
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+Format = Literal["jsonl", "text", "parquet", "array_record"]
+MAX_RECORD_BYTES = 64_000_000
+"""The default of `data.max_record_bytes`."""
+Payload = bytes | dict[str, Any] | MalformedError
+"""A record as its file has it: a line, the bytes of an ArrayRecord, fields of a Parquet row, or why there is none."""
+
+_FORMATS: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".txt": "text",
+    ".text": "text",
+    ".parquet": "parquet",
+    ".array_record": "array_record",
+    ".arrayrecord": "array_record",
+}
+_COMPRESSIONS = (".gz", ".xz", ".zst")
+_ROWS_AT_ONCE = 1024
+_RECORDS_AT_ONCE = 256
+_SKIPPED_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 16
+_XZ_MEMORY = 1 << 30
+"""A dictionary that takes more is refused; xz -9 takes 65 MB."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DataFile:
+    """A file with records."""
+
+    path: pathlib.Path
+    format: Format
+    """text and jsonl have a record in every line that is not blank."""
+    as_text: bool
+    """ArrayRecord: whether a record is a text, not a JSON object."""
+
+    @property
+    def compression(self) -> str:
+        """.gz, .xz, .zst or nothing."""
+        return self.path.suffix if self.path.suffix in _COMPRESSIONS else ""
+
+    @property
+    def is_random_access(self) -> bool:
+        """Whether records can be found without reading what is before them."""
+        return self.format in ("jsonl", "text") and not self.compression
+
+    def record(self, payload: Payload, keys: Keys) -> Record:
+        """The record that a payload of this file holds.
+
+        Raises:
+            MalformedError: it cannot be used.
+        """
+        if isinstance(payload, MalformedError):
+            raise payload
+        if isinstance(payload, dict):
+            return fields_record(payload, keys)
+        return text_record(payload) if self.as_text else json_record(payload, keys)
+
+
+def find_files(path: str, source: Literal["jsonl", "text", "files"], field: str) -> list[DataFile]:
+    """The files of a path in sorted order.
+
+    Of a folder, whatever lies below it with a suffix that the source reads; of a glob, all that it finds.
+
+    Args:
+        path: a file, a folder or a glob.
+        source: what lines are; Parquet and ArrayRecord are known by their suffix. files goes by the suffix alone.
+        field: the config field that names the path, for messages.
+
+    Raises:
+        DataError: there is no file, or its suffix does not say what it is.
+    """
+    place = pathlib.Path(path)
+    if place.is_dir():
+        kinds = _FORMATS.values() if source == "files" else (source, "parquet", "array_record")
+        below = sorted(file for file in place.rglob("*") if file.is_file() and _suffix_format(file) in kinds)
+        if not below:
+            raise DataError(
+                f"{path}: the folder holds no file that ends in {_suffixes(kinds)} (.gz, .xz or .zst may follow); "
+                f"set {field} to a file, a folder of files or a glob"
+            )
+        return [_data_file(file, source, field) for file in below]
+    if place.is_file():
+        return [_data_file(place, source, field)]
+    if not glob.has_magic(path):
+        raise DataError(f"{path}: there is no such file; set {field} to a file that can be read")
+    found = sorted(pathlib.Path(file) for file in glob.glob(path, recursive=True))
+    if not (files := [file for file in found if file.is_file()]):
+        raise DataError(f"{path}: there is no such file: the glob finds nothing; set {field} to one that does")
+    return [_data_file(file, source, field) for file in files]
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordFiles:
+    """The records of a path that a command line names, read as training reads its data: by suffix, packed or not.
+
+    Other suffixes are text. Iterating reads the files anew.
+    """
+
+    path: str
+    """A file, a folder or a glob."""
+    field: str
+    """The option that names it, for messages."""
+    keys: Keys = dataclasses.field(default_factory=Keys)
+    """The fields that hold the text."""
+
+    def fields(self, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The place and the fields of every record; a text is the field `name`.
+
+        Raises:
+            DataError: a file cannot be read, or a record of JSON lines is no object.
+        """
+        for file, place, payload in self._payloads():
+            try:
+                if isinstance(payload, dict):
+                    yield place, payload
+                elif isinstance(payload, bytes) and not file.as_text:
+                    yield place, json_fields(payload)
+                else:
+                    yield place, {name: file.record(payload, self.keys)[0].text}
+            except MalformedError as error:
+                raise DataError(f"{place}: {error}") from error
+
+    def __iter__(self) -> Iterator[Record]:
+        """The records.
+
+        Raises:
+            DataError: a file or a record cannot be read.
+        """
+        for file, place, payload in self._payloads():
+            try:
+                yield file.record(payload, self.keys)
+            except MalformedError as error:
+                raise DataError(f"{place}: {error}") from error
+
+    def _payloads(self) -> Iterator[tuple[DataFile, str, Payload]]:
+        path = pathlib.Path(self.path)
+        known = path.is_dir() or glob.has_magic(self.path) or _suffix_format(path) is not None
+        for file in find_files(self.path, "files" if known else "text", self.field):
+            for number, payload in Stream(file, self.keys):
+                yield file, f"{file.path}:{number}", payload
+
+
+class UnreadableError(MalformedError):
+    """A file holds nothing, or from some place on cannot be read; no record is meant."""
+
+    def __init__(self, message: str, lost: float | None = None):
+        """Takes the message, and the share of the file's bytes that is not read; None for a file that is empty."""
+        super().__init__(message)
+        self.lost = lost
+
+    def __reduce__(self) -> tuple[type["UnreadableError"], tuple[str, float | None]]:
+        return UnreadableError, (str(self), self.lost)
+
+
+def too_large(limit: int) -> MalformedError:
+    """Why a record of more bytes than the limit is not read."""
+    return MalformedError(
+        f"a record of more than data.max_record_bytes={limit:,} bytes; split it, or raise data.max_record_bytes"
+    )
+
+
+class Stream:
+    """The payloads of one file in order, each with its number (line, row or record, from 1).
+
+    Where the file is cut off or damaged an UnreadableError is the last payload, as it is the only one of an empty file.
+    """
+
+    def __init__(self, file: DataFile, keys: Keys, max_bytes: int = MAX_RECORD_BYTES):
+        """Opens nothing yet.
+
+        Args:
+            file: what to read.
+            keys: the columns that are read of a Parquet file.
+            max_bytes: the largest record; of a larger one no more is read into memory.
+        """
+        self.file, self.keys, self.max_bytes = file, keys, max_bytes
+        self.bytes_read = 0
+        """Bytes of the file that are done with, as it lies on disk."""
+
+    def __iter__(self) -> Iterator[tuple[int, Payload]]:
+        """Reads the file.
+
+        Raises:
+            DataError: a package to read it with is not there.
+        """
+        read = {"parquet": self._rows, "array_record": self._records}.get(self.file.format, self._lines)
+        number = 0
+        try:
+            for number, payload in read():
+                yield number, payload
+            if number == 0:
+                yield 1, UnreadableError("the file holds no text; remove it, or give it a record")
+        except DataError:
+            raise
+        except (OSError, EOFError, ValueError, MemoryError, lzma.LZMAError, zlib.error, _BrokenFileError) as error:
+            lost = 1 - self.bytes_read / max(1, self.file.path.stat().st_size)
+            share = f"; about {lost:.0%} of its bytes are not read" if lost >= 0.005 else ""
+            message = f"the file is cut off or damaged here ({error}), and what follows is lost{share}"
+            yield number + 1, UnreadableError(f"{message}; make it again", lost)
+
+    def _lines(self) -> Iterator[tuple[int, Payload]]:
+        with self.file.path.open("rb") as raw, _decompressed(self.file, raw) as lines:
+            for number in itertools.count(1):
+                line = lines.readline(self.max_bytes + 2)
+                if not line:
+                    return
+                if number == 1:
+                    line = line.removeprefix(BYTE_ORDER_MARK)
+                is_whole = line.endswith(b"\n") or len(line) <= self.max_bytes
+                while not line.endswith(b"\n") and (more := lines.readline(_SKIPPED_BYTES)):
+                    line = more[-1:]
+                line = line.removesuffix(b"\n").removesuffix(b"\r")
+                self.bytes_read = raw.tell()
+                if not is_whole:
+                    yield number, too_large(self.max_bytes)
+                elif line.strip():
+                    yield number, line
+
+    def _rows(self) -> Iterator[tuple[int, Payload]]:
+        arrow = _pyarrow(self.file.path)
+        size = self.file.path.stat().st_size
+        number = 0
+        try:
+            with arrow.parquet.ParquetFile(self.file.path, page_checksum_verification=True) as table:
+                names = set(table.schema_arrow.names)
+                wanted = [name for name in dataclasses.astuple(self.keys) if name in names]
+                # A file without the fields is malformed row by row, like one of JSON lines.
+                for batch in table.iter_batches(_ROWS_AT_ONCE, columns=wanted or None):
+                    columns = {name: _values(batch.column(name)) for name in batch.schema.names}
+                    for row in range(batch.num_rows):
+                        number += 1
+                        self.bytes_read = size * number // max(1, table.metadata.num_rows)
+                        yield number, self._fields({name: values[row] for name, values in columns.items()})
+        except arrow.ArrowException as error:
+            raise _BrokenFileError(f"not a whole Parquet file: {error}") from error
+
+    def _fields(self, row: dict[str, Any]) -> Payload:
+        for value in row.values():
+            if isinstance(value, MalformedError):
+                return value
+            if isinstance(value, str | bytes) and len(value) > self.max_bytes:
+                return too_large(self.max_bytes)
+        return row
+
+    def _records(self) -> Iterator[tuple[int, Payload]]:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        size = self.file.path.stat().st_size
+        try:
+            # Closing a file that is none, or only half of one, says so too.
+            with contextlib.closing(ArrayRecordReader(str(self.file.path))) as reader:
+                count = reader.num_records()
+                for start in range(0, count, _RECORDS_AT_ONCE):
+                    numbers = range(start, min(start + _RECORDS_AT_ONCE, count))
+                    payloads = reader.read(list(numbers))
+                    if not reader.ok():
+                        break
+                    for number, payload in zip(numbers, payloads, strict=True):
+                        self.bytes_read = size * (number + 1) // count
+                        whole = len(payload) <= self.max_bytes
+                        yield number + 1, payload if whole else too_large(self.max_bytes)
+                if not reader.ok():
+                    raise _BrokenFileError("not a whole ArrayRecord file")
+        except RuntimeError as error:
+            raise _BrokenFileError(f"not a whole ArrayRecord file: {error}") from error
+
+
+class _BrokenFileError(Exception):
+    """A file is not what its suffix says, or not whole."""
+
+
+class _Xz(io.RawIOBase):
+    """The streams of an .xz file end to end.
+
+    `lzma.LZMAFile` takes a damaged header of a later stream for garbage after the end, and silently leaves out all that
+    follows.
+    """
+
+    def __init__(self, raw: BinaryIO):
+        self._raw = raw
+        self._stream = self._new()
+        self._packed = b""
+
+    @staticmethod
+    def _new() -> lzma.LZMADecompressor:
+        return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        while not data:
+            if self._stream.eof and not self._next_stream():
+                return 0
+            packed, self._packed = self._packed, b""
+            if not packed and self._stream.needs_input and not (packed := self._raw.read(_PIECE_BYTES)):
+                raise EOFError("the last stream has no end")
+            data = self._stream.decompress(packed, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _next_stream(self) -> bool:
+        packed = self._stream.unused_data
+        while not (rest := packed.lstrip(b"\0")):  # zeros pad a stream to a multiple of 4 bytes
+            if not (packed := self._raw.read(_PIECE_BYTES)):
+                return False
+        self._packed, self._stream = rest, self._new()
+        return True
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of a Parquet column; a MalformedError for each that its library cannot give, as bad UTF-8."""
+    try:
+        return column.to_pylist()
+    except ValueError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except ValueError as error:
+        return MalformedError(f"not a value that can be read ({error}); write the text as UTF-8")
+
+
+def _decompressed(file: DataFile, raw: BinaryIO) -> Any:
+    if file.compression == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if file.compression == ".xz":
+        return io.BufferedReader(_Xz(raw), 1 << 20)
+    if file.compression == ".zst":
+        return io.BufferedReader(_pyarrow(file.path).CompressedInputStream(raw, "zstd"), 1 << 20)
+    return raw
+
+
+def _pyarrow(path: pathlib.Path) -> ModuleType:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(
+            f"{path}: needs the package pyarrow, which cannot be imported ({error}); pip install pyarrow"
+        ) from error
+    return pyarrow
+
+
+def _data_file(path: pathlib.Path, source: Literal["jsonl", "text", "files"], field: str) -> DataFile:
+    found = _suffix_format(path)
+    if found in ("parquet", "array_record") and path.suffix in _COMPRESSIONS:
+        raise DataError(f"{path}: {found} files are compressed in themselves; unpack it, or set {field} to another")
+    if source != "files" and found not in ("parquet", "array_record"):
+        found = source
+    if found is None:
+        raise DataError(
+            f"{path}: the suffix does not say what the file is; name it {_suffixes(_FORMATS.values())} (.gz, .xz or "
+            ".zst may follow), or set the source to jsonl or text"
+        )
+    return DataFile(path, found, as_text=source == "text" or found == "text")
+
+
+def _suffix_format(path: pathlib.Path) -> Format | None:
+    name = path.with_suffix("") if path.suffix in _COMPRESSIONS else path
+    return _FORMATS.get(name.suffix)
+
+
+def _suffixes(formats: Iterable[str]) -> str:
+    wanted = set(formats)
+    return ", ".join(suffix for suffix, found in _FORMATS.items() if found in wanted)

@@ -1,0 +1,230 @@
+"""Kinds of data: what a config's `source` stands for, before there is a tokenizer. Each is one entry of `SOURCES`."""
+
+import pathlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Literal
+
+from memjax.config.data import BiographiesConfig, DataConfig
+from memjax.data.mixture import Split, num_training_records
+from memjax.data.pretokenized.prepare import prepare
+from memjax.data.pretokenized.store import is_prepared, open_prepared
+from memjax.data.sampling import spread_over_records, spread_over_stream
+from memjax.data.sources.biographies import BiographyRecords, QuestionRecords
+from memjax.data.sources.corpus import Corpus
+from memjax.data.sources.parsing import Keys
+from memjax.data.tokenize import Reader, TextReader
+from memjax.data.tokenizers.base import Tokenizer
+from memjax.errors import DataError
+
+_BIOGRAPHY_PASSES = 5
+"""Tellings of each record that a BPE is trained on: about as many as there are wordings."""
+
+
+class Source(ABC):
+    """One kind of data. Files are listed and scanned once, when they are first needed."""
+
+    def __init__(self, config: DataConfig):
+        """Opens nothing yet."""
+        self.config = config
+
+    @abstractmethod
+    def texts(self, num_bytes: int) -> Iterator[str]:
+        """Texts spread evenly over what is trained on, at least num_bytes if there are as many.
+
+        Raises:
+            DataError: the data cannot be used.
+        """
+
+    @abstractmethod
+    def open(self, tokenizer: Tokenizer) -> tuple[list[Split], list[Split]]:
+        """What is trained on, and what is held out for validation (may be empty).
+
+        Raises:
+            DataError: the data cannot be used, or prepared data is of something else.
+        """
+
+    @property
+    def people(self) -> BiographiesConfig | None:
+        """The people whose facts the data tells, for the recall test; None where it is of something else."""
+        return None
+
+    @property
+    def corpora(self) -> list[Corpus]:
+        """The files; none where data is generated."""
+        return []
+
+    @property
+    def problem(self) -> str | None:
+        """What the config lacks."""
+        return None
+
+
+class Biographies(Source):
+    """Generated people; validation asks the questions of those that are not asked about in training."""
+
+    def texts(self, num_bytes: int) -> Iterator[str]:
+        """Statements and questions in all wordings."""
+        return spread_over_records(BiographyRecords(self.config.biographies), _BIOGRAPHY_PASSES, num_bytes)
+
+    def open(self, tokenizer: Tokenizer) -> tuple[list[Split], list[Split]]:
+        """Statements and questions; questions of other people."""
+        people = self.config.biographies
+        training, validation = (
+            Split.of(TextReader(records, tokenizer)) for records in (BiographyRecords(people), QuestionRecords(people))
+        )
+        return [training], [validation]
+
+    @property
+    def people(self) -> BiographiesConfig:
+        """The generated people."""
+        return self.config.biographies
+
+
+class Files(Source):
+    """The files of a path: plain ones are read as they are, others from prepared data."""
+
+    def __init__(self, config: DataConfig):
+        """Opens nothing yet."""
+        super().__init__(config)
+        self.training = [] if self.problem else self._training()
+        self.validation = self._validation()
+
+    def _training(self) -> list[Corpus]:
+        assert self.config.path is not None
+        assert self.config.source in ("jsonl", "text", "files")
+        return [self._corpus(name="training", path=self.config.path, source=self.config.source, field="data.path")]
+
+    def _validation(self) -> Corpus | None:
+        if self.config.validation_path is None:
+            return None
+        source = self.config.source if self.config.source in ("jsonl", "text") else "files"
+        return self._corpus(
+            name="validation", path=self.config.validation_path, source=source, field="data.validation_path"
+        )
+
+    def _corpus(
+        self, *, name: str, path: str, source: Literal["jsonl", "text", "files"], field: str, weight: float = 1.0
+    ) -> Corpus:
+        config = self.config
+        return Corpus(
+            name=name,
+            path=path,
+            source=source,
+            field=field,
+            weight=weight,
+            keys=Keys.of(config),
+            malformed=config.malformed,
+            max_malformed=config.max_malformed,
+            damaged_files=config.damaged_files,
+            max_record_bytes=config.max_record_bytes,
+        )
+
+    @property
+    def problem(self) -> str | None:
+        """A path that is missing."""
+        if self.config.path is not None:
+            return None
+        return f"data.path is null: source={self.config.source} needs a file; set --data.path FILE"
+
+    @property
+    def corpora(self) -> list[Corpus]:
+        """What is trained on, then what is validated with."""
+        return [*self.training, *([self.validation] if self.validation else [])]
+
+    def texts(self, num_bytes: int) -> Iterator[str]:
+        """Texts of every corpus by its weight."""
+        self._check()
+        if not any(map(self._must_be_prepared, self.training)):
+            (corpus,) = self.training
+            yield from spread_over_records(corpus.lines, 1, num_bytes, self._num_training(corpus, len(corpus.lines)))
+            return
+        total = sum(corpus.weight for corpus in self.training)
+        for corpus in self.training:
+            yield from spread_over_stream(corpus, num_bytes * corpus.weight / total)
+
+    def open(self, tokenizer: Tokenizer) -> tuple[list[Split], list[Split]]:
+        """The splits of each corpus; data that must be prepared and is not is prepared here."""
+        self._check()
+        readers = [self._reader(corpus, tokenizer) for corpus in self.training]
+        training, held_out = [], []
+        for corpus, reader in zip(self.training, readers, strict=True):
+            stop = self._num_training(corpus, len(reader))
+            training.append(Split(reader=reader, start=0, stop=stop, weight=corpus.weight))
+            if stop < len(reader):
+                held_out.append(Split(reader=reader, start=stop, stop=len(reader), weight=corpus.weight))
+        if self.validation is not None:
+            return training, [Split.of(self._reader(self.validation, tokenizer))]
+        return training, held_out
+
+    def prepare(self, tokenizer: Tokenizer, *, every_seconds: float) -> None:
+        """Prepares all corpora, also those that could be read as they are.
+
+        Raises:
+            DataError: records cannot be used.
+        """
+        for corpus in self.corpora:
+            prepare(corpus, tokenizer, self._folder(corpus), every_seconds=every_seconds)
+
+    def _check(self) -> None:
+        if self.problem:
+            raise DataError(self.problem)
+
+    def _must_be_prepared(self, corpus: Corpus) -> bool:
+        """Whether it cannot be read as it is. Records that are left out are counted, which takes a look at all."""
+        return corpus.malformed == "skip" or not corpus.is_random_access
+
+    def _folder(self, corpus: Corpus) -> pathlib.Path:
+        if self.config.prepared is None:
+            raise DataError(f"data.prepared is not set; {corpus.path} must be prepared, which takes a folder")
+        return pathlib.Path(self.config.prepared) / corpus.name
+
+    def _reader(self, corpus: Corpus, tokenizer: Tokenizer) -> Reader:
+        has_folder = self.config.prepared is not None
+        if not (has_folder and is_prepared(self._folder(corpus))) and not self._must_be_prepared(corpus):
+            return TextReader(corpus.lines, tokenizer, corpus.fingerprint())
+        folder = self._folder(corpus)
+        prepare(corpus, tokenizer, folder)
+        return open_prepared(folder, corpus, tokenizer)
+
+    def _num_training(self, corpus: Corpus, count: int) -> int:
+        fraction = self.config.validation_fraction if self.validation is None else 0.0
+        return num_training_records(count, fraction, corpus.path)
+
+
+class Mixture(Files):
+    """Several corpora, weighted by their tokens, which only prepared data knows."""
+
+    def _training(self) -> list[Corpus]:
+        return [
+            self._corpus(
+                name=f"mixture-{part.name}",
+                path=part.path,
+                source=part.source,
+                field=f"data.mixture[{number}].path",
+                weight=part.weight,
+            )
+            for number, part in enumerate(self.config.mixture)
+        ]
+
+    @property
+    def problem(self) -> str | None:
+        """Nothing: the config has checked that there are parts."""
+        return None
+
+    def _must_be_prepared(self, corpus: Corpus) -> bool:
+        return True
+
+
+SOURCES: dict[str, type[Source]] = {
+    "biographies": Biographies,
+    "jsonl": Files,
+    "text": Files,
+    "files": Files,
+    "mixture": Mixture,
+}
+
+
+def find_source(config: DataConfig) -> Source:
+    """The data that a config names; files are listed and scanned when they are first needed."""
+    return SOURCES[config.source](config)

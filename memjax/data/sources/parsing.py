@@ -1,0 +1,113 @@
+"""From the bytes or fields of a record to its segments, whatever file they come from."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from memjax.config.data import DataConfig
+from memjax.data.sources.records import Record, Segment
+
+
+class MalformedError(ValueError):
+    """A record cannot be used; the message says what is wrong and what to do, the caller knows where."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Keys:
+    """The fields that hold the text of a record."""
+
+    text: str = "text"
+    """A whole document, all of it learned; it wins over the other two."""
+    prompt: str = "prompt"
+    """A prompt, which is read."""
+    answer: str = "answer"
+    """Its answer, which is learned."""
+
+    @classmethod
+    def of(cls, config: DataConfig) -> "Keys":
+        """Those that the config names."""
+        return cls(config.text_key, config.prompt_key, config.answer_key)
+
+
+def text_record(line: bytes) -> Record:
+    """A document that is its bytes.
+
+    Raises:
+        MalformedError: they are not text.
+    """
+    if b"\0" in line:
+        raise MalformedError("holds a NUL byte, which no text does; save the file as UTF-8 text or remove the line")
+    return (Segment(_decode(line), True),)
+
+
+def json_record(line: bytes, keys: Keys) -> Record:
+    """A JSON object with a text, or with a prompt that is read and an answer that is learned.
+
+    Raises:
+        MalformedError: it is none, or its fields cannot be used.
+    """
+    return fields_record(json_fields(line), keys)
+
+
+def json_fields(line: bytes) -> dict[str, Any]:
+    """The fields of a JSON object.
+
+    Raises:
+        MalformedError: it is none.
+    """
+    try:
+        fields = json.loads(_decode(line))
+    except MalformedError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise MalformedError(f"not JSON ({error}); write one whole JSON object a line") from error
+    if not isinstance(fields, dict):
+        raise MalformedError(f"a JSON {_kind(fields)}, not an object; write one JSON object a line")
+    return fields
+
+
+def fields_record(fields: Mapping[str, Any], keys: Keys) -> Record:
+    """The record that fields of a JSON object or a table's row make.
+
+    Raises:
+        MalformedError: the fields are not there or cannot be used.
+    """
+    if keys.text in fields:
+        return (Segment(_text(fields, keys.text), True),)
+    if keys.prompt not in fields or keys.answer not in fields:
+        raise MalformedError(
+            f"has the fields {sorted(fields)}, but neither {keys.text!r} nor both {keys.prompt!r} and "
+            f"{keys.answer!r}; set data.text_key, or data.prompt_key and data.answer_key, to fields it has"
+        )
+    prompt, answer = _text(fields, keys.prompt), _text(fields, keys.answer)
+    gap = "" if prompt[-1].isspace() or answer[0].isspace() else " "
+    return Segment(prompt, False), Segment(gap + answer, True)
+
+
+def _decode(line: bytes) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise MalformedError(f"not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8") from error
+
+
+def _text(fields: Mapping[str, Any], key: str) -> str:
+    text = fields[key]
+    if not isinstance(text, str):
+        raise MalformedError(f"field {key!r} is a JSON {_kind(text)}, not a string; put the text in quotes")
+    if not text:
+        raise MalformedError(f"field {key!r} is an empty string; give it a text or remove the line")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise MalformedError(
+                f"field {key!r} holds half of a surrogate pair ({text[error.start]!a}); write both halves"
+            ) from error
+    return text
+
+
+def _kind(value: object) -> str:
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")

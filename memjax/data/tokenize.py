@@ -1,0 +1,161 @@
+"""Records by number as token ids, from text that is tokenised as it is read, or from several readers as one."""
+
+import bisect
+import itertools
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from memjax.data.sources.records import Record, Records
+from memjax.data.tokenizers.base import Tokenizer
+
+Pairs = Int32[np.ndarray, "_ 3"]
+"""Of one record: the tokens, their targets, and 1 where the target is learned plus twice the number of its part."""
+
+_CACHED_LETTERS = 200
+_CACHED_TEXTS = 100_000
+_RECORDS_UNTIL_STOPPED = 16
+
+
+class Reader(ABC):
+    """Records by number, as pairs. Readers are picklable: worker processes get a copy."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __call__(self, numbers: Sequence[int], rng: np.random.Generator) -> list[Pairs]:
+        """The pairs of those records, in wordings from rng where there are several.
+
+        Raises:
+            DataError: a record cannot be used.
+        """
+
+    @abstractmethod
+    def record(self, number: int) -> Record:
+        """The text of a record."""
+
+    def fingerprint(self) -> dict[str, Any] | None:
+        """What tells these records from others, as JSON values; None where the settings decide them."""
+        return None
+
+
+class TextReader(Reader):
+    """Tokenises records as they are read."""
+
+    def __init__(self, records: Records, tokenizer: Tokenizer, fingerprint: dict[str, Any] | None = None):
+        self.records, self.tokenizer = records, tokenizer
+        self._fingerprint = fingerprint
+        # Generated data repeats its texts all the time; documents are too long to be worth remembering.
+        self._known: dict[str, list[int]] = {}
+
+    def __reduce__(self) -> tuple[type["TextReader"], tuple[Any, ...]]:
+        return TextReader, (self.records, self.tokenizer, self._fingerprint)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def record(self, number: int) -> Record:
+        """The record as it is."""
+        return self.records[number]
+
+    def fingerprint(self) -> dict[str, Any] | None:
+        """That of the files."""
+        return self._fingerprint
+
+    def __call__(self, numbers: Sequence[int], rng: np.random.Generator) -> list[Pairs]:
+        """The pairs of those records, in wordings from rng."""
+        records = [self.records.draw(number, rng) for number in numbers]
+        if len(self._known) > _CACHED_TEXTS:
+            self._known = {}
+        known = self._known  # which the validation, in another thread, may replace meanwhile
+        new = list({segment.text for record in records for segment in record if segment.text not in known})
+        ids = dict(zip(new, self.tokenizer.encode_batch(new), strict=True))
+        known.update((text, found) for text, found in ids.items() if len(text) <= _CACHED_LETTERS)
+        return [self._pairs(record, ids, known) for record in records]
+
+    def _pairs(self, record: Record, ids: dict[str, list[int]], known: dict[str, list[int]]) -> Pairs:
+        tokens: list[int] = []
+        learned: list[bool] = []
+        for text, is_learned in record:
+            segment = ids[text] if text in ids else known[text]
+            tokens += segment
+            learned += [is_learned] * len(segment)
+        # EOS belongs to the last segment.
+        learned.append(bool(record) and record[-1].learned)
+        return make_pairs(tokens, learned, self.tokenizer)
+
+
+def make_pairs(
+    tokens: Sequence[int] | np.ndarray, learned: bool | Sequence[bool] | np.ndarray, tokenizer: Tokenizer
+) -> Pairs:
+    """The pairs of a record between its begin and its end.
+
+    Args:
+        tokens: its ids, without the special ones.
+        learned: of every token, then of the end; or of all of them.
+        tokenizer: knows begin and end.
+    """
+    pairs = np.empty((len(tokens) + 1, 3), np.int32)
+    pairs[0, 0] = tokenizer.bos_id
+    pairs[1:, 0] = tokens
+    pairs[:-1, 1] = pairs[1:, 0]
+    pairs[-1, 1] = tokenizer.eos_id
+    pairs[:, 2] = learned
+    return pairs
+
+
+class StoppableReader(Reader):
+    """Another reader's records, a few at a time, until it is told to stop: a block of long ones takes seconds."""
+
+    def __init__(self, reader: Reader, stop: threading.Event):
+        self.reader, self.stop = reader, stop
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def record(self, number: int) -> Record:
+        """The record as the reader has it."""
+        return self.reader.record(number)
+
+    def __call__(self, numbers: Sequence[int], rng: np.random.Generator) -> list[Pairs]:
+        """The pairs of those records, the same as if all were read at once."""
+        found: list[Pairs] = []
+        for at in range(0, len(numbers), _RECORDS_UNTIL_STOPPED):
+            if self.stop.is_set():
+                raise InterruptedError("the data was closed")
+            found += self.reader(numbers[at : at + _RECORDS_UNTIL_STOPPED], rng)
+        return found
+
+
+class JoinedReader(Reader):
+    """The records of several parts, those of the first, then those of the second; pairs tell the number of the part."""
+
+    def __init__(self, parts: Sequence[Reader]):
+        self.parts = tuple(parts)
+        self.starts = [0, *itertools.accumulate(map(len, self.parts))]
+        """The number of each part's first record, and the number of all records."""
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def record(self, number: int) -> Record:
+        """The record as its part has it."""
+        part = bisect.bisect_right(self.starts, number) - 1
+        return self.parts[part].record(number - self.starts[part])
+
+    def __call__(self, numbers: Sequence[int], rng: np.random.Generator) -> list[Pairs]:
+        """The pairs of those records, each read by its part."""
+        owners = [bisect.bisect_right(self.starts, number) - 1 for number in numbers]
+        found: dict[int, Pairs] = {}
+        for part, (reader, start) in enumerate(zip(self.parts, self.starts, strict=False)):
+            places = [place for place, owner in enumerate(owners) if owner == part]
+            if places:
+                for place, pairs in zip(places, reader([numbers[p] - start for p in places], rng), strict=True):
+                    pairs[:, 2] |= part << 1
+                    found[place] = pairs
+        return [found[place] for place in range(len(numbers))]

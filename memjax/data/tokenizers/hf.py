@@ -1,0 +1,136 @@
+"""Byte-level BPE from a tokenizer.json of the Hugging Face tokenizers library: GPT-2, Llama 3 and their kin."""
+
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import tokenizers
+
+from memjax.data.tokenizers.base import Tokenizer, begin_and_end, byte_letters, bytes_by_id, whole_unicode
+
+
+class HfTokenizer(Tokenizer):
+    """Encodes as the library does, without the special tokens that its post-processor would add."""
+
+    kind: ClassVar[str] = "hf"
+
+    def __init__(self, description: Any, *, bos: str | None = None, eos: str | None = None):
+        """Takes the content of a tokenizer.json, and the names of the begin and the end token where they are not known.
+
+        Raises:
+            ValueError: it is no byte-level BPE, or has no such token.
+        """
+        _check_byte_level(description)
+        # Whoever saved it may have left a length in it, to which texts would be cut, or BPE dropout, which draws.
+        self._description = {**description, "truncation": None, "padding": None}
+        if description["model"].get("dropout") is not None:
+            self._description["model"] = {**description["model"], "dropout": None}
+        self._tokenizer = read_description(self._description)
+        added = self._tokenizer.get_added_tokens_decoder()
+        vocab = self._tokenizer.get_vocab()
+        if missing := [letter for letter in byte_letters() if letter not in vocab]:
+            raise ValueError(f"its BPE lacks {len(missing)} of the 256 bytes; texts would lose them")
+        known = {index: b"" if token.special else token.content.encode() for index, token in added.items()}
+        token_bytes = bytes_by_id(vocab, known)
+        if wrong := [token for token in _added(description) if _content(added.get(token["id"])) != token["content"]]:
+            raise ValueError(
+                f"its added token {wrong[0]['content']!r} has the id {wrong[0]['id']} in the file, which the "
+                "tokenizers library does not give it"
+            )
+        special_tokens = {token.content: index for index, token in sorted(added.items()) if token.special}
+        self._bos, self._eos = bos, eos
+        bos_id, eos_id = begin_and_end(special_tokens, bos, eos)
+        super().__init__(token_bytes, special_tokens, bos_id=bos_id, eos_id=eos_id)
+        self.added_words = tuple(token.content for _, token in sorted(added.items()) if not token.special)
+        # A text that spells a special token is a text.
+        self._tokenizer.encode_special_tokens = True
+        ids_of_special = set(special_tokens.values())
+        for name, ids in zip(special_tokens, self.encode_batch(list(special_tokens)), strict=True):
+            if not ids_of_special.isdisjoint(ids):
+                raise ValueError(f"texts that spell its special token {name} would encode to it")
+        self.adds_leading_space = b"".join(map(self.token_bytes, self.encode("a"))) == b" a"
+
+    @staticmethod
+    def special_tokens_of(description: Any) -> dict[str, int]:
+        """The special tokens of a tokenizer.json.
+
+        Raises:
+            ValueError: it is no byte-level BPE.
+        """
+        _check_byte_level(description)
+        added = read_description(description).get_added_tokens_decoder()
+        return {token.content: index for index, token in sorted(added.items()) if token.special}
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without special tokens."""
+        return self._tokenizer.encode(whole_unicode(text), add_special_tokens=False).ids
+
+    def encode_with_special(self, text: str) -> list[int]:
+        """The ids of a text in which names of special tokens mean these tokens.
+
+        Tokens that strip take the spaces around them, and those that must be single words are found only as such.
+        """
+        return self._with_special.encode(whole_unicode(text), add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _with_special(self) -> tokenizers.Tokenizer:
+        return read_description(self._description)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, spread over the cores."""
+        texts = [whole_unicode(text) for text in texts]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def to_state(self) -> dict[str, Any]:
+        """The whole tokenizer.json."""
+        return {"kind": self.kind, "json": self._description, "bos": self._bos, "eos": self._eos}
+
+
+def _check_byte_level(description: Any) -> None:
+    if not isinstance(description, dict) or "ByteLevel" not in _types(description):
+        raise ValueError(
+            "not a tokenizer.json with a byte-level BPE (GPT-2, Llama 3 and later); of a model with SentencePiece take "
+            "its .model file and kind=sentencepiece"
+        )
+
+
+def read_description(description: dict[str, Any]) -> tokenizers.Tokenizer:
+    """The library's tokenizer of a tokenizer.json.
+
+    Raises:
+        ValueError: the library cannot read it.
+    """
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(description))
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except BaseException as error:
+        # The library raises bare Exception, and a panic of its own is no Exception.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"the tokenizers library cannot read it ({reason})") from None
+        raise
+
+
+def _added(description: dict[str, Any]) -> list[dict[str, Any]]:
+    return description.get("added_tokens") or []
+
+
+def _content(token: tokenizers.AddedToken | None) -> str | None:
+    return None if token is None else token.content
+
+
+def _types(part: Any) -> set[str]:
+    """The types of a tokenizer's parts, those in sequences too, where its model is a BPE."""
+
+    def walk(part: Any) -> Iterator[str]:
+        if isinstance(part, dict):
+            yield str(part.get("type"))
+            for inner in (part.get("pretokenizers"), part.get("decoders")):
+                for each in inner if isinstance(inner, list) else ():
+                    yield from walk(each)
+
+    if not isinstance(part.get("model"), dict) or part["model"].get("type") != "BPE":
+        return set()
+    return {*walk(part.get("pre_tokenizer")), *walk(part.get("decoder"))}

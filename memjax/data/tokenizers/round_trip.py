@@ -1,0 +1,65 @@
+"""Checks whether texts survive encoding and decoding: which tokenizers are unusable, and what the others lose."""
+
+from collections.abc import Callable, Iterator
+
+from memjax.data.tokenizers.base import Tokenizer
+
+_PLAIN = ("the cat sat", "a b c", "The cat, again.")
+_PROBES = {
+    "line breaks": ("a\nb", "a\n\nb\n", "\na"),
+    "carriage returns": ("a\r\nb",),
+    "tabs": ("a\tb", "\ta"),
+    "runs of spaces": ("a  b", "a    b"),
+    "spaces at the start of a text": (" a", "  a"),
+    "spaces at the end of a text": ("a ", "a  "),
+    "no-break and other Unicode spaces": ("a\u00a0b", "a\u3000b", "a\u2009b"),
+    "upper case": ("THE CAT", "The Cat"),
+    "digits": ("12 345",),
+    "punctuation": ("it 's , no . ! ? '' \" `` (a) [b] {c} #d @e $f %g ^h &i *j -k _l =m +n ~o |p \\q /r <s :t ;u",),
+    "accents": ("café naïve Ærø ß",),
+    "combining accents": ("cafe\u0301 n\u0303",),
+    "compatibility characters (such as ①, ﬁ, ²)": ("①", "ﬁ", "²", "…", "™", "\uff21"),
+    "other scripts": ("日本語", "Ελληνικά", "кошка", "القط", "고양이", "บ้าน", "नमस्ते"),
+    "emoji": ("🙂", "👩\u200d👩\u200d👧", "🇫🇷"),
+    "control and zero-width characters": ("a\x00b", "a\x07b", "a\u200bb", "a\ufeffb"),
+    "the character ▁": ("a▁b",),
+    "texts that spell tokens": ("<s> a </s>", "<unk>", "<pad>", "<eos>", "a</w> b", "a ##b", "<0x0A>", "Ġ Ċ"),
+}
+_SHOWN_ADDED = 3
+
+
+def lost_in(tokenizer: Tokenizer) -> list[str]:
+    """What texts lose between encoding and decoding, in words; empty where every probe comes back exactly.
+
+    Raises:
+        ValueError: even plain English words do not come back, so texts could be neither learned nor read.
+    """
+    returned = _round_trip(tokenizer)
+    for text in _PLAIN:
+        found = returned(text)
+        # Case, a few unknown characters, and spaces at both ends may be lost without making the text unreadable.
+        if "\ufffd" not in found and found.strip().lower() != text.lower():
+            raise ValueError(
+                f"texts do not come back from its tokens: {text!r} becomes {found!r}; its pre-tokenizer, suffixes or "
+                "normalizer drop or add text that decoding cannot restore, so take another tokenizer"
+            )
+    probes = {**_PROBES, **dict(_added_words(tokenizer))}
+    lost = [name for name, texts in probes.items() if any(returned(text) != text for text in texts)]
+    if extra := [text for text in ("the", "a b") if returned(text) == f"{text} "]:
+        return [f"a space is added at the end ({extra[0]!r})", *lost]
+    return lost
+
+
+def probe_texts() -> list[str]:
+    """The texts that `lost_in` encodes and decodes."""
+    return [*_PLAIN, *(text for texts in _PROBES.values() for text in texts)]
+
+
+def _round_trip(tokenizer: Tokenizer) -> Callable[[str], str]:
+    return lambda text: tokenizer.decode(tokenizer.encode(text))
+
+
+def _added_words(tokenizer: Tokenizer) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Probes for words that were added to the vocabulary, which may take the spaces around them."""
+    for word in tokenizer.added_words[:_SHOWN_ADDED]:
+        yield f"spaces around {word!r}", (f"a {word} b", f"a{word}b")

@@ -1,0 +1,120 @@
+"""Tokenizers from a SentencePiece .model file: Llama 1 and 2, Mistral, T5 and their kin."""
+
+import base64
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from memjax.data.tokenizers.base import Tokenizer, begin_and_end, whole_unicode
+from memjax.errors import DataError
+
+SPACE = "\u2581"
+"""What stands for a space in pieces; the library takes it for a space in texts too."""
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """Encodes as the library does; texts come back as far as the model's own normalisation leaves them as they are.
+
+    Models whose pieces cover every text have a piece for each byte; others lose characters that they do not know, which
+    come back as U+FFFD.
+    """
+
+    kind: ClassVar[str] = "sentencepiece"
+
+    def __init__(self, model: str, *, bos: str | None = None, eos: str | None = None, added_tokens: Sequence[str] = ()):
+        """Takes the content of the file in base 64.
+
+        Args:
+            model: that content.
+            bos: name of a begin token other than the model's own.
+            eos: name of an end token other than the model's own.
+            added_tokens: further special tokens, which get the ids after the last piece.
+
+        Raises:
+            ValueError: it is no SentencePiece model, or has no such token.
+            DataError: the library is missing.
+        """
+        self._model, self._bos, self._eos = model, bos, eos
+        try:
+            content = base64.b64decode(model)
+        except ValueError as error:
+            raise ValueError(f"not a SentencePiece model ({error})") from error
+        processor = self._processor = _processor(content)
+        pieces = self.pieces = [processor.IdToPiece(token) for token in range(processor.GetPieceSize())]
+        """The model's pieces by id, added tokens left out."""
+        self.unknown = pieces[processor.unk_id()]
+        """The piece that stands for unknown characters."""
+        special_tokens = {piece: token for token, piece in enumerate(pieces) if processor.IsControl(token)}
+        if known := sorted(set(added_tokens) & set(pieces)):
+            raise ValueError(f"its added token {known[0]!r} is a piece of the model already")
+        self._added_tokens = tuple(added_tokens)
+        special_tokens |= {name: len(pieces) + number for number, name in enumerate(added_tokens)}
+
+        def own(token: int) -> str | None:
+            return pieces[token] if token >= 0 else None
+
+        bos_id, eos_id = begin_and_end(special_tokens, bos or own(processor.bos_id()), eos or own(processor.eos_id()))
+        super().__init__(
+            [self._bytes_of(token, piece) for token, piece in enumerate(pieces)] + [b""] * len(added_tokens),
+            special_tokens,
+            bos_id=bos_id,
+            eos_id=eos_id,
+        )
+        self.adds_leading_space = b"".join(map(self.token_bytes, self.encode("a"))).startswith(b" ")
+
+    @classmethod
+    def of_file(
+        cls, content: bytes, *, bos: str | None = None, eos: str | None = None, added_tokens: Sequence[str] = ()
+    ) -> "SentencePieceTokenizer":
+        """The tokenizer of a .model file's content; raises what the constructor raises."""
+        return cls(base64.b64encode(content).decode(), bos=bos, eos=eos, added_tokens=added_tokens)
+
+    @staticmethod
+    def pieces_of(content: bytes) -> list[str]:
+        """The pieces of a .model file, by id; raises what the constructor raises."""
+        processor = _processor(content)
+        return [processor.IdToPiece(token) for token in range(processor.GetPieceSize())]
+
+    @staticmethod
+    def special_tokens_of(content: bytes, added_tokens: Sequence[str] = ()) -> dict[str, int]:
+        """The special tokens of a .model file and what was added to it; raises what the constructor raises."""
+        processor, size = _processor(content), len(SentencePieceTokenizer.pieces_of(content))
+        own = {processor.IdToPiece(token): token for token in range(size) if processor.IsControl(token)}
+        return own | {name: size + number for number, name in enumerate(added_tokens)}
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without special tokens."""
+        return self._processor.EncodeAsIds(whole_unicode(text))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
+
+    def to_state(self) -> dict[str, Any]:
+        """The content of the .model file, and what was added to it."""
+        state = {"kind": self.kind, "model": self._model, "bos": self._bos, "eos": self._eos}
+        return {**state, "added_tokens": list(self._added_tokens)} if self._added_tokens else state
+
+    def _bytes_of(self, token: int, piece: str) -> bytes:
+        if self._processor.IsControl(token) or self._processor.IsUnused(token):
+            return b""
+        if self._processor.IsUnknown(token):
+            return "\ufffd".encode()
+        if self._processor.IsByte(token):  # <0x0A>
+            return bytes.fromhex(piece[3:5])
+        return piece.replace(SPACE, " ").encode()
+
+
+def _processor(content: bytes) -> Any:
+    """The library's model of a .model file's content."""
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise DataError(
+            "a tokenizer of kind=sentencepiece needs the package sentencepiece: pip install sentencepiece"
+        ) from error
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(content)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"not a SentencePiece model ({error})") from error
+    return processor

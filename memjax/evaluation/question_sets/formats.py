@@ -1,0 +1,288 @@
+"""Sets of questions in files of JSON lines: what is asked in them, and how it is put to a language model."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import string
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import pydantic
+
+from memjax.data.sources.files import DataFile, Stream, find_files
+from memjax.data.sources.parsing import Keys, MalformedError
+from memjax.errors import DataError
+
+_SPLITS = ("train", "validation", "val", "dev", "test")
+_MBPP_PARTS = {"prompt": 10, "test": 510, "validation": 600, "train": sys.maxsize}
+"""The parts that MBPP was published in, with the number of the last task of each."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """What all kinds of questions have."""
+
+    text: str
+    """The question, for people."""
+    prompt: str
+    """The question, for the model."""
+    solved: str
+    """The prompt with the right answer, as an example for other questions."""
+    group: str | None = None
+    """What the set is divided by: a relation of facts, a subject."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class OpenQuestion(Question):
+    """A question that is answered in a few words."""
+
+    answers: tuple[str, ...]
+    """All that are right."""
+
+
+class Option(NamedTuple):
+    """One choice as the model reads it: how likely is the continuation?"""
+
+    context: str
+    continuation: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ChoiceQuestion(Question):
+    """A question with several answers to choose from."""
+
+    choices: tuple[str, ...]
+    answer: int
+    """Which of them is right, from 0."""
+    options: tuple[Option, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Problem(Question):
+    """A function to write in Python."""
+
+    beginning: str
+    """What stands before the model's text in a program."""
+    tests: str
+    """What stands after it: fails unless the function is right."""
+    stop: tuple[str, ...]
+    """Strings that the function cannot hold, with which a model begins something else."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class QuestionSet:
+    """The questions of a file, all of one kind."""
+
+    path: pathlib.Path
+    questions: tuple[Question, ...]
+
+    @property
+    def name(self) -> str:
+        """That of the file, with that of its folder where the file is only called `dev` or the like."""
+        name = self.path.name.partition(".")[0]
+        return f"{self.path.resolve().parent.name}_{name}" if name in _SPLITS else name
+
+    @property
+    def family(self) -> str:
+        """The name without what says which part of the questions it is."""
+        return re.sub(f"_({'|'.join(_SPLITS)})$", "", self.name)
+
+
+def read_question_sets(paths: Sequence[str], *, field: str, show_context: bool = False) -> list[QuestionSet]:
+    """The sets of some files and folders; in folders, files with anything else are left out.
+
+    Args:
+        paths: files, folders or globs.
+        field: the setting that names them, for messages.
+        show_context: put the paragraph in front of a question that has one.
+
+    Raises:
+        DataError: a file cannot be read, holds something else than questions, or there is none.
+    """
+    found = []
+    for path in paths:
+        is_whole = pathlib.Path(path).is_file()
+        for file in find_files(path, "jsonl", field):
+            if file.format != "jsonl" and not is_whole:
+                continue
+            if layout := _layout(file, must_fit=is_whole):
+                found.append(QuestionSet(path=file.path, questions=tuple(_questions(file, layout, show_context))))
+    if not found:
+        raise DataError(f"{', '.join(paths)}: no file there holds questions; set {field} to one that does: {_known()}")
+    return found
+
+
+class _Row(pydantic.BaseModel):
+    """A line of a file; its required fields tell the layouts apart."""
+
+    model_config = pydantic.ConfigDict(strict=True, frozen=True)
+
+    def questions(self, show_context: bool) -> Iterable[Question]:
+        """What the line asks."""
+        raise NotImplementedError
+
+
+class _ChoiceRow(_Row):
+    question: str
+    choices: tuple[str, ...] = pydantic.Field(min_length=2, max_length=26)
+    answer: int = pydantic.Field(ge=0)
+    set: str = ""
+    subject: str | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _answer_is_a_choice(self) -> "_ChoiceRow":
+        if self.answer >= len(self.choices):
+            raise ValueError(f"answer={self.answer} must be below the number of choices, {len(self.choices)}")
+        return self
+
+    def questions(self, show_context: bool) -> Iterable[Question]:
+        """With the letters of listed choices for MMLU, the rest of the sentence for WinoGrande, else the choices."""
+        prompt = _prompt(self.question)
+        options = [Option(prompt, f" {choice}") for choice in self.choices]
+        if self.set == "mmlu":
+            lettered = list(zip(string.ascii_uppercase, self.choices, strict=False))
+            listed = "\n".join(f"{letter}. {choice}" for letter, choice in lettered)
+            prompt = f"Question: {self.question}\n{listed}\nAnswer:"
+            options = [Option(prompt, f" {letter}") for letter, _ in lettered]
+        elif self.set == "winogrande" and "_" in self.question:
+            prompt, _, rest = self.question.partition("_")
+            options = [Option(prompt + choice, rest) for choice in self.choices]
+        yield ChoiceQuestion(
+            text=self.question,
+            prompt=prompt,
+            solved="".join(options[self.answer]),
+            group=self.subject,
+            choices=self.choices,
+            answer=self.answer,
+            options=tuple(options),
+        )
+
+
+class _TruthRow(_Row):
+    question: str
+    best: str
+    incorrect: tuple[str, ...] = pydantic.Field(min_length=1, max_length=25)
+
+    def questions(self, show_context: bool) -> Iterable[Question]:
+        """The best answer among the wrong ones: a question with choices."""
+        return _ChoiceRow(question=self.question, choices=(self.best, *self.incorrect), answer=0).questions(False)
+
+
+class _OpenRow(_Row):
+    question: str
+    answers: tuple[str, ...] = pydantic.Field(min_length=1)
+    relation: str | None = None
+
+    def questions(self, show_context: bool) -> Iterable[Question]:
+        """The question alone."""
+        yield _open_question(self.question, self.answers, group=self.relation)
+
+
+class _ParagraphQuestion(pydantic.BaseModel):
+    question: str
+    answers: tuple[str, ...] = pydantic.Field(min_length=1)
+
+
+class _ParagraphRow(_Row):
+    context: str
+    qas: tuple[_ParagraphQuestion, ...]
+
+    def questions(self, show_context: bool) -> Iterable[Question]:
+        """Those about the paragraph, which stands before them if that is wished."""
+        before = f"{self.context}\n" if show_context else ""
+        return (_open_question(item.question, item.answers, before=before) for item in self.qas)
+
+
+class _HumanEvalRow(_Row):
+    task_id: str
+    prompt: str
+    entry_point: str
+    canonical_solution: str
+    test: str
+
+    def questions(self, show_context: bool) -> Iterable[Question]:
+        """The begin of a function, which its body is to follow."""
+        yield Problem(
+            text=self.task_id,
+            prompt=self.prompt,
+            solved=self.prompt + self.canonical_solution,
+            beginning=self.prompt,
+            tests=f"{self.test}\ncheck({self.entry_point})",
+            stop=("\ndef ", "\nclass ", "\nif ", "\nprint(", "\n#", "\n@"),
+        )
+
+
+class _MbppRow(_Row):
+    task_id: int
+    text: str
+    code: str
+    test_list: tuple[str, ...] = pydantic.Field(min_length=1)
+    test_setup_code: str = ""
+
+    def questions(self, show_context: bool) -> Iterable[Question]:
+        """A docstring with the task and what must hold, which the function is to follow."""
+        tests = "\n".join(self.test_list)
+        prompt = f'"""\n{self.text}\n{tests}\n"""\n'
+        yield Problem(
+            text=f"MBPP/{self.task_id}",
+            group=next(name for name, last in _MBPP_PARTS.items() if self.task_id <= last),
+            prompt=prompt,
+            solved=prompt + self.code.replace("\r\n", "\n"),
+            beginning="",
+            tests=f"{self.test_setup_code}\n{tests}",
+            stop=('\n"""', "\nassert ", "\nprint(", "\nif "),
+        )
+
+
+_LAYOUTS: tuple[type[_Row], ...] = (_ChoiceRow, _TruthRow, _OpenRow, _ParagraphRow, _HumanEvalRow, _MbppRow)
+"""A line has the first layout all of whose required fields it has."""
+
+
+def _prompt(question: str) -> str:
+    return f"Question: {question}\nAnswer:"
+
+
+def _open_question(text: str, answers: tuple[str, ...], *, before: str = "", group: str | None = None) -> OpenQuestion:
+    prompt = before + _prompt(text)
+    return OpenQuestion(text=text, prompt=prompt, solved=f"{prompt} {answers[0]}", group=group, answers=answers)
+
+
+def _required(layout: type[_Row]) -> list[str]:
+    return [name for name, field in layout.model_fields.items() if field.is_required()]
+
+
+def _known() -> str:
+    return "objects with the fields " + "; ".join(", ".join(_required(layout)) for layout in _LAYOUTS)
+
+
+def _layout(file: DataFile, *, must_fit: bool) -> type[_Row] | None:
+    """What the lines of a file are, as the first one tells; None where it is something else.
+
+    Raises:
+        DataError: it is something else, and must not be.
+    """
+    number, payload = next(iter(Stream(file, Keys())))
+    try:
+        fields = json.loads(payload) if isinstance(payload, bytes) else None
+    except ValueError:
+        fields = None
+    names = fields if isinstance(fields, dict) else {}
+    found = next((layout for layout in _LAYOUTS if all(name in names for name in _required(layout))), None)
+    if found is None and must_fit:
+        problem = payload if isinstance(payload, MalformedError) else f"not a question; known are {_known()}"
+        raise DataError(f"{file.path}:{number}: {problem}")
+    return found
+
+
+def _questions(file: DataFile, layout: type[_Row], show_context: bool) -> Iterator[Question]:
+    for number, payload in Stream(file, Keys()):
+        try:
+            if not isinstance(payload, bytes):
+                raise DataError(f"{file.path}:{number}: {payload}")
+            # JSON is what pydantic reads strictly and yet turns lists into tuples from.
+            yield from layout.model_validate_json(payload).questions(show_context)
+        except pydantic.ValidationError as error:
+            problems = (f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+            raise DataError(f"{file.path}:{number}: {'; '.join(problems)}") from error

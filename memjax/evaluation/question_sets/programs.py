@@ -1,0 +1,81 @@
+"""Functions that a model writes, and the share of them that do what they should."""
+
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from memjax.config.sampling import SamplingConfig
+from memjax.evaluation.question_sets.ask import Examinee, Marked, write
+from memjax.evaluation.question_sets.formats import Problem
+from memjax.evaluation.question_sets.sandbox import Limits, run_program
+from memjax.evaluation.scoring import Show
+
+_TRIES = (1, 10, 100)
+"""k of the pass@k that are reported, where there are so many samples."""
+_WRITING = 0.9
+"""Share of the time that writing takes, at a guess; the rest goes to running."""
+
+
+def ask_problems(
+    who: Examinee,
+    problems: Sequence[Problem],
+    before: Sequence[str],
+    *,
+    max_tokens: int,
+    samples: int,
+    sampling: SamplingConfig,
+    limits: Limits | None,
+    show: Show,
+) -> list[Marked]:
+    """Functions for each problem, with pass@k if they may be run: the chance that one of k functions is right.
+
+    Args:
+        who: the model.
+        problems: what to write.
+        before: of each problem the text in front of its prompt.
+        max_tokens: the most tokens of a function.
+        samples: functions for each problem.
+        sampling: how their tokens are picked.
+        limits: of the process that runs a function; None runs nothing.
+        show: is told how much is done.
+    """
+    repeated = [problem for problem in problems for _ in range(samples)]
+    prompts = [text + problem.prompt for problem, text in zip(problems, before, strict=True) for _ in range(samples)]
+    stops = {problem.stop for problem in problems}
+    assert len(stops) == 1, "a set has one kind of problem"
+    written = write(
+        who,
+        prompts,
+        max_tokens=max_tokens,
+        stop=stops.pop(),
+        sampling=sampling,
+        show=lambda share: show(share * _WRITING),
+    )
+    passed: list[bool] = []
+    if limits is not None:
+        sources = [
+            f"{problem.beginning}{text}\n{problem.tests}" for problem, (text, _) in zip(repeated, written, strict=True)
+        ]
+        pool = ThreadPoolExecutor(os.cpu_count())
+        try:
+            for outcome in pool.map(lambda source: run_program(source, limits), sources):
+                passed.append(outcome.passed)
+                show(_WRITING + (1 - _WRITING) * len(passed) / len(sources))
+        finally:
+            # After a Ctrl-C those that have not begun do not begin.
+            pool.shutdown(cancel_futures=True)
+    found = []
+    for number in range(len(problems)):
+        mine = slice(number * samples, (number + 1) * samples)
+        right = sum(passed[mine])
+        tries = [k for k in _TRIES if k <= samples] if passed else []
+        metrics = {f"pass@{k}": pass_at_k(samples, right, k) for k in tries}
+        texts = tuple(text for text, _ in written[mine])
+        found.append(Marked(texts, metrics, written[mine.start].is_cut))
+    return found
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """Without bias, the chance that of k functions one is right, from `right` of `samples` (arXiv:2107.03374)."""
+    return 1 - math.comb(samples - right, k) / math.comb(samples, k)

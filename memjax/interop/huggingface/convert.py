@@ -1,0 +1,218 @@
+"""Models in and out of Hugging Face's format: a folder with config.json, safetensors files and a tokenizer.
+
+Llamas, Mistrals and their relatives are written as transformers writes them. A model with memory layers, which
+transformers cannot run, has the same names where it has the same parts, and model_type memjax in its config.json.
+"""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from memjax.config.data import DataConfig, TokenizerConfig
+from memjax.config.model import ModelConfig
+from memjax.config.optim import OptimConfig
+from memjax.config.run import RunConfig
+from memjax.data.tokenizers.base import Tokenizer
+from memjax.errors import CheckpointError, ConfigError
+from memjax.interop.folders import file_in, read_json, write_json
+from memjax.interop.huggingface.config import longest_text, read_model_config, write_model_config
+from memjax.interop.huggingface.safetensors import open_tensors
+from memjax.interop.huggingface.tensors import compare_bits, read_model, write_model
+from memjax.interop.huggingface.tokenizer import GENERATION, read_tokenizer, write_tokenizer
+from memjax.interop.model_card import CARD, generation_config, model_card
+from memjax.models.decoder import Decoder, resolve_dtype
+from memjax.models.parts import DecoderParts, take_apart
+from memjax.runs.files import check_new, written_whole
+from memjax.runs.load import load_as_saved
+from memjax.runs.write import write_run
+
+CONFIG = "config.json"
+LONGEST_SEQUENCE = 2048
+"""data.sequence_length of a new run is at most this: few machines have room for all that some models could read."""
+LEARNING_RATE = 2e-5
+"""optim.lr of a new run: that of the quick start would undo what the model has learned."""
+KEPT_FIELDS = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+"""Of the config.json of the folder that a model came from: what this project has no setting for."""
+KEPT_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    GENERATION,
+)
+"""Of its files: all that is neither weights nor config.json."""
+TOLERANCE = 1e-4
+"""Largest difference between the logits of a model before and after it was written."""
+
+
+def from_hf(folder: str | os.PathLike[str], out: str | os.PathLike[str], *, tokenizer: str | None = None) -> RunConfig:
+    """Writes the folder of a run that holds the model of a Hugging Face folder, and returns its config.
+
+    Args:
+        folder: with config.json, model.safetensors or its parts with an index, and a tokenizer.
+        out: the run's folder; new or empty.
+        tokenizer: `byte`, or a file; None takes the folder's own.
+
+    Raises:
+        ConfigError: out holds something, or `tokenizer` is of no known kind.
+        DataError: the tokenizer cannot be read.
+        CheckpointError: the model cannot be read, or out cannot be written.
+    """
+    check_new(out)
+    folder = pathlib.Path(folder)
+    place = str(folder / CONFIG)
+    with open_tensors(folder) as files:
+        fields = read_json(file_in(folder, CONFIG))
+        described, length = read_model_config(fields, place), longest_text(fields, place)
+        settings, found = read_tokenizer(folder, tokenizer, fields)
+        if found.vocab_size > described.vocab_size:
+            raise CheckpointError(
+                f"{place}: vocab_size={described.vocab_size} is less than the {found.vocab_size} tokens of the "
+                "tokenizer; set --tokenizer to the one that the model was trained with"
+            )
+        model = read_model(files, described, str(folder))
+    config = _run_config(model.config, settings, length)
+    write_run(out, model, found, config)
+    return config
+
+
+def to_hf(
+    run: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    step: int | Literal["latest", "best"] = "latest",
+    dtype: str | None = None,
+    longest: int | None = None,
+    like: str | os.PathLike[str] | None = None,
+    max_bytes: int = 5 * 10**9,
+) -> bool:
+    """Writes the Hugging Face folder of a run's model, once what was written is read and gives the same logits.
+
+    Args:
+        run: the run's folder.
+        out: the folder to write; new or empty.
+        step: the checkpoint.
+        dtype: to round weights and tables to; None leaves them as they were saved.
+        longest: max_position_embeddings; None takes that of `like`, or the run's data.sequence_length.
+        like: the folder that the run's model came from; its tokenizer files, chat template and settings for generation
+            are kept.
+        max_bytes: largest file; a larger tensor has one of its own.
+
+    Returns:
+        Whether there is a tokenizer in it: the format knows not all kinds.
+
+    Raises:
+        ConfigError: out holds something, or `like` has another tokenizer than the run.
+        DataError: the tokenizer of `like` cannot be read.
+        CheckpointError: the run cannot be read, the format has no such model, or out cannot be written.
+    """
+    check_new(out)
+    loaded = load_as_saved(run, step=step)
+    model, tokenizer = _rounded(loaded.model, dtype), loaded.tokenizer
+    fields = write_model_config(
+        model.config,
+        dtype=dtype or model.config.param_dtype,
+        longest=longest or loaded.config.data.sequence_length,
+        bos=tokenizer.bos_id,
+        eos=tokenizer.end_ids,
+    )
+    scaling = model.config.rope_scaling
+    if longest is not None and scaling is not None and scaling.kind == "dynamic" and longest != scaling.original_length:
+        raise CheckpointError(
+            f"longest={longest} must be {scaling.original_length} or left out: with rope_scaling.kind=dynamic "
+            "max_position_embeddings says from which length on the frequencies change"
+        )
+    card = model_card(loaded.config, model.config, step=loaded.step)
+    origin = None if like is None else pathlib.Path(like)
+    kept = {} if origin is None else _kept_fields(origin, tokenizer)
+    fields |= kept if longest is None else {**kept, "max_position_embeddings": longest}
+    del loaded
+    expected = _logits(model)
+    with written_whole(out) as folder:
+        write_json(folder / CONFIG, fields)
+        write_json(folder / GENERATION, generation_config(tokenizer.bos_id, tokenizer.end_ids))
+        (folder / CARD).write_text(card, encoding="utf-8")
+        has_tokenizer = write_tokenizer(folder, tokenizer) if origin is None else _copy_kept_files(origin, folder)
+        write_model(folder, model, dtype=dtype, max_bytes=max_bytes)
+        with open_tensors(folder) as files:
+            compare_bits(model, files, dtype=dtype)
+            del model  # or it would be in memory twice
+            described = read_model_config(read_json(folder / CONFIG), str(folder / CONFIG))
+            found = _logits(read_model(files, described, str(folder)))
+        if not (difference := np.max(np.abs(found - expected))) <= TOLERANCE:
+            raise CheckpointError(
+                f"{run}: as written to {out} the model gives other logits (by up to {difference:.2g}); nothing is "
+                "kept. This is a fault of memjax: please report it with the run's config.yaml"
+            )
+    return has_tokenizer
+
+
+def _run_config(model: ModelConfig, tokenizer: TokenizerConfig, longest: int) -> RunConfig:
+    """Settings for a run with this model: to evaluate it, and to begin a training with."""
+    return RunConfig(
+        model=model,
+        data=DataConfig(source="files", sequence_length=min(longest, LONGEST_SEQUENCE), tokenizer=tokenizer),
+        optim=OptimConfig(lr=LEARNING_RATE),
+    )
+
+
+def _kept_fields(folder: pathlib.Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What config.json says there of texts; refuses the folder of a model with another tokenizer."""
+    fields = read_json(file_in(folder, CONFIG))
+    if read_tokenizer(folder, None, fields)[1].fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            [f"like={folder} has another tokenizer than the run; name the folder that its model came from"]
+        )
+    return {name: fields[name] for name in KEPT_FIELDS if name in fields}
+
+
+def _copy_kept_files(origin: pathlib.Path, folder: pathlib.Path) -> bool:
+    for name in KEPT_FILES:
+        if (origin / name).exists():
+            shutil.copyfile(file_in(origin, name), folder / name)
+    return True  # it was read for its config
+
+
+def _rounded(model: Decoder, dtype: str | None) -> Decoder:
+    """The model with its numbers rounded to another type, and kept in their own; the given one is gone then."""
+    if dtype is None:
+        return model
+    parts, params, tables = take_apart(model)
+
+    def rounded(leaf: jax.Array) -> jax.Array:
+        if jnp.promote_types(leaf.dtype, dtype) == dtype:
+            return leaf
+        narrow = leaf.astype(dtype)
+        if not bool(jnp.isfinite(narrow).all()) and bool(jnp.isfinite(leaf).all()):
+            raise CheckpointError(
+                f"dtype={dtype} cannot hold numbers as large as {float(jnp.abs(leaf).max()):.3g}, which the model has; "
+                "take bfloat16 or float32"
+            )
+        own = leaf.dtype
+        leaf.delete()  # or the whole model would be in memory twice
+        return narrow.astype(own)
+
+    return parts.assemble(*jax.tree.map(rounded, (params, tables)))
+
+
+def _logits(model: Decoder) -> np.ndarray:
+    """The model's answer to a few tokens, computed in float32 or wider whatever it computes in otherwise."""
+    wide = "float64" if model.config.param_dtype == "float64" else "float32"
+    if resolve_dtype(model.config.dtype) != wide:
+        _, params, tables = take_apart(model)
+        model = DecoderParts.of(dataclasses.replace(model.config, dtype=wide)).assemble(params, tables)
+    tokens = np.arange(1, 25, dtype=np.int32)[None] * 7919 % model.config.vocab_size
+    # Compiled as a whole, a dense model would be in memory in the wider type too; operation by operation only a matrix
+    # of it is. A memory layer has so many small operations that compiling each takes longer than all the rest.
+    forward = nnx.jit(lambda model, tokens: model(tokens)) if model.config.lookups else Decoder.__call__
+    return np.asarray(forward(model, jnp.asarray(tokens)))

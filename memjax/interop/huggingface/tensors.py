@@ -1,0 +1,238 @@
+"""The parameters of a decoder under Hugging Face's names: Llama's, and for memory layers names in the same manner."""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memjax.config.memory import ProductKeyConfig
+from memjax.config.model import ModelConfig
+from memjax.errors import CheckpointError
+from memjax.interop.huggingface.safetensors import StoredTensor, TensorFiles, TensorToWrite, write_tensors
+from memjax.models.decoder import Decoder
+from memjax.models.parts import DecoderParts, take_apart
+from memjax.runs.layout import params_to_tree, tree_to_params
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_TABLE = "model.tables.{}.weight"
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_BUFFERS = (
+    ".rotary_emb.inv_freq",
+    ".rotary_emb.original_inv_freq",
+    ".rotary_emb.cos_cached",
+    ".rotary_emb.sin_cached",
+    ".attn.bias",
+    ".self_attn.bias",
+    ".masked_bias",
+    ".position_ids",
+    ".causal_mask",
+)
+"""Ends of the names of what is no parameter."""
+_WITHOUT_HEAD = ("embed_tokens.", "layers.", "norm.", "rotary_emb.")
+_IN_MODEL = {"embed/embedding": _EMBEDDING, "norm/scale": "model.norm.weight", "head/kernel": _HEAD}
+_IN_BLOCK = {
+    "attention_norm/scale": "input_layernorm.weight",
+    "mixer_norm/scale": "post_attention_layernorm.weight",
+    "attention/query": "self_attn.q_proj",
+    "attention/key": "self_attn.k_proj",
+    "attention/value": "self_attn.v_proj",
+    "attention/out": "self_attn.o_proj",
+    "attention/query_norm": "self_attn.q_norm",
+    "attention/key_norm": "self_attn.k_norm",
+    "feed_forward/gate": "mlp.gate_proj",
+    "feed_forward/up": "mlp.up_proj",
+    "feed_forward/down": "mlp.down_proj",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A parameter and what it is called in a file."""
+
+    name: str
+    leaf: Any
+    transposed: bool
+    """Whether the file has it the other way round: torch keeps matrices as [outputs, inputs]."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In the file."""
+        return self.leaf.shape[::-1] if self.transposed else self.leaf.shape
+
+
+def read_model(files: TensorFiles, config: ModelConfig, place: str) -> Decoder:
+    """The decoder that a config describes with the weights of the files, read one after the other.
+
+    The parameters get the narrowest type that holds them all; float16, which no decoder computes in, becomes float32.
+
+    Raises:
+        CheckpointError: tensors are missing or left over, or have another shape or type than the config says.
+    """
+    stored, names = _parameters(files, config, place)
+    if config.num_layers > len(stored):  # before a decoder of so many is built
+        raise CheckpointError(
+            f"{place}: num_layers={config.num_layers} are more than the {len(stored)} tensors there are"
+        )
+    parts = DecoderParts.of(_with_stored_types(config, stored, place))
+    wanted = _tensors(params_to_tree(parts.abstract_params), parts.abstract_tables)
+    _compare_shapes({tensor.name: tensor.shape for tensor in wanted.values()}, stored, place)
+
+    def read(path: Any, leaf: Any) -> jax.Array:
+        tensor = wanted[_text(path)]
+        array = files.read(names[tensor.name])
+        # A copy of its own: what the library gives may lie in the file.
+        return jax.device_put(np.array(array.T if tensor.transposed else array, leaf.dtype, order="C", copy=True))
+
+    params = jax.tree_util.tree_map_with_path(read, params_to_tree(parts.abstract_params))
+    tables = {pool: read(_table_path(pool), leaf) for pool, leaf in parts.abstract_tables.items()}
+    return parts.assemble(tree_to_params(parts, params), tables)
+
+
+def _parameters(files: TensorFiles, config: ModelConfig, place: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The parameters in the files by their usual names, and what the files call them.
+
+    Buffers, which every program computes anew, are left out. A model that was saved without its head has names without
+    `model.` in front. The matrix of tied embeddings may be stored under either of its names.
+    """
+    names = {name: name for name in files.tensors if not name.endswith(_BUFFERS)}
+    if names and all(name.startswith(_WITHOUT_HEAD) for name in names):
+        names = {f"model.{name}": stored for name, stored in names.items()}
+    if config.tie_embeddings and _HEAD in names:
+        if _EMBEDDING in names:
+            _check_tied(files, place)
+        names[_EMBEDDING] = names.get(_EMBEDDING, names[_HEAD])
+        del names[_HEAD]
+    elif not config.tie_embeddings and _EMBEDDING in names and _HEAD not in names:
+        raise CheckpointError(
+            f"{place}: {_HEAD} is missing while tie_word_embeddings=false; set it to true in config.json if the output "
+            "shares the weights of the embedding, or download the model again"
+        )
+    return {name: files.tensors[stored] for name, stored in names.items()}, names
+
+
+def write_model(folder: pathlib.Path, model: Decoder, *, dtype: str | None, max_bytes: int) -> None:
+    """Writes the weights as safetensors files of at most max_bytes (or one tensor each), rounded to dtype if given."""
+    write_tensors(
+        folder,
+        [
+            TensorToWrite(
+                tensor.name,
+                tensor.shape,
+                jnp.dtype(dtype or tensor.leaf.dtype),
+                functools.partial(_in_file, tensor, dtype),
+            )
+            for tensor in _tensors_of(model)
+        ],
+        max_bytes=max_bytes,
+    )
+
+
+def compare_bits(model: Decoder, files: TensorFiles, *, dtype: str | None) -> None:
+    """Reads every tensor again and compares it with the model's.
+
+    Raises:
+        CheckpointError: one of them differs.
+    """
+    for tensor in _tensors_of(model):
+        if _in_file(tensor, dtype).tobytes() != files.read(tensor.name).tobytes():
+            raise CheckpointError(
+                f"{files.tensors[tensor.name].file}: tensor {tensor.name!r} is not what was written; is the disk sound?"
+            )
+
+
+def _tensors_of(model: Decoder) -> list[_Tensor]:
+    _, params, tables = take_apart(model)
+    return list(_tensors(params_to_tree(params), tables).values())
+
+
+def _tensors(params: dict[str, Any], tables: dict[str, Any]) -> dict[str, _Tensor]:
+    """Every parameter by its path in the decoder; tables come last, because they may fill files of their own."""
+    flat = {_text(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    found = {path: _Tensor(_name(path), leaf, path.endswith("/kernel")) for path, leaf in flat.items()}
+    found |= {_text(_table_path(pool)): _Tensor(_TABLE.format(pool), leaf, False) for pool, leaf in tables.items()}
+    return found
+
+
+def _name(path: str) -> str:
+    """What a file calls the parameter of this path."""
+    if path in _IN_MODEL:
+        return _IN_MODEL[path]
+    _, layer, inner = path.split("/", 2)
+    module, _, last = inner.rpartition("/")
+    known = _IN_BLOCK.get(inner) or f"{_IN_BLOCK.get(module, module)}/{_last_name(module, last)}"
+    return f"model.layers.{layer}.{known.replace('/', '.')}"
+
+
+def _last_name(module: str, last: str) -> str:
+    is_norm = last == "scale" and module.startswith("attention/")
+    return "weight" if last == "kernel" or is_norm else last
+
+
+def _text(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _table_path(pool: str) -> Any:
+    return (jax.tree_util.DictKey("tables"), jax.tree_util.DictKey(pool))
+
+
+def _in_file(tensor: _Tensor, dtype: str | None) -> np.ndarray:
+    array = np.asarray(tensor.leaf)
+    return np.ascontiguousarray(array.T if tensor.transposed else array, dtype and jnp.dtype(dtype))
+
+
+def _with_stored_types(config: ModelConfig, stored: dict[str, StoredTensor], place: str) -> ModelConfig:
+    """The config with the types in which the files hold parameters and tables."""
+    tables = {_TABLE.format(name) for name in config.tables}
+    for name, tensor in stored.items():
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{place}: tensor {name!r} is of type {tensor.dtype}, must be one of {', '.join(_DTYPES)}: quantised "
+                "weights are not read; take the model as it was before it was quantised"
+            )
+    sections = {kind: _with_stored_type(section, stored) for kind, section in config.lookup_sections.items()}
+    dense = _common_type(tensor.dtype for name, tensor in stored.items() if name not in tables)
+    if "float64" in (dense, *(section.table_dtype for section in sections.values())) and not jax.config.read(
+        "jax_enable_x64"
+    ):
+        raise CheckpointError(f"{place}: the weights are in float64; set JAX_ENABLE_X64=1 to read them")
+    return dataclasses.replace(config, param_dtype=dense, **sections)
+
+
+def _with_stored_type(section: ProductKeyConfig, stored: dict[str, StoredTensor]) -> ProductKeyConfig:
+    """The section with the type of its tables."""
+    names = {_TABLE.format(name) for layer in section.layers for name in section.tables(layer)}
+    dtype = _common_type(tensor.dtype for name, tensor in stored.items() if name in names)
+    return dataclasses.replace(section, table_dtype=dtype)
+
+
+def _common_type(names: Any) -> Any:
+    types = {_DTYPES[name] for name in names} - {"bfloat16"}
+    if not types:
+        return "bfloat16"
+    return "float64" if "float64" in types else "float32"
+
+
+def _check_tied(files: TensorFiles, place: str) -> None:
+    if not np.array_equal(files.read(_EMBEDDING), files.read(_HEAD)):
+        raise CheckpointError(
+            f"{place}: tie_word_embeddings=true, yet {_HEAD} differs from {_EMBEDDING}; set it to false in config.json "
+            "if the output has weights of its own"
+        )
+
+
+def _compare_shapes(wanted: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor], place: str) -> None:
+    problems = [f"tensor {name!r} is missing" for name in wanted if name not in stored]
+    problems += [f"tensor {name!r} is none of this model's" for name in stored if name not in wanted]
+    problems += [
+        f"tensor {name!r} has the shape {list(stored[name].shape)}, the config makes it {list(shape)}"
+        for name, shape in wanted.items()
+        if name in stored and stored[name].shape != tuple(shape)
+    ]
+    if problems:
+        lines = [f"{place}: weights and config.json do not belong together; download or copy both again", *problems[:8]]
+        raise CheckpointError("\n  ".join(lines + ([f"and {len(problems) - 8} more"] if problems[8:] else [])))

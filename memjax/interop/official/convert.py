@@ -1,0 +1,277 @@
+"""Memory checkpoints of the PyTorch code of "Memory Layers at Scale" (arXiv:2412.09764): one layer, or a whole model.
+
+The lookup is the same as here with qk_norm off and score_scale 1, and so are the gates, so a layer maps number for
+number. Only two things are arranged otherwise: matrices are [outputs, inputs] there, and rotary positions turn
+neighbouring numbers of a head, where here they turn numbers half a head apart.
+"""
+
+import contextlib
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+
+from memjax.config.data import DataConfig
+from memjax.config.memory import MemoryConfig
+from memjax.config.model import ModelConfig
+from memjax.config.optim import OptimConfig
+from memjax.config.run import RunConfig
+from memjax.errors import CheckpointError
+from memjax.interop.folders import file_in, read_json
+from memjax.interop.huggingface.tokenizer import read_tokenizer
+from memjax.interop.official.lazy_array import LazyArray
+from memjax.interop.official.tensors import VALUES, Arrays, common_type, memory_options, refuse_experts, shape_of, take
+from memjax.interop.official.torch_zip import read_torch_zip
+from memjax.memory.layer import MemoryLayer
+from memjax.memory.table import TableRows, ValueTable
+from memjax.models.decoder import Decoder
+from memjax.models.parts import DecoderParts
+from memjax.runs.files import check_new
+from memjax.runs.layout import params_to_tree, tree_to_params
+from memjax.runs.write import write_run
+
+WEIGHTS = ("consolidated.safetensors", "consolidated.pth")
+SETTINGS = "params.json"
+TOP_K = 32
+"""Slots that a head reads in the official code where nothing else is said; no shape tells it."""
+
+
+def load_layer(
+    arrays: Arrays, *, top_k: int = TOP_K, implementation: str | None = None
+) -> tuple[MemoryLayer, ValueTable]:
+    """One memory layer of the official code, and its table.
+
+    Args:
+        arrays: by their names within the layer: `keys`, `values.weight`, `query_proj.query_mlps.0.weight`, ... A layer
+            that shares its table with others needs `values.weight` too.
+        top_k: slots that each head reads, mem_knn there; no shape tells it.
+        implementation: of search and bag; None takes the fastest that can run.
+
+    Raises:
+        CheckpointError: arrays are missing, left over, or do not fit each other; or memjax has no such layer.
+        ValueError: top_k is more than the layer's sub-keys per half.
+    """
+    place = "the layer"
+    named = {f"feed_forward.{name}": array for name, array in arrays.items()}
+    refuse_experts(named, place)
+    values = shape_of(named, VALUES, place)
+    options = memory_options(named, "", values, place)
+    rows, dense = named.pop(VALUES), named
+    kwargs = {"top_k": top_k, "implementation": implementation, "param_dtype": jnp.dtype(common_type(dense, place))}
+    dim = shape_of(dense, "feed_forward.query_proj.query_mlps.0.weight", place)[1]
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: MemoryLayer(dim, **options, **kwargs, rngs=nnx.Rngs(0))))
+    tree = {"memory": nnx.to_pure_dict(state)}
+    nnx.replace_by_pure_dict(state, take(dense, tree, place, block="")["memory"])
+    table = nnx.eval_shape(lambda: ValueTable(*values, rngs=nnx.Rngs(0)))
+    table.rows = TableRows(_table(rows, place))
+    return nnx.merge(graphdef, state), table
+
+
+def load_decoder(arrays: Arrays, settings: Mapping[str, Any], *, place: str = "the checkpoint") -> Decoder:
+    """The decoder of a whole checkpoint.
+
+    Args:
+        arrays: by name: `tok_embeddings.weight`, `layers.0.attention.wq.weight`, ... A shared table may be there once,
+            or once for every memory layer.
+        settings: what no shape tells, as the checkpoint's params.json has it: n_heads or head_dim, and, where they are
+            not the official code's defaults, rope_theta (10000), norm_eps (1e-5), sliding_window and, anywhere inside,
+            mem_knn (32).
+        place: where it is from, for messages.
+
+    Raises:
+        CheckpointError: arrays or settings are missing, left over, or do not fit each other; or it is a model that
+            memjax does not have.
+    """
+    refuse_experts(arrays, place)
+    dense = {name: array for name, array in arrays.items() if not name.endswith(VALUES)}
+    tables = _tables(arrays, place)
+    config = _model_config(dense, {pool: arrays[name] for pool, name in tables.items()}, settings, place)
+    parts = DecoderParts.of(config)
+    params = take(dense, params_to_tree(parts.abstract_params), place, head_dim=config.head_width)
+    rows = {pool: _table(arrays[name], place) for pool, name in tables.items()}
+    return parts.assemble(tree_to_params(parts, params), rows)
+
+
+def from_official(
+    folder: str | os.PathLike[str], out: str | os.PathLike[str], *, tokenizer: str | None = None
+) -> RunConfig:
+    """Writes the folder of a run that holds the model of an official checkpoint, and returns its config.
+
+    Args:
+        folder: with consolidated.safetensors or consolidated.pth, and params.json.
+        out: the run's folder; new or empty.
+        tokenizer: `byte`, or a file; None takes the tokenizer.json or tokenizer.model in the folder.
+
+    Raises:
+        ConfigError: out holds something, or `tokenizer` is of no known kind.
+        DataError: the tokenizer cannot be read.
+        CheckpointError: the model cannot be read, or out cannot be written.
+    """
+    check_new(out)
+    folder = pathlib.Path(folder)
+    settings = read_json(file_in(folder, SETTINGS))
+    with open_arrays(folder) as arrays:
+        chosen, found = read_tokenizer(folder, tokenizer, settings)
+        model = load_decoder(arrays, settings, place=str(folder))
+    if found.vocab_size > model.config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the model has {model.config.vocab_size} embeddings, fewer than the {found.vocab_size} tokens "
+            "of the tokenizer; set --tokenizer to the one that it was trained with"
+        )
+    # A gentle rate, as for any trained model: the quick start's would undo what this one has learned.
+    config = RunConfig(
+        model=model.config, data=DataConfig(source="files", tokenizer=chosen), optim=OptimConfig(lr=2e-5)
+    )
+    write_run(out, model, found, config)
+    return config
+
+
+@contextlib.contextmanager
+def open_arrays(folder: str | os.PathLike[str]) -> Iterator[Arrays]:
+    """The arrays of a checkpoint's folder by name; numbers are read when NumPy asks for them, within the block.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    folder = pathlib.Path(folder)
+    name = next((name for name in WEIGHTS if (folder / name).exists()), None)
+    if name is None:
+        raise CheckpointError(f"{folder}: there is neither {' nor '.join(WEIGHTS)}; name a folder with one of them")
+    file = file_in(folder, name)
+    if file.suffix == ".pth":
+        yield _state_dict(read_torch_zip(file), str(file))
+        return
+    try:
+        with safe_open(file, framework="np") as handle:
+            yield {name: _in_safetensors(handle, name, file) for name in handle.keys()}  # noqa: SIM118  it is no dict
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: is no sound safetensors file ({error}); copy it again") from error
+
+
+def _state_dict(tree: Any, place: str) -> Arrays:
+    """The model's tensors, which a training's checkpoint has under `model`, beside its optimizer's."""
+    found = tree["model"] if isinstance(tree, dict) and isinstance(tree.get("model"), dict) else tree
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{place}: holds a {type(found).__name__}, must hold tensors by name")
+    for name, value in found.items():
+        if not isinstance(name, str) or not isinstance(value, LazyArray):
+            raise CheckpointError(
+                f"{place}: {str(name)[:80]!r} is a {type(value).__name__}, must be a tensor with a name"
+            )
+    return found
+
+
+def _in_safetensors(handle: Any, name: str, file: pathlib.Path) -> LazyArray:
+    part, dtypes = handle.get_slice(name), {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    if part.get_dtype() not in dtypes:
+        raise CheckpointError(f"{file}: {name} is of type {part.get_dtype()}, must be one of {', '.join(dtypes)}")
+    dtype = jnp.dtype(dtypes[part.get_dtype()])
+    return LazyArray(tuple(part.get_shape()), dtype, lambda: handle.get_tensor(name))
+
+
+def _memory_layers(arrays: Arrays) -> list[int]:
+    matches = (re.fullmatch(r"layers\.(\d+)\.feed_forward\.keys", name) for name in arrays)
+    return sorted(int(found[1]) for found in matches if found)
+
+
+def _tables(arrays: Arrays, place: str) -> dict[str, str]:
+    """The array of each table, by the name of its pool."""
+    layers = _memory_layers(arrays)
+    names = {layer: f"layers.{layer}.{VALUES}" for layer in layers}
+    present = [layer for layer in layers if names[layer] in arrays]
+    if stray := sorted(name for name in arrays if name.endswith(VALUES) and name not in names.values()):
+        raise CheckpointError(f"{place}: {stray[0]} belongs to no memory layer: there are no keys beside it")
+    if not layers:
+        return {}
+    if len(present) not in (1, len(layers)):
+        raise CheckpointError(
+            f"{place}: values.weight is there for the layers {present} of {layers}; a shared table is there once or "
+            "for every layer, tables of their own for every layer"
+        )
+    first, *others = present
+    if all(_is_same(arrays[names[first]], arrays[names[other]]) for other in others):
+        return {"shared": names[first]}
+    return {f"layer_{layer}": names[layer] for layer in layers}
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return tuple(one.shape) == tuple(other.shape) and np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def _table(array: Any, place: str) -> jax.Array:
+    return jnp.asarray(np.asarray(array), jnp.dtype(common_type({"values.weight": array}, place)))
+
+
+def _model_config(dense: Arrays, tables: Arrays, settings: Mapping[str, Any], place: str) -> ModelConfig:
+    known = settings["model"] if isinstance(settings.get("model"), Mapping) else settings
+    layers = sorted({int(found[1]) for name in dense if (found := re.match(r"layers\.(\d+)\.", name))})
+    if layers != list(range(len(layers))):
+        raise CheckpointError(f"{place}: has the layers {layers}, must have all from 0 on")
+    vocab_size, dim = shape_of(dense, "tok_embeddings.weight", place)
+    queries, keys = (shape_of(dense, f"layers.0.attention.{name}.weight", place)[0] for name in ("wq", "wk"))
+    head_dim = _head_dim(known, queries, place)
+    hidden = [array.shape[0] for name, array in dense.items() if name.endswith(".feed_forward.w1.weight")]
+    if known.get("use_scaled_rope") or known.get("rope_scaling"):
+        raise CheckpointError(f"{place}: {SETTINGS} asks for scaled rotary frequencies, which are not converted")
+    try:
+        return ModelConfig(
+            dim=dim,
+            num_layers=len(layers),
+            num_heads=queries // head_dim,
+            num_kv_heads=keys // head_dim,
+            head_dim=None if queries == dim else head_dim,
+            ffn_dim=hidden[0] if hidden else dim,
+            vocab_size=vocab_size,
+            rope_theta=float(known.get("rope_theta", 10000.0)),
+            norm_eps=float(known.get("norm_eps", 1e-5)),
+            sliding_window=known.get("sliding_window"),
+            tie_embeddings="output.weight" not in dense,
+            param_dtype=common_type(dense, place),
+            memory=_memory_config(dense, tables, settings, place) if tables else None,
+        )
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{place}: describes no model that can be: {error}") from error
+
+
+def _memory_config(dense: Arrays, tables: Arrays, settings: Mapping[str, Any], place: str) -> MemoryConfig:
+    layers, table = _memory_layers(dense), next(iter(tables.values()))
+    found = [memory_options(dense, f"layers.{layer}.", tuple(table.shape), place) for layer in layers]
+    if any(options != found[0] for options in found):
+        raise CheckpointError(f"{place}: the memory layers {layers} are not of one kind and size, as memjax needs them")
+    return MemoryConfig(
+        layers=tuple(layers),
+        top_k=_find(settings, "mem_knn", TOP_K),
+        share="shared" in tables,
+        table_dtype=common_type(tables, place),
+        **found[0],
+    )
+
+
+def _head_dim(known: Mapping[str, Any], queries: int, place: str) -> int:
+    """Width of an attention head."""
+    heads, width = (known.get(name) or 0 for name in ("n_heads", "head_dim"))
+    if not heads and not width:
+        raise CheckpointError(f"{place}: {SETTINGS} must say n_heads or head_dim, which no shape tells")
+    found = (width or queries // heads) if isinstance(heads, int) and isinstance(width, int) else 0
+    if found < 1 or queries % found or (heads and heads * found != queries):
+        raise CheckpointError(
+            f"{place}: n_heads={known.get('n_heads')} and head_dim={known.get('head_dim')} in {SETTINGS} do not fit "
+            f"queries of width {queries}"
+        )
+    return found
+
+
+def _find(tree: Any, name: str, default: Any) -> Any:
+    """The value of this name anywhere in nested settings."""
+    if not isinstance(tree, Mapping):
+        return default
+    if name in tree:
+        return tree[name]
+    return next((found for inner in tree.values() if (found := _find(inner, name, None)) is not None), default)

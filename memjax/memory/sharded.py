@@ -1,0 +1,202 @@
+"""The operations of a memory layer on a mesh with the axes ('data', 'memory').
+
+Tokens are split over both axes, the columns of a table over `memory`; keys are on every device. Inside `shard_map` each
+device searches for its own tokens, gathers the picks of its memory group, sums its own columns of all the group's bags,
+and an all-to-all returns whole rows to the device that owns the token. For dots the way is the opposite: an all-to-all
+hands out the columns of the vectors, and the parts of each product are summed on the device that owns the token.
+
+The mesh is the ambient one (`jax.set_mesh`). Without it, without both axes, or inside a `jax.shard_map` over them,
+these are the plain operations, so one device, a mesh and somebody else's model run the same layer.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from memjax.config import checks
+from memjax.memory import row_exchange
+from memjax.ops.embedding_bag.api import embedding_bag
+from memjax.ops.embedding_dot.api import embedding_dot
+from memjax.ops.precision import accumulator
+from memjax.ops.product_key_search.api import product_key_search
+from memjax.ops.row_gradient import RowGradient
+from memjax.ops.row_update import dense
+from memjax.ops.row_update.api import check_state, row_update
+from memjax.ops.row_update.rules import RowRule, RowStep, TableState
+from memjax.ops.shapes import require
+from memjax.sharding.axes import (
+    BAGS,
+    COLUMNS,
+    DATA,
+    MEMORY,
+    TOKENS,
+    has_memory_axis,
+    over_mesh,
+    place,
+    split_tokens,
+    unsharded,
+)
+
+
+def search(
+    queries: Float[Array, "t h key_dim"],
+    keys: Float[Array, "h 2 n half"],
+    top_k: int,
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
+    """`product_key_search`, each device for its own tokens."""
+    run = partial(product_key_search, top_k=top_k, implementation=implementation)
+    if not has_memory_axis():
+        return unsharded(run, queries)(queries, keys)
+    return over_mesh(run, (TOKENS, P()), (TOKENS, TOKENS))(queries, keys)
+
+
+def bag(
+    table: Float[Array, "n d"],
+    indices: Int[Array, "t k"],
+    weights: Float[Array, "t k"],
+    tap: Float[Array, "t d"] | None = None,
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "t d"]:
+    """`embedding_bag` plus the tap, a zero whose cotangent is the cotangent of the bag.
+
+    The tap is added before the all-to-all, so its cotangent is already split by columns, as `update_rows` wants it.
+    """
+    if tap is not None:
+        tokens = (*indices.shape[:1], *table.shape[1:])
+        require(
+            "bag", tap.shape == tokens, "a tap must have the shape of the bags", tap=tap, indices=indices, table=table
+        )
+    run = partial(embedding_bag, implementation=implementation)
+    if not has_memory_axis():
+        out = unsharded(run, indices)(table, indices, weights)
+        return out if tap is None else out + tap
+
+    def local(table: Array, indices: Array, weights: Array, *taps: Array) -> Array:
+        indices, weights = (jax.lax.all_gather(picks, MEMORY, tiled=True) for picks in (indices, weights))
+        out = sum(taps, start=run(table, indices, weights))
+        return jax.lax.all_to_all(out, MEMORY, split_axis=0, concat_axis=1, tiled=True)
+
+    taps = () if tap is None else (tap,)
+    specs = (COLUMNS, TOKENS, TOKENS, *(BAGS for _ in taps))
+    return over_mesh(local, specs, TOKENS)(table, indices, weights, *taps)
+
+
+def dot(
+    table: Float[Array, "n d"],
+    indices: Int[Array, "t k"],
+    vectors: Float[Array, "t d"],
+    tap: Float[Array, "t k"] | None = None,
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "t k"], Float[Array, "t d"]]:
+    """`embedding_dot` plus the tap, a zero whose cotangent is the cotangent of the dots; and the vectors.
+
+    The vectors come back split by columns like the bags of `bag`, as `update_rows` wants them.
+    """
+    if tap is not None:
+        require("dot", tap.shape == indices.shape, "a tap must have the shape of the dots", tap=tap, indices=indices)
+    run = partial(embedding_dot, implementation=implementation)
+    if not has_memory_axis():
+        out = unsharded(run, indices)(table, indices, vectors)
+        return out if tap is None else out + tap, vectors
+
+    def local(table: Array, indices: Array, vectors: Array, *taps: Array) -> tuple[Array, Array]:
+        indices = jax.lax.all_gather(indices, MEMORY, tiled=True)
+        columns = jax.lax.all_to_all(vectors, MEMORY, split_axis=1, concat_axis=0, tiled=True)
+        out = jax.lax.psum_scatter(run(table, indices, columns), MEMORY, scatter_dimension=0, tiled=True)
+        return sum(taps, start=out), columns
+
+    taps = () if tap is None else (tap,)
+    specs = (COLUMNS, TOKENS, TOKENS, *(TOKENS for _ in taps))
+    return over_mesh(local, specs, (TOKENS, BAGS))(table, indices, vectors, *taps)
+
+
+def zero_tap(num_tokens: int, value_dim: int, dtype) -> Float[Array, "t d"]:
+    """A tap of `bag`, laid out as it is added there; that of `dot` is `zero_dot_tap`."""
+    tap = jnp.zeros((num_tokens, value_dim), dtype)
+    return place(tap, BAGS) if has_memory_axis() else tap
+
+
+def zero_dot_tap(num_tokens: int, picks: int, table_dtype: DTypeLike) -> Float[Array, "t k"]:
+    """A tap of `dot` for a table of the given type, laid out as it is added there."""
+    return split_tokens(jnp.zeros((num_tokens, picks), accumulator(table_dtype)))
+
+
+def update_rows(
+    table: Float[Array, "n d"],
+    state: TableState,
+    gradients: Sequence[RowGradient],
+    rule: RowRule,
+    step: RowStep,
+    *,
+    exchange: Literal["auto", "factored", "dense"] = "auto",
+    implementation: str | None = None,
+    piece_picks: int = dense.PIECE_PICKS,
+    block_bytes: int = dense.BLOCK_BYTES,
+) -> tuple[Float[Array, "n d"], TableState]:
+    """`row_update` on every device's columns, with the picks of all tokens of the mesh.
+
+    Replicas of a column shard see the same picks in the same order (factored), or the same sum of what each has summed
+    of its own tokens (dense), so they stay bit-equal. See `row_exchange.choose` for auto. Without a `memory` axis there
+    are no replicas, and nothing is exchanged.
+
+    Args:
+        table: rows.
+        state: of the rule.
+        gradients: of all layers that read the table.
+        rule: the optimizer.
+        step: rate, number and so on.
+        exchange: how row gradients cross the `data` axis.
+        implementation: of `row_update`.
+        piece_picks: picks that are sorted at once, where they are summed dense.
+        block_bytes: dense gradient of the rows that are updated at once.
+
+    Raises:
+        ValueError: shapes do not fit together, or `exchange` or `implementation` is unknown.
+    """
+    if not gradients:
+        raise ValueError("update_rows needs at least one RowGradient")
+    for gradient in gradients:
+        gradient.check(table.shape[1])
+    check_state(table, state, rule)
+    checks.refuse(checks.one_of(("auto", *get_args(row_exchange.Exchange)), exchange=exchange))
+    if not has_memory_axis():
+        run = partial(row_update, rule=rule, implementation=implementation)
+        return unsharded(run, table)(table, state, gradients, step=step)
+
+    axes = jax.sharding.get_abstract_mesh().shape
+    sizes = {"data_axis": axes[DATA], "memory_axis": axes[MEMORY]}
+    factored = row_exchange.choose(exchange, table, gradients, **sizes) == "factored"
+
+    def local(table: Array, state: TableState, gradients: Sequence[RowGradient], step: RowStep):
+        gather = partial(_gather_gradient, whole_mesh=factored)
+        step = step._replace(first_column=step.first_column + jax.lax.axis_index(MEMORY) * table.shape[1])
+        if factored:
+            return row_update(table, state, list(map(gather, gradients)), rule, step, implementation=implementation)
+        gradient, touched = dense.summed(
+            gradients, table.shape[0], gather=gather, piece_picks=piece_picks, implementation=implementation
+        )
+        touched = jax.lax.psum(touched.astype(jnp.int32), DATA) > 0
+        reduce = partial(jax.lax.psum, axis_name=DATA)
+        return dense.update_touched(table, state, gradient, touched, rule, step, reduce=reduce, block_bytes=block_bytes)
+
+    factors = RowGradient._make((TOKENS, TOKENS, BAGS))
+    specs = (COLUMNS, COLUMNS, [factors] * len(gradients), P())
+    return over_mesh(local, specs, (COLUMNS, COLUMNS))(table, state, list(gradients), step)
+
+
+def _gather_gradient(gradient: RowGradient, *, whole_mesh: bool) -> RowGradient:
+    """All tokens' row gradient of a device's columns: of the whole mesh, or of its replica of the table."""
+    over = (DATA, MEMORY) if whole_mesh else MEMORY
+    gather = partial(jax.lax.all_gather, tiled=True)
+    indices, weights = gather(gradient.indices, over), gather(gradient.weights, over)
+    return RowGradient(indices, weights, gather(gradient.vectors, DATA) if whole_mesh else gradient.vectors)

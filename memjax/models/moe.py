@@ -1,0 +1,262 @@
+"""A mixture of experts: several feed-forward layers, of which each token uses a few."""
+
+import math
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from memjax.config import checks
+from memjax.models.feed_forward import linear
+from memjax.ops.grouped_matmul.api import grouped_matmul
+from memjax.ops.precision import accumulator, drawn_wide
+from memjax.ops.shapes import require
+from memjax.sharding.axes import on_own_tokens
+
+SAVED_ROUTING = "routing"
+"""`checkpoint_name` of who goes to whom: with it kept, rematerialisation neither chooses nor sorts again."""
+
+
+class Routing(NamedTuple):
+    """What a router says of each token."""
+
+    logits: Float[Array, "t e"]
+    """Of the experts, in float32 or wider."""
+    picks: Int[Array, "t k"]
+    """The experts that the token chooses, best first. Where experts choose in training, what it would choose."""
+
+
+class RouterStatistics(NamedTuple):
+    """What many tokens' routing amounts to."""
+
+    balance: Float[Array, ""]
+    """The load-balance loss of arXiv:2101.03961, experts * sum of load * mean probability: 1 where all is even."""
+    z: Float[Array, ""]
+    """The z loss of arXiv:2202.08906: the mean square of the logits' logsumexp."""
+    entropy: Float[Array, ""]
+    """Of a token's probabilities, in nats, on average."""
+    load: Float[Array, " e"]
+    """Share of the choices that fall on each expert."""
+
+
+def router_statistics(routing: Routing, real: Bool[Array, " t"]) -> RouterStatistics:
+    """Statistics of the tokens that are real; all zero where none is."""
+    fits = real.shape == routing.logits.shape[:1]
+    require("router_statistics", fits, "real must have one value for each token", logits=routing.logits, real=real)
+    num_experts, wide = routing.logits.shape[1], routing.logits.dtype
+    share = real.astype(wide) / jnp.maximum(real.sum(), 1)
+    log_probabilities = jax.nn.log_softmax(routing.logits)
+    probabilities = jnp.exp(log_probabilities)
+    chosen = jax.nn.one_hot(routing.picks, num_experts, dtype=wide).mean(axis=1)
+    load = share @ chosen
+    return RouterStatistics(
+        balance=num_experts * jnp.sum(load * (share @ probabilities)),
+        z=share @ jnp.square(jax.nn.logsumexp(routing.logits, axis=-1)),
+        entropy=-share @ jnp.sum(probabilities * log_probabilities, axis=-1),
+        load=load,
+    )
+
+
+class Experts(nnx.Module):
+    """SwiGLU experts behind a router: out = sum over a token's experts of probability * expert(x).
+
+    With token choice each token takes its top_k likeliest experts, and none is turned away. With expert choice
+    (arXiv:2202.09368) each expert takes, in training, its likeliest tokens of every sequence, capacity / experts of
+    them, so that all experts do the same work whatever the router says. What a token gets then depends on the tokens
+    after it too, so where text is continued or judged each token takes its likeliest expert instead.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        num_experts: int,
+        routing: Literal["token_choice", "expert_choice"] = "token_choice",
+        top_k: int = 1,
+        renormalize: bool = False,
+        capacity: float = 1.0,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        """Experts of width hidden_dim, drawn as feed-forward layers are.
+
+        Args:
+            dim: width of inputs and outputs.
+            hidden_dim: hidden width of each expert.
+            num_experts: their number.
+            routing: who chooses.
+            top_k: experts that a token chooses.
+            renormalize: let the weights of a token's experts add up to 1.
+            capacity: experts that a token is taken by on average (expert choice in training).
+            dtype: type of activations; None takes that of the inputs.
+            param_dtype: type of the parameters.
+            implementation: of `grouped_matmul`; None takes the fastest that can run.
+            rngs: source of the `params` key.
+
+        Raises:
+            ValueError: `routing` is unknown, or a number is out of its range.
+        """
+        checks.refuse(
+            checks.counts(dim=dim, hidden_dim=hidden_dim)
+            + checks.experts(
+                num_experts=num_experts,
+                ffn_dim=None,
+                routing=routing,
+                top_k=top_k,
+                renormalize=renormalize,
+                capacity=capacity,
+            )
+        )
+        self.num_experts, self.routing, self.top_k = num_experts, routing, top_k
+        self.renormalize, self.capacity = renormalize, capacity
+        self.dtype, self.implementation = dtype, implementation
+        self.router = linear(dim, num_experts, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+        def matrices(inputs: int, outputs: int) -> nnx.Param:
+            init = drawn_wide(nnx.initializers.truncated_normal(inputs**-0.5, lower=-3.0, upper=3.0))
+            return nnx.Param(init(rngs.params(), (num_experts, inputs, outputs), param_dtype))
+
+        self.gate = matrices(dim, hidden_dim)
+        self.up = matrices(dim, hidden_dim)
+        self.down = matrices(hidden_dim, dim)
+
+    def __call__(
+        self, x: Float[Array, "b s dim"], real: Bool[Array, "b s"] | None = None, *, training: bool = False
+    ) -> tuple[Float[Array, "b s dim"], Routing]:
+        """The layer's output, and what the router said.
+
+        Args:
+            x: the tokens.
+            real: which tokens are no padding; None for all. Only experts that choose ask.
+            training: let experts choose, if they are to.
+
+        Raises:
+            ValueError: shapes do not fit together.
+        """
+        dim = self.router.kernel.shape[0]
+        require("Experts", x.ndim == 3 and x.shape[2] == dim, f"x must be [batch, sequence, {dim}]", x=x)
+        if real is not None:
+            require("Experts", real.shape == x.shape[:2], "real must have one value for each token", x=x, real=real)
+        x = x.astype(self.dtype or x.dtype)
+        tokens = x.reshape(x.shape[0] * x.shape[1], dim)
+        weights = [matrices[...].astype(x.dtype) for matrices in (self.gate, self.up, self.down)]
+        logits = checkpoint_name(self._logits(tokens), SAVED_ROUTING)
+        by_token = partial(
+            _token_choice, top_k=self.top_k, renormalize=self.renormalize, implementation=self.implementation
+        )
+        if not training or self.routing == "token_choice":
+            out, picks = on_own_tokens(by_token, (tokens, logits), weights)
+            return out.reshape(x.shape), Routing(logits, picks)
+        real = jnp.ones(x.shape[:2], bool) if real is None else real
+        by_expert = partial(_expert_choice, capacity=self.capacity)
+        of_sequences = (x, logits.reshape(*x.shape[:2], self.num_experts), real)
+        out, picks = on_own_tokens(by_expert, of_sequences, weights)
+        return out, Routing(logits, picks.reshape(tokens.shape[0], 1))
+
+    def _logits(self, tokens: Float[Array, "t dim"]) -> Float[Array, "t e"]:
+        # In the type of the tokens, as weights are sent over a mesh: so that all meshes choose alike.
+        kernel = self.router.kernel[...].astype(tokens.dtype)
+        return jnp.matmul(tokens, kernel, preferred_element_type=accumulator(tokens.dtype))
+
+
+def _choose(logits: Float[Array, "*t e"], top_k: int) -> Int[Array, "*t k"]:
+    return checkpoint_name(jax.lax.top_k(jax.lax.stop_gradient(logits), top_k)[1], SAVED_ROUTING)
+
+
+def _token_choice(
+    x: Float[Array, "t dim"],
+    logits: Float[Array, "t e"],
+    gate: Float[Array, "e dim f"],
+    up: Float[Array, "e dim f"],
+    down: Float[Array, "e f dim"],
+    *,
+    top_k: int,
+    renormalize: bool,
+    implementation: str | None,
+) -> tuple[Float[Array, "t dim"], Int[Array, "t k"]]:
+    """Every token through its top_k experts."""
+    picks = _choose(logits, top_k)
+    weights = jnp.take_along_axis(jax.nn.softmax(logits), picks, axis=-1)
+    if renormalize:
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+    order = checkpoint_name(jnp.argsort(picks.ravel()), SAVED_ROUTING)
+    places = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True).reshape(picks.shape)
+    sizes = jnp.bincount(picks.ravel(), length=logits.shape[1]).astype(jnp.int32)
+    product = partial(grouped_matmul, sizes=sizes, implementation=implementation)
+
+    rows = _to_experts(x, order, places)
+    found = _from_experts(product(nnx.silu(product(rows, gate)) * product(rows, up), down), order, places)
+    return jnp.sum(found * weights[:, :, None], axis=1).astype(x.dtype), picks
+
+
+def _expert_choice(
+    x: Float[Array, "b s dim"],
+    logits: Float[Array, "b s e"],
+    real: Bool[Array, "b s"],
+    gate: Float[Array, "e dim f"],
+    up: Float[Array, "e dim f"],
+    down: Float[Array, "e f dim"],
+    *,
+    capacity: float,
+) -> tuple[Float[Array, "b s dim"], Int[Array, "b s 1"]]:
+    """Every expert over its likeliest tokens of each sequence.
+
+    A sequence at a time, so that the result does not depend on how sequences lie on devices. Padding is taken by none.
+    """
+    length, num_experts = logits.shape[1:]
+    most = math.ceil(length * capacity / num_experts)
+    probabilities = jnp.swapaxes(jax.nn.softmax(logits), 1, 2)
+    # Below every probability, so that padding is taken last.
+    wanted = jax.lax.stop_gradient(jnp.where(real[:, None, :], probabilities, -1.0))
+    chosen = checkpoint_name(jax.lax.top_k(wanted, most)[1], SAVED_ROUTING)
+    allowed = jnp.ceil(real.sum(axis=1) * capacity / num_experts)
+    weights = jnp.take_along_axis(probabilities, chosen, axis=-1)
+    weights = jnp.where(jnp.arange(most)[None, None, :] < allowed[:, None, None], weights, 0)
+
+    sequence = jnp.arange(x.shape[0])[:, None, None]
+    rows = x[sequence, chosen]
+    hidden = nnx.silu(jnp.einsum("becd,edf->becf", rows, gate)) * jnp.einsum("becd,edf->becf", rows, up)
+    found = jnp.einsum("becf,efd->becd", hidden, down) * weights[..., None]
+    out = jnp.zeros(x.shape, found.dtype).at[sequence, chosen].add(found)
+    return out.astype(x.dtype), _choose(logits, 1)
+
+
+# Both moves are permutations (of tokens that stand there top_k times), so each one's gradient is a read too; autodiff
+# would write rows in random order and add them up in 16 bits.
+@jax.custom_vjp
+def _to_experts(x: Float[Array, "t dim"], order: Int[Array, " m"], places: Int[Array, "t k"]) -> Float[Array, "m dim"]:
+    """Tokens in the order of the experts that they go to: row i is that of pick order[i]."""
+    return x[order // places.shape[1]]
+
+
+@jax.custom_vjp
+def _from_experts(
+    rows: Float[Array, "m dim"], order: Int[Array, " m"], places: Int[Array, "t k"]
+) -> Float[Array, "t k dim"]:
+    """Rows of the experts back at the picks that they answer: pick (t, j) stands in row places[t, j]."""
+    return rows[places]
+
+
+def _to_experts_backward(residuals, cotangent):
+    order, places = residuals
+    wide = _from_experts(cotangent, order, places).astype(accumulator(cotangent.dtype))
+    return wide.sum(axis=1).astype(cotangent.dtype), None, None
+
+
+def _from_experts_backward(residuals, cotangent):
+    order, _ = residuals
+    return cotangent.reshape(order.size, -1)[order], None, None
+
+
+_to_experts.defvjp(lambda x, order, places: (_to_experts(x, order, places), (order, places)), _to_experts_backward)
+_from_experts.defvjp(
+    lambda rows, order, places: (_from_experts(rows, order, places), (order, places)), _from_experts_backward
+)

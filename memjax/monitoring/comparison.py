@@ -1,0 +1,290 @@
+"""Several runs in one picture: loss, throughput and use of the slots, with a table of where each run ended."""
+
+import dataclasses
+import html
+import io
+import pathlib
+import re
+import textwrap
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memjax.errors import DataError
+from memjax.monitoring.metrics import Row, comparable, read_metrics
+
+Axis = Literal["step", "tokens", "seconds"]
+Values = NDArray[np.float64]
+
+_AXIS_LABELS = {"step": "step", "tokens": "tokens read", "seconds": "seconds of training"}
+_AXIS_METRICS = {"tokens": "train/tokens", "seconds": "throughput/step_seconds"}
+_PARTS = 50
+"""Into which the longest run is cut to find how many steps are averaged."""
+_GREY = "0.35"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one run wrote."""
+
+    name: str
+    rows: list[Row]
+
+    def values(self, metric: str) -> Values:
+        """A metric at every step; NaN where it was not measured, or was no number."""
+        return np.array([np.nan if row.get(metric) is None else row[metric] for row in self.rows], np.float64)
+
+    def slot_share(self, field: str) -> Values:
+        """A share of the slots at every step, averaged over the memory layers; NaN where it was not measured."""
+        pattern = re.compile(rf"memory/[^/]+/{field}")
+        metrics = sorted({metric for row in self.rows for metric in row if pattern.fullmatch(metric)})
+        return np.mean([self.values(metric) for metric in metrics] or [np.full(len(self.rows), np.nan)], axis=0)
+
+    def along(self, axis: Axis) -> Values:
+        """Where each row stands on the horizontal axis."""
+        if axis == "step":
+            return self.values("step")
+        return np.nancumsum(self.values(_AXIS_METRICS[axis]))
+
+
+def read_runs(folders: Sequence[pathlib.Path]) -> list[Run]:
+    """The runs of some folders, each under the shortest end of its path that tells it from the others.
+
+    Raises:
+        DataError: a folder holds no metrics.
+    """
+    paths = {folder.resolve(): folder for folder in folders}
+    runs = []
+    for path, folder in paths.items():
+        rows = comparable(read_metrics(path / "metrics.jsonl"))
+        if not rows:
+            raise DataError(f"{folder}: there are no metrics in metrics.jsonl; name the folder of a run that has begun")
+        lengths = range(1, len(path.parts) + 1)
+        ends = (path.parts[-length:] for length in lengths)
+        name = next(end for end in ends if sum(other.parts[-len(end) :] == end for other in paths) == 1)
+        runs.append(Run("/".join(name), rows))
+    return runs
+
+
+class Panel(NamedTuple):
+    """One pair of axes."""
+
+    title: str
+    label: str
+    """Of the vertical axis, with the unit."""
+    steady: str | None
+    """What is measured at every step: drawn smoothed over the faint raw curve. A metric, or None."""
+    sparse: tuple[tuple[str, str, str], ...]
+    """What is measured now and then: metrics or fields of the slot statistics, with their names in the legend and in
+    the notes."""
+
+
+PANELS = (
+    Panel("Loss", "nats per token", "train/loss", (("eval/validation/loss", "validation", "validation loss"),)),
+    Panel("Throughput", "tokens per second", "throughput/tokens_per_second", ()),
+    Panel(
+        "Slot use, mean of the memory layers",
+        "share of the slots",
+        None,
+        (
+            ("used_fraction", "read at all", "slot use"),
+            ("effective_fraction", "as if read equally often", "slot use"),
+        ),
+    ),
+)
+
+
+def smoothed(values: Values, window: int) -> Values:
+    """The mean of up to `window` neighbouring values, fewer at the ends; values that are NaN do not count."""
+    known = np.isfinite(values)
+    # window - 1 neighbours, as many before as after, or one more before.
+    before, after = window // 2, (window - 1) // 2
+    sums, counts = (np.concatenate([[0.0], np.cumsum(part)]) for part in (np.where(known, values, 0), known))
+    places = np.arange(len(values))
+    first, last = np.maximum(places - before, 0), np.minimum(places + after + 1, len(values))
+    number = counts[last] - counts[first]
+    return np.where(number > 0, (sums[last] - sums[first]) / np.maximum(number, 1), np.nan)
+
+
+def smoothing_window(runs: Sequence[Run]) -> int:
+    """Steps to average over: a fiftieth of the longest run."""
+    return max(1, max(len(run.rows) for run in runs) // _PARTS)
+
+
+def missing(runs: Sequence[Run]) -> list[str]:
+    """Notes on what the picture lacks because runs did not measure it."""
+    notes = {}
+    for panel in PANELS:
+        steady = [(panel.steady, panel.title.lower())] if panel.steady else []
+        for metric, name in [*steady, *((metric, name) for metric, _, name in panel.sparse)]:
+            without = [run.name for run in runs if not np.isfinite(_series(run, metric)).any()]
+            if without:
+                notes[f"no {name} in " + ("any run" if len(without) == len(runs) else ", ".join(without))] = None
+    return list(notes)
+
+
+def draw(runs: Sequence[Run], out: pathlib.Path, *, axis: Axis = "step", window: int | None = None) -> None:
+    """Writes the picture.
+
+    Args:
+        runs: what to compare.
+        out: a .png file, or a .html file that needs no other.
+        axis: what is on the horizontal axis.
+        window: steps that the drawn means are taken over; 1 draws the values alone, None chooses.
+    """
+    # matplotlib takes a second to import; Agg draws without a display.
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.lines import Line2D
+
+    window = window or smoothing_window(runs)
+    panels = [panel for panel in PANELS if any(np.isfinite(_series(run, m)).any() for run in runs for m in _all(panel))]
+    count = max(1, len(panels))
+    figure, grid = pyplot.subplots(1, count, figsize=(5.4 * count, 5), layout="constrained", squeeze=False)
+    colors = _colors(len(runs))
+    for axes, panel in zip(grid[0], panels, strict=False):
+        _draw_panel(axes, panel, runs, colors, axis, window)
+    handles = [Line2D([], [], color=color, linewidth=2.5) for color in colors]
+    names = [_plain(run.name) for run in runs]
+    figure.legend(handles, names, loc="outside upper center", ncols=min(2 * count, len(runs)), frameon=False)
+    notes = missing(runs)
+    if notes:
+        text = textwrap.fill(_plain(f"There is {'; '.join(notes)}."), 85 * count)
+        figure.supxlabel(text, fontsize=8, color=_GREY)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".html":
+        picture = io.StringIO()
+        figure.savefig(picture, format="svg", metadata={"Date": None, "Creator": None})
+        out.write_text(_page(runs, picture.getvalue(), notes), encoding="utf-8")
+    else:
+        figure.savefig(out, dpi=130)
+    pyplot.close(figure)
+
+
+def summary_table(runs: Sequence[Run]) -> list[list[str]]:
+    """A header and a row for every run: how far it came, and where it ended."""
+    rows = [["run", "steps", "tokens", "loss", "best validation", "tokens/s", "slots read"]]
+    for run in runs:
+        window = smoothing_window([run])
+        loss, validation = smoothed(run.values("train/loss"), window), run.values("eval/validation/loss")
+        speed, used = run.values("throughput/tokens_per_second"), run.slot_share("used_fraction")
+        rows.append(
+            [
+                run.name,
+                f"{run.rows[-1]['step']:,}",
+                f"{np.nansum(run.values('train/tokens')):,.0f}",
+                _number(loss[-1:], ".4f"),
+                _number([np.nanmin(validation)] if np.isfinite(validation).any() else [], ".4f"),
+                _number([np.nanmedian(speed)] if np.isfinite(speed).any() else [], ",.0f"),
+                _number(used[np.isfinite(used)][-1:], ".1%"),
+            ]
+        )
+    return rows
+
+
+def _number(last: Any, form: str) -> str:
+    return f"{last[0]:{form}}" if len(last) and np.isfinite(last[0]) else "-"
+
+
+def _all(panel: Panel) -> list[str]:
+    return ([panel.steady] if panel.steady else []) + [metric for metric, _, _ in panel.sparse]
+
+
+def _series(run: Run, metric: str) -> Values:
+    return run.values(metric) if "/" in metric else run.slot_share(metric)
+
+
+def _draw_panel(axes: Any, panel: Panel, runs: Sequence[Run], colors: Sequence[Any], axis: Axis, window: int) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+
+    styles: Any = (("--", "o"), (":", "s")) if panel.steady else (("-", "o"), ("--", "s"))
+    legend = []
+    for run, color in zip(runs, colors, strict=True):
+        places = run.along(axis)
+        if panel.steady:
+            values = run.values(panel.steady)
+            alone = {"alpha": 0.25, "linewidth": 0.8} if window > 1 else {"linewidth": 1.2}
+            # Pixels, because every step as a shape would make large files.
+            axes.plot(places, values, color=color, rasterized=True, **alone)
+            if window > 1:
+                axes.plot(places, smoothed(values, window), color=color, linewidth=1.8)
+        for (metric, _, _), (line, marker) in zip(panel.sparse, styles, strict=False):
+            values = _series(run, metric)
+            known = np.isfinite(values)
+            axes.plot(places[known], values[known], line, color=color, marker=marker, markersize=3.5, linewidth=1.2)
+    if panel.steady:
+        legend.append((Line2D([], [], color=_GREY, linewidth=0.8, alpha=0.5 if window > 1 else 1), "each step"))
+        if window > 1:
+            legend.append((Line2D([], [], color=_GREY, linewidth=1.8), f"mean of {window} steps"))
+    for (metric, label, _), (line, marker) in zip(panel.sparse, styles, strict=False):
+        if any(np.isfinite(_series(run, metric)).any() for run in runs):
+            legend.append((Line2D([], [], color=_GREY, linestyle=line, marker=marker, markersize=3.5), label))
+    axes.set(title=panel.title, xlabel=_AXIS_LABELS[axis], ylabel=panel.label)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25)
+    if axis == "tokens":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if panel.title == "Loss":
+        losses = np.concatenate([_series(run, metric) for run in runs for metric in _all(panel)])
+        losses = losses[losses > 0]
+        if losses.size:  # matplotlib warns of a logarithmic axis without a positive value
+            axes.set_yscale("log")
+            narrow = losses.max() < 10 * losses.min()
+            axes.yaxis.set_major_locator(MaxNLocator(7) if narrow else LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(EngFormatter(sep="") if panel.steady else PercentFormatter(1))
+    if legend:
+        axes.legend(*zip(*legend, strict=True), fontsize=8, framealpha=0.85)
+
+
+def _colors(count: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    if count <= 10:
+        return [colormaps["tab10"](number) for number in range(count)]
+    return [colormaps["turbo"](0.05 + 0.9 * number / (count - 1)) for number in range(count)]
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib takes as it is: no formula, and no name that it hides."""
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def _page(runs: Sequence[Run], svg: str, notes: Sequence[str]) -> str:
+    header, *rows = summary_table(runs)
+    escape = lambda cells, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+    body = "\n".join(f"<tr>{escape(row, 'td')}</tr>" for row in rows)
+    listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    title = html.escape("Comparison of " + ", ".join(run.name for run in runs))
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>{title}</title>
+<style>
+body {{ font-family: sans-serif; margin: 2em; }}
+svg {{ max-width: 100%; height: auto; }}
+table {{ border-collapse: collapse; margin-top: 1em; }}
+td, th {{ padding: 0.3em 0.9em; border-bottom: 1px solid #ccc; text-align: right; }}
+td:first-child, th:first-child {{ text-align: left; }}
+</style>
+</head>
+<body>
+{svg[svg.index("<svg") :]}
+<table>
+<tr>{escape(header, "th")}</tr>
+{body}
+</table>
+{f"<p>There is</p><ul>{listed}</ul>" if notes else ""}
+</body>
+</html>
+"""

@@ -1,0 +1,177 @@
+"""One line of JSON for every step of a run: `metrics.jsonl`."""
+
+import contextlib
+import errno
+import io
+import json
+import math
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from memjax.io.console import warn
+from memjax.io.files import write_atomic
+
+Row = dict[str, Any]
+
+# Dense bf16 peak of one device in FLOP/s, from the makers' data sheets. A device that is not here has no MFU.
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(device: Any) -> float | None:
+    """Peak of a device in FLOP/s (dense bf16); None where it is not known."""
+    return next((peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind)), None)
+
+
+class MetricsFile:
+    """`metrics.jsonl`: exactly one line for every step.
+
+    Lines that cannot be written stay in memory and are tried again with the next ones: a disk that is full for a while
+    costs nothing.
+    """
+
+    def __init__(self, path: pathlib.Path, *, last_step: int):
+        """Opens the file to append. Lines after last_step, which will be made again, and damaged ones are left out.
+
+        Raises:
+            OSError: the file cannot be read or replaced.
+        """
+        self.path = path
+        self._waiting: list[str] = []
+        self._written = 0
+        """Bytes of the file that are whole lines."""
+        self._warned = False
+        rows = [row for row in read_metrics(path) if row["step"] <= last_step]
+        write_atomic(path, "".join(_line(row) for row in rows))
+        self._file: io.FileIO | None = None
+        self._open()
+
+    def write(self, row: Row) -> None:
+        """Takes a line; values that are not finite become null, which JSON can hold."""
+        self._waiting.append(_line(row))
+
+    def amend(self, step: int, more: Row) -> None:
+        """Adds metrics to the row of a step that is in the file already."""
+        self.flush()
+        rows = [row | more if row["step"] == step else row for row in read_metrics(self.path)]
+        try:
+            write_atomic(self.path, "".join(_line(row) for row in rows))
+            self._open()
+        except OSError as error:
+            self._warn(error)
+
+    def flush(self) -> None:
+        """Hands the lines to the operating system, so that a killed process loses none; raises nothing."""
+        if not self._waiting:
+            return
+        data = "".join(self._waiting).encode()
+        try:
+            if self._file is None or not self.path.exists():  # somebody has moved or deleted it
+                self._open()
+            assert self._file is not None
+            if self._file.seek(0, os.SEEK_END) > self._written:
+                data = b"\n" + data  # after a part of a line that could not be taken back
+            if self._file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._take_back()
+            self._warn(error)
+            return
+        self._written = self._file.tell()
+        self._waiting.clear()
+        if self._warned:
+            self._warned = False
+            warn(f"{self.path} can be written again; no step is missing")
+
+    def close(self) -> None:
+        """Writes what still waits and closes the file; raises nothing."""
+        self.flush()
+        if self._waiting:
+            warn(f"{self.path} lacks the last {len(self._waiting)} steps")
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+    def _open(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+        self._file = None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = io.FileIO(self.path, "a")
+        self._written = self._file.seek(0, os.SEEK_END)
+
+    def _take_back(self) -> None:
+        """Cuts off the part of the lines that was written, so that they can follow again."""
+        with contextlib.suppress(OSError, ValueError):
+            if self._file is not None:
+                self._file.truncate(self._written)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            warn(f"{self.path} cannot be written ({error}); the run goes on, and its lines wait until it can")
+
+
+def read_metrics(path: pathlib.Path) -> list[Row]:
+    """The rows of a metrics file, by step. Damaged lines are left out; of two of one step the later counts."""
+    rows: dict[int, Row] = {}
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        try:
+            row = json.loads(line)  # bytes that are no UTF-8 are a ValueError, too
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
+
+
+WINDOW = "slots/window_steps"
+"""Steps over which the slot statistics of a row count."""
+
+
+def has_usage(row: Row) -> bool:
+    """Whether a row has slot statistics."""
+    return any(name.startswith("memory/") for name in row)
+
+
+def usage_rows(rows: Sequence[Row]) -> list[Row]:
+    """The rows with slot statistics that can be compared: over equally many steps, the most common number of them.
+
+    Rows written before the number of steps was among them are taken to count since the row before.
+    """
+    found, before = [], 0
+    for row in rows:
+        if has_usage(row):
+            found.append({WINDOW: row["step"] - before} | row)
+            before = row["step"]
+    counts = Counter(row[WINDOW] for row in found)
+    if not counts:
+        return []
+    window = max(counts, key=lambda steps: (counts[steps], steps))
+    return [row for row in found if row[WINDOW] == window]
+
+
+def comparable(rows: Sequence[Row]) -> list[Row]:
+    """All rows, without the slot statistics of those that `usage_rows` leaves out."""
+    kept = {row["step"] for row in usage_rows(rows)}
+    usage = lambda name: name.startswith("memory/") or name == WINDOW
+    return [
+        row if row["step"] in kept else {name: value for name, value in row.items() if not usage(name)} for row in rows
+    ]
+
+
+def _line(row: Row) -> str:
+    finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+    return json.dumps(finite) + "\n"

@@ -1,0 +1,254 @@
+"""A trace of some steps, and a table of the operations that took the most time in them."""
+
+import pathlib
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import jax
+from jax.profiler import ProfileData, ProfileOptions, StepTraceAnnotation
+
+from memjax.config.log import ProfileConfig
+from memjax.io.console import say, warn
+
+_NAME_WIDTH = 80
+_NANOSECONDS = 1e-9
+_COLLECTIVES = ("nccl", "allreduce", "allgather", "alltoall", "reducescatter", "collectivepermute")
+"""Parts of the names of kernels that send and receive, in small letters and without underscores."""
+
+
+class ProfileWindow:
+    """Traces the steps that a config names. Nothing that goes wrong here stops the run."""
+
+    def __init__(self, config: ProfileConfig | None, folder: pathlib.Path):
+        """No config: there is no window.
+
+        Args:
+            config: which steps.
+            folder: where the trace goes.
+        """
+        self._config, self._folder = config, folder
+        self._first: int | None = None
+        """The first step traced, while the window is open."""
+        self._failed = False
+
+    def opens(self, step: int) -> bool:
+        """Whether `start` is due before this step; a window that a resumption falls into is traced from there on."""
+        if self._config is None or self._first is not None or self._failed:
+            return False
+        return self._config.start <= step < self._config.start + self._config.steps
+
+    def closes(self, step: int, *, last: bool) -> bool:
+        """Whether `stop` is due after this step; `last` is that of the run."""
+        if self._config is None or self._first is None:
+            return False
+        return last or step >= self._config.start + self._config.steps - 1
+
+    def step(self, step: int) -> AbstractContextManager[Any]:
+        """Marks a step in the trace."""
+        return nullcontext() if self._first is None else StepTraceAnnotation("train", step_num=step)
+
+    def start(self, step: int) -> None:
+        """Begins to trace. Steps under way would be traced too, so wait for them before."""
+        options = ProfileOptions()
+        options.python_tracer_level = 0  # every call of every function: slow, and nobody asked for it
+        try:
+            jax.profiler.start_trace(str(self._folder), profiler_options=options)
+            self._first = step
+        except Exception as error:
+            self._give_up(error)
+
+    def stop(self, step: int) -> None:
+        """Ends the trace and prints the table. Wait for the steps under way before."""
+        assert self._config is not None
+        first, self._first = self._first, None
+        try:
+            jax.profiler.stop_trace()
+            path = newest_trace(self._folder)
+            profile = ProfileData.from_file(str(path))
+            lines = [f"profile of the steps {first} to {step}", table(operations(profile), self._config.top)]
+            lines += [describe_overlap(device, overlap) for device, overlap in overlaps(profile).items()]
+            say("\n".join([*lines, f"trace in {path}"]))
+        except Exception as error:
+            self._give_up(error)
+
+    def abandon(self) -> None:
+        """Ends a trace that is still under way when the run ends early."""
+        if self._first is not None:
+            self._first = None
+            try:
+                jax.profiler.stop_trace()
+            except Exception as error:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._failed = True
+        text = " ".join(str(error).split())
+        warn(f"log.profile: {type(error).__name__}: {text}. The run goes on without it.")
+
+
+class Operation(NamedTuple):
+    """What the devices did under one name."""
+
+    name: str
+    """Without the number that tells one use from the next."""
+    seconds: float
+    """Over all uses and all devices, without the operations inside it."""
+    uses: int
+
+
+def newest_trace(folder: pathlib.Path) -> pathlib.Path:
+    """The newest trace below a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = sorted(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"{folder}: the profiler wrote no trace")
+    return found[-1]
+
+
+def operations(profile: Any) -> list[Operation]:
+    """The operations of a trace (a `jax.profiler.ProfileData`), the slowest first.
+
+    Of accelerators these are the kernels and copies of their streams; where there is none, what XLA ran on the CPU.
+    """
+    seconds: dict[str, float] = defaultdict(float)
+    uses: dict[str, int] = defaultdict(int)
+    streams = _lines(profile, "Stream")
+    # Kernels of a stream may overlap, but none holds another; operations of XLA and of threads do.
+    times = [[(event.name, event.duration) for event in stream] for stream in streams] or [
+        _own_times(line) for line in _lines(profile, "XLA Ops") or _cpu_lines(profile)
+    ]
+    for line in times:
+        for name, own in line:
+            # fusion.12 and fusion.13 are one operation in two places.
+            name = re.sub(r"(?<=\w)([._]\d+)+$", "", name)
+            seconds[name] += own * _NANOSECONDS
+            uses[name] += 1
+    return sorted((Operation(name, seconds[name], uses[name]) for name in seconds), key=lambda found: -found.seconds)
+
+
+class Overlap(NamedTuple):
+    """How a GPU spent the time between its first operation and its last; in seconds."""
+
+    span: float
+    idle: float
+    """Nothing ran on any stream."""
+    collectives: float
+    """Something was being sent to other devices or received."""
+    exposed: float
+    """As `collectives`, while nothing else ran."""
+
+
+def overlaps(profile: Any) -> dict[str, Overlap]:
+    """For each GPU of a trace how much of its collectives hid behind other work."""
+    found = {}
+    for plane in _devices(profile):
+        events = [event for stream in _lines_of(plane, "Stream") for event in stream]
+        if not events:
+            continue
+        collectives = _covered([event for event in events if _is_collective(event)])
+        others = _covered([event for event in events if not _is_collective(event)])
+        span = max(event.start + event.duration for event in events) - min(event.start for event in events)
+        times = (span, span - _covered(events), collectives, _covered(events) - others)
+        found[plane.name] = Overlap(*(time * _NANOSECONDS for time in times))
+    return found
+
+
+def describe_overlap(device: str, overlap: Overlap) -> str:
+    """A GPU's overlap as a line of text."""
+    span, idle, collectives, exposed = (f"{seconds * 1e3:,.1f} ms" for seconds in overlap)
+    text = f"{device}: {span} from first to last operation, of which idle {idle}"
+    return f"{text}, collectives {collectives}, of which nothing else ran {exposed}" if overlap.collectives else text
+
+
+def table(found: list[Operation], top: int) -> str:
+    """The slowest operations as text, each with its share of the time of all."""
+    total = sum(operation.seconds for operation in found)
+    if not found:
+        return "no operation is in the trace"
+    rest = found[top:]
+    shown = found[:top]
+    if rest:
+        rest_seconds, rest_uses = sum(o.seconds for o in rest), sum(o.uses for o in rest)
+        shown = [*shown, Operation(f"({len(rest)} others)", rest_seconds, rest_uses)]
+    shown = [*shown, Operation("all", total, sum(operation.uses for operation in found))]
+    lines = [f"{'ms':>12}{'share':>8}{'count':>9}  operation"]
+    for name, seconds, uses in shown:
+        short = name if len(name) <= _NAME_WIDTH else name[: _NAME_WIDTH - 3] + "..."
+        lines.append(f"{seconds * 1e3:>12,.3f}{seconds / max(total, 1e-12):>8.1%}{uses:>9,}  {short}")
+    return "\n".join(lines)
+
+
+class _Event(NamedTuple):
+    name: str
+    start: float
+    """In nanoseconds, as the duration."""
+    duration: float
+
+
+def _lines(profile: Any, prefix: str) -> list[list[_Event]]:
+    """Of the accelerators the lines with such names: GPUs have streams, others a line of XLA's operations."""
+    return [line for plane in _devices(profile) for line in _lines_of(plane, prefix)]
+
+
+def _devices(profile: Any) -> list[Any]:
+    """The accelerators' planes."""
+    return [plane for plane in profile.planes if plane.name.startswith("/device:")]
+
+
+def _is_collective(event: _Event) -> bool:
+    name = event.name.lower().replace("_", "")
+    return any(word in name for word in _COLLECTIVES)
+
+
+def _lines_of(plane: Any, prefix: str) -> list[list[_Event]]:
+    """Of a plane the lines with such names."""
+    return [
+        [_Event(event.name, event.start_ns, event.duration_ns) for event in line.events]
+        for line in plane.lines
+        if line.name.startswith(prefix)
+    ]
+
+
+def _covered(events: Iterable[_Event]) -> float:
+    """How long at least one of the events was under way."""
+    covered, end = 0.0, 0.0
+    for event in sorted(events, key=lambda event: event.start):
+        covered += max(0.0, event.start + event.duration - max(end, event.start))
+        end = max(end, event.start + event.duration)
+    return covered
+
+
+def _cpu_lines(profile: Any) -> list[list[_Event]]:
+    """Of each thread the operations of compiled programs."""
+    plane = profile.find_plane_with_name("/host:CPU")
+    found = []
+    with warnings.catch_warnings():
+        # Under Python 3.12 the type of `stats` draws a warning, which would end the process if it were an error.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for line in plane.lines if plane else []:
+            events = [(event, dict(event.stats)) for event in line.events if event.duration_ns]
+            found.append([_Event(e.name, e.start_ns, e.duration_ns) for e, stats in events if "hlo_op" in stats])
+    return found
+
+
+def _own_times(events: Iterable[_Event]) -> list[tuple[str, float]]:
+    """Name and time of each event of a line, without that of the events inside it: a loop holds its body's."""
+    times: list[tuple[str, float]] = []
+    open_events: list[tuple[int, float]] = []  # number and end
+    # Of two that begin together the longer one is outside.
+    for event in sorted(events, key=lambda event: (event.start, -event.duration)):
+        while open_events and open_events[-1][1] <= event.start:
+            open_events.pop()
+        if open_events:
+            outer = open_events[-1][0]
+            times[outer] = (times[outer][0], times[outer][1] - event.duration)
+        open_events.append((len(times), event.start + event.duration))
+        times.append((event.name, event.duration))
+    return times

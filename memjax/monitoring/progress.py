@@ -1,0 +1,138 @@
+"""How far a work is: phases of a start, lines of a training, bars of whatever else takes long."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import rich.progress
+
+from memjax.io.console import say
+from memjax.monitoring.metrics import Row
+from memjax.monitoring.units import clock
+
+_BEGAN = time.monotonic()
+
+
+def tell_phase(what: str) -> None:
+    """Prints what a start is about to do, and when: seconds since the program began."""
+    say(f"{time.monotonic() - _BEGAN:7.1f} s   {what}")
+
+
+class Stopwatch:
+    """Seconds of training: what happens while it is paused does not count."""
+
+    def __init__(self) -> None:
+        self._mark = time.monotonic()
+        self._paused = 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stops it while the block runs; blocks do not nest."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused += time.monotonic() - start
+
+    def lap(self) -> float:
+        """Seconds since the last lap, or since the start."""
+        now = time.monotonic()
+        seconds = now - self._mark - self._paused
+        self._mark, self._paused = now, 0.0
+        return seconds
+
+
+class ProgressLines:
+    """Prints a line for the first step, then one every few seconds: step, loss, rates, speed, time left.
+
+    Speed is that since the line before. Time left is that of the steps alone, at their mean speed since the start.
+    """
+
+    def __init__(self, *, first_step: int, steps: int, every_seconds: float):
+        self.steps, self.every_seconds = steps, every_seconds
+        self._first, self._start = first_step, time.monotonic()
+        self._last_print = self._start
+        self._seconds = 0.0
+        self._since_print: list[Row] = []
+
+    def show(self, row: Row) -> None:
+        """Takes a step's row; prints when it is time, and at the first and the last step."""
+        now = time.monotonic()
+        self._seconds += row["throughput/step_seconds"]
+        self._since_print.append(row)
+        due = now - self._last_print >= self.every_seconds
+        if not due and row["step"] not in (self._first + 1, self.steps):
+            return
+        self._last_print = now
+        rows, self._since_print = self._since_print, []
+        seconds = max(sum(row["throughput/step_seconds"] for row in rows), 1e-9)
+        left = self._seconds / (row["step"] - self._first) * (self.steps - row["step"])
+        parts = [
+            f"step {row['step']:>{len(str(self.steps))}}/{self.steps}",
+            f"{row['step'] / self.steps:4.0%}",
+            f"loss {row['train/loss']:.4f}",
+            f"lr {row['train/lr']:.1e}" + (f" table {row['train/lr_table']:.1e}" if "train/lr_table" in row else ""),
+            f"{sum(row['train/tokens'] for row in rows) / seconds:,.0f} tokens/s",
+        ]
+        if "throughput/mfu" in row:
+            share = sum(row["throughput/mfu"] * row["throughput/step_seconds"] for row in rows) / seconds
+            parts.append(f"MFU {share:.1%}")
+        parts.append(f"elapsed {clock(now - self._start)}  left {clock(left)}")
+        say("  ".join(parts))
+
+
+P = TypeVar("P", bound="Progress")
+
+
+class Progress:
+    """Shows the share that is done, the time left, and what there is to say of it. Use it in a `with`."""
+
+    def __init__(self, total: int | float, every_seconds: float):
+        """Takes what `update` counts up to, and the time between two lines where there is no terminal."""
+        self.total, self.every_seconds = max(1, total), every_seconds
+        self._started = self._last = time.monotonic()
+        self._bar: rich.progress.Progress | None = None
+        if sys.stdout.isatty():
+            self._bar = rich.progress.Progress(
+                rich.progress.BarColumn(),
+                rich.progress.TaskProgressColumn(),
+                rich.progress.TextColumn("{task.description}"),
+                rich.progress.TextColumn("elapsed"),
+                rich.progress.TimeElapsedColumn(),
+                rich.progress.TextColumn("left"),
+                rich.progress.TimeRemainingColumn(),
+            )
+            self._task = self._bar.add_task("", total=self.total)
+
+    def __enter__(self: P) -> P:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the work began; never zero."""
+        return max(time.monotonic() - self._started, 1e-9)
+
+    def update(self, done: int | float, text: str) -> None:
+        """Takes how far it is."""
+        if self._bar:
+            self._bar.update(self._task, completed=done, description=text)
+        elif time.monotonic() - self._last >= self.every_seconds:
+            self._last = time.monotonic()
+            left = f"  left {self.elapsed * (self.total - done) / done:.0f} s" if done else ""
+            print(f"{done / self.total:4.0%}  {text}  elapsed {self.elapsed:.0f} s{left}", flush=True)
+
+
+class ByteProgress(Progress):
+    """How far the bytes of some files are read."""
+
+    def show(self, num_bytes: int, records: int, tokens: int) -> None:
+        """Takes how far it is."""
+        self.update(num_bytes, f"{records:,} records  {tokens:,} tokens  {tokens / self.elapsed:,.0f} tokens/s")

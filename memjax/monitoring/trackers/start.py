@@ -1,0 +1,43 @@
+"""The trackers that a config asks for: made at the start of a run, closed at its end."""
+
+import pathlib
+import time
+from collections.abc import Iterable
+
+from memjax.config.run import RunConfig
+from memjax.monitoring.trackers.tensorboard import TensorBoard
+from memjax.monitoring.trackers.tracker import Tracker
+from memjax.monitoring.trackers.trackio import Trackio
+from memjax.monitoring.trackers.wandb import Wandb
+
+CLOSE_SECONDS = 20.0
+"""How long the end of a run waits for a tracker. Whoever sends SIGTERM waits about 30 seconds before SIGKILL."""
+
+
+def make_trackers(config: RunConfig, folder: pathlib.Path, *, last_step: int) -> list[Tracker]:
+    """The trackers that a config asks for.
+
+    Args:
+        config: the run's.
+        folder: the run's; TensorBoard's and W&B's files and what a resumption needs to know lie in it.
+        last_step: the step that the run goes on from. What was written after it is hidden (TensorBoard), or its steps
+            are not sent again (the others).
+    """
+    log, trackers = config.log, []
+    if log.tensorboard:
+        trackers.append(Tracker("log.tensorboard", lambda: TensorBoard(folder / "tensorboard", last_step)))
+    if wandb := log.wandb:
+        trackers.append(Tracker("log.wandb", lambda: Wandb(config, wandb, folder)))
+    if trackio := log.trackio:
+        trackers.append(Tracker("log.trackio", lambda: Trackio(config, trackio, folder)))
+    return trackers
+
+
+def close_trackers(trackers: Iterable[Tracker], seconds: float = CLOSE_SECONDS) -> None:
+    """Hands over what the trackers still have, all at the same time, and waits for it, but not for ever."""
+    trackers = list(trackers)
+    end = time.monotonic() + seconds
+    for tracker in trackers:
+        tracker.finish()
+    for tracker in trackers:
+        tracker.wait(end - time.monotonic())

@@ -1,0 +1,153 @@
+"""Where metrics go besides metrics.jsonl: TensorBoard, Weights & Biases, Trackio. None of them can stop or slow a run.
+
+Each has a thread of its own that imports, starts, feeds and ends it; the loop only puts rows of plain numbers into a
+queue. Whatever is raised there is printed once, and the run goes on without that tracker.
+"""
+
+import contextlib
+import importlib
+import json
+import math
+import pathlib
+import queue
+import threading
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Protocol
+
+from memjax.io.console import warn
+from memjax.io.files import write_atomic
+from memjax.monitoring.metrics import Row
+
+_MOST_WAITING = 100_000
+"""Rows that may wait for a tracker; one that falls further behind will not catch up."""
+
+
+class Sink(Protocol):
+    """What a tracker's thread writes to. Any method may raise."""
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Takes the numbers of a step."""
+        ...
+
+    def close(self) -> None:
+        """Hands over what is left."""
+        ...
+
+
+class Tracker:
+    """A sink behind a thread."""
+
+    def __init__(self, name: str, start: Callable[[], Sink]):
+        """Starts the thread.
+
+        Args:
+            name: the setting that asks for the tracker.
+            start: makes the sink; runs in the thread.
+        """
+        self.name = name
+        self._rows: queue.Queue[Row | None] = queue.Queue(_MOST_WAITING)
+        self._dropped = False
+        # A daemon, because a service that never answers must not keep the process alive.
+        self._thread = threading.Thread(target=self._run, args=[start], name=f"memjax {name}", daemon=True)
+        self._thread.start()
+
+    def write(self, row: Row) -> None:
+        """Takes a step's row; returns at once and raises nothing."""
+        if self._dropped:
+            return
+        try:
+            self._rows.put_nowait(row)
+        except queue.Full:
+            self._drop(f"it is {_MOST_WAITING} steps behind")
+
+    def finish(self) -> None:
+        """Says that no row will follow; returns at once and raises nothing."""
+        with contextlib.suppress(queue.Full):
+            self._rows.put_nowait(None)
+
+    def wait(self, seconds: float) -> None:
+        """Waits until everything is handed over, but no longer than that; raises nothing."""
+        self._thread.join(max(0.0, seconds))
+        if self._thread.is_alive():
+            self._drop("it does not finish, so its last steps may be missing")
+
+    def _run(self, start: Callable[[], Sink]) -> None:
+        # Libraries that give up sometimes raise SystemExit, which is no Exception.
+        try:
+            sink = start()
+            while not self._dropped and (row := self._rows.get()) is not None:
+                metrics = {name: value for name, value in row.items() if name != "step" and value is not None}
+                sink.write(row["step"], metrics)
+            sink.close()
+        except (Exception, SystemExit) as error:
+            text = " ".join(str(error).split()).rstrip(".")
+            self._drop(text if isinstance(error, _Unusable) else f"{type(error).__name__}: {text}")
+
+    def _drop(self, why: str) -> None:
+        if not self._dropped:
+            self._dropped = True
+            warn(f"{self.name}: {why}. The run goes on without it.")
+
+
+class _Unusable(Exception):
+    """The tracker cannot start; the message says what to do."""
+
+
+class NotInstalled(_Unusable):
+    """A package is missing."""
+
+
+def optional_package(name: str, install: str) -> ModuleType:
+    """An optional package.
+
+    Raises:
+        NotInstalled: it is missing; the message says how to get it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise NotInstalled(f"{name} is not installed; get it with: pip install '{install}'") from None
+
+
+class Service:
+    """What W&B and Trackio have in common: a run with `log` and `finish`, which does not take a step back.
+
+    The last step handed over is kept in the run's folder, so that steps made again after a resumption are not sent
+    twice.
+    """
+
+    def __init__(self, notes: pathlib.Path):
+        self._path = notes
+        self.notes: dict[str, Any] = _read_notes(notes)
+        self.run: Any = None
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Logs the numbers of a step, unless an earlier start has."""
+        if step <= self.notes.get("step", 0):
+            return
+        self.run.log({name: value for name, value in metrics.items() if math.isfinite(value)}, step=step)
+        self.keep(step=step)
+
+    def close(self) -> None:
+        """Ends the run there."""
+        self.run.finish()
+
+    def keep(self, **notes: Any) -> None:
+        """Adds notes to those in the folder."""
+        self.notes |= notes
+        write_atomic(self._path, json.dumps(self.notes) + "\n")
+
+
+def _read_notes(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        notes = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        notes = None
+    if not isinstance(notes, dict):
+        raise _Unusable(f"{path} is damaged; remove it, and the next start begins a new run there")
+    return notes

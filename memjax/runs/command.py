@@ -1,0 +1,137 @@
+"""What the command lines that read a trained model have in common. Nothing here imports JAX before it is needed."""
+
+import contextlib
+import dataclasses
+import os
+import select
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Literal
+
+from memjax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from memjax.runs.load import LoadedModel
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointSettings:
+    """Which checkpoint of the run, and where it is put."""
+
+    step: str = "latest"
+    """The checkpoint: latest, best (lowest validation loss) or its number."""
+    memory_devices: int = 1
+    """Devices that share the tables by columns, for tables too large for one."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.step not in ("latest", "best") and not self.step.isdecimal():
+            problems.append(f"step={self.step} must be latest, best or the number of a checkpoint")
+        if self.memory_devices < 1:
+            problems.append(f"memory_devices={self.memory_devices} must be positive")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def checkpoint(self) -> int | Literal["latest", "best"]:
+        """The step as `memjax.load` takes it."""
+        if self.step == "latest" or self.step == "best":
+            return self.step
+        return int(self.step)
+
+
+@contextlib.contextmanager
+def loaded(run: str, settings: CheckpointSettings) -> Iterator["LoadedModel"]:
+    """The model of a run's folder, under the mesh that it is split over.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        ConfigError: there are fewer devices than memory_devices, or they cannot split the tables evenly.
+    """
+    import jax
+
+    from memjax.io import compilation_cache
+    from memjax.runs.load import load
+    from memjax.sharding.axes import DATA, MEMORY
+
+    compilation_cache.enable()
+    count = settings.memory_devices
+    if count == 1:
+        yield load(run, step=settings.checkpoint)
+        return
+    if count > jax.device_count():
+        raise ConfigError([f"memory_devices={count} must be at most {jax.device_count()}: there are no more devices"])
+    automatic = jax.sharding.AxisType.Auto
+    axes = (DATA, MEMORY)
+    mesh = jax.make_mesh((1, count), axes, axis_types=(automatic, automatic), devices=jax.devices()[:count])
+    with jax.set_mesh(mesh):
+        yield load(run, step=settings.checkpoint)
+
+
+def exit_code(command: Callable[[], int | None], *, interrupted: str = "interrupted") -> int:
+    """Runs a command; what users can mend is printed without a traceback, and `interrupted` after a Ctrl-C.
+
+    Returns:
+        What the command returns (None is 0); 2 for a wrong setting, 3 for data and 4 for a checkpoint that cannot be
+        used, or whatever else the operating system refuses; 130 for a Ctrl-C that the command does not catch itself;
+        141 when the reader of standard output is gone, as of programs that SIGPIPE ends.
+    """
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        # Text of models and file names may hold letters that the terminal's encoding lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+    from memjax.errors import CheckpointError, DataError
+
+    codes = {ConfigError: 2, DataError: 3, CheckpointError: 4}
+    try:
+        return command() or 0
+    except tuple(codes) as error:
+        print(error, file=sys.stderr)
+        return next(code for kind, code in codes.items() if isinstance(error, kind))
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _output_is_gone():
+            return 141
+        print(explain(error), file=sys.stderr)
+        return 4
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        return 130
+
+
+def explain(error: OSError) -> str:
+    """What the operating system refused, in a line: `runs/a/evals: Permission denied`."""
+    named = [str(path) for path in (error.filename, error.filename2) if path is not None]
+    return ": ".join([*[" -> ".join(named)] * bool(named), error.strerror or str(error) or type(error).__name__])
+
+
+def check_output(path: str, name: str) -> None:
+    """Refuses a file that could not be written after the work.
+
+    Raises:
+        ConfigError: its folder does not exist or is not writable, or the path is a folder.
+    """
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path):
+        problem = "is a folder; name a file"
+    elif not os.path.isdir(folder):
+        problem = f"cannot be written: there is no folder {folder}"
+    elif not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        problem = "cannot be written: permission denied"
+    else:
+        return
+    raise ConfigError([f"{name}={path} {problem}"])
+
+
+def _output_is_gone() -> bool:
+    """Whether standard output has no reader; what is left in its buffer then goes nowhere, or the exit would fail."""
+    try:
+        output = sys.stdout.fileno()
+        poll = select.poll()
+        poll.register(output, 0)
+        if not any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
+            return False
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, output)
+        os.close(null)
+    except (OSError, ValueError):
+        return False
+    return True

@@ -1,0 +1,373 @@
+"""The folder of a run: its config, environment, tokenizer, and where the rest goes."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from memjax.checkpoint.checkpoints import Checkpoints
+from memjax.config.load import differences, load, to_yaml
+from memjax.config.run import RunConfig
+from memjax.data.dataset import train_tokenizer
+from memjax.data.sources.kinds import Source, find_source
+from memjax.data.tokenizers.base import FILE_NAME, Tokenizer
+from memjax.errors import ConfigError
+from memjax.io.console import say
+from memjax.io.files import write_atomic
+from memjax.io.lock import Locked, locked
+from memjax.io.paths import local_path
+from memjax.monitoring.metrics import read_metrics
+from memjax.runs.layout import CHECKPOINTS
+from memjax.runs.load import read_config, read_tokenizer
+from memjax.sharding.processes import first_alone, is_first
+
+WHERE_IT_RUNS = ("run.dir", "run.compile_cache", "data.prepared", "mesh.", "processes.")
+"""Settings that do not show in what a run leaves."""
+
+MAY_CHANGE = (
+    *WHERE_IT_RUNS,
+    "data.malformed",
+    "data.max_malformed",
+    "data.max_record_bytes",
+    "data.damaged_files",
+    "checkpoint.",
+    "eval.",
+    "log.",
+    "train.remat",
+)
+"""Settings that a resumed run may change: they do not decide what is learned."""
+
+SUBFOLDERS = (CHECKPOINTS, "evals", "plots", "prepared", "profile", "tensorboard", "wandb")
+"""What a run writes into below its folder."""
+
+LOCK = ".lock"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: pathlib.Path
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "RunFolder":
+        """The folder that the config names."""
+        return cls(local_path(config.run.dir, "run.dir"))
+
+    @property
+    def config(self) -> pathlib.Path:
+        """The settings with which the run's last step was made."""
+        return self.path / "config.yaml"
+
+    @property
+    def config_history(self) -> pathlib.Path:
+        """One line of JSON for each resumption that changed settings."""
+        return self.path / "config_history.jsonl"
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        """The saved steps."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def metrics(self) -> pathlib.Path:
+        """One line of JSON a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def profile(self) -> pathlib.Path:
+        """Traces of some steps."""
+        return self.path / "profile"
+
+    @property
+    def plots(self) -> pathlib.Path:
+        """PNG files."""
+        return self.path / "plots"
+
+    @property
+    def summary(self) -> pathlib.Path:
+        """Written last: a run that has it is finished."""
+        return self.path / "summary.json"
+
+    @property
+    def resume_command(self) -> str:
+        """What continues the run with its own settings."""
+        return f"python -m memjax.train {shlex.quote(str(self.path))}"
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """What the finished run reported; None while it is not finished, or where the report is damaged."""
+        try:
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return None
+        is_report = isinstance(summary, dict) and isinstance(summary.get("metrics"), dict)
+        return summary if is_report and isinstance(summary.get("steps"), int) else None
+
+    def write_json(self, name: str, content: dict[str, Any]) -> pathlib.Path:
+        """Replaces a JSON file atomically."""
+        return write_atomic(self.path / name, json.dumps(content, indent=2) + "\n")
+
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Keeps other processes out of the folder while the block runs; a folder that stays empty is removed again.
+
+        Raises:
+            ConfigError: another process trains there, or the folder cannot be written, or leads elsewhere.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError([f"run.dir={self.path} is a file; name a folder"])
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.path / LOCK))
+            except Locked as error:
+                raise ConfigError(
+                    [f"run.dir={self.path} is in use: {error} trains there; stop it, or name another run.dir"]
+                ) from None
+            except OSError as error:
+                reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+                raise ConfigError(
+                    [f"run.dir={self.path} cannot be written ({reason}); make it writable, or name another run.dir"]
+                ) from None
+            self._refuse_links()
+            yield
+
+    def check_shared(self) -> None:
+        """Refuses a folder that is not the one that process 0 owns.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        file = self.path / LOCK
+        if not file.exists():
+            raise ConfigError(
+                [f"{file.absolute()} is there for process 0, but not here; name a run.dir that all machines share"]
+            )
+
+    def began(self) -> bool:
+        """Whether a step was made or a model put there; until then, a start claims nothing."""
+        return bool(Checkpoints(self.checkpoints).steps() or read_metrics(self.metrics))
+
+    def saved_config(self) -> RunConfig | None:
+        """The settings of the run; None if it has not begun. With several processes, each one calls it.
+
+        Raises:
+            ConfigError: config.yaml is damaged, or of another version.
+            CheckpointError: there is no config.yaml, and the checkpoints cannot be read.
+        """
+        if not self.began():
+            return None
+        if self.config.exists() or not Checkpoints(self.checkpoints).steps():
+            return load(RunConfig, self.config)
+        return read_config(self.path)
+
+    def claim(self, config: RunConfig, *, allow_changed: bool = False) -> "Claim":
+        """Compares settings with those of the run in the folder; writes nothing. With several processes, each calls it.
+
+        More steps need no permission: they continue the run, also a finished one.
+
+        Raises:
+            ConfigError: the folder holds a run with other settings, or a finished run that they would change.
+            CheckpointError: the settings of the run cannot be read.
+        """
+        saved = self.saved_config()
+        if saved is None:
+            return Claim(self, config)
+        changed = differences(saved, config)
+        summary = self.read_summary()
+        if summary is not None and config.train.steps <= summary["steps"]:
+            self._check_finished(changed, summary["steps"])
+            return Claim(self, config, summary=summary)
+        more_steps = config.train.steps > saved.train.steps
+        refused = [
+            line
+            for line in changed
+            if not line.startswith(MAY_CHANGE) and not (more_steps and line.startswith("train.steps:"))
+        ]
+        if refused and not allow_changed:
+            raise ConfigError(
+                [
+                    f"{self.path} holds a run with other settings. To continue it with its own: {self.resume_command}; "
+                    "with those given here: pass --allow_changed; for a new run: name another --run.dir. They differ "
+                    "in:",
+                    *(f"  {line}" for line in refused),
+                ]
+            )
+        for line in changed:
+            say(f"changed: {line}")
+        return Claim(self, config, before=saved, changes=changed)
+
+    def tokenizer(self, config: RunConfig, data: Source | None = None) -> Tokenizer:
+        """The run's tokenizer. Until there is a checkpoint it is made anew by every start, as the settings say.
+
+        It is that of the run's checkpoints, or of train.init_from, or read from data.tokenizer.path, or trained. With
+        several processes, each one calls it; the first one trains, and the others read what it writes.
+
+        Args:
+            config: of the run.
+            data: the config's, where it has been found before.
+
+        Raises:
+            ConfigError: it has more tokens than the model has embeddings.
+            DataError: the data or the tokenizer's file cannot be used.
+            CheckpointError: train.init_from cannot be read.
+        """
+        tokenizer = self.saved_tokenizer()
+        if tokenizer is not None:
+            return _fitting(tokenizer, config, f"of the run in {self.path}; set it back")
+        # Reading a checkpoint is for all processes together; training a tokenizer is for one.
+        tokenizer = make_tokenizer(config, data) if config.train.init_from else None
+        with first_alone("tokenizer"):
+            if is_first():
+                tokenizer = tokenizer or make_tokenizer(config, data)
+                if jax.process_count() > 1:
+                    tokenizer.save(self.path)
+                return tokenizer
+            return Tokenizer.load(self.path)
+
+    def saved_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of the run's checkpoints; None while there is none. With several processes, each calls it."""
+        if not Checkpoints(self.checkpoints).steps():
+            return None
+        return Tokenizer.load(self.path) if (self.path / FILE_NAME).exists() else read_tokenizer(self.path)
+
+    def _check_finished(self, changed: Sequence[str], steps: int) -> None:
+        refused = [line for line in changed if not line.startswith(WHERE_IT_RUNS)]
+        if refused:
+            raise ConfigError(
+                [
+                    f"{self.path} is finished with {steps} steps, so nothing of it changes. To train it longer: "
+                    f"{self.resume_command} --train.steps N with N above {steps}; for a new run: name another "
+                    "--run.dir. The settings given here differ in:",
+                    *(f"  {line}" for line in refused),
+                ]
+            )
+
+    def _refuse_links(self) -> None:
+        """A run writes and deletes only inside its folder, which somebody else may have made."""
+        links = [self.path / name for name in SUBFOLDERS if (self.path / name).is_symlink()]
+        outside = [link for link in links if not link.resolve().is_relative_to(self.path.resolve())]
+        if outside:
+            raise ConfigError(
+                [
+                    f"{link} is a link to {link.resolve()}, and a run writes only inside its folder; move that folder "
+                    "here, or put all of run.dir there"
+                    for link in outside
+                ]
+            )
+
+
+class Claim:
+    """The start of a run in its folder, which is on record once its first step is made."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        *,
+        before: RunConfig | None = None,
+        changes: Sequence[str] = (),
+        summary: dict[str, Any] | None = None,
+    ):
+        self.folder, self.config, self.before, self.changes = folder, config, before, tuple(changes)
+        self.finished = summary
+        """The report of a run that has made all of its steps."""
+        self._recorded = False
+
+    def record(self, step: int, tokenizer: Tokenizer) -> None:
+        """Writes settings, environment and tokenizer, the first time that it is called, in the first process.
+
+        What was finished with fewer steps is so no longer: its summary is kept under a name with its steps.
+
+        Args:
+            step: the step that the run goes on from.
+            tokenizer: the run's.
+        """
+        if self._recorded or not is_first():
+            return
+        self._recorded = True
+        folder = self.folder
+        if (summary := folder.read_summary()) is not None:
+            os.replace(folder.summary, folder.path / f"summary-{summary['steps']}.json")
+        if self.changes:
+            line = {"step": step, "time": time.strftime("%Y-%m-%d %H:%M:%S%z"), "changes": self.changes}
+            file = folder.config_history
+            earlier = file.read_bytes() if file.is_file() and not file.is_symlink() else b""
+            write_atomic(file, earlier + json.dumps(line).encode() + b"\n")
+        tokenizer.save(folder.path)
+        write_atomic(folder.config, to_yaml(self.config))
+        folder.write_json("environment.json", environment())
+
+
+def make_tokenizer(config: RunConfig, data: Source | None = None) -> Tokenizer:
+    """The tokenizer that a run of these settings would begin with.
+
+    Args:
+        config: of the run.
+        data: the config's, where it has been found before.
+
+    Raises:
+        ConfigError: it has more tokens than the model has embeddings.
+        DataError: the data or the tokenizer's file cannot be used.
+        CheckpointError: train.init_from cannot be read.
+    """
+    source = config.train.init_from
+    tokenizer = (
+        read_tokenizer(source) if source else train_tokenizer(data or find_source(config.data), config.model.vocab_size)
+    )
+    return _fitting(tokenizer, config, f"{f'of {source}' if source else 'that data.tokenizer asks for'}; raise it")
+
+
+def _fitting(tokenizer: Tokenizer, config: RunConfig, whose: str) -> Tokenizer:
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            [
+                f"model.vocab_size={config.model.vocab_size} is less than the {tokenizer.vocab_size} tokens of the "
+                f"tokenizer {whose}"
+            ]
+        )
+    return tokenizer
+
+
+def environment() -> dict[str, Any]:
+    """What a run depends on besides its config."""
+    from importlib.metadata import version
+
+    packages = (
+        "memjax",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+        "numpy",
+        "jax-triton",
+        "triton",
+    )
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except ImportError:  # not installed; memjax itself may run from a checkout
+            versions[package] = None
+    source = pathlib.Path(__file__).parent
+    commit = subprocess.run(
+        ["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "command": shlex.join(sys.orig_argv),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit.stdout.strip() or None,
+        "devices": [device.device_kind for device in jax.devices()],
+    }

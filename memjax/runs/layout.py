@@ -1,0 +1,78 @@
+"""What is in a checkpoint of a run: the names of its items, its `meta` document, dense parameters as nested dicts.
+
+Parameters are kept as nested dicts of arrays with text keys, `blocks/0/attention/key/kernel`.
+"""
+
+import dataclasses
+import importlib.metadata
+import platform
+from typing import Any
+
+import jax
+from flax import nnx
+
+from memjax.config.run import RunConfig
+from memjax.data.tokenizers.base import Tokenizer
+from memjax.models.decoder import resolve_dtype
+from memjax.models.parts import DecoderParts
+
+CHECKPOINTS = "checkpoints"
+"""The folder of a run that holds its steps."""
+PARAMS, TABLES, META = "params", "tables", "meta"
+"""The items of a step that a model is made of."""
+FORMAT = 1
+"""Of what `meta_document` writes; raised when older code could not read it."""
+
+
+def meta_document(config: RunConfig, tokenizer: Tokenizer, *, step: int) -> dict[str, Any]:
+    """What a checkpoint must say of itself, so that `load` can read it anywhere, as JSON values."""
+    dtypes = {kind: resolve_dtype(section.table_dtype).name for kind, section in config.model.lookup_sections.items()}
+    return {
+        "format": FORMAT,
+        "step": step,
+        "config": dataclasses.asdict(config),
+        "tokenizer": tokenizer.full_state(),
+        # 'auto' means another type on another machine.
+        "table_dtype": dtypes.get("memory"),
+        "expert_table_dtype": dtypes.get("expert_lookup"),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("jax", "flax", "orbax-checkpoint")},
+        },
+    }
+
+
+OPT_STATE = "opt_state"
+"""The item of a checkpoint with the state of the dense optimizer, which a model without a training does not have."""
+
+
+TABLE_STATE, DATA_ITER = "table_state", "data_iter"
+"""Items of a checkpoint beside OPT_STATE and those of `memjax.runs.load`."""
+
+
+def params_to_tree(params: nnx.State) -> dict[str, Any]:
+    """The parameters as nested dicts, `blocks/0/attention/key/kernel`; shapes in place of arrays are kept too."""
+    return _with_text_keys(nnx.to_pure_dict(params))
+
+
+def tree_to_params(parts: DecoderParts, tree: dict[str, Any]) -> nnx.State:
+    """The parameters that `params_to_tree` gave.
+
+    Raises:
+        KeyError: the decoder has a parameter that the tree lacks.
+    """
+
+    def find(path: tuple[Any, ...], _: Any) -> Any:
+        found = tree
+        for key in path:
+            if isinstance(key, jax.tree_util.DictKey):  # what follows the dicts lies inside the variable
+                found = found[str(key.key)]
+        return found
+
+    return jax.tree_util.tree_map_with_path(find, parts.abstract_params)
+
+
+def _with_text_keys(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    return {str(name): _with_text_keys(inner) for name, inner in tree.items()}

@@ -1,0 +1,31 @@
+"""The folder of a run whose model was not trained there: `memjax.load` reads it, trainings can start from it."""
+
+import dataclasses
+import os
+
+from memjax.checkpoint.checkpoints import Checkpoints
+from memjax.config.run import RunConfig
+from memjax.data.tokenizers.base import Tokenizer
+from memjax.models.decoder import Decoder
+from memjax.models.parts import take_apart
+from memjax.runs.files import written_whole
+from memjax.runs.folder import Claim, RunFolder
+from memjax.runs.layout import CHECKPOINTS, META, PARAMS, TABLES, meta_document, params_to_tree
+
+
+def write_run(folder: str | os.PathLike[str], model: Decoder, tokenizer: Tokenizer, config: RunConfig) -> None:
+    """Writes a run at step 0, whole or not at all: config, environment, tokenizer, one checkpoint of the model alone.
+
+    Raises:
+        ConfigError: the folder holds something.
+        CheckpointError: it cannot be written.
+    """
+    _, params, tables = take_apart(model)
+    run = dataclasses.replace(config.run, dir=str(folder))
+    train = dataclasses.replace(config.train, init_from=None)
+    config = dataclasses.replace(config, model=model.config, run=run, train=train)
+    items = {PARAMS: params_to_tree(params)} | ({TABLES: tables} if tables else {})
+    with written_whole(folder) as path:
+        with Checkpoints(path / CHECKPOINTS) as checkpoints:
+            checkpoints.save(0, items, {META: meta_document(config, tokenizer, step=0)})
+        Claim(RunFolder(path), config).record(0, tokenizer)

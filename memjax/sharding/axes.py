@@ -1,0 +1,175 @@
+"""The axes ('data', 'memory') of the mesh, and how arrays are laid out over them.
+
+Tokens are split over both axes, the columns of a table over `memory`. The mesh is the ambient one (`jax.set_mesh`).
+Without it, or without a `memory` axis, everything here leaves arrays as they are, so one device, a mesh and somebody
+else's model run the same code.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from memjax.ops.shapes import describe
+
+DATA, MEMORY = "data", "memory"
+TOKENS = P((DATA, MEMORY))
+"""Arrays with tokens (or sequences) in front."""
+COLUMNS = P(None, MEMORY)
+"""Tables and their state."""
+BAGS = P(DATA, MEMORY)
+"""Bags before the all-to-all: tokens over `data`, columns over `memory`."""
+
+Weights = TypeVar("Weights")
+
+
+def has_memory_axis() -> bool:
+    """Whether the ambient mesh splits tables: it has both axes, and neither is a caller's own in a `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {DATA, MEMORY} <= set(mesh.axis_names) - set(mesh.manual_axes)
+
+
+def has_several_devices() -> bool:
+    """Whether the ambient mesh splits anything at all."""
+    return has_memory_axis() and jax.sharding.get_abstract_mesh().size > 1
+
+
+def on_own_tokens(function: Callable, tokens: Sequence[Array], weights: Sequence[Array]) -> Any:
+    """`function(*tokens, *weights)`, each device for its own tokens, with weights that are whole on all of them.
+
+    What stands in front in `tokens` and in the results is split, be it tokens or sequences of them.
+    """
+    if not has_memory_axis():
+        return unsharded(function, tokens[0])(*tokens, *weights)
+    specs = (*(TOKENS for _ in tokens), *(P() for _ in weights))
+    return over_mesh(function, specs, TOKENS)(*tokens, *weights)
+
+
+def split_columns(table: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    """The table with its columns split over the memory axis, where there is one."""
+    return place(table, COLUMNS) if has_memory_axis() else table
+
+
+def split_tokens(array: Array) -> Array:
+    """An array with tokens or sequences in front, split over all devices, where there is a mesh."""
+    return place(array, TOKENS) if has_memory_axis() else array
+
+
+def whole(weights: Weights, dtype: DTypeLike | None = None) -> Weights:
+    """Weights (a module, or arrays) whole on every device, for the time of their use, where there is a mesh.
+
+    Matrices are cast to dtype before they are sent. What is whole already stays as it is. Under an Explicit mesh the
+    layout of weights is their owner's affair. Gradients go through it backwards only (`jax.grad`, not `jax.jvp`).
+    """
+    if not has_several_devices() or is_explicit():
+        return weights
+
+    def gather(weight: Array) -> Array:
+        if dtype is not None and weight.ndim >= 2:
+            weight = weight.astype(dtype)
+        return _gathered(weight)
+
+    return jax.tree.map(gather, weights)
+
+
+@jax.custom_vjp
+def _gathered(weight: Array) -> Array:
+    """The array whole on every device; nothing is asked of its gradient, which nobody needs whole.
+
+    The transpose of a plain constraint would ask for all of it on every device, and where XLA does not see that only a
+    piece is kept it would be summed everywhere.
+    """
+    return jax.lax.with_sharding_constraint(weight, P())
+
+
+_gathered.defvjp(lambda weight: (_gathered(weight), None), lambda _, gradient: (gradient,))
+
+
+def everywhere(array: Array) -> Array:
+    """The array whole on every device, so that every process can read it."""
+    return array if jax.sharding.get_abstract_mesh().empty else place(array, P())
+
+
+def fold(x: Float[Array, "*b dim"]) -> Float[Array, "t dim"]:
+    """The batch axes as one of tokens. Under an Explicit mesh it is split like the first of them."""
+    if is_explicit() and x.ndim > 2:
+        spec = jax.typeof(x).sharding.spec
+        x = jax.sharding.reshard(x, P(spec[0], *[None] * (x.ndim - 2), spec[-1]))
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def unfold(tokens: Float[Array, "t d"], x: Float[Array, "*b dim"]) -> Float[Array, "*b d"]:
+    """Tokens of `fold(x)` in the batch axes of x, under an Explicit mesh laid out like them."""
+    shape = (*x.shape[:-1], tokens.shape[-1])
+    if not is_explicit():
+        return tokens.reshape(shape)
+    unfolded = jax.sharding.reshard(tokens, _front(x)).reshape(shape)
+    return jax.sharding.reshard(unfolded, P(*jax.typeof(x).sharding.spec[:-1]))
+
+
+def over_mesh(function, in_specs, out_specs):
+    """shard_map over the ambient mesh. Collectives' results are not checked for their types: kernels carry none."""
+    mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def place(spec: P, argument):
+        # An Explicit mesh does not move arrays by itself.
+        put = place if is_explicit() else checked
+        return jax.tree.map(lambda array: put(array, spec), argument)
+
+    def placed(*arguments):
+        return mapped(*jax.tree.map(place, in_specs, arguments, is_leaf=lambda spec: isinstance(spec, P)))
+
+    return placed
+
+
+def unsharded(function: Callable, like: Array) -> Callable:
+    """The function itself; under an Explicit mesh automatic inside, its results split in front like `like`."""
+    return jax.sharding.auto_axes(function, out_sharding=_front(like)) if is_explicit() else function
+
+
+def _front(array: Array) -> P:
+    """How the first axis is split, by its type under an Explicit mesh."""
+    return P(*jax.typeof(array).sharding.spec[:1]) if array.ndim > 1 else P()
+
+
+def is_explicit() -> bool:
+    """Whether the ambient mesh is Explicit."""
+    return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+
+
+def place(array: Array, spec: P) -> Array:
+    """The array in the given layout: a demand under an Explicit mesh, a constraint under an Auto one."""
+    array = checked(array, spec)
+    if is_explicit():
+        return jax.sharding.reshard(array, spec)
+    return jax.lax.with_sharding_constraint(array, spec)
+
+
+def checked(array: Array, spec: P) -> Array:
+    """The array, whose axes the mesh can split evenly.
+
+    Raises:
+        ValueError: it cannot; the message says what to do.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    for axis, names in enumerate(spec):
+        names = (names,) if isinstance(names, str) else names or ()
+        devices, length = math.prod(sizes[name] for name in names), array.shape[axis]
+        if length % devices == 0:
+            continue
+        over = f"{devices} devices ({' x '.join(f'{name}={sizes[name]}' for name in names)})"
+        if axis == 0:
+            raise ValueError(
+                f"{length} tokens or sequences (the first axis of {describe(array)}) cannot be split evenly over "
+                f"{over}: fill up to {-(-length // devices) * devices} with padding, or use a mesh of other sizes"
+            )
+        raise ValueError(
+            f"{length} columns of {describe(array)} cannot be split evenly over {over}: choose a width that is a "
+            f"multiple of {devices}, or a mesh of other sizes"
+        )
+    return array

@@ -1,0 +1,393 @@
+"""What a training step needs of each device's memory, predicted from shapes alone, and what would make it need less.
+
+The number means: bytes in use at the fullest moment of a step, all devices being alike. It is state, which lives from
+step to step, plus what the fullest of three moments holds: the end of the forward pass (all that is kept for the
+backward pass, and logits), the end of the backward pass (all gradients, and one block at work), the update of the
+tables. GPUs are meant: what is counted was compared with the buffers of steps that XLA compiled for one. On a CPU, XLA
+fuses and schedules otherwise, and a step takes up to three times as much beside its state.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from memjax.config.memory import MemoryConfig, ProductKeyConfig
+from memjax.config.run import RunConfig
+from memjax.models import dot_product, loss
+from memjax.models.decoder import resolve_dtype
+from memjax.monitoring.units import gigabytes
+from memjax.ops.precision import accumulator
+from memjax.sharding.axes import DATA, MEMORY
+from memjax.training.plan.row_exchange import plan_exchange
+from memjax.training.program import Trainer
+
+GAPS = 0.06
+"""What lies idle between the buffers of a compiled step, as a share of what is temporary: 0 to 0.11 was seen."""
+
+SEARCH_BYTES = 1 << 28
+"""Half scores of the chunk of tokens that searches, forward and backward."""
+
+Bytes = dict[str, int]
+"""Bytes by what they are for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes on each device at the fullest moment of a step."""
+
+    state: Bytes
+    """What lives from step to step."""
+    moment: str
+    """The fullest moment."""
+    temporary: Bytes
+    """What lives at that moment besides."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self.state.values()) + sum(self.temporary.values())
+
+
+def plan(config: RunConfig, *, data_axis: int, trainer: Trainer | None = None) -> Plan:
+    """The plan of a run over data_axis x mesh.memory devices; nothing is allocated, and no device needs to be there."""
+    return _Planner(config, trainer or Trainer.of(config), data_axis).plan()
+
+
+def describe(found: Plan) -> str:
+    """The plan as a table."""
+    rows = [("bytes per device", f"{gigabytes(found.total)} at the fullest moment of a step: {found.moment}")]
+    rows += [(f"  {name}", gigabytes(count)) for name, count in (found.state | found.temporary).items() if count]
+    return "\n".join(f"{name:<27} {value}" for name, value in rows)
+
+
+def compiled_bytes(compiled: jax.stages.Compiled) -> int:
+    """What a compiled step really needs of each device: the number that `plan` predicts."""
+    sizes: Any = compiled.memory_analysis()
+    new = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + new
+
+
+def savings(config: RunConfig, *, data_axis: int) -> list[tuple[str, int]]:
+    """Changes that need fewer bytes per device, and how many fewer; the most useful first."""
+    trainer = Trainer.of(config)
+    before = plan(config, data_axis=data_axis, trainer=trainer).total
+    found = []
+    for name, value in _changes(config, data_axis):
+        try:
+            changed = _with(config, name, value)
+        except ValueError:  # not with the other settings
+            continue
+        # Shapes of arrays that live on do not depend on how a batch is cut, and take long to find.
+        same = dataclasses.replace(trainer, config=changed) if name.startswith(("train.", "data.")) else None
+        after = plan(changed, data_axis=data_axis, trainer=same).total
+        if after < before:
+            found.append((f"--{name} {value}", before - after))
+    return sorted(found, key=lambda change: -change[1])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device had too little memory, at compile time or later."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
+def explain_out_of_memory(config: RunConfig, *, data_axis: int, limit: int | None) -> str:
+    """What to print when memory ran out: the plan, and the three most useful changes.
+
+    Args:
+        config: of the run.
+        data_axis: devices along `data`.
+        limit: bytes that a device has; None where it does not tell.
+    """
+    lines = ["out of memory" + (f": a device has {gigabytes(limit)} for JAX" if limit else ""), ""]
+    lines += ["predicted " + describe(plan(config, data_axis=data_axis)), "", "what would need less:"]
+    lines += [f"  {change:<36} {gigabytes(saved)} less" for change, saved in savings(config, data_axis=data_axis)[:3]]
+    return "\n".join(lines)
+
+
+class _Planner:
+    def __init__(self, config: RunConfig, trainer: Trainer, data_axis: int):
+        self.config, self.trainer, self.model = config, trainer, config.model
+        axes = (AxisType.Auto, AxisType.Auto)
+        self.mesh = AbstractMesh((data_axis, config.mesh.memory), (DATA, MEMORY), axis_types=axes)
+        devices = self.mesh.size
+        self.rows = -(-config.data.batch_size // (config.train.accumulate * devices))
+        """Sequences of a micro-batch on a device."""
+        self.tokens = self.rows * config.data.sequence_length
+        self.dtype = resolve_dtype(config.model.dtype)
+        self.width = self.dtype.itemsize
+        self.wide = accumulator(self.dtype).itemsize
+        self.abstract, self.shardings = trainer.abstract_state(), trainer.shardings(self.mesh)
+        params = dict(self.abstract.params)
+        self.block_sizes = [_elements(block) for block in dict(params.pop("blocks")).values()]
+        self.outside = _elements(params)
+        """Dense parameters that belong to no block: embedding, last norm, output matrix."""
+        self.outside_bytes = _bytes(params)
+
+    def plan(self) -> Plan:
+        """The fullest of the three moments."""
+        kept, working = self.kept(), self.working()
+        moments = {
+            "the loss": self.copies() | kept | self.accumulated() | self.logits(),
+            "the end of the backward pass": self.copies() | self.gradients() | {"one block at work": working},
+            "the update": self.gradients() | self.row_update(),
+        }
+        moment = max(moments, key=lambda name: sum(moments[name].values()))
+        temporary = moments[moment]
+        gaps = int(GAPS * sum(temporary.values()))
+        return Plan(self.state(), moment, temporary | {"gaps between buffers": gaps})
+
+    def state(self) -> Bytes:
+        state, shardings = self.abstract, self.shardings
+        return {
+            "dense parameters": _bytes(state.params, shardings.params),
+            "their optimizer": _bytes(state.opt_state, shardings.opt_state),
+            "tables": _bytes(state.tables, shardings.tables),
+            "optimizer of the tables": _bytes(state.table_state, shardings.table_state),
+            "read counters": _bytes(state.reads, shardings.reads),
+        }
+
+    def copies(self) -> Bytes:
+        """Whole copies of parameters, in the type of the activations.
+
+        What is gathered for the blocks lives until the backward pass with remat "none", else while two blocks run.
+        """
+        if self.is_split:
+            is_gathered_again = self.config.train.remat != "none"
+            blocks = 2 * max(self.block_sizes) if is_gathered_again else sum(self.block_sizes)
+            return {"gathered parameters": self.outside_bytes + blocks * self.width}
+        casts = self.param_width != self.width
+        return {"parameters as activations": sum(self.block_sizes) * self.width if casts else 0}
+
+    def kept(self) -> Bytes:
+        """What the forward pass keeps for the backward pass."""
+        dim, blocks, remat = self.model.dim, self.model.num_layers, self.config.train.remat
+        attention, feed_forward, lookups = self.attention(), self.feed_forward(), self.all_lookups(self.mixer)
+        experts = self.experts()
+        if remat == "block":
+            attention, feed_forward = dim * self.width, 0
+            lookups, experts = self.all_lookups(self.lookup), self.routing()
+        elif remat == "dots":
+            dots = dim + self.query_and_keys + dim
+            attention, feed_forward = dots * self.width, 2 * self.model.ffn_dim * self.width
+            lookups = self.all_lookups(self.lookup) + self.all_lookups(self.lookup_dots)
+            experts = self.routing()
+        return {
+            "activations, attention": blocks * attention * self.tokens,
+            "activations, feed-forward": len(self.model.layers_of("dense")) * feed_forward * self.tokens,
+            "activations, experts": len(self.model.layers_of("experts")) * experts * self.tokens,
+            "activations, memory": lookups * self.tokens,
+            "mask of documents": self.mask() if remat == "none" else 0,
+        }
+
+    def working(self) -> int:
+        """The activations of one block whose backward pass is under way."""
+        remat = self.config.train.remat != "none"
+        lookups = self.model.lookups.values()
+        mixer = max([self.feed_forward(), self.experts(), *map(self.mixer, lookups)])
+        again = (self.attention() + mixer) * self.tokens if remat else 0
+        # The cotangents of what is widest in it.
+        expert = self.expert_rows() * self.model.expert_dim
+        widest = int(max(2 * self.model.ffn_dim, 4 * self.model.dim, 2 * expert)) * self.width * self.tokens
+        search = min(SEARCH_BYTES, max(map(self.half_scores, lookups), default=0))
+        return again + widest + self.scores() + self.mask() + search
+
+    def attention(self) -> int:
+        """Bytes a token: the stream, its norm, queries, keys, values and output.
+
+        Of the kernel the softmax's sums too; where queries come in chunks, what these need laid out for them.
+        """
+        extra = self.model.num_heads * self.wide if self.is_fused else self.query_and_keys * self.width
+        return (3 * self.model.dim + self.query_and_keys) * self.width + extra + self.kept_scores()
+
+    @property
+    def query_and_keys(self) -> int:
+        return (self.model.num_heads + 2 * self.model.kv_heads) * self.model.head_width
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether attention keeps no scores, as cuDNN's does; GPUs are meant where the type is theirs."""
+        wanted = self.config.train.attention
+        return wanted == "cudnn" or (wanted == "auto" and self.width == 2)
+
+    def score_bytes(self) -> int:
+        return self.tokens * self.config.data.sequence_length * self.model.num_heads * self.wide
+
+    def scores(self) -> int:
+        """Bytes of attention scores that exist at once."""
+        return 0 if self.is_fused else 2 * min(self.score_bytes(), dot_product.SCORE_BYTES)
+
+    def mask(self) -> int:
+        """Bytes of the mask that the kernel takes where rows hold documents, the same in all blocks."""
+        is_taken = self.is_fused and self.config.data.rows_hold_documents
+        return self.tokens * self.config.data.sequence_length * self.width if is_taken else 0
+
+    def kept_scores(self) -> int:
+        """Bytes a token of softmax weights that are kept: only where all scores may exist at once."""
+        if self.is_fused or self.score_bytes() > dot_product.SCORE_BYTES:
+            return 0
+        return self.score_bytes() // self.tokens
+
+    def feed_forward(self) -> int:
+        """Bytes a token: the stream, its norm, both projections and their product."""
+        return (2 * self.model.dim + 3 * self.model.ffn_dim) * self.width
+
+    def expert_rows(self) -> float:
+        """Experts that a token goes through in training, on average."""
+        experts = self.model.experts
+        if experts is None:
+            return 0.0
+        return experts.capacity if experts.routing == "expert_choice" else float(experts.top_k)
+
+    def experts(self) -> int:
+        """Bytes a token: the stream, its norm, and for each of its experts input, projections, product and output."""
+        if self.model.experts is None:
+            return 0
+        rows = self.expert_rows() * (2 * self.model.dim + 3 * self.model.expert_dim)
+        return int(2 * self.model.dim + rows) * self.width + self.routing()
+
+    def routing(self) -> int:
+        """Bytes a token: logits, and twice who goes to whom."""
+        experts = self.model.experts
+        return int(experts.num_experts * self.wide + self.expert_rows() * 8) if experts else 0
+
+    def all_lookups(self, bytes_of: Callable[[ProductKeyConfig], int]) -> int:
+        return sum(bytes_of(lookup) for lookup in self.model.lookups.values())
+
+    def mixer(self, lookup: ProductKeyConfig) -> int:
+        """Bytes a token: the stream, its norm, queries, what was looked up, and the gate's factors."""
+        queries = lookup.num_heads * lookup.key_dim
+        gate = 0
+        if isinstance(lookup, MemoryConfig):
+            gate = 3 * self.model.value_dim if lookup.gate == "silu" else self.model.value_dim
+        return (2 * self.model.dim + queries + gate) * self.width + self.lookup(lookup)
+
+    def lookup_dots(self, lookup: ProductKeyConfig) -> int:
+        """Bytes a token: outputs of the layer's matrix products."""
+        gate = self.model.value_dim if isinstance(lookup, MemoryConfig) and lookup.gate == "silu" else 0
+        return (lookup.num_heads * lookup.key_dim + gate) * self.width
+
+    def lookup(self, lookup: ProductKeyConfig) -> int:
+        """Bytes a token: score, index and weight of every pick, and the bag.
+
+        With experts also their products with the token, what comes of these, and the token.
+        """
+        if isinstance(lookup, MemoryConfig):
+            return lookup.picks * 12 + self.model.value_dim * self.table_width(lookup)
+        return lookup.picks * 20 + self.model.dim * (self.width + self.table_width(lookup))
+
+    def half_scores(self, lookup: ProductKeyConfig) -> int:
+        return self.tokens * lookup.num_heads * 2 * lookup.num_keys * self.wide
+
+    def logits(self) -> Bytes:
+        """Logits of a chunk, their gradient, and that of the output matrix."""
+        vocab, dim = self.model.vocab_size, self.model.dim
+        chunks = loss.chunk_count(self.tokens, vocab, self.dtype, 1)
+        chunk = -(-self.tokens // min(chunks, self.config.data.sequence_length))
+        return {
+            "logits": chunk * vocab * (self.wide + self.width),
+            "last hidden states": 3 * self.tokens * dim * self.width,
+            "output matrix's gradient": vocab * dim * self.wide,
+        }
+
+    def gradients(self) -> Bytes:
+        """Gradients of all dense parameters, and the row gradients of the tables."""
+        dense = self.outside * self.param_width + sum(self.block_sizes) * self.width
+        if self.is_split:
+            dense = dense * self.state()["dense parameters"] // _bytes(self.abstract.params)
+            dense += max(self.block_sizes) * self.width
+        whole = self.state()["tables"] if self.config.optim.table.is_dense else 0
+        return self.accumulated() | self.row_gradients() | {"gradients": dense, "gradients of the tables": whole}
+
+    def accumulated(self) -> Bytes:
+        """What grows or is summed from micro-batch to micro-batch."""
+        if self.config.train.accumulate == 1:
+            return {}
+        return {"accumulated gradients": self.state()["dense parameters"]} | self.row_gradients()
+
+    def row_gradients(self) -> Bytes:
+        """Index and weight of every pick, and the vectors that they multiply, of all micro-batches."""
+        if not self.model.lookups or self.config.optim.table.is_dense:
+            return {}
+        return {"row gradients": self.all_lookups(self.factors) * self.tokens * self.config.train.accumulate}
+
+    def factors(self, lookup: ProductKeyConfig) -> int:
+        """Bytes a token: of a memory the bag's cotangent; of experts also the token, and two weights of every pick."""
+        if isinstance(lookup, MemoryConfig):
+            return lookup.picks * 8 + self.model.value_dim * self.table_width(lookup)
+        return lookup.picks * 12 + self.model.dim * (self.width + self.table_width(lookup))
+
+    def row_update(self) -> Bytes:
+        """Picks in the order of their rows with the vectors that they multiply, and where they are summed."""
+        planned = plan_exchange(self.config, data_axis=self.mesh.shape[DATA])
+        if planned is None:
+            return {}
+        held = planned.bytes[planned.chosen]
+        return {"dense row gradient": held.gradient, "sorted picks": held.picks}
+
+    @property
+    def param_width(self) -> int:
+        return jnp.dtype(self.model.param_dtype).itemsize
+
+    def table_width(self, lookup: ProductKeyConfig) -> int:
+        return resolve_dtype(lookup.table_dtype).itemsize
+
+    @property
+    def is_split(self) -> bool:
+        """Whether a device keeps a piece of the dense parameters only."""
+        return _bytes(self.abstract.params, self.shardings.params) < _bytes(self.abstract.params)
+
+
+def _bytes(tree: Any, shardings: Any = None) -> int:
+    """Bytes of arrays given as shapes; with shardings, those on one device."""
+    leaves = jax.tree.leaves(tree)
+    if shardings is None:
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    places = jax.tree.leaves(shardings)
+    return sum(
+        math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, place in zip(leaves, places, strict=True)
+    )
+
+
+def _elements(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _changes(config: RunConfig, data_axis: int) -> Iterator[tuple[str, Any]]:
+    """Settings that may need less memory, each with a value to try."""
+    data, train = config.data, config.train
+    devices = data_axis * config.mesh.memory
+    if data.batch_size % (2 * train.accumulate * devices) == 0:
+        yield "train.accumulate", 2 * train.accumulate
+        yield "data.batch_size", data.batch_size // 2
+    if train.remat != "block":
+        yield "train.remat", "block"
+    if config.model.dtype == "float32":
+        yield "model.dtype", "bfloat16"
+    if config.model.param_dtype == "float32":
+        yield "model.param_dtype", "bfloat16"
+    experts = config.model.experts
+    if experts and experts.num_experts // 2 >= max(2, experts.chosen):
+        yield "model.experts.num_experts", experts.num_experts // 2
+    for kind, lookup in config.model.lookup_sections.items():
+        yield f"model.{kind}.num_keys", max(lookup.top_k, round(lookup.num_keys * 0.5**0.5))
+        if lookup.table_dtype == "float32":
+            yield f"model.{kind}.table_dtype", "bfloat16"
+    if config.model.lookups:
+        if config.mesh.row_exchange != "dense" and not config.optim.table.is_dense:
+            yield "mesh.row_exchange", "dense"
+        if config.optim.table.optimizer in ("adam", "dense_adam"):
+            yield "optim.table.optimizer", "rowwise_adam"
+        if config.optim.table.optimizer == "adam" and config.optim.table.moment_dtype == "float32":
+            yield "optim.table.moment_dtype", "bfloat16"
+
+
+def _with(config: Any, name: str, value: Any) -> Any:
+    """The config with one setting changed, by its dotted name."""
+    first, _, rest = name.partition(".")
+    return dataclasses.replace(config, **{first: _with(getattr(config, first), rest, value) if rest else value})

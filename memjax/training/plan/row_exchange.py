@@ -1,0 +1,50 @@
+"""How the row gradients of a run will cross the `data` axis, known before the run from its config."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from memjax.config.run import RunConfig
+from memjax.memory import row_exchange
+from memjax.memory.row_exchange import Exchange, ExchangeBytes
+from memjax.models.decoder import resolve_dtype
+from memjax.monitoring.units import gigabytes
+from memjax.ops.precision import accumulator
+from memjax.ops.row_gradient import RowGradient
+
+
+class PlannedExchange(NamedTuple):
+    """The exchange of the table that is read most, and what either way would take of a device."""
+
+    chosen: Exchange
+    bytes: dict[Exchange, ExchangeBytes]
+
+
+def plan_exchange(config: RunConfig, *, data_axis: int) -> PlannedExchange | None:
+    """The exchange of a run over data_axis x mesh.memory devices; None where no rows are updated."""
+    data, accumulate, tables = config.data, config.train.accumulate, config.model.tables
+    if not tables or config.optim.table.is_dense:
+        return None
+    busiest = max(tables.values(), key=lambda table: len(table.readers) * table.picks)
+    tokens, dtype = data.batch_size // accumulate * data.sequence_length, resolve_dtype(busiest.dtype)
+    picks, weight = (tokens, busiest.picks), accumulator(resolve_dtype(config.model.dtype))
+    factors = ((picks, jnp.int32), (picks, weight), ((tokens, busiest.width), dtype))
+    gradient = RowGradient._make(jax.ShapeDtypeStruct(*factor) for factor in factors)
+    gradients = [gradient] * (len(busiest.readers) * accumulate)
+    table = jax.ShapeDtypeStruct((busiest.num_slots, busiest.width), dtype)
+    axes = {"data_axis": data_axis, "memory_axis": config.mesh.memory}
+    chosen = row_exchange.choose(config.mesh.row_exchange, table, gradients, **axes)
+    return PlannedExchange(chosen, row_exchange.exchange_bytes(table, gradients, **axes))
+
+
+def describe(config: RunConfig, *, data_axis: int) -> str:
+    """The bytes of both exchanges, and which one runs; empty where no rows are updated."""
+    planned = plan_exchange(config, data_axis=data_axis)
+    if planned is None:
+        return ""
+    lines = [f"{'row exchange over data':<27} {planned.chosen} (mesh.row_exchange: {config.mesh.row_exchange})"]
+    for name, count in planned.bytes.items():
+        held = gigabytes(count.gradient + count.picks)
+        lines.append(f"{'  ' + name:<27} {gigabytes(count.received)} received by each device, {held} held")
+    return "\n".join(lines)

@@ -1,0 +1,97 @@
+"""Paths among the settings: every one is of this machine, with its `~` expanded."""
+
+import pytest
+
+from memjax import convert, errors
+from memjax.config import schema as schema_module
+from memjax.config.load import RUN_FOLDER, load, parse
+from memjax.config.run import RunConfig
+from memjax.evaluation.settings import EvaluateConfig
+from memjax.generate import GenerateConfig
+from memjax.plot import PlotConfig
+
+PATHS = [
+    (RunConfig, "run.dir"),
+    (RunConfig, "data.path"),
+    (RunConfig, "data.validation_path"),
+    (RunConfig, "data.prepared"),
+    (RunConfig, "data.tokenizer.path"),
+    (RunConfig, "train.init_from"),
+    (EvaluateConfig, "text"),
+    (EvaluateConfig, "questions"),
+    (EvaluateConfig, "examples"),
+    (EvaluateConfig, "task_folder"),
+    (GenerateConfig, "prompts"),
+    (GenerateConfig, "output"),
+    (PlotConfig, "out"),
+    *((command.schema, "out") for command in convert.COMMANDS.values()),
+    (convert.FromHfConfig, "tokenizer"),
+    (convert.ToHfConfig, "like"),
+]
+NEEDED = {
+    (RunConfig, "data.tokenizer.path"): ["--data.tokenizer.kind", "hf"],
+    (EvaluateConfig, "examples"): ["--questions", "q.jsonl", "--shots", "1"],
+    (EvaluateConfig, "task_folder"): ["--tasks", "a"],
+    (GenerateConfig, "output"): ["--prompts", "p.txt"],
+    (convert.FromHfConfig, "tokenizer"): ["--out", "a"],
+    (convert.ToHfConfig, "like"): ["--out", "a"],
+    (convert.UpcycleConfig, "out"): ["--memory.layers", "0"],
+}
+
+
+def parsed(schema: type, *words: str):
+    positional = None if schema is RunConfig else RUN_FOLDER
+    return parse(schema, words, prog="go", description="Goes.", positional=positional)
+
+
+@pytest.mark.parametrize(("schema", "name"), PATHS)
+def test_a_path_is_expanded_and_a_remote_address_refused(schema, name, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/ada")
+    words = [*([] if schema is RunConfig else ["run"]), *NEEDED.get((schema, name), []), f"--{name}"]
+    config = parsed(schema, *words, "~/a/x.png").config
+    for part in name.split("."):
+        config = getattr(config, part)
+    assert config in ("/home/ada/a/x.png", ("/home/ada/a/x.png",))
+    with pytest.raises(SystemExit) as caught:
+        parsed(schema, *words, "gs://bucket/x.png")
+    assert caught.value.code == 2
+    assert f"command line: {name}=gs://bucket/x.png must be a path on this machine" in capsys.readouterr().err
+
+
+def test_every_setting_that_is_named_like_a_path_is_checked():
+    """So that a new one is not forgotten."""
+    schemas = {schema for schema, _ in PATHS}
+    found = {
+        (schema, ".".join(path))
+        for schema in schemas
+        for path, _ in schema_module.walk(schema)
+        if path[-1] in ("path", "dir", "out", "output", "prepared", "init_from", "prompts", "like")
+        or path[-1].endswith(("_path", "_folder", "_dir", "_file"))
+    }
+    assert found <= set(PATHS)
+
+
+def test_paths_in_yaml_and_in_the_parts_of_a_mixture_are_paths_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    file = tmp_path / "c.yaml"
+    file.write_text("run: {dir: ~/runs}\ndata: {source: mixture, mixture: [{name: a, path: ~/a.jsonl}]}\n")
+    config = load(RunConfig, file)
+    assert (config.run.dir, config.data.mixture[0].path) == ("/home/ada/runs", "/home/ada/a.jsonl")
+    file.write_text("run: {dir: s3://b}\ndata: {source: mixture, mixture: [{name: a, path: hdfs://a}]}\n")
+    with pytest.raises(errors.ConfigError) as caught:
+        load(RunConfig, file)
+    problems = "\n".join(caught.value.problems)
+    assert f"{file}:1: run.dir=s3://b must be a path on this machine" in problems
+    assert "path=hdfs://a must be a path on this machine" in problems
+
+
+def test_a_path_keeps_the_form_in_which_it_was_written():
+    assert load(RunConfig, None, ["--run.dir", "./a//b/"]).run.dir == "./a//b/"
+
+
+def test_folders_of_runs_are_paths_too(monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert parsed(EvaluateConfig, "~/run").positional == "/home/ada/run"
+    with pytest.raises(SystemExit):
+        parsed(EvaluateConfig, "s3://bucket/run")
+    assert "command line: RUN=s3://bucket/run must be a path on this machine" in capsys.readouterr().err

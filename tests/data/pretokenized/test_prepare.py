@@ -1,0 +1,362 @@
+"""Prepared data is what the files give; broken files are refused or left out and counted; halves are redone."""
+
+import dataclasses
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from memjax.config.data import DataConfig
+from memjax.data.pretokenized import prepare as prepare_module
+from memjax.data.pretokenized.prepare import prepare
+from memjax.data.pretokenized.store import PreparedReader, open_prepared
+from memjax.data.sources.corpus import Corpus
+from memjax.data.sources.parsing import Keys
+from memjax.data.tokenize import TextReader
+from memjax.data.tokenizers.base import ByteTokenizer, train_bpe
+from memjax.errors import DataError
+
+BYTES = ByteTokenizer()
+
+
+def corpus(path, **fields):
+    return Corpus(**{"name": "training", "path": str(path), "source": "files", "field": "data.path", **fields})
+
+
+def everything(reader):
+    return [pairs.tolist() for pairs in reader(range(len(reader)), np.random.default_rng(0))]
+
+
+@pytest.fixture
+def lines(tmp_path):
+    """70 records, texts and prompts with answers, blank lines among them."""
+    rows = [{"text": f"é{i} " * (i % 9 + 1)} if i % 3 else {"prompt": f"{i}:", "answer": "y" * i} for i in range(1, 71)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+def test_prepared_records_are_those_of_the_files(tmp_path, lines, kind, monkeypatch):
+    monkeypatch.setattr(prepare_module, "_BLOCK_BYTES", 100)
+    tokenizer = BYTES if kind == "byte" else train_bpe(["y é yy é1 é2"] * 9, 280)
+    prepare(corpus(lines), tokenizer, tmp_path / "p")
+    prepared, direct = PreparedReader(tmp_path / "p", tokenizer), TextReader(corpus(lines).lines, tokenizer)
+    assert len(prepared) == 70
+    assert everything(prepared) == everything(direct)
+    assert [prepared.record(i) for i in range(70)] == [direct.record(i) for i in range(70)]
+    assert prepared.manifest.tokens == sum(map(len, everything(direct)))
+    assert prepared.manifest.largest_id == max(token for pairs in everything(direct) for token, _, _ in pairs[1:])
+
+
+@pytest.mark.slow
+def test_several_processes_write_the_same_bytes(tmp_path, lines, monkeypatch):
+    monkeypatch.setattr(prepare_module, "_BLOCK_BYTES", 100)
+    prepare(corpus(lines), BYTES, tmp_path / "one")
+    prepare(corpus(lines), BYTES, tmp_path / "two", processes=2)
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == ["00000.array_record", "manifest.json"]
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_records_are_spread_over_shards(tmp_path, lines, monkeypatch):
+    monkeypatch.setattr("memjax.data.pretokenized.store._SHARD_BYTES", 1000)
+    prepare(corpus(lines), BYTES, tmp_path / "p")
+    reader = PreparedReader(tmp_path / "p", BYTES)
+    assert len(reader.manifest.shards) > 2
+    whole = everything(reader)
+    assert whole == everything(TextReader(corpus(lines).lines, BYTES))
+    order = np.random.default_rng(0).permutation(70).tolist()
+    assert [pairs.tolist() for pairs in reader(order, np.random.default_rng(0))] == [whole[i] for i in order]
+
+
+BROKEN = {
+    "bad JSON": (b'{"text": "x"', "not JSON"),
+    "bad UTF-8": (b'{"text": "\xff"}', "not UTF-8"),
+    "UTF-16": ('{"text": "x"}'.encode("utf-16"), "not UTF-8"),
+    "NUL": (b"\0" * 50, "not JSON"),
+    "NUL in a string": (b'{"text": "a\0b"}', "not JSON"),
+    "an empty text": (b'{"text": ""}', "'text' is an empty string"),
+    "a missing key": (b'{"body": "x"}', r"has the fields \['body'\]"),
+    "null": (b'{"text": null}', "JSON null"),
+    "half a surrogate pair": (b'{"text": "\\udc00"}', "half of a surrogate pair"),
+    "two objects in a line": (b'{"text": "x"} {"text": "y"}', "not JSON"),
+    "deep nesting": (b"[" * 100_000, "not JSON"),
+    "a cut line of 10 MB": (b'{"text": "' + b"x" * 10_000_000, "not JSON"),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_line_is_refused_or_left_out_and_counted(tmp_path, name, packed):
+    line, what = BROKEN[name]
+    path = tmp_path / ("a.jsonl.gz" if packed else "a.jsonl")
+    data = b'{"text": "first"}\n\n' + line + b'\n{"text": "last"}'
+    path.write_bytes(gzip.compress(data, 1) if packed else data)
+    with pytest.raises(DataError, match=rf"a\.jsonl(\.gz)?:3: .*{what}.*data\.malformed=skip"):
+        prepare(corpus(path), BYTES, tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+    prepare(corpus(path, malformed="skip"), BYTES, tmp_path / "p")
+    reader = PreparedReader(tmp_path / "p", BYTES)
+    # The record that is left out keeps its number, and has no tokens.
+    assert [len(pairs) for pairs in reader(range(3), np.random.default_rng(0))] == [6, 0, 5]
+    assert ["".join(segment.text for segment in reader.record(i)) for i in range(len(reader))] == ["first", "", "last"]
+    assert (reader.manifest.malformed, reader.manifest.usable, reader.manifest.tokens) == (1, 2, 11)
+    (example,) = reader.manifest.examples
+    assert example.startswith(f"{path}:3: ")
+
+
+WHOLE = {
+    "a byte order mark": b'\xef\xbb\xbf{"text": "x"}\n{"text": "y"}\n',
+    "no last line end": b'{"text": "x"}\n{"text": "y"}',
+    "Windows line ends": b'{"text": "x"}\r\n{"text": "y"}\r\n',
+    "blank lines": b'\n\n{"text": "x"}\n \t\n{"text": "y"}\n\n',
+    "an escaped NUL": b'{"text": "x"}\n{"text": "\\u0000y"}',
+    "a line of 10 MB": b'{"text": "' + b"x" * 10_000_000 + b'"}\n{"text": "y"}',
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_only_looks_broken_is_read(tmp_path, name):
+    (tmp_path / "a.jsonl").write_bytes(WHOLE[name])
+    prepare(corpus(tmp_path / "a.jsonl"), BYTES, tmp_path / "p")
+    reader = PreparedReader(tmp_path / "p", BYTES)
+    first, second = reader([0, 1], np.random.default_rng(0))
+    assert set(first[1:, 0]) == {ord("x") + 3}
+    assert bytes(second[1:, 0] - 3).strip(b"\0") == b"y"
+    assert reader.manifest.malformed == 0
+
+
+@pytest.fixture
+def broken_folder(tmp_path):
+    """Whole files with 4 records between files with nothing, half of something, or something else."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    (folder / "0.jsonl").write_text("")
+    (folder / "1.jsonl").write_text('{"text": "a"}\n')
+    (folder / "2.jsonl.gz").write_bytes(gzip.compress(b'{"text": "b"}\n' * 2)[:-9])
+    (folder / "3.jsonl.xz").write_bytes(b"not packed")
+    (folder / "4.parquet").write_bytes(b"PAR1")
+    (folder / "5.txt").write_bytes("café\nfine\n".encode("latin-1"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["c", None, ""]}), folder / "6.parquet")
+    (folder / "7.txt").write_bytes(b"d\0e\nf\n")
+    return folder
+
+
+def test_broken_files_of_a_folder_are_left_out_and_counted_one_by_one(tmp_path, broken_folder, capsys):
+    skipping = corpus(broken_folder, malformed="skip", damaged_files="skip")
+    prepare(skipping, BYTES, tmp_path / "p")
+    reader = open_prepared(tmp_path / "p", skipping, BYTES)
+    texts = [segment.text for i in range(len(reader)) for segment in reader.record(i)]
+    assert [text for text in texts if text != "b"] == ["a", "fine", "c", "f"]
+    assert texts.count("b") <= 2
+    places = [example.removeprefix(f"{broken_folder}/").split(": ")[0] for example in reader.manifest.examples]
+    lost = texts.count("b") + 1
+    assert places == ["0.jsonl:1", f"2.jsonl.gz:{lost}", "3.jsonl.xz:1", "4.parquet:1", "5.txt:1", "6.parquet:2",
+                      "6.parquet:3", "7.txt:1"]  # fmt: skip
+    assert reader.manifest.malformed == 8
+
+
+def test_broken_files_of_a_folder_are_refused_at_the_first(tmp_path, broken_folder):
+    for place in ("0.jsonl:1", "2.jsonl.gz:", "3.jsonl.xz:1", "4.parquet:1", "5.txt:1", "6.parquet:2", "7.txt:1"):
+        with pytest.raises(DataError, match=f"many/{place}"):
+            prepare(corpus(broken_folder), BYTES, tmp_path / "p")
+        (broken_folder / place.partition(":")[0]).unlink()
+    prepare(corpus(broken_folder), BYTES, tmp_path / "p")
+    assert len(PreparedReader(tmp_path / "p", BYTES)) == 1
+
+
+def test_too_many_malformed_records_end_it(tmp_path, broken_folder):
+    with pytest.raises(DataError, match=r"more than data\.max_malformed=7 .*7\.txt:1(.|\n)*The first:\n.*0\.jsonl:1"):
+        prepare(corpus(broken_folder, malformed="skip", damaged_files="skip", max_malformed=7), BYTES, tmp_path / "p")
+    prepare(corpus(broken_folder, malformed="skip", damaged_files="skip", max_malformed=8), BYTES, tmp_path / "p")
+    with pytest.raises(DataError, match="max_malformed=7 here, 8 in the prepared data"):
+        open_prepared(
+            tmp_path / "p", corpus(broken_folder, malformed="skip", damaged_files="skip", max_malformed=7), BYTES
+        )
+
+
+def test_nothing_that_can_be_used_is_an_error_in_both_modes(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{\n{\n")
+    with pytest.raises(DataError, match=r"no record can be used; set data\.path"):
+        prepare(corpus(tmp_path / "a.jsonl", malformed="skip"), BYTES, tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_finished_preparation_is_kept_and_an_unfinished_one_redone(tmp_path, lines, capsys):
+    (tmp_path / "p.partial").mkdir()
+    (tmp_path / "p.partial" / "00000.array_record").write_bytes(b"half")
+    prepare(corpus(lines), BYTES, tmp_path / "p")
+    assert "an unfinished preparation is removed and begun again" in capsys.readouterr().out
+    assert not (tmp_path / "p.partial").exists()
+    before = (tmp_path / "p" / "00000.array_record").stat().st_mtime_ns
+    prepare(corpus(lines), BYTES, tmp_path / "p")
+    assert capsys.readouterr().out == ""
+    assert (tmp_path / "p" / "00000.array_record").stat().st_mtime_ns == before
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path, lines):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "thesis.txt").write_text("three years of work")
+    with pytest.raises(DataError, match=r"holds no prepared data; remove it, or name another data\.prepared"):
+        prepare(corpus(lines), BYTES, tmp_path / "p")
+    assert (tmp_path / "p" / "thesis.txt").exists()
+
+
+def test_a_disk_that_takes_nothing_is_an_error_that_says_so(tmp_path, lines, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare_module, "write_manifest", full)
+    with pytest.raises(DataError, match=r"p: cannot be written \(.*No space left.*\); make room"):
+        prepare(corpus(lines), BYTES, tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_second_process_waits_for_the_first(tmp_path, lines, monkeypatch, capsys):
+    inner, entered, go_on = prepare_module._prepare, threading.Event(), threading.Event()
+
+    def slow(*arguments):
+        entered.set()
+        assert go_on.wait(30)
+        inner(*arguments)
+
+    monkeypatch.setattr(prepare_module, "_prepare", slow)
+    threads = [threading.Thread(target=prepare, args=(corpus(lines), BYTES, tmp_path / "p")) for _ in range(2)]
+    threads[0].start()
+    assert entered.wait(30)
+    entered.clear()
+    threads[1].start()
+    time.sleep(0.1)
+    go_on.set()
+    for thread in threads:
+        thread.join(30)
+    assert not entered.is_set(), "the data was prepared twice"
+    assert "waiting for another process" in capsys.readouterr().out
+    assert len(PreparedReader(tmp_path / "p", BYTES)) == 70
+
+
+PROGRAM = """
+import pathlib, sys
+from memjax.data.pretokenized import prepare as preparation
+from memjax.data.sources.corpus import Corpus
+from memjax.data.tokenizers.base import ByteTokenizer
+if __name__ == "__main__":
+    preparation._BLOCK_BYTES = 1000
+    corpus = Corpus(name="training", path=sys.argv[1], source="files", field="data.path")
+    preparation.prepare(corpus, ByteTokenizer(), pathlib.Path(sys.argv[2]), processes=1, every_seconds=0)
+"""
+
+
+def test_a_killed_preparation_is_begun_again(tmp_path):
+    path, program = tmp_path / "a.txt", tmp_path / "program.py"
+    path.write_text("\n".join(f"{i:06d}" for i in range(20_000)))
+    program.write_text(PROGRAM)
+    command = [sys.executable, str(program), str(path), str(tmp_path / "p")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **HERE}) as process:
+        assert process.stdout is not None
+        while "records" not in process.stdout.readline():
+            assert process.poll() is None
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert (tmp_path / "p.partial").exists()
+    assert not (tmp_path / "p").exists()
+    prepare(corpus(path), BYTES, tmp_path / "p")
+    reader = PreparedReader(tmp_path / "p", BYTES)
+    assert len(reader) == 20_000
+    assert reader.record(19_999)[0].text == "019999"
+    assert not (tmp_path / "p.partial").exists()
+
+
+HERE = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+CHANGES = {
+    "another tokenizer": ({}, "tokenizer='.*' here, '.*' in the prepared data.*vocab_size=259 here, 2"),
+    "another key": ({"keys": Keys(text="body")}, "text='body' here, 'text' in the prepared data"),
+    "another mode": ({"malformed": "skip"}, "malformed='skip' here, 'strict' in the prepared data"),
+    "another source": ({"source": "text"}, "source='text' here, 'files' in the prepared data"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_other_settings_are_refused_with_both_values(tmp_path, lines, name):
+    change, message = CHANGES[name]
+    tokenizer = train_bpe(["y y"] * 9, 261) if name == "another tokenizer" else BYTES
+    prepare(corpus(lines), tokenizer, tmp_path / "p")
+    with pytest.raises(DataError, match=f"the prepared data does not fit: .*{message}.*; set it back"):
+        open_prepared(tmp_path / "p", corpus(lines, **change), BYTES)
+
+
+def test_other_files_are_refused_and_missing_ones_are_not_missed(tmp_path, lines):
+    prepare(corpus(lines), BYTES, tmp_path / "p")
+    lines.rename(tmp_path / "b.jsonl")
+    assert len(open_prepared(tmp_path / "p", corpus(lines), BYTES)) == 70
+    with pytest.raises(DataError, match=r"files 1 of .* here, 1 of .* \(not the same: a\.jsonl, b\.jsonl"):
+        open_prepared(tmp_path / "p", corpus(tmp_path / "b.jsonl"), BYTES)
+    with (tmp_path / "b.jsonl").open("a") as file:
+        file.write('{"text": "more"}')
+    (tmp_path / "b.jsonl").rename(lines)
+    with pytest.raises(DataError, match=r"not the same: a\.jsonl"):
+        open_prepared(tmp_path / "p", corpus(lines), BYTES)
+
+
+def test_damaged_prepared_data_is_refused(tmp_path, lines):
+    prepare(corpus(lines), BYTES, tmp_path / "p")
+    shard, manifest = tmp_path / "p" / "00000.array_record", tmp_path / "p" / "manifest.json"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(DataError, match=f"has {len(whole) - 1} bytes, {len(whole)} were written; delete the folder"):
+        PreparedReader(tmp_path / "p", BYTES)
+    shard.write_bytes(bytes(len(whole)))
+    with pytest.raises(DataError, match=r"00000\.array_record: damaged .*; delete the folder"):
+        everything(PreparedReader(tmp_path / "p", BYTES))
+    shard.unlink()
+    with pytest.raises(DataError, match=r"00000\.array_record: is missing; delete the folder"):
+        PreparedReader(tmp_path / "p", BYTES)
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 9'))
+    with pytest.raises(DataError, match="format=9 here, 1 is what this version reads"):
+        PreparedReader(tmp_path / "p", BYTES)
+    manifest.write_text("{")
+    with pytest.raises(DataError, match=r"manifest\.json: cannot be read"):
+        PreparedReader(tmp_path / "p", BYTES)
+
+
+def test_ids_past_the_vocabulary_are_refused_before_they_are_used(tmp_path, lines):
+    larger = train_bpe(["yy yyyy é1 é2 é3"] * 9, 280)
+    prepare(corpus(lines), larger, tmp_path / "p")
+    reader = PreparedReader(tmp_path / "p", BYTES)
+    with pytest.raises(DataError, match=r"record \d+ holds the id \d+, the tokenizer has 259"):
+        everything(reader)
+    manifest = reader.manifest
+    path = tmp_path / "p" / "manifest.json"
+    content = {"format": 1, **dataclasses.asdict(manifest)}
+    content["settings"] |= {"tokenizer": BYTES.fingerprint, "vocab_size": 259}
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=f"vocab_size=259 here, an id {manifest.largest_id} in the prepared data"):
+        open_prepared(tmp_path / "p", corpus(lines), BYTES)
+
+
+def test_settings_of_the_config_reach_the_corpus():
+    assert Keys.of(DataConfig(text_key="a", prompt_key="b", answer_key="c")) == Keys("a", "b", "c")
+
+
+def test_a_lost_part_of_a_file_ends_a_preparation_that_skips_records_unless_it_may_be_lost(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    rng = np.random.default_rng(0)
+    lines = [json.dumps({"text": bytes(rng.integers(97, 123, 200, np.uint8)).decode()}).encode() for _ in range(1000)]
+    packed = gzip.compress(b"\n".join(lines))
+    path.write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(DataError, match=r"cut off or damaged here.*what follows is lost.*data\.damaged_files=skip"):
+        prepare(corpus(path, malformed="skip"), BYTES, tmp_path / "p")
+    prepare(corpus(path, malformed="skip", damaged_files="skip"), BYTES, tmp_path / "p")
+    (example,) = PreparedReader(tmp_path / "p", BYTES).manifest.examples
+    assert "what follows is lost" in example

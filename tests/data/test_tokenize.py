@@ -1,0 +1,54 @@
+import numpy as np
+
+from memjax.data import tokenize
+from memjax.data.sources.records import Records, Segment
+from memjax.data.tokenizers.base import ByteTokenizer
+
+BOS, EOS = 1, 2
+
+
+class Listed(Records):
+    def __init__(self, records):
+        self.records = records
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, index):
+        return self.records[index]
+
+
+def pairs_by_hand(record):
+    """(token, target, counts) for each place of a record but its last."""
+    tokens, counts = [BOS], [False]
+    for text, learned in record:
+        for letter in text:
+            tokens.append(ord(letter) + 3)
+            counts.append(learned)
+    tokens.append(EOS)
+    counts.append(record[-1].learned)
+    return [(tokens[i], tokens[i + 1], float(counts[i + 1])) for i in range(len(tokens) - 1)]
+
+
+def test_remembered_texts_are_encoded_as_before(monkeypatch):
+    monkeypatch.setattr(tokenize, "_CACHED_LETTERS", 2)
+    monkeypatch.setattr(tokenize, "_CACHED_TEXTS", 3)
+    records = [(Segment(text, True),) for text in ("a", "abc", "b", "c", "ab", "a", "abc", "abcabc")]
+    reader = tokenize.TextReader(Listed(records), ByteTokenizer())
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        for i, record in enumerate(records):
+            assert [tuple(pair) for pair in reader([i], rng)[0]] == pairs_by_hand(record)
+
+
+def test_joined_readers_count_on_and_name_the_part():
+    parts = [["a", "bc"], ["d"], ["ef", "g", "h"]]
+    readers = [tokenize.TextReader(Listed([(Segment(t, True),) for t in texts]), ByteTokenizer()) for texts in parts]
+    joined = tokenize.JoinedReader(readers)
+    everything = [(number, text) for number, texts in enumerate(parts) for text in texts]
+    assert len(joined) == len(everything)
+    order = [5, 0, 2, 3, 1, 4, 2]
+    for place, pairs in zip(order, joined(order, np.random.default_rng(0)), strict=True):
+        number, text = everything[place]
+        assert joined.record(place) == (Segment(text, True),)
+        assert pairs.tolist() == [[t, n, 1 + 2 * number] for t, n, _ in pairs_by_hand((Segment(text, True),))]

@@ -1,0 +1,119 @@
+"""A report over sets: which questions, which examples before them, the means, and the baselines beside them."""
+
+import json
+import pathlib
+
+import pytest
+
+from memjax.errors import DataError
+from memjax.evaluation.question_sets import report as report_module
+from memjax.evaluation.question_sets.ask import Marked
+from memjax.evaluation.question_sets.formats import OpenQuestion, QuestionSet
+from memjax.evaluation.question_sets.report import format_question_report, question_report
+from memjax.evaluation.recall import zero_tables
+from memjax.evaluation.settings import EvaluateConfig
+
+
+def question(number: int, group: str | None = None, answer: str = "none") -> OpenQuestion:
+    text = f"q{number}"
+    return OpenQuestion(text=text, prompt=f"{text}?", solved=f"{text}? {answer}", group=group, answers=(answer,))
+
+
+def whole(*questions: OpenQuestion, path: str = "facts_test.jsonl") -> QuestionSet:
+    return QuestionSet(path=pathlib.Path(path), questions=questions)
+
+
+SETTINGS = {"questions": ("facts_test.jsonl",), "zero_tables": False}
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[str, str]]:
+    """What is asked, as pairs of the text in front and the question; every second answer is right."""
+    pairs = []
+
+    def ask(who, questions, before, *, max_tokens, sampling, show):
+        show(0.5)
+        pairs.extend((text, one.text) for text, one in zip(before, questions, strict=True))
+        return [
+            Marked(("x",), {"exact_match": float(number % 2 == 0), "f1": 0.25}, number == 0)
+            for number in range(len(questions))
+        ]
+
+    monkeypatch.setattr(report_module, "ask_open", ask)
+    return pairs
+
+
+def test_a_limit_takes_questions_from_all_over_the_set(found, asked):
+    report = question_report(found, [whole(*map(question, range(10)))], EvaluateConfig(**SETTINGS, limit=4))
+    assert [text for _, text in asked] == ["q0", "q2", "q5", "q7"]
+    (entry,) = report["sets"]
+    assert (entry["questions"], entry["of"], entry["prompts_cut"]) == (4, 10, 1)
+    assert entry["metrics"] == {"exact_match": 0.5, "f1": 0.25, "commonest_answer": 1.0}
+
+
+def test_examples_are_others_of_the_same_group(found, asked):
+    questions = [question(number, group="ab"[number % 2]) for number in range(6)] + [question(6, "c")]
+    question_report(found, [whole(*questions)], EvaluateConfig(**SETTINGS, shots=2))
+    assert [before for before, _ in asked] == [
+        "q2? none\n\nq4? none\n\n",
+        "q3? none\n\nq5? none\n\n",
+        "q0? none\n\nq4? none\n\n",
+        "q1? none\n\nq5? none\n\n",
+        "q0? none\n\nq2? none\n\n",
+        "q1? none\n\nq3? none\n\n",
+        "q0? none\n\nq1? none\n\n",  # a group that is too small takes those of others
+    ]
+
+
+def test_examples_can_come_from_another_part_of_the_set(found, asked):
+    settings = EvaluateConfig(**SETTINGS, shots=1, examples=("x",))
+    train, other = whole(question(50), path="facts_train.jsonl"), whole(question(60), path="trivia_train.jsonl")
+    question_report(found, [whole(question(1))], settings, examples=[other, train])
+    assert asked == [("q50? none\n\n", "q1")]
+    asked.clear()
+    # As many as are wanted, and no more, of the question's own subject.
+    subjects = whole(question(50, "a"), question(51, "b"), path="facts_train.jsonl")
+    question_report(found, [whole(question(1, "b"))], settings, examples=[subjects])
+    assert asked == [("q51? none\n\n", "q1")]
+    with pytest.raises(DataError, match=r"facts_test.jsonl: --examples holds none of facts, only of trivia"):
+        question_report(found, [whole(question(1))], settings, examples=[other])
+    settings = EvaluateConfig(**SETTINGS, shots=2, examples=("x",))
+    with pytest.raises(DataError, match="there are only 1 examples for a question; set --shots to that"):
+        question_report(found, [whole(question(1))], settings, examples=[train])
+
+
+def test_the_commonest_answer_of_each_group_stands_beside(found, asked):
+    answers = [("P1", "an actor"), ("P1", "Actor"), ("P1", "judge"), ("P2", "Rome")]
+    questions = [question(number, *pair) for number, pair in enumerate(answers)]
+    kept = []
+    report = question_report(found, [whole(*questions)], EvaluateConfig(**SETTINGS), keep=kept.append)
+    (entry,) = report["sets"]
+    assert entry["metrics"]["commonest_answer"] == 0.75
+    assert entry["by_group"] == {
+        "P1": {"questions": 3, "metrics": {"exact_match": 2 / 3, "f1": 0.25, "commonest_answer": 2 / 3}},
+        "P2": {"questions": 1, "metrics": {"exact_match": 0.0, "f1": 0.25, "commonest_answer": 1.0}},
+    }
+    assert kept[1] == {
+        "set": "facts_test",
+        "question": "q1",
+        "group": "P1",
+        "expected": ("Actor",),
+        "answers": ("x",),
+        "exact_match": 0.0,
+        "f1": 0.25,
+        "commonest_answer": 1.0,
+    }
+    json.dumps([report, kept])
+
+
+def test_the_table_has_a_line_for_each_set_and_group(found, asked, monkeypatch):
+    monkeypatch.setattr(report_module, "zero_tables", lambda model, donate: zero_tables(model))
+    questions = [question(number, group="P1" if number < 9 else "P2") for number in range(10)]
+    settings = EvaluateConfig(questions=("facts_test.jsonl",))
+    text = format_question_report(question_report(found, [whole(*questions)], settings))
+    heading, *lines = [line.split() for line in text.splitlines() if line]
+    assert " ".join(heading) == "Short answers questions exact match f1 commonest answer tables zeroed"
+    assert lines[0] == ["facts_test", "10", "50.0%", "25.0%", "100.0%", "50.0%"]
+    assert lines[1] == ["P1", "9", "55.6%", "25.0%", "100.0%", "55.6%"]
+    assert lines[2] == ["P2", "1", "0.0%", "25.0%", "100.0%", "0.0%"]
+    assert "facts_test: 1 of 10 prompts did not fit into 32 tokens" in text

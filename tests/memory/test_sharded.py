@@ -1,0 +1,290 @@
+"""The operations of a memory layer on meshes equal the plain ones."""
+
+import re
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from memjax.memory import sharded
+from memjax.memory.layer import MemoryLayer
+from memjax.memory.peer import ExpertLookupLayer
+from memjax.memory.table import ValueTable
+from memjax.ops.row_gradient import RowGradient
+from memjax.ops.row_update.rules import RowRule, row_step
+from memjax.sharding import axes
+
+ROWS, COLUMNS, TOKENS, PICKS = 37, 64, 16, 3
+SHAPES = [(2, 4), (8, 1), (1, 8)]
+every_mesh = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+
+
+def make_mesh(shape, axis_type=AxisType.Auto, names=("data", "memory")):
+    assert jax.device_count() >= shape[0] * shape[1]
+    devices = jax.devices()[: shape[0] * shape[1]]
+    return jax.make_mesh(shape, names, axis_types=(axis_type,) * len(names), devices=devices)
+
+
+def draw(seed=0):
+    rng = np.random.default_rng(seed)
+    indices = rng.integers(ROWS, size=(TOKENS, PICKS)).astype(np.int32)
+    return (
+        rng.normal(size=(ROWS, COLUMNS)),
+        indices,
+        rng.normal(size=(TOKENS, PICKS)),
+        rng.normal(size=(TOKENS, COLUMNS)),
+    )
+
+
+def on_mesh_and_alone(shape, function, *arguments):
+    """Results of a jitted function under a mesh and without one, in x64."""
+    with jax.enable_x64(True):
+        alone = jax.jit(lambda *arguments: function(*arguments))(*arguments)
+        with jax.set_mesh(make_mesh(shape)):
+            on_mesh = jax.jit(function)(*arguments)
+        return jax.tree.map(np.asarray, (on_mesh, alone))
+
+
+def assert_equal_trees(got, expected):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
+
+
+@every_mesh
+def test_bag_and_its_gradients_equal_the_plain_ones(shape):
+    table, indices, weights, factors = draw()
+
+    def run(table, weights, indices):
+        tap = sharded.zero_tap(TOKENS, COLUMNS, table.dtype)
+
+        def loss(table, weights, tap):
+            out = sharded.bag(table, indices, weights, tap)
+            return jnp.sum(factors * jnp.sin(out)), out
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(table, weights, tap)
+
+    got, expected = on_mesh_and_alone(shape, run, table, weights, indices)
+    assert_equal_trees(got, expected)
+    (_, out), (d_table, _, d_tap) = expected
+    by_hand = np.stack(
+        [sum(w * table[i] for w, i in zip(*row, strict=True)) for row in zip(weights, indices, strict=True)]
+    )
+    np.testing.assert_allclose(out, by_hand, atol=1e-12)
+    np.testing.assert_allclose(d_tap, factors * np.cos(by_hand), atol=1e-12)
+    assert np.any(d_table)
+
+
+@every_mesh
+def test_dot_and_its_gradients_equal_the_plain_ones(shape):
+    table, indices, factors, vectors = draw()
+
+    def run(table, vectors, indices):
+        tap = sharded.zero_dot_tap(TOKENS, PICKS, table.dtype)
+
+        def loss(table, vectors, tap):
+            out, back = sharded.dot(table, indices, vectors, tap)
+            return jnp.sum(factors * jnp.sin(out)), (out, back)
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(table, vectors, tap)
+
+    got, expected = on_mesh_and_alone(shape, run, table, vectors, indices)
+    assert_equal_trees(got, expected)
+    (_, (out, back)), (d_table, d_vectors, d_tap) = expected
+    by_hand = np.array([[table[i] @ vector for i in row] for row, vector in zip(indices, vectors, strict=True)])
+    np.testing.assert_allclose(out, by_hand, atol=1e-12)
+    np.testing.assert_array_equal(back, vectors)
+    np.testing.assert_allclose(d_tap, factors * np.cos(by_hand), atol=1e-12)
+    np.testing.assert_allclose(d_vectors, np.stack([d @ table[row] for d, row in zip(d_tap, indices, strict=True)]))
+    assert np.any(d_table)
+
+
+@every_mesh
+def test_search_and_its_gradients_equal_the_plain_ones(shape):
+    rng = np.random.default_rng(1)
+    queries, keys = rng.normal(size=(TOKENS, 2, 6)), rng.normal(size=(2, 2, 7, 3))
+    factors = rng.normal(size=(TOKENS, 2, 4))
+
+    def run(queries, keys):
+        def loss(queries, keys):
+            scores, indices = sharded.search(queries, keys, 4)
+            return jnp.sum(factors * scores), (scores, indices)
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(queries, keys)
+
+    assert_equal_trees(*on_mesh_and_alone(shape, run, queries, keys))
+
+
+RULE = RowRule(state_columns=8, eps=1e-3)
+
+
+@every_mesh
+@pytest.mark.parametrize("exchange", ["factored", "dense"])
+def test_row_update_equals_the_plain_one(shape, exchange):
+    # Row by row and few picks at a time, where the table is small.
+    cut = {"exchange": exchange, "piece_picks": 4, "block_bytes": 7 * COLUMNS * 8}
+    table, *_ = draw()
+    picks = [draw(seed)[1:] for seed in (1, 2)]
+
+    def run(table, picks):
+        gradients = [RowGradient(*factors) for factors in picks]
+        state = RULE.init(ROWS, COLUMNS, table.dtype)
+        for number in range(2):
+            table, state = sharded.update_rows(table, state, gradients, RULE, row_step(0.1, number), **cut)
+        return table, state
+
+    got, expected = on_mesh_and_alone(shape, run, table, picks)
+    assert_equal_trees(got, expected)
+    assert np.any(expected[0] != table)
+    unread = np.setdiff1d(np.arange(ROWS), np.concatenate([indices.ravel() for indices, _, _ in picks]))
+    assert unread.size
+    np.testing.assert_array_equal(got[0][unread], table[unread])
+
+
+@pytest.mark.parametrize("exchange", ["factored", "dense"])
+def test_replicas_stay_bit_equal_and_equal_one_device(mesh, exchange):
+    table = jnp.asarray(draw()[0], jnp.bfloat16)
+    gradients = [
+        RowGradient(jnp.asarray(indices), jnp.asarray(weights, jnp.float32), jnp.asarray(vectors, jnp.float32))
+        for _, indices, weights, vectors in map(draw, range(3))
+    ]
+    rule = RowRule(kind="sgd")
+
+    def run(table):
+        step = jax.jit(
+            lambda table, number: sharded.update_rows(
+                table, {}, gradients, rule, row_step(1e-3, number), exchange=exchange
+            )[0]
+        )
+        for number in range(5):
+            table = step(table, number)
+        return table
+
+    with jax.set_mesh(mesh):
+        split = run(jax.device_put(table, NamedSharding(mesh, axes.COLUMNS)))
+    replicas = {}
+    for shard in split.addressable_shards:
+        replicas.setdefault(str(shard.index), []).append(np.asarray(shard.data).tobytes())
+    assert [len(copies) for copies in replicas.values()] == [2, 2, 2, 2]
+    assert all(len(set(copies)) == 1 for copies in replicas.values())
+    alone = np.asarray(run(table))
+    assert np.any(alone != np.asarray(table))
+    different = np.asarray(split) != alone
+    # A dense sum is rounded otherwise, so that here and there a draw rounds the other way.
+    assert different.mean() <= (0.001 if exchange == "dense" else 0)
+    np.testing.assert_allclose(np.asarray(split, float), alone.astype(float), rtol=2**-7)
+
+
+def collectives(function, *arguments):
+    text = str(jax.jit(function).lower(*arguments).compile().as_text())
+    names = re.findall(r" (all-gather|all-to-all|all-reduce|reduce-scatter|collective-\w+)(?:-start)?\(", text)
+    return sorted(names)
+
+
+def test_bag_moves_picks_and_bags_and_nothing_else(mesh):
+    def place(array, spec):
+        return jax.device_put(array, NamedSharding(mesh, spec))
+
+    table, indices, weights, _ = draw()
+    with jax.set_mesh(mesh):
+        arguments = (
+            place(table.astype(np.float32), axes.COLUMNS),
+            place(indices, axes.TOKENS),
+            place(weights.astype(np.float32), axes.TOKENS),
+        )
+        assert collectives(sharded.bag, *arguments) == ["all-gather", "all-gather", "all-to-all"]
+
+
+def test_dot_moves_picks_and_vectors_and_dots_and_nothing_else(mesh):
+    table, indices, _, vectors = draw()
+    with jax.set_mesh(mesh):
+        specs = (axes.COLUMNS, axes.TOKENS, axes.TOKENS)
+        arrays = (table.astype(np.float32), indices, vectors.astype(np.float32))
+        placed = [jax.device_put(array, NamedSharding(mesh, spec)) for array, spec in zip(arrays, specs, strict=True)]
+        assert collectives(sharded.dot, *placed) == ["all-gather", "all-to-all", "reduce-scatter"]
+        _, back = jax.jit(sharded.dot)(*placed)
+        assert back.sharding.is_equivalent_to(NamedSharding(mesh, axes.BAGS), back.ndim)
+
+
+def test_without_a_memory_axis_the_operations_are_the_plain_ones():
+    table, indices, weights, _ = draw()
+    arguments = (jnp.asarray(table, jnp.float32), jnp.asarray(indices), jnp.asarray(weights, jnp.float32))
+    expected = np.asarray(sharded.bag(*arguments))
+    with jax.set_mesh(make_mesh((8,) + (1,), names=("data", "model"))):
+        assert not axes.has_memory_axis()
+        assert collectives(sharded.bag, *arguments) == []
+        np.testing.assert_array_equal(sharded.bag(*arguments), expected)
+
+
+class Model(nnx.Module):
+    """Somebody else's model."""
+
+    def __init__(self, rngs):
+        self.table = ValueTable(25, 64, rngs=rngs)
+        self.inputs, self.outputs = (ValueTable(25, 64, rngs=rngs) for _ in range(2))
+        sizes = {"num_keys": 5, "num_heads": 2, "top_k": 2, "key_dim": 4, "rngs": rngs}
+        self.layer = MemoryLayer(12, value_dim=64, **sizes)
+        self.widen, self.narrow = nnx.Linear(12, 64, rngs=rngs), nnx.Linear(64, 12, rngs=rngs)
+        self.experts = ExpertLookupLayer(64, **sizes)
+
+    def __call__(self, x):
+        x = x + self.layer(x, self.table)
+        return x + self.narrow(self.experts(self.widen(x), self.inputs, self.outputs))
+
+
+def train(place):
+    """Outputs and losses of a few steps of a foreign optimizer; `place` puts the batch."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Model(nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        return jnp.asarray(rng.normal(size=leaf.shape) / 4, leaf.dtype)
+
+    model = nnx.merge(graphdef, jax.tree.map(draw, state))
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+    x = place(jnp.asarray(rng.normal(size=(8, 2, 12)), jnp.float32))
+
+    @nnx.jit
+    def step(model, optimizer):
+        def loss(model):
+            outputs = model(x)
+            return jnp.mean(jnp.sin(outputs)), outputs
+
+        (loss, outputs), gradient = nnx.value_and_grad(loss, has_aux=True)(model)
+        optimizer.update(model, gradient)
+        return loss, outputs
+
+    steps = [jax.tree.map(np.asarray, step(model, optimizer)) for _ in range(3)]
+    losses, outputs = zip(*steps, strict=True)
+    return outputs, losses, np.stack([table.rows[...] for table in (model.table, model.inputs, model.outputs)])
+
+
+@cache
+def trained_alone():
+    return train(lambda x: x)
+
+
+@pytest.mark.parametrize(
+    ("axis_type", "names", "spec"),
+    [
+        (AxisType.Explicit, ("data", "memory"), P()),
+        (AxisType.Explicit, ("data", "memory"), P("data")),
+        (AxisType.Explicit, ("data", "model"), P("data")),
+        (AxisType.Auto, ("data", "memory"), P(("data", "memory"))),
+    ],
+    ids=["Explicit, whole batch", "Explicit, split batch", "Explicit without a memory axis", "Auto"],
+)
+def test_layer_runs_and_trains_under_a_users_mesh(axis_type, names, spec):
+    mesh = make_mesh((2, 4), axis_type, names)
+    with jax.set_mesh(mesh):
+        outputs, losses, rows = train(lambda x: jax.device_put(x, NamedSharding(mesh, spec)))
+    expected_outputs, expected_losses, expected_rows = trained_alone()
+    np.testing.assert_allclose(outputs, expected_outputs, rtol=2e-5, atol=1e-5)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(rows, expected_rows, rtol=1e-3, atol=1e-4)

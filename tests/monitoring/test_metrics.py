@@ -1,0 +1,231 @@
+"""The metrics file, the progress line and the clock."""
+
+import json
+
+import jax
+import pytest
+
+from memjax.monitoring import metrics
+from memjax.monitoring import progress as progress_module
+from memjax.monitoring.metrics import WINDOW, MetricsFile, comparable, peak_flops, read_metrics, usage_rows
+from memjax.monitoring.progress import ProgressLines, Stopwatch
+from memjax.monitoring.units import clock
+
+
+def write(path, steps, **last):
+    with_file = MetricsFile(path, last_step=0)
+    for step in steps:
+        with_file.write({"step": step, "train/loss": 1 / step, **last})
+    with_file.close()
+
+
+def test_lines_after_the_restored_step_are_cut_off(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, range(1, 8))
+    file = MetricsFile(path, last_step=5)
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5]
+    file.write({"step": 6, "train/loss": 0.5})
+    file.close()
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5, 6]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_last_line_that_was_cut_off_is_left_out_and_replaced(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [1, 2, 3])
+    path.write_text(path.read_text()[:-9])
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    file = MetricsFile(path, last_step=3)
+    file.write({"step": 3, "train/loss": 0.25})
+    file.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_file_that_is_not_there_has_no_rows(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [1], nan=float("nan"), infinite=float("inf"), count=3)
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
+        "step": 1,
+        "train/loss": 1.0,
+        "nan": None,
+        "infinite": None,
+        "count": 3,
+    }
+
+
+def test_rows_are_on_disk_after_a_flush(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", last_step=0)
+    file.write({"step": 1})
+    file.flush()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
+    file.close()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.0, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (3599.7, "1:00:00"), (36_061.0, "10:01:01")]
+)
+def test_a_clock_counts_minutes_and_hours(seconds, text):
+    assert clock(seconds) == text
+
+
+def test_a_stopwatch_leaves_out_what_happens_while_it_is_paused(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now)
+    watch = Stopwatch()
+    now = 103.0
+    with watch.paused():
+        now = 110.0
+    now = 111.0
+    assert watch.lap() == 4.0
+    now = 111.5
+    assert watch.lap() == 0.5
+
+
+def row(step, seconds=1.0, **more):
+    rates = {"train/loss": 2.5, "train/lr": 1e-3, "train/tokens": 1000}
+    return {"step": step, "throughput/step_seconds": seconds} | rates | more
+
+
+def test_progress_is_printed_at_once_then_now_and_then_and_at_the_end(monkeypatch, capsys):
+    now = 100.0
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now)
+    progress = ProgressLines(first_step=10, steps=15, every_seconds=50.0)
+    # Between the steps there is time that is not theirs: compilation, validation.
+    for step, seconds, now in ((11, 2.0, 149.0), (12, 6.0, 160.0), (13, 1.0, 200.0), (15, 0.5, 201.0)):  # noqa: B007
+        progress.show(row(step, seconds))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["11/15", "13/15", "15/15"]
+    # 2000 tokens in 7 s; 2 steps are left at 3 s each, whatever went by between them and before a resumption.
+    assert lines[1] == "step 13/15   87%  loss 2.5000  lr 1.0e-03  286 tokens/s  elapsed 1:40  left 0:06"
+    assert lines[2].endswith("2,000 tokens/s  elapsed 1:41  left 0:00")
+
+
+def test_progress_tells_the_tables_rate_and_the_share_of_the_peak(capsys):
+    progress = ProgressLines(first_step=0, steps=3, every_seconds=5.0)
+    progress.show(row(1, 3.0, **{"train/lr_table": 2e-2, "throughput/mfu": 0.4}))
+    capsys.readouterr()
+    progress.show(row(2, 3.0, **{"train/lr_table": 2e-2, "throughput/mfu": 0.4}))
+    progress.show(row(3, 1.0, **{"train/lr_table": 2e-2, "throughput/mfu": 0.8}))
+    line = capsys.readouterr().out
+    assert "lr 1.0e-03 table 2.0e-02" in line
+    assert "MFU 50.0%" in line
+
+
+def test_only_devices_with_a_known_peak_have_one(monkeypatch):
+    device = jax.devices("cpu")[0]
+    assert peak_flops(device) is None
+    monkeypatch.setitem(metrics.PEAK_FLOPS, device.device_kind[:2], 1e9)
+    assert peak_flops(device) == 1e9
+
+
+DAMAGE = [
+    b"\xff\xfe",
+    b"[1, 2]",
+    b'{"train/loss": 1.0}',
+    b'{"step": "4"}',
+    b'{"step": 4, "tr',
+    b"",
+    b"null",
+    b"[" * 5000,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=range(len(DAMAGE)))
+def test_a_damaged_line_costs_no_other(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    write(path, range(1, 8))
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([*lines[:3], damage, *lines[4:]]))
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 5, 6, 7]
+    MetricsFile(path, last_step=6).close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 5, 6]
+
+
+def test_a_step_that_stands_twice_is_read_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "a": 1}\n{"step": 2, "a": 2}\n')
+    assert read_metrics(path) == [{"step": 1}, {"step": 2, "a": 2}]
+
+
+def test_lines_wait_while_the_disk_is_full_and_follow_in_order(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, last_step=0)
+    file.write({"step": 1})
+    file.flush()
+    real = file._file
+
+    class Full:
+        """Writes the first bytes of what it is given, as a disk does that has little room."""
+
+        def write(self, data):
+            return real.write(data[:5])
+
+        def __getattr__(self, name):
+            return getattr(real, name)
+
+    file._file = Full()
+    for step in (2, 3):
+        file.write({"step": step})
+        file.flush()
+    printed = capsys.readouterr().err
+    assert printed.count("cannot be written") == 1
+    assert "No space left" in printed
+    assert read_metrics(path) == [{"step": 1}]
+    # Neither can what was written be taken back.
+    monkeypatch.setattr(Full, "truncate", lambda *_: (_ for _ in ()).throw(OSError(5, "broken")), raising=False)
+    file.write({"step": 4})
+    file.flush()
+    file._file = real
+    file.write({"step": 5})
+    file.close()
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5]
+    assert "can be written again; no step is missing" in capsys.readouterr().err
+
+
+def test_a_file_that_is_removed_while_it_is_written_begins_anew(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.parent.mkdir()
+    file = MetricsFile(path, last_step=0)
+    file.write({"step": 1})
+    file.flush()
+    path.unlink()
+    path.parent.rmdir()
+    file.write({"step": 2})
+    file.close()
+    assert read_metrics(path) == [{"step": 2}]
+
+
+def test_a_row_can_be_amended(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [1, 2])
+    file = MetricsFile(path, last_step=2)
+    file.amend(2, {"eval/validation/loss": 0.5})
+    file.write({"step": 3})
+    file.close()
+    assert [row.get("eval/validation/loss") for row in read_metrics(path)] == [None, 0.5, None]
+
+
+def usage(step, window=None):
+    return {"step": step, "memory/L1/used_fraction": 0.5} | ({} if window is None else {WINDOW: window})
+
+
+@pytest.mark.parametrize(
+    ("rows", "steps"),
+    [
+        ([usage(100), usage(101)], [100]),  # as runs before 0.2 wrote the last row
+        ([usage(100, 100), {"step": 101}, usage(200, 100)], [100, 200]),
+        ([usage(20, 20)], [20]),
+        ([usage(20, 20), usage(100, 100)], [100]),  # a short run that was extended
+        ([{"step": 1}], []),
+        ([], []),
+    ],
+)
+def test_slot_statistics_over_fewer_steps_are_not_compared(rows, steps):
+    assert [row["step"] for row in usage_rows(rows)] == steps
+    kept = comparable(rows)
+    assert [row["step"] for row in kept] == [row["step"] for row in rows]
+    assert [row["step"] for row in kept if "memory/L1/used_fraction" in row] == steps

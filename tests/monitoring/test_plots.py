@@ -1,0 +1,31 @@
+"""Plots: which files are written, and what they show."""
+
+import pytest
+from matplotlib import image
+
+from memjax.monitoring.plots import plot_run
+
+
+def rows(memory: bool):
+    for step in range(1, 41):
+        row = {"step": step, "train/loss": 3 / step}
+        if step % 20 == 0:
+            row["eval/validation/loss"] = 4 / step
+            if memory:
+                row |= {f"memory/L1/{field}_fraction": step / 80 for field in ("used", "dead", "effective")}
+        yield row
+
+
+@pytest.mark.parametrize(("memory", "names"), [(True, ["loss.png", "slots.png"]), (False, ["loss.png"])])
+def test_a_run_gets_a_plot_of_its_losses_and_of_its_slots(tmp_path, memory, names):
+    written = plot_run(list(rows(memory)), tmp_path / "plots")
+    assert [path.name for path in written] == names
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == names
+    for path in written:
+        pixels = image.imread(path)
+        assert pixels.std() > 0.01, f"{path.name} is blank"
+
+
+def test_losses_that_are_zero_or_null_do_not_stop_the_plots(tmp_path):
+    written = plot_run([{"step": 1, "train/loss": 0.0}, {"step": 2, "train/loss": None}], tmp_path)
+    assert [path.name for path in written] == ["loss.png"]

@@ -1,0 +1,124 @@
+"""The packages stand on floors: each imports only from those below it, and nothing imports in a circle."""
+
+import ast
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "memjax"
+
+FLOORS: tuple[frozenset[str], ...] = tuple(
+    map(
+        frozenset,
+        (
+            {"errors"},
+            {"io"},
+            {"config"},
+            {"ops"},
+            {"sharding", "checkpoint", "monitoring"},
+            {"memory", "data"},
+            {"models"},
+            {"inference", "runs"},
+            {"evaluation", "interop"},
+            {"training"},
+            {"knowledge"},
+        ),
+    )
+)
+"""Packages (and `errors`) from the lowest to the highest; packages of one floor do not import each other."""
+WITHOUT_JAX = ("errors", "io", "config")
+"""A wrong setting is refused before JAX is imported, so these do without it."""
+HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "tokenizers"}
+NO_COMMANDS = {"__init__", "__main__", "errors"}
+"""Modules at the top level that are not commands."""
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    """Every module by its dotted name below memjax, the package itself apart."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        if name != "__init__":
+            yield name, ast.parse(path.read_text(encoding="utf-8"))
+
+
+MODULES = dict(modules())
+
+
+def imported(name: str, *, at_start: bool = False) -> set[str]:
+    """Modules of memjax that a module imports: anywhere, in functions and for types too, or when it is imported."""
+    found = set()
+    for node in MODULES[name].body if at_start else ast.walk(MODULES[name]):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for dotted in names:
+            top, _, inside = dotted.partition(".")
+            if top == "memjax" and inside:
+                # What is imported may be a module, or something in it.
+                found.add(inside if inside in MODULES else inside.rpartition(".")[0])
+    return found - {"", name}
+
+
+def package_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def floor_of(module: str) -> int:
+    """The number of a module's floor; commands stand on all others."""
+    return next((number for number, floor in enumerate(FLOORS) if package_of(module) in floor), len(FLOORS))
+
+
+def is_allowed(importer: str, other: str) -> bool:
+    return package_of(importer) == package_of(other) or floor_of(other) < floor_of(importer)
+
+
+@pytest.mark.parametrize("package", sorted({package_of(name) for name in MODULES}))
+def test_a_package_imports_only_from_below(package):
+    upward = [
+        f"{importer} imports {other}"
+        for importer in MODULES
+        if package_of(importer) == package
+        for other in sorted(imported(importer))
+        if not is_allowed(importer, other)
+    ]
+    assert upward == []
+
+
+def test_no_modules_import_in_a_circle():
+    # A tokenizer imports the module of another kind only when it meets that kind, which needs that kind's library.
+    graph = {name: imported(name, at_start=True) & MODULES.keys() for name in MODULES}
+    # What imports nothing that is left is taken away; what remains stands in a circle, or on one.
+    while free := [name for name, others in graph.items() if not others]:
+        for name in free:
+            del graph[name]
+        graph = {name: others & graph.keys() for name, others in graph.items()}
+    assert graph == {}
+
+
+def test_every_package_has_a_floor():
+    packages = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert packages <= frozenset().union(*FLOORS)
+
+
+def test_the_top_level_holds_commands_alone():
+    commands = [path for path in PACKAGE.glob("*.py") if path.stem not in NO_COMMANDS]
+    assert commands
+    for path in commands:
+        assert "main" in {node.name for node in MODULES[path.stem].body if isinstance(node, ast.FunctionDef)}, path.name
+
+
+@pytest.mark.parametrize("package", WITHOUT_JAX)
+def test_settings_need_no_jax_when_they_are_imported(package):
+    for name in MODULES:
+        if package_of(name) == package:
+            tops = {
+                (alias.name if isinstance(node, ast.Import) else node.module or "").partition(".")[0]
+                for node in MODULES[name].body
+                if isinstance(node, ast.Import | ast.ImportFrom)
+                for alias in node.names
+            }
+            assert not tops & HEAVY, name
