@@ -128,21 +128,14 @@ class Attention(nnx.Module):
                 query, *fresh, segments=None, window=self.sliding_window, implementation=name
             )
             return self._project_out(out), KeyValues(*(jnp.swapaxes(array, 1, 2) for array in fresh))
-        row = jnp.arange(x.shape[0])[:, None]
-        cache = KeyValues(
-            *(
-                old.at[row, :, positions].set(new.astype(old.dtype), unique_indices=True, mode="drop")
-                for old, new in zip(cache, fresh, strict=True)
-            )
-        )
-        keys, values = (array.astype(query.dtype) for array in cache)
         if x.shape[1] == 1:
-            lengths = jnp.minimum(positions[:, 0] + 1, keys.shape[2])
-            attend = partial(decode_attention, window=self.sliding_window)
-            out = on_own_tokens(attend, (query[:, 0], keys, values, lengths), ())[:, None]
-        else:
-            keys, values = (jnp.swapaxes(array, 1, 2) for array in (keys, values))
-            out = dot_product.attention(query, keys, values, places=positions, window=self.sliding_window)
+            attend = partial(_attend_one, window=self.sliding_window)
+            arrays = (query[:, 0], *(array[:, 0] for array in fresh), *cache, positions[:, 0])
+            out, *written = on_own_tokens(attend, arrays, ())
+            return self._project_out(out[:, None]), KeyValues(*written)
+        cache = KeyValues(*(write(old, new, positions) for old, new in zip(cache, fresh, strict=True)))
+        keys, values = (jnp.swapaxes(array, 1, 2).astype(query.dtype) for array in cache)
+        out = dot_product.attention(query, keys, values, places=positions, window=self.sliding_window)
         return self._project_out(out), cache
 
     def _project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
@@ -161,3 +154,55 @@ class Attention(nnx.Module):
 
     def _project_out(self, out: Float[Array, "b s n h"]) -> Float[Array, "b s dim"]:
         return self.out(out.reshape(*out.shape[:2], -1))
+
+
+def _attend_one(
+    query: Float[Array, "b n h"],
+    key: Float[Array, "b kv h"],
+    value: Float[Array, "b kv h"],
+    keys: Float[Array, "b kv s h"],
+    values: Float[Array, "b kv s h"],
+    places: Int[Array, " b"],
+    *,
+    window: int | None,
+) -> tuple[Float[Array, "b n h"], Float[Array, "b kv s h"], Float[Array, "b kv s h"]]:
+    """Attention of one new token of each row, and the cache with it."""
+    keys, values = (
+        write(old, new[:, None], places[:, None]) for old, new in zip((keys, values), (key, value), strict=True)
+    )
+    lengths = jnp.minimum(places + 1, keys.shape[2])
+    out = decode_attention(query, keys.astype(query.dtype), values.astype(query.dtype), lengths, window=window)
+    return out, keys, values
+
+
+def write(
+    cache: Float[Array, "b kv s h"],
+    new: Float[Array, "b q kv h"],
+    places: Int[Array, "b q"],
+    *,
+    by_rows: bool | None = None,
+) -> Float[Array, "b kv s h"]:
+    """The cache with new entries at the places of each row; those at places beyond it are left out.
+
+    Args:
+        cache: the cache.
+        new: entries.
+        places: where they go; each one once.
+        by_rows: write single rows of a flat cache. XLA for GPUs would otherwise transpose the whole cache to write into
+            it and back, at each step; XLA for CPUs writes one index after the other, so there fewer are better. None
+            decides by the backend.
+    """
+    new, (batch, kv_heads, size, width) = new.astype(cache.dtype), cache.shape
+    if by_rows is None:
+        by_rows = jax.default_backend() == "gpu"
+    row = jnp.arange(batch)[:, None]
+    if not by_rows:
+        return cache.at[row, :, places].set(new, unique_indices=True, mode="drop")
+    head = row[:, :, None] * kv_heads + jnp.arange(kv_heads)[None, None, :]
+    flat = (head * size + places[:, :, None]).reshape(-1)
+    # Numbers past the end are left out; they are all different, as is promised of indices.
+    beyond = batch * kv_heads * size + jnp.arange(flat.size, dtype=flat.dtype)
+    inside = jnp.repeat((places < size).reshape(-1), kv_heads)
+    flat = jnp.where(inside, flat, beyond)
+    rows = cache.reshape(-1, width).at[flat].set(new.reshape(-1, width), unique_indices=True, mode="drop")
+    return rows.reshape(cache.shape)

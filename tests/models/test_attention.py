@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memjax.models.attention import Attention, KeyValues
+from memjax.models.attention import Attention, KeyValues, write
 
 DIM, HEADS, LENGTH, THETA = 8, 4, 6, 100.0
 
@@ -123,3 +123,16 @@ def test_rows_of_a_cache_have_places_of_their_own():
         out, cache = extend(layer, x[np.arange(2)[:, None], places], places, cache)
         np.testing.assert_allclose(out[0, 0], expected[0, 4 + step], rtol=2e-5, atol=2e-5)
         np.testing.assert_allclose(out[1, 0], expected[1, 2 + step], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_entries_are_written_at_the_places_of_their_rows_and_not_beyond_the_cache(by_rows):
+    rng = np.random.default_rng(0)
+    cache, new = rng.normal(size=(2, 3, 5, 4)), rng.normal(size=(2, 2, 3, 4))
+    places = np.array([[1, 2], [4, 5]], np.int32)
+    expected = cache.copy()
+    for row, number in ((0, 0), (0, 1), (1, 0)):
+        expected[row, :, places[row, number]] = new[row, number]
+    arrays = (jnp.asarray(array, jnp.float32) for array in (cache, new))
+    found = write(*arrays, jnp.asarray(places), by_rows=by_rows)
+    np.testing.assert_array_equal(found, expected.astype(np.float32))
