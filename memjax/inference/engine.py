@@ -108,8 +108,10 @@ class Engine:
             raise ValueError(f"num_slots={num_slots} must be positive")
         self.num_slots = num_slots
         self._config, self._prefill_rows = model.config, prefill_rows
-        graphdef, self._weights = nnx.split(prepare(model))
-        self._programs = _programs(graphdef)
+        graphdef, state = nnx.split(prepare(model))
+        # A plain tuple, as each call takes its arguments apart anew.
+        leaves, structure = jax.tree.flatten(state)
+        self._weights, self._programs = tuple(leaves), _programs(graphdef, structure)
         # A mesh splits rows over its devices, so each needs as many as the others; nobody reads the rows in excess.
         self._devices = jax.sharding.get_abstract_mesh().size if has_memory_axis() else 1
         self._num_rows = math.ceil(num_slots / self._devices) * self._devices
@@ -355,6 +357,9 @@ class _Fresh(NamedTuple):
     likelihoods: Likelihoods | None
 
 
+_Weights = tuple[Array, ...]
+
+
 class _Programs(NamedTuple):
     """The compiled programs for models of one structure."""
 
@@ -366,15 +371,18 @@ class _Programs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def _programs(graphdef: Any) -> _Programs:
+def _programs(graphdef: Any, structure: Any) -> _Programs:
     """The programs; a structure is compared once for an engine, not with every token."""
+
+    def model_of(weights: _Weights) -> Decoder:
+        return nnx.merge(graphdef, jax.tree.unflatten(structure, weights))
 
     @jax.jit
     def prefill(
-        weights: nnx.State, tokens: Int[Array, "b s"], lengths: Int[Array, " b"]
+        weights: _Weights, tokens: Int[Array, "b s"], lengths: Int[Array, " b"]
     ) -> tuple[Float[Array, "b vocab"], Cache]:
         """Logits after the first `lengths` tokens of each row, and the cache of these."""
-        model = nnx.merge(graphdef, weights)
+        model = model_of(weights)
         hidden, cache = model.hidden_with_cache(split_tokens(tokens), None)
         last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
         # The padding's keys stay in the cache behind its lengths: nobody sees them, and new tokens overwrite them.
@@ -420,7 +428,13 @@ def _programs(graphdef: Any) -> _Programs:
 
     @functools.partial(jax.jit, static_argnames=("mode", "num_top"), donate_argnames="state")
     def decode(
-        weights: nnx.State, state: _State, rows: _Rows, count: Int[Array, ""], *, mode: Mode, num_top: int | None
+        weights: _Weights,
+        state: _State,
+        rows: _Rows,
+        count: Int[Array, ""],
+        *,
+        mode: Mode,
+        num_top: int | None,
     ) -> tuple[_State, Int[Array, "b n"], Likelihoods | None]:
         """`count` more tokens of each text, fewer where all of them end before."""
         num_rows = len(state.token)
@@ -428,7 +442,7 @@ def _programs(graphdef: Any) -> _Programs:
 
         def add(carry: tuple[Array, _State, Array, Any]) -> tuple[Array, _State, Array, Any]:
             place, state, tokens, reported = carry
-            model = nnx.merge(graphdef, weights)
+            model = model_of(weights)
             hidden, cache = model.hidden_with_cache(state.token[:, None], state.cache)
             lengths = jnp.where(state.is_active, cache.lengths, state.cache.lengths)
             state = state._replace(cache=cache._replace(lengths=lengths))

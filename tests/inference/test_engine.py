@@ -328,7 +328,7 @@ def test_tokens_come_one_by_one_and_stop_before_a_stop_token():
 
 
 def num_compiled(model: Decoder) -> list[int]:
-    programs: Any = engine._programs(nnx.split(prepare(model))[0])
+    programs: Any = Engine(model, num_slots=1)._programs
     return [program._cache_size() for program in programs]
 
 
