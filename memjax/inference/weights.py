@@ -77,19 +77,18 @@ def prepare(model: Decoder) -> Decoder:
     Arrays that stay as they are, tables among them, are the model's own and take no more memory. What was made is kept
     as long as the model lives and has the same arrays.
     """
-    graphdef, state = nnx.split(model)
-    arrays = jax.tree.leaves(state)
+    graphdef, tables, params = nnx.split(model, TableRows, ...)
+    arrays = jax.tree.leaves((tables, params))
     known = _prepared.get(model)
     if known is not None and len(known[0]) == len(arrays) and all(map(operator.is_, known[0], arrays)):
         return known[1]
-    joined = nnx.merge(graphdef, state)
+    dtype = resolve_dtype(model.config.dtype)
+    # Narrowed first: of what is joined there are two copies for a moment.
+    joined = nnx.merge(graphdef, tables, jax.tree.map(partial(_narrowed, dtype=dtype), params))
     for block in joined.blocks:
         block.attention = JoinedAttention(block.attention)
         if block.feed_forward is not None:
             block.feed_forward = JoinedFeedForward(block.feed_forward)
-    dtype = resolve_dtype(model.config.dtype)
-    graphdef, tables, params = nnx.split(joined, TableRows, ...)
-    joined = nnx.merge(graphdef, tables, jax.tree.map(partial(_narrowed, dtype=dtype), params))
     _prepared[model] = (arrays, joined)
     return joined
 
