@@ -27,8 +27,8 @@ def one_or_many(ids: Sequence[int]) -> int | list[int]:
 
 def model_card(run: RunConfig, model: ModelConfig, *, step: int) -> str:
     """The README.md of an exported model, with the header that the Hugging Face Hub reads."""
-    has_tables = bool(model.lookups)
-    library = "memjax" if has_tables else "transformers"
+    has_code = bool(model.lookups) or model.experts is not None
+    kind = " with memory layers" if model.lookups else " with experts" if has_code else ""
     sizes = [
         f"| Blocks | {model.num_layers} |",
         f"| Width | {model.dim} |",
@@ -41,13 +41,14 @@ def model_card(run: RunConfig, model: ModelConfig, *, step: int) -> str:
     return "\n".join(
         [
             "---",
-            f"library_name: {library}",
+            "library_name: transformers",
             "pipeline_tag: text-generation",
             "tags:",
             "- memjax",
+            *(["- custom_code"] if has_code else []),
             "---",
             "",
-            "# A language model" + (" with memory layers" if has_tables else ""),
+            f"# A language model{kind}",
             "",
             "Written by memjax.",
             "",
@@ -57,24 +58,33 @@ def model_card(run: RunConfig, model: ModelConfig, *, step: int) -> str:
             "",
             "## Use",
             "",
-            *(_WITH_MEMJAX if has_tables else _WITH_TRANSFORMERS),
+            *(_WITH_CODE if has_code else _with_transformers()),
             "",
         ]
     )
 
 
-_WITH_TRANSFORMERS = (
-    "```python",
-    "from transformers import AutoModelForCausalLM, AutoTokenizer",
+def _with_transformers(arguments: str = "") -> tuple[str, ...]:
+    return (
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{arguments})',
+        'inputs = tokenizer("The capital of France is", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
+        "```",
+    )
+
+
+_WITH_CODE = (
+    "With transformers, which runs the model's code from this folder (`modeling_memjax.py`):",
     "",
-    'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
-    'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
-    'inputs = tokenizer("The capital of France is", return_tensors="pt")',
-    "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
-    "```",
-)
-_WITH_MEMJAX = (
-    "transformers has no memory layers. memjax reads the folder:",
+    *_with_transformers(", trust_remote_code=True"),
+    "",
+    'With `table_device="cpu"` as a further argument the tables stay in the main memory of the machine.',
+    "",
+    "With memjax:",
     "",
     "```bash",
     "python -m memjax.convert from-hf FOLDER --out RUN",

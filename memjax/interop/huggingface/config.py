@@ -13,9 +13,15 @@ from memjax.interop.model_card import one_or_many
 from memjax.models.rotary import attention_factor
 
 MEMORY_MODEL = "memjax"
-"""The model_type of what transformers has no name for: a decoder with memory layers."""
+"""The model_type of what transformers has no name for: a decoder with memory layers or experts."""
 MEMORY_FORMAT = 1
 """Of the config of such a model; raised when older code could not read it."""
+MEMORY_CODE = {
+    "AutoConfig": "configuration_memjax.MemjaxConfig",
+    "AutoModel": "modeling_memjax.MemjaxModel",
+    "AutoModelForCausalLM": "modeling_memjax.MemjaxForCausalLM",
+}
+"""The classes by which transformers runs such a model, in the files that lie next to its config."""
 
 _LARGEST = 1 << 31
 """No size of a model comes near; shapes with larger ones are not worth an overflow."""
@@ -103,6 +109,11 @@ def read_model_config(config: dict[str, Any], place: str) -> ModelConfig:
         raise CheckpointError(f"{place}: describes no model that can be: {error}") from error
 
 
+def has_own_format(config: ModelConfig) -> bool:
+    """Whether a model is written as one of this project's own, with the code to run it."""
+    return bool(config.lookups) or config.experts is not None
+
+
 def longest_text(config: dict[str, Any], place: str) -> int:
     """Tokens that a model takes at once, as its config.json says."""
     absent = _ABSENT.get(config.get("model_type", ""), _ABSENT["llama"])
@@ -160,13 +171,8 @@ def write_model_config(
         eos: ids of the tokens that end them.
 
     Raises:
-        CheckpointError: transformers has no such model, and it has no lookups either.
+        CheckpointError: transformers has no such model, and it has neither memory layers nor experts.
     """
-    if config.experts is not None:
-        raise CheckpointError(
-            "model.experts must be null: a model with experts cannot be written as a folder of Hugging Face; "
-            "evaluate and generate read the run itself"
-        )
     both = {
         "vocab_size": config.vocab_size,
         "max_position_embeddings": longest,
@@ -174,9 +180,10 @@ def write_model_config(
         "eos_token_id": one_or_many(eos),
         "torch_dtype": dtype,
     }
-    if config.lookups:
-        names = {"architectures": ["MemjaxDecoder"], "model_type": MEMORY_MODEL, "memjax_format": MEMORY_FORMAT}
-        return {**names, **both, "model": dataclasses.asdict(config)}
+    if has_own_format(config):
+        names = {"architectures": ["MemjaxForCausalLM"], "auto_map": MEMORY_CODE, "model_type": MEMORY_MODEL}
+        own = {"memjax_format": MEMORY_FORMAT, "model": dataclasses.asdict(config), "table_device": "cuda"}
+        return {**names, **both, **own}
     kind = _kind(config)
     scaling = config.rope_scaling
     if scaling is not None and scaling.kind == "dynamic":
@@ -328,8 +335,11 @@ def _memory_model(config: dict[str, Any], place: str) -> ModelConfig:
     except pydantic.ValidationError as error:
         reason = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise CheckpointError(f"{place}: model: {reason}") from error
-    if not model.lookups:
-        raise CheckpointError(f"{place}: model.memory=null must hold memory layers where model_type is {MEMORY_MODEL}")
+    if not has_own_format(model):
+        raise CheckpointError(
+            f"{place}: model.memory=null must hold memory layers, or model.experts experts, where model_type is "
+            f"{MEMORY_MODEL}"
+        )
     return model
 
 

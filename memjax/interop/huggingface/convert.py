@@ -1,7 +1,8 @@
 """Models in and out of Hugging Face's format: a folder with config.json, safetensors files and a tokenizer.
 
-Llamas, Mistrals and their relatives are written as transformers writes them. A model with memory layers, which
-transformers cannot run, has the same names where it has the same parts, and model_type memjax in its config.json.
+Llamas, Mistrals and their relatives are written as transformers writes them. A model with memory layers or experts has
+the same names where it has the same parts, model_type memjax in its config.json, and the code next to it with which
+transformers runs it.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import CheckpointError, ConfigError
 from memjax.interop.folders import file_in, read_json, write_json
-from memjax.interop.huggingface.config import longest_text, read_model_config, write_model_config
+from memjax.interop.huggingface.config import has_own_format, longest_text, read_model_config, write_model_config
 from memjax.interop.huggingface.safetensors import open_tensors
 from memjax.interop.huggingface.tensors import compare_bits, read_model, write_model
 from memjax.interop.huggingface.tokenizer import GENERATION, read_tokenizer, write_tokenizer
@@ -34,6 +35,8 @@ from memjax.runs.load import load_as_saved
 from memjax.runs.write import write_run
 
 CONFIG = "config.json"
+TORCH_MODEL = pathlib.Path(__file__).with_name("torch_model")
+"""The code that folders of models with memory layers hold: never imported here, because it needs torch."""
 LONGEST_SEQUENCE = 2048
 """data.sequence_length of a new run is at most this: few machines have room for all that some models could read."""
 LEARNING_RATE = 2e-5
@@ -120,7 +123,7 @@ def to_hf(
     loaded = load_as_saved(run, step=step)
     model, tokenizer = _rounded(loaded.model, dtype), loaded.tokenizer
     fields = write_model_config(
-        model.config,
+        _with_table_types(model.config, dtype),
         dtype=dtype or model.config.param_dtype,
         longest=longest or loaded.config.data.sequence_length,
         bos=tokenizer.bos_id,
@@ -142,6 +145,9 @@ def to_hf(
         write_json(folder / CONFIG, fields)
         write_json(folder / GENERATION, generation_config(tokenizer.bos_id, tokenizer.end_ids))
         (folder / CARD).write_text(card, encoding="utf-8")
+        if has_own_format(model.config):
+            for file in sorted(TORCH_MODEL.glob("*.py")):
+                shutil.copyfile(file, folder / file.name)
         has_tokenizer = write_tokenizer(folder, tokenizer) if origin is None else _copy_kept_files(origin, folder)
         write_model(folder, model, dtype=dtype, max_bytes=max_bytes)
         with open_tensors(folder) as files:
@@ -155,6 +161,16 @@ def to_hf(
                 "kept. This is a fault of memjax: please report it with the run's config.yaml"
             )
     return has_tokenizer
+
+
+def _with_table_types(config: ModelConfig, dtype: str | None) -> ModelConfig:
+    """The config with the type in which the tables are written, where it has a word for it."""
+    if dtype not in ("float32", "bfloat16"):
+        return config
+    sections = {
+        kind: dataclasses.replace(section, table_dtype=dtype) for kind, section in config.lookup_sections.items()
+    }
+    return dataclasses.replace(config, **sections)
 
 
 def _run_config(model: ModelConfig, tokenizer: TokenizerConfig, longest: int) -> RunConfig:

@@ -15,12 +15,12 @@ from safetensors.numpy import load_file
 from memjax.checkpoint import CheckpointError
 from memjax.config.data import DataConfig
 from memjax.config.memory import ExpertLookupConfig, MemoryConfig
-from memjax.config.model import ModelConfig
+from memjax.config.model import ExpertsConfig, ModelConfig
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.errors import ConfigError
 from memjax.interop.huggingface import convert as huggingface
-from memjax.interop.huggingface.convert import from_hf, to_hf
+from memjax.interop.huggingface.convert import TORCH_MODEL, from_hf, to_hf
 from memjax.interop.huggingface.tokenizer import read_tokenizer
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, take_apart
@@ -29,8 +29,9 @@ from memjax.runs.write import write_run
 
 MEMORY = MemoryConfig(layers=(0, 1), num_keys=8, num_heads=2, top_k=4, key_dim=8, value_dim=8, table_dtype="bfloat16")
 EXPERTS = ExpertLookupConfig(layers=(2,), num_keys=8, num_heads=2, top_k=4, key_dim=8, table_dtype="float32")
-SIZES: dict[str, Any] = {"dim": 16, "num_layers": 4, "num_heads": 2, "ffn_dim": 24, "vocab_size": 259}
-MODEL = ModelConfig(**SIZES, memory=MEMORY, expert_lookup=EXPERTS)
+SIZES: dict[str, Any] = {"dim": 16, "num_layers": 5, "num_heads": 2, "ffn_dim": 24, "vocab_size": 259}
+MIXTURE = ExpertsConfig(layers=(3,), num_experts=2, ffn_dim=8)
+MODEL = ModelConfig(**SIZES, memory=MEMORY, expert_lookup=EXPERTS, experts=MIXTURE)
 
 
 def make_run(folder: pathlib.Path) -> None:
@@ -71,7 +72,11 @@ def test_a_model_with_memory_goes_out_with_its_table_once_and_comes_back_bit_for
 
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert (generation["bos_token_id"], generation["eos_token_id"], config["eos_token_id"]) == (1, 2, 2)
-    assert "library_name: memjax" in (tmp_path / "out" / "README.md").read_text()
+    for name in ("configuration_memjax.py", "modeling_memjax.py"):
+        assert (tmp_path / "out" / name).read_bytes() == (TORCH_MODEL / name).read_bytes()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- custom_code" in card
+    assert "trust_remote_code=True" in card
     assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
 
     from_hf(tmp_path / "out", tmp_path / "back")
@@ -81,6 +86,14 @@ def test_a_model_with_memory_goes_out_with_its_table_once_and_comes_back_bit_for
     assert back.config.run.dir == str(tmp_path / "back")
     assert back.tokenizer.encode("né <eos>") == before.tokenizer.encode("né <eos>")
     assert (back.tokenizer.bos_id, back.tokenizer.eos_id) == (before.tokenizer.bos_id, before.tokenizer.eos_id)
+
+
+def test_rounded_tables_are_described_as_they_are_written(memory_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface, "_logits", lambda model: np.zeros(1))
+    for dtype, expected in (("bfloat16", ["bfloat16"] * 2), ("float16", ["bfloat16", "float32"])):
+        to_hf(memory_run, tmp_path / dtype, dtype=dtype)
+        model = json.loads((tmp_path / dtype / "config.json").read_text())["model"]
+        assert [model[section]["table_dtype"] for section in ("memory", "expert_lookup")] == expected
 
 
 def test_what_belongs_to_the_model_is_kept_from_where_it_came(memory_run, tmp_path, monkeypatch):
