@@ -69,7 +69,7 @@ def _with_transformers(arguments: str = "") -> tuple[str, ...]:
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{arguments})',
         f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{arguments})',
         'inputs = tokenizer("The capital of France is", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",

@@ -500,6 +500,8 @@ class MemjaxModel(MemjaxPreTrainedModel):
 
     def _mask(self, x, attention_mask, cache, places, position_ids):
         """Which tokens see which, in the form that the attention's function takes."""
+        if isinstance(attention_mask, dict):  # generation into a static cache has made the masks of all kinds of layers
+            return attention_mask[self.config.layer_types[0]]
         create = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
         given = {"config": self.config, "attention_mask": attention_mask, "position_ids": position_ids}
         given |= {
