@@ -114,9 +114,7 @@ def parse(
         text = section_help(schema, topic.replace("-", "_"))
         if text is None:
             names = sorted({".".join(path) for path, _ in walk(schema)})
-            sections = [
-                field.name for field in dataclasses.fields(schema) if section_of(field_types(schema)[field.name])
-            ]
+            sections = [name for name, annotation in field_types(schema).items() if section_of(annotation)]
             hint = _did_you_mean(_close(topic, names)) or (f"; sections: {', '.join(sections)}" if sections else "")
             _end(prog, [f"--help {printable(topic)}: there is no such section or setting{hint}"])
         say(str(text))

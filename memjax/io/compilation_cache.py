@@ -120,19 +120,18 @@ def _tidy(folder: pathlib.Path) -> None:
         with contextlib.suppress(OSError):  # another process removes entries too
             stat = path.stat()
             state, old = [stat.st_size, stat.st_mtime_ns], known.get(path.name)
-            is_known = isinstance(old, list) and len(old) == 3
-            if not (is_known and old[:2] == state):
+            if not (isinstance(old, list) and len(old) == 3):
+                old = None
+            if old is None or old[:2] != state:
                 content = path.read_bytes()
                 checksum = zlib.crc32(content)
-                if checksum != old[2] if is_known else not _is_entry(content):
+                if not _is_entry(content) if old is None else checksum != old[2]:
                     # A part of an entry may be one that another process is writing.
-                    if is_known or time.time() - stat.st_mtime > 60:
+                    if old is not None or time.time() - stat.st_mtime > 60:
                         path.unlink()
                     continue
-                state = [*state, checksum]
-            else:
-                state = old
-            checked[path.name] = state
+                old = [*state, checksum]
+            checked[path.name] = old
             sizes.append((max(stat.st_atime, stat.st_mtime), stat.st_size, path))
     total = sum(size for _, size, _ in sizes)
     for _, size, path in sorted(sizes, key=lambda entry: entry[0]):

@@ -8,11 +8,11 @@ from flax import nnx
 
 from memjax.config.memory import MemoryConfig
 from memjax.config.model import ExpertsConfig, ModelConfig
-from memjax.inference.weights import prepare
+from memjax.inference.weights import JoinedAttention, prepare
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts
 
-TOKENS = np.array([[1, 5, 9, 3, 7, 2], [1, 8, 8, 4, 6, 5]], np.int32)
+TOKENS = jnp.array([[1, 5, 9, 3, 7, 2], [1, 8, 8, 4, 6, 5]], jnp.int32)
 
 
 def drawn(**settings) -> Decoder:
@@ -54,8 +54,10 @@ def test_tables_and_vectors_stay_the_models_own_and_matrices_are_narrowed():
     ready = prepare(model)
     assert ready.tables["shared"].rows[...] is model.tables["shared"].rows[...]
     assert ready.norm.scale[...] is model.norm.scale[...]
-    assert ready.embed.embedding.dtype == ready.blocks[0].attention.joined.kernel.dtype == jnp.bfloat16
-    assert ready.blocks[0].attention.joined.kernel.shape == (16, 16 + 8 + 8)
+    attention = ready.blocks[0].attention
+    assert isinstance(attention, JoinedAttention)
+    assert ready.embed.embedding.dtype == attention.joined.kernel.dtype == jnp.bfloat16
+    assert attention.joined.kernel.shape == (16, 16 + 8 + 8)
     # The model is as it was.
     assert model.embed.embedding.dtype == model.blocks[0].attention.query.kernel.dtype == jnp.float32
 

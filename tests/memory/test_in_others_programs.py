@@ -1,5 +1,7 @@
 """The layers in programs of others: inside their `jax.shard_map`, on their meshes, with their layouts."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from memjax.memory.peer import ExpertLookupLayer
 from memjax.memory.table import TableRows, ValueTable
 
 DIM = 8
-SIZES = {"num_keys": 4, "num_heads": 2, "top_k": 2, "key_dim": 4}
+SIZES: dict[str, Any] = {"num_keys": 4, "num_heads": 2, "top_k": 2, "key_dim": 4}
 
 
 class Both(nnx.Module):
@@ -81,7 +83,7 @@ def test_layouts_of_batch_and_table_under_an_explicit_mesh(names, layout):
 @pytest.mark.parametrize("layers", [2, 8])
 def test_a_table_shared_by_unrolled_layers_holds_one_gradient_under_plain_autodiff(layers):
     table = ValueTable(64**2, 32, rngs=nnx.Rngs(0))
-    sizes = {"num_keys": 64, "num_heads": 1, "top_k": 4, "key_dim": 8}
+    sizes: dict[str, Any] = {"num_keys": 64, "num_heads": 1, "top_k": 4, "key_dim": 8}
     model = [MemoryLayer(32, **sizes, rngs=nnx.Rngs(number)) for number in range(layers)]
     experts = ExpertLookupLayer(32, **sizes, rngs=nnx.Rngs(99))
 

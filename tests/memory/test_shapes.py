@@ -1,5 +1,7 @@
 """Layers refuse what does not fit them, take no token at all, and keep the rules of the config."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -15,7 +17,7 @@ from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.rules import RowRule, row_step
 
 DIM = 6
-SIZES = {"num_keys": 3, "num_heads": 2, "top_k": 2, "key_dim": 4}
+SIZES: dict[str, Any] = {"num_keys": 3, "num_heads": 2, "top_k": 2, "key_dim": 4}
 
 
 @pytest.fixture
@@ -95,12 +97,15 @@ def test_rules_of_the_config_hold_for_the_layers(as_users_call, wrong, message):
 
 
 def test_rules_of_the_config_hold_for_tables_and_exchanges(as_users_call):
-    for wrong in ({"num_slots": 0}, {"num_slots": 2**31}, {"value_dim": -1}, {"dtype": jnp.int8}):
+    sizes: dict[str, Any] = {"num_slots": 4, "value_dim": 4}
+    wrongs: list[dict[str, Any]] = [{"num_slots": 0}, {"num_slots": 2**31}, {"value_dim": -1}, {"dtype": jnp.int8}]
+    for wrong in wrongs:
         with pytest.raises(ValueError, match=rf"{next(iter(wrong))}="):
-            ValueTable(**{"num_slots": 4, "value_dim": 4, **wrong}, rngs=nnx.Rngs(0))
+            ValueTable(**{**sizes, **wrong}, rngs=nnx.Rngs(0))
     gradient = RowGradient(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1)), jnp.ones((1, 4)))
+    unknown: Any = "Dense"
     with pytest.raises(ValueError, match="exchange='Dense' is unknown; known: auto, factored, dense"):
-        sharded.update_rows(jnp.ones((4, 4)), {}, [gradient], RowRule(kind="sgd"), row_step(1.0, 0), exchange="Dense")
+        sharded.update_rows(jnp.ones((4, 4)), {}, [gradient], RowRule(kind="sgd"), row_step(1.0, 0), exchange=unknown)
 
 
 def test_tokens_that_devices_cannot_share_evenly_are_refused_with_what_to_do(mesh):

@@ -157,6 +157,7 @@ def test_lines_wait_while_the_disk_is_full_and_follow_in_order(tmp_path, monkeyp
     file.write({"step": 1})
     file.flush()
     real = file._file
+    assert real is not None
 
     class Full:
         """Writes the first bytes of what it is given, as a disk does that has little room."""
@@ -167,7 +168,7 @@ def test_lines_wait_while_the_disk_is_full_and_follow_in_order(tmp_path, monkeyp
         def __getattr__(self, name):
             return getattr(real, name)
 
-    file._file = Full()
+    monkeypatch.setattr(file, "_file", Full())
     for step in (2, 3):
         file.write({"step": step})
         file.flush()

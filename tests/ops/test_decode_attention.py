@@ -22,7 +22,8 @@ def draw(shape, dtype="float32"):
     keys, values = rng.normal(size=(2, rows, kv_heads, size, width))
     for row, length in enumerate(lengths):
         keys[row, :, length:] = values[row, :, length:] = 1e4
-    return *(jnp.asarray(array, dtype) for array in (query, keys, values)), jnp.asarray(lengths)
+    query, keys, values = (jnp.asarray(array, dtype) for array in (query, keys, values))
+    return query, keys, values, jnp.asarray(lengths)
 
 
 def by_hand(query, keys, values, lengths, window):

@@ -64,7 +64,8 @@ def check_state(table: Float[Array, "n d"], state: TableState, rule: RowRule) ->
     Raises:
         ValueError: it is so; the message has the shapes.
     """
-    expected = jax.eval_shape(lambda: rule.init(*table.shape, table.dtype))
+    slots, width = table.shape
+    expected = jax.eval_shape(lambda: rule.init(slots, width, table.dtype))
     fits = {name: array.shape for name, array in state.items()} == {name: a.shape for name, a in expected.items()}
     if not fits:
         shapes = {name: list(array.shape) for name, array in state.items()}
