@@ -4,7 +4,6 @@ A page holds a line such as `<!-- generated: settings -->`; conf.py puts what th
 place. Nothing of it is committed, so a new setting or command appears without anybody writing it down.
 """
 
-import ast
 import contextlib
 import dataclasses
 import html
@@ -12,21 +11,17 @@ import importlib
 import inspect
 import io
 import os
-import pathlib
 import re
 from collections.abc import Callable, Iterator
 from unittest import mock
 
 import figure
 
-import memjax
+from memjax.__main__ import COMMANDS
 from memjax.config.help import field_docs, metavar
 from memjax.config.run import RunConfig
 from memjax.config.schema import field_types, item_section_of, section_of, show, unwrap
 
-PACKAGE = pathlib.Path(memjax.__file__).parent
-FIRST_COMMANDS = ("train", "evaluate", "generate", "doctor")
-"""In this order; commands that are not named here follow."""
 HELP_COLUMNS = 84
 
 
@@ -37,23 +32,12 @@ def settings() -> str:
 
 def commands() -> str:
     """Every command line with its help."""
-    return "\n".join(line for name in command_names() for line in _command(name))
+    return "\n".join(line for name in COMMANDS for line in _command(name))
 
 
 def memory_layer() -> str:
     """The picture of a memory layer."""
     return f"```{{raw}} html\n{figure.memory_layer()}\n```\n"
-
-
-def command_names() -> list[str]:
-    """The modules of the package that are commands: they have a `main` and run it when they are started."""
-    found = set()
-    for path in PACKAGE.glob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-        if "main" in functions and any(isinstance(n, ast.If) and "__main__" in ast.unparse(n.test) for n in tree.body):
-            found.add(path.stem)
-    return [name for name in FIRST_COMMANDS if name in found] + sorted(found.difference(FIRST_COMMANDS))
 
 
 def help_text(name: str) -> str:

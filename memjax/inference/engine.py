@@ -81,7 +81,7 @@ class Made:
 
 
 class Engine:
-    """Writes several texts at a time; requests join and leave while others are being written.
+    """Writes several texts at a time; requests join and leave while others are being written::
 
         engine = Engine(model, num_slots=8)
         (slot,) = engine.insert([Request(prompt_ids=ids, max_tokens=100)])
