@@ -27,7 +27,7 @@ jaxtyping.install_import_hook(
 )
 
 # All of these must be set before the first backend starts. JAX_PLATFORMS=cuda,cpu runs the tests marked `gpu` too.
-if "JAX_PLATFORMS" not in os.environ:
+if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
     jax.config.update("jax_platforms", "cpu")
     # Without a GPU the Triton kernels are tested in Triton's interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")

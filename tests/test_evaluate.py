@@ -232,7 +232,7 @@ def test_missing_texts_end_with_3_and_missing_checkpoints_with_4(biographies, tm
     assert evaluate.main([biographies, "--questions", str(tmp_path / "none.jsonl")]) == 3
     assert "none.jsonl: there is no such file; set --questions" in capsys.readouterr().err
     assert generate.main([biographies, "--prompts", str(tmp_path / "none.txt")]) == 3
-    assert "none.txt: cannot be read" in capsys.readouterr().err
+    assert "none.txt: there is no such file; set --prompts" in capsys.readouterr().err
     for line, problem in (("{", "not JSON"), ('{"text": "x"}', "not an object with a text in the field 'prompt'")):
         (tmp_path / "wrong.jsonl").write_text('{"prompt": "x"}\n' + line)
         assert generate.main([biographies, "--prompts", str(tmp_path / "wrong.jsonl")]) == 3

@@ -2,23 +2,14 @@
 
 import json
 import math
-import os
 import pathlib
 from typing import Any
 
-from memjax.errors import CheckpointError, ConfigError
+from memjax.errors import CheckpointError
 from memjax.io.files import write_atomic
-from memjax.io.paths import local_path
 
 MAX_JSON_BYTES = 1 << 28
 """Largest JSON file that is read; a tokenizer of 256,000 tokens takes about 40 MB."""
-
-
-def _target(folder: str | os.PathLike[str]) -> pathlib.Path:
-    try:
-        return local_path(os.fspath(folder), "out")
-    except ValueError as error:
-        raise ConfigError([str(error)]) from None
 
 
 def file_in(folder: pathlib.Path, name: str) -> pathlib.Path:

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator
 
 from memjax.errors import CheckpointError, ConfigError
-from memjax.interop.folders import _target
+from memjax.io.paths import local_path
 
 
 def check_new(folder: str | os.PathLike[str]) -> None:
@@ -44,3 +44,10 @@ def written_whole(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _target(folder: str | os.PathLike[str]) -> pathlib.Path:
+    try:
+        return local_path(os.fspath(folder), "out")
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None

@@ -87,8 +87,8 @@ def load_as_saved(path: str | os.PathLike[str], *, step: int | Literal["latest",
         # Of all the steps of a run the config is the same; which of them is whole, only reading the arrays tells.
         saved = checkpoints.read_document(META, wanted)
         config, table_dtypes = _read_meta(saved, folder)
-        parts = DecoderParts.of(_with_dtypes(config.model, tables=table_dtypes))
         whole, columns = _shardings(config.model, folder)
+        parts = DecoderParts.of(_with_dtypes(config.model, tables=table_dtypes))
         params = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
             params_to_tree(parts.abstract_params),

@@ -116,13 +116,13 @@ def over_mesh(function, in_specs, out_specs):
     """shard_map over the ambient mesh. Collectives' results are not checked for their types: kernels carry none."""
     mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    def place(spec: P, argument):
+    def lay_out(spec: P, argument):
         # An Explicit mesh does not move arrays by itself.
         put = place if is_explicit() else checked
         return jax.tree.map(lambda array: put(array, spec), argument)
 
     def placed(*arguments):
-        return mapped(*jax.tree.map(place, in_specs, arguments, is_leaf=lambda spec: isinstance(spec, P)))
+        return mapped(*jax.tree.map(lay_out, in_specs, arguments, is_leaf=lambda spec: isinstance(spec, P)))
 
     return placed
 
