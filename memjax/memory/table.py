@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from memjax.config import checks
+from memjax.ops.table import Table
 from memjax.sharding.axes import split_columns
 
 BLOCK_ELEMENTS = 1 << 22
@@ -17,7 +18,10 @@ MOST_SLOTS = checks.MOST_KEYS**2
 
 
 class TableRows(nnx.Param):
-    """Rows of a value table: a parameter read sparsely, with an optimizer, sharding and checkpoint item of its own."""
+    """Rows of a value table: a parameter read sparsely, with an optimizer, sharding and checkpoint item of its own.
+
+    Its value is an array, or an `ops.table.Table` where the rows are read only.
+    """
 
 
 class ValueTable(nnx.Module):
@@ -52,13 +56,18 @@ class ValueTable(nnx.Module):
         std = init_scale * value_dim**-0.5
         self.rows = TableRows(draw_rows(rngs.params(), num_slots, value_dim, std=std, dtype=dtype))
 
-    def rows_for(self, num_slots: int, value_dim: int, *, name: str = "the table") -> Float[Array, "n d"]:
+    @property
+    def table(self) -> Table | Float[Array, "n d"]:
+        """What the operations read: an array of rows, or a table in another format or place (`memjax.load`)."""
+        return self.rows.get_value()
+
+    def rows_for(self, num_slots: int, value_dim: int, *, name: str = "the table") -> Table | Float[Array, "n d"]:
         """The rows, for a layer that addresses num_slots of value_dim.
 
         Raises:
             ValueError: the table's shape is another; the message calls it by its name.
         """
-        rows = self.rows[...]
+        rows = self.table
         if rows.shape != (num_slots, value_dim):
             raise ValueError(
                 f"{name} has [num_slots, value_dim] = {rows.shape}, the layer addresses {(num_slots, value_dim)}"

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from memjax.ops import triton_call
+from memjax.ops.table import Table
 
 IMPLEMENTATIONS = ("triton", "xla", "reference")
 """In the order of preference."""
@@ -36,6 +37,23 @@ def choose(operation: str, wanted: str | None, dtype: DTypeLike = jnp.float32) -
     if reason := why_not(wanted, dtype):
         raise NotImplementedError(f"{operation}: implementation={wanted!r} cannot run: {reason}")
     return wanted
+
+
+def choose_for(operation: str, wanted: str | None, table: Table) -> str:
+    """`choose` for an operation that reads a table.
+
+    Raises:
+        ValueError: `wanted` is unknown.
+        NotImplementedError: what is wanted, or what can run here, cannot read the table.
+    """
+    name = choose(operation, wanted, table.dtype)
+    if table.pinned is not None and name != "triton":
+        reason = why_not("triton", table.dtype) or "it is another implementation that was asked for"
+        raise NotImplementedError(
+            f"{operation}: implementation={name!r} cannot read {table.describe()}: only the Triton kernels read pinned "
+            f"host memory, and they do not run ({reason})"
+        )
+    return name
 
 
 def why_not(name: str, dtype: DTypeLike = jnp.float32) -> str | None:

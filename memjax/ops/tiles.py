@@ -13,6 +13,8 @@ from collections.abc import Iterator
 
 import jax
 
+from memjax.ops.table import Table
+
 FILE = pathlib.Path(__file__).with_name("tiles.json")
 
 
@@ -61,14 +63,33 @@ def _matmul(operation: str, rows: int, columns: int, inner: int, itemsize: int) 
     )
 
 
-def embedding_bag(dim: int, picks: int, itemsize: int) -> Tile:
+def embedding_bag(dim: int, picks: int, table: Table, tokens: int) -> Tile:
     """16 rows in flight; a warp reads 512 bytes of each."""
-    return _tuned("embedding_bag", Tile(rows=16, columns=512 // itemsize, num_warps=1), dim, picks)
+    return _tuned(*_of_rows("embedding_bag", table, tokens), dim, picks)
 
 
-def embedding_dot(dim: int, picks: int, itemsize: int) -> Tile:
+def embedding_dot(dim: int, picks: int, table: Table, tokens: int) -> Tile:
     """Like the bag, but a program keeps all columns of its rows."""
-    return _tuned("embedding_dot", Tile(rows=16, columns=512 // itemsize, num_warps=1), dim, picks)
+    return _tuned(*_of_rows("embedding_dot", table, tokens), dim, picks)
+
+
+FEW_TOKENS = 16
+"""Up to here a program for every 128 bytes of a bag keeps the bus to host memory busy; more tokens do so by themselves,
+and then long reads are the faster ones."""
+
+
+def _of_rows(operation: str, table: Table, tokens: int) -> tuple[str, Tile]:
+    """The name under which tiles are tuned, and the default, for a table's format and place."""
+    bits = 8 * table.format.payload_dtype.itemsize * table.format.payload_columns(64) // 64
+    if table.place == "host":
+        if tokens <= FEW_TOKENS:
+            return f"{operation}_host_few", Tile(rows=32, columns=128 * 8 // bits, num_warps=1)
+        return f"{operation}_host", Tile(rows=8, columns=min(1024, 2048 * 8 // bits), num_warps=4)
+    if table.format.has_scales:
+        # Codes become float32 in registers: 4,096 of them fill those of a warp.
+        columns = 512 * 8 // bits
+        return f"{operation}_{table.format.name}", Tile(rows=max(4, 4096 // columns), columns=columns, num_warps=1)
+    return operation, Tile(rows=16, columns=512 * 8 // bits, num_warps=1)
 
 
 def select(num: int, top_k: int) -> Tile:

@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from memjax.ops import triton_call
+from memjax.ops.row_formats import formats
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.rules import RowRule, row_step
+from memjax.ops.table import Table
 
 triton_call.compute_capability = 90
 bag, dot, search, update, grouped, norm, decode = (
@@ -47,6 +49,19 @@ for dtype, dim in ((jnp.bfloat16, 1024), (jnp.float32, 48)):
     x, scale = array(dtype, 40, dim), array(jnp.float32, dim)
     compile(f"norm {dim}", functools.partial(norm.rms_norm, epsilon=1e-5), x, scale)
     compile(f"norm gradient {dim}", functools.partial(norm.rms_norm_gradient, epsilon=1e-5), x, scale, x, x)
+
+for name, width in (("int8", 1024), ("float8_e4m3", 96), ("int4", 100), ("bfloat16", 1024)):
+    form, indices = formats.find(name), array(jnp.int32, 8, 20)
+    groups = form.groups(width)
+    scales = array(jnp.bfloat16, 1000, groups) if groups else None
+    payload = array(form.payload_dtype, 1000, form.payload_columns(width))
+    on_device = Table(payload, scales, format=form, value_dtype="bfloat16")
+    at_address = Table(
+        array(jnp.uint32, 2), scales, format=form, value_dtype="bfloat16", place="host", pinned=(1000, width)
+    )
+    for where, table in (("device", on_device), ("host", at_address))[name == "bfloat16" :]:
+        compile(f"bag {name} {width} {where}", bag.embedding_bag, table, indices, array(jnp.float32, 8, 20))
+        compile(f"dot {name} {width} {where}", dot.embedding_dot, table, indices, array(jnp.bfloat16, 8, width))
 
 for dtype, num, top_k in ((jnp.bfloat16, 1024, 32), (jnp.float32, 16, 3)):
     queries, keys = array(dtype, 8, 2, 32), array(dtype, 2, 2, num, 16)
@@ -90,4 +105,4 @@ def test_every_kernel_compiles_for_sm_90():
     assert done.returncode == 0, done.stderr
     kernels = {line.rsplit(" ", 1)[0]: int(line.rsplit(" ", 1)[1]) for line in done.stdout.splitlines()}
     assert kernels["search 1024"] == kernels["update rowwise_adam"] == 2
-    assert len(kernels) == 23
+    assert len(kernels) == 37

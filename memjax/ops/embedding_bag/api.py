@@ -1,5 +1,6 @@
 """The embedding bag as others call it: any batch shape, gradients, choice of the implementation."""
 
+import dataclasses
 import math
 from functools import partial
 from typing import Any
@@ -13,13 +14,14 @@ from memjax.ops import dispatch
 from memjax.ops.manual_axes import vary_together
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.shapes import check_table, require
+from memjax.ops.table import Table, differentiable
 
 SAVED_NAME = "memory_bag"
 """`checkpoint_name` of the output, so that rematerialisation can keep it."""
 
 
 def embedding_bag(
-    table: Float[Array, "n d"],
+    table: Table | Float[Array, "n d"],
     indices: Int[Array, "*t k"],
     weights: Float[Array, "*t k"],
     *,
@@ -28,15 +30,17 @@ def embedding_bag(
     """out[t] = sum_k weights[t, k] * table[indices[t, k]], summed in float32, in the table's type.
 
     Differentiable in `table` and `weights`. The table's gradient is as large as the table and is formed only when the
-    table is differentiated; `memjax.row_sparse_value_and_grad` avoids it. Indices outside 0..n-1 are not checked: what
-    they read is undefined.
+    table is differentiated; `memjax.row_sparse_value_and_grad` avoids it. Tables with scales or in host memory are
+    read-only. Indices outside 0..n-1 are not checked: what they read is undefined.
 
     Raises:
         ValueError: shapes do not fit together, or `implementation` is unknown.
-        NotImplementedError: `implementation` cannot run here.
+        NotImplementedError: `implementation` cannot run here, or not read this table.
+        TypeError: the table is differentiated, and is read-only.
     """
-    name = dispatch.choose("embedding_bag", implementation, table.dtype)
+    table = Table.of(table)
     check_table("embedding_bag", table, indices)
+    name = dispatch.choose_for("embedding_bag", implementation, table)
     require(
         "embedding_bag",
         indices.shape == weights.shape,
@@ -54,15 +58,16 @@ def embedding_bag(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _bag(name: str, table: Array, indices: Array, weights: Array) -> Array:
+def _bag(name: str, table: Table, indices: Array, weights: Array) -> Array:
     return dispatch.load("embedding_bag", name).embedding_bag(table, indices, weights)
 
 
 def _bag_forward(name, table, indices, weights):
-    out = _bag(name, table.value, indices.value, weights.value)
     # The tuple's length is part of the residuals' structure: a flag that stays static under jit.
-    wanted = ("table",) if table.perturbed else ()
-    residuals = (table.value, indices.value, weights.value, dict.fromkeys(wanted))
+    wanted = ("table",) if differentiable("embedding_bag", table) else ()
+    table = jax.tree.map(lambda leaf: leaf.value, table)
+    out = _bag(name, table, indices.value, weights.value)
+    residuals = (table, indices.value, weights.value, dict.fromkeys(wanted))
     return checkpoint_name(out, SAVED_NAME), residuals
 
 
@@ -72,7 +77,8 @@ def _bag_backward(name, residuals, cotangent):
     d_weights = dispatch.load("embedding_dot", name).embedding_dot(table, indices, cotangent)
     d_table = None
     if "table" in wanted:
-        d_table = RowGradient(indices, weights, cotangent).dense(table.shape[0]).astype(table.dtype)
+        rows = RowGradient(indices, weights, cotangent).dense(table.shape[0]).astype(table.dtype)
+        d_table = dataclasses.replace(table, rows=rows)
     return d_table, None, d_weights.astype(weights.dtype)
 
 

@@ -7,23 +7,31 @@ from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
 from memjax.ops import tiles, triton_call
+from memjax.ops.row_formats.triton import kernel_rows, rows_in_host_memory
+from memjax.ops.table import Table
 
 
 @triton.jit
 def bag_kernel(
-    table_ptr,
+    rows_ptr,
+    scales_ptr,
     indices_ptr,
     weights_ptr,
     out_ptr,
     DIM: tl.constexpr,
+    GROUP: tl.constexpr,
     PICKS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
+    READ: tl.constexpr,
+    PINNED: tl.constexpr,
 ):
     """COLUMNS columns of a token's bag, ROWS picks at a time."""
+    if PINNED is not None:
+        rows_ptr = rows_in_host_memory(rows_ptr, PINNED)
     token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < DIM
+    first_column = tl.program_id(1) * COLUMNS
+    columns = first_column + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)
     for first in range(0, PICKS, ROWS):
         pick = first + tl.arange(0, ROWS)
@@ -31,23 +39,23 @@ def bag_kernel(
         # 64-bit: row * DIM passes 2**31 in tables that fit on one GPU.
         row = tl.load(indices_ptr + token * PICKS + pick, mask=valid, other=0).to(tl.int64)
         weight = tl.load(weights_ptr + token * PICKS + pick, mask=valid, other=0.0).to(tl.float32)
-        values = tl.load(
-            table_ptr + row[:, None] * DIM + columns[None, :], mask=valid[:, None] & inside[None, :], other=0.0
-        ).to(tl.float32)
+        values = READ(rows_ptr, scales_ptr, row, first_column, valid, DIM, GROUP, COLUMNS)
         total += tl.sum(values * weight[:, None], axis=0)
-    tl.store(out_ptr + token * DIM + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + token * DIM + columns, total.to(out_ptr.dtype.element_ty), mask=columns < DIM)
 
 
 @sequential_vmap
 def embedding_bag(
-    table: Float[Array, "n d"], indices: Int[Array, "t k"], weights: Float[Array, "t k"]
+    table: Table | Float[Array, "n d"], indices: Int[Array, "t k"], weights: Float[Array, "t k"]
 ) -> Float[Array, "t d"]:
     """The reference's sum, in float32."""
+    table = Table.of(table)
     (tokens, picks), dim = indices.shape, table.shape[1]
-    tile = tiles.embedding_bag(dim, picks, table.dtype.itemsize)
+    tile = tiles.embedding_bag(dim, picks, table, tokens)
+    rows = kernel_rows(table)
     (out,) = triton_call.launch(
         bag_kernel,
-        table,
+        *rows.arrays,
         indices,
         weights,
         out=[jax.ShapeDtypeStruct((tokens, dim), table.dtype)],
@@ -57,5 +65,6 @@ def embedding_bag(
         PICKS=picks,
         COLUMNS=tile.columns,
         ROWS=tile.rows,
+        **rows.constants,
     )
     return out

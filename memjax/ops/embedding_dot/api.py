@@ -1,5 +1,6 @@
 """The embedding dot as others call it: any batch shape, gradients, choice of the implementation."""
 
+import dataclasses
 import math
 from functools import partial
 from typing import Any
@@ -14,13 +15,14 @@ from memjax.ops.manual_axes import vary_together
 from memjax.ops.precision import accumulator
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.shapes import check_table, require
+from memjax.ops.table import Table, differentiable
 
 SAVED_NAME = "memory_dot"
 """`checkpoint_name` of the output, so that rematerialisation can keep it."""
 
 
 def embedding_dot(
-    table: Float[Array, "n d"],
+    table: Table | Float[Array, "n d"],
     indices: Int[Array, "*t k"],
     vectors: Float[Array, "*t d"],
     *,
@@ -32,10 +34,12 @@ def embedding_dot(
 
     Raises:
         ValueError: shapes do not fit together, or `implementation` is unknown.
-        NotImplementedError: `implementation` cannot run here.
+        NotImplementedError: `implementation` cannot run here, or not read this table.
+        TypeError: the table is differentiated, and is read-only.
     """
-    name = dispatch.choose("embedding_dot", implementation, table.dtype)
+    table = Table.of(table)
     check_table("embedding_dot", table, indices)
+    name = dispatch.choose_for("embedding_dot", implementation, table)
     batch, picks = indices.shape[:-1], indices.shape[-1]
     require(
         "embedding_dot",
@@ -54,14 +58,15 @@ def embedding_dot(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dot(name: str, table: Array, indices: Array, vectors: Array) -> Array:
+def _dot(name: str, table: Table, indices: Array, vectors: Array) -> Array:
     return dispatch.load("embedding_dot", name).embedding_dot(table, indices, vectors)
 
 
 def _dot_forward(name, table, indices, vectors):
-    out = _dot(name, table.value, indices.value, vectors.value)
-    wanted = ("table",) if table.perturbed else ()
-    residuals = (table.value, indices.value, vectors.value, dict.fromkeys(wanted))
+    wanted = ("table",) if differentiable("embedding_dot", table) else ()
+    table = jax.tree.map(lambda leaf: leaf.value, table)
+    out = _dot(name, table, indices.value, vectors.value)
+    residuals = (table, indices.value, vectors.value, dict.fromkeys(wanted))
     return checkpoint_name(out, SAVED_NAME), residuals
 
 
@@ -70,7 +75,8 @@ def _dot_backward(name, residuals, cotangent):
     d_vectors = dispatch.load("embedding_bag", name).embedding_bag(table, indices, cotangent)
     d_table = None
     if "table" in wanted:
-        d_table = RowGradient(indices, cotangent, vectors).dense(table.shape[0]).astype(table.dtype)
+        rows = RowGradient(indices, cotangent, vectors).dense(table.shape[0]).astype(table.dtype)
+        d_table = dataclasses.replace(table, rows=rows)
     return d_table, None, d_vectors.astype(vectors.dtype)
 
 

@@ -8,20 +8,28 @@ from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
 from memjax.ops import tiles, triton_call
+from memjax.ops.row_formats.triton import kernel_rows, rows_in_host_memory
+from memjax.ops.table import Table
 
 
 @triton.jit
 def dot_kernel(
-    table_ptr,
+    rows_ptr,
+    scales_ptr,
     indices_ptr,
     vectors_ptr,
     out_ptr,
     DIM: tl.constexpr,
+    GROUP: tl.constexpr,
     PICKS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
+    READ: tl.constexpr,
+    PINNED: tl.constexpr,
 ):
     """The products of ROWS picks of a token, COLUMNS columns at a time."""
+    if PINNED is not None:
+        rows_ptr = rows_in_host_memory(rows_ptr, PINNED)
     token = tl.program_id(0).to(tl.int64)
     pick = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     valid = pick < PICKS
@@ -30,25 +38,24 @@ def dot_kernel(
     total = tl.zeros((ROWS, COLUMNS // 8), tl.float32)
     for first in range(0, DIM, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
-        inside = columns < DIM
-        vector = tl.load(vectors_ptr + token * DIM + columns, mask=inside, other=0.0).to(tl.float32)
-        values = tl.load(
-            table_ptr + row[:, None] * DIM + columns[None, :], mask=valid[:, None] & inside[None, :], other=0.0
-        ).to(tl.float32)
+        vector = tl.load(vectors_ptr + token * DIM + columns, mask=columns < DIM, other=0.0).to(tl.float32)
+        values = READ(rows_ptr, scales_ptr, row, first, valid, DIM, GROUP, COLUMNS)
         total += tl.sum(tl.reshape(values * vector[None, :], [ROWS, COLUMNS // 8, 8]), axis=2)
     tl.store(out_ptr + token * PICKS + pick, tl.sum(total, axis=1), mask=valid)
 
 
 @sequential_vmap
 def embedding_dot(
-    table: Float[Array, "n d"], indices: Int[Array, "t k"], vectors: Float[Array, "t d"]
+    table: Table | Float[Array, "n d"], indices: Int[Array, "t k"], vectors: Float[Array, "t d"]
 ) -> Float[Array, "t k"]:
     """The reference's products, in float32."""
+    table = Table.of(table)
     (tokens, picks), dim = indices.shape, table.shape[1]
-    tile = tiles.embedding_dot(dim, picks, table.dtype.itemsize)
+    tile = tiles.embedding_dot(dim, picks, table, tokens)
+    rows = kernel_rows(table)
     (out,) = triton_call.launch(
         dot_kernel,
-        table,
+        *rows.arrays,
         indices,
         vectors,
         out=[jax.ShapeDtypeStruct((tokens, picks), jnp.float32)],
@@ -58,5 +65,6 @@ def embedding_dot(
         PICKS=picks,
         COLUMNS=tile.columns,
         ROWS=tile.rows,
+        **rows.constants,
     )
     return out

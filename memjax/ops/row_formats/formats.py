@@ -1,0 +1,316 @@
+"""Row formats: how many bytes a row takes, how rows are encoded and decoded, and how a kernel reads them.
+
+A format is a value that can be hashed: it is part of a table's structure, so programs are compiled for it. `register`
+gives it a name for settings; `memjax.ops.table.Table` takes any format, registered or not.
+"""
+
+import dataclasses
+import importlib
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Num
+
+SMALLEST_GROUP = 16
+"""Columns that share a scale at least, unless a row has fewer: with less, scales would outweigh what they save."""
+
+SCALE_DTYPE = np.dtype(ml_dtypes.bfloat16)
+"""Of scales. Codes are chosen for the rounded scale, so its eight bits cost next to nothing."""
+
+
+class Encoded(NamedTuple):
+    """Some rows as they are stored."""
+
+    payload: Num[np.ndarray, "b p"]
+    scales: Num[np.ndarray, "b g"] | None
+
+
+@runtime_checkable
+class RowFormat(Protocol):
+    """What a format is asked for; `Plain` and `Scaled` implement it."""
+
+    @property
+    def name(self) -> str:
+        """For settings and messages."""
+        ...
+
+    @property
+    def payload_dtype(self) -> np.dtype:
+        """Type of the stored numbers or codes."""
+        ...
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether rows have scales, and so are read only."""
+        ...
+
+    def payload_columns(self, width: int) -> int:
+        """Numbers of `payload_dtype` that store a row of so many columns."""
+        ...
+
+    def width(self, payload_columns: int) -> int:
+        """Columns of a row that is stored in so many numbers: the inverse of `payload_columns`."""
+        ...
+
+    def groups(self, width: int) -> int:
+        """Scales of a row; 0 for none.
+
+        Raises:
+            ValueError: rows of this width cannot be stored in the format.
+        """
+        ...
+
+    def encode(self, rows: Float[np.ndarray, "b d"]) -> Encoded:
+        """Rows as they are stored; runs on the host, block by block.
+
+        Raises:
+            ValueError: the format has no code for one of the numbers.
+        """
+        ...
+
+    def decode(
+        self, payload: Num[Array, "*b p"], scales: Num[Array, "*b g"] | None, dtype: DTypeLike
+    ) -> Float[Array, "*b d"]:
+        """The rows that were stored, in a type."""
+        ...
+
+    def reader(self) -> Any:
+        """The `triton.jit` function by which kernels read a tile of rows; see `row_formats/triton.py`."""
+        ...
+
+
+def row_bytes(row_format: RowFormat, width: int) -> int:
+    """What a row of so many columns takes up, scales included."""
+    payload = row_format.payload_columns(width) * row_format.payload_dtype.itemsize
+    return payload + row_format.groups(width) * SCALE_DTYPE.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """Floating-point numbers as they are: the format of training, and of any array."""
+
+    name: str
+    """Of the type."""
+
+    has_scales = False
+
+    @property
+    def payload_dtype(self) -> np.dtype:
+        """The type."""
+        return jnp.dtype(self.name)
+
+    def payload_columns(self, width: int) -> int:
+        """One number a column."""
+        return width
+
+    def width(self, payload_columns: int) -> int:
+        """One column a number."""
+        return payload_columns
+
+    def groups(self, width: int) -> int:
+        """No scales."""
+        return 0
+
+    def encode(self, rows: Float[np.ndarray, "b d"]) -> Encoded:
+        """The rows, rounded to the type."""
+        return Encoded(np.ascontiguousarray(rows, self.payload_dtype), None)
+
+    def decode(
+        self, payload: Float[Array, "*b d"], scales: Num[Array, "*b g"] | None, dtype: DTypeLike
+    ) -> Float[Array, "*b d"]:
+        """The rows themselves."""
+        return payload.astype(dtype)
+
+    def reader(self) -> Any:
+        """Loads numbers of any type."""
+        return _reader("read_plain")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """Codes of a few bits: `group` neighbouring columns share a scale, and a number is code x scale.
+
+    A row whose width `group` does not divide has the largest groups below that do.
+    """
+
+    name: str
+    group: int = 128
+    """Columns that share a scale, at most."""
+
+    payload_dtype = np.dtype(np.int8)
+    has_scales = True
+
+    def payload_columns(self, width: int) -> int:
+        """One code a byte."""
+        return width
+
+    def width(self, payload_columns: int) -> int:
+        """One column a byte."""
+        return payload_columns
+
+    def groups(self, width: int) -> int:
+        """Scales of a row."""
+        step = self.payload_columns_per_code()
+        sizes = [size for size in range(step, min(self.group, width) + 1, step) if width % size == 0]
+        if not sizes or sizes[-1] < min(SMALLEST_GROUP, width):
+            raise ValueError(
+                f"{self.name} cannot store rows of {width} columns: {max(SMALLEST_GROUP, step)} to {self.group} "
+                f"neighbouring columns share a scale, and no {'even ' if step == 2 else ''}number of them divides "
+                f"{width}; use bfloat16, or a width that is a multiple of 16"
+            )
+        return width // sizes[-1]
+
+    def payload_columns_per_code(self) -> int:
+        """Codes in a byte."""
+        return 1
+
+    def encode(self, rows: Float[np.ndarray, "b d"]) -> Encoded:
+        """Scales from each group's largest number, and the nearest codes."""
+        groups = self.groups(rows.shape[1])
+        grouped = np.asarray(rows, np.float32).reshape(len(rows), groups, -1)
+        largest = np.abs(grouped).max(axis=2, initial=0.0)
+        if not np.isfinite(largest).all():
+            raise ValueError(f"{self.name} has no code for NaN or infinity, and one of the rows holds such a number")
+        codes, scales = self._code(grouped, largest)
+        return Encoded(self._pack(codes.reshape(rows.shape)), scales)
+
+    def decode(
+        self, payload: Int[Array, "*b p"], scales: Float[Array, "*b g"] | None, dtype: DTypeLike
+    ) -> Float[Array, "*b d"]:
+        """Codes times scales."""
+        assert scales is not None
+        codes = self._unpack(payload).astype(dtype)
+        grouped = codes.reshape(*scales.shape, -1) * scales[..., None].astype(dtype)
+        return grouped.reshape(codes.shape)
+
+    def reader(self) -> Any:
+        """Loads bytes, decodes them and multiplies by scales."""
+        return _reader(f"read_{type(self).__name__.lower()}")
+
+    def _code(self, grouped: np.ndarray, largest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Codes of [row, group, column] and their scales."""
+        raise NotImplementedError
+
+    def _pack(self, codes: np.ndarray) -> np.ndarray:
+        """Codes as they are stored."""
+        return codes
+
+    def _unpack(self, payload: Array) -> Array:
+        """Numbers in place of stored codes."""
+        return payload
+
+
+class Int8(Scaled):
+    """Whole numbers from -127 to 127."""
+
+    def _code(self, grouped: np.ndarray, largest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        scales = (largest / 127).astype(SCALE_DTYPE)
+        return _whole_numbers(grouped, scales, -127, 127).astype(np.int8), scales
+
+
+class Float8(Scaled):
+    """Floating-point numbers with 4 bits of exponent and 3 of mantissa (e4m3), as their bits."""
+
+    def _code(self, grouped: np.ndarray, largest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        top = float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)
+        scales = (largest / top).astype(SCALE_DTYPE)
+        # Past the largest number comes NaN.
+        codes = np.clip(_divided(grouped, scales), -top, top).astype(ml_dtypes.float8_e4m3fn)
+        return codes.view(np.int8), scales
+
+    def _unpack(self, payload: Array) -> Array:
+        return jax.lax.bitcast_convert_type(payload, jnp.float8_e4m3fn)
+
+
+class Int4(Scaled):
+    """Whole numbers from -8 to 7, two in a byte: the even column in its lower half, the odd one in its upper half."""
+
+    _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+    """Of each group's largest number that the largest code may mean. Less of it makes the steps between codes finer at
+    the price of that number: the best share is chosen group by group."""
+
+    def payload_columns_per_code(self) -> int:
+        """Two codes in a byte."""
+        return 2
+
+    def payload_columns(self, width: int) -> int:
+        """Half a byte a column."""
+        return width // 2
+
+    def width(self, payload_columns: int) -> int:
+        """Two columns a byte."""
+        return 2 * payload_columns
+
+    def _code(self, grouped: np.ndarray, largest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        signed = np.where(grouped.max(axis=2) == largest, largest, -largest)
+        best = np.full(largest.shape, np.inf, np.float32)
+        codes, scales = np.zeros(grouped.shape, np.int8), np.zeros(largest.shape, SCALE_DTYPE)
+        for share in self._SHARES:
+            # There is one negative code more than there are positive ones: the number of the largest size gets it.
+            trial = (share * signed / -8).astype(SCALE_DTYPE)
+            found = _whole_numbers(grouped, trial, -8, 7)
+            error = np.square(found * trial[..., None].astype(np.float32) - grouped).sum(axis=2)
+            better = error < best
+            best, scales = np.where(better, error, best), np.where(better, trial, scales)
+            codes = np.where(better[..., None], found, codes)
+        return codes.astype(np.int8), scales
+
+    def _pack(self, codes: np.ndarray) -> np.ndarray:
+        return (codes[:, 1::2] << 4) | (codes[:, ::2] & 15)
+
+    def _unpack(self, payload: Array) -> Array:
+        even, odd = jax.lax.shift_right_arithmetic(payload << 4, jnp.int8(4)), payload >> 4
+        return jnp.stack([even, odd], axis=-1).reshape(*payload.shape[:-1], -1)
+
+
+def _divided(grouped: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Numbers over their scales; 0 where the scale is."""
+    wide = scales[..., None].astype(np.float32)
+    return np.divide(grouped, wide, out=np.zeros_like(grouped), where=wide != 0)
+
+
+def _whole_numbers(grouped: np.ndarray, scales: np.ndarray, low: int, high: int) -> np.ndarray:
+    """The nearest codes, as floating-point numbers."""
+    return np.clip(np.rint(_divided(grouped, scales)), low, high)
+
+
+def _reader(name: str) -> Any:
+    return getattr(importlib.import_module("memjax.ops.row_formats.triton"), name)
+
+
+_FORMATS: dict[str, RowFormat] = {}
+
+
+def register(row_format: RowFormat) -> RowFormat:
+    """Gives a format its name in settings; one that has the name already is replaced."""
+    _FORMATS[row_format.name] = row_format
+    return row_format
+
+
+def names() -> list[str]:
+    """Of all formats."""
+    return list(_FORMATS)
+
+
+def find(name: str) -> RowFormat:
+    """The format of a name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in _FORMATS:
+        raise ValueError(f"table format {name!r} is unknown; known: {', '.join(_FORMATS)}")
+    return _FORMATS[name]
+
+
+for _each in (
+    *(Plain(name) for name in ("float32", "bfloat16", "float16", "float64")),
+    Int8("int8"),
+    Float8("float8_e4m3"),
+    Int4("int4", group=64),
+):
+    register(_each)

@@ -1,0 +1,157 @@
+"""How kernels read rows: a function for each format, which a kernel takes as a constant.
+
+    reader(rows_ptr, scales_ptr, row, first, valid, WIDTH, GROUP, COLUMNS) -> float32[ROWS, COLUMNS]
+
+It loads COLUMNS neighbouring columns from `first` on, a multiple of COLUMNS, of the rows `row` (int64[ROWS]). Rows that
+are not `valid`, and columns from WIDTH on, are 0. GROUP columns share a scale. Nothing in a reader depends on which
+kernel it is part of, and kernels depend on no format.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import triton
+import triton.language as tl
+
+from memjax.ops.table import Table
+
+ELEMENTS = {
+    "float32": tl.float32,
+    "bfloat16": tl.bfloat16,
+    "float16": tl.float16,
+    "int8": tl.int8,
+    "uint8": tl.uint8,
+    "int16": tl.int16,
+    "int32": tl.int32,
+    "uint32": tl.uint32,
+}
+"""Types of payloads that kernels can find by their address."""
+
+
+class KernelRows(NamedTuple):
+    """A table as kernels take it."""
+
+    arrays: tuple[jax.Array, jax.Array]
+    """For `rows_ptr` and `scales_ptr`."""
+    constants: dict[str, Any]
+    """GROUP, READ and PINNED: the type of the rows where `rows_ptr` leads to their address."""
+
+
+def kernel_rows(table: Table) -> KernelRows:
+    """What a kernel that reads rows is given of a table."""
+    width = table.shape[1]
+    group = width // max(1, table.format.groups(width))
+    pinned = None if table.pinned is None else ELEMENTS[table.format.payload_dtype.name]
+    # A kernel has all of its pointers; without scales this one is not read.
+    scales = table.rows if table.scales is None else table.scales
+    return KernelRows((table.rows, scales), {"GROUP": group, "READ": table.format.reader(), "PINNED": pinned})
+
+
+@triton.jit
+def rows_in_host_memory(rows_ptr, ELEMENT: tl.constexpr):
+    """The pointer to the rows from where their address is stored."""
+    address = tl.load(rows_ptr.to(tl.pointer_type(tl.int64)))
+    # What is mapped begins with a page; loads are 16 bytes wide only where that is known.
+    return tl.multiple_of(tl.multiple_of(address, 16).to(tl.pointer_type(ELEMENT)), 16)
+
+
+@triton.jit
+def read_plain(
+    rows_ptr,
+    scales_ptr,
+    row,
+    first,
+    valid,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Numbers of any type."""
+    columns = first + tl.arange(0, COLUMNS)
+    inside = columns < WIDTH
+    return tl.load(
+        rows_ptr + row[:, None] * WIDTH + columns[None, :], mask=valid[:, None] & inside[None, :], other=0.0
+    ).to(tl.float32)
+
+
+@triton.jit
+def read_int8(
+    rows_ptr,
+    scales_ptr,
+    row,
+    first,
+    valid,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Codes from -127 to 127."""
+    codes = load_bytes(rows_ptr, row, first, valid, WIDTH, COLUMNS).to(tl.float32)
+    return scaled(codes, scales_ptr, row, first, valid, WIDTH, GROUP, COLUMNS)
+
+
+@triton.jit
+def read_float8(
+    rows_ptr,
+    scales_ptr,
+    row,
+    first,
+    valid,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """e4m3 numbers, decoded by shifts: not every GPU has an instruction for it."""
+    bits = load_bytes(rows_ptr, row, first, valid, WIDTH, COLUMNS).to(tl.int32)
+    # Exponent and mantissa go where those of float32 begin, whose exponents are 120 higher. Where the exponent is 0 the
+    # mantissa counts steps of 2**-9.
+    size = tl.where(
+        (bits & 120) == 0,
+        (bits & 7).to(tl.float32) * 0.001953125,
+        (((bits & 127) << 20) + (120 << 23)).to(tl.float32, bitcast=True),
+    )
+    return scaled(tl.where(bits < 0, -size, size), scales_ptr, row, first, valid, WIDTH, GROUP, COLUMNS)
+
+
+@triton.jit
+def read_int4(
+    rows_ptr,
+    scales_ptr,
+    row,
+    first,
+    valid,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Codes from -8 to 7, two in a byte."""
+    pairs = load_bytes(rows_ptr, row, first // 2, valid, WIDTH // 2, COLUMNS // 2).to(tl.int32)
+    codes = tl.interleave(((pairs << 28) >> 28).to(tl.float32), (pairs >> 4).to(tl.float32))
+    return scaled(codes, scales_ptr, row, first, valid, WIDTH, GROUP, COLUMNS)
+
+
+@triton.jit
+def load_bytes(rows_ptr, row, first, valid, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """int8[ROWS, COLUMNS] of rows of WIDTH bytes."""
+    columns = first + tl.arange(0, COLUMNS)
+    inside = columns < WIDTH
+    return tl.load(rows_ptr + row[:, None] * WIDTH + columns[None, :], mask=valid[:, None] & inside[None, :], other=0)
+
+
+@triton.jit
+def scaled(codes, scales_ptr, row, first, valid, WIDTH: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr):
+    """The codes times the scales of their groups; each scale is loaded once where tiles and groups nest."""
+    GROUPS: tl.constexpr = WIDTH // GROUP
+    if GROUP % COLUMNS == 0:
+        scale = tl.load(scales_ptr + row * GROUPS + first // GROUP, mask=valid, other=0.0)
+        return codes * scale.to(tl.float32)[:, None]
+    if COLUMNS % GROUP == 0 and GROUP & (GROUP - 1) == 0:
+        group = first // GROUP + tl.arange(0, COLUMNS // GROUP)
+        mask = valid[:, None] & (group < GROUPS)[None, :]
+        scale = tl.load(scales_ptr + row[:, None] * GROUPS + group[None, :], mask=mask, other=0.0).to(tl.float32)
+        grouped = tl.reshape(codes, [codes.shape[0], COLUMNS // GROUP, GROUP]) * scale[:, :, None]
+        return tl.reshape(grouped, [codes.shape[0], COLUMNS])
+    columns = first + tl.arange(0, COLUMNS)
+    mask = valid[:, None] & (columns < WIDTH)[None, :]
+    scale = tl.load(scales_ptr + row[:, None] * GROUPS + (columns // GROUP)[None, :], mask=mask, other=0.0)
+    return codes * scale.to(tl.float32)

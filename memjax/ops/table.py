@@ -1,0 +1,112 @@
+"""The table: what operations on rows take, whatever it is made of and wherever it lies."""
+
+import dataclasses
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from memjax.ops.row_formats.formats import Plain, RowFormat
+
+Place = Literal["device", "host"]
+"""device: in the memory of the device that computes; host: in that of the machine, read over the bus."""
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("rows", "scales"),
+    meta_fields=("format", "place", "value_dtype", "pinned"),
+)
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows in a format and a place. A pytree: arrays are data, the rest is part of a program's structure.
+
+    A plain array is a table too: operations take either. Tables with scales, and tables in host memory, are read-only.
+    """
+
+    rows: Any
+    """[n, payload columns]; of a table in pinned host memory its address, as uint32[2]."""
+    scales: Any = None
+    """[n, groups], for formats that have them; on the device."""
+    _: dataclasses.KW_ONLY
+    format: RowFormat
+    value_dtype: str
+    """Type in which operations return what they read."""
+    place: Place = "device"
+    pinned: tuple[int, int] | None = None
+    """Rows and columns, where `rows` is an address."""
+
+    @classmethod
+    def of(cls, table: "Table | Float[Array, 'n d']") -> "Table":
+        """The table; an array as a table of its numbers on the device."""
+        if isinstance(table, Table):
+            return table
+        name = jnp.dtype(table.dtype).name
+        return cls(table, format=Plain(name), value_dtype=name)
+
+    @classmethod
+    def encoded(cls, rows: Float[Array, "n d"], row_format: RowFormat) -> "Table":
+        """Rows in a format, on the first device. For large tables see `memjax.load`, which encodes block by block.
+
+        Raises:
+            ValueError: the format cannot store the rows.
+        """
+        payload, scales = row_format.encode(np.asarray(rows))
+        value_dtype = rows.dtype if row_format.has_scales else row_format.payload_dtype
+        return cls(
+            jnp.asarray(payload),
+            None if scales is None else jnp.asarray(scales),
+            format=row_format,
+            value_dtype=jnp.dtype(value_dtype).name,
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows and columns, as the operations see them."""
+        if self.pinned is not None:
+            return self.pinned
+        return (*self.rows.shape[:-1], self.format.width(self.rows.shape[-1]))
+
+    @property
+    def ndim(self) -> int:
+        """Axes; 2 for a table."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Type in which operations return what they read."""
+        return jnp.dtype(self.value_dtype)
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether it has no gradient."""
+        return self.format.has_scales or self.place != "device"
+
+    def take(self, indices: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b d"]:
+        """Rows at indices, in a type: what implementations in XLA read. Indices outside are not checked."""
+        pick = lambda array: array.at[indices].get(mode="promise_in_bounds")
+        return self.format.decode(pick(self.rows), None if self.scales is None else pick(self.scales), dtype)
+
+    def describe(self) -> str:
+        """Format, shape and place in a few words."""
+        return f"{self.format.name}[{', '.join(map(str, self.shape))}] in {self.place} memory"
+
+
+def differentiable(operation: str, table: Any) -> bool:
+    """Whether a table's gradient is asked for, from its leaves in the forward rule of `jax.custom_vjp`.
+
+    Raises:
+        TypeError: it is, and the table is read-only.
+    """
+    perturbed = any(leaf.perturbed for leaf in jax.tree.leaves(table))
+    if perturbed and table.is_read_only:
+        raise TypeError(
+            f"{operation}: a table of {table.format.name} in {table.place} memory is read-only and has no gradient; "
+            "train it in float32 or bfloat16 on the device, or keep it out of what is differentiated "
+            "(jax.lax.stop_gradient)"
+        )
+    return perturbed
