@@ -54,8 +54,9 @@ class EvaluateConfig(CheckpointSettings):
     samples: int = 1
     """Programs to write for each problem, for pass@10 and pass@100."""
     run_programs: bool = False
-    """Run the programs that the model writes, in processes with limits, to see whether they are right. Limits are no
-    walls: such a program can read, change and send whatever you can. Say it on a machine that has nothing to lose."""
+    """Run the programs that the model writes, in processes with limits, to see whether they are right. What keeps them
+    from files and the network depends on the machine; what is missing is printed. Run them where nothing can be
+    lost."""
     program_seconds: int = 5
     """What such a program may compute; of the clock it gets three times as much."""
     tasks: tuple[str, ...] = ()

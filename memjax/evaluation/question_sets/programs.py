@@ -1,5 +1,6 @@
 """Functions that a model writes, and the share of them that do what they should."""
 
+import contextlib
 import math
 import os
 from collections.abc import Sequence
@@ -8,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from memjax.config.sampling import SamplingConfig
 from memjax.evaluation.question_sets.ask import Examinee, Marked, write
 from memjax.evaluation.question_sets.formats import Problem
-from memjax.evaluation.question_sets.sandbox import Limits, run_program
+from memjax.evaluation.question_sets.sandbox import Limits, missing_protection, run_program, unreadable
 from memjax.evaluation.scoring import Show
+from memjax.io.console import warn
 
 _TRIES = (1, 10, 100)
 """k of the pass@k that are reported, where there are so many samples."""
@@ -54,17 +56,8 @@ def ask_problems(
     )
     passed: list[bool] = []
     if limits is not None:
-        sources = [
-            f"{problem.beginning}{text}\n{problem.tests}" for problem, (text, _) in zip(repeated, written, strict=True)
-        ]
-        pool = ThreadPoolExecutor(os.cpu_count())
-        try:
-            for outcome in pool.map(lambda source: run_program(source, limits), sources):
-                passed.append(outcome.passed)
-                show(_WRITING + (1 - _WRITING) * len(passed) / len(sources))
-        finally:
-            # After a Ctrl-C those that have not begun do not begin.
-            pool.shutdown(cancel_futures=True)
+        texts = [f"{problem.beginning}{text}" for problem, (text, _) in zip(repeated, written, strict=True)]
+        passed = _run(texts, [problem.tests for problem in repeated], limits, show)
     found = []
     for number in range(len(problems)):
         mine = slice(number * samples, (number + 1) * samples)
@@ -74,6 +67,26 @@ def ask_problems(
         texts = tuple(text for text, _ in written[mine])
         found.append(Marked(texts, metrics, written[mine.start].is_cut))
     return found
+
+
+def _run(programs: Sequence[str], tests: Sequence[str], limits: Limits, show: Show) -> list[bool]:
+    """Which programs pass their tests."""
+    passed: list[bool] = []
+    if lacks := missing_protection():
+        warn(
+            f"programs run without {', '.join(lacks)}: this user may not set that up here. Run them in a container "
+            "that has nothing to lose."
+        )
+    pool = ThreadPoolExecutor(os.cpu_count())
+    with unreadable() if lacks else contextlib.nullcontext():
+        try:
+            for outcome in pool.map(lambda program, test: run_program(program, test, limits), programs, tests):
+                passed.append(outcome.passed)
+                show(_WRITING + (1 - _WRITING) * len(passed) / len(programs))
+        finally:
+            # After a Ctrl-C those that have not begun do not begin.
+            pool.shutdown(cancel_futures=True)
+    return passed
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

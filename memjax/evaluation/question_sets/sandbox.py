@@ -1,32 +1,33 @@
-"""Runs a Python program that nobody has read, in a process with limits.
+"""Runs programs that a model wrote, in processes with limits.
 
-What is limited: CPU time, time by the clock, memory, the size of each file, open files, core dumps and, unless this
-process is root's, further processes. The program starts in an empty folder that is removed, and gets neither input nor
-this process's environment. What is not: it may use the network, and read, write and remove whatever the user may who
-started this. Programs by a model are therefore for a container or a machine that has nothing to lose.
+Limited: CPU time, elapsed time, memory, the size of each file, open files, core dumps, further processes. The program
+starts in an empty folder that is removed, without input and without this process's environment. Where the kernel
+allows it (as root, or with user namespaces), it also has no network, sees no other process, reads the file systems
+without being able to write to them, and has a few megabytes of memory for files. `missing_protection` names what a
+machine does not allow.
+
+A verdict counts only with a secret that the program cannot ask Python for. It runs in one process with its tests,
+though: a result that claims to equal everything passes them. This is a scorer, not a judge of an adversary, so run
+programs where there is nothing to lose.
 """
 
 import contextlib
+import ctypes
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import secrets
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from typing import BinaryIO
 
-_LAUNCHER = """
-import json, os, resource, sys
-for name, wanted in json.loads(sys.argv[1]).items():
-    most = resource.getrlimit(getattr(resource, name))[1]
-    limits = [value if most == resource.RLIM_INFINITY else min(value, most) for value in wanted]
-    resource.setrlimit(getattr(resource, name), limits)
-os.execv(sys.executable, [sys.executable, "-I", "-B", sys.argv[2]])
-"""
-"""Limits itself and becomes the program. In a process of its own, because code between fork and exec of a process with
-threads, as JAX's are, can wait for ever."""
+from memjax.evaluation.question_sets import sandbox_launcher
 
 _ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
@@ -37,6 +38,10 @@ _ENVIRONMENT = {
 }
 _MESSAGE_BYTES = 4096
 _REASON_LETTERS = 200
+_GRACE_SECONDS = 10
+"""Beyond its time, for the launcher to start and to end everything."""
+_DISK_BYTES, _DISK_FILES = 64 << 20, 1000
+_DUMPABLE = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,9 +49,9 @@ class Limits:
     """How much a program may use."""
 
     cpu_seconds: int = 5
-    """Time of computing."""
+    """CPU time."""
     seconds: int = 15
-    """Time by the clock, waiting included."""
+    """Elapsed time, waiting included."""
     memory_bytes: int = 1 << 30
     """Address space."""
     file_bytes: int = 1 << 20
@@ -58,41 +63,87 @@ class Outcome:
     """How a program ended."""
 
     passed: bool
-    """Whether it ran to its last line."""
+    """Whether it and its tests ran to their last line."""
     reason: str
     """Why not, in a line: the error, or the limit."""
 
 
-def run_program(source: str, limits: Limits = Limits()) -> Outcome:
-    """Whether a program runs to its end without an error; one that ends itself earlier, even with exit(0), has not."""
-    # Its last line leaves a mark whose name no program knows before it is written.
-    mark = f"passed-{secrets.token_hex(16)}"
-    with tempfile.TemporaryDirectory(prefix="memjax-program-", ignore_cleanup_errors=True) as name:
-        folder = pathlib.Path(name)
-        last = f"open({str(folder / mark)!r}, 'w').close()"
-        (folder / "program.py").write_text(f"{source}\n\n{last}\n", encoding="utf-8")
-        with (folder / "errors").open("wb") as errors:
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-c", _LAUNCHER, json.dumps(_resources(limits)), "program.py"],
-                cwd=folder,
-                env=_ENVIRONMENT | {"HOME": name, "TMPDIR": name},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                start_new_session=True,
-            )
+def run_program(program: str, tests: str = "", limits: Limits = Limits()) -> Outcome:
+    """Whether a program and then its tests run without an error; one that ends itself earlier has not passed."""
+    outcome, _ = _run(program, tests, limits)
+    return outcome
+
+
+@functools.cache
+def missing_protection() -> tuple[str, ...]:
+    """What this user and this kernel cannot give to programs, besides the limits."""
+    _, lacks = _run("", "", Limits())
+    return lacks
+
+
+@contextlib.contextmanager
+def unreadable() -> Iterator[None]:
+    """While the block runs, other processes of the same user can read neither this one's memory nor its environment.
+
+    Needed where programs see the processes of their user. Debuggers cannot attach meanwhile.
+    """
+    libc = ctypes.CDLL(None)
+    before = libc.prctl(3, 0, 0, 0, 0)
+    libc.prctl(_DUMPABLE, 0, 0, 0, 0)
+    try:
+        yield
+    finally:
+        libc.prctl(_DUMPABLE, max(before, 0), 0, 0, 0)
+
+
+def _run(program: str, tests: str, limits: Limits) -> tuple[Outcome, tuple[str, ...]]:
+    secret = secrets.token_hex(32).encode()
+    with contextlib.ExitStack() as stack:
+        folder = pathlib.Path(tempfile.mkdtemp(prefix="memjax-program-"))
+        stack.callback(_remove, folder)
+        folder.chmod(0o755)
+        errors = stack.enter_context(tempfile.TemporaryFile())
+        pipes = [os.pipe(), os.pipe()]
+        (secret_read, secret_write), (verdict_read, verdict_write) = pipes
+        for end in {secret_read, verdict_read, verdict_write}:
+            stack.callback(os.close, end)
+        os.write(secret_write, secret)
+        os.close(secret_write)
+        os.set_blocking(verdict_read, False)
+        settings = {
+            "folder": str(folder),
+            "secret": secret_read,
+            "verdict": verdict_write,
+            "seconds": limits.seconds,
+            "limits": _resources(limits),
+            "disk_bytes": _DISK_BYTES,
+            "disk_files": _DISK_FILES,
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-B", sandbox_launcher.__file__, json.dumps(settings)],
+            cwd="/",
+            env=_ENVIRONMENT | {"HOME": f"{folder}/home", "TMPDIR": f"{folder}/home"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            pass_fds=[secret_read, verdict_write],
+            start_new_session=True,
+        )
         try:
-            process.wait(limits.seconds)
+            report, _ = process.communicate(json.dumps([program, tests]).encode(), limits.seconds + _GRACE_SECONDS)
         except subprocess.TimeoutExpired:
-            return Outcome(False, f"stopped after {limits.seconds} s by the clock")
+            report = b""
         finally:
             # The whole group, so that no child stays behind.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        if (folder / mark).exists() and process.returncode == 0:
-            return Outcome(True, "")
-        return Outcome(False, _reason(process.returncode, folder / "errors", limits))
+            process.communicate()
+        try:
+            found = json.loads(report)
+        except ValueError:
+            return Outcome(False, "the process that watches it was ended"), ()
+        passed = found["code"] == 0 and _read(verdict_read) == secret
+        return Outcome(passed, "" if passed else _reason(found["code"], errors, limits)), tuple(found["lacks"])
 
 
 def _resources(limits: Limits) -> dict[str, tuple[int, int]]:
@@ -109,14 +160,40 @@ def _resources(limits: Limits) -> dict[str, tuple[int, int]]:
     return {"RLIMIT_CPU": cpu} | {name: (value, value) for name, value in most.items()}
 
 
-def _reason(code: int, errors: pathlib.Path, limits: Limits) -> str:
+def _read(pipe: int) -> bytes:
+    try:
+        return os.read(pipe, 4096)
+    except BlockingIOError:
+        return b""
+
+
+def _reason(code: int | None, errors: BinaryIO, limits: Limits) -> str:
+    if code is None:
+        return f"stopped after {limits.seconds} s by the clock"
     if code == -signal.SIGXCPU:
         return f"stopped after {limits.cpu_seconds} s of computing"
     if code < 0:
         return f"stopped by {signal.Signals(-code).name}"
-    with contextlib.suppress(OSError), errors.open("rb") as file:
-        file.seek(max(0, errors.stat().st_size - _MESSAGE_BYTES))
-        lines = file.read().decode(errors="replace").strip().splitlines()
-        if lines:
-            return lines[-1][:_REASON_LETTERS]
+    errors.seek(max(0, os.fstat(errors.fileno()).st_size - _MESSAGE_BYTES))
+    lines = errors.read(_MESSAGE_BYTES).decode(errors="replace").strip().splitlines()
+    if lines:
+        return lines[-1][:_REASON_LETTERS]
     return "it ended before its last line" if code == 0 else f"it ended with exit code {code}"
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """Removes a folder, however deep what a program has left in it: what is below is moved up first."""
+    count = 0
+    with contextlib.suppress(OSError):
+        while entries := list(os.scandir(folder)):
+            for entry in entries:
+                if not stat.S_ISDIR(entry.stat(follow_symlinks=False).st_mode):
+                    os.unlink(entry.path)
+                    continue
+                for inner in list(os.scandir(entry.path)):
+                    if inner.is_dir(follow_symlinks=False):
+                        os.chmod(inner.path, 0o700)  # to move a folder, one must be able to write into it
+                    os.rename(inner.path, folder / f".{count}")
+                    count += 1
+                os.rmdir(entry.path)
+        folder.rmdir()

@@ -1,0 +1,302 @@
+"""The process that runs a program for `sandbox`: started alone by its path, it imports nothing of memjax.
+
+Three processes, each forked from the one before: this one enters new namespaces, the second is the first in them,
+mounts, waits and reports, the third becomes the program. Everything that needs rights is tried; what cannot be had is
+reported under `lacks`.
+"""
+
+import collections
+import contextlib
+import ctypes
+import functools
+import json
+import operator
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+import types
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+PROCESSES = "a process namespace"
+NETWORK = "a network namespace"
+FILES = "read-only file systems"
+USER = "a user without rights"
+
+_NOBODY = 65534
+_NEW = {PROCESSES: 0x20000000, NETWORK: 0x40000000, FILES: 0x00020000, "ipc": 0x08000000}
+"""CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWNS, CLONE_NEWIPC."""
+_NEW_USER = 0x10000000
+_READ_ONLY, _NO_SUID, _NO_DEVICES, _NO_EXEC, _REMOUNT, _BIND, _RECURSIVE, _PRIVATE = (
+    *(1, 2, 4, 8),
+    *(32, 4096, 16384, 1 << 18),
+)
+_FLAGS = {"nosuid": 2, "nodev": 4, "noexec": 8, "noatime": 1024, "nodiratime": 2048, "relatime": 1 << 21}
+"""Options of a mount that a user namespace must keep."""
+_DEATH_SIGNAL, _DUMPABLE, _SUBREAPER, _NO_NEW_PRIVILEGES = 1, 4, 36, 38
+_CAPABILITY_VERSION = 0x20080522
+
+_FORBIDDEN = (
+    *("gc.get_objects", "gc.get_referrers", "gc.get_referents", "sys._current_frames"),
+    *("sys.settrace", "sys.setprofile", "sys.monitoring.register_callback"),
+    *("ctypes.cdata", "ctypes.cdata/buffer", "ctypes.string_at", "ctypes.wstring_at", "ctypes.PyObj_FromPtr"),
+)
+"""Audited events of programs that look into the interpreter for the secret, or skip lines of the tests."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def main() -> NoReturn:
+    """Runs the program of standard input as the first argument says; reports on standard output."""
+    settings = json.loads(sys.argv[1])
+    program, tests = json.loads(sys.stdin.buffer.read())
+    lacks = _enter_namespaces()
+    # Changes of user and namespace clear both.
+    _prctl(_DEATH_SIGNAL, signal.SIGKILL)
+    _prctl(_DUMPABLE, 0)
+    first = os.fork()
+    if first:
+        os.waitpid(first, 0)
+        os._exit(0)
+    _prctl(_SUBREAPER, 1)
+    folder = settings["folder"]
+    if FILES not in lacks and not _mount(folder, settings["disk_bytes"], settings["disk_files"]):
+        lacks.append(FILES)
+    user = _user()
+    _prctl(_DEATH_SIGNAL, signal.SIGKILL)
+    _prctl(_DUMPABLE, 0)
+    if user == 0:
+        lacks.append(USER)
+    home = os.path.join(folder, "home")
+    os.makedirs(home, exist_ok=True)
+    if os.geteuid() == 0:
+        os.chown(home, user, user)
+    # The report is written where the program cannot.
+    report, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    child = os.fork()
+    if child == 0:
+        os.closerange(3, settings["secret"])
+        os.closerange(settings["verdict"] + 1, 4096)
+        os.chdir(home)
+        _become(program, tests, settings, user)
+    code = _wait(child, settings["seconds"])
+    _end_children()
+    os.write(report, json.dumps({"lacks": lacks, "code": code}).encode())
+    os._exit(0)
+
+
+def _prctl(option: int, value: int) -> None:
+    _libc.prctl(option, ctypes.c_ulong(value), *[ctypes.c_ulong(0)] * 3)
+
+
+def _enter_namespaces() -> list[str]:
+    """Enters namespaces; returns those that could not be had."""
+    if os.geteuid() != 0:
+        probe = os.fork()
+        if probe == 0:
+            os._exit(0 if _enter_as_user() else 1)
+        if os.waitpid(probe, 0)[1] == 0 and _enter_as_user():
+            return []
+    return [name for name, flag in _NEW.items() if _libc.unshare(flag) != 0 and name != "ipc"]
+
+
+def _enter_as_user() -> bool:
+    """Enters all namespaces by way of one of users, which may be half done afterwards; whether it is whole."""
+    user, group = os.geteuid(), os.getegid()
+    if _libc.unshare(functools.reduce(operator.or_, _NEW.values(), _NEW_USER)) != 0:
+        return False
+    maps = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
+    try:
+        for name, text in maps.items():
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+    except OSError:
+        return False
+    return True
+
+
+def _mount(folder: str, size: int, files: int) -> bool:
+    """Makes every file system read-only but a small new one at the folder; whether that could be done."""
+
+    def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> bool:
+        words = [os.fsencode(word) if word is not None else None for word in (source, target, kind)]
+        return _libc.mount(*words, ctypes.c_ulong(flags), data.encode() if data is not None else None) == 0
+
+    small = f"size={size},nr_inodes={files},mode=755"
+    if not (
+        mount("none", "/", None, _RECURSIVE | _PRIVATE)
+        and mount("none", folder, "tmpfs", _NO_SUID | _NO_DEVICES, small)
+    ):
+        return False
+    # Python may lie where only its owner can read.
+    for number, place in enumerate(sys.path):
+        if os.path.isdir(place):
+            readable = os.path.join(folder, f"python{number}")
+            os.mkdir(readable)
+            if mount(place, readable, None, _BIND):
+                _move_imports(place, readable)
+    if not mount("proc", "/proc", "proc", _NO_SUID | _NO_DEVICES | _NO_EXEC):
+        mount("none", "/proc", "tmpfs", _READ_ONLY)
+    all_done = True
+    for place, flags in _mounts():
+        if place != folder:
+            all_done &= mount("none", place, None, _REMOUNT | _BIND | _READ_ONLY | flags)
+    return all_done
+
+
+def _move_imports(old: str, new: str) -> None:
+    """Has modules that are imported from now on read from another folder."""
+    sys.path[:] = [new if place == old else place for place in sys.path]
+    sys.path_importer_cache.clear()
+    for module in list(sys.modules.values()):
+        if folders := getattr(module, "__path__", None):
+            module.__path__ = [
+                new + folder.removeprefix(old) if f"{folder}/".startswith(f"{old}/") else folder for folder in folders
+            ]
+
+
+def _mounts() -> list[tuple[str, int]]:
+    """All places where something is mounted, with the flags that it has."""
+    found = []
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            place, options = line.split()[4:6]
+            for code, letter in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+                place = place.replace(code, letter)
+            found.append((place, functools.reduce(operator.or_, [_FLAGS.get(o, 0) for o in options.split(",")])))
+    return found
+
+
+def _user() -> int:
+    """The user to become: nobody for root, if nobody can then read Python's library and root may become him."""
+    if os.geteuid() != 0:
+        return os.geteuid()
+    library = next((place for place in sys.path if os.path.exists(os.path.join(place, "os.py"))), "")
+    try:
+        os.seteuid(_NOBODY)
+        try:
+            os.listdir(library)
+        finally:
+            os.seteuid(0)
+    except OSError:
+        return 0
+    return _NOBODY
+
+
+def _wait(child: int, seconds: float) -> int | None:
+    """How the child ended, as subprocess gives it; None if it has not after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while True:
+        while True:
+            try:
+                ended, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return None
+            if ended == child:
+                return os.waitstatus_to_exitcode(status)
+            if ended == 0:
+                break
+        left = deadline - time.monotonic()
+        if left <= 0 or signal.sigtimedwait([signal.SIGCHLD], left) is None:
+            return None
+
+
+def _end_children() -> None:
+    """Kills and reaps every process that came from the program; orphans have this one as parent."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            for name in os.listdir("/proc"):
+                if name.isdecimal() and _parent(name) == os.getpid():
+                    os.kill(int(name), signal.SIGKILL)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(0.001)
+
+
+def _parent(process: str) -> int | None:
+    try:
+        with open(f"/proc/{process}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _become(program: str, tests: str, settings: dict[str, Any], user: int) -> NoReturn:
+    """Runs the program, then its tests, then writes the secret to the verdict; all in this process, with limits."""
+    leave, write, describe = os._exit, os.write, traceback.format_exception_only
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    os.setsid()
+    _limit(settings["limits"])
+    _drop_rights(user)
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"], names = module, module.__dict__
+    sys.argv[1:] = []
+    sys.addaudithook(_guard())
+    secret, verdict, code = settings["secret"], settings["verdict"], 1
+    try:
+        # The secret has no name: it lies in the arguments of a call that is under way, which frames do not show.
+        collections.deque(
+            map(
+                operator.call,
+                (
+                    functools.partial(exec, compile(program, "program.py", "exec"), names),
+                    functools.partial(exec, compile(tests, "tests.py", "exec"), names),
+                    functools.partial(write, verdict, os.read(secret, 64)),
+                ),
+            ),
+            maxlen=0,
+        )
+        code = 0
+    except SystemExit as error:
+        code = 0 if error.code is None else error.code & 255 if isinstance(error.code, int) else 1
+        with contextlib.suppress(BaseException):
+            print("" if isinstance(error.code, int | None) else error.code, file=sys.stderr, flush=True)
+    except BaseException as error:
+        write(2, "\n".join(["", *describe(error)]).encode(errors="replace"))
+    finally:
+        leave(code)
+
+
+def _limit(limits: dict[str, tuple[int, int]]) -> None:
+    for name, wanted in limits.items():
+        number = getattr(resource, name)
+        most = resource.getrlimit(number)[1]
+        soft, hard = (value if most == resource.RLIM_INFINITY else min(value, most) for value in wanted)
+        resource.setrlimit(number, (soft, hard))
+
+
+def _drop_rights(user: int) -> None:
+    if user != os.geteuid():
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+    _prctl(_NO_NEW_PRIVILEGES, 1)
+    header, none = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()
+    _libc.capset(header, none)
+    _prctl(_DEATH_SIGNAL, signal.SIGKILL)
+    _prctl(_DUMPABLE, 0)
+
+
+def _guard() -> Callable[[str, tuple[Any, ...]], None]:
+    forbidden, write, leave = frozenset(_FORBIDDEN), os.write, os._exit
+
+    def guard(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in forbidden:
+            write(2, f"PermissionError: a program may not use {event}".encode())
+            leave(1)
+
+    return guard
+
+
+if __name__ == "__main__":
+    main()
