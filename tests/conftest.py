@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -61,6 +62,14 @@ def _forget_compiled_programs() -> Iterator[None]:
     """What a module compiled is of no use to others, and a heap of gigabytes makes every garbage collection slow."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def heeding_hangups() -> Iterator[None]:
+    """SIGHUP ends programs, also where the tests themselves run under nohup, which has it ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture

@@ -219,6 +219,8 @@ def _start(config: ProcessesConfig, launch: Launch) -> None:
 
     # Programs that a CPU has under way at the same time would talk to the other processes in any order.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    # It would take SIGTERM away from the handlers that are there, and training agrees by itself on when to stop.
+    jax.config.update("jax_enable_preemption_service", False)
     # JAX would end the process with a stack trace of its own.
     timer = threading.Timer(config.start_timeout, too_late)
     timer.daemon = True

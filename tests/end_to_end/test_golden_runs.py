@@ -1,7 +1,7 @@
 """Runs that an older version left half-way are loaded and resumed as that version would have done it.
 
-The archives are made by tests/fixtures/make_runs.py. On the machine that made them logits and losses are equal bit for
-bit; other processors and other code generators of XLA add up in another order, hence the tolerance.
+The archives are made by tests/fixtures/make_runs.py. Processors and code generators of XLA add up in different orders,
+hence the tolerance.
 """
 
 import functools

@@ -113,6 +113,7 @@ def without_times(rows: list[dict]) -> list[dict]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("heeding_hangups")
 def test_kills_and_signals_leave_no_trace(arrays_of, tmp_path):
     runs = Runs(tmp_path)
     code, output = runs.finish("straight")

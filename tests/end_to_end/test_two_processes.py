@@ -41,6 +41,7 @@ class Runs:
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
+        self.started: list[subprocess.Popen[str]] = []
         rng = np.random.default_rng(0)
         lines = ["".join(rng.choice(list("abcdefgh "), size=40)) for _ in range(60)]
         (folder / "corpus.txt").write_text("\n".join(lines))
@@ -57,9 +58,11 @@ class Runs:
             "PYTHONPATH": str(ROOT),
         }
         pipe = subprocess.PIPE
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, cwd=self.folder, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True
         )
+        self.started.append(process)
+        return process
 
     def start_two(self, name: str) -> list[subprocess.Popen[str]]:
         with socket.socket() as free:
@@ -82,6 +85,16 @@ class Runs:
         return load(RunConfig, self.folder / "config.yaml", MEMORY.split())
 
 
+@pytest.fixture
+def runs(tmp_path):
+    """What a failed test has started does not go on without it."""
+    runs = Runs(tmp_path)
+    yield runs
+    for process in runs.started:
+        process.kill()
+        process.communicate()
+
+
 def ends(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
     outputs = [process.communicate(timeout=200)[0] for process in processes]
     return [process.returncode for process in processes], outputs
@@ -89,9 +102,7 @@ def ends(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_kill_and_a_signal_to_one_of_two_processes_leave_no_trace(arrays_of, tmp_path):
-    runs = Runs(tmp_path)
-
+def test_a_kill_and_a_signal_to_one_of_two_processes_leave_no_trace(arrays_of, runs):
     first, second = runs.start_two("two")
     while first.poll() is None and not (len(runs.rows("two")) > 6 and runs.checkpoints("two").latest()):
         time.sleep(0.05)

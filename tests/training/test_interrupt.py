@@ -41,14 +41,6 @@ run_program(main)
 """
 
 
-@pytest.fixture
-def heard():
-    """SIGHUP ends programs, also where the tests themselves run under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
 def start(*arguments: str) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
     process = subprocess.Popen(
@@ -59,7 +51,8 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     return process
 
 
-def test_every_signal_that_ends_programs_is_caught(heard):
+@pytest.mark.usefixtures("heeding_hangups")
+def test_every_signal_that_ends_programs_is_caught():
     assert {number.name for number in SIGNALS} == {f"SIG{name}" for name in NAMES}
     before = [signal.getsignal(number) for number in SIGNALS]
     for number in SIGNALS:

@@ -16,17 +16,15 @@ import pytest
 
 from memjax import train
 from memjax.checkpoint import CheckpointError, Checkpoints
-from memjax.data import loader
 from memjax.data.dataset import Dataset
+from memjax.data.loader import TrainingData
 from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.errors import DataError
-from memjax.evaluation import perplexity
 from memjax.memory import sharded
 from memjax.monitoring import metrics
 from memjax.runs.load import load
 from memjax.sharding.mesh import make_mesh
-from memjax.training import main
-from memjax.training import step as step_module
+from memjax.training import main, trainer
 from memjax.training.program import Trainer
 
 SETTINGS = """
@@ -141,7 +139,7 @@ def test_a_run_that_would_learn_nothing_ends_with_2(run, tmp_path):
 def data_with(event: Callable[[], None], before_batch: int) -> type:
     """The run's data, with something that happens once, before a batch is given."""
 
-    class Eventful(loader.TrainingData):
+    class Eventful(TrainingData):
         def __next__(self):
             self.calls = getattr(self, "calls", 0) + 1
             if self.calls == before_batch:
@@ -166,7 +164,7 @@ def test_what_the_host_meets_ends_a_run_only_after_its_steps_are_saved(run, tmp_
 
     def ended_by(event: Callable[[], None], before_batch: int) -> tuple[int, str]:
         with monkeypatch.context() as patch:
-            patch.setattr(loader, "TrainingData", data_with(event, before_batch))
+            patch.setattr(trainer, "TrainingData", data_with(event, before_batch))
             return run("host", *settings)
 
     code, printed = ended_by(raises(DataError("corpus.txt: line 9 is damaged")), 1)
@@ -189,6 +187,7 @@ def test_what_the_host_meets_ends_a_run_only_after_its_steps_are_saved(run, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("heeding_hangups")
 def test_a_validation_that_a_signal_cuts_short_is_made_up(run, tmp_path, monkeypatch):
     settings = ["--model.num_layers", "1", "--model.memory", "null", "--train.steps", "4", "--log.tensorboard", "false"]
     settings += ["--data.validation_fraction", "0.2", "--eval.every", "2"]
@@ -237,7 +236,7 @@ def test_a_run_whose_newest_checkpoint_has_no_tables_goes_on_from_the_newest_tha
     ]
     often = ["--checkpoint.every", "1", "--checkpoint.tables", "every 3", "--checkpoint.keep", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr(loader, "TrainingData", data_with(raises(jax.errors.JaxRuntimeError("INTERNAL: gone")), 6))
+        patch.setattr(trainer, "TrainingData", data_with(raises(jax.errors.JaxRuntimeError("INTERNAL: gone")), 6))
         with pytest.raises(jax.errors.JaxRuntimeError):
             run("light", *small, *often)
     assert re.search(r"\d\.\d s   drawing parameters and tables\n", capsys.readouterr().out), "what takes its time"
@@ -268,10 +267,10 @@ def steps_in(folder: pathlib.Path) -> list[int]:
 
 @pytest.mark.slow
 def test_a_run_that_meets_a_nan_keeps_its_last_good_state_and_can_be_mended(tiny, run, tmp_path, monkeypatch):
-    make_train_step = step_module.make_train_step
+    make_train_step = trainer.make_train_step
 
-    def make_poisoned_step(trainer, mesh):
-        healthy, poisoned, calls = make_train_step(trainer, mesh), make_train_step(trainer, mesh), []
+    def make_poisoned_step(program, mesh):
+        healthy, poisoned, calls = make_train_step(program, mesh), make_train_step(program, mesh), []
 
         def step(state, batch):
             calls.append(batch)
@@ -285,7 +284,7 @@ def test_a_run_that_meets_a_nan_keeps_its_last_good_state_and_can_be_mended(tiny
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(step_module, "make_train_step", make_poisoned_step)
+        patch.setattr(trainer, "make_train_step", make_poisoned_step)
         code, printed = run("run")
     assert code == 5, printed
     # The loss is a number and so is the gradient of all but the table, but the step has looked further.
@@ -310,7 +309,7 @@ def test_a_run_that_meets_a_nan_keeps_its_last_good_state_and_can_be_mended(tiny
     assert "model.ffn_dim" in printed
     assert steps_in(folder) == list(range(1, BAD_STEP))
     with monkeypatch.context() as patch:
-        patch.setattr(perplexity, "validation_loss", slow_validation)
+        patch.setattr(trainer, "validation_loss", slow_validation)
         extra = ["--log.profile.start", "9", "--log.profile.steps", "2"]
         code, printed = run("run", "--optim.lr", "0.003", "--checkpoint.every", "5", "--allow_changed", *extra)
     assert code == 0, printed
