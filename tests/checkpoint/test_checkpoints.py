@@ -99,7 +99,14 @@ def data_files(folder):
     return sorted(path for path in pathlib.Path(folder).rglob("*") if path.is_file() and path.parent.name == "d")
 
 
-@pytest.mark.parametrize(("shape", "block_bytes"), [((8, 1), 100), ((2, 4), 2 << 30), (None, 100)])
+@pytest.mark.parametrize(
+    ("shape", "block_bytes"),
+    [
+        pytest.param((8, 1), 100, marks=pytest.mark.slow),
+        ((2, 4), 2 << 30),
+        pytest.param(None, 100, marks=pytest.mark.slow),
+    ],
+)
 def test_every_dtype_comes_back_bit_for_bit_on_another_mesh(tmp_path, shape, block_bytes):
     state = host_state()
     documents = {"meta": {"config": {"a": [1, 2.5, None]}}, "data_iter": {"position": 3, "names": ["ä"]}}
@@ -333,6 +340,7 @@ for step in range(first, first + 10000):
 """
 
 
+@pytest.mark.slow
 def test_after_a_kill_every_listed_step_can_be_read(tmp_path):
     generator = random.Random(0)
     target = {

@@ -87,6 +87,7 @@ def test_models_that_cannot_get_a_memory_are_refused(dense, beside):
         upcycle(dense, MemoryConfig(layers=(2,), **SIZES))
 
 
+@pytest.mark.slow
 def test_a_run_becomes_a_run(dense, tmp_path):
     write_run(tmp_path / "dense", dense, ByteTokenizer(), RunConfig(model=DENSE))
     upcycle_run(tmp_path / "dense", tmp_path / "memory", BESIDE, seed=1)

@@ -40,6 +40,7 @@ def run(**env: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing_and_damage_is_compiled_again(tmp_path):
     cache = {"XDG_CACHE_HOME": str(tmp_path)}
     value, hits, misses, name = run(**cache)

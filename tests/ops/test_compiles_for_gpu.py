@@ -91,6 +91,7 @@ for kind in ("rowwise_adam", "adam"):
 """
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_sm_90():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"JAX_PLATFORMS": "cpu"}

@@ -207,6 +207,7 @@ def logits_by_hand(arrays: dict[str, np.ndarray], tokens: list[int]) -> np.ndarr
     return rms_norm(x, a["norm.weight"]) @ a["output.weight"].T
 
 
+@pytest.mark.slow
 def test_a_whole_checkpoint_becomes_a_run_with_the_same_logits(tmp_path, fixture_arrays):
     config = from_official(FIXTURE, tmp_path / "run", tokenizer="byte")
     assert config.model.memory is not None
