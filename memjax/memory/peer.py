@@ -14,6 +14,7 @@ from memjax.memory.keys import Lookup, ProductKeys, check_width
 from memjax.memory.table import ValueTable
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.shapes import require
+from memjax.ops.table import Table
 from memjax.sharding.axes import fold, unfold
 
 
@@ -164,5 +165,5 @@ class ExpertLookupLayer(nnx.Module):
         """Taps for a batch of num_tokens tokens and tables of the given type."""
         return ExpertTaps.zeros(num_tokens, self.keys.num_heads * self.keys.top_k, self.dim, table_dtype)
 
-    def _rows(self, table: ValueTable, name: str) -> Float[Array, "n dim"]:
+    def _rows(self, table: ValueTable, name: str) -> Table | Float[Array, "n dim"]:
         return table.rows_for(self.keys.num_slots, self.dim, name=f"the table of the experts' {name}")

@@ -30,6 +30,7 @@ from memjax.ops.row_update import dense
 from memjax.ops.row_update.api import check_state, row_update
 from memjax.ops.row_update.rules import RowRule, RowStep, TableState
 from memjax.ops.shapes import require
+from memjax.ops.table import Table
 from memjax.sharding.axes import (
     BAGS,
     COLUMNS,
@@ -59,7 +60,7 @@ def search(
 
 
 def bag(
-    table: Float[Array, "n d"],
+    table: Table | Float[Array, "n d"],
     indices: Int[Array, "t k"],
     weights: Float[Array, "t k"],
     tap: Float[Array, "t d"] | None = None,
@@ -80,7 +81,7 @@ def bag(
         out = unsharded(run, indices)(table, indices, weights)
         return out if tap is None else out + tap
 
-    def local(table: Array, indices: Array, weights: Array, *taps: Array) -> Array:
+    def local(table: Table | Array, indices: Array, weights: Array, *taps: Array) -> Array:
         indices, weights = (jax.lax.all_gather(picks, MEMORY, tiled=True) for picks in (indices, weights))
         out = sum(taps, start=run(table, indices, weights))
         return jax.lax.all_to_all(out, MEMORY, split_axis=0, concat_axis=1, tiled=True)
@@ -91,7 +92,7 @@ def bag(
 
 
 def dot(
-    table: Float[Array, "n d"],
+    table: Table | Float[Array, "n d"],
     indices: Int[Array, "t k"],
     vectors: Float[Array, "t d"],
     tap: Float[Array, "t k"] | None = None,
@@ -109,7 +110,7 @@ def dot(
         out = unsharded(run, indices)(table, indices, vectors)
         return out if tap is None else out + tap, vectors
 
-    def local(table: Array, indices: Array, vectors: Array, *taps: Array) -> tuple[Array, Array]:
+    def local(table: Table | Array, indices: Array, vectors: Array, *taps: Array) -> tuple[Array, Array]:
         indices = jax.lax.all_gather(indices, MEMORY, tiled=True)
         columns = jax.lax.all_to_all(vectors, MEMORY, split_axis=1, concat_axis=0, tiled=True)
         out = jax.lax.psum_scatter(run(table, indices, columns), MEMORY, scatter_dimension=0, tiled=True)

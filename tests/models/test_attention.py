@@ -133,6 +133,5 @@ def test_entries_are_written_at_the_places_of_their_rows_and_not_beyond_the_cach
     expected = cache.copy()
     for row, number in ((0, 0), (0, 1), (1, 0)):
         expected[row, :, places[row, number]] = new[row, number]
-    arrays = (jnp.asarray(array, jnp.float32) for array in (cache, new))
-    found = write(*arrays, jnp.asarray(places), by_rows=by_rows)
+    found = write(jnp.asarray(cache, jnp.float32), jnp.asarray(new, jnp.float32), jnp.asarray(places), by_rows=by_rows)
     np.testing.assert_array_equal(found, expected.astype(np.float32))

@@ -212,7 +212,7 @@ def test_a_format_of_somebody_else_is_read_like_any_other(implementation, monkey
 def test_kernels_read_rows_at_an_address_in_host_memory(name, width, group):
     table, _ = make(name, width, group)
     payload = np.array(table.rows)
-    address = np.frombuffer(ctypes.c_uint64(payload.ctypes.data), np.uint32)
+    address = np.frombuffer(bytes(ctypes.c_uint64(payload.ctypes.data)), np.uint32)
     pinned = dataclasses.replace(table, rows=jnp.asarray(address), place="host", pinned=table.shape)
     assert pinned.shape == table.shape
     check(pinned, by_hand(table), "triton")
