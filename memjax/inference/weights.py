@@ -1,7 +1,9 @@
 """A model's weights as decoding reads them: projections of one input joined, matrices in the type of the activations.
 
-A decoding step is bound by reading weights, so each matrix is read once, by as few products as there are inputs. No
-number changes: the model computes with the same casts, and a joined product has the same columns.
+A decoding step is bound by reading weights, so each matrix is read once, by as few products as there are inputs.
+Matrices of blocks are stored as [outputs, inputs]: XLA for GPUs turns the product of a single row into a reduction, and
+a reduction along rows is one kernel at the pace of the memory, while one along columns takes several times as long. The
+model computes with the same casts, so only the order of sums differs.
 """
 
 import operator
@@ -27,13 +29,14 @@ class JoinedAttention(Attention):
     def __init__(self, attention: Attention):
         """Takes over the parameters of an attention layer."""
         for name, value in vars(attention).items():
-            if name not in ("query", "key", "value") and not name.startswith("_"):
+            if name not in ("query", "key", "value", "out") and not name.startswith("_"):
                 setattr(self, name, value)
         self.joined = Joined(attention.query, attention.key, attention.value)
+        self.out = Joined(attention.out)
 
     def query_key_value(self, x: Float[Array, "b s dim"]) -> list[Float[Array, "b s width"]]:
         """The three projections, by one product."""
-        return self.joined(x)
+        return self.joined.split(x)
 
 
 class JoinedFeedForward(FeedForward):
@@ -42,33 +45,37 @@ class JoinedFeedForward(FeedForward):
     def __init__(self, feed_forward: FeedForward):
         """Takes over the parameters of a feed-forward layer."""
         self.joined = Joined(feed_forward.gate, feed_forward.up)
-        self.down = feed_forward.down
+        self.down = Joined(feed_forward.down)
 
     def __call__(self, x: Float[Array, "*b dim"]) -> Float[Array, "*b dim"]:
         """The layer's output."""
-        gate, up = self.joined(x)
+        gate, up = self.joined.split(x)
         return self.down(nnx.silu(gate) * up)
 
 
 class Joined(nnx.Module):
-    """Linear layers that read the same input, stored as one."""
+    """Linear layers that read the same input, or a single one, stored as one matrix with a row for each output."""
 
     def __init__(self, *layers: nnx.Linear):
         """Joins the layers' matrices; all of them have a bias, or none."""
         self.ends = tuple(sum(layer.out_features for layer in layers[: count + 1]) for count in range(len(layers) - 1))
         self.dtype = layers[0].dtype
-        self.kernel = nnx.Param(jnp.concatenate([layer.kernel[...] for layer in layers], axis=1))
+        self.rows = nnx.Param(jnp.concatenate([layer.kernel[...].T for layer in layers]))
         biases = [layer.bias[...] for layer in layers if layer.bias is not None]
         self.bias = nnx.Param(jnp.concatenate(biases)) if biases else None
 
-    def __call__(self, x: Float[Array, "*b inputs"]) -> list[Float[Array, "*b outputs"]]:
-        """What each layer makes of x."""
-        kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
-        x, kernel, bias = promote_dtype((x, kernel, bias), dtype=self.dtype)
-        out = x @ kernel
+    def __call__(self, x: Float[Array, "*b inputs"]) -> Float[Array, "*b outputs"]:
+        """What the layers make of x, side by side."""
+        rows, bias = self.rows[...], None if self.bias is None else self.bias[...]
+        x, rows, bias = promote_dtype((x, rows, bias), dtype=self.dtype)
+        out = jax.lax.dot_general(x, rows, (((x.ndim - 1,), (1,)), ((), ())))
         if bias is not None:
             out += jnp.broadcast_to(bias, out.shape)
-        return jnp.split(out, self.ends, axis=-1)
+        return out
+
+    def split(self, x: Float[Array, "*b inputs"]) -> list[Float[Array, "*b outputs"]]:
+        """What each layer makes of x."""
+        return jnp.split(self(x), self.ends, axis=-1)
 
 
 def prepare(model: Decoder) -> Decoder:

@@ -56,8 +56,8 @@ def test_tables_and_vectors_stay_the_models_own_and_matrices_are_narrowed():
     assert ready.norm.scale[...] is model.norm.scale[...]
     attention = ready.blocks[0].attention
     assert isinstance(attention, JoinedAttention)
-    assert ready.embed.embedding.dtype == attention.joined.kernel.dtype == jnp.bfloat16
-    assert attention.joined.kernel.shape == (16, 16 + 8 + 8)
+    assert ready.embed.embedding.dtype == attention.joined.rows.dtype == jnp.bfloat16
+    assert attention.joined.rows.shape == (16 + 8 + 8, 16)
     # The model is as it was.
     assert model.embed.embedding.dtype == model.blocks[0].attention.query.kernel.dtype == jnp.float32
 
