@@ -11,6 +11,7 @@ With --small (for CPUs) a few cases of small sizes run, and the figures say noth
 
 import argparse
 import importlib.util
+import itertools
 import pathlib
 import shlex
 import sys
@@ -25,44 +26,61 @@ from train_step import SMALL, SMALL_MEMORY
 from memjax.config.load import load
 from memjax.config.run import RunConfig
 
-COLUMNS = ("model", "batch", "prompt", "first token ms", "ms a token", "tokens/s", "of dense", "of transformers")
+COLUMNS = (
+    "model",
+    "batch",
+    "prompt",
+    "first token ms",
+    "ms a token",
+    "streamed ms",
+    "tokens/s",
+    "of dense",
+    "of transformers",
+)
 COLUMNS += ("compile s", "peak GB", "note")
 KEY = ("model", "batch", "prompt")
 
 PARTS = ("dense", "memory", "transformers", "attention")
 
 
-def processes(arguments: argparse.Namespace) -> dict[str, list[tuple[str, cases.Row]]]:
-    """Scripts and their cases, by part."""
+def processes(arguments: argparse.Namespace) -> list[tuple[str, str, cases.Row]]:
+    """Parts, scripts and their cases, in the order in which they run: what long prompts cost comes last."""
     small = arguments.small
     dense, memory_plus = (
         str(cases.ROOT / f"configs/{arguments.size}_{kind}.yaml") for kind in ("dense", "memory_plus_1m")
     )
-    sizes = [(1, 16), (2, 16)] if small else [(1, 512), (8, 512), (64, 512), (1, 4096), (8, 4096), (64, 4096)]
-    shared = {"sizes": sizes, "new": 8 if small else 64, "rounds": 1 if small else arguments.rounds}
-
-    def memjax(name: str, preset: str, *settings: str) -> tuple[str, cases.Row]:
-        words = [*SMALL.split(), *(SMALL_MEMORY.split() if preset == memory_plus else [])] if small else []
-        words += ["--model.param_dtype", "float32" if small else "bfloat16", *settings]
-        profile = str(arguments.out / "profiles" / name.replace(" ", "-")) if arguments.profile else None
-        case = {"kind": "engine", "model": name, "preset": preset, "settings": words, "profile": profile}
-        return "inference_case.py", case | shared
-
-    memory_settings = ["--model.memory.num_keys", "16"] if small else []
+    words = [*SMALL.split(), "--model.param_dtype", "float32"] if small else ["--model.param_dtype", "bfloat16"]
+    memory_words = [*words, *SMALL_MEMORY.split(), "--model.memory.num_keys", "16"] if small else words
     model = load(RunConfig, pathlib.Path(dense), SMALL.split() if small else []).model
     names = ("dim", "num_layers", "num_heads", "kv_heads", "ffn_dim", "vocab_size", "rope_theta", "norm_eps")
     shape = {name: getattr(model, name) for name in names}
-    peers = [
-        ("inference_peer.py", {"model": f"transformers, {cache} cache", "cache": cache, "shape": shape} | shared)
-        for cache in ("dynamic", "static")
-    ]
+    lengths = (16,) if small else (512, 4096)
+    # Steady decoding goes in chunks of the longest kind.
+    counts = {"new": 8, "chunk": 4, "rounds": 1} if small else {"new": 96, "chunk": 32, "rounds": arguments.rounds}
+
+    def of_length(length: int) -> list[tuple[str, str, cases.Row]]:
+        shared = {"sizes": [(batch, length) for batch in ((1, 2) if small else (1, 8, 64))], **counts}
+
+        def memjax(part: str, name: str, preset: str, settings: list[str]) -> tuple[str, str, cases.Row]:
+            profile = str(arguments.out / "profiles" / name.replace(" ", "-")) if arguments.profile else None
+            case = {"kind": "engine", "model": name, "preset": preset, "settings": settings, "profile": profile}
+            return part, "inference_case.py", case | shared
+
+        def transformers(cache: str) -> tuple[str, str, cases.Row]:
+            case = {"model": f"transformers, {cache} cache", "cache": cache, "shape": shape}
+            return "transformers", "inference_peer.py", case | shared
+
+        return [
+            memjax("dense", "dense", dense, words),
+            transformers("static"),
+            memjax("memory", "Memory+", memory_plus, memory_words),
+            transformers("dynamic"),
+        ]
+
+    sizes = [(1, 16), (2, 16)] if small else [(batch, length) for length in lengths for batch in (1, 8, 64)]
     attention = {"kind": "attention", "model": "decode attention", "heads": model.num_heads, "width": model.head_width}
-    return {
-        "dense": [memjax("dense", dense)],
-        "memory": [memjax("Memory+", memory_plus, *memory_settings)],
-        "transformers": peers,
-        "attention": [("inference_case.py", attention | {"small": small} | shared)],
-    }
+    attention |= {"small": small, "sizes": sizes, **counts}
+    return [*itertools.chain(*map(of_length, lengths)), ("attention", "inference_case.py", attention)]
 
 
 def compare(rows: list[cases.Row]) -> None:
@@ -85,19 +103,20 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help=f"parts: {' '.join(PARTS)}")
     parser.add_argument("--rounds", type=int, default=5, help="texts of each size, whose median counts")
     parser.add_argument("--profile", action="store_true", help="trace a chunk of every size too")
-    parser.add_argument("--seconds", type=float, default=570, help="no process begins after this or goes on longer")
+    parser.add_argument("--seconds", type=float, default=240, help="no process begins after this or goes on longer")
     parser.add_argument("--stem", help="name of the files in the folder, without suffix")
     arguments = parser.parse_args()
     # Where the files go says nothing of the measurement.
     words = [word for word in sys.argv[1:] if word not in ("--out", str(arguments.out), "--stem", arguments.stem)]
     command = f"python experiments/bench/inference.py {shlex.join(words)}".strip()
     arguments.out = arguments.out.resolve()
-    parts = processes(arguments)
-    if unknown := set(arguments.only or []) - set(parts):
-        parser.error(f"--only: no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+    if unknown := set(arguments.only or []) - set(PARTS):
+        parser.error(f"--only: no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     started, record = time.monotonic(), {"command": command, "rows": []}
     print(timing.table([], COLUMNS), flush=True)
-    for script, case in [process for part in arguments.only or parts for process in parts[part]]:
+    for part, script, case in processes(arguments):
+        if part not in (arguments.only or PARTS):
+            continue
         left = arguments.seconds - (time.monotonic() - started)
         if script == "inference_peer.py" and importlib.util.find_spec("transformers") is None:
             rows, environment = [{"note": "transformers is not installed"}], {}

@@ -17,7 +17,7 @@ import numpy as np
 
 from memjax.config.load import load
 from memjax.config.run import RunConfig
-from memjax.inference.engine import LONGEST_CHUNK, Engine, Request
+from memjax.inference.engine import Engine, Pace, Request
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts
 from memjax.monitoring.profile import newest_trace, operations, table
@@ -35,28 +35,43 @@ def measure(model: Decoder, case: Row, batch: int, length: int) -> Row:
     vocab_size = model.config.vocab_size
     engine = Engine(model, num_slots=batch, prefill_rows=batch)
 
-    def texts(seed: int) -> tuple[float, float]:
-        rng = np.random.default_rng(seed)
-        prompts = rng.integers(3, vocab_size, size=(batch, length)).tolist()
-        requests = [Request(prompt_ids=prompt, max_tokens=1 + case["new"]) for prompt in prompts]
+    def insert(seed: int, new: int) -> None:
+        prompts = np.random.default_rng(seed).integers(3, vocab_size, size=(batch, length)).tolist()
+        engine.insert([Request(prompt_ids=prompt, max_tokens=new) for prompt in prompts])
+
+    def steady(seed: int) -> tuple[float, float]:
+        """As a server decodes: chunks of one length, timed once the prompts are in the cache."""
         started = time.perf_counter()
-        engine.insert(requests)
+        insert(seed, 1 + chunk + case["new"])
         engine.step(0)
         first = time.perf_counter()
+        engine.step(chunk)
+        began = time.perf_counter()
         while engine.is_busy:
-            engine.step(LONGEST_CHUNK)
-        return first - started, (time.perf_counter() - first) / case["new"]
+            engine.step(chunk)
+        return first - started, (time.perf_counter() - began) / case["new"]
 
+    def streamed(seed: int) -> float:
+        """As a stream is served: from the first token on, one, two, four, ... tokens at a time."""
+        insert(seed, 1 + case["new"])
+        engine.step(0)
+        began, pace = time.perf_counter(), Pace()
+        while engine.is_busy:
+            engine.step(pace.next())
+        return (time.perf_counter() - began) / case["new"]
+
+    chunk, rounds = case["chunk"], range(2, 2 + case["rounds"])
     started = time.perf_counter()
-    texts(0)
+    steady(0)
     compile_seconds = time.perf_counter() - started
-    texts(1)
-    firsts, others = zip(*[texts(2 + number) for number in range(case["rounds"])], strict=True)
+    streamed(1)
+    firsts, others = zip(*map(steady, rounds), strict=True)
     milliseconds = statistics.median(others) * 1e3
     stats = jax.devices()[0].memory_stats()
     row = {
         "first token ms": statistics.median(firsts) * 1e3,
         "ms a token": milliseconds,
+        "streamed ms": statistics.median(map(streamed, rounds)) * 1e3,
         "tokens/s": round(batch / milliseconds * 1e3),
         "compile s": compile_seconds,
         "peak GB": stats["peak_bytes_in_use"] / 1e9 if stats else None,
@@ -64,12 +79,10 @@ def measure(model: Decoder, case: Row, batch: int, length: int) -> Row:
     }
     if case["profile"]:
         folder = pathlib.Path(case["profile"]) / f"{batch}x{length}"
-        rng = np.random.default_rng(1)
-        prompts = rng.integers(3, vocab_size, size=(batch, length)).tolist()
-        engine.insert([Request(prompt_ids=prompt, max_tokens=1 + case["new"]) for prompt in prompts])
+        insert(1, 1 + chunk + case["new"])
         engine.step(1)
         with jax.profiler.trace(str(folder)):
-            engine.step(LONGEST_CHUNK)
+            engine.step(chunk)
         trace = jax.profiler.ProfileData.from_file(str(newest_trace(folder)))
         row["profile"] = table(operations(trace), 24)
         print(row["profile"], file=sys.stderr, flush=True)
