@@ -1,0 +1,182 @@
+"""Attempts on the life of a run: kills, signals, a second process, full and read-only disks."""
+
+import contextlib
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+
+from lab import EVERY, QUICKLY, STEPS, Case, Lab, Skipped
+
+SIGNALS = ("TERM", "INT", "HUP", "USR1", "USR2", "XCPU")
+PHASES = {
+    "imports": None,
+    "reading data": "reading tokenizer and data",
+    "compiling": "compiling the training step",
+    "first step": "step  1/",
+    "training": "step  7/",
+    "validation": "step 10/",
+    "saving": "step 12/",
+    "last step": "step 20/",
+    "closing": "finished:",
+}
+"""Phases of a run, and the beginning of the line (after its time, if it has one) that shows each."""
+
+
+def kills(lab: Lab, count: int) -> list[Case]:
+    """kill -9 up to four times in one run, at moments spread over its length, then one start that finishes it."""
+
+    def attempt(case: Case) -> None:
+        run, random = lab.folder / f"kill{case.seed}", case.random
+        case.tried = 0
+        for _ in range(random.randint(1, 4)):
+            process = lab.start(lab.command(run))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(random.uniform(0.1, 1.0) * lab.seconds)
+            process.kill()
+            case.tried += 1
+            before = lab.end(process)
+            if before.code == 0:
+                break
+            if "Traceback (most recent call last)" in before.output:
+                case.note("tracebacks", before.output)
+        lab.finish(case, run, f"{case.tried} kills")
+
+    return [Case("kills", f"chain {seed}", attempt, seed) for seed in range(count)]
+
+
+def signals(lab: Lab, rounds: int, phases: tuple[str, ...] = tuple(PHASES)) -> list[Case]:
+    """Every signal in every phase; the same command then finishes the run."""
+
+    def attempt(case: Case) -> None:
+        name, phase = case.name.split(" in ")
+        run = lab.folder / f"signal-{case.name.replace(' ', '-')}-{case.seed}"
+        process = lab.start(lab.command(run))
+        watchdog = time.monotonic() + lab.patience
+        mark, read = PHASES[phase], ""
+        assert process.stdout is not None
+        if mark is None:
+            time.sleep(case.random.uniform(0.3, 0.4) * lab.seconds)
+        while mark is not None and time.monotonic() < watchdog:
+            line = process.stdout.readline()
+            read += line
+            if not line or line.startswith(mark) or line.strip().partition(" s   ")[2].startswith(mark):
+                break
+        time.sleep(case.random.uniform(0, 0.05))
+        number = getattr(signal, f"SIG{name.removesuffix(' flood')}")
+        flood = [number, signal.SIGTERM, number] * 7 if name.endswith("flood") else [number]
+        for each in flood:
+            process.send_signal(each)
+        ended = lab.end(process, QUICKLY + lab.seconds, read)
+        # Before the commands have their handlers, signals have their usual effect.
+        codes = [0, 75, 130] + ([-int(number)] if phase == "imports" else [])
+        if ended.seconds > QUICKLY + (0.5 * lab.seconds if phase in ("imports", "closing") else 0):
+            case.note("hung", f"{ended.seconds:.1f} s after SIG{name}\n{ended.output}")
+        if case.check(ended, codes, f"SIG{name}"):
+            if ended.code == 75 and not lab.steps(run):
+                case.note("lost", f"exit code 75 without a checkpoint\n{ended.output}")
+            lab.finish(case, run, f"SIG{name}")
+
+    names = [*SIGNALS, "INT flood"]
+    return [
+        Case("signals", f"{name} in {phase}", attempt, seed)
+        for seed in range(rounds)
+        for phase in phases
+        for name in names
+    ]
+
+
+def two(lab: Lab, count: int) -> list[Case]:
+    """The same command a second time while the first runs: one of the two trains, the other refuses."""
+
+    def attempt(case: Case) -> None:
+        run, delay = lab.folder / f"two{case.seed}", case.seed / max(count - 1, 1) * lab.seconds
+        first = lab.start(lab.command(run))
+        time.sleep(delay)
+        second = lab.train(run)
+        ended = lab.end(first)
+        case.check(ended, [0, 2], "the first")
+        case.check(second, [0, 2], "the second")
+        if (ended.code, second.code) == (2, 2):
+            case.note("lost", f"both refused\n{ended.output}\n{second.output}")
+        lab.finish(case, run, f"a second process after {delay:.1f} s")
+
+    return [Case("two", f"delay {seed} of {count}", attempt, seed) for seed in range(count)]
+
+
+def disk(lab: Lab, count: int) -> list[Case]:
+    """A file system that fills up at every size, one that becomes read-only, and files of limited size."""
+    needed = sum(path.stat().st_size for path in (lab.folder / "reference").rglob("*") if path.is_file()) * 2 >> 10
+
+    def full(case: Case) -> None:
+        size = max(8, needed * (case.seed + 1) // (count + 1))
+        with small_disk(lab.folder / f"full{case.seed}", size) as mounted:
+            ended = lab.train(mounted / "run")
+            case.check(ended, [0, 2, 4], f"{size} kB")
+            remount(mounted, f"size={needed * 4}k")
+            lab.finish(case, mounted / "run", f"a disk of {size} kB, then a larger one")
+
+    def read_only(case: Case) -> None:
+        with small_disk(lab.folder / "read-only", needed * 4) as mounted:
+            lab.copy(mounted / "run", steps=STEPS - 2 * EVERY)
+            remount(mounted, "ro")
+            case.check(lab.train(mounted / "run"), [2, 4], "read-only")
+            remount(mounted, "rw")
+            lab.finish(case, mounted / "run", "read-only, then not")
+
+    def becomes_read_only(case: Case) -> None:
+        with small_disk(lab.folder / "closing", needed * 4) as mounted:
+            process = lab.start(lab.command(mounted / "run"))
+            wait_for_step(lab, mounted / "run", 4)
+            with contextlib.suppress(Skipped):  # an open file keeps it writable
+                remount(mounted, "ro")
+            case.check(lab.end(process), [0, 4], "becomes read-only")
+            remount(mounted, "rw")
+            lab.finish(case, mounted / "run", "read-only for a time")
+
+    def limited(case: Case) -> None:
+        size, run = (1 << 10) * 4 ** (case.seed % 5), lab.folder / f"limited{case.seed}"
+        # The kernel's signal for files that are too large would end the process before Python sees an error.
+        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        ended = lab.train(run, preexec_fn=limit)
+        case.check(ended, [0, 2, 4], f"files of {size} bytes at most")
+        lab.finish(case, run, "files of limited size")
+
+    return [
+        Case("disk", "read-only", read_only, 0),
+        Case("disk", "becomes read-only", becomes_read_only, 0),
+        *(Case("disk", f"full {seed}", full, seed) for seed in range(count)),
+        *(Case("disk", f"limited {seed}", limited, seed) for seed in range(min(count, 5))),
+    ]
+
+
+@contextlib.contextmanager
+def small_disk(folder: pathlib.Path, kilobytes: int) -> Iterator[pathlib.Path]:
+    """A file system in memory of so many kilobytes."""
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", str(folder)], capture_output=True, check=False
+    )
+    if os.geteuid() != 0 or mounted.returncode:
+        raise Skipped("mounting needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False)
+
+
+def remount(folder: pathlib.Path, options: str) -> None:
+    """Changes a mounted file system."""
+    done = subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], capture_output=True, check=False)
+    if done.returncode:
+        raise Skipped(f"remount {options}: {done.stderr.decode(errors='replace').strip()}")
+
+
+def wait_for_step(lab: Lab, run: pathlib.Path, step: int) -> None:
+    """Waits until a step is saved, or as long as a case may take."""
+    deadline = time.monotonic() + lab.patience
+    while time.monotonic() < deadline and step not in lab.steps(run):
+        time.sleep(0.01)

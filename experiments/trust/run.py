@@ -1,0 +1,179 @@
+"""Attacks on runs and on what memjax reads, counted: what was lost, silently wrong, hung or ended in a traceback.
+
+    python experiments/trust/run.py --small                       # one case each, two minutes
+    python experiments/trust/run.py --jobs 12 --seconds 600       # as many as fit into ten minutes
+    python experiments/trust/run.py --only kills,flips --jobs 4   # some campaigns alone
+
+All of it happens in a temporary folder, on the devices that JAX_PLATFORMS names (a CPU by default). As root, full and
+read-only disks are tried too. Cases take turns, so any time gives some of each. The exit code is 1 if anything failed.
+"""
+
+import argparse
+import contextlib
+import datetime
+import itertools
+import json
+import os
+import pathlib
+import platform
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from importlib import metadata
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+
+import harm  # noqa: E402
+import life  # noqa: E402
+from lab import Case, Lab, Skipped  # noqa: E402
+
+CAMPAIGNS = {
+    "kills": ("R1 R4 R11", "kill -9 at any moment; the same command ends bitwise as the undisturbed run"),
+    "signals": ("R8 R9", "six signals and floods of them in nine phases; saved or refused in seconds, then as above"),
+    "two": ("R1", "the same command twice at once; one trains, the other refuses, nothing is lost"),
+    "flips": ("R2 R3", "bits, lengths and places of all files of a checkpoint; detected, or equal arrays"),
+    "disk": ("R10", "a full, read-only or limited disk at every write; one line, then it goes on"),
+    "data": ("R16", "damaged data files of every format; every record, or an error that names the place"),
+    "config": ("R22 R29", "damaged settings, tokenizers and documents of a run; one line that says what"),
+    "sandbox": ("-", "programs that cheat, fill, hang and stay; none passes, nothing is left behind"),
+}
+FULL = {"kills": 80, "signals": 3, "two": 10, "flips": 800, "disk": 24, "data": 900, "config": 900, "sandbox": 1}
+SMALL = {"kills": 1, "signals": 1, "two": 1, "flips": 10, "disk": 1, "data": 9, "config": 12, "sandbox": 1}
+NO_RUN = {"data", "sandbox"}
+"""Campaigns that need no trained run."""
+COUNTS = ("tried", "lost", "wrong", "hung", "tracebacks", "other")
+
+
+def cases_of(lab: Lab, campaign: str, *, small: bool) -> list[Case]:
+    """The cases of a campaign, in the order in which they are tried."""
+    count = (SMALL if small else FULL)[campaign]
+    match campaign:
+        case "kills":
+            return life.kills(lab, count)
+        case "signals":
+            return life.signals(lab, count)[12:13] if small else life.signals(lab, count)
+        case "two":
+            return life.two(lab, count)
+        case "disk":
+            return life.disk(lab, count)[:1] if small else life.disk(lab, count)
+    return harm.cases(lab, campaign, count)
+
+
+def run(lab: Lab, case: Case) -> Case:
+    """Tries a case; its own errors count as faults."""
+    started = time.monotonic()
+    try:
+        case.attempt(case)
+    except Skipped as error:
+        case.skipped, case.tried = str(error), 0
+    except Exception as error:
+        case.note("other", f"the attempt itself: {type(error).__name__}: {error}")
+    case.seconds = time.monotonic() - started
+    return case
+
+
+def all_cases(lab: Lab, campaigns: list[str], jobs: int, seconds: float, *, small: bool) -> list[Case]:
+    """Tries cases of all campaigns in turn until the time is up."""
+    queues = [cases_of(lab, name, small=small) for name in campaigns]
+    waiting = iter([case for turn in itertools.zip_longest(*queues) for case in turn if case is not None])
+    done: list[Case] = []
+    deadline, told = time.monotonic() + seconds, time.monotonic()
+    total = sum(map(len, queues))
+    with ThreadPoolExecutor(jobs) as pool:
+        running: set[Future[Case]] = set()
+        try:
+            while True:
+                while len(running) < jobs and time.monotonic() < deadline and (case := next(waiting, None)):
+                    running.add(pool.submit(run, lab, case))
+                if not running:
+                    return done
+                finished, running = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+                for case in (future.result() for future in finished):
+                    done.append(case)
+                    for note in case.notes:
+                        print(f"{case.campaign} {case.name}: {note}\n", flush=True)
+                if time.monotonic() - told > 10:
+                    told = time.monotonic()
+                    faults = sum(case.faults for case in done)
+                    print(f"{len(done)} of {total} cases, {faults} faults, {len(running)} running", flush=True)
+        except BaseException:
+            lab.stop()
+            raise
+
+
+def table(done: list[Case], campaigns: list[str]) -> str:
+    """The counts by campaign, as a Markdown table."""
+    lines = [
+        "| | What is tried, and what must happen | tried | lost | silently wrong | hung | tracebacks | other |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name in campaigns:
+        numbers, claim = CAMPAIGNS[name]
+        mine = [case for case in done if case.campaign == name]
+        sums = [str(sum(getattr(case, count) for case in mine)) for count in COUNTS]
+        lines.append(f"| {name} ({numbers}) | {claim} | {' | '.join(sums)} |")
+    return "\n".join(lines)
+
+
+def machine() -> dict[str, str | int | None]:
+    """Where this was tried."""
+    versions = {}
+    for package in ("jax", "jaxlib", "flax", "orbax-checkpoint", "grain"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
+        "python": platform.python_version(),
+        "platforms": os.environ.get("JAX_PLATFORMS", "cpu"),
+        "cores": os.cpu_count(),
+        **versions,
+    }
+
+
+def main() -> int:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(CAMPAIGNS), help=f"some of {', '.join(CAMPAIGNS)}")
+    parser.add_argument("--small", action="store_true", help="one case each")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="no case begins later than this")
+    parser.add_argument("--patience", type=float, default=120.0, help="seconds after which a process counts as hung")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="cases at once")
+    parser.add_argument("--workers", type=int, default=0, help="data workers of every run")
+    parser.add_argument("--out", type=pathlib.Path, help="the folder for trust.json; none is written without it")
+    options = parser.parse_args()
+    campaigns = options.only.split(",")
+    if unknown := [name for name in campaigns if name not in CAMPAIGNS]:
+        parser.error(f"--only: there is no {', '.join(unknown)}; there are {', '.join(CAMPAIGNS)}")
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="memjax-trust-"))
+    lab = Lab(folder, options.patience, options.workers)
+    started = time.monotonic()
+    try:
+        if set(campaigns) - NO_RUN:
+            lab.prepare()
+            equal = "" if lab.repeats else "not "
+            print(f"an undisturbed run takes {lab.seconds:.1f} s; two of them are {equal}equal", flush=True)
+        done = all_cases(lab, campaigns, options.jobs, options.seconds, small=options.small)
+    finally:
+        lab.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"\n{table(done, campaigns)}\n\n{time.monotonic() - started:.0f} s with {options.jobs} jobs")
+    for reason, skipped in itertools.groupby(sorted((c.skipped, c.name) for c in done if c.skipped), lambda s: s[0]):
+        print(f"not tried: {', '.join(name for _, name in skipped)} ({reason})")
+    if threads := [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]:
+        print(f"threads left: {threads}")
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        keep = ("campaign", "name", "seed", *COUNTS, "skipped", "notes", "seconds")
+        rows = [{name: getattr(case, name) for name in keep} for case in done]
+        result = {"machine": machine(), "command": sys.argv[1:], "cases": rows, "equal": lab.repeats}
+        (options.out / "trust.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (options.out / "trust.md").write_text(table(done, campaigns) + "\n", encoding="utf-8")
+    return int(any(case.faults for case in done))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

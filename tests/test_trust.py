@@ -1,0 +1,71 @@
+"""The campaigns against runs and what memjax reads can be run by strangers, and count what goes wrong."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+TRUST = pathlib.Path(__file__).parents[1] / "experiments/trust"
+sys.path.insert(0, str(TRUST))
+
+import lab  # noqa: E402
+
+
+def campaigns(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TRUST / "run.py"), "--small", *arguments]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+
+
+def test_faults_are_counted_and_a_process_that_stays_is_ended(tmp_path):
+    case, here = lab.Case("kills", "one", print, 0), lab.Lab(tmp_path / "lab", patience=0.5, workers=0)
+    run = lambda code: here.end(here.start([sys.executable, "-c", code]))
+    case.check(run("import time; time.sleep(60)"), [0], "stays")
+    here.patience = 60
+    case.check(run("raise OSError"), [1], "a traceback")
+    case.check(run("raise SystemExit(3)"), [0, 2], "another code")
+    assert (case.hung, case.tracebacks, case.other, case.faults) == (1, 1, 1, 3)
+    assert case.check(run("print('well')"), [0], "right")
+
+
+def test_a_run_that_differs_from_the_undisturbed_one_is_found(tmp_path):
+    here = lab.Lab(tmp_path / "lab", patience=1, workers=0)
+    here.repeats, here.rows, here.digests = True, [{"step": 1, "train/loss": 1.0}], {"a": 1}
+    run = tmp_path / "run"
+    digests = run / "checkpoints" / str(lab.STEPS) / "digests/metadata"
+    digests.parent.mkdir(parents=True)
+    found = {}
+    for name, rows, arrays in (
+        ("equal", [{"step": 1, "train/loss": 1.0, "throughput/step_seconds": 3.0}], {"a": 1}),
+        ("a row less", [], {"a": 1}),
+        ("another loss", [{"step": 1, "train/loss": 2.0}], {"a": 1}),
+        ("other arrays", [{"step": 1, "train/loss": 1.0}], {"a": 2}),
+    ):
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        digests.write_text(json.dumps({"index": {"arrays": arrays}, "digest": ""}))
+        case = lab.Case("kills", name, print, 0)
+        here.compare(case, run, name)
+        found[name] = (case.lost, case.wrong)
+    assert found == {"equal": (0, 0), "a row less": (1, 0), "another loss": (0, 1), "other arrays": (0, 1)}
+
+
+def test_what_needs_no_run_is_tried_in_seconds(tmp_path):
+    done = campaigns("--only", "data", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "trust.json").read_text())
+    assert sum(case["tried"] for case in result["cases"]) == 9
+    assert "| 9 | 0 | 0 | 0 | 0 | 0 |" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_one_case_of_every_campaign_finds_nothing(tmp_path):
+    done = campaigns("--jobs", "2", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "trust.json").read_text())
+    assert {case["campaign"] for case in result["cases"]} == {
+        *("kills", "signals", "two", "flips", "disk", "data", "config", "sandbox")
+    }
