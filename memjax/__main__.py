@@ -11,6 +11,7 @@ COMMANDS = {
     "prepare": "tokenise the data of a run ahead of training",
     "evaluate": "measure what a trained model knows: facts, text, questions or tasks",
     "generate": "write on from a prompt, a file of prompts, or at the terminal",
+    "serve": "answer over HTTP, as OpenAI's interface has it",
     "convert": "models of Hugging Face in and out, official checkpoints in, memory for a dense run",
     "plot": "compare runs in one picture",
     "doctor": "show versions and devices, and check what this machine computes",

@@ -96,18 +96,31 @@ class Engine:
     Under a mesh, slots are split over its devices, as the batch of the training is.
     """
 
-    def __init__(self, model: Decoder, *, num_slots: int, prefill_rows: int | None = None):
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        num_slots: int,
+        prefill_rows: int | None = None,
+        min_capacity: int = 0,
+        modes: Sequence[Mode] = (),
+    ):
         """Prepares the weights (`weights.prepare`); the cache is allocated when it is needed.
 
         Args:
             model: the model; the engine sees no change made to it later.
             num_slots: texts at a time.
             prefill_rows: prompts that are read together, missing ones padded; None takes powers of two.
+            min_capacity: tokens of each text that the cache has room for at least; texts up to this length share one
+                decoding program.
+            modes: what to compile for, the narrowest first: a batch runs in the first that covers its needs. Without
+                one that does, a program for exactly these needs is compiled.
         """
         if num_slots < 1:
             raise ValueError(f"num_slots={num_slots} must be positive")
         self.num_slots = num_slots
         self._config, self._prefill_rows = model.config, prefill_rows
+        self._min_capacity, self._modes = min_capacity, tuple(modes)
         graphdef, state = nnx.split(prepare(model))
         # A plain tuple, as each call takes its arguments apart anew.
         leaves, structure = jax.tree.flatten(state)
@@ -144,7 +157,9 @@ class Engine:
             raise ValueError(f"{len(requests)} requests do not fit into {len(free)} free slots of {self.num_slots}")
         if not self.is_busy:
             # The last texts may have been longer than those to come.
-            self._state, self._unmerged = None, []
+            if self._state is not None and _capacity(self._state) > self._min_capacity:
+                self._state = None
+            self._unmerged = []
         slots = free[: len(requests)]
         start = 0
         while start < len(requests):
@@ -185,6 +200,16 @@ class Engine:
         # Rows are sent anew with the next step, and then without this one.
         self._rows = None
 
+    def reset(self) -> None:
+        """Ends every text and drops the cache, which a call that failed may have left half written."""
+        self._slots = [None] * self.num_slots
+        self._state, self._rows, self._unread, self._unmerged = None, None, [], []
+
+    def _needs(self, requests: Sequence[Request]) -> tuple[Mode, int | None]:
+        """The mode of the sampling, and how many likeliest tokens are reported."""
+        mode, num_top = _needs(requests)
+        return next((known for known in self._modes if known.covers(mode)), mode), num_top
+
     def _read_together(self, requests: Sequence[Request]) -> Sequence[Request]:
         """The first of the requests, as many as are read at once."""
         width, count = 0, 0
@@ -211,7 +236,7 @@ class Engine:
             lengths[row] = len(request.prompt_ids)
             self._slots[slot] = taken[slot] = _Slot(request)
         rows = _Rows.of(list(requests) + [None] * (group - len(requests)))
-        mode, num_top = _needs(requests)
+        mode, num_top = self._needs(requests)
         logits, cache = self._programs.prefill(self._weights, tokens, lengths)
         state, made, likely = self._programs.start(logits, cache, tokens, rows, mode=mode, num_top=num_top)
         fresh = _Fresh(taken, state, made, likely)
@@ -223,7 +248,7 @@ class Engine:
         unmerged, self._unmerged = self._unmerged, []
         widths = [_capacity(fresh.state) for fresh in unmerged]
         before = 0 if self._state is None else _capacity(self._state)
-        capacity = max(before, *widths, *(slot.capacity(count) for slot in slots))
+        capacity = max(before, self._min_capacity, *widths, *(slot.capacity(count) for slot in slots))
         if self._state is not None and before < capacity:
             self._state = self._programs.grow(self._state, capacity=capacity)
         for fresh in unmerged:
@@ -240,7 +265,7 @@ class Engine:
         if self._rows is None:
             requests = [slot and slot.request for slot in self._slots]
             self._rows = jax.device_put(_Rows.of(requests + [None] * (self._num_rows - self.num_slots)))
-        mode, num_top = _needs([slot.request for slot in slots])
+        mode, num_top = self._needs([slot.request for slot in slots])
         self._state, made, likely = self._programs.decode(
             self._weights, self._state, self._rows, np.int32(count), mode=mode, num_top=num_top
         )

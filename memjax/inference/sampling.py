@@ -58,6 +58,10 @@ class Mode(NamedTuple):
     top_p: bool = False
     penalty: bool = False
 
+    def covers(self, needs: "Mode") -> bool:
+        """Whether rows with these needs can run in this mode; it changes none of their tokens."""
+        return all(has or not needed for has, needed in zip(self, needs, strict=True))
+
     @classmethod
     def of(cls, samplings: Sequence[SamplingConfig]) -> "Mode":
         """The mode that serves rows with all these settings."""

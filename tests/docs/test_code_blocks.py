@@ -43,6 +43,7 @@ NOT_RUN = {
     "convert.md": 2,
     "device_memory.md": 1,
     "evaluation.md": 2,
+    "serve.md": 3,
     "several_gpus.md": 4,
     "upcycle.md": 1,
 }

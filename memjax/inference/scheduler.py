@@ -1,0 +1,300 @@
+"""Continuous batching: a thread that owns an engine lets requests join and leave the running batch."""
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from memjax.config.sampling import SamplingConfig
+from memjax.inference.engine import Engine, Made, Pace, Request, TokenLogprobs, padded_length
+from memjax.inference.sampling import Mode
+from memjax.models.decoder import Decoder
+
+MODES = (Mode(), Mode(draws=True, top_k=True, top_p=True), Mode(True, True, True, True))
+"""Sampling modes of a server: few programs, so that no request waits for a compilation for long."""
+_PREFILL_ROWS = 8
+"""Prompts are read one by one or so many at once: two programs for each width."""
+_PREFILL_TOKENS = 1 << 15
+"""Prompt tokens, padding included, that are read before running texts go on."""
+
+
+@dataclasses.dataclass(eq=False, kw_only=True, slots=True)
+class Ticket:
+    """A text that somebody waits for."""
+
+    request: Request
+    """With max_tokens=0 only the prompt is scored."""
+    prompt_top: int | None = None
+    """How many of the likeliest tokens to report at each place of the prompt; None does not score the prompt."""
+    owner: Any = None
+    """Whatever the listener needs to find whom an update is for."""
+    slot: int | None = None
+    """The scheduler's: where the text is written."""
+
+
+@dataclasses.dataclass(slots=True)
+class Update:
+    """What has become of a ticket."""
+
+    made: Made
+    prompt: list[TokenLogprobs] | None = None
+    """Of the tokens of the prompt after the first."""
+    error: str | None = None
+    """Why nothing more comes."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no other update of the ticket follows."""
+        return self.made.finish is not None or self.error is not None
+
+
+Listener = Callable[[list[tuple[Ticket, Update]]], None]
+
+
+class QueueFullError(Exception):
+    """There is no room for more waiting texts."""
+
+
+class Scheduler:
+    """Runs an engine in a thread of its own.
+
+    Texts that wait get slots in the order in which they came; of several that were submitted together one at a time, so
+    that a large request does not hold up others behind it.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        listener: Listener,
+        *,
+        max_waiting: int,
+        score: Callable[[Sequence[int], int], list[TokenLogprobs]] | None = None,
+    ):
+        """Takes over the engine; work begins with `start`.
+
+        Args:
+            engine: written with by the scheduler's thread alone from now on.
+            listener: is given updates in the scheduler's thread, and must not block.
+            max_waiting: the most tickets without a slot.
+            score: scores the tokens of a prompt, see `prompt_scores.PromptScorer`.
+        """
+        self._engine, self._listener, self._score = engine, listener, score
+        self.max_waiting = max_waiting
+        self.num_failures = 0
+        """Calls of the engine that failed."""
+        self._prefill_rows = prefill_rows(engine.num_slots)
+        self._groups: collections.deque[collections.deque[Ticket]] = collections.deque()
+        self._num_waiting = 0
+        self._running: dict[int, Ticket] = {}
+        self._cancelled: list[Ticket] = []
+        self._is_open = True
+        self._changed = threading.Condition()
+        # A mesh belongs to a thread.
+        self._mesh = jax.sharding.get_mesh()
+        self._thread = threading.Thread(target=self._main, name="memjax-scheduler", daemon=True)
+
+    @property
+    def num_slots(self) -> int:
+        """Texts that are written at a time."""
+        return self._engine.num_slots
+
+    @property
+    def num_waiting(self) -> int:
+        """Tickets without a slot."""
+        return self._num_waiting
+
+    @property
+    def num_running(self) -> int:
+        """Slots in use."""
+        return len(self._running)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def submit(self, tickets: Sequence[Ticket]) -> None:
+        """Queues tickets that belong together.
+
+        Raises:
+            QueueFullError: they do not fit into the queue; none of them is queued.
+        """
+        with self._changed:
+            if self._num_waiting + len(tickets) > self.max_waiting:
+                raise QueueFullError
+            self._groups.append(collections.deque(tickets))
+            self._num_waiting += len(tickets)
+            self._changed.notify()
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Takes a ticket out of the queue or, after the tokens that are being made, out of its slot."""
+        with self._changed:
+            for group in self._groups:
+                if ticket in group:
+                    group.remove(ticket)
+                    self._num_waiting -= 1
+                    if not group:
+                        self._groups.remove(group)
+                    return
+            self._cancelled.append(ticket)
+            self._changed.notify()
+
+    def stop(self, seconds: float) -> bool:
+        """Ends the thread after what it is doing now; False if it has not ended after these seconds."""
+        with self._changed:
+            self._is_open = False
+            self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def _main(self) -> None:
+        with contextlib.nullcontext() if self._mesh.empty else jax.set_mesh(self._mesh):
+            self._loop()
+
+    def _loop(self) -> None:
+        pace = Pace()
+        while True:
+            with self._changed:
+                if not self._has_work():
+                    pace = Pace()
+                while self._is_open and not self._has_work():
+                    self._changed.wait()
+                if not self._is_open:
+                    return
+                cancelled, self._cancelled = self._cancelled, []
+                for ticket in cancelled:
+                    self._release(ticket)
+                joining = self._take()
+            try:
+                self._join(joining)
+                if self._running:
+                    self._hand_out(self._engine.step(pace.next()))
+            except Exception as error:
+                self._fail(joining, error)
+
+    def _has_work(self) -> bool:
+        return bool(self._groups or self._running or self._cancelled)
+
+    def _release(self, ticket: Ticket) -> None:
+        # It may have ended in the meantime, and another text be in its slot.
+        if ticket.slot is not None and self._running.get(ticket.slot) is ticket:
+            del self._running[ticket.slot]
+            self._engine.release(ticket.slot)
+
+    def _take(self) -> list[Ticket]:
+        """The tickets whose turn it is."""
+        taken: list[Ticket] = []
+        num_free, num_tokens = self.num_slots - len(self._running), 0
+        while self._groups and num_tokens < _PREFILL_TOKENS:
+            request = self._groups[0][0].request
+            if request.max_tokens:
+                if not num_free:
+                    break
+                num_free -= 1
+            group = self._groups.popleft()
+            taken.append(group.popleft())
+            if group:
+                self._groups.append(group)
+            num_tokens += padded_length(len(request.prompt_ids))
+        self._num_waiting -= len(taken)
+        return taken
+
+    def _join(self, tickets: Sequence[Ticket]) -> None:
+        for ticket in tickets:
+            if self._score is not None and ticket.prompt_top is not None:
+                prompt = self._score(ticket.request.prompt_ids, ticket.prompt_top)
+                made = Made([], finish=None if ticket.request.max_tokens else "length")
+                self._listener([(ticket, Update(made, prompt))])
+            elif not ticket.request.max_tokens:
+                self._listener([(ticket, Update(Made([], finish="length")))])
+        writing = [ticket for ticket in tickets if ticket.request.max_tokens]
+        for batch in batches([len(ticket.request.prompt_ids) for ticket in writing], self._prefill_rows):
+            some = [writing[place] for place in batch]
+            for ticket, slot in zip(some, self._engine.insert([ticket.request for ticket in some]), strict=True):
+                ticket.slot = slot
+                self._running[slot] = ticket
+        if writing:
+            self._hand_out(self._engine.step(0))
+
+    def _hand_out(self, found: dict[int, Made]) -> None:
+        updates = []
+        for slot, made in found.items():
+            updates.append((self._running[slot], Update(made)))
+            if made.finish is not None:
+                del self._running[slot]
+        self._listener(updates)
+
+    def _fail(self, joining: Sequence[Ticket], error: Exception) -> None:
+        """Tells everybody whose text is lost, and goes on with those who wait."""
+        self.num_failures += 1
+        if sys.stderr is not None:
+            with contextlib.suppress(OSError, ValueError):
+                traceback.print_exception(error)
+        lost = dict.fromkeys(itertools.chain(self._running.values(), joining))
+        self._running = {}
+        self._engine.reset()
+        is_full = "RESOURCE_EXHAUSTED" in str(error)
+        reason = "the device is out of memory" if is_full else f"the engine failed ({type(error).__name__})"
+        self._listener([(ticket, Update(Made([]), error=reason)) for ticket in lost])
+
+
+def prefill_rows(num_slots: int) -> int:
+    """Prompts that are read at once where so many wait: a power of two, for which a program is compiled."""
+    return 1 << (min(_PREFILL_ROWS, num_slots).bit_length() - 1)
+
+
+def batches(lengths: Sequence[int], rows: int) -> list[list[int]]:
+    """Places of prompts that are read together: of one padded length, `rows` at once or one alone."""
+    by_width = collections.defaultdict(list)
+    for place, length in enumerate(lengths):
+        by_width[padded_length(length)].append(place)
+    found = []
+    for places in by_width.values():
+        together = len(places) // rows * rows
+        found += [places[start : start + rows] for start in range(0, together, rows)]
+        found += [[place] for place in places[together:]]
+    return found
+
+
+def make_engine(model: Decoder, *, num_slots: int, max_length: int) -> Engine:
+    """An engine with one decoding program for each of `MODES`, whose texts are at most max_length tokens long."""
+    return Engine(model, num_slots=num_slots, min_capacity=padded_length(max_length), modes=MODES)
+
+
+def warm_up(
+    engine: Engine, *, max_length: int, progress: Callable[[int, int], None] = lambda done, total: None
+) -> None:
+    """Compiles what greedy and drawn texts need, for every length of prompts; afterwards the engine is as before.
+
+    Args:
+        engine: what `make_engine` made; without texts.
+        max_length: that of `make_engine`.
+        progress: is told how many of how many steps are done.
+    """
+    samplings = (SamplingConfig(), SamplingConfig(temperature=1.0, top_p=0.5))
+    widths = [padded_length(1)]
+    while widths[-1] < padded_length(max_length - 1):
+        widths.append(widths[-1] * 2)
+    steps = list(itertools.product(widths, sorted({1, prefill_rows(engine.num_slots)}), samplings))
+    for done, (width, rows, sampling) in enumerate(steps):
+        progress(done, len(steps))
+        # Of the longest texts that are padded to the width; with two tokens to write, where there is room for them.
+        length = min(max_length - 1, max(width // 2 + 1, min(width, max_length - 2)))
+        request = Request(prompt_ids=[0] * length, max_tokens=max_length - length, sampling=sampling)
+        slots = engine.insert([request] * rows)
+        engine.step(1)
+        for slot in slots:
+            engine.release(slot)
+    progress(len(steps), len(steps))

@@ -1,0 +1,165 @@
+"""`python -m memjax.serve RUN`: a trained model behind OpenAI's HTTP interface."""
+
+import asyncio
+import dataclasses
+import importlib.util
+import ipaddress
+import os
+import pathlib
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+
+from memjax.config.checks import not_empty, positive, refuse
+from memjax.config.load import RUN_FOLDER, parse
+from memjax.errors import ConfigError
+from memjax.io.console import say, warn
+from memjax.runs.command import CheckpointSettings, exit_code, loaded
+
+PROG = "python -m memjax.serve"
+API_KEY = "MEMJAX_API_KEY"
+INSTALL = "pip install 'memjax[serve]'"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeConfig(CheckpointSettings):
+    """Where to serve, and what clients may ask for."""
+
+    host: str = "127.0.0.1"
+    """The address to listen on; 0.0.0.0 for all of this machine, which anybody who reaches it can then use unless the
+    environment variable MEMJAX_API_KEY holds a key."""
+    port: int = 8000
+    """0 takes a free one and prints it."""
+    slots: int = 16
+    """Texts that are written at a time; others wait. Their cache is allocated at the start."""
+    max_length: int | None = None
+    """The most tokens of a prompt and its answer together; null for the sequence length of the training."""
+    queue: int = 256
+    """Texts that may wait for a slot; further requests are refused with 429."""
+    max_body_kib: int = 2048
+    """The longest body of a request, in KiB."""
+    model_name: str | None = None
+    """The model's name for clients; null for the name of the run's folder."""
+    drain_seconds: float = 30.0
+    """How long running requests may go on after SIGTERM or Ctrl-C."""
+    warm_up: bool = True
+    """Whether to compile for all lengths of prompts before the first request; otherwise it happens when they come."""
+
+    def __post_init__(self) -> None:
+        CheckpointSettings.__post_init__(self)
+        refuse(
+            not_empty(host=self.host, model_name=self.model_name)
+            + positive(slots=self.slots, queue=self.queue, max_body_kib=self.max_body_kib)
+            + [
+                None if 0 <= self.port < 1 << 16 else f"port={self.port} must be in 0..65535",
+                None if 0 <= self.drain_seconds < 1e6 else f"drain_seconds={self.drain_seconds} must be in 0..1e6",
+                f"max_length={self.max_length} must be at least 2: a token of the prompt and one to write"
+                if self.max_length is not None and self.max_length < 2
+                else None,
+            ]
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serves until a signal ends it; returns the exit code."""
+    parsed = parse(
+        ServeConfig,
+        sys.argv[1:] if argv is None else argv,
+        prog=PROG,
+        description="Serves a trained model to OpenAI's clients: /v1/completions, /v1/models, /health and /metrics.",
+        positional=RUN_FOLDER,
+        examples=[
+            f"{PROG} runs/quickstart",
+            f"{API_KEY}=... {PROG} runs/quickstart --host 0.0.0.0 --port 8080 --slots 64",
+        ],
+    )
+    return exit_code(lambda: _serve(str(parsed.positional), parsed.config))
+
+
+def _serve(run: str, settings: ServeConfig) -> None:
+    if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
+        raise ConfigError([f"{PROG} needs {' and '.join(missing)}, which cannot be imported; {INSTALL}"])
+    key = _api_key()
+    # What is wrong with the address shows before the model is read.
+    with listen(settings.host, settings.port) as listening:
+        address = listening.getsockname()
+        if key is None and not ipaddress.ip_address(address[0]).is_loopback:
+            warn(f"warning: anybody who reaches {address[0]} can use the model; set {API_KEY} to ask for a key")
+        with loaded(run, settings) as found:
+            from memjax.inference.prompt_scores import PromptScorer
+            from memjax.inference.scheduler import Scheduler, make_engine, warm_up
+            from memjax.inference.server import HttpServer, Limits, Service
+
+            max_length = settings.max_length or found.config.data.sequence_length
+            name = settings.model_name or pathlib.Path(run).resolve().name
+            service = Service(
+                found.tokenizer,
+                vocab_size=found.model.config.vocab_size,
+                model_name=name,
+                limits=Limits(max_length=max_length, max_body_bytes=settings.max_body_kib << 10),
+                api_key=key,
+            )
+            engine = make_engine(found.model, num_slots=settings.slots, max_length=max_length)
+            step, score = found.step, PromptScorer(found.model)
+            # The engine has weights of its own.
+            del found
+            if settings.warm_up:
+                warm_up(engine, max_length=max_length, progress=_print_progress)
+            scheduler = Scheduler(engine, service.deliver, max_waiting=settings.queue, score=score)
+            service.attach(scheduler)
+            scheduler.start()
+            server = HttpServer(service, listening, drain_seconds=settings.drain_seconds)
+            url = f"http://{_url_host(address)}/v1"
+            ready = lambda: say(_greeting(f"{name}, step {step:,}", url, has_key=key is not None))
+            asyncio.run(server.run(ready=ready, signals=(signal.SIGTERM, signal.SIGINT)))
+    say("ended")
+
+
+def _api_key() -> str | None:
+    key = os.environ.get(API_KEY)
+    if key is not None and (not key or key != key.strip() or not key.isprintable()):
+        raise ConfigError([f"{API_KEY} must hold a key without spaces around it; unset it to ask for none"])
+    return key
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound to an address; connections are refused until somebody listens on it.
+
+    Raises:
+        ConfigError: the address is not one of this machine, or the port is taken or not permitted.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise ConfigError([f"host={host} is no address ({error}); 127.0.0.1 serves this machine alone"]) from None
+    found = socket.socket(family, kind, protocol)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        found.close()
+        why = error.strerror or str(error)
+        raise ConfigError([f"host={host} and port={port} cannot be used ({why}); --port 0 takes a free port"]) from None
+    return found
+
+
+def _url_host(address: tuple) -> str:
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _print_progress(done: int, total: int) -> None:
+    if done == 0:
+        say(f"compiling {total} shapes ...")
+
+
+def _greeting(what: str, url: str, *, has_key: bool) -> str:
+    key = f' -H "Authorization: Bearer ${API_KEY}"' if has_key else ""
+    body = """'{"prompt": "Once", "max_tokens": 32}'"""
+    lines = [f"ready: {what}, at {url}", f"  curl {url}/completions -H 'Content-Type: application/json'{key} -d {body}"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
