@@ -168,7 +168,7 @@ def test_a_served_run_answers_and_drains_on_sigterm(run):
         assert process.wait(60) == 0
         client.join(60)
         assert answers[0][1]["usage"]["completion_tokens"] == 2000
-        rest = process.stdout.read()
+        rest = process.stdout.read() if process.stdout else ""
         assert rest.startswith("SIGTERM: 1 running requests may end within 30 s; a second signal ends at once\n")
         assert rest.endswith("ended\n")
 
@@ -189,6 +189,7 @@ def test_a_second_signal_ends_at_once(run):
             thread.start()
         wait_for_work(port)
         process.send_signal(signal.SIGINT)
+        assert process.stdout
         assert "SIGINT: " in process.stdout.readline()
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130

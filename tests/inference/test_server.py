@@ -64,7 +64,7 @@ class Running:
         self.step = engine.step
         if slow:
             # Texts that take their time, one token after another.
-            engine.step = lambda count: (time.sleep(slow), self.step(min(count, 1)))[1]
+            engine.step = lambda max_tokens: (time.sleep(slow), self.step(min(max_tokens, 1)))[1]
         self.engine = engine
         score = PromptScorer(tiny())
         self.scheduler = Scheduler(engine, self.service.deliver, max_waiting=queue, score=score)
@@ -436,7 +436,7 @@ def test_an_engine_that_fails_tells_its_clients_and_goes_on(capfd):
         expected = server.ask(prompt="x", max_tokens=4, temperature=0)["choices"]
         step = server.engine.step
 
-        def fail(count: int) -> Any:
+        def fail(max_tokens: int) -> Any:
             server.engine.step = step
             raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
@@ -564,7 +564,7 @@ def test_no_body_makes_the_server_fail(server):
     rng = random.Random(1)
     connection = server.connect()
     seen = set()
-    for _ in range(300):
+    for _ in range(200):
         names = rng.choices([*FIELDS, "\ud800", "what"], k=rng.randrange(1, 5))
         # Mostly refused, and short where it is not.
         body = {"prompt": rng.choice(["x", [5], any_value(rng)]), "max_tokens": 1, "temperature": 0, "echo": True}
