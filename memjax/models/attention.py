@@ -1,7 +1,6 @@
 """Causal self-attention with grouped queries, rotary positions, document masks, a sliding window and a cache."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,8 +12,9 @@ from jaxtyping import Array, Float, Int
 from memjax.config.model import RopeScalingConfig
 from memjax.models import dot_product
 from memjax.models.feed_forward import linear, side_by_side
-from memjax.models.rotary import rotate
-from memjax.ops.decode_attention.api import decode_attention
+from memjax.models.rotary import rotate, rotation
+from memjax.ops.decode_attention.api import decode_step
+from memjax.ops.decode_attention.step import write
 from memjax.ops.precision import accumulator
 from memjax.sharding.axes import on_own_tokens
 
@@ -110,7 +110,11 @@ class Attention(nnx.Module):
         return self._project_out(out)
 
     def with_cache(
-        self, x: Float[Array, "b s dim"], positions: Int[Array, "b s"], cache: KeyValues | None
+        self,
+        x: Float[Array, "b s dim"],
+        positions: Int[Array, "b s"],
+        cache: KeyValues | None,
+        residual: Float[Array, "b s dim"] | None = None,
     ) -> tuple[Float[Array, "b s dim"], KeyValues]:
         """Attention of new tokens over cached tokens and themselves, and the cache with them written in.
 
@@ -120,89 +124,69 @@ class Attention(nnx.Module):
                 token sees what the cache holds up to its own place: what lies behind may be anything. A token whose
                 place is beyond the cache is not written.
             cache: None where nothing is cached and positions count from 0; the new cache then holds just these tokens.
+            residual: is added to the output.
         """
+        if cache is not None and x.shape[1] == 1:
+            return self._one_with_cache(x, positions, cache, residual)
         query, *fresh = self._project(x, positions)
         if cache is None:
             name = dot_product.choose(self.implementation, query.dtype, self.head_dim, x.shape[1])
             out = dot_product.self_attention(
                 query, *fresh, segments=None, window=self.sliding_window, implementation=name
             )
-            return self._project_out(out), KeyValues(*(jnp.swapaxes(array, 1, 2) for array in fresh))
-        if x.shape[1] == 1:
-            attend = partial(_attend_one, window=self.sliding_window)
-            arrays = (query[:, 0], *(array[:, 0] for array in fresh), *cache, positions[:, 0])
-            out, *written = on_own_tokens(attend, arrays, ())
-            return self._project_out(out[:, None]), KeyValues(*written)
+            return self._project_out(out, residual), KeyValues(*(jnp.swapaxes(array, 1, 2) for array in fresh))
         cache = KeyValues(*(write(old, new, positions) for old, new in zip(cache, fresh, strict=True)))
         keys, values = (jnp.swapaxes(array, 1, 2).astype(query.dtype) for array in cache)
         out = dot_product.attention(query, keys, values, places=positions, window=self.sliding_window)
-        return self._project_out(out), cache
+        return self._project_out(out, residual), cache
+
+    def _one_with_cache(
+        self,
+        x: Float[Array, "b 1 dim"],
+        positions: Int[Array, "b 1"],
+        cache: KeyValues,
+        residual: Float[Array, "b 1 dim"] | None,
+    ) -> tuple[Float[Array, "b 1 dim"], KeyValues]:
+        """`with_cache` of one new token of each row."""
+        if self.query_norm is None:
+            parts = self.query_key_value(x)
+        else:
+            parts = [part.reshape(*x.shape[:2], -1) for part in self._heads(x)]
+        # Side by side, as one product gives them: XLA drops a cut that is undone at once.
+        joined = jnp.concatenate(parts, axis=-1)[:, 0]
+        turns: tuple[Array, ...] = ()
+        if self.rope_theta is not None:
+            both = rotation(positions, self.head_dim, self.rope_theta, self.rope_scaling, joined.dtype)
+            turns = tuple(part.reshape(len(x), -1) for part in both)
+
+        def run(joined: Array, keys: Array, values: Array, places: Array, *turns: Array) -> tuple[Array, Array, Array]:
+            angles = (turns[0], turns[1]) if turns else None
+            return decode_step(joined, keys, values, places, angles, window=self.sliding_window)
+
+        out, *written = on_own_tokens(run, (joined, *cache, positions[:, 0], *turns), ())
+        return self._project_out(out[:, None], residual), KeyValues(*written)
 
     def _project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         """Queries, keys and values [b, s, heads, head_dim]."""
+        query, key, value = self._heads(x)
+        if self.rope_theta is not None:
+            query, key = (rotate(part, positions, self.rope_theta, self.rope_scaling) for part in (query, key))
+        return query, key, value
+
+    def _heads(self, x: Array) -> tuple[Array, Array, Array]:
+        """`_project` before positions are brought in."""
         parts = self.query_key_value(x)
         query, key, value = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in parts)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        if self.rope_theta is not None:
-            query, key = (rotate(part, positions, self.rope_theta, self.rope_scaling) for part in (query, key))
         return query, key, value
 
     def query_key_value(self, x: Float[Array, "b s dim"]) -> Sequence[Float[Array, "b s width"]]:
         """The three projections, before they are cut into heads."""
         return side_by_side(x, self.query, self.key, self.value)
 
-    def _project_out(self, out: Float[Array, "b s n h"]) -> Float[Array, "b s dim"]:
-        return self.out(out.reshape(*out.shape[:2], -1))
-
-
-def _attend_one(
-    query: Float[Array, "b n h"],
-    key: Float[Array, "b kv h"],
-    value: Float[Array, "b kv h"],
-    keys: Float[Array, "b kv s h"],
-    values: Float[Array, "b kv s h"],
-    places: Int[Array, " b"],
-    *,
-    window: int | None,
-) -> tuple[Float[Array, "b n h"], Float[Array, "b kv s h"], Float[Array, "b kv s h"]]:
-    """Attention of one new token of each row, and the cache with it."""
-    keys, values = (
-        write(old, new[:, None], places[:, None]) for old, new in zip((keys, values), (key, value), strict=True)
-    )
-    lengths = jnp.minimum(places + 1, keys.shape[2])
-    out = decode_attention(query, keys.astype(query.dtype), values.astype(query.dtype), lengths, window=window)
-    return out, keys, values
-
-
-def write(
-    cache: Float[Array, "b kv s h"],
-    new: Float[Array, "b q kv h"],
-    places: Int[Array, "b q"],
-    *,
-    by_rows: bool | None = None,
-) -> Float[Array, "b kv s h"]:
-    """The cache with new entries at the places of each row; those at places beyond it are left out.
-
-    Args:
-        cache: the cache.
-        new: entries.
-        places: where they go; each one once.
-        by_rows: write single rows of a flat cache. XLA for GPUs would otherwise transpose the whole cache to write into
-            it and back, at each step; XLA for CPUs writes one index after the other, so there fewer are better. None
-            decides by the backend.
-    """
-    new, (batch, kv_heads, size, width) = new.astype(cache.dtype), cache.shape
-    if by_rows is None:
-        by_rows = jax.default_backend() == "gpu"
-    row = jnp.arange(batch)[:, None]
-    if not by_rows:
-        return cache.at[row, :, places].set(new, unique_indices=True, mode="drop")
-    head = row[:, :, None] * kv_heads + jnp.arange(kv_heads)[None, None, :]
-    flat = (head * size + places[:, :, None]).reshape(-1)
-    # Numbers past the end are left out; they are all different, as is promised of indices.
-    beyond = batch * kv_heads * size + jnp.arange(flat.size, dtype=flat.dtype)
-    inside = jnp.repeat((places < size).reshape(-1), kv_heads)
-    flat = jnp.where(inside, flat, beyond)
-    rows = cache.reshape(-1, width).at[flat].set(new.reshape(-1, width), unique_indices=True, mode="drop")
-    return rows.reshape(cache.shape)
+    def _project_out(
+        self, out: Float[Array, "b s n h"], residual: Float[Array, "b s dim"] | None = None
+    ) -> Float[Array, "b s dim"]:
+        projected = self.out(out.reshape(*out.shape[:2], -1))
+        return projected if residual is None else residual + projected

@@ -4,9 +4,11 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from memjax.config.model import RopeScalingConfig
+from memjax.ops.decode_attention.step import turn
 from memjax.ops.precision import accumulator
 
 
@@ -14,14 +16,18 @@ def rotate(
     x: Float[Array, "b s n h"], positions: Int[Array, "b s"], theta: float, scaling: RopeScalingConfig | None = None
 ) -> Float[Array, "b s n h"]:
     """Turns the pair (x[i], x[i + h/2]) by position * theta ** (-2 i / h), in float32 or wider: Llama's layout."""
-    half = x.shape[-1] // 2
-    wide = accumulator(x.dtype)
-    frequencies = _frequencies(half, theta, scaling, positions, wide)
-    angles = positions[..., None, None].astype(wide) * frequencies
+    return turn(x, *rotation(positions, x.shape[-1], theta, scaling, x.dtype))
+
+
+def rotation(
+    positions: Int[Array, "b s"], width: int, theta: float, scaling: RopeScalingConfig | None, dtype: DTypeLike
+) -> tuple[Float[Array, "b s 1 half"], Float[Array, "b s 1 half"]]:
+    """The cosines and sines of the angles by which `rotate` turns heads of a width."""
+    wide = accumulator(jnp.dtype(dtype))
+    angles = positions[..., None, None].astype(wide) * _frequencies(width // 2, theta, scaling, positions, wide)
     factor = 1.0 if scaling is None else attention_factor(scaling)
-    cos, sin = ((turn(angles) * factor).astype(x.dtype) for turn in (jnp.cos, jnp.sin))
-    first, second = x[..., :half], x[..., half:]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    cos, sin = ((function(angles) * factor).astype(dtype) for function in (jnp.cos, jnp.sin))
+    return cos, sin
 
 
 def attention_factor(scaling: RopeScalingConfig) -> float:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memjax.ops.decode_attention.api import decode_attention
+from memjax.ops.decode_attention.api import decode_attention, decode_step
 
 every_implementation = pytest.mark.parametrize("implementation", ["triton", "xla", "reference"])
 # Rows, heads, heads of keys, width of a head, places of the cache. Groups and widths that fill no whole tile.
@@ -52,6 +52,45 @@ def test_a_query_sees_what_is_filled_and_in_the_window(implementation, window, s
     np.testing.assert_allclose(out, by_hand(*arguments, window), rtol=2e-5, atol=2e-5)
 
 
+@cache
+def compiled_step(implementation, window):
+    return jax.jit(partial(decode_step, window=window, implementation=implementation))
+
+
+def turned(x, angles):
+    """Heads [n, h], whose pairs (x[i], x[i + h/2]) are turned as complex numbers."""
+    half = x.shape[1] // 2
+    pairs = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angles)
+    return np.concatenate([pairs.real, pairs.imag], axis=1)
+
+
+@every_implementation
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("shape", "has_angles"), [(SHAPES[0], True), (SHAPES[1], True), (SHAPES[2], False)])
+def test_a_step_writes_the_new_entry_and_sees_it(implementation, window, shape, has_angles):
+    (rows, heads, kv_heads, width, size), rng = shape, np.random.default_rng(3)
+    # A place in the middle, the first one, and one beyond the cache.
+    places = np.array([size // 2, 0, size][:rows], np.int32)
+    joined = rng.normal(size=(rows, (heads + 2 * kv_heads) * width))
+    keys, values = rng.normal(size=(2, rows, kv_heads, size, width))
+    angles = rng.uniform(0, 6, size=(rows, width // 2)) if has_angles else None
+    rotation = None if angles is None else tuple(jnp.float32(part) for part in (np.cos(angles), np.sin(angles)))
+    arrays = (jnp.float32(array) for array in (joined, keys, values))
+    out, *written = compiled_step(implementation, window)(*arrays, jnp.asarray(places), rotation)
+    query = np.zeros((rows, heads, width))
+    for row, place in enumerate(places):
+        parts = joined[row].reshape(-1, width)
+        if angles is not None:
+            parts[: heads + kv_heads] = turned(parts[: heads + kv_heads], angles[row])
+        query[row] = parts[:heads]
+        if place < size:
+            keys[row, :, place], values[row, :, place] = parts[heads : heads + kv_heads], parts[heads + kv_heads :]
+    expected = by_hand(query, keys, values, np.minimum(places + 1, size), window)
+    np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
+    for found, array in zip(written, (keys, values), strict=True):
+        np.testing.assert_allclose(found, array, rtol=2e-6, atol=2e-6)
+
+
 # Triton's interpreter multiplies no bfloat16.
 @pytest.mark.parametrize(
     ("implementation", "dtype"),
@@ -77,3 +116,10 @@ def test_shapes_that_do_not_fit_are_refused():
             decode_attention(*wrong)
     with pytest.raises(ValueError, match="window=0 must be positive"):
         decode_attention(query, keys, values, lengths, window=0)
+
+
+def test_a_step_refuses_shapes_that_do_not_fit():
+    _, keys, values, lengths = draw(SHAPES[0])
+    for joined, angles in (((3, 60), 4), ((3, 32), 4), ((2, 64), 4), ((3, 64), 8)):
+        with pytest.raises((ValueError, TypeError), match=r"decode_step|shape"):
+            decode_step(jnp.zeros(joined), keys, values, lengths, (jnp.zeros((3, angles)),) * 2)

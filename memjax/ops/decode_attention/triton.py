@@ -1,8 +1,11 @@
 """Decode attention as a Triton kernel: the filled part of a row's cache is cut into pieces, a program for each.
 
-A program forms the softmax of its piece in one pass (arXiv:2205.14135); XLA then weighs the pieces, so that few rows
-with long caches fill a GPU as well (flash-decoding).
+A program forms the softmax of its piece in one pass (arXiv:2205.14135). Where there are enough rows and heads to fill a
+GPU, a row is one piece; a second kernel weighs several of them, so that few rows with long caches fill a GPU as well
+(flash-decoding).
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +15,58 @@ from jaxtyping import Array, Float, Int
 
 from memjax.ops import tiles, triton_call
 
-_PROGRAMS = 512
-"""Enough of them to fill a GPU of about 130 multiprocessors."""
+
+class Tile(NamedTuple):
+    """How the cache is cut."""
+
+    programs: int = 512
+    """At least so many, where the cache is long enough: they fill a GPU of about 130 multiprocessors."""
+    block: int = 64
+    """Entries of the cache that a program reads at a time."""
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@triton.jit
+def _attend(
+    query, keys_ptr, values_ptr, cache, first, last, column, highest, total, out, WIDTH: tl.constexpr,
+    SCALE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The highest score, the sum of weights and the weighted sum, with the entries first..last of a cache added."""
+    is_column = column < WIDTH
+    for start in range(first, last, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        is_place = place < last
+        at = cache + place[:, None] * WIDTH + column[None, :]
+        inside = is_place[:, None] & is_column[None, :]
+        keys = tl.load(keys_ptr + at, mask=inside, other=0.0)
+        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * SCALE
+        scores = tl.where(is_place[None, :], scores, float("-inf"))
+        # The first place of a block is always filled, so this is a number.
+        higher = tl.maximum(highest, tl.max(scores, axis=1))
+        weights = tl.exp(scores - higher[:, None])
+        fade = tl.exp(highest - higher)
+        values = tl.load(values_ptr + at, mask=inside, other=0.0)
+        out = out * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        total = total * fade + tl.sum(weights, axis=1)
+        highest = higher
+    return highest, total, out
+
+
+@triton.jit
+def _store(
+    out_ptr, highest_ptr, total_ptr, own, piece, is_head, column, highest, total, out, WIDTH: tl.constexpr,
+    PIECES: tl.constexpr,
+):  # fmt: skip
+    """Writes the result of a row that is one piece, or what is needed to weigh a piece."""
+    at = own * PIECES + piece
+    if PIECES == 1:
+        out = out / total[:, None]
+    else:
+        tl.store(highest_ptr + at, highest, mask=is_head)
+        tl.store(total_ptr + at, total, mask=is_head)
+    inside = is_head[:, None] & (column < WIDTH)[None, :]
+    tl.store(out_ptr + at[:, None] * WIDTH + column[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -45,26 +98,93 @@ def piece_kernel(
     total = tl.zeros((HEADS,), tl.float32)
     out = tl.zeros((HEADS, COLUMNS), tl.float32)
     cache = (row * KV_HEADS + kv_head) * SIZE * WIDTH
-    for start in range(first, last, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        is_place = place < last
-        at = cache + place[:, None] * WIDTH + column[None, :]
-        inside = is_place[:, None] & is_column[None, :]
-        keys = tl.load(keys_ptr + at, mask=inside, other=0.0)
-        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * SCALE
-        scores = tl.where(is_place[None, :], scores, float("-inf"))
-        # The first place of a block is always filled, so this is a number.
-        higher = tl.maximum(highest, tl.max(scores, axis=1))
-        weights = tl.exp(scores - higher[:, None])
-        fade = tl.exp(highest - higher)
-        values = tl.load(values_ptr + at, mask=inside, other=0.0)
-        out = out * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
-        total = total * fade + tl.sum(weights, axis=1)
-        highest = higher
-    at = own * PIECES + piece
-    tl.store(highest_ptr + at, highest, mask=is_head)
-    tl.store(total_ptr + at, total, mask=is_head)
-    tl.store(out_ptr + at[:, None] * WIDTH + column[None, :], out, mask=is_head[:, None] & is_column[None, :])
+    highest, total, out = _attend(
+        query, keys_ptr, values_ptr, cache, first, last, column, highest, total, out, WIDTH, SCALE, BLOCK
+    )
+    _store(out_ptr, highest_ptr, total_ptr, own, piece, is_head, column, highest, total, out, WIDTH, PIECES)
+
+
+@triton.jit
+def step_kernel(
+    joined_ptr, keys_ptr, values_ptr, places_ptr, cos_ptr, sin_ptr, out_ptr, highest_ptr, total_ptr, new_keys_ptr,
+    new_values_ptr, SIZE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    PIECES: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, TURNED: tl.constexpr, HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`piece_kernel` for a token that the cache does not hold yet: turns its query and key, and writes its entry.
+
+    The first piece begins with the new entry, from registers, and writes it; no program reads it from the cache.
+    """
+    row, kv_head, piece = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    own_place = tl.load(places_ptr + row)
+    filled = tl.minimum(own_place, SIZE)
+    # Columns of the new entry that this program writes and begins with: all or none.
+    entry_width = tl.where((own_place < SIZE) & (piece == 0), COLUMNS, 0)
+    begin = 0
+    if WINDOW > 0:
+        begin = tl.maximum(tl.minimum(own_place + 1, SIZE) - WINDOW, 0)
+    share = tl.cdiv(tl.cdiv(filled - begin, PIECES), BLOCK) * BLOCK
+    first = begin + piece * share
+    last = tl.minimum(first + share, filled)
+
+    HALF: tl.constexpr = WIDTH // 2
+    head, column = tl.arange(0, HEADS), tl.arange(0, COLUMNS)
+    is_head, is_column = head < GROUP, column < WIDTH
+    inside = is_head[:, None] & is_column[None, :]
+    joined = joined_ptr + row * (KV_HEADS * (GROUP + 2) * WIDTH)
+    query_at = joined + (kv_head * GROUP + head)[:, None] * WIDTH
+    key_at = joined + (KV_HEADS * GROUP + kv_head) * WIDTH
+    value_at = joined + (KV_HEADS * (GROUP + 1) + kv_head) * WIDTH
+    query = tl.load(query_at + column[None, :], mask=inside, other=0.0)
+    key = tl.load(key_at + column, mask=is_column, other=0.0)
+    value = tl.load(value_at + column, mask=is_column, other=0.0)
+    if TURNED:
+        is_front = column < HALF
+        other = tl.where(is_front, column + HALF, column - HALF)
+        angle = row * HALF + tl.where(is_front, column, column - HALF)
+        cos = tl.load(cos_ptr + angle, mask=is_column, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + angle, mask=is_column, other=0.0).to(tl.float32)
+        sin = tl.where(is_front, -sin, sin)
+        other_query = tl.load(query_at + other[None, :], mask=inside, other=0.0).to(tl.float32)
+        other_key = tl.load(key_at + other, mask=is_column, other=0.0).to(tl.float32)
+        query = (query.to(tl.float32) * cos[None, :] + other_query * sin[None, :]).to(query.dtype)
+        key = (key.to(tl.float32) * cos + other_key * sin).to(key.dtype)
+
+    cache = (row * KV_HEADS + kv_head) * SIZE * WIDTH
+    at = cache + own_place * WIDTH + column
+    is_written = is_column & (column < entry_width)
+    tl.store(new_keys_ptr + at, key, mask=is_written)
+    tl.store(new_values_ptr + at, value, mask=is_written)
+
+    score = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], axis=1) * SCALE
+    has_entry = tl.zeros((HEADS,), tl.int32) < entry_width
+    highest = tl.where(has_entry, score, float("-inf"))
+    total = tl.where(has_entry, 1.0, 0.0)
+    out = tl.where(has_entry[:, None], value.to(tl.float32)[None, :], 0.0)
+    highest, total, out = _attend(
+        query, keys_ptr, values_ptr, cache, first, last, column, highest, total, out, WIDTH, SCALE, BLOCK
+    )
+    own = (row * KV_HEADS + kv_head) * GROUP + head
+    _store(out_ptr, highest_ptr, total_ptr, own, piece, is_head, column, highest, total, out, WIDTH, PIECES)
+
+
+@triton.jit
+def weigh_kernel(
+    pieces_ptr, highest_ptr, total_ptr, out_ptr, PIECES: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The attention of a head of a row from its pieces; PADDED and COLUMNS are PIECES and WIDTH as powers of two."""
+    head = tl.program_id(0).to(tl.int64)
+    piece, column = tl.arange(0, PADDED), tl.arange(0, COLUMNS)
+    is_piece, is_column = piece < PIECES, column < WIDTH
+    at = head * PIECES + piece
+    highest = tl.load(highest_ptr + at, mask=is_piece, other=float("-inf"))
+    total = tl.load(total_ptr + at, mask=is_piece, other=0.0)
+    inside = is_piece[:, None] & is_column[None, :]
+    pieces = tl.load(pieces_ptr + at[:, None] * WIDTH + column[None, :], mask=inside, other=0.0)
+    share = tl.exp(highest - tl.max(highest, axis=0))
+    out = tl.sum(pieces * share[:, None], axis=0) / tl.sum(total * share, axis=0)
+    tl.store(out_ptr + head * WIDTH + column, out.to(out_ptr.dtype.element_ty), mask=is_column)
 
 
 def decode_attention(
@@ -73,24 +193,56 @@ def decode_attention(
     values: Float[Array, "b kv s h"],
     lengths: Int[Array, " b"],
     window: int | None,
+    *,
+    tile: Tile | None = None,
 ) -> Float[Array, "b n h"]:
     """Reads only what each row's cache holds."""
-    (batch, heads, width), (kv_heads, size) = query.shape, keys.shape[1:3]
     keys, values = keys.astype(query.dtype), values.astype(query.dtype)
-    block = 64 if width <= 128 and query.dtype.itemsize <= 2 else 32
+    arguments = (query, keys, values, lengths.astype(jnp.int32))
+    out, _ = _launch(piece_kernel, arguments, query.shape[1], keys, window, tile)
+    return out
+
+
+def decode_step(
+    joined: Float[Array, "b width"],
+    keys: Float[Array, "b kv s h"],
+    values: Float[Array, "b kv s h"],
+    places: Int[Array, " b"],
+    rotation: tuple[Float[Array, "b half"], Float[Array, "b half"]] | None,
+    window: int | None,
+    *,
+    tile: Tile | None = None,
+) -> tuple[Float[Array, "b n h"], Float[Array, "b kv s h"], Float[Array, "b kv s h"]]:
+    """One kernel for positions, the new entry and the attention; the cache is written in place."""
+    places = places.astype(jnp.int32)
+    arguments = (joined, keys, values, places, *(rotation or (places, places)))
+    num_heads = joined.shape[1] // keys.shape[3] - 2 * keys.shape[1]
+    out, (keys, values) = _launch(
+        step_kernel, arguments, num_heads, keys, window, tile, written=2, TURNED=rotation is not None
+    )
+    return out, keys, values
+
+
+def _launch(
+    kernel, arguments: tuple[Array, ...], heads: int, cache: Array, window: int | None, tile: Tile | None,
+    written: int = 0, **constants: int,
+) -> tuple[Array, list[Array]]:  # fmt: skip
+    """Attention by one of the kernels, and the first `written` arguments behind the query, which it writes in place."""
+    (batch, kv_heads, size, width), dtype = cache.shape, arguments[0].dtype
+    tile = tile or default_tile(width, dtype.itemsize)
     longest = size if window is None else min(size, window)
-    pieces = min(tiles.ceil_div(longest, block), max(1, _PROGRAMS // (batch * kv_heads)))
+    pieces = min(tiles.ceil_div(longest, tile.block), max(1, tile.programs // (batch * kv_heads)))
     narrow = jax.ShapeDtypeStruct((batch, heads, pieces), jnp.float32)
-    out, highest, total = triton_call.launch(
-        piece_kernel,
-        query,
-        keys,
-        values,
-        lengths.astype(jnp.int32),
-        out=[jax.ShapeDtypeStruct((batch, heads, pieces, width), jnp.float32), narrow, narrow],
+    wide = jax.ShapeDtypeStruct((batch, heads, pieces, width), dtype if pieces == 1 else jnp.float32)
+    caches = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arguments[1 : 1 + written]]
+    out, highest, total, *caches = triton_call.launch(
+        kernel,
+        *arguments,
+        out=[wide, narrow, narrow, *caches],
         grid=(batch, kv_heads, pieces),
-        num_warps=4,
-        num_stages=3,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        aliases={1 + number: 3 + number for number in range(written)},
         SIZE=size,
         KV_HEADS=kv_heads,
         GROUP=heads // kv_heads,
@@ -98,10 +250,29 @@ def decode_attention(
         PIECES=pieces,
         WINDOW=window or 0,
         SCALE=width**-0.5,
+        **constants,
         HEADS=max(16, tiles.next_power_of_two(heads // kv_heads)),
         COLUMNS=max(16, tiles.next_power_of_two(width)),
-        BLOCK=block,
+        BLOCK=tile.block,
     )
-    share = jnp.exp(highest - jnp.max(highest, axis=-1, keepdims=True))
-    summed = jnp.sum(out * share[..., None], axis=2) / jnp.sum(total * share, axis=-1)[..., None]
-    return summed.astype(query.dtype)
+    if pieces == 1:
+        return out[:, :, 0], caches
+    (summed,) = triton_call.launch(
+        weigh_kernel,
+        out,
+        highest,
+        total,
+        out=[jax.ShapeDtypeStruct((batch, heads, width), dtype)],
+        grid=(batch * heads,),
+        num_warps=4,
+        PIECES=pieces,
+        WIDTH=width,
+        PADDED=tiles.next_power_of_two(pieces),
+        COLUMNS=tiles.next_power_of_two(width),
+    )
+    return summed, caches
+
+
+def default_tile(width: int, itemsize: int) -> Tile:
+    """The tile for heads of a width."""
+    return Tile() if width <= 128 and itemsize <= 2 else Tile(block=32)

@@ -1,0 +1,71 @@
+"""A decoding step's attention by parts: positions, the new entry of the cache, attention over it."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from memjax.ops import dispatch
+
+
+def decode_step(
+    joined: Float[Array, "b width"],
+    keys: Float[Array, "b kv s h"],
+    values: Float[Array, "b kv s h"],
+    places: Int[Array, " b"],
+    rotation: tuple[Float[Array, "b half"], Float[Array, "b half"]] | None,
+    window: int | None,
+    *,
+    implementation: str,
+) -> tuple[Float[Array, "b n h"], Float[Array, "b kv s h"], Float[Array, "b kv s h"]]:
+    """`api.decode_step`, with the attention of an implementation."""
+    (batch, kv_heads, size, width), num_heads = keys.shape, joined.shape[1] // keys.shape[3] - 2 * keys.shape[1]
+    heads = joined.reshape(batch, -1, width)
+    query, key, value = jnp.split(heads, (num_heads, num_heads + kv_heads), axis=1)
+    if rotation is not None:
+        cos, sin = (part[:, None, :] for part in rotation)
+        query, key = turn(query, cos, sin), turn(key, cos, sin)
+    keys, values = (
+        write(old, new[:, None], places[:, None]) for old, new in zip((keys, values), (key, value), strict=True)
+    )
+    lengths = jnp.minimum(places + 1, size)
+    attend = dispatch.load("decode_attention", implementation).decode_attention
+    return attend(query, keys.astype(query.dtype), values.astype(query.dtype), lengths, window), keys, values
+
+
+def turn(x: Float[Array, "*b h"], cos: Float[Array, "*#b half"], sin: Float[Array, "*#b half"]) -> Float[Array, "*b h"]:
+    """Turns the pairs (x[i], x[i + h/2]) by angles whose cosines and sines are given, in x's type."""
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def write(
+    cache: Float[Array, "b kv s h"],
+    new: Float[Array, "b q kv h"],
+    places: Int[Array, "b q"],
+    *,
+    by_rows: bool | None = None,
+) -> Float[Array, "b kv s h"]:
+    """The cache with new entries at the places of each row; those at places beyond it are left out.
+
+    Args:
+        cache: the cache.
+        new: entries.
+        places: where they go; each one once.
+        by_rows: write single rows of a flat cache. XLA for GPUs would otherwise transpose the whole cache to write into
+            it and back, at each step; XLA for CPUs writes one index after the other, so there fewer are better. None
+            decides by the backend.
+    """
+    new, (batch, kv_heads, size, width) = new.astype(cache.dtype), cache.shape
+    if by_rows is None:
+        by_rows = jax.default_backend() == "gpu"
+    row = jnp.arange(batch)[:, None]
+    if not by_rows:
+        return cache.at[row, :, places].set(new, unique_indices=True, mode="drop")
+    head = row[:, :, None] * kv_heads + jnp.arange(kv_heads)[None, None, :]
+    flat = (head * size + places[:, :, None]).reshape(-1)
+    # Numbers past the end are left out; they are all different, as is promised of indices.
+    beyond = batch * kv_heads * size + jnp.arange(flat.size, dtype=flat.dtype)
+    inside = jnp.repeat((places < size).reshape(-1), kv_heads)
+    flat = jnp.where(inside, flat, beyond)
+    rows = cache.reshape(-1, width).at[flat].set(new.reshape(-1, width), unique_indices=True, mode="drop")
+    return rows.reshape(cache.shape)
