@@ -8,9 +8,11 @@ from flax import nnx
 
 from memjax.config.memory import MemoryConfig
 from memjax.config.model import ExpertsConfig, ModelConfig
+from memjax.inference import weights
 from memjax.inference.weights import JoinedAttention, prepare
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts
+from memjax.ops import dispatch
 
 TOKENS = jnp.array([[1, 5, 9, 3, 7, 2], [1, 8, 8, 4, 6, 5]], jnp.int32)
 
@@ -69,3 +71,21 @@ def test_weights_are_prepared_once_and_anew_when_the_model_was_changed():
     model.norm.scale[...] = model.norm.scale[...] * 2
     assert prepare(model) is not ready
     np.testing.assert_allclose(prepare(model).norm.scale[...], ready.norm.scale[...] * 2)
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_a_single_row_is_multiplied_by_the_kernel_as_well(kind, monkeypatch):
+    if reason := dispatch.why_not("triton"):
+        pytest.skip(reason)
+    ready = prepare(drawn(dtype="float32", **kinds()[kind]))
+    expected = ready.logits(ready.hidden_with_cache(TOKENS[:1, :1], None)[0])
+    rows: list[int] = []
+
+    def is_for_kernel(x: jax.Array) -> bool:
+        rows.append(x.size // x.shape[-1])
+        return rows[-1] == 1
+
+    monkeypatch.setattr(weights, "_is_for_kernel", is_for_kernel)
+    found = ready.logits(ready.hidden_with_cache(TOKENS[:1, :1], None)[0])
+    assert rows.count(1) >= 3 * 3
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))

@@ -20,11 +20,11 @@ from memjax.ops.row_update.rules import RowRule, row_step
 from memjax.ops.table import Table
 
 triton_call.compute_capability = 90
-bag, dot, search, update, grouped, norm, decode = (
+bag, dot, search, update, grouped, norm, decode, product = (
     importlib.import_module(f"memjax.ops.{name}.triton")
     for name in (
         *("embedding_bag", "embedding_dot", "product_key_search", "row_update", "grouped_matmul", "rms_norm"),
-        "decode_attention",
+        *("decode_attention", "matvec"),
     )
 )
 
@@ -81,6 +81,14 @@ for dtype, heads, width in ((jnp.bfloat16, 16, 64), (jnp.bfloat16, 4, 128), (jnp
     query, cache = array(dtype, 2, 16, width), array(dtype, 2, heads, 1024, width)
     attend = functools.partial(decode.decode_attention, window=None)
     compile(f"decode {heads}", attend, query, cache, cache, array(jnp.int32, 2))
+    joined, angles = array(dtype, 2, (16 + 2 * heads) * width), array(dtype, 2, width // 2)
+    step = functools.partial(decode.decode_step, window=None)
+    compile(f"step {heads}", step, joined, cache, cache, array(jnp.int32, 2), (angles, angles))
+
+for dtype, inputs, outputs in ((jnp.bfloat16, 2816, 1024), (jnp.float32, 24, 40)):
+    for gated in (False, True):
+        times, residual = functools.partial(product.matvec, gated=gated), None if gated else array(dtype, outputs)
+        compile(f"matvec {inputs} {gated}", times, array(dtype, inputs), array(dtype, outputs, inputs), residual)
 
 for kind in ("rowwise_adam", "adam"):
     rule, table = RowRule(kind=kind), array(jnp.bfloat16, 1000, 1024)
@@ -106,4 +114,4 @@ def test_every_kernel_compiles_for_sm_90():
     assert done.returncode == 0, done.stderr
     kernels = {line.rsplit(" ", 1)[0]: int(line.rsplit(" ", 1)[1]) for line in done.stdout.splitlines()}
     assert kernels["search 1024"] == kernels["update rowwise_adam"] == 2
-    assert len(kernels) == 37
+    assert len(kernels) == 44

@@ -1,0 +1,19 @@
+"""The product of a matrix and a vector by its formula."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from memjax.ops.precision import accumulator
+
+
+def matvec(
+    x: Float[Array, " k"], rows: Float[Array, "n k"], residual: Float[Array, " m"] | None, gated: bool
+) -> Float[Array, " m"]:
+    """Every row times x, summed; a gate is narrowed before its function, as a layer's output would be."""
+    wide = accumulator(x.dtype)
+    out = jnp.sum(rows.astype(wide) * x.astype(wide)[None, :], axis=1).astype(x.dtype)
+    if gated:
+        gate, up = jnp.split(out, 2)
+        out = jax.nn.silu(gate) * up
+    return out if residual is None else residual + out

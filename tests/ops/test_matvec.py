@@ -1,0 +1,43 @@
+"""The product of a matrix and a vector is the sum of products, gated and added or not, in every implementation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memjax.ops.matvec.api import matvec
+
+every_implementation = pytest.mark.parametrize("implementation", ["triton", "xla", "reference"])
+
+
+@every_implementation
+@pytest.mark.parametrize("gated", [False, True])
+# Fewer columns than a program reads at a time, and two times with a rest; rows that fill no program.
+@pytest.mark.parametrize(("outputs", "inputs"), [(6, 24), (10, 1500)])
+def test_every_output_is_a_row_times_the_vector(implementation, gated, outputs, inputs):
+    rng = np.random.default_rng(0)
+    x, rows = rng.normal(size=inputs), rng.normal(size=(outputs, inputs)) / inputs**0.5
+    residual = rng.normal(size=outputs // 2) if gated else None
+    expected = rows @ x
+    if gated:
+        gate, up = np.split(expected, 2)
+        expected = gate / (1 + np.exp(-gate)) * up + residual
+    arrays = (None if array is None else jnp.float32(array) for array in (x, rows, residual))
+    found = matvec(*arrays, gated=gated, implementation=implementation)
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
+
+
+@every_implementation
+def test_sixteen_bits_are_summed_in_float32(implementation):
+    # In float16 the sum would stop at 2048.
+    found = matvec(jnp.ones(5000, jnp.float16), jnp.ones((2, 5000), jnp.float16), implementation=implementation)
+    assert found.dtype == jnp.float16
+    np.testing.assert_allclose(np.asarray(found, np.float64), 5000, rtol=1e-3)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    for x, rows, gated in (((4,), (3, 5), False), ((4,), (3, 4), True), ((2, 4), (3, 4), False)):
+        with pytest.raises((ValueError, TypeError), match=r"matvec|shape"):
+            jax.eval_shape(lambda x, rows: matvec(x, rows, gated=gated), jnp.zeros(x), jnp.zeros(rows))  # noqa: B023
+    with pytest.raises((ValueError, TypeError), match=r"residual|shape"):
+        matvec(jnp.zeros(4), jnp.zeros((3, 4)), jnp.zeros(4))
