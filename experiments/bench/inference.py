@@ -1,10 +1,12 @@
 """Times generation: `python experiments/bench/inference.py [--only PART ...] [--out FOLDER] [--small]`.
 
 Dense against Memory+ of one size, in bfloat16: the first token of a batch of prompts (prefill, on the host), and the
-milliseconds of each further token, greedy, at several batch sizes and lengths of the prompts; a model's cases run in a
-process of their own. Where transformers can be imported a Llama of the same shape is timed by its `generate`, with its
-dynamic cache and with its static cache, which it compiles. `attention` times decode attention alone, in every
-implementation. The record is written after every process, and keeps what other runs have put into it.
+milliseconds of each further token, greedy, at several batch sizes and lengths of the prompts: "ms a token" of steady
+decoding, as servers do it, and "streamed ms" from the first token on, at the growing pace of a stream. A model's cases
+of one length run in a process of their own, long prompts last. Where transformers can be imported a Llama of the same
+shape is timed by its `generate`, with its dynamic cache and with its static cache, which it compiles. `attention` times
+decode attention alone, in every implementation and with every tile; it comes last, so ask for it by `--only attention`.
+The record is written after every process, and keeps what other runs have put into it.
 
 With --small (for CPUs) a few cases of small sizes run, and the figures say nothing but that it runs.
 """

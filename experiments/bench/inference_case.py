@@ -3,12 +3,14 @@
 inference.py starts the processes.
 """
 
+import itertools
 import json
 import pathlib
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -99,22 +101,37 @@ def of_engine(case: Row) -> Iterator[Row]:
 
 
 def of_attention(case: Row) -> Iterator[Row]:
-    """Decode attention over caches whose fill is that of the prompts, in every implementation that runs."""
+    """Decode attention over caches whose fill is that of the prompts: in every implementation, with every tile."""
     dtype = jnp.float32 if case["small"] else jnp.bfloat16
-    for batch, length in case["sizes"]:
-        for name in ("triton", "xla"):
-            found = {"model": f"decode attention, {name}", "batch": batch, "prompt": length}
-            yield found | attempt(lambda: attention_row(case, batch, length, name, dtype))  # noqa: B023
+    runs: dict[str, Callable[..., Any]] = {
+        name: partial(decode_attention, implementation=name) for name in ("triton", "xla")
+    }
+    if dispatch.why_not("triton", dtype) is None:
+        kernels = dispatch.load("decode_attention", "triton")
+        for programs, (block, num_warps), num_stages in itertools.product(
+            (512, 1024), ((32, 2), (32, 4), (64, 2), (64, 4), (128, 4)), (2, 3, 4)
+        ):
+            tile = kernels.Tile(programs, block, num_warps, num_stages)
+            name = f"triton {programs} {block}/{num_warps}/{num_stages}"
+            runs[name] = partial(kernels.decode_attention, window=None, tile=tile)
+    for (batch, length), (name, run) in itertools.product(case["sizes"], runs.items()):
+        found = {"model": f"decode attention, {name}", "batch": batch, "prompt": length}
+        yield found | attempt(lambda: attention_row(case, batch, length, run, dtype))  # noqa: B023
 
 
-def attention_row(case: Row, batch: int, length: int, name: str, dtype: Any) -> Row:
+def attention_row(case: Row, batch: int, length: int, attend: Callable[..., Any], dtype: Any) -> Row:
     """One layer's attention of one token, for a cache of twice the length that is filled to the length."""
     keys = jax.random.split(jax.random.key(0), 3)
     cache = [jax.random.normal(key, (batch, case["heads"], 2 * length, case["width"]), dtype) for key in keys[:2]]
     query = jax.random.normal(keys[2], (batch, case["heads"], case["width"]), dtype)
     lengths = jnp.full(batch, length, jnp.int32)
-    run = jax.jit(lambda *arguments: decode_attention(*arguments, implementation=name))
-    milliseconds = timing.median_ms(run, [(query, *cache, lengths)], rounds=case["rounds"], calls=20)
+    # Several calls in one program, as the layers of a model: a single one is no longer than its launch.
+    calls = 16
+
+    def chain(query: Any, keys: Any, values: Any, lengths: Any) -> Any:
+        return jax.lax.fori_loop(0, calls, lambda _, query: attend(query, keys, values, lengths), query)
+
+    milliseconds = timing.median_ms(jax.jit(chain), [(query, *cache, lengths)], rounds=case["rounds"], calls=4) / calls
     filled = 2 * batch * length * case["heads"] * case["width"] * jnp.dtype(dtype).itemsize
     return {"ms a token": milliseconds, "note": f"{filled / milliseconds / 1e6:.0f} GB/s of what is filled"}
 
