@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from memjax.io.console import say
+from memjax.training.interrupt import run_program
 
 COMMANDS = {
     "train": "train a model, or go on with a run",
@@ -34,4 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["train"]:
+        run_program(main)
     sys.exit(main())

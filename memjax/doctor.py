@@ -4,14 +4,20 @@ import contextlib
 import dataclasses
 import io
 import pathlib
+import queue
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from memjax.config import load as config_load
+from memjax.runs.command import exit_code
+from memjax.training.interrupt import SIGNALS, leave
 
 FLAGS = {"quick": "Leave out the training run: only versions, devices and operations."}
 
@@ -22,7 +28,7 @@ class DoctorConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the report; returns 0 when everything that was tried works, else 1."""
+    """Prints the report; returns 0 when everything that was tried works, 1 when not, 130 after a signal."""
     parsed = config_load.parse(
         DoctorConfig,
         sys.argv[1:] if argv is None else argv,
@@ -34,8 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         positional=None,
         flags=FLAGS,
     )
+    return exit_code(lambda: _check(quick="quick" in parsed.flags))
+
+
+def _check(*, quick: bool) -> int:
     checks = {"operations": check_operations}
-    if "quick" not in parsed.flags:
+    if not quick:
         checks["training"] = check_training
     print(describe_machine(), flush=True)
     works = True
@@ -151,8 +161,10 @@ def _compare(run: Callable[[str], Any], name: str) -> str:
 
 def check_training() -> bool:
     """Trains the quick start's model for a few steps, saves it, loads it and lets it write; prints a line each."""
-    with tempfile.TemporaryDirectory() as folder:
-        return _report("train and save", lambda: _train(folder)) and _report("load and write", lambda: _write(folder))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        return _report("train and save", lambda: _in_thread(lambda: _train(folder))) and _report(
+            "load and write", lambda: _write(folder)
+        )
 
 
 SETTINGS = (
@@ -179,6 +191,42 @@ def _train(folder: str) -> str:
     return f"ok, the loss fell from {losses[0]:.3f} to {losses[-1]:.3f} in {len(losses)} steps"
 
 
+def _in_thread(run: Callable[[], str]) -> str:
+    """Runs a training in a thread, where it leaves signals alone: here they end the report, and nothing is saved."""
+    done: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
+
+    def put() -> None:
+        try:
+            done.put(run())
+        except Exception as error:
+            done.put(error)
+
+    threading.Thread(target=put, daemon=True).start()
+    result = done.get()
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _program() -> NoReturn:
+    """Runs the command; any signal that ends programs ends it as Ctrl-C does, without a temporary folder left."""
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, _interrupt)
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        code = 130
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    leave(code)  # the training's thread may be in a long call
+
+
 def _write(folder: str) -> str:
     from memjax.inference.engine import generate
     from memjax.runs.load import load
@@ -200,4 +248,4 @@ def _report(name: str, check: Callable[[], str]) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _program()

@@ -11,6 +11,7 @@ from memjax.config.checks import local_paths
 from memjax.config.load import RUN_FOLDER, parse
 from memjax.config.sampling import SamplingConfig
 from memjax.errors import ConfigError
+from memjax.io.console import printable
 from memjax.runs.command import CheckpointSettings, check_output, exit_code, loaded
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def _write_file(found: "LoadedModel", settings: GenerateConfig, records: list[di
         file = settings.output and stack.enter_context(open(settings.output, "w", encoding="utf-8"))
         for record, continuation in zip(records, texts, strict=True):
             line = json.dumps(record | dataclasses.asdict(continuation), ensure_ascii=False)
-            print(line, file=file or None, flush=True)
+            print(line if file else printable(line), file=file or None, flush=True)
 
 
 def _write(found: "LoadedModel", settings: GenerateConfig, prompt: str, *, number: int) -> None:
@@ -143,7 +144,7 @@ def _write(found: "LoadedModel", settings: GenerateConfig, prompt: str, *, numbe
         special_tokens=settings.special_tokens,
         number=number,
     ):
-        print(piece, end="", flush=True)
+        print(printable(piece), end="", flush=True)
     print(flush=True)
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from memjax.config.checks import local_paths
 from memjax.config.load import RUN_FOLDER, parse
+from memjax.runs.command import exit_code
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +36,7 @@ RUNS = dataclasses.replace(RUN_FOLDER, help="The folders of the runs.", repeats=
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the picture; returns the exit code: 0 done, 2 wrong settings, 3 a folder without metrics."""
+    """Writes the picture; returns the exit code: 0 done, 2 wrong settings, 3 no metrics, 4 it cannot be written."""
     parsed = parse(
         PlotConfig,
         sys.argv[1:] if argv is None else argv,
@@ -43,16 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Compares runs: loss, throughput and use of the memory's slots, in one picture.",
         positional=RUNS,
     )
+    return exit_code(lambda: _plot([pathlib.Path(run) for run in parsed.positionals], parsed.config))
+
+
+def _plot(folders: Sequence[pathlib.Path], settings: PlotConfig) -> None:
     # Only now, so that wrong settings need not wait for NumPy; JAX is not needed at all.
-    from memjax.errors import DataError
     from memjax.monitoring import comparison
 
-    settings = parsed.config
-    try:
-        runs = comparison.read_runs([pathlib.Path(run) for run in parsed.positionals])
-    except DataError as error:
-        print(error, file=sys.stderr)
-        return 3
+    runs = comparison.read_runs(folders)
     comparison.draw(runs, pathlib.Path(settings.out), axis=settings.x, window=settings.smoothing)
     table = comparison.summary_table(runs)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -62,7 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for note in comparison.missing(runs):
         print(f"there is {note}")
     print(f"written to {settings.out}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
 import json
+import os
 import pathlib
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -66,3 +70,17 @@ def test_the_training_run_is_judged_by_its_loss_and_exit_code(losses, code, work
     monkeypatch.setattr(doctor, "_write", lambda folder: "ok")
     assert doctor.check_training() is works
     assert line in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_report_at_once_and_leaves_no_folder(tmp_path):
+    environment = os.environ | {"TMPDIR": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-u", "-m", "memjax.doctor"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert any(line == "training\n" for line in process.stdout)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=20)
+    assert (process.returncode, error) == (130, "\ninterrupted\n")
+    assert list(tmp_path.iterdir()) == []

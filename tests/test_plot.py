@@ -63,3 +63,11 @@ def test_no_jax_is_needed(runs, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, env=environment, timeout=120, check=False)
     assert done.returncode == 0
+
+
+def test_what_cannot_be_written_ends_with_4_and_a_line(runs, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert plot.main([*runs, "--out", str(tmp_path / "file/all.png")]) == 4
+    error = capsys.readouterr().err
+    assert "file" in error
+    assert len(error.splitlines()) == 1

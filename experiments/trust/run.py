@@ -17,6 +17,7 @@ import os
 import pathlib
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -148,6 +149,8 @@ def main() -> int:
     campaigns = options.only.split(",")
     if unknown := [name for name in campaigns if name not in CAMPAIGNS]:
         parser.error(f"--only: there is no {', '.join(unknown)}; there are {', '.join(CAMPAIGNS)}")
+    # Ends as Ctrl-C does: with everything that runs killed, unmounted and removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = pathlib.Path(tempfile.mkdtemp(prefix="memjax-trust-"))
     lab = Lab(folder, options.patience, options.workers)
     started = time.monotonic()

@@ -2,7 +2,11 @@
 
 import contextlib
 import os
+import re
 import sys
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal obeys: control characters and marks of writing direction; and surrogates, which have no bytes."""
 
 
 def say(text: str = "", *, end: str = "\n") -> None:
@@ -20,6 +24,18 @@ def say(text: str = "", *, end: str = "\n") -> None:
         stream.flush()
     except (OSError, ValueError):  # ValueError: written to a closed file
         _discard_output()
+
+
+def printable(text: str, *, error: bool = False) -> str:
+    """Text for standard output, or standard error: for a terminal, with control characters spelled out.
+
+    What a model or a file holds could otherwise move the cursor, change the title or answer in the user's place. Line
+    feeds and tabs stay; files and pipes get the text as it is.
+    """
+    stream = sys.stderr if error else sys.stdout
+    if stream is None or not stream.isatty():
+        return text
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def warn(text: str) -> None:

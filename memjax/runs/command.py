@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal
 
 from memjax.errors import ConfigError
+from memjax.io.console import printable
 
 if TYPE_CHECKING:
     from memjax.runs.load import LoadedModel
@@ -85,12 +86,12 @@ def exit_code(command: Callable[[], int | None], *, interrupted: str = "interrup
     try:
         return command() or 0
     except tuple(codes) as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error), error=True), file=sys.stderr)
         return next(code for kind, code in codes.items() if isinstance(error, kind))
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _output_is_gone():
             return 141
-        print(explain(error), file=sys.stderr)
+        print(printable(explain(error), error=True), file=sys.stderr)
         return 4
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)

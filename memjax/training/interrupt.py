@@ -163,6 +163,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     not change its code.
     """
     sys.excepthook = _without_closed_loops
+    sys.unraisablehook = _unraisable_without_closed_loops
     with catch_interrupts():
         code = main()
         for number in SIGNALS:
@@ -176,9 +177,18 @@ def run_program(main: Callable[[], int]) -> NoReturn:
 
 
 def _without_closed_loops(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """TensorStore's threads report writes that failed to an event loop which the first of them has ended."""
-    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+    if not _is_closed_loop(error):
         sys.__excepthook__(kind, error, trace)
+
+
+def _unraisable_without_closed_loops(unraisable: "sys.UnraisableHookArgs") -> None:
+    if not _is_closed_loop(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
+
+
+def _is_closed_loop(error: BaseException | None) -> bool:
+    """TensorStore's threads report writes that failed to an event loop which the first of them has ended."""
+    return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
 
 def leave(code: int) -> NoReturn:

@@ -1,5 +1,8 @@
+import io
 import subprocess
 import sys
+
+from memjax.io.console import printable
 
 PROGRAM = """
 import sys
@@ -34,3 +37,15 @@ def test_characters_that_the_terminal_lacks_are_replaced() -> None:
     environment = {"PYTHONIOENCODING": "ascii"}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
     assert run.stdout == "caf? ?\n"
+
+
+def test_terminals_get_control_characters_spelled_out_and_files_get_the_text(monkeypatch) -> None:
+    text = "a\x1b]0;title\x07\x9b2J\u202eb\tc\nd\ud800\x7f \u00e9\u4e2d"
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert printable(text, error=True) == text
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    shown = printable(text, error=True)
+    assert shown == "a\\x1b]0;title\\x07\\x9b2J\\u202eb\tc\nd\\ud800\\x7f \u00e9\u4e2d"
+    assert printable(shown, error=True) == shown
+    assert printable(text) == text
