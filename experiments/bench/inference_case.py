@@ -109,7 +109,7 @@ def of_attention(case: Row) -> Iterator[Row]:
     if dispatch.why_not("triton", dtype) is None:
         kernels = dispatch.load("decode_attention", "triton")
         for programs, (block, num_warps), num_stages in itertools.product(
-            (512, 1024), ((32, 2), (32, 4), (64, 2), (64, 4), (128, 4)), (2, 3, 4)
+            (512, 1024), ((32, 2), (32, 4), (64, 2), (64, 4)), (2, 3, 4)
         ):
             tile = kernels.Tile(programs, block, num_warps, num_stages)
             name = f"triton {programs} {block}/{num_warps}/{num_stages}"
