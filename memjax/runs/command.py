@@ -23,6 +23,8 @@ class CheckpointSettings:
     """The checkpoint: latest, best (lowest validation loss) or its number."""
     memory_devices: int = 1
     """Devices that share the tables by columns, for tables too large for one."""
+    patch: tuple[str, ...] = ()
+    """Patches whose rows replace the model's, beside those applied to the run; see `python -m memjax.patch`."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -58,7 +60,7 @@ def loaded(run: str, settings: CheckpointSettings) -> Iterator["LoadedModel"]:
     compilation_cache.enable()
     count = settings.memory_devices
     if count == 1:
-        yield load(run, step=settings.checkpoint)
+        yield load(run, step=settings.checkpoint, patches=settings.patch)
         return
     if count > jax.device_count():
         raise ConfigError([f"memory_devices={count} must be at most {jax.device_count()}: there are no more devices"])
@@ -66,7 +68,7 @@ def loaded(run: str, settings: CheckpointSettings) -> Iterator["LoadedModel"]:
     axes = (DATA, MEMORY)
     mesh = jax.make_mesh((1, count), axes, axis_types=(automatic, automatic), devices=jax.devices()[:count])
     with jax.set_mesh(mesh):
-        yield load(run, step=settings.checkpoint)
+        yield load(run, step=settings.checkpoint, patches=settings.patch)
 
 
 def exit_code(command: Callable[[], int | None], *, interrupted: str = "interrupted") -> int:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -22,6 +22,7 @@ from memjax.errors import CheckpointError
 from memjax.io.paths import local_path
 from memjax.models.decoder import Decoder, resolve_dtype
 from memjax.models.parts import DecoderParts, take_apart
+from memjax.runs.applied import patched
 from memjax.runs.layout import CHECKPOINTS, FORMAT, META, PARAMS, TABLES, params_to_tree, tree_to_params
 from memjax.sharding.axes import COLUMNS, MEMORY, has_memory_axis
 
@@ -49,6 +50,7 @@ def load(
     *,
     step: int | Literal["latest", "best"] = "latest",
     dtype: DTypeLike | None = None,
+    patches: Sequence[str | os.PathLike[str]] = (),
 ) -> LoadedModel:
     """The model and the tokenizer of a run.
 
@@ -60,11 +62,13 @@ def load(
         step: the number of a checkpoint, the newest that can be read, or that with the lowest validation loss.
         dtype: of activations, parameters and tables. None keeps parameters and tables as they were saved, or widens
             tables to what this machine computes in.
+        patches: files of `memjax.patch` and `memjax.learn` whose rows replace the model's, after those that are applied
+            to the run already; nothing is written.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it cannot be read here.
+        CheckpointError: there is no such checkpoint, it cannot be read here, or a patch is not for it.
     """
-    saved = load_as_saved(path, step=step)
+    saved = load_as_saved(path, step=step, patches=patches)
     config = _with_dtypes(saved.config.model, all_of=dtype, tables=_wider(saved))
     if config == saved.model.config:
         return saved
@@ -75,11 +79,16 @@ def load(
     return dataclasses.replace(saved, model=model)
 
 
-def load_as_saved(path: str | os.PathLike[str], *, step: int | Literal["latest", "best"] = "latest") -> LoadedModel:
+def load_as_saved(
+    path: str | os.PathLike[str],
+    *,
+    step: int | Literal["latest", "best"] = "latest",
+    patches: Sequence[str | os.PathLike[str]] = (),
+) -> LoadedModel:
     """`load` with parameters and tables in the types in which they lie on disk.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it cannot be read here.
+        CheckpointError: there is no such checkpoint, it cannot be read here, or a patch is not for it.
     """
     folder = checkpoint_folder(path)
     with Checkpoints(folder) as checkpoints:
@@ -99,7 +108,8 @@ def load_as_saved(path: str | os.PathLike[str], *, step: int | Literal["latest",
         }
         targets = {PARAMS: params, TABLES: tables} if tables else {PARAMS: params}
         restored = checkpoints.restore(targets, [META], step=wanted)
-    model = parts.assemble(tree_to_params(parts, restored.arrays[PARAMS]), restored.arrays.get(TABLES, {}))
+    arrays = patched(restored.arrays.get(TABLES, {}), folder, restored.step, patches)
+    model = parts.assemble(tree_to_params(parts, restored.arrays[PARAMS]), arrays)
     tokenizer = Tokenizer.from_state(restored.documents[META]["tokenizer"])
     return LoadedModel(model, tokenizer, config, restored.step)
 

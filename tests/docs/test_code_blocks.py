@@ -202,7 +202,7 @@ def run_memjax(module: str, arguments: list[str], shown: bool) -> int:
             return train.main(arguments)
     # Whatever else there is must at least have the options that are shown.
     helped = io.StringIO()
-    conversion = arguments[:1] if module == "memjax.convert" else []
+    conversion = arguments[:1] if module in ("memjax.convert", "memjax.patch") else []
     with contextlib.redirect_stdout(helped), contextlib.suppress(SystemExit):
         importlib.import_module(module).main([*conversion, "--help"])
     known = re.findall(r"^ +--([\w.]+)", helped.getvalue(), re.MULTILINE)

@@ -1,0 +1,63 @@
+"""The texts that a model is compared on: a file that is named, or what the run was trained on."""
+
+import itertools
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from memjax.data.dataset import open_dataset
+from memjax.data.mixture import Split
+from memjax.data.sources.files import RecordFiles
+from memjax.data.sources.kinds import find_source
+from memjax.data.sources.parsing import Keys
+from memjax.data.sources.records import Record
+from memjax.data.tokenize import TextReader
+from memjax.errors import DataError
+from memjax.runs.layout import CHECKPOINTS
+from memjax.runs.load import LoadedModel, checkpoint_folder
+
+
+def open_corpus(run: str, found: LoadedModel, path: str | None, field: str) -> Iterable[Record]:
+    """The records of a path, or of the run's training data; iterating reads them anew.
+
+    Args:
+        run: the run's folder.
+        found: its model.
+        path: a file, a folder or a glob; None for the run's data.
+        field: the option that names the path, for messages.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+    """
+    data = found.config.data
+    if path is not None:
+        return RecordFiles(path, field, Keys.of(data))
+    source = find_source(data.in_run(str(run_folder(run))))
+    if source.problem:  # a model from elsewhere
+        raise DataError(f"the run has no text of its own; name a file with {field}")
+    return TrainingRecords(open_dataset(source, found.tokenizer).train)
+
+
+def run_folder(run: str) -> pathlib.Path:
+    """The folder of a run, also where that of its checkpoints is named."""
+    folder = checkpoint_folder(run)
+    return folder.parent if folder.name == CHECKPOINTS else folder
+
+
+class TrainingRecords:
+    """What a run is trained on, in an order drawn once, each record in a wording that training might show."""
+
+    def __init__(self, splits: Sequence[Split], seed: int = 0):
+        self._splits, self._seed = splits, seed
+
+    def __iter__(self) -> Iterator[Record]:
+        rng = np.random.default_rng(self._seed)
+        lengths = [split.stop - split.start for split in self._splits]
+        starts = [0, *itertools.accumulate(lengths)]
+        for number in rng.permutation(starts[-1]).tolist():
+            part = next(i for i in range(len(lengths)) if number < starts[i + 1])
+            split, at = self._splits[part], number - starts[part]
+            reader = split.reader
+            wanted = split.start + at
+            yield reader.records.draw(wanted, rng) if isinstance(reader, TextReader) else reader.record(wanted)

@@ -1,0 +1,106 @@
+"""Facts to learn and questions to ask: JSON lines of a text, or of a prompt and its answer, with paraphrases."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from memjax.data.sources.files import RecordFiles
+from memjax.data.sources.parsing import Keys, MalformedError, fields_record
+from memjax.data.sources.records import Record
+from memjax.data.tokenize import Pairs, make_pairs
+from memjax.data.tokenizers.base import Tokenizer
+from memjax.errors import DataError
+
+_MULTIPLE = 8
+"""Rows are padded to multiples of this, so that data alike shares a compiled shape."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fact:
+    """Something to learn, in one wording or several."""
+
+    wordings: tuple[Record, ...]
+
+    @property
+    def question(self) -> Record | None:
+        """The first wording where it has a prompt: what tells whether the fact is known."""
+        return self.wordings[0] if len(self.wordings[0]) > 1 else None
+
+
+def read_facts(path: str, field: str) -> list[Fact]:
+    """The facts of a file: objects with `text`, or `prompt` and `answer`, and maybe a list of `paraphrases`.
+
+    Paraphrases of a text are texts, those of a prompt are prompts of the same answer.
+
+    Raises:
+        DataError: the file cannot be read or holds no fact, or a line is none; the message names the line.
+    """
+    facts = []
+    for place, fields in RecordFiles(path, field).fields("text"):
+        try:
+            facts.append(Fact(tuple(_wordings(fields))))
+        except MalformedError as error:
+            raise DataError(f"{place}: {error}") from None
+    if not facts:
+        raise DataError(f"{path}: holds no facts; write one JSON object a line, with text or with prompt and answer")
+    return facts
+
+
+def _wordings(fields: Mapping[str, Any]) -> Iterator[Record]:
+    key = "text" if "text" in fields else "prompt"
+    yield fields_record(fields, Keys())
+    paraphrases = fields.get("paraphrases", [])
+    if not isinstance(paraphrases, list):
+        raise MalformedError(f"paraphrases must be a list of texts, not {type(paraphrases).__name__}")
+    for paraphrase in paraphrases:
+        yield fields_record({**fields, key: paraphrase}, Keys())
+
+
+def pairs_of(records: Sequence[Record], tokenizer: Tokenizer) -> list[Pairs]:
+    """The tokens of each record with what follows them, made to tokens segment by segment as in training."""
+    encoded = iter(tokenizer.encode_batch([segment.text for record in records for segment in record]))
+    found = []
+    for record in records:
+        tokens: list[int] = []
+        learned: list[bool] = []
+        for segment in record:
+            ids = next(encoded)
+            tokens += ids
+            learned += [segment.learned] * len(ids)
+        found.append(make_pairs(tokens, [*learned, record[-1].learned], tokenizer))
+    return found
+
+
+def windows(pairs: Sequence[Pairs], length: int) -> list[Pairs]:
+    """The pairs cut into pieces of at most `length`."""
+    return [found[start : start + length] for found in pairs for start in range(0, len(found), length)]
+
+
+def width_of(pairs: Sequence[Pairs]) -> int:
+    """Columns of a batch that holds any of the pairs."""
+    return round_up(max(map(len, pairs)))
+
+
+def round_up(number: int) -> int:
+    """The next multiple of a small number."""
+    return -(-number // _MULTIPLE) * _MULTIPLE
+
+
+def batch_of(pairs: Sequence[Pairs], shape: tuple[int, int]) -> dict[str, Array]:
+    """`tokens`, `targets`, `loss_mask` and `segments` (0 is padding, else the row's number from 1)."""
+    filled = np.zeros((*shape, 3), np.int32)
+    segments = np.zeros(shape, np.int32)
+    for row, found in enumerate(pairs):
+        filled[row, : len(found)] = found
+        segments[row, : len(found)] = row + 1
+    arrays = {
+        "tokens": filled[..., 0],
+        "targets": filled[..., 1],
+        "loss_mask": (filled[..., 2] & 1).astype(np.float32),
+        "segments": segments,
+    }
+    return {name: jnp.asarray(array) for name, array in arrays.items()}

@@ -1,0 +1,167 @@
+"""Sparse memory finetuning (arXiv:2510.15103): new facts go into the few rows that they read more than other text."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from memjax.data.sources.records import Record
+from memjax.data.tokenizers.base import Tokenizer
+from memjax.knowledge.facts import Fact, batch_of, pairs_of, round_up, width_of, windows
+from memjax.knowledge.reads import SlotReads, table_gradients, tables_of
+from memjax.knowledge.slots import Background, pools_of
+from memjax.memory.usage import count_reads
+from memjax.models.decoder import Decoder
+from memjax.models.loss import summed_loss
+from memjax.models.parts import DecoderParts, Tables, take_apart
+from memjax.ops.row_update.api import row_update
+from memjax.ops.row_update.rules import RowRule, row_step
+
+TableStates = dict[str, dict[str, Array]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How facts are learned."""
+
+    rows: int
+    """Rows of each table that a batch may change."""
+    lr: float
+    """Learning rate of the first step; it falls to zero in a straight line."""
+    epochs: int
+    """Passes over the facts."""
+    batch_size: int
+    """Facts in a batch."""
+    optimizer: Literal["sgd", "rowwise_adam"] = "rowwise_adam"
+    replay: int = 0
+    """Texts of the background that are learned again in every batch, so that what the rows held before stays."""
+    seed: int = 0
+    """Orders the facts, and draws the texts that are learned again."""
+
+    def rule(self, width: int) -> RowRule:
+        """The optimizer of a table with rows of some width."""
+        return RowRule(kind=self.optimizer, state_columns=math.gcd(256, width), stochastic_rounding=False)
+
+
+def scores(reads: Int[Array, " n"], background: Int[Array, " n"], texts: int) -> Float[Array, " n"]:
+    """tf-idf of every slot: its share of a batch's reads, times log((texts + 1) / (texts that read it + 1))."""
+    return reads / jnp.maximum(reads.sum(), 1) * jnp.log((texts + 1) / (background + 1))
+
+
+def chosen(reads: Int[Array, " n"], background: Int[Array, " n"], texts: int, rows: int) -> Bool[Array, " n"]:
+    """The `rows` slots of the highest scores; none that was not read, or that every text reads."""
+    best, slots = jax.lax.top_k(scores(reads, background, texts), min(rows, reads.shape[0]))
+    return jnp.zeros(reads.shape, bool).at[slots].set(best > 0)
+
+
+def learn(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    facts: Sequence[Fact],
+    background: Background,
+    recipe: Recipe,
+    *,
+    longest: int,
+    known: Sequence[Record] = (),
+    after_epoch: Callable[[int, float, Decoder], bool] | None = None,
+) -> Decoder:
+    """The model with other rows in its tables, and nothing else changed; the given model stays as it is.
+
+    Args:
+        model: the model.
+        tokenizer: the one it was trained with.
+        facts: what to learn.
+        background: how common every slot is elsewhere.
+        recipe: how to learn.
+        longest: tokens of a row; longer texts are cut.
+        known: texts of the background, from which `recipe.replay` are drawn for every batch.
+        after_epoch: is told the epoch from 1, its mean loss and the model after it, whose tables the next epoch
+            overwrites; true ends the learning.
+    """
+    parts, params, tables = take_apart(model)
+    pairs = [windows(pairs_of(fact.wordings, tokenizer), longest) for fact in facts]
+    old = windows(pairs_of(known, tokenizer), longest) if recipe.replay else []
+    width = width_of([*old, *(found for fact in pairs for found in fact)])
+    size = min(recipe.batch_size, len(facts))
+    num_new = round_up(sum(sorted(map(len, pairs), reverse=True)[:size]))
+    num_rows = num_new + (round_up(recipe.replay) if old else 0)
+    tables = jax.tree.map(jnp.copy, tables)  # which the step donates
+    state = {
+        name: recipe.rule(table.shape[1]).init(table.shape[0], table.shape[1], table.dtype)
+        for name, table in tables.items()
+    }
+    counts = {pool: jnp.asarray(found) for pool, found in background.counts.items()}
+    run = jax.jit(functools.partial(_step, parts, recipe, background.texts), donate_argnums=(1, 2))
+    order, step, total = np.random.default_rng(recipe.seed), 0, recipe.epochs * -(-len(facts) // size)
+    for epoch in range(1, recipe.epochs + 1):
+        numbers, losses = order.permutation(len(facts)).tolist(), []
+        for start in range(0, len(facts), size):
+            rows = [found for number in numbers[start : start + size] for found in pairs[number]]
+            drawn = [old[number] for number in order.integers(len(old), size=num_rows - num_new)] if old else []
+            batch = batch_of(drawn + rows, (num_rows, width)) | {"first_new": jnp.asarray(len(drawn))}
+            tables, state, loss = run(params, tables, state, counts, batch, recipe.lr * (1 - step / total), step)
+            losses.append(loss)
+            step += 1
+        mean = float(np.mean(jax.device_get(losses)))
+        if after_epoch and after_epoch(epoch, mean, parts.assemble(params, tables)):
+            break
+    return parts.assemble(params, tables)
+
+
+def _step(
+    parts: DecoderParts,
+    recipe: Recipe,
+    texts: int,
+    params: nnx.State,
+    tables: Tables,
+    state: TableStates,
+    background: dict[str, Array],
+    batch: dict[str, Array],
+    lr: Array,
+    step: Array,
+) -> tuple[Tables, TableStates, Array]:
+    """Tables and their state after a step, and the mean loss before it."""
+    is_real = batch["segments"].reshape(-1) > 0
+    is_new = (batch["segments"] > batch["first_new"]).reshape(-1)
+    weights = batch["loss_mask"] / jnp.maximum(batch["loss_mask"].sum(), 1)
+
+    def objective(model: Decoder, hidden: Array) -> Array:
+        return summed_loss(model, hidden, batch["targets"], weights)[0]
+
+    loss, reads, gradients = table_gradients(parts, params, tables, batch, objective)
+    ok = jnp.isfinite(loss)
+    new_tables, new_state = dict(tables), dict(state)
+    for pool, layers in pools_of(parts.config).items():
+        may_change = chosen(_count(reads, layers, is_new, background[pool]), background[pool], texts, recipe.rows)
+        for name in tables_of(parts.config, layers[0]):
+            table = tables[name]
+            kept = [gradient.without_padding(is_real, table.shape[0]) for gradient in gradients[name]]
+            # A pick of a row that does not exist changes nothing.
+            kept = [
+                gradient._replace(
+                    indices=jnp.where(
+                        may_change.at[gradient.indices].get(mode="fill", fill_value=False),
+                        gradient.indices,
+                        table.shape[0],
+                    )
+                )
+                for gradient in kept
+            ]
+            now = row_step(lr, step, ok=ok)
+            new_tables[name], new_state[name] = row_update(table, state[name], kept, recipe.rule(table.shape[1]), now)
+    return new_tables, new_state, loss
+
+
+def _count(reads: dict[str, SlotReads], layers: Sequence[str], is_real: Array, like: Array) -> Int[Array, " n"]:
+    """How often real tokens read each slot in these layers."""
+    total = jnp.zeros_like(like)
+    for layer in layers:
+        total = count_reads(total, jnp.where(is_real[:, None], reads[layer].indices, like.shape[0]))
+    return total

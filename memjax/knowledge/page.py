@@ -1,0 +1,85 @@
+"""A trace as one HTML file that needs no other: tokens to click, slots to open, a search; light and dark."""
+
+import html
+import importlib.resources
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from memjax.config.model import ModelConfig
+from memjax.data.tokenizers.base import Tokenizer
+from memjax.knowledge.reads import tables_of
+from memjax.knowledge.trace import Trace
+
+
+def text_of(tokenizer: Tokenizer, token: int) -> str:
+    """A token as people read it: special ones by name, bytes that are no text by their numbers."""
+    for name, number in tokenizer.special_tokens.items():
+        if number == token:
+            return name
+    content = tokenizer.token_bytes(token)
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "".join(f"<0x{byte:02X}>" for byte in content)
+
+
+def document(
+    found: Trace, tokenizer: Tokenizer, config: ModelConfig, *, changed: Mapping[str, set[int]], title: str
+) -> dict[str, Any]:
+    """The trace as JSON values.
+
+    Args:
+        found: the trace.
+        tokenizer: has the texts of the tokens.
+        config: of the model.
+        changed: slots that patches have changed, by table.
+        title: of the page.
+    """
+    name = lambda token: text_of(tokenizer, token)
+    tokens = [
+        {
+            "text": name(token),
+            "next": name(target),
+            "logit": round(float(logit), 3),
+            "p": round(float(p), 4),
+            "guesses": [[name(guess), round(share, 4)] for guess, share in guesses],
+        }
+        for token, target, logit, p, guesses in zip(
+            found.tokens, found.targets, found.logits, found.probabilities, found.guesses, strict=True
+        )
+    ]
+    layers = []
+    for layer, values in found.layers.items():
+        tables = tables_of(config, layer)
+        layers.append(
+            {
+                "name": layer,
+                "slots": values.slots.tolist(),
+                "weights": _rounded(values.weights),
+                "added": _rounded(values.added),
+                "effect": _rounded(values.effect),
+                "rest": _rounded(values.rest),
+                "total": _rounded(values.total),
+                "changed": sorted(set().union(*(changed.get(table, set()) for table in tables))),
+                "tables": list(tables),
+            }
+        )
+    return {"title": title, "asked": found.place, "tokens": tokens, "layers": layers}
+
+
+def _rounded(values: np.ndarray) -> list[Any]:
+    return np.round(np.nan_to_num(values.astype(np.float64)), 4).tolist()
+
+
+def render(values: Mapping[str, Any]) -> str:
+    """The page of a document."""
+    # A "</script>" in the data would end it, and "<!--" change how it is read.
+    data = json.dumps(values, ensure_ascii=True, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    parts = {"@TITLE@": html.escape(str(values["title"])), "@DATA@": data}
+    template = (importlib.resources.files("memjax.knowledge") / "page.html").read_text(encoding="utf-8")
+    # In one pass: what is filled in may itself spell a place to fill.
+    return re.sub("|".join(parts), lambda found: parts[found[0]], template)

@@ -1,0 +1,126 @@
+"""What layers read from their tables, and gradients of what was read: all that this package knows of lookups."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from memjax.config.model import ModelConfig
+from memjax.memory.sparse_gradient import Taps, row_sparse_value_and_grad
+from memjax.memory.table import ValueTable
+from memjax.models.decoder import Decoder, Hidden, layer_name
+from memjax.models.parts import DecoderParts, Tables
+from memjax.ops.precision import accumulator
+from memjax.ops.row_gradient import RowGradient
+
+
+class SlotReads(NamedTuple):
+    """The slots that a layer read for each token."""
+
+    indices: Int[Array, "t k"]
+    weights: Float[Array, "t k"]
+    """Factor of each row in the layer's sum; of an expert with the value of its hidden unit."""
+
+
+class Gradients(NamedTuple):
+    """A value, and its gradients with respect to the tables."""
+
+    value: Float[Array, ""]
+    reads: dict[str, SlotReads]
+    """By the name of the layer."""
+    rows: dict[str, list[RowGradient]]
+    """By the name of the table, one for each layer that reads it."""
+
+
+def tables_of(config: ModelConfig, layer: str) -> tuple[str, ...]:
+    """The names of the tables that a layer reads, the one that its output is a sum of last."""
+    number = layers_of(config)[layer]
+    return config.lookups[number].tables(number)
+
+
+def layers_of(config: ModelConfig) -> dict[str, int]:
+    """The numbers of the blocks that read tables, by the name of the layer."""
+    return {layer_name(number): number for number in config.lookups}
+
+
+def slot_reads(hidden: Hidden) -> dict[str, SlotReads]:
+    """What every layer read, by its name."""
+    return {name: SlotReads(lookup.indices, lookup.weights) for name, lookup in hidden.lookups.items()}
+
+
+def table_gradients(
+    parts: DecoderParts,
+    params: nnx.State,
+    tables: Tables,
+    batch: Mapping[str, Array],
+    objective: Callable[[Decoder, Float[Array, "b s dim"]], Float[Array, ""]],
+) -> Gradients:
+    """The objective of a batch's normed hidden states, and its row gradients; nothing else is differentiated.
+
+    Args:
+        parts: structure of the model.
+        params: dense parameters.
+        tables: rows by table.
+        batch: `tokens`, and `segments` that are 0 at padding, which stands at the ends of rows.
+        objective: of the model and its hidden states.
+    """
+
+    def loss_fn(nothing: dict[str, Array], taps: Taps) -> tuple[Array, tuple[Any, Any]]:
+        model = parts.assemble(params, tables)
+        hidden = model.hidden(batch["tokens"], taps=taps, real=batch["segments"] > 0)
+        return objective(model, hidden.states), (hidden.lookups, slot_reads(hidden))
+
+    taps = parts.zero_taps(batch["tokens"].size)
+    (value, reads), _, found = row_sparse_value_and_grad(loss_fn)({}, taps)
+    rows: dict[str, list[RowGradient]] = {}
+    for layer in reads:
+        gradients = jax.tree.leaves(found[layer], is_leaf=lambda leaf: isinstance(leaf, RowGradient))
+        for table, gradient in zip(tables_of(parts.config, layer), gradients, strict=True):
+            rows.setdefault(table, []).append(gradient)
+    return Gradients(value, reads, rows)
+
+
+class LayerRun(NamedTuple):
+    """A layer that reads tables, at work on tokens."""
+
+    reads: SlotReads
+    combine: Callable[[Float[Array, "t d"]], Float[Array, "b s dim"]]
+    """Its output from its sum of rows; affine."""
+    out: Float[Array, "b s dim"]
+    """Its output."""
+
+
+def run_layers(model: Decoder, tokens: Int[Array, "b s"]) -> tuple[dict[str, LayerRun], Float[Array, "b s dim"]]:
+    """Every layer that reads tables, by its name, and the residual stream before the last norm."""
+    config, positions = model.config, jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    x = model.embed.embedding[...][tokens].astype(model.embed.dtype)
+    runs: dict[str, LayerRun] = {}
+    for number, block in enumerate(model.blocks):
+        lookup = config.lookups.get(number)
+        tables = tuple(model.tables[name] for name in lookup.tables(number)) if lookup else ()
+        residual, attention_inputs = block.attention_norm(x)
+        inputs = block.mixer_norm(residual + block.attention(attention_inputs, positions)).normed
+        x, report = block(x, positions, None, tables)
+        if report.lookup is not None:
+            runs[layer_name(number)] = _layer_run(block, inputs, tables, SlotReads(*report.lookup[:2]))
+    return runs, x
+
+
+def _layer_run(block: Any, inputs: Array, tables: tuple[ValueTable, ...], reads: SlotReads) -> LayerRun:
+    layer = block.memory or block.expert_lookup
+    combine = layer.combine if block.memory else lambda inputs, bag: bag.reshape(inputs.shape).astype(inputs.dtype)
+    return LayerRun(reads, functools.partial(combine, inputs), layer(inputs, *tables))
+
+
+def through_last_norm(
+    model: Decoder, vector: Float[Array, "*t dim"], x: Float[Array, "*t dim"]
+) -> Float[Array, "*t dim"]:
+    """What a part of the residual stream x is after the last norm, whose scale is that of x as a whole."""
+    wide = x.astype(accumulator(x.dtype))
+    inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + model.norm.epsilon)
+    scale = model.norm.scale[...].astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    return vector.astype(wide.dtype) * inverse * scale

@@ -1,0 +1,217 @@
+"""Which texts read which slots: how common every slot is in a corpus, and the contexts that read one slot most."""
+
+import functools
+import heapq
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from memjax.data.sources.records import Record
+from memjax.data.tokenize import Pairs
+from memjax.data.tokenizers.base import Tokenizer
+from memjax.knowledge.facts import batch_of, pairs_of, windows
+from memjax.knowledge.reads import layers_of, run_layers, slot_reads, tables_of, through_last_norm
+from memjax.models.decoder import Decoder
+from memjax.ops.embedding_bag.api import embedding_bag
+
+_RECORDS_AT_ONCE = 256
+
+
+class Background(NamedTuple):
+    """In how many texts of a corpus every slot is read."""
+
+    texts: int
+    counts: dict[str, Int[np.ndarray, " n"]]
+    """Texts that read each row, by the name of the table."""
+
+
+def pools_of(model_config: Any) -> dict[str, list[str]]:
+    """The layers that read each table, by the name of the table that their outputs are sums of."""
+    pools: dict[str, list[str]] = {}
+    for layer in layers_of(model_config):
+        pools.setdefault(tables_of(model_config, layer)[-1], []).append(layer)
+    return pools
+
+
+def count_texts(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    records: Iterable[Record],
+    *,
+    length: int,
+    batch_size: int = 32,
+    most: int | None = None,
+    show: Callable[[int], None] | None = None,
+) -> Background:
+    """In how many of the texts, cut into windows, every slot is read.
+
+    Args:
+        model: the model.
+        tokenizer: the one it was trained with.
+        records: the texts.
+        length: tokens in a window.
+        batch_size: windows at once.
+        most: windows that are read; None for all.
+        show: is told how many have been read.
+    """
+    graphdef, state = nnx.split(model)
+    counts = {pool: jnp.zeros(model.config.tables[pool].num_slots, jnp.int32) for pool in pools_of(model.config)}
+    total = 0
+    for some in _batches(itertools.islice(_windows(tokenizer, records, length), most), batch_size):
+        batch = batch_of(some, (batch_size, length))
+        counts = _add_texts(graphdef, state, counts, batch)
+        total += len(some)
+        if show:
+            show(total)
+    return Background(total, {pool: np.asarray(found) for pool, found in counts.items()})
+
+
+def _windows(tokenizer: Tokenizer, records: Iterable[Record], length: int) -> Iterator[Pairs]:
+    for some in _batches(records, _RECORDS_AT_ONCE):
+        yield from windows(pairs_of(some, tokenizer), length)
+
+
+def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    items = iter(items)
+    while some := list(itertools.islice(items, size)):
+        yield some
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _add_texts(
+    graphdef: Any, state: nnx.State, counts: dict[str, Int[Array, " n"]], batch: Mapping[str, Array]
+) -> dict[str, Int[Array, " n"]]:
+    """The counts with one more for every row of the batch that reads a slot."""
+    model = nnx.merge(graphdef, state)
+    is_real = batch["segments"] > 0
+    reads = slot_reads(model.hidden(batch["tokens"], real=is_real))
+
+    def of_pool(pool: str, before: Int[Array, " n"]) -> Int[Array, " n"]:
+        num_slots = before.shape[0]
+
+        def add_row(total: Array, picks: Int[Array, "s k"]) -> tuple[Array, None]:
+            is_read = jnp.zeros(num_slots, bool).at[picks.reshape(-1)].set(True, mode="drop")
+            return total + is_read, None
+
+        layers = pools_of(model.config)[pool]
+        picks = jnp.concatenate([reads[layer].indices.reshape(*is_real.shape, -1) for layer in layers], axis=-1)
+        # Padding reads a slot that does not exist.
+        picks = jnp.where(is_real[..., None], picks, num_slots)
+        return jax.lax.scan(add_row, before, picks)[0]
+
+    return {pool: of_pool(pool, before) for pool, before in counts.items()}
+
+
+class Context(NamedTuple):
+    """A place of a corpus that reads a slot."""
+
+    weight: float
+    tokens: tuple[int, ...]
+    """The text up to the token that reads it, begin token included."""
+    after: tuple[int, ...]
+    """The tokens that follow."""
+
+
+class SlotReport(NamedTuple):
+    """Who reads a slot, and what it makes likelier."""
+
+    texts: int
+    """Texts that were read."""
+    reads: int
+    """Tokens that read the slot."""
+    contexts: list[Context]
+    """The places that read it with the largest weights."""
+    promoted: list[tuple[int, float]]
+    """Tokens that the row makes likelier there, with what it adds to their logits, on average over the contexts."""
+
+
+def slot_report(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    records: Iterable[Record],
+    layer: str,
+    slot: int,
+    *,
+    length: int,
+    batch_size: int = 32,
+    contexts: int = 10,
+    promoted: int = 10,
+    most: int | None = None,
+) -> SlotReport:
+    """Who reads a slot of a layer in a corpus.
+
+    Args:
+        model: the model.
+        tokenizer: the one it was trained with.
+        records: the corpus, cut into windows.
+        layer: its name, such as L4.
+        slot: the row.
+        length: tokens in a window.
+        batch_size: windows at once.
+        contexts: places that are kept.
+        promoted: tokens that are kept.
+        most: windows that are read; None for all.
+    """
+    graphdef, state = nnx.split(model)
+    best: list[tuple[float, int, Context]] = []
+    texts = reads = 0
+    for some in _batches(itertools.islice(_windows(tokenizer, records, length), most), batch_size):
+        batch = batch_of(some, (batch_size, length))
+        weights = np.asarray(_slot_weights(graphdef, layer, state, batch, jnp.asarray(slot)))
+        texts += len(some)
+        rows, places = np.nonzero(weights)
+        reads += len(rows)
+        for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+            tokens = tuple(some[row][:, 0].tolist())
+            context = Context(float(weights[row, place]), tokens[: place + 1], tokens[place + 1 :])
+            # Numbered, so that equal weights are not compared further.
+            heapq.heappush(best, (abs(context.weight), -reads - len(best), context))
+            if len(best) > contexts:
+                heapq.heappop(best)
+    kept = [context for _, _, context in sorted(best, reverse=True)]
+    total = sum((_promotes(graphdef, layer, state, slot, context, length) for context in kept), np.zeros(()))
+    if not kept:
+        return SlotReport(texts, reads, [], [])
+    mean = total / len(kept)
+    order = np.argsort(-mean)[:promoted].tolist()
+    return SlotReport(texts, reads, kept, [(token, float(mean[token])) for token in order])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _slot_weights(
+    graphdef: Any, layer: str, state: nnx.State, batch: Mapping[str, Array], slot: Array
+) -> Float[Array, "b s"]:
+    """The weight with which every token reads a slot; 0 where it does not, or is padding."""
+    model, is_real = nnx.merge(graphdef, state), batch["segments"] > 0
+    indices, weights = slot_reads(model.hidden(batch["tokens"], real=is_real))[layer]
+    return jnp.where(indices == slot, weights, 0).sum(axis=-1).reshape(is_real.shape) * is_real
+
+
+def _promotes(
+    graphdef: Any, layer: str, state: nnx.State, slot: int, context: Context, length: int
+) -> Float[np.ndarray, " vocab"]:
+    tokens = np.zeros((1, length), np.int32)
+    tokens[0, : len(context.tokens)] = context.tokens
+    place = len(context.tokens) - 1
+    return np.asarray(_logits_of_slot(graphdef, layer, state, tokens, slot, place, context.weight), np.float64)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits_of_slot(
+    graphdef: Any, layer: str, state: nnx.State, tokens: Array, slot: Array, place: Array, weight: Array
+) -> Float[Array, " vocab"]:
+    """What a slot adds to every logit at a place."""
+    model = nnx.merge(graphdef, state)
+    runs, x = run_layers(model, tokens)
+    table = model.tables[tables_of(model.config, layer)[-1]].table
+    every = (tokens.shape[1], 1)
+    bag = embedding_bag(table, jnp.broadcast_to(slot, every), jnp.broadcast_to(weight, every))
+    combine = runs[layer].combine
+    added = (combine(bag) - combine(jnp.zeros_like(bag)))[0, place]
+    return through_last_norm(model, added, x[0, place]) @ model.output_matrix().astype(jnp.float32)

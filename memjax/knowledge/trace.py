@@ -1,0 +1,160 @@
+"""What a model reads on its way through a text, and what each slot adds to the logit of the token that follows."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from memjax.knowledge.reads import LayerRun, run_layers, table_gradients, tables_of, through_last_norm
+from memjax.models.decoder import Decoder
+from memjax.models.parts import take_apart
+from memjax.ops.embedding_dot.api import embedding_dot
+
+
+class LayerTrace(NamedTuple):
+    """What one layer read, and what came of it."""
+
+    slots: Int[np.ndarray, "t k"]
+    weights: Float[np.ndarray, "t k"]
+    """Factor of each row in the layer's sum; of an expert with the value of its hidden unit."""
+    added: Float[np.ndarray, "t k"]
+    """What each slot adds to the logit of the token that follows: straight through the layer's projections and the last
+    norm at its actual scale, not through the blocks between."""
+    rest: Float[np.ndarray, " t"]
+    """What the layer adds without any slot: the bias of its projection."""
+    total: Float[np.ndarray, " t"]
+    """What the layer's output adds; the sum of the two."""
+    effect: Float[np.ndarray, "t k"]
+    """What each slot adds to the logit of the answer at the last place, through all blocks, to first order."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class Trace:
+    """A text on its way through a model."""
+
+    tokens: list[int]
+    """The text, begin token included."""
+    place: int
+    """The last token of the prompt, after which the answer begins."""
+    targets: list[int]
+    """The token that follows each; after the last of them the answer's first, or the likeliest."""
+    logits: Float[np.ndarray, " t"]
+    """Of the targets."""
+    probabilities: Float[np.ndarray, " t"]
+    """Of the targets."""
+    guesses: list[list[tuple[int, float]]]
+    """The likeliest tokens after each, with their probabilities."""
+    layers: Mapping[str, LayerTrace]
+    """By the name of the layer."""
+
+
+def trace(model: Decoder, prompt: Sequence[int], answer: Sequence[int] = (), *, guesses: int = 5) -> Trace:
+    """Follows a prompt, and an answer where one is given, through a model.
+
+    Args:
+        model: the model.
+        prompt: token ids, at least one.
+        answer: token ids whose logits are asked for after the prompt; without it, of the likeliest token.
+        guesses: likeliest tokens that are told.
+    """
+    tokens = [*prompt, *answer][: len(prompt) + max(0, len(answer) - 1)]
+    length = len(tokens)
+    # Rows of a few lengths share a compiled program; padding at the end is seen by no token before it.
+    padded = np.zeros(-(-length // 16) * 16, np.int32)
+    padded[:length] = tokens
+    row = jnp.asarray(padded[None])
+    graphdef, state = nnx.split(model)
+    follows = np.full(len(padded), -1, np.int32)
+    follows[: length - 1] = tokens[1:]
+    if answer:
+        follows[length - 1] = answer[-1]
+    # What is asked about first is the answer's first token.
+    place = len(prompt) - 1
+    found = jax.device_get(_traced(graphdef, guesses, state, row, jnp.asarray(follows), jnp.asarray(place)))
+    cut = jax.tree.map(lambda array: array[:length], found)
+    effects = jax.device_get(_effects(model, row, place, int(cut["targets"][place])))
+    best = zip(cut["best"].tolist(), cut["best_p"].tolist(), strict=True)
+    return Trace(
+        tokens=tokens,
+        place=place,
+        targets=cut["targets"].tolist(),
+        logits=cut["logits"],
+        probabilities=cut["probabilities"],
+        guesses=[list(zip(*pair, strict=True)) for pair in best],
+        layers={name: LayerTrace(*layer, effect=effects[name][:length]) for name, layer in cut["layers"].items()},
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _traced(
+    graphdef: Any, guesses: int, state: nnx.State, tokens: Array, follows: Array, place: Array
+) -> dict[str, Any]:
+    model = nnx.merge(graphdef, state)
+    runs, x = run_layers(model, tokens)
+    logits = model.logits(model.norm(x).normed)[0]
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    best_p, best = jax.lax.top_k(probabilities, min(guesses, logits.shape[-1]))
+    targets = jnp.where(follows < 0, jnp.argmax(logits, axis=-1), follows)
+    pick = lambda values: jnp.take_along_axis(values, targets[:, None], axis=1)[:, 0]
+    directions = _directions(model, x[0], targets)
+    layers = {
+        name: _layer(model.tables[tables_of(model.config, name)[-1]].table, run, directions)
+        for name, run in runs.items()
+    }
+    return {
+        "targets": targets,
+        "logits": pick(logits),
+        "probabilities": pick(probabilities),
+        "best": best,
+        "best_p": best_p,
+        "layers": layers,
+    }
+
+
+def _directions(model: Decoder, x: Float[Array, "t dim"], targets: Int[Array, " t"]) -> Float[Array, "t dim"]:
+    """What the logit of each target gains per unit of the residual stream, with the norm's scale as it is."""
+    columns = model.output_matrix().T[targets]
+    return through_last_norm(model, columns, x)
+
+
+def _layer(rows: Any, run: LayerRun, directions: Float[Array, "t dim"]) -> tuple[Array, ...]:
+    """Slots, weights, what each adds, what the layer adds without slots, and what its output adds."""
+    indices, weights = run.reads
+    width = rows.shape[1]
+
+    def along(bag: Float[Array, "t d"]) -> Float[Array, " t"]:
+        out = run.combine(bag)[0].astype(directions.dtype)
+        return jnp.sum(out * directions, axis=-1)
+
+    nothing = jnp.zeros((indices.shape[0], width), directions.dtype)
+    # Tokens do not meet in it, so the gradient of the sum holds that of each token.
+    rest, per_row = along(nothing), jax.grad(lambda bag: along(bag).sum())(nothing)
+    added = weights.astype(directions.dtype) * embedding_dot(rows, indices, per_row)
+    return indices, weights, added, rest, jnp.sum(run.out[0].astype(directions.dtype) * directions, axis=-1)
+
+
+def _effects(model: Decoder, tokens: Array, place: int, target: int) -> dict[str, Array]:
+    """What every slot adds to the logit of a token at a place through all blocks, to first order, by layer."""
+    parts, params, tables = take_apart(model)
+
+    @jax.jit
+    def run(params: Any, tables: Any, batch: dict[str, Array], place: Array, target: Array) -> dict[str, Array]:
+        objective = lambda model, hidden: model.logits(hidden[:, place])[0, target]
+        _, reads, rows = table_gradients(parts, params, tables, batch, objective)
+        position: dict[str, int] = {}
+        effects = {}
+        for layer in reads:
+            table = tables_of(parts.config, layer)[-1]
+            position[table] = position.get(table, -1) + 1
+            indices, weights, vectors = rows[table][position[table]]
+            effects[layer] = weights * embedding_dot(tables[table], indices, vectors)
+        return effects
+
+    batch = {"tokens": jnp.asarray(tokens), "segments": jnp.ones(tokens.shape, jnp.int32)}
+    return run(params, tables, batch, jnp.asarray(place), jnp.asarray(target))

@@ -1,0 +1,112 @@
+"""`python -m memjax.learn RUN FACTS --out PATCH`: facts written into a few rows of a model's tables, as a patch."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Literal
+
+from memjax.config.checks import local_paths, not_negative, positive
+from memjax.config.help import Positional
+from memjax.config.load import parse
+from memjax.errors import ConfigError
+from memjax.runs.command import CheckpointSettings, exit_code, loaded
+
+PROG = "python -m memjax.learn"
+RUN_AND_FACTS = Positional(
+    name="RUN FACTS",
+    help="The folder of a run, then a file of facts: JSON lines with text, or with prompt and answer, and maybe a list "
+    "of paraphrases (of the text or of the prompt).",
+    repeats=True,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearnConfig(CheckpointSettings):
+    """How to learn, and what to measure."""
+
+    out: str
+    """The patch to write: a file (.safetensors), or a folder for it. The run's model stays as it is."""
+    rows: int = 2_000
+    """Rows of each table that a batch of facts may change: those that it reads more than other texts do. More rows
+    learn faster, fewer leave more of the model alone."""
+    lr: float = 0.05
+    """Learning rate of the first step; it falls to zero in a straight line. For sgd a few hundred times as much."""
+    optimizer: Literal["rowwise_adam", "sgd"] = "rowwise_adam"
+    """What updates the rows."""
+    epochs: int = 16
+    """Passes over the facts, at most; the learning ends when every fact is known."""
+    batch_size: int = 16
+    """Facts in a batch, each in all its wordings."""
+    replay: int = 128
+    """Texts of the background that are learned again in each batch, so that the rows keep what they held."""
+    background: str | None = None
+    """The texts that slots are compared on: a file, folder or glob; null is what the run was trained on."""
+    background_texts: int = 20_000
+    """The most texts of the background that are read. The counts are kept with the run."""
+    held_out: str | None = None
+    """Questions that the facts should not change: JSON lines with prompt and answer, asked before and after. null takes
+    the run's own questions where it has some (generated people)."""
+    held_out_questions: int = 1_000
+    """The most of these that are asked."""
+    seed: int = 0
+    """Orders the facts and draws the texts that are learned again."""
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        try:
+            CheckpointSettings.__post_init__(self)
+        except ValueError as error:
+            problems.append(str(error))
+        problems += [text for text in local_paths(self, "out", "background", "held_out") if text]
+        names = ("rows", "lr", "epochs", "batch_size", "background_texts", "held_out_questions")
+        problems += [text for text in positive(**{name: getattr(self, name) for name in names}) if text]
+        problems += [text for text in not_negative(replay=self.replay, seed=self.seed) if text]
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Learns facts and prints what is known before and after; returns the exit code."""
+    parsed = parse(
+        LearnConfig,
+        sys.argv[1:] if argv is None else argv,
+        prog=PROG,
+        description="Teaches a model facts by changing a few rows of its tables (sparse memory finetuning, "
+        "arXiv:2510.15103), and writes these rows as a patch.",
+        positional=RUN_AND_FACTS,
+        examples=[f"{PROG} runs/quickstart facts.jsonl --out people"],
+    )
+    return exit_code(lambda: _learn(parsed.positionals, parsed.config), interrupted="interrupted; nothing was written")
+
+
+def _learn(words: Sequence[str], settings: LearnConfig) -> None:
+    if len(words) != 2:
+        raise ConfigError([f"learn takes two arguments, a run and a file of facts; given: {len(words)}"])
+    from memjax.knowledge.facts import read_facts
+    from memjax.knowledge.finetune import Recipe
+    from memjax.knowledge.learning import learn_facts
+
+    run, path = words
+    facts = read_facts(path, "FACTS")
+    held_out = None if settings.held_out is None else read_facts(settings.held_out, "--held_out")
+    with loaded(run, settings) as found:
+        if not found.model.config.lookups:
+            raise ConfigError([f"{run}: the model has no memory layers and no expert lookups: there are no rows"])
+        names = ("rows", "lr", "epochs", "batch_size", "optimizer", "replay", "seed")
+        recipe = Recipe(**{name: getattr(settings, name) for name in names})
+        learn_facts(
+            run,
+            found,
+            facts,
+            held_out,
+            recipe,
+            out=settings.out,
+            source=path,
+            corpus=settings.background,
+            corpus_texts=settings.background_texts,
+            most_questions=settings.held_out_questions,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

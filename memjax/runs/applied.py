@@ -1,0 +1,129 @@
+"""The patches that are applied to the checkpoints of a run: copies of their files, and the list that `load` obeys.
+
+Checkpoints are never rewritten. A patch is applied when its name is in the list and taken back when it is not, and the
+list is replaced in one step: whenever a process dies, the model is the one before or the one after.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+
+from jaxtyping import Array
+
+from memjax.checkpoint.digests import text_digest
+from memjax.checkpoint.restoring import StoredStep
+from memjax.errors import CheckpointError
+from memjax.io.files import write_atomic
+from memjax.io.lock import Locked, locked
+from memjax.runs.layout import CHECKPOINTS, PARAMS, TABLES
+from memjax.runs.patch import Patch, overlay, patch_file, read_patch
+
+FOLDER, _LIST = "patches", "applied.json"
+"""The folder of a run with the patches that are applied to it, and their list."""
+
+
+class Applied:
+    """The patches applied to the checkpoints in a folder, in order, by the number of the step."""
+
+    def __init__(self, checkpoints: pathlib.Path):
+        """Reads nothing yet."""
+        run = checkpoints.parent if checkpoints.name == CHECKPOINTS else checkpoints
+        self.checkpoints, self.folder = checkpoints, run / FOLDER
+
+    def names(self, step: int) -> list[str]:
+        """The identities of the patches, in the order in which they were applied.
+
+        Raises:
+            CheckpointError: the list cannot be read.
+        """
+        return self._read().get(str(step), [])
+
+    def file(self, name: str) -> pathlib.Path:
+        """Where the copy of a patch is."""
+        return self.folder / f"{name}.safetensors"
+
+    def patches(self, step: int) -> list[tuple[str, Patch]]:
+        """The patches, each with what messages call it.
+
+        Raises:
+            CheckpointError: one cannot be read.
+        """
+        return [(f"patch {name}", read_patch(self.file(name))) for name in self.names(step)]
+
+    def add(self, step: int, patch: Patch) -> None:
+        """Applies a patch, which must fit, after the others."""
+        write_atomic(self.file(patch.identity), patch.to_bytes())
+        self._write(step, [*self.names(step), patch.identity])
+
+    def remove(self, step: int, name: str) -> None:
+        """Takes a patch back."""
+        self._write(step, [other for other in self.names(step) if other != name])
+        if not any(name in names for names in self._read().values()):
+            self.file(name).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Keeps other processes from changing the list.
+
+        Raises:
+            CheckpointError: one is at it.
+        """
+        try:
+            with locked(self.folder / ".lock"):
+                yield
+        except Locked as error:
+            raise CheckpointError(f"{self.folder}: is being changed by {error}") from None
+
+    def _read(self) -> dict[str, list[str]]:
+        path = self.folder / _LIST
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            valid = all(isinstance(name, str) and name.isalnum() for names in found.values() for name in names)
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({error}); without it no patch is applied") from error
+        if not valid:
+            raise CheckpointError(f"{path}: does not list patches by step; without it no patch is applied")
+        return found
+
+    def _write(self, step: int, names: Sequence[str]) -> None:
+        entries = self._read() | {str(step): list(names)}
+        entries = {number: listed for number, listed in entries.items() if listed}
+        write_atomic(self.folder / _LIST, json.dumps(entries, indent=1) + "\n")
+
+
+def patched(
+    tables: Mapping[str, Array], checkpoints: pathlib.Path, step: int, patches: Sequence[str | os.PathLike[str]]
+) -> dict[str, Array]:
+    """The tables of a checkpoint with the patches that are applied to it, then with those given; donates the tables.
+
+    Raises:
+        CheckpointError: a patch cannot be read or does not fit.
+    """
+    found = Applied(checkpoints).patches(step)
+    known = {patch.identity for _, patch in found}
+    for path in patches:
+        patch = read_patch(path)
+        if patch.identity in known:
+            raise CheckpointError(f"{patch_file(path)}: is applied already, as patch {patch.identity}")
+        found.append((str(patch_file(path)), patch))
+    return overlay(tables, found, base=model_digest(checkpoints, step)) if found else dict(tables)
+
+
+def model_digest(checkpoints: pathlib.Path, step: int) -> str:
+    """The digest of a checkpoint's parameters and tables, without patches.
+
+    Raises:
+        CheckpointError: the step's index cannot be read.
+    """
+    arrays = StoredStep(checkpoints, step).index()["arrays"]
+    return text_digest(
+        {
+            item: {name: leaf["digest"] for name, leaf in arrays[item].items()}
+            for item in (PARAMS, TABLES)
+            if item in arrays
+        }
+    )

@@ -1,0 +1,127 @@
+"""Patches and runs: what differs between two, and patches applied to a run and taken back."""
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from memjax.checkpoint.checkpoints import Checkpoints
+from memjax.checkpoint.restoring import StoredStep
+from memjax.errors import CheckpointError
+from memjax.models.parts import take_apart
+from memjax.runs.applied import Applied, model_digest
+from memjax.runs.layout import META, PARAMS
+from memjax.runs.load import LoadedModel, checkpoint_folder, load_as_saved
+from memjax.runs.patch import Patch, between, read_patch
+from memjax.runs.write import write_run
+
+Step = int | Literal["latest", "best"]
+
+
+def diff(old: str | os.PathLike[str], new: str | os.PathLike[str], *, step: Step = "latest") -> Patch:
+    """The patch that makes the model of the first run that of the second: of the same sizes and dense parameters.
+
+    Raises:
+        CheckpointError: a run cannot be read, or they differ in more than rows.
+    """
+    models = [load_as_saved(path, step=step) for path in (old, new)]
+    folders = [checkpoint_folder(path) for path in (old, new)]
+    indices = [StoredStep(folder, model.step).index()["arrays"] for folder, model in zip(folders, models, strict=True)]
+    left, right = ({name: leaf["digest"] for name, leaf in index[PARAMS].items()} for index in indices)
+    if other := sorted(name for name in left.keys() | right.keys() if left.get(name) != right.get(name)):
+        more = f" and {len(other) - 1} more" if len(other) > 1 else ""
+        raise CheckpointError(
+            f"{new}: differs from {old} in {other[0]}{more}; a patch holds rows of tables only, dense "
+            "parameters must be the same"
+        )
+    before, after = (take_apart(model.model)[2] for model in models)
+    shapes = [{name: (table.shape, table.dtype.name) for name, table in tables.items()} for tables in (before, after)]
+    if shapes[0] != shapes[1]:
+        raise CheckpointError(f"{new}: has tables {shapes[1]}, {old} has {shapes[0]}")
+    notes = {"made_by": "diff", "old": str(old), "new": str(new)}
+    return between(before, after, base=model_digest(folders[0], models[0].step), notes=notes)
+
+
+def patch_between(run: str | os.PathLike[str], found: LoadedModel, new: Any, notes: Mapping[str, Any]) -> Patch:
+    """The patch that makes a run's model, as `load` gave it, another that has other rows.
+
+    Rows are rounded to the type in which the run keeps its tables.
+    """
+    folder = checkpoint_folder(run)
+    tables = take_apart(load_as_saved(run, step=found.step).model)[2]
+    wanted = {name: table.astype(tables[name].dtype) for name, table in take_apart(new)[2].items()}
+    return between(tables, wanted, base=model_digest(folder, found.step), notes=notes)
+
+
+def apply(
+    run: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    step: Step = "latest",
+    out: str | os.PathLike[str] | None = None,
+) -> Patch:
+    """Applies a patch to a checkpoint of a run: whatever loads that checkpoint then gets the patch with it.
+
+    Args:
+        run: the run's folder; its checkpoints stay as they are.
+        path: of the patch.
+        step: the checkpoint.
+        out: a new folder for a run with the changed rows in its checkpoint; the given run then stays as it is.
+
+    Raises:
+        CheckpointError: the patch cannot be read or does not fit, or nothing can be written.
+    """
+    patch = read_patch(path)
+    if out is not None:
+        found = load_as_saved(run, step=step, patches=[path])
+        write_run(out, found.model, found.tokenizer, found.config)
+        return patch
+    applied = Applied(checkpoint_folder(run))
+    with applied.owned():
+        found = load_as_saved(run, step=step, patches=[path])
+        applied.add(found.step, patch)
+    return patch
+
+
+def revert(run: str | os.PathLike[str], path: str | os.PathLike[str], *, step: Step = "latest") -> Patch:
+    """Takes back a patch that was applied to a checkpoint: the model is what it was before, bit for bit.
+
+    Args:
+        run: the run's folder.
+        path: of the patch, or its identity as `show` prints it.
+        step: the checkpoint.
+
+    Raises:
+        CheckpointError: the patch is not applied, or a later one stands on its rows.
+    """
+    applied = Applied(checkpoint_folder(run))
+    with applied.owned():
+        number = _number(applied, step)
+        names = applied.names(number)
+        name = str(path) if str(path) in names else read_patch(path).identity
+        if name not in names:
+            there = f"there are {', '.join(names)}" if names else "there are none"
+            raise CheckpointError(f"{run}: patch {name} is not applied to step {number}; {there}")
+        patch = read_patch(applied.file(name))
+        for later in names[names.index(name) + 1 :]:
+            if shared := shared_rows(patch, read_patch(applied.file(later))):
+                raise CheckpointError(
+                    f"{run}: patch {later} was applied after {name} and changes {shared:,} of the same rows; revert it "
+                    "first"
+                )
+        applied.remove(number, name)
+    return patch
+
+
+def _number(applied: Applied, step: Step) -> int:
+    """The step's own number."""
+    with Checkpoints(applied.checkpoints) as checkpoints:
+        wanted = checkpoints.best() if step == "best" else None if step == "latest" else int(step)
+        return checkpoints.restore({}, [META], step=wanted).step
+
+
+def shared_rows(left: Patch, right: Patch) -> int:
+    """How many rows both patches change."""
+    names = left.tables.keys() & right.tables.keys()
+    return sum(len(np.intersect1d(left.tables[name].rows, right.tables[name].rows)) for name in names)

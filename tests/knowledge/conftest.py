@@ -1,0 +1,41 @@
+"""Small models whose arrays are drawn by NumPy: compiling the initialisation would take longer than the tests."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memjax.config.memory import ExpertLookupConfig, MemoryConfig
+from memjax.config.model import ModelConfig
+from memjax.models.decoder import Decoder
+from memjax.models.parts import DecoderParts
+
+SIZES: dict[str, Any] = {"dim": 16, "num_layers": 3, "num_heads": 2, "ffn_dim": 24, "vocab_size": 259}
+LOOKUP: dict[str, Any] = {"num_keys": 6, "num_heads": 2, "top_k": 3, "key_dim": 8, "share": False}
+KINDS: dict[str, dict[str, Any]] = {
+    "memory_plus": {"memory": MemoryConfig(layers=(0, 2), value_dim=12, **LOOKUP)},
+    "plain": {"memory": MemoryConfig(layers=(0, 2), gate="none", **LOOKUP)},
+    "gated_beside": {"memory": MemoryConfig(layers=(0, 2), output_gate=True, placement="beside", **LOOKUP)},
+    "peer": {"memory": None, "expert_lookup": ExpertLookupConfig(layers=(0, 2), **LOOKUP)},
+}
+
+
+def config_of(kind: str) -> ModelConfig:
+    return ModelConfig(**SIZES, **KINDS[kind])
+
+
+@functools.cache
+def draw(kind: str) -> Decoder:
+    parts, rng = DecoderParts.of(config_of(kind)), np.random.default_rng(0)
+    fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype))
+    return parts.assemble(fill(parts.abstract_params), fill(parts.abstract_tables))
+
+
+@pytest.fixture(scope="session")
+def model_of() -> Callable[[str], Decoder]:
+    """model_of(kind): a model with two layers of one of `KINDS`, each with a table of its own."""
+    return draw

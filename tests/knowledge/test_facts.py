@@ -1,0 +1,76 @@
+"""Facts are read from JSON lines, and become the tokens that training would show."""
+
+import json
+
+import numpy as np
+import pytest
+
+from memjax.data.tokenizers.base import ByteTokenizer
+from memjax.errors import DataError
+from memjax.knowledge.facts import batch_of, pairs_of, read_facts, windows
+
+
+def write(tmp_path, *lines) -> str:
+    path = tmp_path / "facts.jsonl"
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return str(path)
+
+
+def test_texts_prompts_and_paraphrases_are_read(tmp_path):
+    lines = [
+        {"text": "Ann is a dentist.", "paraphrases": ["The job of Ann: dentist."]},
+        {"prompt": "Ann's job?", "answer": "dentist", "paraphrases": ["Ann works as a", "Ann is a "]},
+    ]
+    told, asked = read_facts(write(tmp_path, *lines), "FACTS")
+    assert [[segment.text for segment in record] for record in told.wordings] == [
+        ["Ann is a dentist."],
+        ["The job of Ann: dentist."],
+    ]
+    assert told.question is None
+    assert asked.question == asked.wordings[0]
+    assert ["".join(segment.text for segment in record) for record in asked.wordings] == [
+        "Ann's job? dentist",
+        "Ann works as a dentist",
+        "Ann is a dentist",
+    ]
+    assert [segment.learned for segment in asked.wordings[2]] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{", ":2: "),
+        ("[]", ":2: "),
+        ({"prompt": "x"}, "neither 'text' nor both"),
+        ({"text": 3}, "text"),
+        ({"text": "x", "paraphrases": "y"}, "paraphrases must be a list of texts, not str"),
+        ({"text": "x", "paraphrases": [3]}, "text"),
+        ({"prompt": "x", "answer": "y", "paraphrases": [""]}, "prompt"),
+    ],
+)
+def test_a_line_that_is_no_fact_is_named(tmp_path, line, problem):
+    with pytest.raises(DataError, match=r"facts\.jsonl") as error:
+        read_facts(write(tmp_path, {"text": "good"}, line), "FACTS")
+    assert problem in str(error.value)
+    assert "2" in str(error.value)
+
+
+def test_a_file_without_facts_is_refused(tmp_path):
+    with pytest.raises(DataError):
+        read_facts(write(tmp_path), "FACTS")
+    with pytest.raises(DataError, match="there is no such file"):
+        read_facts(str(tmp_path / "none.jsonl"), "FACTS")
+
+
+def test_only_answers_and_the_end_are_learned(tmp_path):
+    tokenizer = ByteTokenizer()
+    (fact,) = read_facts(write(tmp_path, {"prompt": "ab", "answer": "c"}), "FACTS")
+    (pairs,) = pairs_of(fact.wordings, tokenizer)
+    ids = [tokenizer.bos_id, *tokenizer.encode("ab c"), tokenizer.eos_id]
+    assert pairs[:, 0].tolist() == ids[:-1]
+    assert pairs[:, 1].tolist() == ids[1:]
+    assert pairs[:, 2].tolist() == [0, 0, 1, 1, 1]
+    assert [len(piece) for piece in windows([pairs], 2)] == [2, 2, 1]
+    batch = {name: np.asarray(array) for name, array in batch_of([pairs, pairs[:2]], (3, 8)).items()}
+    assert batch["segments"].tolist() == [[1] * 5 + [0] * 3, [2] * 2 + [0] * 6, [0] * 8]
+    assert batch["loss_mask"].sum() == 3

@@ -1,0 +1,107 @@
+"""Only the rows that a batch reads more than the background does are changed, and they learn the facts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memjax.data.sources.records import Segment
+from memjax.data.tokenizers.base import ByteTokenizer
+from memjax.knowledge.facts import Fact
+from memjax.knowledge.finetune import Recipe, chosen, learn, scores
+from memjax.knowledge.reads import slot_reads
+from memjax.knowledge.slots import Background, count_texts, slot_report
+from memjax.models.parts import take_apart
+
+TOKENIZER = ByteTokenizer()
+FACTS = [
+    Fact(((Segment(prompt, False), Segment(answer, True)),))
+    for prompt, answer in [("ab?", " x"), ("cd?", " y"), ("ba?", " z")]
+]
+TEXTS = [(Segment(text, True),) for text in ("abcd", "dcba", "abba", "a", "xyz xyz")]
+
+
+def test_scores_are_the_share_of_the_reads_times_the_rarity_of_the_slot():
+    reads, background = np.array([6, 3, 1, 0, 2]), np.array([9, 4, 0, 0, 1])
+    expected = reads / 12 * np.log(10 / (background + 1))
+    np.testing.assert_allclose(scores(jnp.asarray(reads), jnp.asarray(background), 9), expected, rtol=1e-6)
+    for rows in range(1, 7):
+        # The first is in every text, and the fourth is not read.
+        best = sorted(set(np.argsort(-expected)[:rows].tolist()) - {0, 3})
+        found = np.flatnonzero(chosen(jnp.asarray(reads), jnp.asarray(background), 9, rows))
+        assert found.tolist() == best
+
+
+def picks_of(model, text: str) -> dict[str, np.ndarray]:
+    ids = [TOKENIZER.bos_id, *TOKENIZER.encode(text)]
+    return {name: np.asarray(read.indices) for name, read in slot_reads(model.hidden(jnp.asarray([ids]))).items()}
+
+
+@pytest.mark.parametrize("kind", ["memory_plus", "peer"])
+def test_texts_that_read_a_slot_are_counted_once_each(model_of, kind):
+    model = model_of(kind)
+    found = count_texts(model, TOKENIZER, TEXTS, length=8, batch_size=2)
+    assert found.texts == len(TEXTS)
+    for table, layer in {"memory_plus": [("layer_0", "L0"), ("layer_2", "L2")], "peer": [("experts_2_outputs", "L2")]}[
+        kind
+    ]:
+        expected = np.zeros(36, int)
+        for record in TEXTS:
+            expected[np.unique(picks_of(model, record[0].text)[layer])] += 1
+        np.testing.assert_array_equal(found.counts[table], expected)
+
+
+def test_contexts_of_a_slot_are_those_that_read_it(model_of):
+    model = model_of("plain")
+    picks = picks_of(model, "abcd")["L2"]
+    slot = int(picks[3, 0])
+    report = slot_report(model, TOKENIZER, TEXTS, "L2", slot, length=8, batch_size=2, contexts=50, promoted=4)
+    reads = sum((picks_of(model, record[0].text)["L2"] == slot).any(axis=1).sum() for record in TEXTS)
+    assert report.reads == len(report.contexts) == reads
+    assert (TOKENIZER.bos_id, *TOKENIZER.encode("abc")) in [context.tokens for context in report.contexts]
+    weights = [abs(context.weight) for context in report.contexts]
+    assert weights == sorted(weights, reverse=True)
+    row = np.asarray(take_apart(model)[2]["layer_2"])[slot]
+    # A plain layer of the model's own width adds the row itself; which logits gain most hangs on no weight here.
+    gains = row * np.asarray(model.norm.scale[...]) @ np.asarray(model.output_matrix())
+    signs = {np.sign(context.weight) for context in report.contexts}
+    assert signs == {1.0}
+    assert report.promoted[0][0] == int(gains.argmax())
+
+
+@pytest.mark.parametrize("kind", ["memory_plus", "peer"])
+def test_facts_are_learned_in_few_rows_and_nothing_else_changes(model_of, kind):
+    model = model_of(kind)
+    _, params, tables = take_apart(model)
+    before = jax.tree.map(np.asarray, tables)
+    background = count_texts(model, TOKENIZER, TEXTS, length=8, batch_size=5)
+    losses = []
+    recipe = Recipe(rows=3, lr=0.3, epochs=6, batch_size=3, replay=0)
+    learned = learn(
+        model,
+        TOKENIZER,
+        FACTS,
+        background,
+        recipe,
+        longest=16,
+        after_epoch=lambda _, loss, __: bool(losses.append(loss)),
+    )
+    assert losses[-1] < losses[0]
+    _, new_params, new_tables = take_apart(learned)
+    jax.tree.map(np.testing.assert_array_equal, params, new_params)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, take_apart(model)[2]))
+    changed = {name: np.flatnonzero((before[name] != np.asarray(new_tables[name])).any(axis=1)) for name in before}
+    assert all(0 < len(rows) <= 3 * recipe.epochs for rows in changed.values())
+    if kind == "peer":
+        np.testing.assert_array_equal(changed["experts_2_inputs"], changed["experts_2_outputs"])
+    else:
+        # The first layer's reads hang on no row that changes: the same three rows all the time.
+        assert len(changed["layer_0"]) == 3
+
+
+def test_slots_that_every_text_reads_are_left_alone(model_of):
+    model = model_of("memory_plus")
+    counts = {name: np.full(36, 4, np.int32) for name in ("layer_0", "layer_2")}
+    recipe = Recipe(rows=3, lr=0.3, epochs=1, batch_size=3)
+    learned = learn(model, TOKENIZER, FACTS, Background(4, counts), recipe, longest=16)
+    jax.tree.map(np.testing.assert_array_equal, take_apart(model)[2], take_apart(learned)[2])

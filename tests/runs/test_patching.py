@@ -1,0 +1,229 @@
+"""A patch is applied to a run and taken back without a bit of its checkpoints being touched."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memjax import patch as command
+from memjax.checkpoint import Checkpoints
+from memjax.config.memory import MemoryConfig
+from memjax.config.model import ModelConfig
+from memjax.config.run import RunConfig
+from memjax.data.tokenizers.base import ByteTokenizer
+from memjax.errors import CheckpointError
+from memjax.io.files import write_atomic
+from memjax.models.parts import DecoderParts, take_apart
+from memjax.runs import applied, patching
+from memjax.runs.layout import meta_document, params_to_tree
+from memjax.runs.load import load
+from memjax.runs.patch import read_patch, write_patch
+
+CONFIG = RunConfig(
+    model=ModelConfig(
+        dim=8,
+        num_layers=1,
+        num_heads=2,
+        ffn_dim=8,
+        vocab_size=259,
+        memory=MemoryConfig(layers=(0,), num_keys=4, num_heads=1, top_k=2, key_dim=4),
+    )
+)
+
+
+@functools.cache
+def arrays():
+    parts, rng = DecoderParts.of(CONFIG.model), np.random.default_rng(0)
+    fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype))
+    return fill(parts.abstract_params), fill(parts.abstract_tables)
+
+
+def save(folder: pathlib.Path, change: dict[int, float] | None = None, *, dense: float = 0) -> str:
+    """A run whose table has some number added to some rows."""
+    params, tables = arrays()
+    rows = tables["shared"]
+    for row, added in (change or {}).items():
+        rows = rows.at[row].add(added)
+    params = jax.tree.map(lambda leaf: leaf + dense, params)
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        items = {"params": params_to_tree(params), "tables": {"shared": rows}}
+        checkpoints.save(3, items, {"meta": meta_document(CONFIG, ByteTokenizer(), step=3)})
+    return str(folder)
+
+
+def table_of(run, *patches) -> np.ndarray:
+    return np.asarray(take_apart(load(run, patches=patches).model)[2]["shared"])
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in pathlib.Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run, patches of two rows each that share none or one, and the tables that they make."""
+    folder = tmp_path_factory.mktemp("runs")
+    base, changes = save(folder / "base"), {"a": {1: 1.0, 4: 2.0}, "b": {7: 1.0, 9: -1.0}, "c": {4: -3.0, 5: 1.0}}
+    patches = {}
+    for name, change in changes.items():
+        other = save(folder / name, change)
+        patches[name] = str(write_patch(folder / f"{name}.safetensors", patching.diff(base, other)))
+    return base, patches, {name: table_of(folder / name) for name in changes}
+
+
+def test_load_lays_patches_over_the_model_and_writes_nothing(runs):
+    base, patches, tables = runs
+    before = files_of(base)
+    for name, path in patches.items():
+        np.testing.assert_array_equal(table_of(base, path), tables[name])
+    both = table_of(base, patches["a"], patches["b"])
+    np.testing.assert_array_equal(both, tables["a"] + tables["b"] - table_of(base))
+    assert files_of(base) == before
+    with pytest.raises(CheckpointError, match=r"a.safetensors has changed 1 rows of table shared \(4\) too"):
+        table_of(base, patches["a"], patches["c"])
+
+
+def test_an_applied_patch_is_part_of_the_model_until_it_is_taken_back(runs, capsys):
+    base, patches, tables = runs
+    before, original = files_of(base), table_of(base)
+    assert command.main(["apply", base, patches["a"]]) == 0
+    identity = capsys.readouterr().out.split()[-1]
+    np.testing.assert_array_equal(table_of(base), tables["a"])
+    with pytest.raises(CheckpointError, match=f"is applied already, as patch {identity}"):
+        patching.apply(base, patches["a"])
+    with pytest.raises(CheckpointError, match="has changed 1 rows"):
+        patching.apply(base, patches["c"])
+    patching.apply(base, patches["b"])
+    assert command.main(["revert", base, identity]) == 0
+    np.testing.assert_array_equal(table_of(base), tables["b"])
+    patching.revert(base, patches["b"])
+    assert table_of(base).tobytes() == original.tobytes()
+    assert {name: content for name, content in files_of(base).items() if name in before} == before
+    with pytest.raises(CheckpointError, match=f"patch {identity} is not applied to step 3; there are none"):
+        patching.revert(base, patches["a"])
+
+
+def test_a_patch_under_a_later_one_stays(runs, tmp_path):
+    base, patches, _ = runs
+    patching.apply(base, patches["a"])
+    try:
+        other = save(tmp_path / "over", {1: 5.0, 4: 2.0})
+        over = write_patch(tmp_path / "over.safetensors", patching.diff(base, other))
+        patching.apply(base, over)
+        with pytest.raises(CheckpointError, match=r"was applied after .* changes 1 of the same rows; revert it first"):
+            patching.revert(base, patches["a"])
+        patching.revert(base, over)
+    finally:
+        patching.revert(base, patches["a"])
+
+
+def test_a_run_of_its_own_has_the_rows_in_its_checkpoint(runs, tmp_path):
+    base, patches, tables = runs
+    before = files_of(base)
+    assert command.main(["apply", base, patches["a"], "--out", str(tmp_path / "new")]) == 0
+    np.testing.assert_array_equal(table_of(tmp_path / "new"), tables["a"])
+    assert files_of(base) == before
+
+
+def test_another_base_is_refused_in_a_line(runs, tmp_path, capsys):
+    _, patches, _ = runs
+    other = save(tmp_path / "other", {0: 1.0})
+    assert command.main(["apply", other, patches["a"]]) == 4
+    error = capsys.readouterr().err
+    assert "was made for another model: for the digest" in error
+    assert len(error.splitlines()) == 1
+    assert not (pathlib.Path(other) / "patches" / "applied.json").exists()
+
+
+def test_runs_that_differ_in_more_than_rows_have_no_patch(runs, tmp_path):
+    base, *_ = runs
+    with pytest.raises(CheckpointError, match="a patch holds rows of tables only"):
+        patching.diff(base, save(tmp_path / "dense", dense=1))
+
+
+def test_patches_are_merged_and_shown(runs, tmp_path, capsys):
+    base, patches, tables = runs
+    out = str(tmp_path / "both")
+    assert command.main(["merge", patches["a"], patches["b"], "--out", out]) == 0
+    np.testing.assert_array_equal(table_of(base, out), tables["a"] + tables["b"] - table_of(base))
+    assert command.main(["merge", patches["a"], patches["c"], "--out", out]) == 4
+    assert "both change 1 rows of table shared (4)" in capsys.readouterr().err
+    assert command.main(["merge", patches["a"], patches["c"], "--out", out, "--conflicts", "last"]) == 0
+    assert read_patch(out).num_rows == 3
+    assert command.main(["show", out, "--top", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "rows 3 of 16 in shared" in printed
+    assert "and 1 more" in printed
+    assert max(map(len, printed.splitlines())) <= 160
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "problem"),
+    [
+        (["apply", "RUN"], 2, "takes 2 arguments"),
+        (["apply", "RUN", "a", "b"], 2, "takes 2 arguments"),
+        (["diff", "RUN"], 2, "out"),
+        (["squash"], 2, "must be one of"),
+        (["show", "nowhere"], 4, "there is no such file"),
+    ],
+)
+def test_wrong_command_lines_are_refused(words, code, problem, capsys):
+    try:
+        found = command.main(words)
+    except SystemExit as end:
+        found = end.code
+    assert found == code
+    assert problem in capsys.readouterr().err
+
+
+def test_a_list_that_is_damaged_is_named(runs, tmp_path):
+    other = save(tmp_path / "run")
+    listed = tmp_path / "run" / "patches" / "applied.json"
+    listed.parent.mkdir()
+    for content in ("{", "[]", '{"3": ["../x"]}', '{"3": 3}'):
+        listed.write_text(content)
+        with pytest.raises(CheckpointError, match=r"applied\.json"):
+            load(other)
+
+
+class Died(BaseException):
+    """As a kill: nothing after it is written."""
+
+
+@pytest.fixture
+def dies_at(monkeypatch):
+    """dies_at(moment): the list of patches and the copies of their files are written so many times, then never."""
+
+    def limit(moment: int) -> None:
+        left = iter(range(moment))
+
+        def write(path, content):
+            if next(left, None) is None:
+                raise Died
+            return write_atomic(path, content)
+
+        monkeypatch.setattr(applied, "write_atomic", write)
+
+    return limit
+
+
+@pytest.mark.parametrize("moment", [0, 1])
+def test_a_model_is_the_one_before_or_after_wherever_a_process_dies(runs, moment, dies_at):
+    base, patches, tables = runs
+    original = table_of(base)
+    dies_at(moment)
+    with pytest.raises(Died):
+        patching.apply(base, patches["a"])
+    np.testing.assert_array_equal(table_of(base), original)
+    dies_at(2)
+    patching.apply(base, patches["a"])
+    dies_at(0)
+    with pytest.raises(Died):
+        patching.revert(base, patches["a"])
+    np.testing.assert_array_equal(table_of(base), tables["a"])
+    dies_at(1)
+    patching.revert(base, patches["a"])
+    np.testing.assert_array_equal(table_of(base), original)

@@ -1,0 +1,90 @@
+"""Facts are learned, looked at and taken back by command lines."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memjax import inspect, learn
+from memjax.checkpoint import Checkpoints
+from memjax.config.data import BiographiesConfig, DataConfig
+from memjax.config.memory import MemoryConfig
+from memjax.config.model import ModelConfig
+from memjax.config.run import RunConfig
+from memjax.data.tokenizers.base import ByteTokenizer
+from memjax.models.parts import DecoderParts
+from memjax.runs.layout import meta_document, params_to_tree
+
+FACTS = [{"prompt": "Q a", "answer": "x"}, {"prompt": "Q b", "answer": "y", "paraphrases": ["b is"]}]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> str:
+    """A model of one memory layer with random numbers in it."""
+    folder = tmp_path_factory.mktemp("run")
+    memory = MemoryConfig(layers=(0,), num_keys=8, num_heads=2, top_k=4, key_dim=8, gate="none")
+    model = ModelConfig(dim=16, num_layers=1, num_heads=2, ffn_dim=16, vocab_size=259, memory=memory)
+    config = RunConfig(model=model, data=DataConfig(sequence_length=64, biographies=BiographiesConfig(num_people=2)))
+    parts, rng = DecoderParts.of(model), np.random.default_rng(0)
+    fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype))
+    items = {"params": params_to_tree(fill(parts.abstract_params)), "tables": fill(parts.abstract_tables)}
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        checkpoints.save(7, items, {"meta": meta_document(config, ByteTokenizer(), step=7)})
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("facts") / "facts.jsonl"
+    path.write_text("".join(json.dumps(fact) + "\n" for fact in FACTS))
+    return str(path)
+
+
+def test_a_slot_is_shown_by_the_texts_that_read_it(run, facts, capsys):
+    assert inspect.main([run, "--slot", "L0:3", "--corpus", facts]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("L0:3 is read by ")
+    assert "tokens in 2 texts" in printed
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "code", "problem"),
+    [
+        (learn, ["RUN"], 2, "out"),
+        (learn, ["RUN", "--out", "x"], 2, "takes two arguments"),
+        (learn, ["RUN", "none.jsonl", "--out", "x"], 3, "there is no such file"),
+        (learn, ["RUN", "FACTS", "--out", "x", "--rows", "0", "--lr", "-1"], 2, "rows=0 must be positive"),
+        (inspect, ["RUN"], 2, "give one of the two"),
+        (inspect, ["RUN", "--slot", "4"], 2, "must name a layer and a row"),
+        (inspect, ["RUN", "--slot", "L1:4"], 2, "layer L1 has no slots; those that have: L0"),
+        (inspect, ["RUN", "--slot", "L0:64"], 2, "must be below L0:64"),
+        (inspect, ["RUN", "--prompt", "x", "--token", "9"], 2, "token=9 must be in 0..1"),
+        (inspect, ["RUN", "--prompt", "x", "--out", "page.txt"], 2, "must end in .html"),
+        (inspect, ["RUN", "--prompt", "x", "--patch", "nowhere"], 4, "there is no such file"),
+    ],
+)
+def test_wrong_command_lines_are_refused(run, facts, command, words, code, problem, capsys):
+    words = [{"RUN": run, "FACTS": facts}.get(word, word) for word in words]
+    try:
+        found = command.main(words)
+    except SystemExit as end:
+        found = end.code
+    assert found == code
+    assert problem in capsys.readouterr().err
+
+
+def test_damaged_counts_are_counted_again(run, facts, tmp_path, capsys):
+    settings = ["--rows", "8", "--epochs", "1", "--replay", "0", "--held_out_questions", "1"]
+    assert learn.main([run, facts, "--out", str(tmp_path / "one"), *settings]) == 0
+    (kept,) = pathlib.Path(run, "knowledge").iterdir()
+    content = kept.read_bytes()
+    kept.write_bytes(content[:40])
+    capsys.readouterr()
+    assert learn.main([run, facts, "--out", str(tmp_path / "two"), *settings]) == 0
+    assert "counting the slots" in capsys.readouterr().out
+    assert kept.read_bytes() == content
