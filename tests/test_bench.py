@@ -53,3 +53,24 @@ def test_generation_is_timed_by_batch_and_prompt_and_memory_is_set_against_dense
     assert record["commit"]
     assert record["versions"]["jax"]
     assert "| Memory+ | 2 | 16 |" in (tmp_path / "record.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_server_loses_and_mixes_up_nothing_under_load(tmp_path):
+    command = [
+        sys.executable,
+        str(BENCH.with_name("serving.py")),
+        "--small",
+        "--out",
+        str(tmp_path),
+        "--stem",
+        "record",
+    ]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "record.json").read_text())["rows"]
+    assert (row["clients"], row["lost"], row["all equal"]) == (4, 0, True)
+    assert row["answers"] + row["hung up"] == 4 * 3
+    assert row["first token p95 ms"] >= row["first token p50 ms"] > 0
+    assert row["of engine"] == row["tokens/s"] / row["engine tokens/s"] > 0

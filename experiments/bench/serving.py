@@ -1,0 +1,276 @@
+"""The server under load: clients that stream over HTTP, and hang up at random, against the engine alone.
+
+    python experiments/bench/serving.py                  # 373m Memory+, random weights, 64 clients x 20 requests
+    python experiments/bench/serving.py --small          # on a CPU: a small model in float32
+
+The server is a process of its own. Before it serves it times its engine alone on the same work: as many prompts as
+there are clients are read at once and written to their end, again and again. Then each client sends one request after
+the other; a share hangs up after some of its text. Afterwards a sample of what came back is asked again, one by one.
+All tokens that the server made count, also those of clients that had gone. The exit code is 1 if an answer is lost or
+mixed up (in float32; in bfloat16 the share of equal answers is reported).
+"""
+
+import argparse
+import asyncio
+import functools
+import json
+import os
+import pathlib
+import random
+import shlex
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+import cases
+import timing
+from train_step import SMALL, SMALL_MEMORY
+
+COLUMNS = ("model", "clients", "prompt", "new", "tokens/s", "engine tokens/s", "of engine", "decoding tokens/s")
+COLUMNS += (
+    "first token p50 ms",
+    "first token p95 ms",
+    "answers",
+    "hung up",
+    "lost",
+    "equal",
+    "peak GB",
+    "RSS grown MB",
+)
+KEY = ("model", "clients", "prompt", "new")
+_SAMPLE = 24
+"""Answers that are asked again."""
+
+
+def serve(case: cases.Row) -> None:
+    """Times the engine, then serves until SIGTERM; prints a line of JSON when it is ready, and one at the end."""
+    import jax
+    import numpy as np
+
+    from memjax.config.load import load
+    from memjax.config.run import RunConfig
+    from memjax.data.tokenizers.base import Tokenizer
+    from memjax.inference.engine import LONGEST_CHUNK, Engine, Request
+    from memjax.inference.scheduler import Scheduler, make_engine, warm_up
+    from memjax.inference.server import HttpServer, Limits, Service
+    from memjax.models.parts import DecoderParts
+
+    class Numbers(Tokenizer):
+        """Tokens that are written as their ids."""
+
+        kind = "numbers"
+        encode = encode_batch = to_state = None  # pyright: ignore  # only ids are sent
+
+    Numbers.__abstractmethods__ = frozenset()
+    config = load(RunConfig, pathlib.Path(case["preset"]), case["settings"]).model
+    parts = DecoderParts.of(config)
+    model = parts.assemble(*parts.init(jax.random.key(0)))
+    tokenizer = Numbers([f" {token}".encode() for token in range(config.vocab_size)], {"<pad>": 0}, bos_id=1, eos_id=2)
+    max_length, clients, new = case["prompt"] + case["new"], case["clients"], case["new"]
+    rng = np.random.default_rng(0)
+
+    def alone(engine: Engine) -> tuple[float, float]:
+        """Tokens per second of a batch, and of its decoding."""
+        prompts = rng.integers(3, config.vocab_size, size=(clients, case["prompt"])).tolist()
+        started = time.perf_counter()
+        engine.insert([Request(prompt_ids=prompt, max_tokens=new) for prompt in prompts])
+        engine.step(0)
+        first = time.perf_counter()
+        while engine.is_busy:
+            engine.step(LONGEST_CHUNK)
+        ended = time.perf_counter()
+        return clients * new / (ended - started), clients * (new - 1) / (ended - first)
+
+    engine = make_engine(model, num_slots=clients, max_length=max_length)
+    for _ in range(2):
+        # The first batch compiles, and the second finds slots that are in memory.
+        alone(engine)
+    whole, decoding = zip(*[alone(engine) for _ in range(case["rounds"])], strict=True)
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    limits = Limits(max_length=max_length)
+    service = Service(tokenizer, vocab_size=config.vocab_size, model_name="bench", limits=limits)
+    warm_up(engine, max_length=max_length)
+    scheduler = Scheduler(engine, service.deliver, max_waiting=4 * clients)
+    service.attach(scheduler)
+    scheduler.start()
+    server = HttpServer(service, listening, drain_seconds=10.0)
+
+    def ready() -> None:
+        row = {"port": listening.getsockname()[1], "RSS": resident(), "dtype": str(model.embed.dtype)}
+        row |= {"engine tokens/s": statistics.median(whole), "decoding tokens/s": statistics.median(decoding)}
+        print(json.dumps(row), flush=True)
+
+    asyncio.run(server.run(ready=ready, signals=(signal.SIGTERM,)))
+    stats = jax.devices()[0].memory_stats()
+    peak = stats["peak_bytes_in_use"] / 1e9 if stats else None
+    print(json.dumps({"peak GB": peak, "RSS": resident(), "environment": timing.environment()}), flush=True)
+
+
+def resident() -> float:
+    """Megabytes of this process."""
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+async def ask(port: int, body: dict[str, Any], *, events: int | None = None) -> tuple[str, str | None, float | None]:
+    """Streams a completion, or its first events: the text, why it ended, and seconds to the first token."""
+    raw = json.dumps({**body, "stream": True, "ignore_eos": True}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    started = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 22)
+    text, finish, first, seen = [], None, None, 0
+    try:
+        writer.write(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
+        async for line in reader:
+            if line.startswith(b"data: {"):
+                first = first or time.perf_counter() - started
+                choice = json.loads(line[6:])["choices"][0]
+                text.append(choice["text"])
+                finish = choice["finish_reason"] or finish
+                seen += 1
+                if seen == events:
+                    break
+    finally:
+        writer.close()
+    return "".join(text), finish, first
+
+
+async def made_tokens(port: int) -> int:
+    """Tokens that the server has made so far."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    text = (await reader.read()).decode()
+    writer.close()
+    return int(text.rpartition("\nmemjax_generated_tokens_total ")[2].split("\n")[0])
+
+
+async def load_server(case: cases.Row, port: int) -> cases.Row:
+    """Sends all requests, and asks a sample again."""
+    rng = random.Random(0)
+    length = case["prompt"] - 1  # the server adds the begin token
+
+    def request(number: int) -> dict[str, Any]:
+        prompt = [rng.randrange(3, case["vocab_size"]) for _ in range(length)]
+        return {"prompt": prompt, "max_tokens": case["new"], "temperature": float(number % 2), "seed": number}
+
+    work = [
+        [request(client * case["requests"] + turn) for turn in range(case["requests"])]
+        for client in range(case["clients"])
+    ]
+    hang_ups = [[rng.random() < case["hang_ups"] for _ in turns] for turns in work]
+    patience = [[rng.randrange(1, 8) for _ in turns] for turns in work]
+    answers: list[tuple[dict[str, Any], str]] = []
+    firsts: list[float] = []
+    lost = 0
+
+    async def client(place: int) -> None:
+        nonlocal lost
+        for turn, body in enumerate(work[place]):
+            hangs_up = hang_ups[place][turn]
+            try:
+                text, finish, first = await ask(port, body, events=patience[place][turn] if hangs_up else None)
+            except OSError:
+                text, finish, first = "", None, None
+            if first is not None:
+                firsts.append(first)
+            if not hangs_up:
+                is_whole = finish == "length" and len(text.split()) == case["new"]
+                lost += not is_whole
+                answers.append((body, text))
+
+    # The first of all requests compile what is left.
+    await asyncio.gather(*[ask(port, request(-1 - number)) for number in range(2)])
+    before, started = await made_tokens(port), time.perf_counter()
+    await asyncio.gather(*[client(place) for place in range(case["clients"])])
+    seconds = time.perf_counter() - started
+    made = await made_tokens(port) - before
+    again = rng.sample(answers, min(_SAMPLE, len(answers)))
+    equal = [text == (await ask(port, body))[0] for body, text in again]
+    cuts = statistics.quantiles(firsts, n=20)
+    return {
+        "tokens/s": made / seconds,
+        "first token p50 ms": statistics.median(firsts) * 1e3,
+        "first token p95 ms": cuts[18] * 1e3,
+        "answers": len(answers),
+        "hung up": sum(map(sum, hang_ups)),
+        "lost": lost,
+        "equal": f"{sum(equal)} of {len(equal)}",
+        "all equal": all(equal),
+    }
+
+
+def measure(case: cases.Row) -> cases.Row:
+    """Starts the server, loads it, and ends it."""
+    command = [sys.executable, str(pathlib.Path(__file__).resolve()), "--serve", json.dumps(case)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = functools.partial(next, (json.loads(line) for line in process.stdout if line.startswith("{")), None)
+    try:
+        ready = lines()
+        if ready is None:
+            return {"note": f"the server ended with {process.wait()}"}
+        row = asyncio.run(load_server(case, ready["port"]))
+        process.send_signal(signal.SIGTERM)
+        end = lines()
+        process.wait(60)
+    finally:
+        process.kill()
+        process.wait()
+    row |= {name: ready[name] for name in ("engine tokens/s", "decoding tokens/s", "dtype")}
+    row["of engine"] = row["tokens/s"] / row["engine tokens/s"]
+    row |= {"peak GB": end["peak GB"], "RSS grown MB": end["RSS"] - ready["RSS"], "environment": end["environment"]}
+    return row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/bench/results"))
+    parser.add_argument("--small", action="store_true", help="a small model and few requests")
+    parser.add_argument("--size", default="373m", help="preset configs/SIZE_memory_plus_1m.yaml")
+    parser.add_argument("--dtype", default="bfloat16", help="of parameters; float32 for equal answers")
+    parser.add_argument("--clients", type=int, help="as many slots; 64, or 4 if small")
+    parser.add_argument("--requests", type=int, help="of each client; 20, or 3 if small")
+    parser.add_argument("--prompt", type=int, help="tokens; 512, or 16 if small")
+    parser.add_argument("--new", type=int, help="tokens of an answer; 128, or 16 if small")
+    parser.add_argument("--hang_ups", type=float, default=0.15, help="share of requests whose client hangs up")
+    parser.add_argument("--stem", help="name of the files in the folder, without suffix")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(json.loads(arguments.serve))
+        return 0
+    small = arguments.small
+    defaults = {"clients": (64, 4), "requests": (20, 3), "prompt": (512, 16), "new": (128, 16)}
+    case: cases.Row = {name: getattr(arguments, name) or both[small] for name, both in defaults.items()}
+    dtype = "float32" if small else arguments.dtype
+    words = [*SMALL.split(), *SMALL_MEMORY.split(), "--model.memory.num_keys", "16"] if small else []
+    words += ["--model.param_dtype", dtype, "--model.dtype", dtype]
+    preset = cases.ROOT / f"configs/{arguments.size}_memory_plus_1m.yaml"
+
+    from memjax.config.load import load
+    from memjax.config.run import RunConfig
+
+    vocab_size = load(RunConfig, preset, words).model.vocab_size
+    case |= {"preset": str(preset), "settings": words, "vocab_size": vocab_size}
+    case |= {"hang_ups": arguments.hang_ups, "rounds": 1 if small else 3}
+    row = {"model": f"Memory+ {'small' if small else arguments.size}, {dtype}"}
+    row |= {name: case[name] for name in ("clients", "prompt", "new")} | measure(case)
+    ignored = ("--out", str(arguments.out), "--stem", arguments.stem)
+    command = f"python experiments/bench/serving.py {shlex.join(w for w in sys.argv[1:] if w not in ignored)}".strip()
+    record = {"command": command, **row.pop("environment", {}), "rows": [row]}
+    device = record.get("device", "unknown").replace(" ", "-").lower()
+    stem = arguments.stem or f"serving-{device}" + ("-small" if small else "")
+    cases.write(arguments.out.resolve(), stem, record, title="Serving on", columns=COLUMNS, key=KEY)
+    print(timing.table([row], COLUMNS), flush=True)
+    is_wrong = "note" in row or row["lost"] or (dtype == "float32" and not row["all equal"])
+    return 1 if is_wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
