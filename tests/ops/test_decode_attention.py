@@ -74,7 +74,7 @@ def test_a_step_writes_the_new_entry_and_sees_it(implementation, window, shape, 
     joined = rng.normal(size=(rows, (heads + 2 * kv_heads) * width))
     keys, values = rng.normal(size=(2, rows, kv_heads, size, width))
     angles = rng.uniform(0, 6, size=(rows, width // 2)) if has_angles else None
-    rotation = None if angles is None else tuple(jnp.float32(part) for part in (np.cos(angles), np.sin(angles)))
+    rotation = None if angles is None else (jnp.float32(np.cos(angles)), jnp.float32(np.sin(angles)))
     arrays = (jnp.float32(array) for array in (joined, keys, values))
     out, *written = compiled_step(implementation, window)(*arrays, jnp.asarray(places), rotation)
     query = np.zeros((rows, heads, width))
@@ -121,5 +121,6 @@ def test_shapes_that_do_not_fit_are_refused():
 def test_a_step_refuses_shapes_that_do_not_fit():
     _, keys, values, lengths = draw(SHAPES[0])
     for joined, angles in (((3, 60), 4), ((3, 32), 4), ((2, 64), 4), ((3, 64), 8)):
+        half = jnp.zeros((3, angles))
         with pytest.raises((ValueError, TypeError), match=r"decode_step|shape"):
-            decode_step(jnp.zeros(joined), keys, values, lengths, (jnp.zeros((3, angles)),) * 2)
+            decode_step(jnp.zeros(joined), keys, values, lengths, (half, half))

@@ -17,13 +17,12 @@ every_implementation = pytest.mark.parametrize("implementation", ["triton", "xla
 def test_every_output_is_a_row_times_the_vector(implementation, gated, outputs, inputs):
     rng = np.random.default_rng(0)
     x, rows = rng.normal(size=inputs), rng.normal(size=(outputs, inputs)) / inputs**0.5
-    residual = rng.normal(size=outputs // 2) if gated else None
-    expected = rows @ x
+    expected, residual = rows @ x, None
     if gated:
         gate, up = np.split(expected, 2)
-        expected = gate / (1 + np.exp(-gate)) * up + residual
-    arrays = (None if array is None else jnp.float32(array) for array in (x, rows, residual))
-    found = matvec(*arrays, gated=gated, implementation=implementation)
+        added = rng.normal(size=outputs // 2)
+        expected, residual = gate / (1 + np.exp(-gate)) * up + added, jnp.float32(added)
+    found = matvec(jnp.float32(x), jnp.float32(rows), residual, gated=gated, implementation=implementation)
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
 
 
