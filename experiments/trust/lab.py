@@ -129,6 +129,7 @@ class Lab:
         self.seconds = 0.0
         self.repeats = True
         """Whether two undisturbed runs are equal: on GPUs they need not be, and then values are not compared."""
+        self._stopped = False
         self._running: set[int] = set()
         self._guard = threading.Lock()
 
@@ -164,6 +165,8 @@ class Lab:
 
     def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
         """Starts a process in a session of its own."""
+        if self._stopped:
+            raise Skipped("interrupted")
         process = subprocess.Popen(
             command,
             cwd=self.folder,
@@ -199,7 +202,8 @@ class Lab:
         return self.end(self.start(self.command(run, *more), **options))
 
     def stop(self) -> None:
-        """Kills whatever still runs."""
+        """Kills whatever still runs; nothing is started any more."""
+        self._stopped = True
         for pid in list(self._running):
             self._kill(pid)
 

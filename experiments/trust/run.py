@@ -101,9 +101,10 @@ def all_cases(lab: Lab, campaigns: list[str], jobs: int, seconds: float, *, smal
                     told = time.monotonic()
                     faults = sum(case.faults for case in done)
                     print(f"{len(done)} of {total} cases, {faults} faults, {len(running)} running", flush=True)
-        except BaseException:
+        except KeyboardInterrupt:
+            print("interrupted: what was tried until now", flush=True)
             lab.stop()
-            raise
+            return done
 
 
 def table(done: list[Case], campaigns: list[str]) -> str:
