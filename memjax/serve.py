@@ -47,14 +47,9 @@ class ServeConfig(CheckpointSettings):
     """Whether to compile for all lengths of prompts before the first request; otherwise it happens when they come."""
 
     def __post_init__(self) -> None:
-        problems: list[str | None] = []
-        try:
-            CheckpointSettings.__post_init__(self)
-        except ValueError as error:
-            problems.append(str(error))
+        CheckpointSettings.__post_init__(self)
         refuse(
-            problems
-            + not_empty(host=self.host, model_name=self.model_name)
+            not_empty(host=self.host, model_name=self.model_name)
             + positive(slots=self.slots, queue=self.queue, max_body_kib=self.max_body_kib)
             + [
                 None if 0 <= self.port < 1 << 16 else f"port={self.port} must be in 0..65535",

@@ -1,10 +1,12 @@
 """memjax against references that its authors did not write: torch, transformers and the tokenizers' own libraries.
 
-    pip install torch transformers sentencepiece tiktoken    # in an environment that has memjax
-    python experiments/references/run.py                     # 3 minutes on two cores; no network, no download
-    python experiments/references/run.py --report            # only the table of docs/checked.md, from the results
+    pip install torch transformers accelerate sentencepiece tiktoken    # in an environment that has memjax
+    python experiments/references/run.py              # 5 minutes on two cores; no network, no download
+    python experiments/references/run.py --report     # only the table of docs/checked.md, from the results
 
-Every model and tokenizer is made on the spot. The exit code is 1 if a figure is beyond its bound.
+`--also PYTHON` runs the torch code of exported memory models in another environment too, one with torch, accelerate and
+an older transformers. Every model and tokenizer is made on the spot, but for two small runs of the tests. The exit code
+is 1 if a figure is beyond its bound.
 """
 
 import argparse
@@ -23,22 +25,23 @@ HERE = pathlib.Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "references.json"
 PAGE = HERE.parents[1] / "docs" / "checked.md"
 BEGIN, END = "<!-- made by experiments/references/run.py -->\n", "<!-- end of what run.py made -->"
-PACKAGES = ("jax", "flax", "torch", "transformers", "tokenizers", "sentencepiece", "tiktoken")
+PACKAGES = ("jax", "flax", "torch", "transformers", "accelerate", "tokenizers", "sentencepiece", "tiktoken")
 
 sys.path.insert(0, str(HERE))
 
 from checks import Check  # noqa: E402
 
 
-def run() -> list[Check]:
-    """Every comparison, printed as it is made."""
+def run(also: list[str]) -> list[Check]:
+    """Every comparison, printed as it is made; those of memory models in torch by other interpreters too."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import conversions
     import layers
+    import memory_models
 
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        parts = [pathlib.Path(folder) / name for name in ("models", "texts", "tokenizers")]
+        parts = [pathlib.Path(folder) / name for name in ("models", "texts", "tokenizers", "memory")]
         for part in parts:
             part.mkdir()
         for check in itertools.chain(
@@ -46,6 +49,7 @@ def run() -> list[Check]:
             conversions.token_ids(parts[2]),
             conversions.greedy_texts(parts[1]),
             conversions.models_in_and_out(parts[0]),
+            memory_models.memory_models(parts[3], [sys.executable, *also]),
         ):
             print(f"{'pass' if check.passes else 'FAIL'}  {line(check)}", flush=True)
             found.append(check)
@@ -90,8 +94,10 @@ def main() -> int:
     """Runs the comparisons, or only writes the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="only write the table of docs/checked.md")
-    if not parser.parse_args().report:
-        checks = run()
+    parser.add_argument("--also", metavar="PYTHON", action="append", default=[], help="of an environment with torch")
+    arguments = parser.parse_args()
+    if not arguments.report:
+        checks = run(arguments.also)
         document = {
             "date": datetime.date.today().isoformat(),
             "python": platform.python_version(),
