@@ -72,7 +72,7 @@ def signals(lab: Lab, rounds: int, phases: tuple[str, ...] = tuple(PHASES)) -> l
             process.send_signal(each)
         ended = lab.end(process, QUICKLY + lab.seconds, read)
         # Before the commands have their handlers, signals have their usual effect.
-        codes = [0, 75, 130] + ([-int(number)] if phase == "imports" else [])
+        codes = [0, 75, 130] + ([-int(each) for each in flood] if phase == "imports" else [])
         if ended.seconds > QUICKLY + (0.5 * lab.seconds if phase in ("imports", "closing") else 0):
             case.note("hung", f"{ended.seconds:.1f} s after SIG{name}\n{ended.output}")
         if case.check(ended, codes, f"SIG{name}"):

@@ -166,9 +166,10 @@ class RunFolder:
         """
         if not self.began():
             return None
-        if self.config.exists() or not Checkpoints(self.checkpoints).steps():
+        if self.config.exists():
             return load(RunConfig, self.config)
-        return read_config(self.path)
+        # Metrics without settings or a step are nothing that a start could continue.
+        return read_config(self.path) if Checkpoints(self.checkpoints).steps() else None
 
     def claim(self, config: RunConfig, *, allow_changed: bool = False) -> "Claim":
         """Compares settings with those of the run in the folder; writes nothing. With several processes, each calls it.
@@ -294,7 +295,6 @@ class Claim:
         """
         if self._recorded or not is_first():
             return
-        self._recorded = True
         folder = self.folder
         if (summary := folder.read_summary()) is not None:
             os.replace(folder.summary, folder.path / f"summary-{summary['steps']}.json")
@@ -306,6 +306,7 @@ class Claim:
         tokenizer.save(folder.path)
         write_atomic(folder.config, to_yaml(self.config))
         folder.write_json("environment.json", environment())
+        self._recorded = True  # not before: what a full disk has refused is written by the next call
 
 
 def make_tokenizer(config: RunConfig, data: Source | None = None) -> Tokenizer:

@@ -272,6 +272,8 @@ class Loop:
             self._read(keep=0)
         except NotFinite as error:
             warn(str(error))
+        except OSError as error:  # without the run's settings no step is of use
+            return f"The steps since the last checkpoint could not be saved: {error.strerror or error}"
         step = int(self.state.step)
         if step == 0:
             return "There was no step to save yet."
@@ -422,7 +424,7 @@ class Loop:
             NotFinite: a step was not finite.
         """
         while len(self.pending) > keep:
-            pending = self.pending.popleft()
+            pending = self.pending[0]
             metrics = jax.device_get(pending.metrics)
             seconds = self.stopwatch.lap()
             if not metrics.pop("healthy"):
@@ -431,6 +433,8 @@ class Loop:
                     f"step {pending.step}: not a number somewhere (loss {metrics['train/loss']:.4g}, gradient norm "
                     f"{metrics['train/grad_norm']:.4g}). Try a lower optim.lr or optim.table.lr, or look at the data."
                 )
+            self.record(self.first)  # before the step leaves the queue: a disk that refuses this loses no row
+            self.pending.popleft()
             self.must_stop |= bool(metrics.pop("must_stop", False))
             self.saved_place = pending.place
             row: Row = {"step": pending.step, **{name: value.item() for name, value in metrics.items()}}
@@ -438,7 +442,6 @@ class Loop:
             row |= {"train/tokens_seen": self.tokens_seen}
             row |= pending.host_metrics | self._throughput(row["train/tokens"], seconds)
             self.newest_row = row
-            self.record(self.first)
             if self.metrics:
                 self.metrics.write(row)
                 self.metrics.flush()

@@ -255,3 +255,23 @@ def test_a_process_that_is_not_the_first_records_nothing(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path / "run")
     folder.claim(RunConfig()).record(0, ByteTokenizer())
     assert not folder.path.exists()
+
+
+def test_what_a_full_disk_refuses_is_recorded_by_the_next_step(started, monkeypatch):
+    claim = started(fails=True)
+
+    def refuse(path: pathlib.Path, content: str | bytes) -> pathlib.Path:
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module, "write_atomic", refuse)
+        with pytest.raises(OSError, match="No space"):
+            claim.record(0, ByteTokenizer())
+    claim.record(0, ByteTokenizer())
+    assert claim.folder.config.exists()
+    assert (claim.folder.path / "environment.json").exists()
+
+
+def test_metrics_alone_claim_nothing(started):
+    started().folder.config.unlink()
+    assert started("--optim.lr 0.5", fails=True).before is None

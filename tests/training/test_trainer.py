@@ -7,6 +7,7 @@ import pytest
 
 from memjax.config.data import DataConfig
 from memjax.errors import ConfigError
+from memjax.monitoring.progress import Stopwatch
 from memjax.training.trainer import PATIENCE, FirstBatches, Loop, _Pending
 
 
@@ -58,3 +59,16 @@ def test_the_newest_step_stays_under_way_while_the_next_is_made_ready():
     loop.pending = deque([_Pending(1, {"train/loss": UnderWay(), "healthy": UnderWay()}, {})])
     loop._read()
     assert len(loop.pending) == 1
+
+
+def test_a_step_whose_run_cannot_be_recorded_yet_keeps_its_place():
+    def record(step: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    loop = Loop.__new__(Loop)
+    loop.stopwatch, loop.first, loop.record = Stopwatch(), 0, record
+    loop.pending = deque([_Pending(1, {"train/loss": np.float32(1), "healthy": np.bool_(True)}, {})])
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space"):
+            loop._read(keep=0)
+        assert [pending.step for pending in loop.pending] == [1]
