@@ -26,7 +26,7 @@ class LearnConfig(CheckpointSettings):
 
     out: str
     """The patch to write: a file (.safetensors), or a folder for it. The run's model stays as it is."""
-    rows: int = 2_000
+    rows: int = 4_096
     """Rows of each table that a batch of facts may change: those that it reads more than other texts do. More rows
     learn faster, fewer leave more of the model alone."""
     lr: float = 0.05

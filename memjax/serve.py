@@ -47,9 +47,14 @@ class ServeConfig(CheckpointSettings):
     """Whether to compile for all lengths of prompts before the first request; otherwise it happens when they come."""
 
     def __post_init__(self) -> None:
-        CheckpointSettings.__post_init__(self)
+        problems: list[str | None] = []
+        try:
+            CheckpointSettings.__post_init__(self)
+        except ValueError as error:
+            problems.append(str(error))
         refuse(
-            not_empty(host=self.host, model_name=self.model_name)
+            problems
+            + not_empty(host=self.host, model_name=self.model_name)
             + positive(slots=self.slots, queue=self.queue, max_body_kib=self.max_body_kib)
             + [
                 None if 0 <= self.port < 1 << 16 else f"port={self.port} must be in 0..65535",

@@ -50,7 +50,8 @@ def run(tmp_path_factory) -> str:
     ("settings", "problem"),
     [
         (["--port", "65536"], "port=65536 must be in 0..65535"),
-        (["--slots", "0", "--queue", "-1"], "slots=0 must be positive"),
+        (["--step", "none", "--slots", "0"], "slots=0 must be positive"),
+        (["--step", "none", "--slots", "0"], "step=none must be latest, best or the number of a checkpoint"),
         (["--max_length", "1"], "max_length=1 must be at least 2"),
         (["--drain_seconds", "-1"], "drain_seconds=-1.0 must be in 0..1e6"),
         (["--host", ""], "host='' must not be empty"),

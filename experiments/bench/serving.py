@@ -217,7 +217,7 @@ def measure(case: cases.Row) -> cases.Row:
             return {"note": f"the server ended with {process.wait()}"}
         row = asyncio.run(load_server(case, ready["port"]))
         process.send_signal(signal.SIGTERM)
-        end = lines()
+        end = lines() or {"peak GB": None, "RSS": ready["RSS"], "environment": {}}
         process.wait(60)
     finally:
         process.kill()
@@ -259,11 +259,12 @@ def main() -> int:
     vocab_size = load(RunConfig, preset, words).model.vocab_size
     case |= {"preset": str(preset), "settings": words, "vocab_size": vocab_size}
     case |= {"hang_ups": arguments.hang_ups, "rounds": 1 if small else 3}
-    row = {"model": f"Memory+ {'small' if small else arguments.size}, {dtype}"}
+    row: cases.Row = {"model": f"Memory+ {'small' if small else arguments.size}, {dtype}"}
     row |= {name: case[name] for name in ("clients", "prompt", "new")} | measure(case)
     ignored = ("--out", str(arguments.out), "--stem", arguments.stem)
     command = f"python experiments/bench/serving.py {shlex.join(w for w in sys.argv[1:] if w not in ignored)}".strip()
-    record = {"command": command, **row.pop("environment", {}), "rows": [row]}
+    environment: cases.Row = row.pop("environment", {})
+    record = {"command": command, **environment, "rows": [row]}
     device = record.get("device", "unknown").replace(" ", "-").lower()
     stem = arguments.stem or f"serving-{device}" + ("-small" if small else "")
     cases.write(arguments.out.resolve(), stem, record, title="Serving on", columns=COLUMNS, key=KEY)

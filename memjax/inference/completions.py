@@ -489,6 +489,9 @@ class Choice:
             piece = self._decoder.push(token)
             self._decoded += len(piece)
             text += self._stops.push(piece)
+        if update.made.stop is not None and self._stops.found is None:
+            # No part of the text, but a token that was made: clients count on one entry for each.
+            self._held.append((self._decoded, *update.made.stop))
         finish = "stop" if self._stops.found is not None else update.made.finish
         if finish is not None and not self.is_done:
             if self._stops.found is None:

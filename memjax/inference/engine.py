@@ -78,6 +78,8 @@ class Made:
     """Why the text ends with these tokens: a stop token came, or max_tokens are written. None: it goes on."""
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     """Of each token, if the request asks for them."""
+    stop: tuple[int, TokenLogprobs | None] | None = None
+    """The stop token that came, which is no part of the text, with its log-probabilities if the request asks."""
 
 
 class Engine:
@@ -191,7 +193,7 @@ class Engine:
                 first = found.setdefault(number, Made([]))
                 first.tokens += more.tokens
                 first.logprobs += more.logprobs
-                first.finish = more.finish
+                first.finish, first.stop = more.finish, more.stop
         return found
 
     def release(self, slot: int) -> None:
@@ -281,13 +283,15 @@ class Engine:
         values = tokens.tolist()
         made = Made([token for token in values if token >= 0])
         slot.num_made += len(made.tokens)
+        stopped = [_STOPPED - token for token in values if token <= _STOPPED]
+        reported: list[TokenLogprobs] = []
         if request.logprobs is not None and likely is not None:
-            for place in range(len(made.tokens)):
-                pairs = zip(likely.top_tokens[place].tolist(), likely.top[place].tolist(), strict=True)
-                top = dict(list(pairs)[: request.logprobs])
-                made.logprobs.append(TokenLogprobs(float(likely.chosen[place]), top))
-        if _STOPPED in values:
+            count = len(made.tokens) + len(stopped)
+            reported = [_logprobs_at(likely, place, request.logprobs) for place in range(count)]
+        made.logprobs = reported[: len(made.tokens)]
+        if stopped:
             made.finish = "stop"
+            made.stop = stopped[0], reported[-1] if reported else None
         elif slot.num_made == request.max_tokens:
             made.finish = "length"
         if made.finish is not None:
@@ -330,7 +334,7 @@ class Pace:
 
 
 _STOPPED, _NOTHING = -2, -1
-"""In place of a token: a stop token came here; the text had ended before."""
+"""In place of a token: stop token t came here (_STOPPED - t); the text had ended before."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -503,7 +507,7 @@ def _add_token(
     """The next token of every active text, in the state and as what the host is given."""
     picked = pick(logits, state.seen, rows.rules, state.num_made, mode=mode)
     is_stop = jnp.any(picked[:, None] == rows.stop_ids, axis=1)
-    made = jnp.where(state.is_active, jnp.where(is_stop, _STOPPED, picked), _NOTHING)
+    made = jnp.where(state.is_active, jnp.where(is_stop, _STOPPED - picked, picked), _NOTHING)
     is_made = state.is_active & ~is_stop
     num_made = state.num_made + is_made
     seen = state.seen
@@ -530,6 +534,12 @@ def _needs(requests: Sequence[Request]) -> tuple[Mode, int | None]:
     if most is not None:
         most = next((count for count in _TOP_COUNTS if count >= most), most)
     return Mode.of([request.sampling for request in requests]), most
+
+
+def _logprobs_at(likely: Likelihoods, place: int, num_top: int) -> TokenLogprobs:
+    """What a request is given for one place."""
+    pairs = zip(likely.top_tokens[place].tolist(), likely.top[place].tolist(), strict=True)
+    return TokenLogprobs(float(likely.chosen[place]), dict(list(pairs)[:num_top]))
 
 
 def _row_of(likely: Likelihoods | None, row: int, places: slice | None) -> Likelihoods | None:

@@ -316,6 +316,30 @@ def test_a_prompt_is_scored_alone_too_and_its_first_token_follows_nothing(server
     assert server.ask(prompt="What is", max_tokens=0, echo=True)["choices"][0]["text"] == "What is"
 
 
+def test_the_token_that_ends_a_text_has_a_log_probability_too(server):
+    tokenizer = ByteTokenizer()
+    prompt = [tokenizer.bos_id, *tokenizer.encode("What is")]
+    row = log_probabilities(prompt)[-1]
+
+    @jax.jit
+    @jax.vmap
+    def first_token(seed: jax.Array) -> jax.Array:
+        """What the first draw of a seed gives, by the definition of a draw."""
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), 0)
+        return jax.random.categorical(key, jnp.asarray(row))
+
+    seed = int(np.argmax(first_token(jnp.arange(30_000)) == tokenizer.eos_id))
+    assert seed > 0
+    answer = server.ask(prompt="What is", max_tokens=1, seed=seed, logprobs=1, echo=True)
+    choice = answer["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("What is", "stop")
+    # lm-eval leaves out the last entry, which it takes for the token that it had to ask for.
+    assert choice["logprobs"]["tokens"] == [*"What is", "<eos>"]
+    assert choice["logprobs"]["token_logprobs"][-1] == pytest.approx(float(row[tokenizer.eos_id]), abs=1e-4)
+    assert max(choice["logprobs"]["top_logprobs"][-1].values()) == pytest.approx(float(max(row)), abs=1e-4)
+    assert joined(server.stream(prompt="What is", max_tokens=1, seed=seed, logprobs=1, echo=True)) == "What is"
+
+
 def test_streamed_logprobs_are_those_of_the_answer_and_end_with_the_text(server):
     text = alone("What is", max_tokens=30, temperature=1.0, seed=1).text
     for stop in (None, text[8:11]):
