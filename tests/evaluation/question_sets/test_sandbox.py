@@ -167,7 +167,7 @@ def test_programs_end_with_the_evaluation(tmp_path):
 
 
 def soon(condition) -> bool:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
     return condition()
