@@ -383,9 +383,9 @@ def test_the_hint_is_the_setting_that_is_meant(capsys, typo):
 
 def test_thousands_of_unknown_settings_are_counted_in_seconds(here, capsys):
     Path("config.yaml").write_text("optim:\n" + "".join(f"  lr_{number}: 0\n" for number in range(20_000)))
-    start = time.monotonic()
+    start = time.process_time()
     lines = refused(capsys, "config.yaml")
-    assert time.monotonic() - start < 10  # about 1.5 s on an idle core
+    assert time.process_time() - start < 10  # about 1.5 s on an idle core
     assert lines[:2] == [
         "go: 20,000 problems",
         "  config.yaml:2: optim.lr_0: unknown setting; did you mean 'optim.lr'?",
@@ -439,9 +439,9 @@ HOSTILE = {
 def test_hostile_text_is_refused_in_a_line(here, capsys, name):
     text, words, problem = HOSTILE[name]
     Path("config.yaml").write_text(text)
-    start = time.monotonic()
+    start = time.process_time()
     lines = refused(capsys, "config.yaml", *words)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     assert lines[1].startswith(f"  {problem}")
     assert max(map(len, lines)) < 500
     assert all(line.isprintable() for line in lines)

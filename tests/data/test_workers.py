@@ -66,6 +66,7 @@ def wait_until(done) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("large", [False, True])
 def test_closing_is_prompt_with_full_queues_and_in_the_middle_of_a_batch(tmp_path, large):
     shared_memory = set(os.listdir("/dev/shm"))

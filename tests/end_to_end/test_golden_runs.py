@@ -23,6 +23,7 @@ RUNS = sorted((pathlib.Path(__file__).parents[1] / "fixtures" / "runs").glob("*.
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("archive", RUNS, ids=[path.name.partition(".")[0] for path in RUNS])
 def test_an_older_run_loads_and_resumes_with_the_numbers_that_it_had(archive, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(main, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))

@@ -43,6 +43,7 @@ def config_of(rows, **schedule) -> RunConfig:
     )
 
 
+@pytest.mark.slow
 def test_a_run_is_the_librarys_step_at_the_librarys_schedule_and_its_answers_are_checked_one_by_one(rows, trainer):
     result = trainer.run(RATES, exposures=50 * 16 / 48, seed=3)
 

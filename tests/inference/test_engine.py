@@ -261,6 +261,7 @@ def test_log_probabilities_are_those_of_the_plain_forward_pass():
         text.append(token)
 
 
+@pytest.mark.slow
 def test_sixteen_bit_logits_follow_those_of_the_plain_forward_pass():
     config = dataclasses.replace(tiny(False, None).config, dtype="bfloat16")
     _, params, tables = take_apart(tiny(False, None))
@@ -332,6 +333,7 @@ def num_compiled(model: Decoder) -> list[int]:
     return [program._cache_size() for program in programs]
 
 
+@pytest.mark.slow
 def test_nearby_lengths_share_what_is_compiled():
     model = tiny(True, 2)
     list(generate(model, prompt(9), max_tokens=8))

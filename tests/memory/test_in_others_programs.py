@@ -80,7 +80,7 @@ def test_layouts_of_batch_and_table_under_an_explicit_mesh(names, layout):
     assert_close(got, expected)
 
 
-@pytest.mark.parametrize("layers", [2, 8])
+@pytest.mark.parametrize("layers", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_table_shared_by_unrolled_layers_holds_one_gradient_under_plain_autodiff(layers):
     table = ValueTable(64**2, 32, rngs=nnx.Rngs(0))
     sizes: dict[str, Any] = {"num_keys": 64, "num_heads": 1, "top_k": 4, "key_dim": 8}

@@ -274,8 +274,8 @@ def trained_alone():
     ("axis_type", "names", "spec"),
     [
         (AxisType.Explicit, ("data", "memory"), P()),
-        (AxisType.Explicit, ("data", "memory"), P("data")),
-        (AxisType.Explicit, ("data", "model"), P("data")),
+        pytest.param(AxisType.Explicit, ("data", "memory"), P("data"), marks=pytest.mark.slow),
+        pytest.param(AxisType.Explicit, ("data", "model"), P("data"), marks=pytest.mark.slow),
         (AxisType.Auto, ("data", "memory"), P(("data", "memory"))),
     ],
     ids=["Explicit, whole batch", "Explicit, split batch", "Explicit without a memory axis", "Auto"],

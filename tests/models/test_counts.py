@@ -25,16 +25,16 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
     [
         # Table 1 of arXiv:2412.09764; it prints 3.377 for the plain memory, whose shapes give 3.378.
         ("1.3b_memory", 3.378),
-        ("1.3b_memory_plus_1m", 3.368),
-        ("1.3b_memory_plus_4m", 9.823),
-        ("1.3b_memory_plus_64m", 138.748),
-        ("1.3b_peer", 3.646),
+        pytest.param("1.3b_memory_plus_1m", 3.368, marks=pytest.mark.slow),
+        pytest.param("1.3b_memory_plus_4m", 9.823, marks=pytest.mark.slow),
+        pytest.param("1.3b_memory_plus_64m", 138.748, marks=pytest.mark.slow),
+        pytest.param("1.3b_peer", 3.646, marks=pytest.mark.slow),
         ("134m_dense", 0.134),
-        ("373m_dense", 0.374),
+        pytest.param("373m_dense", 0.374, marks=pytest.mark.slow),
         # Not printed there, by the same formula.
         ("134m_peer", 1.037),
-        ("373m_peer", 1.575),
-        ("720m_peer", 2.517),
+        pytest.param("373m_peer", 1.575, marks=pytest.mark.slow),
+        pytest.param("720m_peer", 2.517, marks=pytest.mark.slow),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(preset, billions):
