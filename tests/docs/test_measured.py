@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 def test_every_figure_of_the_speed_table_was_measured():
     results = json.loads((ROOT / "experiments/bench/results/ops-nvidia-h200.json").read_text())
     measured = {f"{row['ms']:.3f}" for row in results["rows"]} | {f"{results['F_ms']:.3f}"}
-    section = (ROOT / "README.md").read_text().split("## Speed")[1].split("\n## ")[0]
+    section = (ROOT / "README.md").read_text().split("## Speed")[1].split("Whole training steps")[0]
     figures = re.findall(r"\d+\.\d{3}", section)
     assert len(figures) >= 15
     assert set(figures) <= measured
@@ -35,3 +35,13 @@ def test_speeds_of_whole_steps_were_measured():
     again = speed["dense, bfloat16 parameters, once more"] / speed["PyTorch dense, bfloat16 parameters, once more"]
     assert f"{again:.2f} to {dense / torch:.2f} of a compiled PyTorch" in text
     assert f"{pair[0] / pair[1]:.0%} of the".replace("%", " %") in text
+
+
+def test_speeds_of_generation_were_measured():
+    rows = json.loads((ROOT / "experiments/bench/results/inference-nvidia-h200.json").read_text())["rows"]
+    found = {(row["model"], row["batch"]): row for row in rows if row["prompt"] == 512}
+    table = (ROOT / "README.md").read_text().split("Generation of the dense")[1].split("\n\n")[1]
+    for batch in (1, 8, 64):
+        ours, theirs = found["dense", batch], found["transformers, static cache", batch]
+        steady = f"{ours['ms a token']:.3f} | {theirs['ms a token']:.3f}"
+        assert f"| batch {batch} | {steady} | {ours['first token ms']:.1f} | {theirs['first token ms']:.1f} |" in table
