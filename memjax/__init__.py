@@ -7,8 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memjax.config.memory import ExpertLookupConfig as ExpertLookupConfig
     from memjax.config.memory import MemoryConfig as MemoryConfig
+    from memjax.config.memory import PEERConfig as PEERConfig
     from memjax.config.model import ExpertsConfig as ExpertsConfig
     from memjax.config.model import ModelConfig as ModelConfig
     from memjax.config.run import RunConfig as RunConfig
@@ -24,8 +24,12 @@ if TYPE_CHECKING:
     from memjax.interop.upcycle import upcycle_run as upcycle_run
     from memjax.memory.keys import Lookup as Lookup
     from memjax.memory.layer import MemoryLayer as MemoryLayer
-    from memjax.memory.peer import ExpertLookupLayer as ExpertLookupLayer
-    from memjax.memory.sharded import zero_tap as zero_tap
+    from memjax.memory.nnx_training import Gradients as Gradients
+    from memjax.memory.nnx_training import Optimizer as Optimizer
+    from memjax.memory.nnx_training import value_and_grad as value_and_grad
+    from memjax.memory.peer import PEERLayer as PEERLayer
+    from memjax.memory.read import TableRead as TableRead
+    from memjax.memory.row_optimizer import RowOptimizer as RowOptimizer
     from memjax.memory.sparse_gradient import row_sparse_value_and_grad as row_sparse_value_and_grad
     from memjax.memory.table import TableRows as TableRows
     from memjax.memory.table import ValueTable as ValueTable
@@ -46,18 +50,22 @@ _MODULES = {
     "Continuation": "inference.text",
     "Decoder": "models.decoder",
     "Engine": "inference.engine",
-    "ExpertLookupConfig": "config.memory",
-    "ExpertLookupLayer": "memory.peer",
     "ExpertsConfig": "config.model",
+    "Gradients": "memory.nnx_training",
     "Lookup": "memory.keys",
     "MemoryConfig": "config.memory",
     "MemoryLayer": "memory.layer",
     "ModelConfig": "config.model",
+    "Optimizer": "memory.nnx_training",
+    "PEERConfig": "config.memory",
+    "PEERLayer": "memory.peer",
     "Request": "inference.engine",
     "RowGradient": "ops.row_gradient",
+    "RowOptimizer": "memory.row_optimizer",
     "RowRule": "ops.row_update.rules",
     "RunConfig": "config.run",
     "SamplingConfig": "config.sampling",
+    "TableRead": "memory.read",
     "TableRows": "memory.table",
     "Tokenizer": "data.tokenizers.base",
     "ValueTable": "memory.table",
@@ -74,14 +82,23 @@ _MODULES = {
     "stream_text": "inference.text",
     "upcycle": "interop.upcycle",
     "upcycle_run": "interop.upcycle",
-    "zero_tap": "memory.sharded",
+    "value_and_grad": "memory.nnx_training",
 }
 """The public names, and the module that each is in."""
+
+_RENAMED = {
+    "ExpertLookupConfig": "memjax.PEERConfig",
+    "ExpertLookupLayer": "memjax.PEERLayer",
+    "zero_tap": "the method zero_perturbations of a layer",
+}
+"""Names of version 0.1, and what they are called now."""
 
 __all__ = ["__version__", *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        raise AttributeError(f"memjax.{name} is now {_RENAMED[name]}")
     if name not in _MODULES:
         raise AttributeError(f"module 'memjax' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"memjax.{_MODULES[name]}"), name)

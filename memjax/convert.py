@@ -225,9 +225,10 @@ def _tell_of_run(out: str, model: ModelConfig) -> None:
 
 def describe(model: ModelConfig) -> str:
     """A model's shape in a few words."""
-    words = {"memory": "memory", "expert_lookup": "expert lookups"}
+    from memjax.memory.kinds import KINDS
+
     lookups = [
-        f", {words[kind]} in blocks {', '.join(map(str, section.layers))}"
+        f", {KINDS[kind].noun} in blocks {', '.join(map(str, section.layers))}"
         for kind, section in model.lookup_sections.items()
     ]
     return f"{model.num_layers} blocks of width {model.dim}, weights in {model.param_dtype}{''.join(lookups)}"

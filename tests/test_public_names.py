@@ -36,3 +36,9 @@ def test_nothing_heavy_is_imported_before_it_is_needed():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_an_old_name_raises_with_the_new_one():
+    for old, new in (("ExpertLookupLayer", "memjax.PEERLayer"), ("zero_tap", "zero_perturbations")):
+        with pytest.raises(AttributeError, match=f"memjax.{old} is now .*{new}"):
+            getattr(memjax, old)

@@ -25,7 +25,7 @@ import timing
 
 import memjax
 from memjax.models.feed_forward import FeedForward
-from memjax.models.moe import Experts
+from memjax.models.moe import MoE
 from memjax.ops import dispatch
 
 COLUMNS = ("what", "top k", "groups", "implementation", "ms", "TFLOP/s", "of dense", "note")
@@ -147,7 +147,7 @@ def layers(bench: Bench, top_k: int) -> None:
     dense = {"top k": top_k, "groups": "one", "implementation": "dense"}
     measure(dense, FeedForward(bench.dim, bench.hidden, **kwargs), bench.tokens * top_k)
     for name in bench.implementations:
-        experts = Experts(bench.dim, bench.hidden, num_experts=EXPERTS, top_k=top_k, implementation=name, **kwargs)
+        experts = MoE(bench.dim, bench.hidden, num_experts=EXPERTS, top_k=top_k, implementation=name, **kwargs)
         measure(dense | {"groups": "as routed", "implementation": name}, experts, bench.tokens)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 import memjax
+from memjax.memory.read import TableName
 from memjax.ops import dispatch
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.rules import RowRule, row_step
@@ -182,6 +183,8 @@ def layer(bench: Bench) -> None:
                 num_heads=bench.heads,
                 top_k=bench.top_k,
                 key_dim=bench.key_dim,
+                qk_norm=False,
+                score_scale=1.0,
                 dtype=jnp.bfloat16,
                 implementation=name,
                 rngs=nnx.Rngs(0),
@@ -191,18 +194,19 @@ def layer(bench: Bench) -> None:
             state = (table, rule.init(slots, bench.dim, table.dtype))
             del table
 
-            def loss_fn(params, taps, rows, x, target, graphdef=graphdef, name=name):
+            def loss_fn(params, perturbations, rows, x, target, graphdef=graphdef, name=name):
                 layer = nnx.merge(graphdef, params)
                 lookup = layer.lookup(x)
-                bag = memjax.embedding_bag(rows, *lookup, implementation=name) + taps["memory"]
-                return jnp.mean((layer.combine(x, bag) * target).astype(jnp.float32)), ({"memory": lookup}, None)
+                bag = memjax.embedding_bag(rows, *lookup, implementation=name) + perturbations["memory"][0]
+                read = memjax.TableRead(TableName("table"), *lookup, vectors=None)
+                return jnp.mean((layer.combine(x, bag) * target).astype(jnp.float32)), ({"memory": (read,)}, None)
 
             @functools.partial(jax.jit, donate_argnums=0)
             def step(state, params, x, target, loss_fn=loss_fn, rule=rule, name=name):
-                taps = {"memory": jnp.zeros((bench.tokens, bench.dim), jnp.bfloat16)}
+                perturbations = {"memory": (jnp.zeros((bench.tokens, bench.dim), jnp.bfloat16),)}
                 value_and_grad = memjax.row_sparse_value_and_grad(loss_fn)
-                _, gradient, rows = value_and_grad(params, taps, state[0], x, target)
-                updated = memjax.row_update(*state, [rows["memory"]], rule, row_step(1e-3, 0), implementation=name)
+                _, gradient, rows = value_and_grad(params, perturbations, state[0], x, target)
+                updated = memjax.row_update(*state, rows["table"], rule, row_step(1e-3, 0), implementation=name)
                 # All of the gradient is asked for, and little of it leaves the device's caches.
                 return updated, jax.tree.map(jnp.sum, gradient)
 

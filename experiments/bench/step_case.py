@@ -21,6 +21,7 @@ import memjax
 from memjax.config.load import load
 from memjax.config.run import RunConfig
 from memjax.memory import sharded
+from memjax.memory.read import TableName, zero_perturbation
 from memjax.memory.table import draw_rows
 from memjax.models import dot_product
 from memjax.models.counts import count_parameters, training_flops_per_token
@@ -89,8 +90,8 @@ def distinct_rows(trainer: Trainer, state: Any, batch: dict[str, jax.Array]) -> 
 
     @jax.jit
     def picks(params: Any, tables: Any, tokens: jax.Array, positions: jax.Array) -> list[jax.Array]:
-        lookups = trainer.parts.assemble(params, tables).hidden(tokens, positions).lookups
-        return [lookup.indices for lookup in lookups.values()]
+        reads = trainer.parts.assemble(params, tables).hidden(tokens, positions).reads
+        return [of_layer[0].indices for of_layer in reads.values()]
 
     found = jax.device_get(picks(state.params, state.tables, batch["tokens"][0], batch["positions"][0]))
     return {
@@ -189,15 +190,8 @@ def memory_layer(config: RunConfig, devices: list[Any], case: Row) -> Row:
     rule = RowRule(state_columns=config.optim.table.columns_per_state(dim))
     split = lambda spec: jax.sharding.NamedSharding(mesh, spec)
     with jax.set_mesh(mesh):
-        layer = memjax.MemoryLayer(
-            dim,
-            num_keys=memory.num_keys,
-            num_heads=memory.num_heads,
-            top_k=memory.top_k,
-            key_dim=memory.key_dim,
-            dtype=dtype,
-            rngs=nnx.Rngs(0),
-        )
+        papers = {"qk_norm": False, "score_scale": 1.0, "value_dim": None, "gate": "silu", "output_gate": False}
+        layer = memjax.MemoryLayer(dim, memory, **papers, placement="replace", dtype=dtype, rngs=nnx.Rngs(0))
         graphdef, params = nnx.split(layer)
 
         def start(key: jax.Array):
@@ -208,17 +202,18 @@ def memory_layer(config: RunConfig, devices: list[Any], case: Row) -> Row:
         draw = jax.jit(lambda key: jax.random.normal(key, (tokens, dim)).astype(dtype), out_shardings=split(TOKENS))
         x, target = draw(jax.random.key(1)), draw(jax.random.key(2))
 
-        def loss_fn(params, taps, rows, x, target):
+        def loss_fn(params, perturbations, rows, x, target):
             layer = nnx.merge(graphdef, params)
             lookup = layer.lookup(x)
-            bag = sharded.bag(rows, *lookup, taps["memory"])
-            return jnp.mean((layer.combine(x, bag) * target).astype(jnp.float32)), ({"memory": lookup}, None)
+            bag = sharded.bag(rows, *lookup, perturbations["memory"][0])
+            read = memjax.TableRead(TableName("table"), *lookup, vectors=None)
+            return jnp.mean((layer.combine(x, bag) * target).astype(jnp.float32)), ({"memory": (read,)}, None)
 
         def step(table_state, params, x, target):
-            taps = {"memory": sharded.zero_tap(tokens, dim, dtype)}
+            perturbations = {"memory": (zero_perturbation("bag", tokens, memory.picks, table_state[0]),)}
             value_and_grad = memjax.row_sparse_value_and_grad(loss_fn)
-            _, gradient, rows = value_and_grad(params, taps, table_state[0], x, target)
-            updated = sharded.update_rows(*table_state, [rows["memory"]], rule, row_step(1e-3, 0))
+            _, gradient, rows = value_and_grad(params, perturbations, table_state[0], x, target)
+            updated = sharded.update_rows(*table_state, rows["table"], rule, row_step(1e-3, 0))
             # All of the gradient is asked for, and little of it leaves the devices.
             return updated, jax.tree.map(jnp.sum, gradient)
 

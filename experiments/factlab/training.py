@@ -20,7 +20,7 @@ from factlab.rows import FactRows, draw_order
 from memjax.config.optim import ScheduleConfig
 from memjax.config.run import RunConfig
 from memjax.evaluation.recall import zero_tables
-from memjax.memory.layer import Lookup
+from memjax.memory.keys import Lookup
 from memjax.memory.usage import statistics
 from memjax.models.counts import count_parameters, training_flops_per_token
 from memjax.models.decoder import Decoder
@@ -28,7 +28,6 @@ from memjax.models.parts import DecoderParts, Tables
 from memjax.training.compiler import compiler_options
 from memjax.training.optimizer import make_schedule
 from memjax.training.program import Trainer
-from memjax.training.row_optimizer import TableOptimizer
 from memjax.training.state import TrainState
 from memjax.training.step import Batch, train_step
 
@@ -66,17 +65,6 @@ class Answers(NamedTuple):
     correct: np.ndarray
     nats: np.ndarray
     """-log p(answer)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class GivenRate(TableOptimizer):
-    """A table optimizer whose rate is computed elsewhere."""
-
-    rate: Any = None
-
-    @property
-    def schedule(self) -> optax.Schedule:
-        return lambda _: self.rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,12 +295,9 @@ class FactTrainer:
     @staticmethod
     def _at(rates: Rates, trainer: Trainer) -> Trainer:
         """The trainer at given rates, which may be traced: AdamW's step, its decay included, is linear in its rate."""
-        table = trainer.table_optimizer
-        fields = {field.name: getattr(table, field.name) for field in dataclasses.fields(table)}
         optimizer = optax.chain(trainer.optimizer, optax.scale(rates.lr))
-        return dataclasses.replace(
-            trainer, optimizer=optimizer, table_optimizer=GivenRate(**fields, rate=rates.table_lr)
-        )
+        table_optimizer = dataclasses.replace(trainer.table_optimizer, schedule=lambda _: rates.table_lr)
+        return dataclasses.replace(trainer, optimizer=optimizer, table_optimizer=table_optimizer)
 
 
 @functools.lru_cache(maxsize=64)

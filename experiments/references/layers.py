@@ -18,7 +18,7 @@ from memjax.config.optim import OptimConfig
 from memjax.models import dot_product
 from memjax.models.decoder import Decoder
 from memjax.models.loss import token_losses
-from memjax.models.moe import Experts
+from memjax.models.moe import MoE
 from memjax.models.norm import RMSNorm
 from memjax.models.rotary import rotate
 from memjax.ops.row_gradient import RowGradient
@@ -119,7 +119,7 @@ def experts() -> Iterator[Check]:
             for parameter in theirs.parameters():
                 parameter.copy_(torch.randn_like(parameter) / 4)
         float64 = {"dtype": jnp.float64, "param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
-        ours = Experts(16, 24, num_experts=4, top_k=top_k, renormalize=True, **float64)
+        ours = MoE(16, 24, num_experts=4, top_k=top_k, renormalize=True, **float64)
         named = dict(theirs.named_parameters())
         turned = lambda tensor: jnp.asarray(tensor.detach().numpy().swapaxes(-1, -2))
         gate, up = np.split(named["experts.gate_up_proj"].detach().numpy(), 2, axis=1)

@@ -3,9 +3,10 @@
 A check is a list of problems in words, each beginning with `field=value`; None stands where all is well.
 """
 
+import dataclasses
 import numbers
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from memjax.io.paths import local_path
 
@@ -139,3 +140,19 @@ def layers_problems(layers: tuple[int, ...]) -> list[str | None]:
         if list(layers) != sorted(set(layers))
         else None,
     ]
+
+
+Section = TypeVar("Section")
+
+
+def with_settings(owner: type, config: Section, settings: Mapping[str, Any]) -> Section:
+    """The settings of a layer: a section of the config with some fields replaced.
+
+    Raises:
+        TypeError: there is no such field.
+        ValueError: a value is out of its range.
+    """
+    known = [field.name for field in dataclasses.fields(config)]  # pyright: ignore[reportArgumentType]  # a dataclass
+    if unknown := [name for name in settings if name not in known]:
+        raise TypeError(f"{owner.__name__} has no setting {', '.join(unknown)}; known: {', '.join(known)}")
+    return dataclasses.replace(config, **settings)  # pyright: ignore[reportArgumentType]

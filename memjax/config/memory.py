@@ -1,18 +1,53 @@
 """Blocks that read tables: memory layers and PEER, and the tables they read."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from memjax.config import checks
 from memjax.config.checks import counts, layers_problems, positive, refuse
 from memjax.config.dtype import DType
 
-LookupKind = Literal["memory", "expert_lookup"]
-"""Kinds of blocks that read tables."""
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LookupConfig:
+    """A section of the model's settings whose blocks read tables.
+
+    `memjax.memory.kinds` has the layer of each. In a ModelConfig the name of its field is the name of the kind.
+    """
+
+    layers: tuple[int, ...]
+    """Blocks (0-based) that have a lookup."""
+    value_init_scale: float
+    """Initial standard deviation of the tables, in units of their width ** -0.5."""
+    table_dtype: DType
+    """auto: bfloat16 on GPUs, float32 on CPUs."""
+
+    @property
+    def num_slots(self) -> int:
+        """Rows in a table."""
+        raise NotImplementedError
+
+    @property
+    def picks(self) -> int:
+        """Rows of each table read per token and layer."""
+        raise NotImplementedError
+
+    def tables(self, layer: int) -> tuple[str, ...]:
+        """The names of the tables that a block's lookup reads."""
+        raise NotImplementedError
+
+    def width(self, dim: int) -> int:
+        """Columns of the tables, in a model of width dim."""
+        return dim
+
+    @property
+    def replaces_feed_forward(self) -> bool:
+        """Whether the blocks have no other feed-forward layer."""
+        return True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ProductKeyConfig:
+class ProductKeyConfig(LookupConfig):
     """What all lookups by product keys have in common."""
 
     layers: tuple[int, ...]
@@ -64,18 +99,22 @@ class ProductKeyConfig:
         return ("shared" if self.share else f"layer_{layer}",)
 
 
+Gate = Literal["none", "silu"]
+Placement = Literal["replace", "beside"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryConfig(ProductKeyConfig):
     """Memory layers: which blocks have one, and the sizes of the lookup."""
 
     layers: tuple[int, ...] = (1, 2)
     """Blocks (0-based) that have a memory layer."""
-    placement: Literal["replace", "beside"] = "replace"
+    placement: Placement = "replace"
     """replace: the memory takes the feed-forward layer's place (the paper); beside: the block has both, and adds them
     up; what the memory adds is scaled by learned numbers that begin at zero, so that at first it changes nothing."""
     value_dim: int | None = None
     """Width of a table row; null means model.dim."""
-    gate: Literal["none", "silu"] = "silu"
+    gate: Gate = "silu"
     """silu: Memory+, out = W2 (y * silu(W1 x)); none: the plain memory layer."""
     output_gate: bool = False
     """Scale each token's output by a learned number between 0 and 1 (the paper's '+gated')."""
@@ -84,11 +123,24 @@ class MemoryConfig(ProductKeyConfig):
 
     def __post_init__(self) -> None:
         ProductKeyConfig.__post_init__(self)
-        refuse(counts(value_dim=self.value_dim))
+        refuse(
+            checks.one_of(get_args(Gate), gate=self.gate)
+            + checks.one_of(get_args(Placement), placement=self.placement)
+            + counts(value_dim=self.value_dim)
+        )
+
+    def width(self, dim: int) -> int:
+        """Columns of the tables, in a model of width dim."""
+        return self.value_dim or dim
+
+    @property
+    def replaces_feed_forward(self) -> bool:
+        """Whether the blocks have no other feed-forward layer."""
+        return self.placement == "replace"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ExpertLookupConfig(ProductKeyConfig):
+class PEERConfig(ProductKeyConfig):
     """PEER (arXiv:2407.04153): product keys pick experts of a single hidden number, two table rows each."""
 
     layers: tuple[int, ...] = (1,)

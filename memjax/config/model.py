@@ -7,10 +7,7 @@ from typing import Literal
 from memjax.config import checks
 from memjax.config.checks import layers_problems, not_negative, positive, refuse
 from memjax.config.dtype import DType
-from memjax.config.memory import ExpertLookupConfig, LookupKind, MemoryConfig, ProductKeyConfig, TableSizes
-
-BlockKind = Literal["dense", "memory", "experts", "expert_lookup"]
-"""What a block has after its attention: a feed-forward layer, or what takes its place."""
+from memjax.config.memory import LookupConfig, MemoryConfig, PEERConfig, TableSizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,7 +176,7 @@ class ModelConfig:
     """Memory layers; null for none. A model of feed-forward layers alone has neither these nor experts."""
     experts: ExpertsConfig | None = None
     """Experts in place of feed-forward layers; null for none."""
-    expert_lookup: ExpertLookupConfig | None = None
+    expert_lookup: PEERConfig | None = None
     """Experts that are looked up like memories, in place of feed-forward layers; null for none."""
 
     def __post_init__(self) -> None:
@@ -255,40 +252,32 @@ class ModelConfig:
                 "or set model.memory to null"
             )
 
-    def _named_layers(self) -> dict[BlockKind, tuple[int, ...]]:
+    def _named_layers(self) -> dict[str, tuple[int, ...]]:
         """The layers that each section lists."""
-        sections: dict[BlockKind, ProductKeyConfig | ExpertsConfig | None] = {
-            "memory": self.memory,
-            "expert_lookup": self.expert_lookup,
-            "experts": self.experts,
-        }
-        return {kind: section.layers or () for kind, section in sections.items() if section}
+        named = {kind: section.layers for kind, section in self.lookup_sections.items()}
+        return named | ({"experts": self.experts.layers or ()} if self.experts else {})
 
-    def kind(self, layer: int) -> BlockKind:
-        """What a block has after its attention. A memory that stands beside a feed-forward layer leaves it dense."""
-        named = self._named_layers()
-        for kind, layers in named.items():
+    def kind(self, layer: int) -> str:
+        """What a block has after its attention: `dense`, or the section that takes the feed-forward layer's place."""
+        for kind, layers in self._named_layers().items():
             if layer in layers:
-                beside = kind == "memory" and self.memory is not None and self.memory.placement == "beside"
-                return "dense" if beside else kind
+                section = self.lookup_sections.get(kind)
+                return kind if section is None or section.replaces_feed_forward else "dense"
         return "experts" if self.experts and self.experts.layers is None else "dense"
 
-    def layers_of(self, kind: BlockKind) -> tuple[int, ...]:
+    def layers_of(self, kind: str) -> tuple[int, ...]:
         """The blocks of a kind."""
         return tuple(layer for layer in range(self.num_layers) if self.kind(layer) == kind)
 
     @property
-    def lookup_sections(self) -> dict[LookupKind, ProductKeyConfig]:
+    def lookup_sections(self) -> dict[str, LookupConfig]:
         """The sections of the kinds of lookups that the model has."""
-        sections: dict[LookupKind, ProductKeyConfig | None] = {
-            "memory": self.memory,
-            "expert_lookup": self.expert_lookup,
-        }
-        return {kind: section for kind, section in sections.items() if section}
+        sections = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {kind: section for kind, section in sections.items() if isinstance(section, LookupConfig)}
 
     @property
-    def lookups(self) -> dict[int, ProductKeyConfig]:
-        """The lookup of each block that has one; memories come first."""
+    def lookups(self) -> dict[int, LookupConfig]:
+        """The lookup of each block that has one, kind by kind."""
         return {layer: section for section in self.lookup_sections.values() for layer in section.layers}
 
     @property
@@ -304,7 +293,7 @@ class ModelConfig:
         lookup = self.lookups[readers[0]]
         return TableSizes(
             num_slots=lookup.num_slots,
-            width=self.value_dim if lookup is self.memory else self.dim,
+            width=lookup.width(self.dim),
             picks=lookup.picks,
             init_scale=lookup.value_init_scale,
             dtype=lookup.table_dtype,

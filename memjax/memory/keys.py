@@ -10,9 +10,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from memjax.config import checks
+from memjax.config.memory import ProductKeyConfig
 from memjax.memory import sharded
 from memjax.ops.precision import drawn_wide
-from memjax.ops.row_gradient import RowGradient
 from memjax.ops.shapes import require
 from memjax.sharding.axes import fold
 
@@ -25,10 +25,6 @@ class Lookup(NamedTuple):
     weights: Float[Array, "t k"]
     """Weight of each slot; the weights of a head add up to 1."""
 
-    def row_gradients(self, bags: Float[Array, "t d"]) -> RowGradient:
-        """The gradient of a table of which the lookup is a bag, from the bag's cotangent."""
-        return RowGradient(self.indices, self.weights, bags)
-
 
 class AddressParam(nnx.Param):
     """A parameter of the address (queries and keys), which has a learning rate of its own."""
@@ -40,13 +36,8 @@ class ProductKeys(nnx.Module):
     def __init__(
         self,
         dim: int,
+        config: ProductKeyConfig,
         *,
-        num_keys: int,
-        num_heads: int,
-        top_k: int,
-        key_dim: int,
-        qk_norm: bool = False,
-        score_scale: float = 1.0,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         implementation: str | None = None,
@@ -55,17 +46,24 @@ class ProductKeys(nnx.Module):
         """Queries are one linear layer (Xavier-uniform, bias 0), keys uniform within +- key_dim ** -0.5.
 
         Raises:
-            ValueError: key_dim is odd, num_keys cannot offer top_k slots, or a number is out of its range.
+            ValueError: dim is no width.
         """
-        sizes = {"num_keys": num_keys, "num_heads": num_heads, "top_k": top_k, "key_dim": key_dim}
-        checks.refuse(checks.counts(dim=dim) + checks.product_keys(**sizes, score_scale=score_scale))
-        self.dim, self.num_slots, self.num_heads, self.top_k, self.key_dim = dim, num_keys**2, num_heads, top_k, key_dim
-        self.qk_norm, self.score_scale, self.dtype, self.implementation = qk_norm, score_scale, dtype, implementation
+        checks.refuse(checks.counts(dim=dim))
+        num_keys, num_heads, key_dim = config.num_keys, config.num_heads, config.key_dim
+        self.dim, self.num_slots = dim, config.num_slots
+        self.num_heads, self.top_k, self.key_dim = num_heads, config.top_k, key_dim
+        self.qk_norm, self.score_scale = config.qk_norm, config.score_scale
+        self.dtype, self.implementation = dtype, implementation
         glorot, uniform = drawn_wide(nnx.initializers.xavier_uniform()), drawn_wide(_uniform)
         self.query_kernel = AddressParam(glorot(rngs.params(), (dim, num_heads * key_dim), param_dtype))
         self.query_bias = AddressParam(jnp.zeros((num_heads * key_dim,), param_dtype))
         shape, bound = (num_heads, 2, num_keys, key_dim // 2), key_dim**-0.5
         self.keys = AddressParam(uniform(rngs.params(), shape, param_dtype, bound))
+
+    @property
+    def picks(self) -> int:
+        """Slots that a token reads, over all heads."""
+        return self.num_heads * self.top_k
 
     def __call__(self, x: Float[Array, "*b dim"]) -> Lookup:
         """Which slots each token reads, with which weights; batch axes are folded into tokens.
@@ -76,7 +74,7 @@ class ProductKeys(nnx.Module):
         check_width(type(self).__name__, x, self.dim)
         scores, slots = self._search(fold(x))
         weights = jax.nn.softmax(self.score_scale * scores, axis=-1)
-        shape = slots.shape[0], self.num_heads * self.top_k
+        shape = slots.shape[0], self.picks
         return Lookup(slots.reshape(shape), weights.reshape(shape))
 
     def _search(self, x: Float[Array, "t dim"]) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:

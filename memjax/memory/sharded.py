@@ -11,19 +11,17 @@ these are the plain operations, so one device, a mesh and somebody else's model 
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from memjax.config import checks
 from memjax.memory import row_exchange
 from memjax.ops.embedding_bag.api import embedding_bag
 from memjax.ops.embedding_dot.api import embedding_dot
-from memjax.ops.precision import accumulator
 from memjax.ops.product_key_search.api import product_key_search
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update import dense
@@ -39,8 +37,6 @@ from memjax.sharding.axes import (
     TOKENS,
     has_memory_axis,
     over_mesh,
-    place,
-    split_tokens,
     unsharded,
 )
 
@@ -63,73 +59,73 @@ def bag(
     table: Table | Float[Array, "n d"],
     indices: Int[Array, "t k"],
     weights: Float[Array, "t k"],
-    tap: Float[Array, "t d"] | None = None,
+    perturbation: Float[Array, "t d"] | None = None,
     *,
     implementation: str | None = None,
 ) -> Float[Array, "t d"]:
-    """`embedding_bag` plus the tap, a zero whose cotangent is the cotangent of the bag.
+    """`embedding_bag` plus the perturbation, a zero whose cotangent is the cotangent of the bag.
 
-    The tap is added before the all-to-all, so its cotangent is already split by columns, as `update_rows` wants it.
+    The perturbation is added before the all-to-all, so its cotangent is split by columns, as `update_rows` wants it.
     """
-    if tap is not None:
+    if perturbation is not None:
         tokens = (*indices.shape[:1], *table.shape[1:])
         require(
-            "bag", tap.shape == tokens, "a tap must have the shape of the bags", tap=tap, indices=indices, table=table
+            "bag",
+            perturbation.shape == tokens,
+            "a perturbation must have the shape of the bags",
+            perturbation=perturbation,
+            indices=indices,
+            table=table,
         )
     run = partial(embedding_bag, implementation=implementation)
     if not has_memory_axis():
         out = unsharded(run, indices)(table, indices, weights)
-        return out if tap is None else out + tap
+        return out if perturbation is None else out + perturbation
 
-    def local(table: Table | Array, indices: Array, weights: Array, *taps: Array) -> Array:
+    def local(table: Table | Array, indices: Array, weights: Array, *perturbations: Array) -> Array:
         indices, weights = (jax.lax.all_gather(picks, MEMORY, tiled=True) for picks in (indices, weights))
-        out = sum(taps, start=run(table, indices, weights))
+        out = sum(perturbations, start=run(table, indices, weights))
         return jax.lax.all_to_all(out, MEMORY, split_axis=0, concat_axis=1, tiled=True)
 
-    taps = () if tap is None else (tap,)
-    specs = (COLUMNS, TOKENS, TOKENS, *(BAGS for _ in taps))
-    return over_mesh(local, specs, TOKENS)(table, indices, weights, *taps)
+    perturbations = () if perturbation is None else (perturbation,)
+    specs = (COLUMNS, TOKENS, TOKENS, *(BAGS for _ in perturbations))
+    return over_mesh(local, specs, TOKENS)(table, indices, weights, *perturbations)
 
 
 def dot(
     table: Table | Float[Array, "n d"],
     indices: Int[Array, "t k"],
     vectors: Float[Array, "t d"],
-    tap: Float[Array, "t k"] | None = None,
+    perturbation: Float[Array, "t k"] | None = None,
     *,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "t k"], Float[Array, "t d"]]:
-    """`embedding_dot` plus the tap, a zero whose cotangent is the cotangent of the dots; and the vectors.
+    """`embedding_dot` plus the perturbation, a zero whose cotangent is the cotangent of the dots; and the vectors.
 
     The vectors come back split by columns like the bags of `bag`, as `update_rows` wants them.
     """
-    if tap is not None:
-        require("dot", tap.shape == indices.shape, "a tap must have the shape of the dots", tap=tap, indices=indices)
+    if perturbation is not None:
+        require(
+            "dot",
+            perturbation.shape == indices.shape,
+            "a perturbation must have the shape of the dots",
+            perturbation=perturbation,
+            indices=indices,
+        )
     run = partial(embedding_dot, implementation=implementation)
     if not has_memory_axis():
         out = unsharded(run, indices)(table, indices, vectors)
-        return out if tap is None else out + tap, vectors
+        return out if perturbation is None else out + perturbation, vectors
 
-    def local(table: Table | Array, indices: Array, vectors: Array, *taps: Array) -> tuple[Array, Array]:
+    def local(table: Table | Array, indices: Array, vectors: Array, *perturbations: Array) -> tuple[Array, Array]:
         indices = jax.lax.all_gather(indices, MEMORY, tiled=True)
         columns = jax.lax.all_to_all(vectors, MEMORY, split_axis=1, concat_axis=0, tiled=True)
         out = jax.lax.psum_scatter(run(table, indices, columns), MEMORY, scatter_dimension=0, tiled=True)
-        return sum(taps, start=out), columns
+        return sum(perturbations, start=out), columns
 
-    taps = () if tap is None else (tap,)
-    specs = (COLUMNS, TOKENS, TOKENS, *(TOKENS for _ in taps))
-    return over_mesh(local, specs, (TOKENS, BAGS))(table, indices, vectors, *taps)
-
-
-def zero_tap(num_tokens: int, value_dim: int, dtype) -> Float[Array, "t d"]:
-    """A tap of `bag`, laid out as it is added there; that of `dot` is `zero_dot_tap`."""
-    tap = jnp.zeros((num_tokens, value_dim), dtype)
-    return place(tap, BAGS) if has_memory_axis() else tap
-
-
-def zero_dot_tap(num_tokens: int, picks: int, table_dtype: DTypeLike) -> Float[Array, "t k"]:
-    """A tap of `dot` for a table of the given type, laid out as it is added there."""
-    return split_tokens(jnp.zeros((num_tokens, picks), accumulator(table_dtype)))
+    perturbations = () if perturbation is None else (perturbation,)
+    specs = (COLUMNS, TOKENS, TOKENS, *(TOKENS for _ in perturbations))
+    return over_mesh(local, specs, (TOKENS, BAGS))(table, indices, vectors, *perturbations)
 
 
 def update_rows(

@@ -6,51 +6,55 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from memjax.memory.keys import Lookup
-from memjax.memory.peer import ExpertReads
+from memjax.memory.read import Perturbations, Reads, row_gradients
+from memjax.ops.row_gradient import RowGradient
 
-Taps = Mapping[str, Any]
-"""Zeros, by the name of the layer: of a memory layer of the shape of its bags, of an expert lookup `ExpertTaps`."""
-Reads = Mapping[str, Lookup | ExpertReads]
-"""What was read, by the name of the layer."""
+Loss = Callable[..., tuple[Array, tuple[Reads, Any]]]
+"""(params, perturbations, *args) -> loss, (reads, aux)."""
+
+
+def perturbed_value_and_grad(loss_fn: Loss) -> Callable[..., tuple[tuple[Array, Any], Any, Reads, dict[str, Any]]]:
+    """`row_sparse_value_and_grad` that returns reads and cotangents by layer, in place of row gradients by table."""
+
+    def value_and_grad(params: Any, perturbations: Mapping[str, Perturbations], *args: Any):
+        differentiate = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
+        (loss, (reads, aux)), (gradient, cotangents) = differentiate(params, perturbations, *args)
+        if set(reads) != set(perturbations):
+            raise ValueError(f"loss_fn returned reads of {sorted(reads)} for perturbations of {sorted(perturbations)}")
+        return (loss, aux), gradient, reads, cotangents
+
+    return value_and_grad
 
 
 def row_sparse_value_and_grad(
-    loss_fn: Callable[..., tuple[Array, tuple[Reads, Any]]],
-) -> Callable[..., tuple[tuple[Array, Any], Any, dict[str, Any]]]:
+    loss_fn: Loss,
+) -> Callable[..., tuple[tuple[Array, Any], Any, dict[str, list[RowGradient]]]]:
     """Like `jax.value_and_grad(loss_fn, has_aux=True)`, with row gradients in place of dense gradients of the tables.
 
-    `loss_fn(params, taps, *args)` returns `loss, (lookups, aux)`. It must not differentiate the tables (close over them
-    or pass them in args) and adds `taps[name]` to the bag of layer `name`, and returns its `Lookup` as `lookups[name]`:
+    The explicit form of `memjax.value_and_grad`, for pure functions. `loss_fn(params, perturbations, *args)` returns
+    `loss, (reads, aux)`. It must not differentiate the tables (close over them or pass them in args). It hands
+    `perturbations[name]` to layer `name`, and returns its reads as `reads[name]`:
 
-        def loss_fn(params, taps, table, x, y):
+        def loss_fn(params, perturbations, table, x, y):
             layer = nnx.merge(graphdef, params)
-            lookup = layer.lookup(x)
-            out = layer.combine(x, layer.read(table, lookup, taps["memory"]))
-            return jnp.mean((out - y) ** 2), ({"memory": lookup}, None)
+            out, reads = layer.with_reads(x, table, perturbations=perturbations["memory"])
+            return jnp.mean((out - y) ** 2), ({"memory": reads}, None)
 
-        taps = {"memory": zero_tap(num_tokens, value_dim, table.rows.dtype)}
-        (loss, aux), grads, rows = row_sparse_value_and_grad(loss_fn)(params, taps, table, x, y)
-        new_rows, state = row_update(table.rows[...], state, [rows["memory"]], rule, row_step(lr, step))
+        perturbations = {"memory": layer.zero_perturbations(num_tokens, table)}
+        (loss, aux), grads, rows = row_sparse_value_and_grad(loss_fn)(params, perturbations, table, x, y)
+        new_rows, state = row_update(table.rows[...], state, rows[table.name], rule, row_step(lr, step))
 
-    An expert lookup takes the two taps of `layer.zero_taps` together and returns what it read, which stands among the
-    lookups: `out, lookups[name] = layer.read(x, layer.lookup(x), inputs, outputs, taps[name])`. rows[name] then has the
-    row gradients `inputs` and `outputs`.
-
-    Since d bag / d tap = 1, a tap's cotangent is the bag's, and with the lookup it holds the table's whole gradient; so
-    it is with dots.
+    Since d bag / d perturbation = 1, a perturbation's cotangent is the bag's, and with the read it makes up the table's
+    gradient; the same holds for dots. Tables are told apart by their names.
 
     Returns:
-        A function of `(params, taps, *args)` that returns `(loss, aux)`, the gradient of `params`, and
-        RowGradients (of an expert lookup ExpertRowGradients) by layer.
+        A function of `(params, perturbations, *args)` that returns `(loss, aux)`, the gradient of `params`, and the
+        RowGradients of each table by its name.
     """
+    differentiate = perturbed_value_and_grad(loss_fn)
 
-    def value_and_grad(params: Any, taps: Taps, *args: Any):
-        differentiate = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
-        (loss, (lookups, aux)), (gradient, cotangents) = differentiate(params, taps, *args)
-        if set(lookups) != set(taps):
-            raise ValueError(f"loss_fn returned lookups of {sorted(lookups)} for taps of {sorted(taps)}")
-        rows = {name: lookups[name].row_gradients(cotangents[name]) for name in taps}
-        return (loss, aux), gradient, rows
+    def value_and_grad(params: Any, perturbations: Mapping[str, Perturbations], *args: Any):
+        value, gradient, reads, cotangents = differentiate(params, perturbations, *args)
+        return value, gradient, row_gradients(reads, cotangents)
 
     return value_and_grad

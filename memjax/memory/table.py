@@ -34,6 +34,7 @@ class ValueTable(nnx.Module):
         *,
         init_scale: float = 1.0,
         dtype: DTypeLike = jnp.float32,
+        name: str = "table",
         rngs: nnx.Rngs,
     ):
         """Draws num_slots rows of value_dim normal numbers of standard deviation init_scale * value_dim ** -0.5.
@@ -52,7 +53,7 @@ class ValueTable(nnx.Module):
                 else None,
             ]
         )
-        self.num_slots, self.value_dim = num_slots, value_dim
+        self.num_slots, self.value_dim, self.name = num_slots, value_dim, name
         std = init_scale * value_dim**-0.5
         self.rows = TableRows(draw_rows(rngs.params(), num_slots, value_dim, std=std, dtype=dtype))
 

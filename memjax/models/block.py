@@ -7,25 +7,24 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig
-from memjax.memory.keys import Lookup
-from memjax.memory.layer import MemoryLayer
-from memjax.memory.peer import ExpertLookupLayer, ExpertReads, ExpertTaps
+from memjax.memory.kinds import KINDS
+from memjax.memory.lookup import LookupLayer
+from memjax.memory.read import Perturbations, TableRead
 from memjax.memory.table import ValueTable
 from memjax.models.attention import Attention, KeyValues
 from memjax.models.feed_forward import FeedForward
-from memjax.models.moe import Experts, Routing
+from memjax.models.moe import MoE, Routing
 from memjax.models.norm import RMSNorm
 
 
-class Report(NamedTuple):
-    """What a block tells beside its output."""
+class BlockAux(NamedTuple):
+    """What a block returns beside its output."""
 
-    lookup: Lookup | ExpertReads | None = None
-    """What it read from the tables, if it has a memory or an expert lookup."""
+    reads: tuple[TableRead, ...] = ()
+    """Its reads of tables, one of each in their order."""
     routing: Routing | None = None
-    """What its router said, if it has experts."""
+    """Of its router, if it has experts."""
 
 
 class Block(nnx.Module):
@@ -46,8 +45,8 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """`implementation` names that of the operations of memory and experts, `attention` that of the attention."""
-        kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        memory = config.memory if config.memory and layer in config.memory.layers else None
+        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        kernels: dict[str, Any] = kwargs | {"implementation": implementation}
         norm = partial(RMSNorm, config.dim, epsilon=config.norm_eps, dtype=dtype, param_dtype=param_dtype)
         self.attention_norm = norm(implementation=implementation)
         self.attention = Attention(
@@ -67,11 +66,16 @@ class Block(nnx.Module):
         self.mixer_norm = norm(implementation=implementation)
         kind = config.kind(layer)
         self.feed_forward = FeedForward(config.dim, config.ffn_dim, **kwargs) if kind == "dense" else None
-        self.experts = _experts(config, implementation=implementation, **kwargs) if kind == "experts" else None
-        self.memory = _memory_layer(config.dim, memory, implementation=implementation, **kwargs) if memory else None
-        self.expert_lookup = (
-            _expert_lookup(config, implementation=implementation, **kwargs) if kind == "expert_lookup" else None
-        )
+        self.experts = MoE(config.dim, config.expert_dim, config.experts, **kernels) if kind == "experts" else None
+        sections = {name: section for name, section in config.lookup_sections.items() if layer in section.layers}
+        self.lookup_kind = next(iter(sections), None)
+        for name, lookup in KINDS.items():
+            setattr(self, name, lookup.build(config.dim, sections[name], **kernels) if name in sections else None)
+
+    @property
+    def lookup(self) -> LookupLayer | None:
+        """The layer that reads tables, which is an attribute by the name of its kind."""
+        return None if self.lookup_kind is None else getattr(self, self.lookup_kind)
 
     def __call__(
         self,
@@ -79,15 +83,15 @@ class Block(nnx.Module):
         positions: Int[Array, "b s"],
         segments: Int[Array, "b s"] | None = None,
         tables: tuple[ValueTable, ...] = (),
-        tap: Float[Array, "t value_dim"] | ExpertTaps | None = None,
+        perturbations: Perturbations | None = None,
         real: Bool[Array, "b s"] | None = None,
         *,
         training: bool = False,
-    ) -> tuple[Float[Array, "b s dim"], Report]:
-        """The block's output, and what it tells beside it. A memory reads one table, an expert lookup two."""
+    ) -> tuple[Float[Array, "b s dim"], BlockAux]:
+        """The block's output, its reads of the tables, and its routing."""
         x, inputs = self.attention_norm(x)
         x = x + self.attention(inputs, positions, segments)
-        return self._mix(x, tables, tap, real, training=training)
+        return self._mix(x, tables, perturbations, real, training=training)
 
     def with_cache(
         self,
@@ -105,70 +109,18 @@ class Block(nnx.Module):
         self,
         x: Array,
         tables: tuple[ValueTable, ...],
-        tap: Any = None,
+        perturbations: Perturbations | None = None,
         real: Array | None = None,
         *,
         training: bool = False,
-    ) -> tuple[Array, Report]:
-        (x, inputs), lookup, routing = self.mixer_norm(x), None, None
+    ) -> tuple[Array, BlockAux]:
+        (x, inputs), reads, routing = self.mixer_norm(x), (), None
         if self.feed_forward is not None:
             x = x + self.feed_forward(inputs)
         if self.experts is not None:
             out, routing = self.experts(inputs, real, training=training)
             x = x + out
-        if self.memory is not None:
-            (table,) = tables
-            lookup = self.memory.lookup(inputs)
-            x = x + self.memory.combine(inputs, self.memory.read(table, lookup, tap))
-        if self.expert_lookup is not None:
-            found, (expert_inputs, expert_outputs) = self.expert_lookup.lookup(inputs), tables
-            out, lookup = self.expert_lookup.read(inputs, found, expert_inputs, expert_outputs, tap)
+        if self.lookup is not None:
+            out, reads = self.lookup.with_reads(inputs, *tables, perturbations=perturbations)
             x = x + out
-        return x, Report(lookup, routing)
-
-
-def _experts(config: ModelConfig, **kwargs) -> Experts:
-    experts = config.experts
-    assert experts is not None
-    return Experts(
-        config.dim,
-        config.expert_dim,
-        num_experts=experts.num_experts,
-        routing=experts.routing,
-        top_k=experts.chosen,
-        renormalize=experts.renormalize,
-        capacity=experts.capacity,
-        **kwargs,
-    )
-
-
-def _memory_layer(dim: int, config: MemoryConfig, **kwargs) -> MemoryLayer:
-    return MemoryLayer(
-        dim,
-        num_keys=config.num_keys,
-        num_heads=config.num_heads,
-        top_k=config.top_k,
-        key_dim=config.key_dim,
-        value_dim=config.value_dim,
-        gate=config.gate,
-        output_gate=config.output_gate,
-        zero_start=config.placement == "beside",
-        qk_norm=config.qk_norm,
-        score_scale=config.score_scale,
-        **kwargs,
-    )
-
-
-def _expert_lookup(config: ModelConfig, **kwargs) -> ExpertLookupLayer:
-    section = config.expert_lookup
-    assert section is not None
-    return ExpertLookupLayer(
-        config.dim,
-        num_keys=section.num_keys,
-        num_heads=section.num_heads,
-        top_k=section.top_k,
-        key_dim=section.key_dim,
-        qk_norm=section.qk_norm,
-        score_scale=section.score_scale,
-        **kwargs,
-    )
+        return x, BlockAux(reads, routing)

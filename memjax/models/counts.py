@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import jax
 
 from memjax.config.model import ModelConfig
+from memjax.memory.kinds import KINDS
 from memjax.models.parts import DecoderParts
 
 
@@ -74,7 +75,7 @@ def training_flops(parts: DecoderParts, sequence_length: int, *, freeze_dense: b
     sliding window.
 
     With freeze_dense, 2 fewer for every frozen parameter, whose weight gradient nobody wants; and 2 fewer again up to
-    the first memory layer or expert lookup, where the gradient of the activations has nowhere to go, and neither has
+    the first lookup, where the gradient of the activations has nowhere to go, and neither has
     the attention's.
     """
     config, experts = parts.config, parts.config.experts
@@ -82,7 +83,7 @@ def training_flops(parts: DecoderParts, sequence_length: int, *, freeze_dense: b
     flops = dict.fromkeys((field.name for field in dataclasses.fields(FlopCounts)), 0)
     for names, shape in _arrays(parts):
         by_parameter = 6
-        if frozen_blocks and not {"memory", "expert_lookup"} & set(names):
+        if frozen_blocks and not KINDS.keys() & set(names):
             by_parameter = 2 if names[0] == "blocks" and int(names[1]) < frozen_blocks else 4
         if _is_expert(names, shape):
             assert experts is not None
@@ -92,8 +93,8 @@ def training_flops(parts: DecoderParts, sequence_length: int, *, freeze_dense: b
             flops[group] += by_parameter * math.prod(shape)
     blocks = 6 * config.num_layers - 4 * frozen_blocks
     flops["attention"] += blocks * _attention_products(config, sequence_length)
-    for lookup in config.lookups.values():
-        flops["memory_search"] += 6 * lookup.num_heads * lookup.num_keys * lookup.key_dim
+    for kind, section in config.lookup_sections.items():
+        flops["memory_search"] += 6 * len(section.layers) * KINDS[kind].search_products(section)
     flops["memory_read"] += 6 * _read_per_token(config)
     return FlopCounts(**flops)
 
@@ -114,7 +115,7 @@ def _attention_products(config: ModelConfig, sequence_length: int) -> int:
 def _group(names: tuple[str, ...], *, tied: bool) -> str | None:
     """What a matrix is for; None for an input embedding."""
     if names[0] == "blocks":
-        if names[2] in ("memory", "expert_lookup"):
+        if names[2] in KINDS:
             return "memory_search" if "keys" in names else "memory_read"
         return names[2]
     return "head" if names[0] == "head" or tied else None

@@ -1,5 +1,6 @@
 """The language model: embedding, blocks, norm, output; its memory layers read tables that the decoder owns."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,12 +10,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax.config.model import ModelConfig
-from memjax.memory.keys import Lookup
-from memjax.memory.peer import ExpertReads
-from memjax.memory.sparse_gradient import Taps
+from memjax.memory.read import Perturbations, TableRead
 from memjax.memory.table import ValueTable
 from memjax.models.attention import KeyValues
-from memjax.models.block import Block, Report
+from memjax.models.block import Block, BlockAux
 from memjax.models.feed_forward import linear
 from memjax.models.moe import Routing
 from memjax.models.norm import RMSNorm
@@ -30,15 +29,15 @@ class Cache(NamedTuple):
     lengths: Int[Array, " b"]
 
 
-class Hidden(NamedTuple):
-    """What the blocks make of tokens, before the logits."""
+class DecoderOutput(NamedTuple):
+    """The hidden states, and what the blocks return beside them."""
 
     states: Float[Array, "b s dim"]
     """The normed residual stream."""
-    lookups: dict[str, Lookup | ExpertReads]
-    """What each memory layer and expert lookup read, by the layer's name."""
+    reads: dict[str, tuple[TableRead, ...]]
+    """Of the tables, by the layer's name."""
     routings: dict[str, Routing]
-    """What the router of each block with experts said, by the layer's name."""
+    """Of the blocks with experts, by the layer's name."""
 
 
 class Decoder(nnx.Module):
@@ -85,6 +84,7 @@ class Decoder(nnx.Module):
                 table.width,
                 init_scale=table.init_scale,
                 dtype=resolve_dtype(table.dtype),
+                name=name,
                 rngs=rngs,
             )
 
@@ -99,42 +99,43 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "b s"],
         positions: Int[Array, "b s"] | None = None,
         segments: Int[Array, "b s"] | None = None,
-        taps: Taps | None = None,
+        perturbations: Mapping[str, Perturbations] | None = None,
         remat: Remat = "none",
         *,
         real: Bool[Array, "b s"] | None = None,
         training: bool = False,
-    ) -> Hidden:
+    ) -> DecoderOutput:
         """The normed residual stream, and what the blocks tell of their work, by the layer's name.
 
         Args:
             tokens: token ids.
             positions: of the tokens in their documents; None counts from 0.
             segments: document of each token, where several share a row; tokens see their own document only.
-            taps: zeros, by layer name, that are added to what tables give (`DecoderParts.zero_taps`); their cotangents
-                and what was read hold the tables' gradients.
+            perturbations: zeros, by layer name, added to what is read of tables
+                (`DecoderParts.zero_perturbations`); their cotangents and the reads make up the tables' gradients.
             remat: what the backward pass computes again. What tables gave and routings are always kept.
             real: which tokens are no padding, which experts that choose must not take; None for all.
             training: let experts choose their tokens, in models where they do so.
         """
         positions = default_positions(tokens) if positions is None else positions
         x = split_tokens(self._embed(tokens))
-        lookups: dict[str, Lookup | ExpertReads] = {}
+        reads: dict[str, tuple[TableRead, ...]] = {}
         routings: dict[str, Routing] = {}
 
         @rematerialised(remat)
-        def run(block: Block, *arguments: Any) -> tuple[Array, Report]:
+        def run(block: Block, *arguments: Any) -> tuple[Array, BlockAux]:
             return whole(block, self.embed.dtype)(*arguments, training=training)
 
         for layer, block in enumerate(self.blocks):
             name = layer_name(layer)
-            x, report = run(block, x, positions, segments, self._tables(layer), (taps or {}).get(name), real)
+            own = (perturbations or {}).get(name)
+            x, aux = run(block, x, positions, segments, self._tables(layer), own, real)
             x = split_tokens(x)
-            if report.lookup is not None:
-                lookups[name] = report.lookup
-            if report.routing is not None:
-                routings[name] = report.routing
-        return Hidden(self.norm(x).normed, lookups, routings)
+            if aux.reads:
+                reads[name] = aux.reads
+            if aux.routing is not None:
+                routings[name] = aux.routing
+        return DecoderOutput(self.norm(x).normed, reads, routings)
 
     def logits(self, hidden: Float[Array, "*b dim"]) -> Float[Array, "*b vocab"]:
         """Scores of the vocabulary, in float32 or wider."""
@@ -211,7 +212,7 @@ def draw_block(
 
 
 def layer_name(layer: int) -> str:
-    """Name of a block in taps, lookups and metrics."""
+    """Name of a block in reads, perturbations and metrics."""
     return f"L{layer}"
 
 

@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax.config import checks
+from memjax.config.model import ExpertsConfig
 from memjax.models.feed_forward import linear
 from memjax.ops.grouped_matmul.api import grouped_matmul
 from memjax.ops.precision import accumulator, drawn_wide
@@ -62,7 +63,7 @@ def router_statistics(routing: Routing, real: Bool[Array, " t"]) -> RouterStatis
     )
 
 
-class Experts(nnx.Module):
+class MoE(nnx.Module):
     """SwiGLU experts behind a router: out = sum over a token's experts of probability * expert(x).
 
     With token choice each token takes its top_k likeliest experts, and none is turned away. With expert choice
@@ -75,48 +76,34 @@ class Experts(nnx.Module):
         self,
         dim: int,
         hidden_dim: int,
+        config: ExpertsConfig | None = None,
         *,
-        num_experts: int,
-        routing: Literal["token_choice", "expert_choice"] = "token_choice",
-        top_k: int = 1,
-        renormalize: bool = False,
-        capacity: float = 1.0,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         implementation: str | None = None,
         rngs: nnx.Rngs,
+        **settings: Any,
     ):
         """Experts of width hidden_dim, drawn as feed-forward layers are.
 
         Args:
             dim: width of inputs and outputs.
             hidden_dim: hidden width of each expert.
-            num_experts: their number.
-            routing: who chooses.
-            top_k: experts that a token chooses.
-            renormalize: let the weights of a token's experts add up to 1.
-            capacity: experts that a token is taken by on average (expert choice in training).
+            config: their number and routing; None takes the settings' defaults.
             dtype: type of activations; None takes that of the inputs.
             param_dtype: type of the parameters.
             implementation: of `grouped_matmul`; None takes the fastest that can run.
             rngs: source of the `params` key.
+            **settings: fields of the config that replace those of `config`.
 
         Raises:
+            TypeError: a setting is unknown.
             ValueError: `routing` is unknown, or a number is out of its range.
         """
-        checks.refuse(
-            checks.counts(dim=dim, hidden_dim=hidden_dim)
-            + checks.experts(
-                num_experts=num_experts,
-                ffn_dim=None,
-                routing=routing,
-                top_k=top_k,
-                renormalize=renormalize,
-                capacity=capacity,
-            )
-        )
-        self.num_experts, self.routing, self.top_k = num_experts, routing, top_k
-        self.renormalize, self.capacity = renormalize, capacity
+        checks.refuse(checks.counts(dim=dim, hidden_dim=hidden_dim))
+        config = checks.with_settings(type(self), config or ExpertsConfig(), settings)
+        self.num_experts, self.routing, self.top_k = config.num_experts, config.routing, config.chosen
+        self.renormalize, self.capacity, num_experts = config.renormalize, config.capacity, config.num_experts
         self.dtype, self.implementation = dtype, implementation
         self.router = linear(dim, num_experts, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
@@ -142,9 +129,9 @@ class Experts(nnx.Module):
             ValueError: shapes do not fit together.
         """
         dim = self.router.kernel.shape[0]
-        require("Experts", x.ndim == 3 and x.shape[2] == dim, f"x must be [batch, sequence, {dim}]", x=x)
+        require("MoE", x.ndim == 3 and x.shape[2] == dim, f"x must be [batch, sequence, {dim}]", x=x)
         if real is not None:
-            require("Experts", real.shape == x.shape[:2], "real must have one value for each token", x=x, real=real)
+            require("MoE", real.shape == x.shape[:2], "real must have one value for each token", x=x, real=real)
         x = x.astype(self.dtype or x.dtype)
         tokens = x.reshape(x.shape[0] * x.shape[1], dim)
         weights = [matrices[...].astype(x.dtype) for matrices in (self.gate, self.up, self.down)]

@@ -8,10 +8,9 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from memjax.config.memory import ExpertLookupConfig
 from memjax.config.model import ModelConfig
-from memjax.memory.peer import ExpertTaps
-from memjax.memory.sharded import zero_tap
+from memjax.memory.kinds import KINDS
+from memjax.memory.read import Perturbations, zero_perturbation
 from memjax.memory.table import TableRows
 from memjax.models.decoder import Decoder, draw_block, layer_name
 
@@ -82,17 +81,16 @@ class DecoderParts:
         """The block of a number, which is of the kind of the given layer."""
         return nnx.state(draw_block(self.config, layer, key, number=number), nnx.Param)
 
-    def zero_taps(self, num_tokens: int) -> dict[str, Array | ExpertTaps]:
-        """The taps of every memory layer and expert lookup, for a batch of num_tokens tokens."""
-        return {layer_name(layer): self._zero_tap(layer, num_tokens) for layer in self.config.lookups}
-
-    def _zero_tap(self, layer: int, num_tokens: int) -> Array | ExpertTaps:
-        lookup = self.config.lookups[layer]
-        # Tables that a layer reads together are of one shape and type.
-        table = self.abstract_tables[lookup.tables(layer)[0]]
-        if isinstance(lookup, ExpertLookupConfig):
-            return ExpertTaps.zeros(num_tokens, lookup.picks, table.shape[1], table.dtype)
-        return zero_tap(num_tokens, table.shape[1], table.dtype)
+    def zero_perturbations(self, num_tokens: int) -> dict[str, Perturbations]:
+        """The perturbations of every lookup, by the layer's name, for a batch of num_tokens tokens."""
+        return {
+            layer_name(layer): tuple(
+                zero_perturbation(read, num_tokens, section.picks, self.abstract_tables[table])
+                for read, table in zip(KINDS[kind].layer.READS, section.tables(layer), strict=True)
+            )
+            for kind, section in self.config.lookup_sections.items()
+            for layer in section.layers
+        }
 
     def assemble(self, params: nnx.State, tables: Tables) -> Decoder:
         """A decoder made of the given arrays."""

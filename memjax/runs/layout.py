@@ -20,7 +20,7 @@ CHECKPOINTS = "checkpoints"
 """The folder of a run that holds its steps."""
 PARAMS, TABLES, META = "params", "tables", "meta"
 """The items of a step that a model is made of."""
-FORMAT = 1
+FORMAT = 2
 """Of what `meta_document` writes; raised when older code could not read it."""
 
 
@@ -33,13 +33,20 @@ def meta_document(config: RunConfig, tokenizer: Tokenizer, *, step: int) -> dict
         "config": dataclasses.asdict(config),
         "tokenizer": tokenizer.full_state(),
         # 'auto' means another type on another machine.
-        "table_dtype": dtypes.get("memory"),
-        "expert_table_dtype": dtypes.get("expert_lookup"),
+        "table_dtypes": dtypes,
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("jax", "flax", "orbax-checkpoint")},
         },
     }
+
+
+def upgraded(meta: dict[str, Any]) -> dict[str, Any]:
+    """The `meta` document of an older version as this version writes it."""
+    if meta.get("format") != 1:
+        return meta
+    dtypes = {"memory": meta["table_dtype"], "expert_lookup": meta.get("expert_table_dtype")}
+    return meta | {"format": FORMAT, "table_dtypes": dtypes}
 
 
 OPT_STATE = "opt_state"

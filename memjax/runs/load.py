@@ -14,7 +14,6 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 from memjax.checkpoint.checkpoints import Checkpoints
-from memjax.config.memory import LookupKind
 from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import Tokenizer
@@ -23,10 +22,10 @@ from memjax.io.paths import local_path
 from memjax.models.decoder import Decoder, resolve_dtype
 from memjax.models.parts import DecoderParts, take_apart
 from memjax.runs.applied import patched
-from memjax.runs.layout import CHECKPOINTS, FORMAT, META, PARAMS, TABLES, params_to_tree, tree_to_params
+from memjax.runs.layout import CHECKPOINTS, FORMAT, META, PARAMS, TABLES, params_to_tree, tree_to_params, upgraded
 from memjax.sharding.axes import COLUMNS, MEMORY, has_memory_axis
 
-TableDtypes = Mapping[LookupKind, str]
+TableDtypes = Mapping[str, str]
 """Names of the types of tables, by the section that they belong to."""
 
 
@@ -165,6 +164,7 @@ def _step(checkpoints: Checkpoints, step: int | str) -> int | None:
 
 def _read_meta(meta: dict[str, Any], folder: pathlib.Path) -> tuple[RunConfig, TableDtypes]:
     """The run's config, and the types that its tables are stored in."""
+    meta = upgraded(meta)
     if meta.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder}: the checkpoint has format {meta.get('format')}, this version of memjax reads {FORMAT}; "
@@ -176,8 +176,7 @@ def _read_meta(meta: dict[str, Any], folder: pathlib.Path) -> tuple[RunConfig, T
     except pydantic.ValidationError as error:
         reason = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise CheckpointError(f"{folder}: the checkpoint's config is not one of this version: {reason}") from error
-    stored: dict[LookupKind, Any] = {"memory": meta["table_dtype"], "expert_lookup": meta.get("expert_table_dtype")}
-    dtypes: TableDtypes = {kind: stored[kind] for kind in config.model.lookup_sections}
+    dtypes: TableDtypes = {kind: meta["table_dtypes"][kind] for kind in config.model.lookup_sections}
     if "float64" in (config.model.param_dtype, *dtypes.values()) and not jax.config.read("jax_enable_x64"):
         raise CheckpointError(f"{folder}: the checkpoint is in float64; set JAX_ENABLE_X64=1 to load it")
     return config, dtypes

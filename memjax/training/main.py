@@ -10,6 +10,7 @@ from memjax.data.dataset import open_dataset
 from memjax.data.sources.kinds import find_source
 from memjax.errors import ConfigError
 from memjax.io.console import say, warn
+from memjax.memory.kinds import KINDS
 from memjax.models import dot_product
 from memjax.models.counts import count_parameters
 from memjax.models.decoder import resolve_dtype
@@ -166,9 +167,8 @@ def opening(config: RunConfig, trainer: Trainer, mesh: jax.sharding.Mesh, folder
         f"{config.data.batch_size} x {config.data.sequence_length} tokens",
         f"attention  {attention(config)}",
     ]
-    titles = {"memory": "memory     {:,} slots", "expert_lookup": "lookup     {:,} experts"}
     lines[2:2] = [
-        f"{titles[kind].format(lookup.num_slots)}, {lookup.num_heads} x {lookup.top_k} read by block "
+        f"{KINDS[kind].title.format(lookup.num_slots)}, {lookup.picks} read by block "
         + ", ".join(map(str, lookup.layers))
         for kind, lookup in config.model.lookup_sections.items()
     ]

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from memjax.config.optim import OptimConfig, ScheduleConfig
 from memjax.memory.keys import AddressParam
+from memjax.memory.kinds import KINDS
 from memjax.ops.precision import accumulator
 from memjax.sharding.axes import has_several_devices
 
@@ -79,7 +80,7 @@ def parameter_groups(config: OptimConfig, abstract_params: nnx.State) -> Any:
     def group(path: tuple[Any, ...], variable: nnx.Variable) -> str:
         if isinstance(variable, AddressParam):
             return "address"
-        is_lookup = any(getattr(key, "key", None) in ("memory", "expert_lookup") for key in path)
+        is_lookup = any(getattr(key, "key", None) in KINDS for key in path)
         return FROZEN if config.freeze_dense and not is_lookup else "dense"
 
     is_variable = lambda leaf: isinstance(leaf, nnx.Variable)

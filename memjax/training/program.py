@@ -34,7 +34,9 @@ class Trainer:
         attention = None if config.train.attention == "auto" else config.train.attention
         parts = DecoderParts.of(config.model, implementation=implementation, attention=attention)
         steps, seed = config.train.steps, config.run.seed
-        table_optimizer = TableOptimizer(config.optim.table, steps, seed, config.mesh.row_exchange, implementation)
+        table = config.optim.table
+        schedule, exchange = make_schedule(table, steps), config.mesh.row_exchange
+        table_optimizer = TableOptimizer(table, schedule, seed, exchange, implementation)
         return cls(config, parts, make_optimizer(config.optim, steps, parts.abstract_params), table_optimizer)
 
     def init(self, key: Array, mesh: Mesh) -> TrainState:

@@ -1,7 +1,6 @@
 """The optimizer of the tables."""
 
 import dataclasses
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,19 +10,19 @@ import optax
 from jaxtyping import Array
 
 from memjax.config.optim import TableOptimConfig
-from memjax.memory import sharded
+from memjax.memory.row_optimizer import RowOptimizer
 from memjax.models.parts import Tables
 from memjax.ops.row_gradient import RowGradient
-from memjax.ops.row_update.rules import RowRule, row_step
-from memjax.training.optimizer import make_schedule
+from memjax.ops.row_update.rules import RowRule
 
 
 @dataclasses.dataclass(frozen=True)
 class TableOptimizer:
-    """Updates every table once per step: rows in place where `update_rows` is used, whole tables in the dense modes."""
+    """Updates every table once per step: the rows that were read, or whole tables in the dense modes."""
 
     config: TableOptimConfig
-    steps: int
+    schedule: optax.Schedule
+    """The tables' own learning rate, by step."""
     seed: int
     row_exchange: Literal["auto", "factored", "dense"] = "auto"
     """As in `sharded.update_rows`."""
@@ -31,30 +30,23 @@ class TableOptimizer:
     """Of `row_update`."""
 
     @property
-    def schedule(self) -> optax.Schedule:
-        """The tables' own learning rate, by step."""
-        return make_schedule(self.config, self.steps)
-
-    def rule(self, width: int) -> RowRule:
-        """The row optimizer of a table with rows of some width (not for the dense modes)."""
-        return RowRule(
+    def rows(self) -> RowOptimizer:
+        """The optimizer of rows (not for the dense modes)."""
+        rule = RowRule(
             kind=self.config.optimizer,  # pyright: ignore[reportArgumentType]  # the dense modes never come here
             beta1=self.config.beta1,
             beta2=self.config.beta2,
             eps=self.config.eps,
-            state_columns=self.config.columns_per_state(width),
+            state_columns=self.config.state_columns or 256,
             moment_dtype=jnp.dtype(self.config.moment_dtype),
             stochastic_rounding=self.config.stochastic_rounding,
         )
+        return RowOptimizer(self.schedule, rule, self.seed, self.row_exchange, self.implementation)
 
     def init(self, tables: Tables) -> dict[str, Any]:
-        """State before the first step, by pool."""
-        if self.config.is_dense:
-            return {pool: self._optax.init(table) for pool, table in tables.items()}
-        return {
-            pool: self.rule(table.shape[1]).init(table.shape[0], table.shape[1], table.dtype)
-            for pool, table in tables.items()
-        }
+        """State before the first step, by table."""
+        optimizer = self._optax if self.config.is_dense else self.rows
+        return {name: optimizer.init(table) for name, table in tables.items()}
 
     def update_rows(
         self,
@@ -65,20 +57,11 @@ class TableOptimizer:
         ok: Array,
     ) -> tuple[Tables, dict[str, Any]]:
         """Tables and state after a step; as they were where ok is false."""
-        new_tables, new_state = {}, {}
-        for pool, table in tables.items():
-            # Each pool rounds with bits of its own.
-            now = row_step(self.schedule(step), step, ok=ok, seed=zlib.crc32(f"{self.seed} {pool}".encode()))
-            new_tables[pool], new_state[pool] = sharded.update_rows(
-                table,
-                state[pool],
-                gradients[pool],
-                self.rule(table.shape[1]),
-                now,
-                exchange=self.row_exchange,
-                implementation=self.implementation,
-            )
-        return new_tables, new_state
+        new = {
+            name: self.rows.update(name, table, state[name], gradients[name], step=step, ok=ok)
+            for name, table in tables.items()
+        }
+        return {name: rows for name, (rows, _) in new.items()}, {name: after for name, (_, after) in new.items()}
 
     def update_dense(
         self, tables: Tables, state: Mapping[str, Any], gradients: Tables, ok: Array

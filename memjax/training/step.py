@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from memjax.config.run import RunConfig
-from memjax.memory.sparse_gradient import Taps, row_sparse_value_and_grad
+from memjax.memory.read import Perturbations, Reads, row_gradients
+from memjax.memory.sparse_gradient import perturbed_value_and_grad
 from memjax.memory.usage import count_reads, statistics
 from memjax.models.decoder import layer_name
 from memjax.models.loss import summed_loss
@@ -35,8 +36,8 @@ Batch = dict[str, Array]
 Metrics = dict[str, Array]
 
 
-class _Told(NamedTuple):
-    """What micro-batches tell beside their gradients; it adds up over them."""
+class _StepAux(NamedTuple):
+    """Scalars summed over micro-batches, returned next to the gradients."""
 
     loss: Array
     """Of the language model, of all learned tokens."""
@@ -76,19 +77,23 @@ def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[Train
     """The step itself, to be traced."""
     learned, real = batch["loss_mask"].sum(), (batch["segments"] > 0).sum()
     # A batch in which nothing is learned has the loss 0.
-    told, dense, rows, whole = _accumulate(trainer, state, batch, jnp.maximum(learned, 1), jnp.maximum(real, 1))
-    rows = _without_padding(trainer, rows, batch)
+    found = _accumulate(trainer, state, batch, jnp.maximum(learned, 1), jnp.maximum(real, 1))
+    aux, dense, dense_tables = found.summed
+    reads = _without_padding(state, found.reads, batch)
+    # In the order of the model's lookups, in which the gradients of a table are summed.
+    layers = map(layer_name, trainer.config.model.lookups)
+    rows = row_gradients({layer: reads[layer] for layer in layers if layer in reads}, found.cotangents)
 
     # Decided before anything is written, so that the last good state is always whole. The norm, which clipping needs
     # anyway, tells of all dense gradients in one pass over them.
     norm = global_norm(dense)
-    factors = [(row.weights, row.vectors) for row in _row_gradients(rows)]
-    ok = state.healthy & _all_finite((told, norm, whole, factors))
+    factors = [(row.weights, row.vectors) for of_table in rows.values() for row in of_table]
+    ok = state.healthy & _all_finite((aux, norm, dense_tables, factors))
 
     updates, opt_state = trainer.optimizer.update(dense, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
-    tables, table_state = _update_tables(trainer, state, rows, whole, ok)
+    tables, table_state = _update_tables(trainer, state, rows, dense_tables, ok)
 
     new_state = TrainState(
         step=state.step + ok.astype(jnp.int32),
@@ -97,17 +102,17 @@ def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[Train
         opt_state=keep(opt_state, state.opt_state),
         tables=tables,
         table_state=table_state,
-        reads=_count(state, rows, ok),
+        reads=_count(state, reads, ok),
     )
     metrics = {
-        "train/loss": told.loss,
+        "train/loss": aux.loss,
         "train/grad_norm": norm,
         "train/lr": trainer.schedule(state.step),
         "train/tokens": real,
         "train/learned_tokens": learned,
         "healthy": ok,
     }
-    metrics |= _part_metrics(trainer, batch, told.by_part) | _router_metrics(told.routers)
+    metrics |= _part_metrics(trainer, batch, aux.by_part) | _router_metrics(aux.routers)
     if tables:
         metrics["train/lr_table"] = trainer.table_optimizer.schedule(state.step)
     return new_state, metrics
@@ -132,55 +137,67 @@ def make_usage_report(trainer: Trainer, mesh: jax.sharding.Mesh) -> Callable[[Tr
     return report_and_reset
 
 
-def _accumulate(
-    trainer: Trainer, state: TrainState, batch: Batch, learned: Array, real: Array
-) -> tuple[_Told, Any, dict, Tables]:
-    """What the micro-batches tell, dense gradient, row gradients with a leading micro-batch axis, and the tables'
-    gradients in the dense modes.
+class _Gradients(NamedTuple):
+    """Of one micro-batch, or of all: then summed, with a leading micro-batch axis in reads and cotangents."""
+
+    summed: tuple[_StepAux, nnx.State, Tables]
+    """What adds up: scalars, the dense gradient, and the tables' gradients in the dense modes."""
+    reads: Reads
+    """By layer; none in the dense modes."""
+    cotangents: dict[str, Perturbations]
+    """Of the reads' perturbations."""
+
+
+def _accumulate(trainer: Trainer, state: TrainState, batch: Batch, learned: Array, real: Array) -> _Gradients:
+    """The gradients of all micro-batches.
 
     The loss is a sum over tokens, divided by the number of learned tokens of the whole batch: however the batch is cut
     into micro-batches, every token counts the same.
     """
     one = lambda micro: _gradients(trainer, state.params, state.tables, micro, learned, real)
     if batch["tokens"].shape[0] == 1:
-        (told, dense, whole), rows = one(jax.tree.map(lambda array: array[0], batch))
-        return told, dense, jax.tree.map(lambda array: array[None], rows), whole
+        summed, *stacked = one(jax.tree.map(lambda array: array[0], batch))
+        return _Gradients(summed, *jax.tree.map(lambda array: array[None], stacked))
 
-    def add(total: Any, micro: Batch) -> tuple[Any, dict[str, Any]]:
-        part, rows = one(micro)
-        return jax.tree.map(jnp.add, total, part), rows
+    def add(total: Any, micro: Batch) -> tuple[Any, list[Any]]:
+        part, *stacked = one(micro)
+        return jax.tree.map(jnp.add, total, part), stacked
 
-    shapes = jax.eval_shape(lambda batch: one(jax.tree.map(lambda array: array[0], batch))[0], batch)
+    shapes = jax.eval_shape(lambda batch: one(jax.tree.map(lambda array: array[0], batch)).summed, batch)
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    (told, dense, whole), rows = jax.lax.scan(add, zero, batch)
-    return told, dense, rows, whole
+    summed, stacked = jax.lax.scan(add, zero, batch)
+    return _Gradients(summed, *stacked)
 
 
-def _gradients(trainer: Trainer, params: Any, tables: Tables, batch: Batch, learned: Array, real: Array):
-    """(what it tells, dense gradient, dense table gradient), row gradients by layer: of one micro-batch."""
+def _gradients(
+    trainer: Trainer, params: nnx.State, tables: Tables, batch: Batch, learned: Array, real: Array
+) -> _Gradients:
+    """The gradients of one micro-batch."""
     parts, remat = trainer.parts, trainer.config.train.remat
     # Padding comes last in its row, so the tokens before it never see it.
     segments = batch["segments"] if trainer.config.data.rows_hold_documents else None
     is_real = batch["segments"] > 0
 
-    def loss_fn(params: nnx.State, taps: Taps, tables: Tables) -> tuple[Array, tuple[dict, _Told]]:
+    def loss_fn(
+        params: nnx.State, perturbations: dict[str, Perturbations], tables: Tables
+    ) -> tuple[Array, tuple[Reads, _StepAux]]:
         params = without_gradient_where_frozen(trainer.config.optim, _whole_outside_blocks(params))
         model = parts.assemble(params, tables)
         places = (batch["tokens"], batch["positions"], segments)
-        hidden = model.hidden(*places, taps, remat, real=is_real, training=True)
+        hidden = model.hidden(*places, perturbations, remat, real=is_real, training=True)
         mask = batch["loss_mask"].astype(accumulator(hidden.states.dtype))
         loss, losses = summed_loss(model, hidden.states, batch["targets"], mask / learned)
         by_part = [jnp.sum(losses * mask, where=is_of_part) for is_of_part in _parts(trainer, batch)]
-        told = _Told(loss, by_part, _routers(hidden.routings, is_real, real))
-        return loss + _router_loss(trainer, told.routers), (hidden.lookups, told)
+        aux = _StepAux(loss, by_part, _routers(hidden.routings, is_real, real))
+        return loss + _router_loss(trainer, aux.routers), (hidden.reads, aux)
 
-    taps = parts.zero_taps(batch["tokens"].size)
+    perturbations = parts.zero_perturbations(batch["tokens"].size)
     if not trainer.config.optim.table.is_dense:
-        (_, told), dense, rows = row_sparse_value_and_grad(loss_fn)(params, taps, tables)
-        return (told, _place_gradient(trainer, dense), {}), rows
-    differentiate = lambda params_and_tables, taps: loss_fn(params_and_tables[0], taps, params_and_tables[1])
-    (_, told), (dense, whole), rows = row_sparse_value_and_grad(differentiate)((params, tables), taps)
-    return (told, _place_gradient(trainer, dense), whole), rows
+        (_, aux), dense, reads, cotangents = perturbed_value_and_grad(loss_fn)(params, perturbations, tables)
+        return _Gradients((aux, _place_gradient(trainer, dense), {}), reads, cotangents)
+    of_both = lambda both, perturbations: loss_fn(both[0], perturbations, both[1])
+    value, (dense, of_tables), reads, cotangents = perturbed_value_and_grad(of_both)((params, tables), perturbations)
+    return _Gradients((value[1], _place_gradient(trainer, dense), of_tables), reads, cotangents)
 
 
 def _routers(routings: dict[str, Routing], is_real: Array, real: Array) -> dict[str, RouterStatistics]:
@@ -238,46 +255,42 @@ def _router_metrics(routers: dict[str, RouterStatistics]) -> Metrics:
     return metrics
 
 
-def _row_gradients(rows: Any) -> list[RowGradient]:
-    """All row gradients in a tree; of an expert lookup those of the inputs come first."""
-    return jax.tree.leaves(rows, is_leaf=lambda leaf: isinstance(leaf, RowGradient))
-
-
-def _update_tables(trainer: Trainer, state: TrainState, rows: dict[str, Any], whole: Tables, ok: Array):
+def _update_tables(
+    trainer: Trainer, state: TrainState, rows: dict[str, list[RowGradient]], dense_tables: Tables, ok: Array
+) -> tuple[Tables, dict[str, Any]]:
     """Tables and their state after the step."""
     optimizer = trainer.table_optimizer
     if optimizer.config.is_dense:
-        return optimizer.update_dense(state.tables, state.table_state, whole, ok)
-    gradients: dict[str, list[RowGradient]] = {name: [] for name in state.tables}
-    for layer, lookup in trainer.config.model.lookups.items():
-        for name, found in zip(lookup.tables(layer), _row_gradients(rows[layer_name(layer)]), strict=True):
-            micro_batches = range(found.indices.shape[0])
-            gradients[name] += [RowGradient(*(factor[number] for factor in found)) for number in micro_batches]
+        return optimizer.update_dense(state.tables, state.table_state, dense_tables, ok)
+    gradients = {
+        table: [
+            RowGradient(*(factor[number] for factor in stacked))
+            for stacked in of_table
+            for number in range(stacked.indices.shape[0])
+        ]
+        for table, of_table in rows.items()
+    }
     return optimizer.update_rows(state.tables, state.table_state, gradients, state.step, ok)
 
 
-def _without_padding(trainer: Trainer, rows: dict[str, Any], batch: Batch) -> dict[str, Any]:
-    """Row gradients by layer without the picks of tokens that are padding: they touch no row and no state."""
+def _without_padding(state: TrainState, reads: Reads, batch: Batch) -> Reads:
+    """The reads without the picks of tokens that are padding: they touch no row and no state."""
     is_real = batch["segments"].reshape(batch["segments"].shape[0], -1) > 0
-
-    def of_layer(found: Any, num_slots: int) -> Any:
-        keep = lambda gradient: gradient.without_padding(is_real, num_slots)
-        return jax.tree.map(keep, found, is_leaf=lambda leaf: isinstance(leaf, RowGradient))
-
-    lookups = {layer_name(layer): lookup for layer, lookup in trainer.config.model.lookups.items()}
-    return {name: of_layer(found, lookups[name].num_slots) for name, found in rows.items()}
+    return {
+        layer: tuple(read.without_padding(is_real, state.tables[read.table].shape[0]) for read in of_layer)
+        for layer, of_layer in reads.items()
+    }
 
 
-def _count(state: TrainState, rows: dict[str, Any], ok: Array) -> dict[str, Array]:
+def _count(state: TrainState, reads: Reads, ok: Array) -> dict[str, Array]:
     """Read counters with the picks of real tokens (see `_without_padding`); bad steps do not count.
 
-    Every device counts all picks: they are fewer than the slots of a large table, whose counts would have to be added
-    up over the devices.
+    A layer that reads several tables reads the same rows of each. Every device counts all picks: they are fewer than
+    the slots of a large table, whose counts would have to be added up over the devices.
     """
-    picks = {name: _row_gradients(found)[0].indices for name, found in rows.items()}
     return {
-        name: count_reads(counts, axes.everywhere(jnp.where(ok, picks[name], counts.shape[0])))
-        for name, counts in state.reads.items()
+        layer: count_reads(counts, axes.everywhere(jnp.where(ok, reads[layer][0].indices, counts.shape[0])))
+        for layer, counts in state.reads.items()
     }
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 
 from memjax.config.data import DataConfig, MixtureConfig
 from memjax.config.load import differences, load, to_yaml
-from memjax.config.memory import ExpertLookupConfig, MemoryConfig
+from memjax.config.memory import MemoryConfig, PEERConfig
 from memjax.config.model import ExpertsConfig, ModelConfig, RopeScalingConfig
 from memjax.config.run import RunConfig
 from memjax.config.training import CheckpointConfig
@@ -160,7 +160,7 @@ def test_every_block_is_of_one_kind():
     mixed = ModelConfig(
         num_layers=6,
         memory=MemoryConfig(layers=(1, 4)),
-        expert_lookup=ExpertLookupConfig(layers=(2,)),
+        expert_lookup=PEERConfig(layers=(2,)),
         experts=ExpertsConfig(layers=(0, 5)),
     )
     kinds = ["experts", "memory", "expert_lookup", "dense", "memory", "experts"]
@@ -177,7 +177,7 @@ def test_a_block_that_two_lists_name_is_refused():
     with pytest.raises(ValueError, match=r"experts\.layers=\[0, 2\] and memory\.layers both name \[2\]: a block is"):
         ModelConfig(memory=MemoryConfig(layers=(1, 2)), experts=ExpertsConfig(layers=(0, 2)))
     with pytest.raises(ValueError, match=r"expert_lookup\.layers=\[1\] and memory\.layers both name \[1\]"):
-        ModelConfig(memory=MemoryConfig(placement="beside"), expert_lookup=ExpertLookupConfig())
+        ModelConfig(memory=MemoryConfig(placement="beside"), expert_lookup=PEERConfig())
     with pytest.raises(ValueError, match=r"experts\.layers=\[3\] must lie in 0\.\.2"):
         ModelConfig(experts=ExpertsConfig(layers=(3,)))
     with pytest.raises(ValueError, match=r"experts\.layers=null finds no block that is not named elsewhere"):
@@ -223,7 +223,7 @@ def test_heads_that_cannot_be_are_refused():
 def test_derived_sizes():
     memory = MemoryConfig(layers=(0, 2), num_keys=100, num_heads=4, top_k=32)
     assert (memory.num_slots, memory.picks) == (10_000, 128)
-    experts = ExpertLookupConfig(layers=(1, 3), num_keys=20)
+    experts = PEERConfig(layers=(1, 3), num_keys=20)
     readers = lambda model: {name: table.readers for name, table in model.tables.items()}
     model = ModelConfig(num_layers=4, memory=memory, expert_lookup=experts)
     assert readers(model) == {"shared": (0, 2), "experts_inputs": (1, 3), "experts_outputs": (1, 3)}

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from memjax.memory.layer import MemoryLayer
-from memjax.memory.peer import ExpertLookupLayer
+from memjax.memory.peer import PEERLayer
 from memjax.memory.table import TableRows, ValueTable
 
 DIM = 8
@@ -23,7 +23,7 @@ class Both(nnx.Module):
 
     def __init__(self, rngs):
         self.table, self.inputs, self.outputs = (ValueTable(16, DIM, rngs=rngs) for _ in range(3))
-        self.memory, self.experts = MemoryLayer(DIM, **SIZES, rngs=rngs), ExpertLookupLayer(DIM, **SIZES, rngs=rngs)
+        self.memory, self.experts = MemoryLayer(DIM, **SIZES, rngs=rngs), PEERLayer(DIM, **SIZES, rngs=rngs)
 
     def __call__(self, x):
         x = x + self.memory(x, self.table)
@@ -85,7 +85,7 @@ def test_a_table_shared_by_unrolled_layers_holds_one_gradient_under_plain_autodi
     table = ValueTable(64**2, 32, rngs=nnx.Rngs(0))
     sizes: dict[str, Any] = {"num_keys": 64, "num_heads": 1, "top_k": 4, "key_dim": 8}
     model = [MemoryLayer(32, **sizes, rngs=nnx.Rngs(number)) for number in range(layers)]
-    experts = ExpertLookupLayer(32, **sizes, rngs=nnx.Rngs(99))
+    experts = PEERLayer(32, **sizes, rngs=nnx.Rngs(99))
 
     def loss(rows, x):
         table = nnx.merge(graphdef, nnx.State({"rows": TableRows(rows)}))

@@ -64,7 +64,8 @@ def filled(build):
 
 def build(dtype=jnp.float32, **options):
     """A layer whose biases are not zero, and its table."""
-    options = {"num_keys": NUM_KEYS, "num_heads": 3, "top_k": 4, "key_dim": 8, "param_dtype": dtype} | options
+    sizes = {"num_keys": NUM_KEYS, "num_heads": 3, "top_k": 4, "key_dim": 8, "param_dtype": dtype}
+    options = sizes | {"qk_norm": False, "score_scale": 1.0} | options
     layer = filled(lambda: MemoryLayer(DIM, rngs=nnx.Rngs(0), **options))
     return layer, filled(lambda: ValueTable(NUM_KEYS**2, layer.value_dim, dtype=dtype, rngs=nnx.Rngs(0)))
 
@@ -77,7 +78,7 @@ run = nnx.jit(lambda layer, x, table: layer(x, table))
     [
         {},
         {"gate": "none", "num_heads": 1},
-        {"gate": "none", "value_dim": 10, "output_gate": True, "zero_start": True},
+        {"gate": "none", "value_dim": 10, "output_gate": True, "placement": "beside"},
         {"output_gate": True},
         {"value_dim": 4, "qk_norm": True, "score_scale": 3.0},
         {"top_k": NUM_KEYS, "num_heads": 1, "score_scale": 0.5, "implementation": "reference"},
@@ -99,7 +100,7 @@ def test_output_is_the_papers_formula(options):
 
 
 def test_a_layer_that_starts_at_zero_adds_nothing_at_first():
-    layer = MemoryLayer(DIM, num_keys=NUM_KEYS, top_k=2, key_dim=4, zero_start=True, rngs=nnx.Rngs(0))
+    layer = MemoryLayer(DIM, num_keys=NUM_KEYS, top_k=2, key_dim=4, placement="beside", rngs=nnx.Rngs(0))
     assert layer.scale is not None
     np.testing.assert_array_equal(layer.scale[...], np.zeros(DIM))
 

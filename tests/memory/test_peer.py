@@ -2,6 +2,7 @@
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import optax
 import pytest
 from flax import nnx
 
-from memjax.memory.peer import ExpertLookupLayer
+from memjax.config.memory import PEERConfig
+from memjax.memory.peer import PEERLayer
 from memjax.memory.sparse_gradient import row_sparse_value_and_grad
 from memjax.memory.table import ValueTable
 
@@ -73,9 +75,12 @@ class Experts(nnx.Module):
     """Somebody else's model: the layer with its tables."""
 
     def __init__(self, rngs, dtype=jnp.float32, **options):
-        sizes = {"num_keys": NUM_KEYS, "num_heads": HEADS, "top_k": TOP_K, "key_dim": KEY_DIM}
-        self.layer = ExpertLookupLayer(DIM, **sizes, param_dtype=dtype, rngs=rngs, **options)
-        self.inputs, self.outputs = (ValueTable(SLOTS, DIM, dtype=dtype, rngs=rngs) for _ in range(2))
+        sizes: dict[str, Any] = {"num_keys": NUM_KEYS, "num_heads": HEADS, "top_k": TOP_K, "key_dim": KEY_DIM}
+        settings = sizes | {"qk_norm": False, "score_scale": 1.0} | options
+        self.layer = PEERLayer(DIM, **settings, param_dtype=dtype, rngs=rngs)
+        self.inputs, self.outputs = (
+            ValueTable(SLOTS, DIM, dtype=dtype, name=name, rngs=rngs) for name in ("inputs", "outputs")
+        )
 
     def __call__(self, x):
         return self.layer(x, self.inputs, self.outputs)
@@ -125,21 +130,22 @@ def test_row_gradients_are_the_dense_gradients_of_both_tables():
         dense = nnx.jit(nnx.value_and_grad(lambda model: jnp.sum(factors * model(x))))
         graphdef, params = nnx.split(model.layer)
 
-        def loss_fn(params, taps, inputs, outputs):
+        def loss_fn(params, perturbations, inputs, outputs):
             layer = nnx.merge(graphdef, params)
-            y, reads = layer.read(x, layer.lookup(x), inputs, outputs, taps["experts"])
+            y, reads = layer.with_reads(x, inputs, outputs, perturbations=perturbations["experts"])
             return jnp.sum(factors * y), ({"experts": reads}, None)
 
-        taps = {"experts": model.layer.zero_taps(4, jnp.float64)}
+        perturbations = {"experts": model.layer.zero_perturbations(4, model.inputs, model.outputs)}
         run = jax.jit(row_sparse_value_and_grad(loss_fn))
-        (loss, _), gradient, rows = run(params, taps, model.inputs, model.outputs)
+        (loss, _), gradient, rows = run(params, perturbations, model.inputs, model.outputs)
 
         expected_loss, expected = dense(model)
         np.testing.assert_allclose(loss, expected_loss, rtol=1e-12)
         for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected.layer), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-13)
-        assert rows["experts"].inputs.indices.shape == (4, HEADS * TOP_K)
-        for name, found in rows["experts"]._asdict().items():
+        assert rows.keys() == {"inputs", "outputs"}
+        for name, (found,) in rows.items():
+            assert found.indices.shape == (4, HEADS * TOP_K)
             whole = expected[name].rows[...]
             assert np.any(whole)
             np.testing.assert_allclose(found.dense(SLOTS), whole, rtol=1e-10, atol=1e-13, err_msg=name)
@@ -158,18 +164,19 @@ def test_the_output_has_the_type_of_the_input():
         assert jax.eval_shape(model, jnp.ones((2, DIM), dtype)).dtype == dtype
 
 
-def test_the_layer_begins_as_the_paper_says():
-    model = nnx.eval_shape(lambda: ExpertLookupLayer(16, rngs=nnx.Rngs(0)))
-    assert model.keys.keys.shape == (4, 2, 768, 128)
-    assert model.keys.top_k == 32
+def test_the_layer_begins_as_its_section_says():
+    section = PEERConfig(num_keys=9, num_heads=3, top_k=5, key_dim=12)
+    model = nnx.eval_shape(lambda: PEERLayer(16, section, top_k=6, rngs=nnx.Rngs(0)))
+    assert model.keys.keys.shape == (3, 2, 9, 6)
+    assert model.keys.top_k == 6
     assert {"keys", "query_kernel", "query_bias"} == {path[-1] for path, _ in nnx.to_flat_state(nnx.state(model))}
 
 
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="key_dim=7 must be positive and even"):
-        ExpertLookupLayer(DIM, key_dim=7, rngs=nnx.Rngs(0))
+        PEERLayer(DIM, key_dim=7, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"top_k=5 must be in 1\.\.num_keys=4"):
-        ExpertLookupLayer(DIM, num_keys=4, top_k=5, rngs=nnx.Rngs(0))
+        PEERLayer(DIM, num_keys=4, top_k=5, rngs=nnx.Rngs(0))
     model, small = build(), filled(lambda: ValueTable(9, DIM, rngs=nnx.Rngs(0)))
     for name, tables in (("inputs", (small, model.outputs)), ("outputs", (model.inputs, small))):
         with pytest.raises(ValueError, match=rf"the experts' {name} has .* \(9, 6\), the layer addresses \(25, 6\)"):

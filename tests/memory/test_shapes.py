@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from memjax.config.memory import MemoryConfig, PEERConfig
 from memjax.memory import sharded
 from memjax.memory.layer import MemoryLayer
-from memjax.memory.peer import ExpertLookupLayer
+from memjax.memory.peer import PEERLayer
 from memjax.memory.table import ValueTable
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.rules import RowRule, row_step
@@ -31,7 +32,7 @@ def as_users_call():
 def build():
     rngs = nnx.Rngs(0)
     tables = [ValueTable(9, DIM, rngs=rngs) for _ in range(3)]
-    return MemoryLayer(DIM, **SIZES, rngs=rngs), ExpertLookupLayer(DIM, **SIZES, rngs=rngs), tables
+    return MemoryLayer(DIM, **SIZES, rngs=rngs), PEERLayer(DIM, **SIZES, rngs=rngs), tables
 
 
 @pytest.mark.parametrize("shape", [(8, 3), (8, 12), (6, 8), (4, 2, 2)], ids=str)
@@ -39,13 +40,13 @@ def test_activations_of_another_width_are_refused(as_users_call, shape):
     memory, experts, (table, inputs, outputs) = build()
     x = jnp.ones(shape)
     message = rf"x must be \[\.\.\., 6\]; found x float32\[{', '.join(map(str, shape))}\]"
-    bag, lookup = jnp.ones((8, DIM)), experts.lookup(jnp.ones((8, DIM)))
+    bag = jnp.ones((8, DIM))
     for call in (
         lambda: memory(x, table),
         lambda: memory.lookup(x),
         lambda: memory.combine(x, bag),
         lambda: experts(x, inputs, outputs),
-        lambda: experts.read(x, lookup, inputs, outputs),
+        lambda: experts.lookup(x),
         lambda: jax.jit(lambda x: memory(x, table))(x),
     ):
         with pytest.raises(ValueError, match=message):
@@ -57,12 +58,10 @@ def test_what_belongs_to_another_number_of_tokens_is_refused(as_users_call, toke
     memory, experts, (table, inputs, outputs) = build()
     x = jnp.ones((8, DIM))
     lookup = memory.lookup(x)
-    with pytest.raises(ValueError, match=rf"tap float32\[{tokens}, 6\], indices int32\[8, 4\]"):
+    with pytest.raises(ValueError, match=rf"perturbation float32\[{tokens}, 6\], indices int32\[8, 4\]"):
         memory.read(table, lookup, jnp.zeros((tokens, DIM)))
-    with pytest.raises(ValueError, match=rf"tap float32\[{tokens}, 4\], indices int32\[8, 4\]"):
-        experts.read(x, lookup, inputs, outputs, experts.zero_taps(tokens, jnp.float32))
-    with pytest.raises(ValueError, match=rf"x float32\[{tokens}, 6\], indices int32\[8, 4\]"):
-        experts.read(jnp.ones((tokens, DIM)), lookup, inputs, outputs)
+    with pytest.raises(ValueError, match=rf"perturbation float32\[{tokens}, 4\], indices int32\[8, 4\]"):
+        experts.with_reads(x, inputs, outputs, perturbations=experts.zero_perturbations(tokens, inputs, outputs))
     with pytest.raises(ValueError, match=rf"x float32\[8, 6\], bag float32\[{tokens}, 6\]"):
         memory.combine(x, jnp.ones((tokens, DIM)))
 
@@ -90,7 +89,7 @@ def test_no_token_gives_nothing(shape):
     ],
 )
 def test_rules_of_the_config_hold_for_the_layers(as_users_call, wrong, message):
-    kinds = [MemoryLayer] if wrong.keys() & {"gate", "value_dim"} else [MemoryLayer, ExpertLookupLayer]
+    kinds = [MemoryLayer] if wrong.keys() & {"gate", "value_dim"} else [MemoryLayer, PEERLayer]
     for kind in kinds:
         with pytest.raises(ValueError, match=message):
             kind(DIM, **{**SIZES, **wrong}, rngs=nnx.Rngs(0))
@@ -115,3 +114,29 @@ def test_tokens_that_devices_cannot_share_evenly_are_refused_with_what_to_do(mes
         for call in (lambda: memory(x, table), lambda: experts(x, inputs, outputs)):
             with pytest.raises(ValueError, match=r"15 tokens .* 8 devices \(data=2 x memory=4\): fill up to 16 with"):
                 call()
+
+
+def test_a_section_and_keywords_make_the_same_layer():
+    sections = ((MemoryLayer, MemoryConfig(**SIZES, gate="none", value_dim=4)), (PEERLayer, PEERConfig(**SIZES)))
+    for kind, section in sections:
+        options = {name: getattr(section, name) for name in (*SIZES, "gate", "value_dim") if hasattr(section, name)}
+        graphs = [
+            nnx.graphdef(nnx.eval_shape(build))
+            for build in (
+                lambda kind=kind, section=section: kind(DIM, section, rngs=nnx.Rngs(0)),
+                lambda kind=kind, options=options: kind(DIM, **options, rngs=nnx.Rngs(0)),
+                lambda kind=kind, section=type(section)(), options=options: kind(
+                    DIM, section, **options, rngs=nnx.Rngs(0)
+                ),
+            )
+        ]
+        assert graphs[0] == graphs[1] == graphs[2]
+        with pytest.raises(TypeError, match=rf"{kind.__name__} has no setting num_key; known: layers, .*num_keys"):
+            kind(DIM, section, num_key=3, rngs=nnx.Rngs(0))
+
+
+def test_another_number_of_tables_is_refused():
+    memory, experts, (table, *_) = build()
+    for layer, tables, count in ((memory, (), 1), (experts, (table,), 2)):
+        with pytest.raises(ValueError, match=rf"{type(layer).__name__} reads {count} table.*found {len(tables)}"):
+            layer(jnp.ones((8, DIM)), *tables)

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from memjax.memory import sharded
 from memjax.memory.layer import MemoryLayer
-from memjax.memory.peer import ExpertLookupLayer
+from memjax.memory.peer import PEERLayer
+from memjax.memory.read import zero_perturbation
 from memjax.memory.table import ValueTable
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.rules import RowRule, row_step
@@ -62,22 +63,22 @@ def test_bag_and_its_gradients_equal_the_plain_ones(shape):
     table, indices, weights, factors = draw()
 
     def run(table, weights, indices):
-        tap = sharded.zero_tap(TOKENS, COLUMNS, table.dtype)
+        perturbation = zero_perturbation("bag", TOKENS, PICKS, table)
 
-        def loss(table, weights, tap):
-            out = sharded.bag(table, indices, weights, tap)
+        def loss(table, weights, perturbation):
+            out = sharded.bag(table, indices, weights, perturbation)
             return jnp.sum(factors * jnp.sin(out)), out
 
-        return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(table, weights, tap)
+        return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(table, weights, perturbation)
 
     got, expected = on_mesh_and_alone(shape, run, table, weights, indices)
     assert_equal_trees(got, expected)
-    (_, out), (d_table, _, d_tap) = expected
+    (_, out), (d_table, _, cotangent) = expected
     by_hand = np.stack(
         [sum(w * table[i] for w, i in zip(*row, strict=True)) for row in zip(weights, indices, strict=True)]
     )
     np.testing.assert_allclose(out, by_hand, atol=1e-12)
-    np.testing.assert_allclose(d_tap, factors * np.cos(by_hand), atol=1e-12)
+    np.testing.assert_allclose(cotangent, factors * np.cos(by_hand), atol=1e-12)
     assert np.any(d_table)
 
 
@@ -86,22 +87,22 @@ def test_dot_and_its_gradients_equal_the_plain_ones(shape):
     table, indices, factors, vectors = draw()
 
     def run(table, vectors, indices):
-        tap = sharded.zero_dot_tap(TOKENS, PICKS, table.dtype)
+        perturbation = zero_perturbation("dot", TOKENS, PICKS, table)
 
-        def loss(table, vectors, tap):
-            out, back = sharded.dot(table, indices, vectors, tap)
+        def loss(table, vectors, perturbation):
+            out, back = sharded.dot(table, indices, vectors, perturbation)
             return jnp.sum(factors * jnp.sin(out)), (out, back)
 
-        return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(table, vectors, tap)
+        return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(table, vectors, perturbation)
 
     got, expected = on_mesh_and_alone(shape, run, table, vectors, indices)
     assert_equal_trees(got, expected)
-    (_, (out, back)), (d_table, d_vectors, d_tap) = expected
+    (_, (out, back)), (d_table, d_vectors, cotangent) = expected
     by_hand = np.array([[table[i] @ vector for i in row] for row, vector in zip(indices, vectors, strict=True)])
     np.testing.assert_allclose(out, by_hand, atol=1e-12)
     np.testing.assert_array_equal(back, vectors)
-    np.testing.assert_allclose(d_tap, factors * np.cos(by_hand), atol=1e-12)
-    np.testing.assert_allclose(d_vectors, np.stack([d @ table[row] for d, row in zip(d_tap, indices, strict=True)]))
+    np.testing.assert_allclose(cotangent, factors * np.cos(by_hand), atol=1e-12)
+    np.testing.assert_allclose(d_vectors, np.stack([d @ table[row] for d, row in zip(cotangent, indices, strict=True)]))
     assert np.any(d_table)
 
 
@@ -228,10 +229,11 @@ class Model(nnx.Module):
     def __init__(self, rngs):
         self.table = ValueTable(25, 64, rngs=rngs)
         self.inputs, self.outputs = (ValueTable(25, 64, rngs=rngs) for _ in range(2))
-        sizes = {"num_keys": 5, "num_heads": 2, "top_k": 2, "key_dim": 4, "rngs": rngs}
+        sizes = {"num_keys": 5, "num_heads": 2, "top_k": 2, "key_dim": 4, "qk_norm": False, "score_scale": 1.0}
+        sizes |= {"rngs": rngs}
         self.layer = MemoryLayer(12, value_dim=64, **sizes)
         self.widen, self.narrow = nnx.Linear(12, 64, rngs=rngs), nnx.Linear(64, 12, rngs=rngs)
-        self.experts = ExpertLookupLayer(64, **sizes)
+        self.experts = PEERLayer(64, **sizes)
 
     def __call__(self, x):
         x = x + self.layer(x, self.table)

@@ -5,7 +5,6 @@ import pytest
 from flax import nnx
 
 from memjax.memory.layer import MemoryLayer
-from memjax.memory.sharded import zero_tap
 from memjax.memory.sparse_gradient import row_sparse_value_and_grad
 from memjax.memory.table import ValueTable
 
@@ -41,32 +40,30 @@ def test_row_gradients_of_layers_that_share_a_table_add_up_to_the_dense_gradient
             y = x + layers["first"](x, table)
             return jnp.mean(jnp.sin(y + layers["second"](y, table)))
 
-        def sparse_loss(params, taps, table):
-            layers, lookups, y = nnx.merge(graphdef, params), {}, x
+        def sparse_loss(params, perturbations, table):
+            layers, reads, y = nnx.merge(graphdef, params), {}, x
             for name, layer in layers.items():
-                lookups[name] = layer.lookup(y)
-                y = y + layer.combine(y, layer.read(table, lookups[name], taps[name]))
-            return jnp.mean(jnp.sin(y)), (lookups, y.shape)
+                out, reads[name] = layer.with_reads(y, table, perturbations=perturbations[name])
+                y = y + out
+            return jnp.mean(jnp.sin(y)), (reads, y.shape)
 
-        taps = {name: zero_tap(TOKENS, VALUE_DIM, jnp.float64) for name in layers}
+        perturbations = {name: layer.zero_perturbations(TOKENS, table) for name, layer in layers.items()}
         loss, (d_params, d_table) = jax.jit(jax.value_and_grad(dense_loss, argnums=(0, 1)))(params, table_state)
         run = jax.jit(row_sparse_value_and_grad(sparse_loss))
-        (got, aux), gradient, rows = run(params, taps, table)
+        (got, aux), gradient, rows = run(params, perturbations, table)
 
         assert tuple(map(int, aux)) == (2, TOKENS // 2, DIM)
         np.testing.assert_allclose(got, loss, rtol=1e-12)
         for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(d_params), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-13)
-        assert {name: row.indices.shape for name, row in rows.items()} == {"first": (8, 6), "second": (8, 8)}
-        total = sum(row.dense(NUM_KEYS**2) for row in rows.values())
+        assert [row.indices.shape for row in rows["table"]] == [(8, 6), (8, 4)]
+        total = sum(row.dense(NUM_KEYS**2) for row in rows["table"])
         np.testing.assert_allclose(total, d_table["rows"][...], rtol=1e-10, atol=1e-13)
 
 
-def test_lookups_and_taps_must_name_the_same_layers():
-    tap = jnp.zeros((1, 2))
+def test_reads_and_perturbations_must_name_the_same_layers():
+    def loss(params, perturbations):
+        return (params.sum() + perturbations["a"][0].sum(), ({}, None))
 
-    def loss(params, taps):
-        return (params.sum() + taps["a"].sum(), ({}, None))
-
-    with pytest.raises(ValueError, match=r"returned lookups of \[\] for taps of \['a'\]"):
-        row_sparse_value_and_grad(loss)(jnp.ones(2), {"a": tap})
+    with pytest.raises(ValueError, match=r"returned reads of \[\] for perturbations of \['a'\]"):
+        row_sparse_value_and_grad(loss)(jnp.ones(2), {"a": (jnp.zeros((1, 2)),)})

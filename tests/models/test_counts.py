@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from memjax.config.load import load
-from memjax.config.memory import ExpertLookupConfig, MemoryConfig
+from memjax.config.memory import MemoryConfig, PEERConfig
 from memjax.config.model import ExpertsConfig, ModelConfig
 from memjax.config.optim import OptimConfig
 from memjax.config.run import RunConfig
@@ -156,7 +156,7 @@ def test_frozen_parts_compute_no_gradients_of_their_weights_and_none_at_all_befo
 
 
 def test_an_expert_lookup_by_hand():
-    experts = ExpertLookupConfig(layers=(0,), num_keys=16, num_heads=2, top_k=4, key_dim=8)
+    experts = PEERConfig(layers=(0,), num_keys=16, num_heads=2, top_k=4, key_dim=8)
     dense = ModelConfig(dim=16, num_layers=1, num_heads=2, ffn_dim=24, vocab_size=259, memory=None)
     parts, without = (DecoderParts.of(config) for config in (dataclasses.replace(dense, expert_lookup=experts), dense))
     feed_forward, queries = 3 * 16 * 24, 16 * 2 * 8

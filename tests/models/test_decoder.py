@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memjax.config.memory import ExpertLookupConfig, MemoryConfig
+from memjax.config.memory import MemoryConfig, PEERConfig
 from memjax.config.model import ExpertsConfig, ModelConfig
 from memjax.models.block import Block
 from memjax.models.decoder import resolve_dtype
@@ -27,13 +27,13 @@ CONFIGS = {
         num_layers=3,
         tie_embeddings=True,
         memory=MemoryConfig(**MEMORY, layers=(0, 1)),
-        expert_lookup=ExpertLookupConfig(**EXPERTS, layers=(2,)),
+        expert_lookup=PEERConfig(**EXPERTS, layers=(2,)),
     ),
     "own tables": ModelConfig(
         **SIZES,
         num_layers=4,
         memory=MemoryConfig(**MEMORY, layers=(0, 2), share=False),
-        expert_lookup=ExpertLookupConfig(**EXPERTS, layers=(1, 3), share=False),
+        expert_lookup=PEERConfig(**EXPERTS, layers=(1, 3), share=False),
     ),
     "experts": ModelConfig(
         **SIZES,
@@ -84,13 +84,13 @@ def test_logits_are_those_of_the_layers_put_together_by_hand(name):
         memory = config.memory if config.memory and number in config.memory.layers else None
         if memory is not None:
             table = model.tables["shared" if memory.share else f"layer_{number}"]
-            x = x + np.asarray(call(block.memory, inputs, table))
+            x = x + np.asarray(call(block.lookup, inputs, table))
         lookup = config.expert_lookup if config.kind(number) == "expert_lookup" else None
         if lookup is not None:
             pool = "experts" if lookup.share else f"experts_{number}"
             tables = (model.tables[f"{pool}_{which}"] for which in ("inputs", "outputs"))
-            x = x + np.asarray(call(block.expert_lookup, inputs, *tables))
-            assert (block.memory, block.feed_forward) == (None, None)
+            x = x + np.asarray(call(block.lookup, inputs, *tables))
+            assert block.feed_forward is None
         elif config.kind(number) == "experts":
             x = x + np.asarray(call(block.experts, inputs)[0])
         elif memory is None or memory.placement == "beside":
@@ -145,21 +145,21 @@ def test_cache_filled_in_pieces_gives_what_all_tokens_at_once_give(name):
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, rtol=1e-4, atol=1e-4)
 
 
-def loss_and_lookups(parts, params, tables, taps, remat):
+def loss_and_reads(parts, params, tables, perturbations, remat):
     model = parts.assemble(params, tables)
-    hidden, lookups, *_ = model.hidden(jnp.asarray(TOKENS), taps=taps, remat=remat)
-    return summed_loss(model, hidden, jnp.asarray(TOKENS[:, ::-1]), jnp.ones(TOKENS.shape))[0], lookups
+    hidden, reads, *_ = model.hidden(jnp.asarray(TOKENS), perturbations=perturbations, remat=remat)
+    return summed_loss(model, hidden, jnp.asarray(TOKENS[:, ::-1]), jnp.ones(TOKENS.shape))[0], reads
 
 
 @cache
 def compiled_gradient(remat, forget=False):
-    """value_and_grad in parameters, tables and taps; `forget` recomputes everything, whatever remat says."""
+    """value_and_grad in parameters, tables and perturbations; `forget` recomputes everything, whatever remat says."""
     parts, *arrays = take_apart(build("shared tables"))
     policy = jax.checkpoint_policies.nothing_saveable
     wrap = (lambda function: jax.checkpoint(function, policy=policy)) if forget else (lambda function: function)
-    loss = wrap(lambda params, tables, taps: loss_and_lookups(parts, params, tables, taps, remat))
+    loss = wrap(lambda params, tables, zeros: loss_and_reads(parts, params, tables, zeros, remat))
     compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
-    arguments = (*arrays, parts.zero_taps(TOKENS.size))
+    arguments = (*arrays, parts.zero_perturbations(TOKENS.size))
     return compiled.lower(*arguments).compile(), arguments
 
 
@@ -192,10 +192,10 @@ def test_searching_again_would_be_counted():
     assert count_searches(compiled) > count_searches(compiled_gradient("none")[0])
 
 
-def test_lookups_and_tap_cotangents_are_the_tables_gradient():
+def test_reads_and_the_cotangents_of_their_perturbations_are_the_tables_gradient():
     compiled, arguments = compiled_gradient("block")
-    (_, lookups), (_, d_tables, d_taps) = compiled(*arguments)
-    assert lookups.keys() == d_taps.keys() == {"L0", "L1", "L2"}
+    (_, reads), (_, d_tables, cotangents) = compiled(*arguments)
+    assert reads.keys() == cotangents.keys() == {"L0", "L1", "L2"}
     expected = {name: np.zeros(rows.shape) for name, rows in d_tables.items()}
 
     def add(table, indices, weights, vectors):
@@ -205,10 +205,13 @@ def test_lookups_and_tap_cotangents_are_the_tables_gradient():
             expected[table][indices[token, pick]] += weights[token, pick] * vectors[token]
 
     for name in ("L0", "L1"):
-        add("shared", lookups[name].indices, lookups[name].weights, d_taps[name])
-    experts, taps = lookups["L2"], d_taps["L2"]
-    add("experts_inputs", experts.indices, taps.dots, experts.vectors)
-    add("experts_outputs", experts.indices, experts.weights, taps.bags)
+        (read,), (cotangent,) = reads[name], cotangents[name]
+        assert read.vectors is None
+        add(read.table, read.indices, read.weights, cotangent)
+    (inputs, outputs), (d_dots, d_bags) = reads["L2"], cotangents["L2"]
+    assert (inputs.table, outputs.table) == ("experts_inputs", "experts_outputs")
+    add(inputs.table, inputs.indices, d_dots, inputs.vectors)
+    add(outputs.table, outputs.indices, outputs.weights, d_bags)
     for name, gradient in d_tables.items():
         assert np.any(gradient)
         np.testing.assert_allclose(gradient, expected[name], rtol=1e-4, atol=1e-5, err_msg=name)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memjax.models.moe import Experts, Routing, router_statistics
+from memjax.models.moe import MoE, Routing, router_statistics
 
 SEQUENCES, LENGTH, DIM, HIDDEN, EXPERTS = 8, 5, 4, 3, 3
 # Padding comes last; the last sequence has nothing else.
@@ -61,7 +61,8 @@ def draw(seed=0):
 
 def layer_of(params, **way):
     dtype = params["router"].dtype
-    layer = Experts(DIM, HIDDEN, num_experts=EXPERTS, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0), **way)
+    settings: dict[str, Any] = {"num_experts": EXPERTS, "top_k": 1} | way
+    layer = MoE(DIM, HIDDEN, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0), **settings)
     layer.router.kernel[...] = jnp.asarray(params["router"])
     for name in ("gate", "up", "down"):
         getattr(layer, name)[...] = jnp.asarray(params[name])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memjax.config.memory import ExpertLookupConfig, MemoryConfig
+from memjax.config.memory import MemoryConfig, PEERConfig
 from memjax.config.model import ModelConfig
 from memjax.memory.table import TableRows
 from memjax.models.decoder import Decoder
@@ -20,7 +20,7 @@ CONFIGS = {
     "experts": ModelConfig(
         **SIZES,
         memory=None,
-        expert_lookup=ExpertLookupConfig(num_keys=3, num_heads=1, top_k=2, key_dim=4, table_dtype="bfloat16"),
+        expert_lookup=PEERConfig(num_keys=3, num_heads=1, top_k=2, key_dim=4, table_dtype="bfloat16"),
     ),
 }
 TABLES = {"dense": [], "memory": ["layer_0", "layer_1"], "experts": ["experts_inputs", "experts_outputs"]}
@@ -74,13 +74,13 @@ def test_init_draws_what_the_parts_describe():
     assert np.any(drawn[-1] != drawn[-2]), "each table is drawn on its own"
 
 
-def test_taps_are_zeros_of_the_bags_shapes_and_types():
-    taps = DecoderParts.of(CONFIGS["memory"]).zero_taps(10)
-    assert {name: (tap.shape, tap.dtype) for name, tap in taps.items() if isinstance(tap, jax.Array)} == dict.fromkeys(
-        ("L0", "L1"), ((10, 6), jnp.bfloat16)
-    )
-    experts = DecoderParts.of(CONFIGS["experts"]).zero_taps(10)
+def test_perturbations_are_zeros_of_the_shapes_and_types_of_what_is_read():
+    found = {name: DecoderParts.of(config).zero_perturbations(10) for name, config in CONFIGS.items()}
+    bag = [((10, 6), "bfloat16")]
+    assert {name: shapes(zeros) for name, zeros in found["memory"].items()} == {"L0": bag, "L1": bag}
     # Products are summed in float32.
-    assert {name: shapes(tap) for name, tap in experts.items()} == {"L1": [((10, 2), "float32"), ((10, 8), "bfloat16")]}
-    assert not any(np.any(tap) for tap in jax.tree.leaves((taps, experts)))
-    assert DecoderParts.of(CONFIGS["dense"]).zero_taps(10) == {}
+    assert {name: shapes(zeros) for name, zeros in found["experts"].items()} == {
+        "L1": [((10, 2), "float32"), ((10, 8), "bfloat16")]
+    }
+    assert not any(np.any(zeros) for zeros in jax.tree.leaves(found))
+    assert found["dense"] == {}

@@ -12,7 +12,7 @@ from flax import nnx
 
 import memjax
 from memjax.checkpoint import CheckpointError, Checkpoints
-from memjax.config.memory import ExpertLookupConfig, MemoryConfig
+from memjax.config.memory import MemoryConfig, PEERConfig
 from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import ByteTokenizer, Tokenizer
@@ -27,7 +27,7 @@ TOKENS = jnp.asarray([[1, 5, 9, 200], [1, 8, 7, 6]])
 def run_config(memory: bool = True, **model) -> RunConfig:
     small = MemoryConfig(layers=(1,), num_keys=8, num_heads=2, top_k=4, key_dim=8, value_dim=32)
     sizes = {"dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32, "vocab_size": 259}
-    experts = ExpertLookupConfig(layers=(0,), num_keys=8, num_heads=2, top_k=4, key_dim=8, table_dtype="float32")
+    experts = PEERConfig(layers=(0,), num_keys=8, num_heads=2, top_k=4, key_dim=8, table_dtype="float32")
     lookups = {"memory": small, "expert_lookup": experts} if memory else {"memory": None}
     return RunConfig(model=ModelConfig(**sizes, **lookups, **model))
 
@@ -113,7 +113,7 @@ def test_a_table_saved_in_bfloat16_is_widened_where_the_machine_computes_in_floa
     # As a GPU writes 'auto'.
     model = build(narrow.model, 3)
     _, params, tables = take_apart(model)
-    document = meta_document(config, ByteTokenizer(), step=1) | {"table_dtype": "bfloat16"}
+    document = meta_document(config, ByteTokenizer(), step=1) | {"table_dtypes": {"memory": "bfloat16"}}
     with Checkpoints(tmp_path / "auto" / "checkpoints") as checkpoints:
         checkpoints.save(1, {"params": params_to_tree(params), "tables": tables}, {"meta": document})
     wide = take_apart(load(tmp_path / "auto").model)[2]["shared"]
@@ -147,8 +147,8 @@ def test_what_cannot_be_loaded_is_explained(tmp_path):
     with pytest.raises(CheckpointError, match="there is no checkpoint in it"):
         load(tmp_path)
     config = run_config(memory=False)
-    save(tmp_path / "new", config, format=2)
-    with pytest.raises(CheckpointError, match="has format 2, this version of memjax reads 1"):
+    save(tmp_path / "new", config, format=3)
+    with pytest.raises(CheckpointError, match="has format 3, this version of memjax reads 2"):
         load(tmp_path / "new")
     save(tmp_path / "other", config, config={"model": {"dim": "wide"}})
     with pytest.raises(CheckpointError, match=r"config is not one of this version: model\.dim"):

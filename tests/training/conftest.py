@@ -131,19 +131,19 @@ def train(
 
 
 def poisoned_bag(layer_number: int):
-    """`sharded.bag` whose tap gets one NaN for a cotangent, in the layer with the given number of a trace."""
+    """`sharded.bag` whose perturbation gets one NaN for a cotangent, in the layer with the given number of a trace."""
     bag, calls = sharded.bag, []
 
     @jax.custom_vjp
-    def identity(tap):
-        return tap
+    def identity(perturbation):
+        return perturbation
 
-    identity.defvjp(lambda tap: (tap, None), lambda _, cotangent: (cotangent.at[3, 5].set(jnp.nan),))
+    identity.defvjp(lambda perturbation: (perturbation, None), lambda _, cotangent: (cotangent.at[3, 5].set(jnp.nan),))
 
-    def poisoned(table, indices, weights, tap=None, **kwargs):
+    def poisoned(table, indices, weights, perturbation=None, **kwargs):
         calls.append(layer_number)
         poison = len(calls) - 1 == layer_number
-        return bag(table, indices, weights, identity(tap) if poison else tap, **kwargs)
+        return bag(table, indices, weights, identity(perturbation) if poison else perturbation, **kwargs)
 
     return poisoned
 

@@ -52,7 +52,7 @@ def test_replicas_of_a_stochastically_rounded_table_stay_bit_equal(tiny):
 
 
 @pytest.mark.slow
-def test_a_nan_in_one_tap_leaves_everything_as_it_was(tiny, monkeypatch):
+def test_a_nan_in_one_perturbation_leaves_everything_as_it_was(tiny, monkeypatch):
     trainer, mesh = tiny.trainer_of(tiny.config()), tiny.mesh(1, 1)
     with jax.set_mesh(mesh):
         state = tiny.quick_state(trainer, mesh)
@@ -72,7 +72,7 @@ def test_a_nan_in_one_tap_leaves_everything_as_it_was(tiny, monkeypatch):
         monkeypatch.setattr(sharded, "bag", tiny.poisoned_bag(1))
         bad = make_train_step(trainer, mesh)
         state, metrics = bad(state, batches[2])
-        # The dense gradient does not pass through the tap: loss and norm look healthy.
+        # The dense gradient does not pass through the perturbation: loss and norm look healthy.
         assert np.isfinite(metrics["train/loss"])
         assert np.isfinite(metrics["train/grad_norm"])
         assert not metrics["healthy"]

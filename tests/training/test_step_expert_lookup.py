@@ -21,16 +21,16 @@ MODEL = f"""
 EXPERTS = ("experts_inputs", "experts_outputs")
 
 
-def plain_bag(table, indices, weights, tap=None, **_):
+def plain_bag(table, indices, weights, perturbation=None, **_):
     """The bag as autodiff differentiates it by itself, with no rule of ours."""
     out = jnp.einsum("tk,tkd->td", weights, table[indices])
-    return out if tap is None else out + tap
+    return out if perturbation is None else out + perturbation
 
 
-def plain_dot(table, indices, vectors, tap=None, **_):
+def plain_dot(table, indices, vectors, perturbation=None, **_):
     """So the dot."""
     out = jnp.einsum("tkd,td->tk", table[indices], vectors)
-    return (out if tap is None else out + tap), vectors
+    return (out if perturbation is None else out + perturbation), vectors
 
 
 @pytest.fixture(scope="module")

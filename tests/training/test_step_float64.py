@@ -30,10 +30,10 @@ def difference(this, other, what: str = "tables") -> float:
     return float(np.linalg.norm(moved(this, what) - moved(other, what)) / np.linalg.norm(moved(other, what)))
 
 
-def plain_bag(table, indices, weights, tap=None, **_):
+def plain_bag(table, indices, weights, perturbation=None, **_):
     """The bag as autodiff differentiates it by itself, with no rule of ours."""
     out = jnp.einsum("tk,tkd->td", weights, table[indices])
-    return out if tap is None else out + tap
+    return out if perturbation is None else out + perturbation
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memjax.config.memory import ProductKeyConfig
+from memjax.config.memory import LookupConfig
 from memjax.config.model import ModelConfig
 from memjax.errors import CheckpointError
 from memjax.interop.huggingface.safetensors import StoredTensor, TensorFiles, TensorToWrite, write_tensors
@@ -203,7 +203,7 @@ def _with_stored_types(config: ModelConfig, stored: dict[str, StoredTensor], pla
     return dataclasses.replace(config, param_dtype=dense, **sections)
 
 
-def _with_stored_type(section: ProductKeyConfig, stored: dict[str, StoredTensor]) -> ProductKeyConfig:
+def _with_stored_type(section: LookupConfig, stored: dict[str, StoredTensor]) -> LookupConfig:
     """The section with the type of its tables."""
     names = {_TABLE.format(name) for layer in section.layers for name in section.tables(layer)}
     dtype = _common_type(tensor.dtype for name, tensor in stored.items() if name in names)

@@ -9,15 +9,16 @@ fuses and schedules otherwise, and a step takes up to three times as much beside
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from memjax.config.memory import MemoryConfig, ProductKeyConfig
+from memjax.config.memory import ProductKeyConfig
 from memjax.config.run import RunConfig
+from memjax.memory.kinds import KINDS, TokenBytes
 from memjax.models import dot_product, loss
 from memjax.models.decoder import resolve_dtype
 from memjax.monitoring.units import gigabytes
@@ -166,15 +167,15 @@ class _Planner:
     def kept(self) -> Bytes:
         """What the forward pass keeps for the backward pass."""
         dim, blocks, remat = self.model.dim, self.model.num_layers, self.config.train.remat
-        attention, feed_forward, lookups = self.attention(), self.feed_forward(), self.all_lookups(self.mixer)
+        attention, feed_forward, lookups = self.attention(), self.feed_forward(), sum(map(self.mixer, self.lookups))
         experts = self.experts()
         if remat == "block":
             attention, feed_forward = dim * self.width, 0
-            lookups, experts = self.all_lookups(self.lookup), self.routing()
+            lookups, experts = sum(lookup.read for lookup in self.lookups), self.routing()
         elif remat == "dots":
             dots = dim + self.query_and_keys + dim
             attention, feed_forward = dots * self.width, 2 * self.model.ffn_dim * self.width
-            lookups = self.all_lookups(self.lookup) + self.all_lookups(self.lookup_dots)
+            lookups = sum(lookup.read + lookup.products for lookup in self.lookups)
             experts = self.routing()
         return {
             "activations, attention": blocks * attention * self.tokens,
@@ -187,13 +188,12 @@ class _Planner:
     def working(self) -> int:
         """The activations of one block whose backward pass is under way."""
         remat = self.config.train.remat != "none"
-        lookups = self.model.lookups.values()
-        mixer = max([self.feed_forward(), self.experts(), *map(self.mixer, lookups)])
+        mixer = max([self.feed_forward(), self.experts(), *map(self.mixer, self.lookups)])
         again = (self.attention() + mixer) * self.tokens if remat else 0
         # The cotangents of what is widest in it.
         expert = self.expert_rows() * self.model.expert_dim
         widest = int(max(2 * self.model.ffn_dim, 4 * self.model.dim, 2 * expert)) * self.width * self.tokens
-        search = min(SEARCH_BYTES, max(map(self.half_scores, lookups), default=0))
+        search = min(SEARCH_BYTES, max((lookup.scores * self.tokens * self.wide for lookup in self.lookups), default=0))
         return again + widest + self.scores() + self.mask() + search
 
     def attention(self) -> int:
@@ -255,33 +255,18 @@ class _Planner:
         experts = self.model.experts
         return int(experts.num_experts * self.wide + self.expert_rows() * 8) if experts else 0
 
-    def all_lookups(self, bytes_of: Callable[[ProductKeyConfig], int]) -> int:
-        return sum(bytes_of(lookup) for lookup in self.model.lookups.values())
+    @property
+    def lookups(self) -> list[TokenBytes]:
+        """Bytes of each lookup."""
+        return [
+            KINDS[kind].token_bytes(section, self.model.dim, self.width, resolve_dtype(section.table_dtype).itemsize)
+            for kind, section in self.model.lookup_sections.items()
+            for _ in section.layers
+        ]
 
-    def mixer(self, lookup: ProductKeyConfig) -> int:
-        """Bytes a token: the stream, its norm, queries, what was looked up, and the gate's factors."""
-        queries = lookup.num_heads * lookup.key_dim
-        gate = 0
-        if isinstance(lookup, MemoryConfig):
-            gate = 3 * self.model.value_dim if lookup.gate == "silu" else self.model.value_dim
-        return (2 * self.model.dim + queries + gate) * self.width + self.lookup(lookup)
-
-    def lookup_dots(self, lookup: ProductKeyConfig) -> int:
-        """Bytes a token: outputs of the layer's matrix products."""
-        gate = self.model.value_dim if isinstance(lookup, MemoryConfig) and lookup.gate == "silu" else 0
-        return (lookup.num_heads * lookup.key_dim + gate) * self.width
-
-    def lookup(self, lookup: ProductKeyConfig) -> int:
-        """Bytes a token: score, index and weight of every pick, and the bag.
-
-        With experts also their products with the token, what comes of these, and the token.
-        """
-        if isinstance(lookup, MemoryConfig):
-            return lookup.picks * 12 + self.model.value_dim * self.table_width(lookup)
-        return lookup.picks * 20 + self.model.dim * (self.width + self.table_width(lookup))
-
-    def half_scores(self, lookup: ProductKeyConfig) -> int:
-        return self.tokens * lookup.num_heads * 2 * lookup.num_keys * self.wide
+    def mixer(self, lookup: TokenBytes) -> int:
+        """Bytes a token: the stream, its norm, and the lookup."""
+        return 2 * self.model.dim * self.width + lookup.activations + lookup.read
 
     def logits(self) -> Bytes:
         """Logits of a chunk, their gradient, and that of the output matrix."""
@@ -313,13 +298,8 @@ class _Planner:
         """Index and weight of every pick, and the vectors that they multiply, of all micro-batches."""
         if not self.model.lookups or self.config.optim.table.is_dense:
             return {}
-        return {"row gradients": self.all_lookups(self.factors) * self.tokens * self.config.train.accumulate}
-
-    def factors(self, lookup: ProductKeyConfig) -> int:
-        """Bytes a token: of a memory the bag's cotangent; of experts also the token, and two weights of every pick."""
-        if isinstance(lookup, MemoryConfig):
-            return lookup.picks * 8 + self.model.value_dim * self.table_width(lookup)
-        return lookup.picks * 12 + self.model.dim * (self.width + self.table_width(lookup))
+        row_bytes = sum(lookup.gradient for lookup in self.lookups)
+        return {"row gradients": row_bytes * self.tokens * self.config.train.accumulate}
 
     def row_update(self) -> Bytes:
         """Picks in the order of their rows with the vectors that they multiply, and where they are summed."""
@@ -332,9 +312,6 @@ class _Planner:
     @property
     def param_width(self) -> int:
         return jnp.dtype(self.model.param_dtype).itemsize
-
-    def table_width(self, lookup: ProductKeyConfig) -> int:
-        return resolve_dtype(lookup.table_dtype).itemsize
 
     @property
     def is_split(self) -> bool:
@@ -375,7 +352,8 @@ def _changes(config: RunConfig, data_axis: int) -> Iterator[tuple[str, Any]]:
     if experts and experts.num_experts // 2 >= max(2, experts.chosen):
         yield "model.experts.num_experts", experts.num_experts // 2
     for kind, lookup in config.model.lookup_sections.items():
-        yield f"model.{kind}.num_keys", max(lookup.top_k, round(lookup.num_keys * 0.5**0.5))
+        if isinstance(lookup, ProductKeyConfig):
+            yield f"model.{kind}.num_keys", max(lookup.top_k, round(lookup.num_keys * 0.5**0.5))
         if lookup.table_dtype == "float32":
             yield f"model.{kind}.table_dtype", "bfloat16"
     if config.model.lookups:

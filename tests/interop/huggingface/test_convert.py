@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from memjax.checkpoint import CheckpointError
 from memjax.config.data import DataConfig
-from memjax.config.memory import ExpertLookupConfig, MemoryConfig
+from memjax.config.memory import MemoryConfig, PEERConfig
 from memjax.config.model import ExpertsConfig, ModelConfig
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import ByteTokenizer
@@ -28,7 +28,7 @@ from memjax.runs.load import load_as_saved
 from memjax.runs.write import write_run
 
 MEMORY = MemoryConfig(layers=(0, 1), num_keys=8, num_heads=2, top_k=4, key_dim=8, value_dim=8, table_dtype="bfloat16")
-EXPERTS = ExpertLookupConfig(layers=(2,), num_keys=8, num_heads=2, top_k=4, key_dim=8, table_dtype="float32")
+EXPERTS = PEERConfig(layers=(2,), num_keys=8, num_heads=2, top_k=4, key_dim=8, table_dtype="float32")
 SIZES: dict[str, Any] = {"dim": 16, "num_layers": 5, "num_heads": 2, "ffn_dim": 24, "vocab_size": 259}
 MIXTURE = ExpertsConfig(layers=(3,), num_experts=2, ffn_dim=8)
 MODEL = ModelConfig(**SIZES, memory=MEMORY, expert_lookup=EXPERTS, experts=MIXTURE)

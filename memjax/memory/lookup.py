@@ -1,0 +1,71 @@
+"""What all layers that read tables have in common, whatever they look up."""
+
+from typing import Any, ClassVar
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from memjax.memory.read import Perturbations, ReadKind, TableRead, zero_perturbation
+from memjax.memory.table import ValueTable
+
+
+class Recording(nnx.Module):
+    """What `memjax.value_and_grad` attaches to a layer while it runs a model."""
+
+    def __init__(self, perturbations: tuple[Perturbations, ...]):
+        """Perturbations of each call of the layer; none while their shapes are not known yet."""
+        self.perturbations = nnx.Perturbation(perturbations)
+        self.reads = nnx.Intermediate(())
+        """Of each call, in their order."""
+
+
+class LookupLayer(nnx.Module):
+    """A layer that reads tables, which the model owns and passes in: `layer(x, *tables)`.
+
+    A kind of lookup is a subclass with `READS`, `picks` and `with_reads`. For models that a config describes,
+    `memjax.memory.kinds` registers it.
+    """
+
+    READS: ClassVar[tuple[ReadKind, ...]]
+    """What is read of each table."""
+    picks: int
+    """Rows that a token reads of each table."""
+
+    def with_reads(
+        self, x: Float[Array, "*b dim"], *tables: ValueTable, perturbations: Perturbations | None = None
+    ) -> tuple[Float[Array, "*b dim"], tuple[TableRead, ...]]:
+        """The layer's output, and its read of each table.
+
+        Args:
+            x: the tokens.
+            tables: one for each of `READS`.
+            perturbations: zeros of `zero_perturbations`, added to what is read. Their cotangents and the reads make up
+                the gradients of the tables.
+
+        Raises:
+            ValueError: x is of another width, or a table's shape is not the one that the layer addresses.
+        """
+        raise NotImplementedError
+
+    def __call__(self, x: Float[Array, "*b dim"], *tables: ValueTable) -> Float[Array, "*b dim"]:
+        """The layer's output.
+
+        Raises:
+            ValueError: x is of another width, or tables are not as many or not of the shape that the layer addresses.
+        """
+        if len(tables) != len(self.READS):
+            raise ValueError(f"{type(self).__name__} reads {len(self.READS)} tables, found {len(tables)}")
+        recording: Any = getattr(self, "recording", None)
+        if recording is None:
+            return self.with_reads(x, *tables)[0]
+        calls, perturbations = recording.reads.get_value(), recording.perturbations.get_value()
+        # The number of the call tells which perturbations are its own; the first pass, which finds shapes, has none.
+        own = perturbations[len(calls)] if perturbations else None
+        out, found = self.with_reads(x, *tables, perturbations=own)
+        recording.reads.set_value((*calls, found))
+        return out
+
+    def zero_perturbations(self, num_tokens: int, *tables: ValueTable) -> Perturbations:
+        """Perturbations of `with_reads` for a batch of num_tokens tokens."""
+        pairs = zip(self.READS, tables, strict=True)
+        return tuple(zero_perturbation(kind, num_tokens, self.picks, table.table) for kind, table in pairs)

@@ -1,0 +1,203 @@
+"""Row-sparse training of any Flax NNX model with memory layers, in the style of `nnx.value_and_grad`."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool
+
+from memjax.memory.lookup import LookupLayer, Recording
+from memjax.memory.read import TableRead, row_gradients, zero_perturbation
+from memjax.memory.row_optimizer import RowOptimizer
+from memjax.memory.table import TableRows, ValueTable
+from memjax.ops.row_gradient import RowGradient
+from memjax.sharding.axes import split_columns
+
+DENSE = nnx.All(nnx.Param, nnx.Not(TableRows))
+"""The parameters that have a dense gradient."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gradients:
+    """The gradients of a model. They add up (`sum` too) and are scaled, so micro-batches can be accumulated."""
+
+    dense: Any
+    """Of the dense parameters, an `nnx.State`."""
+    tables: dict[str, list[RowGradient]]
+    """Of the tables, by their paths in the model."""
+
+    def __add__(self, other: "Gradients") -> "Gradients":
+        """The gradient of the sum of two losses."""
+        tables = {name: rows + other.tables[name] for name, rows in self.tables.items()}
+        return Gradients(jax.tree.map(jnp.add, self.dense, other.dense), tables)
+
+    def __radd__(self, zero: int) -> "Gradients":
+        """0 + gradients, with which `sum` begins."""
+        return self if zero == 0 else NotImplemented
+
+    def __mul__(self, factor: ArrayLike) -> "Gradients":
+        """The gradient of the loss times a number."""
+        scaled = lambda array: array * jnp.asarray(factor, array.dtype)
+        tables = {
+            name: [row._replace(weights=scaled(row.weights)) for row in rows] for name, rows in self.tables.items()
+        }
+        return Gradients(jax.tree.map(scaled, self.dense), tables)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, number: ArrayLike) -> "Gradients":
+        """The gradient of the loss divided by a number."""
+        return self * (1 / number)
+
+    def without_padding(self, is_real: Bool[Array, "*b"]) -> "Gradients":
+        """The gradients without the picks of padding, for which tables must have been read with these tokens.
+
+        The gradient of padding is zero, but rows with a gradient of zero still count as read: their moments decay.
+        """
+        real, beyond = is_real.reshape(-1), jnp.iinfo(jnp.int32).max
+        tables = {name: [row.without_padding(real, beyond) for row in rows] for name, rows in self.tables.items()}
+        return dataclasses.replace(self, tables=tables)
+
+
+def value_and_grad(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., tuple[Any, Gradients]]:
+    """Like `nnx.value_and_grad(loss_fn)`, with row gradients in place of dense gradients of the tables.
+
+    `loss_fn(model, *args, **kwargs)` calls the memory layers of the model, whose gradients are found by themselves,
+    however many layers share a table, under `nnx.remat` and on a mesh; `memjax.Optimizer` applies them:
+
+        loss, gradients = memjax.value_and_grad(loss_fn)(model, x, y)
+        optimizer.update(model, gradients)
+
+    The loss function is traced twice, first for the shapes of what is read. Layers must be called (`layer(x, table)`),
+    not by their parts, and their tables belong to the model. Layers inside `nnx.scan` or `nnx.vmap` are refused.
+
+    Args:
+        loss_fn: returns a scalar, or with has_aux a scalar and anything else.
+        has_aux: whether it does.
+
+    Returns:
+        A function of what `loss_fn` takes that returns what it returns, and the Gradients.
+
+    Raises:
+        ValueError: a table of the model was not read, or one that is not the model's was.
+    """
+
+    def differentiate(model: nnx.Module, *args: Any, **kwargs: Any) -> tuple[Any, Gradients]:
+        graphdef, tables, dense, rest = nnx.split(model, TableRows, DENSE, ...)
+
+        def run(dense: nnx.State, perturbations: dict[str, Any]) -> tuple[Array, tuple[Any, dict, nnx.State]]:
+            copy = nnx.merge(graphdef, tables, dense, rest, copy=True)
+            for name, table in _named(copy, ValueTable):
+                table.name = name
+            layers = dict(_named(copy, LookupLayer))
+            for name, layer in layers.items():
+                layer.recording = Recording(perturbations.get(name, ()))
+            value = loss_fn(copy, *args, **kwargs)
+            reads = {name: layer.recording.reads.get_value() for name, layer in layers.items()}
+            for layer in layers.values():
+                del layer.recording
+            return value[0] if has_aux else value, (value, reads, nnx.state(copy, nnx.Not(nnx.Param)))
+
+        rows = {name: table.rows[...] for name, table in _named(model, ValueTable)}
+        _, (_, shapes, _) = jax.eval_shape(lambda dense: run(dense, {}), dense)
+        _check_read(rows, shapes)
+        perturbations = jax.tree.map(
+            lambda read: _perturbation(read, rows[read.table]), shapes, is_leaf=lambda leaf: isinstance(leaf, TableRead)
+        )
+        (_, (value, reads, after)), (gradient, cotangents) = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(
+            dense, perturbations
+        )
+        nnx.update(model, after)
+        return value, Gradients(gradient, row_gradients(_by_call(reads), _by_call(cotangents)))
+
+    return differentiate
+
+
+class Optimizer(nnx.Module):
+    """An optax transformation for the dense parameters of a model, and a row optimizer for its tables."""
+
+    def __init__(self, model: nnx.Module, *, dense: optax.GradientTransformation, tables: RowOptimizer):
+        """The optimizer of a model before the first step.
+
+        Args:
+            model: with the tables that its memory layers read.
+            dense: of all parameters but the tables. Its clipping sees their gradients only.
+            tables: of the rows that were read.
+        """
+        self.tx, self.row_optimizer = dense, tables
+        self.step = nnx.OptState(jnp.zeros((), jnp.int32))
+        self.dense_state = nnx.OptState(dense.init(_arrays(nnx.state(model, DENSE))))
+        states = {name: tables.init(table.rows[...]) for name, table in _named(model, ValueTable)}
+        self.table_state = nnx.OptState(jax.tree.map(split_columns, states))
+
+    def update(self, model: nnx.Module, gradients: Gradients, *, ok: ArrayLike = True) -> None:
+        """One step; as a whole it is in place inside a jitted function that donates model and optimizer.
+
+        Args:
+            model: the one of `__init__`; its parameters change.
+            gradients: of `memjax.value_and_grad`.
+            ok: False leaves model and optimizer as they are, say where the loss is NaN.
+        """
+        state, before = nnx.state(model, DENSE), self.dense_state.get_value()
+        params = _arrays(state)
+        updates, after = self.tx.update(_arrays(gradients.dense), before, params)
+        keep = lambda new, old: jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, old)
+        nnx.replace_by_pure_dict(state, keep(optax.apply_updates(params, updates), params))
+        nnx.update(model, state)
+        self.dense_state.set_value(keep(after, before))
+        table_state = dict(self.table_state.get_value())
+        for name, table in _named(model, ValueTable):
+            rows, table_state[name] = self.row_optimizer.update(
+                name,
+                table.rows[...],
+                table_state[name],
+                gradients.tables[name],
+                step=self.step.get_value(),
+                ok=ok,
+            )
+            table.rows.set_value(rows)
+        self.table_state.set_value(table_state)
+        self.step.set_value(self.step.get_value() + jnp.asarray(ok, jnp.int32))
+
+
+def _arrays(state: nnx.State) -> dict[Any, Any]:
+    return nnx.to_pure_dict(state)
+
+
+def _named(model: nnx.Module, kind: type) -> Iterator[tuple[str, Any]]:
+    """The modules of a kind, each once, by their paths."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, kind):
+            yield ".".join(map(str, path)) or type(module).__name__, module
+
+
+def _check_read(rows: dict[str, Any], reads: dict[str, Any]) -> None:
+    """Refuses tables that nothing would train.
+
+    Raises:
+        ValueError: there is one, or a table is not the model's.
+    """
+    found = {read.table for calls in reads.values() for of_call in calls for read in of_call}
+    if foreign := found - rows.keys():
+        raise ValueError(f"a table that is read must belong to the model; it has {sorted(rows)}, not {sorted(foreign)}")
+    if unread := rows.keys() - found:
+        raise ValueError(
+            f"no layer of the model read the tables {sorted(unread)} in loss_fn, so they would not be trained: call "
+            "the layers themselves, as layer(x, table), outside of nnx.scan and nnx.vmap"
+        )
+
+
+def _perturbation(read: TableRead, rows: Any) -> Array:
+    tokens, picks = read.indices.shape
+    return zero_perturbation("dot" if read.weights is None else "bag", tokens, picks, rows)
+
+
+def _by_call(by_layer: dict[str, Any]) -> dict[str, Any]:
+    """What layers hold of each of their calls, by layer and number of the call."""
+    return {f"{name} {number}": found for name, calls in by_layer.items() for number, found in enumerate(calls)}

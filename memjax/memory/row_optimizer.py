@@ -1,0 +1,63 @@
+"""The optimizer of tables: a rule for rows that were read, its learning rate, and the seed of its rounding."""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from memjax.memory import sharded
+from memjax.ops.row_gradient import RowGradient
+from memjax.ops.row_update.rules import RowRule, TableState, row_step
+
+
+@dataclasses.dataclass(frozen=True)
+class RowOptimizer:
+    """Updates the rows of tables that were read, in place: no array of a table's size besides it and its state."""
+
+    learning_rate: float | Callable[[ArrayLike], ArrayLike]
+    """A number, or a schedule of the number of the step, as those of optax."""
+    rule: RowRule = dataclasses.field(default_factory=RowRule)
+    """The default of 256 state_columns is lowered for tables whose width it does not divide."""
+    seed: int = 0
+    """Of the stochastic rounding; every table rounds with bits of its own."""
+    exchange: Literal["auto", "factored", "dense"] = "auto"
+    """How row gradients cross the axis `data` of a mesh: see `memjax.memory.sharded.update_rows`."""
+    implementation: str | None = None
+    """Of `row_update`; None takes the fastest that can run."""
+
+    def init(self, rows: Float[Array, "n d"]) -> TableState:
+        """The state of a table before the first update."""
+        return self._rule(rows.shape[1]).init(rows.shape[0], rows.shape[1], rows.dtype)
+
+    def update(
+        self,
+        name: str,
+        rows: Float[Array, "n d"],
+        state: TableState,
+        gradients: Sequence[RowGradient],
+        *,
+        step: ArrayLike,
+        ok: ArrayLike = True,
+    ) -> tuple[Float[Array, "n d"], TableState]:
+        """The rows of the table of a name and its state, updated by the gradients of all its reads together.
+
+        Args:
+            name: of the table.
+            rows: of the table.
+            state: of `init`.
+            gradients: of all reads of the table.
+            step: number of the step, from 0.
+            ok: False leaves everything as it is.
+        """
+        rate = self.learning_rate(step) if callable(self.learning_rate) else self.learning_rate
+        now = row_step(rate, step, ok=ok, seed=zlib.crc32(f"{self.seed} {name}".encode()))
+        kernels = {"exchange": self.exchange, "implementation": self.implementation}
+        return sharded.update_rows(rows, state, gradients, self._rule(rows.shape[1]), now, **kernels)
+
+    def _rule(self, width: int) -> RowRule:
+        columns = self.rule.state_columns
+        return dataclasses.replace(self.rule, state_columns=math.gcd(256, width) if columns == 256 else columns)

@@ -1,0 +1,178 @@
+"""`memjax.value_and_grad` and `memjax.Optimizer` against plain autodiff and against the explicit form, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+
+import memjax
+from memjax import MemoryLayer, PEERLayer, RowOptimizer, RowRule, TableRows, ValueTable, row_update
+from memjax.memory.sparse_gradient import row_sparse_value_and_grad
+from memjax.ops.row_update.rules import row_step
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+DIM, TOKENS, SLOTS = 8, 16, 16
+SIZES = {"num_keys": 4, "num_heads": 2, "top_k": 2, "key_dim": 4, "param_dtype": jnp.float64}
+TABLES = ("inputs", "outputs", "table")
+
+
+@pytest.fixture(scope="module")
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.memory = MemoryLayer(DIM, **SIZES, rngs=rngs)
+
+    def __call__(self, x, table):
+        return x + self.memory(x, table)
+
+
+class Model(nnx.Module):
+    """Two blocks that share a table, the first of which runs twice, and a PEER layer."""
+
+    def __init__(self, *, remat=False):
+        rngs = nnx.Rngs(0)
+        self.table, self.inputs, self.outputs = (ValueTable(SLOTS, DIM, dtype=jnp.float64, rngs=rngs) for _ in TABLES)
+        self.blocks = nnx.List([Block(rngs), Block(rngs)])
+        self.peer, self.remat = PEERLayer(DIM, **SIZES, rngs=rngs), remat
+        self.calls = nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+    def __call__(self, x):
+        run = nnx.remat(Block.__call__) if self.remat else Block.__call__
+        for block in (*self.blocks, self.blocks[0]):
+            x = run(block, x, self.table)
+        self.calls.set_value(self.calls.get_value() + 1)
+        return x + self.peer(x, self.inputs, self.outputs)
+
+
+def loss_fn(model, x, y):
+    return jnp.mean((model(x) - y) ** 2)
+
+
+def data():
+    return jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, TOKENS // 2, DIM)))
+
+
+def assert_same_gradients(gradients, expected):
+    """Row gradients add up to the dense gradients of the tables, and all other gradients are the same."""
+    for name in TABLES:
+        dense = expected[name]["rows"][...]
+        assert np.any(dense)
+        total = sum(row.dense(SLOTS) for row in gradients.tables[name])
+        np.testing.assert_allclose(total, dense, rtol=1e-9, atol=1e-12)
+    others = nnx.filter_state(expected, lambda path, _: path[0] not in TABLES)
+    for one, other in zip(jax.tree.leaves(gradients.dense), jax.tree.leaves(others), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_gradients_are_those_of_plain_autodiff(remat):
+    model, (x, y) = Model(remat=remat), data()
+    expected_loss, expected = nnx.jit(nnx.value_and_grad(loss_fn))(model, x, y)
+    loss, gradients = nnx.jit(memjax.value_and_grad(loss_fn))(model, x, y)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-12)
+    assert [len(gradients.tables[name]) for name in TABLES] == [1, 1, 3]
+    assert_same_gradients(gradients, expected)
+    assert model.calls.get_value() == 2
+    assert not hasattr(model.peer, "recording")
+
+
+def test_a_mesh_gives_the_gradients_of_one_device():
+    model, (x, y) = Model(), data()
+    _, expected = nnx.jit(nnx.value_and_grad(loss_fn))(model, x, y)
+    mesh = jax.make_mesh((2, 2), ("data", "memory"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        _, gradients = nnx.jit(memjax.value_and_grad(loss_fn))(nnx.jit(Model)(), x, y)
+    assert_same_gradients(jax.tree.map(jnp.asarray, jax.device_get(gradients)), expected)
+
+
+def test_micro_batches_add_up_to_the_batch():
+    model, (x, y) = Model(), data()
+    one = memjax.value_and_grad(loss_fn)
+    _, expected = nnx.jit(nnx.value_and_grad(loss_fn))(model, x, y)
+    accumulate = nnx.jit(lambda model: sum(one(model, x[i : i + 1], y[i : i + 1])[1] for i in range(2)) / 2)
+    assert_same_gradients(accumulate(model), expected)
+
+
+def test_steps_are_those_of_the_explicit_form():
+    x, y = data()
+    rule = RowRule(kind="rowwise_adam", state_columns=DIM)
+    layer = MemoryLayer(DIM, **SIZES, rngs=nnx.Rngs(1))
+    table = ValueTable(SLOTS, DIM, dtype=jnp.float64, rngs=nnx.Rngs(2))
+    graphdef, params = nnx.split(layer)
+    table_def, adam = nnx.graphdef(table), optax.adam(1e-2)
+
+    def explicit_loss(params, perturbations, table):
+        out, reads = nnx.merge(graphdef, params).with_reads(x, table, perturbations=perturbations["memory"])
+        return jnp.mean((out - y) ** 2), ({"memory": reads}, None)
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.layer, self.table = nnx.clone(layer), nnx.clone(table)
+
+        def __call__(self, x):
+            return self.layer(x, self.table)
+
+    net = Net()
+    optimizer = memjax.Optimizer(net, dense=optax.adam(1e-2), tables=RowOptimizer(1e-1, rule))
+
+    @nnx.jit
+    def step(net, optimizer, ok):
+        loss, gradients = memjax.value_and_grad(loss_fn)(net, x, y)
+        optimizer.update(net, gradients, ok=ok)
+        return loss
+
+    @jax.jit
+    def explicit_step(params, state, rows, row_state, number):
+        now_table = nnx.merge(table_def, nnx.State({"rows": TableRows(rows)}))
+        perturbations = {"memory": layer.zero_perturbations(TOKENS, now_table)}
+        (loss, _), gradient, found = row_sparse_value_and_grad(explicit_loss)(params, perturbations, now_table)
+        updates, state = adam.update(gradient, state, params)
+        now = row_step(1e-1, number)
+        return (
+            loss,
+            optax.apply_updates(params, updates),
+            state,
+            *row_update(rows, row_state, found["table"], rule, now),
+        )
+
+    state, rows, row_state = adam.init(params), table.rows[...], rule.init(SLOTS, DIM, jnp.float64)
+    for number in range(3):
+        loss, params, state, rows, row_state = explicit_step(params, state, rows, row_state, number)
+        np.testing.assert_allclose(step(net, optimizer, True), loss, rtol=1e-12)
+    np.testing.assert_allclose(net.table.rows[...], rows, rtol=1e-11)
+    for one, other in zip(jax.tree.leaves(nnx.state(net.layer)), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-11)
+
+    before = jax.tree.map(np.array, nnx.state((net, optimizer)))
+    step(net, optimizer, False)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state((net, optimizer)), before)
+
+
+def test_tables_that_would_not_be_trained_are_refused():
+    model, x = Model(), data()[0]
+    by_parts = lambda model: jnp.sum(model.peer.with_reads(x, model.inputs, model.outputs)[0])
+    with pytest.raises(ValueError, match=r"no layer of the model read the tables \['inputs', 'outputs', 'table'\]"):
+        memjax.value_and_grad(by_parts)(model)
+    foreign = ValueTable(SLOTS, DIM, name="foreign", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"must belong to the model; it has .*, not \['foreign'\]"):
+        memjax.value_and_grad(lambda model: jnp.sum(model.blocks[0](x, foreign)))(model)
+
+
+def test_padding_reads_no_row():
+    model, (x, y) = Model(), data()
+    real = jnp.zeros(x.shape[:2], bool).at[0, :3].set(True)
+    _, gradients = nnx.jit(memjax.value_and_grad(loss_fn))(model, x, y)
+    kept = gradients.without_padding(real).tables["inputs"][0].dense(SLOTS)
+    (row,) = gradients.tables["inputs"]
+    expected = np.zeros((SLOTS, DIM))
+    for token, pick in np.ndindex(3, row.indices.shape[1]):
+        expected[row.indices[token, pick]] += row.weights[token, pick] * row.vectors[token]
+    np.testing.assert_allclose(kept, expected, atol=1e-12)
