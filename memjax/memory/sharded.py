@@ -11,7 +11,7 @@ these are the plain operations, so one device, a mesh and somebody else's model 
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp

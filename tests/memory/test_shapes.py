@@ -116,23 +116,19 @@ def test_tokens_that_devices_cannot_share_evenly_are_refused_with_what_to_do(mes
                 call()
 
 
-def test_a_section_and_keywords_make_the_same_layer():
-    sections = ((MemoryLayer, MemoryConfig(**SIZES, gate="none", value_dim=4)), (PEERLayer, PEERConfig(**SIZES)))
-    for kind, section in sections:
-        options = {name: getattr(section, name) for name in (*SIZES, "gate", "value_dim") if hasattr(section, name)}
-        graphs = [
-            nnx.graphdef(nnx.eval_shape(build))
-            for build in (
-                lambda kind=kind, section=section: kind(DIM, section, rngs=nnx.Rngs(0)),
-                lambda kind=kind, options=options: kind(DIM, **options, rngs=nnx.Rngs(0)),
-                lambda kind=kind, section=type(section)(), options=options: kind(
-                    DIM, section, **options, rngs=nnx.Rngs(0)
-                ),
-            )
-        ]
-        assert graphs[0] == graphs[1] == graphs[2]
-        with pytest.raises(TypeError, match=rf"{kind.__name__} has no setting num_key; known: layers, .*num_keys"):
-            kind(DIM, section, num_key=3, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize(
+    ("kind", "section", "more"),
+    [(MemoryLayer, MemoryConfig, {"gate": "none", "value_dim": 4}), (PEERLayer, PEERConfig, {})],
+)
+def test_a_section_and_keywords_make_the_same_layer(kind, section, more):
+    def graph(*arguments, **options):
+        return nnx.graphdef(nnx.eval_shape(lambda: kind(DIM, *arguments, **options, rngs=nnx.Rngs(0))))
+
+    assert graph() == graph(section())
+    expected = graph(section(**SIZES, **more))
+    assert graph(**SIZES, **more) == graph(section(**SIZES), **more) == expected
+    with pytest.raises(TypeError, match=rf"{kind.__name__} has no setting num_key; known: layers, .*num_keys"):
+        kind(DIM, section(), num_key=3, rngs=nnx.Rngs(0))
 
 
 def test_another_number_of_tables_is_refused():

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from memjax.config.memory import ExpertLookupConfig, MemoryConfig
+from memjax.config.memory import MemoryConfig, PEERConfig
 from memjax.config.model import ExpertsConfig, ModelConfig, RopeScalingConfig
 from memjax.interop.huggingface.config import write_model_config
 from memjax.interop.huggingface.convert import TORCH_MODEL
@@ -22,7 +22,7 @@ PLACED_MEMORY = MemoryConfig(layers=(0,), placement="beside", output_gate=True, 
 EVERYTHING = ModelConfig(
     num_layers=3,
     memory=PLACED_MEMORY,
-    expert_lookup=ExpertLookupConfig(layers=(1,)),
+    expert_lookup=PEERConfig(layers=(1,)),
     experts=ExpertsConfig(layers=(2,), num_experts=2),
     attention_bias=True,
     head_norm=True,
@@ -73,7 +73,7 @@ def test_the_torch_code_declares_the_parameters_that_are_exported():
     [
         ModelConfig(memory=MemoryConfig(share=False)),
         ModelConfig(memory=MemoryConfig(gate="none"), tie_embeddings=True),
-        ModelConfig(memory=None, expert_lookup=ExpertLookupConfig(share=False)),
+        ModelConfig(memory=None, expert_lookup=PEERConfig(share=False)),
     ],
     ids=["own tables", "no gate", "peer"],
 )
@@ -82,7 +82,7 @@ def test_other_models_have_some_of_these_parameters(config):
 
 
 def test_every_setting_that_the_torch_code_reads_exists():
-    sections = (ModelConfig, MemoryConfig, ExpertLookupConfig, ExpertsConfig, RopeScalingConfig)
+    sections = (ModelConfig, MemoryConfig, PEERConfig, ExpertsConfig, RopeScalingConfig)
     known = {field.name for section in sections for field in dataclasses.fields(section)}
     read = {
         node.slice.value
