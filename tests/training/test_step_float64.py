@@ -115,11 +115,11 @@ def test_rows_follow_their_rule_on_the_gradient_of_the_whole_table(tiny, monkeyp
 
         def loss(tables):
             model = trainer.parts.assemble(params, tables)
-            hidden, lookups, *_ = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
+            hidden, reads, *_ = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
             every = jax.nn.log_softmax(model.logits(hidden))
             picked = jnp.sum(every * jax.nn.one_hot(batch["targets"], tiny.vocab, dtype=every.dtype), axis=-1)
             mask = batch["loss_mask"]
-            return -jnp.sum(picked * mask) / mask.sum(), [lookup.indices for lookup in lookups.values()]
+            return -jnp.sum(picked * mask) / mask.sum(), [read.indices for (read,) in reads.values()]
 
         return jax.value_and_grad(loss, has_aux=True)(tables)
 
