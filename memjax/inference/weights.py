@@ -85,7 +85,7 @@ class JoinedBlock(Block):
         """`Block.with_cache`."""
         x, inputs = self.attention_norm(x)
         x, cache = self.attention.with_cache(inputs, positions, cache, x)
-        is_dense = self.experts is None and self.memory is None and self.expert_lookup is None
+        is_dense = self.experts is None and self.lookup is None
         if not is_dense or not isinstance(self.feed_forward, JoinedFeedForward):
             return self._mix(x, tables)[0], cache
         x, inputs = self.mixer_norm(x)

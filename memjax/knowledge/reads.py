@@ -10,9 +10,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from memjax.config.model import ModelConfig
-from memjax.memory.sparse_gradient import Taps, row_sparse_value_and_grad
+from memjax.memory.read import Perturbations, TableRead
+from memjax.memory.sparse_gradient import row_sparse_value_and_grad
 from memjax.memory.table import ValueTable
-from memjax.models.decoder import Decoder, Hidden, layer_name
+from memjax.models.decoder import Decoder, DecoderOutput, layer_name
 from memjax.models.parts import DecoderParts, Tables
 from memjax.ops.precision import accumulator
 from memjax.ops.row_gradient import RowGradient
@@ -47,9 +48,16 @@ def layers_of(config: ModelConfig) -> dict[str, int]:
     return {layer_name(number): number for number in config.lookups}
 
 
-def slot_reads(hidden: Hidden) -> dict[str, SlotReads]:
+def slot_reads(hidden: DecoderOutput) -> dict[str, SlotReads]:
     """What every layer read, by its name."""
-    return {name: SlotReads(lookup.indices, lookup.weights) for name, lookup in hidden.lookups.items()}
+    return {name: _of_sum(reads) for name, reads in hidden.reads.items()}
+
+
+def _of_sum(reads: tuple[TableRead, ...]) -> SlotReads:
+    """The read that a layer's output is a sum of, which is its last."""
+    weights = reads[-1].weights
+    assert weights is not None
+    return SlotReads(reads[-1].indices, weights)
 
 
 def table_gradients(
@@ -69,18 +77,13 @@ def table_gradients(
         objective: of the model and its hidden states.
     """
 
-    def loss_fn(nothing: dict[str, Array], taps: Taps) -> tuple[Array, tuple[Any, Any]]:
+    def loss_fn(nothing: dict[str, Array], perturbations: dict[str, Perturbations]) -> tuple[Array, tuple[Any, Any]]:
         model = parts.assemble(params, tables)
-        hidden = model.hidden(batch["tokens"], taps=taps, real=batch["segments"] > 0)
-        return objective(model, hidden.states), (hidden.lookups, slot_reads(hidden))
+        hidden = model.hidden(batch["tokens"], perturbations=perturbations, real=batch["segments"] > 0)
+        return objective(model, hidden.states), (hidden.reads, slot_reads(hidden))
 
-    taps = parts.zero_taps(batch["tokens"].size)
-    (value, reads), _, found = row_sparse_value_and_grad(loss_fn)({}, taps)
-    rows: dict[str, list[RowGradient]] = {}
-    for layer in reads:
-        gradients = jax.tree.leaves(found[layer], is_leaf=lambda leaf: isinstance(leaf, RowGradient))
-        for table, gradient in zip(tables_of(parts.config, layer), gradients, strict=True):
-            rows.setdefault(table, []).append(gradient)
+    perturbations = parts.zero_perturbations(batch["tokens"].size)
+    (value, reads), _, rows = row_sparse_value_and_grad(loss_fn)({}, perturbations)
     return Gradients(value, reads, rows)
 
 
@@ -104,15 +107,15 @@ def run_layers(model: Decoder, tokens: Int[Array, "b s"]) -> tuple[dict[str, Lay
         tables = tuple(model.tables[name] for name in lookup.tables(number)) if lookup else ()
         residual, attention_inputs = block.attention_norm(x)
         inputs = block.mixer_norm(residual + block.attention(attention_inputs, positions)).normed
-        x, report = block(x, positions, None, tables)
-        if report.lookup is not None:
-            runs[layer_name(number)] = _layer_run(block, inputs, tables, SlotReads(*report.lookup[:2]))
+        x, aux = block(x, positions, None, tables)
+        if aux.reads:
+            runs[layer_name(number)] = _layer_run(block.lookup, inputs, tables, _of_sum(aux.reads))
     return runs, x
 
 
-def _layer_run(block: Any, inputs: Array, tables: tuple[ValueTable, ...], reads: SlotReads) -> LayerRun:
-    layer = block.memory or block.expert_lookup
-    combine = layer.combine if block.memory else lambda inputs, bag: bag.reshape(inputs.shape).astype(inputs.dtype)
+def _layer_run(layer: Any, inputs: Array, tables: tuple[ValueTable, ...], reads: SlotReads) -> LayerRun:
+    plain = lambda inputs, bag: bag.reshape(inputs.shape).astype(inputs.dtype)
+    combine = getattr(layer, "combine", plain)
     return LayerRun(reads, functools.partial(combine, inputs), layer(inputs, *tables))
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memjax.config.memory import ExpertLookupConfig, MemoryConfig
+from memjax.config.memory import MemoryConfig, PEERConfig
 from memjax.config.model import ModelConfig
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts
@@ -20,7 +20,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "memory_plus": {"memory": MemoryConfig(layers=(0, 2), value_dim=12, **LOOKUP)},
     "plain": {"memory": MemoryConfig(layers=(0, 2), gate="none", **LOOKUP)},
     "gated_beside": {"memory": MemoryConfig(layers=(0, 2), output_gate=True, placement="beside", **LOOKUP)},
-    "peer": {"memory": None, "expert_lookup": ExpertLookupConfig(layers=(0, 2), **LOOKUP)},
+    "peer": {"memory": None, "expert_lookup": PEERConfig(layers=(0, 2), **LOOKUP)},
 }
 
 
