@@ -18,7 +18,7 @@ from checks import Check, relative
 
 import memjax
 from memjax.config.data import DataConfig
-from memjax.config.memory import ExpertLookupConfig, MemoryConfig
+from memjax.config.memory import MemoryConfig, PEERConfig
 from memjax.config.model import ExpertsConfig, ModelConfig, RopeScalingConfig
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import ByteTokenizer
@@ -66,12 +66,12 @@ MODELS: dict[str, ModelConfig] = {
     "Memory+ and feed-forward layers, output gate, bfloat16 table": ModelConfig(
         **SIZES, memory=MemoryConfig(layers=(0, 2), **{**KEYS, **BESIDE}), tie_embeddings=True
     ),
-    "PEER": ModelConfig(**SIZES, memory=None, expert_lookup=ExpertLookupConfig(layers=(0, 2), **KEYS)),
+    "PEER": ModelConfig(**SIZES, memory=None, expert_lookup=PEERConfig(layers=(0, 2), **KEYS)),
     "experts, 2 of 4 a token": ModelConfig(
         **SIZES, memory=None, experts=ExpertsConfig(num_experts=4, ffn_dim=16, renormalize=True)
     ),
     "Memory+, PEER and experts, biases, head norms, a layer without positions": ModelConfig(
-        **SIZES, memory=MemoryConfig(layers=(0,), **KEYS), expert_lookup=ExpertLookupConfig(layers=(1,), **KEYS),
+        **SIZES, memory=MemoryConfig(layers=(0,), **KEYS), expert_lookup=PEERConfig(layers=(1,), **KEYS),
         experts=ExpertsConfig(layers=(2,), routing="expert_choice", num_experts=3), head_dim=12, attention_bias=True,
         attention_out_bias=False, head_norm=True, rope_free_layers=(1,),
     ),
