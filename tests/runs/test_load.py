@@ -113,7 +113,9 @@ def test_a_table_saved_in_bfloat16_is_widened_where_the_machine_computes_in_floa
     # As a GPU writes 'auto'.
     model = build(narrow.model, 3)
     _, params, tables = take_apart(model)
-    document = meta_document(config, ByteTokenizer(), step=1) | {"table_dtypes": {"memory": "bfloat16"}}
+    document = meta_document(config, ByteTokenizer(), step=1) | {
+        "table_dtypes": {"memory": "bfloat16", "expert_lookup": "float32"}
+    }
     with Checkpoints(tmp_path / "auto" / "checkpoints") as checkpoints:
         checkpoints.save(1, {"params": params_to_tree(params), "tables": tables}, {"meta": document})
     wide = take_apart(load(tmp_path / "auto").model)[2]["shared"]
