@@ -176,7 +176,10 @@ def _read_meta(meta: dict[str, Any], folder: pathlib.Path) -> tuple[RunConfig, T
     except pydantic.ValidationError as error:
         reason = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise CheckpointError(f"{folder}: the checkpoint's config is not one of this version: {reason}") from error
-    dtypes: TableDtypes = {kind: meta["table_dtypes"][kind] for kind in config.model.lookup_sections}
+    dtypes: TableDtypes = {
+        kind: meta["table_dtypes"].get(kind, section.table_dtype)
+        for kind, section in config.model.lookup_sections.items()
+    }
     if "float64" in (config.model.param_dtype, *dtypes.values()) and not jax.config.read("jax_enable_x64"):
         raise CheckpointError(f"{folder}: the checkpoint is in float64; set JAX_ENABLE_X64=1 to load it")
     return config, dtypes
