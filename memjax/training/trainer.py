@@ -287,6 +287,9 @@ class Loop:
     @contextmanager
     def _aside(self) -> Iterator[None]:
         """For what is not training: begins when the steps under way are done, and does not count as their time."""
+        # A step's time is that since the one before was read, which is done while the newest is under way; its line
+        # comes before what is printed aside, too.
+        self._read()
         jax.block_until_ready(self.state.step)
         with self.stopwatch.paused():
             yield
@@ -364,7 +367,6 @@ class Loop:
         every = self.config.eval.every
         if step != self.config.train.steps and (every is None or step % every):
             return False
-        self._read(keep=1)  # the lines of the steps before come first
         with self._aside():
             loss = self._validation_loss()
         if loss is None:

@@ -45,3 +45,13 @@ def test_speeds_of_generation_were_measured():
         ours, theirs = found["dense", batch], found["transformers, static cache", batch]
         steady = f"{ours['ms a token']:.3f} | {theirs['ms a token']:.3f}"
         assert f"| batch {batch} | {steady} | {ours['first token ms']:.1f} | {theirs['first token ms']:.1f} |" in table
+
+
+def test_speeds_of_generation_with_a_memory_were_measured():
+    rows = json.loads((ROOT / "experiments/bench/results/inference-memory-nvidia-h200.json").read_text())["rows"]
+    one, eight = (row for row in rows if row["model"] == "Memory+" and row["prompt"] == 512)
+    text = (
+        f"took {one['ms a token']:.3f} at batch 1 and {eight['ms a token']:.3f} at batch 8, "
+        f"{one['of dense']:.2f} and {eight['of dense']:.2f} of the dense model"
+    )
+    assert text in " ".join((ROOT / "README.md").read_text().split())

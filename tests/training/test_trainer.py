@@ -1,6 +1,7 @@
 """What the loop decides before anything is computed."""
 
 from collections import deque
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -72,3 +73,16 @@ def test_a_step_whose_run_cannot_be_recorded_yet_keeps_its_place():
         with pytest.raises(OSError, match="No space"):
             loop._read(keep=0)
         assert [pending.step for pending in loop.pending] == [1]
+
+
+def test_a_pause_in_training_leaves_every_step_its_own_time():
+    loop, written = Loop.__new__(Loop), []
+    loop.state = SimpleNamespace(step=np.int32(2))
+    loop.stopwatch, loop.first, loop.tokens_seen, loop.must_stop = Stopwatch(), 0, 0, False
+    loop.peak_flops = loop.compile_seconds = loop.metrics = None
+    loop.record, loop.trackers, loop.progress = (lambda step: None), [], SimpleNamespace(show=written.append)
+    metrics = lambda: {"train/loss": np.float32(1), "train/tokens": np.int32(8), "healthy": np.bool_(True)}
+    loop.pending = deque(_Pending(step, metrics(), {}) for step in (1, 2))
+    with loop._aside():
+        assert [row["step"] for row in written] == [1]
+        assert [pending.step for pending in loop.pending] == [2]
