@@ -13,6 +13,7 @@ from memjax.config.model import ModelConfig
 from memjax.config.optim import OptimConfig, TableOptimConfig
 from memjax.config.run import RunConfig
 from memjax.config.training import TrainConfig
+from memjax.memory.layer import MemoryLayer
 from memjax.sharding.mesh import make_mesh
 from memjax.training.program import Trainer
 from memjax.training.step import make_train_step
@@ -85,8 +86,8 @@ def test_in_the_control_every_token_of_a_sentence_reads_the_slots_of_its_fact(ro
     addressed = trainer._addressed(trainer.on_device.slots, facts)
     parts = addressed.parts
     params, tables = jax.jit(lambda key: parts.init(key))(jax.random.key(0))
-    memory = parts.assemble(params, tables).blocks[0].memory
-    assert memory is not None
+    memory = parts.assemble(params, tables).blocks[0].lookup
+    assert isinstance(memory, MemoryLayer)
     lookup = memory.lookup(jnp.zeros((3 * rows.length, 16)))
     read = np.asarray(lookup.indices).reshape(3, rows.length, -1)
     assert (read == read[:, :1]).all()

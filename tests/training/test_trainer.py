@@ -2,13 +2,14 @@
 
 from collections import deque
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 
 from memjax.config.data import DataConfig
 from memjax.errors import ConfigError
-from memjax.monitoring.progress import Stopwatch
+from memjax.monitoring.progress import ProgressLines, Stopwatch
 from memjax.training.trainer import PATIENCE, FirstBatches, Loop, _Pending
 
 
@@ -80,7 +81,8 @@ def test_a_pause_in_training_leaves_every_step_its_own_time():
     loop.state = SimpleNamespace(step=np.int32(2))
     loop.stopwatch, loop.first, loop.tokens_seen, loop.must_stop = Stopwatch(), 0, 0, False
     loop.peak_flops = loop.compile_seconds = loop.metrics = None
-    loop.record, loop.trackers, loop.progress = (lambda step: None), [], SimpleNamespace(show=written.append)
+    loop.record, loop.trackers = (lambda step: None), []
+    loop.progress = cast(ProgressLines, SimpleNamespace(show=written.append))
     metrics = lambda: {"train/loss": np.float32(1), "train/tokens": np.int32(8), "healthy": np.bool_(True)}
     loop.pending = deque(_Pending(step, metrics(), {}) for step in (1, 2))
     with loop._aside():
