@@ -1,6 +1,7 @@
 """`python -m memjax.convert`: Hugging Face models in and out, official checkpoints in, memory for a dense run.
 
-`from-hf FOLDER --out RUN`, `to-hf RUN --out FOLDER`, `from-official FOLDER --out RUN`, `upcycle RUN --out RUN`.
+`from-hf FOLDER --out RUN`, `to-hf RUN --out FOLDER`, `from-official FOLDER --out RUN`, `upcycle RUN --out RUN`,
+`quantize RUN --out RUN`.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from memjax.config.load import RUN_FOLDER, parse
 from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig
 from memjax.errors import ConfigError
-from memjax.runs.command import CheckpointSettings, exit_code
+from memjax.runs.command import CheckpointSettings, TableFormat, exit_code
 
 PROG = "python -m memjax.convert"
 
@@ -86,6 +87,23 @@ class UpcycleConfig:
         refuse(local_paths(self, "out"))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizeConfig:
+    """Where the new run goes, and how the rows of its tables are stored."""
+
+    out: str
+    """The folder of the run to write; new or empty."""
+    table: TableFormat = "int8"
+    """Format of the rows. int8 and float8_e4m3 take a half, int4 a quarter of bfloat16's bytes; saved changes nothing
+    but that tables are in files, which table_place=host maps on a CPU."""
+    step: str = "latest"
+    """The checkpoint: latest, best (lowest validation loss) or its number."""
+
+    def __post_init__(self) -> None:
+        CheckpointSettings(step=self.step)
+        refuse(local_paths(self, "out"))
+
+
 def from_hf(folder: str, settings: FromHfConfig) -> None:
     """Writes a run and says how to go on from it."""
     _stay_on_cpu()
@@ -137,6 +155,21 @@ def upcycle(run: str, settings: UpcycleConfig) -> None:
     _tell_of_run(settings.out, read_config(settings.out).model)
 
 
+def quantize(run: str, settings: QuantizeConfig) -> None:
+    """Writes a run and says how to use it."""
+    _stay_on_cpu()
+    from memjax.ops.row_formats import formats
+    from memjax.runs.quantize import quantize_run
+
+    row_format = None if settings.table == "saved" else formats.find(settings.table)
+    step = CheckpointSettings(step=settings.step).checkpoint
+    config = quantize_run(run, settings.out, row_format, step=step)
+    place = shlex.quote(settings.out)
+    print(f"run        {settings.out}: {describe(config.model)}, tables in {settings.table}, read-only")
+    print(f'ask it     python -m memjax.generate {place} --prompt "..."')
+    print(f"off a GPU  python -m memjax.generate {place} --table_place host")
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Command:
     """One kind of conversion: the first word of the command line."""
@@ -170,6 +203,13 @@ COMMANDS: Mapping[str, Command] = {
         Positional(name="FOLDER", help="consolidated.safetensors or consolidated.pth, params.json and a tokenizer."),
         "Makes a run of a checkpoint of the PyTorch code of the paper (arXiv:2412.09764). A .pth file is read without "
         "unpickling: nothing in it is run.",
+    ),
+    "quantize": Command(
+        quantize,
+        QuantizeConfig,
+        RUN_FOLDER,
+        "Makes a run of another whose tables are stored in fewer bytes, for inference: a block of rows at a time, so "
+        "that tables of any size need little memory.",
     ),
     "upcycle": Command(
         upcycle,

@@ -12,7 +12,7 @@ from memjax.config.load import RUN_FOLDER, parse
 from memjax.config.sampling import SamplingConfig
 from memjax.errors import ConfigError
 from memjax.io.console import printable
-from memjax.runs.command import CheckpointSettings, check_output, exit_code, loaded
+from memjax.runs.command import InferenceSettings, check_output, exit_code, loaded
 
 if TYPE_CHECKING:
     from memjax.runs.load import LoadedModel
@@ -21,7 +21,7 @@ PROG = "python -m memjax.generate"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateConfig(CheckpointSettings, SamplingConfig):
+class GenerateConfig(InferenceSettings, SamplingConfig):
     """What to write, and how."""
 
     prompt: str | None = None
@@ -43,7 +43,7 @@ class GenerateConfig(CheckpointSettings, SamplingConfig):
 
     def __post_init__(self) -> None:
         problems = []
-        for check in (CheckpointSettings.__post_init__, SamplingConfig.__post_init__):
+        for check in (InferenceSettings.__post_init__, SamplingConfig.__post_init__):
             try:
                 check(self)
             except ValueError as error:

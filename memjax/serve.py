@@ -15,7 +15,7 @@ from memjax.config.checks import not_empty, positive, refuse
 from memjax.config.load import RUN_FOLDER, parse
 from memjax.errors import ConfigError
 from memjax.io.console import say, warn
-from memjax.runs.command import CheckpointSettings, exit_code, loaded
+from memjax.runs.command import InferenceSettings, exit_code, loaded
 
 PROG = "python -m memjax.serve"
 API_KEY = "MEMJAX_API_KEY"
@@ -23,7 +23,7 @@ INSTALL = "pip install 'memjax[serve]'"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ServeConfig(CheckpointSettings):
+class ServeConfig(InferenceSettings):
     """Where to serve, and what clients may ask for."""
 
     host: str = "127.0.0.1"
@@ -49,7 +49,7 @@ class ServeConfig(CheckpointSettings):
     def __post_init__(self) -> None:
         problems: list[str | None] = []
         try:
-            CheckpointSettings.__post_init__(self)
+            InferenceSettings.__post_init__(self)
         except ValueError as error:
             problems.append(str(error))
         refuse(

@@ -14,7 +14,7 @@ BLOCK_BYTES = 2 << 30
 SMALL_BYTES = 16 << 20
 """Arrays up to this size are never cut."""
 
-BLOCKS = 32
+BLOCKS = 128
 """Blocks of an array that is all of its item; while one is read, its bytes are in host memory about four times."""
 
 

@@ -3,8 +3,10 @@
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from memjax.checkpoint.blocks import BLOCK_BYTES
 from memjax.checkpoint.errors import Damaged
@@ -157,6 +159,17 @@ class Checkpoints:
         else:
             found = "there is no checkpoint"
         raise CheckpointError(f"{self.folder}: {found}; name the folder of another run, or start over in a new one")
+
+    def read_rows(self, item: str, name: str, *, step: int) -> Iterator[tuple[int, np.ndarray]]:
+        """The rows of one leaf in host memory, block by block, each with the number of its first row.
+
+        Nothing is put on a device. The digest is compared when all blocks are read.
+
+        Raises:
+            CheckpointError: there is no such leaf, or it is damaged.
+        """
+        stored = StoredStep(self.folder, step)
+        return stored.read_rows(stored.index(), item, name, verify=self._verify)
 
     def read_document(self, name: str, step: int | None = None) -> dict[str, Any]:
         """One JSON item of a step, by default of the newest that can be read."""

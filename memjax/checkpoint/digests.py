@@ -21,9 +21,26 @@ def array_digests(leaves: Mapping[str, jax.Array]) -> dict[str, str]:
     return {name: f"{int(first):08x}{int(second):08x}" for name, (first, second) in sums.items()}
 
 
+class RowsDigest:
+    """The digest that `array_digests` gives an array, from its rows block by block."""
+
+    def __init__(self) -> None:
+        """Of no rows yet."""
+        self._sums = (0, 0)
+
+    def add(self, rows: np.ndarray, start: int) -> None:
+        """Takes rows from `start` on into account."""
+        found = jax.device_get(_digest(rows, np.uint32(start)))
+        self._sums = tuple((old + int(new)) % 2**32 for old, new in zip(self._sums, found, strict=True))
+
+    def hex(self) -> str:
+        """The digest."""
+        return "".join(f"{number:08x}" for number in self._sums)
+
+
 @jax.jit
-def _digest(array: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two 32-bit sums over the elements, the same on every mesh.
+def _digest(array: jax.Array, first: Any = 0) -> tuple[jax.Array, jax.Array]:
+    """Two 32-bit sums over the elements, the same on every mesh; `first` is the number of the first row.
 
     Each word is sent through a one-to-one function that depends on its place, so a change within one word changes the
     digest with certainty, and any other change passes with probability 2**-64. Integer sums have no order.
@@ -35,7 +52,8 @@ def _digest(array: jax.Array) -> tuple[jax.Array, jax.Array]:
         words = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)  # 8 bytes: a last axis of two words
     place = jnp.uint32(words.ndim)
     for axis in range(words.ndim):
-        place = _scramble(place + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) + np.uint32(axis + 1))
+        index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) + (np.uint32(0) if axis else first)
+        place = _scramble(place + index + np.uint32(axis + 1))
     mixed = _scramble(words ^ place)
     # One reduction for both: with two, XLA keeps the words in memory to use them twice.
     zero, axes = np.uint32(0), tuple(range(words.ndim))

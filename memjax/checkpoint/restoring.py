@@ -2,15 +2,17 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
 from memjax.checkpoint.blocks import blocks, put_together
-from memjax.checkpoint.digests import array_digests, text_digest
+from memjax.checkpoint.digests import RowsDigest, array_digests, text_digest
 from memjax.checkpoint.errors import Damaged, explained
 from memjax.checkpoint.index import INDEX, differences, unseal
 from memjax.checkpoint.names import flatten, nest
@@ -61,6 +63,33 @@ class StoredStep:
             leaves = self._read_leaves(item, flat, index["arrays"][item], verify)
             arrays[item] = jax.tree.unflatten(jax.tree.structure(targets[item]), leaves.values())
         return Restored(step=self.step, arrays=arrays, documents=texts)
+
+    def read_rows(
+        self, index: Mapping[str, Any], item: str, name: str, *, verify: bool
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """The rows of a leaf in host memory, block by block, each with the number of its first row.
+
+        Raises:
+            CheckpointError: there is no such leaf.
+            Damaged: what is on disk is not what was saved, or cannot be read; at the last block at the latest.
+        """
+        record = index["arrays"].get(item, {}).get(name)
+        if record is None:
+            raise CheckpointError(f"{self._name} has no {item}/{name}")
+        digest = RowsDigest()
+        for piece, (start, rows) in blocks(name, record).items():
+            shape = (rows, *record["shape"][1:])
+            wanted = nest({piece: jax.ShapeDtypeStruct(shape, jnp.dtype(record["dtype"]))})
+            how = nest({piece: ocp.RestoreArgs(restore_type=np.ndarray)})
+            args = {item: ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)}
+            block = flatten(self._items(args)[item])[piece]
+            if not isinstance(block, np.ndarray) or block.shape != shape:
+                raise Damaged(f"{self._name}, item {item}: {piece} did not come back")
+            if verify:
+                digest.add(block, start)
+            yield start, block
+        if verify and digest.hex() != record["digest"]:
+            raise Damaged(f"{self._name}, item {item}: digest differs in {name}")
 
     def _check_fit(self, index: Mapping[str, Any], wanted: Mapping[str, Any], documents: Sequence[str]) -> None:
         problems = [f"{item}: no such item" for item in wanted if item not in index["arrays"]]

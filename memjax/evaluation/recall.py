@@ -21,6 +21,7 @@ from memjax.evaluation.perplexity import Place, to_device
 from memjax.inference.engine import generate
 from memjax.models.decoder import Decoder
 from memjax.models.parts import take_apart
+from memjax.ops.table import Table
 from memjax.sharding.axes import everywhere
 
 _SAMPLES = 3
@@ -105,6 +106,9 @@ def zero_tables(model: Decoder, *, donate: bool = False) -> Decoder:
     parts, params, tables = take_apart(model)
     zeroed = {}
     for pool, table in tables.items():
+        if isinstance(table, Table):
+            zeroed[pool] = table.zeroed()
+            continue
         shape, dtype, sharding = table.shape, table.dtype, table.sharding
         if donate:
             table.delete()

@@ -5,7 +5,7 @@ import dataclasses
 from memjax.config.checks import local_paths
 from memjax.config.sampling import SamplingConfig
 from memjax.config.schema import show
-from memjax.runs.command import CheckpointSettings
+from memjax.runs.command import InferenceSettings
 
 _OF_QUESTIONS = ("examples", "show_context", "max_tokens", "sampling", "samples", "run_programs", "program_seconds")
 _USED_BY = dict.fromkeys(_OF_QUESTIONS, ("questions",)) | {
@@ -17,7 +17,7 @@ _USED_BY = dict.fromkeys(_OF_QUESTIONS, ("questions",)) | {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateConfig(CheckpointSettings):
+class EvaluateConfig(InferenceSettings):
     """What to measure: a text, sets of questions or tasks of lm-eval. Where none of them is named, a run on biographies
     is asked for its facts; other runs read their validation data.
     """
@@ -71,7 +71,7 @@ class EvaluateConfig(CheckpointSettings):
     """Measure again with the tables zeroed, which tells how much is in them."""
 
     def __post_init__(self) -> None:
-        CheckpointSettings.__post_init__(self)
+        InferenceSettings.__post_init__(self)
         names = ("max_bytes", "sequence_length", "stride", "people", "limit", "max_tokens", "samples")
         counts = {name: getattr(self, name) for name in (*names, "program_seconds", "batch_size")}
         problems = [

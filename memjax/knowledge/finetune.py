@@ -20,7 +20,7 @@ from memjax.knowledge.slots import Background, pools_of
 from memjax.memory.usage import count_reads
 from memjax.models.decoder import Decoder
 from memjax.models.loss import summed_loss
-from memjax.models.parts import DecoderParts, Tables, take_apart
+from memjax.models.parts import DecoderParts, Tables, take_apart, writable
 from memjax.ops.row_update.api import row_update
 from memjax.ops.row_update.rules import RowRule, row_step
 
@@ -92,7 +92,7 @@ def learn(
     size = min(recipe.batch_size, len(facts))
     num_new = round_up(sum(sorted(map(len, pairs), reverse=True)[:size]))
     num_rows = num_new + (round_up(recipe.replay) if old else 0)
-    tables = jax.tree.map(jnp.copy, tables)  # which the step donates
+    tables = jax.tree.map(jnp.copy, writable(tables))  # which the step donates
     state = {
         name: recipe.rule(table.shape[1]).init(table.shape[0], table.shape[1], table.dtype)
         for name, table in tables.items()

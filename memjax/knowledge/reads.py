@@ -14,7 +14,7 @@ from memjax.memory.read import Perturbations, TableRead
 from memjax.memory.sparse_gradient import row_sparse_value_and_grad
 from memjax.memory.table import ValueTable
 from memjax.models.decoder import Decoder, DecoderOutput, layer_name
-from memjax.models.parts import DecoderParts, Tables
+from memjax.models.parts import AnyTables, DecoderParts
 from memjax.ops.precision import accumulator
 from memjax.ops.row_gradient import RowGradient
 
@@ -63,7 +63,7 @@ def _of_sum(reads: tuple[TableRead, ...]) -> SlotReads:
 def table_gradients(
     parts: DecoderParts,
     params: nnx.State,
-    tables: Tables,
+    tables: AnyTables,
     batch: Mapping[str, Array],
     objective: Callable[[Decoder, Float[Array, "b s dim"]], Float[Array, ""]],
 ) -> Gradients:

@@ -1,6 +1,7 @@
 """A decoder taken apart into what the trainer treats differently, and put together again."""
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -9,13 +10,17 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from memjax.config.model import ModelConfig
+from memjax.errors import CheckpointError
 from memjax.memory.kinds import KINDS
 from memjax.memory.read import Perturbations, zero_perturbation
 from memjax.memory.table import TableRows
 from memjax.models.decoder import Decoder, draw_block, layer_name
+from memjax.ops.table import Table
 
 Tables = dict[str, Float[Array, "n d"]]
 """Rows of every table, by the name of the pool."""
+AnyTables = Mapping[str, Table | Float[Array, "n d"]]
+"""Every table, by the name of the pool: an array, or a read-only table."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +34,7 @@ class DecoderParts:
     graphdef: nnx.GraphDef[Decoder]
     abstract_params: nnx.State
     """Dense parameters as shapes."""
-    abstract_tables: dict[str, jax.ShapeDtypeStruct]
+    abstract_tables: dict[str, Table | jax.ShapeDtypeStruct]
     """Tables as shapes."""
 
     @classmethod
@@ -92,7 +97,7 @@ class DecoderParts:
             for layer in section.layers
         }
 
-    def assemble(self, params: nnx.State, tables: Tables) -> Decoder:
+    def assemble(self, params: nnx.State, tables: AnyTables) -> Decoder:
         """A decoder made of the given arrays."""
         rows = {pool: {"rows": TableRows(table)} for pool, table in tables.items()}
         return nnx.merge(self.graphdef, params, nnx.State({"tables": rows} if rows else {}))
@@ -102,7 +107,7 @@ def _without_blocks(params: nnx.State) -> nnx.State:
     return nnx.State({name: part for name, part in params.items() if name != "blocks"})
 
 
-def take_apart(model: Decoder) -> tuple[DecoderParts, nnx.State, Tables]:
+def take_apart(model: Decoder) -> tuple[DecoderParts, nnx.State, AnyTables]:
     """The parts of a decoder and its arrays."""
     graphdef, tables, params = nnx.split(model, TableRows, nnx.Param)
     arrays = _tables_of(tables)
@@ -110,6 +115,23 @@ def take_apart(model: Decoder) -> tuple[DecoderParts, nnx.State, Tables]:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, arrays)
     )
     return DecoderParts(model.config, graphdef, abstract_params, abstract_tables), params, arrays
+
+
+def writable(tables: AnyTables, source: str = "the model") -> Tables:
+    """The tables, all of which are arrays.
+
+    Raises:
+        CheckpointError: one is read-only.
+    """
+    arrays = {}
+    for pool, table in tables.items():
+        if isinstance(table, Table):
+            raise CheckpointError(
+                f"{source}: table {pool} is read-only ({table.describe()}); use the run that it was made from, without "
+                "table_format and table_place"
+            )
+        arrays[pool] = table
+    return arrays
 
 
 def _tables_of(state: nnx.State) -> dict:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from memjax.ops.row_formats.formats import Plain, RowFormat
+from memjax.ops.row_formats.formats import Plain, RowFormat, Zeros
 
 Place = Literal["device", "host"]
 """device: in the memory of the device that computes; host: in that of the machine, read over the bus."""
@@ -84,12 +84,22 @@ class Table:
     @property
     def is_read_only(self) -> bool:
         """Whether it has no gradient."""
-        return self.format.has_scales or self.place != "device"
+        return self.format.has_scales or self.place != "device" or self.format.payload_dtype != self.dtype
 
     def take(self, indices: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b d"]:
         """Rows at indices, in a type: what implementations in XLA read. Indices outside are not checked."""
         pick = lambda array: array.at[indices].get(mode="promise_in_bounds")
-        return self.format.decode(pick(self.rows), None if self.scales is None else pick(self.scales), dtype)
+        payload = pick(self.rows)
+        if payload.dtype != self.format.payload_dtype:
+            # Host memory that NumPy has no type for.
+            payload = jax.lax.bitcast_convert_type(payload, self.format.payload_dtype)
+        return self.format.decode(payload, None if self.scales is None else pick(self.scales), dtype)
+
+    def zeroed(self) -> "Table":
+        """A table of zeros in its place, for which no memory is needed."""
+        if self.scales is not None:
+            return dataclasses.replace(self, scales=jnp.zeros_like(self.scales))
+        return dataclasses.replace(self, format=Zeros(self.format.name))
 
     def describe(self) -> str:
         """Format, shape and place in a few words."""

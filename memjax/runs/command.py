@@ -6,13 +6,16 @@ import os
 import select
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from memjax.errors import ConfigError
 from memjax.io.console import printable
 
 if TYPE_CHECKING:
     from memjax.runs.load import LoadedModel
+
+
+TableFormat = Literal["saved", "float32", "bfloat16", "float16", "int8", "float8_e4m3", "int4"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +39,11 @@ class CheckpointSettings:
             raise ValueError("\n".join(problems))
 
     @property
+    def tables(self) -> dict[str, Any]:
+        """The arguments of `memjax.load` for how tables are stored, and where."""
+        return {}
+
+    @property
     def checkpoint(self) -> int | Literal["latest", "best"]:
         """The step as `memjax.load` takes it."""
         if self.step == "latest" or self.step == "best":
@@ -43,24 +51,63 @@ class CheckpointSettings:
         return int(self.step)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class InferenceSettings(CheckpointSettings):
+    """Which checkpoint of the run, where it is put, and how its tables are stored: they are only read."""
+
+    table_format: TableFormat = "saved"
+    """How the rows of tables are stored: saved, as they were; int8, float8_e4m3 and int4 need a half, a half and a
+    quarter of bfloat16's bytes, and lose a little."""
+    table_place: Literal["device", "host"] = "device"
+    """Where tables live. host: in the memory of the machine, from where the GPU reads the rows that it needs; for
+    tables larger than the GPU."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        try:
+            CheckpointSettings.__post_init__(self)
+        except ValueError as error:
+            problems.append(str(error))
+        if self.memory_devices > 1 and self.table_place == "host":
+            problems.append(
+                f"memory_devices={self.memory_devices} splits tables over devices and table_place=host keeps them off "
+                "devices; leave one of the two out"
+            )
+        for name, default in (("table_format", "saved"), ("table_place", "device")):
+            if self.patch and (value := getattr(self, name)) != default:
+                problems.append(
+                    f"{name}={value} and patch={', '.join(self.patch)} do not go together: patches are for tables as "
+                    f"they were saved; leave one of the two out, or apply the patch with `python -m memjax.patch apply "
+                    "RUN PATCH --out NEW` and use that run"
+                )
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def tables(self) -> dict[str, Any]:
+        """The arguments of `memjax.load` for how tables are stored, and where."""
+        table_format = None if self.table_format == "saved" else self.table_format
+        return {"table_format": table_format, "table_place": self.table_place}
+
+
 @contextlib.contextmanager
 def loaded(run: str, settings: CheckpointSettings) -> Iterator["LoadedModel"]:
     """The model of a run's folder, under the mesh that it is split over.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read.
+        CheckpointError: the checkpoint cannot be read, or its tables are read-only and the command is not one of
+            inference.
         ConfigError: there are fewer devices than memory_devices, or they cannot split the tables evenly.
     """
     import jax
 
     from memjax.io import compilation_cache
-    from memjax.runs.load import load
     from memjax.sharding.axes import DATA, MEMORY
 
     compilation_cache.enable()
     count = settings.memory_devices
     if count == 1:
-        yield load(run, step=settings.checkpoint, patches=settings.patch)
+        yield _load(run, settings)
         return
     if count > jax.device_count():
         raise ConfigError([f"memory_devices={count} must be at most {jax.device_count()}: there are no more devices"])
@@ -68,7 +115,17 @@ def loaded(run: str, settings: CheckpointSettings) -> Iterator["LoadedModel"]:
     axes = (DATA, MEMORY)
     mesh = jax.make_mesh((1, count), axes, axis_types=(automatic, automatic), devices=jax.devices()[:count])
     with jax.set_mesh(mesh):
-        yield load(run, step=settings.checkpoint, patches=settings.patch)
+        yield _load(run, settings)
+
+
+def _load(run: str, settings: CheckpointSettings) -> "LoadedModel":
+    from memjax.models.parts import take_apart, writable
+    from memjax.runs.load import load
+
+    found = load(run, step=settings.checkpoint, patches=settings.patch, **settings.tables)
+    if not isinstance(settings, InferenceSettings):
+        writable(take_apart(found.model)[2], run)
+    return found
 
 
 def exit_code(command: Callable[[], int | None], *, interrupted: str = "interrupted") -> int:

@@ -22,6 +22,10 @@ PARAMS, TABLES, META = "params", "tables", "meta"
 """The items of a step that a model is made of."""
 FORMAT = 2
 """Of what `meta_document` writes; raised when older code could not read it."""
+FORMAT_WITH_TABLE_FILES = 3
+"""Of a run whose tables are in files, as `meta["table_files"]` says by pool, and not in its checkpoint."""
+TABLE_FILES = "tables"
+"""The folder of a run with these files."""
 
 
 def meta_document(config: RunConfig, tokenizer: Tokenizer, *, step: int) -> dict[str, Any]:

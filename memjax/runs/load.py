@@ -5,7 +5,8 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,31 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 from memjax.checkpoint.checkpoints import Checkpoints
+from memjax.config.dtype import DType
 from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import Tokenizer
-from memjax.errors import CheckpointError
+from memjax.errors import CheckpointError, ConfigError
 from memjax.io.paths import local_path
 from memjax.models.decoder import Decoder, resolve_dtype
 from memjax.models.parts import DecoderParts, take_apart
-from memjax.runs.applied import patched
-from memjax.runs.layout import CHECKPOINTS, FORMAT, META, PARAMS, TABLES, params_to_tree, tree_to_params, upgraded
+from memjax.ops.row_formats import formats
+from memjax.ops.row_formats.formats import Plain, RowFormat
+from memjax.ops.table import Place
+from memjax.runs.applied import Applied, patched
+from memjax.runs.layout import (
+    CHECKPOINTS,
+    FORMAT,
+    FORMAT_WITH_TABLE_FILES,
+    META,
+    PARAMS,
+    TABLE_FILES,
+    TABLES,
+    params_to_tree,
+    tree_to_params,
+    upgraded,
+)
+from memjax.runs.tables import TableForm, build, encoded, read_files, stored_format
 from memjax.sharding.axes import COLUMNS, MEMORY, has_memory_axis
 
 TableDtypes = Mapping[str, str]
@@ -50,11 +67,16 @@ def load(
     step: int | Literal["latest", "best"] = "latest",
     dtype: DTypeLike | None = None,
     patches: Sequence[str | os.PathLike[str]] = (),
+    table_format: str | RowFormat | None = None,
+    table_place: Place = "device",
 ) -> LoadedModel:
     """The model and the tokenizer of a run.
 
     Only these are read, not the optimizer's state. Under an ambient mesh with a `memory` axis the tables come split by
     columns and all else on every device; otherwise everything lies on the first device.
+
+    Tables in another format or place are read-only. They are read block by block and written straight to where they
+    live: there is never a second copy, and nothing on the device of a table in host memory.
 
     Args:
         path: the run's folder, or the `checkpoints` in it.
@@ -62,11 +84,194 @@ def load(
         dtype: of activations, parameters and tables. None keeps parameters and tables as they were saved, or widens
             tables to what this machine computes in.
         patches: files of `memjax.patch` and `memjax.learn` whose rows replace the model's, after those that are applied
-            to the run already; nothing is written.
+            to the run already; nothing is written. They are for tables as they were saved, on the device.
+        table_format: how rows are stored: float32, bfloat16, float16, int8, float8_e4m3, int4, or what `register` of
+            `memjax.ops.row_formats.formats` added. None keeps what was saved.
+        table_place: device, or host for tables larger than the GPU: their rows stay in the machine's memory and are
+            read from there by the kernels. On a CPU, files of `convert quantize` are mapped.
 
     Raises:
         CheckpointError: there is no such checkpoint, it cannot be read here, or a patch is not for it.
+        ConfigError: table_format is unknown, there is no room for the tables, or patches are given with table_format
+            or table_place.
     """
+    tables = TableSettings.of(table_format, table_place)
+    if patches and not tables.is_default:
+        raise ConfigError([f"patch={', '.join(map(str, patches))} {_NOT_TOGETHER.format(tables)}"])
+    if tables.is_default:
+        try:
+            return _load_plain(path, step, dtype, patches)
+        except _TablesInFiles:
+            if patches:
+                raise
+    folder = checkpoint_folder(path)
+    with Checkpoints(folder) as checkpoints:
+        wanted = wanted_step(checkpoints, step)
+        meta = checkpoints.read_document(META, wanted)
+        return _load_in_form(checkpoints, folder, wanted, meta, dtype, tables)
+
+
+class _TablesInFiles(CheckpointError):
+    """The run's tables are not in its checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TableSettings:
+    """How tables are stored, and where."""
+
+    format: RowFormat | None
+    place: Place
+
+    @classmethod
+    def of(cls, table_format: str | RowFormat | None, place: str) -> "TableSettings":
+        """The settings.
+
+        Raises:
+            ConfigError: one is unknown, or they do not go together.
+        """
+        problems = []
+        if isinstance(table_format, str):
+            try:
+                table_format = formats.find(table_format)
+            except ValueError as error:
+                problems.append(str(error))
+                table_format = None
+        if place not in get_args(Place):
+            problems.append(f"table_place={place} must be one of {', '.join(get_args(Place))}")
+        if problems:
+            raise ConfigError(problems)
+        return cls(table_format, cast(Place, place))
+
+    def __str__(self) -> str:
+        """The settings that are not the default."""
+        table_format = [f"table_format={self.format.name}"] if self.format is not None else []
+        return " and ".join(table_format + [f"table_place={self.place}"] * (self.place != "device"))
+
+    @property
+    def is_default(self) -> bool:
+        """Whether tables are plain arrays on the device, as they were saved."""
+        return self.format is None and self.place == "device"
+
+
+_NOT_TOGETHER = (
+    "and {} do not go together: patches are for tables as they were saved; load without them, or write a run with the "
+    "patches in its tables (python -m memjax.patch apply RUN PATCH --out NEW) and use that"
+)
+
+
+def refuse_applied(folder: pathlib.Path, step: int, change: str) -> None:
+    """Refuses a checkpoint with applied patches where its tables are read block by block, without them.
+
+    Raises:
+        CheckpointError: there are such patches; `change` is the setting that asked for the blocks.
+    """
+    if names := Applied(folder).names(step):
+        raise CheckpointError(
+            f"{folder}: patch {', '.join(names)} is applied to step {step}, which does not go together with {change}: "
+            "patches are for tables as they were saved; load without table_format and table_place, or write a run with "
+            "the rows in its tables (python -m memjax.patch revert RUN PATCH, then apply RUN PATCH --out NEW) and use "
+            "that"
+        )
+
+
+def _load_in_form(
+    checkpoints: Checkpoints,
+    folder: pathlib.Path,
+    wanted: int | None,
+    meta: dict[str, Any],
+    dtype: DTypeLike | None,
+    settings: TableSettings,
+) -> LoadedModel:
+    """The model with its tables in a format and a place."""
+    saved = read_saved(checkpoints, folder, wanted, meta)
+    refuse_applied(folder, saved.step, str(settings) or "tables in files")
+    section_dtypes = saved.model_config.lookup_sections
+    wider: TableDtypes = {
+        kind: jnp.promote_types(section_dtypes[kind].table_dtype, resolve_dtype(section.table_dtype)).name
+        for kind, section in saved.config.model.lookup_sections.items()
+    }
+    if isinstance(settings.format, Plain) and settings.format.name in get_args(DType):
+        wider = dict.fromkeys(wider, settings.format.name)
+    parts = DecoderParts.of(_with_dtypes(saved.config.model, all_of=dtype, tables=wider))
+    stored_tables = DecoderParts.of(saved.model_config).abstract_tables
+    files, (_, columns) = saved.meta.get("table_files") or {}, _shardings(saved.config.model, folder)
+    tables = {}
+    for pool, abstract in parts.abstract_tables.items():
+        try:
+            form = TableForm(
+                pool=pool,
+                num_rows=abstract.shape[0],
+                width=abstract.shape[1],
+                format=_format_of(files.get(pool), settings, stored_tables[pool].dtype, folder),
+                place=settings.place,
+                value_dtype=jnp.dtype(abstract.dtype).name,
+            )
+            if pool in files:
+                tables[pool] = read_files(folder.parent / TABLE_FILES, form, files[pool], columns)
+                continue
+            rows = partial(checkpoints.read_rows, TABLES, pool, step=saved.step)
+            blocks = lambda rows=rows, form=form: encoded(rows(), form.format)
+            tables[pool] = build(form, blocks, columns)
+        except ValueError as error:
+            raise ConfigError([f"table {pool} of {folder}: {error}"]) from error
+    params = _cast(saved.params, params_to_tree(parts.abstract_params))
+    model = parts.assemble(tree_to_params(parts, params), tables)
+    return LoadedModel(model, saved.tokenizer, saved.config, saved.step)
+
+
+class Saved(NamedTuple):
+    """What a checkpoint holds besides tables."""
+
+    config: RunConfig
+    model_config: ModelConfig
+    """With the types in which the tables are stored."""
+    params: dict[str, Any]
+    tokenizer: Tokenizer
+    step: int
+    meta: dict[str, Any]
+
+
+def read_saved(checkpoints: Checkpoints, folder: pathlib.Path, wanted: int | None, meta: dict[str, Any]) -> Saved:
+    """A step without its tables: the wanted one, or the newest that can be read, whose `meta` document was read.
+
+    Raises:
+        CheckpointError: it cannot be read here.
+    """
+    config, stored = _read_meta(meta, folder)
+    replicated, _ = _shardings(config.model, folder)
+    model_config = _with_dtypes(config.model, tables=stored)
+    params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+        params_to_tree(DecoderParts.of(model_config).abstract_params),
+    )
+    restored = checkpoints.restore({PARAMS: params}, [META], step=wanted)
+    meta = restored.documents[META]
+    tokenizer = Tokenizer.from_state(meta["tokenizer"])
+    return Saved(config, model_config, restored.arrays[PARAMS], tokenizer, restored.step, meta)
+
+
+def _format_of(record: Any, settings: TableSettings, saved: DTypeLike, folder: pathlib.Path) -> RowFormat:
+    """The format that a table gets."""
+    if record is None:
+        return settings.format or Plain(jnp.dtype(saved).name)
+    found = stored_format(record)
+    if settings.format is not None and settings.format.name != found.name:
+        raise ConfigError(
+            [
+                f"table_format={settings.format.name}: the tables of {folder.parent} are stored in {found.name}, which "
+                "is not changed again; leave table_format out, or convert the run that it was made from"
+            ]
+        )
+    return found
+
+
+def _load_plain(
+    path: str | os.PathLike[str],
+    step: int | Literal["latest", "best"],
+    dtype: DTypeLike | None,
+    patches: Sequence[str | os.PathLike[str]],
+) -> LoadedModel:
+    """The model with plain tables on the device."""
     saved = load_as_saved(path, step=step, patches=patches)
     config = _with_dtypes(saved.config.model, all_of=dtype, tables=_wider(saved))
     if config == saved.model.config:
@@ -91,9 +296,14 @@ def load_as_saved(
     """
     folder = checkpoint_folder(path)
     with Checkpoints(folder) as checkpoints:
-        wanted = _step(checkpoints, step)
+        wanted = wanted_step(checkpoints, step)
         # Of all the steps of a run the config is the same; which of them is whole, only reading the arrays tells.
         saved = checkpoints.read_document(META, wanted)
+        if "table_files" in saved:
+            raise _TablesInFiles(
+                f"{folder}: the tables of this run are read-only, in {_format_names(saved)}; use the run that it was "
+                "made from"
+            )
         config, table_dtypes = _read_meta(saved, folder)
         whole, columns = _shardings(config.model, folder)
         parts = DecoderParts.of(_with_dtypes(config.model, tables=table_dtypes))
@@ -150,7 +360,7 @@ def checkpoint_folder(path: str | os.PathLike[str]) -> pathlib.Path:
     raise CheckpointError(f"{folder}: there is no checkpoint in it; name the folder of a run that has saved one")
 
 
-def _step(checkpoints: Checkpoints, step: int | str) -> int | None:
+def wanted_step(checkpoints: Checkpoints, step: int | str) -> int | None:
     """The step's number; None for the newest that can be read."""
     if step == "latest":
         return None
@@ -165,10 +375,10 @@ def _step(checkpoints: Checkpoints, step: int | str) -> int | None:
 def _read_meta(meta: dict[str, Any], folder: pathlib.Path) -> tuple[RunConfig, TableDtypes]:
     """The run's config, and the types that its tables are stored in."""
     meta = upgraded(meta)
-    if meta.get("format") != FORMAT:
+    if meta.get("format") not in (FORMAT, FORMAT_WITH_TABLE_FILES):
         raise CheckpointError(
-            f"{folder}: the checkpoint has format {meta.get('format')}, this version of memjax reads {FORMAT}; "
-            "use the version that wrote it"
+            f"{folder}: the checkpoint has format {meta.get('format')}, this version of memjax reads 1 to "
+            f"{FORMAT_WITH_TABLE_FILES}; use the version that wrote it"
         )
     try:
         # JSON is what pydantic reads strictly and yet turns lists into tuples from.
@@ -183,6 +393,10 @@ def _read_meta(meta: dict[str, Any], folder: pathlib.Path) -> tuple[RunConfig, T
     if "float64" in (config.model.param_dtype, *dtypes.values()) and not jax.config.read("jax_enable_x64"):
         raise CheckpointError(f"{folder}: the checkpoint is in float64; set JAX_ENABLE_X64=1 to load it")
     return config, dtypes
+
+
+def _format_names(meta: dict[str, Any]) -> str:
+    return ", ".join(sorted({record["format"] for record in meta["table_files"].values()}))
 
 
 def _wider(saved: LoadedModel) -> TableDtypes:

@@ -7,7 +7,7 @@ from memjax.checkpoint.checkpoints import Checkpoints
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.models.decoder import Decoder
-from memjax.models.parts import take_apart
+from memjax.models.parts import take_apart, writable
 from memjax.runs.files import written_whole
 from memjax.runs.folder import Claim, RunFolder
 from memjax.runs.layout import CHECKPOINTS, META, PARAMS, TABLES, meta_document, params_to_tree
@@ -24,7 +24,7 @@ def write_run(folder: str | os.PathLike[str], model: Decoder, tokenizer: Tokeniz
     run = dataclasses.replace(config.run, dir=str(folder))
     train = dataclasses.replace(config.train, init_from=None)
     config = dataclasses.replace(config, model=model.config, run=run, train=train)
-    items = {PARAMS: params_to_tree(params)} | ({TABLES: tables} if tables else {})
+    items = {PARAMS: params_to_tree(params)} | ({TABLES: writable(tables)} if tables else {})
     with written_whole(folder) as path:
         with Checkpoints(path / CHECKPOINTS) as checkpoints:
             checkpoints.save(0, items, {META: meta_document(config, tokenizer, step=0)})

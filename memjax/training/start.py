@@ -11,7 +11,7 @@ from memjax.config.optim import ScheduleConfig
 from memjax.config.run import RunConfig
 from memjax.errors import CheckpointError, ConfigError
 from memjax.io.console import say
-from memjax.models.parts import DecoderParts, take_apart
+from memjax.models.parts import DecoderParts, take_apart, writable
 from memjax.monitoring.progress import tell_phase
 from memjax.runs.folder import Claim, RunFolder
 from memjax.runs.layout import OPT_STATE, PARAMS, TABLES, params_to_tree, tree_to_params
@@ -108,7 +108,7 @@ def first_state(trainer: Trainer, mesh: jax.sharding.Mesh) -> TrainState:
     """The state before the first step; under the mesh, where every array is on its devices from the beginning.
 
     Raises:
-        CheckpointError: train.init_from cannot be read.
+        CheckpointError: train.init_from cannot be read, or its tables are read-only.
     """
     source = trainer.config.train.init_from
     if source is None:
@@ -117,7 +117,7 @@ def first_state(trainer: Trainer, mesh: jax.sharding.Mesh) -> TrainState:
     tell_phase(f"reading {source}")
     loaded = load(source)
     _, params, tables = take_apart(loaded.model)
-    params = tree_to_params(trainer.parts, params_to_tree(params))
+    params, tables = tree_to_params(trainer.parts, params_to_tree(params)), writable(tables, str(source))
     like = (trainer.parts.abstract_params, trainer.parts.abstract_tables)
     arrays = jax.tree.map(lambda array, target: array.astype(target.dtype), (params, tables), like)
     say(f"starts from step {loaded.step} of {source}")

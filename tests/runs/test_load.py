@@ -149,8 +149,8 @@ def test_what_cannot_be_loaded_is_explained(tmp_path):
     with pytest.raises(CheckpointError, match="there is no checkpoint in it"):
         load(tmp_path)
     config = run_config(memory=False)
-    save(tmp_path / "new", config, format=3)
-    with pytest.raises(CheckpointError, match="has format 3, this version of memjax reads 2"):
+    save(tmp_path / "new", config, format=4)
+    with pytest.raises(CheckpointError, match="has format 4, this version of memjax reads 1 to 3"):
         load(tmp_path / "new")
     save(tmp_path / "other", config, config={"model": {"dim": "wide"}})
     with pytest.raises(CheckpointError, match=r"config is not one of this version: model\.dim"):

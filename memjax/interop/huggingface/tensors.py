@@ -14,7 +14,7 @@ from memjax.config.model import ModelConfig
 from memjax.errors import CheckpointError
 from memjax.interop.huggingface.safetensors import StoredTensor, TensorFiles, TensorToWrite, write_tensors
 from memjax.models.decoder import Decoder
-from memjax.models.parts import DecoderParts, take_apart
+from memjax.models.parts import DecoderParts, take_apart, writable
 from memjax.runs.layout import params_to_tree, tree_to_params
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -146,7 +146,7 @@ def compare_bits(model: Decoder, files: TensorFiles, *, dtype: str | None) -> No
 
 def _tensors_of(model: Decoder) -> list[_Tensor]:
     _, params, tables = take_apart(model)
-    return list(_tensors(params_to_tree(params), tables).values())
+    return list(_tensors(params_to_tree(params), writable(tables)).values())
 
 
 def _tensors(params: dict[str, Any], tables: dict[str, Any]) -> dict[str, _Tensor]:

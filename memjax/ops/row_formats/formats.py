@@ -131,6 +131,21 @@ class Plain:
 
 
 @dataclasses.dataclass(frozen=True)
+class Zeros(Plain):
+    """Zeros, whatever is stored: what a plain table is compared with, without another one."""
+
+    def decode(
+        self, payload: Float[Array, "*b d"], scales: Num[Array, "*b g"] | None, dtype: DTypeLike
+    ) -> Float[Array, "*b d"]:
+        """Zeros."""
+        return jnp.zeros(payload.shape, dtype)
+
+    def reader(self) -> Any:
+        """Loads nothing."""
+        return _reader("read_zeros")
+
+
+@dataclasses.dataclass(frozen=True)
 class Scaled:
     """Codes of a few bits: `group` neighbouring columns share a scale, and a number is code x scale.
 

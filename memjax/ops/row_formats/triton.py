@@ -75,6 +75,21 @@ def read_plain(
 
 
 @triton.jit
+def read_zeros(
+    rows_ptr,
+    scales_ptr,
+    row,
+    first,
+    valid,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Zeros."""
+    return tl.zeros((row.shape[0], COLUMNS), tl.float32)
+
+
+@triton.jit
 def read_int8(
     rows_ptr,
     scales_ptr,

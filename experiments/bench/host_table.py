@@ -1,0 +1,117 @@
+"""Times the bag from tables on the device and in host memory: `python experiments/bench/host_table.py [--small]`.
+
+For 1, 8, 64 and 2,048 tokens, in bfloat16, int8 and int4, beside the bandwidth of a copy on the device and of the link
+to host memory, measured in the same run. On a CPU, or with --small, the sizes say nothing but that it runs.
+"""
+
+import argparse
+import functools
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import memjax
+from memjax.errors import ConfigError
+from memjax.ops import host_memory
+from memjax.ops.row_formats import formats
+from memjax.ops.row_formats.formats import SCALE_DTYPE, RowFormat, row_bytes
+from memjax.ops.table import Table
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import timing
+
+COLUMNS = ("format", "place", "tokens", "ms", "GB/s", "of copy", "of link", "over device")
+PICKS = 128
+
+
+def random_table(row_format: RowFormat, place: str, num_rows: int, width: int) -> Table:
+    """A table of random codes: what they mean does not matter for time."""
+    shape, dtype = (num_rows, row_format.payload_columns(width)), row_format.payload_dtype
+    memory = host_memory.allocate(shape[0] * shape[1] * dtype.itemsize)
+    piece = np.random.default_rng(0).integers(0, 63, min(len(memory), 1 << 24)).astype(np.uint8)
+    for start in range(0, len(memory), len(piece)):
+        memory[start : start + len(piece)] = piece[: len(memory) - start]
+    rows = memory.view(dtype).reshape(shape)
+    groups = row_format.groups(width)
+    scales = jnp.full((num_rows, groups), 0.01, SCALE_DTYPE) if groups else None
+    common: dict[str, Any] = {"format": row_format, "value_dtype": "bfloat16", "place": place}
+    if place == "device":
+        return Table(jnp.asarray(rows), scales, **common)
+    if jax.default_backend() == "cpu":
+        return Table(host_memory.as_array(rows), scales, **common)
+    return Table(host_memory.address_of(memory), scales, pinned=(num_rows, width), **common)
+
+
+def link_bandwidth(num_bytes: int) -> float:
+    """Bytes a second from host memory to the device, by JAX's copy of pinned memory where it has such."""
+    source = np.ones(num_bytes, np.uint8)
+    device = jax.devices()[0]
+    if any(memory.kind == "pinned_host" for memory in device.addressable_memories()):
+        pinned = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+        source = jax.block_until_ready(jax.device_put(source, pinned))
+    target = jax.sharding.SingleDeviceSharding(device)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(jax.device_put(source, target))
+        best = min(best, time.perf_counter() - start)
+    return num_bytes / best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/bench/results"))
+    parser.add_argument("--small", action="store_true", help="small sizes (always on a CPU)")
+    arguments = parser.parse_args()
+    small = arguments.small or jax.default_backend() == "cpu"
+    num_rows, width = (4096, 128) if small else (1 << 20, 1024)
+    copy = max(timing.copy_bandwidth(1 << 24 if small else 1 << 31).values())
+    link = link_bandwidth(1 << 24 if small else 1 << 30)
+    environment = timing.environment()
+    print(f"{environment['device']}: copy {copy / 1e9:.0f} GB/s, link {link / 1e9:.1f} GB/s", flush=True)
+    print(timing.table([], COLUMNS))
+    bag, rows = jax.jit(memjax.embedding_bag), []
+    rounds = {"rounds": 3, "calls": 2} if small else {"rounds": 9, "calls": 10}
+    for name in ("bfloat16", "int8", "int4"):
+        on_device: dict[int, float] = {}
+        for place in ("device", "host"):
+            try:
+                table = random_table(formats.find(name), place, num_rows, width)
+            except ConfigError as error:
+                print(f"{name} in {place} memory: {error}", flush=True)
+                continue
+            for tokens in (1, 8) if small else (1, 8, 64, 2048):
+                shape = (tokens, PICKS)
+                inputs = [
+                    (timing.draw_indices("uniform", num_rows, shape, seed), jnp.full(shape, 0.01)) for seed in range(3)
+                ]
+                ms = timing.median_ms(functools.partial(bag, table), inputs, **rounds)
+                on_device.setdefault(tokens, ms)
+                speed = tokens * PICKS * row_bytes(table.format, width) / ms * 1e3
+                row = {
+                    "format": name,
+                    "place": place,
+                    "tokens": tokens,
+                    "ms": ms,
+                    "GB/s": speed / 1e9,
+                    "of copy": speed / copy,
+                    "of link": speed / link if place == "host" else None,
+                    "over device": ms / on_device[tokens],
+                }
+                rows.append(row)
+                print(timing.table([row], COLUMNS).splitlines()[-1], flush=True)
+    record = {**environment, "copy_bytes_per_second": copy, "link_bytes_per_second": link, "rows": rows}
+    stem = f"host-table-{environment['device'].replace(' ', '-').lower()}" + ("-small" if small else "")
+    timing.write_record(arguments.out / f"{stem}.json", record)
+    heading = f"# Bags from device and host memory on one {environment['device']}\n\n"
+    ceilings = f"copy {copy / 1e9:.0f} GB/s, link {link / 1e9:.1f} GB/s\n\n"
+    (arguments.out / f"{stem}.md").write_text(heading + ceilings + timing.table(rows, COLUMNS) + "\n")
+
+
+if __name__ == "__main__":
+    main()

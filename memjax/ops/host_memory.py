@@ -1,0 +1,148 @@
+"""Tables in host memory: mapped outside of JAX, read by kernels over the bus, or by XLA on a CPU, without a copy.
+
+XLA's own host memory spaces do not serve here: it computes on them with slow host code, or moves them first. So the
+rows lie in memory that the driver is told of once (`cuMemHostRegister`); a program gets their address as data.
+"""
+
+import contextlib
+import ctypes
+import functools
+import mmap
+import pathlib
+import resource
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, UInt, UInt8
+
+from memjax.errors import ConfigError
+
+_PORTABLE_AND_MAPPED = 3
+"""Flags of cuMemHostRegister: for all devices of the process, which may read it."""
+
+
+def allocate(num_bytes: int) -> UInt8[np.ndarray, " b"]:
+    """Zeros in memory that begins with a page; it lives as long as the array, or what looks into it.
+
+    Raises:
+        ConfigError: the machine has not so much left.
+    """
+    check_available(num_bytes)
+    return np.frombuffer(mmap.mmap(-1, max(1, num_bytes)), np.uint8)[:num_bytes]
+
+
+def map_file(path: pathlib.Path, num_bytes: int) -> UInt8[np.ndarray, " b"]:
+    """A file's bytes, read from disk as they are needed; nothing that happens to the array reaches the file."""
+    return np.memmap(path, np.uint8, "c", shape=(num_bytes,)) if num_bytes else np.zeros(0, np.uint8)
+
+
+def check_available(num_bytes: int) -> None:
+    """Refuses what the machine has no memory for.
+
+    Raises:
+        ConfigError: it is not there; the message says how much is.
+    """
+    available = available_bytes()
+    if available is not None and num_bytes > available:
+        raise ConfigError(
+            [
+                f"table_place=host needs {num_bytes / 1e9:.1f} GB of host memory, of which {available / 1e9:.1f} GB "
+                "are available; use a smaller table_format (int8, int4), or a machine with more memory"
+            ]
+        )
+
+
+def available_bytes() -> int | None:
+    """Host memory that a process can still get, limits of its container included; None where nothing says so."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
+    with contextlib.suppress(OSError, ValueError):
+        group = pathlib.Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        # Pages of files count as used, and are given back when they are needed.
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        found.append(limit - used + int(stat.get("inactive_file", 0)))
+    return min(found, default=None)
+
+
+def as_array(rows: np.ndarray) -> Array:
+    """Host memory as an array on a CPU device, without a copy. 16-bit floats that NumPy lacks come as their bits."""
+    plain = rows if rows.dtype.kind in "iuf" and rows.dtype.isbuiltin == 1 else rows.view(f"u{rows.dtype.itemsize}")
+    with jax.default_device(jax.devices("cpu")[0]):
+        array = jax.dlpack.from_dlpack(plain)
+    if rows.size and array.unsafe_buffer_pointer() != rows.ctypes.data:
+        raise RuntimeError("this version of JAX copies host memory instead of looking into it")
+    return array
+
+
+def address_of(rows: np.ndarray) -> UInt[Array, "2"]:
+    """Where the GPU finds host memory, which from now on stays in place until the process ends, as a program's data.
+
+    Raises:
+        ConfigError: the driver is missing, or refuses; the message says why.
+    """
+    pointer = _driver().register(rows)
+    _pinned.append(rows)
+    return jnp.asarray(np.array([pointer], np.uint64).view(np.uint32))
+
+
+_pinned: list[np.ndarray] = []
+"""What the driver knows must not be unmapped while a program may read it."""
+
+
+class _Driver:
+    """The few calls of the CUDA driver that make host memory readable for kernels."""
+
+    def __init__(self, library: Any, ordinal: int) -> None:
+        self._library = library
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        self._call("cuInit", 0)
+        self._call("cuDeviceGet", ctypes.byref(device), ordinal)
+        # The context that JAX computes in.
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        self._context = context
+
+    def register(self, rows: np.ndarray) -> int:
+        """The device pointer of memory that the driver pins."""
+        start, size = ctypes.c_void_p(rows.ctypes.data), ctypes.c_size_t(rows.nbytes)
+        pointer = ctypes.c_uint64()
+        self._call("cuCtxSetCurrent", self._context)
+        self._call("cuMemHostRegister_v2", start, size, ctypes.c_uint(_PORTABLE_AND_MAPPED), pinning=rows.nbytes)
+        self._call("cuMemHostGetDevicePointer_v2", ctypes.byref(pointer), start, ctypes.c_uint(0))
+        return pointer.value
+
+    def _call(self, name: str, *arguments: Any, pinning: int = 0) -> None:
+        try:
+            code = getattr(self._library, name)(*arguments)
+        except AttributeError:
+            raise ConfigError([f"table_place=host: the CUDA driver has no {name}; it is too old"]) from None
+        if code == 0:
+            return
+        text = ctypes.c_char_p()
+        self._library.cuGetErrorName(code, ctypes.byref(text))
+        reason = f"{name} answered {(text.value or b'an unknown error').decode()} ({code})"
+        advice = f" when it was to pin {pinning / 1e9:.1f} GB{_lock_limit()}" if pinning else ""
+        raise ConfigError([f"table_place=host: the CUDA driver refused: {reason}{advice}; use table_place=device"])
+
+
+@functools.cache
+def _driver() -> _Driver:
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        raise ConfigError(
+            [f"table_place=host: memory is pinned for NVIDIA GPUs, and the device is a {device.platform}"]
+        )
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise ConfigError([f"table_place=host needs the CUDA driver, which cannot be loaded: {error}"]) from None
+    return _Driver(library, device.local_hardware_id or 0)
+
+
+def _lock_limit() -> str:
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return "" if limit == resource.RLIM_INFINITY else f" (ulimit -l allows {limit / 1e9:.3g} GB to be locked; raise it)"

@@ -1,0 +1,89 @@
+"""A run whose tables are in another format, in files that are mapped or read straight to where they live."""
+
+import dataclasses
+import os
+from functools import partial
+from typing import Literal
+
+import jax.numpy as jnp
+
+from memjax.checkpoint.checkpoints import Checkpoints
+from memjax.config.run import RunConfig
+from memjax.errors import CheckpointError, ConfigError
+from memjax.models.parts import DecoderParts
+from memjax.ops.row_formats.formats import Plain, RowFormat
+from memjax.runs.files import check_new, written_whole
+from memjax.runs.folder import Claim, RunFolder
+from memjax.runs.layout import (
+    CHECKPOINTS,
+    FORMAT_WITH_TABLE_FILES,
+    META,
+    PARAMS,
+    TABLE_FILES,
+    TABLES,
+    meta_document,
+    upgraded,
+)
+from memjax.runs.load import checkpoint_folder, read_saved, refuse_applied, wanted_step
+from memjax.runs.tables import TableForm, encoded, write_files
+
+
+def quantize_run(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    row_format: RowFormat | None,
+    *,
+    step: int | Literal["latest", "best"] = "latest",
+) -> RunConfig:
+    """Writes a run with the model of another whose tables are in a format, block by block; returns its config.
+
+    Args:
+        source: the run.
+        out: the folder of the new run.
+        row_format: of the tables; None keeps the type that they were saved in.
+        step: the checkpoint.
+
+    Raises:
+        ConfigError: `out` holds something, the model has no tables, or the format cannot store them.
+        CheckpointError: the run cannot be read, has patches applied to it, or `out` cannot be written.
+    """
+    check_new(out)
+    folder = checkpoint_folder(source)
+    with Checkpoints(folder) as checkpoints:
+        meta = checkpoints.read_document(META, wanted_step(checkpoints, step))
+        if "table_files" in meta:
+            raise CheckpointError(f"{folder}: its tables are in files already; convert the run that it was made from")
+        saved = read_saved(checkpoints, folder, wanted_step(checkpoints, step), meta)
+        refuse_applied(folder, saved.step, "quantize")
+        config, parts = saved.config, DecoderParts.of(saved.model_config)
+        if not parts.abstract_tables:
+            raise ConfigError([f"{source}: the model has no tables, so there is nothing to quantize"])
+        with written_whole(out) as path:
+            (path / TABLE_FILES).mkdir()
+            records = {}
+            for pool, table in parts.abstract_tables.items():
+                found = row_format or Plain(jnp.dtype(table.dtype).name)
+                form = TableForm(
+                    pool=pool,
+                    num_rows=table.shape[0],
+                    width=table.shape[1],
+                    format=found,
+                    place="host",
+                    value_dtype=jnp.dtype(table.dtype).name,
+                )
+                rows = partial(checkpoints.read_rows, TABLES, pool, step=saved.step)
+                try:
+                    records[pool] = write_files(path / TABLE_FILES, form, encoded(rows(), found))
+                except ValueError as error:
+                    raise ConfigError([f"table {pool} of {source}: {error}"]) from error
+            run = dataclasses.replace(config.run, dir=str(out))
+            train = dataclasses.replace(config.train, init_from=None)
+            new = dataclasses.replace(config, run=run, train=train)
+            document = meta_document(new, saved.tokenizer, step=0)
+            document |= {"format": FORMAT_WITH_TABLE_FILES, "table_files": records}
+            # Types that the tables had, whatever 'auto' means here.
+            document |= {"table_dtypes": upgraded(meta)["table_dtypes"]}
+            with Checkpoints(path / CHECKPOINTS) as written:
+                written.save(0, {PARAMS: saved.params}, {META: document})
+            Claim(RunFolder(path), new).record(0, saved.tokenizer)
+    return new

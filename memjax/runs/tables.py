@@ -1,0 +1,235 @@
+"""Tables on their way from a run's folder to where they live, a block of rows at a time, and files of tables.
+
+A run that `python -m memjax.convert quantize` wrote has its tables in files instead of its checkpoint: their bytes are
+those that operations read, so a CPU maps them.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, Sharding
+from jaxtyping import Array
+
+from memjax.errors import CheckpointError, ConfigError
+from memjax.ops import host_memory
+from memjax.ops.row_formats import formats
+from memjax.ops.row_formats.formats import SCALE_DTYPE, Encoded, RowFormat
+from memjax.ops.table import Place, Table
+from memjax.sharding.axes import MEMORY
+
+Blocks = Iterable[tuple[int, Encoded]]
+"""Encoded rows, each block with the number of its first row."""
+
+_PIECE_ELEMENTS = 1 << 20
+"""Numbers that a thread encodes at once: they stay in its cache."""
+_READ_BYTES = 64 << 20
+"""Of a file that are read, and have a digest, at once."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TableForm:
+    """A table before it is there."""
+
+    pool: str
+    num_rows: int
+    width: int
+    format: RowFormat
+    place: Place
+    value_dtype: str
+    """Type in which operations return what they read."""
+
+    @property
+    def groups(self) -> int:
+        """Scales of a row."""
+        return self.format.groups(self.width)
+
+    @property
+    def payload_shape(self) -> tuple[int, int]:
+        """Of the stored numbers."""
+        return self.num_rows, self.format.payload_columns(self.width)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Of the stored numbers, without scales."""
+        return math.prod(self.payload_shape) * self.format.payload_dtype.itemsize
+
+
+def encoded(blocks: Iterable[tuple[int, np.ndarray]], row_format: RowFormat) -> Iterator[tuple[int, Encoded]]:
+    """Blocks of rows in a format; several threads share a block."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+        for start, rows in blocks:
+            step = max(1, _PIECE_ELEMENTS // max(1, rows.shape[1]))
+            pieces = [rows[first : first + step] for first in range(0, len(rows), step)]
+            parts = list(threads.map(row_format.encode, pieces))
+            scales = [part.scales for part in parts if part.scales is not None]
+            joined = np.concatenate(scales) if scales else None
+            yield start, Encoded(np.concatenate([part.payload for part in parts]), joined)
+
+
+def build(form: TableForm, blocks: Callable[[], Blocks], sharding: Sharding | None) -> Table | Array:
+    """The table, written straight to where it lives; a plain array where that is what it is.
+
+    Args:
+        form: what to build.
+        blocks: gives the rows; called when there is a place for them.
+        sharding: of a table on the device; None is the first device.
+
+    Raises:
+        ConfigError: there is no room, or the table cannot be split as asked.
+    """
+    if form.place == "device":
+        return _on_device(form, blocks(), sharding)
+    if isinstance(sharding, NamedSharding):
+        raise ConfigError(["table_place=host is for one device; leave memory_devices out, or use table_place=device"])
+    scales = _DeviceRows((form.num_rows, form.groups), SCALE_DTYPE, None) if form.groups else None
+
+    memory = host_memory.allocate(form.payload_bytes)
+    rows = _typed(memory, form)
+    for start, block in blocks():
+        rows[start : start + len(block.payload)] = block.payload
+        if scales is not None:
+            scales.put(block.scales, start)
+    return in_host_memory(form, memory, None if scales is None else scales.array)
+
+
+def in_host_memory(form: TableForm, memory: np.ndarray, scales: Array | None) -> Table:
+    """The table whose payload lies in host memory."""
+    common = {"format": form.format, "value_dtype": form.value_dtype, "place": "host"}
+    if jax.default_backend() == "cpu":
+        return Table(host_memory.as_array(_typed(memory, form)), scales, **common)
+    return Table(host_memory.address_of(memory), scales, pinned=(form.num_rows, form.width), **common)
+
+
+def _on_device(form: TableForm, blocks: Blocks, sharding: Sharding | None) -> Table | Array:
+    devices = sharding.mesh.shape[MEMORY] if isinstance(sharding, NamedSharding) else 1
+    if form.groups and (form.groups % devices or form.payload_shape[1] % devices):
+        raise ConfigError(
+            [
+                f"table_format={form.format.name} has {form.groups} scales a row of {form.width} columns, which "
+                f"cannot be split evenly over {devices} devices; use a number that divides {form.groups}"
+            ]
+        )
+    rows = _DeviceRows(form.payload_shape, form.format.payload_dtype, sharding)
+    scales = _DeviceRows((form.num_rows, form.groups), SCALE_DTYPE, sharding) if form.groups else None
+    for start, block in blocks:
+        rows.put(block.payload, start)
+        if scales is not None:
+            scales.put(block.scales, start)
+    if isinstance(form.format, formats.Plain) and form.format.name == form.value_dtype:
+        return rows.array
+    found = None if scales is None else scales.array
+    return Table(rows.array, found, format=form.format, value_dtype=form.value_dtype)
+
+
+class _DeviceRows:
+    """An array on the device that is filled block by block, in place."""
+
+    def __init__(self, shape: tuple[int, int], dtype: Any, sharding: Sharding | None) -> None:
+        self._sharding = sharding
+        self.array = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+        put = jax.lax.dynamic_update_slice_in_dim
+        self._put = jax.jit(lambda all_, some, start: put(all_, some, start, 0), donate_argnums=0)
+
+    def put(self, rows: np.ndarray | None, start: int) -> None:
+        """Writes rows from `start` on."""
+        self.array = self._put(self.array, jax.device_put(rows, self._sharding), start)
+
+
+def _typed(memory: np.ndarray, form: TableForm) -> np.ndarray:
+    return memory.view(form.format.payload_dtype).reshape(form.payload_shape)
+
+
+def write_files(folder: pathlib.Path, form: TableForm, blocks: Blocks) -> dict[str, Any]:
+    """Writes a table's files; returns what `read_files` must know of them, as JSON values."""
+    paths = {"rows": folder / f"{form.pool}.rows"} | ({"scales": folder / f"{form.pool}.scales"} if form.groups else {})
+    for path in paths.values():
+        path.touch()
+    for _, block in blocks:
+        for name, part in zip(("rows", "scales"), block, strict=True):
+            if part is not None:
+                with open(paths[name], "ab") as file:
+                    file.write(
+                        np.ascontiguousarray(part).data.cast("B") if part.dtype.isbuiltin == 1 else part.tobytes()
+                    )
+    return {
+        "format": form.format.name,
+        "group": form.width // form.groups if form.groups else None,
+        "value_dtype": form.value_dtype,
+        "num_rows": form.num_rows,
+        "width": form.width,
+        "files": {name: {"bytes": path.stat().st_size, "digest": file_digest(path)} for name, path in paths.items()},
+    }
+
+
+def file_digest(path: pathlib.Path) -> str:
+    """The digest of a file, from those of its pieces, which threads read."""
+    size = path.stat().st_size
+
+    def piece(start: int) -> bytes:
+        with open(path, "rb") as file:
+            return hashlib.blake2b(os.pread(file.fileno(), _READ_BYTES, start), digest_size=16).digest()
+
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        pieces = threads.map(piece, range(0, size, _READ_BYTES))
+        return hashlib.blake2b(b"".join(pieces), digest_size=16).hexdigest()
+
+
+def stored_format(record: Mapping[str, Any]) -> RowFormat:
+    """The format of a table's files.
+
+    Raises:
+        ValueError: this version has no format of that name.
+    """
+    found = formats.find(record["format"])
+    # The default may have been another one when the files were written.
+    return dataclasses.replace(found, group=record["group"]) if isinstance(found, formats.Scaled) else found
+
+
+def read_files(folder: pathlib.Path, form: TableForm, record: Mapping[str, Any], sharding: Sharding | None) -> Any:
+    """The table in the files of a run, at the form's place.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+        ConfigError: there is no room for it.
+    """
+    paths = {name: folder / f"{form.pool}.{name}" for name in record["files"]}
+    for name, path in paths.items():
+        expected = record["files"][name]
+        try:
+            if path.stat().st_size != expected["bytes"]:
+                raise CheckpointError(f"{path}: has {path.stat().st_size} bytes, not {expected['bytes']}")
+            if file_digest(path) != expected["digest"]:
+                raise CheckpointError(f"{path}: is damaged, its digest differs")
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    kinds = {"rows": (form.payload_shape[1], form.format.payload_dtype), "scales": (form.groups, SCALE_DTYPE)}
+
+    def blocks() -> Iterator[tuple[int, Encoded]]:
+        step = max(1, _READ_BYTES // max(1, form.payload_bytes // max(1, form.num_rows)))
+        for start in range(0, form.num_rows, step):
+            count = min(step, form.num_rows - start)
+            parts = {}
+            for name, path in paths.items():
+                columns, dtype = kinds[name]
+                offset, size = start * columns * dtype.itemsize, count * columns * dtype.itemsize
+                with open(path, "rb") as file:
+                    file.seek(offset)
+                    parts[name] = np.frombuffer(file.read(size), dtype).reshape(count, columns)
+            yield start, Encoded(parts["rows"], parts.get("scales"))
+
+    if form.place == "host" and jax.default_backend() == "cpu":
+        scales = None
+        if "scales" in paths:
+            stored = np.fromfile(paths["scales"], SCALE_DTYPE).reshape(form.num_rows, form.groups)
+            scales = jnp.asarray(stored)
+        return in_host_memory(form, host_memory.map_file(paths["rows"], form.payload_bytes), scales)
+    return build(form, blocks, sharding)
