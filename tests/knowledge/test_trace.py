@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from memjax.knowledge.trace import trace
-from memjax.models.parts import take_apart
+from memjax.models.parts import take_apart, writable
 
 PROMPT, ANSWER = [1, 70, 9, 200, 33, 8], [120, 7]
 KINDS = ["memory_plus", "plain", "gated_beside", "peer"]
@@ -30,7 +30,7 @@ class _Nothing(nnx.Module):
 
 def with_table(model, name, table):
     parts, params, tables = take_apart(model)
-    return parts.assemble(params, tables | {name: table})
+    return parts.assemble(params, {**tables, name: table})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -48,7 +48,7 @@ def test_a_slot_of_the_last_layer_adds_what_the_logit_loses_without_it(model_of,
     model = model_of(kind)
     found = trace(model, PROMPT, ANSWER)
     name = "experts_2_outputs" if kind == "peer" else "layer_2"
-    table = take_apart(model)[2][name]
+    table = writable(take_apart(model)[2])[name]
     before = final_stream(model, found.tokens)
     scale = 1 / np.sqrt((before**2).mean(axis=1) + model.norm.epsilon)
     to_logits = np.asarray(model.norm.scale[...])[:, None] * np.asarray(model.output_matrix())
@@ -65,7 +65,7 @@ def test_effects_are_derivatives_of_the_answers_logit(model_of, kind):
     model = model_of(kind)
     found = trace(model, PROMPT, ANSWER)
     name = "experts_0_outputs" if kind == "peer" else "layer_0"
-    table, layer = take_apart(model)[2][name], found.layers["L0"]
+    table, layer = writable(take_apart(model)[2])[name], found.layers["L0"]
     step = 3e-3
     logit = nnx.jit(lambda m: m(jnp.asarray([PROMPT]))[0, -1, ANSWER[0]])
     slot = int(layer.slots[len(PROMPT) - 1, 0])
