@@ -48,6 +48,7 @@ nitpick_ignore_regex = [
     (r"py:class", "Array"),
     # Types in signatures of the reference that it does not describe: nobody needs to make one.
     (r"py:class", r"memjax\.(ops\.table\.Table|inference\.sampling\.Mode|memory\.read\.TableName)"),
+    (r"py:class", r"memjax\.ops\.row_formats\.formats\.RowFormat"),
 ]
 
 
