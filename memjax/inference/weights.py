@@ -152,8 +152,8 @@ def _by_kernel(x: Array, rows: Array, residual: Array | None = None, *, gated: b
 def prepare(model: Decoder) -> Decoder:
     """The model with joined projections, and with matrices in the type that it computes in where that is narrower.
 
-    Arrays that stay as they are, tables among them, are the model's own and take no more memory. What was made is kept
-    as long as the model lives and has the same arrays.
+    The blocks' matrices are copied, joined and transposed; all other arrays, tables among them, are the model's own and
+    take no more memory. What was made is kept as long as the model lives and has the same arrays.
     """
     graphdef, tables, params = nnx.split(model, TableRows, ...)
     arrays = jax.tree.leaves((tables, params))
