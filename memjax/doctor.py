@@ -3,8 +3,11 @@
 import contextlib
 import dataclasses
 import io
+import os
 import pathlib
 import queue
+import secrets
+import shutil
 import signal
 import sys
 import tempfile
@@ -161,10 +164,15 @@ def _compare(run: Callable[[str], Any], name: str) -> str:
 
 def check_training() -> bool:
     """Trains the quick start's model for a few steps, saves it, loads it and lets it write; prints a line each."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    # The name is known before the folder exists: a signal between the two leaves nothing behind.
+    folder = os.path.join(tempfile.gettempdir(), f"memjax-doctor-{secrets.token_hex(8)}")
+    try:
+        os.mkdir(folder, 0o700)
         return _report("train and save", lambda: _in_thread(lambda: _train(folder))) and _report(
             "load and write", lambda: _write(folder)
         )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 SETTINGS = (
@@ -214,6 +222,7 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 def _program() -> NoReturn:
     """Runs the command; any signal that ends programs ends it as Ctrl-C does, without a temporary folder left."""
+    tempfile.gettempdir()  # writes a file the first time, which a signal would leave behind
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
             signal.signal(number, _interrupt)
