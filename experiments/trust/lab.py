@@ -58,6 +58,7 @@ class Ended:
     code: int
     output: str
     seconds: float
+    """Without those in which it waited for a core, as on a machine with other work."""
     hung: bool
 
 
@@ -185,17 +186,22 @@ class Lab:
 
     def end(self, process: subprocess.Popen[str], seconds: float | None = None, read: str = "") -> Ended:
         """Waits for a process; one that is not gone in time is killed with its group."""
-        started, hung = time.monotonic(), False
-        try:
-            rest, _ = process.communicate(timeout=self.patience if seconds is None else seconds)
-        except subprocess.TimeoutExpired:
-            hung = True
-            self._kill(process.pid)
-            rest, _ = process.communicate()
+        limit = self.patience if seconds is None else seconds
+        started, begin, waited, hung = time.monotonic(), _waits(process.pid), 0.0, False
+        while True:
+            try:
+                rest, _ = process.communicate(timeout=0.2)
+                break
+            except subprocess.TimeoutExpired:
+                now = _waits(process.pid)
+                waited = max([waited, *(now[thread] - begin.get(thread, 0.0) for thread in now)])
+                if not hung and time.monotonic() - started - waited > limit:
+                    hung = True
+                    self._kill(process.pid)
         self._kill(process.pid)
         with self._guard:
             self._running.discard(process.pid)
-        return Ended(process.returncode, read + rest, time.monotonic() - started, hung)
+        return Ended(process.returncode, read + rest, time.monotonic() - started - waited, hung)
 
     def train(self, run: pathlib.Path, *more: str, **options: Any) -> Ended:
         """Runs the training to its end."""
@@ -255,3 +261,12 @@ class Lab:
             case.note("wrong", f"{what}: arrays of the last step differ")
         if left := [path.name for path in (run / "checkpoints").glob("*tmp*")]:
             case.note("other", f"{what}: {left} left behind")
+
+
+def _waits(pid: int) -> dict[str, float]:
+    """Seconds for which each thread of a process was ready and had no core (Linux only)."""
+    waits = {}
+    for path in pathlib.Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            waits[path.parent.name] = int(path.read_text(encoding="utf-8").split()[1]) / 1e9
+    return waits

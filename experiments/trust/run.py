@@ -18,6 +18,7 @@ import pathlib
 import platform
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -127,7 +128,9 @@ def machine() -> dict[str, str | int | None]:
     for package in ("jax", "jaxlib", "flax", "orbax-checkpoint", "grain"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
+    commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {
+        "commit": commit.stdout.strip(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
         "python": platform.python_version(),
         "platforms": os.environ.get("JAX_PLATFORMS", "cpu"),
