@@ -17,22 +17,22 @@ PHASES = {
     "reading data": "reading tokenizer and data",
     "compiling": "compiling the training step",
     "first step": "step  1/",
-    "training": "step  7/",
-    "validation": "step 10/",
-    "saving": "step 12/",
-    "last step": "step 20/",
+    "training": "step  4/",
+    "validation": "step  6/",
+    "saving": "step  9/",
+    "last step": "step 12/",
     "closing": "finished:",
 }
 """Phases of a run, and the beginning of the line (after its time, if it has one) that shows each."""
 
 
 def kills(lab: Lab, count: int) -> list[Case]:
-    """kill -9 up to four times in one run, at moments spread over its length, then one start that finishes it."""
+    """kill -9 up to six times in one run, at moments spread over its length, then one start that finishes it."""
 
     def attempt(case: Case) -> None:
         run, random = lab.folder / f"kill{case.seed}", case.random
         case.tried = 0
-        for _ in range(random.randint(1, 4)):
+        for _ in range(random.randint(2, 6)):
             process = lab.start(lab.command(run))
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(random.uniform(0.1, 1.0) * lab.seconds)
@@ -48,45 +48,55 @@ def kills(lab: Lab, count: int) -> list[Case]:
     return [Case("kills", f"chain {seed}", attempt, seed) for seed in range(count)]
 
 
-def signals(lab: Lab, rounds: int, phases: tuple[str, ...] = tuple(PHASES)) -> list[Case]:
-    """Every signal in every phase; the same command then finishes the run."""
+def signals(lab: Lab, rounds: int) -> list[Case]:
+    """A signal in every phase of one run, which each start resumes; the same command then finishes it.
+
+    A round of seven runs brings every signal in every phase.
+    """
+    names = [*SIGNALS, "INT flood"]
 
     def attempt(case: Case) -> None:
-        name, phase = case.name.split(" in ")
-        run = lab.folder / f"signal-{case.name.replace(' ', '-')}-{case.seed}"
-        process = lab.start(lab.command(run))
-        watchdog = time.monotonic() + lab.patience
-        mark, read = PHASES[phase], ""
-        assert process.stdout is not None
-        if mark is None:
-            time.sleep(case.random.uniform(0.3, 0.4) * lab.seconds)
-        while mark is not None and time.monotonic() < watchdog:
-            line = process.stdout.readline()
-            read += line
-            if not line or line.startswith(mark) or line.strip().partition(" s   ")[2].startswith(mark):
-                break
-        time.sleep(case.random.uniform(0, 0.05))
-        number = getattr(signal, f"SIG{name.removesuffix(' flood')}")
-        flood = [number, signal.SIGTERM, number] * 7 if name.endswith("flood") else [number]
-        for each in flood:
-            process.send_signal(each)
-        ended = lab.end(process, QUICKLY + lab.seconds, read)
-        # Before the commands have their handlers, signals have their usual effect.
-        codes = [0, 75, 130] + ([-int(each) for each in flood] if phase == "imports" else [])
-        if ended.seconds > QUICKLY + (0.5 * lab.seconds if phase in ("imports", "closing") else 0):
-            case.note("hung", f"{ended.seconds:.1f} s after SIG{name}\n{ended.output}")
-        if case.check(ended, codes, f"SIG{name}"):
-            if ended.code == 75 and not lab.steps(run):
-                case.note("lost", f"exit code 75 without a checkpoint\n{ended.output}")
-            lab.finish(case, run, f"SIG{name}")
+        run = lab.folder / f"signals{case.seed}"
+        case.tried = 0
+        for place, phase in enumerate(PHASES):
+            case.tried += 1
+            interrupt(lab, case, run, names[(case.seed + place) % len(names)], phase)
+        lab.finish(case, run, "a signal in every phase")
 
-    names = [*SIGNALS, "INT flood"]
-    return [
-        Case("signals", f"{name} in {phase}", attempt, seed)
-        for seed in range(rounds)
-        for phase in phases
-        for name in names
-    ]
+    return [Case("signals", f"run {seed}", attempt, seed) for seed in range(rounds * len(names))]
+
+
+def interrupt(lab: Lab, case: Case, run: pathlib.Path, name: str, phase: str) -> None:
+    """Sends a signal, or a flood of them, to a run that has come to a phase."""
+    what, had = f"SIG{name} in {phase}", lab.steps(run)
+    process = lab.start(lab.command(run))
+    read = wait_for_line(process, PHASES[phase], lab.patience)
+    time.sleep(case.random.uniform(0.3, 0.4) * lab.seconds if PHASES[phase] is None else case.random.uniform(0, 0.05))
+    number = getattr(signal, f"SIG{name.removesuffix(' flood')}")
+    flood = [number, signal.SIGTERM, number] * 7 if name.endswith("flood") else [number]
+    for each in flood:
+        process.send_signal(each)
+    ended = lab.end(process, QUICKLY + lab.seconds, read)
+    # Before the commands have their handlers, signals have their usual effect.
+    codes = [0, 75, 130] + ([-int(each) for each in flood] if phase == "imports" else [])
+    if ended.seconds > QUICKLY + (0.5 * lab.seconds if phase in ("imports", "closing") else 0):
+        case.note("hung", f"{what}: {ended.seconds:.1f} s\n{ended.output}")
+    if case.check(ended, codes, what) and ended.code == 75 and not lab.steps(run):
+        case.note("lost", f"{what}: exit code 75 without a checkpoint\n{ended.output}")
+    if "\ncompiled the training step" in ended.output:
+        lab.check_resumed(case, had, ended, what)
+
+
+def wait_for_line(process: subprocess.Popen[str], mark: str | None, seconds: float) -> str:
+    """What a process prints until a line begins with the mark, which may stand behind a time."""
+    deadline, read = time.monotonic() + seconds, ""
+    assert process.stdout is not None
+    while mark is not None and time.monotonic() < deadline:
+        line = process.stdout.readline()
+        read += line
+        if not line or line.startswith(mark) or line.strip().partition(" s   ")[2].startswith(mark):
+            break
+    return read
 
 
 def two(lab: Lab, count: int) -> list[Case]:

@@ -43,7 +43,7 @@ CAMPAIGNS = {
     "config": ("R22 R29", "damaged settings, tokenizers and documents of a run; one line that says what"),
     "sandbox": ("-", "programs that cheat, fill, hang and stay; none passes, nothing is left behind"),
 }
-FULL = {"kills": 80, "signals": 3, "two": 10, "flips": 800, "disk": 24, "data": 900, "config": 900, "sandbox": 1}
+FULL = {"kills": 52, "signals": 3, "two": 10, "flips": 800, "disk": 24, "data": 900, "config": 900, "sandbox": 1}
 SMALL = {"kills": 1, "signals": 1, "two": 1, "flips": 10, "disk": 1, "data": 9, "config": 12, "sandbox": 1}
 NO_RUN = {"data", "sandbox"}
 """Campaigns that need no trained run."""
@@ -57,7 +57,7 @@ def cases_of(lab: Lab, campaign: str, *, small: bool) -> list[Case]:
         case "kills":
             return life.kills(lab, count)
         case "signals":
-            return life.signals(lab, count)[12:13] if small else life.signals(lab, count)
+            return life.signals(lab, count)[:1] if small else life.signals(lab, count)
         case "two":
             return life.two(lab, count)
         case "disk":

@@ -144,7 +144,8 @@ def catch_interrupts(*, at_once: bool = True, quiet: bool = False) -> Iterator[I
     finally:
         signal.set_wakeup_fd(fd_before)
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            if signal.getsignal(number) is interrupt:  # what the block has ignored for good stays ignored
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
         there.close()
         watcher.join()
         here.close()

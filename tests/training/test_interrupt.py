@@ -150,3 +150,17 @@ def test_nor_are_they_where_they_cannot_be_raised(monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "something else" in error
     assert "closed" not in error
+
+
+AT_EXIT = """
+import atexit, os, signal
+from memjax.training.interrupt import SIGNALS, run_program
+
+atexit.register(lambda: [os.kill(os.getpid(), number) for number in SIGNALS])
+run_program(lambda: 3)
+"""
+
+
+def test_a_signal_that_comes_when_all_is_done_does_not_change_the_exit_code():
+    done = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (3, "")
