@@ -3,12 +3,14 @@
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from memjax.io.console import say
 from memjax.training.interrupt import run_program
 
 COMMANDS = {
     "train": "train a model, or go on with a run",
+    "presets": "list the configs that memjax brings, and what each needs",
     "prepare": "tokenise the data of a run ahead of training",
     "evaluate": "measure what a trained model knows: facts, text, questions or tasks",
     "generate": "write on from a prompt, a file of prompts, or at the terminal",
@@ -22,14 +24,30 @@ COMMANDS = {
 }
 
 
+_SHELLS = """Completion in bash and zsh: eval "$(memjax --completion)\""""
+
+_COMPLETION = """_memjax() {
+  local word=${COMP_WORDS[COMP_CWORD]} offers
+  if ((COMP_CWORD == 1)); then offers="COMMANDS"; else offers=$(memjax "${COMP_WORDS[1]}" --complete 2>/dev/null); fi
+  COMPREPLY=($(compgen -W "$offers" -- "$word"))
+}
+[ -n "$ZSH_VERSION" ] && autoload -U +X compinit bashcompinit && compinit && bashcompinit
+complete -o default -F _memjax memjax"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command that the first word names; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else "--help"
     if name in COMMANDS:
         return importlib.import_module(f"memjax.{name}").main(words[1:])
+    if name == "--completion":
+        say(_COMPLETION.replace("COMMANDS", " ".join(COMMANDS)))
+        return 0
     lines = [f"  {command:<10} {summary}" for command, summary in COMMANDS.items()]
-    overview = "\n".join(["usage: python -m memjax COMMAND ...", "", *lines, "", "COMMAND --help explains a command."])
+    overview = "\n".join(
+        ["usage: python -m memjax COMMAND ...", "", *lines, "", "COMMAND --help explains a command.", _SHELLS]
+    )
     if name in ("-h", "--help"):
         say(overview)
         return 0
@@ -37,7 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-if __name__ == "__main__":
+def program() -> NoReturn:
+    """The console script `memjax`; ends the process."""
     if sys.argv[1:2] == ["train"]:
         run_program(main)
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    program()

@@ -19,7 +19,7 @@ from memjax.runs.command import InferenceSettings, exit_code, loaded
 
 PROG = "python -m memjax.serve"
 API_KEY = "MEMJAX_API_KEY"
-INSTALL = "pip install 'memjax[serve]'"
+INSTALL = "pip install 'starlette>=1,<2' 'uvicorn>=0.50,<1'"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,10 @@
 """`python -m memjax`: the commands by name."""
 
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -28,3 +31,18 @@ def test_a_command_gets_the_words_after_its_name(capsys):
 def test_an_unknown_command_ends_with_2(capsys):
     assert main(["tarin"]) == 2
     assert capsys.readouterr().err.startswith("python -m memjax: there is no command 'tarin'\n\nusage: ")
+
+
+def test_bash_completes_commands_and_their_settings(tmp_path, capsys):
+    assert main(["--completion"]) == 0
+    (tmp_path / "memjax").write_text(f'#!/bin/sh\nexec {sys.executable} -m memjax "$@"\n')
+    (tmp_path / "memjax").chmod(0o755)
+    ask = """
+COMP_WORDS=(memjax gen); COMP_CWORD=1; _memjax; echo ${COMPREPLY[@]}
+COMP_WORDS=(memjax plot --smo); COMP_CWORD=2; _memjax; echo ${COMPREPLY[@]}
+"""
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    found = subprocess.run(
+        ["bash", "-c", capsys.readouterr().out + ask], env=environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split() == ["generate", "--smoothing"]

@@ -18,6 +18,7 @@ from typing import Any, Generic, Literal, NoReturn, TypeVar
 import pydantic
 import yaml
 
+from memjax.config import presets
 from memjax.config.help import Positional, help_text, section_help
 from memjax.config.schema import (
     FieldPath,
@@ -43,11 +44,17 @@ _NO_FLAGS: Mapping[str, str] = types.MappingProxyType({})
 
 CONFIG_FILE = Positional(
     name="CONFIG.yaml",
-    help="Settings of the run, or the folder of a run, which goes on with its own. Without it, the defaults.",
+    help=(
+        "Settings of the run: a YAML file, the name of a preset (`python -m memjax presets` lists them), or the folder "
+        "of a run, which continues with its own. Without it, the defaults."
+    ),
     required=False,
     is_config=True,
 )
 RUN_FOLDER = Positional(name="RUN", help="The folder of a run.")
+
+COMPLETE = "--complete"
+"""As the only argument of a command: print what a shell may offer."""
 
 SHOWN_PROBLEMS = 40
 """The most problems that are listed: a file that is no config at all has thousands."""
@@ -106,6 +113,9 @@ def parse(
         flags: Options without a value: name (with underscores) and help.
         examples: Command lines for the help.
     """
+    if list(argv[:1]) == [COMPLETE]:
+        say("\n".join(_completions(schema, positional, flags)))
+        sys.exit(0)
     if asked := {"-h", "--help"}.intersection(argv):
         topic = next(iter(argv[min(map(argv.index, asked)) + 1 :]), "-")
         if topic.startswith("-"):
@@ -133,6 +143,13 @@ def parse(
     except ConfigError as error:
         _end(prog, error.problems)
     return Parsed(config=config, positional=first, positionals=positionals, flags=frozenset(given))
+
+
+def _completions(schema: type, positional: Positional | None, flags: Mapping[str, str]) -> list[str]:
+    """What a shell may offer for the next word."""
+    settings = [f"--{'.'.join(path)}" for path, annotation in walk(schema) if section_of(annotation) is None]
+    configs = presets.names() if positional and positional.is_config else []
+    return [*configs, *settings, *(f"--{name}" for name in flags), "--help"]
 
 
 def _end(prog: str, problems: Sequence[str]) -> NoReturn:
@@ -186,7 +203,7 @@ class _Sources:
     def config(self, path: Path) -> dict[str, Any]:
         """The tree of a config's file, or of a run's folder, whatever the place that the run began in."""
         if not path.is_dir():
-            return self.read(path, "command line")
+            return self.read(path if path.exists() else presets.find(path) or path, "command line")
         file = path / "config.yaml"
         if not file.exists():
             is_part = path.name == "checkpoints" and (path.parent / "config.yaml").exists()
@@ -207,8 +224,9 @@ class _Sources:
         try:
             node = yaml.compose(path.read_text(encoding="utf-8"), Loader=Loader)
         except FileNotFoundError:
-            names = [str(other) for other in path.parent.glob("*.yaml")]
-            hint = _did_you_mean(_close(str(path), names))
+            hint = _did_you_mean(_close(str(path), [str(other) for other in path.parent.glob("*.yaml")]))
+            if not hint and "=" not in str(path):
+                hint = _did_you_mean(_close(path.stem, presets.names()))
             if not hint and "=" in str(path):
                 hint = f"; for a setting write --{path}"
             self.problems.append(f"{asked_at}: {printable(str(path))} does not exist{hint}")
@@ -243,7 +261,10 @@ class _Sources:
             if key.value == "extends":
                 line = f"{path}:{key.start_mark.line + 1}"
                 if isinstance(value, yaml.ScalarNode) and value.value.endswith((".yaml", ".yml")):
-                    base = self.read(path.parent / value.value, line, (*chain, path))
+                    named = path.parent / value.value
+                    base = self.read(
+                        named if named.exists() else presets.find(value.value) or named, line, (*chain, path)
+                    )
                 else:  # another kind of file is not opened: messages about its content would print parts of it
                     self.problems.append(f"{line}: extends must name one YAML file, .yaml or .yml")
         tree = self._tree(node, (), lambda part: f"{path}:{part.start_mark.line + 1}")

@@ -46,7 +46,7 @@ TableDtypes = Mapping[str, str]
 """Names of the types of tables, by the section that they belong to."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class LoadedModel:
     """What `load` gives; `model, tokenizer = memjax.load(path)` works too."""
 
@@ -59,6 +59,12 @@ class LoadedModel:
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.tokenizer))
+
+    def __repr__(self) -> str:
+        """One line, where NNX would print every array."""
+        model = self.config.model
+        tables = "".join(f", {table.num_slots:,} slots x {table.width}" for table in model.tables.values())
+        return f"LoadedModel({self.config.run.dir}, step {self.step}: {model.num_layers} blocks x {model.dim}{tables})"
 
 
 def load(
