@@ -84,6 +84,8 @@ def _train(claim: Claim) -> int:
     source = find_source(config.data.in_run(str(folder.path)))
     tokenizer = folder.tokenizer(config, source)
     with first_alone("data"):
+        if is_first() and config.data.prepared is None and not folder.began():
+            source.discard_outdated(tokenizer)
         dataset = open_dataset(source, tokenizer)
     alone = jax.process_count() == 1
     with catch_interrupts(at_once=alone, quiet=not is_first()) as interrupt, jax.set_mesh(mesh):

@@ -1,5 +1,6 @@
 """The train command in this process: exit codes, messages, and what a failed run leaves."""
 
+import gzip
 import itertools
 import json
 import os
@@ -19,7 +20,7 @@ from memjax.checkpoint import CheckpointError, Checkpoints
 from memjax.data.dataset import Dataset
 from memjax.data.loader import TrainingData
 from memjax.data.tokenizers.base import ByteTokenizer
-from memjax.errors import DataError
+from memjax.errors import ConfigError, DataError
 from memjax.memory import sharded
 from memjax.monitoring import metrics
 from memjax.runs.load import load
@@ -105,6 +106,23 @@ def test_a_run_without_enough_memory_tells_what_it_needs_and_ends_with_7(run, mo
     assert "out of memory" in printed
     assert "bytes per device" in printed
     assert re.search(r"--data.batch_size 4 +\S+ MB less", printed), printed
+
+
+def test_data_prepared_by_a_start_that_made_no_step_does_not_refuse_other_settings(run, monkeypatch, tmp_path):
+    def fails(*_):
+        raise ConfigError(["after the data is open"])
+
+    monkeypatch.setattr(main, "Loop", fails)
+    packed = tmp_path / "corpus.jsonl.gz"
+    packed.write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n{"title": "three"}\n'))
+    files = ("--data.source", "files", "--data.path", str(packed), "--data.malformed", "skip")
+    for settings in ([], ["--data.text_key", "title"]):
+        code, printed = run("tried", *files, *settings)
+        assert code == 2
+        assert "after the data is open" in printed
+    code, printed = run("tried", *files, "--data.malformed", "strict")
+    assert code == 3
+    assert "corpus.jsonl.gz:3" in printed
 
 
 def test_another_error_of_a_device_is_not_taken_for_too_little_memory(run, monkeypatch):

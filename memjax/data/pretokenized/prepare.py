@@ -1,6 +1,7 @@
 """Tokenises a corpus once, over all cores, into a folder of prepared data that is whole or not there."""
 
 import collections
+import contextlib
 import multiprocessing
 import os
 import pathlib
@@ -20,6 +21,8 @@ from memjax.data.pretokenized.store import (
     id_dtype,
     is_empty,
     is_prepared,
+    misfits,
+    read_manifest,
     settings_of,
     write_manifest,
 )
@@ -87,6 +90,7 @@ def prepare(
     tokenizer: Tokenizer,
     folder: pathlib.Path,
     *,
+    asked_for: bool = True,
     processes: int | None = None,
     every_seconds: float = 5.0,
 ) -> None:
@@ -99,6 +103,7 @@ def prepare(
         corpus: what to read.
         tokenizer: makes the ids.
         folder: comes into being at the end, all at once.
+        asked_for: whether it is kept when `discard_outdated` finds it.
         processes: that tokenise; None is one for each core, or fewer for small files. More than one start anew, so a
             program must keep its own start under `if __name__ == "__main__"`.
         every_seconds: between lines of progress where the output is no terminal.
@@ -108,11 +113,10 @@ def prepare(
     """
     if is_prepared(folder):  # which may lie where nothing can be written
         return
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = _partial(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        waiting = lambda holder: say(f"waiting for another process that prepares {folder} ({holder})")
-        with locked(folder.with_name(f"{folder.name}.lock"), on_wait=waiting):
+        with _locked(folder):
             if is_prepared(folder):
                 return
             if folder.exists():
@@ -123,15 +127,51 @@ def prepare(
                 print(f"{partial}: an unfinished preparation is removed and begun again", flush=True)
                 shutil.rmtree(partial)
             partial.mkdir()
-            _prepare(corpus, tokenizer, partial, processes, every_seconds)
+            _prepare(corpus, tokenizer, partial, asked_for, processes, every_seconds)
             os.replace(partial, folder)
     except OSError as error:
         # What goes wrong in reading is a malformed record.
         raise DataError(f"{folder}: cannot be written ({error}); make room, or name another data.prepared") from error
 
 
+def discard_outdated(corpus: Corpus, tokenizer: Tokenizer, folder: pathlib.Path) -> None:
+    """Removes the prepared data of a start with other settings or files, unless memjax.prepare was asked for it.
+
+    Raises:
+        DataError: it cannot be read or removed.
+    """
+    if not is_prepared(folder):
+        return
+    try:
+        with _locked(folder):
+            manifest = read_manifest(folder)
+            if manifest.asked_for or not misfits(manifest, corpus, tokenizer):
+                return
+            say(f"{folder}: was prepared by a start with other settings or files that made no step; removed")
+            partial = _partial(folder)
+            shutil.rmtree(partial, ignore_errors=True)
+            os.replace(folder, partial)  # what is half removed must not look prepared
+            shutil.rmtree(partial)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be removed ({error}); remove it, or name another data.prepared") from error
+
+
+def _partial(folder: pathlib.Path) -> pathlib.Path:
+    return folder.with_name(f"{folder.name}.partial")
+
+
+def _locked(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+    waiting = lambda holder: say(f"waiting for another process that prepares {folder} ({holder})")
+    return locked(folder.with_name(f"{folder.name}.lock"), on_wait=waiting)
+
+
 def _prepare(
-    corpus: Corpus, tokenizer: Tokenizer, folder: pathlib.Path, processes: int | None, every_seconds: float
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    folder: pathlib.Path,
+    asked_for: bool,
+    processes: int | None,
+    every_seconds: float,
 ) -> None:
     stream = CorpusStream(corpus)
     if processes is None:
@@ -172,6 +212,7 @@ def _prepare(
         largest_id=largest,
         malformed=stream.num_malformed,
         examples=stream.examples,
+        asked_for=asked_for,
     )
     write_manifest(folder, manifest)
     seconds = time.monotonic() - started

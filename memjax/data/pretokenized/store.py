@@ -55,6 +55,8 @@ class Manifest:
     """Records without the empty ones that keep the numbers of those left out; -1: all, before 0.2."""
     digest: str = ""
     """Checksum of all records; empty before 0.2."""
+    asked_for: bool = True
+    """By memjax.prepare, and not only by the start of a training."""
 
     def __post_init__(self) -> None:
         if self.usable < 0:
@@ -279,10 +281,19 @@ def open_prepared(folder: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer) ->
         DataError: the folder holds other data, or ids of another tokenizer, or is damaged.
     """
     reader = PreparedReader(folder, tokenizer)
-    manifest, wanted = reader.manifest, settings_of(corpus, tokenizer)
+    if changed := misfits(reader.manifest, corpus, tokenizer):
+        raise DataError(
+            f"{folder}: the prepared data does not fit: {'; '.join(changed)}; "
+            "set it back, name another data.prepared, or delete the folder, so that the data is prepared again"
+        )
+    return reader
+
+
+def misfits(manifest: Manifest, corpus: Corpus, tokenizer: Tokenizer) -> list[str]:
+    """In what the prepared data is not that of a corpus and a tokenizer."""
     changed = [
         f"{name}={now!r} here, {manifest.settings.get(name)!r} in the prepared data"
-        for name, now in wanted.items()
+        for name, now in settings_of(corpus, tokenizer).items()
         if manifest.settings.get(name) != now
     ]
     try:
@@ -299,12 +310,7 @@ def open_prepared(folder: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer) ->
         changed.append(f"vocab_size={tokenizer.vocab_size} here, an id {manifest.largest_id} in the prepared data")
     if manifest.malformed > corpus.max_malformed:
         changed.append(f"max_malformed={corpus.max_malformed} here, {manifest.malformed} in the prepared data")
-    if changed:
-        raise DataError(
-            f"{folder}: the prepared data does not fit: {'; '.join(changed)}; "
-            "set it back, name another data.prepared, or delete the folder, so that the data is prepared again"
-        )
-    return reader
+    return changed
 
 
 def _amount(files: list[list[Any]]) -> str:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from memjax.config.data import BiographiesConfig, DataConfig
 from memjax.data.mixture import Split, num_training_records
-from memjax.data.pretokenized.prepare import prepare
+from memjax.data.pretokenized.prepare import discard_outdated, prepare
 from memjax.data.pretokenized.store import is_prepared, open_prepared
 from memjax.data.sampling import spread_over_records, spread_over_stream
 from memjax.data.sources.biographies import BiographyRecords, QuestionRecords
@@ -43,6 +43,14 @@ class Source(ABC):
         Raises:
             DataError: the data cannot be used, or prepared data is of something else.
         """
+
+    def discard_outdated(self, tokenizer: Tokenizer) -> None:
+        """Removes what a start with other settings prepared in the run's own folder before its first step.
+
+        Raises:
+            DataError: it cannot be read or removed.
+        """
+        return
 
     @property
     def people(self) -> BiographiesConfig | None:
@@ -166,6 +174,11 @@ class Files(Source):
         for corpus in self.corpora:
             prepare(corpus, tokenizer, self._folder(corpus), every_seconds=every_seconds)
 
+    def discard_outdated(self, tokenizer: Tokenizer) -> None:
+        """Removes the folders of corpora that a start prepared from other files, or for another tokenizer."""
+        for corpus in self.corpora:
+            discard_outdated(corpus, tokenizer, self._folder(corpus))
+
     def _check(self) -> None:
         if self.problem:
             raise DataError(self.problem)
@@ -184,7 +197,7 @@ class Files(Source):
         if not (has_folder and is_prepared(self._folder(corpus))) and not self._must_be_prepared(corpus):
             return TextReader(corpus.lines, tokenizer, corpus.fingerprint())
         folder = self._folder(corpus)
-        prepare(corpus, tokenizer, folder)
+        prepare(corpus, tokenizer, folder, asked_for=False)
         return open_prepared(folder, corpus, tokenizer)
 
     def _num_training(self, corpus: Corpus, count: int) -> int:

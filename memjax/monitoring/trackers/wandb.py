@@ -15,7 +15,7 @@ class Wandb(Service):
     def __init__(self, config: RunConfig, settings: WandbConfig, folder: pathlib.Path):
         library = optional_package("wandb", "wandb")
         super().__init__(folder / "wandb.json")
-        if "id" not in self.notes:
+        if "step" not in self.notes:  # of a start that sent nothing, and may have had other settings
             self.keep(id=uuid.uuid4().hex[:12])
         self.run = library.init(
             project=settings.project,

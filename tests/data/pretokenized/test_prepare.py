@@ -17,7 +17,7 @@ import pytest
 
 from memjax.config.data import DataConfig
 from memjax.data.pretokenized import prepare as prepare_module
-from memjax.data.pretokenized.prepare import prepare
+from memjax.data.pretokenized.prepare import discard_outdated, prepare
 from memjax.data.pretokenized.store import PreparedReader, open_prepared
 from memjax.data.sources.corpus import Corpus
 from memjax.data.sources.parsing import Keys
@@ -360,3 +360,16 @@ def test_a_lost_part_of_a_file_ends_a_preparation_that_skips_records_unless_it_m
     prepare(corpus(path, malformed="skip", damaged_files="skip"), BYTES, tmp_path / "p")
     (example,) = PreparedReader(tmp_path / "p", BYTES).manifest.examples
     assert "what follows is lost" in example
+
+
+@pytest.mark.parametrize("change", ["nothing", "tokenizer", "settings", "file"])
+@pytest.mark.parametrize("asked_for", [True, False])
+def test_only_what_a_start_with_other_settings_prepared_is_discarded(tmp_path, lines, asked_for, change):
+    folder = tmp_path / "p"
+    prepare(corpus(lines), BYTES, folder, asked_for=asked_for)
+    if change == "file":
+        lines.write_text(json.dumps({"text": "x"}))
+    now = corpus(lines, malformed="skip") if change == "settings" else corpus(lines)
+    discard_outdated(now, train_bpe(["y é"] * 9, 260) if change == "tokenizer" else BYTES, folder)
+    assert folder.exists() == (asked_for or change == "nothing")
+    assert {path.name for path in tmp_path.iterdir()} <= {"p", lines.name}

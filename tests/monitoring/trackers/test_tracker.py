@@ -102,6 +102,14 @@ def test_a_resumed_run_goes_on_as_the_same_run_and_sends_no_step_twice(installed
         assert first["resume"] == "never", "another folder's run may have the same name"
 
 
+def test_a_start_without_a_step_gives_its_run_in_wandb_to_no_other(installed, tmp_path):
+    library = installed("wandb")
+    run(config("wandb"), tmp_path, [])
+    run(config("wandb"), tmp_path, [1])
+    first, second = library.starts
+    assert first["id"] != second["id"]
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", SERVICES)
 def test_whatever_fails_is_told_once_and_the_run_goes_on(installed, tmp_path, name, stage, capsys):
