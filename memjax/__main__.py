@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from memjax.io.console import say
+from memjax.io.console import output
 from memjax.training.interrupt import run_program
 
 COMMANDS = {
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ["usage: python -m memjax COMMAND ...", "", *lines, "", "COMMAND --help explains a command.", _SHELLS]
     )
     if name in ("-h", "--help"):
-        say(overview)
+        output(overview)
         return 0
     print(f"python -m memjax: there is no command {name!r}\n\n{overview}", file=sys.stderr)
     return 2

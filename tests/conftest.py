@@ -64,6 +64,13 @@ def _forget_compiled_programs() -> Iterator[None]:
     jax.clear_caches()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _log_as_commands_do() -> None:
+    from memjax.io.console import log_to_console
+
+    log_to_console()
+
+
 @pytest.fixture
 def heeding_hangups() -> Iterator[None]:
     """SIGHUP ends programs, also where the tests themselves run under nohup, which has it ignored."""

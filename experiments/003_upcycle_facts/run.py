@@ -7,8 +7,6 @@ import pathlib
 import random
 from typing import Any, NamedTuple
 
-import yaml
-
 from memjax import train
 from memjax.config.memory import MemoryConfig
 
@@ -91,8 +89,7 @@ def shorten(source: pathlib.Path, target: pathlib.Path, size: int) -> pathlib.Pa
 
 def over(base: pathlib.Path, changes: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
     """A config of the changes that extends the base."""
-    tree = yaml.safe_load(changes.read_text()) | {"extends": str(base.resolve())}
-    target.write_text(yaml.safe_dump(tree))
+    target.write_text(f"extends: {json.dumps(str(base.resolve()))}\n{changes.read_text()}")
     return target
 
 

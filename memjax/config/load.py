@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Generic, Literal, NoReturn, TypeVar
 
 import pydantic
-import yaml
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from memjax.config import presets
 from memjax.config.help import Positional, help_text, section_help
@@ -33,9 +34,9 @@ from memjax.config.schema import (
     unwrap,
     walk,
 )
-from memjax.config.yaml import Dumper, Loader, scalar, why_invalid
+from memjax.config.yaml import compose, dump, scalar, why_invalid
 from memjax.errors import ConfigError
-from memjax.io.console import say
+from memjax.io.console import output
 from memjax.io.paths import local_path
 
 T = TypeVar("T")
@@ -119,7 +120,7 @@ def parse(
     if asked := {"-h", "--help"}.intersection(argv):
         topic = next(iter(argv[min(map(argv.index, asked)) + 1 :]), "-")
         if topic.startswith("-"):
-            say(help_text(schema, prog, description, positional, flags, examples))
+            output(help_text(schema, prog, description, positional, flags, examples))
             sys.exit(0)
         text = section_help(schema, topic.replace("-", "_"))
         if text is None:
@@ -127,7 +128,7 @@ def parse(
             sections = [name for name, annotation in field_types(schema).items() if section_of(annotation)]
             hint = _did_you_mean(_close(topic, names)) or (f"; sections: {', '.join(sections)}" if sections else "")
             _end(prog, [f"--help {printable(topic)}: there is no such section or setting{hint}"])
-        say(str(text))
+        output(str(text))
         sys.exit(0)
     sources = _Sources(schema)
     settings, stray, given = sources.arguments(argv, flags)
@@ -163,8 +164,7 @@ def _end(prog: str, problems: Sequence[str]) -> NoReturn:
 
 def to_yaml(config: Any) -> str:
     """The whole config as YAML from which `load` makes an equal one."""
-    tree = dataclasses.asdict(config)
-    return yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10_000)
+    return dump(dataclasses.asdict(config))
 
 
 def differences(old: Any, new: Any, _prefix: str = "") -> list[str]:
@@ -222,7 +222,7 @@ class _Sources:
             return {}
         self.places.setdefault((), str(path))
         try:
-            node = yaml.compose(path.read_text(encoding="utf-8"), Loader=Loader)
+            node = compose(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             hint = _did_you_mean(_close(str(path), [str(other) for other in path.parent.glob("*.yaml")]))
             if not hint and "=" not in str(path):
@@ -231,7 +231,7 @@ class _Sources:
                 hint = f"; for a setting write --{path}"
             self.problems.append(f"{asked_at}: {printable(str(path))} does not exist{hint}")
             return {}
-        except yaml.MarkedYAMLError as error:
+        except MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
             self.problems.append(f"{path}:{line}: not valid YAML: {why_invalid(error)}")
             return {}
@@ -247,12 +247,12 @@ class _Sources:
         except OSError as error:
             self.problems.append(f"{asked_at}: {path} cannot be read: {error.strerror or error}")
             return {}
-        except (ValueError, yaml.YAMLError) as error:  # ValueError: a path with a NUL
+        except (ValueError, YAMLError) as error:  # ValueError: a path with a NUL
             self.problems.append(f"{asked_at}: {printable(str(path))} cannot be read: {' '.join(str(error).split())}")
             return {}
         if node is None:
             return {}
-        if not isinstance(node, yaml.MappingNode):
+        if not isinstance(node, MappingNode):
             self.problems.append(f"{path}:1: a config consists of sections, `name:` with indented lines below it")
             return {}
         # The base is read before this file's places are noted, so that a place is always that of the value in force.
@@ -260,7 +260,7 @@ class _Sources:
         for key, value in node.value:
             if key.value == "extends":
                 line = f"{path}:{key.start_mark.line + 1}"
-                if isinstance(value, yaml.ScalarNode) and value.value.endswith((".yaml", ".yml")):
+                if isinstance(value, ScalarNode) and value.value.endswith((".yaml", ".yml")):
                     named = path.parent / value.value
                     base = self.read(
                         named if named.exists() else presets.find(value.value) or named, line, (*chain, path)
@@ -330,18 +330,18 @@ class _Sources:
             raise ConfigError(self.problems)
         return config
 
-    def _tree(self, node: yaml.Node, path: FieldPath, place: Callable[[yaml.Node], str], depth: int = 0) -> Any:
-        if isinstance(node, yaml.ScalarNode):
+    def _tree(self, node: Node, path: FieldPath, place: Callable[[Node], str], depth: int = 0) -> Any:
+        if isinstance(node, ScalarNode):
             return scalar(node)
         if depth > DEEPEST:
             self.problems.append(f"{place(node)}: {printable('.'.join(path))}: nested more than {DEEPEST} levels deep")
             return None
-        if isinstance(node, yaml.SequenceNode):
+        if isinstance(node, SequenceNode):
             return [self._tree(item, path, place, depth + 1) for item in node.value]
         tree: dict[str, Any] = {}
         for key, value in node.value:
             inner = (*path, str(key.value))
-            if not isinstance(key, yaml.ScalarNode):
+            if not isinstance(key, ScalarNode):
                 self.problems.append(f"{place(key)}: a name must be a single word")
             elif key.value in tree:
                 name = printable(".".join(inner))
@@ -363,8 +363,8 @@ class _Sources:
         if typing.get_origin(inner) is tuple and not text.startswith("["):
             text = f"[{text}]"
         try:
-            node = yaml.compose(text, Loader=Loader)
-        except (yaml.YAMLError, RecursionError):
+            node = compose(text)
+        except (YAMLError, RecursionError):
             return text
         return text if node is None else self._tree(node, path, lambda _: "command line")
 

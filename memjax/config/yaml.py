@@ -1,67 +1,76 @@
-"""The YAML of configs: the scalars of YAML 1.2, and nothing that could surprise."""
+"""The YAML of configs: YAML 1.2 by ruamel.yaml (3e-4 is a number, `no` is text), without tags, anchors and aliases."""
 
+import io
 import math
-import re
 from typing import Any
 
-import yaml
-from yaml.composer import ComposerError
+from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer, ComposerError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.nodes import Node, ScalarNode
+from ruamel.yaml.representer import SafeRepresenter
 
 
-class Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars (3e-4 is a number, `no` is text), without tags, anchors and aliases."""
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+class _Composer(Composer):
+    def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         """The next node; a tag, an anchor or an alias is refused."""
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
+        event = self.parser.peek_event()
+        if isinstance(event, AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
             what = "tags (!) and anchors (&, *) are not allowed; quote the text, or use `extends:`"
             raise ComposerError(None, None, what, event.start_mark)
         return super().compose_node(parent, index)
 
 
-class Dumper(yaml.SafeDumper):
-    """Writes what Loader reads."""
+class _Representer(SafeRepresenter):
+    def ignore_aliases(self, data: Any) -> bool:
+        """No value is ever written as a reference to another."""
+        return True
 
-    yaml_implicit_resolvers = {}  # noqa: RUF012
 
-
-_DIGITS = "0123456789"
-for _kind, _pattern, _starts in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?(?:0|[1-9](?:_?[0-9])*)", list("-+" + _DIGITS)),
-    (
-        "float",
-        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?",
-        list("-+." + _DIGITS),
-    ),
-):
-    for _class in (Loader, Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"(?:{_pattern})\Z"), _starts)
-Dumper.add_representer(
-    tuple, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
+_Representer.add_representer(
+    tuple, lambda self, items: self.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
+)
+# The emitter breaks lines at U+0085, U+2028 and U+2029 unless the text is in double quotes.
+_Representer.add_representer(
+    str,
+    lambda self, text: self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'),
 )
 
 
-def scalar(node: yaml.ScalarNode) -> Any:
-    """The value of a word."""
-    kind, text = node.tag.rpartition(":")[2], node.value.replace("_", "")
-    if kind == "null":
-        return None
-    if kind == "bool":
-        return text.lower() == "true"
+def compose(text: str) -> Node | None:
+    """The document as nodes with their places; None where it is empty.
+
+    Raises:
+        YAMLError: it is not YAML, or uses tags, anchors or aliases.
+    """
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Composer = _Composer
+    return yaml.compose(text)
+
+
+def dump(tree: dict[str, Any]) -> str:
+    """Text from which `compose` makes the same tree."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Representer, yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = _Representer, False, False
+    yaml.allow_unicode, yaml.width = True, 10_000
+    stream = io.StringIO()
+    yaml.dump(tree, stream)
+    return stream.getvalue()
+
+
+def scalar(node: ScalarNode) -> Any:
+    """The value of a word: null, true, false or a finite number; anything else, dates included, is text."""
+    try:
+        value = YAML(typ="safe", pure=True).constructor.construct_object(node)
+    except (ValueError, YAMLError):  # underscores without digits, more digits than Python reads; `<<` and `=`
+        return node.value
     # What overflows stays text, so that the validation refuses it with its name.
-    if kind == "int" and len(text) < 40:
-        return int(text)
-    if kind == "float" and math.isfinite(float(text)):
-        return float(text)
-    return node.value
+    fits = math.isfinite(value) if isinstance(value, float) else isinstance(value, int) and abs(value) < 10**40
+    return value if value is None or fits else node.value
 
 
-def why_invalid(error: yaml.MarkedYAMLError) -> str:
+def why_invalid(error: MarkedYAMLError) -> str:
     """What is wrong with a text that is no YAML, and what it mostly comes from."""
     problem = error.problem or "it cannot be read"
     if problem.startswith("but "):

@@ -14,11 +14,11 @@ import os
 import pathlib
 import platform
 import shutil
-import sys
 import time
 import warnings
 import zlib
 
+from memjax.io.console import warn
 from memjax.io.files import write_atomic
 
 VARIABLE = "MEMJAX_COMPILE_CACHE"
@@ -64,7 +64,7 @@ def enable(setting: str | None = "auto") -> pathlib.Path | None:
     except (OSError, RuntimeError) as error:  # RuntimeError: the home folder is not known
         if setting != "auto":
             reason = getattr(error, "strerror", None) or error
-            print(f"compiled programs are not kept: {chosen}: {reason}", file=sys.stderr)
+            warn(f"compiled programs are not kept: {chosen}: {reason}")
         return None
     # What JAX cannot read it compiles, what it cannot write it leaves; neither is worth the user's attention.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")

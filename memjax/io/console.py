@@ -1,29 +1,66 @@
-"""Lines for people on standard output, which may be gone: a log pipe that was closed must not end a training."""
+"""Lines for people: the logger `memjax`, and the output of commands, which may be gone.
+
+How far a work is, and what goes wrong without ending it, are records of `logging.getLogger("memjax")`. Commands show
+them (`log_to_console`): plain lines on standard output, from warnings on standard error. Programs that use the library
+decide themselves: without a handler of theirs only warnings show, as of every logger. A log pipe that was closed must
+not end a training.
+"""
 
 import contextlib
+import logging
 import os
 import re
 import sys
+
+logger = logging.getLogger("memjax")
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """What a terminal obeys: control characters and marks of writing direction; and surrogates, which have no bytes."""
 
 
-def say(text: str = "", *, end: str = "\n") -> None:
+def say(text: str) -> None:
+    """Logs a line on how far the program is."""
+    logger.info("%s", text, stacklevel=2)
+
+
+def warn(text: str) -> None:
+    """Logs a line on what went wrong, after which the program goes on."""
+    logger.warning("%s", text, stacklevel=2)
+
+
+def log_to_console() -> None:
+    """Shows the log on this process's output; only the first call does anything. A level that is set already stays."""
+    if not any(isinstance(handler, _Console) for handler in logger.handlers):
+        logger.addHandler(_Console())
+        logger.propagate = False
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.INFO)
+
+
+class _Console(logging.Handler):
+    """Writes to what is standard output or error at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes the record's message alone."""
+        output(self.format(record), error=record.levelno >= logging.WARNING)
+
+
+def output(text: str, *, error: bool = False) -> None:
     """Prints and flushes. When standard output is closed, full or cannot encode the text, the program goes on.
 
     Characters that the terminal cannot encode are replaced. After the first failure standard output is replaced by the
     null device, so that neither later prints nor the interpreter's last flush fail again.
     """
-    stream = sys.stdout
-    if stream is None:  # started without standard output
+    stream = sys.stderr if error else sys.stdout
+    if stream is None:  # started without it
         return
     try:
         encoding = getattr(stream, "encoding", None) or "utf-8"
-        stream.write(text.encode(encoding, "replace").decode(encoding) + end)
+        stream.write(text.encode(encoding, "backslashreplace" if error else "replace").decode(encoding) + "\n")
         stream.flush()
     except (OSError, ValueError):  # ValueError: written to a closed file
-        _discard_output()
+        if not error:
+            _discard_output()
 
 
 def printable(text: str, *, error: bool = False) -> str:
@@ -36,13 +73,6 @@ def printable(text: str, *, error: bool = False) -> str:
     if stream is None or not stream.isatty():
         return text
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
-
-
-def warn(text: str) -> None:
-    """Prints and flushes a line on standard error; when that is gone, the program goes on."""
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError, ValueError):
-            print(text, file=sys.stderr, flush=True)
 
 
 def _discard_output() -> None:

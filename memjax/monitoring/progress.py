@@ -1,5 +1,6 @@
 """How far a work is: phases of a start, lines of a training, bars of whatever else takes long."""
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from typing import Any, TypeVar
 
 import rich.progress
 
-from memjax.io.console import say
+from memjax.io.console import logger, say
 from memjax.monitoring.metrics import Row
 from memjax.monitoring.units import clock
 
@@ -94,7 +95,7 @@ class Progress:
         self.total, self.every_seconds = max(1, total), every_seconds
         self._started = self._last = time.monotonic()
         self._bar: rich.progress.Progress | None = None
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and logger.isEnabledFor(logging.INFO):
             self._bar = rich.progress.Progress(
                 rich.progress.BarColumn(),
                 rich.progress.TaskProgressColumn(),
@@ -127,7 +128,7 @@ class Progress:
         elif time.monotonic() - self._last >= self.every_seconds:
             self._last = time.monotonic()
             left = f"  left {self.elapsed * (self.total - done) / done:.0f} s" if done else ""
-            print(f"{done / self.total:4.0%}  {text}  elapsed {self.elapsed:.0f} s{left}", flush=True)
+            say(f"{done / self.total:4.0%}  {text}  elapsed {self.elapsed:.0f} s{left}")
 
 
 class ByteProgress(Progress):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from memjax.errors import ConfigError
-from memjax.io.console import printable
+from memjax.io.console import log_to_console, printable
 
 if TYPE_CHECKING:
     from memjax.runs.load import LoadedModel
@@ -136,6 +136,7 @@ def exit_code(command: Callable[[], int | None], *, interrupted: str = "interrup
         used, or whatever else the operating system refuses; 130 for a Ctrl-C that the command does not catch itself;
         141 when the reader of standard output is gone, as of programs that SIGPIPE ends.
     """
+    log_to_console()
     with contextlib.suppress(AttributeError, ValueError, OSError):
         # Text of models and file names may hold letters that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]

@@ -5,8 +5,8 @@ on the same batches; the first one alone prints and writes what is not a checkpo
 
 The connection is `jax.distributed`'s; where the processes are is read here, because JAX's own detection (0.10 and 0.11)
 takes a shell within an allocation, as of salloc, for one process of a job step; cuts host lists at the first bracket,
-so that `n[1-2]-ib` is n1; knows Open MPI's mpirun up to version 4 only, and no other MPI; and its errors name
-environment variables instead of settings.
+so that `n[1-2]-ib` is n1; knows Open MPI's mpirun up to version 4 only (0.11 sends version 5 to mpi4py, and fails
+without that package), and no other MPI; and its errors name environment variables instead of settings.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 
 from memjax.config.devices import ProcessesConfig
 from memjax.errors import ConfigError
+from memjax.io.console import say, warn
 
 LOST = 6
 """Exit code of a process that has lost the others, or never found them."""
@@ -58,7 +59,7 @@ class Launch:
 
     def report(self, trouble: str) -> None:
         """Says which process has it."""
-        print(f"process {self.index} of {self.count}: {trouble}", file=sys.stderr, flush=True)
+        warn(f"process {self.index} of {self.count}: {trouble}")
 
 
 def find(config: ProcessesConfig, environ: Mapping[str, str]) -> Launch | None:
@@ -153,17 +154,16 @@ def run_together(config: ProcessesConfig, run: Callable[[], int]) -> int:
     launch = find(config, os.environ)
     if launch is None:
         return run()
-    print(
+    say(
         f"process {launch.index} of {launch.count} ({launch.launcher}), coordinator {launch.coordinator}: waiting for "
-        f"the others, at most {config.start_timeout} s",
-        flush=True,
+        f"the others, at most {config.start_timeout} s"
     )
     try:
         _start(config, launch)
         with _output_of_the_first_only():
             code = run()
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        warn(str(error))
         code = 2
     except Exception as error:
         code = _explain(launch, error)

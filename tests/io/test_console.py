@@ -2,11 +2,14 @@ import io
 import subprocess
 import sys
 
+import pytest
+
 from memjax.io.console import printable
 
 PROGRAM = """
 import sys
-from memjax.io.console import say
+from memjax.io.console import log_to_console, say
+log_to_console()
 for number in range(20000):
     say(f"line {number} \\u2014")
 print("done", file=sys.stderr)
@@ -33,10 +36,40 @@ def test_a_full_disk_ends_nothing() -> None:
 
 
 def test_characters_that_the_terminal_lacks_are_replaced() -> None:
-    program = "from memjax.io.console import say\nsay('caf\\u00e9 \\u2014')"
+    program = "from memjax.io.console import output\noutput('caf\\u00e9 \\u2014')"
     environment = {"PYTHONIOENCODING": "ascii"}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
     assert run.stdout == "caf? ?\n"
+
+
+LIBRARY = """
+import logging, sys
+from memjax.io.console import log_to_console, say, warn
+{setup}
+say("100 % done")
+warn("lost")
+"""
+
+
+@pytest.mark.parametrize(
+    ("setup", "out", "error"),
+    [
+        ("log_to_console(), log_to_console()", "100 % done\n", "lost\n"),
+        ("", "", "lost\n"),
+        (
+            "logging.basicConfig(level=1, stream=sys.stdout, format='%(name)s %(levelname)s %(funcName)s %(message)s')",
+            "memjax INFO <module> 100 % done\nmemjax WARNING <module> lost\n",
+            "",
+        ),
+        ("logging.getLogger('memjax').setLevel('WARNING'), log_to_console()", "", "lost\n"),
+        ("logging.getLogger('memjax').addHandler(logging.NullHandler())", "", ""),
+    ],
+    ids=["command", "library", "its own logging", "silenced command", "silenced library"],
+)
+def test_lines_are_those_of_the_logger_and_commands_alone_show_them_plainly(setup, out, error) -> None:
+    program = LIBRARY.format(setup=setup)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr) == (out, error)
 
 
 def test_terminals_get_control_characters_spelled_out_and_files_get_the_text(monkeypatch) -> None:

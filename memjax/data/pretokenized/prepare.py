@@ -124,7 +124,7 @@ def prepare(
                     f"{folder}: is there, but holds no prepared data; remove it, or name another data.prepared"
                 )
             if partial.exists():
-                print(f"{partial}: an unfinished preparation is removed and begun again", flush=True)
+                say(f"{partial}: an unfinished preparation is removed and begun again")
                 shutil.rmtree(partial)
             partial.mkdir()
             _prepare(corpus, tokenizer, partial, asked_for, processes, every_seconds)
@@ -178,10 +178,9 @@ def _prepare(
         # Packed text is about four times as long.
         size = sum(file.path.stat().st_size * (4 if file.compression else 1) for file in stream.files)
         processes = min(_num_cores(), size // _BYTES_PER_PROCESS)
-    print(
+    say(
         f"preparing {corpus.path} ({len(stream.files)} file{'s' * (len(stream.files) > 1)}, "
-        f"{stream.total_bytes / 1e6:,.1f} MB) into {folder.with_suffix('')}",
-        flush=True,
+        f"{stream.total_bytes / 1e6:,.1f} MB) into {folder.with_suffix('')}"
     )
     started, tokens, largest, count, digest = time.monotonic(), 0, 0, 0, 0
     writer = Writer(folder)
@@ -216,10 +215,7 @@ def _prepare(
     )
     write_manifest(folder, manifest)
     seconds = time.monotonic() - started
-    print(
-        f"prepared {count:,} records, {tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s",
-        flush=True,
-    )
+    say(f"prepared {count:,} records, {tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s")
 
 
 def _tokenised(work: BlockTokenizer, stream: CorpusStream, processes: int) -> Iterator[_Tokenised]:

@@ -251,7 +251,9 @@ import pathlib, sys
 from memjax.data.pretokenized import prepare as preparation
 from memjax.data.sources.corpus import Corpus
 from memjax.data.tokenizers.base import ByteTokenizer
+from memjax.io.console import log_to_console
 if __name__ == "__main__":
+    log_to_console()
     preparation._BLOCK_BYTES = 1000
     corpus = Corpus(name="training", path=sys.argv[1], source="files", field="data.path")
     preparation.prepare(corpus, ByteTokenizer(), pathlib.Path(sys.argv[2]), processes=1, every_seconds=0)
