@@ -52,8 +52,9 @@ def compose(text: str) -> Node | None:
 def dump(tree: dict[str, Any]) -> str:
     """Text from which `compose` makes the same tree."""
     yaml = YAML(typ="safe", pure=True)
-    yaml.Representer, yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = _Representer, False, False
-    yaml.allow_unicode, yaml.width = True, 10_000
+    yaml.Representer = _Representer
+    yaml.default_flow_style, yaml.allow_unicode, yaml.width = False, True, 10_000
+    yaml.representer.sort_base_mapping_type_on_output = False
     stream = io.StringIO()
     yaml.dump(tree, stream)
     return stream.getvalue()
