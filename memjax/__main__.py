@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in COMMANDS:
         return importlib.import_module(f"memjax.{name}").main(words[1:])
     if name == "--completion":
-        say(_COMPLETION.replace("COMMANDS", " ".join(COMMANDS)))
+        output(_COMPLETION.replace("COMMANDS", " ".join(COMMANDS)))
         return 0
     lines = [f"  {command:<10} {summary}" for command, summary in COMMANDS.items()]
     overview = "\n".join(

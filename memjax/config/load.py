@@ -115,7 +115,7 @@ def parse(
         examples: Command lines for the help.
     """
     if list(argv[:1]) == [COMPLETE]:
-        say("\n".join(_completions(schema, positional, flags)))
+        output("\n".join(_completions(schema, positional, flags)))
         sys.exit(0)
     if asked := {"-h", "--help"}.intersection(argv):
         topic = next(iter(argv[min(map(argv.index, asked)) + 1 :]), "-")
