@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from memjax.ops.row_update.rules import RowRule as RowRule
     from memjax.ops.row_update.rules import row_step as row_step
     from memjax.runs.load import load as load
+    from memjax.training.hook import Hook as Hook
+    from memjax.training.hook import Periodic as Periodic
 
 __version__ = "0.1.0"
 
@@ -52,6 +54,7 @@ _MODULES = {
     "Engine": "inference.engine",
     "ExpertsConfig": "config.model",
     "Gradients": "memory.nnx_training",
+    "Hook": "training.hook",
     "Lookup": "memory.keys",
     "MemoryConfig": "config.memory",
     "MemoryLayer": "memory.layer",
@@ -59,6 +62,7 @@ _MODULES = {
     "Optimizer": "memory.nnx_training",
     "PEERConfig": "config.memory",
     "PEERLayer": "memory.peer",
+    "Periodic": "training.hook",
     "Request": "inference.engine",
     "RowGradient": "ops.row_gradient",
     "RowOptimizer": "memory.row_optimizer",

@@ -3,10 +3,14 @@
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from memjax.config.load import Parsed, parse
 from memjax.config.run import RunConfig
 from memjax.training.interrupt import run_program
+
+if TYPE_CHECKING:
+    from memjax.training.hook import Periodic
 
 FLAGS = {
     "dry_run": "Print parameters, arithmetic, mesh and what a step needs of each device, allocate nothing, and end.",
@@ -14,8 +18,12 @@ FLAGS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, hooks: Sequence["Periodic"] = ()) -> int:
     """Runs the command line.
+
+    Args:
+        argv: the arguments; None takes those of the process.
+        hooks: what the run does besides what its config asks for.
 
     Returns:
         0 done, 2 wrong settings, 3 unusable data, 4 checkpoint trouble, 5 not a number, 6 alone without the other
@@ -42,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     compilation_cache.enable(arguments.config.run.compile_cache)
     if "dry_run" in arguments.flags:
         return exit_code(lambda: dry_run(arguments.config))
-    run = lambda: exit_code(lambda: train(arguments.config, allow_changed="allow_changed" in arguments.flags))
+    allow_changed = "allow_changed" in arguments.flags
+    run = lambda: exit_code(lambda: train(arguments.config, allow_changed=allow_changed, hooks=hooks))
     return exit_code(lambda: run_together(arguments.config.processes, run))
 
 

@@ -32,7 +32,7 @@ from memjax.ops.row_update.rules import RowRule, row_step
 from memjax.sharding.axes import COLUMNS, TOKENS
 from memjax.sharding.mesh import make_mesh, put_batch
 from memjax.training.plan import memory as memory_plan
-from memjax.training.program import Trainer
+from memjax.training.program import TrainProgram
 from memjax.training.step import BATCH, make_train_step
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -82,15 +82,15 @@ def random_batch(config: RunConfig, documents: bool) -> dict[str, np.ndarray]:
     return {name: rows.reshape(config.train.accumulate, -1, shape[1]) for name, rows in batch.items()}
 
 
-def distinct_rows(trainer: Trainer, state: Any, batch: dict[str, jax.Array]) -> Row:
+def distinct_rows(program: TrainProgram, state: Any, batch: dict[str, jax.Array]) -> Row:
     """Picks of a batch, and how many different rows of the tables they are."""
-    memory = trainer.config.model.memory
+    memory = program.config.model.memory
     if memory is None:
         return {}
 
     @jax.jit
     def picks(params: Any, tables: Any, tokens: jax.Array, positions: jax.Array) -> list[jax.Array]:
-        reads = trainer.parts.assemble(params, tables).hidden(tokens, positions).reads
+        reads = program.parts.assemble(params, tables).hidden(tokens, positions).reads
         return [of_layer[0].indices for of_layer in reads.values()]
 
     found = jax.device_get(picks(state.params, state.tables, batch["tokens"][0], batch["positions"][0]))
@@ -108,24 +108,24 @@ def allocator_peak(device: Any) -> float | None:
 
 
 def whole_step(config: RunConfig, devices: list[Any], case: Row) -> Row:
-    """A training step as the trainer runs it."""
+    """A training step as a run makes it."""
     say("imported")
-    trainer, mesh = Trainer.of(config), make_mesh(config, devices)
+    program, mesh = TrainProgram.of(config), make_mesh(config, devices)
     say("model's shapes known")
     tokens = config.data.batch_size * config.data.sequence_length
     row: Row = {"tokens": tokens, "attention": attention_of(config)}
     with jax.set_mesh(mesh):
-        state = trainer.init(jax.random.key(0), mesh)
+        state = program.init(jax.random.key(0), mesh)
         batch = put_batch(mesh, random_batch(config, case["documents"]), BATCH)
         jax.block_until_ready(state)
         say("state drawn")
         if case["count_rows"]:
-            row |= distinct_rows(trainer, state, batch)
+            row |= distinct_rows(program, state, batch)
         started = time.perf_counter()
-        compiled = make_train_step(trainer, mesh).lower(state, batch).compile()
+        compiled = make_train_step(program, mesh).lower(state, batch).compile()
         row["compile s"] = time.perf_counter() - started
         say("compiled")
-        predicted = memory_plan.plan(config, data_axis=mesh.shape["data"], trainer=trainer)
+        predicted = memory_plan.plan(config, data_axis=mesh.shape["data"], program=program)
         row |= {"predicted GB": predicted.total / 1e9, "compiled GB": memory_plan.compiled_bytes(compiled) / 1e9}
         row["prediction"] = {name: count / 1e9 for name, count in (predicted.state | predicted.temporary).items()}
         row["temporary GB"] = compiled.memory_analysis().temp_size_in_bytes / 1e9
@@ -140,7 +140,7 @@ def whole_step(config: RunConfig, devices: list[Any], case: Row) -> Row:
             row["predicted / peak"] = row["predicted GB"] / row["peak GB"]
         if case["profile"]:
             row |= profile(lambda state: compiled(state, batch)[0], state, pathlib.Path(case["profile"]))
-    speed, counts = tokens / seconds, count_parameters(trainer.parts)
+    speed, counts = tokens / seconds, count_parameters(program.parts)
     row |= {
         "ms": seconds * 1e3,
         "tokens/s": round(speed),
@@ -149,7 +149,7 @@ def whole_step(config: RunConfig, devices: list[Any], case: Row) -> Row:
     }
     if peak := peak_flops(devices[0]):
         freeze_dense = config.optim.freeze_dense
-        flops = training_flops_per_token(trainer.parts, config.data.sequence_length, freeze_dense=freeze_dense)
+        flops = training_flops_per_token(program.parts, config.data.sequence_length, freeze_dense=freeze_dense)
         row["MFU"] = speed * flops / (peak * len(devices))
     return row
 

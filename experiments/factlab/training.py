@@ -27,7 +27,7 @@ from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, Tables
 from memjax.training.compiler import compiler_options
 from memjax.training.optimizer import make_schedule
-from memjax.training.program import Trainer
+from memjax.training.program import TrainProgram
 from memjax.training.state import TrainState
 from memjax.training.step import Batch, train_step
 
@@ -99,7 +99,7 @@ class FactTrainer:
                 f"data.sequence_length={config.data.sequence_length} must be {rows.length}, as the facts are"
             )
         self.config, self.rows, self.perfect_address = config, rows, perfect_address
-        self.trainer = Trainer.of(config)
+        self.program = TrainProgram.of(config)
         picks = config.model.memory.picks if perfect_address and config.model.memory else 0
         slots = config.model.memory.num_slots if config.model.memory else 1
         num_facts = len(rows.tokens)
@@ -110,7 +110,7 @@ class FactTrainer:
             slots=jnp.asarray(np.random.default_rng(5).integers(slots, size=(num_facts, picks), dtype=np.int32)),
         )
         options = {"compiler_options": compiler_options(jax.default_backend(), 1)}
-        begun = self._at(Rates(1.0, 1.0), self.trainer)
+        begun = self._at(Rates(1.0, 1.0), self.program)
         self._init = jax.jit(lambda key: begun.begin(*begun.parts.init(key)), **options)
         self._steps = jax.jit(self._run_steps, donate_argnums=0, **options)
         self._test = jax.jit(self._answer, **options)
@@ -146,7 +146,7 @@ class FactTrainer:
         by_step = np.stack([_schedule(rate, steps) for rate in rates], axis=1)
         state = jax.block_until_ready(self._init(jax.random.key(seed)))
         tokens_per_step = batch_size * self.rows.length
-        flops_per_token = training_flops_per_token(self.trainer.parts, self.rows.length)
+        flops_per_token = training_flops_per_token(self.program.parts, self.rows.length)
         found = Answers(np.zeros(0, bool), np.zeros(0))
         measured_at = {steps * point // CURVE_POINTS // CHUNK * CHUNK for point in range(1, CURVE_POINTS + 1)}
 
@@ -172,8 +172,8 @@ class FactTrainer:
                 curve.append(point | {"loss": loss if np.isfinite(loss) else None})
                 tell(f"step {done}/{steps}, loss {loss:.3f}, recall {point['recall']:.3f}, {seconds_left:.0f} s left")
                 if done < steps:
-                    state = dataclasses.replace(state, reads=self.trainer.no_reads())
-        counts = count_parameters(self.trainer.parts)
+                    state = dataclasses.replace(state, reads=self.program.no_reads())
+        counts = count_parameters(self.program.parts)
         return {
             "steps": steps,
             "exposures": steps * batch_size / num_facts,
@@ -234,7 +234,7 @@ class FactTrainer:
 
     def _write_some(self, params: Any, tables: Any, tokens: Array, begins: Array) -> Array:
         """The rows with what the model writes from `begins` on; each token is likeliest after those before it."""
-        model = self.trainer.parts.assemble(params, tables)
+        model = self.program.parts.assemble(params, tables)
         rows = jnp.arange(len(tokens))
 
         def one(step: Array, tokens: Array) -> Array:
@@ -251,7 +251,7 @@ class FactTrainer:
         """What shows whether the tables are used: slots read in the last part of the training, recall without them."""
         if not state.tables:
             return {}
-        parts = self.trainer.parts
+        parts = self.program.parts
         zeroed = zero_tables(parts.assemble(state.params, state.tables))
         without = dataclasses.replace(state, tables={pool: table.rows[...] for pool, table in zeroed.tables.items()})
         used = {name: float(statistics(counts).used_fraction) for name, counts in state.reads.items()}
@@ -262,8 +262,8 @@ class FactTrainer:
 
         def one(state: TrainState, now: tuple[Array, Array]) -> tuple[TrainState, Array]:
             row, rate = now
-            trainer = self._at(Rates(*rate), self._addressed(rows.slots, row // self.rows.tokens.shape[1]))
-            state, metrics = train_step(trainer, state, _batch(rows, row))
+            program = self._at(Rates(*rate), self._addressed(rows.slots, row // self.rows.tokens.shape[1]))
+            state, metrics = train_step(program, state, _batch(rows, row))
             return state, metrics["train/loss"]
 
         state, losses = jax.lax.scan(one, state, (order, rates))
@@ -281,23 +281,23 @@ class FactTrainer:
 
         return jax.lax.map(some, questions)
 
-    def _addressed(self, slots: Array, facts: Array) -> Trainer:
-        """The trainer; in the control with the slots of the facts that the rows of a batch tell."""
+    def _addressed(self, slots: Array, facts: Array) -> TrainProgram:
+        """The program; in the control with the slots of the facts that the rows of a batch tell."""
         if not self.perfect_address:
-            return self.trainer
-        parts, memory = self.trainer.parts, self.trainer.config.model.memory
+            return self.program
+        parts, memory = self.program.parts, self.program.config.model.memory
         assert memory is not None
         indices = jnp.repeat(slots[facts], self.rows.length, axis=0)
         weights = jnp.full(indices.shape, 1 / memory.top_k, jnp.float32)
         fields = {field.name: getattr(parts, field.name) for field in dataclasses.fields(parts)}
-        return dataclasses.replace(self.trainer, parts=PerfectAddress(**fields, lookup=Lookup(indices, weights)))
+        return dataclasses.replace(self.program, parts=PerfectAddress(**fields, lookup=Lookup(indices, weights)))
 
     @staticmethod
-    def _at(rates: Rates, trainer: Trainer) -> Trainer:
-        """The trainer at given rates, which may be traced: AdamW's step, its decay included, is linear in its rate."""
-        optimizer = optax.chain(trainer.optimizer, optax.scale(rates.lr))
-        table_optimizer = dataclasses.replace(trainer.table_optimizer, schedule=lambda _: rates.table_lr)
-        return dataclasses.replace(trainer, optimizer=optimizer, table_optimizer=table_optimizer)
+    def _at(rates: Rates, program: TrainProgram) -> TrainProgram:
+        """The program at given rates, which may be traced: AdamW's step, its decay included, is linear in its rate."""
+        optimizer = optax.chain(program.optimizer, optax.scale(rates.lr))
+        table_optimizer = dataclasses.replace(program.table_optimizer, schedule=lambda _: rates.table_lr)
+        return dataclasses.replace(program, optimizer=optimizer, table_optimizer=table_optimizer)
 
 
 @functools.lru_cache(maxsize=64)

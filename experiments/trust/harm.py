@@ -89,17 +89,17 @@ def flips(seed: int, count: int, folder: pathlib.Path, lab: pathlib.Path) -> Ite
     from memjax.errors import CheckpointError
     from memjax.runs.layout import DATA_ITER, META, OPT_STATE, PARAMS, TABLE_STATE, TABLES, params_to_tree
     from memjax.sharding.mesh import make_mesh
-    from memjax.training.program import Trainer
+    from memjax.training.program import TrainProgram
 
     checkpoints = folder / "checkpoints"
     for step in (STEPS - EVERY, STEPS):
         shutil.copytree(lab / "reference/checkpoints" / str(step), checkpoints / str(step))
     config = load(RunConfig, lab / "reference/config.yaml")
-    trainer, mesh = Trainer.of(config), make_mesh(config)
+    program, mesh = TrainProgram.of(config), make_mesh(config)
     state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        trainer.abstract_state(),
-        trainer.shardings(mesh),
+        program.abstract_state(),
+        program.shardings(mesh),
     )
     targets: dict[str, Any] = {
         PARAMS: params_to_tree(state.params),

@@ -5,11 +5,10 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
-from jax.profiler import ProfileData, ProfileOptions, StepTraceAnnotation
+from jax.profiler import ProfileData, ProfileOptions
 
 from memjax.config.log import ProfileConfig
 from memjax.io.console import say, warn
@@ -46,10 +45,6 @@ class ProfileWindow:
         if self._config is None or self._first is None:
             return False
         return last or step >= self._config.start + self._config.steps - 1
-
-    def step(self, step: int) -> AbstractContextManager[Any]:
-        """Marks a step in the trace."""
-        return nullcontext() if self._first is None else StepTraceAnnotation("train", step_num=step)
 
     def start(self, step: int) -> None:
         """Begins to trace. Steps under way would be traced too, so wait for them before."""

@@ -18,17 +18,19 @@ from memjax.runs.folder import RunFolder
 from memjax.sharding.axes import TOKENS
 from memjax.sharding.mesh import put_batch
 from memjax.sharding.processes import first_alone, is_first
-from memjax.training.program import Trainer
+from memjax.training.program import TrainProgram
 from memjax.training.state import TrainState
 
 
-def finish(trainer: Trainer, state: TrainState, mesh: Mesh, folder: RunFolder, tokenizer: Tokenizer) -> dict[str, Any]:
+def finish(
+    program: TrainProgram, state: TrainState, mesh: Mesh, folder: RunFolder, tokenizer: Tokenizer
+) -> dict[str, Any]:
     """The recall test of runs on biographies, plots, and the summary, which marks the run as finished.
 
     All processes ask the model; the first one writes.
     """
-    config = trainer.config
-    report = _ask_for_facts(trainer, state, mesh, tokenizer) if find_source(config.data).people else None
+    config = program.config
+    report = _ask_for_facts(program, state, mesh, tokenizer) if find_source(config.data).people else None
     with first_alone("summary"):
         if is_first():
             _write(config, folder, report)
@@ -38,10 +40,10 @@ def finish(trainer: Trainer, state: TrainState, mesh: Mesh, folder: RunFolder, t
     return summary
 
 
-def _ask_for_facts(trainer: Trainer, state: TrainState, mesh: Mesh, tokenizer: Tokenizer) -> dict[str, Any]:
+def _ask_for_facts(program: TrainProgram, state: TrainState, mesh: Mesh, tokenizer: Tokenizer) -> dict[str, Any]:
     """Uses the tables up."""
-    config, started = trainer.config, time.monotonic()
-    model = trainer.parts.assemble(state.params, state.tables)
+    config, started = program.config, time.monotonic()
+    model = program.parts.assemble(state.params, state.tables)
     report = fact_report(
         model,
         tokenizer,

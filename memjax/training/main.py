@@ -1,6 +1,7 @@
 """A run from its config to its summary."""
 
 import contextlib
+from collections.abc import Sequence
 
 import jax
 
@@ -20,37 +21,45 @@ from memjax.ops import dispatch
 from memjax.runs.folder import Claim, RunFolder
 from memjax.sharding.mesh import make_mesh
 from memjax.sharding.processes import first_alone, is_first
+from memjax.training.ending import Preempted
 from memjax.training.finish import describe_summary, finish
+from memjax.training.hook import Periodic
+from memjax.training.in_flight import NotFinite
 from memjax.training.interrupt import catch_interrupts
 from memjax.training.plan import memory as memory_plan
 from memjax.training.plan import row_exchange as exchange_plan
 from memjax.training.plan.report import describe
-from memjax.training.program import Trainer
+from memjax.training.program import TrainProgram
 from memjax.training.start import check_start, tell_of_schedules
 from memjax.training.step import abstract_batch, make_train_step
-from memjax.training.trainer import Loop, NotFinite, Preempted
+from memjax.training.trainer import Trainer
 
 
 def dry_run(config: RunConfig) -> int:
     """Prints what a run would need; works on any machine, whatever the mesh. Where the mesh's accelerators are there,
     also compiles the step, which tells exactly.
     """
-    trainer = Trainer.of(config)
+    program = TrainProgram.of(config)
     data_axis = config.mesh.data or max(1, jax.device_count() // config.mesh.memory)
-    say(describe(config, trainer.parts, data_axis=data_axis))
-    say(memory_plan.describe(memory_plan.plan(config, data_axis=data_axis, trainer=trainer)))
+    say(describe(config, program.parts, data_axis=data_axis))
+    say(memory_plan.describe(memory_plan.plan(config, data_axis=data_axis, program=program)))
     if told := exchange_plan.describe(config, data_axis=data_axis):
         say(told)
     if jax.default_backend() != "cpu" and jax.device_count() == data_axis * config.mesh.memory:
         mesh = make_mesh(config)
         with jax.set_mesh(mesh):
-            compiled = make_train_step(trainer, mesh).lower(trainer.abstract_state(), abstract_batch(config)).compile()
+            compiled = make_train_step(program, mesh).lower(program.abstract_state(), abstract_batch(config)).compile()
         say(f"{'compiled for these devices':<27} {gigabytes(memory_plan.compiled_bytes(compiled))} on each")
     return 0
 
 
-def train(config: RunConfig, *, allow_changed: bool = False) -> int:
+def train(config: RunConfig, *, allow_changed: bool = False, hooks: Sequence[Periodic] = ()) -> int:
     """Trains, or resumes, or reports a finished run.
+
+    Args:
+        config: the run's.
+        allow_changed: whether a run goes on although its settings have changed.
+        hooks: what the trainer does besides what the config asks for.
 
     Returns:
         The exit code: 0 done, 5 not a number, 7 out of memory, 75 stopped by a signal after saving.
@@ -69,13 +78,13 @@ def train(config: RunConfig, *, allow_changed: bool = False) -> int:
         check_start(config)
         claim = folder.claim(config, allow_changed=allow_changed)
         if claim.finished is None:
-            return _train(claim)
+            return _train(claim, hooks)
         say(f"{folder.path} is finished already; a larger --train.steps continues it, another --run.dir starts anew.\n")
         say(describe_summary(claim.finished, folder))
         return 0
 
 
-def _train(claim: Claim) -> int:
+def _train(claim: Claim, hooks: Sequence[Periodic]) -> int:
     config, folder = claim.config, claim.folder
     tell_of_schedules(claim)
     mesh = make_mesh(config)
@@ -89,10 +98,11 @@ def _train(claim: Claim) -> int:
         dataset = open_dataset(source, tokenizer)
     alone = jax.process_count() == 1
     with catch_interrupts(at_once=alone, quiet=not is_first()) as interrupt, jax.set_mesh(mesh):
-        loop = Loop(config, mesh, folder, dataset, interrupt, lambda step: claim.record(step, tokenizer))
-        say(opening(config, loop.trainer, mesh, folder))
+        record = lambda step: claim.record(step, tokenizer)
+        trainer = Trainer(config, mesh, folder, dataset, interrupt, record=record, hooks=hooks)
+        say(opening(config, trainer.program, mesh, folder))
         try:
-            state = loop.run()
+            state = trainer.run()
         except NotFinite as error:
             warn(str(error))
             return 5
@@ -105,7 +115,7 @@ def _train(claim: Claim) -> int:
             limit = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
             warn(memory_plan.explain_out_of_memory(config, data_axis=mesh.shape["data"], limit=limit))
             return 7
-        summary = finish(loop.trainer, state, mesh, folder, tokenizer)
+        summary = finish(trainer.program, state, mesh, folder, tokenizer)
     say("\n" + describe_summary(summary, folder))
     return 0
 
@@ -153,10 +163,10 @@ def kernels(operation: str, type_name: DType) -> str:
     return f"{chosen} (triton cannot run: {reason})" if reason else chosen
 
 
-def opening(config: RunConfig, trainer: Trainer, mesh: jax.sharding.Mesh, folder: RunFolder) -> str:
+def opening(config: RunConfig, program: TrainProgram, mesh: jax.sharding.Mesh, folder: RunFolder) -> str:
     """The first lines of a run: model, memory, devices, what computes."""
-    counts = count_parameters(trainer.parts)
-    sizes = memory_plan.plan(config, data_axis=mesh.shape["data"], trainer=trainer)
+    counts = count_parameters(program.parts)
+    sizes = memory_plan.plan(config, data_axis=mesh.shape["data"], program=program)
     experts = config.model.experts
     lines = [
         f"run        {folder.path}",

@@ -20,7 +20,7 @@ from memjax.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class Trainer:
+class TrainProgram:
     """What stays the same over a run: the model's structure and the optimizers."""
 
     config: RunConfig
@@ -29,8 +29,8 @@ class Trainer:
     table_optimizer: TableOptimizer
 
     @classmethod
-    def of(cls, config: RunConfig, *, implementation: str | None = None) -> "Trainer":
-        """The trainer of a config; `implementation` names that of the memory's operations."""
+    def of(cls, config: RunConfig, *, implementation: str | None = None) -> "TrainProgram":
+        """The program of a config; `implementation` names that of the memory's operations."""
         attention = None if config.train.attention == "auto" else config.train.attention
         parts = DecoderParts.of(config.model, implementation=implementation, attention=attention)
         steps, seed = config.train.steps, config.run.seed

@@ -1,6 +1,7 @@
-"""Where a run begins that has no checkpoint of its own: at random parameters, or at those of another run."""
+"""Where a run begins: at its newest checkpoint, at random parameters, or at those of another run."""
 
 import shlex
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,11 @@ from memjax.io.console import say
 from memjax.models.parts import DecoderParts, take_apart, writable
 from memjax.monitoring.progress import tell_phase
 from memjax.runs.folder import Claim, RunFolder
-from memjax.runs.layout import OPT_STATE, PARAMS, TABLES, params_to_tree, tree_to_params
+from memjax.runs.layout import DATA_ITER, META, OPT_STATE, PARAMS, TABLES, params_to_tree, tree_to_params
 from memjax.runs.load import load, read_config
 from memjax.training.optimizer import make_schedule
-from memjax.training.program import Trainer
-from memjax.training.state import TrainState
+from memjax.training.program import TrainProgram
+from memjax.training.state import TrainState, from_items, to_items
 
 
 def check_start(config: RunConfig) -> None:
@@ -104,24 +105,55 @@ def tell_of_schedules(claim: Claim) -> None:
             )
 
 
-def first_state(trainer: Trainer, mesh: jax.sharding.Mesh) -> TrainState:
+def first_state(program: TrainProgram, mesh: jax.sharding.Mesh) -> TrainState:
     """The state before the first step; under the mesh, where every array is on its devices from the beginning.
 
     Raises:
         CheckpointError: train.init_from cannot be read, or its tables are read-only.
     """
-    source = trainer.config.train.init_from
+    source = program.config.train.init_from
     if source is None:
         tell_phase("drawing parameters and tables")
-        return jax.block_until_ready(trainer.init(jax.random.key(trainer.config.run.seed), mesh))
+        return jax.block_until_ready(program.init(jax.random.key(program.config.run.seed), mesh))
     tell_phase(f"reading {source}")
     loaded = load(source)
     _, params, tables = take_apart(loaded.model)
-    params, tables = tree_to_params(trainer.parts, params_to_tree(params)), writable(tables, str(source))
-    like = (trainer.parts.abstract_params, trainer.parts.abstract_tables)
+    params, tables = tree_to_params(program.parts, params_to_tree(params)), writable(tables, str(source))
+    like = (program.parts.abstract_params, program.parts.abstract_tables)
     arrays = jax.tree.map(lambda array, target: array.astype(target.dtype), (params, tables), like)
     say(f"starts from step {loaded.step} of {source}")
-    return trainer.place(arrays, trainer.shardings(mesh))
+    return program.place(arrays, program.shardings(mesh))
+
+
+class SavedState(NamedTuple):
+    """What a checkpoint of a training holds."""
+
+    state: TrainState
+    data_position: dict[str, Any]
+    meta: dict[str, Any]
+
+
+def newest_state(program: TrainProgram, mesh: jax.sharding.Mesh, checkpoints: Checkpoints) -> SavedState | None:
+    """The newest state that can be read; None where nothing complete is saved.
+
+    Raises:
+        CheckpointError: nothing that is saved can be read.
+    """
+    steps, complete = checkpoints.steps(), checkpoints.complete()
+    if steps and steps[-1:] != complete[-1:]:
+        place = f"step {complete[-1]}" if complete else "the beginning"
+        say(f"step {steps[-1]} was saved without tables, so the run goes on from {place}")
+    if not complete:
+        return None
+    tell_phase("restoring the newest checkpoint")
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        program.abstract_state(),
+        program.shardings(mesh),
+    )
+    restored = checkpoints.restore(to_items(abstract), [DATA_ITER, META])
+    documents = restored.documents
+    return SavedState(from_items(program.parts, restored.arrays), documents[DATA_ITER], documents[META])
 
 
 def _shapes(parts: DecoderParts) -> dict[str, list[int]]:

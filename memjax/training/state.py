@@ -1,4 +1,4 @@
-"""Everything that changes from step to step."""
+"""Everything that changes from step to step, and how a checkpoint holds it."""
 
 import dataclasses
 from typing import Any
@@ -6,6 +6,9 @@ from typing import Any
 import jax
 import optax
 from flax import nnx
+
+from memjax.models.parts import DecoderParts
+from memjax.runs.layout import OPT_STATE, PARAMS, TABLE_STATE, TABLES, params_to_tree, tree_to_params
 
 
 @jax.tree_util.register_dataclass
@@ -28,3 +31,27 @@ class TrainState:
     table_state: dict[str, Any]
     reads: dict[str, Any]
     """Reads of every slot (int32 [num_slots]) since the last statistics, by layer."""
+
+
+def to_items(state: TrainState) -> dict[str, Any]:
+    """The checkpoint's items that hold a state."""
+    items = {
+        PARAMS: params_to_tree(state.params),
+        OPT_STATE: state.opt_state,
+        TABLE_STATE: {"optimizer": state.table_state, "reads": state.reads, "step": state.step},
+    }
+    return items | ({TABLES: state.tables} if state.tables else {})
+
+
+def from_items(parts: DecoderParts, items: dict[str, Any]) -> TrainState:
+    """The state that the items hold."""
+    step = items[TABLE_STATE]["step"]
+    return TrainState(
+        step=step,
+        healthy=jax.numpy.ones((), bool, device=step.sharding),
+        params=tree_to_params(parts, items[PARAMS]),
+        opt_state=items[OPT_STATE],
+        tables=items.get(TABLES, {}),
+        table_state=items[TABLE_STATE]["optimizer"],
+        reads=items[TABLE_STATE]["reads"],
+    )

@@ -26,7 +26,7 @@ from memjax.sharding.axes import DATA, MEMORY
 from memjax.sharding.mesh import replicated
 from memjax.training.compiler import compiler_options
 from memjax.training.optimizer import global_norm, without_gradient_where_frozen
-from memjax.training.program import Trainer
+from memjax.training.program import TrainProgram
 from memjax.training.state import TrainState
 
 BATCH = P(None, (DATA, MEMORY))
@@ -47,16 +47,16 @@ class _StepAux(NamedTuple):
     """Of the real tokens, by layer."""
 
 
-def make_train_step(trainer: Trainer, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
+def make_train_step(program: TrainProgram, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
     """The step (state, batch) -> (state, metrics), compiled when it is first called, or ahead by its `lower`.
 
     The state is donated. Call it under `jax.set_mesh(mesh)`.
 
     Batches have the shape [micro-batches, sequences, tokens]. Metrics stay on the device: reading them waits.
     """
-    shardings = trainer.shardings(mesh)
+    shardings = program.shardings(mesh)
     return jax.jit(
-        lambda state, batch: train_step(trainer, state, batch),
+        lambda state, batch: train_step(program, state, batch),
         donate_argnums=0,
         in_shardings=(shardings, jax.sharding.NamedSharding(mesh, BATCH)),
         out_shardings=(shardings, None),
@@ -73,15 +73,15 @@ def abstract_batch(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
     return batch | {"loss_mask": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
 
-def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+def train_step(program: TrainProgram, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """The step itself, to be traced."""
     learned, real = batch["loss_mask"].sum(), (batch["segments"] > 0).sum()
     # A batch in which nothing is learned has the loss 0.
-    found = _accumulate(trainer, state, batch, jnp.maximum(learned, 1), jnp.maximum(real, 1))
+    found = _accumulate(program, state, batch, jnp.maximum(learned, 1), jnp.maximum(real, 1))
     aux, dense, dense_tables = found.summed
     reads = _without_padding(state, found.reads, batch)
     # In the order of the model's lookups, in which the gradients of a table are summed.
-    layers = map(layer_name, trainer.config.model.lookups)
+    layers = map(layer_name, program.config.model.lookups)
     rows = row_gradients({layer: reads[layer] for layer in layers if layer in reads}, found.cotangents)
 
     # Decided before anything is written, so that the last good state is always whole. The norm, which clipping needs
@@ -90,10 +90,10 @@ def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[Train
     factors = [(row.weights, row.vectors) for of_table in rows.values() for row in of_table]
     ok = state.healthy & _all_finite((aux, norm, dense_tables, factors))
 
-    updates, opt_state = trainer.optimizer.update(dense, state.opt_state, state.params)
+    updates, opt_state = program.optimizer.update(dense, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
-    tables, table_state = _update_tables(trainer, state, rows, dense_tables, ok)
+    tables, table_state = _update_tables(program, state, rows, dense_tables, ok)
 
     new_state = TrainState(
         step=state.step + ok.astype(jnp.int32),
@@ -107,18 +107,20 @@ def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[Train
     metrics = {
         "train/loss": aux.loss,
         "train/grad_norm": norm,
-        "train/lr": trainer.schedule(state.step),
+        "train/lr": program.schedule(state.step),
         "train/tokens": real,
         "train/learned_tokens": learned,
         "healthy": ok,
     }
-    metrics |= _part_metrics(trainer, batch, aux.by_part) | _router_metrics(aux.routers)
+    metrics |= _part_metrics(program, batch, aux.by_part) | _router_metrics(aux.routers)
     if tables:
-        metrics["train/lr_table"] = trainer.table_optimizer.schedule(state.step)
+        metrics["train/lr_table"] = program.table_optimizer.schedule(state.step)
     return new_state, metrics
 
 
-def make_usage_report(trainer: Trainer, mesh: jax.sharding.Mesh) -> Callable[[TrainState], tuple[TrainState, Metrics]]:
+def make_usage_report(
+    program: TrainProgram, mesh: jax.sharding.Mesh
+) -> Callable[[TrainState], tuple[TrainState, Metrics]]:
     """The compiled (state) -> (state with read counters at zero, slot statistics by layer)."""
 
     def report(reads: dict[str, Array]) -> tuple[dict[str, Array], Metrics]:
@@ -126,9 +128,9 @@ def make_usage_report(trainer: Trainer, mesh: jax.sharding.Mesh) -> Callable[[Tr
         for name, counts in reads.items():
             fields = statistics(counts)._asdict()
             metrics |= {f"memory/{name}/{field}": value for field, value in fields.items()}
-        return trainer.no_reads(), metrics
+        return program.no_reads(), metrics
 
-    compiled = jax.jit(report, donate_argnums=0, out_shardings=(replicated(mesh, trainer.abstract_state().reads), None))
+    compiled = jax.jit(report, donate_argnums=0, out_shardings=(replicated(mesh, program.abstract_state().reads), None))
 
     def report_and_reset(state: TrainState) -> tuple[TrainState, Metrics]:
         reads, metrics = compiled(state.reads)
@@ -148,13 +150,13 @@ class _Gradients(NamedTuple):
     """Of the reads' perturbations."""
 
 
-def _accumulate(trainer: Trainer, state: TrainState, batch: Batch, learned: Array, real: Array) -> _Gradients:
+def _accumulate(program: TrainProgram, state: TrainState, batch: Batch, learned: Array, real: Array) -> _Gradients:
     """The gradients of all micro-batches.
 
     The loss is a sum over tokens, divided by the number of learned tokens of the whole batch: however the batch is cut
     into micro-batches, every token counts the same.
     """
-    one = lambda micro: _gradients(trainer, state.params, state.tables, micro, learned, real)
+    one = lambda micro: _gradients(program, state.params, state.tables, micro, learned, real)
     if batch["tokens"].shape[0] == 1:
         summed, *stacked = one(jax.tree.map(lambda array: array[0], batch))
         return _Gradients(summed, *jax.tree.map(lambda array: array[None], stacked))
@@ -170,34 +172,34 @@ def _accumulate(trainer: Trainer, state: TrainState, batch: Batch, learned: Arra
 
 
 def _gradients(
-    trainer: Trainer, params: nnx.State, tables: Tables, batch: Batch, learned: Array, real: Array
+    program: TrainProgram, params: nnx.State, tables: Tables, batch: Batch, learned: Array, real: Array
 ) -> _Gradients:
     """The gradients of one micro-batch."""
-    parts, remat = trainer.parts, trainer.config.train.remat
+    parts, remat = program.parts, program.config.train.remat
     # Padding comes last in its row, so the tokens before it never see it.
-    segments = batch["segments"] if trainer.config.data.rows_hold_documents else None
+    segments = batch["segments"] if program.config.data.rows_hold_documents else None
     is_real = batch["segments"] > 0
 
     def loss_fn(
         params: nnx.State, perturbations: dict[str, Perturbations], tables: Tables
     ) -> tuple[Array, tuple[Reads, _StepAux]]:
-        params = without_gradient_where_frozen(trainer.config.optim, _whole_outside_blocks(params))
+        params = without_gradient_where_frozen(program.config.optim, _whole_outside_blocks(params))
         model = parts.assemble(params, tables)
         places = (batch["tokens"], batch["positions"], segments)
         hidden = model.hidden(*places, perturbations, remat, real=is_real, training=True)
         mask = batch["loss_mask"].astype(accumulator(hidden.states.dtype))
         loss, losses = summed_loss(model, hidden.states, batch["targets"], mask / learned)
-        by_part = [jnp.sum(losses * mask, where=is_of_part) for is_of_part in _parts(trainer, batch)]
+        by_part = [jnp.sum(losses * mask, where=is_of_part) for is_of_part in _parts(program, batch)]
         aux = _StepAux(loss, by_part, _routers(hidden.routings, is_real, real))
-        return loss + _router_loss(trainer, aux.routers), (hidden.reads, aux)
+        return loss + _router_loss(program, aux.routers), (hidden.reads, aux)
 
     perturbations = parts.zero_perturbations(batch["tokens"].size)
-    if not trainer.config.optim.table.is_dense:
+    if not program.config.optim.table.is_dense:
         (_, aux), dense, reads, cotangents = perturbed_value_and_grad(loss_fn)(params, perturbations, tables)
-        return _Gradients((aux, _place_gradient(trainer, dense), {}), reads, cotangents)
+        return _Gradients((aux, _place_gradient(program, dense), {}), reads, cotangents)
     of_both = lambda both, perturbations: loss_fn(both[0], perturbations, both[1])
     value, (dense, of_tables), reads, cotangents = perturbed_value_and_grad(of_both)((params, tables), perturbations)
-    return _Gradients((value[1], _place_gradient(trainer, dense), of_tables), reads, cotangents)
+    return _Gradients((value[1], _place_gradient(program, dense), of_tables), reads, cotangents)
 
 
 def _routers(routings: dict[str, Routing], is_real: Array, real: Array) -> dict[str, RouterStatistics]:
@@ -207,9 +209,9 @@ def _routers(routings: dict[str, Routing], is_real: Array, real: Array) -> dict[
     return jax.tree.map(lambda value: value * share.astype(value.dtype), found)
 
 
-def _router_loss(trainer: Trainer, routers: dict[str, RouterStatistics]) -> Array | float:
+def _router_loss(program: TrainProgram, routers: dict[str, RouterStatistics]) -> Array | float:
     """What routers add to the loss of the training."""
-    experts = trainer.config.model.experts
+    experts = program.config.model.experts
     if experts is None:
         return 0.0
     return sum(experts.balance_weight * router.balance + experts.z_weight * router.z for router in routers.values())
@@ -220,21 +222,21 @@ def _whole_outside_blocks(params: nnx.State) -> nnx.State:
     return nnx.State({name: part if name == "blocks" else axes.whole(part) for name, part in params.items()})
 
 
-def _place_gradient(trainer: Trainer, dense: nnx.State) -> nnx.State:
+def _place_gradient(program: TrainProgram, dense: nnx.State) -> nnx.State:
     """The dense gradient where its parameters live, so that no device sums or keeps all of it."""
     mesh = jax.sharding.get_abstract_mesh()
-    return dense if mesh.empty else jax.lax.with_sharding_constraint(dense, trainer.dense_shardings(mesh, dense))
+    return dense if mesh.empty else jax.lax.with_sharding_constraint(dense, program.dense_shardings(mesh, dense))
 
 
-def _parts(trainer: Trainer, batch: Batch) -> list[Array]:
+def _parts(program: TrainProgram, batch: Batch) -> list[Array]:
     """Of each part of a mixture, which places of the batch are from it."""
-    return [batch["sources"] == number for number in range(len(trainer.config.data.mixture))]
+    return [batch["sources"] == number for number in range(len(program.config.data.mixture))]
 
 
-def _part_metrics(trainer: Trainer, batch: Batch, losses: list[Array]) -> Metrics:
+def _part_metrics(program: TrainProgram, batch: Batch, losses: list[Array]) -> Metrics:
     """Learned tokens and loss of each part of a mixture; not a number for a part of which the batch has nothing."""
     metrics = {}
-    for part, is_of_part, loss in zip(trainer.config.data.mixture, _parts(trainer, batch), losses, strict=True):
+    for part, is_of_part, loss in zip(program.config.data.mixture, _parts(program, batch), losses, strict=True):
         learned = jnp.sum(batch["loss_mask"], where=is_of_part)
         metrics[f"data/{part.name}/learned_tokens"] = learned
         metrics[f"data/{part.name}/loss"] = loss / learned
@@ -256,10 +258,10 @@ def _router_metrics(routers: dict[str, RouterStatistics]) -> Metrics:
 
 
 def _update_tables(
-    trainer: Trainer, state: TrainState, rows: dict[str, list[RowGradient]], dense_tables: Tables, ok: Array
+    program: TrainProgram, state: TrainState, rows: dict[str, list[RowGradient]], dense_tables: Tables, ok: Array
 ) -> tuple[Tables, dict[str, Any]]:
     """Tables and their state after the step."""
-    optimizer = trainer.table_optimizer
+    optimizer = program.table_optimizer
     if optimizer.config.is_dense:
         return optimizer.update_dense(state.tables, state.table_state, dense_tables, ok)
     gradients = {

@@ -9,7 +9,7 @@ import pytest
 from memjax.checkpoint import Checkpoints
 from memjax.config.run import RunConfig
 from memjax.runs.layout import params_to_tree
-from memjax.training.program import Trainer
+from memjax.training.program import TrainProgram
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,7 @@ def arrays_of() -> Callable[[RunConfig, Checkpoints, int], dict[str, np.ndarray]
     """arrays_of(config, checkpoints, step): every leaf of a checkpoint, by its path."""
 
     def read(config: RunConfig, checkpoints: Checkpoints, step: int) -> dict[str, np.ndarray]:
-        state = Trainer.of(config).abstract_state()
+        state = TrainProgram.of(config).abstract_state()
         targets = {
             "params": params_to_tree(state.params),
             "opt_state": state.opt_state,

@@ -15,7 +15,7 @@ from memjax.config.run import RunConfig
 from memjax.config.training import TrainConfig
 from memjax.memory.layer import MemoryLayer
 from memjax.sharding.mesh import make_mesh
-from memjax.training.program import Trainer
+from memjax.training.program import TrainProgram
 from memjax.training.step import make_train_step
 
 RATES = training.Rates(2e-2, 3e-1)
@@ -48,7 +48,7 @@ def config_of(rows, **schedule) -> RunConfig:
 def test_a_run_is_the_librarys_step_at_the_librarys_schedule_and_its_answers_are_checked_one_by_one(rows, trainer):
     result = trainer.run(RATES, exposures=50 * 16 / 48, seed=3)
 
-    plain = Trainer.of(config_of(rows, schedule="cosine", warmup_steps=100, final_fraction=0.05))
+    plain = TrainProgram.of(config_of(rows, schedule="cosine", warmup_steps=100, final_fraction=0.05))
     mesh = make_mesh(plain.config, jax.devices()[:1])
     with jax.set_mesh(mesh):
         state, step = plain.init(jax.random.key(3), mesh), make_train_step(plain, mesh)

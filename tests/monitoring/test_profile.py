@@ -106,7 +106,7 @@ def run(window: ProfileWindow, steps: range, work=lambda: None) -> list[tuple[in
         if window.opens(step):
             opened = step
             window.start(step)
-        with window.step(step):
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
             work()
         if window.closes(step, last=step == steps[-1]):
             traced.append((opened, step))

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from memjax.errors import ConfigError
 from memjax.sharding.mesh import fully_sharded, make_mesh
-from memjax.training.program import Trainer
+from memjax.training.program import TrainProgram
 
 
 def test_the_data_axis_takes_what_memory_leaves(tiny_config):
@@ -51,8 +51,8 @@ def test_devices_that_do_not_fit_are_refused_with_a_way_out(tiny_config, setting
 
 def test_tables_are_split_by_columns_and_matrices_over_all_devices(tiny_config):
     config = tiny_config("--mesh.memory 4 --optim.table.state_columns 64")
-    trainer, mesh = Trainer.of(config), make_mesh(config)
-    state, shardings = trainer.abstract_state(), trainer.shardings(mesh)
+    program, mesh = TrainProgram.of(config), make_mesh(config)
+    state, shardings = program.abstract_state(), program.shardings(mesh)
     columns = {sharding.spec for sharding in jax.tree.leaves((shardings.tables, shardings.table_state))}
     assert columns == {P(None, "memory")}
     rest = (shardings.reads, shardings.step, shardings.healthy)
@@ -84,5 +84,5 @@ def test_the_first_axis_that_can_be_cut_over_most_devices_is_cut(mesh, shape, sp
 
 def test_replicated_parameters_are_whole_everywhere(tiny_config):
     config = tiny_config("--mesh.dense replicated")
-    shardings = Trainer.of(config).shardings(make_mesh(config))
+    shardings = TrainProgram.of(config).shardings(make_mesh(config))
     assert {sharding.spec for sharding in jax.tree.leaves((shardings.params, shardings.opt_state))} == {P()}

@@ -13,7 +13,7 @@ import pytest
 from memjax.config.run import RunConfig
 from memjax.memory import sharded
 from memjax.sharding.mesh import put_batch
-from memjax.training.program import Trainer
+from memjax.training.program import TrainProgram
 from memjax.training.state import TrainState
 from memjax.training.step import BATCH, make_train_step
 
@@ -76,18 +76,18 @@ def mesh_of(data: int, memory: int) -> jax.sharding.Mesh:
     return jax.make_mesh((data, memory), ("data", "memory"), axis_types=automatic, devices=devices)
 
 
-def trainer_of(config: RunConfig) -> Trainer:
-    """The trainer, with the row update of large tables: by itself it would take the reference for these small ones."""
-    return Trainer.of(config, implementation="xla")
+def program_of(config: RunConfig) -> TrainProgram:
+    """The program, with the row update of large tables: by itself it would take the reference for these small ones."""
+    return TrainProgram.of(config, implementation="xla")
 
 
-def drawn_state(trainer: Trainer, mesh: jax.sharding.Mesh) -> TrainState:
-    """The trainer's own state before the first step. Call it under the mesh."""
-    return trainer.init(jax.random.key(trainer.config.run.seed), mesh)
+def drawn_state(program: TrainProgram, mesh: jax.sharding.Mesh) -> TrainState:
+    """The program's own state before the first step. Call it under the mesh."""
+    return program.init(jax.random.key(program.config.run.seed), mesh)
 
 
-def quick_state(trainer: Trainer, mesh: jax.sharding.Mesh) -> TrainState:
-    """A state with parameters from NumPy, since compiling the trainer's own draw takes seconds."""
+def quick_state(program: TrainProgram, mesh: jax.sharding.Mesh) -> TrainState:
+    """A state with parameters from NumPy, since compiling the program's own draw takes seconds."""
     rng = np.random.default_rng(0)
 
     def draw(path, leaf) -> np.ndarray:
@@ -97,14 +97,14 @@ def quick_state(trainer: Trainer, mesh: jax.sharding.Mesh) -> TrainState:
     def zeros(leaf) -> np.ndarray:
         return np.zeros(leaf.shape, leaf.dtype)
 
-    abstract = trainer.abstract_state()
+    abstract = program.abstract_state()
     state = dataclasses.replace(
         jax.tree.map(zeros, abstract),
         healthy=np.ones((), bool),
         params=jax.tree_util.tree_map_with_path(draw, abstract.params),
         tables=jax.tree_util.tree_map_with_path(draw, abstract.tables),
     )
-    return jax.device_put(state, trainer.shardings(mesh))
+    return jax.device_put(state, program.shardings(mesh))
 
 
 def to_numpy(tree: Any) -> Any:
@@ -117,12 +117,12 @@ def train(
     batches: Sequence[dict[str, np.ndarray]],
     mesh_shape: tuple[int, int] = (1, 1),
     *,
-    start: Callable[[Trainer, jax.sharding.Mesh], TrainState] = quick_state,
+    start: Callable[[TrainProgram, jax.sharding.Mesh], TrainState] = quick_state,
 ) -> Trained:
     """As many steps as there are batches."""
-    mesh, metrics, trainer = mesh_of(*mesh_shape), [], trainer_of(config)
+    mesh, metrics, program = mesh_of(*mesh_shape), [], program_of(config)
     with jax.set_mesh(mesh):
-        step, state = make_train_step(trainer, mesh), start(trainer, mesh)
+        step, state = make_train_step(program, mesh), start(program, mesh)
         before = to_numpy(state)
         for batch in batches:
             state, row = step(state, put_batch(mesh, micro_batches(batch, config.train.accumulate), BATCH))
@@ -156,7 +156,7 @@ def tiny(tiny_config) -> SimpleNamespace:
         batches=ragged_batches,
         micro_batches=micro_batches,
         mesh=mesh_of,
-        trainer_of=trainer_of,
+        program_of=program_of,
         drawn_state=drawn_state,
         quick_state=quick_state,
         to_numpy=to_numpy,

@@ -83,14 +83,14 @@ def test_a_foreign_lookup_trains(config, tiny):
 
 
 def test_a_foreign_lookup_is_counted_and_planned(config, tiny):
-    trainer = tiny.trainer_of(config)
-    flops = training_flops(trainer.parts, 8)
+    program = tiny.program_of(config)
+    flops = training_flops(program.parts, 8)
     without = dataclasses.replace(config, model=dataclasses.replace(config.model, nearest=None))
-    before = training_flops(tiny.trainer_of(without).parts, 8)
+    before = training_flops(tiny.program_of(without).parts, 8)
     dim = config.model.dim
     assert flops.memory_read - before.memory_read == 6 * dim
     assert flops.memory_search - before.memory_search == 6 * dim * 12
     assert flops.feed_forward < before.feed_forward
-    assert memory_plan.plan(config, data_axis=1, trainer=trainer).total > 0
-    assert "12 slots" in describe(config, trainer.parts, data_axis=1)
+    assert memory_plan.plan(config, data_axis=1, program=program).total > 0
+    assert "12 slots" in describe(config, program.parts, data_axis=1)
     assert config.model.kind(0) == "nearest"

@@ -25,8 +25,8 @@ from memjax.memory import sharded
 from memjax.monitoring import metrics
 from memjax.runs.load import load
 from memjax.sharding.mesh import make_mesh
-from memjax.training import main, trainer
-from memjax.training.program import Trainer
+from memjax.training import hooks, main, trainer
+from memjax.training.program import TrainProgram
 
 SETTINGS = """
 --model.dim 16 --model.num_layers 2 --model.num_heads 2 --model.ffn_dim 24 --model.vocab_size 259
@@ -85,12 +85,12 @@ def test_attention_that_cannot_run_here_ends_with_2(run):
     assert "train.attention=cudnn cannot run: needs an NVIDIA GPU, found cpu; set train.attention=auto" in printed
 
 
-def loop_that_fails(message: str) -> type:
-    """A loop whose device reports an error, at whatever moment."""
+def trainer_that_fails(message: str) -> type:
+    """A trainer whose device reports an error, at whatever moment."""
 
     class Failing:
-        def __init__(self, config, *_):
-            self.trainer = Trainer.of(config)
+        def __init__(self, config, *_, **__):
+            self.program = TrainProgram.of(config)
 
         def run(self):
             raise jax.errors.JaxRuntimeError(message)
@@ -100,7 +100,7 @@ def loop_that_fails(message: str) -> type:
 
 def test_a_run_without_enough_memory_tells_what_it_needs_and_ends_with_7(run, monkeypatch):
     message = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes."
-    monkeypatch.setattr(main, "Loop", loop_that_fails(message))
+    monkeypatch.setattr(main, "Trainer", trainer_that_fails(message))
     code, printed = run("large")
     assert code == 7, printed
     assert "out of memory" in printed
@@ -126,7 +126,7 @@ def test_data_prepared_by_a_start_that_made_no_step_does_not_refuse_other_settin
 
 
 def test_another_error_of_a_device_is_not_taken_for_too_little_memory(run, monkeypatch):
-    monkeypatch.setattr(main, "Loop", loop_that_fails("INTERNAL: something else"))
+    monkeypatch.setattr(main, "Trainer", trainer_that_fails("INTERNAL: something else"))
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         run("broken")
 
@@ -327,7 +327,7 @@ def test_a_run_that_meets_a_nan_keeps_its_last_good_state_and_can_be_mended(tiny
     assert "model.ffn_dim" in printed
     assert steps_in(folder) == list(range(1, BAD_STEP))
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "validation_loss", slow_validation)
+        patch.setattr(hooks, "validation_loss", slow_validation)
         extra = ["--log.profile.start", "9", "--log.profile.steps", "2"]
         code, printed = run("run", "--optim.lr", "0.003", "--checkpoint.every", "5", "--allow_changed", *extra)
     assert code == 0, printed

@@ -13,7 +13,7 @@ from memjax.memory.table import TableRows
 from memjax.models.parts import DecoderParts
 from memjax.runs.layout import params_to_tree
 from memjax.training.optimizer import make_optimizer, make_schedule, parameter_groups
-from memjax.training.program import Trainer
+from memjax.training.program import TrainProgram
 
 
 def by_hand(config: ScheduleConfig, steps: int, number: int) -> float:
@@ -58,11 +58,11 @@ def test_a_rate_has_no_jump_where_its_parts_join():
 
 def test_tables_have_a_schedule_of_their_own(tiny):
     config = tiny.config("--optim.lr 0.1 --optim.table.lr 0.2 --optim.table.schedule cosine --train.steps 10")
-    trainer = Trainer.of(config)
+    program = TrainProgram.of(config)
     steps = jnp.arange(10)
-    np.testing.assert_allclose(jax.vmap(trainer.schedule)(steps), np.full(10, 0.1, np.float32))
+    np.testing.assert_allclose(jax.vmap(program.schedule)(steps), np.full(10, 0.1, np.float32))
     expected = [by_hand(config.optim.table, 10, number) for number in range(1, 11)]
-    np.testing.assert_allclose(jax.vmap(trainer.table_optimizer.schedule)(steps), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.vmap(program.table_optimizer.schedule)(steps), expected, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -120,25 +120,25 @@ def test_what_is_frozen_neither_moves_nor_has_a_state(first_updates, tiny):
     free, frozen = (first_updates(0.5, eps=1.0, weight_decay=0.1, clip=None, freeze_dense=on) for on in (False, True))
     for path, update in frozen.items():
         np.testing.assert_array_equal(update, free[path] if "/memory/" in path else np.zeros_like(update))
-    trainer = Trainer.of(tiny.config("--optim.freeze_dense true"))
+    program = TrainProgram.of(tiny.config("--optim.freeze_dense true"))
     trained = sum(array.size for path, array in free.items() if "/memory/" in path)
-    kept = sum(leaf.size for leaf in jax.tree.leaves(trainer.abstract_state().opt_state) if leaf.ndim)
+    kept = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state().opt_state) if leaf.ndim)
     assert kept == 2 * trained, "two moments of what is trained, and none of the rest"
 
 
 def test_expert_lookups_are_not_frozen_with_the_dense_part(tiny):
     config = tiny.config("--model.memory null --model.expert_lookup.layers 1 --optim.freeze_dense true")
-    groups = parameter_groups(config.optim, Trainer.of(config).parts.abstract_params)
+    groups = parameter_groups(config.optim, TrainProgram.of(config).parts.abstract_params)
     found = {(jax.tree_util.keystr(path), group) for path, group in jax.tree_util.tree_leaves_with_path(groups)}
     assert all((group == "address") == ("expert_lookup" in path) for path, group in found)
     assert {group for _, group in found} == {"address", "frozen"}
 
 
 def test_the_optimizer_of_dense_parameters_never_sees_a_table(tiny):
-    trainer = Trainer.of(tiny.config())
-    variables = jax.tree.leaves(trainer.parts.abstract_params, is_leaf=lambda leaf: hasattr(leaf, "get_metadata"))
+    program = TrainProgram.of(tiny.config())
+    variables = jax.tree.leaves(program.parts.abstract_params, is_leaf=lambda leaf: hasattr(leaf, "get_metadata"))
     assert any(isinstance(variable, AddressParam) for variable in variables)
     assert not any(isinstance(variable, TableRows) for variable in variables)
-    state = trainer.abstract_state()
+    state = program.abstract_state()
     assert all(leaf.shape != (64, 256) for leaf in jax.tree.leaves((state.params, state.opt_state)))
     assert state.tables["shared"].shape == (64, 256)

@@ -15,10 +15,10 @@ import jax
 from memjax.checkpoint import Checkpoints
 from memjax.config.load import load
 from memjax.config.run import RunConfig
-from memjax.training.trainer import _items
+from memjax.training.state import to_items
 from memjax.sharding.mesh import make_mesh
 from memjax.training.start import first_state
-from memjax.training.program import Trainer
+from memjax.training.program import TrainProgram
 
 folder, how, devices = sys.argv[1:]
 config = load(RunConfig, None, f'''
@@ -26,7 +26,7 @@ config = load(RunConfig, None, f'''
 --model.memory.layers 0 --model.memory.num_keys 700 --model.memory.top_k 4 --model.memory.value_dim 128
 --optim.table.state_columns 64 --data.batch_size 4 --mesh.memory {devices}
 '''.split())
-trainer, mesh = Trainer.of(config), make_mesh(config)
+program, mesh = TrainProgram.of(config), make_mesh(config)
 
 def peak():
     # Of this program: getrusage would tell that of the parent where it was higher.
@@ -35,13 +35,13 @@ def peak():
 before = peak()
 with jax.set_mesh(mesh), Checkpoints(folder) as checkpoints:
     if how == "fresh":
-        state = first_state(trainer, mesh)
+        state = first_state(program, mesh)
         print("peak", peak() - before)
-        checkpoints.save(1, _items(state), {})
+        checkpoints.save(1, to_items(state), {})
     else:
         place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        state = jax.tree.map(place, trainer.abstract_state(), trainer.shardings(mesh))
-        jax.block_until_ready(checkpoints.restore(_items(state)).arrays)
+        state = jax.tree.map(place, program.abstract_state(), program.shardings(mesh))
+        jax.block_until_ready(checkpoints.restore(to_items(state)).arrays)
         print("peak", peak() - before)
 """
 

@@ -53,14 +53,14 @@ def test_replicas_of_a_stochastically_rounded_table_stay_bit_equal(tiny):
 
 @pytest.mark.slow
 def test_a_nan_in_one_perturbation_leaves_everything_as_it_was(tiny, monkeypatch):
-    trainer, mesh = tiny.trainer_of(tiny.config()), tiny.mesh(1, 1)
+    program, mesh = tiny.program_of(tiny.config()), tiny.mesh(1, 1)
     with jax.set_mesh(mesh):
-        state = tiny.quick_state(trainer, mesh)
+        state = tiny.quick_state(program, mesh)
         drawn = tiny.batches(4)
         num_learned = drawn[0]["loss_mask"].sum()
         drawn[1]["loss_mask"][:] = 0
         batches = [put_batch(mesh, tiny.micro_batches(batch, 1), BATCH) for batch in drawn]
-        step, report = make_train_step(trainer, mesh), make_usage_report(trainer, mesh)
+        step, report = make_train_step(program, mesh), make_usage_report(program, mesh)
         for batch, learned in zip(batches[:2], (num_learned, 0), strict=True):
             state, metrics = step(state, batch)
             assert metrics["healthy"]
@@ -70,7 +70,7 @@ def test_a_nan_in_one_perturbation_leaves_everything_as_it_was(tiny, monkeypatch
 
         good = dataclasses.replace(tiny.to_numpy(state), healthy=np.zeros((), bool))
         monkeypatch.setattr(sharded, "bag", tiny.poisoned_bag(1))
-        bad = make_train_step(trainer, mesh)
+        bad = make_train_step(program, mesh)
         state, metrics = bad(state, batches[2])
         # The dense gradient does not pass through the perturbation: loss and norm look healthy.
         assert np.isfinite(metrics["train/loss"])

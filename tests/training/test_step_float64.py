@@ -107,14 +107,14 @@ def test_rows_follow_their_rule_on_the_gradient_of_the_whole_table(tiny, monkeyp
         "--model.memory.num_keys 24",
         wide=True,
     )
-    trainer, mesh = tiny.trainer_of(config), tiny.mesh(1, 1)
+    program, mesh = tiny.program_of(config), tiny.mesh(1, 1)
 
     @jax.jit
     def oracle(params, tables, batch):
         """Mean loss of the learned tokens, the slots that were read, and the loss's gradient by plain autodiff."""
 
         def loss(tables):
-            model = trainer.parts.assemble(params, tables)
+            model = program.parts.assemble(params, tables)
             hidden, reads, *_ = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
             every = jax.nn.log_softmax(model.logits(hidden))
             picked = jnp.sum(every * jax.nn.one_hot(batch["targets"], tiny.vocab, dtype=every.dtype), axis=-1)
@@ -124,7 +124,7 @@ def test_rows_follow_their_rule_on_the_gradient_of_the_whole_table(tiny, monkeyp
         return jax.value_and_grad(loss, has_aux=True)(tables)
 
     with jax.set_mesh(mesh):
-        step, state = make_train_step(trainer, mesh), tiny.quick_state(trainer, mesh)
+        step, state = make_train_step(program, mesh), tiny.quick_state(program, mesh)
         expected, moments = tiny.to_numpy(state.tables["shared"]), {}
         untouched = np.ones(len(expected), bool)
         for number, batch in enumerate(tiny.batches(3), start=1):
@@ -148,7 +148,7 @@ def test_rows_follow_their_rule_on_the_gradient_of_the_whole_table(tiny, monkeyp
             moments = old
 
     assert 0 < untouched.sum() < len(expected)
-    before, found = tiny.to_numpy(tiny.quick_state(trainer, mesh).tables["shared"]), np.asarray(state.tables["shared"])
+    before, found = tiny.to_numpy(tiny.quick_state(program, mesh).tables["shared"]), np.asarray(state.tables["shared"])
     np.testing.assert_array_equal(found[untouched], before[untouched])
     assert np.linalg.norm(found - expected) <= 1e-12 * np.linalg.norm(expected - before)
 

@@ -10,7 +10,7 @@ import pytest
 from memjax.config.load import load
 from memjax.config.run import RunConfig
 from memjax.ops.product_key_search.api import product_key_search
-from memjax.training.program import Trainer
+from memjax.training.program import TrainProgram
 from memjax.training.step import make_train_step
 
 LARGE = """
@@ -40,14 +40,14 @@ def top_k_calls(compiled) -> int:
 @pytest.mark.parametrize("remat", ["none", "block"])
 def test_a_step_holds_no_second_table_and_one_search_a_layer(tiny, remat):
     config = load(RunConfig, None, [*LARGE.split(), "--train.remat", remat])
-    trainer, mesh = Trainer.of(config), tiny.mesh(1, 1)
-    state = trainer.abstract_state()
+    program, mesh = TrainProgram.of(config), tiny.mesh(1, 1)
+    state = program.abstract_state()
     batch = {
         name: jax.ShapeDtypeStruct((1, 4, 32), jnp.float32 if name == "loss_mask" else jnp.int32)
         for name in ("tokens", "targets", "segments", "positions", "loss_mask")
     }
     with jax.set_mesh(mesh):
-        step: Any = make_train_step(trainer, mesh)
+        step: Any = make_train_step(program, mesh)
         compiled = step.lower(state, batch).compile()
     table = 2**20 * 64 * 4
     assert [rows.size * 4 for rows in state.tables.values()] == [table] * 3
@@ -70,16 +70,16 @@ def num_bytes(tree) -> int:
 @pytest.mark.slow
 def test_no_device_is_given_or_draws_or_keeps_all_dense_parameters(tiny):
     config = load(RunConfig, None, SHARDED.split())
-    trainer, mesh = Trainer.of(config), tiny.mesh(2, 4)
-    state = trainer.abstract_state()
+    program, mesh = TrainProgram.of(config), tiny.mesh(2, 4)
+    state = program.abstract_state()
     batch = {
         name: jax.ShapeDtypeStruct((1, 8, 16), jnp.float32 if name == "loss_mask" else jnp.int32)
         for name in ("tokens", "targets", "segments", "positions", "loss_mask")
     }
     with jax.set_mesh(mesh):
-        step: Any = make_train_step(trainer, mesh)
+        step: Any = make_train_step(program, mesh)
         compiled = step.lower(state, batch).compile()
-        drawn = trainer.init(jax.random.key(0), mesh)
+        drawn = program.init(jax.random.key(0), mesh)
     dense, tables = num_bytes((state.params, state.opt_state)), num_bytes((state.tables, state.table_state))
     matrices = [leaf for leaf in jax.tree.leaves(state.params) if leaf.ndim >= 2]
     # Of the matrices each device has an eighth, of the tables a quarter, and a little that is everywhere.

@@ -25,7 +25,7 @@ from memjax.monitoring.units import gigabytes
 from memjax.ops.precision import accumulator
 from memjax.sharding.axes import DATA, MEMORY
 from memjax.training.plan.row_exchange import plan_exchange
-from memjax.training.program import Trainer
+from memjax.training.program import TrainProgram
 
 GAPS = 0.06
 """What lies idle between the buffers of a compiled step, as a share of what is temporary: 0 to 0.11 was seen."""
@@ -54,9 +54,9 @@ class Plan:
         return sum(self.state.values()) + sum(self.temporary.values())
 
 
-def plan(config: RunConfig, *, data_axis: int, trainer: Trainer | None = None) -> Plan:
+def plan(config: RunConfig, *, data_axis: int, program: TrainProgram | None = None) -> Plan:
     """The plan of a run over data_axis x mesh.memory devices; nothing is allocated, and no device needs to be there."""
-    return _Planner(config, trainer or Trainer.of(config), data_axis).plan()
+    return _Planner(config, program or TrainProgram.of(config), data_axis).plan()
 
 
 def describe(found: Plan) -> str:
@@ -75,8 +75,8 @@ def compiled_bytes(compiled: jax.stages.Compiled) -> int:
 
 def savings(config: RunConfig, *, data_axis: int) -> list[tuple[str, int]]:
     """Changes that need fewer bytes per device, and how many fewer; the most useful first."""
-    trainer = Trainer.of(config)
-    before = plan(config, data_axis=data_axis, trainer=trainer).total
+    program = TrainProgram.of(config)
+    before = plan(config, data_axis=data_axis, program=program).total
     found = []
     for name, value in _changes(config, data_axis):
         try:
@@ -84,8 +84,8 @@ def savings(config: RunConfig, *, data_axis: int) -> list[tuple[str, int]]:
         except ValueError:  # not with the other settings
             continue
         # Shapes of arrays that live on do not depend on how a batch is cut, and take long to find.
-        same = dataclasses.replace(trainer, config=changed) if name.startswith(("train.", "data.")) else None
-        after = plan(changed, data_axis=data_axis, trainer=same).total
+        same = dataclasses.replace(program, config=changed) if name.startswith(("train.", "data.")) else None
+        after = plan(changed, data_axis=data_axis, program=same).total
         if after < before:
             found.append((f"--{name} {value}", before - after))
     return sorted(found, key=lambda change: -change[1])
@@ -111,8 +111,8 @@ def explain_out_of_memory(config: RunConfig, *, data_axis: int, limit: int | Non
 
 
 class _Planner:
-    def __init__(self, config: RunConfig, trainer: Trainer, data_axis: int):
-        self.config, self.trainer, self.model = config, trainer, config.model
+    def __init__(self, config: RunConfig, program: TrainProgram, data_axis: int):
+        self.config, self.program, self.model = config, program, config.model
         axes = (AxisType.Auto, AxisType.Auto)
         self.mesh = AbstractMesh((data_axis, config.mesh.memory), (DATA, MEMORY), axis_types=axes)
         devices = self.mesh.size
@@ -122,7 +122,7 @@ class _Planner:
         self.dtype = resolve_dtype(config.model.dtype)
         self.width = self.dtype.itemsize
         self.wide = accumulator(self.dtype).itemsize
-        self.abstract, self.shardings = trainer.abstract_state(), trainer.shardings(self.mesh)
+        self.abstract, self.shardings = program.abstract_state(), program.shardings(self.mesh)
         params = dict(self.abstract.params)
         self.block_sizes = [_elements(block) for block in dict(params.pop("blocks")).values()]
         self.outside = _elements(params)

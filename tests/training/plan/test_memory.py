@@ -10,7 +10,7 @@ from memjax.config.load import load
 from memjax.config.run import RunConfig
 from memjax.memory.row_exchange import PICK_BYTES
 from memjax.training.plan import memory as memory_plan
-from memjax.training.program import Trainer
+from memjax.training.program import TrainProgram
 
 CONFIGS = pathlib.Path(__file__).parents[3] / "configs"
 
@@ -71,7 +71,7 @@ def test_an_expert_lookup_is_counted_with_both_its_tables():
     # The stream, its norm and queries; of each pick score, place, weight, product and what comes of it; token and bag.
     kept = (2 * 768 + 4 * 256) * 2 + 128 * 20 + 2 * 768 * 2
     assert found.temporary["activations, memory"] == tokens * kept
-    update = memory_plan._Planner(config, Trainer.of(config), 1)
+    update = memory_plan._Planner(config, TrainProgram.of(config), 1)
     # Weights of picks for each of the tables, and what they multiply: the token, and the bag's cotangent.
     assert update.row_gradients()["row gradients"] == tokens * (128 * (4 + 4 + 4) + 2 * 768 * 2)
     assert update.row_update()["sorted picks"] == tokens * (128 * PICK_BYTES + 768 * 2)

@@ -1,0 +1,81 @@
+"""How a run ends before its last step: what is done is saved, and the error says so."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NoReturn
+
+import jax
+
+from memjax.errors import CheckpointError, ConfigError, DataError
+from memjax.io.console import warn
+from memjax.training.in_flight import NotFinite
+
+if TYPE_CHECKING:
+    from memjax.training.trainer import Trainer
+
+
+class Preempted(Exception):
+    """A signal, to this process or another, ended the run after a checkpoint."""
+
+
+@contextlib.contextmanager
+def saved_at_the_end(trainer: "Trainer") -> Iterator[None]:
+    """Saves the steps that are done, whatever ends the block.
+
+    Raises:
+        NotFinite, Preempted, DataError: see `Trainer.run`; their messages say what was saved.
+    """
+    try:
+        yield
+        trainer.checkpoints.wait()
+        if trainer.must_stop:
+            _preempt(trainer)
+    except NotFinite as error:
+        if int(trainer.state.step) == trainer.first_step:  # no step was made: other settings may begin here
+            raise
+        trainer.save()
+        raise NotFinite(f"{error} The state before it is saved as step {int(trainer.state.step)}.") from None
+    except (Preempted, CheckpointError, ConfigError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        if trainer.must_stop and isinstance(error, DataError):
+            _preempt(trainer)  # signals to a group of processes end those that read the data, too
+        saved = _save_after_an_error(trainer)
+        if isinstance(error, DataError):
+            raise DataError(f"{error}\n{saved}") from error
+        warn(saved)
+        raise
+
+
+def _preempt(trainer: "Trainer") -> NoReturn:
+    """Saves and raises."""
+    if trainer.last_step == 0:
+        trainer.interrupt.end()
+    trainer.finish_steps()
+    with trainer.paused():
+        trainer.save()
+    trainer.checkpoints.wait()
+    why = trainer.interrupt.name or "another process was told to stop"
+    raise Preempted(f"{why}: step {trainer.last_step} is saved; the same command goes on from there")
+
+
+def _save_after_an_error(trainer: "Trainer") -> str:
+    """Saves the steps that are done and says so; raises nothing that would hide the error."""
+    if jax.process_count() > 1:
+        # An error may be that of one process alone, and the others would not come to the save.
+        return "The same command goes on from the newest checkpoint."
+    try:
+        trainer.finish_steps()
+    except NotFinite as error:
+        warn(str(error))
+    except OSError as error:  # without the run's settings no step is of use
+        return f"The steps since the last checkpoint could not be saved: {error.strerror or error}"
+    step = int(trainer.state.step)
+    if step == 0:
+        return "There was no step to save yet."
+    try:
+        trainer.save()
+        trainer.checkpoints.wait()
+    except CheckpointError as error:
+        return f"The state after step {step} could not be saved: {error}"
+    return f"The state after step {step} is saved; the same command goes on from there."

@@ -1,0 +1,43 @@
+"""A look at the first batches of a run."""
+
+from memjax.config.data import DataConfig
+from memjax.data.packing import Batch
+from memjax.errors import ConfigError
+
+PATIENCE = 8
+"""Batches without a learned token that a run may begin with."""
+
+
+class FirstBatches:
+    """Refuses data of which nothing is learned: cut to sequences that end before the answers begin, for example."""
+
+    def __init__(self, data: DataConfig):
+        self._data = data
+        self._unlearned: int | None = 0
+        """Batches without a learned token; None once there was one with."""
+
+    def look(self, batch: Batch, *, last: bool) -> None:
+        """Takes the next batch; `last` when no other will follow.
+
+        Raises:
+            ConfigError: no batch so far has a learned token, and there were enough of them.
+        """
+        if self._unlearned is None:
+            return
+        self._unlearned = None if batch["loss_mask"].any() else self._unlearned + 1
+        if self._unlearned and (last or self._unlearned == PATIENCE):
+            raise ConfigError([self._why()])
+
+    def _why(self) -> str:
+        data = self._data
+        found = f"no token of the first {self._unlearned} batches is learned"
+        if data.packing == "none":
+            return (
+                f"data.sequence_length={data.sequence_length} is too short for data.packing=none, which cuts every "
+                f"record there: {found}; raise data.sequence_length, or set data.packing to first_fit"
+            )
+        return (
+            f"data.sequence_length={data.sequence_length} x data.batch_size={data.batch_size} holds nothing but "
+            f"prompts: {found}; raise one of them, or look at what the records have under "
+            f"data.answer_key={data.answer_key}"
+        )

@@ -1,0 +1,65 @@
+"""What a trainer does besides its steps, one class for each such thing."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from memjax.monitoring.metrics import Row
+from memjax.training.in_flight import Step
+
+if TYPE_CHECKING:
+    from memjax.training.trainer import Trainer
+
+
+class Hook:
+    """Something that a trainer does besides its steps. Methods that a hook does not override do nothing.
+
+    Every process of a run calls the same methods at the same points, so a hook may run a computation of all devices;
+    what writes files does so in the first process alone (`memjax.sharding.processes.is_first`).
+    """
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the hook, as JSON values."""
+        return {}
+
+    def restore(self, saved: Mapping[str, Any], step: int) -> None:
+        """Takes up what `state` gave after a step, the one that the run goes on from.
+
+        A checkpoint that knows no hook of this name gives its whole `meta` document.
+        """
+
+    def begin(self, trainer: "Trainer") -> None:
+        """Called once before the first step, when the trainer's state is there."""
+
+    def before_step(self, trainer: "Trainer", number: int) -> None:
+        """Called before every step, whatever the hook's period."""
+
+    def after_step(self, trainer: "Trainer", step: Step) -> None:
+        """Called after each step that is due; the device may still compute it.
+
+        `step.host_metrics` and `step.add` take metrics for its row. What takes long belongs under `trainer.paused()`.
+        """
+
+    def on_row(self, trainer: "Trainer", row: Row) -> None:
+        """Called with the metrics of every step, in order, once they are known. What is added to the row is logged."""
+
+    def on_late_metrics(self, trainer: "Trainer", step: int, metrics: Row) -> None:
+        """Called with metrics of a step whose row is written already."""
+
+    def end(self, trainer: "Trainer") -> None:
+        """Called once, whatever ends the run; the hooks that began last end first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Periodic:
+    """A hook, its name, and its period."""
+
+    name: str
+    hook: Hook
+    every: int | None = 1
+    """`after_step` is called every so many steps and after the last one; None means after the last one alone."""
+
+    def is_due(self, step: Step) -> bool:
+        """Whether `after_step` is called."""
+        in_period = self.every is not None and step.number % self.every == 0
+        return in_period or step.is_last or self.name in step.requested

@@ -1,0 +1,311 @@
+"""The hooks of every run: logs, profile, slot usage, validation, checkpoints."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from memjax.config.run import RunConfig
+from memjax.data.packing import Batch
+from memjax.evaluation.perplexity import validation_loss
+from memjax.io.console import say
+from memjax.models.counts import training_flops_per_token
+from memjax.monitoring.metrics import WINDOW, MetricsFile, Row, peak_flops, read_metrics
+from memjax.monitoring.profile import ProfileWindow
+from memjax.monitoring.progress import ProgressLines
+from memjax.monitoring.trackers.start import CLOSE_SECONDS, close_trackers, make_trackers
+from memjax.monitoring.trackers.tracker import Tracker
+from memjax.runs.folder import RunFolder
+from memjax.sharding.axes import TOKENS
+from memjax.sharding.mesh import put_batch
+from memjax.sharding.processes import is_first
+from memjax.training.hook import Hook, Periodic
+from memjax.training.in_flight import Step
+from memjax.training.program import TrainProgram
+from memjax.training.step import make_usage_report
+
+if TYPE_CHECKING:
+    from memjax.training.trainer import Trainer
+
+VALIDATION_LOSS = "eval/validation/loss"
+
+STOP_SECONDS = 5.0
+"""How long a run that was told to stop waits for its trackers."""
+
+
+def with_standard_hooks(
+    added: Iterable[Periodic], program: TrainProgram, folder: RunFolder, mesh: jax.sharding.Mesh
+) -> list[Periodic]:
+    """The hooks that a config asks for, and others, in the order in which they are called.
+
+    The others come before what ends the work on a step's row and state, so that logs and checkpoints hold theirs, too.
+
+    Raises:
+        ValueError: two hooks have the same name.
+    """
+    config = program.config
+    hooks = [Periodic("throughput", Throughput(program, mesh))]
+    if config.log.profile and is_first():
+        hooks.append(Periodic("profile", Profile(ProfileWindow(config.log.profile, folder.profile))))
+    if config.model.lookups:
+        hooks.append(Periodic("slot_usage", SlotUsage(config.log.usage_every), config.log.usage_every))
+    hooks += [
+        *added,
+        Periodic("log", Log()),
+        Periodic("validate", Validate(config), config.eval.every),
+        Periodic("save", Save(config.checkpoint.steps_between_tables), config.checkpoint.every),
+    ]
+    names = [periodic.name for periodic in hooks]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two hooks are named {', '.join(twice)}: give each hook of a run a name of its own")
+    return hooks
+
+
+class Throughput(Hook):
+    """Tokens so far, speed and model FLOPs utilisation, in every row."""
+
+    def __init__(self, program: TrainProgram, mesh: jax.sharding.Mesh):
+        """Takes what FLOPs are counted of, and where they are done."""
+        config = program.config
+        self._flops_per_token = training_flops_per_token(
+            program.parts, config.data.sequence_length, freeze_dense=config.optim.freeze_dense
+        )
+        peak = peak_flops(mesh.devices.flat[0])
+        self._peak_flops = peak and peak * mesh.size
+        self._tokens_seen: int | None = 0
+        """Tokens of all steps read so far, without padding; None where a checkpoint does not say."""
+        self._compile_seconds_are_new = True
+
+    def state(self) -> dict[str, Any]:
+        """The tokens so far."""
+        return {"tokens_seen": self._tokens_seen}
+
+    def restore(self, saved: Mapping[str, Any], step: int) -> None:
+        """The tokens so far."""
+        self._tokens_seen = saved.get("tokens_seen")
+
+    def begin(self, trainer: "Trainer") -> None:
+        """Counts the tokens of rows where the checkpoint is too old to say."""
+        if self._tokens_seen is None:
+            rows = read_metrics(trainer.folder.metrics)
+            self._tokens_seen = sum(row.get("train/tokens") or 0 for row in rows if row["step"] <= trainer.first_step)
+
+    def on_row(self, trainer: "Trainer", row: Row) -> None:
+        """Adds the tokens so far and the speed."""
+        tokens = row["train/tokens"]
+        self._tokens_seen = (self._tokens_seen or 0) + tokens
+        row["train/tokens_seen"] = self._tokens_seen
+        row["throughput/tokens_per_second"] = speed = tokens / max(row["throughput/step_seconds"], 1e-9)
+        if self._peak_flops:
+            row["throughput/mfu"] = speed * self._flops_per_token / self._peak_flops
+        if self._compile_seconds_are_new:
+            self._compile_seconds_are_new = False
+            row["throughput/compile_seconds"] = trainer.compile_seconds
+
+
+class Log(Hook):
+    """Writes rows to `metrics.jsonl` and the trackers, and prints progress; files in the first process alone."""
+
+    _metrics: MetricsFile | None = None
+    _trackers: tuple[Tracker, ...] | list[Tracker] = ()
+
+    def begin(self, trainer: "Trainer") -> None:
+        """Opens the files, and drops what was written after the step that the run goes on from."""
+        config, first_step = trainer.config, trainer.first_step
+        if is_first():
+            self._metrics = MetricsFile(trainer.folder.metrics, last_step=first_step)
+            self._trackers = make_trackers(config, trainer.folder.path, last_step=first_step)
+        self._progress = ProgressLines(
+            first_step=first_step, steps=config.train.steps, every_seconds=config.log.progress_seconds
+        )
+
+    def on_row(self, trainer: "Trainer", row: Row) -> None:
+        """Writes the row."""
+        if self._metrics:
+            self._metrics.write(row)
+            self._metrics.flush()
+        for tracker in self._trackers:
+            tracker.write(row)
+        self._progress.show(row)
+
+    def on_late_metrics(self, trainer: "Trainer", step: int, metrics: Row) -> None:
+        """Adds to a row that is written."""
+        if self._metrics:
+            self._metrics.amend(step, metrics)
+        for tracker in self._trackers:
+            tracker.write({"step": step} | metrics)
+
+    def end(self, trainer: "Trainer") -> None:
+        """Writes what still waits, and closes the files."""
+        if self._metrics:
+            self._metrics.close()
+        close_trackers(self._trackers, STOP_SECONDS if trainer.interrupt.name else CLOSE_SECONDS)
+
+
+class Profile(Hook):
+    """Traces a window of steps."""
+
+    def __init__(self, window: ProfileWindow):
+        """Takes the steps to trace."""
+        self._window = window
+
+    def before_step(self, trainer: "Trainer", number: int) -> None:
+        """Opens the window."""
+        if self._window.opens(number):
+            with trainer.paused():
+                self._window.start(number)
+
+    def after_step(self, trainer: "Trainer", step: Step) -> None:
+        """Closes the window, and prints what took the time in it."""
+        if self._window.closes(step.number, last=step.is_last):
+            with trainer.paused():
+                self._window.stop(step.number)
+
+    def end(self, trainer: "Trainer") -> None:
+        """Ends a trace that is still under way."""
+        self._window.abandon()
+
+
+class SlotUsage(Hook):
+    """Adds slot statistics to the row of the step that ends a window, and counts the reads anew.
+
+    Only windows of the same length can be compared, so one that a changed `log.usage_every` has cut short is dropped.
+    A run shorter than one window reports what there is at its end, and goes on counting if it is extended.
+    """
+
+    def __init__(self, every: int):
+        """Takes the steps of a window, which are the hook's period, too."""
+        self._every = every
+        self._since = 0
+        """The step after which the reads of the slots began to be counted."""
+        self._report: Any = None
+        """Compiled when it is first called."""
+
+    def state(self) -> dict[str, Any]:
+        """The step of the last count."""
+        return {"usage_since": self._since}
+
+    def restore(self, saved: Mapping[str, Any], step: int) -> None:
+        """The step of the last count; versions before 0.2 counted anew after the last step of a run."""
+        config = saved.get("config", {})
+        every = config.get("log", {}).get("usage_every") or self._every
+        is_end = step == config.get("train", {}).get("steps")
+        self._since = saved.get("usage_since", step if is_end else step - step % every)
+
+    def after_step(self, trainer: "Trainer", step: Step) -> None:
+        """Counts, at the end of a window."""
+        window = step.number - self._since
+        is_short = step.is_last and step.number < self._every
+        if not is_short and step.number % self._every:
+            return
+        reads = jax.tree.map(jax.numpy.copy, trainer.state.reads) if is_short else None
+        trainer.state, usage = self._measure(trainer)
+        if reads is not None:
+            trainer.state = dataclasses.replace(trainer.state, reads=reads)
+        else:
+            self._since = step.number
+        if is_short or window == self._every:
+            step.add(usage)
+            step.host_metrics[WINDOW] = window
+
+    def _measure(self, trainer: "Trainer") -> Any:
+        """The state with counters at zero, and the statistics."""
+        if self._report is not None:
+            return self._report(trainer.state)
+        self._report = make_usage_report(trainer.program, trainer.mesh)
+        with trainer.paused():  # compiles
+            return self._report(trainer.state)
+
+
+class _Stopped(Exception):
+    """A signal came during the validation."""
+
+
+class Validate(Hook):
+    """Measures the validation loss for the step's row, and has the best state so far saved.
+
+    What a signal cuts short is measured by who goes on from there, at the begin.
+    """
+
+    def __init__(self, config: RunConfig):
+        """Has measured nothing yet."""
+        self._batches, self._keep_best = config.eval.batches, config.checkpoint.keep_best
+        self.best_loss = float("inf")
+        self._is_overdue = False
+
+    def state(self) -> dict[str, Any]:
+        """The best loss, and whether a validation is overdue."""
+        best = self.best_loss if math.isfinite(self.best_loss) else None
+        return {"best_loss": best, "validation_is_due": self._is_overdue}
+
+    def restore(self, saved: Mapping[str, Any], step: int) -> None:
+        """The best loss, and whether a validation is overdue."""
+        best = saved.get("best_loss")
+        self.best_loss = float("inf") if best is None else best
+        self._is_overdue = saved.get("validation_is_due", False)
+
+    def begin(self, trainer: "Trainer") -> None:
+        """Measures what is overdue, for the row of the step before."""
+        if not self._is_overdue or (loss := self._loss(trainer)) is None:
+            return
+        self._is_overdue = False
+        if math.isnan(loss):
+            return
+        self.best_loss = min(loss, self.best_loss)
+        trainer.add_late_metrics(trainer.first_step, {VALIDATION_LOSS: loss})
+        say(f"step {trainer.first_step}: validation loss {loss:.4f}")
+
+    def after_step(self, trainer: "Trainer", step: Step) -> None:
+        """Measures; requests a save of the best state so far."""
+        with trainer.paused():
+            loss = self._loss(trainer)
+        if loss is None:
+            self._is_overdue = True
+            return
+        if math.isnan(loss):  # nothing is held out
+            return
+        is_best = loss < self.best_loss
+        self.best_loss = min(loss, self.best_loss)
+        step.host_metrics[VALIDATION_LOSS] = loss
+        trainer.finish_steps()
+        say(f"step {step.number}: validation loss {loss:.4f}" + (" (best so far)" if is_best else ""))
+        if is_best and self._keep_best:
+            step.requested.add("save")
+
+    def _loss(self, trainer: "Trainer") -> float | None:
+        """The loss of the trainer's state; None if a signal came before it was known."""
+
+        def until_stopped(batches: Iterator[Batch]) -> Iterator[Batch]:
+            # Several processes must validate the same batches, so they do not stop here.
+            for batch in batches:
+                if jax.process_count() == 1 and trainer.interrupt.name is not None:
+                    raise _Stopped
+                yield batch
+
+        batches = until_stopped(trainer.dataset.validation_batches(self._batches))
+        try:
+            return validation_loss(trainer.model(), batches, place=lambda batch: put_batch(trainer.mesh, batch, TOKENS))
+        except _Stopped:
+            return None
+
+
+class Save(Hook):
+    """Saves checkpoints; between those with tables there may be light ones, without them."""
+
+    def __init__(self, steps_between_tables: int):
+        """Takes the steps from one checkpoint with tables to the next."""
+        self._steps_between_tables = steps_between_tables
+
+    def before_step(self, trainer: "Trainer", number: int) -> None:
+        """Raises what a save in the background met."""
+        trainer.check_saves()
+
+    def after_step(self, trainer: "Trainer", step: Step) -> None:
+        """Saves, after the rows of all steps so far are written."""
+        trainer.finish_steps()
+        is_light = bool(trainer.state.tables) and step.number % self._steps_between_tables != 0
+        must_be_complete = step.is_last or "save" in step.requested or trainer.must_stop
+        with trainer.paused():
+            trainer.save(without_tables=is_light and not must_be_complete)

@@ -1,0 +1,80 @@
+"""Steps that the device computes while the host makes the next ones ready."""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from memjax.monitoring.metrics import Row
+from memjax.monitoring.progress import Stopwatch
+
+IN_FLIGHT = 1
+"""Steps under way while the loop waits for the one before: one computes while the next is made ready. With more, a
+signal, a NaN or a progress line would only wait longer."""
+
+
+class NotFinite(Exception):
+    """A loss or gradient is not a number; the state before that step is saved."""
+
+
+@dataclasses.dataclass
+class Step:
+    """A step that was given to the device, and what the host knows of it."""
+
+    number: int
+    data_position: dict[str, Any]
+    """After the step's batch."""
+    is_last: bool = False
+    """Whether the run ends with it."""
+    device_metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Reading them waits for the step."""
+    host_metrics: Row = dataclasses.field(default_factory=dict)
+    requested: set[str] = dataclasses.field(default_factory=set)
+    """Names of hooks that are to be called after this step, although their period does not end with it."""
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        """Adds metrics of the device to the step's row, and starts to copy them to the host."""
+        for value in metrics.values():
+            value.copy_to_host_async()
+        self.device_metrics |= metrics
+
+
+class InFlight:
+    """The steps whose metrics are not read yet, oldest first."""
+
+    def __init__(self, before_each: Callable[[], None] = lambda: None):
+        """Is empty; `before_each` is called before a step leaves, which it does not if that raises."""
+        self._before_each = before_each
+        self._steps: deque[Step] = deque()
+        self.stopwatch = Stopwatch()
+        """A step's time is that between the end of the one before and its own, as the host sees them."""
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def push(self, step: Step) -> None:
+        """Takes the newest step."""
+        self._steps.append(step)
+
+    def finished(self, *, keep: int = IN_FLIGHT) -> Iterator[tuple[Step, Row]]:
+        """Steps and their rows until so many are left: enough that the device never runs dry. Waits for each.
+
+        Raises:
+            NotFinite: a step was not finite; the steps after it are dropped.
+        """
+        while len(self._steps) > keep:
+            step = self._steps[0]
+            metrics = jax.device_get(step.device_metrics)
+            seconds = self.stopwatch.lap()
+            if not metrics.pop("healthy"):
+                self._steps.clear()
+                raise NotFinite(
+                    f"step {step.number}: not a number somewhere (loss {metrics['train/loss']:.4g}, gradient norm "
+                    f"{metrics['train/grad_norm']:.4g}). Try a lower optim.lr or optim.table.lr, or look at the data."
+                )
+            self._before_each()
+            self._steps.popleft()
+            row: Row = {"step": step.number, **{name: value.item() for name, value in metrics.items()}}
+            yield step, row | step.host_metrics | {"throughput/step_seconds": seconds}

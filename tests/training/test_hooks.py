@@ -1,0 +1,262 @@
+"""Each hook alone, with a trainer that only notes what is asked of it."""
+
+import contextlib
+import dataclasses
+import json
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from memjax.config.log import ProfileConfig
+from memjax.config.model import ModelConfig
+from memjax.config.run import RunConfig
+from memjax.monitoring.profile import ProfileWindow
+from memjax.runs.folder import RunFolder
+from memjax.training import hooks
+from memjax.training.hook import Hook, Periodic
+from memjax.training.hooks import VALIDATION_LOSS, Profile, Save, SlotUsage, Throughput, Validate, with_standard_hooks
+from memjax.training.in_flight import Step
+from memjax.training.program import TrainProgram
+
+
+@dataclasses.dataclass
+class State:
+    step: int = 0
+    reads: Any = dataclasses.field(default_factory=dict)
+    tables: Any = dataclasses.field(default_factory=lambda: {"shared": 1})
+
+
+class FakeTrainer:
+    """Notes what hooks ask for, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.state, self.program, self.mesh, self.must_stop, self.first_step = State(), None, None, False, 0
+        self.interrupt = SimpleNamespace(name=None)
+        self.dataset = SimpleNamespace(validation_batches=lambda count: iter([{}] * 3))
+
+    @contextlib.contextmanager
+    def paused(self):
+        self.calls.append("paused")
+        yield
+
+    def model(self):
+        return None
+
+    def finish_steps(self) -> None:
+        self.calls.append("finish_steps")
+
+    def check_saves(self) -> None:
+        self.calls.append("check_saves")
+
+    def save(self, *, without_tables: bool = False) -> None:
+        self.calls.append("light" if without_tables else "complete")
+
+    def add_late_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        self.calls.append((step, metrics))
+
+
+@pytest.mark.parametrize(
+    ("every", "due"), [(1, [1, 2, 3, 4, 5, 6, 7]), (3, [3, 6, 7]), (7, [7]), (100, [7]), (None, [7])]
+)
+def test_a_hook_is_due_at_its_period_and_after_the_last_step(every, due):
+    periodic = Periodic("any", Hook(), every)
+    assert [number for number in range(1, 8) if periodic.is_due(Step(number, {}, is_last=number == 7))] == due
+    assert periodic.is_due(Step(1, {}, requested={"any"}))
+
+
+@pytest.fixture
+def trainer() -> Any:
+    return FakeTrainer()
+
+
+@pytest.fixture
+def validating(trainer, monkeypatch):
+    """validating(losses) -> a validation that finds these losses; at None a signal comes."""
+
+    def validating(*losses: float | None) -> Validate:
+        remaining = iter(losses)
+
+        def validation_loss(model, batches, **_):
+            loss = next(remaining)
+            for _ in batches:
+                if loss is None:
+                    trainer.interrupt.name = "SIGTERM"
+            return loss
+
+        monkeypatch.setattr(hooks, "validation_loss", validation_loss)
+        return Validate(RunConfig())
+
+    return validating
+
+
+def test_only_the_best_state_so_far_is_saved_and_its_row_is_complete(trainer, validating, capsys):
+    validate = validating(2.0, 1.0, 1.5, math.nan)
+    steps = [Step(number, {}) for number in (1, 2, 3, 4)]
+    for step in steps:
+        validate.after_step(trainer, step)
+    assert [step.requested for step in steps] == [{"save"}, {"save"}, set(), set()]
+    assert [step.host_metrics for step in steps] == [{VALIDATION_LOSS: loss} for loss in (2.0, 1.0, 1.5)] + [{}]
+    assert validate.state() == {"best_loss": 1.0, "validation_is_due": False}
+    assert trainer.calls == ["paused", "finish_steps"] * 3 + ["paused"]
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "step 2: validation loss 1.0000 (best so far)",
+        "step 3: validation loss 1.5000",
+    ]
+
+
+def test_a_validation_cut_short_is_made_up_where_the_run_goes_on(trainer, validating):
+    validate = validating(None)
+    step = Step(8, {})
+    validate.after_step(trainer, step)
+    assert step.host_metrics == {}
+    saved = json.loads(json.dumps(validate.state()))
+    assert saved == {"best_loss": None, "validation_is_due": True}
+
+    trainer.interrupt.name, trainer.first_step, trainer.calls = None, 8, []
+    validate = validating(0.5)
+    validate.restore(saved, 8)
+    validate.begin(trainer)
+    assert trainer.calls == [(8, {VALIDATION_LOSS: 0.5})]
+    assert validate.state() == {"best_loss": 0.5, "validation_is_due": False}
+
+
+def test_the_last_step_a_request_and_a_signal_save_the_tables_too(trainer):
+    save = Save(steps_between_tables=10)
+    found = []
+    for step, must_stop in (
+        (Step(5, {}), False),
+        (Step(10, {}), False),
+        (Step(15, {}, is_last=True), False),
+        (Step(5, {}, requested={"save"}), False),
+        (Step(5, {}), True),
+    ):
+        trainer.must_stop, trainer.calls = must_stop, []
+        save.after_step(trainer, step)
+        assert trainer.calls[:2] == ["finish_steps", "paused"], "rows are written before the state is"
+        found.append(trainer.calls[2])
+    assert found == ["light", "complete", "complete", "complete", "complete"]
+    trainer.state.tables, trainer.calls = {}, []
+    save.after_step(trainer, Step(5, {}))
+    assert trainer.calls[2] == "complete", "without tables there is nothing to leave out"
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    """Slot statistics without a device: the sum of the reads, which are then zero."""
+
+    def report(state):
+        return dataclasses.replace(state, reads={"L1": jnp.int32(0)}), {"memory/L1/used": state.reads["L1"]}
+
+    monkeypatch.setattr(hooks, "make_usage_report", lambda program, mesh: report)
+
+
+def usage_of(trainer, usage: SlotUsage, first: int, last: int, every: int) -> dict[int, tuple[int, int]]:
+    """Goes through steps of one read each; the reads and the window in every row that has them."""
+    periodic, rows = Periodic("slot_usage", usage, every), {}
+    for number in range(first, last + 1):
+        step = Step(number, {}, is_last=number == last)
+        trainer.state.reads["L1"] = trainer.state.reads["L1"] + 1
+        if periodic.is_due(step):
+            usage.after_step(trainer, step)
+        if step.device_metrics:
+            rows[number] = (int(step.device_metrics["memory/L1/used"]), step.host_metrics["slots/window_steps"])
+    return rows
+
+
+@pytest.mark.usefixtures("counting")
+def test_slots_are_counted_over_windows_of_one_length(trainer):
+    trainer.state.reads = {"L1": jnp.int32(0)}
+    usage = SlotUsage(4)
+    assert usage_of(trainer, usage, 1, 10, every=4) == {4: (4, 4), 8: (4, 4)}
+    assert usage.state() == {"usage_since": 8}
+    # The run is extended, with a shorter window: the one under way is dropped.
+    extended = SlotUsage(3)
+    extended.restore(usage.state(), 10)
+    assert usage_of(trainer, extended, 11, 15, every=3) == {15: (3, 3)}
+
+
+@pytest.mark.usefixtures("counting")
+def test_a_run_shorter_than_a_window_reports_and_goes_on_counting_when_it_is_extended(trainer):
+    trainer.state.reads = {"L1": jnp.int32(0)}
+    usage = SlotUsage(10)
+    assert usage_of(trainer, usage, 1, 6, every=10) == {6: (6, 6)}
+    assert int(trainer.state.reads["L1"]) == 6
+    assert usage_of(trainer, usage, 7, 12, every=10) == {10: (10, 10)}
+
+
+@pytest.mark.parametrize(("step", "since"), [(25, 20), (40, 40)])
+def test_usage_of_a_run_before_0_2_begins_at_the_window(step, since):
+    usage = SlotUsage(10)
+    usage.restore({"config": {"log": {"usage_every": 10}, "train": {"steps": 40}}}, step)
+    assert usage.state() == {"usage_since": since}
+
+
+@pytest.fixture(scope="module")
+def program() -> TrainProgram:
+    return TrainProgram.of(RunConfig(model=ModelConfig(num_layers=1, memory=None)))
+
+
+@pytest.fixture
+def throughput(program, monkeypatch) -> Throughput:
+    """On two devices of 100 FLOP/s each, with a model that takes 3 FLOPs for a token."""
+    monkeypatch.setattr(hooks, "training_flops_per_token", lambda *_, **__: 3.0)
+    monkeypatch.setattr(hooks, "peak_flops", lambda device: 100.0)
+    return Throughput(program, jax.make_mesh((2,), ("data",), devices=jax.devices()[:2]))
+
+
+def test_rows_have_the_tokens_so_far_and_one_of_a_start_the_time_of_its_compilation(trainer, throughput):
+    hook, trainer.compile_seconds = throughput, 7.0
+    hook.restore({"tokens_seen": 1000}, 5)
+    hook.begin(trainer)
+    rows: list[dict[str, Any]] = [{"train/tokens": 50, "throughput/step_seconds": 2.0} for _ in range(2)]
+    for row in rows:
+        hook.on_row(trainer, row)
+    assert [row["train/tokens_seen"] for row in rows] == [1050, 1100]
+    assert rows[0]["throughput/tokens_per_second"] == 25.0
+    assert rows[0]["throughput/mfu"] == 25.0 * 3.0 / 200.0
+    assert [row.get("throughput/compile_seconds") for row in rows] == [7.0, None]
+    assert hook.state() == {"tokens_seen": 1100}
+
+
+def test_tokens_that_a_checkpoint_does_not_know_are_those_of_the_rows_before_it(trainer, throughput, tmp_path):
+    hook, trainer.first_step, trainer.folder = throughput, 2, SimpleNamespace(metrics=tmp_path / "m")
+    (tmp_path / "m").write_text("".join(f'{{"step": {step}, "train/tokens": 10}}\n' for step in (1, 2, 3)))
+    hook.restore({}, 2)
+    hook.begin(trainer)
+    assert hook.state() == {"tokens_seen": 20}
+
+
+def test_the_profile_traces_what_its_window_says_while_training_pauses(trainer, tmp_path):
+    calls = trainer.calls
+
+    class Window(ProfileWindow):
+        def start(self, step: int) -> None:
+            calls.append(("start", step))
+            self._first = step
+
+        def stop(self, step: int) -> None:
+            calls.append(("stop", step))
+            self._first = None
+
+        def abandon(self) -> None:
+            calls.append("abandon")
+
+    profile = Profile(Window(ProfileConfig(start=2, steps=2), tmp_path))
+    for number in (1, 2, 3, 4):
+        profile.before_step(trainer, number)
+        profile.after_step(trainer, Step(number, {}))
+    profile.end(trainer)
+    assert calls == ["paused", ("start", 2), "paused", ("stop", 3), "abandon"]
+
+
+def test_hooks_of_a_program_of_ones_own_come_before_logs_and_checkpoints(program, tmp_path):
+    folder, mesh = RunFolder(tmp_path), jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    found = with_standard_hooks([Periodic("mine", Hook())], program, folder, mesh)
+    assert [periodic.name for periodic in found] == ["throughput", "mine", "log", "validate", "save"]
+    with pytest.raises(ValueError, match="two hooks are named log: give each hook of a run a name of its own"):
+        with_standard_hooks([Periodic("log", Hook())], program, folder, mesh)
