@@ -109,10 +109,10 @@ def test_a_run_without_enough_memory_tells_what_it_needs_and_ends_with_7(run, mo
 
 
 def test_data_prepared_by_a_start_that_made_no_step_does_not_refuse_other_settings(run, monkeypatch, tmp_path):
-    def fails(*_):
+    def fails(*_, **__):
         raise ConfigError(["after the data is open"])
 
-    monkeypatch.setattr(main, "Loop", fails)
+    monkeypatch.setattr(main, "Trainer", fails)
     packed = tmp_path / "corpus.jsonl.gz"
     packed.write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n{"title": "three"}\n'))
     files = ("--data.source", "files", "--data.path", str(packed), "--data.malformed", "skip")
