@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Literal
+from typing import cast
 
 from memjax.config.checks import local_paths
 from memjax.config.load import RUN_FOLDER, parse
@@ -16,22 +16,36 @@ class PlotConfig:
     """What to draw."""
 
     out: str = "comparison.png"
-    """The file to write: .png, or .html for one page with the picture and a table that needs no other file."""
-    x: Literal["step", "tokens", "seconds"] = "step"
-    """The horizontal axis: steps, tokens read, or seconds of training (neither compilation nor validation)."""
+    """The file to write: .png, .svg or .pdf, or .html for one page with the picture and a table that needs no other
+    file."""
+    x: str = "step"
+    """The horizontal axis: step, tokens read, or seconds of training (neither compilation nor validation). Or a setting
+    such as model.memory.num_keys, or parameters or flops_per_token: then one point a run, where `metric` ended."""
+    metric: str | None = None
+    """With a setting on the horizontal axis: what is drawn over it, such as eval/validation/loss or
+    facts/asked/accuracy."""
     smoothing: int | None = None
     """Steps that are averaged; 1 draws each step alone, null takes a fiftieth of the longest run."""
 
     def __post_init__(self) -> None:
         problems = [text for text in local_paths(self, "out") if text]
-        if pathlib.PurePath(self.out).suffix not in (".png", ".html"):
-            problems.append(f"out={self.out} must end in .png or .html")
+        if pathlib.PurePath(self.out).suffix not in SUFFIXES:
+            problems.append(f"out={self.out} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
         if self.smoothing is not None and self.smoothing < 1:
             problems.append(f"smoothing={self.smoothing} must be positive")
+        if self.metric is not None and self.x in AXES:
+            problems.append(f"metric={self.metric} is drawn over a setting; set x to one, or leave metric out")
+        if self.x not in AXES and self.metric is None:
+            problems.append(
+                f"x={self.x} is neither step, tokens nor seconds; to draw over a setting, say what: "
+                "--metric eval/validation/loss, for example"
+            )
         if problems:
             raise ValueError("\n".join(problems))
 
 
+SUFFIXES = (".png", ".svg", ".pdf", ".html")
+AXES = ("step", "tokens", "seconds")
 RUNS = dataclasses.replace(RUN_FOLDER, help="The folders of the runs.", repeats=True)
 
 
@@ -52,13 +66,15 @@ def _plot(folders: Sequence[pathlib.Path], settings: PlotConfig) -> None:
     from memjax.monitoring import comparison
 
     runs = comparison.read_runs(folders)
-    comparison.draw(runs, pathlib.Path(settings.out), axis=settings.x, window=settings.smoothing)
-    table = comparison.summary_table(runs)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for name, *numbers in table:
-        cells = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
-        print("  ".join([name.ljust(widths[0]), *cells]))
-    for note in comparison.missing(runs):
+    out = pathlib.Path(settings.out)
+    if settings.metric is None:
+        comparison.draw(runs, out, axis=cast("comparison.Axis", settings.x), window=settings.smoothing)
+        notes = comparison.missing(runs)
+    else:
+        comparison.draw_over(runs, out, metric=settings.metric, x=settings.x)
+        notes = []
+    print(comparison.format_table(comparison.summary_table(runs)))
+    for note in notes:
         print(f"there is {note}")
     print(f"written to {settings.out}")
 

@@ -20,7 +20,7 @@ def runs(tmp_path) -> list[str]:
     return [str(tmp_path / "first"), str(tmp_path / "second")]
 
 
-@pytest.mark.parametrize("suffix", [".png", ".html"])
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf", ".html"])
 def test_runs_are_compared_in_one_file_and_a_table(runs, tmp_path, capsys, suffix):
     out = tmp_path / f"all{suffix}"
     assert plot.main([*runs, "--out", str(out), "--x", "tokens"]) == 0
@@ -33,17 +33,17 @@ def test_runs_are_compared_in_one_file_and_a_table(runs, tmp_path, capsys, suffi
         "there is no slot use in any run",
         f"written to {out}",
     ]
-    assert out.read_bytes()[:4] == (b"\x89PNG" if suffix == ".png" else b"<!do")
+    assert out.read_bytes()[:4] == {".png": b"\x89PNG", ".svg": b"<?xm", ".pdf": b"%PDF", ".html": b"<!do"}[suffix]
 
 
 def test_wrong_settings_end_with_2_and_folders_without_metrics_with_3(runs, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        plot.main(["--out", "all.pdf", "--smoothing", "0"])
+        plot.main(["--out", "all.gif", "--smoothing", "0"])
     assert ended.value.code == 2
     assert capsys.readouterr().err.splitlines() == [
         "python -m memjax.plot: 3 problems",
         "  command line: RUN is missing: The folders of the runs.",
-        "  command line: out=all.pdf must end in .png or .html",
+        "  command line: out=all.gif must end in .png, .svg, .pdf or .html",
         "  command line: smoothing=0 must be positive",
         "--help lists every setting.",
     ]
@@ -71,3 +71,37 @@ def test_what_cannot_be_written_ends_with_4_and_a_line(runs, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "file" in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.fixture
+def configured(runs) -> list[str]:
+    for run, keys, recall in zip(runs, (64, 128), (0.25, 0.5), strict=True):
+        Path(run, "config.yaml").write_text(f"run: {{dir: {run}}}\nmodel: {{memory: {{num_keys: {keys}}}}}")
+        summary = {"parameters": keys**2, "facts": {"asked": {"accuracy": recall}}}
+        Path(run, "summary.json").write_text(json.dumps(summary))
+    return runs
+
+
+def test_the_table_tells_settings_that_differ_and_what_runs_found_out(configured, tmp_path, capsys):
+    assert plot.main([*configured, "--out", str(tmp_path / "all.png")]) == 0
+    assert [line.split()[:4] for line in capsys.readouterr().out.splitlines()[:3]] == [
+        ["run", "num_keys", "parameters", "facts"],
+        ["first", "64", "4,096", "25.0%"],
+        ["second", "128", "16,384", "50.0%"],
+    ]
+
+
+@pytest.mark.parametrize("x", ["model.memory.num_keys", "parameters"])
+def test_a_metric_is_drawn_over_a_setting(configured, tmp_path, capsys, x):
+    out = tmp_path / "over.svg"
+    assert plot.main([*configured, "--out", str(out), "--x", x, "--metric", "facts/asked/accuracy"]) == 0
+    assert out.read_text().startswith("<?xml")
+    assert plot.main([*configured, "--out", str(out), "--x", x, "--metric", "eval/validation/loss"]) == 3
+    assert "0 of 2 runs have both; two are needed" in capsys.readouterr().err
+
+
+def test_a_setting_needs_a_metric_and_a_metric_a_setting(capsys):
+    for words, problem in ((["--x", "optim.lr"], "x=optim.lr is neither"), (["--metric", "a"], "metric=a is drawn")):
+        with pytest.raises(SystemExit):
+            plot.main(["run", *words])
+        assert problem in capsys.readouterr().err

@@ -3,16 +3,22 @@
 import dataclasses
 import html
 import io
+import json
+import math
 import pathlib
 import re
 import textwrap
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from memjax.errors import DataError
+from memjax.config.load import load
+from memjax.config.run import RunConfig
+from memjax.config.schema import show
+from memjax.errors import ConfigError, DataError
 from memjax.monitoring.metrics import Row, comparable, read_metrics
 
 Axis = Literal["step", "tokens", "seconds"]
@@ -23,6 +29,9 @@ _AXIS_METRICS = {"tokens": "train/tokens", "seconds": "throughput/step_seconds"}
 _PARTS = 50
 """Into which the longest run is cut to find how many steps are averaged."""
 _GREY = "0.35"
+_NOT_COMPARED = ("run.dir", "run.compile_cache", "log.", "processes.", "data.prepared")
+MOST_SETTINGS = 6
+"""That a table shows of those in which runs differ."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +40,10 @@ class Run:
 
     name: str
     rows: list[Row]
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """By their dotted names."""
+    summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Of a finished run."""
 
     def values(self, metric: str) -> Values:
         """A metric at every step; NaN where it was not measured, or was no number."""
@@ -41,6 +54,18 @@ class Run:
         pattern = re.compile(rf"memory/[^/]+/{field}")
         metrics = sorted({metric for row in self.rows for metric in row if pattern.fullmatch(metric)})
         return np.mean([self.values(metric) for metric in metrics] or [np.full(len(self.rows), np.nan)], axis=0)
+
+    def final(self, metric: str) -> float:
+        """Where a metric ended: its last value, a setting, or a number of the summary such as facts/asked/accuracy."""
+        if metric in self.settings:
+            value = self.settings[metric]
+        else:
+            values = self.values(metric)
+            known = values[np.isfinite(values)]
+            value: Any = known[-1] if known.size else self.summary
+            for name in metric.split("/") if not known.size else ():
+                value = value.get(name) if isinstance(value, dict) else None
+        return float(value) if isinstance(value, int | float) else math.nan
 
     def along(self, axis: Axis) -> Values:
         """Where each row stands on the horizontal axis."""
@@ -64,8 +89,40 @@ def read_runs(folders: Sequence[pathlib.Path]) -> list[Run]:
         lengths = range(1, len(path.parts) + 1)
         ends = (path.parts[-length:] for length in lengths)
         name = next(end for end in ends if sum(other.parts[-len(end) :] == end for other in paths) == 1)
-        runs.append(Run("/".join(name), rows))
+        runs.append(Run("/".join(name), rows, _settings(path / "config.yaml"), _summary(path / "summary.json")))
     return runs
+
+
+def _settings(path: pathlib.Path) -> dict[str, Any]:
+    """The settings of a run; none where its file is damaged or of another version: the metrics are there anyway."""
+    try:
+        tree = dataclasses.asdict(load(RunConfig, path))
+    except ConfigError:
+        return {}
+    return dict(_flat(tree))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _summary(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def varying(runs: Sequence[Run]) -> list[str]:
+    """The settings in which the runs differ, without those of where a run lives and what it logs."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    values = {name: {show(run.settings.get(name)) for run in runs if run.settings} for name in names}
+    return [name for name, found in values.items() if len(found) > 1 and not name.startswith(_NOT_COMPARED)]
 
 
 class Panel(NamedTuple):
@@ -130,7 +187,7 @@ def draw(runs: Sequence[Run], out: pathlib.Path, *, axis: Axis = "step", window:
 
     Args:
         runs: what to compare.
-        out: a .png file, or a .html file that needs no other.
+        out: a .png, .svg or .pdf file, or a .html file that needs no other.
         axis: what is on the horizontal axis.
         window: steps that the drawn means are taken over; 1 draws the values alone, None chooses.
     """
@@ -156,6 +213,46 @@ def draw(runs: Sequence[Run], out: pathlib.Path, *, axis: Axis = "step", window:
         text = textwrap.fill(_plain(f"There is {'; '.join(notes)}."), 85 * count)
         figure.supxlabel(text, fontsize=8, color=_GREY)
     out.parent.mkdir(parents=True, exist_ok=True)
+    _write(figure, out, runs, notes)
+
+
+def draw_over(runs: Sequence[Run], out: pathlib.Path, *, metric: str, x: str) -> None:
+    """Writes a picture of where a metric ended over a setting or another such number, one point a run.
+
+    Args:
+        runs: what to compare.
+        out: as of `draw`.
+        metric: as `Run.final` takes it.
+        x: likewise.
+
+    Raises:
+        DataError: fewer than two runs have both.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = sorted((run.final(x), run.final(metric), run.name) for run in runs)
+    found = [point for point in found if np.isfinite(point[:2]).all()]
+    if len(found) < 2:
+        raise DataError(f"metric={metric} over x={x}: {len(found)} of {len(runs)} runs have both; two are needed")
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.6), layout="constrained")
+    places, values = [point[0] for point in found], [point[1] for point in found]
+    axes.plot(places, values, "o", markersize=6)
+    for place, value, name in found:
+        axes.annotate(_plain(name), (place, value), xytext=(5, 4), textcoords="offset points", fontsize=8, color=_GREY)
+    if min(places) > 0 and max(places) >= 8 * min(places):
+        axes.set_xscale("log")
+    axes.set(xlabel=_plain(x), ylabel=_plain(metric))
+    axes.grid(alpha=0.25)
+    _write(figure, out, runs, [])
+
+
+def _write(figure: Any, out: pathlib.Path, runs: Sequence[Run], notes: Sequence[str]) -> None:
+    from matplotlib import pyplot
+
+    out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".html":
         picture = io.StringIO()
         figure.savefig(picture, format="svg", metadata={"Date": None, "Creator": None})
@@ -166,8 +263,15 @@ def draw(runs: Sequence[Run], out: pathlib.Path, *, axis: Axis = "step", window:
 
 
 def summary_table(runs: Sequence[Run]) -> list[list[str]]:
-    """A header and a row for every run: how far it came, and where it ended."""
-    rows = [["run", "steps", "tokens", "loss", "best validation", "tokens/s", "slots read"]]
+    """A header and a row for every run: what it is, how far it came, and where it ended.
+
+    What no run has is left out: settings in which they differ, parameters, arithmetic, answers to questions.
+    """
+    settings = varying(runs)[:MOST_SETTINGS]
+    ends = Counter(name.rpartition(".")[2] for name in settings)
+    columns = {end if ends[end := name.rpartition(".")[2]] == 1 else name: _setting(name) for name in settings}
+    columns |= {name: form for name, form in _OF_SUMMARY.items() if any(form(run) != "-" for run in runs)}
+    rows = [["run", *columns, "steps", "tokens", "loss", "best validation", "tokens/s", "slots read"]]
     for run in runs:
         window = smoothing_window([run])
         loss, validation = smoothed(run.values("train/loss"), window), run.values("eval/validation/loss")
@@ -175,6 +279,7 @@ def summary_table(runs: Sequence[Run]) -> list[list[str]]:
         rows.append(
             [
                 run.name,
+                *(form(run) for form in columns.values()),
                 f"{run.rows[-1]['step']:,}",
                 f"{np.nansum(run.values('train/tokens')):,.0f}",
                 _number(loss[-1:], ".4f"),
@@ -184,6 +289,33 @@ def summary_table(runs: Sequence[Run]) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def format_table(table: Sequence[Sequence[str]]) -> str:
+    """The table as text, names to the left and numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for name, *numbers in table:
+        cells = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *cells]))
+    return "\n".join(lines)
+
+
+def _setting(name: str) -> Callable[[Run], str]:
+    return lambda run: show(run.settings[name]) if name in run.settings else "-"
+
+
+def _of_summary(path: str, form: str) -> Callable[[Run], str]:
+    """A number of the summary, by the names that lead to it."""
+    return lambda run: _number([run.final(path)], form)
+
+
+_OF_SUMMARY = {
+    "parameters": _of_summary("parameters", ",.0f"),
+    "FLOPs/token": _of_summary("flops_per_token", ".3g"),
+    "facts asked": _of_summary("facts/asked/accuracy", ".1%"),
+    "facts told": _of_summary("facts/held_out/accuracy", ".1%"),
+}
 
 
 def _number(last: Any, form: str) -> str:

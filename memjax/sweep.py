@@ -1,0 +1,100 @@
+"""`python -m memjax.sweep [CONFIG.yaml] --grid SETTING=VALUE,VALUE ...`: a run for each combination of settings."""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from memjax.config import presets
+from memjax.config.load import Parsed, parse
+from memjax.config.run import RunConfig
+from memjax.errors import ConfigError
+from memjax.io.console import say
+from memjax.io.paths import local_path
+from memjax.runs.command import exit_code
+
+PROG = "python -m memjax.sweep"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains all combinations; returns 0 when all are done, 2 for wrong settings, 75 after a signal, else a run's."""
+    return exit_code(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _main(argv: list[str]) -> int:
+    from memjax.training import sweep
+
+    specifications, rest = _take(argv, "--grid")
+    asked, rest = _take(rest, "--jobs")
+    parsed: Parsed[RunConfig] = parse(
+        RunConfig,
+        rest,
+        prog=PROG,
+        description=(
+            "Trains a run for each combination of the values of --grid SETTING=VALUE,VALUE,... (given once for each "
+            "setting that varies), in folders below run.dir, --jobs N at a time (default 1), and compares them. With "
+            "several jobs the GPUs that CUDA_VISIBLE_DEVICES lists are dealt out. The same command goes on with runs "
+            "that were interrupted, and trains no finished one again."
+        ),
+        examples=[
+            f"{PROG} wiki_text --data.path a.jsonl --grid optim.lr=1e-3,3e-3 --grid model.memory.num_keys=64,128"
+        ],
+    )
+    grid = sweep.points(sweep.parse_grid(specifications))
+    jobs = _jobs(asked)
+    file, words = _config(parsed.positional, rest)
+    folder = pathlib.Path(parsed.config.run.dir)
+    if (folder / "config.yaml").exists():
+        raise ConfigError([f"run.dir={folder} is the folder of a run; name another --run.dir for the sweep"])
+    sweep.check(file, words, folder, grid)
+    code = sweep.Sweep(sweep.train_command(rest), folder, grid, jobs=jobs).run()
+    _compare(folder, [folder / point.name for point in grid])
+    return code
+
+
+def _config(positional: str | None, words: Sequence[str]) -> tuple[pathlib.Path | None, list[str]]:
+    """The config's file, and the words without it."""
+    if positional is None:
+        return None, list(words)
+    path = pathlib.Path(positional)
+    if path.is_dir():
+        raise ConfigError([f"{path} is the folder of a run; a sweep begins with a YAML file or a preset"])
+    rest = list(words)
+    del rest[next(place for place, word in enumerate(rest) if str(local_path(word, "")) == positional)]
+    return path if path.exists() else presets.find(path), rest
+
+
+def _take(words: Sequence[str], option: str) -> tuple[list[str], list[str]]:
+    """The values of an option that may be given several times, and the other words."""
+    values, rest, queue = [], [], list(words)
+    while queue:
+        word = queue.pop(0)
+        if word.startswith(f"{option}="):
+            values.append(word.partition("=")[2])
+        elif word == option:
+            values.append(queue.pop(0) if queue else "")
+        else:
+            rest.append(word)
+    return values, rest
+
+
+def _jobs(asked: Sequence[str]) -> int:
+    text = asked[-1] if asked else "1"
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise ConfigError([f"jobs={text} must be a whole number of runs at a time, at least 1"])
+    return int(text)
+
+
+def _compare(folder: pathlib.Path, runs: Sequence[pathlib.Path]) -> None:
+    begun = [run for run in runs if (run / "metrics.jsonl").exists()]
+    if begun:
+        from memjax.monitoring import comparison
+
+        found = comparison.read_runs(begun)
+        out = folder / "comparison.png"
+        comparison.draw(found, out)
+        say("\n" + comparison.format_table(comparison.summary_table(found)))
+        say(f"written to {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""A grid of settings, one run for each combination: as processes of their own, so that none can harm another.
+
+Imports no JAX: the runs start it, each with its devices.
+"""
+
+import collections
+import dataclasses
+import itertools
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+from memjax.config.load import load
+from memjax.config.run import RunConfig
+from memjax.errors import ConfigError
+from memjax.io.console import say
+from memjax.monitoring.units import clock
+from memjax.training.interrupt import SAVED, SIGNALS
+
+POLL_SECONDS = 0.1
+
+MEANINGS = {0: "done", 2: "wrong settings", 3: "unusable data", 4: "files", 5: "not a number", 7: "out of memory"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One combination of the grid."""
+
+    name: str
+    """Of its folder: lr=0.001,num_keys=64."""
+    arguments: tuple[str, ...]
+    """The settings as words of a command line."""
+
+
+@dataclasses.dataclass
+class _Started:
+    point: Point
+    process: subprocess.Popen[bytes]
+    began: float
+    slot: int
+
+
+def parse_grid(specifications: Sequence[str]) -> dict[str, list[str]]:
+    """The values of each setting, from words such as `optim.lr=1e-3,3e-3`; commas inside brackets do not separate.
+
+    Raises:
+        ConfigError: a word is not of that form, or names a setting twice.
+    """
+    grid: dict[str, list[str]] = {}
+    problems = []
+    for word in specifications:
+        setting, equals, text = word.removeprefix("--").partition("=")
+        values = [value.strip() for value in re.findall(r"(?:\[[^]]*\]|\{[^}]*\}|[^,\[{])+", text)]
+        if not (setting and equals and all(values) and values):
+            problems.append(f"grid={word} must be SETTING=VALUE,VALUE,... such as optim.lr=1e-3,3e-3")
+        elif setting in grid:
+            problems.append(f"grid={word} gives values for {setting} a second time; put all of them into one --grid")
+        elif len(set(values)) < len(values):
+            problems.append(f"grid={word} holds a value twice; each is one run")
+        elif setting == "run.dir":
+            problems.append(f"grid={word}: the sweep names the folders of its runs itself")
+        else:
+            grid[setting] = values
+    if not grid and not problems:
+        problems.append("grid is missing: give --grid SETTING=VALUE,VALUE,... once for each setting that varies")
+    if problems:
+        raise ConfigError(problems)
+    return grid
+
+
+def points(grid: Mapping[str, Sequence[str]]) -> list[Point]:
+    """All combinations; a setting is called by its last word where no other ends with the same."""
+    ends = collections.Counter(setting.rpartition(".")[2] for setting in grid)
+    short = {setting: end if ends[end := setting.rpartition(".")[2]] == 1 else setting for setting in grid}
+    found = []
+    for values in itertools.product(*grid.values()):
+        pairs = dict(zip(grid, values, strict=True))
+        name = ",".join(f"{short[setting]}={_plain(value)}" for setting, value in pairs.items())
+        words = itertools.chain.from_iterable((f"--{setting}", value) for setting, value in pairs.items())
+        found.append(Point(name, tuple(words)))
+    return found
+
+
+def _plain(value: str) -> str:
+    """The value as part of a folder's name."""
+    return re.sub(r"[^\w.+-]", "_", value)
+
+
+def check(config: pathlib.Path | None, settings: Sequence[str], folder: pathlib.Path, grid: Sequence[Point]) -> None:
+    """Refuses a combination that no run could start with, before the first one does.
+
+    Raises:
+        ConfigError: with the problems of all combinations, each once.
+    """
+    problems: dict[str, None] = {}
+    for point in grid:
+        try:
+            load(RunConfig, config, [*settings, *point.arguments, "--run.dir", str(folder / point.name)])
+        except ConfigError as error:
+            problems |= dict.fromkeys(error.problems)
+    if problems:
+        raise ConfigError(list(problems))
+
+
+class Sweep:
+    """Starts the runs, `jobs` at a time, tells of each, and hands signals on to them."""
+
+    def __init__(self, command: Sequence[str], folder: pathlib.Path, grid: Sequence[Point], *, jobs: int) -> None:
+        """Takes the command of a run without what varies; the output of each run goes to FOLDER/NAME.log."""
+        self.command, self.folder, self.grid, self.jobs = tuple(command), folder, grid, jobs
+        self.running: list[_Started] = []
+        self.codes: dict[str, int] = {}
+        self.stopped: int | None = None
+
+    def run(self) -> int:
+        """The exit code: 0 when all runs are done, 75 after a signal, else that of the first run that failed."""
+        handlers = {number: signal.signal(number, self._hand_on) for number in SIGNALS}
+        waiting = collections.deque(self.grid)
+        try:
+            while self.running or (waiting and self.stopped is None):
+                while waiting and len(self.running) < self.jobs and self.stopped is None:
+                    self._start(waiting.popleft())
+                time.sleep(POLL_SECONDS)
+                self._collect()
+        finally:
+            for started in self.running:
+                started.process.kill()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        if self.stopped is not None:
+            say(f"{signal.Signals(self.stopped).name}: stopped; the same command goes on")
+            return SAVED
+        return next((code for code in self.codes.values() if code), 0)
+
+    def _start(self, point: Point) -> None:
+        slot = min(set(range(self.jobs)) - {started.slot for started in self.running})
+        log = self.folder / f"{point.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                [*self.command, *point.arguments, "--run.dir", str(self.folder / point.name)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | _devices(slot, self.jobs),
+                start_new_session=True,  # a Ctrl-C comes to the sweep, which hands it on once
+            )
+        self.running.append(_Started(point, process, time.monotonic(), slot))
+        say(f"[{len(self.codes) + len(self.running)}/{len(self.grid)}] {point.name}: started, output in {log}")
+
+    def _collect(self) -> None:
+        for started in [started for started in self.running if started.process.poll() is not None]:
+            self.running.remove(started)
+            code = started.process.returncode
+            self.codes[started.point.name] = code
+            told = MEANINGS.get(code, "stopped" if code == SAVED else "failed")
+            took = clock(time.monotonic() - started.began)
+            say(f"{started.point.name}: {told} after {took}" + (f" (exit code {code})" if code else ""))
+
+    def _hand_on(self, number: int, frame: object) -> None:
+        self.stopped = number
+        for started in self.running:
+            started.process.send_signal(number)
+
+
+def _devices(slot: int, jobs: int) -> dict[str, str]:
+    """The GPUs of a run, where several run at once on a machine with a list of them."""
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    if jobs == 1 or not visible:
+        return {}
+    share = [name for place, name in enumerate(visible) if place % jobs == slot] or [visible[slot % len(visible)]]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(share)}
+
+
+def train_command(words: Sequence[str]) -> list[str]:
+    """The command of a run with the given words."""
+    return [sys.executable, "-m", "memjax.train", *words]

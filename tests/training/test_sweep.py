@@ -1,0 +1,135 @@
+"""A grid of runs: what words mean, what is refused before the first run, and how processes are handled."""
+
+import json
+import pathlib
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+from memjax import sweep as command
+from memjax.errors import ConfigError
+from memjax.training import sweep
+
+PROGRAM = """
+import json, pathlib, sys, time
+settings = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder = pathlib.Path(settings["--run.dir"])
+folder.mkdir(parents=True, exist_ok=True)
+time.sleep(float(settings.get("--sleep", 0)))
+loss = float(settings["--optim.lr"])
+(folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "train/loss": loss, "train/tokens": 10}) + "\\n")
+sys.exit(5 if loss > 1 else 0)
+"""
+
+
+@pytest.fixture
+def program(tmp_path) -> list[str]:
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    return [sys.executable, str(path)]
+
+
+def test_a_grid_is_every_combination_named_by_what_varies():
+    grid = sweep.parse_grid(["optim.lr=1e-3,3e-3", "model.memory.layers=[1, 3],[2]"])
+    assert grid == {"optim.lr": ["1e-3", "3e-3"], "model.memory.layers": ["[1, 3]", "[2]"]}
+    found = sweep.points(grid)
+    assert len(found) == 4
+    assert found[0].name == "lr=1e-3,layers=_1__3_"
+    assert found[0].arguments == ("--optim.lr", "1e-3", "--model.memory.layers", "[1, 3]")
+
+
+def test_settings_that_end_alike_keep_their_whole_names():
+    assert sweep.points({"optim.lr": ["1"], "optim.table.lr": ["2"]})[0].name == "optim.lr=1,optim.table.lr=2"
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ([], "grid is missing"),
+        (["optim.lr"], "grid=optim.lr must be SETTING=VALUE,VALUE"),
+        (["optim.lr="], "grid=optim.lr= must be SETTING=VALUE,VALUE"),
+        (["optim.lr=1", "optim.lr=2"], "gives values for optim.lr a second time"),
+        (["optim.lr=1,1"], "grid=optim.lr=1,1 holds a value twice"),
+        (["run.dir=a,b"], "the sweep names the folders of its runs itself"),
+    ],
+)
+def test_words_that_are_no_grid_are_refused(words, problem):
+    with pytest.raises(ConfigError, match=problem):
+        sweep.parse_grid(words)
+
+
+def test_all_combinations_are_checked_before_the_first_run(tmp_path, capsys):
+    argv = ["--run.dir", str(tmp_path / "runs"), "--grid", "optim.lr=1e-3,fast", "--grid=model.memory.top_k=0,4"]
+    assert command.main(argv) == 2
+    error = capsys.readouterr().err
+    assert "optim.lr='fast' must be a number" in error
+    assert "model.memory.top_k=0" in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_folder_of_a_run_is_not_that_of_a_sweep(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("model: {dim: 64}")
+    assert command.main(["--run.dir", str(tmp_path), "--grid", "optim.lr=1e-3"]) == 2
+    assert "is the folder of a run; name another --run.dir for the sweep" in capsys.readouterr().err
+    assert command.main([str(tmp_path), "--grid", "optim.lr=1e-3"]) == 2
+    assert "a sweep begins with a YAML file or a preset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("jobs", ["0", "two", "-1"])
+def test_jobs_is_a_number_of_runs(jobs, capsys):
+    assert command.main(["--grid", "optim.lr=1e-3", "--jobs", jobs]) == 2
+    assert f"jobs={jobs} must be a whole number of runs at a time" in capsys.readouterr().err
+
+
+def test_every_combination_runs_and_the_first_failure_is_the_exit_code(program, tmp_path, capsys):
+    grid = sweep.points({"optim.lr": ["0.5", "2", "0.25"]})
+    code = sweep.Sweep(program, tmp_path / "runs", grid, jobs=2).run()
+    assert code == 5
+    losses = {path.parent.name: json.loads(path.read_text())["train/loss"] for path in tmp_path.glob("runs/*/*.jsonl")}
+    assert losses == {"lr=0.5": 0.5, "lr=2": 2.0, "lr=0.25": 0.25}
+    out = capsys.readouterr().out
+    assert "[3/3] lr=0.25: started, output in" in out
+    assert "lr=2: not a number after 0:0" in out
+
+
+def test_a_signal_goes_on_to_the_runs_and_starts_no_more(program, tmp_path, capsys):
+    grid = sweep.points({"optim.lr": ["0.5", "0.25"]})
+    asked = threading.Timer(1.0, signal.raise_signal, [signal.SIGTERM])
+    asked.start()
+    started = time.monotonic()
+    assert sweep.Sweep([*program, "--sleep", "60"], tmp_path / "runs", grid, jobs=1).run() == 75
+    assert time.monotonic() - started < 30
+    out = capsys.readouterr().out
+    assert "lr=0.25" not in out
+    assert out.endswith("SIGTERM: stopped; the same command goes on\n")
+
+
+def test_gpus_are_dealt_out_to_jobs(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    assert [sweep._devices(slot, 2) for slot in (0, 1)] == [
+        {"CUDA_VISIBLE_DEVICES": "0,2"},
+        {"CUDA_VISIBLE_DEVICES": "1"},
+    ]
+    assert sweep._devices(3, 4) == {"CUDA_VISIBLE_DEVICES": "0"}
+    assert sweep._devices(0, 1) == {}
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_compares_and_is_resumed(tmp_path, capsys):
+    tiny = ["--train.steps", "2", "--data.biographies.num_people", "8", "--eval.recall_people", "2"]
+    tiny += ["--model.dim", "32", "--model.num_layers", "1", "--model.memory.layers", "0", "--log.tensorboard", "false"]
+    argv = ["quickstart", *tiny, "--run.dir", str(tmp_path), "--grid", "model.memory.num_keys=8,16"]
+    assert command.main(argv) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[:2] for line in out.splitlines() if line.startswith("num_keys=")][-2:] == [
+        ["num_keys=8", "8"],
+        ["num_keys=16", "16"],
+    ]
+    assert (tmp_path / "comparison.png").stat().st_size > 1000
+    before = {path: path.read_bytes() for path in pathlib.Path(tmp_path).glob("*/metrics.jsonl")}
+    assert len(before) == 2
+    assert command.main(argv) == 0
+    assert {path: path.read_bytes() for path in before} == before
