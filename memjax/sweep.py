@@ -14,6 +14,12 @@ from memjax.runs.command import exit_code
 
 PROG = "python -m memjax.sweep"
 
+OPTIONS = {
+    "grid": "SETTING=VALUE,VALUE,...: the values of a setting; given once for each setting that varies.",
+    "jobs": "How many runs train at a time (default 1). The GPUs that CUDA_VISIBLE_DEVICES lists are dealt out to them.",
+}
+"""Taken from the command line before the settings are."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains all combinations; returns 0 when all are done, 2 for wrong settings, 75 after a signal, else a run's."""
@@ -30,11 +36,10 @@ def _main(argv: list[str]) -> int:
         rest,
         prog=PROG,
         description=(
-            "Trains a run for each combination of the values of --grid SETTING=VALUE,VALUE,... (given once for each "
-            "setting that varies), in folders below run.dir, --jobs N at a time (default 1), and compares them. With "
-            "several jobs the GPUs that CUDA_VISIBLE_DEVICES lists are dealt out. The same command goes on with runs "
-            "that were interrupted, and trains no finished one again."
+            "Trains a run for each combination of settings, in folders below run.dir, and compares them. The same "
+            "command goes on with runs that were interrupted, and trains no finished one again."
         ),
+        flags=OPTIONS,
         examples=[
             f"{PROG} wiki_text --data.path a.jsonl --grid optim.lr=1e-3,3e-3 --grid model.memory.num_keys=64,128"
         ],
