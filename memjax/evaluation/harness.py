@@ -20,8 +20,8 @@ from memjax.config.sampling import SamplingConfig
 from memjax.errors import ConfigError, DataError
 from memjax.evaluation.question_sets.ask import Examinee, write
 from memjax.evaluation.recall import zero_tables
-from memjax.evaluation.scoring import Request, Score, request, score
 from memjax.evaluation.settings import EvaluateConfig
+from memjax.inference.scoring import Request, Score, request, score
 from memjax.monitoring.progress import Progress
 from memjax.runs.load import LoadedModel
 

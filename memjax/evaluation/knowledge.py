@@ -9,25 +9,18 @@ are given. The work city follows from the employer and counts nothing.
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float
 
 from memjax.config.data import DataConfig
-from memjax.data.packing import Batch
 from memjax.data.sources import biographies
 from memjax.data.sources.biographies import Person
 from memjax.data.tokenizers.base import Tokenizer
-from memjax.evaluation.perplexity import Place, to_device
+from memjax.inference.scoring import Place, Request, score, to_device
 from memjax.models.counts import count_parameters
 from memjax.models.decoder import Decoder
-from memjax.models.loss import token_losses
 from memjax.models.parts import take_apart
-from memjax.sharding.axes import everywhere
 
 _CHOICES = {
     "birth_date": len(biographies.DAYS) * len(biographies.MONTHS) * len(biographies.YEARS),
@@ -40,7 +33,6 @@ _CHOICES = {
 
 _RENDERINGS = 2
 """Wordings that each fact is read in; their losses are averaged."""
-_MULTIPLE = 8
 
 
 class _Statement(NamedTuple):
@@ -139,33 +131,7 @@ def _losses(
     model: Decoder, tokenizer: Tokenizer, statements: Sequence[_Statement], batch_size: int, place: Place
 ) -> list[float]:
     """-log p of each value after its prompt, in nats."""
-    graphdef, state = nnx.split(model)
     prompts = tokenizer.encode_batch([statement.prompt for statement in statements])
     values = tokenizer.encode_batch([statement.value for statement in statements])
-    # One shape for all batches, so that they share one program.
-    longest = max(len(prompt) + len(value) for prompt, value in zip(prompts, values, strict=True))
-    shape = (batch_size, -(-longest // _MULTIPLE) * _MULTIPLE)
-    found = []
-    for start in range(0, len(statements), batch_size):
-        some = slice(start, start + batch_size)
-        found.append(_summed(graphdef, state, place(_batch(prompts[some], values[some], tokenizer.bos_id, shape))))
-    return np.concatenate(jax.device_get(found))[: len(statements)].tolist()
-
-
-def _batch(prompts: list[list[int]], values: list[list[int]], bos_id: int, shape: tuple[int, int]) -> Batch:
-    """Rows of a begin token, prompt and value, of which the value counts; what is missing counts nothing."""
-    tokens, targets, mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    for row, (prompt, value) in enumerate(zip(prompts, values, strict=True)):
-        ids = [bos_id, *prompt, *value]
-        tokens[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
-        mask[row, len(prompt) : len(ids) - 1] = 1
-    return {"tokens": tokens, "targets": targets, "loss_mask": mask}
-
-
-@partial(jax.jit, static_argnums=0)
-def _summed(graphdef: Any, state: nnx.State, batch: dict[str, Array]) -> Float[Array, " b"]:
-    """The summed loss of each row."""
-    model = nnx.merge(graphdef, state)
-    # Without segments a padded end is harmless: tokens see only what comes before them.
-    hidden = model.hidden(batch["tokens"]).states
-    return everywhere((token_losses(model, hidden, batch["targets"]) * batch["loss_mask"]).sum(axis=1))
+    requests = [Request([tokenizer.bos_id, *prompt], value) for prompt, value in zip(prompts, values, strict=True)]
+    return [-one.log_likelihood for one in score(model, requests, batch_size=batch_size, place=place)]

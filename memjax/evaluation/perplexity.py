@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,14 +14,14 @@ from jaxtyping import Array, Float
 
 from memjax.data.packing import Batch
 from memjax.data.tokenizers.base import Tokenizer
+from memjax.inference.scoring import Place, Request, score, to_device
 from memjax.models.decoder import Decoder
 from memjax.models.loss import token_losses
 
-Place = Callable[[Batch], dict[str, jax.Array]]
-"""Puts the arrays of a batch on the devices."""
-
 _TEXTS_AT_ONCE = 64
 """Texts tokenised in one call, which a BPE spreads over the cores."""
+_BATCHES_AT_ONCE = 16
+"""Batches of windows that are sorted by length together."""
 
 
 class TextScore(NamedTuple):
@@ -35,11 +35,6 @@ class TextScore(NamedTuple):
     """Length of the text as UTF-8, as far as its tokens hold it: what a tokenizer drops is not predicted either."""
     tokens: int
     """Tokens predicted: all of the text, none of the special ones."""
-
-
-def to_device(batch: Batch) -> dict[str, jax.Array]:
-    """The batch as JAX arrays, left for the compiler to distribute."""
-    return {name: jnp.asarray(array) for name, array in batch.items()}
 
 
 def validation_loss(model: Decoder, batches: Iterable[Batch], *, place: Place = to_device) -> float:
@@ -96,11 +91,10 @@ def bits_per_byte(
     stride = max(1, sequence_length // 2) if stride is None else stride
     if not 1 <= stride <= sequence_length:
         raise ValueError(f"stride={stride} must be in 1..sequence_length={sequence_length}: it would leave tokens out")
-    graphdef, state = nnx.split(model)
     num_bytes = num_tokens = 0
     nats = 0.0
 
-    def windows() -> Iterator[_Window]:
+    def windows() -> Iterator[Request]:
         nonlocal num_bytes, num_tokens
         limited = _limit(texts, max_bytes)
         while some := list(itertools.islice(limited, _TEXTS_AT_ONCE)):
@@ -111,20 +105,11 @@ def bits_per_byte(
                 yield from _windows([tokenizer.bos_id, *ids], sequence_length, stride)
 
     ahead = windows()
-    while rows := list(itertools.islice(ahead, batch_size)):
-        batch = place(_batch(rows, batch_size, sequence_length))
-        nats += float(_batch_loss(graphdef, state, batch)[0])
+    while some := list(itertools.islice(ahead, _BATCHES_AT_ONCE * batch_size)):
+        nats -= sum(one.log_likelihood for one in score(model, some, batch_size=batch_size, place=place))
     if not num_bytes:
         raise ValueError("there is no text to score: every document is empty")
     return TextScore(nats / math.log(2) / num_bytes, nats / num_tokens, num_bytes, num_tokens)
-
-
-class _Window(NamedTuple):
-    """Tokens with the one that follows each, and how many of the first have been counted before."""
-
-    tokens: list[int]
-    targets: list[int]
-    num_counted: int
 
 
 def _limit(texts: Iterable[str], max_bytes: int | None) -> Iterator[str]:
@@ -141,27 +126,15 @@ def _limit(texts: Iterable[str], max_bytes: int | None) -> Iterator[str]:
             return
 
 
-def _windows(ids: list[int], sequence_length: int, stride: int) -> Iterator[_Window]:
-    num_pairs, counted = len(ids) - 1, 0
-    for start in range(0, num_pairs, stride):
-        if counted == num_pairs:
+def _windows(ids: list[int], sequence_length: int, stride: int) -> Iterator[Request]:
+    """Windows that begin stride tokens apart; the continuation of each is what no window before it has predicted."""
+    counted = 1
+    for start in range(0, len(ids) - 1, stride):
+        if counted == len(ids):
             return
-        stop = min(start + sequence_length, num_pairs)
-        yield _Window(ids[start:stop], ids[start + 1 : stop + 1], counted - start)
+        stop = min(start + sequence_length + 1, len(ids))
+        yield Request(ids[start:counted], ids[counted:stop])
         counted = stop
-
-
-def _batch(rows: list[_Window], num_rows: int, sequence_length: int) -> Batch:
-    """The windows as a batch of fixed shape; rows and ends that are missing count nothing."""
-    shape = (num_rows, sequence_length)
-    tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    mask = np.zeros(shape, np.float32)
-    for row, window in enumerate(rows):
-        length = len(window.tokens)
-        tokens[row, :length] = window.tokens
-        targets[row, :length] = window.targets
-        mask[row, window.num_counted : length] = 1
-    return {"tokens": tokens, "targets": targets, "loss_mask": mask}
 
 
 @partial(jax.jit, static_argnums=0)

@@ -9,26 +9,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Bool
 
 from memjax.config.data import DataConfig
-from memjax.data.packing import Batch
 from memjax.data.sources import biographies
 from memjax.data.sources.biographies import Question
 from memjax.data.tokenizers.base import Tokenizer
-from memjax.evaluation.perplexity import Place, to_device
 from memjax.inference.engine import generate
+from memjax.inference.scoring import Place, Request, score, to_device
 from memjax.models.decoder import Decoder
 from memjax.models.parts import take_apart
 from memjax.ops.table import Table
-from memjax.sharding.axes import everywhere
 
 _SAMPLES = 3
 """Questions of each kind whose answers are shown."""
 _SAMPLE_TOKENS = 24
-_MULTIPLE = 8
-"""Rows are padded to multiples of this, so that sets of questions share a compiled shape."""
 
 
 class Recall(NamedTuple):
@@ -67,18 +62,13 @@ def recall(
     """
     if not questions:
         raise ValueError("there are no questions to ask")
-    graphdef, state = nnx.split(model)
     prompts = tokenizer.encode_batch([question.prompt for question in questions])
     answers = tokenizer.encode_batch([question.answer for question in questions])
-    # One shape for all batches: of questions alike, the longest are only a little longer than the others.
-    width = _round_up(max(1 + len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)))
-    depth = _round_up(max(len(answer) for answer in answers) + 1)
-    found = []
-    for start in range(0, len(questions), batch_size):
-        some = slice(start, start + batch_size)
-        batch = _batch(prompts[some], answers[some], tokenizer, (batch_size, width, depth))
-        found.append(_answered(graphdef, state, place(batch)))
-    correct = np.concatenate(jax.device_get(found))[: len(questions)]
+    requests = [
+        Request([tokenizer.bos_id, *prompt], [*answer, tokenizer.eos_id])
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    correct = np.array([one.is_greedy for one in score(model, requests, batch_size=batch_size, place=place)])
     asked = defaultdict(list)
     for question, right in zip(questions, correct, strict=True):
         asked[question.attribute].append(right)
@@ -215,38 +205,3 @@ def _sample(model: Decoder, tokenizer: Tokenizer, question: Question) -> dict[st
         "answer": tokenizer.decode(tokens).strip(),
         "expected": question.answer.strip(),
     }
-
-
-def _round_up(length: int) -> int:
-    return -(-length // _MULTIPLE) * _MULTIPLE
-
-
-def _batch(
-    prompts: list[list[int]], answers: list[list[int]], tokenizer: Tokenizer, shape: tuple[int, int, int]
-) -> Batch:
-    """`tokens` of prompts with answers; `targets` of the answers, and the `places` they are predicted at.
-
-    What is missing to the shape repeats a target and its place, or is a row of its own that nobody reads.
-    """
-    num_rows, width, depth = shape
-    tokens = np.zeros((num_rows, width), np.int32)
-    targets, places = np.zeros((num_rows, depth), np.int32), np.zeros((num_rows, depth), np.int32)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        record = [tokenizer.bos_id, *prompt, *answer]
-        tokens[row, : len(record)] = record
-        last = len(answer)
-        wanted = np.minimum(np.arange(depth), last)
-        targets[row] = np.array([*answer, tokenizer.eos_id])[wanted]
-        places[row] = len(prompt) + wanted
-    return {"tokens": tokens, "targets": targets, "places": places}
-
-
-@partial(jax.jit, static_argnums=0)
-def _answered(graphdef: Any, state: nnx.State, batch: dict[str, Array]) -> Bool[Array, " b"]:
-    """Whether each answer is the greedy one."""
-    model = nnx.merge(graphdef, state)
-    hidden = model.hidden(batch["tokens"]).states
-    # Only the answers' places need logits, which at all places would be the largest array of all.
-    hidden = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
-    best: Int[Array, "b depth"] = jnp.argmax(model.logits(hidden), axis=-1)
-    return everywhere(jnp.all(best == batch["targets"], axis=1))

@@ -166,17 +166,18 @@ def _codes(logits: Float[Array, "b v"]) -> UInt[Array, "b v"]:
 class Likelihoods(NamedTuple):
     """How likely the model itself, before any sampling setting, holds tokens: natural logarithms."""
 
-    chosen: Float[Array, " b"]
+    chosen: Float[Array, "*b"]
     """Of the token picked."""
-    top: Float[Array, "b n"]
+    top: Float[Array, "*b n"]
     """Of the likeliest tokens, in falling order."""
-    top_tokens: Int[Array, "b n"]
+    top_tokens: Int[Array, "*b n"]
 
 
-def likelihoods(logits: Float[Array, "b vocab"], picked: Int[Array, " b"], num_top: int) -> Likelihoods:
+def likelihoods(logits: Float[Array, "*b vocab"], picked: Int[Array, "*b"], num_top: int) -> Likelihoods:
     """Log-probabilities of the picked tokens, and the num_top likeliest tokens with theirs."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    chosen = jnp.take_along_axis(logits, picked[:, None], axis=-1)[:, 0] - total[:, 0]
-    top, tokens = jax.lax.top_k(logits, num_top) if num_top else (logits[:, :0], jnp.zeros((len(logits), 0), jnp.int32))
+    chosen = (jnp.take_along_axis(logits, picked[..., None], axis=-1) - total)[..., 0]
+    top = logits[..., :0]
+    top, tokens = jax.lax.top_k(logits, num_top) if num_top else (top, jnp.zeros(top.shape, jnp.int32))
     return Likelihoods(chosen, top - total, tokens)

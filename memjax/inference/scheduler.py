@@ -83,7 +83,7 @@ class Scheduler:
             engine: written with by the scheduler's thread alone from now on.
             listener: is given updates in the scheduler's thread, and must not block.
             max_waiting: the most tickets without a slot.
-            score: scores the tokens of a prompt, see `prompt_scores.PromptScorer`.
+            score: scores the tokens of a prompt, see `scoring.PromptScorer`.
         """
         self._engine, self._listener, self._score = engine, listener, score
         self.max_waiting = max_waiting

@@ -14,7 +14,7 @@ from memjax.data.sources.kinds import find_source
 from memjax.data.sources.records import Record, Segment
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.evaluation.perplexity import bits_per_byte
-from memjax.evaluation.scoring import Request, score
+from memjax.inference.scoring import Request, score
 from memjax.io.console import say, warn
 from memjax.io.files import write_atomic
 from memjax.knowledge.corpus import open_corpus, run_folder

@@ -1,18 +1,22 @@
 """Cross-entropy over the vocabulary, in chunks of tokens: tokens x vocabulary never stands in memory."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from memjax.models.decoder import Decoder
 from memjax.ops.manual_axes import vary_like
 from memjax.ops.precision import accumulator
 from memjax.ops.shapes import require
 from memjax.sharding.axes import DATA, MEMORY, TOKENS, has_several_devices, over_mesh
+
+T = TypeVar("T")
 
 LOGIT_BYTES = 1 << 29
 """Logits per device that exist at once."""
@@ -27,12 +31,24 @@ def token_losses(
 ) -> Float[Array, "b s"]:
     """-log p(target) of every token, in nats, float32 or wider; for gradients see `summed_loss`."""
     _check(hidden, targets=targets)
+    losses = lambda logits, targets: _cross_entropy(logits, targets)[0]
+    return map_logits(model, losses, hidden, targets, logit_bytes=logit_bytes)
+
+
+def map_logits(
+    model: Decoder,
+    function: Callable[..., T],
+    hidden: Float[Array, "b s dim"],
+    *by_token: Float[Array, "b s *rest"] | Int[Array, "b s *rest"],
+    logit_bytes: int = LOGIT_BYTES,
+) -> T:
+    """function(logits, *by_token), a pytree of arrays `[b, s, ...]`, computed chunk after chunk of the sequences.
+
+    At most logit_bytes of logits exist at once on a device.
+    """
     kernel = model.output_matrix()
-
-    def one_chunk(hidden: Array, targets: Array) -> Array:
-        return _cross_entropy(_logits(hidden, kernel), targets)[0]
-
-    return _by_chunks(one_chunk, _chunks_of(model, hidden, logit_bytes), hidden, targets)
+    run = lambda hidden, *by_token: function(_logits(hidden, kernel), *by_token)
+    return _by_chunks(run, _chunks_of(model, hidden, logit_bytes), hidden, *by_token)
 
 
 def summed_loss(
@@ -115,12 +131,12 @@ def _summed_over_devices(run, *own: Array) -> tuple[Array, Array, Array]:
     return losses, d_hidden, jax.lax.psum(d_kernel, (DATA, MEMORY))
 
 
-def _by_chunks(function, chunks: int, *arrays: Array) -> Array:
+def _by_chunks(function: Callable[..., T], chunks: int, *arrays: Array) -> T:
     """function(*arrays), of some tokens after the others; the batch's layout stays as it is."""
     if chunks == 1:
         return function(*arrays)
     out = jax.lax.map(lambda parts: function(*parts), tuple(_split(array, chunks) for array in arrays))
-    return _join(out, arrays[0].shape[1])
+    return jax.tree.map(lambda pieces: _join(pieces, arrays[0].shape[1]), out)
 
 
 def _split(array: Float[Array, "b s *rest"] | Int[Array, "b s"], chunks: int) -> Array:
@@ -131,7 +147,7 @@ def _split(array: Float[Array, "b s *rest"] | Int[Array, "b s"], chunks: int) ->
     return jnp.moveaxis(padded.reshape(array.shape[0], chunks, each, *array.shape[2:]), 1, 0)
 
 
-def _join(pieces: Float[Array, "pieces b each *rest"], length: int) -> Array:
+def _join(pieces: Shaped[Array, "pieces b each *rest"], length: int) -> Array:
     """What `_split` has cut."""
     joined = jnp.moveaxis(pieces, 0, 1)
     return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :length]

@@ -13,8 +13,8 @@ from memjax.config.sampling import SamplingConfig
 from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.errors import ConfigError, DataError
 from memjax.evaluation.recall import zero_tables
-from memjax.evaluation.scoring import Score
 from memjax.evaluation.settings import EvaluateConfig
+from memjax.inference.scoring import Score
 
 # lm-eval and what it imports warn of their own affairs.
 pytestmark = pytest.mark.filterwarnings("ignore")

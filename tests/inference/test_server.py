@@ -23,8 +23,8 @@ from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig
 from memjax.config.sampling import SamplingConfig
 from memjax.data.tokenizers.base import ByteTokenizer
-from memjax.inference.prompt_scores import PromptScorer
 from memjax.inference.scheduler import Scheduler, make_engine
+from memjax.inference.scoring import PromptScorer
 from memjax.inference.server import HttpServer, Limits, Service
 from memjax.inference.text import continue_texts
 from memjax.models.decoder import Decoder

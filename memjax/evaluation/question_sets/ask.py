@@ -10,8 +10,8 @@ from memjax.config.sampling import SamplingConfig
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.evaluation.question_sets import metrics as metrics_module
 from memjax.evaluation.question_sets.formats import ChoiceQuestion, OpenQuestion
-from memjax.evaluation.scoring import Show, request, score
 from memjax.evaluation.settings import EvaluateConfig
+from memjax.inference.scoring import Show, request, score
 from memjax.inference.text import continue_texts
 from memjax.models.decoder import Decoder, resolve_dtype
 from memjax.runs.load import LoadedModel

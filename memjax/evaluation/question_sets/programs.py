@@ -10,7 +10,7 @@ from memjax.config.sampling import SamplingConfig
 from memjax.evaluation.question_sets.ask import Examinee, Marked, write
 from memjax.evaluation.question_sets.formats import Problem
 from memjax.evaluation.question_sets.sandbox import Limits, missing_protection, run_program, unreadable
-from memjax.evaluation.scoring import Show
+from memjax.inference.scoring import Show
 from memjax.io.console import warn
 
 _TRIES = (1, 10, 100)

@@ -7,14 +7,14 @@ from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.evaluation.question_sets import ask
 from memjax.evaluation.question_sets.ask import Examinee, Written, ask_choices, ask_open, write
 from memjax.evaluation.question_sets.formats import ChoiceQuestion, OpenQuestion, Option
-from memjax.evaluation.scoring import Score
+from memjax.inference.scoring import Score
 
 TOKENIZER = ByteTokenizer()
 
 
 @pytest.fixture
-def who(model) -> Examinee:
-    return Examinee(model=model, tokenizer=TOKENIZER, max_length=32, batch_size=4)
+def who(drawn_model) -> Examinee:
+    return Examinee(model=drawn_model, tokenizer=TOKENIZER, max_length=32, batch_size=4)
 
 
 def test_the_likeliest_choice_counts_as_it_is_and_by_its_length(who, monkeypatch):

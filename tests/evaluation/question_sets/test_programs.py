@@ -24,8 +24,8 @@ def problem(tests: str) -> Problem:
 
 
 @pytest.mark.parametrize("limits", [Limits(cpu_seconds=1), None])
-def test_only_what_may_be_run_is_marked(model, monkeypatch, limits):
-    who = Examinee(model=model, tokenizer=ByteTokenizer(), max_length=32, batch_size=4)
+def test_only_what_may_be_run_is_marked(drawn_model, monkeypatch, limits):
+    who = Examinee(model=drawn_model, tokenizer=ByteTokenizer(), max_length=32, batch_size=4)
     problems = [problem("assert f(2) == 4"), problem("assert f(2) == 5")]
     bodies = ["    return 2 * x", "    return 5", "    return y", "    return 2 + x"]
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from memjax.data.tokenizers.base import ByteTokenizer
-from memjax.evaluation import scoring
-from memjax.evaluation.scoring import Request, request, score
+from memjax.inference import scoring
+from memjax.inference.scoring import Request, request, score
 
 
 def tokens(count: int, seed: int) -> list[int]:
@@ -34,18 +34,18 @@ def mixed_requests(by_hand) -> list[Request]:
 
 # The batch size is tried where there is one shape for each: a shape takes longer to compile than all else.
 @pytest.mark.parametrize(("max_length", "batch_sizes"), [(16, (1, 8, 32)), (32, (8,))])
-def test_scores_are_those_of_whole_forward_passes_at_any_batch_size(model, by_hand, max_length, batch_sizes):
+def test_scores_are_those_of_whole_forward_passes_at_any_batch_size(drawn_model, by_hand, max_length, batch_sizes):
     requests = mixed_requests(by_hand)
     expected = [by_hand.score(*one, max_length) for one in requests]
     assert [is_greedy for _, is_greedy in expected][:4] == [False, True, True, False]
     for batch_size in batch_sizes:
-        found = score(model, requests, max_length=max_length, batch_size=batch_size)
+        found = score(drawn_model, requests, max_length=max_length, batch_size=batch_size)
         # Nats in float32, of at most 75 tokens.
         np.testing.assert_allclose([one[0] for one in found], [one[0] for one in expected], rtol=0, atol=1e-4)
         assert [one.is_greedy for one in found] == [is_greedy for _, is_greedy in expected]
 
 
-def test_few_programs_are_compiled_and_equal_rows_are_computed_once(model, by_hand, monkeypatch):
+def test_few_programs_are_compiled_and_equal_rows_are_computed_once(drawn_model, by_hand, monkeypatch):
     computed = []
 
     def scored(graphdef, state, batch):
@@ -55,7 +55,7 @@ def test_few_programs_are_compiled_and_equal_rows_are_computed_once(model, by_ha
 
     monkeypatch.setattr(scoring, "_scored", scored)
     shares = []
-    score(model, mixed_requests(by_hand), max_length=32, batch_size=4, show=shares.append)
+    score(drawn_model, mixed_requests(by_hand), max_length=32, batch_size=4, show=shares.append)
     assert {batch.shape for batch in computed} == {(4, 16), (4, 32)}
     assert shares[-1] == 1
     assert shares == sorted(shares)
@@ -65,18 +65,33 @@ def test_few_programs_are_compiled_and_equal_rows_are_computed_once(model, by_ha
     assert len(rows) == 3
 
 
-def test_a_context_needs_a_token(model):
+@pytest.mark.parametrize(("short", "widths"), [(3, [32, 32]), (4, [16, 32, 32])])
+def test_rows_that_fill_no_batch_join_the_next_larger_shape(drawn_model, monkeypatch, short, widths):
+    computed = []
+
+    def scored(graphdef, state, batch):
+        computed.append(batch["tokens"].shape)
+        return np.zeros(batch["targets"].shape, np.float32), np.ones(batch["targets"].shape, bool)
+
+    monkeypatch.setattr(scoring, "_scored", scored)
+    requests = [Request([1, number], [5]) for number in range(short)]
+    requests += [Request([1, *tokens(20, number)], [5]) for number in range(8 - short if short < 4 else 8)]
+    assert len(score(drawn_model, requests, batch_size=4)) == len(requests)
+    assert computed == [(4, width) for width in widths]
+
+
+def test_a_context_needs_a_token(drawn_model):
     with pytest.raises(ValueError, match="the context of request 1 is empty"):
-        score(model, [Request([1], [5]), Request([], [5])], max_length=8)
+        score(drawn_model, [Request([1], [5]), Request([], [5])], max_length=8)
 
 
-def test_two_devices_score_what_one_scores(model, by_hand):
+def test_two_devices_score_what_one_scores(drawn_model, by_hand):
     requests = mixed_requests(by_hand)[:3]
     mesh = jax.make_mesh(
         (1, 2), ("data", "memory"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:2]
     )
     with jax.set_mesh(mesh):
-        found = score(model, requests, max_length=16, batch_size=4)
+        found = score(drawn_model, requests, max_length=16, batch_size=4)
     expected = [by_hand.score(*one, 16) for one in requests]
     np.testing.assert_allclose([one[0] for one in found], [one[0] for one in expected], rtol=0, atol=1e-4)
 

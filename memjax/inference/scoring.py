@@ -1,0 +1,254 @@
+"""Log-probabilities of given tokens, in few compiled shapes that no batch size changes.
+
+`score` is the engine of every evaluation: recall, bits of knowledge, bits per byte and lm-eval's tasks score
+continuations after contexts. `PromptScorer` scores the prompts of a server, with the likeliest tokens at each position.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from memjax.data.packing import Batch
+from memjax.data.tokenizers.base import Tokenizer
+from memjax.inference.engine import TokenLogprobs, padded_length
+from memjax.inference.sampling import Likelihoods, likelihoods
+from memjax.inference.weights import prepare
+from memjax.models.decoder import Decoder
+from memjax.models.loss import map_logits
+from memjax.sharding.axes import everywhere, has_memory_axis, split_tokens
+
+Show = Callable[[float], None]
+"""Receives the share of the work that is done: 0 to 1."""
+Place = Callable[[Batch], dict[str, jax.Array]]
+"""Puts the arrays of a batch on the devices."""
+
+_FEW = 16
+"""Predictions that most rows stay below; a row with more of them gets logits at all its positions."""
+_PROMPT_POSITIONS = 256
+"""Positions of a prompt whose logits are in memory at once."""
+
+
+class Request(NamedTuple):
+    """What to score: `continuation` after `context`, both as token ids."""
+
+    context: Sequence[int]
+    """At least the begin token."""
+    continuation: Sequence[int]
+    """May be empty (probability 1)."""
+
+
+class Score(NamedTuple):
+    """How likely a continuation is."""
+
+    log_likelihood: float
+    """Sum over its tokens of log p, in nats."""
+    is_greedy: bool
+    """Whether each of its tokens is the likeliest after those before it."""
+
+
+def to_device(batch: Batch) -> dict[str, jax.Array]:
+    """The batch as JAX arrays, left for the compiler to distribute."""
+    return {name: jnp.asarray(array) for name, array in batch.items()}
+
+
+def request(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
+    """The context as a prompt, and the tokens that the continuation adds to it when both are encoded as one text.
+
+    Spaces at the end of the context belong to the continuation: tokens carry the space before a word.
+    """
+    before = tokenizer.encode(context.rstrip())
+    joined = tokenizer.encode(context + continuation)
+    return Request(tokenizer.prompt(before), joined[len(before) :])
+
+
+def score(
+    model: Decoder,
+    requests: Iterable[Request],
+    *,
+    max_length: int | None = None,
+    batch_size: int = 32,
+    place: Place = to_device,
+    show: Show | None = None,
+) -> list[Score]:
+    """The score of each request.
+
+    Every token of a continuation counts exactly once. Where context and continuation are longer than the model may see,
+    the context's begin is left out; a continuation that is itself longer is read in windows of max_length predictions,
+    the last of which reaches back as far as it may.
+
+    Rows do not see each other nor the padding, so batch size and other requests can change a score only by the order of
+    a sum. Requests that read the same tokens, such as four letters after one question, are computed as one row.
+
+    Args:
+        model: the model.
+        requests: what to score.
+        max_length: tokens that the model sees at once; None: all of each request.
+        batch_size: rows at once; under a mesh a multiple of its devices.
+        place: puts a batch on the devices.
+        show: receives the share of the work that is done.
+
+    Raises:
+        ValueError: a context is empty.
+    """
+    requests = list(requests)
+    longest = max((len(one.context) + len(one.continuation) for one in requests), default=1)
+    groups = _by_shape(_rows(requests, max_length or longest), batch_size)
+    nats, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
+    done, total = 0, sum(width * len(rows) for (width, _), rows in groups)
+    for width, rows, (log_p, best) in _computed(model, groups, batch_size, place):
+        for number, row in enumerate(rows):
+            for owner, where in row.owners():
+                nats[owner] += log_p[number, where].sum(dtype=np.float64)
+                greedy[owner] &= bool(best[number, where].all())
+        done += width * len(rows)
+        if show:
+            show(done / total)
+    return [Score(float(one), bool(is_greedy)) for one, is_greedy in zip(nats, greedy, strict=True)]
+
+
+class _Row:
+    """Tokens that are read together, and the predictions that are scored up to the last of them."""
+
+    def __init__(self, tokens: tuple[int, ...]):
+        self.tokens = tokens
+        self.asks: list[tuple[int, tuple[int, ...]]] = []
+        """Number of a request, and its tokens: the last of them follows the last token of the row."""
+
+    @property
+    def depth(self) -> int:
+        return sum(len(targets) for _, targets in self.asks)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Tokens and predictions, padded; there are two programs for each width."""
+        width = padded_length(len(self.tokens))
+        return width, _FEW if self.depth <= _FEW else width
+
+    def predictions(self) -> Iterator[tuple[int, int]]:
+        """Positions in the row, each with a token that may follow there."""
+        for _, targets in self.asks:
+            yield from enumerate(targets, start=len(self.tokens) - len(targets))
+
+    def owners(self) -> Iterator[tuple[int, slice]]:
+        """The requests, and where in the row's predictions theirs are."""
+        ends = itertools.accumulate(len(targets) for _, targets in self.asks)
+        for (owner, targets), end in zip(self.asks, ends, strict=True):
+            yield owner, slice(end - len(targets), end)
+
+
+def _rows(requests: Iterable[Request], max_length: int) -> list[_Row]:
+    rows: list[_Row] = []
+    shared: dict[tuple[int, ...], _Row] = {}
+    for owner, (context, continuation) in enumerate(requests):
+        if not len(context):
+            raise ValueError(f"the context of request {owner} is empty; it needs at least the begin token")
+        ids = (*context, *continuation)
+        for start in range(len(context), len(ids), max_length):
+            stop = min(start + max_length, len(ids))
+            tokens, targets = ids[max(0, stop - 1 - max_length) : stop - 1], ids[start:stop]
+            row = shared.get(tokens)
+            if row is None or row.depth + len(targets) > _FEW:
+                row = shared[tokens] = _Row(tokens)
+                rows.append(row)
+            row.asks.append((owner, targets))
+    return rows
+
+
+def _by_shape(rows: Iterable[_Row], batch_size: int) -> list[tuple[tuple[int, int], list[_Row]]]:
+    """The rows by their padded shapes, the smallest first.
+
+    Those that fill no batch join the next larger shape: a program takes longer to compile than a batch to compute.
+    """
+    groups: dict[tuple[int, int], list[_Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.shape].append(row)
+    for shape in sorted(groups):
+        larger = next((other for other in sorted(groups) if other > shape and other[1] >= shape[1]), None)
+        if larger and len(groups[shape]) < batch_size:
+            groups[larger] += groups.pop(shape)
+    return sorted(groups.items())
+
+
+def _computed(model: Decoder, groups: Any, batch_size: int, place: Place) -> Iterator[tuple[int, list[_Row], Any]]:
+    """Width and rows of each batch, and its scores as NumPy arrays; one batch computes while the next is made."""
+    graphdef, state = nnx.split(model)
+    before = None
+    for (width, depth), rows in groups:
+        for start in range(0, len(rows), batch_size):
+            some = rows[start : start + batch_size]
+            found = _scored(graphdef, state, place(_batch(some, (batch_size, width, depth))))
+            if before:
+                yield *before[:2], jax.device_get(before[2])
+            before = width, some, found
+    if before:
+        yield *before[:2], jax.device_get(before[2])
+
+
+def _batch(rows: Sequence[_Row], shape: tuple[int, int, int]) -> Batch:
+    """`tokens` of the rows; `positions` and the `targets` there. Padding is ignored."""
+    num_rows, width, depth = shape
+    tokens = np.zeros((num_rows, width), np.int32)
+    positions, targets = np.zeros((num_rows, depth), np.int32), np.zeros((num_rows, depth), np.int32)
+    for number, row in enumerate(rows):
+        tokens[number, : len(row.tokens)] = row.tokens
+        positions[number, : row.depth], targets[number, : row.depth] = np.array(list(row.predictions())).T
+    return {"tokens": tokens, "positions": positions, "targets": targets}
+
+
+@partial(jax.jit, static_argnums=0)
+def _scored(
+    graphdef: Any, state: nnx.State, batch: dict[str, Array]
+) -> tuple[Float[Array, "b depth"], Bool[Array, "b depth"]]:
+    """log p of each target at its position, in nats, and whether it is the likeliest there."""
+    model = nnx.merge(graphdef, state)
+    # Without segments a padded end is harmless: tokens see only what comes before them.
+    hidden = model.hidden(batch["tokens"]).states
+    # Only these positions need logits, which at all positions would be the largest array of all.
+    hidden = jnp.take_along_axis(hidden, batch["positions"][..., None], axis=1)
+
+    def compare(logits: Float[Array, "b s vocab"], targets: Int[Array, "b s"]) -> tuple[Array, Array]:
+        return likelihoods(logits, targets, 0).chosen, jnp.argmax(logits, axis=-1) == targets
+
+    log_p, best = map_logits(model, compare, hidden, batch["targets"])
+    return everywhere(log_p), everywhere(best)
+
+
+class PromptScorer:
+    """Log-probabilities of prompts, one prompt at a time; one program compiles for each power of two of tokens."""
+
+    def __init__(self, model: Decoder):
+        """Takes the weights that an `Engine` for this model has; they are in memory once."""
+        graphdef, self._weights = nnx.split(prepare(model))
+
+        @partial(jax.jit, static_argnames="num_top")
+        def run(weights: nnx.State, tokens: Int[Array, "b s"], *, num_top: int) -> Likelihoods:
+            """Of the first row: how likely each token's successor is, and the likeliest ones."""
+            model = nnx.merge(graphdef, weights)
+            hidden, _ = model.hidden_with_cache(split_tokens(tokens), None)
+            following = jnp.roll(tokens[:1], -1, axis=1)
+            # Every device computes all of them.
+            logit_bytes = 4 * _PROMPT_POSITIONS * model.config.vocab_size // len(tokens)
+            one = everywhere(hidden)[:1]
+            found = map_logits(model, partial(likelihoods, num_top=num_top), one, following, logit_bytes=logit_bytes)
+            return jax.tree.map(lambda array: everywhere(array[0]), found)
+
+        self._run = run
+
+    def __call__(self, prompt_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+        """The log-probability of every token but the first, and the num_top likeliest tokens at its position."""
+        rows = jax.sharding.get_abstract_mesh().size if has_memory_axis() else 1
+        tokens = np.zeros((rows, padded_length(len(prompt_ids))), np.int32)
+        tokens[:, : len(prompt_ids)] = prompt_ids
+        found = jax.device_get(self._run(self._weights, tokens, num_top=num_top))
+        return [
+            TokenLogprobs(float(chosen), dict(zip(ids.tolist(), top.tolist(), strict=True)))
+            for chosen, top, ids in zip(found.chosen, found.top, found.top_tokens, strict=True)
+        ][: len(prompt_ids) - 1]
