@@ -16,7 +16,7 @@ PROG = "python -m memjax.sweep"
 
 OPTIONS = {
     "grid": "SETTING=VALUE,VALUE,...: the values of a setting; given once for each setting that varies.",
-    "jobs": "How many runs train at a time (default 1). The GPUs that CUDA_VISIBLE_DEVICES lists are dealt out to them.",
+    "jobs": "How many runs train at a time (default 1). They share the GPUs of CUDA_VISIBLE_DEVICES.",
 }
 """Taken from the command line before the settings are."""
 
