@@ -13,29 +13,40 @@ class ScheduleConfig:
 
     lr: float
     """The highest learning rate."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """How the rate goes on after the warm-up."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """The rate after the warm-up: a cosine, constant, or (wsd: warm-up, stable, decay) constant until a linear decay
+    over the last decay_steps, so that one run can be continued from before its decay with other lengths."""
     warmup_steps: int | float = 0.067
     """Steps over which the rate rises from 0; a number below 1 is a share of train.steps."""
     final_fraction: float = 0.05
-    """Where a cosine schedule ends, as a share of lr."""
+    """Where a cosine or wsd schedule ends, as a share of lr."""
+    decay_steps: int | float = 0.2
+    """Last steps of a wsd schedule, over which the rate falls; a number below 1 is a share of train.steps."""
 
     def __post_init__(self) -> None:
         refuse(
-            not_negative(lr=self.lr, warmup_steps=self.warmup_steps)
+            not_negative(lr=self.lr, warmup_steps=self.warmup_steps, decay_steps=self.decay_steps)
             + [
-                f"warmup_steps={self.warmup_steps} must be a whole number of steps, or a share of them below 1"
-                if self.warmup_steps >= 1 and not isinstance(self.warmup_steps, int)
-                else None,
+                f"{name}={value} must be a whole number of steps, or a share of them below 1"
+                for name, value in (("warmup_steps", self.warmup_steps), ("decay_steps", self.decay_steps))
+                if value >= 1 and not isinstance(value, int)
+            ]
+            + [
                 f"final_fraction={self.final_fraction} must be in 0..1" if not 0 <= self.final_fraction <= 1 else None,
             ]
         )
 
     def warmup_of(self, steps: int) -> int:
         """The warm-up of a run of so many steps, in steps."""
-        if isinstance(self.warmup_steps, int):
-            return self.warmup_steps
-        return min(round(self.warmup_steps * steps), steps - 1)
+        return _steps(self.warmup_steps, steps)
+
+    def decay_of(self, steps: int) -> int:
+        """The decay of a run of so many steps, in steps: no more than the warm-up leaves."""
+        return min(_steps(self.decay_steps, steps), max(0, steps - self.warmup_of(steps)))
+
+
+def _steps(wanted: int | float, steps: int) -> int:
+    return wanted if isinstance(wanted, int) else min(round(wanted * steps), steps - 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

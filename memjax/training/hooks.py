@@ -64,7 +64,7 @@ def with_standard_hooks(
 
 
 class Throughput(Hook):
-    """Tokens so far, speed and model FLOPs utilisation, in every row."""
+    """Tokens so far, speed, model FLOPs utilisation and memory of the device, in every row."""
 
     def __init__(self, program: TrainProgram, mesh: jax.sharding.Mesh):
         """Takes what FLOPs are counted of, and where they are done."""
@@ -72,6 +72,7 @@ class Throughput(Hook):
         self._flops_per_token = training_flops_per_token(
             program.parts, config.data.sequence_length, freeze_dense=config.optim.freeze_dense
         )
+        self._device = mesh.local_devices[0]
         peak = peak_flops(mesh.devices.flat[0])
         self._peak_flops = peak and peak * mesh.size
         self._tokens_seen: int | None = 0
@@ -100,6 +101,8 @@ class Throughput(Hook):
         row["throughput/tokens_per_second"] = speed = tokens / max(row["throughput/step_seconds"], 1e-9)
         if self._peak_flops:
             row["throughput/mfu"] = speed * self._flops_per_token / self._peak_flops
+        sizes = self._device.memory_stats() or {}  # a CPU has none
+        row |= {f"device/{name}": sizes[name] for name in ("bytes_in_use", "peak_bytes_in_use") if name in sizes}
         if self._compile_seconds_are_new:
             self._compile_seconds_are_new = False
             row["throughput/compile_seconds"] = trainer.compile_seconds

@@ -18,10 +18,13 @@ FROZEN = "frozen"
 
 
 def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step number (from 0): a linear warm-up, then a cosine to final_fraction or a constant."""
-    warmup = config.warmup_of(steps)
-    if config.schedule == "constant":
+    """Learning rate by step number (from 0): a linear warm-up, then what `config.schedule` says."""
+    warmup, decay = config.warmup_of(steps), config.decay_of(steps)
+    if config.schedule == "constant" or (config.schedule == "wsd" and decay == 0):
         after = optax.constant_schedule(config.lr)
+    elif config.schedule == "wsd":
+        end = config.lr * config.final_fraction
+        after = optax.linear_schedule(config.lr, end, decay, transition_begin=steps - warmup - decay)
     else:
         after = optax.cosine_decay_schedule(config.lr, max(1, steps - warmup), alpha=config.final_fraction)
     rise = optax.linear_schedule(0.0, config.lr, warmup)

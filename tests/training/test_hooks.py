@@ -223,6 +223,20 @@ def test_rows_have_the_tokens_so_far_and_one_of_a_start_the_time_of_its_compilat
     assert hook.state() == {"tokens_seen": 1100}
 
 
+def test_rows_have_the_memory_in_use_of_a_device_that_tells_it(trainer, throughput):
+    trainer.compile_seconds = 7.0
+    row: dict[str, Any] = {"train/tokens": 50, "throughput/step_seconds": 2.0}
+    throughput.on_row(trainer, row)
+    assert not [name for name in row if name.startswith("device/")]
+    sizes = {"bytes_in_use": 5, "peak_bytes_in_use": 7, "bytes_limit": 9}
+    throughput._device = SimpleNamespace(memory_stats=lambda: sizes)
+    throughput.on_row(trainer, row)
+    assert {name: row[name] for name in row if name.startswith("device/")} == {
+        "device/bytes_in_use": 5,
+        "device/peak_bytes_in_use": 7,
+    }
+
+
 def test_tokens_that_a_checkpoint_does_not_know_are_those_of_the_rows_before_it(trainer, throughput, tmp_path):
     hook, trainer.first_step, trainer.folder = throughput, 2, SimpleNamespace(metrics=tmp_path / "m")
     (tmp_path / "m").write_text("".join(f'{{"step": {step}, "train/tokens": 10}}\n' for step in (1, 2, 3)))

@@ -22,15 +22,18 @@ def by_hand(config: ScheduleConfig, steps: int, number: int) -> float:
         return config.lr * number / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    done = (number - config.warmup_steps) / (steps - config.warmup_steps)
     floor = config.final_fraction * config.lr
+    if config.schedule == "wsd":
+        left = min(1, (steps - number) / config.decay_steps)
+        return floor + (config.lr - floor) * left
+    done = (number - config.warmup_steps) / (steps - config.warmup_steps)
     return floor + (config.lr - floor) * (1 + math.cos(math.pi * done)) / 2
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 1, 10])
-@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "constant", "wsd"])
 def test_a_rate_rises_and_then_follows_its_schedule(schedule, warmup_steps):
-    config = ScheduleConfig(lr=0.3, schedule=schedule, warmup_steps=warmup_steps, final_fraction=0.1)
+    config = ScheduleConfig(lr=0.3, schedule=schedule, warmup_steps=warmup_steps, final_fraction=0.1, decay_steps=8)
     rates = np.array(jax.vmap(make_schedule(config, 40))(jnp.arange(40)))
     np.testing.assert_allclose(rates, [by_hand(config, 40, number) for number in range(1, 41)], rtol=1e-5)
     assert rates[-1] == pytest.approx(0.3 if schedule == "constant" else 0.03)
@@ -47,6 +50,16 @@ def test_a_share_of_the_steps_warms_up_as_long_as_their_number():
         ValueError, match=r"warmup_steps=2\.5 must be a whole number of steps, or a share of them below 1"
     ):
         ScheduleConfig(lr=1.0, warmup_steps=2.5)
+
+
+def test_a_decay_takes_no_more_than_the_warm_up_leaves():
+    of = lambda **settings: ScheduleConfig(lr=1.0, schedule="wsd", **settings)
+    assert of(warmup_steps=10, decay_steps=0.2).decay_of(40) == 8
+    assert of(warmup_steps=10, decay_steps=50).decay_of(40) == 30
+    assert of(warmup_steps=50, decay_steps=8).decay_of(40) == 0
+    assert float(make_schedule(of(warmup_steps=0, decay_steps=0), 4)(3)) == 1.0
+    with pytest.raises(ValueError, match=r"decay_steps=1\.5 must be a whole number of steps"):
+        of(decay_steps=1.5)
 
 
 def test_a_rate_has_no_jump_where_its_parts_join():
