@@ -71,6 +71,10 @@ class EvalConfig:
     """Batches of a validation."""
     recall_people: int = 500
     """People asked about in the recall test at the end (source: biographies)."""
+    recall_every: int | None = None
+    """Steps between recall tests during the training (source: biographies), without zeroed tables; null asks at the end
+    only."""
 
     def __post_init__(self) -> None:
-        refuse(positive(every=self.every, batches=self.batches, recall_people=self.recall_people))
+        numbers = {"every": self.every, "recall_every": self.recall_every}
+        refuse(positive(**numbers, batches=self.batches, recall_people=self.recall_people))

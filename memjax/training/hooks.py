@@ -9,7 +9,10 @@ import jax
 
 from memjax.config.run import RunConfig
 from memjax.data.packing import Batch
+from memjax.data.sources import biographies
+from memjax.data.sources.kinds import find_source
 from memjax.evaluation.perplexity import validation_loss
+from memjax.evaluation.recall import recall
 from memjax.io.console import say
 from memjax.models.counts import training_flops_per_token
 from memjax.monitoring.metrics import WINDOW, MetricsFile, Row, peak_flops, read_metrics
@@ -51,6 +54,8 @@ def with_standard_hooks(
         hooks.append(Periodic("profile", Profile(ProfileWindow(config.log.profile, folder.profile))))
     if config.model.lookups:
         hooks.append(Periodic("slot_usage", SlotUsage(config.log.usage_every), config.log.usage_every))
+    if config.eval.recall_every and find_source(config.data).people:
+        hooks.append(Periodic("facts", Facts(config), config.eval.recall_every))
     hooks += [
         *added,
         Periodic("log", Log()),
@@ -292,6 +297,31 @@ class Validate(Hook):
             return validation_loss(trainer.model(), batches, place=lambda batch: put_batch(trainer.mesh, batch, TOKENS))
         except _Stopped:
             return None
+
+
+class Facts(Hook):
+    """Asks a model of biographies for facts, for the step's row: how it learns them while it trains."""
+
+    def __init__(self, config: RunConfig):
+        """Takes the questions: about people who are asked about in training, and those who are only told."""
+        people, limit = config.data.biographies, config.eval.recall_people
+        self._questions = {
+            name: biographies.questions(people, asked=name == "asked", limit_people=limit)
+            for name in ("asked", "held_out")
+        }
+
+    def after_step(self, trainer: "Trainer", step: Step) -> None:
+        """Asks; the end of a run has a test of its own."""
+        if step.is_last:
+            return
+        place = lambda batch: put_batch(trainer.mesh, batch, TOKENS)
+        with trainer.paused():
+            for name, questions in self._questions.items():
+                if questions:
+                    size = -(-256 // trainer.mesh.size) * trainer.mesh.size
+                    tokenizer = trainer.dataset.tokenizer
+                    found = recall(trainer.model(), tokenizer, questions, batch_size=size, place=place)
+                    step.host_metrics[f"eval/facts/{name}"] = found.accuracy
 
 
 class Save(Hook):

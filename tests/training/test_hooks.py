@@ -11,14 +11,25 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from memjax.config.data import DataConfig
 from memjax.config.log import ProfileConfig
 from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
+from memjax.config.training import EvalConfig
 from memjax.monitoring.profile import ProfileWindow
 from memjax.runs.folder import RunFolder
 from memjax.training import hooks
 from memjax.training.hook import Hook, Periodic
-from memjax.training.hooks import VALIDATION_LOSS, Profile, Save, SlotUsage, Throughput, Validate, with_standard_hooks
+from memjax.training.hooks import (
+    VALIDATION_LOSS,
+    Facts,
+    Profile,
+    Save,
+    SlotUsage,
+    Throughput,
+    Validate,
+    with_standard_hooks,
+)
 from memjax.training.in_flight import Step
 from memjax.training.program import TrainProgram
 
@@ -221,6 +232,38 @@ def test_rows_have_the_tokens_so_far_and_one_of_a_start_the_time_of_its_compilat
     assert rows[0]["throughput/mfu"] == 25.0 * 3.0 / 200.0
     assert [row.get("throughput/compile_seconds") for row in rows] == [7.0, None]
     assert hook.state() == {"tokens_seen": 1100}
+
+
+def test_facts_are_asked_between_steps_and_left_to_the_report_at_the_end(trainer, monkeypatch):
+    asked = []
+
+    def recall(model, tokenizer, questions, *, batch_size, place):
+        asked.append((tokenizer, len(questions), batch_size))
+        return SimpleNamespace(accuracy=len(asked) / 4)
+
+    monkeypatch.setattr(hooks, "recall", recall)
+    trainer.mesh = jax.make_mesh((3,), ("data",), devices=jax.devices()[:3])
+    trainer.dataset.tokenizer = "tokenizer"
+    config = RunConfig(eval=EvalConfig(recall_people=2, recall_every=5))
+    facts, steps = Facts(config), [Step(5, {}), Step(7, {}, is_last=True)]
+    for step in steps:
+        facts.after_step(trainer, step)
+    assert steps[0].host_metrics == {"eval/facts/asked": 0.25, "eval/facts/held_out": 0.5}
+    assert steps[1].host_metrics == {}
+    assert asked == [("tokenizer", 12, 258)] * 2
+    assert trainer.calls == ["paused"]
+
+
+def test_only_runs_on_biographies_are_asked_for_facts(tmp_path):
+    def names(**data: Any) -> list[str]:
+        config = RunConfig(
+            model=ModelConfig(num_layers=1, memory=None), data=DataConfig(**data), eval=EvalConfig(recall_every=5)
+        )
+        mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+        return [hook.name for hook in with_standard_hooks([], TrainProgram.of(config), RunFolder(tmp_path), mesh)]
+
+    assert "facts" in names()
+    assert "facts" not in names(source="jsonl", path="a.jsonl")
 
 
 def test_rows_have_the_memory_in_use_of_a_device_that_tells_it(trainer, throughput):
