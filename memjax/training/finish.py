@@ -2,6 +2,7 @@
 
 import shlex
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from jax.sharding import Mesh
@@ -12,6 +13,7 @@ from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import CheckpointError
 from memjax.evaluation.recall import fact_report, format_fact_report
 from memjax.io.console import say
+from memjax.models.counts import count_parameters, training_flops_per_token
 from memjax.monitoring.metrics import WINDOW, comparable, has_usage, read_metrics
 from memjax.monitoring.plots import plot_run
 from memjax.runs.folder import RunFolder
@@ -33,7 +35,7 @@ def finish(
     report = _ask_for_facts(program, state, mesh, tokenizer) if find_source(config.data).people else None
     with first_alone("summary"):
         if is_first():
-            _write(config, folder, report)
+            _write(config, folder, report, _sizes(program))
     summary = folder.read_summary()
     if summary is None:
         raise CheckpointError(f"{folder.summary}: was written, but cannot be read; is this file system damaged?")
@@ -57,7 +59,14 @@ def _ask_for_facts(program: TrainProgram, state: TrainState, mesh: Mesh, tokeniz
     return report
 
 
-def _write(config: RunConfig, folder: RunFolder, report: dict[str, Any] | None) -> None:
+def _sizes(program: TrainProgram) -> dict[str, int]:
+    """Parameters and arithmetic, by which runs are compared."""
+    config, parts = program.config, program.parts
+    flops = training_flops_per_token(parts, config.data.sequence_length, freeze_dense=config.optim.freeze_dense)
+    return {"parameters": count_parameters(parts).total, "flops_per_token": flops}
+
+
+def _write(config: RunConfig, folder: RunFolder, report: dict[str, Any] | None, sizes: Mapping[str, int]) -> None:
     rows = comparable(read_metrics(folder.metrics))
     usage = next((row for row in reversed(rows) if has_usage(row)), {})
     summary: dict[str, Any] = {
@@ -65,6 +74,7 @@ def _write(config: RunConfig, folder: RunFolder, report: dict[str, Any] | None) 
         "metrics": {name: value for name, value in (usage | (rows[-1] if rows else {})).items() if name != "step"},
         "plots": [str(path) for path in plot_run(rows, folder.plots)],
         "training_seconds": sum(row.get("throughput/step_seconds", 0) for row in rows),
+        **sizes,
     }
     if usage:
         summary["slots_until_step"] = usage["step"]

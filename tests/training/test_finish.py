@@ -9,9 +9,9 @@ from memjax.training.finish import _write, describe_summary
 
 def test_a_run_whose_metrics_were_removed_finishes_without_them(tiny, tmp_path):
     folder = RunFolder(tmp_path / "run")
-    _write(tiny.config("--train.steps 60"), folder, None)
+    _write(tiny.config("--train.steps 60"), folder, None, {"parameters": 7})
     summary = folder.read_summary()
-    assert summary == {"steps": 60, "metrics": {}, "plots": [], "training_seconds": 0}
+    assert summary == {"steps": 60, "metrics": {}, "plots": [], "training_seconds": 0, "parameters": 7}
     assert summary is not None
     assert describe_summary(summary, folder).startswith("finished: 60 steps\n")
 
