@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -105,7 +106,7 @@ def apply(paths: Sequence[str], settings: ApplyConfig) -> None:
         print(f"written to {settings.out}: the model of {run} with {in_words(patch)}")
         return
     print(f"applied to {run}: {in_words(patch)}")
-    print(f"take it back  {PROG} revert {run} {patch.identity}")
+    print(f"take it back  {PROG} revert {shlex.quote(run)} {patch.identity}")
 
 
 def revert(paths: Sequence[str], settings: RevertConfig) -> None:

@@ -28,7 +28,7 @@ class RunFolderConfig:
     evaluate and generate too); null keeps none."""
 
     def __post_init__(self) -> None:
-        refuse(local_paths(self, "dir"))
+        refuse(local_paths(self, "dir", "compile_cache"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,6 +20,7 @@ import zlib
 
 from memjax.io.console import warn
 from memjax.io.files import write_atomic
+from memjax.io.paths import local_path
 
 VARIABLE = "MEMJAX_COMPILE_CACHE"
 """Environment variable: a folder, or `off`."""
@@ -52,7 +53,7 @@ def enable(setting: str | None = "auto") -> pathlib.Path | None:
     import jax
 
     try:
-        folder = pathlib.Path(chosen).expanduser() / _machine()
+        folder = local_path(chosen, VARIABLE) / _machine()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(13, "not writable")
@@ -61,8 +62,8 @@ def enable(setting: str | None = "auto") -> pathlib.Path | None:
             raise PermissionError(1, "belongs to another user")
         _tidy(folder)
         _remove_old(folder)
-    except (OSError, RuntimeError) as error:  # RuntimeError: the home folder is not known
-        if setting != "auto":
+    except (OSError, ValueError) as error:
+        if setting != "auto" or VARIABLE in os.environ:
             reason = getattr(error, "strerror", None) or error
             warn(f"compiled programs are not kept: {chosen}: {reason}")
         return None

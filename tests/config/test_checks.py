@@ -2,16 +2,20 @@
 
 import pytest
 
-from memjax import convert, errors
+from memjax import convert, errors, patch
 from memjax.config import schema as schema_module
 from memjax.config.load import RUN_FOLDER, load, parse
 from memjax.config.run import RunConfig
 from memjax.evaluation.settings import EvaluateConfig
 from memjax.generate import GenerateConfig
+from memjax.inspect import InspectConfig
+from memjax.learn import LearnConfig
 from memjax.plot import PlotConfig
+from memjax.serve import ServeConfig
 
 PATHS = [
     (RunConfig, "run.dir"),
+    (RunConfig, "run.compile_cache"),
     (RunConfig, "data.path"),
     (RunConfig, "data.validation_path"),
     (RunConfig, "data.prepared"),
@@ -24,6 +28,12 @@ PATHS = [
     (GenerateConfig, "prompts"),
     (GenerateConfig, "output"),
     (PlotConfig, "out"),
+    (InspectConfig, "out"),
+    (InspectConfig, "corpus"),
+    (LearnConfig, "out"),
+    (LearnConfig, "background"),
+    (LearnConfig, "held_out"),
+    *((patch.COMMANDS[name].schema, "out") for name in ("diff", "apply", "merge")),
     *((command.schema, "out") for command in convert.COMMANDS.values()),
     (convert.FromHfConfig, "tokenizer"),
     (convert.ToHfConfig, "like"),
@@ -36,6 +46,10 @@ NEEDED = {
     (convert.FromHfConfig, "tokenizer"): ["--out", "a"],
     (convert.ToHfConfig, "like"): ["--out", "a"],
     (convert.UpcycleConfig, "out"): ["--memory.layers", "0"],
+    (InspectConfig, "out"): ["--prompt", "a"],
+    (InspectConfig, "corpus"): ["--slot", "L1:2"],
+    (LearnConfig, "background"): ["--out", "a"],
+    (LearnConfig, "held_out"): ["--out", "a"],
 }
 
 
@@ -48,25 +62,28 @@ def parsed(schema: type, *words: str):
 def test_a_path_is_expanded_and_a_remote_address_refused(schema, name, monkeypatch, capsys):
     monkeypatch.setenv("HOME", "/home/ada")
     words = [*([] if schema is RunConfig else ["run"]), *NEEDED.get((schema, name), []), f"--{name}"]
-    config = parsed(schema, *words, "~/a/x.png").config
+    suffix = "html" if schema is InspectConfig else "png"
+    config = parsed(schema, *words, f"~/a/x.{suffix}").config
     for part in name.split("."):
         config = getattr(config, part)
-    assert config in ("/home/ada/a/x.png", ("/home/ada/a/x.png",))
+    assert config in (f"/home/ada/a/x.{suffix}", (f"/home/ada/a/x.{suffix}",))
     with pytest.raises(SystemExit) as caught:
-        parsed(schema, *words, "gs://bucket/x.png")
+        parsed(schema, *words, f"gs://bucket/x.{suffix}")
     assert caught.value.code == 2
-    assert f"command line: {name}=gs://bucket/x.png must be a path on this machine" in capsys.readouterr().err
+    assert f"command line: {name}=gs://bucket/x.{suffix} must be a path on this machine" in capsys.readouterr().err
 
 
 def test_every_setting_that_is_named_like_a_path_is_checked():
     """So that a new one is not forgotten."""
-    schemas = {schema for schema, _ in PATHS}
+    commands = [*convert.COMMANDS.values(), *patch.COMMANDS.values()]
+    schemas = {schema for schema, _ in PATHS} | {command.schema for command in commands} | {ServeConfig}
     found = {
         (schema, ".".join(path))
         for schema in schemas
         for path, _ in schema_module.walk(schema)
-        if path[-1] in ("path", "dir", "out", "output", "prepared", "init_from", "prompts", "like")
-        or path[-1].endswith(("_path", "_folder", "_dir", "_file"))
+        if path[-1]
+        in ("path", "dir", "out", "output", "prepared", "init_from", "prompts", "like", "corpus", "held_out")
+        or path[-1].endswith(("_path", "_folder", "_dir", "_file", "_cache"))
     }
     assert found <= set(PATHS)
 
