@@ -24,6 +24,9 @@ def main():
     with catch_interrupts() as interrupt:
         if where == "saved":
             interrupt.exit_code = SAVED
+        if where == "finish":
+            with interrupt.deferred():
+                interrupt.exit_code = SAVED
         if where != "loop":
             print("ready", flush=True)
         if where == "library":
@@ -92,7 +95,7 @@ def test_a_hangup_stays_ignored_under_nohup():
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize(("where", "code"), [("start", 130), ("saved", SAVED), ("library", 130)])
+@pytest.mark.parametrize(("where", "code"), [("start", 130), ("saved", SAVED), ("library", 130), ("finish", SAVED)])
 def test_without_anything_to_save_a_signal_ends_the_program_at_once(where, code):
     started = time.monotonic()
     with start(where) as process:
