@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from memjax.io.console import output
-from memjax.training.interrupt import run_program
+from memjax.training.interrupt import run_command, run_program
 
 COMMANDS = {
     "train": "train a model, or go on with a run",
@@ -60,7 +60,7 @@ def program() -> NoReturn:
     """The console script `memjax`; ends the process."""
     if sys.argv[1:2] == ["train"]:
         run_program(main)
-    sys.exit(main())
+    run_command(main)
 
 
 if __name__ == "__main__":

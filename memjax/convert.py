@@ -17,6 +17,7 @@ from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig
 from memjax.errors import ConfigError
 from memjax.runs.command import CheckpointSettings, TableFormat, exit_code
+from memjax.training.interrupt import run_command
 
 PROG = "python -m memjax.convert"
 
@@ -282,4 +283,4 @@ def _stay_on_cpu() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -18,6 +18,7 @@ from memjax.errors import ConfigError
 from memjax.evaluation.settings import EvaluateConfig
 from memjax.io.files import write_atomic
 from memjax.runs.command import exit_code, loaded
+from memjax.training.interrupt import run_command
 
 if TYPE_CHECKING:
     from memjax.data.sources.records import Record
@@ -257,4 +258,4 @@ def _evals_folder(run: str) -> pathlib.Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

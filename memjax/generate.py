@@ -13,6 +13,7 @@ from memjax.config.sampling import SamplingConfig
 from memjax.errors import ConfigError
 from memjax.io.console import printable
 from memjax.runs.command import InferenceSettings, check_output, exit_code, loaded
+from memjax.training.interrupt import heard, run_command
 
 if TYPE_CHECKING:
     from memjax.runs.load import LoadedModel
@@ -166,9 +167,10 @@ def _converse(found: "LoadedModel", settings: GenerateConfig) -> None:
         try:
             _write(found, settings, prompt, number=number)
         except KeyboardInterrupt:
+            heard()
             print()
         number += 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -10,6 +10,7 @@ from memjax.config.checks import local_paths
 from memjax.config.load import RUN_FOLDER, parse
 from memjax.errors import ConfigError
 from memjax.runs.command import CheckpointSettings, check_output, exit_code, loaded
+from memjax.training.interrupt import run_command
 
 if TYPE_CHECKING:
     from memjax.runs.load import LoadedModel
@@ -228,4 +229,4 @@ def _window(before: str, after: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -10,6 +10,7 @@ from memjax.config.help import Positional
 from memjax.config.load import parse
 from memjax.errors import ConfigError
 from memjax.runs.command import CheckpointSettings, exit_code, loaded
+from memjax.training.interrupt import run_command
 
 PROG = "python -m memjax.learn"
 RUN_AND_FACTS = Positional(
@@ -109,4 +110,4 @@ def _learn(words: Sequence[str], settings: LearnConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -14,6 +14,7 @@ from memjax.config.help import Positional, help_text
 from memjax.config.load import parse
 from memjax.errors import ConfigError
 from memjax.runs.command import CheckpointSettings, exit_code
+from memjax.training.interrupt import run_command
 
 if TYPE_CHECKING:
     from memjax.runs.patch import Patch
@@ -280,4 +281,4 @@ def _stay_on_cpu() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

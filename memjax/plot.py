@@ -9,6 +9,7 @@ from typing import cast
 from memjax.config.checks import local_paths
 from memjax.config.load import RUN_FOLDER, parse
 from memjax.runs.command import exit_code
+from memjax.training.interrupt import run_command
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,4 +81,4 @@ def _plot(folders: Sequence[pathlib.Path], settings: PlotConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

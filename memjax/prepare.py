@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from memjax.config.load import Parsed, parse
 from memjax.config.run import RunConfig
 from memjax.errors import ConfigError
+from memjax.training.interrupt import run_command
 
 if TYPE_CHECKING:
     from memjax.data.sources.kinds import Source
@@ -58,4 +59,4 @@ def _tokenizer(config: RunConfig, data: "Source") -> "Tokenizer":
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -12,6 +12,7 @@ from memjax.config.load import load, parse
 from memjax.config.run import RunConfig
 from memjax.io.console import say
 from memjax.runs.command import exit_code
+from memjax.training.interrupt import run_command
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,4 +64,4 @@ def _summary(file: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

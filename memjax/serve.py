@@ -16,6 +16,7 @@ from memjax.config.load import RUN_FOLDER, parse
 from memjax.errors import ConfigError
 from memjax.io.console import say, warn
 from memjax.runs.command import InferenceSettings, exit_code, loaded
+from memjax.training.interrupt import run_command
 
 PROG = "python -m memjax.serve"
 API_KEY = "MEMJAX_API_KEY"
@@ -167,4 +168,4 @@ def _greeting(what: str, url: str, *, has_key: bool) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -154,6 +154,7 @@ def exit_code(command: Callable[[], int | None], *, interrupted: str = "interrup
         print(printable(explain(error), error=True), file=sys.stderr)
         return 4
     except KeyboardInterrupt:
+        heard()
         print(f"\n{interrupted}", file=sys.stderr)
         return 130
 
