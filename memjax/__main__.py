@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from memjax.io.console import output
-from memjax.training.interrupt import run_command, run_program
+from memjax.io.ctrl_c import run_command
+from memjax.training.interrupt import run_program
 
 COMMANDS = {
     "train": "train a model, or go on with a run",

@@ -16,8 +16,8 @@ from memjax.config.load import RUN_FOLDER, parse
 from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig
 from memjax.errors import ConfigError
+from memjax.io.ctrl_c import run_command
 from memjax.runs.command import CheckpointSettings, TableFormat, exit_code
-from memjax.training.interrupt import run_command
 
 PROG = "python -m memjax.convert"
 

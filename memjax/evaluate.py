@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from memjax.config.load import RUN_FOLDER, parse
 from memjax.errors import ConfigError
 from memjax.evaluation.settings import EvaluateConfig
+from memjax.io.ctrl_c import run_command
 from memjax.io.files import write_atomic
 from memjax.runs.command import exit_code, loaded
-from memjax.training.interrupt import run_command
 
 if TYPE_CHECKING:
     from memjax.data.sources.records import Record

@@ -12,8 +12,8 @@ from memjax.config.load import RUN_FOLDER, parse
 from memjax.config.sampling import SamplingConfig
 from memjax.errors import ConfigError
 from memjax.io.console import printable
+from memjax.io.ctrl_c import heard, run_command
 from memjax.runs.command import InferenceSettings, check_output, exit_code, loaded
-from memjax.training.interrupt import heard, run_command
 
 if TYPE_CHECKING:
     from memjax.runs.load import LoadedModel

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from memjax.config.checks import local_paths
 from memjax.config.load import RUN_FOLDER, parse
 from memjax.errors import ConfigError
+from memjax.io.ctrl_c import run_command
 from memjax.runs.command import CheckpointSettings, check_output, exit_code, loaded
-from memjax.training.interrupt import run_command
 
 if TYPE_CHECKING:
     from memjax.runs.load import LoadedModel

@@ -9,8 +9,8 @@ from memjax.config.checks import local_paths, not_negative, positive
 from memjax.config.help import Positional
 from memjax.config.load import parse
 from memjax.errors import ConfigError
+from memjax.io.ctrl_c import run_command
 from memjax.runs.command import CheckpointSettings, exit_code, loaded
-from memjax.training.interrupt import run_command
 
 PROG = "python -m memjax.learn"
 RUN_AND_FACTS = Positional(

@@ -13,8 +13,8 @@ from memjax.config.checks import local_paths, positive, refuse
 from memjax.config.help import Positional, help_text
 from memjax.config.load import parse
 from memjax.errors import ConfigError
+from memjax.io.ctrl_c import run_command
 from memjax.runs.command import CheckpointSettings, exit_code
-from memjax.training.interrupt import run_command
 
 if TYPE_CHECKING:
     from memjax.runs.patch import Patch

@@ -8,8 +8,8 @@ from typing import cast
 
 from memjax.config.checks import local_paths
 from memjax.config.load import RUN_FOLDER, parse
+from memjax.io.ctrl_c import run_command
 from memjax.runs.command import exit_code
-from memjax.training.interrupt import run_command
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from memjax.config.load import Parsed, parse
 from memjax.config.run import RunConfig
 from memjax.errors import ConfigError
-from memjax.training.interrupt import run_command
+from memjax.io.ctrl_c import run_command
 
 if TYPE_CHECKING:
     from memjax.data.sources.kinds import Source

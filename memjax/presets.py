@@ -11,8 +11,8 @@ from memjax.config import presets
 from memjax.config.load import load, parse
 from memjax.config.run import RunConfig
 from memjax.io.console import say
+from memjax.io.ctrl_c import run_command
 from memjax.runs.command import exit_code
-from memjax.training.interrupt import run_command
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,8 +15,8 @@ from memjax.config.checks import not_empty, positive, refuse
 from memjax.config.load import RUN_FOLDER, parse
 from memjax.errors import ConfigError
 from memjax.io.console import say, warn
+from memjax.io.ctrl_c import run_command
 from memjax.runs.command import InferenceSettings, exit_code, loaded
-from memjax.training.interrupt import run_command
 
 PROG = "python -m memjax.serve"
 API_KEY = "MEMJAX_API_KEY"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from memjax.errors import ConfigError
 from memjax.io.console import log_to_console, printable
-from memjax.training.interrupt import heard
+from memjax.io.ctrl_c import heard
 
 if TYPE_CHECKING:
     from memjax.runs.load import LoadedModel

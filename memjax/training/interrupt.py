@@ -35,9 +35,6 @@ SAME_WISH_SECONDS = 2.0
 _HANDLER_SECONDS = 0.5
 """How long Python's own handler has before the thread takes over: none runs while JAX compiles."""
 
-_LOST_SECONDS = 2.0
-"""After so long a KeyboardInterrupt that nothing has caught is lost."""
-
 
 class Interrupt:
     """Whether a signal wants the run to stop.
@@ -178,42 +175,6 @@ def run_program(main: Callable[[], int]) -> NoReturn:
                     stream.flush()
             leave(code)
         sys.exit(code)
-
-
-def run_command(main: Callable[[], int]) -> NoReturn:
-    """Runs the main function of a command that a Ctrl-C may end anywhere, and ends the process with its exit code.
-
-    Callbacks of JAX and imports of libraries lose a KeyboardInterrupt; it is raised again until somebody calls `heard`.
-    """
-    sys.unraisablehook = _unraisable_but_for_ctrl_c
-    for number in (signal.SIGINT, signal.SIGALRM):
-        signal.signal(number, _ctrl_c)
-    try:
-        code = main()
-    except KeyboardInterrupt:
-        heard()
-        print("\ninterrupted", file=sys.stderr)
-        code = NOTHING_SAVED
-    for number in (signal.SIGINT, signal.SIGALRM):
-        signal.signal(number, signal.SIG_IGN)
-    sys.exit(code)
-
-
-def heard() -> None:
-    """Says that a KeyboardInterrupt has arrived where it is wanted."""
-    signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def _ctrl_c(number: int, frame: FrameType | None) -> NoReturn:
-    signal.setitimer(signal.ITIMER_REAL, _LOST_SECONDS)
-    raise KeyboardInterrupt
-
-
-def _unraisable_but_for_ctrl_c(unraisable: "sys.UnraisableHookArgs") -> None:
-    if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-    else:
-        _unraisable_without_closed_loops(unraisable)
 
 
 def _without_closed_loops(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

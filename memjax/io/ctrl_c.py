@@ -1,0 +1,46 @@
+"""Ctrl-C in commands that keep nothing which a signal should wait for. The training has `memjax.training.interrupt`."""
+
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+_LOST_SECONDS = 2.0
+"""After so long a KeyboardInterrupt that nothing has caught is lost."""
+
+
+def run_command(main: Callable[[], int]) -> NoReturn:
+    """Runs the main function of a command that a Ctrl-C may end anywhere, and ends the process with its exit code.
+
+    Callbacks of JAX and imports of libraries lose a KeyboardInterrupt; it is raised again until somebody calls `heard`.
+    """
+    sys.unraisablehook = _unraisable_but_for_ctrl_c
+    for number in (signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, _ctrl_c)
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        heard()
+        print("\ninterrupted", file=sys.stderr)
+        code = 130
+    for number in (signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
+
+
+def heard() -> None:
+    """Says that a KeyboardInterrupt has arrived where it is wanted."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _ctrl_c(number: int, frame: FrameType | None) -> NoReturn:
+    signal.setitimer(signal.ITIMER_REAL, _LOST_SECONDS)
+    raise KeyboardInterrupt
+
+
+def _unraisable_but_for_ctrl_c(unraisable: "sys.UnraisableHookArgs") -> None:
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+    else:
+        sys.__unraisablehook__(unraisable)

@@ -1,0 +1,49 @@
+"""Ctrl-C ends commands in a line, wherever it comes."""
+
+import subprocess
+import sys
+
+import pytest
+
+LOST = """
+import os, signal, sys, time
+from memjax.io import ctrl_c
+from memjax.io.ctrl_c import heard, run_command
+
+class Loses:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+
+def main():
+    if sys.argv[1] == "lost":
+        Loses()
+    elif sys.argv[1] == "caught":
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except BaseException:
+            pass
+    elif sys.argv[1] == "heard":
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            heard()
+        time.sleep(0.3)
+        return 0
+    else:
+        os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+    return 0
+
+ctrl_c._LOST_SECONDS = 0.1
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize("how", ["raised", "lost", "caught", "heard"])
+def test_ctrl_c_ends_a_command_in_a_line_wherever_it_comes(how):
+    done = subprocess.run([sys.executable, "-c", LOST, how], capture_output=True, text=True, check=False, timeout=30)
+    expected = (0, "") if how == "heard" else (130, "\ninterrupted\n")
+    assert (done.returncode, done.stderr) == expected
