@@ -22,6 +22,7 @@ from memjax.runs.command import exit_code, loaded
 
 if TYPE_CHECKING:
     from memjax.data.sources.records import Record
+    from memjax.evaluation.model import EvalModel
     from memjax.evaluation.question_sets.formats import QuestionSet
     from memjax.runs.load import LoadedModel
 
@@ -123,11 +124,8 @@ def _question_sets(settings: EvaluateConfig) -> tuple[list["QuestionSet"], list[
         return [], []
     from memjax.evaluation.question_sets.formats import read_question_sets
 
-    context = settings.show_context
-    sets = read_question_sets(settings.questions, field="--questions", show_context=context)
-    if not settings.examples:
-        return sets, []
-    return sets, read_question_sets(settings.examples, field="--examples", show_context=context)
+    sets = read_question_sets(settings.questions, field="--questions")
+    return sets, read_question_sets(settings.examples, field="--examples") if settings.examples else []
 
 
 def _questions(
@@ -138,9 +136,23 @@ def _questions(
     answers: pathlib.Path | None,
 ) -> dict[str, Any]:
     from memjax.evaluation.question_sets.report import format_question_report, question_report
+    from memjax.evaluation.question_sets.sandbox import Limits
 
+    seconds = settings.program_seconds
     with _lines(answers) as keep:
-        report = question_report(found, sets, settings, examples=examples, keep=keep)
+        report = question_report(
+            _eval_model(found, settings),
+            sets,
+            examples=examples,
+            limit=settings.limit,
+            shots=settings.shots or 0,
+            max_tokens=settings.max_tokens,
+            sampling=settings.sampling,
+            samples=settings.samples,
+            limits=Limits(cpu_seconds=seconds, seconds=3 * seconds) if settings.run_programs else None,
+            zero_tables=settings.zero_tables,
+            keep=keep,
+        )
     print(format_question_report(report) + (f"\n\nevery answer is in {answers}" if answers else ""))
     return report
 
@@ -151,9 +163,23 @@ def _tasks(found: "LoadedModel", settings: EvaluateConfig, answers: pathlib.Path
     from memjax.evaluation.harness import format_task_report, task_report
 
     with _lines(answers) as keep:
-        report = task_report(found, settings, keep=keep)
+        report = task_report(
+            _eval_model(found, settings),
+            settings.tasks,
+            folder=settings.task_folder,
+            limit=settings.limit,
+            shots=settings.shots,
+            zero_tables=settings.zero_tables,
+            keep=keep,
+        )
     print(format_task_report(report) + (f"\n\nevery answer is in {answers}" if answers else ""))
     return report
+
+
+def _eval_model(found: "LoadedModel", settings: EvaluateConfig) -> "EvalModel":
+    from memjax.evaluation.model import EvalModel
+
+    return EvalModel.of(found, max_length=settings.sequence_length, batch_size=settings.batch_size)
 
 
 @contextlib.contextmanager

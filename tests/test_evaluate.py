@@ -97,14 +97,14 @@ def test_a_run_on_text_is_measured_on_its_validation_data(tmp_path, capsys):
 
 def test_questions_are_asked_and_every_answer_is_kept(biographies, tmp_path, capsys):
     short = [{"question": f"Who is {name}?", "answers": [name]} for name in ("Ann", "Ben", "Cleo")]
-    choice = [{"question": "Which?", "choices": ["a", "b"], "answer": 1}]
-    for name, rows in (("short_dev.jsonl", short), ("choice.jsonl", choice)):
+    problem = [{"task_id": 1, "text": "Double.", "code": "def f(x): ...", "test_list": ["assert f(1) == 2"]}]
+    for name, rows in (("short_dev.jsonl", short), ("mbpp.jsonl", problem)):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--limit", "2", "--max_tokens", "9", "--batch_size", "2"]
     assert evaluate.main([biographies, "--questions", str(tmp_path), *options]) == 0
     printed = capsys.readouterr().out
     assert "Short answers" in printed
-    assert "Multiple choice" in printed
+    assert "Programs" in printed
     assert "tables zeroed" in printed
     path = printed.splitlines()[-1].removeprefix("written to ")
     assert path == f"{biographies}/evals/7-questions-{tmp_path.name}.json"
@@ -112,18 +112,18 @@ def test_questions_are_asked_and_every_answer_is_kept(biographies, tmp_path, cap
         kept = json.load(file)
     assert (kept["step"], kept["settings"]["limit"]) == (7, 2)
     assert [(one["name"], one["questions"], one["of"]) for one in kept["sets"]] == [
-        ("choice", 1, 1),
+        ("mbpp", 1, 1),
         ("short_dev", 2, 3),
     ]
     assert all("zeroed" in one for one in kept["sets"])
     with open(path.replace(".json", "-answers.jsonl")) as file:
         answers = [json.loads(line) for line in file]
-    assert [(one["set"], one["expected"]) for one in answers] == [
-        ("choice", ["b"]),
+    assert [(one["set"], one.get("expected")) for one in answers] == [
+        ("mbpp", None),
         ("short_dev", ["Ann"]),
         ("short_dev", ["Ben"]),
     ]
-    assert answers[0]["answers"] in (["a"], ["b"])
+    assert answers[0]["question"] == "MBPP/1"
 
 
 def test_text_is_generated_from_a_prompt(biographies, capsys):

@@ -1,6 +1,5 @@
 """The language model evaluation harness (lm-eval) on a model of memjax, in this process."""
 
-import dataclasses
 import difflib
 import importlib.metadata
 import json
@@ -18,12 +17,8 @@ from lm_eval.tasks import TaskManager
 
 from memjax.config.sampling import SamplingConfig
 from memjax.errors import ConfigError, DataError
-from memjax.evaluation.question_sets.ask import Examinee, write
-from memjax.evaluation.recall import zero_tables
-from memjax.evaluation.settings import EvaluateConfig
-from memjax.inference.scoring import Request, Score, request, score
-from memjax.monitoring.progress import Progress
-from memjax.runs.load import LoadedModel
+from memjax.evaluation.model import EvalModel
+from memjax.inference.scoring import Request, request
 
 _MOST_TOKENS = 256
 """Of a text where the task does not say."""
@@ -36,27 +31,26 @@ _KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p",
 
 
 class HarnessModel(LM):
-    """What lm-eval asks, answered by a model: `lm_eval.simple_evaluate(model=HarnessModel(who), tasks=[...])`.
+    """Answers what lm-eval asks: `lm_eval.simple_evaluate(model=HarnessModel(model), tasks=[...])`.
 
     Every text begins with the begin token, as in training.
     """
 
-    def __init__(self, who: Examinee, *, every_seconds: float = 10.0):
-        """Takes the model, and the time between two lines on how far it is."""
+    def __init__(self, model: EvalModel):
         super().__init__()
-        self.who = who
-        self.every_seconds = every_seconds
+        self.eval_model = model
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """The log-likelihood of each continuation after its context, and whether greedy decoding would write it."""
         pairs: list[tuple[Any, ...]] = [one.args for one in requests]
-        return [*self._scores([request(self.who.tokenizer, *pair) for pair in pairs])]
+        return [*self.eval_model.score([request(self.eval_model.tokenizer, *pair) for pair in pairs])]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of whole texts, in windows that have at most one token in common; 0 for an empty text."""
-        tokenizer = self.who.tokenizer
+        tokenizer = self.eval_model.tokenizer
         texts = tokenizer.encode_batch([one.args[0] for one in requests])
-        return [one.log_likelihood for one in self._scores([Request([tokenizer.bos_id], text) for text in texts])]
+        scores = self.eval_model.score([Request([tokenizer.bos_id], text) for text in texts])
+        return [one.log_likelihood for one in scores]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """What the model writes after each context, up to one of the task's stop strings."""
@@ -66,46 +60,48 @@ class HarnessModel(LM):
             by_rule[json.dumps(rule, sort_keys=True)].append(number)
         texts: dict[int, str] = {}
         for rule, numbers in by_rule.items():
-            contexts = [asked[number][0] for number in numbers]
-            with Progress(1, self.every_seconds) as progress:
-                show = lambda share, progress=progress: progress.update(share, f"{len(contexts):,} texts")  # noqa: B023
-                written = write(self.who, contexts, **_writing(json.loads(rule)), show=show)
+            with self.eval_model.progress(f"{len(numbers):,} texts") as show:
+                prompts = [asked[number][0] for number in numbers]
+                written = self.eval_model.write(prompts, **_writing(json.loads(rule)), show=show)
             texts |= {number: one.text for number, one in zip(numbers, written, strict=True)}
         return [texts[number] for number in range(len(requests))]
 
-    def _scores(self, requests: Sequence[Request]) -> list[Score]:
-        who = self.who
-        with Progress(1, self.every_seconds) as progress:
-            show = lambda share: progress.update(share, f"{len(requests):,} log-likelihoods")
-            return score(who.model, requests, max_length=who.max_length, batch_size=who.batch_size, show=show)
-
 
 def task_report(
-    found: LoadedModel, settings: EvaluateConfig, *, keep: Callable[[dict[str, Any]], None] = lambda _: None
+    model: EvalModel,
+    tasks: Sequence[str],
+    *,
+    folder: str | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    zero_tables: bool = True,
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """How a model does on tasks, as JSON values: lm-eval's results with versions and hashes of the tasks.
 
     `zeroed` has the results of the model without its tables, which it has lost for good then.
 
     Args:
-        found: the model.
-        settings: which tasks, how much of them, and how.
-        keep: is given every document with its answer, as JSON values.
+        model: the model.
+        tasks: their names.
+        folder: with tasks as YAML files, which then are the only ones known.
+        limit: the most documents of each task.
+        shots: solved documents in front of each one; None: as many as the task wants.
+        zero_tables: do them again with the tables zeroed, where there are any.
+        keep: receives every document with its answer, as JSON values.
 
     Raises:
         ConfigError: a task is not known.
         DataError: a task cannot be loaded, or wants something that memjax does not have.
     """
-    who = Examinee.of(found, settings)
-    every = found.config.log.progress_seconds
-    measured = _measure(HarnessModel(who, every_seconds=every), settings)
+    measure = lambda model: _measure(model, tasks, folder, limit, shots)
+    measured = measure(model)
     for task, samples in measured.pop("samples").items():
         for sample in samples:
             keep({"task": task, **sample})
-    if settings.zero_tables and found.model.config.lookups:
-        without = dataclasses.replace(who, model=zero_tables(found.model, donate=True))
-        measured["zeroed"] = _measure(HarnessModel(without, every_seconds=every), settings)["results"]
-    return {"lm_eval": importlib.metadata.version("lm-eval"), **who.description(), **measured}
+    if zero_tables and (zeroed := model.zeroed()):
+        measured["zeroed"] = measure(zeroed)["results"]
+    return {"lm_eval": importlib.metadata.version("lm-eval"), **model.description(), **measured}
 
 
 def format_task_report(report: Mapping[str, Any]) -> str:
@@ -122,12 +118,14 @@ def format_task_report(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _measure(model: HarnessModel, settings: EvaluateConfig) -> dict[str, Any]:
-    if settings.task_folder is not None and not os.path.isdir(settings.task_folder):
-        raise ConfigError([f"task_folder={settings.task_folder} is no folder; name one that holds YAML files of tasks"])
-    manager = TaskManager(include_path=settings.task_folder, include_defaults=settings.task_folder is None)
-    names = manager.match_tasks(list(settings.tasks))
-    for task in settings.tasks:
+def _measure(
+    model: EvalModel, tasks: Sequence[str], folder: str | None, limit: int | None, shots: int | None
+) -> dict[str, Any]:
+    if folder is not None and not os.path.isdir(folder):
+        raise ConfigError([f"task_folder={folder} is no folder; name one that holds YAML files of tasks"])
+    manager = TaskManager(include_path=folder, include_defaults=folder is None)
+    names = manager.match_tasks(list(tasks))
+    for task in tasks:
         if not manager.match_tasks([task]):
             close = difflib.get_close_matches(task, manager.all_tasks, n=3) or manager.all_tasks[:8]
             raise ConfigError([f"tasks={task} is not known; known are {', '.join(close) or 'none'}"])
@@ -135,12 +133,12 @@ def _measure(model: HarnessModel, settings: EvaluateConfig) -> dict[str, Any]:
         loaded = manager.load(names)
     except Exception as error:  # whatever a task's file or its data can do wrong
         raise DataError(
-            f"--tasks {','.join(settings.tasks)}: cannot be loaded ({error}); data must be on this machine: name files "
+            f"--tasks {','.join(tasks)}: cannot be loaded ({error}); data must be on this machine: name files "
             "in the task's YAML file, or fetch them once with HF_HUB_OFFLINE=0"
         ) from error
     for task in loaded["tasks"].values():
-        if settings.shots is not None:
-            task.set_config("num_fewshot", settings.shots)
+        if shots is not None:
+            task.set_config("num_fewshot", shots)
         elif task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(_FEWSHOT_SEED)
@@ -148,7 +146,7 @@ def _measure(model: HarnessModel, settings: EvaluateConfig) -> dict[str, Any]:
             raise DataError(f"--tasks {task.task_name}: runs programs of the model; for those see --questions")
     # A pool of processes would fork this one, which a process with JAX's threads must not.
     with mock.patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}):
-        results = evaluator.evaluate(model, loaded, limit=settings.limit, bootstrap_iters=_RESAMPLES)
+        results = evaluator.evaluate(HarnessModel(model), loaded, limit=limit, bootstrap_iters=_RESAMPLES)
     # Only JSON values: configs hold functions.
     return json.loads(json.dumps(results, default=str))
 

@@ -7,7 +7,7 @@ from memjax.config.sampling import SamplingConfig
 from memjax.config.schema import show
 from memjax.runs.command import InferenceSettings
 
-_OF_QUESTIONS = ("examples", "show_context", "max_tokens", "sampling", "samples", "run_programs", "program_seconds")
+_OF_QUESTIONS = ("examples", "max_tokens", "sampling", "samples", "run_programs", "program_seconds")
 _USED_BY = dict.fromkeys(_OF_QUESTIONS, ("questions",)) | {
     "limit": ("questions", "tasks"),
     "shots": ("questions", "tasks"),
@@ -36,8 +36,8 @@ class EvaluateConfig(InferenceSettings):
     """The most people to ask about, of those asked about in training and of the others; null asks about all."""
     questions: tuple[str, ...] = ()
     """Sets of questions to ask: .jsonl files (.gz, .xz or .zst may follow), folders of such, or globs. What is in a
-    file, its fields say: question, answers; question, choices, answer; context, qas; or as HumanEval and MBPP are
-    published."""
+    file, its fields say: question, answers; context, qas; or as HumanEval and MBPP are published. For questions with
+    choices see tasks."""
     limit: int | None = None
     """The most questions of each set, evenly spread over it; of each task the first. null asks all."""
     shots: int | None = None
@@ -45,8 +45,6 @@ class EvaluateConfig(InferenceSettings):
     examples: tuple[str, ...] = ()
     """Where these come from: files with the same names but for `_train`, `_dev` and the like. Without, from the set
     itself, never the question itself."""
-    show_context: bool = False
-    """Put the paragraph in front of questions that have one (SQuAD). Without it, the model must know the answer."""
     max_tokens: int | None = None
     """The most tokens to write; null: 32 for an answer, 384 for a program."""
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)

@@ -12,8 +12,9 @@ from memjax import evaluate
 from memjax.config.sampling import SamplingConfig
 from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.errors import ConfigError, DataError
+from memjax.evaluation import model as model_module
+from memjax.evaluation.model import EvalModel
 from memjax.evaluation.recall import zero_tables
-from memjax.evaluation.settings import EvaluateConfig
 from memjax.inference.scoring import Score
 
 # lm-eval and what it imports warn of their own affairs.
@@ -61,8 +62,8 @@ def metric(name: str) -> dict:
 
 
 def report(harness, found, folder: pathlib.Path, *tasks: str, keep=lambda _: None, **settings) -> dict:
-    config = EvaluateConfig(tasks=tasks, task_folder=str(folder), batch_size=8, zero_tables=False, **settings)
-    return harness.task_report(found, config, keep=keep)
+    model = EvalModel.of(found, batch_size=8)
+    return harness.task_report(model, tasks, folder=str(folder), zero_tables=False, keep=keep, **settings)
 
 
 def test_choices_are_those_of_whole_forward_passes(harness, found, by_hand, tmp_path):
@@ -130,10 +131,9 @@ def test_the_zeroed_tables_the_shots_and_the_limit(harness, found, tmp_path, mon
         asked.append((float(np.abs(np.asarray(model.tables["shared"].rows[...])).sum()), requests))
         return [Score(-float(number), False) for number in range(len(requests))]
 
-    monkeypatch.setattr(harness, "score", score)
-    monkeypatch.setattr(harness, "zero_tables", lambda model, donate: zero_tables(model))
-    config = EvaluateConfig(tasks=("choose",), task_folder=str(tmp_path), limit=2, shots=1)
-    measured = harness.task_report(found, config)
+    monkeypatch.setattr(model_module, "score", score)
+    monkeypatch.setattr(model_module, "zero_tables", lambda model, donate: zero_tables(model))
+    measured = harness.task_report(EvalModel.of(found), ["choose"], folder=str(tmp_path), limit=2, shots=1)
     (whole, requests), (zeroed, _) = asked
     assert whole > 0 == zeroed
     assert measured["n-samples"]["choose"] == {"original": 4, "effective": 2}

@@ -4,10 +4,9 @@ import dataclasses
 import json
 import pathlib
 import re
-import string
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import ClassVar
 
 import pydantic
 
@@ -24,6 +23,7 @@ _MBPP_PARTS = {"prompt": 10, "test": 510, "validation": 600, "train": sys.maxsiz
 class Question:
     """What all kinds of questions have."""
 
+    kind: ClassVar[str]
     text: str
     """The question, for people."""
     prompt: str
@@ -31,38 +31,23 @@ class Question:
     solved: str
     """The prompt with the right answer, as an example for other questions."""
     group: str | None = None
-    """What the set is divided by: a relation of facts, a subject."""
+    """What the set is divided by, such as the relation of facts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class OpenQuestion(Question):
     """A question that is answered in a few words."""
 
+    kind: ClassVar = "open"
     answers: tuple[str, ...]
     """All that are right."""
-
-
-class Option(NamedTuple):
-    """One choice as the model reads it: how likely is the continuation?"""
-
-    context: str
-    continuation: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ChoiceQuestion(Question):
-    """A question with several answers to choose from."""
-
-    choices: tuple[str, ...]
-    answer: int
-    """Which of them is right, from 0."""
-    options: tuple[Option, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Problem(Question):
     """A function to write in Python."""
 
+    kind: ClassVar = "program"
     beginning: str
     """What stands before the model's text in a program."""
     tests: str
@@ -90,13 +75,12 @@ class QuestionSet:
         return re.sub(f"_({'|'.join(_SPLITS)})$", "", self.name)
 
 
-def read_question_sets(paths: Sequence[str], *, field: str, show_context: bool = False) -> list[QuestionSet]:
+def read_question_sets(paths: Sequence[str], *, field: str) -> list[QuestionSet]:
     """The sets of some files and folders; in folders, files with anything else are left out.
 
     Args:
         paths: files, folders or globs.
         field: the setting that names them, for messages.
-        show_context: put the paragraph in front of a question that has one.
 
     Raises:
         DataError: a file cannot be read, holds something else than questions, or there is none.
@@ -108,7 +92,7 @@ def read_question_sets(paths: Sequence[str], *, field: str, show_context: bool =
             if file.format != "jsonl" and not is_whole:
                 continue
             if layout := _layout(file, must_fit=is_whole):
-                found.append(QuestionSet(path=file.path, questions=tuple(_questions(file, layout, show_context))))
+                found.append(QuestionSet(path=file.path, questions=tuple(_questions(file, layout))))
     if not found:
         raise DataError(f"{', '.join(paths)}: no file there holds questions; set {field} to one that does: {_known()}")
     return found
@@ -119,55 +103,9 @@ class _Row(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(strict=True, frozen=True)
 
-    def questions(self, show_context: bool) -> Iterable[Question]:
+    def questions(self) -> Iterable[Question]:
         """What the line asks."""
         raise NotImplementedError
-
-
-class _ChoiceRow(_Row):
-    question: str
-    choices: tuple[str, ...] = pydantic.Field(min_length=2, max_length=26)
-    answer: int = pydantic.Field(ge=0)
-    set: str = ""
-    subject: str | None = None
-
-    @pydantic.model_validator(mode="after")
-    def _answer_is_a_choice(self) -> "_ChoiceRow":
-        if self.answer >= len(self.choices):
-            raise ValueError(f"answer={self.answer} must be below the number of choices, {len(self.choices)}")
-        return self
-
-    def questions(self, show_context: bool) -> Iterable[Question]:
-        """With the letters of listed choices for MMLU, the rest of the sentence for WinoGrande, else the choices."""
-        prompt = _prompt(self.question)
-        options = [Option(prompt, f" {choice}") for choice in self.choices]
-        if self.set == "mmlu":
-            lettered = list(zip(string.ascii_uppercase, self.choices, strict=False))
-            listed = "\n".join(f"{letter}. {choice}" for letter, choice in lettered)
-            prompt = f"Question: {self.question}\n{listed}\nAnswer:"
-            options = [Option(prompt, f" {letter}") for letter, _ in lettered]
-        elif self.set == "winogrande" and "_" in self.question:
-            prompt, _, rest = self.question.partition("_")
-            options = [Option(prompt + choice, rest) for choice in self.choices]
-        yield ChoiceQuestion(
-            text=self.question,
-            prompt=prompt,
-            solved="".join(options[self.answer]),
-            group=self.subject,
-            choices=self.choices,
-            answer=self.answer,
-            options=tuple(options),
-        )
-
-
-class _TruthRow(_Row):
-    question: str
-    best: str
-    incorrect: tuple[str, ...] = pydantic.Field(min_length=1, max_length=25)
-
-    def questions(self, show_context: bool) -> Iterable[Question]:
-        """The best answer among the wrong ones: a question with choices."""
-        return _ChoiceRow(question=self.question, choices=(self.best, *self.incorrect), answer=0).questions(False)
 
 
 class _OpenRow(_Row):
@@ -175,7 +113,7 @@ class _OpenRow(_Row):
     answers: tuple[str, ...] = pydantic.Field(min_length=1)
     relation: str | None = None
 
-    def questions(self, show_context: bool) -> Iterable[Question]:
+    def questions(self) -> Iterable[Question]:
         """The question alone."""
         yield _open_question(self.question, self.answers, group=self.relation)
 
@@ -189,10 +127,9 @@ class _ParagraphRow(_Row):
     context: str
     qas: tuple[_ParagraphQuestion, ...]
 
-    def questions(self, show_context: bool) -> Iterable[Question]:
-        """Those about the paragraph, which stands before them if that is wished."""
-        before = f"{self.context}\n" if show_context else ""
-        return (_open_question(item.question, item.answers, before=before) for item in self.qas)
+    def questions(self) -> Iterable[Question]:
+        """Those about the paragraph, without it: the model must know the answers."""
+        return (_open_question(item.question, item.answers) for item in self.qas)
 
 
 class _HumanEvalRow(_Row):
@@ -202,7 +139,7 @@ class _HumanEvalRow(_Row):
     canonical_solution: str
     test: str
 
-    def questions(self, show_context: bool) -> Iterable[Question]:
+    def questions(self) -> Iterable[Question]:
         """The begin of a function, which its body is to follow."""
         yield Problem(
             text=self.task_id,
@@ -221,7 +158,7 @@ class _MbppRow(_Row):
     test_list: tuple[str, ...] = pydantic.Field(min_length=1)
     test_setup_code: str = ""
 
-    def questions(self, show_context: bool) -> Iterable[Question]:
+    def questions(self) -> Iterable[Question]:
         """A docstring with the task and what must hold, which the function is to follow."""
         tests = "\n".join(self.test_list)
         prompt = f'"""\n{self.text}\n{tests}\n"""\n'
@@ -236,16 +173,12 @@ class _MbppRow(_Row):
         )
 
 
-_LAYOUTS: tuple[type[_Row], ...] = (_ChoiceRow, _TruthRow, _OpenRow, _ParagraphRow, _HumanEvalRow, _MbppRow)
+_LAYOUTS: tuple[type[_Row], ...] = (_OpenRow, _ParagraphRow, _HumanEvalRow, _MbppRow)
 """A line has the first layout all of whose required fields it has."""
 
 
-def _prompt(question: str) -> str:
-    return f"Question: {question}\nAnswer:"
-
-
-def _open_question(text: str, answers: tuple[str, ...], *, before: str = "", group: str | None = None) -> OpenQuestion:
-    prompt = before + _prompt(text)
+def _open_question(text: str, answers: tuple[str, ...], *, group: str | None = None) -> OpenQuestion:
+    prompt = f"Question: {text}\nAnswer:"
     return OpenQuestion(text=text, prompt=prompt, solved=f"{prompt} {answers[0]}", group=group, answers=answers)
 
 
@@ -272,17 +205,19 @@ def _layout(file: DataFile, *, must_fit: bool) -> type[_Row] | None:
     found = next((layout for layout in _LAYOUTS if all(name in names for name in _required(layout))), None)
     if found is None and must_fit:
         problem = payload if isinstance(payload, MalformedError) else f"not a question; known are {_known()}"
+        if "choices" in names:
+            problem = "questions with choices are tasks of lm-eval: name a YAML file for them with --tasks"
         raise DataError(f"{file.path}:{number}: {problem}")
     return found
 
 
-def _questions(file: DataFile, layout: type[_Row], show_context: bool) -> Iterator[Question]:
+def _questions(file: DataFile, layout: type[_Row]) -> Iterator[Question]:
     for number, payload in Stream(file, Keys()):
         try:
             if not isinstance(payload, bytes):
                 raise DataError(f"{file.path}:{number}: {payload}")
             # JSON is what pydantic reads strictly and yet turns lists into tuples from.
-            yield from layout.model_validate_json(payload).questions(show_context)
+            yield from layout.model_validate_json(payload).questions()
         except pydantic.ValidationError as error:
             problems = (f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
             raise DataError(f"{file.path}:{number}: {'; '.join(problems)}") from error

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from memjax.config.sampling import SamplingConfig
-from memjax.evaluation.question_sets.ask import Examinee, Marked, write
+from memjax.evaluation.model import EvalModel
+from memjax.evaluation.question_sets.ask import Graded
 from memjax.evaluation.question_sets.formats import Problem
 from memjax.evaluation.question_sets.sandbox import Limits, missing_protection, run_program, unreadable
 from memjax.inference.scoring import Show
@@ -20,7 +21,7 @@ _WRITING = 0.9
 
 
 def ask_problems(
-    who: Examinee,
+    model: EvalModel,
     problems: Sequence[Problem],
     before: Sequence[str],
     *,
@@ -29,25 +30,24 @@ def ask_problems(
     sampling: SamplingConfig,
     limits: Limits | None,
     show: Show,
-) -> list[Marked]:
+) -> list[Graded]:
     """Functions for each problem, with pass@k if they may be run: the chance that one of k functions is right.
 
     Args:
-        who: the model.
+        model: the model.
         problems: what to write.
         before: of each problem the text in front of its prompt.
         max_tokens: the most tokens of a function.
         samples: functions for each problem.
         sampling: how their tokens are picked.
         limits: of the process that runs a function; None runs nothing.
-        show: is told how much is done.
+        show: receives the share of the work that is done.
     """
     repeated = [problem for problem in problems for _ in range(samples)]
     prompts = [text + problem.prompt for problem, text in zip(problems, before, strict=True) for _ in range(samples)]
     stops = {problem.stop for problem in problems}
     assert len(stops) == 1, "a set has one kind of problem"
-    written = write(
-        who,
+    written = model.write(
         prompts,
         max_tokens=max_tokens,
         stop=stops.pop(),
@@ -58,15 +58,15 @@ def ask_problems(
     if limits is not None:
         texts = [f"{problem.beginning}{text}" for problem, (text, _) in zip(repeated, written, strict=True)]
         passed = _run(texts, [problem.tests for problem in repeated], limits, show)
-    found = []
+    graded = []
     for number in range(len(problems)):
         mine = slice(number * samples, (number + 1) * samples)
         right = sum(passed[mine])
         tries = [k for k in _TRIES if k <= samples] if passed else []
         metrics = {f"pass@{k}": pass_at_k(samples, right, k) for k in tries}
         texts = tuple(text for text, _ in written[mine])
-        found.append(Marked(texts, metrics, written[mine.start].is_cut))
-    return found
+        graded.append(Graded(texts, metrics, written[mine.start].is_cut))
+    return graded
 
 
 def _run(programs: Sequence[str], tests: Sequence[str], limits: Limits, show: Show) -> list[bool]:

@@ -1,6 +1,5 @@
 """Sets of questions put to a model: the examples before each, the answers, and one report over all sets."""
 
-import dataclasses
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -8,20 +7,18 @@ from typing import Any
 
 import numpy as np
 
+from memjax.config.sampling import SamplingConfig
 from memjax.errors import DataError
-from memjax.evaluation.question_sets.ask import Examinee, Marked, ask_choices, ask_open
-from memjax.evaluation.question_sets.formats import ChoiceQuestion, OpenQuestion, Problem, Question, QuestionSet
+from memjax.evaluation.model import EvalModel
+from memjax.evaluation.question_sets.ask import Graded, ask_open
+from memjax.evaluation.question_sets.formats import OpenQuestion, Question, QuestionSet
 from memjax.evaluation.question_sets.metrics import normalised
 from memjax.evaluation.question_sets.programs import ask_problems
 from memjax.evaluation.question_sets.sandbox import Limits
-from memjax.evaluation.recall import zero_tables
-from memjax.evaluation.settings import EvaluateConfig
-from memjax.monitoring.progress import Progress
-from memjax.runs.load import LoadedModel
+from memjax.inference.sampling import GREEDY
 
-_ANSWER_TOKENS, _PROGRAM_TOKENS = 32, 384
-_KINDS: dict[type[Question], str] = {OpenQuestion: "open", ChoiceQuestion: "choice", Problem: "program"}
-_TITLES = {"open": "Short answers", "choice": "Multiple choice", "program": "Programs"}
+_MAX_TOKENS = {"open": 32, "program": 384}
+_TITLES = {"open": "Short answers", "program": "Programs"}
 _MOST_GROUPS = 32
 """Sets of more groups than this get no line for each ..."""
 _FEWEST = 5
@@ -29,56 +26,76 @@ _FEWEST = 5
 
 
 def question_report(
-    found: LoadedModel,
+    model: EvalModel,
     sets: Sequence[QuestionSet],
-    settings: EvaluateConfig,
     *,
     examples: Sequence[QuestionSet] = (),
+    limit: int | None = None,
+    shots: int = 0,
+    max_tokens: int | None = None,
+    sampling: SamplingConfig = GREEDY,
+    samples: int = 1,
+    limits: Limits | None = None,
+    zero_tables: bool = True,
     keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """How a model does on each set, as JSON values.
 
-    `metrics` are means over the questions asked, `by_group` those of its relations or subjects, `zeroed` those of the
-    model without its tables, which it has lost for good then.
+    `metrics` are means over the questions asked, `by_group` those of its relations, `zeroed` those of the model without
+    its tables, which it has lost for good then.
 
     Args:
-        found: the model.
+        model: the model.
         sets: what to ask.
-        settings: how much, with which examples, and how.
         examples: sets that the solved questions in front come from; none: from the set itself.
-        keep: is given every question with its answers, as JSON values.
+        limit: the most questions of each set, evenly spread over it.
+        shots: solved questions in front of each one.
+        max_tokens: the most tokens to write; None: 32 for an answer, 384 for a program.
+        sampling: how they are picked.
+        samples: programs to write for each problem.
+        limits: of the processes that run programs; None runs none.
+        zero_tables: ask again with the tables zeroed, where there are any.
+        keep: receives every question with its answers, as JSON values.
 
     Raises:
         DataError: there are not enough examples for a set.
     """
-    chosen = [_Chosen.of(one, examples, settings) for one in sets]
-    who = Examinee.of(found, settings)
-    every = found.config.log.progress_seconds
+    asked = [(one, *_chosen(one, examples, limit, shots)) for one in sets]
+
+    def ask(model: EvalModel, how: str = "") -> Iterator[list[Graded]]:
+        for one, questions, before in asked:
+            kind = questions[0].kind
+            tokens = max_tokens or _MAX_TOKENS[kind]
+            with model.progress(f"{one.name}{how}  {len(questions):,} questions") as show:
+                options = {"max_tokens": tokens, "sampling": sampling, "show": show}
+                if kind == "program":
+                    yield ask_problems(model, questions, before, samples=samples, limits=limits, **options)
+                else:
+                    yield _with_baseline(one, questions, ask_open(model, questions, before, **options))
+
     entries = []
-    for one in chosen:
-        marked = _ask(who, one, settings, every)
-        for question, mark in zip(one.questions, marked, strict=True):
-            keep({"set": one.name, **_shown(question, mark), **mark.metrics})
+    for (one, questions, _), graded in zip(asked, ask(model), strict=True):
+        for question, answer in zip(questions, graded, strict=True):
+            keep({"set": one.name, **_shown(question), "answers": answer.answers, **answer.metrics})
         entries.append(
             {
                 "name": one.name,
-                "path": one.path,
-                "kind": one.kind,
-                "questions": len(one.questions),
-                "of": one.size,
-                "prompts_cut": sum(mark.is_cut for mark in marked),
-                "metrics": _means(marked),
-                "by_group": _by_group(one.questions, marked),
+                "path": str(one.path),
+                "kind": questions[0].kind,
+                "questions": len(questions),
+                "of": len(one.questions),
+                "prompts_cut": sum(answer.is_cut for answer in graded),
+                "metrics": _means(graded),
+                "by_group": _by_group(questions, graded),
             }
         )
-    if settings.zero_tables and found.model.config.lookups:
-        who = dataclasses.replace(who, model=zero_tables(found.model, donate=True))
-        for one, entry in zip(chosen, entries, strict=True):
-            marked = _ask(who, one, settings, every, " with the tables zeroed")
-            entry["zeroed"] = _means(marked)
-            for name, group in _by_group(one.questions, marked).items():
+    if zero_tables and (zeroed := model.zeroed()):
+        again = ask(zeroed, " with the tables zeroed")
+        for (_, questions, _), entry, graded in zip(asked, entries, again, strict=True):
+            entry["zeroed"] = _means(graded)
+            for name, group in _by_group(questions, graded).items():
                 entry["by_group"][name]["zeroed"] = group["metrics"]
-    return {**who.description(), "sets": entries}
+    return {**model.description(), "sets": entries}
 
 
 def format_question_report(report: Mapping[str, Any]) -> str:
@@ -97,35 +114,15 @@ def format_question_report(report: Mapping[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Chosen:
-    """Those questions of a set that are asked, and what stands before each."""
-
-    name: str
-    path: str
-    kind: str
-    size: int
-    """Questions of the whole set."""
-    questions: tuple[Any, ...]
-    before: tuple[str, ...]
-    guesses: Mapping[str | None, str]
-    """Of each group the commonest answer, of questions with short ones."""
-
-    @classmethod
-    def of(cls, whole: QuestionSet, examples: Sequence[QuestionSet], settings: EvaluateConfig) -> "_Chosen":
-        size = len(whole.questions)
-        count = min(size, settings.limit or size)
-        # Evenly spread, because files are often sorted by subject.
-        questions = [whole.questions[number * size // count] for number in range(count)]
-        return cls(
-            name=whole.name,
-            path=str(whole.path),
-            kind=_KINDS[type(questions[0])],
-            size=size,
-            questions=tuple(questions),
-            before=tuple(_examples(whole, questions, examples, settings.shots or 0)),
-            guesses=_commonest(whole.questions),
-        )
+def _chosen(
+    whole: QuestionSet, examples: Sequence[QuestionSet], limit: int | None, shots: int
+) -> tuple[list[Any], list[str]]:
+    """The questions of a set that are asked, and what stands before each."""
+    size = len(whole.questions)
+    count = min(size, limit or size)
+    # Evenly spread, because files are often sorted by subject.
+    questions = [whole.questions[number * size // count] for number in range(count)]
+    return questions, list(_examples(whole, questions, examples, shots))
 
 
 def _examples(whole: QuestionSet, asked: Iterable[Question], sets: Sequence[QuestionSet], shots: int) -> Iterator[str]:
@@ -151,66 +148,39 @@ def _examples(whole: QuestionSet, asked: Iterable[Question], sets: Sequence[Ques
         yield "".join(f"{other.solved}\n\n" for other in picked)
 
 
-def _commonest(questions: Iterable[Question]) -> dict[str | None, str]:
+def _with_baseline(whole: QuestionSet, asked: Iterable[OpenQuestion], graded: Iterable[Graded]) -> list[Graded]:
+    """Adds whether the commonest answer of the question's group is right, which takes no knowledge of the subject."""
     seen: dict[str | None, Counter[str]] = defaultdict(Counter)
-    for question in questions:
-        if isinstance(question, OpenQuestion):
-            # Not a set, whose order differs between runs: of answers that are equally common the first one counts.
-            seen[question.group].update(dict.fromkeys(map(normalised, question.answers), 1))
-    return {group: counts.most_common(1)[0][0] for group, counts in seen.items()}
+    for question in whole.questions:
+        assert isinstance(question, OpenQuestion)
+        # Not a set, whose order differs between runs: of answers that are equally common the first one counts.
+        seen[question.group].update(dict.fromkeys(map(normalised, question.answers), 1))
+    commonest = {group: counts.most_common(1)[0][0] for group, counts in seen.items()}
+    return [
+        answer._replace(
+            metrics=answer.metrics
+            | {"commonest_answer": float(commonest[question.group] in map(normalised, question.answers))}
+        )
+        for question, answer in zip(asked, graded, strict=True)
+    ]
 
 
-def _ask(who: Examinee, chosen: _Chosen, settings: EvaluateConfig, every_seconds: float, how: str = "") -> list[Marked]:
-    questions, before = chosen.questions, chosen.before
-    name = f"{chosen.name}{how}"
-    with Progress(1, every_seconds) as progress:
-
-        def show(share: float) -> None:
-            progress.update(share, f"{name}  {len(questions):,} questions")
-
-        if chosen.kind == "choice":
-            return ask_choices(who, questions, before, show=show)
-        if chosen.kind == "program":
-            seconds = settings.program_seconds
-            return ask_problems(
-                who,
-                questions,
-                before,
-                max_tokens=settings.max_tokens or _PROGRAM_TOKENS,
-                samples=settings.samples,
-                sampling=settings.sampling,
-                limits=Limits(cpu_seconds=seconds, seconds=3 * seconds) if settings.run_programs else None,
-                show=show,
-            )
-        tokens = settings.max_tokens or _ANSWER_TOKENS
-        marked = ask_open(who, questions, before, max_tokens=tokens, sampling=settings.sampling, show=show)
-    for question, mark in zip(questions, marked, strict=True):
-        is_right = chosen.guesses[question.group] in map(normalised, question.answers)
-        # What an answer is worth that takes no knowledge of the subject asked about.
-        mark.metrics["commonest_answer"] = float(is_right)
-    return marked
-
-
-def _shown(question: Question, mark: Marked) -> dict[str, Any]:
-    """A question with what was answered, as JSON values."""
-    expected = {}
-    if isinstance(question, OpenQuestion):
-        expected = {"expected": question.answers}
-    elif isinstance(question, ChoiceQuestion):
-        expected = {"expected": [question.choices[question.answer]]}
+def _shown(question: Question) -> dict[str, Any]:
+    """A question as JSON values."""
     group = {"group": question.group} if question.group is not None else {}
-    return {"question": question.text, **group, **expected, "answers": mark.answers}
+    expected = {"expected": question.answers} if isinstance(question, OpenQuestion) else {}
+    return {"question": question.text, **group, **expected}
 
 
-def _means(marked: Sequence[Marked]) -> dict[str, float]:
-    return {name: float(np.mean([mark.metrics[name] for mark in marked])) for name in marked[0].metrics}
+def _means(graded: Sequence[Graded]) -> dict[str, float]:
+    return {name: float(np.mean([answer.metrics[name] for answer in graded])) for name in graded[0].metrics}
 
 
-def _by_group(questions: Iterable[Question], marked: Iterable[Marked]) -> dict[str, Any]:
-    groups: dict[str, list[Marked]] = defaultdict(list)
-    for question, mark in zip(questions, marked, strict=True):
+def _by_group(questions: Iterable[Question], graded: Iterable[Graded]) -> dict[str, Any]:
+    groups: dict[str, list[Graded]] = defaultdict(list)
+    for question, answer in zip(questions, graded, strict=True):
         if question.group is not None:
-            groups[question.group].append(mark)
+            groups[question.group].append(answer)
     return {name: {"questions": len(members), "metrics": _means(members)} for name, members in sorted(groups.items())}
 
 

@@ -9,7 +9,7 @@ import typing
 import pytest
 
 from memjax.errors import DataError
-from memjax.evaluation.question_sets.formats import ChoiceQuestion, OpenQuestion, Problem, read_question_sets
+from memjax.evaluation.question_sets.formats import OpenQuestion, Problem, read_question_sets
 
 
 def write(path: pathlib.Path, *rows: dict | str) -> str:
@@ -41,29 +41,9 @@ def test_short_answers(tmp_path):
     assert only(write(tmp_path / "b.jsonl", OPEN | {"relation": "P17"})).group == "P17"
 
 
-def test_paragraphs_stand_in_front_only_if_that_is_wished(tmp_path):
+def test_questions_about_a_paragraph_are_asked_without_it(tmp_path):
     row = {"title": "T", "context": "He did.", "qas": [{"id": None, "question": "Who?", "answers": ["He"]}]}
-    path = write(tmp_path / "a.jsonl", row)
-    assert only(path).prompt == "Question: Who?\nAnswer:"
-    assert only(path, show_context=True).prompt == "He did.\nQuestion: Who?\nAnswer:"
-
-
-def test_choices(tmp_path):
-    row = {"set": "arc", "question": "Which?", "choices": ["this", "that"], "answer": 1}
-    question = only(write(tmp_path / "a.jsonl", row))
-    assert isinstance(question, ChoiceQuestion)
-    assert question.options == (("Question: Which?\nAnswer:", " this"), ("Question: Which?\nAnswer:", " that"))
-    assert question.solved == "Question: Which?\nAnswer: that"
-    lettered = only(write(tmp_path / "b.jsonl", row | {"set": "mmlu", "subject": "law"}))
-    prompt = "Question: Which?\nA. this\nB. that\nAnswer:"
-    assert lettered.options == ((prompt, " A"), (prompt, " B"))
-    assert lettered.solved == prompt + " B"
-    assert lettered.group == "law"
-    blank = only(write(tmp_path / "c.jsonl", row | {"set": "winogrande", "question": "Ann thanked _ for it."}))
-    assert blank.options == (("Ann thanked this", " for it."), ("Ann thanked that", " for it."))
-    assert blank.solved == "Ann thanked that for it."
-    truth = only(write(tmp_path / "d.jsonl", OPEN | {"best": "He", "incorrect": ["I", "You"]}))
-    assert (truth.choices, truth.answer) == (("He", "I", "You"), 0)
+    assert only(write(tmp_path / "a.jsonl", row)).prompt == "Question: Who?\nAnswer:"
 
 
 def run(problem: Problem, body: str) -> None:
@@ -116,15 +96,18 @@ def test_a_folder_gives_its_sets_and_leaves_out_the_rest(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"text": "A document."}], r"a\.jsonl:1: not a question; known are objects with the fields question, choices"),
+        (
+            [{"text": "A document."}],
+            r"a\.jsonl:1: not a question; known are objects with the fields question, answers",
+        ),
         (["{"], r"a\.jsonl:1: not a question"),
         ([OPEN, "{"], r"a\.jsonl:2: .*Invalid JSON"),
         ([OPEN, {"question": "Who?"}], r"a\.jsonl:2: answers: Field required"),
         ([OPEN, OPEN | {"answers": []}], r"a\.jsonl:2: answers: .*at least 1 item"),
         ([OPEN | {"answers": "He"}], r"a\.jsonl:1: answers: Input should be a valid"),
         (
-            [{"question": "Which?", "choices": ["a", "b"], "answer": 2}],
-            r"a\.jsonl:1: : Value error, answer=2 must be below the number of choices, 2",
+            [{"question": "Which?", "choices": ["a", "b"], "answer": 1}],
+            r"a\.jsonl:1: questions with choices are tasks of lm-eval: name a YAML file for them with --tasks",
         ),
         ([], r"a\.jsonl:1: the file holds no text"),
     ],

@@ -6,8 +6,7 @@ import pytest
 
 from memjax.config.sampling import SamplingConfig
 from memjax.data.tokenizers.base import ByteTokenizer
-from memjax.evaluation.question_sets import programs
-from memjax.evaluation.question_sets.ask import Examinee, Written
+from memjax.evaluation.model import EvalModel, Written
 from memjax.evaluation.question_sets.formats import Problem
 from memjax.evaluation.question_sets.programs import ask_problems, pass_at_k
 from memjax.evaluation.question_sets.sandbox import Limits
@@ -25,19 +24,19 @@ def problem(tests: str) -> Problem:
 
 @pytest.mark.parametrize("limits", [Limits(cpu_seconds=1), None])
 def test_only_what_may_be_run_is_marked(drawn_model, monkeypatch, limits):
-    who = Examinee(model=drawn_model, tokenizer=ByteTokenizer(), max_length=32, batch_size=4)
+    model = EvalModel(model=drawn_model, tokenizer=ByteTokenizer(), max_length=32, batch_size=4)
     problems = [problem("assert f(2) == 4"), problem("assert f(2) == 5")]
     bodies = ["    return 2 * x", "    return 5", "    return y", "    return 2 + x"]
 
-    def write(who, prompts, *, max_tokens, stop, sampling, show):
+    def write(model, prompts, *, max_tokens, stop, sampling, show):
         assert (max_tokens, stop, sampling.temperature) == (20, ("\ndef ",), 0.8)
         assert prompts == ["Before. def f(x):\n"] * 2 + ["def f(x):\n"] * 2
         return [Written(body, False) for body in bodies]
 
-    monkeypatch.setattr(programs, "write", write)
+    monkeypatch.setattr(EvalModel, "write", write)
     shares = []
     found = ask_problems(
-        who,
+        model,
         problems,
         ["Before. ", ""],
         max_tokens=20,

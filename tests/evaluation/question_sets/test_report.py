@@ -6,12 +6,13 @@ import pathlib
 import pytest
 
 from memjax.errors import DataError
+from memjax.evaluation import model as model_module
+from memjax.evaluation.model import EvalModel
 from memjax.evaluation.question_sets import report as report_module
-from memjax.evaluation.question_sets.ask import Marked
+from memjax.evaluation.question_sets.ask import Graded
 from memjax.evaluation.question_sets.formats import OpenQuestion, QuestionSet
 from memjax.evaluation.question_sets.report import format_question_report, question_report
 from memjax.evaluation.recall import zero_tables
-from memjax.evaluation.settings import EvaluateConfig
 
 
 def question(number: int, group: str | None = None, answer: str = "none") -> OpenQuestion:
@@ -23,7 +24,9 @@ def whole(*questions: OpenQuestion, path: str = "facts_test.jsonl") -> QuestionS
     return QuestionSet(path=pathlib.Path(path), questions=questions)
 
 
-SETTINGS = {"questions": ("facts_test.jsonl",), "zero_tables": False}
+@pytest.fixture
+def model(found) -> EvalModel:
+    return EvalModel.of(found)
 
 
 @pytest.fixture
@@ -31,11 +34,11 @@ def asked(monkeypatch) -> list[tuple[str, str]]:
     """What is asked, as pairs of the text in front and the question; every second answer is right."""
     pairs = []
 
-    def ask(who, questions, before, *, max_tokens, sampling, show):
+    def ask(model, questions, before, *, max_tokens, sampling, show):
         show(0.5)
         pairs.extend((text, one.text) for text, one in zip(before, questions, strict=True))
         return [
-            Marked(("x",), {"exact_match": float(number % 2 == 0), "f1": 0.25}, number == 0)
+            Graded(("x",), {"exact_match": float(number % 2 == 0), "f1": 0.25}, number == 0)
             for number in range(len(questions))
         ]
 
@@ -43,17 +46,17 @@ def asked(monkeypatch) -> list[tuple[str, str]]:
     return pairs
 
 
-def test_a_limit_takes_questions_from_all_over_the_set(found, asked):
-    report = question_report(found, [whole(*map(question, range(10)))], EvaluateConfig(**SETTINGS, limit=4))
+def test_a_limit_takes_questions_from_all_over_the_set(model, asked):
+    report = question_report(model, [whole(*map(question, range(10)))], zero_tables=False, limit=4)
     assert [text for _, text in asked] == ["q0", "q2", "q5", "q7"]
     (entry,) = report["sets"]
     assert (entry["questions"], entry["of"], entry["prompts_cut"]) == (4, 10, 1)
     assert entry["metrics"] == {"exact_match": 0.5, "f1": 0.25, "commonest_answer": 1.0}
 
 
-def test_examples_are_others_of_the_same_group(found, asked):
+def test_examples_are_others_of_the_same_group(model, asked):
     questions = [question(number, group="ab"[number % 2]) for number in range(6)] + [question(6, "c")]
-    question_report(found, [whole(*questions)], EvaluateConfig(**SETTINGS, shots=2))
+    question_report(model, [whole(*questions)], zero_tables=False, shots=2)
     assert [before for before, _ in asked] == [
         "q2? none\n\nq4? none\n\n",
         "q3? none\n\nq5? none\n\n",
@@ -65,28 +68,28 @@ def test_examples_are_others_of_the_same_group(found, asked):
     ]
 
 
-def test_examples_can_come_from_another_part_of_the_set(found, asked):
-    settings = EvaluateConfig(**SETTINGS, shots=1, examples=("x",))
+def test_examples_can_come_from_another_part_of_the_set(model, asked):
+    settings = {"shots": 1, "zero_tables": False}
     train, other = whole(question(50), path="facts_train.jsonl"), whole(question(60), path="trivia_train.jsonl")
-    question_report(found, [whole(question(1))], settings, examples=[other, train])
+    question_report(model, [whole(question(1))], examples=[other, train], **settings)
     assert asked == [("q50? none\n\n", "q1")]
     asked.clear()
     # As many as are wanted, and no more, of the question's own subject.
     subjects = whole(question(50, "a"), question(51, "b"), path="facts_train.jsonl")
-    question_report(found, [whole(question(1, "b"))], settings, examples=[subjects])
+    question_report(model, [whole(question(1, "b"))], examples=[subjects], **settings)
     assert asked == [("q51? none\n\n", "q1")]
     with pytest.raises(DataError, match=r"facts_test.jsonl: --examples holds none of facts, only of trivia"):
-        question_report(found, [whole(question(1))], settings, examples=[other])
-    settings = EvaluateConfig(**SETTINGS, shots=2, examples=("x",))
+        question_report(model, [whole(question(1))], examples=[other], **settings)
+    settings["shots"] = 2
     with pytest.raises(DataError, match="there are only 1 examples for a question; set --shots to that"):
-        question_report(found, [whole(question(1))], settings, examples=[train])
+        question_report(model, [whole(question(1))], examples=[train], **settings)
 
 
-def test_the_commonest_answer_of_each_group_stands_beside(found, asked):
+def test_the_commonest_answer_of_each_group_stands_beside(model, asked):
     answers = [("P1", "an actor"), ("P1", "Actor"), ("P1", "judge"), ("P2", "Rome")]
     questions = [question(number, *pair) for number, pair in enumerate(answers)]
     kept = []
-    report = question_report(found, [whole(*questions)], EvaluateConfig(**SETTINGS), keep=kept.append)
+    report = question_report(model, [whole(*questions)], zero_tables=False, keep=kept.append)
     (entry,) = report["sets"]
     assert entry["metrics"]["commonest_answer"] == 0.75
     assert entry["by_group"] == {
@@ -106,11 +109,10 @@ def test_the_commonest_answer_of_each_group_stands_beside(found, asked):
     json.dumps([report, kept])
 
 
-def test_the_table_has_a_line_for_each_set_and_group(found, asked, monkeypatch):
-    monkeypatch.setattr(report_module, "zero_tables", lambda model, donate: zero_tables(model))
+def test_the_table_has_a_line_for_each_set_and_group(model, asked, monkeypatch):
+    monkeypatch.setattr(model_module, "zero_tables", lambda model, donate: zero_tables(model))
     questions = [question(number, group="P1" if number < 9 else "P2") for number in range(10)]
-    settings = EvaluateConfig(questions=("facts_test.jsonl",))
-    text = format_question_report(question_report(found, [whole(*questions)], settings))
+    text = format_question_report(question_report(model, [whole(*questions)]))
     heading, *lines = [line.split() for line in text.splitlines() if line]
     assert " ".join(heading) == "Short answers questions exact match f1 commonest answer tables zeroed"
     assert lines[0] == ["facts_test", "10", "50.0%", "25.0%", "100.0%", "50.0%"]

@@ -1,0 +1,102 @@
+"""A model with what its scores and answers depend on, for question sets and tasks of lm-eval."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from memjax.config.sampling import SamplingConfig
+from memjax.data.tokenizers.base import Tokenizer
+from memjax.evaluation.recall import zero_tables
+from memjax.inference.scoring import Request, Score, Show, score
+from memjax.inference.text import continue_texts
+from memjax.models.decoder import Decoder, resolve_dtype
+from memjax.monitoring.progress import Progress
+from memjax.runs.load import LoadedModel
+
+
+class Written(NamedTuple):
+    """What a model wrote after a prompt."""
+
+    text: str
+    is_cut: bool
+    """Whether the prompt's begin was left out."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EvalModel:
+    """A model, and how it is asked."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    max_length: int
+    """Tokens that the model sees at once."""
+    batch_size: int = 64
+    """Sequences at once; under a mesh a multiple of its devices. It changes no answer."""
+    progress_seconds: float = 10.0
+    """Between two lines on how far the work is."""
+
+    @classmethod
+    def of(cls, run: LoadedModel, *, max_length: int | None = None, batch_size: int = 64) -> "EvalModel":
+        """The model of a run; max_length=None is the sequence length that it was trained with."""
+        return cls(
+            model=run.model,
+            tokenizer=run.tokenizer,
+            max_length=max_length or run.config.data.sequence_length,
+            batch_size=batch_size,
+            progress_seconds=run.config.log.progress_seconds,
+        )
+
+    def description(self) -> dict[str, Any]:
+        """What numbers depend on besides the questions, as JSON values."""
+        return {
+            "sequence_length": self.max_length,
+            "dtype": resolve_dtype(self.model.config.dtype).name,
+            "tokenizer": self.tokenizer.fingerprint,
+            "begin_token": True,
+        }
+
+    def zeroed(self) -> "EvalModel | None":
+        """The same with zeroed tables, which this one has lost for good then; None where it has no tables."""
+        if not self.model.config.lookups:
+            return None
+        return dataclasses.replace(self, model=zero_tables(self.model, donate=True))
+
+    @contextlib.contextmanager
+    def progress(self, text: str) -> Iterator[Show]:
+        """Shows how far a work is while the block runs."""
+        with Progress(1, self.progress_seconds) as progress:
+            yield lambda share: progress.update(share, text)
+
+    def score(self, requests: Sequence[Request]) -> list[Score]:
+        """The log-likelihood of each continuation."""
+        with self.progress(f"{len(requests):,} log-likelihoods") as show:
+            return score(self.model, requests, max_length=self.max_length, batch_size=self.batch_size, show=show)
+
+    def write(
+        self, prompts: Sequence[str], *, max_tokens: int, stop: Sequence[str], sampling: SamplingConfig, show: Show
+    ) -> list[Written]:
+        """What the model writes after each prompt, up to a stop string.
+
+        Of prompts that leave no room for max_tokens the begin is left out, but half of max_length is always the
+        prompt's.
+        """
+        room = max(self.max_length - max_tokens, self.max_length // 2)
+        lengths = [1 + len(ids) for ids in self.tokenizer.encode_batch(prompts)]
+        # Prompts of one batch are alike in length then; the longest first, which takes the most memory.
+        order = sorted(range(len(prompts)), key=lambda number: -lengths[number])
+        texts = continue_texts(
+            self.model,
+            self.tokenizer,
+            [prompts[number] for number in order],
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop,
+            batch_size=self.batch_size,
+            max_prompt_tokens=room,
+        )
+        found = {}
+        for number, continuation in zip(order, texts, strict=True):
+            found[number] = Written(continuation.text, lengths[number] > room)
+            show(len(found) / len(prompts))
+        return [found[number] for number in range(len(prompts))]
