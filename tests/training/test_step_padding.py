@@ -52,11 +52,11 @@ def trained(tiny, runs, optimizer, settings=SIZES):
     length = runs[0][0]["tokens"].shape[1]
     own = f"--data.sequence_length {length} --optim.table.optimizer {optimizer} --optim.table.lr 0.05"
     config = tiny.config(settings, own, "--data.batch_size 8", wide=True)
-    mesh, trainer, found = tiny.mesh(1, 1), tiny.trainer_of(config), []
+    mesh, program, found = tiny.mesh(1, 1), tiny.program_of(config), []
     with jax.set_mesh(mesh):
-        step = make_train_step(trainer, mesh)
+        step = make_train_step(program, mesh)
         for batches in runs:
-            state, losses = tiny.quick_state(trainer, mesh), []
+            state, losses = tiny.quick_state(program, mesh), []
             for batch in batches:
                 state, row = step(state, put_batch(mesh, tiny.micro_batches(batch, 1), BATCH))
                 losses.append(float(row["train/loss"]))

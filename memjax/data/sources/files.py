@@ -56,7 +56,7 @@ class DataFile:
     @property
     def compression(self) -> str:
         """.gz, .xz, .zst or nothing."""
-        return self.path.suffix if self.path.suffix in _COMPRESSIONS else ""
+        return _compression(self.path)
 
     @property
     def is_random_access(self) -> bool:
@@ -367,7 +367,7 @@ def _pyarrow(path: pathlib.Path) -> ModuleType:
 
 def _data_file(path: pathlib.Path, source: Literal["jsonl", "text", "files"], field: str) -> DataFile:
     found = _suffix_format(path)
-    if found in ("parquet", "array_record") and path.suffix in _COMPRESSIONS:
+    if found in ("parquet", "array_record") and _compression(path):
         raise DataError(f"{path}: {found} files are compressed in themselves; unpack it, or set {field} to another")
     if source != "files" and found not in ("parquet", "array_record"):
         found = source
@@ -380,8 +380,13 @@ def _data_file(path: pathlib.Path, source: Literal["jsonl", "text", "files"], fi
 
 
 def _suffix_format(path: pathlib.Path) -> Format | None:
-    name = path.with_suffix("") if path.suffix in _COMPRESSIONS else path
-    return _FORMATS.get(name.suffix)
+    name = path.with_suffix("") if _compression(path) else path
+    return _FORMATS.get(name.suffix.lower())
+
+
+def _compression(path: pathlib.Path) -> str:
+    suffix = path.suffix.lower()
+    return suffix if suffix in _COMPRESSIONS else ""
 
 
 def _suffixes(formats: Iterable[str]) -> str:
