@@ -66,8 +66,8 @@ class AddedMemoryConfig(MemoryConfig):
 
     layers: tuple[int, ...]  # pyright: ignore[reportGeneralTypeIssues]  # fields by keyword may do without a default
     """Blocks (0-based) that get a memory layer."""
-    placement: Literal["replace", "beside"] = "beside"
-    """beside: the feed-forward layers stay, and the model's outputs are what they were until the memory is trained;
+    placement: Literal["replace", "parallel"] = "parallel"
+    """parallel: the feed-forward layers stay, and the model's outputs are what they were until the memory is trained;
     replace: the memory takes their place, and what they knew is gone."""
 
 

@@ -86,7 +86,7 @@ def _inspect(run: str, settings: InspectConfig) -> None:
         check_output(settings.out, "out")
     with loaded(run, settings) as found:
         if not found.model.config.lookups:
-            raise ConfigError([f"{run}: the model has no memory layers and no expert lookups: there are no slots"])
+            raise ConfigError([f"{run}: the model has no memory layers and no PEER layers: there are no slots"])
         if settings.prompt is not None:
             _show_prompt(run, found, settings, settings.prompt)
         else:

@@ -92,7 +92,7 @@ def _learn(words: Sequence[str], settings: LearnConfig) -> None:
     held_out = None if settings.held_out is None else read_facts(settings.held_out, "--held_out")
     with loaded(run, settings) as found:
         if not found.model.config.lookups:
-            raise ConfigError([f"{run}: the model has no memory layers and no expert lookups: there are no rows"])
+            raise ConfigError([f"{run}: the model has no memory layers and no PEER layers: there are no rows"])
         names = ("rows", "lr", "epochs", "batch_size", "optimizer", "replay", "seed")
         recipe = Recipe(**{name: getattr(settings, name) for name in names})
         learn_facts(

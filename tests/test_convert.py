@@ -123,5 +123,5 @@ def test_a_run_gets_a_memory_beside_its_feed_forward_layers(tmp_path, capsys):
     settings = ["--memory.layers", "1", "--memory.num_keys", "8", "--memory.key_dim", "8"]
     assert convert.main(["upcycle", str(run), "--out", str(tmp_path / "new"), *settings]) == 0
     memory = read_config(tmp_path / "new").model.memory
-    assert memory == MemoryConfig(layers=(1,), placement="beside", num_keys=8, key_dim=8)
+    assert memory == MemoryConfig(layers=(1,), placement="parallel", num_keys=8, key_dim=8)
     assert f"--train.init_from {tmp_path / 'new'}" in capsys.readouterr().out

@@ -14,7 +14,7 @@ MODEL = """
 --model.dim 16 --model.num_layers 1 --model.num_heads 2 --model.ffn_dim 24 --model.vocab_size 259 --model.memory null
 --optim.warmup_steps 1 --optim.table.warmup_steps 1
 --data.sequence_length 16 --data.batch_size 4 --data.packing concat --data.tokenizer.kind byte
---data.validation_fraction 0 --train.steps 6 --train.accumulate 2 --eval.batches 2 --checkpoint.every 3
+--data.validation_fraction 0 --train.steps 6 --train.grad_accum_steps 2 --eval.batches 2 --checkpoint.every 3
 """
 
 
@@ -66,13 +66,13 @@ def test_a_run_on_a_mixture_reads_what_was_prepared_and_tells_each_part(mixture,
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 6
     for row in rows:
-        learned = {name: row[f"data/{name}/learned_tokens"] for name in "ab"}
-        assert sum(learned.values()) == row["train/learned_tokens"]
+        learned = {name: row[f"data/{name}/target_tokens"] for name in "ab"}
+        assert sum(learned.values()) == row["train/target_tokens"]
         together = sum(row[f"data/{name}/loss"] * learned[name] for name in "ab" if learned[name])
-        assert together / row["train/learned_tokens"] == pytest.approx(row["train/loss"], rel=1e-5)
+        assert together / row["train/target_tokens"] == pytest.approx(row["train/loss"], rel=1e-5)
         assert all(row[f"data/{name}/loss"] is None for name in "ab" if not learned[name])
     assert len({row["data/a/loss"] for row in rows}) == 6
-    assert any(row["data/b/learned_tokens"] for row in rows)
+    assert any(row["data/b/target_tokens"] for row in rows)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["metrics"]["data/malformed"] == 1
 

@@ -13,7 +13,7 @@ from memjax.config.memory import MemoryConfig
 HERE = pathlib.Path(__file__).parent
 NUM_FACTS, HELD_OUT_BYTES = 1_000, 200_000
 MEMORY = MemoryConfig(
-    layers=(1, 2), placement="beside", num_keys=96, num_heads=2, top_k=8, key_dim=128, output_gate=True
+    layers=(1, 2), placement="parallel", num_keys=96, num_heads=2, top_k=8, key_dim=128, output_gate=True
 )
 
 TRAININGS = (

@@ -79,7 +79,7 @@ def random_batch(config: RunConfig, documents: bool) -> dict[str, np.ndarray]:
         "positions": place - np.maximum.accumulate(np.where(starts, place, 0), axis=1),
         "loss_mask": np.ones(shape, np.float32),
     }
-    return {name: rows.reshape(config.train.accumulate, -1, shape[1]) for name, rows in batch.items()}
+    return {name: rows.reshape(config.train.grad_accum_steps, -1, shape[1]) for name, rows in batch.items()}
 
 
 def distinct_rows(program: TrainProgram, state: Any, batch: dict[str, jax.Array]) -> Row:

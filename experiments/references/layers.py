@@ -138,7 +138,7 @@ def adamw() -> Check:
     """50 steps of the dense optimizer with clipping."""
     rng = np.random.default_rng(0)
     first = {"matrix": rng.normal(size=(5, 7)), "bias": rng.normal(size=7)}
-    config = OptimConfig(lr=1e-2, schedule="constant", warmup_steps=0, weight_decay=0.1, clip=1.0)
+    config = OptimConfig(lr=1e-2, schedule="constant", warmup_steps=0, weight_decay=0.1, max_grad_norm=1.0)
     params = nnx.State({name: nnx.Param(jnp.asarray(array)) for name, array in first.items()})
     optimizer = make_optimizer(config, 50, params)
     state = optimizer.init(params)

@@ -44,7 +44,7 @@ SIZES: dict[str, Any] = {
 }
 KEYS: dict[str, Any] = {"num_keys": 8, "num_heads": 2, "top_k": 4, "key_dim": 8, "table_dtype": "float32"}
 PLUS = MemoryConfig(layers=(0, 2), **KEYS)
-BESIDE = {"placement": "beside", "output_gate": True, "value_dim": 24, "table_dtype": "bfloat16"}
+BESIDE = {"placement": "parallel", "output_gate": True, "value_dim": 24, "table_dtype": "bfloat16"}
 SCALINGS = (
     RopeScalingConfig(kind="llama3", factor=8.0, original_length=32),
     RopeScalingConfig(kind="linear", factor=4.0),
@@ -57,7 +57,9 @@ SCALINGS = (
 MODELS: dict[str, ModelConfig] = {
     "Memory, a table for each layer": ModelConfig(
         **SIZES,
-        memory=MemoryConfig(layers=(0, 2), **{**KEYS, "qk_norm": False, "score_scale": 1.0}, gate="none", share=False),
+        memory=MemoryConfig(
+            layers=(0, 2), **{**KEYS, "qk_norm": False, "score_scale": 1.0}, gate="none", shared_table=False
+        ),
     ),
     "Memory+, one table": ModelConfig(**SIZES, memory=PLUS),
     "Memory, other width than the model": ModelConfig(
@@ -66,14 +68,14 @@ MODELS: dict[str, ModelConfig] = {
     "Memory+ and feed-forward layers, output gate, bfloat16 table": ModelConfig(
         **SIZES, memory=MemoryConfig(layers=(0, 2), **{**KEYS, **BESIDE}), tie_embeddings=True
     ),
-    "PEER": ModelConfig(**SIZES, memory=None, expert_lookup=PEERConfig(layers=(0, 2), **KEYS)),
+    "PEER": ModelConfig(**SIZES, memory=None, peer=PEERConfig(layers=(0, 2), **KEYS)),
     "experts, 2 of 4 a token": ModelConfig(
         **SIZES, memory=None, experts=ExpertsConfig(num_experts=4, ffn_dim=16, renormalize=True)
     ),
     "Memory+, PEER and experts, biases, head norms, a layer without positions": ModelConfig(
-        **SIZES, memory=MemoryConfig(layers=(0,), **KEYS), expert_lookup=PEERConfig(layers=(1,), **KEYS),
+        **SIZES, memory=MemoryConfig(layers=(0,), **KEYS), peer=PEERConfig(layers=(1,), **KEYS),
         experts=ExpertsConfig(layers=(2,), routing="expert_choice", num_experts=3), head_dim=12, attention_bias=True,
-        attention_out_bias=False, head_norm=True, rope_free_layers=(1,),
+        attention_out_bias=False, qk_norm=True, rope_free_layers=(1,),
     ),
     **{
         f"Memory+, {scaling.kind} scaling": ModelConfig(**SIZES, memory=PLUS, rope_scaling=scaling)

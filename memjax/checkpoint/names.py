@@ -1,6 +1,6 @@
 """Trees as names and leaves, and names as nested dictionaries, the form in which Orbax stores them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,16 @@ def flatten(tree: Any) -> dict[str, Any]:
     if len(flat) != len(paths):
         raise CheckpointError(f"two leaves of a tree have one name; rename a key with a slash among {sorted(flat)}")
     return flat
+
+
+RENAMED = {"peer": "expert_lookup"}
+"""What versions before 0.2 called a part of a name."""
+
+
+def as_stored(flat: Mapping[str, Any], stored: Collection[str]) -> dict[str, Any]:
+    """The leaves by the names that a step has for them, which may be those of an earlier version."""
+    before = lambda name: "/".join(RENAMED.get(part, part) for part in name.split("/"))
+    return {before(name) if name not in stored and before(name) in stored else name: flat[name] for name in flat}
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:

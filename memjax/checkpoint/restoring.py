@@ -15,7 +15,7 @@ from memjax.checkpoint.blocks import blocks, put_together
 from memjax.checkpoint.digests import RowsDigest, array_digests, text_digest
 from memjax.checkpoint.errors import Damaged, explained
 from memjax.checkpoint.index import INDEX, differences, unseal
-from memjax.checkpoint.names import flatten, nest
+from memjax.checkpoint.names import as_stored, flatten, nest
 from memjax.checkpoint.processes import any_process
 from memjax.errors import CheckpointError
 
@@ -52,7 +52,8 @@ class StoredStep:
             CheckpointError: a target does not fit what was saved.
             Damaged: what is on disk is not what was saved, or cannot be read.
         """
-        wanted = {item: flatten(tree) for item, tree in targets.items()}
+        stored = index["arrays"]
+        wanted = {item: as_stored(flatten(tree), stored.get(item, ())) for item, tree in targets.items()}
         self._check_fit(index, wanted, documents)
         texts = dict(self._items({item: ocp.args.JsonRestore() for item in documents})) if documents else {}
         for item, text in texts.items():

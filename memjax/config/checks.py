@@ -82,7 +82,7 @@ def product_keys(*, num_keys: int, num_heads: int, top_k: int, key_dim: int, sco
 
 
 def experts(
-    *, num_experts: int, ffn_dim: int | None, routing: str, top_k: int, renormalize: bool, capacity: float
+    *, num_experts: int, ffn_dim: int | None, routing: str, top_k: int, renormalize: bool, capacity_factor: float
 ) -> list[str | None]:
     """The rules of a mixture of experts."""
     problems = whole(num_experts=num_experts, ffn_dim=ffn_dim, top_k=top_k)
@@ -97,8 +97,8 @@ def experts(
         "routing=token_choice is needed, and top_k above 1: a single weight would always be 1"
         if renormalize and (top_k == 1 or not by_token)
         else None,
-        f"capacity={capacity} must be above 0 and at most num_experts={num_experts}"
-        if not by_token and not 0 < capacity <= num_experts
+        f"capacity_factor={capacity_factor} must be above 0 and at most num_experts={num_experts}"
+        if not by_token and not 0 < capacity_factor <= num_experts
         else None,
     ]
 

@@ -17,9 +17,10 @@ class MeshConfig:
     dense: Literal["sharded", "replicated"] = "sharded"
     """The dense parameters and their optimizer: sharded, a piece on each device, gathered block by block while they are
     used; or replicated, whole on every device, which sends less where train.remat gathers blocks again."""
-    row_exchange: Literal["auto", "factored", "dense"] = "auto"
-    """How row gradients cross the data axis. factored: every device gets and sorts the picks of all; dense: each
-    replica sums its own to a gradient of the table's size, and these are added up; auto: what takes fewer bytes."""
+    row_grad_reduce: Literal["auto", "all_gather", "all_reduce"] = "auto"
+    """How row gradients cross the data axis. all_gather: every device gets and sorts the picks of all; all_reduce:
+    each replica sums its own to a gradient of the table's size, and these are added up; auto: what takes fewer
+    bytes."""
 
     def __post_init__(self) -> None:
         refuse(positive(data=self.data, memory=self.memory))
@@ -37,13 +38,13 @@ class ProcessesConfig:
     """host:port where process 0 waits for the others; null is the first machine of a SLURM job."""
     start_timeout: int = 300
     """Seconds to wait for the others at the start."""
-    silence_timeout: int = 30
+    heartbeat_timeout: int = 30
     """Seconds without a sign of life after which a process counts as gone, and the others end."""
 
     def __post_init__(self) -> None:
         host, _, port = (self.coordinator or "host:1").rpartition(":")
         refuse(
-            positive(count=self.count, start_timeout=self.start_timeout, silence_timeout=self.silence_timeout)
+            positive(count=self.count, start_timeout=self.start_timeout, heartbeat_timeout=self.heartbeat_timeout)
             + not_negative(index=self.index)
             + [
                 f"coordinator={self.coordinator} must be HOST:PORT, as in node1:12345"

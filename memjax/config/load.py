@@ -11,7 +11,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, NoReturn, TypeVar
 
@@ -21,6 +21,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from memjax.config import presets
 from memjax.config.help import Positional, help_text, section_help
+from memjax.config.renamed import RENAMED_VALUES, new_name, upgraded
 from memjax.config.schema import (
     FieldPath,
     field_type,
@@ -53,6 +54,9 @@ CONFIG_FILE = Positional(
     is_config=True,
 )
 RUN_FOLDER = Positional(name="RUN", help="The folder of a run.")
+
+_WRITTEN_BY_RUNS = ("checkpoints", "metrics.jsonl")
+"""What lies beside a config.yaml that a run has written, perhaps one of an earlier version."""
 
 COMPLETE = "--complete"
 """As the only argument of a command: print what a shell may offer."""
@@ -269,7 +273,8 @@ class _Sources:
                     self.problems.append(f"{line}: extends must name one YAML file, .yaml or .yml")
         tree = self._tree(node, (), lambda part: f"{path}:{part.start_mark.line + 1}")
         tree.pop("extends", None)
-        return _merge(base, tree)
+        is_of_run = path.name == "config.yaml" and any((path.parent / name).exists() for name in _WRITTEN_BY_RUNS)
+        return _merge(base, upgraded(tree) if is_of_run else tree)
 
     def arguments(
         self, words: Sequence[str], flags: Mapping[str, str]
@@ -416,6 +421,9 @@ class _Sources:
         if name in self.known:
             self.problems.append(f"{place}: {name}: write sections as indented lines, not with dots")
             return
+        if new_name(name) in self.known:
+            self.problems.append(f"{place}: {name} is now {new_name(name)}")
+            return
         self.unknown += 1
         # Each hint compares the name with every setting; a file of thousands of unknown names is no misspelt config.
         hint = _did_you_mean(self._similar(path, is_section)) if self.unknown <= SHOWN_PROBLEMS else ""
@@ -433,7 +441,7 @@ class _Sources:
             return found
         same_name = [name for name in same_kind if name.rpartition(".")[2] == path[-1]]
         if same_name:
-            return _close(".".join(path), same_name, cutoff=0.0)
+            return sorted(same_name, key=lambda name: name.partition(".")[0] != path[0])[:1]
         if found := _close(".".join(path), [*known, *self.options]):
             return found
         leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
@@ -459,7 +467,8 @@ class _Sources:
             inner, _ = unwrap(annotation)
             expected = annotation if path and item["loc"][-1] == path[-1] else typing.get_args(inner)[0]
             options = [option for option in typing.get_args(inner) if isinstance(option, str)]
-            hint = _did_you_mean(_close(str(item["input"])[:100], options))
+            found = RENAMED_VALUES.get(dotted, {}).get(str(item["input"]))
+            hint = f"; it is now {found!r}" if found else _did_you_mean(_close(str(item["input"])[:100], options))
             problem = f"{dotted}={shortened(show(item['input']))} must be {in_words(expected)}{hint}"
         self.problems.append(f"{self._nearest(path)}: {problem}")
 
@@ -477,17 +486,22 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _close(name: str, names: Iterable[str], *, cutoff: float = 0.72, last: str = "") -> list[str]:
+def _close(name: str, names: Sequence[str], *, cutoff: float = 0.72, last: str = "") -> list[str]:
     """The most similar of some names, in a list; the `last` part of a dotted name must be similar too."""
 
     def similarity(other: str) -> float:
         leaf = other.rpartition(".")[2]
         if last and _ratio(leaf, last) < 0.6:  # a long path in common would hide that the names are different
             return 0.0
-        return _ratio(other, name) + (0.06 if leaf == last else 0.0)
+        is_near = last and (leaf == last or other.rpartition(".")[0] == name.rpartition(".")[0])
+        return _ratio(other, name) + (0.06 if is_near else 0.0)
 
     found = max(names, key=similarity, default="")
-    return [found] if found and similarity(found) >= cutoff else []
+    if not found or similarity(found) < cutoff:
+        return []
+    # Of sections that have the same setting and are about as similar, the first one.
+    leaf, limit = found.rpartition(".")[2], similarity(found) - 0.05
+    return [next(name for name in names if name.rpartition(".")[2] == leaf and similarity(name) >= limit)]
 
 
 def _ratio(one: str, other: str) -> float:

@@ -66,7 +66,7 @@ class ProductKeyConfig(LookupConfig):
     """Factor on the scores before the softmax (the paper: 1, without qk_norm)."""
     value_init_scale: float = 4.0
     """Initial standard deviation of the table, in units of value_dim ** -0.5 (the paper: 1)."""
-    share: bool = True
+    shared_table: bool = True
     """All these layers read one table; false gives each layer its own."""
     table_dtype: DType = "auto"
     """auto: bfloat16 on GPUs, float32 on CPUs."""
@@ -96,11 +96,11 @@ class ProductKeyConfig(LookupConfig):
 
     def tables(self, layer: int) -> tuple[str, ...]:
         """The names of the tables that a block's lookup reads."""
-        return ("shared" if self.share else f"layer_{layer}",)
+        return ("shared" if self.shared_table else f"layer_{layer}",)
 
 
 Gate = Literal["none", "silu"]
-Placement = Literal["replace", "beside"]
+Placement = Literal["replace", "parallel"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +110,7 @@ class MemoryConfig(ProductKeyConfig):
     layers: tuple[int, ...] = (1, 2)
     """Blocks (0-based) that have a memory layer."""
     placement: Placement = "replace"
-    """replace: the memory takes the feed-forward layer's place (the paper); beside: the block has both, and adds them
+    """replace: the memory takes the feed-forward layer's place (the paper); parallel: the block has both, and adds them
     up; what the memory adds is scaled by learned numbers that begin at zero, so that at first it changes nothing."""
     value_dim: int | None = None
     """Width of a table row; null means model.dim."""
@@ -118,7 +118,7 @@ class MemoryConfig(ProductKeyConfig):
     """silu: Memory+, out = W2 (y * silu(W1 x)); none: the plain memory layer."""
     output_gate: bool = False
     """Scale each token's output by a learned number between 0 and 1 (the paper's '+gated')."""
-    share: bool = True
+    shared_table: bool = True
     """All memory layers read one table; false gives each layer its own."""
 
     def __post_init__(self) -> None:
@@ -144,19 +144,19 @@ class PEERConfig(ProductKeyConfig):
     """PEER (arXiv:2407.04153): product keys pick experts of a single hidden number, two table rows each."""
 
     layers: tuple[int, ...] = (1,)
-    """Blocks (0-based) that have an expert lookup in place of the feed-forward layer."""
+    """Blocks (0-based) that have a PEER layer in place of the feed-forward layer."""
     num_keys: int = 64
     """Sub-keys per half; there are num_keys squared experts."""
     top_k: int = 8
     """Experts used per head and token."""
     value_init_scale: float = 4.0
     """Initial standard deviation of both tables, in units of model.dim ** -0.5 (the paper: 1)."""
-    share: bool = True
+    shared_table: bool = True
     """All these layers use the same experts; false gives each layer its own."""
 
     def tables(self, layer: int) -> tuple[str, ...]:
         """The names of the tables with the experts' input and output vectors."""
-        pool = "experts" if self.share else f"experts_{layer}"
+        pool = "experts" if self.shared_table else f"experts_{layer}"
         return f"{pool}_inputs", f"{pool}_outputs"
 
 

@@ -28,12 +28,12 @@ class ExpertsConfig:
     """Experts of each token (token_choice)."""
     renormalize: bool = False
     """Scale the weights of a token's experts so that they add up to 1 (token_choice, top_k above 1)."""
-    capacity: float = 1.0
+    capacity_factor: float = 1.0
     """Experts that a token is taken by on average in training (expert_choice)."""
-    balance_weight: float = 0.01
+    aux_loss_weight: float = 0.01
     """Weight of the load-balance loss in the training. It is 1 where tokens spread evenly over the experts, and more
     where they crowd (with expert_choice: where they would)."""
-    z_weight: float = 0.001
+    z_loss_weight: float = 0.001
     """Weight of the router's z loss in the training, which keeps its logits small."""
 
     def __post_init__(self) -> None:
@@ -44,9 +44,9 @@ class ExpertsConfig:
                 routing=self.routing,
                 top_k=self.top_k,
                 renormalize=self.renormalize,
-                capacity=self.capacity,
+                capacity_factor=self.capacity_factor,
             )
-            + not_negative(balance_weight=self.balance_weight, z_weight=self.z_weight)
+            + not_negative(aux_loss_weight=self.aux_loss_weight, z_loss_weight=self.z_loss_weight)
             + (layers_problems(self.layers) if self.layers is not None else [])
         )
 
@@ -148,7 +148,7 @@ class ModelConfig:
     """Whether the projections of the attention have biases."""
     attention_out_bias: bool | None = None
     """Whether its output projection has one; null: as the others (Qwen 2: false)."""
-    head_norm: bool = False
+    qk_norm: bool = False
     """RMSNorm over the width of each head, of queries and keys before they are rotated (Qwen 3)."""
     ffn_dim: int = 96
     """Hidden width of the feed-forward layers."""
@@ -176,7 +176,7 @@ class ModelConfig:
     """Memory layers; null for none. A model of feed-forward layers alone has neither these nor experts."""
     experts: ExpertsConfig | None = None
     """Experts in place of feed-forward layers; null for none."""
-    expert_lookup: PEERConfig | None = None
+    peer: PEERConfig | None = None
     """Experts that are looked up like memories, in place of feed-forward layers; null for none."""
 
     def __post_init__(self) -> None:

@@ -99,7 +99,7 @@ class OptimConfig(ScheduleConfig):
     """Added to the root of the second moment."""
     weight_decay: float = 0.01
     """Decoupled weight decay of matrices (norms, biases and tables have none)."""
-    clip: float | None = 1.0
+    max_grad_norm: float | None = 1.0
     """Largest norm of the dense gradient; null for no clipping."""
     key_lr_factor: float = 0.2
     """Learning rate of memory keys and query projections, as a share of lr; slow keys spread the reads."""
@@ -111,7 +111,7 @@ class OptimConfig(ScheduleConfig):
     def __post_init__(self) -> None:
         ScheduleConfig.__post_init__(self)
         refuse(
-            positive(eps=self.eps, clip=self.clip)
+            positive(eps=self.eps, max_grad_norm=self.max_grad_norm)
             + not_negative(weight_decay=self.weight_decay, key_lr_factor=self.key_lr_factor)
             + decays(beta1=self.beta1, beta2=self.beta2)
         )

@@ -48,13 +48,15 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         problems: list[str | None] = [
-            f"data.batch_size={self.data.batch_size} must be a multiple of train.accumulate={self.train.accumulate}"
-            if self.data.batch_size % self.train.accumulate
+            f"data.batch_size={self.data.batch_size} must be a multiple of "
+            f"train.grad_accum_steps={self.train.grad_accum_steps}"
+            if self.data.batch_size % self.train.grad_accum_steps
             else None,
             f"data.batch_size={self.data.batch_size} must be a multiple of "
-            f"train.accumulate x mesh.data x mesh.memory = "
-            f"{self.train.accumulate} x {self.mesh.data} x {self.mesh.memory}"
-            if self.mesh.data and self.data.batch_size % (self.train.accumulate * self.mesh.data * self.mesh.memory)
+            f"train.grad_accum_steps x mesh.data x mesh.memory = "
+            f"{self.train.grad_accum_steps} x {self.mesh.data} x {self.mesh.memory}"
+            if self.mesh.data
+            and self.data.batch_size % (self.train.grad_accum_steps * self.mesh.data * self.mesh.memory)
             else None,
             f"model.vocab_size={self.model.vocab_size} must be at least 259: "
             f"data.tokenizer.kind={self.data.tokenizer.kind} keeps the 256 bytes and 3 special tokens"
@@ -74,15 +76,15 @@ class RunConfig:
 
 def _too_many_picks(config: RunConfig) -> list[str | None]:
     """Why the picks of a step cannot be sorted at once; empty when they can, or need not."""
-    if config.mesh.row_exchange != "factored" or config.optim.table.is_dense:
+    if config.mesh.row_grad_reduce != "all_gather" or config.optim.table.is_dense:
         return []
     of_token = max((len(table.readers) * table.picks for table in config.model.tables.values()), default=0)
     picks = of_token * config.data.batch_size * config.data.sequence_length
     if picks < 2**31:
         return []
     return [
-        f"mesh.row_exchange=factored cannot sort the {picks:,} rows that a step picks: 32 bits count fewer than "
-        f"{2**31:,}; set mesh.row_exchange to auto or dense, or lower data.batch_size"
+        f"mesh.row_grad_reduce=all_gather cannot sort the {picks:,} rows that a step picks: 32 bits count fewer than "
+        f"{2**31:,}; set mesh.row_grad_reduce to auto or all_reduce, or lower data.batch_size"
     ]
 
 

@@ -16,7 +16,7 @@ class TrainConfig:
     init_from: str | None = None
     """Folder of a run (of its newest checkpoint) whose parameters, tables and tokenizer the training starts from;
     every shape must fit. A run that has a checkpoint of its own goes on from that. null: fresh random parameters."""
-    accumulate: int = 1
+    grad_accum_steps: int = 1
     """Micro-batches per step."""
     remat: Literal["none", "dots", "block"] = "none"
     """What the backward pass computes again: nothing, all but matrix products, or whole blocks; never the lookups."""
@@ -25,7 +25,7 @@ class TrainConfig:
     where it can run."""
 
     def __post_init__(self) -> None:
-        refuse(positive(steps=self.steps, accumulate=self.accumulate) + local_paths(self, "init_from"))
+        refuse(positive(steps=self.steps, grad_accum_steps=self.grad_accum_steps) + local_paths(self, "init_from"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

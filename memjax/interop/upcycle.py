@@ -18,7 +18,7 @@ from memjax.runs.write import write_run
 def upcycle(model: Decoder, memory: MemoryConfig, *, seed: int = 0) -> Decoder:
     """A dense model with memory layers.
 
-    With placement 'beside' every block keeps its feed-forward layer and the outputs are those of the dense model, bit
+    With placement 'parallel' every block keeps its feed-forward layer and the outputs are those of the dense model, bit
     for bit, until training moves the memory's scale away from zero. With 'replace' the feed-forward layers in
     memory.layers are gone, and with them what they knew.
 
@@ -30,7 +30,7 @@ def upcycle(model: Decoder, memory: MemoryConfig, *, seed: int = 0) -> Decoder:
     Raises:
         ValueError: the model has memory layers or experts already, or no block of the number of a memory layer.
     """
-    if model.config.experts is not None or model.config.expert_lookup is not None:
+    if model.config.experts is not None or model.config.peer is not None:
         raise ValueError("the model has experts in place of feed-forward layers; only a dense one can be given memory")
     if model.config.memory is not None:
         raise ValueError(

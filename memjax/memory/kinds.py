@@ -77,8 +77,6 @@ def _search_products(section: MemoryConfig | PEERConfig) -> int:
 
 KINDS: dict[str, LookupKind] = {
     "memory": LookupKind(MemoryConfig, MemoryLayer, "memory     {:,} slots", "memory", _search_products, _memory_bytes),
-    "expert_lookup": LookupKind(
-        PEERConfig, PEERLayer, "peer       {:,} experts", "PEER", _search_products, _peer_bytes
-    ),
+    "peer": LookupKind(PEERConfig, PEERLayer, "peer       {:,} experts", "PEER", _search_products, _peer_bytes),
 }
 """The kinds by the names of their sections in `ModelConfig`."""

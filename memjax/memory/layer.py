@@ -24,7 +24,7 @@ class MemoryLayer(LookupLayer):
     """The layer of "Memory Layers at Scale" (arXiv:2412.09764): y = sum of softmax weight * value of the best slots.
 
     Memory+ (gate='silu') returns W2 (y * silu(W1 x)); gate='none' returns y, through W2 where value_dim is not dim.
-    With output_gate the result is scaled by sigmoid(w x), one number a token; with placement='beside' by a number a
+    With output_gate the result is scaled by sigmoid(w x), one number a token; with placement="parallel" by a number a
     channel that begins at zero. The table is owned by the model and passed in, so that several layers can share it:
 
         table = ValueTable(num_slots=64**2, value_dim=256, rngs=rngs)
@@ -77,7 +77,7 @@ class MemoryLayer(LookupLayer):
         self.gate_proj = linear(dim, self.value_dim) if gated else None
         self.value_proj = linear(self.value_dim, dim) if gated or self.value_dim != dim else None
         self.output_gate = linear(dim, 1, init_dim=dim) if config.output_gate else None
-        self.scale = nnx.Param(jnp.zeros((dim,), param_dtype)) if config.placement == "beside" else None
+        self.scale = nnx.Param(jnp.zeros((dim,), param_dtype)) if config.placement == "parallel" else None
 
     def with_reads(
         self, x: Float[Array, "*b dim"], *tables: ValueTable, perturbations: Perturbations | None = None

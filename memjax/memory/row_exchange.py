@@ -11,7 +11,7 @@ from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.dense import BLOCK_BYTES, BLOCK_COPIES, piece_tokens
 from memjax.ops.row_update.segments import MOST_PICKS
 
-Exchange = Literal["factored", "dense"]
+Exchange = Literal["all_gather", "all_reduce"]
 
 PICK_BYTES = 40
 """Of each pick while rows are updated: its row, token and weight, sorted and unsorted, and where segments begin."""
@@ -56,8 +56,8 @@ def exchange_bytes(
     reduced = 2 * num_rows * (row + jnp.dtype(jnp.int32).itemsize)
     from_others = lambda count: count * (data_axis - 1) // data_axis
     return {
-        "factored": ExchangeBytes(from_others(of_picks + vectors), 0, picks * PICK_BYTES + vectors),
-        "dense": ExchangeBytes(
+        "all_gather": ExchangeBytes(from_others(of_picks + vectors), 0, picks * PICK_BYTES + vectors),
+        "all_reduce": ExchangeBytes(
             from_others(reduced),
             num_rows * row + BLOCK_COPIES * min(num_rows * row, BLOCK_BYTES),
             max(_of_one(gradient, gradient.indices.shape[0] // data_axis, columns) for gradient in gradients),
@@ -73,7 +73,7 @@ def _of_one(gradient: RowGradient, num_tokens: int, columns: int) -> int:
 
 
 def choose(
-    wanted: Literal["auto", "factored", "dense"],
+    wanted: Literal["auto", "all_gather", "all_reduce"],
     table: Any,
     gradients: Sequence[RowGradient],
     *,
@@ -82,8 +82,8 @@ def choose(
 ) -> Exchange:
     """The exchange that runs; arguments as for `exchange_bytes`.
 
-    auto takes the one of fewer bytes, received and held together; on one replica, where nothing is exchanged, the dense
-    one only where there are too many picks to be sorted at once.
+    auto takes the one of fewer bytes, received and held together; on one replica, where nothing is exchanged,
+    all_reduce only where there are too many picks to be sorted at once.
 
     Raises:
         ValueError: `wanted` is unknown.
@@ -92,8 +92,8 @@ def choose(
     if wanted != "auto":
         return wanted
     if sum(gradient.indices.size for gradient in gradients) > MOST_PICKS:
-        return "dense"
+        return "all_reduce"
     if data_axis == 1:
-        return "factored"
+        return "all_gather"
     found = exchange_bytes(table, gradients, data_axis=data_axis, memory_axis=memory_axis)
     return min(found, key=lambda name: found[name].total)

@@ -24,7 +24,7 @@ class RowOptimizer:
     """The default of 256 state_columns is lowered for tables whose width it does not divide."""
     seed: int = 0
     """Of the stochastic rounding; every table rounds with bits of its own."""
-    exchange: Literal["auto", "factored", "dense"] = "auto"
+    exchange: Literal["auto", "all_gather", "all_reduce"] = "auto"
     """How row gradients cross the axis `data` of a mesh: see `memjax.memory.sharded.update_rows`."""
     implementation: str | None = None
     """Of `row_update`; None takes the fastest that can run."""

@@ -135,16 +135,16 @@ def update_rows(
     rule: RowRule,
     step: RowStep,
     *,
-    exchange: Literal["auto", "factored", "dense"] = "auto",
+    exchange: Literal["auto", "all_gather", "all_reduce"] = "auto",
     implementation: str | None = None,
     piece_picks: int = dense.PIECE_PICKS,
     block_bytes: int = dense.BLOCK_BYTES,
 ) -> tuple[Float[Array, "n d"], TableState]:
     """`row_update` on every device's columns, with the picks of all tokens of the mesh.
 
-    Replicas of a column shard see the same picks in the same order (factored), or the same sum of what each has summed
-    of its own tokens (dense), so they stay bit-equal. See `row_exchange.choose` for auto. Without a `memory` axis there
-    are no replicas, and nothing is exchanged.
+    Replicas of a column shard see the same picks in the same order (all_gather), or the same sum of what each has
+    summed of its own tokens (all_reduce), so they stay bit-equal. See `row_exchange.choose` for auto. Without a
+    `memory` axis there are no replicas, and nothing is exchanged.
 
     Args:
         table: rows.
@@ -172,12 +172,12 @@ def update_rows(
 
     axes = jax.sharding.get_abstract_mesh().shape
     sizes = {"data_axis": axes[DATA], "memory_axis": axes[MEMORY]}
-    factored = row_exchange.choose(exchange, table, gradients, **sizes) == "factored"
+    is_gathered = row_exchange.choose(exchange, table, gradients, **sizes) == "all_gather"
 
     def local(table: Array, state: TableState, gradients: Sequence[RowGradient], step: RowStep):
-        gather = partial(_gather_gradient, whole_mesh=factored)
+        gather = partial(_gather_gradient, whole_mesh=is_gathered)
         step = step._replace(first_column=step.first_column + jax.lax.axis_index(MEMORY) * table.shape[1])
-        if factored:
+        if is_gathered:
             return row_update(table, state, list(map(gather, gradients)), rule, step, implementation=implementation)
         gradient, touched = dense.summed(
             gradients, table.shape[0], gather=gather, piece_picks=piece_picks, implementation=implementation

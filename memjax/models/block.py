@@ -1,4 +1,4 @@
-"""A decoder block: attention, then a feed-forward layer or what takes its place, and perhaps a memory beside it."""
+"""A decoder block: attention, a feed-forward layer or what takes its place, perhaps a memory in parallel to it."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ class BlockAux(NamedTuple):
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mixer(norm(x)); `ModelConfig.kind` says what the mixer is.
 
-    A memory beside the mixer adds its own output.
+    A memory in parallel to the mixer adds its own output.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Block(nnx.Module):
             head_dim=config.head_dim,
             use_bias=config.attention_bias,
             use_out_bias=config.attention_out_bias,
-            head_norm_eps=config.norm_eps if config.head_norm else None,
+            head_norm_eps=config.norm_eps if config.qk_norm else None,
             rope_theta=None if layer in config.rope_free_layers else config.rope_theta,
             rope_scaling=config.rope_scaling,
             sliding_window=config.sliding_window,

@@ -56,7 +56,7 @@ class FlopCounts:
     memory_search: int
     """Queries, and the scores of all sub-keys."""
     memory_read: int
-    """The sum over the picks and its two gradients, and the layer's products around it; of expert lookups also the
+    """The sum over the picks and its two gradients, and the layer's products around it; of PEER layers also the
     products of token and picks."""
     head: int
     """The logits."""
@@ -87,7 +87,7 @@ def training_flops(parts: DecoderParts, sequence_length: int, *, freeze_dense: b
             by_parameter = 2 if names[0] == "blocks" and int(names[1]) < frozen_blocks else 4
         if _is_expert(names, shape):
             assert experts is not None
-            by_token = experts.capacity if experts.routing == "expert_choice" else experts.top_k
+            by_token = experts.capacity_factor if experts.routing == "expert_choice" else experts.top_k
             flops["experts"] += round(by_parameter * by_token * math.prod(shape) / experts.num_experts)
         elif len(shape) == 2 and (group := _group(names, tied=config.tie_embeddings)):
             flops[group] += by_parameter * math.prod(shape)

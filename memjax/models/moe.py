@@ -103,7 +103,7 @@ class MoE(nnx.Module):
         checks.refuse(checks.counts(dim=dim, hidden_dim=hidden_dim))
         config = checks.with_settings(type(self), config or ExpertsConfig(), settings)
         self.num_experts, self.routing, self.top_k = config.num_experts, config.routing, config.chosen
-        self.renormalize, self.capacity, num_experts = config.renormalize, config.capacity, config.num_experts
+        self.renormalize, self.capacity, num_experts = config.renormalize, config.capacity_factor, config.num_experts
         self.dtype, self.implementation = dtype, implementation
         self.router = linear(dim, num_experts, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 

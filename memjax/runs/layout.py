@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from memjax.config import renamed
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.models.decoder import resolve_dtype
@@ -47,10 +48,12 @@ def meta_document(config: RunConfig, tokenizer: Tokenizer, *, step: int) -> dict
 
 def upgraded(meta: dict[str, Any]) -> dict[str, Any]:
     """The `meta` document of an older version as this version writes it."""
-    if meta.get("format") != 1:
-        return meta
-    dtypes = {"memory": meta["table_dtype"], "expert_lookup": meta.get("expert_table_dtype")}
-    return meta | {"format": FORMAT, "table_dtypes": dtypes}
+    if meta.get("format") == 1:
+        dtypes = {"memory": meta["table_dtype"], "expert_lookup": meta.get("expert_table_dtype")}
+        meta = meta | {"format": FORMAT, "table_dtypes": dtypes}
+    # Kinds of lookups are called as their sections.
+    dtypes = renamed.upgraded({"model": meta.get("table_dtypes", {})})["model"]
+    return meta | {"config": renamed.upgraded(meta["config"]), "table_dtypes": dtypes}
 
 
 OPT_STATE = "opt_state"

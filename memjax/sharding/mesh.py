@@ -28,12 +28,12 @@ def make_mesh(config: RunConfig, devices: list[Any] | None = None) -> Mesh:
                 f"set mesh.data={max(1, len(devices) // memory)} or start with other devices"
             ]
         )
-    batch_size, per_device = config.data.batch_size, config.train.accumulate * len(devices)
+    batch_size, per_device = config.data.batch_size, config.train.grad_accum_steps * len(devices)
     if batch_size % per_device:
         raise ConfigError(
             [
-                f"data.batch_size={batch_size} must be a multiple of train.accumulate x devices = "
-                f"{config.train.accumulate} x {len(devices)}; try {-(-batch_size // per_device) * per_device}"
+                f"data.batch_size={batch_size} must be a multiple of train.grad_accum_steps x devices = "
+                f"{config.train.grad_accum_steps} x {len(devices)}; try {-(-batch_size // per_device) * per_device}"
             ]
         )
     return jax.make_mesh((data, memory), (DATA, MEMORY), axis_types=(AxisType.Auto,) * 2, devices=devices)

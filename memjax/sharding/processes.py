@@ -231,7 +231,7 @@ def _start(config: ProcessesConfig, launch: Launch) -> None:
         launch.index,
         cluster_detection_method="deactivate",
         initialization_timeout=config.start_timeout + 60,
-        heartbeat_timeout_seconds=config.silence_timeout,
+        heartbeat_timeout_seconds=config.heartbeat_timeout,
     )
     timer.cancel()
     if jax.default_backend() == "cpu" and jax.local_device_count() > 1:

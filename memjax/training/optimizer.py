@@ -51,7 +51,7 @@ def make_optimizer(config: OptimConfig, steps: int, abstract_params: nnx.State) 
         {"dense": adamw(1.0), "address": adamw(config.key_lr_factor), FROZEN: optax.set_to_zero()},
         parameter_groups(config, abstract_params),
     )
-    clip = optax.identity() if config.clip is None else clip_by_global_norm(config.clip)
+    clip = optax.identity() if config.max_grad_norm is None else clip_by_global_norm(config.max_grad_norm)
     return optax.chain(clip, by_group)
 
 

@@ -35,7 +35,7 @@ class TrainProgram:
         parts = DecoderParts.of(config.model, implementation=implementation, attention=attention)
         steps, seed = config.train.steps, config.run.seed
         table = config.optim.table
-        schedule, exchange = make_schedule(table, steps), config.mesh.row_exchange
+        schedule, exchange = make_schedule(table, steps), config.mesh.row_grad_reduce
         table_optimizer = TableOptimizer(table, schedule, seed, exchange, implementation)
         return cls(config, parts, make_optimizer(config.optim, steps, parts.abstract_params), table_optimizer)
 

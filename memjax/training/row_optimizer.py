@@ -24,7 +24,7 @@ class TableOptimizer:
     schedule: optax.Schedule
     """The tables' own learning rate, by step."""
     seed: int
-    row_exchange: Literal["auto", "factored", "dense"] = "auto"
+    exchange: Literal["auto", "all_gather", "all_reduce"] = "auto"
     """As in `sharded.update_rows`."""
     implementation: str | None = None
     """Of `row_update`."""
@@ -41,7 +41,7 @@ class TableOptimizer:
             moment_dtype=jnp.dtype(self.config.moment_dtype),
             stochastic_rounding=self.config.stochastic_rounding,
         )
-        return RowOptimizer(self.schedule, rule, self.seed, self.row_exchange, self.implementation)
+        return RowOptimizer(self.schedule, rule, self.seed, self.exchange, self.implementation)
 
     def init(self, tables: Tables) -> dict[str, Any]:
         """State before the first step, by table."""

@@ -66,7 +66,7 @@ def make_train_step(program: TrainProgram, mesh: jax.sharding.Mesh) -> jax.stage
 
 def abstract_batch(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch of the step as shapes."""
-    data, accumulate = config.data, config.train.accumulate
+    data, accumulate = config.data, config.train.grad_accum_steps
     shape = (accumulate, data.batch_size // accumulate, data.sequence_length)
     integers = ["tokens", "targets", "segments", "positions"] + (["sources"] if data.mixture else [])
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in integers}
@@ -109,7 +109,7 @@ def train_step(program: TrainProgram, state: TrainState, batch: Batch) -> tuple[
         "train/grad_norm": norm,
         "train/lr": program.schedule(state.step),
         "train/tokens": real,
-        "train/learned_tokens": learned,
+        "train/target_tokens": learned,
         "healthy": ok,
     }
     metrics |= _part_metrics(program, batch, aux.by_part) | _router_metrics(aux.routers)
@@ -214,7 +214,9 @@ def _router_loss(program: TrainProgram, routers: dict[str, RouterStatistics]) ->
     experts = program.config.model.experts
     if experts is None:
         return 0.0
-    return sum(experts.balance_weight * router.balance + experts.z_weight * router.z for router in routers.values())
+    return sum(
+        experts.aux_loss_weight * router.balance + experts.z_loss_weight * router.z for router in routers.values()
+    )
 
 
 def _whole_outside_blocks(params: nnx.State) -> nnx.State:
@@ -238,7 +240,7 @@ def _part_metrics(program: TrainProgram, batch: Batch, losses: list[Array]) -> M
     metrics = {}
     for part, is_of_part, loss in zip(program.config.data.mixture, _parts(program, batch), losses, strict=True):
         learned = jnp.sum(batch["loss_mask"], where=is_of_part)
-        metrics[f"data/{part.name}/learned_tokens"] = learned
+        metrics[f"data/{part.name}/target_tokens"] = learned
         metrics[f"data/{part.name}/loss"] = loss / learned
     return metrics
 

@@ -28,9 +28,14 @@ def loaded(text: str, *overrides: str) -> RunConfig:
 
 
 def test_numbers_are_those_of_yaml_1_2(here):
-    config = loaded("optim:\n  lr: 3e-4\n  clip: 1\ntrain: {steps: 128_000}\nrun: {dir: no}\n")
-    assert (config.optim.lr, config.optim.clip, config.train.steps, config.run.dir) == (3e-4, 1.0, 128_000, "no")
-    assert type(config.optim.clip) is float
+    config = loaded("optim:\n  lr: 3e-4\n  max_grad_norm: 1\ntrain: {steps: 128_000}\nrun: {dir: no}\n")
+    assert (config.optim.lr, config.optim.max_grad_norm, config.train.steps, config.run.dir) == (
+        3e-4,
+        1.0,
+        128_000,
+        "no",
+    )
+    assert type(config.optim.max_grad_norm) is float
 
 
 @pytest.mark.parametrize("word", ["yes", "2026-11-28", "12:30", "<<", "=", "-_", "01.02.03"])
@@ -53,8 +58,8 @@ def test_words_that_are_no_numbers_are_text(here, word):
         (["--model.memory.layers", "0,2"], "model.memory.layers", (0, 2)),
         (["--model.memory.layers", "[0, 2]"], "model.memory.layers", (0, 2)),
         (["--model.memory.layers", "2"], "model.memory.layers", (2,)),
-        (["--optim.clip", "none"], "optim.clip", None),
-        (["--optim.clip", "null"], "optim.clip", None),
+        (["--optim.max_grad_norm", "none"], "optim.max_grad_norm", None),
+        (["--optim.max_grad_norm", "null"], "optim.max_grad_norm", None),
         (["--model.memory.gate", "none"], "model.memory.gate", "none"),
         (["--optim.lr", "1e-4"], "optim.lr", 1e-4),
         (["--run.dir", "2026"], "run.dir", "2026"),
@@ -86,9 +91,9 @@ def test_a_memory_section_over_a_dense_base_starts_from_the_defaults(here):
 def test_a_file_extends_another_relative_to_itself(here):
     Path("sub").mkdir()
     Path("sub/one.yaml").write_text("extends: two.yaml\ntrain: {steps: 1}\n")
-    Path("sub/two.yaml").write_text("train: {steps: 2, accumulate: 2}\n")
+    Path("sub/two.yaml").write_text("train: {steps: 2, grad_accum_steps: 2}\n")
     config = loaded("extends: sub/one.yaml\n", "--run.seed", "7")
-    assert (config.train.steps, config.train.accumulate, config.run.seed) == (1, 2, 7)
+    assert (config.train.steps, config.train.grad_accum_steps, config.run.seed) == (1, 2, 7)
 
 
 def test_a_value_from_the_command_line_is_blamed_on_it(here):
@@ -98,11 +103,11 @@ def test_a_value_from_the_command_line_is_blamed_on_it(here):
 
 def test_differences_name_every_changed_field():
     old = load(RunConfig, None)
-    new = load(RunConfig, None, ["--optim.lr", "1e-3", "--model.memory.layers", "0,2", "--optim.clip", "null"])
+    new = load(RunConfig, None, ["--optim.lr", "1e-3", "--model.memory.layers", "0,2", "--optim.max_grad_norm", "null"])
     assert differences(old, new) == [
         "model.memory.layers: [1, 2] -> [0, 2]",
         "optim.lr: 0.006 -> 0.001",
-        "optim.clip: 1.0 -> null",
+        "optim.max_grad_norm: 1.0 -> null",
     ]
     (line,) = differences(load(RunConfig, None, ["--model.memory", "null"]), old)
     assert re.match(
@@ -114,7 +119,7 @@ def test_differences_name_every_changed_field():
 def test_yaml_shows_every_field():
     lines = to_yaml(RunConfig()).splitlines()
     assert "    layers: [1, 2]" in lines
-    assert "  clip: 1.0" in lines
+    assert "  max_grad_norm: 1.0" in lines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -175,10 +175,10 @@ WRONG = {
         ],
     ),
     "sections that do not fit each other": (
-        "train:\n  accumulate: 7\n",
+        "train:\n  grad_accum_steps: 7\n",
         ["--mesh.memory", "2"],
         [
-            "config.yaml:2: data.batch_size=32 must be a multiple of train.accumulate=7",
+            "config.yaml:2: data.batch_size=32 must be a multiple of train.grad_accum_steps=7",
             "command line: mesh.memory=2 cannot split value_dim=64: each device needs a whole number of columns, "
             "at least 64; the largest that can is mesh.memory=1",
         ],
@@ -195,19 +195,19 @@ WRONG = {
     ),
     "mistakes on the command line": (
         "",
-        ["--optim.lr", "--train.stepz=4", "--train.steps", "many", "--optim.clip", "-1", "value"],
+        ["--optim.lr", "--train.stepz=4", "--train.steps", "many", "--optim.max_grad_norm", "-1", "value"],
         [
             "command line: --optim.lr needs a value",
             "command line: train.stepz: unknown setting; did you mean 'train.steps'?",
             "command line: 'value' is not a setting; write --section.key value",
-            "command line: optim.clip=-1.0 must be positive",
+            "command line: optim.max_grad_norm=-1.0 must be positive",
             "command line: train.steps='many' must be a whole number",
         ],
     ),
     "a mistake in the base": (
         "extends: base.yaml\nmodel: {dim: 8}\n",
         [],
-        ["base.yaml:2: train.accumulat: unknown setting; did you mean 'train.accumulate'?"],
+        ["base.yaml:2: train.grad_accum_step: unknown setting; did you mean 'train.grad_accum_steps'?"],
     ),
     "a circle": (
         "extends: ./config.yaml\n",
@@ -269,7 +269,7 @@ WRONG = {
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    Path("base.yaml").write_text("train:\n  accumulat: 3\n")
+    Path("base.yaml").write_text("train:\n  grad_accum_step: 3\n")
     Path("circle.yaml").write_text("extends: config.yaml\n")
     Path("utf_16.yaml").write_bytes("model: null".encode("utf-16"))
     Path("folder").mkdir()
@@ -347,7 +347,7 @@ TYPOS = {
     "log.trackio.projct": "log.trackio.project",
     "model.memory.heads": "model.memory.num_heads",
     "model.memroy.num_keys": "model.memory.num_keys",
-    "model.expert_lokup.num_keys": "model.expert_lookup.num_keys",
+    "model.peeer.num_keys": "model.peer.num_keys",
     "model.expert.num_experts": "model.experts.num_experts",
     "model.layers": "model.num_layers",
     "model.vocabsize": "model.vocab_size",

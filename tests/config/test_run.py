@@ -61,7 +61,7 @@ def parameters(model: ModelConfig) -> int:
         if model.experts is not None:
             total += model.experts.num_experts * (3 * model.dim * model.ffn_dim + model.dim)
             continue
-        lookup = next((one for one in (model.memory, model.expert_lookup) if one and layer in one.layers), None)
+        lookup = next((one for one in (model.memory, model.peer) if one and layer in one.layers), None)
         if lookup is None:
             total += 3 * model.dim * model.ffn_dim
             continue
@@ -72,8 +72,8 @@ def parameters(model: ModelConfig) -> int:
         total += queries + keys + (gate if gated else 0)
     if model.memory is not None:
         total += model.memory.num_slots * model.value_dim
-    if model.expert_lookup is not None:
-        total += 2 * model.expert_lookup.num_slots * model.dim
+    if model.peer is not None:
+        total += 2 * model.peer.num_slots * model.dim
     return total
 
 
@@ -111,7 +111,7 @@ def test_presets_differ_from_their_dense_model_only_in_memory_experts_its_tables
                     "run.dir:",
                     "model.memory:",
                     "model.experts:",
-                    "model.expert_lookup:",
+                    "model.peer:",
                     "mesh.memory:",
                     "optim.table.lr:",
                 )
@@ -133,9 +133,9 @@ def test_presets_have_the_rates_that_the_experiment_found_best():
 def test_more_picks_than_can_be_sorted_at_once_are_refused_where_factors_are_demanded():
     preset = CONFIGS / "8b_memory_plus_16m.yaml"
     # Three layers, each 128 picks of 2048 x 4096 tokens.
-    with pytest.raises(ConfigError, match=r"mesh\.row_exchange=factored cannot sort the 3,221,225,472 rows"):
-        load(RunConfig, preset, ["--mesh.row_exchange", "factored"])
-    load(RunConfig, preset, ["--mesh.row_exchange", "factored", "--data.batch_size", "1024"])
+    with pytest.raises(ConfigError, match=r"mesh\.row_grad_reduce=all_gather cannot sort the 3,221,225,472 rows"):
+        load(RunConfig, preset, ["--mesh.row_grad_reduce", "all_gather"])
+    load(RunConfig, preset, ["--mesh.row_grad_reduce", "all_gather", "--data.batch_size", "1024"])
     load(RunConfig, preset)
 
 
@@ -160,15 +160,15 @@ def test_every_block_is_of_one_kind():
     mixed = ModelConfig(
         num_layers=6,
         memory=MemoryConfig(layers=(1, 4)),
-        expert_lookup=PEERConfig(layers=(2,)),
+        peer=PEERConfig(layers=(2,)),
         experts=ExpertsConfig(layers=(0, 5)),
     )
-    kinds = ["experts", "memory", "expert_lookup", "dense", "memory", "experts"]
+    kinds = ["experts", "memory", "peer", "dense", "memory", "experts"]
     assert [mixed.kind(layer) for layer in range(6)] == kinds
     assert mixed.layers_of("experts") == (0, 5)
     assert mixed.layers_of("dense") == (3,)
     # Without a list, experts take what nobody else names; a memory beside a feed-forward layer names its block.
-    beside = ModelConfig(memory=MemoryConfig(layers=(1,), placement="beside"), experts=ExpertsConfig())
+    beside = ModelConfig(memory=MemoryConfig(layers=(1,), placement="parallel"), experts=ExpertsConfig())
     assert [beside.kind(layer) for layer in range(3)] == ["experts", "dense", "experts"]
     assert ModelConfig(memory=None).layers_of("dense") == (0, 1, 2)
 
@@ -176,8 +176,8 @@ def test_every_block_is_of_one_kind():
 def test_a_block_that_two_lists_name_is_refused():
     with pytest.raises(ValueError, match=r"experts\.layers=\[0, 2\] and memory\.layers both name \[2\]: a block is"):
         ModelConfig(memory=MemoryConfig(layers=(1, 2)), experts=ExpertsConfig(layers=(0, 2)))
-    with pytest.raises(ValueError, match=r"expert_lookup\.layers=\[1\] and memory\.layers both name \[1\]"):
-        ModelConfig(memory=MemoryConfig(placement="beside"), expert_lookup=PEERConfig())
+    with pytest.raises(ValueError, match=r"peer\.layers=\[1\] and memory\.layers both name \[1\]"):
+        ModelConfig(memory=MemoryConfig(placement="parallel"), peer=PEERConfig())
     with pytest.raises(ValueError, match=r"experts\.layers=\[3\] must lie in 0\.\.2"):
         ModelConfig(experts=ExpertsConfig(layers=(3,)))
     with pytest.raises(ValueError, match=r"experts\.layers=null finds no block that is not named elsewhere"):
@@ -189,9 +189,12 @@ def test_experts_that_cannot_be_are_refused():
         ({"top_k": 9}, r"top_k=9 must be in 1\.\.num_experts=8"),
         ({"top_k": 1, "renormalize": True}, "renormalize=True would leave the router nothing to learn from"),
         ({"routing": "expert_choice", "renormalize": True}, "renormalize=True would leave the router nothing"),
-        ({"routing": "expert_choice", "capacity": 9.0}, r"capacity=9\.0 must be above 0 and at most num_experts=8"),
+        (
+            {"routing": "expert_choice", "capacity_factor": 9.0},
+            r"capacity_factor=9\.0 must be above 0 and at most num_experts=8",
+        ),
         ({"layers": ()}, r"layers=\[\] must name at least one block; for none, set the section to null"),
-        ({"balance_weight": -1.0, "ffn_dim": 0}, r"ffn_dim=0 must be positive\nbalance_weight=-1\.0 must not be neg"),
+        ({"aux_loss_weight": -1.0, "ffn_dim": 0}, r"ffn_dim=0 must be positive\naux_loss_weight=-1\.0 must not be neg"),
     ]:
         with pytest.raises(ValueError, match=problem):
             ExpertsConfig(**fields)
@@ -225,17 +228,17 @@ def test_derived_sizes():
     assert (memory.num_slots, memory.picks) == (10_000, 128)
     experts = PEERConfig(layers=(1, 3), num_keys=20)
     readers = lambda model: {name: table.readers for name, table in model.tables.items()}
-    model = ModelConfig(num_layers=4, memory=memory, expert_lookup=experts)
+    model = ModelConfig(num_layers=4, memory=memory, peer=experts)
     assert readers(model) == {"shared": (0, 2), "experts_inputs": (1, 3), "experts_outputs": (1, 3)}
     assert {name: (table.num_slots, table.width) for name, table in model.tables.items()} == {
         "shared": (10_000, 64),
         "experts_inputs": (400, 64),
         "experts_outputs": (400, 64),
     }
-    apart = {"memory": dataclasses.replace(memory, share=False), "expert_lookup": None}
+    apart = {"memory": dataclasses.replace(memory, shared_table=False), "peer": None}
     assert readers(dataclasses.replace(model, **apart)) == {"layer_0": (0,), "layer_2": (2,)}
-    own = dataclasses.replace(experts, layers=(1,), share=False)
-    assert list(dataclasses.replace(model, expert_lookup=own).tables) == [
+    own = dataclasses.replace(experts, layers=(1,), shared_table=False)
+    assert list(dataclasses.replace(model, peer=own).tables) == [
         "shared",
         "experts_1_inputs",
         "experts_1_outputs",

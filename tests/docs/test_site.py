@@ -81,7 +81,7 @@ def test_types_and_defaults_in_the_reference_are_those_of_the_config(generated):
         ("model.dim", "INT", "64"),
         ("model.memory.layers", "INT,...", "[1, 2]"),
         ("model.memory.gate", "none | silu", "'silu'"),
-        ("optim.clip", "NUMBER | null", "1.0"),
+        ("optim.max_grad_norm", "NUMBER | null", "1.0"),
         ("data.path", "TEXT | null", "null"),
         ("checkpoint.keep_best", "BOOL", "true"),
     ]:

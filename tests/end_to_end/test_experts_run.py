@@ -19,7 +19,7 @@ from memjax.training import main
 
 SETTINGS = """
 --model.dim 16 --model.num_layers 1 --model.num_heads 2 --model.ffn_dim 24 --model.vocab_size 259 --model.memory null
---model.experts.num_experts 3 --model.experts.routing expert_choice --model.experts.capacity 2
+--model.experts.num_experts 3 --model.experts.routing expert_choice --model.experts.capacity_factor 2
 --data.source text --data.sequence_length 16 --data.batch_size 8 --data.packing concat --data.validation_fraction 0.2
 --data.tokenizer.kind byte --optim.lr 0.03 --optim.warmup_steps 2 --optim.table.warmup_steps 0
 --train.steps 12 --checkpoint.every 6 --checkpoint.no-keep_best --eval.every null --eval.batches 1

@@ -22,7 +22,7 @@ STEPS = 40
 # Two devices that split bfloat16 tables: rounding at random must go on where it stopped, too.
 SETTINGS = """
 model: {dim: 128, num_layers: 3, num_heads: 2, ffn_dim: 24, vocab_size: 259,
-        expert_lookup: {layers: [2], num_keys: 16, num_heads: 2, top_k: 4, key_dim: 8, table_dtype: bfloat16}}
+        peer: {layers: [2], num_keys: 16, num_heads: 2, top_k: 4, key_dim: 8, table_dtype: bfloat16}}
 data: {source: text, validation_fraction: 0.1, sequence_length: 32, batch_size: 8, packing: concat,
        tokenizer: {kind: byte}}
 optim: {warmup_steps: 5, table: {warmup_steps: 5, state_columns: 64}}

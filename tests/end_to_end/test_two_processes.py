@@ -68,7 +68,7 @@ class Runs:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             where = ["--processes.count", "2", "--processes.coordinator", f"127.0.0.1:{free.getsockname()[1]}"]
-        where += ["--processes.silence_timeout", "5"]
+        where += ["--processes.heartbeat_timeout", "5"]
         return [self.start(name, *where, "--processes.index", str(index), devices=1) for index in range(2)]
 
     def rows(self, name: str) -> dict[int, dict]:

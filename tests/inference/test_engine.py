@@ -36,7 +36,7 @@ def tiny(memory: bool = True, num_kv_heads: int | None = None) -> Decoder:
         vocab_size=259,
         dtype="float32",
         memory=MemoryConfig(layers=(1,), num_keys=8, num_heads=2, top_k=4, key_dim=8) if memory else None,
-        expert_lookup=PEERConfig(layers=(2,), num_keys=8, num_heads=2, top_k=4, key_dim=8) if memory else None,
+        peer=PEERConfig(layers=(2,), num_keys=8, num_heads=2, top_k=4, key_dim=8) if memory else None,
     )
     parts, rng = DecoderParts.of(config), np.random.default_rng(0)
     # Drawn by NumPy: compiling the initialisation would take longer than all that is tested.

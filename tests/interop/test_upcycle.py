@@ -25,7 +25,7 @@ from memjax.runs.write import write_run
 
 DENSE = ModelConfig(dim=16, num_layers=2, num_heads=2, ffn_dim=24, vocab_size=259, memory=None)
 SIZES: dict[str, Any] = {"num_keys": 5, "num_heads": 2, "top_k": 3, "key_dim": 8}
-BESIDE = MemoryConfig(layers=(0, 1), placement="beside", output_gate=True, share=False, value_dim=12, **SIZES)
+BESIDE = MemoryConfig(layers=(0, 1), placement="parallel", output_gate=True, shared_table=False, value_dim=12, **SIZES)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(259, size=(2, 9)))
 
 forward = nnx.jit(lambda model, tokens: model(tokens))

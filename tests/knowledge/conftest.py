@@ -15,12 +15,12 @@ from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts
 
 SIZES: dict[str, Any] = {"dim": 16, "num_layers": 3, "num_heads": 2, "ffn_dim": 24, "vocab_size": 259}
-LOOKUP: dict[str, Any] = {"num_keys": 6, "num_heads": 2, "top_k": 3, "key_dim": 8, "share": False}
+LOOKUP: dict[str, Any] = {"num_keys": 6, "num_heads": 2, "top_k": 3, "key_dim": 8, "shared_table": False}
 KINDS: dict[str, dict[str, Any]] = {
     "memory_plus": {"memory": MemoryConfig(layers=(0, 2), value_dim=12, **LOOKUP)},
     "plain": {"memory": MemoryConfig(layers=(0, 2), gate="none", **LOOKUP)},
-    "gated_beside": {"memory": MemoryConfig(layers=(0, 2), output_gate=True, placement="beside", **LOOKUP)},
-    "peer": {"memory": None, "expert_lookup": PEERConfig(layers=(0, 2), **LOOKUP)},
+    "gated_beside": {"memory": MemoryConfig(layers=(0, 2), output_gate=True, placement="parallel", **LOOKUP)},
+    "peer": {"memory": None, "peer": PEERConfig(layers=(0, 2), **LOOKUP)},
 }
 
 

@@ -19,7 +19,7 @@ SIZES: dict[str, Any] = {"num_keys": 4, "num_heads": 2, "top_k": 2, "key_dim": 4
 
 
 class Both(nnx.Module):
-    """A memory layer and an expert lookup, one after the other."""
+    """A memory layer and a PEER layer, one after the other."""
 
     def __init__(self, rngs):
         self.table, self.inputs, self.outputs = (ValueTable(16, DIM, rngs=rngs) for _ in range(3))

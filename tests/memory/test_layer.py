@@ -78,7 +78,7 @@ run = nnx.jit(lambda layer, x, table: layer(x, table))
     [
         {},
         {"gate": "none", "num_heads": 1},
-        {"gate": "none", "value_dim": 10, "output_gate": True, "placement": "beside"},
+        {"gate": "none", "value_dim": 10, "output_gate": True, "placement": "parallel"},
         {"output_gate": True},
         {"value_dim": 4, "qk_norm": True, "score_scale": 3.0},
         {"top_k": NUM_KEYS, "num_heads": 1, "score_scale": 0.5, "implementation": "reference"},
@@ -100,7 +100,7 @@ def test_output_is_the_papers_formula(options):
 
 
 def test_a_layer_that_starts_at_zero_adds_nothing_at_first():
-    layer = MemoryLayer(DIM, num_keys=NUM_KEYS, top_k=2, key_dim=4, placement="beside", rngs=nnx.Rngs(0))
+    layer = MemoryLayer(DIM, num_keys=NUM_KEYS, top_k=2, key_dim=4, placement="parallel", rngs=nnx.Rngs(0))
     assert layer.scale is not None
     np.testing.assert_array_equal(layer.scale[...], np.zeros(DIM))
 

@@ -1,4 +1,4 @@
-"""The expert lookup against its formula and its gradients, written as loops over tokens, heads and experts."""
+"""The PEER layer against its formula and its gradients, written as loops over tokens, heads and experts."""
 
 import math
 from types import SimpleNamespace

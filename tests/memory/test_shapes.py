@@ -103,7 +103,7 @@ def test_rules_of_the_config_hold_for_tables_and_exchanges(as_users_call):
             ValueTable(**{**sizes, **wrong}, rngs=nnx.Rngs(0))
     gradient = RowGradient(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1)), jnp.ones((1, 4)))
     unknown: Any = "Dense"
-    with pytest.raises(ValueError, match="exchange='Dense' is unknown; known: auto, factored, dense"):
+    with pytest.raises(ValueError, match="exchange='Dense' is unknown; known: auto, all_gather, all_reduce"):
         sharded.update_rows(jnp.ones((4, 4)), {}, [gradient], RowRule(kind="sgd"), row_step(1.0, 0), exchange=unknown)
 
 

@@ -126,7 +126,7 @@ RULE = RowRule(state_columns=8, eps=1e-3)
 
 
 @every_mesh
-@pytest.mark.parametrize("exchange", ["factored", "dense"])
+@pytest.mark.parametrize("exchange", ["all_gather", "all_reduce"])
 def test_row_update_equals_the_plain_one(shape, exchange):
     # Row by row and few picks at a time, where the table is small.
     cut = {"exchange": exchange, "piece_picks": 4, "block_bytes": 7 * COLUMNS * 8}
@@ -148,7 +148,7 @@ def test_row_update_equals_the_plain_one(shape, exchange):
     np.testing.assert_array_equal(got[0][unread], table[unread])
 
 
-@pytest.mark.parametrize("exchange", ["factored", "dense"])
+@pytest.mark.parametrize("exchange", ["all_gather", "all_reduce"])
 def test_replicas_stay_bit_equal_and_equal_one_device(mesh, exchange):
     table = jnp.asarray(draw()[0], jnp.bfloat16)
     gradients = [

@@ -155,10 +155,10 @@ def test_frozen_parts_compute_no_gradients_of_their_weights_and_none_at_all_befo
     assert counted(False) - counted(True) == pytest.approx(by_hand + masked, rel=0.04)
 
 
-def test_an_expert_lookup_by_hand():
+def test_a_peer_layer_by_hand():
     experts = PEERConfig(layers=(0,), num_keys=16, num_heads=2, top_k=4, key_dim=8)
     dense = ModelConfig(dim=16, num_layers=1, num_heads=2, ffn_dim=24, vocab_size=259, memory=None)
-    parts, without = (DecoderParts.of(config) for config in (dataclasses.replace(dense, expert_lookup=experts), dense))
+    parts, without = (DecoderParts.of(config) for config in (dataclasses.replace(dense, peer=experts), dense))
     feed_forward, queries = 3 * 16 * 24, 16 * 2 * 8
     counts, before = count_parameters(parts), count_parameters(without)
     assert counts.table == 2 * 16**2 * 16

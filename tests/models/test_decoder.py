@@ -27,13 +27,13 @@ CONFIGS = {
         num_layers=3,
         tie_embeddings=True,
         memory=MemoryConfig(**MEMORY, layers=(0, 1)),
-        expert_lookup=PEERConfig(**EXPERTS, layers=(2,)),
+        peer=PEERConfig(**EXPERTS, layers=(2,)),
     ),
     "own tables": ModelConfig(
         **SIZES,
         num_layers=4,
-        memory=MemoryConfig(**MEMORY, layers=(0, 2), share=False),
-        expert_lookup=PEERConfig(**EXPERTS, layers=(1, 3), share=False),
+        memory=MemoryConfig(**MEMORY, layers=(0, 2), shared_table=False),
+        peer=PEERConfig(**EXPERTS, layers=(1, 3), shared_table=False),
     ),
     "experts": ModelConfig(
         **SIZES,
@@ -41,7 +41,7 @@ CONFIGS = {
         memory=MemoryConfig(**MEMORY, layers=(2,)),
         experts=ExpertsConfig(layers=(0,), num_experts=3, ffn_dim=20),
     ),
-    "beside": ModelConfig(**SIZES, num_layers=2, memory=MemoryConfig(**MEMORY, layers=(1,), placement="beside")),
+    "beside": ModelConfig(**SIZES, num_layers=2, memory=MemoryConfig(**MEMORY, layers=(1,), placement="parallel")),
 }
 TOKENS = np.random.default_rng(0).integers(40, size=(2, 7)).astype(np.int32)
 
@@ -83,17 +83,17 @@ def test_logits_are_those_of_the_layers_put_together_by_hand(name):
         inputs = narrow(norm(block.mixer_norm, x))
         memory = config.memory if config.memory and number in config.memory.layers else None
         if memory is not None:
-            table = model.tables["shared" if memory.share else f"layer_{number}"]
+            table = model.tables["shared" if memory.shared_table else f"layer_{number}"]
             x = x + np.asarray(call(block.lookup, inputs, table))
-        lookup = config.expert_lookup if config.kind(number) == "expert_lookup" else None
+        lookup = config.peer if config.kind(number) == "peer" else None
         if lookup is not None:
-            pool = "experts" if lookup.share else f"experts_{number}"
+            pool = "experts" if lookup.shared_table else f"experts_{number}"
             tables = (model.tables[f"{pool}_{which}"] for which in ("inputs", "outputs"))
             x = x + np.asarray(call(block.lookup, inputs, *tables))
             assert block.feed_forward is None
         elif config.kind(number) == "experts":
             x = x + np.asarray(call(block.experts, inputs)[0])
-        elif memory is None or memory.placement == "beside":
+        elif memory is None or memory.placement == "parallel":
             assert isinstance(block.feed_forward, FeedForward)
             x = x + np.asarray(call(block.feed_forward, inputs))
     output = embedding.T if model.head is None else np.asarray(model.head.kernel[...], np.float64)

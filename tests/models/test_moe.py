@@ -19,7 +19,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "top 2": {"top_k": 2},
     "renormalized": {"top_k": 2, "renormalize": True},
     "expert choice": {"routing": "expert_choice"},
-    "capacity 2": {"routing": "expert_choice", "capacity": 2.0},
+    "capacity 2": {"routing": "expert_choice", "capacity_factor": 2.0},
 }
 
 

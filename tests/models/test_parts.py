@@ -16,11 +16,11 @@ SIZES: dict[str, Any] = {"dim": 8, "num_layers": 2, "num_heads": 2, "ffn_dim": 8
 MEMORY: dict[str, Any] = {"layers": (0, 1), "num_keys": 3, "num_heads": 1, "top_k": 2, "key_dim": 4, "value_dim": 6}
 CONFIGS = {
     "dense": ModelConfig(**SIZES, memory=None),
-    "memory": ModelConfig(**SIZES, memory=MemoryConfig(**MEMORY, share=False, table_dtype="bfloat16")),
+    "memory": ModelConfig(**SIZES, memory=MemoryConfig(**MEMORY, shared_table=False, table_dtype="bfloat16")),
     "experts": ModelConfig(
         **SIZES,
         memory=None,
-        expert_lookup=PEERConfig(num_keys=3, num_heads=1, top_k=2, key_dim=4, table_dtype="bfloat16"),
+        peer=PEERConfig(num_keys=3, num_heads=1, top_k=2, key_dim=4, table_dtype="bfloat16"),
     ),
 }
 TABLES = {"dense": [], "memory": ["layer_0", "layer_1"], "experts": ["experts_inputs", "experts_outputs"]}

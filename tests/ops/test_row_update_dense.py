@@ -90,5 +90,7 @@ def test_a_table_updated_in_blocks_is_never_copied():
 def test_more_picks_than_32_bits_can_count_are_refused_with_the_way_out():
     factors = (((1 << 24, 128), jnp.int32), ((1 << 24, 128), jnp.float32), ((1 << 24, 8), jnp.float32))
     gradient = RowGradient._make(jax.ShapeDtypeStruct(*factor) for factor in factors)
-    with pytest.raises(ValueError, match=r"2,147,483,648 picks cannot be sorted at once, .* mesh\.row_exchange: dense"):
+    with pytest.raises(
+        ValueError, match=r"2,147,483,648 picks cannot be sorted at once, .* mesh\.row_grad_reduce: all_reduce"
+    ):
         jax.eval_shape(sorted_picks, [gradient])

@@ -28,7 +28,7 @@ def run_config(memory: bool = True, **model) -> RunConfig:
     small = MemoryConfig(layers=(1,), num_keys=8, num_heads=2, top_k=4, key_dim=8, value_dim=32)
     sizes = {"dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32, "vocab_size": 259}
     experts = PEERConfig(layers=(0,), num_keys=8, num_heads=2, top_k=4, key_dim=8, table_dtype="float32")
-    lookups = {"memory": small, "expert_lookup": experts} if memory else {"memory": None}
+    lookups = {"memory": small, "peer": experts} if memory else {"memory": None}
     return RunConfig(model=ModelConfig(**sizes, **lookups, **model))
 
 
@@ -114,7 +114,7 @@ def test_a_table_saved_in_bfloat16_is_widened_where_the_machine_computes_in_floa
     model = build(narrow.model, 3)
     _, params, tables = take_apart(model)
     document = meta_document(config, ByteTokenizer(), step=1) | {
-        "table_dtypes": {"memory": "bfloat16", "expert_lookup": "float32"}
+        "table_dtypes": {"memory": "bfloat16", "peer": "float32"}
     }
     with Checkpoints(tmp_path / "auto" / "checkpoints") as checkpoints:
         checkpoints.save(1, {"params": params_to_tree(params), "tables": tables}, {"meta": document})

@@ -44,9 +44,7 @@ def run_config(table_dtype="float32") -> RunConfig:
     memory = MemoryConfig(layers=(1,), value_dim=32, **sizes)
     experts = PEERConfig(layers=(0,), **sizes)
     return RunConfig(
-        model=ModelConfig(
-            dim=16, num_layers=2, num_heads=2, ffn_dim=32, vocab_size=259, memory=memory, expert_lookup=experts
-        )
+        model=ModelConfig(dim=16, num_layers=2, num_heads=2, ffn_dim=32, vocab_size=259, memory=memory, peer=experts)
     )
 
 

@@ -34,12 +34,12 @@ def test_the_data_axis_takes_what_memory_leaves(tiny_config):
         (
             "--data.batch_size 12",
             8,
-            "data.batch_size=12 must be a multiple of train.accumulate x devices = 1 x 8; try 16",
+            "data.batch_size=12 must be a multiple of train.grad_accum_steps x devices = 1 x 8; try 16",
         ),
         (
-            "--train.accumulate 4",
+            "--train.grad_accum_steps 4",
             8,
-            "data.batch_size=16 must be a multiple of train.accumulate x devices = 4 x 8; try 32",
+            "data.batch_size=16 must be a multiple of train.grad_accum_steps x devices = 4 x 8; try 32",
         ),
     ],
 )

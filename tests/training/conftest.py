@@ -125,7 +125,7 @@ def train(
         step, state = make_train_step(program, mesh), start(program, mesh)
         before = to_numpy(state)
         for batch in batches:
-            state, row = step(state, put_batch(mesh, micro_batches(batch, config.train.accumulate), BATCH))
+            state, row = step(state, put_batch(mesh, micro_batches(batch, config.train.grad_accum_steps), BATCH))
             metrics.append(to_numpy(row))
         return Trained(before, to_numpy(state), metrics, state)
 

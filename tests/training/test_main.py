@@ -67,7 +67,7 @@ def run(tmp_path, monkeypatch, capsys):
         (["--mesh.data", "3", "--data.batch_size", "6"], "mesh: data=3 x memory=1 needs 3 devices, found 8"),
         (
             ["--data.batch_size", "12"],
-            "data.batch_size=12 must be a multiple of train.accumulate x devices = 1 x 8; try 16",
+            "data.batch_size=12 must be a multiple of train.grad_accum_steps x devices = 1 x 8; try 16",
         ),
         (["--train.steps", "2"], "optim.warmup_steps=2 must be below train.steps=2; set --optim.warmup_steps 0.1"),
         (["--data.path", "null"], "data.path is null: source=text needs a file; set --data.path FILE"),

@@ -104,7 +104,7 @@ def is_address(path: str) -> bool:
 
 
 def test_queries_and_keys_move_at_a_share_of_the_rate(first_updates):
-    updates = first_updates(0.01, key_lr_factor=0.25, weight_decay=0.0, clip=None)
+    updates = first_updates(0.01, key_lr_factor=0.25, weight_decay=0.0, max_grad_norm=None)
     slow = {path for path in updates if is_address(path)}
     assert {path.rpartition("/")[2] for path in slow} == {"keys", "query_kernel", "query_bias"}
     for path, update in updates.items():
@@ -122,7 +122,7 @@ def test_matrices_decay_but_norms_and_biases_do_not(first_updates):
 
 def test_the_gradient_is_clipped_as_a_whole(first_updates):
     # Against an eps of 1 the first step is g / (|g| + 1), which shows the size of the clipped gradient.
-    free, clipped = (first_updates(0.5, eps=1.0, weight_decay=0.0, clip=clip) for clip in (None, 0.1))
+    free, clipped = (first_updates(0.5, eps=1.0, weight_decay=0.0, max_grad_norm=clip) for clip in (None, 0.1))
     count = sum(update.size for update in free.values())
     each = 0.1 / math.sqrt(count)
     np.testing.assert_allclose(free["norm/scale"], -0.5 / 1.5, rtol=1e-4)
@@ -130,7 +130,9 @@ def test_the_gradient_is_clipped_as_a_whole(first_updates):
 
 
 def test_what_is_frozen_neither_moves_nor_has_a_state(first_updates, tiny):
-    free, frozen = (first_updates(0.5, eps=1.0, weight_decay=0.1, clip=None, freeze_dense=on) for on in (False, True))
+    free, frozen = (
+        first_updates(0.5, eps=1.0, weight_decay=0.1, max_grad_norm=None, freeze_dense=on) for on in (False, True)
+    )
     for path, update in frozen.items():
         np.testing.assert_array_equal(update, free[path] if "/memory/" in path else np.zeros_like(update))
     program = TrainProgram.of(tiny.config("--optim.freeze_dense true"))
@@ -139,11 +141,11 @@ def test_what_is_frozen_neither_moves_nor_has_a_state(first_updates, tiny):
     assert kept == 2 * trained, "two moments of what is trained, and none of the rest"
 
 
-def test_expert_lookups_are_not_frozen_with_the_dense_part(tiny):
-    config = tiny.config("--model.memory null --model.expert_lookup.layers 1 --optim.freeze_dense true")
+def test_peer_layers_are_not_frozen_with_the_dense_part(tiny):
+    config = tiny.config("--model.memory null --model.peer.layers 1 --optim.freeze_dense true")
     groups = parameter_groups(config.optim, TrainProgram.of(config).parts.abstract_params)
     found = {(jax.tree_util.keystr(path), group) for path, group in jax.tree_util.tree_leaves_with_path(groups)}
-    assert all((group == "address") == ("expert_lookup" in path) for path, group in found)
+    assert all((group == "address") == ("peer" in path) for path, group in found)
     assert {group for _, group in found} == {"address", "frozen"}
 
 

@@ -30,7 +30,7 @@ from memjax.training import main
 from memjax.training.start import check_start, tell_of_schedules
 
 DENSE = ModelConfig(dim=16, num_layers=1, num_heads=2, ffn_dim=24, vocab_size=259, memory=None)
-MEMORY = MemoryConfig(layers=(0,), placement="beside", num_keys=8, num_heads=2, top_k=3, key_dim=8)
+MEMORY = MemoryConfig(layers=(0,), placement="parallel", num_keys=8, num_heads=2, top_k=3, key_dim=8)
 SETTINGS = """
 --data.source text --data.validation_fraction 0 --data.sequence_length 16 --data.batch_size 8 --data.packing concat
 --optim.warmup_steps 0 --optim.table.warmup_steps 0 --optim.freeze_dense true --optim.schedule constant

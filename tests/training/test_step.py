@@ -19,7 +19,9 @@ def test_in_float32_one_step_is_that_of_plain_sgd_and_of_one_batch(tiny):
     # One step from equal states: near ties between slots make longer runs part.
     batches = tiny.batches(1)
     rate = "--optim.table.lr 100.0 --optim.table.optimizer"
-    plain, cut = (tiny.train(tiny.config(rate, way), batches) for way in ("dense_sgd", "sgd --train.accumulate 4"))
+    plain, cut = (
+        tiny.train(tiny.config(rate, way), batches) for way in ("dense_sgd", "sgd --train.grad_accum_steps 4")
+    )
     before, expected = plain.before.tables["shared"], plain.after.tables["shared"]
     moved = np.linalg.norm(expected - before)
     assert moved > 0.1 * np.linalg.norm(before)
@@ -64,7 +66,7 @@ def test_a_nan_in_one_perturbation_leaves_everything_as_it_was(tiny, monkeypatch
         for batch, learned in zip(batches[:2], (num_learned, 0), strict=True):
             state, metrics = step(state, batch)
             assert metrics["healthy"]
-            assert metrics["train/learned_tokens"] == learned
+            assert metrics["train/target_tokens"] == learned
             assert (metrics["train/loss"] == 0) == (learned == 0)
         check_usage(tiny, state, report)
 

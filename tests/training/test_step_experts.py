@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 STEPS = 3
 MODEL = """
 --model.num_layers 1 --model.memory null --model.dtype float64 --model.param_dtype float64
---model.experts.num_experts 3 --model.experts.balance_weight 0.1 --model.experts.z_weight 0.05
+--model.experts.num_experts 3 --model.experts.aux_loss_weight 0.1 --model.experts.z_loss_weight 0.05
 """
 
 
@@ -54,8 +54,8 @@ def test_metrics_tell_how_tokens_spread(trained):
 
 
 def test_router_losses_are_learned_from_and_not_told_as_the_models_loss(trained):
-    weights = "--model.experts.balance_weight 0 --model.experts.z_weight 0"
-    with_losses, without = trained(), trained(f"{weights} --train.accumulate 2")
+    weights = "--model.experts.aux_loss_weight 0 --model.experts.z_loss_weight 0"
+    with_losses, without = trained(), trained(f"{weights} --train.grad_accum_steps 2")
     np.testing.assert_allclose(with_losses.losses[0], without.losses[0], rtol=1e-12)
     assert np.all(np.abs(with_losses.losses[1:] / without.losses[1:] - 1) > 1e-6)
     # All but the balance loss are sums over tokens, and do not tell how a batch is cut.

@@ -56,15 +56,15 @@ def sgd(tiny, float64):
     ("share", "settings", "mesh_shape"),
     [
         ("true", "sgd", (1, 1)),
-        ("true", "sgd --train.accumulate 2 --mesh.row_exchange dense", (2, 4)),
-        ("false", "sgd --train.accumulate 2", (1, 1)),
+        ("true", "sgd --train.grad_accum_steps 2 --mesh.row_grad_reduce all_reduce", (2, 4)),
+        ("false", "sgd --train.grad_accum_steps 2", (1, 1)),
     ],
 )
 def test_row_updates_of_micro_batches_on_a_mesh_are_plain_sgd_on_the_whole_batch(
     tiny, sgd, share, settings, mesh_shape
 ):
     rows, plain = (
-        sgd(f"{way} --model.memory.share {share}", *where)
+        sgd(f"{way} --model.memory.shared_table {share}", *where)
         for way, where in ((settings, (mesh_shape,)), ("dense_sgd", ()))
     )
     assert len(plain.after.tables) == (1 if share == "true" else 2)
@@ -72,7 +72,7 @@ def test_row_updates_of_micro_batches_on_a_mesh_are_plain_sgd_on_the_whole_batch
     assert difference(rows, plain, "params") <= 1e-12
     np.testing.assert_allclose(rows.losses, plain.losses, rtol=1e-12)
     # The batches learn unequal numbers of tokens, and so do the micro-batches they are cut into.
-    assert [row["train/learned_tokens"] for row in rows.metrics] == [b["loss_mask"].sum() for b in tiny.batches(STEPS)]
+    assert [row["train/target_tokens"] for row in rows.metrics] == [b["loss_mask"].sum() for b in tiny.batches(STEPS)]
 
 
 def adam(rows, state, gradient, step, optim):
@@ -160,7 +160,7 @@ def test_every_mesh_draws_the_same_model_and_gives_the_same_losses(tiny):
         config = tiny.config(
             "--model.num_layers 1 --model.memory.layers 0",
             "--model.memory.value_dim 512 --optim.table.state_columns 64 --optim.table.lr 0.01",
-            "--mesh.row_exchange factored --mesh.data {} --mesh.memory {}".format(*mesh_shape),
+            "--mesh.row_grad_reduce all_gather --mesh.data {} --mesh.memory {}".format(*mesh_shape),
             wide=True,
         )
         runs[mesh_shape] = tiny.train(config, batches, mesh_shape, start=tiny.drawn_state)

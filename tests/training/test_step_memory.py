@@ -17,8 +17,8 @@ LARGE = """
 --model.dim 64 --model.num_layers 3 --model.num_heads 2 --model.ffn_dim 64 --model.vocab_size 259
 --model.memory.layers 0,1 --model.memory.num_keys 1024 --model.memory.num_heads 2 --model.memory.top_k 8
 --model.memory.key_dim 16
---model.expert_lookup.layers 2 --model.expert_lookup.num_keys 1024 --model.expert_lookup.num_heads 2
---model.expert_lookup.top_k 8 --model.expert_lookup.key_dim 16
+--model.peer.layers 2 --model.peer.num_keys 1024 --model.peer.num_heads 2
+--model.peer.top_k 8 --model.peer.key_dim 16
 --data.batch_size 4 --data.sequence_length 32 --mesh.data 1
 """
 

@@ -9,11 +9,11 @@ from memjax.training.step import BATCH, make_train_step
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.slow]
 
-# A memory layer and an expert lookup, whose three tables the same optimizer trains.
+# A memory layer and a PEER layer, whose three tables the same optimizer trains.
 SIZES = """
 --model.memory.layers 0
---model.expert_lookup.layers 1 --model.expert_lookup.num_keys 8 --model.expert_lookup.num_heads 2
---model.expert_lookup.top_k 3 --model.expert_lookup.key_dim 8 --model.expert_lookup.table_dtype float64
+--model.peer.layers 1 --model.peer.num_keys 8 --model.peer.num_heads 2
+--model.peer.top_k 3 --model.peer.key_dim 8 --model.peer.table_dtype float64
 --optim.table.state_columns 16
 """
 LONG = 48

@@ -14,7 +14,7 @@ from memjax.models.rotary import attention_factor
 
 MEMORY_MODEL = "memjax"
 """The model_type of what transformers has no name for: a decoder with memory layers or experts."""
-MEMORY_FORMAT = 1
+MEMORY_FORMAT = 2
 """Of the config of such a model; raised when older code could not read it."""
 MEMORY_CODE = {
     "AutoConfig": "configuration_memjax.MemjaxConfig",
@@ -100,7 +100,7 @@ def read_model_config(config: dict[str, Any], place: str) -> ModelConfig:
             norm_eps=fields.number("rms_norm_eps", 1e-6),
             attention_bias=fields.flag("attention_bias") if kind in _WITH_BIAS_FLAG else kind == "qwen2",
             attention_out_bias=False if kind == "qwen2" else None,
-            head_norm=kind == "qwen3",
+            qk_norm=kind == "qwen3",
             rope_free_layers=_rope_free_layers(fields, sizes["num_layers"]) if kind == "smollm3" else (),
             tie_embeddings=fields.flag("tie_word_embeddings", absent.get("tie_word_embeddings", False)),
             memory=None,
@@ -216,8 +216,8 @@ def _kind(config: ModelConfig) -> dict[str, Any]:
     window, bias = config.sliding_window, config.attention_bias
     out_bias = bias if config.attention_out_bias is None else config.attention_out_bias
     own: dict[str, Any]
-    if config.head_norm or config.rope_free_layers:
-        name, is_there = ("qwen3", not config.rope_free_layers) if config.head_norm else ("smollm3", window is None)
+    if config.qk_norm or config.rope_free_layers:
+        name, is_there = ("qwen3", not config.rope_free_layers) if config.qk_norm else ("smollm3", window is None)
         own = {"attention_bias": bias, "use_sliding_window": window is not None, "sliding_window": window}
         is_there = is_there and out_bias == bias
         if name == "qwen3":
@@ -239,8 +239,8 @@ def _kind(config: ModelConfig) -> dict[str, Any]:
         name, own, is_there = "", {}, False
     if not is_there:
         raise CheckpointError(
-            f"no model of transformers has attention_bias={bias}, attention_out_bias={out_bias}, head_norm="
-            f"{config.head_norm}, sliding_window={window}, rope_free_layers={list(config.rope_free_layers)} and "
+            f"no model of transformers has attention_bias={bias}, attention_out_bias={out_bias}, qk_norm="
+            f"{config.qk_norm}, sliding_window={window}, rope_free_layers={list(config.rope_free_layers)} and "
             f"num_heads={config.num_heads} of dim={config.dim} together, so there is no folder to write"
         )
     return {"architectures": [_CLASSES[name]], "model_type": name, **own}
@@ -327,7 +327,7 @@ def _memory_model(config: dict[str, Any], place: str) -> ModelConfig:
     if config.get("memjax_format") != MEMORY_FORMAT:
         raise CheckpointError(
             f"{place}: has memjax_format {config.get('memjax_format')}, this version of memjax reads {MEMORY_FORMAT}; "
-            "use the version that wrote it"
+            "export the run again, or use the version that wrote it"
         )
     try:
         # JSON is what pydantic reads strictly and yet turns lists into tuples from.

@@ -248,7 +248,7 @@ def _memory_config(dense: Arrays, tables: Arrays, settings: Mapping[str, Any], p
     return MemoryConfig(
         layers=tuple(layers),
         top_k=_find(settings, "mem_knn", TOP_K),
-        share="shared" in tables,
+        shared_table="shared" in tables,
         table_dtype=common_type(tables, place),
         **found[0],
     )

@@ -116,7 +116,7 @@ class _Planner:
         axes = (AxisType.Auto, AxisType.Auto)
         self.mesh = AbstractMesh((data_axis, config.mesh.memory), (DATA, MEMORY), axis_types=axes)
         devices = self.mesh.size
-        self.rows = -(-config.data.batch_size // (config.train.accumulate * devices))
+        self.rows = -(-config.data.batch_size // (config.train.grad_accum_steps * devices))
         """Sequences of a micro-batch on a device."""
         self.tokens = self.rows * config.data.sequence_length
         self.dtype = resolve_dtype(config.model.dtype)
@@ -241,7 +241,7 @@ class _Planner:
         experts = self.model.experts
         if experts is None:
             return 0.0
-        return experts.capacity if experts.routing == "expert_choice" else float(experts.top_k)
+        return experts.capacity_factor if experts.routing == "expert_choice" else float(experts.top_k)
 
     def experts(self) -> int:
         """Bytes a token: the stream, its norm, and for each of its experts input, projections, product and output."""
@@ -290,7 +290,7 @@ class _Planner:
 
     def accumulated(self) -> Bytes:
         """What grows or is summed from micro-batch to micro-batch."""
-        if self.config.train.accumulate == 1:
+        if self.config.train.grad_accum_steps == 1:
             return {}
         return {"accumulated gradients": self.state()["dense parameters"]} | self.row_gradients()
 
@@ -299,7 +299,7 @@ class _Planner:
         if not self.model.lookups or self.config.optim.table.is_dense:
             return {}
         row_bytes = sum(lookup.gradient for lookup in self.lookups)
-        return {"row gradients": row_bytes * self.tokens * self.config.train.accumulate}
+        return {"row gradients": row_bytes * self.tokens * self.config.train.grad_accum_steps}
 
     def row_update(self) -> Bytes:
         """Picks in the order of their rows with the vectors that they multiply, and where they are summed."""
@@ -339,8 +339,8 @@ def _changes(config: RunConfig, data_axis: int) -> Iterator[tuple[str, Any]]:
     """Settings that may need less memory, each with a value to try."""
     data, train = config.data, config.train
     devices = data_axis * config.mesh.memory
-    if data.batch_size % (2 * train.accumulate * devices) == 0:
-        yield "train.accumulate", 2 * train.accumulate
+    if data.batch_size % (2 * train.grad_accum_steps * devices) == 0:
+        yield "train.grad_accum_steps", 2 * train.grad_accum_steps
         yield "data.batch_size", data.batch_size // 2
     if train.remat != "block":
         yield "train.remat", "block"
@@ -357,8 +357,8 @@ def _changes(config: RunConfig, data_axis: int) -> Iterator[tuple[str, Any]]:
         if lookup.table_dtype == "float32":
             yield f"model.{kind}.table_dtype", "bfloat16"
     if config.model.lookups:
-        if config.mesh.row_exchange != "dense" and not config.optim.table.is_dense:
-            yield "mesh.row_exchange", "dense"
+        if config.mesh.row_grad_reduce != "all_reduce" and not config.optim.table.is_dense:
+            yield "mesh.row_grad_reduce", "all_reduce"
         if config.optim.table.optimizer in ("adam", "dense_adam"):
             yield "optim.table.optimizer", "rowwise_adam"
         if config.optim.table.optimizer == "adam" and config.optim.table.moment_dtype == "float32":

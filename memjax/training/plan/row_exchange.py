@@ -23,7 +23,7 @@ class PlannedExchange(NamedTuple):
 
 def plan_exchange(config: RunConfig, *, data_axis: int) -> PlannedExchange | None:
     """The exchange of a run over data_axis x mesh.memory devices; None where no rows are updated."""
-    data, accumulate, tables = config.data, config.train.accumulate, config.model.tables
+    data, accumulate, tables = config.data, config.train.grad_accum_steps, config.model.tables
     if not tables or config.optim.table.is_dense:
         return None
     busiest = max(tables.values(), key=lambda table: len(table.readers) * table.picks)
@@ -34,7 +34,7 @@ def plan_exchange(config: RunConfig, *, data_axis: int) -> PlannedExchange | Non
     gradients = [gradient] * (len(busiest.readers) * accumulate)
     table = jax.ShapeDtypeStruct((busiest.num_slots, busiest.width), dtype)
     axes = {"data_axis": data_axis, "memory_axis": config.mesh.memory}
-    chosen = row_exchange.choose(config.mesh.row_exchange, table, gradients, **axes)
+    chosen = row_exchange.choose(config.mesh.row_grad_reduce, table, gradients, **axes)
     return PlannedExchange(chosen, row_exchange.exchange_bytes(table, gradients, **axes))
 
 
@@ -43,7 +43,7 @@ def describe(config: RunConfig, *, data_axis: int) -> str:
     planned = plan_exchange(config, data_axis=data_axis)
     if planned is None:
         return ""
-    lines = [f"{'row exchange over data':<27} {planned.chosen} (mesh.row_exchange: {config.mesh.row_exchange})"]
+    lines = [f"{'row exchange over data':<27} {planned.chosen} (mesh.row_grad_reduce: {config.mesh.row_grad_reduce})"]
     for name, count in planned.bytes.items():
         held = gigabytes(count.gradient + count.picks)
         lines.append(f"{'  ' + name:<27} {gigabytes(count.received)} received by each device, {held} held")

@@ -130,7 +130,7 @@ def test_what_this_decoder_does_not_do_is_refused(fields, message):
         ModelConfig(memory=None, num_heads=3, num_kv_heads=3, head_dim=8),
         ModelConfig(memory=None, num_kv_heads=2, attention_bias=True, attention_out_bias=False),
         ModelConfig(memory=None, num_kv_heads=2, attention_bias=True, attention_out_bias=False, sliding_window=5),
-        ModelConfig(memory=None, num_kv_heads=2, head_norm=True, head_dim=8),
+        ModelConfig(memory=None, num_kv_heads=2, qk_norm=True, head_dim=8),
         ModelConfig(memory=None, num_kv_heads=2, rope_free_layers=(0, 2), attention_bias=True),
         *(ModelConfig(memory=None, num_kv_heads=2, rope_scaling=scaling) for scaling in SCALINGS),
     ],
@@ -170,7 +170,7 @@ def test_what_is_written_is_read_as_the_same_model(config):
             ModelConfig(memory=None, num_heads=3, head_dim=8, attention_bias=True),
             "no model of transformers .* num_heads=3 of dim=64",
         ),
-        (ModelConfig(memory=None, head_norm=True, rope_free_layers=(1,)), "no model of transformers has"),
+        (ModelConfig(memory=None, qk_norm=True, rope_free_layers=(1,)), "no model of transformers has"),
     ],
 )
 def test_what_has_no_form_there_is_not_written(config, message):
@@ -181,7 +181,7 @@ def test_what_has_no_form_there_is_not_written(config, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"memjax_format": 2}, "has memjax_format 2, this version of memjax reads 1; use the version that wrote it"),
+        ({"memjax_format": 1}, "has memjax_format 1, this version of memjax reads 2; export the run again, or use the"),
         ({"model": {"dim": "wide"}}, "model: dim"),
         ({"model": {"memory": None}}, "model.memory=null must hold memory layers"),
         ({"model": None}, "model: "),
@@ -211,7 +211,7 @@ def test_near_relatives_have_their_layers():
     relative = lambda kind, **fields: read(model_type=kind, num_key_value_heads=2, **fields)
     qwen2, qwen3, smollm3 = (relative(kind) for kind in ("qwen2", "qwen3", "smollm3"))
     assert (qwen2.attention_bias, qwen2.attention_out_bias, qwen2.sliding_window) == (True, False, None)
-    assert (qwen3.head_norm, qwen3.head_width, qwen3.attention_bias) == (True, 128, False)
+    assert (qwen3.qk_norm, qwen3.head_width, qwen3.attention_bias) == (True, 128, False)
     assert (smollm3.rope_theta, smollm3.rope_free_layers, smollm3.tie_embeddings) == (2e6, (), True)
     assert relative("smollm3", no_rope_layer_interval=2).rope_free_layers == (1,)
     everywhere = {"use_sliding_window": True, "sliding_window": 7, "layer_types": ["sliding_attention"] * 2}

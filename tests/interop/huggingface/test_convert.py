@@ -31,7 +31,7 @@ MEMORY = MemoryConfig(layers=(0, 1), num_keys=8, num_heads=2, top_k=4, key_dim=8
 EXPERTS = PEERConfig(layers=(2,), num_keys=8, num_heads=2, top_k=4, key_dim=8, table_dtype="float32")
 SIZES: dict[str, Any] = {"dim": 16, "num_layers": 5, "num_heads": 2, "ffn_dim": 24, "vocab_size": 259}
 MIXTURE = ExpertsConfig(layers=(3,), num_experts=2, ffn_dim=8)
-MODEL = ModelConfig(**SIZES, memory=MEMORY, expert_lookup=EXPERTS, experts=MIXTURE)
+MODEL = ModelConfig(**SIZES, memory=MEMORY, peer=EXPERTS, experts=MIXTURE)
 
 
 def make_run(folder: pathlib.Path) -> None:
@@ -93,7 +93,7 @@ def test_rounded_tables_are_described_as_they_are_written(memory_run, tmp_path, 
     for dtype, expected in (("bfloat16", ["bfloat16"] * 2), ("float16", ["bfloat16", "float32"])):
         to_hf(memory_run, tmp_path / dtype, dtype=dtype)
         model = json.loads((tmp_path / dtype / "config.json").read_text())["model"]
-        assert [model[section]["table_dtype"] for section in ("memory", "expert_lookup")] == expected
+        assert [model[section]["table_dtype"] for section in ("memory", "peer")] == expected
 
 
 def test_what_belongs_to_the_model_is_kept_from_where_it_came(memory_run, tmp_path, monkeypatch):

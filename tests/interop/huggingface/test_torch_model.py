@@ -18,14 +18,14 @@ from memjax.runs.layout import params_to_tree
 FILES = ("configuration_memjax.py", "modeling_memjax.py")
 TREES = {name: ast.parse((TORCH_MODEL / name).read_text(encoding="utf-8")) for name in FILES}
 CLASSES = {node.name: node for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
-PLACED_MEMORY = MemoryConfig(layers=(0,), placement="beside", output_gate=True, value_dim=32)
+PLACED_MEMORY = MemoryConfig(layers=(0,), placement="parallel", output_gate=True, value_dim=32)
 EVERYTHING = ModelConfig(
     num_layers=3,
     memory=PLACED_MEMORY,
-    expert_lookup=PEERConfig(layers=(1,)),
+    peer=PEERConfig(layers=(1,)),
     experts=ExpertsConfig(layers=(2,), num_experts=2),
     attention_bias=True,
-    head_norm=True,
+    qk_norm=True,
 )
 
 
@@ -71,9 +71,9 @@ def test_the_torch_code_declares_the_parameters_that_are_exported():
 @pytest.mark.parametrize(
     "config",
     [
-        ModelConfig(memory=MemoryConfig(share=False)),
+        ModelConfig(memory=MemoryConfig(shared_table=False)),
         ModelConfig(memory=MemoryConfig(gate="none"), tie_embeddings=True),
-        ModelConfig(memory=None, expert_lookup=PEERConfig(share=False)),
+        ModelConfig(memory=None, peer=PEERConfig(shared_table=False)),
     ],
     ids=["own tables", "no gate", "peer"],
 )

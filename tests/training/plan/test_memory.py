@@ -61,8 +61,8 @@ def test_state_is_counted_by_device_and_exactly():
     assert text.startswith("bytes per device ")
 
 
-def test_an_expert_lookup_is_counted_with_both_its_tables():
-    small = "--model.num_layers 2 --model.expert_lookup.layers 1 --model.expert_lookup.table_dtype bfloat16"
+def test_a_peer_layer_is_counted_with_both_its_tables():
+    small = "--model.num_layers 2 --model.peer.layers 1 --model.peer.table_dtype bfloat16"
     config = load(RunConfig, CONFIGS / "134m_peer.yaml", f"{GPU} {small}".split())
     found = memory_plan.plan(config, data_axis=1)
     assert found.state["tables"] == 2 * 768**2 * 768 * 2
@@ -75,7 +75,7 @@ def test_an_expert_lookup_is_counted_with_both_its_tables():
     # Weights of picks for each of the tables, and what they multiply: the token, and the bag's cotangent.
     assert update.row_gradients()["row gradients"] == tokens * (128 * (4 + 4 + 4) + 2 * 768 * 2)
     assert update.row_update()["sorted picks"] == tokens * (128 * PICK_BYTES + 768 * 2)
-    assert "--model.expert_lookup.num_keys 543" in {name for name, _ in memory_plan.savings(config, data_axis=1)}
+    assert "--model.peer.num_keys 543" in {name for name, _ in memory_plan.savings(config, data_axis=1)}
 
 
 def test_more_devices_and_micro_batches_need_less_of_each():
@@ -83,7 +83,7 @@ def test_more_devices_and_micro_batches_need_less_of_each():
     plans = [memory_plan.plan(config, data_axis=devices) for devices in (1, 2, 4)]
     activations = [plan.temporary["activations, attention"] for plan in plans]
     assert activations[0] == 2 * activations[1] == 4 * activations[2]
-    twice = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=2))
+    twice = dataclasses.replace(config, train=dataclasses.replace(config.train, grad_accum_steps=2))
     again = memory_plan.plan(twice, data_axis=1)
     assert again.temporary["activations, attention"] == activations[1]
     # The sum of the micro-batches' gradients, in the type of the parameters.
@@ -110,7 +110,9 @@ def test_savings_are_real_settings_and_the_most_useful_comes_first():
     found = memory_plan.savings(config, data_axis=1)
     before = memory_plan.plan(config, data_axis=1).total
     assert [saved for _, saved in found] == sorted((saved for _, saved in found), reverse=True)
-    assert {"--train.remat block", "--train.accumulate 2", "--model.memory.num_keys 724"} <= {name for name, _ in found}
+    assert {"--train.remat block", "--train.grad_accum_steps 2", "--model.memory.num_keys 724"} <= {
+        name for name, _ in found
+    }
     for change, saved in found[:2]:
         changed = config_of("373m_memory_plus_1m", f"{small} {change}")
         assert memory_plan.plan(changed, data_axis=1).total == before - saved

@@ -139,8 +139,8 @@ class MemjaxAttention(nn.Module):
         self.k_proj = nn.Linear(dim, config.num_key_value_heads * width, bias=bias)
         self.v_proj = nn.Linear(dim, config.num_key_value_heads * width, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * width, dim, bias=bias if out_bias is None else out_bias)
-        self.q_norm = MemjaxRMSNorm(width, config.rms_norm_eps) if model["head_norm"] else None
-        self.k_norm = MemjaxRMSNorm(width, config.rms_norm_eps) if model["head_norm"] else None
+        self.q_norm = MemjaxRMSNorm(width, config.rms_norm_eps) if model["qk_norm"] else None
+        self.k_norm = MemjaxRMSNorm(width, config.rms_norm_eps) if model["qk_norm"] else None
 
     def forward(self, x, turns, attention_mask, cache, **kwargs):
         """The output, and the attention's weights where its function gives them."""
@@ -278,7 +278,7 @@ class MemjaxMemory(nn.Module):
         self.gate_proj = nn.Linear(dim, width) if gated else None
         self.value_proj = nn.Linear(width, dim) if gated or width != dim else None
         self.output_gate = nn.Linear(dim, 1) if section["output_gate"] else None
-        self.scale = nn.Parameter(torch.zeros(dim)) if section["placement"] == "beside" else None
+        self.scale = nn.Parameter(torch.zeros(dim)) if section["placement"] == "parallel" else None
 
     def forward(self, x, table):
         """The layer's output."""
@@ -346,20 +346,20 @@ class MemjaxLayer(GradientCheckpointingLayer):
         self.input_layernorm = MemjaxRMSNorm(dim, config.rms_norm_eps)
         self.self_attn = MemjaxAttention(config, layer_idx)
         self.post_attention_layernorm = MemjaxRMSNorm(dim, config.rms_norm_eps)
-        beside = kind == "memory" and model["memory"]["placement"] == "beside"
+        beside = kind == "memory" and model["memory"]["placement"] == "parallel"
         self.mlp = MemjaxMLP(dim, model["ffn_dim"]) if kind == "dense" or beside else None
         experts = model["experts"]
         hidden_dim = experts and (experts["ffn_dim"] or model["ffn_dim"])
         self.experts = MemjaxExperts(dim, experts, hidden_dim) if kind == "experts" else None
         self.memory = MemjaxMemory(dim, model["memory"]) if kind == "memory" else None
-        self.expert_lookup = MemjaxExpertLookup(dim, model["expert_lookup"]) if kind == "expert_lookup" else None
+        self.peer = MemjaxExpertLookup(dim, model["peer"]) if kind == "peer" else None
 
     def forward(self, x, turns, attention_mask, cache, tables, **kwargs):
         """The layer's output, and the attention's weights."""
         attended, weights = self.self_attn(self.input_layernorm(x), turns, attention_mask, cache, **kwargs)
         x = x + attended
         inputs, tables = self.post_attention_layernorm(x), [tables[name] for name in self.table_names]
-        for mixer, read in ((self.mlp, ()), (self.experts, ()), (self.memory, tables), (self.expert_lookup, tables)):
+        for mixer, read in ((self.mlp, ()), (self.experts, ()), (self.memory, tables), (self.peer, tables)):
             if mixer is not None:
                 x = x + mixer(inputs, *read)
         return x, weights
@@ -367,12 +367,12 @@ class MemjaxLayer(GradientCheckpointingLayer):
 
 def kind_of(model, layer):
     """What a block has after its attention, and the names of the tables that it reads."""
-    memory, lookup, experts = (model[name] for name in ("memory", "expert_lookup", "experts"))
+    memory, lookup, experts = (model[name] for name in ("memory", "peer", "experts"))
     if memory and layer in memory["layers"]:
-        return "memory", ("shared" if memory["share"] else f"layer_{layer}",)
+        return "memory", ("shared" if memory["shared_table"] else f"layer_{layer}",)
     if lookup and layer in lookup["layers"]:
-        pool = "experts" if lookup["share"] else f"experts_{layer}"
-        return "expert_lookup", (f"{pool}_inputs", f"{pool}_outputs")
+        pool = "experts" if lookup["shared_table"] else f"experts_{layer}"
+        return "peer", (f"{pool}_inputs", f"{pool}_outputs")
     return "experts" if experts and (experts["layers"] is None or layer in experts["layers"]) else "dense", ()
 
 

@@ -1,4 +1,4 @@
-"""The training step with a memory and an expert lookup, in double precision: meshes and plain autodiff agree."""
+"""The training step with a memory and a PEER layer, in double precision: meshes and plain autodiff agree."""
 
 import functools
 
@@ -14,8 +14,8 @@ pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.slow]
 STEPS, HEADS, TOP_K = 4, 2, 3
 MODEL = f"""
 --model.dim 256 --model.memory.layers 0
---model.expert_lookup.layers 1 --model.expert_lookup.num_keys 8 --model.expert_lookup.num_heads {HEADS}
---model.expert_lookup.top_k {TOP_K} --model.expert_lookup.key_dim 8 --model.expert_lookup.table_dtype float64
+--model.peer.layers 1 --model.peer.num_keys 8 --model.peer.num_heads {HEADS}
+--model.peer.top_k {TOP_K} --model.peer.key_dim 8 --model.peer.table_dtype float64
 --optim.table.state_columns 64 --optim.table.lr 10.0
 """
 EXPERTS = ("experts_inputs", "experts_outputs")
@@ -61,7 +61,7 @@ def assert_same_movement(this, other, tolerance):
 
 
 def test_row_updates_of_micro_batches_are_plain_sgd_on_the_whole_batch(trained):
-    rows, plain = trained("sgd --train.accumulate 2"), trained("dense_sgd")
+    rows, plain = trained("sgd --train.grad_accum_steps 2"), trained("dense_sgd")
     assert rows.losses[-1] < rows.losses[0] - 0.1, "what does not learn proves little"
     np.testing.assert_allclose(rows.losses, plain.losses, rtol=1e-11)
     assert set(rows.after.tables) == {"shared", *EXPERTS}
@@ -70,7 +70,7 @@ def test_row_updates_of_micro_batches_are_plain_sgd_on_the_whole_batch(trained):
 
 @pytest.mark.parametrize("mesh_shape", [(1, 2), (2, 4)], ids=lambda shape: f"{shape[0]}x{shape[1]}")
 def test_every_mesh_trains_the_same_model(trained, mesh_shape):
-    alone, split = trained("sgd --train.accumulate 2"), trained("sgd", mesh_shape)
+    alone, split = trained("sgd --train.grad_accum_steps 2"), trained("sgd", mesh_shape)
     np.testing.assert_allclose(split.losses, alone.losses, rtol=1e-7)
     assert_same_movement(split, alone, 1e-7)
     for name in EXPERTS:
@@ -80,6 +80,6 @@ def test_every_mesh_trains_the_same_model(trained, mesh_shape):
 
 
 def test_reads_of_both_kinds_are_counted(tiny, trained):
-    found = trained("sgd --train.accumulate 2").after.reads
+    found = trained("sgd --train.grad_accum_steps 2").after.reads
     real = sum((batch["segments"] > 0).sum() for batch in tiny.batches(2)) * STEPS // 2
     assert {name: reads.sum() for name, reads in found.items()} == dict.fromkeys(("L0", "L1"), real * HEADS * TOP_K)

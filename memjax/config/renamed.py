@@ -1,0 +1,56 @@
+"""Settings that earlier versions called otherwise. What a run of such a version has written is read all the same."""
+
+import copy
+from typing import Any
+
+RENAMED = {
+    "mesh.row_exchange": "row_grad_reduce",
+    "model.expert_lookup": "peer",
+    "model.experts.balance_weight": "aux_loss_weight",
+    "model.experts.capacity": "capacity_factor",
+    "model.experts.z_weight": "z_loss_weight",
+    "model.head_norm": "qk_norm",
+    "model.memory.share": "shared_table",
+    "model.peer.share": "shared_table",
+    "optim.clip": "max_grad_norm",
+    "processes.silence_timeout": "heartbeat_timeout",
+    "train.accumulate": "grad_accum_steps",
+}
+"""The new name in the same section, by the old name with its sections; sections come before what is in them."""
+
+RENAMED_VALUES = {
+    "mesh.row_grad_reduce": {"factored": "all_gather", "dense": "all_reduce"},
+    "model.memory.placement": {"beside": "parallel"},
+}
+"""The new value by the old one, by the setting."""
+
+
+def new_name(name: str) -> str:
+    """What a setting or section is called now; the name itself where it was not renamed."""
+    for old, new in RENAMED.items():
+        if f"{name}.".startswith(f"{old}."):
+            name = f"{old.rpartition('.')[0]}.{new}{name.removeprefix(old)}"
+    return name
+
+
+def upgraded(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run of an earlier version, with their names and values of today."""
+    config = copy.deepcopy(config)
+    for old, new in RENAMED.items():
+        section, name = _section(config, old)
+        if name in section:
+            section[new] = section.pop(name)
+    for setting, values in RENAMED_VALUES.items():
+        section, name = _section(config, setting)
+        if name in section:
+            section[name] = values.get(section[name], section[name])
+    return config
+
+
+def _section(config: dict[str, Any], setting: str) -> tuple[dict[str, Any], str]:
+    """The section that a setting is in, empty where there is none, and its name there."""
+    *path, name = setting.split(".")
+    section: Any = config
+    for part in path:
+        section = section.get(part) if isinstance(section, dict) else None
+    return (section if isinstance(section, dict) else {}), name
