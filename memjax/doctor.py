@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 import pathlib
@@ -16,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from memjax.config import load as config_load
 from memjax.runs.command import exit_code
@@ -83,80 +84,21 @@ def describe_machine() -> str:
 
 def check_operations() -> bool:
     """Compares every implementation that can run with the reference; prints a line each."""
-    from memjax.ops import dispatch
+    from memjax.ops import dispatch, specs
 
     works = True
     for name in dispatch.IMPLEMENTATIONS:
         if name == "reference" or dispatch.why_not(name):
             continue
-        for operation, run in _operations().items():
-            works &= _report(f"{operation} {name}", lambda run=run, name=name: _compare(run, name))
+        for operation in specs.OPERATIONS:
+            works &= _report(f"{operation} {name}", functools.partial(_compare, operation, name))
     return works
 
 
-def _operations() -> dict[str, Callable[[str], Any]]:
-    """Every operation on one set of arrays, forward and backward, as a function of the implementation."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
+def _compare(operation: str, name: str) -> str:
+    from memjax.ops import specs
 
-    import memjax
-    from memjax.ops.rms_norm.api import rms_norm
-
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    table, weights, vectors = draw(500, 96), draw(33, 7), draw(33, 96)
-    indices = jnp.asarray(rng.integers(500, size=(33, 7)), jnp.int32)
-    queries, keys = draw(33, 2, 32), draw(2, 2, 40, 16)
-    rule = memjax.RowRule(state_columns=32)
-    gradient = memjax.RowGradient(indices, weights, vectors)
-    matrices, sizes = draw(3, 96, 40), jnp.asarray([20, 0, 13], jnp.int32)
-
-    def bag(name: str) -> Any:
-        loss = lambda weights: jnp.sum(memjax.embedding_bag(table, indices, weights, implementation=name) ** 2)
-        return jax.jit(jax.value_and_grad(loss))(weights)
-
-    def dot(name: str) -> Any:
-        loss = lambda vectors: jnp.sum(memjax.embedding_dot(table, indices, vectors, implementation=name) ** 2)
-        return jax.jit(jax.value_and_grad(loss))(vectors)
-
-    def search(name: str) -> Any:
-        # Slots are left out: which of two equal scores comes first is nobody's promise.
-        loss = lambda queries, keys: jnp.sum(memjax.product_key_search(queries, keys, 5, implementation=name)[0] ** 2)
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(queries, keys)
-
-    def experts(name: str) -> Any:
-        loss = lambda rows, matrices: jnp.sum(memjax.grouped_matmul(rows, matrices, sizes, implementation=name) ** 2)
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(vectors, matrices)
-
-    def update(name: str) -> Any:
-        step = lambda table, state: memjax.row_update(
-            table, state, [gradient], rule, memjax.row_step(1e-2, 0), implementation=name
-        )
-        return jax.jit(step)(table, rule.init(500, 96))
-
-    def norm(name: str) -> Any:
-        loss = lambda x, scale: jnp.sum(rms_norm(x, scale, 1e-5, implementation=name).normed ** 2)
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(vectors, 1 + weights.reshape(-1)[:96])
-
-    return {
-        "product_key_search": search,
-        "embedding_bag": bag,
-        "embedding_dot": dot,
-        "row_update": update,
-        "grouped_matmul": experts,
-        "rms_norm": norm,
-    }
-
-
-def _compare(run: Callable[[str], Any], name: str) -> str:
-    import jax
-    import numpy as np
-
-    worst = 0.0
-    for got, expected in zip(jax.tree.leaves(run(name)), jax.tree.leaves(run("reference")), strict=True):
-        got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-        worst = max(worst, float(np.abs(got - expected).max() / np.abs(expected).max()))
+    worst = specs.difference(operation, name)
     if not worst < 1e-4:
         raise ArithmeticError(f"differs from the definition by {worst:.1e} of the largest number")
     return f"ok, within {worst:.0e} of the definition"

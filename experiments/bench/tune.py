@@ -1,6 +1,7 @@
-"""Finds the best tiles of the Triton kernels on this device: `python experiments/bench/tune.py [--out FILE]`.
+"""Finds the best tiles of the Triton kernels on this device: `python experiments/bench/tune.py [--out FOLDER]`.
 
-Every candidate is timed at the sizes of `ops.py`; the fastest is written under the device's kind.
+Every candidate is timed at the sizes of `ops.py`; the fastest is written under the device's kind, in the
+`tiles.json` of the operation.
 """
 
 import argparse
@@ -66,9 +67,19 @@ def tune_grouped_matmul(bench: Bench, rounds: dict[str, Any]) -> dict[str, dict[
     return found
 
 
+def write(file: pathlib.Path, name: str, fields: dict[str, int]) -> None:
+    """Puts the fields of a tile under this device's kind."""
+    kind, known = jax.devices()[0].device_kind, json.loads(file.read_text()) if file.exists() else {}
+    known.setdefault(kind, {})[name] = fields
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(known, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, default=tiles.FILE)
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="folder of <operation>/tiles.json; by default that of memjax.ops"
+    )
     arguments = parser.parse_args()
     bench = Bench(small=jax.default_backend() == "cpu")
     rounds: dict[str, Any] = {"rounds": 7, "calls": 5}
@@ -114,9 +125,9 @@ def main() -> None:
 
     found["row_update"] = best("row_update", candidates(rows=(2, 4, 8)), run_update)
     found |= tune_grouped_matmul(bench, rounds)
-    kind = jax.devices()[0].device_kind
-    known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    arguments.out.write_text(json.dumps(known | {kind: found}, indent=1) + "\n")
+    for name, fields in found.items():
+        operation = "product_key_search" if name.startswith("select") else name.removesuffix("_gradient")
+        write(tiles.file_of(operation, arguments.out), name, fields)
     print(json.dumps(found))
 
 

@@ -1,7 +1,8 @@
-"""How the Triton kernels cut their work, as pure functions of the shapes.
+"""How the Triton kernels cut their work: what several operations share.
 
-`tiles.json` holds what `experiments/bench/tune.py` found best on a kind of device; a kind that is not in it gets the
-defaults here, which are chosen for 16-byte loads and enough of them in flight.
+An operation's own sizes are in its `tiles.py`. Its `tiles.json` holds what `experiments/bench/tune.py` found best on a
+kind of device; a kind that is not in it gets the defaults, which are chosen for 16-byte loads and enough of them in
+flight.
 """
 
 import contextlib
@@ -15,8 +16,6 @@ import jax
 
 from memjax.ops.table import Table
 
-FILE = pathlib.Path(__file__).with_name("tiles.json")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Tile:
@@ -29,53 +28,18 @@ class Tile:
     num_warps: int
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class MatmulTile:
-    """The part of a matrix product that one program forms: rows x columns of it, `inner` summands at a time."""
-
-    rows: int
-    columns: int
-    inner: int
-    num_warps: int
-    num_stages: int
-    """Loads of summands that are under way at once."""
-
-
-def grouped_matmul(rows: int, columns: int, inner: int, itemsize: int) -> MatmulTile:
-    """Of groups of about so many rows; 128 x 256 keep the matrix units of a Hopper busy."""
-    return _matmul("grouped_matmul", rows, columns, inner, itemsize)
-
-
-def grouped_matmul_gradient(rows: int, columns: int, inner: int, itemsize: int) -> MatmulTile:
-    """Of the matrices, whose sums go over groups of about `inner` rows."""
-    return _matmul("grouped_matmul_gradient", rows, columns, inner, itemsize)
-
-
-def _matmul(operation: str, rows: int, columns: int, inner: int, itemsize: int) -> MatmulTile:
-    # Wide types fill shared memory and registers sooner.
-    widest, deepest = (256, 64) if itemsize <= 2 else (64, 32)
-    tile = MatmulTile(rows=128 if itemsize <= 2 else 64, columns=widest, inner=deepest, num_warps=8, num_stages=3)
-    tile = dataclasses.replace(tile, **(_table().get(operation, {}) if itemsize <= 2 else {}))
-    # Small groups and matrices leave most of a large tile empty; tl.dot takes 16 of everything at least.
-    fit = lambda part, size: min(part, max(16, next_power_of_two(size)))
-    return dataclasses.replace(
-        tile, rows=fit(tile.rows, rows), columns=fit(tile.columns, columns), inner=fit(tile.inner, inner)
-    )
-
-
-def embedding_bag(dim: int, picks: int, table: Table, tokens: int) -> Tile:
-    """16 rows in flight; a warp reads 512 bytes of each."""
-    return _tuned(*_of_rows("embedding_bag", table, tokens), dim, picks)
-
-
-def embedding_dot(dim: int, picks: int, table: Table, tokens: int) -> Tile:
-    """Like the bag, but a program keeps all columns of its rows."""
-    return _tuned(*_of_rows("embedding_dot", table, tokens), dim, picks)
-
-
 FEW_TOKENS = 16
 """Up to here a program for every 128 bytes of a bag keeps the bus to host memory busy; more tokens do so by themselves,
 and then long reads are the faster ones."""
+
+
+def of_table_rows(operation: str, dim: int, picks: int, table: Table, tokens: int) -> Tile:
+    """Of programs that read `picks` rows of a table for each token: 16 rows in flight, 512 bytes of each by a warp."""
+    name, tile = _of_rows(operation, table, tokens)
+    tile = dataclasses.replace(tile, **tuned(operation, name))
+    return dataclasses.replace(
+        tile, columns=min(tile.columns, _columns(dim)), rows=min(tile.rows, next_power_of_two(picks))
+    )
 
 
 def _of_rows(operation: str, table: Table, tokens: int) -> tuple[str, Tile]:
@@ -90,48 +54,6 @@ def _of_rows(operation: str, table: Table, tokens: int) -> tuple[str, Tile]:
         columns = 512 * 8 // bits
         return f"{operation}_{table.format.name}", Tile(rows=max(4, 4096 // columns), columns=columns, num_warps=1)
     return operation, Tile(rows=16, columns=512 * 8 // bits, num_warps=1)
-
-
-def select(num: int, top_k: int) -> Tile:
-    """Groups (`rows`) and neighbouring scores (`columns`) of the selection from a row of `num` scores."""
-    whole, round_k = next_power_of_two(num), max(2, next_power_of_two(top_k))
-    tuned = _table().get("select" if whole <= 2048 else "select_long", {})
-    # Fewer groups than picks would leave picks out, and a short row is sorted at once.
-    run = min(tuned.get("columns", 4), max(1, whole // (2 * round_k)))
-    groups = min(max(tuned.get("rows", 256 if whole > 2048 else 128), 2 * round_k), max(2, whole // run))
-    return Tile(rows=groups, columns=run, num_warps=tuned.get("num_warps", 1))
-
-
-def row_update(columns: int) -> Tile:
-    """Picks in flight (at most 8, they divide a chunk), and the columns that share a state: 256 keep a warp busy."""
-    width = next_power_of_two(columns)
-    tile = Tile(rows=4, columns=width, num_warps=max(1, width // 256))
-    return dataclasses.replace(tile, **_table().get("row_update", {}))
-
-
-def rms_norm(dim: int) -> Tile:
-    """Whole rows: a thread holds 16 bytes of 16-bit numbers of each."""
-    return _whole_rows("rms_norm", Tile(rows=4, columns=next_power_of_two(dim), num_warps=4))
-
-
-def rms_norm_gradient(dim: int) -> Tile:
-    """Like the norm; rows in flight of three arrays."""
-    return _whole_rows("rms_norm_gradient", Tile(rows=2, columns=next_power_of_two(dim), num_warps=4))
-
-
-def _whole_rows(operation: str, default: Tile) -> Tile:
-    """Fewer rows and more warps where rows are long: their numbers have to fit into registers."""
-    tile = dataclasses.replace(default, **_table().get(operation, {}))
-    longer = max(1, tile.columns // 1024)
-    warps = min(32, tile.num_warps * longer)
-    return dataclasses.replace(tile, rows=max(1, tile.rows // longer), num_warps=warps)
-
-
-def _tuned(operation: str, default: Tile, dim: int, picks: int) -> Tile:
-    tile = dataclasses.replace(default, **_table().get(operation, {}))
-    return dataclasses.replace(
-        tile, columns=min(tile.columns, _columns(dim)), rows=min(tile.rows, next_power_of_two(picks))
-    )
 
 
 def _columns(dim: int) -> int:
@@ -152,15 +74,22 @@ def trying(operation: str, **fields: int) -> Iterator[None]:
         del _tried[operation]
 
 
-def _table() -> dict[str, dict[str, int]]:
-    """The tuned tiles of this machine's kind of device."""
+def tuned(operation: str, name: str) -> dict[str, int]:
+    """The fields of a tile that are tuned for this machine's kind of device, or tried."""
     kind = jax.devices()[0].device_kind
-    return next((tuned for name, tuned in _tables().items() if kind.startswith(name)), {}) | _tried
+    of_kind = next((found for known, found in _tuned_by_kind(operation).items() if kind.startswith(known)), {})
+    return _tried.get(name, of_kind.get(name, {}))
 
 
 @functools.cache
-def _tables() -> dict[str, dict[str, dict[str, int]]]:
-    return json.loads(FILE.read_text()) if FILE.exists() else {}
+def _tuned_by_kind(operation: str) -> dict[str, dict[str, dict[str, int]]]:
+    file = file_of(operation)
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def file_of(operation: str, folder: pathlib.Path | None = None) -> pathlib.Path:
+    """The tuned tiles of an operation, by default those that its kernels use."""
+    return (folder or pathlib.Path(__file__).parent) / operation / "tiles.json"
 
 
 def ceil_div(size: int, part: int) -> int:

@@ -5,26 +5,16 @@ GPU, a row is one piece; a second kernel weighs several of them, so that few row
 (flash-decoding).
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
 from jaxtyping import Array, Float, Int
 
-from memjax.ops import tiles, triton_call
-
-
-class Tile(NamedTuple):
-    """How the cache is cut."""
-
-    programs: int
-    """At least so many, where the cache is long enough."""
-    block: int
-    """Entries of the cache that a program reads at a time."""
-    num_warps: int
-    num_stages: int
+from memjax.ops import triton_call
+from memjax.ops.decode_attention import tiles
+from memjax.ops.decode_attention.tiles import Tile
+from memjax.ops.tiles import ceil_div, next_power_of_two
 
 
 @triton.jit
@@ -229,9 +219,9 @@ def _launch(
 ) -> tuple[Array, list[Array]]:  # fmt: skip
     """Attention by one of the kernels, and the first `written` arguments behind the query, which it writes in place."""
     (batch, kv_heads, size, width), dtype = cache.shape, arguments[0].dtype
-    tile = tile or default_tile(width, dtype.itemsize)
+    tile = tile or tiles.default_tile(width, dtype.itemsize)
     longest = size if window is None else min(size, window)
-    pieces = min(tiles.ceil_div(longest, tile.block), max(1, tile.programs // (batch * kv_heads)))
+    pieces = min(ceil_div(longest, tile.block), max(1, tile.programs // (batch * kv_heads)))
     narrow = jax.ShapeDtypeStruct((batch, heads, pieces), jnp.float32)
     wide = jax.ShapeDtypeStruct((batch, heads, pieces, width), dtype if pieces == 1 else jnp.float32)
     caches = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arguments[1 : 1 + written]]
@@ -251,8 +241,8 @@ def _launch(
         WINDOW=window or 0,
         SCALE=width**-0.5,
         **constants,
-        HEADS=max(16, tiles.next_power_of_two(heads // kv_heads)),
-        COLUMNS=max(16, tiles.next_power_of_two(width)),
+        HEADS=max(16, next_power_of_two(heads // kv_heads)),
+        COLUMNS=max(16, next_power_of_two(width)),
         BLOCK=tile.block,
     )
     if pieces == 1:
@@ -267,18 +257,7 @@ def _launch(
         num_warps=4,
         PIECES=pieces,
         WIDTH=width,
-        PADDED=tiles.next_power_of_two(pieces),
-        COLUMNS=tiles.next_power_of_two(width),
+        PADDED=next_power_of_two(pieces),
+        COLUMNS=next_power_of_two(width),
     )
     return summed, caches
-
-
-def default_tile(width: int, itemsize: int) -> Tile:
-    """The tile for heads of a width.
-
-    Small programs: of those of a width of 64 a multiprocessor holds eight, so that 1,024 run at once on a GPU of about
-    130, with enough loads under way to fill its memory's pace.
-    """
-    if width <= 128 and itemsize <= 2:
-        return Tile(programs=1024, block=32, num_warps=2, num_stages=4)
-    return Tile(programs=512, block=32, num_warps=4, num_stages=3)

@@ -51,7 +51,7 @@ def embedding_bag(
     """The reference's sum, in float32."""
     table = Table.of(table)
     (tokens, picks), dim = indices.shape, table.shape[1]
-    tile = tiles.embedding_bag(dim, picks, table, tokens)
+    tile = tiles.of_table_rows("embedding_bag", dim, picks, table, tokens)
     rows = kernel_rows(table)
     (out,) = triton_call.launch(
         bag_kernel,

@@ -51,7 +51,7 @@ def embedding_dot(
     """The reference's products, in float32."""
     table = Table.of(table)
     (tokens, picks), dim = indices.shape, table.shape[1]
-    tile = tiles.embedding_dot(dim, picks, table, tokens)
+    tile = tiles.of_table_rows("embedding_dot", dim, picks, table, tokens)
     rows = kernel_rows(table)
     (out,) = triton_call.launch(
         dot_kernel,

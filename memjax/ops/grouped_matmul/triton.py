@@ -10,7 +10,9 @@ import triton.language as tl
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
-from memjax.ops import tiles, triton_call
+from memjax.ops import triton_call
+from memjax.ops.grouped_matmul import tiles
+from memjax.ops.tiles import ceil_div
 
 
 class Schedule(NamedTuple):
@@ -31,7 +33,7 @@ def schedule(sizes: Int[Array, " g"], num_rows: int, rows: int) -> Schedule:
     ends = jnp.cumsum(sizes)
     tiles_of = (sizes + rows - 1) // rows
     last = jnp.cumsum(tiles_of)
-    tile = jnp.arange(tiles.ceil_div(num_rows, rows) + sizes.shape[0])
+    tile = jnp.arange(ceil_div(num_rows, rows) + sizes.shape[0])
     group = jnp.minimum(jnp.searchsorted(last, tile, side="right"), sizes.shape[0] - 1)
     begin = ends[group] - sizes[group] + (tile - last[group] + tiles_of[group]) * rows
     return Schedule(*(part.astype(jnp.int32) for part in (group, begin, ends[group])))
@@ -134,7 +136,7 @@ def _product(rows: Array, matrices: Array, sizes: Array, *, transposed: bool) ->
         matrices,
         *work,
         out=[jax.ShapeDtypeStruct((num_rows, outputs), rows.dtype)],
-        grid=(tiles.ceil_div(outputs, tile.columns), work.group.shape[0]),
+        grid=(ceil_div(outputs, tile.columns), work.group.shape[0]),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         K=inputs,
@@ -160,7 +162,7 @@ def _matrices_gradient(rows: Array, cotangent: Array, sizes: Array) -> Array:
         ends - sizes.astype(jnp.int32),
         ends,
         out=[jax.ShapeDtypeStruct((groups, inputs, outputs), rows.dtype)],
-        grid=(tiles.ceil_div(outputs, tile.columns), tiles.ceil_div(inputs, tile.rows), groups),
+        grid=(ceil_div(outputs, tile.columns), ceil_div(inputs, tile.rows), groups),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         K=inputs,
@@ -168,7 +170,7 @@ def _matrices_gradient(rows: Array, cotangent: Array, sizes: Array) -> Array:
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         INNER=tile.inner,
-        STEPS=tiles.ceil_div(num_rows, tile.inner) if triton_call.is_interpreted() else 0,
+        STEPS=ceil_div(num_rows, tile.inner) if triton_call.is_interpreted() else 0,
         PRECISION=_precision(rows),
     )
     return out

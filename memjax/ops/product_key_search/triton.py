@@ -14,10 +14,12 @@ import triton.language as tl
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
-from memjax.ops import tiles, triton_call
+from memjax.ops import triton_call
 from memjax.ops.manual_axes import vary_like
 from memjax.ops.precision import accumulator
+from memjax.ops.product_key_search import tiles
 from memjax.ops.product_key_search.xla import chunked, map_chunks, pairs_worth_trying, tokens_of
+from memjax.ops.tiles import ceil_div, next_power_of_two
 
 CHUNK_BYTES = 1 << 30
 """Half scores that exist at once."""
@@ -304,7 +306,7 @@ def _select(scores: Array, *, top_k: int) -> tuple[Array, Array]:
         TOP_K=top_k,
         ROUND_K=_round_k(top_k),
         GROUPS=tile.rows,
-        RUNS=tiles.ceil_div(tiles.next_power_of_two(num), tile.rows * tile.columns),
+        RUNS=ceil_div(next_power_of_two(num), tile.rows * tile.columns),
         RUN=tile.columns,
     )
     return best, places
@@ -333,7 +335,7 @@ def _launch_pairs(best: Array, places: Array, *, num_keys: int) -> tuple[Array, 
         NUM=num_keys,
         PAIRS=first.shape[0],
         # tl.topk wants at least as many as it keeps.
-        ROUND_PAIRS=max(round_k, tiles.next_power_of_two(first.shape[0])),
+        ROUND_PAIRS=max(round_k, next_power_of_two(first.shape[0])),
         TOP_K=top_k,
         ROUND_K=round_k,
     )
@@ -356,7 +358,7 @@ def _launch_scatter(indices: Array, d_scores: Array, like: Array, *, num_keys: i
         TOKENS=tokens,
         HEADS=heads,
         NUM=num_keys,
-        ROUND_NUM=tiles.next_power_of_two(num_keys),
+        ROUND_NUM=next_power_of_two(num_keys),
         TOP_K=top_k,
         ROUND_K=_round_k(top_k),
     )
@@ -365,4 +367,4 @@ def _launch_scatter(indices: Array, d_scores: Array, like: Array, *, num_keys: i
 
 def _round_k(top_k: int) -> int:
     """Picks that are sorted: tl.topk takes powers of two from 2 on."""
-    return max(2, tiles.next_power_of_two(top_k))
+    return max(2, next_power_of_two(top_k))

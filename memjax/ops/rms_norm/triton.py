@@ -9,7 +9,9 @@ import triton.language as tl
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float
 
-from memjax.ops import tiles, triton_call
+from memjax.ops import triton_call
+from memjax.ops.rms_norm import tiles
+from memjax.ops.tiles import ceil_div
 
 STRIP = 32
 """Rows of a program of the gradient: enough that the parts of d_scale are few, few enough to fill a GPU."""
@@ -83,7 +85,7 @@ def _norm(x: Array, scale: Array, *, epsilon: float) -> Array:
         x,
         scale,
         out=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
-        grid=(tiles.ceil_div(tokens, tile.rows),),
+        grid=(ceil_div(tokens, tile.rows),),
         num_warps=tile.num_warps,
         TOKENS=tokens,
         DIM=dim,
@@ -97,7 +99,7 @@ def _norm(x: Array, scale: Array, *, epsilon: float) -> Array:
 def _gradient(x: Array, scale: Array, d_y: Array, beside: Array, *, epsilon: float) -> tuple[Array, Array]:
     tokens, dim = x.shape
     tile = tiles.rms_norm_gradient(dim)
-    strips = tiles.ceil_div(tokens, STRIP)
+    strips = ceil_div(tokens, STRIP)
     d_x, d_scale = triton_call.launch(
         norm_gradient_kernel,
         x,

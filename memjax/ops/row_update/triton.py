@@ -16,10 +16,12 @@ import triton
 import triton.language as tl
 from jaxtyping import Array, Bool, Float, Int
 
-from memjax.ops import tiles, triton_call
+from memjax.ops import triton_call
 from memjax.ops.row_gradient import RowGradient
+from memjax.ops.row_update import tiles
 from memjax.ops.row_update.rules import RowRule, RowStep, TableState
 from memjax.ops.row_update.segments import sorted_picks
+from memjax.ops.tiles import ceil_div
 
 CHUNK = 128
 """Picks of a program; a multiple of the tile's rows."""
@@ -208,7 +210,7 @@ def row_update(
     dim = table.shape[1]
     width = rule.state_columns if rule.kind.startswith("rowwise_") else min(UNSHARED_COLUMNS, dim)
     tile = tiles.row_update(width)
-    blocks = tiles.ceil_div(dim, width)
+    blocks = ceil_div(dim, width)
 
     count = (step.step + 1).astype(jnp.float32)
     floats = jnp.stack([step.lr.astype(jnp.float32), 1 - rule.beta1**count, 1 - rule.beta2**count])
@@ -233,7 +235,7 @@ def row_update(
     rows, sources, weights = sorted_picks(gradients)
     vectors, partial = jnp.concatenate([gradient.vectors for gradient in gradients]), False
     while True:
-        chunks = tiles.ceil_div(rows.shape[0], chunk)
+        chunks = ceil_div(rows.shape[0], chunk)
         table, *moments, sums = triton_call.launch(
             update_kernel,
             table,

@@ -1,0 +1,25 @@
+"""Uses of decode attention: see `memjax.ops.specs`."""
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+
+from memjax.ops.decode_attention.api import decode_attention, decode_step
+from memjax.ops.specs import Draw, Specs
+
+
+def specs(draw: Draw) -> Specs:
+    """Attention over caches of several lengths, all of them or a window, and steps that write their entries first."""
+    keys, values, query = draw.normal(3, 2, 96, 16), draw.normal(3, 2, 96, 16), draw.normal(3, 4, 16)
+    lengths, joined, angles = jnp.asarray([96, 1, 40], jnp.int32), draw.normal(3, 8 * 16), draw.normal(3, 8)
+    rotation = (jnp.cos(angles), jnp.sin(angles))
+
+    def attend(window: int | None, name: str) -> Any:
+        return decode_attention(query, keys, values, lengths, window=window, implementation=name)
+
+    return {
+        "attention": partial(attend, None),
+        "window": partial(attend, 5),
+        "step": lambda name: decode_step(joined, keys, values, lengths - 1, rotation, implementation=name),
+    }

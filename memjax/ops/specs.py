@@ -1,0 +1,55 @@
+"""Uses of every operation on small arrays, by which implementations are compared: in tests, on GPUs, by the doctor.
+
+`memjax.ops.<operation>.specs` has a function `specs`, which draws arrays and returns uses by name: functions of the
+implementation that return arrays, gradients among them where the operation has some.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+OPERATIONS = (
+    *("product_key_search", "embedding_bag", "embedding_dot", "row_update", "grouped_matmul", "rms_norm"),
+    *("decode_attention", "matvec"),
+)
+"""The folders of the operations."""
+
+Specs = Mapping[str, Callable[[str], Any]]
+
+
+class Draw:
+    """Random arrays, the same ones for the same seed."""
+
+    def __init__(self, seed: int = 0):
+        self._rng = np.random.default_rng(seed)
+
+    def normal(self, *shape: int) -> Float[Array, "..."]:
+        """Standard normal numbers (float32)."""
+        return jnp.asarray(self._rng.normal(size=shape), jnp.float32)
+
+    def integers(self, limit: int, *shape: int) -> Int[Array, "..."]:
+        """Numbers from 0 and below a limit (int32)."""
+        return jnp.asarray(self._rng.integers(limit, size=shape), jnp.int32)
+
+
+def specs(operation: str) -> Specs:
+    """The uses of an operation, by name."""
+    return importlib.import_module(f"memjax.ops.{operation}.specs").specs(Draw())
+
+
+def difference(operation: str, implementation: str) -> float:
+    """How far an implementation is from the reference at most, in any use, as a share of the largest number."""
+    worst = 0.0
+    for run in specs(operation).values():
+        found, expected = (
+            jax.tree.leaves(jax.jit(run, static_argnums=0)(name)) for name in (implementation, "reference")
+        )
+        for one, other in zip(found, expected, strict=True):
+            one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+            worst = max(worst, float(np.abs(one - other).max() / np.abs(other).max()))
+    return worst
