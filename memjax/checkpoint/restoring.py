@@ -95,10 +95,19 @@ class StoredStep:
     def _check_fit(self, index: Mapping[str, Any], wanted: Mapping[str, Any], documents: Sequence[str]) -> None:
         problems = [f"{item}: no such item" for item in wanted if item not in index["arrays"]]
         problems += [f"{item}: no such document" for item in documents if item not in index["documents"]]
+        hint = "build the model with the config of that run"
+        types_alone = not problems
         for item in wanted.keys() & index["arrays"].keys():
-            problems += differences(item, index["arrays"][item], wanted[item])
+            saved = index["arrays"][item]
+            problems += differences(item, saved, wanted[item])
+            shapes = {name: list(leaf.shape) for name, leaf in wanted[item].items()}
+            types_alone &= shapes == {name: record["shape"] for name, record in saved.items()}
+        if types_alone:
+            hint += (
+                " and the types that were saved: auto is bfloat16 on GPUs and float32 on CPUs, so a run that began on "
+                "a GPU goes on elsewhere with --model.memory.table_dtype bfloat16 --allow_changed"
+            )
         if problems:
-            hint = "build the model with the config of that run"
             raise CheckpointError("\n  ".join([f"{self._name} does not fit; {hint}", *problems]))
 
     def _read_leaves(
