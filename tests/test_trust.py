@@ -67,5 +67,5 @@ def test_one_case_of_every_campaign_finds_nothing(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "trust.json").read_text())
     assert {case["campaign"] for case in result["cases"]} == {
-        *("kills", "signals", "two", "flips", "disk", "data", "config", "sandbox")
+        *("kills", "signals", "two", "patches", "flips", "disk", "data", "config", "sandbox")
     }

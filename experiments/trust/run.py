@@ -30,6 +30,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import harm  # noqa: E402
+import knowledge  # noqa: E402
 import life  # noqa: E402
 from lab import Case, Lab, Skipped  # noqa: E402
 
@@ -37,14 +38,35 @@ CAMPAIGNS = {
     "kills": ("R1 R4 R11", "kill -9 at any moment; the same command ends bitwise as the undisturbed run"),
     "signals": ("R8 R9", "six signals and floods of them in nine phases; saved or refused in seconds, then as above"),
     "two": ("R1", "the same command twice at once; one trains, the other refuses, nothing is lost"),
+    "patches": ("R1 R4", "kill -9 of learn, patch apply and patch revert; the model is the one before or after"),
     "flips": ("R2 R3", "bits, lengths and places of all files of a checkpoint; detected, or equal arrays"),
     "disk": ("R10", "a full, read-only or limited disk at every write; one line, then it goes on"),
     "data": ("R16", "damaged data files of every format; every record, or an error that names the place"),
     "config": ("R22 R29", "damaged settings, tokenizers and documents of a run; one line that says what"),
     "sandbox": ("-", "programs that cheat, fill, hang and stay; none passes, nothing is left behind"),
 }
-FULL = {"kills": 52, "signals": 3, "two": 10, "flips": 800, "disk": 24, "data": 900, "config": 900, "sandbox": 1}
-SMALL = {"kills": 1, "signals": 1, "two": 1, "flips": 10, "disk": 1, "data": 9, "config": 12, "sandbox": 1}
+FULL = {
+    "kills": 52,
+    "signals": 3,
+    "two": 10,
+    "patches": 10,
+    "flips": 800,
+    "disk": 24,
+    "data": 900,
+    "config": 900,
+    "sandbox": 1,
+}
+SMALL = {
+    "kills": 1,
+    "signals": 1,
+    "two": 1,
+    "patches": 1,
+    "flips": 10,
+    "disk": 1,
+    "data": 9,
+    "config": 12,
+    "sandbox": 1,
+}
 NO_RUN = {"data", "sandbox"}
 """Campaigns that need no trained run."""
 COUNTS = ("tried", "lost", "wrong", "hung", "tracebacks", "other")
@@ -60,6 +82,8 @@ def cases_of(lab: Lab, campaign: str, *, small: bool) -> list[Case]:
             return life.signals(lab, count)[:1] if small else life.signals(lab, count)
         case "two":
             return life.two(lab, count)
+        case "patches":
+            return knowledge.patches(lab, count)
         case "disk":
             return life.disk(lab, count)[:1] if small else life.disk(lab, count)
     return harm.cases(lab, campaign, count)
