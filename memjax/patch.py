@@ -147,13 +147,12 @@ def _described(path: str, patch: "Patch", top: int) -> list[str]:
     import numpy as np
 
     lines = [f"{path}: {in_words(patch)}", f"made for the model {patch.base[:16]}"]
-    for name, value in patch.notes.items():
-        if isinstance(value, str | int | float):
-            lines.append(
-                f"{name.replace('_', ' '):<22}{value:,.4g}"
-                if isinstance(value, float)
-                else f"{name.replace('_', ' '):<22}{value}"
-            )
+    notes = {
+        name.replace("_", " "): value for name, value in patch.notes.items() if isinstance(value, str | int | float)
+    }
+    width = 2 + max(map(len, notes), default=0)
+    for name, value in notes.items():
+        lines.append(f"{name:<{width}}{f'{value:,.4g}' if isinstance(value, float) else value}")
     for name, change in patch.tables.items():
         old, new = change.old.astype(np.float64), change.new.astype(np.float64)
         moved, size = np.linalg.norm(new - old, axis=1), np.linalg.norm(old, axis=1)
