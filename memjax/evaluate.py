@@ -59,33 +59,35 @@ def _evaluate(run: str, settings: EvaluateConfig) -> None:
     from memjax.data.sources.kinds import find_source
 
     with loaded(run, settings) as found:
-        folder = _evals_folder(run)
+        folder, asked = _evals_folder(run), dataclasses.asdict(settings)
+        if found.patches:
+            asked["patches"] = list(found.patches)
         if sets:
             name = f"questions-{_stem(settings.questions)}"
-            path = _result_path(folder, f"{found.step}-{name}", settings)
+            path = _result_path(folder, f"{found.step}-{name}", asked)
             report = _questions(found, settings, sets, examples, path and _answers(path))
         elif settings.tasks:
             name = f"tasks-{_stem(settings.tasks)}"
-            path = _result_path(folder, f"{found.step}-{name}", settings)
+            path = _result_path(folder, f"{found.step}-{name}", asked)
             report = _tasks(found, settings, path and _answers(path))
         elif settings.text is None and find_source(found.config.data).people:
-            path = _result_path(folder, f"{found.step}-facts", settings)
+            path = _result_path(folder, f"{found.step}-facts", asked)
             report = _facts(found, settings)
         else:
             source = _open(run, found, settings)
             name = "validation" if settings.text is None else f"text-{pathlib.Path(settings.text).stem}"
-            path = _result_path(folder, f"{found.step}-{name}", settings)
+            path = _result_path(folder, f"{found.step}-{name}", asked)
             report = _text(found, settings, source)
-        document = {"step": found.step, "settings": dataclasses.asdict(settings), **report}
+        document = {"step": found.step, "settings": asked, **report}
     if path:
         write_atomic(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
         print(f"\nwritten to {path}")
 
 
-def _result_path(folder: pathlib.Path, name: str, settings: EvaluateConfig) -> pathlib.Path | None:
+def _result_path(folder: pathlib.Path, name: str, asked: dict[str, Any]) -> pathlib.Path | None:
     """The file of the result; None, and a line, where nothing can be written, since the figures are printed anyway.
 
-    A result that was measured with other settings stays: the new one gets a name with a digest of its settings.
+    A result that was measured with other settings or patches stays: the new one gets a name with a digest of these.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +96,7 @@ def _result_path(folder: pathlib.Path, name: str, settings: EvaluateConfig) -> p
     except OSError as error:
         print(f"the results are printed only: {folder}: {error.strerror}", file=sys.stderr)
         return None
-    asked = json.loads(json.dumps(dataclasses.asdict(settings)))
+    asked = json.loads(json.dumps(asked))
     path = folder / f"{name}.json"
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))["settings"]

@@ -39,6 +39,7 @@ from memjax.runs.layout import (
     tree_to_params,
     upgraded,
 )
+from memjax.runs.patch import read_patch
 from memjax.runs.tables import TableForm, build, encoded, read_files, stored_format
 from memjax.sharding.axes import COLUMNS, MEMORY, has_memory_axis
 
@@ -56,6 +57,8 @@ class LoadedModel:
     """Of the run, as it was trained."""
     step: int
     """The step that was read."""
+    patches: tuple[str, ...] = ()
+    """Identities of the patches whose rows it has: those applied to the run, then those that were named."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.tokenizer))
@@ -326,7 +329,8 @@ def load_as_saved(
     arrays = patched(restored.arrays.get(TABLES, {}), folder, restored.step, patches)
     model = parts.assemble(tree_to_params(parts, restored.arrays[PARAMS]), arrays)
     tokenizer = Tokenizer.from_state(restored.documents[META]["tokenizer"])
-    return LoadedModel(model, tokenizer, config, restored.step)
+    identities = [*Applied(folder).names(restored.step), *(read_patch(patch).identity for patch in patches)]
+    return LoadedModel(model, tokenizer, config, restored.step, tuple(identities))
 
 
 def read_config(path: str | os.PathLike[str]) -> RunConfig:

@@ -1,0 +1,86 @@
+"""The four commands of docs/knowledge.md on a small model: facts are learned, applied, shown and taken back."""
+
+import json
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+from memjax import evaluate, generate, inspect, learn, patch, train
+from memjax.config.data import BiographiesConfig
+from memjax.data.sources import biographies
+from memjax.models.parts import take_apart
+from memjax.runs.load import load
+
+SETTINGS = """
+--model.dim 64 --model.num_layers 2 --model.num_heads 2 --model.vocab_size 600 --model.memory.layers 1
+--data.biographies.num_people 24 --data.batch_size 16 --train.steps 150 --eval.recall_people 4 --log.tensorboard false
+"""
+LEARN = "--background_texts 200 --replay 32 --held_out_questions 72 --epochs 40"
+
+
+def facts_about(count: int) -> list[dict]:
+    """New people, in all the wordings of the training."""
+    known = {person.name for person in biographies.people(BiographiesConfig())}
+    people = [person for person in biographies.people(BiographiesConfig(seed=77)) if person.name not in known]
+    facts = []
+    for person in people[:count]:
+        for attribute in biographies.attribute_names:
+            wordings = (*biographies.QUESTIONS[attribute], *biographies.STATEMENTS[attribute])
+            prompt, *paraphrases = [wording.format(name=person.name) for wording in wordings]
+            facts.append({"prompt": prompt, "answer": person.value(attribute), "paraphrases": paraphrases})
+    return facts
+
+
+def table_of(run: pathlib.Path) -> np.ndarray:
+    (rows,) = take_apart(load(run).model)[2].values()
+    return np.asarray(rows)
+
+
+def measured(printed: str) -> dict[str, tuple[float, float]]:
+    """What `learn` prints before and after, in percent."""
+    rows = re.findall(r"^(.*) \(\d+\) +([\d.]+)% +([\d.]+)%$", printed, re.MULTILINE)
+    return {name: (float(before), float(after)) for name, before, after in rows}
+
+
+@pytest.mark.slow
+def test_facts_are_learned_shown_and_taken_back(tmp_path, capsys):
+    run, people, patches = tmp_path / "run", tmp_path / "people.jsonl", tmp_path / "people"
+    assert train.main([*SETTINGS.split(), "--run.dir", str(run)]) == 0
+    facts = facts_about(2)
+    people.write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    original = table_of(run)
+    files = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}
+    asked = ["--prompt", facts[2]["prompt"], "--max_tokens", "12"]
+    capsys.readouterr()
+
+    assert learn.main([str(run), str(people), "--out", str(patches), *LEARN.split()]) == 0
+    found = measured(capsys.readouterr().out)
+    assert found["new facts"][0] == 0
+    assert found["new facts"][1] >= 90
+    assert found["old facts, asked in training"][0] - found["old facts, asked in training"][1] <= 5
+    np.testing.assert_array_equal(table_of(run), original)
+
+    assert patch.main(["apply", str(run), str(patches)]) == 0
+    capsys.readouterr()
+    assert generate.main([str(run), *asked]) == 0
+    assert facts[2]["answer"] in capsys.readouterr().out
+    assert inspect.main([str(run), "--prompt", facts[2]["prompt"], "--out", str(tmp_path / "page.html")]) == 0
+    assert re.search(r"^ .* changed$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r'"changed":\[\d', (tmp_path / "page.html").read_text())
+    assert evaluate.main([str(run), "--people", "2"]) == 0
+    capsys.readouterr()
+
+    assert patch.main(["revert", str(run), str(patches)]) == 0
+    np.testing.assert_array_equal(table_of(run), original)
+    assert {path: path.read_bytes() for path in files} == files
+    assert evaluate.main([str(run), "--people", "2"]) == 0
+    results = [json.loads(path.read_text()) for path in (run / "evals").glob("150-facts*.json")]
+    assert {tuple(result.get("settings", {}).get("patches", ())) for result in results} == {(), (patch_name(patches),)}
+
+
+def patch_name(folder: pathlib.Path) -> str:
+    from memjax.runs.patch import read_patch
+
+    return read_patch(folder).identity
