@@ -29,6 +29,9 @@ SIGNALS = tuple(
 SAVED, NOTHING_SAVED, CHECKPOINT_TROUBLE = 75, 130, 4
 """Exit codes: the same command goes on from a checkpoint; there is none; one could not be written or read."""
 
+TRACKER_THREAD = "memjax log."
+"""How the names of the trackers' threads begin, which end with the run unless a service does not answer."""
+
 SAME_WISH_SECONDS = 2.0
 """Launchers pass on what a terminal sends to all of them as well; copies within this time are one wish."""
 
@@ -169,7 +172,10 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         code = main()
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        if code == CHECKPOINT_TROUBLE:  # threads of Orbax may wait for the save that has failed
+        # Threads of Orbax may wait for a save that has failed, and what a tracker's library does at the exit for its
+        # service, which does not answer.
+        stuck = any(thread.name.startswith(TRACKER_THREAD) for thread in threading.enumerate())
+        if stuck or code == CHECKPOINT_TROUBLE:
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(OSError, ValueError):
                     stream.flush()

@@ -167,3 +167,25 @@ run_program(lambda: 3)
 def test_a_signal_that_comes_when_all_is_done_does_not_change_the_exit_code():
     done = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (3, "")
+
+
+STUCK = """
+import atexit, threading, time
+from memjax.monitoring.trackers.tracker import Tracker
+from memjax.training.interrupt import run_program
+
+def main():
+    tracker = Tracker("log.slow", lambda: time.sleep(60))
+    tracker.wait(0.05)
+    atexit.register(time.sleep, 60)
+    print("done")
+    return 0
+
+run_program(main)
+"""
+
+
+def test_a_service_that_does_not_answer_does_not_hold_up_the_end():
+    done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, check=False, timeout=30)
+    assert (done.returncode, done.stdout) == (0, "done\n")
+    assert "it does not finish" in done.stderr

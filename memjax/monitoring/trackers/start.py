@@ -10,7 +10,7 @@ from memjax.monitoring.trackers.tracker import Tracker
 from memjax.monitoring.trackers.trackio import Trackio
 from memjax.monitoring.trackers.wandb import Wandb
 
-CLOSE_SECONDS = 20.0
+CLOSE_SECONDS = 15.0
 """How long the end of a run waits for a tracker. Whoever sends SIGTERM waits about 30 seconds before SIGKILL."""
 
 

@@ -228,7 +228,9 @@ def test_a_record_without_end_is_malformed_and_not_kept_in_memory(tmp_path, name
     assert "more than data.max_record_bytes=1,000 bytes; split it, or raise" in str(payloads[1])
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.ndjson", "a.JSONL", "a.jsonl.gz", "a.Json.GZ", "a.txt", "a.md", "a.txt.xz"])
+@pytest.mark.parametrize(
+    "name", ["a.json", "a.ndjson", "a.JSONL", "a.jsonl.gz", "a.Json.GZ", "a.txt", "a.md", "a.txt.xz"]
+)
 def test_files_of_a_command_line_are_read_as_training_reads_them(tmp_path, name):
     text = name.startswith(("a.txt", "a.md"))
     content = "\ufeffé b\r\n\nc\n" if text else '\ufeff{"text": "é b"}\n\n{"text": "c", "n": 1}'
