@@ -9,22 +9,29 @@ import torch
 import torch.nn.functional as F
 from checks import Check, relative
 from flax import nnx
-from transformers import LlamaConfig, MixtralConfig
+from transformers import (
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2MoeConfig,
+    get_constant_schedule_with_warmup,
+    get_cosine_with_min_lr_schedule_with_warmup,
+)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
-from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, load_balancing_loss_func
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
 from memjax.config.model import ModelConfig, RopeScalingConfig
-from memjax.config.optim import OptimConfig
+from memjax.config.optim import OptimConfig, ScheduleConfig
 from memjax.models import dot_product
 from memjax.models.decoder import Decoder
 from memjax.models.loss import token_losses
-from memjax.models.moe import MoE
+from memjax.models.moe import MoE, router_statistics
 from memjax.models.norm import RMSNorm
 from memjax.models.rotary import rotate
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.api import row_update
 from memjax.ops.row_update.rules import RowRule, row_step
-from memjax.training.optimizer import make_optimizer
+from memjax.training.optimizer import make_optimizer, make_schedule
 
 
 def layers() -> Iterator[Check]:
@@ -34,6 +41,7 @@ def layers() -> Iterator[Check]:
         yield from norms_and_rope()
         yield cross_entropy()
         yield from experts()
+        yield schedules()
         yield adamw()
         yield from table_rules()
 
@@ -110,28 +118,76 @@ def cross_entropy() -> Check:
 
 
 def experts() -> Iterator[Check]:
-    """Token-choice experts with renormalised weights against Mixtral's."""
-    for top_k in (2, 3):
+    """Token-choice experts against Mixtral's, whose weights are renormalised, and Qwen 2's, whose are not."""
+    sizes = {"hidden_size": 16, "num_experts_per_tok": 3}
+    qwen = Qwen2MoeConfig(
+        **sizes, moe_intermediate_size=24, shared_expert_intermediate_size=8, num_experts=4, norm_topk_prob=False
+    )
+    blocks = [("Mixtral", _mixtral(2)), ("Mixtral", _mixtral(3)), ("Qwen 2", Qwen2MoeSparseMoeBlock(qwen))]
+    for kind, theirs in blocks:
         torch.manual_seed(0)
-        config = MixtralConfig(hidden_size=16, intermediate_size=24, num_local_experts=4, num_experts_per_tok=top_k)
-        theirs = MixtralSparseMoeBlock(config).double()
-        with torch.no_grad():
-            for parameter in theirs.parameters():
-                parameter.copy_(torch.randn_like(parameter) / 4)
-        float64 = {"dtype": jnp.float64, "param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
-        ours = MoE(16, 24, num_experts=4, top_k=top_k, renormalize=True, **float64)
+        theirs, rng = theirs.double(), np.random.default_rng(0)
         named = dict(theirs.named_parameters())
+        with torch.no_grad():
+            for name, parameter in named.items():  # memjax has no expert that all tokens share
+                parameter.copy_(torch.randn_like(parameter) / 4 * ("shared" not in name))
+        float64 = {"dtype": jnp.float64, "param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+        top_k = theirs.gate.top_k
+        ours = MoE(16, 24, num_experts=4, top_k=top_k, renormalize=kind == "Mixtral", **float64)
         turned = lambda tensor: jnp.asarray(tensor.detach().numpy().swapaxes(-1, -2))
-        gate, up = np.split(named["experts.gate_up_proj"].detach().numpy(), 2, axis=1)
-        ours.router.kernel[...] = turned(named["gate.weight"])
-        ours.gate[...], ours.up[...] = jnp.asarray(gate.swapaxes(1, 2)), jnp.asarray(up.swapaxes(1, 2))
-        ours.down[...] = turned(named["experts.down_proj"])
-        x = np.random.default_rng(0).normal(size=(2, 9, 16))
-        expected = theirs(torch.tensor(x))
+        gate, up = named["experts.gate_up_proj"].chunk(2, dim=1)
+        ours.router.kernel[...], ours.down[...] = turned(named["gate.weight"]), turned(named["experts.down_proj"])
+        ours.gate[...], ours.up[...] = turned(gate), turned(up)
+        x, weight = rng.normal(size=(2, 2, 9, 16))
+
+        def loss(model, x, weight=weight):
+            out, routing = model(x)
+            return (out * weight).sum(), (out, routing)
+
+        (of_model, of_x), (out, routing) = nnx.grad(loss, argnums=(0, 1), has_aux=True)(ours, jnp.asarray(x))
+        inputs = torch.tensor(x, requires_grad=True)
+        expected = theirs(inputs)
         expected = expected[0] if isinstance(expected, tuple) else expected
-        figure = relative(ours(jnp.asarray(x))[0], expected.detach())
-        # Mixtral's router computes its softmax in float32.
-        yield Check("layers", f"experts, {top_k} of 4 a token", "transformers' Mixtral", "output", figure, 1e-6)
+        (expected * torch.tensor(weight)).sum().backward()
+        of_gate, of_up = named["experts.gate_up_proj"].grad.chunk(2, dim=1)
+        pairs = [(out, expected.detach()), (of_x, inputs.grad)]
+        pairs += [(of_model["gate"][...], turned(of_gate)), (of_model["up"][...], turned(of_up))]
+        pairs.append((of_model["down"][...], turned(named["experts.down_proj"].grad)))
+        pairs.append((of_model["router"]["kernel"][...], turned(named["gate.weight"].grad)))
+        what, figure = f"experts, {top_k} of 4 a token", max(relative(*pair) for pair in pairs)
+        # Their routers compute the softmax in float32.
+        yield Check("layers", what, f"transformers' {kind}", "output and gradients", figure, 1e-6)
+        if kind == "Mixtral":
+            balance = router_statistics(routing, jnp.ones(18, bool)).balance
+            wanted = load_balancing_loss_func((torch.tensor(np.asarray(routing.logits)),), 4, top_k)
+            # Theirs counts each of a token's experts as a whole token.
+            figure = relative(balance * top_k, wanted)
+            yield Check("layers", what, f"transformers' {kind}", "load-balance loss", figure, 1e-6)
+
+
+def _mixtral(top_k: int) -> MixtralSparseMoeBlock:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_local_experts": 4}
+    return MixtralSparseMoeBlock(MixtralConfig(**sizes, num_experts_per_tok=top_k))
+
+
+def schedules() -> Check:
+    """Learning rates of all steps of short runs; the first step of memjax has the rate of their second."""
+    largest, count = 0.0, 0
+    for steps in (5, 20, 101):
+        for warmup in (0, 1, steps // 4):
+            for fraction in (0.0, 0.05, 1.0, None):
+                optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.3)
+                if fraction is None:
+                    theirs = get_constant_schedule_with_warmup(optimizer, warmup)
+                    config = ScheduleConfig(lr=0.3, warmup_steps=warmup, schedule="constant")
+                else:
+                    theirs = get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, steps, min_lr_rate=fraction)
+                    config = ScheduleConfig(lr=0.3, warmup_steps=warmup, final_fraction=fraction)
+                ours = make_schedule(config, steps)
+                wanted = [0.3 * theirs.lr_lambdas[0](step + 1) for step in range(steps)]
+                largest = max(largest, relative([float(ours(step)) for step in range(steps)], wanted))
+                count += 1
+    return Check("optimizers", f"{count} schedules", "transformers", "rates of every step, float64", largest, 1e-14)
 
 
 def adamw() -> Check:

@@ -1,59 +1,88 @@
-"""memjax against references that its authors did not write: torch, transformers and the tokenizers' own libraries.
+"""memjax against references that its authors did not write: torch, transformers, lm-eval and others.
 
-    pip install torch transformers accelerate sentencepiece tiktoken    # in an environment that has memjax
-    python experiments/references/run.py              # 5 minutes on two cores; no network, no download
+    # In an environment that has memjax:
+    pip install torch transformers accelerate sentencepiece tiktoken lm-eval torchmetrics product-key-memory \\
+        PEER-pytorch
+    python experiments/references/run.py              # 10 minutes on two cores; no network, no download
+    python experiments/references/run.py training     # only some parts; the results of the others are kept
     python experiments/references/run.py --report     # only the table of docs/checked.md, from the results
 
 `--also PYTHON` runs the torch code of exported memory models in another environment too, one with torch, accelerate and
-an older transformers. Every model and tokenizer is made on the spot, but for two small runs of the tests. The exit code
-is 1 if a figure is beyond its bound.
+an older transformers. `--data FOLDER` names files of published questions and problems, without which that part is left
+out. Every model and tokenizer is made on the spot, but for two small runs of the tests. The exit code is 1 if a figure
+is beyond its bound.
 """
 
 import argparse
 import dataclasses
 import datetime
-import itertools
 import json
 import os
 import pathlib
 import platform
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib import metadata
 
 HERE = pathlib.Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "references.json"
 PAGE = HERE.parents[1] / "docs" / "checked.md"
 BEGIN, END = "<!-- made by experiments/references/run.py -->\n", "<!-- end of what run.py made -->"
-PACKAGES = ("jax", "flax", "torch", "transformers", "accelerate", "tokenizers", "sentencepiece", "tiktoken")
+PACKAGES = (
+    "jax", "flax", "torch", "transformers", "accelerate", "tokenizers", "sentencepiece", "tiktoken", "lm-eval",
+    "torchmetrics", "product-key-memory", "PEER-pytorch",
+)  # fmt: skip
+PARTS = {
+    "layers": ("layers", "optimizers"),
+    "training": ("training",),
+    "conversions": ("tokenizers", "generation", "models in", "models out"),
+    "evaluation": ("evaluation",),
+    "memory_models": ("memory in torch",),
+    "public_sets": ("public sets",),
+}
+"""What can be run alone, and which parts of the table it makes, in their order."""
 
 sys.path.insert(0, str(HERE))
 
 from checks import Check  # noqa: E402
 
 
-def run(also: list[str]) -> list[Check]:
-    """Every comparison, printed as it is made; those of memory models in torch by other interpreters too."""
+def run(part: str, arguments: argparse.Namespace) -> Iterator[Check]:
+    """The comparisons of a part; those of memory models in torch by other interpreters too."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    import conversions
-    import layers
-    import memory_models
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        if part == "layers":
+            import layers
+            import lookups
 
-    found = []
-    with tempfile.TemporaryDirectory() as folder:
-        parts = [pathlib.Path(folder) / name for name in ("models", "texts", "tokenizers", "memory")]
-        for part in parts:
-            part.mkdir()
-        for check in itertools.chain(
-            layers.layers(),
-            conversions.token_ids(parts[2]),
-            conversions.greedy_texts(parts[1]),
-            conversions.models_in_and_out(parts[0]),
-            memory_models.memory_models(parts[3], [sys.executable, *also]),
-        ):
-            print(f"{'pass' if check.passes else 'FAIL'}  {line(check)}", flush=True)
-            found.append(check)
-    return found
+            yield from layers.layers()
+            yield from lookups.lookups()
+        elif part == "training":
+            import training
+
+            yield from training.training(folder)
+        elif part == "conversions":
+            import conversions
+
+            for number, compare in enumerate(
+                (conversions.token_ids, conversions.greedy_texts, conversions.models_in_and_out)
+            ):
+                (folder / str(number)).mkdir()
+                yield from compare(folder / str(number))
+        elif part == "evaluation":
+            import evaluation
+
+            yield from evaluation.evaluation(folder)
+        elif part == "memory_models":
+            import memory_models
+
+            yield from memory_models.memory_models(folder, [sys.executable, *arguments.also])
+        else:
+            import public_sets
+
+            yield from public_sets.public_sets(arguments.data, folder)
 
 
 def line(check: Check) -> str:
@@ -90,23 +119,49 @@ def write_page(document: dict) -> None:
     PAGE.write_text(before + BEGIN + report(document) + END + rest.split(END)[1], encoding="utf-8")
 
 
+def versions() -> dict[str, str]:
+    """Of everything that was compared."""
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
+def merged(document: dict, parts: list[str], found: list[Check]) -> dict:
+    """The document with what the parts found in place of what they had found before."""
+    new = {area for part in parts for area in PARTS[part]}
+    checks = [check for check in document["checks"] if check["area"] not in new] + list(map(dataclasses.asdict, found))
+    order = [area for areas in PARTS.values() for area in areas]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "versions": versions(),
+        "checks": sorted(checks, key=lambda check: order.index(check["area"])),
+    }
+
+
 def main() -> int:
     """Runs the comparisons, or only writes the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all without")
     parser.add_argument("--report", action="store_true", help="only write the table of docs/checked.md")
     parser.add_argument("--also", metavar="PYTHON", action="append", default=[], help="of an environment with torch")
+    parser.add_argument("--data", metavar="FOLDER", type=pathlib.Path, help="with published questions and problems")
     arguments = parser.parse_args()
-    if not arguments.report:
-        checks = run(arguments.also)
-        document = {
-            "date": datetime.date.today().isoformat(),
-            "python": platform.python_version(),
-            "versions": {name: metadata.version(name) for name in PACKAGES},
-            "checks": [dataclasses.asdict(check) for check in checks],
-        }
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    parts = arguments.parts or [part for part in PARTS if part != "public_sets" or arguments.data]
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"{', '.join(unknown)} unknown; parts are {', '.join(PARTS)}")
+    if "public_sets" in parts and arguments.data is None:
+        parser.error("public_sets needs --data FOLDER")
     document = json.loads(RESULTS.read_text(encoding="utf-8"))
+    if not arguments.report:
+        here, kept = versions(), document["versions"]
+        if arguments.parts and any(here[name] != version for name, version in kept.items()):
+            parser.error(f"the other parts were run with {kept}; run all of them")
+        found = []
+        for part in parts:
+            for check in run(part, arguments):
+                print(f"{'pass' if check.passes else 'FAIL'}  {line(check)}", flush=True)
+                found.append(check)
+        document = merged(document, parts, found)
+        RESULTS.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     write_page(document)
     return int(not all(Check(**check).passes for check in document["checks"]))
 
