@@ -45,6 +45,15 @@ _CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
 }
+_OLMO = "its layers normalise what attention and feed-forward layers give, and queries and keys over all heads at once"
+_OTHER_LAYERS = {
+    "olmo2": _OLMO,
+    "olmo3": _OLMO,
+    "gemma": "its embeddings are scaled, and its feed-forward layers are GeGLU",
+    "qwen2_moe": "its experts have one that all tokens share",
+    "phi3": "its projections are stored in one matrix",
+}
+"""Why models that look alike are not read."""
 ROPE_SCALING_KINDS: tuple[RopeScalingKind, ...] = get_args(RopeScalingKind)
 _WITH_BIAS_FLAG = ("llama", "qwen3", "smollm3")
 """Whose config says whether the attention has biases."""
@@ -65,7 +74,8 @@ def read_model_config(config: dict[str, Any], place: str) -> ModelConfig:
     if kind == MEMORY_MODEL:
         return _memory_model(config, place)
     if not isinstance(kind, str) or kind not in _ABSENT:
-        raise fields.refused("model_type", f"must be one of {', '.join(_ABSENT)}", "other models have other layers")
+        why = _OTHER_LAYERS.get(str(kind), "other models have other layers")
+        raise fields.refused("model_type", f"must be one of {', '.join(_ABSENT)}", why)
     absent = _ABSENT[kind]
     if config.get("quantization_config") is not None:
         raise CheckpointError(

@@ -73,9 +73,10 @@ def test_rope_is_read_as_every_version_writes_it(fields):
     ("fields", "message"),
     [
         (
-            {"model_type": "phi3"},
-            'model_type="phi3" must be one of llama, mistral, qwen2, qwen3, smollm3: other models',
+            {"model_type": "cohere"},
+            'model_type="cohere" must be one of llama, mistral, qwen2, qwen3, smollm3: other models',
         ),
+        ({"model_type": "olmo2"}, "smollm3: its layers normalise what attention and feed-forward layers give, and"),
         ({"model_type": None}, "model_type=null must be one of llama"),
         ({"model_type": ["llama"]}, 'model_type=["llama"] must be one of llama'),
         ({"quantization_config": {"bits": 4}}, "quantised weights are not read; take the model as it was before"),
