@@ -76,6 +76,14 @@ def _log_as_commands_do() -> None:
 
 
 @pytest.fixture
+def as_users_call() -> Iterator[None]:
+    """Without the suite's checks of annotations, which users do not have."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
 def heeding_hangups() -> Iterator[None]:
     """SIGHUP ends programs, also where the tests themselves run under nohup, which has it ignored."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)

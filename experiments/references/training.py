@@ -44,29 +44,29 @@ def _section(name: str, settings: str) -> str:
     return " ".join(f"--model.{name}.{key} {value}" for key, value in zip(words[::2], words[1::2], strict=True))
 
 
-MEMORY = _section("memory", "layers 0,1 gate none share false")
+MEMORY = _section("memory", "layers 0,1 gate none shared_table false")
 MEMORY_PLUS = _section("memory", "layers 0,1 output_gate true")
-PEER = f"--model.memory null {_section('expert_lookup', 'layers 0,1')}"
+PEER = f"--model.memory null {_section('peer', 'layers 0,1')}"
 EXPERTS = """--model.memory null --model.experts.num_experts 4 --model.experts.top_k 2 --model.experts.ffn_dim 16
---model.experts.balance_weight 0 --model.experts.z_weight 0"""
+--model.experts.aux_loss_weight 0 --model.experts.z_loss_weight 0"""
 RUNS: dict[str, tuple[str, str, str, float]] = {
     "dense, 2 micro-batches": (
         "transformers' Llama and torch's AdamW",
         "float32",
-        "--model.memory null --train.accumulate 2",
+        "--model.memory null --train.grad_accum_steps 2",
         1e-5,
     ),
     "dense, tied embeddings, 2 micro-batches": (
         "transformers' SmolLM 3 and torch's AdamW",
         "float64",
-        "--model.memory null --model.tie_embeddings true --train.accumulate 2",
+        "--model.memory null --model.tie_embeddings true --train.grad_accum_steps 2",
         1e-6,
     ),
     "Memory, tables by sgd": ("torch's AdamW and SGD", "float64", f"{MEMORY} --optim.table.optimizer sgd", 1e-12),
     "Memory+, tables by lazy adam, 2 micro-batches": (
         "torch's AdamW and SparseAdam",
         "float64",
-        f"{MEMORY_PLUS} --optim.table.optimizer adam --optim.table.eps {EPS} --train.accumulate 2",
+        f"{MEMORY_PLUS} --optim.table.optimizer adam --optim.table.eps {EPS} --train.grad_accum_steps 2",
         1e-12,
     ),
     "Memory+, tables by rowwise_adam": ("torch's AdamW and the formula", "float64", MEMORY_PLUS, 1e-12),
@@ -136,7 +136,7 @@ def _in_memjax(folder: pathlib.Path, settings: str) -> tuple[Outcome, RunConfig]
         state, step = program.init(jax.random.key(0), mesh), make_train_step(program, mesh)
         state = dataclasses.replace(state, params=jax.tree.map(lambda leaf: leaf + 0.02, state.params))
         _export(folder, "start", program, state, config)
-        for batch in _batches(config.train.accumulate):
+        for batch in _batches(config.train.grad_accum_steps):
             state, metrics = step(state, put_batch(mesh, batch, BATCH))
             losses.append(float(metrics["train/loss"]))
         _export(folder, "end", program, state, config)
@@ -176,7 +176,7 @@ def _in_torch(folder: pathlib.Path, config: RunConfig) -> Outcome:
     ]
     adamw = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps)
     of_tables, losses, reads = _TableOptimizer(config, tables), [], _recorded_reads(model)
-    for batch in _batches(config.train.accumulate):
+    for batch in _batches(config.train.grad_accum_steps):
         learned, total = float(batch["loss_mask"].sum()), 0.0
         adamw.zero_grad(), model.zero_grad(), of_tables.touched.clear()  # pyright: ignore[reportUnusedExpression]
         for tokens, targets, mask, real in zip(
@@ -193,7 +193,7 @@ def _in_torch(folder: pathlib.Path, config: RunConfig) -> Outcome:
         # torch's own clipping divides by the norm + 1e-6.
         norm = torch.stack([parameter.grad.square().sum() for parameter in dense.values()]).sum().sqrt()
         for parameter in dense.values():
-            parameter.grad *= min(1.0, (optim.clip or float("inf")) / norm.item())
+            parameter.grad *= min(1.0, (optim.max_grad_norm or float("inf")) / norm.item())
         adamw.step()
         of_tables.step()
         losses.append(total)

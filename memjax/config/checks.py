@@ -4,9 +4,10 @@ A check is a list of problems in words, each beginning with `field=value`; None 
 """
 
 import dataclasses
+import functools
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from memjax.io.paths import local_path
 
@@ -59,6 +60,22 @@ def one_of(known: Sequence[str], **fields: Any) -> list[str | None]:
         for name, value in fields.items()
         if not (isinstance(value, str) and value in known)
     ]
+
+
+def words(config: Any) -> list[str | None]:
+    """Fields of a config's dataclass that take a few words only must have one of them."""
+    return [
+        problem
+        for name, known in _known_words(type(config)).items()
+        for problem in one_of(known, **{name: getattr(config, name)})
+    ]
+
+
+@functools.cache
+def _known_words(config: type) -> dict[str, tuple[str, ...]]:
+    """The words of the fields whose type is a Literal."""
+    types = get_type_hints(config).items()
+    return {name: get_args(kind) for name, kind in types if get_origin(kind) is Literal}
 
 
 def decays(**fields: float) -> list[str | None]:

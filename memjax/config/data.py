@@ -4,7 +4,7 @@ import dataclasses
 import re
 from typing import Literal
 
-from memjax.config.checks import local_paths, not_negative, positive, refuse
+from memjax.config.checks import local_paths, not_negative, positive, refuse, words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +36,8 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         from_file = self.kind not in ("byte", "bpe")
         refuse(
-            positive(train_bytes=self.train_bytes)
+            words(self)
+            + positive(train_bytes=self.train_bytes)
             + local_paths(self, "path")
             + [
                 f"{name}={value} is for a tokenizer from a file; set kind to hf, sentencepiece or tiktoken"
@@ -71,7 +72,8 @@ class BiographiesConfig:
 
     def __post_init__(self) -> None:
         refuse(
-            positive(num_people=self.num_people)
+            words(self)
+            + positive(num_people=self.num_people)
             + [
                 f"held_out_fraction={self.held_out_fraction} must be in 0..1"
                 if not 0 <= self.held_out_fraction <= 1
@@ -95,7 +97,8 @@ class MixtureConfig:
 
     def __post_init__(self) -> None:
         refuse(
-            positive(weight=self.weight)
+            words(self)
+            + positive(weight=self.weight)
             + local_paths(self, "path")
             + [
                 f"name={self.name} must consist of letters, digits, - and _: a folder and metrics are named after it"
@@ -157,7 +160,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         names = [part.name for part in self.mixture]
         refuse(
-            positive(
+            words(self)
+            + positive(
                 sequence_length=self.sequence_length,
                 batch_size=self.batch_size,
                 max_record_bytes=self.max_record_bytes,

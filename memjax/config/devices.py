@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from memjax.config.checks import not_negative, positive, refuse
+from memjax.config.checks import not_negative, positive, refuse, words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +23,7 @@ class MeshConfig:
     bytes."""
 
     def __post_init__(self) -> None:
-        refuse(positive(data=self.data, memory=self.memory))
+        refuse(words(self) + positive(data=self.data, memory=self.memory))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from memjax.config.checks import not_empty, positive, refuse
+from memjax.config.checks import not_empty, positive, refuse, words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +18,7 @@ class WandbConfig:
     """offline keeps everything in the run's folder, for `wandb sync`."""
 
     def __post_init__(self) -> None:
-        refuse(not_empty(project=self.project, name=self.name))
+        refuse(words(self) + not_empty(project=self.project, name=self.name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,7 @@
 """Blocks that read tables: memory layers and PEER, and the tables they read."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
 from memjax.config import checks
 from memjax.config.checks import counts, layers_problems, positive, refuse
@@ -73,7 +73,8 @@ class ProductKeyConfig(LookupConfig):
 
     def __post_init__(self) -> None:
         refuse(
-            checks.product_keys(
+            checks.words(self)
+            + checks.product_keys(
                 num_keys=self.num_keys,
                 num_heads=self.num_heads,
                 top_k=self.top_k,
@@ -123,11 +124,7 @@ class MemoryConfig(ProductKeyConfig):
 
     def __post_init__(self) -> None:
         ProductKeyConfig.__post_init__(self)
-        refuse(
-            checks.one_of(get_args(Gate), gate=self.gate)
-            + checks.one_of(get_args(Placement), placement=self.placement)
-            + counts(value_dim=self.value_dim)
-        )
+        refuse(counts(value_dim=self.value_dim))
 
     def width(self, dim: int) -> int:
         """Columns of the tables, in a model of width dim."""

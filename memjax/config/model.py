@@ -96,7 +96,8 @@ class RopeScalingConfig:
     def __post_init__(self) -> None:
         is_longrope = self.kind == "longrope"
         refuse(
-            positive(
+            checks.words(self)
+            + positive(
                 factor=self.factor,
                 low_freq_factor=self.low_freq_factor,
                 original_length=self.original_length,
@@ -182,7 +183,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         kv_heads = self.kv_heads
         refuse(
-            positive(
+            checks.words(self)
+            + positive(
                 dim=self.dim,
                 num_layers=self.num_layers,
                 num_heads=self.num_heads,

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from memjax.config.checks import decays, not_negative, positive, refuse, row_rule
+from memjax.config.checks import decays, not_negative, positive, refuse, row_rule, words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +25,8 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         refuse(
-            not_negative(lr=self.lr, warmup_steps=self.warmup_steps, decay_steps=self.decay_steps)
+            words(self)
+            + not_negative(lr=self.lr, warmup_steps=self.warmup_steps, decay_steps=self.decay_steps)
             + [
                 f"{name}={value} must be a whole number of steps, or a share of them below 1"
                 for name, value in (("warmup_steps", self.warmup_steps), ("decay_steps", self.decay_steps))

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from typing import Literal
 
-from memjax.config.checks import local_paths, positive, refuse
+from memjax.config.checks import local_paths, positive, refuse, words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +25,8 @@ class TrainConfig:
     where it can run."""
 
     def __post_init__(self) -> None:
-        refuse(positive(steps=self.steps, grad_accum_steps=self.grad_accum_steps) + local_paths(self, "init_from"))
+        counts = positive(steps=self.steps, grad_accum_steps=self.grad_accum_steps)
+        refuse(words(self) + counts + local_paths(self, "init_from"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,10 +1,18 @@
-"""Paths among the settings: every one is of this machine, with its `~` expanded."""
+"""Paths among the settings are of this machine, with their `~` expanded; the classes know the words they take."""
+
+import dataclasses
+import importlib
+import pkgutil
+from dataclasses import MISSING
+from typing import Literal, get_origin, get_type_hints
 
 import pytest
 
+from memjax import config as config_package
 from memjax import convert, errors, patch
 from memjax.config import schema as schema_module
 from memjax.config.load import RUN_FOLDER, load, parse
+from memjax.config.memory import LookupConfig, ProductKeyConfig, TableSizes
 from memjax.config.run import RunConfig
 from memjax.evaluation.settings import EvaluateConfig
 from memjax.generate import GenerateConfig
@@ -112,3 +120,23 @@ def test_folders_of_runs_are_paths_too(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         parsed(EvaluateConfig, "s3://bucket/run")
     assert "command line: RUN=s3://bucket/run must be a path on this machine" in capsys.readouterr().err
+
+
+def of_few_words():
+    """Every class of settings with a field that takes a few words only."""
+    for module in pkgutil.iter_modules(config_package.__path__):
+        for found in vars(importlib.import_module(f"{config_package.__name__}.{module.name}")).values():
+            is_own = isinstance(found, type) and found.__module__.endswith(f".{module.name}")
+            if is_own and dataclasses.is_dataclass(found) and found not in (LookupConfig, ProductKeyConfig, TableSizes):
+                for name, kind in get_type_hints(found).items():
+                    if get_origin(kind) is Literal:
+                        yield pytest.param(found, name, id=f"{found.__name__}.{name}")
+
+
+@pytest.mark.parametrize(("section", "name"), [*of_few_words()])
+def test_unknown_words_are_refused_by_the_classes_too(as_users_call, section, name):
+    needed = {"lr": 1.0, "name": "x", "path": "x"}
+    fields = [field for field in dataclasses.fields(section) if field.init]
+    required = [field.name for field in fields if MISSING is field.default is field.default_factory]
+    with pytest.raises(ValueError, match=f"{name}='Sgd' is unknown; known: "):
+        section(**{key: needed[key] for key in required}, **{name: "Sgd"})

@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -19,14 +18,6 @@ from memjax.ops.row_update.rules import RowRule, row_step
 
 DIM = 6
 SIZES: dict[str, Any] = {"num_keys": 3, "num_heads": 2, "top_k": 2, "key_dim": 4}
-
-
-@pytest.fixture
-def as_users_call():
-    """Without the suite's checks of annotations, which users do not have."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def build():

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -14,15 +13,6 @@ from memjax.ops.rms_norm.api import rms_norm
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.api import row_update
 from memjax.ops.row_update.rules import RowRule, row_step
-
-
-@pytest.fixture
-def as_users_call():
-    """Without the suite's checks of annotations, which users do not have."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
 
 TABLE = jnp.ones((8, 4))
 RULE = RowRule(state_columns=4)
