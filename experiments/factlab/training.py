@@ -296,7 +296,7 @@ class FactTrainer:
     def _at(rates: Rates, program: TrainProgram) -> TrainProgram:
         """The program at given rates, which may be traced: AdamW's step, its decay included, is linear in its rate."""
         optimizer = optax.chain(program.optimizer, optax.scale(rates.lr))
-        table_optimizer = dataclasses.replace(program.table_optimizer, schedule=lambda _: rates.table_lr)
+        table_optimizer = dataclasses.replace(program.table_optimizer, learning_rate=lambda _: rates.table_lr)
         return dataclasses.replace(program, optimizer=optimizer, table_optimizer=table_optimizer)
 
 

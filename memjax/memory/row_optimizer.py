@@ -29,6 +29,10 @@ class RowOptimizer:
     implementation: str | None = None
     """Of `row_update`; None takes the fastest that can run."""
 
+    def rate(self, step: ArrayLike) -> ArrayLike:
+        """The learning rate of a step, numbered from 0."""
+        return self.learning_rate(step) if callable(self.learning_rate) else self.learning_rate
+
     def init(self, rows: Float[Array, "n d"]) -> TableState:
         """The state of a table before the first update."""
         return self._rule(rows.shape[1]).init(rows.shape[0], rows.shape[1], rows.dtype)
@@ -53,8 +57,7 @@ class RowOptimizer:
             step: number of the step, from 0.
             ok: False leaves everything as it is.
         """
-        rate = self.learning_rate(step) if callable(self.learning_rate) else self.learning_rate
-        now = row_step(rate, step, ok=ok, seed=zlib.crc32(f"{self.seed} {name}".encode()))
+        now = row_step(self.rate(step), step, ok=ok, seed=zlib.crc32(f"{self.seed} {name}".encode()))
         kernels = {"exchange": self.exchange, "implementation": self.implementation}
         return sharded.update_rows(rows, state, gradients, self._rule(rows.shape[1]), now, **kernels)
 

@@ -11,11 +11,12 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array
 
 from memjax.config.run import RunConfig
+from memjax.memory.row_optimizer import RowOptimizer
 from memjax.models.decoder import layer_name
 from memjax.models.parts import DecoderParts, Tables
 from memjax.sharding.mesh import by_columns, fully_sharded, replicated
 from memjax.training.optimizer import make_optimizer, make_schedule
-from memjax.training.row_optimizer import TableOptimizer
+from memjax.training.row_optimizer import DenseTableOptimizer, make_table_optimizer
 from memjax.training.state import TrainState
 
 
@@ -26,7 +27,7 @@ class TrainProgram:
     config: RunConfig
     parts: DecoderParts
     optimizer: optax.GradientTransformation
-    table_optimizer: TableOptimizer
+    table_optimizer: RowOptimizer | DenseTableOptimizer
 
     @classmethod
     def of(cls, config: RunConfig, *, implementation: str | None = None) -> "TrainProgram":
@@ -36,7 +37,9 @@ class TrainProgram:
         steps, seed = config.train.steps, config.run.seed
         table = config.optim.table
         schedule, exchange = make_schedule(table, steps), config.mesh.row_grad_reduce
-        table_optimizer = TableOptimizer(table, schedule, seed, exchange, implementation)
+        table_optimizer = make_table_optimizer(
+            table, schedule, seed=seed, exchange=exchange, implementation=implementation
+        )
         return cls(config, parts, make_optimizer(config.optim, steps, parts.abstract_params), table_optimizer)
 
     def init(self, key: Array, mesh: Mesh) -> TrainState:
@@ -56,7 +59,7 @@ class TrainProgram:
             params=params,
             opt_state=self.optimizer.init(params),
             tables=tables,
-            table_state=self.table_optimizer.init(tables),
+            table_state={name: self.table_optimizer.init(rows) for name, rows in tables.items()},
             reads=self.no_reads(),
         )
 

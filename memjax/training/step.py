@@ -114,7 +114,7 @@ def train_step(program: TrainProgram, state: TrainState, batch: Batch) -> tuple[
     }
     metrics |= _part_metrics(program, batch, aux.by_part) | _router_metrics(aux.routers)
     if tables:
-        metrics["train/lr_table"] = program.table_optimizer.schedule(state.step)
+        metrics["train/lr_table"] = jnp.asarray(program.table_optimizer.rate(state.step))
     return new_state, metrics
 
 
@@ -263,10 +263,7 @@ def _update_tables(
     program: TrainProgram, state: TrainState, rows: dict[str, list[RowGradient]], dense_tables: Tables, ok: Array
 ) -> tuple[Tables, dict[str, Any]]:
     """Tables and their state after the step."""
-    optimizer = program.table_optimizer
-    if optimizer.config.is_dense:
-        return optimizer.update_dense(state.tables, state.table_state, dense_tables, ok)
-    gradients = {
+    gradients: dict[str, Any] = dense_tables or {
         table: [
             RowGradient(*(factor[number] for factor in stacked))
             for stacked in of_table
@@ -274,7 +271,11 @@ def _update_tables(
         ]
         for table, of_table in rows.items()
     }
-    return optimizer.update_rows(state.tables, state.table_state, gradients, state.step, ok)
+    update = lambda name, table: program.table_optimizer.update(
+        name, table, state.table_state[name], gradients[name], step=state.step, ok=ok
+    )
+    new = {name: update(name, table) for name, table in state.tables.items()}
+    return {name: table for name, (table, _) in new.items()}, {name: after for name, (_, after) in new.items()}
 
 
 def _without_padding(state: TrainState, reads: Reads, batch: Batch) -> Reads:

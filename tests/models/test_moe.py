@@ -33,12 +33,12 @@ def expert(params, number, token):
     return (up / (1 + np.exp(-up)) * (token @ params["up"][number])) @ params["down"][number]
 
 
-def by_hand(params, x, training=True, routing="token_choice", top_k=1, renormalize=False, capacity=1.0):
+def by_hand(params, x, training=True, routing="token_choice", top_k=1, renormalize=False, capacity_factor=1.0):
     out = np.zeros(x.shape)
     for row, sequence in enumerate(x):
         probabilities = softmax(sequence @ params["router"])
         if training and routing == "expert_choice":
-            count = int(np.ceil(REAL[row].sum() * capacity / EXPERTS))
+            count = int(np.ceil(REAL[row].sum() * capacity_factor / EXPERTS))
             for number in range(EXPERTS):
                 candidates = sorted(np.flatnonzero(REAL[row]), key=lambda place: -probabilities[place, number])
                 for place in candidates[:count]:

@@ -75,7 +75,7 @@ def test_tables_have_a_schedule_of_their_own(tiny):
     steps = jnp.arange(10)
     np.testing.assert_allclose(jax.vmap(program.schedule)(steps), np.full(10, 0.1, np.float32))
     expected = [by_hand(config.optim.table, 10, number) for number in range(1, 11)]
-    np.testing.assert_allclose(jax.vmap(program.table_optimizer.schedule)(steps), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.vmap(program.table_optimizer.rate)(steps), expected, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
