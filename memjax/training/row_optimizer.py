@@ -1,4 +1,4 @@
-"""The optimizer of the tables that a config asks for: of the rows that were read, or of whole tables to compare with."""
+"""The optimizer of the tables that a config asks for: of the rows that were read, or dense to compare with."""
 
 import dataclasses
 from collections.abc import Callable
