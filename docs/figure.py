@@ -1,7 +1,8 @@
-"""The picture of a memory layer, drawn from an example that is really computed: `python docs/figure.py > picture.svg`.
+"""The pictures of the pages: a memory layer, from an example that is really computed, and the floors of the packages.
 
-Lines and letters take the colour of the page's text, so that the picture can be read in light and in dark mode; the
-three colours for the two halves and the rows that are read stand out from both.
+`python docs/figure.py > picture.svg` writes the memory layer. Lines and letters take the colour of the page's text, so
+that pictures can be read in light and in dark mode; the three colours for the two halves and the rows that are read
+stand out from both.
 """
 
 import html
@@ -15,6 +16,34 @@ TOP_K = 3
 CELL = 20
 """Width of a slot in the grid."""
 GRID_X, GRID_Y = 76, 196
+FLOORS: tuple[dict[str, str], ...] = (
+    {"commands": "train, evaluate, generate, serve, inspect, learn, ...: the only modules at the top"},
+    {"knowledge": "what slots hold, sparse finetuning, the page of inspect"},
+    {"training": "the loop, the step, optimizers, hooks, the planner"},
+    {
+        "evaluation": "recall, perplexity, question sets, lm-eval",
+        "interop": "Hugging Face, the official checkpoints, up-cycling",
+    },
+    {
+        "inference": "the engine, sampling, scoring, the server",
+        "runs": "a run's folder, loading, patches, quantized tables",
+    },
+    {"models": "the decoder, its blocks, attention, experts, the loss"},
+    {
+        "memory": "tables, product keys, lookups, reads, row optimizer",
+        "data": "sources, tokenizers, packing, the loader",
+    },
+    {
+        "sharding": "the mesh, axes, processes",
+        "checkpoint": "saving, restoring, the index, digests",
+        "monitoring": "metrics, trackers, progress, plots, profiles",
+    },
+    {"ops": "search, bag, dot, row update and others; row formats"},
+    {"config": "every setting, and how it is read; no JAX"},
+    {"io": "atomic files, locks, paths, the console"},
+    {"errors": "ConfigError, DataError, CheckpointError"},
+)
+"""The packages from the highest to the lowest, with what is in them; those of one floor do not import each other."""
 TABLE_X, TABLE_Y, TABLE_WIDTH, ROW = 372, 62, 190, 13
 
 
@@ -45,6 +74,24 @@ def memory_layer() -> str:
         "</svg>",
     ]
     return f'<div class="picture">{"".join(parts)}</div>'
+
+
+def floors() -> str:
+    """The packages one above the other as an SVG element."""
+    row, gap, top, parts = 24, 8, 0, []
+    for floor in FLOORS:
+        height = row * len(floor) + 6
+        parts.append(_rect(0, top, 640, height, "currentColor", 0.07))
+        for number, (name, words) in enumerate(floor.items()):
+            y = top + 3 + row * number
+            parts += [_box(6, y + 2, 112, row - 4, name, READ), _text(132, y + 16, words)]
+        top += height + gap
+    title = "The packages of memjax, each above those that it may import"
+    head = (
+        f'<svg class="memory-layer" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {top}" role="img" '
+        f'aria-label="{title}" fill="currentColor" font-family="system-ui, sans-serif" font-size="12.5">'
+    )
+    return f'<div class="picture">{head}<title>{title}</title>{"".join(parts)}</svg></div>'
 
 
 def _query() -> list[str]:

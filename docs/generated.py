@@ -40,6 +40,11 @@ def memory_layer() -> str:
     return f"```{{raw}} html\n{figure.memory_layer()}\n```\n"
 
 
+def floors() -> str:
+    """The picture of the packages."""
+    return f"```{{raw}} html\n{figure.floors()}\n```\n"
+
+
 def help_text(name: str) -> str:
     """What `python -m memjax.<name> --help` prints."""
     module = importlib.import_module(f"memjax.{name}")
@@ -50,16 +55,23 @@ def help_text(name: str) -> str:
     return printed.getvalue()
 
 
-GENERATED: dict[str, Callable[[], str]] = {"settings": settings, "commands": commands, "memory_layer": memory_layer}
+GENERATED: dict[str, Callable[[], str]] = {
+    "settings": settings,
+    "commands": commands,
+    "memory_layer": memory_layer,
+    "floors": floors,
+}
 _MARK = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
+_CODE = re.compile(r"\[`([\w.]+)`\]\(\.\./memjax/([\w/]+)\.py\)")
 
 
 def fill_in(page: str) -> str:
-    """A page with every mark replaced by what it stands for.
+    """A page with every mark replaced by what it stands for, and names that lead to code with their modules.
 
     Raises:
         KeyError: a mark names nothing that can be generated.
     """
+    page = _CODE.sub(lambda link: f"[`{link[2].replace('/', '.')}.{link[1]}`](../memjax/{link[2]}.py)", page)
     return _MARK.sub(lambda mark: GENERATED[mark[1]](), page)
 
 

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import importlib.util
 import itertools
 import pathlib
 import re
@@ -134,6 +135,26 @@ def test_links_lead_somewhere(path, generated):
     assert set(re.findall(r"{confval}`([^`]+)`", text)) <= known
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_names_in_links_to_code_are_there(path):
+    for name, target in re.findall(r"\[`([\w.]+)`\]\((\.\./[\w/]+\.py)\)", path.read_text()):
+        file = path.parent / target
+        if name != file.name:
+            assert name in defined(ast.parse(file.read_text()).body), f"{path.name}: {target} has no {name}"
+
+
+def defined(body: list[ast.stmt], prefix: str = "") -> set[str]:
+    """Functions, classes, their members, and what is assigned, by dotted names."""
+    found = set()
+    for node in body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found.add(prefix + node.name)
+            found |= defined(node.body, f"{prefix}{node.name}.") if isinstance(node, ast.ClassDef) else set()
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        found |= {prefix + target.id for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
 def anchors(text: str) -> set[str]:
     """What can stand behind # in a link: headings in small letters, with dashes, and named places."""
     without_code = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
@@ -165,3 +186,16 @@ def test_the_letters_of_the_picture_take_the_colour_of_the_page(figure):
     letters = [element for element in svg.iter() if element.tag.endswith("text")]
     assert len(letters) > 10
     assert all("fill" not in element.attrib for element in letters)
+
+
+def test_the_picture_of_the_packages_shows_the_floors_that_are_tested(figure):
+    spec = importlib.util.spec_from_file_location("floors", ROOT / "tests" / "test_floors.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tested = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tested)
+    assert figure.FLOORS[0].keys() == {"commands"}
+    assert tuple(frozenset(floor) for floor in reversed(figure.FLOORS[1:])) == tested.FLOORS
+    (svg,) = xml.etree.ElementTree.fromstring(figure.floors())
+    letters = "".join(svg.itertext())
+    assert all(name in letters and words in letters for floor in figure.FLOORS for name, words in floor.items())
