@@ -17,7 +17,7 @@ CELL = 20
 """Width of a slot in the grid."""
 GRID_X, GRID_Y = 76, 196
 FLOORS: tuple[dict[str, str], ...] = (
-    {"commands": "train, evaluate, generate, serve, inspect, learn, ...: the only modules at the top"},
+    {"commands": "train, evaluate, serve, learn, ...: the only modules at the top"},
     {"knowledge": "what slots hold, sparse finetuning, the page of inspect"},
     {"training": "the loop, the step, optimizers, hooks, the planner"},
     {
