@@ -124,13 +124,13 @@ def test_folders_of_runs_are_paths_too(monkeypatch, capsys):
 
 def of_few_words():
     """Every class of settings with a field that takes a few words only."""
-    for module in pkgutil.iter_modules(config_package.__path__):
-        for found in vars(importlib.import_module(f"{config_package.__name__}.{module.name}")).values():
-            is_own = isinstance(found, type) and found.__module__.endswith(f".{module.name}")
-            if is_own and dataclasses.is_dataclass(found) and found not in (LookupConfig, ProductKeyConfig, TableSizes):
-                for name, kind in get_type_hints(found).items():
-                    if get_origin(kind) is Literal:
-                        yield pytest.param(found, name, id=f"{found.__name__}.{name}")
+    made_of = (LookupConfig, ProductKeyConfig, TableSizes)
+    for module in pkgutil.iter_modules(config_package.__path__, f"{config_package.__name__}."):
+        for found in vars(importlib.import_module(module.name)).values():
+            if isinstance(found, type) and found.__module__ == module.name and found not in made_of:
+                types = get_type_hints(found).items() if dataclasses.is_dataclass(found) else ()
+                words = [name for name, kind in types if get_origin(kind) is Literal]
+                yield from (pytest.param(found, name, id=f"{found.__name__}.{name}") for name in words)
 
 
 @pytest.mark.parametrize(("section", "name"), [*of_few_words()])
