@@ -1,5 +1,6 @@
 """The campaigns against runs and what memjax reads can be run by strangers, and count what goes wrong."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -12,6 +13,12 @@ TRUST = pathlib.Path(__file__).parents[1] / "experiments/trust"
 sys.path.insert(0, str(TRUST))
 
 import lab  # noqa: E402
+
+_spec = importlib.util.spec_from_file_location("trust_run", TRUST / "run.py")
+assert _spec is not None
+assert _spec.loader is not None
+run = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(run)
 
 
 def campaigns(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -58,6 +65,26 @@ def test_what_needs_no_run_is_tried_in_seconds(tmp_path):
     result = json.loads((tmp_path / "trust.json").read_text())
     assert sum(case["tried"] for case in result["cases"]) == 9
     assert "| 9 | 0 | 0 | 0 | 0 | 0 |" in done.stdout
+    assert (
+        "| R16 | damaged data is an error that names the place, or is counted | data: 9 tried, 0 faults |"
+        in done.stdout
+    )
+    again = campaigns("--report", str(tmp_path / "trust.json"))
+    assert again.stdout == (tmp_path / "trust.md").read_text()
+
+
+def test_what_holds_a_promise_is_there():
+    for _, where in run.PROMISES.values():
+        for word in where.split():
+            assert word == "-" or word in run.CAMPAIGNS or (TRUST.parents[1] / word).is_file(), word
+
+
+def test_the_kept_results_have_no_fault_and_their_table_is_that_of_the_page():
+    results = sorted((TRUST / "results").glob("*.json"))
+    done = [case for path in results for case in run.read_cases(path)]
+    assert sum(case.faults for case in done) == 0
+    told = run.report(done, [name for name in run.CAMPAIGNS if any(case.campaign == name for case in done)])
+    assert (TRUST / "results/trust.md").read_text() == told + "\n"
 
 
 @pytest.mark.slow
