@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from memjax.config.run import RunConfig as RunConfig
     from memjax.config.sampling import SamplingConfig as SamplingConfig
     from memjax.data.tokenizers.base import Tokenizer as Tokenizer
+    from memjax.evaluation.perplexity import bits_per_byte as bits_per_byte
+    from memjax.evaluation.recall import fact_report as fact_report
     from memjax.inference.engine import Engine as Engine
     from memjax.inference.engine import Request as Request
     from memjax.inference.text import Continuation as Continuation
@@ -73,9 +75,12 @@ _MODULES = {
     "TableRows": "memory.table",
     "Tokenizer": "data.tokenizers.base",
     "ValueTable": "memory.table",
+    "bits_per_byte": "evaluation.perplexity",
     "continue_texts": "inference.text",
     "embedding_bag": "ops.embedding_bag.api",
     "embedding_dot": "ops.embedding_dot.api",
+    "fact_report": "evaluation.recall",
+    "fit": "training.fit",
     "from_official": "interop.official.convert",
     "grouped_matmul": "ops.grouped_matmul.api",
     "load": "runs.load",

@@ -4,7 +4,6 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from memjax.config import presets
 from memjax.config.load import Parsed, parse
 from memjax.config.run import RunConfig
 from memjax.errors import ConfigError
@@ -65,7 +64,7 @@ def _config(positional: str | None, words: Sequence[str]) -> tuple[pathlib.Path 
         raise ConfigError([f"{path} is the folder of a run; a sweep begins with a YAML file or a preset"])
     rest = list(words)
     del rest[next(place for place, word in enumerate(rest) if str(local_path(word, "")) == positional)]
-    return path if path.exists() else presets.find(path), rest
+    return path, rest
 
 
 def _take(words: Sequence[str], option: str) -> tuple[list[str], list[str]]:

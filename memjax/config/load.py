@@ -85,11 +85,13 @@ class Parsed(Generic[T]):
 def load(schema: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
     """The config of a YAML file (and of the file it `extends`) with overrides such as `--model.dim 64` on top.
 
+    The path may also be the name of a preset or the folder of a run.
+
     Raises:
         ConfigError: with every problem found, not only the first.
     """
     sources = _Sources(schema)
-    tree = sources.read(path, "command line") if path else {}
+    tree = sources.config(path) if path else {}
     settings, stray, _ = sources.arguments(overrides, _NO_FLAGS)
     sources.problems += [
         f"command line: {shortened(repr(word))} is not a setting; write --section.key value" for word in stray

@@ -164,6 +164,8 @@ def execute(command: list[str], *, shown: bool = False) -> tuple[int, str]:
         missing = [word for word in arguments[1:] if word.startswith("--") and f'"{word}"' not in source]
         assert not missing, f"{arguments[0]} has no {missing}"
         return 0, ""
+    if program == "memjax":
+        return execute_module(f"memjax.{arguments[0]}", arguments[1:], shown)
     if program == "pip" and arguments[0] == "install":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         target = arguments[-1]

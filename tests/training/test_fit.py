@@ -1,0 +1,61 @@
+"""Training as a function: where its settings come from, and how it ends."""
+
+import pytest
+
+import memjax
+from memjax.config.run import RunConfig
+from memjax.errors import ConfigError
+from memjax.runs.load import LoadedModel
+from memjax.training import fit as module
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[RunConfig]:
+    """The configs that would be trained; the training ends with the number of its steps."""
+    configs = []
+
+    def train(config: RunConfig) -> int:
+        configs.append(config)
+        return config.train.steps if config.train.steps in (5, 7, 75) else 0
+
+    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(module, "load", found_in)
+    return configs
+
+
+def found_in(path: str) -> LoadedModel:
+    """A model that knows only which run it is of."""
+    found = object.__new__(LoadedModel)
+    object.__setattr__(found, "patches", (path,))
+    return found
+
+
+def test_settings_come_from_a_preset_a_file_a_run_or_an_object(asked, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("run: {dir: elsewhere}\nmodel: {dim: 96}")
+    assert memjax.fit().patches[0] == "runs/quickstart"
+    settings = {"model.dim": 32, "model.memory.layers": [1], "data.path": "a b"}
+    assert memjax.fit("wiki_text", settings).patches[0] == "runs/wiki_text"
+    assert memjax.fit(path, {"model.memory": None}).patches[0] == "elsewhere"
+    assert memjax.fit(tmp_path).patches[0] == str(tmp_path)
+    memjax.fit(RunConfig())
+    quick, wiki, file, folder, given = asked
+    assert quick == given == RunConfig()
+    assert wiki.model.memory is not None
+    assert (wiki.model.dim, wiki.model.memory.layers, wiki.data.path) == (32, (1,), "a b")
+    assert (file.model.dim, file.model.memory) == (96, None)
+    assert folder.model.dim == 96
+
+
+def test_wrong_settings_are_refused_as_on_the_command_line(asked):
+    with pytest.raises(ConfigError, match=r"train\.stesp: unknown setting; did you mean 'train\.steps'"):
+        memjax.fit("quickstart", {"train.stesp": 3})
+    with pytest.raises(ValueError, match="change the object"):
+        memjax.fit(RunConfig(), {"train.steps": 3})
+    assert asked == []
+
+
+@pytest.mark.parametrize(("code", "why"), [(5, "not a number"), (7, "too little memory"), (75, "a signal")])
+def test_a_run_that_ends_early_raises(asked, code, why):
+    with pytest.raises(RuntimeError, match=rf"runs/quickstart: the run ended early: .*{why}"):
+        memjax.fit(None, {"train.steps": code})
