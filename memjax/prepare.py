@@ -40,13 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _prepare(config: RunConfig) -> None:
     from memjax.data.dataset import open_dataset
     from memjax.data.sources.kinds import Files, find_source
+    from memjax.runs.folder import RunFolder
 
     source = find_source(config.data.in_run(config.run.dir))
     if not isinstance(source, Files):
         raise ConfigError([f"data.source={config.data.source} is generated as it is read; there is nothing to prepare"])
     for corpus in source.corpora:
         _ = corpus.files  # a missing file should not wait for a tokenizer to be trained
-    tokenizer = _tokenizer(config, source)
+    tokenizer, run = _tokenizer(config, source), RunFolder.of(config)
+    if config.data.prepared is None and not run.began():
+        source.discard_outdated(tokenizer)
     source.prepare(tokenizer, every_seconds=config.log.progress_seconds)
     print("\n".join(open_dataset(source, tokenizer).describe()))
 

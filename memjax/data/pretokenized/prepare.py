@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import pathlib
@@ -111,7 +112,10 @@ def prepare(
     Raises:
         DataError: records cannot be used and may not be left out, or none is left, or the folder holds something else.
     """
-    if is_prepared(folder):  # which may lie where nothing can be written
+    if is_prepared(folder):
+        if asked_for and not (manifest := read_manifest(folder)).asked_for:
+            with contextlib.suppress(OSError):  # it may lie where nothing can be written
+                write_manifest(folder, dataclasses.replace(manifest, asked_for=True))
         return
     partial = _partial(folder)
     try:

@@ -23,6 +23,7 @@ from memjax.data.sources.records import Record, Segment, checked
 from memjax.data.tokenize import Pairs, Reader, make_pairs
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import DataError
+from memjax.io.files import write_atomic
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -147,11 +148,9 @@ class Writer:
 
 
 def write_manifest(folder: pathlib.Path, manifest: Manifest) -> None:
-    """Writes the manifest into the folder."""
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump({"format": _FORMAT, **dataclasses.asdict(manifest)}, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
+    """Writes the manifest into the folder, atomically."""
+    content = {"format": _FORMAT, **dataclasses.asdict(manifest)}
+    write_atomic(folder / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def is_prepared(folder: pathlib.Path) -> bool:

@@ -375,3 +375,10 @@ def test_only_what_a_start_with_other_settings_prepared_is_discarded(tmp_path, l
     discard_outdated(now, train_bpe(["y é"] * 9, 260) if change == "tokenizer" else BYTES, folder)
     assert folder.exists() == (asked_for or change == "nothing")
     assert {path.name for path in tmp_path.iterdir()} <= {"p", lines.name}
+
+
+def test_what_prepare_is_asked_for_stays_whoever_has_made_it(tmp_path, lines):
+    prepare(corpus(lines), BYTES, tmp_path / "p", asked_for=False)
+    prepare(corpus(lines), BYTES, tmp_path / "p", asked_for=True)
+    discard_outdated(corpus(lines, malformed="skip"), BYTES, tmp_path / "p")
+    assert len(PreparedReader(tmp_path / "p", BYTES)) == 70
