@@ -17,8 +17,8 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
             {"io"},
             {"config"},
             {"ops"},
-            {"sharding", "checkpoint", "monitoring"},
-            {"memory", "data"},
+            {"sharding", "monitoring"},
+            {"checkpoint", "memory", "data"},
             {"models"},
             {"inference", "runs"},
             {"evaluation", "interop"},
@@ -122,3 +122,13 @@ def test_settings_need_no_jax_when_they_are_imported(package):
                 for alias in node.names
             }
             assert not tops & HEAVY, name
+
+
+def test_layouts_are_spelled_in_the_sharding_package_alone():
+    spelling = {
+        name
+        for name, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and any(alias.name == "PartitionSpec" for alias in node.names)
+    }
+    assert {name.split(".")[0] for name in spelling} == {"sharding"}

@@ -29,8 +29,8 @@ from memjax.models.decoder import resolve_dtype
 from memjax.monitoring.metrics import peak_flops
 from memjax.monitoring.profile import describe_overlap, newest_trace, operations, overlaps, table
 from memjax.ops.row_update.rules import RowRule, row_step
-from memjax.sharding.axes import COLUMNS, TOKENS
 from memjax.sharding.mesh import make_mesh, put_batch
+from memjax.sharding.rules import COLUMNS, TOKENS
 from memjax.training.plan import memory as memory_plan
 from memjax.training.program import TrainProgram
 from memjax.training.step import BATCH, make_train_step

@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from memjax.sharding.rules import without_first_axis
 
 BLOCK_BYTES = 2 << 30
 """Largest array that is stored in one piece: Orbax refuses single arrays near 96 GB."""
@@ -60,13 +61,13 @@ def put_together(
     put = jax.jit(_put_rows, donate_argnums=0, out_shardings=target.sharding)
     for piece, (start, rows) in places.items():
         shape = (rows, *target.shape[1:])
-        block = jax.ShapeDtypeStruct(shape, target.dtype, sharding=_block_sharding(target.sharding))
+        block = jax.ShapeDtypeStruct(shape, target.dtype, sharding=without_first_axis(target.sharding))
         leaf = put(leaf, read(piece, block), start)
     return leaf
 
 
 def _copy_rows(leaf: jax.Array, start: int, rows: int) -> jax.Array:
-    take = jax.jit(jax.lax.dynamic_slice_in_dim, static_argnums=2, out_shardings=_block_sharding(leaf.sharding))
+    take = jax.jit(jax.lax.dynamic_slice_in_dim, static_argnums=2, out_shardings=without_first_axis(leaf.sharding))
     block = take(leaf, start, rows)
     kinds = {memory.kind for memory in next(iter(block.sharding.device_set)).addressable_memories()}
     if jax.default_backend() != "cpu" and "pinned_host" in kinds:
@@ -77,10 +78,3 @@ def _copy_rows(leaf: jax.Array, start: int, rows: int) -> jax.Array:
 
 def _put_rows(leaf: jax.Array, block: jax.Array, start: Any) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(leaf, block, start, 0)
-
-
-def _block_sharding(sharding: Sharding) -> Sharding:
-    """The leaf's sharding for some of its rows: their number need not divide, so rows are not split."""
-    if isinstance(sharding, NamedSharding):
-        return sharding.update(spec=PartitionSpec(None, *sharding.spec[1:]))
-    return sharding

@@ -8,12 +8,18 @@ from memjax.config.checks import not_negative, positive, refuse, words
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class MeshConfig:
-    """How devices are arranged. The batch is split over both axes, the tables' columns over `memory`."""
+    """How devices are arranged. The batch is split over `data` and `memory`, the tables' columns over `memory`, the
+    matrices of the dense blocks and the vocabulary over `tensor`.
+    """
 
     data: int | None = None
-    """Devices along the data axis; null takes all that `memory` leaves."""
+    """Devices along the data axis; null takes all that `memory` and `tensor` leave."""
     memory: int = 1
     """Devices along the memory axis: each holds value_dim / memory columns of every table row."""
+    tensor: int = 1
+    """Devices along the tensor axis, which work on the same tokens: each has a part of the attention heads, of the
+    feed-forward layers' hidden units and of the vocabulary. Must divide model.num_heads, model.num_kv_heads,
+    model.ffn_dim and model.vocab_size."""
     dense: Literal["sharded", "replicated"] = "sharded"
     """The dense parameters and their optimizer: sharded, a piece on each device, gathered block by block while they are
     used; or replicated, whole on every device, which sends less where train.remat gathers blocks again."""
@@ -23,7 +29,21 @@ class MeshConfig:
     bytes."""
 
     def __post_init__(self) -> None:
-        refuse(words(self) + positive(data=self.data, memory=self.memory))
+        refuse(words(self) + positive(data=self.data, memory=self.memory, tensor=self.tensor))
+
+    @property
+    def devices_per_replica(self) -> int:
+        """Devices for each one along `data`."""
+        return self.memory * self.tensor
+
+    def data_axis(self, devices: int) -> int:
+        """Devices along `data`, where there are so many in all."""
+        return self.data or max(1, devices // self.devices_per_replica)
+
+    def describe(self, data_axis: int, equals: str = " ") -> str:
+        """The axes with their sizes; `tensor` where it is used."""
+        axes = [("data", data_axis), ("memory", self.memory)] + [("tensor", self.tensor)] * (self.tensor > 1)
+        return " x ".join(f"{name}{equals}{size}" for name, size in axes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -71,6 +71,7 @@ class RunConfig:
         problems += _too_many_picks(self)
         for width in sorted({table.width for table in self.model.tables.values()}):
             problems += memory_axis_problems(width, self.mesh.memory, self.optim.table)
+        problems += _tensor_axis_problems(self.model, self.mesh.tensor)
         refuse(problems)
 
 
@@ -85,6 +86,20 @@ def _too_many_picks(config: RunConfig) -> list[str | None]:
     return [
         f"mesh.row_grad_reduce=all_gather cannot sort the {picks:,} rows that a step picks: 32 bits count fewer than "
         f"{2**31:,}; set mesh.row_grad_reduce to auto or all_reduce, or lower data.batch_size"
+    ]
+
+
+def _tensor_axis_problems(model: ModelConfig, tensor: int) -> list[str | None]:
+    """Why the dense blocks cannot be split over the tensor axis; empty when they can."""
+    sizes = {"num_heads": model.num_heads, "num_kv_heads": model.kv_heads, "vocab_size": model.vocab_size}
+    if model.layers_of("dense"):
+        sizes["ffn_dim"] = model.ffn_dim
+    most = math.gcd(tensor, *sizes.values())
+    return [
+        f"mesh.tensor={tensor} must divide model.{name}={size}: each device takes an equal part; set model.{name}="
+        f"{-(-size // tensor) * tensor}, or mesh.tensor={most}"
+        for name, size in sizes.items()
+        if size % tensor
     ]
 
 

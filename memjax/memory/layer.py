@@ -18,6 +18,7 @@ from memjax.memory.table import ValueTable
 from memjax.ops.precision import drawn_wide
 from memjax.ops.shapes import require
 from memjax.sharding.axes import unfold
+from memjax.sharding.rules import named
 
 
 class MemoryLayer(LookupLayer):
@@ -69,14 +70,15 @@ class MemoryLayer(LookupLayer):
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.keys = ProductKeys(dim, config, implementation=implementation, **types)
 
-        def linear(inputs: int, outputs: int, *, init_dim: int | None = None) -> nnx.Linear:
+        def linear(inputs: int, outputs: int, *axes: str, init_dim: int | None = None) -> nnx.Linear:
             init = drawn_wide(nnx.initializers.normal((init_dim or outputs) ** -0.5))
-            return nnx.Linear(inputs, outputs, kernel_init=init, **types)
+            metadata = {"kernel_metadata": named(*axes), "bias_metadata": named(axes[1])}
+            return nnx.Linear(inputs, outputs, kernel_init=init, **metadata, **types)
 
         gated = config.gate == "silu"
-        self.gate_proj = linear(dim, self.value_dim) if gated else None
-        self.value_proj = linear(self.value_dim, dim) if gated or self.value_dim != dim else None
-        self.output_gate = linear(dim, 1, init_dim=dim) if config.output_gate else None
+        self.gate_proj = linear(dim, self.value_dim, "embed", "value") if gated else None
+        self.value_proj = linear(self.value_dim, dim, "value", "embed") if gated or self.value_dim != dim else None
+        self.output_gate = linear(dim, 1, "embed", "gate", init_dim=dim) if config.output_gate else None
         self.scale = nnx.Param(jnp.zeros((dim,), param_dtype)) if config.placement == "parallel" else None
 
     def with_reads(

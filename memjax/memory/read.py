@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 from memjax.memory.table import ValueTable
 from memjax.ops.precision import accumulator
 from memjax.ops.row_gradient import RowGradient
-from memjax.sharding.axes import BAGS, has_memory_axis, place, split_tokens
+from memjax.sharding.axes import has_memory_axis, place, split_tokens
+from memjax.sharding.rules import BAGS
 
 ReadKind = Literal["bag", "dot"]
 """bag: weighted sums of rows, `embedding_bag`; dot: products of rows with a vector per token, `embedding_dot`."""

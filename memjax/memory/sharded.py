@@ -15,7 +15,6 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from memjax.config import checks
@@ -29,16 +28,8 @@ from memjax.ops.row_update.api import check_state, row_update
 from memjax.ops.row_update.rules import RowRule, RowStep, TableState
 from memjax.ops.shapes import require
 from memjax.ops.table import Table
-from memjax.sharding.axes import (
-    BAGS,
-    COLUMNS,
-    DATA,
-    MEMORY,
-    TOKENS,
-    has_memory_axis,
-    over_mesh,
-    unsharded,
-)
+from memjax.sharding.axes import has_memory_axis, over_mesh, unsharded
+from memjax.sharding.rules import BAGS, COLUMNS, DATA, MEMORY, REPLICATED, TOKENS
 
 
 def search(
@@ -52,7 +43,7 @@ def search(
     run = partial(product_key_search, top_k=top_k, implementation=implementation)
     if not has_memory_axis():
         return unsharded(run, queries)(queries, keys)
-    return over_mesh(run, (TOKENS, P()), (TOKENS, TOKENS))(queries, keys)
+    return over_mesh(run, (TOKENS, REPLICATED), (TOKENS, TOKENS))(queries, keys)
 
 
 def bag(
@@ -187,7 +178,7 @@ def update_rows(
         return dense.update_touched(table, state, gradient, touched, rule, step, reduce=reduce, block_bytes=block_bytes)
 
     factors = RowGradient._make((TOKENS, TOKENS, BAGS))
-    specs = (COLUMNS, COLUMNS, [factors] * len(gradients), P())
+    specs = (COLUMNS, COLUMNS, [factors] * len(gradients), REPLICATED)
     return over_mesh(local, specs, (COLUMNS, COLUMNS))(table, state, list(gradients), step)
 
 

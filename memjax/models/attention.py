@@ -85,11 +85,11 @@ class Attention(nnx.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim or dim // num_heads
         self.rope_theta, self.rope_scaling, self.sliding_window = rope_theta, rope_scaling, sliding_window
         kwargs = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.query = linear(dim, num_heads * self.head_dim, **kwargs)
-        self.key = linear(dim, num_kv_heads * self.head_dim, **kwargs)
-        self.value = linear(dim, num_kv_heads * self.head_dim, **kwargs)
-        out_bias = use_bias if use_out_bias is None else use_out_bias
-        self.out = linear(num_heads * self.head_dim, dim, **{**kwargs, "use_bias": out_bias})
+        self.query = linear(dim, num_heads * self.head_dim, axes=("embed", "heads"), **kwargs)
+        self.key = linear(dim, num_kv_heads * self.head_dim, axes=("embed", "kv_heads"), **kwargs)
+        self.value = linear(dim, num_kv_heads * self.head_dim, axes=("embed", "kv_heads"), **kwargs)
+        kwargs["use_bias"] = use_bias if use_out_bias is None else use_out_bias
+        self.out = linear(num_heads * self.head_dim, dim, axes=("heads", "embed"), **kwargs)
         has_norm = head_norm_eps is not None
         self.query_norm = HeadNorm(self.head_dim, head_norm_eps, param_dtype) if has_norm else None
         self.key_norm = HeadNorm(self.head_dim, head_norm_eps, param_dtype) if has_norm else None

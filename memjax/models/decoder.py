@@ -19,7 +19,8 @@ from memjax.models.moe import Routing
 from memjax.models.norm import RMSNorm
 from memjax.models.remat import Remat, rematerialised
 from memjax.ops.precision import accumulator, drawn_wide
-from memjax.sharding.axes import split_tokens, whole
+from memjax.sharding.axes import gathered, split_tokens
+from memjax.sharding.rules import named
 
 
 class Cache(NamedTuple):
@@ -66,7 +67,8 @@ class Decoder(nnx.Module):
         init = drawn_wide(nnx.initializers.truncated_normal(std, lower=-3.0, upper=3.0))
         # First of all draws, where `DecoderParts.init` finds it: it draws blocks one by one.
         block_key = rngs.params()
-        self.embed = nnx.Embed(config.vocab_size, config.dim, embedding_init=init, **kwargs)
+        names = named("vocab", "embed")
+        self.embed = nnx.Embed(config.vocab_size, config.dim, embedding_init=init, embedding_metadata=names, **kwargs)
         draw = partial(draw_block, config, key=block_key, implementation=implementation, attention=attention)
         self.blocks = nnx.List([draw(layer) for layer in range(config.num_layers)])
         self.norm = RMSNorm(
@@ -76,7 +78,8 @@ class Decoder(nnx.Module):
             param_dtype=param_dtype,
             implementation=implementation,
         )
-        self.head = None if config.tie_embeddings else linear(config.dim, config.vocab_size, **kwargs)
+        head = partial(linear, config.dim, config.vocab_size, axes=("embed", "vocab"), **kwargs)
+        self.head = None if config.tie_embeddings else head()
         self.tables = nnx.Dict()
         for name, table in config.tables.items():
             self.tables[name] = ValueTable(
@@ -124,7 +127,7 @@ class Decoder(nnx.Module):
 
         @rematerialised(remat)
         def run(block: Block, *arguments: Any) -> tuple[Array, BlockAux]:
-            return whole(block, self.embed.dtype)(*arguments, training=training)
+            return gathered(block, self.embed.dtype)(*arguments, training=training)
 
         for layer, block in enumerate(self.blocks):
             name = layer_name(layer)

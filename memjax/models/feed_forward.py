@@ -1,6 +1,7 @@
 """The dense feed-forward layer."""
 
 import itertools
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from flax import nnx
@@ -9,6 +10,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from memjax.ops.precision import drawn_wide
+from memjax.sharding.axes import tensor_pieces
+from memjax.sharding.rules import named
 
 
 def linear(
@@ -18,18 +21,24 @@ def linear(
     use_bias: bool = False,
     dtype: DTypeLike | None,
     param_dtype: DTypeLike,
+    axes: tuple[str | None, str | None] = (None, None),
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
-    """A linear layer drawn from a normal of standard deviation inputs ** -0.5, cut at 3 of them; a bias begins at 0."""
+    """A linear layer drawn from a normal of standard deviation inputs ** -0.5, cut at 3 of them; a bias begins at 0.
+
+    `axes` are the logical names of inputs and outputs (`sharding.rules`).
+    """
     init = drawn_wide(nnx.initializers.truncated_normal(inputs**-0.5, lower=-3.0, upper=3.0))
     kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, **kwargs)
+    metadata = {"kernel_metadata": named(*axes), "bias_metadata": named(axes[1])}
+    return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, **metadata, **kwargs)
 
 
 def side_by_side(x: Float[Array, "*b inputs"], *layers: nnx.Linear) -> list[Float[Array, "*b outputs"]]:
     """What each of several layers makes of one input, by one matrix product: one gradient of the input, not a sum.
 
-    The layers compute in one type.
+    The layers compute in one type. Where the mesh splits their outputs, each device's part of all of them is joined, so
+    that no output moves.
 
     Raises:
         ValueError: some of them have a bias and some have none.
@@ -37,15 +46,29 @@ def side_by_side(x: Float[Array, "*b inputs"], *layers: nnx.Linear) -> list[Floa
     biases = [layer.bias[...] for layer in layers if layer.bias is not None]
     if len(biases) not in (0, len(layers)):
         raise ValueError(f"{len(biases)} of {len(layers)} layers have a bias: all of them must, or none")
-    kernel = jnp.concatenate([layer.kernel[...] for layer in layers], axis=1)
-    bias = jnp.concatenate(biases) if biases else None
+    widths = [layer.out_features for layer in layers]
+    count = min(tensor_pieces(layer.kernel, 1) for layer in layers)
+    kernel = _join([layer.kernel[...] for layer in layers], count)
+    bias = _join(biases, count) if biases else None
     x, kernel, bias = dtypes.promote_dtype((x, kernel, bias), dtype=layers[0].dtype)
     out = x @ kernel
     if bias is not None:
         # Spelled out for those who forbid JAX to promote ranks.
         out += jnp.broadcast_to(bias, out.shape)
-    ends = itertools.accumulate(layer.out_features for layer in layers)
-    return jnp.split(out, list(ends)[:-1], axis=-1)
+    ends = itertools.accumulate(width // count for width in widths)
+    parts = jnp.split(_cut(out, count), list(ends)[:-1], axis=-1)
+    return parts if count == 1 else [part.reshape(*x.shape[:-1], -1) for part in parts]
+
+
+def _cut(array: Float[Array, "*b n"], count: int) -> Array:
+    """The last axis as so many equal pieces."""
+    return array if count == 1 else array.reshape(*array.shape[:-1], count, -1)
+
+
+def _join(arrays: Sequence[Float[Array, "*b _"]], count: int) -> Float[Array, "*b n"]:
+    """The arrays one after the other: the first of `count` pieces of each, then the second of each, and so on."""
+    joined = jnp.concatenate([_cut(array, count) for array in arrays], axis=-1)
+    return joined.reshape(*arrays[0].shape[:-1], -1)
 
 
 class FeedForward(nnx.Module):
@@ -61,10 +84,15 @@ class FeedForward(nnx.Module):
         rngs: nnx.Rngs,
     ):
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.gate = linear(dim, hidden_dim, **kwargs)
-        self.up = linear(dim, hidden_dim, **kwargs)
-        self.down = linear(hidden_dim, dim, **kwargs)
+        self.gate = linear(dim, hidden_dim, axes=("embed", "ffn"), **kwargs)
+        self.up = linear(dim, hidden_dim, axes=("embed", "ffn"), **kwargs)
+        self.down = linear(hidden_dim, dim, axes=("ffn", "embed"), **kwargs)
 
     def __call__(self, x: Float[Array, "*b dim"]) -> Float[Array, "*b dim"]:
         """The layer's output."""
-        return self.down(nnx.silu(self.gate(x)) * self.up(x))
+        if tensor_pieces(self.gate.kernel, 1) == 1:
+            gate, up = self.gate(x), self.up(x)
+        else:
+            # The input's gradient is summed over devices, so that of one product takes half of what those of two do.
+            gate, up = side_by_side(x, self.gate, self.up)
+        return self.down(nnx.silu(gate) * up)

@@ -6,7 +6,6 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -14,7 +13,8 @@ from memjax.models.decoder import Decoder
 from memjax.ops.manual_axes import vary_like
 from memjax.ops.precision import accumulator
 from memjax.ops.shapes import require
-from memjax.sharding.axes import DATA, MEMORY, TOKENS, has_several_devices, over_mesh
+from memjax.sharding.axes import has_memory_axis, has_several_devices, over_mesh
+from memjax.sharding.rules import DATA, MEMORY, REPLICATED, TOKENS
 
 T = TypeVar("T")
 
@@ -84,9 +84,10 @@ def _summed(chunks: int, hidden: Array, kernel: Array, targets: Array, weights: 
 
 def _summed_forward(chunks: int, hidden: Array, kernel: Array, targets: Array, weights: Array):
     run = partial(_losses_and_gradients, chunks)
-    if has_several_devices():
+    if has_memory_axis() and has_several_devices():
         # Every device sums over all its chunks before the devices' sums are added up.
-        run = over_mesh(partial(_summed_over_devices, run), (TOKENS, P(), TOKENS, TOKENS), (TOKENS, TOKENS, P()))
+        specs = (TOKENS, REPLICATED, TOKENS, TOKENS)
+        run = over_mesh(partial(_summed_over_devices, run), specs, (TOKENS, TOKENS, REPLICATED))
     losses, d_hidden, d_kernel = run(hidden, kernel, targets, weights)
     total = jnp.sum(losses * weights.astype(losses.dtype))
     return (total, losses), (d_hidden, d_kernel.astype(kernel.dtype))

@@ -18,6 +18,7 @@ from memjax.ops.grouped_matmul.api import grouped_matmul
 from memjax.ops.precision import accumulator, drawn_wide
 from memjax.ops.shapes import require
 from memjax.sharding.axes import on_own_tokens
+from memjax.sharding.rules import named
 
 SAVED_ROUTING = "routing"
 """`checkpoint_name` of who goes to whom: with it kept, rematerialisation neither chooses nor sorts again."""
@@ -105,15 +106,19 @@ class MoE(nnx.Module):
         self.num_experts, self.routing, self.top_k = config.num_experts, config.routing, config.chosen
         self.renormalize, self.capacity, num_experts = config.renormalize, config.capacity_factor, config.num_experts
         self.dtype, self.implementation = dtype, implementation
-        self.router = linear(dim, num_experts, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.router = linear(
+            dim, num_experts, axes=("embed", "experts"), dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
 
-        def matrices(inputs: int, outputs: int) -> nnx.Param:
+        def matrices(inputs: int, outputs: int, *axes: str) -> nnx.Param:
             init = drawn_wide(nnx.initializers.truncated_normal(inputs**-0.5, lower=-3.0, upper=3.0))
-            return nnx.Param(init(rngs.params(), (num_experts, inputs, outputs), param_dtype))
+            return nnx.Param(
+                init(rngs.params(), (num_experts, inputs, outputs), param_dtype), **named("experts", *axes)
+            )
 
-        self.gate = matrices(dim, hidden_dim)
-        self.up = matrices(dim, hidden_dim)
-        self.down = matrices(hidden_dim, dim)
+        self.gate = matrices(dim, hidden_dim, "embed", "expert_ffn")
+        self.up = matrices(dim, hidden_dim, "embed", "expert_ffn")
+        self.down = matrices(hidden_dim, dim, "expert_ffn", "embed")
 
     def __call__(
         self, x: Float[Array, "b s dim"], real: Bool[Array, "b s"] | None = None, *, training: bool = False

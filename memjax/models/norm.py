@@ -4,13 +4,13 @@ from functools import partial
 
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from memjax.ops import dispatch
 from memjax.ops.rms_norm.api import Normed, rms_norm
-from memjax.sharding.axes import TOKENS, has_memory_axis, over_mesh, unsharded
+from memjax.sharding.axes import has_memory_axis, over_mesh, unsharded
+from memjax.sharding.rules import REPLICATED, TOKENS
 
 
 def norm(
@@ -22,7 +22,7 @@ def norm(
     if name != "triton":
         return run(x, scale)
     # XLA cannot split a kernel.
-    return (over_mesh(run, (TOKENS, P()), TOKENS) if has_memory_axis() else unsharded(run, x))(x, scale)
+    return (over_mesh(run, (TOKENS, REPLICATED), TOKENS) if has_memory_axis() else unsharded(run, x))(x, scale)
 
 
 class RMSNorm(nnx.Module):

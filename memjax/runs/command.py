@@ -103,7 +103,7 @@ def loaded(run: str, settings: CheckpointSettings) -> Iterator["LoadedModel"]:
     import jax
 
     from memjax.io import compilation_cache
-    from memjax.sharding.axes import DATA, MEMORY
+    from memjax.sharding.rules import DATA, MEMORY
 
     compilation_cache.enable()
     count = settings.memory_devices

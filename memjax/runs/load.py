@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import jax
 import jax.numpy as jnp
 import pydantic
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import NamedSharding, Sharding
 from jax.typing import DTypeLike
 
 from memjax.checkpoint.checkpoints import Checkpoints
@@ -41,7 +41,8 @@ from memjax.runs.layout import (
 )
 from memjax.runs.patch import read_patch
 from memjax.runs.tables import TableForm, build, encoded, read_files, stored_format
-from memjax.sharding.axes import COLUMNS, MEMORY, has_memory_axis
+from memjax.sharding.axes import has_memory_axis
+from memjax.sharding.rules import COLUMNS, MEMORY, REPLICATED
 
 TableDtypes = Mapping[str, str]
 """Names of the types of tables, by the section that they belong to."""
@@ -440,7 +441,7 @@ def _shardings(config: ModelConfig, folder: pathlib.Path) -> tuple[Sharding | No
             f"{folder}: rows of {width} columns cannot be split evenly over {devices} devices; "
             "use a number that divides the columns"
         )
-    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, COLUMNS)
+    return NamedSharding(mesh, REPLICATED), NamedSharding(mesh, COLUMNS)
 
 
 def _cast(arrays: Any, like: Any) -> Any:

@@ -24,7 +24,7 @@ from memjax.ops import host_memory
 from memjax.ops.row_formats import formats
 from memjax.ops.row_formats.formats import SCALE_DTYPE, Encoded, RowFormat
 from memjax.ops.table import Place, Table
-from memjax.sharding.axes import MEMORY
+from memjax.sharding.rules import MEMORY
 
 Blocks = Iterable[tuple[int, Encoded]]
 """Encoded rows, each block with the number of its first row."""

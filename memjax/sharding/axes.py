@@ -1,53 +1,75 @@
-"""The axes ('data', 'memory') of the mesh, and how arrays are laid out over them.
+"""Layouts of arrays under the ambient mesh (`jax.set_mesh`) with the axes ('data', 'memory', 'tensor').
 
-Tokens are split over both axes, the columns of a table over `memory`. The mesh is the ambient one (`jax.set_mesh`).
-Without it, or without a `memory` axis, everything here leaves arrays as they are, so one device, a mesh and somebody
-else's model run the same code.
+Tokens are split over `data` and `memory`, the columns of a table over `memory`; `tensor`, which a mesh need not have,
+splits dense parameters only, and how is left to XLA. Without a mesh, or without a `memory` axis, everything here leaves
+arrays as they are, so one device, a mesh and somebody else's model run the same code.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
+from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from memjax.ops.shapes import describe
-
-DATA, MEMORY = "data", "memory"
-TOKENS = P((DATA, MEMORY))
-"""Arrays with tokens (or sequences) in front."""
-COLUMNS = P(None, MEMORY)
-"""Tables and their state."""
-BAGS = P(DATA, MEMORY)
-"""Bags before the all-to-all: tokens over `data`, columns over `memory`."""
+from memjax.sharding.rules import (
+    COLUMNS,
+    DATA,
+    MEMORY,
+    REPLICATED,
+    TENSOR,
+    TOKENS,
+    is_variable,
+    names_of,
+    parameter_spec,
+)
 
 Weights = TypeVar("Weights")
 
 
-def has_memory_axis() -> bool:
-    """Whether the ambient mesh splits tables: it has both axes, and neither is a caller's own in a `jax.shard_map`."""
+def automatic_sizes() -> dict[str, int]:
+    """Sizes of the ambient mesh's axes, without those that are a caller's own in a `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
-    return {DATA, MEMORY} <= set(mesh.axis_names) - set(mesh.manual_axes)
+    return {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
+
+
+def has_memory_axis() -> bool:
+    """Whether the ambient mesh splits tokens and tables: it has both axes, and not only devices along `tensor`."""
+    sizes = automatic_sizes()
+    if not {DATA, MEMORY} <= sizes.keys():
+        return False
+    return sizes[DATA] * sizes[MEMORY] > 1 or sizes.get(TENSOR, 1) == 1
 
 
 def has_several_devices() -> bool:
     """Whether the ambient mesh splits anything at all."""
-    return has_memory_axis() and jax.sharding.get_abstract_mesh().size > 1
+    return {DATA, MEMORY} <= automatic_sizes().keys() and jax.sharding.get_abstract_mesh().size > 1
 
 
 def on_own_tokens(function: Callable, tokens: Sequence[Array], weights: Sequence[Array]) -> Any:
-    """`function(*tokens, *weights)`, each device for its own tokens, with weights that are whole on all of them.
+    """`function(*tokens, *weights)`, each device for its own tokens, with replicated weights.
 
     What stands in front in `tokens` and in the results is split, be it tokens or sequences of them.
     """
     if not has_memory_axis():
         return unsharded(function, tokens[0])(*tokens, *weights)
-    specs = (*(TOKENS for _ in tokens), *(P() for _ in weights))
+    specs = (*(TOKENS for _ in tokens), *(REPLICATED for _ in weights))
     return over_mesh(function, specs, TOKENS)(*tokens, *weights)
+
+
+def tensor_pieces(parameter: nnx.Variable, axis: int) -> int:
+    """Equal pieces into which the axis of a parameter is split over `tensor`."""
+    if not has_several_devices() or is_explicit():
+        return 1
+    sizes = automatic_sizes()
+    entry = parameter_spec(parameter.shape, names_of(parameter), sizes)[axis : axis + 1]
+    return sizes[TENSOR] if TENSOR in jax.tree.leaves(entry) else 1
 
 
 def split_columns(table: Float[Array, "n d"]) -> Float[Array, "n d"]:
@@ -60,39 +82,44 @@ def split_tokens(array: Array) -> Array:
     return place(array, TOKENS) if has_memory_axis() else array
 
 
-def whole(weights: Weights, dtype: DTypeLike | None = None) -> Weights:
-    """Weights (a module, or arrays) whole on every device, for the time of their use, where there is a mesh.
+def gathered(weights: Weights, dtype: DTypeLike | None = None) -> Weights:
+    """Weights (a module, or arrays) gathered over `data` and `memory` for the time of their use, where there is a mesh.
 
-    Matrices are cast to dtype before they are sent. What is whole already stays as it is. Under an Explicit mesh the
-    layout of weights is their owner's affair. Gradients go through it backwards only (`jax.grad`, not `jax.jvp`).
+    What the rules split over `tensor` stays split. Matrices are cast to dtype before they are sent. Under an Explicit
+    mesh the layout of weights is their owner's affair. Gradients go through it backwards only (`jax.grad`, not
+    `jax.jvp`).
     """
     if not has_several_devices() or is_explicit():
         return weights
+    sizes = automatic_sizes()
 
-    def gather(weight: Array) -> Array:
-        if dtype is not None and weight.ndim >= 2:
-            weight = weight.astype(dtype)
-        return _gathered(weight)
+    def gather(node: Any) -> Any:
+        def one(weight: Array) -> Array:
+            if dtype is not None and weight.ndim >= 2:
+                weight = weight.astype(dtype)
+            return _gathered(parameter_spec(weight.shape, names_of(node), sizes), weight)
 
-    return jax.tree.map(gather, weights)
+        return jax.tree.map(one, node)
+
+    return jax.tree.map(gather, weights, is_leaf=is_variable)
 
 
-@jax.custom_vjp
-def _gathered(weight: Array) -> Array:
-    """The array whole on every device; nothing is asked of its gradient, which nobody needs whole.
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gathered(spec: P, weight: Array) -> Array:
+    """The array in a layout; its gradient is left in any.
 
-    The transpose of a plain constraint would ask for all of it on every device, and where XLA does not see that only a
-    piece is kept it would be summed everywhere.
+    The transpose of a plain constraint would ask for the gathered gradient on every device, and where XLA does not see
+    that only a piece is kept it would be summed everywhere.
     """
-    return jax.lax.with_sharding_constraint(weight, P())
+    return jax.lax.with_sharding_constraint(weight, spec)
 
 
-_gathered.defvjp(lambda weight: (_gathered(weight), None), lambda _, gradient: (gradient,))
+_gathered.defvjp(lambda spec, weight: (_gathered(spec, weight), None), lambda spec, _, gradient: (gradient,))
 
 
 def everywhere(array: Array) -> Array:
-    """The array whole on every device, so that every process can read it."""
-    return array if jax.sharding.get_abstract_mesh().empty else place(array, P())
+    """The array replicated, so that every process can read it."""
+    return array if jax.sharding.get_abstract_mesh().empty else place(array, REPLICATED)
 
 
 def fold(x: Float[Array, "*b dim"]) -> Float[Array, "t dim"]:
@@ -113,8 +140,16 @@ def unfold(tokens: Float[Array, "t d"], x: Float[Array, "*b dim"]) -> Float[Arra
 
 
 def over_mesh(function, in_specs, out_specs):
-    """shard_map over the ambient mesh. Collectives' results are not checked for their types: kernels carry none."""
-    mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    """shard_map over the ambient mesh. Collectives' results are not checked for their types: kernels carry none.
+
+    `tensor` stays automatic. Inside, nothing is split over it: devices of a tensor group do the same work on the same
+    tokens, with no collective between them. (A manual axis would cost one for each gradient: without types, shard_map
+    cannot know that these are equal, and sums them up.)
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    left = {TENSOR} if mesh.shape.get(TENSOR, 1) > 1 else set()
+    manual = set(mesh.axis_names) - set(mesh.manual_axes) - left
+    mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=manual, check_vma=False)
 
     def lay_out(spec: P, argument):
         # An Explicit mesh does not move arrays by itself.

@@ -17,9 +17,9 @@ from memjax.models.counts import count_parameters, training_flops_per_token
 from memjax.monitoring.metrics import WINDOW, comparable, has_usage, read_metrics
 from memjax.monitoring.plots import plot_run
 from memjax.runs.folder import RunFolder
-from memjax.sharding.axes import TOKENS
 from memjax.sharding.mesh import put_batch
 from memjax.sharding.processes import first_alone, is_first
+from memjax.sharding.rules import TOKENS
 from memjax.training.program import TrainProgram
 from memjax.training.state import TrainState
 

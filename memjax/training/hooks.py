@@ -21,9 +21,9 @@ from memjax.monitoring.progress import ProgressLines
 from memjax.monitoring.trackers.start import CLOSE_SECONDS, close_trackers, make_trackers
 from memjax.monitoring.trackers.tracker import Tracker
 from memjax.runs.folder import RunFolder
-from memjax.sharding.axes import TOKENS
 from memjax.sharding.mesh import put_batch
 from memjax.sharding.processes import is_first
+from memjax.sharding.rules import TOKENS
 from memjax.training.hook import Hook, Periodic
 from memjax.training.in_flight import Step
 from memjax.training.program import TrainProgram

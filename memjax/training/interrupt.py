@@ -214,12 +214,12 @@ def shared_wish(interrupt: Interrupt, mesh: "Mesh") -> "Callable[[], jax.Array]"
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from jax.sharding import NamedSharding, PartitionSpec
+    from jax.sharding import NamedSharding
 
-    from memjax.sharding.axes import TOKENS
+    from memjax.sharding.rules import ONE_PER_DEVICE, REPLICATED
 
-    reduce = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    sharding = NamedSharding(mesh, TOKENS)
+    reduce = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, REPLICATED))
+    sharding = NamedSharding(mesh, ONE_PER_DEVICE)
 
     def ask() -> jax.Array:
         here = np.full(mesh.size, interrupt.name is not None)

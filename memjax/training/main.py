@@ -40,12 +40,12 @@ def dry_run(config: RunConfig) -> int:
     also compiles the step, which tells exactly.
     """
     program = TrainProgram.of(config)
-    data_axis = config.mesh.data or max(1, jax.device_count() // config.mesh.memory)
+    data_axis = config.mesh.data_axis(jax.device_count())
     say(describe(config, program.parts, data_axis=data_axis))
     say(memory_plan.describe(memory_plan.plan(config, data_axis=data_axis, program=program)))
     if told := exchange_plan.describe(config, data_axis=data_axis):
         say(told)
-    if jax.default_backend() != "cpu" and jax.device_count() == data_axis * config.mesh.memory:
+    if jax.default_backend() != "cpu" and jax.device_count() == data_axis * config.mesh.devices_per_replica:
         mesh = make_mesh(config)
         with jax.set_mesh(mesh):
             compiled = make_train_step(program, mesh).lower(program.abstract_state(), abstract_batch(config)).compile()
@@ -173,8 +173,8 @@ def opening(config: RunConfig, program: TrainProgram, mesh: jax.sharding.Mesh, f
         f"model      {billions(counts.dense)} dense + {billions(counts.table)} table parameters, "
         + (f"{billions(counts.experts)} in experts, " if config.model.experts else "")
         + f"{billions(counts.active)} active per token",
-        f"devices    {mesh.size} x {mesh.devices.flat[0].device_kind} (data {mesh.shape['data']} x memory "
-        f"{mesh.shape['memory']}{_of_processes()}), {gigabytes(sizes.total)} needed on each",
+        f"devices    {mesh.size} x {mesh.devices.flat[0].device_kind} ({config.mesh.describe(mesh.shape['data'])}"
+        f"{_of_processes()}), {gigabytes(sizes.total)} needed on each",
         f"data       {config.data.path or config.data.source}, {config.train.steps} steps of "
         f"{config.data.batch_size} x {config.data.sequence_length} tokens",
         f"attention  {attention(config)}",

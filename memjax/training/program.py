@@ -14,7 +14,7 @@ from memjax.config.run import RunConfig
 from memjax.memory.row_optimizer import RowOptimizer
 from memjax.models.decoder import layer_name
 from memjax.models.parts import DecoderParts, Tables
-from memjax.sharding.mesh import by_columns, fully_sharded, replicated
+from memjax.sharding.mesh import by_columns, of_parameters, replicated
 from memjax.training.optimizer import make_optimizer, make_schedule
 from memjax.training.row_optimizer import DenseTableOptimizer, make_table_optimizer
 from memjax.training.state import TrainState
@@ -80,8 +80,8 @@ class TrainProgram:
     def shardings(self, mesh: Mesh | AbstractMesh) -> TrainState:
         """Where every array of the state lives.
 
-        Tables and their state are split by columns, dense parameters and theirs as `mesh.dense` says; the rest is on
-        every device.
+        Tables and their state are split by columns, dense parameters and theirs as `dense_shardings` says; the rest is
+        on every device.
         """
         state = self.abstract_state()
         return dataclasses.replace(
@@ -93,5 +93,7 @@ class TrainProgram:
         )
 
     def dense_shardings(self, mesh: Mesh | AbstractMesh, tree: Any) -> Any:
-        """Where arrays of the shapes of dense parameters live."""
-        return (fully_sharded if self.config.mesh.dense == "sharded" else replicated)(mesh, tree)
+        """Where arrays of the tree of dense parameters live: split over `tensor` by their logical axes, and over `data`
+        and `memory` as `mesh.dense` says.
+        """
+        return of_parameters(mesh, tree, fully_sharded=self.config.mesh.dense == "sharded")

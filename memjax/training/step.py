@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from memjax.config.run import RunConfig
@@ -22,14 +21,14 @@ from memjax.models.parts import Tables
 from memjax.ops.precision import accumulator
 from memjax.ops.row_gradient import RowGradient
 from memjax.sharding import axes
-from memjax.sharding.axes import DATA, MEMORY
 from memjax.sharding.mesh import replicated
+from memjax.sharding.rules import MICRO_BATCHES
 from memjax.training.compiler import compiler_options
 from memjax.training.optimizer import global_norm, without_gradient_where_frozen
 from memjax.training.program import TrainProgram
 from memjax.training.state import TrainState
 
-BATCH = P(None, (DATA, MEMORY))
+BATCH = MICRO_BATCHES
 """Layout of a batch of shape [micro-batches, sequences, tokens]."""
 
 Batch = dict[str, Array]
@@ -221,7 +220,7 @@ def _router_loss(program: TrainProgram, routers: dict[str, RouterStatistics]) ->
 
 def _whole_outside_blocks(params: nnx.State) -> nnx.State:
     """Embedding, norm and output matrix gathered once; blocks gather theirs when they run."""
-    return nnx.State({name: part if name == "blocks" else axes.whole(part) for name, part in params.items()})
+    return nnx.State({name: part if name == "blocks" else axes.gathered(part) for name, part in params.items()})
 
 
 def _place_gradient(program: TrainProgram, dense: nnx.State) -> nnx.State:

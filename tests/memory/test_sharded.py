@@ -19,7 +19,7 @@ from memjax.memory.read import zero_perturbation
 from memjax.memory.table import ValueTable
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.rules import RowRule, row_step
-from memjax.sharding import axes
+from memjax.sharding import axes, rules
 
 ROWS, COLUMNS, TOKENS, PICKS = 37, 64, 16, 3
 SHAPES = [(2, 4), (8, 1), (1, 8)]
@@ -168,7 +168,7 @@ def test_replicas_stay_bit_equal_and_equal_one_device(mesh, exchange):
         return table
 
     with jax.set_mesh(mesh):
-        split = run(jax.device_put(table, NamedSharding(mesh, axes.COLUMNS)))
+        split = run(jax.device_put(table, NamedSharding(mesh, rules.COLUMNS)))
     replicas = {}
     for shard in split.addressable_shards:
         replicas.setdefault(str(shard.index), []).append(np.asarray(shard.data).tobytes())
@@ -195,9 +195,9 @@ def test_bag_moves_picks_and_bags_and_nothing_else(mesh):
     table, indices, weights, _ = draw()
     with jax.set_mesh(mesh):
         arguments = (
-            place(table.astype(np.float32), axes.COLUMNS),
-            place(indices, axes.TOKENS),
-            place(weights.astype(np.float32), axes.TOKENS),
+            place(table.astype(np.float32), rules.COLUMNS),
+            place(indices, rules.TOKENS),
+            place(weights.astype(np.float32), rules.TOKENS),
         )
         assert collectives(sharded.bag, *arguments) == ["all-gather", "all-gather", "all-to-all"]
 
@@ -205,12 +205,12 @@ def test_bag_moves_picks_and_bags_and_nothing_else(mesh):
 def test_dot_moves_picks_and_vectors_and_dots_and_nothing_else(mesh):
     table, indices, _, vectors = draw()
     with jax.set_mesh(mesh):
-        specs = (axes.COLUMNS, axes.TOKENS, axes.TOKENS)
+        specs = (rules.COLUMNS, rules.TOKENS, rules.TOKENS)
         arrays = (table.astype(np.float32), indices, vectors.astype(np.float32))
         placed = [jax.device_put(array, NamedSharding(mesh, spec)) for array, spec in zip(arrays, specs, strict=True)]
         assert collectives(sharded.dot, *placed) == ["all-gather", "all-to-all", "reduce-scatter"]
         _, back = jax.jit(sharded.dot)(*placed)
-        assert back.sharding.is_equivalent_to(NamedSharding(mesh, axes.BAGS), back.ndim)
+        assert back.sharding.is_equivalent_to(NamedSharding(mesh, rules.BAGS), back.ndim)
 
 
 def test_without_a_memory_axis_the_operations_are_the_plain_ones():

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 
 from memjax.models.remat import rematerialised
-from memjax.sharding.axes import whole
+from memjax.sharding.axes import gathered
 
 TOKENS, WIDTH, HIDDEN = 16, 24, 40
 
@@ -12,7 +12,7 @@ def kept(remat, mesh):
     """Shapes of what the backward pass of a small block is given."""
 
     def block(weights, x):
-        first, second, last = whole(weights)
+        first, second, last = gathered(weights)
         return (jax.nn.silu(x @ first) * (x @ second)) @ last
 
     shape = jax.ShapeDtypeStruct

@@ -4,17 +4,21 @@ import math
 
 import jax
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from memjax.errors import ConfigError
-from memjax.sharding.mesh import fully_sharded, make_mesh
+from memjax.sharding.mesh import make_mesh, of_parameters
 from memjax.training.program import TrainProgram
 
+TENSOR = "--model.num_heads 4 --model.vocab_size 264"
 
-def test_the_data_axis_takes_what_memory_leaves(tiny_config):
+
+def test_the_data_axis_takes_what_the_others_leave(tiny_config):
     config = tiny_config("--mesh.memory 2 --optim.table.state_columns 64")
-    assert dict(make_mesh(config).shape) == {"data": 4, "memory": 2}
-    assert dict(make_mesh(tiny_config(), jax.devices()[:1]).shape) == {"data": 1, "memory": 1}
+    assert dict(make_mesh(config).shape) == {"data": 4, "memory": 2, "tensor": 1}
+    assert dict(make_mesh(tiny_config(TENSOR, "--mesh.tensor 4")).shape) == {"data": 2, "memory": 1, "tensor": 4}
+    assert dict(make_mesh(tiny_config(), jax.devices()[:1]).shape) == {"data": 1, "memory": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize(
@@ -30,6 +34,16 @@ def test_the_data_axis_takes_what_memory_leaves(tiny_config):
             "--mesh.memory 4 --optim.table.state_columns 64",
             6,
             "mesh: data=1 x memory=4 needs 4 devices, found 6; set mesh.data=1",
+        ),
+        (
+            f"{TENSOR} --mesh.tensor 4",
+            6,
+            "mesh: data=1 x memory=1 x tensor=4 needs 4 devices, found 6; set mesh.data=1",
+        ),
+        (
+            f"{TENSOR} --mesh.tensor 2 --data.batch_size 6",
+            8,
+            "data.batch_size=6 must be a multiple of train.accumulate x mesh.data x mesh.memory = 1 x 4; try 8",
         ),
         (
             "--data.batch_size 12",
@@ -79,10 +93,49 @@ def test_tables_are_split_by_columns_and_matrices_over_all_devices(tiny_config):
 )
 def test_the_first_axis_that_can_be_cut_over_most_devices_is_cut(mesh, shape, spec):
     mesh = jax.sharding.AbstractMesh(mesh, ("data", "memory"))
-    assert fully_sharded(mesh, jax.ShapeDtypeStruct(shape, "float32")).spec == spec
+    assert of_parameters(mesh, jax.ShapeDtypeStruct(shape, "float32"), fully_sharded=True).spec == spec
 
 
-def test_replicated_parameters_are_whole_everywhere(tiny_config):
+@pytest.mark.parametrize("dense", ["sharded", "replicated"])
+def test_dense_parameters_and_their_optimizer_are_split_over_tensor_by_their_logical_axes(tiny_config, dense):
+    config = tiny_config(TENSOR, f"--model.memory.layers 1 --mesh.tensor 2 --mesh.dense {dense}")
+    shardings = TrainProgram.of(config).shardings(make_mesh(config))
+    others = ("data", "memory") if dense == "sharded" else ()
+    down, up = P(("tensor", *others)), P(others or None, ("tensor",))
+    trees = [tree for tree in jax.tree.leaves(shardings.opt_state, is_leaf=is_state) if is_state(tree)]
+    moments = [tree for tree in trees if isinstance(tree["embed"]["embedding"], nnx.Variable)]
+    assert len(moments) == 2, "queries and keys, which are another group, have their own"
+    for params in (shardings.params, *moments):
+        block, mixer = params["blocks"][0], params["blocks"][1]["memory"]
+        found = {
+            "vocabulary": params["embed"]["embedding"],
+            "heads": block["attention"]["query"]["kernel"],
+            "out of heads": block["attention"]["out"]["kernel"],
+            "ffn": block["feed_forward"]["gate"]["kernel"],
+            "out of ffn": block["feed_forward"]["down"]["kernel"],
+            "gate of values": mixer["gate_proj"]["kernel"],
+            "values": mixer["value_proj"]["kernel"],
+            "norm": block["attention_norm"]["scale"],
+        }
+        assert {name: leaf.get_value().spec for name, leaf in found.items()} == {
+            "vocabulary": down,
+            "heads": up,
+            "out of heads": down,
+            "ffn": up,
+            "out of ffn": down,
+            "gate of values": up,
+            "values": down,
+            "norm": P(),
+        }
+    keys = shardings.params["blocks"][1]["memory"]["keys"]["keys"].get_value().spec
+    assert "tensor" not in jax.tree.leaves(tuple(keys))
+
+
+def is_state(node):
+    return isinstance(node, nnx.State)
+
+
+def test_replicated_parameters_are_on_every_device(tiny_config):
     config = tiny_config("--mesh.dense replicated")
     shardings = TrainProgram.of(config).shardings(make_mesh(config))
     assert {sharding.spec for sharding in jax.tree.leaves((shardings.params, shardings.opt_state))} == {P()}

@@ -69,11 +69,11 @@ def micro_batches(batch: dict[str, np.ndarray], accumulate: int) -> dict[str, np
     return {name: rows.reshape(accumulate, -1, rows.shape[1]) for name, rows in batch.items()}
 
 
-def mesh_of(data: int, memory: int) -> jax.sharding.Mesh:
+def mesh_of(data: int, memory: int, tensor: int = 1) -> jax.sharding.Mesh:
     """The first devices as a mesh."""
-    automatic = (jax.sharding.AxisType.Auto,) * 2
-    devices = jax.devices("cpu")[: data * memory]
-    return jax.make_mesh((data, memory), ("data", "memory"), axis_types=automatic, devices=devices)
+    automatic = (jax.sharding.AxisType.Auto,) * 3
+    devices = jax.devices("cpu")[: data * memory * tensor]
+    return jax.make_mesh((data, memory, tensor), ("data", "memory", "tensor"), axis_types=automatic, devices=devices)
 
 
 def program_of(config: RunConfig) -> TrainProgram:
@@ -115,7 +115,7 @@ def to_numpy(tree: Any) -> Any:
 def train(
     config: RunConfig,
     batches: Sequence[dict[str, np.ndarray]],
-    mesh_shape: tuple[int, int] = (1, 1),
+    mesh_shape: tuple[int, ...] = (1, 1),
     *,
     start: Callable[[TrainProgram, jax.sharding.Mesh], TrainState] = quick_state,
 ) -> Trained:

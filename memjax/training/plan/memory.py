@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType
 
 from memjax.config.memory import ProductKeyConfig
 from memjax.config.run import RunConfig
@@ -23,7 +22,7 @@ from memjax.models import dot_product, loss
 from memjax.models.decoder import resolve_dtype
 from memjax.monitoring.units import gigabytes
 from memjax.ops.precision import accumulator
-from memjax.sharding.axes import DATA, MEMORY
+from memjax.sharding.mesh import abstract_mesh, of_parameters
 from memjax.training.plan.row_exchange import plan_exchange
 from memjax.training.program import TrainProgram
 
@@ -55,7 +54,7 @@ class Plan:
 
 
 def plan(config: RunConfig, *, data_axis: int, program: TrainProgram | None = None) -> Plan:
-    """The plan of a run over data_axis x mesh.memory devices; nothing is allocated, and no device needs to be there."""
+    """The plan of a run over data_axis x mesh.memory x mesh.tensor devices; nothing is allocated, and no device needs to be there."""
     return _Planner(config, program or TrainProgram.of(config), data_axis).plan()
 
 
@@ -113,21 +112,23 @@ def explain_out_of_memory(config: RunConfig, *, data_axis: int, limit: int | Non
 class _Planner:
     def __init__(self, config: RunConfig, program: TrainProgram, data_axis: int):
         self.config, self.program, self.model = config, program, config.model
-        axes = (AxisType.Auto, AxisType.Auto)
-        self.mesh = AbstractMesh((data_axis, config.mesh.memory), (DATA, MEMORY), axis_types=axes)
-        devices = self.mesh.size
-        self.rows = -(-config.data.batch_size // (config.train.grad_accum_steps * devices))
+        self.mesh, self.tensor, self.data_axis = abstract_mesh(config.mesh, data_axis), config.mesh.tensor, data_axis
+        self.rows = -(-config.data.batch_size // (config.train.grad_accum_steps * data_axis * config.mesh.memory))
         """Sequences of a micro-batch on a device."""
         self.tokens = self.rows * config.data.sequence_length
         self.dtype = resolve_dtype(config.model.dtype)
         self.width = self.dtype.itemsize
         self.wide = accumulator(self.dtype).itemsize
         self.abstract, self.shardings = program.abstract_state(), program.shardings(self.mesh)
-        params = dict(self.abstract.params)
-        self.block_sizes = [_elements(block) for block in dict(params.pop("blocks")).values()]
-        self.outside = _elements(params)
+        gathered = of_parameters(self.mesh, self.abstract.params, fully_sharded=False)
+        self.gathered_bytes = _bytes(self.abstract.params, gathered)
+        """Dense parameters on a device, were they not split over data and memory."""
+        params, places = dict(self.abstract.params), dict(gathered)
+        blocks = zip(dict(params.pop("blocks")).values(), dict(places.pop("blocks")).values(), strict=True)
+        self.block_sizes = [_elements(*block) for block in blocks]
+        self.outside = _elements(params, places)
         """Dense parameters that belong to no block: embedding, last norm, output matrix."""
-        self.outside_bytes = _bytes(params)
+        self.outside_bytes = _bytes(params, places)
 
     def plan(self) -> Plan:
         """The fullest of the three moments."""
@@ -153,7 +154,7 @@ class _Planner:
         }
 
     def copies(self) -> Bytes:
-        """Whole copies of parameters, in the type of the activations.
+        """Gathered copies of parameters, in the type of the activations.
 
         What is gathered for the blocks lives until the backward pass with remat "none", else while two blocks run.
         """
@@ -174,7 +175,7 @@ class _Planner:
             lookups, experts = sum(lookup.read for lookup in self.lookups), self.routing()
         elif remat == "dots":
             dots = dim + self.query_and_keys + dim
-            attention, feed_forward = dots * self.width, 2 * self.model.ffn_dim * self.width
+            attention, feed_forward = dots * self.width, 2 * self.ffn_dim * self.width
             lookups = sum(lookup.read + lookup.products for lookup in self.lookups)
             experts = self.routing()
         return {
@@ -192,7 +193,7 @@ class _Planner:
         again = (self.attention() + mixer) * self.tokens if remat else 0
         # The cotangents of what is widest in it.
         expert = self.expert_rows() * self.model.expert_dim
-        widest = int(max(2 * self.model.ffn_dim, 4 * self.model.dim, 2 * expert)) * self.width * self.tokens
+        widest = int(max(2 * self.ffn_dim, 4 * self.model.dim, 2 * expert)) * self.width * self.tokens
         search = min(SEARCH_BYTES, max((lookup.scores * self.tokens * self.wide for lookup in self.lookups), default=0))
         return again + widest + self.scores() + self.mask() + search
 
@@ -201,12 +202,16 @@ class _Planner:
 
         Of the kernel the softmax's sums too; where queries come in chunks, what these need laid out for them.
         """
-        extra = self.model.num_heads * self.wide if self.is_fused else self.query_and_keys * self.width
+        extra = self.model.num_heads // self.tensor * self.wide if self.is_fused else self.query_and_keys * self.width
         return (3 * self.model.dim + self.query_and_keys) * self.width + extra + self.kept_scores()
 
     @property
     def query_and_keys(self) -> int:
-        return (self.model.num_heads + 2 * self.model.kv_heads) * self.model.head_width
+        return (self.model.num_heads + 2 * self.model.kv_heads) // self.tensor * self.model.head_width
+
+    @property
+    def ffn_dim(self) -> int:
+        return self.model.ffn_dim // self.tensor
 
     @property
     def is_fused(self) -> bool:
@@ -215,7 +220,7 @@ class _Planner:
         return wanted == "cudnn" or (wanted == "auto" and self.width == 2)
 
     def score_bytes(self) -> int:
-        return self.tokens * self.config.data.sequence_length * self.model.num_heads * self.wide
+        return self.tokens * self.config.data.sequence_length * self.model.num_heads // self.tensor * self.wide
 
     def scores(self) -> int:
         """Bytes of attention scores that exist at once."""
@@ -234,7 +239,7 @@ class _Planner:
 
     def feed_forward(self) -> int:
         """Bytes a token: the stream, its norm, both projections and their product."""
-        return (2 * self.model.dim + 3 * self.model.ffn_dim) * self.width
+        return (2 * self.model.dim + 3 * self.ffn_dim) * self.width
 
     def expert_rows(self) -> float:
         """Experts that a token goes through in training, on average."""
@@ -270,7 +275,7 @@ class _Planner:
 
     def logits(self) -> Bytes:
         """Logits of a chunk, their gradient, and that of the output matrix."""
-        vocab, dim = self.model.vocab_size, self.model.dim
+        vocab, dim = self.model.vocab_size // self.tensor, self.model.dim
         chunks = loss.chunk_count(self.tokens, vocab, self.dtype, 1)
         chunk = -(-self.tokens // min(chunks, self.config.data.sequence_length))
         return {
@@ -283,7 +288,7 @@ class _Planner:
         """Gradients of all dense parameters, and the row gradients of the tables."""
         dense = self.outside * self.param_width + sum(self.block_sizes) * self.width
         if self.is_split:
-            dense = dense * self.state()["dense parameters"] // _bytes(self.abstract.params)
+            dense = dense * self.state()["dense parameters"] // self.gathered_bytes
             dense += max(self.block_sizes) * self.width
         whole = self.state()["tables"] if self.config.optim.table.is_dense else 0
         return self.accumulated() | self.row_gradients() | {"gradients": dense, "gradients of the tables": whole}
@@ -303,7 +308,7 @@ class _Planner:
 
     def row_update(self) -> Bytes:
         """Picks in the order of their rows with the vectors that they multiply, and where they are summed."""
-        planned = plan_exchange(self.config, data_axis=self.mesh.shape[DATA])
+        planned = plan_exchange(self.config, data_axis=self.data_axis)
         if planned is None:
             return {}
         held = planned.bytes[planned.chosen]
@@ -315,24 +320,24 @@ class _Planner:
 
     @property
     def is_split(self) -> bool:
-        """Whether a device keeps a piece of the dense parameters only."""
-        return _bytes(self.abstract.params, self.shardings.params) < _bytes(self.abstract.params)
+        """Whether devices that differ in data and memory keep pieces of the dense parameters."""
+        return self.state()["dense parameters"] < self.gathered_bytes
 
 
-def _bytes(tree: Any, shardings: Any = None) -> int:
-    """Bytes of arrays given as shapes; with shardings, those on one device."""
-    leaves = jax.tree.leaves(tree)
-    if shardings is None:
-        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-    places = jax.tree.leaves(shardings)
+def _bytes(tree: Any, shardings: Any) -> int:
+    """Bytes of arrays given as shapes; those on one device."""
+    leaves, places = jax.tree.leaves(tree), jax.tree.leaves(shardings)
     return sum(
         math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf, place in zip(leaves, places, strict=True)
     )
 
 
-def _elements(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+def _elements(tree: Any, shardings: Any) -> int:
+    places = jax.tree.leaves(shardings)
+    return sum(
+        math.prod(place.shard_shape(leaf.shape)) for leaf, place in zip(jax.tree.leaves(tree), places, strict=True)
+    )
 
 
 def _changes(config: RunConfig, data_axis: int) -> Iterator[tuple[str, Any]]:

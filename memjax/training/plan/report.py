@@ -10,7 +10,7 @@ from memjax.monitoring.units import billions
 
 def describe(config: RunConfig, parts: DecoderParts, *, data_axis: int) -> str:
     """The first part of --dry_run: parameters, arithmetic, mesh."""
-    counts, memory_axis = count_parameters(parts), config.mesh.memory
+    counts, devices = count_parameters(parts), data_axis * config.mesh.devices_per_replica
     tokens = config.data.batch_size * config.data.sequence_length
     flops = training_flops(parts, config.data.sequence_length, freeze_dense=config.optim.freeze_dense)
     experts = config.model.experts
@@ -33,6 +33,6 @@ def describe(config: RunConfig, parts: DecoderParts, *, data_axis: int) -> str:
             f"{flops.total:,} FLOPs per token, {flops.total * tokens:.3g} per step of {tokens:,} tokens",
         ),
         *((f"  {group.replace('_', ' ')}", f"{count:,}" if count else "") for group, count in vars(flops).items()),
-        ("mesh", f"data {data_axis} x memory {memory_axis} = {data_axis * memory_axis} devices"),
+        ("mesh", f"{config.mesh.describe(data_axis)} = {devices} devices"),
     ]
     return "\n".join(f"{name:<27} {value}" for name, value in lines if value)
