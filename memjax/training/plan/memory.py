@@ -54,7 +54,7 @@ class Plan:
 
 
 def plan(config: RunConfig, *, data_axis: int, program: TrainProgram | None = None) -> Plan:
-    """The plan of a run over data_axis x mesh.memory x mesh.tensor devices; nothing is allocated, and no device needs to be there."""
+    """The plan of a run with data_axis devices along `data`; nothing is allocated, and no device needs to be there."""
     return _Planner(config, program or TrainProgram.of(config), data_axis).plan()
 
 
