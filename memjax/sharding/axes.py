@@ -142,12 +142,14 @@ def unfold(tokens: Float[Array, "t d"], x: Float[Array, "*b dim"]) -> Float[Arra
 def over_mesh(function, in_specs, out_specs):
     """shard_map over the ambient mesh. Collectives' results are not checked for their types: kernels carry none.
 
-    `tensor` stays automatic. Inside, nothing is split over it: devices of a tensor group do the same work on the same
-    tokens, with no collective between them. (A manual axis would cost one for each gradient: without types, shard_map
-    cannot know that these are equal, and sums them up.)
+    Under an Auto mesh `tensor` stays automatic. Nothing is split over it inside: devices of a tensor group do the same
+    work on the same tokens, with no collective between them. (A manual axis would cost one for each gradient: without
+    types, shard_map cannot know that these are equal, and sums them up.) For a memory that means that a group reads the
+    rows of its tokens on each of its devices; in return the replicas of a table see all picks as it is, and row updates
+    need no exchange over `tensor`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    left = {TENSOR} if mesh.shape.get(TENSOR, 1) > 1 else set()
+    left = {TENSOR} if mesh.shape.get(TENSOR, 1) > 1 and not is_explicit() else set()
     manual = set(mesh.axis_names) - set(mesh.manual_axes) - left
     mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=manual, check_vma=False)
 

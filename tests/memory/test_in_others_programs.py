@@ -16,6 +16,7 @@ from memjax.memory.table import TableRows, ValueTable
 
 DIM = 8
 SIZES: dict[str, Any] = {"num_keys": 4, "num_heads": 2, "top_k": 2, "key_dim": 4}
+THREE = pytest.param(("data", "memory", "tensor"), marks=pytest.mark.slow)
 
 
 class Both(nnx.Module):
@@ -43,14 +44,38 @@ def assert_close(got, expected):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("names", [("i", "j"), ("data", "memory"), ("memory",)], ids=str)
+@pytest.mark.parametrize("names", [("i", "j"), ("data", "memory"), ("memory",), THREE], ids=str)
 def test_layers_inside_a_users_shard_map_with_its_checks_on(names):
     model, x = draw(8)
-    shape = (2, 2) if len(names) == 2 else (4,)
+    shape = {1: (4,), 2: (2, 2), 3: (1, 2, 2)}[len(names)]
     mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names), devices=jax.devices()[:4])
     local = lambda model, x: loss_and_gradient(model, x, lambda loss: jax.lax.psum(loss, names))
     mapped = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P(names)), out_specs=P()))
     assert_close(mapped(model, x), jax.jit(loss_and_gradient)(model, x))
+
+
+@pytest.mark.parametrize(
+    ("names", "manual"),
+    [
+        (("data", "memory", "tensor"), ()),
+        pytest.param(("data", "tensor", "model"), (), marks=pytest.mark.slow),
+        pytest.param(("memory", "data", "context"), (), marks=pytest.mark.slow),
+        (("data", "memory", "tensor"), ("data",)),
+    ],
+    ids=str,
+)
+def test_a_third_axis_changes_nothing(names, manual):
+    model, x = draw(8)
+    mesh = jax.make_mesh((2, 2, 2), names, axis_types=(AxisType.Auto,) * 3, devices=jax.devices())
+    run = loss_and_gradient
+    if manual:
+        local = lambda model, x: loss_and_gradient(model, x, lambda loss: jax.lax.psum(loss, manual))
+        run = lambda model, x: jax.shard_map(local, in_specs=(P(), P(manual)), out_specs=P(), axis_names={*manual})(
+            model, x
+        )
+    with jax.set_mesh(mesh):
+        got = jax.jit(run)(*jax.device_put((model, x), NamedSharding(mesh, P())))
+    assert_close(got, jax.jit(loss_and_gradient)(model, x))
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
@@ -62,12 +87,14 @@ def test_a_mesh_of_the_memory_axis_alone_is_like_any_other(axis_type):
     assert_close(got, jax.jit(loss_and_gradient)(model, x))
 
 
-@pytest.mark.parametrize("names", [("data", "model"), ("data", "memory")], ids=str)
+@pytest.mark.parametrize("names", [("data", "model"), ("data", "memory"), THREE], ids=str)
 @pytest.mark.parametrize("layout", [P(None, "data"), P("data", None, None)], ids=str)
 def test_layouts_of_batch_and_table_under_an_explicit_mesh(names, layout):
     model, x = draw(4, 4)
     expected = jax.jit(loss_and_gradient)(model, x)
-    mesh = jax.make_mesh((2, 2), names, axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:4])
+    shape = (2, 2, 2)[: len(names)]
+    devices = jax.devices()[: 2 ** len(names)]
+    mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Explicit,) * len(names), devices=devices)
     with jax.set_mesh(mesh):
         model = jax.device_put(model, NamedSharding(mesh, P()))
         for table in (model.table, model.inputs, model.outputs):

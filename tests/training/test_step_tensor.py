@@ -1,10 +1,19 @@
 """Training steps on meshes with a tensor axis equal those on one device, to the last digits of double precision."""
 
 import functools
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from memjax.checkpoint import Checkpoints
+from memjax.runs.layout import DATA_ITER, META
+from memjax.sharding.mesh import of_parameters, put_batch
+from memjax.training.start import newest_state
+from memjax.training.state import to_items
+from memjax.training.step import BATCH, make_train_step
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -40,6 +49,12 @@ def trained(tiny, float64):
     return run
 
 
+def assert_same(state, other):
+    for what in ("params", "tables"):
+        for one, two in zip(*(jax.tree.leaves(getattr(found, what)) for found in (state, other)), strict=True):
+            np.testing.assert_allclose(one, two, rtol=1e-12, atol=1e-12)
+
+
 def case(model, mesh_shape, dense="sharded", *, slow=True):
     name = f"{model}, {'x'.join(map(str, mesh_shape))}, {dense}"
     return pytest.param(model, mesh_shape, dense, id=name, marks=[pytest.mark.slow] if slow else [])
@@ -65,7 +80,53 @@ def test_a_run_over_the_tensor_axis_is_that_of_one_device(trained, model, mesh_s
     split, alone = trained(model, mesh_shape, dense), trained(model)
     assert alone.losses[-1] != alone.losses[0]
     np.testing.assert_allclose(split.losses, alone.losses, rtol=1e-12)
-    for what in ("params", "tables"):
-        arrays = zip(*(jax.tree.leaves(getattr(run.after, what)) for run in (split, alone)), strict=True)
-        for one, other in arrays:
-            np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
+    assert_same(split.after, alone.after)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("saved_on", "restored_on"), [((2, 2, 2), (4, 2, 1)), ((8, 1, 1), (1, 2, 4))])
+def test_a_run_goes_on_from_a_checkpoint_of_a_mesh_with_another_tensor_axis(
+    tiny, trained, tmp_path, saved_on, restored_on
+):
+    *first, last = tiny.batches(3)
+    checkpoints = Checkpoints(tmp_path)
+    for mesh_shape in (saved_on, restored_on):
+        mesh, config = tiny.mesh(*mesh_shape), tiny.config(SIZES, MODELS["memory"], f"--mesh.memory {mesh_shape[1]}")
+        program = tiny.program_of(config)
+        with jax.set_mesh(mesh):
+            step = make_train_step(program, mesh)
+            if mesh_shape == saved_on:
+                state, batches = tiny.quick_state(program, mesh), first
+            else:
+                found = newest_state(program, mesh, checkpoints)
+                assert found is not None
+                state, batches = found.state, [last]
+            for batch in batches:
+                state, _ = step(state, put_batch(mesh, tiny.micro_batches(batch, 1), BATCH))
+            if mesh_shape == saved_on:
+                checkpoints.save(2, to_items(state), {DATA_ITER: {}, META: {}})
+                checkpoints.wait()
+    assert_same(state, trained("memory").after)
+
+
+@pytest.mark.slow
+def test_a_dense_block_sums_activations_over_tensor_and_gathers_no_weights(tiny):
+    program, mesh = tiny.program_of(tiny.config(SIZES, MODELS["dense"])), tiny.mesh(2, 2, 2)
+    params = program.parts.abstract_params
+    params = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        params,
+        of_parameters(mesh, params, fully_sharded=False),
+    )
+
+    def loss(params, tokens):
+        return jnp.sum(jnp.sin(program.parts.assemble(params, {}).hidden(tokens).states))
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss)).lower(params, jax.ShapeDtypeStruct((16, 8), jnp.int32)).compile().as_text()
+    found = re.findall(
+        r"= (.*?) (all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute)(?:-start)?\(", text
+    )
+    assert {name for _, name in found} == {"all-reduce"}
+    # Forward after the embedding, attention and feed-forward layer, backward in front of the last two.
+    assert sum(shapes.count("f64[4,8,32]") for shapes, _ in found) == 5
