@@ -43,7 +43,7 @@ def test_the_data_axis_takes_what_the_others_leave(tiny_config):
         (
             f"{TENSOR} --mesh.tensor 2 --data.batch_size 6",
             8,
-            "data.batch_size=6 must be a multiple of train.accumulate x mesh.data x mesh.memory = 1 x 4; try 8",
+            "data.batch_size=6 must be a multiple of train.grad_accum_steps x mesh.data x mesh.memory = 1 x 4; try 8",
         ),
         (
             "--data.batch_size 12",

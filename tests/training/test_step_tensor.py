@@ -25,13 +25,13 @@ SIZES = """
 MODELS = {
     "dense": "--model.num_layers 1 --model.memory null",
     "biases and tied embeddings": "--model.num_layers 1 --model.memory null --model.attention_bias true "
-    "--model.tie_embeddings true --train.accumulate 2 --train.remat block",
+    "--model.tie_embeddings true --train.grad_accum_steps 2 --train.remat block",
     "memory": "--model.memory.layers 1 --model.memory.value_dim 512 --model.memory.table_dtype float64 "
     "--optim.table.state_columns 64 --optim.table.moment_dtype float64",
     "experts": "--model.num_layers 1 --model.memory null --model.experts.num_experts 3",
-    "expert lookup": "--model.num_layers 1 --model.memory null --model.dim 128 --model.expert_lookup.layers 0 "
-    "--model.expert_lookup.num_keys 8 --model.expert_lookup.num_heads 2 --model.expert_lookup.top_k 3 "
-    "--model.expert_lookup.key_dim 8 --model.expert_lookup.table_dtype float64 --optim.table.state_columns 64 "
+    "peer": "--model.num_layers 1 --model.memory null --model.dim 128 --model.peer.layers 0 "
+    "--model.peer.num_keys 8 --model.peer.num_heads 2 --model.peer.top_k 3 "
+    "--model.peer.key_dim 8 --model.peer.table_dtype float64 --optim.table.state_columns 64 "
     "--optim.table.moment_dtype float64",
 }
 
@@ -72,8 +72,8 @@ def case(model, mesh_shape, dense="sharded", *, slow=True):
         case("memory", (1, 1, 8), "replicated"),
         case("memory", (4, 2, 1)),
         case("experts", (2, 2, 2)),
-        case("expert lookup", (2, 2, 2)),
-        case("expert lookup", (1, 1, 8)),
+        case("peer", (2, 2, 2)),
+        case("peer", (1, 1, 8)),
     ],
 )
 def test_a_run_over_the_tensor_axis_is_that_of_one_device(trained, model, mesh_shape, dense):
