@@ -18,11 +18,11 @@ from memjax.data.sources.records import Record
 from memjax.errors import DataError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-Format = Literal["jsonl", "text", "parquet", "array_record"]
+Format = Literal["jsonl", "text", "parquet", "arrow", "array_record"]
 MAX_RECORD_BYTES = 64_000_000
 """The default of `data.max_record_bytes`."""
 Payload = bytes | dict[str, Any] | MalformedError
-"""A record as its file has it: a line, the bytes of an ArrayRecord, fields of a Parquet row, or why there is none."""
+"""A record as its file has it: a line, the bytes of an ArrayRecord, the fields of a row, or why there is none."""
 
 _FORMATS: dict[str, Format] = {
     ".jsonl": "jsonl",
@@ -31,9 +31,13 @@ _FORMATS: dict[str, Format] = {
     ".txt": "text",
     ".text": "text",
     ".parquet": "parquet",
+    ".arrow": "arrow",
     ".array_record": "array_record",
     ".arrayrecord": "array_record",
 }
+_BINARY = ("parquet", "arrow", "array_record")
+"""Formats that are known by their suffix whatever lines are, and compressed in themselves."""
+_END_OF_ARROW_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _COMPRESSIONS = (".gz", ".xz", ".zst")
 _ROWS_AT_ONCE = 1024
 _RECORDS_AT_ONCE = 256
@@ -91,7 +95,7 @@ def find_files(path: str, source: Literal["jsonl", "text", "files"], field: str)
     """
     place = pathlib.Path(path)
     if place.is_dir():
-        kinds = _FORMATS.values() if source == "files" else (source, "parquet", "array_record")
+        kinds = _FORMATS.values() if source == "files" else (source, *_BINARY)
         below = sorted(file for file in place.rglob("*") if file.is_file() and _suffix_format(file) in kinds)
         if not below:
             raise DataError(
@@ -203,7 +207,9 @@ class Stream:
         Raises:
             DataError: a package to read it with is not there.
         """
-        read = {"parquet": self._rows, "array_record": self._records}.get(self.file.format, self._lines)
+        read = {"parquet": self._rows, "arrow": self._rows, "array_record": self._records}.get(
+            self.file.format, self._lines
+        )
         number = 0
         try:
             for number, payload in read():
@@ -238,21 +244,45 @@ class Stream:
 
     def _rows(self) -> Iterator[tuple[int, Payload]]:
         arrow = _pyarrow(self.file.path)
-        size = self.file.path.stat().st_size
         number = 0
+        batches = self._parquet_batches if self.file.format == "parquet" else self._arrow_batches
         try:
-            with arrow.parquet.ParquetFile(self.file.path, page_checksum_verification=True) as table:
-                names = set(table.schema_arrow.names)
-                wanted = [name for name in dataclasses.astuple(self.keys) if name in names]
-                # A file without the fields is malformed row by row, like one of JSON lines.
-                for batch in table.iter_batches(_ROWS_AT_ONCE, columns=wanted or None):
-                    columns = {name: _values(batch.column(name)) for name in batch.schema.names}
-                    for row in range(batch.num_rows):
-                        number += 1
-                        self.bytes_read = size * number // max(1, table.metadata.num_rows)
-                        yield number, self._fields({name: values[row] for name, values in columns.items()})
+            for batch in batches(arrow):
+                columns = {name: _values(batch.column(name)) for name in self._wanted(batch.schema.names)}
+                for row in range(batch.num_rows):
+                    number += 1
+                    yield number, self._fields({name: values[row] for name, values in columns.items()})
         except arrow.ArrowException as error:
-            raise _BrokenFileError(f"not a whole Parquet file: {error}") from error
+            raise _BrokenFileError(f"not a whole {self.file.format.capitalize()} file: {error}") from error
+
+    def _wanted(self, names: Iterable[str]) -> list[str]:
+        """The columns to read. A file without the fields is malformed row by row, like one of JSON lines."""
+        names = list(names)
+        return [name for name in dataclasses.astuple(self.keys) if name in names] or names
+
+    def _parquet_batches(self, arrow: ModuleType) -> Iterator[Any]:
+        size, rows = self.file.path.stat().st_size, 0
+        with arrow.parquet.ParquetFile(self.file.path, page_checksum_verification=True) as table:
+            for batch in table.iter_batches(_ROWS_AT_ONCE, columns=self._wanted(table.schema_arrow.names)):
+                rows += batch.num_rows
+                yield batch
+                self.bytes_read = size * rows // max(1, table.metadata.num_rows)
+
+    def _arrow_batches(self, arrow: ModuleType) -> Iterator[Any]:
+        """Of a stream, as Hugging Face's datasets writes them, or of a file with an index at its end."""
+        with self.file.path.open("rb") as raw:
+            if raw.read(6) == b"ARROW1":
+                table = arrow.ipc.open_file(raw)
+                yield from map(table.get_batch, range(table.num_record_batches))
+                return
+            raw.seek(-min(8, raw.seek(0, io.SEEK_END)), io.SEEK_END)
+            is_whole = raw.read() == _END_OF_ARROW_STREAM
+            raw.seek(0)
+            for batch in arrow.ipc.open_stream(raw):
+                yield batch
+                self.bytes_read = raw.tell()
+        if not is_whole:  # its library takes the end of the file for the end of the stream
+            raise _BrokenFileError("the stream has no end")
 
     def _fields(self, row: dict[str, Any]) -> Payload:
         for value in row.values():
@@ -357,6 +387,7 @@ def _decompressed(file: DataFile, raw: BinaryIO) -> Any:
 def _pyarrow(path: pathlib.Path) -> ModuleType:
     try:
         import pyarrow
+        import pyarrow.ipc
         import pyarrow.parquet
     except ImportError as error:
         raise DataError(
@@ -367,9 +398,9 @@ def _pyarrow(path: pathlib.Path) -> ModuleType:
 
 def _data_file(path: pathlib.Path, source: Literal["jsonl", "text", "files"], field: str) -> DataFile:
     found = _suffix_format(path)
-    if found in ("parquet", "array_record") and _compression(path):
+    if found in _BINARY and _compression(path):
         raise DataError(f"{path}: {found} files are compressed in themselves; unpack it, or set {field} to another")
-    if source != "files" and found not in ("parquet", "array_record"):
+    if source != "files" and found not in _BINARY:
         found = source
     if found is None:
         raise DataError(

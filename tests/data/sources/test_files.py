@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -30,12 +31,20 @@ def zstd(data):
     return pyarrow.compress(data, codec="zstd", asbytes=True)
 
 
+def write_arrow(path, writer, rows_at_once=3):
+    table = pyarrow.table({"id": range(4), "text": TEXTS})
+    with pyarrow.OSFile(str(path), "wb") as out, writer(out, table.schema) as stream:
+        stream.write_table(table, max_chunksize=rows_at_once)
+
+
 WRITERS = {
     "a.jsonl": lambda path: path.write_bytes(LINES),
     "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES)),
     "a.jsonl.xz": lambda path: path.write_bytes(lzma.compress(LINES)),
     "a.ndjson.zst": lambda path: path.write_bytes(zstd(LINES)),
     "a.parquet": lambda path: pyarrow.parquet.write_table(pyarrow.table({"id": range(4), "text": TEXTS}), path),
+    "a.arrow": lambda path: write_arrow(path, pyarrow.ipc.new_stream),
+    "file.arrow": lambda path: write_arrow(path, pyarrow.ipc.new_file),
     "a.array_record": lambda path: write_array_record(path, [json.dumps(row).encode() for row in ROWS]),
 }
 
@@ -105,7 +114,7 @@ def test_damage_in_the_middle_of_an_array_record_is_noticed(tmp_path):
     assert any(isinstance(found, MalformedError) for _, found in read(path))
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.array_record"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.arrow", "a.array_record"])
 def test_an_empty_file_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(b"") if name.endswith(".gz") else b"")
     ((_, error),) = read(tmp_path / name)
@@ -150,6 +159,17 @@ def test_folders_and_globs_are_read_in_sorted_order(tree, path, source, names):
 def test_what_cannot_be_found_is_refused(tree, path, source, message):
     with pytest.raises(DataError, match=message):
         find_files(str(tree / path), source, "data.path")
+
+
+def test_an_arrow_stream_that_was_cut_between_two_batches_is_not_taken_for_whole(tmp_path):
+    path = tmp_path / "a.arrow"
+    write_arrow(path, pyarrow.ipc.new_stream, rows_at_once=2)
+    whole = path.read_bytes()
+    for cut in (8, 40, len(whole) // 2):
+        path.write_bytes(whole[:-cut])
+        *_, (_, last) = read(path)
+        assert isinstance(last, MalformedError)
+        assert "cut off or damaged" in str(last)
 
 
 def test_packed_parquet_is_refused(tmp_path):
