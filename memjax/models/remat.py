@@ -7,9 +7,8 @@ import jax
 
 from memjax.config import checks
 from memjax.models.moe import SAVED_ROUTING
-from memjax.ops.embedding_bag.api import SAVED_NAME as SAVED_BAG
-from memjax.ops.embedding_dot.api import SAVED_NAME as SAVED_DOT
 from memjax.ops.product_key_search.api import SAVED_INDICES, SAVED_SCORES
+from memjax.ops.table_read import SAVED_NAMES
 
 Remat = Literal["none", "dots", "block"]
 
@@ -24,7 +23,7 @@ def rematerialised(remat: Remat) -> Callable[[Callable], Callable]:
     if remat == "none":
         return lambda function: function
     policies = jax.checkpoint_policies
-    policy = policies.save_only_these_names(SAVED_BAG, SAVED_DOT, SAVED_SCORES, SAVED_INDICES, SAVED_ROUTING)
+    policy = policies.save_only_these_names(*SAVED_NAMES.values(), SAVED_SCORES, SAVED_INDICES, SAVED_ROUTING)
     if remat == "dots":
         policy = policies.save_from_both_policies(policy, policies.dots_with_no_batch_dims_saveable)
     return lambda function: jax.checkpoint(function, policy=policy)

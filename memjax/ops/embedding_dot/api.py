@@ -1,24 +1,15 @@
 """The embedding dot as others call it: any batch shape, gradients, choice of the implementation."""
 
-import dataclasses
 import math
-from functools import partial
-from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from memjax.ops import dispatch
-from memjax.ops.manual_axes import vary_together
 from memjax.ops.precision import accumulator
-from memjax.ops.row_gradient import RowGradient
 from memjax.ops.shapes import check_table, require
-from memjax.ops.table import Table, differentiable
-
-SAVED_NAME = "memory_dot"
-"""`checkpoint_name` of the output, so that rematerialisation can keep it."""
+from memjax.ops.table import Table
+from memjax.ops.table_read import read
 
 
 def embedding_dot(
@@ -52,32 +43,5 @@ def embedding_dot(
     if indices.size == 0:
         return jnp.zeros(indices.shape, accumulator(table.dtype))
     tokens = math.prod(batch)
-    factors = vary_together((table, indices.reshape(tokens, picks), vectors.reshape(tokens, -1)))
-    out: Any = _dot(name, *factors)
+    out = read("embedding_dot", name, table, indices.reshape(tokens, picks), vectors.reshape(tokens, -1))
     return out.reshape(*batch, picks)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dot(name: str, table: Table, indices: Array, vectors: Array) -> Array:
-    return dispatch.load("embedding_dot", name).embedding_dot(table, indices, vectors)
-
-
-def _dot_forward(name, table, indices, vectors):
-    wanted = ("table",) if differentiable("embedding_dot", table) else ()
-    table = jax.tree.map(lambda leaf: leaf.value, table)
-    out = _dot(name, table, indices.value, vectors.value)
-    residuals = (table, indices.value, vectors.value, dict.fromkeys(wanted))
-    return checkpoint_name(out, SAVED_NAME), residuals
-
-
-def _dot_backward(name, residuals, cotangent):
-    table, indices, vectors, wanted = residuals
-    d_vectors = dispatch.load("embedding_bag", name).embedding_bag(table, indices, cotangent)
-    d_table = None
-    if "table" in wanted:
-        rows = RowGradient(indices, cotangent, vectors).dense(table.shape[0]).astype(table.dtype)
-        d_table = dataclasses.replace(table, rows=rows)
-    return d_table, None, d_vectors.astype(vectors.dtype)
-
-
-_dot.defvjp(_dot_forward, _dot_backward, symbolic_zeros=True)

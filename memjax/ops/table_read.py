@@ -1,0 +1,55 @@
+"""The two reads of a table, bag and dot, as each other's transpose: how both are called and differentiated."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array
+
+from memjax.ops import dispatch
+from memjax.ops.manual_axes import vary_together
+from memjax.ops.row_gradient import RowGradient
+from memjax.ops.table import Table, differentiable
+
+SAVED_NAMES = {"embedding_bag": "memory_bag", "embedding_dot": "memory_dot"}
+"""`checkpoint_name` of each operation's output, so that rematerialisation can keep it."""
+
+
+def read(operation: str, name: str, table: Table, indices: Array, factor: Array) -> Array:
+    """The operation, by the implementation of a name, on tokens without batch axes.
+
+    `factor` is what the table's rows are multiplied by: the weights of a bag, the vectors of a dot.
+    """
+    out: Any = _read(operation, name, *vary_together((table, indices, factor)))
+    return out
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _read(operation: str, name: str, table: Table, indices: Array, factor: Array) -> Array:
+    return getattr(dispatch.load(operation, name), operation)(table, indices, factor)
+
+
+def _forward(operation, name, table, indices, factor):
+    # The tuple's length is part of the residuals' structure: a flag that stays static under jit.
+    wanted = ("table",) if differentiable(operation, table) else ()
+    table = jax.tree.map(lambda leaf: leaf.value, table)
+    out = _read(operation, name, table, indices.value, factor.value)
+    return checkpoint_name(out, SAVED_NAMES[operation]), (table, indices.value, factor.value, dict.fromkeys(wanted))
+
+
+def _backward(operation, name, residuals, cotangent):
+    table, indices, factor, wanted = residuals
+    # The transpose of either in its factor is the other one, of the same rows with the cotangent.
+    (transpose,) = SAVED_NAMES.keys() - {operation}
+    d_factor = getattr(dispatch.load(transpose, name), transpose)(table, indices, cotangent)
+    d_table = None
+    if "table" in wanted:
+        weights, vectors = (factor, cotangent) if operation == "embedding_bag" else (cotangent, factor)
+        rows = RowGradient(indices, weights, vectors).dense(table.shape[0]).astype(table.dtype)
+        d_table = dataclasses.replace(table, rows=rows)
+    return d_table, None, d_factor.astype(factor.dtype)
+
+
+_read.defvjp(_forward, _backward, symbolic_zeros=True)
