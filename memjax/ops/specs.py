@@ -1,12 +1,12 @@
 """Uses of every operation on small arrays, by which implementations are compared: in tests, on GPUs, by the doctor.
 
-`memjax.ops.<operation>.specs` has a function `specs`, which draws arrays and returns uses by name: functions of the
-implementation that return arrays, gradients among them where the operation has some.
+`memjax.ops.<operation>.specs` has a function `specs`, which draws arrays and returns uses of the operation by name.
 """
 
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,26 @@ OPERATIONS = (
 )
 """The folders of the operations."""
 
-Specs = Mapping[str, Callable[[str], Any]]
+
+class Use(NamedTuple):
+    """A call of an operation, and its gradients."""
+
+    function: Callable[..., Any]
+    """(name of the implementation, *arrays) -> arrays."""
+    arrays: tuple[Array, ...] = ()
+    """In which it is differentiated."""
+
+    def run(self, implementation: str) -> list[Array]:
+        """What the function returns, and the gradients of half the sum of its squares."""
+
+        def run(*arrays: Array) -> Any:
+            out, pull = jax.vjp(partial(self.function, implementation), *arrays)
+            return out, pull(out) if arrays else ()
+
+        return jax.tree.leaves(jax.jit(run)(*self.arrays))
+
+
+Specs = Mapping[str, Use]
 
 
 class Draw:
@@ -45,11 +64,8 @@ def specs(operation: str) -> Specs:
 def difference(operation: str, implementation: str) -> float:
     """How far an implementation is from the reference at most, in any use, as a share of the largest number."""
     worst = 0.0
-    for run in specs(operation).values():
-        found, expected = (
-            jax.tree.leaves(jax.jit(run, static_argnums=0)(name)) for name in (implementation, "reference")
-        )
-        for one, other in zip(found, expected, strict=True):
+    for use in specs(operation).values():
+        for one, other in zip(use.run(implementation), use.run("reference"), strict=True):
             one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
             worst = max(worst, float(np.abs(one - other).max() / np.abs(other).max()))
     return worst

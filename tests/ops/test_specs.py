@@ -2,6 +2,8 @@
 
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from memjax import ops
@@ -22,8 +24,14 @@ def test_every_operation_has_uses():
         assert specs.specs(operation)
 
 
-def test_a_difference_is_found():
-    run = {"two": lambda name: 2.0 if name == "reference" else 2.5}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(specs, "specs", lambda operation: run)
-        assert specs.difference("any", "xla") == 0.25
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda name, x: x if name == "reference" else 1.25 * x, 0.5625),  # the gradient is 1.25 times 1.25 x
+        (lambda name, x: x**2 if name == "reference" else jax.lax.stop_gradient(x) * x, 0.5),
+    ],
+    ids=["of results", "of gradients"],
+)
+def test_a_difference_is_found(function, expected, monkeypatch):
+    monkeypatch.setattr(specs, "specs", lambda operation: {"one": specs.Use(function, (jnp.float32(2.0),))})
+    assert specs.difference("any", "xla") == expected

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from memjax.ops.decode_attention.api import decode_attention, decode_step
-from memjax.ops.specs import Draw, Specs
+from memjax.ops.specs import Draw, Specs, Use
 
 
 def specs(draw: Draw) -> Specs:
@@ -19,7 +19,7 @@ def specs(draw: Draw) -> Specs:
         return decode_attention(query, keys, values, lengths, window=window, implementation=name)
 
     return {
-        "attention": partial(attend, None),
-        "window": partial(attend, 5),
-        "step": lambda name: decode_step(joined, keys, values, lengths - 1, rotation, implementation=name),
+        "attention": Use(partial(attend, None)),
+        "window": Use(partial(attend, 5)),
+        "step": Use(lambda name: decode_step(joined, keys, values, lengths - 1, rotation, implementation=name)),
     }

@@ -1,13 +1,13 @@
 """Uses of the product of a matrix and a vector: see `memjax.ops.specs`."""
 
 from memjax.ops.matvec.api import matvec
-from memjax.ops.specs import Draw, Specs
+from memjax.ops.specs import Draw, Specs, Use
 
 
 def specs(draw: Draw) -> Specs:
     """A product that is added to a residual, and a gated one."""
     x, rows, residual = draw.normal(1500), draw.normal(10, 1500) / 40, draw.normal(10)
     return {
-        "residual": lambda name: matvec(x, rows, residual, implementation=name),
-        "gated": lambda name: matvec(x, rows, gated=True, implementation=name),
+        "residual": Use(lambda name: matvec(x, rows, residual, implementation=name)),
+        "gated": Use(lambda name: matvec(x, rows, gated=True, implementation=name)),
     }

@@ -57,14 +57,7 @@ def rows_in_host_memory(rows_ptr, ELEMENT: tl.constexpr):
 
 @triton.jit
 def read_plain(
-    rows_ptr,
-    scales_ptr,
-    row,
-    first,
-    valid,
-    WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    rows_ptr, scales_ptr, row, first, valid, WIDTH: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """Numbers of any type."""
     columns = first + tl.arange(0, COLUMNS)
@@ -76,30 +69,14 @@ def read_plain(
 
 @triton.jit
 def read_zeros(
-    rows_ptr,
-    scales_ptr,
-    row,
-    first,
-    valid,
-    WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    rows_ptr, scales_ptr, row, first, valid, WIDTH: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """Zeros."""
     return tl.zeros((row.shape[0], COLUMNS), tl.float32)
 
 
 @triton.jit
-def read_int8(
-    rows_ptr,
-    scales_ptr,
-    row,
-    first,
-    valid,
-    WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+def read_int8(rows_ptr, scales_ptr, row, first, valid, WIDTH: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr):
     """Codes from -127 to 127."""
     codes = load_bytes(rows_ptr, row, first, valid, WIDTH, COLUMNS).to(tl.float32)
     return scaled(codes, scales_ptr, row, first, valid, WIDTH, GROUP, COLUMNS)
@@ -107,14 +84,7 @@ def read_int8(
 
 @triton.jit
 def read_float8(
-    rows_ptr,
-    scales_ptr,
-    row,
-    first,
-    valid,
-    WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    rows_ptr, scales_ptr, row, first, valid, WIDTH: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """e4m3 numbers, decoded by shifts: not every GPU has an instruction for it."""
     bits = load_bytes(rows_ptr, row, first, valid, WIDTH, COLUMNS).to(tl.int32)
@@ -129,16 +99,7 @@ def read_float8(
 
 
 @triton.jit
-def read_int4(
-    rows_ptr,
-    scales_ptr,
-    row,
-    first,
-    valid,
-    WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+def read_int4(rows_ptr, scales_ptr, row, first, valid, WIDTH: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr):
     """Codes from -8 to 7, two in a byte."""
     pairs = load_bytes(rows_ptr, row, first // 2, valid, WIDTH // 2, COLUMNS // 2).to(tl.int32)
     codes = tl.interleave(((pairs << 28) >> 28).to(tl.float32), (pairs >> 4).to(tl.float32))
