@@ -1,19 +1,12 @@
-"""The hooks of every run: logs, profile, slot usage, validation, checkpoints."""
+"""The hooks of every run, in their order; throughput, logs, profile, slot usage and checkpoints."""
 
 import dataclasses
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 
-from memjax.config.run import RunConfig
-from memjax.data.packing import Batch
-from memjax.data.sources import biographies
 from memjax.data.sources.kinds import find_source
-from memjax.evaluation.perplexity import validation_loss
-from memjax.evaluation.recall import recall
-from memjax.io.console import say
 from memjax.models.counts import training_flops_per_token
 from memjax.monitoring.metrics import WINDOW, MetricsFile, Row, peak_flops, read_metrics
 from memjax.monitoring.profile import ProfileWindow
@@ -21,9 +14,8 @@ from memjax.monitoring.progress import ProgressLines
 from memjax.monitoring.trackers.start import CLOSE_SECONDS, close_trackers, make_trackers
 from memjax.monitoring.trackers.tracker import Tracker
 from memjax.runs.folder import RunFolder
-from memjax.sharding.mesh import put_batch
 from memjax.sharding.processes import is_first
-from memjax.sharding.rules import TOKENS
+from memjax.training.evaluation_hooks import Facts, Validate
 from memjax.training.hook import Hook, Periodic
 from memjax.training.in_flight import Step
 from memjax.training.program import TrainProgram
@@ -31,8 +23,6 @@ from memjax.training.step import make_usage_report
 
 if TYPE_CHECKING:
     from memjax.training.trainer import Trainer
-
-VALIDATION_LOSS = "eval/validation/loss"
 
 STOP_SECONDS = 5.0
 """How long a run that was told to stop waits for its trackers."""
@@ -225,103 +215,6 @@ class SlotUsage(Hook):
         self._report = make_usage_report(trainer.program, trainer.mesh)
         with trainer.paused():  # compiles
             return self._report(trainer.state)
-
-
-class _Stopped(Exception):
-    """A signal came during the validation."""
-
-
-class Validate(Hook):
-    """Measures the validation loss for the step's row, and has the best state so far saved.
-
-    What a signal cuts short is measured by who goes on from there, at the begin.
-    """
-
-    def __init__(self, config: RunConfig):
-        """Has measured nothing yet."""
-        self._batches, self._keep_best = config.eval.batches, config.checkpoint.keep_best
-        self.best_loss = float("inf")
-        self._is_overdue = False
-
-    def state(self) -> dict[str, Any]:
-        """The best loss, and whether a validation is overdue."""
-        best = self.best_loss if math.isfinite(self.best_loss) else None
-        return {"best_loss": best, "validation_is_due": self._is_overdue}
-
-    def restore(self, saved: Mapping[str, Any], step: int) -> None:
-        """The best loss, and whether a validation is overdue."""
-        best = saved.get("best_loss")
-        self.best_loss = float("inf") if best is None else best
-        self._is_overdue = saved.get("validation_is_due", False)
-
-    def begin(self, trainer: "Trainer") -> None:
-        """Measures what is overdue, for the row of the step before."""
-        if not self._is_overdue or (loss := self._loss(trainer)) is None:
-            return
-        self._is_overdue = False
-        if math.isnan(loss):
-            return
-        self.best_loss = min(loss, self.best_loss)
-        trainer.add_late_metrics(trainer.first_step, {VALIDATION_LOSS: loss})
-        say(f"step {trainer.first_step}: validation loss {loss:.4f}")
-
-    def after_step(self, trainer: "Trainer", step: Step) -> None:
-        """Measures; requests a save of the best state so far."""
-        with trainer.paused():
-            loss = self._loss(trainer)
-        if loss is None:
-            self._is_overdue = True
-            return
-        if math.isnan(loss):  # nothing is held out
-            return
-        is_best = loss < self.best_loss
-        self.best_loss = min(loss, self.best_loss)
-        step.host_metrics[VALIDATION_LOSS] = loss
-        trainer.finish_steps()
-        say(f"step {step.number}: validation loss {loss:.4f}" + (" (best so far)" if is_best else ""))
-        if is_best and self._keep_best:
-            step.requested.add("save")
-
-    def _loss(self, trainer: "Trainer") -> float | None:
-        """The loss of the trainer's state; None if a signal came before it was known."""
-
-        def until_stopped(batches: Iterator[Batch]) -> Iterator[Batch]:
-            # Several processes must validate the same batches, so they do not stop here.
-            for batch in batches:
-                if jax.process_count() == 1 and trainer.interrupt.name is not None:
-                    raise _Stopped
-                yield batch
-
-        batches = until_stopped(trainer.dataset.validation_batches(self._batches))
-        try:
-            return validation_loss(trainer.model(), batches, place=lambda batch: put_batch(trainer.mesh, batch, TOKENS))
-        except _Stopped:
-            return None
-
-
-class Facts(Hook):
-    """Asks a model of biographies for facts, for the step's row: how it learns them while it trains."""
-
-    def __init__(self, config: RunConfig):
-        """Takes the questions: about people who are asked about in training, and those who are only told."""
-        people, limit = config.data.biographies, config.eval.recall_people
-        self._questions = {
-            name: biographies.questions(people, asked=name == "asked", limit_people=limit)
-            for name in ("asked", "held_out")
-        }
-
-    def after_step(self, trainer: "Trainer", step: Step) -> None:
-        """Asks; the end of a run has a test of its own."""
-        if step.is_last:
-            return
-        place = lambda batch: put_batch(trainer.mesh, batch, TOKENS)
-        with trainer.paused():
-            for name, questions in self._questions.items():
-                if questions:
-                    size = -(-256 // trainer.mesh.size) * trainer.mesh.size
-                    tokenizer = trainer.dataset.tokenizer
-                    found = recall(trainer.model(), tokenizer, questions, batch_size=size, place=place)
-                    step.host_metrics[f"eval/facts/{name}"] = found.accuracy
 
 
 class Save(Hook):

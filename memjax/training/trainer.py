@@ -22,9 +22,10 @@ from memjax.runs.folder import RunFolder
 from memjax.runs.layout import DATA_ITER, META, TABLE_STATE, TABLES, meta_document
 from memjax.sharding.mesh import put_batch
 from memjax.training.ending import saved_at_the_end
+from memjax.training.evaluation_hooks import VALIDATION_LOSS
 from memjax.training.first_batches import FirstBatches
 from memjax.training.hook import Periodic
-from memjax.training.hooks import VALIDATION_LOSS, with_standard_hooks
+from memjax.training.hooks import with_standard_hooks
 from memjax.training.in_flight import IN_FLIGHT, InFlight, Step
 from memjax.training.interrupt import SAVED, Interrupt, shared_wish
 from memjax.training.program import TrainProgram

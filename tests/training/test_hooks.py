@@ -18,16 +18,14 @@ from memjax.config.run import RunConfig
 from memjax.config.training import EvalConfig
 from memjax.monitoring.profile import ProfileWindow
 from memjax.runs.folder import RunFolder
-from memjax.training import hooks
+from memjax.training import evaluation_hooks, hooks
+from memjax.training.evaluation_hooks import VALIDATION_LOSS, Facts, Validate
 from memjax.training.hook import Hook, Periodic
 from memjax.training.hooks import (
-    VALIDATION_LOSS,
-    Facts,
     Profile,
     Save,
     SlotUsage,
     Throughput,
-    Validate,
     with_standard_hooks,
 )
 from memjax.training.in_flight import Step
@@ -99,7 +97,7 @@ def validating(trainer, monkeypatch):
                     trainer.interrupt.name = "SIGTERM"
             return loss
 
-        monkeypatch.setattr(hooks, "validation_loss", validation_loss)
+        monkeypatch.setattr(evaluation_hooks, "validation_loss", validation_loss)
         return Validate(RunConfig())
 
     return validating
@@ -241,7 +239,7 @@ def test_facts_are_asked_between_steps_and_left_to_the_report_at_the_end(trainer
         asked.append((tokenizer, len(questions), batch_size))
         return SimpleNamespace(accuracy=len(asked) / 4)
 
-    monkeypatch.setattr(hooks, "recall", recall)
+    monkeypatch.setattr(evaluation_hooks, "recall", recall)
     trainer.mesh = jax.make_mesh((3,), ("data",), devices=jax.devices()[:3])
     trainer.dataset.tokenizer = "tokenizer"
     config = RunConfig(eval=EvalConfig(recall_people=2, recall_every=5))

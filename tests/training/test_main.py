@@ -25,7 +25,7 @@ from memjax.memory import sharded
 from memjax.monitoring import metrics
 from memjax.runs.load import load
 from memjax.sharding.mesh import make_mesh
-from memjax.training import hooks, main, trainer
+from memjax.training import evaluation_hooks, main, trainer
 from memjax.training.program import TrainProgram
 
 SETTINGS = """
@@ -327,7 +327,7 @@ def test_a_run_that_meets_a_nan_keeps_its_last_good_state_and_can_be_mended(tiny
     assert "model.ffn_dim" in printed
     assert steps_in(folder) == list(range(1, BAD_STEP))
     with monkeypatch.context() as patch:
-        patch.setattr(hooks, "validation_loss", slow_validation)
+        patch.setattr(evaluation_hooks, "validation_loss", slow_validation)
         extra = ["--log.profile.start", "9", "--log.profile.steps", "2"]
         code, printed = run("run", "--optim.lr", "0.003", "--checkpoint.every", "5", "--allow_changed", *extra)
     assert code == 0, printed
