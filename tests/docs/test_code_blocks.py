@@ -27,6 +27,9 @@ from memjax import train
 from memjax.config.load import load
 from memjax.config.run import RunConfig
 from memjax.data.sources.files import RecordFiles
+from memjax.data.sources.kinds import SOURCES
+from memjax.memory.kinds import KINDS
+from memjax.ops.row_formats import formats
 from memjax.sharding.mesh import make_mesh
 from memjax.training import finish
 from memjax.training import main as training
@@ -43,6 +46,7 @@ NOT_RUN = {
     "convert.md": 3,
     "device_memory.md": 1,
     "evaluation.md": 2,
+    "extending.md": 5,
     "serve.md": 3,
     "several_gpus.md": 4,
     "tables.md": 1,
@@ -225,6 +229,17 @@ def make_run(folder: pathlib.Path) -> None:
         patch.setattr(training, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
         patch.setattr(finish, "plot_run", lambda *_: [])  # no page looks at the plots
         assert train.main([*RUN_SETTINGS.split(), "--data.path", str(corpus), "--run.dir", str(folder)]) == 0
+
+
+@pytest.fixture(autouse=True)
+def _registries() -> Iterator[None]:
+    """What pages register is forgotten after them."""
+    registries: list[dict] = [SOURCES, KINDS, formats._FORMATS]
+    before = [dict(registry) for registry in registries]
+    yield
+    for registry, entries in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(entries)
 
 
 @pytest.fixture

@@ -368,6 +368,24 @@ def test_arguments_that_do_not_fit_are_refused():
         RowRule().init(ROWS, COLUMNS)
 
 
+def test_a_rule_from_outside_runs_in_xla_where_kernels_would(monkeypatch):
+    class Halved(RowRule):
+        def init(self, num_rows, num_columns, dtype=jnp.float32):
+            return {}
+
+        def apply(self, rows, state, gradients, step):
+            return rows / 2, {}
+
+    gradient = RowGradient(jnp.array([[2]]), jnp.ones((1, 1)), jnp.ones((1, COLUMNS)))
+    run = lambda name: row_update(
+        jnp.ones((ROWS, COLUMNS)), {}, [gradient], Halved(), row_step(1, 0), implementation=name
+    )
+    with pytest.raises(NotImplementedError, match="no kernel for Halved"):
+        run("triton")
+    monkeypatch.setattr(dispatch, "choose", lambda *_: "triton")
+    assert run(None)[0].sum(axis=1).tolist() == [COLUMNS * (0.5 if row == 2 else 1) for row in range(ROWS)]
+
+
 def test_state_has_the_shapes_and_types_of_its_rule():
     def shapes(rule):
         return {name: (array.shape, array.dtype) for name, array in rule.init(16, 8, jnp.bfloat16).items()}

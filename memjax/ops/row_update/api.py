@@ -43,6 +43,11 @@ def row_update(
     check_state(table, state, rule)
     require("row_update", all(field.shape == () for field in step), "a step has scalars", **step._asdict())
     name = dispatch.choose("row_update", implementation, table.dtype)
+    if name == "triton" and type(rule) is not RowRule:
+        # The kernel has the arithmetic of the package's rules in itself.
+        if implementation:
+            raise NotImplementedError(f"row_update: implementation='triton' has no kernel for {type(rule).__name__}")
+        name = "xla"
     if implementation is None and name == "xla" and is_small(table):
         name = "reference"
     with_picks = [gradient for gradient in gradients if gradient.indices.size]

@@ -1,0 +1,57 @@
+"""What the page on extending puts into the package works there: the files of an operation, the line of a metric."""
+
+import functools
+import importlib
+import pathlib
+import re
+import types
+
+import jax
+import pytest
+
+from memjax import ops
+from memjax.config.run import RunConfig
+from memjax.ops import dispatch, specs
+from memjax.training import step
+from memjax.training.program import TrainProgram
+
+ROOT = pathlib.Path(__file__).parents[2]
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/extending.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def operation(tmp_path, monkeypatch):
+    """The page's operation in a folder that memjax.ops has, too."""
+    files = {match[1]: block for block in BLOCKS if (match := re.match(r"# (squared_norms/\w+\.py)\n", block))}
+    (tmp_path / "squared_norms").mkdir()
+    (tmp_path / "squared_norms" / "__init__.py").touch()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(ops, "__path__", [*ops.__path__, str(tmp_path)])
+    monkeypatch.setattr(specs, "OPERATIONS", (*specs.OPERATIONS, "squared_norms"))
+    return "squared_norms"
+
+
+def test_the_operation_of_the_page_is_found_chosen_and_compared(operation):
+    assert set(specs.specs(operation)) == {"norms", "gradient"}
+    assert specs.difference(operation, "xla") < 1e-6
+    api = importlib.import_module(f"memjax.ops.{operation}.api")
+    assert dispatch.choose(operation, None) == "xla"
+    assert api.squared_norms(jax.numpy.array([[3.0, 4.0], [0.0, 2.0]])).tolist() == [25, 4]
+    with pytest.raises(ValueError, match="x must be"):
+        api.squared_norms(jax.numpy.ones(3))
+
+
+def test_the_metric_of_the_page_is_in_the_row_of_a_step():
+    (line,) = [block for block in BLOCKS if block.startswith("    metrics[")]
+    source, last = pathlib.Path(step.__file__).read_text(), "    return new_state, metrics\n"
+    assert source.count(last) == 1
+    extended = types.ModuleType("extended_step")
+    exec(compile(source.replace(last, line + last), step.__file__, "exec"), extended.__dict__)
+    program = TrainProgram.of(RunConfig())
+    of = lambda module: jax.eval_shape(
+        functools.partial(module.train_step, program), program.abstract_state(), step.abstract_batch(program.config)
+    )[1]
+    added = of(extended)
+    assert added.keys() - of(step).keys() == {"train/param_norm"}
+    assert added["train/param_norm"].shape == ()
