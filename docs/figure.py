@@ -32,10 +32,10 @@ FLOORS: tuple[dict[str, str], ...] = (
     {
         "memory": "tables, product keys, lookups, reads, row optimizer",
         "data": "sources, tokenizers, packing, the loader",
+        "checkpoint": "saving, restoring, the index, digests",
     },
     {
-        "sharding": "the mesh, axes, processes",
-        "checkpoint": "saving, restoring, the index, digests",
+        "sharding": "the mesh, logical axes, processes",
         "monitoring": "metrics, trackers, progress, plots, profiles",
     },
     {"ops": "search, bag, dot, row update and others; row formats"},
