@@ -4,7 +4,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from memjax.config.load import Parsed, parse
+from memjax.config.load import Parsed, parse, take
 from memjax.config.run import RunConfig
 from memjax.errors import ConfigError
 from memjax.io.console import say
@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     from memjax.training import sweep
 
-    specifications, rest = _take(argv, "--grid")
-    asked, rest = _take(rest, "--jobs")
+    specifications, rest = take(argv, "--grid")
+    asked, rest = take(rest, "--jobs")
     parsed: Parsed[RunConfig] = parse(
         RunConfig,
         rest,
@@ -65,20 +65,6 @@ def _config(positional: str | None, words: Sequence[str]) -> tuple[pathlib.Path 
     rest = list(words)
     del rest[next(place for place, word in enumerate(rest) if str(local_path(word, "")) == positional)]
     return path, rest
-
-
-def _take(words: Sequence[str], option: str) -> tuple[list[str], list[str]]:
-    """The values of an option that may be given several times, and the other words."""
-    values, rest, queue = [], [], list(words)
-    while queue:
-        word = queue.pop(0)
-        if word.startswith(f"{option}="):
-            values.append(word.partition("=")[2])
-        elif word == option:
-            values.append(queue.pop(0) if queue else "")
-        else:
-            rest.append(word)
-    return values, rest
 
 
 def _jobs(asked: Sequence[str]) -> int:

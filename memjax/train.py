@@ -1,11 +1,12 @@
 """Trains a model: `python -m memjax.train [CONFIG.yaml] [--section.key value ...]`."""
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from memjax.config.load import Parsed, parse
+from memjax.config.load import Parsed, parse, take
 from memjax.config.run import RunConfig
 from memjax.training.interrupt import run_program
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 FLAGS = {
     "dry_run": "Print parameters, arithmetic, mesh and what a step needs of each device, allocate nothing, and end.",
+    "device_gb": "With --dry_run: the memory of a device in GB; finds settings with which the run fits.",
+    "devices": "With --device_gb: how many such devices there are (default 1).",
     "allow_changed": "Continue a run although its settings have changed.",
 }
 
@@ -30,9 +33,11 @@ def main(argv: Sequence[str] | None = None, *, hooks: Sequence["Periodic"] = ())
         processes of the run, 7 out of memory, 75 stopped by a signal, saved, 130 interrupted before there was anything
         to save.
     """
+    device_gb, words = take(sys.argv[1:] if argv is None else argv, "--device_gb")
+    devices, words = take(words, "--devices")
     arguments: Parsed[RunConfig] = parse(
         RunConfig,
-        sys.argv[1:] if argv is None else argv,
+        words,
         prog="python -m memjax.train",
         description=(
             "Trains a language model with memory layers. Without arguments: the quick start, a small model that learns "
@@ -49,10 +54,31 @@ def main(argv: Sequence[str] | None = None, *, hooks: Sequence["Periodic"] = ())
 
     compilation_cache.enable(arguments.config.run.compile_cache)
     if "dry_run" in arguments.flags:
-        return exit_code(lambda: dry_run(arguments.config))
+        return exit_code(lambda: dry_run(arguments.config, fit_to=_devices(device_gb, devices)))
     allow_changed = "allow_changed" in arguments.flags
     run = lambda: exit_code(lambda: train(arguments.config, allow_changed=allow_changed, hooks=hooks))
     return exit_code(lambda: run_together(arguments.config.processes, run))
+
+
+def _devices(device_gb: Sequence[str], devices: Sequence[str]) -> tuple[int, int] | None:
+    """Bytes of a device, and how many there are; None where nothing was said of them.
+
+    Raises:
+        ConfigError: these are no such numbers.
+    """
+    from memjax.errors import ConfigError
+
+    if not device_gb and not devices:
+        return None
+    size, count = (device_gb or [""])[-1], (devices or ["1"])[-1]
+    problems = []
+    if not re.fullmatch(r"0*[1-9]\d*(\.\d+)?|0*\.0*[1-9]\d*", size):
+        problems.append(f"device_gb={size} must be the memory of a device in GB, such as 80")
+    if not re.fullmatch(r"0*[1-9]\d*", count):
+        problems.append(f"devices={count} must be a whole number of devices, at least 1")
+    if problems:
+        raise ConfigError(problems)
+    return int(float(size) * 1e9), int(count)
 
 
 def prepare_environment(config: RunConfig) -> None:

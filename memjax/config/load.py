@@ -168,6 +168,20 @@ def _end(prog: str, problems: Sequence[str]) -> NoReturn:
     sys.exit(2)
 
 
+def take(words: Sequence[str], option: str) -> tuple[list[str], list[str]]:
+    """The values of an option that is no setting, as often as it is given, and the other words of a command line."""
+    values, rest, queue = [], [], list(words)
+    while queue:
+        word = queue.pop(0)
+        if word.startswith(f"{option}="):
+            values.append(word.partition("=")[2])
+        elif word == option:
+            values.append(queue.pop(0) if queue else "")
+        else:
+            rest.append(word)
+    return values, rest
+
+
 def to_yaml(config: Any) -> str:
     """The whole config as YAML from which `load` makes an equal one."""
     return dump(dataclasses.asdict(config))

@@ -28,17 +28,29 @@ from memjax.training.in_flight import NotFinite
 from memjax.training.interrupt import catch_interrupts
 from memjax.training.plan import memory as memory_plan
 from memjax.training.plan import row_exchange as exchange_plan
-from memjax.training.plan.report import describe
+from memjax.training.plan.report import describe, describe_fit
+from memjax.training.plan.search import search
 from memjax.training.program import TrainProgram
 from memjax.training.start import check_start, tell_of_schedules
 from memjax.training.step import abstract_batch, make_train_step
 from memjax.training.trainer import Trainer
 
 
-def dry_run(config: RunConfig) -> int:
+def dry_run(config: RunConfig, *, fit_to: tuple[int, int] | None = None) -> int:
     """Prints what a run would need; works on any machine, whatever the mesh. Where the mesh's accelerators are there,
     also compiles the step, which tells exactly.
+
+    Args:
+        config: the run's.
+        fit_to: bytes of a device and a number of devices, to print settings with which the run fits there instead.
+
+    Returns:
+        0, or 7 where nothing fits.
     """
+    if fit_to is not None:
+        found = search(config, device_bytes=fit_to[0], devices=fit_to[1])
+        say(describe_fit(config, found, *fit_to))
+        return 0 if found else 7
     program = TrainProgram.of(config)
     data_axis = config.mesh.data_axis(jax.device_count())
     say(describe(config, program.parts, data_axis=data_axis))

@@ -79,7 +79,7 @@ def savings(config: RunConfig, *, data_axis: int) -> list[tuple[str, int]]:
     found = []
     for name, value in _changes(config, data_axis):
         try:
-            changed = _with(config, name, value)
+            changed = with_setting(config, name, value)
         except ValueError:  # not with the other settings
             continue
         # Shapes of arrays that live on do not depend on how a batch is cut, and take long to find.
@@ -370,7 +370,7 @@ def _changes(config: RunConfig, data_axis: int) -> Iterator[tuple[str, Any]]:
             yield "optim.table.moment_dtype", "bfloat16"
 
 
-def _with(config: Any, name: str, value: Any) -> Any:
+def with_setting(config: Any, name: str, value: Any) -> Any:
     """The config with one setting changed, by its dotted name."""
     first, _, rest = name.partition(".")
-    return dataclasses.replace(config, **{first: _with(getattr(config, first), rest, value) if rest else value})
+    return dataclasses.replace(config, **{first: with_setting(getattr(config, first), rest, value) if rest else value})

@@ -5,7 +5,12 @@ from collections import Counter
 from memjax.config.run import RunConfig
 from memjax.models.counts import count_parameters, training_flops
 from memjax.models.parts import DecoderParts
-from memjax.monitoring.units import billions
+from memjax.monitoring.metrics import PEAK_FLOPS
+from memjax.monitoring.units import billions, gigabytes
+from memjax.training.plan.search import Fit
+
+EXAMPLE_DEVICE, EXAMPLE_MFU = "NVIDIA H100", 0.4
+"""On which, and at what share of its peak, the length of a run is given."""
 
 
 def describe(config: RunConfig, parts: DecoderParts, *, data_axis: int) -> str:
@@ -36,3 +41,31 @@ def describe(config: RunConfig, parts: DecoderParts, *, data_axis: int) -> str:
         ("mesh", f"{config.mesh.describe(data_axis)} = {devices} devices"),
     ]
     return "\n".join(f"{name:<27} {value}" for name, value in lines if value)
+
+
+def describe_fit(config: RunConfig, found: Fit | None, device_bytes: int, devices: int) -> str:
+    """What `--dry_run --device_gb` prints: the settings that fit, what they need, and how long the run would take."""
+    asked = f"{devices} x {gigabytes(device_bytes)}"
+    if found is None:
+        return f"nothing fits on {asked}, not even one sequence at a time: try more devices, or a smaller model"
+    settings = " ".join(f"--{name} {value}" for name, value in found.changes.items())
+    parts = DecoderParts.of(found.config.model)
+    flops = training_flops(parts, config.data.sequence_length, freeze_dense=config.optim.freeze_dense).total
+    tokens = found.config.data.batch_size * config.data.sequence_length
+    seconds = flops * tokens * config.train.steps / (devices * EXAMPLE_MFU * PEAK_FLOPS[EXAMPLE_DEVICE])
+    batch, steps = found.config.data.batch_size, found.config.train.grad_accum_steps
+    micro = f"{steps} micro-batches" if steps > 1 else "one micro-batch"
+    lines = [
+        (f"fits on {asked}", settings or "as it is"),
+        ("  bytes per device", f"{gigabytes(found.plan.total)} at the fullest moment of a step: {found.plan.moment}"),
+        ("  batch", f"{batch} sequences in {micro}, {tokens:,} tokens"),
+        (
+            "  time",
+            f"{seconds / 86400:,.1f} days for {config.train.steps:,} steps on {devices} x {EXAMPLE_DEVICE} "
+            f"at {EXAMPLE_MFU:.0%} of their peak",
+        ),
+    ]
+    if batch != config.data.batch_size:
+        more = round(config.train.steps * config.data.batch_size / batch)
+        lines.append(("  note", f"the batch is smaller; the same number of tokens takes --train.steps {more}"))
+    return "\n".join(f"{name:<27} {value}" for name, value in lines)

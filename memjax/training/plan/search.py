@@ -1,0 +1,134 @@
+"""The settings with which a run fits on devices: mesh, batch, micro-batches and rematerialisation, found by planning.
+
+The batch stays as it is where it can. What is tried first costs the least speed: few devices that share a table, the
+given rematerialisation, large micro-batches.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from memjax.config.run import RunConfig
+from memjax.training.plan.memory import Plan, plan, with_setting
+from memjax.training.program import TrainProgram
+
+USABLE = 0.92
+"""Share of a device's memory that a plan may fill: JAX is given 0.95, and plans are a few percent off."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """Settings that fit."""
+
+    config: RunConfig
+    changes: dict[str, Any]
+    """The settings that differ from those that were asked for, by dotted name."""
+    plan: Plan
+
+
+def search(config: RunConfig, *, device_bytes: int, devices: int) -> Fit | None:
+    """The first settings that fit; None where not even one sequence a device does.
+
+    Args:
+        config: of the run; types that are `auto` are planned as GPUs have them.
+        device_bytes: memory of a device.
+        devices: how many there are.
+    """
+    return _Search(config, int(USABLE * device_bytes), devices).run()
+
+
+class _Search:
+    def __init__(self, config: RunConfig, limit: int, devices: int):
+        self.asked, self.limit, self.devices = config, limit, devices
+        self.config = _as_on_gpus(config)
+        # Shapes do not depend on the mesh or on how a batch is cut, and take long to find.
+        self.program = TrainProgram.of(self.config)
+        self.shards = devices // self.config.mesh.tensor
+        """Of the batch."""
+
+    def run(self) -> Fit | None:
+        """Tries batches, then meshes, each with the smallest micro-batch; then makes that as large as fits."""
+        batches = list(self._batches())
+        if self._with_batch(batches[-1]) is None:
+            return None
+        for batch in batches:
+            if found := self._with_batch(batch):
+                return self._largest_micro_batch(found)
+        return None
+
+    def _with_batch(self, batch: int) -> Fit | None:
+        for mesh in self._meshes():
+            smallest = {"data.batch_size": batch, "train.grad_accum_steps": batch // self.shards} | mesh
+            for remat in dict.fromkeys([self.config.train.remat, "block"]):
+                if found := self._fits(smallest | {"train.remat": remat}):
+                    return found
+        return None
+
+    def _batches(self) -> Iterator[int]:
+        """The batch, or as many sequences as can be shared evenly, halved until there is one for each shard."""
+        each = max(1, self.config.data.batch_size // self.shards)
+        while each:
+            yield each * self.shards
+            each //= 2
+
+    def _meshes(self) -> Iterator[dict[str, Any]]:
+        """Tables on each device alone, then shared by more and more of them."""
+        memory = 1
+        while memory <= self.shards:
+            if self.shards % memory == 0:
+                yield {"mesh.data": self.shards // memory, "mesh.memory": memory}
+            if not self.config.model.lookups:
+                return
+            memory *= 2
+
+    def _largest_micro_batch(self, found: Fit) -> Fit:
+        while (steps := found.config.train.grad_accum_steps) % 2 == 0:
+            larger = self._fits(found.changes | {"train.grad_accum_steps": steps // 2})
+            if larger is None:
+                break
+            found = larger
+        return dataclasses.replace(found, changes=self._named(found.changes))
+
+    def _fits(self, changes: dict[str, Any]) -> Fit | None:
+        config = self.config
+        try:
+            config = _changed(config, changes)
+        except ValueError:  # not together
+            return None
+        program = dataclasses.replace(self.program, config=config)
+        made = plan(config, data_axis=changes["mesh.data"], program=program)
+        return Fit(config, changes, made) if made.total <= self.limit else None
+
+    def _named(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """The changes that are some, without those that a run finds by itself."""
+        return {
+            name: value for name, value in changes.items() if name != "mesh.data" and _value(self.asked, name) != value
+        }
+
+
+def _as_on_gpus(config: RunConfig) -> RunConfig:
+    changes: dict[str, Any] = {"model.dtype": "bfloat16"} if config.model.dtype == "auto" else {}
+    for kind, lookup in config.model.lookup_sections.items():
+        if lookup.table_dtype == "auto":
+            changes[f"model.{kind}.table_dtype"] = "bfloat16"
+    return _changed(config, changes)
+
+
+def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    """The config with several settings changed at once: some are right only together."""
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        section, _, rest = name.partition(".")
+        sections.setdefault(section, {})[rest] = value
+    changed = {}
+    for section, settings in sections.items():
+        changed[section] = getattr(config, section)
+        for name, value in settings.items():
+            changed[section] = with_setting(changed[section], name, value)
+    return dataclasses.replace(config, **changed)
+
+
+def _value(config: Any, name: str) -> Any:
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config

@@ -1,0 +1,73 @@
+"""Settings that fit: found from what a device has, and right for a run."""
+
+import pytest
+
+from memjax import train
+from memjax.config.load import load
+from memjax.config.run import RunConfig
+from memjax.training.plan.memory import plan
+from memjax.training.plan.report import describe_fit
+from memjax.training.plan.search import USABLE, search
+
+SETTINGS = ["--model.dtype", "bfloat16", "--model.memory.table_dtype", "bfloat16", "--data.batch_size", "64"]
+CONFIG = load(RunConfig, None, SETTINGS)
+NEEDED = plan(CONFIG, data_axis=1).total
+
+
+def test_a_run_that_fits_as_it_is_is_not_changed():
+    found = search(CONFIG, device_bytes=2 * NEEDED, devices=1)
+    assert found is not None
+    assert found.changes == {}
+    assert found.config.mesh.data == 1
+    assert found.plan.total == NEEDED
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.2])
+def test_what_is_found_fits_and_is_a_config_that_needs_what_was_said(share):
+    device_bytes = int(share * NEEDED)
+    found = search(CONFIG, device_bytes=device_bytes, devices=1)
+    assert found is not None
+    assert found.plan.total <= USABLE * device_bytes
+    words = [word for name, value in found.changes.items() for word in (f"--{name}", str(value))]
+    again = load(RunConfig, None, [*SETTINGS, *words])
+    assert plan(again, data_axis=1).total == found.plan.total
+    if found.config.data.batch_size == 64 and found.config.train.grad_accum_steps > 1:
+        larger = [*words, "--train.grad_accum_steps", str(found.config.train.grad_accum_steps // 2)]
+        assert plan(load(RunConfig, None, [*SETTINGS, *larger]), data_axis=1).total > USABLE * device_bytes
+
+
+def test_a_table_that_is_too_large_for_a_device_is_shared():
+    config = load(RunConfig, None, [*SETTINGS, "--model.memory.num_keys", "1024", "--model.memory.value_dim", "512"])
+    table = 1024**2 * 512 * 2
+    found = search(config, device_bytes=table, devices=2)
+    assert found is not None
+    assert found.changes["mesh.memory"] == 2
+    assert found.config.mesh.data == 1
+
+
+def test_where_nothing_fits_that_is_said():
+    assert search(CONFIG, device_bytes=1_000_000, devices=2) is None
+    assert describe_fit(CONFIG, None, 1_000_000, 2).startswith("nothing fits on 2 x 1.00 MB")
+    assert train.main(["--dry_run", "--device_gb", "0.001"]) == 7
+
+
+def test_the_command_prints_the_settings_and_the_time(capsys):
+    assert train.main(["--dry_run", *SETTINGS, "--device_gb", str(0.6 * NEEDED / 1e9)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("fits on 1 x ")
+    assert "--train.grad_accum_steps" in out or "--train.remat" in out
+    assert "days for 750 steps on 1 x NVIDIA H100" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--device_gb", "many"], "device_gb=many must be the memory of a device in GB"),
+        (["--device_gb", "0"], "device_gb=0 must be"),
+        (["--devices", "8"], "device_gb= must be"),
+        (["--device_gb", "80", "--devices", "0"], "devices=0 must be a whole number"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(words, problem, capsys):
+    assert train.main(["--dry_run", *words]) == 2
+    assert problem in capsys.readouterr().err
