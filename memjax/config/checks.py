@@ -63,19 +63,18 @@ def one_of(known: Sequence[str], **fields: Any) -> list[str | None]:
 
 
 def words(config: Any) -> list[str | None]:
-    """Fields of a config's dataclass that take a few words only must have one of them."""
-    return [
-        problem
-        for name, known in _known_words(type(config)).items()
-        for problem in one_of(known, **{name: getattr(config, name)})
-    ]
+    """Fields of a config's dataclass that take a few words, or true and false, must have one of these."""
+    problems: list[str | None] = []
+    for name, kind in _types(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(kind) is Literal:
+            problems += one_of(get_args(kind), **{name: value})
+        elif kind is bool and not isinstance(value, bool):
+            problems.append(f"{name}={value!r} must be true or false")
+    return problems
 
 
-@functools.cache
-def _known_words(config: type) -> dict[str, tuple[str, ...]]:
-    """The words of the fields whose type is a Literal."""
-    types = get_type_hints(config).items()
-    return {name: get_args(kind) for name, kind in types if get_origin(kind) is Literal}
+_types = functools.cache(get_type_hints)
 
 
 def decays(**fields: float) -> list[str | None]:

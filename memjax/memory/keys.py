@@ -90,12 +90,13 @@ class ProductKeys(nnx.Module):
 
 
 def check_width(layer: str, x: Float[Array, "*b width"], dim: int) -> None:
-    """Refuses activations of another width than the layer's.
+    """Refuses activations of another width than the layer's, and those that are no floating-point numbers.
 
     Raises:
         ValueError: it is so.
     """
     require(layer, x.ndim >= 1 and x.shape[-1] == dim, f"x must be [..., {dim}]", x=x)
+    require(layer, jnp.issubdtype(x.dtype, jnp.floating), "x must be floating-point numbers", x=x)
 
 
 def unit_length(vectors: Float[Array, "*b d"]) -> Float[Array, "*b d"]:

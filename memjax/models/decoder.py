@@ -19,6 +19,7 @@ from memjax.models.moe import Routing
 from memjax.models.norm import RMSNorm
 from memjax.models.remat import Remat, rematerialised
 from memjax.ops.precision import accumulator, drawn_wide
+from memjax.ops.shapes import require
 from memjax.sharding.axes import gathered, split_tokens
 from memjax.sharding.rules import named
 
@@ -121,6 +122,10 @@ class Decoder(nnx.Module):
             training: let experts choose their tokens, in models where they do so.
         """
         positions = default_positions(tokens) if positions is None else positions
+        for name, given in (("positions", positions), ("segments", segments), ("real", real)):
+            if given is not None:
+                fits = given.shape == tokens.shape
+                require("Decoder", fits, f"{name} must be as many as the tokens", tokens=tokens, **{name: given})
         x = split_tokens(self._embed(tokens))
         reads: dict[str, tuple[TableRead, ...]] = {}
         routings: dict[str, Routing] = {}

@@ -28,11 +28,12 @@ def describe(array: Any) -> str:
 
 
 def check_table(operation: str, table: Any, indices: Any) -> None:
-    """A table has two axes, and indices are integers with at least one axis, that of the picks.
+    """A table has two axes and floating-point rows; indices are integers with at least one axis, that of the picks.
 
     Raises:
         ValueError: it is not so.
     """
-    require(operation, table.ndim == 2, "table must be [slots, width]", table=table)
+    is_table = table.ndim == 2 and jnp.issubdtype(table.dtype, jnp.floating)
+    require(operation, is_table, "table must be [slots, width] of floating-point numbers", table=table)
     is_indices = jnp.issubdtype(indices.dtype, jnp.integer) and indices.ndim >= 1
     require(operation, is_indices, "indices must be integers [..., picks]", indices=indices)

@@ -44,6 +44,15 @@ def test_activations_of_another_width_are_refused(as_users_call, shape):
             call()
 
 
+@pytest.mark.parametrize("kind", [jnp.int32, bool])
+def test_activations_that_are_no_floats_are_refused(as_users_call, kind):
+    memory, experts, (table, inputs, outputs) = build()
+    x = jnp.ones((8, DIM), kind)
+    for call in (lambda: memory(x, table), lambda: experts(x, inputs, outputs)):
+        with pytest.raises(ValueError, match=rf"x must be floating-point numbers; found x {x.dtype}"):
+            call()
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 16])
 def test_what_belongs_to_another_number_of_tokens_is_refused(as_users_call, tokens):
     memory, experts, (table, inputs, outputs) = build()

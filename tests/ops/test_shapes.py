@@ -44,6 +44,10 @@ MISFITS = {
         lambda: embedding_dot(TABLE, indices(3, 2), jnp.ones((6, 2))),
         r"vectors float32\[6, 2\], table float32\[8, 4\]",
     ),
+    "a table of whole numbers": (
+        lambda: embedding_bag(TABLE.astype(jnp.int32), indices(3, 2), jnp.ones((3, 2))),
+        r"embedding_bag: table must be .* of floating-point numbers; found table int32\[8, 4\]",
+    ),
     "keys without halves": (
         lambda: product_key_search(jnp.ones((3, 2, 4)), jnp.ones((2, 1, 5, 2)), 2),
         r"queries float32\[3, 2, 4\], keys float32\[2, 1, 5, 2\]",

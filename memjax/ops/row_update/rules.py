@@ -1,7 +1,7 @@
 """The optimizers of table rows, as arithmetic on a few rows at a time."""
 
 import dataclasses
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ class RowRule:
         numbers = {"beta1": self.beta1, "beta2": self.beta2, "eps": self.eps, "state_columns": self.state_columns}
         is_float = jnp.issubdtype(self.moment_dtype, jnp.floating)
         checks.refuse(
-            checks.one_of(get_args(Kind), kind=self.kind)
+            checks.words(self)
             + checks.row_rule(**numbers)
             + [None if is_float else f"moment_dtype={self.moment_dtype} must be a type of floating-point numbers"]
         )
