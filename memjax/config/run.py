@@ -91,7 +91,9 @@ def _too_many_picks(config: RunConfig) -> list[str | None]:
 
 def _tensor_axis_problems(model: ModelConfig, tensor: int) -> list[str | None]:
     """Why the dense blocks cannot be split over the tensor axis; empty when they can."""
-    sizes = {"num_heads": model.num_heads, "num_kv_heads": model.kv_heads, "vocab_size": model.vocab_size}
+    sizes = {"num_heads": model.num_heads, "vocab_size": model.vocab_size}
+    if model.num_kv_heads is not None:
+        sizes["num_kv_heads"] = model.num_kv_heads
     if model.layers_of("dense"):
         sizes["ffn_dim"] = model.ffn_dim
     most = math.gcd(tensor, *sizes.values())

@@ -183,6 +183,18 @@ WRONG = {
             "at least 64; the largest that can is mesh.memory=1",
         ],
     ),
+    "a tensor axis that divides nothing": (
+        "model: {num_heads: 3, head_dim: 8, ffn_dim: 98, vocab_size: 2049}\nmesh: {tensor: 4}\n",
+        [],
+        [
+            "config.yaml:2: mesh.tensor=4 must divide model.num_heads=3: each device takes an equal part; set "
+            "model.num_heads=4, or mesh.tensor=1",
+            "config.yaml:2: mesh.tensor=4 must divide model.vocab_size=2049: each device takes an equal part; set "
+            "model.vocab_size=2052, or mesh.tensor=1",
+            "config.yaml:2: mesh.tensor=4 must divide model.ffn_dim=98: each device takes an equal part; set "
+            "model.ffn_dim=100, or mesh.tensor=1",
+        ],
+    ),
     "a layer that does not exist": (
         "model: {num_layers: 1}\n",
         [],

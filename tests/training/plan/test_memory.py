@@ -61,6 +61,23 @@ def test_state_is_counted_by_device_and_exactly():
     assert text.startswith("bytes per device ")
 
 
+def test_the_tensor_axis_halves_what_it_splits_and_nothing_else():
+    # Without biases and norms to speak of, and with little of the memory that is not split.
+    small = "--model.num_layers 3 --model.memory.layers 1 --mesh.dense replicated --mesh.data 2"
+    one, two = (
+        memory_plan.plan(config_of("373m_memory_plus_1m", f"{small} --mesh.tensor {tensor}"), data_axis=2)
+        for tensor in (1, 2)
+    )
+    for name in ("dense parameters", "their optimizer"):
+        assert 0.5 < two.state[name] / one.state[name] < 0.6
+    for name in ("tables", "optimizer of the tables", "read counters"):
+        assert two.state[name] == one.state[name] > 0
+    assert 0.5 < two.temporary["activations, attention"] / one.temporary["activations, attention"] < 0.8
+    assert two.temporary["activations, memory"] == one.temporary["activations, memory"] > 0
+    assert two.temporary["logits"] <= one.temporary["logits"]
+    assert 2 * two.temporary["output matrix's gradient"] == one.temporary["output matrix's gradient"]
+
+
 def test_a_peer_layer_is_counted_with_both_its_tables():
     small = "--model.num_layers 2 --model.peer.layers 1 --model.peer.table_dtype bfloat16"
     config = load(RunConfig, CONFIGS / "134m_peer.yaml", f"{GPU} {small}".split())
