@@ -68,3 +68,19 @@ def test_what_the_readmes_show_is_what_the_command_makes_of_the_results(folder, 
     assert [path.name for path in tmp_path.glob("*.png")] == [path.name for path in folder.glob("*.png")]
     if hasattr(run, "summary"):
         assert f"{run.SUMMARY}\n\n{run.summary(rows)}\n\n<!-- end" in (ROOT / "README.md").read_text()
+
+
+def test_every_folder_of_experiments_is_explained_and_results_are_merged_as_told(tmp_path, monkeypatch):
+    page = (ROOT / "experiments" / "README.md").read_text()
+    folders = {path.name for path in (ROOT / "experiments").iterdir() if path.is_dir() and path.name[0] not in "._"}
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == folders - {"__pycache__"}
+    monkeypatch.setattr(sys, "path", [str(ROOT / "experiments"), *sys.path])
+    monkeypatch.chdir(tmp_path)
+    for machine, runs in (("machine_a", ["both", "a"]), ("machine_b", ["both", "b"])):
+        (tmp_path / machine).mkdir()
+        rows = [{"name": name, "of": machine} for name in runs]
+        (tmp_path / machine / "full.json").write_text(json.dumps({"runs": rows}))
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    exec(code, {})
+    merged = json.loads((tmp_path / "experiments/001_fact_capacity/results/full.json").read_text())["runs"]
+    assert {row["name"]: row["of"] for row in merged} == {"both": "machine_a", "a": "machine_a", "b": "machine_b"}
