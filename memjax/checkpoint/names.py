@@ -23,7 +23,10 @@ RENAMED = {"peer": "expert_lookup"}
 
 def as_stored(flat: Mapping[str, Any], stored: Collection[str]) -> dict[str, Any]:
     """The leaves by the names that a step has for them, which may be those of an earlier version."""
-    before = lambda name: "/".join(RENAMED.get(part, part) for part in name.split("/"))
+
+    def before(name: str) -> str:
+        return "/".join(RENAMED.get(part, part) for part in name.split("/"))
+
     return {before(name) if name not in stored and before(name) in stored else name: flat[name] for name in flat}
 
 

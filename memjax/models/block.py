@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -89,8 +90,9 @@ class Block(nnx.Module):
         training: bool = False,
     ) -> tuple[Float[Array, "b s dim"], BlockAux]:
         """The block's output, its reads of the tables, and its routing."""
-        x, inputs = self.attention_norm(x)
-        x = x + self.attention(inputs, positions, segments)
+        with jax.named_scope("attention"):
+            x, inputs = self.attention_norm(x)
+            x = x + self.attention(inputs, positions, segments)
         return self._mix(x, tables, perturbations, real, training=training)
 
     def with_cache(
@@ -116,11 +118,14 @@ class Block(nnx.Module):
     ) -> tuple[Array, BlockAux]:
         (x, inputs), reads, routing = self.mixer_norm(x), (), None
         if self.feed_forward is not None:
-            x = x + self.feed_forward(inputs)
+            with jax.named_scope("feed_forward"):
+                x = x + self.feed_forward(inputs)
         if self.experts is not None:
-            out, routing = self.experts(inputs, real, training=training)
-            x = x + out
+            with jax.named_scope("experts"):
+                out, routing = self.experts(inputs, real, training=training)
+                x = x + out
         if self.lookup is not None:
-            out, reads = self.lookup.with_reads(inputs, *tables, perturbations=perturbations)
-            x = x + out
+            with jax.named_scope(self.lookup_kind or "lookup"):
+                out, reads = self.lookup.with_reads(inputs, *tables, perturbations=perturbations)
+                x = x + out
         return x, BlockAux(reads, routing)

@@ -137,7 +137,8 @@ class Decoder(nnx.Module):
         for layer, block in enumerate(self.blocks):
             name = layer_name(layer)
             own = (perturbations or {}).get(name)
-            x, aux = run(block, x, positions, segments, self._tables(layer), own, real)
+            with jax.named_scope(name):  # for profilers
+                x, aux = run(block, x, positions, segments, self._tables(layer), own, real)
             x = split_tokens(x)
             if aux.reads:
                 reads[name] = aux.reads
@@ -179,7 +180,8 @@ class Decoder(nnx.Module):
             positions += lengths[:, None]
         x, blocks = self._embed(tokens), []
         for layer, block in enumerate(self.blocks):
-            x, kept = block.with_cache(x, positions, cache and cache.blocks[layer], self._tables(layer))
+            with jax.named_scope(layer_name(layer)):
+                x, kept = block.with_cache(x, positions, cache and cache.blocks[layer], self._tables(layer))
             blocks.append(kept)
         return self.norm(x).normed, Cache(tuple(blocks), lengths + tokens.shape[1])
 

@@ -57,7 +57,7 @@ def test_a_decay_takes_no_more_than_the_warm_up_leaves():
     assert of(warmup_steps=10, decay_steps=0.2).decay_of(40) == 8
     assert of(warmup_steps=10, decay_steps=50).decay_of(40) == 30
     assert of(warmup_steps=50, decay_steps=8).decay_of(40) == 0
-    assert float(make_schedule(of(warmup_steps=0, decay_steps=0), 4)(3)) == 1.0
+    assert make_schedule(of(warmup_steps=0, decay_steps=0), 4)(3) == 1.0
     with pytest.raises(ValueError, match=r"decay_steps=1\.5 must be a whole number of steps"):
         of(decay_steps=1.5)
 

@@ -124,6 +124,7 @@ def test_a_dense_block_sums_activations_over_tensor_and_gathers_no_weights(tiny)
 
     with jax.set_mesh(mesh):
         text = jax.jit(jax.grad(loss)).lower(params, jax.ShapeDtypeStruct((16, 8), jnp.int32)).compile().as_text()
+    assert text is not None
     found = re.findall(
         r"= (.*?) (all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute)(?:-start)?\(", text
     )
