@@ -30,7 +30,8 @@ def test_the_page_has_the_table_of_the_results_and_all_of_them_pass(script):
     assert page.split(script.BEGIN)[1].split(script.END)[0] == script.report(document)
     assert all(check["figure"] <= check["bound"] for check in document["checks"])
     assert {check["area"] for check in document["checks"]} == {
-        "layers", "optimizers", "tokenizers", "generation", "models in", "models out", "memory in torch"
+        "layers", "optimizers", "training", "tokenizers", "generation", "models in", "models out", "evaluation",
+        "memory in torch", "public sets",
     }  # fmt: skip
 
 
