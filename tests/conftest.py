@@ -6,14 +6,20 @@ import os
 import pathlib
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 # Compilation takes most of the suite's time, so XLA leaves out what only makes programs faster; runs that tests start
 # as processes of their own inherit it. Before JAX is imported.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# No test depends on what another run of the suite has compiled.
+# What one worker, module or process of a test has compiled need not be compiled again, but no test depends on what
+# another run of the suite has compiled: the folder lives as long as the process that began the suite.
 os.environ.setdefault("MEMJAX_COMPILE_CACHE", "off")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="memjax-tests-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Threads of XLA: devices that wait for each other hold one each, and others must be left.
 os.environ.setdefault("NPROC", "32")
 

@@ -170,6 +170,7 @@ def test_prompts_are_asked_for_at_a_terminal(biographies, capsys, monkeypatch):
     assert second == first + "\n> "
 
 
+@pytest.mark.slow
 def test_two_devices_write_what_one_writes(biographies, capsys):
     printed = []
     for count in ("1", "2"):

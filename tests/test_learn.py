@@ -78,6 +78,7 @@ def test_wrong_command_lines_are_refused(run, facts, command, words, code, probl
     assert problem in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_damaged_counts_are_counted_again(run, facts, tmp_path, capsys):
     settings = ["--rows", "8", "--epochs", "1", "--replay", "0", "--held_out_questions", "1"]
     assert learn.main([run, facts, "--out", str(tmp_path / "one"), *settings]) == 0

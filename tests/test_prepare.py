@@ -48,6 +48,7 @@ def test_ctrl_c_ends_it_with_130(mixture, monkeypatch, capsys):
     assert "the same command begins the unfinished part again" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mixture_reads_what_was_prepared_and_tells_each_part(mixture, tmp_path, monkeypatch, capsys):
     arguments = [*MODEL.split(), *mixture, "--data.malformed", "skip"]
     assert prepare.main(arguments) == 0

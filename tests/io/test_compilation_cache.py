@@ -69,6 +69,7 @@ def test_one_variable_turns_it_off(tmp_path, env):
 
 def test_a_folder_that_cannot_be_made_turns_it_off(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("MEMJAX_COMPILE_CACHE")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")  # of the suite
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert compilation_cache.enable() is None

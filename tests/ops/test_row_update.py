@@ -21,6 +21,17 @@ every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS
 XLA_FORMS = [(name, None) for name in IMPLEMENTATIONS[1:]] + [("xla", chunk) for chunk in (1, 5, 8, 99)]
 TRITON_FORMS = [("triton", None), ("triton", 4)]
 every_form = pytest.mark.parametrize(("implementation", "chunk"), TRITON_FORMS + XLA_FORMS)
+# The interpreter takes seconds for several chunks: one rule shows them in the quick tests, the others in the slow ones.
+every_form_and_rule = pytest.mark.parametrize(
+    ("implementation", "chunk", "kind"),
+    [
+        pytest.param(
+            *form, kind, marks=[pytest.mark.slow] if form == TRITON_FORMS[1] and kind != "rowwise_adam" else []
+        )
+        for form in TRITON_FORMS + XLA_FORMS
+        for kind in ("rowwise_adam", "rowwise_adagrad", "adam", "sgd")
+    ],
+)
 every_xla_form = pytest.mark.parametrize(("implementation", "chunk"), XLA_FORMS)
 every_triton_form = pytest.mark.parametrize(("implementation", "chunk"), TRITON_FORMS)
 # Triton's interpreter takes a third of a second for what others do in a millisecond.
@@ -137,7 +148,8 @@ def test_steps_equal_a_loop_over_picks_and_rows(implementation, chunk, kind, see
 
 
 @pytest.mark.parametrize(
-    ("implementation", "chunk", "kind"), [*(("triton", None, kind) for kind in RULES), ("triton", 4, "rowwise_adam")]
+    ("implementation", "chunk", "kind"),
+    [*(("triton", None, kind) for kind in RULES), pytest.param("triton", 4, "rowwise_adam", marks=pytest.mark.slow)],
 )
 @few_examples
 @given(seed=seeds, picks_of=st.sampled_from(["any rows", "one row", "few rows"]))
@@ -214,15 +226,16 @@ def test_column_shards_get_the_bits_of_the_whole(implementation, chunk, seed):
     check_column_shards_get_the_bits_of_the_whole(implementation, chunk, seed)
 
 
-@every_triton_form
+@pytest.mark.parametrize(
+    ("implementation", "chunk"), [TRITON_FORMS[0], pytest.param(*TRITON_FORMS[1], marks=pytest.mark.slow)]
+)
 @few_examples
 @given(seed=seeds)
 def test_column_shards_get_the_bits_of_the_whole_in_triton(implementation, chunk, seed):
     check_column_shards_get_the_bits_of_the_whole(implementation, chunk, seed)
 
 
-@every_form
-@pytest.mark.parametrize("kind", RULES)
+@every_form_and_rule
 def test_nothing_is_written_when_not_ok(implementation, chunk, kind):
     rule = RULES[kind] if kind != "adam" else RowRule(kind="adam", moment_dtype=jnp.bfloat16)
     rng = np.random.default_rng(0)
@@ -273,7 +286,7 @@ def test_picks_of_padding_touch_no_row_and_no_state(implementation, chunk, kind)
 
 @every_implementation
 def test_rounding_is_reproducible_and_unbiased(implementation):
-    rows, rule = 96, RowRule(kind="sgd")
+    rows, rule = 48, RowRule(kind="sgd")
     table = jnp.ones((rows, 32), jnp.bfloat16)
     gradient = RowGradient(jnp.arange(rows)[:, None], jnp.ones((rows, 1)), jnp.ones((rows, 32)))
 

@@ -221,7 +221,8 @@ def test_links_in_the_folder_lead_no_write_outside(started, tmp_path):
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused_and_another_is_made_for_other_settings(tiny_config, tmp_path):
     def tokenizer(vocab_size: int, *settings: str) -> Tokenizer:
-        config = tiny_config(f"--run.dir {tmp_path} --model.vocab_size {vocab_size}", *settings)
+        few = "--data.biographies.num_people 20"
+        config = tiny_config(f"--run.dir {tmp_path} --model.vocab_size {vocab_size} {few}", *settings)
         return RunFolder.of(config).tokenizer(config)
 
     bpe = "--data.tokenizer.kind bpe"

@@ -27,7 +27,10 @@ def trained(tiny, float64):
     return run
 
 
-@pytest.mark.parametrize(("settings", "mesh_shape"), [("", (1, 2)), ("--train.remat block", (2, 4))], ids=["2", "8"])
+@pytest.mark.parametrize(
+    ("settings", "mesh_shape"),
+    [pytest.param("", (1, 2), marks=pytest.mark.slow, id="2"), pytest.param("--train.remat block", (2, 4), id="8")],
+)
 def test_on_a_mesh_and_with_blocks_computed_again_a_run_is_that_of_one_device(trained, settings, mesh_shape):
     split, alone = trained(settings, mesh_shape), trained()
     assert any(leaf.ndim == 3 for leaf in jax.tree.leaves(alone.after.params))
