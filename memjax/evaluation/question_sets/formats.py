@@ -1,4 +1,7 @@
-"""Sets of questions in files of JSON lines: what is asked in them, and how it is put to a language model."""
+"""Sets of questions in files of JSON lines: what is asked in them, and how it is put to a language model.
+
+What lm-eval's tasks lack: closed-book answers by relation from files as they are published, and programs in a sandbox.
+"""
 
 import dataclasses
 import json

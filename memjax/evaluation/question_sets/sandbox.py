@@ -1,5 +1,7 @@
 """Runs programs that a model wrote, in processes with limits.
 
+Written by hand: lm-eval's tasks for programs need a metric from the network, which says itself that it is no sandbox.
+
 Limited: CPU time, elapsed time, memory, the size of each file, open files, core dumps, further processes. The program
 starts in an empty folder that is removed, without input and without this process's environment. Where the kernel
 allows it (as root, or with user namespaces), it also has no network, sees no other process, reads the file systems

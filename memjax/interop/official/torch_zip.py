@@ -4,6 +4,10 @@ Such a file is a zip archive: `<name>/data.pkl` describes a tree of tensors, `<n
 description is a pickle, a program for a small machine that can call anything. Here its instructions are walked one by
 one and those that build a state dict are carried out on plain values: names stay names, nothing is imported, looked up
 or called. Whatever else a pickle can say is refused by its name.
+
+A `pickle.Unpickler` whose `find_class` knows these names alone would call nothing else either, but a few bytes could
+still exhaust it: the number of a memo entry makes it allocate gigabytes, and the hash of nested tuples as the key of a
+dict never ends.
 """
 
 import functools
