@@ -6,7 +6,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer, ComposerError
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import Node, ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
@@ -60,11 +60,20 @@ def dump(tree: dict[str, Any]) -> str:
     return stream.getvalue()
 
 
+_READER = YAML(typ="safe", pure=True).constructor
+_CONSTRUCTORS = {
+    "tag:yaml.org,2002:null": _READER.construct_yaml_null,
+    "tag:yaml.org,2002:bool": _READER.construct_yaml_bool,
+    "tag:yaml.org,2002:int": _READER.construct_yaml_int,
+    "tag:yaml.org,2002:float": _READER.construct_yaml_float,
+}
+
+
 def scalar(node: ScalarNode) -> Any:
     """The value of a word: null, true, false or a finite number; anything else, dates included, is text."""
     try:
-        value = YAML(typ="safe", pure=True).constructor.construct_object(node)
-    except (ValueError, YAMLError):  # underscores without digits, more digits than Python reads; `<<` and `=`
+        value = _CONSTRUCTORS[node.tag](node)
+    except (KeyError, ValueError):  # ValueError: underscores without digits, more digits than Python reads
         return node.value
     # What overflows stays text, so that the validation refuses it with its name.
     fits = math.isfinite(value) if isinstance(value, float) else isinstance(value, int) and abs(value) < 10**40
