@@ -41,16 +41,10 @@ def documents(tiny, steps):
     return found
 
 
-def permuted(batch):
-    """The same rows in another order."""
-    order = np.random.default_rng(5).permutation(len(batch["tokens"]))
-    return {name: rows[order] for name, rows in batch.items()}
-
-
 def trained(tiny, runs, optimizer, settings=SIZES):
     """Of each list of batches what training on it makes of one and the same beginning: (losses, state)."""
     length = runs[0][0]["tokens"].shape[1]
-    own = f"--data.sequence_length {length} --optim.table.optimizer {optimizer} --optim.table.lr 0.05"
+    own = f"--data.sequence_length {length} --optim.table.optimizer {optimizer} --optim.lr 1e-3 --optim.table.lr 1e-3"
     config = tiny.config(settings, own, "--data.batch_size 8", wide=True)
     mesh, program, found = tiny.mesh(1, 1), tiny.program_of(config), []
     with jax.set_mesh(mesh):
@@ -78,17 +72,16 @@ def differences(one, other):
 def test_rows_that_end_in_more_padding_train_the_same_tables_and_states(tiny, optimizer):
     """To rounding: sums over 48 tokens are formed in another order than sums over 24.
 
-    Rounding errors grow with the steps, so after 60 of them the difference is compared with what the order of the rows
-    in a batch, which is of no meaning either, makes of the same training.
+    Rounding errors grow with steps and rates: at rates fifty times as high to 1e-10 in tables, and as much where only the
+    order of the rows in a batch is another.
     """
     batches = documents(tiny, 60)
-    few, many, reordered = trained(tiny, [batches[:6], batches, [permuted(batch) for batch in batches]], optimizer)
-    padded = [longer(batch, LONG, token=7) for batch in batches]
-    few_padded, many_padded = trained(tiny, [padded[:6], padded], optimizer)
-    assert max(differences(few, few_padded).values()) < 1e-12
-    padding, order = differences(many, many_padded), differences(many, reordered)
-    assert all(padding[name] <= 10 * order[name] + 1e-12 for name in padding), (padding, order)
-    assert np.abs(few[1].tables["shared"] - many[1].tables["shared"]).max() > 1e-3
+    (short,) = trained(tiny, [batches], optimizer)
+    first, long = trained(
+        tiny, [[longer(batch, LONG, token=7) for batch in some] for some in (batches[:1], batches)], optimizer
+    )
+    assert max(differences(short, long).values()) < 1e-12
+    assert np.abs(first[1].tables["shared"] - long[1].tables["shared"]).max() > 1e-6
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "rowwise_adam"])
