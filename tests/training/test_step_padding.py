@@ -72,8 +72,8 @@ def differences(one, other):
 def test_rows_that_end_in_more_padding_train_the_same_tables_and_states(tiny, optimizer):
     """To rounding: sums over 48 tokens are formed in another order than sums over 24.
 
-    Rounding errors grow with steps and rates: at rates fifty times as high to 1e-10 in tables, and as much where only the
-    order of the rows in a batch is another.
+    Rounding errors grow with steps and rates: at rates fifty times as high to 1e-10 in tables, and as much where only
+    the order of the rows in a batch is another.
     """
     batches = documents(tiny, 60)
     (short,) = trained(tiny, [batches], optimizer)
