@@ -242,4 +242,4 @@ def test_what_belongs_to_other_tokens_is_refused(as_users_call, name, shape):
     given: dict[str, Any] = {name: jnp.ones(shape, bool if name == "real" else jnp.int32)}
     sizes = ", ".join(map(str, shape))
     with pytest.raises(ValueError, match=rf"{name} must be as many as the tokens; found .*{name} \w+\[{sizes}\]"):
-        build("own tables").hidden(TOKENS, **given)
+        build("own tables").hidden(jnp.asarray(TOKENS), **given)
