@@ -139,7 +139,7 @@ def unfold(tokens: Float[Array, "t d"], x: Float[Array, "*b dim"]) -> Float[Arra
     return jax.sharding.reshard(unfolded, P(*jax.typeof(x).sharding.spec[:-1]))
 
 
-def over_mesh(function, in_specs, out_specs):
+def over_mesh(function: Callable, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """shard_map over the ambient mesh. Collectives' results are not checked for their types: kernels carry none.
 
     Under an Auto mesh `tensor` stays automatic. Nothing is split over it inside: devices of a tensor group do the same
