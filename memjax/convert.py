@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from memjax.config.checks import local_paths, positive, refuse
 from memjax.config.help import Positional, help_text
-from memjax.config.load import RUN_FOLDER, parse
+from memjax.config.load import COMPLETE, RUN_FOLDER, parse
 from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig
 from memjax.errors import ConfigError
@@ -236,6 +236,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             positional=command.positional,
         )
         return exit_code(lambda: command.run(str(parsed.positional), parsed.config))
+    if name == COMPLETE:
+        print("\n".join(COMMANDS))
+        return 0
     if name in ("-h", "--help"):
         print(whole_help())
         return 0

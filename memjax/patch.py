@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from memjax.config.checks import local_paths, positive, refuse
 from memjax.config.help import Positional, help_text
-from memjax.config.load import parse
+from memjax.config.load import COMPLETE, parse
 from memjax.errors import ConfigError
 from memjax.io.ctrl_c import run_command
 from memjax.runs.command import CheckpointSettings, exit_code
@@ -246,6 +246,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             examples=[f"{PROG} {command.example}"],
         )
         return exit_code(lambda: _run(name, command, parsed.positionals, parsed.config))
+    if name == COMPLETE:
+        print("\n".join(COMMANDS))
+        return 0
     if name in ("-h", "--help"):
         print(whole_help())
         return 0

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from memjax.config.load import Parsed, parse, take
 from memjax.config.run import RunConfig
-from memjax.errors import ConfigError
-from memjax.io.console import say
+from memjax.errors import ConfigError, DataError
+from memjax.io.console import say, warn
 from memjax.io.paths import local_path
 from memjax.runs.command import exit_code
 
@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     from memjax.training import sweep
 
-    specifications, rest = take(argv, "--grid")
-    asked, rest = take(rest, "--jobs")
+    specifications, rest = take(argv, "grid")
+    asked, rest = take(rest, "jobs")
     parsed: Parsed[RunConfig] = parse(
         RunConfig,
         rest,
@@ -75,15 +75,20 @@ def _jobs(asked: Sequence[str]) -> int:
 
 
 def _compare(folder: pathlib.Path, runs: Sequence[pathlib.Path]) -> None:
-    begun = [run for run in runs if (run / "metrics.jsonl").exists()]
-    if begun:
-        from memjax.monitoring import comparison
+    """Prints what the runs have reached; what goes wrong here changes nothing of how the sweep ended."""
+    from memjax.monitoring import comparison
+    from memjax.monitoring.metrics import read_metrics
 
+    try:
+        if not (begun := [run for run in runs if read_metrics(run / "metrics.jsonl")]):
+            return
         found = comparison.read_runs(begun)
         out = folder / "comparison.png"
         comparison.draw(found, out)
         say("\n" + comparison.format_table(comparison.summary_table(found)))
         say(f"written to {out}")
+    except (DataError, OSError) as error:
+        warn(f"the runs are not compared: {error}")
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None, *, hooks: Sequence["Periodic"] = ())
         processes of the run, 7 out of memory, 75 stopped by a signal, saved, 130 interrupted before there was anything
         to save.
     """
-    device_gb, words = take(sys.argv[1:] if argv is None else argv, "--device_gb")
-    devices, words = take(words, "--devices")
+    device_gb, words = take(sys.argv[1:] if argv is None else argv, "device_gb")
+    devices, words = take(words, "devices")
     arguments: Parsed[RunConfig] = parse(
         RunConfig,
         words,
@@ -53,18 +53,19 @@ def main(argv: Sequence[str] | None = None, *, hooks: Sequence["Periodic"] = ())
     from memjax.training.main import dry_run, train
 
     compilation_cache.enable(arguments.config.run.compile_cache)
-    if "dry_run" in arguments.flags:
-        return exit_code(lambda: dry_run(arguments.config, fit_to=_devices(device_gb, devices)))
+    if "dry_run" in arguments.flags or device_gb or devices:
+        planned = lambda: _devices(device_gb, devices, is_dry="dry_run" in arguments.flags)
+        return exit_code(lambda: dry_run(arguments.config, fit_to=planned()))
     allow_changed = "allow_changed" in arguments.flags
     run = lambda: exit_code(lambda: train(arguments.config, allow_changed=allow_changed, hooks=hooks))
     return exit_code(lambda: run_together(arguments.config.processes, run))
 
 
-def _devices(device_gb: Sequence[str], devices: Sequence[str]) -> tuple[int, int] | None:
+def _devices(device_gb: Sequence[str], devices: Sequence[str], *, is_dry: bool) -> tuple[int, int] | None:
     """Bytes of a device, and how many there are; None where nothing was said of them.
 
     Raises:
-        ConfigError: these are no such numbers.
+        ConfigError: these are no such numbers, or it is no dry run.
     """
     from memjax.errors import ConfigError
 
@@ -72,6 +73,8 @@ def _devices(device_gb: Sequence[str], devices: Sequence[str]) -> tuple[int, int
         return None
     size, count = (device_gb or [""])[-1], (devices or ["1"])[-1]
     problems = []
+    if not is_dry:
+        problems.append(f"device_gb={size} is for planning; add --dry_run, or leave it out to train")
     if not re.fullmatch(r"0*[1-9]\d*(\.\d+)?|0*\.0*[1-9]\d*", size):
         problems.append(f"device_gb={size} must be the memory of a device in GB, such as 80")
     if not re.fullmatch(r"0*[1-9]\d*", count):

@@ -40,9 +40,11 @@ def test_bash_completes_commands_and_their_settings(tmp_path, capsys):
     ask = """
 COMP_WORDS=(memjax gen); COMP_CWORD=1; _memjax; echo ${COMPREPLY[@]}
 COMP_WORDS=(memjax plot --smo); COMP_CWORD=2; _memjax; echo ${COMPREPLY[@]}
+COMP_WORDS=(memjax patch me); COMP_CWORD=2; _memjax; echo ${COMPREPLY[@]}
+COMP_WORDS=(memjax patch merge --conf); COMP_CWORD=3; _memjax; echo ${COMPREPLY[@]}
 """
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     found = subprocess.run(
         ["bash", "-c", capsys.readouterr().out + ask], env=environment, capture_output=True, text=True, check=True
     )
-    assert found.stdout.split() == ["generate", "--smoothing"]
+    assert found.stdout.split() == ["generate", "--smoothing", "merge", "--conflicts"]

@@ -173,16 +173,20 @@ def _end(prog: str, problems: Sequence[str]) -> NoReturn:
 
 
 def take(words: Sequence[str], option: str) -> tuple[list[str], list[str]]:
-    """The values of an option that is no setting, as often as it is given, and the other words of a command line."""
+    """The values of an option that is no setting, as often as it is given, and the other words of a command line.
+
+    An option without a value has the empty one.
+    """
     values, rest, queue = [], [], list(words)
     while queue:
         word = queue.pop(0)
-        if word.startswith(f"{option}="):
-            values.append(word.partition("=")[2])
-        elif word == option:
-            values.append(queue.pop(0) if queue else "")
-        else:
+        name, equals, value = word.partition("=")
+        if name.replace("-", "_") != f"__{option}":
             rest.append(word)
+            continue
+        if not equals:
+            value = queue.pop(0) if queue and not queue[0].startswith("--") else ""
+        values.append(value)
     return values, rest
 
 
@@ -226,8 +230,13 @@ class _Sources:
 
     def config(self, path: Path) -> dict[str, Any]:
         """The tree of a config's file, or of a run's folder, whatever the place that the run began in."""
-        if not path.is_dir():
-            return self.read(path if path.exists() else presets.find(path) or path, "command line")
+        try:
+            path = local_path(str(path), "config")
+        except ValueError as error:
+            self.problems.append(f"command line: {error}")
+            return {}
+        if not path.is_dir() or (not (path / "config.yaml").exists() and presets.find(path)):
+            return self.read(path if path.is_file() else presets.find(path) or path, "command line")
         file = path / "config.yaml"
         if not file.exists():
             is_part = path.name == "checkpoints" and (path.parent / "config.yaml").exists()

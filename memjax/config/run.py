@@ -68,6 +68,11 @@ class RunConfig:
                 "optim.freeze_dense=True leaves nothing to train without model.memory; give the model memory layers, "
                 "or train the dense part"
             )
+        if self.eval.recall_every and self.data.source != "biographies":
+            problems.append(
+                f"eval.recall_every={self.eval.recall_every} asks for facts of data.source=biographies, and the source "
+                f"is {self.data.source}; leave it out"
+            )
         problems += _too_many_picks(self)
         for width in sorted({table.width for table in self.model.tables.values()}):
             problems += memory_axis_problems(width, self.mesh.memory, self.optim.table)

@@ -2,45 +2,67 @@
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memjax.config.load import load as load_config
 from memjax.config.run import RunConfig
 from memjax.config.schema import show
+from memjax.errors import ConfigError
 from memjax.io import compilation_cache
 from memjax.runs.load import LoadedModel, load
+from memjax.sharding.processes import find
+from memjax.training.hook import Periodic
+from memjax.training.interrupt import RaisedInterrupt, catch_interrupts
 from memjax.training.main import train
 
+_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _EARLY_ENDS = {5: "a loss or gradient was not a number", 7: "a device has too little memory", 75: "a signal stopped it"}
 
 
 def fit(
-    config: RunConfig | str | os.PathLike[str] | None = None, settings: Mapping[str, Any] | None = None
+    config: RunConfig | str | os.PathLike[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    allow_changed: bool = False,
+    hooks: Sequence[Periodic] = (),
 ) -> LoadedModel:
     """Trains a run to its last step, or continues it, and returns its model.
+
+    A signal, as Ctrl-C, saves after the step under way; before there is anything to save it raises KeyboardInterrupt.
 
     Args:
         config: the settings, or what they are read from: a YAML file, a preset's name, or the folder of a run. None is
             the quick start.
         settings: values by dotted name that replace these, such as {"train.steps": 100, "model.memory": None}.
+        allow_changed: whether a run goes on although its settings have changed.
+        hooks: what the run does besides what its settings ask for.
 
     Raises:
         ConfigError, DataError, CheckpointError: what their names say; see `python -m memjax.train`.
         RuntimeError: the run ended before its last step; the message says why, and what is saved stays.
     """
-    words = [
-        word
-        for name, value in (settings or {}).items()
-        for word in (f"--{name}", value if isinstance(value, str) else show(value))
-    ]
+    words = [f"--{name}={value if isinstance(value, str) else show(value)}" for name, value in (settings or {}).items()]
     if isinstance(config, RunConfig):
         if words:
             raise ValueError("settings replace those of a file, a preset or a run; of a RunConfig, change the object")
     else:
         config = load_config(RunConfig, pathlib.Path(config) if config is not None else None, words)
+    _check(config)
     compilation_cache.enable(config.run.compile_cache)
-    code = train(config)
+    with catch_interrupts(kind=RaisedInterrupt):
+        code = train(config, allow_changed=allow_changed, hooks=hooks)
     if code:
         raise RuntimeError(f"{config.run.dir}: the run ended early: {_EARLY_ENDS[code]}")
     return load(config.run.dir)
+
+
+def _check(config: RunConfig) -> None:
+    """Refuses settings that only a program of its own can follow, because they come before JAX starts."""
+    problems = []
+    if config.run.deterministic and _DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
+        problems.append(f"run.deterministic=True must be known before JAX starts: set XLA_FLAGS={_DETERMINISTIC} first")
+    if find(config.processes, os.environ) is not None:
+        problems.append("processes: several processes that train together are started by python -m memjax.train")
+    if problems:
+        raise ConfigError(problems)

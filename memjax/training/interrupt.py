@@ -118,19 +118,31 @@ class Interrupt:
             self._end(signal.Signals(number).name)
 
 
+class RaisedInterrupt(Interrupt):
+    """For functions that others call: what would end the process raises KeyboardInterrupt instead."""
+
+    def _end(self, why: str) -> NoReturn:
+        raise KeyboardInterrupt(why)
+
+    def watch(self, number: int) -> None:
+        """Leaves long calls of libraries alone: only Python's own handler can raise in the main thread."""
+
+
 @contextlib.contextmanager
-def catch_interrupts(*, at_once: bool = True, quiet: bool = False) -> Iterator[Interrupt]:
+def catch_interrupts(
+    *, at_once: bool = True, quiet: bool = False, kind: type[Interrupt] = Interrupt
+) -> Iterator[Interrupt]:
     """Handles the signals while the block runs; outside of the main thread, where Python allows none, nothing changes.
 
     Inside another such block the same `Interrupt` is used. SIGHUP stays ignored under nohup. The arguments are those of
-    `Interrupt`.
+    `Interrupt`; `kind` is what the outermost block makes.
     """
     outer = signal.getsignal(signal.SIGTERM)
     if isinstance(outer, Interrupt):
         outer.set(at_once=at_once, quiet=quiet)
         yield outer
         return
-    interrupt = Interrupt(at_once=at_once, quiet=quiet)
+    interrupt = kind(at_once=at_once, quiet=quiet)
     if threading.current_thread() is not threading.main_thread():
         yield interrupt
         return

@@ -24,6 +24,9 @@ from memjax.training.interrupt import SAVED, SIGNALS
 
 POLL_SECONDS = 0.1
 
+_VALUE = r"(?:\[[^]\[]*\]|\{[^{}]*\}|[^,\[\]{}])+"
+"""One of a list, whose commas inside brackets do not separate."""
+
 MEANINGS = {0: "done", 2: "wrong settings", 3: "unusable data", 4: "files", 5: "not a number", 7: "out of memory"}
 
 
@@ -55,8 +58,9 @@ def parse_grid(specifications: Sequence[str]) -> dict[str, list[str]]:
     problems = []
     for word in specifications:
         setting, equals, text = word.removeprefix("--").partition("=")
-        values = [value.strip() for value in re.findall(r"(?:\[[^]]*\]|\{[^}]*\}|[^,\[{])+", text)]
-        if not (setting and equals and all(values) and values):
+        values = [value.strip() for value in re.findall(_VALUE, text)]
+        is_whole = re.fullmatch(rf"{_VALUE}(,{_VALUE})*", text)
+        if not (setting and equals and all(values) and is_whole):
             problems.append(f"grid={word} must be SETTING=VALUE,VALUE,... such as optim.lr=1e-3,3e-3")
         elif setting in grid:
             problems.append(f"grid={word} gives values for {setting} a second time; put all of them into one --grid")
@@ -83,6 +87,12 @@ def points(grid: Mapping[str, Sequence[str]]) -> list[Point]:
         name = ",".join(f"{short[setting]}={_plain(value)}" for setting, value in pairs.items())
         words = itertools.chain.from_iterable((f"--{setting}", value) for setting, value in pairs.items())
         found.append(Point(name, tuple(words)))
+    counts = collections.Counter(point.name for point in found)
+    numbers: collections.Counter[str] = collections.Counter()
+    for place, point in enumerate(found):
+        if counts[point.name] > 1:  # values that differ only in what no folder's name may hold
+            numbers[point.name] += 1
+            found[place] = dataclasses.replace(point, name=f"{point.name}-{numbers[point.name]}")
     return found
 
 
@@ -119,7 +129,9 @@ class Sweep:
 
     def run(self) -> int:
         """The exit code: 0 when all runs are done, 75 after a signal, else that of the first run that failed."""
-        handlers = {number: signal.signal(number, self._hand_on) for number in SIGNALS}
+        # What is ignored stays so, as SIGHUP under nohup.
+        caught = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        handlers = {number: signal.signal(number, self._hand_on) for number in caught}
         waiting = collections.deque(self.grid)
         try:
             while self.running or (waiting and self.stopped is None):
@@ -151,6 +163,8 @@ class Sweep:
                 start_new_session=True,  # a Ctrl-C comes to the sweep, which hands it on once
             )
         self.running.append(_Started(point, process, time.monotonic(), slot))
+        if self.stopped is not None:  # it came while the process was being started
+            process.send_signal(self.stopped)
         say(f"[{len(self.codes) + len(self.running)}/{len(self.grid)}] {point.name}: started, output in {log}")
 
     def _collect(self) -> None:

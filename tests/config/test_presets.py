@@ -32,6 +32,18 @@ def test_a_file_of_the_same_name_wins(tmp_path, monkeypatch):
     assert parsed("wiki_text.yaml").model.dim == 32
 
 
+def test_a_folder_that_is_no_run_does_not_hide_a_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wiki_text").mkdir()
+    assert parsed("wiki_text").run.dir == "runs/wiki_text"
+
+
+def test_a_home_folder_is_expanded_from_python_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("model: {dim: 256}")
+    assert load(RunConfig, pathlib.Path("~/mine.yaml")).model.dim == 256
+
+
 def test_a_config_elsewhere_may_extend_a_preset_and_its_neighbours_come_first(tmp_path):
     config = tmp_path / "mine.yaml"
     config.write_text("extends: wiki_text.yaml\nmodel: {dim: 256}")

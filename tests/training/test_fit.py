@@ -1,5 +1,8 @@
 """Training as a function: where its settings come from, and how it ends."""
 
+import signal
+from typing import Any
+
 import pytest
 
 import memjax
@@ -14,7 +17,8 @@ def asked(monkeypatch) -> list[RunConfig]:
     """The configs that would be trained; the training ends with the number of its steps."""
     configs = []
 
-    def train(config: RunConfig) -> int:
+    def train(config: RunConfig, **more: Any) -> int:
+        assert more == {"allow_changed": False, "hooks": ()}
         configs.append(config)
         return config.train.steps if config.train.steps in (5, 7, 75) else 0
 
@@ -59,3 +63,23 @@ def test_wrong_settings_are_refused_as_on_the_command_line(asked):
 def test_a_run_that_ends_early_raises(asked, code, why):
     with pytest.raises(RuntimeError, match=rf"runs/quickstart: the run ended early: .*{why}"):
         memjax.fit(None, {"train.steps": code})
+
+
+def test_a_signal_before_there_is_anything_to_save_leaves_the_interpreter_alive(monkeypatch):
+    monkeypatch.setattr(module, "train", lambda config, **_: signal.raise_signal(signal.SIGINT))
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        memjax.fit()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_settings_that_come_before_jax_are_refused(asked, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    with pytest.raises(ConfigError, match=r"run\.deterministic=True must be known before JAX starts"):
+        memjax.fit(None, {"run.deterministic": True})
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+    memjax.fit(None, {"run.deterministic": True})
+    settings = {"processes.count": 2, "processes.index": 0, "processes.coordinator": "localhost:1234"}
+    with pytest.raises(ConfigError, match="several processes that train together"):
+        memjax.fit(None, settings)
+    assert len(asked) == 1

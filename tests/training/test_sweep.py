@@ -53,6 +53,8 @@ def test_settings_that_end_alike_keep_their_whole_names():
         (["optim.lr="], "grid=optim.lr= must be SETTING=VALUE,VALUE"),
         (["optim.lr=1", "optim.lr=2"], "gives values for optim.lr a second time"),
         (["optim.lr=1,1"], "grid=optim.lr=1,1 holds a value twice"),
+        (["model.memory.layers=[1,2,[3]"], "must be SETTING=VALUE"),
+        (["data.path=x{y,z"], "must be SETTING=VALUE"),
         (["run.dir=a,b"], "the sweep names the folders of its runs itself"),
     ],
 )
@@ -76,6 +78,28 @@ def test_the_folder_of_a_run_is_not_that_of_a_sweep(tmp_path, capsys):
     assert "is the folder of a run; name another --run.dir for the sweep" in capsys.readouterr().err
     assert command.main([str(tmp_path), "--grid", "optim.lr=1e-3"]) == 2
     assert "a sweep begins with a YAML file or a preset" in capsys.readouterr().err
+
+
+def test_values_that_a_folder_cannot_hold_apart_get_numbers():
+    assert [point.name for point in sweep.points({"data.path": ["a/b", "a_b", "c"]})] == [
+        "path=a_b-1",
+        "path=a_b-2",
+        "path=c",
+    ]
+
+
+def test_a_comparison_that_cannot_be_made_does_not_hide_how_the_sweep_ended(tmp_path, capsys):
+    for name, rows in (("lr=1", ""), ("lr=2", '{"step": 1, "train/loss": 2.0}\n')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(rows)
+    command._compare(tmp_path, [tmp_path / "lr=1"])
+    assert capsys.readouterr().out == ""
+    command._compare(tmp_path, [tmp_path / "lr=1", tmp_path / "lr=2"])
+    assert "lr=2" in capsys.readouterr().out
+    (tmp_path / "comparison.png").unlink()
+    (tmp_path / "comparison.png").mkdir()
+    command._compare(tmp_path, [tmp_path / "lr=2"])
+    assert "the runs are not compared" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("jobs", ["0", "two", "-1"])

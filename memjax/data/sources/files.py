@@ -87,7 +87,7 @@ def find_files(path: str, source: Literal["jsonl", "text", "files"], field: str)
 
     Args:
         path: a file, a folder or a glob.
-        source: what lines are; Parquet and ArrayRecord are known by their suffix. files goes by the suffix alone.
+        source: what lines are; Parquet, Arrow and ArrayRecord are known by their suffix, with `files` so is the rest.
         field: the config field that names the path, for messages.
 
     Raises:
@@ -97,6 +97,8 @@ def find_files(path: str, source: Literal["jsonl", "text", "files"], field: str)
     if place.is_dir():
         kinds = _FORMATS.values() if source == "files" else (source, *_BINARY)
         below = sorted(file for file in place.rglob("*") if file.is_file() and _suffix_format(file) in kinds)
+        if any(_suffix_format(file) == "arrow" for file in below):  # beside them datasets' save_to_disk puts two files
+            below = [file for file in below if file.name not in ("dataset_info.json", "state.json")]
         if not below:
             raise DataError(
                 f"{path}: the folder holds no file that ends in {_suffixes(kinds)} (.gz, .xz or .zst may follow); "

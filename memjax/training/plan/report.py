@@ -67,5 +67,6 @@ def describe_fit(config: RunConfig, found: Fit | None, device_bytes: int, device
     ]
     if batch != config.data.batch_size:
         more = round(config.train.steps * config.data.batch_size / batch)
-        lines.append(("  note", f"the batch is smaller; the same number of tokens takes --train.steps {more}"))
+        kind = "smaller" if batch < config.data.batch_size else "larger"
+        lines.append(("  note", f"the batch is {kind}; the same number of tokens takes --train.steps {more}"))
     return "\n".join(f"{name:<27} {value}" for name, value in lines)

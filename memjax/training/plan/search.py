@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from memjax.config.run import RunConfig
+from memjax.errors import ConfigError
 from memjax.training.plan.memory import Plan, plan, with_setting
 from memjax.training.program import TrainProgram
 
@@ -33,17 +34,24 @@ def search(config: RunConfig, *, device_bytes: int, devices: int) -> Fit | None:
         config: of the run; types that are `auto` are planned as GPUs have them.
         device_bytes: memory of a device.
         devices: how many there are.
+
+    Raises:
+        ConfigError: the mesh that was asked for cannot be made of so many devices.
     """
+    mesh, fixed = config.mesh, (config.mesh.data or 1) * config.mesh.tensor
+    if devices % fixed:
+        named = f"mesh.data={mesh.data} x mesh.tensor={mesh.tensor}" if mesh.data else f"mesh.tensor={mesh.tensor}"
+        raise ConfigError([f"devices={devices} must be a multiple of {named}; plan for other devices, or change it"])
     return _Search(config, int(USABLE * device_bytes), devices).run()
 
 
 class _Search:
     def __init__(self, config: RunConfig, limit: int, devices: int):
-        self.asked, self.limit, self.devices = config, limit, devices
+        self.asked, self.limit = config, limit
         self.config = _as_on_gpus(config)
         # Shapes do not depend on the mesh or on how a batch is cut, and take long to find.
         self.program = TrainProgram.of(self.config)
-        self.shards = devices // self.config.mesh.tensor
+        self.shards = devices // config.mesh.tensor
         """Of the batch."""
 
     def run(self) -> Fit | None:
@@ -65,28 +73,29 @@ class _Search:
         return None
 
     def _batches(self) -> Iterator[int]:
-        """The batch, or as many sequences as can be shared evenly, halved until there is one for each shard."""
+        """The batch, or the next smaller one that can be shared evenly, halved until there is one for each shard.
+
+        A batch of fewer sequences than there are shards grows to one for each.
+        """
         each = max(1, self.config.data.batch_size // self.shards)
         while each:
             yield each * self.shards
             each //= 2
 
     def _meshes(self) -> Iterator[dict[str, Any]]:
-        """Tables on each device alone, then shared by more and more of them."""
-        memory = 1
-        while memory <= self.shards:
-            if self.shards % memory == 0:
-                yield {"mesh.data": self.shards // memory, "mesh.memory": memory}
-            if not self.config.model.lookups:
-                return
-            memory *= 2
+        """The mesh that was asked for; or tables on each device alone, then shared by more and more of them."""
+        mesh, lookups = self.config.mesh, self.config.model.lookups
+        for memory in _divisors(self.shards) if lookups else [1]:
+            data = self.shards // memory
+            if mesh.data in (None, data):
+                yield {"mesh.data": data, "mesh.memory": memory}
 
     def _largest_micro_batch(self, found: Fit) -> Fit:
-        while (steps := found.config.train.grad_accum_steps) % 2 == 0:
-            larger = self._fits(found.changes | {"train.grad_accum_steps": steps // 2})
-            if larger is None:
+        """The first that fits of ever more micro-batches."""
+        for steps in _divisors(found.config.data.batch_size // self.shards):
+            if larger := self._fits(found.changes | {"train.grad_accum_steps": steps}):
+                found = larger
                 break
-            found = larger
         return dataclasses.replace(found, changes=self._named(found.changes))
 
     def _fits(self, changes: dict[str, Any]) -> Fit | None:
@@ -101,9 +110,14 @@ class _Search:
 
     def _named(self, changes: dict[str, Any]) -> dict[str, Any]:
         """The changes that are some, without those that a run finds by itself."""
-        return {
-            name: value for name, value in changes.items() if name != "mesh.data" and _value(self.asked, name) != value
-        }
+        found = {name: value for name, value in changes.items() if _value(self.asked, name) != value}
+        if self.asked.mesh.data is None:
+            found.pop("mesh.data", None)
+        return found
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def _as_on_gpus(config: RunConfig) -> RunConfig:

@@ -172,6 +172,14 @@ def test_an_arrow_stream_that_was_cut_between_two_batches_is_not_taken_for_whole
         assert "cut off or damaged" in str(last)
 
 
+def test_a_folder_of_hugging_faces_datasets_is_its_arrow_files(tmp_path):
+    write_arrow(tmp_path / "data-00000-of-00001.arrow", pyarrow.ipc.new_stream)
+    for name in ("dataset_info.json", "state.json"):
+        (tmp_path / name).write_text("{}")
+    (file,) = find_files(str(tmp_path), "files", "data.path")
+    assert file.format == "arrow"
+
+
 def test_packed_parquet_is_refused(tmp_path):
     (tmp_path / "a.parquet.gz").touch()
     with pytest.raises(DataError, match="compressed in themselves; unpack it"):

@@ -5,6 +5,7 @@ import pytest
 from memjax import train
 from memjax.config.load import load
 from memjax.config.run import RunConfig
+from memjax.errors import ConfigError
 from memjax.training.plan.memory import plan
 from memjax.training.plan.report import describe_fit
 from memjax.training.plan.search import USABLE, search
@@ -22,18 +23,38 @@ def test_a_run_that_fits_as_it_is_is_not_changed():
     assert found.plan.total == NEEDED
 
 
-@pytest.mark.parametrize("share", [0.9, 0.5, 0.2])
-def test_what_is_found_fits_and_is_a_config_that_needs_what_was_said(share):
+@pytest.mark.parametrize(("batch", "share"), [(64, 0.5), (64, 0.2), (48, 0.4), (3, 0.3), (3, 1.0)])
+def test_what_is_found_fits_with_the_fewest_micro_batches(batch, share):
+    settings = [*SETTINGS, "--data.batch_size", str(batch)]
+    config = load(RunConfig, None, settings)
     device_bytes = int(share * NEEDED)
-    found = search(CONFIG, device_bytes=device_bytes, devices=1)
+    found = search(config, device_bytes=device_bytes, devices=1)
     assert found is not None
     assert found.plan.total <= USABLE * device_bytes
     words = [word for name, value in found.changes.items() for word in (f"--{name}", str(value))]
-    again = load(RunConfig, None, [*SETTINGS, *words])
-    assert plan(again, data_axis=1).total == found.plan.total
-    if found.config.data.batch_size == 64 and found.config.train.grad_accum_steps > 1:
-        larger = [*words, "--train.grad_accum_steps", str(found.config.train.grad_accum_steps // 2)]
-        assert plan(load(RunConfig, None, [*SETTINGS, *larger]), data_axis=1).total > USABLE * device_bytes
+    assert plan(load(RunConfig, None, [*settings, *words]), data_axis=1).total == found.plan.total
+    size, steps = found.config.data.batch_size, found.config.train.grad_accum_steps
+    for fewer in (fewer for fewer in range(1, steps) if size % fewer == 0):
+        again = load(RunConfig, None, [*settings, *words, "--train.grad_accum_steps", str(fewer)])
+        assert plan(again, data_axis=1).total > USABLE * device_bytes
+
+
+def test_a_small_batch_grows_to_a_sequence_a_device_and_says_so():
+    config = load(RunConfig, None, [*SETTINGS, "--data.batch_size", "4"])
+    found = search(config, device_bytes=NEEDED, devices=8)
+    assert found is not None
+    assert found.changes == {"data.batch_size": 8}
+    assert "the batch is larger; the same number of tokens takes --train.steps 375" in describe_fit(config, found, 1, 8)
+
+
+def test_a_mesh_that_was_asked_for_is_kept_or_refused():
+    asked = lambda *words: load(RunConfig, None, [*SETTINGS, "--model.memory.value_dim", "512", *words])
+    found = search(asked("--mesh.data", "4"), device_bytes=4 * NEEDED, devices=8)
+    assert found is not None
+    assert found.changes == {"mesh.memory": 2}
+    for words, devices in ((["--mesh.tensor", "2"], 1), (["--mesh.tensor", "2"], 3), (["--mesh.data", "4"], 6)):
+        with pytest.raises(ConfigError, match=f"devices={devices} must be a multiple of mesh"):
+            search(asked(*words), device_bytes=NEEDED, devices=devices)
 
 
 def test_a_table_that_is_too_large_for_a_device_is_shared():
@@ -63,7 +84,8 @@ def test_the_command_prints_the_settings_and_the_time(capsys):
     ("words", "problem"),
     [
         (["--device_gb", "many"], "device_gb=many must be the memory of a device in GB"),
-        (["--device_gb", "0"], "device_gb=0 must be"),
+        (["--device-gb", "0"], "device_gb=0 must be"),
+        (["--device_gb", "--devices", "2"], "device_gb= must be"),
         (["--devices", "8"], "device_gb= must be"),
         (["--device_gb", "80", "--devices", "0"], "devices=0 must be a whole number"),
     ],
@@ -71,3 +93,8 @@ def test_the_command_prints_the_settings_and_the_time(capsys):
 def test_numbers_that_are_none_are_refused(words, problem, capsys):
     assert train.main(["--dry_run", *words]) == 2
     assert problem in capsys.readouterr().err
+
+
+def test_planning_needs_a_dry_run(capsys):
+    assert train.main(["--device_gb", "80"]) == 2
+    assert "device_gb=80 is for planning; add --dry_run" in capsys.readouterr().err
