@@ -31,7 +31,7 @@ _SHELLS = """Completion in bash and zsh: eval "$(memjax --completion)\""""
 _COMPLETION = """_memjax() {
   local word=${COMP_WORDS[COMP_CWORD]} offers
   if ((COMP_CWORD == 1)); then offers="COMMANDS"
-  elif ((COMP_CWORD > 2)) && [[ ${COMP_WORDS[1]} == @(patch|convert) ]]; then
+  elif ((COMP_CWORD > 2)) && [[ ${COMP_WORDS[1]} == patch || ${COMP_WORDS[1]} == convert ]]; then
     offers=$(memjax "${COMP_WORDS[1]}" "${COMP_WORDS[2]}" --complete 2>/dev/null)
   else offers=$(memjax "${COMP_WORDS[1]}" --complete 2>/dev/null); fi
   COMPREPLY=($(compgen -W "$offers" -- "$word"))
