@@ -42,8 +42,8 @@ def upgraded(config: dict[str, Any]) -> dict[str, Any]:
             section[new] = section.pop(name)
     for setting, values in RENAMED_VALUES.items():
         section, name = _section(config, setting)
-        if name in section:
-            section[name] = values.get(section[name], section[name])
+        if isinstance(value := section.get(name), str):
+            section[name] = values.get(value, value)
     return config
 
 

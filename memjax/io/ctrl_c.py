@@ -13,11 +13,14 @@ _LOST_SECONDS = 2.0
 def run_command(main: Callable[[], int]) -> NoReturn:
     """Runs the main function of a command that a Ctrl-C may end anywhere, and ends the process with its exit code.
 
-    Callbacks of JAX and imports of libraries lose a KeyboardInterrupt; it is raised again until somebody calls `heard`.
+    Callbacks of JAX and imports of libraries lose a KeyboardInterrupt; it is raised again until somebody calls `heard`,
+    but not into the handlers and clean-ups that it has come to. Where Ctrl-C is ignored, as in the background of a
+    script, it stays so.
     """
-    sys.unraisablehook = _unraisable_but_for_ctrl_c
-    for number in (signal.SIGINT, signal.SIGALRM):
-        signal.signal(number, _ctrl_c)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        sys.unraisablehook = _unraisable_but_for_ctrl_c
+        for number in (signal.SIGINT, signal.SIGALRM):
+            signal.signal(number, _ctrl_c)
     try:
         code = main()
     except KeyboardInterrupt:
@@ -34,8 +37,13 @@ def heard() -> None:
     signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _ctrl_c(number: int, frame: FrameType | None) -> NoReturn:
+def _ctrl_c(number: int, frame: FrameType | None) -> None:
     signal.setitimer(signal.ITIMER_REAL, _LOST_SECONDS)
+    handled = sys.exception() if number == signal.SIGALRM else None
+    while handled is not None:
+        if isinstance(handled, KeyboardInterrupt):
+            return
+        handled = handled.__context__
     raise KeyboardInterrupt
 
 

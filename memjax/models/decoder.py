@@ -125,7 +125,7 @@ class Decoder(nnx.Module):
         for name, given in (("positions", positions), ("segments", segments), ("real", real)):
             if given is not None:
                 fits = given.shape == tokens.shape
-                require("Decoder", fits, f"{name} must be as many as the tokens", tokens=tokens, **{name: given})
+                require("Decoder", fits, f"{name} must have the shape of the tokens", tokens=tokens, **{name: given})
         x = split_tokens(self._embed(tokens))
         reads: dict[str, tuple[TableRead, ...]] = {}
         routings: dict[str, Routing] = {}

@@ -20,23 +20,24 @@ _COLLECTIVES = ("nccl", "allreduce", "allgather", "alltoall", "reducescatter", "
 
 
 class ProfileWindow:
-    """Traces the steps that a config names. Nothing that goes wrong here stops the run."""
+    """Traces the steps that a config names. Nothing that goes wrong here stops the run, or moves the window."""
 
-    def __init__(self, config: ProfileConfig | None, folder: pathlib.Path):
+    def __init__(self, config: ProfileConfig | None, folder: pathlib.Path, *, traces: bool = True):
         """No config: there is no window.
 
         Args:
             config: which steps.
             folder: where the trace goes.
+            traces: False in processes that only open and close the window at the same steps as the one that traces.
         """
-        self._config, self._folder = config, folder
+        self._config, self._folder, self._traces = config, folder, traces
         self._first: int | None = None
-        """The first step traced, while the window is open."""
-        self._failed = False
+        """The first step of the window, while it is open."""
+        self._is_tracing = False
 
     def opens(self, step: int) -> bool:
         """Whether `start` is due before this step; a window that a resumption falls into is traced from there on."""
-        if self._config is None or self._first is not None or self._failed:
+        if self._config is None or self._first is not None:
             return False
         return self._config.start <= step < self._config.start + self._config.steps
 
@@ -48,18 +49,24 @@ class ProfileWindow:
 
     def start(self, step: int) -> None:
         """Begins to trace. Steps under way would be traced too, so wait for them before."""
+        self._first = step
+        if not self._traces:
+            return
         options = ProfileOptions()
         options.python_tracer_level = 0  # every call of every function: slow, and nobody asked for it
         try:
             jax.profiler.start_trace(str(self._folder), profiler_options=options)
-            self._first = step
+            self._is_tracing = True
         except Exception as error:
-            self._give_up(error)
+            _tell(error)
 
     def stop(self, step: int) -> None:
         """Ends the trace and prints the table. Wait for the steps under way before."""
         assert self._config is not None
         first, self._first = self._first, None
+        if not self._is_tracing:
+            return
+        self._is_tracing = False
         try:
             jax.profiler.stop_trace()
             path = newest_trace(self._folder)
@@ -68,21 +75,21 @@ class ProfileWindow:
             lines += [describe_overlap(device, overlap) for device, overlap in overlaps(profile).items()]
             say("\n".join([*lines, f"trace in {path}"]))
         except Exception as error:
-            self._give_up(error)
+            _tell(error)
 
     def abandon(self) -> None:
         """Ends a trace that is still under way when the run ends early."""
-        if self._first is not None:
-            self._first = None
+        if self._is_tracing:
+            self._is_tracing = False
             try:
                 jax.profiler.stop_trace()
             except Exception as error:
-                self._give_up(error)
+                _tell(error)
 
-    def _give_up(self, error: Exception) -> None:
-        self._failed = True
-        text = " ".join(str(error).split())
-        warn(f"log.profile: {type(error).__name__}: {text}. The run goes on without it.")
+
+def _tell(error: Exception) -> None:
+    text = " ".join(str(error).split())
+    warn(f"log.profile: {type(error).__name__}: {text}. The run goes on without it.")
 
 
 class Operation(NamedTuple):

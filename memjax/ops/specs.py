@@ -62,10 +62,20 @@ def specs(operation: str) -> Specs:
 
 
 def difference(operation: str, implementation: str) -> float:
-    """How far an implementation is from the reference at most, in any use, as a share of the largest number."""
+    """How far an implementation is from the reference at most, in any use, as a share of the largest number.
+
+    Infinite where a number is not finite.
+
+    Raises:
+        ValueError: a result or gradient has another shape.
+    """
     worst = 0.0
     for use in specs(operation).values():
         for one, other in zip(use.run(implementation), use.run("reference"), strict=True):
+            if one.shape != other.shape:
+                raise ValueError(f"{operation}: {implementation} has shape {one.shape}, the reference {other.shape}")
             one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
-            worst = max(worst, float(np.abs(one - other).max() / np.abs(other).max()))
+            with np.errstate(invalid="ignore"):
+                share = float(np.abs(one - other).max()) / max(float(np.abs(other).max()), np.finfo(np.float64).tiny)
+            worst = max(worst, share if np.isfinite(share) else np.inf)
     return worst

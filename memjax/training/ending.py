@@ -33,7 +33,7 @@ def saved_at_the_end(trainer: "Trainer") -> Iterator[None]:
     except NotFinite as error:
         if int(trainer.state.step) == trainer.first_step:  # no step was made: other settings may begin here
             raise
-        trainer.save()
+        trainer.save(despite_hooks=True)
         raise NotFinite(f"{error} The state before it is saved as step {int(trainer.state.step)}.") from None
     except (Preempted, CheckpointError, ConfigError, jax.errors.JaxRuntimeError):
         raise
@@ -64,18 +64,23 @@ def _save_after_an_error(trainer: "Trainer") -> str:
     if jax.process_count() > 1:
         # An error may be that of one process alone, and the others would not come to the save.
         return "The same command goes on from the newest checkpoint."
-    try:
-        trainer.finish_steps()
-    except NotFinite as error:
-        warn(str(error))
-    except OSError as error:  # without the run's settings no step is of use
-        return f"The steps since the last checkpoint could not be saved: {error.strerror or error}"
+    while under_way := trainer.num_in_flight:
+        try:
+            trainer.finish_steps()
+        except Exception as error:
+            if (
+                trainer.num_in_flight == under_way
+            ):  # without the run's settings, which could not be written, none is of use
+                return (
+                    f"The steps since the last checkpoint could not be saved: {getattr(error, 'strerror', 0) or error}"
+                )
+            warn(str(error) if isinstance(error, NotFinite) else f"{type(error).__name__}: {error}")
     step = int(trainer.state.step)
     if step == 0:
         return "There was no step to save yet."
     try:
-        trainer.save()
+        trainer.save(despite_hooks=True)
         trainer.checkpoints.wait()
-    except CheckpointError as error:
+    except Exception as error:
         return f"The state after step {step} could not be saved: {error}"
     return f"The state after step {step} is saved; the same command goes on from there."

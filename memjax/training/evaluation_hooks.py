@@ -1,5 +1,6 @@
 """Hooks that evaluate the model while it trains."""
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,12 @@ VALIDATION_LOSS = "eval/validation/loss"
 
 
 class _Stopped(Exception):
-    """A signal came during the validation."""
+    """A signal came during the evaluation."""
+
+
+def _is_stopped(trainer: "Trainer") -> bool:
+    """Whether to stop for a signal. Several processes must evaluate the same batches, so they do not."""
+    return jax.process_count() == 1 and trainer.interrupt.name is not None
 
 
 class Validate(Hook):
@@ -82,9 +88,8 @@ class Validate(Hook):
         """The loss of the trainer's state; None if a signal came before it was known."""
 
         def until_stopped(batches: Iterator[Batch]) -> Iterator[Batch]:
-            # Several processes must validate the same batches, so they do not stop here.
             for batch in batches:
-                if jax.process_count() == 1 and trainer.interrupt.name is not None:
+                if _is_stopped(trainer):
                     raise _Stopped
                 yield batch
 
@@ -107,14 +112,21 @@ class Facts(Hook):
         }
 
     def after_step(self, trainer: "Trainer", step: Step) -> None:
-        """Asks; the end of a run has a test of its own."""
+        """Asks, unless a signal comes; the end of a run has a test of its own."""
         if step.is_last:
             return
-        place = lambda batch: put_batch(trainer.mesh, batch, TOKENS)
-        with trainer.paused():
+
+        def place(batch: Batch) -> dict[str, jax.Array]:
+            if _is_stopped(trainer):
+                raise _Stopped
+            return put_batch(trainer.mesh, batch, TOKENS)
+
+        accuracies = {}
+        with trainer.paused(), contextlib.suppress(_Stopped):
             for name, questions in self._questions.items():
                 if questions:
                     size = -(-256 // trainer.mesh.size) * trainer.mesh.size
                     tokenizer = trainer.dataset.tokenizer
                     found = recall(trainer.model(), tokenizer, questions, batch_size=size, place=place)
-                    step.host_metrics[f"eval/facts/{name}"] = found.accuracy
+                    accuracies[f"eval/facts/{name}"] = found.accuracy
+            step.host_metrics |= accuracies

@@ -25,7 +25,7 @@ class Hook:
     def restore(self, saved: Mapping[str, Any], step: int) -> None:
         """Takes up what `state` gave after a step, the one that the run goes on from.
 
-        A checkpoint that knows no hook of this name gives its whole `meta` document.
+        Not called where the checkpoint knows no hook of this name. One that is older than hooks gives its whole `meta`.
         """
 
     def begin(self, trainer: "Trainer") -> None:
@@ -58,6 +58,13 @@ class Periodic:
     hook: Hook
     every: int | None = 1
     """`after_step` is called every so many steps and after the last one; None means after the last one alone."""
+
+    def __post_init__(self) -> None:
+        """Refuses a period of no step."""
+        if self.every is not None and self.every < 1:
+            raise ValueError(
+                f"hook {self.name}: every is {self.every}; it must be 1 or more, or None for after the last step alone"
+            )
 
     def is_due(self, step: Step) -> bool:
         """Whether `after_step` is called."""

@@ -40,8 +40,9 @@ def with_standard_hooks(
     """
     config = program.config
     hooks = [Periodic("throughput", Throughput(program, mesh))]
-    if config.log.profile and is_first():
-        hooks.append(Periodic("profile", Profile(ProfileWindow(config.log.profile, folder.profile))))
+    if config.log.profile:
+        window = ProfileWindow(config.log.profile, folder.profile, traces=is_first())
+        hooks.append(Periodic("profile", Profile(window)))
     if config.model.lookups:
         hooks.append(Periodic("slot_usage", SlotUsage(config.log.usage_every), config.log.usage_every))
     if config.eval.recall_every and find_source(config.data).people:
@@ -143,7 +144,7 @@ class Log(Hook):
 
 
 class Profile(Hook):
-    """Traces a window of steps."""
+    """Traces a window of steps in the first process; all of them pause at its ends."""
 
     def __init__(self, window: ProfileWindow):
         """Takes the steps to trace."""

@@ -35,7 +35,10 @@ class Step:
     """Names of hooks that are to be called after this step, although their period does not end with it."""
 
     def add(self, metrics: Mapping[str, Any]) -> None:
-        """Adds metrics of the device to the step's row, and starts to copy them to the host."""
+        """Adds metrics to the step's row, scalars on the device, and starts to copy them to the host.
+
+        Numbers of the host go into `host_metrics`.
+        """
         for value in metrics.values():
             value.copy_to_host_async()
         self.device_metrics |= metrics

@@ -14,7 +14,7 @@ from memjax.config.run import RunConfig
 from memjax.data.dataset import Dataset
 from memjax.data.loader import TrainingData
 from memjax.errors import CheckpointError
-from memjax.io.console import say
+from memjax.io.console import say, warn
 from memjax.models.decoder import Decoder
 from memjax.monitoring.metrics import Row
 from memjax.monitoring.progress import tell_phase
@@ -176,6 +176,11 @@ class Trainer:
         with self._in_flight.stopwatch.paused():
             yield
 
+    @property
+    def num_in_flight(self) -> int:
+        """Steps whose rows the hooks do not have yet."""
+        return len(self._in_flight)
+
     def finish_steps(self) -> None:
         """Waits for the steps under way, and hands their rows to the hooks."""
         self._read(keep=0)
@@ -195,11 +200,24 @@ class Trainer:
         if self.interrupt.exit_code != SAVED and self.checkpoints.latest() is not None:
             self.interrupt.exit_code = SAVED
 
-    def save(self, *, without_tables: bool = False) -> None:
-        """Saves the state with the data's position after its last step. Every row up to it is written before."""
+    def save(self, *, without_tables: bool = False, despite_hooks: bool = False) -> None:
+        """Saves the state with the data's position after its last step. Every row up to it is written before.
+
+        Args:
+            without_tables: save a light checkpoint.
+            despite_hooks: warn of a hook whose `state` raises, and leave it out.
+        """
+        self.finish_steps()
         step = int(self.state.step)
         meta = meta_document(self.config, self.dataset.tokenizer, step=step)
-        meta["hooks"] = {periodic.name: periodic.hook.state() for periodic in self.hooks}
+        meta["hooks"] = {}
+        for name, hook in ((periodic.name, periodic.hook) for periodic in self.hooks):
+            try:
+                meta["hooks"][name] = hook.state()
+            except Exception as error:
+                if not despite_hooks:
+                    raise
+                warn(f"hook {name}: its state is not saved: {type(error).__name__}: {error}")
         loss = self.newest_row.get(VALIDATION_LOSS) if self.newest_row.get("step") == step else None
         items = to_items(self.state)
         if without_tables:
@@ -218,7 +236,9 @@ class Trainer:
         self.first_step = self.last_step = int(self.state.step)
         self._data.set_state(self._saved_position)
         for periodic in self.hooks:
-            periodic.hook.restore(meta.get("hooks", meta).get(periodic.name, meta), self.first_step)
+            saved = meta["hooks"].get(periodic.name) if "hooks" in meta else meta
+            if saved is not None:
+                periodic.hook.restore(saved, self.first_step)
         say(f"resumed from step {self.first_step}")
 
     def _compile(self, batch: dict[str, jax.Array]) -> None:
@@ -232,13 +252,14 @@ class Trainer:
         self._in_flight.stopwatch.lap()
 
     def _read(self, *, keep: int = IN_FLIGHT) -> None:
-        """Hands the rows of steps to the hooks until so many steps are in flight.
+        """Hands the rows of steps to the hooks until so many steps are in flight; all get a row, although one raises.
 
         What a row says may end the run, so several processes read each at the same point, however fast they are.
         """
         for step, row in self._in_flight.finished(keep=keep):
             self._all_must_stop |= bool(row.pop("must_stop", False))
             self._saved_position = step.data_position
-            for periodic in self.hooks:
-                periodic.hook.on_row(self, row)
-            self.newest_row = row
+            with contextlib.ExitStack() as stack:
+                stack.callback(setattr, self, "newest_row", row)
+                for periodic in reversed(self.hooks):  # the stack calls the newest first
+                    stack.callback(periodic.hook.on_row, self, row)

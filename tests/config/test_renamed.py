@@ -70,4 +70,6 @@ def test_the_settings_of_an_older_run_are_read(tmp_path):
 def test_settings_of_today_stay_as_they_are():
     config = dataclasses.asdict(RunConfig())
     assert upgraded(config) == config
+    wrong = {"mesh": {"row_grad_reduce": ["factored"]}}  # the check of the settings says so
+    assert upgraded(wrong) == wrong
     assert upgraded({"model": {"memory": None, "expert_lookup": None}}) == {"model": {"memory": None, "peer": None}}

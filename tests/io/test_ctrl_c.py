@@ -16,6 +16,10 @@ class Loses:
         time.sleep(0.1)
 
 def main():
+    if sys.argv[1] == "ignored":
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+        return 0
     if sys.argv[1] == "lost":
         Loses()
     elif sys.argv[1] == "caught":
@@ -24,6 +28,16 @@ def main():
             time.sleep(1)
         except BaseException:
             pass
+    elif sys.argv[1] == "cleaning up":
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        finally:
+            try:
+                os.rmdir("not there")
+            except OSError:
+                time.sleep(0.3)
+            print("cleaned up", file=sys.stderr)
     elif sys.argv[1] == "heard":
         try:
             os.kill(os.getpid(), signal.SIGINT)
@@ -37,13 +51,16 @@ def main():
     time.sleep(60)
     return 0
 
+signal.signal(signal.SIGINT, signal.SIG_IGN if sys.argv[1] == "ignored" else signal.default_int_handler)
 ctrl_c._LOST_SECONDS = 0.1
 run_command(main)
 """
 
 
-@pytest.mark.parametrize("how", ["raised", "lost", "caught", "heard"])
+@pytest.mark.parametrize("how", ["raised", "lost", "caught", "heard", "ignored", "cleaning up"])
 def test_ctrl_c_ends_a_command_in_a_line_wherever_it_comes(how):
     done = subprocess.run([sys.executable, "-c", LOST, how], capture_output=True, text=True, check=False, timeout=30)
-    expected = (0, "") if how == "heard" else (130, "\ninterrupted\n")
+    expected = (0, "") if how in ("heard", "ignored") else (130, "\ninterrupted\n")
+    if how == "cleaning up":
+        expected = (130, "cleaned up\n\ninterrupted\n")
     assert (done.returncode, done.stderr) == expected

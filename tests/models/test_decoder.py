@@ -241,5 +241,5 @@ def test_types_follow_the_config():
 def test_what_belongs_to_other_tokens_is_refused(as_users_call, name, shape):
     given: dict[str, Any] = {name: jnp.ones(shape, bool if name == "real" else jnp.int32)}
     sizes = ", ".join(map(str, shape))
-    with pytest.raises(ValueError, match=rf"{name} must be as many as the tokens; found .*{name} \w+\[{sizes}\]"):
+    with pytest.raises(ValueError, match=rf"{name} must have the shape of the tokens; found .*{name} \w+\[{sizes}\]"):
         build("own tables").hidden(jnp.asarray(TOKENS), **given)

@@ -29,9 +29,17 @@ def test_every_operation_has_uses():
     [
         (lambda name, x: x if name == "reference" else 1.25 * x, 0.5625),  # the gradient is 1.25 times 1.25 x
         (lambda name, x: x**2 if name == "reference" else jax.lax.stop_gradient(x) * x, 0.5),
+        (lambda name, x: x if name == "reference" else x * jnp.nan, jnp.inf),
     ],
-    ids=["of results", "of gradients"],
+    ids=["of results", "of gradients", "to NaN"],
 )
 def test_a_difference_is_found(function, expected, monkeypatch):
     monkeypatch.setattr(specs, "specs", lambda operation: {"one": specs.Use(function, (jnp.float32(2.0),))})
     assert specs.difference("any", "xla") == expected
+
+
+def test_another_shape_is_no_small_difference(monkeypatch):
+    function = lambda name, x: x if name == "reference" else x[None]
+    monkeypatch.setattr(specs, "specs", lambda operation: {"one": specs.Use(function, (jnp.ones(3),))})
+    with pytest.raises(ValueError, match=r"any: xla has shape \(1, 3\), the reference \(3,\)"):
+        specs.difference("any", "xla")

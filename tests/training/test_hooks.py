@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from memjax.config.data import DataConfig
@@ -76,6 +77,12 @@ def test_a_hook_is_due_at_its_period_and_after_the_last_step(every, due):
     periodic = Periodic("any", Hook(), every)
     assert [number for number in range(1, 8) if periodic.is_due(Step(number, {}, is_last=number == 7))] == due
     assert periodic.is_due(Step(1, {}, requested={"any"}))
+
+
+@pytest.mark.parametrize("every", [0, -3])
+def test_a_period_of_no_step_is_refused(every):
+    with pytest.raises(ValueError, match=rf"hook mine: every is {every}; it must be 1 or more, or None"):
+        Periodic("mine", Hook(), every)
 
 
 @pytest.fixture
@@ -250,6 +257,21 @@ def test_facts_are_asked_between_steps_and_left_to_the_report_at_the_end(trainer
     assert steps[1].host_metrics == {}
     assert asked == [("tokenizer", 12, 258)] * 2
     assert trainer.calls == ["paused"]
+
+
+def test_a_signal_ends_the_questions_about_facts_without_a_metric(trainer, monkeypatch):
+    def recall(model, tokenizer, questions, *, batch_size, place):
+        place({"tokens": np.ones((1, 4), np.int32)})
+        trainer.interrupt.name = "SIGINT"
+        return SimpleNamespace(accuracy=0.5)
+
+    monkeypatch.setattr(evaluation_hooks, "recall", recall)
+    monkeypatch.setattr(evaluation_hooks, "put_batch", lambda mesh, batch, spec: jax.device_put(batch))
+    trainer.mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    trainer.dataset.tokenizer = "tokenizer"
+    step = Step(5, {})
+    Facts(RunConfig(eval=EvalConfig(recall_people=2, recall_every=5))).after_step(trainer, step)
+    assert step.host_metrics == {}
 
 
 def test_only_runs_on_biographies_are_asked_for_facts(tmp_path):

@@ -293,7 +293,7 @@ class MemjaxMemory(nn.Module):
         return y if self.scale is None else y * self.scale.to(y.dtype)
 
 
-class MemjaxExpertLookup(nn.Module):
+class MemjaxPEER(nn.Module):
     """PEER (arXiv:2407.04153): the sum of weight * gelu(<x, u>) * v over the experts (u, v) that the keys pick."""
 
     def __init__(self, dim, section):
@@ -346,13 +346,13 @@ class MemjaxLayer(GradientCheckpointingLayer):
         self.input_layernorm = MemjaxRMSNorm(dim, config.rms_norm_eps)
         self.self_attn = MemjaxAttention(config, layer_idx)
         self.post_attention_layernorm = MemjaxRMSNorm(dim, config.rms_norm_eps)
-        beside = kind == "memory" and model["memory"]["placement"] == "parallel"
-        self.mlp = MemjaxMLP(dim, model["ffn_dim"]) if kind == "dense" or beside else None
+        parallel = kind == "memory" and model["memory"]["placement"] == "parallel"
+        self.mlp = MemjaxMLP(dim, model["ffn_dim"]) if kind == "dense" or parallel else None
         experts = model["experts"]
         hidden_dim = experts and (experts["ffn_dim"] or model["ffn_dim"])
         self.experts = MemjaxExperts(dim, experts, hidden_dim) if kind == "experts" else None
         self.memory = MemjaxMemory(dim, model["memory"]) if kind == "memory" else None
-        self.peer = MemjaxExpertLookup(dim, model["peer"]) if kind == "peer" else None
+        self.peer = MemjaxPEER(dim, model["peer"]) if kind == "peer" else None
 
     def forward(self, x, turns, attention_mask, cache, tables, **kwargs):
         """The layer's output, and the attention's weights."""
@@ -367,11 +367,11 @@ class MemjaxLayer(GradientCheckpointingLayer):
 
 def kind_of(model, layer):
     """What a block has after its attention, and the names of the tables that it reads."""
-    memory, lookup, experts = (model[name] for name in ("memory", "peer", "experts"))
+    memory, peer, experts = (model[name] for name in ("memory", "peer", "experts"))
     if memory and layer in memory["layers"]:
         return "memory", ("shared" if memory["shared_table"] else f"layer_{layer}",)
-    if lookup and layer in lookup["layers"]:
-        pool = "experts" if lookup["shared_table"] else f"experts_{layer}"
+    if peer and layer in peer["layers"]:
+        pool = "experts" if peer["shared_table"] else f"experts_{layer}"
         return "peer", (f"{pool}_inputs", f"{pool}_outputs")
     return "experts" if experts and (experts["layers"] is None or layer in experts["layers"]) else "dense", ()
 
