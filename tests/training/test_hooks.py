@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memjax.config.data import DataConfig
 from memjax.config.log import ProfileConfig
 from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
@@ -274,16 +273,12 @@ def test_a_signal_ends_the_questions_about_facts_without_a_metric(trainer, monke
     assert step.host_metrics == {}
 
 
-def test_only_runs_on_biographies_are_asked_for_facts(tmp_path):
-    def names(**data: Any) -> list[str]:
-        config = RunConfig(
-            model=ModelConfig(num_layers=1, memory=None), data=DataConfig(**data), eval=EvalConfig(recall_every=5)
-        )
-        mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
-        return [hook.name for hook in with_standard_hooks([], TrainProgram.of(config), RunFolder(tmp_path), mesh)]
-
-    assert "facts" in names()
-    assert "facts" not in names(source="jsonl", path="a.jsonl")
+@pytest.mark.parametrize("every", [5, None])
+def test_runs_are_asked_for_facts_where_the_config_says_so(tmp_path, every):
+    config = RunConfig(model=ModelConfig(num_layers=1, memory=None), eval=EvalConfig(recall_every=every))
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    found = with_standard_hooks([], TrainProgram.of(config), RunFolder(tmp_path), mesh)
+    assert ("facts" in [hook.name for hook in found]) == (every is not None)
 
 
 def test_rows_have_the_memory_in_use_of_a_device_that_tells_it(trainer, throughput):
