@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from memjax.data.sources.kinds import find_source
 from memjax.models.counts import training_flops_per_token
 from memjax.monitoring.metrics import WINDOW, MetricsFile, Row, peak_flops, read_metrics
 from memjax.monitoring.profile import ProfileWindow
@@ -45,7 +44,7 @@ def with_standard_hooks(
         hooks.append(Periodic("profile", Profile(window)))
     if config.model.lookups:
         hooks.append(Periodic("slot_usage", SlotUsage(config.log.usage_every), config.log.usage_every))
-    if config.eval.recall_every and find_source(config.data).people:
+    if config.eval.recall_every:
         hooks.append(Periodic("facts", Facts(config), config.eval.recall_every))
     hooks += [
         *added,
