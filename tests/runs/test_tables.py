@@ -210,6 +210,7 @@ def test_patches_are_refused_with_another_format_or_place(run_and_patch, form):
         memjax.load(run, patches=[patch], **form)
 
 
+@pytest.mark.slow
 def test_a_run_with_patches_is_not_quantized_and_its_copy_with_the_rows_is(run_and_patch, tmp_path):
     run, patch = run_and_patch
     patching.apply(run, patch)

@@ -73,6 +73,7 @@ def arrays_of(folder, step: Any = "latest") -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
 
+@pytest.mark.slow
 def test_a_training_starts_from_the_weights_and_does_not_do_so_again_when_it_resumes(folder, run):
     start = str(folder / "memory")
     code, printed = run("memory", "new", "--train.init_from", start, "--train.steps", "1")

@@ -88,6 +88,7 @@ def test_a_model_with_memory_goes_out_with_its_table_once_and_comes_back_bit_for
     assert (back.tokenizer.bos_id, back.tokenizer.eos_id) == (before.tokenizer.bos_id, before.tokenizer.eos_id)
 
 
+@pytest.mark.slow
 def test_rounded_tables_are_described_as_they_are_written(memory_run, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface, "_logits", lambda model: np.zeros(1))
     for dtype, expected in (("bfloat16", ["bfloat16"] * 2), ("float16", ["bfloat16", "float32"])):
