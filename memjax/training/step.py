@@ -144,7 +144,7 @@ class _Gradients(NamedTuple):
     summed: tuple[_StepAux, nnx.State, Tables]
     """What adds up: scalars, the dense gradient, and the tables' gradients in the dense modes."""
     reads: Reads
-    """By layer; none in the dense modes."""
+    """By layer."""
     cotangents: dict[str, Perturbations]
     """Of the reads' perturbations."""
 
