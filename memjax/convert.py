@@ -6,18 +6,19 @@
 
 import dataclasses
 import shlex
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from memjax.config.checks import local_paths, positive, refuse
-from memjax.config.help import Positional, help_text
-from memjax.config.load import COMPLETE, RUN_FOLDER, parse
+from memjax.config.help import Positional
+from memjax.config.load import RUN_FOLDER
 from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig
 from memjax.errors import ConfigError
 from memjax.io.ctrl_c import run_command
-from memjax.runs.command import CheckpointSettings, TableFormat, exit_code
+from memjax.runs import subcommands
+from memjax.runs.command import StepSettings, TableFormat
+from memjax.runs.subcommands import Subcommand
 
 PROG = "python -m memjax.convert"
 
@@ -36,14 +37,12 @@ class FromHfConfig:
         refuse(local_paths(self, "out", "tokenizer"))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ToHfConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToHfConfig(StepSettings):
     """Which checkpoint is written, and how."""
 
     out: str
     """The folder to write; new or empty."""
-    step: str = "latest"
-    """The checkpoint: latest, best (lowest validation loss) or its number."""
     dtype: Literal["saved", "float32", "bfloat16", "float16"] = "saved"
     """Type of the numbers in the files; saved: that of the checkpoint."""
     max_length: int | None = None
@@ -55,9 +54,10 @@ class ToHfConfig:
     shard_gb: float = 5.0
     """Largest file in GB; a model that needs more gets several, and an index."""
 
-    def __post_init__(self) -> None:
-        CheckpointSettings(step=self.step)
-        refuse(positive(max_length=self.max_length, shard_gb=self.shard_gb) + local_paths(self, "out", "like"))
+    def problems(self) -> list[str | None]:
+        """Everything that is wrong with the settings."""
+        sizes = positive(max_length=self.max_length, shard_gb=self.shard_gb)
+        return super().problems() + sizes + local_paths(self, "out", "like")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,25 +71,23 @@ class AddedMemoryConfig(MemoryConfig):
     replace: the memory takes their place, and what they knew is gone."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class UpcycleConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UpcycleConfig(StepSettings):
     """Where the new run goes, and the memory that its model gets."""
 
     out: str
     """The folder of the run to write; new or empty."""
     memory: AddedMemoryConfig
-    step: str = "latest"
-    """The checkpoint of the dense run: latest, best (lowest validation loss) or its number."""
     seed: int = 0
     """Of the new parameters."""
 
-    def __post_init__(self) -> None:
-        CheckpointSettings(step=self.step)
-        refuse(local_paths(self, "out"))
+    def problems(self) -> list[str | None]:
+        """Everything that is wrong with the settings."""
+        return super().problems() + local_paths(self, "out")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class QuantizeConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizeConfig(StepSettings):
     """Where the new run goes, and how the rows of its tables are stored."""
 
     out: str
@@ -97,32 +95,28 @@ class QuantizeConfig:
     table: TableFormat = "int8"
     """Format of the rows. int8 and float8_e4m3 take a half, int4 a quarter of bfloat16's bytes; saved changes nothing
     but that tables are in files, which table_place=host maps on a CPU."""
-    step: str = "latest"
-    """The checkpoint: latest, best (lowest validation loss) or its number."""
 
-    def __post_init__(self) -> None:
-        CheckpointSettings(step=self.step)
-        refuse(local_paths(self, "out"))
+    def problems(self) -> list[str | None]:
+        """Everything that is wrong with the settings."""
+        return super().problems() + local_paths(self, "out")
 
 
-def from_hf(folder: str, settings: FromHfConfig) -> None:
+def from_hf(folder: str, *, settings: FromHfConfig) -> None:
     """Writes a run and says how to go on from it."""
-    _stay_on_cpu()
     from memjax.interop.huggingface import convert as huggingface
 
     model = huggingface.from_hf(folder, settings.out, tokenizer=settings.tokenizer).model
     _tell_of_run(settings.out, model)
 
 
-def to_hf(run: str, settings: ToHfConfig) -> None:
+def to_hf(run: str, *, settings: ToHfConfig) -> None:
     """Writes a Hugging Face folder and says what it is good for."""
-    _stay_on_cpu()
     from memjax.interop.huggingface import convert as huggingface
 
     has_tokenizer = huggingface.to_hf(
         run,
         settings.out,
-        step=CheckpointSettings(step=settings.step).checkpoint,
+        step=settings.checkpoint,
         dtype=None if settings.dtype == "saved" else settings.dtype,
         longest=settings.max_length,
         like=settings.like,
@@ -133,64 +127,48 @@ def to_hf(run: str, settings: ToHfConfig) -> None:
         print("without the tokenizer, which has no form there; keep the one that the run was made with")
 
 
-def from_official(folder: str, settings: FromHfConfig) -> None:
+def from_official(folder: str, *, settings: FromHfConfig) -> None:
     """Writes a run and says how to go on from it."""
-    _stay_on_cpu()
     from memjax.interop.official import convert as official
 
     _tell_of_run(settings.out, official.from_official(folder, settings.out, tokenizer=settings.tokenizer).model)
 
 
-def upcycle(run: str, settings: UpcycleConfig) -> None:
+def upcycle(run: str, *, settings: UpcycleConfig) -> None:
     """Writes a run and says how to go on from it."""
-    _stay_on_cpu()
     from memjax.interop.upcycle import upcycle_run
     from memjax.runs.load import read_config
 
     memory = MemoryConfig(**dataclasses.asdict(settings.memory))
-    step = CheckpointSettings(step=settings.step).checkpoint
     try:
-        upcycle_run(run, settings.out, memory, step=step, seed=settings.seed)
+        upcycle_run(run, settings.out, memory, step=settings.checkpoint, seed=settings.seed)
     except ValueError as error:
         raise ConfigError(str(error).splitlines()) from error
     _tell_of_run(settings.out, read_config(settings.out).model)
 
 
-def quantize(run: str, settings: QuantizeConfig) -> None:
+def quantize(run: str, *, settings: QuantizeConfig) -> None:
     """Writes a run and says how to use it."""
-    _stay_on_cpu()
     from memjax.ops.row_formats import formats
     from memjax.runs.quantize import quantize_run
 
     row_format = None if settings.table == "saved" else formats.find(settings.table)
-    step = CheckpointSettings(step=settings.step).checkpoint
-    config = quantize_run(run, settings.out, row_format, step=step)
+    config = quantize_run(run, settings.out, row_format, step=settings.checkpoint)
     place = shlex.quote(settings.out)
     print(f"run        {settings.out}: {describe(config.model)}, tables in {settings.table}, read-only")
     print(f'ask it     python -m memjax.generate {place} --prompt "..."')
     print(f"off a GPU  python -m memjax.generate {place} --table_place host")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Command:
-    """One kind of conversion: the first word of the command line."""
-
-    run: Callable[[str, Any], None]
-    """Takes the positional argument and the settings."""
-    schema: type
-    positional: Positional
-    description: str
-
-
-COMMANDS: Mapping[str, Command] = {
-    "from-hf": Command(
+COMMANDS: Mapping[str, Subcommand] = {
+    "from-hf": Subcommand(
         from_hf,
         FromHfConfig,
         Positional(name="HF_FOLDER", help="A downloaded model: config.json, *.safetensors and a tokenizer."),
         "Makes a run of a Llama, Mistral, Qwen 2, Qwen 3 or SmolLM 3 in Hugging Face's format, or of a model with "
         "memory that to-hf wrote.",
     ),
-    "to-hf": Command(
+    "to-hf": Subcommand(
         to_hf,
         ToHfConfig,
         RUN_FOLDER,
@@ -198,21 +176,21 @@ COMMANDS: Mapping[str, Command] = {
         "layers it is a Llama, a Mistral or a relative, which transformers 4 and 5 load; with them only from-hf reads "
         "it.",
     ),
-    "from-official": Command(
+    "from-official": Subcommand(
         from_official,
         FromHfConfig,
         Positional(name="FOLDER", help="consolidated.safetensors or consolidated.pth, params.json and a tokenizer."),
         "Makes a run of a checkpoint of the PyTorch code of the paper (arXiv:2412.09764). A .pth file is read without "
         "unpickling: nothing in it is run.",
     ),
-    "quantize": Command(
+    "quantize": Subcommand(
         quantize,
         QuantizeConfig,
         RUN_FOLDER,
         "Makes a run of another whose tables are stored in fewer bytes, for inference: a block of rows at a time, so "
         "that tables of any size need little memory.",
     ),
-    "upcycle": Command(
+    "upcycle": Subcommand(
         upcycle,
         UpcycleConfig,
         RUN_FOLDER,
@@ -224,35 +202,7 @@ COMMANDS: Mapping[str, Command] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the conversion that the first word names; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    name = words[0].replace("_", "-") if words else ""
-    if name in COMMANDS:
-        command = COMMANDS[name]
-        parsed = parse(
-            command.schema,
-            words[1:],
-            prog=f"{PROG} {name}",
-            description=command.description,
-            positional=command.positional,
-        )
-        return exit_code(lambda: command.run(str(parsed.positional), parsed.config))
-    if name == COMPLETE:
-        print("\n".join(COMMANDS))
-        return 0
-    if name in ("-h", "--help"):
-        print(whole_help())
-        return 0
-    print(f"{PROG}: {name!r} must be one of {', '.join(COMMANDS)}\n--help tells what they do.", file=sys.stderr)
-    return 2
-
-
-def whole_help() -> str:
-    """The help of every conversion."""
-    parts = [
-        help_text(command.schema, f"{PROG} {name}", command.description, command.positional, {})
-        for name, command in COMMANDS.items()
-    ]
-    return "\n\n\n".join([f"usage: {PROG} {'|'.join(COMMANDS)} ...", *parts])
+    return subcommands.main(PROG, COMMANDS, argv)
 
 
 def _tell_of_run(out: str, model: ModelConfig) -> None:
@@ -276,13 +226,6 @@ def describe(model: ModelConfig) -> str:
         for kind, section in model.lookup_sections.items()
     ]
     return f"{model.num_layers} blocks of width {model.dim}, weights in {model.param_dtype}{''.join(lookups)}"
-
-
-def _stay_on_cpu() -> None:
-    """Arrays are only copied and checked here; an accelerator, whose memory a training may need, is left alone."""
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")
 
 
 if __name__ == "__main__":

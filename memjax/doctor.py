@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the report; returns 0 when everything that was tried works, 1 when not, 130 after a signal."""
     parsed = config_load.parse(
         DoctorConfig,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         prog="python -m memjax.doctor",
         description=(
             "Shows versions, devices and which kernels can run here, checks every operation against its definition and "

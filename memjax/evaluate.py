@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the measurements and keeps them in the run's `evals`; returns the exit code."""
     parsed = parse(
         EvaluateConfig,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         prog=PROG,
         description="Measures what a trained model knows: exact answers to questions, bits per byte of text, or tasks.",
         positional=RUN_FOLDER,

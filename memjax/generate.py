@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from memjax.config.checks import local_paths
+from memjax.config.checks import local_paths, not_negative, positive
 from memjax.config.load import RUN_FOLDER, parse
 from memjax.config.sampling import SamplingConfig
 from memjax.errors import ConfigError
@@ -42,31 +42,28 @@ class GenerateConfig(InferenceSettings, SamplingConfig):
     special_tokens: bool = False
     """Whether the names of special tokens in a prompt, as chat templates have them, mean these or are mere text."""
 
-    def __post_init__(self) -> None:
-        problems = []
-        for check in (InferenceSettings.__post_init__, SamplingConfig.__post_init__):
-            try:
-                check(self)
-            except ValueError as error:
-                problems.append(str(error))
-        problems += [text for text in local_paths(self, "prompts", "output") if text]
-        if self.max_tokens < 0:
-            problems.append(f"max_tokens={self.max_tokens} must not be negative")
-        if self.batch_size < 1:
-            problems.append(f"batch_size={self.batch_size} must be positive")
-        if self.prompt is not None and self.prompts is not None:
-            problems.append(f"prompts={self.prompts} cannot be written on together with a prompt; give one of the two")
-        if self.output is not None and self.prompts is None:
-            problems.append(f"output={self.output} is for a file of prompts; set prompts too")
-        if problems:
-            raise ValueError("\n".join(problems))
+    def problems(self) -> list[str | None]:
+        """Everything that is wrong with the settings."""
+        return [
+            *InferenceSettings.problems(self),
+            *SamplingConfig.problems(self),
+            *local_paths(self, "prompts", "output"),
+            *not_negative(max_tokens=self.max_tokens),
+            *positive(batch_size=self.batch_size),
+            f"prompts={self.prompts} cannot be written on together with a prompt; give one of the two"
+            if self.prompt is not None and self.prompts is not None
+            else None,
+            f"output={self.output} is for a file of prompts; set prompts too"
+            if self.output is not None and self.prompts is None
+            else None,
+        ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints what follows the prompt or the prompts; returns the exit code."""
     parsed = parse(
         GenerateConfig,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         prog=PROG,
         description="Writes what a trained model says after a prompt, token by token.",
         positional=RUN_FOLDER,

@@ -2,11 +2,10 @@
 
 import dataclasses
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from memjax.config.checks import local_paths
+from memjax.config.checks import local_paths, positive
 from memjax.config.load import RUN_FOLDER, parse
 from memjax.errors import ConfigError
 from memjax.io.ctrl_c import run_command
@@ -42,13 +41,9 @@ class InspectConfig(CheckpointSettings):
     batch_size: int = 32
     """Texts of the corpus that are read at once."""
 
-    def __post_init__(self) -> None:
-        problems: list[str] = []
-        try:
-            CheckpointSettings.__post_init__(self)
-        except ValueError as error:
-            problems.append(str(error))
-        problems += [text for text in local_paths(self, "out", "corpus") if text]
+    def problems(self) -> list[str | None]:
+        """Everything that is wrong with the settings."""
+        problems = super().problems() + local_paths(self, "out", "corpus")
         if (self.prompt is None) == (self.slot is None):
             problems.append("prompt and slot: give one of the two")
         if self.slot is not None and not _SLOT.fullmatch(self.slot):
@@ -57,18 +52,14 @@ class InspectConfig(CheckpointSettings):
             problems.append(f"out={self.out} must end in .html")
         if self.out is not None and self.prompt is None:
             problems.append(f"out={self.out} is for a prompt; set prompt too")
-        for name in ("top", "corpus_texts", "batch_size"):
-            if getattr(self, name) < 1:
-                problems.append(f"{name}={getattr(self, name)} must be positive")
-        if problems:
-            raise ValueError("\n".join(problems))
+        return problems + positive(top=self.top, corpus_texts=self.corpus_texts, batch_size=self.batch_size)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints what the prompt or the slot is about; returns the exit code."""
     parsed = parse(
         InspectConfig,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         prog=PROG,
         description="Shows which slots of its tables a model reads for a prompt and what each adds to the answer, or "
         "which texts read a slot.",

@@ -1,7 +1,6 @@
 """`python -m memjax.learn RUN FACTS --out PATCH`: facts written into a few rows of a model's tables, as a patch."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from typing import Literal
 
@@ -52,25 +51,22 @@ class LearnConfig(CheckpointSettings):
     seed: int = 0
     """Orders the facts and draws the texts that are learned again."""
 
-    def __post_init__(self) -> None:
-        problems: list[str] = []
-        try:
-            CheckpointSettings.__post_init__(self)
-        except ValueError as error:
-            problems.append(str(error))
-        problems += [text for text in local_paths(self, "out", "background", "held_out") if text]
+    def problems(self) -> list[str | None]:
+        """Everything that is wrong with the settings."""
         names = ("rows", "lr", "epochs", "batch_size", "background_texts", "held_out_questions")
-        problems += [text for text in positive(**{name: getattr(self, name) for name in names}) if text]
-        problems += [text for text in not_negative(replay=self.replay, seed=self.seed) if text]
-        if problems:
-            raise ValueError("\n".join(problems))
+        return [
+            *super().problems(),
+            *local_paths(self, "out", "background", "held_out"),
+            *positive(**{name: getattr(self, name) for name in names}),
+            *not_negative(replay=self.replay, seed=self.seed),
+        ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Learns facts and prints what is known before and after; returns the exit code."""
     parsed = parse(
         LearnConfig,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         prog=PROG,
         description="Teaches a model facts by changing a few rows of its tables (sparse memory finetuning, "
         "arXiv:2510.15103), and writes these rows as a patch.",

@@ -5,16 +5,15 @@
 
 import dataclasses
 import shlex
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 from memjax.config.checks import local_paths, positive, refuse
-from memjax.config.help import Positional, help_text
-from memjax.config.load import COMPLETE, parse
-from memjax.errors import ConfigError
+from memjax.config.help import Positional
 from memjax.io.ctrl_c import run_command
-from memjax.runs.command import CheckpointSettings, exit_code
+from memjax.runs import subcommands
+from memjax.runs.command import StepSettings
+from memjax.runs.subcommands import Subcommand
 
 if TYPE_CHECKING:
     from memjax.runs.patch import Patch
@@ -22,44 +21,34 @@ if TYPE_CHECKING:
 PROG = "python -m memjax.patch"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class DiffConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiffConfig(StepSettings):
     """Where the patch goes."""
 
     out: str
     """The file to write (.safetensors), or a folder for it."""
-    step: str = "latest"
-    """The checkpoint of both runs: latest, best (lowest validation loss) or its number."""
 
-    def __post_init__(self) -> None:
-        CheckpointSettings(step=self.step)
-        refuse(local_paths(self, "out"))
+    def problems(self) -> list[str | None]:
+        """Everything that is wrong with the settings."""
+        return super().problems() + local_paths(self, "out")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ApplyConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ApplyConfig(StepSettings):
     """Where the patch is applied."""
 
     out: str | None = None
     """A new folder for a run whose checkpoint has the patch's rows; the run itself then stays as it is. null notes the
     patch in the run's folder, whose checkpoints stay as they are, so that it can be taken back."""
-    step: str = "latest"
-    """The checkpoint: latest, best (lowest validation loss) or its number."""
 
-    def __post_init__(self) -> None:
-        CheckpointSettings(step=self.step)
-        refuse(local_paths(self, "out"))
+    def problems(self) -> list[str | None]:
+        """Everything that is wrong with the settings."""
+        return super().problems() + local_paths(self, "out")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class RevertConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RevertConfig(StepSettings):
     """Where the patch is taken back."""
-
-    step: str = "latest"
-    """The checkpoint: latest, best (lowest validation loss) or its number."""
-
-    def __post_init__(self) -> None:
-        CheckpointSettings(step=self.step)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,22 +76,20 @@ class ShowConfig:
         refuse(positive(top=self.top))
 
 
-def diff(paths: Sequence[str], settings: DiffConfig) -> None:
+def diff(old: str, new: str, *, settings: DiffConfig) -> None:
     """Writes the patch that makes the first run's model the second's."""
     from memjax.runs import patching
     from memjax.runs.patch import write_patch
 
-    step = CheckpointSettings(step=settings.step).checkpoint
-    patch = patching.diff(paths[0], paths[1], step=step)
+    patch = patching.diff(old, new, step=settings.checkpoint)
     print(f"written to {write_patch(settings.out, patch)}: {in_words(patch)}")
 
 
-def apply(paths: Sequence[str], settings: ApplyConfig) -> None:
+def apply(run: str, path: str, *, settings: ApplyConfig) -> None:
     """Applies a patch and says how to take it back."""
     from memjax.runs import patching
 
-    run, path = paths
-    patch = patching.apply(run, path, step=CheckpointSettings(step=settings.step).checkpoint, out=settings.out)
+    patch = patching.apply(run, path, step=settings.checkpoint, out=settings.out)
     if settings.out is not None:
         print(f"written to {settings.out}: the model of {run} with {in_words(patch)}")
         return
@@ -110,15 +97,15 @@ def apply(paths: Sequence[str], settings: ApplyConfig) -> None:
     print(f"take it back  {PROG} revert {shlex.quote(run)} {patch.identity}")
 
 
-def revert(paths: Sequence[str], settings: RevertConfig) -> None:
+def revert(run: str, path: str, *, settings: RevertConfig) -> None:
     """Takes a patch back."""
     from memjax.runs import patching
 
-    patch = patching.revert(*paths, step=CheckpointSettings(step=settings.step).checkpoint)
-    print(f"taken back from {paths[0]}: {in_words(patch)}")
+    patch = patching.revert(run, path, step=settings.checkpoint)
+    print(f"taken back from {run}: {in_words(patch)}")
 
 
-def merge(paths: Sequence[str], settings: MergeConfig) -> None:
+def merge(*paths: str, settings: MergeConfig) -> None:
     """Writes one patch that does what several do."""
     from memjax.runs import patch as patches
 
@@ -127,7 +114,7 @@ def merge(paths: Sequence[str], settings: MergeConfig) -> None:
     print(f"written to {patches.write_patch(settings.out, merged)}: {in_words(merged)}")
 
 
-def show(paths: Sequence[str], settings: ShowConfig) -> None:
+def show(*paths: str, settings: ShowConfig) -> None:
     """Prints what is in a patch."""
     from memjax.runs.patch import read_patch
 
@@ -165,121 +152,58 @@ def _described(path: str, patch: "Patch", top: int) -> list[str]:
     return lines
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Command:
-    """What the first word of the command line asks for."""
-
-    run: Callable[[Sequence[str], Any], None]
-    """Takes the arguments without a name and the settings."""
-    schema: type
-    positional: Positional
-    fewest: int
-    """Arguments without a name."""
-    most: int | None
-    description: str
-    example: str
-
-
 _STEP_OR_PATCH = "A run's folder, then a patch: its file or folder"
-COMMANDS: Mapping[str, Command] = {
-    "diff": Command(
+COMMANDS: Mapping[str, Subcommand] = {
+    "diff": Subcommand(
         diff,
         DiffConfig,
         Positional(name="RUN", help="Two runs' folders: the old model's, then the new one's.", repeats=True),
-        2,
-        2,
         "Makes a patch of what differs between the models of two runs, whose dense parameters are the same.",
-        "diff runs/base runs/tuned --out tuned.safetensors",
+        ("diff runs/base runs/tuned --out tuned.safetensors",),
+        fewest=2,
+        most=2,
     ),
-    "apply": Command(
+    "apply": Subcommand(
         apply,
         ApplyConfig,
         Positional(name="RUN PATCH", help=f"{_STEP_OR_PATCH}.", repeats=True),
-        2,
-        2,
         "Applies a patch to a checkpoint of a run: all that load it then get the changed rows. Its files stay as they "
         "are; a training that goes on from it does so without the patch.",
-        "apply runs/quickstart people",
+        ("apply runs/quickstart people",),
+        fewest=2,
+        most=2,
     ),
-    "revert": Command(
+    "revert": Subcommand(
         revert,
         RevertConfig,
         Positional(name="RUN PATCH", help=f"{_STEP_OR_PATCH}, or its 16 digits that apply has printed.", repeats=True),
-        2,
-        2,
         "Takes an applied patch back: the model is what it was before, bit for bit.",
-        "revert runs/quickstart people",
+        ("revert runs/quickstart people",),
+        fewest=2,
+        most=2,
     ),
-    "merge": Command(
+    "merge": Subcommand(
         merge,
         MergeConfig,
         Positional(name="PATCH", help="Patches of one model.", repeats=True),
-        1,
-        None,
         "Makes one patch of several. Rows that only one of them changes are taken over.",
-        "merge people places --out both.safetensors",
+        ("merge people places --out both.safetensors",),
+        most=None,
     ),
-    "show": Command(
+    "show": Subcommand(
         show,
         ShowConfig,
         Positional(name="PATCH", help="Patches.", repeats=True),
-        1,
-        None,
         "Prints what is in patches: which model they are for, and the rows that change most.",
-        "show people",
+        ("show people",),
+        most=None,
     ),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs what the first word names; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    name = words[0] if words else ""
-    if name in COMMANDS:
-        command = COMMANDS[name]
-        parsed = parse(
-            command.schema,
-            words[1:],
-            prog=f"{PROG} {name}",
-            description=command.description,
-            positional=command.positional,
-            examples=[f"{PROG} {command.example}"],
-        )
-        return exit_code(lambda: _run(name, command, parsed.positionals, parsed.config))
-    if name == COMPLETE:
-        print("\n".join(COMMANDS))
-        return 0
-    if name in ("-h", "--help"):
-        print(whole_help())
-        return 0
-    print(f"{PROG}: {name!r} must be one of {', '.join(COMMANDS)}\n--help tells what they do.", file=sys.stderr)
-    return 2
-
-
-def _run(name: str, command: Command, paths: Sequence[str], settings: Any) -> None:
-    if len(paths) < command.fewest or (command.most is not None and len(paths) > command.most):
-        number = command.fewest if command.fewest == command.most else f"at least {command.fewest}"
-        raise ConfigError([f"{name} takes {number} arguments: {command.positional.help} Given: {len(paths)}"])
-    _stay_on_cpu()
-    command.run(paths, settings)
-
-
-def whole_help() -> str:
-    """The help of every command."""
-    parts = [
-        help_text(
-            command.schema, f"{PROG} {name}", command.description, command.positional, {}, [f"{PROG} {command.example}"]
-        )
-        for name, command in COMMANDS.items()
-    ]
-    return "\n\n\n".join([f"usage: {PROG} {'|'.join(COMMANDS)} ...", *parts])
-
-
-def _stay_on_cpu() -> None:
-    """Rows are only copied and compared here; an accelerator, whose memory a training may need, is left alone."""
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")
+    return subcommands.main(PROG, COMMANDS, argv)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import cast
 
-from memjax.config.checks import local_paths
+from memjax.config.checks import local_paths, refuse
 from memjax.config.load import RUN_FOLDER, parse
 from memjax.io.ctrl_c import run_command
 from memjax.runs.command import exit_code
@@ -29,7 +28,7 @@ class PlotConfig:
     """Steps that are averaged; 1 draws each step alone, null takes a fiftieth of the longest run."""
 
     def __post_init__(self) -> None:
-        problems = [text for text in local_paths(self, "out") if text]
+        problems = local_paths(self, "out")
         if pathlib.PurePath(self.out).suffix not in SUFFIXES:
             problems.append(f"out={self.out} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
         if self.smoothing is not None and self.smoothing < 1:
@@ -41,8 +40,7 @@ class PlotConfig:
                 f"x={self.x} is neither step, tokens nor seconds; to draw over a setting, say what: "
                 "--metric eval/validation/loss, for example"
             )
-        if problems:
-            raise ValueError("\n".join(problems))
+        refuse(problems)
 
 
 SUFFIXES = (".png", ".svg", ".pdf", ".html")
@@ -54,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Writes the picture; returns the exit code: 0 done, 2 wrong settings, 3 no metrics, 4 it cannot be written."""
     parsed = parse(
         PlotConfig,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         prog="python -m memjax.plot",
         description="Compares runs: loss, throughput and use of the memory's slots, in one picture.",
         positional=RUNS,

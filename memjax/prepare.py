@@ -1,6 +1,5 @@
 """Tokenises data ahead of training: `python -m memjax.prepare [CONFIG.yaml] [--section.key value ...]`."""
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments: Parsed[RunConfig] = parse(
         RunConfig,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         prog="python -m memjax.prepare",
         description=(
             "Tokenises the training and validation data of a run once, over all cores, into data.prepared (default: "

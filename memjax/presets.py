@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints a line for each preset; returns the exit code."""
     parse(
         PresetsConfig,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         prog="python -m memjax.presets",
         description="Lists the configs that `memjax train NAME` takes by name, from any folder.",
         positional=None,

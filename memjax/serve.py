@@ -8,10 +8,9 @@ import os
 import pathlib
 import signal
 import socket
-import sys
 from collections.abc import Sequence
 
-from memjax.config.checks import not_empty, positive, refuse
+from memjax.config.checks import not_empty, positive
 from memjax.config.load import RUN_FOLDER, parse
 from memjax.errors import ConfigError
 from memjax.io.console import say, warn
@@ -47,31 +46,25 @@ class ServeConfig(InferenceSettings):
     warm_up: bool = True
     """Whether to compile for all lengths of prompts before the first request; otherwise it happens when they come."""
 
-    def __post_init__(self) -> None:
-        problems: list[str | None] = []
-        try:
-            InferenceSettings.__post_init__(self)
-        except ValueError as error:
-            problems.append(str(error))
-        refuse(
-            problems
-            + not_empty(host=self.host, model_name=self.model_name)
-            + positive(slots=self.slots, queue=self.queue, max_body_kib=self.max_body_kib)
-            + [
-                None if 0 <= self.port < 1 << 16 else f"port={self.port} must be in 0..65535",
-                None if 0 <= self.drain_seconds < 1e6 else f"drain_seconds={self.drain_seconds} must be in 0..1e6",
-                f"max_length={self.max_length} must be at least 2: a token of the prompt and one to write"
-                if self.max_length is not None and self.max_length < 2
-                else None,
-            ]
-        )
+    def problems(self) -> list[str | None]:
+        """Everything that is wrong with the settings."""
+        return [
+            *super().problems(),
+            *not_empty(host=self.host, model_name=self.model_name),
+            *positive(slots=self.slots, queue=self.queue, max_body_kib=self.max_body_kib),
+            None if 0 <= self.port < 1 << 16 else f"port={self.port} must be in 0..65535",
+            None if 0 <= self.drain_seconds < 1e6 else f"drain_seconds={self.drain_seconds} must be in 0..1e6",
+            f"max_length={self.max_length} must be at least 2: a token of the prompt and one to write"
+            if self.max_length is not None and self.max_length < 2
+            else None,
+        ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serves until a signal ends it; returns the exit code."""
     parsed = parse(
         ServeConfig,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         prog=PROG,
         description="Serves a trained model to OpenAI's clients: /v1/completions, /v1/models, /health and /metrics.",
         positional=RUN_FOLDER,

@@ -105,7 +105,7 @@ def load(schema: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T
 
 def parse(
     schema: type[T],
-    argv: Sequence[str],
+    argv: Sequence[str] | None,
     *,
     prog: str,
     description: str,
@@ -117,13 +117,14 @@ def parse(
 
     Args:
         schema: The dataclass whose fields the options name.
-        argv: The arguments, without the program's name.
+        argv: The arguments, without the program's name; None takes those of the process.
         prog: The command, as help and errors call it.
         description: What the command does.
         positional: The argument without a name; None where there is none.
         flags: Options without a value: name (with underscores) and help.
         examples: Command lines for the help.
     """
+    argv = sys.argv[1:] if argv is None else argv
     if list(argv[:1]) == [COMPLETE]:
         output("\n".join(_completions(schema, positional, flags)))
         sys.exit(0)

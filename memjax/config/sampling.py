@@ -23,8 +23,12 @@ class SamplingConfig:
     """Of the draws; the same seed writes the same text."""
 
     def __post_init__(self) -> None:
-        refuse(
-            not_negative(temperature=self.temperature)
-            + positive(top_k=self.top_k, repetition_penalty=self.repetition_penalty)
-            + [f"top_p={self.top_p} must be above 0 and at most 1" if not 0 < self.top_p <= 1 else None]
-        )
+        refuse(self.problems())
+
+    def problems(self) -> list[str | None]:
+        """Everything that is wrong with the settings."""
+        return [
+            *not_negative(temperature=self.temperature),
+            *positive(top_k=self.top_k, repetition_penalty=self.repetition_penalty),
+            f"top_p={self.top_p} must be above 0 and at most 1" if not 0 < self.top_p <= 1 else None,
+        ]

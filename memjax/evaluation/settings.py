@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from memjax.config.checks import local_paths
+from memjax.config.checks import local_paths, not_negative, positive
 from memjax.config.sampling import SamplingConfig
 from memjax.config.schema import show
 from memjax.runs.command import InferenceSettings
@@ -16,7 +16,7 @@ _USED_BY = dict.fromkeys(_OF_QUESTIONS, ("questions",)) | {
 """Settings that mean nothing without one of others."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(InferenceSettings):
     """What to measure: a text, sets of questions or tasks of lm-eval. Where none of them is named, a run on biographies
     is asked for its facts; other runs read their validation data.
@@ -68,30 +68,26 @@ class EvaluateConfig(InferenceSettings):
     zero_tables: bool = True
     """Measure again with the tables zeroed, which tells how much is in them."""
 
-    def __post_init__(self) -> None:
-        InferenceSettings.__post_init__(self)
+    def problems(self) -> list[str | None]:
+        """Everything that is wrong with the settings."""
         names = ("max_bytes", "sequence_length", "stride", "people", "limit", "max_tokens", "samples")
-        counts = {name: getattr(self, name) for name in (*names, "program_seconds", "batch_size")}
         problems = [
-            f"{name}={value} must be positive" for name, value in counts.items() if value is not None and value < 1
+            *super().problems(),
+            *positive(**{name: getattr(self, name) for name in (*names, "program_seconds", "batch_size")}),
+            *not_negative(shots=self.shots),
         ]
-        if self.shots is not None and self.shots < 0:
-            problems.append(f"shots={self.shots} must not be negative")
         if self.memory_devices > 0 and self.batch_size % self.memory_devices:
             problems.append(f"batch_size={self.batch_size} must be a multiple of memory_devices={self.memory_devices}")
         if self.samples > 1 and self.sampling.temperature == 0:
             problems.append(f"samples={self.samples} would all be the same; set sampling.temperature, such as 0.8")
         if self.examples and not self.shots:
             problems.append(f"examples={show(self.examples)} are not used without shots; set shots to their number")
-        problems += [text for text in local_paths(self, "text", "questions", "examples", "task_folder") if text]
-        problems += self._misplaced()
-        if problems:
-            raise ValueError("\n".join(problems))
+        return problems + local_paths(self, "text", "questions", "examples", "task_folder") + self._misplaced()
 
-    def _misplaced(self) -> list[str]:
+    def _misplaced(self) -> list[str | None]:
         """What is asked for together with something else, and settings of what is not asked for."""
         asked = [name for name in ("text", "questions", "tasks") if getattr(self, name)]
-        problems = [
+        problems: list[str | None] = [
             f"{name}={show(getattr(self, name))} cannot be done together with {asked[0]}; do one after the other"
             for name in asked[1:]
         ]

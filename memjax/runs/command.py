@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
+from memjax.config.checks import positive, refuse
 from memjax.errors import ConfigError
 from memjax.io.console import log_to_console, printable
 from memjax.io.ctrl_c import heard
@@ -19,30 +20,21 @@ if TYPE_CHECKING:
 TableFormat = Literal["saved", "float32", "bfloat16", "float16", "int8", "float8_e4m3", "int4"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointSettings:
-    """Which checkpoint of the run, and where it is put."""
+# These have no slots, so that settings of a command can inherit from several, and `super()` works in them.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """Which checkpoint of the run."""
 
     step: str = "latest"
     """The checkpoint: latest, best (lowest validation loss) or its number."""
-    memory_devices: int = 1
-    """Devices that share the tables by columns, for tables too large for one."""
-    patch: tuple[str, ...] = ()
-    """Patches whose rows replace the model's, beside those applied to the run; see `python -m memjax.patch`."""
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.step not in ("latest", "best") and not self.step.isdecimal():
-            problems.append(f"step={self.step} must be latest, best or the number of a checkpoint")
-        if self.memory_devices < 1:
-            problems.append(f"memory_devices={self.memory_devices} must be positive")
-        if problems:
-            raise ValueError("\n".join(problems))
+        refuse(self.problems())
 
-    @property
-    def tables(self) -> dict[str, Any]:
-        """The arguments of `memjax.load` for how tables are stored, and where."""
-        return {}
+    def problems(self) -> list[str | None]:
+        """Everything that is wrong with the settings; those of a command add theirs."""
+        is_step = self.step in ("latest", "best") or self.step.isdecimal()
+        return [None if is_step else f"step={self.step} must be latest, best or the number of a checkpoint"]
 
     @property
     def checkpoint(self) -> int | Literal["latest", "best"]:
@@ -52,7 +44,26 @@ class CheckpointSettings:
         return int(self.step)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointSettings(StepSettings):
+    """Which checkpoint of the run, and where it is put."""
+
+    memory_devices: int = 1
+    """Devices that share the tables by columns, for tables too large for one."""
+    patch: tuple[str, ...] = ()
+    """Patches whose rows replace the model's, beside those applied to the run; see `python -m memjax.patch`."""
+
+    def problems(self) -> list[str | None]:
+        """Everything that is wrong with the settings."""
+        return [*super().problems(), *positive(memory_devices=self.memory_devices)]
+
+    @property
+    def tables(self) -> dict[str, Any]:
+        """The arguments of `memjax.load` for how tables are stored, and where."""
+        return {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class InferenceSettings(CheckpointSettings):
     """Which checkpoint of the run, where it is put, and how its tables are stored: they are only read."""
 
@@ -63,12 +74,9 @@ class InferenceSettings(CheckpointSettings):
     """Where tables live. host: in the memory of the machine, from where the GPU reads the rows that it needs; for
     tables larger than the GPU."""
 
-    def __post_init__(self) -> None:
-        problems = []
-        try:
-            CheckpointSettings.__post_init__(self)
-        except ValueError as error:
-            problems.append(str(error))
+    def problems(self) -> list[str | None]:
+        """Everything that is wrong with the settings."""
+        problems = super().problems()
         if self.memory_devices > 1 and self.table_place == "host":
             problems.append(
                 f"memory_devices={self.memory_devices} splits tables over devices and table_place=host keeps them off "
@@ -81,8 +89,7 @@ class InferenceSettings(CheckpointSettings):
                     f"they were saved; leave one of the two out, or apply the patch with `python -m memjax.patch apply "
                     "RUN PATCH --out NEW` and use that run"
                 )
-        if problems:
-            raise ValueError("\n".join(problems))
+        return problems
 
     @property
     def tables(self) -> dict[str, Any]:

@@ -1,0 +1,72 @@
+"""Commands whose first word names one of several things to do: `memjax.convert` and `memjax.patch`."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from memjax.config.help import Positional, help_text
+from memjax.config.load import COMPLETE, parse
+from memjax.errors import ConfigError
+from memjax.runs.command import exit_code
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Subcommand:
+    """What the first word of a command line asks for."""
+
+    run: Callable[..., None]
+    """Takes the positional arguments, and the settings by name."""
+    schema: type
+    positional: Positional
+    description: str
+    examples: tuple[str, ...] = ()
+    """Command lines for the help, without the program."""
+    fewest: int = 1
+    """Positional arguments."""
+    most: int | None = 1
+
+
+def main(prog: str, subcommands: Mapping[str, Subcommand], argv: Sequence[str] | None) -> int:
+    """Runs what the first word names, on the CPU; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words[0].replace("_", "-") if words else ""
+    if name in subcommands:
+        parsed = parse(argv=words[1:], **_command_line(prog, name, subcommands[name]))
+        return exit_code(lambda: _run(name, subcommands[name], parsed.positionals, parsed.config))
+    if name == COMPLETE:
+        print("\n".join(subcommands))
+        return 0
+    if name in ("-h", "--help"):
+        parts = [help_text(flags={}, **_command_line(prog, *item)) for item in subcommands.items()]
+        print("\n\n\n".join([f"usage: {prog} {'|'.join(subcommands)} ...", *parts]))
+        return 0
+    print(f"{prog}: {name!r} must be one of {', '.join(subcommands)}\n--help tells what they do.", file=sys.stderr)
+    return 2
+
+
+def _command_line(prog: str, name: str, subcommand: Subcommand) -> dict[str, Any]:
+    """The arguments of `parse` and `help_text`."""
+    return {
+        "schema": subcommand.schema,
+        "prog": f"{prog} {name}",
+        "description": subcommand.description,
+        "positional": subcommand.positional,
+        "examples": [f"{prog} {example}" for example in subcommand.examples],
+    }
+
+
+def _run(name: str, subcommand: Subcommand, words: Sequence[str], settings: Any) -> None:
+    fewest, most = subcommand.fewest, subcommand.most
+    if len(words) < fewest or (most is not None and len(words) > most):
+        number = fewest if fewest == most else f"at least {fewest}"
+        raise ConfigError([f"{name} takes {number} arguments: {subcommand.positional.help} Given: {len(words)}"])
+    _stay_on_cpu()
+    subcommand.run(*words, settings=settings)
+
+
+def _stay_on_cpu() -> None:
+    """Arrays are only copied and compared; an accelerator, whose memory a training may need, is left alone."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
