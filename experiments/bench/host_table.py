@@ -9,7 +9,6 @@ import functools
 import pathlib
 import sys
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,34 +16,15 @@ import numpy as np
 
 import memjax
 from memjax.errors import ConfigError
-from memjax.ops import host_memory
 from memjax.ops.row_formats import formats
-from memjax.ops.row_formats.formats import SCALE_DTYPE, RowFormat, row_bytes
-from memjax.ops.table import Table
+from memjax.ops.row_formats.formats import row_bytes
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import timing
+from random_table import random_table
 
 COLUMNS = ("format", "place", "tokens", "ms", "GB/s", "of copy", "of link", "over device")
 PICKS = 128
-
-
-def random_table(row_format: RowFormat, place: str, num_rows: int, width: int) -> Table:
-    """A table of random codes: what they mean does not matter for time."""
-    shape, dtype = (num_rows, row_format.payload_columns(width)), row_format.payload_dtype
-    memory = host_memory.allocate(shape[0] * shape[1] * dtype.itemsize)
-    piece = np.random.default_rng(0).integers(0, 63, min(len(memory), 1 << 24)).astype(np.uint8)
-    for start in range(0, len(memory), len(piece)):
-        memory[start : start + len(piece)] = piece[: len(memory) - start]
-    rows = memory.view(dtype).reshape(shape)
-    groups = row_format.groups(width)
-    scales = jnp.full((num_rows, groups), 0.01, SCALE_DTYPE) if groups else None
-    common: dict[str, Any] = {"format": row_format, "value_dtype": "bfloat16", "place": place}
-    if place == "device":
-        return Table(jnp.asarray(rows), scales, **common)
-    if jax.default_backend() == "cpu":
-        return Table(host_memory.as_array(rows), scales, **common)
-    return Table(host_memory.address_of(memory), scales, pinned=(num_rows, width), **common)
 
 
 def link_bandwidth(num_bytes: int) -> float:

@@ -4,8 +4,9 @@ Dense against Memory+ of one size, in bfloat16: the first token of a batch of pr
 milliseconds of each further token, greedy, at several batch sizes and lengths of the prompts: "ms a token" of steady
 decoding, as servers do it, and "streamed ms" from the first token on, at the growing pace of a stream. A model's cases
 of one length run in a process of their own, long prompts last. Where transformers can be imported a Llama of the same
-shape is timed by its `generate`, with its dynamic cache and with its static cache, which it compiles. `attention` times
-decode attention alone, in every implementation and with every tile; it comes last, so ask for it by `--only attention`.
+shape is timed by its `generate`, with its dynamic cache and with its static cache, which it compiles. `tables` are
+16 M slots, and 1 M in other formats and in host memory; the rows are random codes. `attention` times decode attention
+alone, in every implementation and with every tile; it comes last, so ask for it by `--only attention`.
 The record is written after every process, and keeps what other runs have put into it.
 
 With --small (for CPUs) a few cases of small sizes run, and the figures say nothing but that it runs.
@@ -42,7 +43,18 @@ COLUMNS = (
 COLUMNS += ("compile s", "peak GB", "note")
 KEY = ("model", "batch", "prompt")
 
-PARTS = ("dense", "memory", "transformers", "attention")
+PARTS = ("dense", "memory", "transformers", "tables", "attention")
+TABLES = (
+    ("Memory+ 16M", 4096, "bfloat16", "device"),
+    ("Memory+, host", 1024, "bfloat16", "host"),
+    ("Memory+, int8", 1024, "int8", "device"),
+    ("Memory+, int4", 1024, "int4", "device"),
+    ("Memory+, int8, host", 1024, "int8", "host"),
+    ("Memory+, int4, host", 1024, "int4", "host"),
+    ("Memory+ 16M, host", 4096, "bfloat16", "host"),
+    ("Memory+ 16M, int8, host", 4096, "int8", "host"),
+)
+"""Name, keys a half, row format and place."""
 
 
 def processes(arguments: argparse.Namespace) -> list[tuple[str, str, cases.Row]]:
@@ -63,10 +75,14 @@ def processes(arguments: argparse.Namespace) -> list[tuple[str, str, cases.Row]]
     def of_length(length: int) -> list[tuple[str, str, cases.Row]]:
         shared = {"sizes": [(batch, length) for batch in ((1, 2) if small else (1, 8, 64))], **counts}
 
-        def memjax(part: str, name: str, preset: str, settings: list[str]) -> tuple[str, str, cases.Row]:
+        def memjax(part: str, name: str, preset: str, settings: list[str], **more: str) -> tuple[str, str, cases.Row]:
             profile = str(arguments.out / "profiles" / name.replace(" ", "-")) if arguments.profile else None
             case = {"kind": "engine", "model": name, "preset": preset, "settings": settings, "profile": profile}
-            return part, "inference_case.py", case | shared
+            return part, "inference_case.py", case | shared | more
+
+        def of_table(name: str, num_keys: int, table_format: str, place: str) -> tuple[str, str, cases.Row]:
+            settings = [*memory_words, "--model.memory.num_keys", str(16 if small else num_keys)]
+            return memjax("tables", name, memory_plus, settings, format=table_format, place=place)
 
         def transformers(cache: str) -> tuple[str, str, cases.Row]:
             case = {"model": f"transformers, {cache} cache", "cache": cache, "shape": shape}
@@ -77,6 +93,7 @@ def processes(arguments: argparse.Namespace) -> list[tuple[str, str, cases.Row]]
             transformers("static"),
             memjax("memory", "Memory+", memory_plus, memory_words),
             transformers("dynamic"),
+            *(of_table(*table) for table in TABLES if length == lengths[0]),
         ]
 
     sizes = [(1, 16), (2, 16)] if small else [(batch, length) for length in lengths for batch in (1, 8, 64)]
@@ -93,8 +110,8 @@ def compare(rows: list[cases.Row]) -> None:
         dense = found.get(("dense", *size))
         peers = [found.get((f"transformers, {cache} cache", *size)) for cache in ("dynamic", "static")]
         peer = min((time for time in peers if time), default=None)
-        row["of dense"] = own / dense if own and dense and row["model"] == "Memory+" else None
-        row["of transformers"] = own / peer if own and peer and row["model"] in ("dense", "Memory+") else None
+        row["of dense"] = own / dense if own and dense and row["model"].startswith("Memory+") else None
+        row["of transformers"] = own / peer if own and peer and not row["model"].startswith("transformers") else None
 
 
 def main() -> None:

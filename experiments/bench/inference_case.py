@@ -28,6 +28,7 @@ from memjax.ops.decode_attention.api import decode_attention
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import timing
+from random_table import random_model
 
 Row = dict[str, Any]
 
@@ -94,8 +95,7 @@ def measure(model: Decoder, case: Row, batch: int, length: int) -> Row:
 def of_engine(case: Row) -> Iterator[Row]:
     """A row for every batch and length of prompts."""
     config = load(RunConfig, pathlib.Path(case["preset"]), case["settings"]).model
-    parts = DecoderParts.of(config)
-    model = parts.assemble(*parts.init(jax.random.key(0)))
+    model = random_model(DecoderParts.of(config), case.get("format"), case.get("place"))
     for batch, length in case["sizes"]:
         yield {"batch": batch, "prompt": length} | attempt(lambda: measure(model, case, batch, length))  # noqa: B023
 

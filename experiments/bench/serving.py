@@ -52,6 +52,7 @@ def serve(case: cases.Row) -> None:
     """Times the engine, then serves until SIGTERM; prints a line of JSON when it is ready, and one at the end."""
     import jax
     import numpy as np
+    from random_table import random_model
 
     from memjax.config.load import load
     from memjax.config.run import RunConfig
@@ -69,8 +70,7 @@ def serve(case: cases.Row) -> None:
 
     Numbers.__abstractmethods__ = frozenset()
     config = load(RunConfig, pathlib.Path(case["preset"]), case["settings"]).model
-    parts = DecoderParts.of(config)
-    model = parts.assemble(*parts.init(jax.random.key(0)))
+    model = random_model(DecoderParts.of(config), case["table_format"], case["table_place"])
     tokenizer = Numbers([f" {token}".encode() for token in range(config.vocab_size)], {"<pad>": 0}, bos_id=1, eos_id=2)
     max_length, clients, new = case["prompt"] + case["new"], case["clients"], case["new"]
     rng = np.random.default_rng(0)
@@ -234,6 +234,8 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="a small model and few requests")
     parser.add_argument("--size", default="373m", help="preset configs/SIZE_memory_plus_1m.yaml")
     parser.add_argument("--dtype", default="bfloat16", help="of parameters; float32 for equal answers")
+    parser.add_argument("--table_format", help="of a table of random codes, such as int8")
+    parser.add_argument("--table_place", default="device", choices=("device", "host"), help="where that table lives")
     parser.add_argument("--clients", type=int, help="as many slots; 64, or 4 if small")
     parser.add_argument("--requests", type=int, help="of each client; 20, or 3 if small")
     parser.add_argument("--prompt", type=int, help="tokens; 512, or 16 if small")
@@ -258,8 +260,10 @@ def main() -> int:
 
     vocab_size = load(RunConfig, preset, words).model.vocab_size
     case |= {"preset": str(preset), "settings": words, "vocab_size": vocab_size}
+    case |= {name: getattr(arguments, name) for name in ("table_format", "table_place")}
     case |= {"hang_ups": arguments.hang_ups, "rounds": 1 if small else 3}
-    row: cases.Row = {"model": f"Memory+ {'small' if small else arguments.size}, {dtype}"}
+    table = f", table {arguments.table_format}, {arguments.table_place}" if arguments.table_format else ""
+    row: cases.Row = {"model": f"Memory+ {'small' if small else arguments.size}, {dtype}{table}"}
     row |= {name: case[name] for name in ("clients", "prompt", "new")} | measure(case)
     ignored = ("--out", str(arguments.out), "--stem", arguments.stem)
     command = f"python experiments/bench/serving.py {shlex.join(w for w in sys.argv[1:] if w not in ignored)}".strip()
