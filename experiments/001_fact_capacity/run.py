@@ -12,14 +12,15 @@ from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(HERE.parent), str(ROOT)]
+sys.path[:0] = [str(HERE.parent), str(ROOT), str(HERE)]
 
+import why
 from factlab import command
 from factlab.report import bits_per_parameter, draw, grouped, markdown, millions, settings, spread, write_into
 from factlab.runs import Result, Run, read_results
 
 SUMMARY = "<!-- made by experiments/001_fact_capacity/run.py --report -->"
-STAGES = ("gate", "grid", "full", "edges")
+STAGES = ("gate", "grid", "full", "edges", "why")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class Size:
     grid_exposures: float
     gate_people: int
     gate_exposures: float
+    why_exposures: float
     seeds: int
     num_rates: int
     """Settings of the rates that are tried for each family."""
@@ -39,7 +41,14 @@ class Size:
 
 SIZES = {
     "full": Size(
-        people=60_000, exposures=60, grid_exposures=20, gate_people=24_000, gate_exposures=48, seeds=3, num_rates=3
+        people=60_000,
+        exposures=60,
+        grid_exposures=20,
+        gate_people=24_000,
+        gate_exposures=48,
+        why_exposures=40,
+        seeds=3,
+        num_rates=3,
     ),
     # Says only that everything runs: minutes on a CPU.
     "small": Size(
@@ -48,6 +57,7 @@ SIZES = {
         grid_exposures=10,
         gate_people=50,
         gate_exposures=10,
+        why_exposures=10,
         seeds=1,
         num_rates=1,
         settings=("--data.batch_size", "64"),
@@ -115,6 +125,8 @@ def runs_of(stage: str, size: Size, results: dict[str, Result]) -> list[Run]:
     if stage == "edges":
         beyond = BEYOND.items() if size.num_rates > 1 else ()
         return [a_run(stage, size, family, rates, size.grid_exposures) for family, rates in beyond]
+    if stage == "why":
+        return whys(size)
     return [
         a_run(stage, size, family, best_rates(RATES_OF.get(family, family), results), size.exposures, seed=seed)
         for seed in range(size.seeds)
@@ -141,7 +153,28 @@ def gate(size: Size) -> list[Run]:
     return [*dense, *memory, *others, one("dense_x4", DENSE[0])]
 
 
-def a_run(stage, size, family, rates, exposures, *, seed=0, settings=(), perfect_address=False) -> Run:
+def whys(size: Size) -> list[Run]:
+    """From the plain layer to Memory+, one change at a time."""
+    chosen = list(why.variants())
+    # Of the small size only what no other stage runs.
+    chosen = chosen if size.num_rates > 1 else [one for one in chosen if one.without == "gate_proj"]
+    return [
+        a_run(
+            "why",
+            size,
+            "memory",
+            (MIDDLE_LR, one.design.table_lr),
+            size.why_exposures,
+            seed=seed,
+            settings=one.all_settings,
+            without=one.without,
+        )
+        for seed in range(size.seeds)
+        for one in chosen
+    ]
+
+
+def a_run(stage, size, family, rates, exposures, *, seed=0, settings=(), perfect_address=False, without="") -> Run:
     lr, table_lr = rates
     return Run(
         stage=stage,
@@ -154,6 +187,7 @@ def a_run(stage, size, family, rates, exposures, *, seed=0, settings=(), perfect
         seed=seed,
         settings=(*size.settings, *settings),
         perfect_address=perfect_address,
+        without=without,
         # Tokens at the rate of one of four processes, after starting and compiling.
         seconds=40 + exposures * size.people * 6 * 14 / 2e6,
     )
@@ -180,6 +214,7 @@ def report(rows: list[Result], folder: pathlib.Path) -> str:
         parts += [markdown(head, [headline(*key, runs) for key, runs in full.items()])]
     if again := read_results(folder / "results" / "again.json"):
         parts += ["From scratch once more, with the same seed (`results/again.json`):", repeated(rows, again)]
+    parts += why.tables(of_stage("why"))
     for stage in ("grid", "edges", "gate"):
         if found := of_stage(stage):
             head = ("family", "lr", "of tables", "settings", "recall", "stored kbit")

@@ -37,6 +37,8 @@ class Run:
     seed: int = 0
     settings: tuple[str, ...] = ()
     perfect_address: bool = False
+    without: str = ""
+    """What the memory layers are left without: gate_proj or value_proj."""
     seconds: float = 60.0
     """A guess, for the first run of its kind; later ones are judged by those before."""
 
@@ -47,18 +49,20 @@ class Run:
         words = [self.stage, self.family, facts, f"x{self.exposures:g}", f"lr{self.lr:g}"]
         words += [f"table{self.table_lr:g}"] if self.table_lr else []
         words += [f"seed{self.seed}"] + (["perfect"] if self.perfect_address else [])
+        words += [f"without={self.without}"] if self.without else []
         words += [f"{name.removeprefix('--')}={value}" for name, value in zip(*[iter(self.settings)] * 2, strict=True)]
         return " ".join(words)
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """Runs of one kind share their compiled programs."""
-        return self.config, self.settings, self.perfect_address, tuple(self.facts.items())
+        return self.config, self.settings, self.perfect_address, self.without, tuple(self.facts.items())
 
     def row(self) -> Result:
         """What the results say of it beside what was measured."""
         fields = ("stage", "family", "lr", "table_lr", "seed", "perfect_address")
-        return {"name": self.name, "settings": list(self.settings), **{name: getattr(self, name) for name in fields}}
+        row = {"name": self.name, "settings": list(self.settings), **{name: getattr(self, name) for name in fields}}
+        return row | ({"without": self.without} if self.without else {})
 
 
 def read_results(*paths: pathlib.Path) -> dict[str, Result]:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,11 +84,28 @@ class PerfectAddress(DecoderParts):
         return model
 
 
+@dataclasses.dataclass(frozen=True)
+class Without(DecoderParts):
+    """Parts of a decoder whose memory layers lack one of the two projections that a gate brings with it."""
+
+    part: Literal["gate_proj", "value_proj"] = "gate_proj"
+
+    def assemble(self, params: Any, tables: Tables) -> Decoder:
+        model = DecoderParts.assemble(self, params, tables)
+        assert self.config.memory is not None
+        for layer in self.config.memory.layers:
+            setattr(model.blocks[layer].memory, self.part, None)
+        return model
+
+
 class FactTrainer:
     """A model's compiled programs, for any rates, seeds and lengths."""
 
-    def __init__(self, config: RunConfig, rows: FactRows, *, perfect_address: bool = False):
-        """The config's own rates must be constant and 1: those of a run are factors on them."""
+    def __init__(self, config: RunConfig, rows: FactRows, *, perfect_address: bool = False, without: str = ""):
+        """The config's own rates must be constant and 1: those of a run are factors on them.
+
+        Parameters that are left out (`without`) are still counted.
+        """
         optim = config.optim
         for name, rate in (("optim", optim), ("optim.table", optim.table)):
             if (rate.lr, rate.schedule, rate.warmup_steps) != (1.0, "constant", 0):
@@ -100,6 +117,8 @@ class FactTrainer:
             )
         self.config, self.rows, self.perfect_address = config, rows, perfect_address
         self.program = TrainProgram.of(config)
+        if without:
+            self.program = _with_parts(self.program, Without, part=without)
         picks = config.model.memory.picks if perfect_address and config.model.memory else 0
         slots = config.model.memory.num_slots if config.model.memory else 1
         num_facts = len(rows.tokens)
@@ -285,12 +304,11 @@ class FactTrainer:
         """The program; in the control with the slots of the facts that the rows of a batch tell."""
         if not self.perfect_address:
             return self.program
-        parts, memory = self.program.parts, self.program.config.model.memory
+        memory = self.program.config.model.memory
         assert memory is not None
         indices = jnp.repeat(slots[facts], self.rows.length, axis=0)
         weights = jnp.full(indices.shape, 1 / memory.top_k, jnp.float32)
-        fields = {field.name: getattr(parts, field.name) for field in dataclasses.fields(parts)}
-        return dataclasses.replace(self.program, parts=PerfectAddress(**fields, lookup=Lookup(indices, weights)))
+        return _with_parts(self.program, PerfectAddress, lookup=Lookup(indices, weights))
 
     @staticmethod
     def _at(rates: Rates, program: TrainProgram) -> TrainProgram:
@@ -298,6 +316,12 @@ class FactTrainer:
         optimizer = optax.chain(program.optimizer, optax.scale(rates.lr))
         table_optimizer = dataclasses.replace(program.table_optimizer, learning_rate=lambda _: rates.table_lr)
         return dataclasses.replace(program, optimizer=optimizer, table_optimizer=table_optimizer)
+
+
+def _with_parts(program: TrainProgram, kind: type[DecoderParts], **changes: Any) -> TrainProgram:
+    """The program with its parts assembled in another way."""
+    fields = {field.name: getattr(program.parts, field.name) for field in dataclasses.fields(DecoderParts)}
+    return dataclasses.replace(program, parts=kind(**fields, **changes))
 
 
 @functools.lru_cache(maxsize=64)

@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def _run(task: Task, models: dict[str, "Model"]) -> dict[str, Any]:
-    key = json.dumps([task[name] for name in ("config", "settings", "facts", "perfect_address")])
+    key = json.dumps([task[name] for name in ("config", "settings", "facts", "perfect_address", "without")])
     if key not in models:
         models[key] = Model(task)
     return models[key].run(task) | environment()
@@ -59,7 +59,9 @@ class Model:
         rows = self.questions.rows if self.questions else biography_rows(BiographiesConfig(num_people=facts["people"]))
         sizes = ["--model.vocab_size", str(rows.vocab_size), "--data.sequence_length", str(rows.length)]
         config = load(RunConfig, pathlib.Path(task["config"]), [*sizes, *task["settings"]])
-        self.trainer = training.FactTrainer(config, rows, perfect_address=task["perfect_address"])
+        self.trainer = training.FactTrainer(
+            config, rows, perfect_address=task["perfect_address"], without=task["without"]
+        )
 
     def run(self, task: Task) -> dict[str, Any]:
         return self.trainer.run(

@@ -83,7 +83,8 @@ def test_nothing_is_started_that_would_end_after_the_deadline(pool, tmp_path):
 def test_runs_that_differ_in_anything_have_different_names():
     plain = a_run("a")
     others = [a_run("a", 1), a_run("b"), a_run("a", perfect_address=True), a_run("a", settings=("--model.dim", "8"))]
-    assert len({run.name for run in [plain, *others]}) == 5
+    others.append(a_run("a", without="gate_proj"))
+    assert len({run.name for run in [plain, *others]}) == 6
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,23 @@ def test_in_the_control_every_token_of_a_sentence_reads_the_slots_of_its_fact(ro
     assert np.asarray(lookup.weights).sum(axis=1) == pytest.approx(2)  # 1 for each head
 
 
+def test_a_gated_layer_without_one_of_its_projections_has_the_other(rows):
+    trainers = {part: training.FactTrainer(config_of(rows), rows, without=part) for part in ("gate_proj", "value_proj")}
+    arrays = jax.tree.map(
+        lambda leaf: jnp.asarray(np.random.default_rng(leaf.size).normal(size=leaf.shape), leaf.dtype),
+        (trainers["gate_proj"].program.parts.abstract_params, trainers["gate_proj"].program.parts.abstract_tables),
+    )
+    own = lambda part, name: np.asarray(arrays[0]["blocks"][0]["memory"][part][name][...])
+    x, bag = np.random.default_rng(1).normal(size=(2, 3, 16)).astype(np.float32)
+    gate = x @ own("gate_proj", "kernel") + own("gate_proj", "bias")
+    projected = bag @ own("value_proj", "kernel") + own("value_proj", "bias")
+    expected = {"gate_proj": projected, "value_proj": bag * gate / (1 + np.exp(-gate))}
+    for part, trainer in trainers.items():
+        memory = trainer.program.parts.assemble(*arrays).blocks[0].lookup
+        assert isinstance(memory, MemoryLayer)
+        np.testing.assert_allclose(memory.combine(jnp.asarray(x), jnp.asarray(bag)), expected[part], rtol=1e-4)
+
+
 def test_a_run_that_would_miss_its_deadline_ends_early(trainer):
     with pytest.raises(training.OutOfTime, match="more are needed"):
         trainer.run(RATES, exposures=1e4, seed=0, deadline=0.0)
