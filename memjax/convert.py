@@ -43,6 +43,8 @@ class ToHfConfig(StepSettings):
 
     out: str
     """The folder to write; new or empty."""
+    ema: bool = False
+    """Take the moving average of the dense parameters (optim.ema_decay)."""
     dtype: Literal["saved", "float32", "bfloat16", "float16"] = "saved"
     """Type of the numbers in the files; saved: that of the checkpoint."""
     max_length: int | None = None
@@ -117,6 +119,7 @@ def to_hf(run: str, *, settings: ToHfConfig) -> None:
         run,
         settings.out,
         step=settings.checkpoint,
+        ema=settings.ema,
         dtype=None if settings.dtype == "saved" else settings.dtype,
         longest=settings.max_length,
         like=settings.like,

@@ -3,7 +3,7 @@
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,7 +119,12 @@ class Checkpoints:
             self._writer.write(step, items)
 
     def restore(
-        self, targets: Mapping[str, Any], documents: Sequence[str] = (), *, step: int | None = None
+        self,
+        targets: Mapping[str, Any],
+        documents: Sequence[str] = (),
+        *,
+        step: int | None = None,
+        optional: Collection[str] = (),
     ) -> Restored:
         """Reads the named items and nothing else.
 
@@ -131,6 +136,7 @@ class Checkpoints:
                 first device where it is None; the mesh need not be the one that saved.
             documents: Names of JSON items.
             step: The step to read; None means the newest that can be read.
+            optional: Items that do not come back if the step has none of that name.
 
         Raises:
             CheckpointError: nothing there, nothing readable, or a target does not fit what was saved, or is what a
@@ -141,7 +147,7 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder}: there is no step {step}; there are {self.steps() or 'none'}")
         for candidate in candidates:
             try:
-                found = self._read(candidate, targets, documents)
+                found = self._read(candidate, targets, documents, optional)
             except Damaged as error:
                 self._damaged.add(candidate)
                 if step is not None:
@@ -197,9 +203,12 @@ class Checkpoints:
             self._writer.set_aside(damaged)
         self._damaged.clear()
 
-    def _read(self, step: int, targets: Mapping[str, Any], documents: Sequence[str]) -> Restored:
+    def _read(
+        self, step: int, targets: Mapping[str, Any], documents: Sequence[str], optional: Collection[str]
+    ) -> Restored:
         stored = StoredStep(self.folder, step)
         index = stored.index()
+        targets = {item: tree for item, tree in targets.items() if item in index["arrays"] or item not in optional}
         absent = [item for item in targets if item not in index["arrays"]]
         if absent and note_of(index).partial:
             newest = self.latest()

@@ -104,6 +104,13 @@ class OptimConfig(ScheduleConfig):
     """Largest norm of the dense gradient; null for no clipping."""
     key_lr_factor: float = 0.2
     """Learning rate of memory keys and query projections, as a share of lr; slow keys spread the reads."""
+    ema_decay: float | None = None
+    """Decay of an exponential moving average of the dense parameters, such as 0.999, which checkpoints keep beside them
+    and `ema` of evaluate, generate, serve and convert reads; in the first steps it is (n - 1) / (n + 8). null: none.
+    Tables are not averaged: that would write whole tables in every step."""
+    skip_step_sigma: float | None = None
+    """Skip the update of a step whose loss or gradient norm is above the mean of the last 128 by more than so many
+    of their standard deviations (6 is common); null: never. `train/skipped_steps` counts them."""
     freeze_dense: bool = False
     """Train the memory layers and their tables only; all else stays as it is, and has no optimizer state."""
     table: TableOptimConfig = dataclasses.field(default_factory=TableOptimConfig)
@@ -112,7 +119,8 @@ class OptimConfig(ScheduleConfig):
     def __post_init__(self) -> None:
         ScheduleConfig.__post_init__(self)
         refuse(
-            positive(eps=self.eps, max_grad_norm=self.max_grad_norm)
+            positive(eps=self.eps, max_grad_norm=self.max_grad_norm, skip_step_sigma=self.skip_step_sigma)
             + not_negative(weight_decay=self.weight_decay, key_lr_factor=self.key_lr_factor)
             + decays(beta1=self.beta1, beta2=self.beta2)
+            + (decays(ema_decay=self.ema_decay) if self.ema_decay is not None else [])
         )

@@ -77,6 +77,8 @@ class ProgressLines:
             f"lr {row['train/lr']:.1e}" + (f" table {row['train/lr_table']:.1e}" if "train/lr_table" in row else ""),
             f"{sum(row['train/tokens'] for row in rows) / seconds:,.0f} tokens/s",
         ]
+        if row.get("train/skipped_steps"):
+            parts.append(f"skipped {row['train/skipped_steps']}")
         if "throughput/mfu" in row:
             share = sum(row["throughput/mfu"] * row["throughput/step_seconds"] for row in rows) / seconds
             parts.append(f"MFU {share:.1%}")

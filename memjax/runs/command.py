@@ -58,8 +58,8 @@ class CheckpointSettings(StepSettings):
         return [*super().problems(), *positive(memory_devices=self.memory_devices)]
 
     @property
-    def tables(self) -> dict[str, Any]:
-        """The arguments of `memjax.load` for how tables are stored, and where."""
+    def options(self) -> dict[str, Any]:
+        """More arguments of `memjax.load`."""
         return {}
 
 
@@ -67,6 +67,8 @@ class CheckpointSettings(StepSettings):
 class InferenceSettings(CheckpointSettings):
     """Which checkpoint of the run, where it is put, and how its tables are stored: they are only read."""
 
+    ema: bool = False
+    """Take the moving average of the dense parameters (optim.ema_decay), beside the tables as they are."""
     table_format: TableFormat = "saved"
     """How the rows of tables are stored: saved, as they were; int8, float8_e4m3 and int4 need a half, a half and a
     quarter of bfloat16's bytes, and lose a little."""
@@ -92,10 +94,10 @@ class InferenceSettings(CheckpointSettings):
         return problems
 
     @property
-    def tables(self) -> dict[str, Any]:
-        """The arguments of `memjax.load` for how tables are stored, and where."""
+    def options(self) -> dict[str, Any]:
+        """More arguments of `memjax.load`: which parameters, how tables are stored, and where."""
         table_format = None if self.table_format == "saved" else self.table_format
-        return {"table_format": table_format, "table_place": self.table_place}
+        return {"ema": self.ema, "table_format": table_format, "table_place": self.table_place}
 
 
 @contextlib.contextmanager
@@ -130,7 +132,7 @@ def _load(run: str, settings: CheckpointSettings) -> "LoadedModel":
     from memjax.models.parts import take_apart, writable
     from memjax.runs.load import load
 
-    found = load(run, step=settings.checkpoint, patches=settings.patch, **settings.tables)
+    found = load(run, step=settings.checkpoint, patches=settings.patch, **settings.options)
     if not isinstance(settings, InferenceSettings):
         writable(take_apart(found.model)[2], run)
     return found

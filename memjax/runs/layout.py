@@ -9,6 +9,7 @@ import platform
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from memjax.config import renamed
@@ -16,6 +17,7 @@ from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.models.decoder import resolve_dtype
 from memjax.models.parts import DecoderParts
+from memjax.ops.precision import accumulator
 
 CHECKPOINTS = "checkpoints"
 """The folder of a run that holds its steps."""
@@ -62,6 +64,14 @@ OPT_STATE = "opt_state"
 
 TABLE_STATE, DATA_ITER = "table_state", "data_iter"
 """Items of a checkpoint beside OPT_STATE and those of `memjax.runs.load`."""
+
+EMA, RECENT = "ema", "recent"
+"""Items of runs that keep a moving average of the dense parameters, or skip spikes of the loss."""
+
+
+def widened(params: nnx.State) -> nnx.State:
+    """Parameters in float32 or wider, as their moving average is kept: a step adds little to it."""
+    return jax.tree.map(lambda param: jnp.asarray(param, accumulator(param.dtype)), params)
 
 
 def params_to_tree(params: nnx.State) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, Sharding
 from jax.typing import DTypeLike
 
 from memjax.checkpoint.checkpoints import Checkpoints
+from memjax.checkpoint.restoring import Restored
 from memjax.config.dtype import DType
 from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
@@ -29,6 +30,7 @@ from memjax.ops.table import Place
 from memjax.runs.applied import Applied, patched
 from memjax.runs.layout import (
     CHECKPOINTS,
+    EMA,
     FORMAT,
     FORMAT_WITH_TABLE_FILES,
     META,
@@ -38,6 +40,7 @@ from memjax.runs.layout import (
     params_to_tree,
     tree_to_params,
     upgraded,
+    widened,
 )
 from memjax.runs.patch import read_patch
 from memjax.runs.tables import TableForm, build, encoded, read_files, stored_format
@@ -75,6 +78,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     step: int | Literal["latest", "best"] = "latest",
+    ema: bool = False,
     dtype: DTypeLike | None = None,
     patches: Sequence[str | os.PathLike[str]] = (),
     table_format: str | RowFormat | None = None,
@@ -91,6 +95,7 @@ def load(
     Args:
         path: the run's folder, or the `checkpoints` in it.
         step: the number of a checkpoint, the newest that can be read, or that with the lowest validation loss.
+        ema: take the moving average of the dense parameters (optim.ema_decay), beside the tables as they are.
         dtype: of activations, parameters and tables. None keeps parameters and tables as they were saved, or widens
             tables to what this machine computes in.
         patches: files of `memjax.patch` and `memjax.learn` whose rows replace the model's, after those that are applied
@@ -110,7 +115,7 @@ def load(
         raise ConfigError([f"patch={', '.join(map(str, patches))} {_NOT_TOGETHER.format(tables)}"])
     if tables.is_default:
         try:
-            return _load_plain(path, step, dtype, patches)
+            return _load_plain(path, step, ema, dtype, patches)
         except _TablesInFiles:
             if patches:
                 raise
@@ -118,7 +123,7 @@ def load(
     with Checkpoints(folder) as checkpoints:
         wanted = wanted_step(checkpoints, step)
         meta = checkpoints.read_document(META, wanted)
-        return _load_in_form(checkpoints, folder, wanted, meta, dtype, tables)
+        return _load_in_form(checkpoints, folder, wanted, meta, ema, dtype, tables)
 
 
 class _TablesInFiles(CheckpointError):
@@ -189,11 +194,12 @@ def _load_in_form(
     folder: pathlib.Path,
     wanted: int | None,
     meta: dict[str, Any],
+    ema: bool,
     dtype: DTypeLike | None,
     settings: TableSettings,
 ) -> LoadedModel:
     """The model with its tables in a format and a place."""
-    saved = read_saved(checkpoints, folder, wanted, meta)
+    saved = read_saved(checkpoints, folder, wanted, meta, ema=ema)
     refuse_applied(folder, saved.step, str(settings) or "tables in files")
     section_dtypes = saved.model_config.lookup_sections
     wider: TableDtypes = {
@@ -241,7 +247,9 @@ class Saved(NamedTuple):
     meta: dict[str, Any]
 
 
-def read_saved(checkpoints: Checkpoints, folder: pathlib.Path, wanted: int | None, meta: dict[str, Any]) -> Saved:
+def read_saved(
+    checkpoints: Checkpoints, folder: pathlib.Path, wanted: int | None, meta: dict[str, Any], *, ema: bool = False
+) -> Saved:
     """A step without its tables: the wanted one, or the newest that can be read, whose `meta` document was read.
 
     Raises:
@@ -250,14 +258,43 @@ def read_saved(checkpoints: Checkpoints, folder: pathlib.Path, wanted: int | Non
     config, stored = _read_meta(meta, folder)
     replicated, _ = _shardings(config.model, folder)
     model_config = _with_dtypes(config.model, tables=stored)
-    params = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
-        params_to_tree(DecoderParts.of(model_config).abstract_params),
-    )
-    restored = checkpoints.restore({PARAMS: params}, [META], step=wanted)
+    params = _Params(DecoderParts.of(model_config), replicated, ema)
+    restored = checkpoints.restore(params.targets, [META], step=wanted, optional=[EMA])
     meta = restored.documents[META]
     tokenizer = Tokenizer.from_state(meta["tokenizer"])
-    return Saved(config, model_config, restored.arrays[PARAMS], tokenizer, restored.step, meta)
+    return Saved(config, model_config, params.of(restored, folder), tokenizer, restored.step, meta)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Params:
+    """The dense parameters to read, as trained or as averaged over the steps."""
+
+    parts: DecoderParts
+    sharding: Sharding | None
+    ema: bool
+
+    @property
+    def targets(self) -> dict[str, Any]:
+        """The item of a checkpoint that holds them."""
+        params = self.parts.abstract_params
+        params = jax.eval_shape(widened, params) if self.ema else params
+        place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.sharding)
+        return {EMA if self.ema else PARAMS: jax.tree.map(place, params_to_tree(params))}
+
+    def of(self, restored: Restored, folder: pathlib.Path) -> dict[str, Any]:
+        """The parameters of what was read, in the type of the model.
+
+        Raises:
+            CheckpointError: the step has no average.
+        """
+        if not self.ema:
+            return restored.arrays[PARAMS]
+        if EMA not in restored.arrays:
+            raise CheckpointError(
+                f"{folder}: ema=True, and step {restored.step} has no moving average of its parameters: it was trained "
+                "without optim.ema_decay; leave ema out"
+            )
+        return _cast(restored.arrays[EMA], params_to_tree(self.parts.abstract_params))
 
 
 def _format_of(record: Any, settings: TableSettings, saved: DTypeLike, folder: pathlib.Path) -> RowFormat:
@@ -278,11 +315,12 @@ def _format_of(record: Any, settings: TableSettings, saved: DTypeLike, folder: p
 def _load_plain(
     path: str | os.PathLike[str],
     step: int | Literal["latest", "best"],
+    ema: bool,
     dtype: DTypeLike | None,
     patches: Sequence[str | os.PathLike[str]],
 ) -> LoadedModel:
     """The model with plain tables on the device."""
-    saved = load_as_saved(path, step=step, patches=patches)
+    saved = load_as_saved(path, step=step, ema=ema, patches=patches)
     config = _with_dtypes(saved.config.model, all_of=dtype, tables=_wider(saved))
     if config == saved.model.config:
         return saved
@@ -297,6 +335,7 @@ def load_as_saved(
     path: str | os.PathLike[str],
     *,
     step: int | Literal["latest", "best"] = "latest",
+    ema: bool = False,
     patches: Sequence[str | os.PathLike[str]] = (),
 ) -> LoadedModel:
     """`load` with parameters and tables in the types in which they lie on disk.
@@ -317,18 +356,15 @@ def load_as_saved(
         config, table_dtypes = _read_meta(saved, folder)
         whole, columns = _shardings(config.model, folder)
         parts = DecoderParts.of(_with_dtypes(config.model, tables=table_dtypes))
-        params = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
-            params_to_tree(parts.abstract_params),
-        )
+        params = _Params(parts, whole, ema)
         tables = {
             pool: jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=columns)
             for pool, table in parts.abstract_tables.items()
         }
-        targets = {PARAMS: params, TABLES: tables} if tables else {PARAMS: params}
-        restored = checkpoints.restore(targets, [META], step=wanted)
+        targets = params.targets | ({TABLES: tables} if tables else {})
+        restored = checkpoints.restore(targets, [META], step=wanted, optional=[EMA])
     arrays = patched(restored.arrays.get(TABLES, {}), folder, restored.step, patches)
-    model = parts.assemble(tree_to_params(parts, restored.arrays[PARAMS]), arrays)
+    model = parts.assemble(tree_to_params(parts, params.of(restored, folder)), arrays)
     tokenizer = Tokenizer.from_state(restored.documents[META]["tokenizer"])
     identities = [*Applied(folder).names(restored.step), *(read_patch(patch).identity for patch in patches)]
     return LoadedModel(model, tokenizer, config, restored.step, tuple(identities))

@@ -55,6 +55,14 @@ def make_optimizer(config: OptimConfig, steps: int, abstract_params: nnx.State) 
     return optax.chain(clip, by_group)
 
 
+def at_step(state: optax.OptState, step: Array) -> optax.OptState:
+    """The optimizer's state, in which learning rates are those of the step: a skipped update counts for them, too."""
+    is_schedule = lambda node: isinstance(node, optax.ScaleByScheduleState)
+    return jax.tree.map(
+        lambda node: node._replace(count=step) if is_schedule(node) else node, state, is_leaf=is_schedule
+    )
+
+
 def global_norm(gradient: Any) -> Float[Array, ""]:
     """Euclidean norm of all gradients together, in float32 or wider: not a number where one of them is not."""
     squares = [jnp.square(leaf.astype(accumulator(leaf.dtype))) for leaf in jax.tree.leaves(gradient)]

@@ -14,7 +14,9 @@ from memjax.config.run import RunConfig
 from memjax.memory.row_optimizer import RowOptimizer
 from memjax.models.decoder import layer_name
 from memjax.models.parts import DecoderParts, Tables
+from memjax.runs.layout import widened
 from memjax.sharding.mesh import by_columns, of_parameters, replicated
+from memjax.training import spikes
 from memjax.training.optimizer import make_optimizer, make_schedule
 from memjax.training.row_optimizer import DenseTableOptimizer, make_table_optimizer
 from memjax.training.state import TrainState
@@ -61,6 +63,8 @@ class TrainProgram:
             tables=tables,
             table_state={name: self.table_optimizer.init(rows) for name, rows in tables.items()},
             reads=self.no_reads(),
+            ema=jax.tree.map(jnp.zeros_like, widened(params)) if self.config.optim.ema_decay is not None else None,
+            recent=spikes.none_yet() if self.config.optim.skip_step_sigma is not None else None,
         )
 
     @property
@@ -90,6 +94,7 @@ class TrainProgram:
             opt_state=self.dense_shardings(mesh, state.opt_state),
             tables=by_columns(mesh, state.tables),
             table_state=by_columns(mesh, state.table_state),
+            ema=self.dense_shardings(mesh, state.ema),
         )
 
     def dense_shardings(self, mesh: Mesh | AbstractMesh, tree: Any) -> Any:

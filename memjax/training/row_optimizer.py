@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from memjax.config.optim import TableOptimConfig
 from memjax.memory.row_optimizer import RowOptimizer
 from memjax.ops.row_update.rules import RowRule
+from memjax.training.optimizer import at_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +35,8 @@ class DenseTableOptimizer:
     def update(
         self, name: str, rows: Array, state: Any, gradient: Float[Array, "n d"], *, step: Array, ok: Array
     ) -> tuple[Float[Array, "n d"], Any]:
-        """The table and its state; as they were where ok is false. The state counts steps itself."""
-        updates, after = self.make(self.learning_rate).update(gradient, state, rows)
+        """The table and its state; as they were where ok is false."""
+        updates, after = self.make(self.learning_rate).update(gradient, at_step(state, step), rows)
         keep = lambda new, old: jnp.where(ok, new, old)
         return keep(jnp.asarray(optax.apply_updates(rows, updates)), rows), jax.tree.map(keep, after, state)
 

@@ -1,5 +1,6 @@
 """Where a run begins: at its newest checkpoint, at random parameters, or at those of another run."""
 
+import dataclasses
 import shlex
 from typing import Any, NamedTuple
 
@@ -15,11 +16,12 @@ from memjax.io.console import say
 from memjax.models.parts import DecoderParts, take_apart, writable
 from memjax.monitoring.progress import tell_phase
 from memjax.runs.folder import Claim, RunFolder
-from memjax.runs.layout import DATA_ITER, META, OPT_STATE, PARAMS, TABLES, params_to_tree, tree_to_params
+from memjax.runs.layout import DATA_ITER, META, OPT_STATE, PARAMS, TABLES, params_to_tree, tree_to_params, widened
 from memjax.runs.load import load, read_config
+from memjax.training import spikes
 from memjax.training.optimizer import make_schedule
 from memjax.training.program import TrainProgram
-from memjax.training.state import TrainState, from_items, to_items
+from memjax.training.state import OPTIONAL, TrainState, from_items, to_items
 
 
 def check_start(config: RunConfig) -> None:
@@ -151,9 +153,21 @@ def newest_state(program: TrainProgram, mesh: jax.sharding.Mesh, checkpoints: Ch
         program.abstract_state(),
         program.shardings(mesh),
     )
-    restored = checkpoints.restore(to_items(abstract), [DATA_ITER, META])
+    restored = checkpoints.restore(to_items(abstract), [DATA_ITER, META], optional=OPTIONAL)
     documents = restored.documents
-    return SavedState(from_items(program.parts, restored.arrays), documents[DATA_ITER], documents[META])
+    state = _completed(program, mesh, from_items(program.parts, restored.arrays))
+    return SavedState(state, documents[DATA_ITER], documents[META])
+
+
+def _completed(program: TrainProgram, mesh: jax.sharding.Mesh, state: TrainState) -> TrainState:
+    """The state with what the checkpoint lacks because its setting is new: it begins at this step."""
+    optim, shardings = program.config.optim, program.shardings(mesh)
+    if optim.ema_decay is not None and state.ema is None:
+        copied = jax.jit(lambda params: jax.tree.map(jnp.copy, widened(params)), out_shardings=shardings.ema)
+        state = dataclasses.replace(state, ema=copied(state.params))
+    if optim.skip_step_sigma is not None and state.recent is None:
+        state = dataclasses.replace(state, recent=jax.device_put(spikes.none_yet(), shardings.recent))
+    return state
 
 
 def _shapes(parts: DecoderParts) -> dict[str, list[int]]:

@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 
 from memjax.models.parts import DecoderParts
-from memjax.runs.layout import OPT_STATE, PARAMS, TABLE_STATE, TABLES, params_to_tree, tree_to_params
+from memjax.runs.layout import EMA, OPT_STATE, PARAMS, RECENT, TABLE_STATE, TABLES, params_to_tree, tree_to_params
 
 
 @jax.tree_util.register_dataclass
@@ -31,6 +31,10 @@ class TrainState:
     table_state: dict[str, Any]
     reads: dict[str, Any]
     """Reads of every slot (int32 [num_slots]) since the last statistics, by layer."""
+    ema: Any = None
+    """The moving average of the dense parameters, in float32 or wider (`optim.ema_decay`); None where there is none."""
+    recent: Any = None
+    """What spikes are told by (`memjax.training.spikes`); None where none is skipped (`optim.skip_step_sigma`)."""
 
 
 def to_items(state: TrainState) -> dict[str, Any]:
@@ -40,7 +44,13 @@ def to_items(state: TrainState) -> dict[str, Any]:
         OPT_STATE: state.opt_state,
         TABLE_STATE: {"optimizer": state.table_state, "reads": state.reads, "step": state.step},
     }
-    return items | ({TABLES: state.tables} if state.tables else {})
+    items |= {TABLES: state.tables} if state.tables else {}
+    items |= {EMA: params_to_tree(state.ema)} if state.ema is not None else {}
+    return items | ({RECENT: state.recent} if state.recent is not None else {})
+
+
+OPTIONAL = (EMA, RECENT)
+"""Items that a checkpoint lacks if their setting was null when it was written."""
 
 
 def from_items(parts: DecoderParts, items: dict[str, Any]) -> TrainState:
@@ -54,4 +64,6 @@ def from_items(parts: DecoderParts, items: dict[str, Any]) -> TrainState:
         tables=items.get(TABLES, {}),
         table_state=items[TABLE_STATE]["optimizer"],
         reads=items[TABLE_STATE]["reads"],
+        ema=tree_to_params(parts, items[EMA]) if EMA in items else None,
+        recent=items.get(RECENT),
     )

@@ -20,11 +20,13 @@ from memjax.models.moe import RouterStatistics, Routing, router_statistics
 from memjax.models.parts import Tables
 from memjax.ops.precision import accumulator
 from memjax.ops.row_gradient import RowGradient
+from memjax.runs.layout import widened
 from memjax.sharding import axes
 from memjax.sharding.mesh import replicated
 from memjax.sharding.rules import MICRO_BATCHES
+from memjax.training import spikes
 from memjax.training.compiler import compiler_options
-from memjax.training.optimizer import global_norm, without_gradient_where_frozen
+from memjax.training.optimizer import at_step, global_norm, without_gradient_where_frozen
 from memjax.training.program import TrainProgram
 from memjax.training.state import TrainState
 
@@ -89,19 +91,27 @@ def train_step(program: TrainProgram, state: TrainState, batch: Batch) -> tuple[
     factors = [(row.weights, row.vectors) for of_table in rows.values() for row in of_table]
     ok = state.healthy & _all_finite((aux, norm, dense_tables, factors))
 
-    updates, opt_state = program.optimizer.update(dense, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
-    tables, table_state = _update_tables(program, state, rows, dense_tables, ok)
+    measured = {"loss": aux.loss, "grad_norm": norm}
+    sigma = program.config.optim.skip_step_sigma
+    spike = spikes.is_spike(state.recent, sigma, **measured) if sigma is not None else jnp.zeros((), bool)
+    updated = ok & ~spike
+
+    opt_state = at_step(state.opt_state, state.step)
+    updates, new_opt_state = program.optimizer.update(dense, opt_state, state.params)
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(updated, n, o), new, old)
+    params = keep(optax.apply_updates(state.params, updates), state.params)
+    tables, table_state = _update_tables(program, state, rows, dense_tables, updated)
 
     new_state = TrainState(
         step=state.step + ok.astype(jnp.int32),
         healthy=ok,
-        params=keep(params, state.params),
-        opt_state=keep(opt_state, state.opt_state),
+        params=params,
+        opt_state=keep(new_opt_state, opt_state),
         tables=tables,
         table_state=table_state,
         reads=_count(state, reads, ok),
+        ema=_averaged(program, state, params, updated),
+        recent=None if sigma is None else spikes.with_step(state.recent, state.step, spike, ok, **measured),
     )
     metrics = {
         "train/loss": aux.loss,
@@ -112,6 +122,8 @@ def train_step(program: TrainProgram, state: TrainState, batch: Batch) -> tuple[
         "healthy": ok,
     }
     metrics |= _part_metrics(program, batch, aux.by_part) | _router_metrics(aux.routers)
+    if sigma is not None:
+        metrics["train/skipped_steps"] = new_state.recent["skipped"]
     if tables:
         metrics["train/lr_table"] = jnp.asarray(program.table_optimizer.rate(state.step))
     return new_state, metrics
@@ -296,6 +308,17 @@ def _count(state: TrainState, reads: Reads, ok: Array) -> dict[str, Array]:
         layer: count_reads(counts, axes.everywhere(jnp.where(ok, reads[layer][0].indices, counts.shape[0])))
         for layer, counts in state.reads.items()
     }
+
+
+def _averaged(program: TrainProgram, state: TrainState, params: nnx.State, updated: Array) -> nnx.State | None:
+    """The moving average of the dense parameters after the step. The first step's parameters replace its zeros."""
+    most = program.config.optim.ema_decay
+    if most is None:
+        return None
+    decay = jnp.minimum(most, state.step / (state.step + 9))
+    share = jnp.where(updated, 1 - decay, 0)
+    towards = lambda average, param: average + share.astype(average.dtype) * (param - average)
+    return jax.tree.map(towards, state.ema, widened(params))
 
 
 def _all_finite(tree: Any) -> Array:

@@ -94,6 +94,7 @@ def to_hf(
     out: str | os.PathLike[str],
     *,
     step: int | Literal["latest", "best"] = "latest",
+    ema: bool = False,
     dtype: str | None = None,
     longest: int | None = None,
     like: str | os.PathLike[str] | None = None,
@@ -105,6 +106,7 @@ def to_hf(
         run: the run's folder.
         out: the folder to write; new or empty.
         step: the checkpoint.
+        ema: take the moving average of the dense parameters.
         dtype: to round weights and tables to; None leaves them as they were saved.
         longest: max_position_embeddings; None takes that of `like`, or the run's data.sequence_length.
         like: the folder that the run's model came from; its tokenizer files, chat template and settings for generation
@@ -120,7 +122,7 @@ def to_hf(
         CheckpointError: the run cannot be read, the format has no such model, or out cannot be written.
     """
     check_new(out)
-    loaded = load_as_saved(run, step=step)
+    loaded = load_as_saved(run, step=step, ema=ema)
     model, tokenizer = _rounded(loaded.model, dtype), loaded.tokenizer
     fields = write_model_config(
         _with_table_types(model.config, dtype),

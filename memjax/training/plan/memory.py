@@ -148,6 +148,7 @@ class _Planner:
         return {
             "dense parameters": _bytes(state.params, shardings.params),
             "their optimizer": _bytes(state.opt_state, shardings.opt_state),
+            "their moving average": _bytes(state.ema, shardings.ema),
             "tables": _bytes(state.tables, shardings.tables),
             "optimizer of the tables": _bytes(state.table_state, shardings.table_state),
             "read counters": _bytes(state.reads, shardings.reads),

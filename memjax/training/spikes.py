@@ -1,0 +1,43 @@
+"""Spikes of the loss: steps that are far above the ones before, whose updates are skipped."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+WINDOW = 128
+"""Steps that a step is compared with."""
+
+FEWEST = WINDOW // 2
+"""Steps that must be known before one is skipped."""
+
+Recent = dict[str, Array]
+"""Loss and gradient norm of the last steps, NaN where there was none, and how many steps were skipped so far."""
+
+
+def none_yet() -> Recent:
+    """Before the first step."""
+    unknown = jnp.full(WINDOW, jnp.nan, jnp.float32)
+    return {"loss": unknown, "grad_norm": unknown + 0, "skipped": jnp.zeros((), jnp.int32)}
+
+
+def is_spike(recent: Recent, sigma: float, **measured: Float[Array, ""]) -> Bool[Array, ""]:
+    """Whether a measured value is above the mean of the recent ones by more than sigma standard deviations."""
+    found = jnp.zeros((), bool)
+    for name, value in measured.items():
+        known = jnp.isfinite(recent[name])
+        mean, deviation = (of(recent[name], where=known) for of in (jnp.mean, jnp.std))
+        found |= (jnp.sum(known) >= FEWEST) & (value > mean + sigma * deviation)
+    return found
+
+
+def with_step(
+    recent: Recent, step: Int[Array, ""], spike: Bool[Array, ""], ok: Bool[Array, ""], **measured: Float[Array, ""]
+) -> Recent:
+    """The recent steps with one more, in the place of the oldest; as they were where ok is false.
+
+    A spike is among them, so that a loss that stays higher is soon no spike any more.
+    """
+    place = jnp.where(ok, step % WINDOW, WINDOW)  # one place too far is not written
+    values = {
+        name: recent[name].at[place].set(value.astype(jnp.float32), mode="drop") for name, value in measured.items()
+    }
+    return values | {"skipped": recent["skipped"] + (spike & ok)}
