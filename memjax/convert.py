@@ -168,7 +168,7 @@ COMMANDS: Mapping[str, Subcommand] = {
         from_hf,
         FromHfConfig,
         Positional(name="HF_FOLDER", help="A downloaded model: config.json, *.safetensors and a tokenizer."),
-        "Makes a run of a Llama, Mistral, Qwen 2, Qwen 3 or SmolLM 3 in Hugging Face's format, or of a model with "
+        "Makes a run of a Llama, Mistral, Qwen 2 or 3, SmolLM 3 or OLMo 2 in Hugging Face's format, or of a model with "
         "memory that to-hf wrote.",
     ),
     "to-hf": Subcommand(

@@ -51,6 +51,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**HEADS, "use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"] * 3},
     ),
     "Qwen 3": ("qwen3", {**HEADS, "head_dim": 24}),
+    "OLMo 2": ("olmo2", {**HEADS, "rope_theta": 500000.0, "pad_token_id": None, "eos_token_id": 2}),
+    "OLMo 2, biases, tied embeddings": (
+        "olmo2",
+        {**HEADS, "attention_bias": True, "tie_word_embeddings": True, "pad_token_id": None, "eos_token_id": 2},
+    ),
     "SmolLM 3": ("smollm3", {**HEADS, "no_rope_layers": [1, 0, 1], "pad_token_id": None}),
 }
 SCALINGS: dict[str, dict[str, Any]] = {

@@ -75,7 +75,12 @@ MODELS: dict[str, ModelConfig] = {
     "Memory+, PEER and experts, biases, head norms, a layer without positions": ModelConfig(
         **SIZES, memory=MemoryConfig(layers=(0,), **KEYS), peer=PEERConfig(layers=(1,), **KEYS),
         experts=ExpertsConfig(layers=(2,), routing="expert_choice", num_experts=3), head_dim=12, attention_bias=True,
-        attention_out_bias=False, qk_norm=True, rope_free_layers=(1,),
+        attention_out_bias=False, qk_norm="per_head", rope_free_layers=(1,),
+    ),
+    "Memory+ parallel to feed-forward layers, PEER and experts, norms of outputs and over all heads": ModelConfig(
+        **SIZES, memory=MemoryConfig(layers=(0,), **{**KEYS, **BESIDE, "table_dtype": "float32"}),
+        peer=PEERConfig(layers=(1,), **KEYS), experts=ExpertsConfig(layers=(2,), num_experts=3), attention_bias=True,
+        qk_norm="all_heads", norm_placement="post",
     ),
     **{
         f"Memory+, {scaling.kind} scaling": ModelConfig(**SIZES, memory=PLUS, rope_scaling=scaling)

@@ -149,8 +149,9 @@ class ModelConfig:
     """Whether the projections of the attention have biases."""
     attention_out_bias: bool | None = None
     """Whether its output projection has one; null: as the others (Qwen 2: false)."""
-    qk_norm: bool = False
-    """RMSNorm over the width of each head, of queries and keys before they are rotated (Qwen 3)."""
+    qk_norm: Literal["none", "per_head", "all_heads"] = "none"
+    """RMSNorm of queries and keys before they are rotated: over the width of each head (Qwen 3), or over all heads
+    (OLMo 2)."""
     ffn_dim: int = 96
     """Hidden width of the feed-forward layers."""
     vocab_size: int = 2048
@@ -165,6 +166,8 @@ class ModelConfig:
     """Tokens that a token sees, itself and those before it; null for all of its document."""
     norm_eps: float = 1e-5
     """Added to the mean square in every RMSNorm."""
+    norm_placement: Literal["pre", "post"] = "pre"
+    """RMSNorm of what attention and feed-forward layer read, or of what they give before it is added (post: OLMo 2)."""
     tie_embeddings: bool = False
     """Use the embedding matrix as the output matrix too."""
     embedding_init_std: float | None = 1.0

@@ -18,9 +18,10 @@ RENAMED = {
 }
 """The new name in the same section, by the old name with its sections; sections come before what is in them."""
 
-RENAMED_VALUES = {
+RENAMED_VALUES: dict[str, dict[str | bool, str]] = {
     "mesh.row_grad_reduce": {"factored": "all_gather", "dense": "all_reduce"},
     "model.memory.placement": {"beside": "parallel"},
+    "model.qk_norm": {False: "none", True: "per_head"},
 }
 """The new value by the old one, by the setting."""
 
@@ -42,7 +43,7 @@ def upgraded(config: dict[str, Any]) -> dict[str, Any]:
             section[new] = section.pop(name)
     for setting, values in RENAMED_VALUES.items():
         section, name = _section(config, setting)
-        if isinstance(value := section.get(name), str):
+        if isinstance(value := section.get(name), str | bool):
             section[name] = values.get(value, value)
     return config
 

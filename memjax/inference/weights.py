@@ -83,6 +83,8 @@ class JoinedBlock(Block):
         tables: tuple[ValueTable, ...] = (),
     ) -> tuple[Float[Array, "b s dim"], KeyValues]:
         """`Block.with_cache`."""
+        if self.norm_placement == "post":  # what products give is normed before it is added
+            return super().with_cache(x, positions, cache, tables)
         x, inputs = self.attention_norm(x)
         x, cache = self.attention.with_cache(inputs, positions, cache, x)
         is_dense = self.experts is None and self.lookup is None

@@ -13,7 +13,9 @@ from memjax.config.model import ModelConfig
 from memjax.memory.read import Perturbations, TableRead
 from memjax.memory.sparse_gradient import row_sparse_value_and_grad
 from memjax.memory.table import ValueTable
+from memjax.models.block import Block
 from memjax.models.decoder import Decoder, DecoderOutput, layer_name
+from memjax.models.norm import RMSNorm
 from memjax.models.parts import AnyTables, DecoderParts
 from memjax.ops.precision import accumulator
 from memjax.ops.row_gradient import RowGradient
@@ -105,25 +107,29 @@ def run_layers(model: Decoder, tokens: Int[Array, "b s"]) -> tuple[dict[str, Lay
     for number, block in enumerate(model.blocks):
         lookup = config.lookups.get(number)
         tables = tuple(model.tables[name] for name in lookup.tables(number)) if lookup else ()
-        residual, attention_inputs = block.attention_norm(x)
-        inputs = block.mixer_norm(residual + block.attention(attention_inputs, positions)).normed
+        residual, attention_inputs = block.inputs_of(x, block.attention_norm)
+        attended = block.add(residual, block.attention_norm, block.attention(attention_inputs, positions))
+        inputs = block.inputs_of(attended, block.mixer_norm).normed
         x, aux = block(x, positions, None, tables)
         if aux.reads:
-            runs[layer_name(number)] = _layer_run(block.lookup, inputs, tables, _of_sum(aux.reads))
+            runs[layer_name(number)] = _layer_run(block, inputs, tables, _of_sum(aux.reads))
     return runs, x
 
 
-def _layer_run(layer: Any, inputs: Array, tables: tuple[ValueTable, ...], reads: SlotReads) -> LayerRun:
+def _layer_run(block: Block, inputs: Array, tables: tuple[ValueTable, ...], reads: SlotReads) -> LayerRun:
+    layer: Any = block.lookup
     plain = lambda inputs, bag: bag.reshape(inputs.shape).astype(inputs.dtype)
-    combine = getattr(layer, "combine", plain)
-    return LayerRun(reads, functools.partial(combine, inputs), layer(inputs, *tables))
+    combine, out = functools.partial(getattr(layer, "combine", plain), inputs), layer(inputs, *tables)
+    if block.norm_placement == "pre":
+        return LayerRun(reads, combine, out)
+    normed = out if block.feed_forward is None else out + block.feed_forward(inputs)
+    through = lambda vector: through_norm(block.mixer_norm, vector, normed)
+    return LayerRun(reads, lambda bag: through(combine(bag)), through(out))
 
 
-def through_last_norm(
-    model: Decoder, vector: Float[Array, "*t dim"], x: Float[Array, "*t dim"]
-) -> Float[Array, "*t dim"]:
-    """What a part of the residual stream x is after the last norm, whose scale is that of x as a whole."""
+def through_norm(norm: RMSNorm, vector: Float[Array, "*t dim"], x: Float[Array, "*t dim"]) -> Float[Array, "*t dim"]:
+    """What a part of x is after a norm, whose scale is that of x as a whole."""
     wide = x.astype(accumulator(x.dtype))
-    inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + model.norm.epsilon)
-    scale = model.norm.scale[...].astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + norm.epsilon)
+    scale = norm.scale[...].astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
     return vector.astype(wide.dtype) * inverse * scale

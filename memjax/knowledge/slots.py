@@ -16,7 +16,7 @@ from memjax.data.sources.records import Record
 from memjax.data.tokenize import Pairs
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.knowledge.facts import batch_of, pairs_of, windows
-from memjax.knowledge.reads import layers_of, run_layers, slot_reads, tables_of, through_last_norm
+from memjax.knowledge.reads import layers_of, run_layers, slot_reads, tables_of, through_norm
 from memjax.models.decoder import Decoder
 from memjax.ops.embedding_bag.api import embedding_bag
 
@@ -214,4 +214,4 @@ def _logits_of_slot(
     bag = embedding_bag(table, jnp.broadcast_to(slot, every), jnp.broadcast_to(weight, every))
     combine = runs[layer].combine
     added = (combine(bag) - combine(jnp.zeros_like(bag)))[0, place]
-    return through_last_norm(model, added, x[0, place]) @ model.output_matrix().astype(jnp.float32)
+    return through_norm(model.norm, added, x[0, place]) @ model.output_matrix().astype(jnp.float32)

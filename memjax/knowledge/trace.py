@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from memjax.knowledge.reads import LayerRun, run_layers, table_gradients, tables_of, through_last_norm
+from memjax.knowledge.reads import LayerRun, run_layers, table_gradients, tables_of, through_norm
 from memjax.models.decoder import Decoder
 from memjax.models.parts import take_apart
 from memjax.ops.embedding_dot.api import embedding_dot
@@ -120,7 +120,7 @@ def _traced(
 def _directions(model: Decoder, x: Float[Array, "t dim"], targets: Int[Array, " t"]) -> Float[Array, "t dim"]:
     """What the logit of each target gains per unit of the residual stream, with the norm's scale as it is."""
     columns = model.output_matrix().T[targets]
-    return through_last_norm(model, columns, x)
+    return through_norm(model.norm, columns, x)
 
 
 def _layer(rows: Any, run: LayerRun, directions: Float[Array, "t dim"]) -> tuple[Array, ...]:

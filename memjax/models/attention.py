@@ -1,7 +1,7 @@
 """Causal self-attention with grouped queries, rotary positions, document masks, a sliding window and a cache."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from memjax.ops.decode_attention.api import decode_step
 from memjax.ops.decode_attention.step import write
 from memjax.ops.precision import accumulator
 from memjax.sharding.axes import on_own_tokens
+from memjax.sharding.rules import named
 
 
 class KeyValues(NamedTuple):
@@ -28,18 +29,23 @@ class KeyValues(NamedTuple):
 
 
 class HeadNorm(nnx.Module):
-    """Root mean square norm over the width of a head, with a scale that all heads share."""
+    """Root mean square norm of each head, with a scale that all heads share; or of all heads together."""
 
-    def __init__(self, head_dim: int, epsilon: float, param_dtype: DTypeLike):
-        self.epsilon = epsilon
-        self.scale = nnx.Param(jnp.ones(head_dim, param_dtype))
+    def __init__(self, head_dim: int, all_heads: int | None, epsilon: float, param_dtype: DTypeLike, axis: str):
+        """Norms each head where all_heads, the number of those to be normed together, is None.
+
+        `axis` is the logical name of what the heads are an axis of.
+        """
+        self.epsilon, self.head_dim, self.axes = epsilon, head_dim, (-1,) if all_heads is None else (-2, -1)
+        metadata = named(None if all_heads is None else axis)
+        self.scale = nnx.Param(jnp.ones(head_dim * (all_heads or 1), param_dtype), **metadata)
 
     def __call__(self, x: Float[Array, "b s n h"]) -> Float[Array, "b s n h"]:
-        """The heads at length sqrt(h), times the scale; in float32 or wider."""
+        """The heads with a mean square of 1, times the scale; in float32 or wider."""
         wide = x.astype(accumulator(x.dtype))
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
-        scale = self.scale[...].astype(wide.dtype)
-        return (normed * scale[None, None, None]).astype(x.dtype)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=self.axes, keepdims=True) + self.epsilon)
+        scale = self.scale[...].astype(wide.dtype).reshape(1, 1, -1, self.head_dim)
+        return (normed * scale).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -54,7 +60,8 @@ class Attention(nnx.Module):
         head_dim: int | None = None,
         use_bias: bool = False,
         use_out_bias: bool | None = None,
-        head_norm_eps: float | None = None,
+        qk_norm: Literal["none", "per_head", "all_heads"] = "none",
+        norm_eps: float = 1e-5,
         rope_theta: float | None,
         rope_scaling: RopeScalingConfig | None = None,
         sliding_window: int | None = None,
@@ -72,7 +79,8 @@ class Attention(nnx.Module):
             head_dim: width of a head; None divides dim among the heads.
             use_bias: whether the projections have biases.
             use_out_bias: whether the output projection has one; None is `use_bias`.
-            head_norm_eps: epsilon of a norm over each head's queries and keys; None for no such norm.
+            qk_norm: what queries and keys are normed over, before they are rotated.
+            norm_eps: epsilon of this norm.
             rope_theta: base of the rotary frequencies; None leaves positions out.
             rope_scaling: of these frequencies.
             sliding_window: tokens that a token sees; None for all.
@@ -90,9 +98,12 @@ class Attention(nnx.Module):
         self.value = linear(dim, num_kv_heads * self.head_dim, axes=("embed", "kv_heads"), **kwargs)
         kwargs["use_bias"] = use_bias if use_out_bias is None else use_out_bias
         self.out = linear(num_heads * self.head_dim, dim, axes=("heads", "embed"), **kwargs)
-        has_norm = head_norm_eps is not None
-        self.query_norm = HeadNorm(self.head_dim, head_norm_eps, param_dtype) if has_norm else None
-        self.key_norm = HeadNorm(self.head_dim, head_norm_eps, param_dtype) if has_norm else None
+
+        def norm(count: int, axis: str) -> HeadNorm | None:
+            together = count if qk_norm == "all_heads" else None
+            return None if qk_norm == "none" else HeadNorm(self.head_dim, together, norm_eps, param_dtype, axis)
+
+        self.query_norm, self.key_norm = norm(num_heads, "heads"), norm(num_kv_heads, "kv_heads")
 
     def __call__(
         self, x: Float[Array, "b s dim"], positions: Int[Array, "b s"], segments: Int[Array, "b s"] | None = None

@@ -17,6 +17,7 @@ from memjax.models.attention import Attention, KeyValues
 from memjax.models.feed_forward import FeedForward
 from memjax.models.moe import MoE, Routing
 from memjax.models.norm import RMSNorm
+from memjax.ops.rms_norm.api import Normed
 
 
 class BlockAux(NamedTuple):
@@ -31,7 +32,8 @@ class BlockAux(NamedTuple):
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mixer(norm(x)); `ModelConfig.kind` says what the mixer is.
 
-    A memory in parallel to the mixer adds its own output.
+    A memory in parallel to the mixer adds its own output. With `norm_placement: post` it is x + norm(attention(x)),
+    then x + norm(mixer(x)).
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Block(nnx.Module):
         """`implementation` names that of the operations of memory and experts, `attention` that of the attention."""
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         kernels: dict[str, Any] = kwargs | {"implementation": implementation}
+        self.norm_placement = config.norm_placement
         norm = partial(RMSNorm, config.dim, epsilon=config.norm_eps, dtype=dtype, param_dtype=param_dtype)
         self.attention_norm = norm(implementation=implementation)
         self.attention = Attention(
@@ -57,7 +60,8 @@ class Block(nnx.Module):
             head_dim=config.head_dim,
             use_bias=config.attention_bias,
             use_out_bias=config.attention_out_bias,
-            head_norm_eps=config.norm_eps if config.qk_norm else None,
+            qk_norm=config.qk_norm,
+            norm_eps=config.norm_eps,
             rope_theta=None if layer in config.rope_free_layers else config.rope_theta,
             rope_scaling=config.rope_scaling,
             sliding_window=config.sliding_window,
@@ -91,8 +95,8 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "b s dim"], BlockAux]:
         """The block's output, its reads of the tables, and its routing."""
         with jax.named_scope("attention"):
-            x, inputs = self.attention_norm(x)
-            x = x + self.attention(inputs, positions, segments)
+            x, inputs = self.inputs_of(x, self.attention_norm)
+            x = self.add(x, self.attention_norm, self.attention(inputs, positions, segments))
         return self._mix(x, tables, perturbations, real, training=training)
 
     def with_cache(
@@ -103,9 +107,19 @@ class Block(nnx.Module):
         tables: tuple[ValueTable, ...] = (),
     ) -> tuple[Float[Array, "b s dim"], KeyValues]:
         """The output for new tokens, and the cache with them; None is an empty one, see `Attention.with_cache`."""
-        x, inputs = self.attention_norm(x)
+        x, inputs = self.inputs_of(x, self.attention_norm)
         attended, cache = self.attention.with_cache(inputs, positions, cache)
-        return self._mix(x + attended, tables)[0], cache
+        return self._mix(self.add(x, self.attention_norm, attended), tables)[0], cache
+
+    def inputs_of(self, x: Float[Array, "b s dim"], norm: RMSNorm) -> Normed:
+        """The residual stream, and what attention or mixer, whose norm it is, read of it."""
+        return norm(x) if self.norm_placement == "pre" else Normed(x, x)
+
+    def add(self, x: Float[Array, "b s dim"], norm: RMSNorm, *outs: Float[Array, "b s dim"]) -> Float[Array, "b s dim"]:
+        """The residual stream with what attention or mixer, whose norm it is, give."""
+        if self.norm_placement == "pre":
+            return sum(outs, start=x)
+        return x + norm(sum(outs[1:], start=outs[0])).normed
 
     def _mix(
         self,
@@ -116,16 +130,17 @@ class Block(nnx.Module):
         *,
         training: bool = False,
     ) -> tuple[Array, BlockAux]:
-        (x, inputs), reads, routing = self.mixer_norm(x), (), None
+        x, inputs = self.inputs_of(x, self.mixer_norm)
+        outs, reads, routing = [], (), None
         if self.feed_forward is not None:
             with jax.named_scope("feed_forward"):
-                x = x + self.feed_forward(inputs)
+                outs.append(self.feed_forward(inputs))
         if self.experts is not None:
             with jax.named_scope("experts"):
                 out, routing = self.experts(inputs, real, training=training)
-                x = x + out
+                outs.append(out)
         if self.lookup is not None:
             with jax.named_scope(self.lookup_kind or "lookup"):
                 out, reads = self.lookup.with_reads(inputs, *tables, perturbations=perturbations)
-                x = x + out
-        return x, BlockAux(reads, routing)
+                outs.append(out)
+        return self.add(x, self.mixer_norm, *outs), BlockAux(reads, routing)

@@ -50,6 +50,8 @@ def test_old_names_in_a_file_are_refused_with_their_lines_and_old_values_too(tmp
     assert f"{path}:7: model.expert_lookup is now model.peer" in error.value.problems
     with pytest.raises(ConfigError, match="it is now 'parallel'"):
         load(RunConfig, None, ["--model.memory.placement", "beside"])
+    with pytest.raises(ConfigError, match=r"model\.qk_norm=true must be .*it is now 'per_head'"):
+        load(RunConfig, None, ["--model.qk_norm", "true"])
 
 
 def test_the_settings_of_an_older_run_are_read(tmp_path):
@@ -60,7 +62,7 @@ def test_the_settings_of_an_older_run_are_read(tmp_path):
     assert model.memory is not None
     assert model.experts is not None
     assert model.peer is not None
-    assert (model.qk_norm, model.memory.shared_table, model.memory.placement) == (True, False, "parallel")
+    assert (model.qk_norm, model.memory.shared_table, model.memory.placement) == ("per_head", False, "parallel")
     assert (model.experts.capacity_factor, model.experts.aux_loss_weight, model.experts.z_loss_weight) == (2, 0.5, 0.25)
     assert (model.peer.layers, model.peer.shared_table) == ((2,), False)
     assert (config.optim.max_grad_norm, config.mesh.row_grad_reduce) == (0.5, "all_gather")

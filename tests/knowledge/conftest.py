@@ -20,6 +20,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "memory_plus": {"memory": MemoryConfig(layers=(0, 2), value_dim=12, **LOOKUP)},
     "plain": {"memory": MemoryConfig(layers=(0, 2), gate="none", **LOOKUP)},
     "gated_beside": {"memory": MemoryConfig(layers=(0, 2), output_gate=True, placement="parallel", **LOOKUP)},
+    "post_norms": {"memory": MemoryConfig(layers=(0, 2), value_dim=12, **LOOKUP), "norm_placement": "post"},
     "peer": {"memory": None, "peer": PEERConfig(layers=(0, 2), **LOOKUP)},
 }
 

@@ -33,7 +33,7 @@ def with_table(model, name, table):
     return parts.assemble(params, {**tables, name: table})
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "post_norms"])
 def test_slots_add_up_to_the_output_of_their_layer(model_of, kind):
     found = trace(model_of(kind), PROMPT, ANSWER)
     assert set(found.layers) == {"L0", "L2"}
@@ -60,7 +60,20 @@ def test_a_slot_of_the_last_layer_adds_what_the_logit_loses_without_it(model_of,
         np.testing.assert_allclose(added, scale[place] * lost[place] @ to_logits[:, target], rtol=2e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_layer_gives_is_traced_through_the_norm_of_its_output(model_of):
+    parts, params, tables = take_apart(model_of("post_norms"))
+    model = parts.assemble(params, tables)
+    found = trace(model, PROMPT, ANSWER)
+    before = final_stream(model, found.tokens)
+    silent = parts.assemble(jax.tree.map(jnp.copy, params), tables)
+    silent.blocks[2].mixer_norm.scale[...] *= 0
+    given = before - final_stream(silent, found.tokens)
+    scale = np.asarray(model.norm.scale[...]) / np.sqrt((before**2).mean(axis=1, keepdims=True) + model.norm.epsilon)
+    columns = np.asarray(model.output_matrix())[:, found.targets].T
+    np.testing.assert_allclose(found.layers["L2"].total, (given * scale * columns).sum(axis=1), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "post_norms"])
 def test_effects_are_derivatives_of_the_answers_logit(model_of, kind):
     model = model_of(kind)
     found = trace(model, PROMPT, ANSWER)

@@ -18,6 +18,16 @@ def turn(x, positions):
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
+def normed(heads, norm):
+    """Heads [s, n, h], each at length sqrt(h) or all of them together at sqrt(n * h), times a scale."""
+    if norm is None:
+        return heads
+    scale = np.asarray(norm.scale[...], np.float64)
+    vectors = heads.reshape(len(heads), -1, len(scale))
+    squares = np.mean(vectors**2, axis=-1, keepdims=True)
+    return (vectors / np.sqrt(squares + norm.epsilon) * scale).reshape(heads.shape)
+
+
 def by_hand(layer, x, positions, segments, window=LENGTH):
     """Causal attention, one sequence, head and token at a time."""
 
@@ -31,6 +41,7 @@ def by_hand(layer, x, positions, segments, window=LENGTH):
         query, key, value = (
             times(x[row], part).reshape(LENGTH, -1, head_dim) for part in (layer.query, layer.key, layer.value)
         )
+        query, key = normed(query, layer.query_norm), normed(key, layer.key_norm)
         heads = np.zeros((LENGTH, HEADS, head_dim))
         for head in range(HEADS):
             group = head // (HEADS // key.shape[1])
@@ -80,6 +91,19 @@ def test_projections_may_have_biases_and_heads_any_width():
         assert layer.out.kernel.shape == (HEADS * 6, DIM)
         expected = by_hand(layer, x, COUNTING, np.zeros_like(COUNTING))
         np.testing.assert_allclose(run(layer, x, COUNTING), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("qk_norm", "sizes"), [("per_head", (2, 2)), ("all_heads", (8, 4))])
+def test_queries_and_keys_may_be_normed_by_head_or_over_all_heads(qk_norm, sizes):
+    with jax.enable_x64(True):
+        layer, x = build(2, "float64", qk_norm=qk_norm, norm_eps=1e-3)
+        assert (layer.query_norm.scale.shape, layer.key_norm.scale.shape) == ((sizes[0],), (sizes[1],))
+        expected = by_hand(layer, x, COUNTING, np.zeros_like(COUNTING))
+        np.testing.assert_allclose(run(layer, x, COUNTING), expected, rtol=1e-12, atol=1e-12)
+        extend = nnx.jit(lambda layer, *arguments: layer.with_cache(*arguments))
+        _, cache = extend(layer, x[:, :5], COUNTING[:, :5], KeyValues(*jnp.zeros((2, 2, 2, LENGTH, 2))))
+        last, _ = extend(layer, x[:, 5:], COUNTING[:, 5:], cache)
+        np.testing.assert_allclose(last[:, 0], expected[:, 5], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("window", "documents"), [(1, False), (3, False), (3, True), (LENGTH + 1, True)])

@@ -41,6 +41,14 @@ CONFIGS = {
         memory=MemoryConfig(**MEMORY, layers=(2,)),
         experts=ExpertsConfig(layers=(0,), num_experts=3, ffn_dim=20),
     ),
+    "post-norms": ModelConfig(
+        **SIZES,
+        num_layers=3,
+        memory=MemoryConfig(**MEMORY, layers=(0,), placement="parallel"),
+        peer=PEERConfig(**EXPERTS, layers=(1,)),
+        qk_norm="all_heads",
+        norm_placement="post",
+    ),
     "beside": ModelConfig(**SIZES, num_layers=2, memory=MemoryConfig(**MEMORY, layers=(1,), placement="parallel")),
 }
 TOKENS = np.random.default_rng(0).integers(40, size=(2, 7)).astype(np.int32)
@@ -79,23 +87,26 @@ def test_logits_are_those_of_the_layers_put_together_by_hand(name):
     x = embedding[TOKENS]
     for number, block in enumerate(model.blocks):
         assert isinstance(block, Block)
-        x = x + np.asarray(call(block.attention, narrow(norm(block.attention_norm, x)), positions))
-        inputs = narrow(norm(block.mixer_norm, x))
+        before, after = (norm, lambda _, x: x) if config.norm_placement == "pre" else (lambda _, x: x, norm)
+        attended = np.asarray(call(block.attention, narrow(before(block.attention_norm, x)), positions))
+        x = x + after(block.attention_norm, attended)
+        inputs, outs = narrow(before(block.mixer_norm, x)), np.zeros(x.shape)
         memory = config.memory if config.memory and number in config.memory.layers else None
         if memory is not None:
             table = model.tables["shared" if memory.shared_table else f"layer_{number}"]
-            x = x + np.asarray(call(block.lookup, inputs, table))
+            outs += np.asarray(call(block.lookup, inputs, table))
         lookup = config.peer if config.kind(number) == "peer" else None
         if lookup is not None:
             pool = "experts" if lookup.shared_table else f"experts_{number}"
             tables = (model.tables[f"{pool}_{which}"] for which in ("inputs", "outputs"))
-            x = x + np.asarray(call(block.lookup, inputs, *tables))
+            outs += np.asarray(call(block.lookup, inputs, *tables))
             assert block.feed_forward is None
         elif config.kind(number) == "experts":
-            x = x + np.asarray(call(block.experts, inputs)[0])
+            outs += np.asarray(call(block.experts, inputs)[0])
         elif memory is None or memory.placement == "parallel":
             assert isinstance(block.feed_forward, FeedForward)
-            x = x + np.asarray(call(block.feed_forward, inputs))
+            outs += np.asarray(call(block.feed_forward, inputs))
+        x = x + after(block.mixer_norm, outs)
     output = embedding.T if model.head is None else np.asarray(model.head.kernel[...], np.float64)
     assert (model.head is None) == config.tie_embeddings
     logits = call(model, TOKENS)
@@ -131,7 +142,7 @@ def test_packed_documents_get_what_they_get_alone(name):
         start += length
 
 
-@pytest.mark.parametrize("name", ["dense", "own tables", "experts"])
+@pytest.mark.parametrize("name", ["dense", "own tables", "experts", "post-norms"])
 def test_cache_filled_in_pieces_gives_what_all_tokens_at_once_give(name):
     model = build(name)
     expected = call(model, TOKENS)

@@ -24,8 +24,9 @@ SIZES = """
 """
 MODELS = {
     "dense": "--model.num_layers 1 --model.memory null",
-    "biases and tied embeddings": "--model.num_layers 1 --model.memory null --model.attention_bias true "
-    "--model.tie_embeddings true --train.grad_accum_steps 2 --train.remat block",
+    "biases, norms and tied embeddings": "--model.num_layers 1 --model.memory null --model.attention_bias true "
+    "--model.tie_embeddings true --model.qk_norm all_heads --model.norm_placement post --train.grad_accum_steps 2 "
+    "--train.remat block",
     "memory": "--model.memory.layers 1 --model.memory.value_dim 512 --model.memory.table_dtype float64 "
     "--optim.table.state_columns 64 --optim.table.moment_dtype float64",
     "experts": "--model.num_layers 1 --model.memory null --model.experts.num_experts 3",
@@ -67,7 +68,7 @@ def case(model, mesh_shape, dense="sharded", *, slow=True):
         case("dense", (1, 1, 8)),
         case("dense", (4, 2, 1)),
         case("dense", (1, 4, 2), "replicated"),
-        case("biases and tied embeddings", (2, 1, 4)),
+        case("biases, norms and tied embeddings", (2, 1, 4)),
         case("memory", (2, 2, 2)),
         case("memory", (1, 1, 8), "replicated"),
         case("memory", (4, 2, 1)),

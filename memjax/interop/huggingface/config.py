@@ -1,13 +1,14 @@
-"""`config.json` of Hugging Face's Llama, Mistral, Qwen and SmolLM, as transformers 4 and 5 write it, as ModelConfig."""
+"""`config.json` of Hugging Face's Llama and its near relatives, as transformers 4 and 5 write it, as ModelConfig."""
 
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import pydantic
 
 from memjax.config.model import ModelConfig, RopeScalingConfig, RopeScalingKind
+from memjax.config.renamed import upgraded
 from memjax.errors import CheckpointError
 from memjax.interop.model_card import one_or_many
 from memjax.models.rotary import attention_factor
@@ -36,6 +37,7 @@ _ABSENT: dict[str, dict[str, Any]] = {
         "rope_theta": 2000000.0,
         "tie_word_embeddings": True,
     },
+    "olmo2": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
 }
 """What a field means that is not there, by model_type; null where it is not named."""
 _CLASSES = {
@@ -44,19 +46,20 @@ _CLASSES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
 }
-_OLMO = "its layers normalise what attention and feed-forward layers give, and queries and keys over all heads at once"
 _OTHER_LAYERS = {
-    "olmo2": _OLMO,
-    "olmo3": _OLMO,
+    "olmo": "its layer norms have no parameters",
+    "olmo3": "some of its layers have a window and others have none",
     "gemma": "its embeddings are scaled, and its feed-forward layers are GeGLU",
     "qwen2_moe": "its experts have one that all tokens share",
     "phi3": "its projections are stored in one matrix",
 }
 """Why models that look alike are not read."""
 ROPE_SCALING_KINDS: tuple[RopeScalingKind, ...] = get_args(RopeScalingKind)
-_WITH_BIAS_FLAG = ("llama", "qwen3", "smollm3")
+_WITH_BIAS_FLAG = ("llama", "qwen3", "smollm3", "olmo2")
 """Whose config says whether the attention has biases."""
+_QK_NORMS: dict[str, Literal["per_head", "all_heads"]] = {"qwen3": "per_head", "olmo2": "all_heads"}
 
 
 def read_model_config(config: dict[str, Any], place: str) -> ModelConfig:
@@ -107,10 +110,11 @@ def read_model_config(config: dict[str, Any], place: str) -> ModelConfig:
             **sizes,
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            norm_eps=fields.number("rms_norm_eps", 1e-6),
+            norm_eps=fields.number("rms_norm_eps", absent.get("rms_norm_eps", 1e-6)),
             attention_bias=fields.flag("attention_bias") if kind in _WITH_BIAS_FLAG else kind == "qwen2",
             attention_out_bias=False if kind == "qwen2" else None,
-            qk_norm=kind == "qwen3",
+            qk_norm=_QK_NORMS.get(kind, "none"),
+            norm_placement="post" if kind == "olmo2" else "pre",
             rope_free_layers=_rope_free_layers(fields, sizes["num_layers"]) if kind == "smollm3" else (),
             tie_embeddings=fields.flag("tie_word_embeddings", absent.get("tie_word_embeddings", False)),
             memory=None,
@@ -137,7 +141,7 @@ def _window(fields: "_Fields", kind: str, absent: dict[str, Any], num_layers: in
         CheckpointError: some layers have a window and others have none.
     """
     window = fields.optional("sliding_window", absent.get("sliding_window"))
-    if kind == "llama":
+    if kind in ("llama", "olmo2"):
         return None
     types = fields.config.get("layer_types")
     if kind != "mistral":
@@ -226,8 +230,13 @@ def _kind(config: ModelConfig) -> dict[str, Any]:
     window, bias = config.sliding_window, config.attention_bias
     out_bias = bias if config.attention_out_bias is None else config.attention_out_bias
     own: dict[str, Any]
-    if config.qk_norm or config.rope_free_layers:
-        name, is_there = ("qwen3", not config.rope_free_layers) if config.qk_norm else ("smollm3", window is None)
+    has_head_norm = config.qk_norm == "per_head"
+    if config.norm_placement == "post" or config.qk_norm == "all_heads":
+        name, own = "olmo2", {"attention_bias": bias, "pad_token_id": None}
+        is_there = config.norm_placement == "post" and config.qk_norm == "all_heads" and out_bias == bias
+        is_there = is_there and window is None and not config.rope_free_layers
+    elif has_head_norm or config.rope_free_layers:
+        name, is_there = ("qwen3", not config.rope_free_layers) if has_head_norm else ("smollm3", window is None)
         own = {"attention_bias": bias, "use_sliding_window": window is not None, "sliding_window": window}
         is_there = is_there and out_bias == bias
         if name == "qwen3":
@@ -250,8 +259,9 @@ def _kind(config: ModelConfig) -> dict[str, Any]:
     if not is_there:
         raise CheckpointError(
             f"no model of transformers has attention_bias={bias}, attention_out_bias={out_bias}, qk_norm="
-            f"{config.qk_norm}, sliding_window={window}, rope_free_layers={list(config.rope_free_layers)} and "
-            f"num_heads={config.num_heads} of dim={config.dim} together, so there is no folder to write"
+            f"{config.qk_norm}, norm_placement={config.norm_placement}, sliding_window={window}, rope_free_layers="
+            f"{list(config.rope_free_layers)} and num_heads={config.num_heads} of dim={config.dim} together, so "
+            "there is no folder to write"
         )
     return {"architectures": [_CLASSES[name]], "model_type": name, **own}
 
@@ -339,9 +349,10 @@ def _memory_model(config: dict[str, Any], place: str) -> ModelConfig:
             f"{place}: has memjax_format {config.get('memjax_format')}, this version of memjax reads {MEMORY_FORMAT}; "
             "export the run again, or use the version that wrote it"
         )
+    settings = upgraded({"model": config.get("model")})["model"]
     try:
         # JSON is what pydantic reads strictly and yet turns lists into tuples from.
-        model = pydantic.TypeAdapter(ModelConfig).validate_json(json.dumps(config.get("model")), strict=True)
+        model = pydantic.TypeAdapter(ModelConfig).validate_json(json.dumps(settings), strict=True)
     except pydantic.ValidationError as error:
         reason = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise CheckpointError(f"{place}: model: {reason}") from error

@@ -34,9 +34,11 @@ _BUFFERS = (
 """Ends of the names of what is no parameter."""
 _WITHOUT_HEAD = ("embed_tokens.", "layers.", "norm.", "rotary_emb.")
 _IN_MODEL = {"embed/embedding": _EMBEDDING, "norm/scale": "model.norm.weight", "head/kernel": _HEAD}
+_NORMS = {
+    "pre": {"attention_norm": "input_layernorm", "mixer_norm": "post_attention_layernorm"},
+    "post": {"attention_norm": "post_attention_layernorm", "mixer_norm": "post_feedforward_layernorm"},
+}
 _IN_BLOCK = {
-    "attention_norm/scale": "input_layernorm.weight",
-    "mixer_norm/scale": "post_attention_layernorm.weight",
     "attention/query": "self_attn.q_proj",
     "attention/key": "self_attn.k_proj",
     "attention/value": "self_attn.v_proj",
@@ -78,7 +80,7 @@ def read_model(files: TensorFiles, config: ModelConfig, place: str) -> Decoder:
             f"{place}: num_layers={config.num_layers} are more than the {len(stored)} tensors there are"
         )
     parts = DecoderParts.of(_with_stored_types(config, stored, place))
-    wanted = _tensors(params_to_tree(parts.abstract_params), parts.abstract_tables)
+    wanted = _tensors(params_to_tree(parts.abstract_params), parts.abstract_tables, config)
     _compare_shapes({tensor.name: tensor.shape for tensor in wanted.values()}, stored, place)
 
     def read(path: Any, leaf: Any) -> jax.Array:
@@ -146,29 +148,30 @@ def compare_bits(model: Decoder, files: TensorFiles, *, dtype: str | None) -> No
 
 def _tensors_of(model: Decoder) -> list[_Tensor]:
     _, params, tables = take_apart(model)
-    return list(_tensors(params_to_tree(params), writable(tables)).values())
+    return list(_tensors(params_to_tree(params), writable(tables), model.config).values())
 
 
-def _tensors(params: dict[str, Any], tables: dict[str, Any]) -> dict[str, _Tensor]:
+def _tensors(params: dict[str, Any], tables: dict[str, Any], config: ModelConfig) -> dict[str, _Tensor]:
     """Every parameter by its path in the decoder; tables come last, because they may fill files of their own."""
     flat = {_text(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
-    found = {path: _Tensor(_name(path), leaf, path.endswith("/kernel")) for path, leaf in flat.items()}
+    in_block = _IN_BLOCK | _NORMS[config.norm_placement]
+    found = {path: _Tensor(_name(path, in_block), leaf, path.endswith("/kernel")) for path, leaf in flat.items()}
     found |= {_text(_table_path(pool)): _Tensor(_TABLE.format(pool), leaf, False) for pool, leaf in tables.items()}
     return found
 
 
-def _name(path: str) -> str:
-    """What a file calls the parameter of this path."""
+def _name(path: str, in_block: dict[str, str]) -> str:
+    """What a file calls the parameter of this path, by the names of the modules of a block."""
     if path in _IN_MODEL:
         return _IN_MODEL[path]
     _, layer, inner = path.split("/", 2)
     module, _, last = inner.rpartition("/")
-    known = _IN_BLOCK.get(inner) or f"{_IN_BLOCK.get(module, module)}/{_last_name(module, last)}"
+    known = f"{in_block.get(module, module)}.{_last_name(module, last)}"
     return f"model.layers.{layer}.{known.replace('/', '.')}"
 
 
 def _last_name(module: str, last: str) -> str:
-    is_norm = last == "scale" and module.startswith("attention/")
+    is_norm = last == "scale" and module.endswith("_norm")
     return "weight" if last == "kernel" or is_norm else last
 
 

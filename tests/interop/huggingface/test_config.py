@@ -74,9 +74,9 @@ def test_rope_is_read_as_every_version_writes_it(fields):
     [
         (
             {"model_type": "cohere"},
-            'model_type="cohere" must be one of llama, mistral, qwen2, qwen3, smollm3: other models',
+            'model_type="cohere" must be one of llama, mistral, qwen2, qwen3, smollm3, olmo2: other models',
         ),
-        ({"model_type": "olmo2"}, "smollm3: its layers normalise what attention and feed-forward layers give, and"),
+        ({"model_type": "olmo3"}, "olmo2: some of its layers have a window and others have none"),
         ({"model_type": None}, "model_type=null must be one of llama"),
         ({"model_type": ["llama"]}, 'model_type=["llama"] must be one of llama'),
         ({"quantization_config": {"bits": 4}}, "quantised weights are not read; take the model as it was before"),
@@ -131,8 +131,9 @@ def test_what_this_decoder_does_not_do_is_refused(fields, message):
         ModelConfig(memory=None, num_heads=3, num_kv_heads=3, head_dim=8),
         ModelConfig(memory=None, num_kv_heads=2, attention_bias=True, attention_out_bias=False),
         ModelConfig(memory=None, num_kv_heads=2, attention_bias=True, attention_out_bias=False, sliding_window=5),
-        ModelConfig(memory=None, num_kv_heads=2, qk_norm=True, head_dim=8),
+        ModelConfig(memory=None, num_kv_heads=2, qk_norm="per_head", head_dim=8),
         ModelConfig(memory=None, num_kv_heads=2, rope_free_layers=(0, 2), attention_bias=True),
+        ModelConfig(memory=None, num_kv_heads=2, qk_norm="all_heads", norm_placement="post", attention_bias=True),
         *(ModelConfig(memory=None, num_kv_heads=2, rope_scaling=scaling) for scaling in SCALINGS),
     ],
     ids=[
@@ -147,6 +148,7 @@ def test_what_this_decoder_does_not_do_is_refused(fields, message):
         "qwen2_window",
         "qwen3",
         "smollm3",
+        "olmo2",
     ]
     + [scaling.kind for scaling in SCALINGS],
 )
@@ -171,12 +173,28 @@ def test_what_is_written_is_read_as_the_same_model(config):
             ModelConfig(memory=None, num_heads=3, head_dim=8, attention_bias=True),
             "no model of transformers .* num_heads=3 of dim=64",
         ),
-        (ModelConfig(memory=None, qk_norm=True, rope_free_layers=(1,)), "no model of transformers has"),
+        (ModelConfig(memory=None, qk_norm="per_head", rope_free_layers=(1,)), "no model of transformers has"),
+        (ModelConfig(memory=None, qk_norm="all_heads"), "qk_norm=all_heads, norm_placement=pre, "),
+        (
+            ModelConfig(memory=None, qk_norm="per_head", norm_placement="post"),
+            "qk_norm=per_head, norm_placement=post, ",
+        ),
+        (
+            ModelConfig(memory=None, qk_norm="all_heads", norm_placement="post", sliding_window=3),
+            "norm_placement=post, sliding_window=3",
+        ),
     ],
 )
 def test_what_has_no_form_there_is_not_written(config, message):
     with pytest.raises(CheckpointError, match=message):
         write(config)
+
+
+def test_a_config_with_memory_of_an_earlier_version_is_read():
+    fields = write(ModelConfig())
+    fields["model"] = {**fields["model"], "qk_norm": True}
+    del fields["model"]["norm_placement"]
+    assert read_model_config(fields, "config.json") == ModelConfig(qk_norm="per_head")
 
 
 @pytest.mark.parametrize(
@@ -210,9 +228,10 @@ def test_settings_of_a_scaling_that_are_not_there_mean_what_transformers_takes_t
 
 def test_near_relatives_have_their_layers():
     relative = lambda kind, **fields: read(model_type=kind, num_key_value_heads=2, **fields)
-    qwen2, qwen3, smollm3 = (relative(kind) for kind in ("qwen2", "qwen3", "smollm3"))
+    qwen2, qwen3, smollm3, olmo2 = (relative(kind) for kind in ("qwen2", "qwen3", "smollm3", "olmo2"))
     assert (qwen2.attention_bias, qwen2.attention_out_bias, qwen2.sliding_window) == (True, False, None)
-    assert (qwen3.qk_norm, qwen3.head_width, qwen3.attention_bias) == (True, 128, False)
+    assert (qwen3.qk_norm, qwen3.head_width, qwen3.attention_bias) == ("per_head", 128, False)
+    assert (olmo2.qk_norm, olmo2.norm_placement, olmo2.norm_eps) == ("all_heads", "post", 1e-5)
     assert (smollm3.rope_theta, smollm3.rope_free_layers, smollm3.tie_embeddings) == (2e6, (), True)
     assert relative("smollm3", no_rope_layer_interval=2).rope_free_layers == (1,)
     everywhere = {"use_sliding_window": True, "sliding_window": 7, "layer_types": ["sliding_attention"] * 2}

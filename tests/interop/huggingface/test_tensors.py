@@ -39,7 +39,7 @@ def bits(tensors: Tensors) -> dict[str, tuple]:
     return {name: (array.dtype, array.shape, array.tobytes()) for name, array in tensors.items()}
 
 
-@pytest.mark.parametrize("name", ["llama2", "llama3", "biases", "mistral", "qwen2", "qwen3", "smollm3"])
+@pytest.mark.parametrize("name", ["llama2", "llama3", "biases", "mistral", "qwen2", "qwen3", "smollm3", "olmo2"])
 def test_a_model_of_transformers_has_its_logits_here_and_keeps_its_bits(name, tmp_path):
     model = read(MODELS / name, config_of(name))
     expected = np.load(MODELS / name / "logits.npy")

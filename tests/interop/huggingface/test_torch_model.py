@@ -25,14 +25,14 @@ EVERYTHING = ModelConfig(
     peer=PEERConfig(layers=(1,)),
     experts=ExpertsConfig(layers=(2,), num_experts=2),
     attention_bias=True,
-    qk_norm=True,
+    qk_norm="per_head",
 )
 
 
 def exported_names(config: ModelConfig) -> set[str]:
     """What the tensors of a model are called in files, with * for the number of a block and the name of a table."""
     parts = DecoderParts.of(config)
-    tensors = _tensors(params_to_tree(parts.abstract_params), parts.abstract_tables).values()
+    tensors = _tensors(params_to_tree(parts.abstract_params), parts.abstract_tables, config).values()
     return {re.sub(r"(layers|tables)\.\w+\.", r"\1.*.", tensor.name) for tensor in tensors}
 
 
@@ -65,7 +65,8 @@ WITHOUT_BIAS = r"(embed_tokens|lm_head|mlp\.\w+|router)\.bias"
 
 def test_the_torch_code_declares_the_parameters_that_are_exported():
     declared = {name for name in declared_names("MemjaxForCausalLM") if not re.search(WITHOUT_BIAS, name)}
-    assert exported_names(EVERYTHING) == declared
+    post = dataclasses.replace(EVERYTHING, norm_placement="post", qk_norm="all_heads")
+    assert exported_names(EVERYTHING) | exported_names(post) == declared
 
 
 @pytest.mark.parametrize(

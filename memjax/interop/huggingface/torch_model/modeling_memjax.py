@@ -139,17 +139,18 @@ class MemjaxAttention(nn.Module):
         self.k_proj = nn.Linear(dim, config.num_key_value_heads * width, bias=bias)
         self.v_proj = nn.Linear(dim, config.num_key_value_heads * width, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * width, dim, bias=bias if out_bias is None else out_bias)
-        self.q_norm = MemjaxRMSNorm(width, config.rms_norm_eps) if model["qk_norm"] else None
-        self.k_norm = MemjaxRMSNorm(width, config.rms_norm_eps) if model["qk_norm"] else None
+        self.norms_all_heads, has_norm = model["qk_norm"] == "all_heads", model["qk_norm"] != "none"
+        heads = (config.num_attention_heads, config.num_key_value_heads) if self.norms_all_heads else (1, 1)
+        self.q_norm = MemjaxRMSNorm(heads[0] * width, config.rms_norm_eps) if has_norm else None
+        self.k_norm = MemjaxRMSNorm(heads[1] * width, config.rms_norm_eps) if has_norm else None
 
     def forward(self, x, turns, attention_mask, cache, **kwargs):
         """The output, and the attention's weights where its function gives them."""
-        parts = (
-            projection(x).view(*x.shape[:-1], -1, self.head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        query, key, value = parts
-        if self.q_norm is not None and self.k_norm is not None:
+        parts = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        if self.norms_all_heads:
+            parts = [self.q_norm(parts[0]), self.k_norm(parts[1]), parts[2]]
+        query, key, value = (part.view(*x.shape[:-1], -1, self.head_dim) for part in parts)
+        if self.q_norm is not None and not self.norms_all_heads:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         if self.is_rotated:
@@ -337,15 +338,20 @@ class MemjaxExperts(nn.Module):
 
 
 class MemjaxLayer(GradientCheckpointingLayer):
-    """x + attention(norm(x)), then x + mixer(norm(x)), where a memory may stand beside the feed-forward layer."""
+    """x + attention(norm(x)), then x + mixer(norm(x)), where a memory may be parallel to the feed-forward layer.
+
+    With norm_placement post, x + norm(attention(x)), then x + norm(mixer(x)).
+    """
 
     def __init__(self, config, layer_idx):
         super().__init__()
         model, dim = config.model, config.hidden_size
         kind, self.table_names = kind_of(model, layer_idx)
-        self.input_layernorm = MemjaxRMSNorm(dim, config.rms_norm_eps)
+        self.is_post = model["norm_placement"] == "post"
+        self.input_layernorm = None if self.is_post else MemjaxRMSNorm(dim, config.rms_norm_eps)
         self.self_attn = MemjaxAttention(config, layer_idx)
         self.post_attention_layernorm = MemjaxRMSNorm(dim, config.rms_norm_eps)
+        self.post_feedforward_layernorm = MemjaxRMSNorm(dim, config.rms_norm_eps) if self.is_post else None
         parallel = kind == "memory" and model["memory"]["placement"] == "parallel"
         self.mlp = MemjaxMLP(dim, model["ffn_dim"]) if kind == "dense" or parallel else None
         experts = model["experts"]
@@ -356,13 +362,14 @@ class MemjaxLayer(GradientCheckpointingLayer):
 
     def forward(self, x, turns, attention_mask, cache, tables, **kwargs):
         """The layer's output, and the attention's weights."""
-        attended, weights = self.self_attn(self.input_layernorm(x), turns, attention_mask, cache, **kwargs)
-        x = x + attended
-        inputs, tables = self.post_attention_layernorm(x), [tables[name] for name in self.table_names]
-        for mixer, read in ((self.mlp, ()), (self.experts, ()), (self.memory, tables), (self.peer, tables)):
-            if mixer is not None:
-                x = x + mixer(inputs, *read)
-        return x, weights
+        inputs = x if self.is_post else self.input_layernorm(x)
+        attended, weights = self.self_attn(inputs, turns, attention_mask, cache, **kwargs)
+        x = x + (self.post_attention_layernorm(attended) if self.is_post else attended)
+        inputs = x if self.is_post else self.post_attention_layernorm(x)
+        tables = [tables[name] for name in self.table_names]
+        mixers = ((self.mlp, ()), (self.experts, ()), (self.memory, tables), (self.peer, tables))
+        outs = [mixer(inputs, *read) for mixer, read in mixers if mixer is not None]
+        return (x + self.post_feedforward_layernorm(sum(outs)) if self.is_post else sum(outs, start=x)), weights
 
 
 def kind_of(model, layer):
