@@ -52,12 +52,14 @@ def test_the_settings_of_to_hf_arrive(monkeypatch, capsys):
         "--max-length",
         "9",
         "--shard_gb=2",
+        "--ema",
     ]
     assert convert.main([*arguments, "--like", "c"]) == 0
     assert given == {
         "run": "runs/a",
         "out": "b",
         "step": 7,
+        "ema": True,
         "dtype": "bfloat16",
         "longest": 9,
         "like": "c",
