@@ -4,11 +4,12 @@ import argparse
 import pathlib
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from factlab.report import write_into
-from factlab.runs import Pool, Result, Run, read_results
+from factlab.runs import Pool, Result, Training, read_results
 
-RunsOf = Callable[[str, dict[str, Result]], list[Run]]
+RunsOf = Callable[[str, dict[str, Result]], Sequence[Training]]
 """The runs of a stage, given the results so far."""
 Report = Callable[[list[Result], pathlib.Path], str]
 """README's tables of results; pictures are written into the folder."""
@@ -29,26 +30,56 @@ def parser(description: str | None, *, stages: Sequence[str], sizes: Sequence[st
     return made
 
 
-def serve(arguments: argparse.Namespace, folder: pathlib.Path, runs_of: RunsOf, report: Report) -> None:
-    """Runs the stages that were asked for as far as the time allows, or writes the report of the committed results."""
+def serve(
+    arguments: argparse.Namespace,
+    folder: pathlib.Path,
+    runs_of: RunsOf,
+    report: Report,
+    *,
+    deadline: float | None = None,
+    awaited: Sequence[str] | None = None,
+    **of_pool: Any,
+) -> None:
+    """Runs the stages that were asked for as far as the time allows, or writes the report of the committed results.
+
+    Args:
+        arguments: of the command line.
+        folder: the experiment's.
+        runs_of: its runs.
+        report: writes its README's tables.
+        deadline: where --seconds have begun before this call.
+        awaited: stages that must end before the next one begins, because its runs follow from them; None: all.
+        of_pool: options of the Pool.
+    """
     if arguments.report:
         rows = list(read_results(folder / "results" / "full.json").values())
         write_into(folder / "README.md", report(rows, folder))
         return
-    deadline = None if arguments.seconds is None else time.time() + arguments.seconds
+    if deadline is None and arguments.seconds is not None:
+        deadline = time.time() + arguments.seconds
     path = arguments.out / f"{arguments.size}.json"
     # What is committed need not be run again, wherever new results go.
     results = read_results(path, folder / "results" / path.name)
-    pool = Pool(path, results, jobs=arguments.jobs, gpus=arguments.gpus, deadline=deadline)
+    pool = Pool(path, results, jobs=arguments.jobs, gpus=arguments.gpus, deadline=deadline, **of_pool)
     still_open: list[str] = []
-    for stage in arguments.stage:
-        runs = runs_of(stage, results)
+    for stages in _together(arguments.stage, awaited):
+        runs = [run for stage in stages for run in runs_of(stage, results)]
         if arguments.families:
             runs = [run for run in runs if run.family in arguments.families]
-        print(f"--- {stage}", flush=True)
+        print(f"--- {', '.join(stages)}", flush=True)
         if arguments.plan:
             print("\n".join(f"{run.name}: {'done' if run.name in results else 'to do'}" for run in runs))
         else:
             still_open += pool.run(runs)
     if not arguments.plan:
         print("\n".join(["without a result:", *still_open]) if still_open else "every run has its result", flush=True)
+
+
+def _together(stages: Sequence[str], awaited: Sequence[str] | None) -> list[list[str]]:
+    """The stages in groups, of which each begins when the one before it has ended."""
+    groups: list[list[str]] = []
+    for stage in stages:
+        if not groups or awaited is None or groups[-1][-1] in awaited:
+            groups.append([])
+        groups[-1].append(stage)
+    return groups

@@ -62,26 +62,37 @@ def write_into(readme: pathlib.Path, text: str, begin: str = BEGIN) -> None:
     readme.write_text(f"{before}{begin}\n\n{text or NOT_RUN}\n\n{END}{after}", encoding="utf-8")
 
 
-def draw(path: pathlib.Path, panels: Sequence[tuple[str, str, dict[str, list[tuple[Any, Any]]]]], x_label: str) -> None:
-    """A picture of panels: title, label of y, and points (x, values of the seeds) by name; bars are their spread."""
+def draw(
+    path: pathlib.Path,
+    panels: Sequence[tuple[str, str, dict[str, list[tuple[Any, Any]]]]],
+    x_label: str | Sequence[str],
+) -> None:
+    """A picture of panels: title, label of y, and points (x, values of the seeds) by name; bars are their spread.
+
+    `x_label` is one for all panels, or one for each. Numbers get a logarithmic axis, names one of categories.
+    """
+    x_labels = [x_label] * len(panels) if isinstance(x_label, str) else x_label
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
     figure, all_axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4.2), layout="constrained")
-    for axes, (title, y_label, lines) in zip(all_axes, panels, strict=True):
+    for axes, (title, y_label, lines), label in zip(all_axes, panels, x_labels, strict=True):
         for name, points in lines.items():
             x = [point[0] for point in points]
             middle = [statistics.mean(point[1]) for point in points]
             below = [mean - min(point[1]) for mean, point in zip(middle, points, strict=True)]
             above = [max(point[1]) - mean for mean, point in zip(middle, points, strict=True)]
             axes.errorbar(x, middle, yerr=[below, above], label=name, marker="o", markersize=3, capsize=2, linewidth=1)
-        axes.set(title=title, xlabel=x_label, ylabel=y_label, xscale="log")
+        axes.set(title=title, xlabel=label, ylabel=y_label)
+        axes.grid(alpha=0.3)
+        if any(isinstance(point[0], str) for points in lines.values() for point in points):
+            continue
+        axes.set_xscale("log")
         axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(ticker.EngFormatter())
         axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-        axes.grid(alpha=0.3)
     all_axes[-1].legend(fontsize="small")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -13,8 +13,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -22,9 +22,30 @@ ROOT = HERE.parents[1]
 Result = dict[str, Any]
 
 
+class Training(Protocol):
+    """What a pool has to know of a run; its dataclass as a whole is the task of the worker."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> tuple[Any, ...]: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def exposures(self) -> float: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def alone(self) -> bool:
+        """Whether it needs a GPU that no other run uses."""
+        ...
+
+    def row(self) -> Result: ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training."""
+    """One training on facts."""
 
     stage: str
     family: str
@@ -52,6 +73,11 @@ class Run:
         words += [f"without={self.without}"] if self.without else []
         words += [f"{name.removeprefix('--')}={value}" for name, value in zip(*[iter(self.settings)] * 2, strict=True)]
         return " ".join(words)
+
+    @property
+    def alone(self) -> bool:
+        """Small models leave room on a GPU for others."""
+        return False
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -83,17 +109,44 @@ def write_results(path: pathlib.Path, results: dict[str, Result]) -> None:
     temporary.replace(path)
 
 
+def recall_and_bits(result: Result) -> str:
+    """What the line of a finished training on facts says."""
+    return f"recall {result['recall']:.4f}, {result['stored_bits'] / 1e3:.0f} kbit"
+
+
 class Pool:
     """Runs tasks in several processes until all are done, or the time is over."""
 
     def __init__(
-        self, path: pathlib.Path, results: dict[str, Result], *, jobs: int, gpus: int = 1, deadline: float | None
+        self,
+        path: pathlib.Path,
+        results: dict[str, Result],
+        *,
+        jobs: int,
+        gpus: int = 1,
+        deadline: float | None,
+        module: str = "factlab.worker",
+        paths: Sequence[pathlib.Path] = (),
+        describe: Callable[[Result], str] = recall_and_bits,
+        keeps_order: bool = False,
     ):
         """Results are added to `results` and written to `path`; `deadline` is a `time.time()`.
 
         With several GPUs each process sees one of them.
+
+        Args:
+            path: file of the results.
+            results: those that are there already.
+            jobs: processes.
+            gpus: GPUs over which the processes are spread.
+            deadline: nothing is started that would end later.
+            module: what a process runs.
+            paths: folders in which Python looks for it, beside those that it needs anyway.
+            describe: what the line of a finished run says of its result.
+            keeps_order: start the runs in the order that they are given, whichever programs a process has compiled.
         """
         self.path, self.results, self.jobs, self.deadline = path, results, jobs, deadline
+        self._command, self._describe, self._keeps_order = (module, *map(str, paths)), describe, keeps_order
         if not 1 <= gpus <= jobs:
             raise SystemExit(f"--gpus {gpus}: must be between 1 and --jobs {jobs}")
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
@@ -104,10 +157,10 @@ class Pool:
         self._environments = [given(name) if gpus > 1 else {} for name in visible[:gpus]]
         self._lock = threading.Lock()
         self._seconds: dict[Any, float] = {}
-        self._running: dict[str, Run] = {}
+        self._running: dict[str, tuple[Training, int]] = {}
         self._began = time.time()
 
-    def run(self, runs: Sequence[Run]) -> list[str]:
+    def run(self, runs: Sequence[Training]) -> list[str]:
         """Runs what has no result yet; returns the names of those that have none in the end."""
         self._left = [run for run in runs if run.name not in self.results]
         self._total, self._failed = len(self._left), []
@@ -123,11 +176,11 @@ class Pool:
     def _serve(self, number: int) -> None:
         """Gives one process a run after the other; a process that died is replaced."""
         environment = self._environments[number % len(self._environments)]
-        worker, compiled, failures = Worker(environment), set(), 0
-        while failures < 3 and (run := self._take(compiled)) is not None:
+        worker, compiled, failures = Worker(environment, *self._command), set(), 0
+        while failures < 3 and (run := self._next(compiled, number % len(self._environments))) is not None:
             if not worker.is_alive():
                 worker.stop()
-                worker, compiled = Worker(environment), set()
+                worker, compiled = Worker(environment, *self._command), set()
             compiled.add(run.kind)
             started = time.time()
             answer = worker.ask({**dataclasses.asdict(run), "name": run.name, "deadline": self.deadline})
@@ -137,24 +190,33 @@ class Pool:
             print(f"process {number} ended after {failures} failures in a row", flush=True)
         worker.stop()
 
-    def _take(self, compiled: set[Any]) -> Run | None:
-        """The next run that can end in time: one that this process has compiled, else of a kind that nobody runs."""
-        with self._lock:
-            in_time = [run for run in self._left if self.deadline is None or self._ends(run) <= self.deadline]
-            if not in_time:
-                return None
-            order = {run.name: place for place, run in enumerate(in_time)}
-            busy = [run.kind for run in self._running.values()]
-            rank = lambda run: (run.seed, run.kind not in compiled, run.kind in busy, order[run.name])
-            best = min(in_time, key=rank)
-            self._left.remove(best)
-            self._running[best.name] = best
-            return best
+    def _next(self, compiled: set[Any], gpu: int) -> Training | None:
+        """The next run for a process, when its GPU has room for one; None where none is left that can end in time."""
+        while True:
+            with self._lock:
+                in_time = [run for run in self._left if self.deadline is None or self._ends(run) <= self.deadline]
+                if not in_time:
+                    return None
+                best = self._best(in_time, compiled)
+                others = [run for run, where in self._running.values() if where == gpu]
+                if not others or not (best.alone or any(run.alone for run in others)):
+                    self._left.remove(best)
+                    self._running[best.name] = best, gpu
+                    return best
+            time.sleep(0.5)
 
-    def _ends(self, run: Run) -> float:
+    def _best(self, in_time: Sequence[Training], compiled: set[Any]) -> Training:
+        """The first, or one that the process has compiled, else one of a kind that nobody runs."""
+        if self._keeps_order:
+            return in_time[0]
+        order = {run.name: place for place, run in enumerate(in_time)}
+        busy = [run.kind for run, _ in self._running.values()]
+        return min(in_time, key=lambda run: (run.seed, run.kind not in compiled, run.kind in busy, order[run.name]))
+
+    def _ends(self, run: Training) -> float:
         return time.time() + self._seconds.get((run.kind, run.exposures), run.seconds)
 
-    def _note(self, run: Run, answer: dict[str, Any], seconds: float, number: int) -> None:
+    def _note(self, run: Training, answer: dict[str, Any], seconds: float, number: int) -> None:
         """Keeps a result, or says what went wrong."""
         with self._lock:
             del self._running[run.name]
@@ -170,7 +232,7 @@ class Pool:
             elapsed = time.time() - self._began
             print(
                 f"{done}/{self._total} in {elapsed:.0f} s, about {elapsed / done * (self._total - done):.0f} s left: "
-                f"[{run.name}] recall {result['recall']:.4f}, {result['stored_bits'] / 1e3:.0f} kbit, "
+                f"[{run.name}] {self._describe(result)}, "
                 f"{result['tokens_per_second'] / 1e6:.2f} M tokens/s, {seconds:.0f} s "
                 f"(compiling {result['compile_seconds']:.0f}), process {number}",
                 flush=True,
@@ -180,8 +242,8 @@ class Pool:
 class Worker:
     """A process of worker.py, started when it is first asked."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
-        self._environment = environment
+    def __init__(self, environment: dict[str, str], module: str, *paths: str) -> None:
+        self._environment, self._command = environment, (module, *paths)
         self._process: subprocess.Popen[str] | None = None
 
     def is_alive(self) -> bool:
@@ -190,7 +252,7 @@ class Worker:
 
     def ask(self, task: dict[str, Any]) -> dict[str, Any]:
         """The answer to a task: `result`, `late` or `error`."""
-        self._process = self._process or start(self._environment)
+        self._process = self._process or start(self._environment, *self._command)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -207,13 +269,13 @@ class Worker:
             self._process.communicate()
 
 
-def start(environment: dict[str, str]) -> subprocess.Popen[str]:
+def start(environment: dict[str, str], module: str, *paths: str) -> subprocess.Popen[str]:
     """A process that takes the device's memory only as it needs it, and shares compiled programs with the others.
 
     `environment` is what its variables have beside this process's.
     """
-    paths = [str(HERE.parent), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environment
+    every = [*paths, str(HERE.parent), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(every)} | environment
     for name, value in {
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(tempfile.gettempdir()) / "factlab_programs"),
@@ -221,5 +283,5 @@ def start(environment: dict[str, str]) -> subprocess.Popen[str]:
         "OMP_NUM_THREADS": "1",
     }.items():
         environment.setdefault(name, value)
-    command = [sys.executable, "-m", "factlab.worker"]
+    command = [sys.executable, "-m", module]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)

@@ -5,7 +5,6 @@ one compilation.
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -17,7 +16,7 @@ import optax
 from jax import Array
 
 from factlab.rows import FactRows, draw_order
-from memjax.config.optim import ScheduleConfig
+from factlab.steps import OutOfTime, Rates, at_rates, rate_by_step, require_unit_rates, write_greedily
 from memjax.config.run import RunConfig
 from memjax.evaluation.recall import zero_tables
 from memjax.memory.keys import Lookup
@@ -26,28 +25,15 @@ from memjax.models.counts import count_parameters, training_flops_per_token
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, Tables
 from memjax.training.compiler import compiler_options
-from memjax.training.optimizer import make_schedule
 from memjax.training.program import TrainProgram
 from memjax.training.state import TrainState
 from memjax.training.step import Batch, train_step
 
 CHUNK = 50
 """Steps for each call of the device."""
-WARMUP_STEPS, FINAL_FRACTION = 100, 0.05
 CURVE_POINTS = 8
 TEST_ROWS = 2048
 """Questions in one forward pass of a test, where there are so many."""
-
-
-class OutOfTime(Exception):
-    """A run would not end before its deadline."""
-
-
-class Rates(NamedTuple):
-    """The highest learning rates of a run; a family without tables ignores that of the table."""
-
-    lr: float
-    table_lr: float
 
 
 class DeviceRows(NamedTuple):
@@ -106,10 +92,7 @@ class FactTrainer:
 
         Parameters that are left out (`without`) are still counted.
         """
-        optim = config.optim
-        for name, rate in (("optim", optim), ("optim.table", optim.table)):
-            if (rate.lr, rate.schedule, rate.warmup_steps) != (1.0, "constant", 0):
-                raise ValueError(f"{name} must have lr=1, schedule=constant, warmup_steps=0: rates are given to `run`")
+        require_unit_rates(config)
         if config.model.vocab_size < rows.vocab_size or config.data.sequence_length != rows.length:
             raise ValueError(
                 f"model.vocab_size={config.model.vocab_size} must be at least {rows.vocab_size} and "
@@ -129,7 +112,7 @@ class FactTrainer:
             slots=jnp.asarray(np.random.default_rng(5).integers(slots, size=(num_facts, picks), dtype=np.int32)),
         )
         options = {"compiler_options": compiler_options(jax.default_backend(), 1)}
-        begun = self._at(Rates(1.0, 1.0), self.program)
+        begun = at_rates(self.program, Rates(1.0, 1.0))
         self._init = jax.jit(lambda key: begun.begin(*begun.parts.init(key)), **options)
         self._steps = jax.jit(self._run_steps, donate_argnums=0, **options)
         self._test = jax.jit(self._answer, **options)
@@ -162,7 +145,7 @@ class FactTrainer:
         batch_size, num_facts = self.config.data.batch_size, len(self.rows.tokens)
         steps = max(1, round(exposures * num_facts / batch_size / CHUNK)) * CHUNK
         order = draw_order(self.rows, batch_size=batch_size, steps=steps, seed=seed)
-        by_step = np.stack([_schedule(rate, steps) for rate in rates], axis=1)
+        by_step = np.stack([rate_by_step(rate, steps) for rate in rates], axis=1)
         state = jax.block_until_ready(self._init(jax.random.key(seed)))
         tokens_per_step = batch_size * self.rows.length
         flops_per_token = training_flops_per_token(self.program.parts, self.rows.length)
@@ -254,17 +237,8 @@ class FactTrainer:
     def _write_some(self, params: Any, tables: Any, tokens: Array, begins: Array) -> Array:
         """The rows with what the model writes from `begins` on; each token is likeliest after those before it."""
         model = self.program.parts.assemble(params, tables)
-        rows = jnp.arange(len(tokens))
-
-        def one(step: Array, tokens: Array) -> Array:
-            places = begins + step
-            hidden = model.hidden(tokens[:, :-1])[0]
-            best = jnp.argmax(model.logits(hidden[rows, jnp.minimum(places, tokens.shape[1] - 1) - 1]), axis=-1)
-            return tokens.at[rows, places].set(best.astype(tokens.dtype), mode="drop")
-
-        places = jnp.arange(tokens.shape[1])[None, :]
         longest = int((self.rows.answers[:, 0, 1] - self.rows.answers[:, 0, 0]).max())
-        return jax.lax.fori_loop(0, longest, one, jnp.where(places < begins[:, None], tokens, 0))
+        return write_greedily(model, tokens, begins, longest)
 
     def _of_the_table(self, state: TrainState) -> dict[str, Any]:
         """What shows whether the tables are used: slots read in the last part of the training, recall without them."""
@@ -281,7 +255,7 @@ class FactTrainer:
 
         def one(state: TrainState, now: tuple[Array, Array]) -> tuple[TrainState, Array]:
             row, rate = now
-            program = self._at(Rates(*rate), self._addressed(rows.slots, row // self.rows.tokens.shape[1]))
+            program = at_rates(self._addressed(rows.slots, row // self.rows.tokens.shape[1]), Rates(*rate))
             state, metrics = train_step(program, state, _batch(rows, row))
             return state, metrics["train/loss"]
 
@@ -310,25 +284,11 @@ class FactTrainer:
         weights = jnp.full(indices.shape, 1 / memory.top_k, jnp.float32)
         return _with_parts(self.program, PerfectAddress, lookup=Lookup(indices, weights))
 
-    @staticmethod
-    def _at(rates: Rates, program: TrainProgram) -> TrainProgram:
-        """The program at given rates, which may be traced: AdamW's step, its decay included, is linear in its rate."""
-        optimizer = optax.chain(program.optimizer, optax.scale(rates.lr))
-        table_optimizer = dataclasses.replace(program.table_optimizer, learning_rate=lambda _: rates.table_lr)
-        return dataclasses.replace(program, optimizer=optimizer, table_optimizer=table_optimizer)
-
 
 def _with_parts(program: TrainProgram, kind: type[DecoderParts], **changes: Any) -> TrainProgram:
     """The program with its parts assembled in another way."""
     fields = {field.name: getattr(program.parts, field.name) for field in dataclasses.fields(DecoderParts)}
     return dataclasses.replace(program, parts=kind(**fields, **changes))
-
-
-@functools.lru_cache(maxsize=64)
-def _schedule(rate: float, steps: int) -> np.ndarray:
-    """The library's own cosine with a warm-up, at every step."""
-    config = ScheduleConfig(lr=rate, warmup_steps=WARMUP_STEPS, final_fraction=FINAL_FRACTION)
-    return np.asarray(jax.vmap(make_schedule(config, steps))(jnp.arange(steps)), np.float32)
 
 
 def _is_answer(tokens: Array, answers: Array) -> Array:

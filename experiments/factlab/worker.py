@@ -8,6 +8,7 @@ import json
 import pathlib
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 from factlab import training
 from factlab.entity_questions import question_rows
 from factlab.rows import biography_rows
+from factlab.steps import OutOfTime
 from memjax.config.data import BiographiesConfig
 from memjax.config.load import load
 from memjax.config.run import RunConfig
@@ -27,14 +29,19 @@ MAX_ASKED = 20_480
 
 
 def main() -> None:
+    """Serves trainings on facts."""
+    models: dict[str, Model] = {}
+    serve(lambda task: _run(task, models))
+
+
+def serve(run: Callable[[Task], dict[str, Any]]) -> None:
     """Serves until the input ends. Whatever else prints goes to the error output, so that results stand alone."""
     results, sys.stdout = sys.stdout, sys.stderr
-    models: dict[str, Model] = {}
     for line in sys.stdin:
         task = json.loads(line)
         try:
-            answer = {"result": _run(task, models)}
-        except training.OutOfTime as reason:
+            answer = {"result": run(task)}
+        except OutOfTime as reason:
             answer = {"late": str(reason)}
         except Exception as error:
             traceback.print_exc()

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-FOLDERS = [ROOT / "experiments" / name for name in ("001_fact_capacity", "002_real_facts")]
+FOLDERS = [ROOT / "experiments" / name for name in ("001_fact_capacity", "002_real_facts", "004_real_text")]
 
 
 @pytest.mark.parametrize(

@@ -3,4 +3,5 @@
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "experiments"))
+EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
+sys.path[:0] = [str(EXPERIMENTS / "004_real_text"), str(EXPERIMENTS)]

@@ -26,7 +26,7 @@ def started(monkeypatch):
     """The variables that were given to each process."""
     environments = []
 
-    def start(environment):
+    def start(environment, module):
         environments.append(environment)
         command = [sys.executable, "-c", WORKER]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

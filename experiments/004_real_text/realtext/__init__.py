@@ -1,0 +1,1 @@
+"""What 004 adds to factlab: articles as tokens, questions about them, trainings on text."""

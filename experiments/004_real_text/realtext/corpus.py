@@ -1,0 +1,171 @@
+"""Articles and questions as token arrays, made once for each machine and read by every process.
+
+A text is one stream: each article after a begin token. Its rows are cut from the stream wherever they end, so a row may
+begin inside an article, and the few rows that hold the end of one article also see it in front of the next.
+"""
+
+import concurrent.futures
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memjax.data.tokenizers.base import ByteTokenizer, Tokenizer
+from memjax.data.tokenizers.tiktoken import TiktokenTokenizer
+from memjax.errors import DataError
+from memjax.io.files import write_atomic
+from realtext.prepare import ARTICLES, HELD_OUT, QUESTIONS, SHOTS, TOKENIZER, read
+
+Row = dict[str, Any]
+Ints = NDArray[np.integer]
+
+WIDTH = 192
+"""Tokens of a question with what stands in front of it and its answer."""
+SAMPLED_ARTICLES = 200
+"""Training articles whose bits per byte are measured too."""
+CODE = "code"
+STREAMS = ("held_out", "seen", CODE)
+"""Texts that are only read: articles that training never shows, some that it does, and programs."""
+
+
+class Text(NamedTuple):
+    """A stream of tokens."""
+
+    tokens: Ints
+    bytes: int
+    """Of the UTF-8 text that it stands for."""
+
+    def rows(self, length: int) -> Ints:
+        """All tokens as rows of `length` predictions; the last one is filled up with begin tokens."""
+        begin = self.tokens[0]
+        count = -(-(len(self.tokens) - 1) // length)
+        padded = np.append(self.tokens, np.full(count * length + 1 - len(self.tokens), begin, self.tokens.dtype))
+        return np.lib.stride_tricks.sliding_window_view(padded, length + 1)[::length]
+
+
+class Spans(NamedTuple):
+    """Rows of tokens, of which some are scored."""
+
+    tokens: Ints
+    """[rows, WIDTH + 1]: what stands in front, the answer, padding."""
+    ends: Ints
+    """[rows, 2]: where the answer begins and ends."""
+
+
+class Corpus(NamedTuple):
+    """What a process reads."""
+
+    train: Ints
+    """The stream of the training, not yet cut into rows."""
+    texts: dict[str, Text]
+    """By name, see STREAMS."""
+    tokenizer: Tokenizer
+    questions: list[Row]
+    """Open questions, in the order of `asked`."""
+    asked: Spans
+    """Their targets."""
+    choices: list[Row]
+    """Multiple choice, in the order of `chosen`."""
+    chosen: Spans
+    """Every choice of each, one after the other."""
+
+
+def tokenizer_of(folder: pathlib.Path) -> Tokenizer:
+    """GPT-2's where the folder has it, else bytes."""
+    path = folder / TOKENIZER
+    if not path.exists():
+        return ByteTokenizer()
+    return TiktokenTokenizer.of_file(path.read_bytes(), pattern="gpt2", special_tokens=["<|endoftext|>"])
+
+
+def build(folder: pathlib.Path, work: pathlib.Path) -> None:
+    """Tokenises a prepared folder; does nothing where that has been done.
+
+    Raises:
+        DataError: the folder lacks a file.
+    """
+    done = work / "streams.json"
+    if done.exists():
+        return
+    if missing := [name for name in (ARTICLES, HELD_OUT, QUESTIONS) if not (folder / name).exists()]:
+        raise DataError(f"{folder}: lacks {', '.join(missing)}; make it with `run.py --prepare DATA {folder}`")
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = tokenizer_of(folder)
+    articles = [_as_text(row) for row in read(folder / ARTICLES)]
+    programs = [row["code"] for row in read(folder / QUESTIONS) if "code" in row]
+    texts = {
+        "train": articles,
+        "held_out": [_as_text(row) for row in read(folder / HELD_OUT)],
+        "seen": articles[:: max(1, len(articles) // SAMPLED_ARTICLES)],
+        CODE: programs,
+    }
+    sizes = {}
+    for name, some in texts.items():
+        tokens = _stream(tokenizer, some)
+        np.save(work / f"{name}.npy", tokens)
+        sizes[name] = sum(len(text.encode()) for text in some)
+        print(f"{name}: {len(some):,} texts, {sizes[name] / 1e6:.1f} MB, {len(tokens) / 1e6:.2f} M tokens", flush=True)
+    write_atomic(done, json.dumps(sizes))
+
+
+def _as_text(article: Row) -> str:
+    return f"{article['title']}\n\n{article['text']}"
+
+
+def _stream(tokenizer: Tokenizer, texts: Sequence[str]) -> Ints:
+    """The texts one after the other, each after a begin token; threads, because the tokenizer leaves Python's lock."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+    encoded = lambda text: np.array([tokenizer.bos_id, *tokenizer.encode(text)], dtype)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return np.concatenate(list(pool.map(encoded, texts)))
+
+
+def load(folder: pathlib.Path, work: pathlib.Path) -> Corpus:
+    """What `build` wrote, and the folder's questions as rows of tokens."""
+    sizes = json.loads((work / "streams.json").read_text())
+    stream = lambda name: np.load(work / f"{name}.npy", mmap_mode="r")
+    tokenizer = tokenizer_of(folder)
+    rows = list(read(folder / QUESTIONS))
+    shots: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get("shot"):
+            shots.setdefault(row["set"], []).append(f"{_ask(row)} {row['target']}\n\n")
+    questions = [row for row in rows if "target" in row and not row.get("shot")]
+    choices = [row for row in rows if "choices" in row]
+    asked = [(shots.get(row["set"], [])[:SHOTS], _ask(row), f" {row['target']}") for row in questions]
+    chosen = [([], _ask(row), f" {choice}") for row in choices for choice in row["choices"]]
+    return Corpus(
+        stream("train"),
+        {name: Text(stream(name), sizes[name]) for name in STREAMS},
+        tokenizer,
+        questions,
+        spans(tokenizer, asked),
+        choices,
+        spans(tokenizer, chosen),
+    )
+
+
+def _ask(row: Row) -> str:
+    return f"Question: {row['question']}\nAnswer:"
+
+
+def spans(tokenizer: Tokenizer, rows: Iterable[tuple[Sequence[str], str, str]], width: int = WIDTH) -> Spans:
+    """Rows of examples, prompt and answer. Where they are too long the first examples are left out, then the prompt's
+    begin; an answer that is itself too long loses its end.
+    """
+    tokens, ends = [], []
+    for examples, prompt, answer in rows:
+        answer_ids = tokenizer.encode(answer)[: width // 2]
+        parts = [tokenizer.encode(text) for text in (*examples, prompt)]
+        room = width - len(answer_ids)
+        while len(parts) > 1 and sum(map(len, parts)) > room:
+            parts.pop(0)
+        before = [token for part in parts for token in part][-room:]
+        row = [tokenizer.bos_id, *before, *answer_ids]
+        tokens.append(row + [tokenizer.bos_id] * (width + 1 - len(row)))
+        ends.append((1 + len(before), len(row)))
+    return Spans(np.array(tokens, np.int32).reshape(-1, width + 1), np.array(ends, np.int32).reshape(-1, 2))

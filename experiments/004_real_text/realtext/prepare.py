@@ -1,0 +1,250 @@
+"""Makes the folder that the experiment reads out of public data sets: articles, questions, tokenizer.
+
+The questions are drawn once, from fixed seeds, so that every model of every machine is asked the same ones. Which facts
+a text holds is found by comparing words, so it is noisy: a name may mean something else.
+"""
+
+import gzip
+import json
+import lzma
+import pathlib
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from factlab.entity_questions import Fact, read_facts
+
+Row = dict[str, Any]
+
+ARTICLES, HELD_OUT, QUESTIONS, TOKENIZER = (
+    "articles.jsonl.xz",
+    "held_out.jsonl.xz",
+    "questions.jsonl.xz",
+    "gpt2.tiktoken",
+)
+OPEN_SETS = ("nq_open_test", "nq_open_dev", "triviaqa_dev", "triviaqa_test", "webquestions_test", "webquestions_train")
+FAMILY_OF = {"nq": "NaturalQuestions", "tr": "TriviaQA", "we": "WebQuestions"}
+CHOICE_SETS = ("piqa_test", "openbookqa_test", "arc_easy_test", "arc_challenge_test")
+SHOTS = 4
+"""Solved questions in front of each."""
+LONGEST_ANSWER = 6
+"""Words of the longest answer that is asked for."""
+MOST_WORDS = 8
+"""Words of the longest name that is looked for in the text."""
+BINS = ("in no article", "in an article, in no paragraph", "1 paragraph", "2 or 3 paragraphs", "4 or more paragraphs")
+"""How often subject and object of a fact stand together in the text."""
+
+_COMPRESSION = [
+    {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 28, "lc": 4, "lp": 0, "pb": 0}
+]
+"""For text, with a dictionary that holds all of it."""
+
+
+class Sizes(NamedTuple):
+    """How many questions are drawn."""
+
+    in_text: int = 2000
+    not_in_text: int = 1000
+    squad: int = 500
+    """Of articles that are in the text, and as many of those that are not."""
+    by_exposures: int = 400
+    """Of each of BINS."""
+    choices: int = 500
+    """Of each set."""
+
+
+def prepare(data: pathlib.Path, out: pathlib.Path, sizes: Sizes | None = None) -> None:
+    """Writes the folder; the same files give the same folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    rng, sizes = random.Random(0), sizes or Sizes()
+    articles = list(read(data / "wiki/wiki_a.jsonl.xz"))
+    questions = _open_questions(data, rng, sizes)
+    questions += _squad(data, rng, sizes, {article["title"] for article in articles})
+    facts = read_facts(data / "entity_questions/train.jsonl.xz")
+    facts += read_facts(data / "entity_questions/dev.jsonl.xz")
+    named = {name for question in questions for name in question["answers"]}
+    named |= {name for fact in facts for name in (fact.subject, *fact.answers)}
+    count = Phrases(named, facts).count(article["text"] for article in articles)
+    for question in questions:
+        question["target"] = _target(question["answers"], count)
+    questions += _facts(facts, count, rng, sizes)
+    rows = [*_shots(questions, rng), *questions, *_choices(data, rng, sizes), *_code(data)]
+    write(out / QUESTIONS, rows)
+    (out / TOKENIZER).write_bytes((data / "tokenizers" / TOKENIZER).read_bytes())
+    write(out / HELD_OUT, [_text_of(article) for article in read(data / "wiki/wiki_heldout.jsonl.xz")])
+    write(out / ARTICLES, [_text_of(article) for article in articles])
+    for name, number in Counter(row["set"] + (f", {row['bin']}" if "bin" in row else "") for row in rows).items():
+        print(f"{number:,} rows of {name}")
+
+
+def read(path: pathlib.Path) -> Iterator[Row]:
+    """The rows of JSON lines, .xz, .gz or as they are."""
+    opened = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
+    with opened(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)
+
+
+def write(path: pathlib.Path, rows: Iterable[Row]) -> None:
+    """JSON lines, as small as they get."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_bytes(lzma.compress(text.encode(), format=lzma.FORMAT_XZ, filters=_COMPRESSION))
+
+
+def words(name: str) -> str:
+    """What of a name is compared: its words in small letters."""
+    return " ".join(re.findall(r"\w+", name.lower()))
+
+
+class Counted(NamedTuple):
+    """What `Phrases.count` found."""
+
+    of: Counter[str]
+    """How often each name occurs."""
+    articles: Counter[int]
+    """By number of the fact, the articles that name its subject and one of its answers."""
+    paragraphs: Counter[int]
+    """The same for paragraphs."""
+
+
+class Phrases:
+    """Names to be found in a text, and facts that join them."""
+
+    def __init__(self, names: Iterable[str], facts: Sequence[Fact]):
+        self._names = {phrase for name in names if 0 < len((phrase := words(name)).split()) <= MOST_WORDS}
+        lengths = defaultdict(set)
+        for phrase in self._names:
+            parts = phrase.split()
+            lengths[parts[0]].add(len(parts))
+        self._lengths = {first: tuple(sorted(found)) for first, found in lengths.items()}
+        self._by_subject: dict[str, list[tuple[int, frozenset[str]]]] = defaultdict(list)
+        for number, fact in enumerate(facts):
+            answers = frozenset(map(words, fact.answers))
+            self._by_subject[words(fact.subject)].append((number, answers))
+
+    def count(self, texts: Iterable[str]) -> Counted:
+        """Counts names, and facts by article and paragraph."""
+        counted = Counted(Counter(), Counter(), Counter())
+        for text in texts:
+            whole: set[str] = set()
+            for paragraph in text.split("\n"):
+                found = self._found(re.findall(r"\w+", paragraph.lower()))
+                counted.of.update(found)
+                here = set(found)
+                counted.paragraphs.update(self._facts_in(here))
+                whole |= here
+            counted.articles.update(self._facts_in(whole))
+        return counted
+
+    def _found(self, parts: list[str]) -> list[str]:
+        names, lengths, found = self._names, self._lengths, []
+        for place, first in enumerate(parts):
+            for length in lengths.get(first, ()):
+                phrase = first if length == 1 else " ".join(parts[place : place + length])
+                if phrase in names:
+                    found.append(phrase)
+        return found
+
+    def _facts_in(self, found: set[str]) -> list[int]:
+        return [
+            number
+            for phrase in found
+            if phrase in self._by_subject
+            for number, answers in self._by_subject[phrase]
+            if not answers.isdisjoint(found)
+        ]
+
+
+def _open_questions(data: pathlib.Path, rng: random.Random, sizes: Sizes) -> list[Row]:
+    """Questions that an article of the text answers, and others of the same sets in the same shares."""
+    answered = {(row["set"], row["row"]) for row in read(data / "factual_qa/wiki_support.jsonl.xz")}
+    both: dict[bool, dict[str, list[Row]]] = {True: defaultdict(list), False: defaultdict(list)}
+    for name in OPEN_SETS:
+        for number, row in enumerate(read(data / f"factual_qa/{name}.jsonl.xz")):
+            if answers := _short(row["answers"]):
+                family = FAMILY_OF[name[:2]]
+                question = {"set": family, "question": row["question"], "answers": answers}
+                both[(name, number) in answered][family].append(question)
+    total = sum(map(len, both[True].values()))
+    drawn: list[Row] = []
+    for in_text, count in ((True, sizes.in_text), (False, sizes.not_in_text)):
+        for family, there in both[True].items():
+            some = rng.sample(both[in_text][family], min(len(both[in_text][family]), round(count * len(there) / total)))
+            drawn += [row | {"in_text": in_text} for row in some]
+    return drawn
+
+
+def _short(answers: Iterable[str]) -> list[str]:
+    """The answers of letters or digits that are short enough to be written."""
+    return [answer for answer in answers if 0 < len(words(answer).split()) <= LONGEST_ANSWER]
+
+
+def _squad(data: pathlib.Path, rng: random.Random, sizes: Sizes, titles: set[str]) -> list[Row]:
+    """SQuAD's questions, closed-book: about articles that are in the text, and about others."""
+    found: dict[bool, list[Row]] = {True: [], False: []}
+    for part in ("train", "dev"):
+        for row in read(data / f"squad11/{part}.jsonl.xz"):
+            in_text = row["title"].replace("_", " ") in titles
+            for question in row["qas"]:
+                if answers := _short(dict.fromkeys(question["answers"])):
+                    found[in_text].append(
+                        {"set": "SQuAD", "question": question["question"], "answers": answers, "in_text": in_text}
+                    )
+    return [row for rows in found.values() for row in rng.sample(rows, min(sizes.squad, len(rows)))]
+
+
+def _target(answers: Sequence[str], count: Counted) -> str:
+    """Of several names for an answer the one that the text uses most, without signs where there is a choice."""
+    return max(answers, key=lambda name: (count.of[words(name)], re.fullmatch(r"[\w .,'&-]+", name) is not None))
+
+
+def _facts(facts: list[Fact], count: Counted, rng: random.Random, sizes: Sizes) -> list[Row]:
+    """EntityQuestions, as many of each number of exposures."""
+    found = defaultdict(list)
+    for number, fact in enumerate(facts):
+        answers = _short(fact.answers)
+        # Where the question itself names the answer, there is nothing to know.
+        if answers and not any(words(answer) in words(fact.question) for answer in answers):
+            together = count.paragraphs[number]
+            place = (1 if count.articles[number] else 0) if not together else 2 if together == 1 else 3
+            place += together >= 4
+            row = {"set": "EntityQuestions", "question": fact.question, "answers": answers}
+            row |= {"target": _target(answers, count)}
+            found[BINS[place]].append(row | {"relation": fact.relation, "paragraphs": together})
+    drawn = [(name, rng.sample(found[name], min(sizes.by_exposures, len(found[name])))) for name in BINS]
+    return [row | {"bin": name} for name, rows in drawn for row in rows]
+
+
+def _shots(questions: list[Row], rng: random.Random) -> list[Row]:
+    """Solved questions to stand in front of the others of their set; they are no longer asked."""
+    taken: list[Row] = []
+    by_set = defaultdict(list)
+    for row in questions:
+        # Not answered by the text, so that no shot takes away what the text could have taught.
+        if not row.get("in_text") and row.get("bin", BINS[0]) == BINS[0]:
+            by_set[row["set"]].append(row)
+    for rows in by_set.values():
+        for row in rng.sample(rows, min(SHOTS, len(rows))):
+            questions.remove(row)
+            taken.append({**row, "shot": True})
+    return taken
+
+
+def _choices(data: pathlib.Path, rng: random.Random, sizes: Sizes) -> Iterator[Row]:
+    for name in CHOICE_SETS:
+        rows = list(read(data / f"mc_eval/{name}.jsonl.xz"))
+        yield from rng.sample(rows, min(sizes.choices, len(rows)))
+
+
+def _code(data: pathlib.Path) -> Iterator[Row]:
+    """Programs with what they are to do, to be read: models of these sizes write none."""
+    for row in read(data / "code_eval/HumanEval.jsonl.gz"):
+        yield {"set": "HumanEval", "code": row["prompt"] + row["canonical_solution"]}
+    for row in read(data / "code_eval/mbpp.jsonl"):
+        yield {"set": "MBPP", "code": f'"""\n{row["text"]}\n"""\n{row["code"]}\n'.replace("\r\n", "\n")}
+
+
+def _text_of(article: Row) -> Row:
+    return {"title": article["title"], "text": article["text"]}

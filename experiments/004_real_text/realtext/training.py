@@ -1,0 +1,290 @@
+"""One training on text: the library's step on rows of tokens that are on the device, and what is measured of the model.
+
+Rates are arguments of the compiled program, so that all rates and seeds of a model share one compilation.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from factlab.steps import OutOfTime, Rates, at_rates, rate_by_step, require_unit_rates, write_greedily
+from jax import Array
+
+from memjax.config.run import RunConfig
+from memjax.evaluation.recall import zero_tables
+from memjax.inference.sampling import likelihoods
+from memjax.memory.usage import statistics
+from memjax.models.counts import count_parameters, training_flops_per_token
+from memjax.models.loss import map_logits
+from memjax.models.parts import Tables
+from memjax.monitoring.metrics import peak_flops
+from memjax.training.compiler import compiler_options
+from memjax.training.program import TrainProgram
+from memjax.training.state import TrainState
+from memjax.training.step import Batch, train_step
+from realtext import grading
+from realtext.corpus import STREAMS, WIDTH, Corpus, Spans
+
+MOST_STEPS = 32
+"""Steps for each call of the device."""
+WARMUP_STEPS = 200
+ANSWER_TOKENS = 10
+"""The most tokens of an answer that is written."""
+EVALUATED_TOKENS = 1 << 15
+"""Tokens of a batch of the evaluation."""
+
+
+class Length(NamedTuple):
+    """How long a run is."""
+
+    steps: int
+    chunk: int
+    """Steps for each call of the device."""
+    points: tuple[int, ...]
+    """Steps after which the model is measured; the last one is the end."""
+
+
+class Scores(NamedTuple):
+    """Of rows of tokens."""
+
+    nats: np.ndarray
+    """-log p of what is scored."""
+    greedy: np.ndarray
+    """Whether each of its tokens is the likeliest."""
+
+
+class TextTrainer:
+    """A model's compiled programs, for any rates and seeds."""
+
+    def __init__(self, config: RunConfig, corpus: Corpus):
+        """The config's own rates must be constant and 1: those of a run are factors on them."""
+        require_unit_rates(config)
+        if config.model.vocab_size < corpus.tokenizer.vocab_size:
+            raise ValueError(f"model.vocab_size={config.model.vocab_size} is below {corpus.tokenizer.vocab_size}")
+        self.config, self.corpus = config, corpus
+        self.program = TrainProgram.of(config)
+        self.length = config.data.sequence_length
+        # A row has one token more than predictions: rows that begin where the one before ends.
+        self.num_rows = (len(corpus.train) - 1) // self.length
+        self.stream = jnp.asarray(np.asarray(corpus.train[: self.num_rows * self.length + 1]))
+        self.texts = {name: corpus.texts[name].rows(self.length) for name in STREAMS}
+        options = {"compiler_options": compiler_options(jax.default_backend(), 1)}
+        begun = at_rates(self.program, Rates(1.0, 1.0))
+        self._init = jax.jit(lambda key: begun.begin(*begun.parts.init(key)), **options)
+        self._steps = jax.jit(self._run_steps, donate_argnums=0, **options)
+        self._score = jax.jit(self._score_rows, **options)
+        self._write = jax.jit(self._write_rows, **options)
+
+    def run(
+        self,
+        rates: Rates,
+        *,
+        epochs: float,
+        points: int,
+        seed: int,
+        measures: bool = True,
+        deadline: float | None = None,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> dict[str, Any]:
+        """Trains and measures a model; the result as JSON values.
+
+        Args:
+            rates: highest rates.
+            epochs: how often each row is read, on average.
+            points: how often the model is measured, evenly over the run.
+            seed: of initialisation and data order.
+            measures: whether texts and questions are evaluated.
+            deadline: `time.time()` at which the run must have ended.
+            tell: takes lines of progress.
+
+        Raises:
+            OutOfTime: the deadline would be missed.
+        """
+        began = time.perf_counter()
+        length = length_of(epochs * self.num_rows / self.config.data.batch_size, points)
+        order = draw_order(self.num_rows, self.config.data.batch_size, length.steps, seed)
+        warmup = min(WARMUP_STEPS, length.steps // 10)
+        by_step = np.stack([rate_by_step(rate, length.steps, warmup) for rate in rates], axis=1)
+        state = jax.block_until_ready(self._init(jax.random.key(seed)))
+        flops_per_token = training_flops_per_token(self.program.parts, self.length)
+        tokens_per_step = self.config.data.batch_size * self.length
+
+        curve: list[dict[str, Any]] = []
+        training, compiling, measuring = 0.0, 0.0, 0.0
+        for done in range(length.chunk, length.steps + 1, length.chunk):
+            started = time.perf_counter()
+            chunk = slice(done - length.chunk, done)
+            state, loss = self._steps(state, self.stream, order[chunk], by_step[chunk])
+            loss = float(loss)
+            if done == length.chunk:
+                compiling = time.perf_counter() - began
+            else:
+                training += time.perf_counter() - started
+            # The first steps, with which the program was compiled, say nothing of the speed.
+            speed = tokens_per_step * (done - length.chunk) / training if training else 0.0
+            seconds_left = tokens_per_step * (length.steps - done) / speed if speed else 0.0
+            # Each later point costs about what those before it did, the questions that are answered at the end more.
+            points_left = sum(point > done for point in length.points) + 3
+            seconds_left += measuring / max(1, len(curve)) * points_left
+            if deadline is not None and time.time() + seconds_left > deadline:
+                raise OutOfTime(f"step {done}/{length.steps}: {seconds_left:.0f} s more are needed")
+            if done in length.points:
+                started = time.perf_counter()
+                tokens = done * tokens_per_step
+                point = {"step": done, "tokens": tokens, "flops": tokens * flops_per_token, "loss": _finite(loss)}
+                point |= self.measure(state) if measures else {}
+                point |= {"slots": self.slots(state)} if state.reads else {}
+                curve.append(point)
+                measuring += time.perf_counter() - started
+                shown = f", held out {point['bits_per_byte']['held_out']:.4f} bits/byte" if measures else ""
+                tell(f"step {done}/{length.steps}, loss {loss:.3f}{shown}, {speed:,.0f} tokens/s, {seconds_left:.0f} s")
+                if done < length.steps:
+                    state = dataclasses.replace(state, reads=self.program.no_reads())
+        counts = count_parameters(self.program.parts)
+        speed = tokens_per_step * (length.steps - length.chunk) / training if training else 0.0
+        peak = peak_flops(jax.devices()[0])
+        return {
+            "steps": length.steps,
+            "epochs": length.steps * self.config.data.batch_size / self.num_rows,
+            "tokens": length.steps * tokens_per_step,
+            "training_flops": length.steps * tokens_per_step * flops_per_token,
+            "flops_per_token": flops_per_token,
+            "parameters": dataclasses.asdict(counts) | {"total": counts.total},
+            "healthy": bool(state.healthy),
+            "curve": curve,
+            **(self.examine(state) if measures else {}),
+            "compile_seconds": round(compiling, 1),
+            "training_seconds": round(training, 2),
+            "evaluation_seconds": round(measuring, 1),
+            "tokens_per_second": round(speed),
+            "flops_utilization": speed * flops_per_token / peak if peak else None,
+        }
+
+    def measure(self, state: TrainState) -> dict[str, Any]:
+        """Bits per byte of the texts, and the answers' negative log-likelihoods by group."""
+        asked = self.score(state, self.corpus.asked)
+        return {"bits_per_byte": self.bits_per_byte(state), "answers": grading.nats(self.corpus.questions, asked.nats)}
+
+    def bits_per_byte(self, state: TrainState) -> dict[str, float]:
+        """Of each text."""
+        found = {}
+        for name, rows in self.texts.items():
+            ends = np.tile(np.array([[1, self.length + 1]], np.int32), (len(rows), 1))
+            nats = self.score(state, Spans(rows, ends)).nats.sum(dtype=np.float64)
+            found[name] = float(nats / math.log(2) / self.corpus.texts[name].bytes)
+        return found
+
+    def slots(self, state: TrainState) -> dict[str, dict[str, float]]:
+        """How evenly the slots were read since the counters began, by layer."""
+        return {
+            name: {field: float(value) for field, value in statistics(counts)._asdict().items()}
+            for name, counts in state.reads.items()
+        }
+
+    def examine(self, state: TrainState) -> dict[str, Any]:
+        """What is measured at the end only: written answers, multiple choice, the model without its tables."""
+        questions, chosen = self.corpus.questions, self.score(state, self.corpus.chosen)
+        written = [self.corpus.tokenizer.decode(ids) for ids in self.write(state, self.corpus.asked)]
+        found = {
+            "written": grading.written(questions, written),
+            "choices": grading.choices(self.corpus.choices, chosen.nats),
+            "by_relation": grading.by_relation(questions, self.score(state, self.corpus.asked).nats, written),
+        }
+        if not state.tables:
+            return found
+        zeroed = zero_tables(self.program.parts.assemble(state.params, state.tables))
+        tables = {pool: table.rows[...] for pool, table in zeroed.tables.items()}
+        return found | {"zeroed": self.measure(dataclasses.replace(state, tables=tables))}
+
+    def score(self, state: TrainState, rows: Spans) -> Scores:
+        """What the model gives to the scored part of each row; begin tokens are never scored."""
+        parts = [
+            self._score(state.params, state.tables, tokens, ends)
+            for tokens, ends, _ in _batches(rows, EVALUATED_TOKENS // rows.tokens.shape[1])
+        ]
+        columns = zip(*jax.device_get(parts), strict=True)
+        return Scores(*(np.concatenate(column)[: len(rows.tokens)] for column in columns))
+
+    def write(self, state: TrainState, rows: Spans) -> list[list[int]]:
+        """What the model writes in place of each row's answer, greedily."""
+        written: list[list[int]] = []
+        for tokens, ends, count in _batches(rows, EVALUATED_TOKENS // WIDTH):
+            found = np.asarray(self._write(state.params, state.tables, tokens, ends[:, 0]))
+            begins = ends[:, 0].tolist()
+            written += [
+                row[begin : begin + ANSWER_TOKENS]
+                for row, begin in zip(found.tolist()[:count], begins[:count], strict=True)
+            ]
+        return written
+
+    def _run_steps(self, state: TrainState, stream: Array, order: Array, rates: Array) -> tuple[TrainState, Array]:
+        """Steps one after the other, and the mean of their losses."""
+
+        def one(state: TrainState, now: tuple[Array, Array]) -> tuple[TrainState, Array]:
+            rows, rate = now
+            state, metrics = train_step(at_rates(self.program, Rates(*rate)), state, self._batch(stream, rows))
+            return state, metrics["train/loss"]
+
+        state, losses = jax.lax.scan(one, state, (order, rates))
+        return state, losses.mean()
+
+    def _batch(self, stream: Array, rows: Array) -> Batch:
+        """The rows of the given numbers as a batch, cut into the config's micro-batches."""
+        places = rows[:, None] * self.length + jnp.arange(self.length + 1)[None, :]
+        tokens = stream[places].astype(jnp.int32)
+        shape = (self.config.train.grad_accum_steps, -1, self.length)
+        ones = jnp.ones((len(rows), self.length), jnp.int32)
+        batch = {
+            "tokens": tokens[:, :-1],
+            "targets": tokens[:, 1:],
+            "segments": ones,
+            "positions": jnp.broadcast_to(jnp.arange(self.length, dtype=jnp.int32), ones.shape),
+            "loss_mask": ones.astype(jnp.float32),
+        }
+        return {name: array.reshape(shape) for name, array in batch.items()}
+
+    def _score_rows(self, params: Any, tables: Tables, tokens: Array, ends: Array) -> tuple[Array, Array]:
+        model = self.program.parts.assemble(params, tables)
+        targets, places = tokens[:, 1:], jnp.arange(1, tokens.shape[1])[None, :]
+        counted = (places >= ends[:, :1]) & (places < ends[:, 1:]) & (targets != self.corpus.tokenizer.bos_id)
+
+        def compare(logits: Array, targets: Array) -> tuple[Array, Array]:
+            return likelihoods(logits, targets, 0).chosen, jnp.argmax(logits, axis=-1) == targets
+
+        log_p, best = map_logits(model, compare, model.hidden(tokens[:, :-1])[0], targets)
+        return -jnp.sum(log_p, axis=1, where=counted), (best | ~counted).all(axis=1)
+
+    def _write_rows(self, params: Any, tables: Tables, tokens: Array, begins: Array) -> Array:
+        return write_greedily(self.program.parts.assemble(params, tables), tokens, begins, ANSWER_TOKENS)
+
+
+def length_of(steps: float, points: int) -> Length:
+    """About so many steps, in calls of the device that are all of one length and meet the points."""
+    chunk = max(1, min(MOST_STEPS, round(steps / points)))
+    per_point = max(1, round(steps / points / chunk)) * chunk
+    return Length(per_point * points, chunk, tuple(per_point * point for point in range(1, points + 1)))
+
+
+def draw_order(num_rows: int, batch_size: int, steps: int, seed: int) -> np.ndarray:
+    """Which row stands where in each batch, [steps, batch_size]; all rows are shuffled anew in every epoch."""
+    rng = np.random.default_rng([seed, 4])
+    count = steps * batch_size
+    shuffled = [rng.permutation(num_rows) for _ in range(-(-count // num_rows))]
+    return np.concatenate(shuffled)[:count].astype(np.int32).reshape(steps, batch_size)
+
+
+def _batches(rows: Spans, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Tokens and ends of `size` rows each, and how many of them are not repeated to fill the last batch."""
+    size = max(1, size)
+    for start in range(0, len(rows.tokens), size):
+        some = np.arange(start, start + size) % len(rows.tokens)
+        yield rows.tokens[some].astype(np.int32), rows.ends[some], min(size, len(rows.tokens) - start)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

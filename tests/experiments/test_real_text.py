@@ -1,0 +1,249 @@
+"""004: what its questions, its training and its tables say is what a reader would find by hand."""
+
+import collections
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+from factlab.entity_questions import Fact
+from factlab.steps import Rates
+from realtext import corpus, generated, grading, prepare, tables, training, worker
+
+from memjax.config.data import DataConfig
+from memjax.config.memory import MemoryConfig
+from memjax.config.model import ModelConfig
+from memjax.config.optim import OptimConfig, TableOptimConfig
+from memjax.config.run import RunConfig
+from memjax.data.tokenizers.base import ByteTokenizer
+from memjax.inference.scoring import Request, score
+
+FOLDER = pathlib.Path(__file__).parents[2] / "experiments" / "004_real_text"
+
+
+@pytest.fixture(scope="module")
+def read(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generated")
+    generated.generate(folder, num_people=6)
+    corpus.build(folder, folder / "work")
+    return corpus.load(folder, folder / "work")
+
+
+def test_names_and_facts_are_counted_by_article_and_paragraph_as_words():
+    facts = [Fact("P19", "Ada King", "?", ("London", "Bath")), Fact("P36", "France", "?", ("Paris",))]
+    texts = ["Ada King came from London.\nBath, for Ada King.\nFrance", "In Paris\nFrance; Londoner", "ada-king: BATH"]
+    found = prepare.Phrases(["London"] + [name for f in facts for name in (f.subject, *f.answers)], facts).count(texts)
+    assert dict(found.paragraphs) == {0: 3}
+    assert dict(found.articles) == {0: 2, 1: 1}
+    assert found.of["london"] == 1
+    assert found.of["bath"] == 2
+    assert found.of["ada king"] == 3
+
+
+def test_every_token_of_a_text_is_predicted_once(read):
+    text = read.texts["held_out"]
+    rows = text.rows(64)
+    assert np.array_equal(rows[:, 1:].ravel()[: len(text.tokens) - 1], text.tokens[1:])
+    assert np.array_equal(rows[1:, 0], rows[:-1, -1])
+    tokenizer = ByteTokenizer()
+    assert (text.tokens != tokenizer.bos_id).sum() == text.bytes
+    assert (rows.ravel()[len(text.tokens) + len(rows) :] == tokenizer.bos_id).all()
+
+
+def test_long_prompts_lose_examples_first_and_answers_stay():
+    tokenizer = ByteTokenizer()
+    of = lambda *row: corpus.spans(tokenizer, [row], width=12)
+    fits, cut, clipped = of(["abc"], "defg", " xy"), of(["a" * 9], "defg", " xy"), of([], "d" * 20, " xy")
+    text = lambda found: tokenizer.decode(found.tokens[0, 1 : found.ends[0, 1]].tolist())
+    assert text(fits) == "abcdefg xy"
+    assert text(cut) == "defg xy"
+    assert text(clipped) == "d" * 9 + " xy"
+    for found in (fits, cut, clipped):
+        begin, end = found.ends[0]
+        assert tokenizer.decode(found.tokens[0, begin:end].tolist()) == " xy"
+
+
+@pytest.mark.slow
+def test_a_run_learns_and_its_scores_are_those_of_the_librarys_engine(read):
+    at = {"lr": 1.0, "schedule": "constant", "warmup_steps": 0}
+    config = RunConfig(
+        model=ModelConfig(
+            **{"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "dtype": "float32", "vocab_size": 384},
+            memory=MemoryConfig(layers=(0,), num_keys=8, top_k=4),
+        ),
+        data=DataConfig(packing="none", batch_size=8, sequence_length=32),
+        optim=OptimConfig(**at, table=TableOptimConfig(**at)),
+    )
+    trainer = training.TextTrainer(config, read)
+    result = trainer.run(Rates(1e-2, 1e-1), epochs=3, points=2, seed=1)
+    first, last = result["curve"]
+    assert last["loss"] < first["loss"]
+    assert last["tokens"] == result["steps"] * 8 * 32
+    assert set(last["slots"]) == {"layer_0"} or len(last["slots"]) == 1
+    assert result["zeroed"]["bits_per_byte"]["held_out"] != last["bits_per_byte"]["held_out"]
+    assert set(result["written"]) == set(last["answers"])
+
+    state = trainer._init(jax.random.key(1))
+    model = trainer.program.parts.assemble(state.params, state.tables)
+    rows = [
+        Request(tokens[:begin].tolist(), tokens[begin:end].tolist())
+        for tokens, (begin, end) in zip(read.asked.tokens, read.asked.ends, strict=True)
+    ]
+    expected = score(model, rows)
+    found = trainer.score(state, read.asked)
+    np.testing.assert_allclose(found.nats, [-one.log_likelihood for one in expected], rtol=1e-4)
+    assert found.greedy.tolist() == [one.is_greedy for one in expected]
+    with pytest.raises(training.OutOfTime):
+        trainer.run(Rates(1e-2, 1e-1), epochs=3, points=2, seed=1, deadline=0.0)
+
+
+def test_runs_are_cut_into_equal_calls_that_meet_every_point():
+    for steps, points in ((2624, 10), (328, 1), (50, 5), (18.4, 2), (0.4, 1)):
+        length = training.length_of(steps, points)
+        assert length.steps % length.chunk == 0
+        assert len(length.points) == points
+        assert length.points[-1] == length.steps
+        assert all(point % length.chunk == 0 for point in length.points)
+        assert abs(length.steps - steps) <= max(points, 0.05 * steps)
+    assert training.length_of(2624, 10).chunk == training.length_of(328, 1).chunk
+
+
+def test_every_row_is_read_equally_often():
+    order = training.draw_order(5, 2, 10, seed=0)
+    assert set(collections.Counter(order.ravel().tolist()).values()) == {4}
+    assert not np.array_equal(order, training.draw_order(5, 2, 10, seed=1))
+
+
+def test_choices_and_answers_are_graded_by_hand():
+    questions = [{"set": "s", "choices": ["a", "bbb"], "answer": 1}, {"set": "s", "choices": ["a", "b"], "answer": 1}]
+    found = grading.choices(questions, np.array([1.0, 1.5, 2.0, 3.0]))
+    assert found == {"s": {"questions": 2, "accuracy": 0.0, "accuracy_by_byte": 0.5, "chance": 0.5}}
+    asked = [
+        {"set": "TriviaQA", "in_text": True, "answers": ["The Nile", "Nil"]},
+        {"set": "SQuAD", "in_text": False, "answers": ["1901"]},
+    ]
+    marks = grading.written(asked, [" nile.\nQuestion", " in 1901"])
+    assert marks["in the text"] == {"questions": 1, "exact_match": 1.0, "f1": 1.0}
+    assert marks["SQuAD, not in the text"] == {"questions": 1, "exact_match": 0.0, "f1": pytest.approx(2 / 3)}
+
+
+def result(family, seed, loss, flops, **more):
+    """A made-up result."""
+    groups = {"in the text": 3 * loss, "not in the text": 4.0} | dict.fromkeys(tables.SQUAD, 3 * loss)
+    groups |= dict.fromkeys(prepare.BINS, loss)
+    marks = {name: {"questions": 10, "exact_match": 0.1, "f1": 0.2} for name in groups}
+    point = lambda tokens, loss: {
+        **{"tokens": tokens, "flops": tokens * flops, "loss": loss, "answers": groups | {"in the text": 3 * loss}},
+        "bits_per_byte": {"held_out": loss, "seen": loss, "code": loss},
+        "slots": {"3": {"used_fraction": 0.5, "effective_fraction": 0.2, "dead_fraction": 0.5, "top1_share": 0.1}},
+    }
+    row = {
+        "name": f"{family} {seed} {more}",
+        "stage": "full",
+        "family": family,
+        "seed": seed,
+        "lr": 1e-3,
+        "table_lr": 0,
+    }
+    row |= {"settings": [], "tokens": 200, "epochs": 2.0, "flops_per_token": flops, "training_flops": 200 * flops}
+    row |= {"parameters": {"dense": flops, "table": 0, "experts": 0, "total": flops}, "written": marks, "steps": 4}
+    row |= {"curve": [point(100, loss + 0.5), point(200, loss)], "choices": {}, "tokens_per_second": 5, "healthy": True}
+    row |= {"by_relation": {"P19": {"questions": 1, "nats": 1.0, "exact_match": 0.0, "commonest_answer": 0.5}}}
+    return row | {"zeroed": {"bits_per_byte": {"held_out": 9.0}}, "flops_utilization": 0.4} | more
+
+
+def test_the_dense_equivalent_is_read_off_the_line_through_the_dense_models(tmp_path):
+    # One bit less for each doubling: 0.5 below x1 is the dense model of the square root of two.
+    rows = [result("dense_x1", seed, 4 + noise, 1e6) for seed, noise in enumerate((-0.01, 0.0, 0.01))]
+    rows += [result("dense_x2", 0, 3.0, 2e6), result("134m_dense", 0, 2.0, 4e6), result("memory_plus", 0, 3.5, 1e6)]
+    families = {name: [row for row in rows if row["family"] == name] for name in ("dense_x1", "dense_x2", "134m_dense")}
+    families["memory_plus"] = rows[-1:]
+    shown = tables.equivalent(
+        families, ["dense_x1", "dense_x2", "134m_dense"], "memory_plus", tables.bits("held_out"), tables._flops
+    )
+    middle, low, high = (float(word.strip("()")) for word in shown.replace(" to", "").split())
+    assert middle == pytest.approx(2**0.5, abs=0.01)
+    assert low < middle < high
+    text = tables.report(rows, tmp_path)
+    assert (tmp_path / "learning.png").exists()
+    assert "| `memory_plus` | 50% |" in text.replace("100%", "50%")
+    assert "-0.500 ± 0.023, better" in text
+
+
+@pytest.mark.parametrize("left_out", ["full", "grid", "ablations", "large", "long"])
+def test_a_report_leaves_out_what_has_not_been_run(left_out, tmp_path):
+    rows = [result("dense_x1", 0, 4.0, 1e6), result("memory_plus", 0, 3.5, 1e6)]
+    for stage in ("grid", "ablations", "large", "long"):
+        rows += [row | {"stage": stage, "name": f"{stage} {row['name']}"} for row in rows[:2]]
+    assert tables.report([row for row in rows if row["stage"] != left_out], tmp_path)
+
+
+def test_a_report_of_nothing_says_so(tmp_path):
+    assert tables.report([], tmp_path) == "Not run at full size yet."
+
+
+@pytest.fixture
+def run(monkeypatch):
+    spec = importlib.util.spec_from_file_location("real_text_run", FOLDER / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "real_text_run", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_rates_are_those_of_the_grid_for_every_family(run):
+    found = {}
+    for (family, lr, table_lr), loss in {
+        ("dense_x1", 1e-3, 0.0): 2.0,
+        ("dense_x1", 4e-3, 0.0): 1.9,
+        ("memory_plus", 2e-3, 2e-2): 1.8,
+        ("memory_plus", 2e-3, 3e-1): 1.7,
+        ("memory_plus", 4e-3, 1e-1): 1.0,
+    }.items():
+        row = {
+            "stage": "grid",
+            "family": family,
+            "lr": lr,
+            "table_lr": table_lr,
+            "healthy": True,
+            "tokens_per_second": 0,
+        }
+        found[f"{family}{lr}{table_lr}"] = row | {"curve": [{"bits_per_byte": {"held_out": loss}}]}
+    assert run.rates_of("dense_x1", found) == (4e-3, 0.0)
+    assert run.rates_of("memory_plus", found) == (4e-3, 3e-1)
+    assert run.rates_of("134m_memory_plus", found) == (2e-3, 15e-2)
+    assert run.rates_of("peer", found) == (4e-3, pytest.approx(6e-2))
+    assert run.rates_of("memory_plus", {}) == run.MIDDLE
+
+
+def test_every_run_has_a_name_of_its_own_and_a_config_that_loads(run):
+    runs = [one for stage in run.STAGES for one in run.runs_of(stage, run.SIZES["full"], {}, "data", "work")]
+    assert len({one.name for one in runs}) == len(runs)
+    from memjax.config.load import load
+
+    for config, settings in {one.kind for one in runs}:
+        assert load(RunConfig, FOLDER.parents[1] / config, list(settings)).data.packing == "none"
+    json.dumps([one.row() for one in runs])
+
+
+@pytest.mark.slow
+def test_the_small_size_runs_and_is_reported(run, tmp_path):
+    generated.generate(tmp_path, num_people=6)
+    corpus.build(tmp_path, tmp_path / "work")
+    rows = []
+    for one in run.runs_of("full", run.SIZES["small"], {}, str(tmp_path), str(tmp_path / "work")):
+        found = worker.run({**dataclasses.asdict(one), "name": one.name, "deadline": None})
+        rows.append({**one.row(), **found})
+        assert run.describe(rows[-1]).startswith("loss ")
+    assert [row["family"] for row in rows] == ["dense_x1", "memory_plus"]
+    json.dumps(rows)
+    # People are no set of the tables: their names are those of the questions of the full size.
+    for row in rows:
+        for of_point in (point["answers"] for point in row["curve"]):
+            of_point |= dict.fromkeys(tables.SQUAD, 1.0) | {"not in the text": 1.0}
+        row["written"] |= dict.fromkeys((*tables.SQUAD, "not in the text"), row["written"]["in the text"])
+    assert "| `memory_plus` | " in tables.report(rows, tmp_path)
