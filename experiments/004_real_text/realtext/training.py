@@ -279,8 +279,8 @@ def draw_order(num_rows: int, batch_size: int, steps: int, seed: int) -> np.ndar
 
 
 def _batches(rows: Spans, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Tokens and ends of `size` rows each, and how many of them are not repeated to fill the last batch."""
-    size = max(1, size)
+    """Tokens and ends of `size` rows each, where there are so many, and how many do not only fill the last batch."""
+    size = max(1, min(size, len(rows.tokens)))
     for start in range(0, len(rows.tokens), size):
         some = np.arange(start, start + size) % len(rows.tokens)
         yield rows.tokens[some].astype(np.int32), rows.ends[some], min(size, len(rows.tokens) - start)
