@@ -137,7 +137,8 @@ class TextRun:
     """Of the settings those that make the run another one than its family."""
     points: int = 10
     """How often the model is measured."""
-    measures: bool = True
+    measures: str = "all"
+    """Of the measures all, or only those of the curve, or the loss alone."""
     alone: bool = False
     """Whether it gets a GPU that no other run uses, so that it ends in time and its speed is its own."""
     seconds: float = 60.0
@@ -269,7 +270,16 @@ def describe(row: Result) -> str:
 def runs_of(stage: str, size: Size, results: dict[str, Result], data: str, work: str) -> list[TextRun]:
     """The runs of a stage; but for the grid, at the rates that it found best."""
 
-    def one(family: str, rates: tuple[float, float], epochs: float, *, seed: int = 0, changes=(), points=size.points):
+    def one(
+        family: str,
+        rates: tuple[float, float],
+        epochs: float,
+        *,
+        seed=0,
+        changes=(),
+        points=size.points,
+        measures="all",
+    ) -> TextRun:
         of = FAMILIES[family]
         small = (*size.settings, *(size.memory_settings if of.has_table else ()))
         return TextRun(
@@ -285,13 +295,14 @@ def runs_of(stage: str, size: Size, results: dict[str, Result], data: str, work:
             settings=(*of.settings, *small, *changes),
             changes=tuple(changes),
             points=points,
+            measures=measures,
             alone=stage == "134m",
             seconds=seconds_of(family, of, epochs * size.tokens, points, results, alone=stage == "134m"),
         )
 
     if stage == "grid":
         tried = ((family, rates) for family, of_family in GRID.items() for rates in of_family)
-        runs = [one(family, rates, size.grid_epochs, points=1) for family, rates in tried]
+        runs = [one(family, rates, size.grid_epochs, points=1, measures="curve") for family, rates in tried]
         return runs if size.families is None else runs[2:4]
     if stage == "large":
         return [] if size.families else [large(family, data, work) for family in LARGE]
@@ -300,7 +311,8 @@ def runs_of(stage: str, size: Size, results: dict[str, Result], data: str, work:
         runs = [one(family, rates_of(family, results), size.epochs, seed=seed) for family, seed in pairs]
     elif stage == "ablations":
         rates = rates_of("memory_plus", results)
-        runs = [one("memory_plus", rates, size.ablation_epochs, changes=change, points=2) for change in ABLATIONS]
+        cheap = {"points": 2, "measures": "curve"}
+        runs = [one("memory_plus", rates, size.ablation_epochs, changes=change, **cheap) for change in ABLATIONS]
         runs = runs if size.families is None else runs[:1]
     else:
         epochs = size.long_epochs if stage == "long" else size.epochs
@@ -323,7 +335,7 @@ def large(family: str, data: str, work: str) -> TextRun:
         work=work,
         settings=(*of.settings, *AS_LARGE),
         points=5,
-        measures=False,
+        measures="loss",
         alone=True,
         seconds=90 + LARGE_STEPS * 4 * 4096 / of.speed,
     )

@@ -25,7 +25,7 @@ Ints = NDArray[np.integer]
 
 WIDTH = 192
 """Tokens of a question with what stands in front of it and its answer."""
-SAMPLED_ARTICLES = 200
+SAMPLED_ARTICLES = 100
 """Training articles whose bits per byte are measured too."""
 CODE = "code"
 STREAMS = ("held_out", "seen", CODE)

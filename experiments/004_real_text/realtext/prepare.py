@@ -19,8 +19,8 @@ from factlab.entity_questions import Fact, read_facts
 Row = dict[str, Any]
 
 ARTICLES, HELD_OUT, QUESTIONS, TOKENIZER = (
-    "articles.jsonl.xz",
-    "held_out.jsonl.xz",
+    "wiki_a.jsonl.xz",
+    "wiki_heldout.jsonl.xz",
     "questions.jsonl.xz",
     "gpt2.tiktoken",
 )
@@ -59,7 +59,7 @@ def prepare(data: pathlib.Path, out: pathlib.Path, sizes: Sizes | None = None) -
     """Writes the folder; the same files give the same folder."""
     out.mkdir(parents=True, exist_ok=True)
     rng, sizes = random.Random(0), sizes or Sizes()
-    articles = list(read(data / "wiki/wiki_a.jsonl.xz"))
+    articles = list(read(data / "wiki" / ARTICLES))
     questions = _open_questions(data, rng, sizes)
     questions += _squad(data, rng, sizes, {article["title"] for article in articles})
     facts = read_facts(data / "entity_questions/train.jsonl.xz")
@@ -73,7 +73,7 @@ def prepare(data: pathlib.Path, out: pathlib.Path, sizes: Sizes | None = None) -
     rows = [*_shots(questions, rng), *questions, *_choices(data, rng, sizes), *_code(data)]
     write(out / QUESTIONS, rows)
     (out / TOKENIZER).write_bytes((data / "tokenizers" / TOKENIZER).read_bytes())
-    write(out / HELD_OUT, [_text_of(article) for article in read(data / "wiki/wiki_heldout.jsonl.xz")])
+    write(out / HELD_OUT, [_text_of(article) for article in read(data / "wiki" / HELD_OUT)])
     write(out / ARTICLES, [_text_of(article) for article in articles])
     for name, number in Counter(row["set"] + (f", {row['bin']}" if "bin" in row else "") for row in rows).items():
         print(f"{number:,} rows of {name}")

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,9 @@ ANSWER_TOKENS = 10
 """The most tokens of an answer that is written."""
 EVALUATED_TOKENS = 1 << 15
 """Tokens of a batch of the evaluation."""
+
+
+Measures = Literal["all", "curve", "loss"]
 
 
 class Length(NamedTuple):
@@ -87,7 +90,7 @@ class TextTrainer:
         epochs: float,
         points: int,
         seed: int,
-        measures: bool = True,
+        measures: Measures = "all",
         deadline: float | None = None,
         tell: Callable[[str], None] = lambda _: None,
     ) -> dict[str, Any]:
@@ -98,7 +101,7 @@ class TextTrainer:
             epochs: how often each row is read, on average.
             points: how often the model is measured, evenly over the run.
             seed: of initialisation and data order.
-            measures: whether texts and questions are evaluated.
+            measures: all; curve: texts and the likelihood of answers only; loss: nothing but the training's loss.
             deadline: `time.time()` at which the run must have ended.
             tell: takes lines of progress.
 
@@ -137,11 +140,11 @@ class TextTrainer:
                 started = time.perf_counter()
                 tokens = done * tokens_per_step
                 point = {"step": done, "tokens": tokens, "flops": tokens * flops_per_token, "loss": _finite(loss)}
-                point |= self.measure(state) if measures else {}
+                point |= self.measure(state) if measures != "loss" else {}
                 point |= {"slots": self.slots(state)} if state.reads else {}
                 curve.append(point)
                 measuring += time.perf_counter() - started
-                shown = f", held out {point['bits_per_byte']['held_out']:.4f} bits/byte" if measures else ""
+                shown = f", held out {point['bits_per_byte']['held_out']:.4f} bits/byte" if measures != "loss" else ""
                 tell(f"step {done}/{length.steps}, loss {loss:.3f}{shown}, {speed:,.0f} tokens/s, {seconds_left:.0f} s")
                 if done < length.steps:
                     state = dataclasses.replace(state, reads=self.program.no_reads())
@@ -157,7 +160,7 @@ class TextTrainer:
             "parameters": dataclasses.asdict(counts) | {"total": counts.total},
             "healthy": bool(state.healthy),
             "curve": curve,
-            **(self.examine(state) if measures else {}),
+            **(self.examine(state) if measures == "all" else {}),
             "compile_seconds": round(compiling, 1),
             "training_seconds": round(training, 2),
             "evaluation_seconds": round(measuring, 1),
