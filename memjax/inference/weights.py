@@ -6,8 +6,10 @@ matrix: one kernel at the pace of the memory. Along columns XLA for GPUs takes s
 with the same casts, so only the order of sums differs.
 """
 
+import itertools
 import operator
 import weakref
+from collections.abc import Collection, Sequence
 from functools import partial
 
 import jax
@@ -17,6 +19,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from memjax.memory.layer import MemoryLayer
 from memjax.memory.table import TableRows, ValueTable
 from memjax.models.attention import Attention, KeyValues
 from memjax.models.block import Block
@@ -24,7 +27,7 @@ from memjax.models.decoder import Decoder, resolve_dtype
 from memjax.models.feed_forward import FeedForward
 from memjax.ops import dispatch
 from memjax.ops.matvec.api import matvec
-from memjax.sharding.axes import has_several_devices, on_own_tokens
+from memjax.sharding.axes import fold, has_several_devices, on_own_tokens, unfold
 
 
 class JoinedAttention(Attention):
@@ -32,20 +35,13 @@ class JoinedAttention(Attention):
 
     def __init__(self, attention: Attention):
         """Takes over the parameters of an attention layer."""
-        for name, value in vars(attention).items():
-            if name not in ("query", "key", "value", "out") and not name.startswith("_"):
-                setattr(self, name, value)
-        self.joined = Joined(attention.query, attention.key, attention.value)
-        self.out = Joined(attention.out)
+        take_over(self, attention, without=("query", "key", "value", "out"))
+        self.joined = Joined.of(attention.query, attention.key, attention.value)
+        self.out = Joined.of(attention.out)
 
     def query_key_value(self, x: Float[Array, "b s dim"]) -> list[Float[Array, "b s width"]]:
         """The three projections, by one product."""
         return self.joined.split(x)
-
-    def _project_out(
-        self, out: Float[Array, "b s n h"], residual: Float[Array, "b s dim"] | None = None
-    ) -> Float[Array, "b s dim"]:
-        return self.out(out.reshape(*out.shape[:2], -1), residual)
 
 
 class JoinedFeedForward(FeedForward):
@@ -53,8 +49,8 @@ class JoinedFeedForward(FeedForward):
 
     def __init__(self, feed_forward: FeedForward):
         """Takes over the parameters of a feed-forward layer."""
-        self.joined = Joined(feed_forward.gate, feed_forward.up)
-        self.down = Joined(feed_forward.down)
+        self.joined = Joined.of(feed_forward.gate, feed_forward.up)
+        self.down = Joined.of(feed_forward.down)
 
     def __call__(
         self, x: Float[Array, "*b dim"], residual: Float[Array, "*b dim"] | None = None
@@ -63,17 +59,42 @@ class JoinedFeedForward(FeedForward):
         return self.down(self.joined.gated(x), residual)
 
 
+class JoinedMemory(MemoryLayer):
+    """A memory layer whose projections of the input, queries and gate, are one matrix."""
+
+    def __init__(self, layer: MemoryLayer):
+        """Takes over the parameters of a memory layer."""
+        take_over(self, layer, without=("gate_proj", "value_proj"))
+        keys, gates = layer.keys, [layer.gate_proj] if layer.gate_proj else []
+        kernels = [keys.query_kernel[...], *(gate.kernel[...] for gate in gates)]
+        biases = [keys.query_bias[...], *(gate.bias[...] for gate in gates)]
+        self.joined = Joined(kernels, biases, keys.dtype)
+        self.value = Joined.of(layer.value_proj) if layer.value_proj else None
+
+    def __call__(
+        self, x: Float[Array, "*b dim"], *tables: ValueTable, residual: Float[Array, "*b dim"] | None = None
+    ) -> Float[Array, "*b dim"]:
+        """The layer's output, added to a residual."""
+        (table,), (queries, *gates) = tables, self.joined.split(x)
+        y = unfold(self.read(table, self.keys.lookup(fold(queries))), x).astype(x.dtype)
+        input_gate = gates[0] if gates else None
+        if self.value is not None and self.output_gate is None and self.scale is None:
+            return self.value(y, residual, input_gate)
+        out = self.scaled(x, y if self.value is None else self.value(y, None, input_gate))
+        return out if residual is None else residual + out
+
+
 class JoinedBlock(Block):
     """A block with joined projections, whose products add to the residual stream themselves."""
 
     def __init__(self, block: Block):
         """Takes over the parameters of a block."""
-        for name, value in vars(block).items():
-            if not name.startswith("_"):
-                setattr(self, name, value)
+        take_over(self, block)
         self.attention = JoinedAttention(block.attention)
         if block.feed_forward is not None:
             self.feed_forward = JoinedFeedForward(block.feed_forward)
+        if type(block.memory) is MemoryLayer:
+            self.memory = JoinedMemory(block.memory)
 
     def with_cache(
         self,
@@ -86,40 +107,63 @@ class JoinedBlock(Block):
         if self.norm_placement == "post":  # what products give is normed before it is added
             return super().with_cache(x, positions, cache, tables)
         x, inputs = self.attention_norm(x)
-        x, cache = self.attention.with_cache(inputs, positions, cache, x)
-        is_dense = self.experts is None and self.lookup is None
-        if not is_dense or not isinstance(self.feed_forward, JoinedFeedForward):
-            return self._mix(x, tables)[0], cache
-        x, inputs = self.mixer_norm(x)
-        return self.feed_forward(inputs, x), cache
+        attended, cache = self.attention.with_cache(inputs, positions, cache)
+        x, inputs = self.mixer_norm(attended, x)
+        if self.feed_forward is not None:
+            x = self.feed_forward(inputs, x)
+        if self.experts is not None:
+            x = x + self.experts(inputs)[0]
+        if isinstance(self.lookup, JoinedMemory):
+            x = self.lookup(inputs, *tables, residual=x)
+        elif self.lookup is not None:
+            x = x + self.lookup(inputs, *tables)
+        return x, cache
+
+
+def take_over(target: nnx.Module, source: nnx.Module, without: Collection[str] = ()) -> None:
+    """Sets the attributes of a module as those of another, but for some."""
+    for name, value in vars(source).items():
+        if name not in without and not name.startswith("_"):
+            setattr(target, name, value)
 
 
 class Joined(nnx.Module):
     """Linear layers that read the same input, or a single one, stored as one matrix with a row for each output."""
 
-    def __init__(self, *layers: nnx.Linear):
-        """Joins the layers' matrices; all of them have a bias, or none."""
-        self.ends = tuple(sum(layer.out_features for layer in layers[: count + 1]) for count in range(len(layers) - 1))
-        self.dtype = layers[0].dtype
-        self.rows = nnx.Param(jnp.concatenate([layer.kernel[...].T for layer in layers]))
-        biases = [layer.bias[...] for layer in layers if layer.bias is not None]
+    def __init__(self, kernels: Sequence[Array], biases: Sequence[Array], dtype: DTypeLike | None):
+        """Joins matrices, [inputs, outputs]; there is a bias for each, or none."""
+        self.ends = tuple(itertools.accumulate(kernel.shape[1] for kernel in kernels))[:-1]
+        self.dtype = dtype
+        self.rows = nnx.Param(jnp.concatenate([kernel.T for kernel in kernels]))
         self.bias = nnx.Param(jnp.concatenate(biases)) if biases else None
 
+    @classmethod
+    def of(cls, *layers: nnx.Linear) -> "Joined":
+        """Joins the layers' matrices; all of them have a bias, or none."""
+        biases = [layer.bias[...] for layer in layers if layer.bias is not None]
+        return cls([layer.kernel[...] for layer in layers], biases, layers[0].dtype)
+
     def __call__(
-        self, x: Float[Array, "*b inputs"], residual: Float[Array, "*b outputs"] | None = None
+        self,
+        x: Float[Array, "*b inputs"],
+        residual: Float[Array, "*b outputs"] | None = None,
+        input_gate: Float[Array, "*b inputs"] | None = None,
     ) -> Float[Array, "*b outputs"]:
-        """What the layers make of x, side by side, added to a residual."""
-        rows, bias = self.rows[...], None if self.bias is None else self.bias[...]
-        x, rows, bias = promote_dtype((x, rows, bias), dtype=self.dtype)
-        if _is_for_kernel(x):
-            if bias is None and (residual is None or residual.dtype == x.dtype):
-                return _by_kernel(x, rows, residual)
-            out = _by_kernel(x, rows)
-        else:
-            out = jax.lax.dot_general(x, rows, (((x.ndim - 1,), (1,)), ((), ())))
+        """What the layers make of x, times the silu of an input gate, side by side; added to a residual."""
+        x, rows, bias, input_gate = self._promoted(x, input_gate)
+        if _is_for_kernel(x) and (residual is None or residual.dtype == x.dtype):
+            return _by_kernel(x, rows, residual=residual, bias=bias, input_gate=input_gate)
+        if input_gate is not None:
+            x = x * nnx.silu(input_gate)
+        out = jax.lax.dot_general(x, rows, (((x.ndim - 1,), (1,)), ((), ())))
         if bias is not None:
             out += jnp.broadcast_to(bias, out.shape)
         return out if residual is None else residual + out
+
+    def _promoted(self, x: Array, input_gate: Array | None = None) -> tuple[Array, Array, Array | None, Array | None]:
+        """x, rows, bias and gate in one type."""
+        bias = None if self.bias is None else self.bias[...]
+        return promote_dtype((x, self.rows[...], bias, input_gate), dtype=self.dtype)
 
     def split(self, x: Float[Array, "*b inputs"]) -> list[Float[Array, "*b outputs"]]:
         """What each layer makes of x."""
@@ -127,9 +171,9 @@ class Joined(nnx.Module):
 
     def gated(self, x: Float[Array, "*b inputs"]) -> Float[Array, "*b outputs"]:
         """The silu of what the first of two layers makes of x, times what the second does."""
-        if self.bias is None and _is_for_kernel(x):
-            x, rows = promote_dtype((x, self.rows[...]), dtype=self.dtype)
-            return _by_kernel(x, rows, gated=True)
+        if _is_for_kernel(x):
+            x, rows, bias, _ = self._promoted(x)
+            return _by_kernel(x, rows, bias=bias, gated=True)
         gate, up = self.split(x)
         return nnx.silu(gate) * up
 
@@ -139,16 +183,14 @@ def _is_for_kernel(x: Array) -> bool:
     return x.size == x.shape[-1] and not has_several_devices() and dispatch.choose("matvec", None, x.dtype) == "triton"
 
 
-def _by_kernel(x: Array, rows: Array, residual: Array | None = None, *, gated: bool = False) -> Array:
-    """`matvec` of an x with axes of length 1 in front."""
+def _by_kernel(x: Array, rows: Array, *, gated: bool = False, **vectors: Array | None) -> Array:
+    """`matvec` of an x, and of vectors beside it, with axes of length 1 in front."""
+    given = {name: array.reshape(-1) for name, array in vectors.items() if array is not None}
 
-    def run(x: Array, *arrays: Array) -> Array:
-        *residuals, rows = arrays
-        residual = residuals[0][0] if residuals else None
-        return matvec(x[0], rows, residual, gated=gated, implementation="triton")[None]
+    def run(x: Array, rows: Array, *arrays: Array) -> Array:
+        return matvec(x[0], rows, **dict(zip(given, arrays, strict=True)), gated=gated, implementation="triton")[None]
 
-    vectors = [array.reshape(1, -1) for array in (x, residual) if array is not None]
-    return on_own_tokens(run, vectors, (rows,)).reshape(*x.shape[:-1], -1)
+    return on_own_tokens(run, (x.reshape(1, -1),), (rows, *given.values())).reshape(*x.shape[:-1], -1)
 
 
 def prepare(model: Decoder) -> Decoder:

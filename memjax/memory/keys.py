@@ -72,21 +72,21 @@ class ProductKeys(nnx.Module):
             ValueError: x is of another width.
         """
         check_width(type(self).__name__, x, self.dim)
-        scores, slots = self._search(fold(x))
-        weights = jax.nn.softmax(self.score_scale * scores, axis=-1)
-        shape = slots.shape[0], self.picks
-        return Lookup(slots.reshape(shape), weights.reshape(shape))
+        x, kernel, bias = promote_dtype((fold(x), self.query_kernel[...], self.query_bias[...]), dtype=self.dtype)
+        return self.lookup(x @ kernel + bias[None, :])
 
-    def _search(self, x: Float[Array, "t dim"]) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
-        """Scores, best first, and slots."""
-        x, kernel, bias, keys = promote_dtype(
-            (x, self.query_kernel[...], self.query_bias[...], self.keys[...]), dtype=self.dtype
-        )
-        queries = (x @ kernel + bias[None, :]).reshape(x.shape[0], self.num_heads, 2, self.key_dim // 2)
+    def lookup(self, queries: Float[Array, "t width"]) -> Lookup:
+        """The slots of projected queries, num_heads * key_dim numbers for each token."""
+        queries, keys = promote_dtype((queries, self.keys[...]), dtype=self.dtype)
+        tokens = queries.shape[0]
         if self.qk_norm:
-            queries, keys = unit_length(queries), unit_length(keys)
-        queries = queries.reshape(x.shape[0], self.num_heads, self.key_dim)
-        return sharded.search(queries, keys, self.top_k, implementation=self.implementation)
+            halves = queries.reshape(tokens, self.num_heads, 2, self.key_dim // 2)
+            queries, keys = unit_length(halves), unit_length(keys)
+        queries = queries.reshape(tokens, self.num_heads, self.key_dim)
+        scores, slots = sharded.search(queries, keys, self.top_k, implementation=self.implementation)
+        weights = jax.nn.softmax(self.score_scale * scores, axis=-1)
+        shape = tokens, self.picks
+        return Lookup(slots.reshape(shape), weights.reshape(shape))
 
 
 def check_width(layer: str, x: Float[Array, "*b width"], dim: int) -> None:

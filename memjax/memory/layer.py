@@ -112,9 +112,12 @@ class MemoryLayer(LookupLayer):
         y = unfold(bag, x)
         if self.gate_proj is not None:
             y = y.astype(x.dtype) * nnx.silu(self.gate_proj(x))
-        out = y.astype(x.dtype) if self.value_proj is None else self.value_proj(y)
+        return self.scaled(x, y.astype(x.dtype) if self.value_proj is None else self.value_proj(y))
+
+    def scaled(self, x: Float[Array, "*b dim"], out: Float[Array, "*b dim"]) -> Float[Array, "*b dim"]:
+        """What was read and projected, times the output gate and the factors of a parallel memory."""
         if self.output_gate is not None:
             out = out * nnx.sigmoid(self.output_gate(x))
-        return (
-            out if self.scale is None else out * self.scale[...].astype(out.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-        )
+        if self.scale is not None:
+            out = out * self.scale[...].astype(out.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return out

@@ -125,7 +125,6 @@ class Attention(nnx.Module):
         x: Float[Array, "b s dim"],
         positions: Int[Array, "b s"],
         cache: KeyValues | None,
-        residual: Float[Array, "b s dim"] | None = None,
     ) -> tuple[Float[Array, "b s dim"], KeyValues]:
         """Attention of new tokens over cached tokens and themselves, and the cache with them written in.
 
@@ -135,28 +134,26 @@ class Attention(nnx.Module):
                 token sees what the cache holds up to its own place: what lies behind may be anything. A token whose
                 place is beyond the cache is not written.
             cache: None where nothing is cached and positions count from 0; the new cache then holds just these tokens.
-            residual: is added to the output.
         """
         if cache is not None and x.shape[1] == 1:
-            return self._one_with_cache(x, positions, cache, residual)
+            return self._one_with_cache(x, positions, cache)
         query, *fresh = self._project(x, positions)
         if cache is None:
             name = dot_product.choose(self.implementation, query.dtype, self.head_dim, x.shape[1])
             out = dot_product.self_attention(
                 query, *fresh, segments=None, window=self.sliding_window, implementation=name
             )
-            return self._project_out(out, residual), KeyValues(*(jnp.swapaxes(array, 1, 2) for array in fresh))
+            return self._project_out(out), KeyValues(*(jnp.swapaxes(array, 1, 2) for array in fresh))
         cache = KeyValues(*(write(old, new, positions) for old, new in zip(cache, fresh, strict=True)))
         keys, values = (jnp.swapaxes(array, 1, 2).astype(query.dtype) for array in cache)
         out = dot_product.attention(query, keys, values, places=positions, window=self.sliding_window)
-        return self._project_out(out, residual), cache
+        return self._project_out(out), cache
 
     def _one_with_cache(
         self,
         x: Float[Array, "b 1 dim"],
         positions: Int[Array, "b 1"],
         cache: KeyValues,
-        residual: Float[Array, "b 1 dim"] | None,
     ) -> tuple[Float[Array, "b 1 dim"], KeyValues]:
         """`with_cache` of one new token of each row."""
         if self.query_norm is None:
@@ -175,7 +172,7 @@ class Attention(nnx.Module):
             return decode_step(joined, keys, values, places, angles, window=self.sliding_window)
 
         out, *written = on_own_tokens(run, (joined, *cache, positions[:, 0], *turns), ())
-        return self._project_out(out[:, None], residual), KeyValues(*written)
+        return self._project_out(out[:, None]), KeyValues(*written)
 
     def _project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         """Queries, keys and values [b, s, heads, head_dim]."""
@@ -196,8 +193,5 @@ class Attention(nnx.Module):
         """The three projections, before they are cut into heads."""
         return side_by_side(x, self.query, self.key, self.value)
 
-    def _project_out(
-        self, out: Float[Array, "b s n h"], residual: Float[Array, "b s dim"] | None = None
-    ) -> Float[Array, "b s dim"]:
-        projected = self.out(out.reshape(*out.shape[:2], -1))
-        return projected if residual is None else residual + projected
+    def _project_out(self, out: Float[Array, "b s n h"]) -> Float[Array, "b s dim"]:
+        return self.out(out.reshape(*out.shape[:2], -1))

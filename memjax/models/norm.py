@@ -1,9 +1,8 @@
 """The norm in front of every part of a block."""
 
-from functools import partial
-
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -14,15 +13,25 @@ from memjax.sharding.rules import REPLICATED, TOKENS
 
 
 def norm(
-    x: Float[Array, "*b d"], scale: Float[Array, " d"], epsilon: float, *, implementation: str | None = None
+    x: Float[Array, "*b d"],
+    scale: Float[Array, " d"],
+    epsilon: float,
+    *,
+    residual: Float[Array, "*b d"] | None = None,
+    implementation: str | None = None,
 ) -> Normed:
     """`rms_norm`, each device for its own tokens."""
     name = dispatch.choose("rms_norm", implementation, x.dtype)
-    run = partial(rms_norm, epsilon=epsilon, implementation=name)
+    arrays = (x, scale) if residual is None else (x, scale, residual)
+
+    def run(x: Array, scale: Array, *residual: Array) -> Normed:
+        return rms_norm(x, scale, epsilon, residual=residual[0] if residual else None, implementation=name)
+
     if name != "triton":
-        return run(x, scale)
+        return run(*arrays)
     # XLA cannot split a kernel.
-    return (over_mesh(run, (TOKENS, REPLICATED), TOKENS) if has_memory_axis() else unsharded(run, x))(x, scale)
+    specs = (TOKENS, REPLICATED, TOKENS)[: len(arrays)]
+    return (over_mesh(run, specs, TOKENS) if has_memory_axis() else unsharded(run, x))(*arrays)
 
 
 class RMSNorm(nnx.Module):
@@ -41,7 +50,7 @@ class RMSNorm(nnx.Module):
         self.epsilon, self.dtype, self.implementation = epsilon, dtype, implementation
         self.scale = nnx.Param(jnp.ones(dim, param_dtype))
 
-    def __call__(self, x: Float[Array, "*b dim"]) -> Normed:
-        """x, for the residual, and its norm."""
-        x = x if self.dtype is None else x.astype(self.dtype)
-        return norm(x, self.scale[...], self.epsilon, implementation=self.implementation)
+    def __call__(self, x: Float[Array, "*b dim"], residual: Float[Array, "*b dim"] | None = None) -> Normed:
+        """x plus the residual, for the next residual, and its norm."""
+        x, residual = promote_dtype((x, residual), dtype=x.dtype if self.dtype is None else self.dtype)
+        return norm(x, self.scale[...], self.epsilon, residual=residual, implementation=self.implementation)

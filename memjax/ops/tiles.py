@@ -29,8 +29,8 @@ class Tile:
 
 
 FEW_TOKENS = 16
-"""Up to here a program for every 128 bytes of a bag keeps the bus to host memory busy; more tokens do so by themselves,
-and then long reads are the faster ones."""
+"""Up to here programs for short pieces of rows, with many rows in flight, keep the memory busy, or the bus to that of
+the host; more tokens do so by themselves, and then long reads are the faster ones."""
 
 
 def of_table_rows(operation: str, dim: int, picks: int, table: Table, tokens: int) -> Tile:
@@ -49,6 +49,8 @@ def _of_rows(operation: str, table: Table, tokens: int) -> tuple[str, Tile]:
         if tokens <= FEW_TOKENS:
             return f"{operation}_host_few", Tile(rows=32, columns=128 * 8 // bits, num_warps=1)
         return f"{operation}_host", Tile(rows=8, columns=min(1024, 2048 * 8 // bits), num_warps=4)
+    if tokens <= FEW_TOKENS:
+        return f"{operation}_few", Tile(rows=128, columns=64 * 8 // bits, num_warps=4)
     if table.format.has_scales:
         # Codes become float32 in registers: 4,096 of them fill those of a warp.
         columns = 512 * 8 // bits

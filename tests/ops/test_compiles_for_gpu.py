@@ -43,11 +43,15 @@ def array(dtype, *shape):
 
 
 for dtype, dim in ((jnp.bfloat16, 1024), (jnp.float32, 48)):
-    table, indices = array(dtype, 1000, dim), array(jnp.int32, 8, 20)
-    compile(f"bag {dim}", bag.embedding_bag, table, indices, array(jnp.float32, 8, 20))
-    compile(f"dot {dim}", dot.embedding_dot, table, indices, array(dtype, 8, dim))
+    table = array(dtype, 1000, dim)
+    for tokens in (1, 800):
+        indices, weights = array(jnp.int32, tokens, 128), array(jnp.float32, tokens, 128)
+        compile(f"bag {dim} of {tokens}", bag.embedding_bag, table, indices, weights)
+        compile(f"dot {dim} of {tokens}", dot.embedding_dot, table, indices, array(dtype, tokens, dim))
     x, scale = array(dtype, 40, dim), array(jnp.float32, dim)
     compile(f"norm {dim}", functools.partial(norm.rms_norm, epsilon=1e-5), x, scale)
+    added = functools.partial(norm.added_rms_norm, epsilon=1e-5)
+    compile(f"norm of a sum {dim}", added, x, x, scale)
     compile(f"norm gradient {dim}", functools.partial(norm.rms_norm_gradient, epsilon=1e-5), x, scale, x, x)
 
 for name, width in (("int8", 1024), ("float8_e4m3", 96), ("int4", 100), ("bfloat16", 1024)):
@@ -66,7 +70,9 @@ for name, width in (("int8", 1024), ("float8_e4m3", 96), ("int4", 100), ("bfloat
 for dtype, num, top_k in ((jnp.bfloat16, 1024, 32), (jnp.float32, 16, 3)):
     queries, keys = array(dtype, 8, 2, 32), array(dtype, 2, 2, num, 16)
     found = array(jnp.int32, 8, 2, top_k), array(jnp.float32, 8, 2, top_k)
-    compile(f"search {num}", functools.partial(search.product_key_search, top_k=top_k), queries, keys)
+    find = functools.partial(search.product_key_search, top_k=top_k)
+    compile(f"search {num}", find, queries, keys)
+    compile(f"search of one {num}", find, array(dtype, 1, 2, 32), keys)
     compile(f"search gradient {num}", search.search_gradient, queries, keys, *found)
 
 for dtype, inputs, outputs in ((jnp.bfloat16, 1024, 2816), (jnp.float32, 24, 40)):
@@ -88,7 +94,9 @@ for dtype, heads, width in ((jnp.bfloat16, 16, 64), (jnp.bfloat16, 4, 128), (jnp
 for dtype, inputs, outputs in ((jnp.bfloat16, 2816, 1024), (jnp.float32, 24, 40)):
     for gated in (False, True):
         times, residual = functools.partial(product.matvec, gated=gated), None if gated else array(dtype, outputs)
-        compile(f"matvec {inputs} {gated}", times, array(dtype, inputs), array(dtype, outputs, inputs), residual)
+        x, rows, bias = array(dtype, inputs), array(dtype, outputs, inputs), array(dtype, outputs)
+        for beside in ((None, None), (bias, x)):
+            compile(f"matvec {inputs} {gated} {len(set(beside))}", times, x, rows, residual, *beside)
 
 for kind in ("rowwise_adam", "adam"):
     rule, table = RowRule(kind=kind), array(jnp.bfloat16, 1000, 1024)

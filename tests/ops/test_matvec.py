@@ -27,6 +27,21 @@ def test_every_output_is_a_row_times_the_vector(implementation, gated, outputs, 
 
 
 @every_implementation
+@pytest.mark.parametrize("gated", [False, True])
+def test_biases_are_added_to_the_product_and_gates_multiply_the_vector(implementation, gated):
+    rng = np.random.default_rng(0)
+    x, input_gate, bias = rng.normal(size=1100), rng.normal(size=1100), rng.normal(size=6)
+    rows = rng.normal(size=(6, 1100)) / 30
+    expected = rows @ (x * input_gate / (1 + np.exp(-input_gate))) + bias
+    if gated:
+        gate, up = np.split(expected, 2)
+        expected = gate / (1 + np.exp(-gate)) * up
+    beside = {"bias": jnp.float32(bias), "input_gate": jnp.float32(input_gate)}
+    found = matvec(jnp.float32(x), jnp.float32(rows), **beside, gated=gated, implementation=implementation)
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
+
+
+@every_implementation
 def test_sixteen_bits_are_summed_in_float32(implementation):
     # In float16 the sum would stop at 2048.
     found = matvec(jnp.ones(5000, jnp.float16), jnp.ones((2, 5000), jnp.float16), implementation=implementation)
@@ -40,3 +55,6 @@ def test_shapes_that_do_not_fit_are_refused():
             jax.eval_shape(lambda x, rows: matvec(x, rows, gated=gated), jnp.zeros(x), jnp.zeros(rows))  # noqa: B023
     with pytest.raises((ValueError, TypeError), match=r"residual|shape"):
         matvec(jnp.zeros(4), jnp.zeros((3, 4)), jnp.zeros(4))
+    for beside in ({"bias": jnp.zeros(4)}, {"input_gate": jnp.zeros(3)}, {"bias": jnp.zeros(3, jnp.bfloat16)}):
+        with pytest.raises((ValueError, TypeError), match=rf"{next(iter(beside))}|shape"):
+            matvec(jnp.zeros(4), jnp.zeros((3, 4)), **beside)

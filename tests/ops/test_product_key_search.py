@@ -26,6 +26,7 @@ SHAPES = [
     ((2, 3), 1, 5, 1, 5, "float32"),
     ((1, 3, 1), 3, 7, 2, 1, "float32"),
     ((3,), 1, 16, 4, 16, "bfloat16"),
+    ((1,), 2, 9, 3, 4, "float32"),
 ]
 # In these all sums are exact or rounded once, so the scores must be equal to the last bit.
 EXACT = ("ties", "all equal", "last bits")

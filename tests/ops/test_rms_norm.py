@@ -82,6 +82,27 @@ def test_gradients_are_those_of_the_jacobian(implementation, seed, shape, size):
 
 
 @every_implementation
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_residual_is_added_first_and_has_the_gradient_of_x(implementation, shape):
+    x, scale, cotangents = draw(0, shape, 1)
+    residual = draw(1, shape, 1)[0]
+
+    def pull(norm, *arguments):
+        return jax.vjp(lambda *arguments: tuple(norm(*arguments)), *arguments)
+
+    norm = partial(rms_norm, epsilon=EPSILON, implementation=implementation)
+    found, pulled = pull(lambda x, scale, residual: norm(x, scale, residual=residual), x, scale, residual)
+    expected, expected_pulled = pull(norm, x + residual, scale)
+    # Sums of 16 bits may be rounded another way.
+    close = partial(np.testing.assert_allclose, rtol=rounding(x.dtype), atol=rounding(x.dtype))
+    jax.tree.map(lambda one, other: close(wide(one), wide(other)), found, expected)
+    (d_x, d_scale, d_residual), (d_sum, d_scale_of_sum) = pulled(cotangents), expected_pulled(cotangents)
+    for gradient, of_sum in ((d_x, d_sum), (d_residual, d_sum), (d_scale, d_scale_of_sum)):
+        close(wide(gradient), wide(of_sum))
+    np.testing.assert_array_equal(d_x, d_residual)
+
+
+@every_implementation
 def test_vmap_equals_a_loop(implementation):
     x, scale, cotangents = draw(0, ((2, 37), 12, "float32"), 1)
     mapped = jax.vmap(compiled_gradient(implementation), in_axes=(0, None, 0))(x, scale, cotangents)

@@ -11,15 +11,19 @@ def matvec(
     rows: Float[Array, "n k"],
     residual: Float[Array, " m"] | None = None,
     *,
+    bias: Float[Array, " n"] | None = None,
+    input_gate: Float[Array, " k"] | None = None,
     gated: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, " m"]:
-    """rows @ x in x's type, summed in float32 or wider; not differentiable in the `triton` implementation.
+    """rows @ x + bias in x's type, summed in float32 or wider; not differentiable in the `triton` implementation.
 
     Args:
         x: the vector.
         rows: the matrix, [outputs, inputs].
         residual: is added to the result.
+        bias: is added to the product.
+        input_gate: its silu multiplies x first.
         gated: the first half of the product goes through silu and multiplies the second: SwiGLU.
         implementation: one of `dispatch.IMPLEMENTATIONS`; None takes the fastest that can run.
 
@@ -29,8 +33,11 @@ def matvec(
     """
     fits = x.ndim == 1 and rows.ndim == 2 and rows.shape[1] == len(x) and not (gated and len(rows) % 2)
     require("matvec", fits, "rows must be [outputs, inputs], an even number of them if gated", x=x, rows=rows)
-    if residual is not None:
-        fits = residual.shape == (len(rows) // 2 if gated else len(rows),) and residual.dtype == x.dtype
-        require("matvec", fits, "residual must be like the result", x=x, rows=rows, residual=residual)
+    lengths = {"residual": len(rows) // 2 if gated else len(rows), "bias": len(rows), "input_gate": len(x)}
+    for name, array in {"residual": residual, "bias": bias, "input_gate": input_gate}.items():
+        if array is not None:
+            fits = array.shape == (lengths[name],) and array.dtype == x.dtype
+            rule = f"{name} must have {lengths[name]} numbers of x's type"
+            require("matvec", fits, rule, x=x, rows=rows, **{name: array})
     name = dispatch.choose("matvec", implementation, x.dtype)
-    return dispatch.load("matvec", name).matvec(x, rows, residual, gated)
+    return dispatch.load("matvec", name).matvec(x, rows, residual, bias, input_gate, gated)

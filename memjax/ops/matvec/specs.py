@@ -5,9 +5,10 @@ from memjax.ops.specs import Draw, Specs, Use
 
 
 def specs(draw: Draw) -> Specs:
-    """A product that is added to a residual, and a gated one."""
+    """A product that is added to a residual, a gated one with a bias, and one of a gated input."""
     x, rows, residual = draw.normal(1500), draw.normal(10, 1500) / 40, draw.normal(10)
     return {
         "residual": Use(lambda name: matvec(x, rows, residual, implementation=name)),
-        "gated": Use(lambda name: matvec(x, rows, gated=True, implementation=name)),
+        "gated": Use(lambda name: matvec(x, rows, bias=residual, gated=True, implementation=name)),
+        "input gate": Use(lambda name: matvec(x, rows, residual, bias=residual, input_gate=2 * x, implementation=name)),
     }

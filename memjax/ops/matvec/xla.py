@@ -6,10 +6,19 @@ from jaxtyping import Array, Float
 
 
 def matvec(
-    x: Float[Array, " k"], rows: Float[Array, "n k"], residual: Float[Array, " m"] | None, gated: bool
+    x: Float[Array, " k"],
+    rows: Float[Array, "n k"],
+    residual: Float[Array, " m"] | None,
+    bias: Float[Array, " n"] | None,
+    input_gate: Float[Array, " k"] | None,
+    gated: bool,
 ) -> Float[Array, " m"]:
-    """The product, then the gate and the sum."""
+    """The gate of the input, the product, its gate, and the sums."""
+    if input_gate is not None:
+        x = x * jax.nn.silu(input_gate)
     out = jnp.matmul(rows, x)
+    if bias is not None:
+        out = out + bias
     if gated:
         gate, up = jnp.split(out, 2)
         out = jax.nn.silu(gate) * up

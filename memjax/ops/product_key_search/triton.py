@@ -1,6 +1,7 @@
 """The product-key search with Triton kernels around XLA's matrix products.
 
-Half scores are made by a matrix product, [h, 2, t, n] in float32; `select_kernel` takes the best k of every row,
+Half scores are made by a matrix product, [h, 2, t, n] in float32, those of a single token by `score_kernel`, which
+reads the keys at the pace of the memory; `select_kernel` takes the best k of every row,
 exactly; `pair_kernel` takes the best k sums of the two halves. What decides is 64-bit words, a score's order-
 preserving bits above its place, so that equal scores never lose or repeat a place.
 """
@@ -24,6 +25,9 @@ from memjax.ops.tiles import ceil_div, next_power_of_two
 CHUNK_BYTES = 1 << 30
 """Half scores that exist at once."""
 
+
+_SCORES = 4096
+"""Numbers of keys that a program reads for a single token: 64 bytes for each thread."""
 
 WORST = tl.constexpr(-(1 << 31))
 LEAST = tl.constexpr(-(1 << 63))
@@ -86,6 +90,27 @@ def exact_best(bits, number, ROUND_K: tl.constexpr):
 def in_order(bits, number, ROUND_K: tl.constexpr):
     """The ROUND_K numbers, best first; of equal bits the higher number comes first."""
     return place_of(tl.topk(with_place(bits, number), ROUND_K))
+
+
+@triton.jit
+def score_kernel(
+    queries_ptr,
+    keys_ptr,
+    scores_ptr,
+    NUM: tl.constexpr,
+    HALF: tl.constexpr,
+    ROUND_HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Scores of ROWS keys of a head's half for a single token, in float32."""
+    part = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, ROUND_HALF)
+    inside = (row < NUM)[:, None] & (column < HALF)[None, :]
+    query = tl.load(queries_ptr + part * HALF + column, mask=column < HALF, other=0.0).to(tl.float32)
+    place = (part * NUM + row)[:, None] * HALF + column[None, :]
+    keys = tl.load(keys_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(scores_ptr + part * NUM + row, tl.sum(keys * query[None, :], axis=1), mask=row < NUM)
 
 
 @triton.jit
@@ -274,10 +299,32 @@ def search_gradient(
 
 
 def _search_chunk(queries: Array, keys: Array, top_k: int) -> tuple[Array, Array]:
-    halves = queries.reshape(*queries.shape[:2], 2, -1)
-    scores = _product("thcd,hcnd->hctn", halves, keys)
+    if queries.shape[0] == 1:
+        scores = sequential_vmap(_scores_of_one)(queries, keys)
+    else:
+        halves = queries.reshape(*queries.shape[:2], 2, -1)
+        scores = _product("thcd,hcnd->hctn", halves, keys)
     best, places = select(scores, top_k=top_k)
     return _pairs(best, places, num_keys=keys.shape[2])
+
+
+def _scores_of_one(queries: Float[Array, "1 h key_dim"], keys: Float[Array, "h 2 n half"]) -> Array:
+    heads, _, num_keys, half_dim = keys.shape
+    round_half = next_power_of_two(half_dim)
+    rows = max(1, min(_SCORES // round_half, next_power_of_two(num_keys)))
+    (scores,) = triton_call.launch(
+        score_kernel,
+        queries,
+        keys,
+        out=[jax.ShapeDtypeStruct((heads, 2, 1, num_keys), jnp.float32)],
+        grid=(ceil_div(num_keys, rows), 2 * heads),
+        num_warps=4,
+        NUM=num_keys,
+        HALF=half_dim,
+        ROUND_HALF=round_half,
+        ROWS=rows,
+    )
+    return scores
 
 
 def _product(subscripts: str, left: Array, right: Array) -> Array:

@@ -1,6 +1,5 @@
 """The root mean square norm as others call it: any batch shape, gradients, choice of the implementation."""
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,16 +15,28 @@ class Normed(NamedTuple):
     """What a residual block goes on with."""
 
     x: Float[Array, "*t d"]
-    """The input itself. Its gradient is added where that of the norm is formed: use this one for the residual."""
+    """What was normed. Its gradient is added where that of the norm is formed: use this one for the residual."""
     normed: Float[Array, "*t d"]
 
 
 def rms_norm(
-    x: Float[Array, "*t d"], scale: Float[Array, " d"], epsilon: float, *, implementation: str | None = None
+    x: Float[Array, "*t d"],
+    scale: Float[Array, " d"],
+    epsilon: float,
+    *,
+    residual: Float[Array, "*t d"] | None = None,
+    implementation: str | None = None,
 ) -> Normed:
     """x, and scale * x / sqrt(mean(x**2) + epsilon) over the last axis (arXiv:1910.07467), in x's type.
 
-    Sums are in float32 or wider. Differentiable in x and scale.
+    Sums are in float32 or wider. Differentiable in x, scale and residual.
+
+    Args:
+        x: rows.
+        scale: a factor for each column.
+        epsilon: keeps rows of zeros from being divided by zero.
+        residual: is added to x first, in x's type.
+        implementation: one of `dispatch.IMPLEMENTATIONS`; None takes the fastest that can run.
 
     Raises:
         ValueError: shapes do not fit together, or `implementation` is unknown.
@@ -34,29 +45,39 @@ def rms_norm(
     name = dispatch.choose("rms_norm", implementation, x.dtype)
     fits = x.ndim >= 1 and scale.shape == x.shape[-1:]
     require("rms_norm", fits, "scale must have one number for each column of x", x=x, scale=scale)
+    if residual is not None:
+        fits = residual.shape == x.shape and residual.dtype == x.dtype
+        require("rms_norm", fits, "residual must be like x", x=x, residual=residual)
     if x.size == 0:
         return Normed(x, x)
-    folded = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = x.size // x.shape[-1]
+    folded = [array.reshape(rows, -1) for array in (x, residual) if array is not None]
     if name != "triton":
-        return Normed(x, dispatch.load("rms_norm", name).rms_norm(folded, scale, epsilon).reshape(x.shape))
-    both: Any = _by_kernels(epsilon, *vary_together((folded, scale)))
+        added = sum(folded[:0:-1], start=folded[0])
+        normed = dispatch.load("rms_norm", name).rms_norm(added, scale, epsilon)
+        return Normed(added.reshape(x.shape), normed.reshape(x.shape))
+    both: Any = _by_kernels(epsilon, *vary_together((scale, *folded)))
     same, normed = both
     return Normed(same.reshape(x.shape), normed.reshape(x.shape))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _by_kernels(epsilon: float, x: Array, scale: Array) -> tuple[Array, Array]:
-    return x, dispatch.load("rms_norm", "triton").rms_norm(x, scale, epsilon)
+def _by_kernels(epsilon: float, scale: Array, x: Array, *residual: Array) -> tuple[Array, Array]:
+    kernels = dispatch.load("rms_norm", "triton")
+    if residual:
+        return kernels.added_rms_norm(x, *residual, scale, epsilon)
+    return x, kernels.rms_norm(x, scale, epsilon)
 
 
-def _forward(epsilon: float, x: Array, scale: Array):
-    return _by_kernels(epsilon, x, scale), (x, scale)
+def _forward(epsilon: float, scale: Array, x: Array, *residual: Array):
+    both: Any = _by_kernels(epsilon, scale, x, *residual)
+    return both, (scale, both[0], len(residual))
 
 
-def _backward(epsilon: float, residuals: tuple[Array, Array], cotangents: tuple[Array, Array]):
-    (x, scale), (beside, d_y) = residuals, cotangents
+def _backward(epsilon: float, residuals: tuple[Array, Array, int], cotangents: tuple[Array, Array]):
+    (scale, x, added), (beside, d_y) = residuals, cotangents
     d_x, d_scale = dispatch.load("rms_norm", "triton").rms_norm_gradient(x, scale, d_y, beside, epsilon)
-    return d_x, d_scale.astype(scale.dtype)
+    return d_scale.astype(scale.dtype), d_x, *[d_x] * added
 
 
 _by_kernels.defvjp(_forward, _backward)

@@ -23,15 +23,43 @@ def norm_kernel(
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """ROWS whole rows; WIDTH is DIM rounded up to a power of two."""
+    place, inside, column = whole_rows(TOKENS, DIM, WIDTH, ROWS)
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    y = normed(x, scale_ptr, column, DIM, EPSILON)
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def added_norm_kernel(
+    x_ptr, residual_ptr, scale_ptr, added_ptr, y_ptr, TOKENS: tl.constexpr, DIM: tl.constexpr, EPSILON: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The same of a sum, which is written too."""
+    place, inside, column = whole_rows(TOKENS, DIM, WIDTH, ROWS)
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    x += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    # Narrowed first: the norm is that of the sum as it goes on.
+    added = x.to(added_ptr.dtype.element_ty)
+    tl.store(added_ptr + place, added, mask=inside)
+    y = normed(added.to(tl.float32), scale_ptr, column, DIM, EPSILON)
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def whole_rows(TOKENS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Places of a program's rows, which of them exist, and the columns."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     place = row[:, None] * DIM + column[None, :]
-    inside = (row < TOKENS)[:, None] & (column < DIM)[None, :]
-    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    return place, (row < TOKENS)[:, None] & (column < DIM)[None, :], column
+
+
+@triton.jit
+def normed(x, scale_ptr, column, DIM: tl.constexpr, EPSILON: tl.constexpr):
+    """Rows over their root mean square, scaled."""
     scale = tl.load(scale_ptr + column, mask=column < DIM, other=0.0).to(tl.float32)
     inverse = 1 / tl.sqrt(tl.sum(x * x, axis=1) / DIM + EPSILON)
-    y = x * inverse[:, None] * scale[None, :]
-    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
+    return x * inverse[:, None] * scale[None, :]
 
 
 @triton.jit
@@ -63,7 +91,16 @@ def norm_gradient_kernel(
 
 def rms_norm(x: Float[Array, "t d"], scale: Float[Array, " d"], epsilon: float) -> Float[Array, "t d"]:
     """The reference's formula, in float32."""
-    return sequential_vmap(partial(_norm, epsilon=epsilon))(x, scale)
+    (y,) = sequential_vmap(partial(_norm, epsilon=epsilon))(x, scale)
+    return y
+
+
+def added_rms_norm(
+    x: Float[Array, "t d"], residual: Float[Array, "t d"], scale: Float[Array, " d"], epsilon: float
+) -> tuple[Float[Array, "t d"], Float[Array, "t d"]]:
+    """x plus the residual, and its norm."""
+    added, y = sequential_vmap(partial(_norm, epsilon=epsilon))(x, residual, scale)
+    return added, y
 
 
 def rms_norm_gradient(
@@ -77,14 +114,15 @@ def rms_norm_gradient(
     return sequential_vmap(partial(_gradient, epsilon=epsilon))(x, scale, d_y, beside)
 
 
-def _norm(x: Array, scale: Array, *, epsilon: float) -> Array:
+def _norm(*arrays: Array, epsilon: float) -> tuple[Array, ...]:
+    """Of x and scale, or of x, residual and scale."""
+    x, adds = arrays[0], len(arrays) == 3
     tokens, dim = x.shape
     tile = tiles.rms_norm(dim)
-    (y,) = triton_call.launch(
-        norm_kernel,
-        x,
-        scale,
-        out=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
+    outputs = triton_call.launch(
+        added_norm_kernel if adds else norm_kernel,
+        *arrays,
+        out=[jax.ShapeDtypeStruct(x.shape, x.dtype)] * (2 if adds else 1),
         grid=(ceil_div(tokens, tile.rows),),
         num_warps=tile.num_warps,
         TOKENS=tokens,
@@ -93,7 +131,7 @@ def _norm(x: Array, scale: Array, *, epsilon: float) -> Array:
         WIDTH=tile.columns,
         ROWS=tile.rows,
     )
-    return y
+    return tuple(outputs)
 
 
 def _gradient(x: Array, scale: Array, d_y: Array, beside: Array, *, epsilon: float) -> tuple[Array, Array]:
