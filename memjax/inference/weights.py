@@ -67,7 +67,7 @@ class JoinedMemory(MemoryLayer):
         take_over(self, layer, without=("gate_proj", "value_proj"))
         keys, gates = layer.keys, [layer.gate_proj] if layer.gate_proj else []
         kernels = [keys.query_kernel[...], *(gate.kernel[...] for gate in gates)]
-        biases = [keys.query_bias[...], *(gate.bias[...] for gate in gates)]
+        biases = [keys.query_bias[...], *(gate.bias[...] for gate in gates if gate.bias is not None)]
         self.joined = Joined(kernels, biases, keys.dtype)
         self.value = Joined.of(layer.value_proj) if layer.value_proj else None
 
@@ -93,8 +93,8 @@ class JoinedBlock(Block):
         self.attention = JoinedAttention(block.attention)
         if block.feed_forward is not None:
             self.feed_forward = JoinedFeedForward(block.feed_forward)
-        if type(block.memory) is MemoryLayer:
-            self.memory = JoinedMemory(block.memory)
+        if type(block.lookup) is MemoryLayer and block.norm_placement == "pre":
+            setattr(self, str(block.lookup_kind), JoinedMemory(block.lookup))
 
     def with_cache(
         self,

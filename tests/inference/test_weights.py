@@ -29,7 +29,7 @@ def kinds():
     memory = MemoryConfig(layers=(1,), num_keys=8, num_heads=2, top_k=4, key_dim=8)
     return {
         "memory": {"memory": memory, "attention_bias": True},
-        "post-norms": {"memory": None, "norm_placement": "post", "qk_norm": "all_heads"},
+        "post-norms": {"memory": memory, "norm_placement": "post", "qk_norm": "all_heads"},
         "experts": {
             "memory": None,
             "experts": ExpertsConfig(layers=(1,), num_experts=4, top_k=2),
