@@ -36,11 +36,6 @@ MOST_WORDS = 8
 BINS = ("in no article", "in an article, in no paragraph", "1 paragraph", "2 or 3 paragraphs", "4 or more paragraphs")
 """How often subject and object of a fact stand together in the text."""
 
-_COMPRESSION = [
-    {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 28, "lc": 4, "lp": 0, "pb": 0}
-]
-"""For text, with a dictionary that holds all of it."""
-
 
 class Sizes(NamedTuple):
     """How many questions are drawn."""
@@ -72,9 +67,8 @@ def prepare(data: pathlib.Path, out: pathlib.Path, sizes: Sizes | None = None) -
     questions += _facts(facts, count, rng, sizes)
     rows = [*_shots(questions, rng), *questions, *_choices(data, rng, sizes), *_code(data)]
     write(out / QUESTIONS, rows)
-    (out / TOKENIZER).write_bytes((data / "tokenizers" / TOKENIZER).read_bytes())
-    write(out / HELD_OUT, [_text_of(article) for article in read(data / "wiki" / HELD_OUT)])
-    write(out / ARTICLES, [_text_of(article) for article in articles])
+    for source in (data / "wiki" / ARTICLES, data / "wiki" / HELD_OUT, data / "tokenizers" / TOKENIZER):
+        (out / source.name).write_bytes(source.read_bytes())
     for name, number in Counter(row["set"] + (f", {row['bin']}" if "bin" in row else "") for row in rows).items():
         print(f"{number:,} rows of {name}")
 
@@ -88,9 +82,9 @@ def read(path: pathlib.Path) -> Iterator[Row]:
 
 
 def write(path: pathlib.Path, rows: Iterable[Row]) -> None:
-    """JSON lines, as small as they get."""
+    """Compressed JSON lines."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_bytes(lzma.compress(text.encode(), format=lzma.FORMAT_XZ, filters=_COMPRESSION))
+    path.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
 
 
 def words(name: str) -> str:
@@ -244,7 +238,3 @@ def _code(data: pathlib.Path) -> Iterator[Row]:
         yield {"set": "HumanEval", "code": row["prompt"] + row["canonical_solution"]}
     for row in read(data / "code_eval/mbpp.jsonl"):
         yield {"set": "MBPP", "code": f'"""\n{row["text"]}\n"""\n{row["code"]}\n'.replace("\r\n", "\n")}
-
-
-def _text_of(article: Row) -> Row:
-    return {"title": article["title"], "text": article["text"]}
