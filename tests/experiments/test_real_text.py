@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import gzip
 import importlib.util
 import json
 import pathlib
@@ -189,6 +190,8 @@ def test_a_report_of_nothing_says_so(tmp_path):
 @pytest.fixture
 def run(monkeypatch):
     spec = importlib.util.spec_from_file_location("real_text_run", FOLDER / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "real_text_run", module)
     spec.loader.exec_module(module)
@@ -246,3 +249,62 @@ def test_the_small_size_runs_and_is_reported(run, tmp_path):
             of_point |= dict.fromkeys(tables.SQUAD, 1.0) | {"not in the text": 1.0}
         row["written"] |= dict.fromkeys((*tables.SQUAD, "not in the text"), row["written"]["in the text"])
     assert "| `memory_plus` | " in tables.report(rows, tmp_path)
+
+
+def test_the_prepared_folder_has_every_kind_of_question_and_is_the_same_again(tmp_path):
+    data = tmp_path / "data"
+    (data / "tokenizers").mkdir(parents=True)
+    (data / "tokenizers" / prepare.TOKENIZER).write_bytes(b"ranks")
+    cities = ["London", "Bath", "Paris", "Rome"]
+    text = "Ada was born in London.\nBea was born in Bath. Bea came from Bath."
+    lines = {
+        "wiki/wiki_a.jsonl.xz": [{"title": "Ada King", "text": text}],
+        "wiki/wiki_heldout.jsonl.xz": [{"title": "Other", "text": "No."}],
+        "factual_qa/wiki_support.jsonl.xz": [{"set": name, "row": 0} for name in prepare.OPEN_SETS],
+        "code_eval/mbpp.jsonl": [{"text": "One.", "code": "one = 1"}],
+    }
+    born = {"relation": "P19", "answers": ["London", "Bath", "a b c d e f g h"]}
+    for part in ("train", "dev"):
+        names = {"train": ("Ada", "Bea", "Cid", "London Ltd"), "dev": tuple("VWXYZ")}[part]
+        lines[f"entity_questions/{part}.jsonl.xz"] = [
+            {**born, "subject": name, "question": f"Where was {name} born?"} for name in names
+        ]
+        paragraph = {"title": {"train": "Ada_King", "dev": "No"}[part], "context": "?"}
+        asked = [{"question": f"Which city, {city}?", "answers": [city, city]} for city in cities + cities]
+        lines[f"squad11/{part}.jsonl.xz"] = [paragraph | {"qas": asked}]
+    for name in prepare.OPEN_SETS:
+        lines[f"factual_qa/{name}.jsonl.xz"] = [
+            {"question": f"{name} {city}?", "answers": [city]} for city in cities * 2
+        ]
+    for name in prepare.CHOICE_SETS:
+        lines[f"mc_eval/{name}.jsonl.xz"] = [{"set": name, "question": "?", "choices": ["a", "b"], "answer": 0}]
+    for name, rows in lines.items():
+        (data / name).parent.mkdir(exist_ok=True)
+        if name.endswith(".xz"):
+            prepare.write(data / name, rows)
+        else:
+            (data / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    program = {"prompt": "def two():\n", "canonical_solution": "    return 2\n"}
+    (data / "code_eval/HumanEval.jsonl.gz").write_bytes(gzip.compress(json.dumps(program).encode()))
+
+    sizes = prepare.Sizes(in_text=6, not_in_text=18, squad=6, by_exposures=5, choices=1)
+    prepare.prepare(data, tmp_path / "out", sizes)
+    prepare.prepare(data, tmp_path / "again", sizes)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
+    assert files["wiki_a.jsonl.xz"] == (data / "wiki/wiki_a.jsonl.xz").read_bytes()
+
+    rows = list(prepare.read(tmp_path / "out" / prepare.QUESTIONS))
+    facts = {row["question"]: row for row in rows if "bin" in row}
+    assert facts["Where was Ada born?"]["bin"] == "1 paragraph"
+    assert facts["Where was Bea born?"]["bin"] == "1 paragraph"
+    assert facts["Where was Bea born?"]["target"] == "Bath"
+    assert "Where was London Ltd born?" not in facts
+    assert {row["bin"] for row in facts.values()} == {"1 paragraph", "in no article"}
+    assert all(row["answers"] == ["London", "Bath"] for row in facts.values())
+    in_text = [row["question"] for row in rows if row.get("in_text") and row["set"] != "SQuAD"]
+    assert sorted(in_text) == sorted(f"{name} London?" for name in prepare.OPEN_SETS)
+    shots = [row for row in rows if row.get("shot")]
+    assert not any(row.get("in_text") for row in shots)
+    assert all(0 < sum(row["set"] == name for row in shots) <= prepare.SHOTS for name in ("SQuAD", "TriviaQA"))
+    assert [row["code"][:7] for row in rows if "code" in row] == ["def two", '"""\nOne']

@@ -23,7 +23,7 @@ from realtext.prepare import ARTICLES, HELD_OUT, QUESTIONS, SHOTS, TOKENIZER, re
 Row = dict[str, Any]
 Ints = NDArray[np.integer]
 
-WIDTH = 192
+WIDTH = 160
 """Tokens of a question with what stands in front of it and its answer."""
 SAMPLED_ARTICLES = 100
 """Training articles whose bits per byte are measured too."""

@@ -136,6 +136,8 @@ class Phrases:
         names, lengths, found = self._names, self._lengths, []
         for place, first in enumerate(parts):
             for length in lengths.get(first, ()):
+                if place + length > len(parts):
+                    break
                 phrase = first if length == 1 else " ".join(parts[place : place + length])
                 if phrase in names:
                     found.append(phrase)

@@ -30,7 +30,7 @@ from memjax.training.step import Batch, train_step
 from realtext import grading
 from realtext.corpus import STREAMS, WIDTH, Corpus, Spans
 
-MOST_STEPS = 32
+MOST_STEPS = 33
 """Steps for each call of the device."""
 WARMUP_STEPS = 200
 ANSWER_TOKENS = 10
