@@ -260,7 +260,7 @@ def tokenise(data: pathlib.Path, work: pathlib.Path, *, generated: bool) -> None
 def describe(row: Result) -> str:
     """What the line of a finished run says of its result."""
     last = row["curve"][-1]
-    shown = f"loss {last['loss']:.3f}"
+    shown = "not finite" if last["loss"] is None else f"loss {last['loss']:.3f}"
     if "bits_per_byte" in last:
         answers = ", ".join(f"{name} {nats:.2f}" for name, nats in list(last["answers"].items())[:3])
         shown += f", held out {last['bits_per_byte']['held_out']:.4f} bits/byte, nats of answers {answers}"

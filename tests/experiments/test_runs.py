@@ -6,17 +6,19 @@ import sys
 import time
 
 import pytest
-from factlab import runs
+from factlab import command, runs
 
 # Answers like a worker: fails or dies where the family's name says so, and else returns what a table needs.
 WORKER = """
-import json, sys
+import json, sys, time
 for line in sys.stdin:
     task = json.loads(line)
     if task["family"] == "dies":
         sys.exit(9)
     result = {"recall": 0.5, "stored_bits": 1000.0, "compile_seconds": 0.0, "tokens_per_second": 1.0}
-    result["seed_given"] = task["seed"]
+    result["seed_given"], result["began"] = task["seed"], time.time()
+    time.sleep(0.05)
+    result["ended"] = time.time()
     print(json.dumps({"error": "on purpose"} if task["family"] == "fails" else {"result": result}), flush=True)
 """
 
@@ -40,9 +42,9 @@ def pool(started, tmp_path):
     return lambda results, deadline=None: runs.Pool(tmp_path / "out.json", results, jobs=2, deadline=deadline)
 
 
-def a_run(family, seed=0, **options):
+def a_run(family, seed=0, kind=runs.Run, **options):
     facts = {"people": 3}
-    return runs.Run(
+    return kind(
         stage="full",
         family=family,
         config=f"{family}.yaml",
@@ -78,6 +80,32 @@ def test_nothing_is_started_that_would_end_after_the_deadline(pool, tmp_path):
     long, short = a_run("a", seconds=1000), a_run("b", seconds=1)
     assert pool({}, deadline=time.time() + 60).run([long, short]) == [long.name]
     assert [row["family"] for row in runs.read_results(tmp_path / "out.json").values()] == ["b"]
+
+
+class Alone(runs.Run):
+    """A run that needs a GPU to itself."""
+
+    @property
+    def alone(self) -> bool:
+        return True
+
+
+def test_a_run_that_needs_a_gpu_to_itself_has_it_and_the_order_is_kept(started, tmp_path):
+    todo = [a_run("a"), a_run("b"), a_run("alone", kind=Alone), a_run("c"), a_run("d"), a_run("last", kind=Alone)]
+    out = tmp_path / "out.json"
+    assert runs.Pool(out, {}, jobs=2, deadline=None, keeps_order=True).run(todo) == []
+    rows = {row["family"]: row for row in runs.read_results(out).values()}
+    for one in ("alone", "last"):
+        others = [row for family, row in rows.items() if family != one]
+        assert all(row["ended"] <= rows[one]["began"] or rows[one]["ended"] <= row["began"] for row in others)
+    begins = [rows[family]["began"] for family in ("a", "alone", "c", "last")]
+    assert begins == sorted(begins)
+
+
+def test_stages_run_together_unless_one_is_awaited():
+    together = lambda awaited: command._together(["grid", "full", "seeds"], awaited)
+    assert together(None) == [["grid"], ["full"], ["seeds"]]
+    assert together(("grid",)) == [["grid"], ["full", "seeds"]]
 
 
 def test_runs_that_differ_in_anything_have_different_names():

@@ -375,7 +375,7 @@ def large(rows: list[Result]) -> list[str]:
             f"`{row['family']}`",
             millions(row["parameters"]["total"]),
             f"{row['steps']}",
-            " → ".join(f"{point['loss']:.2f}" for point in row["curve"]),
+            " → ".join("-" if point["loss"] is None else f"{point['loss']:.2f}" for point in row["curve"]),
             f"{row['tokens_per_second']:,}",
             f"{row['flops_utilization']:.1%}" if row["flops_utilization"] else "",
         )
