@@ -19,7 +19,18 @@ author = "The memjax authors"
 project_copyright = author
 release = version = memjax.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+nb_execution_mode = (
+    "off"  # notebooks are committed with the output of a real run; tests/docs/test_notebooks.py runs them
+)
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -97,8 +108,12 @@ def literal_blocks(app: Any, what: str, name: str, obj: Any, options: Any, lines
 
 
 def fill_in(app: Any, docname: str, source: list[str]) -> None:
-    """Puts what is made from the code into the page."""
-    source[0] = generated.fill_in(source[0])
+    """Puts what is made from the code into the page, which is read again when that code has changed."""
+    filled = generated.fill_in(source[0])
+    if filled != source[0]:
+        for path in HERE.glob("*.py"):
+            app.env.note_dependency(path)
+    source[0] = filled
 
 
 def setup(app: Any) -> None:

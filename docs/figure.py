@@ -1,13 +1,14 @@
-"""The pictures of the pages: a memory layer, from an example that is really computed, and the floors of the packages.
+"""The drawings of the pages: a block with its table, a memory layer, from an example that is really computed, and the
+floors of the packages.
 
 `python docs/figure.py > picture.svg` writes the memory layer. Lines and letters take the colour of the page's text, so
 that pictures can be read in light and in dark mode; the three colours for the two halves and the rows that are read
 stand out from both.
 """
 
-import html
+from svg import BLUE, GREEN, ORANGE, arrow, box, picture, rect, text
 
-FIRST, SECOND, READ = "#3d7edb", "#d9772b", "#2a9d63"
+FIRST, SECOND, READ = BLUE, ORANGE, GREEN
 LEFT = (0.3, 0.9, 0.2, 0.5, 0.75, 0.1, 0.4, 0.25)
 """Scores of the sub-keys for the first half of the query."""
 RIGHT = (0.15, 0.35, 0.8, 0.2, 0.45, 0.7, 0.1, 0.3)
@@ -61,19 +62,45 @@ def read_slots() -> list[tuple[int, int]]:
 def memory_layer() -> str:
     """The whole picture as an SVG element."""
     title = "A memory layer: product keys choose a few rows of a table, their weighted sum is gated and returned"
+    return picture(title, 640, 482, [*_query(), *_grid(), *_table(), *_output()])
+
+
+def block() -> str:
+    """A transformer block whose feed-forward layer is a memory, with the table beside it."""
+    left, width, top, row, rows = 12, 172, 20, 15, 15
+    middle, table_x, table_width = left + width / 2, 262, 176
+    memory_y, read = top + 76, (2, 6, 11)
     parts = [
-        '<svg class="memory-layer" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 482" role="img" '
-        f'aria-label="{title}" fill="currentColor" font-family="system-ui, sans-serif" font-size="12.5">',
-        f"<title>{title}</title>",
-        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        '<path d="M0 0L8 4L0 8z"/></marker></defs>',
-        *_query(),
-        *_grid(),
-        *_table(),
-        *_output(),
-        "</svg>",
+        rect(left - 10, top + 8, width + 20, 222, "currentColor", 0.06),
+        text(left - 4, top, "a transformer block", opacity=0.75),
+        arrow(middle, top + 262, middle, top + 212),
+        text(middle, top + 278, "token", anchor="middle"),
+        box(left, top + 176, width, 34, "attention"),
+        arrow(middle, top + 176, middle, memory_y + 58),
+        box(left, memory_y, width, 56, "", GREEN),
+        text(middle, memory_y + 25, "memory layer", anchor="middle", bold=True),
+        text(middle, memory_y + 43, "in place of feed-forward", anchor="middle", opacity=0.75),
+        arrow(middle, memory_y, middle, top + 14),
+        text(table_x, top, "a table of millions of rows"),
     ]
-    return f'<div class="picture">{"".join(parts)}</div>'
+    for number in range(rows):
+        fill, opacity = (GREEN, 1) if number in read else ("currentColor", 0.12)
+        parts.append(rect(table_x, top + 10 + row * number, table_width, row - 3, fill, opacity))
+    for number in read:
+        end, start = top + 16 + row * number, memory_y + 28
+        edge = left + width
+        parts.append(
+            f'<path d="M{edge} {start}C{edge + 60} {start} {table_x - 60} {end} {table_x - 5} {end}" fill="none" '
+            f'stroke="{GREEN}" stroke-width="1.8"/>'
+        )
+    parts += [
+        text(table_x, top + 254, "each token reads a few rows;"),
+        text(table_x, top + 271, "training writes only these"),
+    ]
+    title = (
+        "A transformer block whose memory layer, in place of the feed-forward layer, reads three rows of a large table"
+    )
+    return picture(title, 440, 306, parts, size="narrow")
 
 
 def floors() -> str:
@@ -81,29 +108,24 @@ def floors() -> str:
     row, gap, top, parts = 24, 8, 0, []
     for floor in FLOORS:
         height = row * len(floor) + 6
-        parts.append(_rect(0, top, 640, height, "currentColor", 0.07))
+        parts.append(rect(0, top, 640, height, "currentColor", 0.07))
         for number, (name, words) in enumerate(floor.items()):
             y = top + 3 + row * number
-            parts += [_box(6, y + 2, 112, row - 4, name, READ), _text(132, y + 16, words)]
+            parts += [box(6, y + 2, 112, row - 4, name, READ), text(132, y + 16, words)]
         top += height + gap
-    title = "The packages of memjax, each above those that it may import"
-    head = (
-        f'<svg class="memory-layer" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {top}" role="img" '
-        f'aria-label="{title}" fill="currentColor" font-family="system-ui, sans-serif" font-size="12.5">'
-    )
-    return f'<div class="picture">{head}<title>{title}</title>{"".join(parts)}</svg></div>'
+    return picture("The packages of memjax, each above those that it may import", 640, top, parts)
 
 
 def _query() -> list[str]:
     x, width = GRID_X, CELL * len(RIGHT)
     half = width / 2
     return [
-        _box(x, 10, width, 28, "x, one token"),
-        _arrow(x + half, 38, x + half, 66),
-        _text(x + half + 8, 56, "linear"),
-        _box(x, 66, half, 28, "first half", FIRST),
-        _box(x + half, 66, half, 28, "second half", SECOND),
-        _text(x + half, 112, "the query, key_dim wide, for each head", anchor="middle"),
+        box(x, 10, width, 28, "x, one token"),
+        arrow(x + half, 38, x + half, 66),
+        text(x + half + 8, 56, "linear"),
+        box(x, 66, half, 28, "first half", FIRST),
+        box(x + half, 66, half, 28, "second half", SECOND),
+        text(x + half, 112, "the query, key_dim wide, for each head", anchor="middle"),
     ]
 
 
@@ -113,18 +135,18 @@ def _grid() -> list[str]:
     for i, score in enumerate(LEFT):
         fill = FIRST if i in best(LEFT) else "currentColor"
         y = GRID_Y + CELL * i + 4
-        parts.append(_rect(GRID_X - 8 - 44 * score, y, 44 * score, CELL - 8, fill, 0.9 if i in best(LEFT) else 0.25))
+        parts.append(rect(GRID_X - 8 - 44 * score, y, 44 * score, CELL - 8, fill, 0.9 if i in best(LEFT) else 0.25))
     for j, score in enumerate(RIGHT):
         fill = SECOND if j in best(RIGHT) else "currentColor"
         x = GRID_X + CELL * j + 4
-        parts.append(_rect(x, GRID_Y - 8 - 44 * score, CELL - 8, 44 * score, fill, 0.9 if j in best(RIGHT) else 0.25))
+        parts.append(rect(x, GRID_Y - 8 - 44 * score, CELL - 8, 44 * score, fill, 0.9 if j in best(RIGHT) else 0.25))
     for i in range(count):
         for j in range(count):
             x, y = GRID_X + CELL * j, GRID_Y + CELL * i
             if (i, j) in slots:
-                parts.append(_rect(x + 1, y + 1, CELL - 2, CELL - 2, READ, 1))
+                parts.append(rect(x + 1, y + 1, CELL - 2, CELL - 2, READ, 1))
             elif i in best(LEFT) and j in best(RIGHT):
-                parts.append(_rect(x + 1, y + 1, CELL - 2, CELL - 2, READ, 0.28))
+                parts.append(rect(x + 1, y + 1, CELL - 2, CELL - 2, READ, 0.28))
             parts.append(
                 f'<rect x="{x}" y="{y}" width="{CELL}" height="{CELL}" fill="none" stroke="currentColor" '
                 'stroke-opacity="0.25" stroke-width="0.8"/>'
@@ -132,12 +154,12 @@ def _grid() -> list[str]:
     middle, below = GRID_X + CELL * count / 2, GRID_Y + CELL * count
     return [
         *parts,
-        _text(GRID_X - 8, GRID_Y - 10, "scores", anchor="end"),
-        _text(middle, below + 20, "num_keys sub-keys a side, num_keys² slots", anchor="middle"),
-        _rect(GRID_X - 40, below + 34, 12, 12, READ, 0.28),
-        _text(GRID_X - 22, below + 44, "top_k best of each side: top_k² candidates"),
-        _rect(GRID_X - 40, below + 54, 12, 12, READ, 1),
-        _text(GRID_X - 22, below + 64, "the top_k best of all slots: these are read"),
+        text(GRID_X - 8, GRID_Y - 10, "scores", anchor="end"),
+        text(middle, below + 20, "num_keys sub-keys a side, num_keys² slots", anchor="middle"),
+        rect(GRID_X - 40, below + 34, 12, 12, READ, 0.28),
+        text(GRID_X - 22, below + 44, "top_k best of each side: top_k² candidates"),
+        rect(GRID_X - 40, below + 54, 12, 12, READ, 1),
+        text(GRID_X - 22, below + 64, "the top_k best of all slots: these are read"),
     ]
 
 
@@ -149,7 +171,7 @@ def _table() -> list[str]:
     for row in range(rows):
         read = row in marked
         parts.append(
-            _rect(
+            rect(
                 TABLE_X,
                 TABLE_Y + ROW * row + 1,
                 TABLE_WIDTH,
@@ -168,48 +190,29 @@ def _table() -> list[str]:
     middle = TABLE_X + TABLE_WIDTH / 2
     return [
         *parts,
-        _text(middle, 20, "the table: num_slots × value_dim", anchor="middle"),
-        _text(TABLE_X + TABLE_WIDTH / 4, 50, "device 0", anchor="middle", opacity=0.75),
-        _text(TABLE_X + TABLE_WIDTH * 3 / 4, 50, "device 1", anchor="middle", opacity=0.75),
+        text(middle, 20, "the table: num_slots × value_dim", anchor="middle"),
+        text(TABLE_X + TABLE_WIDTH / 4, 50, "device 0", anchor="middle", opacity=0.75),
+        text(TABLE_X + TABLE_WIDTH * 3 / 4, 50, "device 1", anchor="middle", opacity=0.75),
         f'<path d="M{middle} 38V{TABLE_Y + height + 4}" stroke="currentColor" stroke-dasharray="4 4" fill="none"/>',
         f'<path d="M632 {TABLE_Y + 92}H{TABLE_X + TABLE_WIDTH + 6}" stroke="currentColor" stroke-dasharray="4 4" '
         'fill="none" marker-end="url(#tip)"/>',
-        _text(TABLE_X + TABLE_WIDTH + 10, TABLE_Y + 66, "other"),
-        _text(TABLE_X + TABLE_WIDTH + 10, TABLE_Y + 82, "layers"),
+        text(TABLE_X + TABLE_WIDTH + 10, TABLE_Y + 66, "other"),
+        text(TABLE_X + TABLE_WIDTH + 10, TABLE_Y + 82, "layers"),
     ]
 
 
 def _output() -> list[str]:
     middle, below = TABLE_X + TABLE_WIDTH / 2, TABLE_Y + 16 * ROW
     return [
-        _arrow(middle, below + 6, middle, below + 34),
-        _box(TABLE_X, below + 34, TABLE_WIDTH, 28, "sum of weight × row", READ),
-        _text(middle, below + 79, "weights: softmax of the scores", anchor="middle"),
-        _arrow(middle, below + 86, middle, below + 112),
-        _box(TABLE_X, below + 112, TABLE_WIDTH, 28, "gate: W2 (… × silu(W1 x))"),
-        _arrow(middle, below + 140, middle, below + 166),
-        _text(middle, below + 182, "y, in place of the feed-forward layer's", anchor="middle"),
-        _text(middle, below + 198, "output; the heads add up", anchor="middle"),
+        arrow(middle, below + 6, middle, below + 34),
+        box(TABLE_X, below + 34, TABLE_WIDTH, 28, "sum of weight × row", READ),
+        text(middle, below + 79, "weights: softmax of the scores", anchor="middle"),
+        arrow(middle, below + 86, middle, below + 112),
+        box(TABLE_X, below + 112, TABLE_WIDTH, 28, "gate: W2 (… × silu(W1 x))"),
+        arrow(middle, below + 140, middle, below + 166),
+        text(middle, below + 182, "y, in place of the feed-forward layer's", anchor="middle"),
+        text(middle, below + 198, "output; the heads add up", anchor="middle"),
     ]
-
-
-def _box(x: float, y: float, width: float, height: float, label: str, color: str = "currentColor") -> str:
-    return (
-        f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="4" fill="{color}" fill-opacity="0.12" '
-        f'stroke="{color}"/>{_text(x + width / 2, y + height / 2 + 4.5, label, anchor="middle")}'
-    )
-
-
-def _rect(x: float, y: float, width: float, height: float, fill: str, opacity: float) -> str:
-    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" fill="{fill}" fill-opacity="{opacity}"/>'
-
-
-def _arrow(x1: float, y1: float, x2: float, y2: float) -> str:
-    return f'<path d="M{x1} {y1}L{x2} {y2}" stroke="currentColor" fill="none" marker-end="url(#tip)"/>'
-
-
-def _text(x: float, y: float, text: str, *, anchor: str = "start", opacity: float = 1) -> str:
-    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" fill-opacity="{opacity}">{html.escape(text)}</text>'
 
 
 if __name__ == "__main__":

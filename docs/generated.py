@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 import figure
+import results
 
 from memjax.__main__ import COMMANDS
 from memjax.config.help import field_docs, metavar
@@ -35,16 +36,6 @@ def commands() -> str:
     return "\n".join(line for name in COMMANDS for line in _command(name))
 
 
-def memory_layer() -> str:
-    """The picture of a memory layer."""
-    return f"```{{raw}} html\n{figure.memory_layer()}\n```\n"
-
-
-def floors() -> str:
-    """The picture of the packages."""
-    return f"```{{raw}} html\n{figure.floors()}\n```\n"
-
-
 def help_text(name: str) -> str:
     """What `python -m memjax.<name> --help` prints."""
     module = importlib.import_module(f"memjax.{name}")
@@ -58,9 +49,20 @@ def help_text(name: str) -> str:
 GENERATED: dict[str, Callable[[], str]] = {
     "settings": settings,
     "commands": commands,
-    "memory_layer": memory_layer,
-    "floors": floors,
+    "paper_table": results.paper_table,
 }
+PICTURES: dict[str, Callable[[], str]] = {
+    "block": figure.block,
+    "memory_layer": figure.memory_layer,
+    "floors": figure.floors,
+    "facts_curve": results.facts_curve,
+    "facts_bars": results.facts_bars,
+    "real_facts_bars": results.real_facts_bars,
+    "operation_bars": results.operation_bars,
+    "step_bars": results.step_bars,
+    "generation_bars": results.generation_bars,
+}
+"""Functions that return SVG elements, by the names of their marks."""
 _MARK = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 _CODE = re.compile(r"\[`([\w.]+)`\]\(\.\./memjax/([\w/]+)\.py\)")
 
@@ -72,7 +74,13 @@ def fill_in(page: str) -> str:
         KeyError: a mark names nothing that can be generated.
     """
     page = _CODE.sub(lambda link: f"[`{link[2].replace('/', '.')}.{link[1]}`](../memjax/{link[2]}.py)", page)
-    return _MARK.sub(lambda mark: GENERATED[mark[1]](), page)
+    return _MARK.sub(lambda mark: _made(mark[1]), page)
+
+
+def _made(name: str) -> str:
+    if name in PICTURES:
+        return f"```{{raw}} html\n{PICTURES[name]()}\n```\n"
+    return GENERATED[name]()
 
 
 def _section(section: type, path: tuple[str, ...]) -> Iterator[str]:

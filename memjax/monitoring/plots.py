@@ -3,6 +3,7 @@
 import io
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from memjax.io.files import write_atomic
 from memjax.monitoring.metrics import Row, comparable
@@ -20,15 +21,20 @@ def plot_run(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
 
     def save(name: str, title: str, axis_label: str, curves: dict[str, str], *, log: bool) -> None:
         figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        axes.set(title=title, xlabel="step", ylabel=axis_label)
+        ends = []
         for key, label in curves.items():
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-            axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 30 else None, markersize=3)
-        axes.set(title=title, xlabel="step", ylabel=axis_label)
+            (line,) = axes.plot(
+                *zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3, linewidth=1.2
+            )
+            ends.append((points[-1], label, line.get_color()))
         # matplotlib warns of a logarithmic axis without a positive value.
         if log and any((row.get(key) or 0) > 0 for row in rows for key in curves):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
-        axes.legend()
+        _label_ends(axes, ends)
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=120)
         pyplot.close(figure)
@@ -41,9 +47,29 @@ def plot_run(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
     if losses:
         save("loss.png", "Loss", "nats per token", losses, log=True)
     layers = sorted({name.split("/")[1] for row in rows for name in row if name.startswith("memory/")})
-    fields = {"used_fraction": "used", "effective_fraction": "effective", "dead_fraction": "dead"}
+    fields = {"used_fraction": "used", "effective_fraction": "effective"}
     rows = comparable(rows)
     slots = {f"memory/{layer}/{field}": f"{layer} {label}" for layer in layers for field, label in fields.items()}
     if slots := present(slots):
         save("slots.png", "Slots of the memory layers", "share of slots", slots, log=False)
     return written
+
+
+def _label_ends(axes: Any, ends: Sequence[tuple[Any, str, Any]]) -> None:
+    """Writes each curve's name and last value at its end, apart from those of curves that end close to it."""
+    import numpy as np
+
+    places = axes.transAxes.inverted().transform(axes.transData.transform([end for end, _, _ in ends]))
+    lowest = -np.inf
+    for number in np.argsort(places[:, 1], kind="stable"):
+        (_, value), label, color = ends[number]
+        lowest = max(places[number, 1], lowest + 0.06)
+        axes.annotate(
+            f"{label} {value:.3g}",
+            (1, lowest),
+            xycoords="axes fraction",
+            xytext=(6, 0),
+            textcoords="offset points",
+            color=color,
+            va="center",
+        )

@@ -56,7 +56,7 @@ NOT_RUN = {
 }
 """How many blocks of a page are marked as not run."""
 
-DIRECTIVES = {"{toctree}", "{include}", "{eval-rst}"}
+DIRECTIVES = {"{toctree}", "{include}", "{literalinclude}", "{eval-rst}"}
 """What looks like a block of code and is none."""
 
 RUN_SETTINGS = """

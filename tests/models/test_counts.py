@@ -27,7 +27,10 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
         ("1.3b_memory", 3.378),
         pytest.param("1.3b_memory_plus_1m", 3.368, marks=pytest.mark.slow),
         pytest.param("1.3b_memory_plus_4m", 9.823, marks=pytest.mark.slow),
+        pytest.param("1.3b_memory_plus_16m", 35.618, marks=pytest.mark.slow),
         pytest.param("1.3b_memory_plus_64m", 138.748, marks=pytest.mark.slow),
+        pytest.param("1.3b_moe", 3.546, marks=pytest.mark.slow),  # it prints 3.545
+        pytest.param("1.3b_dense", 1.262, marks=pytest.mark.slow),
         pytest.param("1.3b_peer", 3.646, marks=pytest.mark.slow),
         ("134m_dense", 0.134),
         pytest.param("373m_dense", 0.374, marks=pytest.mark.slow),
