@@ -31,7 +31,20 @@ extensions = [
 nb_execution_mode = (
     "off"  # notebooks are committed with the output of a real run; tests/docs/test_notebooks.py runs them
 )
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "inventories"]
+# Committed, so that the build needs no network; docs/inventories/README.md says what they are.
+intersphinx_mapping = {
+    name: (f"https://{site}/", f"inventories/{name}.txt")
+    for name, site in {
+        "flax": "flax.readthedocs.io/en/latest",
+        "jax": "docs.jax.dev/en/latest",
+        "numpy": "numpy.org/doc/stable",
+        "optax": "optax.readthedocs.io/en/latest",
+        "python": "docs.python.org/3",
+    }.items()
+}
+copybutton_prompt_text = "$ "  # not copied, and neither is what a command prints
+html_search_scorer = str(HERE / "static" / "scorer.js")
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
@@ -53,7 +66,7 @@ autodoc_typehints_format = "short"
 napoleon_numpy_docstring = False
 python_use_unqualified_type_names = True
 
-# Types of other libraries have no page here, and there is no network at build time to look for theirs.
+# Types of other libraries have no page here; docs/inventories knows where those in signatures are described.
 nitpick_ignore_regex = [
     (r"py:.*", r"(jax|jaxlib|jaxtyping|flax|numpy|optax|collections|typing|os|pathlib)\..*"),
     (r"py:class", "Array"),
@@ -68,6 +81,10 @@ SHORT_TYPES = {
     "jaxlib._jax.Array": "Array",
     "str | type[~typing.Any] | ~numpy.dtype | ~jax._src.typing.SupportsDType": "~jax.typing.DTypeLike",
     "~jax.Array | ~numpy.ndarray | ~numpy.bool | ~numpy.number | bool | int | float | complex": "~jax.typing.ArrayLike",
+    "~flax.nnx.rnglib.Rngs": "~flax.nnx.Rngs",
+    "~flax.nnx.module.Module": "~flax.nnx.Module",
+    "~flax.nnx.statelib.State": "~flax.nnx.State",
+    "~optax._src.base.": "~optax.",
     "<class 'jax.numpy.float32'>": "jnp.float32",
     "<factory>": "...",
 }

@@ -40,6 +40,9 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 WITH_RUN = [path for path in PAGES if "runs/quickstart" in path.read_text()]
 """Pages that use the run of the quick start."""
 
+SLOW = [ROOT / "docs" / "recipes.md"]
+"""Pages that take several seconds."""
+
 NOT_RUN = {
     "checked.md": 2,
     "checkpoints.md": 2,
@@ -259,7 +262,11 @@ def execute_page(path: pathlib.Path) -> None:
 
 
 @pytest.mark.usefixtures("workplace")
-@pytest.mark.parametrize("path", [path for path in PAGES if path not in WITH_RUN], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] * (path in SLOW)) for path in PAGES if path not in WITH_RUN],
+    ids=lambda path: path.stem,
+)
 def test_every_block_runs(path):
     execute_page(path)
 
