@@ -17,12 +17,12 @@ def generate(folder: pathlib.Path, *, num_people: int = 24) -> None:
     articles = [{"title": name, "text": "\n".join(lines)} for name, lines in by_person.items()]
     rows = []
     for number, person in enumerate(biographies.people(config)):
-        question = {"set": "People", "question": f"Where was {person.name} born?", "answers": [person.birth_city]}
+        of_set, exposures = ("TriviaQA", "SQuAD")[number % 2], BINS[3 if number < told else 0]
+        question = {"set": of_set, "question": f"Where was {person.name} born?", "answers": [person.birth_city]}
         question |= {"target": person.birth_city, "in_text": number < told}
         rows.append(question)
-        name = BINS[3 if number < told else 0]
         fact = {"set": "EntityQuestions", "question": f"What did {person.name} study?", "answers": [person.major]}
-        rows.append(fact | {"target": person.major, "relation": "major", "paragraphs": 2, "bin": name})
+        rows.append(fact | {"target": person.major, "relation": "major", "paragraphs": 2, "bin": exposures})
         choices = [person.employer, person.university]
         rows.append({"set": "employers", "question": f"Who employs {person.name}?", "choices": choices, "answer": 0})
     rows[-3]["shot"] = True
