@@ -5,6 +5,7 @@ The set is read from a file that its user gives (JSON lines with relation, subje
 """
 
 import collections
+import itertools
 import json
 import lzma
 import math
@@ -116,6 +117,7 @@ def prepare(source: pathlib.Path, target: pathlib.Path, *, vocab_size: int, seed
         tokens=tokens,
         answers=np.array(ends, np.uint8),
         relations=np.array([facts[place].relation for place in kept]),
+        subjects=np.array([facts[place].subject for place in kept]),
         accepted=np.array([json.dumps(facts[place].answers, ensure_ascii=False) for place in kept]),
         tokenizer=np.array(json.dumps(tokenizer.to_state(), ensure_ascii=False)),
     )
@@ -157,8 +159,11 @@ class Questions(NamedTuple):
         return sum(best(exact_match, commonest[groups[fact]], self.accepted[fact]) for fact in facts) / len(facts)
 
 
-def question_rows(path: pathlib.Path, count: int | None) -> Questions:
+def question_rows(path: pathlib.Path, count: int | None, told: int | None = None) -> Questions:
     """The first `count` facts (all for None). Training never asks the questions of every second fact.
+
+    With `told` only so many are told in training; of the others those are kept whose subject is neither the subject nor
+    an answer of a fact that is.
 
     Raises:
         DataError: the file is missing or holds fewer facts.
@@ -169,19 +174,24 @@ def question_rows(path: pathlib.Path, count: int | None) -> Questions:
         arrays = {name: file[name] if name == "tokenizer" else file[name][:count] for name in file.files}
     if count is not None and len(arrays["tokens"]) < count:
         raise DataError(f"{path}: holds {len(arrays['tokens']):,} facts, fewer than the {count:,} that are asked for")
+    if told is not None:
+        known = {*arrays["subjects"][:told], *itertools.chain(*map(json.loads, arrays["accepted"][:told]))}
+        keep = [place < told or subject not in known for place, subject in enumerate(arrays["subjects"])]
+        arrays |= {name: array[keep] for name, array in arrays.items() if name != "tokenizer"}
     names = tuple(STATEMENTS)
     groups = np.array([names.index(relation) for relation in arrays["relations"]], np.int32)
     accepted = [json.loads(answers) for answers in arrays["accepted"]]
     tokenizer = Tokenizer.from_state(json.loads(str(arrays["tokenizer"])))
-    told = [(relation, answers[0]) for relation, answers in zip(groups.tolist(), accepted, strict=True)]
-    often, of_relation = collections.Counter(told), collections.Counter(groups.tolist())
+    pairs = [(relation, answers[0]) for relation, answers in zip(groups.tolist(), accepted, strict=True)]
+    often, of_relation = collections.Counter(pairs), collections.Counter(groups.tolist())
     rows = FactRows(
         tokens=arrays["tokens"].astype(np.int32),
         answers=arrays["answers"].astype(np.int32),
         first_wording=np.arange(len(groups), dtype=np.int32) % 2,
         groups=groups,
-        bits=np.array([math.log2(of_relation[fact[0]] / often[fact]) for fact in told]),
+        bits=np.array([math.log2(of_relation[fact[0]] / often[fact]) for fact in pairs]),
         group_names=names,
         vocab_size=tokenizer.vocab_size,
+        told=(np.arange(len(groups)) < (len(groups) if told is None else told)).astype(np.int32),
     )
     return Questions(rows, accepted, tokenizer)

@@ -29,6 +29,8 @@ class FactRows(NamedTuple):
     """[facts]: information of the answer for who knows how often each answer occurs, and nothing else."""
     group_names: tuple[str, ...]
     vocab_size: int
+    told: Ints
+    """[facts]: how often training tells each fact in an epoch; 0 for what only tests ask about."""
 
     @property
     def length(self) -> int:
@@ -36,8 +38,11 @@ class FactRows(NamedTuple):
         return self.tokens.shape[2] - 1
 
 
-def biography_rows(config: BiographiesConfig) -> FactRows:
-    """The six facts of every person in the library's five wordings; each word is a token."""
+def biography_rows(config: BiographiesConfig, told: Sequence[int] = (1,)) -> FactRows:
+    """The six facts of every person in the library's five wordings; each word is a token.
+
+    An epoch tells those of person i as often as `told[i % len(told)]` says.
+    """
     people = biographies.people(config)
     names = [person.name.split() for person in people]
     values = {name: [person.value(name).split() for person in people] for name in biographies.attribute_names}
@@ -72,6 +77,7 @@ def biography_rows(config: BiographiesConfig) -> FactRows:
         bits=np.tile([math.log2(choices) for choices in _choices().values()], num_people),
         group_names=biographies.attribute_names,
         vocab_size=EOS + 1 + len(number),
+        told=np.repeat(np.resize(np.array(told, np.int32), num_people), num_attributes),
     )
 
 
@@ -98,13 +104,14 @@ def _choices() -> dict[str, int]:
 def draw_order(rows: FactRows, *, batch_size: int, steps: int, seed: int) -> Ints:
     """Which row (fact x wordings + wording) stands where in each batch, [steps, batch_size].
 
-    All facts are shuffled anew in every epoch, and every exposure draws its wording.
+    All that is told is shuffled anew in every epoch, and every exposure draws its wording.
     """
     rng = np.random.default_rng([seed, 3])
-    num_facts, num_wordings = rows.tokens.shape[:2]
+    num_wordings = rows.tokens.shape[1]
+    told = np.repeat(np.arange(len(rows.told)), rows.told)
     count = steps * batch_size
-    epochs = -(-count // num_facts)
-    fact = np.concatenate([rng.permutation(num_facts) for _ in range(epochs)])[:count]
+    epochs = -(-count // len(told))
+    fact = np.concatenate([told[rng.permutation(len(told))] for _ in range(epochs)])[:count]
     first = rows.first_wording[fact]
     wording = first + (rng.random(count) * (num_wordings - first)).astype(np.int64)
     return (fact * num_wordings + wording).astype(np.int32).reshape(steps, batch_size)

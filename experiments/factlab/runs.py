@@ -60,6 +60,8 @@ class Run:
     perfect_address: bool = False
     without: str = ""
     """What the memory layers are left without: gate_proj or value_proj."""
+    measure: str = ""
+    """What is measured of the trained model beside recall: guessing (see guessing.py)."""
     seconds: float = 60.0
     """A guess, for the first run of its kind; later ones are judged by those before."""
 

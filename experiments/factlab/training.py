@@ -105,6 +105,7 @@ class FactTrainer:
         picks = config.model.memory.picks if perfect_address and config.model.memory else 0
         slots = config.model.memory.num_slots if config.model.memory else 1
         num_facts = len(rows.tokens)
+        self.longest = int((rows.answers[:, 0, 1] - rows.answers[:, 0, 0]).max())
         self.test_rows = min(TEST_ROWS, num_facts)
         self.on_device = DeviceRows(
             tokens=jnp.asarray(rows.tokens.reshape(-1, rows.tokens.shape[-1])),
@@ -116,7 +117,7 @@ class FactTrainer:
         self._init = jax.jit(lambda key: begun.begin(*begun.parts.init(key)), **options)
         self._steps = jax.jit(self._run_steps, donate_argnums=0, **options)
         self._test = jax.jit(self._answer, **options)
-        self._write = jax.jit(self._write_some, **options)
+        self._write = jax.jit(self.write, **options)
 
     def run(
         self,
@@ -132,7 +133,7 @@ class FactTrainer:
 
         Args:
             rates: highest rates.
-            exposures: how often each fact is read, on average.
+            exposures: how often each fact is read, on average; epochs where some are told more often than others.
             seed: of initialisation and data order.
             deadline: `time.time()` at which the run must have ended.
             tell: takes lines of progress.
@@ -142,8 +143,8 @@ class FactTrainer:
             OutOfTime: the deadline would be missed.
         """
         begin = time.perf_counter()
-        batch_size, num_facts = self.config.data.batch_size, len(self.rows.tokens)
-        steps = max(1, round(exposures * num_facts / batch_size / CHUNK)) * CHUNK
+        batch_size, told = self.config.data.batch_size, int(self.rows.told.sum())
+        steps = max(1, round(exposures * told / batch_size / CHUNK)) * CHUNK
         order = draw_order(self.rows, batch_size=batch_size, steps=steps, seed=seed)
         by_step = np.stack([rate_by_step(rate, steps) for rate in rates], axis=1)
         state = jax.block_until_ready(self._init(jax.random.key(seed)))
@@ -178,8 +179,8 @@ class FactTrainer:
         counts = count_parameters(self.program.parts)
         return {
             "steps": steps,
-            "exposures": steps * batch_size / num_facts,
-            "facts": num_facts,
+            "exposures": steps * batch_size / told,
+            "facts": int((self.rows.told > 0).sum()),
             "tokens": steps * tokens_per_step,
             "training_flops": steps * tokens_per_step * flops_per_token,
             "flops_per_token": flops_per_token,
@@ -207,18 +208,18 @@ class FactTrainer:
 
     def summary(self, found: Answers) -> dict[str, Any]:
         """Recall, and the bits that the model has stored: of each answer what it knows more than its prior."""
-        kept = self.rows.first_wording > 0
-        stored = float(np.sum(self.rows.bits - found.nats / np.log(2)))
-        summary = {"recall": float(found.correct.mean()), "stored_bits": stored}
+        kept, told = self.rows.first_wording > 0, self.rows.told > 0
+        stored = float(np.sum(self.rows.bits - found.nats / np.log(2), where=told))
+        summary = {"recall": float(found.correct[told].mean()), "stored_bits": stored}
         if kept.any():
-            shares = {"recall_asked": found.correct[~kept], "recall_held_out": found.correct[kept]}
+            shares = {"recall_asked": found.correct[told & ~kept], "recall_held_out": found.correct[told & kept]}
             summary |= {name: float(part.mean()) for name, part in shares.items()}
         return summary
 
     def by_group(self, found: Answers) -> dict[str, float]:
         """Recall of each attribute or relation; of the facts that training never asks about, where there are some."""
-        kept = self.rows.first_wording > 0
-        counted = kept if kept.any() else ~kept
+        kept, told = self.rows.first_wording > 0, self.rows.told > 0
+        counted = told & (kept if kept.any() else ~kept)
         chosen = {name: counted & (self.rows.groups == place) for place, name in enumerate(self.rows.group_names)}
         return {name: float(found.correct[rows].mean()) for name, rows in chosen.items() if rows.any()}
 
@@ -234,11 +235,10 @@ class FactTrainer:
                 written[fact] = row[begin:]
         return written
 
-    def _write_some(self, params: Any, tables: Any, tokens: Array, begins: Array) -> Array:
+    def write(self, params: Any, tables: Any, tokens: Array, begins: Array) -> Array:
         """The rows with what the model writes from `begins` on; each token is likeliest after those before it."""
         model = self.program.parts.assemble(params, tables)
-        longest = int((self.rows.answers[:, 0, 1] - self.rows.answers[:, 0, 0]).max())
-        return write_greedily(model, tokens, begins, longest)
+        return write_greedily(model, tokens, begins, self.longest)
 
     def _of_the_table(self, state: TrainState) -> dict[str, Any]:
         """What shows whether the tables are used: slots read in the last part of the training, recall without them."""

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from factlab import training
+from factlab import guessing, training
 from factlab.entity_questions import question_rows
 from factlab.rows import biography_rows
 from factlab.steps import OutOfTime
@@ -62,8 +62,13 @@ class Model:
     def __init__(self, task: Task):
         facts = task["facts"]
         # Generated people, or a file of real facts.
-        self.questions = None if "people" in facts else question_rows(pathlib.Path(facts["file"]), facts["count"])
-        rows = self.questions.rows if self.questions else biography_rows(BiographiesConfig(num_people=facts["people"]))
+        self.questions, told = None, facts.get("told")
+        if "people" in facts:
+            told = [1] if told is None else [int(times) for times in told.split("-")]
+            rows = biography_rows(BiographiesConfig(num_people=facts["people"]), told)
+        else:
+            self.questions = question_rows(pathlib.Path(facts["file"]), facts["count"], told)
+            rows = self.questions.rows
         sizes = ["--model.vocab_size", str(rows.vocab_size), "--data.sequence_length", str(rows.length)]
         config = load(RunConfig, pathlib.Path(task["config"]), [*sizes, *task["settings"]])
         self.trainer = training.FactTrainer(
@@ -77,15 +82,21 @@ class Model:
             seed=task["seed"],
             deadline=task["deadline"],
             tell=lambda line: print(f"[{task['name']}] {line}", file=sys.stderr, flush=True),
-            examine=self._ask,
+            examine=lambda state: self._ask(state) | self._measure(task, state),
         )
 
     def _ask(self, state: TrainState) -> dict[str, Any]:
         """Questions that training never asked, answered freely; of generated people the test of all facts is enough."""
         if self.questions is None:
             return {}
-        kept = np.flatnonzero(self.questions.rows.first_wording > 0)[:MAX_ASKED]
+        rows = self.questions.rows
+        kept = np.flatnonzero((rows.first_wording > 0) & (rows.told > 0))[:MAX_ASKED]
         return self.questions.grade(self.trainer.write_answers(state, kept))
+
+    def _measure(self, task: Task, state: TrainState) -> dict[str, Any]:
+        if task["measure"] != "guessing":
+            return {}
+        return {"guessing": guessing.measure(self.trainer, state, epochs=task["exposures"])}
 
 
 def environment() -> dict[str, Any]:

@@ -92,6 +92,8 @@ def table_gradients(
 class LayerRun(NamedTuple):
     """A layer that reads tables, at work on tokens."""
 
+    inputs: Float[Array, "b s dim"]
+    """What it is given."""
     reads: SlotReads
     combine: Callable[[Float[Array, "t d"]], Float[Array, "b s dim"]]
     """Its output from its sum of rows; affine."""
@@ -121,10 +123,10 @@ def _layer_run(block: Block, inputs: Array, tables: tuple[ValueTable, ...], read
     plain = lambda inputs, bag: bag.reshape(inputs.shape).astype(inputs.dtype)
     combine, out = functools.partial(getattr(layer, "combine", plain), inputs), layer(inputs, *tables)
     if block.norm_placement == "pre":
-        return LayerRun(reads, combine, out)
+        return LayerRun(inputs, reads, combine, out)
     normed = out if block.feed_forward is None else out + block.feed_forward(inputs)
     through = lambda vector: through_norm(block.mixer_norm, vector, normed)
-    return LayerRun(reads, lambda bag: through(combine(bag)), through(out))
+    return LayerRun(inputs, reads, lambda bag: through(combine(bag)), through(out))
 
 
 def through_norm(norm: RMSNorm, vector: Float[Array, "*t dim"], x: Float[Array, "*t dim"]) -> Float[Array, "*t dim"]:

@@ -72,21 +72,29 @@ class ProductKeys(nnx.Module):
             ValueError: x is of another width.
         """
         check_width(type(self).__name__, x, self.dim)
+        return self.lookup(self.queries(x))
+
+    def queries(self, x: Float[Array, "*b dim"]) -> Float[Array, "t width"]:
+        """Projected queries, num_heads * key_dim numbers for each token; batch axes are folded into tokens."""
         x, kernel, bias = promote_dtype((fold(x), self.query_kernel[...], self.query_bias[...]), dtype=self.dtype)
-        return self.lookup(x @ kernel + bias[None, :])
+        return x @ kernel + bias[None, :]
 
     def lookup(self, queries: Float[Array, "t width"]) -> Lookup:
-        """The slots of projected queries, num_heads * key_dim numbers for each token."""
+        """The slots of projected queries."""
+        scores, slots = self.search(queries)
+        weights = jax.nn.softmax(self.score_scale * scores, axis=-1)
+        shape = queries.shape[0], self.picks
+        return Lookup(slots.reshape(shape), weights.reshape(shape))
+
+    def search(self, queries: Float[Array, "t width"]) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
+        """Scores of each head for projected queries, best first and without `score_scale`, and slots."""
         queries, keys = promote_dtype((queries, self.keys[...]), dtype=self.dtype)
         tokens = queries.shape[0]
         if self.qk_norm:
             halves = queries.reshape(tokens, self.num_heads, 2, self.key_dim // 2)
             queries, keys = unit_length(halves), unit_length(keys)
         queries = queries.reshape(tokens, self.num_heads, self.key_dim)
-        scores, slots = sharded.search(queries, keys, self.top_k, implementation=self.implementation)
-        weights = jax.nn.softmax(self.score_scale * scores, axis=-1)
-        shape = tokens, self.picks
-        return Lookup(slots.reshape(shape), weights.reshape(shape))
+        return sharded.search(queries, keys, self.top_k, implementation=self.implementation)
 
 
 def check_width(layer: str, x: Float[Array, "*b width"], dim: int) -> None:

@@ -70,6 +70,18 @@ def test_every_second_question_is_kept_from_the_training(found):
     assert found.rows.first_wording.tolist() == [0, 1, 0, 1, 0]
 
 
+def test_what_is_not_told_has_other_subjects_than_what_is(source, found):
+    rows, target = found.rows, source.with_name("facts.npz")
+    known = {answer for accepted in found.accepted[:2] for answer in accepted}
+    part = entity_questions.question_rows(target, None, told=2)
+    assert part.rows.told.tolist() == [1, 1, *[0] * (len(part.rows.told) - 2)]
+    with np.load(target) as file:
+        subjects = file["subjects"].tolist()
+    kept = [place for place in range(5) if place < 2 or subjects[place] not in {*subjects[:2], *known}]
+    np.testing.assert_array_equal(part.rows.tokens, rows.tokens[kept])
+    assert rows.told.tolist() == [1] * 5
+
+
 def test_an_answer_counts_as_for_squad_and_any_accepted_one_does(found):
     place = next(i for i, accepted in enumerate(found.accepted) if "Jane Austen" in accepted)
     assert found.accepted[place] == ["Jane Austen", "J. Austen"]

@@ -47,4 +47,6 @@ def test_every_epoch_shows_every_fact_once_in_a_wording_that_training_may_show(r
         assert sorted(fact[180 * epoch : 180 * (epoch + 1)]) == list(range(180))
     assert set(wording[fact % 2 == 0]) == {0, 1, 2, 3, 4}
     assert set(wording[fact % 2 == 1]) == {1, 2, 3, 4}
+    often = draw_order(biography_rows(CONFIG, told=(0, 1, 4)), batch_size=30, steps=20, seed=1).reshape(-1) // 5
+    assert np.bincount(often, minlength=180).reshape(10, 3, 6).tolist() == [[[0] * 6, [2] * 6, [8] * 6]] * 10
     assert (order != draw_order(kept, batch_size=18, steps=40, seed=2)).any()
