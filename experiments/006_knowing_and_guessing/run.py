@@ -149,11 +149,11 @@ def outputs(groups: dict[str, Rows]) -> str:
     head += tuple(f"wrong at {share}" for share in ("50 %", "80 %", "95 %"))
     lines = []
     for family, runs in groups.items():
-        cells = [spread(runs, _at("signals", signal, most), ".3f") for signal in OUTPUTS]
-        cells += [spread(runs, _at("signals", "answer", against), ".3f") for against in ("known", "right")]
-        cells += [spread(runs, _at("calibration_error"), ".3f")]
-        cells += [spread(runs, _at("levels", "0", "calibration_error"), ".3f")]
-        cells += [spread(runs, _at("wrong_at", share)) for share in ("0.5", "0.8", "0.95")]
+        cells = [_spread(runs, _at("signals", signal, most), ".3f") for signal in OUTPUTS]
+        cells += [_spread(runs, _at("signals", "answer", against), ".3f") for against in ("known", "right")]
+        cells += [_spread(runs, _at("calibration_error"), ".3f")]
+        cells += [_spread(runs, _at("levels", "0", "calibration_error"), ".3f")]
+        cells += [_spread(runs, _at("wrong_at", share)) for share in ("0.5", "0.8", "0.95")]
         lines.append((f"`{family}`", *cells))
     return markdown(head, lines)
 
@@ -184,6 +184,11 @@ def memories(groups: dict[str, Rows]) -> str:
 def _at(*path: str) -> Callable[[Result], Any]:
     """What stands at a path of what was measured."""
     return lambda row: functools.reduce(operator.getitem, path, row["guessing"])
+
+
+def _spread(runs: Rows, value: Callable[[Result], Any], form: str = ".1%") -> str:
+    """Mean, lowest and highest; nothing where a run has no figure, as where it answers nothing right."""
+    return "" if any(value(row) is None for row in runs) else spread(runs, value, form)
 
 
 def _mean(runs: Rows, value: Callable[[Result], Any], form: str) -> str:
