@@ -173,6 +173,7 @@ def test_the_dense_equivalent_is_read_off_the_line_through_the_dense_models(tmp_
     assert (tmp_path / "learning.png").exists()
     assert "| `memory_plus` | 50% |" in text.replace("100%", "50%")
     assert "-0.500 ± 0.023, better" in text
+    assert "| Memory+, 1,048,576 slots | 1.00 |" in tables.summary(rows)
 
 
 @pytest.mark.parametrize("left_out", ["full", "grid", "ablations", "large", "long"])

@@ -16,10 +16,22 @@ Families = dict[str, list[Result]]
 
 COMPARED = ("full", "134m", "seeds")
 """Stages whose runs read the same text equally often."""
-ORDER = (
-    *("dense_x1", "dense_x2", "moe", "peer", "memory", "memory_plus_small", "memory_plus", "memory_plus_large"),
-    *("134m_dense", "134m_dense_x2", "134m_moe", "134m_memory_plus"),
-)
+NAMES = {
+    "dense_x1": "dense",
+    "dense_x2": "dense, twice the arithmetic",
+    "moe": "mixture of 16 experts",
+    "peer": "PEER, 524,176 experts",
+    "memory": "one memory layer, 1,048,576 slots",
+    "memory_plus_small": "Memory+, three layers share 65,536 slots",
+    "memory_plus": "Memory+, 1,048,576 slots",
+    "memory_plus_large": "Memory+, 4,194,304 slots",
+    "134m_dense": "dense of 134m",
+    "134m_dense_x2": "dense of 134m, twice the arithmetic",
+    "134m_moe": "mixture of 16 experts of 134m",
+    "134m_memory_plus": "Memory+ of 134m, 1,048,576 slots",
+}
+ORDER = tuple(NAMES)
+"""Order of the families in tables."""
 DENSE = ("dense_x1", "dense_x2", "134m_dense", "134m_dense_x2")
 """The dense models of both sizes, which are one series: the one of 134m has 4.1 times the arithmetic of dense_x1."""
 DRAWS = 2000
@@ -60,11 +72,7 @@ COMPARISONS = ("bits per byte, held out", "bits per byte, training articles", f"
 
 def report(rows: list[Result], folder: pathlib.Path) -> str:
     """All tables, and the figure."""
-    measured = sorted(
-        (row for row in rows if row["stage"] in COMPARED and row["family"] in ORDER),
-        key=lambda row: (ORDER.index(row["family"]), row["seed"]),
-    )
-    families = {key[0]: runs for key, runs in grouped(measured, lambda row: (row["family"],)).items()}
+    families = families_of(rows)
     parts: list[str] = []
     if families:
         figure(families, folder / "learning.png")
@@ -76,6 +84,15 @@ def report(rows: list[Result], folder: pathlib.Path) -> str:
     parts += large([row for row in rows if row["stage"] == "large"])
     parts += grid([row for row in rows if row["stage"] == "grid"])
     return "\n\n".join(parts) or NOT_RUN
+
+
+def families_of(rows: list[Result]) -> Families:
+    """The runs that read the same text equally often, by family."""
+    measured = sorted(
+        (row for row in rows if row["stage"] in COMPARED and row["family"] in ORDER),
+        key=lambda row: (ORDER.index(row["family"]), row["seed"]),
+    )
+    return {key[0]: runs for key, runs in grouped(measured, lambda row: (row["family"],)).items()}
 
 
 def headline(families: Families) -> list[str]:
@@ -400,6 +417,29 @@ def grid(rows: list[Result]) -> list[str]:
     ]
     head = ("family", "lr", "of tables", "bits per byte, held out", f"nats, {IN_TEXT}")
     return [f"Grid, {rows[0]['epochs']:.2f} epochs, one seed:", markdown(head, lines)]
+
+
+def summary(rows: list[Result]) -> str:
+    """The table of the repository's README; nothing without results."""
+    families = families_of(rows)
+    if "dense_x1" not in families:
+        return NOT_RUN
+    head = ("model", "arithmetic a token", "parameters", "bits per byte, held out", "nats, answers in the text")
+    head += ("nats, facts of 4 or more paragraphs",)
+    unit = families["dense_x1"][0]["flops_per_token"]
+    lines = [
+        (
+            NAMES[name],
+            f"{runs[0]['flops_per_token'] / unit:.2f}",
+            millions(runs[0]["parameters"]["total"]),
+            spread(runs, bits("held_out"), ".3f"),
+            spread(runs, nats(IN_TEXT), ".2f"),
+            spread(runs, nats(BINS[-1]), ".2f"),
+        )
+        for name, runs in families.items()
+    ]
+    picture = "![loss against tokens and arithmetic, answers by exposures](experiments/004_real_text/learning.png)"
+    return f"{picture}\n\n{markdown(head, lines)}"
 
 
 def figure(families: Families, path: pathlib.Path) -> None:
