@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from factlab.entity_questions import Fact
 from factlab.steps import Rates
-from realtext import corpus, generated, grading, prepare, tables, training, worker
+from realtext import comparisons, corpus, generated, grading, measures, prepare, tables, training, worker
 
 from memjax.config.data import DataConfig
 from memjax.config.memory import MemoryConfig
@@ -134,7 +134,7 @@ def test_choices_and_answers_are_graded_by_hand():
 
 def result(family, seed, loss, flops, **more):
     """A made-up result."""
-    groups = {"in the text": 3 * loss, "not in the text": 4.0} | dict.fromkeys(tables.SQUAD, 3 * loss)
+    groups = {"in the text": 3 * loss, "not in the text": 4.0} | dict.fromkeys(measures.SQUAD, 3 * loss)
     groups |= dict.fromkeys(prepare.BINS, loss)
     marks = {name: {"questions": 10, "exact_match": 0.1, "f1": 0.2} for name in groups}
     point = lambda tokens, loss: {
@@ -163,8 +163,8 @@ def test_the_dense_equivalent_is_read_off_the_line_through_the_dense_models(tmp_
     rows += [result("dense_x2", 0, 3.0, 2e6), result("134m_dense", 0, 2.0, 4e6), result("memory_plus", 0, 3.5, 1e6)]
     families = {name: [row for row in rows if row["family"] == name] for name in ("dense_x1", "dense_x2", "134m_dense")}
     families["memory_plus"] = rows[-1:]
-    shown = tables.equivalent(
-        families, ["dense_x1", "dense_x2", "134m_dense"], "memory_plus", tables.bits("held_out"), tables._flops
+    shown = comparisons.equivalent(
+        families, ["dense_x1", "dense_x2", "134m_dense"], "memory_plus", measures.bits("held_out"), comparisons._flops
     )
     middle, low, high = (float(word.strip("()")) for word in shown.replace(" to", "").split())
     assert middle == pytest.approx(2**0.5, abs=0.01)
