@@ -28,7 +28,7 @@ from memjax.ops.row_update.api import check_state, row_update
 from memjax.ops.row_update.rules import RowRule, RowStep, TableState
 from memjax.ops.shapes import require
 from memjax.ops.table import Table
-from memjax.sharding.axes import has_memory_axis, over_mesh, unsharded
+from memjax.sharding.axes import alike_over_tensor, has_memory_axis, over_mesh, unsharded
 from memjax.sharding.rules import BAGS, COLUMNS, DATA, MEMORY, REPLICATED, TOKENS
 
 
@@ -40,7 +40,7 @@ def search(
     implementation: str | None = None,
 ) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
     """`product_key_search`, each device for its own tokens."""
-    run = partial(product_key_search, top_k=top_k, implementation=implementation)
+    run = alike_over_tensor(partial(product_key_search, top_k=top_k, implementation=implementation))
     if not has_memory_axis():
         return unsharded(run, queries)(queries, keys)
     return over_mesh(run, (TOKENS, REPLICATED), (TOKENS, TOKENS))(queries, keys)
@@ -70,7 +70,7 @@ def bag(
         )
     run = partial(embedding_bag, implementation=implementation)
     if not has_memory_axis():
-        out = unsharded(run, indices)(table, indices, weights)
+        out = unsharded(alike_over_tensor(run), indices)(table, indices, weights)
         return out if perturbation is None else out + perturbation
 
     def local(table: Table | Array, indices: Array, weights: Array, *perturbations: Array) -> Array:
@@ -80,7 +80,7 @@ def bag(
 
     perturbations = () if perturbation is None else (perturbation,)
     specs = (COLUMNS, TOKENS, TOKENS, *(BAGS for _ in perturbations))
-    return over_mesh(local, specs, TOKENS)(table, indices, weights, *perturbations)
+    return over_mesh(alike_over_tensor(local), specs, TOKENS)(table, indices, weights, *perturbations)
 
 
 def dot(
@@ -105,7 +105,7 @@ def dot(
         )
     run = partial(embedding_dot, implementation=implementation)
     if not has_memory_axis():
-        out = unsharded(run, indices)(table, indices, vectors)
+        out = unsharded(alike_over_tensor(run), indices)(table, indices, vectors)
         return out if perturbation is None else out + perturbation, vectors
 
     def local(table: Table | Array, indices: Array, vectors: Array, *perturbations: Array) -> tuple[Array, Array]:
@@ -116,7 +116,7 @@ def dot(
 
     perturbations = () if perturbation is None else (perturbation,)
     specs = (COLUMNS, TOKENS, TOKENS, *(TOKENS for _ in perturbations))
-    return over_mesh(local, specs, (TOKENS, BAGS))(table, indices, vectors, *perturbations)
+    return over_mesh(alike_over_tensor(local), specs, (TOKENS, BAGS))(table, indices, vectors, *perturbations)
 
 
 def update_rows(
@@ -158,8 +158,8 @@ def update_rows(
     check_state(table, state, rule)
     checks.refuse(checks.one_of(("auto", *get_args(row_exchange.Exchange)), exchange=exchange))
     if not has_memory_axis():
-        run = partial(row_update, rule=rule, implementation=implementation)
-        return unsharded(run, table)(table, state, gradients, step=step)
+        run = lambda *arguments: row_update(*arguments, implementation=implementation)
+        return unsharded(alike_over_tensor(run), table)(table, state, gradients, rule, step)
 
     axes = jax.sharding.get_abstract_mesh().shape
     sizes = {"data_axis": axes[DATA], "memory_axis": axes[MEMORY]}
@@ -179,7 +179,7 @@ def update_rows(
 
     factors = RowGradient._make((TOKENS, TOKENS, BAGS))
     specs = (COLUMNS, COLUMNS, [factors] * len(gradients), REPLICATED)
-    return over_mesh(local, specs, (COLUMNS, COLUMNS))(table, state, list(gradients), step)
+    return over_mesh(alike_over_tensor(local), specs, (COLUMNS, COLUMNS))(table, state, list(gradients), step)
 
 
 def _gather_gradient(gradient: RowGradient, *, whole_mesh: bool) -> RowGradient:

@@ -142,11 +142,11 @@ def unfold(tokens: Float[Array, "t d"], x: Float[Array, "*b dim"]) -> Float[Arra
 def over_mesh(function: Callable, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """shard_map over the ambient mesh. Collectives' results are not checked for their types: kernels carry none.
 
-    Under an Auto mesh `tensor` stays automatic. Nothing is split over it inside: devices of a tensor group do the same
-    work on the same tokens, with no collective between them. (A manual axis would cost one for each gradient: without
-    types, shard_map cannot know that these are equal, and sums them up.) For a memory that means that a group reads the
-    rows of its tokens on each of its devices; in return the replicas of a table see all picks as it is, and row updates
-    need no exchange over `tensor`.
+    Under an Auto mesh `tensor` stays automatic. What is `alike_over_tensor` is not split over it inside: devices of a
+    tensor group do the same work on the same tokens, with no collective between them. (A manual axis would cost one for
+    each gradient: without types, shard_map cannot know that these are equal, and sums them up.) For a memory that means
+    that a group reads the rows of its tokens on each of its devices; in return the replicas of a table see all picks as
+    it is, and row updates need no exchange over `tensor`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     left = {TENSOR} if mesh.shape.get(TENSOR, 1) > 1 and not is_explicit() else set()
@@ -162,6 +162,23 @@ def over_mesh(function: Callable, in_specs: Any, out_specs: Any) -> Callable[...
         return mapped(*jax.tree.map(lay_out, in_specs, arguments, is_leaf=lambda spec: isinstance(spec, P)))
 
     return placed
+
+
+def alike_over_tensor(function: Callable) -> Callable:
+    """The function, with arguments, results and their gradients replicated over `tensor`, where the mesh has it.
+
+    It is for what is left to XLA inside `over_mesh`, or on a mesh of `tensor` alone. XLA would carry the layout of a
+    neighbouring projection into it: split a table by columns, and gather all of it after every update.
+    """
+
+    def alike(*arguments: Any) -> Any:
+        sizes = automatic_sizes()
+        if sizes.get(TENSOR, 1) == 1 or math.prod(sizes.values()) > sizes[TENSOR] or is_explicit():
+            return function(*arguments)
+        replicate = partial(jax.tree.map, lambda leaf: place(leaf, REPLICATED) if isinstance(leaf, Array) else leaf)
+        return replicate(function(*replicate(arguments)))
+
+    return alike
 
 
 def unsharded(function: Callable, like: Array) -> Callable:

@@ -1,5 +1,6 @@
 """The operations of a memory layer on meshes equal the plain ones."""
 
+import math
 import re
 from functools import cache
 
@@ -27,8 +28,8 @@ every_mesh = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape
 
 
 def make_mesh(shape, axis_type=AxisType.Auto, names=("data", "memory")):
-    assert jax.device_count() >= shape[0] * shape[1]
-    devices = jax.devices()[: shape[0] * shape[1]]
+    assert jax.device_count() >= math.prod(shape)
+    devices = jax.devices()[: math.prod(shape)]
     return jax.make_mesh(shape, names, axis_types=(axis_type,) * len(names), devices=devices)
 
 
@@ -290,3 +291,34 @@ def test_layer_runs_and_trains_under_a_users_mesh(axis_type, names, spec):
     np.testing.assert_allclose(outputs, expected_outputs, rtol=2e-5, atol=1e-5)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(rows, expected_rows, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (2, 1, 2)], ids=lambda shape: "x".join(map(str, shape)))
+def test_the_layout_of_a_projection_over_tensor_is_not_carried_into_the_table(shape):
+    mesh, rule = make_mesh(shape, names=("data", "memory", "tensor")), RowRule(kind="sgd")
+
+    def train(table, project, indices, weights, perturbation):
+        def loss(weights, perturbation):
+            return jnp.sum(jnp.sin(sharded.bag(table, indices, weights, perturbation) @ project))
+
+        d_weights, vectors = jax.grad(loss, (0, 1))(weights, perturbation)
+        gradient = RowGradient(indices, weights, vectors)
+        return d_weights, sharded.update_rows(table, {}, [gradient], rule, row_step(0.1, 0))[0]
+
+    table, indices, weights, vectors = (
+        jnp.asarray(array, jnp.int32 if i == 1 else "float32") for i, array in enumerate(draw())
+    )
+    split = NamedSharding(mesh, P("tensor"))  # as the projection behind a bag: its inputs are the table's columns
+    project = jax.device_put(jnp.ones((COLUMNS, COLUMNS)), split)
+    with jax.set_mesh(mesh):
+        text = jax.jit(train).lower(table, project, indices, weights, jnp.zeros_like(vectors)).compile().as_text()
+    assert text is not None
+    collective = r"(\S+) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\("
+    shapes = re.findall(r"= \(?" + collective, text)
+    assert shapes
+    assert not any(shape.startswith((f"f32[{ROWS},", f"f32[{ROWS * COLUMNS}")) for shape in shapes)
+    # Picks are summed in a loop, each device for itself: collectives of the runtime have no order with those outside.
+    loops = set(re.findall(r"body=(%\S+?)[,\s]", text))
+    inside = [part for part in text.split("\n\n") if part.split(" ")[0] in loops]
+    assert loops
+    assert not any(re.search(collective, part) for part in inside)
