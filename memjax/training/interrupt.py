@@ -26,6 +26,9 @@ SIGNALS = tuple(
 )
 """What schedulers, terminals and people send to end a program."""
 
+MAY_BE_IGNORED = [number for number in SIGNALS if number.name in ("SIGHUP", "SIGINT")]
+"""Where these are ignored from the start, they stay so: under nohup, and in the background of a script."""
+
 SAVED, NOTHING_SAVED, CHECKPOINT_TROUBLE = 75, 130, 4
 """Exit codes: the same command goes on from a checkpoint; there is none; one could not be written or read."""
 
@@ -134,8 +137,8 @@ def catch_interrupts(
 ) -> Iterator[Interrupt]:
     """Handles the signals while the block runs; outside of the main thread, where Python allows none, nothing changes.
 
-    Inside another such block the same `Interrupt` is used. SIGHUP stays ignored under nohup. The arguments are those of
-    `Interrupt`; `kind` is what the outermost block makes.
+    Inside another such block the same `Interrupt` is used. The arguments are those of `Interrupt`; `kind` is what the
+    outermost block makes.
     """
     outer = signal.getsignal(signal.SIGTERM)
     if isinstance(outer, Interrupt):
@@ -150,7 +153,7 @@ def catch_interrupts(
     there.setblocking(False)
     watcher = threading.Thread(target=_watch, args=[interrupt, here], name="memjax signals", daemon=True)
     watcher.start()
-    caught = [n for n in SIGNALS if n != getattr(signal, "SIGHUP", None) or signal.getsignal(n) != signal.SIG_IGN]
+    caught = [n for n in SIGNALS if n not in MAY_BE_IGNORED or signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, interrupt) for number in caught}
     interrupt.wakeup = there.fileno()
     fd_before = signal.set_wakeup_fd(interrupt.wakeup, warn_on_full_buffer=False)

@@ -85,14 +85,16 @@ def test_a_run_in_a_thread_does_without_signals():
     assert found == [(None, True)]
 
 
-def test_a_hangup_stays_ignored_under_nohup():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=["under nohup", "in the background of a script"])
+def test_what_is_ignored_from_the_start_stays_ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with catch_interrupts(at_once=False) as caught:
-            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), number)
             assert caught.name is None
+        assert signal.getsignal(number) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
 
 
 @pytest.mark.parametrize(("where", "code"), [("start", 130), ("saved", SAVED), ("library", 130), ("finish", SAVED)])
