@@ -65,7 +65,7 @@ def describe_machine() -> str:
     import jax
 
     from memjax.ops import dispatch
-    from memjax.runs.folder import environment
+    from memjax.runs.environment import environment
 
     found = environment()
     lines = [f"{package:<17} {version or 'not installed'}" for package, version in found["versions"].items()]

@@ -88,7 +88,8 @@ def _serve(run: str, settings: ServeConfig) -> None:
         with loaded(run, settings) as found:
             from memjax.inference.scheduler import Scheduler, make_engine, warm_up
             from memjax.inference.scoring import PromptScorer
-            from memjax.inference.server import HttpServer, Limits, Service
+            from memjax.inference.server import HttpServer
+            from memjax.inference.service import Limits, Service
 
             max_length = settings.max_length or found.config.data.sequence_length
             name = settings.model_name or pathlib.Path(run).resolve().name

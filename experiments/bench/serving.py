@@ -59,7 +59,8 @@ def serve(case: cases.Row) -> None:
     from memjax.data.tokenizers.base import Tokenizer
     from memjax.inference.engine import LONGEST_CHUNK, Engine, Request
     from memjax.inference.scheduler import Scheduler, make_engine, warm_up
-    from memjax.inference.server import HttpServer, Limits, Service
+    from memjax.inference.server import HttpServer
+    from memjax.inference.service import Limits, Service
     from memjax.models.parts import DecoderParts
 
     class Numbers(Tokenizer):

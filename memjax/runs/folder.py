@@ -5,10 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
-import platform
 import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,6 +24,7 @@ from memjax.io.files import write_atomic
 from memjax.io.lock import Locked, locked
 from memjax.io.paths import local_path
 from memjax.monitoring.metrics import read_metrics
+from memjax.runs.environment import environment
 from memjax.runs.layout import CHECKPOINTS
 from memjax.runs.load import read_config, read_tokenizer
 from memjax.sharding.processes import first_alone, is_first
@@ -337,38 +335,3 @@ def _fitting(tokenizer: Tokenizer, config: RunConfig, whose: str) -> Tokenizer:
             ]
         )
     return tokenizer
-
-
-def environment() -> dict[str, Any]:
-    """What a run depends on besides its config."""
-    from importlib.metadata import version
-
-    packages = (
-        "memjax",
-        "jax",
-        "jaxlib",
-        "flax",
-        "optax",
-        "orbax-checkpoint",
-        "grain",
-        "numpy",
-        "jax-triton",
-        "triton",
-    )
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except ImportError:  # not installed; memjax itself may run from a checkout
-            versions[package] = None
-    source = pathlib.Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return {
-        "command": shlex.join(sys.orig_argv),
-        "python": platform.python_version(),
-        "versions": versions,
-        "commit": commit.stdout.strip() or None,
-        "devices": [device.device_kind for device in jax.devices()],
-    }

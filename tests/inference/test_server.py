@@ -25,7 +25,8 @@ from memjax.config.sampling import SamplingConfig
 from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.inference.scheduler import Scheduler, make_engine
 from memjax.inference.scoring import PromptScorer
-from memjax.inference.server import HttpServer, Limits, Service
+from memjax.inference.server import HttpServer
+from memjax.inference.service import Limits, Service
 from memjax.inference.text import continue_texts
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts

@@ -1,0 +1,217 @@
+"""The texts that a request for completions asks for: what the engine is given, and how answers are written."""
+
+import dataclasses
+import math
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from memjax.config.sampling import SamplingConfig
+from memjax.data.tokenizers.base import StreamingDecoder, Tokenizer
+from memjax.inference.bodies import RefusedError, shown
+from memjax.inference.completions import MOST_LOGPROBS, CompletionRequest, Prompt
+from memjax.inference.engine import Request, TokenLogprobs
+from memjax.inference.scheduler import Ticket, Update
+from memjax.inference.text import StopStrings
+
+_TOP_COUNTS = (5, MOST_LOGPROBS)
+"""Likeliest tokens that are asked of the engine, so that few programs compile."""
+_DEFAULT_TOKENS = 16
+
+
+def prompt_ids(tokenizer: Tokenizer, request: CompletionRequest) -> list[tuple[list[int], int]]:
+    """The ids of each prompt as the model reads them, and how many of the first are the server's own begin token.
+
+    Raises:
+        RefusedError: a prompt is empty and may not be given a begin token.
+    """
+    found = []
+    for prompt in request.prompts:
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        whole = tokenizer.prompt(ids) if request.add_special_tokens else ids
+        if not whole:
+            rule = "must hold a token where add_special_tokens is false; leave that out to begin with the begin token"
+            raise RefusedError(f"prompt={shown(prompt)} {rule}", param="prompt")
+        found.append((whole, len(whole) - len(ids)))
+    return found
+
+
+def make_choices(
+    tokenizer: Tokenizer, request: CompletionRequest, prompts: Sequence[tuple[list[int], int]], *, max_length: int
+) -> list["Choice"]:
+    """The texts that a request asks for, in the order of their indices.
+
+    Raises:
+        RefusedError: a prompt leaves no room for max_tokens.
+    """
+    stop_names = [name for name in request.stop if name in tokenizer.special_tokens]
+    stop_ids = {tokenizer.special_tokens[name] for name in stop_names}
+    stop_ids |= set() if request.ignore_eos else set(tokenizer.end_ids)
+    choices = []
+    for number, (ids, num_added) in enumerate(prompts):
+        room = max_length - len(ids)
+        wanted = request.max_tokens if request.max_tokens is not None else max(1, min(_DEFAULT_TOKENS, room))
+        if wanted > room:
+            name = f"prompt {number}" if len(prompts) > 1 else "the prompt"
+            raise RefusedError(
+                f"{name} has {len(ids):,} tokens, and max_tokens={shown(wanted)} more do not fit into the "
+                f"{max_length:,} that this server takes; shorten the prompt or ask for at most {max(0, room):,}",
+                param="prompt" if room < 1 else "max_tokens",
+                code="context_length_exceeded",
+            )
+        # Without a seed no two texts are drawn alike; with one, each is what its prompt gets alone.
+        seed = request.seed if request.seed is not None else secrets.randbits(32)
+        sampling = SamplingConfig(
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
+            repetition_penalty=request.repetition_penalty,
+            seed=seed,
+        )
+        top = None
+        if request.logprobs is not None:
+            top = next(count for count in _TOP_COUNTS if count >= request.logprobs)
+        for copy in range(request.n):
+            engine_request = Request(
+                prompt_ids=ids,
+                max_tokens=wanted,
+                sampling=sampling,
+                stop_ids=frozenset(stop_ids),
+                number=copy,
+                logprobs=top,
+            )
+            ticket = Ticket(request=engine_request, prompt_top=top if request.echo else None)
+            prompt = request.prompts[number]
+            choices.append(Choice(tokenizer, request, ticket, index=len(choices), num_added=num_added, prompt=prompt))
+    return choices
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Piece:
+    """The next part of a choice: what an event of a stream carries, or all of it."""
+
+    text: str
+    logprobs: dict[str, list[Any]] | None
+    finish: str | None
+
+
+class Choice:
+    """A text in the making.
+
+    The tokens' log-probabilities come with the text that they belong to: those of a text that a stop string cuts off
+    never come.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        request: CompletionRequest,
+        ticket: Ticket,
+        *,
+        index: int,
+        num_added: int,
+        prompt: Prompt,
+    ):
+        self.ticket, self.index = ticket, index
+        self.num_tokens = 0
+        """Tokens written, those of a stop string included."""
+        self.is_done = False
+        self._tokenizer, self._num_top, self._echo = tokenizer, request.logprobs, request.echo
+        self._num_added, self._prompt = num_added, prompt
+        self._names = {token: name for name, token in tokenizer.special_tokens.items()}
+        self._decoder = StreamingDecoder(tokenizer, after=ticket.request.prompt_ids)
+        self._stops = StopStrings(request.stop)
+        self._decoded, self._given = 0, 0
+        """Letters of the text that tokens have made, and those that were passed on."""
+        self._held: list[tuple[int, int, TokenLogprobs | None]] = []
+        """Where each token begins in the text, the token, and its log-probabilities; of those not yet passed on."""
+        self._begun = False
+
+    def add(self, update: Update) -> Piece:
+        """The part that an update brings; it may be empty."""
+        text = ""
+        if not self._begun and (self._echo and (update.prompt is not None or self._num_top is None)):
+            text += self._begin(update.prompt)
+        likely = iter(update.made.logprobs)
+        for token in update.made.tokens:
+            if self._stops.found is not None:
+                break
+            self.num_tokens += 1
+            self._held.append((self._decoded, token, next(likely, None)))
+            piece = self._decoder.push(token)
+            self._decoded += len(piece)
+            text += self._stops.push(piece)
+        if update.made.stop is not None and self._stops.found is None:
+            # No part of the text, but a token that was made: clients count on one entry for each.
+            self._held.append((self._decoded, *update.made.stop))
+        finish = "stop" if self._stops.found is not None else update.made.finish
+        if finish is not None and not self.is_done:
+            if self._stops.found is None:
+                text += self._stops.push(self._decoder.finish()) + self._stops.finish()
+                finish = "stop" if self._stops.found is not None else finish
+            self.is_done = True
+        self._given += len(text)
+        return Piece(text, self._logprobs(), finish)
+
+    def _begin(self, scores: list[TokenLogprobs] | None) -> str:
+        """The prompt, which the client wants back."""
+        self._begun = True
+        ids = self.ticket.request.prompt_ids
+        decoder = StreamingDecoder(self._tokenizer, after=ids[: self._num_added])
+        text = self._prompt if isinstance(self._prompt, str) else ""
+        for place in range(self._num_added, len(ids)):
+            start = self._decoded
+            piece = decoder.push(ids[place])
+            self._decoded += len(piece)
+            if not isinstance(self._prompt, str):
+                text += piece
+            if scores is not None:
+                # The first token of all follows nothing.
+                self._held.append((start, ids[place], scores[place - 1] if place else None))
+        if not isinstance(self._prompt, str):
+            text += decoder.finish()
+        # A tokenizer may lose letters of a text.
+        self._decoded = len(text)
+        return text
+
+    def _logprobs(self) -> dict[str, list[Any]] | None:
+        """The log-probabilities of tokens whose text was passed on."""
+        if self._num_top is None:
+            self._held = []
+            return None
+        is_cut = self._stops.found is not None
+        is_given = lambda start: start < self._given or (self.is_done and not is_cut)
+        given = [one for one in self._held if is_given(one[0])]
+        self._held = [one for one in self._held if not is_given(one[0])]
+        found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for start, token, likely in given:
+            found["tokens"].append(self._shown(token))
+            found["token_logprobs"].append(None if likely is None else _finite(likely.chosen))
+            found["top_logprobs"].append(None if likely is None else self._top(token, likely))
+            found["text_offset"].append(start)
+        return found
+
+    def _top(self, token: int, likely: TokenLogprobs) -> dict[str, float]:
+        """The likeliest tokens by their text, and the token itself."""
+        found: dict[str, float] = {}
+        for other in list(likely.top)[: self._num_top]:
+            found.setdefault(self._shown(other), _finite(likely.top[other]))
+        found.setdefault(self._shown(token), _finite(likely.chosen))
+        return found
+
+    def _shown(self, token: int) -> str:
+        """A token's text; its bytes where they are no whole characters."""
+        if token in self._names:
+            return self._names[token]
+        piece = self._tokenizer.token_bytes(token)
+        if not piece:
+            return f"token:{token}"
+        try:
+            return piece.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+
+def _finite(value: float) -> float:
+    """A number that JSON can carry: log-probabilities of impossible tokens are minus infinity."""
+    return value if math.isfinite(value) else -9999.0

@@ -1,0 +1,196 @@
+"""What the endpoints of the HTTP interface share: the scheduler, the key, limits, and completions in the making."""
+
+import asyncio
+import contextlib
+import dataclasses
+import hmac
+import math
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+
+from memjax.data.tokenizers.base import Tokenizer
+from memjax.inference.bodies import RefusedError
+from memjax.inference.choices import Choice, Piece
+from memjax.inference.completions import CompletionRequest
+from memjax.inference.engine import Made
+from memjax.inference.metrics import Metrics
+from memjax.inference.scheduler import QueueFullError, Scheduler, Ticket, Update
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What one client may ask for."""
+
+    max_length: int
+    """Tokens of a prompt and its answer together."""
+    max_body_bytes: int = 2 << 20
+    max_choices: int = 128
+    """Texts of one request."""
+    body_seconds: float = 30.0
+    """For a client to send its request: the head, and again the body."""
+    stall_seconds: float = 60.0
+    """For a client to read what was sent before its answer is given up."""
+
+
+class Service:
+    """What the endpoints share. Everything runs on one event loop but `deliver`, which the scheduler calls."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        vocab_size: int,
+        model_name: str,
+        limits: Limits,
+        api_key: str | None = None,
+    ):
+        self.tokenizer, self.vocab_size, self.model_name, self.limits = tokenizer, vocab_size, model_name, limits
+        self.created = int(time.time())
+        self.is_draining = False
+        self.metrics = Metrics()
+        self._key = None if api_key is None else api_key.encode()
+        self._active: set[Answer] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._scheduler: Scheduler | None = None
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """Whose listener is `deliver`."""
+        assert self._scheduler is not None, "attach a scheduler first"
+        return self._scheduler
+
+    @property
+    def num_active(self) -> int:
+        """Completions that are being answered."""
+        return len(self._active)
+
+    def attach(self, scheduler: Scheduler) -> None:
+        """Takes the scheduler, which was made with `deliver` as its listener."""
+        self._scheduler = scheduler
+        gauge = self.metrics.gauge
+        gauge("memjax_slots", "Texts that are written at a time.", lambda: scheduler.num_slots)
+        gauge("memjax_slots_in_use", "Texts that are being written.", lambda: scheduler.num_running)
+        gauge("memjax_queue_length", "Texts that wait for a slot.", lambda: scheduler.num_waiting)
+        gauge("memjax_engine_failures", "Calls of the engine that failed.", lambda: scheduler.num_failures)
+
+    def bind_loop(self) -> None:
+        """Has updates handed out on the running event loop."""
+        self._loop = asyncio.get_running_loop()
+
+    def deliver(self, updates: list[tuple[Ticket, Update]]) -> None:
+        """Passes updates on to the event loop, from the scheduler's thread."""
+        # A loop that is closed has no clients left.
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._hand_out, updates)
+
+    def _hand_out(self, updates: list[tuple[Ticket, Update]]) -> None:
+        self.metrics.add_tokens(sum(len(update.made.tokens) for _, update in updates))
+        for ticket, update in updates:
+            answer, choice = ticket.owner
+            answer.inbox.put_nowait((choice, update))
+
+    def check_key(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        """Raises a RefusedError without the right key."""
+        if self._key is None:
+            return
+        given = next((value for name, value in headers if name == b"authorization"), b"")
+        scheme, _, key = given.partition(b" ")
+        if not (hmac.compare_digest(key.strip(), self._key) and scheme.lower() == b"bearer"):
+            raise RefusedError(
+                "the API key is missing or wrong; send the header 'Authorization: Bearer KEY'",
+                status=401,
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    def refuse_when_draining(self) -> None:
+        """Raises a RefusedError while the server ends."""
+        if self.is_draining:
+            raise RefusedError("the server is shutting down; try another one", status=503, headers={"Retry-After": "5"})
+
+    def abort(self) -> None:
+        """Ends every answer with an error."""
+        for answer in self._active:
+            for choice in answer.choices:
+                answer.inbox.put_nowait((choice, Update(Made([]), error="the server is shutting down")))
+
+    @contextlib.contextmanager
+    def answering(self, request: CompletionRequest, choices: list[Choice]) -> Iterator["Answer"]:
+        """Submits the choices; those that are not done at the end lose their slots."""
+        answer = Answer(request, choices)
+        for choice in choices:
+            choice.ticket.owner = answer, choice
+        self._active.add(answer)
+        try:
+            try:
+                self.scheduler.submit([choice.ticket for choice in choices])
+            except QueueFullError:
+                raise self._queue_is_full() from None
+            yield answer
+        finally:
+            self._active.discard(answer)
+            for choice in choices:
+                if not choice.is_done:
+                    self.scheduler.cancel(choice.ticket)
+            self.metrics.whole_request.add(time.monotonic() - answer.began)
+
+    def _queue_is_full(self) -> RefusedError:
+        scheduler = self.scheduler
+        waiting = scheduler.num_waiting
+        seconds = math.ceil(self.metrics.whole_request.mean * waiting / scheduler.num_slots)
+        return RefusedError(
+            f"{waiting:,} texts wait for a slot, and at most {scheduler.max_waiting:,} may; try again later",
+            status=429,
+            code="queue_full",
+            headers={"Retry-After": str(min(60, max(1, seconds)))},
+        )
+
+
+class Answer:
+    """A completion in the making."""
+
+    def __init__(self, request: CompletionRequest, choices: list[Choice]):
+        self.request, self.choices = request, choices
+        self.inbox: asyncio.Queue[tuple[Choice, Update]] = asyncio.Queue()
+        self.began = time.monotonic()
+        self.id = f"cmpl-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+
+    async def pieces(self, service: Service) -> AsyncIterator[tuple[Choice, Piece]]:
+        """What becomes of the choices, until all are done.
+
+        Raises:
+            RefusedError: the engine failed.
+        """
+        is_first = True
+        while not all(choice.is_done for choice in self.choices):
+            choice, update = await self.inbox.get()
+            if update.error is not None:
+                raise RefusedError(
+                    f"{update.error}; try again", status=503 if service.is_draining else 500, code="engine_error"
+                )
+            if choice.is_done:
+                continue
+            if is_first and update.made.tokens:
+                service.metrics.first_token.add(time.monotonic() - self.began)
+                is_first = False
+            piece = choice.add(update)
+            if choice.is_done and not update.is_last:
+                # A stop string came, which the engine does not know of.
+                service.scheduler.cancel(choice.ticket)
+            if piece.text or piece.finish or (piece.logprobs and piece.logprobs["tokens"]):
+                yield choice, piece
+
+    def document(self, service: Service, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """The body of an answer, or of an event of its stream."""
+        head = {"id": self.id, "object": "text_completion", "created": self.created, "model": service.model_name}
+        return {**head, "choices": choices, **more}
+
+    def usage(self) -> dict[str, int]:
+        """Tokens of the prompts, each counted once, and of all choices."""
+        prompt = sum(len(one.ticket.request.prompt_ids) for one in self.choices[:: self.request.n])
+        made = sum(choice.num_tokens for choice in self.choices)
+        return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}

@@ -1,0 +1,45 @@
+"""What a run depends on besides its config: versions, the commit and the devices."""
+
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+import jax
+
+
+def environment() -> dict[str, Any]:
+    """What a run depends on besides its config."""
+    from importlib.metadata import version
+
+    packages = (
+        "memjax",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+        "numpy",
+        "jax-triton",
+        "triton",
+    )
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except ImportError:  # not installed; memjax itself may run from a checkout
+            versions[package] = None
+    source = pathlib.Path(__file__).parent
+    commit = subprocess.run(
+        ["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "command": shlex.join(sys.orig_argv),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit.stdout.strip() or None,
+        "devices": [device.device_kind for device in jax.devices()],
+    }
