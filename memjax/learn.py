@@ -14,8 +14,9 @@ from memjax.runs.command import CheckpointSettings, exit_code, loaded
 PROG = "python -m memjax.learn"
 RUN_AND_FACTS = Positional(
     name="RUN FACTS",
-    help="The folder of a run, then a file of facts: JSON lines with text, or with prompt and answer, and maybe a list "
-    "of paraphrases (of the text or of the prompt).",
+    help="The folder of a run, then files of facts: JSON lines with text, or with prompt and answer, and maybe a list "
+    "of paraphrases (of the text or of the prompt). A patch that learn has made may stand for the file "
+    "that it was made of.",
     repeats=True,
 )
 
@@ -77,14 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _learn(words: Sequence[str], settings: LearnConfig) -> None:
-    if len(words) != 2:
-        raise ConfigError([f"learn takes two arguments, a run and a file of facts; given: {len(words)}"])
-    from memjax.knowledge.facts import read_facts
+    if len(words) < 2:
+        raise ConfigError([f"learn takes a run and at least one file of facts; given: {len(words)}"])
+    from memjax.knowledge.facts import Fact, read_facts
     from memjax.knowledge.finetune import Recipe
-    from memjax.knowledge.learning import learn_facts
+    from memjax.knowledge.learning import facts_of, learn_facts
+    from memjax.runs.patch import is_patch, read_patch
 
-    run, path = words
-    facts = read_facts(path, "FACTS")
+    run, *paths = words
+    facts: list[Fact] = []
+    for path in paths:
+        facts += facts_of(path, read_patch(path)) if is_patch(path) else read_facts(path, "FACTS")
     held_out = None if settings.held_out is None else read_facts(settings.held_out, "--held_out")
     with loaded(run, settings) as found:
         if not found.model.config.lookups:
@@ -98,7 +102,7 @@ def _learn(words: Sequence[str], settings: LearnConfig) -> None:
             held_out,
             recipe,
             out=settings.out,
-            source=path,
+            source=", ".join(paths),
             corpus=settings.background,
             corpus_texts=settings.background_texts,
             most_questions=settings.held_out_questions,

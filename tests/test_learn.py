@@ -1,5 +1,6 @@
 """Facts are learned, looked at and taken back by command lines."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -18,6 +19,7 @@ from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.models.parts import DecoderParts
 from memjax.runs.layout import meta_document, params_to_tree
+from memjax.runs.patch import read_patch, write_patch
 
 FACTS = [{"prompt": "Q a", "answer": "x"}, {"prompt": "Q b", "answer": "y", "paraphrases": ["b is"]}]
 
@@ -56,7 +58,7 @@ def test_a_slot_is_shown_by_the_texts_that_read_it(run, facts, capsys):
     ("command", "words", "code", "problem"),
     [
         (learn, ["RUN"], 2, "out"),
-        (learn, ["RUN", "--out", "x"], 2, "takes two arguments"),
+        (learn, ["RUN", "--out", "x"], 2, "takes a run and at least one file"),
         (learn, ["RUN", "none.jsonl", "--out", "x"], 3, "there is no such file"),
         (learn, ["RUN", "FACTS", "--out", "x", "--rows", "0", "--lr", "-1"], 2, "rows=0 must be positive"),
         (inspect, ["RUN"], 2, "give one of the two"),
@@ -89,3 +91,23 @@ def test_damaged_counts_are_counted_again(run, facts, tmp_path, capsys):
     assert learn.main([run, facts, "--out", str(tmp_path / "two"), *settings]) == 0
     assert "counting the slots" in capsys.readouterr().out
     assert kept.read_bytes() == content
+
+
+@pytest.mark.slow
+def test_a_patch_stands_for_the_facts_that_it_was_made_of(run, facts, tmp_path, capsys):
+    settings = ["--rows", "16", "--epochs", "3", "--replay", "0", "--held_out_questions", "1"]
+    files, patches = ([str(tmp_path / f"{number}{kind}") for number in range(2)] for kind in (".jsonl", ""))
+    for fact, file, patch in zip(FACTS, files, patches, strict=True):
+        pathlib.Path(file).write_text(json.dumps(fact) + "\n")
+        assert learn.main([run, file, "--out", patch, *settings]) == 0
+    for words, out in (([facts], "of_file"), (patches, "of_patches"), ([patches[0], files[1]], "of_both")):
+        assert learn.main([run, *words, "--out", str(tmp_path / out), *settings]) == 0
+        assert "new facts (2)" in capsys.readouterr().out
+    made = [read_patch(tmp_path / name) for name in ("of_file", "of_patches", "of_both")]
+    assert len({patch.identity for patch in made}) == 1
+    assert made[0].notes["learned"] == FACTS
+
+    without = tmp_path / "without.safetensors"
+    write_patch(without, dataclasses.replace(made[0], notes={}))
+    assert learn.main([run, str(without), "--out", str(tmp_path / "none")]) == 3
+    assert "holds no facts" in capsys.readouterr().err

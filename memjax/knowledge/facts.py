@@ -30,6 +30,24 @@ class Fact:
         """The first wording where it has a prompt: what tells whether the fact is known."""
         return self.wordings[0] if len(self.wordings[0]) > 1 else None
 
+    def fields(self) -> dict[str, Any]:
+        """Its line of JSON, which `of_fields` reads."""
+        first, *others = self.wordings
+        fields: dict[str, Any] = {"text": first[0].text}
+        if self.question is not None:
+            # Without the space that reading puts in front of it where the prompt does not end with one.
+            fields = {"prompt": first[0].text, "answer": first[1].text.removeprefix(" ")}
+        return fields | ({"paraphrases": [other[0].text for other in others]} if others else {})
+
+    @classmethod
+    def of_fields(cls, fields: Mapping[str, Any]) -> "Fact":
+        """The fact of an object with `text`, or `prompt` and `answer`, and maybe a list of `paraphrases`.
+
+        Raises:
+            MalformedError: it has other fields.
+        """
+        return cls(tuple(_wordings(fields)))
+
 
 def read_facts(path: str, field: str) -> list[Fact]:
     """The facts of a file: objects with `text`, or `prompt` and `answer`, and maybe a list of `paraphrases`.
@@ -42,7 +60,7 @@ def read_facts(path: str, field: str) -> list[Fact]:
     facts = []
     for place, fields in RecordFiles(path, field).fields("text"):
         try:
-            facts.append(Fact(tuple(_wordings(fields))))
+            facts.append(Fact.of_fields(fields))
         except MalformedError as error:
             raise DataError(f"{place}: {error}") from None
     if not facts:

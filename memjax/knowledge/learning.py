@@ -11,8 +11,10 @@ import safetensors.numpy
 from memjax.checkpoint.digests import text_digest
 from memjax.data.sources import biographies
 from memjax.data.sources.kinds import find_source
+from memjax.data.sources.parsing import MalformedError
 from memjax.data.sources.records import Record, Segment
 from memjax.data.tokenizers.base import Tokenizer
+from memjax.errors import DataError
 from memjax.evaluation.perplexity import bits_per_byte
 from memjax.inference.scoring import Request, score
 from memjax.io.console import say, warn
@@ -27,6 +29,8 @@ from memjax.runs.load import LoadedModel, checkpoint_folder
 from memjax.runs.patch import Patch, write_patch
 from memjax.runs.patching import patch_between
 
+LEARNED = "learned"
+"""Of a patch's notes: the facts that it was made of, as objects with the fields of FACTS."""
 _SCORED_BYTES = 50_000
 """Of the background, for its bits per byte."""
 _REPLAYED = 4_096
@@ -102,6 +106,7 @@ def learn_facts(
     # What is written is what is measured: rows in the type of the run's tables.
     after = measure(found_with(learned, patch))
     notes = {"made_by": "learn", "facts": len(facts), "source": source, "seconds": round(seconds, 2)}
+    notes |= {LEARNED: [fact.fields() for fact in facts]}
     for moment, rates in (("before", before), ("after", after)):
         notes |= {f"{name} {moment}": value for name, value in rates.items()}
     patch = Patch(patch.base, patch.tables, notes)
@@ -109,6 +114,20 @@ def learn_facts(
     say("\n".join(_report(groups, before, after, patch, seconds / len(facts))))
     say(f"written to {path}")
     return patch
+
+
+def facts_of(label: str, patch: Patch) -> list[Fact]:
+    """The facts that a patch was made of, which it keeps.
+
+    Raises:
+        DataError: it keeps none.
+    """
+    try:
+        return [Fact.of_fields(fields) for fields in patch.notes[LEARNED]]
+    except (KeyError, TypeError, MalformedError) as error:
+        raise DataError(
+            f"{label}: holds no facts that could be learned again; name the file that it was made of"
+        ) from error
 
 
 def found_with(model: Decoder, patch: Patch) -> Decoder:

@@ -108,6 +108,14 @@ def patch_file(path: str | os.PathLike[str]) -> pathlib.Path:
     return found if found.suffix == ".safetensors" and not found.is_dir() else found / FILE_NAME
 
 
+def is_patch(path: str | os.PathLike[str]) -> bool:
+    """Whether a path names a file of a patch that is there."""
+    try:
+        return patch_file(path).is_file()
+    except CheckpointError:
+        return False
+
+
 def write_patch(path: str | os.PathLike[str], patch: Patch) -> pathlib.Path:
     """Writes the file, all of it or nothing, and returns its path."""
     return write_atomic(patch_file(path), patch.to_bytes())
@@ -280,7 +288,8 @@ def merge(patches: Sequence[tuple[str, Patch]], *, conflicts: Rule = "refuse") -
     if conflicts == "refuse":
         found = [*_conflicts(patches)]
         if found:
-            raise CheckpointError("\n".join([*found, "choose a rule for such rows: conflicts sum, first or last"]))
+            rule = "choose a rule for such rows (conflicts sum, first or last), or learn the facts of all together: "
+            raise CheckpointError("\n".join([*found, f"{rule}`python -m memjax.learn RUN PATCHES --out PATCH`"]))
     names = dict.fromkeys(name for _, patch in patches for name in patch.tables)
     tables = {}
     for name in names:

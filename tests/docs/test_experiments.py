@@ -84,3 +84,13 @@ def test_every_folder_of_experiments_is_explained_and_results_are_merged_as_told
     exec(code, {})
     merged = json.loads((tmp_path / "experiments/001_fact_capacity/results/full.json").read_text())["runs"]
     assert {row["name"]: row["of"] for row in merged} == {"both": "machine_a", "a": "machine_a", "b": "machine_b"}
+
+
+def test_the_figures_of_merged_patches_are_those_of_their_result():
+    result = json.loads((ROOT / "experiments/trust/merging.json").read_text())
+    shown = (ROOT / "docs/knowledge.md").read_text().split("experiments/trust/merging.py")[1].split("\n\n")[1]
+    percent = lambda *names: " | ".join(f"{result[name]:.1%}".replace("%", " %") for name in names)
+    assert f"| before | 0.0 % | | {percent('old_facts')} |" in shown
+    assert f"| a patch alone | {percent('alone')} | | {percent('old_facts_alone')} |" in shown
+    for row, name in (("`patch merge --conflicts sum`", "summed"), ("learned together", "together")):
+        assert f"| ten, {row} | {percent(name, f'{name}_kept', f'old_facts_{name}')} |" in shown

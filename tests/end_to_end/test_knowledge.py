@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +13,10 @@ from memjax.config.data import BiographiesConfig
 from memjax.data.sources import biographies
 from memjax.models.parts import take_apart
 from memjax.runs.load import load
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "experiments/trust"))
+
+import merging
 
 SETTINGS = """
 --model.dim 64 --model.num_layers 2 --model.num_heads 2 --model.vocab_size 600 --model.memory.layers 1
@@ -44,10 +49,16 @@ def measured(printed: str) -> dict[str, tuple[float, float]]:
     return {name: (float(before), float(after)) for name, before, after in rows}
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert train.main([*SETTINGS.split(), "--run.dir", str(folder)]) == 0
+    return folder
+
+
 @pytest.mark.slow
-def test_facts_are_learned_shown_and_taken_back(tmp_path, capsys):
-    run, people, patches = tmp_path / "run", tmp_path / "people.jsonl", tmp_path / "people"
-    assert train.main([*SETTINGS.split(), "--run.dir", str(run)]) == 0
+def test_facts_are_learned_shown_and_taken_back(run, tmp_path, capsys):
+    people, patches = tmp_path / "people.jsonl", tmp_path / "people"
     facts = facts_about(2)
     people.write_text("".join(json.dumps(fact) + "\n" for fact in facts))
     original = table_of(run)
@@ -78,6 +89,15 @@ def test_facts_are_learned_shown_and_taken_back(tmp_path, capsys):
     assert evaluate.main([str(run), "--people", "2"]) == 0
     results = [json.loads(path.read_text()) for path in (run / "evals").glob("150-facts*.json")]
     assert {tuple(result.get("settings", {}).get("patches", ())) for result in results} == {(), (patch_name(patches),)}
+
+
+@pytest.mark.slow
+def test_patches_learned_together_keep_what_each_has_alone(run, tmp_path):
+    result = merging.measure(run, 2, 1, LEARN.split(), tmp_path)
+    assert result["alone"] >= 0.9
+    assert result["together_kept"] >= 0.95
+    assert result["old_facts"] - result["old_facts_together"] <= 0.05
+    assert 0 < result["rows_shared_by_two"] < result["rows_each"] < result["rows_together"] <= result["slots"]
 
 
 def patch_name(folder: pathlib.Path) -> str:

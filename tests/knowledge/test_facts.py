@@ -7,7 +7,7 @@ import pytest
 
 from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.errors import DataError
-from memjax.knowledge.facts import batch_of, pairs_of, read_facts, windows
+from memjax.knowledge.facts import Fact, batch_of, pairs_of, read_facts, windows
 
 
 def write(tmp_path, *lines) -> str:
@@ -34,6 +34,8 @@ def test_texts_prompts_and_paraphrases_are_read(tmp_path):
         "Ann is a dentist",
     ]
     assert [segment.learned for segment in asked.wordings[2]] == [False, True]
+    assert [fact.fields() for fact in (told, asked)] == lines
+    assert [Fact.of_fields(line) for line in lines] == [told, asked]
 
 
 @pytest.mark.parametrize(
