@@ -16,6 +16,13 @@ from memjax.ops.row_update.rules import RowRule, row_step
 ROWS, COLUMNS = 11, 8
 IMPLEMENTATIONS = ["triton", "xla", "reference"]
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+RULES = {
+    "rowwise_adam": RowRule(state_columns=4, beta2=0.9, eps=1e-3),
+    "rowwise_adagrad": RowRule(kind="rowwise_adagrad", state_columns=2, eps=1e-3),
+    "adam": RowRule(kind="adam", beta1=0.8, beta2=0.9, eps=1e-3, moment_dtype=jnp.float32),
+    "sgd": RowRule(kind="sgd"),
+}
+
 # Every implementation as it is, and the sorted ones with so many picks in a chunk: 24 picks in all, so that rows span
 # several chunks and chunks end everywhere; chunks of 4 need four rounds of the Triton form.
 XLA_FORMS = [(name, None) for name in IMPLEMENTATIONS[1:]] + [("xla", chunk) for chunk in (1, 5, 8, 99)]
@@ -29,20 +36,13 @@ every_form_and_rule = pytest.mark.parametrize(
             *form, kind, marks=[pytest.mark.slow] if form == TRITON_FORMS[1] and kind != "rowwise_adam" else []
         )
         for form in TRITON_FORMS + XLA_FORMS
-        for kind in ("rowwise_adam", "rowwise_adagrad", "adam", "sgd")
+        for kind in RULES
     ],
 )
 every_xla_form = pytest.mark.parametrize(("implementation", "chunk"), XLA_FORMS)
 every_triton_form = pytest.mark.parametrize(("implementation", "chunk"), TRITON_FORMS)
 # Triton's interpreter takes a third of a second for what others do in a millisecond.
 few_examples = settings(max_examples=max(2, settings().max_examples // 12))
-
-RULES = {
-    "rowwise_adam": RowRule(state_columns=4, beta2=0.9, eps=1e-3),
-    "rowwise_adagrad": RowRule(kind="rowwise_adagrad", state_columns=2, eps=1e-3),
-    "adam": RowRule(kind="adam", beta1=0.8, beta2=0.9, eps=1e-3, moment_dtype=jnp.float32),
-    "sgd": RowRule(kind="sgd"),
-}
 
 
 @cache
