@@ -3,37 +3,80 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from memjax.config import presets
+from memjax.config.checks import refuse
 from memjax.config.load import load, parse
 from memjax.config.run import RunConfig
 from memjax.io.console import say
 from memjax.io.ctrl_c import run_command
 from memjax.runs.command import exit_code
 
+_DEVICES = re.compile(r"[1-9]\d*x[1-9]\d*")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PresetsConfig:
-    """There is nothing to set."""
+    """Which presets to list, and devices to plan for."""
+
+    only: tuple[str, ...] = ()
+    """Names of presets; without, all."""
+    fit: tuple[str, ...] = ()
+    """Devices such as 1x24 or 8x80, their number and GB of each: says in a table how each preset fits on them."""
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.only if presets.find(name) is None or name == presets.RECIPE]
+        refuse(
+            [f"only={','.join(unknown)} must be names of presets; memjax presets lists them" if unknown else None]
+            + [
+                f"fit={','.join(self.fit)} must be numbers of devices and GB of each, such as 1x24,8x80"
+                if any(not _DEVICES.fullmatch(devices) for devices in self.fit)
+                else None
+            ]
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a line for each preset; returns the exit code."""
-    parse(
+    settings = parse(
         PresetsConfig,
         argv,
         prog="python -m memjax.presets",
         description="Lists the configs that `memjax train NAME` takes by name, from any folder.",
         positional=None,
-    )
-    return exit_code(_list)
+        examples=["memjax presets", "memjax presets --fit 1x24,1x80,8x80"],
+    ).config
+    names = settings.only or [name for name in presets.names() if name != presets.RECIPE]
+    configs = {name: load(RunConfig, presets.find(name)) for name in names}
+    configs = dict(sorted(configs.items(), key=lambda item: item[1].model.dim))
+    return exit_code(lambda: _fit(configs, settings.fit) if settings.fit else _list(configs))
 
 
-def _list() -> None:
-    configs = {name: load(RunConfig, presets.find(name)) for name in presets.names() if name != presets.RECIPE}
-    rows = [_row(name, config) for name, config in sorted(configs.items(), key=lambda item: item[1].model.dim)]
+def _fit(configs: Mapping[str, RunConfig], fit: Sequence[str]) -> None:
+    """A table in Markdown: on each kind of devices the batch, the micro-batches, and what else has to change."""
+    pairs = [tuple(map(int, devices.split("x"))) for devices in fit]
+    say(f"| preset | {' | '.join(f'{number} x {size} GB' for number, size in pairs)} |")
+    say("|---" * (len(pairs) + 1) + "|")
+    for name, config in configs.items():
+        cells = [_fitted(config, devices=number, device_bytes=size * 10**9) for number, size in pairs]
+        say(f"| `{name}` | {' | '.join(cells)} |")
+
+
+def _fitted(config: RunConfig, *, devices: int, device_bytes: int) -> str:
+    from memjax.training.plan.search import search
+
+    found = search(config, devices=devices, device_bytes=device_bytes)
+    if found is None:
+        return "no"
+    told = f"{found.config.data.batch_size:,} in {found.config.train.grad_accum_steps:,}"
+    told += f", tables over {found.config.mesh.memory}" if found.config.mesh.memory != config.mesh.memory else ""
+    return told + (f", remat {found.config.train.remat}" if found.config.train.remat != config.train.remat else "")
+
+
+def _list(configs: Mapping[str, RunConfig]) -> None:
+    rows = [_row(name, config) for name, config in configs.items()]
     table = [("name", "parameters", "active", "tokens of a run", "what it is"), *rows]
     widths = [max(len(row[column]) for row in table) for column in range(4)]
     for name, *numbers, summary in table:

@@ -10,7 +10,9 @@ import contextlib
 import logging
 import os
 import re
+import shutil
 import sys
+from typing import Any
 
 logger = logging.getLogger("memjax")
 
@@ -54,13 +56,44 @@ def output(text: str, *, error: bool = False) -> None:
     stream = sys.stderr if error else sys.stdout
     if stream is None:  # started without it
         return
+    status = _status if is_live() else ""
+    if status:
+        _write(sys.stdout, _CLEAR)
+    _write(stream, text + "\n", error=error)
+    if status:
+        _write(sys.stdout, status)
+
+
+def _write(stream: Any, text: str, *, error: bool = False) -> None:
     try:
         encoding = getattr(stream, "encoding", None) or "utf-8"
-        stream.write(text.encode(encoding, "backslashreplace" if error else "replace").decode(encoding) + "\n")
+        stream.write(text.encode(encoding, "backslashreplace" if error else "replace").decode(encoding))
         stream.flush()
     except (OSError, ValueError):  # ValueError: written to a closed file
         if not error:
             _discard_output()
+
+
+_CLEAR = "\r\x1b[K"
+_status = ""
+"""What stands at the bottom of the terminal."""
+
+
+def is_live() -> bool:
+    """Whether standard output is a terminal that shows the log, on which a line can change."""
+    is_terminal = sys.stdout is not None and not sys.stdout.closed and sys.stdout.isatty()
+    return is_terminal and os.environ.get("TERM") != "dumb" and logger.isEnabledFor(logging.INFO)
+
+
+def show_status(text: str) -> None:
+    """Shows a line at the bottom of the terminal, below all that is printed; an empty one takes it away.
+
+    Without a terminal nothing is shown.
+    """
+    global _status
+    if is_live():
+        _status = text[: shutil.get_terminal_size().columns - 1]
+        _write(sys.stdout, _CLEAR + _status)
 
 
 def printable(text: str, *, error: bool = False) -> str:

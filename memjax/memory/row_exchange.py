@@ -65,6 +65,38 @@ def exchange_bytes(
     }
 
 
+def sums_micro_batches(
+    wanted: Literal["auto", "all_gather", "all_reduce"],
+    table: Any,
+    gradients: Sequence[RowGradient],
+    count: int,
+    *,
+    data_axis: int,
+    memory_axis: int,
+) -> bool:
+    """Whether row gradients are summed dense as the micro-batches of a step come, and not kept until the update.
+
+    auto takes what holds fewer bytes; all_gather always keeps them.
+
+    Args:
+        wanted: the exchange that was asked for.
+        table: anything with the shape and dtype of the whole table.
+        gradients: row gradients of one micro-batch, or their shapes.
+        count: micro-batches of a step.
+        data_axis: replicas of a column shard.
+        memory_axis: devices that share the columns.
+    """
+    if count == 1 or wanted == "all_gather":
+        return False
+    axes = {"data_axis": data_axis, "memory_axis": memory_axis}
+    sizes = [factor.size * factor.dtype.itemsize for gradient in gradients for factor in gradient]
+    factors = sum(sizes) // (data_axis * memory_axis)
+    every = [*gradients] * count
+    kept = exchange_bytes(table, every, **axes)[choose(wanted, table, every, **axes)]
+    summed = exchange_bytes(table, gradients, **axes)["all_reduce"]
+    return factors + summed.gradient + summed.picks < count * factors + kept.gradient + kept.picks
+
+
 def _of_one(gradient: RowGradient, num_tokens: int, columns: int) -> int:
     """Bytes while one gradient is summed: its gathered picks, and a piece of them with its vectors sorted."""
     k, width = gradient.indices.shape[1], gradient.vectors.dtype.itemsize

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from memjax.memory import sharded
+from memjax.memory.sharded import RowSum
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.rules import RowRule, TableState, row_step
 
@@ -42,7 +43,7 @@ class RowOptimizer:
         name: str,
         rows: Float[Array, "n d"],
         state: TableState,
-        gradients: Sequence[RowGradient],
+        gradients: Sequence[RowGradient] | RowSum,
         *,
         step: ArrayLike,
         ok: ArrayLike = True,
@@ -53,13 +54,23 @@ class RowOptimizer:
             name: of the table.
             rows: of the table.
             state: of `init`.
-            gradients: of all reads of the table.
+            gradients: of all reads of the table, or what `add` has made of them.
             step: number of the step, from 0.
             ok: False leaves everything as it is.
         """
         now = row_step(self.rate(step), step, ok=ok, seed=zlib.crc32(f"{self.seed} {name}".encode()))
+        if isinstance(gradients, RowSum):
+            return sharded.update_rows_by_sum(rows, state, gradients, self._rule(rows.shape[1]), now)
         kernels = {"exchange": self.exchange, "implementation": self.implementation}
         return sharded.update_rows(rows, state, gradients, self._rule(rows.shape[1]), now, **kernels)
+
+    def sums(self, rows: Float[Array, "n d"], gradients: Sequence[RowGradient], count: int) -> bool:
+        """Whether the row gradients of so many micro-batches are to be summed as they come; those of one are given."""
+        return sharded.sums_micro_batches(self.exchange, rows, gradients, count)
+
+    def add(self, total: RowSum, gradients: Sequence[RowGradient]) -> RowSum:
+        """The sum, at first `no_rows(rows)`, with more row gradients."""
+        return sharded.add_rows(total, gradients, implementation=self.implementation)
 
     def _rule(self, width: int) -> RowRule:
         columns = self.rule.state_columns

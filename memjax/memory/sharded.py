@@ -11,16 +11,17 @@ these are the plain operations, so one device, a mesh and somebody else's model 
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from memjax.config import checks
 from memjax.memory import row_exchange
 from memjax.ops.embedding_bag.api import embedding_bag
 from memjax.ops.embedding_dot.api import embedding_dot
+from memjax.ops.precision import accumulator
 from memjax.ops.product_key_search.api import product_key_search
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update import dense
@@ -28,8 +29,20 @@ from memjax.ops.row_update.api import check_state, row_update
 from memjax.ops.row_update.rules import RowRule, RowStep, TableState
 from memjax.ops.shapes import require
 from memjax.ops.table import Table
-from memjax.sharding.axes import alike_over_tensor, has_memory_axis, over_mesh, unsharded
-from memjax.sharding.rules import BAGS, COLUMNS, DATA, MEMORY, REPLICATED, TOKENS
+from memjax.sharding.axes import alike_over_tensor, has_memory_axis, over_mesh, place, unsharded
+from memjax.sharding.rules import (
+    BAGS,
+    COLUMNS,
+    DATA,
+    MEMORY,
+    REPLICA_COLUMNS,
+    REPLICA_SHARDS,
+    REPLICATED,
+    TOKENS,
+)
+
+FACTORS = RowGradient._make((TOKENS, TOKENS, BAGS))
+"""The layout of a row gradient."""
 
 
 def search(
@@ -161,25 +174,111 @@ def update_rows(
         run = lambda *arguments: row_update(*arguments, implementation=implementation)
         return unsharded(alike_over_tensor(run), table)(table, state, gradients, rule, step)
 
-    axes = jax.sharding.get_abstract_mesh().shape
-    sizes = {"data_axis": axes[DATA], "memory_axis": axes[MEMORY]}
-    is_gathered = row_exchange.choose(exchange, table, gradients, **sizes) == "all_gather"
+    is_gathered = row_exchange.choose(exchange, table, gradients, **_sizes()) == "all_gather"
 
     def local(table: Array, state: TableState, gradients: Sequence[RowGradient], step: RowStep):
         gather = partial(_gather_gradient, whole_mesh=is_gathered)
-        step = step._replace(first_column=step.first_column + jax.lax.axis_index(MEMORY) * table.shape[1])
         if is_gathered:
-            return row_update(table, state, list(map(gather, gradients)), rule, step, implementation=implementation)
-        gradient, touched = dense.summed(
+            of_all, step = list(map(gather, gradients)), _of_columns(step, table)
+            return row_update(table, state, of_all, rule, step, implementation=implementation)
+        total = dense.summed(
             gradients, table.shape[0], gather=gather, piece_picks=piece_picks, implementation=implementation
         )
-        touched = jax.lax.psum(touched.astype(jnp.int32), DATA) > 0
-        reduce = partial(jax.lax.psum, axis_name=DATA)
-        return dense.update_touched(table, state, gradient, touched, rule, step, reduce=reduce, block_bytes=block_bytes)
+        return _update_by_sum(table, state, *total, rule, step, block_bytes)
 
-    factors = RowGradient._make((TOKENS, TOKENS, BAGS))
-    specs = (COLUMNS, COLUMNS, [factors] * len(gradients), REPLICATED)
+    specs = (COLUMNS, COLUMNS, [FACTORS] * len(gradients), REPLICATED)
     return over_mesh(alike_over_tensor(local), specs, (COLUMNS, COLUMNS))(table, state, list(gradients), step)
+
+
+class RowSum(NamedTuple):
+    """The dense sum of row gradients of a table; on a mesh each device has its columns, of its replica's tokens."""
+
+    gradient: Float[Array, "replicas n d"]
+    touched: Bool[Array, "replicas shards n"]
+    """The rows that any pick names."""
+
+
+ROW_SUM = RowSum(REPLICA_COLUMNS, REPLICA_SHARDS)  # pyright: ignore[reportArgumentType]  # layouts of the arrays
+
+
+def sums_micro_batches(
+    exchange: Literal["auto", "all_gather", "all_reduce"],
+    table: Float[Array, "n d"],
+    gradients: Sequence[RowGradient],
+    count: int,
+) -> bool:
+    """Whether row gradients of so many micro-batches are summed as they come: see `row_exchange.sums_micro_batches`."""
+    return row_exchange.sums_micro_batches(exchange, table, gradients, count, **_sizes())
+
+
+def no_rows(table: Float[Array, "n d"]) -> RowSum:
+    """The sum of no row gradients."""
+    replicas, shards = _sizes().values()
+    gradient = jnp.zeros((replicas, *table.shape), accumulator(table.dtype))
+    total = RowSum(gradient, jnp.zeros((replicas, shards, table.shape[0]), bool))
+    if not has_memory_axis():
+        return total
+    return RowSum(place(total.gradient, REPLICA_COLUMNS), place(total.touched, REPLICA_SHARDS))
+
+
+def add_rows(total: RowSum, gradients: Sequence[RowGradient], *, implementation: str | None = None) -> RowSum:
+    """The sum with row gradients of all tokens of the mesh added; nothing crosses `data`."""
+
+    def local(total: RowSum, gradients: Sequence[RowGradient]) -> RowSum:
+        gather = partial(_gather_gradient, whole_mesh=False) if has_mesh else lambda gradient: gradient
+        start = total.gradient[0], total.touched[0, 0]
+        gradient, touched = dense.summed(
+            gradients, start[0].shape[0], start=start, gather=gather, implementation=implementation
+        )
+        return RowSum(gradient[None], touched[None, None])
+
+    has_mesh = has_memory_axis()
+    if not has_mesh:
+        return unsharded(alike_over_tensor(local), total.gradient)(total, list(gradients))
+    return over_mesh(alike_over_tensor(local), (ROW_SUM, [FACTORS] * len(gradients)), ROW_SUM)(total, list(gradients))
+
+
+def update_rows_by_sum(
+    table: Float[Array, "n d"],
+    state: TableState,
+    total: RowSum,
+    rule: RowRule,
+    step: RowStep,
+    *,
+    block_bytes: int = dense.BLOCK_BYTES,
+) -> tuple[Float[Array, "n d"], TableState]:
+    """`update_rows` by what `add_rows` has summed; the sums of replicas are added up."""
+    check_state(table, state, rule)
+    if not has_memory_axis():
+        run = lambda *arguments: dense.update_touched(*arguments, block_bytes=block_bytes)
+        arguments = table, state, total.gradient[0], total.touched[0, 0], rule, step
+        return unsharded(alike_over_tensor(run), table)(*arguments)
+
+    def local(table: Array, state: TableState, total: RowSum, step: RowStep):
+        return _update_by_sum(table, state, total.gradient[0], total.touched[0, 0], rule, step, block_bytes)
+
+    specs = (COLUMNS, COLUMNS, ROW_SUM, REPLICATED)
+    return over_mesh(alike_over_tensor(local), specs, (COLUMNS, COLUMNS))(table, state, total, step)
+
+
+def _update_by_sum(
+    table: Array, state: TableState, gradient: Array, touched: Array, rule: RowRule, step: RowStep, block_bytes: int
+) -> tuple[Array, TableState]:
+    """The update of a device's columns by the sums of all replicas."""
+    touched = jax.lax.psum(touched.astype(jnp.int32), DATA) > 0
+    reduce, step = partial(jax.lax.psum, axis_name=DATA), _of_columns(step, table)
+    return dense.update_touched(table, state, gradient, touched, rule, step, reduce=reduce, block_bytes=block_bytes)
+
+
+def _of_columns(step: RowStep, table: Array) -> RowStep:
+    """The step of the columns of a device."""
+    return step._replace(first_column=step.first_column + jax.lax.axis_index(MEMORY) * table.shape[1])
+
+
+def _sizes() -> dict[str, int]:
+    """Replicas of a column shard, and devices that share the columns of a table."""
+    axes = jax.sharding.get_abstract_mesh().shape if has_memory_axis() else {DATA: 1, MEMORY: 1}
+    return {"data_axis": axes[DATA], "memory_axis": axes[MEMORY]}
 
 
 def _gather_gradient(gradient: RowGradient, *, whole_mesh: bool) -> RowGradient:

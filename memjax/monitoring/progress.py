@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import rich.progress
 
-from memjax.io.console import logger, say
+from memjax.io.console import is_live, logger, say, show_status
 from memjax.monitoring.metrics import Row
 from memjax.monitoring.units import clock
 
@@ -18,7 +18,12 @@ _BEGAN = time.monotonic()
 
 def tell_phase(what: str) -> None:
     """Prints what a start is about to do, and when: seconds since the program began."""
-    say(f"{time.monotonic() - _BEGAN:7.1f} s   {what}")
+    say(f"{time_stamp()}{time.monotonic() - _BEGAN:7.1f} s   {what}")
+
+
+def time_stamp() -> str:
+    """What lines of a log begin with: date and time; empty on a terminal, in front of which somebody sits."""
+    return "" if is_live() else time.strftime("%Y-%m-%d %H:%M:%S  ")
 
 
 class Stopwatch:
@@ -45,8 +50,14 @@ class Stopwatch:
         return seconds
 
 
+BAR_COLUMNS = 20
+BAR_SECONDS = 0.2
+"""Between two states of the bar."""
+
+
 class ProgressLines:
-    """Prints a line for the first step, then one every few seconds: step, loss, rates, speed, time left.
+    """Prints a line for the first step, then one every few seconds: step, loss, rates, speed, time left. A terminal has
+    a bar below them.
 
     Speed is that since the line before. Time left is that of the steps alone, at their mean speed since the start.
     """
@@ -55,6 +66,7 @@ class ProgressLines:
         self.steps, self.every_seconds = steps, every_seconds
         self._first, self._start = first_step, time.monotonic()
         self._last_print = self._start
+        self._last_bar = float("-inf")
         self._seconds = 0.0
         self._since_print: list[Row] = []
 
@@ -63,15 +75,16 @@ class ProgressLines:
         now = time.monotonic()
         self._seconds += row["throughput/step_seconds"]
         self._since_print.append(row)
+        left = self._seconds / (row["step"] - self._first) * (self.steps - row["step"])
+        self._draw(row, now, left)
         due = now - self._last_print >= self.every_seconds
         if not due and row["step"] not in (self._first + 1, self.steps):
             return
         self._last_print = now
         rows, self._since_print = self._since_print, []
         seconds = max(sum(row["throughput/step_seconds"] for row in rows), 1e-9)
-        left = self._seconds / (row["step"] - self._first) * (self.steps - row["step"])
         parts = [
-            f"step {row['step']:>{len(str(self.steps))}}/{self.steps}",
+            f"{time_stamp()}step {row['step']:>{len(str(self.steps))}}/{self.steps}",
             f"{row['step'] / self.steps:4.0%}",
             f"loss {row['train/loss']:.4f}",
             f"lr {row['train/lr']:.1e}" + (f" table {row['train/lr_table']:.1e}" if "train/lr_table" in row else ""),
@@ -84,6 +97,20 @@ class ProgressLines:
             parts.append(f"MFU {share:.1%}")
         parts.append(f"elapsed {clock(now - self._start)}  left {clock(left)}")
         say("  ".join(parts))
+
+    def _draw(self, row: Row, now: float, left: float) -> None:
+        """The bar, where there is a terminal."""
+        if now - self._last_bar < BAR_SECONDS:
+            return
+        self._last_bar, share = now, row["step"] / self.steps
+        bar = "#" * int(BAR_COLUMNS * share)
+        ends = time.strftime("%H:%M", time.localtime(time.time() + left))
+        text = f"{share:4.0%}  step {row['step']}/{self.steps}  loss {row['train/loss']:.4f}"
+        show_status(f"[{bar:<{BAR_COLUMNS}}] {text}  left {clock(left)}, until {ends}")
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        show_status("")
 
 
 P = TypeVar("P", bound="Progress")

@@ -137,6 +137,7 @@ class Log(Hook):
 
     def end(self, trainer: "Trainer") -> None:
         """Writes what still waits, and closes the files."""
+        self._progress.close()
         if self._metrics:
             self._metrics.close()
         close_trackers(self._trackers, STOP_SECONDS if trainer.interrupt.name else CLOSE_SECONDS)

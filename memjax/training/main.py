@@ -26,6 +26,7 @@ from memjax.training.finish import describe_summary, finish
 from memjax.training.hook import Periodic
 from memjax.training.in_flight import NotFinite
 from memjax.training.interrupt import catch_interrupts
+from memjax.training.plan import inputs
 from memjax.training.plan import memory as memory_plan
 from memjax.training.plan import row_exchange as exchange_plan
 from memjax.training.plan.report import describe, describe_fit
@@ -46,10 +47,14 @@ def dry_run(config: RunConfig, *, fit_to: tuple[int, int] | None = None) -> int:
 
     Returns:
         0, or 7 where nothing fits.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: data or tokenizer cannot be used; the plan is printed before.
     """
     if fit_to is not None:
         found = search(config, device_bytes=fit_to[0], devices=fit_to[1])
         say(describe_fit(config, found, *fit_to))
+        _say_inputs(config)
         return 0 if found else 7
     program = TrainProgram.of(config)
     data_axis = config.mesh.data_axis(jax.device_count())
@@ -62,7 +67,13 @@ def dry_run(config: RunConfig, *, fit_to: tuple[int, int] | None = None) -> int:
         with jax.set_mesh(mesh):
             compiled = make_train_step(program, mesh).lower(program.abstract_state(), abstract_batch(config)).compile()
         say(f"{'compiled for these devices':<27} {gigabytes(memory_plan.compiled_bytes(compiled))} on each")
+    _say_inputs(config)
     return 0
+
+
+def _say_inputs(config: RunConfig) -> None:
+    for line in inputs.describe(config):
+        say(line)
 
 
 def train(config: RunConfig, *, allow_changed: bool = False, hooks: Sequence[Periodic] = ()) -> int:

@@ -2,16 +2,18 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from memjax.config.run import RunConfig
 from memjax.memory.read import Perturbations, Reads, row_gradients
+from memjax.memory.row_optimizer import RowOptimizer
+from memjax.memory.sharded import no_rows
 from memjax.memory.sparse_gradient import perturbed_value_and_grad
 from memjax.memory.usage import count_reads, statistics
 from memjax.models.decoder import layer_name
@@ -19,7 +21,6 @@ from memjax.models.loss import summed_loss
 from memjax.models.moe import RouterStatistics, Routing, router_statistics
 from memjax.models.parts import Tables
 from memjax.ops.precision import accumulator
-from memjax.ops.row_gradient import RowGradient
 from memjax.runs.layout import widened
 from memjax.sharding import axes
 from memjax.sharding.mesh import replicated
@@ -78,18 +79,13 @@ def train_step(program: TrainProgram, state: TrainState, batch: Batch) -> tuple[
     """The step itself, to be traced."""
     learned, real = batch["loss_mask"].sum(), (batch["segments"] > 0).sum()
     # A batch in which nothing is learned has the loss 0.
-    found = _accumulate(program, state, batch, jnp.maximum(learned, 1), jnp.maximum(real, 1))
-    aux, dense, dense_tables = found.summed
-    reads = _without_padding(state, found.reads, batch)
-    # In the order of the model's lookups, in which the gradients of a table are summed.
-    layers = map(layer_name, program.config.model.lookups)
-    rows = row_gradients({layer: reads[layer] for layer in layers if layer in reads}, found.cotangents)
+    found, counts = _accumulate(program, state, batch, jnp.maximum(learned, 1), jnp.maximum(real, 1))
+    aux, dense, dense_tables, not_finite = found.summed
 
     # Decided before anything is written, so that the last good state is always whole. The norm, which clipping needs
     # anyway, tells of all dense gradients in one pass over them.
     norm = global_norm(dense)
-    factors = [(row.weights, row.vectors) for of_table in rows.values() for row in of_table]
-    ok = state.healthy & _all_finite((aux, norm, dense_tables, factors))
+    ok = state.healthy & _all_finite((aux, norm, dense_tables)) & (not_finite == 0)
 
     measured = {"loss": aux.loss, "grad_norm": norm}
     sigma = program.config.optim.skip_step_sigma
@@ -100,7 +96,7 @@ def train_step(program: TrainProgram, state: TrainState, batch: Batch) -> tuple[
     updates, new_opt_state = program.optimizer.update(dense, opt_state, state.params)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(updated, n, o), new, old)
     params = keep(optax.apply_updates(state.params, updates), state.params)
-    tables, table_state = _update_tables(program, state, rows, dense_tables, updated)
+    tables, table_state = _update_tables(program, state, found.rows, dense_tables, updated)
 
     new_state = TrainState(
         step=state.step + ok.astype(jnp.int32),
@@ -109,7 +105,7 @@ def train_step(program: TrainProgram, state: TrainState, batch: Batch) -> tuple[
         opt_state=keep(new_opt_state, opt_state),
         tables=tables,
         table_state=table_state,
-        reads=_count(state, reads, ok),
+        reads=counts(ok),
         ema=_averaged(program, state, params, updated),
         recent=None if sigma is None else spikes.with_step(state.recent, state.step, spike, ok, **measured),
     )
@@ -150,41 +146,67 @@ def make_usage_report(
     return report_and_reset
 
 
+class _Summed(NamedTuple):
+    """What adds up over micro-batches."""
+
+    aux: _StepAux
+    dense: nnx.State
+    """Gradient of the dense parameters."""
+    tables: Tables
+    """Gradients of the tables in the dense modes."""
+    not_finite: Array
+    """Micro-batches with a factor of a row gradient that is not finite."""
+
+
 class _Gradients(NamedTuple):
-    """Of one micro-batch, or of all: then summed, with a leading micro-batch axis in reads and cotangents."""
+    """Of one micro-batch, or of all."""
 
-    summed: tuple[_StepAux, nnx.State, Tables]
-    """What adds up: scalars, the dense gradient, and the tables' gradients in the dense modes."""
-    reads: Reads
-    """By layer."""
-    cotangents: dict[str, Perturbations]
-    """Of the reads' perturbations."""
+    summed: _Summed
+    rows: dict[str, Any]
+    """By table: the row gradients of its reads, or their `RowSum`."""
+    reads: dict[str, Array]
+    """By layer: the slots that were read, in the end the read counters with all of them."""
 
 
-def _accumulate(program: TrainProgram, state: TrainState, batch: Batch, learned: Array, real: Array) -> _Gradients:
-    """The gradients of all micro-batches.
+def _accumulate(
+    program: TrainProgram, state: TrainState, batch: Batch, learned: Array, real: Array
+) -> tuple[_Gradients, Callable[[Array], dict[str, Array]]]:
+    """The gradients of all micro-batches; and the read counters after the step, when it is known whether it is ok.
 
     The loss is a sum over tokens, divided by the number of learned tokens of the whole batch: however the batch is cut
-    into micro-batches, every token counts the same.
+    into micro-batches, every token counts the same. Row gradients are kept until the update, or, where that would hold
+    more than a dense gradient of their table, summed as they come.
     """
-    one = lambda micro: _gradients(program, state.params, state.tables, micro, learned, real)
-    if batch["tokens"].shape[0] == 1:
-        summed, *stacked = one(jax.tree.map(lambda array: array[0], batch))
-        return _Gradients(summed, *jax.tree.map(lambda array: array[None], stacked))
+    one = lambda micro: _gradients(program, state, micro, learned, real)
+    count, first = batch["tokens"].shape[0], jax.tree.map(lambda array: array[0], batch)
+    if count == 1:
+        found = one(first)  # counted in place
+        return found, lambda ok: _counted(state.reads, found.reads, ok)
+    shapes, optimizer = jax.eval_shape(one, first), program.table_optimizer
+    sums = {}
+    if isinstance(optimizer, RowOptimizer):
+        dense = [name for name, rows in shapes.rows.items() if optimizer.sums(state.tables[name], rows, count)]
+        sums = {name: no_rows(state.tables[name]) for name in dense}
 
-    def add(total: Any, micro: Batch) -> tuple[Any, list[Any]]:
-        part, *stacked = one(micro)
-        return jax.tree.map(jnp.add, total, part), stacked
+    def add(total: _Gradients, micro: Batch) -> tuple[_Gradients, dict[str, Any]]:
+        found = one(micro)
+        summed = jax.tree.map(jnp.add, total.summed, found.summed)
+        add_rows = cast(RowOptimizer, optimizer).add
+        rows = {name: add_rows(rows, found.rows[name]) for name, rows in total.rows.items()}
+        reads = _counted(total.reads, found.reads, jnp.ones((), bool))
+        return _Gradients(summed, rows, reads), {name: rows for name, rows in found.rows.items() if name not in sums}
 
-    shapes = jax.eval_shape(lambda batch: one(jax.tree.map(lambda array: array[0], batch)).summed, batch)
-    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    summed, stacked = jax.lax.scan(add, zero, batch)
-    return _Gradients(summed, *stacked)
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes.summed)
+    total, stacked = jax.lax.scan(add, _Gradients(zero, sums, state.reads), batch)
+    kept = {
+        name: [jax.tree.map(lambda factor, n=number: factor[n], rows) for rows in of_table for number in range(count)]
+        for name, of_table in stacked.items()
+    }
+    counts = lambda ok: jax.tree.map(lambda new, before: jnp.where(ok, new, before), total.reads, state.reads)
+    return total._replace(rows=total.rows | kept), counts
 
 
-def _gradients(
-    program: TrainProgram, params: nnx.State, tables: Tables, batch: Batch, learned: Array, real: Array
-) -> _Gradients:
+def _gradients(program: TrainProgram, state: TrainState, batch: Batch, learned: Array, real: Array) -> _Gradients:
     """The gradients of one micro-batch."""
     parts, remat = program.parts, program.config.train.remat
     # Padding comes last in its row, so the tokens before it never see it.
@@ -204,13 +226,22 @@ def _gradients(
         aux = _StepAux(loss, by_part, _routers(hidden.routings, is_real, real))
         return loss + _router_loss(program, aux.routers), (hidden.reads, aux)
 
+    params, tables, of_tables = state.params, state.tables, {}
     perturbations = parts.zero_perturbations(batch["tokens"].size)
     if not program.config.optim.table.is_dense:
         (_, aux), dense, reads, cotangents = perturbed_value_and_grad(loss_fn)(params, perturbations, tables)
-        return _Gradients((aux, _place_gradient(program, dense), {}), reads, cotangents)
-    of_both = lambda both, perturbations: loss_fn(both[0], perturbations, both[1])
-    value, (dense, of_tables), reads, cotangents = perturbed_value_and_grad(of_both)((params, tables), perturbations)
-    return _Gradients((value[1], _place_gradient(program, dense), of_tables), reads, cotangents)
+    else:
+        of_both = lambda both, perturbations: loss_fn(both[0], perturbations, both[1])
+        (_, aux), (dense, of_tables), reads, cotangents = perturbed_value_and_grad(of_both)(
+            (params, tables), perturbations
+        )
+    reads = _without_padding(program, state, reads, is_real.ravel())
+    rows = {} if program.config.optim.table.is_dense else row_gradients(reads, cotangents)
+    factors = [(row.weights, row.vectors) for of_table in rows.values() for row in of_table]
+    not_finite = (~_all_finite(factors)).astype(jnp.int32)
+    summed = _Summed(aux, _place_gradient(program, dense), of_tables, not_finite)
+    # A layer that reads several tables reads the same rows of each.
+    return _Gradients(summed, rows, {layer: of_layer[0].indices for layer, of_layer in reads.items()})
 
 
 def _routers(routings: dict[str, Routing], is_real: Array, real: Array) -> dict[str, RouterStatistics]:
@@ -271,17 +302,10 @@ def _router_metrics(routers: dict[str, RouterStatistics]) -> Metrics:
 
 
 def _update_tables(
-    program: TrainProgram, state: TrainState, rows: dict[str, list[RowGradient]], dense_tables: Tables, ok: Array
+    program: TrainProgram, state: TrainState, rows: dict[str, Any], dense_tables: Tables, ok: Array
 ) -> tuple[Tables, dict[str, Any]]:
     """Tables and their state after the step."""
-    gradients: dict[str, Any] = dense_tables or {
-        table: [
-            RowGradient(*(factor[number] for factor in stacked))
-            for stacked in of_table
-            for number in range(stacked.indices.shape[0])
-        ]
-        for table, of_table in rows.items()
-    }
+    gradients: dict[str, Any] = dense_tables or rows
     update = lambda name, table: program.table_optimizer.update(
         name, table, state.table_state[name], gradients[name], step=state.step, ok=ok
     )
@@ -289,24 +313,25 @@ def _update_tables(
     return {name: table for name, (table, _) in new.items()}, {name: after for name, (_, after) in new.items()}
 
 
-def _without_padding(state: TrainState, reads: Reads, batch: Batch) -> Reads:
-    """The reads without the picks of tokens that are padding: they touch no row and no state."""
-    is_real = batch["segments"].reshape(batch["segments"].shape[0], -1) > 0
+def _without_padding(program: TrainProgram, state: TrainState, reads: Reads, is_real: Bool[Array, " t"]) -> Reads:
+    """The reads without the picks of tokens that are padding: they touch no row and no state. In the order of the
+    model's lookups, in which the gradients of a table are summed.
+    """
     return {
-        layer: tuple(read.without_padding(is_real, state.tables[read.table].shape[0]) for read in of_layer)
-        for layer, of_layer in reads.items()
+        layer: tuple(read.without_padding(is_real, state.tables[read.table].shape[0]) for read in reads[layer])
+        for layer in map(layer_name, program.config.model.lookups)
     }
 
 
-def _count(state: TrainState, reads: Reads, ok: Array) -> dict[str, Array]:
+def _counted(counts: dict[str, Array], reads: dict[str, Array], ok: Array) -> dict[str, Array]:
     """Read counters with the picks of real tokens (see `_without_padding`); bad steps do not count.
 
-    A layer that reads several tables reads the same rows of each. Every device counts all picks: they are fewer than
-    the slots of a large table, whose counts would have to be added up over the devices.
+    Every device counts all picks: they are fewer than the slots of a large table, whose counts would have to be added
+    up over the devices.
     """
     return {
-        layer: count_reads(counts, axes.everywhere(jnp.where(ok, reads[layer][0].indices, counts.shape[0])))
-        for layer, counts in state.reads.items()
+        layer: count_reads(before, axes.everywhere(jnp.where(ok, reads[layer], before.shape[0])))
+        for layer, before in counts.items()
     }
 
 
@@ -322,4 +347,4 @@ def _averaged(program: TrainProgram, state: TrainState, params: nnx.State, updat
 
 
 def _all_finite(tree: Any) -> Array:
-    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
+    return jnp.all(jnp.stack([jnp.ones((), bool), *(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))]))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from memjax.memory.row_exchange import ExchangeBytes, choose, exchange_bytes
+from memjax.memory.row_exchange import ExchangeBytes, choose, exchange_bytes, sums_micro_batches
 from memjax.ops.row_gradient import RowGradient
 
 
@@ -37,3 +37,19 @@ def test_bytes_by_hand():
 )
 def test_auto_takes_what_needs_fewer_bytes_and_a_wish_is_met(tokens, data_axis, wanted, expected):
     assert choose(wanted, *shapes(tokens), data_axis=data_axis, memory_axis=1) == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "tokens", "count", "expected"),
+    [
+        # 1000 rows of 256 columns in float32 and five blocks of these are 6.1 MB; a token of two layers is 1.1 kB, and
+        # as much again with 40 bytes a pick while it is sorted.
+        ("auto", 100, 20, False),
+        ("auto", 100, 40, True),
+        ("auto", 4000, 1, False),
+        ("all_gather", 100, 40, False),
+        ("all_reduce", 100, 2, True),
+    ],
+)
+def test_micro_batches_are_summed_where_that_holds_fewer_bytes(wanted, tokens, count, expected):
+    assert sums_micro_batches(wanted, *shapes(tokens), count, data_axis=1, memory_axis=1) is expected

@@ -1,10 +1,14 @@
 """The metrics file, the progress line and the clock."""
 
+import io
 import json
+import re
+import sys
 
 import jax
 import pytest
 
+from memjax.io.console import say
 from memjax.monitoring import metrics
 from memjax.monitoring import progress as progress_module
 from memjax.monitoring.metrics import WINDOW, MetricsFile, comparable, peak_flops, read_metrics, usage_rows
@@ -97,11 +101,39 @@ def test_progress_is_printed_at_once_then_now_and_then_and_at_the_end(monkeypatc
     # Between the steps there is time that is not theirs: compilation, validation.
     for step, seconds, now in ((11, 2.0, 149.0), (12, 6.0, 160.0), (13, 1.0, 200.0), (15, 0.5, 201.0)):  # noqa: B007
         progress.show(row(step, seconds))
-    lines = capsys.readouterr().out.splitlines()
+    stamped = capsys.readouterr().out.splitlines()
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  step .*", line) for line in stamped)
+    lines = [line[21:] for line in stamped]
     assert [line.split()[1] for line in lines] == ["11/15", "13/15", "15/15"]
     # 2000 tokens in 7 s; 2 steps are left at 3 s each, whatever went by between them and before a resumption.
     assert lines[1] == "step 13/15   87%  loss 2.5000  lr 1.0e-03  286 tokens/s  elapsed 1:40  left 0:06"
     assert lines[2].endswith("2,000 tokens/s  elapsed 1:41  left 0:00")
+
+
+def shown(written: str) -> list[str]:
+    """The lines that a terminal shows: what a line held before it was cleared is gone."""
+    return re.sub(r"[^\n]*\r\x1b\[K", "", written).split("\n")
+
+
+def test_on_a_terminal_a_bar_stands_below_what_is_printed_and_leaves_nothing(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "90")
+    progress = ProgressLines(first_step=0, steps=4, every_seconds=1e9)
+    progress.show(row(1, 3.0))
+    say("in between")
+    first, between, bar = shown(terminal.getvalue())
+    assert first.startswith("step 1/4   25%  loss 2.5000"), "no time stamp, since somebody looks"
+    assert between == "in between"
+    assert re.fullmatch(r"\[#{5} {15}\]  25%  step 1/4  loss 2.5000  left 0:09, until \d\d:\d\d", bar)
+    monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setattr(progress_module, "BAR_SECONDS", 0.0)
+    progress.show(row(2))
+    assert shown(terminal.getvalue())[-1] == bar.replace("#" * 5 + " " * 5, "#" * 10).replace("25", "50")[:29]
+    progress.close()
+    assert shown(terminal.getvalue()) == [first, between, ""]
 
 
 def test_progress_tells_the_tables_rate_and_the_share_of_the_peak(capsys):

@@ -234,7 +234,7 @@ def test_a_validation_that_a_signal_cuts_short_is_made_up(run, tmp_path, monkeyp
     assert losses[0] == losses[1]
     assert [loss is not None for loss in losses[0]] == [False, True, False, True]
     # The line of a step's validation follows the lines of the steps before it.
-    shown = re.findall(r"^step +(\d+)", straight, re.MULTILINE)
+    shown = re.findall(r"^\S+ \S+  step +(\d+)", straight, re.MULTILINE)
     assert shown == sorted(shown, key=int)
 
 

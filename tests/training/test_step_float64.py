@@ -57,7 +57,9 @@ def sgd(tiny, float64):
     [
         ("true", "sgd", (1, 1)),
         ("true", "sgd --train.grad_accum_steps 2 --mesh.row_grad_reduce all_reduce", (2, 4)),
-        ("false", "sgd --train.grad_accum_steps 2", (1, 1)),
+        ("false", "sgd --train.grad_accum_steps 2 --mesh.row_grad_reduce all_gather", (1, 1)),
+        # Row gradients of micro-batches are summed as they come.
+        ("true", "sgd --train.grad_accum_steps 8", (1, 1)),
     ],
 )
 def test_row_updates_of_micro_batches_on_a_mesh_are_plain_sgd_on_the_whole_batch(

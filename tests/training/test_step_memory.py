@@ -11,7 +11,7 @@ from memjax.config.load import load
 from memjax.config.run import RunConfig
 from memjax.ops.product_key_search.api import product_key_search
 from memjax.training.program import TrainProgram
-from memjax.training.step import make_train_step
+from memjax.training.step import abstract_batch, make_train_step
 
 LARGE = """
 --model.dim 64 --model.num_layers 3 --model.num_heads 2 --model.ffn_dim 64 --model.vocab_size 259
@@ -61,6 +61,23 @@ def test_a_step_holds_no_second_table_and_one_search_a_layer(tiny, remat):
     search = jax.jit(lambda queries, keys: product_key_search(queries, keys, 8)).lower(queries, keys).compile()
     assert top_k_calls(search) > 0
     assert top_k_calls(compiled) == 3 * top_k_calls(search)
+
+
+@pytest.mark.slow
+def test_row_gradients_do_not_grow_with_the_micro_batches(tiny):
+    mesh, temporary = tiny.mesh(1, 1), {}
+    for count in (2, 12):
+        config = tiny.config(
+            f"--mesh.row_grad_reduce all_reduce --data.batch_size {4 * count} --train.grad_accum_steps {count}",
+            "--data.sequence_length 64 --train.remat block",
+        )
+        program = TrainProgram.of(config)
+        with jax.set_mesh(mesh):
+            step: Any = make_train_step(program, mesh)
+            compiled = step.lower(program.abstract_state(), abstract_batch(config)).compile()
+        temporary[count] = compiled.memory_analysis().temp_size_in_bytes
+    # Of one micro-batch: 256 tokens in 2 layers, each with 6 picks of 8 bytes and 256 columns.
+    assert temporary[12] - temporary[2] < 256 * 2 * (6 * 8 + 256 * 4)
 
 
 def num_bytes(tree) -> int:

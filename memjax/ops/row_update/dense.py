@@ -31,6 +31,7 @@ def summed(
     gradients: Sequence[RowGradient],
     num_rows: int,
     *,
+    start: tuple[Float[Array, "n d"], Bool[Array, " n"]] | None = None,
     gather: Callable[[RowGradient], RowGradient] = lambda gradient: gradient,
     piece_picks: int = PIECE_PICKS,
     implementation: str | None = None,
@@ -43,15 +44,18 @@ def summed(
     Args:
         gradients: what to sum.
         num_rows: of the table.
+        start: a sum to add to; None is zero.
         gather: applied to each gradient when its turn comes, as to collect the picks of other devices.
         piece_picks: the most picks that are sorted at once.
         implementation: of the row update, whose kernels sum here.
     """
-    dtype = jnp.result_type(*[accumulator(gradient.vectors.dtype) for gradient in gradients])
-    # Not a constant: that could be written, and take memory, long before there are gradients.
-    zero, gradients = jax.lax.optimization_barrier((jnp.zeros((), dtype), vary_together(list(gradients))))
-    total = vary_like(jnp.full((num_rows, gradients[0].vectors.shape[1]), zero), gradients)
-    touched = vary_like(jnp.zeros(num_rows, bool), gradients)
+    gradients = vary_together(list(gradients))
+    if start is None:
+        dtype = jnp.result_type(*[accumulator(gradient.vectors.dtype) for gradient in gradients])
+        # Not a constant: that could be written, and take memory, long before there are gradients.
+        zero, gradients = jax.lax.optimization_barrier((jnp.zeros((), dtype), gradients))
+        start = jnp.full((num_rows, gradients[0].vectors.shape[1]), zero), jnp.zeros(num_rows, bool)
+    total, touched = vary_like(start, gradients)
     # A step of gradient descent at the rate -1 adds.
     add = RowRule(kind="sgd")
 

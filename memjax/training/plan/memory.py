@@ -15,6 +15,7 @@ its kernels are chosen for the device that is there. Where the mesh's accelerato
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -30,7 +31,7 @@ from memjax.models.decoder import resolve_dtype
 from memjax.monitoring.units import gigabytes
 from memjax.ops.precision import accumulator
 from memjax.sharding.mesh import abstract_mesh, of_parameters
-from memjax.training.plan.row_exchange import plan_exchange
+from memjax.training.plan.row_exchange import PlannedExchange, plan_exchange
 from memjax.training.program import TrainProgram
 
 GAPS = 0.06
@@ -308,19 +309,36 @@ class _Planner:
         return {"accumulated gradients": self.state()["dense parameters"]} | self.row_gradients()
 
     def row_gradients(self) -> Bytes:
-        """Index and weight of every pick, and the vectors that they multiply, of all micro-batches."""
-        if not self.model.lookups or self.config.optim.table.is_dense:
+        """Index and weight of every pick, and the vectors that they multiply, of all micro-batches; or of one, and the
+        sum of all.
+        """
+        planned = self.exchange
+        if planned is None:
             return {}
-        row_bytes = sum(lookup.gradient for lookup in self.lookups)
-        return {"row gradients": row_bytes * self.tokens * self.config.train.grad_accum_steps}
+        row_bytes = sum(lookup.gradient for lookup in self.lookups) * self.tokens
+        if not planned.sums:
+            return {"row gradients": row_bytes * self.config.train.grad_accum_steps}
+        tables = self.model.tables.values()
+        summed = sum(
+            table.num_slots
+            * (table.width // self.config.mesh.memory * accumulator(resolve_dtype(table.dtype)).itemsize + 1)
+            for table in tables
+        )
+        return {"row gradients": row_bytes, "summed row gradients": summed}
 
     def row_update(self) -> Bytes:
         """Picks in the order of their rows with the vectors that they multiply, and where they are summed."""
-        planned = plan_exchange(self.config, data_axis=self.data_axis)
+        planned = self.exchange
         if planned is None:
             return {}
         held = planned.bytes[planned.chosen]
-        return {"dense row gradient": held.gradient, "sorted picks": held.picks}
+        # What is summed from micro-batch to micro-batch is counted there.
+        return {"dense row gradient": 0 if planned.sums else held.gradient, "sorted picks": held.picks}
+
+    @functools.cached_property
+    def exchange(self) -> PlannedExchange | None:
+        """How row gradients are summed and exchanged."""
+        return plan_exchange(self.config, data_axis=self.data_axis)
 
     @property
     def param_width(self) -> int:

@@ -19,6 +19,8 @@ class PlannedExchange(NamedTuple):
 
     chosen: Exchange
     bytes: dict[Exchange, ExchangeBytes]
+    sums: bool
+    """Whether row gradients of micro-batches are summed dense as they come."""
 
 
 def plan_exchange(config: RunConfig, *, data_axis: int) -> PlannedExchange | None:
@@ -31,11 +33,13 @@ def plan_exchange(config: RunConfig, *, data_axis: int) -> PlannedExchange | Non
     picks, weight = (tokens, busiest.picks), accumulator(resolve_dtype(config.model.dtype))
     factors = ((picks, jnp.int32), (picks, weight), ((tokens, busiest.width), dtype))
     gradient = RowGradient._make(jax.ShapeDtypeStruct(*factor) for factor in factors)
-    gradients = [gradient] * (len(busiest.readers) * accumulate)
+    of_one, wanted = [gradient] * len(busiest.readers), config.mesh.row_grad_reduce
     table = jax.ShapeDtypeStruct((busiest.num_slots, busiest.width), dtype)
     axes = {"data_axis": data_axis, "memory_axis": config.mesh.memory}
-    chosen = row_exchange.choose(config.mesh.row_grad_reduce, table, gradients, **axes)
-    return PlannedExchange(chosen, row_exchange.exchange_bytes(table, gradients, **axes))
+    sums = row_exchange.sums_micro_batches(wanted, table, of_one, accumulate, **axes)
+    gradients = of_one if sums else of_one * accumulate
+    chosen = "all_reduce" if sums else row_exchange.choose(wanted, table, gradients, **axes)
+    return PlannedExchange(chosen, row_exchange.exchange_bytes(table, gradients, **axes), sums)
 
 
 def describe(config: RunConfig, *, data_axis: int) -> str:
@@ -44,6 +48,8 @@ def describe(config: RunConfig, *, data_axis: int) -> str:
     if planned is None:
         return ""
     lines = [f"{'row exchange over data':<27} {planned.chosen} (mesh.row_grad_reduce: {config.mesh.row_grad_reduce})"]
+    if planned.sums:
+        lines[0] += ", summed from micro-batch to micro-batch"
     for name, count in planned.bytes.items():
         held = gigabytes(count.gradient + count.picks)
         lines.append(f"{'  ' + name:<27} {gigabytes(count.received)} received by each device, {held} held")
