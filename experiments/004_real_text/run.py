@@ -21,7 +21,7 @@ from factlab import command
 from factlab.runs import Result
 from realtext.tables import report
 
-STAGES = ("grid", "full", "134m", "seeds", "large", "ablations", "long")
+STAGES = ("grid", "full", "134m", "others", "seeds", "large", "134m_others", "ablations", "long")
 TOKENS = 43e6
 """Of the training text, for guesses of time and the steps of large models."""
 
@@ -69,22 +69,24 @@ def _preset(name: str, speed: float, dim: int, *settings: str, **options: Any) -
 
 
 FAMILIES = {
-    "dense_x1": _own("dense_x1", 1.1e6),
-    "memory_plus": _own("memory_plus", 0.65e6, has_table=True),
-    "dense_x2": _own("dense_x2", 0.7e6, dim=576),
-    "memory_plus_large": _own("memory_plus_large", 0.5e6, has_table=True),
-    "moe": _own("moe", 0.6e6),
-    "peer": _own("peer", 0.5e6, has_table=True),
-    "memory": _own("memory", 0.85e6, has_table=True),
-    "memory_plus_small": _own("memory_plus_small", 0.65e6, has_table=True),
-    "134m_dense_x2": _preset("134m_dense", 0.26e6, 1024, *DENSE_X8),
-    "134m_memory_plus": _preset("134m_memory_plus_1m", 0.4e6, 768, has_table=True),
-    "134m_dense": _preset("134m_dense", 0.43e6, 768),
-    "134m_moe": _preset("134m_moe", 0.3e6, 768),
+    "dense_x1": _own("dense_x1", 1.4e6),
+    "memory_plus": _own("memory_plus", 0.95e6, has_table=True),
+    "dense_x2": _own("dense_x2", 0.8e6, dim=576),
+    "memory_plus_large": _own("memory_plus_large", 0.75e6, has_table=True),
+    "peer": _own("peer", 0.6e6, has_table=True),
+    "moe": _own("moe", 0.8e6),
+    "memory_plus_small": _own("memory_plus_small", 0.95e6, has_table=True),
+    "memory": _own("memory", 1.2e6, has_table=True),
+    "134m_dense": _preset("134m_dense", 0.48e6, 768),
+    "134m_memory_plus": _preset("134m_memory_plus_1m", 0.42e6, 768, has_table=True),
+    "134m_moe": _preset("134m_moe", 0.33e6, 768),
+    "134m_dense_x2": _preset("134m_dense", 0.28e6, 1024, *DENSE_X8),
 }
 OF_STAGE = {
-    "full": [name for name in FAMILIES if not name.startswith("134m")],
-    "134m": [name for name in FAMILIES if name.startswith("134m")],
+    "full": ["dense_x1", "memory_plus", "dense_x2"],
+    "134m": ["134m_dense", "134m_memory_plus"],
+    "others": ["memory_plus_large", "peer", "moe", "memory_plus_small", "memory"],
+    "134m_others": ["134m_moe", "134m_dense_x2"],
     "long": ["memory_plus", "dense_x2", "dense_x1"],
 }
 HEADLINE = ("dense_x1", "memory_plus", "dense_x2")
@@ -213,7 +215,7 @@ def main() -> None:
     options.add_argument("--work", type=pathlib.Path, help="folder for tokens; a temporary one of the data's name")
     options.set_defaults(jobs=None)
     arguments = options.parse_args()
-    arguments.jobs = arguments.jobs or 2 * arguments.gpus
+    arguments.jobs = arguments.jobs or arguments.gpus
     size, data, work = SIZES[arguments.size], arguments.data, arguments.work
     if arguments.prepare:
         from realtext.prepare import prepare
@@ -296,8 +298,8 @@ def runs_of(stage: str, size: Size, results: dict[str, Result], data: str, work:
             changes=tuple(changes),
             points=points,
             measures=measures,
-            alone=stage == "134m",
-            seconds=seconds_of(family, of, epochs * size.tokens, points, results, alone=stage == "134m"),
+            alone=stage.startswith("134m"),
+            seconds=seconds_of(family, of, epochs * size.tokens, points, results),
         )
 
     if stage == "grid":
@@ -316,7 +318,7 @@ def runs_of(stage: str, size: Size, results: dict[str, Result], data: str, work:
         runs = runs if size.families is None else runs[:1]
     else:
         epochs = size.long_epochs if stage == "long" else size.epochs
-        points = size.large_points if stage == "134m" else size.points
+        points = size.large_points if stage.startswith("134m") else size.points
         runs = [one(name, rates_of(name, results), epochs, points=points) for name in OF_STAGE[stage]]
     return [run for run in runs if size.families is None or run.family in size.families]
 
@@ -341,13 +343,10 @@ def large(family: str, data: str, work: str) -> TextRun:
     )
 
 
-def seconds_of(
-    family: str, of: Family, tokens: float, points: int, results: dict[str, Result], *, alone: bool
-) -> float:
-    """A guess, by the slowest run of the family so far, else by that of its family, alone or not."""
+def seconds_of(family: str, of: Family, tokens: float, points: int, results: dict[str, Result]) -> float:
+    """A guess, by the fastest run of the family so far: others may have shared their GPU."""
     known = [row["tokens_per_second"] for row in results.values() if row["family"] == family]
-    # Two that share a GPU are together faster than one: each leaves it idle now and then.
-    speed = min(known) if known and min(known) else of.speed / (1 if alone else 1.6)
+    speed = max(known, default=0) or of.speed
     slower = FAMILIES["dense_x1"].speed / of.speed
     return 50 + tokens / speed + (points + 3) * 2 * slower
 

@@ -11,7 +11,7 @@ from realtext.grading import IN_TEXT, NOT_IN_TEXT
 Value = Callable[[Result], float]
 Families = dict[str, list[Result]]
 
-COMPARED = ("full", "134m", "seeds")
+COMPARED = ("full", "134m", "others", "134m_others", "seeds")
 """Stages whose runs read the same text equally often."""
 NAMES = {
     "dense_x1": "dense",

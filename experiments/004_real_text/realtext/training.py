@@ -195,6 +195,9 @@ class TextTrainer:
         written = [self.corpus.tokenizer.decode(ids) for ids in self.write(state, self.corpus.asked)]
         found = {
             "written": grading.written(questions, written),
+            "examples": [[question["question"], answer] for question, answer in zip(questions, written, strict=True)][
+                ::400
+            ],
             "choices": grading.choices(self.corpus.choices, chosen.nats),
             "by_relation": grading.by_relation(questions, self.score(state, self.corpus.asked).nats, written),
         }
