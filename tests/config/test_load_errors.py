@@ -394,15 +394,15 @@ def test_the_hint_is_the_setting_that_is_meant(capsys, typo):
 
 
 def test_thousands_of_unknown_settings_are_counted_in_seconds(here, capsys):
-    Path("config.yaml").write_text("optim:\n" + "".join(f"  lr_{number}: 0\n" for number in range(20_000)))
+    Path("config.yaml").write_text("optim:\n" + "".join(f"  lr_{number}: 0\n" for number in range(8_000)))
     start = time.process_time()
     lines = refused(capsys, "config.yaml")
-    assert time.process_time() - start < 10  # about 2 s on an idle core
+    assert time.process_time() - start < 5  # about 1 s on an idle core
     assert lines[:2] == [
-        "go: 20,000 problems",
+        "go: 8,000 problems",
         "  config.yaml:2: optim.lr_0: unknown setting; did you mean 'optim.lr'?",
     ]
-    assert lines[-2:] == ["  and 19,960 more", "--help lists every setting."]
+    assert lines[-2:] == ["  and 7,960 more", "--help lists every setting."]
     assert len(lines) == 43
 
 

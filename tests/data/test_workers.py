@@ -102,7 +102,7 @@ def test_a_killed_worker_is_an_error_that_says_so(tmp_path):
     assert list(data) == []
 
 
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGKILL", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_workers_outlive_signals_to_their_group_but_not_their_parent(tmp_path, name):
     path = config(tmp_path, large=True).path
     command = [sys.executable, "-c", PROGRAM, path]

@@ -40,7 +40,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 WITH_RUN = [path for path in PAGES if "runs/quickstart" in path.read_text()]
 """Pages that use the run of the quick start."""
 
-SLOW = [ROOT / "docs" / "recipes.md"]
+SLOW = [ROOT / "docs" / name for name in ("recipes.md", "upcycle.md", "your_model.md")]
 """Pages that take several seconds."""
 
 NOT_RUN = {

@@ -113,6 +113,7 @@ def test_a_gated_layer_without_one_of_its_projections_has_the_other(rows):
         np.testing.assert_allclose(memory.combine(jnp.asarray(x), jnp.asarray(bag)), expected[part], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_that_would_miss_its_deadline_ends_early(trainer):
     with pytest.raises(training.OutOfTime, match="more are needed"):
         trainer.run(RATES, exposures=1e4, seed=0, deadline=0.0)

@@ -72,7 +72,7 @@ def assert_same_gradients(gradients, expected):
         np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_gradients_are_those_of_plain_autodiff(remat):
     model, (x, y) = Model(remat=remat), data()
     expected_loss, expected = nnx.jit(nnx.value_and_grad(loss_fn))(model, x, y)

@@ -24,7 +24,7 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
     ("preset", "billions"),
     [
         # Table 1 of arXiv:2412.09764; it prints 3.377 for the plain memory, whose shapes give 3.378.
-        ("1.3b_memory", 3.378),
+        pytest.param("1.3b_memory", 3.378, marks=pytest.mark.slow),
         pytest.param("1.3b_memory_plus_1m", 3.368, marks=pytest.mark.slow),
         pytest.param("1.3b_memory_plus_4m", 9.823, marks=pytest.mark.slow),
         pytest.param("1.3b_memory_plus_16m", 35.618, marks=pytest.mark.slow),
@@ -64,7 +64,7 @@ def test_counts_by_hand():
 @pytest.mark.parametrize(
     ("size", "billions"),
     # The second is Table 1's, the first follows from its formula. They leave routers out.
-    [("134m", 0.983), ("1.3b", 3.545)],
+    [("134m", 0.983), pytest.param("1.3b", 3.545, marks=pytest.mark.slow)],
 )
 def test_presets_with_experts_have_the_published_size_and_the_arithmetic_of_their_dense_model(size, billions):
     config = load(RunConfig, CONFIGS / f"{size}_moe.yaml")

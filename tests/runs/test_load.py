@@ -63,7 +63,7 @@ def equal_bits(left: Decoder, right: Decoder) -> bool:
     return jax.tree.all(jax.tree.map(same, *pairs))
 
 
-@pytest.mark.parametrize("memory", [True, False])
+@pytest.mark.parametrize("memory", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_what_is_loaded_is_what_was_saved(tmp_path, memory):
     config = run_config(memory)
     saved = save(tmp_path, config)

@@ -72,8 +72,26 @@ def decoded(table):
     return np.asarray(Table.of(table).take(every, jnp.float32))
 
 
-@pytest.mark.parametrize("place", ["device", "host"])
-@pytest.mark.parametrize("name", ["saved", "float16", *CODED])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("saved", "device"),
+        ("int4", "device"),
+        ("int4", "host"),
+        ("int8", "host"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("saved", "host"),
+                ("float16", "device"),
+                ("float16", "host"),
+                ("int8", "device"),
+                ("float8_e4m3", "device"),
+                ("float8_e4m3", "host"),
+            )
+        ),
+    ],
+)
 def test_tables_are_those_that_the_format_makes_of_the_saved_rows(tmp_path, name, place):
     # bfloat16 has no type in NumPy, so host memory is looked into as bits.
     table_dtype = "bfloat16" if place == "host" else "float32"

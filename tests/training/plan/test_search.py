@@ -23,7 +23,16 @@ def test_a_run_that_fits_as_it_is_is_not_changed():
     assert found.plan.total == NEEDED
 
 
-@pytest.mark.parametrize(("batch", "share"), [(64, 0.5), (64, 0.2), (48, 0.4), (3, 0.3), (3, 1.0)])
+@pytest.mark.parametrize(
+    ("batch", "share"),
+    [
+        (64, 0.5),
+        pytest.param(64, 0.2, marks=pytest.mark.slow),
+        pytest.param(48, 0.4, marks=pytest.mark.slow),
+        (3, 0.3),
+        (3, 1.0),
+    ],
+)
 def test_what_is_found_fits_with_the_fewest_micro_batches(batch, share):
     settings = [*SETTINGS, "--data.batch_size", str(batch)]
     config = load(RunConfig, None, settings)
