@@ -5,9 +5,11 @@ A check is a list of problems in words, each beginning with `field=value`; None 
 
 import dataclasses
 import functools
+import math
 import numbers
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from memjax.io.paths import local_path
 
@@ -62,16 +64,56 @@ def one_of(known: Sequence[str], **fields: Any) -> list[str | None]:
     ]
 
 
-def words(config: Any) -> list[str | None]:
-    """Fields of a config's dataclass that take a few words, or true and false, must have one of these."""
+def typed(config: Any) -> None:
+    """Refuses fields of a config's dataclass whose values are not of their types: what the reader of files checks too.
+
+    Fields of classes, which check themselves, and of types without a rule here are left out.
+
+    Raises:
+        ValueError: a word is unknown, or a number or flag is none.
+    """
     problems: list[str | None] = []
     for name, kind in _types(type(config)).items():
-        value = getattr(config, name)
-        if get_origin(kind) is Literal:
-            problems += one_of(get_args(kind), **{name: value})
-        elif kind is bool and not isinstance(value, bool):
-            problems.append(f"{name}={value!r} must be true or false")
-    return problems
+        value, kinds = getattr(config, name), [one for one in _union(kind) if one is not type(None)]
+        if value is None and len(kinds) < len(_union(kind)):
+            continue
+        found = [rule(**{name: value}) for rule in map(_rule, kinds) if rule is not None]
+        if len(found) == len(kinds) and all(map(any, found)):
+            problems += found[0]
+    refuse(problems)
+
+
+def _union(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _rule(kind: Any) -> Callable[..., list[str | None]] | None:
+    """The check of values of a type."""
+    if get_origin(kind) is Literal:
+        return functools.partial(one_of, get_args(kind))
+    if kind == tuple[int, ...]:
+        return _whole_numbers
+    return {bool: _flags, int: whole, float: _numbers}.get(kind)
+
+
+def _flags(**fields: Any) -> list[str | None]:
+    return [f"{name}={value!r} must be true or false" for name, value in fields.items() if not isinstance(value, bool)]
+
+
+def _numbers(**fields: Any) -> list[str | None]:
+    return [
+        f"{name}={value!r} must be a finite number"
+        for name, value in fields.items()
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value)
+    ]
+
+
+def _whole_numbers(**fields: Any) -> list[str | None]:
+    return [
+        f"{name}={value!r} must be a tuple of whole numbers"
+        for name, value in fields.items()
+        if not isinstance(value, tuple) or any(whole(item=item) for item in value)
+    ]
 
 
 _types = functools.cache(get_type_hints)

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from typing import Literal
 
-from memjax.config.checks import local_paths, not_negative, positive, refuse, words
+from memjax.config.checks import local_paths, not_negative, positive, refuse, typed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,9 +35,9 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         from_file = self.kind not in ("byte", "bpe")
+        typed(self)
         refuse(
-            words(self)
-            + positive(train_bytes=self.train_bytes)
+            positive(train_bytes=self.train_bytes)
             + local_paths(self, "path")
             + [
                 f"{name}={value} is for a tokenizer from a file; set kind to hf, sentencepiece or tiktoken"
@@ -71,9 +71,9 @@ class BiographiesConfig:
     """Draws the people and their facts."""
 
     def __post_init__(self) -> None:
+        typed(self)
         refuse(
-            words(self)
-            + positive(num_people=self.num_people)
+            positive(num_people=self.num_people)
             + [
                 f"held_out_fraction={self.held_out_fraction} must be in 0..1"
                 if not 0 <= self.held_out_fraction <= 1
@@ -96,9 +96,9 @@ class MixtureConfig:
     """Share of the tokens of the training, relative to the weights of the other parts."""
 
     def __post_init__(self) -> None:
+        typed(self)
         refuse(
-            words(self)
-            + positive(weight=self.weight)
+            positive(weight=self.weight)
             + local_paths(self, "path")
             + [
                 f"name={self.name} must consist of letters, digits, - and _: a folder and metrics are named after it"
@@ -159,9 +159,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         names = [part.name for part in self.mixture]
+        typed(self)
         refuse(
-            words(self)
-            + positive(
+            positive(
                 sequence_length=self.sequence_length,
                 batch_size=self.batch_size,
                 max_record_bytes=self.max_record_bytes,

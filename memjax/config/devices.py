@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from memjax.config.checks import not_negative, positive, refuse, words
+from memjax.config.checks import not_negative, positive, refuse, typed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +29,8 @@ class MeshConfig:
     bytes."""
 
     def __post_init__(self) -> None:
-        refuse(words(self) + positive(data=self.data, memory=self.memory, tensor=self.tensor))
+        typed(self)
+        refuse(positive(data=self.data, memory=self.memory, tensor=self.tensor))
 
     @property
     def devices_per_replica(self) -> int:
@@ -62,6 +63,7 @@ class ProcessesConfig:
     """Seconds without a sign of life after which a process counts as gone, and the others end."""
 
     def __post_init__(self) -> None:
+        typed(self)
         host, _, port = (self.coordinator or "host:1").rpartition(":")
         refuse(
             positive(count=self.count, start_timeout=self.start_timeout, heartbeat_timeout=self.heartbeat_timeout)

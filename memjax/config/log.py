@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from memjax.config.checks import not_empty, positive, refuse, words
+from memjax.config.checks import not_empty, positive, refuse, typed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +18,8 @@ class WandbConfig:
     """offline keeps everything in the run's folder, for `wandb sync`."""
 
     def __post_init__(self) -> None:
-        refuse(words(self) + not_empty(project=self.project, name=self.name))
+        typed(self)
+        refuse(not_empty(project=self.project, name=self.name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +32,7 @@ class TrackioConfig:
     """The run's name; null takes that of its folder."""
 
     def __post_init__(self) -> None:
+        typed(self)
         refuse(not_empty(project=self.project, name=self.name))
 
 
@@ -46,6 +48,7 @@ class ProfileConfig:
     """Operations in the table."""
 
     def __post_init__(self) -> None:
+        typed(self)
         refuse(positive(start=self.start, steps=self.steps, top=self.top))
 
 
@@ -67,4 +70,5 @@ class LogConfig:
     """Trace some steps; '{}' switches it on with its defaults."""
 
     def __post_init__(self) -> None:
+        typed(self)
         refuse(positive(progress_seconds=self.progress_seconds, usage_every=self.usage_every))

@@ -72,9 +72,9 @@ class ProductKeyConfig(LookupConfig):
     """auto: bfloat16 on GPUs, float32 on CPUs."""
 
     def __post_init__(self) -> None:
+        checks.typed(self)
         refuse(
-            checks.words(self)
-            + checks.product_keys(
+            checks.product_keys(
                 num_keys=self.num_keys,
                 num_heads=self.num_heads,
                 top_k=self.top_k,

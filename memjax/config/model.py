@@ -37,6 +37,7 @@ class ExpertsConfig:
     """Weight of the router's z loss in the training, which keeps its logits small."""
 
     def __post_init__(self) -> None:
+        checks.typed(self)
         refuse(
             checks.experts(
                 num_experts=self.num_experts,
@@ -95,9 +96,9 @@ class RopeScalingConfig:
 
     def __post_init__(self) -> None:
         is_longrope = self.kind == "longrope"
+        checks.typed(self)
         refuse(
-            checks.words(self)
-            + positive(
+            positive(
                 factor=self.factor,
                 low_freq_factor=self.low_freq_factor,
                 original_length=self.original_length,
@@ -127,6 +128,7 @@ class RopeScalingConfig:
         )
 
 
+QKNorm = Literal["none", "per_head", "all_heads"]
 MOST_LAYERS = 1000
 """The most blocks of a model; ten times those of the deepest language models."""
 
@@ -149,7 +151,7 @@ class ModelConfig:
     """Whether the projections of the attention have biases."""
     attention_out_bias: bool | None = None
     """Whether its output projection has one; null: as the others (Qwen 2: false)."""
-    qk_norm: Literal["none", "per_head", "all_heads"] = "none"
+    qk_norm: QKNorm = "none"
     """RMSNorm of queries and keys before they are rotated: over the width of each head (Qwen 3), or over all heads
     (OLMo 2)."""
     ffn_dim: int = 96
@@ -185,9 +187,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         kv_heads = self.kv_heads
+        checks.typed(self)
         refuse(
-            checks.words(self)
-            + positive(
+            positive(
                 dim=self.dim,
                 num_layers=self.num_layers,
                 num_heads=self.num_heads,

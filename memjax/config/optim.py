@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from memjax.config.checks import decays, not_negative, positive, refuse, row_rule, words
+from memjax.config.checks import decays, not_negative, positive, refuse, row_rule, typed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,9 +24,9 @@ class ScheduleConfig:
     """Last steps of a wsd schedule, over which the rate falls; a number below 1 is a share of train.steps."""
 
     def __post_init__(self) -> None:
+        typed(self)
         refuse(
-            words(self)
-            + not_negative(lr=self.lr, warmup_steps=self.warmup_steps, decay_steps=self.decay_steps)
+            not_negative(lr=self.lr, warmup_steps=self.warmup_steps, decay_steps=self.decay_steps)
             + [
                 f"{name}={value} must be a whole number of steps, or a share of them below 1"
                 for name, value in (("warmup_steps", self.warmup_steps), ("decay_steps", self.decay_steps))

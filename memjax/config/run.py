@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from memjax.config.checks import local_paths, refuse
+from memjax.config.checks import local_paths, refuse, typed
 from memjax.config.data import DataConfig
 from memjax.config.devices import MeshConfig, ProcessesConfig
 from memjax.config.log import LogConfig
@@ -28,6 +28,7 @@ class RunFolderConfig:
     evaluate and generate too); null keeps none."""
 
     def __post_init__(self) -> None:
+        typed(self)
         refuse(local_paths(self, "dir", "compile_cache"))
 
 

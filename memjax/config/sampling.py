@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from memjax.config.checks import not_negative, positive, refuse
+from memjax.config.checks import not_negative, positive, refuse, typed
 
 
 # Without slots, so that the settings of a command can inherit from it and from another class.
@@ -23,6 +23,7 @@ class SamplingConfig:
     """Of the draws; the same seed writes the same text."""
 
     def __post_init__(self) -> None:
+        typed(self)
         refuse(self.problems())
 
     def problems(self) -> list[str | None]:

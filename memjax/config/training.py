@@ -4,7 +4,7 @@ import dataclasses
 import re
 from typing import Literal
 
-from memjax.config.checks import local_paths, positive, refuse, words
+from memjax.config.checks import local_paths, positive, refuse, typed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +26,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = positive(steps=self.steps, grad_accum_steps=self.grad_accum_steps)
-        refuse(words(self) + counts + local_paths(self, "init_from"))
+        typed(self)
+        refuse(counts + local_paths(self, "init_from"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +47,7 @@ class CheckpointConfig:
     steps each N-th, and all others that are written. One without tables is small, but nothing can go on from it."""
 
     def __post_init__(self) -> None:
+        typed(self)
         refuse(
             positive(every=self.every, keep=self.keep)
             + [
@@ -77,5 +79,6 @@ class EvalConfig:
     only."""
 
     def __post_init__(self) -> None:
+        typed(self)
         numbers = {"every": self.every, "recall_every": self.recall_every}
         refuse(positive(**numbers, batches=self.batches, recall_people=self.recall_people))

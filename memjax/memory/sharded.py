@@ -54,7 +54,7 @@ def search(
 ) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
     """`product_key_search`, each device for its own tokens."""
     run = alike_over_tensor(partial(product_key_search, top_k=top_k, implementation=implementation))
-    if not has_memory_axis():
+    if _is_plain(queries):
         return unsharded(run, queries)(queries, keys)
     return over_mesh(run, (TOKENS, REPLICATED), (TOKENS, TOKENS))(queries, keys)
 
@@ -82,7 +82,7 @@ def bag(
             table=table,
         )
     run = partial(embedding_bag, implementation=implementation)
-    if not has_memory_axis():
+    if _is_plain(indices):
         out = unsharded(alike_over_tensor(run), indices)(table, indices, weights)
         return out if perturbation is None else out + perturbation
 
@@ -117,7 +117,7 @@ def dot(
             indices=indices,
         )
     run = partial(embedding_dot, implementation=implementation)
-    if not has_memory_axis():
+    if _is_plain(indices):
         out = unsharded(alike_over_tensor(run), indices)(table, indices, vectors)
         return out if perturbation is None else out + perturbation, vectors
 
@@ -170,7 +170,7 @@ def update_rows(
         gradient.check(table.shape[1])
     check_state(table, state, rule)
     checks.refuse(checks.one_of(("auto", *get_args(row_exchange.Exchange)), exchange=exchange))
-    if not has_memory_axis():
+    if all(_is_plain(gradient.indices) for gradient in gradients):
         run = lambda *arguments: row_update(*arguments, implementation=implementation)
         return unsharded(alike_over_tensor(run), table)(table, state, gradients, rule, step)
 
@@ -279,6 +279,11 @@ def _sizes() -> dict[str, int]:
     """Replicas of a column shard, and devices that share the columns of a table."""
     axes = jax.sharding.get_abstract_mesh().shape if has_memory_axis() else {DATA: 1, MEMORY: 1}
     return {"data_axis": axes[DATA], "memory_axis": axes[MEMORY]}
+
+
+def _is_plain(tokens: Array) -> bool:
+    """Whether nothing is exchanged between devices: there is no `memory` axis, or no token."""
+    return not has_memory_axis() or tokens.size == 0
 
 
 def _gather_gradient(gradient: RowGradient, *, whole_mesh: bool) -> RowGradient:

@@ -1,7 +1,7 @@
 """Causal self-attention with grouped queries, rotary positions, document masks, a sliding window and a cache."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from memjax.config.model import RopeScalingConfig
+from memjax.config import checks
+from memjax.config.model import QKNorm, RopeScalingConfig
 from memjax.models import dot_product
 from memjax.models.feed_forward import linear, side_by_side
 from memjax.models.rotary import rotate, rotation
@@ -60,7 +61,7 @@ class Attention(nnx.Module):
         head_dim: int | None = None,
         use_bias: bool = False,
         use_out_bias: bool | None = None,
-        qk_norm: Literal["none", "per_head", "all_heads"] = "none",
+        qk_norm: QKNorm = "none",
         norm_eps: float = 1e-5,
         rope_theta: float | None,
         rope_scaling: RopeScalingConfig | None = None,
@@ -89,6 +90,7 @@ class Attention(nnx.Module):
             implementation: one of `dot_product.IMPLEMENTATIONS`; None takes the fastest that can run.
             rngs: source of the `params` key.
         """
+        checks.refuse(checks.one_of(get_args(QKNorm), qk_norm=qk_norm))
         self.implementation = implementation
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim or dim // num_heads
         self.rope_theta, self.rope_scaling, self.sliding_window = rope_theta, rope_scaling, sliding_window

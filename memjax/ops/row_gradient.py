@@ -20,8 +20,8 @@ PIECE_BYTES = 1 << 20
 class RowGradient(NamedTuple):
     """d table[r] = sum of weights[t, k] * vectors[t] over the picks (t, k) with indices[t, k] == r.
 
-    The product is never formed for the whole table: `row_update` consumes the factors. A pick of row num_rows or above
-    does not exist: it adds nothing, and no row or state is touched for it (see `without_padding`).
+    The product is never formed for the whole table: `row_update` consumes the factors. A pick of a row below 0 or from
+    num_rows on does not exist: it adds nothing, and no row or state is touched for it (see `without_padding`).
     """
 
     indices: Int[Array, "t k"]
@@ -38,6 +38,10 @@ class RowGradient(NamedTuple):
         their second moment, and `adam` moves them by their momentum.
         """
         return self._replace(indices=jnp.where(is_real[..., None], self.indices, num_rows))
+
+    def existing(self, num_rows: int) -> "RowGradient":
+        """The gradient with row num_rows in place of negative ones, which NumPy would count from the end."""
+        return self._replace(indices=jnp.where(self.indices < 0, num_rows, self.indices))
 
     def check(self, width: int | None = None) -> None:
         """Refuses factors that do not fit together, or rows of another width.

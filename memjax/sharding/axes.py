@@ -159,7 +159,8 @@ def over_mesh(function: Callable, in_specs: Any, out_specs: Any) -> Callable[...
         return jax.tree.map(lambda array: put(array, spec), argument)
 
     def placed(*arguments):
-        return mapped(*jax.tree.map(lay_out, in_specs, arguments, is_leaf=lambda spec: isinstance(spec, P)))
+        # Outside of jax.jit, shard_map does not know custom gradients.
+        return jax.jit(mapped)(*jax.tree.map(lay_out, in_specs, arguments, is_leaf=lambda spec: isinstance(spec, P)))
 
     return placed
 

@@ -3,14 +3,16 @@
 import dataclasses
 import importlib
 import pkgutil
+import re
 from dataclasses import MISSING
-from typing import Literal, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
 from memjax import config as config_package
 from memjax import convert, errors, patch
 from memjax.config import schema as schema_module
+from memjax.config.help import Positional
 from memjax.config.load import RUN_FOLDER, load, parse
 from memjax.config.memory import LookupConfig, ProductKeyConfig, TableSizes
 from memjax.config.run import RunConfig
@@ -122,21 +124,28 @@ def test_folders_of_runs_are_paths_too(monkeypatch, capsys):
     assert "command line: RUN=s3://bucket/run must be a path on this machine" in capsys.readouterr().err
 
 
-def of_few_words():
-    """Every class of settings with a field that takes a few words only."""
+WRONG = {bool: "yes", int: 2.5, float: float("nan"), tuple[int, ...]: (0, 0.5)}
+
+
+def typed_fields():
+    """Every setting of every class that takes a few words only, true or false, or numbers; and a value that is none."""
     made_of = (LookupConfig, ProductKeyConfig, TableSizes)
     for module in pkgutil.iter_modules(config_package.__path__, f"{config_package.__name__}."):
         for found in vars(importlib.import_module(module.name)).values():
-            if isinstance(found, type) and found.__module__ == module.name and found not in made_of:
+            if isinstance(found, type) and found.__module__ == module.name and found not in (*made_of, Positional):
                 types = get_type_hints(found).items() if dataclasses.is_dataclass(found) else ()
-                words = [name for name, kind in types if get_origin(kind) is Literal]
-                yield from (pytest.param(found, name, id=f"{found.__name__}.{name}") for name in words)
+                for name, kind in types:
+                    inner = next((one for one in get_args(kind) if type(None) in get_args(kind) and one in WRONG), kind)
+                    wrong = "Sgd" if get_origin(kind) is Literal else WRONG.get(inner)
+                    if wrong is not None and name in {field.name for field in dataclasses.fields(found)}:
+                        yield pytest.param(found, name, wrong, id=f"{found.__name__}.{name}")
 
 
-@pytest.mark.parametrize(("section", "name"), [*of_few_words()])
-def test_unknown_words_are_refused_by_the_classes_too(as_users_call, section, name):
+@pytest.mark.parametrize(("section", "name", "wrong"), [*typed_fields()])
+def test_values_of_other_types_are_refused_by_the_classes_too(as_users_call, section, name, wrong):
     needed = {"lr": 1.0, "name": "x", "path": "x"}
     fields = [field for field in dataclasses.fields(section) if field.init]
     required = [field.name for field in fields if MISSING is field.default is field.default_factory]
-    with pytest.raises(ValueError, match=f"{name}='Sgd' is unknown; known: "):
-        section(**{key: needed[key] for key in required}, **{name: "Sgd"})
+    rule = "is unknown; known: " if wrong == "Sgd" else "must be "
+    with pytest.raises(ValueError, match=rf"{name}={re.escape(repr(wrong))} {rule}"):
+        section(**{**{key: needed[key] for key in required}, name: wrong})

@@ -85,7 +85,7 @@ def test_no_token_gives_nothing(shape):
         ({"num_keys": 3.0}, "num_keys=3.0 must be a whole number"),
         ({"value_dim": 0}, "value_dim=0 must be positive"),
         ({"num_heads": 0}, "num_heads=0 must be positive"),
-        ({"score_scale": float("nan")}, "score_scale=nan must be positive"),
+        ({"score_scale": float("nan")}, "score_scale=nan must be a finite number"),
     ],
 )
 def test_rules_of_the_config_hold_for_the_layers(as_users_call, wrong, message):
@@ -114,6 +114,17 @@ def test_tokens_that_devices_cannot_share_evenly_are_refused_with_what_to_do(mes
         for call in (lambda: memory(x, table), lambda: experts(x, inputs, outputs)):
             with pytest.raises(ValueError, match=r"15 tokens .* 8 devices \(data=2 x memory=4\): fill up to 16 with"):
                 call()
+
+
+def test_no_token_gives_nothing_on_a_mesh_and_tables_do_not_change(mesh):
+    memory, experts, (table, inputs, outputs) = build()
+    rows = jnp.ones((4, 8))
+    with jax.set_mesh(mesh):
+        assert experts(jnp.ones((0, DIM)), inputs, outputs).shape == (0, DIM)
+        assert memory(jnp.ones((2, 0, DIM)), table).shape == (2, 0, DIM)
+        nothing = RowGradient(jnp.zeros((0, 1), jnp.int32), jnp.ones((0, 1)), jnp.ones((0, 8)))
+        new, _ = sharded.update_rows(rows, {}, [nothing], RowRule(kind="sgd"), row_step(1.0, 0))
+    np.testing.assert_array_equal(new, rows)
 
 
 @pytest.mark.parametrize(

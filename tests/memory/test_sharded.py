@@ -214,6 +214,15 @@ def test_dot_moves_picks_and_vectors_and_dots_and_nothing_else(mesh):
         assert back.sharding.is_equivalent_to(NamedSharding(mesh, rules.BAGS), back.ndim)
 
 
+def test_layers_run_and_are_differentiated_outside_of_jit(mesh):
+    table, indices, weights, _ = (jnp.asarray(array) for array in draw())
+    expected = sharded.bag(table, indices, weights)
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(sharded.bag(table, indices, weights), expected, rtol=1e-5, atol=1e-5)
+        gradient = jax.grad(lambda weights: jnp.sum(sharded.bag(table, indices, weights)))(weights)
+    np.testing.assert_allclose(gradient, np.asarray(table)[indices].sum(axis=-1), rtol=1e-4, atol=1e-4)
+
+
 def test_without_a_memory_axis_the_operations_are_the_plain_ones():
     table, indices, weights, _ = draw()
     arguments = (jnp.asarray(table, jnp.float32), jnp.asarray(indices), jnp.asarray(weights, jnp.float32))

@@ -287,6 +287,21 @@ def test_picks_of_padding_touch_no_row_and_no_state(implementation, chunk, kind)
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6), got, expected)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_picks_below_zero_do_not_exist(implementation):
+    rule, table = RULES["adam"], jnp.ones((ROWS, COLUMNS))
+    state = {name: jnp.ones_like(array) for name, array in rule.init(ROWS, COLUMNS).items()}
+    indices = jnp.asarray([[-1, 3], [ROWS - 1, -ROWS], [3, ROWS]])
+    gradient = RowGradient(indices, jnp.ones((3, 2)), jnp.ones((3, COLUMNS)))
+    absent = gradient._replace(indices=jnp.where(indices < 0, ROWS, indices))
+    got, expected = (
+        row_update(table, state, [of], rule, row_step(0.1, 2), implementation=implementation)
+        for of in (gradient, absent)
+    )
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    assert np.flatnonzero(np.any(got[0] != 1, axis=1)).tolist() == [3, ROWS - 1]
+
+
 @every_implementation
 def test_rounding_is_reproducible_and_unbiased(implementation):
     rows, rule = 48, RowRule(kind="sgd")

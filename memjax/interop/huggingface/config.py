@@ -3,11 +3,11 @@
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import pydantic
 
-from memjax.config.model import ModelConfig, RopeScalingConfig, RopeScalingKind
+from memjax.config.model import ModelConfig, QKNorm, RopeScalingConfig, RopeScalingKind
 from memjax.config.renamed import upgraded
 from memjax.errors import CheckpointError
 from memjax.interop.model_card import one_or_many
@@ -59,7 +59,7 @@ _OTHER_LAYERS = {
 ROPE_SCALING_KINDS: tuple[RopeScalingKind, ...] = get_args(RopeScalingKind)
 _WITH_BIAS_FLAG = ("llama", "qwen3", "smollm3", "olmo2")
 """Whose config says whether the attention has biases."""
-_QK_NORMS: dict[str, Literal["per_head", "all_heads"]] = {"qwen3": "per_head", "olmo2": "all_heads"}
+_QK_NORMS: dict[str, QKNorm] = {"qwen3": "per_head", "olmo2": "all_heads"}
 
 
 def read_model_config(config: dict[str, Any], place: str) -> ModelConfig:

@@ -32,6 +32,8 @@ _BUFFERS = (
     ".causal_mask",
 )
 """Ends of the names of what is no parameter."""
+_WRAPPERS = ("module.", "_orig_mod.")
+"""What the names of all parameters begin with where a model was saved inside of another torch module."""
 _WITHOUT_HEAD = ("embed_tokens.", "layers.", "norm.", "rotary_emb.")
 _IN_MODEL = {"embed/embedding": _EMBEDDING, "norm/scale": "model.norm.weight", "head/kernel": _HEAD}
 _NORMS = {
@@ -98,14 +100,18 @@ def _parameters(files: TensorFiles, config: ModelConfig, place: str) -> tuple[di
     """The parameters in the files by their usual names, and what the files call them.
 
     Buffers, which every program computes anew, are left out. A model that was saved without its head has names without
-    `model.` in front. The matrix of tied embeddings may be stored under either of its names.
+    `model.` in front, one that was saved inside of another module has that module's in front. The matrix of tied
+    embeddings may be stored under either of its names.
     """
     names = {name: name for name in files.tensors if not name.endswith(_BUFFERS)}
+    for prefix in _WRAPPERS:
+        if names and all(name.startswith(prefix) for name in names):
+            names = {name.removeprefix(prefix): stored for name, stored in names.items()}
     if names and all(name.startswith(_WITHOUT_HEAD) for name in names):
         names = {f"model.{name}": stored for name, stored in names.items()}
     if config.tie_embeddings and _HEAD in names:
         if _EMBEDDING in names:
-            _check_tied(files, place)
+            _check_tied(files, names, place)
         names[_EMBEDDING] = names.get(_EMBEDDING, names[_HEAD])
         del names[_HEAD]
     elif not config.tie_embeddings and _EMBEDDING in names and _HEAD not in names:
@@ -220,8 +226,9 @@ def _common_type(names: Any) -> Any:
     return "float64" if "float64" in types else "float32"
 
 
-def _check_tied(files: TensorFiles, place: str) -> None:
-    if not np.array_equal(files.read(_EMBEDDING), files.read(_HEAD)):
+def _check_tied(files: TensorFiles, names: dict[str, str], place: str) -> None:
+    embedding, head = (files.read(names[name]) for name in (_EMBEDDING, _HEAD))
+    if not np.array_equal(embedding, head):
         raise CheckpointError(
             f"{place}: tie_word_embeddings=true, yet {_HEAD} differs from {_EMBEDDING}; set it to false in config.json "
             "if the output has weights of its own"

@@ -50,7 +50,7 @@ def row_update(
         name = "xla"
     if implementation is None and name == "xla" and is_small(table):
         name = "reference"
-    with_picks = [gradient for gradient in gradients if gradient.indices.size]
+    with_picks = [gradient.existing(table.shape[0]) for gradient in gradients if gradient.indices.size]
     if not with_picks:
         return table, state
     arguments = vary_together((table, state, with_picks, step))

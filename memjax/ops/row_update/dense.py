@@ -66,7 +66,7 @@ def summed(
     for gradient in gradients:
         # Or the picks of all might be gathered and sorted before the first are added.
         total, touched, gradient = jax.lax.optimization_barrier((total, touched, gradient))
-        gradient = gather(gradient)
+        gradient = gather(gradient).existing(num_rows)
         touched = touched.at[gradient.indices.reshape(-1)].set(True)
         if not gradient.indices.size:
             continue

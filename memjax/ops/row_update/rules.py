@@ -72,9 +72,9 @@ class RowRule:
     def __post_init__(self) -> None:
         numbers = {"beta1": self.beta1, "beta2": self.beta2, "eps": self.eps, "state_columns": self.state_columns}
         is_float = jnp.issubdtype(self.moment_dtype, jnp.floating)
+        checks.typed(self)
         checks.refuse(
-            checks.words(self)
-            + checks.row_rule(**numbers)
+            checks.row_rule(**numbers)
             + [None if is_float else f"moment_dtype={self.moment_dtype} must be a type of floating-point numbers"]
         )
 

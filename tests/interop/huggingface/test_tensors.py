@@ -139,6 +139,16 @@ def test_names_of_a_model_without_its_head_and_buffers_of_any_type_are_understoo
     np.testing.assert_array_equal(found.embed.embedding, expected.embed.embedding)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_a_model_that_was_saved_inside_of_another_module_is_read(prefix, tmp_path):
+    tensors = tensors_in(MODELS / "llama3")
+    tensors[HEAD] = tensors["model.embed_tokens.weight"].copy()
+    save_file({f"{prefix}{name}": array for name, array in tensors.items()}, tmp_path / "model.safetensors")
+    found = read(tmp_path, config_of("llama3"))
+    np.testing.assert_array_equal(found.norm.scale, tensors[NORM])
+    np.testing.assert_array_equal(found.embed.embedding, tensors["model.embed_tokens.weight"])
+
+
 def test_a_head_that_is_missing_says_which_field_to_look_at(tmp_path):
     save_file(change(tensors_in(MODELS / "llama2"), HEAD, None), tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing while tie_word_embeddings=false; set it"):
