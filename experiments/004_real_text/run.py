@@ -18,9 +18,11 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(HERE.parent), str(ROOT)]
 
 from factlab import command
-from factlab.runs import Result
-from realtext.tables import report
+from factlab.report import write_into
+from factlab.runs import Result, read_results
+from realtext.tables import report, summary
 
+SUMMARY = "<!-- made by experiments/004_real_text/run.py --report -->"
 STAGES = ("grid", "full", "134m", "others", "seeds", "large", "134m_others", "ablations", "long")
 TOKENS = 43e6
 """Of the training text, for guesses of time and the steps of large models."""
@@ -240,6 +242,9 @@ def main() -> None:
         describe=describe,
         keeps_order=True,
     )
+    if arguments.report:
+        rows = list(read_results(HERE / "results" / "full.json").values())
+        write_into(ROOT / "README.md", summary(rows), begin=SUMMARY)
 
 
 def tokenise(data: pathlib.Path, work: pathlib.Path, *, generated: bool) -> None:

@@ -125,23 +125,23 @@ def speed_of_learning(families: Families) -> list[str]:
         cells = [f"`{name}`"]
         for value in measures.values():
             wanted = fmean(value(row["curve"][-1]) for row in families["dense_x1"])
-            reached = [_reached(row, value, wanted) for row in runs]
-            share = None if None in reached else fmean(tokens for tokens in reached if tokens) / runs[0]["tokens"]
-            cells.append("not reached" if share is None else f"{share:.0%}")
+            reached = _reached(runs, value, wanted)
+            cells.append("not reached" if reached is None else f"{reached / runs[0]['tokens']:.0%}")
         lines.append(cells)
     return [
-        "Share of its tokens after which a family is where `dense_x1` ends (mean over seeds; points of the curve "
+        "Share of its tokens after which a family is where `dense_x1` ends (means over seeds; points of the curve "
         "joined by lines):",
         markdown(("family", *measures), lines),
     ]
 
 
-def _reached(row: Result, value: Callable[[Result], float], wanted: float) -> float | None:
+def _reached(runs: Sequence[Result], value: Callable[[Result], float], wanted: float) -> float | None:
+    """Tokens after which the mean over the runs is no higher than wanted; None where it stays above."""
     before: tuple[float, float] | None = None
-    for point in row["curve"]:
-        now = (point["tokens"], value(point))
+    for points in zip(*(row["curve"] for row in runs), strict=True):
+        now = (points[0]["tokens"], fmean(map(value, points)))
         if now[1] <= wanted:
-            if before is None or before[1] == now[1]:
+            if before is None:
                 return now[0]
             return before[0] + (now[0] - before[0]) * (before[1] - wanted) / (before[1] - now[1])
         before = now

@@ -257,7 +257,10 @@ def figure(families: Families, path: pathlib.Path) -> None:
         by_tokens[name] = [(each[0]["tokens"], some) for each, some in zip(points, values, strict=True)]
         by_flops[name] = [(each[0]["flops"], some) for each, some in zip(points, values, strict=True)]
         bins: Iterable[str] = (one for one in BINS if one in runs[0]["written"])
-        by_bin[name] = [(one.replace(", ", ",\n"), [nats(one)(run) for run in runs]) for one in bins]
+        by_bin[name] = [
+            (one.replace(", ", ",\n").replace(" paragraphs", "\nparagraphs"), [nats(one)(run) for run in runs])
+            for one in bins
+        ]
     panels = [
         ("Articles that training never shows", "bits per byte", by_tokens),
         ("The same against arithmetic", "bits per byte", by_flops),
