@@ -72,7 +72,7 @@ def curve(
 
 def bars(title: str, groups: dict[str, list[Bar]], *, highest: float | None = None) -> str:
     """Horizontal bars in groups with a heading each, to the scale of `highest`, or of each group's own longest."""
-    labels, width, row, top, parts = 200, 200, 22, 0.0, []
+    labels, width, row, top, parts = 218, 182, 22, 0.0, []
     for heading, members in groups.items():
         if heading:
             top += 24

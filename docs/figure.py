@@ -94,7 +94,7 @@ def block() -> str:
             f'stroke="{GREEN}" stroke-width="1.8"/>'
         )
     parts += [
-        text(table_x, top + 254, "each token reads a few rows;"),
+        text(table_x, top + 254, "a token reads a few rows;"),
         text(table_x, top + 271, "training writes only these"),
     ]
     title = (

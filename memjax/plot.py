@@ -24,6 +24,9 @@ class PlotConfig:
     metric: str | None = None
     """With a setting on the horizontal axis: what is drawn over it, such as eval/validation/loss or
     facts/asked/accuracy."""
+    interactive: bool = False
+    """Whether the .html page shows values under the pointer, zooms, and hides and shows runs; needs plotly (pip install
+    plotly)."""
     smoothing: int | None = None
     """Steps that are averaged; 1 draws each step alone, null takes a fiftieth of the longest run."""
 
@@ -40,6 +43,8 @@ class PlotConfig:
                 f"x={self.x} is neither step, tokens nor seconds; to draw over a setting, say what: "
                 "--metric eval/validation/loss, for example"
             )
+        if self.interactive and (pathlib.PurePath(self.out).suffix != ".html" or self.metric is not None):
+            problems.append("interactive=true is for the curves of runs in an .html file, as in --out comparison.html")
         refuse(problems)
 
 
@@ -66,7 +71,12 @@ def _plot(folders: Sequence[pathlib.Path], settings: PlotConfig) -> None:
 
     runs = comparison.read_runs(folders)
     out = pathlib.Path(settings.out)
-    if settings.metric is None:
+    if settings.interactive:
+        from memjax.monitoring import interactive
+
+        interactive.write(runs, out, axis=cast("comparison.Axis", settings.x), window=settings.smoothing)
+        notes = comparison.missing(runs)
+    elif settings.metric is None:
         comparison.draw(runs, out, axis=cast("comparison.Axis", settings.x), window=settings.smoothing)
         notes = comparison.missing(runs)
     else:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,36 @@ def test_wrong_settings_end_with_2_and_folders_without_metrics_with_3(runs, tmp_
     ]
     assert plot.main([runs[0], str(tmp_path / "none")]) == 3
     assert "there are no metrics in metrics.jsonl" in capsys.readouterr().err
+
+
+def test_an_interactive_page_holds_the_values_of_every_run_and_loads_nothing(runs, tmp_path):
+    pytest.importorskip("plotly")
+    out = tmp_path / "all.html"
+    assert plot.main([*runs, "--out", str(out), "--interactive", "--smoothing", "1"]) == 0
+    page = out.read_text()
+    curves = re.search(r'Plotly\.newPlot\(\s*"[^"]+",\s*(\[.*?\]),\s*\{"template"', page, re.DOTALL)
+    assert curves
+    found = {curve["name"]: curve for curve in json.loads(curves[1])}
+    assert set(found) == {"first", "second"}
+    for name, steps in (("first", 12), ("second", 5)):
+        assert found[name]["y"] == pytest.approx([2 / step for step in range(1, steps + 1)])
+    assert "<td>0.1667</td>" in page
+    assert not re.findall(r"""<(?:script|link|img)[^>]*(?:src|href)=""", page)
+
+
+@pytest.mark.parametrize("arguments", [["--out", "all.png"], ["--out", "a.html", "--x", "parameters", "--metric", "m"]])
+def test_only_curves_in_a_page_are_interactive(runs, arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        plot.main([*runs, "--interactive", *arguments])
+    assert ended.value.code == 2
+    assert "interactive=true is for the curves of runs in an .html file" in capsys.readouterr().err
+
+
+def test_without_plotly_a_line_tells_how_to_get_it(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly.subplots", None)
+    assert plot.main([*runs, "--out", str(tmp_path / "all.html"), "--interactive"]) == 2
+    assert "needs the package plotly: pip install plotly" in capsys.readouterr().err
+    assert not (tmp_path / "all.html").exists()
 
 
 def test_help_says_that_there_may_be_several_runs(capsys):

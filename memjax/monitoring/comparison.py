@@ -24,7 +24,7 @@ from memjax.monitoring.metrics import Row, comparable, read_metrics
 Axis = Literal["step", "tokens", "seconds"]
 Values = NDArray[np.float64]
 
-_AXIS_LABELS = {"step": "step", "tokens": "tokens read", "seconds": "seconds of training"}
+AXIS_LABELS = {"step": "step", "tokens": "tokens read", "seconds": "seconds of training"}
 _AXIS_METRICS = {"tokens": "train/tokens", "seconds": "throughput/step_seconds"}
 _PARTS = 50
 """Into which the longest run is cut to find how many steps are averaged."""
@@ -176,7 +176,7 @@ def missing(runs: Sequence[Run]) -> list[str]:
     for panel in PANELS:
         steady = [(panel.steady, panel.title.lower())] if panel.steady else []
         for metric, name in [*steady, *((metric, name) for metric, _, name in panel.sparse)]:
-            without = [run.name for run in runs if not np.isfinite(_series(run, metric)).any()]
+            without = [run.name for run in runs if not np.isfinite(series(run, metric)).any()]
             if without:
                 notes[f"no {name} in " + ("any run" if len(without) == len(runs) else ", ".join(without))] = None
     return list(notes)
@@ -191,17 +191,15 @@ def draw(runs: Sequence[Run], out: pathlib.Path, *, axis: Axis = "step", window:
         axis: what is on the horizontal axis.
         window: steps that the drawn means are taken over; 1 draws the values alone, None chooses.
     """
-    # matplotlib takes a second to import; Agg draws without a display.
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    # matplotlib takes a second to import; without pyplot, whose state belongs to the caller, as in a notebook.
+    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     window = window or smoothing_window(runs)
-    panels = [panel for panel in PANELS if any(np.isfinite(_series(run, m)).any() for run in runs for m in _all(panel))]
+    panels = [panel for panel in PANELS if any(np.isfinite(series(run, m)).any() for run in runs for m in _all(panel))]
     count = max(1, len(panels))
-    figure, grid = pyplot.subplots(1, count, figsize=(5.4 * count, 5), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(5.4 * count, 5), layout="constrained")
+    grid = figure.subplots(1, count, squeeze=False)
     colors = _colors(len(runs))
     for axes, panel in zip(grid[0], panels, strict=False):
         _draw_panel(axes, panel, runs, colors, axis, window)
@@ -228,16 +226,14 @@ def draw_over(runs: Sequence[Run], out: pathlib.Path, *, metric: str, x: str) ->
     Raises:
         DataError: fewer than two runs have both.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     found = sorted((run.final(x), run.final(metric), run.name) for run in runs)
     found = [point for point in found if np.isfinite(point[:2]).all()]
     if len(found) < 2:
         raise DataError(f"metric={metric} over x={x}: {len(found)} of {len(runs)} runs have both; two are needed")
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.6), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    axes = figure.subplots()
     places, values = [point[0] for point in found], [point[1] for point in found]
     axes.plot(places, values, "o", markersize=6)
     for place, value, name in found:
@@ -250,16 +246,14 @@ def draw_over(runs: Sequence[Run], out: pathlib.Path, *, metric: str, x: str) ->
 
 
 def _write(figure: Any, out: pathlib.Path, runs: Sequence[Run], notes: Sequence[str]) -> None:
-    from matplotlib import pyplot
-
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".html":
-        picture = io.StringIO()
-        figure.savefig(picture, format="svg", metadata={"Date": None, "Creator": None})
-        out.write_text(_page(runs, picture.getvalue(), notes), encoding="utf-8")
+        written = io.StringIO()
+        figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
+        svg = written.getvalue()
+        out.write_text(page(runs, svg[svg.index("<svg") :], notes), encoding="utf-8")
     else:
         figure.savefig(out, dpi=130)
-    pyplot.close(figure)
 
 
 def summary_table(runs: Sequence[Run]) -> list[list[str]]:
@@ -326,7 +320,8 @@ def _all(panel: Panel) -> list[str]:
     return ([panel.steady] if panel.steady else []) + [metric for metric, _, _ in panel.sparse]
 
 
-def _series(run: Run, metric: str) -> Values:
+def series(run: Run, metric: str) -> Values:
+    """A metric, or a share of the slots by its field, at every step."""
     return run.values(metric) if "/" in metric else run.slot_share(metric)
 
 
@@ -346,7 +341,7 @@ def _draw_panel(axes: Any, panel: Panel, runs: Sequence[Run], colors: Sequence[A
             if window > 1:
                 axes.plot(places, smoothed(values, window), color=color, linewidth=1.8)
         for (metric, _, _), (line, marker) in zip(panel.sparse, styles, strict=False):
-            values = _series(run, metric)
+            values = series(run, metric)
             known = np.isfinite(values)
             axes.plot(places[known], values[known], line, color=color, marker=marker, markersize=3.5, linewidth=1.2)
     if panel.steady:
@@ -354,15 +349,15 @@ def _draw_panel(axes: Any, panel: Panel, runs: Sequence[Run], colors: Sequence[A
         if window > 1:
             legend.append((Line2D([], [], color=_GREY, linewidth=1.8), f"mean of {window} steps"))
     for (metric, label, _), (line, marker) in zip(panel.sparse, styles, strict=False):
-        if any(np.isfinite(_series(run, metric)).any() for run in runs):
+        if any(np.isfinite(series(run, metric)).any() for run in runs):
             legend.append((Line2D([], [], color=_GREY, linestyle=line, marker=marker, markersize=3.5), label))
-    axes.set(title=panel.title, xlabel=_AXIS_LABELS[axis], ylabel=panel.label)
+    axes.set(title=panel.title, xlabel=AXIS_LABELS[axis], ylabel=panel.label)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
     if axis == "tokens":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if panel.title == "Loss":
-        losses = np.concatenate([_series(run, metric) for run in runs for metric in _all(panel)])
+        losses = np.concatenate([series(run, metric) for run in runs for metric in _all(panel)])
         losses = losses[losses > 0]
         if losses.size:  # matplotlib warns of a logarithmic axis without a positive value
             axes.set_yscale("log")
@@ -391,7 +386,8 @@ def _plain(text: str) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
-def _page(runs: Sequence[Run], svg: str, notes: Sequence[str]) -> str:
+def page(runs: Sequence[Run], picture: str, notes: Sequence[str]) -> str:
+    """A page with a picture in HTML, the table of the runs and the notes."""
     header, *rows = summary_table(runs)
     escape = lambda cells, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
     body = "\n".join(f"<tr>{escape(row, 'td')}</tr>" for row in rows)
@@ -411,7 +407,7 @@ td:first-child, th:first-child {{ text-align: left; }}
 </style>
 </head>
 <body>
-{svg[svg.index("<svg") :]}
+{picture}
 <table>
 <tr>{escape(header, "th")}</tr>
 {body}

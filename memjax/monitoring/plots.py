@@ -11,16 +11,15 @@ from memjax.monitoring.metrics import Row, comparable
 
 def plot_run(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
     """loss.png, and slots.png where there is memory: the files that were written."""
-    # matplotlib takes a second to import and is needed only here; Agg draws without a display.
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    # matplotlib takes a second to import and is needed only here; without pyplot, whose state is the caller's, as in
+    # a notebook that shows figures.
+    from matplotlib.figure import Figure
 
     written = []
 
     def save(name: str, title: str, axis_label: str, curves: dict[str, str], *, log: bool) -> None:
-        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
         axes.set(title=title, xlabel="step", ylabel=axis_label)
         ends = []
         for key, label in curves.items():
@@ -37,7 +36,6 @@ def plot_run(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
         _label_ends(axes, ends)
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=120)
-        pyplot.close(figure)
         written.append(write_atomic(folder / name, image.getvalue()))
 
     def present(curves: dict[str, str]) -> dict[str, str]:

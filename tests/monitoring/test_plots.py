@@ -3,6 +3,7 @@
 import pytest
 from matplotlib import image
 
+from memjax.monitoring.comparison import Run, draw
 from memjax.monitoring.plots import plot_run
 
 
@@ -29,3 +30,9 @@ def test_a_run_gets_a_plot_of_its_losses_and_of_its_slots(tmp_path, memory, name
 def test_losses_that_are_zero_or_null_do_not_stop_the_plots(tmp_path):
     written = plot_run([{"step": 1, "train/loss": 0.0}, {"step": 2, "train/loss": None}], tmp_path)
     assert [path.name for path in written] == ["loss.png"]
+
+
+def test_the_backend_of_the_caller_stays_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("matplotlib.use", lambda *_, **__: pytest.fail("a notebook would show no figures any more"))
+    assert len(plot_run(list(rows(True)), tmp_path)) == 2
+    draw([Run("a", list(rows(True)))], tmp_path / "a.svg")
