@@ -27,7 +27,7 @@ class GenerateConfig(InferenceSettings, SamplingConfig):
 
     prompt: str | None = None
     """The text to go on from. A model of biographies answers a question such as "What is the major of ...? Answer:".
-    Without it and without a file, prompts are asked for at the terminal."""
+    Without it and without a file, prompts are asked for at the terminal, or read from standard input, one a line."""
     prompts: str | None = None
     """A file of prompts: one a line, or (.jsonl) one object a line with the field prompt. Prints one JSON object for
     each, with its text, why it ended, and the other fields of its line."""
@@ -78,8 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _generate(run: str, settings: GenerateConfig) -> None:
     # A file that cannot be read is refused before the model is.
     records = None if settings.prompts is None else read_prompts(settings.prompts)
-    if records is None and settings.prompt is None and not sys.stdin.isatty():
-        raise ConfigError(["prompt=null: give --prompt or --prompts, or ask at a terminal"])
     if settings.output is not None:
         check_output(settings.output, "output")
     with loaded(run, settings) as found:
@@ -147,17 +145,27 @@ def _write(found: "LoadedModel", settings: GenerateConfig, prompt: str, *, numbe
 
 
 def _converse(found: "LoadedModel", settings: GenerateConfig) -> None:
-    """Asks for prompts, each written on by itself, until the input ends; Ctrl-C ends a text."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  gives `input` a history and keys to edit a line with
+    """Asks for prompts, each written on by itself, until the input ends; Ctrl-C ends a text.
 
-    print("Write a prompt; the model goes on from it. Ctrl-D ends.", flush=True)
+    Raises:
+        ConfigError: the input is no terminal, and there is no prompt in it.
+    """
+    asks = sys.stdin.isatty()
+    if asks:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  gives `input` a history and keys to edit a line with
+        print("Write a prompt; the model goes on from it. Ctrl-D ends.", flush=True)
     number = 0
     while True:
         try:
-            prompt = input("> ")
+            prompt = input("> " if asks else "")
         except EOFError:
-            print()
+            if asks:
+                print()
+            elif not number:
+                raise ConfigError(
+                    ["prompt=null: give --prompt or --prompts, or write prompts to standard input, one a line"]
+                ) from None
             return
         if not prompt:
             continue

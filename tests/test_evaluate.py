@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import io
 import json
 import os
 import pathlib
@@ -170,6 +171,13 @@ def test_prompts_are_asked_for_at_a_terminal(biographies, capsys, monkeypatch):
     assert second == first + "\n> "
 
 
+def test_prompts_are_read_from_a_pipe(biographies, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is\n\nWhat is\n"))
+    assert generate.main([biographies, "--max_tokens", "9", "--temperature", "0.0"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+
+
 @pytest.mark.slow
 def test_two_devices_write_what_one_writes(biographies, capsys):
     printed = []
@@ -185,7 +193,8 @@ def refused(module, *options) -> None:
     assert ended.value.code == 2
 
 
-def test_wrong_settings_end_with_2(biographies, capsys):
+def test_wrong_settings_end_with_2(biographies, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO())
     assert generate.main([biographies]) == 2
     refused(generate, biographies, "--prompt", "x", "--temperature", "-1", "--batch_size", "0")
     refused(generate, biographies, "--prompt", "x", "--prompts", "y")

@@ -262,10 +262,11 @@ def summary_table(runs: Sequence[Run]) -> list[list[str]]:
     What no run has is left out: settings in which they differ, parameters, arithmetic, answers to questions.
     """
     settings = varying(runs)[:MOST_SETTINGS]
-    ends = Counter(name.rpartition(".")[2] for name in settings)
+    fixed = ["steps", "tokens", "loss", "best validation", "tokens/s", "slots read"]
+    ends = Counter([*(name.rpartition(".")[2] for name in settings), *fixed])
     columns = {end if ends[end := name.rpartition(".")[2]] == 1 else name: _setting(name) for name in settings}
     columns |= {name: form for name, form in _OF_SUMMARY.items() if any(form(run) != "-" for run in runs)}
-    rows = [["run", *columns, "steps", "tokens", "loss", "best validation", "tokens/s", "slots read"]]
+    rows = [["run", *columns, *fixed]]
     for run in runs:
         window = smoothing_window([run])
         loss, validation = smoothed(run.values("train/loss"), window), run.values("eval/validation/loss")

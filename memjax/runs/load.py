@@ -71,7 +71,8 @@ class LoadedModel:
         """One line, where NNX would print every array."""
         model = self.config.model
         tables = "".join(f", {table.num_slots:,} slots x {table.width}" for table in model.tables.values())
-        return f"LoadedModel({self.config.run.dir}, step {self.step}: {model.num_layers} blocks x {model.dim}{tables})"
+        blocks = f"{model.num_layers} block{'s' * (model.num_layers != 1)}"
+        return f"LoadedModel({self.config.run.dir}, step {self.step}: {blocks} x {model.dim}{tables})"
 
 
 def load(
