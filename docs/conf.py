@@ -71,7 +71,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(jax|jaxlib|jaxtyping|flax|numpy|optax|collections|typing|os|pathlib)\..*"),
     (r"py:class", "Array"),
     # Types in signatures of the reference that it does not describe: nobody needs to make one.
-    (r"py:class", r"memjax\.(ops\.table\.Table|inference\.sampling\.Mode|memory\.read\.TableName)"),
+    (r"py:class", r"memjax\.(ops\.table\.Table|inference\.sampling\.Mode|memory\.(read\.TableName|sharded\.RowSum))"),
     (r"py:class", r"memjax\.ops\.row_formats\.formats\.RowFormat"),
 ]
 
