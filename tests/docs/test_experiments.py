@@ -12,7 +12,10 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-FOLDERS = [ROOT / "experiments" / name for name in ("001_fact_capacity", "002_real_facts", "004_real_text")]
+FOLDERS = [
+    ROOT / "experiments" / name
+    for name in ("001_fact_capacity", "002_real_facts", "004_real_text", "005_continual_learning")
+]
 
 
 @pytest.mark.parametrize(

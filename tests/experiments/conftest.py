@@ -4,4 +4,4 @@ import pathlib
 import sys
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
-sys.path[:0] = [str(EXPERIMENTS / "004_real_text"), str(EXPERIMENTS)]
+sys.path[:0] = [*(str(EXPERIMENTS / name) for name in ("004_real_text", "005_continual_learning")), str(EXPERIMENTS)]

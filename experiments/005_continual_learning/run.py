@@ -1,0 +1,220 @@
+"""What does a model forget when it learns new facts? See README.md.
+
+python experiments/005_continual_learning/run.py --size small                              # CPU, minutes: it runs
+python experiments/005_continual_learning/run.py --data FOLDER --gpus 4 --seconds 540      # again until all is done
+"""
+
+import dataclasses
+import functools
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(ROOT)]
+
+from continual.tables import chosen, report
+from factlab import command
+from factlab.runs import Result
+
+STAGES = ("bases", "grid", "headline")
+ROWS = (25, 50, 100, 200, 500, 1000)
+"""t: rows of a table that a step may change."""
+ROW_RATES = {"rowwise_adam": (0.1, 0.3, 1.0), "sgd": (30.0, 100.0, 300.0)}
+DENSE_RATES = {"lora": (1e-4, 3e-4, 1e-3, 3e-3), "full": (3e-5, 1e-4, 3e-4, 1e-3)}
+RANKS = (32, 128)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Size:
+    """The knobs of cost."""
+
+    old: int
+    """Facts of the base's training."""
+    new: int
+    """Facts to learn."""
+    edits: int
+    """Facts of CounterFact."""
+    parts: int = 10
+    articles: int
+    """Of Wikipedia in the base's training."""
+    held_out: int
+    """Characters of each held-out article."""
+    background: int
+    """Articles and statements each that reads are counted over."""
+    epochs: int
+    """Passes over the facts to learn."""
+    seeds: int
+    settings: tuple[str, ...] = ()
+    """What the base's YAML has otherwise."""
+    rows: tuple[int, ...] = ROWS
+    few: tuple[int, ...] = (50, 500)
+    """t of the methods that sparse is compared with."""
+    rates: int | None = None
+    """Rates of each method, from the second of its list; None: all."""
+
+
+SIZES = {
+    "full": Size(old=16_000, new=1000, edits=1000, articles=3000, held_out=4000, background=10_000, epochs=4, seeds=3),
+    # Says only that everything runs.
+    "small": Size(
+        old=24,
+        new=4,
+        edits=4,
+        parts=2,
+        articles=20,
+        held_out=200,
+        background=20,
+        epochs=1,
+        seeds=1,
+        rows=(100,),
+        few=(100,),
+        rates=1,
+        settings=(
+            *("--model.dim", "32", "--model.num_layers", "2", "--model.num_heads", "2", "--model.ffn_dim", "64"),
+            *("--model.vocab_size", "512", "--model.memory.layers", "1", "--model.memory.num_keys", "32"),
+            *("--model.memory.num_heads", "2", "--model.memory.top_k", "4", "--model.memory.key_dim", "16"),
+            *("--data.sequence_length", "64", "--data.batch_size", "8", "--train.steps", "20", "--eval.batches", "1"),
+        ),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One way to teach one base."""
+
+    stage: str
+    method: dict[str, Any]
+    how: str
+    """base (nothing is learned), together, in_parts, merged (ten patches) or edits (CounterFact)."""
+    data: str
+    work: str
+    size: dict[str, Any]
+    settings: tuple[str, ...]
+    seed: int = 0
+    """Of the base."""
+    seconds: float = 40.0
+    config: str = str((HERE / "base.yaml").relative_to(ROOT))
+    exposures: float = 0.0
+
+    @property
+    def family(self) -> str:
+        """What the tables call the method."""
+        return self.method["name"]
+
+    @property
+    def name(self) -> str:
+        """Tells it from all others."""
+        told = " ".join(f"{name}{value}" for name, value in self.method.items() if value and name != "name")
+        return f"{self.how} {self.family} {told} base{self.seed}"
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Runs of one kind take about the same time."""
+        return self.seed, self.how
+
+    def row(self) -> Result:
+        """What the results say of it beside what was measured."""
+        told = {name: value for name, value in self.method.items() if name not in ("name", "rows")}
+        told["rows_given"] = self.method["rows"]
+        return {
+            "name": self.name,
+            "stage": self.stage,
+            "family": self.family,
+            "how": self.how,
+            "seed": self.seed,
+            **told,
+        }
+
+
+def main() -> None:
+    options = command.parser(__doc__, stages=STAGES, sizes=tuple(SIZES), folder=HERE)
+    options.add_argument("--data", type=pathlib.Path, help="folder with wiki, entity_questions and counterfact")
+    options.add_argument(
+        "--work", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()) / "continual", help="for the bases"
+    )
+    arguments = options.parse_args()
+    arguments.jobs = max(arguments.jobs, arguments.gpus)
+    deadline = None if arguments.seconds is None else time.time() + arguments.seconds
+    data = arguments.data
+    work = arguments.work / arguments.size
+    if data is None and arguments.size == "small":
+        from continual.generated import write
+
+        data = work / "data"
+        write(data)
+    if data is None and not (arguments.report or arguments.plan):
+        options.error("--data names a folder with wiki, entity_questions and counterfact")
+    size = SIZES[arguments.size]
+    command.serve(
+        arguments,
+        HERE,
+        lambda stage, results: list(runs_of(stage, results, size, str(data), str(work))),
+        report,
+        deadline=deadline,
+        module="continual.worker",
+        paths=[HERE],
+        describe=described,
+        keeps_order=True,
+    )
+
+
+def runs_of(stage: str, results: dict[str, Result], size: Size, data: str, work: str) -> Iterable[Run]:
+    """Bases at the same time; a grid on the first; what it chose on the others, in parts, merged and on CounterFact."""
+    fields = {
+        name: value
+        for name, value in dataclasses.asdict(size).items()
+        if name not in ("settings", "rows", "few", "rates")
+    }
+    make = lambda method, how="together", seed=0: Run(
+        stage=stage, method=method, how=how, seed=seed, data=data, work=work, size=fields, settings=size.settings
+    )
+    if stage == "bases":
+        yield from (make(_method("none", 0.0, size), "base", seed) for seed in range(size.seeds))
+        return
+    if stage == "grid":
+        yield from map(make, _grid(size))
+        return
+    for row in chosen(results.values()):
+        method = {"name": row["family"], "lr": row["lr"], "rows": row["rows_given"]}
+        method |= {name: row[name] for name in ("rank", "optimizer", "epochs")}
+        for seed in range(1, size.seeds):
+            yield make(method, seed=seed)
+        yield make(method, "in_parts")
+        yield make(method, "edits")
+        if row["family"] not in DENSE_RATES:
+            yield make(method, "merged")
+
+
+def _grid(size: Size) -> Iterator[dict[str, Any]]:
+    few = lambda rates: rates if size.rates is None else rates[1:][: size.rates]
+    method = functools.partial(_method, size=size)
+    of_rows = [{"optimizer": name, "lr": lr} for name, rates in ROW_RATES.items() for lr in few(rates)]
+    for rows in size.rows[::-1]:
+        yield from (method("sparse", rows=rows, **at) for at in of_rows)
+    yield from (method("full", lr, optimizer="adamw") for lr in few(DENSE_RATES["full"]))
+    for rank in RANKS[: len(size.rows)]:
+        yield from (method("lora", lr, rank=rank, optimizer="adamw") for lr in few(DENSE_RATES["lora"]))
+    yield from (method("all_rows", **at) for at in of_rows)
+    for name in ("tf_only", "random_rows"):
+        for rows in size.few:
+            yield from (method(name, lr, rows=rows) for lr in few(ROW_RATES["rowwise_adam"]))
+
+
+def _method(name: str, lr: float, size: Size, **options: Any) -> dict[str, Any]:
+    return {"name": name, "lr": lr, "rows": 0, "rank": 0, "optimizer": "rowwise_adam", "epochs": size.epochs, **options}
+
+
+def described(result: Result) -> str:
+    """What the line of a finished run says."""
+    learned = result.get("paraphrases", result.get("efficacy", 0.0))
+    return f"learned {learned:.3f}, old lost {result['old_lost']:.3f}, bits {result['bits_more']:+.2%}"
+
+
+if __name__ == "__main__":
+    main()

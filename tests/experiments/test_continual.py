@@ -1,0 +1,72 @@
+"""005: what is learned is never what is asked, baselines begin at the base, and the choice follows the protocol."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from continual import facts, generated, methods, tables
+
+from memjax.config.model import ModelConfig
+from memjax.models.parts import DecoderParts
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    generated.write(folder)
+    return folder
+
+
+def test_new_facts_are_about_others_than_the_old_and_asked_in_wordings_that_are_not_learned(data):
+    old, new = facts.old_facts(data, 40), facts.new_facts(data, 20)
+    assert {len(fact.told) for fact in old[::2]} == {5}
+    assert all(fact.question.prompt not in fact.told for fact in old[1::2])
+    for fact in new:
+        assert not set(fact.learned) & set(fact.asked)
+        assert not any(prompt in other.told for other in old for prompt in (*fact.learned, *fact.asked))
+        assert [len(wording) for wording in fact.fact.wordings] == [2] * facts.TRAINED
+
+
+def test_lora_begins_at_the_base_and_reaches_every_matrix_of_the_blocks():
+    parts = DecoderParts.of(
+        ModelConfig(dim=8, num_layers=2, num_heads=2, ffn_dim=12, vocab_size=300, memory=None), attention="xla"
+    )
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), parts.abstract_params)
+    added = methods._lora(params, 2)
+    same, _ = methods._with_lora(added, params, {})
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+    moved = {place: (left, right + 1) for place, (left, right) in added.items()}
+    other, _ = methods._with_lora(moved, params, {})
+    pairs = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(other), strict=True)
+    changed = {jax.tree_util.keystr(path) for (path, leaf), new in pairs if (np.asarray(leaf) != np.asarray(new)).any()}
+    assert changed == set(added)
+    assert len(added) == 2 * 7
+
+
+def test_the_setting_that_forgets_least_is_chosen_of_those_that_learn_enough():
+    def row(name, learned, lost, **others):
+        return {"stage": "grid", "family": name, "paraphrases": learned, "old_lost": lost, **others}
+
+    rows = [row("a", 0.9, 0.3), row("a", 0.7, 0.2), row("a", 0.6, 0.0), row("b", 0.1, 0.0), row("b", 0.2, 0.5)]
+    assert tables.chosen([*rows, {**rows[0], "stage": "headline", "old_lost": 0}]) == [rows[1], rows[4]]
+
+
+@pytest.mark.slow
+def test_the_small_size_runs_on_a_cpu_and_its_results_make_the_tables(tmp_path):
+    command = [sys.executable, "experiments/005_continual_learning/run.py", "--size", "small", "--jobs", "1"]
+    words = ["--families", "sparse", "lora", "--out", str(tmp_path), "--work", str(tmp_path / "work")]
+    ended = subprocess.run([*command, *words], capture_output=True, text=True, check=True)
+    assert "every run has its result" in ended.stdout
+    rows = json.loads((tmp_path / "small.json").read_text())["runs"]
+    assert {(row["family"], row["how"]) for row in rows} == {
+        (name, how) for name in ("sparse", "lora") for how in ("together", "in_parts", "edits", "merged")
+    } - {("lora", "merged")}
+    assert all(row["rows"] > 0 for row in rows if row["family"] == "sparse")
+    assert all(row["rows"] == 0 for row in rows if row["family"] == "lora" and row["how"] == "together")
+    made = tables.report(rows, tmp_path)
+    assert made.count("| lora, rank 32, 0.0003 |") == 4
