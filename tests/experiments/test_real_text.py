@@ -12,10 +12,12 @@ import jax
 import numpy as np
 import pytest
 from factlab.entity_questions import Fact
-from factlab.steps import Rates
+from factlab.runs import read_results
+from factlab.steps import FINAL_FRACTION, Rates
 from realtext import comparisons, corpus, generated, grading, measures, prepare, tables, training, worker
 
 from memjax.config.data import DataConfig
+from memjax.config.load import load
 from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig
 from memjax.config.optim import OptimConfig, TableOptimConfig
@@ -98,6 +100,9 @@ def test_a_run_learns_and_its_scores_are_those_of_the_librarys_engine(read):
     found = trainer.score(state, read.asked)
     np.testing.assert_allclose(found.nats, [-one.log_likelihood for one in expected], rtol=1e-4)
     assert found.greedy.tolist() == [one.is_greedy for one in expected]
+    written = [Request(one.context, ids) for one, ids in zip(rows, trainer.write(state, read.asked), strict=True)]
+    assert {len(one.continuation) for one in written} == {training.ANSWER_TOKENS}
+    assert all(one.is_greedy for one in score(model, written))
     with pytest.raises(training.OutOfTime):
         trainer.run(Rates(1e-2, 1e-1), epochs=3, points=2, seed=1, deadline=0.0)
 
@@ -227,11 +232,27 @@ def test_the_rates_are_those_of_the_grid_for_every_family(run):
 def test_every_run_has_a_name_of_its_own_and_a_config_that_loads(run):
     runs = [one for stage in run.STAGES for one in run.runs_of(stage, run.SIZES["full"], {}, "data", "work")]
     assert len({one.name for one in runs}) == len(runs)
-    from memjax.config.load import load
-
     for config, settings in {one.kind for one in runs}:
         assert load(RunConfig, FOLDER.parents[1] / config, list(settings)).data.packing == "none"
     json.dumps([one.row() for one in runs])
+
+
+def test_the_recipe_of_134m_is_the_run_of_the_experiment(run):
+    results = read_results(FOLDER / "results" / "full.json")
+    (one,) = (one for one in run.runs_of("134m", run.SIZES["full"], results, "", "") if "memory" in one.family)
+    of_run = load(RunConfig, FOLDER.parents[1] / one.config, ["--model.vocab_size", "50304", *one.settings])
+    recipe = load(RunConfig, FOLDER / "134m_memory_plus.yaml")
+    assert recipe.model == of_run.model
+    assert (recipe.optim.lr, recipe.optim.table.lr) == (one.lr, one.table_lr)
+    same = lambda config: dataclasses.replace(config, lr=1.0, schedule="constant", warmup_steps=0, final_fraction=0.0)
+    rates = lambda optim: dataclasses.replace(same(optim), table=same(optim.table))
+    assert rates(recipe.optim) == rates(of_run.optim)
+    assert recipe.optim.warmup_steps == recipe.optim.table.warmup_steps == training.WARMUP_STEPS
+    assert recipe.optim.final_fraction == recipe.optim.table.final_fraction == FINAL_FRACTION
+    assert recipe.data.batch_size == of_run.data.batch_size
+    assert recipe.data.sequence_length == of_run.data.sequence_length
+    assert not recipe.data.rows_hold_documents
+    assert recipe.train.steps == training.length_of(2 * 43_333_187 / 32_768, one.points).steps
 
 
 @pytest.mark.slow
