@@ -296,8 +296,10 @@ def picture(full: dict[tuple[str], list[Result]], path: pathlib.Path) -> None:
     for (family,), runs in full.items():
         points = list(zip(*[run["curve"] for run in runs], strict=True))
         total = runs[0]["parameters"]["total"]
-        recall[family] = [(each[0]["flops"], [point["recall"] for point in each]) for each in points]
-        bits[family] = [(each[0]["flops"], [max(0, point["stored_bits"]) / total for point in each]) for each in points]
+        recall[NAMES[family]] = [(each[0]["flops"], [point["recall"] for point in each]) for each in points]
+        bits[NAMES[family]] = [
+            (each[0]["flops"], [max(0, point["stored_bits"]) / total for point in each]) for each in points
+        ]
     panels = [("Recall", "share of the facts", recall), ("Stored bits", "bits per parameter", bits)]
     draw(path, panels, "training FLOPs")
 

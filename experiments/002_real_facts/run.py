@@ -129,7 +129,7 @@ def report(rows: list[Result], folder: pathlib.Path) -> str:
     guess = next(iter(by_relation.values()))[0]["commonest_answer"]
     return "\n\n".join(
         [
-            "![exact match against slots](exact_match.png)",
+            "![exact match against arithmetic](exact_match.png)",
             markdown(head, lines),
             f"Exact match by relation, {most:,} facts (who always says the commonest answer: {guess:.1%}):",
             markdown(("relation", *(f"`{family}`" for family in by_relation)), cells),
@@ -138,15 +138,15 @@ def report(rows: list[Result], folder: pathlib.Path) -> str:
 
 
 def picture(groups: dict[tuple[int, str], list[Result]], path: pathlib.Path) -> None:
-    """Exact match, and stored bits, by number of parameters."""
+    """Exact match, and stored bits, by arithmetic."""
     matches, bits = {}, {}
-    for (count, family), runs in sorted(groups.items(), key=lambda group: group[1][0]["parameters"]["total"]):
+    for (count, family), runs in sorted(groups.items(), key=lambda group: group[1][0]["flops_per_token"]):
         name = f"{family.split('_')[0]}, {count:,} facts"
-        total = runs[0]["parameters"]["total"]
-        matches.setdefault(name, []).append((total, [row["exact_match"] for row in runs]))
-        bits.setdefault(name, []).append((total, [row["stored_bits"] / 1e3 for row in runs]))
+        flops = runs[0]["flops_per_token"]
+        matches.setdefault(name, []).append((flops, [row["exact_match"] for row in runs]))
+        bits.setdefault(name, []).append((flops, [row["stored_bits"] / 1e3 for row in runs]))
     panels = [("Exact match, never asked", "share of the questions", matches), ("Stored bits", "kbit", bits)]
-    draw(path, panels, "parameters, tables included")
+    draw(path, panels, "FLOPs per token")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,7 @@ def draw(
         axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(ticker.EngFormatter())
         axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-    all_axes[-1].legend(fontsize="small")
+    handles, names = all_axes[-1].get_legend_handles_labels()
+    figure.legend(handles, names, fontsize="small", loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
