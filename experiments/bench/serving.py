@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
@@ -119,19 +119,36 @@ def resident() -> float:
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-async def ask(port: int, body: dict[str, Any], *, events: int | None = None) -> tuple[str, str | None, float | None]:
-    """Streams a completion, or its first events: the text, why it ended, and seconds to the first token."""
-    raw = json.dumps({**body, "stream": True, "ignore_eos": True}).encode()
+class Answer(NamedTuple):
+    """What came of a request."""
+
+    text: str = ""
+    finish: str | None = None
+    """Why the text ended."""
+    first: float | None = None
+    """Seconds to the first token."""
+    num_tokens: int = 0
+    """By the server's own account, as special tokens have no text."""
+
+
+async def ask(port: int, body: dict[str, Any], *, events: int | None = None) -> Answer:
+    """Streams a completion, or its first events."""
+    options = {"stream": True, "ignore_eos": True, "stream_options": {"include_usage": True}}
+    raw = json.dumps({**body, **options}).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
     started = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 22)
-    text, finish, first, seen = [], None, None, 0
+    text, finish, first, seen, num_tokens = [], None, None, 0, 0
     try:
         writer.write(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
         async for line in reader:
             if line.startswith(b"data: {"):
                 first = first or time.perf_counter() - started
-                choice = json.loads(line[6:])["choices"][0]
+                document = json.loads(line[6:])
+                if document["usage"] is not None:
+                    num_tokens = document["usage"]["completion_tokens"]
+                    continue
+                (choice,) = document["choices"]
                 text.append(choice["text"])
                 finish = choice["finish_reason"] or finish
                 seen += 1
@@ -139,7 +156,7 @@ async def ask(port: int, body: dict[str, Any], *, events: int | None = None) -> 
                     break
     finally:
         writer.close()
-    return "".join(text), finish, first
+    return Answer("".join(text), finish, first, num_tokens)
 
 
 async def made_tokens(port: int) -> int:
@@ -175,15 +192,15 @@ async def load_server(case: cases.Row, port: int) -> cases.Row:
         for turn, body in enumerate(work[place]):
             hangs_up = hang_ups[place][turn]
             try:
-                text, finish, first = await ask(port, body, events=patience[place][turn] if hangs_up else None)
+                answer = await ask(port, body, events=patience[place][turn] if hangs_up else None)
             except OSError:
-                text, finish, first = "", None, None
-            if first is not None:
-                firsts.append(first)
+                answer = Answer()
+            if answer.first is not None:
+                firsts.append(answer.first)
             if not hangs_up:
-                is_whole = finish == "length" and len(text.split()) == case["new"]
+                is_whole = answer.finish == "length" and answer.num_tokens == case["new"]
                 lost += not is_whole
-                answers.append((body, text))
+                answers.append((body, answer.text))
 
     # The first of all requests compile what is left.
     await asyncio.gather(*[ask(port, request(-1 - number)) for number in range(2)])
@@ -192,7 +209,7 @@ async def load_server(case: cases.Row, port: int) -> cases.Row:
     seconds = time.perf_counter() - started
     made = await made_tokens(port) - before
     again = rng.sample(answers, min(_SAMPLE, len(answers)))
-    equal = [text == (await ask(port, body))[0] for body, text in again]
+    equal = [text == (await ask(port, body)).text for body, text in again]
     cuts = statistics.quantiles(firsts, n=20)
     return {
         "tokens/s": made / seconds,

@@ -21,7 +21,8 @@ class RunFolderConfig:
     seed: int = 0
     """Seed of the initialisation, the data order and the stochastic rounding."""
     deterministic: bool = False
-    """Ask XLA for bit-for-bit repeatable kernels on GPUs (slower)."""
+    """Bit-for-bit repeatable runs on GPUs, with XLA's repeatable kernels and attention in chunks: slower, the more so
+    the longer rows are."""
     compile_cache: str | None = "auto"
     """Folder that keeps compiled programs, so that the next start does not compile them again. auto: memjax/compiled in
     the user's cache folder (at most 2 GB; MEMJAX_COMPILE_CACHE in the environment names another or says off, and is for
@@ -49,6 +50,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         problems: list[str | None] = [
+            "train.attention=cudnn cannot repeat its bits, which run.deterministic=True asks for; leave one of them out"
+            if self.run.deterministic and self.train.attention == "cudnn"
+            else None,
             f"data.batch_size={self.data.batch_size} must be a multiple of "
             f"train.grad_accum_steps={self.train.grad_accum_steps}"
             if self.data.batch_size % self.train.grad_accum_steps

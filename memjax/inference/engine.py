@@ -146,8 +146,12 @@ class Engine:
         """Slots without a text."""
         return [number for number, slot in enumerate(self._slots) if slot is None]
 
-    def insert(self, requests: Sequence[Request]) -> list[int]:
+    def insert(self, requests: Sequence[Request], *, prefill_rows: int | None = None) -> list[int]:
         """Reads prompts into free slots and returns these; the next `step` gives their first tokens.
+
+        Args:
+            requests: what to write.
+            prefill_rows: prompts that are read together, in place of the engine's number.
 
         Raises:
             ValueError: more requests than free slots, or one that cannot be met (`check`).
@@ -166,7 +170,7 @@ class Engine:
         start = 0
         while start < len(requests):
             some = self._read_together(requests[start:])
-            self._prefill(some, slots[start : start + len(some)])
+            self._prefill(some, slots[start : start + len(some)], prefill_rows or self._prefill_rows)
             start += len(some)
         self._rows = None
         return slots
@@ -222,15 +226,15 @@ class Engine:
             count += 1
         return requests[:count]
 
-    def _group(self, count: int, width: int) -> int:
+    def _group(self, count: int, width: int, wanted: int | None) -> int:
         """Rows of the prefill of so many prompts."""
-        wanted = next_power_of_two(count) if self._prefill_rows is None else self._prefill_rows
+        wanted = next_power_of_two(count) if wanted is None else wanted
         rows = max(count, min(wanted, self._num_rows, _PREFILL_TOKENS // width))
         return math.ceil(rows / self._devices) * self._devices
 
-    def _prefill(self, requests: Sequence[Request], slots: Sequence[int]) -> None:
+    def _prefill(self, requests: Sequence[Request], slots: Sequence[int], rows_wanted: int | None) -> None:
         width = max(padded_length(len(request.prompt_ids)) for request in requests)
-        group = self._group(len(requests), width)
+        group = self._group(len(requests), width, rows_wanted)
         tokens, lengths = np.zeros((group, width), np.int32), np.ones(group, np.int32)
         taken: dict[int, _Slot] = {}
         for row, (request, slot) in enumerate(zip(requests, slots, strict=True)):

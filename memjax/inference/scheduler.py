@@ -21,6 +21,12 @@ MODES = (Mode(), Mode(draws=True, top_k=True, top_p=True), Mode(True, True, True
 """Sampling modes of a server: few programs, so that no request waits for a compilation for long."""
 _PREFILL_ROWS = 8
 """Prompts are read one by one or so many at once: two programs for each width."""
+_PADDED_FROM = 3
+"""Prompts that are read at once though the batch is not full: it takes about as long as two that are read alone."""
+_CHUNK = 16
+"""Tokens that several texts get at a time: whoever has ended or waits does so until the others have theirs."""
+_RETURN_SECONDS = 0.002
+"""Time that whoever got a whole text has to send the next request, before its slot stays empty for a chunk."""
 _PREFILL_TOKENS = 1 << 15
 """Prompt tokens, padding included, that are read before running texts go on."""
 
@@ -180,7 +186,8 @@ class Scheduler:
             try:
                 self._join(joining)
                 if self._running:
-                    self._hand_out(self._engine.step(pace.next()))
+                    tokens = min(pace.next(), _CHUNK) if len(self._running) > 1 else pace.next()
+                    self._hand_out(self._engine.step(tokens))
             except Exception as error:
                 self._fail(joining, error)
 
@@ -222,7 +229,9 @@ class Scheduler:
         writing = [ticket for ticket in tickets if ticket.request.max_tokens]
         for batch in batches([len(ticket.request.prompt_ids) for ticket in writing], self._prefill_rows):
             some = [writing[place] for place in batch]
-            for ticket, slot in zip(some, self._engine.insert([ticket.request for ticket in some]), strict=True):
+            rows = 1 if len(some) == 1 else self._prefill_rows
+            slots = self._engine.insert([ticket.request for ticket in some], prefill_rows=rows)
+            for ticket, slot in zip(some, slots, strict=True):
                 ticket.slot = slot
                 self._running[slot] = ticket
         if writing:
@@ -234,7 +243,11 @@ class Scheduler:
             updates.append((self._running[slot], Update(made)))
             if made.finish is not None:
                 del self._running[slot]
+        num_ended = sum(update.is_last for _, update in updates)
         self._listener(updates)
+        if num_ended and self._running:
+            with self._changed:
+                self._changed.wait_for(lambda: len(self._groups) >= num_ended or not self._is_open, _RETURN_SECONDS)
 
     def _fail(self, joining: Sequence[Ticket], error: Exception) -> None:
         """Tells everybody whose text is lost, and goes on with those who wait."""
@@ -256,15 +269,15 @@ def prefill_rows(num_slots: int) -> int:
 
 
 def batches(lengths: Sequence[int], rows: int) -> list[list[int]]:
-    """Places of prompts that are read together: of one padded length, `rows` at once or one alone."""
+    """Places of prompts that are read together: of one padded length, at most `rows` at once, or one alone."""
     by_width = collections.defaultdict(list)
     for place, length in enumerate(lengths):
         by_width[padded_length(length)].append(place)
     found = []
     for places in by_width.values():
-        together = len(places) // rows * rows
-        found += [places[start : start + rows] for start in range(0, together, rows)]
-        found += [[place] for place in places[together:]]
+        for start in range(0, len(places), rows):
+            some = places[start : start + rows]
+            found += [some] if len(some) == rows or len(some) >= _PADDED_FROM else [[place] for place in some]
     return found
 
 

@@ -28,7 +28,7 @@ class Tile:
     num_warps: int
 
 
-FEW_TOKENS = 16
+FEW_TOKENS = {"device": 64, "host": 16}
 """Up to here programs for short pieces of rows, with many rows in flight, keep the memory busy, or the bus to that of
 the host; more tokens do so by themselves, and then long reads are the faster ones."""
 
@@ -45,12 +45,13 @@ def of_table_rows(operation: str, dim: int, picks: int, table: Table, tokens: in
 def _of_rows(operation: str, table: Table, tokens: int) -> tuple[str, Tile]:
     """The name under which tiles are tuned, and the default, for a table's format and place."""
     bits = 8 * table.format.payload_dtype.itemsize * table.format.payload_columns(64) // 64
+    is_few = tokens <= FEW_TOKENS[table.place]
     if table.place == "host":
-        if tokens <= FEW_TOKENS:
+        if is_few:
             return f"{operation}_host_few", Tile(rows=32, columns=128 * 8 // bits, num_warps=1)
         return f"{operation}_host", Tile(rows=8, columns=min(1024, 2048 * 8 // bits), num_warps=4)
-    if tokens <= FEW_TOKENS:
-        return f"{operation}_few", Tile(rows=128, columns=64 * 8 // bits, num_warps=4)
+    if is_few:
+        return f"{operation}_few", Tile(rows=128, columns=64, num_warps=8)
     if table.format.has_scales:
         # Codes become float32 in registers: 4,096 of them fill those of a warp.
         columns = 512 * 8 // bits

@@ -139,6 +139,13 @@ def test_more_picks_than_can_be_sorted_at_once_are_refused_where_factors_are_dem
     load(RunConfig, preset)
 
 
+def test_repeatable_bits_and_the_attention_that_has_none_are_refused_together():
+    preset = CONFIGS / "quickstart.yaml"
+    assert load(RunConfig, preset, ["--train.attention", "cudnn"]).train.attention == "cudnn"
+    with pytest.raises(ConfigError, match=r"train\.attention=cudnn.*run\.deterministic=True.*leave one of them out"):
+        load(RunConfig, preset, ["--train.attention", "cudnn", "--run.deterministic"])
+
+
 def test_how_often_tables_are_saved_is_always_or_every_so_many():
     assert CheckpointConfig(every=50).steps_between_tables == 50
     assert CheckpointConfig(every=50, tables="every 4").steps_between_tables == 200

@@ -1,0 +1,24 @@
+"""What a config's program is made of."""
+
+import dataclasses
+
+import pytest
+
+from memjax.config.run import RunConfig
+from memjax.models.parts import DecoderParts
+from memjax.training.program import TrainProgram
+
+
+@pytest.mark.parametrize(("deterministic", "expected"), [(False, None), (True, "chunked")])
+def test_repeatable_runs_do_without_the_attention_that_cannot_repeat_its_bits(monkeypatch, deterministic, expected):
+    asked = []
+
+    def parts_of(config, *, implementation, attention):
+        asked.append(attention)
+        raise LookupError
+
+    monkeypatch.setattr(DecoderParts, "of", parts_of)
+    config = RunConfig()
+    with pytest.raises(LookupError):
+        TrainProgram.of(dataclasses.replace(config, run=dataclasses.replace(config.run, deterministic=deterministic)))
+    assert asked == [expected]
