@@ -210,7 +210,7 @@ def picture(groups: dict[str, Rows], path: pathlib.Path) -> None:
             told["memory, key score"] = points("signals", "L2 score")
     panels = [
         ("Recall", "share of the facts", recall),
-        ("Told against never told", "AUROC of the answer's probability", told),
+        ("Told against never told", "AUROC of the answer's probability or the score", told),
     ]
     draw(path, panels, "times a fact was told")
 
