@@ -114,7 +114,7 @@ class DataConfig:
 
     source: Literal["biographies", "jsonl", "text", "files", "mixture"] = "biographies"
     """biographies: generated; jsonl: a JSON object a line; text: a document a line; files: as the suffix says (.jsonl
-    .txt .parquet .arrow .array_record, lines also with .gz .xz .zst); mixture: the parts in `mixture`."""
+    .txt .parquet .arrow .array_record, lines also with .gz .xz .zst .bz2); mixture: the parts in `mixture`."""
     path: str | None = None
     """The training data (jsonl, text, files): a file, a folder or a glob, read in sorted order."""
     mixture: tuple[MixtureConfig, ...] = ()

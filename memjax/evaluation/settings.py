@@ -35,8 +35,8 @@ class EvaluateConfig(InferenceSettings):
     people: int | None = None
     """The most people to ask about, of those asked about in training and of the others; null asks about all."""
     questions: tuple[str, ...] = ()
-    """Sets of questions to ask: .jsonl files (.gz, .xz or .zst may follow), folders of such, or globs. What is in a
-    file, its fields say: question, answers; context, qas; or as HumanEval and MBPP are published. For questions with
+    """Sets of questions to ask: .jsonl files (.gz, .xz, .zst or .bz2 may follow), folders of such, or globs. What is in
+    a file, its fields say: question, answers; context, qas; or as HumanEval and MBPP are published. For questions with
     choices see tasks."""
     limit: int | None = None
     """The most questions of each set, evenly spread over it; of each task the first. null asks all."""

@@ -1,5 +1,6 @@
 """The files that a path names, their formats, and their records one after the other."""
 
+import bz2
 import contextlib
 import dataclasses
 import glob
@@ -38,7 +39,13 @@ _FORMATS: dict[str, Format] = {
 _BINARY = ("parquet", "arrow", "array_record")
 """Formats that are known by their suffix whatever lines are, and compressed in themselves."""
 _END_OF_ARROW_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
-_COMPRESSIONS = (".gz", ".xz", ".zst")
+_COMPRESSIONS = {
+    ".gz": b"\x1f\x8b",
+    ".xz": b"\xfd7zXZ\x00",
+    ".zst": b"\x28\xb5\x2f\xfd",
+    ".bz2": b"BZh",
+}
+"""By suffix, what such files begin with."""
 _ROWS_AT_ONCE = 1024
 _RECORDS_AT_ONCE = 256
 _SKIPPED_BYTES = 1 << 20
@@ -59,8 +66,16 @@ class DataFile:
 
     @property
     def compression(self) -> str:
-        """.gz, .xz, .zst or nothing."""
-        return _compression(self.path)
+        """.gz, .xz, .zst, .bz2 or nothing: by what the file begins with, or else by its suffix."""
+        suffix = _compression(self.path)
+        if self.format in _BINARY:
+            return suffix
+        try:
+            with self.path.open("rb") as file:
+                start = file.read(6)
+        except OSError:
+            return suffix  # reading it says what is wrong
+        return next((name for name, magic in _COMPRESSIONS.items() if start.startswith(magic)), suffix)
 
     @property
     def is_random_access(self) -> bool:
@@ -101,8 +116,8 @@ def find_files(path: str, source: Literal["jsonl", "text", "files"], field: str)
             below = [file for file in below if file.name not in ("dataset_info.json", "state.json")]
         if not below:
             raise DataError(
-                f"{path}: the folder holds no file that ends in {_suffixes(kinds)} (.gz, .xz or .zst may follow); "
-                f"set {field} to a file, a folder of files or a glob"
+                f"{path}: the folder holds no file that ends in {_suffixes(kinds)} (.gz, .xz, .zst or .bz2 may "
+                f"follow); set {field} to a file, a folder of files or a glob"
             )
         return [_data_file(file, source, field) for file in below]
     if place.is_file():
@@ -377,11 +392,14 @@ def _value(scalar: Any) -> Any:
 
 
 def _decompressed(file: DataFile, raw: BinaryIO) -> Any:
-    if file.compression == ".gz":
+    compression = file.compression
+    if compression == ".gz":
         return gzip.GzipFile(fileobj=raw)
-    if file.compression == ".xz":
+    if compression == ".bz2":
+        return bz2.BZ2File(raw)
+    if compression == ".xz":
         return io.BufferedReader(_Xz(raw), 1 << 20)
-    if file.compression == ".zst":
+    if compression == ".zst":
         return io.BufferedReader(_pyarrow(file.path).CompressedInputStream(raw, "zstd"), 1 << 20)
     return raw
 
@@ -406,8 +424,8 @@ def _data_file(path: pathlib.Path, source: Literal["jsonl", "text", "files"], fi
         found = source
     if found is None:
         raise DataError(
-            f"{path}: the suffix does not say what the file is; name it {_suffixes(_FORMATS.values())} (.gz, .xz or "
-            ".zst may follow), or set the source to jsonl or text"
+            f"{path}: the suffix does not say what the file is; name it {_suffixes(_FORMATS.values())} (.gz, .xz, "
+            ".zst or .bz2 may follow), or set the source to jsonl or text"
         )
     return DataFile(path, found, as_text=source == "text" or found == "text")
 
