@@ -11,7 +11,7 @@ from typing import Literal
 
 from memjax.config.checks import local_paths, positive, refuse
 from memjax.config.help import Positional
-from memjax.config.load import RUN_FOLDER
+from memjax.config.load import READ_RUN, RUN_FOLDER
 from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig
 from memjax.errors import ConfigError
@@ -174,7 +174,7 @@ COMMANDS: Mapping[str, Subcommand] = {
     "to-hf": Subcommand(
         to_hf,
         ToHfConfig,
-        RUN_FOLDER,
+        READ_RUN,
         "Writes a run's model in Hugging Face's format, reads it back and compares numbers and logits. Without memory "
         "layers it is a Llama, a Mistral or a relative, which transformers 4 and 5 load; with them only from-hf reads "
         "it.",

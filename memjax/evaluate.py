@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from memjax.config.load import RUN_FOLDER, parse
+from memjax.config.load import READ_RUN, parse
 from memjax.errors import ConfigError
 from memjax.evaluation.settings import EvaluateConfig
 from memjax.io.ctrl_c import run_command
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         prog=PROG,
         description="Measures what a trained model knows: exact answers to questions, bits per byte of text, or tasks.",
-        positional=RUN_FOLDER,
+        positional=READ_RUN,
         examples=[
             f"{PROG} runs/quickstart",
             f"{PROG} runs/wiki_text --text held_out.jsonl",
@@ -279,9 +279,9 @@ def _texts(records: "Iterable[Record]") -> Iterator[str]:
 
 def _evals_folder(run: str) -> pathlib.Path:
     from memjax.runs.layout import CHECKPOINTS
-    from memjax.runs.load import checkpoint_folder
+    from memjax.runs.load import readable_folder
 
-    folder = checkpoint_folder(run)
+    folder = readable_folder(run)
     return (folder.parent if folder.name == CHECKPOINTS else folder) / "evals"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from memjax.config.checks import local_paths, not_negative, positive
-from memjax.config.load import RUN_FOLDER, parse
+from memjax.config.load import READ_RUN, parse
 from memjax.config.sampling import SamplingConfig
 from memjax.errors import ConfigError
 from memjax.io.console import printable
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         prog=PROG,
         description="Writes what a trained model says after a prompt, token by token.",
-        positional=RUN_FOLDER,
+        positional=READ_RUN,
         examples=[
             f'{PROG} runs/quickstart --prompt "What is the major of"',
             f"{PROG} runs/quickstart --prompts prompts.txt --output answers.jsonl",

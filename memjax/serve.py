@@ -11,7 +11,7 @@ import socket
 from collections.abc import Sequence
 
 from memjax.config.checks import not_empty, positive
-from memjax.config.load import RUN_FOLDER, parse
+from memjax.config.load import READ_RUN, parse
 from memjax.errors import ConfigError
 from memjax.io.console import say, warn
 from memjax.io.ctrl_c import run_command
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         prog=PROG,
         description="Serves a trained model to OpenAI's clients: /v1/completions, /v1/models, /health and /metrics.",
-        positional=RUN_FOLDER,
+        positional=READ_RUN,
         examples=[
             f"{PROG} runs/quickstart",
             f"{API_KEY}=... {PROG} runs/quickstart --host 0.0.0.0 --port 8080 --slots 64",

@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from memjax.io.paths import local_path
+from memjax.io.paths import local_path, readable_path
 
 MOST_KEYS = 32768
 """Sub-keys per half whose slots 32-bit numbers can count, with room for those that do not exist."""
@@ -166,13 +166,15 @@ def row_rule(*, beta1: float, beta2: float, eps: float, state_columns: int | Non
     return decays(beta1=beta1, beta2=beta2) + positive(eps=eps) + counts(state_columns=state_columns)
 
 
-def local_paths(section: Any, *names: str) -> list[str | None]:
-    """Fields must hold paths of this machine, alone or in a tuple, or null; their `~` is expanded in the section."""
+def local_paths(section: Any, *names: str, remote: bool = False) -> list[str | None]:
+    """Fields must hold paths of this machine, alone or in a tuple, or null; their `~` is expanded in the section. With
+    remote, addresses that can be read here are right, too.
+    """
     problems: list[str | None] = []
 
     def expanded(text: str, name: str) -> str:
         try:
-            path = local_path(text, name)
+            path = (readable_path if remote else local_path)(text, name)
         except ValueError as error:
             problems.append(str(error))
             return text

@@ -99,7 +99,7 @@ class MixtureConfig:
         typed(self)
         refuse(
             positive(weight=self.weight)
-            + local_paths(self, "path")
+            + local_paths(self, "path", remote=True)
             + [
                 f"name={self.name} must consist of letters, digits, - and _: a folder and metrics are named after it"
                 if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name)
@@ -112,11 +112,17 @@ class MixtureConfig:
 class DataConfig:
     """What the model reads, and how records become batches."""
 
-    source: Literal["biographies", "jsonl", "text", "files", "mixture"] = "biographies"
+    source: Literal["biographies", "jsonl", "text", "files", "huggingface", "mixture"] = "biographies"
     """biographies: generated; jsonl: a JSON object a line; text: a document a line; files: as the suffix says (.jsonl
-    .txt .parquet .arrow .array_record, lines also with .gz .xz .zst .bz2); mixture: the parts in `mixture`."""
+    .txt .parquet .arrow .array_record, lines also with .gz .xz .zst .bz2); huggingface: the dataset that path names, by
+    way of the package datasets; mixture: the parts in `mixture`."""
     path: str | None = None
-    """The training data (jsonl, text, files): a file, a folder or a glob, read in sorted order."""
+    """The training data (jsonl, text, files): a file, a folder or a glob, read in sorted order. An address (gs://, s3://,
+    hf://, http) is read by way of a copy in the user's cache folder."""
+    subset: str | None = None
+    """The subset of the dataset (source: huggingface); null: its default."""
+    split: str = "train"
+    """The split of the dataset that is trained on (source: huggingface)."""
     mixture: tuple[MixtureConfig, ...] = ()
     """Parts that are mixed (source: mixture), as {name, path, weight, source} each."""
     validation_path: str | None = None
@@ -167,7 +173,8 @@ class DataConfig:
                 max_record_bytes=self.max_record_bytes,
             )
             + not_negative(num_workers=self.num_workers, max_malformed=self.max_malformed)
-            + local_paths(self, "path", "validation_path", "prepared")
+            + local_paths(self, "path", "validation_path", remote=True)
+            + local_paths(self, "prepared")
             + [
                 f"source={self.source} needs the parts to mix; list them in mixture, as {{name, path, weight}} each"
                 if self.source == "mixture" and not self.mixture
@@ -179,6 +186,9 @@ class DataConfig:
                 if self.source == "mixture" and self.path is not None
                 else None,
                 f"mixture={names} must give every part a name of its own" if len(set(names)) < len(names) else None,
+                f"split={self.split} must be the name of a split, such as train; validation_fraction holds a part out"
+                if not re.fullmatch(r"\w[\w.-]*", self.split)
+                else None,
                 f"validation_fraction={self.validation_fraction} must be in 0..1 and below 1"
                 if not 0 <= self.validation_fraction < 1
                 else None,

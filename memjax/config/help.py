@@ -27,6 +27,8 @@ class Positional:
     """Whether there may be several."""
     is_config: bool = False
     """Whether it is the YAML file that the settings are read from."""
+    is_read: bool = False
+    """Whether it is only read, so that it may be an address."""
 
 
 _GRAMMAR = (

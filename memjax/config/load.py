@@ -42,7 +42,7 @@ from memjax.config.schema import (
 from memjax.config.yaml import compose, dump, scalar, why_invalid
 from memjax.errors import ConfigError
 from memjax.io.console import output
-from memjax.io.paths import local_path
+from memjax.io.paths import local_path, readable_path
 
 T = TypeVar("T")
 _NO_FLAGS: Mapping[str, str] = types.MappingProxyType({})
@@ -58,6 +58,7 @@ CONFIG_FILE = Positional(
     is_config=True,
 )
 RUN_FOLDER = Positional(name="RUN", help="The folder of a run.")
+READ_RUN = Positional(name="RUN", help="The folder of a run, or its address (gs://, s3://, hf://, http).", is_read=True)
 
 _WRITTEN_BY_RUNS = ("checkpoints", "metrics.jsonl")
 """What lies beside a config.yaml that a run has written, perhaps one of an earlier version."""
@@ -224,7 +225,8 @@ class _Sources:
         found = []
         for word in words:
             try:
-                found.append(str(local_path(word, positional.name if positional else "")))
+                check = readable_path if positional and positional.is_read else local_path
+                found.append(str(check(word, positional.name if positional else "")))
             except ValueError as error:
                 self.problems.append(f"command line: {error}")
         return tuple(found)

@@ -14,8 +14,8 @@ class TrainConfig:
     steps: int = 750
     """Optimizer steps of the whole run."""
     init_from: str | None = None
-    """Folder of a run (of its newest checkpoint) whose parameters, tables and tokenizer the training starts from;
-    every shape must fit. A run that has a checkpoint of its own goes on from that. null: fresh random parameters."""
+    """Folder or address of a run (of its newest checkpoint) whose parameters, tables and tokenizer the training starts
+    from; every shape must fit. A run that has a checkpoint of its own goes on from that. null: random parameters."""
     grad_accum_steps: int = 1
     """Micro-batches per step."""
     remat: Literal["none", "dots", "block"] = "none"
@@ -27,7 +27,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         counts = positive(steps=self.steps, grad_accum_steps=self.grad_accum_steps)
         typed(self)
-        refuse(counts + local_paths(self, "init_from"))
+        refuse(counts + local_paths(self, "init_from", remote=True))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -82,7 +82,12 @@ class EvaluateConfig(InferenceSettings):
             problems.append(f"samples={self.samples} would all be the same; set sampling.temperature, such as 0.8")
         if self.examples and not self.shots:
             problems.append(f"examples={show(self.examples)} are not used without shots; set shots to their number")
-        return problems + local_paths(self, "text", "questions", "examples", "task_folder") + self._misplaced()
+        return (
+            problems
+            + local_paths(self, "text", remote=True)
+            + local_paths(self, "questions", "examples", "task_folder")
+            + self._misplaced()
+        )
 
     def _misplaced(self) -> list[str | None]:
         """What is asked for together with something else, and settings of what is not asked for."""

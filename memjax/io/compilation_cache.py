@@ -20,7 +20,7 @@ import zlib
 
 from memjax.io.console import warn
 from memjax.io.files import write_atomic
-from memjax.io.paths import local_path
+from memjax.io.paths import local_path, user_cache
 
 VARIABLE = "MEMJAX_COMPILE_CACHE"
 """Environment variable: a folder, or `off`."""
@@ -47,7 +47,7 @@ def enable(setting: str | None = "auto") -> pathlib.Path | None:
     """
     chosen = os.environ.get(VARIABLE) if setting == "auto" else setting
     if chosen is None and setting == "auto":
-        chosen = _user_folder()
+        chosen = user_cache("compiled")
     if not chosen or chosen.lower() in ("off", "null", "none") or _set_by_user():
         return None
     import jax
@@ -78,12 +78,6 @@ def enable(setting: str | None = "auto") -> pathlib.Path | None:
 
 def _set_by_user() -> bool:
     return any(os.environ.get(name) for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"))
-
-
-def _user_folder() -> str:
-    # The specification has relative paths ignored.
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return os.path.join(base if os.path.isabs(base) else os.path.join("~", ".cache"), "memjax", "compiled")
 
 
 def _machine() -> str:

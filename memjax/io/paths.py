@@ -1,5 +1,7 @@
 """Paths that people write."""
 
+import importlib.util
+import os
 import pathlib
 import re
 
@@ -19,11 +21,52 @@ def local_path(text: str, name: str) -> pathlib.Path:
     if not text or "\0" in text:
         raise ValueError(f"{name}={text!r} must be the path of a file or folder")
     if _SCHEME.match(text):
-        raise ValueError(
-            f"{name}={text} must be a path on this machine: remote storage is not supported; mount the store, or copy "
-            "the files here"
-        )
+        raise ValueError(f"{name}={text} must be a path on this machine; mount the store, or copy the files here")
     try:
         return pathlib.Path(text).expanduser()
     except RuntimeError:
         raise ValueError(f"{name}={text}: the home folder of that user is not known; write the whole path") from None
+
+
+_PACKAGES = {
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "gs": "gcsfs",
+    "s3": "s3fs",
+    "hf": "huggingface_hub",
+    "memory": "fsspec",
+}
+"""What reads addresses with this scheme, besides fsspec; `memory` is that of the process alone."""
+
+
+def is_remote(text: str | os.PathLike[str]) -> bool:
+    """Whether it is an address such as gs://bucket/run, of a kind that fsspec reads, and not a path."""
+    return str(text).partition("://")[0] in _PACKAGES and "://" in str(text)
+
+
+def readable_path(text: str, name: str) -> str:
+    """A path as `local_path` gives it, or an address that can be read by way of fsspec.
+
+    Args:
+        text: what was written.
+        name: the setting or argument that holds it, for the message.
+
+    Raises:
+        ValueError: it is neither, or the package that reads such addresses is missing.
+    """
+    if not is_remote(text):
+        return str(local_path(text, name))
+    scheme = text.partition("://")[0]
+    missing = [package for package in ("fsspec", _PACKAGES[scheme]) if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ValueError(
+            f"{name}={text} must be a path on this machine, or the package {missing[0]} must be there, which reads "
+            f"{scheme}:// (pip install 'memjax[remote]'); or mount the store, or copy the files here"
+        )
+    return text
+
+
+def user_cache(name: str) -> str:
+    """A folder of memjax in the user's cache folder; `~` may stand in it."""
+    base = os.environ.get("XDG_CACHE_HOME", "")  # the specification has relative paths ignored
+    return os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "memjax", name)

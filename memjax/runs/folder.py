@@ -29,7 +29,7 @@ from memjax.runs.layout import CHECKPOINTS
 from memjax.runs.load import read_config, read_tokenizer
 from memjax.sharding.processes import first_alone, is_first
 
-WHERE_IT_RUNS = ("run.dir", "run.compile_cache", "data.prepared", "mesh.", "processes.")
+WHERE_IT_RUNS = ("run.dir", "run.mirror", "run.compile_cache", "data.prepared", "mesh.", "processes.")
 """Settings that do not show in what a run leaves."""
 
 MAY_CHANGE = (

@@ -21,7 +21,8 @@ from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import CheckpointError, ConfigError
-from memjax.io.paths import local_path
+from memjax.io import remote
+from memjax.io.paths import is_remote, local_path, readable_path
 from memjax.models.decoder import Decoder, resolve_dtype
 from memjax.models.parts import DecoderParts, take_apart
 from memjax.ops.row_formats import formats
@@ -94,7 +95,8 @@ def load(
     live: there is never a second copy, and nothing on the device of a table in host memory.
 
     Args:
-        path: the run's folder, or the `checkpoints` in it.
+        path: the run's folder, or the `checkpoints` in it; or its address, such as hf://OWNER/NAME, of which what is
+            needed is copied to the user's cache folder.
         step: the number of a checkpoint, the newest that can be read, or that with the lowest validation loss.
         ema: take the moving average of the dense parameters (optim.ema_decay), beside the tables as they are.
         dtype: of activations, parameters and tables. None keeps parameters and tables as they were saved, or widens
@@ -120,7 +122,7 @@ def load(
         except _TablesInFiles:
             if patches:
                 raise
-    folder = checkpoint_folder(path)
+    folder = readable_folder(path, step)
     with Checkpoints(folder) as checkpoints:
         wanted = wanted_step(checkpoints, step)
         meta = checkpoints.read_document(META, wanted)
@@ -344,7 +346,7 @@ def load_as_saved(
     Raises:
         CheckpointError: there is no such checkpoint, it cannot be read here, or a patch is not for it.
     """
-    folder = checkpoint_folder(path)
+    folder = readable_folder(path, step)
     with Checkpoints(folder) as checkpoints:
         wanted = wanted_step(checkpoints, step)
         # Of all the steps of a run the config is the same; which of them is whole, only reading the arrays tells.
@@ -377,7 +379,7 @@ def read_config(path: str | os.PathLike[str]) -> RunConfig:
     Raises:
         CheckpointError: there is no such checkpoint, or this version cannot read it.
     """
-    folder = checkpoint_folder(path)
+    folder = readable_folder(path)
     return _read_meta(Checkpoints(folder).read_document(META), folder)[0]
 
 
@@ -387,7 +389,23 @@ def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         CheckpointError: there is no such checkpoint.
     """
-    return Tokenizer.from_state(Checkpoints(checkpoint_folder(path)).read_document(META)["tokenizer"])
+    return Tokenizer.from_state(Checkpoints(readable_folder(path)).read_document(META)["tokenizer"])
+
+
+def readable_folder(path: str | os.PathLike[str], step: int | str = "latest") -> pathlib.Path:
+    """The folder of steps of a run, which may be the copy of one that is elsewhere.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    if not is_remote(path):
+        return checkpoint_folder(path)
+    try:
+        return checkpoint_folder(remote.fetch_run(readable_path(str(path), "path"), step))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except Exception as error:  # of any file system
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
 
 
 def checkpoint_folder(path: str | os.PathLike[str]) -> pathlib.Path:

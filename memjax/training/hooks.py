@@ -17,6 +17,7 @@ from memjax.sharding.processes import is_first
 from memjax.training.evaluation_hooks import Facts, Validate
 from memjax.training.hook import Hook, Periodic
 from memjax.training.in_flight import Step
+from memjax.training.mirror import Mirror
 from memjax.training.program import TrainProgram
 from memjax.training.step import make_usage_report
 
@@ -52,6 +53,8 @@ def with_standard_hooks(
         Periodic("validate", Validate(config), config.eval.every),
         Periodic("save", Save(config.checkpoint.steps_between_tables), config.checkpoint.every),
     ]
+    if config.run.mirror:
+        hooks.insert(0, Periodic("mirror", Mirror(folder.path, config.run.mirror), None))  # what begins first ends last
     names = [periodic.name for periodic in hooks]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two hooks are named {', '.join(twice)}: give each hook of a run a name of its own")

@@ -26,6 +26,7 @@ from memjax.training.finish import describe_summary, finish
 from memjax.training.hook import Periodic
 from memjax.training.in_flight import NotFinite
 from memjax.training.interrupt import catch_interrupts
+from memjax.training.mirror import mirror
 from memjax.training.plan import inputs
 from memjax.training.plan import memory as memory_plan
 from memjax.training.plan import row_exchange as exchange_plan
@@ -139,6 +140,8 @@ def _train(claim: Claim, hooks: Sequence[Periodic]) -> int:
             warn(memory_plan.explain_out_of_memory(config, data_axis=mesh.shape["data"], limit=limit))
             return 7
         summary = finish(trainer.program, state, mesh, folder, tokenizer)
+        if config.run.mirror and is_first():
+            mirror(folder.path, config.run.mirror)
     say("\n" + describe_summary(summary, folder))
     return 0
 

@@ -16,6 +16,7 @@ from memjax.config.memory import MemoryConfig, PEERConfig
 from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import ByteTokenizer, Tokenizer
+from memjax.io import remote
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, take_apart, writable
 from memjax.runs.layout import meta_document, params_to_tree, tree_to_params
@@ -76,6 +77,22 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, memory):
     assert isinstance(tokenizer, Tokenizer)
     assert tokenizer.decode(tokenizer.encode("né")) == "né"
     assert memjax.load is load
+
+
+def test_a_run_elsewhere_is_loaded_by_its_address(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = run_config()
+    save(tmp_path / "run", config, step=2)
+    saved = save(tmp_path / "run", config, step=3)
+    remote.push(tmp_path / "run", "memory://test_load/run")
+    found = load("memory://test_load/run")
+    assert equal_bits(found.model, saved)
+    assert found.step == 3
+    assert not [*(tmp_path / "cache").rglob("checkpoints/2")], "only what is loaded is copied"
+    assert load("memory://test_load/run", step=2).step == 2
+    for path, problem in (("memory://test_load/none", "cannot be read"), ("hdfs://a/run", "must be a path")):
+        with pytest.raises(CheckpointError, match=problem):
+            load(path)
 
 
 def test_a_mesh_gets_the_same_model_split_by_columns(tmp_path, mesh):

@@ -18,7 +18,7 @@ from memjax.config.run import RunConfig
 from memjax.config.training import EvalConfig
 from memjax.monitoring.profile import ProfileWindow
 from memjax.runs.folder import RunFolder
-from memjax.training import evaluation_hooks, hooks
+from memjax.training import evaluation_hooks, hooks, mirror
 from memjax.training.evaluation_hooks import VALIDATION_LOSS, Facts, Validate
 from memjax.training.hook import Hook, Periodic
 from memjax.training.hooks import (
@@ -332,3 +332,28 @@ def test_hooks_of_a_program_of_ones_own_come_before_logs_and_checkpoints(program
     assert [periodic.name for periodic in found] == ["throughput", "mine", "log", "validate", "save"]
     with pytest.raises(ValueError, match="two hooks are named log: give each hook of a run a name of its own"):
         with_standard_hooks([Periodic("log", Hook())], program, folder, mesh)
+
+
+def test_a_mirror_follows_complete_saves_and_stops_nothing(tmp_path, monkeypatch, capsys):
+    trainer, sent, steps = FakeTrainer(), [], []
+    trainer.checkpoints = SimpleNamespace(steps=lambda: steps)
+
+    def push(folder, address):
+        sent.append((folder, address, max(steps, default=None)))
+        if len(sent) == 2:
+            raise OSError("the store is gone")
+
+    monkeypatch.setattr(mirror.remote, "push", push)
+    hook = mirror.Mirror(tmp_path, "memory://bucket")
+    for number in range(1, 8):
+        if number in (3, 6):
+            steps.append(number - 1)
+        hook.before_step(trainer, number)
+        if hook._thread:
+            hook._thread.join()
+    assert [step for *_, step in sent] == [2, 5]
+    hook.end(trainer)
+    assert sent[-1] == (tmp_path, "memory://bucket", 5)
+    assert (
+        "run.mirror=memory://bucket: the copy is not up to date: OSError: the store is gone" in capsys.readouterr().err
+    )

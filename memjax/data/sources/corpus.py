@@ -69,7 +69,10 @@ class Corpus:
         """Name and size of every file, which stay when files are copied."""
         base = pathlib.Path(self.path)
         return [
-            [file.path.relative_to(base).as_posix() if base.is_dir() else file.path.name, file.path.stat().st_size]
+            [
+                file.path.relative_to(base).as_posix() if file.path.is_relative_to(base) else file.path.name,
+                file.path.stat().st_size,
+            ]
             for file in self.files
         ]
 

@@ -17,6 +17,8 @@ from typing import Any, BinaryIO, Literal
 from memjax.data.sources.parsing import Keys, MalformedError, fields_record, json_fields, json_record, text_record
 from memjax.data.sources.records import Record
 from memjax.errors import DataError
+from memjax.io import remote
+from memjax.io.paths import is_remote
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 Format = Literal["jsonl", "text", "parquet", "arrow", "array_record"]
@@ -108,6 +110,11 @@ def find_files(path: str, source: Literal["jsonl", "text", "files"], field: str)
     Raises:
         DataError: there is no file, or its suffix does not say what it is.
     """
+    if is_remote(path):
+        try:
+            path = str(remote.fetch(path))
+        except Exception as error:  # of any file system
+            raise DataError(f"{path}: cannot be read ({error}); set {field} to a file that can") from error
     place = pathlib.Path(path)
     if place.is_dir():
         kinds = _FORMATS.values() if source == "files" else (source, *_BINARY)

@@ -12,6 +12,7 @@ from memjax.data.pretokenized.store import is_prepared, open_prepared
 from memjax.data.sampling import spread_over_records, spread_over_stream
 from memjax.data.sources.biographies import BiographyRecords, QuestionRecords
 from memjax.data.sources.corpus import Corpus
+from memjax.data.sources.huggingface import DatasetCorpus
 from memjax.data.sources.parsing import Keys
 from memjax.data.tokenize import Reader, TextReader
 from memjax.data.tokenizers.base import Tokenizer
@@ -205,6 +206,16 @@ class Files(Source):
         return num_training_records(count, fraction, corpus.path)
 
 
+class HuggingFace(Files):
+    """A data set of the Hugging Face Hub, or of a folder that its package reads."""
+
+    def _training(self) -> list[Corpus]:
+        config = self.config
+        assert config.path is not None
+        files = self._corpus(name="training", path=config.path, source="files", field="data.path")
+        return [DatasetCorpus(**vars(files), subset=config.subset, split=config.split)]
+
+
 class Mixture(Files):
     """Several corpora, weighted by their tokens, which only prepared data knows."""
 
@@ -234,6 +245,7 @@ SOURCES: dict[str, type[Source]] = {
     "jsonl": Files,
     "text": Files,
     "files": Files,
+    "huggingface": HuggingFace,
     "mixture": Mixture,
 }
 
