@@ -78,7 +78,27 @@ class EvalConfig:
     """Steps between recall tests during the training (source: biographies), without zeroed tables; null asks at the end
     only."""
 
+    questions: tuple[str, ...] = ()
+    """Sets of questions to ask during the training, as `questions` of `python -m memjax.evaluate`."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-eval to do during the training, as `tasks` of `python -m memjax.evaluate`."""
+    task_folder: str | None = None
+    """Folder with tasks as YAML files, which then are the only ones known."""
+    questions_every: int = 1000
+    """Steps between two rounds of questions and tasks; the last step ends with one."""
+    question_limit: int | None = 200
+    """The most questions of each set and documents of each task; null takes all."""
+
     def __post_init__(self) -> None:
         typed(self)
-        numbers = {"every": self.every, "recall_every": self.recall_every}
-        refuse(positive(**numbers, batches=self.batches, recall_people=self.recall_people))
+        numbers = {"every": self.every, "recall_every": self.recall_every, "question_limit": self.question_limit}
+        counts = {"batches": self.batches, "questions_every": self.questions_every}
+        refuse(
+            positive(**numbers, **counts, recall_people=self.recall_people)
+            + local_paths(self, "questions", "task_folder")
+            + [
+                f"task_folder={self.task_folder} is used with tasks; name some, or leave it out"
+                if self.task_folder is not None and not self.tasks
+                else None
+            ]
+        )

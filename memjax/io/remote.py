@@ -10,17 +10,20 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from memjax.io.console import say
 from memjax.io.paths import user_cache
 
 STEP_IS_COMPLETE = "_CHECKPOINT_METADATA"
 """The file of a checkpoint that is sent last: a step without it is not all there."""
 
-_NOT_SENT = ("prepared",)
+_NOT_SENT = "prepared/"
 _ALWAYS_SENT_BYTES = 1 << 20
 """Files up to this size are sent although the copy has the same size."""
 
 
-def fetch(address: str, wanted: Callable[[Sequence[str]], Sequence[str]] = lambda names: names) -> pathlib.Path:
+def fetch(
+    address: str, wanted: Callable[[Sequence[str]], Sequence[str]] = lambda names: names, *, part: str = ""
+) -> pathlib.Path:
     """The local copy of a file, or the folder with the copies of all files that a folder or a glob has.
 
     A file that is here already, and is still what the store describes, is not read again.
@@ -28,16 +31,22 @@ def fetch(address: str, wanted: Callable[[Sequence[str]], Sequence[str]] = lambd
     Args:
         address: of a file, a folder or a glob.
         wanted: picks from the names of a folder's files.
+        part: what it picks; copies of other parts are others.
 
     Raises:
         FileNotFoundError: there is no such file.
         Exception: whatever the file system raises.
     """
     files, root = _files(address)
-    copies = pathlib.Path(user_cache("fetched")) / hashlib.sha256(address.encode()).hexdigest()[:16]
+    copies = pathlib.Path(user_cache("fetched")) / hashlib.sha256(f"{address} {part}".encode()).hexdigest()[:16]
     names = wanted(sorted(files))
-    for name in names:
-        _fetch_file(files[name], copies / "files" / name, copies / "described" / f"{name}.json", address)
+    if any(".." in name.split("/") for name in names):
+        raise ValueError(f"{address}: a name in it leaves its folder")
+    places = {name: (copies / "files" / name, copies / "described" / f"{name}.json") for name in names}
+    if changed := [name for name in names if not _is_copied(files[name], *places[name])]:
+        say(f"copying {len(changed):,} files of {address} to {copies}")
+    for name in changed:
+        _copy(files[name], *places[name])
     for stale in {path for path in (copies / "files").rglob("*") if path.is_file()} - {
         copies / "files" / name for name in names
     }:
@@ -70,15 +79,15 @@ def _files(address: str) -> tuple[dict[str, Mapping[str, Any]], str | None]:
     }, None
 
 
-def _fetch_file(info: Mapping[str, Any], copy: pathlib.Path, record: pathlib.Path, address: str) -> None:
-    described = {name: str(value) for name, value in info.items() if name != "file_system"} | {"address": address}
-    if ".." in copy.parts:
-        raise ValueError(f"{address}: a name in it leaves its folder")
+def _is_copied(info: Mapping[str, Any], copy: pathlib.Path, record: pathlib.Path) -> bool:
+    """Whether the copy is of what the store describes now."""
     try:
-        if json.loads(record.read_text()) == described and info.get("size") in (None, copy.stat().st_size):
-            return
+        return json.loads(record.read_text()) == _described(info) and info.get("size") in (None, copy.stat().st_size)
     except (OSError, ValueError):
-        pass
+        return False
+
+
+def _copy(info: Mapping[str, Any], copy: pathlib.Path, record: pathlib.Path) -> None:
     for place in (copy, record):
         place.parent.mkdir(parents=True, exist_ok=True)
     part = copy.with_name(f".{copy.name}.{os.getpid()}.part")
@@ -87,7 +96,11 @@ def _fetch_file(info: Mapping[str, Any], copy: pathlib.Path, record: pathlib.Pat
         os.replace(part, copy)
     finally:
         part.unlink(missing_ok=True)
-    record.write_text(json.dumps(described))
+    record.write_text(json.dumps(_described(info)))
+
+
+def _described(info: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in info.items() if name != "file_system"}
 
 
 def fetch_run(address: str, step: int | str = "latest") -> pathlib.Path:
@@ -111,7 +124,7 @@ def fetch_run(address: str, step: int | str = "latest") -> pathlib.Path:
         folders = ("prepared/", "profile/", "tensorboard/", "plots/", "wandb/")
         return [name for name, of in by_step.items() if (of is None or of in steps) and not name.startswith(folders)]
 
-    return fetch(address.rstrip("/"), wanted)
+    return fetch(address.rstrip("/"), wanted, part=str(step))
 
 
 def push(folder: pathlib.Path, address: str) -> None:
@@ -134,7 +147,7 @@ def push(folder: pathlib.Path, address: str) -> None:
         file_system.rm(f"{root}/checkpoints/{step}", recursive=True)
     for name, path in sorted(names.items(), key=lambda item: (item[0].endswith(STEP_IS_COMPLETE), item[0])):
         step = _step_of(name)
-        is_left_out = name.startswith(_NOT_SENT) or path.name.startswith(".") or "tmp" in path.parent.name
+        is_left_out = name.startswith(_NOT_SENT) or path.name.startswith(".")
         if is_left_out or (step is None and name.startswith("checkpoints/")) or (step is not None and step in complete):
             continue
         try:

@@ -1,6 +1,7 @@
 """Hooks that evaluate the model while it trains."""
 
 import contextlib
+import importlib.util
 import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,11 @@ import jax
 from memjax.config.run import RunConfig
 from memjax.data.packing import Batch
 from memjax.data.sources import biographies
+from memjax.errors import ConfigError
+from memjax.evaluation.model import EvalModel
 from memjax.evaluation.perplexity import validation_loss
+from memjax.evaluation.question_sets.formats import read_question_sets
+from memjax.evaluation.question_sets.report import question_report
 from memjax.evaluation.recall import recall
 from memjax.io.console import say
 from memjax.sharding.mesh import put_batch
@@ -130,3 +135,58 @@ class Facts(Hook):
                     found = recall(trainer.model(), tokenizer, questions, batch_size=size, place=place)
                     accuracies[f"eval/facts/{name}"] = found.accuracy
             step.host_metrics |= accuracies
+
+
+class Questions(Hook):
+    """Asks sets of questions and does tasks of lm-eval, for the step's row."""
+
+    def __init__(self, config: RunConfig):
+        """Reads the questions.
+
+        Raises:
+            ConfigError: lm-eval is missing, or there are several processes.
+            DataError: a set cannot be read.
+        """
+        asked = self._asked = config.eval
+        if asked.tasks and importlib.util.find_spec("lm_eval") is None:
+            raise ConfigError([f"eval.tasks={','.join(asked.tasks)} needs the package lm-eval: pip install lm-eval"])
+        if jax.process_count() > 1:
+            raise ConfigError(
+                ["eval.questions and eval.tasks are for one process; use python -m memjax.evaluate on checkpoints"]
+            )
+        self._sets = read_question_sets(asked.questions, field="eval.questions") if asked.questions else []
+
+    def after_step(self, trainer: "Trainer", step: Step) -> None:
+        """Asks, unless a signal has come."""
+        if _is_stopped(trainer):
+            return
+        config, size = trainer.config, trainer.mesh.size
+        with trainer.paused():
+            model = EvalModel(
+                model=trainer.model(),
+                tokenizer=trainer.dataset.tokenizer,
+                max_length=config.data.sequence_length,
+                batch_size=-(-64 // size) * size,
+                progress_seconds=config.log.progress_seconds,
+            )
+            if self._sets:
+                report = question_report(model, self._sets, limit=self._asked.question_limit, zero_tables=False)
+                for entry in report["sets"]:
+                    for name, value in entry["metrics"].items():
+                        step.host_metrics[f"eval/questions/{entry['name']}/{name}"] = value
+            if self._asked.tasks:
+                step.host_metrics |= self._of_tasks(model)
+
+    def _of_tasks(self, model: EvalModel) -> dict[str, float]:
+        from memjax.evaluation.harness import task_report  # takes seconds
+
+        asked = self._asked
+        report = task_report(
+            model, asked.tasks, folder=asked.task_folder, limit=asked.question_limit, zero_tables=False
+        )
+        return {
+            f"eval/tasks/{task}/{metric.removesuffix(',none')}": value
+            for task, results in report["results"].items()
+            for metric, value in results.items()
+            if isinstance(value, float)
+        }

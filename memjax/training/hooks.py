@@ -14,7 +14,7 @@ from memjax.monitoring.trackers.start import CLOSE_SECONDS, close_trackers, make
 from memjax.monitoring.trackers.tracker import Tracker
 from memjax.runs.folder import RunFolder
 from memjax.sharding.processes import is_first
-from memjax.training.evaluation_hooks import Facts, Validate
+from memjax.training.evaluation_hooks import Facts, Questions, Validate
 from memjax.training.hook import Hook, Periodic
 from memjax.training.in_flight import Step
 from memjax.training.mirror import Mirror
@@ -47,6 +47,8 @@ def with_standard_hooks(
         hooks.append(Periodic("slot_usage", SlotUsage(config.log.usage_every), config.log.usage_every))
     if config.eval.recall_every:
         hooks.append(Periodic("facts", Facts(config), config.eval.recall_every))
+    if config.eval.questions or config.eval.tasks:
+        hooks.append(Periodic("questions", Questions(config), config.eval.questions_every))
     hooks += [
         *added,
         Periodic("log", Log()),

@@ -31,6 +31,9 @@ PATHS = [
     (RunConfig, "data.prepared"),
     (RunConfig, "data.tokenizer.path"),
     (RunConfig, "train.init_from"),
+    (RunConfig, "eval.questions"),
+    (RunConfig, "eval.task_folder"),
+    (RunConfig, "run.mirror"),
     (EvaluateConfig, "text"),
     (EvaluateConfig, "questions"),
     (EvaluateConfig, "examples"),
@@ -50,6 +53,7 @@ PATHS = [
 ]
 NEEDED = {
     (RunConfig, "data.tokenizer.path"): ["--data.tokenizer.kind", "hf"],
+    (RunConfig, "eval.task_folder"): ["--eval.tasks", "a"],
     (EvaluateConfig, "examples"): ["--questions", "q.jsonl", "--shots", "1"],
     (EvaluateConfig, "task_folder"): ["--tasks", "a"],
     (GenerateConfig, "output"): ["--prompts", "p.txt"],

@@ -91,3 +91,29 @@ def test_the_wheel_holds_the_presets_the_marker_of_types_and_the_console_script(
         assert "memjax = memjax.__main__:program" in archive.read(scripts).decode()
     assert "memjax/py.typed" in names
     assert {f"memjax/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")} <= names
+
+
+@pytest.mark.slow
+def test_the_table_of_what_fits_where_is_the_command_s(capsys):
+    page = (ROOT / "docs" / "device_memory.md").read_text()
+    assert main(["--only", "wiki_text,134m_memory_plus_1m", "--fit", "1x24,1x80,8x80"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert all(f"{line}\n" in page for line in lines)
+    named = {name for name in presets.names() if f"| `{name}` |" in page}
+    assert named == {*presets.names()} - {presets.RECIPE}
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--fit", "80"], "fit=80 must be numbers of devices and GB of each, such as 1x24,8x80"),
+        (["--only", "134m_dense,none"], "only=none must be names of presets"),
+        (["--only", "paper"], "only=paper must be names of presets"),
+    ],
+)
+def test_devices_and_presets_that_are_none_are_refused(words, problem, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert problem in capsys.readouterr().err

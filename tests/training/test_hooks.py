@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -357,3 +358,36 @@ def test_a_mirror_follows_complete_saves_and_stops_nothing(tmp_path, monkeypatch
     assert (
         "run.mirror=memory://bucket: the copy is not up to date: OSError: the store is gone" in capsys.readouterr().err
     )
+
+
+def test_questions_and_tasks_become_metrics_of_the_step(tmp_path, trainer, monkeypatch, as_users_call):
+    questions = tmp_path / "capitals.jsonl"
+    questions.write_text(json.dumps({"question": "Paris?", "answers": ["yes"]}) + "\n")
+    config = RunConfig(eval=EvalConfig(questions=(str(questions),), tasks=("arc",), question_limit=7))
+    trainer.config = config
+    trainer.mesh, trainer.dataset = SimpleNamespace(size=3), SimpleNamespace(tokenizer=None)
+    asked = {}
+
+    def question_report(model, sets, **how):
+        asked.update(how, batch_size=model.batch_size)
+        return {"sets": [{"name": sets[0].name, "metrics": {"exact_match": 0.5}}]}
+
+    def task_report(model, tasks, **how):
+        results = {"acc,none": 0.25, "acc_stderr,none": 0.1, "alias": "arc"}
+        return {"results": dict.fromkeys(tasks, results)}
+
+    monkeypatch.setattr(evaluation_hooks, "EvalModel", SimpleNamespace)
+    monkeypatch.setattr(evaluation_hooks, "question_report", question_report)
+    monkeypatch.setitem(sys.modules, "memjax.evaluation.harness", SimpleNamespace(task_report=task_report))
+    hook, step = evaluation_hooks.Questions(config), Step(10, {})
+    hook.after_step(trainer, step)
+    assert step.host_metrics == {
+        "eval/questions/capitals/exact_match": 0.5,
+        "eval/tasks/arc/acc": 0.25,
+        "eval/tasks/arc/acc_stderr": 0.1,
+    }
+    assert asked == {"limit": 7, "zero_tables": False, "batch_size": 66}
+    trainer.interrupt.name = "SIGTERM"
+    stopped = Step(20, {})
+    hook.after_step(trainer, stopped)
+    assert stopped.host_metrics == {}
