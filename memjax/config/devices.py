@@ -26,7 +26,7 @@ class MeshConfig:
     row_grad_reduce: Literal["auto", "all_gather", "all_reduce"] = "auto"
     """How row gradients cross the data axis. all_gather: every device gets and sorts the picks of all; all_reduce:
     each replica sums its own to a gradient of the table's size, and these are added up; auto: what takes fewer
-    bytes."""
+    bytes. Those of micro-batches: all_gather keeps all until the update, all_reduce sums them as they come."""
 
     def __post_init__(self) -> None:
         typed(self)

@@ -107,7 +107,7 @@ def test_the_table_of_what_fits_where_is_the_command_s(capsys):
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["--fit", "80"], "fit=80 must be numbers of devices and GB of each, such as 1x24,8x80"),
+        (["--fit", "80gb"], "fit=80gb must be numbers of devices and GB of each, such as 1x24,8x80"),
         (["--only", "134m_dense,none"], "only=none must be names of presets"),
         (["--only", "paper"], "only=paper must be names of presets"),
     ],
