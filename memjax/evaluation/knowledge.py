@@ -100,7 +100,8 @@ def format_knowledge_report(report: Mapping[str, Any]) -> str:
     people, bits, to_know = report["people"], report["bits"], report["bits_to_know"]
     measured = "" if report["people_measured"] == people else f", measured on {report['people_measured']:,}"
     share = f" ({bits / to_know:.1%})" if bits >= 0 else ", worse than taking all values to be equally likely"
-    most = f"{report['parameters']:,} parameters; all facts would be {to_know / report['parameters']:.4g}"
+    all_facts = f"all facts: {to_know / report['parameters']:.4g}"
+    most = f"{report['parameters']:,} parameters, without those of unused ids; {all_facts}"
     rows = [
         ("bits known", f"{bits:,.0f} of {to_know:,.0f}{share}; {people:,} people{measured}"),
         ("  per parameter", f"{report['bits_per_parameter']:.4g} ({most})"),
@@ -111,7 +112,8 @@ def format_knowledge_report(report: Mapping[str, Any]) -> str:
     for name, item in report["by_attribute"].items():
         value = f"{item['bits']:.2f} of {item['bits_to_know']:.2f} for each person"
         rows.append((f"  {name.replace('_', ' ')}", value))
-    lines = ["Knowledge of facts: the bits that the model saves who writes them after the names (a lower bound)", ""]
+    rows.append(("  work city", "0: it follows from the employer"))
+    lines = ["Fact knowledge in bits: lower bound on the information about the facts that the model stores", ""]
     return "\n".join([*lines, *(f"{label:<26}{text}" for label, text in rows)])
 
 
