@@ -33,7 +33,7 @@ def plot_run(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
-        _label_ends(axes, ends)
+        label_ends(axes, ends)
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=120)
         written.append(write_atomic(folder / name, image.getvalue()))
@@ -53,10 +53,11 @@ def plot_run(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
     return written
 
 
-def _label_ends(axes: Any, ends: Sequence[tuple[Any, str, Any]]) -> None:
+def label_ends(axes: Any, ends: Sequence[tuple[Any, str, Any]]) -> None:
     """Writes each curve's name and last value at its end, apart from those of curves that end close to it."""
     import numpy as np
 
+    axes.autoscale_view()  # else the limits are still those of an empty picture
     places = axes.transAxes.inverted().transform(axes.transData.transform([end for end, _, _ in ends]))
     lowest = -np.inf
     for number in np.argsort(places[:, 1], kind="stable"):

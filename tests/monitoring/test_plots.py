@@ -2,9 +2,10 @@
 
 import pytest
 from matplotlib import image
+from matplotlib.figure import Figure
 
 from memjax.monitoring.comparison import Run, draw
-from memjax.monitoring.plots import plot_run
+from memjax.monitoring.plots import label_ends, plot_run
 
 
 def rows(memory: bool):
@@ -36,3 +37,14 @@ def test_the_backend_of_the_caller_stays_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr("matplotlib.use", lambda *_, **__: pytest.fail("a notebook would show no figures any more"))
     assert len(plot_run(list(rows(True)), tmp_path)) == 2
     draw([Run("a", list(rows(True)))], tmp_path / "a.svg")
+
+
+def test_a_curve_is_named_at_the_height_of_its_end_and_close_ones_apart():
+    axes = Figure().subplots()
+    axes.plot([0, 1], [5.0, 50.0])
+    label_ends(axes, [((1, 50.0), "top", "k"), ((1, 5.0), "low", "k"), ((1, 5.1), "near", "k")])
+    heights = {note.get_text(): note.xy[1] for note in axes.texts}
+    low, high = axes.get_ylim()
+    assert heights["low 5"] == pytest.approx((5 - low) / (high - low))
+    assert heights["top 50"] == pytest.approx((50 - low) / (high - low))
+    assert heights["near 5.1"] == pytest.approx(heights["low 5"] + 0.06)
