@@ -128,7 +128,7 @@ def fill_in(app: Any, docname: str, source: list[str]) -> None:
     """Puts what is made from the code into the page, which is read again when that code has changed."""
     filled = generated.fill_in(source[0])
     if filled != source[0]:
-        for path in HERE.glob("*.py"):
+        for path in (*HERE.glob("*.py"), *(HERE.parent / "memjax" / "config").glob("*.py")):
             app.env.note_dependency(path)
     source[0] = filled
 
