@@ -104,7 +104,7 @@ class ProgressLines:
             return
         self._last_bar, share = now, row["step"] / self.steps
         bar = "#" * int(BAR_COLUMNS * share)
-        ends = time.strftime("%H:%M", time.localtime(time.time() + left))
+        ends = time.strftime("%H:%M" if left < 43200 else "%d %b %H:%M", time.localtime(time.time() + left))
         text = f"{share:4.0%}  step {row['step']}/{self.steps}  loss {row['train/loss']:.4f}"
         show_status(f"[{bar:<{BAR_COLUMNS}}] {text}  left {clock(left)}, until {ends}")
 
