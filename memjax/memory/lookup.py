@@ -65,6 +65,16 @@ class LookupLayer(nnx.Module):
         recording.reads.set_value((*calls, found))
         return out
 
+    def perturbations_of(self, given: Perturbations | None) -> tuple[Float[Array, "t _"] | None, ...]:
+        """A perturbation for each table; None where none are given.
+
+        Raises:
+            ValueError: they are not as many as the tables.
+        """
+        if given is not None and len(given) != len(self.READS):
+            raise ValueError(f"{type(self).__name__} takes {len(self.READS)} perturbations, found {len(given)}")
+        return (None,) * len(self.READS) if given is None else tuple(given)
+
     def zero_perturbations(self, num_tokens: int, *tables: ValueTable) -> Perturbations:
         """Perturbations of `with_reads` for a batch of num_tokens tokens."""
         pairs = zip(self.READS, tables, strict=True)

@@ -74,7 +74,7 @@ class PEERLayer(LookupLayer):
         self, x: Float[Array, "*b dim"], *tables: ValueTable, perturbations: Perturbations | None = None
     ) -> tuple[Float[Array, "*b dim"], tuple[TableRead, ...]]:
         """The layer's output, and its reads of the experts' inputs and outputs; see `LookupLayer.with_reads`."""
-        (inputs, outputs), (dot, bag) = tables, perturbations or (None, None)
+        (inputs, outputs), (dot, bag) = tables, self.perturbations_of(perturbations)
         indices, softmax = self.lookup(x)
         dots, vectors = sharded.dot(
             self._rows(inputs, "inputs"), indices, fold(x), dot, implementation=self.implementation

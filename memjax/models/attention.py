@@ -92,7 +92,8 @@ class Attention(nnx.Module):
         """
         checks.refuse(checks.one_of(get_args(QKNorm), qk_norm=qk_norm))
         self.implementation = implementation
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim or dim // num_heads
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim = dim // num_heads if head_dim is None else head_dim
         self.rope_theta, self.rope_scaling, self.sliding_window = rope_theta, rope_scaling, sliding_window
         kwargs = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.query = linear(dim, num_heads * self.head_dim, axes=("embed", "heads"), **kwargs)

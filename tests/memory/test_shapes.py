@@ -147,3 +147,5 @@ def test_another_number_of_tables_is_refused():
     for layer, tables, count in ((memory, (), 1), (experts, (table,), 2)):
         with pytest.raises(ValueError, match=rf"{type(layer).__name__} reads {count} table.*found {len(tables)}"):
             layer(jnp.ones((8, DIM)), *tables)
+    with pytest.raises(ValueError, match="MemoryLayer takes 1 perturbations, found 2"):
+        memory.with_reads(jnp.ones((8, DIM)), table, perturbations=(jnp.zeros((8, DIM)),) * 2)

@@ -170,11 +170,21 @@ class _Folder:
         return name if isinstance(name, str) else None
 
     def ids(self, which: str) -> list[int]:
-        """The ids that the model's files give for bos or eos; generation_config.json wins, as in transformers."""
+        """The ids that the model's files give for bos or eos; generation_config.json wins, as in transformers.
+
+        Raises:
+            DataError: one of them is no whole number.
+        """
         field = f"{which}_token_id"
         found = self.generation.get(field)
         found = self.config.get(field) if found is None else found
-        return [token for token in (found if isinstance(found, list) else [found]) if isinstance(token, int)]
+        tokens = [token for token in (found if isinstance(found, list) else [found]) if token is not None]
+        if wrong := [token for token in tokens if not isinstance(token, int) or isinstance(token, bool)]:
+            raise _Contradiction(
+                f"{self.path}: {field}={wrong[0]!r} must be the id of a token, a list of ids or null; correct it in "
+                f"{GENERATION} or config.json"
+            )
+        return tokens
 
     def prompt_prefix(self) -> list[int] | None:
         """Ids that tokenizer.json's post-processor puts in front of texts; None where it cannot be asked."""

@@ -165,6 +165,9 @@ def test_tokens_that_were_added_to_a_sentencepiece_model_and_end_texts_are_known
         ({"added_tokens.json": {"<x>": 900}}, {}, "adds tokens with the ids \\[900\\]"),
         ({"added_tokens.json": {"<x>": 5}}, {}, "its piece 5 is .*, the folder's other files call that token '<x>'"),
         ({}, {"eos_token_id": 900}, "eos_token_id=900 is beyond the 280 tokens of the tokenizer"),
+        ({}, {"eos_token_id": "2"}, "eos_token_id='2' must be the id of a token, a list of ids or null"),
+        ({"generation_config.json": {"eos_token_id": [2, True]}}, {}, "eos_token_id=True must be the id of a token"),
+        ({"generation_config.json": {"bos_token_id": 1.0}}, {}, "bos_token_id=1.0 must be the id of a token"),
         ({"generation_config.json": {"eos_token_id": [2, 900]}}, {}, "eos_token_id=900 is beyond"),
         (
             {
