@@ -3,6 +3,7 @@
 import pytest
 from matplotlib import image
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 
 from memjax.monitoring.comparison import Run, draw
 from memjax.monitoring.plots import label_ends, plot_run
@@ -43,7 +44,7 @@ def test_a_curve_is_named_at_the_height_of_its_end_and_close_ones_apart():
     axes = Figure().subplots()
     axes.plot([0, 1], [5.0, 50.0])
     label_ends(axes, [((1, 50.0), "top", "k"), ((1, 5.0), "low", "k"), ((1, 5.1), "near", "k")])
-    heights = {note.get_text(): note.xy[1] for note in axes.texts}
+    heights = {note.get_text(): note.xy[1] for note in axes.texts if isinstance(note, Annotation)}
     low, high = axes.get_ylim()
     assert heights["low 5"] == pytest.approx((5 - low) / (high - low))
     assert heights["top 50"] == pytest.approx((50 - low) / (high - low))
