@@ -50,7 +50,7 @@ def test_lora_begins_at_the_base_and_reaches_every_matrix_of_the_blocks():
 
 def test_the_setting_that_forgets_least_is_chosen_of_those_that_learn_enough():
     def row(name, learned, lost, **others):
-        return {"stage": "grid", "family": name, "paraphrases": learned, "old_lost": lost, **others}
+        return {"stage": "grid", "family": name, "paraphrases": learned, "as_learned": 0, "old_lost": lost, **others}
 
     rows = [row("a", 0.9, 0.3), row("a", 0.7, 0.2), row("a", 0.6, 0.0), row("b", 0.1, 0.0), row("b", 0.2, 0.5)]
     assert tables.chosen([*rows, {**rows[0], "stage": "headline", "old_lost": 0}]) == [rows[1], rows[4]]

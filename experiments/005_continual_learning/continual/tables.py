@@ -16,7 +16,9 @@ def chosen(results: Iterable[Result]) -> list[Result]:
     for rows in grouped((row for row in results if row["stage"] == "grid"), lambda row: (row["family"],)).values():
         enough = [row for row in rows if row["paraphrases"] >= LEARNED]
         best.append(
-            min(enough, key=lambda row: row["old_lost"]) if enough else max(rows, key=lambda row: row["paraphrases"])
+            min(enough, key=lambda row: row["old_lost"])
+            if enough
+            else max(rows, key=lambda row: (row["paraphrases"], row["as_learned"]))
         )
     return best
 
