@@ -89,7 +89,7 @@ def equivalent(families: Families, dense: Sequence[str], name: str, value: Value
     at = lambda points, own: _crossing(sizes, points, own) - np.log2(size(families[name][0]))
     middle = at(points, own)
     outside = not sizes.min() <= middle + np.log2(size(families[name][0])) <= sizes.max()
-    shown = f"{2**middle:.2f}"
+    shown = _multiple(middle)
     if deviation := seed_deviation(families, value):
         rng = np.random.default_rng(0)
         errors = lambda names: deviation / np.sqrt([len(families[one]) for one in names])
@@ -98,17 +98,20 @@ def equivalent(families: Families, dense: Sequence[str], name: str, value: Value
             for _ in range(DRAWS)
         ]
         low, high = np.quantile(drawn, (0.05, 0.95))
-        shown += f" ({2**low:.2f} to {2**high:.2f})"
+        shown += f" ({_multiple(low)} to {_multiple(high)})"
     return f"[{shown}]" if outside else shown
 
 
 def _crossing(sizes: np.ndarray, points: np.ndarray, own: float) -> float:
     """Where the line through the points has the value."""
     slope, intercept = np.polyfit(sizes, points, 1)
-    # A line that does not fall has no such place; a far one is as good as none.
-    return (
-        float(np.clip((own - intercept) / slope, sizes.min() - 10, sizes.max() + 10)) if slope < 0 else sizes.max() + 10
-    )
+    # A line that does not fall has no such place.
+    return float((own - intercept) / slope) if slope < 0 else np.inf
+
+
+def _multiple(doublings: float) -> str:
+    """A factor of so many doublings; of one above 100 or below 0.01 there is no telling."""
+    return "no bound" if abs(doublings) > np.log2(100) else f"{2**doublings:.2f}"
 
 
 def speed_of_learning(families: Families) -> list[str]:
