@@ -105,8 +105,8 @@ def equivalent(families: Families, dense: Sequence[str], name: str, value: Value
 def _crossing(sizes: np.ndarray, points: np.ndarray, own: float) -> float:
     """Where the line through the points has the value."""
     slope, intercept = np.polyfit(sizes, points, 1)
-    # A line that does not fall has no such place.
-    return float((own - intercept) / slope) if slope < 0 else np.inf
+    # A line that does not fall has no such place: one that is farther away than any model.
+    return float((own - intercept) / slope) if slope < 0 else sizes.max() + 100
 
 
 def _multiple(doublings: float) -> str:
