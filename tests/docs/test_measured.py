@@ -49,9 +49,16 @@ def test_speeds_of_generation_were_measured():
 
 def test_speeds_of_generation_with_a_memory_were_measured():
     rows = json.loads((ROOT / "experiments/bench/results/inference-memory-nvidia-h200.json").read_text())["rows"]
-    one, eight = (row for row in rows if row["model"] == "Memory+" and row["prompt"] == 512)
+    of_batch = {row["batch"]: row for row in rows if row["model"] == "Memory+" and row["prompt"] == 512}
+    one, eight, many = (of_batch[batch] for batch in (1, 8, 64))
     text = (
-        f"took {one['ms a token']:.3f} at batch 1 and {eight['ms a token']:.3f} at batch 8, "
-        f"{one['of dense']:.2f} and {eight['of dense']:.2f} of the dense model"
+        f"took {one['ms a token']:.3f} at batch 1, {eight['ms a token']:.3f} at batch 8 and {many['ms a token']:.3f} at "
+        f"batch 64, {one['of dense']:.2f}, {eight['of dense']:.2f} and {many['of dense']:.2f} of the dense model"
     )
-    assert text in " ".join((ROOT / "README.md").read_text().split())
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert text in readme
+    tables = json.loads((ROOT / "experiments/bench/results/inference-tables-nvidia-h200.json").read_text())["rows"]
+    ratio = {(row["model"], row["batch"]): f"{row['of dense']:.2f}" for row in tables}
+    host, large = ([ratio[name, batch] for batch in (1, 64)] for name in ("Memory+, host", "Memory+ 16M"))
+    assert f"it took {host[0]} of the dense model at batch 1 and {host[1]} at batch 64" in readme
+    assert f"with 16 million slots {large[0]} and {large[1]};" in readme

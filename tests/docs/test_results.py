@@ -79,8 +79,8 @@ def test_bars_of_speed_were_measured(results):
 def test_the_page_on_results_names_figures_of_the_results():
     text = " ".join((DOCS / "results.md").read_text().split())
     memory = json.loads((MEASURED / "inference-memory-nvidia-h200.json").read_text())["rows"]
-    one, eight = (row["of dense"] for row in memory if row["model"] == "Memory+" and row["prompt"] == 512)
-    assert f"{eight:.2f} to {one:.2f} times as long as the dense model" in text
+    ratios = [row["of dense"] for row in memory if row["model"] == "Memory+" and row["prompt"] == 512]
+    assert f"{min(ratios):.2f} to {max(ratios):.2f} times as long as the dense model" in text
     speed = json.loads((MEASURED / "ops-nvidia-h200.json").read_text())["copy_bytes_per_second"]
     assert f"{speed / 1e12:.2f} TB/s" in text
     upcycled = json.loads((ROOT / "experiments" / "003_upcycle_facts" / "result.json").read_text())["measured"]
