@@ -153,8 +153,8 @@ def step_bars() -> str:
 
 def generation_bars() -> str:
     """Milliseconds a token of generation, beside transformers."""
-    rows = [row for row in _bench("inference")["rows"] if row["prompt"] == 512]
     names = {"dense": ("memjax", GREEN), "transformers, static cache": ("transformers, compiled", ORANGE)}
+    rows = [row for row in _bench("inference")["rows"] if row["prompt"] == 512 and row["model"] in names]
     groups: dict[str, list[Bar]] = {}
     for row in sorted(rows, key=lambda row: (row["batch"], list(names).index(row["model"]))):
         label, color = names[row["model"]]
