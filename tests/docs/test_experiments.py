@@ -14,7 +14,13 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDERS = [
     ROOT / "experiments" / name
-    for name in ("001_fact_capacity", "002_real_facts", "004_real_text", "005_continual_learning")
+    for name in (
+        "001_fact_capacity",
+        "002_real_facts",
+        "004_real_text",
+        "005_continual_learning",
+        "006_knowing_and_guessing",
+    )
 ]
 
 
@@ -63,10 +69,12 @@ def experiment(folder, monkeypatch):
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_what_the_readmes_show_is_what_the_command_makes_of_the_results(folder, monkeypatch, tmp_path):
     run = experiment(folder, monkeypatch)
-    shutil.copytree(folder / "results", tmp_path / "results")
-    rows = json.loads((folder / "results" / "full.json").read_text())["runs"]
+    rows = []
+    if (folder / "results").exists():
+        shutil.copytree(folder / "results", tmp_path / "results")
+        rows = json.loads((folder / "results" / "full.json").read_text())["runs"]
     begin = "<!-- made from results/full.json by run.py --report -->"
-    made = f"{begin}\n\n{run.report(rows, tmp_path)}\n\n<!-- end of what is made -->"
+    made = f"{begin}\n\n{run.report(rows, tmp_path) or 'Not run at full size yet.'}\n\n<!-- end of what is made -->"
     assert made in (folder / "README.md").read_text()
     assert [path.name for path in tmp_path.glob("*.png")] == [path.name for path in folder.glob("*.png")]
     if hasattr(run, "summary"):
