@@ -52,8 +52,8 @@ def test_speeds_of_generation_with_a_memory_were_measured():
     of_batch = {row["batch"]: row for row in rows if row["model"] == "Memory+" and row["prompt"] == 512}
     one, eight, many = (of_batch[batch] for batch in (1, 8, 64))
     text = (
-        f"took {one['ms a token']:.3f} at batch 1, {eight['ms a token']:.3f} at batch 8 and {many['ms a token']:.3f} at "
-        f"batch 64, {one['of dense']:.2f}, {eight['of dense']:.2f} and {many['of dense']:.2f} of the dense model"
+        f"took {one['ms a token']:.3f} at batch 1, {eight['ms a token']:.3f} at batch 8 and {many['ms a token']:.3f} "
+        f"at batch 64, {one['of dense']:.2f}, {eight['of dense']:.2f} and {many['of dense']:.2f} of the dense model"
     )
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert text in readme
