@@ -140,7 +140,7 @@ def from_official(folder: str, *, settings: FromHfConfig) -> None:
 def upcycle(run: str, *, settings: UpcycleConfig) -> None:
     """Writes a run and says how to go on from it."""
     from memjax.interop.upcycle import upcycle_run
-    from memjax.runs.load import read_config
+    from memjax.runs.saved import read_config
 
     memory = MemoryConfig(**dataclasses.asdict(settings.memory))
     try:

@@ -279,7 +279,7 @@ def _texts(records: "Iterable[Record]") -> Iterator[str]:
 
 def _evals_folder(run: str) -> pathlib.Path:
     from memjax.runs.layout import CHECKPOINTS
-    from memjax.runs.load import readable_folder
+    from memjax.runs.saved import readable_folder
 
     folder = readable_folder(run)
     return (folder.parent if folder.name == CHECKPOINTS else folder) / "evals"

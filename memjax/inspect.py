@@ -111,8 +111,8 @@ def _after(prompt: str, answer: str) -> str:
 def _changed(run: str, found: "LoadedModel", settings: InspectConfig) -> dict[str, set[int]]:
     """The rows that patches have changed, by table."""
     from memjax.runs.applied import Applied
-    from memjax.runs.load import checkpoint_folder
     from memjax.runs.patch import read_patch
+    from memjax.runs.saved import checkpoint_folder
 
     applied = [patch for _, patch in Applied(checkpoint_folder(run)).patches(found.step)]
     changed: dict[str, set[int]] = {}

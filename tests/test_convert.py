@@ -9,7 +9,8 @@ from flax import nnx
 from memjax import convert, evaluate
 from memjax.config.memory import MemoryConfig
 from memjax.interop.huggingface import convert as huggingface
-from memjax.runs.load import load, read_config
+from memjax.runs.load import load
+from memjax.runs.saved import read_config
 
 MODELS = pathlib.Path(__file__).parent / "fixtures" / "llama"
 

@@ -15,7 +15,8 @@ from memjax.data.sources.records import Record
 from memjax.data.tokenize import TextReader
 from memjax.errors import DataError
 from memjax.runs.layout import CHECKPOINTS
-from memjax.runs.load import LoadedModel, checkpoint_folder
+from memjax.runs.load import LoadedModel
+from memjax.runs.saved import checkpoint_folder
 
 
 def open_corpus(run: str, found: LoadedModel, path: str | None, field: str) -> Iterable[Record]:

@@ -25,9 +25,10 @@ from memjax.knowledge.finetune import Recipe, learn
 from memjax.knowledge.slots import Background, count_texts
 from memjax.models.decoder import Decoder
 from memjax.runs.applied import model_digest
-from memjax.runs.load import LoadedModel, checkpoint_folder
+from memjax.runs.load import LoadedModel
 from memjax.runs.patch import Patch, write_patch
 from memjax.runs.patching import patch_between
+from memjax.runs.saved import checkpoint_folder
 
 LEARNED = "learned"
 """Of a patch's notes: the facts that it was made of, as objects with the fields of FACTS."""

@@ -26,7 +26,7 @@ from memjax.io.paths import local_path
 from memjax.monitoring.metrics import read_metrics
 from memjax.runs.environment import environment
 from memjax.runs.layout import CHECKPOINTS
-from memjax.runs.load import read_config, read_tokenizer
+from memjax.runs.saved import read_config, read_tokenizer
 from memjax.sharding.processes import first_alone, is_first
 
 WHERE_IT_RUNS = ("run.dir", "run.mirror", "run.compile_cache", "data.prepared", "mesh.", "processes.")

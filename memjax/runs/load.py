@@ -1,28 +1,21 @@
 """From the folder of a run to a model that is ready to call, on any number of devices."""
 
 import dataclasses
-import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
-import pydantic
-from jax.sharding import NamedSharding, Sharding
 from jax.typing import DTypeLike
 
 from memjax.checkpoint.checkpoints import Checkpoints
-from memjax.checkpoint.restoring import Restored
 from memjax.config.dtype import DType
-from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import CheckpointError, ConfigError
-from memjax.io import remote
-from memjax.io.paths import is_remote, local_path, readable_path
 from memjax.models.decoder import Decoder, resolve_dtype
 from memjax.models.parts import DecoderParts, take_apart
 from memjax.ops.row_formats import formats
@@ -30,26 +23,26 @@ from memjax.ops.row_formats.formats import Plain, RowFormat
 from memjax.ops.table import Place
 from memjax.runs.applied import Applied, patched
 from memjax.runs.layout import (
-    CHECKPOINTS,
     EMA,
-    FORMAT,
-    FORMAT_WITH_TABLE_FILES,
     META,
-    PARAMS,
     TABLE_FILES,
     TABLES,
     params_to_tree,
     tree_to_params,
-    upgraded,
-    widened,
 )
 from memjax.runs.patch import read_patch
+from memjax.runs.saved import (
+    Params,
+    TableDtypes,
+    cast_like,
+    read_meta,
+    read_saved,
+    readable_folder,
+    shardings,
+    wanted_step,
+    with_dtypes,
+)
 from memjax.runs.tables import TableForm, build, encoded, read_files, stored_format
-from memjax.sharding.axes import has_memory_axis
-from memjax.sharding.rules import COLUMNS, MEMORY, REPLICATED
-
-TableDtypes = Mapping[str, str]
-"""Names of the types of tables, by the section that they belong to."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
@@ -211,9 +204,9 @@ def _load_in_form(
     }
     if isinstance(settings.format, Plain) and settings.format.name in get_args(DType):
         wider = dict.fromkeys(wider, settings.format.name)
-    parts = DecoderParts.of(_with_dtypes(saved.config.model, all_of=dtype, tables=wider))
+    parts = DecoderParts.of(with_dtypes(saved.config.model, all_of=dtype, tables=wider))
     stored_tables = DecoderParts.of(saved.model_config).abstract_tables
-    files, (_, columns) = saved.meta.get("table_files") or {}, _shardings(saved.config.model, folder)
+    files, (_, columns) = saved.meta.get("table_files") or {}, shardings(saved.config.model, folder)
     tables = {}
     for pool, abstract in parts.abstract_tables.items():
         try:
@@ -233,71 +226,9 @@ def _load_in_form(
             tables[pool] = build(form, blocks, columns)
         except ValueError as error:
             raise ConfigError([f"table {pool} of {folder}: {error}"]) from error
-    params = _cast(saved.params, params_to_tree(parts.abstract_params))
+    params = cast_like(saved.params, params_to_tree(parts.abstract_params))
     model = parts.assemble(tree_to_params(parts, params), tables)
     return LoadedModel(model, saved.tokenizer, saved.config, saved.step)
-
-
-class Saved(NamedTuple):
-    """What a checkpoint holds besides tables."""
-
-    config: RunConfig
-    model_config: ModelConfig
-    """With the types in which the tables are stored."""
-    params: dict[str, Any]
-    tokenizer: Tokenizer
-    step: int
-    meta: dict[str, Any]
-
-
-def read_saved(
-    checkpoints: Checkpoints, folder: pathlib.Path, wanted: int | None, meta: dict[str, Any], *, ema: bool = False
-) -> Saved:
-    """A step without its tables: the wanted one, or the newest that can be read, whose `meta` document was read.
-
-    Raises:
-        CheckpointError: it cannot be read here.
-    """
-    config, stored = _read_meta(meta, folder)
-    replicated, _ = _shardings(config.model, folder)
-    model_config = _with_dtypes(config.model, tables=stored)
-    params = _Params(DecoderParts.of(model_config), replicated, ema)
-    restored = checkpoints.restore(params.targets, [META], step=wanted, optional=[EMA])
-    meta = restored.documents[META]
-    tokenizer = Tokenizer.from_state(meta["tokenizer"])
-    return Saved(config, model_config, params.of(restored, folder), tokenizer, restored.step, meta)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Params:
-    """The dense parameters to read, as trained or as averaged over the steps."""
-
-    parts: DecoderParts
-    sharding: Sharding | None
-    ema: bool
-
-    @property
-    def targets(self) -> dict[str, Any]:
-        """The item of a checkpoint that holds them."""
-        params = self.parts.abstract_params
-        params = jax.eval_shape(widened, params) if self.ema else params
-        place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.sharding)
-        return {EMA if self.ema else PARAMS: jax.tree.map(place, params_to_tree(params))}
-
-    def of(self, restored: Restored, folder: pathlib.Path) -> dict[str, Any]:
-        """The parameters of what was read, in the type of the model.
-
-        Raises:
-            CheckpointError: the step has no average.
-        """
-        if not self.ema:
-            return restored.arrays[PARAMS]
-        if EMA not in restored.arrays:
-            raise CheckpointError(
-                f"{folder}: ema=True, and step {restored.step} has no moving average of its parameters: it was trained "
-                "without optim.ema_decay; leave ema out"
-            )
-        return _cast(restored.arrays[EMA], params_to_tree(self.parts.abstract_params))
 
 
 def _format_of(record: Any, settings: TableSettings, saved: DTypeLike, folder: pathlib.Path) -> RowFormat:
@@ -324,13 +255,13 @@ def _load_plain(
 ) -> LoadedModel:
     """The model with plain tables on the device."""
     saved = load_as_saved(path, step=step, ema=ema, patches=patches)
-    config = _with_dtypes(saved.config.model, all_of=dtype, tables=_wider(saved))
+    config = with_dtypes(saved.config.model, all_of=dtype, tables=_wider(saved))
     if config == saved.model.config:
         return saved
     _, params, tables = take_apart(saved.model)
     parts = DecoderParts.of(config)
-    params = _cast(params_to_tree(params), params_to_tree(parts.abstract_params))
-    model = parts.assemble(tree_to_params(parts, params), _cast(tables, parts.abstract_tables))
+    params = cast_like(params_to_tree(params), params_to_tree(parts.abstract_params))
+    model = parts.assemble(tree_to_params(parts, params), cast_like(tables, parts.abstract_tables))
     return dataclasses.replace(saved, model=model)
 
 
@@ -356,10 +287,10 @@ def load_as_saved(
                 f"{folder}: the tables of this run are read-only, in {_format_names(saved)}; use the run that it was "
                 "made from"
             )
-        config, table_dtypes = _read_meta(saved, folder)
-        whole, columns = _shardings(config.model, folder)
-        parts = DecoderParts.of(_with_dtypes(config.model, tables=table_dtypes))
-        params = _Params(parts, whole, ema)
+        config, table_dtypes = read_meta(saved, folder)
+        whole, columns = shardings(config.model, folder)
+        parts = DecoderParts.of(with_dtypes(config.model, tables=table_dtypes))
+        params = Params(parts, whole, ema)
         tables = {
             pool: jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=columns)
             for pool, table in parts.abstract_tables.items()
@@ -373,94 +304,6 @@ def load_as_saved(
     return LoadedModel(model, tokenizer, config, restored.step, tuple(identities))
 
 
-def read_config(path: str | os.PathLike[str]) -> RunConfig:
-    """The config of a run, from its newest checkpoint that can be read.
-
-    Raises:
-        CheckpointError: there is no such checkpoint, or this version cannot read it.
-    """
-    folder = readable_folder(path)
-    return _read_meta(Checkpoints(folder).read_document(META), folder)[0]
-
-
-def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a run, from its newest checkpoint that can be read.
-
-    Raises:
-        CheckpointError: there is no such checkpoint.
-    """
-    return Tokenizer.from_state(Checkpoints(readable_folder(path)).read_document(META)["tokenizer"])
-
-
-def readable_folder(path: str | os.PathLike[str], step: int | str = "latest") -> pathlib.Path:
-    """The folder of steps of a run, which may be the copy of one that is elsewhere.
-
-    Raises:
-        CheckpointError: there is none, or it cannot be read.
-    """
-    if not is_remote(path):
-        return checkpoint_folder(path)
-    try:
-        return checkpoint_folder(remote.fetch_run(readable_path(str(path), "path"), step))
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    except Exception as error:  # of any file system
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
-
-
-def checkpoint_folder(path: str | os.PathLike[str]) -> pathlib.Path:
-    """The folder of steps in a run's folder, or the path itself where it is that folder.
-
-    Raises:
-        CheckpointError: the path is neither.
-    """
-    try:
-        folder = local_path(os.fspath(path), "path")
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
-    for candidate in (folder / CHECKPOINTS, folder):
-        if Checkpoints(candidate).steps():
-            return candidate
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: there is no such folder; name the folder of a run (run.dir)")
-    raise CheckpointError(f"{folder}: there is no checkpoint in it; name the folder of a run that has saved one")
-
-
-def wanted_step(checkpoints: Checkpoints, step: int | str) -> int | None:
-    """The step's number; None for the newest that can be read."""
-    if step == "latest":
-        return None
-    if step != "best":
-        return int(step)
-    best = checkpoints.best()
-    if best is None:
-        raise CheckpointError(f"{checkpoints.folder}: no step was saved with a validation loss; load the latest")
-    return best
-
-
-def _read_meta(meta: dict[str, Any], folder: pathlib.Path) -> tuple[RunConfig, TableDtypes]:
-    """The run's config, and the types that its tables are stored in."""
-    meta = upgraded(meta)
-    if meta.get("format") not in (FORMAT, FORMAT_WITH_TABLE_FILES):
-        raise CheckpointError(
-            f"{folder}: the checkpoint has format {meta.get('format')}, this version of memjax reads 1 to "
-            f"{FORMAT_WITH_TABLE_FILES}; use the version that wrote it"
-        )
-    try:
-        # JSON is what pydantic reads strictly and yet turns lists into tuples from.
-        config = pydantic.TypeAdapter(RunConfig).validate_json(json.dumps(meta["config"]), strict=True)
-    except pydantic.ValidationError as error:
-        reason = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise CheckpointError(f"{folder}: the checkpoint's config is not one of this version: {reason}") from error
-    dtypes: TableDtypes = {
-        kind: meta["table_dtypes"].get(kind, section.table_dtype)
-        for kind, section in config.model.lookup_sections.items()
-    }
-    if "float64" in (config.model.param_dtype, *dtypes.values()) and not jax.config.read("jax_enable_x64"):
-        raise CheckpointError(f"{folder}: the checkpoint is in float64; set JAX_ENABLE_X64=1 to load it")
-    return config, dtypes
-
-
 def _format_names(meta: dict[str, Any]) -> str:
     return ", ".join(sorted({record["format"] for record in meta["table_files"].values()}))
 
@@ -472,32 +315,3 @@ def _wider(saved: LoadedModel) -> TableDtypes:
         kind: jnp.promote_types(found[kind].table_dtype, resolve_dtype(section.table_dtype)).name
         for kind, section in wanted.items()
     }
-
-
-def _with_dtypes(config: ModelConfig, *, tables: TableDtypes, all_of: DTypeLike | None = None) -> ModelConfig:
-    """The config with the types of its tables, or of everything, named."""
-    changes: dict[str, Any] = {}
-    if all_of is not None:
-        name = jnp.dtype(all_of).name
-        tables, changes = dict.fromkeys(tables, name), {"dtype": name, "param_dtype": name}
-    for kind, section in config.lookup_sections.items():
-        changes[kind] = dataclasses.replace(section, table_dtype=tables[kind])
-    return dataclasses.replace(config, **changes)
-
-
-def _shardings(config: ModelConfig, folder: pathlib.Path) -> tuple[Sharding | None, Sharding | None]:
-    """Of dense parameters and of tables; None is the first device."""
-    if not has_memory_axis():
-        return None, None
-    mesh = jax.sharding.get_mesh()
-    devices = mesh.shape[MEMORY]
-    for width in {table.width for table in config.tables.values() if table.width % devices}:
-        raise CheckpointError(
-            f"{folder}: rows of {width} columns cannot be split evenly over {devices} devices; "
-            "use a number that divides the columns"
-        )
-    return NamedSharding(mesh, REPLICATED), NamedSharding(mesh, COLUMNS)
-
-
-def _cast(arrays: Any, like: Any) -> Any:
-    return jax.tree.map(lambda array, target: array.astype(target.dtype), arrays, like)

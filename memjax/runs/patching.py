@@ -12,8 +12,9 @@ from memjax.errors import CheckpointError
 from memjax.models.parts import take_apart, writable
 from memjax.runs.applied import Applied, model_digest
 from memjax.runs.layout import META, PARAMS
-from memjax.runs.load import LoadedModel, checkpoint_folder, load_as_saved
+from memjax.runs.load import LoadedModel, load_as_saved
 from memjax.runs.patch import Patch, between, read_patch
+from memjax.runs.saved import checkpoint_folder
 from memjax.runs.write import write_run
 
 Step = int | Literal["latest", "best"]

@@ -24,7 +24,8 @@ from memjax.runs.layout import (
     meta_document,
     upgraded,
 )
-from memjax.runs.load import checkpoint_folder, read_saved, refuse_applied, wanted_step
+from memjax.runs.load import refuse_applied
+from memjax.runs.saved import checkpoint_folder, read_saved, wanted_step
 from memjax.runs.tables import TableForm, encoded, write_files
 
 

@@ -17,7 +17,8 @@ from memjax.models.parts import DecoderParts, take_apart, writable
 from memjax.monitoring.progress import tell_phase
 from memjax.runs.folder import Claim, RunFolder
 from memjax.runs.layout import DATA_ITER, META, OPT_STATE, PARAMS, TABLES, params_to_tree, tree_to_params, widened
-from memjax.runs.load import load, read_config
+from memjax.runs.load import load
+from memjax.runs.saved import read_config
 from memjax.training import spikes
 from memjax.training.optimizer import make_schedule
 from memjax.training.program import TrainProgram

@@ -1,0 +1,220 @@
+"""What the checkpoints of a run hold: its config, its tokenizer, and everything but the tables."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pydantic
+from jax.sharding import NamedSharding, Sharding
+from jax.typing import DTypeLike
+
+from memjax.checkpoint.checkpoints import Checkpoints
+from memjax.checkpoint.restoring import Restored
+from memjax.config.model import ModelConfig
+from memjax.config.run import RunConfig
+from memjax.data.tokenizers.base import Tokenizer
+from memjax.errors import CheckpointError
+from memjax.io import remote
+from memjax.io.paths import is_remote, local_path, readable_path
+from memjax.models.parts import DecoderParts
+from memjax.runs.layout import (
+    CHECKPOINTS,
+    EMA,
+    FORMAT,
+    FORMAT_WITH_TABLE_FILES,
+    META,
+    PARAMS,
+    params_to_tree,
+    upgraded,
+    widened,
+)
+from memjax.sharding.axes import has_memory_axis
+from memjax.sharding.rules import COLUMNS, MEMORY, REPLICATED
+
+TableDtypes = Mapping[str, str]
+"""Names of the types of tables, by the section that they belong to."""
+
+
+class Saved(NamedTuple):
+    """What a checkpoint holds besides tables."""
+
+    config: RunConfig
+    model_config: ModelConfig
+    """With the types in which the tables are stored."""
+    params: dict[str, Any]
+    tokenizer: Tokenizer
+    step: int
+    meta: dict[str, Any]
+
+
+def read_saved(
+    checkpoints: Checkpoints, folder: pathlib.Path, wanted: int | None, meta: dict[str, Any], *, ema: bool = False
+) -> Saved:
+    """A step without its tables: the wanted one, or the newest that can be read, whose `meta` document was read.
+
+    Raises:
+        CheckpointError: it cannot be read here.
+    """
+    config, stored = read_meta(meta, folder)
+    replicated, _ = shardings(config.model, folder)
+    model_config = with_dtypes(config.model, tables=stored)
+    params = Params(DecoderParts.of(model_config), replicated, ema)
+    restored = checkpoints.restore(params.targets, [META], step=wanted, optional=[EMA])
+    meta = restored.documents[META]
+    tokenizer = Tokenizer.from_state(meta["tokenizer"])
+    return Saved(config, model_config, params.of(restored, folder), tokenizer, restored.step, meta)
+
+
+@dataclasses.dataclass(frozen=True)
+class Params:
+    """The dense parameters to read, as trained or as averaged over the steps."""
+
+    parts: DecoderParts
+    sharding: Sharding | None
+    ema: bool
+
+    @property
+    def targets(self) -> dict[str, Any]:
+        """The item of a checkpoint that holds them."""
+        params = self.parts.abstract_params
+        params = jax.eval_shape(widened, params) if self.ema else params
+        place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.sharding)
+        return {EMA if self.ema else PARAMS: jax.tree.map(place, params_to_tree(params))}
+
+    def of(self, restored: Restored, folder: pathlib.Path) -> dict[str, Any]:
+        """The parameters of what was read, in the type of the model.
+
+        Raises:
+            CheckpointError: the step has no average.
+        """
+        if not self.ema:
+            return restored.arrays[PARAMS]
+        if EMA not in restored.arrays:
+            raise CheckpointError(
+                f"{folder}: ema=True, and step {restored.step} has no moving average of its parameters: it was trained "
+                "without optim.ema_decay; leave ema out"
+            )
+        return cast_like(restored.arrays[EMA], params_to_tree(self.parts.abstract_params))
+
+
+def read_config(path: str | os.PathLike[str]) -> RunConfig:
+    """The config of a run, from its newest checkpoint that can be read.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or this version cannot read it.
+    """
+    folder = readable_folder(path)
+    return read_meta(Checkpoints(folder).read_document(META), folder)[0]
+
+
+def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a run, from its newest checkpoint that can be read.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+    """
+    return Tokenizer.from_state(Checkpoints(readable_folder(path)).read_document(META)["tokenizer"])
+
+
+def readable_folder(path: str | os.PathLike[str], step: int | str = "latest") -> pathlib.Path:
+    """The folder of steps of a run, which may be the copy of one that is elsewhere.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    if not is_remote(path):
+        return checkpoint_folder(path)
+    try:
+        return checkpoint_folder(remote.fetch_run(readable_path(str(path), "path"), step))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except Exception as error:  # of any file system
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+
+
+def checkpoint_folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder of steps in a run's folder, or the path itself where it is that folder.
+
+    Raises:
+        CheckpointError: the path is neither.
+    """
+    try:
+        folder = local_path(os.fspath(path), "path")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    for candidate in (folder / CHECKPOINTS, folder):
+        if Checkpoints(candidate).steps():
+            return candidate
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such folder; name the folder of a run (run.dir)")
+    raise CheckpointError(f"{folder}: there is no checkpoint in it; name the folder of a run that has saved one")
+
+
+def wanted_step(checkpoints: Checkpoints, step: int | str) -> int | None:
+    """The step's number; None for the newest that can be read."""
+    if step == "latest":
+        return None
+    if step != "best":
+        return int(step)
+    best = checkpoints.best()
+    if best is None:
+        raise CheckpointError(f"{checkpoints.folder}: no step was saved with a validation loss; load the latest")
+    return best
+
+
+def read_meta(meta: dict[str, Any], folder: pathlib.Path) -> tuple[RunConfig, TableDtypes]:
+    """The run's config, and the types that its tables are stored in."""
+    meta = upgraded(meta)
+    if meta.get("format") not in (FORMAT, FORMAT_WITH_TABLE_FILES):
+        raise CheckpointError(
+            f"{folder}: the checkpoint has format {meta.get('format')}, this version of memjax reads 1 to "
+            f"{FORMAT_WITH_TABLE_FILES}; use the version that wrote it"
+        )
+    try:
+        # JSON is what pydantic reads strictly and yet turns lists into tuples from.
+        config = pydantic.TypeAdapter(RunConfig).validate_json(json.dumps(meta["config"]), strict=True)
+    except pydantic.ValidationError as error:
+        reason = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise CheckpointError(f"{folder}: the checkpoint's config is not one of this version: {reason}") from error
+    dtypes: TableDtypes = {
+        kind: meta["table_dtypes"].get(kind, section.table_dtype)
+        for kind, section in config.model.lookup_sections.items()
+    }
+    if "float64" in (config.model.param_dtype, *dtypes.values()) and not jax.config.read("jax_enable_x64"):
+        raise CheckpointError(f"{folder}: the checkpoint is in float64; set JAX_ENABLE_X64=1 to load it")
+    return config, dtypes
+
+
+def with_dtypes(config: ModelConfig, *, tables: TableDtypes, all_of: DTypeLike | None = None) -> ModelConfig:
+    """The config with the types of its tables, or of everything, named."""
+    changes: dict[str, Any] = {}
+    if all_of is not None:
+        name = jnp.dtype(all_of).name
+        tables, changes = dict.fromkeys(tables, name), {"dtype": name, "param_dtype": name}
+    for kind, section in config.lookup_sections.items():
+        changes[kind] = dataclasses.replace(section, table_dtype=tables[kind])
+    return dataclasses.replace(config, **changes)
+
+
+def shardings(config: ModelConfig, folder: pathlib.Path) -> tuple[Sharding | None, Sharding | None]:
+    """Of dense parameters and of tables; None is the first device."""
+    if not has_memory_axis():
+        return None, None
+    mesh = jax.sharding.get_mesh()
+    devices = mesh.shape[MEMORY]
+    for width in {table.width for table in config.tables.values() if table.width % devices}:
+        raise CheckpointError(
+            f"{folder}: rows of {width} columns cannot be split evenly over {devices} devices; "
+            "use a number that divides the columns"
+        )
+    return NamedSharding(mesh, REPLICATED), NamedSharding(mesh, COLUMNS)
+
+
+def cast_like(arrays: Any, like: Any) -> Any:
+    """Arrays in the types of others."""
+    return jax.tree.map(lambda array, target: array.astype(target.dtype), arrays, like)
