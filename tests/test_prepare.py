@@ -43,7 +43,7 @@ def test_ctrl_c_ends_it_with_130(mixture, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("memjax.data.pretokenized.prepare._prepare", interrupted)
+    monkeypatch.setattr("memjax.data.prepared.prepare._prepare", interrupted)
     assert prepare.main([*MODEL.split(), *mixture]) == 130
     assert "the same command begins the unfinished part again" in capsys.readouterr().err
 

@@ -66,7 +66,7 @@ PROMISES = {
     "R14": ("every mesh draws the same model and gives the same losses", "tests/training/test_step_float64.py"),
     "R15": ("another number of data workers is refused with both numbers", "tests/data/test_loader.py"),
     "R16": ("damaged data is an error that names the place, or is counted", "data"),
-    "R17": ("ids beyond the vocabulary are refused", "tests/data/pretokenized/test_prepare.py"),
+    "R17": ("ids beyond the vocabulary are refused", "tests/data/prepared/test_prepare.py"),
     "R18": ("another tokenizer or other data is refused", "tests/data/test_loader.py"),
     "R19": ("NaN scores give NaN, and indices within the table", "tests/ops/test_product_key_search.py"),
     "R20": ("the product-key search finds the best of all pairs", "tests/ops/test_product_key_search.py"),

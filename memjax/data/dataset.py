@@ -21,7 +21,7 @@ from memjax.config.data import DataConfig
 from memjax.data import packing
 from memjax.data.mixture import Split, joined, order
 from memjax.data.packing import Batch
-from memjax.data.pretokenized.store import PreparedReader
+from memjax.data.prepared.store import PreparedReader
 from memjax.data.sources.kinds import Source, find_source
 from memjax.data.tokenize import Reader, StoppableReader
 from memjax.data.tokenizers.base import Tokenizer, train_bpe

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import grain
 
-from memjax.data.pretokenized.store import Manifest, PreparedReader
+from memjax.data.prepared.store import Manifest, PreparedReader
 from memjax.data.sources.records import Record, Records, checked
 from memjax.data.tokenize import JoinedReader, Reader
 from memjax.errors import DataError

@@ -26,8 +26,8 @@ class Lookup(NamedTuple):
     """Weight of each slot; the weights of a head add up to 1."""
 
 
-class AddressParam(nnx.Param):
-    """A parameter of the address (queries and keys), which has a learning rate of its own."""
+class QueryKeyParam(nnx.Param):
+    """A parameter of queries or keys, which has a learning rate of its own."""
 
 
 class ProductKeys(nnx.Module):
@@ -55,10 +55,10 @@ class ProductKeys(nnx.Module):
         self.qk_norm, self.score_scale = config.qk_norm, config.score_scale
         self.dtype, self.implementation = dtype, implementation
         glorot, uniform = drawn_wide(nnx.initializers.xavier_uniform()), drawn_wide(_uniform)
-        self.query_kernel = AddressParam(glorot(rngs.params(), (dim, num_heads * key_dim), param_dtype))
-        self.query_bias = AddressParam(jnp.zeros((num_heads * key_dim,), param_dtype))
+        self.query_kernel = QueryKeyParam(glorot(rngs.params(), (dim, num_heads * key_dim), param_dtype))
+        self.query_bias = QueryKeyParam(jnp.zeros((num_heads * key_dim,), param_dtype))
         shape, bound = (num_heads, 2, num_keys, key_dim // 2), key_dim**-0.5
-        self.keys = AddressParam(uniform(rngs.params(), shape, param_dtype, bound))
+        self.keys = QueryKeyParam(uniform(rngs.params(), shape, param_dtype, bound))
 
     @property
     def picks(self) -> int:

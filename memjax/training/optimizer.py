@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from memjax.config.optim import OptimConfig, ScheduleConfig
-from memjax.memory.keys import AddressParam
+from memjax.memory.keys import QueryKeyParam
 from memjax.memory.kinds import KINDS
 from memjax.ops.precision import accumulator
 from memjax.sharding.axes import has_several_devices
@@ -47,6 +47,7 @@ def make_optimizer(config: OptimConfig, steps: int, abstract_params: nnx.State) 
             mask=lambda params: jax.tree.map(lambda param: param.ndim >= 2, params),
         )
 
+    # The names of groups are in checkpoints. Queries and keys are the address of a row.
     by_group = optax.partition(
         {"dense": adamw(1.0), "address": adamw(config.key_lr_factor), FROZEN: optax.set_to_zero()},
         parameter_groups(config, abstract_params),
@@ -89,7 +90,7 @@ def parameter_groups(config: OptimConfig, abstract_params: nnx.State) -> Any:
     """How each parameter is trained, in the parameters' tree: `dense`, `address` (queries and keys) or `frozen`."""
 
     def group(path: tuple[Any, ...], variable: nnx.Variable) -> str:
-        if isinstance(variable, AddressParam):
+        if isinstance(variable, QueryKeyParam):
             return "address"
         is_lookup = any(getattr(key, "key", None) in KINDS for key in path)
         return FROZEN if config.freeze_dense and not is_lookup else "dense"

@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from memjax.memory.keys import AddressParam
+from memjax.memory.keys import QueryKeyParam
 from memjax.memory.layer import MemoryLayer
 from memjax.memory.table import TableRows, ValueTable
 
@@ -142,7 +142,7 @@ def test_parameters_begin_as_the_paper_says():
 
 def test_queries_and_keys_are_told_apart_by_type():
     layer, table = build()
-    addresses = nnx.to_flat_state(nnx.state(layer, AddressParam))
+    addresses = nnx.to_flat_state(nnx.state(layer, QueryKeyParam))
     assert [path for path, _ in addresses] == [("keys", name) for name in ("keys", "query_bias", "query_kernel")]
     assert [path for path, _ in nnx.to_flat_state(nnx.state(table, TableRows))] == [("rows",)]
     # A subclass of Param: optimizers that select nnx.Param train it.

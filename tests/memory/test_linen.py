@@ -38,7 +38,7 @@ def test_a_linen_model_trains_its_memory():
     y = jnp.sin(3 * x[:, :1])
     # Table and addresses are collections of their own, so all variables are trained, not only `params`.
     variables = jax.jit(model.init)(jax.random.key(1), x)
-    assert {"params", "TableRows", "AddressParam"} == set(variables)
+    assert {"params", "TableRows", "QueryKeyParam"} == set(variables)
     assert variables["TableRows"]["memory"]["table"]["rows"].shape == (64, DIM)
     optimizer = optax.adam(1e-2)
 

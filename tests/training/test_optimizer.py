@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from memjax.config.optim import OptimConfig, ScheduleConfig
-from memjax.memory.keys import AddressParam
+from memjax.memory.keys import QueryKeyParam
 from memjax.memory.table import TableRows
 from memjax.models.parts import DecoderParts
 from memjax.runs.layout import params_to_tree
@@ -152,7 +152,7 @@ def test_peer_layers_are_not_frozen_with_the_dense_part(tiny):
 def test_the_optimizer_of_dense_parameters_never_sees_a_table(tiny):
     program = TrainProgram.of(tiny.config())
     variables = jax.tree.leaves(program.parts.abstract_params, is_leaf=lambda leaf: hasattr(leaf, "get_metadata"))
-    assert any(isinstance(variable, AddressParam) for variable in variables)
+    assert any(isinstance(variable, QueryKeyParam) for variable in variables)
     assert not any(isinstance(variable, TableRows) for variable in variables)
     state = program.abstract_state()
     assert all(leaf.shape != (64, 256) for leaf in jax.tree.leaves((state.params, state.opt_state)))

@@ -7,8 +7,8 @@ from typing import Literal
 
 from memjax.config.data import BiographiesConfig, DataConfig
 from memjax.data.mixture import Split, num_training_records
-from memjax.data.pretokenized.prepare import discard_outdated, prepare
-from memjax.data.pretokenized.store import is_prepared, open_prepared
+from memjax.data.prepared.prepare import discard_outdated, prepare
+from memjax.data.prepared.store import is_prepared, open_prepared
 from memjax.data.sampling import spread_over_records, spread_over_stream
 from memjax.data.sources.biographies import BiographyRecords, QuestionRecords
 from memjax.data.sources.corpus import Corpus

@@ -16,9 +16,9 @@ import pyarrow.parquet
 import pytest
 
 from memjax.config.data import DataConfig
-from memjax.data.pretokenized import prepare as prepare_module
-from memjax.data.pretokenized.prepare import discard_outdated, prepare
-from memjax.data.pretokenized.store import PreparedReader, open_prepared
+from memjax.data.prepared import prepare as prepare_module
+from memjax.data.prepared.prepare import discard_outdated, prepare
+from memjax.data.prepared.store import PreparedReader, open_prepared
 from memjax.data.sources.corpus import Corpus
 from memjax.data.sources.parsing import Keys
 from memjax.data.tokenize import TextReader
@@ -70,7 +70,7 @@ def test_several_processes_write_the_same_bytes(tmp_path, lines, monkeypatch):
 
 
 def test_records_are_spread_over_shards(tmp_path, lines, monkeypatch):
-    monkeypatch.setattr("memjax.data.pretokenized.store._SHARD_BYTES", 1000)
+    monkeypatch.setattr("memjax.data.prepared.store._SHARD_BYTES", 1000)
     prepare(corpus(lines), BYTES, tmp_path / "p")
     reader = PreparedReader(tmp_path / "p", BYTES)
     assert len(reader.manifest.shards) > 2
@@ -248,7 +248,7 @@ def test_a_second_process_waits_for_the_first(tmp_path, lines, monkeypatch, caps
 
 PROGRAM = """
 import pathlib, sys
-from memjax.data.pretokenized import prepare as preparation
+from memjax.data.prepared import prepare as preparation
 from memjax.data.sources.corpus import Corpus
 from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.io.console import log_to_console

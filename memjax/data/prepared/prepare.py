@@ -15,7 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
-from memjax.data.pretokenized.store import (
+from memjax.data.prepared.store import (
     Manifest,
     Writer,
     encode_record,
