@@ -64,12 +64,12 @@ class Runs:
         self.started.append(process)
         return process
 
-    def start_two(self, name: str) -> list[subprocess.Popen[str]]:
+    def start_two(self, name: str, *settings: str) -> list[subprocess.Popen[str]]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             where = ["--processes.count", "2", "--processes.coordinator", f"127.0.0.1:{free.getsockname()[1]}"]
         where += ["--processes.heartbeat_timeout", "5"]
-        return [self.start(name, *where, "--processes.index", str(index), devices=1) for index in range(2)]
+        return [self.start(name, *where, *settings, "--processes.index", str(index), devices=1) for index in range(2)]
 
     def rows(self, name: str) -> dict[int, dict]:
         """The metrics by step, without those that tell the time."""
@@ -150,3 +150,18 @@ def test_a_kill_and_a_signal_to_one_of_two_processes_leave_no_trace(arrays_of, r
     assert expected["['tables']['shared']"].dtype == "float64"
     places = [runs.checkpoints(name).read_document("data_iter", step) for name in ("one", "two")]
     assert places[0] == places[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_share_a_tensor_axis(runs):
+    # Two memory layers: reductions of their own, in the loops over picks, once met those of dense blocks out of order.
+    blocks = ["--model.num_layers", "2", "--model.memory.layers", "0,1"]
+    settings = [*blocks, "--mesh.memory", "1", "--mesh.tensor", "2", "--train.steps", "6"]
+    codes, outputs = ends(runs.start_two("two", *settings))
+    assert codes == [0, 0], outputs
+    codes, outputs = ends([runs.start("one", *settings, devices=2)])
+    assert codes == [0], outputs
+    one, two = ([row["train/loss"] for row in runs.rows(name).values()] for name in ("one", "two"))
+    np.testing.assert_allclose(two, one, rtol=1e-12)
+    assert len(two) == 6
