@@ -68,21 +68,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _plot(folders: Sequence[pathlib.Path], settings: PlotConfig) -> None:
     # Only now, so that wrong settings need not wait for NumPy; JAX is not needed at all.
     from memjax.monitoring import comparison
+    from memjax.monitoring.compared_runs import Axis, format_table, read_runs, summary_table
 
-    runs = comparison.read_runs(folders)
+    runs = read_runs(folders)
     out = pathlib.Path(settings.out)
     if settings.interactive:
         from memjax.monitoring import interactive
 
-        interactive.write(runs, out, axis=cast("comparison.Axis", settings.x), window=settings.smoothing)
+        interactive.write(runs, out, axis=cast("Axis", settings.x), window=settings.smoothing)
         notes = comparison.missing(runs)
     elif settings.metric is None:
-        comparison.draw(runs, out, axis=cast("comparison.Axis", settings.x), window=settings.smoothing)
+        comparison.draw(runs, out, axis=cast("Axis", settings.x), window=settings.smoothing)
         notes = comparison.missing(runs)
     else:
         comparison.draw_over(runs, out, metric=settings.metric, x=settings.x)
         notes = []
-    print(comparison.format_table(comparison.summary_table(runs)))
+    print(format_table(summary_table(runs)))
     for note in notes:
         print(f"there is {note}")
     print(f"written to {settings.out}")

@@ -77,15 +77,16 @@ def _jobs(asked: Sequence[str]) -> int:
 def _compare(folder: pathlib.Path, runs: Sequence[pathlib.Path]) -> None:
     """Prints what the runs have reached; what goes wrong here changes nothing of how the sweep ended."""
     from memjax.monitoring import comparison
+    from memjax.monitoring.compared_runs import format_table, read_runs, summary_table
     from memjax.monitoring.metrics import read_metrics
 
     try:
         if not (begun := [run for run in runs if read_metrics(run / "metrics.jsonl")]):
             return
-        found = comparison.read_runs(begun)
+        found = read_runs(begun)
         out = folder / "comparison.png"
         comparison.draw(found, out)
-        say("\n" + comparison.format_table(comparison.summary_table(found)))
+        say("\n" + format_table(summary_table(found)))
         say(f"written to {out}")
     except (DataError, OSError) as error:
         warn(f"the runs are not compared: {error}")

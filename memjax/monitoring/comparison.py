@@ -1,128 +1,19 @@
-"""Several runs in one picture: loss, throughput and use of the slots, with a table of where each run ended."""
+"""Several runs in one picture: loss, throughput and use of the slots, or any metric over a setting."""
 
-import dataclasses
 import html
 import io
-import json
-import math
 import pathlib
-import re
 import textwrap
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from memjax.config.load import load
-from memjax.config.run import RunConfig
-from memjax.config.schema import show
-from memjax.errors import ConfigError, DataError
-from memjax.monitoring.metrics import Row, comparable, read_metrics
-
-Axis = Literal["step", "tokens", "seconds"]
-Values = NDArray[np.float64]
+from memjax.errors import DataError
+from memjax.monitoring.compared_runs import Axis, Run, Values, smoothed, smoothing_window, summary_table
 
 AXIS_LABELS = {"step": "step", "tokens": "tokens read", "seconds": "seconds of training"}
-_AXIS_METRICS = {"tokens": "train/tokens", "seconds": "throughput/step_seconds"}
-_PARTS = 50
-"""Into which the longest run is cut to find how many steps are averaged."""
 _GREY = "0.35"
-_NOT_COMPARED = ("run.dir", "run.compile_cache", "log.", "processes.", "data.prepared")
-MOST_SETTINGS = 6
-"""That a table shows of those in which runs differ."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What one run wrote."""
-
-    name: str
-    rows: list[Row]
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """By their dotted names."""
-    summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Of a finished run."""
-
-    def values(self, metric: str) -> Values:
-        """A metric at every step; NaN where it was not measured, or was no number."""
-        return np.array([np.nan if row.get(metric) is None else row[metric] for row in self.rows], np.float64)
-
-    def slot_share(self, field: str) -> Values:
-        """A share of the slots at every step, averaged over the memory layers; NaN where it was not measured."""
-        pattern = re.compile(rf"memory/[^/]+/{field}")
-        metrics = sorted({metric for row in self.rows for metric in row if pattern.fullmatch(metric)})
-        return np.mean([self.values(metric) for metric in metrics] or [np.full(len(self.rows), np.nan)], axis=0)
-
-    def final(self, metric: str) -> float:
-        """Where a metric ended: its last value, a setting, or a number of the summary such as facts/asked/accuracy."""
-        if metric in self.settings:
-            value = self.settings[metric]
-        else:
-            values = self.values(metric)
-            known = values[np.isfinite(values)]
-            value: Any = known[-1] if known.size else self.summary
-            for name in metric.split("/") if not known.size else ():
-                value = value.get(name) if isinstance(value, dict) else None
-        return float(value) if isinstance(value, int | float) else math.nan
-
-    def along(self, axis: Axis) -> Values:
-        """Where each row stands on the horizontal axis."""
-        if axis == "step":
-            return self.values("step")
-        return np.nancumsum(self.values(_AXIS_METRICS[axis]))
-
-
-def read_runs(folders: Sequence[pathlib.Path]) -> list[Run]:
-    """The runs of some folders, each under the shortest end of its path that tells it from the others.
-
-    Raises:
-        DataError: a folder holds no metrics.
-    """
-    paths = {folder.resolve(): folder for folder in folders}
-    runs = []
-    for path, folder in paths.items():
-        rows = comparable(read_metrics(path / "metrics.jsonl"))
-        if not rows:
-            raise DataError(f"{folder}: there are no metrics in metrics.jsonl; name the folder of a run that has begun")
-        lengths = range(1, len(path.parts) + 1)
-        ends = (path.parts[-length:] for length in lengths)
-        name = next(end for end in ends if sum(other.parts[-len(end) :] == end for other in paths) == 1)
-        runs.append(Run("/".join(name), rows, _settings(path / "config.yaml"), _summary(path / "summary.json")))
-    return runs
-
-
-def _settings(path: pathlib.Path) -> dict[str, Any]:
-    """The settings of a run; none where its file is damaged or of another version: the metrics are there anyway."""
-    try:
-        tree = dataclasses.asdict(load(RunConfig, path))
-    except ConfigError:
-        return {}
-    return dict(_flat(tree))
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _summary(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
-
-
-def varying(runs: Sequence[Run]) -> list[str]:
-    """The settings in which the runs differ, without those of where a run lives and what it logs."""
-    names = dict.fromkeys(name for run in runs for name in run.settings)
-    values = {name: {show(run.settings.get(name)) for run in runs if run.settings} for name in names}
-    return [name for name, found in values.items() if len(found) > 1 and not name.startswith(_NOT_COMPARED)]
 
 
 class Panel(NamedTuple):
@@ -151,23 +42,6 @@ PANELS = (
         ),
     ),
 )
-
-
-def smoothed(values: Values, window: int) -> Values:
-    """The mean of up to `window` neighbouring values, fewer at the ends; values that are NaN do not count."""
-    known = np.isfinite(values)
-    # window - 1 neighbours, as many before as after, or one more before.
-    before, after = window // 2, (window - 1) // 2
-    sums, counts = (np.concatenate([[0.0], np.cumsum(part)]) for part in (np.where(known, values, 0), known))
-    places = np.arange(len(values))
-    first, last = np.maximum(places - before, 0), np.minimum(places + after + 1, len(values))
-    number = counts[last] - counts[first]
-    return np.where(number > 0, (sums[last] - sums[first]) / np.maximum(number, 1), np.nan)
-
-
-def smoothing_window(runs: Sequence[Run]) -> int:
-    """Steps to average over: a fiftieth of the longest run."""
-    return max(1, max(len(run.rows) for run in runs) // _PARTS)
 
 
 def missing(runs: Sequence[Run]) -> list[str]:
@@ -254,67 +128,6 @@ def _write(figure: Any, out: pathlib.Path, runs: Sequence[Run], notes: Sequence[
         out.write_text(page(runs, svg[svg.index("<svg") :], notes), encoding="utf-8")
     else:
         figure.savefig(out, dpi=130)
-
-
-def summary_table(runs: Sequence[Run]) -> list[list[str]]:
-    """A header and a row for every run: what it is, how far it came, and where it ended.
-
-    What no run has is left out: settings in which they differ, parameters, arithmetic, answers to questions.
-    """
-    settings = varying(runs)[:MOST_SETTINGS]
-    fixed = ["steps", "tokens", "loss", "best validation", "tokens/s", "slots read"]
-    ends = Counter([*(name.rpartition(".")[2] for name in settings), *fixed])
-    columns = {end if ends[end := name.rpartition(".")[2]] == 1 else name: _setting(name) for name in settings}
-    columns |= {name: form for name, form in _OF_SUMMARY.items() if any(form(run) != "-" for run in runs)}
-    rows = [["run", *columns, *fixed]]
-    for run in runs:
-        window = smoothing_window([run])
-        loss, validation = smoothed(run.values("train/loss"), window), run.values("eval/validation/loss")
-        speed, used = run.values("throughput/tokens_per_second"), run.slot_share("used_fraction")
-        rows.append(
-            [
-                run.name,
-                *(form(run) for form in columns.values()),
-                f"{run.rows[-1]['step']:,}",
-                f"{np.nansum(run.values('train/tokens')):,.0f}",
-                _number(loss[-1:], ".4f"),
-                _number([np.nanmin(validation)] if np.isfinite(validation).any() else [], ".4f"),
-                _number([np.nanmedian(speed)] if np.isfinite(speed).any() else [], ",.0f"),
-                _number(used[np.isfinite(used)][-1:], ".1%"),
-            ]
-        )
-    return rows
-
-
-def format_table(table: Sequence[Sequence[str]]) -> str:
-    """The table as text, names to the left and numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = []
-    for name, *numbers in table:
-        cells = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *cells]))
-    return "\n".join(lines)
-
-
-def _setting(name: str) -> Callable[[Run], str]:
-    return lambda run: show(run.settings[name]) if name in run.settings else "-"
-
-
-def _of_summary(path: str, form: str) -> Callable[[Run], str]:
-    """A number of the summary, by the names that lead to it."""
-    return lambda run: _number([run.final(path)], form)
-
-
-_OF_SUMMARY = {
-    "parameters": _of_summary("parameters", ",.0f"),
-    "FLOPs/token": _of_summary("flops_per_token", ".3g"),
-    "facts asked": _of_summary("facts/asked/accuracy", ".1%"),
-    "facts told": _of_summary("facts/held_out/accuracy", ".1%"),
-}
-
-
-def _number(last: Any, form: str) -> str:
-    return f"{last[0]:{form}}" if len(last) and np.isfinite(last[0]) else "-"
 
 
 def _all(panel: Panel) -> list[str]:

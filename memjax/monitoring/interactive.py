@@ -8,7 +8,8 @@ import numpy as np
 from memjax.errors import ConfigError
 from memjax.io.files import write_atomic
 from memjax.monitoring import comparison
-from memjax.monitoring.comparison import PANELS, Axis, Panel, Run
+from memjax.monitoring.compared_runs import Axis, Run, Values, smoothed, smoothing_window
+from memjax.monitoring.comparison import PANELS, Panel
 
 _COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 _DASHES = ("dash", "dot")
@@ -31,7 +32,7 @@ def write(runs: Sequence[Run], out: pathlib.Path, *, axis: Axis = "step", window
     except ImportError as error:
         raise ConfigError(["interactive=true needs the package plotly: pip install plotly"]) from error
 
-    window = window or comparison.smoothing_window(runs)
+    window = window or smoothing_window(runs)
     panels = [panel for panel in PANELS if any(True for run in runs for _ in _curves(panel, run, window))]
     titles = [f"{panel.title}, {panel.label}" for panel in panels]
     figure = make_subplots(rows=max(1, len(panels)), cols=1, shared_xaxes=True, subplot_titles=titles)
@@ -61,10 +62,10 @@ def write(runs: Sequence[Run], out: pathlib.Path, *, axis: Axis = "step", window
     write_atomic(out, comparison.page(runs, picture, comparison.missing(runs)).encode())
 
 
-def _curves(panel: Panel, run: Run, window: int) -> Iterator[tuple[str, comparison.Values, str]]:
+def _curves(panel: Panel, run: Run, window: int) -> Iterator[tuple[str, Values, str]]:
     """The curves of a run in a panel: what they show, their values and the dash of their lines."""
     if panel.steady is not None and np.isfinite(values := run.values(panel.steady)).any():
-        yield f"mean of {window} steps", comparison.smoothed(values, window), "solid"
+        yield f"mean of {window} steps", smoothed(values, window), "solid"
     for (metric, label, _), dash in zip(panel.sparse, _DASHES, strict=False):
         if np.isfinite(values := comparison.series(run, metric)).any():
             yield label, values, dash

@@ -156,7 +156,7 @@ def test_a_kill_and_a_signal_to_one_of_two_processes_leave_no_trace(arrays_of, r
 @pytest.mark.timeout(600)
 def test_two_processes_share_a_tensor_axis(runs):
     # Two memory layers: reductions of their own, in the loops over picks, once met those of dense blocks out of order.
-    blocks = ["--model.num_layers", "2", "--model.memory.layers", "0,1"]
+    blocks = ["--model.num_layers", "2", "--model.memory.layers", "0,1", "--model.vocab_size", "260"]
     settings = [*blocks, "--mesh.memory", "1", "--mesh.tensor", "2", "--train.steps", "6"]
     codes, outputs = ends(runs.start_two("two", *settings))
     assert codes == [0, 0], outputs

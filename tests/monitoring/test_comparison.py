@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from matplotlib import image
 
 from memjax.errors import DataError
-from memjax.monitoring.comparison import Run, draw, missing, read_runs, smoothed, smoothing_window, summary_table
+from memjax.monitoring.compared_runs import Run, read_runs, smoothed, smoothing_window, summary_table
+from memjax.monitoring.comparison import draw, missing
 
 
 def row(step: int, *, memory: bool = True) -> dict:

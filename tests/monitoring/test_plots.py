@@ -5,7 +5,8 @@ from matplotlib import image
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
-from memjax.monitoring.comparison import Run, draw
+from memjax.monitoring.compared_runs import Run
+from memjax.monitoring.comparison import draw
 from memjax.monitoring.plots import label_ends, plot_run
 
 
