@@ -70,7 +70,7 @@ class Corpus:
         base = pathlib.Path(self.path)
         return [
             [
-                file.path.relative_to(base).as_posix() if file.path.is_relative_to(base) else file.path.name,
+                file.path.relative_to(base).as_posix() if base in file.path.parents else file.path.name,
                 file.path.stat().st_size,
             ]
             for file in self.files
