@@ -84,6 +84,7 @@ def test_gradients_are_those_of_plain_autodiff(remat):
     assert not hasattr(model.peer, "recording")
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_gradients_of_one_device():
     model, (x, y) = Model(), data()
     _, expected = nnx.jit(nnx.value_and_grad(loss_fn))(model, x, y)
@@ -93,6 +94,7 @@ def test_a_mesh_gives_the_gradients_of_one_device():
     assert_same_gradients(jax.tree.map(jnp.asarray, jax.device_get(gradients)), expected)
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up_to_the_batch():
     model, (x, y) = Model(), data()
     one = memjax.value_and_grad(loss_fn)

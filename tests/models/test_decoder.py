@@ -174,7 +174,8 @@ def compiled_gradient(remat, forget=False):
     return compiled.lower(*arguments).compile(), arguments
 
 
-@pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "block"])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["dots", "block"])
 def test_remat_leaves_loss_and_gradients_as_they_are(remat):
     (plain, arguments), (again, _) = compiled_gradient("none"), compiled_gradient(remat)
     expected, got = plain(*arguments), again(*arguments)

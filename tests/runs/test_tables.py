@@ -142,6 +142,7 @@ def test_files_are_mapped_on_a_cpu_and_never_written(tmp_path):
     assert all("p " in line.split()[1] + " " for line in mapped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["shorter", "another byte", "gone"])
 def test_damaged_files_are_refused(tmp_path, damage):
     save(tmp_path / "run")
@@ -213,6 +214,7 @@ def run_and_patch(tmp_path) -> tuple[str, str]:
 FORMS = [{"table_format": "int8"}, {"table_place": "host"}, {"table_format": "bfloat16"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_patches_are_refused_with_another_format_or_place(run_and_patch, form):
     run, patch = run_and_patch
