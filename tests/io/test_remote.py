@@ -6,6 +6,7 @@ import pathlib
 import threading
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import fsspec
 import pytest
@@ -27,6 +28,7 @@ def bucket() -> str:
 
 
 def write(address: str, content: str) -> None:
+    file: Any
     with fsspec.open(address, "w") as file:
         file.write(content)
 
@@ -42,7 +44,7 @@ def server(tmp_path) -> Iterator[tuple[str, pathlib.Path, list[str]]]:
             asked.append(self.path)
             super().do_GET()
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *_: object) -> None:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as running:

@@ -97,6 +97,8 @@ def test_projections_may_have_biases_and_heads_any_width():
 def test_queries_and_keys_may_be_normed_by_head_or_over_all_heads(qk_norm, sizes):
     with jax.enable_x64(True):
         layer, x = build(2, "float64", qk_norm=qk_norm, norm_eps=1e-3)
+        assert layer.query_norm is not None
+        assert layer.key_norm is not None
         assert (layer.query_norm.scale.shape, layer.key_norm.scale.shape) == ((sizes[0],), (sizes[1],))
         expected = by_hand(layer, x, COUNTING, np.zeros_like(COUNTING))
         np.testing.assert_allclose(run(layer, x, COUNTING), expected, rtol=1e-12, atol=1e-12)

@@ -1,5 +1,7 @@
 """The product of a matrix and a vector is the sum of products, gated and added or not, in every implementation."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +57,8 @@ def test_shapes_that_do_not_fit_are_refused():
             jax.eval_shape(lambda x, rows: matvec(x, rows, gated=gated), jnp.zeros(x), jnp.zeros(rows))  # noqa: B023
     with pytest.raises((ValueError, TypeError), match=r"residual|shape"):
         matvec(jnp.zeros(4), jnp.zeros((3, 4)), jnp.zeros(4))
-    for beside in ({"bias": jnp.zeros(4)}, {"input_gate": jnp.zeros(3)}, {"bias": jnp.zeros(3, jnp.bfloat16)}):
+    narrow = jnp.zeros(3, jnp.bfloat16)
+    wrong: list[dict[str, Any]] = [{"bias": jnp.zeros(4)}, {"input_gate": jnp.zeros(3)}, {"bias": narrow}]
+    for beside in wrong:
         with pytest.raises((ValueError, TypeError), match=rf"{next(iter(beside))}|shape"):
             matvec(jnp.zeros(4), jnp.zeros((3, 4)), **beside)

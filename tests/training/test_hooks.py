@@ -336,7 +336,8 @@ def test_hooks_of_a_program_of_ones_own_come_before_logs_and_checkpoints(program
 
 
 def test_a_mirror_follows_complete_saves_and_stops_nothing(tmp_path, monkeypatch, capsys):
-    trainer, sent, steps = FakeTrainer(), [], []
+    trainer: Any = FakeTrainer()
+    sent, steps = [], []
     trainer.checkpoints = SimpleNamespace(steps=lambda: steps)
 
     def push(folder, address):
