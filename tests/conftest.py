@@ -50,6 +50,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Strict promotion of types would be welcome too, but optax multiplies floats by integer counts.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# A suite in a script's background inherits an ignored Ctrl-C, and tests of it are about programs that do not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # Compilation makes single examples slow, so a time limit per example would only report noise.
 for _name, _examples in (("ci", 15), ("ci_again", 8), ("dev", 10), ("thorough", 1000)):
     _same = _name.startswith("ci")

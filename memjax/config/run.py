@@ -51,6 +51,14 @@ class RunConfig:
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
 
+    @property
+    def attention(self) -> str:
+        """The attention that is asked for, or auto.
+
+        XLA (0.11) ends a program that asks for repeatable bits by an error where cuDNN's attention is in it.
+        """
+        return "chunked" if self.run.deterministic else self.train.attention
+
     def __post_init__(self) -> None:
         problems: list[str | None] = [
             "train.attention=cudnn cannot repeat its bits, which run.deterministic=True asks for; leave one of them out"

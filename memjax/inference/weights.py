@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from memjax.memory.layer import MemoryLayer
+from memjax.memory.read import Perturbations, TableRead
 from memjax.memory.table import TableRows, ValueTable
 from memjax.models.attention import Attention, KeyValues
 from memjax.models.block import Block
@@ -70,14 +71,27 @@ class JoinedMemory(MemoryLayer):
         biases = [keys.query_bias[...], *(gate.bias[...] for gate in gates if gate.bias is not None)]
         self.joined = Joined(kernels, biases, keys.dtype)
         self.value = Joined.of(layer.value_proj) if layer.value_proj else None
+        del self.keys.query_kernel, self.keys.query_bias
 
     def __call__(
         self, x: Float[Array, "*b dim"], *tables: ValueTable, residual: Float[Array, "*b dim"] | None = None
     ) -> Float[Array, "*b dim"]:
         """The layer's output, added to a residual."""
         (table,), (queries, *gates) = tables, self.joined.split(x)
-        y = unfold(self.read(table, self.keys.lookup(fold(queries))), x).astype(x.dtype)
-        input_gate = gates[0] if gates else None
+        return self._project(x, self.read(table, self.keys.lookup(fold(queries))), gates, residual)
+
+    def with_reads(
+        self, x: Float[Array, "*b dim"], *tables: ValueTable, perturbations: Perturbations | None = None
+    ) -> tuple[Float[Array, "*b dim"], tuple[TableRead, ...]]:
+        """`MemoryLayer.with_reads`."""
+        (table,), (perturbation,), (queries, *gates) = tables, perturbations or (None,), self.joined.split(x)
+        lookup = self.keys.lookup(fold(queries))
+        out = self._project(x, self.read(table, lookup, perturbation), gates)
+        return out, (TableRead.bag(table, *lookup),)
+
+    def _project(self, x: Array, bag: Array, gates: Sequence[Array], residual: Array | None = None) -> Array:
+        """The output from the bags and what the input gives beside its queries."""
+        y, input_gate = unfold(bag, x).astype(x.dtype), gates[0] if gates else None
         if self.value is not None and self.output_gate is None and self.scale is None:
             return self.value(y, residual, input_gate)
         out = self.scaled(x, y if self.value is None else self.value(y, None, input_gate))

@@ -35,8 +35,11 @@ class Fact:
         first, *others = self.wordings
         fields: dict[str, Any] = {"text": first[0].text}
         if self.question is not None:
-            # Without the space that reading puts in front of it where the prompt does not end with one.
-            fields = {"prompt": first[0].text, "answer": first[1].text.removeprefix(" ")}
+            prompt, answer = first[0].text, first[1].text
+            # Reading puts a space in front of an answer where there is none at either side.
+            if not prompt[-1].isspace() and answer[0] == " " and answer[1:2].strip():
+                answer = answer[1:]
+            fields = {"prompt": prompt, "answer": answer}
         return fields | ({"paraphrases": [other[0].text for other in others]} if others else {})
 
     @classmethod

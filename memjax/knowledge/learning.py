@@ -3,7 +3,8 @@
 import itertools
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -118,17 +119,26 @@ def learn_facts(
 
 
 def facts_of(label: str, patch: Patch) -> list[Fact]:
-    """The facts that a patch was made of, which it keeps.
+    """The facts that a patch was made of, which it keeps; a merged one those of all its sources.
 
     Raises:
         DataError: it keeps none.
     """
     try:
-        return [Fact.of_fields(fields) for fields in patch.notes[LEARNED]]
+        return [Fact.of_fields(fields) for notes in _sources(patch.notes) for fields in notes[LEARNED]]
     except (KeyError, TypeError, MalformedError) as error:
         raise DataError(
             f"{label}: holds no facts that could be learned again; name the file that it was made of"
         ) from error
+
+
+def _sources(notes: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The notes of the patches that were merged, or these."""
+    if "sources" not in notes:
+        yield notes
+        return
+    for source in notes["sources"]:
+        yield from _sources(source["notes"])
 
 
 def found_with(model: Decoder, patch: Patch) -> Decoder:

@@ -176,9 +176,9 @@ def why_no_cudnn(config: RunConfig) -> str | None:
 def attention(config: RunConfig) -> str:
     """Which implementation of the attention runs, and why not the fastest."""
     reason = why_no_cudnn(config)
-    if config.train.attention == "auto" and reason:
+    if config.attention == "auto" and reason:
         return f"chunked (cudnn cannot run: {reason})"
-    return "cudnn" if config.train.attention == "auto" else config.train.attention
+    return "cudnn" if config.attention == "auto" else config.attention
 
 
 def kernels(operation: str, type_name: DType) -> str:

@@ -34,10 +34,7 @@ class TrainProgram:
     @classmethod
     def of(cls, config: RunConfig, *, implementation: str | None = None) -> "TrainProgram":
         """The program of a config; `implementation` names that of the memory's operations."""
-        attention = None if config.train.attention == "auto" else config.train.attention
-        if config.run.deterministic:
-            # XLA (0.11) ends a program that asks for repeatable bits with an error where cuDNN's attention is in it.
-            attention = "chunked"
+        attention = None if config.attention == "auto" else config.attention
         parts = DecoderParts.of(config.model, implementation=implementation, attention=attention)
         steps, seed = config.train.steps, config.run.seed
         table = config.optim.table

@@ -52,6 +52,12 @@ def test_logits_are_those_of_the_model(kind, dtype, tolerance):
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * float(jnp.abs(expected).max()))
 
 
+def test_joined_layers_serve_the_whole_forward_pass_too():
+    model = drawn(dtype="float32", **kinds()["memory"])
+    expected, found = (nnx.jit(lambda model, tokens: model(tokens))(one, TOKENS) for one in (model, prepare(model)))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
 def test_tables_and_vectors_stay_the_models_own_and_matrices_are_narrowed():
     model = drawn(dtype="bfloat16", **kinds()["memory"])
     ready = prepare(model)

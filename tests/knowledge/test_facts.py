@@ -57,6 +57,15 @@ def test_a_line_that_is_no_fact_is_named(tmp_path, line, problem):
     assert "2" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [("Q:", "Paris"), ("Q:", " Paris"), ("Q: ", "Paris"), ("Q: ", " Paris"), ("Q:", "  x"), ("Q:", " ")],
+)
+def test_a_fact_comes_back_from_its_line_with_every_space(prompt, answer):
+    fact = Fact.of_fields({"prompt": prompt, "answer": answer})
+    assert Fact.of_fields(fact.fields()) == fact
+
+
 def test_a_file_without_facts_is_refused(tmp_path):
     with pytest.raises(DataError):
         read_facts(write(tmp_path), "FACTS")

@@ -71,13 +71,14 @@ def _by_kernels(epsilon: float, scale: Array, x: Array, *residual: Array) -> tup
 
 def _forward(epsilon: float, scale: Array, x: Array, *residual: Array):
     both: Any = _by_kernels(epsilon, scale, x, *residual)
-    return both, (scale, both[0], len(residual))
+    # How many residuals there are is kept as structure: a number would become a tracer.
+    return both, (scale, both[0], (None,) * len(residual))
 
 
-def _backward(epsilon: float, residuals: tuple[Array, Array, int], cotangents: tuple[Array, Array]):
+def _backward(epsilon: float, residuals: tuple[Array, Array, tuple[None, ...]], cotangents: tuple[Array, Array]):
     (scale, x, added), (beside, d_y) = residuals, cotangents
     d_x, d_scale = dispatch.load("rms_norm", "triton").rms_norm_gradient(x, scale, d_y, beside, epsilon)
-    return d_scale.astype(scale.dtype), d_x, *[d_x] * added
+    return d_scale.astype(scale.dtype), d_x, *(d_x for _ in added)
 
 
 _by_kernels.defvjp(_forward, _backward)

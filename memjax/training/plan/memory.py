@@ -225,7 +225,7 @@ class _Planner:
     @property
     def is_fused(self) -> bool:
         """Whether attention keeps no scores, as cuDNN's does; GPUs are meant where the type is theirs."""
-        wanted = self.config.train.attention
+        wanted = self.config.attention
         return wanted == "cudnn" or (wanted == "auto" and self.width == 2)
 
     def score_bytes(self) -> int:
