@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import os
 import pathlib
 import re
 import sys
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from memjax.config.load import READ_RUN, parse
 from memjax.errors import ConfigError
+from memjax.evaluation.offline import forbid_downloads
 from memjax.evaluation.settings import EvaluateConfig
 from memjax.io.ctrl_c import run_command
 from memjax.io.files import write_atomic
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 
 PROG = "python -m memjax.evaluate"
-
-_OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-"""What libraries below lm-eval read when they are imported: data that is not on this machine is not looked for."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,8 +157,7 @@ def _questions(
 
 
 def _tasks(found: "LoadedModel", settings: EvaluateConfig, answers: pathlib.Path | None) -> dict[str, Any]:
-    for name, value in _OFFLINE.items():
-        os.environ.setdefault(name, value)
+    forbid_downloads()
     from memjax.evaluation.harness import format_task_report, task_report
 
     with _lines(answers) as keep:

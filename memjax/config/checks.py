@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from memjax.config.renamed import new_value
 from memjax.io.paths import local_path, readable_path
 
 MOST_KEYS = 32768
@@ -64,10 +65,14 @@ def one_of(known: Sequence[str], **fields: Any) -> list[str | None]:
     ]
 
 
-def typed(config: Any) -> None:
+def typed(config: Any, section: str | None = None) -> None:
     """Refuses fields of a config's dataclass whose values are not of their types: what the reader of files checks too.
 
     Fields of classes, which check themselves, and of types without a rule here are left out.
+
+    Args:
+        config: the dataclass.
+        section: where its fields are in a run's config, so that values that were renamed are recognised.
 
     Raises:
         ValueError: a word is unknown, or a number or flag is none.
@@ -79,7 +84,8 @@ def typed(config: Any) -> None:
             continue
         found = [rule(**{name: value}) for rule in map(_rule, kinds) if rule is not None]
         if len(found) == len(kinds) and all(map(any, found)):
-            problems += found[0]
+            now = section and new_value(f"{section}.{name}", value)
+            problems += [f"{problem}; it is now {now!r}" if problem and now else problem for problem in found[0]]
     refuse(problems)
 
 

@@ -29,7 +29,7 @@ class MeshConfig:
     bytes. Those of micro-batches: all_gather keeps all until the update, all_reduce sums them as they come."""
 
     def __post_init__(self) -> None:
-        typed(self)
+        typed(self, "mesh")
         refuse(positive(data=self.data, memory=self.memory, tensor=self.tensor))
 
     @property

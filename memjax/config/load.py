@@ -25,7 +25,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from memjax.config import presets
 from memjax.config.help import Positional, help_text, section_help
-from memjax.config.renamed import RENAMED_VALUES, new_name, upgraded
+from memjax.config.renamed import new_name, new_value, upgraded
 from memjax.config.schema import (
     FieldPath,
     field_type,
@@ -499,7 +499,7 @@ class _Sources:
             inner, _ = unwrap(annotation)
             expected = annotation if path and item["loc"][-1] == path[-1] else typing.get_args(inner)[0]
             options = [option for option in typing.get_args(inner) if isinstance(option, str)]
-            found = _renamed_value(dotted, item["input"])
+            found = new_value(dotted, item["input"])
             hint = f"; it is now {found!r}" if found else _did_you_mean(_close(str(item["input"])[:100], options))
             problem = f"{dotted}={shortened(show(item['input']))} must be {in_words(expected)}{hint}"
         self.problems.append(f"{self._nearest(path)}: {problem}")
@@ -507,11 +507,6 @@ class _Sources:
     def _nearest(self, path: FieldPath) -> str:
         lengths = range(len(path), -1, -1)
         return next((self.places[path[:size]] for size in lengths if path[:size] in self.places), "command line")
-
-
-def _renamed_value(setting: str, value: Any) -> str | None:
-    """What a value that was given is called now; None where it was not renamed."""
-    return next((new for old, new in RENAMED_VALUES.get(setting, {}).items() if str(old) == str(value)), None)
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

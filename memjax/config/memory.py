@@ -123,6 +123,7 @@ class MemoryConfig(ProductKeyConfig):
     """All memory layers read one table; false gives each layer its own."""
 
     def __post_init__(self) -> None:
+        checks.typed(self, "model.memory")
         ProductKeyConfig.__post_init__(self)
         refuse(counts(value_dim=self.value_dim))
 

@@ -187,7 +187,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         kv_heads = self.kv_heads
-        checks.typed(self)
+        checks.typed(self, "model")
         refuse(
             positive(
                 dim=self.dim,

@@ -34,6 +34,11 @@ def new_name(name: str) -> str:
     return name
 
 
+def new_value(setting: str, value: Any) -> str | None:
+    """What a value of a setting is called now; None where it was not renamed."""
+    return next((new for old, new in RENAMED_VALUES.get(setting, {}).items() if str(old) == str(value)), None)
+
+
 def upgraded(config: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run of an earlier version, with their names and values of today."""
     config = copy.deepcopy(config)

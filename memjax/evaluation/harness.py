@@ -14,6 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks.manager import TaskDict
 
 from memjax.config.sampling import SamplingConfig
 from memjax.errors import ConfigError, DataError
@@ -118,32 +119,51 @@ def format_task_report(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _measure(
-    model: EvalModel, tasks: Sequence[str], folder: str | None, limit: int | None, shots: int | None
-) -> dict[str, Any]:
+def load_tasks(tasks: Sequence[str], folder: str | None = None, *, section: str = "") -> TaskDict:
+    """Tasks as lm-eval's evaluator takes them.
+
+    Args:
+        tasks: their names, or patterns of names.
+        folder: with tasks as YAML files, which then are the only ones known.
+        section: of the settings that name them, with its dot, for messages.
+
+    Raises:
+        ConfigError: a task is not known, or the folder is none.
+        DataError: a task cannot be loaded, or wants something that memjax does not have.
+    """
     if folder is not None and not os.path.isdir(folder):
-        raise ConfigError([f"task_folder={folder} is no folder; name one that holds YAML files of tasks"])
+        raise ConfigError([f"{section}task_folder={folder} is no folder; name one that holds YAML files of tasks"])
     manager = TaskManager(include_path=folder, include_defaults=folder is None)
     names = manager.match_tasks(list(tasks))
     for task in tasks:
         if not manager.match_tasks([task]):
             close = difflib.get_close_matches(task, manager.all_tasks, n=3) or manager.all_tasks[:8]
-            raise ConfigError([f"tasks={task} is not known; known are {', '.join(close) or 'none'}"])
+            raise ConfigError([f"{section}tasks={task} is not known; known are {', '.join(close) or 'none'}"])
     try:
         loaded = manager.load(names)
     except Exception as error:  # whatever a task's file or its data can do wrong
         raise DataError(
-            f"--tasks {','.join(tasks)}: cannot be loaded ({error}); data must be on this machine: name files "
+            f"--{section}tasks {','.join(tasks)}: cannot be loaded ({error}); data must be on this machine: name files "
             "in the task's YAML file, or fetch them once with HF_HUB_OFFLINE=0"
         ) from error
+    for task in loaded["tasks"].values():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise DataError(f"--{section}tasks {task.task_name}: runs programs of the model; for those see --questions")
+        if task.OUTPUT_TYPE == "generate_until":
+            _writing(task.get_config("generation_kwargs") or {})
+    return loaded
+
+
+def _measure(
+    model: EvalModel, tasks: Sequence[str], folder: str | None, limit: int | None, shots: int | None
+) -> dict[str, Any]:
+    loaded = load_tasks(tasks, folder)
     for task in loaded["tasks"].values():
         if shots is not None:
             task.set_config("num_fewshot", shots)
         elif task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(_FEWSHOT_SEED)
-        if getattr(task, "UNSAFE_CODE", False):
-            raise DataError(f"--tasks {task.task_name}: runs programs of the model; for those see --questions")
     # A pool of processes would fork this one, which a process with JAX's threads must not.
     with mock.patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}):
         results = evaluator.evaluate(HarnessModel(model), loaded, limit=limit, bootstrap_iters=_RESAMPLES)

@@ -13,6 +13,7 @@ from memjax.data.packing import Batch
 from memjax.data.sources import biographies
 from memjax.errors import ConfigError
 from memjax.evaluation.model import EvalModel
+from memjax.evaluation.offline import forbid_downloads
 from memjax.evaluation.perplexity import validation_loss
 from memjax.evaluation.question_sets.formats import read_question_sets
 from memjax.evaluation.question_sets.report import question_report
@@ -141,11 +142,11 @@ class Questions(Hook):
     """Asks sets of questions and does tasks of lm-eval, for the step's row."""
 
     def __init__(self, config: RunConfig):
-        """Reads the questions.
+        """Reads the questions, and loads the tasks once: what is wrong with them shows before the first step.
 
         Raises:
-            ConfigError: lm-eval is missing, or there are several processes.
-            DataError: a set cannot be read.
+            ConfigError: lm-eval is missing, a task is not known, or there are several processes.
+            DataError: a set cannot be read, or a task cannot be loaded.
         """
         asked = self._asked = config.eval
         if asked.tasks and importlib.util.find_spec("lm_eval") is None:
@@ -155,6 +156,12 @@ class Questions(Hook):
                 ["eval.questions and eval.tasks are for one process; use python -m memjax.evaluate on checkpoints"]
             )
         self._sets = read_question_sets(asked.questions, field="eval.questions") if asked.questions else []
+        if asked.tasks:
+            if not (config.run.mirror or "").startswith("hf://"):  # else the mirror needs those libraries online
+                forbid_downloads()
+            from memjax.evaluation.harness import load_tasks  # takes seconds
+
+            load_tasks(asked.tasks, asked.task_folder, section="eval.")
 
     def after_step(self, trainer: "Trainer", step: Step) -> None:
         """Asks, unless a signal has come."""

@@ -4,7 +4,10 @@ import dataclasses
 
 import pytest
 
+from memjax.config.devices import MeshConfig
 from memjax.config.load import load
+from memjax.config.memory import MemoryConfig
+from memjax.config.model import ModelConfig
 from memjax.config.renamed import RENAMED, RENAMED_VALUES, new_name, upgraded
 from memjax.config.run import RunConfig
 from memjax.config.schema import walk
@@ -52,6 +55,18 @@ def test_old_names_in_a_file_are_refused_with_their_lines_and_old_values_too(tmp
         load(RunConfig, None, ["--model.memory.placement", "beside"])
     with pytest.raises(ConfigError, match=r"model\.qk_norm=true must be .*it is now 'per_head'"):
         load(RunConfig, None, ["--model.qk_norm", "true"])
+
+
+@pytest.mark.usefixtures("as_users_call")
+def test_old_values_from_python_are_refused_with_todays_too():
+    with pytest.raises(ValueError, match=r"qk_norm=True is unknown; known: .*; it is now 'per_head'"):
+        ModelConfig(qk_norm=True)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"placement='beside' is unknown; known: .*; it is now 'parallel'"):
+        MemoryConfig(placement="beside")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"row_grad_reduce='dense' is unknown; known: .*; it is now 'all_reduce'"):
+        MeshConfig(row_grad_reduce="dense")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"qk_norm='head' is unknown; known: none, per_head, all_heads$"):
+        ModelConfig(qk_norm="head")  # pyright: ignore[reportArgumentType]
 
 
 def test_the_settings_of_an_older_run_are_read(tmp_path):

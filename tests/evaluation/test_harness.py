@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 
 from memjax import evaluate
+from memjax.config.run import RunConfig
 from memjax.config.sampling import SamplingConfig
+from memjax.config.training import EvalConfig
 from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.errors import ConfigError, DataError
 from memjax.evaluation import model as model_module
 from memjax.evaluation.model import EvalModel
 from memjax.evaluation.recall import zero_tables
 from memjax.inference.scoring import Score
+from memjax.training.evaluation_hooks import Questions
 
 # lm-eval and what it imports warn of their own affairs.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -162,6 +165,25 @@ def test_what_cannot_be_done_is_said(harness, found, tmp_path, tasks, error, mes
     write_task(tmp_path, "contrastive", CHOICES, **rule, generation_kwargs={"until": ["x"], "penalty_alpha": 4})
     with pytest.raises(error, match=message):
         report(harness, found, tmp_path, *tasks)
+
+
+@pytest.mark.parametrize(
+    ("task", "error", "message"),
+    [
+        ("chose", ConfigError, r"eval\.tasks=chose is not known; known are choose"),
+        ("choose", DataError, r"--eval\.tasks choose: cannot be loaded"),
+        ("contrastive", DataError, "generation_kwargs: penalty_alpha unknown"),
+    ],
+)
+def test_training_refuses_what_cannot_be_done_before_its_first_step(harness, tmp_path, task, error, message):
+    rule = {"doc_to_text": "{{q}}", "doc_to_target": "{{gold}}", "output_type": "generate_until"}
+    rule |= {"metric_list": [metric("exact_match")]}
+    write_task(tmp_path, "choose", CHOICES, **rule)
+    (tmp_path / "choose.jsonl").unlink()
+    if task == "contrastive":
+        write_task(tmp_path, task, CHOICES, **rule, generation_kwargs={"until": ["x"], "penalty_alpha": 4})
+    with pytest.raises(error, match=message):
+        Questions(RunConfig(eval=EvalConfig(tasks=(task,), task_folder=str(tmp_path))))
 
 
 def test_a_folder_that_is_not_there_is_said(harness, found, tmp_path):

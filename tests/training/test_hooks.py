@@ -15,8 +15,9 @@ import pytest
 
 from memjax.config.log import ProfileConfig
 from memjax.config.model import ModelConfig
-from memjax.config.run import RunConfig
+from memjax.config.run import RunConfig, RunFolderConfig
 from memjax.config.training import EvalConfig
+from memjax.errors import DataError
 from memjax.monitoring.profile import ProfileWindow
 from memjax.runs.folder import RunFolder
 from memjax.training import evaluation_hooks, hooks, mirror
@@ -361,6 +362,23 @@ def test_a_mirror_follows_complete_saves_and_stops_nothing(tmp_path, monkeypatch
     )
 
 
+@pytest.mark.parametrize(("content", "problem"), [(None, "there is no such file"), ("{}\n", "capitals.jsonl")])
+def test_questions_that_cannot_be_asked_are_refused_before_the_first_step(tmp_path, content, problem):
+    path = tmp_path / "capitals.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataError, match=problem):
+        evaluation_hooks.Questions(RunConfig(eval=EvalConfig(questions=(str(path),))))
+
+
+def test_a_mirror_on_the_hub_keeps_its_library_online(monkeypatch):
+    monkeypatch.setattr(evaluation_hooks, "forbid_downloads", lambda: pytest.fail("the mirror could not push"))
+    harness = SimpleNamespace(load_tasks=lambda *_, **__: {})
+    monkeypatch.setitem(sys.modules, "memjax.evaluation.harness", harness)
+    run = RunFolderConfig(mirror="hf://buckets/me/run")
+    evaluation_hooks.Questions(RunConfig(run=run, eval=EvalConfig(tasks=("arc",))))
+
+
 def test_questions_and_tasks_become_metrics_of_the_step(tmp_path, trainer, monkeypatch, as_users_call):
     questions = tmp_path / "capitals.jsonl"
     questions.write_text(json.dumps({"question": "Paris?", "answers": ["yes"]}) + "\n")
@@ -379,8 +397,13 @@ def test_questions_and_tasks_become_metrics_of_the_step(tmp_path, trainer, monke
 
     monkeypatch.setattr(evaluation_hooks, "EvalModel", SimpleNamespace)
     monkeypatch.setattr(evaluation_hooks, "question_report", question_report)
-    monkeypatch.setitem(sys.modules, "memjax.evaluation.harness", SimpleNamespace(task_report=task_report))
+    loaded = []
+    load_tasks = lambda tasks, folder, *, section: loaded.append((tasks, folder, section))
+    harness = SimpleNamespace(task_report=task_report, load_tasks=load_tasks)
+    monkeypatch.setitem(sys.modules, "memjax.evaluation.harness", harness)
+    monkeypatch.setattr(evaluation_hooks, "forbid_downloads", lambda: loaded.append("offline"))
     hook, step = evaluation_hooks.Questions(config), Step(10, {})
+    assert loaded == ["offline", (("arc",), None, "eval.")]
     hook.after_step(trainer, step)
     assert step.host_metrics == {
         "eval/questions/capitals/exact_match": 0.5,

@@ -145,6 +145,15 @@ def test_a_dry_run_writes_nothing(run, tmp_path):
     assert not (tmp_path / "dry").exists()
 
 
+def test_a_dry_run_without_its_data_prints_the_plan_and_a_line_and_ends_with_3(run, tmp_path):
+    path = tmp_path / "nowhere.txt"
+    code, printed = run("dry", "--dry_run", "--data.path", str(path))
+    assert code == 3
+    *plan, last = printed.splitlines()
+    assert any("bytes per device" in line for line in plan)
+    assert last == f"{path}: there is no such file; set data.path to a file that can be read"
+
+
 def test_a_run_that_would_learn_nothing_ends_with_2(run, tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a question that is too long", "answer": "yes"}\n' * 9)
     source = ["--data.source", "jsonl", "--data.path", str(tmp_path / "pairs.jsonl"), "--data.packing", "none"]

@@ -9,6 +9,7 @@ import io
 import itertools
 import lzma
 import pathlib
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from types import ModuleType
@@ -42,12 +43,15 @@ _BINARY = ("parquet", "arrow", "array_record")
 """Formats that are known by their suffix whatever lines are, and compressed in themselves."""
 _END_OF_ARROW_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _COMPRESSIONS = {
-    ".gz": b"\x1f\x8b",
-    ".xz": b"\xfd7zXZ\x00",
-    ".zst": b"\x28\xb5\x2f\xfd",
-    ".bz2": b"BZh",
+    ".gz": re.compile(rb"\x1f\x8b"),
+    ".xz": re.compile(rb"\xfd7zXZ\x00"),
+    ".zst": re.compile(rb"\x28\xb5\x2f\xfd"),
+    # The letters alone may begin a text; the size of blocks and a block, or the end of the stream, follow them.
+    ".bz2": re.compile(rb"BZh[1-9](?:1AY|\x17rE)"),
 }
 """By suffix, what such files begin with."""
+_MAGIC_BYTES = 7
+"""The longest of these."""
 _ROWS_AT_ONCE = 1024
 _RECORDS_AT_ONCE = 256
 _SKIPPED_BYTES = 1 << 20
@@ -74,10 +78,10 @@ class DataFile:
             return suffix
         try:
             with self.path.open("rb") as file:
-                start = file.read(6)
+                start = file.read(_MAGIC_BYTES)
         except OSError:
             return suffix  # reading it says what is wrong
-        return next((name for name, magic in _COMPRESSIONS.items() if start.startswith(magic)), suffix)
+        return next((name for name, magic in _COMPRESSIONS.items() if magic.match(start)), suffix)
 
     @property
     def is_random_access(self) -> bool:

@@ -1,17 +1,24 @@
 """The files that a run reads, looked at before there is a run."""
 
+import pathlib
 from collections.abc import Iterator
 
 from memjax.config.run import RunConfig
-from memjax.data.sources.corpus import CorpusStream
+from memjax.data.sources.corpus import Corpus, CorpusStream
+from memjax.data.sources.huggingface import DatasetCorpus
 from memjax.data.sources.kinds import find_source
 from memjax.errors import DataError
+from memjax.io.paths import is_remote
 from memjax.monitoring.units import gigabytes
 from memjax.runs.folder import make_tokenizer
+
+_NOT_READ = "not looked into; the run fetches it to this machine"
 
 
 def describe(config: RunConfig) -> Iterator[str]:
     """A line on each part of the data, once its first record was read, and on a tokenizer that is not trained.
+
+    What a run would first copy to this machine is only named.
 
     Raises:
         ConfigError: the tokenizer has more tokens than the model has embeddings.
@@ -22,11 +29,24 @@ def describe(config: RunConfig) -> Iterator[str]:
     if source.problem:
         yield f"{'data':<27} {source.problem}"
     for corpus in source.corpora:
+        name = f"{'data, ' + corpus.name:<27}"
+        if _is_elsewhere(corpus):
+            yield f"{name} {corpus.path}: {_NOT_READ}"
+            continue
         stream = CorpusStream(corpus)
         if next(stream.records(), None) is None:
             raise DataError(f"{corpus.path}: holds no record; set {corpus.field} to files that do")
         size = gigabytes(stream.total_bytes)
-        yield f"{'data, ' + corpus.name:<27} {corpus.path}: {len(stream.files):,} files, {size}"
-    if config.train.init_from or config.data.tokenizer.kind != "bpe":
+        yield f"{name} {corpus.path}: {len(stream.files):,} files, {size}"
+    if config.train.init_from and is_remote(config.train.init_from):
+        yield f"{'tokenizer':<27} of {config.train.init_from}: {_NOT_READ}"
+    elif config.train.init_from or config.data.tokenizer.kind != "bpe":
         tokenizer = make_tokenizer(config, source)
         yield f"{'tokenizer':<27} {tokenizer.vocab_size:,} tokens; the model has {config.model.vocab_size:,}"
+
+
+def _is_elsewhere(corpus: Corpus) -> bool:
+    """Whether reading the corpus would copy it here first."""
+    if isinstance(corpus, DatasetCorpus):
+        return not pathlib.Path(corpus.path).exists()  # otherwise a name of the Hub
+    return is_remote(corpus.path)

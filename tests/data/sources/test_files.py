@@ -78,6 +78,18 @@ def test_text_is_read_line_by_line_without_blank_lines_marks_and_line_ends(tmp_p
     assert read(tmp_path / name, "text") == [(1, "one"), (4, "two "), (5, "three")]
 
 
+@pytest.mark.parametrize("begin", ["BZhang wrote", "BZh9", "BZh91 lines", "BZh01AY&SY"])
+def test_a_text_that_begins_like_bzip2_is_a_text(tmp_path, begin):
+    (tmp_path / "a.txt").write_text(f"{begin}\ntwo\n")
+    assert read(tmp_path / "a.txt") == [(1, begin), (2, "two")]
+
+
+@pytest.mark.parametrize("level", [1, 9])
+def test_bzip2_is_known_without_its_suffix(tmp_path, level):
+    (tmp_path / "a.txt").write_bytes(bz2.compress(b"", level) + bz2.compress(b"one\ntwo\n", level))
+    assert read(tmp_path / "a.txt") == [(1, "one"), (2, "two")]
+
+
 def test_array_records_are_texts_where_the_source_says_so(tmp_path):
     write_array_record(tmp_path / "a.array_record", [b"one", b"two\nlines"])
     assert read(tmp_path / "a.array_record", "text") == [(1, "one"), (2, "two\nlines")]

@@ -2,11 +2,13 @@
 
 import json
 
+import datasets
 import pytest
 
 from memjax.config.load import load
 from memjax.config.run import RunConfig
 from memjax.errors import ConfigError, DataError
+from memjax.io import remote
 from memjax.training.plan.inputs import describe
 
 
@@ -37,6 +39,25 @@ def test_data_that_cannot_be_used_is_refused(tmp_path, content, problem):
         path.write_text(content)
     with pytest.raises(DataError, match=problem):
         told("--data.source=jsonl", f"--data.path={path}")
+
+
+@pytest.mark.parametrize("source", ["text", "huggingface"])
+def test_what_a_run_would_fetch_is_named_and_not_fetched(monkeypatch, source):
+    monkeypatch.setattr(remote, "fetch", lambda address, *_, **__: pytest.fail(f"{address} was fetched"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, *_, **__: pytest.fail(f"{path} was fetched"))
+    path = "nobody/texts" if source == "huggingface" else "memory://bucket/*.txt"
+    held_out, begun = "memory://bucket/held_out.txt", "memory://bucket/run"
+    lines = told(
+        f"--data.source={source}",
+        f"--data.path={path}",
+        f"--data.validation_path={held_out}",
+        f"--train.init_from={begun}",
+    )
+    assert lines == [
+        f"data, training              {path}: not looked into; the run fetches it to this machine",
+        f"data, validation            {held_out}: not looked into; the run fetches it to this machine",
+        f"tokenizer                   of {begun}: not looked into; the run fetches it to this machine",
+    ]
 
 
 def test_a_tokenizer_from_a_file_is_opened_and_compared_with_the_model(tmp_path):
