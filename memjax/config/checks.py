@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from memjax.config.renamed import new_value
-from memjax.io.paths import local_path, readable_path
+from memjax.io.paths import local_path, path_or_address
 
 MOST_KEYS = 32768
 """Sub-keys per half whose slots 32-bit numbers can count, with room for those that do not exist."""
@@ -174,13 +174,14 @@ def row_rule(*, beta1: float, beta2: float, eps: float, state_columns: int | Non
 
 def local_paths(section: Any, *names: str, remote: bool = False) -> list[str | None]:
     """Fields must hold paths of this machine, alone or in a tuple, or null; their `~` is expanded in the section. With
-    remote, addresses that can be read here are right, too.
+    remote, addresses are right, too; whether this machine can read them is not asked, since a config is also loaded
+    where nothing of them is needed.
     """
     problems: list[str | None] = []
 
     def expanded(text: str, name: str) -> str:
         try:
-            path = (readable_path if remote else local_path)(text, name)
+            path = (path_or_address if remote else local_path)(text, name)
         except ValueError as error:
             problems.append(str(error))
             return text

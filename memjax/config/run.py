@@ -19,8 +19,9 @@ class RunFolderConfig:
     dir: str = "runs/quickstart"
     """The run's folder; the same folder again resumes the run."""
     mirror: str | None = None
-    """Folder or address (gs://, s3://) to which the run's folder is copied after each save and at the end, without its
-    prepared data; `memjax.load` reads it. What goes wrong with it is told, and tried again at the next save."""
+    """Folder or address (gs://, s3://, hf://) to which the run's folder is copied after each save and at the end,
+    without its prepared data; `memjax.load` reads it. It must be empty, or the mirror of the same run. What goes wrong
+    with it is told, and tried again at the next save."""
     seed: int = 0
     """Seed of the initialisation, the data order and the stochastic rounding."""
     deterministic: bool = False
@@ -33,7 +34,15 @@ class RunFolderConfig:
 
     def __post_init__(self) -> None:
         typed(self)
-        refuse(local_paths(self, "dir", "compile_cache") + local_paths(self, "mirror", remote=True))
+        refuse(
+            [
+                *local_paths(self, "dir", "compile_cache"),
+                *local_paths(self, "mirror", remote=True),
+                f"mirror={self.mirror} cannot be written to; name a folder, or an address such as gs://bucket/run"
+                if self.mirror and self.mirror.startswith(("http://", "https://"))
+                else None,
+            ]
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

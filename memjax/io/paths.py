@@ -44,6 +44,19 @@ def is_remote(text: str | os.PathLike[str]) -> bool:
     return str(text).partition("://")[0] in _PACKAGES and "://" in str(text)
 
 
+def path_or_address(text: str, name: str) -> str:
+    """A path as `local_path` gives it, or an address of a kind that fsspec reads, whether or not it can be read here.
+
+    Args:
+        text: what was written.
+        name: the setting or argument that holds it, for the message.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    return text if is_remote(text) else str(local_path(text, name))
+
+
 def readable_path(text: str, name: str) -> str:
     """A path as `local_path` gives it, or an address that can be read by way of fsspec.
 
@@ -54,16 +67,20 @@ def readable_path(text: str, name: str) -> str:
     Raises:
         ValueError: it is neither, or the package that reads such addresses is missing.
     """
-    if not is_remote(text):
-        return str(local_path(text, name))
-    scheme = text.partition("://")[0]
-    missing = [package for package in ("fsspec", _PACKAGES[scheme]) if importlib.util.find_spec(package) is None]
-    if missing:
+    if package := missing_package(text):
         raise ValueError(
-            f"{name}={text} must be a path on this machine, or the package {missing[0]} must be there, which reads "
-            f"{scheme}:// (pip install 'memjax[remote]'); or mount the store, or copy the files here"
+            f"{name}={text} must be a path on this machine, or the package {package} must be there, which reads "
+            f"{text.partition('://')[0]}:// (pip install 'memjax[remote]'); or mount the store, or copy the files here"
         )
-    return text
+    return path_or_address(text, name)
+
+
+def missing_package(text: str) -> str | None:
+    """The package that reading an address takes and that is not installed; None for paths, and where all are there."""
+    if not is_remote(text):
+        return None
+    needed = ("fsspec", _PACKAGES[text.partition("://")[0]])
+    return next((package for package in needed if importlib.util.find_spec(package) is None), None)
 
 
 def user_cache(name: str) -> str:

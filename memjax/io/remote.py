@@ -3,55 +3,87 @@
 fsspec does the work. Reading a copy keeps what local files give: records at random, and the same ones after a restart.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from memjax.io.console import say
-from memjax.io.paths import user_cache
+from memjax.io.files import write_atomic
+from memjax.io.lock import locked
+from memjax.io.paths import missing_package, user_cache
 
 STEP_IS_COMPLETE = "_CHECKPOINT_METADATA"
 """The file of a checkpoint that is sent last: a step without it is not all there."""
 
+MIRROR_ID = "mirror_id"
+"""The file, in a run's folder and in its copy, that tells of which run the copy is."""
+
 _NOT_SENT = "prepared/"
+_WRITTEN_HERE = ("evals/", "prepared/")
+"""Folders of a run that `evaluate` writes into, also in a copy: they are neither fetched nor removed."""
+
+_PART = ".part"
+"""The end of a file's name while it is being copied."""
+
 _ALWAYS_SENT_BYTES = 1 << 20
 """Files up to this size are sent although the copy has the same size."""
 
 
 def fetch(
-    address: str, wanted: Callable[[Sequence[str]], Sequence[str]] = lambda names: names, *, part: str = ""
+    address: str,
+    wanted: Callable[[Sequence[str]], Sequence[str]] = lambda names: names,
+    *,
+    part: str = "",
+    kept: tuple[str, ...] = (),
 ) -> pathlib.Path:
     """The local copy of a file, or the folder with the copies of all files that a folder or a glob has.
 
-    A file that is here already, and is still what the store describes, is not read again.
+    A file that is here already, and is still what the store describes, is not read again. One process at a time
+    fetches an address.
 
     Args:
         address: of a file, a folder or a glob.
         wanted: picks from the names of a folder's files.
         part: what it picks; copies of other parts are others.
+        kept: folders below the copy, with a slash at the end, that hold files of this machine.
 
     Raises:
         FileNotFoundError: there is no such file.
+        ModuleNotFoundError: the package that reads such addresses is missing.
         Exception: whatever the file system raises.
     """
+    _require_packages(address)
     files, root = _files(address)
     copies = pathlib.Path(user_cache("fetched")) / hashlib.sha256(f"{address} {part}".encode()).hexdigest()[:16]
     names = wanted(sorted(files))
     if any(".." in name.split("/") for name in names):
         raise ValueError(f"{address}: a name in it leaves its folder")
-    places = {name: (copies / "files" / name, copies / "described" / f"{name}.json") for name in names}
-    if changed := [name for name in names if not _is_copied(files[name], *places[name])]:
-        say(f"copying {len(changed):,} files of {address} to {copies}")
-    for name in changed:
-        _copy(files[name], *places[name])
-    for stale in {path for path in (copies / "files").rglob("*") if path.is_file()} - {
-        copies / "files" / name for name in names
-    }:
-        stale.unlink(missing_ok=True)
+    wait = lambda holder: say(f"waiting for {holder}, which copies {address}, too")
+    with locked(copies.with_name(f"{copies.name}.lock"), on_wait=wait):
+        places = {name: (copies / "files" / name, copies / "described" / f"{name}.json") for name in names}
+        if changed := [name for name in names if not _is_copied(files[name], *places[name])]:
+            say(f"copying {len(changed):,} files of {address} to {copies}")
+        for name in changed:
+            _copy(files[name], *places[name])
+        for path in [path for path in (copies / "files").rglob("*") if path.is_file()]:
+            name = path.relative_to(copies / "files").as_posix()
+            # A file system without locks lets other processes copy at the same time.
+            if name not in places and not name.startswith(kept) and not path.name.endswith(_PART):
+                path.unlink(missing_ok=True)
     return copies / "files" / (root or "")
+
+
+def _require_packages(address: str) -> None:
+    if package := missing_package(address):
+        raise ModuleNotFoundError(
+            f"the package {package} is missing, which {address.partition('://')[0]}:// takes; "
+            "pip install 'memjax[remote]'"
+        )
 
 
 def _files(address: str) -> tuple[dict[str, Mapping[str, Any]], str | None]:
@@ -90,7 +122,7 @@ def _is_copied(info: Mapping[str, Any], copy: pathlib.Path, record: pathlib.Path
 def _copy(info: Mapping[str, Any], copy: pathlib.Path, record: pathlib.Path) -> None:
     for place in (copy, record):
         place.parent.mkdir(parents=True, exist_ok=True)
-    part = copy.with_name(f".{copy.name}.{os.getpid()}.part")
+    part = copy.with_name(f".{uuid.uuid4().hex}{_PART}")
     try:
         info["file_system"].get_file(info["name"], str(part))
         os.replace(part, copy)
@@ -121,43 +153,102 @@ def fetch_run(address: str, step: int | str = "latest") -> pathlib.Path:
             steps = {max(whole)} if whole else set()
         elif step != "best":
             steps &= {int(step)}
-        folders = ("prepared/", "profile/", "tensorboard/", "plots/", "wandb/")
+        folders = (*_WRITTEN_HERE, "profile/", "tensorboard/", "plots/", "wandb/")
         return [name for name, of in by_step.items() if (of is None or of in steps) and not name.startswith(folders)]
 
-    return fetch(address.rstrip("/"), wanted, part=str(step))
+    return fetch(address.rstrip("/"), wanted, part=str(step), kept=_WRITTEN_HERE)
 
 
-def push(folder: pathlib.Path, address: str) -> None:
-    """Makes the copy of a run's folder what the folder is: sends what has changed, and removes steps that are gone.
-
-    A step is never changed, so its files are sent once, the one that completes it last.
+def why_not_mirror(folder: pathlib.Path, address: str) -> str | None:
+    """Why a run's folder cannot be copied to an address: what is there is not the copy of this run. None where it is.
 
     Raises:
         Exception: whatever the file system raises.
     """
     import fsspec.core
 
+    _require_packages(address)
     file_system, root = fsspec.core.url_to_fs(address.rstrip("/"), use_listings_cache=False)
+    there = here = None
+    with contextlib.suppress(FileNotFoundError):
+        there = file_system.cat_file(f"{root}/{MIRROR_ID}").decode(errors="replace").strip()
+    with contextlib.suppress(FileNotFoundError):
+        here = (folder / MIRROR_ID).read_text(encoding="utf-8").strip()
+    if there is not None:
+        if there == here:
+            return None
+        return (
+            f"{address} is the mirror of another run than that in {folder}; name another address, or, to go on with "
+            f"that run, copy all of {address} into run.dir"
+        )
+    try:
+        found = [str(name).rstrip("/") for name in file_system.ls(root, detail=False)]
+    except FileNotFoundError:
+        return None
+    # Repositories of the Hugging Face Hub begin with a .gitattributes.
+    names = [name.rpartition("/")[2] for name in found if name.strip("/") != root.strip("/")]
+    if any(not name.startswith(".") for name in names):
+        return f"{address} holds files that are not a mirror's; name another address, or an empty folder there"
+    return None
+
+
+def push(folder: pathlib.Path, address: str) -> None:
+    """Makes the copy of a run's folder what the folder is: sends what has changed, then removes steps that are gone.
+
+    The file that completes a step is sent last, and tells a step from another one with the same number. A folder
+    without steps removes none.
+
+    Raises:
+        ValueError: the address holds something else.
+        Exception: whatever the file system raises.
+    """
+    import fsspec.core
+
+    if problem := why_not_mirror(folder, address):
+        raise ValueError(problem)
+    if not (folder / MIRROR_ID).exists():
+        write_atomic(folder / MIRROR_ID, f"{uuid.uuid4().hex}\n")
+    file_system, root = fsspec.core.url_to_fs(address.rstrip("/"), use_listings_cache=False)
+    file_system.makedirs(root, exist_ok=True)
+    file_system.put_file(str(folder / MIRROR_ID), f"{root}/{MIRROR_ID}")
     there = {name.removeprefix(root).lstrip("/"): info for name, info in file_system.find(root, detail=True).items()}
     here = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     names = {path.relative_to(folder).as_posix(): path for path in here}
     steps = {of for name in names if (of := _step_of(name)) is not None}
-    complete = {_step_of(name) for name in there if name.endswith(f"/{STEP_IS_COMPLETE}")}
-    for step in {of for name in there if (of := _step_of(name)) is not None} - steps:
-        file_system.rm(f"{root}/checkpoints/{step}", recursive=True)
+    for step in sorted(steps & {_step_of(name) for name in there}):
+        if not _is_same_step(names, there, file_system, root, step):
+            file_system.rm(f"{root}/checkpoints/{step}", recursive=True)
+            there = {name: info for name, info in there.items() if _step_of(name) != step}
     for name, path in sorted(names.items(), key=lambda item: (item[0].endswith(STEP_IS_COMPLETE), item[0])):
         step = _step_of(name)
-        is_left_out = name.startswith(_NOT_SENT) or path.name.startswith(".")
-        if is_left_out or (step is None and name.startswith("checkpoints/")) or (step is not None and step in complete):
+        is_left_out = name.startswith((_NOT_SENT, MIRROR_ID)) or path.name.startswith(".")
+        if is_left_out or (step is None and name.startswith("checkpoints/")):
             continue
         try:
             size = path.stat().st_size
-            if name not in there or there[name].get("size") != size or size <= _ALWAYS_SENT_BYTES:
+            is_there = name in there and there[name].get("size") == size
+            if not is_there or (step is None and size <= _ALWAYS_SENT_BYTES):
                 file_system.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
                 file_system.put_file(str(path), f"{root}/{name}")
         except FileNotFoundError:
             if path.exists():
                 raise  # of the store; else a step was removed meanwhile
+    if steps:
+        for step in {of for name in there if (of := _step_of(name)) is not None} - steps:
+            file_system.rm(f"{root}/checkpoints/{step}", recursive=True)
+
+
+def _is_same_step(
+    names: Mapping[str, pathlib.Path], there: Mapping[str, Any], file_system: Any, root: str, step: int
+) -> bool:
+    """Whether the copy's step is complete and this one: the file that completes it holds the time of the save."""
+    name = f"checkpoints/{step}/{STEP_IS_COMPLETE}"
+    if name not in there:
+        return False
+    try:
+        return name in names and file_system.cat_file(f"{root}/{name}") == names[name].read_bytes()
+    except FileNotFoundError:  # removed meanwhile
+        return True
 
 
 def _step_of(name: str) -> int | None:

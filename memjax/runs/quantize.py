@@ -77,7 +77,7 @@ def quantize_run(
                     records[pool] = write_files(path / TABLE_FILES, form, encoded(rows(), found))
                 except ValueError as error:
                     raise ConfigError([f"table {pool} of {source}: {error}"]) from error
-            run = dataclasses.replace(config.run, dir=str(out))
+            run = dataclasses.replace(config.run, dir=str(out), mirror=None)
             train = dataclasses.replace(config.train, init_from=None)
             new = dataclasses.replace(config, run=run, train=train)
             document = meta_document(new, saved.tokenizer, step=0)

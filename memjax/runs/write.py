@@ -21,7 +21,7 @@ def write_run(folder: str | os.PathLike[str], model: Decoder, tokenizer: Tokeniz
         CheckpointError: it cannot be written.
     """
     _, params, tables = take_apart(model)
-    run = dataclasses.replace(config.run, dir=str(folder))
+    run = dataclasses.replace(config.run, dir=str(folder), mirror=None)  # its mirror is that of another run
     train = dataclasses.replace(config.train, init_from=None)
     config = dataclasses.replace(config, model=model.config, run=run, train=train)
     items = {PARAMS: params_to_tree(params)} | ({TABLES: writable(tables)} if tables else {})

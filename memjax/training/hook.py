@@ -10,6 +10,9 @@ from memjax.training.in_flight import Step
 if TYPE_CHECKING:
     from memjax.training.trainer import Trainer
 
+STOP_SECONDS = 5.0
+"""How long the end of a hook may wait for a network in a run that was told to stop."""
+
 
 class Hook:
     """Something that a trainer does besides its steps. Methods that a hook does not override do nothing.

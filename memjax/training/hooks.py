@@ -15,7 +15,7 @@ from memjax.monitoring.trackers.tracker import Tracker
 from memjax.runs.folder import RunFolder
 from memjax.sharding.processes import is_first
 from memjax.training.evaluation_hooks import Facts, Questions, Validate
-from memjax.training.hook import Hook, Periodic
+from memjax.training.hook import STOP_SECONDS, Hook, Periodic
 from memjax.training.in_flight import Step
 from memjax.training.mirror import Mirror
 from memjax.training.program import TrainProgram
@@ -23,9 +23,6 @@ from memjax.training.step import make_usage_report
 
 if TYPE_CHECKING:
     from memjax.training.trainer import Trainer
-
-STOP_SECONDS = 5.0
-"""How long a run that was told to stop waits for its trackers."""
 
 
 def with_standard_hooks(

@@ -11,6 +11,7 @@ from memjax.data.dataset import open_dataset
 from memjax.data.sources.kinds import find_source
 from memjax.errors import ConfigError
 from memjax.io.console import say, warn
+from memjax.io.paths import is_remote, readable_path
 from memjax.memory.kinds import KINDS
 from memjax.models import dot_product
 from memjax.models.counts import count_parameters
@@ -26,7 +27,7 @@ from memjax.training.finish import describe_summary, finish
 from memjax.training.hook import Periodic
 from memjax.training.in_flight import NotFinite
 from memjax.training.interrupt import catch_interrupts
-from memjax.training.mirror import mirror
+from memjax.training.mirror import check_mirror, mirror
 from memjax.training.plan import inputs
 from memjax.training.plan import memory as memory_plan
 from memjax.training.plan import row_exchange as exchange_plan
@@ -97,6 +98,8 @@ def train(config: RunConfig, *, allow_changed: bool = False, hooks: Sequence[Per
         with first_alone("run.dir"):
             if is_first():
                 stack.enter_context(folder.owned())
+                if config.run.mirror:
+                    check_mirror(folder.path, config.run.mirror)
             else:
                 folder.check_shared()
         check_start(config)
@@ -105,6 +108,8 @@ def train(config: RunConfig, *, allow_changed: bool = False, hooks: Sequence[Per
             return _train(claim, hooks)
         say(f"{folder.path} is finished already; a larger --train.steps continues it, another --run.dir starts anew.\n")
         say(describe_summary(claim.finished, folder))
+        if config.run.mirror and is_first():
+            mirror(folder.path, config.run.mirror)  # what could not be sent at its end
         return 0
 
 
@@ -152,7 +157,7 @@ def check(config: RunConfig) -> None:
     Raises:
         ConfigError: with every problem.
     """
-    problems = [problem] if (problem := find_source(config.data).problem) else []
+    problems = _unreadable(config) or ([problem] if (problem := find_source(config.data).problem) else [])
     schedules = {"optim": config.optim} | ({"optim.table": config.optim.table} if config.model.lookups else {})
     for name, schedule in schedules.items():
         if schedule.warmup_of(config.train.steps) >= config.train.steps:
@@ -165,6 +170,23 @@ def check(config: RunConfig) -> None:
         problems.append(f"train.attention={wanted} cannot run: {reason}; set train.attention=auto")
     if problems:
         raise ConfigError(problems)
+
+
+def _unreadable(config: RunConfig) -> list[str]:
+    """The addresses among the settings whose packages are missing."""
+    addresses = {
+        "train.init_from": config.train.init_from,
+        "data.path": config.data.path,
+        "data.validation_path": config.data.validation_path,
+    } | {f"data.mixture[{number}].path": part.path for number, part in enumerate(config.data.mixture)}
+    problems = []
+    for name, address in addresses.items():
+        try:
+            if address and is_remote(address):
+                readable_path(address, name)
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
 
 
 def why_no_cudnn(config: RunConfig) -> str | None:

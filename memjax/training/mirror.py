@@ -1,16 +1,25 @@
 """A copy of a run's folder elsewhere, brought up to date in the background after each save."""
 
+import importlib.util
 import pathlib
 import threading
+import time
 from typing import TYPE_CHECKING
 
+from memjax.errors import ConfigError
 from memjax.io import remote
 from memjax.io.console import warn
+from memjax.io.paths import is_remote
 from memjax.sharding.processes import is_first
-from memjax.training.hook import Hook
+from memjax.training.hook import STOP_SECONDS, Hook
 
 if TYPE_CHECKING:
     from memjax.training.trainer import Trainer
+
+LOOK_SECONDS = 1.0
+"""How often the folder is looked at for a new save."""
+
+_POLL_SECONDS = 0.1
 
 
 class Mirror(Hook):
@@ -22,22 +31,52 @@ class Mirror(Hook):
         """Has sent nothing yet."""
         self._folder, self._address = folder, address
         self._newest: int | None = None
+        self._look_at = 0.0
+        self._has_warned = False
 
     def before_step(self, trainer: "Trainer", number: int) -> None:
         """Begins to send a save that is complete, unless the one before is under way."""
-        newest = max(trainer.checkpoints.steps(), default=None) if number > 1 and is_first() else None
-        if newest == self._newest or (self._thread and self._thread.is_alive()):
+        now = time.monotonic()
+        is_busy = self._thread is not None and self._thread.is_alive()
+        if number == 1 or not is_first() or is_busy or now < self._look_at:
             return
-        self._newest = newest
-        self._thread = threading.Thread(target=mirror, args=(self._folder, self._address), daemon=True)
-        self._thread.start()
+        self._look_at = now + LOOK_SECONDS
+        try:
+            newest = max(trainer.checkpoints.steps(), default=None)
+            if newest != self._newest:
+                self._start()
+                self._newest = newest
+        except Exception as error:  # a folder that cannot be listed now
+            if not self._has_warned:
+                self._has_warned = True
+                _warn(self._address, error)
 
     def end(self, trainer: "Trainer") -> None:
-        """Waits for what is under way, and sends what is new."""
-        if self._thread:
-            self._thread.join()
-        if is_first():
-            mirror(self._folder, self._address)
+        """Waits for what is under way, and sends what is new; of a run that is to stop, waits a few seconds only."""
+        self._wait(trainer)
+        if is_first() and not _must_stop(trainer):
+            self._start()
+            self._wait(trainer)
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=mirror, args=(self._folder, self._address), daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # no more threads
+            _warn(self._address, error)
+        else:
+            self._thread = thread
+
+    def _wait(self, trainer: "Trainer") -> None:
+        if self._thread is None:
+            return
+        while self._thread.is_alive() and not _must_stop(trainer):
+            self._thread.join(_POLL_SECONDS)
+        self._thread.join(STOP_SECONDS)
+
+
+def _must_stop(trainer: "Trainer") -> bool:
+    return trainer.interrupt.name is not None or trainer.must_stop
 
 
 def mirror(folder: pathlib.Path, address: str) -> None:
@@ -45,4 +84,33 @@ def mirror(folder: pathlib.Path, address: str) -> None:
     try:
         remote.push(folder, address)
     except Exception as error:  # of any file system
-        warn(f"run.mirror={address}: the copy is not up to date: {type(error).__name__}: {error}")
+        _warn(address, error)
+
+
+def check_mirror(folder: pathlib.Path, address: str) -> None:
+    """Refuses, before the first step, an address that holds something other than the mirror of the folder's run.
+
+    A store that does not answer costs a line: it may do so later, and is looked at again before anything is sent.
+
+    Raises:
+        ConfigError: it does, a package is missing, or one of the folders lies in the other.
+    """
+    if importlib.util.find_spec("fsspec") is None:
+        raise ConfigError([f"run.mirror={address} takes the package fsspec; pip install 'memjax[remote]'"])
+    if not is_remote(address):
+        here, there = folder.resolve(), pathlib.Path(address).resolve()
+        if here.is_relative_to(there) or there.is_relative_to(here):
+            raise ConfigError([f"run.mirror={address} and run.dir={folder} must be folders apart; name another mirror"])
+    try:
+        problem = remote.why_not_mirror(folder, address)
+    except ModuleNotFoundError as error:
+        raise ConfigError([f"run.mirror={address}: {error}"]) from None
+    except Exception as error:  # of any file system
+        _warn(address, error)
+        return
+    if problem:
+        raise ConfigError([f"run.mirror={problem}"])
+
+
+def _warn(address: str, error: Exception) -> None:
+    warn(f"run.mirror={address}: the copy is not up to date: {type(error).__name__}: {error}")

@@ -66,7 +66,7 @@ def parse_grid(specifications: Sequence[str]) -> dict[str, list[str]]:
             problems.append(f"grid={word} gives values for {setting} a second time; put all of them into one --grid")
         elif len(set(values)) < len(values):
             problems.append(f"grid={word} holds a value twice; each is one run")
-        elif setting == "run.dir":
+        elif setting in ("run.dir", "run.mirror"):
             problems.append(f"grid={word}: the sweep names the folders of its runs itself")
         else:
             grid[setting] = values
@@ -120,9 +120,21 @@ def check(config: pathlib.Path | None, settings: Sequence[str], folder: pathlib.
 class Sweep:
     """Starts the runs, `jobs` at a time, tells of each, and hands signals on to them."""
 
-    def __init__(self, command: Sequence[str], folder: pathlib.Path, grid: Sequence[Point], *, jobs: int) -> None:
-        """Takes the command of a run without what varies; the output of each run goes to FOLDER/NAME.log."""
+    def __init__(
+        self,
+        command: Sequence[str],
+        folder: pathlib.Path,
+        grid: Sequence[Point],
+        *,
+        jobs: int,
+        mirror: str | None = None,
+    ) -> None:
+        """Takes the command of a run without what varies; the output of each run goes to FOLDER/NAME.log.
+
+        The mirror of each run is MIRROR/NAME.
+        """
         self.command, self.folder, self.grid, self.jobs = tuple(command), folder, grid, jobs
+        self.mirror = mirror
         self.running: list[_Started] = []
         self.codes: dict[str, int] = {}
         self.stopped: int | None = None
@@ -152,10 +164,13 @@ class Sweep:
     def _start(self, point: Point) -> None:
         slot = min(set(range(self.jobs)) - {started.slot for started in self.running})
         log = self.folder / f"{point.name}.log"
+        places = ["--run.dir", str(self.folder / point.name)]
+        if self.mirror is not None:
+            places += ["--run.mirror", f"{self.mirror.rstrip('/')}/{point.name}"]
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             process = subprocess.Popen(
-                [*self.command, *point.arguments, "--run.dir", str(self.folder / point.name)],
+                [*self.command, *point.arguments, *places],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

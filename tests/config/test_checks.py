@@ -19,9 +19,11 @@ from memjax.config.run import RunConfig
 from memjax.evaluation.settings import EvaluateConfig
 from memjax.generate import GenerateConfig
 from memjax.inspect import InspectConfig
+from memjax.io import paths
 from memjax.learn import LearnConfig
 from memjax.plot import PlotConfig
 from memjax.serve import ServeConfig
+from memjax.training import main
 
 PATHS = [
     (RunConfig, "run.dir"),
@@ -51,6 +53,13 @@ PATHS = [
     (convert.FromHfConfig, "tokenizer"),
     (convert.ToHfConfig, "like"),
 ]
+MAY_BE_ADDRESSES = {
+    (RunConfig, "data.path"),
+    (RunConfig, "data.validation_path"),
+    (RunConfig, "train.init_from"),
+    (RunConfig, "run.mirror"),
+    (EvaluateConfig, "text"),
+}
 NEEDED = {
     (RunConfig, "data.tokenizer.path"): ["--data.tokenizer.kind", "hf"],
     (RunConfig, "eval.task_folder"): ["--eval.tasks", "a"],
@@ -81,10 +90,25 @@ def test_a_path_is_expanded_and_a_remote_address_refused(schema, name, monkeypat
     for part in name.split("."):
         config = getattr(config, part)
     assert config in (f"/home/ada/a/x.{suffix}", (f"/home/ada/a/x.{suffix}",))
+    address = f"{'hdfs' if (schema, name) in MAY_BE_ADDRESSES else 'gs'}://bucket/x.{suffix}"
     with pytest.raises(SystemExit) as caught:
-        parsed(schema, *words, f"gs://bucket/x.{suffix}")
+        parsed(schema, *words, address)
     assert caught.value.code == 2
-    assert f"command line: {name}=gs://bucket/x.{suffix} must be a path on this machine" in capsys.readouterr().err
+    assert f"command line: {name}={address} must be a path on this machine" in capsys.readouterr().err
+
+
+def test_a_config_with_addresses_is_read_where_their_packages_are_missing(monkeypatch):
+    monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: None)
+    config = load(RunConfig, None, ["--run.mirror", "gs://b/run", "--data.path", "s3://b/x", "--data.source", "files"])
+    assert (config.run.mirror, config.data.path) == ("gs://b/run", "s3://b/x")
+    with pytest.raises(errors.ConfigError) as caught:
+        main.check(config)
+    assert "data.path=s3://b/x must be a path on this machine, or the package fsspec" in str(caught.value)
+
+
+def test_a_web_server_is_no_mirror():
+    with pytest.raises(errors.ConfigError, match=r"run\.mirror=http://host/run cannot be written to; name a folder"):
+        load(RunConfig, None, ["--run.mirror", "http://host/run"])
 
 
 def test_every_setting_that_is_named_like_a_path_is_checked():

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import pathlib
+import shutil
 import threading
 import uuid
 from collections.abc import Iterator
@@ -112,8 +113,10 @@ def test_a_folder_becomes_its_copy_and_a_step_is_complete_last(bucket, tmp_path,
         file_system, "put_file", lambda self, *where, **how: (order.append(where[1]), put(self, *where))
     )
     remote.push(run, bucket)
+    assert order[0].endswith("/mirror_id")
     assert all("_CHECKPOINT_METADATA" in name for name in order[-2:])
-    there = lambda: {name.partition(bucket.removeprefix("memory://"))[2][1:] for name in file_system().find(bucket)}
+    found = lambda: {name.partition(bucket.removeprefix("memory://"))[2][1:] for name in file_system().find(bucket)}
+    there = lambda: found() - {"mirror_id"}
     assert there() == {"config.yaml", *step(1), *step(2)}
 
     make({"config.yaml": "two"} | step(3))
@@ -122,13 +125,76 @@ def test_a_folder_becomes_its_copy_and_a_step_is_complete_last(bucket, tmp_path,
     order.clear()
     remote.push(run, bucket)
     assert there() == {"config.yaml", *step(2), *step(3)}
-    assert not any("checkpoints/2/" in name for name in order), "a step is never changed"
+    assert not any("checkpoints/2/" in name for name in order), "a step is sent once"
+    always = {"config.yaml": "two", "mirror_id": (run / "mirror_id").read_text()}
     fetched = remote.fetch_run(bucket)
-    assert contents(fetched) == {"config.yaml": "two"} | step(3)
-    assert contents(remote.fetch_run(bucket, 2)) == {"config.yaml": "two"} | step(2)
-    assert contents(remote.fetch_run(bucket, "best")) == {"config.yaml": "two"} | step(2) | step(3)
+    assert contents(fetched) == always | step(3)
+    assert contents(remote.fetch_run(bucket, 2)) == always | step(2)
+    assert contents(remote.fetch_run(bucket, "best")) == always | step(2) | step(3)
     file_system().rm(f"{bucket}/checkpoints/3/_CHECKPOINT_METADATA")
-    assert contents(remote.fetch_run(bucket)) == {"config.yaml": "two"} | step(2), "half of a step is none"
+    assert contents(remote.fetch_run(bucket)) == always | step(2), "half of a step is none"
+
+
+def make_run(folder: pathlib.Path, step: int, *, saved: str = "m", params: str = "p") -> pathlib.Path:
+    place = folder / "checkpoints" / str(step)
+    (place / "params").mkdir(parents=True, exist_ok=True)
+    (place / "params" / "data").write_text(params)
+    (place / "_CHECKPOINT_METADATA").write_text(saved)
+    return folder
+
+
+def test_a_mirror_is_that_of_one_run(bucket, tmp_path):
+    mine, other = make_run(tmp_path / "mine", 1), make_run(tmp_path / "other", 2)
+    remote.push(mine, bucket)
+    before = contents(remote.fetch(bucket))
+    with pytest.raises(ValueError, match=r"mirror of another run .*name another address.*copy all of .* into run\.dir"):
+        remote.push(other, bucket)
+    assert contents(remote.fetch(bucket)) == before
+    shutil.copytree(remote.fetch(bucket), tmp_path / "back")
+    assert remote.why_not_mirror(tmp_path / "back", bucket) is None
+    write(f"{bucket}-data/train.jsonl", "{}")
+    with pytest.raises(ValueError, match="holds files that are not a mirror's; name another address"):
+        remote.push(mine, f"{bucket}-data")
+    write(f"{bucket}-hub/.gitattributes", "")
+    remote.push(mine, f"{bucket}-hub")
+
+
+def test_a_run_without_steps_removes_none_from_its_mirror(bucket, tmp_path):
+    run = make_run(tmp_path / "run", 1)
+    remote.push(run, bucket)
+    shutil.rmtree(run / "checkpoints")
+    remote.push(run, bucket)
+    assert contents(remote.fetch(bucket))["checkpoints/1/params/data"] == "p"
+
+
+def test_another_step_of_the_same_number_replaces_the_first(bucket, tmp_path):
+    run = make_run(tmp_path / "run", 1)
+    remote.push(run, bucket)
+    remote.push(make_run(run, 1, params="longer"), bucket)
+    assert contents(remote.fetch(bucket))["checkpoints/1/params/data"] == "longer"
+    (run / "checkpoints/1/params/data").unlink()
+    make_run(run, 1, saved="M", params="LONGER")
+    remote.push(run, bucket)
+    assert contents(remote.fetch(bucket))["checkpoints/1/params/data"] == "LONGER"
+
+
+def test_results_written_into_a_fetched_run_stay(bucket, tmp_path):
+    remote.push(make_run(tmp_path / "run", 1), bucket)
+    fetched = remote.fetch_run(bucket)
+    for name in ("evals/a.json", "prepared/b", ".x.part", "stale"):
+        (fetched / name).parent.mkdir(exist_ok=True)
+        (fetched / name).write_text("of this machine")
+    remote.fetch_run(bucket)
+    kept = [name for name, content in contents(fetched).items() if content == "of this machine"]
+    assert sorted(kept) == [".x.part", "evals/a.json", "prepared/b"]
+
+
+def test_a_missing_package_is_named_when_an_address_is_read(monkeypatch):
+    monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: None if name == "gcsfs" else object())
+    with pytest.raises(
+        ModuleNotFoundError, match=r"gcsfs is missing, which gs:// takes; pip install 'memjax\[remote\]'"
+    ):
+        remote.fetch("gs://b/x")
 
 
 def test_addresses_are_told_from_paths_and_need_their_packages(monkeypatch):

@@ -5,6 +5,8 @@ import dataclasses
 import json
 import math
 import sys
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +19,7 @@ from memjax.config.log import ProfileConfig
 from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig, RunFolderConfig
 from memjax.config.training import EvalConfig
-from memjax.errors import DataError
+from memjax.errors import ConfigError, DataError
 from memjax.monitoring.profile import ProfileWindow
 from memjax.runs.folder import RunFolder
 from memjax.training import evaluation_hooks, hooks, mirror
@@ -347,6 +349,7 @@ def test_a_mirror_follows_complete_saves_and_stops_nothing(tmp_path, monkeypatch
             raise OSError("the store is gone")
 
     monkeypatch.setattr(mirror.remote, "push", push)
+    monkeypatch.setattr(mirror, "LOOK_SECONDS", 0.0)
     hook = mirror.Mirror(tmp_path, "memory://bucket")
     for number in range(1, 8):
         if number in (3, 6):
@@ -377,6 +380,57 @@ def test_a_mirror_on_the_hub_keeps_its_library_online(monkeypatch):
     monkeypatch.setitem(sys.modules, "memjax.evaluation.harness", harness)
     run = RunFolderConfig(mirror="hf://buckets/me/run")
     evaluation_hooks.Questions(RunConfig(run=run, eval=EvalConfig(tasks=("arc",))))
+
+
+def test_a_folder_that_cannot_be_listed_costs_its_mirror_a_line(tmp_path, monkeypatch, capsys):
+    trainer: Any = FakeTrainer()
+
+    def steps():
+        raise OSError("stale file handle")
+
+    trainer.checkpoints = SimpleNamespace(steps=steps)
+    monkeypatch.setattr(mirror, "LOOK_SECONDS", 0.0)
+    hook = mirror.Mirror(tmp_path, "memory://bucket")
+    for number in (2, 3):
+        hook.before_step(trainer, number)
+    assert capsys.readouterr().err.count("OSError: stale file handle") == 1
+
+
+def test_a_run_that_is_to_stop_does_not_wait_for_its_mirror(tmp_path, monkeypatch):
+    trainer: Any = FakeTrainer()
+    trainer.checkpoints = SimpleNamespace(steps=lambda: [1])
+    released, pushed = threading.Event(), []
+    monkeypatch.setattr(mirror.remote, "push", lambda *where: (pushed.append(where), released.wait(60)))
+    monkeypatch.setattr(mirror, "STOP_SECONDS", 0.1)
+    hook = mirror.Mirror(tmp_path, "memory://bucket")
+    hook.before_step(trainer, 2)
+    trainer.interrupt.name = "SIGTERM"
+    started = time.monotonic()
+    hook.end(trainer)
+    released.set()
+    assert time.monotonic() - started < 30
+    assert len(pushed) == 1
+
+
+def test_a_mirror_is_refused_before_the_first_step(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "x").touch()
+    for address, problem in (
+        (str(run / "copy"), "must be folders apart"),
+        (str(tmp_path), "must be folders apart"),
+        (str(tmp_path / "used"), "holds files that are not a mirror's"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            mirror.check_mirror(run, address)
+    mirror.check_mirror(run, str(tmp_path / "new"))
+
+    def unreachable(*where):
+        raise OSError("no network")
+
+    monkeypatch.setattr(mirror.remote, "why_not_mirror", unreachable)
+    mirror.check_mirror(run, "memory://bucket")
+    assert "run.mirror=memory://bucket: the copy is not up to date: OSError: no network" in capsys.readouterr().err
 
 
 def test_questions_and_tasks_become_metrics_of_the_step(tmp_path, trainer, monkeypatch, as_users_call):

@@ -55,6 +55,7 @@ def test_settings_that_end_alike_keep_their_whole_names():
         (["optim.lr=1,1"], "grid=optim.lr=1,1 holds a value twice"),
         (["model.memory.layers=[1,2,[3]"], "must be SETTING=VALUE"),
         (["data.path=x{y,z"], "must be SETTING=VALUE"),
+        (["run.mirror=gs://a,gs://b"], "the sweep names the folders of its runs itself"),
         (["run.dir=a,b"], "the sweep names the folders of its runs itself"),
     ],
 )
@@ -117,6 +118,17 @@ def test_every_combination_runs_and_the_first_failure_is_the_exit_code(program, 
     out = capsys.readouterr().out
     assert "[3/3] lr=0.25: started, output in" in out
     assert "lr=2: not a number after 0:0" in out
+
+
+def test_each_run_has_a_mirror_of_its_own(program, tmp_path):
+    pathlib.Path(program[1]).write_text(
+        "import pathlib, sys\n"
+        "words = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
+        "pathlib.Path(words['--run.mirror']).mkdir(parents=True)\n"
+    )
+    grid = sweep.points({"optim.lr": ["0.5", "0.25"]})
+    assert sweep.Sweep(program, tmp_path / "runs", grid, jobs=2, mirror=f"{tmp_path}/mirror/").run() == 0
+    assert sorted(path.name for path in (tmp_path / "mirror").iterdir()) == ["lr=0.25", "lr=0.5"]
 
 
 def test_a_signal_goes_on_to_the_runs_and_starts_no_more(program, tmp_path, capsys):
