@@ -72,13 +72,13 @@ class Runs:
         return process.returncode, output
 
     def stop(self, name: str, number: signal.Signals, *, at: str) -> tuple[int, str]:
-        """Sends a signal after the first line that begins so."""
+        """Sends a signal after the first line that begins so, behind the time in front of it."""
         with self.start(name) as process:
             assert process.stdout is not None
             output, sent = "", False
             for line in process.stdout:
                 output += line
-                if line.startswith(at) and not sent:
+                if re.match(rf"([-\d]+ [:\d]+ +)?{re.escape(at)}", line) and not sent:
                     process.send_signal(number)
                     sent = True
         return process.returncode, output
