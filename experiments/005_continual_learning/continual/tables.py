@@ -10,6 +10,17 @@ LEARNED = 0.70
 """Of the wordings that were never learned: what a setting must reach to be compared."""
 
 
+MEASURES = (
+    "method and rate",
+    "new facts, paraphrases",
+    "as learned",
+    "old facts lost",
+    "bits per byte",
+    "rows changed",
+)
+"""Columns of what every run measures."""
+
+
 def chosen(results: Iterable[Result]) -> list[Result]:
     """Of every method the run of the grid that forgets least of those that learn enough; else what learns most."""
     best = []
@@ -44,15 +55,7 @@ def name_of(row: Result) -> str:
 
 
 def _headline(rows: list[Result]) -> str:
-    head = (
-        "method and rate",
-        "new facts, paraphrases",
-        "as learned",
-        "old facts lost",
-        "bits per byte",
-        "rows changed",
-    )
-    head += ("numbers stored", "seconds a fact")
+    head = (*MEASURES, "numbers stored", "seconds a fact")
     lines = [
         (
             name,
@@ -105,14 +108,6 @@ def _parts(in_parts: list[Result], merged: list[Result]) -> str:
 
 
 def _grid(rows: list[Result]) -> str:
-    head = (
-        "method and rate",
-        "new facts, paraphrases",
-        "as learned",
-        "old facts lost",
-        "bits per byte",
-        "rows changed",
-    )
     lines = [
         (
             name_of(row),
@@ -124,4 +119,4 @@ def _grid(rows: list[Result]) -> str:
         )
         for row in sorted((row for row in rows if row["stage"] == "grid"), key=name_of)
     ]
-    return f"All of the grid:\n\n{markdown(head, lines)}"
+    return f"All of the grid:\n\n{markdown(MEASURES, lines)}"

@@ -24,8 +24,6 @@ from memjax.ops.tiles import ceil_div, next_power_of_two
 
 CHUNK_BYTES = 1 << 30
 """Half scores that exist at once."""
-
-
 _SCORES = 4096
 """Numbers of keys that a program reads for a single token: 64 bytes for each thread."""
 
