@@ -3,19 +3,15 @@
 A check is a list of problems in words, each beginning with `field=value`; None stands where all is well.
 """
 
-import dataclasses
 import functools
 import math
 import numbers
 import types
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from memjax.config.renamed import new_value
 from memjax.io.paths import local_path, path_or_address
-
-MOST_KEYS = 32768
-"""Sub-keys per half whose slots 32-bit numbers can count, with room for those that do not exist."""
 
 
 def refuse(problems: list[str | None]) -> None:
@@ -122,54 +118,34 @@ def _whole_numbers(**fields: Any) -> list[str | None]:
     ]
 
 
-_types = functools.cache(get_type_hints)
+@functools.cache
+def _types(owner: type, include_extras: bool = False) -> dict[str, Any]:
+    return get_type_hints(owner, include_extras=include_extras)
 
 
-def decays(**fields: float) -> list[str | None]:
-    """Fields must be in 0..1, and below 1."""
-    return [f"{name}={value} must be in 0..1 and below 1" for name, value in fields.items() if not 0 <= value < 1]
-
-
-def product_keys(*, num_keys: int, num_heads: int, top_k: int, key_dim: int, score_scale: float) -> list[str | None]:
-    """The rules of a lookup by product keys."""
-    if problems := whole(num_keys=num_keys, num_heads=num_heads, top_k=top_k, key_dim=key_dim):
-        return problems
-    return positive(num_keys=num_keys, num_heads=num_heads, score_scale=score_scale) + [
-        f"top_k={top_k} must be in 1..num_keys={num_keys}: each half offers only num_keys candidates"
-        if not 1 <= top_k <= num_keys
-        else None,
-        f"num_keys={num_keys} must be at most {MOST_KEYS}: slot numbers are 32-bit" if num_keys > MOST_KEYS else None,
-        f"key_dim={key_dim} must be positive and even: it is split into two halves"
-        if key_dim <= 0 or key_dim % 2
-        else None,
+def ranges(config: Any) -> list[str | None]:
+    """Problems with values outside of the ranges that the types of a config's fields name (`memjax.config.section`)."""
+    return [
+        problem
+        for name, kind in _types(type(config), include_extras=True).items()
+        for one in _union(kind)
+        for check in getattr(one, "__metadata__", ())
+        for problem in check(**{name: getattr(config, name)})
     ]
 
 
-def experts(
-    *, num_experts: int, ffn_dim: int | None, routing: str, top_k: int, renormalize: bool, capacity_factor: float
-) -> list[str | None]:
-    """The rules of a mixture of experts."""
-    problems = whole(num_experts=num_experts, ffn_dim=ffn_dim, top_k=top_k)
-    if problems := problems + one_of(("token_choice", "expert_choice"), routing=routing):
-        return problems
-    by_token = routing == "token_choice"
-    return positive(num_experts=num_experts, ffn_dim=ffn_dim) + [
-        f"top_k={top_k} must be in 1..num_experts={num_experts}"
-        if by_token and not 1 <= top_k <= num_experts
-        else None,
-        f"renormalize={renormalize} would leave the router nothing to learn from with top_k={top_k}, "
-        "routing=token_choice is needed, and top_k above 1: a single weight would always be 1"
-        if renormalize and (top_k == 1 or not by_token)
-        else None,
-        f"capacity_factor={capacity_factor} must be above 0 and at most num_experts={num_experts}"
-        if not by_token and not 0 < capacity_factor <= num_experts
-        else None,
+def share(**fields: float) -> list[str | None]:
+    """Fields must be in 0..1."""
+    return [f"{name}={value} must be in 0..1" for name, value in fields.items() if not 0 <= value <= 1]
+
+
+def below_one(**fields: float | None) -> list[str | None]:
+    """Fields must be in 0..1 and below 1, or null."""
+    return [
+        f"{name}={value} must be in 0..1 and below 1"
+        for name, value in fields.items()
+        if value is not None and not 0 <= value < 1
     ]
-
-
-def row_rule(*, beta1: float, beta2: float, eps: float, state_columns: int | None) -> list[str | None]:
-    """The rules of an optimizer of table rows."""
-    return decays(beta1=beta1, beta2=beta2) + positive(eps=eps) + counts(state_columns=state_columns)
 
 
 def local_paths(section: Any, *names: str, remote: bool = False) -> list[str | None]:
@@ -197,29 +173,9 @@ def local_paths(section: Any, *names: str, remote: bool = False) -> list[str | N
     return problems
 
 
-def layers_problems(layers: tuple[int, ...]) -> list[str | None]:
+def block_numbers(layers: tuple[int, ...]) -> Iterator[str]:
     """Why a list of blocks cannot be."""
-    return [
-        f"layers={list(layers)} must name at least one block; for none, set the section to null"
-        if not layers
-        else None,
-        f"layers={list(layers)} must be in rising order, each block once"
-        if list(layers) != sorted(set(layers))
-        else None,
-    ]
-
-
-Section = TypeVar("Section")
-
-
-def with_settings(owner: type, config: Section, settings: Mapping[str, Any]) -> Section:
-    """The settings of a layer: a section of the config with some fields replaced.
-
-    Raises:
-        TypeError: there is no such field.
-        ValueError: a value is out of its range.
-    """
-    known = [field.name for field in dataclasses.fields(config)]  # pyright: ignore[reportArgumentType]  # a dataclass
-    if unknown := [name for name in settings if name not in known]:
-        raise TypeError(f"{owner.__name__} has no setting {', '.join(unknown)}; known: {', '.join(known)}")
-    return dataclasses.replace(config, **settings)  # pyright: ignore[reportArgumentType]
+    if not layers:
+        yield "layers=[] must name at least one block; for none, set the section to null"
+    if list(layers) != sorted(set(layers)):
+        yield f"layers={list(layers)} must be in rising order, each block once"

@@ -2,13 +2,15 @@
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import Literal
 
-from memjax.config.checks import local_paths, not_negative, positive, refuse, typed
+from memjax.config.checks import local_paths
+from memjax.config.section import BelowOne, NotNegative, Positive, Section, Share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TokenizerConfig:
+class TokenizerConfig(Section):
     """How text becomes token ids."""
 
     kind: Literal["byte", "bpe", "hf", "sentencepiece", "tiktoken"] = "bpe"
@@ -16,7 +18,7 @@ class TokenizerConfig:
     read from a file: hf a tokenizer.json with a byte-level BPE, sentencepiece a .model, tiktoken a file of ranks."""
     path: str | None = None
     """The file (hf, sentencepiece and tiktoken); the run keeps a copy."""
-    train_bytes: int = 10_000_000
+    train_bytes: Positive[int] = 10_000_000
     """Text of the corpus, in bytes, that a BPE is trained on (spread evenly over it)."""
     bos: str | None = None
     """The file's special token that begins a text; null: the one of a known name, or the one that ends texts."""
@@ -33,57 +35,34 @@ class TokenizerConfig:
     adds_bos: bool = True
     """Whether prompts begin with the begin token, in generation and evaluation; records of a training always do."""
 
-    def __post_init__(self) -> None:
-        from_file = self.kind not in ("byte", "bpe")
-        typed(self)
-        refuse(
-            positive(train_bytes=self.train_bytes)
-            + local_paths(self, "path")
-            + [
-                f"{name}={value} is for a tokenizer from a file; set kind to hf, sentencepiece or tiktoken"
-                for name, value in (("path", self.path), ("bos", self.bos), ("eos", self.eos))
-                if value is not None and not from_file
-            ]
-            + [
-                f"added_tokens={list(self.added_tokens)} is for kind sentencepiece, whose files lack added tokens"
-                if self.added_tokens and self.kind != "sentencepiece"
-                else None
-            ]
-            + [
-                f"special_tokens={list(self.special_tokens)} must name each token once, and none may be empty"
-                if len(set(self.special_tokens)) < len(self.special_tokens) or "" in self.special_tokens
-                else None
-            ]
-        )
+    def problems(self) -> Iterator[str | None]:
+        """Settings that are for another kind."""
+        yield from local_paths(self, "path")
+        for name, value in (("path", self.path), ("bos", self.bos), ("eos", self.eos)):
+            if value is not None and self.kind in ("byte", "bpe"):
+                yield f"{name}={value} is for a tokenizer from a file; set kind to hf, sentencepiece or tiktoken"
+        if self.added_tokens and self.kind != "sentencepiece":
+            yield f"added_tokens={list(self.added_tokens)} is for kind sentencepiece, whose files lack added tokens"
+        if len(set(self.special_tokens)) < len(self.special_tokens) or "" in self.special_tokens:
+            yield f"special_tokens={list(self.special_tokens)} must name each token once, and none may be empty"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class BiographiesConfig:
+class BiographiesConfig(Section):
     """Generated people with six facts each, told in several wordings and asked about in questions."""
 
-    num_people: int = 500
+    num_people: Positive[int] = 500
     """People, each with a full name of their own."""
     form: Literal["fact", "biography"] = "fact"
     """fact: one sentence a record; biography: all six sentences of a person in an order redrawn every time."""
-    held_out_fraction: float = 0.5
+    held_out_fraction: Share[float] = 0.5
     """Share of the people whose questions are never asked in training (their facts are told)."""
     seed: int = 0
     """Draws the people and their facts."""
 
-    def __post_init__(self) -> None:
-        typed(self)
-        refuse(
-            positive(num_people=self.num_people)
-            + [
-                f"held_out_fraction={self.held_out_fraction} must be in 0..1"
-                if not 0 <= self.held_out_fraction <= 1
-                else None
-            ]
-        )
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class MixtureConfig:
+class MixtureConfig(Section):
     """One part of a mixture."""
 
     name: str
@@ -92,24 +71,18 @@ class MixtureConfig:
     """File, folder or glob, as in data.path."""
     source: Literal["files", "jsonl", "text"] = "files"
     """How its files are read, as in data.source."""
-    weight: float = 1.0
+    weight: Positive[float] = 1.0
     """Share of the tokens of the training, relative to the weights of the other parts."""
 
-    def __post_init__(self) -> None:
-        typed(self)
-        refuse(
-            positive(weight=self.weight)
-            + local_paths(self, "path", remote=True)
-            + [
-                f"name={self.name} must consist of letters, digits, - and _: a folder and metrics are named after it"
-                if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name)
-                else None
-            ]
-        )
+    def problems(self) -> Iterator[str | None]:
+        """A path or a name that is none."""
+        yield from local_paths(self, "path", remote=True)
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            yield f"name={self.name} must consist of letters, digits, - and _: a folder and metrics are named after it"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
+class DataConfig(Section):
     """What the model reads, and how records become batches."""
 
     source: Literal["biographies", "jsonl", "text", "files", "huggingface", "mixture"] = "biographies"
@@ -127,18 +100,18 @@ class DataConfig:
     """Parts that are mixed (source: mixture), as {name, path, weight, source} each."""
     validation_path: str | None = None
     """The validation data; null holds the last validation_fraction of the records (of every part) out of training."""
-    validation_fraction: float = 0.005
+    validation_fraction: BelowOne[float] = 0.005
     """Share of the records held out when validation_path is null."""
     prepared: str | None = None
     """Folder of the tokenised data; null: `prepared` in the run's folder. Compressed files, Parquet, ArrayRecord,
     mixtures and whatever is read with malformed: skip are tokenised there before the training; see memjax.prepare."""
     malformed: Literal["strict", "skip"] = "strict"
     """strict: a record that cannot be used ends the run; skip: it is left out, counted and reported."""
-    max_malformed: int = 1000
+    max_malformed: NotNegative[int] = 1000
     """The most records that may be left out of a part (malformed: skip); more end the run."""
     damaged_files: Literal["strict", "skip"] = "strict"
     """strict: a file of which a part cannot be read ends the run; skip: the rest of it is used (malformed: skip)."""
-    max_record_bytes: int = 64_000_000
+    max_record_bytes: Positive[int] = 64_000_000
     """The largest record; a larger one is malformed, and is never read into memory."""
     text_key: str = "text"
     """Field (JSON, Parquet) with a whole document; all its tokens are learned."""
@@ -146,9 +119,9 @@ class DataConfig:
     """Field with a prompt, used in records without text_key; its tokens are read, not learned."""
     answer_key: str = "answer"
     """Field with the answer to the prompt; only its tokens are learned."""
-    sequence_length: int = 64
+    sequence_length: Positive[int] = 64
     """Tokens the model sees at once."""
-    batch_size: int = 32
+    batch_size: Positive[int] = 32
     """Sequences per optimizer step, over all devices and micro-batches."""
     packing: Literal["none", "concat", "first_fit"] = "first_fit"
     """none: one record a sequence, cut and padded; concat: records end to end, unpadded; first_fit: whole records."""
@@ -156,44 +129,28 @@ class DataConfig:
     """Attention and positions stay inside a record when several share a sequence."""
     shuffle: bool = True
     """Shuffle all records anew in every epoch."""
-    num_workers: int = 0
+    num_workers: NotNegative[int] = 0
     """Processes that read and tokenise; 0 uses threads of this process."""
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     """How text becomes token ids."""
     biographies: BiographiesConfig = dataclasses.field(default_factory=BiographiesConfig)
     """The generated people (source: biographies)."""
 
-    def __post_init__(self) -> None:
+    def problems(self) -> Iterator[str | None]:
+        """Paths and names that are none, and settings that are for another source."""
+        yield from local_paths(self, "path", "validation_path", remote=True)
+        yield from local_paths(self, "prepared")
+        if self.source == "mixture" and not self.mixture:
+            yield f"source={self.source} needs the parts to mix; list them in mixture, as {{name, path, weight}} each"
+        if self.source != "mixture" and self.mixture:
+            yield f"source={self.source} does not read mixture; set source to mixture, or remove the list"
+        if self.source == "mixture" and self.path is not None:
+            yield f"path={self.path} is not read with source=mixture; make it a part of mixture"
         names = [part.name for part in self.mixture]
-        typed(self)
-        refuse(
-            positive(
-                sequence_length=self.sequence_length,
-                batch_size=self.batch_size,
-                max_record_bytes=self.max_record_bytes,
-            )
-            + not_negative(num_workers=self.num_workers, max_malformed=self.max_malformed)
-            + local_paths(self, "path", "validation_path", remote=True)
-            + local_paths(self, "prepared")
-            + [
-                f"source={self.source} needs the parts to mix; list them in mixture, as {{name, path, weight}} each"
-                if self.source == "mixture" and not self.mixture
-                else None,
-                f"source={self.source} does not read mixture; set source to mixture, or remove the list"
-                if self.source != "mixture" and self.mixture
-                else None,
-                f"path={self.path} is not read with source=mixture; make it a part of mixture"
-                if self.source == "mixture" and self.path is not None
-                else None,
-                f"mixture={names} must give every part a name of its own" if len(set(names)) < len(names) else None,
-                f"split={self.split} must be the name of a split, such as train; validation_fraction holds a part out"
-                if not re.fullmatch(r"\w[\w.-]*", self.split)
-                else None,
-                f"validation_fraction={self.validation_fraction} must be in 0..1 and below 1"
-                if not 0 <= self.validation_fraction < 1
-                else None,
-            ]
-        )
+        if len(set(names)) < len(names):
+            yield f"mixture={names} must give every part a name of its own"
+        if not re.fullmatch(r"\w[\w.-]*", self.split):
+            yield f"split={self.split} must be the name of a split, such as train; validation_fraction holds a part out"
 
     @property
     def rows_hold_documents(self) -> bool:

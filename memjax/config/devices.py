@@ -1,22 +1,25 @@
 """How devices and processes train one model together."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Iterator
+from typing import ClassVar, Literal
 
-from memjax.config.checks import not_negative, positive, refuse, typed
+from memjax.config.section import NotNegative, Positive, Section
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class MeshConfig:
+class MeshConfig(Section):
     """How devices are arranged. The batch is split over `data` and `memory`, the tables' columns over `memory`, the
     matrices of the dense blocks and the vocabulary over `tensor`.
     """
 
-    data: int | None = None
+    PLACE: ClassVar[str | None] = "mesh"
+
+    data: Positive[int] | None = None
     """Devices along the data axis; null takes all that `memory` and `tensor` leave."""
-    memory: int = 1
+    memory: Positive[int] = 1
     """Devices along the memory axis: each holds value_dim / memory columns of every table row."""
-    tensor: int = 1
+    tensor: Positive[int] = 1
     """Devices along the tensor axis, which work on the same tokens: each has a part of the attention heads, of the
     feed-forward layers' hidden units and of the vocabulary. Must divide model.num_heads, model.num_kv_heads,
     model.ffn_dim and model.vocab_size."""
@@ -27,10 +30,6 @@ class MeshConfig:
     """How row gradients cross the data axis. all_gather: every device gets and sorts the picks of all; all_reduce:
     each replica sums its own to a gradient of the table's size, and these are added up; auto: what takes fewer
     bytes. Those of micro-batches: all_gather keeps all until the update, all_reduce sums them as they come."""
-
-    def __post_init__(self) -> None:
-        typed(self, "mesh")
-        refuse(positive(data=self.data, memory=self.memory, tensor=self.tensor))
 
     @property
     def devices_per_replica(self) -> int:
@@ -48,32 +47,24 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ProcessesConfig:
+class ProcessesConfig(Section):
     """Processes that train one model together, on one machine or on many. All of them are started with one command."""
 
-    count: int | None = None
+    count: Positive[int] | None = None
     """Their number; null asks SLURM or MPI, and is 1 without them. 1 trains alone, whatever they say."""
-    index: int | None = None
+    index: NotNegative[int] | None = None
     """The number of this process, from 0; null asks SLURM, MPI or Kubernetes."""
     coordinator: str | None = None
     """host:port where process 0 waits for the others; null is the first machine of a SLURM job."""
-    start_timeout: int = 300
+    start_timeout: Positive[int] = 300
     """Seconds to wait for the others at the start."""
-    heartbeat_timeout: int = 30
+    heartbeat_timeout: Positive[int] = 30
     """Seconds without a sign of life after which a process counts as gone, and the others end."""
 
-    def __post_init__(self) -> None:
-        typed(self)
+    def problems(self) -> Iterator[str]:
+        """An address or a number that cannot be."""
         host, _, port = (self.coordinator or "host:1").rpartition(":")
-        refuse(
-            positive(count=self.count, start_timeout=self.start_timeout, heartbeat_timeout=self.heartbeat_timeout)
-            + not_negative(index=self.index)
-            + [
-                f"coordinator={self.coordinator} must be HOST:PORT, as in node1:12345"
-                if not (host and port.isdecimal())
-                else None,
-                f"index={self.index} must be below count={self.count}: the first process is 0"
-                if self.index is not None and self.count is not None and self.index >= self.count
-                else None,
-            ]
-        )
+        if not (host and port.isdecimal()):
+            yield f"coordinator={self.coordinator} must be HOST:PORT, as in node1:12345"
+        if self.index is not None and self.count is not None and self.index >= self.count:
+            yield f"index={self.index} must be below count={self.count}: the first process is 0"

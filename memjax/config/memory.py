@@ -1,15 +1,19 @@
 """Blocks that read tables: memory layers and PEER, and the tables they read."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Iterator
+from typing import ClassVar, Literal
 
-from memjax.config import checks
-from memjax.config.checks import counts, layers_problems, positive, refuse
+from memjax.config.checks import block_numbers
 from memjax.config.dtype import DType
+from memjax.config.section import Positive, Section
+
+MOST_KEYS = 32768
+"""Sub-keys per half whose slots 32-bit numbers can count, with room for those that do not exist."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class LookupConfig:
+class LookupConfig(Section):
     """A section of the model's settings whose blocks read tables.
 
     `memjax.memory.kinds` has the layer of each. In a ModelConfig the name of its field is the name of the kind.
@@ -52,9 +56,9 @@ class ProductKeyConfig(LookupConfig):
 
     layers: tuple[int, ...]
     """Blocks (0-based) that have a lookup."""
-    num_keys: int = 64
+    num_keys: Positive[int] = 64
     """Sub-keys per half; the table has num_keys squared slots."""
-    num_heads: int = 2
+    num_heads: Positive[int] = 2
     """Independent lookups per token; their outputs add up."""
     top_k: int = 8
     """Slots read per head and token."""
@@ -62,28 +66,26 @@ class ProductKeyConfig(LookupConfig):
     """Width of a query and of a whole key (each half has key_dim / 2)."""
     qk_norm: bool = True
     """Scale both halves of queries and keys to unit length before they are compared."""
-    score_scale: float = 4.0
+    score_scale: Positive[float] = 4.0
     """Factor on the scores before the softmax (the paper: 1, without qk_norm)."""
-    value_init_scale: float = 4.0
+    value_init_scale: Positive[float] = 4.0
     """Initial standard deviation of the table, in units of value_dim ** -0.5 (the paper: 1)."""
     shared_table: bool = True
     """All these layers read one table; false gives each layer its own."""
     table_dtype: DType = "auto"
     """auto: bfloat16 on GPUs, float32 on CPUs."""
 
-    def __post_init__(self) -> None:
-        checks.typed(self)
-        refuse(
-            checks.product_keys(
-                num_keys=self.num_keys,
-                num_heads=self.num_heads,
-                top_k=self.top_k,
-                key_dim=self.key_dim,
-                score_scale=self.score_scale,
+    def problems(self) -> Iterator[str | None]:
+        """Sizes that no lookup can have."""
+        if not 1 <= self.top_k <= self.num_keys:
+            yield (
+                f"top_k={self.top_k} must be in 1..num_keys={self.num_keys}: each half offers only num_keys candidates"
             )
-            + positive(value_init_scale=self.value_init_scale)
-            + layers_problems(self.layers)
-        )
+        if self.num_keys > MOST_KEYS:
+            yield f"num_keys={self.num_keys} must be at most {MOST_KEYS}: slot numbers are 32-bit"
+        if self.key_dim <= 0 or self.key_dim % 2:
+            yield f"key_dim={self.key_dim} must be positive and even: it is split into two halves"
+        yield from block_numbers(self.layers)
 
     @property
     def num_slots(self) -> int:
@@ -108,12 +110,14 @@ Placement = Literal["replace", "parallel"]
 class MemoryConfig(ProductKeyConfig):
     """Memory layers: which blocks have one, and the sizes of the lookup."""
 
+    PLACE: ClassVar[str | None] = "model.memory"
+
     layers: tuple[int, ...] = (1, 2)
     """Blocks (0-based) that have a memory layer."""
     placement: Placement = "replace"
     """replace: the memory takes the feed-forward layer's place (the paper); parallel: the block has both, and adds them
     up; what the memory adds is scaled by learned numbers that begin at zero, so that at first it changes nothing."""
-    value_dim: int | None = None
+    value_dim: Positive[int] | None = None
     """Width of a table row; null means model.dim."""
     gate: Gate = "silu"
     """silu: Memory+, out = W2 (y * silu(W1 x)); none: the plain memory layer."""
@@ -121,11 +125,6 @@ class MemoryConfig(ProductKeyConfig):
     """Scale each token's output by a learned number between 0 and 1 (the paper's '+gated')."""
     shared_table: bool = True
     """All memory layers read one table; false gives each layer its own."""
-
-    def __post_init__(self) -> None:
-        checks.typed(self, "model.memory")
-        ProductKeyConfig.__post_init__(self)
-        refuse(counts(value_dim=self.value_dim))
 
     def width(self, dim: int) -> int:
         """Columns of the tables, in a model of width dim."""
@@ -143,11 +142,11 @@ class PEERConfig(ProductKeyConfig):
 
     layers: tuple[int, ...] = (1,)
     """Blocks (0-based) that have a PEER layer in place of the feed-forward layer."""
-    num_keys: int = 64
+    num_keys: Positive[int] = 64
     """Sub-keys per half; there are num_keys squared experts."""
     top_k: int = 8
     """Experts used per head and token."""
-    value_init_scale: float = 4.0
+    value_init_scale: Positive[float] = 4.0
     """Initial standard deviation of both tables, in units of model.dim ** -0.5 (the paper: 1)."""
     shared_table: bool = True
     """All these layers use the same experts; false gives each layer its own."""

@@ -2,23 +2,23 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
-from memjax.config import checks
-from memjax.config.checks import layers_problems, not_negative, positive, refuse
+from memjax.config.checks import block_numbers
 from memjax.config.dtype import DType
 from memjax.config.memory import LookupConfig, MemoryConfig, PEERConfig, TableSizes
+from memjax.config.section import NotNegative, Positive, Section
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ExpertsConfig:
+class ExpertsConfig(Section):
     """A mixture of experts: several feed-forward layers in a block, of which each token uses a few."""
 
     layers: tuple[int, ...] | None = None
     """Blocks (0-based) that have experts; null means every block that no other list names."""
-    num_experts: int = 8
+    num_experts: Positive[int] = 8
     """Feed-forward layers in a block."""
-    ffn_dim: int | None = None
+    ffn_dim: Positive[int] | None = None
     """Hidden width of an expert; null means model.ffn_dim."""
     routing: Literal["token_choice", "expert_choice"] = "token_choice"
     """token_choice: each token takes its top_k best experts, and none is turned away; expert_choice: in training each
@@ -30,26 +30,26 @@ class ExpertsConfig:
     """Scale the weights of a token's experts so that they add up to 1 (token_choice, top_k above 1)."""
     capacity_factor: float = 1.0
     """Experts that a token is taken by on average in training (expert_choice)."""
-    aux_loss_weight: float = 0.01
+    aux_loss_weight: NotNegative[float] = 0.01
     """Weight of the load-balance loss in the training. It is 1 where tokens spread evenly over the experts, and more
     where they crowd (with expert_choice: where they would)."""
-    z_loss_weight: float = 0.001
+    z_loss_weight: NotNegative[float] = 0.001
     """Weight of the router's z loss in the training, which keeps its logits small."""
 
-    def __post_init__(self) -> None:
-        checks.typed(self)
-        refuse(
-            checks.experts(
-                num_experts=self.num_experts,
-                ffn_dim=self.ffn_dim,
-                routing=self.routing,
-                top_k=self.top_k,
-                renormalize=self.renormalize,
-                capacity_factor=self.capacity_factor,
+    def problems(self) -> Iterator[str]:
+        """Numbers that do not go with the routing, and blocks that cannot be."""
+        by_token = self.routing == "token_choice"
+        if by_token and not 1 <= self.top_k <= self.num_experts:
+            yield f"top_k={self.top_k} must be in 1..num_experts={self.num_experts}"
+        if self.renormalize and (self.top_k == 1 or not by_token):
+            yield (
+                f"renormalize={self.renormalize} would leave the router nothing to learn from with top_k={self.top_k}, "
+                "routing=token_choice is needed, and top_k above 1: a single weight would always be 1"
             )
-            + not_negative(aux_loss_weight=self.aux_loss_weight, z_loss_weight=self.z_loss_weight)
-            + (layers_problems(self.layers) if self.layers is not None else [])
-        )
+        if not by_token and not 0 < self.capacity_factor <= self.num_experts:
+            yield (f"capacity_factor={self.capacity_factor} must be above 0 and at most num_experts={self.num_experts}")
+        if self.layers is not None:
+            yield from block_numbers(self.layers)
 
     @property
     def chosen(self) -> int:
@@ -61,71 +61,53 @@ RopeScalingKind = Literal["llama3", "linear", "dynamic", "yarn", "longrope"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class RopeScalingConfig:
+class RopeScalingConfig(Section):
     """Slower rotary frequencies, with which a model reads longer texts than those of its first training."""
 
     kind: RopeScalingKind = "llama3"
     """llama3: as Llama 3.1; linear: all frequencies by one factor; dynamic: a larger base for rows beyond
     original_length (NTK); yarn: slow frequencies only, and sharper attention (arXiv:2309.00071); longrope: a factor for
     each frequency, one list of them for short rows and one for rows beyond original_length (arXiv:2402.13753)."""
-    factor: float = 8.0
+    factor: Positive[float] = 8.0
     """What slow frequencies are divided by: how much longer texts may get."""
-    low_freq_factor: float = 1.0
+    low_freq_factor: Positive[float] = 1.0
     """Frequencies of fewer turns than this within original_length are slow (llama3)."""
     high_freq_factor: float = 4.0
     """Frequencies of more turns than this within original_length stay as they are; those between are blended
     (llama3)."""
-    original_length: int = 8192
+    original_length: Positive[int] = 8192
     """Tokens in the longest texts of the first training."""
-    beta_fast: float = 32.0
+    beta_fast: Positive[float] = 32.0
     """Frequencies of more turns than this within original_length stay as they are (yarn)."""
-    beta_slow: float = 1.0
+    beta_slow: Positive[float] = 1.0
     """Frequencies of fewer turns than this within original_length are divided by factor (yarn)."""
     truncate: bool = True
     """Whether the borders between fast and slow frequencies are rounded to whole dimensions (yarn)."""
-    attention_factor: float | None = None
+    attention_factor: Positive[float] | None = None
     """Factor on rotated queries and keys; null computes it from the other settings (yarn and longrope)."""
-    mscale: float | None = None
+    mscale: Positive[float] | None = None
     """With mscale_all_dim, another way to that factor (yarn)."""
-    mscale_all_dim: float | None = None
+    mscale_all_dim: Positive[float] | None = None
     """See mscale (yarn)."""
     short_factor: tuple[float, ...] = ()
     """What each frequency is divided by in rows of at most original_length tokens (longrope)."""
     long_factor: tuple[float, ...] = ()
     """What each frequency is divided by in longer rows (longrope)."""
 
-    def __post_init__(self) -> None:
+    def problems(self) -> Iterator[str]:
+        """Numbers that do not go together, or not with the kind."""
+        if self.high_freq_factor <= self.low_freq_factor:
+            yield f"high_freq_factor={self.high_freq_factor} must be above low_freq_factor={self.low_freq_factor}"
+        if self.original_length == 1:
+            yield f"original_length={self.original_length} must be at least 2"
+        if self.beta_fast < self.beta_slow:
+            yield f"beta_fast={self.beta_fast} must be at least beta_slow={self.beta_slow}"
         is_longrope = self.kind == "longrope"
-        checks.typed(self)
-        refuse(
-            positive(
-                factor=self.factor,
-                low_freq_factor=self.low_freq_factor,
-                original_length=self.original_length,
-                beta_fast=self.beta_fast,
-                beta_slow=self.beta_slow,
-                attention_factor=self.attention_factor,
-                mscale=self.mscale,
-                mscale_all_dim=self.mscale_all_dim,
-            )
-            + [
-                f"high_freq_factor={self.high_freq_factor} must be above low_freq_factor={self.low_freq_factor}"
-                if self.high_freq_factor <= self.low_freq_factor
-                else None,
-                f"original_length={self.original_length} must be at least 2" if self.original_length == 1 else None,
-                f"beta_fast={self.beta_fast} must be at least beta_slow={self.beta_slow}"
-                if self.beta_fast < self.beta_slow
-                else None,
-                f"kind={self.kind} needs short_factor and long_factor, other kinds must leave them empty"
-                if not is_longrope == bool(self.short_factor) == bool(self.long_factor)
-                else None,
-                *(
-                    f"{name} must hold positive numbers"
-                    for name, factors in (("short_factor", self.short_factor), ("long_factor", self.long_factor))
-                    if any(factor <= 0 for factor in factors)
-                ),
-            ]
-        )
+        if bool(self.short_factor) != is_longrope or bool(self.long_factor) != is_longrope:
+            yield f"kind={self.kind} needs short_factor and long_factor, other kinds must leave them empty"
+        for name, factors in (("short_factor", self.short_factor), ("long_factor", self.long_factor)):
+            if any(factor <= 0 for factor in factors):
+                yield f"{name} must hold positive numbers"
 
 
 QKNorm = Literal["none", "per_head", "all_heads"]
@@ -134,18 +116,20 @@ MOST_LAYERS = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
+class ModelConfig(Section):
     """The decoder: Llama's shape, with memory layers or experts in place of some feed-forward layers."""
 
-    dim: int = 64
+    PLACE: ClassVar[str | None] = "model"
+
+    dim: Positive[int] = 64
     """Width of the residual stream."""
-    num_layers: int = 3
+    num_layers: Positive[int] = 3
     """Number of blocks."""
-    num_heads: int = 2
+    num_heads: Positive[int] = 2
     """Query heads of the attention."""
-    num_kv_heads: int | None = None
+    num_kv_heads: Positive[int] | None = None
     """Key and value heads (grouped-query attention); null means num_heads."""
-    head_dim: int | None = None
+    head_dim: Positive[int] | None = None
     """Width of an attention head; null means dim / num_heads."""
     attention_bias: bool = False
     """Whether the projections of the attention have biases."""
@@ -154,25 +138,25 @@ class ModelConfig:
     qk_norm: QKNorm = "none"
     """RMSNorm of queries and keys before they are rotated: over the width of each head (Qwen 3), or over all heads
     (OLMo 2)."""
-    ffn_dim: int = 96
+    ffn_dim: Positive[int] = 96
     """Hidden width of the feed-forward layers."""
-    vocab_size: int = 2048
+    vocab_size: Positive[int] = 2048
     """Rows of the embedding; a tokenizer with more tokens is refused, a trained one stays within it."""
-    rope_theta: float = 10000.0
+    rope_theta: Positive[float] = 10000.0
     """Base of the rotary position frequencies."""
     rope_scaling: RopeScalingConfig | None = None
     """Slower rotary frequencies for longer texts; null keeps them all."""
     rope_free_layers: tuple[int, ...] = ()
     """Blocks (0-based) whose attention has no rotary positions (SmolLM 3)."""
-    sliding_window: int | None = None
+    sliding_window: Positive[int] | None = None
     """Tokens that a token sees, itself and those before it; null for all of its document."""
-    norm_eps: float = 1e-5
+    norm_eps: Positive[float] = 1e-5
     """Added to the mean square in every RMSNorm."""
     norm_placement: Literal["pre", "post"] = "pre"
     """RMSNorm of what attention and feed-forward layer read, or of what they give before it is added (post: OLMo 2)."""
     tie_embeddings: bool = False
     """Use the embedding matrix as the output matrix too."""
-    embedding_init_std: float | None = 1.0
+    embedding_init_std: Positive[float] | None = 1.0
     """Initial standard deviation of the embedding; null means dim ** -0.5 (the paper)."""
     dtype: DType = "auto"
     """Type of activations and matrix products; auto: bfloat16 on GPUs, float32 on CPUs."""
@@ -185,44 +169,24 @@ class ModelConfig:
     peer: PEERConfig | None = None
     """Experts that are looked up like memories, in place of feed-forward layers; null for none."""
 
-    def __post_init__(self) -> None:
-        kv_heads = self.kv_heads
-        checks.typed(self, "model")
-        refuse(
-            positive(
-                dim=self.dim,
-                num_layers=self.num_layers,
-                num_heads=self.num_heads,
-                num_kv_heads=self.num_kv_heads,
-                head_dim=self.head_dim,
-                ffn_dim=self.ffn_dim,
-                vocab_size=self.vocab_size,
-                rope_theta=self.rope_theta,
-                sliding_window=self.sliding_window,
-                norm_eps=self.norm_eps,
-                embedding_init_std=self.embedding_init_std,
-            )
-            + [
+    def problems(self) -> Iterator[str]:
+        """Sizes that do not divide each other, and blocks that cannot be."""
+        if self.head_dim is None and self.num_heads > 0 and (self.dim % self.num_heads or self.head_width % 2):
+            yield (
                 f"num_heads={self.num_heads} must divide dim={self.dim} into heads of an even width, or head_dim be set"
-                if self.head_dim is None and self.num_heads > 0 and (self.dim % self.num_heads or self.head_width % 2)
-                else None,
-                f"head_dim={self.head_dim} must be even: rotary positions turn pairs of numbers"
-                if self.head_dim is not None and self.head_dim % 2
-                else None,
-                f"num_layers={self.num_layers} must be at most {MOST_LAYERS}: every block is compiled by itself"
-                if self.num_layers > MOST_LAYERS
-                else None,
-                f"num_kv_heads={kv_heads} must divide num_heads={self.num_heads}"
-                if kv_heads > 0 and self.num_heads % kv_heads
-                else None,
-                f"rope_free_layers={list(self.rope_free_layers)} must rise and lie within 0..{self.num_layers - 1}"
-                if list(self.rope_free_layers) != sorted(set(self.rope_free_layers))
-                or not all(0 <= layer < self.num_layers for layer in self.rope_free_layers)
-                else None,
-            ]
-            + list(self._rope_problems())
-            + (list(self._kind_problems()) if self.num_layers <= MOST_LAYERS else [])
-        )
+            )
+        if self.head_dim is not None and self.head_dim % 2:
+            yield f"head_dim={self.head_dim} must be even: rotary positions turn pairs of numbers"
+        if self.num_layers > MOST_LAYERS:
+            yield f"num_layers={self.num_layers} must be at most {MOST_LAYERS}: every block is compiled by itself"
+        if self.kv_heads > 0 and self.num_heads % self.kv_heads:
+            yield f"num_kv_heads={self.kv_heads} must divide num_heads={self.num_heads}"
+        free = list(self.rope_free_layers)
+        if free != sorted(set(free)) or not all(0 <= layer < self.num_layers for layer in free):
+            yield f"rope_free_layers={free} must rise and lie within 0..{self.num_layers - 1}"
+        yield from self._rope_problems()
+        if self.num_layers <= MOST_LAYERS:
+            yield from self._kind_problems()
 
     def _rope_problems(self) -> Iterator[str]:
         """Factors of frequencies that the heads do not have."""

@@ -2,18 +2,20 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
-from memjax.config.checks import local_paths, refuse, typed
+from memjax.config.checks import local_paths
 from memjax.config.data import DataConfig
 from memjax.config.devices import MeshConfig, ProcessesConfig
 from memjax.config.log import LogConfig
 from memjax.config.model import ModelConfig
 from memjax.config.optim import OptimConfig, TableOptimConfig
+from memjax.config.section import Section
 from memjax.config.training import CheckpointConfig, EvalConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class RunFolderConfig:
+class RunFolderConfig(Section):
     """Where the run lives and what makes it repeatable."""
 
     dir: str = "runs/quickstart"
@@ -32,21 +34,16 @@ class RunFolderConfig:
     the user's cache folder (at most 2 GB; MEMJAX_COMPILE_CACHE in the environment names another or says off, and is for
     evaluate and generate too); null keeps none."""
 
-    def __post_init__(self) -> None:
-        typed(self)
-        refuse(
-            [
-                *local_paths(self, "dir", "compile_cache"),
-                *local_paths(self, "mirror", remote=True),
-                f"mirror={self.mirror} cannot be written to; name a folder, or an address such as gs://bucket/run"
-                if self.mirror and self.mirror.startswith(("http://", "https://"))
-                else None,
-            ]
-        )
+    def problems(self) -> Iterator[str | None]:
+        """Paths that are none."""
+        yield from local_paths(self, "dir", "compile_cache")
+        yield from local_paths(self, "mirror", remote=True)
+        if self.mirror and self.mirror.startswith(("http://", "https://")):
+            yield f"mirror={self.mirror} cannot be written to; name a folder, or an address such as gs://bucket/run"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class RunConfig:
+class RunConfig(Section):
     """A whole run."""
 
     run: RunFolderConfig = dataclasses.field(default_factory=RunFolderConfig)
@@ -68,71 +65,68 @@ class RunConfig:
         """
         return "chunked" if self.run.deterministic else self.train.attention
 
-    def __post_init__(self) -> None:
-        problems: list[str | None] = [
-            "train.attention=cudnn cannot repeat its bits, which run.deterministic=True asks for; leave one of them out"
-            if self.run.deterministic and self.train.attention == "cudnn"
-            else None,
-            f"data.batch_size={self.data.batch_size} must be a multiple of "
-            f"train.grad_accum_steps={self.train.grad_accum_steps}"
-            if self.data.batch_size % self.train.grad_accum_steps
-            else None,
-            f"data.batch_size={self.data.batch_size} must be a multiple of "
-            f"train.grad_accum_steps x mesh.data x mesh.memory = "
-            f"{self.train.grad_accum_steps} x {self.mesh.data} x {self.mesh.memory}"
-            if self.mesh.data
-            and self.data.batch_size % (self.train.grad_accum_steps * self.mesh.data * self.mesh.memory)
-            else None,
-            f"model.vocab_size={self.model.vocab_size} must be at least 259: "
-            f"data.tokenizer.kind={self.data.tokenizer.kind} keeps the 256 bytes and 3 special tokens"
-            if self.model.vocab_size < 259 and self.data.tokenizer.kind in ("byte", "bpe")
-            else None,
-        ]
-        if self.optim.freeze_dense and not self.model.lookups:
-            problems.append(
+    def problems(self) -> Iterator[str]:
+        """Settings of sections that do not go together."""
+        data, model, mesh, optim, micro = self.data, self.model, self.mesh, self.optim, self.train.grad_accum_steps
+        if self.run.deterministic and self.train.attention == "cudnn":
+            yield (
+                "train.attention=cudnn cannot repeat its bits, which run.deterministic=True asks for; leave one of "
+                "them out"
+            )
+        if data.batch_size % micro:
+            yield f"data.batch_size={data.batch_size} must be a multiple of train.grad_accum_steps={micro}"
+        if mesh.data and data.batch_size % (micro * mesh.data * mesh.memory):
+            yield (
+                f"data.batch_size={data.batch_size} must be a multiple of train.grad_accum_steps x mesh.data x "
+                f"mesh.memory = {micro} x {mesh.data} x {mesh.memory}"
+            )
+        if model.vocab_size < 259 and data.tokenizer.kind in ("byte", "bpe"):
+            yield (
+                f"model.vocab_size={model.vocab_size} must be at least 259: data.tokenizer.kind={data.tokenizer.kind} "
+                "keeps the 256 bytes and 3 special tokens"
+            )
+        if optim.freeze_dense and not model.lookups:
+            yield (
                 "optim.freeze_dense=True leaves nothing to train without model.memory; give the model memory layers, "
                 "or train the dense part"
             )
-        if self.eval.recall_every and self.data.source != "biographies":
-            problems.append(
+        if self.eval.recall_every and data.source != "biographies":
+            yield (
                 f"eval.recall_every={self.eval.recall_every} asks for facts of data.source=biographies, and the source "
-                f"is {self.data.source}; leave it out"
+                f"is {data.source}; leave it out"
             )
-        problems += _too_many_picks(self)
-        for width in sorted({table.width for table in self.model.tables.values()}):
-            problems += memory_axis_problems(width, self.mesh.memory, self.optim.table)
-        problems += _tensor_axis_problems(self.model, self.mesh.tensor)
-        refuse(problems)
+        yield from self._too_many_picks()
+        for width in sorted({table.width for table in model.tables.values()}):
+            yield from memory_axis_problems(width, mesh.memory, optim.table)
+        yield from _tensor_axis_problems(model, mesh.tensor)
+
+    def _too_many_picks(self) -> Iterator[str]:
+        """Why the picks of a step cannot be sorted at once."""
+        if self.mesh.row_grad_reduce != "all_gather" or self.optim.table.is_dense:
+            return
+        of_token = max((len(table.readers) * table.picks for table in self.model.tables.values()), default=0)
+        picks = of_token * self.data.batch_size * self.data.sequence_length
+        if picks >= 2**31:
+            yield (
+                f"mesh.row_grad_reduce=all_gather cannot sort the {picks:,} rows that a step picks: 32 bits count "
+                f"fewer than {2**31:,}; set mesh.row_grad_reduce to auto or all_reduce, or lower data.batch_size"
+            )
 
 
-def _too_many_picks(config: RunConfig) -> list[str | None]:
-    """Why the picks of a step cannot be sorted at once; empty when they can, or need not."""
-    if config.mesh.row_grad_reduce != "all_gather" or config.optim.table.is_dense:
-        return []
-    of_token = max((len(table.readers) * table.picks for table in config.model.tables.values()), default=0)
-    picks = of_token * config.data.batch_size * config.data.sequence_length
-    if picks < 2**31:
-        return []
-    return [
-        f"mesh.row_grad_reduce=all_gather cannot sort the {picks:,} rows that a step picks: 32 bits count fewer than "
-        f"{2**31:,}; set mesh.row_grad_reduce to auto or all_reduce, or lower data.batch_size"
-    ]
-
-
-def _tensor_axis_problems(model: ModelConfig, tensor: int) -> list[str | None]:
-    """Why the dense blocks cannot be split over the tensor axis; empty when they can."""
+def _tensor_axis_problems(model: ModelConfig, tensor: int) -> Iterator[str]:
+    """Why the dense blocks cannot be split over the tensor axis."""
     sizes = {"num_heads": model.num_heads, "vocab_size": model.vocab_size}
     if model.num_kv_heads is not None:
         sizes["num_kv_heads"] = model.num_kv_heads
     if model.layers_of("dense"):
         sizes["ffn_dim"] = model.ffn_dim
     most = math.gcd(tensor, *sizes.values())
-    return [
-        f"mesh.tensor={tensor} must divide model.{name}={size}: each device takes an equal part; set model.{name}="
-        f"{-(-size // tensor) * tensor}, or mesh.tensor={most}"
-        for name, size in sizes.items()
-        if size % tensor
-    ]
+    for name, size in sizes.items():
+        if size % tensor:
+            yield (
+                f"mesh.tensor={tensor} must divide model.{name}={size}: each device takes an equal part; set "
+                f"model.{name}={-(-size // tensor) * tensor}, or mesh.tensor={most}"
+            )
 
 
 MIN_COLUMNS_PER_DEVICE = 64
@@ -142,23 +136,19 @@ MOST_DEVICES = 1 << 16
 """The largest memory axis that is proposed."""
 
 
-def memory_axis_problems(value_dim: int, memory_axis: int, table: TableOptimConfig) -> list[str | None]:
-    """Why rows of value_dim columns cannot be split over the memory axis; empty when they can."""
-    if memory_axis == 1:
-        columns = value_dim
-    else:
-        most = max(1, value_dim // MIN_COLUMNS_PER_DEVICE)
-        if memory_axis > most or value_dim % memory_axis:
-            legal = [axis for axis in range(1, min(most, MOST_DEVICES) + 1) if value_dim % axis == 0]
-            return [
-                f"mesh.memory={memory_axis} cannot split value_dim={value_dim}: each device needs a whole number "
-                f"of columns, at least {MIN_COLUMNS_PER_DEVICE}; the largest that can is mesh.memory={legal[-1]}"
-            ]
-        columns = value_dim // memory_axis
-    shared = table.columns_per_state(value_dim)
+def memory_axis_problems(value_dim: int, memory_axis: int, table: TableOptimConfig) -> Iterator[str]:
+    """Why rows of value_dim columns cannot be split over the memory axis."""
+    most = max(1, value_dim // MIN_COLUMNS_PER_DEVICE)
+    if memory_axis > 1 and (memory_axis > most or value_dim % memory_axis):
+        legal = [axis for axis in range(1, min(most, MOST_DEVICES) + 1) if value_dim % axis == 0]
+        yield (
+            f"mesh.memory={memory_axis} cannot split value_dim={value_dim}: each device needs a whole number "
+            f"of columns, at least {MIN_COLUMNS_PER_DEVICE}; the largest that can is mesh.memory={legal[-1]}"
+        )
+        return
+    columns, shared = value_dim // memory_axis, table.columns_per_state(value_dim)
     if table.optimizer.startswith("rowwise_") and columns % shared:
-        return [
+        yield (
             f"optim.table.state_columns={shared} must divide the {columns} columns of a device; "
             f"set optim.table.state_columns={math.gcd(256, columns)}"
-        ]
-    return []
+        )

@@ -2,21 +2,23 @@
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import Literal
 
-from memjax.config.checks import local_paths, positive, refuse, typed
+from memjax.config.checks import local_paths
+from memjax.config.section import Positive, Section
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
+class TrainConfig(Section):
     """The training loop."""
 
-    steps: int = 750
+    steps: Positive[int] = 750
     """Optimizer steps of the whole run."""
     init_from: str | None = None
     """Folder or address of a run (of its newest checkpoint) whose parameters, tables and tokenizer the training starts
     from; every shape must fit. A run that has a checkpoint of its own goes on from that. null: random parameters."""
-    grad_accum_steps: int = 1
+    grad_accum_steps: Positive[int] = 1
     """Micro-batches per step."""
     remat: Literal["none", "dots", "block"] = "none"
     """What the backward pass computes again: nothing, all but matrix products, or whole blocks; never the lookups."""
@@ -24,19 +26,18 @@ class TrainConfig:
     """cudnn: the fused kernel of NVIDIA GPUs, for 16-bit types; chunked: anywhere, some queries at a time; auto: cudnn
     where it can run."""
 
-    def __post_init__(self) -> None:
-        counts = positive(steps=self.steps, grad_accum_steps=self.grad_accum_steps)
-        typed(self)
-        refuse(counts + local_paths(self, "init_from", remote=True))
+    def problems(self) -> Iterator[str | None]:
+        """A path that is none."""
+        yield from local_paths(self, "init_from", remote=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointConfig:
+class CheckpointConfig(Section):
     """When checkpoints are written and how many are kept."""
 
-    every: int = 500
+    every: Positive[int] = 500
     """Steps between checkpoints; the last step, a signal and a new best validation loss always write one."""
-    keep: int = 2
+    keep: Positive[int] = 2
     """Latest checkpoints that stay on disk."""
     keep_best: bool = True
     """Also keep the checkpoint with the lowest validation loss."""
@@ -46,17 +47,13 @@ class CheckpointConfig:
     """Which checkpoints hold the tables and their optimizer. always: all; 'every N': of those written every `every`
     steps each N-th, and all others that are written. One without tables is small, but nothing can go on from it."""
 
-    def __post_init__(self) -> None:
-        typed(self)
-        refuse(
-            positive(every=self.every, keep=self.keep)
-            + [
+    def problems(self) -> Iterator[str]:
+        """A rule for tables that is none."""
+        if not re.fullmatch(r"always|every 0*[1-9]\d*", self.tables):
+            yield (
                 f"tables={self.tables} must be always or, as in 'every 4', every and a number from 1; there is no "
                 "never: nothing could go on from such a run, not even itself"
-                if not re.fullmatch(r"always|every 0*[1-9]\d*", self.tables)
-                else None
-            ]
-        )
+            )
 
     @property
     def steps_between_tables(self) -> int:
@@ -65,16 +62,16 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class EvalConfig:
+class EvalConfig(Section):
     """Evaluation during and after the training."""
 
-    every: int | None = 250
+    every: Positive[int] | None = 250
     """Steps between validations; null validates only at the end."""
-    batches: int = 8
+    batches: Positive[int] = 8
     """Batches of a validation."""
-    recall_people: int = 500
+    recall_people: Positive[int] = 500
     """People asked about in the recall test at the end (source: biographies)."""
-    recall_every: int | None = None
+    recall_every: Positive[int] | None = None
     """Steps between recall tests during the training (source: biographies), without zeroed tables; null asks at the end
     only."""
 
@@ -84,21 +81,13 @@ class EvalConfig:
     """Tasks of lm-eval to do during the training, as `tasks` of `python -m memjax.evaluate`."""
     task_folder: str | None = None
     """Folder with tasks as YAML files, which then are the only ones known."""
-    questions_every: int = 1000
+    questions_every: Positive[int] = 1000
     """Steps between two rounds of questions and tasks; the last step ends with one."""
-    question_limit: int | None = 200
+    question_limit: Positive[int] | None = 200
     """The most questions of each set and documents of each task; null takes all."""
 
-    def __post_init__(self) -> None:
-        typed(self)
-        numbers = {"every": self.every, "recall_every": self.recall_every, "question_limit": self.question_limit}
-        counts = {"batches": self.batches, "questions_every": self.questions_every}
-        refuse(
-            positive(**numbers, **counts, recall_people=self.recall_people)
-            + local_paths(self, "questions", "task_folder")
-            + [
-                f"task_folder={self.task_folder} is used with tasks; name some, or leave it out"
-                if self.task_folder is not None and not self.tasks
-                else None
-            ]
-        )
+    def problems(self) -> Iterator[str | None]:
+        """Paths that are none, and a folder without its tasks."""
+        yield from local_paths(self, "questions", "task_folder")
+        if self.task_folder is not None and not self.tasks:
+            yield f"task_folder={self.task_folder} is used with tasks; name some, or leave it out"

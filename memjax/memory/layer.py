@@ -8,8 +8,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from memjax.config.checks import with_settings
 from memjax.config.memory import MemoryConfig
+from memjax.config.section import with_settings
 from memjax.memory import sharded
 from memjax.memory.keys import Lookup, ProductKeys, check_width
 from memjax.memory.lookup import LookupLayer

@@ -7,13 +7,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from memjax.config import checks
+from memjax.config.memory import MOST_KEYS
 from memjax.ops.table import Table
 from memjax.sharding.axes import split_columns
 
 BLOCK_ELEMENTS = 1 << 22
 """Elements drawn at once; part of the definition of the initial table, since every block has a key of its own."""
 
-MOST_SLOTS = checks.MOST_KEYS**2
+MOST_SLOTS = MOST_KEYS**2
 """Rows of the largest table."""
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from memjax.config import checks
 from memjax.config.model import ExpertsConfig
+from memjax.config.section import with_settings
 from memjax.models.feed_forward import linear
 from memjax.ops.grouped_matmul.api import grouped_matmul
 from memjax.ops.precision import accumulator, drawn_wide
@@ -102,7 +103,7 @@ class MoE(nnx.Module):
             ValueError: `routing` is unknown, or a number is out of its range.
         """
         checks.refuse(checks.counts(dim=dim, hidden_dim=hidden_dim))
-        config = checks.with_settings(type(self), config or ExpertsConfig(), settings)
+        config = with_settings(type(self), config or ExpertsConfig(), settings)
         self.num_experts, self.routing, self.top_k = config.num_experts, config.routing, config.chosen
         self.renormalize, self.capacity, num_experts = config.renormalize, config.capacity_factor, config.num_experts
         self.dtype, self.implementation = dtype, implementation

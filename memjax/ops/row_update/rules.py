@@ -9,6 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from memjax.config import checks
+from memjax.config.section import BelowOne, Positive
 from memjax.ops.precision import accumulator
 
 Kind = Literal["rowwise_adam", "rowwise_adagrad", "adam", "sgd"]
@@ -59,10 +60,10 @@ class RowRule:
     """
 
     kind: Kind = "rowwise_adam"
-    beta1: float = 0.9
-    beta2: float = 0.99
-    eps: float = 1e-8
-    state_columns: int = 256
+    beta1: BelowOne[float] = 0.9
+    beta2: BelowOne[float] = 0.99
+    eps: Positive[float] = 1e-8
+    state_columns: Positive[int] = 256
     """Neighbouring columns that share a second moment (rowwise_*); must divide the columns of the table."""
     moment_dtype: DTypeLike = jnp.float32
     """Type of adam's moments."""
@@ -70,11 +71,10 @@ class RowRule:
     """Round bfloat16 rows at random, so that steps below half a unit in the last place are not lost."""
 
     def __post_init__(self) -> None:
-        numbers = {"beta1": self.beta1, "beta2": self.beta2, "eps": self.eps, "state_columns": self.state_columns}
         is_float = jnp.issubdtype(self.moment_dtype, jnp.floating)
         checks.typed(self)
         checks.refuse(
-            checks.row_rule(**numbers)
+            checks.ranges(self)
             + [None if is_float else f"moment_dtype={self.moment_dtype} must be a type of floating-point numbers"]
         )
 

@@ -1,0 +1,49 @@
+"""The base of all settings, and the ranges that fields name in their types: `steps: Positive[int] = 750`."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from memjax.config import checks
+
+Value = TypeVar("Value")
+
+Positive = Annotated[Value, checks.positive]
+NotNegative = Annotated[Value, checks.not_negative]
+NotEmpty = Annotated[Value, checks.not_empty]
+Share = Annotated[Value, checks.share]
+"""From 0 to 1."""
+BelowOne = Annotated[Value, checks.below_one]
+"""From 0 to 1, without 1."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """Settings that are checked when they are made: their types, then the ranges of fields and `problems`."""
+
+    PLACE: ClassVar[str | None] = None
+    """Where the fields are in a run's config, for values that were renamed."""
+
+    def __post_init__(self) -> None:
+        checks.typed(self, self.PLACE)
+        checks.refuse([*checks.ranges(self), *self.problems()])
+
+    def problems(self) -> Iterable[str | None]:
+        """What else is wrong, each beginning with `field=value`."""
+        return ()
+
+
+Settings = TypeVar("Settings", bound=Section)
+
+
+def with_settings(owner: type, config: Settings, settings: Mapping[str, Any]) -> Settings:
+    """The settings of a layer: a section of the config with some fields replaced.
+
+    Raises:
+        TypeError: there is no such field.
+        ValueError: a value is out of its range.
+    """
+    known = [field.name for field in dataclasses.fields(config)]
+    if unknown := [name for name in settings if name not in known]:
+        raise TypeError(f"{owner.__name__} has no setting {', '.join(unknown)}; known: {', '.join(known)}")
+    return dataclasses.replace(config, **settings)
