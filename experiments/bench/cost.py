@@ -1,0 +1,177 @@
+"""What a larger table costs: `python experiments/bench/cost.py [--only PART ...] [--out FOLDER] [--small]`.
+
+Memory+ of one size with 64 k, 1 M and 16 M slots: milliseconds of a training step (`steps`), and milliseconds and
+joules of a token in texts of 512 to 1,500 tokens at batch 1 and 64 (`tokens`), with the dense model and a dense one of
+four times its arithmetic. Joules are those of the whole GPU, by its own counter. `plot` draws the record that is there
+as SVG and PNG, and follows the other parts by itself. The record is written after each part, and keeps rows of others.
+
+With --small (for CPUs, which report no energy) small models run, and the figures say nothing but that it runs.
+"""
+
+import argparse
+import json
+import pathlib
+import shlex
+import sys
+import time
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+import cases
+import timing
+from train_step import SMALL, SMALL_MEMORY
+
+PARTS = ("tokens", "steps", "plot")
+KEY = ("part", "model", "batch")
+COLUMNS = ("part", "model", "slots", "batch", "ms a step", "ms a token", "of dense", "joules a token", "watts")
+COLUMNS += ("FLOPs of dense", "compile s", "note")
+DENSE, DENSE_X4 = "dense", "dense, 4 x the arithmetic"
+KEYS = {"Memory+ 16 M": 4096, "Memory+ 1 M": 1024, "Memory+ 64 k": 256}
+"""Models with a memory, and their keys a half; what matters most comes first."""
+
+
+def cases_of(small: bool) -> dict[str, cases.Row]:
+    """The case of each part that is measured."""
+    preset = lambda name: str(cases.ROOT / f"configs/{name}.yaml")
+    shrink, shrink_memory = (SMALL.split(), SMALL_MEMORY.split()) if small else ([], [])
+    shared = [*shrink, "--model.param_dtype", "float32" if small else "bfloat16"]
+
+    def model(name: str, file: str, *settings: str) -> cases.Row:
+        return {"model": name, "preset": preset(file), "settings": [*shared, *settings]}
+
+    dense = model(DENSE, "373m_dense")
+    # 26 blocks of twice the width have 4.04 times the arithmetic of 24, the logits included.
+    wide = ["--model.dim", "256"] if small else ["--model.num_layers", "26"]
+    memories = [
+        model(name, "373m_memory_plus_1m", *shrink_memory, "--model.memory.num_keys", str(keys // (16 if small else 1)))
+        for name, keys in list(KEYS.items())[: 1 if small else None]
+    ]
+    batch = ["--data.batch_size", "2" if small else "4", "--data.sequence_length", "32" if small else "4096"]
+    batch += ["--train.remat", "none", "--data.document_mask", "false"]
+    vocab_size = 512 if small else 32_000
+    texts = {"new": 32, "prompt": 16, "batches": [1], "warm seconds": 0, "least seconds": 0}
+    if not small:
+        texts = {"new": 960, "prompt": 512, "batches": [1, 64], "warm seconds": 1, "least seconds": 2.5}
+    windows = {"windows": 2, "steps": 2} if small else {"windows": 5, "steps": 8}
+    return {
+        "tokens": {
+            "kind": "tokens",
+            "models": [dense, *memories, model(DENSE_X4, "1.3b_dense", *wide)],
+            "vocab_size": vocab_size,
+            **texts,
+        },
+        "steps": {
+            "kind": "steps",
+            "models": [one | {"settings": one["settings"] + batch} for one in (*memories, dense)],
+            "documents": False,
+            "count_rows": False,
+            "profile": None,
+            **windows,
+        },
+    }
+
+
+def compare(rows: list[cases.Row]) -> None:
+    """Sets each model's times and arithmetic against those of the dense one."""
+    dense = {(row["part"], row.get("batch")): row for row in rows if row.get("model") == DENSE}
+    for row in rows:
+        base = dense.get((row["part"], row.get("batch")), {})
+        column = "ms a step" if row["part"] == "steps" else "ms a token"
+        row["of dense"] = row[column] / base[column] if column in row and column in base else None
+        row["FLOPs of dense"] = row["FLOPs"] / base["FLOPs"] if "FLOPs" in row and "FLOPs" in base else None
+
+
+def plot(rows: list[cases.Row], out: pathlib.Path, stem: str) -> None:
+    """Steps and tokens over the slots, and joules of a token by model; as SVG and PNG."""
+    from matplotlib.figure import Figure
+
+    batches = sorted({row["batch"] for row in rows if row.get("batch") and "ms a token" in row})
+    # A panel for each kind of measurement: part, batch, column, label.
+    panels = [("steps", None, "ms a step", "ms a training step")]
+    panels += [("tokens", batch, "ms a token", f"ms a token, batch {batch}") for batch in batches]
+    energy = [row for row in rows if row.get("joules a token")]
+    figure = Figure(figsize=(10, 3.4 + (3 if energy else 0)), layout="constrained")
+    top, *bottom = figure.subfigures(2 if energy else 1, 1, squeeze=False)[:, 0]
+    for axes, (part, batch, column, label) in zip(top.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        over_slots(axes, [row for row in rows if row["part"] == part and row.get("batch") == batch], column, label)
+    if energy:
+        for axes, batch in zip(bottom[0].subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
+            of_batch = sorted((row for row in energy if row["batch"] == batch), key=in_order, reverse=True)
+            drawn = axes.barh(
+                [row["model"] for row in of_batch], [row["joules a token"] for row in of_batch], height=0.6
+            )
+            axes.bar_label(drawn, fmt="{:.3g}", padding=3)
+            axes.margins(x=0.2)
+            axes.set_title(f"joules a token, batch {batch}", fontsize=10)
+    out.mkdir(parents=True, exist_ok=True)
+    for suffix in ("svg", "png"):
+        figure.savefig(out / f"{stem}.{suffix}", dpi=120, metadata={"Date": None} if suffix == "svg" else None)
+
+
+def in_order(row: cases.Row) -> tuple[bool, int]:
+    """Dense, then the memories by their slots, then the larger dense model."""
+    return row["model"] == DENSE_X4, row["slots"]
+
+
+def over_slots(axes: Any, rows: list[cases.Row], column: str, label: str) -> None:
+    """A column of the models with a memory over their slots, with the dense model's as a line; from zero."""
+    points = sorted((row["slots"], row[column]) for row in rows if row.get("slots") and row.get(column))
+    axes.set_title(label, fontsize=10)
+    axes.set_xlabel("slots")
+    axes.grid(alpha=0.3)
+    if points:
+        axes.semilogx(*zip(*points, strict=True), marker="o", base=2, label="Memory+")
+        axes.set_xticks([slots for slots, _ in points], [name_of(slots) for slots, _ in points])
+        axes.minorticks_off()
+        for slots, value in points:
+            axes.annotate(f"{value:.3g}", (slots, value), xytext=(0, 6), textcoords="offset points", ha="center")
+    dense = [row[column] for row in rows if row.get("model") == DENSE and row.get(column)]
+    for value in dense:
+        axes.axhline(value, color="gray", linestyle="--", label=f"dense, {value:.3g}")
+    axes.margins(x=0.15)
+    axes.set_ylim(0, 1.25 * max([value for _, value in points] + dense, default=1))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower right", fontsize=9)
+
+
+def name_of(slots: int) -> str:
+    """A number of slots in short."""
+    return next((f"{slots >> bits} {unit}" for bits, unit in ((20, "M"), (10, "k")) if slots >> bits), str(slots))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/bench/results"))
+    parser.add_argument("--small", action="store_true", help="small sizes")
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS, help="parts to run")
+    parser.add_argument("--seconds", type=float, default=300, help="no part begins after this or goes on longer")
+    parser.add_argument("--stem", help="name of the files in the folder, without suffix")
+    arguments = parser.parse_args()
+    # Where the files go says nothing of the measurement.
+    words = [word for word in sys.argv[1:] if word not in ("--out", str(arguments.out), "--stem", arguments.stem)]
+    command = f"python experiments/bench/cost.py {shlex.join(words)}".strip()
+    out, started = arguments.out.resolve(), time.monotonic()
+    stem = arguments.stem
+    for part, case in cases_of(arguments.small).items():
+        left = arguments.seconds - (time.monotonic() - started)
+        if part not in arguments.only or left <= 0:
+            continue
+        rows, environment = cases.run("cost_case.py", case, left)
+        for row in rows:
+            if "model" not in row:
+                print(f"{part}: {row['note']}", flush=True)
+        record = {"command": command, **environment, "rows": [row for row in rows if "model" in row]}
+        device = environment.get("device", "unknown").replace(" ", "-").lower()
+        stem = arguments.stem or f"cost-{device}" + ("-small" if arguments.small else "")
+        compare(record["rows"])
+        cases.write(out, stem, record, title="What a larger table costs on", columns=COLUMNS, key=KEY)
+    if stem is None:
+        parser.error("--only plot needs the record's name: --stem cost-DEVICE")
+    record = json.loads((out / f"{stem}.json").read_text())
+    plot(record["rows"], out, stem)
+    print(f"\n{timing.table(record['rows'], COLUMNS)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
