@@ -200,11 +200,12 @@ def _is_for_kernel(x: Array) -> bool:
 def _by_kernel(x: Array, rows: Array, *, gated: bool = False, **vectors: Array | None) -> Array:
     """`matvec` of an x, and of vectors beside it, with axes of length 1 in front."""
     given = {name: array.reshape(-1) for name, array in vectors.items() if array is not None}
+    settings = {"names": tuple(given), "gated": gated}
+    return on_own_tokens(_matvec, (x.reshape(1, -1),), (rows, *given.values()), **settings).reshape(*x.shape[:-1], -1)
 
-    def run(x: Array, rows: Array, *arrays: Array) -> Array:
-        return matvec(x[0], rows, **dict(zip(given, arrays, strict=True)), gated=gated, implementation="triton")[None]
 
-    return on_own_tokens(run, (x.reshape(1, -1),), (rows, *given.values())).reshape(*x.shape[:-1], -1)
+def _matvec(x: Array, rows: Array, *vectors: Array, names: tuple[str, ...], gated: bool) -> Array:
+    return matvec(x[0], rows, **dict(zip(names, vectors, strict=True)), gated=gated, implementation="triton")[None]
 
 
 def prepare(model: Decoder) -> Decoder:

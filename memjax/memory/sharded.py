@@ -11,7 +11,7 @@ these are the plain operations, so one device, a mesh and somebody else's model 
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -53,10 +53,13 @@ def search(
     implementation: str | None = None,
 ) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
     """`product_key_search`, each device for its own tokens."""
-    run = alike_over_tensor(partial(product_key_search, top_k=top_k, implementation=implementation))
+    settings = {"top_k": top_k, "implementation": implementation}
     if _is_plain(queries):
-        return unsharded(run, queries)(queries, keys)
-    return over_mesh(run, (TOKENS, REPLICATED), (TOKENS, TOKENS))(queries, keys)
+        return unsharded(partial(_search, **settings), queries)(queries, keys)
+    return over_mesh(_search, (TOKENS, REPLICATED), (TOKENS, TOKENS), **settings)(queries, keys)
+
+
+_search = alike_over_tensor(product_key_search)
 
 
 def bag(
@@ -81,19 +84,23 @@ def bag(
             indices=indices,
             table=table,
         )
-    run = partial(embedding_bag, implementation=implementation)
     if _is_plain(indices):
-        out = unsharded(alike_over_tensor(run), indices)(table, indices, weights)
+        run = alike_over_tensor(partial(embedding_bag, implementation=implementation))
+        out = unsharded(run, indices)(table, indices, weights)
         return out if perturbation is None else out + perturbation
-
-    def local(table: Table | Array, indices: Array, weights: Array, *perturbations: Array) -> Array:
-        indices, weights = (jax.lax.all_gather(picks, MEMORY, tiled=True) for picks in (indices, weights))
-        out = sum(perturbations, start=run(table, indices, weights))
-        return jax.lax.all_to_all(out, MEMORY, split_axis=0, concat_axis=1, tiled=True)
-
     perturbations = () if perturbation is None else (perturbation,)
     specs = (COLUMNS, TOKENS, TOKENS, *(BAGS for _ in perturbations))
-    return over_mesh(alike_over_tensor(local), specs, TOKENS)(table, indices, weights, *perturbations)
+    run = over_mesh(_bag_of_group, specs, TOKENS, implementation=implementation)
+    return run(table, indices, weights, *perturbations)
+
+
+@alike_over_tensor
+def _bag_of_group(
+    table: Table | Array, indices: Array, weights: Array, *perturbations: Array, implementation: str | None
+) -> Array:
+    indices, weights = (jax.lax.all_gather(picks, MEMORY, tiled=True) for picks in (indices, weights))
+    out = sum(perturbations, start=embedding_bag(table, indices, weights, implementation=implementation))
+    return jax.lax.all_to_all(out, MEMORY, split_axis=0, concat_axis=1, tiled=True)
 
 
 def dot(
@@ -116,20 +123,25 @@ def dot(
             perturbation=perturbation,
             indices=indices,
         )
-    run = partial(embedding_dot, implementation=implementation)
     if _is_plain(indices):
-        out = unsharded(alike_over_tensor(run), indices)(table, indices, vectors)
+        run = alike_over_tensor(partial(embedding_dot, implementation=implementation))
+        out = unsharded(run, indices)(table, indices, vectors)
         return out if perturbation is None else out + perturbation, vectors
-
-    def local(table: Table | Array, indices: Array, vectors: Array, *perturbations: Array) -> tuple[Array, Array]:
-        indices = jax.lax.all_gather(indices, MEMORY, tiled=True)
-        columns = jax.lax.all_to_all(vectors, MEMORY, split_axis=1, concat_axis=0, tiled=True)
-        out = jax.lax.psum_scatter(run(table, indices, columns), MEMORY, scatter_dimension=0, tiled=True)
-        return sum(perturbations, start=out), columns
-
     perturbations = () if perturbation is None else (perturbation,)
     specs = (COLUMNS, TOKENS, TOKENS, *(TOKENS for _ in perturbations))
-    return over_mesh(alike_over_tensor(local), specs, (TOKENS, BAGS))(table, indices, vectors, *perturbations)
+    run = over_mesh(_dot_of_group, specs, (TOKENS, BAGS), implementation=implementation)
+    return run(table, indices, vectors, *perturbations)
+
+
+@alike_over_tensor
+def _dot_of_group(
+    table: Table | Array, indices: Array, vectors: Array, *perturbations: Array, implementation: str | None
+) -> tuple[Array, Array]:
+    indices = jax.lax.all_gather(indices, MEMORY, tiled=True)
+    columns = jax.lax.all_to_all(vectors, MEMORY, split_axis=1, concat_axis=0, tiled=True)
+    out = embedding_dot(table, indices, columns, implementation=implementation)
+    out = jax.lax.psum_scatter(out, MEMORY, scatter_dimension=0, tiled=True)
+    return sum(perturbations, start=out), columns
 
 
 def update_rows(
@@ -171,23 +183,51 @@ def update_rows(
     check_state(table, state, rule)
     checks.refuse(checks.one_of(("auto", *get_args(row_exchange.Exchange)), exchange=exchange))
     if all(_is_plain(gradient.indices) for gradient in gradients):
-        run = lambda *arguments: row_update(*arguments, implementation=implementation)
-        return unsharded(alike_over_tensor(run), table)(table, state, gradients, rule, step)
+        run = alike_over_tensor(partial(row_update, implementation=implementation))
+        return unsharded(run, table)(table, state, gradients, rule, step)
+    specs = (COLUMNS, COLUMNS, (FACTORS,) * len(gradients), REPLICATED)
+    settings: dict[str, Any] = {"rule": rule, "implementation": implementation}
+    if row_exchange.choose(exchange, table, gradients, **_sizes()) == "all_gather":
+        run = over_mesh(_update_by_picks, specs, (COLUMNS, COLUMNS), **settings)
+    else:
+        settings |= {"piece_picks": piece_picks, "block_bytes": block_bytes}
+        run = over_mesh(_update_by_own_sum, specs, (COLUMNS, COLUMNS), **settings)
+    return run(table, state, tuple(gradients), step)
 
-    is_gathered = row_exchange.choose(exchange, table, gradients, **_sizes()) == "all_gather"
 
-    def local(table: Array, state: TableState, gradients: Sequence[RowGradient], step: RowStep):
-        gather = partial(_gather_gradient, whole_mesh=is_gathered)
-        if is_gathered:
-            of_all, step = list(map(gather, gradients)), _of_columns(step, table)
-            return row_update(table, state, of_all, rule, step, implementation=implementation)
-        total = dense.summed(
-            gradients, table.shape[0], gather=gather, piece_picks=piece_picks, implementation=implementation
-        )
-        return _update_by_sum(table, state, *total, rule, step, block_bytes)
+@alike_over_tensor
+def _update_by_picks(
+    table: Array,
+    state: TableState,
+    gradients: Sequence[RowGradient],
+    step: RowStep,
+    *,
+    rule: RowRule,
+    implementation: str | None,
+) -> tuple[Array, TableState]:
+    """The update of a device's columns by the picks of all tokens."""
+    of_all, step = [_gather_gradient(gradient, whole_mesh=True) for gradient in gradients], _of_columns(step, table)
+    return row_update(table, state, of_all, rule, step, implementation=implementation)
 
-    specs = (COLUMNS, COLUMNS, [FACTORS] * len(gradients), REPLICATED)
-    return over_mesh(alike_over_tensor(local), specs, (COLUMNS, COLUMNS))(table, state, list(gradients), step)
+
+@alike_over_tensor
+def _update_by_own_sum(
+    table: Array,
+    state: TableState,
+    gradients: Sequence[RowGradient],
+    step: RowStep,
+    *,
+    rule: RowRule,
+    implementation: str | None,
+    piece_picks: int,
+    block_bytes: int,
+) -> tuple[Array, TableState]:
+    """The update of a device's columns by sums over the tokens of its replica."""
+    gather = partial(_gather_gradient, whole_mesh=False)
+    total = dense.summed(
+        gradients, table.shape[0], gather=gather, piece_picks=piece_picks, implementation=implementation
+    )
+    return _update_by_sum(table, state, *total, step, rule=rule, block_bytes=block_bytes)
 
 
 class RowSum(NamedTuple):
@@ -223,19 +263,20 @@ def no_rows(table: Float[Array, "n d"]) -> RowSum:
 
 def add_rows(total: RowSum, gradients: Sequence[RowGradient], *, implementation: str | None = None) -> RowSum:
     """The sum with row gradients of all tokens of the mesh added; nothing crosses `data`."""
+    settings = {"has_mesh": has_memory_axis(), "implementation": implementation}
+    if not settings["has_mesh"]:
+        return unsharded(partial(_add_own, **settings), total.gradient)(total, tuple(gradients))
+    return over_mesh(_add_own, (ROW_SUM, (FACTORS,) * len(gradients)), ROW_SUM, **settings)(total, tuple(gradients))
 
-    def local(total: RowSum, gradients: Sequence[RowGradient]) -> RowSum:
-        gather = partial(_gather_gradient, whole_mesh=False) if has_mesh else lambda gradient: gradient
-        start = total.gradient[0], total.touched[0, 0]
-        gradient, touched = dense.summed(
-            gradients, start[0].shape[0], start=start, gather=gather, implementation=implementation
-        )
-        return RowSum(gradient[None], touched[None, None])
 
-    has_mesh = has_memory_axis()
-    if not has_mesh:
-        return unsharded(alike_over_tensor(local), total.gradient)(total, list(gradients))
-    return over_mesh(alike_over_tensor(local), (ROW_SUM, [FACTORS] * len(gradients)), ROW_SUM)(total, list(gradients))
+@alike_over_tensor
+def _add_own(total: RowSum, gradients: Sequence[RowGradient], *, has_mesh: bool, implementation: str | None) -> RowSum:
+    gather = partial(_gather_gradient, whole_mesh=False) if has_mesh else lambda gradient: gradient
+    start = total.gradient[0], total.touched[0, 0]
+    gradient, touched = dense.summed(
+        gradients, start[0].shape[0], start=start, gather=gather, implementation=implementation
+    )
+    return RowSum(gradient[None], touched[None, None])
 
 
 def update_rows_by_sum(
@@ -250,19 +291,22 @@ def update_rows_by_sum(
     """`update_rows` by what `add_rows` has summed; the sums of replicas are added up."""
     check_state(table, state, rule)
     if not has_memory_axis():
-        run = lambda *arguments: dense.update_touched(*arguments, block_bytes=block_bytes)
-        arguments = table, state, total.gradient[0], total.touched[0, 0], rule, step
-        return unsharded(alike_over_tensor(run), table)(*arguments)
+        run = alike_over_tensor(partial(dense.update_touched, block_bytes=block_bytes))
+        return unsharded(run, table)(table, state, total.gradient[0], total.touched[0, 0], rule, step)
+    specs = (COLUMNS, COLUMNS, REPLICA_COLUMNS, REPLICA_SHARDS, REPLICATED)
+    run = over_mesh(_update_by_sums, specs, (COLUMNS, COLUMNS), rule=rule, block_bytes=block_bytes)
+    return run(table, state, *total, step)
 
-    def local(table: Array, state: TableState, total: RowSum, step: RowStep):
-        return _update_by_sum(table, state, total.gradient[0], total.touched[0, 0], rule, step, block_bytes)
 
-    specs = (COLUMNS, COLUMNS, ROW_SUM, REPLICATED)
-    return over_mesh(alike_over_tensor(local), specs, (COLUMNS, COLUMNS))(table, state, total, step)
+@alike_over_tensor
+def _update_by_sums(
+    table: Array, state: TableState, gradient: Array, touched: Array, step: RowStep, **settings: Any
+) -> tuple[Array, TableState]:
+    return _update_by_sum(table, state, gradient[0], touched[0, 0], step, **settings)
 
 
 def _update_by_sum(
-    table: Array, state: TableState, gradient: Array, touched: Array, rule: RowRule, step: RowStep, block_bytes: int
+    table: Array, state: TableState, gradient: Array, touched: Array, step: RowStep, *, rule: RowRule, block_bytes: int
 ) -> tuple[Array, TableState]:
     """The update of a device's columns by the sums of all replicas."""
     touched = jax.lax.psum(touched.astype(jnp.int32), DATA) > 0

@@ -169,12 +169,8 @@ class Attention(nnx.Module):
         if self.rope_theta is not None:
             both = rotation(positions, self.head_dim, self.rope_theta, self.rope_scaling, joined.dtype)
             turns = tuple(part.reshape(len(x), -1) for part in both)
-
-        def run(joined: Array, keys: Array, values: Array, places: Array, *turns: Array) -> tuple[Array, Array, Array]:
-            angles = (turns[0], turns[1]) if turns else None
-            return decode_step(joined, keys, values, places, angles, window=self.sliding_window)
-
-        out, *written = on_own_tokens(run, (joined, *cache, positions[:, 0], *turns), ())
+        tokens = (joined, *cache, positions[:, 0], *turns)
+        out, *written = on_own_tokens(_decode_step, tokens, (), window=self.sliding_window)
         return self._project_out(out[:, None]), KeyValues(*written)
 
     def _project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
@@ -198,3 +194,10 @@ class Attention(nnx.Module):
 
     def _project_out(self, out: Float[Array, "b s n h"]) -> Float[Array, "b s dim"]:
         return self.out(out.reshape(*out.shape[:2], -1))
+
+
+def _decode_step(
+    joined: Array, keys: Array, values: Array, places: Array, *turns: Array, window: int | None
+) -> tuple[Array, Array, Array]:
+    angles = (turns[0], turns[1]) if turns else None
+    return decode_step(joined, keys, values, places, angles, window=window)

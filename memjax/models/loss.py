@@ -83,11 +83,11 @@ def _summed(chunks: int, hidden: Array, kernel: Array, targets: Array, weights: 
 
 
 def _summed_forward(chunks: int, hidden: Array, kernel: Array, targets: Array, weights: Array):
-    run = partial(_losses_and_gradients, chunks)
+    run = partial(_losses_and_gradients, chunks=chunks)
     if has_memory_axis() and has_several_devices():
         # Every device sums over all its chunks before the devices' sums are added up.
         specs = (TOKENS, REPLICATED, TOKENS, TOKENS)
-        run = over_mesh(partial(_summed_over_devices, run), specs, (TOKENS, TOKENS, REPLICATED))
+        run = over_mesh(_summed_over_devices, specs, (TOKENS, TOKENS, REPLICATED), chunks=chunks)
     losses, d_hidden, d_kernel = run(hidden, kernel, targets, weights)
     total = jnp.sum(losses * weights.astype(losses.dtype))
     return (total, losses), (d_hidden, d_kernel.astype(kernel.dtype))
@@ -102,7 +102,7 @@ def _summed_backward(chunks: int, gradients: tuple[Array, Array], cotangents: tu
 _summed.defvjp(_summed_forward, _summed_backward)
 
 
-def _losses_and_gradients(chunks: int, hidden: Array, kernel: Array, targets: Array, weights: Array):
+def _losses_and_gradients(hidden: Array, kernel: Array, targets: Array, weights: Array, *, chunks: int):
     """Losses, and the gradients of their weighted sum in hidden and kernel."""
     d_kernel = vary_like(jnp.zeros(kernel.shape, accumulator(hidden.dtype)), hidden)
 
@@ -127,8 +127,8 @@ def _losses_and_gradients(chunks: int, hidden: Array, kernel: Array, targets: Ar
     return _join(losses, length), _join(d_hidden, length), d_kernel
 
 
-def _summed_over_devices(run, *own: Array) -> tuple[Array, Array, Array]:
-    losses, d_hidden, d_kernel = run(*own)
+def _summed_over_devices(*own: Array, chunks: int) -> tuple[Array, Array, Array]:
+    losses, d_hidden, d_kernel = _losses_and_gradients(*own, chunks=chunks)
     return losses, d_hidden, jax.lax.psum(d_kernel, (DATA, MEMORY))
 
 

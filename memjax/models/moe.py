@@ -142,16 +142,13 @@ class MoE(nnx.Module):
         tokens = x.reshape(x.shape[0] * x.shape[1], dim)
         weights = [matrices[...].astype(x.dtype) for matrices in (self.gate, self.up, self.down)]
         logits = checkpoint_name(self._logits(tokens), SAVED_ROUTING)
-        by_token = partial(
-            _token_choice, top_k=self.top_k, renormalize=self.renormalize, implementation=self.implementation
-        )
         if not training or self.routing == "token_choice":
-            out, picks = on_own_tokens(by_token, (tokens, logits), weights)
+            settings = {"top_k": self.top_k, "renormalize": self.renormalize, "implementation": self.implementation}
+            out, picks = on_own_tokens(_token_choice, (tokens, logits), weights, **settings)
             return out.reshape(x.shape), Routing(logits, picks)
         real = jnp.ones(x.shape[:2], bool) if real is None else real
-        by_expert = partial(_expert_choice, capacity=self.capacity)
         of_sequences = (x, logits.reshape(*x.shape[:2], self.num_experts), real)
-        out, picks = on_own_tokens(by_expert, of_sequences, weights)
+        out, picks = on_own_tokens(_expert_choice, of_sequences, weights, capacity=self.capacity)
         return out, Routing(logits, picks.reshape(tokens.shape[0], 1))
 
     def _logits(self, tokens: Float[Array, "t dim"]) -> Float[Array, "t e"]:

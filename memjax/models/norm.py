@@ -1,5 +1,7 @@
 """The norm in front of every part of a block."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
@@ -23,15 +25,17 @@ def norm(
     """`rms_norm`, each device for its own tokens."""
     name = dispatch.choose("rms_norm", implementation, x.dtype)
     arrays = (x, scale) if residual is None else (x, scale, residual)
-
-    def run(x: Array, scale: Array, *residual: Array) -> Normed:
-        return rms_norm(x, scale, epsilon, residual=residual[0] if residual else None, implementation=name)
-
+    settings = {"epsilon": epsilon, "implementation": name}
     if name != "triton":
-        return run(*arrays)
+        return _norm(*arrays, **settings)
     # XLA cannot split a kernel.
-    specs = (TOKENS, REPLICATED, TOKENS)[: len(arrays)]
-    return (over_mesh(run, specs, TOKENS) if has_memory_axis() else unsharded(run, x))(*arrays)
+    if not has_memory_axis():
+        return unsharded(partial(_norm, **settings), x)(*arrays)
+    return over_mesh(_norm, (TOKENS, REPLICATED, TOKENS)[: len(arrays)], TOKENS, **settings)(*arrays)
+
+
+def _norm(x: Array, scale: Array, residual: Array | None = None, *, epsilon: float, implementation: str) -> Normed:
+    return rms_norm(x, scale, epsilon, residual=residual, implementation=implementation)
 
 
 class RMSNorm(nnx.Module):

@@ -6,13 +6,13 @@ arrays as they are, so one device, a mesh and somebody else's model run the same
 """
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache, partial, wraps
 from typing import Any, TypeVar
 
 import jax
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -52,15 +52,16 @@ def has_several_devices() -> bool:
     return {DATA, MEMORY} <= automatic_sizes().keys() and jax.sharding.get_abstract_mesh().size > 1
 
 
-def on_own_tokens(function: Callable, tokens: Sequence[Array], weights: Sequence[Array]) -> Any:
-    """`function(*tokens, *weights)`, each device for its own tokens, with replicated weights.
+def on_own_tokens(function: Callable, tokens: Sequence[Array], weights: Sequence[Array], **settings: Hashable) -> Any:
+    """`function(*tokens, *weights, **settings)`, each device for its own tokens, with replicated weights.
 
-    What stands in front in `tokens` and in the results is split, be it tokens or sequences of them.
+    What stands in front in `tokens` and in the results is split, be it tokens or sequences of them. As for
+    `over_mesh`, the function is one of a module.
     """
     if not has_memory_axis():
-        return unsharded(function, tokens[0])(*tokens, *weights)
+        return unsharded(partial(function, **settings), tokens[0])(*tokens, *weights)
     specs = (*(TOKENS for _ in tokens), *(REPLICATED for _ in weights))
-    return over_mesh(function, specs, TOKENS)(*tokens, *weights)
+    return over_mesh(function, specs, TOKENS, **settings)(*tokens, *weights)
 
 
 def tensor_pieces(parameter: nnx.Variable, axis: int) -> int:
@@ -139,8 +140,11 @@ def unfold(tokens: Float[Array, "t d"], x: Float[Array, "*b dim"]) -> Float[Arra
     return jax.sharding.reshard(unfolded, P(*jax.typeof(x).sharding.spec[:-1]))
 
 
-def over_mesh(function: Callable, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+def over_mesh(function: Callable, in_specs: Any, out_specs: Any, **settings: Hashable) -> Callable[..., Any]:
     """shard_map over the ambient mesh. Collectives' results are not checked for their types: kernels carry none.
+
+    The function is one of a module, with settings as keyword arguments, and specs are tuples: calls that agree in them
+    share one compiled program, under `jax.jit` one trace. A closure would be compiled at every call, and kept.
 
     Under an Auto mesh `tensor` stays automatic. What is `alike_over_tensor` is not split over it inside: devices of a
     tensor group do the same work on the same tokens, with no collective between them. (A manual axis would cost one for
@@ -150,8 +154,8 @@ def over_mesh(function: Callable, in_specs: Any, out_specs: Any) -> Callable[...
     """
     mesh = jax.sharding.get_abstract_mesh()
     left = {TENSOR} if mesh.shape.get(TENSOR, 1) > 1 and not is_explicit() else set()
-    manual = set(mesh.axis_names) - set(mesh.manual_axes) - left
-    mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=manual, check_vma=False)
+    manual = frozenset(mesh.axis_names) - set(mesh.manual_axes) - left
+    mapped = _mapped(function, mesh, manual, in_specs, out_specs, tuple(settings.items()))
 
     def lay_out(spec: P, argument):
         # An Explicit mesh does not move arrays by itself.
@@ -159,10 +163,24 @@ def over_mesh(function: Callable, in_specs: Any, out_specs: Any) -> Callable[...
         return jax.tree.map(lambda array: put(array, spec), argument)
 
     def placed(*arguments):
-        # Outside of jax.jit, shard_map does not know custom gradients.
-        return jax.jit(mapped)(*jax.tree.map(lay_out, in_specs, arguments, is_leaf=lambda spec: isinstance(spec, P)))
+        return mapped(*jax.tree.map(lay_out, in_specs, arguments, is_leaf=lambda spec: isinstance(spec, P)))
 
     return placed
+
+
+@lru_cache(maxsize=256)
+def _mapped(
+    function: Callable,
+    mesh: AbstractMesh,
+    axes: frozenset[str],
+    in_specs: Any,
+    out_specs: Any,
+    settings: tuple[tuple[str, Hashable], ...],
+) -> Callable[..., Any]:
+    """shard_map over axes of the mesh, jitted: outside of jax.jit it does not know custom gradients."""
+    run = partial(function, **dict(settings))
+    specs = {"in_specs": in_specs, "out_specs": out_specs}
+    return jax.jit(jax.shard_map(run, mesh=mesh, axis_names=set(axes), check_vma=False, **specs))
 
 
 def alike_over_tensor(function: Callable) -> Callable:
@@ -172,12 +190,13 @@ def alike_over_tensor(function: Callable) -> Callable:
     neighbouring projection into it: split a table by columns, and gather all of it after every update.
     """
 
-    def alike(*arguments: Any) -> Any:
+    @wraps(function)
+    def alike(*arguments: Any, **settings: Any) -> Any:
         sizes = automatic_sizes()
         if sizes.get(TENSOR, 1) == 1 or math.prod(sizes.values()) > sizes[TENSOR] or is_explicit():
-            return function(*arguments)
+            return function(*arguments, **settings)
         replicate = partial(jax.tree.map, lambda leaf: place(leaf, REPLICATED) if isinstance(leaf, Array) else leaf)
-        return replicate(function(*replicate(arguments)))
+        return replicate(function(*replicate(arguments), **settings))
 
     return alike
 

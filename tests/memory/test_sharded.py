@@ -223,6 +223,31 @@ def test_layers_run_and_are_differentiated_outside_of_jit(mesh):
     np.testing.assert_allclose(gradient, np.asarray(table)[indices].sum(axis=-1), rtol=1e-4, atol=1e-4)
 
 
+def test_outside_of_jit_a_second_call_compiles_nothing(caplog):
+    def step():
+        table, indices, weights, vectors = (jnp.asarray(array, array.dtype.kind + "4") for array in draw())
+        bags = sharded.bag(table, indices, weights)
+        dots, _ = sharded.dot(table, indices, vectors)
+        gradient = RowGradient(indices, weights, vectors)
+        rule = RowRule(kind="sgd")
+        state = rule.init(ROWS, COLUMNS, table.dtype)
+        updated, _ = sharded.update_rows(table, state, [gradient], rule, row_step(0.1, 0))
+        return bags, dots, updated
+
+    def compiled(devices):
+        mesh = jax.make_mesh((2, 2), ("data", "memory"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+        caplog.clear()
+        with jax.set_mesh(mesh), jax.log_compiles():
+            results = step()
+            assert all(array.devices() == set(devices) for array in results)
+        return [record.args for record in caplog.records if "XLA compilation" in record.msg]
+
+    first, others = jax.devices()[:4], jax.devices()[4:]
+    assert compiled(first)
+    assert compiled(first) == []
+    assert compiled(others), "a mesh of the same sizes on other devices has programs of its own"
+
+
 def test_without_a_memory_axis_the_operations_are_the_plain_ones():
     table, indices, weights, _ = draw()
     arguments = (jnp.asarray(table, jnp.float32), jnp.asarray(indices), jnp.asarray(weights, jnp.float32))
