@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 
 class ConfigError(ValueError):
-    """Everything that is wrong with a config, one line a problem."""
+    """Everything that is wrong with a config: one problem, or several, one line each."""
 
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = tuple(problems)
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
 
 
 class DataError(Exception):

@@ -4,7 +4,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from memjax.config.load import Parsed, parse, take
+from memjax.config.arguments import take
+from memjax.config.load import Parsed, parse
 from memjax.config.run import RunConfig
 from memjax.errors import ConfigError, DataError
 from memjax.io.console import say, warn

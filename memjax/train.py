@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from memjax.config.load import Parsed, parse, take
+from memjax.config.arguments import take
+from memjax.config.load import Parsed, parse
 from memjax.config.run import RunConfig
 from memjax.training.interrupt import run_program
 

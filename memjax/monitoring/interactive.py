@@ -30,7 +30,7 @@ def write(runs: Sequence[Run], out: pathlib.Path, *, axis: Axis = "step", window
     try:
         from plotly.subplots import make_subplots
     except ImportError as error:
-        raise ConfigError(["interactive=true needs the package plotly: pip install plotly"]) from error
+        raise ConfigError("interactive=true needs the package plotly: pip install plotly") from error
 
     window = window or smoothing_window(runs)
     panels = [panel for panel in PANELS if any(True for run in runs for _ in _curves(panel, run, window))]

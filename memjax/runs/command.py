@@ -120,7 +120,7 @@ def loaded(run: str, settings: CheckpointSettings) -> Iterator["LoadedModel"]:
         yield _load(run, settings)
         return
     if count > jax.device_count():
-        raise ConfigError([f"memory_devices={count} must be at most {jax.device_count()}: there are no more devices"])
+        raise ConfigError(f"memory_devices={count} must be at most {jax.device_count()}: there are no more devices")
     automatic = jax.sharding.AxisType.Auto
     axes = (DATA, MEMORY)
     mesh = jax.make_mesh((1, count), axes, axis_types=(automatic, automatic), devices=jax.devices()[:count])
@@ -190,7 +190,7 @@ def check_output(path: str, name: str) -> None:
         problem = "cannot be written: permission denied"
     else:
         return
-    raise ConfigError([f"{name}={path} {problem}"])
+    raise ConfigError(f"{name}={path} {problem}")
 
 
 def _output_is_gone() -> bool:

@@ -19,7 +19,7 @@ def check_new(folder: str | os.PathLike[str]) -> None:
     """
     path = _target(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError([f"{path} is there already and not empty; name a new folder"])
+        raise ConfigError(f"{path} is there already and not empty; name a new folder")
 
 
 @contextlib.contextmanager
@@ -50,4 +50,4 @@ def _target(folder: str | os.PathLike[str]) -> pathlib.Path:
     try:
         return local_path(os.fspath(folder), "out")
     except ValueError as error:
-        raise ConfigError([str(error)]) from None
+        raise ConfigError(str(error)) from None

@@ -123,18 +123,18 @@ class RunFolder:
             ConfigError: another process trains there, or the folder cannot be written, or leads elsewhere.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise ConfigError([f"run.dir={self.path} is a file; name a folder"])
+            raise ConfigError(f"run.dir={self.path} is a file; name a folder")
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(locked(self.path / LOCK))
             except Locked as error:
                 raise ConfigError(
-                    [f"run.dir={self.path} is in use: {error} trains there; stop it, or name another run.dir"]
+                    f"run.dir={self.path} is in use: {error} trains there; stop it, or name another run.dir"
                 ) from None
             except OSError as error:
                 reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
                 raise ConfigError(
-                    [f"run.dir={self.path} cannot be written ({reason}); make it writable, or name another run.dir"]
+                    f"run.dir={self.path} cannot be written ({reason}); make it writable, or name another run.dir"
                 ) from None
             self._refuse_links()
             yield
@@ -148,7 +148,7 @@ class RunFolder:
         file = self.path / LOCK
         if not file.exists():
             raise ConfigError(
-                [f"{file.absolute()} is there for process 0, but not here; name a run.dir that all machines share"]
+                f"{file.absolute()} is there for process 0, but not here; name a run.dir that all machines share"
             )
 
     def began(self) -> bool:
@@ -329,9 +329,7 @@ def make_tokenizer(config: RunConfig, data: Source | None = None) -> Tokenizer:
 def _fitting(tokenizer: Tokenizer, config: RunConfig, whose: str) -> Tokenizer:
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            [
-                f"model.vocab_size={config.model.vocab_size} is less than the {tokenizer.vocab_size} tokens of the "
-                f"tokenizer {whose}"
-            ]
+            f"model.vocab_size={config.model.vocab_size} is less than the {tokenizer.vocab_size} tokens of the "
+            f"tokenizer {whose}"
         )
     return tokenizer

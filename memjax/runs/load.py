@@ -108,7 +108,7 @@ def load(
     """
     tables = TableSettings.of(table_format, table_place)
     if patches and not tables.is_default:
-        raise ConfigError([f"patch={', '.join(map(str, patches))} {_NOT_TOGETHER.format(tables)}"])
+        raise ConfigError(f"patch={', '.join(map(str, patches))} {_NOT_TOGETHER.format(tables)}")
     if tables.is_default:
         try:
             return _load_plain(path, step, ema, dtype, patches)
@@ -225,7 +225,7 @@ def _load_in_form(
             blocks = lambda rows=rows, form=form: encoded(rows(), form.format)
             tables[pool] = build(form, blocks, columns)
         except ValueError as error:
-            raise ConfigError([f"table {pool} of {folder}: {error}"]) from error
+            raise ConfigError(f"table {pool} of {folder}: {error}") from error
     params = cast_like(saved.params, params_to_tree(parts.abstract_params))
     model = parts.assemble(tree_to_params(parts, params), tables)
     return LoadedModel(model, saved.tokenizer, saved.config, saved.step)
@@ -238,10 +238,8 @@ def _format_of(record: Any, settings: TableSettings, saved: DTypeLike, folder: p
     found = stored_format(record)
     if settings.format is not None and settings.format.name != found.name:
         raise ConfigError(
-            [
-                f"table_format={settings.format.name}: the tables of {folder.parent} are stored in {found.name}, which "
-                "is not changed again; leave table_format out, or convert the run that it was made from"
-            ]
+            f"table_format={settings.format.name}: the tables of {folder.parent} are stored in {found.name}, which "
+            "is not changed again; leave table_format out, or convert the run that it was made from"
         )
     return found
 

@@ -58,7 +58,7 @@ def quantize_run(
         refuse_applied(folder, saved.step, "quantize")
         config, parts = saved.config, DecoderParts.of(saved.model_config)
         if not parts.abstract_tables:
-            raise ConfigError([f"{source}: the model has no tables, so there is nothing to quantize"])
+            raise ConfigError(f"{source}: the model has no tables, so there is nothing to quantize")
         with written_whole(out) as path:
             (path / TABLE_FILES).mkdir()
             records = {}
@@ -76,7 +76,7 @@ def quantize_run(
                 try:
                     records[pool] = write_files(path / TABLE_FILES, form, encoded(rows(), found))
                 except ValueError as error:
-                    raise ConfigError([f"table {pool} of {source}: {error}"]) from error
+                    raise ConfigError(f"table {pool} of {source}: {error}") from error
             run = dataclasses.replace(config.run, dir=str(out), mirror=None)
             train = dataclasses.replace(config.train, init_from=None)
             new = dataclasses.replace(config, run=run, train=train)

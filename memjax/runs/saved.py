@@ -1,7 +1,6 @@
 """What the checkpoints of a run hold: its config, its tokenizer, and everything but the tables."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -9,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import pydantic
 from jax.sharding import NamedSharding, Sharding
 from jax.typing import DTypeLike
 
@@ -17,6 +15,7 @@ from memjax.checkpoint.checkpoints import Checkpoints
 from memjax.checkpoint.restoring import Restored
 from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
+from memjax.config.validation import from_saved
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import CheckpointError
 from memjax.io import remote
@@ -176,11 +175,9 @@ def read_meta(meta: dict[str, Any], folder: pathlib.Path) -> tuple[RunConfig, Ta
             f"{FORMAT_WITH_TABLE_FILES}; use the version that wrote it"
         )
     try:
-        # JSON is what pydantic reads strictly and yet turns lists into tuples from.
-        config = pydantic.TypeAdapter(RunConfig).validate_json(json.dumps(meta["config"]), strict=True)
-    except pydantic.ValidationError as error:
-        reason = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise CheckpointError(f"{folder}: the checkpoint's config is not one of this version: {reason}") from error
+        config = from_saved(RunConfig, meta["config"])
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: the checkpoint's config is not one of this version: {error}") from error
     dtypes: TableDtypes = {
         kind: meta["table_dtypes"].get(kind, section.table_dtype)
         for kind, section in config.model.lookup_sections.items()

@@ -60,7 +60,7 @@ def _run(name: str, subcommand: Subcommand, words: Sequence[str], settings: Any)
     fewest, most = subcommand.fewest, subcommand.most
     if len(words) < fewest or (most is not None and len(words) > most):
         number = fewest if fewest == most else f"at least {fewest}"
-        raise ConfigError([f"{name} takes {number} arguments: {subcommand.positional.help} Given: {len(words)}"])
+        raise ConfigError(f"{name} takes {number} arguments: {subcommand.positional.help} Given: {len(words)}")
     _stay_on_cpu()
     subcommand.run(*words, settings=settings)
 

@@ -89,7 +89,7 @@ def build(form: TableForm, blocks: Callable[[], Blocks], sharding: Sharding | No
     if form.place == "device":
         return _on_device(form, blocks(), sharding)
     if isinstance(sharding, NamedSharding):
-        raise ConfigError(["table_place=host is for one device; leave memory_devices out, or use table_place=device"])
+        raise ConfigError("table_place=host is for one device; leave memory_devices out, or use table_place=device")
     scales = _DeviceRows((form.num_rows, form.groups), SCALE_DTYPE, None) if form.groups else None
 
     memory = host_memory.allocate(form.payload_bytes)
@@ -113,10 +113,8 @@ def _on_device(form: TableForm, blocks: Blocks, sharding: Sharding | None) -> Ta
     devices = sharding.mesh.shape[MEMORY] if isinstance(sharding, NamedSharding) else 1
     if form.groups and (form.groups % devices or form.payload_shape[1] % devices):
         raise ConfigError(
-            [
-                f"table_format={form.format.name} has {form.groups} scales a row of {form.width} columns, which "
-                f"cannot be split evenly over {devices} devices; use a number that divides {form.groups}"
-            ]
+            f"table_format={form.format.name} has {form.groups} scales a row of {form.width} columns, which "
+            f"cannot be split evenly over {devices} devices; use a number that divides {form.groups}"
         )
     rows = _DeviceRows(form.payload_shape, form.format.payload_dtype, sharding)
     scales = _DeviceRows((form.num_rows, form.groups), SCALE_DTYPE, sharding) if form.groups else None

@@ -29,21 +29,17 @@ def make_mesh(config: RunConfig, devices: list[Any] | None = None) -> Mesh:
     data = mesh.data_axis(len(devices))
     if data * mesh.devices_per_replica != len(devices):
         raise ConfigError(
-            [
-                f"mesh: {mesh.describe(data, '=')} needs {data * mesh.devices_per_replica} devices, found "
-                f"{len(devices)}; set mesh.data={max(1, len(devices) // mesh.devices_per_replica)} or start with other "
-                "devices"
-            ]
+            f"mesh: {mesh.describe(data, '=')} needs {data * mesh.devices_per_replica} devices, found "
+            f"{len(devices)}; set mesh.data={max(1, len(devices) // mesh.devices_per_replica)} or start with other "
+            "devices"
         )
     rows = data * mesh.memory
     batch_size, per_step = config.data.batch_size, config.train.grad_accum_steps * rows
     if batch_size % per_step:
         what = "devices" if mesh.tensor == 1 else "mesh.data x mesh.memory"
         raise ConfigError(
-            [
-                f"data.batch_size={batch_size} must be a multiple of train.grad_accum_steps x {what} = "
-                f"{config.train.grad_accum_steps} x {rows}; try {-(-batch_size // per_step) * per_step}"
-            ]
+            f"data.batch_size={batch_size} must be a multiple of train.grad_accum_steps x {what} = "
+            f"{config.train.grad_accum_steps} x {rows}; try {-(-batch_size // per_step) * per_step}"
         )
     return jax.make_mesh(
         (data, mesh.memory, mesh.tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices

@@ -121,10 +121,8 @@ def _launcher(environ: Mapping[str, str], config: ProcessesConfig) -> tuple[str,
     innermost = next(iter(found))
     if found[innermost][0] == 1 and config.count is None:
         raise ConfigError(
-            [
-                f"{innermost} started 1 process and {several[0]} {found[several[0]][0]}, and which of them started "
-                "this one is not known; set --processes.count to the number of processes that train together"
-            ]
+            f"{innermost} started 1 process and {several[0]} {found[several[0]][0]}, and which of them started "
+            "this one is not known; set --processes.count to the number of processes that train together"
         )
     return (several[0], *found[several[0]])
 
@@ -136,7 +134,7 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
         return None
     if not (text.isascii() and text.isdecimal()):
         raise ConfigError(
-            [f"the environment has {name}={text!r}, which must be a whole number; mend it, or set --processes.count 1"]
+            f"the environment has {name}={text!r}, which must be a whole number; mend it, or set --processes.count 1"
         )
     return int(text)
 
@@ -237,10 +235,8 @@ def _start(config: ProcessesConfig, launch: Launch) -> None:
     if jax.default_backend() == "cpu" and jax.local_device_count() > 1:
         # Seen with jax 0.10: programs of several simulated devices wait for each other for ever.
         raise ConfigError(
-            [
-                f"{jax.local_device_count()} simulated CPU devices in each of {launch.count} processes cannot work "
-                "together; set JAX_NUM_CPU_DEVICES=1 and start more processes"
-            ]
+            f"{jax.local_device_count()} simulated CPU devices in each of {launch.count} processes cannot work "
+            "together; set JAX_NUM_CPU_DEVICES=1 and start more processes"
         )
 
 

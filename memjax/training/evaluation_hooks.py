@@ -150,10 +150,10 @@ class Questions(Hook):
         """
         asked = self._asked = config.eval
         if asked.tasks and importlib.util.find_spec("lm_eval") is None:
-            raise ConfigError([f"eval.tasks={','.join(asked.tasks)} needs the package lm-eval: pip install lm-eval"])
+            raise ConfigError(f"eval.tasks={','.join(asked.tasks)} needs the package lm-eval: pip install lm-eval")
         if jax.process_count() > 1:
             raise ConfigError(
-                ["eval.questions and eval.tasks are for one process; use python -m memjax.evaluate on checkpoints"]
+                "eval.questions and eval.tasks are for one process; use python -m memjax.evaluate on checkpoints"
             )
         self._sets = read_question_sets(asked.questions, field="eval.questions") if asked.questions else []
         if asked.tasks:

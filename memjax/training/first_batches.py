@@ -26,7 +26,7 @@ class FirstBatches:
             return
         self._unlearned = None if batch["loss_mask"].any() else self._unlearned + 1
         if self._unlearned and (last or self._unlearned == PATIENCE):
-            raise ConfigError([self._why()])
+            raise ConfigError(self._why())
 
     def _why(self) -> str:
         data = self._data

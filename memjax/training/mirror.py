@@ -96,20 +96,20 @@ def check_mirror(folder: pathlib.Path, address: str) -> None:
         ConfigError: it does, a package is missing, or one of the folders lies in the other.
     """
     if importlib.util.find_spec("fsspec") is None:
-        raise ConfigError([f"run.mirror={address} takes the package fsspec; pip install 'memjax[remote]'"])
+        raise ConfigError(f"run.mirror={address} takes the package fsspec; pip install 'memjax[remote]'")
     if not is_remote(address):
         here, there = folder.resolve(), pathlib.Path(address).resolve()
         if here.is_relative_to(there) or there.is_relative_to(here):
-            raise ConfigError([f"run.mirror={address} and run.dir={folder} must be folders apart; name another mirror"])
+            raise ConfigError(f"run.mirror={address} and run.dir={folder} must be folders apart; name another mirror")
     try:
         problem = remote.why_not_mirror(folder, address)
     except ModuleNotFoundError as error:
-        raise ConfigError([f"run.mirror={address}: {error}"]) from None
+        raise ConfigError(f"run.mirror={address}: {error}") from None
     except Exception as error:  # of any file system
         _warn(address, error)
         return
     if problem:
-        raise ConfigError([f"run.mirror={problem}"])
+        raise ConfigError(f"run.mirror={problem}")
 
 
 def _warn(address: str, error: Exception) -> None:

@@ -70,19 +70,15 @@ def _check_own_steps(folder: RunFolder, config: RunConfig) -> bool:
         )
     if checkpoints.newest_with(OPT_STATE) is None:
         raise ConfigError(
-            [
-                f"run.dir={folder.path} holds a model without the state of a training, so there is nothing to "
-                f"resume; to train that model set --train.init_from {shlex.quote(str(folder.path))} and another "
-                "--run.dir"
-            ]
+            f"run.dir={folder.path} holds a model without the state of a training, so there is nothing to "
+            f"resume; to train that model set --train.init_from {shlex.quote(str(folder.path))} and another "
+            "--run.dir"
         )
     newest = checkpoints.latest() if folder.read_summary() is None else None
     if newest is not None and newest > config.train.steps:
         raise ConfigError(
-            [
-                f"train.steps={config.train.steps} is below step {newest}, which {folder.path} has reached; set it to "
-                f"{newest} or more"
-            ]
+            f"train.steps={config.train.steps} is below step {newest}, which {folder.path} has reached; set it to "
+            f"{newest} or more"
         )
     return True
 

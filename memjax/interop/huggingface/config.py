@@ -5,10 +5,9 @@ import json
 from collections.abc import Sequence
 from typing import Any, get_args
 
-import pydantic
-
 from memjax.config.model import ModelConfig, QKNorm, RopeScalingConfig, RopeScalingKind
 from memjax.config.renamed import upgraded
+from memjax.config.validation import from_saved
 from memjax.errors import CheckpointError
 from memjax.interop.model_card import one_or_many
 from memjax.models.rotary import attention_factor
@@ -351,11 +350,9 @@ def _memory_model(config: dict[str, Any], place: str) -> ModelConfig:
         )
     settings = upgraded({"model": config.get("model")})["model"]
     try:
-        # JSON is what pydantic reads strictly and yet turns lists into tuples from.
-        model = pydantic.TypeAdapter(ModelConfig).validate_json(json.dumps(settings), strict=True)
-    except pydantic.ValidationError as error:
-        reason = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise CheckpointError(f"{place}: model: {reason}") from error
+        model = from_saved(ModelConfig, settings)
+    except ValueError as error:
+        raise CheckpointError(f"{place}: model: {error}") from error
     if not has_own_format(model):
         raise CheckpointError(
             f"{place}: model.memory=null must hold memory layers, or model.experts experts, where model_type is "

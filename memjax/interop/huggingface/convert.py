@@ -188,9 +188,7 @@ def _kept_fields(folder: pathlib.Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """What config.json says there of texts; refuses the folder of a model with another tokenizer."""
     fields = read_json(file_in(folder, CONFIG))
     if read_tokenizer(folder, None, fields)[1].fingerprint != tokenizer.fingerprint:
-        raise ConfigError(
-            [f"like={folder} has another tokenizer than the run; name the folder that its model came from"]
-        )
+        raise ConfigError(f"like={folder} has another tokenizer than the run; name the folder that its model came from")
     return {name: fields[name] for name in KEPT_FIELDS if name in fields}
 
 

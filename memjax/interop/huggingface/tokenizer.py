@@ -200,7 +200,7 @@ class _Folder:
 def _open(path: pathlib.Path, folder: _Folder) -> tuple[TokenizerConfig, Tokenizer]:
     kinds = {".json": "hf", ".model": "sentencepiece"}
     if path.suffix not in kinds:
-        raise ConfigError([f"tokenizer={path} must be byte, or a file that ends in .json or .model"])
+        raise ConfigError(f"tokenizer={path} must be byte, or a file that ends in .json or .model")
     folder.take(path)
     if kinds[path.suffix] == "sentencepiece":
         settings = TokenizerConfig(kind="sentencepiece", path=str(path), added_tokens=_after_pieces(path, folder))

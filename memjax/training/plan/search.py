@@ -41,7 +41,7 @@ def search(config: RunConfig, *, device_bytes: int, devices: int) -> Fit | None:
     mesh, fixed = config.mesh, (config.mesh.data or 1) * config.mesh.tensor
     if devices % fixed:
         named = f"mesh.data={mesh.data} x mesh.tensor={mesh.tensor}" if mesh.data else f"mesh.tensor={mesh.tensor}"
-        raise ConfigError([f"devices={devices} must be a multiple of {named}; plan for other devices, or change it"])
+        raise ConfigError(f"devices={devices} must be a multiple of {named}; plan for other devices, or change it")
     return _Search(config, int(USABLE * device_bytes), devices).run()
 
 

@@ -1,0 +1,96 @@
+"""Settings on command lines: `--model.dim 64`, whose field says how the text is read."""
+
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from ruamel.yaml.error import YAMLError
+
+from memjax.config.files import to_tree
+from memjax.config.problems import Problems
+from memjax.config.schema import FieldPath, field_type, printable, unwrap
+from memjax.config.yaml import compose
+
+
+class Arguments(NamedTuple):
+    """The words of a command line."""
+
+    settings: list[tuple[FieldPath, str]]
+    """In their order, as text."""
+    stray: list[str]
+    """Words that belong to no option."""
+    flags: set[str]
+    """The bare flags that were given, with underscores."""
+
+
+def split(words: Sequence[str], flags: Mapping[str, str], problems: Problems) -> Arguments:
+    """The settings, flags and other words of a command line."""
+    schema, found = problems.schema, Arguments([], [], set())
+    problems.flags = list(flags)
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--"):
+            found.stray.append(word)
+            continue
+        name, equals, text = word[2:].partition("=")
+        path = tuple(name.replace("-", "_").split("."))
+        if path[0] in flags and len(path) == 1:
+            found.flags.add(path[0])
+            if equals:
+                problems.of_arguments(f"--{path[0]} takes no value")
+            continue
+        annotation = field_type(schema, path)
+        negated = (*path[:-1], path[-1].removeprefix("no_"))
+        if annotation is None and not equals and field_type(schema, negated) is bool:
+            path, annotation, equals, text = negated, bool, "=", "false"
+        if not equals and annotation is bool and not (queue and queue[0].lower() in ("true", "false")):
+            equals, text = "=", "true"
+        if not equals:
+            if queue and not queue[0].startswith("--"):
+                text = queue.pop(0)
+            elif annotation is not None:
+                problems.of_arguments(f"--{printable(name)} needs a value")
+                continue
+        if annotation is None:
+            problems.unknown(path, is_section=text.startswith("{"), place="command line")
+        else:
+            found.settings.append((path, text))
+    return found
+
+
+def from_text(text: str, path: FieldPath, problems: Problems) -> Any:
+    """The value that a text is for a field."""
+    inner, optional = unwrap(field_type(problems.schema, path))
+    # The field's type decides: `none` is a gate but no clip, and a folder may be called 2026.
+    if typing.get_origin(inner) is Literal and text in typing.get_args(inner):
+        return text
+    if optional and text.lower() in ("null", "none"):
+        return None
+    if inner is str:
+        return text
+    if typing.get_origin(inner) is tuple and not text.startswith("["):
+        text = f"[{text}]"
+    try:
+        node = compose(text)
+    except (YAMLError, RecursionError):
+        return text
+    return text if node is None else to_tree(node, path, problems, lambda _: "command line")
+
+
+def take(words: Sequence[str], option: str) -> tuple[list[str], list[str]]:
+    """The values of an option that is no setting, as often as it is given, and the other words of a command line.
+
+    An option without a value has the empty one.
+    """
+    values, rest, queue = [], [], list(words)
+    while queue:
+        word = queue.pop(0)
+        name, equals, value = word.partition("=")
+        if name.replace("-", "_") != f"__{option}":
+            rest.append(word)
+            continue
+        if not equals:
+            value = queue.pop(0) if queue and not queue[0].startswith("--") else ""
+        values.append(value)
+    return values, rest

@@ -1,0 +1,137 @@
+"""Configs as YAML files: a file over the one that it `extends`, as a tree whose places are known."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from memjax.config import presets
+from memjax.config.problems import Problems, close, did_you_mean
+from memjax.config.renamed import upgraded
+from memjax.config.schema import FieldPath, printable
+from memjax.config.yaml import compose, scalar, why_invalid
+from memjax.io.paths import local_path
+
+DEEPEST = 32
+"""The most levels of sections and lists in a config; the schema has four."""
+
+_WRITTEN_BY_RUNS = ("checkpoints", "metrics.jsonl")
+"""What lies beside a config.yaml that a run has written, perhaps one of an earlier version."""
+
+Tree = dict[str, Any]
+
+
+def read_config(path: Path, problems: Problems) -> Tree:
+    """The tree of a config's file, or of a run's folder, whatever the place that the run began in."""
+    try:
+        path = local_path(str(path), "config")
+    except ValueError as error:
+        problems.of_arguments(str(error))
+        return {}
+    file = path / "config.yaml"
+    if not path.is_dir() or (not file.exists() and presets.find(path)):
+        return _read(path if path.is_file() else presets.find(path) or path, problems, "command line")
+    if not file.exists():
+        is_part = path.name == "checkpoints" and (path.parent / "config.yaml").exists()
+        problems.of_arguments(
+            f"{path} is a folder without a config.yaml, so it is not that of a run that has made a step; "
+            f"{f'name {path.parent}' if is_part else f'name a YAML file, and --run.dir {path} to run there'}"
+        )
+        return {}
+    return merge(_read(file, problems, "command line"), {"run": {"dir": str(path)}})
+
+
+def _read(path: Path, problems: Problems, asked_at: str, chain: tuple[Path, ...] = ()) -> Tree:
+    """The tree of a file merged over that of the file it extends."""
+    if path.resolve() in [link.resolve() for link in chain]:
+        circle = " -> ".join(str(link) for link in (*chain, path))
+        problems.add(asked_at, f"extends goes round in a circle: {circle}")
+        return {}
+    problems.places.setdefault((), str(path))
+    try:
+        node = compose(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, YAMLError, RecursionError) as error:  # ValueError: no UTF-8, or a path with a NUL
+        problems.add(*_unreadable(path, asked_at, error))
+        return {}
+    if node is None:
+        return {}
+    if not isinstance(node, MappingNode):
+        problems.add(f"{path}:1", "a config consists of sections, `name:` with indented lines below it")
+        return {}
+    # The base is read before this file's places are noted, so that a place is always that of the value in force.
+    base: Tree = {}
+    for key, value in node.value:
+        if key.value == "extends":
+            line = f"{path}:{key.start_mark.line + 1}"
+            if isinstance(value, ScalarNode) and value.value.endswith((".yaml", ".yml")):
+                named = path.parent / value.value
+                named = named if named.exists() else presets.find(value.value) or named
+                base = _read(named, problems, line, (*chain, path))
+            else:  # another kind of file is not opened: messages about its content would print parts of it
+                problems.add(line, "extends must name one YAML file, .yaml or .yml")
+    tree = to_tree(node, (), problems, lambda part: f"{path}:{part.start_mark.line + 1}")
+    tree.pop("extends", None)
+    is_of_run = path.name == "config.yaml" and any((path.parent / name).exists() for name in _WRITTEN_BY_RUNS)
+    return merge(base, upgraded(tree) if is_of_run else tree)
+
+
+def _unreadable(path: Path, asked_at: str, error: Exception) -> tuple[str, str]:
+    """A place, and why the file is no config."""
+    name = printable(str(path))
+    match error:
+        case MarkedYAMLError():
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            return f"{path}:{line}", f"not valid YAML: {why_invalid(error)}"
+        case RecursionError():
+            return str(path), f"is nested more than {DEEPEST} levels deep"
+        case FileNotFoundError():
+            return asked_at, f"{name} does not exist{_other_name(path)}"
+        case IsADirectoryError():
+            return asked_at, f"{name} is a folder; name a YAML file"
+        case UnicodeDecodeError():
+            return asked_at, f"{name} is not UTF-8 text"
+        case _:
+            reason = getattr(error, "strerror", None) or error
+            return asked_at, f"{name} cannot be read: {' '.join(str(reason).split())}"
+
+
+def _other_name(path: Path) -> str:
+    """A hint at what may be meant by a file that is not there."""
+    if hint := did_you_mean(close(str(path), [str(other) for other in path.parent.glob("*.yaml")])):
+        return hint
+    return f"; for a setting write --{path}" if "=" in str(path) else did_you_mean(close(path.stem, presets.names()))
+
+
+def to_tree(node: Node, path: FieldPath, problems: Problems, place: Callable[[Node], str], depth: int = 0) -> Any:
+    """The value of a node: sections as dicts. The place of each setting is noted."""
+    if isinstance(node, ScalarNode):
+        return scalar(node)
+    if depth > DEEPEST:
+        problems.add(place(node), f"{printable('.'.join(path))}: nested more than {DEEPEST} levels deep")
+        return None
+    if isinstance(node, SequenceNode):
+        return [to_tree(item, path, problems, place, depth + 1) for item in node.value]
+    tree: Tree = {}
+    for key, value in node.value:
+        inner = (*path, str(key.value))
+        if not isinstance(key, ScalarNode):
+            problems.add(place(key), "a name must be a single word")
+        elif key.value in tree:
+            name = printable(".".join(inner))
+            problems.add(place(key), f"{name}: given twice; first at {problems.places[inner]}")
+        else:
+            problems.places[inner] = place(key)
+            tree[key.value] = to_tree(value, inner, problems, place, depth + 1)
+    return tree
+
+
+def merge(base: Tree, over: Mapping[str, Any]) -> Tree:
+    """A tree with the settings of another in place of its own."""
+    merged = dict(base)
+    for name, value in over.items():
+        old = merged.get(name)
+        # A section over null starts from the defaults: a dense base, and then a memory section.
+        merged[name] = merge(old if isinstance(old, dict) else {}, value) if isinstance(value, dict) else value
+    return merged

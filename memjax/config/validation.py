@@ -1,0 +1,121 @@
+"""From a tree of settings to a config: names, text and values are checked, and every problem is told at once."""
+
+import functools
+import json
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import pydantic
+
+from memjax.config.arguments import from_text
+from memjax.config.files import Tree, merge
+from memjax.config.problems import Problems, close, did_you_mean
+from memjax.config.schema import (
+    FieldPath,
+    field_type,
+    field_types,
+    item_section_of,
+    printable,
+    section_of,
+    shortened,
+    unwrap,
+)
+from memjax.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def validate(tree: Tree, settings: Sequence[tuple[FieldPath, str]], problems: Problems) -> Any:
+    """The config of a tree with settings of the command line on top.
+
+    Raises:
+        ConfigError: with every problem of files, command line and values.
+    """
+    # One after the other, because `--model.memory null --model.memory.num_keys 8` starts from the defaults again.
+    for path, text in settings:
+        problems.places[path] = "command line"
+        value = from_text(text, path, problems)
+        tree = merge(tree, functools.reduce(lambda inner, part: {part: inner}, reversed(path), value))
+    _refuse_unknown(problems.schema, tree, (), problems)
+    tree = _without_undecodable(tree, (), problems)
+    config = None
+    try:
+        config = from_tree(problems.schema, tree)
+    except pydantic.ValidationError as error:
+        for item in error.errors(include_url=False):
+            problems.invalid(item)
+    if problems.lines:
+        raise ConfigError(problems.lines)
+    return config
+
+
+def from_tree(schema: type[T], tree: Any) -> T:
+    """The config that a tree of JSON values is.
+
+    Raises:
+        pydantic.ValidationError: it is none.
+    """
+    # JSON is what pydantic reads strictly and yet turns lists into tuples and 1 into 1.0 from.
+    return pydantic.TypeAdapter(schema).validate_json(json.dumps(tree), strict=True)
+
+
+def from_saved(schema: type[T], tree: Any) -> T:
+    """The config of a tree that a program has written.
+
+    Raises:
+        ValueError: it is none of this version; the message says in which settings.
+    """
+    try:
+        return from_tree(schema, tree)
+    except pydantic.ValidationError as error:
+        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise ValueError("; ".join(lines)) from error
+
+
+def _refuse_unknown(section: type, tree: Tree, path: FieldPath, problems: Problems) -> None:
+    annotations = field_types(section)
+    for name, value in tree.items():
+        here, annotation = (*path, name), annotations.get(name)
+        if annotation is None:
+            problems.unknown(here, is_section=isinstance(value, dict), place=problems.places[here])
+        elif isinstance(value, dict) and (deeper := section_of(annotation)):
+            _refuse_unknown(deeper, value, here, problems)
+        elif isinstance(value, list) and (item := item_section_of(annotation)):
+            _refuse_unknown_in_items(item, value, here, problems)
+
+
+def _refuse_unknown_in_items(section: type, items: list[Any], path: FieldPath, problems: Problems) -> None:
+    """Items are whole: a section of a list has no sections in it."""
+    known = list(field_types(section))
+    for number, item in enumerate(items):
+        for name in item if isinstance(item, dict) else ():
+            if name not in known:
+                hint = did_you_mean(close(name, known)) or f"; known: {', '.join(known)}"
+                where = f"{'.'.join(path)}[{number}].{printable(name)}"
+                problems.add(problems.nearest((*path, name)), f"{where}: unknown setting{hint}")
+
+
+def _without_undecodable(value: Any, path: FieldPath, problems: Problems) -> Any:
+    """The tree without text that UTF-8 cannot express (lone surrogates, undecodable bytes of the command line)."""
+    if isinstance(value, dict):
+        return {
+            name: _without_undecodable(inner, (*path, name), problems)
+            for name, inner in value.items()
+            if _is_encodable(name)  # else it is an unknown setting, which was refused
+        }
+    if isinstance(value, list):
+        return [_without_undecodable(inner, path, problems) for inner in value]
+    if not isinstance(value, str) or _is_encodable(value):
+        return value
+    way_out = ""
+    if sys.getfilesystemencoding() != "utf-8":
+        way_out = f"; this locale is {sys.getfilesystemencoding()}: set PYTHONUTF8=1 for other letters"
+    what = f"{'.'.join(path)}='{shortened(printable(value))}'"
+    problems.add(problems.nearest(path), f"{what} is not text in UTF-8{way_out}")
+    return None if unwrap(field_type(problems.schema, path))[1] else ""
+
+
+def _is_encodable(text: str) -> bool:
+    return not re.search("[\ud800-\udfff]", text)
