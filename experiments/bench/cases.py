@@ -6,7 +6,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timing
@@ -41,7 +41,21 @@ def run(script: str, case: Row, seconds: float, *, xla_flags: str = "") -> tuple
         return found["rows"] + ([{"note": note}] if note else []), found.get("environment", {})
 
 
-def write(out: pathlib.Path, stem: str, record: Row, *, title: str, columns: Sequence[str], key: Sequence[str]) -> None:
+def read(file: pathlib.Path) -> Row:
+    """A record that was written; empty where there is none."""
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def write(
+    out: pathlib.Path,
+    stem: str,
+    record: Row,
+    *,
+    title: str,
+    columns: Sequence[str],
+    key: Sequence[str],
+    compare: Callable[[list[Row]], None] = lambda rows: None,
+) -> None:
     """The record as JSON and as a table; rows of a record that is there already stay, unless they ran again.
 
     Args:
@@ -51,14 +65,16 @@ def write(out: pathlib.Path, stem: str, record: Row, *, title: str, columns: Seq
         title: of the table; the device's name follows.
         columns: of the table.
         key: the columns by which a row is the same as another.
+        compare: adds to rows what they say beside others.
     """
     file = out / f"{stem}.json"
-    old = json.loads(file.read_text()) if file.exists() else {}
+    old = read(file)
     name = lambda row: tuple(row.get(column) for column in key)
     again = {name(row) for row in record["rows"]}
     kept = [row for row in old.get("rows", []) if name(row) not in again]
     commands = dict.fromkeys([*old.get("command", "").split(" ; "), record["command"]])
     record = record | {"rows": kept + record["rows"], "command": " ; ".join(filter(None, commands))}
+    compare(record["rows"])
     timing.write_record(file, record)
     device = record.get("device", "an unknown device")
     text = f"# {title} {device}\n\n{record['command']}\n\n{timing.table(record['rows'], columns)}\n"

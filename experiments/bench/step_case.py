@@ -8,8 +8,9 @@ import json
 import pathlib
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from memjax.models import dot_product
 from memjax.models.counts import count_parameters, training_flops_per_token
 from memjax.models.decoder import resolve_dtype
 from memjax.monitoring.metrics import peak_flops
-from memjax.monitoring.profile import describe_overlap, newest_trace, operations, overlaps, table
+from memjax.monitoring.profile import describe_overlap, is_collective, newest_trace, operations, overlaps, table
 from memjax.ops.row_update.rules import RowRule, row_step
 from memjax.sharding.mesh import make_mesh, put_batch
 from memjax.sharding.rules import COLUMNS, TOKENS
@@ -113,7 +114,11 @@ def whole_step(config: RunConfig, devices: list[Any], case: Row) -> Row:
     program, mesh = TrainProgram.of(config), make_mesh(config, devices)
     say("model's shapes known")
     tokens = config.data.batch_size * config.data.sequence_length
-    row: Row = {"tokens": tokens, "attention": attention_of(config)}
+    predicted = memory_plan.plan(config, data_axis=mesh.shape["data"], program=program)
+    row: Row = {"tokens": tokens, "attention": attention_of(config), "predicted GB": predicted.total / 1e9}
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    if limit and predicted.total > 1.1 * limit:
+        return row | {"note": f"does not fit: a device has {limit / 1e9:.1f} GB"}
     with jax.set_mesh(mesh):
         state = program.init(jax.random.key(0), mesh)
         batch = put_batch(mesh, random_batch(config, case["documents"]), BATCH)
@@ -125,8 +130,7 @@ def whole_step(config: RunConfig, devices: list[Any], case: Row) -> Row:
         compiled = make_train_step(program, mesh).lower(state, batch).compile()
         row["compile s"] = time.perf_counter() - started
         say("compiled")
-        predicted = memory_plan.plan(config, data_axis=mesh.shape["data"], program=program)
-        row |= {"predicted GB": predicted.total / 1e9, "compiled GB": memory_plan.compiled_bytes(compiled) / 1e9}
+        row["compiled GB"] = memory_plan.compiled_bytes(compiled) / 1e9
         row["prediction"] = {name: count / 1e9 for name, count in (predicted.state | predicted.temporary).items()}
         row["temporary GB"] = compiled.memory_analysis().temp_size_in_bytes / 1e9
         state, first = compiled(state, batch)
@@ -138,8 +142,7 @@ def whole_step(config: RunConfig, devices: list[Any], case: Row) -> Row:
         row["peak GB"] = allocator_peak(devices[0])
         if row["peak GB"]:
             row["predicted / peak"] = row["predicted GB"] / row["peak GB"]
-        if case["profile"]:
-            row |= profile(lambda state: compiled(state, batch)[0], state, pathlib.Path(case["profile"]))
+        row |= traced(lambda state: compiled(state, batch)[0], state, case)
     speed, counts = tokens / seconds, count_parameters(program.parts)
     row |= {
         "ms": seconds * 1e3,
@@ -161,14 +164,25 @@ def attention_of(config: RunConfig) -> str:
     return dot_product.choose(wanted, dtype, config.model.head_width, length)
 
 
-def profile(step: Callable[[Any], Any], state: Any, folder: pathlib.Path) -> Row:
-    """The operations of three steps that take the most time, and how much of their collectives each GPU hid."""
-    with jax.profiler.trace(str(folder)):
-        for _ in range(3):
-            state = step(state)
-        jax.block_until_ready(state)
-    trace = jax.profiler.ProfileData.from_file(str(newest_trace(folder)))
+def traced(step: Callable[[Any], Any], state: Any, case: Row) -> Row:
+    """The operations of three steps that take the most time, or the collectives, and how much of them each GPU hid.
+
+    The trace is kept where the case has a folder for it.
+    """
+    if not case.get("traces"):
+        return {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(case["profile"] or temporary)
+        with jax.profiler.trace(str(folder)):
+            for _ in range(3):
+                state = step(state)
+            jax.block_until_ready(state)
+        trace = jax.profiler.ProfileData.from_file(str(newest_trace(folder)))
     found, by_device = operations(trace), overlaps(trace)
+    mean = lambda name: statistics.mean(getattr(overlap, name) for overlap in by_device.values()) / 3 * 1e3
+    row: Row = {f"{name} ms": mean(name) for name in ("collectives", "exposed") if by_device}
+    if case["traces"] == "collectives":
+        found = [operation for operation in found if is_collective(operation.name)]
     print(table(found, 30), *(describe_overlap(*pair) for pair in by_device.items()), sep="\n", flush=True)
     total = sum(operation.seconds for operation in found)
     slowest = [
@@ -179,7 +193,7 @@ def profile(step: Callable[[Any], Any], state: Any, folder: pathlib.Path) -> Row
         device: {f"{name} ms a step": seconds / 3 * 1e3 for name, seconds in overlap._asdict().items()}
         for device, overlap in by_device.items()
     }
-    return {"profile": slowest, "overlap": times}
+    return row | {"profile": slowest, "overlap": times}
 
 
 def memory_layer(config: RunConfig, devices: list[Any], case: Row) -> Row:
@@ -218,29 +232,10 @@ def memory_layer(config: RunConfig, devices: list[Any], case: Row) -> Row:
             return updated, jax.tree.map(jnp.sum, gradient)
 
         compiled = jax.jit(step, donate_argnums=0).lower(table_state, params, x, target).compile()
-        seconds, _ = seconds_of(lambda state: compiled(state, params, x, target)[0], table_state, case)
-    return {"tokens": tokens, "ms": seconds * 1e3, "tokens/s": round(tokens / seconds)}
-
-
-def over_devices(case: Row) -> Iterator[Row]:
-    """Weak scaling: the same work for each device on one and on more of them."""
-    available = jax.devices()
-    counts = [count for count in (1, 2, 4, 8) if count <= len(available)]
-    for name, measure in (("memory layer", memory_layer), ("whole step", whole_step)):
-        alone = None
-        for count in counts:
-            for data, memory in dict.fromkeys(((1, count), (count, 1))):
-                sizes = ["--data.batch_size", str(case["batch"] * count)]
-                sizes += ["--mesh.data", str(data), "--mesh.memory", str(memory)]
-                row: Row = {"case": f"{name}, {count} of {len(available)}", "mesh": f"data {data} x memory {memory}"}
-                row |= attempt(lambda sizes=sizes, n=count, f=measure: f(config_of(case, sizes), available[:n], case))
-                for column in ("peak GB", "predicted / peak"):
-                    row.pop(column, None)  # those of the cases before too
-                if "tokens/s" in row:
-                    each = row["tokens/s"] / count
-                    alone = alone or each
-                    row |= {"tokens/s per GPU": round(each), "of one GPU": each / alone}
-                yield row
+        run = lambda state: compiled(state, params, x, target)[0]
+        seconds, table_state = seconds_of(run, table_state, case)
+        row: Row = {"tokens": tokens, "ms": seconds * 1e3, "tokens/s": round(tokens / seconds)}
+        return row | {"peak GB": allocator_peak(devices[0])} | traced(run, table_state, case)
 
 
 def attempt(function: Callable[[], Row]) -> Row:
@@ -263,15 +258,9 @@ def config_of(case: Row, more: list[str] | None = None) -> RunConfig:
 def main() -> None:
     """Writes the case's rows as JSON."""
     case, result = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
-    if case["kind"] == "devices":
-        found = over_devices(case)
-    else:
-        found = iter([attempt(lambda: whole_step(config_of(case), jax.devices()[: case["devices"]], case))])
-    rows: list[Row] = []
-    for row in found:
-        # After each: what comes next may take too long.
-        rows.append(row)
-        result.write_text(json.dumps({"rows": rows, "environment": timing.environment()}))
+    measure = memory_layer if case["kind"] == "layer" else whole_step
+    row = attempt(lambda: measure(config_of(case), jax.devices()[: case["devices"]], case))
+    result.write_text(json.dumps({"rows": [row], "environment": timing.environment()}))
 
 
 if __name__ == "__main__":

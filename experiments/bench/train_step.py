@@ -1,10 +1,11 @@
-"""Times whole training steps: `python experiments/bench/train_step.py [--only PART ...] [--out FOLDER] [--small]`.
+"""Times training steps: `python experiments/bench/train_step.py [--only PART ...] [--out FOLDER] [--small]`.
 
 Dense against Memory+ of one size on one device, a PyTorch peer of the dense model, table sizes, documents that share
 rows, cases that tell whether the planner is right, XLA's flags, and one device against several. The settings are those
 of the size's presets but for the batch (4 x 4,096 tokens a device), `train.remat: none` and rows of one text; tokens
 are random. Each case runs in a process of its own, so that an out-of-memory is a row and the rest goes on. The record
-is written after every case, and keeps what other runs have put into it.
+is written after every case, and keeps what other runs have put into it; --resume leaves out what it has figures of.
+`--only devices --devices 1 8` measures one device and eight: see devices.py.
 
 With --small (for CPUs) a few cases of small sizes run, and the figures say nothing but that it runs.
 """
@@ -20,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import cases
+import devices
 import timing
 
 from memjax.config.load import load
@@ -28,8 +30,7 @@ from memjax.config.run import RunConfig
 ROOT = cases.ROOT
 
 COLUMNS = ("part", "case", "mesh", "attention", "ms", "tokens/s", "MFU", "peak GB", "compiled GB")
-COLUMNS += ("predicted GB", "predicted / peak", "compile s", "distinct rows", "tokens/s per GPU", "of one GPU")
-COLUMNS += ("last loss", "note")
+COLUMNS += ("predicted GB", "predicted / peak", "compile s", "distinct rows", *devices.COLUMNS[1:], "last loss", "note")
 
 SMALL = """
 --model.dim 128 --model.num_layers 2 --model.num_heads 2 --model.ffn_dim 64 --model.vocab_size 512 --model.dtype float32
@@ -83,7 +84,7 @@ def cases_of(arguments: argparse.Namespace) -> dict[str, list[Row]]:
             "documents": False,
             "devices": 1,
         }
-        return found | {"count_rows": False, "profile": None} | windows | more
+        return found | {"count_rows": False, "profile": None, "traces": None} | windows | more
 
     def memory_case(name: str, num_keys: int, *settings: str, **more: Any) -> Row:
         keys = ["--model.memory.num_keys", str(num_keys)]
@@ -117,19 +118,21 @@ def cases_of(arguments: argparse.Namespace) -> dict[str, list[Row]]:
         "remat": [case(f"dense, remat {name}", dense, "--train.remat", name) for name in ("dots", "block")],
         "planner": [planned(name, kind, settings) for name, (kind, settings) in PLANNED.items()],
         "xla": [case(f"dense, {name}", dense, xla_flags=flags) for name, flags in XLA_FLAGS.items()],
-        "devices": [memory_case("weak scaling", largest[0], *BFLOAT16, kind="devices")],
+        "devices": devices.cases_of(case, arguments.devices, batch, small=small),
         "largest": [
             memory_case("67,108,864 x 1,024 on two devices", 8192, *fast, devices=2, steps=20),
             memory_case("67,108,864 x 2,048 on two devices", 8192, *fast, *HUGE.split(), devices=2, steps=20),
         ],
     }
     if small:
-        found = {part: found[part][:1] for part in ("dense", "memory", "torch", "planner", "devices")}
+        found = {part: found[part][:1] for part in ("dense", "memory", "torch", "planner")} | {
+            "devices": found["devices"]
+        }
     for part, of_part in found.items():
         for number, one in enumerate(of_part):
             one["part"] = part
             if arguments.profile:
-                one["profile"] = str(arguments.out / "profiles" / f"{part}-{number}")
+                one |= {"traces": "operations", "profile": str(arguments.out / "profiles" / f"{part}-{number}")}
     return found
 
 
@@ -153,6 +156,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=570, help="no case begins after this, and none goes on longer")
     parser.add_argument("--settings", default=[], type=str.split, help="settings for all cases, as train takes them")
     parser.add_argument("--stem", help="name of the files in the folder, without suffix")
+    parser.add_argument("--resume", action="store_true", help="leave out cases that the files of --stem have")
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2], help="numbers of devices for part devices")
     arguments = parser.parse_args()
     # Where the files go says nothing of the measurement.
     words = [word for word in sys.argv[1:] if word not in ("--out", str(arguments.out), "--stem", arguments.stem)]
@@ -162,18 +167,24 @@ def main() -> None:
     parts = cases_of(arguments)
     if unknown := set(arguments.only or []) - set(parts):
         parser.error(f"--only: no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+    if arguments.resume and not arguments.stem:
+        parser.error("--resume needs the --stem of the files")
+    old = cases.read(arguments.out / f"{arguments.stem}.json").get("rows", []) if arguments.resume else []
+    done = {(row["part"], row["case"]) for row in old if "ms" in row}
+    wanted = [case for part in arguments.only or parts for case in parts[part] if arguments.cases in case["case"]]
     print(timing.table([], COLUMNS), flush=True)
-    for case in [case for part in arguments.only or parts for case in parts[part] if arguments.cases in case["case"]]:
+    for case in [case for case in wanted if (case["part"], case["case"]) not in done]:
         left = arguments.seconds - (time.monotonic() - started)
         rows, environment = run(case, left) if left > 0 else ([{"note": "no time left"}], {})
         record |= environment
-        for row in rows:
-            record["rows"].append({"part": case["part"], "case": case["case"]} | row)
-            print(timing.table(record["rows"][-1:], COLUMNS).splitlines()[-1], flush=True)
+        same = {name: case[name] for name in ("part", "case", *devices.SAME) if name in case}
+        record["rows"] += [same | row | {"commit": environment.get("commit")} for row in rows]
         device = record.get("device", "unknown").replace(" ", "-").lower()
         stem = arguments.stem or f"train_step-{device}" + ("-small" if arguments.small else "")
         key = ("part", "case")
-        cases.write(arguments.out, stem, record, title="Training steps on", columns=COLUMNS, key=key)
+        what = {"title": "Training steps on", "columns": COLUMNS, "key": key, "compare": devices.compare}
+        cases.write(arguments.out, stem, record, **what)
+        print("\n".join(timing.table(record["rows"][-len(rows) :], COLUMNS).splitlines()[2:]), flush=True)
 
 
 if __name__ == "__main__":

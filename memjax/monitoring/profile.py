@@ -154,8 +154,8 @@ def overlaps(profile: Any) -> dict[str, Overlap]:
         events = [event for stream in _lines_of(plane, "Stream") for event in stream]
         if not events:
             continue
-        collectives = _covered([event for event in events if _is_collective(event)])
-        others = _covered([event for event in events if not _is_collective(event)])
+        collectives = _covered([event for event in events if is_collective(event.name)])
+        others = _covered([event for event in events if not is_collective(event.name)])
         span = max(event.start + event.duration for event in events) - min(event.start for event in events)
         times = (span, span - _covered(events), collectives, _covered(events) - others)
         found[plane.name] = Overlap(*(time * _NANOSECONDS for time in times))
@@ -204,8 +204,9 @@ def _devices(profile: Any) -> list[Any]:
     return [plane for plane in profile.planes if plane.name.startswith("/device:")]
 
 
-def _is_collective(event: _Event) -> bool:
-    name = event.name.lower().replace("_", "")
+def is_collective(operation: str) -> bool:
+    """Whether an operation of that name sends and receives."""
+    name = operation.lower().replace("_", "").replace("-", "")
     return any(word in name for word in _COLLECTIVES)
 
 
