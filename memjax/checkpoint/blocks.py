@@ -15,7 +15,7 @@ BLOCK_BYTES = 2 << 30
 SMALL_BYTES = 16 << 20
 """Arrays up to this size are never cut."""
 
-BLOCKS = 128
+BLOCKS = 512
 """Blocks of an array that is all of its item; while one is read, its bytes are in host memory about four times."""
 
 

@@ -1,9 +1,12 @@
 """Restoring: the named items of one step, onto any mesh, compared with their digests."""
 
+import collections
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +21,10 @@ from memjax.checkpoint.index import INDEX, differences, unseal
 from memjax.checkpoint.names import as_stored, flatten, nest
 from memjax.checkpoint.processes import any_process
 from memjax.errors import CheckpointError
+
+_Found = TypeVar("_Found")
+_READERS = 4
+"""Threads that read blocks of one leaf: unpacking a block is the work of one thread."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,8 +84,7 @@ class StoredStep:
         record = index["arrays"].get(item, {}).get(name)
         if record is None:
             raise CheckpointError(f"{self._name} has no {item}/{name}")
-        digest = RowsDigest()
-        for piece, (start, rows) in blocks(name, record).items():
+        def read(piece: str, start: int, rows: int) -> tuple[int, np.ndarray]:
             shape = (rows, *record["shape"][1:])
             wanted = nest({piece: jax.ShapeDtypeStruct(shape, jnp.dtype(record["dtype"]))})
             how = nest({piece: ocp.RestoreArgs(restore_type=np.ndarray)})
@@ -86,6 +92,13 @@ class StoredStep:
             block = flatten(self._items(args)[item])[piece]
             if not isinstance(block, np.ndarray) or block.shape != shape:
                 raise Damaged(f"{self._name}, item {item}: {piece} did not come back")
+            return start, block
+
+        digest = RowsDigest()
+        # Processes wait for each other at every block, so there one thread keeps the order.
+        readers = _READERS if jax.process_count() == 1 else 1
+        calls = [functools.partial(read, piece, *rows) for piece, rows in blocks(name, record).items()]
+        for start, block in _ahead(calls, readers):
             if verify:
                 digest.add(block, start)
             yield start, block
@@ -177,6 +190,18 @@ class StoredStep:
             if check:
                 check(found)
             return found
+
+
+def _ahead(calls: Iterable[Callable[[], _Found]], threads: int) -> Iterator[_Found]:
+    """What calls return, in their order; while one is waited for, the next ones run."""
+    with ThreadPoolExecutor(threads) as pool:
+        pending: collections.deque[Future[_Found]] = collections.deque()
+        for call in calls:
+            pending.append(pool.submit(call))
+            if len(pending) >= threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def _is_array_like(leaf: Any, target: jax.ShapeDtypeStruct) -> bool:
