@@ -84,6 +84,7 @@ class StoredStep:
         record = index["arrays"].get(item, {}).get(name)
         if record is None:
             raise CheckpointError(f"{self._name} has no {item}/{name}")
+
         def read(piece: str, start: int, rows: int) -> tuple[int, np.ndarray]:
             shape = (rows, *record["shape"][1:])
             wanted = nest({piece: jax.ShapeDtypeStruct(shape, jnp.dtype(record["dtype"]))})

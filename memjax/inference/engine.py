@@ -127,6 +127,7 @@ class Engine:
         # A plain tuple, as each call takes its arguments apart anew.
         leaves, structure = jax.tree.flatten(state)
         self._weights, self._programs = tuple(leaves), _programs(graphdef, structure)
+        self._prefills: dict[tuple[int, int], Callable[..., tuple[Array, Cache]]] = {}
         # A mesh splits rows over its devices, so each needs as many as the others; nobody reads the rows in excess.
         self._devices = jax.sharding.get_abstract_mesh().size if has_memory_axis() else 1
         self._num_rows = math.ceil(num_slots / self._devices) * self._devices
@@ -145,6 +146,12 @@ class Engine:
     def free_slots(self) -> list[int]:
         """Slots without a text."""
         return [number for number, slot in enumerate(self._slots) if slot is None]
+
+    def compile_prefill(self, num_rows: int, width: int) -> None:
+        """Compiles what reads up to so many prompts of a padded length; threads may do so for different sizes."""
+        group = self._group(1, width, num_rows)
+        tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((group, width), (group,)))
+        self._prefills[group, width] = self._programs.prefill.lower(self._weights, tokens, lengths).compile()
 
     def insert(self, requests: Sequence[Request], *, prefill_rows: int | None = None) -> list[int]:
         """Reads prompts into free slots and returns these; the next `step` gives their first tokens.
@@ -243,7 +250,8 @@ class Engine:
             self._slots[slot] = taken[slot] = _Slot(request)
         rows = _Rows.of(list(requests) + [None] * (group - len(requests)))
         mode, num_top = self._needs(requests)
-        logits, cache = self._programs.prefill(self._weights, tokens, lengths)
+        prefill = self._prefills.get((group, width), self._programs.prefill)
+        logits, cache = prefill(self._weights, tokens, lengths)
         state, made, likely = self._programs.start(logits, cache, tokens, rows, mode=mode, num_top=num_top)
         fresh = _Fresh(taken, state, made, likely)
         self._unread.append(fresh)
@@ -404,7 +412,7 @@ _Weights = tuple[Array, ...]
 class _Programs(NamedTuple):
     """The compiled programs for models of one structure."""
 
-    prefill: Callable[..., tuple[Array, Cache]]
+    prefill: jax.stages.Wrapped
     start: Callable[..., tuple[_State, Array, Likelihoods | None]]
     insert: Callable[..., _State]
     grow: Callable[..., _State]

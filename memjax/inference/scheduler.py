@@ -4,10 +4,12 @@ import collections
 import contextlib
 import dataclasses
 import itertools
+import os
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -300,7 +302,12 @@ def warm_up(
     widths = [padded_length(1)]
     while widths[-1] < padded_length(max_length - 1):
         widths.append(widths[-1] * 2)
-    steps = list(itertools.product(widths, sorted({1, prefill_rows(engine.num_slots)}), samplings))
+    several = sorted({1, prefill_rows(engine.num_slots)})
+    if jax.sharding.get_abstract_mesh().empty:
+        # XLA compiles a program in one thread; a mesh is that of the thread alone.
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            list(threads.map(lambda size: engine.compile_prefill(*size), itertools.product(several, widths)))
+    steps = list(itertools.product(widths, several, samplings))
     for done, (width, rows, sampling) in enumerate(steps):
         progress(done, len(steps))
         # Of the longest texts that are padded to the width; with two tokens to write, where there is room for them.

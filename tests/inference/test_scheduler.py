@@ -1,6 +1,15 @@
-"""Prompts that wait are read together where that is faster."""
+"""Prompts that wait are read together where that is faster, by programs that were compiled before."""
 
-from memjax.inference.scheduler import batches
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memjax.config.model import ModelConfig
+from memjax.inference.engine import Request
+from memjax.inference.scheduler import batches, make_engine, warm_up
+from memjax.models.parts import DecoderParts
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def test_prompts_of_one_padded_length_are_read_together_and_one_or_two_alone():
@@ -9,3 +18,21 @@ def test_prompts_of_one_padded_length_are_read_together_and_one_or_two_alone():
     assert found == [[0, 2, 3, 5], [6, 7, 8, 9], [10], [1], [4]]
     assert batches(lengths[:9], rows=4) == [[0, 2, 3, 5], [6, 7, 8], [1], [4]]
     assert batches([], rows=4) == []
+
+
+def test_a_warm_engine_compiles_nothing_for_prompts_of_any_length():
+    config = ModelConfig(dim=8, num_layers=1, num_heads=1, ffn_dim=8, vocab_size=11, dtype="float32", memory=None)
+    parts = DecoderParts.of(config)
+    fill = lambda leaf: jnp.full(leaf.shape, 0.1, leaf.dtype)
+    engine = make_engine(parts.assemble(jax.tree.map(fill, parts.abstract_params), {}), num_slots=2, max_length=33)
+    warm_up(engine, max_length=33)
+    compiled = []
+    # JAX offers no way to take one listener back; this one only adds to a list.
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
+    for lengths in ([3], [17, 17], [32], [31, 30]):
+        engine.insert([Request(prompt_ids=[5] * length, max_tokens=2) for length in lengths])
+        while engine.is_busy:
+            engine.step(4)
+    assert compiled.count(COMPILED) == 0
+    jax.jit(lambda x: x * 3 + 1)(np.ones(3))
+    assert compiled.count(COMPILED) == 1
