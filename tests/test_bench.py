@@ -44,7 +44,8 @@ def test_predictions_are_set_beside_what_a_step_takes_and_the_record_keeps_other
 @pytest.mark.slow
 def test_generation_is_timed_by_batch_and_prompt_and_memory_is_set_against_dense(tmp_path):
     bench = BENCH.with_name("inference.py")
-    command = [sys.executable, str(bench), "--small", "--only", "dense", "memory", "--out", str(tmp_path)]
+    command = [sys.executable, str(bench), "--small", "--only", "dense", "memory", "lookup"]
+    command += ["--out", str(tmp_path)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     done = subprocess.run([*command, "--stem", "record"], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -54,10 +55,13 @@ def test_generation_is_timed_by_batch_and_prompt_and_memory_is_set_against_dense
         ("dense", 2),
         ("Memory+", 1),
         ("Memory+", 2),
+        ("lookup, 256 slots, int8, as it is", 1),
+        ("lookup, 256 slots, int8, sorted", 1),
     ]
     for row in record["rows"]:
-        assert "note" not in row, row
-        assert row["first token ms"] > 0 < row["ms a token"]
+        assert row.get("note", "microseconds").endswith("microseconds"), row
+        assert row["ms a token"] > 0
+        assert row["model"].startswith("lookup") or row["first token ms"] > 0
     assert record["rows"][2]["of dense"] == record["rows"][2]["ms a token"] / record["rows"][0]["ms a token"]
     assert record["commit"]
     assert record["versions"]["jax"]

@@ -6,7 +6,8 @@ decoding, as servers do it, and "streamed ms" from the first token on, at the gr
 of one length run in a process of their own, long prompts last. Where transformers can be imported a Llama of the same
 shape is timed by its `generate`, with its dynamic cache and with its static cache, which it compiles. `tables` are
 16 M slots, and 1 M in other formats and in host memory; the rows are random codes. `attention` times decode attention
-alone, in every implementation and with every tile; it comes last, so ask for it by `--only attention`.
+alone, in every implementation and with every tile, and `lookup` what a memory layer does between its matrix products,
+with every tile; they come last, so ask for them by `--only attention lookup`.
 The record is written after every process, and keeps what other runs have put into it.
 
 With --small (for CPUs) a few cases of small sizes run, and the figures say nothing but that it runs.
@@ -43,7 +44,7 @@ COLUMNS = (
 COLUMNS += ("compile s", "peak GB", "note")
 KEY = ("model", "batch", "prompt")
 
-PARTS = ("dense", "memory", "transformers", "tables", "attention")
+PARTS = ("dense", "memory", "transformers", "tables", "attention", "lookup")
 TABLES = (
     ("Memory+ 16M", 4096, "bfloat16", "device"),
     ("Memory+, host", 1024, "bfloat16", "host"),
@@ -99,7 +100,10 @@ def processes(arguments: argparse.Namespace) -> list[tuple[str, str, cases.Row]]
     sizes = [(1, 16), (2, 16)] if small else [(batch, length) for length in lengths for batch in (1, 8, 64)]
     attention = {"kind": "attention", "model": "decode attention", "heads": model.num_heads, "width": model.head_width}
     attention |= {"small": small, "sizes": sizes, **counts}
-    return [*itertools.chain(*map(of_length, lengths)), ("attention", "inference_case.py", attention)]
+    lookup = {"kind": "lookup", "model": "lookup", "small": small, "preset": memory_plus, "settings": memory_words}
+    lookup |= {"sizes": [1] if small else [1, 64], "rounds": 3 * arguments.rounds}
+    alone = [("attention", "inference_case.py", attention), ("lookup", "inference_case.py", lookup)]
+    return [*itertools.chain(*map(of_length, lengths)), *alone]
 
 
 def compare(rows: list[cases.Row]) -> None:

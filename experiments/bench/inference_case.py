@@ -1,8 +1,9 @@
-"""Measures generation by one model, or decode attention, in a process of its own: `inference_case.py CASE RESULT`.
+"""Measures generation by one model, or parts of it alone, in a process of its own: `inference_case.py CASE RESULT`.
 
 inference.py starts the processes.
 """
 
+import contextlib
 import itertools
 import json
 import pathlib
@@ -17,14 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import memjax
 from memjax.config.load import load
+from memjax.config.memory import MemoryConfig
 from memjax.config.run import RunConfig
 from memjax.inference.engine import Engine, Pace, Request
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts
 from memjax.monitoring.profile import newest_trace, operations, table
-from memjax.ops import dispatch
+from memjax.ops import dispatch, tiles
 from memjax.ops.decode_attention.api import decode_attention
+from memjax.ops.product_key_search.api import weighted_search
+from memjax.ops.row_formats import formats
+from memjax.ops.table import Table
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import timing
@@ -136,6 +142,75 @@ def attention_row(case: Row, batch: int, length: int, attend: Callable[..., Any]
     return {"ms a token": milliseconds, "note": f"{filled / milliseconds / 1e6:.0f} GB/s of what is filled"}
 
 
+def of_lookup(case: Row) -> Iterator[Row]:
+    """Search, weights and bag of few tokens: the forms that there are, and every tile that might be better."""
+    model = load(RunConfig, pathlib.Path(case["preset"]), case["settings"]).model
+    memory = model.memory
+    assert memory is not None
+    tables = [(4096, "bfloat16"), (1024, "bfloat16"), (1024, "int8"), (1024, "int4")]
+    for num_keys, table_format in [(16, "int8")] if case["small"] else tables:
+        for tokens in case["sizes"]:
+            name = f"lookup, {num_keys**2:,} slots, {table_format}"
+            inputs = inputs_of_lookup(memory, memory.width(model.dim), num_keys, table_format, tokens)
+            for variant, tried in lookup_variants(num_keys, table_format, small=case["small"]).items():
+                row = {"model": f"{name}, {variant}", "batch": tokens}
+                yield row | attempt(lambda: lookup_row(inputs, memory.top_k, tried, case["rounds"]))  # noqa: B023
+            del inputs
+
+
+def lookup_variants(num_keys: int, table_format: str, *, small: bool) -> dict[str, dict[str, Row]]:
+    """Tiles to try, by operation and by name of the variant."""
+    select = "select_long_few" if num_keys > 2048 else "select_few"
+    sort = {"by_rank": 0, "num_warps": 1}
+    found: dict[str, dict[str, Row]] = {"as it is": {}, "sorted": {select: sort, "pair_few": sort}}
+    if small:
+        return found
+    bags = itertools.product((32, 64, 128), (32, 64, 128), (4, 8))
+    cuts = [{"rows": rows, "columns": columns, "num_warps": num_warps} for rows, columns, num_warps in bags]
+    if table_format == "bfloat16":
+        for by_rank, groups, num_warps in itertools.product((0, 1), (128, 256, 512, 1024), (4, 8)):
+            if 4 * groups <= num_keys:
+                fields = {"by_rank": by_rank, "rows": groups, "num_warps": num_warps}
+                found[f"{select} {fields}"] = {select: fields}
+        for num_warps in (1, 2, 8):
+            found[f"pair {num_warps}"] = {"pair_few": {"by_rank": 1, "num_warps": num_warps}}
+    if num_keys < 4096:
+        found |= {f"bag {fields}": {"embedding_bag_few": fields} for fields in cuts}
+    return found
+
+
+def inputs_of_lookup(
+    memory: MemoryConfig, width: int, num_keys: int, table_format: str, tokens: int
+) -> tuple[Any, ...]:
+    """Queries and keys of several layers, too many for the GPU's cache, and a table of zeros: the time is the same."""
+    layers, half, seeds = 12, memory.key_dim // 2, jax.random.split(jax.random.key(0), 2)
+    queries = jax.random.normal(seeds[0], (layers, tokens, memory.num_heads, 2 * half), jnp.bfloat16)
+    keys = jax.random.normal(seeds[1], (layers, memory.num_heads, 2, num_keys, half), jnp.bfloat16)
+    row_format = formats.find(table_format)
+    groups, shape = row_format.groups(width), (num_keys**2, row_format.payload_columns(width))
+    scales = jnp.ones((num_keys**2, groups), formats.SCALE_DTYPE) if groups else None
+    rows = jnp.zeros(shape, row_format.payload_dtype)
+    return list(queries), list(keys), Table(rows, scales, format=row_format, value_dtype="bfloat16")
+
+
+def lookup_row(inputs: tuple[Any, ...], top_k: int, tried: dict[str, Row], rounds: int) -> Row:
+    """Microseconds of a lookup; each one waits for the bag of the one before."""
+
+    def chain(queries: list[Any], keys: list[Any], table: Table) -> Any:
+        bag: Any = jnp.zeros((), jnp.bfloat16)
+        for query, key in zip(queries, keys, strict=True):
+            weights, slots = weighted_search(query + bag, key, top_k, scale=1.0)
+            shape = (len(query), -1)
+            bag = memjax.embedding_bag(table, slots.reshape(shape), weights.reshape(shape))[:, None, : query.shape[2]]
+        return bag
+
+    with contextlib.ExitStack() as stack:
+        for operation, fields in tried.items():
+            stack.enter_context(tiles.trying(operation, **fields))
+        milliseconds = timing.median_ms(jax.jit(chain), [inputs], rounds=rounds, calls=8) / len(inputs[0])
+    return {"ms a token": milliseconds, "note": f"{milliseconds * 1e3:.2f} microseconds"}
+
+
 def attempt(function: Callable[[], Row]) -> Row:
     """The function's row, or what went wrong as one."""
     try:
@@ -152,7 +227,7 @@ def main() -> None:
     """Writes the case's rows as JSON, and prints them, one by one."""
     case, result = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
     rows: list[Row] = []
-    for row in of_engine(case) if case["kind"] == "engine" else of_attention(case):
+    for row in {"engine": of_engine, "attention": of_attention, "lookup": of_lookup}[case["kind"]](case):
         # After each: what comes next may take too long.
         rows.append({"model": case["model"]} | row)
         result.write_text(json.dumps({"rows": rows, "environment": timing.environment()}))

@@ -19,6 +19,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from memjax.memory.keys import Lookup
 from memjax.memory.layer import MemoryLayer
 from memjax.memory.read import Perturbations, TableRead
 from memjax.memory.table import TableRows, ValueTable
@@ -28,6 +29,7 @@ from memjax.models.decoder import Decoder, resolve_dtype
 from memjax.models.feed_forward import FeedForward
 from memjax.ops import dispatch
 from memjax.ops.matvec.api import matvec
+from memjax.ops.product_key_search.api import weighted_search
 from memjax.sharding.axes import fold, has_several_devices, on_own_tokens, unfold
 
 
@@ -78,16 +80,25 @@ class JoinedMemory(MemoryLayer):
     ) -> Float[Array, "*b dim"]:
         """The layer's output, added to a residual."""
         (table,), (queries, *gates) = tables, self.joined.split(x)
-        return self._project(x, self.read(table, self.keys.lookup(fold(queries))), gates, residual)
+        return self._project(x, self.read(table, self._lookup(fold(queries))), gates, residual)
 
     def with_reads(
         self, x: Float[Array, "*b dim"], *tables: ValueTable, perturbations: Perturbations | None = None
     ) -> tuple[Float[Array, "*b dim"], tuple[TableRead, ...]]:
         """`MemoryLayer.with_reads`."""
         (table,), (perturbation,), (queries, *gates) = tables, perturbations or (None,), self.joined.split(x)
-        lookup = self.keys.lookup(fold(queries))
+        lookup = self._lookup(fold(queries))
         out = self._project(x, self.read(table, lookup, perturbation), gates)
         return out, (TableRead.bag(table, *lookup),)
+
+    def _lookup(self, queries: Float[Array, "t width"]) -> Lookup:
+        """The slots of projected queries, on one device without a kernel for the weights."""
+        if has_several_devices():
+            return self.keys.lookup(queries)
+        keys, shape = self.keys, (queries.shape[0], self.picks)
+        search = {"scale": keys.score_scale, "implementation": self.implementation}
+        weights, slots = weighted_search(*keys.vectors(queries), keys.top_k, **search)
+        return Lookup(slots.reshape(shape), weights.reshape(shape))
 
     def _project(self, x: Array, bag: Array, gates: Sequence[Array], residual: Array | None = None) -> Array:
         """The output from the bags and what the input gives beside its queries."""

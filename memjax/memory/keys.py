@@ -88,13 +88,18 @@ class ProductKeys(nnx.Module):
 
     def search(self, queries: Float[Array, "t width"]) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
         """Scores of each head for projected queries, best first and without `score_scale`, and slots."""
+        return sharded.search(*self.vectors(queries), self.top_k, implementation=self.implementation)
+
+    def vectors(
+        self, queries: Float[Array, "t width"]
+    ) -> tuple[Float[Array, "t h key_dim"], Float[Array, "h 2 n half"]]:
+        """Projected queries of each head, and keys, of which scores are the products."""
         queries, keys = promote_dtype((queries, self.keys[...]), dtype=self.dtype)
         tokens = queries.shape[0]
         if self.qk_norm:
             halves = queries.reshape(tokens, self.num_heads, 2, self.key_dim // 2)
             queries, keys = unit_length(halves), unit_length(keys)
-        queries = queries.reshape(tokens, self.num_heads, self.key_dim)
-        return sharded.search(queries, keys, self.top_k, implementation=self.implementation)
+        return queries.reshape(tokens, self.num_heads, self.key_dim), keys
 
 
 def check_width(layer: str, x: Float[Array, "*b width"], dim: int) -> None:

@@ -73,6 +73,9 @@ for dtype, num, top_k in ((jnp.bfloat16, 1024, 32), (jnp.float32, 16, 3)):
     find = functools.partial(search.product_key_search, top_k=top_k)
     compile(f"search {num}", find, queries, keys)
     compile(f"search of one {num}", find, array(dtype, 1, 2, 32), keys)
+    compile(f"search of many {num}", find, array(dtype, 800, 2, 32), keys)
+    weighted = functools.partial(search.weighted_search, top_k=top_k, scale=0.5)
+    compile(f"weights {num}", weighted, queries, keys)
     compile(f"search gradient {num}", search.search_gradient, queries, keys, *found)
 
 for dtype, inputs, outputs in ((jnp.bfloat16, 1024, 2816), (jnp.float32, 24, 40)):
@@ -122,4 +125,4 @@ def test_every_kernel_compiles_for_sm_90():
     assert done.returncode == 0, done.stderr
     kernels = {line.rsplit(" ", 1)[0]: int(line.rsplit(" ", 1)[1]) for line in done.stdout.splitlines()}
     assert kernels["search 1024"] == kernels["update rowwise_adam"] == 2
-    assert len(kernels) == 56
+    assert len(kernels) == 60

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memjax.ops.product_key_search.api import product_key_search
+from memjax.ops import tiles
+from memjax.ops.product_key_search.api import product_key_search, weighted_search
 
 IMPLEMENTATIONS = ["triton", "xla", "reference"]
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -141,7 +142,7 @@ def test_nan_in_gives_nan_out_and_slots_stay_distinct_in_triton(form, seed, shap
     check_nan_in_gives_nan_out_and_slots_stay_distinct(form, seed, shape)
 
 
-@pytest.mark.parametrize("implementation", ["triton"])
+@pytest.mark.parametrize("by_rank", [False, True])
 @pytest.mark.parametrize(
     ("num", "top_k", "values"),
     [
@@ -150,10 +151,11 @@ def test_nan_in_gives_nan_out_and_slots_stay_distinct_in_triton(form, seed, shap
         (1024, 1, "two values"),
         (1024, 32, "normal"),
         (1024, 33, "1 + i * 2**-23"),
+        pytest.param(4096, 32, "two values", marks=pytest.mark.slow),
         pytest.param(8192, 64, "1 + i * 2**-23", marks=pytest.mark.slow),
     ],
 )
-def test_selection_from_long_rows_is_exact(implementation, num, top_k, values):
+def test_selection_from_long_rows_is_exact(by_rank, num, top_k, values):
     rng = np.random.default_rng(num + top_k)
     rows = {
         "normal": rng.normal(size=(1, num)),
@@ -161,11 +163,37 @@ def test_selection_from_long_rows_is_exact(implementation, num, top_k, values):
         "two values": rng.integers(2, size=(1, num)),
         "all equal": np.full((1, num), -0.5),
     }[values].astype(np.float32)
-    select = importlib.import_module(f"memjax.ops.product_key_search.{implementation}").select
-    best, places = select(jnp.asarray(rows), top_k=top_k)
+    select = importlib.import_module("memjax.ops.product_key_search.triton").select
+    with tiles.trying(f"select{'_long' * (num > 2048)}_few", by_rank=by_rank):
+        best, places = select(jnp.asarray(rows), top_k=top_k)
     np.testing.assert_array_equal(best, -np.sort(-rows, axis=1)[:, :top_k])
     np.testing.assert_array_equal(np.take_along_axis(rows, np.asarray(places), axis=1), best)
     assert all(len(set(row)) == top_k for row in np.asarray(places))
+
+
+@pytest.mark.parametrize("values", ["ties", "last bits"])
+def test_pairs_chosen_by_rank_or_sorted_are_the_same(values):
+    queries, keys, top_k = draw(3, ((1,), 1, 8, 3, 5, "float32"), values)
+    find = importlib.import_module("memjax.ops.product_key_search.triton").product_key_search
+    ranked = find(queries, keys, top_k)
+    with tiles.trying("pair_few", by_rank=False):
+        scores, slots = find(queries, keys, top_k)
+    np.testing.assert_array_equal(ranked[0], scores)
+    # Of equal sums both take the pair with the higher number.
+    np.testing.assert_array_equal(ranked[1], slots)
+
+
+@every_implementation
+def test_weights_are_the_softmax_of_scaled_scores(implementation):
+    queries, keys, top_k = draw(4, ((2,), 2, 6, 3, 5, "float32"), "normal")
+    queries = queries.at[0, 1, 0].set(jnp.nan)
+    weights, slots = weighted_search(queries, keys, top_k, scale=0.7, implementation=implementation)
+    scores, expected = product_key_search(queries, keys, top_k, implementation=implementation)
+    np.testing.assert_array_equal(slots, expected)
+    powers = np.exp(0.7 * np.asarray(scores, np.float64))
+    np.testing.assert_allclose(weights, powers / powers.sum(axis=-1, keepdims=True), rtol=1e-6)
+    assert np.isnan(weights[0, 1]).all()
+    assert not np.isnan(weights[1:]).any()
 
 
 @cache

@@ -76,6 +76,22 @@ def product_key_search(
     return scores.reshape(*batch, num_heads, top_k), indices.reshape(*batch, num_heads, top_k)
 
 
+def weighted_search(
+    queries: Float[Array, "t h key_dim"],
+    keys: Float[Array, "h 2 n half"],
+    top_k: int,
+    *,
+    scale: float,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
+    """The slots of `product_key_search`, with the softmax of their scores times `scale`. For inference: no gradient."""
+    name = dispatch.choose("product_key_search", implementation, keys.dtype)
+    if name == "triton" and queries.size:
+        return dispatch.load("product_key_search", name).weighted_search(queries, keys, top_k, scale)
+    scores, slots = product_key_search(queries, keys, top_k, implementation=name)
+    return jax.nn.softmax(scale * scores, axis=-1), slots
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _search(name: str, top_k: int, chunk_bytes: int | None, queries: Array, keys: Array) -> tuple[Array, Array]:
     module = dispatch.load("product_key_search", name)

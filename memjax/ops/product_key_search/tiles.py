@@ -1,13 +1,53 @@
-"""How the selection of the best scores cuts its work."""
+"""How the choice of the best scores cuts its work.
 
-from memjax.ops.tiles import Tile, next_power_of_two, tuned
+Sorting takes the fewest instructions, which counts where rows fill the GPU. Few rows leave it empty, and what counts is
+how many steps of a program wait for each other: candidates are then compared with each other all at once, by several
+warps.
+"""
+
+from typing import NamedTuple
+
+from memjax.ops.tiles import next_power_of_two, tuned
+
+FEW_ROWS = 1024
+"""Rows of scores, two for a token and head, that leave a GPU empty at one warp each: four heads of 128 tokens."""
+_MOST_RANKED = 128
+"""Candidates that are compared with each other at most: their pairs are the work."""
 
 
-def select(num: int, top_k: int) -> Tile:
-    """Groups (`rows`) and neighbouring scores (`columns`) of the selection from a row of `num` scores."""
-    whole, round_k = next_power_of_two(num), max(2, next_power_of_two(top_k))
-    found = tuned("product_key_search", "select" if whole <= 2048 else "select_long")
+class Selection(NamedTuple):
+    """How the best scores of a row are found."""
+
+    groups: int
+    run: int
+    """Neighbouring scores that belong to one group."""
+    num_warps: int
+    by_rank: bool
+    """Whether the scores of the best groups are compared with each other, not sorted."""
+
+
+class Pairing(NamedTuple):
+    """How the best sums of two halves are found."""
+
+    num_warps: int
+    by_rank: bool
+
+
+def select(num: int, top_k: int, rows: int) -> Selection:
+    """For `rows` rows of `num` scores."""
+    whole, round_k, is_few = next_power_of_two(num), max(2, next_power_of_two(top_k)), rows <= FEW_ROWS
+    found = tuned("product_key_search", f"select{'_long' * (whole > 2048)}{'_few' * is_few}")
     # Fewer groups than picks would leave picks out, and a short row is sorted at once.
     run = min(found.get("columns", 4), max(1, whole // (2 * round_k)))
     groups = min(max(found.get("rows", 256 if whole > 2048 else 128), 2 * round_k), max(2, whole // run))
-    return Tile(rows=groups, columns=run, num_warps=found.get("num_warps", 1))
+    most = round_k * max(run, whole // (groups * run))
+    by_rank = bool(found.get("by_rank", is_few)) and most <= _MOST_RANKED
+    return Selection(groups, run, found.get("num_warps", 4 if is_few else 1), by_rank)
+
+
+def pair(num_pairs: int, tokens_and_heads: int) -> Pairing:
+    """For the pairs of every token and head."""
+    is_few = 2 * tokens_and_heads <= FEW_ROWS
+    found = tuned("product_key_search", "pair_few" if is_few else "pair")
+    by_rank = bool(found.get("by_rank", is_few)) and num_pairs <= _MOST_RANKED
+    return Pairing(found.get("num_warps", 4 if by_rank else 1), by_rank)

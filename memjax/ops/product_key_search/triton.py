@@ -91,6 +91,14 @@ def in_order(bits, number, ROUND_K: tl.constexpr):
 
 
 @triton.jit
+def best_by_rank(bits, number, ROUND_K: tl.constexpr):
+    """`in_order` by the count of what is better than each: 2 ** 14 independent comparisons for 128 numbers."""
+    words = with_place(bits, number)
+    rank = tl.sum((words[:, None] > words[None, :]).to(tl.int32), axis=0)
+    return tl.sum(tl.where(rank[:, None] == tl.arange(0, ROUND_K)[None, :], number[:, None], 0), axis=0)
+
+
+@triton.jit
 def score_kernel(
     queries_ptr,
     keys_ptr,
@@ -122,13 +130,14 @@ def select_kernel(
     GROUPS: tl.constexpr,
     RUNS: tl.constexpr,
     RUN: tl.constexpr,
+    BY_RANK: tl.constexpr,
 ):
     """The best of NUM scores in a row. The k best lie in the k groups with the best maxima: only those are looked at.
 
     RUN neighbouring scores are a run; run r belongs to group r % GROUPS, which has RUNS of them, so that the maxima of
     the groups form without any exchange between threads. Groups, then runs of the chosen groups, then scores of the
     chosen runs are chosen by quick 32-bit sorts. A quick sort can err only among scores that agree in their leading
-    bits; that is detected, and the row then takes the exact, slower way.
+    bits; that is detected, and the row then takes the exact, slower way. BY_RANK only the groups are sorted.
     """
     row = tl.program_id(0).to(tl.int64)
     scores_ptr += row * NUM
@@ -152,24 +161,31 @@ def select_kernel(
         if RUNS > 1:
             maxima = tl.reshape(tl.max(bits, axis=2), [ROUND_K * RUNS])
             runs = tl.reshape(runs, [ROUND_K * RUNS])
-            chosen = quick_best(maxima, runs, GROUPS * RUNS - 1, ROUND_K)
+            if BY_RANK:
+                chosen = best_by_rank(maxima, runs, ROUND_K)
+            else:
+                chosen = quick_best(maxima, runs, GROUPS * RUNS - 1, ROUND_K)
             place = chosen[:, None] * RUN + member[None, :]
             bits = load_bits(scores_ptr, place, NUM)
-            if missed(maxima, tl.max(bits, axis=1)):
-                chosen = exact_best(maxima, runs, ROUND_K)
-                place = chosen[:, None] * RUN + member[None, :]
-                bits = load_bits(scores_ptr, place, NUM)
+            if not BY_RANK:  # noqa: SIM102 (known when it compiles, the other when it runs)
+                if missed(maxima, tl.max(bits, axis=1)):
+                    chosen = exact_best(maxima, runs, ROUND_K)
+                    place = chosen[:, None] * RUN + member[None, :]
+                    bits = load_bits(scores_ptr, place, NUM)
         else:
             place = runs * RUN + member[None, :]
 
         bits = tl.reshape(bits, [ROUND_K * RUN])
         place = tl.reshape(place, [ROUND_K * RUN])
-        chosen = quick_best(bits, place, GROUPS * RUNS * RUN - 1, ROUND_K)
-        chosen_bits = load_bits(scores_ptr, chosen, NUM)
-        if missed(bits, chosen_bits):
-            chosen = exact_best(bits, place, ROUND_K)
+        if BY_RANK:
+            chosen = best_by_rank(bits, place, ROUND_K)
         else:
-            chosen = in_order(chosen_bits, chosen, ROUND_K)
+            chosen = quick_best(bits, place, GROUPS * RUNS * RUN - 1, ROUND_K)
+            chosen_bits = load_bits(scores_ptr, chosen, NUM)
+            if missed(bits, chosen_bits):
+                chosen = exact_best(bits, place, ROUND_K)
+            else:
+                chosen = in_order(chosen_bits, chosen, ROUND_K)
     rank = tl.arange(0, ROUND_K)
     kept = rank < TOP_K
     # The score itself is read again, not made from its bits: NaN stays the NaN it was.
@@ -227,6 +243,59 @@ def pair_kernel(
 
 
 @triton.jit
+def ranks_of_pair(pair, TOP_K: tl.constexpr):
+    """Ranks in the two halves of the pairs that `xla.pairs_worth_trying` lists, computed: no load to wait for."""
+    first, begin, start = pair * 0, pair * 0, 0
+    for rank in tl.static_range(1, TOP_K):
+        # The pairs of the rank before end here.
+        start += TOP_K // rank
+        first += (pair >= start).to(tl.int32)
+        begin = tl.where(pair >= start, start, begin)
+    return first, pair - begin
+
+
+@triton.jit
+def ranked_pair_kernel(
+    best_ptr,
+    places_ptr,
+    out_ptr,
+    slots_ptr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    NUM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROUND_PAIRS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ROUND_K: tl.constexpr,
+    SCALE: tl.constexpr,
+):
+    """`pair_kernel` by rank; with a SCALE the softmax of the scaled scores in place of the scores."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    best_ptr += (2 * head * TOKENS + token) * TOP_K
+    places_ptr += (2 * head * TOKENS + token) * TOP_K
+    right = TOKENS * TOP_K
+    pair = tl.arange(0, ROUND_PAIRS)
+    first, second = ranks_of_pair(pair, TOP_K)
+    valid = pair < PAIRS
+    sums = tl.load(best_ptr + first, mask=valid, other=0.0) + tl.load(best_ptr + right + second, mask=valid, other=0.0)
+    chosen = best_by_rank(tl.where(valid, order_bits(sums), WORST), pair, ROUND_K)
+    first, second = ranks_of_pair(chosen, TOP_K)
+    rank = tl.arange(0, ROUND_K)
+    kept = rank < TOP_K
+    slots = tl.load(places_ptr + first, mask=kept, other=0) * NUM + tl.load(
+        places_ptr + right + second, mask=kept, other=0
+    )
+    out = tl.load(best_ptr + first, mask=kept, other=0.0) + tl.load(best_ptr + right + second, mask=kept, other=0.0)
+    if SCALE is not None:
+        scaled = tl.where(kept, out * SCALE, -3.0e38)
+        out = tl.where(kept, tl.exp(scaled - tl.max(scaled, axis=0)), 0.0)
+        out = out / tl.sum(out, axis=0)
+    at = (token * HEADS + head) * TOP_K + rank
+    tl.store(out_ptr + at, out, mask=kept)
+    tl.store(slots_ptr + at, slots, mask=kept)
+
+
+@triton.jit
 def scatter_kernel(
     slots_ptr,
     d_scores_ptr,
@@ -269,6 +338,17 @@ def product_key_search(
     return map_chunks(search, queries, chunk=tokens_of(chunk_bytes, keys))
 
 
+def weighted_search(
+    queries: Float[Array, "t h key_dim"], keys: Float[Array, "h 2 n half"], top_k: int, scale: float
+) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
+    """The slots with the softmax of their scaled scores, by as many kernels as the search where tokens are few."""
+    tokens, heads, _ = queries.shape
+    if tokens > tokens_of(CHUNK_BYTES, keys) or not tiles.pair(_num_pairs(top_k), tokens * heads).by_rank:
+        scores, slots = product_key_search(queries, keys, top_k)
+        return jax.nn.softmax(scale * scores, axis=-1), slots
+    return _search_chunk(queries, keys, top_k, scale)
+
+
 def search_gradient(
     queries: Float[Array, "t h key_dim"],
     keys: Float[Array, "h 2 n half"],
@@ -296,14 +376,14 @@ def search_gradient(
     return d_queries.reshape(-1, *queries.shape[1:])[: queries.shape[0]], d_keys.astype(keys.dtype)
 
 
-def _search_chunk(queries: Array, keys: Array, top_k: int) -> tuple[Array, Array]:
+def _search_chunk(queries: Array, keys: Array, top_k: int, scale: float | None = None) -> tuple[Array, Array]:
     if queries.shape[0] == 1:
         scores = sequential_vmap(_scores_of_one)(queries, keys)
     else:
         halves = queries.reshape(*queries.shape[:2], 2, -1)
         scores = _product("thcd,hcnd->hctn", halves, keys)
     best, places = select(scores, top_k=top_k)
-    return _pairs(best, places, num_keys=keys.shape[2])
+    return _pairs(best, places, num_keys=keys.shape[2], scale=scale)
 
 
 def _scores_of_one(queries: Float[Array, "1 h key_dim"], keys: Float[Array, "h 2 n half"]) -> Array:
@@ -339,7 +419,7 @@ def select(scores: Float[Array, "*r n"], *, top_k: int) -> tuple[Float[Array, "*
 
 def _select(scores: Array, *, top_k: int) -> tuple[Array, Array]:
     num, rows = scores.shape[-1], scores.size // scores.shape[-1]
-    tile = tiles.select(num, top_k)
+    tile = tiles.select(num, top_k, rows)
     shape = (*scores.shape[:-1], top_k)
     best, places = triton_call.launch(
         select_kernel,
@@ -350,39 +430,42 @@ def _select(scores: Array, *, top_k: int) -> tuple[Array, Array]:
         NUM=num,
         TOP_K=top_k,
         ROUND_K=_round_k(top_k),
-        GROUPS=tile.rows,
-        RUNS=ceil_div(next_power_of_two(num), tile.rows * tile.columns),
-        RUN=tile.columns,
+        GROUPS=tile.groups,
+        RUNS=ceil_div(next_power_of_two(num), tile.groups * tile.run),
+        RUN=tile.run,
+        BY_RANK=tile.by_rank,
     )
     return best, places
 
 
-def _pairs(best: Float[Array, "h 2 t k"], places: Int[Array, "h 2 t k"], *, num_keys: int) -> tuple[Array, Array]:
-    return sequential_vmap(partial(_launch_pairs, num_keys=num_keys))(best, places)
+def _pairs(
+    best: Float[Array, "h 2 t k"], places: Int[Array, "h 2 t k"], *, num_keys: int, scale: float | None
+) -> tuple[Array, Array]:
+    return sequential_vmap(partial(_launch_pairs, num_keys=num_keys, scale=scale))(best, places)
 
 
-def _launch_pairs(best: Array, places: Array, *, num_keys: int) -> tuple[Array, Array]:
+def _launch_pairs(best: Array, places: Array, *, num_keys: int, scale: float | None) -> tuple[Array, Array]:
     heads, _, tokens, top_k = best.shape
-    first, second = (jnp.asarray(ranks, jnp.int32) for ranks in pairs_worth_trying(top_k))
-    round_k = _round_k(top_k)
-    shape = (tokens, heads, top_k)
+    num_pairs, round_k, shape = _num_pairs(top_k), _round_k(top_k), (tokens, heads, top_k)
+    tile = tiles.pair(num_pairs, tokens * heads)
+    ranks = [] if tile.by_rank else [jnp.asarray(ranks, jnp.int32) for ranks in pairs_worth_trying(top_k)]
     scores, slots = triton_call.launch(
-        pair_kernel,
+        ranked_pair_kernel if tile.by_rank else pair_kernel,
         best,
         places,
-        first,
-        second,
+        *ranks,
         out=[jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32)],
         grid=(tokens, heads),
-        num_warps=1,
+        num_warps=tile.num_warps,
         TOKENS=tokens,
         HEADS=heads,
         NUM=num_keys,
-        PAIRS=first.shape[0],
+        PAIRS=num_pairs,
         # tl.topk wants at least as many as it keeps.
-        ROUND_PAIRS=max(round_k, next_power_of_two(first.shape[0])),
+        ROUND_PAIRS=max(round_k, next_power_of_two(num_pairs)),
         TOP_K=top_k,
         ROUND_K=round_k,
+        **({"SCALE": scale} if tile.by_rank else {}),
     )
     return scores, slots
 
@@ -408,6 +491,10 @@ def _launch_scatter(indices: Array, d_scores: Array, like: Array, *, num_keys: i
         ROUND_K=_round_k(top_k),
     )
     return d_half
+
+
+def _num_pairs(top_k: int) -> int:
+    return len(pairs_worth_trying(top_k)[0])
 
 
 def _round_k(top_k: int) -> int:
