@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from memjax.io.console import output
+from memjax.io.console import fitted, output
 from memjax.io.ctrl_c import run_command
 from memjax.training.interrupt import run_program
 
@@ -50,9 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         output(_COMPLETION.replace("COMMANDS", " ".join(COMMANDS)))
         return 0
     lines = [f"  {command:<10} {summary}" for command, summary in COMMANDS.items()]
-    overview = "\n".join(
-        ["usage: python -m memjax COMMAND ...", "", *lines, "", "COMMAND --help explains a command.", _SHELLS]
-    )
+    head, end = ["usage: python -m memjax COMMAND ...", ""], ["", "COMMAND --help explains a command.", _SHELLS]
+    overview = "\n".join([*head, fitted("\n".join(lines), 13), *end])
     if name in ("-h", "--help"):
         output(overview)
         return 0

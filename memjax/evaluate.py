@@ -16,6 +16,7 @@ from memjax.config.load import READ_RUN, parse
 from memjax.errors import ConfigError
 from memjax.evaluation.offline import forbid_downloads
 from memjax.evaluation.settings import EvaluateConfig
+from memjax.io.console import fitted
 from memjax.io.ctrl_c import run_command
 from memjax.io.files import write_atomic
 from memjax.runs.command import exit_code, loaded
@@ -206,7 +207,7 @@ def _facts(found: "LoadedModel", settings: EvaluateConfig) -> dict[str, Any]:
         zeroed=settings.zero_tables,
         donate=True,
     )
-    print(f"{format_fact_report(report)}\n\n{format_knowledge_report(known)}")
+    print(f"{fitted(format_fact_report(report), 4)}\n\n{fitted(format_knowledge_report(known), 26)}")
     return report | {"knowledge": known}
 
 

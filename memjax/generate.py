@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memjax.config.checks import local_paths, not_negative, positive
@@ -130,7 +131,7 @@ def _write_file(found: "LoadedModel", settings: GenerateConfig, records: list[di
 def _write(found: "LoadedModel", settings: GenerateConfig, prompt: str, *, number: int) -> None:
     from memjax.inference.text import stream_text
 
-    for piece in stream_text(
+    pieces = stream_text(
         found.model,
         found.tokenizer,
         prompt,
@@ -139,9 +140,24 @@ def _write(found: "LoadedModel", settings: GenerateConfig, prompt: str, *, numbe
         stop=settings.stop,
         special_tokens=settings.special_tokens,
         number=number,
-    ):
+    )
+    began, first, tokens = time.monotonic(), None, 0
+
+    def shown() -> Iterator[str]:
+        nonlocal tokens
+        tokens = yield from pieces
+
+    for piece in shown():
+        first = first or time.monotonic()
         print(printable(piece), end="", flush=True)
     print(flush=True)
+    if first is None or not tokens:
+        print("0 tokens" + ": the model ends the text at once" * (settings.max_tokens > 0), file=sys.stderr)
+        return
+    told = f"{tokens:,} token{'s' * (tokens > 1)}, the first after {first - began:.1f} s"
+    if tokens > 1:
+        told += f", then {(tokens - 1) / max(time.monotonic() - first, 1e-9):,.0f} tokens/s"
+    print(told, file=sys.stderr)
 
 
 def _converse(found: "LoadedModel", settings: GenerateConfig) -> None:

@@ -10,7 +10,7 @@ from memjax.config import presets
 from memjax.config.checks import refuse
 from memjax.config.load import load, parse
 from memjax.config.run import RunConfig
-from memjax.io.console import say
+from memjax.io.console import columns, fitted, is_terminal, say
 from memjax.io.ctrl_c import run_command
 from memjax.runs.command import exit_code
 
@@ -81,11 +81,14 @@ def _list(configs: Mapping[str, RunConfig]) -> None:
     widths = [max(len(row[column]) for row in table) for column in range(4)]
     for name, *numbers, summary in table:
         cells = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
-        say("  ".join([name.ljust(widths[0]), *cells, summary]))
-    say(
+        line = "  ".join([name.ljust(widths[0]), *cells])
+        say(f"{line}  {summary}" if not is_terminal() or columns() > 120 else f"{line}\n  {fitted(summary)}")
+    end = (
         f"\nThe files are in {presets.folder()}; copy one to change it, or write `extends: NAME.yaml` in your own. "
-        "`memjax train NAME --dry_run` says what a run needs of each device."
+        "`memjax train NAME --dry_run` says what a run needs of each device, and `--device_gb 80` with it prints the "
+        "command that fits devices of 80 GB; `memjax presets --fit 1x80` does both for all."
     )
+    say(fitted(end, 0))
 
 
 def _row(name: str, config: RunConfig) -> tuple[str, str, str, str, str]:

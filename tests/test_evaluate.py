@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -130,8 +131,10 @@ def test_questions_are_asked_and_every_answer_is_kept(biographies, tmp_path, cap
 def test_text_is_generated_from_a_prompt(biographies, capsys):
     assert generate.main([biographies, "--prompt", "What is", "--max_tokens", "9"]) == 0
     model, tokenizer = load(biographies)
-    tokens = streaming.generate(model, [1, *tokenizer.encode("What is")], max_tokens=9, stop_ids=(2,))
-    assert capsys.readouterr().out == tokenizer.decode(tokens) + "\n"
+    tokens = list(streaming.generate(model, [1, *tokenizer.encode("What is")], max_tokens=9, stop_ids=(2,)))
+    printed = capsys.readouterr()
+    assert printed.out == tokenizer.decode(tokens) + "\n"
+    assert re.fullmatch(rf"{len(tokens)} tokens, the first after \d+\.\d s, then [\d,]+ tokens/s\n", printed.err)
 
 
 def test_a_file_of_prompts_gives_an_object_for_each(biographies, tmp_path, capsys):

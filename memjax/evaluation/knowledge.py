@@ -113,7 +113,7 @@ def format_knowledge_report(report: Mapping[str, Any]) -> str:
         value = f"{item['bits']:.2f} of {item['bits_to_know']:.2f} for each person"
         rows.append((f"  {name.replace('_', ' ')}", value))
     rows.append(("  work city", "0: it follows from the employer"))
-    lines = ["Fact knowledge in bits: lower bound on the information about the facts that the model stores", ""]
+    lines = ["Bits of facts that the model stores (a lower bound)", ""]
     return "\n".join([*lines, *(f"{label:<26}{text}" for label, text in rows)])
 
 

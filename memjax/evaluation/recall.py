@@ -161,7 +161,7 @@ def fact_report(
 
 def format_fact_report(report: Mapping[str, Any]) -> str:
     """The report as a screen of text."""
-    titles = {"asked": "asked in training", "held_out": "held out (told, never asked)"}
+    titles = {"asked": "asked in training", "held_out": "told, never asked"}
     groups = {titles[name]: group for name, group in report.items() if name in titles}
     lines = ["Recall of facts: exact answers to questions", "", _row("", groups)]
     lines.append(_row("questions", [f"{group['questions']:,}" for group in groups.values()]))
@@ -171,13 +171,13 @@ def format_fact_report(report: Mapping[str, Any]) -> str:
 
     add("recall", [group["accuracy"] for group in groups.values()])
     if any("zeroed_accuracy" in group for group in groups.values()):
-        add("  with the tables zeroed", [group.get("zeroed_accuracy") for group in groups.values()])
+        add("  with tables zeroed", [group.get("zeroed_accuracy") for group in groups.values()])
     add("  commonest answer", [group["majority_guess"] for group in groups.values()])
     lines.append("")
     for attribute in biographies.attribute_names:
         add(attribute.replace("_", " "), [group["by_attribute"].get(attribute) for group in groups.values()])
     for title, group in groups.items():
-        lines += ["", f"Questions {title}:"]
+        lines += ["", f"{title[0].upper()}{title[1:]}:"]
         for sample in group["samples"]:
             mark = "right" if sample["answer"] == sample["expected"] else f"expected {sample['expected']!r}"
             text = f"{sample['prompt']} {sample['answer']!r} ({mark})"
@@ -186,7 +186,7 @@ def format_fact_report(report: Mapping[str, Any]) -> str:
 
 
 def _row(label: str, cells: Any) -> str:
-    return f"{label:<26}" + "".join(f"{cell:>32}" for cell in cells).rstrip()
+    return f"{label:<21}" + "".join(f"{cell:>19}" for cell in cells).rstrip()
 
 
 def _spread(questions: Sequence[Question]) -> list[Question]:

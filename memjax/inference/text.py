@@ -1,7 +1,7 @@
 """From prompts to texts: a model and its tokenizer write on, up to their end, a stop string or a number of tokens."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Literal
 
 from memjax.config.sampling import SamplingConfig
@@ -33,8 +33,10 @@ def stream_text(
     stop: Sequence[str] = (),
     special_tokens: bool = False,
     number: int = 0,
-) -> Iterator[str]:
+) -> Generator[str, None, int]:
     """Yields pieces of the text that follows a prompt; what may turn out to be a stop string is held back.
+
+    The generator returns the number of tokens that were written.
 
     Args:
         model: the model.
@@ -54,8 +56,9 @@ def stream_text(
     ):
         yield text.push(token)
         if text.is_stopped:
-            return
+            return text.num_tokens
     yield text.finish()
+    return text.num_tokens
 
 
 def continue_texts(

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 from typing import Any
 
 logger = logging.getLogger("memjax")
@@ -81,8 +82,12 @@ _status = ""
 
 def is_live() -> bool:
     """Whether standard output is a terminal that shows the log, on which a line can change."""
-    is_terminal = sys.stdout is not None and not sys.stdout.closed and sys.stdout.isatty()
-    return is_terminal and os.environ.get("TERM") != "dumb" and logger.isEnabledFor(logging.INFO)
+    return is_terminal() and os.environ.get("TERM") != "dumb" and logger.isEnabledFor(logging.INFO)
+
+
+def is_terminal() -> bool:
+    """Whether standard output is one."""
+    return sys.stdout is not None and not sys.stdout.closed and sys.stdout.isatty()
 
 
 def show_status(text: str) -> None:
@@ -92,8 +97,25 @@ def show_status(text: str) -> None:
     """
     global _status
     if is_live():
-        _status = text[: shutil.get_terminal_size().columns - 1]
+        _status = text[: columns() - 1]
         _write(sys.stdout, _CLEAR + _status)
+
+
+def columns() -> int:
+    """Of the terminal."""
+    return shutil.get_terminal_size().columns
+
+
+def fitted(text: str, indent: int = 2) -> str:
+    """Text whose lines a terminal shows without breaking words; what continues a line is indented.
+
+    Files and pipes get the text as it is.
+    """
+    if not is_terminal():
+        return text
+    layout = {"subsequent_indent": " " * indent, "break_long_words": False, "break_on_hyphens": False}
+    wrap = lambda line: textwrap.wrap(line, max(20, columns() - 1), **layout) or [line]
+    return "\n".join(part for line in text.split("\n") for part in wrap(line))
 
 
 def printable(text: str, *, error: bool = False) -> str:

@@ -25,6 +25,7 @@ from memjax.knowledge.facts import Fact
 from memjax.knowledge.finetune import Recipe, learn
 from memjax.knowledge.slots import Background, count_texts
 from memjax.models.decoder import Decoder
+from memjax.monitoring.progress import Progress
 from memjax.runs.applied import model_digest
 from memjax.runs.load import LoadedModel
 from memjax.runs.patch import Patch, write_patch
@@ -35,6 +36,8 @@ LEARNED = "learned"
 """Of a patch's notes: the facts that it was made of, as objects with the fields of FACTS."""
 _SCORED_BYTES = 50_000
 """Of the background, for its bits per byte."""
+_PROGRESS_SECONDS = 5.0
+"""Between two lines of progress."""
 _REPLAYED = 4_096
 """Texts of the background from which those are drawn that are learned again."""
 
@@ -91,19 +94,23 @@ def learn_facts(
             for name, some in texts.items()
         }
 
+    last = ""
+
     def tell(epoch: int, loss: float, model: Decoder) -> bool:
-        if "new facts" not in groups:
-            say(f"epoch {epoch}/{recipe.epochs}  loss {loss:.4f}")
-            return False
-        rate = known(model, tokenizer, groups["new facts"], length=length)
-        say(f"epoch {epoch}/{recipe.epochs}  loss {loss:.4f}  new facts {rate:.1%}")
+        nonlocal last
+        rate = known(model, tokenizer, groups["new facts"], length=length) if "new facts" in groups else None
+        last = f"loss {loss:.4f}" + ("" if rate is None else f"  new facts {rate:.1%}")
+        progress.update(epoch, f"epoch {epoch}/{recipe.epochs}  {last}")
+        last += f"  after {epoch} of {recipe.epochs} epochs"
         return rate == 1
 
     before, began = measure(model), time.perf_counter()
-    learned = learn(
-        model, tokenizer, facts, background, recipe, longest=length, known=records[:_REPLAYED], after_epoch=tell
-    )
+    with Progress(recipe.epochs, _PROGRESS_SECONDS) as progress:
+        learned = learn(
+            model, tokenizer, facts, background, recipe, longest=length, known=records[:_REPLAYED], after_epoch=tell
+        )
     seconds = time.perf_counter() - began
+    say(f"learned in {seconds:.0f} s: {last}")
     patch = patch_between(run, found, learned, {})
     # What is written is what is measured: rows in the type of the run's tables.
     after = measure(found_with(learned, patch))

@@ -1,15 +1,11 @@
 """How far a work is: phases of a start, lines of a training, bars of whatever else takes long."""
 
-import logging
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import rich.progress
-
-from memjax.io.console import is_live, logger, say, show_status
+from memjax.io.console import columns, fitted, is_live, say, show_status
 from memjax.monitoring.metrics import Row
 from memjax.monitoring.units import clock
 
@@ -51,8 +47,35 @@ class Stopwatch:
 
 
 BAR_COLUMNS = 20
+"""Of the bar, at the most."""
 BAR_SECONDS = 0.2
 """Between two states of the bar."""
+
+
+class Bar:
+    """The line at the bottom of a terminal: the share that is done, the time left, and the hour of the end."""
+
+    def __init__(self) -> None:
+        self._drawn = float("-inf")
+
+    def draw(self, share: float, text: str, left: float | None) -> None:
+        """Shows a state, where there is a terminal and the one before is old enough; without `left` no end is known."""
+        now = time.monotonic()
+        if not is_live() or (now - self._drawn < BAR_SECONDS and share < 1):
+            return
+        self._drawn = now
+        line = f"{share:4.0%}  {text}"
+        if left is not None:
+            ends = time.strftime("%H:%M" if left < 43200 else "%d %b %H:%M", time.localtime(time.time() + left))
+            line += f"  left {clock(left)}"
+            line += f", until {ends}" if len(line) + len(f", until {ends}") < columns() else ""
+        if (width := min(BAR_COLUMNS, columns() - len(line) - 4)) >= 4:
+            line = f"[{'#' * int(width * share):<{width}}] {line}"
+        show_status(line)
+
+    def close(self) -> None:
+        """Takes the line away."""
+        show_status("")
 
 
 class ProgressLines:
@@ -66,7 +89,7 @@ class ProgressLines:
         self.steps, self.every_seconds = steps, every_seconds
         self._first, self._start = first_step, time.monotonic()
         self._last_print = self._start
-        self._last_bar = float("-inf")
+        self._bar = Bar()
         self._seconds = 0.0
         self._since_print: list[Row] = []
 
@@ -76,7 +99,7 @@ class ProgressLines:
         self._seconds += row["throughput/step_seconds"]
         self._since_print.append(row)
         left = self._seconds / (row["step"] - self._first) * (self.steps - row["step"])
-        self._draw(row, now, left)
+        self._bar.draw(row["step"] / self.steps, f"step {row['step']}/{self.steps}  loss {row['train/loss']:.4f}", left)
         due = now - self._last_print >= self.every_seconds
         if not due and row["step"] not in (self._first + 1, self.steps):
             return
@@ -96,21 +119,11 @@ class ProgressLines:
             share = sum(row["throughput/mfu"] * row["throughput/step_seconds"] for row in rows) / seconds
             parts.append(f"MFU {share:.1%}")
         parts.append(f"elapsed {clock(now - self._start)}  left {clock(left)}")
-        say("  ".join(parts))
-
-    def _draw(self, row: Row, now: float, left: float) -> None:
-        """The bar, where there is a terminal."""
-        if now - self._last_bar < BAR_SECONDS:
-            return
-        self._last_bar, share = now, row["step"] / self.steps
-        bar = "#" * int(BAR_COLUMNS * share)
-        ends = time.strftime("%H:%M" if left < 43200 else "%d %b %H:%M", time.localtime(time.time() + left))
-        text = f"{share:4.0%}  step {row['step']}/{self.steps}  loss {row['train/loss']:.4f}"
-        show_status(f"[{bar:<{BAR_COLUMNS}}] {text}  left {clock(left)}, until {ends}")
+        say(fitted("  ".join(parts)))
 
     def close(self) -> None:
         """Takes the bar away."""
-        show_status("")
+        self._bar.close()
 
 
 P = TypeVar("P", bound="Progress")
@@ -123,27 +136,13 @@ class Progress:
         """Takes what `update` counts up to, and the time between two lines where there is no terminal."""
         self.total, self.every_seconds = max(1, total), every_seconds
         self._started = self._last = time.monotonic()
-        self._bar: rich.progress.Progress | None = None
-        if sys.stdout.isatty() and logger.isEnabledFor(logging.INFO):
-            self._bar = rich.progress.Progress(
-                rich.progress.BarColumn(),
-                rich.progress.TaskProgressColumn(),
-                rich.progress.TextColumn("{task.description}"),
-                rich.progress.TextColumn("elapsed"),
-                rich.progress.TimeElapsedColumn(),
-                rich.progress.TextColumn("left"),
-                rich.progress.TimeRemainingColumn(),
-            )
-            self._task = self._bar.add_task("", total=self.total)
+        self._bar = Bar()
 
     def __enter__(self: P) -> P:
-        if self._bar:
-            self._bar.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._bar:
-            self._bar.stop()
+        self._bar.close()
 
     @property
     def elapsed(self) -> float:
@@ -152,12 +151,12 @@ class Progress:
 
     def update(self, done: int | float, text: str) -> None:
         """Takes how far it is."""
-        if self._bar:
-            self._bar.update(self._task, completed=done, description=text)
-        elif time.monotonic() - self._last >= self.every_seconds:
+        left = self.elapsed * (self.total - done) / done if done else None
+        self._bar.draw(done / self.total, text, left)
+        if not is_live() and time.monotonic() - self._last >= self.every_seconds:
             self._last = time.monotonic()
-            left = f"  left {self.elapsed * (self.total - done) / done:.0f} s" if done else ""
-            say(f"{done / self.total:4.0%}  {text}  elapsed {self.elapsed:.0f} s{left}")
+            rest = "" if left is None else f"  left {left:.0f} s"
+            say(f"{done / self.total:4.0%}  {text}  elapsed {self.elapsed:.0f} s{rest}")
 
 
 class ByteProgress(Progress):

@@ -10,6 +10,14 @@ from typing import Any
 import jax
 
 
+def command_line() -> str:
+    """The command as it was typed: a console script is what its interpreter runs."""
+    words = list(sys.orig_argv)
+    if len(words) > 1 and pathlib.PurePath(words[1]).name == "memjax":
+        words = ["memjax", *words[2:]]
+    return shlex.join(words)
+
+
 def environment() -> dict[str, Any]:
     """What a run depends on besides its config."""
     from importlib.metadata import version
@@ -37,7 +45,7 @@ def environment() -> dict[str, Any]:
         ["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
     return {
-        "command": shlex.join(sys.orig_argv),
+        "command": command_line(),
         "python": platform.python_version(),
         "versions": versions,
         "commit": commit.stdout.strip() or None,

@@ -42,7 +42,7 @@ from memjax.runs.saved import (
     wanted_step,
     with_dtypes,
 )
-from memjax.runs.tables import TableForm, build, encoded, read_files, stored_format
+from memjax.runs.tables import TableForm, build, check_room, encoded, read_files, stored_format
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
@@ -210,14 +210,8 @@ def _load_in_form(
     tables = {}
     for pool, abstract in parts.abstract_tables.items():
         try:
-            form = TableForm(
-                pool=pool,
-                num_rows=abstract.shape[0],
-                width=abstract.shape[1],
-                format=_format_of(files.get(pool), settings, stored_tables[pool].dtype, folder),
-                place=settings.place,
-                value_dtype=jnp.dtype(abstract.dtype).name,
-            )
+            found = _format_of(files.get(pool), settings, stored_tables[pool].dtype, folder)
+            form = TableForm.of(pool, abstract, found, settings.place)
             if pool in files:
                 tables[pool] = read_files(folder.parent / TABLE_FILES, form, files[pool], columns)
                 continue
@@ -288,6 +282,11 @@ def load_as_saved(
         config, table_dtypes = read_meta(saved, folder)
         whole, columns = shardings(config.model, folder)
         parts = DecoderParts.of(with_dtypes(config.model, tables=table_dtypes))
+        forms = [TableForm.of(pool, table, Plain(table.dtype.name)) for pool, table in parts.abstract_tables.items()]
+        try:
+            check_room(forms, columns)
+        except ConfigError as error:
+            raise ConfigError([f"tables of {folder}: {error}"]) from error
         params = Params(parts, whole, ema)
         tables = {
             pool: jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=columns)

@@ -64,14 +64,7 @@ def quantize_run(
             records = {}
             for pool, table in parts.abstract_tables.items():
                 found = row_format or Plain(jnp.dtype(table.dtype).name)
-                form = TableForm(
-                    pool=pool,
-                    num_rows=table.shape[0],
-                    width=table.shape[1],
-                    format=found,
-                    place="host",
-                    value_dtype=jnp.dtype(table.dtype).name,
-                )
+                form = TableForm.of(pool, table, found, "host")
                 rows = partial(checkpoints.read_rows, TABLES, pool, step=saved.step)
                 try:
                     records[pool] = write_files(path / TABLE_FILES, form, encoded(rows(), found))

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -150,8 +151,21 @@ def checkpoint_folder(path: str | os.PathLike[str]) -> pathlib.Path:
         if Checkpoints(candidate).steps():
             return candidate
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: there is no such folder; name the folder of a run (run.dir)")
+        raise CheckpointError(f"{folder}: there is no such folder; name the folder of a run (run.dir){_of_hub(path)}")
     raise CheckpointError(f"{folder}: there is no checkpoint in it; name the folder of a run that has saved one")
+
+
+def _of_hub(path: str | os.PathLike[str]) -> str:
+    """What to do where the path looks like the name of a model on the Hugging Face Hub; otherwise nothing."""
+    name = os.fspath(path)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or os.path.isdir(os.path.dirname(name)):
+        return ""
+    folder = os.path.basename(name)
+    return (
+        f". Of a model on the Hugging Face Hub: a run of memjax is read from hf://{name}; for any other "
+        f"`hf download {name} --local-dir {folder}`, `python -m memjax.convert from-hf {folder} --out runs/{folder}`, "
+        f"and name runs/{folder}"
+    )
 
 
 def wanted_step(checkpoints: Checkpoints, step: int | str) -> int | None:

@@ -5,12 +5,13 @@ those that operations read, so a CPU maps them.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +21,10 @@ from jax.sharding import NamedSharding, Sharding
 from jaxtyping import Array
 
 from memjax.errors import CheckpointError, ConfigError
+from memjax.monitoring.units import gigabytes
 from memjax.ops import host_memory
 from memjax.ops.row_formats import formats
-from memjax.ops.row_formats.formats import SCALE_DTYPE, Encoded, RowFormat
+from memjax.ops.row_formats.formats import SCALE_DTYPE, Encoded, RowFormat, row_bytes
 from memjax.ops.table import Place, Table
 from memjax.sharding.rules import MEMORY
 
@@ -35,7 +37,7 @@ _READ_BYTES = 64 << 20
 """Of a file that are read, and have a digest, at once."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class TableForm:
     """A table before it is there."""
 
@@ -46,6 +48,11 @@ class TableForm:
     place: Place
     value_dtype: str
     """Type in which operations return what they read."""
+
+    @classmethod
+    def of(cls, pool: str, rows: Any, row_format: RowFormat, place: Place = "device") -> "TableForm":
+        """The form of a table that has the shape of `rows` and is read in their type."""
+        return cls(pool, rows.shape[0], rows.shape[1], row_format, place, jnp.dtype(rows.dtype).name)
 
     @property
     def groups(self) -> int:
@@ -61,6 +68,43 @@ class TableForm:
     def payload_bytes(self) -> int:
         """Of the stored numbers, without scales."""
         return math.prod(self.payload_shape) * self.format.payload_dtype.itemsize
+
+
+def check_room(forms: Sequence[TableForm], sharding: Sharding | None) -> None:
+    """Refuses tables for which the device has no memory left, before they are allocated.
+
+    Raises:
+        ConfigError: it is so; the message has the sizes, and what would need less.
+    """
+    device, split = jax.devices()[0], _devices(sharding)
+    on_cpu, stats = device.platform == "cpu", device.memory_stats() or {}
+    if on_cpu:
+        free, split = host_memory.available_bytes(), 1  # devices of a CPU share its memory
+    else:
+        free = stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
+    size = lambda row_format: sum(form.num_rows * row_bytes(row_format(form), form.width) for form in forms) // split
+    needed = size(lambda form: form.format)
+    if free is None or needed <= free:
+        return
+    ways = []
+    for name in ("int8", "int4"):
+        with contextlib.suppress(ValueError):  # not of this width
+            if (less := size(lambda form, name=name: formats.find(name))) <= free:
+                ways.append(f"table_format={name} ({gigabytes(less)})")
+    if on_cpu:
+        ways.append("table_place=host, which maps the files that `python -m memjax.convert quantize` writes")
+    else:
+        ways += ["table_place=host", f"memory_devices={-(-needed * split // max(1, free))}"]
+    raise ConfigError(
+        [
+            f"{gigabytes(needed)} is more than the {gigabytes(free)} of memory that "
+            f"{'this machine' if on_cpu else 'a device'} has left; load with {' or '.join(ways)}"
+        ]
+    )
+
+
+def _devices(sharding: Sharding | None) -> int:
+    return sharding.mesh.shape[MEMORY] if isinstance(sharding, NamedSharding) else 1
 
 
 def encoded(blocks: Iterable[tuple[int, np.ndarray]], row_format: RowFormat) -> Iterator[tuple[int, Encoded]]:
@@ -110,12 +154,13 @@ def in_host_memory(form: TableForm, memory: np.ndarray, scales: Array | None) ->
 
 
 def _on_device(form: TableForm, blocks: Blocks, sharding: Sharding | None) -> Table | Array:
-    devices = sharding.mesh.shape[MEMORY] if isinstance(sharding, NamedSharding) else 1
+    devices = _devices(sharding)
     if form.groups and (form.groups % devices or form.payload_shape[1] % devices):
         raise ConfigError(
             f"table_format={form.format.name} has {form.groups} scales a row of {form.width} columns, which "
             f"cannot be split evenly over {devices} devices; use a number that divides {form.groups}"
         )
+    check_room([form], sharding)
     rows = _DeviceRows(form.payload_shape, form.format.payload_dtype, sharding)
     scales = _DeviceRows((form.num_rows, form.groups), SCALE_DTYPE, sharding) if form.groups else None
     for start, block in blocks:

@@ -12,7 +12,7 @@ from memjax.data.sources.kinds import find_source
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import CheckpointError
 from memjax.evaluation.recall import fact_report, format_fact_report
-from memjax.io.console import say
+from memjax.io.console import fitted, say
 from memjax.models.counts import count_parameters, training_flops_per_token
 from memjax.monitoring.metrics import WINDOW, comparable, has_usage, read_metrics
 from memjax.monitoring.plots import plot_run
@@ -55,7 +55,8 @@ def _ask_for_facts(program: TrainProgram, state: TrainState, mesh: Mesh, tokeniz
         place=lambda batch: put_batch(mesh, batch, TOKENS),
         donate=True,
     )
-    say(f"asked about {config.eval.recall_people} people in {time.monotonic() - started:.0f} s")
+    asked = sum(group["questions"] for group in report.values())
+    say(f"asked {asked:,} questions in {time.monotonic() - started:.0f} s")
     return report
 
 
@@ -100,9 +101,9 @@ def describe_summary(summary: dict[str, Any], folder: RunFolder) -> str:
         line = f"memory {layer}: {used:.1%} of the slots read, as if {effective:.1%} were read equally often"
         if (last := summary.get("slots_until_step")) is not None and WINDOW in metrics:
             line += f" (steps {last - metrics[WINDOW] + 1:,} to {last:,})"
-        lines.append(line)
+        lines.append(fitted(line, 11))
     if "facts" in summary:
-        lines += ["", format_fact_report(summary["facts"])]
+        lines += ["", fitted(format_fact_report(summary["facts"]), 4)]
     lines += [
         "",
         *(f"plot       {path}" for path in summary.get("plots", ())),

@@ -10,7 +10,7 @@ from memjax.config.run import RunConfig
 from memjax.data.dataset import open_dataset
 from memjax.data.sources.kinds import find_source
 from memjax.errors import ConfigError
-from memjax.io.console import say, warn
+from memjax.io.console import fitted, say, warn
 from memjax.io.paths import is_remote, readable_path
 from memjax.memory.kinds import KINDS
 from memjax.models import dot_product
@@ -196,19 +196,24 @@ def why_no_cudnn(config: RunConfig) -> str | None:
 
 
 def attention(config: RunConfig) -> str:
-    """Which implementation of the attention runs, and why not the fastest."""
+    """Which implementation of the attention runs, and on a GPU why not the fastest."""
+    if config.attention != "auto":
+        return config.attention
     reason = why_no_cudnn(config)
-    if config.attention == "auto" and reason:
-        return f"chunked (cudnn cannot run: {reason})"
-    return "cudnn" if config.attention == "auto" else config.attention
+    return f"chunked{_because(reason, 'cudnn')}" if reason else "cudnn"
 
 
 def kernels(operation: str, type_name: DType) -> str:
-    """Which implementation of an operation runs on a type, and why not the fastest."""
+    """Which implementation of an operation runs on a type, and on a GPU why not the fastest."""
     dtype = resolve_dtype(type_name)
     chosen = dispatch.choose(operation, None, dtype)
     reason = dispatch.why_not("triton", dtype)
-    return f"{chosen} (triton cannot run: {reason})" if reason else chosen
+    return f"{chosen}{_because(reason, 'triton')}" if reason else chosen
+
+
+def _because(reason: str, fastest: str) -> str:
+    """Why not the fastest, on a GPU; that a CPU runs no kernels of GPUs is no news."""
+    return "" if jax.default_backend() == "cpu" else f" ({fastest} cannot run: {reason})"
 
 
 def opening(config: RunConfig, program: TrainProgram, mesh: jax.sharding.Mesh, folder: RunFolder) -> str:
@@ -240,7 +245,7 @@ def opening(config: RunConfig, program: TrainProgram, mesh: jax.sharding.Mesh, f
         choice = "experts choose" if experts.routing == "expert_choice" else f"{experts.top_k} by token"
         lines.insert(2, f"experts    {experts.num_experts} in block {layers}; {choice}")
         lines.append(f"kernels    {kernels('grouped_matmul', config.model.dtype)} for experts")
-    return "\n".join(lines)
+    return fitted("\n".join(lines), 11)
 
 
 def _of_processes() -> str:

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from memjax.io.console import printable
+from memjax.io.console import fitted, printable
 
 PROGRAM = """
 import sys
@@ -82,3 +82,13 @@ def test_terminals_get_control_characters_spelled_out_and_files_get_the_text(mon
     assert shown == "a\\x1b]0;title\\x07\\x9b2J\\u202eb\tc\nd\\ud800\\x7f \u00e9\u4e2d"
     assert printable(shown, error=True) == shown
     assert printable(text) == text
+
+
+def test_narrow_terminals_break_lines_between_words_and_files_get_the_text(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "24")
+    text = "a line  that is longer than-that\n\nshort\n" + 30 * "x"
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert fitted(text) == text
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    assert fitted(text, 4) == "a line  that is longer\n    than-that\n\nshort\n" + 30 * "x"

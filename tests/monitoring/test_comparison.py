@@ -1,7 +1,9 @@
 """What a comparison of runs reads, averages, notes and draws."""
 
+import io
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from matplotlib import image
 
 from memjax.errors import DataError
-from memjax.monitoring.compared_runs import Run, read_runs, smoothed, smoothing_window, summary_table
+from memjax.monitoring.compared_runs import Run, format_table, read_runs, smoothed, smoothing_window, summary_table
 from memjax.monitoring.comparison import draw, missing
 
 
@@ -51,6 +53,18 @@ def test_runs_are_called_by_what_tells_them_apart(tmp_path):
     assert names == ["one/base", "two/base", "wide"]
     again = [tmp_path / "two/wide", tmp_path / "one/../two/wide"]
     assert [found.name for found in read_runs(again)] == ["wide"], "one folder is one run"
+
+
+def test_on_a_narrow_terminal_the_table_is_turned_over(monkeypatch):
+    table = [["run", "loss", "tokens"], ["a", "1.5", "4,000"], ["long", "-", "9"]]
+    wide = ["run   loss  tokens", "a      1.5   4,000", "long     -       9"]
+    monkeypatch.setenv("COLUMNS", "18")
+    assert format_table(table).splitlines() == wide
+    monkeypatch.setattr(sys, "stdout", terminal := io.StringIO())
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    assert format_table(table).splitlines() == ["run         a  long", "loss      1.5     -", "tokens  4,000     9"]
+    monkeypatch.setenv("COLUMNS", "19")
+    assert format_table(table).splitlines() == wide
 
 
 def test_a_folder_without_metrics_is_refused(tmp_path):

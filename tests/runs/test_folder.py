@@ -20,6 +20,7 @@ from memjax.io.files import write_atomic
 from memjax.models.parts import DecoderParts
 from memjax.monitoring.plots import plot_run
 from memjax.runs import folder as folder_module
+from memjax.runs.environment import command_line
 from memjax.runs.folder import Claim, RunFolder
 from memjax.runs.write import write_run
 
@@ -62,6 +63,14 @@ def test_the_resolved_settings_and_the_environment_are_recorded(started):
     assert environment["devices"] == ["cpu"] * 8
     assert environment["command"] == shlex.join(sys.orig_argv)
     assert isinstance(Tokenizer.load(folder.path), ByteTokenizer)
+
+
+def test_the_console_script_is_recorded_as_it_was_typed(monkeypatch):
+    words = ["train", "wiki_text", "--data.path", "my texts/*.jsonl"]
+    monkeypatch.setattr(sys, "orig_argv", ["/venv/bin/python3.11", "/venv/bin/memjax", *words])
+    assert command_line() == "memjax train wiki_text --data.path 'my texts/*.jsonl'"
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "memjax", *words])
+    assert shlex.split(command_line()) == ["python", "-m", "memjax", *words]
 
 
 def test_what_decides_what_is_learned_may_not_change(started):

@@ -161,7 +161,13 @@ def test_the_step_is_the_latest_the_best_or_a_number(tmp_path):
 
 
 def test_what_cannot_be_loaded_is_explained(tmp_path):
-    with pytest.raises(CheckpointError, match=r"missing: there is no such folder; name the folder of a run"):
+    with pytest.raises(
+        CheckpointError, match=r"download org/some-1\.5 --local-dir some-1\.5`, .*from-hf some-1\.5 --out"
+    ):
+        load("org/some-1.5")
+    with pytest.raises(
+        CheckpointError, match=r"missing: there is no such folder; name the folder of a run \(run.dir\)$"
+    ):
         load(tmp_path / "missing")
     with pytest.raises(CheckpointError, match="there is no checkpoint in it"):
         load(tmp_path)

@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -285,6 +286,47 @@ def test_too_little_host_memory_is_an_error_with_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 100)
     with pytest.raises(ConfigError, match=r"needs 0\.0 GB of host memory, of which 0\.0 GB are available"):
         memjax.load(tmp_path, table_place="host")
+
+
+def test_tables_beyond_the_memory_are_refused_before_they_are_read_with_what_would_fit(tmp_path, monkeypatch):
+    save(tmp_path)
+    restore = Checkpoints.restore
+
+    def documents_only(self, targets, *args, **options):
+        assert not targets, "something was read"
+        return restore(self, targets, *args, **options)
+
+    monkeypatch.setattr(Checkpoints, "restore", documents_only)
+    # The tables: 64 rows of 32, and twice 64 rows of 16, 16 KiB in float32; int8 has a scale for 16 or 32 columns.
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 4_600)
+    with pytest.raises(ConfigError) as caught:
+        memjax.load(tmp_path)
+    assert re.fullmatch(
+        r"tables of \S+: 0\.02 MB is more than the 0\.00 MB of memory that this machine has left; load with "
+        r"table_format=int8 \(0\.00 MB\) or table_format=int4 \(0\.00 MB\) or table_place=host, which maps .*",
+        str(caught.value),
+    )
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 100)
+    with pytest.raises(ConfigError, match=r"has left; load with table_place=host"):
+        memjax.load(tmp_path)
+
+
+class GpuWithMemory:
+    platform = "gpu"
+
+    def memory_stats(self):
+        return {"bytes_limit": 3_000_000_000, "bytes_in_use": 1_000_000_000}
+
+
+def test_gpus_are_offered_int4_the_host_and_more_gpus(monkeypatch):
+    monkeypatch.setattr(run_tables.jax, "devices", lambda: [GpuWithMemory()])
+    rows = jax.ShapeDtypeStruct((5_000_000, 512), jnp.bfloat16)
+    with pytest.raises(ConfigError) as caught:
+        run_tables.check_room([run_tables.TableForm.of("shared", rows, formats.find("bfloat16"))], None)
+    assert str(caught.value) == (
+        "5.12 GB is more than the 2.00 GB of memory that a device has left; load with table_format=int4 (1.36 GB) or "
+        "table_place=host or memory_devices=3"
+    )
 
 
 @pytest.mark.slow
