@@ -18,7 +18,7 @@ from memjax.evaluation.offline import forbid_downloads
 from memjax.evaluation.settings import EvaluateConfig
 from memjax.io.console import fitted
 from memjax.io.ctrl_c import run_command
-from memjax.io.files import write_atomic
+from memjax.io.files import read_text, write_atomic
 from memjax.runs.command import exit_code, loaded
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _result_path(folder: pathlib.Path, name: str, asked: dict[str, Any]) -> path
     asked = json.loads(json.dumps(asked))
     path = folder / f"{name}.json"
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        kept = json.loads(read_text(path))["settings"]
     except FileNotFoundError:
         return path
     except (OSError, ValueError, TypeError, KeyError, RecursionError):

@@ -1,15 +1,11 @@
-"""Damaged checkpoints, data and settings, read by the package in processes of many attempts; and hostile programs.
+"""Damaged checkpoints and other files, read by the package in processes of many attempts; and hostile programs.
 
 Started as a program, it makes attempts of one kind: `python harm.py KIND SEED COUNT FOLDER`, and prints a line of JSON
 before and after each, so that whoever reads them knows which one ended or held up the process.
 """
 
-import bz2
 import contextlib
-import gzip
-import io
 import json
-import lzma
 import os
 import pathlib
 import random
@@ -21,7 +17,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from clients import http
+from families import FAMILIES
+from fuzz import CPU_SECONDS, Faults, attempts
 from lab import EVERY, QUICKLY, STEPS, Case, Lab
+from mutate import damage
 
 AT_ONCE = 50
 """Attempts of one process."""
@@ -50,32 +50,13 @@ def cases(lab: Lab, campaign: str, count: int) -> list[Case]:
             for kind, text in message["faults"]:
                 case.note(kind, f"{message['end']}: {text}")
         if open_name or ended.hung:
-            hung = ended.hung or ended.code == -signal.SIGALRM
+            hung = ended.hung or ended.code in (-signal.SIGALRM, -signal.SIGPROF)
             case.note("hung" if hung else "other", f"{open_name}: the process ended with {ended.code}")
         elif ended.code != 0:
             case.note("other", "\n".join([f"exit code {ended.code}", *others]))
 
     processes = 1 if campaign == "sandbox" else -(-count // AT_ONCE)
     return [Case(campaign, f"{campaign} {seed}", attempt, seed) for seed in range(processes)]
-
-
-Faults = list[tuple[str, str]]
-
-
-def damage(data: bytes, rng: random.Random) -> tuple[str, bytes]:
-    """Bytes that differ from others in one way."""
-    place = rng.randrange(max(1, len(data)))
-    match rng.randrange(6):
-        case 0 | 1 | 2 if data:
-            bit = rng.randrange(8)
-            return f"bit {8 * place + bit}", data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
-        case 3:
-            return f"cut at {place}", data[:place]
-        case 4:
-            return f"zeros from {place}", data[:place] + bytes(len(data) - place)
-        case _:
-            other = rng.randbytes(rng.randint(1, 20))
-            return f"bytes inserted at {place}", data[:place] + other + data[place:]
 
 
 def flips(seed: int, count: int, folder: pathlib.Path, lab: pathlib.Path) -> Iterator[tuple[str, Callable[[], Faults]]]:
@@ -143,131 +124,6 @@ def flips(seed: int, count: int, folder: pathlib.Path, lab: pathlib.Path) -> Ite
         yield name, attempt
 
 
-def data(seed: int, count: int, folder: pathlib.Path, lab: pathlib.Path) -> Iterator[tuple[str, Callable[[], Faults]]]:
-    """A file of records is damaged: with checksums every record comes back or an error names the file."""
-    from memjax.data.sources.files import RecordFiles
-    from memjax.errors import DataError
-
-    texts = [f"record {number}: " + "word " * (number % 7) + "end" for number in range(60)]
-    jsonl = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    half = len(jsonl[: len(jsonl) // 2].rpartition(b"\n")[0]) + 1
-    files = {
-        "a.jsonl": jsonl,
-        "a.txt": "".join(f"{text}\n" for text in texts).encode(),
-        "a.jsonl.gz": gzip.compress(jsonl),
-        "two.jsonl.gz": gzip.compress(jsonl[:half]) + gzip.compress(jsonl[half:]),
-        "a.jsonl.xz": lzma.compress(jsonl),
-        "two.jsonl.xz": lzma.compress(jsonl[:half]) + lzma.compress(jsonl[half:]),
-        "bz2.jsonl.gz": bz2.compress(jsonl),
-    }
-    with contextlib.suppress(ImportError):
-        import pyarrow
-        import pyarrow.parquet
-
-        file = io.BytesIO()
-        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), file, write_page_checksum=True)
-        files["a.parquet"] = file.getvalue()
-    with contextlib.suppress(ImportError):
-        import zstandard
-
-        files["a.jsonl.zst"] = zstandard.ZstdCompressor(write_checksum=True).compress(jsonl)
-    sealed = (".gz", ".xz", ".zst")
-    rng = random.Random(f"data {seed}")
-    for number in range(count):
-        name = list(files)[(seed * count + number) % len(files)]
-        how, content = damage(files[name], rng)
-        path = folder / f"{number}-{name}"
-        path.write_bytes(content)
-
-        def attempt(path: pathlib.Path = path) -> Faults:
-            try:
-                found = [record.text for record, *_ in RecordFiles(str(path), "data.path")]
-            except DataError as error:
-                return [] if path.name in str(error) else [("other", f"names no file: {error}")]
-            finally:
-                path.unlink()
-            # The header of gzip has a name and a time that its checksum does not cover; so may zeros at its end be.
-            if path.suffix in sealed and found != texts:
-                return [("wrong", f"{len(found)} of {len(texts)} records without an error")]
-            return []
-
-        yield f"{name} {how}", attempt
-
-
-_ODD = (
-    "null",
-    "[]",
-    "{}",
-    "-1",
-    "0",
-    "1e400",
-    ".nan",
-    "'x'",
-    "9" * 30,
-    "[[[[1]]]]",
-    '"\\ud800"',
-    "&a [*a]",
-    "true",
-    "~/x",
-)
-
-
-def config(
-    seed: int, count: int, folder: pathlib.Path, lab: pathlib.Path
-) -> Iterator[tuple[str, Callable[[], Faults]]]:
-    """Settings, a tokenizer or a document of a run is damaged; what reads it succeeds or refuses in words."""
-    from memjax.config.load import load
-    from memjax.config.run import RunConfig
-    from memjax.data.tokenizers.base import Tokenizer
-    from memjax.errors import CheckpointError, ConfigError, DataError
-    from memjax.monitoring.metrics import read_metrics
-    from memjax.runs.folder import RunFolder
-
-    run = folder / "run"
-    shutil.copytree(lab / "reference", run, ignore=shutil.ignore_patterns("checkpoints", "plots"))
-    shutil.copytree(lab / "reference/checkpoints" / str(STEPS), run / "checkpoints" / str(STEPS))
-    settings = load(RunConfig, lab / "reference/config.yaml", ["--run.dir", str(run)])
-    readers: dict[str, Callable[[], Any]] = {
-        "config.yaml": lambda: load(RunConfig, run / "config.yaml"),
-        "tokenizer.json": lambda: Tokenizer.load(run),
-        "summary.json": RunFolder.of(settings).read_summary,
-        "metrics.jsonl": lambda: list(read_metrics(run / "metrics.jsonl")),
-        f"checkpoints/{STEPS}/meta/metadata": lambda: RunFolder.of(settings).saved_config(),
-        f"checkpoints/{STEPS}/digests/metadata": lambda: RunFolder.of(settings).began(),
-    }
-    rng = random.Random(f"config {seed}")
-    for number in range(count):
-        name = list(readers)[number % len(readers)]
-        path = run / name
-        before = path.read_bytes()
-        if name == "config.yaml" and rng.random() < 0.6:
-            lines = before.decode().splitlines()
-            place = rng.randrange(len(lines))
-            key, odd = lines[place].partition(":")[0], rng.choice(_ODD)
-            lines[place] = rng.choice((f"{key}: {odd}", f"{key}x: 1", f"  {lines[place]}", f"{key}: !!python/name:os"))
-            how, after = f"line {place}: {lines[place]!r}", "\n".join(lines).encode()
-        else:
-            how, after = damage(before, rng)
-
-        def attempt(
-            name: str = name, path: pathlib.Path = path, before: bytes = before, after: bytes = after
-        ) -> Faults:
-            hidden = name.startswith("checkpoints") and (run / "config.yaml").rename(run / "config.hidden")
-            path.write_bytes(after)
-            try:
-                readers[name]()
-            except (ConfigError, DataError, CheckpointError) as error:
-                text = str(error)
-                return [("other", f"a message of {len(text)} letters")] if len(text) > 3000 else []
-            finally:
-                path.write_bytes(before)
-                if hidden:
-                    (run / "config.hidden").rename(run / "config.yaml")
-            return []
-
-        yield f"{name} {how}", attempt
-
-
 _CHEATS = {
     "exits": "import os; os._exit(0)",
     "exits politely": "raise SystemExit",
@@ -319,15 +175,24 @@ def sandbox(
 def main() -> None:
     """Makes the attempts of one process."""
     kind, seed, count, folder, lab = sys.argv[1:]
-    attempts = {"flips": flips, "data": data, "config": config, "sandbox": sandbox}[kind]
-    for name, attempt in attempts(int(seed), int(count), pathlib.Path(folder), pathlib.Path(lab)):
+    os.environ.setdefault("MEMJAX_COMPILE_CACHE", folder)
+    place = pathlib.Path(folder)
+    if kind == "http":
+        made = http(int(seed), int(count), place)
+    elif kind in FAMILIES:
+        made = attempts(FAMILIES[kind], int(seed), int(count), place)
+    else:
+        made = {"flips": flips, "sandbox": sandbox}[kind](int(seed), int(count), place, pathlib.Path(lab))
+    for name, attempt in made:
         print(json.dumps({"begin": name}), flush=True)
-        # Nothing catches it: the process ends, and its last line says where.
-        signal.alarm(int(QUICKLY) + 20)
+        # Nothing catches these signals: the process ends, and its last line says where.
+        signal.alarm(int(QUICKLY) + (140 if kind == "http" else 20))
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS if kind in FAMILIES else 0)
         try:
             faults = attempt()
         except Exception:
             faults = [("tracebacks", traceback.format_exc())]
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
         print(json.dumps({"end": name, "faults": faults}), flush=True)
 

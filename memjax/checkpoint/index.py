@@ -1,13 +1,16 @@
 """The index of a step: the item that says what the others hold."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from pydantic import NonNegativeInt, PositiveInt
 
 from memjax.checkpoint.blocks import block_rows
 from memjax.checkpoint.digests import array_digests, text_digest
+from memjax.io.documents import check_shape
 
 INDEX = "digests"
 """Name of the item."""
@@ -18,6 +21,25 @@ class Note(NamedTuple):
 
     loss: float | None
     partial: bool
+
+
+@dataclasses.dataclass
+class _Leaf:
+    shape: list[NonNegativeInt]
+    dtype: str
+    block_rows: PositiveInt
+    digest: str
+
+
+@dataclasses.dataclass
+class _Index:
+    """The shape of an index."""
+
+    arrays: dict[str, dict[str, _Leaf]]
+    documents: dict[str, str]
+    loss: float | None
+    partial: bool = False
+    step: int | None = None
 
 
 def describe(leaves: Mapping[str, Any], most_bytes: int) -> dict[str, Any]:
@@ -46,7 +68,7 @@ def differences(item: str, records: Mapping[str, Any], wanted: Mapping[str, Any]
     saved = {name: f"{record['dtype']}{record['shape']}" for name, record in records.items()}
     asked = {name: f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}" for name, leaf in wanted.items()}
     return [
-        f"{item}/{name}: saved {saved.get(name, 'nothing')}, wanted {asked.get(name, 'nothing')}"
+        f"{item}/{name[:200]}: saved {saved.get(name, 'nothing')[:100]}, wanted {asked.get(name, 'nothing')}"
         for name in sorted(saved.keys() | asked.keys())
         if saved.get(name) != asked.get(name)
     ]
@@ -61,9 +83,13 @@ def unseal(stored: Mapping[str, Any], step: int) -> dict[str, Any]:
     """The index of a step from what is stored. Steps of before indices had a number are taken at their folder's word.
 
     Raises:
-        ValueError: it is not what was sealed, or is that of another step.
+        ValueError, TypeError, KeyError: it is not what was sealed, or is that of another step, or no index.
     """
     index = stored["index"]
+    check_shape(index, _Index)
+    for leaves in index["arrays"].values():
+        for leaf in leaves.values():
+            jnp.dtype(leaf["dtype"])
     if text_digest(index) != stored["digest"]:
         raise ValueError("its digest differs")
     if index.get("step", step) != step:

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ from memjax.checkpoint.index import INDEX, differences, unseal
 from memjax.checkpoint.names import as_stored, flatten, nest
 from memjax.checkpoint.processes import any_process
 from memjax.errors import CheckpointError
+from memjax.io.files import check_regular
 
 _Found = TypeVar("_Found")
 _READERS = 4
@@ -46,6 +48,10 @@ class StoredStep:
 
     def index(self) -> dict[str, Any]:
         """What the step says of its items; raises Damaged if it cannot be read."""
+        with explained(Damaged, f"{self._name}: cannot be read"):
+            for folder, _, names in os.walk(self._path):
+                for name in names:
+                    check_regular(os.stat(os.path.join(folder, name)), name)
         stored = self._items({INDEX: ocp.args.JsonRestore()})[INDEX]
         with explained(Damaged, f"{self._name}, item {INDEX}: is damaged"):
             return unseal(stored, self.step)
@@ -64,6 +70,8 @@ class StoredStep:
         self._check_fit(index, wanted, documents)
         texts = dict(self._items({item: ocp.args.JsonRestore() for item in documents})) if documents else {}
         for item, text in texts.items():
+            if not isinstance(text, dict):
+                raise Damaged(f"{self._name}, document {item}: is no JSON object")
             if verify and text_digest(text) != index["documents"][item]:
                 raise Damaged(f"{self._name}, document {item}: its digest differs")
         arrays = {}

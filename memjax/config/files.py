@@ -12,6 +12,7 @@ from memjax.config.problems import Problems, close, did_you_mean
 from memjax.config.renamed import upgraded
 from memjax.config.schema import FieldPath, printable
 from memjax.config.yaml import compose, scalar, why_invalid
+from memjax.io.files import read_text
 from memjax.io.paths import local_path
 
 DEEPEST = 32
@@ -51,7 +52,7 @@ def _read(path: Path, problems: Problems, asked_at: str, chain: tuple[Path, ...]
         return {}
     problems.places.setdefault((), str(path))
     try:
-        node = compose(path.read_text(encoding="utf-8"))
+        node = compose(read_text(path))
     except (OSError, ValueError, YAMLError, RecursionError) as error:  # ValueError: no UTF-8, or a path with a NUL
         problems.add(*_unreadable(path, asked_at, error))
         return {}

@@ -544,8 +544,13 @@ def _needs(requests: Sequence[Request]) -> tuple[Mode, int | None]:
     counts = [request.logprobs for request in requests if request.logprobs is not None]
     most = max(counts, default=None)
     if most is not None:
-        most = next((count for count in _TOP_COUNTS if count >= most), most)
+        most = top_count(most)
     return Mode.of([request.sampling for request in requests]), most
+
+
+def top_count(most: int) -> int:
+    """How many of the likeliest tokens are counted where so many are asked for."""
+    return next((count for count in _TOP_COUNTS if count >= most), most)
 
 
 def _logprobs_at(likely: Likelihoods, place: int, num_top: int) -> TokenLogprobs:

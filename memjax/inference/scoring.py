@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from memjax.data.packing import Batch
 from memjax.data.tokenizers.base import Tokenizer
-from memjax.inference.engine import TokenLogprobs, padded_length
+from memjax.inference.engine import TokenLogprobs, padded_length, top_count
 from memjax.inference.sampling import Likelihoods, likelihoods
 from memjax.inference.weights import prepare
 from memjax.models.decoder import Decoder
@@ -247,8 +247,8 @@ class PromptScorer:
         rows = jax.sharding.get_abstract_mesh().size if has_memory_axis() else 1
         tokens = np.zeros((rows, padded_length(len(prompt_ids))), np.int32)
         tokens[:, : len(prompt_ids)] = prompt_ids
-        found = jax.device_get(self._run(self._weights, tokens, num_top=num_top))
+        found = jax.device_get(self._run(self._weights, tokens, num_top=top_count(num_top)))
         return [
-            TokenLogprobs(float(chosen), dict(zip(ids.tolist(), top.tolist(), strict=True)))
+            TokenLogprobs(float(chosen), dict(zip(ids[:num_top].tolist(), top[:num_top].tolist(), strict=True)))
             for chosen, top, ids in zip(found.chosen, found.top, found.top_tokens, strict=True)
         ][: len(prompt_ids) - 1]

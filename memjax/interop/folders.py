@@ -6,10 +6,7 @@ import pathlib
 from typing import Any
 
 from memjax.errors import CheckpointError
-from memjax.io.files import write_atomic
-
-MAX_JSON_BYTES = 1 << 28
-"""Largest JSON file that is read; a tokenizer of 256,000 tokens takes about 40 MB."""
+from memjax.io.files import read_text, write_atomic
 
 
 def file_in(folder: pathlib.Path, name: str) -> pathlib.Path:
@@ -44,9 +41,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         CheckpointError: it cannot be read, is no JSON object, or holds a number that is not finite.
     """
     try:
-        if (size := path.stat().st_size) > MAX_JSON_BYTES:
-            raise ValueError(f"{size:,} bytes are more than the {MAX_JSON_BYTES:,} that are read")
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse, parse_float=_finite)
+        content = json.loads(read_text(path), parse_constant=_refuse, parse_float=_finite)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download or copy it again") from error
     if not isinstance(content, dict):

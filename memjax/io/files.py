@@ -1,9 +1,49 @@
-"""Atomic replacement of files."""
+"""Atomic replacement of files, and files that somebody else may have put in a folder."""
 
 import contextlib
+import errno
 import os
 import pathlib
+import stat
 import tempfile
+
+MAX_BYTES = 1 << 28
+"""Most of a document that is read; a tokenizer of 256,000 tokens takes about 40 MB."""
+
+
+def read_document(path: str | os.PathLike[str], most_bytes: int | None = MAX_BYTES) -> bytes:
+    """The content of a regular file.
+
+    In a folder that somebody sent, a name may belong to a pipe that never ends or a device. Only the pipes of a shell,
+    such as /dev/fd/63, are read to their end.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or has more bytes.
+    """
+    path = os.fspath(path)
+    is_shell_pipe = path.startswith("/dev/fd/") or path == "/dev/stdin"
+    # Opening a pipe would wait for a writer.
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if is_shell_pipe else os.O_NONBLOCK))
+    with os.fdopen(handle, "rb") as file:
+        if not is_shell_pipe:
+            check_regular(os.fstat(handle), path)
+        content = file.read() if most_bytes is None else file.read(most_bytes + 1)
+    if most_bytes is not None and len(content) > most_bytes:
+        raise OSError(errno.EFBIG, f"more than {most_bytes:,} bytes", path)
+    return content
+
+
+def read_text(path: str | os.PathLike[str], most_bytes: int | None = MAX_BYTES) -> str:
+    """The text of a regular file, as `read_document`; a UnicodeDecodeError where it is not UTF-8."""
+    return read_document(path, most_bytes).decode("utf-8")
+
+
+def check_regular(status: os.stat_result, path: str | os.PathLike[str]) -> None:
+    """Raises an OSError for a folder, a pipe, a device or a socket."""
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
 
 
 def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> pathlib.Path:

@@ -19,7 +19,7 @@ from memjax.errors import DataError
 from memjax.evaluation.perplexity import bits_per_byte
 from memjax.inference.scoring import Request, score
 from memjax.io.console import say, warn
-from memjax.io.files import write_atomic
+from memjax.io.files import read_document, write_atomic
 from memjax.knowledge.corpus import open_corpus, run_folder
 from memjax.knowledge.facts import Fact
 from memjax.knowledge.finetune import Recipe, learn
@@ -237,7 +237,7 @@ def _background(run: str, found: LoadedModel, records: Sequence[Record]) -> Back
 def _kept(path: pathlib.Path, sizes: Mapping[str, int]) -> Background | None:
     """The counts of a file; None where there is none, or what is there is damaged."""
     try:
-        arrays = safetensors.numpy.load(path.read_bytes())
+        arrays = safetensors.numpy.load(read_document(path, None))
         counts = {name.removeprefix("counts/"): array for name, array in arrays.items() if name != "texts"}
         if not counts or any(array.shape != (sizes[name],) for name, array in counts.items()):
             return None

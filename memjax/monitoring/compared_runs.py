@@ -17,6 +17,7 @@ from memjax.config.run import RunConfig
 from memjax.config.schema import show
 from memjax.errors import ConfigError, DataError
 from memjax.io.console import columns, is_terminal
+from memjax.io.files import read_text
 from memjax.monitoring.metrics import Row, comparable, read_metrics
 
 Axis = Literal["step", "tokens", "seconds"]
@@ -109,7 +110,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 def _summary(path: pathlib.Path) -> dict[str, Any]:
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError):
         return {}
     return summary if isinstance(summary, dict) else {}

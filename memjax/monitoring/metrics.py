@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from memjax.io.console import warn
-from memjax.io.files import write_atomic
+from memjax.io.files import read_document, write_atomic
 
 Row = dict[str, Any]
 
@@ -121,10 +121,10 @@ class MetricsFile:
 
 
 def read_metrics(path: pathlib.Path) -> list[Row]:
-    """The rows of a metrics file, by step. Damaged lines are left out; of two of one step the later counts."""
+    """The rows of a metrics file, by step, without damaged lines and values; of two of one step the later counts."""
     rows: dict[int, Row] = {}
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_document(path, None).splitlines()
     except FileNotFoundError:
         return []
     for line in lines:
@@ -133,8 +133,13 @@ def read_metrics(path: pathlib.Path) -> list[Row]:
         except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and type(row.get("step")) is int:
-            rows[row["step"]] = row
+            rows[row["step"]] = {name: value for name, value in row.items() if _is_metric(value)}
     return [rows[step] for step in sorted(rows)]
+
+
+def _is_metric(value: Any) -> bool:
+    """Whether a run may have written it: a number that a float can hold, or null."""
+    return value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 63)
 
 
 WINDOW = "slots/window_steps"

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from memjax.checkpoint.digests import text_digest
 from memjax.checkpoint.restoring import StoredStep
 from memjax.errors import CheckpointError
-from memjax.io.files import write_atomic
+from memjax.io.files import read_text, write_atomic
 from memjax.io.lock import Locked, locked
 from memjax.runs.layout import CHECKPOINTS, PARAMS, TABLES
 from memjax.runs.patch import Patch, overlay, patch_file, read_patch
@@ -79,7 +79,7 @@ class Applied:
     def _read(self) -> dict[str, list[str]]:
         path = self.folder / _LIST
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(read_text(path))
             valid = all(isinstance(name, str) and name.isalnum() for names in found.values() for name in names)
         except FileNotFoundError:
             return {}

@@ -20,7 +20,7 @@ from memjax.data.sources.kinds import Source, find_source
 from memjax.data.tokenizers.base import FILE_NAME, Tokenizer
 from memjax.errors import ConfigError
 from memjax.io.console import say
-from memjax.io.files import write_atomic
+from memjax.io.files import read_text, write_atomic
 from memjax.io.lock import Locked, locked
 from memjax.io.paths import local_path
 from memjax.monitoring.metrics import read_metrics
@@ -105,7 +105,7 @@ class RunFolder:
     def read_summary(self) -> dict[str, Any] | None:
         """What the finished run reported; None while it is not finished, or where the report is damaged."""
         try:
-            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+            summary = json.loads(read_text(self.summary))
         except (OSError, ValueError, RecursionError):
             return None
         is_report = isinstance(summary, dict) and isinstance(summary.get("metrics"), dict)

@@ -39,6 +39,7 @@ from memjax.runs.saved import (
     read_saved,
     readable_folder,
     shardings,
+    tokenizer_of,
     wanted_step,
     with_dtypes,
 )
@@ -296,7 +297,7 @@ def load_as_saved(
         restored = checkpoints.restore(targets, [META], step=wanted, optional=[EMA])
     arrays = patched(restored.arrays.get(TABLES, {}), folder, restored.step, patches)
     model = parts.assemble(tree_to_params(parts, params.of(restored, folder)), arrays)
-    tokenizer = Tokenizer.from_state(restored.documents[META]["tokenizer"])
+    tokenizer = tokenizer_of(restored.documents[META], folder)
     identities = [*Applied(folder).names(restored.step), *(read_patch(patch).identity for patch in patches)]
     return LoadedModel(model, tokenizer, config, restored.step, tuple(identities))
 

@@ -17,7 +17,7 @@ import safetensors.numpy
 from jaxtyping import Array, Float, Int
 
 from memjax.errors import CheckpointError
-from memjax.io.files import write_atomic
+from memjax.io.files import check_regular, write_atomic
 from memjax.io.paths import local_path
 
 FILE_NAME = "patch.safetensors"
@@ -129,6 +129,7 @@ def read_patch(path: str | os.PathLike[str]) -> Patch:
     """
     file = patch_file(path)
     try:
+        check_regular(os.stat(file), file)
         with safetensors.safe_open(file, framework="numpy") as stored:
             metadata = stored.metadata() or {}
             arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  no mapping

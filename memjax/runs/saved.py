@@ -17,9 +17,10 @@ from memjax.checkpoint.restoring import Restored
 from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
 from memjax.config.validation import from_saved
-from memjax.data.tokenizers.base import Tokenizer
+from memjax.data.tokenizers.base import MALFORMED, Tokenizer, explained
 from memjax.errors import CheckpointError
 from memjax.io import remote
+from memjax.io.documents import check_shape
 from memjax.io.paths import is_remote, local_path, readable_path
 from memjax.models.parts import DecoderParts
 from memjax.runs.layout import (
@@ -66,8 +67,17 @@ def read_saved(
     params = Params(DecoderParts.of(model_config), replicated, ema)
     restored = checkpoints.restore(params.targets, [META], step=wanted, optional=[EMA])
     meta = restored.documents[META]
-    tokenizer = Tokenizer.from_state(meta["tokenizer"])
+    tokenizer = tokenizer_of(meta, folder)
     return Saved(config, model_config, params.of(restored, folder), tokenizer, restored.step, meta)
+
+
+@dataclasses.dataclass
+class _Meta:
+    """The shape of a `meta` document."""
+
+    config: dict[str, Any]
+    tokenizer: dict[str, Any]
+    table_dtypes: dict[str, str | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +128,20 @@ def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         CheckpointError: there is no such checkpoint.
     """
-    return Tokenizer.from_state(Checkpoints(readable_folder(path)).read_document(META)["tokenizer"])
+    folder = readable_folder(path)
+    return tokenizer_of(Checkpoints(folder).read_document(META), folder)
+
+
+def tokenizer_of(meta: Mapping[str, Any], folder: pathlib.Path) -> Tokenizer:
+    """The tokenizer in a `meta` document.
+
+    Raises:
+        CheckpointError: there is none in it.
+    """
+    try:
+        return Tokenizer.from_state(meta["tokenizer"])
+    except MALFORMED as error:
+        raise CheckpointError(f"{folder}: the checkpoint's tokenizer cannot be read: {explained(error)}") from error
 
 
 def readable_folder(path: str | os.PathLike[str], step: int | str = "latest") -> pathlib.Path:
@@ -182,7 +205,12 @@ def wanted_step(checkpoints: Checkpoints, step: int | str) -> int | None:
 
 def read_meta(meta: dict[str, Any], folder: pathlib.Path) -> tuple[RunConfig, TableDtypes]:
     """The run's config, and the types that its tables are stored in."""
-    meta = upgraded(meta)
+    try:
+        meta = upgraded(meta)
+        check_shape(meta, _Meta)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}"[:300]
+        raise CheckpointError(f"{folder}: the checkpoint does not say what it holds ({reason})") from error
     if meta.get("format") not in (FORMAT, FORMAT_WITH_TABLE_FILES):
         raise CheckpointError(
             f"{folder}: the checkpoint has format {meta.get('format')}, this version of memjax reads 1 to "

@@ -6,7 +6,8 @@ import pytest
 
 from memjax.checkpoint import CheckpointError
 from memjax.errors import ConfigError
-from memjax.interop.folders import MAX_JSON_BYTES, file_in, read_json
+from memjax.interop.folders import file_in, read_json
+from memjax.io.files import MAX_BYTES
 from memjax.runs.files import check_new, written_whole
 
 
@@ -104,6 +105,6 @@ def test_what_is_no_sound_json_object_is_refused(content, message, tmp_path):
 
 def test_a_file_of_gigabytes_is_not_read(tmp_path):
     with open(tmp_path / "config.json", "wb") as file:
-        file.truncate(MAX_JSON_BYTES + 1)
+        file.truncate(MAX_BYTES + 1)
     with pytest.raises(CheckpointError, match="268,435,457 bytes are more than the 268,435,456"):
         read_json(tmp_path / "config.json")

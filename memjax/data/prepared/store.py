@@ -17,13 +17,15 @@ from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from pydantic import NonNegativeInt, PositiveInt
 
 from memjax.data.sources.corpus import Corpus
 from memjax.data.sources.records import Record, Segment, checked
 from memjax.data.tokenize import Pairs, Reader, make_pairs
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import DataError
-from memjax.io.files import write_atomic
+from memjax.io.documents import check_shape
+from memjax.io.files import read_text, write_atomic
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -69,6 +71,27 @@ class Manifest:
         return sum(count for _, _, count in self.shards)
 
 
+@dataclasses.dataclass
+class _Settings:
+    vocab_size: PositiveInt
+
+
+@dataclasses.dataclass
+class _Content:
+    """The shape of a manifest's file, in which a folder from elsewhere may have anything."""
+
+    settings: _Settings
+    files: list[tuple[str, NonNegativeInt]]
+    shards: list[tuple[str, NonNegativeInt, NonNegativeInt]]
+    tokens: int
+    largest_id: int
+    malformed: int
+    examples: list[str]
+    usable: int = -1
+    digest: str = ""
+    asked_for: bool = True
+
+
 def id_dtype(vocab_size: int) -> np.dtype:
     """The type in which ids are written."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
@@ -107,7 +130,7 @@ class Writer:
         """
         if self._file is None or self._size + len(record) > _SHARD_BYTES:
             self._close_shard()
-            name = f"{len(self._shards):05d}.array_record"
+            name = _shard_name(len(self._shards))
             self._file, self._size = ArrayRecordWriter(str(self.folder / name), _WRITER_OPTIONS), 0
             self._shards.append([name, 0, 0])
         try:
@@ -153,6 +176,10 @@ def write_manifest(folder: pathlib.Path, manifest: Manifest) -> None:
     write_atomic(folder / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False))
 
 
+def _shard_name(number: int) -> str:
+    return f"{number:05d}.array_record"
+
+
 def is_prepared(folder: pathlib.Path) -> bool:
     """Whether a finished preparation lies in the folder."""
     return (folder / MANIFEST).is_file()
@@ -166,12 +193,17 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         found = content.pop("format")
         if found == _FORMAT:
+            check_shape(content, _Content)
+            names = [name for name, *_ in content["shards"]]
+            if names != [_shard_name(number) for number in range(len(names))]:
+                raise ValueError("shards: they have other names than they were written with")
             return Manifest(**content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); {_AGAIN}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"[:300]
+        raise DataError(f"{path}: cannot be read ({reason}); {_AGAIN}") from error
     raise DataError(f"{path}: format={found!r} here, {_FORMAT} is what this version reads; {_AGAIN}")
 
 

@@ -11,7 +11,7 @@ import lzma
 import pathlib
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any, BinaryIO, Literal
 
@@ -276,6 +276,8 @@ class Stream:
         batches = self._parquet_batches if self.file.format == "parquet" else self._arrow_batches
         try:
             for batch in batches(arrow):
+                # Offsets beyond the buffers would end the process.
+                batch.validate(full=self.file.format == "arrow")
                 columns = {name: _values(batch.column(name)) for name in self._wanted(batch.schema.names)}
                 for row in range(batch.num_rows):
                     number += 1
@@ -347,21 +349,17 @@ class _BrokenFileError(Exception):
     """A file is not what its suffix says, or not whole."""
 
 
-class _Xz(io.RawIOBase):
-    """The streams of an .xz file end to end.
+class _Streams(io.RawIOBase):
+    """The streams of an .xz or .bz2 file end to end.
 
-    `lzma.LZMAFile` takes a damaged header of a later stream for garbage after the end, and silently leaves out all that
-    follows.
+    `lzma.LZMAFile` and `bz2.BZ2File` take a damaged header of a later stream for garbage after the end, and silently
+    leave out all that follows.
     """
 
-    def __init__(self, raw: BinaryIO):
-        self._raw = raw
-        self._stream = self._new()
+    def __init__(self, raw: BinaryIO, new: Callable[[], lzma.LZMADecompressor | bz2.BZ2Decompressor]):
+        self._raw, self._new = raw, new
+        self._stream = new()
         self._packed = b""
-
-    @staticmethod
-    def _new() -> lzma.LZMADecompressor:
-        return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
 
     def readable(self) -> bool:
         return True
@@ -387,6 +385,10 @@ class _Xz(io.RawIOBase):
         return True
 
 
+def _new_xz() -> lzma.LZMADecompressor:
+    return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
+
+
 def _values(column: Any) -> list[Any]:
     """The values of a Parquet column; a MalformedError for each that its library cannot give, as bad UTF-8."""
     try:
@@ -407,9 +409,9 @@ def _decompressed(file: DataFile, raw: BinaryIO) -> Any:
     if compression == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if compression == ".bz2":
-        return bz2.BZ2File(raw)
+        return io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor), 1 << 20)
     if compression == ".xz":
-        return io.BufferedReader(_Xz(raw), 1 << 20)
+        return io.BufferedReader(_Streams(raw, _new_xz), 1 << 20)
     if compression == ".zst":
         return io.BufferedReader(_pyarrow(file.path).CompressedInputStream(raw, "zstd"), 1 << 20)
     return raw

@@ -16,7 +16,7 @@ import tokenizers.pre_tokenizers
 import tokenizers.trainers
 
 from memjax.errors import DataError
-from memjax.io.files import write_atomic
+from memjax.io.files import read_text, write_atomic
 
 FILE_NAME = "tokenizer.json"
 _SPECIAL_TOKENS = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
@@ -164,7 +164,7 @@ class Tokenizer(ABC):
         """
         path = pathlib.Path(folder) / FILE_NAME
         try:
-            state = json.loads(path.read_text(encoding="utf-8"))
+            state = json.loads(read_text(path))
         except FileNotFoundError:
             raise DataError(f"{path}: there is no tokenizer here; name the folder of a run") from None
         except OSError as error:
@@ -406,7 +406,7 @@ def check_id(token: int) -> None:
 
 def explained(error: BaseException) -> str:
     """An error of malformed content in one line: messages of this package as they are, others with their kind."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split())[:500]
     return text if type(error) is ValueError else f"malformed tokenizer ({type(error).__name__}: {text[:200]})"
 
 

@@ -13,9 +13,7 @@ from memjax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from memjax.data.tokenizers.tiktoken import TiktokenTokenizer
 from memjax.errors import DataError
 from memjax.io.console import say
-
-_MAX_FILE_BYTES = 1 << 28
-"""A tokenizer of 256,000 tokens takes about 40 MB."""
+from memjax.io.files import read_document
 
 
 def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
@@ -66,9 +64,7 @@ def _reading(config: TokenizerConfig) -> Iterator[bytes]:
         raise DataError(f"data.tokenizer.path is not set; data.tokenizer.kind={config.kind} needs its file")
     path = pathlib.Path(config.path)
     try:
-        if (size := path.stat().st_size) > _MAX_FILE_BYTES:
-            raise DataError(f"{path}: {size:,} bytes are more than the {_MAX_FILE_BYTES:,} of any tokenizer file")
-        content = path.read_bytes()
+        content = read_document(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error}); set data.tokenizer.path to a file") from error
     try:

@@ -16,6 +16,7 @@ import pydantic
 from memjax.data.sources.files import DataFile, Stream, find_files
 from memjax.data.sources.parsing import Keys, MalformedError
 from memjax.errors import DataError
+from memjax.io.documents import listed
 
 _SPLITS = ("train", "validation", "val", "dev", "test")
 _MBPP_PARTS = {"prompt": 10, "test": 510, "validation": 600, "train": sys.maxsize}
@@ -202,7 +203,7 @@ def _layout(file: DataFile, *, must_fit: bool) -> type[_Row] | None:
     number, payload = next(iter(Stream(file, Keys())))
     try:
         fields = json.loads(payload) if isinstance(payload, bytes) else None
-    except ValueError:
+    except (ValueError, RecursionError):
         fields = None
     names = fields if isinstance(fields, dict) else {}
     found = next((layout for layout in _LAYOUTS if all(name in names for name in _required(layout))), None)
@@ -222,5 +223,4 @@ def _questions(file: DataFile, layout: type[_Row]) -> Iterator[Question]:
             # JSON is what pydantic reads strictly and yet turns lists into tuples from.
             yield from layout.model_validate_json(payload).questions()
         except pydantic.ValidationError as error:
-            problems = (f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-            raise DataError(f"{file.path}:{number}: {'; '.join(problems)}") from error
+            raise DataError(f"{file.path}:{number}: {listed(error)}") from error

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from memjax.io.console import warn
-from memjax.io.files import write_atomic
+from memjax.io.files import read_document, write_atomic
 from memjax.monitoring.metrics import Row
 
 _MOST_WAITING = 100_000
@@ -143,10 +143,10 @@ class Service:
 
 def _read_notes(path: pathlib.Path) -> dict[str, Any]:
     try:
-        notes = json.loads(path.read_bytes())
+        notes = json.loads(read_document(path))
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         notes = None
     if not isinstance(notes, dict):
         raise _Unusable(f"{path} is damaged; remove it, and the next start begins a new run there")
