@@ -2,13 +2,22 @@
 
 from collections.abc import Sequence
 
+MOST_SHOWN = 40
+"""The most problems that are listed: a file that is no config at all has thousands."""
+
 
 class ConfigError(ValueError):
     """Everything that is wrong with a config: one problem, or several, one line each."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
-        super().__init__("\n".join(self.problems))
+        super().__init__("\n".join(shown(self.problems)))
+
+
+def shown(problems: Sequence[str]) -> list[str]:
+    """The first problems, and how many more there are."""
+    more = len(problems) - MOST_SHOWN
+    return [*problems[:MOST_SHOWN], *([f"and {more:,} more"] if more > 0 else [])]
 
 
 class DataError(Exception):

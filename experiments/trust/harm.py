@@ -23,19 +23,21 @@ from fuzz import CPU_SECONDS, Faults, attempts
 from lab import EVERY, QUICKLY, STEPS, Case, Lab
 from mutate import damage
 
-AT_ONCE = 50
-"""Attempts of one process."""
+AT_ONCE = {"flips": 50, "sandbox": 1000, "http": 1000}
+"""Attempts of one process; 180 of other campaigns."""
 
 
 def cases(lab: Lab, campaign: str, count: int) -> list[Case]:
     """The cases of a campaign; each stands for some attempts of one process."""
 
+    at_once = AT_ONCE.get(campaign, 180)
+
     def attempt(case: Case) -> None:
         case.tried = 0
         folder = lab.folder / f"{campaign}{case.seed}"
         folder.mkdir()
-        command = [sys.executable, __file__, campaign, str(case.seed), str(min(count, AT_ONCE)), str(folder)]
-        ended = lab.end(lab.start([*command, str(lab.folder)]), lab.patience + QUICKLY * 3)
+        command = [sys.executable, __file__, campaign, str(case.seed), str(min(count, at_once)), str(folder)]
+        ended = lab.end(lab.start([*command, str(lab.folder)]), 3 * lab.patience)
         open_name, others = "", []
         for line in ended.output.splitlines():
             if not line.startswith('{"begin"') and not line.startswith('{"end"'):
@@ -55,8 +57,7 @@ def cases(lab: Lab, campaign: str, count: int) -> list[Case]:
         elif ended.code != 0:
             case.note("other", "\n".join([f"exit code {ended.code}", *others]))
 
-    processes = 1 if campaign == "sandbox" else -(-count // AT_ONCE)
-    return [Case(campaign, f"{campaign} {seed}", attempt, seed) for seed in range(processes)]
+    return [Case(campaign, f"{campaign} {seed}", attempt, seed) for seed in range(-(-count // at_once))]
 
 
 def flips(seed: int, count: int, folder: pathlib.Path, lab: pathlib.Path) -> Iterator[tuple[str, Callable[[], Faults]]]:

@@ -3,6 +3,7 @@
     python experiments/trust/run.py --small                       # one case each, two minutes
     python experiments/trust/run.py --jobs 12 --seconds 600       # as many as fit into ten minutes
     python experiments/trust/run.py --only kills,flips --jobs 4   # some campaigns alone
+    python experiments/trust/run.py --tests                       # the tests that hold what no campaign attacks
     python experiments/trust/run.py --report results/*.json       # the tables of what was kept
 
 All of it happens in a temporary folder, on the devices that JAX_PLATFORMS names (a CPU by default). As root, full and
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from importlib import metadata
 
@@ -33,7 +35,18 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 import harm  # noqa: E402
 import knowledge  # noqa: E402
 import life  # noqa: E402
+from families import FAMILIES  # noqa: E402
 from lab import Case, Lab, Skipped  # noqa: E402
+from promises import RESULTS, promises, run_tests  # noqa: E402
+from records import RECORDS  # noqa: E402
+
+
+def _claim(make: Callable[..., object]) -> str:
+    """What a family of files is, and what must happen to a damaged one."""
+    what = (make.__doc__ or "").strip().removesuffix(".")
+    outcome = "every record, or the file is named" if make.__name__ in RECORDS else "read, or refused in words"
+    return f"{what}; {outcome}"
+
 
 CAMPAIGNS = {
     "kills": ("R1 R4 R11", "kill -9 at any moment; the same command ends bitwise as the undisturbed run"),
@@ -42,49 +55,10 @@ CAMPAIGNS = {
     "patches": ("R1 R4", "kill -9 of learn, patch apply and patch revert; the model is the one before or after"),
     "flips": ("R2 R3", "bits, lengths and places of all files of a checkpoint; detected, or equal arrays"),
     "disk": ("R10", "a full, read-only or limited disk at every write; one line, then it goes on"),
-    "data": ("R16", "damaged data files of every format; every record, or an error that names the place"),
-    "config": ("R22 R29", "damaged settings, tokenizers and documents of a run; one line that says what"),
     "sandbox": ("-", "programs that cheat, fill, hang and stay; none passes, nothing is left behind"),
+    "http": ("-", "odd bodies, heads and chunks, stalled and broken connections; refused with a reason, or right"),
+    **{name: ("R16" if name in RECORDS else "R22 R29", _claim(make)) for name, make in FAMILIES.items()},
 }
-PROMISES = {
-    "R1": ("kill -9 at any moment, and a second process, cost at most the steps since the checkpoint", "kills two"),
-    "R2": ("flipped bits of a checkpoint are found, or change nothing", "flips"),
-    "R3": ("so are files that are cut, removed, or of another step", "flips"),
-    "R4": ("whatever stopped it, a run ends bitwise as one that was never stopped", "kills signals two disk"),
-    "R5": ("the same on a GPU", "-"),
-    "R6": ("a checkpoint is read on another mesh, bit for bit", "tests/checkpoint/test_checkpoints.py"),
-    "R7": (
-        "bfloat16 tables, as GPUs train them, are read where the machine computes in float32",
-        "tests/runs/test_load.py",
-    ),
-    "R8": ("a signal in any phase saves, or ends a start that has nothing to save", "signals"),
-    "R9": ("signals in floods of twenty do not harm the save", "signals"),
-    "R10": ("a disk that is full, read-only or limited is a line, and the run goes on when it is mended", "disk"),
-    "R11": ("the last step is saved before the report", "kills signals"),
-    "R12": ("a NaN, also in one shard's gradient, changes nothing and ends the run", "tests/training/test_step.py"),
-    "R13": ("micro-batches give the gradient of the whole batch", "tests/training/test_step_float64.py"),
-    "R14": ("every mesh draws the same model and gives the same losses", "tests/training/test_step_float64.py"),
-    "R15": ("another number of data workers is refused with both numbers", "tests/data/test_loader.py"),
-    "R16": ("damaged data is an error that names the place, or is counted", "data"),
-    "R17": ("ids beyond the vocabulary are refused", "tests/data/prepared/test_prepare.py"),
-    "R18": ("another tokenizer or other data is refused", "tests/data/test_loader.py"),
-    "R19": ("NaN scores give NaN, and indices within the table", "tests/ops/test_product_key_search.py"),
-    "R20": ("the product-key search finds the best of all pairs", "tests/ops/test_product_key_search.py"),
-    "R21": ("settings survive YAML, the command line and checkpoints", "tests/config/test_run.py"),
-    "R22": (
-        "hostile files are refused, and nothing in them is executed",
-        "config tests/interop/official/test_torch_zip.py",
-    ),
-    "R23": ("scores do not hang on the batch", "tests/inference/test_scoring.py"),
-    "R24": ("log-likelihoods are those of whole forward passes", "tests/evaluation/test_harness.py"),
-    "R25": ("an exported model comes back bit for bit", "tests/interop/huggingface/test_convert.py"),
-    "R26": ("a shared table is counted, saved and exported once", "tests/interop/huggingface/test_convert.py"),
-    "R27": ("the planned memory is 5 % too little to 15 % too much", "tests/training/plan/test_memory.py"),
-    "R28": ("a tracker that cannot be reached costs a line", "tests/monitoring/trackers/test_tracker.py"),
-    "R29": ("wrong settings end with code 2 and a hint", "config tests/config/test_load_errors.py"),
-    "R30": ("runs of earlier versions load and resume", "tests/end_to_end/test_golden_runs.py"),
-}
-"""What is promised, and the campaigns that attack it or the tests that hold it; `-`: nothing here shows it."""
 FULL = {
     "kills": 52,
     "signals": 3,
@@ -92,9 +66,9 @@ FULL = {
     "patches": 10,
     "flips": 800,
     "disk": 24,
-    "data": 900,
-    "config": 900,
     "sandbox": 1,
+    "http": 540,
+    **dict.fromkeys(FAMILIES, 540),
 }
 SMALL = {
     "kills": 1,
@@ -103,11 +77,11 @@ SMALL = {
     "patches": 1,
     "flips": 10,
     "disk": 1,
-    "data": 9,
-    "config": 12,
     "sandbox": 1,
+    "http": 40,
+    **dict.fromkeys(FAMILIES, 12),
 }
-NO_RUN = {"data", "sandbox"}
+NO_RUN = {"sandbox", "http", *FAMILIES}
 """Campaigns that need no trained run."""
 COUNTS = ("tried", "lost", "wrong", "hung", "tracebacks", "other")
 
@@ -186,37 +160,23 @@ def table(done: list[Case], campaigns: list[str]) -> str:
     return "\n".join(lines)
 
 
-def promises(done: list[Case]) -> str:
-    """What is promised, with the figure that the campaigns reached, as a Markdown table."""
-    lines = ["| | Promise | Shown by |", "|---|---|---|"]
-    for number, (claim, where) in PROMISES.items():
-        shown = []
-        for word in where.split():
-            mine = [case for case in done if case.campaign == word]
-            if tried := sum(case.tried for case in mine):
-                faults = sum(case.faults for case in mine)
-                shown.append(f"{word}: {tried:,} tried, {faults} {'fault' if faults == 1 else 'faults'}")
-            elif word == "-":
-                shown.append("not tried here")
-            else:
-                shown.append(f"{word}: not tried" if word in CAMPAIGNS else f"`{word}`")
-        lines.append(f"| {number} | {claim} | {'; '.join(shown)} |")
-    return "\n".join(lines)
-
-
-def report(done: list[Case], campaigns: list[str]) -> str:
+def report(done: list[Case], campaigns: list[str], tests: dict[str, dict[str, int]]) -> str:
     """Both tables, and what could not be tried."""
-    parts = [table(done, campaigns), promises(done)]
+    parts = [promises(done, tests), table(done, campaigns)]
     by_reason = sorted((case.skipped, case.name) for case in done if case.skipped)
     for reason, skipped in itertools.groupby(by_reason, lambda pair: pair[0]):
         parts.append(f"Not tried: {', '.join(name for _, name in skipped)} ({reason}).")
     return "\n\n".join(parts)
 
 
-def read_cases(path: pathlib.Path) -> list[Case]:
-    """The cases of a result that was kept."""
-    rows = json.loads(path.read_text(encoding="utf-8"))["cases"]
-    return [Case(attempt=lambda case: None, **row) for row in rows]
+def read_results(paths: list[pathlib.Path]) -> str:
+    """The report of results that were kept."""
+    done, tests = [], {}
+    for path in paths:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        done += [Case(attempt=lambda case: None, **row) for row in result.get("cases", ())]
+        tests |= result.get("tests", {})
+    return report(done, [name for name in CAMPAIGNS if any(case.campaign == name for case in done)], tests)
 
 
 def machine() -> dict[str, str | int | None]:
@@ -246,15 +206,22 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="cases at once")
     parser.add_argument("--workers", type=int, default=0, help="data workers of every run")
     parser.add_argument("--out", type=pathlib.Path, help="the folder for trust.json; none is written without it")
+    parser.add_argument("--tests", action="store_true", help="run the tests that hold promises, into tests.json")
     parser.add_argument("--report", type=pathlib.Path, nargs="+", metavar="JSON", help="only print what was kept")
     options = parser.parse_args()
     if options.report:
-        done = [case for path in options.report for case in read_cases(path)]
-        print(report(done, [name for name in CAMPAIGNS if any(case.campaign == name for case in done)]))
+        print(read_results(options.report))
         return 0
+    if options.tests:
+        found = run_tests(options.jobs)
+        (options.out or RESULTS).mkdir(parents=True, exist_ok=True)
+        kept = json.dumps({"machine": machine(), "tests": found}, indent=1)
+        ((options.out or RESULTS) / "tests.json").write_text(f"{kept}\n", encoding="utf-8")
+        return int(any(counts["failed"] for counts in found.values()))
     campaigns = options.only.split(",")
     if unknown := [name for name in campaigns if name not in CAMPAIGNS]:
         parser.error(f"--only: there is no {', '.join(unknown)}; there are {', '.join(CAMPAIGNS)}")
+    campaigns = [name for name in CAMPAIGNS if name in campaigns]
     # Ends as Ctrl-C does: with everything that runs killed, unmounted and removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = pathlib.Path(tempfile.mkdtemp(prefix="memjax-trust-"))
@@ -269,7 +236,7 @@ def main() -> int:
     finally:
         lab.stop()
         shutil.rmtree(folder, ignore_errors=True)
-    print(f"\n{report(done, campaigns)}\n\n{time.monotonic() - started:.0f} s with {options.jobs} jobs")
+    print(f"\n{report(done, campaigns, {})}\n\n{time.monotonic() - started:.0f} s with {options.jobs} jobs")
     if threads := [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]:
         print(f"threads left: {threads}")
     if options.out:
@@ -280,7 +247,7 @@ def main() -> int:
         how = {name: getattr(options, name) for name in ("only", "small", "seconds", "patience", "jobs", "workers")}
         head = json.dumps({"machine": machine(), "options": how, "equal": lab.repeats}, indent=1)
         (options.out / "trust.json").write_text(f'{head[:-2]},\n "cases": [\n{lines}\n]}}\n', encoding="utf-8")
-        (options.out / "trust.md").write_text(report(done, campaigns) + "\n", encoding="utf-8")
+        (options.out / "trust.md").write_text(report(done, campaigns, {}) + "\n", encoding="utf-8")
     return int(any(case.faults for case in done))
 
 

@@ -1,5 +1,6 @@
 """Configs as YAML files: a file over the one that it `extends`, as a tree whose places are known."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def read_config(path: Path, problems: Problems) -> Tree:
 
 def _read(path: Path, problems: Problems, asked_at: str, chain: tuple[Path, ...] = ()) -> Tree:
     """The tree of a file merged over that of the file it extends."""
-    if path.resolve() in [link.resolve() for link in chain]:
+    if os.path.realpath(path) in map(os.path.realpath, chain):
         circle = " -> ".join(str(link) for link in (*chain, path))
         problems.add(asked_at, f"extends goes round in a circle: {circle}")
         return {}

@@ -17,11 +17,11 @@ from typing import Any, Generic, NoReturn, TypeVar
 from memjax.config import arguments, presets
 from memjax.config.files import read_config
 from memjax.config.help import Positional, help_text, section_help
-from memjax.config.problems import MOST_SHOWN, Problems, close, did_you_mean
+from memjax.config.problems import Problems, close, did_you_mean
 from memjax.config.schema import field_types, printable, section_of, shortened, show, walk
 from memjax.config.validation import validate
 from memjax.config.yaml import dump
-from memjax.errors import ConfigError
+from memjax.errors import ConfigError, shown
 from memjax.io.console import output
 from memjax.io.paths import local_path, readable_path
 
@@ -155,9 +155,7 @@ def _completions(schema: type, positional: Positional | None, flags: Mapping[str
 
 def _end(prog: str, problems: Sequence[str]) -> NoReturn:
     count = "1 problem" if len(problems) == 1 else f"{len(problems):,} problems"
-    lines = [f"{prog}: {count}", *(f"  {problem}" for problem in problems[:MOST_SHOWN])]
-    if len(problems) > MOST_SHOWN:
-        lines.append(f"  and {len(problems) - MOST_SHOWN:,} more")
+    lines = [f"{prog}: {count}", *(f"  {problem}" for problem in shown(problems))]
     print("\n".join([*lines, "--help lists every setting."]), file=sys.stderr)
     sys.exit(2)
 

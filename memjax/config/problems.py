@@ -8,9 +8,7 @@ from typing import Any
 
 from memjax.config.renamed import new_name, new_value
 from memjax.config.schema import FieldPath, field_type, in_words, printable, section_of, shortened, show, unwrap, walk
-
-MOST_SHOWN = 40
-"""The most problems that are listed: a file that is no config at all has thousands."""
+from memjax.errors import MOST_SHOWN
 
 
 class Problems:

@@ -23,6 +23,7 @@ from memjax.config.schema import (
     unwrap,
 )
 from memjax.errors import ConfigError
+from memjax.io.documents import listed
 
 T = TypeVar("T")
 
@@ -70,8 +71,7 @@ def from_saved(schema: type[T], tree: Any) -> T:
     try:
         return from_tree(schema, tree)
     except pydantic.ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise ValueError("; ".join(lines)) from error
+        raise ValueError(listed(error)) from error
 
 
 def _refuse_unknown(section: type, tree: Tree, path: FieldPath, problems: Problems) -> None:

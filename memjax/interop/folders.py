@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 from typing import Any
 
@@ -20,8 +21,9 @@ def file_in(folder: pathlib.Path, name: str) -> pathlib.Path:
     if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
         raise CheckpointError(f"{folder}: {name!r} must be the name of a file in this folder, not a path")
     path = folder / name
-    real = path.resolve()
-    inside = [folder.resolve()]
+    # Path.resolve raises another error for a link to itself in every version of Python.
+    real = pathlib.Path(os.path.realpath(path))
+    inside = [pathlib.Path(os.path.realpath(folder))]
     # huggingface_hub keeps snapshots/<commit>/<name> as links to ../../blobs/<digest>.
     if inside[0].parent.name == "snapshots":
         inside.append(inside[0].parents[1] / "blobs")

@@ -25,10 +25,13 @@ def read_document(path: str | os.PathLike[str], most_bytes: int | None = MAX_BYT
     # Opening a pipe would wait for a writer.
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if is_shell_pipe else os.O_NONBLOCK))
     with os.fdopen(handle, "rb") as file:
+        status = os.fstat(handle)
         if not is_shell_pipe:
-            check_regular(os.fstat(handle), path)
-        content = file.read() if most_bytes is None else file.read(most_bytes + 1)
-    if most_bytes is not None and len(content) > most_bytes:
+            check_regular(status, path)
+        if most_bytes is None:
+            return file.read()
+        content = file.read(most_bytes + 1) if status.st_size <= most_bytes else b""
+    if status.st_size > most_bytes or len(content) > most_bytes:
         raise OSError(errno.EFBIG, f"more than {most_bytes:,} bytes", path)
     return content
 

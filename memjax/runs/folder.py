@@ -254,11 +254,12 @@ class RunFolder:
     def _refuse_links(self) -> None:
         """A run writes and deletes only inside its folder, which somebody else may have made."""
         links = [self.path / name for name in SUBFOLDERS if (self.path / name).is_symlink()]
-        outside = [link for link in links if not link.resolve().is_relative_to(self.path.resolve())]
+        real = lambda path: pathlib.Path(os.path.realpath(path))
+        outside = [link for link in links if not real(link).is_relative_to(real(self.path))]
         if outside:
             raise ConfigError(
                 [
-                    f"{link} is a link to {link.resolve()}, and a run writes only inside its folder; move that folder "
+                    f"{link} is a link to {real(link)}, and a run writes only inside its folder; move that folder "
                     "here, or put all of run.dir there"
                     for link in outside
                 ]

@@ -533,3 +533,36 @@ def test_advice_fits_the_cause(error, advice):
             found.__cause__ = error
         assert advice in write_advice(found)
         assert bool(advice) == bool(write_advice(found))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index["arrays"]["params"]["w"].pop("block_rows"),
+        lambda index: index["arrays"]["params"]["w"].update(block_rows="x"),
+        lambda index: index["arrays"]["params"]["w"].update(shape={"a": 1}),
+        lambda index: index["arrays"]["params"]["w"].update(dtype="int9"),
+        lambda index: index["arrays"].update(params=5),
+        lambda index: index.pop("documents"),
+        lambda index: index.clear(),
+    ],
+)
+def test_a_sealed_index_of_another_shape_is_damage(tmp_path, change, capsys):
+    saved(tmp_path, 1, 2)
+    file = tmp_path / "2" / INDEX / "metadata"
+    index = json.loads(file.read_text())["index"]
+    change(index)
+    file.write_text(json.dumps(seal(index)))
+    assert Checkpoints(tmp_path).restore(small_target()).step == 1
+    assert "step 2, item digests: is damaged" in capsys.readouterr().err
+
+
+def test_a_pipe_or_a_device_in_a_step_is_damage_and_never_opened(tmp_path, capsys):
+    saved(tmp_path, 1, 2, 3)
+    metadata = [tmp_path / step / "params" / "_METADATA" for step in ("2", "3")]
+    for path in metadata:
+        path.unlink()
+    os.mkfifo(metadata[0])
+    metadata[1].symlink_to("/dev/zero")
+    assert Checkpoints(tmp_path).restore(small_target()).step == 1
+    assert capsys.readouterr().err.count("not a regular file") == 2

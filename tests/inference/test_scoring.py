@@ -65,6 +65,15 @@ def test_few_programs_are_compiled_and_equal_rows_are_computed_once(drawn_model,
     assert len(rows) == 3
 
 
+def test_every_number_of_likeliest_tokens_takes_one_of_three_programs(drawn_model):
+    scorer = scoring.PromptScorer(drawn_model)
+    found = {count: scorer([1, 5, 9], count) for count in (1, 2, 5, 6, 20)}
+    assert scorer._run._cache_size() == 2
+    for count, (first, second) in found.items():
+        assert (len(first.top), len(second.top)) == (count, count)
+        assert list(first.top.items()) == list(found[20][0].top.items())[:count]
+
+
 @pytest.mark.parametrize(("short", "widths"), [(3, [32, 32]), (4, [16, 32, 32])])
 def test_rows_that_fill_no_batch_join_the_next_larger_shape(drawn_model, monkeypatch, short, widths):
     computed = []

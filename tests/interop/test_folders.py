@@ -106,5 +106,11 @@ def test_what_is_no_sound_json_object_is_refused(content, message, tmp_path):
 def test_a_file_of_gigabytes_is_not_read(tmp_path):
     with open(tmp_path / "config.json", "wb") as file:
         file.truncate(MAX_BYTES + 1)
-    with pytest.raises(CheckpointError, match="268,435,457 bytes are more than the 268,435,456"):
+    with pytest.raises(CheckpointError, match="more than 268,435,456 bytes"):
         read_json(tmp_path / "config.json")
+
+
+def test_a_link_to_itself_is_missing(tmp_path):
+    (tmp_path / "config.json").symlink_to("config.json")
+    with pytest.raises(CheckpointError, match="is missing, or no file"):
+        file_in(tmp_path, "config.json")

@@ -3,7 +3,7 @@ import pathlib
 
 import pytest
 
-from memjax.io.files import write_atomic
+from memjax.io.files import read_document, read_text, write_atomic
 
 
 def test_replaces_the_content_and_leaves_no_other_file(tmp_path: pathlib.Path) -> None:
@@ -47,3 +47,32 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: pathlib.Path, monkeypatch: 
         write_atomic(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_pipes_devices_and_folders_are_not_read(tmp_path: pathlib.Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    (tmp_path / "itself").symlink_to("itself")
+    for name, message in (("pipe", "not a regular file"), ("endless", "not a regular file"), ("itself", "symbolic")):
+        with pytest.raises(OSError, match=message):
+            read_document(tmp_path / name)
+    with pytest.raises(IsADirectoryError):
+        read_document(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read_document(tmp_path / "missing")
+
+
+def test_only_so_many_bytes_are_read(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a"
+    path.write_text("é" * 5)
+    assert read_text(path, 10) == read_text(path, None) == "é" * 5
+    with pytest.raises(OSError, match="more than 9 bytes"):
+        read_document(path, 9)
+
+
+def test_what_a_shell_pipes_is_read_to_its_end() -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"train: {}")
+    os.close(writing)
+    assert read_text(f"/dev/fd/{reading}") == "train: {}"
+    os.close(reading)

@@ -267,3 +267,9 @@ def test_slot_statistics_over_fewer_steps_are_not_compared(rows, steps):
     kept = comparable(rows)
     assert [row["step"] for row in kept] == [row["step"] for row in rows]
     assert [row["step"] for row in kept if "memory/L1/used_fraction" in row] == steps
+
+
+def test_a_value_that_is_no_number_costs_no_other(tmp_path):
+    odd = {"step": 1, "loss": 2.5, "a": [1], "b": "\x00", "c": {"d": 1}, "e": 10**4000, "f": True, "g": None, "h": -3}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(odd) + "\n")
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.5, "f": True, "g": None, "h": -3}]

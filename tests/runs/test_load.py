@@ -183,6 +183,10 @@ def test_what_cannot_be_loaded_is_explained(tmp_path):
         load(tmp_path / "double")
     with pytest.raises(CheckpointError, match="no step was saved with a validation loss"):
         load(tmp_path / "new", step="best")
+    for number, change in enumerate(({"config": 5}, {"table_dtypes": "x"}, {"tokenizer": None}, {"tokenizer": {}})):
+        save(tmp_path / f"odd{number}", config, **change)
+        with pytest.raises(CheckpointError, match=r"does not say what it holds|tokenizer cannot be read"):
+            load(tmp_path / f"odd{number}")
 
 
 def test_parameters_become_a_tree_and_come_back():

@@ -76,8 +76,10 @@ def fields_record(fields: Mapping[str, Any], keys: Keys) -> Record:
     if keys.text in fields:
         return (Segment(_text(fields, keys.text), True),)
     if keys.prompt not in fields or keys.answer not in fields:
+        names = sorted(name[:40] for name in fields)
+        shown = f"{names[:20]}{' and others' if len(names) > 20 else ''}"
         raise MalformedError(
-            f"has the fields {sorted(fields)}, but neither {keys.text!r} nor both {keys.prompt!r} and "
+            f"has the fields {shown}, but neither {keys.text!r} nor both {keys.prompt!r} and "
             f"{keys.answer!r}; set data.text_key, or data.prompt_key and data.answer_key, to fields it has"
         )
     prompt, answer = _text(fields, keys.prompt), _text(fields, keys.answer)

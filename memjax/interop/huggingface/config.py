@@ -55,6 +55,8 @@ _OTHER_LAYERS = {
     "phi3": "its projections are stored in one matrix",
 }
 """Why models that look alike are not read."""
+_LETTERS = 200
+"""Of a value that messages show."""
 ROPE_SCALING_KINDS: tuple[RopeScalingKind, ...] = get_args(RopeScalingKind)
 _WITH_BIAS_FLAG = ("llama", "qwen3", "smollm3", "olmo2")
 """Whose config says whether the attention has biases."""
@@ -370,7 +372,9 @@ class _Fields:
 
     def refused(self, name: str, rule: str, why: str) -> CheckpointError:
         """What to raise for a field that cannot be honoured."""
-        return CheckpointError(f"{self.place}: {name}={json.dumps(self.config.get(name))} {rule}: {why}")
+        value = json.dumps(self.config.get(name))
+        value = value if len(value) <= _LETTERS else f"{value[:_LETTERS]}..."
+        return CheckpointError(f"{self.place}: {name}={value} {rule}: {why}")
 
     def size(self, name: str, default: int | None = None) -> int:
         """A whole number from 1 on."""

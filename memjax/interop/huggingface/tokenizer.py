@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -102,6 +103,10 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer) -> bool:
     return True
 
 
+def _is_same(one: pathlib.Path, other: pathlib.Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
 class _Contradiction(DataError):
     """The files of a folder contradict each other, so that no choice among them is right."""
 
@@ -118,7 +123,7 @@ class _Folder:
 
     def take(self, path: pathlib.Path) -> None:
         """Takes the file that was chosen for the description of the tokenizer, if it is a tokenizer.json."""
-        if path.suffix == ".json" and path.resolve() != (self.path / JSON).resolve():
+        if path.suffix == ".json" and not _is_same(path, self.path / JSON):
             try:
                 self.description = read_json(path)
             except CheckpointError:
@@ -251,7 +256,7 @@ def _after_pieces(path: pathlib.Path, folder: _Folder) -> tuple[str, ...]:
 
 def _check_added(path: pathlib.Path, folder: _Folder, special: Mapping[str, int]) -> None:
     """Refuses a tokenizer.json that lacks tokens which the files next to it add."""
-    if path.resolve() != (folder.path / JSON).resolve():
+    if not _is_same(path, folder.path / JSON):
         return
     known = {int(token["id"]): token["content"] for token in folder.description.get("added_tokens") or ()}
     vocab = (folder.description.get("model") or {}).get("vocab") or {}

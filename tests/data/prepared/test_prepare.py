@@ -382,3 +382,26 @@ def test_what_prepare_is_asked_for_stays_whoever_has_made_it(tmp_path, lines):
     prepare(corpus(lines), BYTES, tmp_path / "p", asked_for=True)
     discard_outdated(corpus(lines, malformed="skip"), BYTES, tmp_path / "p")
     assert len(PreparedReader(tmp_path / "p", BYTES)) == 70
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": {}},
+        {"settings": [1]},
+        {"files": [[["a"]]]},
+        {"files": 0.5},
+        {"shards": [["../00000.array_record", 1, 1]]},
+        {"shards": [["00000.array_record", 1, -1]]},
+        {"largest_id": "x"},
+        {"examples": None},
+        {"unknown" * 500: 1},
+    ],
+)
+def test_a_manifest_of_another_shape_is_a_line(tmp_path, lines, change):
+    prepare(corpus(lines), BYTES, tmp_path / "p")
+    manifest = tmp_path / "p" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | change))
+    with pytest.raises(DataError, match=r"manifest\.json: cannot be read .*; delete the folder") as error:
+        open_prepared(tmp_path / "p", corpus(lines), BYTES)
+    assert len(str(error.value)) < 1000

@@ -307,3 +307,29 @@ def test_damaged_files_end_in_records_and_malformed_ones_only(tmp_path, name):
             del data[rng.integers(len(data)) :]
         path.write_bytes(data)
         assert all(isinstance(found, str | MalformedError) for _, found in read(path))
+
+
+@pytest.mark.parametrize(("name", "pack"), [("a.jsonl.bz2", bz2.compress), ("a.jsonl.xz", lzma.compress)])
+def test_what_follows_a_stream_is_read_or_named(tmp_path, name, pack):
+    first, second = (pack(json.dumps({"text": text}).encode() + b"\n") for text in ("one", "two"))
+    path = tmp_path / name
+    path.write_bytes(first + second)
+    assert read(path) == [(1, "one"), (2, "two")]
+    # The libraries of both take a stream with a damaged header for garbage, and leave it out without a word.
+    path.write_bytes(first + b"\x01" + second[1:])
+    one, (number, error) = read(path)
+    assert (one, number) == ((1, "one"), 2)
+    assert isinstance(error, UnreadableError)
+
+
+@pytest.mark.parametrize("writer", [pyarrow.ipc.new_stream, pyarrow.ipc.new_file])
+def test_offsets_beyond_the_text_of_an_arrow_file_are_damage(tmp_path, writer):
+    path = tmp_path / "a.arrow"
+    write_arrow(path, writer, rows_at_once=4)
+    sound, offsets = path.read_bytes(), np.array([0, 3, 10, 22, 3022], np.int32).tobytes()
+    assert sound.count(offsets) == 1
+    # Its library reads memory that is not its own, and the process ends by SIGSEGV.
+    path.write_bytes(sound.replace(offsets, offsets[:-4] + np.int32(1 << 30).tobytes()))
+    ((_, error),) = read(path)
+    assert isinstance(error, UnreadableError)
+    assert "not a whole Arrow file" in str(error)
