@@ -1,7 +1,6 @@
 """The folder of a run: its config, environment, tokenizer, and where the rest goes."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import pathlib
@@ -51,51 +50,31 @@ SUBFOLDERS = (CHECKPOINTS, "evals", "plots", "prepared", "profile", "tensorboard
 LOCK = ".lock"
 
 
-@dataclasses.dataclass(frozen=True)
 class RunFolder:
     """Paths of one run."""
 
-    path: pathlib.Path
+    def __init__(self, path: pathlib.Path):
+        """Reads and makes nothing."""
+        self.path = path
+        self.config = path / "config.yaml"
+        """The settings with which the run's last step was made."""
+        self.config_history = path / "config_history.jsonl"
+        """One line of JSON for each resumption that changed settings."""
+        self.checkpoints = path / CHECKPOINTS
+        """The saved steps."""
+        self.metrics = path / "metrics.jsonl"
+        """One line of JSON a step."""
+        self.profile = path / "profile"
+        """Traces of some steps."""
+        self.plots = path / "plots"
+        """PNG files."""
+        self.summary = path / "summary.json"
+        """Written last: a run that has it is finished."""
 
     @classmethod
     def of(cls, config: RunConfig) -> "RunFolder":
         """The folder that the config names."""
         return cls(local_path(config.run.dir, "run.dir"))
-
-    @property
-    def config(self) -> pathlib.Path:
-        """The settings with which the run's last step was made."""
-        return self.path / "config.yaml"
-
-    @property
-    def config_history(self) -> pathlib.Path:
-        """One line of JSON for each resumption that changed settings."""
-        return self.path / "config_history.jsonl"
-
-    @property
-    def checkpoints(self) -> pathlib.Path:
-        """The saved steps."""
-        return self.path / CHECKPOINTS
-
-    @property
-    def metrics(self) -> pathlib.Path:
-        """One line of JSON a step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def profile(self) -> pathlib.Path:
-        """Traces of some steps."""
-        return self.path / "profile"
-
-    @property
-    def plots(self) -> pathlib.Path:
-        """PNG files."""
-        return self.path / "plots"
-
-    @property
-    def summary(self) -> pathlib.Path:
-        """Written last: a run that has it is finished."""
-        return self.path / "summary.json"
 
     @property
     def resume_command(self) -> str:

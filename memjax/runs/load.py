@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from memjax.checkpoint.checkpoints import Checkpoints
 from memjax.config.dtype import DType
+from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import CheckpointError, ConfigError
@@ -22,28 +22,19 @@ from memjax.ops.row_formats import formats
 from memjax.ops.row_formats.formats import Plain, RowFormat
 from memjax.ops.table import Place
 from memjax.runs.applied import Applied, patched
-from memjax.runs.layout import (
-    EMA,
-    META,
-    TABLE_FILES,
-    TABLES,
-    params_to_tree,
-    tree_to_params,
-)
+from memjax.runs.layout import META, TABLE_FILES, TABLES, params_to_tree, tree_to_params
 from memjax.runs.patch import read_patch
 from memjax.runs.saved import (
-    Params,
+    Saved,
     TableDtypes,
     cast_like,
-    read_meta,
     read_saved,
     readable_folder,
     shardings,
-    tokenizer_of,
     wanted_step,
     with_dtypes,
 )
-from memjax.runs.tables import TableForm, build, check_room, encoded, read_files, stored_format
+from memjax.runs.tables import TableForm, build, encoded, read_files, stored_format
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
@@ -109,22 +100,37 @@ def load(
     """
     tables = TableSettings.of(table_format, table_place)
     if patches and not tables.is_default:
-        raise ConfigError(f"patch={', '.join(map(str, patches))} {_NOT_TOGETHER.format(tables)}")
-    if tables.is_default:
-        try:
-            return _load_plain(path, step, ema, dtype, patches)
-        except _TablesInFiles:
-            if patches:
-                raise
+        raise ConfigError(
+            f"patch={', '.join(map(str, patches))} and {tables} do not go together: patches are for tables as they "
+            "were saved; load without them, or write a run with the patches in its tables (python -m memjax.patch "
+            "apply RUN PATCH --out NEW) and use that"
+        )
+    folder = readable_folder(path, step)
+    with Checkpoints(folder) as checkpoints:
+        # Of all the steps of a run the config is the same; which of them is whole, only reading the arrays tells.
+        wanted = wanted_step(checkpoints, step)
+        meta = checkpoints.read_document(META, wanted)
+        if patches or (tables.is_default and "table_files" not in meta):
+            return _in_types_of_here(_as_saved(checkpoints, folder, wanted, meta, ema, patches), dtype)
+        return _in_form(checkpoints, folder, read_saved(checkpoints, folder, wanted, meta, ema=ema), dtype, tables)
+
+
+def load_as_saved(
+    path: str | os.PathLike[str],
+    *,
+    step: int | Literal["latest", "best"] = "latest",
+    ema: bool = False,
+    patches: Sequence[str | os.PathLike[str]] = (),
+) -> LoadedModel:
+    """`load` with parameters and tables in the types in which they lie on disk.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, it cannot be read here, or a patch is not for it.
+    """
     folder = readable_folder(path, step)
     with Checkpoints(folder) as checkpoints:
         wanted = wanted_step(checkpoints, step)
-        meta = checkpoints.read_document(META, wanted)
-        return _load_in_form(checkpoints, folder, wanted, meta, ema, dtype, tables)
-
-
-class _TablesInFiles(CheckpointError):
-    """The run's tables are not in its checkpoint."""
+        return _as_saved(checkpoints, folder, wanted, checkpoints.read_document(META, wanted), ema, patches)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -147,12 +153,11 @@ class TableSettings:
                 table_format = formats.find(table_format)
             except ValueError as error:
                 problems.append(str(error))
-                table_format = None
         if place not in get_args(Place):
             problems.append(f"table_place={place} must be one of {', '.join(get_args(Place))}")
         if problems:
             raise ConfigError(problems)
-        return cls(table_format, cast(Place, place))
+        return cls(cast(RowFormat | None, table_format), cast(Place, place))
 
     def __str__(self) -> str:
         """The settings that are not the default."""
@@ -163,12 +168,6 @@ class TableSettings:
     def is_default(self) -> bool:
         """Whether tables are plain arrays on the device, as they were saved."""
         return self.format is None and self.place == "device"
-
-
-_NOT_TOGETHER = (
-    "and {} do not go together: patches are for tables as they were saved; load without them, or write a run with the "
-    "patches in its tables (python -m memjax.patch apply RUN PATCH --out NEW) and use that"
-)
 
 
 def refuse_applied(folder: pathlib.Path, step: int, change: str) -> None:
@@ -186,23 +185,46 @@ def refuse_applied(folder: pathlib.Path, step: int, change: str) -> None:
         )
 
 
-def _load_in_form(
+def _as_saved(
     checkpoints: Checkpoints,
     folder: pathlib.Path,
     wanted: int | None,
     meta: dict[str, Any],
     ema: bool,
-    dtype: DTypeLike | None,
-    settings: TableSettings,
+    patches: Sequence[str | os.PathLike[str]],
+) -> LoadedModel:
+    """The model with plain tables on the device, in the types in which all lies on disk."""
+    if "table_files" in meta:
+        names = ", ".join(sorted({record["format"] for record in meta["table_files"].values()}))
+        raise CheckpointError(
+            f"{folder}: the tables of this run are read-only, in {names}; use the run that it was made from"
+        )
+    saved = read_saved(checkpoints, folder, wanted, meta, ema=ema, with_tables=True)
+    tables = patched(saved.tables, folder, saved.step, patches)
+    identities = [*Applied(folder).names(saved.step), *(read_patch(patch).identity for patch in patches)]
+    parts = DecoderParts.of(saved.model_config)
+    model = parts.assemble(tree_to_params(parts, saved.params), tables)
+    return LoadedModel(model, saved.tokenizer, saved.config, saved.step, tuple(identities))
+
+
+def _in_types_of_here(saved: LoadedModel, dtype: DTypeLike | None) -> LoadedModel:
+    """The model in the types that this machine computes in, or in one type."""
+    config = with_dtypes(saved.config.model, all_of=dtype, tables=_wider(saved.config.model, saved.model.config))
+    if config == saved.model.config:
+        return saved
+    _, params, tables = take_apart(saved.model)
+    parts = DecoderParts.of(config)
+    params = cast_like(params_to_tree(params), params_to_tree(parts.abstract_params))
+    model = parts.assemble(tree_to_params(parts, params), cast_like(tables, parts.abstract_tables))
+    return dataclasses.replace(saved, model=model)
+
+
+def _in_form(
+    checkpoints: Checkpoints, folder: pathlib.Path, saved: Saved, dtype: DTypeLike | None, settings: TableSettings
 ) -> LoadedModel:
     """The model with its tables in a format and a place."""
-    saved = read_saved(checkpoints, folder, wanted, meta, ema=ema)
     refuse_applied(folder, saved.step, str(settings) or "tables in files")
-    section_dtypes = saved.model_config.lookup_sections
-    wider: TableDtypes = {
-        kind: jnp.promote_types(section_dtypes[kind].table_dtype, resolve_dtype(section.table_dtype)).name
-        for kind, section in saved.config.model.lookup_sections.items()
-    }
+    wider = _wider(saved.config.model, saved.model_config)
     if isinstance(settings.format, Plain) and settings.format.name in get_args(DType):
         wider = dict.fromkeys(wider, settings.format.name)
     parts = DecoderParts.of(with_dtypes(saved.config.model, all_of=dtype, tables=wider))
@@ -211,8 +233,8 @@ def _load_in_form(
     tables = {}
     for pool, abstract in parts.abstract_tables.items():
         try:
-            found = _format_of(files.get(pool), settings, stored_tables[pool].dtype, folder)
-            form = TableForm.of(pool, abstract, found, settings.place)
+            row_format = _format_of(files.get(pool), settings, stored_tables[pool].dtype, folder)
+            form = TableForm.of(pool, abstract, row_format, settings.place)
             if pool in files:
                 tables[pool] = read_files(folder.parent / TABLE_FILES, form, files[pool], columns)
                 continue
@@ -239,77 +261,9 @@ def _format_of(record: Any, settings: TableSettings, saved: DTypeLike, folder: p
     return found
 
 
-def _load_plain(
-    path: str | os.PathLike[str],
-    step: int | Literal["latest", "best"],
-    ema: bool,
-    dtype: DTypeLike | None,
-    patches: Sequence[str | os.PathLike[str]],
-) -> LoadedModel:
-    """The model with plain tables on the device."""
-    saved = load_as_saved(path, step=step, ema=ema, patches=patches)
-    config = with_dtypes(saved.config.model, all_of=dtype, tables=_wider(saved))
-    if config == saved.model.config:
-        return saved
-    _, params, tables = take_apart(saved.model)
-    parts = DecoderParts.of(config)
-    params = cast_like(params_to_tree(params), params_to_tree(parts.abstract_params))
-    model = parts.assemble(tree_to_params(parts, params), cast_like(tables, parts.abstract_tables))
-    return dataclasses.replace(saved, model=model)
-
-
-def load_as_saved(
-    path: str | os.PathLike[str],
-    *,
-    step: int | Literal["latest", "best"] = "latest",
-    ema: bool = False,
-    patches: Sequence[str | os.PathLike[str]] = (),
-) -> LoadedModel:
-    """`load` with parameters and tables in the types in which they lie on disk.
-
-    Raises:
-        CheckpointError: there is no such checkpoint, it cannot be read here, or a patch is not for it.
-    """
-    folder = readable_folder(path, step)
-    with Checkpoints(folder) as checkpoints:
-        wanted = wanted_step(checkpoints, step)
-        # Of all the steps of a run the config is the same; which of them is whole, only reading the arrays tells.
-        saved = checkpoints.read_document(META, wanted)
-        if "table_files" in saved:
-            raise _TablesInFiles(
-                f"{folder}: the tables of this run are read-only, in {_format_names(saved)}; use the run that it was "
-                "made from"
-            )
-        config, table_dtypes = read_meta(saved, folder)
-        whole, columns = shardings(config.model, folder)
-        parts = DecoderParts.of(with_dtypes(config.model, tables=table_dtypes))
-        forms = [TableForm.of(pool, table, Plain(table.dtype.name)) for pool, table in parts.abstract_tables.items()]
-        try:
-            check_room(forms, columns)
-        except ConfigError as error:
-            raise ConfigError([f"tables of {folder}: {error}"]) from error
-        params = Params(parts, whole, ema)
-        tables = {
-            pool: jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=columns)
-            for pool, table in parts.abstract_tables.items()
-        }
-        targets = params.targets | ({TABLES: tables} if tables else {})
-        restored = checkpoints.restore(targets, [META], step=wanted, optional=[EMA])
-    arrays = patched(restored.arrays.get(TABLES, {}), folder, restored.step, patches)
-    model = parts.assemble(tree_to_params(parts, params.of(restored, folder)), arrays)
-    tokenizer = tokenizer_of(restored.documents[META], folder)
-    identities = [*Applied(folder).names(restored.step), *(read_patch(patch).identity for patch in patches)]
-    return LoadedModel(model, tokenizer, config, restored.step, tuple(identities))
-
-
-def _format_names(meta: dict[str, Any]) -> str:
-    return ", ".join(sorted({record["format"] for record in meta["table_files"].values()}))
-
-
-def _wider(saved: LoadedModel) -> TableDtypes:
+def _wider(wanted: ModelConfig, found: ModelConfig) -> TableDtypes:
     """The types that tables get here: never narrower than saved, because that would lose what they learned."""
-    wanted, found = saved.config.model.lookup_sections, saved.model.config.lookup_sections
     return {
-        kind: jnp.promote_types(found[kind].table_dtype, resolve_dtype(section.table_dtype)).name
-        for kind, section in wanted.items()
+        kind: jnp.promote_types(found.lookup_sections[kind].table_dtype, resolve_dtype(section.table_dtype)).name
+        for kind, section in wanted.lookup_sections.items()
     }

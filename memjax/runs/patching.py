@@ -14,7 +14,7 @@ from memjax.runs.applied import Applied, model_digest
 from memjax.runs.layout import META, PARAMS
 from memjax.runs.load import LoadedModel, load_as_saved
 from memjax.runs.patch import Patch, between, read_patch
-from memjax.runs.saved import checkpoint_folder
+from memjax.runs.saved import checkpoint_folder, wanted_step
 from memjax.runs.write import write_run
 
 Step = int | Literal["latest", "best"]
@@ -118,8 +118,7 @@ def revert(run: str | os.PathLike[str], path: str | os.PathLike[str], *, step: S
 def _number(applied: Applied, step: Step) -> int:
     """The step's own number."""
     with Checkpoints(applied.checkpoints) as checkpoints:
-        wanted = checkpoints.best() if step == "best" else None if step == "latest" else int(step)
-        return checkpoints.restore({}, [META], step=wanted).step
+        return checkpoints.restore({}, [META], step=wanted_step(checkpoints, step)).step
 
 
 def shared_rows(left: Patch, right: Patch) -> int:

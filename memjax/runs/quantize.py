@@ -1,6 +1,5 @@
 """A run whose tables are in another format, in files that are mapped or read straight to where they live."""
 
-import dataclasses
 import os
 from functools import partial
 from typing import Literal
@@ -27,6 +26,7 @@ from memjax.runs.layout import (
 from memjax.runs.load import refuse_applied
 from memjax.runs.saved import checkpoint_folder, read_saved, wanted_step
 from memjax.runs.tables import TableForm, encoded, write_files
+from memjax.runs.write import config_of_copy
 
 
 def quantize_run(
@@ -70,9 +70,7 @@ def quantize_run(
                     records[pool] = write_files(path / TABLE_FILES, form, encoded(rows(), found))
                 except ValueError as error:
                     raise ConfigError(f"table {pool} of {source}: {error}") from error
-            run = dataclasses.replace(config.run, dir=str(out), mirror=None)
-            train = dataclasses.replace(config.train, init_from=None)
-            new = dataclasses.replace(config, run=run, train=train)
+            new = config_of_copy(config, out)
             document = meta_document(new, saved.tokenizer, step=0)
             document |= {"format": FORMAT_WITH_TABLE_FILES, "table_files": records}
             # Types that the tables had, whatever 'auto' means here.

@@ -1,4 +1,4 @@
-"""What the checkpoints of a run hold: its config, its tokenizer, and everything but the tables."""
+"""What the checkpoints of a run hold: its config, its tokenizer, parameters and tables."""
 
 import dataclasses
 import os
@@ -13,16 +13,16 @@ from jax.sharding import NamedSharding, Sharding
 from jax.typing import DTypeLike
 
 from memjax.checkpoint.checkpoints import Checkpoints
-from memjax.checkpoint.restoring import Restored
 from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
 from memjax.config.validation import from_saved
 from memjax.data.tokenizers.base import MALFORMED, Tokenizer, explained
-from memjax.errors import CheckpointError
+from memjax.errors import CheckpointError, ConfigError
 from memjax.io import remote
 from memjax.io.documents import check_shape
 from memjax.io.paths import is_remote, local_path, readable_path
 from memjax.models.parts import DecoderParts
+from memjax.ops.row_formats.formats import Plain
 from memjax.runs.layout import (
     CHECKPOINTS,
     EMA,
@@ -30,10 +30,12 @@ from memjax.runs.layout import (
     FORMAT_WITH_TABLE_FILES,
     META,
     PARAMS,
+    TABLES,
     params_to_tree,
     upgraded,
     widened,
 )
+from memjax.runs.tables import TableForm, check_room
 from memjax.sharding.axes import has_memory_axis
 from memjax.sharding.rules import COLUMNS, MEMORY, REPLICATED
 
@@ -42,33 +44,67 @@ TableDtypes = Mapping[str, str]
 
 
 class Saved(NamedTuple):
-    """What a checkpoint holds besides tables."""
+    """What a checkpoint holds."""
 
     config: RunConfig
     model_config: ModelConfig
     """With the types in which the tables are stored."""
     params: dict[str, Any]
+    tables: dict[str, Any]
+    """Empty where they were not asked for."""
     tokenizer: Tokenizer
     step: int
     meta: dict[str, Any]
 
 
 def read_saved(
-    checkpoints: Checkpoints, folder: pathlib.Path, wanted: int | None, meta: dict[str, Any], *, ema: bool = False
+    checkpoints: Checkpoints,
+    folder: pathlib.Path,
+    wanted: int | None,
+    meta: dict[str, Any],
+    *,
+    ema: bool = False,
+    with_tables: bool = False,
 ) -> Saved:
-    """A step without its tables: the wanted one, or the newest that can be read, whose `meta` document was read.
+    """A step: the wanted one, or the newest that can be read, whose `meta` document was read.
+
+    Args:
+        checkpoints: of the run.
+        folder: theirs, for messages.
+        wanted: the number of the step; None is the newest that can be read.
+        meta: the document of a step of the run.
+        ema: take the moving average of the dense parameters in their place, in their types.
+        with_tables: read the tables, too.
 
     Raises:
-        CheckpointError: it cannot be read here.
+        CheckpointError: it cannot be read here, or has no average.
+        ConfigError: the device has no room for the tables.
     """
     config, stored = read_meta(meta, folder)
-    replicated, _ = shardings(config.model, folder)
+    replicated, columns = shardings(config.model, folder)
     model_config = with_dtypes(config.model, tables=stored)
-    params = Params(DecoderParts.of(model_config), replicated, ema)
-    restored = checkpoints.restore(params.targets, [META], step=wanted, optional=[EMA])
-    meta = restored.documents[META]
+    parts, item = DecoderParts.of(model_config), EMA if ema else PARAMS
+    params = jax.eval_shape(widened, parts.abstract_params) if ema else parts.abstract_params
+    targets = {item: _placed(params_to_tree(params), replicated)}
+    if with_tables and parts.abstract_tables:
+        targets[TABLES] = _placed(parts.abstract_tables, columns)
+        forms = [TableForm.of(pool, table, Plain(table.dtype.name)) for pool, table in parts.abstract_tables.items()]
+        try:
+            check_room(forms, columns)
+        except ConfigError as error:
+            raise ConfigError(f"tables of {folder}: {error}") from error
+    restored = checkpoints.restore(targets, [META], step=wanted, optional=[EMA])
+    if item not in restored.arrays:
+        raise CheckpointError(
+            f"{folder}: ema=True, and step {restored.step} has no moving average of its parameters: it was trained "
+            "without optim.ema_decay; leave ema out"
+        )
+    found = restored.arrays[item]
+    if ema:
+        found = cast_like(found, params_to_tree(parts.abstract_params))
+    meta, tables = restored.documents[META], restored.arrays.get(TABLES, {})
     tokenizer = tokenizer_of(meta, folder)
-    return Saved(config, model_config, params.of(restored, folder), tokenizer, restored.step, meta)
+    return Saved(config, model_config, found, tables, tokenizer, restored.step, meta)
 
 
 @dataclasses.dataclass
@@ -80,36 +116,9 @@ class _Meta:
     table_dtypes: dict[str, str | None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Params:
-    """The dense parameters to read, as trained or as averaged over the steps."""
-
-    parts: DecoderParts
-    sharding: Sharding | None
-    ema: bool
-
-    @property
-    def targets(self) -> dict[str, Any]:
-        """The item of a checkpoint that holds them."""
-        params = self.parts.abstract_params
-        params = jax.eval_shape(widened, params) if self.ema else params
-        place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.sharding)
-        return {EMA if self.ema else PARAMS: jax.tree.map(place, params_to_tree(params))}
-
-    def of(self, restored: Restored, folder: pathlib.Path) -> dict[str, Any]:
-        """The parameters of what was read, in the type of the model.
-
-        Raises:
-            CheckpointError: the step has no average.
-        """
-        if not self.ema:
-            return restored.arrays[PARAMS]
-        if EMA not in restored.arrays:
-            raise CheckpointError(
-                f"{folder}: ema=True, and step {restored.step} has no moving average of its parameters: it was trained "
-                "without optim.ema_decay; leave ema out"
-            )
-        return cast_like(restored.arrays[EMA], params_to_tree(self.parts.abstract_params))
+def _placed(tree: Any, sharding: Sharding | None) -> Any:
+    """The shapes of a tree, with where its arrays are to be."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
 def read_config(path: str | os.PathLike[str]) -> RunConfig:

@@ -21,11 +21,15 @@ def write_run(folder: str | os.PathLike[str], model: Decoder, tokenizer: Tokeniz
         CheckpointError: it cannot be written.
     """
     _, params, tables = take_apart(model)
-    run = dataclasses.replace(config.run, dir=str(folder), mirror=None)  # its mirror is that of another run
-    train = dataclasses.replace(config.train, init_from=None)
-    config = dataclasses.replace(config, model=model.config, run=run, train=train)
+    config = dataclasses.replace(config_of_copy(config, folder), model=model.config)
     items = {PARAMS: params_to_tree(params)} | ({TABLES: writable(tables)} if tables else {})
     with written_whole(folder) as path:
         with Checkpoints(path / CHECKPOINTS) as checkpoints:
             checkpoints.save(0, items, {META: meta_document(config, tokenizer, step=0)})
         Claim(RunFolder(path), config).record(0, tokenizer)
+
+
+def config_of_copy(config: RunConfig, folder: str | os.PathLike[str]) -> RunConfig:
+    """The config of a run, for a new one with its model."""
+    run = dataclasses.replace(config.run, dir=str(folder), mirror=None)  # its mirror is that of another run
+    return dataclasses.replace(config, run=run, train=dataclasses.replace(config.train, init_from=None))
