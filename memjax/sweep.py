@@ -51,7 +51,9 @@ def _main(argv: list[str]) -> int:
     if (folder / "config.yaml").exists():
         raise ConfigError([f"run.dir={folder} is the folder of a run; name another --run.dir for the sweep"])
     sweep.check(file, words, folder, grid)
-    code = sweep.Sweep(sweep.train_command(rest), folder, grid, jobs=jobs, mirror=parsed.config.run.mirror).run()
+    code = sweep.Sweep(
+        [sys.executable, "-m", "memjax.train", *rest], folder, grid, jobs=jobs, mirror=parsed.config.run.mirror
+    ).run()
     _compare(folder, [folder / point.name for point in grid])
     return code
 

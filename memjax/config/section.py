@@ -36,6 +36,20 @@ class Section:
 Settings = TypeVar("Settings", bound=Section)
 
 
+def replaced(config: Settings, changes: Mapping[str, Any]) -> Settings:
+    """The config with some settings changed, by their dotted names: all at once, since some are right only together."""
+    own: dict[str, Any] = {}
+    of_sections: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        section, dot, rest = name.partition(".")
+        if dot:
+            of_sections.setdefault(section, {})[rest] = value
+        else:
+            own[name] = value
+    sections = {name: replaced(getattr(config, name), inner) for name, inner in of_sections.items()}
+    return dataclasses.replace(config, **own, **sections)
+
+
 def with_settings(owner: type, config: Settings, settings: Mapping[str, Any]) -> Settings:
     """The settings of a layer: a section of the config with some fields replaced.
 

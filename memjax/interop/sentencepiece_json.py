@@ -8,6 +8,8 @@ from memjax.data.tokenizers.hf import read_description
 from memjax.data.tokenizers.round_trip import probe_texts
 from memjax.data.tokenizers.sentencepiece import SPACE, SentencePieceTokenizer
 
+SPECIAL_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+"""Of special tokens in a tokenizer.json."""
 _MIXTURES = 2000
 """Texts of several pieces that both must encode alike."""
 
@@ -39,12 +41,12 @@ def _description(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [{"id": token, "content": name, **SPECIAL_FLAGS} for name, token in tokenizer.special_tokens.items()]
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": token, "content": name, **flags} for name, token in tokenizer.special_tokens.items()],
+        "added_tokens": added,
         "normalizer": {"type": "Sequence", "normalizers": [*prefix, spaces]},
         "pre_tokenizer": None,
         "post_processor": None,

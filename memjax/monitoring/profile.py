@@ -22,8 +22,8 @@ _COLLECTIVES = ("nccl", "allreduce", "allgather", "alltoall", "reducescatter", "
 class ProfileWindow:
     """Traces the steps that a config names. Nothing that goes wrong here stops the run, or moves the window."""
 
-    def __init__(self, config: ProfileConfig | None, folder: pathlib.Path, *, traces: bool = True):
-        """No config: there is no window.
+    def __init__(self, config: ProfileConfig, folder: pathlib.Path, *, traces: bool = True):
+        """Traces nothing yet.
 
         Args:
             config: which steps.
@@ -37,15 +37,11 @@ class ProfileWindow:
 
     def opens(self, step: int) -> bool:
         """Whether `start` is due before this step; a window that a resumption falls into is traced from there on."""
-        if self._config is None or self._first is not None:
-            return False
-        return self._config.start <= step < self._config.start + self._config.steps
+        return self._first is None and self._config.start <= step < self._config.start + self._config.steps
 
     def closes(self, step: int, *, last: bool) -> bool:
         """Whether `stop` is due after this step; `last` is that of the run."""
-        if self._config is None or self._first is None:
-            return False
-        return last or step >= self._config.start + self._config.steps - 1
+        return self._first is not None and (last or step >= self._config.start + self._config.steps - 1)
 
     def start(self, step: int) -> None:
         """Begins to trace. Steps under way would be traced too, so wait for them before."""
@@ -62,7 +58,6 @@ class ProfileWindow:
 
     def stop(self, step: int) -> None:
         """Ends the trace and prints the table. Wait for the steps under way before."""
-        assert self._config is not None
         first, self._first = self._first, None
         if not self._is_tracing:
             return

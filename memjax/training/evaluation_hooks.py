@@ -3,7 +3,7 @@
 import contextlib
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -37,6 +37,17 @@ class _Stopped(Exception):
 def _is_stopped(trainer: "Trainer") -> bool:
     """Whether to stop for a signal. Several processes must evaluate the same batches, so they do not."""
     return jax.process_count() == 1 and trainer.interrupt.name is not None
+
+
+def _place(trainer: "Trainer") -> Callable[[Batch], dict[str, jax.Array]]:
+    """Puts batches on the devices, until a signal comes."""
+
+    def place(batch: Batch) -> dict[str, jax.Array]:
+        if _is_stopped(trainer):
+            raise _Stopped
+        return put_batch(trainer.mesh, batch, TOKENS)
+
+    return place
 
 
 class Validate(Hook):
@@ -92,18 +103,10 @@ class Validate(Hook):
 
     def _loss(self, trainer: "Trainer") -> float | None:
         """The loss of the trainer's state; None if a signal came before it was known."""
-
-        def until_stopped(batches: Iterator[Batch]) -> Iterator[Batch]:
-            for batch in batches:
-                if _is_stopped(trainer):
-                    raise _Stopped
-                yield batch
-
-        batches = until_stopped(trainer.dataset.validation_batches(self._batches))
-        try:
-            return validation_loss(trainer.model(), batches, place=lambda batch: put_batch(trainer.mesh, batch, TOKENS))
-        except _Stopped:
-            return None
+        batches = trainer.dataset.validation_batches(self._batches)
+        with contextlib.suppress(_Stopped):
+            return validation_loss(trainer.model(), batches, place=_place(trainer))
+        return None
 
 
 class Facts(Hook):
@@ -121,19 +124,13 @@ class Facts(Hook):
         """Asks, unless a signal comes; the end of a run has a test of its own."""
         if step.is_last:
             return
-
-        def place(batch: Batch) -> dict[str, jax.Array]:
-            if _is_stopped(trainer):
-                raise _Stopped
-            return put_batch(trainer.mesh, batch, TOKENS)
-
         accuracies = {}
         with trainer.paused(), contextlib.suppress(_Stopped):
             for name, questions in self._questions.items():
                 if questions:
                     size = -(-256 // trainer.mesh.size) * trainer.mesh.size
                     tokenizer = trainer.dataset.tokenizer
-                    found = recall(trainer.model(), tokenizer, questions, batch_size=size, place=place)
+                    found = recall(trainer.model(), tokenizer, questions, batch_size=size, place=_place(trainer))
                     accuracies[f"eval/facts/{name}"] = found.accuracy
             step.host_metrics |= accuracies
 

@@ -32,6 +32,7 @@ from memjax.training.plan import inputs
 from memjax.training.plan import memory as memory_plan
 from memjax.training.plan import row_exchange as exchange_plan
 from memjax.training.plan.report import describe, describe_fit
+from memjax.training.plan.savings import explain_out_of_memory, is_out_of_memory
 from memjax.training.plan.search import search
 from memjax.training.program import TrainProgram
 from memjax.training.start import check_start, tell_of_schedules
@@ -53,11 +54,19 @@ def dry_run(config: RunConfig, *, fit_to: tuple[int, int] | None = None) -> int:
     Raises:
         ConfigError, DataError, CheckpointError: data or tokenizer cannot be used; the plan is printed before.
     """
-    if fit_to is not None:
+    code = 0
+    if fit_to is None:
+        _say_plan(config)
+    else:
         found = search(config, device_bytes=fit_to[0], devices=fit_to[1])
         say(describe_fit(config, found, *fit_to))
-        _say_inputs(config)
-        return 0 if found else 7
+        code = 0 if found else 7
+    for line in inputs.describe(config):
+        say(line)
+    return code
+
+
+def _say_plan(config: RunConfig) -> None:
     program = TrainProgram.of(config)
     data_axis = config.mesh.data_axis(jax.device_count())
     say(describe(config, program.parts, data_axis=data_axis))
@@ -69,13 +78,6 @@ def dry_run(config: RunConfig, *, fit_to: tuple[int, int] | None = None) -> int:
         with jax.set_mesh(mesh):
             compiled = make_train_step(program, mesh).lower(program.abstract_state(), abstract_batch(config)).compile()
         say(f"{'compiled for these devices':<27} {gigabytes(memory_plan.compiled_bytes(compiled))} on each")
-    _say_inputs(config)
-    return 0
-
-
-def _say_inputs(config: RunConfig) -> None:
-    for line in inputs.describe(config):
-        say(line)
 
 
 def train(config: RunConfig, *, allow_changed: bool = False, hooks: Sequence[Periodic] = ()) -> int:
@@ -139,10 +141,10 @@ def _train(claim: Claim, hooks: Sequence[Periodic]) -> int:
             say(str(error))
             return 75
         except jax.errors.JaxRuntimeError as error:
-            if not memory_plan.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             limit = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
-            warn(memory_plan.explain_out_of_memory(config, data_axis=mesh.shape["data"], limit=limit))
+            warn(explain_out_of_memory(config, data_axis=mesh.shape["data"], limit=limit))
             return 7
         summary = finish(trainer.program, state, mesh, folder, tokenizer)
         if config.run.mirror and is_first():

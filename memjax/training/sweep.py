@@ -11,7 +11,6 @@ import pathlib
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 
@@ -204,8 +203,3 @@ def _devices(slot: int, jobs: int) -> dict[str, str]:
         return {}
     share = [name for place, name in enumerate(visible) if place % jobs == slot] or [visible[slot % len(visible)]]
     return {"CUDA_VISIBLE_DEVICES": ",".join(share)}
-
-
-def train_command(words: Sequence[str]) -> list[str]:
-    """The command of a run with the given words."""
-    return [sys.executable, "-m", "memjax.train", *words]

@@ -132,7 +132,6 @@ def fake_profiler(monkeypatch):
         (ProfileConfig(start=3, steps=9), range(1, 6), [(3, 5)]),
         (ProfileConfig(start=3, steps=4), range(5, 9), [(5, 6)]),
         (ProfileConfig(start=3, steps=2), range(5, 9), []),
-        (None, range(1, 9), []),
     ],
 )
 def test_the_steps_of_the_config_are_traced(fake_profiler, tmp_path, config, steps, traced):

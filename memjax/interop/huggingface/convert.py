@@ -16,9 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from memjax.config.data import DataConfig, TokenizerConfig
-from memjax.config.model import ModelConfig
-from memjax.config.optim import OptimConfig
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import CheckpointError, ConfigError
@@ -28,19 +25,18 @@ from memjax.interop.huggingface.safetensors import open_tensors
 from memjax.interop.huggingface.tensors import compare_bits, read_model, write_model
 from memjax.interop.huggingface.tokenizer import GENERATION, read_tokenizer, write_tokenizer
 from memjax.interop.model_card import CARD, generation_config, model_card
+from memjax.interop.run import check_vocabulary, write_converted
 from memjax.models.decoder import Decoder, resolve_dtype
 from memjax.models.parts import DecoderParts, take_apart
 from memjax.runs.files import check_new, written_whole
 from memjax.runs.load import load_as_saved
-from memjax.runs.write import write_run
+from memjax.runs.saved import with_dtypes
 
 CONFIG = "config.json"
 TORCH_MODEL = pathlib.Path(__file__).with_name("torch_model")
 """The code that folders of models with memory layers hold: never imported here, because it needs torch."""
 LONGEST_SEQUENCE = 2048
 """data.sequence_length of a new run is at most this: few machines have room for all that some models could read."""
-LEARNING_RATE = 2e-5
-"""optim.lr of a new run: that of the quick start would undo what the model has learned."""
 KEPT_FIELDS = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 """Of the config.json of the folder that a model came from: what this project has no setting for."""
 KEPT_FILES = (
@@ -78,15 +74,9 @@ def from_hf(folder: str | os.PathLike[str], out: str | os.PathLike[str], *, toke
         fields = read_json(file_in(folder, CONFIG))
         described, length = read_model_config(fields, place), longest_text(fields, place)
         settings, found = read_tokenizer(folder, tokenizer, fields)
-        if found.vocab_size > described.vocab_size:
-            raise CheckpointError(
-                f"{place}: vocab_size={described.vocab_size} is less than the {found.vocab_size} tokens of the "
-                "tokenizer; set --tokenizer to the one that the model was trained with"
-            )
+        check_vocabulary(described, found, place)
         model = read_model(files, described, str(folder))
-    config = _run_config(model.config, settings, length)
-    write_run(out, model, found, config)
-    return config
+    return write_converted(out, model, found, settings, sequence_length=min(length, LONGEST_SEQUENCE))
 
 
 def to_hf(
@@ -124,8 +114,10 @@ def to_hf(
     check_new(out)
     loaded = load_as_saved(run, step=step, ema=ema)
     model, tokenizer = _rounded(loaded.model, dtype), loaded.tokenizer
+    # The type in which the tables are written, where the config has a word for it.
+    named = dict.fromkeys(model.config.lookup_sections, dtype) if dtype in ("float32", "bfloat16") else None
     fields = write_model_config(
-        _with_table_types(model.config, dtype),
+        with_dtypes(model.config, tables=named) if named else model.config,
         dtype=dtype or model.config.param_dtype,
         longest=longest or loaded.config.data.sequence_length,
         bos=tokenizer.bos_id,
@@ -163,25 +155,6 @@ def to_hf(
                 "kept. This is a fault of memjax: please report it with the run's config.yaml"
             )
     return has_tokenizer
-
-
-def _with_table_types(config: ModelConfig, dtype: str | None) -> ModelConfig:
-    """The config with the type in which the tables are written, where it has a word for it."""
-    if dtype not in ("float32", "bfloat16"):
-        return config
-    sections = {
-        kind: dataclasses.replace(section, table_dtype=dtype) for kind, section in config.lookup_sections.items()
-    }
-    return dataclasses.replace(config, **sections)
-
-
-def _run_config(model: ModelConfig, tokenizer: TokenizerConfig, longest: int) -> RunConfig:
-    """Settings for a run with this model: to evaluate it, and to begin a training with."""
-    return RunConfig(
-        model=model,
-        data=DataConfig(source="files", sequence_length=min(longest, LONGEST_SEQUENCE), tokenizer=tokenizer),
-        optim=OptimConfig(lr=LEARNING_RATE),
-    )
 
 
 def _kept_fields(folder: pathlib.Path, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memjax.config.memory import LookupConfig
 from memjax.config.model import ModelConfig
 from memjax.errors import CheckpointError
+from memjax.interop.arrays import DTYPES, common_type, compare_shapes, own
 from memjax.interop.huggingface.safetensors import StoredTensor, TensorFiles, TensorToWrite, write_tensors
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, take_apart, writable
 from memjax.runs.layout import params_to_tree, tree_to_params
+from memjax.runs.saved import with_dtypes
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _TABLE = "model.tables.{}.weight"
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BUFFERS = (
     ".rotary_emb.inv_freq",
     ".rotary_emb.original_inv_freq",
@@ -83,13 +83,13 @@ def read_model(files: TensorFiles, config: ModelConfig, place: str) -> Decoder:
         )
     parts = DecoderParts.of(_with_stored_types(config, stored, place))
     wanted = _tensors(params_to_tree(parts.abstract_params), parts.abstract_tables, config)
-    _compare_shapes({tensor.name: tensor.shape for tensor in wanted.values()}, stored, place)
+    head = f"{place}: weights and config.json do not belong together; download or copy both again"
+    compare_shapes({tensor.name: tensor.shape for tensor in wanted.values()}, stored, head)
 
     def read(path: Any, leaf: Any) -> jax.Array:
         tensor = wanted[_text(path)]
         array = files.read(names[tensor.name])
-        # A copy of its own: what the library gives may lie in the file.
-        return jax.device_put(np.array(array.T if tensor.transposed else array, leaf.dtype, order="C", copy=True))
+        return own(array.T if tensor.transposed else array, leaf.dtype)
 
     params = jax.tree_util.tree_map_with_path(read, params_to_tree(parts.abstract_params))
     tables = {pool: read(_table_path(pool), leaf) for pool, leaf in parts.abstract_tables.items()}
@@ -196,34 +196,21 @@ def _in_file(tensor: _Tensor, dtype: str | None) -> np.ndarray:
 
 def _with_stored_types(config: ModelConfig, stored: dict[str, StoredTensor], place: str) -> ModelConfig:
     """The config with the types in which the files hold parameters and tables."""
-    tables = {_TABLE.format(name) for name in config.tables}
     for name, tensor in stored.items():
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             raise CheckpointError(
-                f"{place}: tensor {name!r} is of type {tensor.dtype}, must be one of {', '.join(_DTYPES)}: quantised "
+                f"{place}: tensor {name!r} is of type {tensor.dtype}, must be one of {', '.join(DTYPES)}: quantised "
                 "weights are not read; take the model as it was before it was quantised"
             )
-    sections = {kind: _with_stored_type(section, stored) for kind, section in config.lookup_sections.items()}
-    dense = _common_type(tensor.dtype for name, tensor in stored.items() if name not in tables)
-    if "float64" in (dense, *(section.table_dtype for section in sections.values())) and not jax.config.read(
-        "jax_enable_x64"
-    ):
-        raise CheckpointError(f"{place}: the weights are in float64; set JAX_ENABLE_X64=1 to read them")
-    return dataclasses.replace(config, param_dtype=dense, **sections)
-
-
-def _with_stored_type(section: LookupConfig, stored: dict[str, StoredTensor]) -> LookupConfig:
-    """The section with the type of its tables."""
-    names = {_TABLE.format(name) for layer in section.layers for name in section.tables(layer)}
-    dtype = _common_type(tensor.dtype for name, tensor in stored.items() if name in names)
-    return dataclasses.replace(section, table_dtype=dtype)
-
-
-def _common_type(names: Any) -> Any:
-    types = {_DTYPES[name] for name in names} - {"bfloat16"}
-    if not types:
-        return "bfloat16"
-    return "float64" if "float64" in types else "float32"
+    types = {name: DTYPES[tensor.dtype] for name, tensor in stored.items()}
+    tables = {
+        kind: {_TABLE.format(name) for layer in section.layers for name in section.tables(layer)}
+        for kind, section in config.lookup_sections.items()
+    }
+    of = lambda names: common_type((types[name] for name in names if name in types), place)
+    dense = of(types.keys() - set().union(*tables.values()))
+    config = with_dtypes(config, tables={kind: of(names) for kind, names in tables.items()})
+    return dataclasses.replace(config, param_dtype=dense)
 
 
 def _check_tied(files: TensorFiles, names: dict[str, str], place: str) -> None:
@@ -233,16 +220,3 @@ def _check_tied(files: TensorFiles, names: dict[str, str], place: str) -> None:
             f"{place}: tie_word_embeddings=true, yet {_HEAD} differs from {_EMBEDDING}; set it to false in config.json "
             "if the output has weights of its own"
         )
-
-
-def _compare_shapes(wanted: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor], place: str) -> None:
-    problems = [f"tensor {name!r} is missing" for name in wanted if name not in stored]
-    problems += [f"tensor {name!r} is none of this model's" for name in stored if name not in wanted]
-    problems += [
-        f"tensor {name!r} has the shape {list(stored[name].shape)}, the config makes it {list(shape)}"
-        for name, shape in wanted.items()
-        if name in stored and stored[name].shape != tuple(shape)
-    ]
-    if problems:
-        lines = [f"{place}: weights and config.json do not belong together; download or copy both again", *problems[:8]]
-        raise CheckpointError("\n  ".join(lines + ([f"and {len(problems) - 8} more"] if problems[8:] else [])))

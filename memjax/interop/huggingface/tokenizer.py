@@ -14,14 +14,13 @@ from memjax.data.tokenizers.open import open_tokenizer, sentencepiece_pieces, sp
 from memjax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from memjax.errors import CheckpointError, ConfigError, DataError
 from memjax.interop.folders import file_in, read_json, write_json
-from memjax.interop.sentencepiece_json import sentencepiece_as_json
+from memjax.interop.sentencepiece_json import SPECIAL_FLAGS, sentencepiece_as_json
 from memjax.io.console import say
 
 JSON, MODEL, SETTINGS = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 """A tokenizer of the tokenizers library, one of SentencePiece, and the names of the special tokens."""
 ADDED, GENERATION = "added_tokens.json", "generation_config.json"
 """Ids of tokens that were added after the tokenizer's training, and at which tokens generation ends."""
-_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 _ADVICE = (
     "set --tokenizer to a tokenizer.json with a byte-level BPE or to a SentencePiece .model, or to byte, with which "
     "the model can be called with token ids, but knows no text"
@@ -81,16 +80,10 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer) -> bool:
         if added:
             write_json(folder / ADDED, {name: token for token, name in added.items()})
             settings["added_tokens_decoder"] = {
-                str(token): {"content": name, **_FLAGS} for token, name in added.items()
+                str(token): {"content": name, **SPECIAL_FLAGS} for token, name in added.items()
             }
         description = sentencepiece_as_json(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else None
-        if description is None:
-            write_json(folder / SETTINGS, {"tokenizer_class": "LlamaTokenizer", **settings})
-            return True
-        write_json(folder / JSON, _with_begin(description, tokenizer, names[tokenizer.bos_id]))
-        write_json(folder / SETTINGS, {"tokenizer_class": "PreTrainedTokenizerFast", **settings})
-        return True
-    if tokenizer.kind == "hf":
+    elif tokenizer.kind == "hf":
         description = state["json"]
     elif tokenizer.kind == "bpe":
         description = _with_special(state["bpe"], tokenizer)
@@ -98,8 +91,10 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer) -> bool:
         description = _with_special(_bytes_as_bpe(tokenizer), tokenizer)
     else:
         return False
-    write_json(folder / JSON, _with_begin(description, tokenizer, names[tokenizer.bos_id]))
-    write_json(folder / SETTINGS, {"tokenizer_class": "PreTrainedTokenizerFast", **settings})
+    if description is not None:
+        write_json(folder / JSON, _with_begin(description, tokenizer, names[tokenizer.bos_id]))
+    name = "LlamaTokenizer" if description is None else "PreTrainedTokenizerFast"
+    write_json(folder / SETTINGS, {"tokenizer_class": name, **settings})
     return True
 
 
@@ -332,7 +327,7 @@ def _with_begin(description: dict[str, Any], tokenizer: Tokenizer, bos: str) -> 
 
 def _with_special(bpe: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     """The description of a BPE that knows its special tokens inside texts, as transformers expects it."""
-    added = [{"id": token, "content": name, **_FLAGS} for name, token in tokenizer.special_tokens.items()]
+    added = [{"id": token, "content": name, **SPECIAL_FLAGS} for name, token in tokenizer.special_tokens.items()]
     decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return {**bpe, "added_tokens": added, "decoder": decoder}
 

@@ -18,24 +18,23 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
-from memjax.config.data import DataConfig
 from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig
-from memjax.config.optim import OptimConfig
 from memjax.config.run import RunConfig
 from memjax.errors import CheckpointError
+from memjax.interop.arrays import DTYPES
 from memjax.interop.folders import file_in, read_json
 from memjax.interop.huggingface.tokenizer import read_tokenizer
 from memjax.interop.official.lazy_array import LazyArray
-from memjax.interop.official.tensors import VALUES, Arrays, common_type, memory_options, refuse_experts, shape_of, take
+from memjax.interop.official.tensors import VALUES, Arrays, memory_options, refuse_experts, shape_of, take, type_of
 from memjax.interop.official.torch_zip import read_torch_zip
+from memjax.interop.run import check_vocabulary, write_converted
 from memjax.memory.layer import MemoryLayer
 from memjax.memory.table import TableRows, ValueTable
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts
 from memjax.runs.files import check_new
 from memjax.runs.layout import params_to_tree, tree_to_params
-from memjax.runs.write import write_run
 
 WEIGHTS = ("consolidated.safetensors", "consolidated.pth")
 SETTINGS = "params.json"
@@ -64,7 +63,7 @@ def load_layer(
     values = shape_of(named, VALUES, place)
     options = memory_options(named, "", values, place)
     rows, dense = named.pop(VALUES), named
-    kwargs = {"top_k": top_k, "implementation": implementation, "param_dtype": jnp.dtype(common_type(dense, place))}
+    kwargs = {"top_k": top_k, "implementation": implementation, "param_dtype": jnp.dtype(type_of(dense, place))}
     dim = shape_of(dense, "feed_forward.query_proj.query_mlps.0.weight", place)[1]
     graphdef, state = nnx.split(nnx.eval_shape(lambda: MemoryLayer(dim, **options, **kwargs, rngs=nnx.Rngs(0))))
     tree = {"memory": nnx.to_pure_dict(state)}
@@ -120,17 +119,8 @@ def from_official(
     with open_arrays(folder) as arrays:
         chosen, found = read_tokenizer(folder, tokenizer, settings)
         model = load_decoder(arrays, settings, place=str(folder))
-    if found.vocab_size > model.config.vocab_size:
-        raise CheckpointError(
-            f"{folder}: the model has {model.config.vocab_size} embeddings, fewer than the {found.vocab_size} tokens "
-            "of the tokenizer; set --tokenizer to the one that it was trained with"
-        )
-    # A gentle rate, as for any trained model: the quick start's would undo what this one has learned.
-    config = RunConfig(
-        model=model.config, data=DataConfig(source="files", tokenizer=chosen), optim=OptimConfig(lr=2e-5)
-    )
-    write_run(out, model, found, config)
-    return config
+    check_vocabulary(model.config, found, str(folder))
+    return write_converted(out, model, found, chosen)
 
 
 @contextlib.contextmanager
@@ -169,10 +159,10 @@ def _state_dict(tree: Any, place: str) -> Arrays:
 
 
 def _in_safetensors(handle: Any, name: str, file: pathlib.Path) -> LazyArray:
-    part, dtypes = handle.get_slice(name), {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    if part.get_dtype() not in dtypes:
-        raise CheckpointError(f"{file}: {name} is of type {part.get_dtype()}, must be one of {', '.join(dtypes)}")
-    dtype = jnp.dtype(dtypes[part.get_dtype()])
+    part = handle.get_slice(name)
+    if part.get_dtype() not in DTYPES:
+        raise CheckpointError(f"{file}: {name} is of type {part.get_dtype()}, must be one of {', '.join(DTYPES)}")
+    dtype = jnp.dtype(DTYPES[part.get_dtype()])
     return LazyArray(tuple(part.get_shape()), dtype, lambda: handle.get_tensor(name))
 
 
@@ -206,7 +196,7 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 def _table(array: Any, place: str) -> jax.Array:
-    return jnp.asarray(np.asarray(array), jnp.dtype(common_type({"values.weight": array}, place)))
+    return jnp.asarray(np.asarray(array), jnp.dtype(type_of({"values.weight": array}, place)))
 
 
 def _model_config(dense: Arrays, tables: Arrays, settings: Mapping[str, Any], place: str) -> ModelConfig:
@@ -233,7 +223,7 @@ def _model_config(dense: Arrays, tables: Arrays, settings: Mapping[str, Any], pl
             norm_eps=float(known.get("norm_eps", 1e-5)),
             sliding_window=known.get("sliding_window"),
             tie_embeddings="output.weight" not in dense,
-            param_dtype=common_type(dense, place),
+            param_dtype=type_of(dense, place),
             memory=_memory_config(dense, tables, settings, place) if tables else None,
         )
     except (TypeError, ValueError) as error:
@@ -249,7 +239,7 @@ def _memory_config(dense: Arrays, tables: Arrays, settings: Mapping[str, Any], p
         layers=tuple(layers),
         top_k=_find(settings, "mem_knn", TOP_K),
         shared_table="shared" in tables,
-        table_dtype=common_type(tables, place),
+        table_dtype=type_of(tables, place),
         **found[0],
     )
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memjax.errors import CheckpointError
+from memjax.interop.arrays import DTYPES, common_type, compare_shapes, own
 
 Arrays = Mapping[str, Any]
 """Arrays by name: NumPy's, JAX's, or LazyArrays."""
@@ -58,7 +59,8 @@ def take(arrays: Arrays, tree: Any, place: str, *, head_dim: int = 2, block: str
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     names = [_name(path) if block is None else block + _IN_BLOCK[path] for path in paths]
     wanted = {name: _shape_there(path, leaf.shape) for name, path, (_, leaf) in zip(names, paths, leaves, strict=True)}
-    _compare(wanted, arrays, place)
+    head = f"{place}: these are not the arrays of an official checkpoint, as its shapes describe it:"
+    compare_shapes(wanted, arrays, head)
     found = [
         _arranged(path, np.asarray(arrays[name]), leaf, head_dim)
         for name, path, (_, leaf) in zip(names, paths, leaves, strict=True)
@@ -121,27 +123,26 @@ def shape_of(arrays: Arrays, name: str, place: str) -> tuple[int, int]:
         CheckpointError: it is missing, or no matrix.
     """
     if name not in arrays:
-        raise CheckpointError(f"{place}: {name} is missing; there are {_some(sorted(arrays))}")
+        there = sorted(arrays)
+        more = f" and {len(there) - 6} more" if there[6:] else ""
+        raise CheckpointError(f"{place}: {name} is missing; there are {', '.join(there[:6])}{more}")
     shape = tuple(arrays[name].shape)
     if len(shape) != 2:
         raise CheckpointError(f"{place}: {name} has the shape {list(shape)}, must be a matrix")
     return shape[0], shape[1]
 
 
-def common_type(arrays: Arrays, place: str) -> Literal["float32", "bfloat16", "float64"]:
-    """The narrowest type of parameters that holds all of the arrays; float16 needs float32.
+def type_of(arrays: Arrays, place: str) -> Literal["float32", "bfloat16", "float64"]:
+    """The narrowest type of parameters that holds all of the arrays.
 
     Raises:
         CheckpointError: one is no array of floating-point numbers, or of float64 while JAX computes in 32 bits.
     """
     names = {name: jnp.dtype(array.dtype).name for name, array in arrays.items()}
     for name, dtype in names.items():
-        if dtype not in ("float64", "float32", "float16", "bfloat16"):
+        if dtype not in DTYPES.values():
             raise CheckpointError(f"{place}: {name} is of type {dtype}, must be floating-point")
-    if "float64" in names.values() and not jax.config.read("jax_enable_x64"):
-        raise CheckpointError(f"{place}: arrays are in float64; set JAX_ENABLE_X64=1 to read them")
-    kinds = set(names.values())
-    return "float64" if "float64" in kinds else "bfloat16" if kinds == {"bfloat16"} else "float32"
+    return common_type(names.values(), place)
 
 
 def _name(path: str) -> str:
@@ -164,25 +165,4 @@ def _arranged(path: str, array: np.ndarray, leaf: Any, head_dim: int) -> jax.Arr
         heads = array.reshape(-1, head_dim // 2, 2, array.shape[-1])
         array = heads.swapaxes(1, 2).reshape(array.shape)
     array = array.reshape(leaf.shape) if path.endswith("keys/keys") else array.T if path.endswith("kernel") else array
-    # A copy of its own: the array may lie in a file.
-    return jax.device_put(np.array(array, leaf.dtype, order="C", copy=True))
-
-
-def _compare(wanted: Mapping[str, tuple[int, ...]], arrays: Arrays, place: str) -> None:
-    problems = [f"{name} is missing" for name in wanted if name not in arrays]
-    problems += [f"{name} is none of this model's" for name in arrays if name not in wanted]
-    problems += [
-        f"{name} has the shape {list(arrays[name].shape)}, must have {list(shape)}"
-        for name, shape in wanted.items()
-        if name in arrays and tuple(arrays[name].shape) != tuple(shape)
-    ]
-    if problems:
-        lines = [
-            f"{place}: these are not the arrays of an official checkpoint, as its shapes describe it:",
-            *problems[:8],
-        ]
-        raise CheckpointError("\n  ".join(lines + ([f"and {len(problems) - 8} more"] if problems[8:] else [])))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if names[6:] else "")
+    return own(array, leaf.dtype)

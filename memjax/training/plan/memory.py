@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from memjax.config.memory import ProductKeyConfig
 from memjax.config.run import RunConfig
 from memjax.memory.kinds import KINDS, TokenBytes
 from memjax.models import dot_product, loss
@@ -78,43 +77,6 @@ def compiled_bytes(compiled: jax.stages.Compiled) -> int:
     sizes: Any = compiled.memory_analysis()
     new = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + new
-
-
-def savings(config: RunConfig, *, data_axis: int) -> list[tuple[str, int]]:
-    """Changes that need fewer bytes per device, and how many fewer; the most useful first."""
-    program = TrainProgram.of(config)
-    before = plan(config, data_axis=data_axis, program=program).total
-    found = []
-    for name, value in _changes(config, data_axis):
-        try:
-            changed = with_setting(config, name, value)
-        except ValueError:  # not with the other settings
-            continue
-        # Shapes of arrays that live on do not depend on how a batch is cut, and take long to find.
-        same = dataclasses.replace(program, config=changed) if name.startswith(("train.", "data.")) else None
-        after = plan(changed, data_axis=data_axis, program=same).total
-        if after < before:
-            found.append((f"--{name} {value}", before - after))
-    return sorted(found, key=lambda change: -change[1])
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device had too little memory, at compile time or later."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
-
-
-def explain_out_of_memory(config: RunConfig, *, data_axis: int, limit: int | None) -> str:
-    """What to print when memory ran out: the plan, and the three most useful changes.
-
-    Args:
-        config: of the run.
-        data_axis: devices along `data`.
-        limit: bytes that a device has; None where it does not tell.
-    """
-    lines = ["out of memory" + (f": a device has {gigabytes(limit)} for JAX" if limit else ""), ""]
-    lines += ["predicted " + describe(plan(config, data_axis=data_axis)), "", "what would need less:"]
-    lines += [f"  {change:<36} {gigabytes(saved)} less" for change, saved in savings(config, data_axis=data_axis)[:3]]
-    return "\n".join(lines)
 
 
 class _Planner:
@@ -352,51 +314,14 @@ class _Planner:
 
 def _bytes(tree: Any, shardings: Any) -> int:
     """Bytes of arrays given as shapes; those on one device."""
-    leaves, places = jax.tree.leaves(tree), jax.tree.leaves(shardings)
-    return sum(
-        math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf, place in zip(leaves, places, strict=True)
-    )
+    return sum(count * dtype.itemsize for count, dtype in _pieces(tree, shardings))
 
 
 def _elements(tree: Any, shardings: Any) -> int:
-    places = jax.tree.leaves(shardings)
-    return sum(
-        math.prod(place.shard_shape(leaf.shape)) for leaf, place in zip(jax.tree.leaves(tree), places, strict=True)
-    )
+    return sum(count for count, _ in _pieces(tree, shardings))
 
 
-def _changes(config: RunConfig, data_axis: int) -> Iterator[tuple[str, Any]]:
-    """Settings that may need less memory, each with a value to try."""
-    data, train = config.data, config.train
-    devices = data_axis * config.mesh.memory
-    if data.batch_size % (2 * train.grad_accum_steps * devices) == 0:
-        yield "train.grad_accum_steps", 2 * train.grad_accum_steps
-        yield "data.batch_size", data.batch_size // 2
-    if train.remat != "block":
-        yield "train.remat", "block"
-    if config.model.dtype == "float32":
-        yield "model.dtype", "bfloat16"
-    if config.model.param_dtype == "float32":
-        yield "model.param_dtype", "bfloat16"
-    experts = config.model.experts
-    if experts and experts.num_experts // 2 >= max(2, experts.chosen):
-        yield "model.experts.num_experts", experts.num_experts // 2
-    for kind, lookup in config.model.lookup_sections.items():
-        if isinstance(lookup, ProductKeyConfig):
-            yield f"model.{kind}.num_keys", max(lookup.top_k, round(lookup.num_keys * 0.5**0.5))
-        if lookup.table_dtype == "float32":
-            yield f"model.{kind}.table_dtype", "bfloat16"
-    if config.model.lookups:
-        if config.mesh.row_grad_reduce != "all_reduce" and not config.optim.table.is_dense:
-            yield "mesh.row_grad_reduce", "all_reduce"
-        if config.optim.table.optimizer in ("adam", "dense_adam"):
-            yield "optim.table.optimizer", "rowwise_adam"
-        if config.optim.table.optimizer == "adam" and config.optim.table.moment_dtype == "float32":
-            yield "optim.table.moment_dtype", "bfloat16"
-
-
-def with_setting(config: Any, name: str, value: Any) -> Any:
-    """The config with one setting changed, by its dotted name."""
-    first, _, rest = name.partition(".")
-    return dataclasses.replace(config, **{first: with_setting(getattr(config, first), rest, value) if rest else value})
+def _pieces(tree: Any, shardings: Any) -> Iterator[tuple[int, jnp.dtype]]:
+    """Of each array the numbers on one device, and their type."""
+    for leaf, place in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True):
+        yield math.prod(place.shard_shape(leaf.shape)), leaf.dtype

@@ -5,12 +5,14 @@ given rematerialisation, large micro-batches.
 """
 
 import dataclasses
+import operator
 from collections.abc import Iterator
 from typing import Any
 
 from memjax.config.run import RunConfig
+from memjax.config.section import replaced
 from memjax.errors import ConfigError
-from memjax.training.plan.memory import Plan, plan, with_setting
+from memjax.training.plan.memory import Plan, plan
 from memjax.training.program import TrainProgram
 
 USABLE = 0.92
@@ -99,9 +101,8 @@ class _Search:
         return dataclasses.replace(found, changes=self._named(found.changes))
 
     def _fits(self, changes: dict[str, Any]) -> Fit | None:
-        config = self.config
         try:
-            config = _changed(config, changes)
+            config = replaced(self.config, changes)
         except ValueError:  # not together
             return None
         program = dataclasses.replace(self.program, config=config)
@@ -110,7 +111,7 @@ class _Search:
 
     def _named(self, changes: dict[str, Any]) -> dict[str, Any]:
         """The changes that are some, without those that a run finds by itself."""
-        found = {name: value for name, value in changes.items() if _value(self.asked, name) != value}
+        found = {name: value for name, value in changes.items() if operator.attrgetter(name)(self.asked) != value}
         if self.asked.mesh.data is None:
             found.pop("mesh.data", None)
         return found
@@ -125,24 +126,4 @@ def _as_on_gpus(config: RunConfig) -> RunConfig:
     for kind, lookup in config.model.lookup_sections.items():
         if lookup.table_dtype == "auto":
             changes[f"model.{kind}.table_dtype"] = "bfloat16"
-    return _changed(config, changes)
-
-
-def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
-    """The config with several settings changed at once: some are right only together."""
-    sections: dict[str, dict[str, Any]] = {}
-    for name, value in changes.items():
-        section, _, rest = name.partition(".")
-        sections.setdefault(section, {})[rest] = value
-    changed = {}
-    for section, settings in sections.items():
-        changed[section] = getattr(config, section)
-        for name, value in settings.items():
-            changed[section] = with_setting(changed[section], name, value)
-    return dataclasses.replace(config, **changed)
-
-
-def _value(config: Any, name: str) -> Any:
-    for part in name.split("."):
-        config = getattr(config, part)
-    return config
+    return replaced(config, changes)

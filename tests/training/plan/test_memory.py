@@ -10,6 +10,7 @@ from memjax.config.load import load
 from memjax.config.run import RunConfig
 from memjax.memory.row_exchange import PICK_BYTES
 from memjax.training.plan import memory as memory_plan
+from memjax.training.plan import savings
 from memjax.training.program import TrainProgram
 
 CONFIGS = pathlib.Path(__file__).parents[3] / "configs"
@@ -92,7 +93,7 @@ def test_a_peer_layer_is_counted_with_both_its_tables():
     # Weights of picks for each of the tables, and what they multiply: the token, and the bag's cotangent.
     assert update.row_gradients()["row gradients"] == tokens * (128 * (4 + 4 + 4) + 2 * 768 * 2)
     assert update.row_update()["sorted picks"] == tokens * (128 * PICK_BYTES + 768 * 2)
-    assert "--model.peer.num_keys 543" in {name for name, _ in memory_plan.savings(config, data_axis=1)}
+    assert "--model.peer.num_keys 543" in {name for name, _ in savings.savings(config, data_axis=1)}
 
 
 def test_more_devices_and_micro_batches_need_less_of_each():
@@ -117,14 +118,14 @@ def test_experts_are_planned_for():
     # What one expert keeps is what a feed-forward layer keeps, and input and output beside the logits of the router.
     kept = experts.temporary["activations, experts"] - dense.temporary["activations, feed-forward"]
     assert kept == 2 * 4 * 4096 * (2 * 1024 * 2 + 8 * 4 + 8)
-    found = dict(memory_plan.savings(config_of("373m_moe", small), data_axis=1))
+    found = dict(savings.savings(config_of("373m_moe", small), data_axis=1))
     assert found["--model.experts.num_experts 4"] > 0
 
 
 def test_savings_are_real_settings_and_the_most_useful_comes_first():
     small = "--model.num_layers 2 --model.memory.layers 1"
     config = config_of("373m_memory_plus_1m", small)
-    found = memory_plan.savings(config, data_axis=1)
+    found = savings.savings(config, data_axis=1)
     before = memory_plan.plan(config, data_axis=1).total
     assert [saved for _, saved in found] == sorted((saved for _, saved in found), reverse=True)
     assert {"--train.remat block", "--train.grad_accum_steps 2", "--model.memory.num_keys 724"} <= {
@@ -153,12 +154,12 @@ def test_bytes_of_a_compiled_function_are_its_arrays():
     ],
 )
 def test_only_a_device_without_memory_is_out_of_memory(error, expected):
-    assert memory_plan.is_out_of_memory(error) is expected
+    assert savings.is_out_of_memory(error) is expected
 
 
 def test_explanation_has_the_plan_and_three_changes():
     config = config_of("373m_dense", "--model.num_layers 2")
-    text = memory_plan.explain_out_of_memory(config, data_axis=1, limit=80 * 10**9)
+    text = savings.explain_out_of_memory(config, data_axis=1, limit=80 * 10**9)
     assert "a device has 80.00 GB" in text
     assert math.isclose(float(text.split("predicted bytes per device")[1].split()[0]), 3.5, rel_tol=0.1)
     changes = text.split("what would need less:")[1].strip().splitlines()

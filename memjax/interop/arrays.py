@@ -1,0 +1,55 @@
+"""Arrays of other programs' files: their types, and whether they are those of a model."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from memjax.errors import CheckpointError
+
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Types that are read, by their names in safetensors files."""
+
+_SHOWN = 8
+"""Problems that a message lists."""
+
+
+def own(array: np.ndarray, dtype: Any) -> jax.Array:
+    """The array on the device, in a copy of its own: what a library gives may lie in the file."""
+    return jax.device_put(np.array(array, dtype, order="C", copy=True))
+
+
+def common_type(names: Iterable[str], place: str) -> Literal["float32", "bfloat16", "float64"]:
+    """The narrowest type of parameters that holds arrays of all these types; float16 needs float32.
+
+    Raises:
+        CheckpointError: one is float64, while JAX computes in 32 bits.
+    """
+    wider = set(names) - {"bfloat16"}
+    if "float64" in wider and not jax.config.read("jax_enable_x64"):
+        raise CheckpointError(f"{place}: arrays are in float64; set JAX_ENABLE_X64=1 to read them")
+    return "float64" if "float64" in wider else "float32" if wider else "bfloat16"
+
+
+def compare_shapes(wanted: Mapping[str, Any], found: Mapping[str, Any], head: str) -> None:
+    """Refuses arrays that are not those of a model.
+
+    Args:
+        wanted: shapes by name.
+        found: arrays by name, or what else has a shape.
+        head: the first line of the message.
+
+    Raises:
+        CheckpointError: arrays are missing, left over, or of other shapes.
+    """
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} is none of this model's" for name in found if name not in wanted]
+    problems += [
+        f"{name} has the shape {list(found[name].shape)}, must have {list(shape)}"
+        for name, shape in wanted.items()
+        if name in found and tuple(found[name].shape) != tuple(shape)
+    ]
+    if problems:
+        more = [f"and {len(problems) - _SHOWN} more"] if problems[_SHOWN:] else []
+        raise CheckpointError("\n  ".join([head, *problems[:_SHOWN], *more]))

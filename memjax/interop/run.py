@@ -1,0 +1,47 @@
+"""The run that a model of another program becomes."""
+
+import os
+
+from memjax.config.data import DataConfig, TokenizerConfig
+from memjax.config.model import ModelConfig
+from memjax.config.optim import OptimConfig
+from memjax.config.run import RunConfig
+from memjax.data.tokenizers.base import Tokenizer
+from memjax.errors import CheckpointError
+from memjax.models.decoder import Decoder
+from memjax.runs.write import write_run
+
+LEARNING_RATE = 2e-5
+"""optim.lr of a new run: that of the quick start would undo what the model has learned."""
+
+
+def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer, place: str) -> None:
+    """Refuses a tokenizer that cannot be the model's.
+
+    Raises:
+        CheckpointError: it has more tokens than the model has embeddings.
+    """
+    if tokenizer.vocab_size > model.vocab_size:
+        raise CheckpointError(
+            f"{place}: vocab_size={model.vocab_size} is less than the {tokenizer.vocab_size} tokens of the tokenizer; "
+            "set --tokenizer to the one that the model was trained with"
+        )
+
+
+def write_converted(
+    out: str | os.PathLike[str],
+    model: Decoder,
+    tokenizer: Tokenizer,
+    settings: TokenizerConfig,
+    *,
+    sequence_length: int = DataConfig().sequence_length,
+) -> RunConfig:
+    """Writes the folder of a run with the model: to evaluate it, and to begin a training with. Returns its config.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    data = DataConfig(source="files", sequence_length=sequence_length, tokenizer=settings)
+    config = RunConfig(model=model.config, data=data, optim=OptimConfig(lr=LEARNING_RATE))
+    write_run(out, model, tokenizer, config)
+    return config
