@@ -251,9 +251,9 @@ def _open(run: str, found: "LoadedModel", settings: EvaluateConfig) -> "Iterable
     """
     from memjax.data.dataset import open_dataset
     from memjax.data.mixture import SplitRecords
-    from memjax.data.sources.files import RecordFiles
     from memjax.data.sources.kinds import find_source
     from memjax.data.sources.parsing import Keys
+    from memjax.data.sources.stream import RecordFiles
     from memjax.errors import DataError
 
     data = found.config.data

@@ -96,8 +96,8 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
     Raises:
         DataError: the file cannot be read, or a record of JSON lines is no object with a text in `prompt`.
     """
-    from memjax.data.sources.files import RecordFiles
     from memjax.data.sources.parsing import Keys
+    from memjax.data.sources.stream import RecordFiles
     from memjax.errors import DataError
 
     records = []

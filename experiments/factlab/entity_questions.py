@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from factlab.rows import BOS, EOS, FactRows
-from memjax.data.tokenizers.base import Tokenizer, train_bpe
+from memjax.data.tokenizers.base import Tokenizer
+from memjax.data.tokenizers.bpe import train_bpe
 from memjax.errors import DataError
 from memjax.evaluation.question_sets.metrics import best, exact_match
 

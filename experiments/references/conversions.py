@@ -24,7 +24,8 @@ import memjax
 from memjax.config.data import DataConfig, TokenizerConfig
 from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
-from memjax.data.tokenizers.base import ByteTokenizer, Tokenizer, train_bpe
+from memjax.data.tokenizers.base import ByteTokenizer, Tokenizer
+from memjax.data.tokenizers.bpe import train_bpe
 from memjax.data.tokenizers.open import open_tokenizer
 from memjax.inference.text import continue_texts
 from memjax.interop.huggingface.convert import from_hf, to_hf

@@ -29,7 +29,7 @@ from memjax.config.data import DataConfig
 from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
 from memjax.config.sampling import SamplingConfig
-from memjax.data.tokenizers.base import train_bpe
+from memjax.data.tokenizers.bpe import train_bpe
 from memjax.evaluation.model import EvalModel
 from memjax.evaluation.perplexity import bits_per_byte
 from memjax.evaluation.question_sets import metrics

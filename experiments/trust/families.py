@@ -33,7 +33,8 @@ def settings(folder: pathlib.Path) -> Family:
 def tokenizers(folder: pathlib.Path) -> Family:
     """A Hugging Face tokenizer with the files beside it, SentencePiece, tiktoken, and how a run keeps each."""
     from memjax.config.data import TokenizerConfig
-    from memjax.data.tokenizers.base import Tokenizer, train_bpe
+    from memjax.data.tokenizers.base import Tokenizer
+    from memjax.data.tokenizers.bpe import train_bpe
     from memjax.data.tokenizers.open import open_tokenizer
     from memjax.errors import CheckpointError, ConfigError, DataError
     from memjax.interop.huggingface.tokenizer import read_tokenizer

@@ -20,7 +20,7 @@ def _data(files: dict[str, bytes], *, sealed: bool) -> Callable[[pathlib.Path], 
     """Files of records; those with checksums give every record or an error."""
 
     def make(folder: pathlib.Path) -> Family:
-        from memjax.data.sources.files import RecordFiles
+        from memjax.data.sources.stream import RecordFiles
 
         paths = [folder / name for name in files]
         for path in paths:

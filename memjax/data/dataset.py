@@ -24,7 +24,8 @@ from memjax.data.packing import Batch
 from memjax.data.prepared.store import PreparedReader
 from memjax.data.sources.kinds import Source, find_source
 from memjax.data.tokenize import Reader, StoppableReader
-from memjax.data.tokenizers.base import Tokenizer, train_bpe
+from memjax.data.tokenizers.base import Tokenizer
+from memjax.data.tokenizers.bpe import train_bpe
 from memjax.data.tokenizers.open import open_tokenizer
 
 _SAMPLED_RECORDS, _SAMPLED_PAIRS = 64, 1 << 16

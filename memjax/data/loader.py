@@ -4,11 +4,11 @@ Every process of a run reads all of it and gives its devices their rows: so the 
 the mesh nor on the number of processes, and a position in it means the same to all of them.
 """
 
-import dataclasses
 import json
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import grain
@@ -55,11 +55,10 @@ class TrainingData(Iterator[Batch]):
                 for part, split in zip(config.mixture, splits, strict=True)
             ]
         self._data = [split.reader.fingerprint() for split in splits]
-        shards = _Shards(dataset, seed)
         stop = threading.Event()
         batches: Any
         if config.num_workers:
-            batches = Workers(shards, config.num_workers)
+            batches = Workers(partial(_shard, dataset, seed), config.num_workers)
         else:
             ahead = dataset.train_batches(seed, stop=stop)
             batches = iter(ThreadPrefetchIterDataset(ahead, prefetch_buffer_size=_READY_BATCHES))
@@ -105,13 +104,9 @@ class TrainingData(Iterator[Batch]):
         self._close()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shards:
-    dataset: Dataset
-    seed: int
-
-    def __call__(self, index: int, count: int) -> grain.IterDataset[Batch]:
-        return self.dataset.train_batches(self.seed, slice(index, None, count))
+def _shard(dataset: Dataset, seed: int, index: int, count: int) -> grain.IterDataset[Batch]:
+    """The batches of a worker."""
+    return dataset.train_batches(seed, slice(index, None, count))
 
 
 def _close_all(iterators: list[Any], stop: threading.Event) -> None:

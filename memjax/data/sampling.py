@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from memjax.data.sources.corpus import Corpus, CorpusStream
-from memjax.data.sources.parsing import MalformedError
 from memjax.data.sources.records import Records
 
 
@@ -42,11 +41,7 @@ def spread_over_stream(corpus: Corpus, num_bytes: float) -> Iterator[str]:
     for count, (index, number, payload) in enumerate(stream):
         if count % every:
             continue
-        try:
-            record = stream.files[index].record(payload, corpus.keys)
-        except MalformedError as error:
-            stream.leave_out(index, number, error)
-            record = ()
+        record = stream.record(index, number, payload)
         # A record that was left out keeps its place, so that every n-th still is.
         kept.append("\n".join(segment.text for segment in record))
         size += len(kept[-1].encode())

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from memjax.config.sampling import SamplingConfig
-from memjax.data.tokenizers.base import StreamingDecoder, Tokenizer
+from memjax.data.tokenizers.base import Tokenizer
+from memjax.data.tokenizers.decoding import StreamingDecoder
 from memjax.inference.bodies import RefusedError, shown
 from memjax.inference.completions import MOST_LOGPROBS, CompletionRequest, Prompt
 from memjax.inference.engine import Request, TokenLogprobs

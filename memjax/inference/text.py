@@ -5,7 +5,8 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Literal
 
 from memjax.config.sampling import SamplingConfig
-from memjax.data.tokenizers.base import StreamingDecoder, Tokenizer
+from memjax.data.tokenizers.base import Tokenizer
+from memjax.data.tokenizers.decoding import StreamingDecoder
 from memjax.inference.engine import Engine, Pace, Request, generate
 from memjax.inference.sampling import GREEDY
 from memjax.models.decoder import Decoder

@@ -8,10 +8,10 @@ import numpy as np
 
 from memjax.data.dataset import open_dataset
 from memjax.data.mixture import Split
-from memjax.data.sources.files import RecordFiles
 from memjax.data.sources.kinds import find_source
 from memjax.data.sources.parsing import Keys
 from memjax.data.sources.records import Record
+from memjax.data.sources.stream import RecordFiles
 from memjax.data.tokenize import TextReader
 from memjax.errors import DataError
 from memjax.runs.layout import CHECKPOINTS

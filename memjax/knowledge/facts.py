@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from memjax.data.sources.files import RecordFiles
 from memjax.data.sources.parsing import Keys, MalformedError, fields_record
 from memjax.data.sources.records import Record
+from memjax.data.sources.stream import RecordFiles
 from memjax.data.tokenize import Pairs, make_pairs
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import DataError

@@ -16,7 +16,8 @@ from memjax.data.dataset import open_dataset, train_tokenizer
 from memjax.data.loader import TrainingData
 from memjax.data.mixture import SplitRecords
 from memjax.data.sources.biographies import questions
-from memjax.data.tokenizers.base import BpeTokenizer, ByteTokenizer, Tokenizer
+from memjax.data.tokenizers.base import ByteTokenizer, Tokenizer
+from memjax.data.tokenizers.bpe import BpeTokenizer
 from memjax.errors import DataError
 
 BYTES: Tokenizer = ByteTokenizer()

@@ -26,8 +26,8 @@ from markdown_it import MarkdownIt
 from memjax import train
 from memjax.config.load import load
 from memjax.config.run import RunConfig
-from memjax.data.sources.files import RecordFiles
 from memjax.data.sources.kinds import SOURCES
+from memjax.data.sources.stream import RecordFiles
 from memjax.memory.kinds import KINDS
 from memjax.ops.row_formats import formats
 from memjax.sharding.mesh import make_mesh

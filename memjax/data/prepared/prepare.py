@@ -28,9 +28,10 @@ from memjax.data.prepared.store import (
     write_manifest,
 )
 from memjax.data.sources.corpus import Corpus, CorpusStream
-from memjax.data.sources.files import DataFile, Payload, UnreadableError
+from memjax.data.sources.files import DataFile, Payload
 from memjax.data.sources.parsing import Keys, MalformedError
 from memjax.data.sources.records import Record
+from memjax.data.sources.stream import UnreadableError
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.data.workers import end_with_parent
 from memjax.errors import DataError
@@ -181,7 +182,7 @@ def _prepare(
     if processes is None:
         # Packed text is about four times as long.
         size = sum(file.path.stat().st_size * (4 if file.compression else 1) for file in stream.files)
-        processes = min(_num_cores(), size // _BYTES_PER_PROCESS)
+        processes = min(len(os.sched_getaffinity(0)), size // _BYTES_PER_PROCESS)
     say(
         f"preparing {corpus.path} ({len(stream.files)} file{'s' * (len(stream.files) > 1)}, "
         f"{stream.total_bytes / 1e6:,.1f} MB) into {folder.with_suffix('')}"
@@ -274,7 +275,3 @@ def _start_process(work: BlockTokenizer) -> None:
 
 def _work(block: _Block) -> _Tokenised:
     return _this_process[0](block)
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0))

@@ -332,21 +332,19 @@ def misfits(manifest: Manifest, corpus: Corpus, tokenizer: Tokenizer) -> list[st
     except DataError:
         files = manifest.files  # prepared data may travel without what it was made of
     if files != manifest.files:
-        names = sorted({str(name) for name, _ in _differing(files, manifest.files)})
+        names = sorted(
+            {str(file[0]) for file in [*files, *manifest.files] if (file in files) != (file in manifest.files)}
+        )
         changed.append(
             f"files {_amount(files)} here, {_amount(manifest.files)} in the prepared data (not the same: "
             f"{', '.join(names[:3])}{' and others' if len(names) > 3 else ''})"
         )
     if manifest.largest_id >= tokenizer.vocab_size:
         changed.append(f"vocab_size={tokenizer.vocab_size} here, an id {manifest.largest_id} in the prepared data")
-    if manifest.malformed > corpus.max_malformed:
-        changed.append(f"max_malformed={corpus.max_malformed} here, {manifest.malformed} in the prepared data")
+    if manifest.malformed > corpus.config.max_malformed:
+        changed.append(f"max_malformed={corpus.config.max_malformed} here, {manifest.malformed} in the prepared data")
     return changed
 
 
 def _amount(files: list[list[Any]]) -> str:
     return f"{len(files)} of {sum(size for _, size in files):,} bytes"
-
-
-def _differing(some: list[list[Any]], others: list[list[Any]]) -> list[list[Any]]:
-    return [file for file in some if file not in others] + [file for file in others if file not in some]

@@ -6,10 +6,12 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from memjax.data.sources.files import MAX_RECORD_BYTES, DataFile, Payload, Stream, UnreadableError, find_files
+from memjax.config.data import DataConfig
+from memjax.data.sources.files import DataFile, Payload, find_files
 from memjax.data.sources.lines import LineRecords
 from memjax.data.sources.parsing import Keys, MalformedError
 from memjax.data.sources.records import Record
+from memjax.data.sources.stream import Stream, UnreadableError
 from memjax.errors import DataError
 
 
@@ -25,18 +27,15 @@ class Corpus:
     """How lines are read."""
     field: str
     """The config field that names the path, for messages."""
-    keys: Keys = dataclasses.field(default_factory=Keys)
-    """The fields that hold the text."""
-    malformed: Literal["strict", "skip"] = "strict"
-    """What becomes of a record that cannot be used."""
-    max_malformed: int = 1000
-    """The most that may be left out."""
-    damaged_files: Literal["strict", "skip"] = "strict"
-    """What becomes of a file of which a part cannot be read."""
-    max_record_bytes: int = MAX_RECORD_BYTES
-    """The largest record."""
+    config: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """Which fields hold the text, and what becomes of what cannot be used."""
     weight: float = 1.0
     """Its share of a mixture."""
+
+    @property
+    def keys(self) -> Keys:
+        """The fields that hold the text."""
+        return Keys.of(self.config)
 
     @functools.cached_property
     def files(self) -> list[DataFile]:
@@ -59,11 +58,11 @@ class Corpus:
         Raises:
             DataError: a file cannot be read or holds no text.
         """
-        return LineRecords(self.files, self.keys, field=self.field, max_bytes=self.max_record_bytes)
+        return LineRecords(self.files, self.keys, field=self.field, max_bytes=self.config.max_record_bytes)
 
     def settings(self) -> dict[str, Any]:
         """What decides, beside the files and the tokenizer, which records they give."""
-        return {"source": self.source, **dataclasses.asdict(self.keys), "malformed": self.malformed}
+        return {"source": self.source, **dataclasses.asdict(self.keys), "malformed": self.config.malformed}
 
     def names_and_sizes(self) -> list[list[Any]]:
         """Name and size of every file, which stay when files are copied."""
@@ -108,7 +107,7 @@ class CorpusStream:
     def __iter__(self) -> Iterator[tuple[int, int, Payload]]:
         """The number of the file, the number of the payload in it, and the payload."""
         for index, file in enumerate(self.files):
-            self._stream = Stream(file, self.corpus.keys, self.corpus.max_record_bytes)
+            self._stream = Stream(file, self.corpus.keys, self.corpus.config.max_record_bytes)
             for number, payload in self._stream:
                 yield index, number, payload
             self._bytes_before += file.path.stat().st_size
@@ -121,10 +120,20 @@ class CorpusStream:
             DataError: one cannot be used, and may not be left out.
         """
         for index, number, payload in self:
-            try:
-                yield self.files[index].record(payload, self.corpus.keys)
-            except MalformedError as error:
-                self.leave_out(index, number, error)
+            if record := self.record(index, number, payload):
+                yield record
+
+    def record(self, index: int, number: int, payload: Payload) -> Record:
+        """The record that a payload holds; an empty one where it is left out.
+
+        Raises:
+            DataError: it cannot be used, and may not be left out.
+        """
+        try:
+            return self.files[index].record(payload, self.corpus.keys)
+        except MalformedError as error:
+            self.leave_out(index, number, error)
+            return ()
 
     def leave_out(self, index: int, number: int, error: MalformedError) -> None:
         """Counts a payload that cannot be used.
@@ -132,19 +141,19 @@ class CorpusStream:
         Raises:
             DataError: it may not be left out, or too many were.
         """
-        where = f"{self.files[index].path}:{number}: {error}"
-        if isinstance(error, UnreadableError) and error.lost is not None and self.corpus.damaged_files == "strict":
+        config, where = self.corpus.config, f"{self.files[index].path}:{number}: {error}"
+        if isinstance(error, UnreadableError) and error.lost is not None and config.damaged_files == "strict":
             raise DataError(
                 f"{where}, or keep what can be read of such files with data.malformed=skip and data.damaged_files=skip"
             )
-        if self.corpus.malformed == "strict":
+        if config.malformed == "strict":
             raise DataError(f"{where}; or leave such records out with data.malformed=skip")
         self.num_malformed += 1
         if len(self.examples) < _NUM_EXAMPLES:
             self.examples.append(where)
-        if self.num_malformed > self.corpus.max_malformed:
+        if self.num_malformed > config.max_malformed:
             raise DataError(
-                f"{self.corpus.path}: more than data.max_malformed={self.corpus.max_malformed} records cannot be used, "
+                f"{self.corpus.path}: more than data.max_malformed={config.max_malformed} records cannot be used, "
                 f"the last at {where}; mend the files or raise the limit. The first:\n  " + "\n  ".join(self.examples)
             )
 

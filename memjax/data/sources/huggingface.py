@@ -14,9 +14,6 @@ from memjax.errors import DataError
 class DatasetCorpus(Corpus):
     """A split of a data set: the Arrow files that the package keeps of it in its cache."""
 
-    subset: str | None
-    split: str
-
     @functools.cached_property
     def files(self) -> list[DataFile]:
         """The Arrow files, made now if need be.
@@ -31,11 +28,11 @@ class DatasetCorpus(Corpus):
                 f"{self.path}: source=huggingface needs the package datasets ({error}); pip install datasets"
             ) from error
         try:
-            found: Any = datasets.load_dataset(self.path, self.subset, split=self.split)
+            found: Any = datasets.load_dataset(self.path, self.config.subset, split=self.config.split)
         except Exception as error:  # it raises what its many parts raise
             raise DataError(f"{self.path}: the package datasets cannot load it ({error}); set {self.field}") from error
         return [DataFile(pathlib.Path(kept["filename"]), "arrow", as_text=False) for kept in found.cache_files]
 
     def settings(self) -> dict[str, Any]:
         """What decides which records there are."""
-        return {**super().settings(), "subset": self.subset, "split": self.split}
+        return {**super().settings(), "subset": self.config.subset, "split": self.config.split}

@@ -3,7 +3,7 @@
 import pathlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 from memjax.config.data import BiographiesConfig, DataConfig
 from memjax.data.mixture import Split, num_training_records
@@ -13,7 +13,6 @@ from memjax.data.sampling import spread_over_records, spread_over_stream
 from memjax.data.sources.biographies import BiographyRecords, QuestionRecords
 from memjax.data.sources.corpus import Corpus
 from memjax.data.sources.huggingface import DatasetCorpus
-from memjax.data.sources.parsing import Keys
 from memjax.data.tokenize import Reader, TextReader
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import DataError
@@ -93,41 +92,27 @@ class Biographies(Source):
 class Files(Source):
     """The files of a path: plain ones are read as they are, others from prepared data."""
 
+    KIND: ClassVar[type[Corpus]] = Corpus
+
     def __init__(self, config: DataConfig):
         """Opens nothing yet."""
         super().__init__(config)
         self.training = [] if self.problem else self._training()
         self.validation = self._validation()
 
+    @property
+    def _format(self) -> Literal["jsonl", "text", "files"]:
+        return self.config.source if self.config.source in ("jsonl", "text") else "files"
+
     def _training(self) -> list[Corpus]:
-        assert self.config.path is not None
-        assert self.config.source in ("jsonl", "text", "files")
-        return [self._corpus(name="training", path=self.config.path, source=self.config.source, field="data.path")]
+        path = self.config.path or ""
+        return [self.KIND(name="training", path=path, source=self._format, field="data.path", config=self.config)]
 
     def _validation(self) -> Corpus | None:
-        if self.config.validation_path is None:
+        path, field = self.config.validation_path, "data.validation_path"
+        if path is None:
             return None
-        source = self.config.source if self.config.source in ("jsonl", "text") else "files"
-        return self._corpus(
-            name="validation", path=self.config.validation_path, source=source, field="data.validation_path"
-        )
-
-    def _corpus(
-        self, *, name: str, path: str, source: Literal["jsonl", "text", "files"], field: str, weight: float = 1.0
-    ) -> Corpus:
-        config = self.config
-        return Corpus(
-            name=name,
-            path=path,
-            source=source,
-            field=field,
-            weight=weight,
-            keys=Keys.of(config),
-            malformed=config.malformed,
-            max_malformed=config.max_malformed,
-            damaged_files=config.damaged_files,
-            max_record_bytes=config.max_record_bytes,
-        )
+        return Corpus(name="validation", path=path, source=self._format, field=field, config=self.config)
 
     @property
     def problem(self) -> str | None:
@@ -186,7 +171,7 @@ class Files(Source):
 
     def _must_be_prepared(self, corpus: Corpus) -> bool:
         """Whether it cannot be read as it is. Records that are left out are counted, which takes a look at all."""
-        return corpus.malformed == "skip" or not corpus.is_random_access
+        return self.config.malformed == "skip" or not corpus.is_random_access
 
     def _folder(self, corpus: Corpus) -> pathlib.Path:
         if self.config.prepared is None:
@@ -209,11 +194,7 @@ class Files(Source):
 class HuggingFace(Files):
     """A data set of the Hugging Face Hub, or of a folder that its package reads."""
 
-    def _training(self) -> list[Corpus]:
-        config = self.config
-        assert config.path is not None
-        files = self._corpus(name="training", path=config.path, source="files", field="data.path")
-        return [DatasetCorpus(**vars(files), subset=config.subset, split=config.split)]
+    KIND = DatasetCorpus
 
 
 class Mixture(Files):
@@ -221,12 +202,13 @@ class Mixture(Files):
 
     def _training(self) -> list[Corpus]:
         return [
-            self._corpus(
+            Corpus(
                 name=f"mixture-{part.name}",
                 path=part.path,
                 source=part.source,
                 field=f"data.mixture[{number}].path",
                 weight=part.weight,
+                config=self.config,
             )
             for number, part in enumerate(self.config.mixture)
         ]

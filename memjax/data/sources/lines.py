@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from memjax.data.sources.files import BYTE_ORDER_MARK, MAX_RECORD_BYTES, DataFile, too_large
+from memjax.data.sources.files import DataFile
 from memjax.data.sources.parsing import Keys, MalformedError
 from memjax.data.sources.records import Record, Records, checked
+from memjax.data.sources.stream import BYTE_ORDER_MARK, MAX_RECORD_BYTES, too_large
 from memjax.errors import DataError
 
 _SCAN_BYTES = 1 << 22

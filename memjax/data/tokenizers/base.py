@@ -1,6 +1,5 @@
-"""Text to token ids and back: the base of all tokenizers, bytes, and byte-level BPE of the run's own corpus."""
+"""Text to token ids and back: the base of all tokenizers, and that of bytes."""
 
-import codecs
 import functools
 import hashlib
 import json
@@ -10,21 +9,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
-import tokenizers
-import tokenizers.models
-import tokenizers.pre_tokenizers
-import tokenizers.trainers
-
+from memjax.data.tokenizers.decoding import StreamingDecoder
 from memjax.errors import DataError
 from memjax.io.files import read_text, write_atomic
 
 FILE_NAME = "tokenizer.json"
-_SPECIAL_TOKENS = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
+SPECIAL_TOKENS = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
 _MAX_VOCAB_SIZE = 1 << 22
 """Several times that of the largest vocabularies in use."""
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError, MemoryError)
 """What reading content of the wrong shape can raise."""
-_MIN_VOCAB_SIZE = len(_SPECIAL_TOKENS) + 256
 
 
 class Tokenizer(ABC):
@@ -43,10 +37,10 @@ class Tokenizer(ABC):
     def __init__(
         self,
         token_bytes: Sequence[bytes],
-        special_tokens: Mapping[str, int] = _SPECIAL_TOKENS,
+        special_tokens: Mapping[str, int] = SPECIAL_TOKENS,
         *,
-        bos_id: int = _SPECIAL_TOKENS["<bos>"],
-        eos_id: int = _SPECIAL_TOKENS["<eos>"],
+        bos_id: int = SPECIAL_TOKENS["<bos>"],
+        eos_id: int = SPECIAL_TOKENS["<eos>"],
     ):
         """Takes the bytes that each id stands for (none for special tokens), and the special tokens by their names."""
         self._token_bytes = tuple(token_bytes)
@@ -192,10 +186,12 @@ class Tokenizer(ABC):
         kind = state.get("kind")
         if kind == ByteTokenizer.kind:
             return ByteTokenizer()
-        if kind == BpeTokenizer.kind and "bpe" in state:
-            return BpeTokenizer(state["bpe"])
         # Imported here, because these modules are built on this one.
         try:
+            if kind == "bpe":
+                from memjax.data.tokenizers.bpe import BpeTokenizer
+
+                return BpeTokenizer(state["bpe"])
             if kind == "hf":
                 from memjax.data.tokenizers.hf import HfTokenizer
 
@@ -226,11 +222,11 @@ class ByteTokenizer(Tokenizer):
     kind: ClassVar[str] = "byte"
 
     def __init__(self) -> None:
-        super().__init__([b""] * len(_SPECIAL_TOKENS) + [bytes([b]) for b in range(256)])
+        super().__init__([b""] * len(SPECIAL_TOKENS) + [bytes([b]) for b in range(256)])
 
     def encode(self, text: str) -> list[int]:
         """One id for each byte of the UTF-8 text."""
-        return [byte + len(_SPECIAL_TOKENS) for byte in text.encode()]
+        return [byte + len(SPECIAL_TOKENS) for byte in text.encode()]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text."""
@@ -239,60 +235,6 @@ class ByteTokenizer(Tokenizer):
     def to_state(self) -> dict[str, Any]:
         """There is nothing to keep but the kind."""
         return {"kind": self.kind}
-
-
-class BpeTokenizer(Tokenizer):
-    """Byte-level BPE; made by `train_bpe` or from a state."""
-
-    kind: ClassVar[str] = "bpe"
-
-    def __init__(self, bpe: dict[str, Any]):
-        """Takes the `bpe` part of a state: the description that the tokenizers library writes."""
-        self._bpe = bpe
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(bpe))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"the BPE's description cannot be read ({error})") from error
-        super().__init__(bytes_by_id(self._tokenizer.get_vocab(), dict.fromkeys(_SPECIAL_TOKENS.values(), b"")))
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, without special tokens."""
-        return self._tokenizer.encode(whole_unicode(text)).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, spread over the cores."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast([whole_unicode(t) for t in texts])]
-
-    def to_state(self) -> dict[str, Any]:
-        """Vocabulary and merges, as the tokenizers library describes them."""
-        return {"kind": self.kind, "bpe": self._bpe}
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most vocab_size tokens; the same texts always give the same one.
-
-    All 256 bytes are tokens, so texts unlike the training text round-trip too.
-
-    Raises:
-        ValueError: vocab_size has no room for the bytes and the special tokens.
-    """
-    if vocab_size < _MIN_VOCAB_SIZE:
-        raise ValueError(f"vocab_size={vocab_size} must be at least {_MIN_VOCAB_SIZE}: 256 bytes and 3 special tokens")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=list(_SPECIAL_TOKENS),
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    bpe = json.loads(tokenizer.to_str())
-    # The library looks for added tokens inside texts; without them a text that spells "<eos>" stays a text.
-    # Merges cannot spell one either: the pre-tokenizer parts brackets from letters.
-    bpe["added_tokens"] = []
-    return BpeTokenizer(bpe)
 
 
 def begin_and_end(special_tokens: Mapping[str, int], bos: str | None, eos: str | None) -> tuple[int, int]:
@@ -320,78 +262,6 @@ def begin_and_end(special_tokens: Mapping[str, int], bos: str | None, eos: str |
 def _some(special_tokens: Mapping[str, int]) -> str:
     names = list(special_tokens)
     return (", ".join(names[:8]) + (", ..." if len(names) > 8 else "")) or "it has none"
-
-
-class StreamingDecoder:
-    """Text of ids that arrive one at a time; a character appears once all its bytes are there."""
-
-    def __init__(self, tokenizer: Tokenizer, *, after: Sequence[int] = (), special: bool = False):
-        """Decodes what follows the ids `after`; special tokens are left out, or written by their names."""
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._names = {token: name for name, token in tokenizer.special_tokens.items()}
-        self._shows_special = special
-        # A text begins after a special token too: what is encoded there got a space of its own.
-        self._at_start = not after or after[-1] in self._names
-
-    def push(self, token: int) -> str:
-        """The text that this id completes; often a word, sometimes nothing."""
-        if token in self._names:
-            self._at_start = True
-            return self.finish() + self._names[token] if self._shows_special else ""
-        piece = self._tokenizer.token_bytes(token)
-        if piece and self._at_start and self._tokenizer.adds_leading_space:
-            piece = piece.removeprefix(b" ")
-        self._at_start = self._at_start and not self._tokenizer.token_bytes(token)
-        return self._utf8.decode(piece)
-
-    def finish(self) -> str:
-        """What is still held back, unfinished characters as U+FFFD."""
-        text = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return text
-
-
-def byte_letters() -> list[str]:
-    """For each byte the letter that stands for it in byte-level BPE vocabularies.
-
-    Visible Latin-1 characters stand for themselves, the other bytes for the letters from U+0100 on, in order.
-    """
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    letters: list[str] = []
-    num_hidden = 0
-    for byte in range(256):
-        letters.append(chr(byte if byte in visible else 0x100 + num_hidden))
-        num_hidden += byte not in visible
-    return letters
-
-
-def bytes_by_id(vocab: Mapping[str, int], known: Mapping[int, bytes]) -> list[bytes]:
-    """The bytes of every id of a byte-level vocabulary.
-
-    Args:
-        vocab: ids by words, which are spelled in `byte_letters`.
-        known: the bytes of words that are spelled otherwise, by id.
-
-    Raises:
-        ValueError: two words share an id, an id is far beyond the number of words, or a word has other letters.
-    """
-    if len(set(vocab.values())) < len(vocab):
-        seen: dict[int, str] = {}
-        twice = next((seen[index], word) for word, index in vocab.items() if seen.setdefault(index, word) != word)
-        raise ValueError(f"its words {twice[0]!r} and {twice[1]!r} have the same id")
-    check_id(max(vocab.values(), default=0))
-    byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
-    found = [b""] * (max(vocab.values(), default=-1) + 1)
-    for word, index in vocab.items():
-        try:
-            found[index] = known[index] if index in known else bytes([byte_of[letter] for letter in word])
-        except KeyError as error:
-            raise ValueError(
-                f"its word {word!r} has the letter {error}, which stands for no byte in a byte-level BPE; list the "
-                "word under added_tokens if texts may hold it, or take it out of the vocabulary"
-            ) from None
-    return found
 
 
 def check_id(token: int) -> None:

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 import tokenizers
 
-from memjax.data.tokenizers.base import Tokenizer, begin_and_end, byte_letters, bytes_by_id, whole_unicode
+from memjax.data.tokenizers.base import Tokenizer, begin_and_end, whole_unicode
+from memjax.data.tokenizers.bpe import byte_letters, bytes_by_id
 
 
 class HfTokenizer(Tokenizer):

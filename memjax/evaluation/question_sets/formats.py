@@ -13,8 +13,9 @@ from typing import ClassVar
 
 import pydantic
 
-from memjax.data.sources.files import DataFile, Stream, find_files
+from memjax.data.sources.files import DataFile, find_files
 from memjax.data.sources.parsing import Keys, MalformedError
+from memjax.data.sources.stream import Stream
 from memjax.errors import DataError
 from memjax.io.documents import listed
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from memjax.config.data import TokenizerConfig
-from memjax.data.tokenizers.base import Tokenizer, byte_letters
+from memjax.data.tokenizers.base import Tokenizer
+from memjax.data.tokenizers.bpe import byte_letters
 from memjax.data.tokenizers.hf import read_description
 from memjax.data.tokenizers.open import open_tokenizer, sentencepiece_pieces, special_tokens_of
 from memjax.data.tokenizers.sentencepiece import SentencePieceTokenizer

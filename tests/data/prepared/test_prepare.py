@@ -22,14 +22,16 @@ from memjax.data.prepared.store import PreparedReader, open_prepared
 from memjax.data.sources.corpus import Corpus
 from memjax.data.sources.parsing import Keys
 from memjax.data.tokenize import TextReader
-from memjax.data.tokenizers.base import ByteTokenizer, train_bpe
+from memjax.data.tokenizers.base import ByteTokenizer
+from memjax.data.tokenizers.bpe import train_bpe
 from memjax.errors import DataError
 
 BYTES = ByteTokenizer()
 
 
-def corpus(path, **fields):
-    return Corpus(**{"name": "training", "path": str(path), "source": "files", "field": "data.path", **fields})
+def corpus(path, *, source="files", **settings):
+    config = DataConfig(**settings)
+    return Corpus(name="training", path=str(path), source=source, field="data.path", config=config)
 
 
 def everything(reader):
@@ -250,6 +252,7 @@ PROGRAM = """
 import pathlib, sys
 from memjax.data.prepared import prepare as preparation
 from memjax.data.sources.corpus import Corpus
+from memjax.data.sources.parsing import Keys
 from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.io.console import log_to_console
 if __name__ == "__main__":
@@ -283,7 +286,7 @@ def test_a_killed_preparation_is_begun_again(tmp_path):
 HERE = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 CHANGES = {
     "another tokenizer": ({}, "tokenizer='.*' here, '.*' in the prepared data.*vocab_size=259 here, 2"),
-    "another key": ({"keys": Keys(text="body")}, "text='body' here, 'text' in the prepared data"),
+    "another key": ({"text_key": "body"}, "text='body' here, 'text' in the prepared data"),
     "another mode": ({"malformed": "skip"}, "malformed='skip' here, 'strict' in the prepared data"),
     "another source": ({"source": "text"}, "source='text' here, 'files' in the prepared data"),
 }

@@ -12,8 +12,9 @@ import pyarrow.parquet
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from memjax.data.sources.files import RecordFiles, Stream, UnreadableError, find_files
+from memjax.data.sources.files import find_files
 from memjax.data.sources.parsing import Keys, MalformedError
+from memjax.data.sources.stream import RecordFiles, Stream, UnreadableError
 from memjax.errors import DataError
 
 TEXTS = ["one", "zwei é", "three\nlines\n", "x" * 3000]

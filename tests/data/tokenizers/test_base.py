@@ -6,14 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memjax.config.data import TokenizerConfig
-from memjax.data.tokenizers.base import (
-    BpeTokenizer,
-    ByteTokenizer,
-    StreamingDecoder,
-    Tokenizer,
-    begin_and_end,
-    train_bpe,
-)
+from memjax.data.tokenizers.base import ByteTokenizer, Tokenizer, begin_and_end
+from memjax.data.tokenizers.bpe import BpeTokenizer, train_bpe
+from memjax.data.tokenizers.decoding import StreamingDecoder
 from memjax.data.tokenizers.open import open_tokenizer
 from memjax.errors import DataError
 

@@ -6,7 +6,8 @@ import io
 import pytest
 import sentencepiece
 
-from memjax.data.tokenizers.base import StreamingDecoder, Tokenizer
+from memjax.data.tokenizers.base import Tokenizer
+from memjax.data.tokenizers.decoding import StreamingDecoder
 from memjax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 
 

@@ -11,7 +11,8 @@ import tokenizers.models
 import tokenizers.pre_tokenizers
 import tokenizers.trainers
 
-from memjax.data.tokenizers.base import ByteTokenizer, Tokenizer, train_bpe
+from memjax.data.tokenizers.base import ByteTokenizer, Tokenizer
+from memjax.data.tokenizers.bpe import train_bpe
 from memjax.data.tokenizers.tiktoken import TiktokenTokenizer
 from memjax.errors import ConfigError, DataError
 from memjax.interop.huggingface.tokenizer import read_tokenizer, write_tokenizer

@@ -1,0 +1,110 @@
+"""Byte-level BPE of the run's own corpus, and what all byte-level vocabularies have in common."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import tokenizers
+import tokenizers.models
+import tokenizers.pre_tokenizers
+import tokenizers.trainers
+
+from memjax.data.tokenizers.base import SPECIAL_TOKENS, Tokenizer, check_id, whole_unicode
+
+_MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
+
+
+class BpeTokenizer(Tokenizer):
+    """Byte-level BPE; made by `train_bpe` or from a state."""
+
+    kind: ClassVar[str] = "bpe"
+
+    def __init__(self, bpe: dict[str, Any]):
+        """Takes the `bpe` part of a state: the description that the tokenizers library writes."""
+        self._bpe = bpe
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(bpe))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"the BPE's description cannot be read ({error})") from error
+        super().__init__(bytes_by_id(self._tokenizer.get_vocab(), dict.fromkeys(SPECIAL_TOKENS.values(), b"")))
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without special tokens."""
+        return self._tokenizer.encode(whole_unicode(text)).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, spread over the cores."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast([whole_unicode(t) for t in texts])]
+
+    def to_state(self) -> dict[str, Any]:
+        """Vocabulary and merges, as the tokenizers library describes them."""
+        return {"kind": self.kind, "bpe": self._bpe}
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of at most vocab_size tokens; the same texts always give the same one.
+
+    All 256 bytes are tokens, so texts unlike the training text round-trip too.
+
+    Raises:
+        ValueError: vocab_size has no room for the bytes and the special tokens.
+    """
+    if vocab_size < _MIN_VOCAB_SIZE:
+        raise ValueError(f"vocab_size={vocab_size} must be at least {_MIN_VOCAB_SIZE}: 256 bytes and 3 special tokens")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    bpe = json.loads(tokenizer.to_str())
+    # The library looks for added tokens inside texts; without them a text that spells "<eos>" stays a text.
+    # Merges cannot spell one either: the pre-tokenizer parts brackets from letters.
+    bpe["added_tokens"] = []
+    return BpeTokenizer(bpe)
+
+
+def byte_letters() -> list[str]:
+    """For each byte the letter that stands for it in byte-level BPE vocabularies.
+
+    Visible Latin-1 characters stand for themselves, the other bytes for the letters from U+0100 on, in order.
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    letters: list[str] = []
+    num_hidden = 0
+    for byte in range(256):
+        letters.append(chr(byte if byte in visible else 0x100 + num_hidden))
+        num_hidden += byte not in visible
+    return letters
+
+
+def bytes_by_id(vocab: Mapping[str, int], known: Mapping[int, bytes]) -> list[bytes]:
+    """The bytes of every id of a byte-level vocabulary.
+
+    Args:
+        vocab: ids by words, which are spelled in `byte_letters`.
+        known: the bytes of words that are spelled otherwise, by id.
+
+    Raises:
+        ValueError: two words share an id, an id is far beyond the number of words, or a word has other letters.
+    """
+    if len(set(vocab.values())) < len(vocab):
+        seen: dict[int, str] = {}
+        twice = next((seen[index], word) for word, index in vocab.items() if seen.setdefault(index, word) != word)
+        raise ValueError(f"its words {twice[0]!r} and {twice[1]!r} have the same id")
+    check_id(max(vocab.values(), default=0))
+    byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
+    found = [b""] * (max(vocab.values(), default=-1) + 1)
+    for word, index in vocab.items():
+        try:
+            found[index] = known[index] if index in known else bytes([byte_of[letter] for letter in word])
+        except KeyError as error:
+            raise ValueError(
+                f"its word {word!r} has the letter {error}, which stands for no byte in a byte-level BPE; list the "
+                "word under added_tokens if texts may hold it, or take it out of the vocabulary"
+            ) from None
+    return found
