@@ -2,7 +2,6 @@
 
 import math
 import os
-import pathlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from memjax.errors import CheckpointError
 from memjax.io.console import warn
 
 
-class Checkpoints:
+class Checkpoints(Steps):
     """The checkpoints of one folder.
 
     Only saving creates or cleans the folder, so any number of readers may look at a run that is being trained. One
@@ -43,10 +42,9 @@ class Checkpoints:
         verify: bool = True,
         block_bytes: int = BLOCK_BYTES,
     ) -> None:
-        self.folder = pathlib.Path(folder).absolute()
+        super().__init__(folder)
         self._verify, self._block_bytes = verify, block_bytes
-        self._steps = Steps(self.folder)
-        self._writer = Writer(self.folder, Retention(self._steps, keep=keep, keep_best=keep_best))
+        self._writer = Writer(self.folder, Retention(self, keep=keep, keep_best=keep_best))
         self._damaged: set[int] = set()
         self._replaced: set[int] = set()
 
@@ -55,30 +53,6 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def steps(self) -> list[int]:
-        """Every step on disk, ascending; a step still being written is not among them."""
-        return self._steps.on_disk()
-
-    def complete(self) -> list[int]:
-        """The steps on disk that are not partial, ascending; damaged ones among them."""
-        return self._steps.complete(self.steps())
-
-    def latest(self) -> int | None:
-        """The newest complete step on disk whose index can be read."""
-        return max(self._steps.readable(self.complete()), default=None)
-
-    def newest_with(self, item: str) -> int | None:
-        """The newest step, partial or not, whose index can be read and names an item of arrays; None when none does."""
-        return next((step for step in reversed(self.steps()) if item in (self._steps.items(step) or ())), None)
-
-    def readable(self) -> list[int]:
-        """The steps on disk whose index can be read, ascending; what they hold may be damaged all the same."""
-        return self._steps.readable(self.steps())
-
-    def best(self) -> int | None:
-        """The complete step on disk with the lowest loss, the newer one of equals; None when none has a loss."""
-        return self._steps.best(self.steps())
 
     def save(
         self,
@@ -107,7 +81,7 @@ class Checkpoints:
         """
         self.wait()
         if any_process(step in self.steps()) and step not in self._damaged | self._replaced:
-            if partial or not self._steps.is_partial(step):
+            if partial or not self.is_partial(step):
                 return
             self._replaced.add(step)
         with self._writer.failing(f"step {step}"):
@@ -115,7 +89,7 @@ class Checkpoints:
             self._writer.open()
             note = Note(loss if loss is not None and math.isfinite(loss) else None, partial)
             items = items_of(step, arrays, documents, note, self._block_bytes)
-            self._steps.remember(step, note)
+            self.remember(step, note)
             self._writer.write(step, items)
 
     def restore(

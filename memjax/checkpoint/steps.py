@@ -1,5 +1,7 @@
 """Which steps a folder holds, which of them are complete, which is the best, and which are kept."""
 
+import contextlib
+import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,54 +13,65 @@ from memjax.errors import CheckpointError
 
 
 class Steps:
-    """The steps of one folder. What their indices say is read once."""
+    """The steps of one folder. What their indices say is read once.
 
-    def __init__(self, folder: pathlib.Path) -> None:
-        self._folder = folder
+    Methods take all steps on disk, or those that are given.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = pathlib.Path(folder).absolute()
         self._notes: dict[int, Note] = {}
 
-    def on_disk(self) -> list[int]:
-        """Every step, ascending; a step still being written is not among them."""
-        with explained(CheckpointError, f"{self._folder}: cannot be listed"):
-            if not self._folder.is_dir():
+    def steps(self) -> list[int]:
+        """Every step on disk, ascending; a step still being written is not among them."""
+        with explained(CheckpointError, f"{self.folder}: cannot be listed"):
+            if not self.folder.is_dir():
                 return []
             # Orbax renames a step's folder to its number when it is complete, and moves it away whole to delete it.
-            return sorted(int(path.name) for path in self._folder.iterdir() if _is_step(path.name) and path.is_dir())
+            return sorted(int(path.name) for path in self.folder.iterdir() if _is_step(path.name) and path.is_dir())
 
-    def items(self, step: int) -> frozenset[str] | None:
-        """Names of the items of arrays that a step holds; None if its index cannot be read."""
-        try:
-            return frozenset(StoredStep(self._folder, step).index()["arrays"])
-        except Damaged:
-            return None
+    def complete(self, steps: Iterable[int] | None = None) -> list[int]:
+        """The steps that are not partial; one whose index cannot be read is taken for complete."""
+        return [step for step in self._all(steps) if not self.is_partial(step)]
+
+    def readable(self, steps: Iterable[int] | None = None) -> list[int]:
+        """The steps whose index can be read; what they hold may be damaged all the same."""
+        return [step for step in self._all(steps) if self._note(step) is not None]
+
+    def latest(self) -> int | None:
+        """The newest complete step whose index can be read."""
+        return max(self.readable(self.complete()), default=None)
+
+    def best(self, steps: Iterable[int] | None = None) -> int | None:
+        """The complete step with the lowest loss, the newer one of equals; None when none has a loss."""
+        notes = {step: self._note(step) for step in self._all(steps)}
+        losses = [(n.loss, -step) for step, n in notes.items() if n and n.loss is not None and not n.partial]
+        return -min(losses)[1] if losses else None
+
+    def newest_with(self, item: str) -> int | None:
+        """The newest step, partial or not, whose index can be read and names an item of arrays; None when none does."""
+        for step in reversed(self.steps()):
+            with contextlib.suppress(Damaged):
+                if item in StoredStep(self.folder, step).index()["arrays"]:
+                    return step
+        return None
 
     def is_partial(self, step: int) -> bool:
         """Whether large items were left out of the step on purpose."""
         note = self._note(step)
         return note is not None and note.partial
 
-    def complete(self, steps: Iterable[int]) -> list[int]:
-        """Those of the steps that are not partial; one whose index cannot be read is taken for complete."""
-        return [step for step in steps if not self.is_partial(step)]
-
-    def readable(self, steps: Iterable[int]) -> list[int]:
-        """Those of the steps whose index can be read."""
-        return [step for step in steps if self._note(step) is not None]
-
-    def best(self, steps: Iterable[int]) -> int | None:
-        """The complete one with the lowest loss, the newer one of equals; None when none has a loss."""
-        notes = {step: self._note(step) for step in steps}
-        losses = [(n.loss, -step) for step, n in notes.items() if n and n.loss is not None and not n.partial]
-        return -min(losses)[1] if losses else None
-
     def remember(self, step: int, note: Note) -> None:
         """Takes the note of a step that is about to be written."""
         self._notes[step] = note
 
+    def _all(self, steps: Iterable[int] | None) -> Iterable[int]:
+        return self.steps() if steps is None else steps
+
     def _note(self, step: int) -> Note | None:
         if step not in self._notes:
             try:
-                index = StoredStep(self._folder, step).index()
+                index = StoredStep(self.folder, step).index()
             except Damaged:
                 return None  # asked again, because the reason may pass
             self._notes[step] = note_of(index)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 
+from memjax.checkpoint.names import flatten, nest
 from memjax.config.memory import MemoryConfig
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, take_apart
@@ -38,15 +39,16 @@ def upcycle(model: Decoder, memory: MemoryConfig, *, seed: int = 0) -> Decoder:
             "can be given some"
         )
     parts = DecoderParts.of(dataclasses.replace(model.config, memory=memory))
-    kept = _kept(params_to_tree(take_apart(model)[1]), params_to_tree(parts.abstract_params))
+    wanted = flatten(params_to_tree(parts.abstract_params))
+    kept = {name: leaf for name, leaf in flatten(params_to_tree(take_apart(model)[1])).items() if name in wanted}
 
     @jax.jit
-    def draw(key: jax.Array) -> tuple[Any, Any]:
+    def draw(key: jax.Array) -> tuple[dict[str, Any], Any]:
         params, tables = parts.init(key)
-        return _without(params_to_tree(params), kept), tables
+        return {name: leaf for name, leaf in flatten(params_to_tree(params)).items() if name not in kept}, tables
 
     new, tables = draw(jax.random.key(seed))
-    return parts.assemble(tree_to_params(parts, _joined(kept, new)), tables)
+    return parts.assemble(tree_to_params(parts, nest(kept | new)), tables)
 
 
 def upcycle_run(
@@ -78,27 +80,3 @@ def upcycle_run(
     model = upcycle(loaded.model, memory, seed=seed)
     config = dataclasses.replace(loaded.config, model=dataclasses.replace(loaded.config.model, memory=memory))
     write_run(target, model, loaded.tokenizer, config)
-
-
-def _kept(old: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """The part of the old tree whose names the wanted one has."""
-    return {
-        name: _kept(leaf, wanted[name]) if isinstance(leaf, dict) else leaf
-        for name, leaf in old.items()
-        if name in wanted
-    }
-
-
-def _without(tree: dict[str, Any], names: dict[str, Any]) -> dict[str, Any]:
-    """The tree without the leaves that have a name in the other."""
-    return {
-        name: _without(leaf, names.get(name, {})) if isinstance(leaf, dict) else leaf
-        for name, leaf in tree.items()
-        if isinstance(leaf, dict) or name not in names
-    }
-
-
-def _joined(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
-    """Both trees as one; no leaf is in both."""
-    both = {name: _joined(left[name], right[name]) for name in left.keys() & right.keys()}
-    return left | right | both

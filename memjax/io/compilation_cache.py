@@ -48,7 +48,8 @@ def enable(setting: str | None = "auto") -> pathlib.Path | None:
     chosen = os.environ.get(VARIABLE) if setting == "auto" else setting
     if chosen is None and setting == "auto":
         chosen = user_cache("compiled")
-    if not chosen or chosen.lower() in ("off", "null", "none") or _set_by_user():
+    of_jax = ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE")
+    if not chosen or chosen.lower() in ("off", "null", "none") or any(map(os.environ.get, of_jax)):
         return None
     import jax
 
@@ -74,10 +75,6 @@ def enable(setting: str | None = "auto") -> pathlib.Path | None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     atexit.register(_tidy_at_exit, folder)
     return folder
-
-
-def _set_by_user() -> bool:
-    return any(os.environ.get(name) for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"))
 
 
 def _machine() -> str:

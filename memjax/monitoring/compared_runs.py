@@ -148,9 +148,9 @@ def summary_table(runs: Sequence[Run]) -> list[list[str]]:
     settings = varying(runs)[:MOST_SETTINGS]
     fixed = ["steps", "tokens", "loss", "best validation", "tokens/s", "slots read"]
     ends = Counter([*(name.rpartition(".")[2] for name in settings), *fixed])
-    columns = {end if ends[end := name.rpartition(".")[2]] == 1 else name: _setting(name) for name in settings}
-    columns |= {name: form for name, form in _OF_SUMMARY.items() if any(form(run) != "-" for run in runs)}
-    rows = [["run", *columns, *fixed]]
+    names = [end if ends[end := name.rpartition(".")[2]] == 1 else name for name in settings]
+    numbers = {name: form for name, form in _OF_SUMMARY.items() if any(form(run) != "-" for run in runs)}
+    rows = [["run", *names, *numbers, *fixed]]
     for run in runs:
         window = smoothing_window([run])
         loss, validation = smoothed(run.values("train/loss"), window), run.values("eval/validation/loss")
@@ -158,7 +158,8 @@ def summary_table(runs: Sequence[Run]) -> list[list[str]]:
         rows.append(
             [
                 run.name,
-                *(form(run) for form in columns.values()),
+                *(show(run.settings[name]) if name in run.settings else "-" for name in settings),
+                *(form(run) for form in numbers.values()),
                 f"{run.rows[-1]['step']:,}",
                 f"{np.nansum(run.values('train/tokens')):,.0f}",
                 _number(loss[-1:], ".4f"),
@@ -185,10 +186,6 @@ def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
         cells = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
         lines.append("  ".join([name.ljust(widths[0]), *cells]))
     return lines
-
-
-def _setting(name: str) -> Callable[[Run], str]:
-    return lambda run: show(run.settings[name]) if name in run.settings else "-"
 
 
 def _of_summary(path: str, form: str) -> Callable[[Run], str]:

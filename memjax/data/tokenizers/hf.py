@@ -34,11 +34,12 @@ class HfTokenizer(Tokenizer):
             raise ValueError(f"its BPE lacks {len(missing)} of the 256 bytes; texts would lose them")
         known = {index: b"" if token.special else token.content.encode() for index, token in added.items()}
         token_bytes = bytes_by_id(vocab, known)
-        if wrong := [token for token in _added(description) if _content(added.get(token["id"])) != token["content"]]:
-            raise ValueError(
-                f"its added token {wrong[0]['content']!r} has the id {wrong[0]['id']} in the file, which the "
-                "tokenizers library does not give it"
-            )
+        for token in description.get("added_tokens") or ():
+            if token["id"] not in added or added[token["id"]].content != token["content"]:
+                raise ValueError(
+                    f"its added token {token['content']!r} has the id {token['id']} in the file, which the tokenizers "
+                    "library does not give it"
+                )
         special_tokens = {token.content: index for index, token in sorted(added.items()) if token.special}
         self._bos, self._eos = bos, eos
         bos_id, eos_id = begin_and_end(special_tokens, bos, eos)
@@ -112,14 +113,6 @@ def read_description(description: dict[str, Any]) -> tokenizers.Tokenizer:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"the tokenizers library cannot read it ({reason})") from None
         raise
-
-
-def _added(description: dict[str, Any]) -> list[dict[str, Any]]:
-    return description.get("added_tokens") or []
-
-
-def _content(token: tokenizers.AddedToken | None) -> str | None:
-    return None if token is None else token.content
 
 
 def _types(part: Any) -> set[str]:

@@ -1,7 +1,5 @@
 """Checks whether texts survive encoding and decoding: which tokenizers are unusable, and what the others lose."""
 
-from collections.abc import Callable, Iterator
-
 from memjax.data.tokenizers.base import Tokenizer
 
 _PLAIN = ("the cat sat", "a b c", "The cat, again.")
@@ -34,7 +32,7 @@ def lost_in(tokenizer: Tokenizer) -> list[str]:
     Raises:
         ValueError: even plain English words do not come back, so texts could be neither learned nor read.
     """
-    returned = _round_trip(tokenizer)
+    returned = lambda text: tokenizer.decode(tokenizer.encode(text))
     for text in _PLAIN:
         found = returned(text)
         # Case, a few unknown characters, and spaces at both ends may be lost without making the text unreadable.
@@ -43,7 +41,9 @@ def lost_in(tokenizer: Tokenizer) -> list[str]:
                 f"texts do not come back from its tokens: {text!r} becomes {found!r}; its pre-tokenizer, suffixes or "
                 "normalizer drop or add text that decoding cannot restore, so take another tokenizer"
             )
-    probes = {**_PROBES, **dict(_added_words(tokenizer))}
+    # Words that were added to the vocabulary may take the spaces around them.
+    words = tokenizer.added_words[:_SHOWN_ADDED]
+    probes = _PROBES | {f"spaces around {word!r}": (f"a {word} b", f"a{word}b") for word in words}
     lost = [name for name, texts in probes.items() if any(returned(text) != text for text in texts)]
     if extra := [text for text in ("the", "a b") if returned(text) == f"{text} "]:
         return [f"a space is added at the end ({extra[0]!r})", *lost]
@@ -53,13 +53,3 @@ def lost_in(tokenizer: Tokenizer) -> list[str]:
 def probe_texts() -> list[str]:
     """The texts that `lost_in` encodes and decodes."""
     return [*_PLAIN, *(text for texts in _PROBES.values() for text in texts)]
-
-
-def _round_trip(tokenizer: Tokenizer) -> Callable[[str], str]:
-    return lambda text: tokenizer.decode(tokenizer.encode(text))
-
-
-def _added_words(tokenizer: Tokenizer) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Probes for words that were added to the vocabulary, which may take the spaces around them."""
-    for word in tokenizer.added_words[:_SHOWN_ADDED]:
-        yield f"spaces around {word!r}", (f"a {word} b", f"a{word}b")
