@@ -89,8 +89,8 @@ def _add_texts(
 ) -> dict[str, Int[Array, " n"]]:
     """The counts with one more for every row of the batch that reads a slot."""
     model = nnx.merge(graphdef, state)
-    is_real = batch["segments"] > 0
-    reads = slot_reads(model.hidden(batch["tokens"], real=is_real))
+    token_mask = batch["segments"] > 0
+    reads = slot_reads(model.hidden(batch["tokens"], token_mask=token_mask))
 
     def of_pool(pool: str, before: Int[Array, " n"]) -> Int[Array, " n"]:
         num_slots = before.shape[0]
@@ -100,9 +100,9 @@ def _add_texts(
             return total + is_read, None
 
         layers = pools_of(model.config)[pool]
-        picks = jnp.concatenate([reads[layer].indices.reshape(*is_real.shape, -1) for layer in layers], axis=-1)
+        picks = jnp.concatenate([reads[layer].indices.reshape(*token_mask.shape, -1) for layer in layers], axis=-1)
         # Padding reads a slot that does not exist.
-        picks = jnp.where(is_real[..., None], picks, num_slots)
+        picks = jnp.where(token_mask[..., None], picks, num_slots)
         return jax.lax.scan(add_row, before, picks)[0]
 
     return {pool: of_pool(pool, before) for pool, before in counts.items()}
@@ -188,9 +188,9 @@ def _slot_weights(
     graphdef: Any, layer: str, state: nnx.State, batch: Mapping[str, Array], slot: Array
 ) -> Float[Array, "b s"]:
     """The weight with which every token reads a slot; 0 where it does not, or is padding."""
-    model, is_real = nnx.merge(graphdef, state), batch["segments"] > 0
-    indices, weights = slot_reads(model.hidden(batch["tokens"], real=is_real))[layer]
-    return jnp.where(indices == slot, weights, 0).sum(axis=-1).reshape(is_real.shape) * is_real
+    model, token_mask = nnx.merge(graphdef, state), batch["segments"] > 0
+    indices, weights = slot_reads(model.hidden(batch["tokens"], token_mask=token_mask))[layer]
+    return jnp.where(indices == slot, weights, 0).sum(axis=-1).reshape(token_mask.shape) * token_mask
 
 
 def _promotes(

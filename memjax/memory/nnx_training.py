@@ -55,13 +55,13 @@ class Gradients:
         """The gradient of the loss divided by a number."""
         return self * (1 / number)
 
-    def without_padding(self, is_real: Bool[Array, "*b"]) -> "Gradients":
+    def without_padding(self, token_mask: Bool[Array, "*b"]) -> "Gradients":
         """The gradients without the picks of padding, for which tables must have been read with these tokens.
 
         The gradient of padding is zero, but rows with a gradient of zero still count as read: their moments decay.
         """
-        real, beyond = is_real.reshape(-1), jnp.iinfo(jnp.int32).max
-        tables = {name: [row.without_padding(real, beyond) for row in rows] for name, rows in self.tables.items()}
+        mask, beyond = token_mask.reshape(-1), jnp.iinfo(jnp.int32).max
+        tables = {name: [row.without_padding(mask, beyond) for row in rows] for name, rows in self.tables.items()}
         return dataclasses.replace(self, tables=tables)
 
 

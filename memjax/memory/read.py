@@ -57,9 +57,9 @@ class TableRead(NamedTuple):
         vectors = cotangent if self.vectors is None else self.vectors
         return RowGradient(self.indices, weights, vectors)
 
-    def without_padding(self, is_real: Bool[Array, "*micro t"], num_rows: int) -> "TableRead":
+    def without_padding(self, token_mask: Bool[Array, "*micro t"], num_rows: int) -> "TableRead":
         """The read without the picks of padding: see `RowGradient.without_padding`."""
-        return self._replace(indices=jnp.where(is_real[..., None], self.indices, num_rows))
+        return self._replace(indices=jnp.where(token_mask[..., None], self.indices, num_rows))
 
 
 Reads = Mapping[str, tuple[TableRead, ...]]

@@ -25,7 +25,7 @@ class RowOptimizer:
     """The default of 256 state_columns is lowered for tables whose width it does not divide."""
     seed: int = 0
     """Of the stochastic rounding; every table rounds with bits of its own."""
-    exchange: Literal["auto", "all_gather", "all_reduce"] = "auto"
+    collective: Literal["auto", "all_gather", "all_reduce"] = "auto"
     """How row gradients cross the axis `data` of a mesh: see `memjax.memory.sharded.update_rows`."""
     implementation: str | None = None
     """Of `row_update`; None takes the fastest that can run."""
@@ -61,12 +61,12 @@ class RowOptimizer:
         now = row_step(self.rate(step), step, ok=ok, seed=zlib.crc32(f"{self.seed} {name}".encode()))
         if isinstance(gradients, RowSum):
             return sharded.update_rows_by_sum(rows, state, gradients, self._rule(rows.shape[1]), now)
-        kernels = {"exchange": self.exchange, "implementation": self.implementation}
+        kernels = {"collective": self.collective, "implementation": self.implementation}
         return sharded.update_rows(rows, state, gradients, self._rule(rows.shape[1]), now, **kernels)
 
     def sums(self, rows: Float[Array, "n d"], gradients: Sequence[RowGradient], count: int) -> bool:
         """Whether the row gradients of so many micro-batches are to be summed as they come; those of one are given."""
-        return sharded.sums_micro_batches(self.exchange, rows, gradients, count)
+        return sharded.sums_micro_batches(self.collective, rows, gradients, count)
 
     def add(self, total: RowSum, gradients: Sequence[RowGradient]) -> RowSum:
         """The sum, at first `no_rows(rows)`, with more row gradients."""

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax.config import checks
-from memjax.memory import row_exchange
+from memjax.memory import row_grad_reduce
 from memjax.ops.embedding_bag.api import embedding_bag
 from memjax.ops.embedding_dot.api import embedding_dot
 from memjax.ops.precision import accumulator
@@ -151,7 +151,7 @@ def update_rows(
     rule: RowRule,
     step: RowStep,
     *,
-    exchange: Literal["auto", "all_gather", "all_reduce"] = "auto",
+    collective: Literal["auto", "all_gather", "all_reduce"] = "auto",
     implementation: str | None = None,
     piece_picks: int = dense.PIECE_PICKS,
     block_bytes: int = dense.BLOCK_BYTES,
@@ -159,8 +159,8 @@ def update_rows(
     """`row_update` on every device's columns, with the picks of all tokens of the mesh.
 
     Replicas of a column shard see the same picks in the same order (all_gather), or the same sum of what each has
-    summed of its own tokens (all_reduce), so they stay bit-equal. See `row_exchange.choose` for auto. Without a
-    `memory` axis there are no replicas, and nothing is exchanged.
+    summed of its own tokens (all_reduce), so they stay bit-equal. See `row_grad_reduce.choose` for auto. Without a
+    `memory` axis there are no replicas, and nothing crosses `data`.
 
     Args:
         table: rows.
@@ -168,26 +168,26 @@ def update_rows(
         gradients: of all layers that read the table.
         rule: the optimizer.
         step: rate, number and so on.
-        exchange: how row gradients cross the `data` axis.
+        collective: how row gradients cross the `data` axis.
         implementation: of `row_update`.
         piece_picks: picks that are sorted at once, where they are summed dense.
         block_bytes: dense gradient of the rows that are updated at once.
 
     Raises:
-        ValueError: shapes do not fit together, or `exchange` or `implementation` is unknown.
+        ValueError: shapes do not fit together, or `collective` or `implementation` is unknown.
     """
     if not gradients:
         raise ValueError("update_rows needs at least one RowGradient")
     for gradient in gradients:
         gradient.check(table.shape[1])
     check_state(table, state, rule)
-    checks.refuse(checks.one_of(("auto", *get_args(row_exchange.Exchange)), exchange=exchange))
+    checks.refuse(checks.one_of(("auto", *get_args(row_grad_reduce.Collective)), collective=collective))
     if all(_is_plain(gradient.indices) for gradient in gradients):
         run = alike_over_tensor(partial(row_update, implementation=implementation))
         return unsharded(run, table)(table, state, gradients, rule, step)
     specs = (COLUMNS, COLUMNS, (FACTORS,) * len(gradients), REPLICATED)
     settings: dict[str, Any] = {"rule": rule, "implementation": implementation}
-    if row_exchange.choose(exchange, table, gradients, **_sizes()) == "all_gather":
+    if row_grad_reduce.choose(collective, table, gradients, **_sizes()) == "all_gather":
         run = over_mesh(_update_by_picks, specs, (COLUMNS, COLUMNS), **settings)
     else:
         settings |= {"piece_picks": piece_picks, "block_bytes": block_bytes}
@@ -242,13 +242,13 @@ ROW_SUM = RowSum(REPLICA_COLUMNS, REPLICA_SHARDS)  # pyright: ignore[reportArgum
 
 
 def sums_micro_batches(
-    exchange: Literal["auto", "all_gather", "all_reduce"],
+    collective: Literal["auto", "all_gather", "all_reduce"],
     table: Float[Array, "n d"],
     gradients: Sequence[RowGradient],
     count: int,
 ) -> bool:
-    """Whether row gradients of so many micro-batches are summed as they come: see `row_exchange.sums_micro_batches`."""
-    return row_exchange.sums_micro_batches(exchange, table, gradients, count, **_sizes())
+    """Whether row gradients of so many micro-batches are summed as they come; see `row_grad_reduce`."""
+    return row_grad_reduce.sums_micro_batches(collective, table, gradients, count, **_sizes())
 
 
 def no_rows(table: Float[Array, "n d"]) -> RowSum:
@@ -326,7 +326,7 @@ def _sizes() -> dict[str, int]:
 
 
 def _is_plain(tokens: Array) -> bool:
-    """Whether nothing is exchanged between devices: there is no `memory` axis, or no token."""
+    """Whether nothing crosses devices: there is no `memory` axis, or no token."""
     return not has_memory_axis() or tokens.size == 0
 
 

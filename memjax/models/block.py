@@ -89,7 +89,7 @@ class Block(nnx.Module):
         segments: Int[Array, "b s"] | None = None,
         tables: tuple[ValueTable, ...] = (),
         perturbations: Perturbations | None = None,
-        real: Bool[Array, "b s"] | None = None,
+        token_mask: Bool[Array, "b s"] | None = None,
         *,
         training: bool = False,
     ) -> tuple[Float[Array, "b s dim"], BlockAux]:
@@ -97,7 +97,7 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             x, inputs = self.inputs_of(x, self.attention_norm)
             x = self.add(x, self.attention_norm, self.attention(inputs, positions, segments))
-        return self._mix(x, tables, perturbations, real, training=training)
+        return self._mix(x, tables, perturbations, token_mask, training=training)
 
     def with_cache(
         self,
@@ -126,7 +126,7 @@ class Block(nnx.Module):
         x: Array,
         tables: tuple[ValueTable, ...],
         perturbations: Perturbations | None = None,
-        real: Array | None = None,
+        token_mask: Array | None = None,
         *,
         training: bool = False,
     ) -> tuple[Array, BlockAux]:
@@ -137,7 +137,7 @@ class Block(nnx.Module):
                 outs.append(self.feed_forward(inputs))
         if self.experts is not None:
             with jax.named_scope("experts"):
-                out, routing = self.experts(inputs, real, training=training)
+                out, routing = self.experts(inputs, token_mask, training=training)
                 outs.append(out)
         if self.lookup is not None:
             with jax.named_scope(self.lookup_kind or "lookup"):

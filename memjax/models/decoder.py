@@ -106,7 +106,7 @@ class Decoder(nnx.Module):
         perturbations: Mapping[str, Perturbations] | None = None,
         remat: Remat = "none",
         *,
-        real: Bool[Array, "b s"] | None = None,
+        token_mask: Bool[Array, "b s"] | None = None,
         training: bool = False,
     ) -> DecoderOutput:
         """The normed residual stream, and what the blocks tell of their work, by the layer's name.
@@ -118,11 +118,11 @@ class Decoder(nnx.Module):
             perturbations: zeros, by layer name, added to what is read of tables
                 (`DecoderParts.zero_perturbations`); their cotangents and the reads make up the tables' gradients.
             remat: what the backward pass computes again. What tables gave and routings are always kept.
-            real: which tokens are no padding, which experts that choose must not take; None for all.
+            token_mask: which tokens are no padding, which experts that choose must not take; None for all.
             training: let experts choose their tokens, in models where they do so.
         """
         positions = default_positions(tokens) if positions is None else positions
-        for name, given in (("positions", positions), ("segments", segments), ("real", real)):
+        for name, given in (("positions", positions), ("segments", segments), ("token_mask", token_mask)):
             if given is not None:
                 fits = given.shape == tokens.shape
                 require("Decoder", fits, f"{name} must have the shape of the tokens", tokens=tokens, **{name: given})
@@ -138,7 +138,7 @@ class Decoder(nnx.Module):
             name = layer_name(layer)
             own = (perturbations or {}).get(name)
             with jax.named_scope(name):  # for profilers
-                x, aux = run(block, x, positions, segments, self._tables(layer), own, real)
+                x, aux = run(block, x, positions, segments, self._tables(layer), own, token_mask)
             x = split_tokens(x)
             if aux.reads:
                 reads[name] = aux.reads

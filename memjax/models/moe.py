@@ -47,12 +47,18 @@ class RouterStatistics(NamedTuple):
     """Share of the choices that fall on each expert."""
 
 
-def router_statistics(routing: Routing, real: Bool[Array, " t"]) -> RouterStatistics:
-    """Statistics of the tokens that are real; all zero where none is."""
-    fits = real.shape == routing.logits.shape[:1]
-    require("router_statistics", fits, "real must have one value for each token", logits=routing.logits, real=real)
+def router_statistics(routing: Routing, token_mask: Bool[Array, " t"]) -> RouterStatistics:
+    """Statistics of the tokens of the mask; all zero where it has none."""
+    fits = token_mask.shape == routing.logits.shape[:1]
+    require(
+        "router_statistics",
+        fits,
+        "token_mask must have one value for each token",
+        logits=routing.logits,
+        token_mask=token_mask,
+    )
     num_experts, wide = routing.logits.shape[1], routing.logits.dtype
-    share = real.astype(wide) / jnp.maximum(real.sum(), 1)
+    share = token_mask.astype(wide) / jnp.maximum(token_mask.sum(), 1)
     log_probabilities = jax.nn.log_softmax(routing.logits)
     probabilities = jnp.exp(log_probabilities)
     chosen = jax.nn.one_hot(routing.picks, num_experts, dtype=wide).mean(axis=1)
@@ -122,13 +128,13 @@ class MoE(nnx.Module):
         self.down = matrices(hidden_dim, dim, "expert_ffn", "embed")
 
     def __call__(
-        self, x: Float[Array, "b s dim"], real: Bool[Array, "b s"] | None = None, *, training: bool = False
+        self, x: Float[Array, "b s dim"], token_mask: Bool[Array, "b s"] | None = None, *, training: bool = False
     ) -> tuple[Float[Array, "b s dim"], Routing]:
         """The layer's output, and what the router said.
 
         Args:
             x: the tokens.
-            real: which tokens are no padding; None for all. Only experts that choose ask.
+            token_mask: which tokens are no padding; None for all. Only experts that choose ask.
             training: let experts choose, if they are to.
 
         Raises:
@@ -136,8 +142,14 @@ class MoE(nnx.Module):
         """
         dim = self.router.kernel.shape[0]
         require("MoE", x.ndim == 3 and x.shape[2] == dim, f"x must be [batch, sequence, {dim}]", x=x)
-        if real is not None:
-            require("MoE", real.shape == x.shape[:2], "real must have one value for each token", x=x, real=real)
+        if token_mask is not None:
+            require(
+                "MoE",
+                token_mask.shape == x.shape[:2],
+                "token_mask must have one value for each token",
+                x=x,
+                token_mask=token_mask,
+            )
         x = x.astype(self.dtype or x.dtype)
         tokens = x.reshape(x.shape[0] * x.shape[1], dim)
         weights = [matrices[...].astype(x.dtype) for matrices in (self.gate, self.up, self.down)]
@@ -146,8 +158,8 @@ class MoE(nnx.Module):
             settings = {"top_k": self.top_k, "renormalize": self.renormalize, "implementation": self.implementation}
             out, picks = on_own_tokens(_token_choice, (tokens, logits), weights, **settings)
             return out.reshape(x.shape), Routing(logits, picks)
-        real = jnp.ones(x.shape[:2], bool) if real is None else real
-        of_sequences = (x, logits.reshape(*x.shape[:2], self.num_experts), real)
+        token_mask = jnp.ones(x.shape[:2], bool) if token_mask is None else token_mask
+        of_sequences = (x, logits.reshape(*x.shape[:2], self.num_experts), token_mask)
         out, picks = on_own_tokens(_expert_choice, of_sequences, weights, capacity=self.capacity)
         return out, Routing(logits, picks.reshape(tokens.shape[0], 1))
 
@@ -190,7 +202,7 @@ def _token_choice(
 def _expert_choice(
     x: Float[Array, "b s dim"],
     logits: Float[Array, "b s e"],
-    real: Bool[Array, "b s"],
+    token_mask: Bool[Array, "b s"],
     gate: Float[Array, "e dim f"],
     up: Float[Array, "e dim f"],
     down: Float[Array, "e f dim"],
@@ -205,9 +217,9 @@ def _expert_choice(
     most = math.ceil(length * capacity / num_experts)
     probabilities = jnp.swapaxes(jax.nn.softmax(logits), 1, 2)
     # Below every probability, so that padding is taken last.
-    wanted = jax.lax.stop_gradient(jnp.where(real[:, None, :], probabilities, -1.0))
+    wanted = jax.lax.stop_gradient(jnp.where(token_mask[:, None, :], probabilities, -1.0))
     chosen = checkpoint_name(jax.lax.top_k(wanted, most)[1], SAVED_ROUTING)
-    allowed = jnp.ceil(real.sum(axis=1) * capacity / num_experts)
+    allowed = jnp.ceil(token_mask.sum(axis=1) * capacity / num_experts)
     weights = jnp.take_along_axis(probabilities, chosen, axis=-1)
     weights = jnp.where(jnp.arange(most)[None, None, :] < allowed[:, None, None], weights, 0)
 

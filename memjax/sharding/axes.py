@@ -150,7 +150,7 @@ def over_mesh(function: Callable, in_specs: Any, out_specs: Any, **settings: Has
     tensor group do the same work on the same tokens, with no collective between them. (A manual axis would cost one for
     each gradient: without types, shard_map cannot know that these are equal, and sums them up.) For a memory that means
     that a group reads the rows of its tokens on each of its devices; in return the replicas of a table see all picks as
-    it is, and row updates need no exchange over `tensor`.
+    it is, and row updates need no collective over `tensor`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     left = {TENSOR} if mesh.shape.get(TENSOR, 1) > 1 and not is_explicit() else set()

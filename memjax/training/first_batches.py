@@ -5,22 +5,22 @@ from memjax.data.packing import Batch
 from memjax.errors import ConfigError
 
 PATIENCE = 8
-"""Batches without a learned token that a run may begin with."""
+"""Batches without a target token that a run may begin with."""
 
 
 class FirstBatches:
-    """Refuses data of which nothing is learned: cut to sequences that end before the answers begin, for example."""
+    """Refuses data without target tokens: cut to sequences that end before the answers begin, for example."""
 
     def __init__(self, data: DataConfig):
         self._data = data
         self._unlearned: int | None = 0
-        """Batches without a learned token; None once there was one with."""
+        """Batches without a target token; None once there was one with."""
 
     def look(self, batch: Batch, *, last: bool) -> None:
         """Takes the next batch; `last` when no other will follow.
 
         Raises:
-            ConfigError: no batch so far has a learned token, and there were enough of them.
+            ConfigError: no batch so far has a target token, and there were enough of them.
         """
         if self._unlearned is None:
             return
@@ -30,7 +30,7 @@ class FirstBatches:
 
     def _why(self) -> str:
         data = self._data
-        found = f"no token of the first {self._unlearned} batches is learned"
+        found = f"no token of the first {self._unlearned} batches counts in the loss"
         if data.packing == "none":
             return (
                 f"data.sequence_length={data.sequence_length} is too short for data.packing=none, which cuts every "

@@ -221,7 +221,7 @@ class SlotUsage(Hook):
 
 
 class Save(Hook):
-    """Saves checkpoints; between those with tables there may be light ones, without them."""
+    """Saves checkpoints; between those with tables there may be partial ones, without them."""
 
     def __init__(self, steps_between_tables: int):
         """Takes the steps from one checkpoint with tables to the next."""
@@ -234,7 +234,7 @@ class Save(Hook):
     def after_step(self, trainer: "Trainer", step: Step) -> None:
         """Saves, after the rows of all steps so far are written."""
         trainer.finish_steps()
-        is_light = bool(trainer.state.tables) and step.number % self._steps_between_tables != 0
+        is_partial = bool(trainer.state.tables) and step.number % self._steps_between_tables != 0
         must_be_complete = step.is_last or "save" in step.requested or trainer.must_stop
         with trainer.paused():
-            trainer.save(without_tables=is_light and not must_be_complete)
+            trainer.save(without_tables=is_partial and not must_be_complete)

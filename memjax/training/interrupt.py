@@ -35,8 +35,8 @@ SAVED, NOTHING_SAVED, CHECKPOINT_TROUBLE = 75, 130, 4
 TRACKER_THREAD = "memjax log."
 """How the names of the trackers' threads begin, which end with the run unless a service does not answer."""
 
-SAME_WISH_SECONDS = 2.0
-"""Launchers pass on what a terminal sends to all of them as well; copies within this time are one wish."""
+SAME_REQUEST_SECONDS = 2.0
+"""Launchers pass on what a terminal sends to all of them as well; copies within this time are one request."""
 
 _HANDLER_SECONDS = 0.5
 """How long Python's own handler has before the thread takes over: none runs while JAX compiles."""
@@ -53,7 +53,7 @@ class Interrupt:
     """Where the interpreter writes the numbers of signals as they come."""
 
     def __init__(self, *, at_once: bool = True, quiet: bool = False) -> None:
-        """Starts without a wish.
+        """Starts without a request.
 
         Args:
             at_once: whether signals end the process, to begin with.
@@ -79,7 +79,7 @@ class Interrupt:
             self._first, self.name = (number, now), name
             self._print(f"\n{name}: saving after this step")
         # SIGXCPU comes every second, and schedulers warn with one signal before they send another.
-        elif now - self._first[1] > SAME_WISH_SECONDS and (
+        elif now - self._first[1] > SAME_REQUEST_SECONDS and (
             number == signal.SIGINT or number == self._first[0] == signal.SIGTERM
         ):
             self._end(f"{name} again")
@@ -221,8 +221,8 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def shared_wish(interrupt: Interrupt, mesh: "Mesh") -> "Callable[[], jax.Array]":
-    """A function that tells, on the device, whether somebody wants to stop any of the processes.
+def any_process_interrupted(interrupt: Interrupt, mesh: "Mesh") -> "Callable[[], jax.Array]":
+    """A function that returns, on the device, whether a signal has come to any of the processes.
 
     All processes call it at the same points of the run and get the same answers. Reading one waits for it.
     """

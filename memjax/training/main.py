@@ -30,7 +30,7 @@ from memjax.training.interrupt import catch_interrupts
 from memjax.training.mirror import check_mirror, mirror
 from memjax.training.plan import inputs
 from memjax.training.plan import memory as memory_plan
-from memjax.training.plan import row_exchange as exchange_plan
+from memjax.training.plan import row_grad_reduce as reduce_plan
 from memjax.training.plan.report import describe, describe_fit
 from memjax.training.plan.savings import explain_out_of_memory, is_out_of_memory
 from memjax.training.plan.search import search
@@ -71,7 +71,7 @@ def _say_plan(config: RunConfig) -> None:
     data_axis = config.mesh.data_axis(jax.device_count())
     say(describe(config, program.parts, data_axis=data_axis))
     say(memory_plan.describe(memory_plan.plan(config, data_axis=data_axis, program=program)))
-    if told := exchange_plan.describe(config, data_axis=data_axis):
+    if told := reduce_plan.describe(config, data_axis=data_axis):
         say(told)
     if jax.default_backend() != "cpu" and jax.device_count() == data_axis * config.mesh.devices_per_replica:
         mesh = make_mesh(config)

@@ -38,9 +38,9 @@ class TrainProgram:
         parts = DecoderParts.of(config.model, implementation=implementation, attention=attention)
         steps, seed = config.train.steps, config.run.seed
         table = config.optim.table
-        schedule, exchange = make_schedule(table, steps), config.mesh.row_grad_reduce
+        schedule, collective = make_schedule(table, steps), config.mesh.row_grad_reduce
         table_optimizer = make_table_optimizer(
-            table, schedule, seed=seed, exchange=exchange, implementation=implementation
+            table, schedule, seed=seed, collective=collective, implementation=implementation
         )
         return cls(config, parts, make_optimizer(config.optim, steps, parts.abstract_params), table_optimizer)
 

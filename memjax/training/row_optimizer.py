@@ -46,7 +46,7 @@ def make_table_optimizer(
     learning_rate: optax.Schedule,
     *,
     seed: int,
-    exchange: Literal["auto", "all_gather", "all_reduce"] = "auto",
+    collective: Literal["auto", "all_gather", "all_reduce"] = "auto",
     implementation: str | None = None,
 ) -> RowOptimizer | DenseTableOptimizer:
     """The optimizer of all tables; see `RowOptimizer` for the arguments."""
@@ -64,4 +64,4 @@ def make_table_optimizer(
         moment_dtype=jnp.dtype(config.moment_dtype),
         stochastic_rounding=config.stochastic_rounding,
     )
-    return RowOptimizer(learning_rate, rule, seed, exchange, implementation)
+    return RowOptimizer(learning_rate, rule, seed, collective, implementation)

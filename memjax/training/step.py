@@ -42,11 +42,11 @@ class _StepAux(NamedTuple):
     """Scalars summed over micro-batches, returned next to the gradients."""
 
     loss: Array
-    """Of the language model, of all learned tokens."""
+    """Of the language model, of all target tokens."""
     by_part: list[Array]
     """Summed losses of a mixture's parts."""
     routers: dict[str, RouterStatistics]
-    """Of the real tokens, by layer."""
+    """Of the tokens without padding, by layer."""
 
 
 def make_train_step(program: TrainProgram, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
@@ -77,9 +77,9 @@ def abstract_batch(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 def train_step(program: TrainProgram, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """The step itself, to be traced."""
-    learned, real = batch["loss_mask"].sum(), (batch["segments"] > 0).sum()
-    # A batch in which nothing is learned has the loss 0.
-    found, counts = _accumulate(program, state, batch, jnp.maximum(learned, 1), jnp.maximum(real, 1))
+    num_targets, num_tokens = batch["loss_mask"].sum(), (batch["segments"] > 0).sum()
+    # A batch without a target token has the loss 0.
+    found, counts = _accumulate(program, state, batch, jnp.maximum(num_targets, 1), jnp.maximum(num_tokens, 1))
     aux, dense, dense_tables, not_finite = found.summed
 
     # Decided before anything is written, so that the last good state is always whole. The norm, which clipping needs
@@ -113,8 +113,8 @@ def train_step(program: TrainProgram, state: TrainState, batch: Batch) -> tuple[
         "train/loss": aux.loss,
         "train/grad_norm": norm,
         "train/lr": program.schedule(state.step),
-        "train/tokens": real,
-        "train/target_tokens": learned,
+        "train/tokens": num_tokens,
+        "train/target_tokens": num_targets,
         "healthy": ok,
     }
     metrics |= _part_metrics(program, batch, aux.by_part) | _router_metrics(aux.routers)
@@ -169,15 +169,15 @@ class _Gradients(NamedTuple):
 
 
 def _accumulate(
-    program: TrainProgram, state: TrainState, batch: Batch, learned: Array, real: Array
+    program: TrainProgram, state: TrainState, batch: Batch, num_targets: Array, num_tokens: Array
 ) -> tuple[_Gradients, Callable[[Array], dict[str, Array]]]:
     """The gradients of all micro-batches; and the read counters after the step, when it is known whether it is ok.
 
-    The loss is a sum over tokens, divided by the number of learned tokens of the whole batch: however the batch is cut
+    The loss is a sum over tokens, divided by the number of target tokens of the whole batch: however the batch is cut
     into micro-batches, every token counts the same. Row gradients are kept until the update, or, where that would hold
     more than a dense gradient of their table, summed as they come.
     """
-    one = lambda micro: _gradients(program, state, micro, learned, real)
+    one = lambda micro: _gradients(program, state, micro, num_targets, num_tokens)
     count, first = batch["tokens"].shape[0], jax.tree.map(lambda array: array[0], batch)
     if count == 1:
         found = one(first)  # counted in place
@@ -206,12 +206,14 @@ def _accumulate(
     return total._replace(rows=total.rows | kept), counts
 
 
-def _gradients(program: TrainProgram, state: TrainState, batch: Batch, learned: Array, real: Array) -> _Gradients:
+def _gradients(
+    program: TrainProgram, state: TrainState, batch: Batch, num_targets: Array, num_tokens: Array
+) -> _Gradients:
     """The gradients of one micro-batch."""
     parts, remat = program.parts, program.config.train.remat
     # Padding comes last in its row, so the tokens before it never see it.
     segments = batch["segments"] if program.config.data.rows_hold_documents else None
-    is_real = batch["segments"] > 0
+    token_mask = batch["segments"] > 0
 
     def loss_fn(
         params: nnx.State, perturbations: dict[str, Perturbations], tables: Tables
@@ -219,11 +221,11 @@ def _gradients(program: TrainProgram, state: TrainState, batch: Batch, learned: 
         params = without_gradient_where_frozen(program.config.optim, _whole_outside_blocks(params))
         model = parts.assemble(params, tables)
         places = (batch["tokens"], batch["positions"], segments)
-        hidden = model.hidden(*places, perturbations, remat, real=is_real, training=True)
+        hidden = model.hidden(*places, perturbations, remat, token_mask=token_mask, training=True)
         mask = batch["loss_mask"].astype(accumulator(hidden.states.dtype))
-        loss, losses = summed_loss(model, hidden.states, batch["targets"], mask / learned)
+        loss, losses = summed_loss(model, hidden.states, batch["targets"], mask / num_targets)
         by_part = [jnp.sum(losses * mask, where=is_of_part) for is_of_part in _parts(program, batch)]
-        aux = _StepAux(loss, by_part, _routers(hidden.routings, is_real, real))
+        aux = _StepAux(loss, by_part, _routers(hidden.routings, token_mask, num_tokens))
         return loss + _router_loss(program, aux.routers), (hidden.reads, aux)
 
     params, tables, of_tables = state.params, state.tables, {}
@@ -235,7 +237,7 @@ def _gradients(program: TrainProgram, state: TrainState, batch: Batch, learned: 
         (_, aux), (dense, of_tables), reads, cotangents = perturbed_value_and_grad(of_both)(
             (params, tables), perturbations
         )
-    reads = _without_padding(program, state, reads, is_real.ravel())
+    reads = _without_padding(program, state, reads, token_mask.ravel())
     rows = {} if program.config.optim.table.is_dense else row_gradients(reads, cotangents)
     factors = [(row.weights, row.vectors) for of_table in rows.values() for row in of_table]
     not_finite = (~_all_finite(factors)).astype(jnp.int32)
@@ -244,10 +246,10 @@ def _gradients(program: TrainProgram, state: TrainState, batch: Batch, learned: 
     return _Gradients(summed, rows, {layer: of_layer[0].indices for layer, of_layer in reads.items()})
 
 
-def _routers(routings: dict[str, Routing], is_real: Array, real: Array) -> dict[str, RouterStatistics]:
-    """Statistics of a micro-batch's real tokens, times their share in those of the whole batch."""
-    share = is_real.sum() / real
-    found = {name: router_statistics(routing, is_real.ravel()) for name, routing in routings.items()}
+def _routers(routings: dict[str, Routing], token_mask: Array, num_tokens: Array) -> dict[str, RouterStatistics]:
+    """Statistics of a micro-batch's tokens without padding, times their share in those of the whole batch."""
+    share = token_mask.sum() / num_tokens
+    found = {name: router_statistics(routing, token_mask.ravel()) for name, routing in routings.items()}
     return jax.tree.map(lambda value: value * share.astype(value.dtype), found)
 
 
@@ -278,12 +280,12 @@ def _parts(program: TrainProgram, batch: Batch) -> list[Array]:
 
 
 def _part_metrics(program: TrainProgram, batch: Batch, losses: list[Array]) -> Metrics:
-    """Learned tokens and loss of each part of a mixture; not a number for a part of which the batch has nothing."""
+    """Target tokens and loss of each part of a mixture; not a number for a part of which the batch has nothing."""
     metrics = {}
     for part, is_of_part, loss in zip(program.config.data.mixture, _parts(program, batch), losses, strict=True):
-        learned = jnp.sum(batch["loss_mask"], where=is_of_part)
-        metrics[f"data/{part.name}/target_tokens"] = learned
-        metrics[f"data/{part.name}/loss"] = loss / learned
+        num_targets = jnp.sum(batch["loss_mask"], where=is_of_part)
+        metrics[f"data/{part.name}/target_tokens"] = num_targets
+        metrics[f"data/{part.name}/loss"] = loss / num_targets
     return metrics
 
 
@@ -313,18 +315,18 @@ def _update_tables(
     return {name: table for name, (table, _) in new.items()}, {name: after for name, (_, after) in new.items()}
 
 
-def _without_padding(program: TrainProgram, state: TrainState, reads: Reads, is_real: Bool[Array, " t"]) -> Reads:
+def _without_padding(program: TrainProgram, state: TrainState, reads: Reads, token_mask: Bool[Array, " t"]) -> Reads:
     """The reads without the picks of tokens that are padding: they touch no row and no state. In the order of the
     model's lookups, in which the gradients of a table are summed.
     """
     return {
-        layer: tuple(read.without_padding(is_real, state.tables[read.table].shape[0]) for read in reads[layer])
+        layer: tuple(read.without_padding(token_mask, state.tables[read.table].shape[0]) for read in reads[layer])
         for layer in map(layer_name, program.config.model.lookups)
     }
 
 
 def _counted(counts: dict[str, Array], reads: dict[str, Array], ok: Array) -> dict[str, Array]:
-    """Read counters with the picks of real tokens (see `_without_padding`); bad steps do not count.
+    """Read counters with the picks of tokens that are no padding (see `_without_padding`); bad steps do not count.
 
     Every device counts all picks: they are fewer than the slots of a large table, whose counts would have to be added
     up over the devices.

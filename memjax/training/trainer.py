@@ -27,7 +27,7 @@ from memjax.training.first_batches import FirstBatches
 from memjax.training.hook import Periodic
 from memjax.training.hooks import with_standard_hooks
 from memjax.training.in_flight import IN_FLIGHT, InFlight, Step
-from memjax.training.interrupt import SAVED, Interrupt, shared_wish
+from memjax.training.interrupt import SAVED, Interrupt, any_process_interrupted
 from memjax.training.program import TrainProgram
 from memjax.training.start import first_state, newest_state
 from memjax.training.state import TrainState, to_items
@@ -77,7 +77,7 @@ class Trainer:
         self.first_step = self.last_step = 0
         self.newest_row: Row = {}
         self._first_batches = FirstBatches(config.data)
-        self._any_process_interrupted = shared_wish(interrupt, mesh)
+        self._any_process_interrupted = any_process_interrupted(interrupt, mesh)
         self._all_must_stop = False
         self._in_flight = InFlight(lambda: record(self.first_step))
 
@@ -89,7 +89,7 @@ class Trainer:
         Raises:
             NotFinite: a loss or gradient is not a number.
             Preempted: a signal asked for the end.
-            ConfigError: the first batches have no learned token.
+            ConfigError: the first batches have no target token.
             DataError: the data cannot be read.
             CheckpointError: a checkpoint cannot be written or read, or a file of the run cannot be used.
         """
@@ -204,7 +204,7 @@ class Trainer:
         """Saves the state with the data's position after its last step. Every row up to it is written before.
 
         Args:
-            without_tables: save a light checkpoint.
+            without_tables: save a partial checkpoint.
             despite_hooks: warn of a hook whose `state` raises, and leave it out.
         """
         self.finish_steps()

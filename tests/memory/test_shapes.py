@@ -95,7 +95,7 @@ def test_rules_of_the_config_hold_for_the_layers(as_users_call, wrong, message):
             kind(DIM, **{**SIZES, **wrong}, rngs=nnx.Rngs(0))
 
 
-def test_rules_of_the_config_hold_for_tables_and_exchanges(as_users_call):
+def test_rules_of_the_config_hold_for_tables_and_collectives(as_users_call):
     sizes: dict[str, Any] = {"num_slots": 4, "value_dim": 4}
     wrongs: list[dict[str, Any]] = [{"num_slots": 0}, {"num_slots": 2**31}, {"value_dim": -1}, {"dtype": jnp.int8}]
     for wrong in wrongs:
@@ -103,8 +103,8 @@ def test_rules_of_the_config_hold_for_tables_and_exchanges(as_users_call):
             ValueTable(**{**sizes, **wrong}, rngs=nnx.Rngs(0))
     gradient = RowGradient(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1)), jnp.ones((1, 4)))
     unknown: Any = "Dense"
-    with pytest.raises(ValueError, match="exchange='Dense' is unknown; known: auto, all_gather, all_reduce"):
-        sharded.update_rows(jnp.ones((4, 4)), {}, [gradient], RowRule(kind="sgd"), row_step(1.0, 0), exchange=unknown)
+    with pytest.raises(ValueError, match="collective='Dense' is unknown; known: auto, all_gather, all_reduce"):
+        sharded.update_rows(jnp.ones((4, 4)), {}, [gradient], RowRule(kind="sgd"), row_step(1.0, 0), collective=unknown)
 
 
 def test_tokens_that_devices_cannot_share_evenly_are_refused_with_what_to_do(mesh):

@@ -249,9 +249,9 @@ def test_types_follow_the_config():
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (2, 1), (7,)], ids=str)
-@pytest.mark.parametrize("name", ["positions", "segments", "real"])
+@pytest.mark.parametrize("name", ["positions", "segments", "token_mask"])
 def test_what_belongs_to_other_tokens_is_refused(as_users_call, name, shape):
-    given: dict[str, Any] = {name: jnp.ones(shape, bool if name == "real" else jnp.int32)}
+    given: dict[str, Any] = {name: jnp.ones(shape, bool if name == "token_mask" else jnp.int32)}
     sizes = ", ".join(map(str, shape))
     with pytest.raises(ValueError, match=rf"{name} must have the shape of the tokens; found .*{name} \w+\[{sizes}\]"):
         build("own tables").hidden(jnp.asarray(TOKENS), **given)

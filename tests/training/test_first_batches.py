@@ -22,7 +22,7 @@ def test_a_cut_before_everything_that_is_learned_is_refused_by_name():
         first_batches.look(batch(0), last=False)
     assert str(error.value) == (
         "data.sequence_length=8 is too short for data.packing=none, which cuts every record there: no token of the "
-        "first 8 batches is learned; raise data.sequence_length, or set data.packing to first_fit"
+        "first 8 batches counts in the loss; raise data.sequence_length, or set data.packing to first_fit"
     )
 
 

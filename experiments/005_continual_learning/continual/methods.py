@@ -138,7 +138,7 @@ def _dense(model: Decoder, tokenizer: Tokenizer, facts: Sequence[Fact], method: 
     def step(trainable: Trainable, state: Any, params: Any, tables: Any, batch: dict[str, Array], lr: Array) -> Any:
         def loss(trainable: Trainable) -> Array:
             model = parts.assemble(*join(trainable, params, tables))
-            hidden = model.hidden(batch["tokens"], real=batch["segments"] > 0).states
+            hidden = model.hidden(batch["tokens"], token_mask=batch["segments"] > 0).states
             weights = batch["loss_mask"] / jnp.maximum(batch["loss_mask"].sum(), 1)
             return summed_loss(model, hidden, batch["targets"], weights)[0]
 

@@ -30,7 +30,7 @@ from memjax.models.decoder import resolve_dtype
 from memjax.monitoring.units import gigabytes
 from memjax.ops.precision import accumulator
 from memjax.sharding.mesh import abstract_mesh, of_parameters
-from memjax.training.plan.row_exchange import PlannedExchange, plan_exchange
+from memjax.training.plan.row_grad_reduce import PlannedReduce, plan_reduce
 from memjax.training.program import TrainProgram
 
 GAPS = 0.06
@@ -274,7 +274,7 @@ class _Planner:
         """Index and weight of every pick, and the vectors that they multiply, of all micro-batches; or of one, and the
         sum of all.
         """
-        planned = self.exchange
+        planned = self.collective
         if planned is None:
             return {}
         row_bytes = sum(lookup.gradient for lookup in self.lookups) * self.tokens
@@ -290,7 +290,7 @@ class _Planner:
 
     def row_update(self) -> Bytes:
         """Picks in the order of their rows with the vectors that they multiply, and where they are summed."""
-        planned = self.exchange
+        planned = self.collective
         if planned is None:
             return {}
         held = planned.bytes[planned.chosen]
@@ -298,9 +298,9 @@ class _Planner:
         return {"dense row gradient": 0 if planned.sums else held.gradient, "sorted picks": held.picks}
 
     @functools.cached_property
-    def exchange(self) -> PlannedExchange | None:
-        """How row gradients are summed and exchanged."""
-        return plan_exchange(self.config, data_axis=self.data_axis)
+    def collective(self) -> PlannedReduce | None:
+        """How row gradients are summed, and cross `data`."""
+        return plan_reduce(self.config, data_axis=self.data_axis)
 
     @property
     def param_width(self) -> int:

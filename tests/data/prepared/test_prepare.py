@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Literal
 
 import numpy as np
 import pyarrow
@@ -29,7 +30,7 @@ from memjax.errors import DataError
 BYTES = ByteTokenizer()
 
 
-def corpus(path, *, source="files", **settings):
+def corpus(path, *, source: Literal["text", "files"] = "files", **settings):
     config = DataConfig(**settings)
     return Corpus(name="training", path=str(path), source=source, field="data.path", config=config)
 

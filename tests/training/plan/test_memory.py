@@ -8,7 +8,7 @@ import pytest
 
 from memjax.config.load import load
 from memjax.config.run import RunConfig
-from memjax.memory.row_exchange import PICK_BYTES
+from memjax.memory.row_grad_reduce import PICK_BYTES
 from memjax.training.plan import memory as memory_plan
 from memjax.training.plan import savings
 from memjax.training.program import TrainProgram

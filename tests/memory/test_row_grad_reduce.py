@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from memjax.memory.row_exchange import ExchangeBytes, choose, exchange_bytes, sums_micro_batches
+from memjax.memory.row_grad_reduce import ReduceBytes, choose, reduce_bytes, sums_micro_batches
 from memjax.ops.row_gradient import RowGradient
 
 
@@ -15,12 +15,12 @@ def shapes(tokens, picks=4, columns=256, rows=1000):
 
 
 def test_bytes_by_hand():
-    found = exchange_bytes(*shapes(80), data_axis=4, memory_axis=2)
+    found = reduce_bytes(*shapes(80), data_axis=4, memory_axis=2)
     # Two layers of 80 tokens: 4 picks of 8 bytes each, and 128 columns of 2 bytes; a quarter of it is there already.
-    assert found["all_gather"] == ExchangeBytes(2 * 80 * (32 + 256) * 3 // 4, 0, 2 * 80 * (4 * 40 + 256))
+    assert found["all_gather"] == ReduceBytes(2 * 80 * (32 + 256) * 3 // 4, 0, 2 * 80 * (4 * 40 + 256))
     # 1000 rows of 128 columns and a count, 4 bytes each, sent to be summed and as sums. The gradient and five blocks of
     # it (all, here) are held, and of one layer of 20 tokens the picks, gathered and sorted, with their vectors.
-    assert found["all_reduce"] == ExchangeBytes(2 * 1000 * 129 * 4 * 3 // 4, 6 * 1000 * 128 * 4, 20 * (32 + 160 + 256))
+    assert found["all_reduce"] == ReduceBytes(2 * 1000 * 129 * 4 * 3 // 4, 6 * 1000 * 128 * 4, 20 * (32 + 160 + 256))
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_bytes_by_hand():
         (100, 4, "all_reduce", "all_reduce"),
         (100_000, 4, "auto", "all_reduce"),
         (100_000, 4, "all_gather", "all_gather"),
-        # nothing is exchanged: all_reduce only where the picks cannot be sorted at once.
+        # nothing crosses `data`: all_reduce only where the picks cannot be sorted at once.
         (100_000, 1, "auto", "all_gather"),
         (2**28, 1, "auto", "all_reduce"),
     ],

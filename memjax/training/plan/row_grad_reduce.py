@@ -6,25 +6,25 @@ import jax
 import jax.numpy as jnp
 
 from memjax.config.run import RunConfig
-from memjax.memory import row_exchange
-from memjax.memory.row_exchange import Exchange, ExchangeBytes
+from memjax.memory import row_grad_reduce
+from memjax.memory.row_grad_reduce import Collective, ReduceBytes
 from memjax.models.decoder import resolve_dtype
 from memjax.monitoring.units import gigabytes
 from memjax.ops.precision import accumulator
 from memjax.ops.row_gradient import RowGradient
 
 
-class PlannedExchange(NamedTuple):
-    """The exchange of the table that is read most, and what either way would take of a device."""
+class PlannedReduce(NamedTuple):
+    """The collective of the table that is read most, and what either way would take of a device."""
 
-    chosen: Exchange
-    bytes: dict[Exchange, ExchangeBytes]
+    chosen: Collective
+    bytes: dict[Collective, ReduceBytes]
     sums: bool
     """Whether row gradients of micro-batches are summed dense as they come."""
 
 
-def plan_exchange(config: RunConfig, *, data_axis: int) -> PlannedExchange | None:
-    """The exchange of a run over data_axis x mesh.memory devices; None where no rows are updated."""
+def plan_reduce(config: RunConfig, *, data_axis: int) -> PlannedReduce | None:
+    """The collective of a run over data_axis x mesh.memory devices; None where no rows are updated."""
     data, accumulate, tables = config.data, config.train.grad_accum_steps, config.model.tables
     if not tables or config.optim.table.is_dense:
         return None
@@ -36,18 +36,18 @@ def plan_exchange(config: RunConfig, *, data_axis: int) -> PlannedExchange | Non
     of_one, wanted = [gradient] * len(busiest.readers), config.mesh.row_grad_reduce
     table = jax.ShapeDtypeStruct((busiest.num_slots, busiest.width), dtype)
     axes = {"data_axis": data_axis, "memory_axis": config.mesh.memory}
-    sums = row_exchange.sums_micro_batches(wanted, table, of_one, accumulate, **axes)
+    sums = row_grad_reduce.sums_micro_batches(wanted, table, of_one, accumulate, **axes)
     gradients = of_one if sums else of_one * accumulate
-    chosen = "all_reduce" if sums else row_exchange.choose(wanted, table, gradients, **axes)
-    return PlannedExchange(chosen, row_exchange.exchange_bytes(table, gradients, **axes), sums)
+    chosen = "all_reduce" if sums else row_grad_reduce.choose(wanted, table, gradients, **axes)
+    return PlannedReduce(chosen, row_grad_reduce.reduce_bytes(table, gradients, **axes), sums)
 
 
 def describe(config: RunConfig, *, data_axis: int) -> str:
-    """The bytes of both exchanges, and which one runs; empty where no rows are updated."""
-    planned = plan_exchange(config, data_axis=data_axis)
+    """The bytes of both collectives, and which one runs; empty where no rows are updated."""
+    planned = plan_reduce(config, data_axis=data_axis)
     if planned is None:
         return ""
-    lines = [f"{'row exchange over data':<27} {planned.chosen} (mesh.row_grad_reduce: {config.mesh.row_grad_reduce})"]
+    lines = [f"{'row gradients over data':<27} {planned.chosen} (mesh.row_grad_reduce: {config.mesh.row_grad_reduce})"]
     if planned.sums:
         lines[0] += ", summed from micro-batch to micro-batch"
     for name, count in planned.bytes.items():

@@ -11,13 +11,13 @@ from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.dense import BLOCK_BYTES, BLOCK_COPIES, piece_tokens
 from memjax.ops.row_update.segments import MOST_PICKS
 
-Exchange = Literal["all_gather", "all_reduce"]
+Collective = Literal["all_gather", "all_reduce"]
 
 PICK_BYTES = 40
 """Of each pick while rows are updated: its row, token and weight, sorted and unsorted, and where segments begin."""
 
 
-class ExchangeBytes(NamedTuple):
+class ReduceBytes(NamedTuple):
     """What one update of a table costs a device in bytes."""
 
     received: int
@@ -33,10 +33,10 @@ class ExchangeBytes(NamedTuple):
         return sum(self)
 
 
-def exchange_bytes(
+def reduce_bytes(
     table: Any, gradients: Sequence[RowGradient], *, data_axis: int, memory_axis: int
-) -> dict[Exchange, ExchangeBytes]:
-    """The bytes of either exchange.
+) -> dict[Collective, ReduceBytes]:
+    """The bytes of either collective.
 
     Args:
         table: anything with the shape and dtype of the whole table.
@@ -56,8 +56,8 @@ def exchange_bytes(
     reduced = 2 * num_rows * (row + jnp.dtype(jnp.int32).itemsize)
     from_others = lambda count: count * (data_axis - 1) // data_axis
     return {
-        "all_gather": ExchangeBytes(from_others(of_picks + vectors), 0, picks * PICK_BYTES + vectors),
-        "all_reduce": ExchangeBytes(
+        "all_gather": ReduceBytes(from_others(of_picks + vectors), 0, picks * PICK_BYTES + vectors),
+        "all_reduce": ReduceBytes(
             from_others(reduced),
             num_rows * row + BLOCK_COPIES * min(num_rows * row, BLOCK_BYTES),
             max(_of_one(gradient, gradient.indices.shape[0] // data_axis, columns) for gradient in gradients),
@@ -79,7 +79,7 @@ def sums_micro_batches(
     auto takes what holds fewer bytes; all_gather always keeps them.
 
     Args:
-        wanted: the exchange that was asked for.
+        wanted: the collective that was asked for.
         table: anything with the shape and dtype of the whole table.
         gradients: row gradients of one micro-batch, or their shapes.
         count: micro-batches of a step.
@@ -92,8 +92,8 @@ def sums_micro_batches(
     sizes = [factor.size * factor.dtype.itemsize for gradient in gradients for factor in gradient]
     factors = sum(sizes) // (data_axis * memory_axis)
     every = [*gradients] * count
-    kept = exchange_bytes(table, every, **axes)[choose(wanted, table, every, **axes)]
-    summed = exchange_bytes(table, gradients, **axes)["all_reduce"]
+    kept = reduce_bytes(table, every, **axes)[choose(wanted, table, every, **axes)]
+    summed = reduce_bytes(table, gradients, **axes)["all_reduce"]
     return factors + summed.gradient + summed.picks < count * factors + kept.gradient + kept.picks
 
 
@@ -111,21 +111,21 @@ def choose(
     *,
     data_axis: int,
     memory_axis: int,
-) -> Exchange:
-    """The exchange that runs; arguments as for `exchange_bytes`.
+) -> Collective:
+    """The collective that runs; arguments as for `reduce_bytes`.
 
-    auto takes the one of fewer bytes, received and held together; on one replica, where nothing is exchanged,
+    auto takes the one of fewer bytes, received and held together; on one replica, where nothing crosses `data`,
     all_reduce only where there are too many picks to be sorted at once.
 
     Raises:
         ValueError: `wanted` is unknown.
     """
-    checks.refuse(checks.one_of(("auto", *get_args(Exchange)), exchange=wanted))
+    checks.refuse(checks.one_of(("auto", *get_args(Collective)), collective=wanted))
     if wanted != "auto":
         return wanted
     if sum(gradient.indices.size for gradient in gradients) > MOST_PICKS:
         return "all_reduce"
     if data_axis == 1:
         return "all_gather"
-    found = exchange_bytes(table, gradients, data_axis=data_axis, memory_axis=memory_axis)
+    found = reduce_bytes(table, gradients, data_axis=data_axis, memory_axis=memory_axis)
     return min(found, key=lambda name: found[name].total)
