@@ -20,10 +20,12 @@ from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import CheckpointError, ConfigError
 from memjax.interop.folders import file_in, read_json, write_json
-from memjax.interop.huggingface.config import has_own_format, longest_text, read_model_config, write_model_config
+from memjax.interop.huggingface.config import longest_text, read_model_config
+from memjax.interop.huggingface.families import has_own_format
 from memjax.interop.huggingface.safetensors import open_tensors
 from memjax.interop.huggingface.tensors import compare_bits, read_model, write_model
 from memjax.interop.huggingface.tokenizer import GENERATION, read_tokenizer, write_tokenizer
+from memjax.interop.huggingface.written_config import write_model_config
 from memjax.interop.model_card import CARD, generation_config, model_card
 from memjax.interop.run import check_vocabulary, write_converted
 from memjax.models.decoder import Decoder, resolve_dtype

@@ -5,7 +5,8 @@ import pytest
 from memjax.checkpoint import CheckpointError
 from memjax.config.memory import MemoryConfig
 from memjax.config.model import ExpertsConfig, ModelConfig, RopeScalingConfig
-from memjax.interop.huggingface.config import longest_text, read_model_config, write_model_config
+from memjax.interop.huggingface.config import longest_text, read_model_config
+from memjax.interop.huggingface.written_config import write_model_config
 
 LLAMA = {
     "model_type": "llama",

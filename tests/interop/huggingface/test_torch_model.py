@@ -9,9 +9,9 @@ import pytest
 
 from memjax.config.memory import MemoryConfig, PEERConfig
 from memjax.config.model import ExpertsConfig, ModelConfig, RopeScalingConfig
-from memjax.interop.huggingface.config import write_model_config
 from memjax.interop.huggingface.convert import TORCH_MODEL
 from memjax.interop.huggingface.tensors import _tensors
+from memjax.interop.huggingface.written_config import write_model_config
 from memjax.models.parts import DecoderParts
 from memjax.runs.layout import params_to_tree
 
