@@ -1,6 +1,7 @@
 """Checks of settings, for the `__post_init__` of configs and for the classes that take the same values as arguments.
 
-A check is a list of problems in words, each beginning with `field=value`; None stands where all is well.
+A check gives a list of problems in words, each beginning with `field=value`; None stands where all is well. Fields may
+be null, where no type says otherwise.
 """
 
 import functools
@@ -21,30 +22,47 @@ def refuse(problems: list[str | None]) -> None:
         raise ValueError("\n".join(found))
 
 
-def positive(**fields: int | float | None) -> list[str | None]:
-    """Fields must be above 0, or null."""
-    return [f"{name}={value} must be positive" for name, value in fields.items() if value is not None and not value > 0]
+Check = Callable[..., list[str | None]]
+"""Takes fields by name, and says what is wrong with their values."""
 
 
-def not_empty(**fields: str | None) -> list[str | None]:
-    """Texts must not be empty; they may be null."""
-    return [f"{name}={value!r} must not be empty" for name, value in fields.items() if value is not None and not value]
+def _check(is_right: Callable[[Any], bool], rule: str, *, quoted: bool = False, or_null: bool = True) -> Check:
+    def check(**fields: Any) -> list[str | None]:
+        return [
+            f"{name}={value!r} {rule}" if quoted else f"{name}={value} {rule}"
+            for name, value in fields.items()
+            if not ((or_null and value is None) or is_right(value))
+        ]
+
+    return check
 
 
-def not_negative(**fields: int | float | None) -> list[str | None]:
-    """Fields must be 0 or above, or null."""
-    return [
-        f"{name}={value} must not be negative" for name, value in fields.items() if value is not None and not value >= 0
-    ]
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def whole(**fields: Any) -> list[str | None]:
-    """Fields must be whole numbers, or null."""
-    return [
-        f"{name}={value!r} must be a whole number"
-        for name, value in fields.items()
-        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral))
-    ]
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_whole(value: Any) -> bool:
+    return isinstance(value, tuple) and all(map(_is_whole, value))
+
+
+positive = _check(lambda value: value > 0, "must be positive")
+not_negative = _check(lambda value: value >= 0, "must not be negative")
+share = _check(lambda value: 0 <= value <= 1, "must be in 0..1")
+below_one = _check(lambda value: 0 <= value < 1, "must be in 0..1 and below 1")
+not_empty = _check(bool, "must not be empty", quoted=True)
+whole = _check(_is_whole, "must be a whole number", quoted=True)
+
+_of_type = functools.partial(_check, quoted=True, or_null=False)
+_TYPES: dict[Any, Check] = {
+    bool: _of_type(lambda value: isinstance(value, bool), "must be true or false"),
+    int: _of_type(_is_whole, "must be a whole number"),
+    float: _of_type(_is_finite, "must be a finite number"),
+    tuple[int, ...]: _of_type(_are_whole, "must be a tuple of whole numbers"),
+}
 
 
 def counts(**fields: Any) -> list[str | None]:
@@ -89,33 +107,9 @@ def _union(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
-def _rule(kind: Any) -> Callable[..., list[str | None]] | None:
+def _rule(kind: Any) -> Check | None:
     """The check of values of a type."""
-    if get_origin(kind) is Literal:
-        return functools.partial(one_of, get_args(kind))
-    if kind == tuple[int, ...]:
-        return _whole_numbers
-    return {bool: _flags, int: whole, float: _numbers}.get(kind)
-
-
-def _flags(**fields: Any) -> list[str | None]:
-    return [f"{name}={value!r} must be true or false" for name, value in fields.items() if not isinstance(value, bool)]
-
-
-def _numbers(**fields: Any) -> list[str | None]:
-    return [
-        f"{name}={value!r} must be a finite number"
-        for name, value in fields.items()
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value)
-    ]
-
-
-def _whole_numbers(**fields: Any) -> list[str | None]:
-    return [
-        f"{name}={value!r} must be a tuple of whole numbers"
-        for name, value in fields.items()
-        if not isinstance(value, tuple) or any(whole(item=item) for item in value)
-    ]
+    return functools.partial(one_of, get_args(kind)) if get_origin(kind) is Literal else _TYPES.get(kind)
 
 
 @functools.cache
@@ -131,20 +125,6 @@ def ranges(config: Any) -> list[str | None]:
         for one in _union(kind)
         for check in getattr(one, "__metadata__", ())
         for problem in check(**{name: getattr(config, name)})
-    ]
-
-
-def share(**fields: float) -> list[str | None]:
-    """Fields must be in 0..1."""
-    return [f"{name}={value} must be in 0..1" for name, value in fields.items() if not 0 <= value <= 1]
-
-
-def below_one(**fields: float | None) -> list[str | None]:
-    """Fields must be in 0..1 and below 1, or null."""
-    return [
-        f"{name}={value} must be in 0..1 and below 1"
-        for name, value in fields.items()
-        if value is not None and not 0 <= value < 1
     ]
 
 

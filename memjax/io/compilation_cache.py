@@ -19,7 +19,7 @@ import warnings
 import zlib
 
 from memjax.io.console import warn
-from memjax.io.files import write_atomic
+from memjax.io.files import read_object, write_atomic
 from memjax.io.paths import local_path, user_cache
 
 VARIABLE = "MEMJAX_COMPILE_CACHE"
@@ -101,11 +101,7 @@ def _tidy(folder: pathlib.Path) -> None:
     A process that is killed while it writes leaves a part of an entry, which JAX would neither use nor replace. An
     entry is read and unpacked once; then its size, time and checksum are kept, and it is read again when these change.
     """
-    try:
-        known = json.loads((folder / _CHECKED).read_text(encoding="utf-8"))
-        known = known if isinstance(known, dict) else {}
-    except (OSError, ValueError, RecursionError):
-        known = {}
+    known = read_object(folder / _CHECKED) or {}
     checked: dict[str, list[int]] = {}
     sizes: list[tuple[float, int, pathlib.Path]] = []
     for path in folder.glob(_ENTRIES):

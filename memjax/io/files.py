@@ -1,11 +1,13 @@
-"""Atomic replacement of files, and files that somebody else may have put in a folder."""
+"""Files: replaced atomically, and read though somebody else may have put them in a folder."""
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import stat
 import tempfile
+from typing import Any
 
 MAX_BYTES = 1 << 28
 """Most of a document that is read; a tokenizer of 256,000 tokens takes about 40 MB."""
@@ -82,6 +84,15 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> pathlib.
             os.unlink(temporary)
         raise
     return path
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is no such file, or it is damaged."""
+    try:
+        content = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def default_mode() -> int:

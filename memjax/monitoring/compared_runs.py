@@ -1,7 +1,6 @@
 """Runs that are compared: what each wrote, the settings in which they differ, and a table of where each ended."""
 
 import dataclasses
-import json
 import math
 import pathlib
 import re
@@ -17,7 +16,7 @@ from memjax.config.run import RunConfig
 from memjax.config.schema import show
 from memjax.errors import ConfigError, DataError
 from memjax.io.console import columns, is_terminal
-from memjax.io.files import read_text
+from memjax.io.files import read_object
 from memjax.monitoring.metrics import Row, comparable, read_metrics
 
 Axis = Literal["step", "tokens", "seconds"]
@@ -87,7 +86,9 @@ def read_runs(folders: Sequence[pathlib.Path]) -> list[Run]:
         lengths = range(1, len(path.parts) + 1)
         ends = (path.parts[-length:] for length in lengths)
         name = next(end for end in ends if sum(other.parts[-len(end) :] == end for other in paths) == 1)
-        runs.append(Run("/".join(name), rows, _settings(path / "config.yaml"), _summary(path / "summary.json")))
+        runs.append(
+            Run("/".join(name), rows, _settings(path / "config.yaml"), read_object(path / "summary.json") or {})
+        )
     return runs
 
 
@@ -106,14 +107,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def _summary(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        summary = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
 
 
 def varying(runs: Sequence[Run]) -> list[str]:

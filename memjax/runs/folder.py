@@ -19,7 +19,7 @@ from memjax.data.sources.kinds import Source, find_source
 from memjax.data.tokenizers.base import FILE_NAME, Tokenizer
 from memjax.errors import ConfigError
 from memjax.io.console import say
-from memjax.io.files import read_text, write_atomic
+from memjax.io.files import read_object, write_atomic
 from memjax.io.lock import Locked, locked
 from memjax.io.paths import local_path
 from memjax.monitoring.metrics import read_metrics
@@ -83,12 +83,9 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any] | None:
         """What the finished run reported; None while it is not finished, or where the report is damaged."""
-        try:
-            summary = json.loads(read_text(self.summary))
-        except (OSError, ValueError, RecursionError):
-            return None
-        is_report = isinstance(summary, dict) and isinstance(summary.get("metrics"), dict)
-        return summary if is_report and isinstance(summary.get("steps"), int) else None
+        summary = read_object(self.summary) or {}
+        is_report = isinstance(summary.get("metrics"), dict) and isinstance(summary.get("steps"), int)
+        return summary if is_report else None
 
     def write_json(self, name: str, content: dict[str, Any]) -> pathlib.Path:
         """Replaces a JSON file atomically."""

@@ -229,7 +229,8 @@ def opening(config: RunConfig, program: TrainProgram, mesh: jax.sharding.Mesh, f
         + (f"{billions(counts.experts)} in experts, " if config.model.experts else "")
         + f"{billions(counts.active)} active per token",
         f"devices    {mesh.size} x {mesh.devices.flat[0].device_kind} ({config.mesh.describe(mesh.shape['data'])}"
-        f"{_of_processes()}), {gigabytes(sizes.total)} needed on each",
+        + (f", {jax.process_count()} processes" if jax.process_count() > 1 else "")
+        + f"), {gigabytes(sizes.total)} needed on each",
         f"data       {config.data.path or config.data.source}, {config.train.steps} steps of "
         f"{config.data.batch_size} x {config.data.sequence_length} tokens",
         f"attention  {attention(config)}",
@@ -248,7 +249,3 @@ def opening(config: RunConfig, program: TrainProgram, mesh: jax.sharding.Mesh, f
         lines.insert(2, f"experts    {experts.num_experts} in block {layers}; {choice}")
         lines.append(f"kernels    {kernels('grouped_matmul', config.model.dtype)} for experts")
     return fitted("\n".join(lines), 11)
-
-
-def _of_processes() -> str:
-    return f", {jax.process_count()} processes" if jax.process_count() > 1 else ""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax.checkpoint.checkpoints import Checkpoints
+from memjax.checkpoint.names import flatten
 from memjax.config.load import differences
 from memjax.config.optim import ScheduleConfig
 from memjax.config.run import RunConfig
@@ -169,5 +170,4 @@ def _completed(program: TrainProgram, mesh: jax.sharding.Mesh, state: TrainState
 
 def _shapes(parts: DecoderParts) -> dict[str, list[int]]:
     tree = {PARAMS: params_to_tree(parts.abstract_params), TABLES: parts.abstract_tables}
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape) for path, leaf in leaves}
+    return {name: list(leaf.shape) for name, leaf in flatten(tree).items()}

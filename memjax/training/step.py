@@ -241,7 +241,10 @@ def _gradients(
     rows = {} if program.config.optim.table.is_dense else row_gradients(reads, cotangents)
     factors = [(row.weights, row.vectors) for of_table in rows.values() for row in of_table]
     not_finite = (~_all_finite(factors)).astype(jnp.int32)
-    summed = _Summed(aux, _place_gradient(program, dense), of_tables, not_finite)
+    if not (mesh := jax.sharding.get_abstract_mesh()).empty:
+        # Where its parameters live, so that no device sums or keeps all of it.
+        dense = jax.lax.with_sharding_constraint(dense, program.dense_shardings(mesh, dense))
+    summed = _Summed(aux, dense, of_tables, not_finite)
     # A layer that reads several tables reads the same rows of each.
     return _Gradients(summed, rows, {layer: of_layer[0].indices for layer, of_layer in reads.items()})
 
@@ -266,12 +269,6 @@ def _router_loss(program: TrainProgram, routers: dict[str, RouterStatistics]) ->
 def _whole_outside_blocks(params: nnx.State) -> nnx.State:
     """Embedding, norm and output matrix gathered once; blocks gather theirs when they run."""
     return nnx.State({name: part if name == "blocks" else axes.gathered(part) for name, part in params.items()})
-
-
-def _place_gradient(program: TrainProgram, dense: nnx.State) -> nnx.State:
-    """The dense gradient where its parameters live, so that no device sums or keeps all of it."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return dense if mesh.empty else jax.lax.with_sharding_constraint(dense, program.dense_shardings(mesh, dense))
 
 
 def _parts(program: TrainProgram, batch: Batch) -> list[Array]:

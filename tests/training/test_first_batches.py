@@ -32,8 +32,8 @@ def test_a_run_that_ends_before_it_has_learned_anything_is_refused_too():
     with pytest.raises(ConfigError) as error:
         first_batches.look(batch(0), last=True)
     assert str(error.value) == (
-        "data.sequence_length=64 x data.batch_size=4 holds nothing but prompts: no token of the first 2 batches is "
-        "learned; raise one of them, or look at what the records have under data.answer_key=answer"
+        "data.sequence_length=64 x data.batch_size=4 holds nothing but prompts: no token of the first 2 batches "
+        "counts in the loss; raise one of them, or look at what the records have under data.answer_key=answer"
     )
 
 

@@ -2,7 +2,7 @@
 
 import pathlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
 from memjax.config.data import BiographiesConfig, DataConfig
@@ -23,6 +23,13 @@ _BIOGRAPHY_PASSES = 5
 
 class Source(ABC):
     """One kind of data. Files are listed and scanned once, when they are first needed."""
+
+    people: BiographiesConfig | None = None
+    """The people whose facts the data tells, for the recall test; None where it is of something else."""
+    corpora: Sequence[Corpus] = ()
+    """The files; none where data is generated."""
+    problem: str | None = None
+    """What the config lacks."""
 
     def __init__(self, config: DataConfig):
         """Opens nothing yet."""
@@ -52,24 +59,14 @@ class Source(ABC):
         """
         return
 
-    @property
-    def people(self) -> BiographiesConfig | None:
-        """The people whose facts the data tells, for the recall test; None where it is of something else."""
-        return None
-
-    @property
-    def corpora(self) -> list[Corpus]:
-        """The files; none where data is generated."""
-        return []
-
-    @property
-    def problem(self) -> str | None:
-        """What the config lacks."""
-        return None
-
 
 class Biographies(Source):
     """Generated people; validation asks the questions of those that are not asked about in training."""
+
+    def __init__(self, config: DataConfig):
+        """Draws nobody yet."""
+        super().__init__(config)
+        self.people = config.biographies
 
     def texts(self, num_bytes: int) -> Iterator[str]:
         """Statements and questions in all wordings."""
@@ -83,11 +80,6 @@ class Biographies(Source):
         )
         return [training], [validation]
 
-    @property
-    def people(self) -> BiographiesConfig:
-        """The generated people."""
-        return self.config.biographies
-
 
 class Files(Source):
     """The files of a path: plain ones are read as they are, others from prepared data."""
@@ -97,34 +89,25 @@ class Files(Source):
     def __init__(self, config: DataConfig):
         """Opens nothing yet."""
         super().__init__(config)
-        self.training = [] if self.problem else self._training()
-        self.validation = self._validation()
+        self.training, self.validation = self._training(), self._validation()
+        self.corpora = [*self.training, *([self.validation] if self.validation else [])]
 
     @property
     def _format(self) -> Literal["jsonl", "text", "files"]:
         return self.config.source if self.config.source in ("jsonl", "text") else "files"
 
     def _training(self) -> list[Corpus]:
-        path = self.config.path or ""
-        return [self.KIND(name="training", path=path, source=self._format, field="data.path", config=self.config)]
+        path, field = self.config.path, "data.path"
+        if path is None:
+            self.problem = f"data.path is null: source={self.config.source} needs a file; set --data.path FILE"
+            return []
+        return [self.KIND(name="training", path=path, source=self._format, field=field, config=self.config)]
 
     def _validation(self) -> Corpus | None:
         path, field = self.config.validation_path, "data.validation_path"
         if path is None:
             return None
         return Corpus(name="validation", path=path, source=self._format, field=field, config=self.config)
-
-    @property
-    def problem(self) -> str | None:
-        """A path that is missing."""
-        if self.config.path is not None:
-            return None
-        return f"data.path is null: source={self.config.source} needs a file; set --data.path FILE"
-
-    @property
-    def corpora(self) -> list[Corpus]:
-        """What is trained on, then what is validated with."""
-        return [*self.training, *([self.validation] if self.validation else [])]
 
     def texts(self, num_bytes: int) -> Iterator[str]:
         """Texts of every corpus by its weight."""
@@ -212,11 +195,6 @@ class Mixture(Files):
             )
             for number, part in enumerate(self.config.mixture)
         ]
-
-    @property
-    def problem(self) -> str | None:
-        """Nothing: the config has checked that there are parts."""
-        return None
 
     def _must_be_prepared(self, corpus: Corpus) -> bool:
         return True

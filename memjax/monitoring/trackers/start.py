@@ -5,10 +5,8 @@ import time
 from collections.abc import Iterable
 
 from memjax.config.run import RunConfig
-from memjax.monitoring.trackers.tensorboard import TensorBoard
+from memjax.monitoring.trackers.sinks import TensorBoard, Trackio, Wandb
 from memjax.monitoring.trackers.tracker import Tracker
-from memjax.monitoring.trackers.trackio import Trackio
-from memjax.monitoring.trackers.wandb import Wandb
 
 CLOSE_SECONDS = 15.0
 """How long the end of a run waits for a tracker. Whoever sends SIGTERM waits about 30 seconds before SIGKILL."""

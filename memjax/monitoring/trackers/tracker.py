@@ -6,9 +6,6 @@ queue. Whatever is raised there is printed once, and the run goes on without tha
 
 import contextlib
 import importlib
-import json
-import math
-import pathlib
 import queue
 import threading
 from collections.abc import Callable
@@ -16,7 +13,6 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from memjax.io.console import warn
-from memjax.io.files import read_document, write_atomic
 from memjax.monitoring.metrics import Row
 
 _MOST_WAITING = 100_000
@@ -82,7 +78,7 @@ class Tracker:
             sink.close()
         except (Exception, SystemExit) as error:
             text = " ".join(str(error).split()).rstrip(".")
-            self._drop(text if isinstance(error, _Unusable) else f"{type(error).__name__}: {text}")
+            self._drop(text if isinstance(error, Unusable) else f"{type(error).__name__}: {text}")
 
     def _drop(self, why: str) -> None:
         if not self._dropped:
@@ -90,11 +86,11 @@ class Tracker:
             warn(f"{self.name}: {why}. The run goes on without it.")
 
 
-class _Unusable(Exception):
+class Unusable(Exception):
     """The tracker cannot start; the message says what to do."""
 
 
-class NotInstalled(_Unusable):
+class NotInstalled(Unusable):
     """A package is missing."""
 
 
@@ -110,44 +106,3 @@ def optional_package(name: str, install: str) -> ModuleType:
         if error.name != name:
             raise
         raise NotInstalled(f"{name} is not installed; get it with: pip install '{install}'") from None
-
-
-class Service:
-    """What W&B and Trackio have in common: a run with `log` and `finish`, which does not take a step back.
-
-    The last step handed over is kept in the run's folder, so that steps made again after a resumption are not sent
-    twice.
-    """
-
-    def __init__(self, notes: pathlib.Path):
-        self._path = notes
-        self.notes: dict[str, Any] = _read_notes(notes)
-        self.run: Any = None
-
-    def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Logs the numbers of a step, unless an earlier start has."""
-        if step <= self.notes.get("step", 0):
-            return
-        self.run.log({name: value for name, value in metrics.items() if math.isfinite(value)}, step=step)
-        self.keep(step=step)
-
-    def close(self) -> None:
-        """Ends the run there."""
-        self.run.finish()
-
-    def keep(self, **notes: Any) -> None:
-        """Adds notes to those in the folder."""
-        self.notes |= notes
-        write_atomic(self._path, json.dumps(self.notes) + "\n")
-
-
-def _read_notes(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        notes = json.loads(read_document(path))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError):
-        notes = None
-    if not isinstance(notes, dict):
-        raise _Unusable(f"{path} is damaged; remove it, and the next start begins a new run there")
-    return notes

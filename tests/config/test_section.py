@@ -1,0 +1,39 @@
+"""Sections check the types and the ranges that their fields name; settings are replaced by dotted names."""
+
+import dataclasses
+
+import pytest
+
+from memjax.config.memory import MemoryConfig
+from memjax.config.run import RunConfig
+from memjax.config.section import BelowOne, Positive, Section, replaced
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Toy(Section):
+    size: Positive[int] = 1
+    share: BelowOne[float] | None = None
+
+    def problems(self):
+        if self.share is not None and self.size > 1:
+            yield f"share={self.share} is for size=1"
+
+
+def test_types_come_first_then_all_ranges_and_rules(as_users_call):
+    assert Toy(size=2).share is None
+    with pytest.raises(ValueError, match=r"^size=None must be a whole number$"):
+        Toy(size=None, share=2.0)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"^size=0 must be positive\nshare=1\.0 must be in 0\.\.1 and below 1$"):
+        Toy(size=0, share=1.0)
+    with pytest.raises(ValueError, match=r"^share=0\.5 is for size=1$"):
+        Toy(size=2, share=0.5)
+
+
+def test_settings_that_are_right_only_together_are_replaced_at_once():
+    changed = replaced(
+        RunConfig(), {"data.batch_size": 6, "train.grad_accum_steps": 3, "model.memory.layers": (0,), "model.dim": 32}
+    )
+    assert (changed.data.batch_size, changed.train.grad_accum_steps, changed.model.dim) == (6, 3, 32)
+    assert changed.model.memory == MemoryConfig(layers=(0,))
+    with pytest.raises(ValueError, match="must be a multiple"):
+        replaced(RunConfig(), {"train.grad_accum_steps": 3})
