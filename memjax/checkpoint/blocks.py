@@ -35,7 +35,7 @@ def blocks(name: str, record: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     return {f"{name}/rows_{start:08d}": (start, min(step, shape[0] - start)) for start in range(0, shape[0], step)}
 
 
-def cut(leaves: Mapping[str, jax.Array], records: Mapping[str, Any]) -> dict[str, jax.Array]:
+def split_blocks(leaves: Mapping[str, jax.Array], records: Mapping[str, Any]) -> dict[str, jax.Array]:
     """What is stored, by stored name: leaves in one piece as they are, copies of the blocks of the others."""
     stored = {}
     for name, leaf in leaves.items():
@@ -45,7 +45,7 @@ def cut(leaves: Mapping[str, jax.Array], records: Mapping[str, Any]) -> dict[str
     return stored
 
 
-def put_together(
+def join_blocks(
     target: jax.ShapeDtypeStruct,
     places: Mapping[str, tuple[int, int]],
     read: Callable[[str, jax.ShapeDtypeStruct], jax.Array],

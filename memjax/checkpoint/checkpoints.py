@@ -174,7 +174,7 @@ class Checkpoints(Steps):
             self._writer.delete(self._replaced.intersection(self.steps()))
             self._replaced.clear()
         if damaged := self._damaged.intersection(self.steps()):
-            self._writer.set_aside(damaged)
+            self._writer.quarantine(damaged)
         self._damaged.clear()
 
     def _read(

@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
-from memjax.checkpoint.blocks import blocks, put_together
+from memjax.checkpoint.blocks import blocks, join_blocks
 from memjax.checkpoint.digests import RowsDigest, array_digests, text_digest
 from memjax.checkpoint.errors import Damaged, explained
 from memjax.checkpoint.index import INDEX, differences, unseal
@@ -147,7 +147,7 @@ class StoredStep:
 
         found = self._read_pieces(item, {name: target for name, target in targets.items() if name in places[name]})
         leaves = {
-            name: found[name] if name in found else put_together(target, places[name], read_block)
+            name: found[name] if name in found else join_blocks(target, places[name], read_block)
             for name, target in targets.items()
         }
         if verify:

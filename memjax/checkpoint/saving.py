@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from memjax.checkpoint.blocks import cut
+from memjax.checkpoint.blocks import split_blocks
 from memjax.checkpoint.digests import text_digest
 from memjax.checkpoint.errors import explained, write_advice
 from memjax.checkpoint.index import INDEX, Note, describe, seal
@@ -21,7 +21,7 @@ from memjax.checkpoint.steps import Retention
 from memjax.errors import CheckpointError
 
 _TRASH = ".trash"
-_SET_ASIDE = ".unreadable"
+_QUARANTINE = ".unreadable"
 
 
 def items_of(
@@ -37,7 +37,7 @@ def items_of(
     items: dict[str, Any] = {item: ocp.args.JsonSave(text) for item, text in texts.items()}
     items[INDEX] = ocp.args.JsonSave(seal(index))
     for item, flat in leaves.items():
-        if stored := nest(cut(flat, records[item])):  # Orbax refuses empty items; the index has them
+        if stored := nest(split_blocks(flat, records[item])):  # Orbax refuses empty items; the index has them
             items[item] = ocp.args.PyTreeSave(stored)
     return items
 
@@ -104,14 +104,14 @@ class Writer:
                 shutil.rmtree(self._folder / str(step))
         any_process(False)  # nobody lists the steps before they are gone
 
-    def set_aside(self, steps: Iterable[int]) -> None:
+    def quarantine(self, steps: Iterable[int]) -> None:
         """Moves steps out of the way; not deleted, because a step may be unreadable for a reason that passes."""
         self.close()
         self._refuse_links()
         if jax.process_index() == 0:
-            (self._folder / _SET_ASIDE).mkdir(exist_ok=True)
+            (self._folder / _QUARANTINE).mkdir(exist_ok=True)
             for step in steps:
-                target = self._folder / _SET_ASIDE / str(step)
+                target = self._folder / _QUARANTINE / str(step)
                 shutil.rmtree(target, ignore_errors=True)
                 (self._folder / str(step)).rename(target)
 
@@ -135,7 +135,7 @@ class Writer:
 
     def _refuse_links(self) -> None:
         """Steps are moved into two folders and deleted there; a link would do that wherever it points to."""
-        for name in (_TRASH, _SET_ASIDE):
+        for name in (_TRASH, _QUARANTINE):
             if (self._folder / name).is_symlink():
                 raise CheckpointError(f"{self._folder / name} is a link, which is not followed; remove it")
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from memjax.config import checks
 from memjax.config.memory import ProductKeyConfig
 from memjax.memory import sharded
-from memjax.ops.precision import drawn_wide
+from memjax.ops.precision import init_in_float32
 from memjax.ops.shapes import require
 from memjax.sharding.axes import fold
 
@@ -54,7 +54,7 @@ class ProductKeys(nnx.Module):
         self.num_heads, self.top_k, self.key_dim = num_heads, config.top_k, key_dim
         self.qk_norm, self.score_scale = config.qk_norm, config.score_scale
         self.dtype, self.implementation = dtype, implementation
-        glorot, uniform = drawn_wide(nnx.initializers.xavier_uniform()), drawn_wide(_uniform)
+        glorot, uniform = init_in_float32(nnx.initializers.xavier_uniform()), init_in_float32(_uniform)
         self.query_kernel = QueryKeyParam(glorot(rngs.params(), (dim, num_heads * key_dim), param_dtype))
         self.query_bias = QueryKeyParam(jnp.zeros((num_heads * key_dim,), param_dtype))
         shape, bound = (num_heads, 2, num_keys, key_dim // 2), key_dim**-0.5

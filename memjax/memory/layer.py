@@ -15,7 +15,7 @@ from memjax.memory.keys import Lookup, ProductKeys, check_width
 from memjax.memory.lookup import LookupLayer
 from memjax.memory.read import Perturbations, TableRead
 from memjax.memory.table import ValueTable
-from memjax.ops.precision import drawn_wide
+from memjax.ops.precision import init_in_float32
 from memjax.ops.shapes import require
 from memjax.sharding.axes import unfold
 from memjax.sharding.rules import named
@@ -71,7 +71,7 @@ class MemoryLayer(LookupLayer):
         self.keys = ProductKeys(dim, config, implementation=implementation, **types)
 
         def linear(inputs: int, outputs: int, *axes: str, init_dim: int | None = None) -> nnx.Linear:
-            init = drawn_wide(nnx.initializers.normal((init_dim or outputs) ** -0.5))
+            init = init_in_float32(nnx.initializers.normal((init_dim or outputs) ** -0.5))
             metadata = {"kernel_metadata": named(*axes), "bias_metadata": named(axes[1])}
             return nnx.Linear(inputs, outputs, kernel_init=init, **metadata, **types)
 

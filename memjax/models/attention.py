@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from memjax.config import checks
 from memjax.config.model import QKNorm, RopeScalingConfig
 from memjax.models import dot_product
-from memjax.models.feed_forward import linear, side_by_side
+from memjax.models.feed_forward import fused_linear, linear
 from memjax.models.rotary import rotate, rotation
 from memjax.ops.decode_attention.api import decode_step
 from memjax.ops.decode_attention.step import write
@@ -190,7 +190,7 @@ class Attention(nnx.Module):
 
     def query_key_value(self, x: Float[Array, "b s dim"]) -> Sequence[Float[Array, "b s width"]]:
         """The three projections, before they are cut into heads."""
-        return side_by_side(x, self.query, self.key, self.value)
+        return fused_linear(x, self.query, self.key, self.value)
 
     def _project_out(self, out: Float[Array, "b s n h"]) -> Float[Array, "b s dim"]:
         return self.out(out.reshape(*out.shape[:2], -1))

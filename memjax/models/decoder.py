@@ -18,7 +18,7 @@ from memjax.models.feed_forward import linear
 from memjax.models.moe import Routing
 from memjax.models.norm import RMSNorm
 from memjax.models.remat import Remat, rematerialised
-from memjax.ops.precision import accumulator, drawn_wide
+from memjax.ops.precision import accumulator, init_in_float32
 from memjax.ops.shapes import require
 from memjax.sharding.axes import gathered, split_tokens
 from memjax.sharding.rules import named
@@ -65,7 +65,7 @@ class Decoder(nnx.Module):
         dtype, param_dtype = resolve_dtype(config.dtype), jnp.dtype(config.param_dtype)
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         std = config.embedding_init_std or config.dim**-0.5
-        init = drawn_wide(nnx.initializers.truncated_normal(std, lower=-3.0, upper=3.0))
+        init = init_in_float32(nnx.initializers.truncated_normal(std, lower=-3.0, upper=3.0))
         # First of all draws, where `DecoderParts.init` finds it: it draws blocks one by one.
         block_key = rngs.params()
         names = named("vocab", "embed")

@@ -9,7 +9,7 @@ from flax.nnx.nn import dtypes
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from memjax.ops.precision import drawn_wide
+from memjax.ops.precision import init_in_float32
 from memjax.sharding.axes import tensor_pieces
 from memjax.sharding.rules import named
 
@@ -28,13 +28,13 @@ def linear(
 
     `axes` are the logical names of inputs and outputs (`sharding.rules`).
     """
-    init = drawn_wide(nnx.initializers.truncated_normal(inputs**-0.5, lower=-3.0, upper=3.0))
+    init = init_in_float32(nnx.initializers.truncated_normal(inputs**-0.5, lower=-3.0, upper=3.0))
     kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     metadata = {"kernel_metadata": named(*axes), "bias_metadata": named(axes[1])}
     return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, **metadata, **kwargs)
 
 
-def side_by_side(x: Float[Array, "*b inputs"], *layers: nnx.Linear) -> list[Float[Array, "*b outputs"]]:
+def fused_linear(x: Float[Array, "*b inputs"], *layers: nnx.Linear) -> list[Float[Array, "*b outputs"]]:
     """What each of several layers makes of one input, by one matrix product: one gradient of the input, not a sum.
 
     The layers compute in one type. Where the mesh splits their outputs, each device's part of all of them is joined, so
@@ -94,5 +94,5 @@ class FeedForward(nnx.Module):
             gate, up = self.gate(x), self.up(x)
         else:
             # The input's gradient is summed over devices, so that of one product takes half of what those of two do.
-            gate, up = side_by_side(x, self.gate, self.up)
+            gate, up = fused_linear(x, self.gate, self.up)
         return self.down(nnx.silu(gate) * up)

@@ -16,7 +16,7 @@ from memjax.config.model import ExpertsConfig
 from memjax.config.section import with_settings
 from memjax.models.feed_forward import linear
 from memjax.ops.grouped_matmul.api import grouped_matmul
-from memjax.ops.precision import accumulator, drawn_wide
+from memjax.ops.precision import accumulator, init_in_float32
 from memjax.ops.shapes import require
 from memjax.sharding.axes import on_own_tokens
 from memjax.sharding.rules import named
@@ -118,7 +118,7 @@ class MoE(nnx.Module):
         )
 
         def matrices(inputs: int, outputs: int, *axes: str) -> nnx.Param:
-            init = drawn_wide(nnx.initializers.truncated_normal(inputs**-0.5, lower=-3.0, upper=3.0))
+            init = init_in_float32(nnx.initializers.truncated_normal(inputs**-0.5, lower=-3.0, upper=3.0))
             return nnx.Param(
                 init(rngs.params(), (num_experts, inputs, outputs), param_dtype), **named("experts", *axes)
             )

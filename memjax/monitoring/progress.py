@@ -12,7 +12,7 @@ from memjax.monitoring.units import clock
 _BEGAN = time.monotonic()
 
 
-def tell_phase(what: str) -> None:
+def log_phase(what: str) -> None:
     """Prints what a start is about to do, and when: seconds since the program began."""
     say(f"{time_stamp()}{time.monotonic() - _BEGAN:7.1f} s   {what}")
 

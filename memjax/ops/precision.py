@@ -13,7 +13,7 @@ def accumulator(dtype: DTypeLike) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def drawn_wide(init: Callable[..., Array]) -> Callable[..., Array]:
+def init_in_float32(init: Callable[..., Array]) -> Callable[..., Array]:
     """The initializer, drawing in float32 or wider before the cast.
 
     JAX draws bfloat16 from 128 values whose mean is off by 2 % of their standard deviation: over the inputs of a layer

@@ -16,7 +16,7 @@ from memjax.memory.kinds import KINDS
 from memjax.models import dot_product
 from memjax.models.counts import count_parameters
 from memjax.models.decoder import resolve_dtype
-from memjax.monitoring.progress import tell_phase
+from memjax.monitoring.progress import log_phase
 from memjax.monitoring.units import billions, gigabytes
 from memjax.ops import dispatch
 from memjax.runs.folder import Claim, RunFolder
@@ -35,7 +35,7 @@ from memjax.training.plan.report import describe, describe_fit
 from memjax.training.plan.savings import explain_out_of_memory, is_out_of_memory
 from memjax.training.plan.search import search
 from memjax.training.program import TrainProgram
-from memjax.training.start import check_start, tell_of_schedules
+from memjax.training.start import check_start, log_schedule_changes
 from memjax.training.step import abstract_batch, make_train_step
 from memjax.training.trainer import Trainer
 
@@ -117,10 +117,10 @@ def train(config: RunConfig, *, allow_changed: bool = False, hooks: Sequence[Per
 
 def _train(claim: Claim, hooks: Sequence[Periodic]) -> int:
     config, folder = claim.config, claim.folder
-    tell_of_schedules(claim)
+    log_schedule_changes(claim)
     mesh = make_mesh(config)
     # What takes long and keeps nothing that a signal should wait for comes first.
-    tell_phase("reading tokenizer and data")
+    log_phase("reading tokenizer and data")
     source = find_source(config.data.in_run(str(folder.path)))
     tokenizer = folder.tokenizer(config, source)
     with first_alone("data"):

@@ -15,7 +15,7 @@ from memjax.config.run import RunConfig
 from memjax.errors import CheckpointError, ConfigError
 from memjax.io.console import say
 from memjax.models.parts import DecoderParts, take_apart, writable
-from memjax.monitoring.progress import tell_phase
+from memjax.monitoring.progress import log_phase
 from memjax.runs.folder import Claim, RunFolder
 from memjax.runs.layout import DATA_ITER, META, OPT_STATE, PARAMS, TABLES, params_to_tree, tree_to_params, widened
 from memjax.runs.load import load
@@ -84,7 +84,7 @@ def _check_own_steps(folder: RunFolder, config: RunConfig) -> bool:
     return True
 
 
-def tell_of_schedules(claim: Claim) -> None:
+def log_schedule_changes(claim: Claim) -> None:
     """Says what another number of steps does to the learning rates of a run that goes on."""
     before, config = claim.before, claim.config
     if before is None or before.train.steps == config.train.steps:
@@ -113,9 +113,9 @@ def first_state(program: TrainProgram, mesh: jax.sharding.Mesh) -> TrainState:
     """
     source = program.config.train.init_from
     if source is None:
-        tell_phase("drawing parameters and tables")
+        log_phase("drawing parameters and tables")
         return jax.block_until_ready(program.init(jax.random.key(program.config.run.seed), mesh))
-    tell_phase(f"reading {source}")
+    log_phase(f"reading {source}")
     loaded = load(source)
     _, params, tables = take_apart(loaded.model)
     params, tables = tree_to_params(program.parts, params_to_tree(params)), writable(tables, str(source))
@@ -145,7 +145,7 @@ def newest_state(program: TrainProgram, mesh: jax.sharding.Mesh, checkpoints: Ch
         say(f"step {steps[-1]} was saved without tables, so the run goes on from {place}")
     if not complete:
         return None
-    tell_phase("restoring the newest checkpoint")
+    log_phase("restoring the newest checkpoint")
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         program.abstract_state(),

@@ -17,7 +17,7 @@ from memjax.errors import CheckpointError
 from memjax.io.console import say, warn
 from memjax.models.decoder import Decoder
 from memjax.monitoring.metrics import Row
-from memjax.monitoring.progress import tell_phase
+from memjax.monitoring.progress import log_phase
 from memjax.runs.folder import RunFolder
 from memjax.runs.layout import DATA_ITER, META, TABLE_STATE, TABLES, meta_document
 from memjax.sharding.mesh import put_batch
@@ -94,7 +94,7 @@ class Trainer:
             CheckpointError: a checkpoint cannot be written or read, or a file of the run cannot be used.
         """
         with explained(CheckpointError, str(self.folder.path), advice=write_advice, only=OSError):
-            tell_phase("opening the data")
+            log_phase("opening the data")
             self._data = TrainingData(self.dataset, seed=self.config.run.seed)
             try:
                 self._run()
@@ -244,7 +244,7 @@ class Trainer:
     def _compile(self, batch: dict[str, jax.Array]) -> None:
         """Compiles the step ahead of its first call, and starts the stopwatch: what came before was not training."""
         started = time.monotonic()
-        tell_phase("compiling the training step")
+        log_phase("compiling the training step")
         self.interrupt.rearm()
         self._train_step = make_train_step(self.program, self.mesh).lower(self.state, batch).compile()
         self.compile_seconds = time.monotonic() - started

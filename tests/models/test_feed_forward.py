@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memjax.models.feed_forward import FeedForward, linear, side_by_side
+from memjax.models.feed_forward import FeedForward, fused_linear, linear
 
 
 def test_output_is_swiglu():
@@ -39,7 +39,7 @@ def test_layers_side_by_side_give_what_each_gives(use_bias):
             layer.bias[...] = jnp.asarray(bias, jnp.float32)
             expected[-1] += bias
     assert (layers[0].bias is not None) == use_bias
-    for found, wanted in zip(side_by_side(jnp.asarray(x), *layers), expected, strict=True):
+    for found, wanted in zip(fused_linear(jnp.asarray(x), *layers), expected, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -47,4 +47,4 @@ def test_layers_side_by_side_all_have_a_bias_or_none():
     kwargs = {"dtype": None, "param_dtype": jnp.float32, "rngs": nnx.Rngs(0)}
     layers = [linear(6, 4, use_bias=use_bias, **kwargs) for use_bias in (True, False)]
     with pytest.raises(ValueError, match="1 of 2 layers have a bias: all of them must, or none"):
-        side_by_side(jnp.ones((2, 6)), *layers)
+        fused_linear(jnp.ones((2, 6)), *layers)

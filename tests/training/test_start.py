@@ -27,7 +27,7 @@ from memjax.runs.layout import OPT_STATE, params_to_tree
 from memjax.runs.write import write_run
 from memjax.sharding.mesh import make_mesh
 from memjax.training import main
-from memjax.training.start import check_start, tell_of_schedules
+from memjax.training.start import check_start, log_schedule_changes
 
 DENSE = ModelConfig(dim=16, num_layers=1, num_heads=2, ffn_dim=24, vocab_size=259, memory=None)
 MEMORY = MemoryConfig(layers=(0,), placement="parallel", num_keys=8, num_heads=2, top_k=3, key_dim=8)
@@ -191,7 +191,7 @@ def test_what_more_steps_do_to_the_rates_is_told(trained, capsys):
     folder = RunFolder(trained("longer"))
     before = load(RunConfig, None, ["--train.steps=20", "--optim.warmup_steps=0", "--optim.table.schedule=constant"])
     longer = dataclasses.replace(before, train=dataclasses.replace(before.train, steps=40))
-    tell_of_schedules(Claim(folder, longer, before=before))
+    log_schedule_changes(Claim(folder, longer, before=before))
     lr, last = before.optim.lr, before.optim.final_fraction
     # By hand: step 21 of 40 is 21/40 of half a cosine; the shorter run had reached its lowest rate.
     now = lr * (last + (1 - last) * (1 + np.cos(np.pi * 21 / 40)) / 2)
@@ -199,7 +199,7 @@ def test_what_more_steps_do_to_the_rates_is_told(trained, capsys):
         f"optim: its cosine schedule is laid over 40 steps now; the rate of step 21 is {now:.2e}, it was "
         f"{lr * last:.2e} over 20\n"
     )
-    tell_of_schedules(Claim(folder, before, before=before))
+    log_schedule_changes(Claim(folder, before, before=before))
     assert capsys.readouterr().out == ""
 
 
