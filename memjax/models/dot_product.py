@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from memjax.models.chunks import by_chunks
 from memjax.ops.precision import accumulator
 
 IMPLEMENTATIONS = ("cudnn", "chunked")
@@ -112,20 +113,11 @@ def attention(
     score_bytes = batch * length * heads * keys.shape[1] * wide
     at_once = max_score_bytes * max(1, jax.sharding.get_abstract_mesh().size)
     count = max(1, min(length, -(-score_bytes // at_once)))
-    chunk = -(-length // count)
 
     def one_chunk(query: Array, places: Array) -> Array:
         return _attend(query, keys, values, _seen(places, keys.shape[1], segments, window))
 
-    if count == 1:
-        return one_chunk(query, places)
-
-    def split(array: Array) -> Array:
-        padding = [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (array.ndim - 2)
-        return jnp.moveaxis(jnp.pad(array, padding).reshape(batch, count, chunk, *array.shape[2:]), 1, 0)
-
-    out = jax.lax.map(lambda part: jax.checkpoint(one_chunk)(*part), (split(query), split(places)))
-    return jnp.moveaxis(out, 0, 1).reshape(batch, count * chunk, *query.shape[2:])[:, :length]
+    return by_chunks(one_chunk if count == 1 else jax.checkpoint(one_chunk), count, query, places)
 
 
 def _seen(

@@ -7,8 +7,9 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
+from memjax.models.chunks import by_chunks, join, split
 from memjax.models.decoder import Decoder
 from memjax.ops.manual_axes import vary_like
 from memjax.ops.precision import accumulator
@@ -48,7 +49,7 @@ def map_logits(
     """
     kernel = model.output_matrix()
     run = lambda hidden, *by_token: function(_logits(hidden, kernel), *by_token)
-    return _by_chunks(run, _chunks_of(model, hidden, logit_bytes), hidden, *by_token)
+    return by_chunks(run, _chunks_of(model, hidden, logit_bytes), hidden, *by_token)
 
 
 def summed_loss(
@@ -78,7 +79,7 @@ def _check(hidden: Array, **by_token: Array) -> None:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _summed(chunks: int, hidden: Array, kernel: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
-    losses = _by_chunks(lambda h, t: _cross_entropy(_logits(h, kernel), t)[0], chunks, hidden, targets)
+    losses = by_chunks(lambda h, t: _cross_entropy(_logits(h, kernel), t)[0], chunks, hidden, targets)
     return jnp.sum(losses * weights.astype(losses.dtype)), losses
 
 
@@ -122,36 +123,14 @@ def _losses_and_gradients(hidden: Array, kernel: Array, targets: Array, weights:
     if chunks == 1:
         d_kernel, (losses, d_hidden) = add_chunk(d_kernel, (hidden, targets, weights))
         return losses, d_hidden, d_kernel
-    split = _split(hidden, chunks), _split(targets, chunks), _split(weights, chunks)
-    d_kernel, (losses, d_hidden) = jax.lax.scan(add_chunk, d_kernel, split)
-    return _join(losses, length), _join(d_hidden, length), d_kernel
+    parts = tuple(split(array, chunks) for array in (hidden, targets, weights))
+    d_kernel, (losses, d_hidden) = jax.lax.scan(add_chunk, d_kernel, parts)
+    return join(losses, length), join(d_hidden, length), d_kernel
 
 
 def _summed_over_devices(*own: Array, chunks: int) -> tuple[Array, Array, Array]:
     losses, d_hidden, d_kernel = _losses_and_gradients(*own, chunks=chunks)
     return losses, d_hidden, jax.lax.psum(d_kernel, (DATA, MEMORY))
-
-
-def _by_chunks(function: Callable[..., T], chunks: int, *arrays: Array) -> T:
-    """function(*arrays), of some tokens after the others; the batch's layout stays as it is."""
-    if chunks == 1:
-        return function(*arrays)
-    out = jax.lax.map(lambda parts: function(*parts), tuple(_split(array, chunks) for array in arrays))
-    return jax.tree.map(lambda pieces: _join(pieces, arrays[0].shape[1]), out)
-
-
-def _split(array: Float[Array, "b s *rest"] | Int[Array, "b s"], chunks: int) -> Array:
-    """The sequence axis in so many equal pieces, which come first; zeros fill the last."""
-    length = array.shape[1]
-    each = -(-length // chunks)
-    padded = jnp.pad(array, [(0, 0), (0, chunks * each - length), *[(0, 0)] * (array.ndim - 2)])
-    return jnp.moveaxis(padded.reshape(array.shape[0], chunks, each, *array.shape[2:]), 1, 0)
-
-
-def _join(pieces: Shaped[Array, "pieces b each *rest"], length: int) -> Array:
-    """What `_split` has cut."""
-    joined = jnp.moveaxis(pieces, 0, 1)
-    return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :length]
 
 
 def _logits(hidden: Array, kernel: Array) -> Float[Array, "b s vocab"]:
