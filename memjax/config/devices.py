@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Literal
 
 from memjax.config.section import NotNegative, Positive, Section
 
@@ -13,7 +13,7 @@ class MeshConfig(Section):
     matrices of the dense blocks and the vocabulary over `tensor`.
     """
 
-    PLACE: ClassVar[str | None] = "mesh"
+    PLACE = "mesh"
 
     data: Positive[int] | None = None
     """Devices along the data axis; null takes all that `memory` and `tensor` leave."""

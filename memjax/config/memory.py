@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Literal
 
 from memjax.config.checks import block_numbers
 from memjax.config.dtype import DType
@@ -110,7 +110,7 @@ Placement = Literal["replace", "parallel"]
 class MemoryConfig(ProductKeyConfig):
     """Memory layers: which blocks have one, and the sizes of the lookup."""
 
-    PLACE: ClassVar[str | None] = "model.memory"
+    PLACE = "model.memory"
 
     layers: tuple[int, ...] = (1, 2)
     """Blocks (0-based) that have a memory layer."""

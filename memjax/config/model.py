@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Literal
 
 from memjax.config.checks import block_numbers
 from memjax.config.dtype import DType
@@ -119,7 +119,7 @@ MOST_LAYERS = 1000
 class ModelConfig(Section):
     """The decoder: Llama's shape, with memory layers or experts in place of some feed-forward layers."""
 
-    PLACE: ClassVar[str | None] = "model"
+    PLACE = "model"
 
     dim: Positive[int] = 64
     """Width of the residual stream."""
