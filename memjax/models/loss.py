@@ -123,7 +123,7 @@ def _losses_and_gradients(hidden: Array, kernel: Array, targets: Array, weights:
     if chunks == 1:
         d_kernel, (losses, d_hidden) = add_chunk(d_kernel, (hidden, targets, weights))
         return losses, d_hidden, d_kernel
-    parts = tuple(split(array, chunks) for array in (hidden, targets, weights))
+    parts = split(hidden, chunks), split(targets, chunks), split(weights, chunks)
     d_kernel, (losses, d_hidden) = jax.lax.scan(add_chunk, d_kernel, parts)
     return join(losses, length), join(d_hidden, length), d_kernel
 
