@@ -101,7 +101,7 @@ def processes(arguments: argparse.Namespace) -> list[tuple[str, str, cases.Row]]
     attention = {"kind": "attention", "model": "decode attention", "heads": model.num_heads, "width": model.head_width}
     attention |= {"small": small, "sizes": sizes, **counts}
     lookup = {"kind": "lookup", "model": "lookup", "small": small, "preset": memory_plus, "settings": memory_words}
-    lookup |= {"sizes": [1] if small else [1, 64], "rounds": 3 * arguments.rounds}
+    lookup |= {"sizes": [1] if small else [1, 64], "rounds": arguments.rounds}
     alone = [("attention", "inference_case.py", attention), ("lookup", "inference_case.py", lookup)]
     return [*itertools.chain(*map(of_length, lengths)), *alone]
 

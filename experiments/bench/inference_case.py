@@ -143,47 +143,52 @@ def attention_row(case: Row, batch: int, length: int, attend: Callable[..., Any]
 
 
 def of_lookup(case: Row) -> Iterator[Row]:
-    """Search, weights and bag of few tokens: the forms that there are, and every tile that might be better."""
+    """Search, weights and bag of few tokens: the forms that there are, then tiles that might be better."""
     model = load(RunConfig, pathlib.Path(case["preset"]), case["settings"]).model
-    memory = model.memory
+    memory, tables = model.memory, [(4096, "bfloat16"), (1024, "bfloat16"), (1024, "int8"), (1024, "int4")]
     assert memory is not None
-    tables = [(4096, "bfloat16"), (1024, "bfloat16"), (1024, "int8"), (1024, "int4")]
-    for num_keys, table_format in [(16, "int8")] if case["small"] else tables:
-        for tokens in case["sizes"]:
-            name = f"lookup, {num_keys**2:,} slots, {table_format}"
-            inputs = inputs_of_lookup(memory, memory.width(model.dim), num_keys, table_format, tokens)
-            for variant, tried in lookup_variants(num_keys, table_format, small=case["small"]).items():
-                row = {"model": f"{name}, {variant}", "batch": tokens}
-                yield row | attempt(lambda: lookup_row(inputs, memory.top_k, tried, case["rounds"]))  # noqa: B023
-            del inputs
+    if case["small"]:
+        tables = [(16, "int8")]
+    for variants in (lookup_forms,) if case["small"] else (lookup_forms, lookup_tiles):
+        for num_keys, table_format in tables:
+            for tokens in case["sizes"]:
+                inputs = inputs_of_lookup(memory, memory.width(model.dim), num_keys, table_format, tokens)
+                for variant, tried in variants(num_keys, table_format).items():
+                    name = f"lookup, {num_keys**2:,} slots, {table_format}, {variant}"
+                    found = attempt(lambda: lookup_row(inputs, memory.top_k, tried, case["rounds"]))  # noqa: B023
+                    yield {"model": name, "batch": tokens} | found
+                del inputs
 
 
-def lookup_variants(num_keys: int, table_format: str, *, small: bool) -> dict[str, dict[str, Row]]:
-    """Tiles to try, by operation and by name of the variant."""
-    select = "select_long_few" if num_keys > 2048 else "select_few"
+def lookup_forms(num_keys: int, table_format: str) -> dict[str, dict[str, Row]]:
+    """The form that is taken for few tokens, and that of many; by operation, the fields of its tile."""
     sort = {"by_rank": 0, "num_warps": 1}
-    found: dict[str, dict[str, Row]] = {"as it is": {}, "sorted": {select: sort, "pair_few": sort}}
-    if small:
-        return found
-    bags = itertools.product((32, 64, 128), (32, 64, 128), (4, 8))
-    cuts = [{"rows": rows, "columns": columns, "num_warps": num_warps} for rows, columns, num_warps in bags]
-    if table_format == "bfloat16":
-        for by_rank, groups, num_warps in itertools.product((0, 1), (128, 256, 512, 1024), (4, 8)):
-            if 4 * groups <= num_keys:
-                fields = {"by_rank": by_rank, "rows": groups, "num_warps": num_warps}
-                found[f"{select} {fields}"] = {select: fields}
-        for num_warps in (1, 2, 8):
-            found[f"pair {num_warps}"] = {"pair_few": {"by_rank": 1, "num_warps": num_warps}}
-    if num_keys < 4096:
-        found |= {f"bag {fields}": {"embedding_bag_few": fields} for fields in cuts}
+    return {"as it is": {}, "sorted": {_select(num_keys): sort, "pair_few": sort}}
+
+
+def lookup_tiles(num_keys: int, table_format: str) -> dict[str, dict[str, Row]]:
+    """Other tiles: of the search for tables of numbers, of the bag for those in a format."""
+    found: dict[str, dict[str, Row]] = {}
+    tried = [(0, 128, 4), (0, 256, 4), (1, 256, 8), (1, 512, 4), (1, 512, 8), (1, 1024, 8)]
+    for by_rank, rows, num_warps in tried if table_format == "bfloat16" else ():
+        if 4 * rows <= num_keys:
+            cut: Row = {"by_rank": by_rank, "rows": rows, "num_warps": num_warps}
+            found[f"select {cut}"] = {_select(num_keys): cut}
+    for rows, columns, num_warps in ((128, 128, 8), (64, 64, 4), (128, 32, 4), (64, 128, 4)) if num_keys < 4096 else ():
+        cut = {"rows": rows, "columns": columns, "num_warps": num_warps}
+        found[f"bag {cut}"] = {"embedding_bag_few": cut}
     return found
+
+
+def _select(num_keys: int) -> str:
+    return "select_long_few" if num_keys > 2048 else "select_few"
 
 
 def inputs_of_lookup(
     memory: MemoryConfig, width: int, num_keys: int, table_format: str, tokens: int
 ) -> tuple[Any, ...]:
     """Queries and keys of several layers, too many for the GPU's cache, and a table of zeros: the time is the same."""
-    layers, half, seeds = 12, memory.key_dim // 2, jax.random.split(jax.random.key(0), 2)
+    layers, half, seeds = 6, memory.key_dim // 2, jax.random.split(jax.random.key(0), 2)
     queries = jax.random.normal(seeds[0], (layers, tokens, memory.num_heads, 2 * half), jnp.bfloat16)
     keys = jax.random.normal(seeds[1], (layers, memory.num_heads, 2, num_keys, half), jnp.bfloat16)
     row_format = formats.find(table_format)
@@ -195,19 +200,24 @@ def inputs_of_lookup(
 
 def lookup_row(inputs: tuple[Any, ...], top_k: int, tried: dict[str, Row], rounds: int) -> Row:
     """Microseconds of a lookup; each one waits for the bag of the one before."""
+    # In a loop the arrays stay where they are, and its body is launched as one graph.
+    layers, times = len(inputs[0]), 16
 
-    def chain(queries: list[Any], keys: list[Any], table: Table) -> Any:
-        bag: Any = jnp.zeros((), jnp.bfloat16)
+    def chain(bag: Any, queries: list[Any], keys: list[Any], table: Table) -> Any:
         for query, key in zip(queries, keys, strict=True):
             weights, slots = weighted_search(query + bag, key, top_k, scale=1.0)
             shape = (len(query), -1)
             bag = memjax.embedding_bag(table, slots.reshape(shape), weights.reshape(shape))[:, None, : query.shape[2]]
         return bag
 
+    def run(queries: list[Any], keys: list[Any], table: Table) -> Any:
+        bag = jnp.zeros((len(queries[0]), 1, queries[0].shape[2]), jnp.bfloat16)
+        return jax.lax.fori_loop(0, times, lambda _, bag: chain(bag, queries, keys, table), bag)
+
     with contextlib.ExitStack() as stack:
         for operation, fields in tried.items():
             stack.enter_context(tiles.trying(operation, **fields))
-        milliseconds = timing.median_ms(jax.jit(chain), [inputs], rounds=rounds, calls=8) / len(inputs[0])
+        milliseconds = timing.median_ms(jax.jit(run), [inputs], rounds=rounds, calls=2) / layers / times
     return {"ms a token": milliseconds, "note": f"{milliseconds * 1e3:.2f} microseconds"}
 
 

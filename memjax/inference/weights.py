@@ -159,7 +159,7 @@ class Joined(nnx.Module):
         """Joins matrices, [inputs, outputs]; there is a bias for each, or none."""
         self.ends = tuple(itertools.accumulate(kernel.shape[1] for kernel in kernels))[:-1]
         self.dtype = dtype
-        self.rows = nnx.Param(jnp.concatenate([kernel.T for kernel in kernels]))
+        self.rows = nnx.Param(_rows_of(list(kernels)))
         self.bias = nnx.Param(jnp.concatenate(biases)) if biases else None
 
     @classmethod
@@ -201,6 +201,12 @@ class Joined(nnx.Module):
             return _by_kernel(x, rows, bias=bias, gated=True)
         gate, up = self.split(x)
         return nnx.silu(gate) * up
+
+
+@jax.jit
+def _rows_of(kernels: list[Float[Array, "inputs outputs"]]) -> Float[Array, "all_outputs inputs"]:
+    """A row for each output: by one small program for all layers of a kind."""
+    return jnp.concatenate([kernel.T for kernel in kernels])
 
 
 def _is_for_kernel(x: Array) -> bool:

@@ -1,0 +1,51 @@
+"""Times a run's loading and its texts with whatever memjax is importable: `generate_cpu_case.py RUN RESULT`.
+
+generate_cpu.py starts it, also with checkouts of older commits: only what all of them have is used.
+"""
+
+import json
+import pathlib
+import sys
+import time
+
+STARTED = time.perf_counter()
+TOKENS = 256
+
+
+def main() -> None:
+    """Writes seconds of the wall clock and of the processors as JSON."""
+    import memjax
+
+    try:
+        from memjax.inference.engine import generate
+    except ModuleNotFoundError:
+        from memjax.models.generate import generate  # before there was an engine
+
+    def timed() -> tuple[float, float, float, float]:
+        """Seconds to the first token and of all further ones, by both clocks; texts have no end."""
+        begun, busy = time.perf_counter(), time.process_time()
+        tokens = generate(model, prompt, max_tokens=1 + TOKENS)
+        next(tokens)
+        first, first_busy = time.perf_counter(), time.process_time()
+        count = sum(1 for _ in tokens)
+        assert count == TOKENS, count
+        return first - begun, first_busy - busy, time.perf_counter() - first, time.process_time() - first_busy
+
+    model, _ = memjax.load(sys.argv[1])
+    loaded, busy = time.perf_counter() - STARTED, time.process_time()
+    prompt = list(range(3, 15))
+    cold, warm = timed(), min(timed() for _ in range(3))
+    result = {
+        "load s": loaded,
+        "load CPU s": busy,
+        "first token s": cold[0],
+        "first token CPU s": cold[1],
+        "next text's first token ms": warm[0] * 1e3,
+        "tokens/s": TOKENS / warm[2],
+        "tokens/CPU s": TOKENS / warm[3],
+    }
+    pathlib.Path(sys.argv[2]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
