@@ -97,7 +97,7 @@ def serve(case: cases.Row) -> None:
     listening.bind(("127.0.0.1", 0))
     limits = Limits(max_length=max_length)
     service = Service(tokenizer, vocab_size=config.vocab_size, model_name="bench", limits=limits)
-    warm_up(engine, max_length=max_length)
+    warm_up(engine, max_length=max_length, lengths=[case["prompt"]])
     scheduler = Scheduler(engine, service.deliver, max_waiting=4 * clients)
     service.attach(scheduler)
     scheduler.start()

@@ -35,8 +35,9 @@ _CHUNK_SECONDS = 0.05
 """Streams ask for more tokens at a time as long as a chunk takes less, so that text never comes in jerks."""
 _PREFILL_TOKENS = 1 << 15
 """Prompt tokens, padding included, that are read at once: it bounds the activations. A longer prompt is read alone."""
-_SMALLEST = 16
-"""Prompts and caches are padded to powers of two from here on."""
+_SMALLEST, _SMALLEST_ON_CPUS = 128, 16
+"""Prompts and caches are padded to powers of two from here on. A GPU reads 128 tokens as fast as one, and compiling for
+a length takes it many seconds."""
 _AT_ONCE = 1024
 """Caches up to this capacity are allocated for the longest text that may come, larger ones grow with the texts."""
 _TOP_COUNTS = (0, 5, 20)
@@ -127,7 +128,6 @@ class Engine:
         # A plain tuple, as each call takes its arguments apart anew.
         leaves, structure = jax.tree.flatten(state)
         self._weights, self._programs = tuple(leaves), _programs(graphdef, structure)
-        self._prefills: dict[tuple[int, int], Callable[..., tuple[Array, Cache]]] = {}
         # A mesh splits rows over its devices, so each needs as many as the others; nobody reads the rows in excess.
         self._devices = jax.sharding.get_abstract_mesh().size if has_memory_axis() else 1
         self._num_rows = math.ceil(num_slots / self._devices) * self._devices
@@ -146,12 +146,6 @@ class Engine:
     def free_slots(self) -> list[int]:
         """Slots without a text."""
         return [number for number, slot in enumerate(self._slots) if slot is None]
-
-    def compile_prefill(self, num_rows: int, width: int) -> None:
-        """Compiles what reads up to so many prompts of a padded length; threads may do so for different sizes."""
-        group = self._group(1, width, num_rows)
-        tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((group, width), (group,)))
-        self._prefills[group, width] = self._programs.prefill.lower(self._weights, tokens, lengths).compile()
 
     def insert(self, requests: Sequence[Request], *, prefill_rows: int | None = None) -> list[int]:
         """Reads prompts into free slots and returns these; the next `step` gives their first tokens.
@@ -250,8 +244,7 @@ class Engine:
             self._slots[slot] = taken[slot] = _Slot(request)
         rows = _Rows.of(list(requests) + [None] * (group - len(requests)))
         mode, num_top = self._needs(requests)
-        prefill = self._prefills.get((group, width), self._programs.prefill)
-        logits, cache = prefill(self._weights, tokens, lengths)
+        logits, cache = self._programs.prefill(self._weights, tokens, lengths)
         state, made, likely = self._programs.start(logits, cache, tokens, rows, mode=mode, num_top=num_top)
         fresh = _Fresh(taken, state, made, likely)
         self._unread.append(fresh)
@@ -327,7 +320,8 @@ def check(request: Request, vocab_size: int) -> None:
 
 def padded_length(length: int) -> int:
     """The length that a row of so many tokens is padded to: a power of two, so that few shapes are ever compiled."""
-    return max(_SMALLEST, next_power_of_two(length))
+    smallest = _SMALLEST_ON_CPUS if jax.default_backend() == "cpu" else _SMALLEST
+    return max(smallest, next_power_of_two(length))
 
 
 class Pace:
@@ -412,7 +406,7 @@ _Weights = tuple[Array, ...]
 class _Programs(NamedTuple):
     """The compiled programs for models of one structure."""
 
-    prefill: jax.stages.Wrapped
+    prefill: Callable[..., tuple[Array, Cache]]
     start: Callable[..., tuple[_State, Array, Likelihoods | None]]
     insert: Callable[..., _State]
     grow: Callable[..., _State]

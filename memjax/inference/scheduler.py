@@ -4,12 +4,10 @@ import collections
 import contextlib
 import dataclasses
 import itertools
-import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -289,25 +287,23 @@ def make_engine(model: Decoder, *, num_slots: int, max_length: int) -> Engine:
 
 
 def warm_up(
-    engine: Engine, *, max_length: int, progress: Callable[[int, int], None] = lambda done, total: None
+    engine: Engine,
+    *,
+    max_length: int,
+    lengths: Collection[int] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Compiles what greedy and drawn texts need, for every length of prompts; afterwards the engine is as before.
+    """Compiles what greedy and drawn texts need; afterwards the engine is as before.
 
     Args:
         engine: what `make_engine` made; without texts.
         max_length: that of `make_engine`.
+        lengths: of the prompts to come; None is all that are shorter than max_length.
         progress: is told how many of how many steps are done.
     """
     samplings = (SamplingConfig(), SamplingConfig(temperature=1.0, top_p=0.5))
-    widths = [padded_length(1)]
-    while widths[-1] < padded_length(max_length - 1):
-        widths.append(widths[-1] * 2)
-    several = sorted({1, prefill_rows(engine.num_slots)})
-    if jax.sharding.get_abstract_mesh().empty:
-        # XLA compiles a program in one thread; a mesh is that of the thread alone.
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            list(threads.map(lambda size: engine.compile_prefill(*size), itertools.product(several, widths)))
-    steps = list(itertools.product(widths, several, samplings))
+    widths = sorted({padded_length(length) for length in lengths or range(1, max_length)})
+    steps = list(itertools.product(widths, sorted({1, prefill_rows(engine.num_slots)}), samplings))
     for done, (width, rows, sampling) in enumerate(steps):
         progress(done, len(steps))
         # Of the longest texts that are padded to the width; with two tokens to write, where there is room for them.
