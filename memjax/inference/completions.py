@@ -146,7 +146,7 @@ def parse_detokenize(body: Mapping[str, Any], *, vocab_size: int) -> list[int]:
     """
     fields = Fields(body, {"model": None, "tokens": None})
     ids = fields.any("tokens")
-    if not isinstance(ids, list) or not all(_is_id(token) and 0 <= token < vocab_size for token in ids):
+    if not isinstance(ids, list) or not _are_ids(ids) or _outside(ids, vocab_size):
         fields.wrong("tokens", f"a list of whole numbers in 0..{vocab_size - 1}")
     fields.finish()
     return ids
@@ -162,7 +162,7 @@ def _prompts(fields: Fields, vocab_size: int) -> tuple[Prompt, ...]:
     if value is None:
         fields.refuse("prompt", f"prompt is missing; it must be {rule}")
         return ()
-    prompts = value if isinstance(value, list) and not all(map(_is_id, value)) else [value]
+    prompts = value if isinstance(value, list) and not _are_ids(value) else [value]
     is_one_kind = all(isinstance(one, str) for one in prompts) or all(isinstance(one, list) for one in prompts)
     if value == [] or not is_one_kind:
         fields.wrong("prompt", rule)
@@ -174,19 +174,27 @@ def _prompts(fields: Fields, vocab_size: int) -> tuple[Prompt, ...]:
             if not _is_unicode(one):
                 fields.refuse("prompt", f"{name} {_HALF}")
             found.append(one)
-        elif not all(map(_is_id, one)):
-            wrong = next(token for token in one if not _is_id(token))
+        elif not _are_ids(one):
+            wrong = next(token for token in one if not _are_ids([token]))
             fields.refuse("prompt", f"{name} holds {shown(wrong)} among its token ids; they must be whole numbers")
-        elif outside := next((token for token in one if not 0 <= token < vocab_size), None):
+        elif outside := _outside(one, vocab_size):
             known = f"the model knows 0..{vocab_size - 1}"
-            fields.refuse("prompt", f"{name} holds the token id {shown(outside)}; {known}")
+            fields.refuse("prompt", f"{name} holds the token id {shown(outside[0])}; {known}")
         else:
             found.append(tuple(one))
     return tuple(found)
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _are_ids(values: list[Any]) -> bool:
+    """Whether they are whole numbers; by their types at once, as prompts have thousands."""
+    return set(map(type, values)) <= {int}
+
+
+def _outside(ids: list[int], vocab_size: int) -> list[int]:
+    """The first id that is none, if there is one."""
+    if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
+        return []
+    return [next(token for token in ids if not 0 <= token < vocab_size)]
 
 
 def _refuse_what_is_not_served(fields: Fields, n: int) -> None:

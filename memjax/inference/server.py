@@ -18,6 +18,7 @@ from memjax.io.console import say
 
 _SHUTDOWN_SECONDS = 5.0
 """For the last bytes of answers."""
+_SWITCH_SECONDS = 0.0005
 
 
 class _Protocol(H11Protocol):
@@ -103,6 +104,8 @@ class HttpServer:
             ready: is called when requests are accepted.
             signals: the first of them begins to drain, a second ends the process at once.
         """
+        # The thread that keeps the GPU busy must not wait 5 ms, Python's default, whenever this one is at work.
+        sys.setswitchinterval(_SWITCH_SECONDS)
         loop = asyncio.get_running_loop()
         self._service.bind_loop()
         for number in signals:
