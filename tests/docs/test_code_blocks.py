@@ -51,6 +51,7 @@ NOT_RUN = {
     "device_memory.md": 2,
     "evaluation.md": 2,
     "extending.md": 5,
+    "scaling.md": 1,
     "serve.md": 3,
     "several_gpus.md": 4,
     "tables.md": 1,
