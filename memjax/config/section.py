@@ -54,9 +54,11 @@ def with_settings(owner: type, config: Settings, settings: Mapping[str, Any]) ->
     """The settings of a layer: a section of the config with some fields replaced.
 
     Raises:
-        TypeError: there is no such field.
+        TypeError: there is no such field, or config is no section.
         ValueError: a value is out of its range.
     """
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        raise TypeError(f"{owner.__name__}: config={config!r} must be an object with settings, as MemoryConfig()")
     known = [field.name for field in dataclasses.fields(config)]
     if unknown := [name for name in settings if name not in known]:
         raise TypeError(f"{owner.__name__} has no setting {', '.join(unknown)}; known: {', '.join(known)}")

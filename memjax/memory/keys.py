@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from memjax.config import checks
 from memjax.config.memory import ProductKeyConfig
 from memjax.memory import sharded
+from memjax.ops import dispatch
 from memjax.ops.precision import init_in_float32
 from memjax.ops.shapes import require
 from memjax.sharding.axes import fold
@@ -46,9 +47,18 @@ class ProductKeys(nnx.Module):
         """Queries are one linear layer (Xavier-uniform, bias 0), keys uniform within +- key_dim ** -0.5.
 
         Raises:
-            ValueError: dim is no width.
+            ValueError: dim is no width, a type is none of floating-point numbers, or `implementation` is unknown.
         """
-        checks.refuse(checks.counts(dim=dim))
+        kinds = {"dtype": dtype or jnp.float32, "param_dtype": param_dtype}
+        checks.refuse(
+            checks.counts(dim=dim)
+            + ([] if implementation is None else checks.one_of(dispatch.IMPLEMENTATIONS, implementation=implementation))
+            + [
+                f"{name}={jnp.dtype(kind).name} must be a type of floating-point numbers"
+                for name, kind in kinds.items()
+                if not jnp.issubdtype(kind, jnp.floating)
+            ]
+        )
         num_keys, num_heads, key_dim = config.num_keys, config.num_heads, config.key_dim
         self.dim, self.num_slots = dim, config.num_slots
         self.num_heads, self.top_k, self.key_dim = num_heads, config.top_k, key_dim

@@ -3,6 +3,7 @@
 from typing import Any, ClassVar
 
 from flax import nnx
+from flax.errors import TraceContextError
 from jaxtyping import Array, Float
 
 from memjax.memory.read import Perturbations, ReadKind, TableRead, zero_perturbation
@@ -51,10 +52,15 @@ class LookupLayer(nnx.Module):
         """The layer's output.
 
         Raises:
-            ValueError: x is of another width, or tables are not as many or not of the shape that the layer addresses.
+            TypeError: a table is no ValueTable.
+            ValueError: x is of another width, or tables are not as many or not of the shape that the layer addresses;
+                or `memjax.value_and_grad` meets it where its reads cannot leave a transformation of JAX.
         """
+        name = type(self).__name__
         if len(tables) != len(self.READS):
-            raise ValueError(f"{type(self).__name__} reads {len(self.READS)} tables, found {len(tables)}")
+            raise ValueError(f"{name} reads {len(self.READS)} tables, found {len(tables)}")
+        if wrong := [type(table).__name__ for table in tables if not isinstance(table, ValueTable)]:
+            raise TypeError(f"{name} is called as layer(x, *tables) with a ValueTable each, found {', '.join(wrong)}")
         recording: Any = getattr(self, "recording", None)
         if recording is None:
             return self.with_reads(x, *tables)[0]
@@ -62,7 +68,14 @@ class LookupLayer(nnx.Module):
         # The number of the call tells which perturbations are its own; the first pass, which finds shapes, has none.
         own = perturbations[len(calls)] if perturbations else None
         out, found = self.with_reads(x, *tables, perturbations=own)
-        recording.reads.set_value((*calls, found))
+        try:
+            recording.reads.set_value((*calls, found))
+        except TraceContextError as error:
+            raise ValueError(
+                f"memjax.value_and_grad: a {name} is called inside a transformation of JAX, as jit, vmap or scan, "
+                "that closes over it. Call it outside, or under nnx.jit or nnx.remat with the layer as an argument; "
+                "nnx.value_and_grad differentiates it anywhere"
+            ) from error
         return out
 
     def perturbations_of(self, given: Perturbations | None) -> tuple[Float[Array, "t _"] | None, ...]:

@@ -17,6 +17,7 @@ from memjax.memory.row_optimizer import RowOptimizer
 from memjax.memory.table import TableRows, ValueTable
 from memjax.ops.row_gradient import RowGradient
 from memjax.sharding.axes import split_columns
+from memjax.sharding.rules import is_variable
 
 DENSE = nnx.All(nnx.Param, nnx.Not(TableRows))
 """The parameters that have a dense gradient."""
@@ -34,6 +35,8 @@ class Gradients:
 
     def __add__(self, other: "Gradients") -> "Gradients":
         """The gradient of the sum of two losses."""
+        if not isinstance(other, Gradients):
+            return NotImplemented
         tables = {name: rows + other.tables[name] for name, rows in self.tables.items()}
         return Gradients(jax.tree.map(jnp.add, self.dense, other.dense), tables)
 
@@ -43,6 +46,8 @@ class Gradients:
 
     def __mul__(self, factor: ArrayLike) -> "Gradients":
         """The gradient of the loss times a number."""
+        if isinstance(factor, Gradients):
+            return NotImplemented
         scaled = lambda array: array * jnp.asarray(factor, array.dtype)
         tables = {
             name: [row._replace(weights=scaled(row.weights)) for row in rows] for name, rows in self.tables.items()
@@ -50,6 +55,14 @@ class Gradients:
         return Gradients(jax.tree.map(scaled, self.dense), tables)
 
     __rmul__ = __mul__
+
+    def __neg__(self) -> "Gradients":
+        """The gradient of the negative loss."""
+        return self * -1
+
+    def __sub__(self, other: "Gradients") -> "Gradients":
+        """The gradient of the difference of two losses."""
+        return self + -other
 
     def __truediv__(self, number: ArrayLike) -> "Gradients":
         """The gradient of the loss divided by a number."""
@@ -132,26 +145,28 @@ class Optimizer(nnx.Module):
         """
         self.tx, self.row_optimizer = dense, tables
         self.step = nnx.OptState(jnp.zeros((), jnp.int32))
-        self.dense_state = nnx.OptState(dense.init(_arrays(nnx.state(model, DENSE))))
+        self.dense_state = _variables(dense.init(_arrays(nnx.state(model, DENSE))))
         states = {name: tables.init(table.rows[...]) for name, table in _named(model, ValueTable)}
-        self.table_state = nnx.OptState(jax.tree.map(split_columns, states))
+        self.table_state = _variables(jax.tree.map(split_columns, states))
 
-    def update(self, model: nnx.Module, gradients: Gradients, *, ok: ArrayLike = True) -> None:
+    def update(self, model: nnx.Module, gradients: Gradients, *, ok: ArrayLike = True, **extra: Any) -> None:
         """One step; as a whole it is in place inside a jitted function that donates model and optimizer.
 
         Args:
             model: the one of `__init__`; its parameters change.
             gradients: of `memjax.value_and_grad`.
             ok: False leaves model and optimizer as they are, say where the loss is NaN.
+            **extra: further arguments of the optax transformation, say `value=loss`.
         """
-        state, before = nnx.state(model, DENSE), self.dense_state.get_value()
+        state, before = nnx.state(model, DENSE), _values(self.dense_state)
         params = _arrays(state)
-        updates, after = self.tx.update(_arrays(gradients.dense), before, params)
+        tx = optax.with_extra_args_support(self.tx)
+        updates, after = tx.update(_arrays(gradients.dense), before, params, **extra)
         keep = lambda new, old: jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, old)
         nnx.replace_by_pure_dict(state, keep(optax.apply_updates(params, updates), params))
         nnx.update(model, state)
-        self.dense_state.set_value(keep(after, before))
-        table_state = dict(self.table_state.get_value())
+        _assign(self.dense_state, keep(after, before))
+        table_state = _values(self.table_state)
         for name, table in _named(model, ValueTable):
             rows, table_state[name] = self.row_optimizer.update(
                 name,
@@ -162,8 +177,21 @@ class Optimizer(nnx.Module):
                 ok=ok,
             )
             table.rows.set_value(rows)
-        self.table_state.set_value(table_state)
+        _assign(self.table_state, table_state)
         self.step.set_value(self.step.get_value() + jnp.asarray(ok, jnp.int32))
+
+
+def _variables(tree: Any) -> Any:
+    """A variable for every array, so that what saves the state of modules knows them by name."""
+    return nnx.data(jax.tree.map(nnx.OptState, tree))
+
+
+def _values(variables: Any) -> Any:
+    return jax.tree.map(lambda variable: variable.get_value(), variables, is_leaf=is_variable)
+
+
+def _assign(variables: Any, values: Any) -> None:
+    jax.tree.map(lambda variable, value: variable.set_value(value), variables, values, is_leaf=is_variable)
 
 
 def _arrays(state: nnx.State) -> dict[Any, Any]:

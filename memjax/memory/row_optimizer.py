@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -22,13 +23,18 @@ class RowOptimizer:
     learning_rate: float | Callable[[ArrayLike], ArrayLike]
     """A number, or a schedule of the number of the step, as those of optax."""
     rule: RowRule = dataclasses.field(default_factory=RowRule)
-    """The default of 256 state_columns is lowered for tables whose width it does not divide."""
+    """The default of 256 state_columns is lowered where it does not divide a table's width, or that of a shard."""
     seed: int = 0
     """Of the stochastic rounding; every table rounds with bits of its own."""
     collective: Literal["auto", "all_gather", "all_reduce"] = "auto"
     """How row gradients cross the axis `data` of a mesh: see `memjax.memory.sharded.update_rows`."""
     implementation: str | None = None
     """Of `row_update`; None takes the fastest that can run."""
+
+    def __post_init__(self):
+        rate = self.learning_rate
+        if isinstance(rate, str) or (isinstance(rate, int | float | np.number) and not rate >= 0):
+            raise ValueError(f"learning_rate={rate!r} must be a number that is not negative, or a schedule")
 
     def rate(self, step: ArrayLike) -> ArrayLike:
         """The learning rate of a step, numbered from 0."""
@@ -74,4 +80,7 @@ class RowOptimizer:
 
     def _rule(self, width: int) -> RowRule:
         columns = self.rule.state_columns
-        return dataclasses.replace(self.rule, state_columns=math.gcd(256, width) if columns == 256 else columns)
+        if columns == 256:
+            shards = sharded.table_shards()
+            columns = math.gcd(columns, width if width % shards else width // shards)
+        return dataclasses.replace(self.rule, state_columns=columns)

@@ -29,7 +29,7 @@ from memjax.ops.row_update.api import check_state, row_update
 from memjax.ops.row_update.rules import RowRule, RowStep, TableState
 from memjax.ops.shapes import require
 from memjax.ops.table import Table
-from memjax.sharding.axes import alike_over_tensor, has_memory_axis, over_mesh, place, unsharded
+from memjax.sharding.axes import alike_over_tensor, has_memory_axis, over_mesh, place, unsharded, unsharded_update
 from memjax.sharding.rules import (
     BAGS,
     COLUMNS,
@@ -85,7 +85,7 @@ def bag(
             table=table,
         )
     if _is_plain(indices):
-        run = alike_over_tensor(partial(embedding_bag, implementation=implementation))
+        run = alike_over_tensor(partial(embedding_bag, mode="promise_in_bounds", implementation=implementation))
         out = unsharded(run, indices)(table, indices, weights)
         return out if perturbation is None else out + perturbation
     perturbations = () if perturbation is None else (perturbation,)
@@ -99,7 +99,10 @@ def _bag_of_group(
     table: Table | Array, indices: Array, weights: Array, *perturbations: Array, implementation: str | None
 ) -> Array:
     indices, weights = (jax.lax.all_gather(picks, MEMORY, tiled=True) for picks in (indices, weights))
-    out = sum(perturbations, start=embedding_bag(table, indices, weights, implementation=implementation))
+    out = sum(
+        perturbations,
+        start=embedding_bag(table, indices, weights, mode="promise_in_bounds", implementation=implementation),
+    )
     return jax.lax.all_to_all(out, MEMORY, split_axis=0, concat_axis=1, tiled=True)
 
 
@@ -124,7 +127,7 @@ def dot(
             indices=indices,
         )
     if _is_plain(indices):
-        run = alike_over_tensor(partial(embedding_dot, implementation=implementation))
+        run = alike_over_tensor(partial(embedding_dot, mode="promise_in_bounds", implementation=implementation))
         out = unsharded(run, indices)(table, indices, vectors)
         return out if perturbation is None else out + perturbation, vectors
     perturbations = () if perturbation is None else (perturbation,)
@@ -139,7 +142,7 @@ def _dot_of_group(
 ) -> tuple[Array, Array]:
     indices = jax.lax.all_gather(indices, MEMORY, tiled=True)
     columns = jax.lax.all_to_all(vectors, MEMORY, split_axis=1, concat_axis=0, tiled=True)
-    out = embedding_dot(table, indices, columns, implementation=implementation)
+    out = embedding_dot(table, indices, columns, mode="promise_in_bounds", implementation=implementation)
     out = jax.lax.psum_scatter(out, MEMORY, scatter_dimension=0, tiled=True)
     return sum(perturbations, start=out), columns
 
@@ -183,8 +186,10 @@ def update_rows(
     check_state(table, state, rule)
     checks.refuse(checks.one_of(("auto", *get_args(row_grad_reduce.Collective)), collective=collective))
     if all(_is_plain(gradient.indices) for gradient in gradients):
-        run = alike_over_tensor(partial(row_update, implementation=implementation))
-        return unsharded(run, table)(table, state, gradients, rule, step)
+        run = lambda table, state, gradients, step: row_update(
+            table, state, gradients, rule, step, implementation=implementation
+        )
+        return unsharded_update(alike_over_tensor(run), (table, state))(table, state, gradients, step)
     specs = (COLUMNS, COLUMNS, (FACTORS,) * len(gradients), REPLICATED)
     settings: dict[str, Any] = {"rule": rule, "implementation": implementation}
     if row_grad_reduce.choose(collective, table, gradients, **_sizes()) == "all_gather":
@@ -291,8 +296,11 @@ def update_rows_by_sum(
     """`update_rows` by what `add_rows` has summed; the sums of replicas are added up."""
     check_state(table, state, rule)
     if not has_memory_axis():
-        run = alike_over_tensor(partial(dense.update_touched, block_bytes=block_bytes))
-        return unsharded(run, table)(table, state, total.gradient[0], total.touched[0, 0], rule, step)
+        run = lambda table, state, gradient, touched, step: dense.update_touched(
+            table, state, gradient, touched, rule, step, block_bytes=block_bytes
+        )
+        arguments = table, state, total.gradient[0], total.touched[0, 0], step
+        return unsharded_update(alike_over_tensor(run), (table, state))(*arguments)
     specs = (COLUMNS, COLUMNS, REPLICA_COLUMNS, REPLICA_SHARDS, REPLICATED)
     run = over_mesh(_update_by_sums, specs, (COLUMNS, COLUMNS), rule=rule, block_bytes=block_bytes)
     return run(table, state, *total, step)
@@ -317,6 +325,11 @@ def _update_by_sum(
 def _of_columns(step: RowStep, table: Array) -> RowStep:
     """The step of the columns of a device."""
     return step._replace(first_column=step.first_column + jax.lax.axis_index(MEMORY) * table.shape[1])
+
+
+def table_shards() -> int:
+    """Devices that share the columns of a table."""
+    return _sizes()["memory_axis"]
 
 
 def _sizes() -> dict[str, int]:

@@ -41,14 +41,16 @@ class ValueTable(nnx.Module):
         """Draws num_slots rows of value_dim normal numbers of standard deviation init_scale * value_dim ** -0.5.
 
         Raises:
-            ValueError: a number is out of its range, or dtype is no type of floating-point numbers.
+            ValueError: a number is out of its range, or dtype is no type of floating-point numbers of 16 bits or more.
         """
-        is_float = jnp.issubdtype(dtype, jnp.floating)
+        is_float = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize > 1
         checks.refuse(
             checks.counts(num_slots=num_slots, value_dim=value_dim)
             + checks.not_negative(init_scale=init_scale)
             + [
-                None if is_float else f"dtype={jnp.dtype(dtype).name} must be a type of floating-point numbers",
+                None
+                if is_float
+                else f"dtype={jnp.dtype(dtype).name} must be a type of floating-point numbers of 16 bits or more",
                 f"num_slots={num_slots} must be at most {MOST_SLOTS:,}: slot numbers are 32-bit"
                 if num_slots > MOST_SLOTS
                 else None,

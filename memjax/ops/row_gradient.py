@@ -37,11 +37,20 @@ class RowGradient(NamedTuple):
         The gradient of padding is zero, but rows with a gradient of zero still count as read: `rowwise_adam` decays
         their second moment, and `adam` moves them by their momentum.
         """
+        require(
+            "without_padding",
+            is_real.shape == self.indices.shape[:-1],
+            "every token needs one flag",
+            is_real=is_real,
+            indices=self.indices,
+        )
         return self._replace(indices=jnp.where(is_real[..., None], self.indices, num_rows))
 
     def existing(self, num_rows: int) -> "RowGradient":
         """The gradient with row num_rows in place of negative ones, which NumPy would count from the end."""
-        return self._replace(indices=jnp.where(self.indices < 0, num_rows, self.indices))
+        if jnp.issubdtype(self.indices.dtype, jnp.unsignedinteger):
+            return self
+        return self._replace(indices=jnp.where(self.indices < 0, jnp.int32(num_rows), self.indices))
 
     def check(self, width: int | None = None) -> None:
         """Refuses factors that do not fit together, or rows of another width.
@@ -73,7 +82,8 @@ class RowGradient(NamedTuple):
         self.check()
         dtype = accumulator(self.vectors.dtype)
         vectors, weights = self.vectors.astype(dtype), self.weights.astype(dtype)
-        (tokens, picks), width = self.indices.shape, vectors.shape[1]
+        existing = self.existing(num_rows).indices
+        (tokens, picks), width = existing.shape, vectors.shape[1]
 
         def add(gradient: Array, indices: Array, weights: Array) -> Array:
             # Pick by pick, as in the loop: the order of the sums is one and the same.
@@ -81,13 +91,13 @@ class RowGradient(NamedTuple):
             return gradient.at[indices.T.reshape(-1)].add(products.reshape(indices.size, width))
 
         gradient = vary_like(jnp.zeros((num_rows, width), dtype), self)
-        if self.indices.size == 0:
+        if existing.size == 0:
             return gradient
         at_once = max(num_rows * width // 4, PIECE_BYTES // dtype.itemsize) // max(1, tokens * width)
         if at_once == 0 or picks > PIECES * at_once:
-            one = lambda pick, gradient: add(gradient, self.indices[:, pick, None], weights[:, pick, None])
+            one = lambda pick, gradient: add(gradient, existing[:, pick, None], weights[:, pick, None])
             return jax.lax.fori_loop(0, picks, one, gradient)
         for first in range(0, picks, at_once):
             some = slice(first, first + at_once)
-            gradient = add(gradient, self.indices[:, some], weights[:, some])
+            gradient = add(gradient, existing[:, some], weights[:, some])
         return gradient

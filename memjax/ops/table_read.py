@@ -2,12 +2,14 @@
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
+from memjax.config import checks
 from memjax.ops import dispatch
 from memjax.ops.manual_axes import vary_together
 from memjax.ops.row_gradient import RowGradient
@@ -16,14 +18,37 @@ from memjax.ops.table import Table, differentiable
 SAVED_NAMES = {"embedding_bag": "memory_bag", "embedding_dot": "memory_dot"}
 """`checkpoint_name` of each operation's output, so that rematerialisation can keep it."""
 
+IndexMode = Literal["fill", "promise_in_bounds"]
+"""What becomes of indices outside the table: NaN is read there, or there are none (`jax.lax.GatherScatterMode`)."""
+
+
+def checked(indices: Array, num_rows: int, mode: IndexMode) -> tuple[Array, Array | None]:
+    """Indices that exist, in place of those that do not, and which did; None where that is promised.
+
+    Raises:
+        ValueError: the mode is unknown.
+    """
+    checks.refuse(checks.one_of(get_args(IndexMode), mode=mode))
+    if mode == "promise_in_bounds":
+        return indices, None
+    # The bound must be a number of the indices' type.
+    exist = (indices >= 0) & (indices <= min(num_rows - 1, int(jnp.iinfo(indices.dtype).max)))
+    return jnp.where(exist, indices, 0), exist
+
 
 def read(operation: str, name: str, table: Table, indices: Array, factor: Array) -> Array:
     """The operation, by the implementation of a name, on tokens without batch axes.
 
     `factor` is what the table's rows are multiplied by: the weights of a bag, the vectors of a dot.
     """
-    out: Any = _read(operation, name, *vary_together((table, indices, factor)))
-    return out
+    arguments = vary_together((table, indices, factor))
+    try:
+        return _read(operation, name, *arguments)
+    except NotImplementedError as error:
+        if "symbolic_zeros" not in str(error):
+            raise
+        # A jax.shard_map that is not compiled. Compiled always, remat would take every table for differentiated.
+        return jax.jit(_read, static_argnums=(0, 1))(operation, name, *arguments)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

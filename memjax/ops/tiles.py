@@ -60,8 +60,11 @@ def _of_rows(operation: str, table: Table, tokens: int) -> tuple[str, Tile]:
 
 
 def _columns(dim: int) -> int:
-    """Columns of a program that covers dim without much waste: the power of two that divides it, or 64 and a rest."""
-    return max(dim & -dim, min(64, next_power_of_two(dim)))
+    """Columns of a program that covers dim without much waste: the power of two that divides it, or 64 and a rest.
+
+    At least 8: as many neighbouring columns are loaded together.
+    """
+    return max(8, dim & -dim, min(64, next_power_of_two(dim)))
 
 
 _tried: dict[str, dict[str, int]] = {}

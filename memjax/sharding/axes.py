@@ -206,6 +206,15 @@ def unsharded(function: Callable, like: Array) -> Callable:
     return jax.sharding.auto_axes(function, out_sharding=_front(like)) if is_explicit() else function
 
 
+def unsharded_update(function: Callable, state: Any) -> Callable:
+    """The function itself; under an Explicit mesh automatic inside, its results laid out like the state."""
+    if not is_explicit():
+        return function
+    return jax.sharding.auto_axes(
+        function, out_sharding=jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, state)
+    )
+
+
 def _front(array: Array) -> P:
     """How the first axis is split, by its type under an Explicit mesh."""
     return P(*jax.typeof(array).sharding.spec[:1]) if array.ndim > 1 else P()

@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import memjax
 from memjax import MemoryLayer, PEERLayer, RowOptimizer, RowRule, TableRows, ValueTable, row_update
@@ -178,3 +179,87 @@ def test_padding_reads_no_row():
     for token, pick in np.ndindex(3, row.indices.shape[1]):
         expected[row.indices[token, pick]] += row.weights[token, pick] * row.vectors[token]
     np.testing.assert_allclose(kept, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.vmap], ids=lambda wrap: wrap.__name__)
+def test_a_layer_whose_reads_cannot_leave_a_transformation_is_refused_with_what_to_do(wrap):
+    model, x = Model(), data()[0]
+    with pytest.raises(ValueError, match=r"a MemoryLayer is called inside a transformation .* under nnx.jit"):
+        memjax.value_and_grad(lambda model: jnp.sum(wrap(lambda x: model.blocks[0](x, model.table))(x)))(model)
+
+
+class Net(nnx.Module):
+    def __init__(self):
+        self.table = ValueTable(SLOTS, DIM, dtype=jnp.float64, rngs=nnx.Rngs(0))
+        self.block = Block(nnx.Rngs(1))
+
+    def __call__(self, x):
+        return self.block(x, self.table)
+
+
+def test_gradients_are_subtracted_and_add_to_nothing_else():
+    net, x = Net(), jnp.ones((TOKENS, DIM))
+    _, gradients = memjax.value_and_grad(lambda net: jnp.sum(net(x)))(net)
+    for leaf in jax.tree.leaves((gradients - gradients).dense):
+        np.testing.assert_array_equal(leaf, 0)
+    rows = (gradients - gradients * 2).tables["table"]
+    expected = sum(row.dense(SLOTS) for row in gradients.tables["table"])
+    np.testing.assert_allclose(sum(row.dense(SLOTS) for row in rows), -expected, atol=1e-12)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        _ = gradients + gradients.dense
+
+
+def test_transformations_of_optax_that_take_the_loss_get_it():
+    net, x = Net(), jnp.ones((TOKENS, DIM))
+    dense = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
+    optimizer = memjax.Optimizer(net, dense=dense, tables=RowOptimizer(0.1))
+    loss, gradients = memjax.value_and_grad(lambda net: jnp.sum(net(x)))(net)
+    optimizer.update(net, gradients, value=loss)
+    assert optimizer.dense_state[1].best_value[...] == loss
+
+
+@pytest.mark.parametrize(
+    ("names", "axis_type", "spec"),
+    [
+        (("dp", "tp"), AxisType.Explicit, P(None, "tp")),
+        # A device has fewer columns of the table than the default rule has a state for.
+        (("data", "memory"), AxisType.Auto, P(None, "memory")),
+    ],
+    ids=str,
+)
+def test_a_step_on_a_mesh_is_that_of_one_device_and_keeps_the_layout_of_tables(names, axis_type, spec):
+    def step(net, x):
+        optimizer = memjax.Optimizer(net, dense=optax.sgd(0.1), tables=RowOptimizer(0.1, RowRule(kind="sgd")))
+        _, gradients = nnx.jit(memjax.value_and_grad(lambda net, x: jnp.sum(jnp.sin(net(x)))))(net, x)
+        nnx.jit(lambda optimizer, net, gradients: optimizer.update(net, gradients))(optimizer, net, gradients)
+        return net.table.rows[...]
+
+    x = data()[0]
+    expected = step(Net(), x)
+    mesh = jax.make_mesh((2, 2), names, axis_types=(axis_type,) * 2, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        net = Net()
+        net.table.rows.set_value(jax.device_put(net.table.rows[...], NamedSharding(mesh, spec)))
+        found = step(net, jax.device_put(x, NamedSharding(mesh, P(names[0]))))
+        (moment,) = jax.tree.leaves(RowOptimizer(0.1).init(net.table.rows[...]))
+        assert moment.shape == (SLOTS, 2 if "memory" in names else 1)
+    assert found.sharding == NamedSharding(mesh, spec)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_model_and_optimizer_come_back_from_their_pure_dicts():
+    def build():
+        net = Net()
+        return net, memjax.Optimizer(net, dense=optax.adam(0.1), tables=RowOptimizer(0.1))
+
+    saved = nnx.to_pure_dict(nnx.state(build()))
+    definition, state = nnx.split(nnx.eval_shape(build))
+    nnx.replace_by_pure_dict(state, jax.tree.map(np.asarray, saved))
+    restored = nnx.merge(definition, state)
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(restored)), saved)
+
+
+@pytest.mark.parametrize("rate", ["1e-3", -1.0, float("nan")])
+def test_rates_that_are_none_are_refused(as_users_call, rate):
+    with pytest.raises(ValueError, match=r"learning_rate=.* must be a number that is not negative, or a schedule"):
+        RowOptimizer(rate)

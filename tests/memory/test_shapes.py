@@ -85,6 +85,9 @@ def test_no_token_gives_nothing(shape):
         ({"num_keys": 3.0}, "num_keys=3.0 must be a whole number"),
         ({"value_dim": 0}, "value_dim=0 must be positive"),
         ({"num_heads": 0}, "num_heads=0 must be positive"),
+        ({"dtype": "int32"}, "dtype=int32 must be a type of floating-point numbers"),
+        ({"param_dtype": bool}, "param_dtype=bool must be a type of floating-point numbers"),
+        ({"implementation": "cuda"}, "implementation='cuda' is unknown; known: triton, xla, reference"),
         ({"score_scale": float("nan")}, "score_scale=nan must be a finite number"),
     ],
 )
@@ -98,6 +101,7 @@ def test_rules_of_the_config_hold_for_the_layers(as_users_call, wrong, message):
 def test_rules_of_the_config_hold_for_tables_and_collectives(as_users_call):
     sizes: dict[str, Any] = {"num_slots": 4, "value_dim": 4}
     wrongs: list[dict[str, Any]] = [{"num_slots": 0}, {"num_slots": 2**31}, {"value_dim": -1}, {"dtype": jnp.int8}]
+    wrongs += [{"dtype": "float8_e4m3fn"}, {"init_scale": float("nan")}]
     for wrong in wrongs:
         with pytest.raises(ValueError, match=rf"{next(iter(wrong))}="):
             ValueTable(**{**sizes, **wrong}, rngs=nnx.Rngs(0))
@@ -131,7 +135,7 @@ def test_no_token_gives_nothing_on_a_mesh_and_tables_do_not_change(mesh):
     ("kind", "section", "more"),
     [(MemoryLayer, MemoryConfig, {"gate": "none", "value_dim": 4}), (PEERLayer, PEERConfig, {})],
 )
-def test_a_section_and_keywords_make_the_same_layer(kind, section, more):
+def test_a_section_and_keywords_make_the_same_layer(as_users_call, kind, section, more):
     def graph(*arguments, **options):
         return nnx.graphdef(nnx.eval_shape(lambda: kind(DIM, *arguments, **options, rngs=nnx.Rngs(0))))
 
@@ -140,6 +144,18 @@ def test_a_section_and_keywords_make_the_same_layer(kind, section, more):
     assert graph(**SIZES, **more) == graph(section(**SIZES), **more) == expected
     with pytest.raises(TypeError, match=rf"{kind.__name__} has no setting num_key; known: layers, .*num_keys"):
         kind(DIM, section(), num_key=3, rngs=nnx.Rngs(0))
+    wrong: Any = SIZES
+    with pytest.raises(TypeError, match=rf"{kind.__name__}: config=.* must be an object with settings"):
+        kind(DIM, wrong, rngs=nnx.Rngs(0))
+
+
+def test_what_is_no_table_is_refused(as_users_call):
+    memory, experts, (table, *_) = build()
+    rows: Any = table.rows[...]
+    nothing: Any = None
+    for call in (lambda x: memory(x, rows), lambda x: memory(x, x), lambda x: experts(x, table, nothing)):
+        with pytest.raises(TypeError, match=r"is called as layer\(x, \*tables\) with a ValueTable each, found"):
+            call(jnp.ones((8, DIM)))
 
 
 def test_another_number_of_tables_is_refused():

@@ -1,4 +1,5 @@
 from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -201,3 +202,33 @@ def test_output_is_named_so_that_remat_keeps_it():
     kept = jax.vjp(jax.checkpoint(loss, policy=policy), weights)[1]
     shapes = [getattr(leaf, "shape", None) for leaf in jax.tree.leaves(kept)]
     assert (4, 5) in shapes
+
+
+@every_implementation
+@pytest.mark.parametrize("kind", [jnp.int32, jnp.uint8])
+def test_tokens_with_an_index_outside_the_table_are_nan_and_have_no_gradient(as_users_call, implementation, kind):
+    table, weights = jnp.ones((300 if kind == jnp.uint8 else 3, 4)), jnp.ones((4, 2))
+    indices = jnp.array([[0, 2], [3, 1], [-1, 0], [1, 1]]).astype(kind)
+    inside = np.array([True, kind == jnp.uint8, kind == jnp.uint8, True])[:, None]
+    bag = partial(embedding_bag, implementation=implementation)
+    np.testing.assert_array_equal(bag(table, indices, weights), np.where(inside, 2, np.nan) * np.ones(4))
+    loss = lambda table, weights: jnp.nansum(bag(table, indices, weights))
+    d_table, d_weights = jax.grad(loss, argnums=(0, 1))(table, weights)
+    assert d_table.sum() == 2 * 4 * inside.sum()
+    np.testing.assert_array_equal(d_weights, np.where(inside, 4, 0) * np.ones(2))
+
+
+def test_a_promise_of_indices_is_taken_and_other_modes_are_refused(as_users_call):
+    table, indices, weights = jnp.ones((3, 4)), jnp.zeros((2, 1), jnp.int32), jnp.ones((2, 1))
+    np.testing.assert_array_equal(embedding_bag(table, indices, weights, mode="promise_in_bounds"), np.ones((2, 4)))
+    unknown: Any = "clip"
+    with pytest.raises(ValueError, match="mode='clip' is unknown; known: fill, promise_in_bounds"):
+        embedding_bag(table, indices, weights, mode=unknown)
+
+
+def test_a_bag_inside_a_shard_map_that_is_not_compiled():
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    table, indices, weights = jnp.ones((3, 4)), jnp.zeros((2, 1), jnp.int32), jnp.ones((2, 1))
+    spec = jax.sharding.PartitionSpec("i")
+    bag = jax.shard_map(partial(embedding_bag, table), mesh=mesh, in_specs=(spec, spec), out_specs=spec)
+    np.testing.assert_array_equal(bag(indices, weights), np.ones((2, 4)))

@@ -165,3 +165,12 @@ def test_xla_form_never_holds_every_picked_row(equations_of):
 
     assert largest("xla") < tokens * picks * columns
     assert largest("reference") >= tokens * picks * columns
+
+
+@every_implementation
+def test_dots_with_rows_that_do_not_exist_are_nan_and_have_no_gradient(implementation):
+    indices, vectors = jnp.array([[0, 3], [-1, 2]]), jnp.ones((2, 4))
+    dot = partial(embedding_dot, implementation=implementation)
+    np.testing.assert_array_equal(dot(jnp.ones((3, 4)), indices, vectors), [[4, np.nan], [np.nan, 4]])
+    loss = lambda table: jnp.nansum(dot(table, indices, vectors))
+    np.testing.assert_array_equal(jax.grad(loss)(jnp.ones((3, 4))), np.array([[1], [0], [1]]) * np.ones(4))

@@ -116,3 +116,12 @@ def test_what_does_not_fit_is_refused():
         grouped_matmul(rows.astype(jnp.bfloat16), matrices, sizes)
     with pytest.raises(ValueError, match="there are 3 matrices and 2 sizes"):
         grouped_matmul(rows, matrices, sizes[1:])
+
+
+@pytest.mark.parametrize("implementation", ["triton", "xla", "reference"])
+def test_sizes_beyond_the_rows_reach_no_row_that_does_not_exist(implementation):
+    rows, matrices, sizes = jnp.ones((5, 8)), jnp.ones((3, 8, 8)), jnp.array([3, 90, 7])
+    product = partial(grouped_matmul, implementation=implementation)
+    np.testing.assert_array_equal(product(rows, matrices, sizes), np.full((5, 8), 8))
+    gradient = jax.grad(lambda matrices: product(rows, matrices, sizes).sum())(matrices)
+    np.testing.assert_array_equal(gradient, np.array([3, 2, 0])[:, None, None] * np.ones((8, 8)))

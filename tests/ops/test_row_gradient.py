@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,3 +35,14 @@ def test_factors_in_bfloat16_are_summed_in_float32():
     gradient = RowGradient(jnp.zeros((300, 1), jnp.int32), ones, ones).dense(2)
     assert gradient.dtype == jnp.float32
     np.testing.assert_array_equal(gradient, [[300], [0]])
+
+
+def test_picks_of_rows_that_do_not_exist_add_nothing_to_the_dense_gradient():
+    gradient = RowGradient(jnp.array([[-1, 1, 2]], jnp.int8), jnp.ones((1, 3)), jnp.ones((1, 1))).dense(2)
+    np.testing.assert_array_equal(gradient, [[0], [1]])
+
+
+def test_flags_of_padding_are_as_many_as_the_tokens():
+    gradient = RowGradient(jnp.zeros((3, 2), jnp.int32), jnp.ones((3, 2)), jnp.ones((3, 1)))
+    with pytest.raises(ValueError, match=r"every token needs one flag; found is_real bool\[1\], indices int32\[3, 2\]"):
+        gradient.without_padding(jnp.ones(1, bool), 9)

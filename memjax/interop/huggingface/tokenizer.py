@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -170,6 +171,25 @@ class _Folder:
         name = name.get("content") if isinstance(name, dict) else name
         return name if isinstance(name, str) else None
 
+    def flag(self, name: str) -> bool | None:
+        """A flag of tokenizer_config.json; None where it is null or not there.
+
+        Raises:
+            DataError: it is neither true nor false, nor a way to write them.
+        """
+        value = self.settings.get(name)
+        word = value.lower() if isinstance(value, str) else value
+        if value is None or isinstance(value, bool):
+            return value
+        if word not in ("true", "false", 0, 1):
+            raise _Contradiction(f"{self.path / SETTINGS}: {name}={json.dumps(value)} must be true, false or null")
+        return word in ("true", 1)
+
+    def heeds_flag(self) -> bool:
+        """Whether the tokenizer's class has transformers 4 begin texts as add_bos_token says; others do not read it."""
+        name = self.settings.get("tokenizer_class") or "Llama"
+        return any(kind in str(name) for kind in ("Llama", "Gemma", "Cohere"))
+
     def ids(self, which: str) -> list[int]:
         """The ids that the model's files give for bos or eos; generation_config.json wins, as in transformers.
 
@@ -293,21 +313,32 @@ def _adds_bos(path: pathlib.Path, folder: _Folder, tokenizer: Tokenizer) -> bool
     """Whether prompts of the model begin with the begin token: tokenizer_config.json, else tokenizer.json say it.
 
     Raises:
-        DataError: prompts begin with other special tokens.
+        DataError: prompts begin with other special tokens, or `add_bos_token` is no flag.
     """
-    said = folder.settings.get("add_bos_token")
-    prefix = folder.prompt_prefix()
-    if isinstance(said, bool):
-        return said
+    if folder.flag("add_eos_token"):
+        say(f"warning: {folder.path / SETTINGS}: add_eos_token is not kept: prompts do not end with the end token")
+    said, prefix = folder.flag("add_bos_token"), folder.prompt_prefix()
     if prefix is None:
-        return True  # as LlamaTokenizer does
-    if prefix not in ([], [tokenizer.bos_id]):
-        raise _Contradiction(
-            f"{path}: its post-processor begins prompts with the tokens {prefix}, memjax begins them with bos "
-            f"({tokenizer.bos_id}) or nothing; set bos_token in {SETTINGS} if it is one token, or --tokenizer to "
-            "another file"
+        # As LlamaTokenizer does without tokenizer.json; null is no there.
+        return "add_bos_token" not in folder.settings if said is None else said
+    in_json = bool(prefix)
+    if said is None or not folder.heeds_flag():
+        if prefix not in ([], [tokenizer.bos_id]):
+            raise _Contradiction(
+                f"{path}: its post-processor begins prompts with the tokens {prefix}, memjax begins them with bos "
+                f"({tokenizer.bos_id}) or nothing; set bos_token in {SETTINGS} if it is one token, or --tokenizer to "
+                "another file"
+            )
+        used = in_json
+    else:
+        used = said
+    if said not in (None, in_json):
+        say(
+            f"warning: {folder.path}: add_bos_token={json.dumps(said)} in {SETTINGS}, but the post-processor of {JSON} "
+            f"begins texts {'with' if in_json else 'without'} the begin token; prompts begin "
+            f"{'with' if used else 'without'} it"
         )
-    return bool(prefix)
+    return used
 
 
 def _with_begin(description: dict[str, Any], tokenizer: Tokenizer, bos: str) -> dict[str, Any]:

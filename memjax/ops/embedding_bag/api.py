@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from memjax.ops import dispatch
 from memjax.ops.shapes import check_table, require
 from memjax.ops.table import Table
-from memjax.ops.table_read import read
+from memjax.ops.table_read import IndexMode, checked, read
 
 
 def embedding_bag(
@@ -16,16 +16,18 @@ def embedding_bag(
     indices: Int[Array, "*t k"],
     weights: Float[Array, "*t k"],
     *,
+    mode: IndexMode = "fill",
     implementation: str | None = None,
 ) -> Float[Array, "*t d"]:
     """out[t] = sum_k weights[t, k] * table[indices[t, k]], summed in float32, in the table's type.
 
     Differentiable in `table` and `weights`. The table's gradient is as large as the table and is formed only when the
     table is differentiated; `memjax.row_sparse_value_and_grad` avoids it. Tables with scales or in host memory are
-    read-only. Indices outside 0..n-1 are not checked: what they read is undefined.
+    read-only. A token with an index outside 0..n-1 gets NaN and no gradient, as of `jnp.take`; negative indices are
+    outside, too. mode="promise_in_bounds" leaves that check out: what such indices read is then undefined.
 
     Raises:
-        ValueError: shapes do not fit together, or `implementation` is unknown.
+        ValueError: shapes do not fit together, or `mode` or `implementation` is unknown.
         NotImplementedError: `implementation` cannot run here, or not read this table.
         TypeError: the table is differentiated, and is read-only.
     """
@@ -43,5 +45,8 @@ def embedding_bag(
     if indices.size == 0:
         return jnp.zeros((*batch, table.shape[1]), table.dtype)
     tokens = math.prod(batch)
-    out = read("embedding_bag", name, table, indices.reshape(tokens, picks), weights.reshape(tokens, picks))
+    indices, exist = checked(indices.reshape(tokens, picks), table.shape[0], mode)
+    out = read("embedding_bag", name, table, indices, weights.reshape(tokens, picks))
+    if exist is not None:
+        out = jnp.where(exist.all(axis=1, keepdims=True), out, jnp.nan)
     return out.reshape(*batch, table.shape[1])

@@ -9,7 +9,7 @@ from memjax.ops import dispatch
 from memjax.ops.precision import accumulator
 from memjax.ops.shapes import check_table, require
 from memjax.ops.table import Table
-from memjax.ops.table_read import read
+from memjax.ops.table_read import IndexMode, checked, read
 
 
 def embedding_dot(
@@ -17,14 +17,16 @@ def embedding_dot(
     indices: Int[Array, "*t k"],
     vectors: Float[Array, "*t d"],
     *,
+    mode: IndexMode = "fill",
     implementation: str | None = None,
 ) -> Float[Array, "*t k"]:
     """out[t, k] = <vectors[t], table[indices[t, k]]>, in float32 or wider: the transpose of the embedding bag.
 
-    Differentiable in `table` (see `embedding_bag` for its price) and `vectors`. Indices outside 0..n-1 are not checked.
+    Differentiable in `table` (see `embedding_bag` for its price) and `vectors`. The dot with a row that does not
+    exist is NaN and has no gradient, unless mode="promise_in_bounds".
 
     Raises:
-        ValueError: shapes do not fit together, or `implementation` is unknown.
+        ValueError: shapes do not fit together, or `mode` or `implementation` is unknown.
         NotImplementedError: `implementation` cannot run here, or not read this table.
         TypeError: the table is differentiated, and is read-only.
     """
@@ -43,5 +45,8 @@ def embedding_dot(
     if indices.size == 0:
         return jnp.zeros(indices.shape, accumulator(table.dtype))
     tokens = math.prod(batch)
-    out = read("embedding_dot", name, table, indices.reshape(tokens, picks), vectors.reshape(tokens, -1))
+    indices, exist = checked(indices.reshape(tokens, picks), table.shape[0], mode)
+    out = read("embedding_dot", name, table, indices, vectors.reshape(tokens, -1))
+    if exist is not None:
+        out = jnp.where(exist, out, jnp.nan)
     return out.reshape(*batch, picks)

@@ -116,14 +116,20 @@ def grouped_matmul(
     rows: Float[Array, "m k"], matrices: Float[Array, "g ..."], sizes: Int[Array, " g"], *, transposed: bool = False
 ) -> Float[Array, "m n"]:
     """The reference's products, summed in float32; matrices are read transposed, not copied."""
-    return sequential_vmap(partial(_product, transposed=transposed))(rows, matrices, sizes)
+    return sequential_vmap(partial(_product, transposed=transposed))(rows, matrices, _inside(sizes, rows.shape[0]))
 
 
 def matrices_gradient(
     rows: Float[Array, "m k"], cotangent: Float[Array, "m n"], sizes: Int[Array, " g"]
 ) -> Float[Array, "g k n"]:
     """The reference's sums, in float32."""
-    return sequential_vmap(_matrices_gradient)(rows, cotangent, sizes)
+    return sequential_vmap(_matrices_gradient)(rows, cotangent, _inside(sizes, rows.shape[0]))
+
+
+def _inside(sizes: Array, num_rows: int) -> Array:
+    """The sizes without rows that do not exist, which nothing may read or write."""
+    ends = jnp.minimum(jnp.cumsum(jnp.maximum(sizes, 0)), num_rows)
+    return jnp.diff(ends, prepend=0)
 
 
 def _product(rows: Array, matrices: Array, sizes: Array, *, transposed: bool) -> Array:

@@ -216,6 +216,14 @@ def _template(name: str, token: int) -> dict:
         (_template("<|begin|>", 0), {}, True),
         (_template("<|begin|>", 0), {"add_bos_token": False}, False),
         (None, {"add_bos_token": True}, True),
+        (_template("<|begin|>", 0), {"add_bos_token": "False"}, False),
+        (None, {"add_bos_token": "true", "tokenizer_class": "LlamaTokenizerFast"}, True),
+        (_template("<|begin|>", 0), {"add_bos_token": 0}, False),
+        (None, {"add_bos_token": 1}, True),
+        (_template("<|begin|>", 0), {"add_bos_token": None}, True),
+        # transformers 4 and 5 read it of no other class.
+        (_template("<|begin|>", 0), {"add_bos_token": False, "tokenizer_class": "PreTrainedTokenizerFast"}, True),
+        (None, {"add_bos_token": True, "tokenizer_class": "Qwen2Tokenizer"}, False),
     ],
 )
 def test_whether_prompts_begin_with_a_token_is_carried_both_ways(processor, settings, adds, byte_level, tmp_path):
@@ -230,6 +238,33 @@ def test_whether_prompts_begin_with_a_token_is_carried_both_ways(processor, sett
     library = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     assert library.encode("the cat").ids == tokenizer.prompt(ids)
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["add_bos_token"] is adds
+
+
+@pytest.mark.parametrize(
+    ("settings", "adds"), [({}, True), ({"add_bos_token": None}, False), ({"add_bos_token": 0}, False)]
+)
+def test_a_sentencepiece_model_alone_is_asked_for_the_flag(settings, adds, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(_model())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert read_tokenizer(tmp_path, None, {})[1].adds_bos is adds
+
+
+def test_flags_that_contradict_the_post_processor_or_are_not_kept_are_told(byte_level, tmp_path, capsys):
+    settings = {"add_bos_token": "false", "add_eos_token": "TRUE"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**byte_level, "post_processor": _template("<|begin|>", 0)}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    read_tokenizer(tmp_path, None, {"bos_token_id": 0, "eos_token_id": 1})
+    told = capsys.readouterr().out
+    assert "add_bos_token=false in tokenizer_config.json, but the post-processor" in told
+    assert "add_eos_token is not kept: prompts do not end with the end token" in told
+
+
+@pytest.mark.parametrize("value", ["no", 2, [], {}])
+def test_flags_that_are_none_are_refused(value, byte_level, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(byte_level))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": value}))
+    with pytest.raises(DataError, match=r"add_bos_token=.* must be true, false or null"):
+        read_tokenizer(tmp_path, None, {"bos_token_id": 0, "eos_token_id": 1})
 
 
 def test_prompts_that_begin_with_another_token_are_refused(byte_level, tmp_path):
