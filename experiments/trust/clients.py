@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import random
 import re
@@ -212,9 +213,10 @@ class _Server:
         while not self.port and (line := self.process.stdout.readline()):
             if found := re.search(r"127\.0\.0\.1:(\d+)/v1", line):
                 self.port = int(found[1])
-        # What compiles for the first request of its kind may take longer than those after it.
-        scored = request("/v1/completions", json.dumps(SOUND["/v1/completions"]).encode())
-        answer_of(self.port, scored, 120)
+        # The first request of its kind waits until its program is compiled.
+        for logprobs in (0, 5, 20):
+            body = SOUND["/v1/completions"] | {"logprobs": logprobs}
+            answer_of(self.port, request("/v1/completions", json.dumps(body).encode()), 120)
         self.first = self.normal()
         self.stalled: list[tuple[float, socket.socket]] = []
 
@@ -226,6 +228,11 @@ class _Server:
             return json.loads((found or b"").partition(b"\r\n\r\n")[2])["choices"]
         except (ValueError, KeyError):
             return found
+
+    def cpu_seconds(self) -> float:
+        """Seconds that it has computed."""
+        fields = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def stall(self, raw: bytes, how: int) -> None:
         """Sends a part and then nothing, closes one direction, or breaks the connection."""
@@ -290,7 +297,12 @@ def http(seed: int, count: int, folder: pathlib.Path) -> Attempts:
             begun = server.memory()
 
         def attempt(raw: bytes = raw, complete: bool = complete, check: bool = number % 20 == 0) -> Faults:
-            faults = judged(answer_of(server.port, raw, SECONDS if complete else 0.3), complete=complete)
+            before = server.cpu_seconds()
+            answer = answer_of(server.port, raw, SECONDS if complete else 0.3)
+            # It compiles what no request before it has needed, on a machine with other work.
+            if answer is None and complete and server.cpu_seconds() - before > SECONDS / 4:
+                answer = answer_of(server.port, raw, 10 * SECONDS)
+            faults = judged(answer, complete=complete)
             if check and (found := server.normal()) != server.first:
                 faults.append(("wrong", f"a normal request is answered by {found!r:.300}, at first {server.first!r}"))
             return faults
@@ -298,9 +310,11 @@ def http(seed: int, count: int, folder: pathlib.Path) -> Attempts:
         yield how, attempt
 
     def last() -> Faults:
-        faults = [] if server.normal() == server.first else [("wrong", "the last normal request is answered otherwise")]
+        faults = server.given_up()
+        if server.normal() != server.first:
+            faults.append(("wrong", "the last normal request is answered otherwise"))
         if begun and (grown := server.memory() - begun) > MEMORY_BYTES:
             faults.append(("other", f"memory has grown by {grown >> 20} MB"))
-        return [*faults, *server.given_up(), *server.end()]
+        return [*faults, *server.end()]
 
     yield "the server's end", last

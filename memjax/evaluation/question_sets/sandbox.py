@@ -8,9 +8,10 @@ allows it (as root, or with user namespaces), it also has no network, sees no ot
 without being able to write to them, and has a few megabytes of memory for files. `missing_protection` names what a
 machine does not allow.
 
-A verdict counts only with a secret that the program cannot ask Python for. It runs in one process with its tests,
-though: a result that claims to equal everything passes them. This is a scorer, not a judge of an adversary, so run
-programs where there is nothing to lose.
+A verdict counts only with a secret that the program cannot ask Python for, and `ctypes`, which reads any memory, cannot
+be imported. It runs in one process with its tests, though: a result that claims to equal everything passes them, and so
+does machine code that searches its own memory. This is a scorer, not a judge of an adversary, so run programs where
+there is nothing to lose.
 """
 
 import contextlib

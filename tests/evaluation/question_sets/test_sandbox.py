@@ -91,6 +91,9 @@ FORGERIES = {
     "skips lines": "import sys\nsys.settrace(lambda *a: None)",
     "searches objects": "import gc\ngc.get_objects()",
     "searches memory": "import ctypes\nctypes.string_at(id(1), 8)",
+    "moves memory": "import sys\nc = sys.modules.get('ctypes') or __import__('_ctypes')\nc.memmove(0, 0, 0)",
+    "finds what imported it": "import sys\nf = sys._getframe()\nwhile f:\n"
+    "  assert not {'ctypes', '_libc'} & f.f_globals.keys(), 'secret'\n  f = f.f_back\nsys.exit(0)",
     "looks into frames": "import sys\nf = sys._getframe()\nwhile f:\n"
     "  for v in [*f.f_locals.values(), *f.f_globals.values()]:\n"
     "    assert not (isinstance(v, bytes) and len(v) == 64), 'secret'\n  f = f.f_back\nsys.exit(0)",
