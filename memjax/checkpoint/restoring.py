@@ -21,7 +21,7 @@ from memjax.checkpoint.errors import Damaged, explained
 from memjax.checkpoint.index import INDEX, differences, unseal
 from memjax.checkpoint.names import as_stored, flatten, nest
 from memjax.checkpoint.processes import any_process
-from memjax.errors import CheckpointError
+from memjax.errors import CheckpointError, shown
 from memjax.io.files import check_regular
 
 _Found = TypeVar("_Found")
@@ -130,7 +130,7 @@ class StoredStep:
                 "a GPU goes on elsewhere with --model.memory.table_dtype bfloat16 --allow_changed"
             )
         if problems:
-            raise CheckpointError("\n  ".join([f"{self._name} does not fit; {hint}", *problems]))
+            raise CheckpointError("\n  ".join([f"{self._name} does not fit; {hint}", *shown(problems)]))
 
     def _read_leaves(
         self, item: str, wanted: Mapping[str, Any], records: Mapping[str, Any], verify: bool

@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 from memjax.errors import CheckpointError
+from memjax.io.documents import line_of
 from memjax.io.files import read_text, write_atomic
 
 
@@ -45,7 +46,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         content = json.loads(read_text(path), parse_constant=_refuse, parse_float=_finite)
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download or copy it again") from error
+        raise CheckpointError(
+            f"{path}: cannot be read as JSON ({line_of(error)}); download or copy it again"
+        ) from error
     if not isinstance(content, dict):
         raise CheckpointError(
             f"{path}: must hold a JSON object, not {type(content).__name__}; download or copy it again"

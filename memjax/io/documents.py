@@ -7,6 +7,7 @@ import pydantic
 
 _SHOWN = 5
 """Problems of a document that a message lists."""
+_LETTERS = 300
 
 
 def check_shape(document: Any, shape: Any) -> None:
@@ -21,6 +22,12 @@ def check_shape(document: Any, shape: Any) -> None:
         raise ValueError(listed(error)) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def line_of(error: BaseException) -> str:
+    """What an error says, in one line that is not too long for a message around it."""
+    text = " ".join(str(error).split())
+    return text[:_LETTERS] if text else type(error).__name__
 
 
 def listed(error: pydantic.ValidationError) -> str:

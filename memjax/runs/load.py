@@ -28,6 +28,7 @@ from memjax.runs.saved import (
     Saved,
     TableDtypes,
     cast_like,
+    checked_meta,
     read_saved,
     readable_folder,
     shardings,
@@ -109,7 +110,7 @@ def load(
     with Checkpoints(folder) as checkpoints:
         # Of all the steps of a run the config is the same; which of them is whole, only reading the arrays tells.
         wanted = wanted_step(checkpoints, step)
-        meta = checkpoints.read_document(META, wanted)
+        meta = checked_meta(checkpoints.read_document(META, wanted), folder)
         if patches or (tables.is_default and "table_files" not in meta):
             return _in_types_of_here(_as_saved(checkpoints, folder, wanted, meta, ema, patches), dtype)
         return _in_form(checkpoints, folder, read_saved(checkpoints, folder, wanted, meta, ema=ema), dtype, tables)
@@ -130,7 +131,8 @@ def load_as_saved(
     folder = readable_folder(path, step)
     with Checkpoints(folder) as checkpoints:
         wanted = wanted_step(checkpoints, step)
-        return _as_saved(checkpoints, folder, wanted, checkpoints.read_document(META, wanted), ema, patches)
+        meta = checked_meta(checkpoints.read_document(META, wanted), folder)
+        return _as_saved(checkpoints, folder, wanted, meta, ema, patches)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ import safetensors.numpy
 from jaxtyping import Array, Float, Int
 
 from memjax.errors import CheckpointError
+from memjax.io.documents import line_of
 from memjax.io.files import check_regular, write_atomic
 from memjax.io.paths import local_path
 
@@ -138,18 +139,14 @@ def read_patch(path: str | os.PathLike[str]) -> Patch:
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # the library raises kinds of its own, and whatever NumPy finds wrong
-        raise CheckpointError(f"{file}: not a safetensors file, or a part of one ({_line(error)})") from error
+        raise CheckpointError(f"{file}: not a safetensors file, or a part of one ({line_of(error)})") from error
     if _KEY not in metadata:
         raise CheckpointError(f"{file}: not a patch: its metadata has no {_KEY!r}")
     try:
         return _parse(json.loads(metadata[_KEY]), arrays)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        reason = f"has no {error}" if isinstance(error, KeyError) else _line(error)
+        reason = f"has no {error}" if isinstance(error, KeyError) else line_of(error)
         raise CheckpointError(f"{file}: not a patch: {reason}") from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _parse(document: Any, arrays: dict[str, np.ndarray]) -> Patch:

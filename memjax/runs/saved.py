@@ -5,12 +5,13 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, Sharding
 from jax.typing import DTypeLike
+from pydantic import NonNegativeInt, PositiveInt
 
 from memjax.checkpoint.checkpoints import Checkpoints
 from memjax.config.model import ModelConfig
@@ -19,7 +20,7 @@ from memjax.config.validation import from_saved
 from memjax.data.tokenizers.base import MALFORMED, Tokenizer, explained
 from memjax.errors import CheckpointError, ConfigError
 from memjax.io import remote
-from memjax.io.documents import check_shape
+from memjax.io.documents import check_shape, line_of
 from memjax.io.paths import is_remote, local_path, readable_path
 from memjax.models.parts import DecoderParts
 from memjax.ops.row_formats.formats import Plain
@@ -108,12 +109,28 @@ def read_saved(
 
 
 @dataclasses.dataclass
+class _File:
+    bytes: NonNegativeInt
+    digest: str
+
+
+@dataclasses.dataclass
+class _TableFiles:
+    format: str
+    num_rows: NonNegativeInt
+    width: PositiveInt
+    files: dict[Literal["rows", "scales"], _File]
+    group: PositiveInt | None = None
+
+
+@dataclasses.dataclass
 class _Meta:
     """The shape of a `meta` document."""
 
     config: dict[str, Any]
     tokenizer: dict[str, Any]
-    table_dtypes: dict[str, str | None]
+    table_dtypes: dict[str, Literal["float32", "bfloat16", "float16", "float64"] | None]
+    table_files: dict[str, _TableFiles] | None = None
 
 
 def _placed(tree: Any, sharding: Sharding | None) -> Any:
@@ -212,17 +229,27 @@ def wanted_step(checkpoints: Checkpoints, step: int | str) -> int | None:
     return best
 
 
-def read_meta(meta: dict[str, Any], folder: pathlib.Path) -> tuple[RunConfig, TableDtypes]:
-    """The run's config, and the types that its tables are stored in."""
+def checked_meta(meta: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+    """A `meta` document as this version writes it.
+
+    Raises:
+        CheckpointError: it has another shape, as that of a run that somebody sent may.
+    """
     try:
         meta = upgraded(meta)
         check_shape(meta, _Meta)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        reason = f"{type(error).__name__}: {error}"[:300]
+        reason = f"{type(error).__name__}: {line_of(error)}"
         raise CheckpointError(f"{folder}: the checkpoint does not say what it holds ({reason})") from error
+    return meta
+
+
+def read_meta(meta: dict[str, Any], folder: pathlib.Path) -> tuple[RunConfig, TableDtypes]:
+    """The run's config, and the types that its tables are stored in."""
+    meta = checked_meta(meta, folder)
     if meta.get("format") not in (FORMAT, FORMAT_WITH_TABLE_FILES):
         raise CheckpointError(
-            f"{folder}: the checkpoint has format {meta.get('format')}, this version of memjax reads 1 to "
+            f"{folder}: the checkpoint has format {meta.get('format')!s:.40}, this version of memjax reads 1 to "
             f"{FORMAT_WITH_TABLE_FILES}; use the version that wrote it"
         )
     try:

@@ -11,6 +11,7 @@ from memjax.config.validation import from_saved
 from memjax.errors import CheckpointError
 from memjax.interop.huggingface.families import FAMILIES, MEMORY_FORMAT, MEMORY_MODEL, has_own_format
 from memjax.interop.huggingface.written_config import SHARED_FIELDS
+from memjax.io.documents import line_of
 
 _LARGEST = 1 << 31
 """No size of a model comes near; shapes with larger ones are not worth an overflow."""
@@ -85,7 +86,7 @@ def read_model_config(config: dict[str, Any], place: str) -> ModelConfig:
             memory=None,
         )
     except ValueError as error:
-        raise CheckpointError(f"{place}: describes no model that can be: {error}") from error
+        raise CheckpointError(f"{place}: describes no model that can be: {line_of(error)}") from error
 
 
 def longest_text(config: dict[str, Any], place: str) -> int:
@@ -156,7 +157,7 @@ def _rope(fields: "_Fields", absent: Mapping[str, Any]) -> tuple[float, RopeScal
     try:
         return theta, RopeScalingConfig(kind=known, **_scaling_settings(known, inner, fields, absent))
     except ValueError as error:
-        raise CheckpointError(f"{place}: {name}: {error}") from error
+        raise CheckpointError(f"{place}: {name}: {line_of(error)}") from error
 
 
 def _scaling_settings(kind: str, inner: "_Fields", fields: "_Fields", absent: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,7 +193,7 @@ def _memory_model(config: dict[str, Any], place: str) -> ModelConfig:
     try:
         model = from_saved(ModelConfig, settings)
     except ValueError as error:
-        raise CheckpointError(f"{place}: model: {error}") from error
+        raise CheckpointError(f"{place}: model: {line_of(error)}") from error
     if not has_own_format(model):
         raise CheckpointError(
             f"{place}: model.memory=null must hold memory layers, or model.experts experts, where model_type is "

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from memjax.errors import CheckpointError
 from memjax.interop.folders import file_in, read_json, write_json
+from memjax.io.documents import line_of
 from memjax.io.files import default_mode
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -63,7 +64,9 @@ class TensorFiles:
         try:
             return self._handles[file].get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: tensor {name!r} cannot be read ({error}); download it again") from error
+            raise CheckpointError(
+                f"{file}: tensor {name!r} cannot be read ({line_of(error)}); download it again"
+            ) from error
 
 
 @contextlib.contextmanager
@@ -85,7 +88,7 @@ def open_tensors(folder: str | os.PathLike[str]) -> Iterator[TensorFiles]:
                 handles[file] = stack.enter_context(safe_open(file, framework="np"))
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(
-                    f"{file}: is no sound safetensors file ({error}); download or copy it again"
+                    f"{file}: is no sound safetensors file ({line_of(error)}); download or copy it again"
                 ) from error
         found = TensorFiles(handles)
         if weight_map is not None:

@@ -29,6 +29,7 @@ from memjax.interop.official.lazy_array import LazyArray
 from memjax.interop.official.tensors import VALUES, Arrays, memory_options, refuse_experts, shape_of, take, type_of
 from memjax.interop.official.torch_zip import read_torch_zip
 from memjax.interop.run import check_vocabulary, write_converted
+from memjax.io.documents import line_of
 from memjax.memory.layer import MemoryLayer
 from memjax.memory.table import TableRows, ValueTable
 from memjax.models.decoder import Decoder
@@ -142,7 +143,7 @@ def open_arrays(folder: str | os.PathLike[str]) -> Iterator[Arrays]:
         with safe_open(file, framework="np") as handle:
             yield {name: _in_safetensors(handle, name, file) for name in handle.keys()}  # noqa: SIM118  it is no dict
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: is no sound safetensors file ({error}); copy it again") from error
+        raise CheckpointError(f"{file}: is no sound safetensors file ({line_of(error)}); copy it again") from error
 
 
 def _state_dict(tree: Any, place: str) -> Arrays:
@@ -227,7 +228,7 @@ def _model_config(dense: Arrays, tables: Arrays, settings: Mapping[str, Any], pl
             memory=_memory_config(dense, tables, settings, place) if tables else None,
         )
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{place}: describes no model that can be: {error}") from error
+        raise CheckpointError(f"{place}: describes no model that can be: {line_of(error)}") from error
 
 
 def _memory_config(dense: Arrays, tables: Arrays, settings: Mapping[str, Any], place: str) -> MemoryConfig:
@@ -252,16 +253,19 @@ def _head_dim(known: Mapping[str, Any], queries: int, place: str) -> int:
     found = (width or queries // heads) if isinstance(heads, int) and isinstance(width, int) else 0
     if found < 1 or queries % found or (heads and heads * found != queries):
         raise CheckpointError(
-            f"{place}: n_heads={known.get('n_heads')} and head_dim={known.get('head_dim')} in {SETTINGS} do not fit "
-            f"queries of width {queries}"
+            f"{place}: n_heads={known.get('n_heads')!s:.40} and head_dim={known.get('head_dim')!s:.40} in {SETTINGS} "
+            f"do not fit queries of width {queries}"
         )
     return found
 
 
 def _find(tree: Any, name: str, default: Any) -> Any:
     """The value of this name anywhere in nested settings."""
-    if not isinstance(tree, Mapping):
-        return default
-    if name in tree:
-        return tree[name]
-    return next((found for inner in tree.values() if (found := _find(inner, name, None)) is not None), default)
+    pending = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, Mapping):
+            if node.get(name) is not None:
+                return node[name]
+            pending += list(node.values())[::-1]
+    return default
