@@ -91,6 +91,10 @@ class OptimConfig(ScheduleConfig):
     """Decoupled weight decay of matrices (norms, biases and tables have none)."""
     max_grad_norm: Positive[float] | None = 1.0
     """Largest norm of the dense gradient; null for no clipping."""
+    clip_tables: Literal["joint", "separate"] | None = None
+    """Clips the gradients of tables, too. joint: one norm of all gradients is at most max_grad_norm; separate: that of
+    the dense gradient, and that of all tables together (as the paper's code does). Measuring it takes as long as
+    updating the tables. null: only the dense gradient; the scale of the gradient means little to rowwise_adam."""
     key_lr_factor: NotNegative[float] = 0.2
     """Learning rate of memory keys and query projections, as a share of lr; slow keys spread the reads."""
     ema_decay: BelowOne[float] | None = None
@@ -104,3 +108,9 @@ class OptimConfig(ScheduleConfig):
     """Train the memory layers and their tables only; all else stays as it is, and has no optimizer state."""
     table: TableOptimConfig = dataclasses.field(default_factory=TableOptimConfig)
     """The optimizer of the value tables."""
+
+    def problems(self) -> Iterator[str]:
+        """Those of the schedule, and clipping without a norm."""
+        yield from ScheduleConfig.problems(self)
+        if self.clip_tables and self.max_grad_norm is None:
+            yield f"clip_tables={self.clip_tables} needs a norm; set max_grad_norm, or clip_tables to null"

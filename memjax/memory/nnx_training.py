@@ -11,10 +11,12 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool
 
+from memjax.config import checks
 from memjax.memory.lookup import LookupLayer, Recording
 from memjax.memory.read import TableRead, row_gradients, zero_perturbation
 from memjax.memory.row_optimizer import RowOptimizer
 from memjax.memory.table import TableRows, ValueTable
+from memjax.ops.precision import accumulator
 from memjax.ops.row_gradient import RowGradient
 from memjax.sharding.axes import split_columns
 from memjax.sharding.rules import is_variable
@@ -49,9 +51,7 @@ class Gradients:
         if isinstance(factor, Gradients):
             return NotImplemented
         scaled = lambda array: array * jnp.asarray(factor, array.dtype)
-        tables = {
-            name: [row._replace(weights=scaled(row.weights)) for row in rows] for name, rows in self.tables.items()
-        }
+        tables = {name: [row.scaled(factor) for row in rows] for name, rows in self.tables.items()}
         return Gradients(jax.tree.map(scaled, self.dense), tables)
 
     __rmul__ = __mul__
@@ -135,15 +135,28 @@ def value_and_grad(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Cal
 class Optimizer(nnx.Module):
     """An optax transformation for the dense parameters of a model, and a row optimizer for its tables."""
 
-    def __init__(self, model: nnx.Module, *, dense: optax.GradientTransformation, tables: RowOptimizer):
+    def __init__(
+        self,
+        model: nnx.Module,
+        *,
+        dense: optax.GradientTransformation,
+        tables: RowOptimizer,
+        max_grad_norm: float | None = None,
+    ):
         """The optimizer of a model before the first step.
 
         Args:
             model: with the tables that its memory layers read.
             dense: of all parameters but the tables. Its clipping sees their gradients only.
             tables: of the rows that were read.
+            max_grad_norm: the largest norm of all gradients together, those of the tables included: what
+                `optax.clip_by_global_norm` does under plain autodiff. It costs another pass over the row gradients.
+
+        Raises:
+            ValueError: max_grad_norm is not positive.
         """
-        self.tx, self.row_optimizer = dense, tables
+        checks.refuse(checks.positive(max_grad_norm=max_grad_norm))
+        self.tx, self.row_optimizer, self.max_grad_norm = dense, tables, max_grad_norm
         self.step = nnx.OptState(jnp.zeros((), jnp.int32))
         self.dense_state = _variables(dense.init(_arrays(nnx.state(model, DENSE))))
         states = {name: tables.init(table.rows[...]) for name, table in _named(model, ValueTable)}
@@ -158,6 +171,10 @@ class Optimizer(nnx.Module):
             ok: False leaves model and optimizer as they are, say where the loss is NaN.
             **extra: further arguments of the optax transformation, say `value=loss`.
         """
+        all_rows = {name: table.rows[...] for name, table in _named(model, ValueTable)}
+        if self.max_grad_norm is not None:
+            all_rows, squared = self._measured(all_rows, gradients)
+            gradients = gradients * jnp.minimum(1, self.max_grad_norm / jnp.sqrt(squared))
         state, before = nnx.state(model, DENSE), _values(self.dense_state)
         params = _arrays(state)
         tx = optax.with_extra_args_support(self.tx)
@@ -170,7 +187,7 @@ class Optimizer(nnx.Module):
         for name, table in _named(model, ValueTable):
             rows, table_state[name] = self.row_optimizer.update(
                 name,
-                table.rows[...],
+                all_rows[name],
                 table_state[name],
                 gradients.tables[name],
                 step=self.step.get_value(),
@@ -179,6 +196,14 @@ class Optimizer(nnx.Module):
             table.rows.set_value(rows)
         _assign(self.table_state, table_state)
         self.step.set_value(self.step.get_value() + jnp.asarray(ok, jnp.int32))
+
+    def _measured(self, all_rows: dict[str, Array], gradients: Gradients) -> tuple[dict[str, Array], Array]:
+        """The rows of the tables as they were, and the squared norm of all gradients."""
+        leaves = jax.tree.leaves(gradients.dense)
+        found = {name: self.row_optimizer.squared_norm(rows, gradients.tables[name]) for name, rows in all_rows.items()}
+        squares = [jnp.sum(jnp.square(leaf.astype(accumulator(leaf.dtype)))) for leaf in leaves]
+        squared = sum([square for _, square in found.values()], start=sum(squares, start=jnp.zeros(())))
+        return {name: rows for name, (rows, _) in found.items()}, squared
 
 
 def _variables(tree: Any) -> Any:

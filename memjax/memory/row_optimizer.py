@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from memjax.memory import sharded
+from memjax.memory.gradient_norm import squared_norm
 from memjax.memory.sharded import RowSum
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.rules import RowRule, TableState, row_step
@@ -69,6 +70,17 @@ class RowOptimizer:
             return sharded.update_rows_by_sum(rows, state, gradients, self._rule(rows.shape[1]), now)
         kernels = {"collective": self.collective, "implementation": self.implementation}
         return sharded.update_rows(rows, state, gradients, self._rule(rows.shape[1]), now, **kernels)
+
+    def squared_norm(
+        self, rows: Float[Array, "n d"], gradients: Sequence[RowGradient] | RowSum
+    ) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
+        """The rows as they were, which take the place of the given ones, and the squared norm of their gradient."""
+        return squared_norm(rows, gradients, collective=self.collective, implementation=self.implementation)
+
+    @staticmethod
+    def scaled(gradients: Sequence[RowGradient] | RowSum, factor: ArrayLike) -> Sequence[RowGradient] | RowSum:
+        """The gradients times a number."""
+        return gradients.scaled(factor) if isinstance(gradients, RowSum) else [row.scaled(factor) for row in gradients]
 
     def sums(self, rows: Float[Array, "n d"], gradients: Sequence[RowGradient], count: int) -> bool:
         """Whether the row gradients of so many micro-batches are to be summed as they come; those of one are given."""

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax.config import checks
@@ -241,6 +242,10 @@ class RowSum(NamedTuple):
     gradient: Float[Array, "replicas n d"]
     touched: Bool[Array, "replicas shards n"]
     """The rows that any pick names."""
+
+    def scaled(self, factor: ArrayLike) -> "RowSum":
+        """The sum times a number."""
+        return self._replace(gradient=self.gradient * jnp.asarray(factor, self.gradient.dtype))
 
 
 ROW_SUM = RowSum(REPLICA_COLUMNS, REPLICA_SHARDS)  # pyright: ignore[reportArgumentType]  # layouts of the arrays

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax.ops.manual_axes import vary_like
@@ -45,6 +46,10 @@ class RowGradient(NamedTuple):
             indices=self.indices,
         )
         return self._replace(indices=jnp.where(is_real[..., None], self.indices, num_rows))
+
+    def scaled(self, factor: ArrayLike) -> "RowGradient":
+        """The gradient times a number."""
+        return self._replace(weights=self.weights * jnp.asarray(factor, self.weights.dtype))
 
     def existing(self, num_rows: int) -> "RowGradient":
         """The gradient with row num_rows in place of negative ones, which NumPy would count from the end."""

@@ -52,7 +52,10 @@ def make_optimizer(config: OptimConfig, steps: int, abstract_params: nnx.State) 
         {"dense": adamw(1.0), "address": adamw(config.key_lr_factor), FROZEN: optax.set_to_zero()},
         parameter_groups(config, abstract_params),
     )
-    clip = optax.identity() if config.max_grad_norm is None else clip_by_global_norm(config.max_grad_norm)
+    # What is clipped together with the tables is clipped before; either has no state.
+    clip = optax.identity()
+    if config.max_grad_norm is not None and config.clip_tables != "joint":
+        clip = clip_by_global_norm(config.max_grad_norm)
     return optax.chain(clip, by_group)
 
 
@@ -80,10 +83,14 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     """Shortens gradients whose norm is above the limit; optax's own would sum bfloat16 squares in bfloat16."""
 
     def clip(gradient: Any, _: Any) -> Any:
-        factor = jnp.minimum(1, limit / global_norm(gradient))
-        return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), gradient)
+        return scaled(gradient, jnp.minimum(1, limit / global_norm(gradient)))
 
     return optax.stateless(clip)
+
+
+def scaled(gradient: Any, factor: Array) -> Any:
+    """The gradient times a number, in its types."""
+    return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), gradient)
 
 
 def parameter_groups(config: OptimConfig, abstract_params: nnx.State) -> Any:

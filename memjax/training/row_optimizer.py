@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from memjax.config.optim import TableOptimConfig
 from memjax.memory.row_optimizer import RowOptimizer
+from memjax.ops.precision import accumulator
 from memjax.ops.row_update.rules import RowRule
 from memjax.training.optimizer import at_step
 
@@ -31,6 +32,15 @@ class DenseTableOptimizer:
     def init(self, rows: Float[Array, "n d"]) -> optax.OptState:
         """The state of a table before the first update."""
         return self.make(self.learning_rate).init(rows)
+
+    def squared_norm(self, rows: Array, gradient: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
+        """The rows as they were, and the squared norm of their gradient."""
+        return rows, jnp.sum(jnp.square(gradient.astype(accumulator(gradient.dtype))))
+
+    @staticmethod
+    def scaled(gradient: Float[Array, "n d"], factor: Array) -> Float[Array, "n d"]:
+        """The gradient times a number."""
+        return gradient * factor.astype(gradient.dtype)
 
     def update(
         self, name: str, rows: Array, state: Any, gradient: Float[Array, "n d"], *, step: Array, ok: Array

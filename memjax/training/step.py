@@ -26,6 +26,7 @@ from memjax.sharding import axes
 from memjax.sharding.mesh import replicated
 from memjax.sharding.rules import MICRO_BATCHES
 from memjax.training import spikes
+from memjax.training.clipping import clipped
 from memjax.training.compiler import compiler_options
 from memjax.training.optimizer import at_step, global_norm, without_gradient_where_frozen
 from memjax.training.program import TrainProgram
@@ -85,7 +86,8 @@ def train_step(program: TrainProgram, state: TrainState, batch: Batch) -> tuple[
     # Decided before anything is written, so that the last good state is always whole. The norm, which clipping needs
     # anyway, tells of all dense gradients in one pass over them.
     norm = global_norm(dense)
-    ok = state.healthy & _all_finite((aux, norm, dense_tables)) & (not_finite == 0)
+    dense, of_tables, tables, table_norm = clipped(program, state.tables, dense, dense_tables or found.rows, norm)
+    ok = state.healthy & _all_finite((aux, norm, table_norm, dense_tables)) & (not_finite == 0)
 
     measured = {"loss": aux.loss, "grad_norm": norm}
     sigma = program.config.optim.skip_step_sigma
@@ -96,7 +98,7 @@ def train_step(program: TrainProgram, state: TrainState, batch: Batch) -> tuple[
     updates, new_opt_state = program.optimizer.update(dense, opt_state, state.params)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(updated, n, o), new, old)
     params = keep(optax.apply_updates(state.params, updates), state.params)
-    tables, table_state = _update_tables(program, state, found.rows, dense_tables, updated)
+    tables, table_state = _update_tables(program, state, tables, of_tables, updated)
 
     new_state = TrainState(
         step=state.step + ok.astype(jnp.int32),
@@ -120,6 +122,8 @@ def train_step(program: TrainProgram, state: TrainState, batch: Batch) -> tuple[
     metrics |= _part_metrics(program, batch, aux.by_part) | _router_metrics(aux.routers)
     if sigma is not None:
         metrics["train/skipped_steps"] = new_state.recent["skipped"]
+    if table_norm is not None:
+        metrics["train/grad_norm_tables"] = table_norm
     if tables:
         metrics["train/lr_table"] = jnp.asarray(program.table_optimizer.rate(state.step))
     return new_state, metrics
@@ -301,14 +305,13 @@ def _router_metrics(routers: dict[str, RouterStatistics]) -> Metrics:
 
 
 def _update_tables(
-    program: TrainProgram, state: TrainState, rows: dict[str, Any], dense_tables: Tables, ok: Array
+    program: TrainProgram, state: TrainState, tables: Tables, gradients: dict[str, Any], ok: Array
 ) -> tuple[Tables, dict[str, Any]]:
     """Tables and their state after the step."""
-    gradients: dict[str, Any] = dense_tables or rows
     update = lambda name, table: program.table_optimizer.update(
         name, table, state.table_state[name], gradients[name], step=state.step, ok=ok
     )
-    new = {name: update(name, table) for name, table in state.tables.items()}
+    new = {name: update(name, table) for name, table in tables.items()}
     return {name: table for name, (table, _) in new.items()}, {name: after for name, (_, after) in new.items()}
 
 

@@ -159,6 +159,34 @@ def test_steps_are_those_of_the_explicit_form():
     jax.tree.map(np.testing.assert_array_equal, nnx.state((net, optimizer)), before)
 
 
+@pytest.mark.slow
+def test_clipping_is_that_of_optax_on_all_gradients_of_plain_autodiff():
+    (x, y), limit = data(), 1e-3
+    plain, net = Model(), Model()
+    chain = optax.chain(optax.clip_by_global_norm(limit), optax.sgd(1.0))
+    expected = nnx.Optimizer(plain, chain, wrt=nnx.Param)
+    found = memjax.Optimizer(
+        net, dense=optax.sgd(1.0), tables=RowOptimizer(1.0, RowRule(kind="sgd")), max_grad_norm=limit
+    )
+
+    before = jax.tree.map(np.array, nnx.state(plain, nnx.Param))
+    for differentiate, model, optimizer in ((nnx.value_and_grad, plain, expected), (memjax.value_and_grad, net, found)):
+        gradient_of = differentiate(loss_fn)
+        step = lambda model, optimizer, of=gradient_of: optimizer.update(model, of(model, x, y)[1])
+        nnx.jit(step)(model, optimizer)
+    after = nnx.state(plain, nnx.Param)
+    moves = [np.linalg.norm(new - old) for new, old in zip(*map(jax.tree.leaves, (after, before)), strict=True)]
+    assert np.linalg.norm(moves) == pytest.approx(limit)
+    for one, other in zip(*map(jax.tree.leaves, (nnx.state(net, nnx.Param), after)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-13)
+
+
+def test_a_norm_to_clip_to_is_positive():
+    tables = RowOptimizer(1.0, RowRule(kind="sgd"))
+    with pytest.raises(ValueError, match=r"max_grad_norm=0\.0 must be positive"):
+        memjax.Optimizer(Model(), dense=optax.sgd(1.0), tables=tables, max_grad_norm=0.0)
+
+
 def test_tables_that_would_not_be_trained_are_refused():
     model, x = Model(), data()[0]
     by_parts = lambda model: jnp.sum(model.peer.with_reads(x, model.inputs, model.outputs)[0])

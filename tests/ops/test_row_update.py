@@ -160,6 +160,27 @@ def test_steps_equal_a_loop_over_picks_and_rows_in_triton(implementation, chunk,
     check_steps_equal_a_loop_over_picks_and_rows(implementation, chunk, kind, seed, picks_of)
 
 
+@every_implementation
+def test_the_rule_that_measures_adds_mean_squares_and_changes_no_row(implementation):
+    rng, rule = np.random.default_rng(0), RowRule(kind="rowwise_norm", state_columns=4)
+    table = jnp.asarray(rng.normal(size=(ROWS, COLUMNS)), jnp.bfloat16)
+    gradient = RowGradient(
+        jnp.asarray([[1, 3], [3, 9]]),
+        jnp.asarray([[2.0, 1.0], [-1.0, jnp.inf]]),
+        jnp.asarray(rng.normal(size=(2, COLUMNS))),
+    )
+    new, state = row_update(
+        table, rule.init(ROWS, COLUMNS), [gradient], rule, row_step(1.0, 0), implementation=implementation
+    )
+    assert bits(new) == bits(table)
+    first, second = np.asarray(gradient.vectors, np.float64).reshape(2, 2, 4)
+    expected = np.zeros((ROWS, 2))
+    expected[1], expected[3], expected[9] = (
+        np.mean(g**2, axis=-1) for g in (2 * first, first - second, np.inf * second)
+    )
+    np.testing.assert_allclose(state["second_moment"], expected, rtol=1e-5)
+
+
 def bits(tree):
     return [np.asarray(leaf).view(np.uint8).tobytes() for leaf in jax.tree.leaves(tree)]
 

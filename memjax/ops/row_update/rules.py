@@ -12,7 +12,7 @@ from memjax.config import checks
 from memjax.config.section import BelowOne, Positive
 from memjax.ops.precision import accumulator
 
-Kind = Literal["rowwise_adam", "rowwise_adagrad", "adam", "sgd"]
+Kind = Literal["rowwise_adam", "rowwise_adagrad", "rowwise_norm", "adam", "sgd"]
 
 TableState = dict[str, jax.Array]
 """Optimizer state of a table: arrays with a row for every row of the table."""
@@ -53,7 +53,7 @@ class RowRule:
     rowwise_adam: v = mean(g^2) over `state_columns` neighbouring columns at the first touch, then beta2 v + (1 - beta2)
     mean(g^2); row -= lr g / (sqrt(v) + eps). No first moment, no bias correction (the first touch needs none).
     rowwise_adagrad: v += mean(g^2), otherwise the same. adam: per element, bias-corrected by the number of the step.
-    sgd: row -= lr g.
+    sgd: row -= lr g. rowwise_norm: v += mean(g^2) and rows stay, with which `memory.gradient_norm` measures gradients.
 
     Raises:
         ValueError: `kind` is unknown, or a number is out of its range.
@@ -115,6 +115,8 @@ class RowRule:
 
         blocks = gradients.reshape(gradients.shape[0], -1, self.state_columns)
         square, old = jnp.mean(blocks**2, axis=-1), state["second_moment"]
+        if self.kind == "rowwise_norm":
+            return rows, {"second_moment": (old + square).astype(old.dtype)}
         if self.kind == "rowwise_adagrad":
             second = old + square
         else:

@@ -146,7 +146,7 @@ def update_kernel(
                 mask = inner < tl.where(last, num_columns, 0)
                 old = tl.load(table_ptr + place, mask=mask, other=0.0)
                 old_second = 0.0
-                if KIND == "rowwise_adam" or KIND == "rowwise_adagrad":
+                if KIND != "sgd" and KIND != "adam":
                     old_second = tl.load(second_ptr + row.to(tl.int64) * blocks + block, mask=last, other=0.0)
                 row = next_row
                 rows, weights, vectors = rows + (row,), weights + (weight,), vectors + (vector,)
@@ -178,17 +178,19 @@ def update_kernel(
                         else:
                             square = tl.sum(total * total, axis=0) / WIDTH
                             second = old_seconds[ahead]
-                            if KIND == "rowwise_adagrad":
-                                second = second + square
-                            else:
+                            if KIND == "rowwise_adam":
                                 second = tl.where(second == 0, square, BETA2 * second + (1 - BETA2) * square)
-                            new = value - lr / (tl.sqrt(second) + EPS) * total
+                            else:
+                                second = second + square
+                            new = value
+                            if KIND != "rowwise_norm":
+                                new = value - lr / (tl.sqrt(second) + EPS) * total
                             tl.store(second_ptr + rows[ahead].to(tl.int64) * blocks + block, second)
                         if ROUND:
                             hashed_row = mix(hashed_step ^ rows[ahead].to(tl.uint32))
                             new = round_up_or_down(new, hashed_row, first_column, COLUMNS, IN_PAIRS)
-                        new = new.to(table_ptr.dtype.element_ty)
-                        tl.store(table_ptr + place, new, mask=inside)
+                        if KIND != "rowwise_norm":
+                            tl.store(table_ptr + place, new.to(table_ptr.dtype.element_ty), mask=inside)
                     total = tl.zeros((COLUMNS,), tl.float32)
                     side = 1
                     picked = 0
