@@ -14,6 +14,12 @@ from memjax.ops.row_update.rules import RowRule, row_step
 from memjax.sharding.axes import split_columns
 
 
+def columns_per_state(width: int) -> int:
+    """The most columns of a row, up to 256, that share a second moment on whichever device has them."""
+    shards = table_shards()
+    return math.gcd(256, width if width % shards else width // shards)
+
+
 def squared_norm(
     table: Float[Array, "n d"],
     gradients: Sequence[RowGradient] | RowSum,
@@ -25,7 +31,7 @@ def squared_norm(
 
     The update that measures passes the table on, so that what comes after it is still in place.
     """
-    columns = math.gcd(256, table.shape[1] // table_shards())
+    columns = columns_per_state(table.shape[1])
     rule, step = RowRule(kind="rowwise_norm", state_columns=columns, stochastic_rounding=False), row_step(0, 0)
     state = jax.tree.map(split_columns, rule.init(table.shape[0], table.shape[1], table.dtype))
     if isinstance(gradients, RowSum):

@@ -1,7 +1,6 @@
 """The optimizer of tables: a rule for rows that were read, its learning rate, and the seed of its rounding."""
 
 import dataclasses
-import math
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -11,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from memjax.memory import sharded
-from memjax.memory.gradient_norm import squared_norm
+from memjax.memory.gradient_norm import columns_per_state, squared_norm
 from memjax.memory.sharded import RowSum
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.rules import RowRule, TableState, row_step
@@ -92,7 +91,4 @@ class RowOptimizer:
 
     def _rule(self, width: int) -> RowRule:
         columns = self.rule.state_columns
-        if columns == 256:
-            shards = sharded.table_shards()
-            columns = math.gcd(columns, width if width % shards else width // shards)
-        return dataclasses.replace(self.rule, state_columns=columns)
+        return dataclasses.replace(self.rule, state_columns=columns_per_state(width) if columns == 256 else columns)
