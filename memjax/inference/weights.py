@@ -14,6 +14,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jax.typing import DTypeLike
@@ -159,7 +160,7 @@ class Joined(nnx.Module):
         """Joins matrices, [inputs, outputs]; there is a bias for each, or none."""
         self.ends = tuple(itertools.accumulate(kernel.shape[1] for kernel in kernels))[:-1]
         self.dtype = dtype
-        self.rows = nnx.Param(_rows_of(list(kernels)))
+        self.rows = nnx.Param(_rows_of(kernels))
         self.bias = nnx.Param(jnp.concatenate(biases)) if biases else None
 
     @classmethod
@@ -203,9 +204,11 @@ class Joined(nnx.Module):
         return nnx.silu(gate) * up
 
 
-@jax.jit
-def _rows_of(kernels: list[Float[Array, "inputs outputs"]]) -> Float[Array, "all_outputs inputs"]:
-    """A row for each output: by one small program for all layers of a kind."""
+def _rows_of(kernels: Sequence[Float[Array, "inputs outputs"]]) -> Float[Array, "all_outputs inputs"]:
+    """A row for each output."""
+    if jax.default_backend() == "cpu" and not has_several_devices():
+        # Where NumPy gets at the arrays, it is done before XLA has compiled a program for it.
+        return jnp.asarray(np.concatenate([np.asarray(kernel).T for kernel in kernels]))
     return jnp.concatenate([kernel.T for kernel in kernels])
 
 

@@ -204,8 +204,7 @@ def _as_saved(
     saved = read_saved(checkpoints, folder, wanted, meta, ema=ema, with_tables=True)
     tables = patched(saved.tables, folder, saved.step, patches)
     identities = [*Applied(folder).names(saved.step), *(read_patch(patch).identity for patch in patches)]
-    parts = DecoderParts.of(saved.model_config)
-    model = parts.assemble(tree_to_params(parts, saved.params), tables)
+    model = saved.parts.assemble(tree_to_params(saved.parts, saved.params), tables)
     return LoadedModel(model, saved.tokenizer, saved.config, saved.step, tuple(identities))
 
 
@@ -226,11 +225,11 @@ def _in_form(
 ) -> LoadedModel:
     """The model with its tables in a format and a place."""
     refuse_applied(folder, saved.step, str(settings) or "tables in files")
-    wider = _wider(saved.config.model, saved.model_config)
+    wider = _wider(saved.config.model, saved.parts.config)
     if isinstance(settings.format, Plain) and settings.format.name in get_args(DType):
         wider = dict.fromkeys(wider, settings.format.name)
     parts = DecoderParts.of(with_dtypes(saved.config.model, all_of=dtype, tables=wider))
-    stored_tables = DecoderParts.of(saved.model_config).abstract_tables
+    stored_tables = saved.parts.abstract_tables
     files, (_, columns) = saved.meta.get("table_files") or {}, shardings(saved.config.model, folder)
     tables = {}
     for pool, abstract in parts.abstract_tables.items():

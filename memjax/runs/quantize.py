@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from memjax.checkpoint.checkpoints import Checkpoints
 from memjax.config.run import RunConfig
 from memjax.errors import CheckpointError, ConfigError
-from memjax.models.parts import DecoderParts
 from memjax.ops.row_formats.formats import Plain, RowFormat
 from memjax.runs.files import check_new, written_whole
 from memjax.runs.folder import Claim, RunFolder
@@ -56,7 +55,7 @@ def quantize_run(
             raise CheckpointError(f"{folder}: its tables are in files already; convert the run that it was made from")
         saved = read_saved(checkpoints, folder, wanted_step(checkpoints, step), meta)
         refuse_applied(folder, saved.step, "quantize")
-        config, parts = saved.config, DecoderParts.of(saved.model_config)
+        config, parts = saved.config, saved.parts
         if not parts.abstract_tables:
             raise ConfigError(f"{source}: the model has no tables, so there is nothing to quantize")
         with written_whole(out) as path:

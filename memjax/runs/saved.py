@@ -48,8 +48,8 @@ class Saved(NamedTuple):
     """What a checkpoint holds."""
 
     config: RunConfig
-    model_config: ModelConfig
-    """With the types in which the tables are stored."""
+    parts: DecoderParts
+    """Of the model with the types in which the tables are stored."""
     params: dict[str, Any]
     tables: dict[str, Any]
     """Empty where they were not asked for."""
@@ -83,8 +83,7 @@ def read_saved(
     """
     config, stored = read_meta(meta, folder)
     replicated, columns = shardings(config.model, folder)
-    model_config = with_dtypes(config.model, tables=stored)
-    parts, item = DecoderParts.of(model_config), EMA if ema else PARAMS
+    parts, item = DecoderParts.of(with_dtypes(config.model, tables=stored)), EMA if ema else PARAMS
     params = jax.eval_shape(widened, parts.abstract_params) if ema else parts.abstract_params
     targets = {item: _placed(params_to_tree(params), replicated)}
     if with_tables and parts.abstract_tables:
@@ -105,7 +104,7 @@ def read_saved(
         found = cast_like(found, params_to_tree(parts.abstract_params))
     meta, tables = restored.documents[META], restored.arrays.get(TABLES, {})
     tokenizer = tokenizer_of(meta, folder)
-    return Saved(config, model_config, found, tables, tokenizer, restored.step, meta)
+    return Saved(config, parts, found, tables, tokenizer, restored.step, meta)
 
 
 @dataclasses.dataclass
