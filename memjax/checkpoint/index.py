@@ -10,7 +10,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from memjax.checkpoint.blocks import block_rows
 from memjax.checkpoint.digests import array_digests, text_digest
-from memjax.io.documents import check_shape
+from memjax.io.documents import read_as
 
 INDEX = "digests"
 """Name of the item."""
@@ -86,7 +86,7 @@ def unseal(stored: Mapping[str, Any], step: int) -> dict[str, Any]:
         ValueError, TypeError, KeyError: it is not what was sealed, or is that of another step, or no index.
     """
     index = stored["index"]
-    check_shape(index, _Index)
+    read_as(_Index, index)
     for leaves in index["arrays"].values():
         for leaf in leaves.values():
             jnp.dtype(leaf["dtype"])

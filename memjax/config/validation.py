@@ -5,7 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import pydantic
 
@@ -23,9 +23,6 @@ from memjax.config.schema import (
     unwrap,
 )
 from memjax.errors import ConfigError
-from memjax.io.documents import listed
-
-T = TypeVar("T")
 
 
 def validate(tree: Tree, settings: Sequence[tuple[FieldPath, str]], problems: Problems) -> Any:
@@ -43,35 +40,14 @@ def validate(tree: Tree, settings: Sequence[tuple[FieldPath, str]], problems: Pr
     tree = _without_undecodable(tree, (), problems)
     config = None
     try:
-        config = from_tree(problems.schema, tree)
+        # JSON is what pydantic reads strictly and yet turns lists into tuples and 1 into 1.0 from.
+        config = pydantic.TypeAdapter(problems.schema).validate_json(json.dumps(tree), strict=True)
     except pydantic.ValidationError as error:
         for item in error.errors(include_url=False):
             problems.invalid(item)
     if problems.lines:
         raise ConfigError(problems.lines)
     return config
-
-
-def from_tree(schema: type[T], tree: Any) -> T:
-    """The config that a tree of JSON values is.
-
-    Raises:
-        pydantic.ValidationError: it is none.
-    """
-    # JSON is what pydantic reads strictly and yet turns lists into tuples and 1 into 1.0 from.
-    return pydantic.TypeAdapter(schema).validate_json(json.dumps(tree), strict=True)
-
-
-def from_saved(schema: type[T], tree: Any) -> T:
-    """The config of a tree that a program has written.
-
-    Raises:
-        ValueError: it is none of this version; the message says in which settings.
-    """
-    try:
-        return from_tree(schema, tree)
-    except pydantic.ValidationError as error:
-        raise ValueError(listed(error)) from error
 
 
 def _refuse_unknown(section: type, tree: Tree, path: FieldPath, problems: Problems) -> None:

@@ -1,23 +1,26 @@
 """JSON that somebody else may have written: its shape is checked before anything in it is used."""
 
 import json
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
+
+T = TypeVar("T")
 
 _SHOWN = 5
 """Problems of a document that a message lists."""
 _LETTERS = 300
 
 
-def check_shape(document: Any, shape: Any) -> None:
-    """Compares a JSON value with the type that it should have, such as a dataclass; unknown names are let pass.
+def read_as(shape: type[T], document: Any) -> T:
+    """A JSON value as the type that it should be of, such as a dataclass; unknown names are let pass.
 
     Raises:
         ValueError: it has another shape; the message is a line.
     """
     try:
-        pydantic.TypeAdapter(shape).validate_json(json.dumps(document), strict=True)
+        # JSON is what pydantic reads strictly and yet turns lists into tuples and 1 into 1.0 from.
+        return pydantic.TypeAdapter(shape).validate_json(json.dumps(document), strict=True)
     except pydantic.ValidationError as error:
         raise ValueError(listed(error)) from None
     except RecursionError:

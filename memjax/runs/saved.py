@@ -16,11 +16,10 @@ from pydantic import NonNegativeInt, PositiveInt
 from memjax.checkpoint.checkpoints import Checkpoints
 from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
-from memjax.config.validation import from_saved
 from memjax.data.tokenizers.base import MALFORMED, Tokenizer, explained
 from memjax.errors import CheckpointError, ConfigError
 from memjax.io import remote
-from memjax.io.documents import check_shape, line_of
+from memjax.io.documents import line_of, read_as
 from memjax.io.paths import is_remote, local_path, readable_path
 from memjax.models.parts import DecoderParts
 from memjax.ops.row_formats.formats import Plain
@@ -236,7 +235,7 @@ def checked_meta(meta: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
     """
     try:
         meta = upgraded(meta)
-        check_shape(meta, _Meta)
+        read_as(_Meta, meta)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         reason = f"{type(error).__name__}: {line_of(error)}"
         raise CheckpointError(f"{folder}: the checkpoint does not say what it holds ({reason})") from error
@@ -252,7 +251,7 @@ def read_meta(meta: dict[str, Any], folder: pathlib.Path) -> tuple[RunConfig, Ta
             f"{FORMAT_WITH_TABLE_FILES}; use the version that wrote it"
         )
     try:
-        config = from_saved(RunConfig, meta["config"])
+        config = read_as(RunConfig, meta["config"])
     except ValueError as error:
         raise CheckpointError(f"{folder}: the checkpoint's config is not one of this version: {error}") from error
     dtypes: TableDtypes = {

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 from pydantic import PositiveInt
 
-from memjax.io.documents import check_shape
+from memjax.io.documents import read_as
 
 
 @dataclasses.dataclass
@@ -14,7 +14,7 @@ class Shape:
 
 
 def test_unknown_names_pass_and_defaults_may_be_absent():
-    check_shape({"size": 1, "names": {"a": ["b"]}, "more": 5}, Shape)
+    assert read_as(Shape, {"size": 1, "names": {"a": ["b"]}, "more": 5}) == Shape(1, {"a": ["b"]})
 
 
 def deep(depth):
@@ -37,6 +37,6 @@ def deep(depth):
 )
 def test_another_shape_is_a_line(document, message):
     with pytest.raises(ValueError, match=message) as error:
-        check_shape(document, Shape)
+        read_as(Shape, document)
     assert len(str(error.value).splitlines()) == 1
     assert len(str(error.value)) < 3000

@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt
 
 from memjax.data.sources.corpus import Corpus
 from memjax.data.sources.records import Record, Segment, checked
 from memjax.data.tokenize import Pairs, Reader, make_pairs
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import DataError
-from memjax.io.documents import check_shape
+from memjax.io.documents import read_as
 from memjax.io.files import read_text, write_atomic
 
 MANIFEST = "manifest.json"
@@ -42,9 +42,9 @@ class Manifest:
 
     settings: dict[str, Any]
     """What decided the ids, the tokenizer's fingerprint among it."""
-    files: list[list[Any]]
+    files: list[tuple[str, NonNegativeInt]]
     """Name and size of every file that was read."""
-    shards: list[list[Any]]
+    shards: list[tuple[str, NonNegativeInt, NonNegativeInt]]
     """Name, size and number of records of every file that was written."""
     tokens: int
     """All tokens, each record's end included."""
@@ -69,27 +69,6 @@ class Manifest:
     def records(self) -> int:
         """Number of records."""
         return sum(count for _, _, count in self.shards)
-
-
-@dataclasses.dataclass
-class _Settings:
-    vocab_size: PositiveInt
-
-
-@dataclasses.dataclass
-class _Content:
-    """The shape of a manifest's file, in which a folder from elsewhere may have anything."""
-
-    settings: _Settings
-    files: list[tuple[str, NonNegativeInt]]
-    shards: list[tuple[str, NonNegativeInt, NonNegativeInt]]
-    tokens: int
-    largest_id: int
-    malformed: int
-    examples: list[str]
-    usable: int = -1
-    digest: str = ""
-    asked_for: bool = True
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
@@ -140,14 +119,14 @@ class Writer:
         self._size += len(record)
         self._shards[-1][2] += 1
 
-    def finish(self) -> list[list[Any]]:
+    def finish(self) -> list[tuple[str, int, int]]:
         """Closes the last shard; returns what a manifest says of the shards.
 
         Raises:
             OSError: the disk did not take it all.
         """
         self._close_shard()
-        return self._shards
+        return [(name, size, count) for name, size, count in self._shards]
 
     def abandon(self) -> None:
         """Closes an unfinished shard, however that ends."""
@@ -196,11 +175,13 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
         content = json.loads(read_text(path))
         found = content.pop("format")
         if found == _FORMAT:
-            check_shape(content, _Content)
-            names = [name for name, *_ in content["shards"]]
+            manifest = read_as(Manifest, content)
+            if type(size := manifest.settings["vocab_size"]) is not int or size < 1:
+                raise ValueError("settings.vocab_size: it must be a whole number above 0")
+            names = [name for name, _, _ in manifest.shards]
             if names != [_shard_name(number) for number in range(len(names))]:
                 raise ValueError("shards: they have other names than they were written with")
-            return Manifest(**content)
+            return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"[:300]
         raise DataError(f"{path}: cannot be read ({reason}); {_AGAIN}") from error
@@ -259,7 +240,7 @@ class PreparedReader(Reader):
 
     def fingerprint(self) -> dict[str, Any]:
         """Checksum of all records, and the files that they were made of."""
-        return {"digest": self.manifest.digest, "files": self.manifest.files}
+        return {"digest": self.manifest.digest, "files": [[name, size] for name, size in self.manifest.files]}
 
     def record(self, number: int) -> Record:
         """The record's text, from its ids; what the tokenizer does not give back exactly is not exact here."""
@@ -346,5 +327,5 @@ def misfits(manifest: Manifest, corpus: Corpus, tokenizer: Tokenizer) -> list[st
     return changed
 
 
-def _amount(files: list[list[Any]]) -> str:
+def _amount(files: list[tuple[str, int]]) -> str:
     return f"{len(files)} of {sum(size for _, size in files):,} bytes"

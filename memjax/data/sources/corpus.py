@@ -64,14 +64,14 @@ class Corpus:
         """What decides, beside the files and the tokenizer, which records they give."""
         return {"source": self.source, **dataclasses.asdict(self.keys), "malformed": self.config.malformed}
 
-    def names_and_sizes(self) -> list[list[Any]]:
+    def names_and_sizes(self) -> list[tuple[str, int]]:
         """Name and size of every file, which stay when files are copied."""
         base = pathlib.Path(self.path)
         return [
-            [
+            (
                 file.path.relative_to(base).as_posix() if base in file.path.parents else file.path.name,
                 file.path.stat().st_size,
-            ]
+            )
             for file in self.files
         ]
 

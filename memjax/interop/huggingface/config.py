@@ -7,11 +7,10 @@ from typing import Any, get_args
 
 from memjax.config.model import ModelConfig, RopeScalingConfig, RopeScalingKind
 from memjax.config.renamed import upgraded
-from memjax.config.validation import from_saved
 from memjax.errors import CheckpointError
 from memjax.interop.huggingface.families import FAMILIES, MEMORY_FORMAT, MEMORY_MODEL, has_own_format
 from memjax.interop.huggingface.written_config import SHARED_FIELDS
-from memjax.io.documents import line_of
+from memjax.io.documents import line_of, read_as
 
 _LARGEST = 1 << 31
 """No size of a model comes near; shapes with larger ones are not worth an overflow."""
@@ -191,7 +190,7 @@ def _memory_model(config: dict[str, Any], place: str) -> ModelConfig:
         )
     settings = upgraded({"model": config.get("model")})["model"]
     try:
-        model = from_saved(ModelConfig, settings)
+        model = read_as(ModelConfig, settings)
     except ValueError as error:
         raise CheckpointError(f"{place}: model: {line_of(error)}") from error
     if not has_own_format(model):
