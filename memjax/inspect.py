@@ -77,7 +77,7 @@ def _inspect(run: str, settings: InspectConfig) -> None:
         check_output(settings.out, "out")
     with loaded(run, settings) as found:
         if not found.model.config.lookups:
-            raise ConfigError([f"{run}: the model has no memory layers and no PEER layers: there are no slots"])
+            raise ConfigError(f"{run}: the model has no memory layers and no PEER layers: there are no slots")
         if settings.prompt is not None:
             _show_prompt(run, found, settings, settings.prompt)
         else:
@@ -94,7 +94,7 @@ def _show_prompt(run: str, found: "LoadedModel", settings: InspectConfig, prompt
     traced = trace(found.model, tokenizer.prompt(tokenizer.encode(prompt)), answer)
     number = traced.place if settings.token is None else settings.token
     if not 0 <= number < len(traced.tokens):
-        raise ConfigError([f"token={number} must be in 0..{len(traced.tokens) - 1}: there are no more tokens"])
+        raise ConfigError(f"token={number} must be in 0..{len(traced.tokens) - 1}: there are no more tokens")
     changed = _changed(run, found, settings)
     values = page.document(traced, tokenizer, found.model.config, changed=changed, title=prompt)
     print("\n".join(lines(values, number, settings.top)))
@@ -182,10 +182,10 @@ def _show_slot(run: str, found: "LoadedModel", settings: InspectConfig) -> None:
     layer, _, row = str(settings.slot).partition(":")
     config = found.model.config
     if layer not in (known := layers_of(config)):
-        raise ConfigError([f"slot={settings.slot}: layer {layer} has no slots; those that have: {', '.join(known)}"])
+        raise ConfigError(f"slot={settings.slot}: layer {layer} has no slots; those that have: {', '.join(known)}")
     num_slots = config.tables[tables_of(config, layer)[-1]].num_slots
     if int(row) >= num_slots:
-        raise ConfigError([f"slot={settings.slot} must be below {layer}:{num_slots}: the table has no more rows"])
+        raise ConfigError(f"slot={settings.slot} must be below {layer}:{num_slots}: the table has no more rows")
     report = slot_report(
         found.model,
         found.tokenizer,

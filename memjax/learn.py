@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _learn(words: Sequence[str], settings: LearnConfig) -> None:
     if len(words) < 2:
-        raise ConfigError([f"learn takes a run and at least one file of facts; given: {len(words)}"])
+        raise ConfigError(f"learn takes a run and at least one file of facts; given: {len(words)}")
     from memjax.knowledge.facts import Fact, read_facts
     from memjax.knowledge.finetune import Recipe
     from memjax.knowledge.learning import facts_of, learn_facts
@@ -92,7 +92,7 @@ def _learn(words: Sequence[str], settings: LearnConfig) -> None:
     held_out = None if settings.held_out is None else read_facts(settings.held_out, "--held_out")
     with loaded(run, settings) as found:
         if not found.model.config.lookups:
-            raise ConfigError([f"{run}: the model has no memory layers and no PEER layers: there are no rows"])
+            raise ConfigError(f"{run}: the model has no memory layers and no PEER layers: there are no rows")
         names = ("rows", "lr", "epochs", "batch_size", "optimizer", "replay", "seed")
         recipe = Recipe(**{name: getattr(settings, name) for name in names})
         learn_facts(

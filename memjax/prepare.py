@@ -43,7 +43,7 @@ def _prepare(config: RunConfig) -> None:
 
     source = find_source(config.data.in_run(config.run.dir))
     if not isinstance(source, Files):
-        raise ConfigError([f"data.source={config.data.source} is generated as it is read; there is nothing to prepare"])
+        raise ConfigError(f"data.source={config.data.source} is generated as it is read; there is nothing to prepare")
     for corpus in source.corpora:
         _ = corpus.files  # a missing file should not wait for a tokenizer to be trained
     tokenizer, run = _tokenizer(config, source), RunFolder.of(config)

@@ -49,7 +49,7 @@ def _main(argv: list[str]) -> int:
     file, words = _config(parsed.positional, rest)
     folder = pathlib.Path(parsed.config.run.dir)
     if (folder / "config.yaml").exists():
-        raise ConfigError([f"run.dir={folder} is the folder of a run; name another --run.dir for the sweep"])
+        raise ConfigError(f"run.dir={folder} is the folder of a run; name another --run.dir for the sweep")
     sweep.check(file, words, folder, grid)
     code = sweep.Sweep(
         [sys.executable, "-m", "memjax.train", *rest], folder, grid, jobs=jobs, mirror=parsed.config.run.mirror
@@ -64,7 +64,7 @@ def _config(positional: str | None, words: Sequence[str]) -> tuple[pathlib.Path 
         return None, list(words)
     path = pathlib.Path(positional)
     if path.is_dir():
-        raise ConfigError([f"{path} is the folder of a run; a sweep begins with a YAML file or a preset"])
+        raise ConfigError(f"{path} is the folder of a run; a sweep begins with a YAML file or a preset")
     rest = list(words)
     del rest[next(place for place, word in enumerate(rest) if str(local_path(word, "")) == positional)]
     return path, rest
@@ -73,7 +73,7 @@ def _config(positional: str | None, words: Sequence[str]) -> tuple[pathlib.Path 
 def _jobs(asked: Sequence[str]) -> int:
     text = asked[-1] if asked else "1"
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
-        raise ConfigError([f"jobs={text} must be a whole number of runs at a time, at least 1"])
+        raise ConfigError(f"jobs={text} must be a whole number of runs at a time, at least 1")
     return int(text)
 
 

@@ -25,6 +25,9 @@ SAVED_ROUTING = "routing"
 """`checkpoint_name` of who goes to whom: with it kept, rematerialisation neither chooses nor sorts again."""
 
 
+_ONE_EACH = "token_mask must have one value for each token"
+
+
 class Routing(NamedTuple):
     """What a router says of each token."""
 
@@ -50,13 +53,7 @@ class RouterStatistics(NamedTuple):
 def router_statistics(routing: Routing, token_mask: Bool[Array, " t"]) -> RouterStatistics:
     """Statistics of the tokens of the mask; all zero where it has none."""
     fits = token_mask.shape == routing.logits.shape[:1]
-    require(
-        "router_statistics",
-        fits,
-        "token_mask must have one value for each token",
-        logits=routing.logits,
-        token_mask=token_mask,
-    )
+    require("router_statistics", fits, _ONE_EACH, logits=routing.logits, token_mask=token_mask)
     num_experts, wide = routing.logits.shape[1], routing.logits.dtype
     share = token_mask.astype(wide) / jnp.maximum(token_mask.sum(), 1)
     log_probabilities = jax.nn.log_softmax(routing.logits)
@@ -142,14 +139,8 @@ class MoE(nnx.Module):
         """
         dim = self.router.kernel.shape[0]
         require("MoE", x.ndim == 3 and x.shape[2] == dim, f"x must be [batch, sequence, {dim}]", x=x)
-        if token_mask is not None:
-            require(
-                "MoE",
-                token_mask.shape == x.shape[:2],
-                "token_mask must have one value for each token",
-                x=x,
-                token_mask=token_mask,
-            )
+        mask = jnp.ones(x.shape[:2], bool) if token_mask is None else token_mask
+        require("MoE", mask.shape == x.shape[:2], _ONE_EACH, x=x, token_mask=mask)
         x = x.astype(self.dtype or x.dtype)
         tokens = x.reshape(x.shape[0] * x.shape[1], dim)
         weights = [matrices[...].astype(x.dtype) for matrices in (self.gate, self.up, self.down)]
@@ -158,8 +149,7 @@ class MoE(nnx.Module):
             settings = {"top_k": self.top_k, "renormalize": self.renormalize, "implementation": self.implementation}
             out, picks = on_own_tokens(_token_choice, (tokens, logits), weights, **settings)
             return out.reshape(x.shape), Routing(logits, picks)
-        token_mask = jnp.ones(x.shape[:2], bool) if token_mask is None else token_mask
-        of_sequences = (x, logits.reshape(*x.shape[:2], self.num_experts), token_mask)
+        of_sequences = (x, logits.reshape(*x.shape[:2], self.num_experts), mask)
         out, picks = on_own_tokens(_expert_choice, of_sequences, weights, capacity=self.capacity)
         return out, Routing(logits, picks.reshape(tokens.shape[0], 1))
 

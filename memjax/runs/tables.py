@@ -96,10 +96,8 @@ def check_room(forms: Sequence[TableForm], sharding: Sharding | None) -> None:
     else:
         ways += ["table_place=host", f"memory_devices={-(-needed * split // max(1, free))}"]
     raise ConfigError(
-        [
-            f"{gigabytes(needed)} is more than the {gigabytes(free)} of memory that "
-            f"{'this machine' if on_cpu else 'a device'} has left; load with {' or '.join(ways)}"
-        ]
+        f"{gigabytes(needed)} is more than the {gigabytes(free)} of memory that "
+        f"{'this machine' if on_cpu else 'a device'} has left; load with {' or '.join(ways)}"
     )
 
 
