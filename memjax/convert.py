@@ -9,11 +9,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from memjax.config.checks import local_paths, positive, refuse
+from memjax.config.checks import local_paths
 from memjax.config.help import Positional
 from memjax.config.load import READ_RUN, RUN_FOLDER
 from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig
+from memjax.config.section import Positive, Section
 from memjax.errors import ConfigError
 from memjax.io.ctrl_c import run_command
 from memjax.runs import subcommands
@@ -24,7 +25,7 @@ PROG = "python -m memjax.convert"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class FromHfConfig:
+class FromHfConfig(Section):
     """Where the run goes, and what the folder does not say."""
 
     out: str
@@ -33,8 +34,9 @@ class FromHfConfig:
     """A tokenizer.json or a SentencePiece .model; null takes that of the folder. byte: the 256 bytes, for a model
     without a tokenizer, which is then of use by token ids only."""
 
-    def __post_init__(self) -> None:
-        refuse(local_paths(self, "out", "tokenizer"))
+    def problems(self) -> list[str | None]:
+        """Paths that are none."""
+        return local_paths(self, "out", "tokenizer")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,19 +49,18 @@ class ToHfConfig(StepSettings):
     """Take the moving average of the dense parameters (optim.ema_decay)."""
     dtype: Literal["saved", "float32", "bfloat16", "float16"] = "saved"
     """Type of the numbers in the files; saved: that of the checkpoint."""
-    max_length: int | None = None
+    max_length: Positive[int] | None = None
     """Tokens that the model may be given at once (max_position_embeddings); null takes that of `like`, or
     data.sequence_length."""
     like: str | None = None
     """The Hugging Face folder that the run's model came from: its tokenizer files, chat template and settings for
     generation are kept."""
-    shard_gb: float = 5.0
+    shard_gb: Positive[float] = 5.0
     """Largest file in GB; a model that needs more gets several, and an index."""
 
     def problems(self) -> list[str | None]:
         """Everything that is wrong with the settings."""
-        sizes = positive(max_length=self.max_length, shard_gb=self.shard_gb)
-        return super().problems() + sizes + local_paths(self, "out", "like")
+        return super().problems() + local_paths(self, "out", "like")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

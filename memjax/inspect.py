@@ -5,8 +5,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from memjax.config.checks import local_paths, positive
+from memjax.config.checks import local_paths
 from memjax.config.load import RUN_FOLDER, parse
+from memjax.config.section import Positive
 from memjax.errors import ConfigError
 from memjax.io.ctrl_c import run_command
 from memjax.runs.command import CheckpointSettings, check_output, exit_code, loaded
@@ -28,7 +29,7 @@ class InspectConfig(CheckpointSettings):
     """What is to follow the prompt; null takes the likeliest token."""
     out: str | None = None
     """A file for the same as a page (.html) with all tokens and slots, which needs no server and no network."""
-    top: int = 8
+    top: Positive[int] = 8
     """Slots of each layer that are printed."""
     token: int | None = None
     """The number of the token whose slots are printed; null is the last of the prompt."""
@@ -36,9 +37,9 @@ class InspectConfig(CheckpointSettings):
     """A slot such as L4:123456: prints the places of a corpus that read it most, and the tokens it makes likelier."""
     corpus: str | None = None
     """The file, folder or glob of that corpus; null is what the run was trained on."""
-    corpus_texts: int = 20_000
+    corpus_texts: Positive[int] = 20_000
     """The most texts of the corpus that are read."""
-    batch_size: int = 32
+    batch_size: Positive[int] = 32
     """Texts of the corpus that are read at once."""
 
     def problems(self) -> list[str | None]:
@@ -52,7 +53,7 @@ class InspectConfig(CheckpointSettings):
             problems.append(f"out={self.out} must end in .html")
         if self.out is not None and self.prompt is None:
             problems.append(f"out={self.out} is for a prompt; set prompt too")
-        return problems + positive(top=self.top, corpus_texts=self.corpus_texts, batch_size=self.batch_size)
+        return problems
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-from memjax.config.checks import local_paths, not_negative, positive
+from memjax.config.checks import local_paths
 from memjax.config.help import Positional
 from memjax.config.load import parse
+from memjax.config.section import NotNegative, Positive
 from memjax.errors import ConfigError
 from memjax.io.ctrl_c import run_command
 from memjax.runs.command import CheckpointSettings, exit_code, loaded
@@ -27,40 +28,34 @@ class LearnConfig(CheckpointSettings):
 
     out: str
     """The patch to write: a file (.safetensors), or a folder for it. The run's model stays as it is."""
-    rows: int = 4_096
+    rows: Positive[int] = 4_096
     """Rows of each table that a batch of facts may change: those that it reads more than other texts do. More rows
     learn faster, fewer leave more of the model alone."""
-    lr: float = 0.05
+    lr: Positive[float] = 0.05
     """Learning rate of the first step; it falls to zero in a straight line. For sgd a few hundred times as much."""
     optimizer: Literal["rowwise_adam", "sgd"] = "rowwise_adam"
     """What updates the rows."""
-    epochs: int = 16
+    epochs: Positive[int] = 16
     """Passes over the facts, at most; the learning ends when every fact is known."""
-    batch_size: int = 16
+    batch_size: Positive[int] = 16
     """Facts in a batch, each in all its wordings."""
-    replay: int = 128
+    replay: NotNegative[int] = 128
     """Texts of the background that are learned again in each batch, so that the rows keep what they held."""
     background: str | None = None
     """The texts that slots are compared on: a file, folder or glob; null is what the run was trained on."""
-    background_texts: int = 20_000
+    background_texts: Positive[int] = 20_000
     """The most texts of the background that are read. The counts are kept with the run."""
     held_out: str | None = None
     """Questions that the facts should not change: JSON lines with prompt and answer, asked before and after. null takes
     the run's own questions where it has some (generated people)."""
-    held_out_questions: int = 1_000
+    held_out_questions: Positive[int] = 1_000
     """The most of these that are asked."""
-    seed: int = 0
+    seed: NotNegative[int] = 0
     """Orders the facts and draws the texts that are learned again."""
 
     def problems(self) -> list[str | None]:
         """Everything that is wrong with the settings."""
-        names = ("rows", "lr", "epochs", "batch_size", "background_texts", "held_out_questions")
-        return [
-            *super().problems(),
-            *local_paths(self, "out", "background", "held_out"),
-            *positive(**{name: getattr(self, name) for name in names}),
-            *not_negative(replay=self.replay, seed=self.seed),
-        ]
+        return super().problems() + local_paths(self, "out", "background", "held_out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

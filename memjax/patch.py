@@ -8,8 +8,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from memjax.config.checks import local_paths, positive, refuse
+from memjax.config.checks import local_paths
 from memjax.config.help import Positional
+from memjax.config.section import Positive, Section
 from memjax.io.ctrl_c import run_command
 from memjax.runs import subcommands
 from memjax.runs.command import StepSettings
@@ -52,7 +53,7 @@ class RevertConfig(StepSettings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class MergeConfig:
+class MergeConfig(Section):
     """Where the patch goes, and what becomes of rows that several patches change."""
 
     out: str
@@ -61,19 +62,17 @@ class MergeConfig:
     """refuse: such rows are named, and nothing is written; sum: the old row plus every change; first, last: the row of
     the first or the last patch."""
 
-    def __post_init__(self) -> None:
-        refuse(local_paths(self, "out"))
+    def problems(self) -> list[str | None]:
+        """A path that is none."""
+        return local_paths(self, "out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ShowConfig:
+class ShowConfig(Section):
     """How much is shown."""
 
-    top: int = 10
+    top: Positive[int] = 10
     """Rows of each table that are listed, those that change most first."""
-
-    def __post_init__(self) -> None:
-        refuse(positive(top=self.top))
 
 
 def diff(old: str, new: str, *, settings: DiffConfig) -> None:

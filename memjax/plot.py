@@ -5,14 +5,15 @@ import pathlib
 from collections.abc import Sequence
 from typing import cast
 
-from memjax.config.checks import local_paths, refuse
+from memjax.config.checks import local_paths
 from memjax.config.load import RUN_FOLDER, parse
+from memjax.config.section import Positive, Section
 from memjax.io.ctrl_c import run_command
 from memjax.runs.command import exit_code
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class PlotConfig:
+class PlotConfig(Section):
     """What to draw."""
 
     out: str = "comparison.png"
@@ -27,15 +28,14 @@ class PlotConfig:
     interactive: bool = False
     """Whether the .html page shows values under the pointer, zooms, and hides and shows runs; needs plotly (pip install
     plotly)."""
-    smoothing: int | None = None
+    smoothing: Positive[int] | None = None
     """Steps that are averaged; 1 draws each step alone, null takes a fiftieth of the longest run."""
 
-    def __post_init__(self) -> None:
+    def problems(self) -> list[str | None]:
+        """Settings that do not go together."""
         problems = local_paths(self, "out")
         if pathlib.PurePath(self.out).suffix not in SUFFIXES:
             problems.append(f"out={self.out} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
-        if self.smoothing is not None and self.smoothing < 1:
-            problems.append(f"smoothing={self.smoothing} must be positive")
         if self.metric is not None and self.x in AXES:
             problems.append(f"metric={self.metric} is drawn over a setting; set x to one, or leave metric out")
         if self.x not in AXES and self.metric is None:
@@ -45,7 +45,7 @@ class PlotConfig:
             )
         if self.interactive and (pathlib.PurePath(self.out).suffix != ".html" or self.metric is not None):
             problems.append("interactive=true is for the curves of runs in an .html file, as in --out comparison.html")
-        refuse(problems)
+        return problems
 
 
 SUFFIXES = (".png", ".svg", ".pdf", ".html")

@@ -3,13 +3,13 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from memjax.config import presets
-from memjax.config.checks import refuse
 from memjax.config.load import load, parse
 from memjax.config.run import RunConfig
+from memjax.config.section import Section
 from memjax.io.console import columns, fitted, is_terminal, say
 from memjax.io.ctrl_c import run_command
 from memjax.runs.command import exit_code
@@ -18,7 +18,7 @@ _DEVICES = re.compile(r"[1-9]\d*x[1-9]\d*")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class PresetsConfig:
+class PresetsConfig(Section):
     """Which presets to list, and devices to plan for."""
 
     only: tuple[str, ...] = ()
@@ -26,16 +26,13 @@ class PresetsConfig:
     fit: tuple[str, ...] = ()
     """Devices such as 1x24 or 8x80, their number and GB of each: says in a table how each preset fits on them."""
 
-    def __post_init__(self) -> None:
+    def problems(self) -> Iterator[str]:
+        """Names that are no presets', and devices that are none."""
         unknown = [name for name in self.only if presets.find(name) is None or name == presets.RECIPE]
-        refuse(
-            [f"only={','.join(unknown)} must be names of presets; memjax presets lists them" if unknown else None]
-            + [
-                f"fit={','.join(self.fit)} must be numbers of devices and GB of each, such as 1x24,8x80"
-                if any(not _DEVICES.fullmatch(devices) for devices in self.fit)
-                else None
-            ]
-        )
+        if unknown:
+            yield f"only={','.join(unknown)} must be names of presets; memjax presets lists them"
+        if any(not _DEVICES.fullmatch(devices) for devices in self.fit):
+            yield f"fit={','.join(self.fit)} must be numbers of devices and GB of each, such as 1x24,8x80"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

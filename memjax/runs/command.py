@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from memjax.config.checks import positive, refuse
+from memjax.config.section import Positive, Section
 from memjax.errors import ConfigError
 from memjax.io.console import log_to_console, printable
 from memjax.io.ctrl_c import heard
@@ -22,14 +22,11 @@ TableFormat = Literal["saved", "float32", "bfloat16", "float16", "int8", "float8
 
 # These have no slots, so that settings of a command can inherit from several, and `super()` works in them.
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StepSettings:
+class StepSettings(Section):
     """Which checkpoint of the run."""
 
     step: str = "latest"
     """The checkpoint: latest, best (lowest validation loss) or its number."""
-
-    def __post_init__(self) -> None:
-        refuse(self.problems())
 
     def problems(self) -> list[str | None]:
         """Everything that is wrong with the settings; those of a command add theirs."""
@@ -48,14 +45,10 @@ class StepSettings:
 class CheckpointSettings(StepSettings):
     """Which checkpoint of the run, and where it is put."""
 
-    memory_devices: int = 1
+    memory_devices: Positive[int] = 1
     """Devices that share the tables by columns, for tables too large for one."""
     patch: tuple[str, ...] = ()
     """Patches whose rows replace the model's, beside those applied to the run; see `python -m memjax.patch`."""
-
-    def problems(self) -> list[str | None]:
-        """Everything that is wrong with the settings."""
-        return [*super().problems(), *positive(memory_devices=self.memory_devices)]
 
     @property
     def options(self) -> dict[str, Any]:
