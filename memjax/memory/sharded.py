@@ -75,21 +75,11 @@ def bag(
 
     The perturbation is added before the all-to-all, so its cotangent is split by columns, as `update_rows` wants it.
     """
-    if perturbation is not None:
-        tokens = (*indices.shape[:1], *table.shape[1:])
-        require(
-            "bag",
-            perturbation.shape == tokens,
-            "a perturbation must have the shape of the bags",
-            perturbation=perturbation,
-            indices=indices,
-            table=table,
-        )
+    tokens = (*indices.shape[:1], *table.shape[1:])
+    perturbations = _checked("bag", perturbation, tokens, indices=indices, table=table)
     if _is_plain(indices):
         run = alike_over_tensor(partial(embedding_bag, mode="promise_in_bounds", implementation=implementation))
-        out = unsharded(run, indices)(table, indices, weights)
-        return out if perturbation is None else out + perturbation
-    perturbations = () if perturbation is None else (perturbation,)
+        return sum(perturbations, start=unsharded(run, indices)(table, indices, weights))
     specs = (COLUMNS, TOKENS, TOKENS, *(BAGS for _ in perturbations))
     run = over_mesh(_bag_of_group, specs, TOKENS, implementation=implementation)
     return run(table, indices, weights, *perturbations)
@@ -107,6 +97,15 @@ def _bag_of_group(
     return jax.lax.all_to_all(out, MEMORY, split_axis=0, concat_axis=1, tiled=True)
 
 
+def _checked(operation: str, perturbation: Array | None, shape: tuple[int, ...], **arrays: Any) -> tuple[Array, ...]:
+    """The perturbation, if there is one, which must have the shape of what it is added to."""
+    if perturbation is None:
+        return ()
+    rule = f"a perturbation must have the shape of the {operation}s"
+    require(operation, perturbation.shape == shape, rule, perturbation=perturbation, **arrays)
+    return (perturbation,)
+
+
 def dot(
     table: Table | Float[Array, "n d"],
     indices: Int[Array, "t k"],
@@ -119,19 +118,10 @@ def dot(
 
     The vectors come back split by columns like the bags of `bag`, as `update_rows` wants them.
     """
-    if perturbation is not None:
-        require(
-            "dot",
-            perturbation.shape == indices.shape,
-            "a perturbation must have the shape of the dots",
-            perturbation=perturbation,
-            indices=indices,
-        )
+    perturbations = _checked("dot", perturbation, indices.shape, indices=indices)
     if _is_plain(indices):
         run = alike_over_tensor(partial(embedding_dot, mode="promise_in_bounds", implementation=implementation))
-        out = unsharded(run, indices)(table, indices, vectors)
-        return out if perturbation is None else out + perturbation, vectors
-    perturbations = () if perturbation is None else (perturbation,)
+        return sum(perturbations, start=unsharded(run, indices)(table, indices, vectors)), vectors
     specs = (COLUMNS, TOKENS, TOKENS, *(TOKENS for _ in perturbations))
     run = over_mesh(_dot_of_group, specs, (TOKENS, BAGS), implementation=implementation)
     return run(table, indices, vectors, *perturbations)

@@ -175,6 +175,8 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
         content = json.loads(read_text(path))
         found = content.pop("format")
         if found == _FORMAT:
+            if unknown := content.keys() - {field.name for field in dataclasses.fields(Manifest)}:
+                raise ValueError(f"{min(unknown)[:40]}: no manifest has it")
             manifest = read_as(Manifest, content)
             if type(size := manifest.settings["vocab_size"]) is not int or size < 1:
                 raise ValueError("settings.vocab_size: it must be a whole number above 0")
