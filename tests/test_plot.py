@@ -44,8 +44,8 @@ def test_wrong_settings_end_with_2_and_folders_without_metrics_with_3(runs, tmp_
     assert capsys.readouterr().err.splitlines() == [
         "python -m memjax.plot: 3 problems",
         "  command line: RUN is missing: The folders of the runs.",
-        "  command line: out=all.gif must end in .png, .svg, .pdf or .html",
         "  command line: smoothing=0 must be positive",
+        "  command line: out=all.gif must end in .png, .svg, .pdf or .html",
         "--help lists every setting.",
     ]
     assert plot.main([runs[0], str(tmp_path / "none")]) == 3

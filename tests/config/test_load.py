@@ -1,4 +1,4 @@
-"""The grammar of files and command lines. What is wrong with them is told in test_command_errors.py."""
+"""The grammar of files and command lines. What is wrong with them is told in test_load_errors.py."""
 
 import dataclasses
 import re

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from memjax.config.data import TokenizerConfig
 from memjax.data.tokenizers.base import ByteTokenizer, Tokenizer, begin_and_end
-from memjax.data.tokenizers.bpe import BpeTokenizer, train_bpe
+from memjax.data.tokenizers.bpe import train_bpe
 from memjax.data.tokenizers.decoding import StreamingDecoder
 from memjax.data.tokenizers.open import open_tokenizer
 from memjax.errors import DataError
@@ -75,14 +75,6 @@ def test_streamed_text_is_the_decoded_text_and_shows_no_broken_characters(opened
     assert decoder.finish() == ""
 
 
-def test_streaming_holds_a_character_back_until_its_last_byte():
-    decoder = StreamingDecoder(ByteTokenizer())
-    assert [decoder.push(byte + 3) for byte in "é!".encode()] == ["", "é", "!"]
-    assert decoder.push(0xC3 + 3) == ""
-    assert decoder.finish() == "\ufffd"
-    assert decoder.push(ord("a") + 3) == "a"
-
-
 @kinds
 def test_decoding_replaces_bad_bytes_and_skips_special_and_unknown_ids(opened, kind):
     chosen = opened[kind]
@@ -136,17 +128,6 @@ def test_begin_and_end_are_found_by_their_names_or_named():
         begin_and_end({"[SEP]": 1}, None, None)
 
 
-def test_training_is_repeatable_and_keeps_to_its_size():
-    first, second, other = (train_bpe(CORPUS[:n], 290) for n in (16, 16, 1))
-    assert first.to_state() == second.to_state()
-    assert first.fingerprint != other.fingerprint != ByteTokenizer().fingerprint
-    assert first.vocab_size <= 290
-    assert train_bpe([], 259).vocab_size == 259
-    assert len(first.encode("the cat")) < 7
-    with pytest.raises(ValueError, match="vocab_size=258 must be at least 259"):
-        train_bpe(CORPUS, 258)
-
-
 def test_what_is_no_tokenizer_is_refused_by_name(tmp_path):
     with pytest.raises(DataError, match="there is no tokenizer here"):
         Tokenizer.load(tmp_path)
@@ -156,8 +137,6 @@ def test_what_is_no_tokenizer_is_refused_by_name(tmp_path):
             Tokenizer.load(tmp_path)
     with pytest.raises(ValueError, match="kind='hf' lacks 'json'"):
         Tokenizer.from_state({"kind": "hf"})
-    with pytest.raises(ValueError, match="cannot be read"):
-        BpeTokenizer({"model": 3})
 
 
 @kinds
