@@ -204,8 +204,8 @@ class Joined(nnx.Module):
         return nnx.silu(gate) * up
 
 
-def _rows_of(kernels: Sequence[Float[Array, "inputs outputs"]]) -> Float[Array, "all_outputs inputs"]:
-    """A row for each output."""
+def _rows_of(kernels: Sequence[Array]) -> Array:
+    """[inputs, outputs] matrices as one with a row for each output of all."""
     if jax.default_backend() == "cpu" and not has_several_devices():
         # Where NumPy gets at the arrays, it is done before XLA has compiled a program for it.
         return jnp.asarray(np.concatenate([np.asarray(kernel).T for kernel in kernels]))
