@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+MOST_LETTERS = 4000
 MOST_SHOWN = 40
 """The most problems that are listed: a file that is no config at all has thousands."""
 
@@ -20,9 +21,17 @@ def shown(problems: Sequence[str]) -> list[str]:
     return [*problems[:MOST_SHOWN], *([f"and {more:,} more"] if more > 0 else [])]
 
 
-class DataError(Exception):
+class _ShortError(Exception):
+    """An error whose message may show what somebody else wrote, and is cut where that is long."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]}..."
+
+
+class DataError(_ShortError):
     """The data cannot be used; the message says where, what is wrong, and what to do."""
 
 
-class CheckpointError(Exception):
+class CheckpointError(_ShortError):
     """A checkpoint cannot be written, found or read; the message names folder, step, item and the way out."""

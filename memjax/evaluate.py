@@ -18,7 +18,7 @@ from memjax.evaluation.offline import forbid_downloads
 from memjax.evaluation.settings import EvaluateConfig
 from memjax.io.console import fitted
 from memjax.io.ctrl_c import run_command
-from memjax.io.files import read_text, write_atomic
+from memjax.io.files import check_inside, read_text, write_atomic
 from memjax.runs.command import exit_code, loaded
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def _result_path(folder: pathlib.Path, name: str, asked: dict[str, Any]) -> path
     A result that was measured with other settings or patches stays: the new one gets a name with a digest of these.
     """
     try:
+        check_inside(folder, folder.parent)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -20,7 +20,7 @@ from typing import Any
 from lab import ROOT
 from mutate import damage, odd_json, replaced
 
-CPU_SECONDS, MEMORY_BYTES, MESSAGE_LETTERS = 5, 1 << 30, 4000
+CPU_SECONDS, MEMORY_BYTES, MESSAGE_LETTERS = 5, 1 << 30, 4003
 FIXTURES = ROOT / "tests/fixtures"
 Faults = list[tuple[str, str]]
 Attempts = Iterator[tuple[str, Callable[[], Faults]]]

@@ -43,6 +43,13 @@ def read_text(path: str | os.PathLike[str], most_bytes: int | None = MAX_BYTES) 
     return read_document(path, most_bytes).decode("utf-8")
 
 
+def check_inside(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> None:
+    """Raises an OSError for a path that leads out of a folder, which somebody else may have made, by a link."""
+    real, inside = os.path.realpath(path), os.path.realpath(root)
+    if os.path.commonpath([real, inside]) != inside:
+        raise OSError(errno.EINVAL, f"leads out of its folder, to {real}; nothing is written there", os.fspath(path))
+
+
 def check_regular(status: os.stat_result, path: str | os.PathLike[str]) -> None:
     """Raises an OSError for a folder, a pipe, a device or a socket."""
     if stat.S_ISDIR(status.st_mode):

@@ -19,7 +19,7 @@ from memjax.errors import DataError
 from memjax.evaluation.perplexity import bits_per_byte
 from memjax.inference.scoring import Request, score
 from memjax.io.console import say, warn
-from memjax.io.files import read_document, write_atomic
+from memjax.io.files import check_inside, read_document, write_atomic
 from memjax.knowledge.corpus import open_corpus, run_folder
 from memjax.knowledge.facts import Fact
 from memjax.knowledge.finetune import Recipe, learn
@@ -228,6 +228,7 @@ def _background(run: str, found: LoadedModel, records: Sequence[Record]) -> Back
     counted = count_texts(found.model, found.tokenizer, records, length=length)
     arrays = {"texts": np.asarray(counted.texts)} | {f"counts/{name}": total for name, total in counted.counts.items()}
     try:
+        check_inside(path.parent, run_folder(run))
         write_atomic(path, safetensors.numpy.save(arrays))
     except OSError as error:
         warn(f"the counts are not kept: {path.parent}: {error.strerror}")

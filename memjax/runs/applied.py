@@ -15,7 +15,7 @@ from jaxtyping import Array
 from memjax.checkpoint.digests import text_digest
 from memjax.checkpoint.restoring import StoredStep
 from memjax.errors import CheckpointError
-from memjax.io.files import read_text, write_atomic
+from memjax.io.files import check_inside, read_text, write_atomic
 from memjax.io.lock import Locked, locked
 from memjax.runs.layout import CHECKPOINTS, PARAMS, TABLES
 from memjax.runs.patch import Patch, overlay, patch_file, read_patch
@@ -69,7 +69,9 @@ class Applied:
 
         Raises:
             CheckpointError: one is at it.
+            OSError: the folder cannot be written, or is a link that leads elsewhere.
         """
+        check_inside(self.folder, self.folder.parent)
         try:
             with locked(self.folder / ".lock"):
                 yield

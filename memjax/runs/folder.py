@@ -44,7 +44,7 @@ MAY_CHANGE = (
 )
 """Settings that a resumed run may change: they do not decide what is learned."""
 
-SUBFOLDERS = (CHECKPOINTS, "evals", "plots", "prepared", "profile", "tensorboard", "wandb")
+SUBFOLDERS = (CHECKPOINTS, "evals", "patches", "plots", "prepared", "profile", "tensorboard", "wandb")
 """What a run writes into below its folder."""
 
 LOCK = ".lock"

@@ -7,6 +7,7 @@ hence the tolerance.
 import functools
 import json
 import pathlib
+import re
 import tarfile
 
 import jax
@@ -24,7 +25,7 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("archive", RUNS, ids=[path.name.partition(".")[0] for path in RUNS])
+@pytest.mark.parametrize("archive", RUNS, ids=[path.name.removesuffix(".tar.xz") for path in RUNS])
 def test_an_older_run_loads_and_resumes_with_the_numbers_that_it_had(archive, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(main, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     with tarfile.open(archive) as files:
@@ -41,5 +42,8 @@ def test_an_older_run_loads_and_resumes_with_the_numbers_that_it_had(archive, tm
     close([row["train/loss"] for row in rows[4:]], expected["losses"])
 
 
-def test_there_is_a_run_of_each_kind():
-    assert [path.name for path in RUNS] == ["dense.tar.xz", "memory_plus.tar.xz", "peer.tar.xz"]
+def test_there_is_a_run_of_each_kind_and_one_of_every_release():
+    names = {path.name.removesuffix(".tar.xz") for path in RUNS}
+    assert names >= {"dense", "memory_plus", "peer"}
+    changelog = (pathlib.Path(__file__).parents[2] / "CHANGELOG.md").read_text()
+    assert names >= {f"memory_plus-{version}" for version in re.findall(r"^## (\d+\.\d+\.\d+)", changelog, re.M)}

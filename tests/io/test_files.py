@@ -3,7 +3,7 @@ import pathlib
 
 import pytest
 
-from memjax.io.files import read_document, read_text, write_atomic
+from memjax.io.files import check_inside, read_document, read_text, write_atomic
 
 
 def test_replaces_the_content_and_leaves_no_other_file(tmp_path: pathlib.Path) -> None:
@@ -76,3 +76,20 @@ def test_what_a_shell_pipes_is_read_to_its_end() -> None:
     os.close(writing)
     assert read_text(f"/dev/fd/{reading}") == "train: {}"
     os.close(reading)
+
+
+def test_a_link_out_of_a_folder_is_refused_and_one_within_it_is_not(tmp_path: pathlib.Path) -> None:
+    run = tmp_path / "run"
+    (run / "there").mkdir(parents=True)
+    for name, target in (
+        ("out", tmp_path),
+        ("beside", tmp_path / "run2"),
+        ("within", run / "there"),
+        ("round", "round"),
+    ):
+        (run / name).symlink_to(target)
+    for name in ("within", "there", "there/deep", "new", "round"):
+        check_inside(run / name, run)
+    for name in ("out", "beside", "out/deep"):
+        with pytest.raises(OSError, match="leads out of its folder"):
+            check_inside(run / name, run)

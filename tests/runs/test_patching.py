@@ -227,3 +227,13 @@ def test_a_model_is_the_one_before_or_after_wherever_a_process_dies(runs, moment
     dies_at(1)
     patching.revert(base, patches["a"])
     np.testing.assert_array_equal(table_of(base), original)
+
+
+def test_patches_of_a_run_are_not_written_through_a_link(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "run" / "patches").symlink_to(tmp_path / "other")
+    patches = applied.Applied(tmp_path / "run" / "checkpoints")
+    with pytest.raises(OSError, match="leads out of its folder"), patches.owned():
+        pass
+    assert list((tmp_path / "other").iterdir()) == []
