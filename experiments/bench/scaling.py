@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cache, cached_property
@@ -139,20 +140,26 @@ class Case:
     def reads(self, data: int, memory: int) -> Sent:
         """Of all lookups: picks of the group, bags and their cotangents, and the gradients of weights."""
         group, picks = Group(memory, min(memory, MACHINE)), memory * self.tokens * self.table.picks
-        bags = group.all_to_all(self.tokens * self.vector).times(2)
+        # Rematerialised blocks keep what they have summed, and send it once more.
+        ways = 2 if self.config.train.remat == "none" else 3
+        bags = group.all_to_all(self.tokens * self.vector).times(ways)
         return (group.gather(picks * 8) + bags + group.gather(picks * 4)).times(len(self.table.readers))
 
     def rows(self, data: int, memory: int, collective: Collective) -> Sent:
-        """Of the row gradients of all lookups, beside the picks of the group, which the reads have gathered."""
-        here = min(MACHINE, data * memory)
+        """Of the row gradients of all lookups."""
+        here, lookups = min(MACHINE, data * memory), len(self.table.readers)
         every, replicas = Group(data * memory, here), Group(data, max(1, here // memory))
+        # Without the picks of padding; the weights have been gathered for the reads.
+        of_group = (
+            Group(memory, min(memory, MACHINE)).gather(memory * self.tokens * self.table.picks * 4).times(lookups)
+        )
         if collective == "all_reduce":
             columns = self.table.width // memory
-            return replicas.gather(self.table.num_slots * (columns + 1) * 4).times(2)
+            return of_group + replicas.gather(self.table.num_slots * (columns + 1) * 4).times(2)
         if data == 1:
-            return Sent()
+            return of_group
         picks = every.gather(data * memory * self.tokens * self.table.picks * 8)
-        return (picks + replicas.gather(data * self.tokens * self.vector)).times(len(self.table.readers))
+        return (picks + replicas.gather(data * self.tokens * self.vector)).times(lookups)
 
     def dense(self, data: int, memory: int, how: str = "sharded") -> Sent:
         """Of the dense parameters, gathered for each pass, and their gradients; none for a layer alone."""
@@ -190,9 +197,9 @@ def measured_rates(port: float = PORT) -> Rates:
     touched = lambda layers, slots: slots * -math.expm1(-layers * picks / slots)
     work = np.array([(layers * picks * 1024, touched(layers, slots) * 1024) for _, layers, slots in updates])
     seconds = np.array([found[operation, f"{slots:,}"] / 1e3 for operation, _, slots in updates])
-    by_pick, by_row = np.linalg.lstsq(work, seconds, rcond=None)[0]
+    by_pick, by_row = np.linalg.lstsq(work, seconds, rcond=None)[0].tolist()
     split = next(row for row in profile["rows"] if (row["case"], row.get("mesh")) == ("whole step, 2 of 2", SPLIT))
-    collectives = np.mean([times["collectives ms a step"] for times in split["overlap"].values()]) / 1e3
+    collectives = statistics.mean([times["collectives ms a step"] for times in split["overlap"].values()]) / 1e3
     case = smallest()
     sent = case.dense(1, 2) + case.reads(1, 2) + case.rows(1, 2, "all_gather")
     return Rates(sent.link / collectives, port, ops["copy_bytes_per_second"], by_pick, by_row)
