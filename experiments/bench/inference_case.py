@@ -162,17 +162,17 @@ def of_lookup(case: Row) -> Iterator[Row]:
 
 def lookup_forms(num_keys: int, table_format: str) -> dict[str, dict[str, Row]]:
     """The form that is taken for few tokens, and that of many; by operation, the fields of its tile."""
-    sort = {"by_rank": 0, "num_warps": 1}
-    return {"as it is": {}, "sorted": {_select(num_keys): sort, "pair_few": sort}}
+    one_warp = {_select(num_keys): {"num_warps": 1}, "pair_few": {"by_rank": 0, "num_warps": 1}}
+    return {"as it is": {}, "one warp": one_warp}
 
 
 def lookup_tiles(num_keys: int, table_format: str) -> dict[str, dict[str, Row]]:
     """Other tiles: of the search for tables of numbers, of the bag for those in a format."""
     found: dict[str, dict[str, Row]] = {}
-    tried = [(0, 128, 4), (0, 256, 4), (1, 256, 8), (1, 512, 4), (1, 512, 8), (1, 1024, 8)]
-    for by_rank, rows, num_warps in tried if table_format == "bfloat16" else ():
+    tried = ((128, 2), (128, 8), (256, 2), (256, 8), (512, 4), (512, 8), (1024, 8))
+    for rows, num_warps in tried if table_format == "bfloat16" else ():
         if 4 * rows <= num_keys:
-            cut: Row = {"by_rank": by_rank, "rows": rows, "num_warps": num_warps}
+            cut: Row = {"rows": rows, "num_warps": num_warps}
             found[f"select {cut}"] = {_select(num_keys): cut}
     for rows, columns, num_warps in ((128, 128, 8), (64, 64, 4), (128, 32, 4), (64, 128, 4)) if num_keys < 4096 else ():
         cut = {"rows": rows, "columns": columns, "num_warps": num_warps}

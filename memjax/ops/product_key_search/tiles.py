@@ -1,13 +1,12 @@
 """How the choice of the best scores cuts its work.
 
-Sorting takes the fewest instructions, which counts where rows fill the GPU. Few rows leave it empty, and what counts is
-how many steps of a program wait for each other: candidates are then compared with each other all at once, by several
-warps.
+With one warp a row takes the fewest instructions, which counts where rows fill the GPU. Few rows leave it empty, and
+what counts is how many instructions of a program follow each other: by four warps that is about half as many.
 """
 
 from typing import NamedTuple
 
-from memjax.ops.tiles import next_power_of_two, tuned
+from memjax.ops.tiles import Tile, next_power_of_two, tuned
 
 FEW_ROWS = 1024
 """Rows of scores, two for a token and head, that leave a GPU empty at one warp each: four heads of 128 tokens."""
@@ -15,34 +14,22 @@ _MOST_RANKED = 128
 """Candidates that are compared with each other at most: their pairs are the work."""
 
 
-class Selection(NamedTuple):
-    """How the best scores of a row are found."""
-
-    groups: int
-    run: int
-    """Neighbouring scores that belong to one group."""
-    num_warps: int
-    by_rank: bool
-    """Whether the scores of the best groups are compared with each other, not sorted."""
-
-
 class Pairing(NamedTuple):
     """How the best sums of two halves are found."""
 
     num_warps: int
     by_rank: bool
+    """Whether all sums are compared with each other at once, not sorted."""
 
 
-def select(num: int, top_k: int, rows: int) -> Selection:
-    """For `rows` rows of `num` scores."""
+def select(num: int, top_k: int, rows: int) -> Tile:
+    """Groups (`rows`) and neighbouring scores (`columns`) of the selection from each of `rows` rows of `num` scores."""
     whole, round_k, is_few = next_power_of_two(num), max(2, next_power_of_two(top_k)), rows <= FEW_ROWS
     found = tuned("product_key_search", f"select{'_long' * (whole > 2048)}{'_few' * is_few}")
     # Fewer groups than picks would leave picks out, and a short row is sorted at once.
     run = min(found.get("columns", 4), max(1, whole // (2 * round_k)))
     groups = min(max(found.get("rows", 256 if whole > 2048 else 128), 2 * round_k), max(2, whole // run))
-    most = round_k * max(run, whole // (groups * run))
-    by_rank = bool(found.get("by_rank", is_few)) and most <= _MOST_RANKED
-    return Selection(groups, run, found.get("num_warps", 4 if is_few else 1), by_rank)
+    return Tile(rows=groups, columns=run, num_warps=found.get("num_warps", 4 if is_few else 1))
 
 
 def pair(num_pairs: int, tokens_and_heads: int) -> Pairing:

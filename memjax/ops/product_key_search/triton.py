@@ -130,14 +130,13 @@ def select_kernel(
     GROUPS: tl.constexpr,
     RUNS: tl.constexpr,
     RUN: tl.constexpr,
-    BY_RANK: tl.constexpr,
 ):
     """The best of NUM scores in a row. The k best lie in the k groups with the best maxima: only those are looked at.
 
     RUN neighbouring scores are a run; run r belongs to group r % GROUPS, which has RUNS of them, so that the maxima of
     the groups form without any exchange between threads. Groups, then runs of the chosen groups, then scores of the
     chosen runs are chosen by quick 32-bit sorts. A quick sort can err only among scores that agree in their leading
-    bits; that is detected, and the row then takes the exact, slower way. BY_RANK only the groups are sorted.
+    bits; that is detected, and the row then takes the exact, slower way.
     """
     row = tl.program_id(0).to(tl.int64)
     scores_ptr += row * NUM
@@ -161,31 +160,24 @@ def select_kernel(
         if RUNS > 1:
             maxima = tl.reshape(tl.max(bits, axis=2), [ROUND_K * RUNS])
             runs = tl.reshape(runs, [ROUND_K * RUNS])
-            if BY_RANK:
-                chosen = best_by_rank(maxima, runs, ROUND_K)
-            else:
-                chosen = quick_best(maxima, runs, GROUPS * RUNS - 1, ROUND_K)
+            chosen = quick_best(maxima, runs, GROUPS * RUNS - 1, ROUND_K)
             place = chosen[:, None] * RUN + member[None, :]
             bits = load_bits(scores_ptr, place, NUM)
-            if not BY_RANK:  # noqa: SIM102 (known when it compiles, the other when it runs)
-                if missed(maxima, tl.max(bits, axis=1)):
-                    chosen = exact_best(maxima, runs, ROUND_K)
-                    place = chosen[:, None] * RUN + member[None, :]
-                    bits = load_bits(scores_ptr, place, NUM)
+            if missed(maxima, tl.max(bits, axis=1)):
+                chosen = exact_best(maxima, runs, ROUND_K)
+                place = chosen[:, None] * RUN + member[None, :]
+                bits = load_bits(scores_ptr, place, NUM)
         else:
             place = runs * RUN + member[None, :]
 
         bits = tl.reshape(bits, [ROUND_K * RUN])
         place = tl.reshape(place, [ROUND_K * RUN])
-        if BY_RANK:
-            chosen = best_by_rank(bits, place, ROUND_K)
+        chosen = quick_best(bits, place, GROUPS * RUNS * RUN - 1, ROUND_K)
+        chosen_bits = load_bits(scores_ptr, chosen, NUM)
+        if missed(bits, chosen_bits):
+            chosen = exact_best(bits, place, ROUND_K)
         else:
-            chosen = quick_best(bits, place, GROUPS * RUNS * RUN - 1, ROUND_K)
-            chosen_bits = load_bits(scores_ptr, chosen, NUM)
-            if missed(bits, chosen_bits):
-                chosen = exact_best(bits, place, ROUND_K)
-            else:
-                chosen = in_order(chosen_bits, chosen, ROUND_K)
+            chosen = in_order(chosen_bits, chosen, ROUND_K)
     rank = tl.arange(0, ROUND_K)
     kept = rank < TOP_K
     # The score itself is read again, not made from its bits: NaN stays the NaN it was.
@@ -430,10 +422,9 @@ def _select(scores: Array, *, top_k: int) -> tuple[Array, Array]:
         NUM=num,
         TOP_K=top_k,
         ROUND_K=_round_k(top_k),
-        GROUPS=tile.groups,
-        RUNS=ceil_div(next_power_of_two(num), tile.groups * tile.run),
-        RUN=tile.run,
-        BY_RANK=tile.by_rank,
+        GROUPS=tile.rows,
+        RUNS=ceil_div(next_power_of_two(num), tile.rows * tile.columns),
+        RUN=tile.columns,
     )
     return best, places
 
