@@ -1,5 +1,7 @@
 """Tokens are kept and drawn as a sort of the vocabulary would have it, without one."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,11 @@ from memjax.inference.sampling import Mode, Rules, allowed, likelihoods, pick
 
 BOTH = Mode(draws=True, top_k=True, top_p=True)
 compiled = jax.jit(allowed, static_argnames="mode")
+compiled_on = {
+    backend: jax.jit(lambda *arguments, mode: allowed(*arguments, mode=mode), static_argnames="mode")
+    for backend in ("cpu", "gpu")
+}
+"""As a device of that kind would do it."""
 compiled_pick = jax.jit(pick, static_argnames="mode")
 VOCABULARY = 12
 
@@ -29,6 +36,7 @@ def kept_by_sorting(logits, top_k, top_p):
     return kept
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @given(
     rows=st.lists(
         st.lists(st.sampled_from([-2.5, -1.0, -0.0, 0.0, 0.125, 0.5, 1.0, 3.0]), min_size=12, max_size=12),
@@ -39,22 +47,25 @@ def kept_by_sorting(logits, top_k, top_p):
     # No sum of these probabilities comes near them.
     top_p=st.lists(st.sampled_from([0.0137, 0.3211, 0.7013, 0.9717, np.inf]), min_size=3, max_size=3),
 )
-def test_exactly_the_likeliest_tokens_are_kept_and_of_equal_ones_the_first(rows, top_k, top_p):
-    logits = jnp.asarray(rows, jnp.float32)
-    kept = np.asarray(compiled(logits, jnp.asarray(top_k, jnp.int32), jnp.asarray(top_p, jnp.float32), mode=BOTH))
+def test_exactly_the_likeliest_tokens_are_kept_and_of_equal_ones_the_first(backend, rows, top_k, top_p):
+    logits, counts, shares = jnp.asarray(rows), jnp.asarray(top_k, jnp.int32), jnp.asarray(top_p, jnp.float32)
+    with mock.patch.object(jax, "default_backend", return_value=backend):
+        kept = np.asarray(compiled_on[backend](logits.astype(jnp.float32), counts, shares, mode=BOTH))
     for row, logits_of_row in enumerate(rows):
         expected = kept_by_sorting(logits_of_row, top_k[row], top_p[row])
         assert set(np.flatnonzero(kept[row])) == expected
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_top_k_is_exact_where_logits_are_as_close_as_numbers_can_be(dtype):
-    with jax.enable_x64(dtype == "float64"):
+def test_top_k_is_exact_where_logits_are_as_close_as_numbers_can_be(dtype, backend):
+    with jax.enable_x64(dtype == "float64"), mock.patch.object(jax, "default_backend", return_value=backend):
         steps = np.random.default_rng(0).permutation(4000)
         logits = jnp.asarray(1 + steps * float(np.finfo(dtype).eps), dtype)[None]
         mode = Mode(draws=True, top_k=True)
         for top_k in (1, 7, 1000, 4000):
-            kept = compiled(logits, jnp.asarray([top_k], jnp.int32), jnp.asarray([1.0], jnp.float32), mode=mode)
+            rules = jnp.asarray([top_k], jnp.int32), jnp.asarray([1.0], jnp.float32)
+            kept = compiled_on[backend](logits, *rules, mode=mode)
             assert set(steps[np.asarray(kept[0])]) == set(range(4000 - top_k, 4000))
 
 
