@@ -88,7 +88,8 @@ def plot(rows: list[cases.Row], out: pathlib.Path, stem: str) -> None:
 
     batches = sorted({row["batch"] for row in rows if row.get("batch") and "ms a token" in row})
     # A panel for each kind of measurement: part, batch, column, label.
-    panels = [("steps", None, "ms a step", "ms a training step")]
+    has_steps = any("ms a step" in row for row in rows)
+    panels = [("steps", None, "ms a step", "ms a training step")] if has_steps else []
     panels += [("tokens", batch, "ms a token", f"ms a token, batch {batch}") for batch in batches]
     energy = [row for row in rows if row.get("joules a token")]
     figure = Figure(figsize=(10, 3.4 + (3 if energy else 0)), layout="constrained")

@@ -62,3 +62,8 @@ def test_speeds_of_generation_with_a_memory_were_measured():
     host, large = ([ratio[name, batch] for batch in (1, 64)] for name in ("Memory+, host", "Memory+ 16M"))
     assert f"it took {host[0]} of the dense model at batch 1 and {host[1]} at batch 64" in readme
     assert f"with 16 million slots {large[0]} and {large[1]};" in readme
+    found = json.loads((ROOT / "experiments/bench/results/inference-lookup-nvidia-h200.json").read_text())["rows"]
+    last = {(row["model"], row["batch"]): f"{row['of dense']:.2f}" for row in found if row["of dense"]}
+    large, one, many = last["Memory+ 16M", 1], last["Memory+", 1], last["Memory+", 64]
+    text = f"16 million slots took {large} at batch 1, in a run where 1 million took {one} at batch 1 and {many} at"
+    assert f"{text} batch 64." in readme
