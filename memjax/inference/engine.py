@@ -27,7 +27,7 @@ from memjax.inference.sampling import GREEDY, Likelihoods, Mode, Rules, likeliho
 from memjax.inference.weights import prepare
 from memjax.models.decoder import Cache, Decoder
 from memjax.ops.tiles import next_power_of_two
-from memjax.sharding.axes import everywhere, has_memory_axis, split_tokens
+from memjax.sharding.axes import has_memory_axis, replicate, split_tokens
 
 LONGEST_CHUNK = 32
 """Tokens that one call of the decoding program makes at most; the host looks at texts between calls only."""
@@ -452,7 +452,7 @@ def _programs(graphdef: Any, structure: Any) -> _Programs:
         nothing = jnp.zeros(num_rows, jnp.int32)
         state = _State(cache=cache, token=nothing, num_made=nothing, is_active=rows.is_used, seen=seen)
         state, made, likely = _add_token(state, logits, rows, mode, num_top)
-        return state, everywhere(made), jax.tree.map(everywhere, likely)
+        return state, replicate(made), jax.tree.map(replicate, likely)
 
     @functools.partial(jax.jit, static_argnames=("num_rows", "capacity"), donate_argnames="state")
     def insert(state: _State | None, fresh: _State, slots: Int[Array, " b"], *, num_rows: int, capacity: int) -> _State:
@@ -502,7 +502,7 @@ def _programs(graphdef: Any, structure: Any) -> _Programs:
             )
         go_on = lambda carry: (carry[0] < count) & jnp.any(carry[1].is_active)
         _, state, tokens, reported = jax.lax.while_loop(go_on, add, (jnp.int32(0), state, tokens, reported))
-        return state, everywhere(tokens), jax.tree.map(everywhere, reported)
+        return state, replicate(tokens), jax.tree.map(replicate, reported)
 
     return _Programs(prefill, start, insert, grow, decode)
 

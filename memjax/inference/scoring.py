@@ -23,7 +23,7 @@ from memjax.inference.sampling import Likelihoods, likelihoods
 from memjax.inference.weights import prepare
 from memjax.models.decoder import Decoder
 from memjax.models.loss import map_logits
-from memjax.sharding.axes import everywhere, has_memory_axis, split_tokens
+from memjax.sharding.axes import has_memory_axis, replicate, split_tokens
 
 Show = Callable[[float], None]
 """Receives the share of the work that is done: 0 to 1."""
@@ -218,7 +218,7 @@ def _scored(
         return likelihoods(logits, targets, 0).chosen, jnp.argmax(logits, axis=-1) == targets
 
     log_p, best = map_logits(model, compare, hidden, batch["targets"])
-    return everywhere(log_p), everywhere(best)
+    return replicate(log_p), replicate(best)
 
 
 class PromptScorer:
@@ -236,9 +236,9 @@ class PromptScorer:
             following = jnp.roll(tokens[:1], -1, axis=1)
             # Every device computes all of them.
             logit_bytes = 4 * _PROMPT_POSITIONS * model.config.vocab_size // len(tokens)
-            one = everywhere(hidden)[:1]
+            one = replicate(hidden)[:1]
             found = map_logits(model, partial(likelihoods, num_top=num_top), one, following, logit_bytes=logit_bytes)
-            return jax.tree.map(lambda array: everywhere(array[0]), found)
+            return jax.tree.map(lambda array: replicate(array[0]), found)
 
         self._run = run
 

@@ -118,8 +118,8 @@ def _gathered(spec: P, weight: Array) -> Array:
 _gathered.defvjp(lambda spec, weight: (_gathered(spec, weight), None), lambda spec, _, gradient: (gradient,))
 
 
-def everywhere(array: Array) -> Array:
-    """The array replicated, so that every process can read it."""
+def replicate(array: Array) -> Array:
+    """The array on every device, so that every process can read it."""
     return array if jax.sharding.get_abstract_mesh().empty else place(array, REPLICATED)
 
 

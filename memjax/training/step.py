@@ -332,7 +332,7 @@ def _counted(counts: dict[str, Array], reads: dict[str, Array], ok: Array) -> di
     up over the devices.
     """
     return {
-        layer: count_reads(before, axes.everywhere(jnp.where(ok, reads[layer], before.shape[0])))
+        layer: count_reads(before, axes.replicate(jnp.where(ok, reads[layer], before.shape[0])))
         for layer, before in counts.items()
     }
 
