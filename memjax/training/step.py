@@ -1,53 +1,34 @@
-"""One training step: gradients of the dense parameters, row gradients of the tables, both optimizers."""
+"""One training step: gradients, whether they are sound, both optimizers, and the metrics of the step."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool
+from jaxtyping import Array
 
 from memjax.config.run import RunConfig
-from memjax.memory.read import Perturbations, Reads, row_gradients
-from memjax.memory.row_optimizer import RowOptimizer
-from memjax.memory.sharded import no_rows
-from memjax.memory.sparse_gradient import perturbed_value_and_grad
-from memjax.memory.usage import count_reads, statistics
-from memjax.models.decoder import layer_name
-from memjax.models.loss import summed_loss
-from memjax.models.moe import RouterStatistics, Routing, router_statistics
+from memjax.memory.usage import statistics
+from memjax.models.moe import RouterStatistics
 from memjax.models.parts import Tables
-from memjax.ops.precision import accumulator
 from memjax.runs.layout import widened
-from memjax.sharding import axes
 from memjax.sharding.mesh import replicated
 from memjax.sharding.rules import MICRO_BATCHES
 from memjax.training import spikes
 from memjax.training.clipping import clipped
 from memjax.training.compiler import compiler_options
-from memjax.training.optimizer import at_step, global_norm, without_gradient_where_frozen
+from memjax.training.gradients import Batch, accumulate, all_finite, masks_of_parts
+from memjax.training.optimizer import at_step, global_norm
 from memjax.training.program import TrainProgram
 from memjax.training.state import TrainState
 
 BATCH = MICRO_BATCHES
 """Layout of a batch of shape [micro-batches, sequences, tokens]."""
 
-Batch = dict[str, Array]
 Metrics = dict[str, Array]
-
-
-class _StepAux(NamedTuple):
-    """Scalars summed over micro-batches, returned next to the gradients."""
-
-    loss: Array
-    """Of the language model, of all target tokens."""
-    by_part: list[Array]
-    """Summed losses of a mixture's parts."""
-    routers: dict[str, RouterStatistics]
-    """Of the tokens without padding, by layer."""
 
 
 def make_train_step(program: TrainProgram, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
@@ -69,8 +50,8 @@ def make_train_step(program: TrainProgram, mesh: jax.sharding.Mesh) -> jax.stage
 
 def abstract_batch(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch of the step as shapes."""
-    data, accumulate = config.data, config.train.grad_accum_steps
-    shape = (accumulate, data.batch_size // accumulate, data.sequence_length)
+    data, count = config.data, config.train.grad_accum_steps
+    shape = (count, data.batch_size // count, data.sequence_length)
     integers = ["tokens", "targets", "segments", "positions"] + (["sources"] if data.mixture else [])
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in integers}
     return batch | {"loss_mask": jax.ShapeDtypeStruct(shape, jnp.float32)}
@@ -80,14 +61,14 @@ def train_step(program: TrainProgram, state: TrainState, batch: Batch) -> tuple[
     """The step itself, to be traced."""
     num_targets, num_tokens = batch["loss_mask"].sum(), (batch["segments"] > 0).sum()
     # A batch without a target token has the loss 0.
-    found, counts = _accumulate(program, state, batch, jnp.maximum(num_targets, 1), jnp.maximum(num_tokens, 1))
+    found, counts = accumulate(program, state, batch, jnp.maximum(num_targets, 1), jnp.maximum(num_tokens, 1))
     aux, dense, dense_tables, not_finite = found.summed
 
     # Decided before anything is written, so that the last good state is always whole. The norm, which clipping needs
     # anyway, tells of all dense gradients in one pass over them.
     norm = global_norm(dense)
     dense, of_tables, tables, table_norm = clipped(program, state.tables, dense, dense_tables or found.rows, norm)
-    ok = state.healthy & _all_finite((aux, norm, table_norm, dense_tables)) & (not_finite == 0)
+    ok = state.healthy & all_finite((aux, norm, table_norm, dense_tables)) & (not_finite == 0)
 
     measured = {"loss": aux.loss, "grad_norm": norm}
     sigma = program.config.optim.skip_step_sigma
@@ -150,140 +131,10 @@ def make_usage_report(
     return report_and_reset
 
 
-class _Summed(NamedTuple):
-    """What adds up over micro-batches."""
-
-    aux: _StepAux
-    dense: nnx.State
-    """Gradient of the dense parameters."""
-    tables: Tables
-    """Gradients of the tables in the dense modes."""
-    not_finite: Array
-    """Micro-batches with a factor of a row gradient that is not finite."""
-
-
-class _Gradients(NamedTuple):
-    """Of one micro-batch, or of all."""
-
-    summed: _Summed
-    rows: dict[str, Any]
-    """By table: the row gradients of its reads, or their `RowSum`."""
-    reads: dict[str, Array]
-    """By layer: the slots that were read, in the end the read counters with all of them."""
-
-
-def _accumulate(
-    program: TrainProgram, state: TrainState, batch: Batch, num_targets: Array, num_tokens: Array
-) -> tuple[_Gradients, Callable[[Array], dict[str, Array]]]:
-    """The gradients of all micro-batches; and the read counters after the step, when it is known whether it is ok.
-
-    The loss is a sum over tokens, divided by the number of target tokens of the whole batch: however the batch is cut
-    into micro-batches, every token counts the same. Row gradients are kept until the update, or, where that would hold
-    more than a dense gradient of their table, summed as they come.
-    """
-    one = lambda micro: _gradients(program, state, micro, num_targets, num_tokens)
-    count, first = batch["tokens"].shape[0], jax.tree.map(lambda array: array[0], batch)
-    if count == 1:
-        found = one(first)  # counted in place
-        return found, lambda ok: _counted(state.reads, found.reads, ok)
-    shapes, optimizer = jax.eval_shape(one, first), program.table_optimizer
-    sums = {}
-    if isinstance(optimizer, RowOptimizer):
-        dense = [name for name, rows in shapes.rows.items() if optimizer.sums(state.tables[name], rows, count)]
-        sums = {name: no_rows(state.tables[name]) for name in dense}
-
-    def add(total: _Gradients, micro: Batch) -> tuple[_Gradients, dict[str, Any]]:
-        found = one(micro)
-        summed = jax.tree.map(jnp.add, total.summed, found.summed)
-        add_rows = cast(RowOptimizer, optimizer).add
-        rows = {name: add_rows(rows, found.rows[name]) for name, rows in total.rows.items()}
-        reads = _counted(total.reads, found.reads, jnp.ones((), bool))
-        return _Gradients(summed, rows, reads), {name: rows for name, rows in found.rows.items() if name not in sums}
-
-    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes.summed)
-    total, stacked = jax.lax.scan(add, _Gradients(zero, sums, state.reads), batch)
-    kept = {
-        name: [jax.tree.map(lambda factor, n=number: factor[n], rows) for rows in of_table for number in range(count)]
-        for name, of_table in stacked.items()
-    }
-    counts = lambda ok: jax.tree.map(lambda new, before: jnp.where(ok, new, before), total.reads, state.reads)
-    return total._replace(rows=total.rows | kept), counts
-
-
-def _gradients(
-    program: TrainProgram, state: TrainState, batch: Batch, num_targets: Array, num_tokens: Array
-) -> _Gradients:
-    """The gradients of one micro-batch."""
-    parts, remat = program.parts, program.config.train.remat
-    # Padding comes last in its row, so the tokens before it never see it.
-    segments = batch["segments"] if program.config.data.rows_hold_documents else None
-    token_mask = batch["segments"] > 0
-
-    def loss_fn(
-        params: nnx.State, perturbations: dict[str, Perturbations], tables: Tables
-    ) -> tuple[Array, tuple[Reads, _StepAux]]:
-        params = without_gradient_where_frozen(program.config.optim, _whole_outside_blocks(params))
-        model = parts.assemble(params, tables)
-        places = (batch["tokens"], batch["positions"], segments)
-        hidden = model.hidden(*places, perturbations, remat, token_mask=token_mask, training=True)
-        mask = batch["loss_mask"].astype(accumulator(hidden.states.dtype))
-        loss, losses = summed_loss(model, hidden.states, batch["targets"], mask / num_targets)
-        by_part = [jnp.sum(losses * mask, where=is_of_part) for is_of_part in _parts(program, batch)]
-        aux = _StepAux(loss, by_part, _routers(hidden.routings, token_mask, num_tokens))
-        return loss + _router_loss(program, aux.routers), (hidden.reads, aux)
-
-    params, tables, of_tables = state.params, state.tables, {}
-    perturbations = parts.zero_perturbations(batch["tokens"].size)
-    if not program.config.optim.table.is_dense:
-        (_, aux), dense, reads, cotangents = perturbed_value_and_grad(loss_fn)(params, perturbations, tables)
-    else:
-        of_both = lambda both, perturbations: loss_fn(both[0], perturbations, both[1])
-        (_, aux), (dense, of_tables), reads, cotangents = perturbed_value_and_grad(of_both)(
-            (params, tables), perturbations
-        )
-    reads = _without_padding(program, state, reads, token_mask.ravel())
-    rows = {} if program.config.optim.table.is_dense else row_gradients(reads, cotangents)
-    factors = [(row.weights, row.vectors) for of_table in rows.values() for row in of_table]
-    not_finite = (~_all_finite(factors)).astype(jnp.int32)
-    if not (mesh := jax.sharding.get_abstract_mesh()).empty:
-        # Where its parameters live, so that no device sums or keeps all of it.
-        dense = jax.lax.with_sharding_constraint(dense, program.dense_shardings(mesh, dense))
-    summed = _Summed(aux, dense, of_tables, not_finite)
-    # A layer that reads several tables reads the same rows of each.
-    return _Gradients(summed, rows, {layer: of_layer[0].indices for layer, of_layer in reads.items()})
-
-
-def _routers(routings: dict[str, Routing], token_mask: Array, num_tokens: Array) -> dict[str, RouterStatistics]:
-    """Statistics of a micro-batch's tokens without padding, times their share in those of the whole batch."""
-    share = token_mask.sum() / num_tokens
-    found = {name: router_statistics(routing, token_mask.ravel()) for name, routing in routings.items()}
-    return jax.tree.map(lambda value: value * share.astype(value.dtype), found)
-
-
-def _router_loss(program: TrainProgram, routers: dict[str, RouterStatistics]) -> Array | float:
-    """What routers add to the loss of the training."""
-    experts = program.config.model.experts
-    if experts is None:
-        return 0.0
-    return sum(
-        experts.aux_loss_weight * router.balance + experts.z_loss_weight * router.z for router in routers.values()
-    )
-
-
-def _whole_outside_blocks(params: nnx.State) -> nnx.State:
-    """Embedding, norm and output matrix gathered once; blocks gather theirs when they run."""
-    return nnx.State({name: part if name == "blocks" else axes.gathered(part) for name, part in params.items()})
-
-
-def _parts(program: TrainProgram, batch: Batch) -> list[Array]:
-    """Of each part of a mixture, which places of the batch are from it."""
-    return [batch["sources"] == number for number in range(len(program.config.data.mixture))]
-
-
 def _part_metrics(program: TrainProgram, batch: Batch, losses: list[Array]) -> Metrics:
     """Target tokens and loss of each part of a mixture; not a number for a part of which the batch has nothing."""
     metrics = {}
-    for part, is_of_part, loss in zip(program.config.data.mixture, _parts(program, batch), losses, strict=True):
+    for part, is_of_part, loss in zip(program.config.data.mixture, masks_of_parts(program, batch), losses, strict=True):
         num_targets = jnp.sum(batch["loss_mask"], where=is_of_part)
         metrics[f"data/{part.name}/target_tokens"] = num_targets
         metrics[f"data/{part.name}/loss"] = loss / num_targets
@@ -315,28 +166,6 @@ def _update_tables(
     return {name: table for name, (table, _) in new.items()}, {name: after for name, (_, after) in new.items()}
 
 
-def _without_padding(program: TrainProgram, state: TrainState, reads: Reads, token_mask: Bool[Array, " t"]) -> Reads:
-    """The reads without the picks of tokens that are padding: they touch no row and no state. In the order of the
-    model's lookups, in which the gradients of a table are summed.
-    """
-    return {
-        layer: tuple(read.without_padding(token_mask, state.tables[read.table].shape[0]) for read in reads[layer])
-        for layer in map(layer_name, program.config.model.lookups)
-    }
-
-
-def _counted(counts: dict[str, Array], reads: dict[str, Array], ok: Array) -> dict[str, Array]:
-    """Read counters with the picks of tokens that are no padding (see `_without_padding`); bad steps do not count.
-
-    Every device counts all picks: they are fewer than the slots of a large table, whose counts would have to be added
-    up over the devices.
-    """
-    return {
-        layer: count_reads(before, axes.replicate(jnp.where(ok, reads[layer], before.shape[0])))
-        for layer, before in counts.items()
-    }
-
-
 def _averaged(program: TrainProgram, state: TrainState, params: nnx.State, updated: Array) -> nnx.State | None:
     """The moving average of the dense parameters after the step. The first step's parameters replace its zeros."""
     most = program.config.optim.ema_decay
@@ -346,7 +175,3 @@ def _averaged(program: TrainProgram, state: TrainState, params: nnx.State, updat
     share = jnp.where(updated, 1 - decay, 0)
     towards = lambda average, param: average + share.astype(average.dtype) * (param - average)
     return jax.tree.map(towards, state.ema, widened(params))
-
-
-def _all_finite(tree: Any) -> Array:
-    return jnp.all(jnp.stack([jnp.ones((), bool), *(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))]))

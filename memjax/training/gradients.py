@@ -1,0 +1,194 @@
+"""Gradients of one step: of the dense parameters, and row gradients of the tables, over all micro-batches."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool
+
+from memjax.memory.read import Perturbations, Reads, row_gradients
+from memjax.memory.row_optimizer import RowOptimizer
+from memjax.memory.sharded import no_rows
+from memjax.memory.sparse_gradient import perturbed_value_and_grad
+from memjax.memory.usage import count_reads
+from memjax.models.decoder import layer_name
+from memjax.models.loss import summed_loss
+from memjax.models.moe import RouterStatistics, Routing, router_statistics
+from memjax.models.parts import Tables
+from memjax.ops.precision import accumulator
+from memjax.sharding import axes
+from memjax.training.optimizer import without_gradient_where_frozen
+from memjax.training.program import TrainProgram
+from memjax.training.state import TrainState
+
+Batch = dict[str, Array]
+
+
+class LossSums(NamedTuple):
+    """Scalars summed over micro-batches, returned next to the gradients."""
+
+    loss: Array
+    """Of the language model, of all target tokens."""
+    by_part: list[Array]
+    """Summed losses of a mixture's parts."""
+    routers: dict[str, RouterStatistics]
+    """Of the tokens without padding, by layer."""
+
+
+class Summed(NamedTuple):
+    """What adds up over micro-batches."""
+
+    aux: LossSums
+    dense: nnx.State
+    """Gradient of the dense parameters."""
+    tables: Tables
+    """Gradients of the tables in the dense modes."""
+    not_finite: Array
+    """Micro-batches with a factor of a row gradient that is not finite."""
+
+
+class StepGradients(NamedTuple):
+    """Of one micro-batch, or of all."""
+
+    summed: Summed
+    rows: dict[str, Any]
+    """By table: the row gradients of its reads, or their `RowSum`."""
+    reads: dict[str, Array]
+    """By layer: the slots that were read, in the end the read counters with all of them."""
+
+
+def accumulate(
+    program: TrainProgram, state: TrainState, batch: Batch, num_targets: Array, num_tokens: Array
+) -> tuple[StepGradients, Callable[[Array], dict[str, Array]]]:
+    """The gradients of all micro-batches; and the read counters after the step, when it is known whether it is ok.
+
+    The loss is a sum over tokens, divided by the number of target tokens of the whole batch: however the batch is cut
+    into micro-batches, every token counts the same. Row gradients are kept until the update, or, where that would hold
+    more than a dense gradient of their table, summed as they come.
+    """
+    one = lambda micro: _gradients(program, state, micro, num_targets, num_tokens)
+    count, first = batch["tokens"].shape[0], jax.tree.map(lambda array: array[0], batch)
+    if count == 1:
+        found = one(first)  # counted in place
+        return found, lambda ok: _counted(state.reads, found.reads, ok)
+    shapes, optimizer = jax.eval_shape(one, first), program.table_optimizer
+    sums = {}
+    if isinstance(optimizer, RowOptimizer):
+        dense = [name for name, rows in shapes.rows.items() if optimizer.sums(state.tables[name], rows, count)]
+        sums = {name: no_rows(state.tables[name]) for name in dense}
+
+    def add(total: StepGradients, micro: Batch) -> tuple[StepGradients, dict[str, Any]]:
+        found = one(micro)
+        summed = jax.tree.map(jnp.add, total.summed, found.summed)
+        add_rows = cast(RowOptimizer, optimizer).add
+        rows = {name: add_rows(rows, found.rows[name]) for name, rows in total.rows.items()}
+        reads = _counted(total.reads, found.reads, jnp.ones((), bool))
+        return StepGradients(summed, rows, reads), {name: rows for name, rows in found.rows.items() if name not in sums}
+
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes.summed)
+    total, stacked = jax.lax.scan(add, StepGradients(zero, sums, state.reads), batch)
+    kept = {
+        name: [jax.tree.map(lambda factor, n=number: factor[n], rows) for rows in of_table for number in range(count)]
+        for name, of_table in stacked.items()
+    }
+    counts = lambda ok: jax.tree.map(lambda new, before: jnp.where(ok, new, before), total.reads, state.reads)
+    return total._replace(rows=total.rows | kept), counts
+
+
+def _gradients(
+    program: TrainProgram, state: TrainState, batch: Batch, num_targets: Array, num_tokens: Array
+) -> StepGradients:
+    """The gradients of one micro-batch."""
+    parts, remat = program.parts, program.config.train.remat
+    # Padding comes last in its row, so the tokens before it never see it.
+    segments = batch["segments"] if program.config.data.rows_hold_documents else None
+    token_mask = batch["segments"] > 0
+
+    def loss_fn(
+        params: nnx.State, perturbations: dict[str, Perturbations], tables: Tables
+    ) -> tuple[Array, tuple[Reads, LossSums]]:
+        params = without_gradient_where_frozen(program.config.optim, _whole_outside_blocks(params))
+        model = parts.assemble(params, tables)
+        places = (batch["tokens"], batch["positions"], segments)
+        hidden = model.hidden(*places, perturbations, remat, token_mask=token_mask, training=True)
+        mask = batch["loss_mask"].astype(accumulator(hidden.states.dtype))
+        loss, losses = summed_loss(model, hidden.states, batch["targets"], mask / num_targets)
+        by_part = [jnp.sum(losses * mask, where=is_of_part) for is_of_part in masks_of_parts(program, batch)]
+        aux = LossSums(loss, by_part, _routers(hidden.routings, token_mask, num_tokens))
+        return loss + _router_loss(program, aux.routers), (hidden.reads, aux)
+
+    params, tables, of_tables = state.params, state.tables, {}
+    perturbations = parts.zero_perturbations(batch["tokens"].size)
+    if not program.config.optim.table.is_dense:
+        (_, aux), dense, reads, cotangents = perturbed_value_and_grad(loss_fn)(params, perturbations, tables)
+    else:
+        of_both = lambda both, perturbations: loss_fn(both[0], perturbations, both[1])
+        (_, aux), (dense, of_tables), reads, cotangents = perturbed_value_and_grad(of_both)(
+            (params, tables), perturbations
+        )
+    reads = _without_padding(program, state, reads, token_mask.ravel())
+    rows = {} if program.config.optim.table.is_dense else row_gradients(reads, cotangents)
+    factors = [(row.weights, row.vectors) for of_table in rows.values() for row in of_table]
+    not_finite = (~all_finite(factors)).astype(jnp.int32)
+    if not (mesh := jax.sharding.get_abstract_mesh()).empty:
+        # Where its parameters live, so that no device sums or keeps all of it.
+        dense = jax.lax.with_sharding_constraint(dense, program.dense_shardings(mesh, dense))
+    summed = Summed(aux, dense, of_tables, not_finite)
+    # A layer that reads several tables reads the same rows of each.
+    return StepGradients(summed, rows, {layer: of_layer[0].indices for layer, of_layer in reads.items()})
+
+
+def _whole_outside_blocks(params: nnx.State) -> nnx.State:
+    """Embedding, norm and output matrix gathered once; blocks gather theirs when they run."""
+    return nnx.State({name: part if name == "blocks" else axes.gathered(part) for name, part in params.items()})
+
+
+def masks_of_parts(program: TrainProgram, batch: Batch) -> list[Array]:
+    """Of each part of a mixture, which places of the batch are from it."""
+    return [batch["sources"] == number for number in range(len(program.config.data.mixture))]
+
+
+def _routers(routings: dict[str, Routing], token_mask: Array, num_tokens: Array) -> dict[str, RouterStatistics]:
+    """Statistics of a micro-batch's tokens without padding, times their share in those of the whole batch."""
+    share = token_mask.sum() / num_tokens
+    found = {name: router_statistics(routing, token_mask.ravel()) for name, routing in routings.items()}
+    return jax.tree.map(lambda value: value * share.astype(value.dtype), found)
+
+
+def _router_loss(program: TrainProgram, routers: dict[str, RouterStatistics]) -> Array | float:
+    """What routers add to the loss of the training."""
+    experts = program.config.model.experts
+    if experts is None:
+        return 0.0
+    return sum(
+        experts.aux_loss_weight * router.balance + experts.z_loss_weight * router.z for router in routers.values()
+    )
+
+
+def _without_padding(program: TrainProgram, state: TrainState, reads: Reads, token_mask: Bool[Array, " t"]) -> Reads:
+    """The reads without the picks of tokens that are padding: they touch no row and no state. In the order of the
+    model's lookups, in which the gradients of a table are summed.
+    """
+    return {
+        layer: tuple(read.without_padding(token_mask, state.tables[read.table].shape[0]) for read in reads[layer])
+        for layer in map(layer_name, program.config.model.lookups)
+    }
+
+
+def _counted(counts: dict[str, Array], reads: dict[str, Array], ok: Array) -> dict[str, Array]:
+    """Read counters with the picks of tokens that are no padding (see `_without_padding`); bad steps do not count.
+
+    Every device counts all picks: they are fewer than the slots of a large table, whose counts would have to be added
+    up over the devices.
+    """
+    return {
+        layer: count_reads(before, axes.replicate(jnp.where(ok, reads[layer], before.shape[0])))
+        for layer, before in counts.items()
+    }
+
+
+def all_finite(tree: Any) -> Array:
+    """Whether no number of a tree is infinite or NaN."""
+    return jnp.all(jnp.stack([jnp.ones((), bool), *(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))]))
