@@ -219,7 +219,7 @@ def token_ids(folder: pathlib.Path) -> Iterator[Check]:
 
 
 def _export(out: pathlib.Path, tokenizer: Tokenizer) -> None:
-    from memjax.interop.huggingface.tokenizer import write_tokenizer
+    from memjax.interop.huggingface.written_tokenizer import write_tokenizer
 
     out.mkdir()
     write_tokenizer(out, tokenizer)

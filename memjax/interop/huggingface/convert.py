@@ -24,8 +24,10 @@ from memjax.interop.huggingface.config import longest_text, read_model_config
 from memjax.interop.huggingface.families import has_own_format
 from memjax.interop.huggingface.safetensors import open_tensors
 from memjax.interop.huggingface.tensors import compare_bits, read_model, write_model
-from memjax.interop.huggingface.tokenizer import GENERATION, read_tokenizer, write_tokenizer
+from memjax.interop.huggingface.tokenizer import read_tokenizer
+from memjax.interop.huggingface.tokenizer_files import GENERATION
 from memjax.interop.huggingface.written_config import write_model_config
+from memjax.interop.huggingface.written_tokenizer import write_tokenizer
 from memjax.interop.model_card import CARD, generation_config, model_card
 from memjax.interop.run import check_vocabulary, write_converted
 from memjax.models.decoder import Decoder, resolve_dtype

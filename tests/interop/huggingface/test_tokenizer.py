@@ -15,7 +15,8 @@ from memjax.data.tokenizers.base import ByteTokenizer, Tokenizer
 from memjax.data.tokenizers.bpe import train_bpe
 from memjax.data.tokenizers.tiktoken import TiktokenTokenizer
 from memjax.errors import ConfigError, DataError
-from memjax.interop.huggingface.tokenizer import read_tokenizer, write_tokenizer
+from memjax.interop.huggingface.tokenizer import read_tokenizer
+from memjax.interop.huggingface.written_tokenizer import write_tokenizer
 
 TEXTS = ["the cat sat on the mat", "naïve  日本 x\n\n", "<eos> is a text", ""]
 SPECIAL = ["<|begin|>", "<|stop|>", "<|pad|>"]
