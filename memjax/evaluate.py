@@ -53,7 +53,7 @@ def _evaluate(run: str, settings: EvaluateConfig) -> None:
     sets, examples = _question_sets(settings)
     if settings.tasks and importlib.util.find_spec("lm_eval") is None:
         asked = ",".join(settings.tasks)
-        raise ConfigError([f"tasks={asked} needs the package lm-eval: pip install lm-eval"])
+        raise ConfigError(f"tasks={asked} needs the package lm-eval: pip install lm-eval")
     from memjax.data.sources.kinds import find_source
 
     with loaded(run, settings) as found:
@@ -218,7 +218,7 @@ def _text(found: "LoadedModel", settings: EvaluateConfig, source: "Iterable[Reco
 
     length = settings.sequence_length or found.config.data.sequence_length
     if settings.stride is not None and settings.stride > length:
-        raise ConfigError([f"stride={settings.stride} must be at most sequence_length={length}"])
+        raise ConfigError(f"stride={settings.stride} must be at most sequence_length={length}")
 
     def measure(model: Any) -> dict[str, Any]:
         score = bits_per_byte(

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(run: str, settings: ServeConfig) -> None:
     if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
-        raise ConfigError([f"{PROG} needs {' and '.join(missing)}, which cannot be imported; {INSTALL}"])
+        raise ConfigError(f"{PROG} needs {' and '.join(missing)}, which cannot be imported; {INSTALL}")
     key = _api_key()
     # What is wrong with the address shows before the model is read.
     with listen(settings.host, settings.port) as listening:
@@ -119,7 +119,7 @@ def _serve(run: str, settings: ServeConfig) -> None:
 def _api_key() -> str | None:
     key = os.environ.get(API_KEY)
     if key is not None and (not key or key != key.strip() or not key.isprintable()):
-        raise ConfigError([f"{API_KEY} must hold a key without spaces around it; unset it to ask for none"])
+        raise ConfigError(f"{API_KEY} must hold a key without spaces around it; unset it to ask for none")
     return key
 
 
@@ -132,7 +132,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
-        raise ConfigError([f"host={host} is no address ({error}); 127.0.0.1 serves this machine alone"]) from None
+        raise ConfigError(f"host={host} is no address ({error}); 127.0.0.1 serves this machine alone") from None
     found = socket.socket(family, kind, protocol)
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -140,7 +140,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         found.close()
         why = error.strerror or str(error)
-        raise ConfigError([f"host={host} and port={port} cannot be used ({why}); --port 0 takes a free port"]) from None
+        raise ConfigError(f"host={host} and port={port} cannot be used ({why}); --port 0 takes a free port") from None
     return found
 
 

@@ -132,13 +132,13 @@ def load_tasks(tasks: Sequence[str], folder: str | None = None, *, section: str 
         DataError: a task cannot be loaded, or wants something that memjax does not have.
     """
     if folder is not None and not os.path.isdir(folder):
-        raise ConfigError([f"{section}task_folder={folder} is no folder; name one that holds YAML files of tasks"])
+        raise ConfigError(f"{section}task_folder={folder} is no folder; name one that holds YAML files of tasks")
     manager = TaskManager(include_path=folder, include_defaults=folder is None)
     names = manager.match_tasks(list(tasks))
     for task in tasks:
         if not manager.match_tasks([task]):
             close = difflib.get_close_matches(task, manager.all_tasks, n=3) or manager.all_tasks[:8]
-            raise ConfigError([f"{section}tasks={task} is not known; known are {', '.join(close) or 'none'}"])
+            raise ConfigError(f"{section}tasks={task} is not known; known are {', '.join(close) or 'none'}")
     try:
         loaded = manager.load(names)
     except Exception as error:  # whatever a task's file or its data can do wrong

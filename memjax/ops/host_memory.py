@@ -119,14 +119,14 @@ class _Driver:
         try:
             code = getattr(self._library, name)(*arguments)
         except AttributeError:
-            raise ConfigError([f"table_place=host: the CUDA driver has no {name}; it is too old"]) from None
+            raise ConfigError(f"table_place=host: the CUDA driver has no {name}; it is too old") from None
         if code == 0:
             return
         text = ctypes.c_char_p()
         self._library.cuGetErrorName(code, ctypes.byref(text))
         reason = f"{name} answered {(text.value or b'an unknown error').decode()} ({code})"
         advice = f" when it was to pin {pinning / 1e9:.1f} GB{_lock_limit()}" if pinning else ""
-        raise ConfigError([f"table_place=host: the CUDA driver refused: {reason}{advice}; use table_place=device"])
+        raise ConfigError(f"table_place=host: the CUDA driver refused: {reason}{advice}; use table_place=device")
 
 
 @functools.cache
@@ -139,7 +139,7 @@ def _driver() -> _Driver:
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        raise ConfigError([f"table_place=host needs the CUDA driver, which cannot be loaded: {error}"]) from None
+        raise ConfigError(f"table_place=host needs the CUDA driver, which cannot be loaded: {error}") from None
     return _Driver(library, device.local_hardware_id or 0)
 
 
