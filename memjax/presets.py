@@ -73,12 +73,11 @@ def _fitted(config: RunConfig, *, devices: int, device_bytes: int) -> str:
 
 
 def _list(configs: Mapping[str, RunConfig]) -> None:
-    rows = [_row(name, config) for name, config in configs.items()]
-    table = [("name", "parameters", "active", "tokens of a run", "what it is"), *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(4)]
-    for name, *numbers, summary in table:
-        cells = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
-        line = "  ".join([name.ljust(widths[0]), *cells])
+    head = ("name", "parameters", "active", "tokens of a run", "what it is")
+    longest = max(map(len, configs))
+    # Counting takes a while, so each line is shown when it is there.
+    for name, total, active, tokens, summary in itertools.chain([head], itertools.starmap(_row, configs.items())):
+        line = f"{name:<{longest}}  {total:>10}  {active:>7}  {tokens:>15}"
         say(f"{line}  {summary}" if not is_terminal() or columns() > 120 else f"{line}\n  {fitted(summary)}")
     end = (
         f"\nThe files are in {presets.folder()}; copy one to change it, or write `extends: NAME.yaml` in your own. "
