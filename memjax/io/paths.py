@@ -44,6 +44,14 @@ def is_remote(text: str | os.PathLike[str]) -> bool:
     return str(text).partition("://")[0] in _PACKAGES and "://" in str(text)
 
 
+def hub_download(path: str | os.PathLike[str]) -> str | None:
+    """The command that downloads what the Hugging Face Hub calls ORG/NAME; None for what cannot be such a name."""
+    name = os.fspath(path)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or os.path.isdir(os.path.dirname(name)):
+        return None
+    return f"hf download {name} --local-dir {os.path.basename(name)}"
+
+
 def path_or_address(text: str, name: str) -> str:
     """A path as `local_path` gives it, or an address of a kind that fsspec reads, whether or not it can be read here.
 

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +19,7 @@ from memjax.data.tokenizers.base import MALFORMED, Tokenizer, explained
 from memjax.errors import CheckpointError, ConfigError
 from memjax.io import remote
 from memjax.io.documents import line_of, read_as
-from memjax.io.paths import is_remote, local_path, readable_path
+from memjax.io.paths import hub_download, is_remote, local_path, readable_path
 from memjax.models.parts import DecoderParts
 from memjax.ops.row_formats.formats import Plain
 from memjax.runs.layout import (
@@ -204,14 +203,12 @@ def checkpoint_folder(path: str | os.PathLike[str]) -> pathlib.Path:
 
 def _of_hub(path: str | os.PathLike[str]) -> str:
     """What to do where the path looks like the name of a model on the Hugging Face Hub; otherwise nothing."""
-    name = os.fspath(path)
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or os.path.isdir(os.path.dirname(name)):
+    if (download := hub_download(path)) is None:
         return ""
-    folder = os.path.basename(name)
+    name, folder = os.fspath(path), os.path.basename(path)
     return (
-        f". Of a model on the Hugging Face Hub: a run of memjax is read from hf://{name}; for any other "
-        f"`hf download {name} --local-dir {folder}`, `python -m memjax.convert from-hf {folder} --out runs/{folder}`, "
-        f"and name runs/{folder}"
+        f". Of a model on the Hugging Face Hub: a run of memjax is read from hf://{name}; for any other `{download}`, "
+        f"`python -m memjax.convert from-hf {folder} --out runs/{folder}`, and name runs/{folder}"
     )
 
 

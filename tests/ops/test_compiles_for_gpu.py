@@ -101,7 +101,7 @@ for dtype, inputs, outputs in ((jnp.bfloat16, 2816, 1024), (jnp.float32, 24, 40)
         for beside in ((None, None), (bias, x)):
             compile(f"matvec {inputs} {gated} {len(set(beside))}", times, x, rows, residual, *beside)
 
-for kind in ("rowwise_adam", "adam"):
+for kind in ("rowwise_adam", "rowwise_norm", "adam"):
     rule, table = RowRule(kind=kind), array(jnp.bfloat16, 1000, 1024)
     state = jax.eval_shape(lambda: rule.init(1000, 1024))
     gradient = RowGradient(array(jnp.int32, 8, 20), array(jnp.float32, 8, 20), array(jnp.bfloat16, 8, 1024))
@@ -125,4 +125,4 @@ def test_every_kernel_compiles_for_sm_90():
     assert done.returncode == 0, done.stderr
     kernels = {line.rsplit(" ", 1)[0]: int(line.rsplit(" ", 1)[1]) for line in done.stdout.splitlines()}
     assert kernels["search 1024"] == kernels["update rowwise_adam"] == 2
-    assert len(kernels) == 60
+    assert len(kernels) == 61

@@ -21,6 +21,7 @@ from memjax.errors import CheckpointError
 from memjax.interop.folders import file_in, read_json, write_json
 from memjax.io.documents import line_of
 from memjax.io.files import default_mode
+from memjax.io.paths import hub_download
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The one file, or what tells which of several files holds a tensor."""
@@ -159,7 +160,8 @@ def _weight_map(folder: pathlib.Path) -> dict[str, str]:
 
 def _why_nothing(folder: pathlib.Path) -> str:
     if not folder.is_dir():
-        return "there is no such folder; name the folder of a downloaded model"
+        download = hub_download(folder)
+        return "there is no such folder; name the folder of a downloaded model" + f" (`{download}`)" * bool(download)
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
     if pickles:
         return (

@@ -120,7 +120,8 @@ def test_pickles_are_named_and_not_opened(name, tmp_path):
 
 def test_a_folder_without_weights_says_what_is_missing(tmp_path):
     refused(tmp_path, "there is neither model.safetensors nor model.safetensors.index.json")
-    refused(tmp_path / "nowhere", "there is no such folder")
+    refused(tmp_path / "nowhere", "there is no such folder; name the folder of a downloaded model$")
+    refused(pathlib.Path("org/some-1.5"), r"`hf download org/some-1\.5 --local-dir some-1\.5`")
 
 
 @pytest.mark.parametrize(("max_bytes", "num_files"), [(1000, 1), (40, 2), (1, 3)])
