@@ -28,7 +28,7 @@ MEMORY_BYTES = 64 << 20
 """That the server's memory may grow by."""
 SOUND = {
     "/v1/completions": {
-        **{"prompt": ["a b", "c"], "max_tokens": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 4, "n": 1, "seed": 1},
+        **{"prompt": ["a b", "c"], "max_tokens": 2, "temperature": 0.0, "top_p": 0.9, "top_k": 4, "n": 1, "seed": 1},
         **{"stop": ["x", "yz"], "logprobs": 2, "echo": True, "stream": False, "model": None, "user": "u"},
     },
     "/tokenize": {"prompt": "a b", "add_special_tokens": True},

@@ -5,9 +5,11 @@ import contextlib
 import functools
 import http.client
 import json
+import pathlib
 import random
 import re
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +32,10 @@ from memjax.inference.service import Limits, Service
 from memjax.inference.text import continue_texts
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "experiments/trust"))
+
+import clients
 
 MAX_LENGTH = 64
 SLOTS = 4
@@ -567,50 +573,18 @@ def test_a_body_that_is_no_object_is_refused(server, raw, words):
     assert words in error["message"]
 
 
-def any_value(rng: random.Random, depth: int = 0) -> Any:
-    simple: list[Callable[[], Any]] = [
-        lambda: None,
-        lambda: rng.choice([True, False]),
-        lambda: rng.choice([0, -1, 1, 2, 5, 63, 1 << 40, -(1 << 70), 10**100]),
-        lambda: rng.choice([0.0, -0.0, 0.5, 1e-320, 1e308, -2.5]),
-        lambda: rng.choice(["", "x", "\ud800", "\x00\x1b[2J", "a" * 300, "é\U0001f600", "tiny"]),
-    ]
-    if depth > 2:
-        return rng.choice(simple)()
-    nested = [
-        lambda: [any_value(rng, depth + 1) for _ in range(rng.randrange(4))],
-        lambda: {rng.choice(["a", "include_usage", "\udfff", ""]): any_value(rng, depth + 1) for _ in range(2)},
-    ]
-    return rng.choice(simple + nested)()
-
-
-def test_no_body_makes_the_server_fail(server):
-    from memjax.inference.completions import FIELDS
-
-    rng = random.Random(1)
-    connection = server.connect()
-    seen = set()
-    for _ in range(80):
-        names = rng.choices([*FIELDS, "\ud800", "what"], k=rng.randrange(1, 5))
-        # Mostly refused, and short where it is not.
-        body = {"prompt": rng.choice(["x", [5], any_value(rng)]), "max_tokens": 1, "temperature": 0, "echo": True}
-        body |= {name: any_value(rng) for name in names}
-        raw = json.dumps(body).encode()
-        if rng.random() < 0.2:
-            place = rng.randrange(len(raw))
-            raw = raw[:place] + rng.randbytes(2) + raw[place + 1 :]
-        connection.request("POST", rng.choice(["/v1/completions"] * 6 + ["/tokenize", "/detokenize"]), raw, JSON)
-        response = connection.getresponse()
-        answer = response.read()
-        seen.add(response.status)
-        assert response.status == 200 or 400 <= response.status < 500, (raw, answer)
-        if response.status != 200:
-            error = json.loads(answer)["error"]
-            assert set(error) == {"message", "type", "param", "code"}
-            assert len(error["message"]) < 4000
-    connection.close()
-    assert seen >= {200, 400}
+@pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.slow)])
+def test_whatever_clients_send_is_answered_or_refused_with_a_reason(server, count):
+    """Odd values in bodies, damaged bytes, huge prompts, odd heads and broken chunks."""
+    rng, statuses = random.Random(count), set()
+    for _ in range(count):
+        how, raw, complete = clients.hostile(rng)
+        answer = clients.answer_of(server.port, raw, 60 if complete else 0.05)
+        assert clients.judged(answer, complete=complete) == [], how
+        statuses.add((answer or b"HTTP/1.1 0").split()[1])
+    assert statuses >= {b"200", b"400"}
     server.wait_until(server.is_idle)
+    assert server.ask(prompt="x", max_tokens=1, ignore_eos=True)["usage"]["completion_tokens"] == 1
 
 
 def test_paths_methods_and_types_that_are_not_served(server):
