@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from jaxtyping import Array
@@ -82,7 +83,11 @@ class Applied:
         path = self.folder / _LIST
         try:
             found = json.loads(read_text(path))
-            valid = all(isinstance(name, str) and name.isalnum() for names in found.values() for name in names)
+            valid = all(
+                isinstance(name, str) and re.fullmatch("[0-9a-f]{16}", name)
+                for names in found.values()
+                for name in names
+            )
         except FileNotFoundError:
             return {}
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
