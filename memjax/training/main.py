@@ -18,7 +18,7 @@ from memjax.models.counts import count_parameters
 from memjax.models.decoder import resolve_dtype
 from memjax.monitoring.progress import log_phase
 from memjax.monitoring.units import billions, gigabytes
-from memjax.ops import dispatch
+from memjax.ops import dispatch, host_memory
 from memjax.runs.folder import Claim, RunFolder
 from memjax.sharding.mesh import make_mesh
 from memjax.sharding.processes import first_alone, is_first
@@ -132,6 +132,9 @@ def _train(claim: Claim, hooks: Sequence[Periodic]) -> int:
         record = lambda step: claim.record(step, tokenizer)
         trainer = Trainer(config, mesh, folder, dataset, interrupt, record=record, hooks=hooks)
         say(opening(config, trainer.program, mesh, folder))
+        if (limit := _too_little(config, trainer.program, mesh)) is not None:
+            warn(explain_out_of_memory(config, data_axis=mesh.shape["data"], limit=limit))
+            return 7
         try:
             state = trainer.run()
         except NotFinite as error:
@@ -151,6 +154,15 @@ def _train(claim: Claim, hooks: Sequence[Periodic]) -> int:
             mirror(folder.path, config.run.mirror)
     say("\n" + describe_summary(summary, folder))
     return 0
+
+
+def _too_little(config: RunConfig, program: TrainProgram, mesh: jax.sharding.Mesh) -> int | None:
+    """The memory that is left, where on CPUs the state alone needs more: the system would kill the process silently."""
+    free, local = host_memory.available_bytes(), mesh.local_devices
+    if free is None or local[0].platform != "cpu":
+        return None
+    state = memory_plan.plan(config, data_axis=mesh.shape["data"], program=program).state
+    return free if len(local) * sum(state.values()) > free else None
 
 
 def check(config: RunConfig) -> None:

@@ -108,6 +108,15 @@ def test_a_run_without_enough_memory_tells_what_it_needs_and_ends_with_7(run, mo
     assert re.search(r"--data.batch_size 4 +\S+ MB less", printed), printed
 
 
+def test_a_state_that_the_machine_has_no_memory_for_is_not_begun(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(main.host_memory, "available_bytes", lambda: 10_000)
+    monkeypatch.setattr(main, "Trainer", trainer_that_fails("INTERNAL: it was begun"))
+    code, printed = run("huge")
+    assert code == 7, printed
+    assert "out of memory: a device has 0.01 MB for JAX" in printed
+    assert "optimizer of the tables" in printed
+
+
 def test_data_prepared_by_a_start_that_made_no_step_does_not_refuse_other_settings(run, monkeypatch, tmp_path):
     def fails(*_, **__):
         raise ConfigError(["after the data is open"])
