@@ -30,16 +30,25 @@ def scaling(monkeypatch):
     return importlib.import_module("scaling")
 
 
+def group_size(groups):
+    """Devices of a collective, of its three ways to name them."""
+    if groups.startswith("mesh"):  # mesh['data'=2,'memory'=4] {'memory'}
+        sizes, axes = groups.split("] ")
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", sizes))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", axes))
+    counts = re.match(r"\[\d+,(\d+)\]<=", groups)  # [2,4]<=[8]
+    return int(counts[1]) if counts else groups.split("}")[0].count(",") + 1  # {{0,1,2,3},{4,5,6,7}}
+
+
 def received(text):
     """Bytes that a device receives in the collectives of a compiled program, by their kinds."""
     found = {}
-    pattern = r"= (\(.*?\)|\S+) (all-gather|all-to-all|all-reduce|reduce-scatter)(?:-start)?\(.*?replica_groups=(\S+)"
+    kinds, groups = "all-gather|all-to-all|all-reduce|reduce-scatter", r"mesh\[.*?\] \{.*?\}|\S+"
+    pattern = rf"= (\(.*?\)|\S+) ({kinds})(?:-start)?\(.*?replica_groups=({groups})"
     for shapes, kind, groups in re.findall(pattern, text):
-        size = 0
+        size, group = 0, group_size(groups)
         for name, dims in re.findall(r"(f32|s32|pred)\[([\d,]*)\]", shapes):
             size += {"f32": 4, "s32": 4, "pred": 1}[name] * math.prod(int(dim) for dim in dims.split(",") if dim)
-        counts = re.match(r"\[\d+,(\d+)\]<=", groups)
-        group = int(counts[1]) if counts else groups.split("}")[0].count(",") + 1
         # A reduce-scatter ends with one piece of what was sent, an all-reduce with all of it.
         pieces = {"reduce-scatter": group - 1, "all-reduce": 2 * (1 - 1 / group)}.get(kind, 1 - 1 / group)
         found[kind] = found.get(kind, 0) + size * pieces
@@ -80,7 +89,10 @@ def test_bytes_of_reads_and_updates_are_those_of_the_compiled_program(scaling, s
     with jax.set_mesh(mesh):
         found = received(jax.jit(step).lower(table, state, indices, weights, target).compile().as_text())
     expected = case.reads(*shape).link + case.rows(*shape, collective).link
-    assert sum(found.values()) == expected, (found, case.reads(*shape), case.rows(*shape, collective))
+    # Whether weights that the reads have gathered are gathered once more before a sum is XLA's choice.
+    again = scaling.Group(shape[1], shape[1]).gather(shape[1] * case.tokens * picks * 4).link
+    choices = (expected, expected + again) if collective == "all_reduce" else (expected,)
+    assert sum(found.values()) in choices, (found, case.reads(*shape), case.rows(*shape, collective))
 
 
 @pytest.mark.slow
