@@ -23,6 +23,7 @@ from memjax.checkpoint.names import as_stored, flatten, nest
 from memjax.checkpoint.processes import any_process
 from memjax.errors import CheckpointError, shown
 from memjax.io.files import check_regular
+from memjax.io.paths import literal
 
 _Found = TypeVar("_Found")
 _READERS = 4
@@ -192,8 +193,8 @@ class StoredStep:
         self, args: Mapping[str, Any], what: str, check: Callable[[Mapping[str, Any]], None] | None
     ) -> Mapping[str, Any]:
         with explained(Damaged, what):
-            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-                found = reader.restore(self._path, args=ocp.args.Composite(**args))
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader, literal(self._path) as path:
+                found = reader.restore(path, args=ocp.args.Composite(**args))
             if missing := [item for item in args if found[item] is None]:
                 raise ValueError(f"{', '.join(missing)} is missing")
             if check:

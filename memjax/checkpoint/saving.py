@@ -19,6 +19,7 @@ from memjax.checkpoint.names import flatten, nest
 from memjax.checkpoint.processes import any_process
 from memjax.checkpoint.steps import Retention
 from memjax.errors import CheckpointError
+from memjax.io.paths import literal
 
 _TRASH = ".trash"
 _QUARANTINE = ".unreadable"
@@ -58,6 +59,7 @@ class Writer:
     def __init__(self, folder: pathlib.Path, retention: Retention) -> None:
         self._folder, self._retention = folder, retention
         self._manager: ocp.CheckpointManager | None = None
+        self._opened = contextlib.ExitStack()
 
     def open(self) -> ocp.CheckpointManager:
         """Makes the folder ready, once, and takes away what a killed run left unfinished."""
@@ -67,7 +69,7 @@ class Writer:
             self._empty_trash()
             logging.getLogger("absl").addFilter(_REPORTED_ONCE)  # Orbax's; adding it again changes nothing
             self._manager = ocp.CheckpointManager(
-                self._folder,
+                self._opened.enter_context(literal(self._folder)),
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=self._retention,
                     cleanup_tmp_directories=True,
@@ -118,8 +120,9 @@ class Writer:
     def close(self) -> None:
         """Frees what writing needs; the next write opens the folder anew."""
         manager, self._manager = self._manager, None
-        if manager is not None:
-            manager.close()
+        with self._opened:
+            if manager is not None:
+                manager.close()
 
     @contextlib.contextmanager
     def failing(self, what: str) -> Iterator[None]:

@@ -11,6 +11,9 @@ from memjax.config.problems import Problems
 from memjax.config.schema import FieldPath, field_type, printable, unwrap
 from memjax.config.yaml import compose
 
+_FLAG_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "1": None, "0": None}
+"""What may follow the name of a flag, and its meaning; None for what is refused as the value, not as a stray word."""
+
 
 class Arguments(NamedTuple):
     """The words of a command line."""
@@ -44,7 +47,7 @@ def split(words: Sequence[str], flags: Mapping[str, str], problems: Problems) ->
         negated = (*path[:-1], path[-1].removeprefix("no_"))
         if annotation is None and not equals and field_type(schema, negated) is bool:
             path, annotation, equals, text = negated, bool, "=", "false"
-        if not equals and annotation is bool and not (queue and queue[0].lower() in ("true", "false")):
+        if not equals and annotation is bool and not (queue and queue[0].lower() in _FLAG_WORDS):
             equals, text = "=", "true"
         if not equals:
             if queue and not queue[0].startswith("--"):
@@ -69,6 +72,8 @@ def from_text(text: str, path: FieldPath, problems: Problems) -> Any:
         return None
     if inner is str:
         return text
+    if inner is bool and _FLAG_WORDS.get(text.lower()) is not None:
+        return _FLAG_WORDS[text.lower()]
     if typing.get_origin(inner) is tuple and not text.startswith("["):
         text = f"[{text}]"
     try:

@@ -67,12 +67,12 @@ def _read(path: Path, problems: Problems, asked_at: str, chain: tuple[Path, ...]
     for key, value in node.value:
         if key.value == "extends":
             line = f"{path}:{key.start_mark.line + 1}"
-            if isinstance(value, ScalarNode) and value.value.endswith((".yaml", ".yml")):
+            if isinstance(value, ScalarNode) and (value.value.endswith((".yaml", ".yml")) or presets.find(value.value)):
                 named = path.parent / value.value
-                named = named if named.exists() else presets.find(value.value) or named
+                named = named if named.is_file() else presets.find(value.value) or named
                 base = _read(named, problems, line, (*chain, path))
             else:  # another kind of file is not opened: messages about its content would print parts of it
-                problems.add(line, "extends must name one YAML file, .yaml or .yml")
+                problems.add(line, "extends must name one YAML file, .yaml or .yml, or a preset")
     tree = to_tree(node, (), problems, lambda part: f"{path}:{part.start_mark.line + 1}")
     tree.pop("extends", None)
     is_of_run = path.name == "config.yaml" and any((path.parent / name).exists() for name in _WRITTEN_BY_RUNS)

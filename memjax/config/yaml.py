@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -75,6 +76,8 @@ def scalar(node: ScalarNode) -> Any:
         value = _CONSTRUCTORS[node.tag](node)
     except (KeyError, ValueError):  # ValueError: underscores without digits, more digits than Python reads
         return node.value
+    if isinstance(value, float) and value.is_integer() and re.fullmatch(r"[+-]?[0-9]+[eE][+]?[0-9]+", node.value):
+        value = int(value)  # 1e6 steps are whole steps; a field for other numbers takes them, too
     # What overflows stays text, so that the validation refuses it with its name.
     fits = math.isfinite(value) if isinstance(value, float) else isinstance(value, int) and abs(value) < 10**40
     return value if value is None or fits else node.value

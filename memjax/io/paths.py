@@ -1,9 +1,12 @@
 """Paths that people write."""
 
+import contextlib
 import importlib.util
 import os
 import pathlib
 import re
+import tempfile
+from collections.abc import Iterator
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 
@@ -26,6 +29,23 @@ def local_path(text: str, name: str) -> pathlib.Path:
         return pathlib.Path(text).expanduser()
     except RuntimeError:
         raise ValueError(f"{name}={text}: the home folder of that user is not known; write the whole path") from None
+
+
+@contextlib.contextmanager
+def literal(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The folder by a path that Orbax takes literally: a link to it, where its own path has a `[` or a backslash.
+
+    Orbax finds what it has written by a glob with the whole path in it, and takes a backslash for a slash. Without the
+    link it would save, without an error, what nobody can read.
+    """
+    whole = os.path.abspath(folder)
+    if "[" not in whole and "\\" not in whole:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="memjax-") as temporary:
+        link = pathlib.Path(temporary) / "folder"
+        link.symlink_to(whole, target_is_directory=True)
+        yield link
 
 
 _PACKAGES = {

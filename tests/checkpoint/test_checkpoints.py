@@ -171,6 +171,18 @@ def test_a_step_is_saved_once(tmp_path):
     assert_same_bits(checkpoints.restore(small_target()).arrays, small(1))
 
 
+@pytest.mark.parametrize("name", ["lr[1e-3] ü", "a\\b"])
+def test_folders_whose_names_are_patterns_hold_steps_like_others(name, tmp_path):
+    folder = tmp_path / name
+    with Checkpoints(folder, keep=1) as checkpoints:
+        checkpoints.save(1, small(1), {})
+        checkpoints.save(2, small(2), {})
+    assert (folder / "2").is_dir()
+    assert checkpoints.steps() == [2]
+    moved = folder.rename(tmp_path / "moved [2]")
+    assert_same_bits(Checkpoints(moved).restore(small_target()).arrays, small(2))
+
+
 def test_arrays_may_be_donated_right_after_save(tmp_path):
     update = jax.jit(lambda x: x * 2 + 1, donate_argnums=0)
     for trial, block_bytes in enumerate([1 << 30, 1 << 20] * 2):

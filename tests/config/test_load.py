@@ -55,6 +55,10 @@ def test_words_that_are_no_numbers_are_text(here, word):
         (["--run.deterministic"], "run.deterministic", True),
         (["--run.deterministic", "--train.steps", "4"], "run.deterministic", True),
         (["--checkpoint.verify", "false"], "checkpoint.verify", False),
+        (["--checkpoint.verify", "Off"], "checkpoint.verify", False),
+        (["--run.deterministic", "yes"], "run.deterministic", True),
+        (["--train.steps", "1e3"], "train.steps", 1000),
+        (["--optim.lr", "1e0"], "optim.lr", 1.0),
         (["--model.memory.layers", "0,2"], "model.memory.layers", (0, 2)),
         (["--model.memory.layers", "[0, 2]"], "model.memory.layers", (0, 2)),
         (["--model.memory.layers", "2"], "model.memory.layers", (2,)),
@@ -94,6 +98,13 @@ def test_a_file_extends_another_relative_to_itself(here):
     Path("sub/two.yaml").write_text("train: {steps: 2, grad_accum_steps: 2}\n")
     config = loaded("extends: sub/one.yaml\n", "--run.seed", "7")
     assert (config.train.steps, config.train.grad_accum_steps, config.run.seed) == (1, 2, 7)
+
+
+@pytest.mark.parametrize("name", ["wiki_text", "wiki_text.yaml"])
+def test_a_file_extends_a_preset_by_its_name(here, name):
+    Path("wiki_text").mkdir()  # the folder of its run
+    config = loaded(f"extends: {name}\ntrain: {{steps: 2e3}}\n")
+    assert (config.data.source, config.train.steps) == ("jsonl", 2000)
 
 
 def test_a_value_from_the_command_line_is_blamed_on_it(here):

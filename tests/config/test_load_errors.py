@@ -91,6 +91,11 @@ KINDS = {
         "config.yaml:2: not valid YAML: expected a single document in the stream, but found another document",
     ),
     "a name that is a list": ("? [1, 2]\n: 3\n", [], "config.yaml:1: a name must be a single word"),
+    "a number for a flag": (
+        "",
+        ["--checkpoint.verify", "1"],
+        "command line: checkpoint.verify=1 must be true or false",
+    ),
     "two positionals": ("", ["other.yaml"], "command line: 'other.yaml' is one argument too many"),
     "bad list element": (
         "",
@@ -151,7 +156,7 @@ WRONG = {
     ),
     "wrong types": (
         "model:\n  dim: true\n  dtype: float23\n  memory:\n    layers: [1, x]\n"
-        "train: {steps: 1e3}\noptim: 3\nrun:\n  dir: 2026\n  deterministic: yes\n",
+        "train: {steps: 1000.5}\noptim: 3\nrun:\n  dir: 2026\n  deterministic: yes\n",
         [],
         [
             "config.yaml:9: run.dir=2026 must be text, in quotes if it looks like a number",
@@ -161,7 +166,7 @@ WRONG = {
             "did you mean 'float32'?",
             "config.yaml:5: model.memory.layers[1]='x' must be a whole number",
             "config.yaml:7: optim=3 must be a section, with its settings on indented lines",
-            "config.yaml:6: train.steps=1000.0 must be a whole number",
+            "config.yaml:6: train.steps=1000.5 must be a whole number",
         ],
     ),
     "impossible sizes": (
@@ -234,7 +239,7 @@ WRONG = {
     "an extends that names no file": (
         "extends: [a, b]\n",
         [],
-        ["config.yaml:1: extends must name one YAML file, .yaml or .yml"],
+        ["config.yaml:1: extends must name one YAML file, .yaml or .yml, or a preset"],
     ),
     "dots in a file": (
         "model.dim: 8\n",
