@@ -162,14 +162,14 @@ def of_lookup(case: Row) -> Iterator[Row]:
 
 def lookup_forms(num_keys: int, table_format: str) -> dict[str, dict[str, Row]]:
     """The form that is taken for few tokens, and that of many; by operation, the fields of its tile."""
-    one_warp = {_select(num_keys): {"num_warps": 1}, "pair_few": {"by_rank": 0, "num_warps": 1}}
-    return {"as it is": {}, "one warp": one_warp}
+    sorted_pairs = {"pair_few": {"by_rank": 0, "num_warps": 1}}
+    return {"as it is": {}, "pairs sorted": sorted_pairs}
 
 
 def lookup_tiles(num_keys: int, table_format: str) -> dict[str, dict[str, Row]]:
     """Other tiles: of the search for tables of numbers, of the bag for those in a format."""
     found: dict[str, dict[str, Row]] = {}
-    tried = ((128, 2), (128, 8), (256, 2), (256, 8), (512, 4), (512, 8), (1024, 8))
+    tried = ((128, 2), (128, 4), (128, 8), (256, 2), (256, 4), (256, 8), (512, 4), (512, 8), (1024, 8))
     for rows, num_warps in tried if table_format == "bfloat16" else ():
         if 4 * rows <= num_keys:
             cut: Row = {"rows": rows, "num_warps": num_warps}

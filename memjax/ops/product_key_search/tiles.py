@@ -1,7 +1,7 @@
 """How the choice of the best scores cuts its work.
 
-With one warp a row takes the fewest instructions, which counts where rows fill the GPU. Few rows leave it empty, and
-what counts is how many instructions of a program follow each other: by four warps that is about half as many.
+With one warp a row takes the fewest instructions, which counts where rows fill the GPU. Few rows leave it empty; their
+tiles are looked up by names of their own, so that tuning can give them more warps.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ def select(num: int, top_k: int, rows: int) -> Tile:
     # Fewer groups than picks would leave picks out, and a short row is sorted at once.
     run = min(found.get("columns", 4), max(1, whole // (2 * round_k)))
     groups = min(max(found.get("rows", 256 if whole > 2048 else 128), 2 * round_k), max(2, whole // run))
-    return Tile(rows=groups, columns=run, num_warps=found.get("num_warps", 4 if is_few else 1))
+    return Tile(rows=groups, columns=run, num_warps=found.get("num_warps", 1))
 
 
 def pair(num_pairs: int, tokens_and_heads: int) -> Pairing:
