@@ -138,3 +138,5 @@ def prepared(folder: pathlib.Path) -> Family:
 
 
 RECORDS = {make.__name__: make for make in (lines, gz, xz, bz, zst, parquet, arrow, array_record, prepared)}
+UNSEALED = ("lines", "zst", "parquet", "arrow")
+"""Those without a checksum over everything: damage may leave another sound file."""

@@ -38,13 +38,15 @@ import life  # noqa: E402
 from families import FAMILIES  # noqa: E402
 from lab import Case, Lab, Skipped  # noqa: E402
 from promises import RESULTS, promises, run_tests  # noqa: E402
-from records import RECORDS  # noqa: E402
+from records import RECORDS, UNSEALED  # noqa: E402
 
 
 def _claim(make: Callable[..., object]) -> str:
     """What a family of files is, and what must happen to a damaged one."""
     what = (make.__doc__ or "").strip().removesuffix(".")
-    outcome = "every record, or the file is named" if make.__name__ in RECORDS else "read, or refused in words"
+    name = make.__name__
+    outcome = "refused in words" if name not in RECORDS else "the file is named"
+    outcome = f"{'every record' if name in RECORDS and name not in UNSEALED else 'read'}, or {outcome}"
     return f"{what}; {outcome}"
 
 
