@@ -8,6 +8,7 @@ from typing import cast
 from memjax.config.checks import local_paths
 from memjax.config.load import RUN_FOLDER, parse
 from memjax.config.section import Positive, Section
+from memjax.io.console import format_table
 from memjax.io.ctrl_c import run_command
 from memjax.runs.command import exit_code
 
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _plot(folders: Sequence[pathlib.Path], settings: PlotConfig) -> None:
     # Only now, so that wrong settings need not wait for NumPy; JAX is not needed at all.
     from memjax.monitoring import comparison
-    from memjax.monitoring.compared_runs import Axis, format_table, read_runs, summary_table
+    from memjax.monitoring.compared_runs import Axis, read_runs, summary_table
 
     runs = read_runs(folders)
     out = pathlib.Path(settings.out)

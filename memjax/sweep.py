@@ -8,7 +8,7 @@ from memjax.config.arguments import take
 from memjax.config.load import Parsed, parse
 from memjax.config.run import RunConfig
 from memjax.errors import ConfigError, DataError
-from memjax.io.console import say, warn
+from memjax.io.console import format_table, say, warn
 from memjax.io.paths import local_path
 from memjax.runs.command import exit_code
 
@@ -80,7 +80,7 @@ def _jobs(asked: Sequence[str]) -> int:
 def _compare(folder: pathlib.Path, runs: Sequence[pathlib.Path]) -> None:
     """Prints what the runs have reached; what goes wrong here changes nothing of how the sweep ended."""
     from memjax.monitoring import comparison
-    from memjax.monitoring.compared_runs import format_table, read_runs, summary_table
+    from memjax.monitoring.compared_runs import read_runs, summary_table
     from memjax.monitoring.metrics import read_metrics
 
     try:

@@ -20,6 +20,7 @@ from memjax.config.sampling import SamplingConfig
 from memjax.errors import ConfigError, DataError
 from memjax.evaluation.model import EvalModel
 from memjax.inference.scoring import Request, request
+from memjax.io.console import format_table
 
 _MOST_TOKENS = 256
 """Of a text where the task does not say."""
@@ -108,15 +109,15 @@ def task_report(
 def format_task_report(report: Mapping[str, Any]) -> str:
     """The report as a table."""
     zeroed = report.get("zeroed")
-    lines = [_line("Tasks", "shots", "metric", "value", "standard error", "tables zeroed" if zeroed else "")]
+    rows = [["Tasks", "shots", "metric", "value", "standard error", *["tables zeroed"] * bool(zeroed)]]
     for task, results in report["results"].items():
         for metric, value in _numbers(results):
             name, _, kind = metric.partition(",")
             error = results.get(f"{name}_stderr,{kind}")
             cells = [f"{number:.4f}" if isinstance(number, float) else "" for number in (value, error)]
-            cells.append(f"{zeroed[task][metric]:.4f}" if zeroed else "")
-            lines.append(_line(task, str(report["n-shot"].get(task, "")), name, *cells))
-    return "\n".join(lines)
+            cells += [f"{zeroed[task][metric]:.4f}"] if zeroed else []
+            rows.append([task, str(report["n-shot"].get(task, "")), name, *cells])
+    return format_table(rows)
 
 
 def load_tasks(tasks: Sequence[str], folder: str | None = None, *, section: str = "") -> TaskDict:
@@ -219,8 +220,3 @@ def _numbers(results: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for metric, value in results.items():
         if isinstance(value, float) and "_stderr," not in metric:
             yield metric, value
-
-
-def _line(task: str, *cells: str) -> str:
-    shots, metric, *numbers = cells
-    return f"{task:<32}{shots:>6}  {metric:<22}" + "".join(f"{number:>16}" for number in numbers).rstrip()

@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 logger = logging.getLogger("memjax")
@@ -116,6 +117,23 @@ def fitted(text: str, indent: int = 2) -> str:
     layout = {"subsequent_indent": " " * indent, "break_long_words": False, "break_on_hyphens": False}
     wrap = lambda line: textwrap.wrap(line, max(20, columns() - 1), **layout) or [line]
     return "\n".join(part for line in text.split("\n") for part in wrap(line))
+
+
+def format_table(table: Sequence[Sequence[str]]) -> str:
+    """The table as text, names to the left and numbers to the right; turned over where a terminal is too narrow."""
+    lines = _aligned(table)
+    return "\n".join(
+        lines if not is_terminal() or len(lines[0]) < columns() else _aligned(list(zip(*table, strict=True)))
+    )
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for name, *numbers in table:
+        cells = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *cells]))
+    return lines
 
 
 def printable(text: str, *, error: bool = False) -> str:

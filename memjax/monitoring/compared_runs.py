@@ -15,7 +15,6 @@ from memjax.config.load import load
 from memjax.config.run import RunConfig
 from memjax.config.schema import show
 from memjax.errors import ConfigError, DataError
-from memjax.io.console import columns, is_terminal
 from memjax.io.files import read_object
 from memjax.monitoring.metrics import Row, comparable, read_metrics
 
@@ -162,23 +161,6 @@ def summary_table(runs: Sequence[Run]) -> list[list[str]]:
             ]
         )
     return rows
-
-
-def format_table(table: Sequence[Sequence[str]]) -> str:
-    """The table as text, names to the left and numbers to the right; turned over where a terminal is too narrow."""
-    lines = _aligned(table)
-    return "\n".join(
-        lines if not is_terminal() or len(lines[0]) < columns() else _aligned(list(zip(*table, strict=True)))
-    )
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = []
-    for name, *numbers in table:
-        cells = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *cells]))
-    return lines
 
 
 def _of_summary(path: str, form: str) -> Callable[[Run], str]:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from matplotlib import image
 
 from memjax.errors import DataError
-from memjax.monitoring.compared_runs import Run, format_table, read_runs, smoothed, smoothing_window, summary_table
+from memjax.io.console import format_table
+from memjax.monitoring.compared_runs import Run, read_runs, smoothed, smoothing_window, summary_table
 from memjax.monitoring.comparison import draw, missing
 
 

@@ -16,6 +16,7 @@ from memjax.evaluation.question_sets.metrics import normalised
 from memjax.evaluation.question_sets.programs import ask_problems
 from memjax.evaluation.question_sets.sandbox import Limits
 from memjax.inference.sampling import GREEDY
+from memjax.io.console import format_table
 
 _MAX_TOKENS = {"open": 32, "program": 384}
 _TITLES = {"open": "Short answers", "program": "Programs"}
@@ -104,7 +105,7 @@ def format_question_report(report: Mapping[str, Any]) -> str:
     for kind, title in _TITLES.items():
         entries = [entry for entry in report["sets"] if entry["kind"] == kind]
         if entries:
-            blocks.append("\n".join(_table(title, entries)))
+            blocks.append(format_table(list(_rows(title, entries))))
     blocks += [
         f"{entry['name']}: {entry['prompts_cut']:,} of {entry['questions']:,} prompts did not fit into "
         f"{report['sequence_length']} tokens (--sequence_length), so their begins were left out"
@@ -184,21 +185,16 @@ def _by_group(questions: Iterable[Question], graded: Iterable[Graded]) -> dict[s
     return {name: {"questions": len(members), "metrics": _means(members)} for name, members in sorted(groups.items())}
 
 
-def _table(title: str, entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _rows(title: str, entries: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
     metrics = list(entries[0]["metrics"])
     zeroed = metrics[:1] if "zeroed" in entries[0] else []
     names = ["questions", *(name.replace("_", " ") for name in metrics), *("tables zeroed" for _ in zeroed)]
-    widths = [max(len(name) + 3, 12) for name in names]
 
-    def line(label: str, cells: Iterable[str]) -> str:
-        return f"{label:<28}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+    def row(label: str, values: Mapping[str, Any]) -> list[str]:
+        cells = [label, f"{values['questions']:,}", *(f"{values['metrics'][name]:.1%}" for name in metrics)]
+        return cells + [f"{values['zeroed'][name]:.1%}" for name in zeroed]
 
-    def row(label: str, values: Mapping[str, Any]) -> str:
-        cells = [f"{values['questions']:,}", *(f"{values['metrics'][name]:.1%}" for name in metrics)]
-        cells += [f"{values['zeroed'][name]:.1%}" for name in zeroed]
-        return line(label, cells)
-
-    yield line(title, names)
+    yield [title, *names]
     for entry in entries:
         yield row(entry["name"], entry)
         groups = len(entry["by_group"])
