@@ -97,6 +97,8 @@ def find_files(path: str, source: Literal["jsonl", "text", "files"], field: str)
         return [_data_file(file, source, field) for file in below]
     if place.is_file():
         return [_data_file(place, source, field)]
+    if place.exists():
+        raise DataError(f"{path}: is a pipe or a device, which cannot be read twice; save what it gives to a file")
     if not glob.has_magic(path):
         raise DataError(f"{path}: there is no such file; set {field} to a file that can be read")
     found = sorted(pathlib.Path(file) for file in glob.glob(path, recursive=True))

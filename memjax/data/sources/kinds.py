@@ -171,6 +171,8 @@ class Files(Source):
 
     def _num_training(self, corpus: Corpus, count: int) -> int:
         fraction = self.config.validation_fraction if self.validation is None else 0.0
+        if count == 1 and fraction and corpus.is_random_access:
+            _ = corpus.lines[0]  # a JSON array, say, is to be told as what it is
         return num_training_records(count, fraction, corpus.path)
 
 

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from memjax.data.sources.files import find_files
@@ -42,6 +44,12 @@ def test_folders_and_globs_are_read_in_sorted_order(tree, path, source, names):
 def test_what_cannot_be_found_is_refused(tree, path, source, message):
     with pytest.raises(DataError, match=message):
         find_files(str(tree / path), source, "data.path")
+
+
+def test_a_pipe_is_refused_as_what_it_is(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match=r"pipe: is a pipe or a device, which cannot be read twice; save"):
+        find_files(str(tmp_path / "pipe"), "text", "--text")
 
 
 def test_a_folder_of_hugging_faces_datasets_is_its_arrow_files(tmp_path):

@@ -174,6 +174,10 @@ def test_validation_can_come_from_its_own_file_or_not_at_all(tmp_path):
     assert not len(opened(DataConfig(source="text", path=str(path), validation_fraction=0.0))[1])
     with pytest.raises(DataError, match="one record cannot be split"):
         opened(DataConfig(source="text", path=str(path)))
+    array = tmp_path / "array.json"
+    array.write_text('[{"text": "a"}, {"text": "b"}]')
+    with pytest.raises(DataError, match=r"array.json:1: a JSON array, not an object; write one JSON object a line"):
+        opened(DataConfig(source="jsonl", path=str(array)))
 
 
 def test_a_file_that_is_cut_or_rewritten_while_it_is_read_is_an_error_that_names_it(tmp_path):
