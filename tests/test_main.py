@@ -6,9 +6,11 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from memjax.__main__ import COMMANDS, main
+from memjax.runs.command import exit_code
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "memjax"
 
@@ -48,3 +50,18 @@ COMP_WORDS=(memjax patch merge --conf); COMP_CWORD=3; _memjax; echo ${COMPREPLY[
         ["bash", "-c", capsys.readouterr().out + ask], env=environment, capture_output=True, text=True, check=True
     )
     assert found.stdout.split() == ["generate", "--smoothing", "merge", "--conflicts"]
+
+
+def test_a_platform_that_this_machine_lacks_is_one_line(monkeypatch, capsys):
+    def devices():
+        raise AssertionError  # as JAX does where it has a plugin, but no device
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(jax, "devices", devices)
+    assert exit_code(devices) == 2
+    assert capsys.readouterr().err == (
+        "JAX finds no device for JAX_PLATFORMS=cuda: set it to what this machine has (cpu always works), or unset it\n"
+    )
+    monkeypatch.undo()
+    with pytest.raises(AssertionError):
+        exit_code(devices)

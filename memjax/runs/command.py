@@ -156,10 +156,29 @@ def exit_code(command: Callable[[], int | None], *, interrupted: str = "interrup
             return 141
         print(printable(explain(error), error=True), file=sys.stderr)
         return 4
+    except (AssertionError, RuntimeError):
+        if "JAX_PLATFORMS" not in os.environ or not _is_without_device():
+            raise
+        print(
+            f"JAX finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: set it to what this machine "
+            "has (cpu always works), or unset it",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         heard()
         print(f"\n{interrupted}", file=sys.stderr)
         return 130
+
+
+def _is_without_device() -> bool:
+    """Whether JAX can start none of the platforms that JAX_PLATFORMS names."""
+    import jax
+
+    try:
+        return not jax.devices()
+    except (AssertionError, RuntimeError):  # the former where it has a plugin for one, but finds no device
+        return True
 
 
 def explain(error: OSError) -> str:
