@@ -100,7 +100,11 @@ def watched(tmp_path, monkeypatch):
     return folder
 
 
-@pytest.mark.parametrize("name", [*families.RECORDS, "settings", "tokenizers", "official", "facts"])
+HERE = (*families.RECORDS, "settings", "tokenizers", "official", "facts")
+"""Families that are tried in this process."""
+
+
+@pytest.mark.parametrize("name", HERE)
 def test_damaged_files_of_every_format_are_read_or_refused_in_words(watched, name):
     for what, attempt in fuzz.attempts(families.FAMILIES[name], 1000, 20, watched):
         assert attempt() == [], what
@@ -121,7 +125,8 @@ def test_what_a_reader_does_outside_of_its_folder_is_found(watched):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_one_case_of_every_campaign_finds_nothing(tmp_path):
-    done = campaigns("--jobs", "2", "--out", str(tmp_path))
+    names = [name for name in run.CAMPAIGNS if name not in HERE]
+    done = campaigns("--only", ",".join(names), "--jobs", "2", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "trust.json").read_text())
-    assert {case["campaign"] for case in result["cases"]} == set(run.CAMPAIGNS)
+    assert {case["campaign"] for case in result["cases"]} == set(names)

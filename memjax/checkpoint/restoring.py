@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import functools
-import os
+import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,13 +46,11 @@ class StoredStep:
         self.step = step
         self._path = folder / str(step)
         self._name = f"{folder}: step {step}"
+        self._regular: set[str] = set()
+        """Items whose files have been looked at."""
 
     def index(self) -> dict[str, Any]:
         """What the step says of its items; raises Damaged if it cannot be read."""
-        with explained(Damaged, f"{self._name}: cannot be read"):
-            for folder, _, names in os.walk(self._path):
-                for name in names:
-                    check_regular(os.stat(os.path.join(folder, name)), name)
         stored = self._items({INDEX: ocp.args.JsonRestore()})[INDEX]
         with explained(Damaged, f"{self._name}, item {INDEX}: is damaged"):
             return unseal(stored, self.step)
@@ -193,6 +191,7 @@ class StoredStep:
         self, args: Mapping[str, Any], what: str, check: Callable[[Mapping[str, Any]], None] | None
     ) -> Mapping[str, Any]:
         with explained(Damaged, what):
+            self._check_files(args)
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader, literal(self._path) as path:
                 found = reader.restore(path, args=ocp.args.Composite(**args))
             if missing := [item for item in args if found[item] is None]:
@@ -200,6 +199,14 @@ class StoredStep:
             if check:
                 check(found)
             return found
+
+    def _check_files(self, items: Iterable[str]) -> None:
+        """Raises an OSError where a pipe or a device is among the files, which would be read without end."""
+        for item in set(items) - self._regular:
+            for file in itertools.chain(self._path.iterdir(), (self._path / item).rglob("*")):
+                if not file.is_dir():
+                    check_regular(file.stat(), file)
+            self._regular.add(item)
 
 
 def _ahead(calls: Iterable[Callable[[], _Found]], threads: int) -> Iterator[_Found]:
