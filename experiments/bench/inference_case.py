@@ -206,8 +206,9 @@ def lookup_row(inputs: tuple[Any, ...], top_k: int, tried: dict[str, Row], round
     def chain(bag: Any, queries: list[Any], keys: list[Any], table: Table) -> Any:
         for query, key in zip(queries, keys, strict=True):
             weights, slots = weighted_search(query + bag, key, top_k, scale=1.0)
-            shape = (len(query), -1)
-            bag = memjax.embedding_bag(table, slots.reshape(shape), weights.reshape(shape))[:, None, : query.shape[2]]
+            slots, weights = slots.reshape(len(query), -1), weights.reshape(len(query), -1)
+            read = memjax.embedding_bag(table, slots, weights, mode="promise_in_bounds")
+            bag = read[:, None, : query.shape[2]]
         return bag
 
     def run(queries: list[Any], keys: list[Any], table: Table) -> Any:

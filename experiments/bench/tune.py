@@ -22,7 +22,7 @@ from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.rules import RowRule, row_step
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from ops import Bench
+from ops import IN_TABLE, Bench
 from timing import median_ms, median_ms_in_place
 
 
@@ -89,12 +89,16 @@ def main() -> None:
     found = {}
 
     bags = [(table, index, bench.weights(0)) for index in picks]
-    run = lambda: median_ms(jax.jit(functools.partial(memjax.embedding_bag, implementation="triton")), bags, **rounds)
+    run = lambda: median_ms(
+        jax.jit(functools.partial(memjax.embedding_bag, mode=IN_TABLE, implementation="triton")), bags, **rounds
+    )
     found["embedding_bag"] = best(
         "embedding_bag", candidates(rows=(8, 16, 32), columns=(256, 512), num_warps=(1, 2)), run
     )
     dots = [(table, index, bench.normal(0, (bench.tokens, bench.dim))) for index in picks]
-    run = lambda: median_ms(jax.jit(functools.partial(memjax.embedding_dot, implementation="triton")), dots, **rounds)
+    run = lambda: median_ms(
+        jax.jit(functools.partial(memjax.embedding_dot, mode=IN_TABLE, implementation="triton")), dots, **rounds
+    )
     found["embedding_dot"] = best(
         "embedding_dot",
         candidates(rows=(8, 16, 32), columns=(256, 512), num_warps=(1, 2)),
