@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,8 +27,9 @@ from memjax.io.files import check_regular
 from memjax.io.paths import literal
 
 _Found = TypeVar("_Found")
-_READERS = 4
-"""Threads that read blocks of one leaf: unpacking a block is the work of one thread."""
+_READERS, _AHEAD_BYTES = 4, 1 << 30
+"""Threads that read blocks of one leaf, as unpacking a block is the work of one thread, and what they read at once at
+most; of larger blocks one is read at a time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,9 +105,12 @@ class StoredStep:
             return start, block
 
         digest = RowsDigest()
+        places = blocks(name, record)
+        row_bytes = jnp.dtype(record["dtype"]).itemsize * math.prod(record["shape"][1:])
+        block_bytes = row_bytes * max((rows for _, rows in places.values()), default=1)
         # Processes wait for each other at every block, so there one thread keeps the order.
-        readers = _READERS if jax.process_count() == 1 else 1
-        calls = [functools.partial(read, piece, *rows) for piece, rows in blocks(name, record).items()]
+        readers = 1 if jax.process_count() > 1 else max(1, min(_READERS, _AHEAD_BYTES // max(1, block_bytes)))
+        calls = [functools.partial(read, piece, *rows) for piece, rows in places.items()]
         for start, block in _ahead(calls, readers):
             if verify:
                 digest.add(block, start)
