@@ -8,10 +8,11 @@ allows it (as root, or with user namespaces), it also has no network, sees no ot
 without being able to write to them, and has a few megabytes of memory for files. `missing_protection` names what a
 machine does not allow.
 
-A verdict counts only with a secret that the program cannot ask Python for, and `ctypes`, which reads any memory, cannot
-be imported. It runs in one process with its tests, though: a result that claims to equal everything passes them, and so
-does machine code that searches its own memory. This is a scorer, not a judge of an adversary, so run programs where
-there is nothing to lose.
+A verdict counts only with a secret that Python's own means do not reveal: frames, `gc`, tracing, and C functions by
+`ctypes` (importing it is allowed, since pandas and others do). But the tests call the program's functions, so both run
+in one process, and the secret must be in its memory. A program that reads raw addresses can therefore forge a verdict:
+with `ctypes` pointers, NumPy's `__array_interface__` or native code. So can a result that claims to equal everything.
+This scores the programs of a model; it does not withstand an adversary. Run programs where there is nothing to lose.
 """
 
 import contextlib
