@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-MOST_LETTERS = 4000
+MOST_CHARACTERS = 4000
 MOST_SHOWN = 40
 """The most problems that are listed: a file that is no config at all has thousands."""
 
@@ -26,7 +26,7 @@ class _ShortError(Exception):
 
     def __str__(self) -> str:
         text = super().__str__()
-        return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]}..."
+        return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
 
 
 class DataError(_ShortError):

@@ -149,6 +149,14 @@ class FakeLibrary:
         return 0
 
 
+def test_a_record_shows_only_columns_with_a_value(bench, tmp_path):
+    record = {"command": "a command", "rows": [{"part": "a", "ms": 0.0, "note": None}, {"part": "b"}]}
+    bench("cases").write(
+        tmp_path, "it", record, title="It on", columns=("part", "ms", "of dense", "note"), key=("part",)
+    )
+    assert "| part | ms |\n|---|---|\n| a | 0.000 |\n| b |  |\n" in (tmp_path / "it.md").read_text()
+
+
 def test_energy_is_counted_or_power_over_time(bench, monkeypatch):
     energy = bench("energy")
     meter = energy.EnergyMeter(FakeLibrary([1000, 2500, 4000]), ctypes.c_void_p())

@@ -63,7 +63,7 @@ def write(
         stem: of the files' names.
         record: `command`, `rows`, and what is known of the device.
         title: of the table; the device's name follows.
-        columns: of the table.
+        columns: of the table; those without a value in any row are left out.
         key: the columns by which a row is the same as another.
         compare: adds to rows what they say beside others.
     """
@@ -77,5 +77,6 @@ def write(
     compare(record["rows"])
     timing.write_record(file, record)
     device = record.get("device", "an unknown device")
-    text = f"# {title} {device}\n\n{record['command']}\n\n{timing.table(record['rows'], columns)}\n"
+    table = timing.table(record["rows"], timing.filled(record["rows"], columns))
+    text = f"# {title} {device}\n\n{record['command']}\n\n{table}\n"
     (out / f"{stem}.md").write_text(text)

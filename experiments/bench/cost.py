@@ -171,7 +171,7 @@ def main() -> None:
         parser.error("--only plot needs the record's name: --stem cost-DEVICE")
     record = json.loads((out / f"{stem}.json").read_text())
     plot(record["rows"], out, stem)
-    print(f"\n{timing.table(record['rows'], COLUMNS)}", flush=True)
+    print(f"\n{timing.table(record['rows'], timing.filled(record['rows'], COLUMNS))}", flush=True)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import cases
 import timing
 
 BEFORE = {"3001729": "before there was an engine", "14d79c5": "the first engine"}
+THIS_CODE = "this code"
 COLUMNS = ("commit", "what", "load s", "load CPU s", "first token s", "first token CPU s")
 COLUMNS += ("next text's first token ms", "tokens/s", "tokens/CPU s")
 HIGHER_IS_BETTER = ("tokens/s", "tokens/CPU s")
@@ -65,13 +66,12 @@ def main() -> None:
                 archive = subprocess.run(["git", "archive", commit], cwd=cases.ROOT, check=True, capture_output=True)
                 codes[commit].mkdir(parents=True)
                 subprocess.run(["tar", "-x", "-C", str(codes[commit])], input=archive.stdout, check=True)
-        codes["this code"] = cases.ROOT
+        codes[THIS_CODE] = cases.ROOT
         found = measure(codes, folder, arguments.rounds)
     environment = timing.environment()
-    rows = [
-        {"commit": commit, "what": BEFORE.get(commit, environment["commit"][:7] if commit == "this code" else "")} | row
-        for commit, row in found.items()
-    ]
+    whats = {**BEFORE, THIS_CODE: THIS_CODE}
+    names = {THIS_CODE: (environment["commit"] or "")[:7]}
+    rows = [{"commit": names.get(commit, commit), "what": whats.get(commit, "")} | row for commit, row in found.items()]
     record = {"command": "python experiments/bench/generate_cpu.py", **environment, "rows": rows}
     record |= {"processors": os.cpu_count(), "machine": platform.machine()}
     timing.write_record(arguments.out / "generate-cpu.json", record)

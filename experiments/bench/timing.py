@@ -127,6 +127,11 @@ def write_record(path: pathlib.Path, record: dict[str, Any]) -> None:
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
+def filled(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[str]:
+    """The columns in which a row has a value."""
+    return [column for column in columns if any(row.get(column) is not None for row in rows)]
+
+
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
     """Rows as a Markdown table."""
     show = lambda value: "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -117,9 +117,9 @@ def _batches(accumulate: int) -> list[dict[str, np.ndarray]]:
     rng, shape, found = np.random.default_rng(0), (SEQUENCES, LENGTH), []
     for _ in range(STEPS):
         tokens, positions = rng.integers(3, 259, (SEQUENCES, LENGTH + 1)), np.arange(LENGTH)[None]
-        is_real = positions < rng.integers(LENGTH // 2, LENGTH + 1, (SEQUENCES, 1))
-        learned = is_real & (rng.random(shape) < 0.8)
-        batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": is_real, "positions": positions}
+        token_mask = positions < rng.integers(LENGTH // 2, LENGTH + 1, (SEQUENCES, 1))
+        learned = token_mask & (rng.random(shape) < 0.8)
+        batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": token_mask, "positions": positions}
         rows = {name: np.broadcast_to(array, shape).astype(np.int32) for name, array in batch.items()}
         rows["loss_mask"] = learned.astype(np.float32)
         found.append({name: array.reshape(accumulate, -1, LENGTH) for name, array in rows.items()})

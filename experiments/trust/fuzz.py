@@ -20,7 +20,7 @@ from typing import Any
 from lab import ROOT
 from mutate import damage, odd_json, replaced
 
-CPU_SECONDS, MEMORY_BYTES, MESSAGE_LETTERS = 5, 1 << 30, 4003
+CPU_SECONDS, MEMORY_BYTES, MESSAGE_CHARACTERS = 5, 1 << 30, 4003
 FIXTURES = ROOT / "tests/fixtures"
 Faults = list[tuple[str, str]]
 Attempts = Iterator[tuple[str, Callable[[], Faults]]]
@@ -160,8 +160,8 @@ _ODD_YAML = (
 
 def _refusal(error: Exception, path: pathlib.Path | None) -> Faults:
     text, faults = str(error), []
-    if len(text) > MESSAGE_LETTERS:
-        faults.append(("other", f"a message of {len(text)} letters: {text[:200]}"))
+    if len(text) > MESSAGE_CHARACTERS:
+        faults.append(("other", f"a message of {len(text)} characters: {text[:200]}"))
     if "of somebody else" in text:
         faults.append(("other", f"shows a file out of the folder: {text[:500]}"))
     if isinstance(error, OSError) and not (error.strerror or text):

@@ -89,7 +89,7 @@ class Checkpoints(Steps):
             self._writer.open()
             note = Note(loss if loss is not None and math.isfinite(loss) else None, partial)
             items = items_of(step, arrays, documents, note, self._block_bytes)
-            self.remember(step, note)
+            self._remember(step, note)
             self._writer.write(step, items)
 
     def restore(

@@ -61,7 +61,7 @@ class Steps:
         note = self._note(step)
         return note is not None and note.partial
 
-    def remember(self, step: int, note: Note) -> None:
+    def _remember(self, step: int, note: Note) -> None:
         """Takes the note of a step that is about to be written."""
         self._notes[step] = note
 

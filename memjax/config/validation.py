@@ -1,4 +1,4 @@
-"""From a tree of settings to a config: names, text and values are checked, and every problem is told at once."""
+"""From a tree of settings to a config: names, text and values are checked, and all problems are reported together."""
 
 import functools
 import json
@@ -87,7 +87,7 @@ def _without_undecodable(value: Any, path: FieldPath, problems: Problems) -> Any
         return value
     way_out = ""
     if sys.getfilesystemencoding() != "utf-8":
-        way_out = f"; this locale is {sys.getfilesystemencoding()}: set PYTHONUTF8=1 for other letters"
+        way_out = f"; this locale is {sys.getfilesystemencoding()}: set PYTHONUTF8=1 for other characters"
     what = f"{'.'.join(path)}='{shortened(printable(value))}'"
     problems.add(problems.nearest(path), f"{what} is not text in UTF-8{way_out}")
     return None if unwrap(field_type(problems.schema, path))[1] else ""

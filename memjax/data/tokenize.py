@@ -16,7 +16,7 @@ from memjax.data.tokenizers.base import Tokenizer
 Pairs = Int32[np.ndarray, "_ 3"]
 """Of one record: the tokens, their targets, and 1 where the target is learned plus twice the number of its part."""
 
-_CACHED_LETTERS = 200
+_CACHED_CHARACTERS = 200
 _CACHED_TEXTS = 100_000
 _RECORDS_UNTIL_STOPPED = 16
 
@@ -75,7 +75,7 @@ class TextReader(Reader):
         known = self._known  # which the validation, in another thread, may replace meanwhile
         new = list({segment.text for record in records for segment in record if segment.text not in known})
         ids = dict(zip(new, self.tokenizer.encode_batch(new), strict=True))
-        known.update((text, found) for text, found in ids.items() if len(text) <= _CACHED_LETTERS)
+        known.update((text, found) for text, found in ids.items() if len(text) <= _CACHED_CHARACTERS)
         return [self._pairs(record, ids, known) for record in records]
 
     def _pairs(self, record: Record, ids: dict[str, list[int]], known: dict[str, list[int]]) -> Pairs:

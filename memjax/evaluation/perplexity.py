@@ -139,7 +139,7 @@ def _windows(ids: list[int], sequence_length: int, stride: int) -> Iterator[Requ
 
 @partial(jax.jit, static_argnums=0)
 def _batch_loss(graphdef: Any, state: nnx.State, batch: dict[str, Array]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The summed loss of the learned tokens, and their number."""
+    """The summed loss of the target tokens, and their number."""
     model = nnx.merge(graphdef, state)
     # Without segments a padded end is harmless: tokens see only what comes before them.
     hidden = model.hidden(batch["tokens"], batch.get("positions"), batch.get("segments")).states

@@ -161,7 +161,7 @@ def fact_report(
 
 def format_fact_report(report: Mapping[str, Any]) -> str:
     """The report as a screen of text."""
-    titles = {"asked": "asked in training", "held_out": "told, never asked"}
+    titles = {"asked": "asked in training", "held_out": "seen, not asked"}
     groups = {titles[name]: group for name, group in report.items() if name in titles}
     lines = ["Recall of facts: exact answers to questions", "", _row("", groups)]
     lines.append(_row("questions", [f"{group['questions']:,}" for group in groups.values()]))

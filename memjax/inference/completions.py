@@ -60,11 +60,6 @@ class CompletionRequest:
     ignore_eos: bool
     add_special_tokens: bool
 
-    @property
-    def num_choices(self) -> int:
-        """Texts that are asked for."""
-        return self.n * len(self.prompts)
-
 
 def parse_request(body: Mapping[str, Any], *, vocab_size: int, max_choices: int) -> CompletionRequest:
     """A request of well-formed fields.

@@ -9,11 +9,11 @@ T = TypeVar("T")
 
 _SHOWN = 5
 """Problems of a document that a message lists."""
-_LETTERS = 300
+_MOST_CHARACTERS = 300
 
 
 def read_as(shape: type[T], document: Any) -> T:
-    """A JSON value as the type that it should be of, such as a dataclass; unknown names are let pass.
+    """A JSON value as the type that it should be of, such as a dataclass; unknown names are ignored.
 
     Raises:
         ValueError: it has another shape; the message is a line.
@@ -30,7 +30,7 @@ def read_as(shape: type[T], document: Any) -> T:
 def line_of(error: BaseException) -> str:
     """What an error says, in one line that is not too long for a message around it."""
     text = " ".join(str(error).split())
-    return text[:_LETTERS] if text else type(error).__name__
+    return text[:_MOST_CHARACTERS] if text else type(error).__name__
 
 
 def listed(error: pydantic.ValidationError) -> str:

@@ -17,13 +17,13 @@ def read_document(path: str | os.PathLike[str], most_bytes: int | None = MAX_BYT
     """The content of a regular file.
 
     In a folder that somebody sent, a name may belong to a pipe that never ends or a device. Only the pipes of a shell,
-    such as /dev/fd/63, are read to their end.
+    such as /dev/fd/63 or /proc/self/fd/63, are read to their end.
 
     Raises:
         OSError: it cannot be read, is no regular file, or has more bytes.
     """
     path = os.fspath(path)
-    is_shell_pipe = path.startswith("/dev/fd/") or path == "/dev/stdin"
+    is_shell_pipe = path.startswith(("/dev/fd/", "/proc/self/fd/")) or path == "/dev/stdin"
     # Opening a pipe would wait for a writer.
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if is_shell_pipe else os.O_NONBLOCK))
     with os.fdopen(handle, "rb") as file:
@@ -47,7 +47,8 @@ def check_inside(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> 
     """Raises an OSError for a path that leads out of a folder, which somebody else may have made, by a link."""
     real, inside = os.path.realpath(path), os.path.realpath(root)
     if os.path.commonpath([real, inside]) != inside:
-        raise OSError(errno.EINVAL, f"leads out of its folder, to {real}; nothing is written there", os.fspath(path))
+        message = f"leads out of its folder, to {real}, where nothing is written; move that folder here"
+        raise OSError(errno.EINVAL, message, os.fspath(path))
 
 
 def check_regular(status: os.stat_result, path: str | os.PathLike[str]) -> None:

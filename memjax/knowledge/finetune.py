@@ -128,7 +128,7 @@ def _step(
     step: Array,
 ) -> tuple[Tables, TableStates, Array]:
     """Tables and their state after a step, and the mean loss before it."""
-    is_real = batch["segments"].reshape(-1) > 0
+    token_mask = batch["segments"].reshape(-1) > 0
     is_new = (batch["segments"] > batch["first_new"]).reshape(-1)
     weights = batch["loss_mask"] / jnp.maximum(batch["loss_mask"].sum(), 1)
 
@@ -142,7 +142,7 @@ def _step(
         may_change = chosen(_count(reads, layers, is_new, background[pool]), background[pool], texts, recipe.rows)
         for name in tables_of(parts.config, layers[0]):
             table = tables[name]
-            kept = [gradient.without_padding(is_real, table.shape[0]) for gradient in gradients[name]]
+            kept = [gradient.without_padding(token_mask, table.shape[0]) for gradient in gradients[name]]
             # A pick of a row that does not exist changes nothing.
             kept = [
                 gradient._replace(
@@ -159,9 +159,9 @@ def _step(
     return new_tables, new_state, loss
 
 
-def _count(reads: dict[str, SlotReads], layers: Sequence[str], is_real: Array, like: Array) -> Int[Array, " n"]:
-    """How often real tokens read each slot in these layers."""
+def _count(reads: dict[str, SlotReads], layers: Sequence[str], token_mask: Array, like: Array) -> Int[Array, " n"]:
+    """How often the tokens of the mask read each slot in these layers."""
     total = jnp.zeros_like(like)
     for layer in layers:
-        total = count_reads(total, jnp.where(is_real[:, None], reads[layer].indices, like.shape[0]))
+        total = count_reads(total, jnp.where(token_mask[:, None], reads[layer].indices, like.shape[0]))
     return total

@@ -32,7 +32,7 @@ class RowGradient(NamedTuple):
     vectors: Float[Array, "t d"]
     """Cotangent of the bag (embedding_bag) or the vectors (embedding_dot) of each token."""
 
-    def without_padding(self, is_real: Bool[Array, "*micro t"], num_rows: int) -> "RowGradient":
+    def without_padding(self, token_mask: Bool[Array, "*micro t"], num_rows: int) -> "RowGradient":
         """The gradient of a table of num_rows rows without the picks of tokens that are padding.
 
         The gradient of padding is zero, but rows with a gradient of zero still count as read: `rowwise_adam` decays
@@ -40,12 +40,12 @@ class RowGradient(NamedTuple):
         """
         require(
             "without_padding",
-            is_real.shape == self.indices.shape[:-1],
+            token_mask.shape == self.indices.shape[:-1],
             "every token needs one flag",
-            is_real=is_real,
+            token_mask=token_mask,
             indices=self.indices,
         )
-        return self._replace(indices=jnp.where(is_real[..., None], self.indices, num_rows))
+        return self._replace(indices=jnp.where(token_mask[..., None], self.indices, num_rows))
 
     def scaled(self, factor: ArrayLike) -> "RowGradient":
         """The gradient times a number."""

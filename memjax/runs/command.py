@@ -123,9 +123,13 @@ def loaded(run: str, settings: CheckpointSettings) -> Iterator["LoadedModel"]:
 
 def _load(run: str, settings: CheckpointSettings) -> "LoadedModel":
     from memjax.models.parts import take_apart, writable
-    from memjax.runs.load import load
+    from memjax.runs.load import TableSettings, load_with
+    from memjax.runs.tables import LOAD_OPTIONS, LoadOption
 
-    found = load(run, step=settings.checkpoint, patches=settings.patch, **settings.options)
+    options = settings.options
+    tables = TableSettings.of(options.pop("table_format", None), options.pop("table_place", "device"))
+    known: list[LoadOption] = [option for option in LOAD_OPTIONS if hasattr(settings, option)]
+    found = load_with(run, tables, step=settings.checkpoint, patches=settings.patch, options=known, **options)
     if not isinstance(settings, InferenceSettings):
         writable(take_apart(found.model)[2], run)
     return found

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
@@ -35,7 +35,7 @@ from memjax.runs.saved import (
     wanted_step,
     with_dtypes,
 )
-from memjax.runs.tables import TableForm, build, encoded, read_files, stored_format
+from memjax.runs.tables import LOAD_OPTIONS, LoadOption, TableForm, build, encoded, read_files, stored_format
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
@@ -100,6 +100,25 @@ def load(
             or table_place.
     """
     tables = TableSettings.of(table_format, table_place)
+    return load_with(path, tables, step=step, ema=ema, dtype=dtype, patches=patches)
+
+
+def load_with(
+    path: str | os.PathLike[str],
+    tables: "TableSettings",
+    *,
+    step: int | Literal["latest", "best"] = "latest",
+    ema: bool = False,
+    dtype: DTypeLike | None = None,
+    patches: Sequence[str | os.PathLike[str]] = (),
+    options: Collection[LoadOption] = LOAD_OPTIONS,
+) -> LoadedModel:
+    """`load` for a command that has some of the options by which tables need less memory.
+
+    Raises:
+        CheckpointError: as `load`.
+        ConfigError: as `load`; only these options are advised.
+    """
     if patches and not tables.is_default:
         raise ConfigError(
             f"patch={', '.join(map(str, patches))} and {tables} do not go together: patches are for tables as they "
@@ -112,7 +131,7 @@ def load(
         wanted = wanted_step(checkpoints, step)
         meta = checked_meta(checkpoints.read_document(META, wanted), folder)
         if patches or (tables.is_default and "table_files" not in meta):
-            return _in_types_of_here(_as_saved(checkpoints, folder, wanted, meta, ema, patches), dtype)
+            return _in_types_of_here(_as_saved(checkpoints, folder, wanted, meta, ema, patches, options), dtype)
         return _in_form(checkpoints, folder, read_saved(checkpoints, folder, wanted, meta, ema=ema), dtype, tables)
 
 
@@ -132,7 +151,7 @@ def load_as_saved(
     with Checkpoints(folder) as checkpoints:
         wanted = wanted_step(checkpoints, step)
         meta = checked_meta(checkpoints.read_document(META, wanted), folder)
-        return _as_saved(checkpoints, folder, wanted, meta, ema, patches)
+        return _as_saved(checkpoints, folder, wanted, meta, ema, patches, options=())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -194,6 +213,7 @@ def _as_saved(
     meta: dict[str, Any],
     ema: bool,
     patches: Sequence[str | os.PathLike[str]],
+    options: Collection[LoadOption],
 ) -> LoadedModel:
     """The model with plain tables on the device, in the types in which all lies on disk."""
     if "table_files" in meta:
@@ -201,7 +221,11 @@ def _as_saved(
         raise CheckpointError(
             f"{folder}: the tables of this run are read-only, in {names}; use the run that it was made from"
         )
-    saved = read_saved(checkpoints, folder, wanted, meta, ema=ema, with_tables=True)
+    step = checkpoints.latest() if wanted is None else wanted
+    if patches or (step is not None and Applied(folder).names(step)):
+        # Patches are for tables as they were saved, on the device.
+        options = [option for option in options if option not in ("table_format", "table_place")]
+    saved = read_saved(checkpoints, folder, wanted, meta, ema=ema, with_tables=True, options=options)
     tables = patched(saved.tables, folder, saved.step, patches)
     identities = [*Applied(folder).names(saved.step), *(read_patch(patch).identity for patch in patches)]
     model = saved.parts.assemble(tree_to_params(saved.parts, saved.params), tables)

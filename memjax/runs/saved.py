@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -34,7 +34,7 @@ from memjax.runs.layout import (
     upgraded,
     widened,
 )
-from memjax.runs.tables import TableForm, check_room
+from memjax.runs.tables import LOAD_OPTIONS, LoadOption, TableForm, check_room
 from memjax.sharding.axes import has_memory_axis
 from memjax.sharding.rules import COLUMNS, MEMORY, REPLICATED
 
@@ -64,6 +64,7 @@ def read_saved(
     *,
     ema: bool = False,
     with_tables: bool = False,
+    options: Collection[LoadOption] = LOAD_OPTIONS,
 ) -> Saved:
     """A step: the wanted one, or the newest that can be read, whose `meta` document was read.
 
@@ -74,6 +75,7 @@ def read_saved(
         meta: the document of a step of the run.
         ema: take the moving average of the dense parameters in their place, in their types.
         with_tables: read the tables, too.
+        options: what the caller can be given where there is no room for the tables.
 
     Raises:
         CheckpointError: it cannot be read here, or has no average.
@@ -88,7 +90,7 @@ def read_saved(
         targets[TABLES] = _placed(parts.abstract_tables, columns)
         forms = [TableForm.of(pool, table, Plain(table.dtype.name)) for pool, table in parts.abstract_tables.items()]
         try:
-            check_room(forms, columns)
+            check_room(forms, columns, options)
         except ConfigError as error:
             raise ConfigError(f"tables of {folder}: {error}") from error
     restored = checkpoints.restore(targets, [META], step=wanted, optional=[EMA])

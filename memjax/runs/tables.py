@@ -11,8 +11,8 @@ import hashlib
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,10 @@ from memjax.sharding.rules import MEMORY
 
 Blocks = Iterable[tuple[int, Encoded]]
 """Encoded rows, each block with the number of its first row."""
+
+LoadOption = Literal["table_format", "table_place", "memory_devices"]
+"""A setting by which tables need less memory of a device."""
+LOAD_OPTIONS: tuple[LoadOption, ...] = ("table_format", "table_place", "memory_devices")
 
 _PIECE_ELEMENTS = 1 << 20
 """Numbers that a thread encodes at once: they stay in its cache."""
@@ -70,8 +74,15 @@ class TableForm:
         return math.prod(self.payload_shape) * self.format.payload_dtype.itemsize
 
 
-def check_room(forms: Sequence[TableForm], sharding: Sharding | None) -> None:
+def check_room(
+    forms: Sequence[TableForm], sharding: Sharding | None, options: Collection[LoadOption] = LOAD_OPTIONS
+) -> None:
     """Refuses tables for which the device has no memory left, before they are allocated.
+
+    Args:
+        forms: the tables.
+        sharding: of them; None is the first device.
+        options: what the caller can be given; the message advises no others.
 
     Raises:
         ConfigError: it is so; the message has the sizes, and what would need less.
@@ -87,17 +98,22 @@ def check_room(forms: Sequence[TableForm], sharding: Sharding | None) -> None:
     if free is None or needed <= free:
         return
     ways = []
-    for name in ("int8", "int4"):
+    for name in ("int8", "int4") if "table_format" in options else ():
         with contextlib.suppress(ValueError):  # not of this width
             if (less := size(lambda form, name=name: formats.find(name))) <= free:
                 ways.append(f"table_format={name} ({gigabytes(less)})")
-    if on_cpu:
-        ways.append("table_place=host, which maps the files that `python -m memjax.convert quantize` writes")
+    if "table_place" in options:
+        files = ", which maps the files that `python -m memjax.convert quantize` writes" if on_cpu else ""
+        ways.append(f"table_place=host{files}")
+    if "memory_devices" in options and not on_cpu:
+        ways.append(f"memory_devices={-(-needed * split // max(1, free))}")
+    if ways:
+        way_out = f"load with {' or '.join(ways)}"
     else:
-        ways += ["table_place=host", f"memory_devices={-(-needed * split // max(1, free))}"]
+        way_out = "use a machine with more" if on_cpu else "set JAX_PLATFORMS=cpu to use the memory of the machine"
     raise ConfigError(
         f"{gigabytes(needed)} is more than the {gigabytes(free)} of memory that "
-        f"{'this machine' if on_cpu else 'a device'} has left; load with {' or '.join(ways)}"
+        f"{'this machine' if on_cpu else 'a device'} has left; {way_out}"
     )
 
 

@@ -464,10 +464,10 @@ def test_hostile_text_is_refused_in_a_line(here, capsys, name):
     assert all(line.isprintable() for line in lines)
 
 
-def test_letters_that_the_locale_lacks_are_refused_with_the_way_out():
+def test_characters_that_the_locale_lacks_are_refused_with_the_way_out():
     env = {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
     words = [sys.executable, "-m", "memjax.train", "--run.dir", "/tmp/ü"]
     done = subprocess.run(words, env=env, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2
-    assert "this locale is ascii: set PYTHONUTF8=1 for other letters" in done.stderr
+    assert "this locale is ascii: set PYTHONUTF8=1 for other characters" in done.stderr
     assert "Traceback" not in done.stderr

@@ -31,7 +31,7 @@ def pairs_by_hand(record):
 
 
 def test_remembered_texts_are_encoded_as_before(monkeypatch):
-    monkeypatch.setattr(tokenize, "_CACHED_LETTERS", 2)
+    monkeypatch.setattr(tokenize, "_CACHED_CHARACTERS", 2)
     monkeypatch.setattr(tokenize, "_CACHED_TEXTS", 3)
     records = [(Segment(text, True),) for text in ("a", "abc", "b", "c", "ab", "a", "abc", "abcabc")]
     reader = tokenize.TextReader(Listed(records), ByteTokenizer())

@@ -141,7 +141,7 @@ def test_the_report_tells_asked_and_held_out_apart():
         assert len(group["samples"]) == 3
     assert report["asked"]["majority_guess"] > 0
     text = format_fact_report(report)
-    for expected in ("asked in training", "told, never asked", "tables zeroed", "commonest answer", "birth city"):
+    for expected in ("asked in training", "seen, not asked", "tables zeroed", "commonest answer", "birth city"):
         assert expected in text
     table, _, samples = text.partition("Asked in training:")
     assert max(map(len, table.splitlines())) < 60

@@ -44,5 +44,7 @@ def test_picks_of_rows_that_do_not_exist_add_nothing_to_the_dense_gradient():
 
 def test_flags_of_padding_are_as_many_as_the_tokens():
     gradient = RowGradient(jnp.zeros((3, 2), jnp.int32), jnp.ones((3, 2)), jnp.ones((3, 1)))
-    with pytest.raises(ValueError, match=r"every token needs one flag; found is_real bool\[1\], indices int32\[3, 2\]"):
+    with pytest.raises(
+        ValueError, match=r"every token needs one flag; found token_mask bool\[1\], indices int32\[3, 2\]"
+    ):
         gradient.without_padding(jnp.ones(1, bool), 9)

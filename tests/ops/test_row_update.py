@@ -301,8 +301,8 @@ def test_picks_of_padding_touch_no_row_and_no_state(implementation, chunk, kind)
     for gradient in real:
         # As many tokens again that are padding, with what must not be read in place of zeros.
         twice = RowGradient._make(np.concatenate([factor, factor]) for factor in gradient)
-        is_real = np.arange(len(twice.indices)) < len(gradient.indices)
-        padded.append(twice.without_padding(jnp.asarray(is_real), ROWS))
+        token_mask = np.arange(len(twice.indices)) < len(gradient.indices)
+        padded.append(twice.without_padding(jnp.asarray(token_mask), ROWS))
     options = {"implementation": implementation, "chunk": chunk}
     got, expected = (update(table, state, of, rule, row_step(0.1, 2), **options) for of in (padded, real))
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6), got, expected)

@@ -14,10 +14,12 @@ from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import ByteTokenizer
-from memjax.errors import CheckpointError
+from memjax.errors import CheckpointError, ConfigError
 from memjax.io.files import write_atomic
 from memjax.models.parts import DecoderParts, take_apart
+from memjax.ops import host_memory
 from memjax.runs import applied, patching
+from memjax.runs.command import CheckpointSettings, InferenceSettings, loaded
 from memjax.runs.layout import meta_document, params_to_tree
 from memjax.runs.load import load
 from memjax.runs.patch import read_patch, write_patch
@@ -234,6 +236,29 @@ def test_patches_of_a_run_are_not_written_through_a_link(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "run" / "patches").symlink_to(tmp_path / "other")
     patches = applied.Applied(tmp_path / "run" / "checkpoints")
-    with pytest.raises(OSError, match="leads out of its folder"), patches.owned():
+    with pytest.raises(OSError, match=r"leads out of its folder, .*; move that folder here"), patches.owned():
         pass
     assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_without_room_for_the_tables_only_options_of_the_caller_are_advised(tmp_path, monkeypatch):
+    run = save(tmp_path / "run")
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 1)
+
+    def open_with(settings):
+        with loaded(run, settings):
+            pass
+
+    for call in (
+        lambda: patching.diff(run, run),
+        lambda: load(run, patches=["any.safetensors"]),
+        lambda: open_with(CheckpointSettings()),
+        lambda: open_with(InferenceSettings(patch=("any.safetensors",))),
+    ):
+        with pytest.raises(ConfigError, match=r"that this machine has left; use a machine with more$"):
+            call()
+    with pytest.raises(ConfigError, match="has left; load with table_place=host"):
+        open_with(InferenceSettings())
+    applied.Applied(tmp_path / "run" / "checkpoints")._write(3, ["0123456789abcdef"])
+    with pytest.raises(ConfigError, match=r"has left; use a machine with more$"):
+        open_with(InferenceSettings())

@@ -41,7 +41,7 @@ class Trained:
 
 
 def ragged_batches(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
-    """Random batches: rows of several documents, some padding, and very unequal numbers of learned tokens."""
+    """Random batches: rows of several documents, some padding, and very unequal numbers of target tokens."""
     rng, batches = np.random.default_rng(seed), []
     for _ in range(count):
         segments, positions = np.zeros((2, SEQUENCES, LENGTH), np.int32)

@@ -92,7 +92,7 @@ def assert_same_bits(state, expected):
 
 
 def check_usage(tiny, state, report):
-    """The reads of two steps are those of their real tokens, and the report describes and forgets them."""
+    """The reads of two steps are those of their tokens without padding, and the report describes and forgets them."""
     real = sum((batch["segments"] > 0).sum() for batch in tiny.batches(2))
     counts = {name: np.array(reads) for name, reads in state.reads.items()}
     assert set(counts) == {"L0", "L1"}

@@ -113,7 +113,7 @@ def test_rows_follow_their_rule_on_the_gradient_of_the_whole_table(tiny, monkeyp
 
     @jax.jit
     def oracle(params, tables, batch):
-        """Mean loss of the learned tokens, the slots that were read, and the loss's gradient by plain autodiff."""
+        """Mean loss of the target tokens, the slots that were read, and the loss's gradient by plain autodiff."""
 
         def loss(tables):
             model = program.parts.assemble(params, tables)
@@ -136,8 +136,8 @@ def test_rows_follow_their_rule_on_the_gradient_of_the_whole_table(tiny, monkeyp
             state, metrics = step(state, put_batch(mesh, tiny.micro_batches(batch, 1), BATCH))
             assert abs(metrics["train/loss"] - loss) <= 1e-12 * abs(loss)
 
-            is_real = batch["segments"].ravel() > 0
-            touched = np.unique(np.concatenate([np.ravel(slots[is_real]) for slots in read]))
+            token_mask = batch["segments"].ravel() > 0
+            touched = np.unique(np.concatenate([np.ravel(slots[token_mask]) for slots in read]))
             untouched[touched] = False
             gradient = np.asarray(gradients["shared"])
             assert not gradient[np.setdiff1d(np.arange(len(expected)), touched)].any()

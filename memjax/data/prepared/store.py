@@ -274,7 +274,7 @@ class PreparedReader(Reader):
                 records = self._files[shard].read(wanted)
                 if self._files[shard].ok():
                     return records
-            what = "not a whole ArrayRecord file"
+            what = "a truncated ArrayRecord file"
         except (RuntimeError, IndexError) as error:
             what = str(error)
         raise DataError(f"{path}: damaged ({what}); {_AGAIN}")

@@ -64,7 +64,7 @@ class Biographies(Source):
     """Generated people; validation asks the questions of those that are not asked about in training."""
 
     def __init__(self, config: DataConfig):
-        """Draws nobody yet."""
+        """Keeps the settings; people are drawn when they are read."""
         super().__init__(config)
         self.people = config.biographies
 
@@ -172,7 +172,7 @@ class Files(Source):
     def _num_training(self, corpus: Corpus, count: int) -> int:
         fraction = self.config.validation_fraction if self.validation is None else 0.0
         if count == 1 and fraction and corpus.is_random_access:
-            _ = corpus.lines[0]  # a JSON array, say, is to be told as what it is
+            _ = corpus.lines[0]  # so that a file of another kind, such as a JSON array, is reported as such
         return num_training_records(count, fraction, corpus.path)
 
 

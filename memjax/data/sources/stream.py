@@ -170,7 +170,7 @@ class Stream:
                     number += 1
                     yield number, self._fields({name: values[row] for name, values in columns.items()})
         except arrow.ArrowException as error:
-            raise _BrokenFileError(f"not a whole {self.file.format.capitalize()} file: {error}") from error
+            raise _BrokenFileError(f"a truncated or damaged {self.file.format.capitalize()} file: {error}") from error
 
     def _wanted(self, names: Iterable[str]) -> list[str]:
         """The columns to read. A file without the fields is malformed row by row, like one of JSON lines."""
@@ -227,13 +227,13 @@ class Stream:
                         whole = len(payload) <= self.max_bytes
                         yield number + 1, payload if whole else too_large(self.max_bytes)
                 if not reader.ok():
-                    raise _BrokenFileError("not a whole ArrayRecord file")
+                    raise _BrokenFileError("a truncated or damaged ArrayRecord file")
         except RuntimeError as error:
-            raise _BrokenFileError(f"not a whole ArrayRecord file: {error}") from error
+            raise _BrokenFileError(f"a truncated or damaged ArrayRecord file: {error}") from error
 
 
 class _BrokenFileError(Exception):
-    """A file is not what its suffix says, or not whole."""
+    """A file is not what its suffix says, or is truncated."""
 
 
 def _values(column: Any) -> list[Any]:

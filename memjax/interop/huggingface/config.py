@@ -22,7 +22,7 @@ _OTHER_LAYERS = {
     "phi3": "its projections are stored in one matrix",
 }
 """Why models that look alike are not read."""
-_LETTERS = 200
+_MOST_CHARACTERS = 200
 """Of a value that messages show."""
 ROPE_SCALING_KINDS: tuple[RopeScalingKind, ...] = get_args(RopeScalingKind)
 
@@ -211,7 +211,7 @@ class _Fields:
     def refused(self, name: str, rule: str, why: str) -> CheckpointError:
         """What to raise for a field that cannot be honoured."""
         value = json.dumps(self.config.get(name))
-        value = value if len(value) <= _LETTERS else f"{value[:_LETTERS]}..."
+        value = value if len(value) <= _MOST_CHARACTERS else f"{value[:_MOST_CHARACTERS]}..."
         return CheckpointError(f"{self.place}: {name}={value} {rule}: {why}")
 
     def size(self, name: str, default: int | None = None) -> int:

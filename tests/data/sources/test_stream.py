@@ -279,4 +279,4 @@ def test_offsets_beyond_the_text_of_an_arrow_file_are_damage(tmp_path, writer):
     path.write_bytes(sound.replace(offsets, offsets[:-4] + np.int32(1 << 30).tobytes()))
     ((_, error),) = read(path)
     assert isinstance(error, UnreadableError)
-    assert "not a whole Arrow file" in str(error)
+    assert "a truncated or damaged Arrow file" in str(error)
