@@ -90,7 +90,7 @@ def bytes_by_id(vocab: Mapping[str, int], known: Mapping[int, bytes]) -> list[by
         known: the bytes of words that are spelled otherwise, by id.
 
     Raises:
-        ValueError: two words share an id, an id is far beyond the number of words, or a word has other letters.
+        ValueError: two words share an id, an id is far beyond the number of words, or a word has other characters.
     """
     if len(set(vocab.values())) < len(vocab):
         seen: dict[int, str] = {}
