@@ -55,6 +55,7 @@ share = _check(lambda value: 0 <= value <= 1, "must be in 0..1")
 below_one = _check(lambda value: 0 <= value < 1, "must be in 0..1 and below 1")
 not_empty = _check(bool, "must not be empty", quoted=True)
 whole = _check(_is_whole, "must be a whole number", quoted=True)
+finite = _check(_is_finite, "must be a finite number", quoted=True)
 
 _of_type = functools.partial(_check, quoted=True, or_null=False)
 _TYPES: dict[Any, Check] = {

@@ -6,12 +6,16 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from memjax.memory.sharded import RowSum, table_shards, update_rows, update_rows_by_sum
 from memjax.ops.row_gradient import RowGradient
-from memjax.ops.row_update.rules import RowRule, row_step
+from memjax.ops.row_update.rules import NormRule, row_step
 from memjax.sharding.axes import split_columns
+
+MOST_COLUMNS = 1024
+"""Columns that share a sum of squares: as many as a Triton program takes at once."""
 
 
 def columns_per_state(width: int) -> int:
@@ -20,19 +24,35 @@ def columns_per_state(width: int) -> int:
     return math.gcd(256, width if width % shards else width // shards)
 
 
+def columns_per_square(width: int, shards: int) -> int:
+    """The most columns of a row, up to 1024, that share a sum of squares: all of them on a device, where they fit."""
+    columns = width if width % shards else width // shards
+    return next(count for count in range(min(columns, MOST_COLUMNS), 0, -1) if columns % count == 0)
+
+
 def squared_norm(
     table: Float[Array, "n d"],
     gradients: Sequence[RowGradient] | RowSum,
     *,
+    ok: ArrayLike = True,
     collective: Literal["auto", "all_gather", "all_reduce"] = "auto",
     implementation: str | None = None,
 ) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
-    """The table as it was, and the squared Euclidean norm of its gradient, which costs as much as an update.
+    """The unchanged table, and the squared Euclidean norm of its gradient.
 
-    The update that measures passes the table on, so that what comes after it is still in place.
+    The norm is found by a row update that writes no row: like an update it sorts and sums the picks and reads the rows
+    that they name. It needs one number for each row of the table, more only where a device has over 1024 columns of it.
+
+    Args:
+        table: passed through the update and returned, so that the update that follows is in place.
+        gradients: of all reads of the table, or their sum.
+        ok: False measures 0. Where the backward pass that reads the table is in the same program, this has to depend
+            on its gradients: only then does the update wait for those reads, and XLA needs no copy of the table.
+        collective: see `memjax.memory.sharded.update_rows`.
+        implementation: of `row_update`.
     """
-    columns = columns_per_state(table.shape[1])
-    rule, step = RowRule(kind="rowwise_norm", state_columns=columns, stochastic_rounding=False), row_step(0, 0)
+    columns = columns_per_square(table.shape[1], table_shards())
+    rule, step = NormRule(state_columns=columns), row_step(0, 0, ok=ok)
     state = jax.tree.map(split_columns, rule.init(table.shape[0], table.shape[1], table.dtype))
     if isinstance(gradients, RowSum):
         table, state = update_rows_by_sum(table, state, gradients, rule, step)

@@ -150,12 +150,13 @@ class Optimizer(nnx.Module):
             dense: of all parameters but the tables. Its clipping sees their gradients only.
             tables: of the rows that were read.
             max_grad_norm: the largest norm of all gradients together, those of the tables included: what
-                `optax.clip_by_global_norm` does under plain autodiff. It costs another pass over the row gradients.
+                `optax.clip_by_global_norm` does under plain autodiff. It costs another pass over the row gradients
+                and the rows that they name, and for that time a number for each row of the tables.
 
         Raises:
-            ValueError: max_grad_norm is not positive.
+            ValueError: max_grad_norm is not a positive finite number.
         """
-        checks.refuse(checks.positive(max_grad_norm=max_grad_norm))
+        checks.refuse(checks.finite(max_grad_norm=max_grad_norm) or checks.positive(max_grad_norm=max_grad_norm))
         self.tx, self.row_optimizer, self.max_grad_norm = dense, tables, max_grad_norm
         self.step = nnx.OptState(jnp.zeros((), jnp.int32))
         self.dense_state = _variables(dense.init(_arrays(nnx.state(model, DENSE))))
@@ -172,9 +173,13 @@ class Optimizer(nnx.Module):
             **extra: further arguments of the optax transformation, say `value=loss`.
         """
         all_rows = {name: table.rows[...] for name, table in _named(model, ValueTable)}
+        squared = _squared_norm(gradients.dense)
+        # Always true, NaN included. By depending on the dense gradient, what writes tables waits for the backward pass,
+        # which still reads them, and XLA needs no copy.
+        write = ok & ~(squared < 0)
         if self.max_grad_norm is not None:
-            all_rows, squared = self._measured(all_rows, gradients)
-            gradients = gradients * jnp.minimum(1, self.max_grad_norm / jnp.sqrt(squared))
+            all_rows, of_tables = self._measured(all_rows, gradients, write)
+            gradients = gradients * jnp.minimum(1, self.max_grad_norm / jnp.sqrt(squared + of_tables))
         state, before = nnx.state(model, DENSE), _values(self.dense_state)
         params = _arrays(state)
         tx = optax.with_extra_args_support(self.tx)
@@ -191,19 +196,25 @@ class Optimizer(nnx.Module):
                 table_state[name],
                 gradients.tables[name],
                 step=self.step.get_value(),
-                ok=ok,
+                ok=write,
             )
             table.rows.set_value(rows)
         _assign(self.table_state, table_state)
         self.step.set_value(self.step.get_value() + jnp.asarray(ok, jnp.int32))
 
-    def _measured(self, all_rows: dict[str, Array], gradients: Gradients) -> tuple[dict[str, Array], Array]:
-        """The rows of the tables as they were, and the squared norm of all gradients."""
-        leaves = jax.tree.leaves(gradients.dense)
-        found = {name: self.row_optimizer.squared_norm(rows, gradients.tables[name]) for name, rows in all_rows.items()}
-        squares = [jnp.sum(jnp.square(leaf.astype(accumulator(leaf.dtype)))) for leaf in leaves]
-        squared = sum([square for _, square in found.values()], start=sum(squares, start=jnp.zeros(())))
-        return {name: rows for name, (rows, _) in found.items()}, squared
+    def _measured(
+        self, all_rows: dict[str, Array], gradients: Gradients, ok: ArrayLike
+    ) -> tuple[dict[str, Array], ArrayLike]:
+        """The unchanged rows of the tables, and the squared norm of their gradients."""
+        measure = self.row_optimizer.squared_norm
+        found = {name: measure(rows, gradients.tables[name], ok=ok) for name, rows in all_rows.items()}
+        return {name: rows for name, (rows, _) in found.items()}, sum(square for _, square in found.values())
+
+
+def _squared_norm(tree: Any) -> Array:
+    leaves = jax.tree.leaves(tree)
+    squares = [jnp.sum(jnp.square(leaf.astype(accumulator(leaf.dtype)))) for leaf in leaves]
+    return sum(squares, start=jnp.zeros(()))
 
 
 def _variables(tree: Any) -> Any:

@@ -18,7 +18,10 @@ from memjax.ops.row_update.rules import RowRule, TableState, row_step
 
 @dataclasses.dataclass(frozen=True)
 class RowOptimizer:
-    """Updates the rows of tables that were read, in place: no array of a table's size besides it and its state."""
+    """Updates the rows of tables that were read, in place; besides table and state it needs no array of a table's size.
+
+    The exception are row gradients that are summed dense: by `all_reduce` on a mesh, or as a `RowSum`.
+    """
 
     learning_rate: float | Callable[[ArrayLike], ArrayLike]
     """A number, or a schedule of the number of the step, as those of optax."""
@@ -71,10 +74,14 @@ class RowOptimizer:
         return sharded.update_rows(rows, state, gradients, self._rule(rows.shape[1]), now, **kernels)
 
     def squared_norm(
-        self, rows: Float[Array, "n d"], gradients: Sequence[RowGradient] | RowSum
+        self, rows: Float[Array, "n d"], gradients: Sequence[RowGradient] | RowSum, *, ok: ArrayLike = True
     ) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
-        """The rows as they were, which take the place of the given ones, and the squared norm of their gradient."""
-        return squared_norm(rows, gradients, collective=self.collective, implementation=self.implementation)
+        """The unchanged rows, which replace the given ones, and the squared norm of their gradient; 0 if not ok.
+
+        What `ok` depends on is computed first: the gradients of a backward pass that reads the table in place.
+        """
+        kernels = {"collective": self.collective, "implementation": self.implementation}
+        return squared_norm(rows, gradients, ok=ok, **kernels)
 
     @staticmethod
     def scaled(gradients: Sequence[RowGradient] | RowSum, factor: ArrayLike) -> Sequence[RowGradient] | RowSum:

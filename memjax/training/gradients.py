@@ -59,7 +59,7 @@ class StepGradients(NamedTuple):
     """By layer: the slots that were read, in the end the read counters with all of them."""
 
 
-def accumulate(
+def accumulate_gradients(
     program: TrainProgram, state: TrainState, batch: Batch, num_targets: Array, num_tokens: Array
 ) -> tuple[StepGradients, Callable[[Array], dict[str, Array]]]:
     """The gradients of all micro-batches; and the read counters after the step, when it is known whether it is ok.

@@ -33,8 +33,11 @@ class DenseTableOptimizer:
         """The state of a table before the first update."""
         return self.make(self.learning_rate).init(rows)
 
-    def squared_norm(self, rows: Array, gradient: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
-        """The rows as they were, and the squared norm of their gradient."""
+    def squared_norm(
+        self, rows: Array, gradient: Float[Array, "n d"], *, ok: ArrayLike = True
+    ) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
+        """The unchanged rows, and the squared norm of their gradient, which nothing has to wait for."""
+        del ok
         return rows, jnp.sum(jnp.square(gradient.astype(accumulator(gradient.dtype))))
 
     @staticmethod

@@ -20,7 +20,7 @@ from memjax.sharding.rules import MICRO_BATCHES
 from memjax.training import spikes
 from memjax.training.clipping import clipped
 from memjax.training.compiler import compiler_options
-from memjax.training.gradients import Batch, accumulate, all_finite, masks_of_parts
+from memjax.training.gradients import Batch, accumulate_gradients, all_finite, masks_of_parts
 from memjax.training.optimizer import at_step, global_norm
 from memjax.training.program import TrainProgram
 from memjax.training.state import TrainState
@@ -61,13 +61,15 @@ def train_step(program: TrainProgram, state: TrainState, batch: Batch) -> tuple[
     """The step itself, to be traced."""
     num_targets, num_tokens = batch["loss_mask"].sum(), (batch["segments"] > 0).sum()
     # A batch without a target token has the loss 0.
-    found, counts = accumulate(program, state, batch, jnp.maximum(num_targets, 1), jnp.maximum(num_tokens, 1))
+    at_least_one = jnp.maximum(num_targets, 1), jnp.maximum(num_tokens, 1)
+    found, counts = accumulate_gradients(program, state, batch, *at_least_one)
     aux, dense, dense_tables, not_finite = found.summed
 
     # Decided before anything is written, so that the last good state is always whole. The norm, which clipping needs
     # anyway, tells of all dense gradients in one pass over them.
     norm = global_norm(dense)
-    dense, of_tables, tables, table_norm = clipped(program, state.tables, dense, dense_tables or found.rows, norm)
+    gradients = clipped(program, state.tables, dense, dense_tables or found.rows, norm)
+    table_norm = gradients.table_norm
     ok = state.healthy & all_finite((aux, norm, table_norm, dense_tables)) & (not_finite == 0)
 
     measured = {"loss": aux.loss, "grad_norm": norm}
@@ -76,10 +78,10 @@ def train_step(program: TrainProgram, state: TrainState, batch: Batch) -> tuple[
     updated = ok & ~spike
 
     opt_state = at_step(state.opt_state, state.step)
-    updates, new_opt_state = program.optimizer.update(dense, opt_state, state.params)
+    updates, new_opt_state = program.optimizer.update(gradients.dense, opt_state, state.params)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(updated, n, o), new, old)
     params = keep(optax.apply_updates(state.params, updates), state.params)
-    tables, table_state = _update_tables(program, state, tables, of_tables, updated)
+    tables, table_state = _update_tables(program, state, gradients.tables, gradients.of_tables, updated)
 
     new_state = TrainState(
         step=state.step + ok.astype(jnp.int32),

@@ -54,4 +54,4 @@ def test_it_takes_no_memory_of_the_tables_size():
     measure = lambda table, gradients: squared_norm(table, gradients, implementation="xla")
     memory = jax.jit(measure, donate_argnums=0).lower(table, [drawn(1)]).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= 2**28
-    assert memory.temp_size_in_bytes < 2**28 / 8  # a second moment for every 16 columns, and a chunk
+    assert memory.temp_size_in_bytes < 2**28 / 8  # a number for each row, and a chunk

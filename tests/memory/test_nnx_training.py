@@ -1,5 +1,7 @@
 """`memjax.value_and_grad` and `memjax.Optimizer` against plain autodiff and against the explicit form, in float64."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,10 +183,43 @@ def test_clipping_is_that_of_optax_on_all_gradients_of_plain_autodiff():
         np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.usefixtures("as_users_call")
 def test_a_norm_to_clip_to_is_positive():
-    tables = RowOptimizer(1.0, RowRule(kind="sgd"))
-    with pytest.raises(ValueError, match=r"max_grad_norm=0\.0 must be positive"):
-        memjax.Optimizer(Model(), dense=optax.sgd(1.0), tables=tables, max_grad_norm=0.0)
+    model, tables = Model(), RowOptimizer(1.0, RowRule(kind="sgd"))
+    number = "must be a finite number"
+    refused: list[tuple[Any, str]] = [(0.0, "0.0 must be positive"), ("x", f"'x' {number}"), (True, f"True {number}")]
+    for norm, rule in refused:
+        with pytest.raises(ValueError, match=f"max_grad_norm={rule}"):
+            memjax.Optimizer(model, dense=optax.sgd(1.0), tables=tables, max_grad_norm=norm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [None, 1.0])
+def test_a_step_without_ok_copies_no_table(limit):
+    class Large(nnx.Module):
+        def __init__(self):
+            self.table = ValueTable(128**2, 64, rngs=nnx.Rngs(0))
+            self.layer = MemoryLayer(64, num_keys=128, num_heads=2, top_k=2, key_dim=4, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.layer(x, self.table)
+
+    def step(model, optimizer, x):
+        optimizer.update(model, memjax.value_and_grad(loss_fn)(model, x, x)[1])
+
+    model, x = Large(), jnp.ones((8, 64), jnp.float32)
+    tables = RowOptimizer(1.0, implementation="xla")
+    optimizer = memjax.Optimizer(model, dense=optax.sgd(1.0), tables=tables, max_grad_norm=limit)
+    compiled = nnx.jit(step, donate_argnums=(0, 1)).lower(model, optimizer, x).compile()
+    memory: Any = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < model.table.rows.nbytes / 2
+
+
+@pytest.mark.usefixtures("as_users_call")
+def test_a_rule_that_only_measures_is_no_rule_to_train_with():
+    kind: Any = "rowwise_norm"
+    with pytest.raises(ValueError, match=r"kind='rowwise_norm' is unknown; known: (?!.*norm)rowwise_adam, .*sgd"):
+        RowOptimizer(1e-2, RowRule(kind=kind))
 
 
 def test_tables_that_would_not_be_trained_are_refused():

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from memjax.ops import triton_call
 from memjax.ops.row_formats import formats
 from memjax.ops.row_gradient import RowGradient
-from memjax.ops.row_update.rules import RowRule, row_step
+from memjax.ops.row_update.rules import NormRule, RowRule, row_step
 from memjax.ops.table import Table
 
 triton_call.compute_capability = 90
@@ -101,8 +101,8 @@ for dtype, inputs, outputs in ((jnp.bfloat16, 2816, 1024), (jnp.float32, 24, 40)
         for beside in ((None, None), (bias, x)):
             compile(f"matvec {inputs} {gated} {len(set(beside))}", times, x, rows, residual, *beside)
 
-for kind in ("rowwise_adam", "rowwise_norm", "adam"):
-    rule, table = RowRule(kind=kind), array(jnp.bfloat16, 1000, 1024)
+for rule in (RowRule(), NormRule(state_columns=1024), RowRule(kind="adam")):
+    kind, table = rule.kind, array(jnp.bfloat16, 1000, 1024)
     state = jax.eval_shape(lambda: rule.init(1000, 1024))
     gradient = RowGradient(array(jnp.int32, 8, 20), array(jnp.float32, 8, 20), array(jnp.bfloat16, 8, 1024))
     step = jax.eval_shape(lambda: row_step(1e-3, 0))

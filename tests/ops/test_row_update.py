@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from memjax.ops import dispatch
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.api import row_update
-from memjax.ops.row_update.rules import RowRule, row_step
+from memjax.ops.row_update.rules import NormRule, RowRule, row_step
 
 ROWS, COLUMNS = 11, 8
 IMPLEMENTATIONS = ["triton", "xla", "reference"]
@@ -162,7 +162,7 @@ def test_steps_equal_a_loop_over_picks_and_rows_in_triton(implementation, chunk,
 
 @every_implementation
 def test_the_rule_that_measures_adds_mean_squares_and_changes_no_row(implementation):
-    rng, rule = np.random.default_rng(0), RowRule(kind="rowwise_norm", state_columns=4)
+    rng, rule = np.random.default_rng(0), NormRule(state_columns=4)
     table = jnp.asarray(rng.normal(size=(ROWS, COLUMNS)), jnp.bfloat16)
     gradient = RowGradient(
         jnp.asarray([[1, 3], [3, 9]]),

@@ -10,6 +10,7 @@ import pytest
 from memjax.config.load import load
 from memjax.config.run import RunConfig
 from memjax.ops.product_key_search.api import product_key_search
+from memjax.training.plan.memory import _Planner
 from memjax.training.program import TrainProgram
 from memjax.training.step import abstract_batch, make_train_step
 
@@ -61,6 +62,22 @@ def test_a_step_holds_no_second_table_and_one_search_a_layer(tiny, remat):
     search = jax.jit(lambda queries, keys: product_key_search(queries, keys, 8)).lower(queries, keys).compile()
     assert top_k_calls(search) > 0
     assert top_k_calls(compiled) == 3 * top_k_calls(search)
+
+
+@pytest.mark.slow
+def test_clipping_tables_copies_none_and_measures_with_the_memory_that_is_planned(tiny):
+    table, mesh, temporary, planned = 2**16 * 64 * 4, tiny.mesh(1, 1), {}, {}
+    for clip in ("null", "joint"):
+        config = tiny.config(f"--model.memory.num_keys 256 --model.memory.value_dim 64 --optim.clip_tables {clip}")
+        program = tiny.program_of(config)
+        with jax.set_mesh(mesh):
+            step: Any = make_train_step(program, mesh)
+            compiled = step.lower(program.abstract_state(), abstract_batch(config)).compile()
+        temporary[clip] = compiled.memory_analysis().temp_size_in_bytes
+        planned[clip] = sum(_Planner(config, program, 1).row_update().values())
+    assert temporary["joint"] < table / 2
+    assert planned["joint"] - planned["null"] == 2**16 * 4  # one number a row
+    assert temporary["joint"] - temporary["null"] < 2**20  # with a chunk of picks
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from memjax.ops import dispatch
 from memjax.ops.manual_axes import vary_together
 from memjax.ops.precision import accumulator
 from memjax.ops.row_gradient import RowGradient
-from memjax.ops.row_update.rules import RowRule, RowStep, TableState
+from memjax.ops.row_update.rules import NormRule, RowRule, RowStep, TableState
 from memjax.ops.shapes import require
 
 SMALL_TABLE_BYTES = 1 << 24
@@ -43,7 +43,7 @@ def row_update(
     check_state(table, state, rule)
     require("row_update", all(field.shape == () for field in step), "a step has scalars", **step._asdict())
     name = dispatch.choose("row_update", implementation, table.dtype)
-    if name == "triton" and type(rule) is not RowRule:
+    if name == "triton" and type(rule) not in (RowRule, NormRule):
         # The kernel has the arithmetic of the package's rules in itself.
         if implementation:
             raise NotImplementedError(f"row_update: implementation='triton' has no kernel for {type(rule).__name__}")

@@ -12,7 +12,7 @@ from memjax.config import checks
 from memjax.config.section import BelowOne, Positive
 from memjax.ops.precision import accumulator
 
-Kind = Literal["rowwise_adam", "rowwise_adagrad", "rowwise_norm", "adam", "sgd"]
+Kind = Literal["rowwise_adam", "rowwise_adagrad", "adam", "sgd"]
 
 TableState = dict[str, jax.Array]
 """Optimizer state of a table: arrays with a row for every row of the table."""
@@ -53,7 +53,7 @@ class RowRule:
     rowwise_adam: v = mean(g^2) over `state_columns` neighbouring columns at the first touch, then beta2 v + (1 - beta2)
     mean(g^2); row -= lr g / (sqrt(v) + eps). No first moment, no bias correction (the first touch needs none).
     rowwise_adagrad: v += mean(g^2), otherwise the same. adam: per element, bias-corrected by the number of the step.
-    sgd: row -= lr g. rowwise_norm: v += mean(g^2) and rows stay, with which `memory.gradient_norm` measures gradients.
+    sgd: row -= lr g.
 
     Raises:
         ValueError: `kind` is unknown, or a number is out of its range.
@@ -115,11 +115,24 @@ class RowRule:
 
         blocks = gradients.reshape(gradients.shape[0], -1, self.state_columns)
         square, old = jnp.mean(blocks**2, axis=-1), state["second_moment"]
-        if self.kind == "rowwise_norm":
-            return rows, {"second_moment": (old + square).astype(old.dtype)}
         if self.kind == "rowwise_adagrad":
             second = old + square
         else:
             second = jnp.where(old == 0, square, self.beta2 * old + (1 - self.beta2) * square)
         scaled = blocks / (jnp.sqrt(second)[..., None] + self.eps)
         return rows - lr * scaled.reshape(rows.shape), {"second_moment": second.astype(old.dtype)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class NormRule(RowRule):
+    """Measures gradients and trains nothing: v += mean(g^2) over `state_columns`, and rows stay (`gradient_norm`)."""
+
+    kind: Literal["rowwise_norm"] = "rowwise_norm"  # pyright: ignore[reportIncompatibleVariableOverride]  # no Kind
+    stochastic_rounding: bool = False
+
+    def apply(
+        self, rows: Float[Array, "u d"], state: TableState, gradients: Float[Array, "u d"], step: RowStep
+    ) -> tuple[Float[Array, "u d"], TableState]:
+        """The rows as they were, and the mean squares with those of the gradients."""
+        blocks, old = gradients.reshape(gradients.shape[0], -1, self.state_columns), state["second_moment"]
+        return rows, {"second_moment": (old + jnp.mean(blocks**2, axis=-1)).astype(old.dtype)}

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax.config.run import RunConfig
+from memjax.memory.gradient_norm import columns_per_square
 from memjax.memory.kinds import KINDS, TokenBytes
 from memjax.models import dot_product, loss
 from memjax.models.decoder import resolve_dtype
@@ -295,7 +296,21 @@ class _Planner:
             return {}
         held = planned.bytes[planned.chosen]
         # What is summed from micro-batch to micro-batch is counted there.
-        return {"dense row gradient": 0 if planned.sums else held.gradient, "sorted picks": held.picks}
+        return {
+            "dense row gradient": 0 if planned.sums else held.gradient,
+            "sorted picks": held.picks,
+            "norm of the tables' gradients": self.squares() if self.config.optim.clip_tables else 0,
+        }
+
+    def squares(self) -> int:
+        """Sums of squares of the rows' gradients, from which their norm comes."""
+        shards = self.config.mesh.memory
+        return sum(
+            table.num_slots
+            * (table.width // shards // columns_per_square(table.width, shards))
+            * accumulator(resolve_dtype(table.dtype)).itemsize
+            for table in self.model.tables.values()
+        )
 
     @functools.cached_property
     def collective(self) -> PlannedReduce | None:

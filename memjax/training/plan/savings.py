@@ -28,7 +28,7 @@ def savings(config: RunConfig, *, data_axis: int) -> list[tuple[str, int]]:
         same = dataclasses.replace(program, config=changed) if name.startswith(("train.", "data.")) else None
         after = plan(changed, data_axis=data_axis, program=same).total
         if after < before:
-            found.append((f"--{name} {value}", before - after))
+            found.append((f"--{name} {'null' if value is None else value}", before - after))
     return sorted(found, key=lambda change: -change[1])
 
 
@@ -73,6 +73,8 @@ def _changes(config: RunConfig, data_axis: int) -> Iterator[tuple[str, Any]]:
         if lookup.table_dtype == "float32":
             yield f"model.{kind}.table_dtype", "bfloat16"
     if config.model.lookups:
+        if config.optim.clip_tables and not config.optim.table.is_dense:
+            yield "optim.clip_tables", None
         if config.mesh.row_grad_reduce != "all_reduce" and not config.optim.table.is_dense:
             yield "mesh.row_grad_reduce", "all_reduce"
         if config.optim.table.optimizer in ("adam", "dense_adam"):

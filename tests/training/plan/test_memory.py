@@ -137,6 +137,17 @@ def test_savings_are_real_settings_and_the_most_useful_comes_first():
         assert saved > 0
 
 
+def test_the_norm_of_the_tables_gradients_is_counted_and_can_be_saved():
+    small = "--model.num_layers 2 --model.memory.layers 1 --data.batch_size 1 --mesh.row_grad_reduce all_reduce"
+    joint = config_of("373m_memory_plus_1m", f"{small} --optim.clip_tables joint")
+    found = memory_plan.plan(joint, data_axis=1)
+    assert found.moment == "the update"
+    assert found.temporary["norm of the tables' gradients"] == 2**20 * 4  # one number a row
+    null = memory_plan.plan(config_of("373m_memory_plus_1m", small), data_axis=1).total
+    assert 2**20 * 4 <= found.total - null <= 2**20 * 5
+    assert ("optim.clip_tables", None) in savings._changes(joint, 1)
+
+
 def test_bytes_of_a_compiled_function_are_its_arrays():
     double = jax.jit(lambda x, y: (2 * x, y.sum()), donate_argnums=0)
     compiled = double.lower(jnp.zeros((64, 16)), jnp.zeros(1024)).compile()
