@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -183,7 +183,8 @@ def test_what_cannot_be_loaded_is_explained(tmp_path):
         load(tmp_path / "double")
     with pytest.raises(CheckpointError, match="no step was saved with a validation loss"):
         load(tmp_path / "new", step="best")
-    for number, change in enumerate(({"config": 5}, {"table_dtypes": "x"}, {"tokenizer": None}, {"tokenizer": {}})):
+    changes: tuple[dict[str, Any], ...] = ({"config": 5}, {"table_dtypes": "x"}, {"tokenizer": None}, {"tokenizer": {}})
+    for number, change in enumerate(changes):
         save(tmp_path / f"odd{number}", config, **change)
         with pytest.raises(CheckpointError, match=r"does not say what it holds|tokenizer cannot be read"):
             load(tmp_path / f"odd{number}")

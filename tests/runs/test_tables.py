@@ -327,10 +327,11 @@ def test_gpus_are_offered_int4_the_host_and_more_gpus(monkeypatch):
         "5.12 GB is more than the 2.00 GB of memory that a device has left; load with table_format=int4 (1.36 GB) or "
         "table_place=host or memory_devices=3"
     )
-    for options, way_out in (
+    cases: tuple[tuple[list[run_tables.LoadOption], str], ...] = (
         (["memory_devices"], "load with memory_devices=3"),
         ([], "set JAX_PLATFORMS=cpu to use the memory of the machine"),
-    ):
+    )
+    for options, way_out in cases:
         with pytest.raises(ConfigError, match=f"a device has left; {way_out}$"):
             run_tables.check_room([run_tables.TableForm.of("shared", rows, formats.find("bfloat16"))], None, options)
 
