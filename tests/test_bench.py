@@ -56,7 +56,7 @@ def test_generation_is_timed_by_batch_and_prompt_and_memory_is_set_against_dense
         ("Memory+", 1),
         ("Memory+", 2),
         ("lookup, 256 slots, int8, as it is", 1),
-        ("lookup, 256 slots, int8, one warp", 1),
+        ("lookup, 256 slots, int8, pairs sorted", 1),
     ]
     for row in record["rows"]:
         assert row.get("note", "microseconds").endswith("microseconds"), row
