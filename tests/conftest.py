@@ -176,7 +176,7 @@ def drawn_model() -> Any:
     parts, rng = DecoderParts.of(config), np.random.default_rng(1)
     # Drawn by NumPy: compiling the initialisation would take longer than all that is tested.
     fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype))
-    return parts.assemble(fill(parts.abstract_params), fill(parts.abstract_tables))
+    return parts.merge(fill(parts.abstract_params), fill(parts.abstract_tables))
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,7 @@ def random_model(parts: DecoderParts, table_format: str | None, place: str | Non
 
     params, shapes = jax.tree_util.tree_map_with_path(draw, parts.abstract_params), parts.abstract_tables
     if table_format is None or place is None:
-        return parts.assemble(params, jax.tree_util.tree_map_with_path(draw, shapes))
+        return parts.merge(params, jax.tree_util.tree_map_with_path(draw, shapes))
     row_format = formats.find(table_format)
     tables = {pool: random_table(row_format, place, *rows.shape) for pool, rows in shapes.items()}
-    return parts.assemble(params, tables)
+    return parts.merge(params, tables)

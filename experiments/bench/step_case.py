@@ -91,7 +91,7 @@ def distinct_rows(program: TrainProgram, state: Any, batch: dict[str, jax.Array]
 
     @jax.jit
     def picks(params: Any, tables: Any, tokens: jax.Array, positions: jax.Array) -> list[jax.Array]:
-        reads = program.parts.assemble(params, tables).hidden(tokens, positions).reads
+        reads = program.parts.merge(params, tables).hidden(tokens, positions).reads
         return [of_layer[0].indices for of_layer in reads.values()]
 
     found = jax.device_get(picks(state.params, state.tables, batch["tokens"][0], batch["positions"][0]))

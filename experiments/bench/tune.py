@@ -35,7 +35,7 @@ def best(operation: str, tried: list[dict[str, int]], measure: Callable[[], floa
     """The candidate with the lowest time; each one's time is printed, and a failure is one more result."""
     times = []
     for fields in tried:
-        with tiles.trying(operation, **fields):
+        with tiles.override(operation, **fields):
             try:
                 milliseconds = measure()
             except Exception as error:  # a tile may need more registers or shared memory than there are

@@ -139,7 +139,7 @@ def _program(trainer: FactTrainer) -> Any:
 def _examined(trainer: FactTrainer, state: TrainState, tokens: Array, answers: Array) -> dict[str, Array]:
     rows, begins = jnp.arange(len(tokens)), answers[:, 0]
     written = trainer.write(state.params, state.tables, tokens, begins)
-    model = trainer.program.parts.assemble(state.params, state.tables)
+    model = trainer.program.parts.merge(state.params, state.tables)
     runs, x = run_layers(model, written[:, :-1])
     logits = model.logits(model.norm(x).normed)
     chances = jax.nn.log_softmax(logits, axis=-1)

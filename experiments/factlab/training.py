@@ -62,8 +62,8 @@ class PerfectAddress(DecoderParts):
 
     lookup: Any = None
 
-    def assemble(self, params: Any, tables: Tables) -> Decoder:
-        model = DecoderParts.assemble(self, params, tables)
+    def merge(self, params: Any, tables: Tables) -> Decoder:
+        model = DecoderParts.merge(self, params, tables)
         assert self.config.memory is not None
         for layer in self.config.memory.layers:
             model.blocks[layer].memory.lookup = lambda _: self.lookup
@@ -76,8 +76,8 @@ class Without(DecoderParts):
 
     part: Literal["gate_proj", "value_proj"] = "gate_proj"
 
-    def assemble(self, params: Any, tables: Tables) -> Decoder:
-        model = DecoderParts.assemble(self, params, tables)
+    def merge(self, params: Any, tables: Tables) -> Decoder:
+        model = DecoderParts.merge(self, params, tables)
         assert self.config.memory is not None
         for layer in self.config.memory.layers:
             setattr(model.blocks[layer].memory, self.part, None)
@@ -237,7 +237,7 @@ class FactTrainer:
 
     def write(self, params: Any, tables: Any, tokens: Array, begins: Array) -> Array:
         """The rows with what the model writes from `begins` on; each token is likeliest after those before it."""
-        model = self.program.parts.assemble(params, tables)
+        model = self.program.parts.merge(params, tables)
         return write_greedily(model, tokens, begins, self.longest)
 
     def _of_the_table(self, state: TrainState) -> dict[str, Any]:
@@ -245,7 +245,7 @@ class FactTrainer:
         if not state.tables:
             return {}
         parts = self.program.parts
-        zeroed = zero_tables(parts.assemble(state.params, state.tables))
+        zeroed = zero_tables(parts.merge(state.params, state.tables))
         without = dataclasses.replace(state, tables={pool: table.rows[...] for pool, table in zeroed.tables.items()})
         used = {name: float(statistics(counts).used_fraction) for name, counts in state.reads.items()}
         return {"used_fraction": used, "recall_zeroed": self.summary(self.test(without))["recall"]}
@@ -265,7 +265,7 @@ class FactTrainer:
     def _answer(self, params: Any, tables: Any, slots: Array, *questions: Array) -> tuple[Array, Array]:
         def some(question: tuple[Array, Array, Array]) -> tuple[Array, Array]:
             tokens, answers, numbers = question
-            model = self._addressed(slots, numbers).parts.assemble(params, tables)
+            model = self._addressed(slots, numbers).parts.merge(params, tables)
             logits = model.logits(model.hidden(tokens[:, :-1])[0])
             targets, is_answer = tokens[:, 1:], _is_answer(tokens, answers)
             right = (jnp.argmax(logits, axis=-1) == targets) | ~is_answer

@@ -158,7 +158,7 @@ def greedy_texts(folder: pathlib.Path) -> Iterator[Check]:
         parts = DecoderParts.of(model)
         params, tables = parts.init(jax.random.key(1))
         params = jax.tree.map(lambda leaf: leaf * 3 if leaf.ndim > 1 else leaf, params)
-        decoder = parts.assemble(params, tables)
+        decoder = parts.merge(params, tables)
         run = RunConfig(model=model, data=DataConfig(sequence_length=128))
         write_run(folder / f"{kind}-run", decoder, tokenizer, run)
         to_hf(folder / f"{kind}-run", folder / f"{kind}-hf")

@@ -60,7 +60,7 @@ def random_run(folder: pathlib.Path) -> LoadedModel:
     model = ModelConfig(dim=64, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=96, vocab_size=400, memory=None)
     parts = DecoderParts.of(model)
     params, tables = parts.init(jax.random.key(2))
-    decoder = parts.assemble(jax.tree.map(lambda leaf: leaf * 4 if leaf.ndim > 1 else leaf, params), tables)
+    decoder = parts.merge(jax.tree.map(lambda leaf: leaf * 4 if leaf.ndim > 1 else leaf, params), tables)
     write_run(folder / "run", decoder, tokenizer, RunConfig(model=model, data=DataConfig(sequence_length=512)))
     to_hf(folder / "run", folder / "hf")
     return memjax.load(folder / "run")

@@ -25,7 +25,7 @@ from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.inference.text import continue_texts
 from memjax.interop.huggingface.convert import from_hf, to_hf
 from memjax.models.decoder import Decoder
-from memjax.models.parts import DecoderParts, take_apart
+from memjax.models.parts import DecoderParts, split_decoder
 from memjax.runs.load import load_as_saved
 from memjax.runs.write import write_run
 
@@ -125,7 +125,7 @@ def _random_model(config: ModelConfig) -> Decoder:
         return jnp.asarray(noise * leaf.shape[-2] ** -0.5 if leaf.ndim > 1 else 1 + noise / 8, leaf.dtype)
 
     tables = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), parts.abstract_tables)
-    return parts.assemble(jax.tree.map(parameter, parts.abstract_params), tables)
+    return parts.merge(jax.tree.map(parameter, parts.abstract_params), tables)
 
 
 def _export(folder: pathlib.Path, short: str) -> list[str]:
@@ -145,18 +145,18 @@ def _export(folder: pathlib.Path, short: str) -> list[str]:
 
 def _widened(model: Decoder) -> Decoder:
     """The model with the same numbers in float32 tables."""
-    _, params, tables = take_apart(model)
+    _, params, tables = split_decoder(model)
     assert model.config.memory is not None
     memory = dataclasses.replace(model.config.memory, table_dtype="float32")
     parts = DecoderParts.of(dataclasses.replace(model.config, memory=memory))
-    return parts.assemble(params, jax.tree.map(lambda table: table.astype(jnp.float32), tables))
+    return parts.merge(params, jax.tree.map(lambda table: table.astype(jnp.float32), tables))
 
 
 def _unlike(run: pathlib.Path, exported: pathlib.Path) -> int:
     """Arrays that differ between a run and what comes back from its exported folder."""
     back = exported.with_name(f"{exported.name}-back")
     from_hf(exported, back)
-    ours, theirs = (jax.tree.leaves(take_apart(load_as_saved(place).model)[1:]) for place in (run, back))
+    ours, theirs = (jax.tree.leaves(split_decoder(load_as_saved(place).model)[1:]) for place in (run, back))
     same = lambda a, b: a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
     return abs(len(ours) - len(theirs)) + sum(not same(*pair) for pair in zip(ours, theirs, strict=False))
 
@@ -208,4 +208,4 @@ def _not_read_again(saved: pathlib.Path) -> bool:
     """Whether memjax cannot read what transformers has saved, the tokenizer apart."""
     from_hf(saved, saved.with_name(f"{saved.name}-run"), tokenizer="byte")
     again = load_as_saved(saved.with_name(f"{saved.name}-run")).model
-    return not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(take_apart(again)[1:]))
+    return not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(split_decoder(again)[1:]))

@@ -16,7 +16,7 @@ from memjax.config.load import load
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.interop.huggingface.convert import to_hf
-from memjax.models.parts import take_apart
+from memjax.models.parts import split_decoder
 from memjax.runs.load import load_as_saved
 from memjax.runs.write import write_run
 from memjax.sharding.mesh import put_batch
@@ -145,8 +145,8 @@ def _in_memjax(folder: pathlib.Path, settings: str) -> tuple[Outcome, RunConfig]
 
 
 def _export(folder: pathlib.Path, name: str, program: TrainProgram, state: Any, config: RunConfig) -> None:
-    write_run(folder / f"{name}-run", program.parts.assemble(state.params, state.tables), ByteTokenizer(), config)
-    assert take_apart(load_as_saved(folder / f"{name}-run").model)[1]
+    write_run(folder / f"{name}-run", program.parts.merge(state.params, state.tables), ByteTokenizer(), config)
+    assert split_decoder(load_as_saved(folder / f"{name}-run").model)[1]
     to_hf(folder / f"{name}-run", folder / name)
 
 

@@ -170,7 +170,7 @@ def make_run(folder: pathlib.Path) -> None:
     # Drawn by NumPy: compiling the initialisation would take longer than most attempts.
     draw = lambda leaf: jax.numpy.asarray(rng.normal(size=leaf.shape) / 4, leaf.dtype)
     params, tables = (jax.tree.map(draw, tree) for tree in (parts.abstract_params, parts.abstract_tables))
-    write_run(folder, parts.assemble(params, tables), ByteTokenizer(), config)
+    write_run(folder, parts.merge(params, tables), ByteTokenizer(), config)
     rows = [{"step": step, "train/loss": 5.0 / step, "val/loss": None, "train/tokens": 64} for step in range(1, 9)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     summary = {"steps": 8, "metrics": {"train/loss": 0.6}, "facts": {"asked": {"accuracy": 0.5}}}
@@ -254,13 +254,13 @@ def patch_files(folder: pathlib.Path) -> Family:
     import numpy as np
 
     import memjax
-    from memjax.models.parts import take_apart
+    from memjax.models.parts import split_decoder
     from memjax.runs.applied import Applied, model_digest
     from memjax.runs.patch import Patch, RowChange, read_patch, write_patch
 
     run = folder / "run"
     make_run(run)
-    ((name, table),) = take_apart(memjax.load(run).model)[2].items()
+    ((name, table),) = split_decoder(memjax.load(run).model)[2].items()
     rows, old = np.array([1, 5, 60]), np.asarray(table)[[1, 5, 60]]
     base = model_digest(run / "checkpoints", 0)
     patch = Patch(base, {name: RowChange(len(table), rows, old, old + 1)}, {"facts": [{"prompt": "a", "answer": "b"}]})
@@ -272,7 +272,7 @@ def patch_files(folder: pathlib.Path) -> Family:
 
     def read() -> Any:
         read_patch(file)
-        return np.asarray(take_apart(memjax.load(run, patches=[file]).model)[2][name])
+        return np.asarray(split_decoder(memjax.load(run, patches=[file]).model)[2][name])
 
     def same(found: Any, right: Any, how: str) -> str:
         changed = np.flatnonzero((found != before).any(axis=1))

@@ -78,8 +78,8 @@ def command(lab: Lab, action: str, run: pathlib.Path, patch: pathlib.Path, out: 
 
 def table(run: pathlib.Path, *patches: pathlib.Path) -> np.ndarray:
     """The rows of the run's table as `memjax.load` gives them."""
-    from memjax.models.parts import take_apart
+    from memjax.models.parts import split_decoder
     from memjax.runs.load import load
 
-    (rows,) = take_apart(load(run, patches=patches).model)[2].values()
+    (rows,) = split_decoder(load(run, patches=patches).model)[2].values()
     return np.asarray(rows)

@@ -20,7 +20,7 @@ from memjax.data.tokenizers.base import Tokenizer
 from memjax.inference.scoring import Place, Request, score, to_device
 from memjax.models.counts import count_parameters
 from memjax.models.decoder import Decoder
-from memjax.models.parts import take_apart
+from memjax.models.parts import split_decoder
 
 _CHOICES = {
     "birth_date": len(biographies.DAYS) * len(biographies.MONTHS) * len(biographies.YEARS),
@@ -79,7 +79,7 @@ def knowledge_report(
         needed = float(np.mean(nats[name])) / math.log(2)
         by_attribute[name] = {"bits": math.log2(choices) - needed, "bits_to_know": math.log2(choices)}
     bits, to_know = (len(people) * sum(item[key] for item in by_attribute.values()) for key in ("bits", "bits_to_know"))
-    counts, shape = count_parameters(take_apart(model)[0]), model.config
+    counts, shape = count_parameters(split_decoder(model)[0]), model.config
     no_token = max(0, shape.vocab_size - tokenizer.vocab_size) * shape.dim * (1 if shape.tie_embeddings else 2)
     parameters = counts.total - no_token
     return {

@@ -18,7 +18,7 @@ from memjax.data.tokenizers.base import Tokenizer
 from memjax.inference.engine import generate
 from memjax.inference.scoring import Place, Request, score, to_device
 from memjax.models.decoder import Decoder
-from memjax.models.parts import take_apart
+from memjax.models.parts import split_decoder
 from memjax.ops.table import Table
 
 _SAMPLES = 3
@@ -93,7 +93,7 @@ def zero_tables(model: Decoder, *, donate: bool = False) -> Decoder:
         model: the model.
         donate: give the model's own tables back first, so that no memory is needed; the model cannot be used any more.
     """
-    parts, params, tables = take_apart(model)
+    parts, params, tables = split_decoder(model)
     zeroed = {}
     for pool, table in tables.items():
         if isinstance(table, Table):
@@ -103,7 +103,7 @@ def zero_tables(model: Decoder, *, donate: bool = False) -> Decoder:
         if donate:
             table.delete()
         zeroed[pool] = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
-    return parts.assemble(params, zeroed)
+    return parts.merge(params, zeroed)
 
 
 def fact_report(

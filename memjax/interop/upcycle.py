@@ -9,7 +9,7 @@ import jax
 from memjax.checkpoint.names import flatten, nest
 from memjax.config.memory import MemoryConfig
 from memjax.models.decoder import Decoder
-from memjax.models.parts import DecoderParts, take_apart
+from memjax.models.parts import DecoderParts, split_decoder
 from memjax.runs.files import check_new
 from memjax.runs.layout import params_to_tree, tree_to_params
 from memjax.runs.load import load
@@ -40,7 +40,7 @@ def upcycle(model: Decoder, memory: MemoryConfig, *, seed: int = 0) -> Decoder:
         )
     parts = DecoderParts.of(dataclasses.replace(model.config, memory=memory))
     wanted = flatten(params_to_tree(parts.abstract_params))
-    kept = {name: leaf for name, leaf in flatten(params_to_tree(take_apart(model)[1])).items() if name in wanted}
+    kept = {name: leaf for name, leaf in flatten(params_to_tree(split_decoder(model)[1])).items() if name in wanted}
 
     @jax.jit
     def draw(key: jax.Array) -> tuple[dict[str, Any], Any]:
@@ -48,7 +48,7 @@ def upcycle(model: Decoder, memory: MemoryConfig, *, seed: int = 0) -> Decoder:
         return {name: leaf for name, leaf in flatten(params_to_tree(params)).items() if name not in kept}, tables
 
     new, tables = draw(jax.random.key(seed))
-    return parts.assemble(tree_to_params(parts, nest(kept | new)), tables)
+    return parts.merge(tree_to_params(parts, nest(kept | new)), tables)
 
 
 def upcycle_run(

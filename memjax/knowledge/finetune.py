@@ -20,7 +20,7 @@ from memjax.knowledge.slots import Background, pools_of
 from memjax.memory.usage import count_reads
 from memjax.models.decoder import Decoder
 from memjax.models.loss import summed_loss
-from memjax.models.parts import DecoderParts, Tables, take_apart, writable
+from memjax.models.parts import DecoderParts, Tables, split_decoder, writable
 from memjax.ops.row_update.api import row_update
 from memjax.ops.row_update.rules import RowRule, row_step
 
@@ -85,7 +85,7 @@ def learn(
         after_epoch: is told the epoch from 1, its mean loss and the model after it, whose tables the next epoch
             overwrites; true ends the learning.
     """
-    parts, params, tables = take_apart(model)
+    parts, params, tables = split_decoder(model)
     pairs = [windows(pairs_of(fact.wordings, tokenizer), longest) for fact in facts]
     old = windows(pairs_of(known, tokenizer), longest) if recipe.replay else []
     width = width_of([*old, *(found for fact in pairs for found in fact)])
@@ -110,9 +110,9 @@ def learn(
             losses.append(loss)
             step += 1
         mean = float(np.mean(jax.device_get(losses)))
-        if after_epoch and after_epoch(epoch, mean, parts.assemble(params, tables)):
+        if after_epoch and after_epoch(epoch, mean, parts.merge(params, tables)):
             break
-    return parts.assemble(params, tables)
+    return parts.merge(params, tables)
 
 
 def _step(

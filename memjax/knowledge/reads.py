@@ -80,7 +80,7 @@ def table_gradients(
     """
 
     def loss_fn(nothing: dict[str, Array], perturbations: dict[str, Perturbations]) -> tuple[Array, tuple[Any, Any]]:
-        model = parts.assemble(params, tables)
+        model = parts.merge(params, tables)
         hidden = model.hidden(batch["tokens"], perturbations=perturbations, token_mask=batch["segments"] > 0)
         return objective(model, hidden.states), (hidden.reads, slot_reads(hidden))
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from memjax.knowledge.reads import LayerRun, run_layers, table_gradients, tables_of, through_norm
 from memjax.models.decoder import Decoder
-from memjax.models.parts import take_apart
+from memjax.models.parts import split_decoder
 from memjax.ops.embedding_dot.api import embedding_dot
 
 
@@ -141,7 +141,7 @@ def _layer(rows: Any, run: LayerRun, directions: Float[Array, "t dim"]) -> tuple
 
 def _effects(model: Decoder, tokens: Array, place: int, target: int) -> dict[str, Array]:
     """What every slot adds to the logit of a token at a place through all blocks, to first order, by layer."""
-    parts, params, tables = take_apart(model)
+    parts, params, tables = split_decoder(model)
 
     @jax.jit
     def run(params: Any, tables: Any, batch: dict[str, Array], place: Array, target: Array) -> dict[str, Array]:

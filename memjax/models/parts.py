@@ -1,4 +1,4 @@
-"""A decoder taken apart into what the trainer treats differently, and put together again."""
+"""A decoder split into dense parameters and tables, which are trained differently, and merged from them again."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ AnyTables = Mapping[str, Table | Float[Array, "n d"]]
 class DecoderParts:
     """The structure of a decoder without its arrays: dense parameters and tables go in, a decoder comes out.
 
-    `assemble` costs nothing under `jax.jit` and copies nothing outside it.
+    `merge` costs nothing under `jax.jit` and copies nothing outside it.
     """
 
     config: ModelConfig
@@ -97,8 +97,8 @@ class DecoderParts:
             for layer in section.layers
         }
 
-    def assemble(self, params: nnx.State, tables: AnyTables) -> Decoder:
-        """A decoder made of the given arrays."""
+    def merge(self, params: nnx.State, tables: AnyTables) -> Decoder:
+        """The decoder with the given arrays."""
         rows = {pool: {"rows": TableRows(table)} for pool, table in tables.items()}
         return nnx.merge(self.graphdef, params, nnx.State({"tables": rows} if rows else {}))
 
@@ -107,8 +107,8 @@ def _without_blocks(params: nnx.State) -> nnx.State:
     return nnx.State({name: part for name, part in params.items() if name != "blocks"})
 
 
-def take_apart(model: Decoder) -> tuple[DecoderParts, nnx.State, AnyTables]:
-    """The parts of a decoder and its arrays."""
+def split_decoder(model: Decoder) -> tuple[DecoderParts, nnx.State, AnyTables]:
+    """The structure of a decoder, its dense parameters, and its tables."""
     graphdef, tables, params = nnx.split(model, TableRows, nnx.Param)
     arrays = _tables_of(tables)
     abstract_params, abstract_tables = jax.tree.map(

@@ -67,24 +67,24 @@ def _columns(dim: int) -> int:
     return max(8, dim & -dim, min(64, next_power_of_two(dim)))
 
 
-_tried: dict[str, dict[str, int]] = {}
+_overrides: dict[str, dict[str, int]] = {}
 
 
 @contextlib.contextmanager
-def trying(operation: str, **fields: int) -> Iterator[None]:
-    """Kernels traced inside the block use these fields of a tile: how tiles are tuned."""
-    _tried[operation] = fields
+def override(name: str, **fields: int) -> Iterator[None]:
+    """Kernels traced inside the block use these fields of the tile that is tuned under a name: how tiles are tuned."""
+    _overrides[name] = fields
     try:
         yield
     finally:
-        del _tried[operation]
+        del _overrides[name]
 
 
 def tuned(operation: str, name: str) -> dict[str, int]:
-    """The fields of a tile that are tuned for this machine's kind of device, or tried."""
+    """The fields of a tile that are tuned for this machine's kind of device, or overridden."""
     kind = jax.devices()[0].device_kind
     of_kind = next((found for known, found in _tuned_by_kind(operation).items() if kind.startswith(known)), {})
-    return _tried.get(name, of_kind.get(name, {}))
+    return _overrides.get(name, of_kind.get(name, {}))
 
 
 @functools.cache

@@ -122,7 +122,7 @@ def loaded(run: str, settings: CheckpointSettings) -> Iterator["LoadedModel"]:
 
 
 def _load(run: str, settings: CheckpointSettings) -> "LoadedModel":
-    from memjax.models.parts import take_apart, writable
+    from memjax.models.parts import split_decoder, writable
     from memjax.runs.load import TableSettings, load_with
     from memjax.runs.tables import LOAD_OPTIONS, LoadOption
 
@@ -131,7 +131,7 @@ def _load(run: str, settings: CheckpointSettings) -> "LoadedModel":
     known: list[LoadOption] = [option for option in LOAD_OPTIONS if hasattr(settings, option)]
     found = load_with(run, tables, step=settings.checkpoint, patches=settings.patch, options=known, **options)
     if not isinstance(settings, InferenceSettings):
-        writable(take_apart(found.model)[2], run)
+        writable(split_decoder(found.model)[2], run)
     return found
 
 

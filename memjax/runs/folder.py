@@ -26,7 +26,7 @@ from memjax.monitoring.metrics import read_metrics
 from memjax.runs.environment import environment
 from memjax.runs.layout import CHECKPOINTS
 from memjax.runs.saved import read_config, read_tokenizer
-from memjax.sharding.processes import first_alone, is_first
+from memjax.sharding.processes import is_first, process_zero_first
 
 WHERE_IT_RUNS = ("run.dir", "run.mirror", "run.compile_cache", "data.prepared", "mesh.", "processes.")
 """Settings that do not show in what a run leaves."""
@@ -201,7 +201,7 @@ class RunFolder:
             return _fitting(tokenizer, config, f"of the run in {self.path}; set it back")
         # Reading a checkpoint is for all processes together; training a tokenizer is for one.
         tokenizer = make_tokenizer(config, data) if config.train.init_from else None
-        with first_alone("tokenizer"):
+        with process_zero_first("tokenizer"):
             if is_first():
                 tokenizer = tokenizer or make_tokenizer(config, data)
                 if jax.process_count() > 1:

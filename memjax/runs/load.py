@@ -17,7 +17,7 @@ from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import CheckpointError, ConfigError
 from memjax.models.decoder import Decoder, resolve_dtype
-from memjax.models.parts import DecoderParts, take_apart
+from memjax.models.parts import DecoderParts, split_decoder
 from memjax.ops.row_formats import formats
 from memjax.ops.row_formats.formats import Plain, RowFormat
 from memjax.ops.table import Place
@@ -228,7 +228,7 @@ def _as_saved(
     saved = read_saved(checkpoints, folder, wanted, meta, ema=ema, with_tables=True, options=options)
     tables = patched(saved.tables, folder, saved.step, patches)
     identities = [*Applied(folder).names(saved.step), *(read_patch(patch).identity for patch in patches)]
-    model = saved.parts.assemble(tree_to_params(saved.parts, saved.params), tables)
+    model = saved.parts.merge(tree_to_params(saved.parts, saved.params), tables)
     return LoadedModel(model, saved.tokenizer, saved.config, saved.step, tuple(identities))
 
 
@@ -237,10 +237,10 @@ def _in_types_of_here(saved: LoadedModel, dtype: DTypeLike | None) -> LoadedMode
     config = with_dtypes(saved.config.model, all_of=dtype, tables=_wider(saved.config.model, saved.model.config))
     if config == saved.model.config:
         return saved
-    _, params, tables = take_apart(saved.model)
+    _, params, tables = split_decoder(saved.model)
     parts = DecoderParts.of(config)
     params = cast_like(params_to_tree(params), params_to_tree(parts.abstract_params))
-    model = parts.assemble(tree_to_params(parts, params), cast_like(tables, parts.abstract_tables))
+    model = parts.merge(tree_to_params(parts, params), cast_like(tables, parts.abstract_tables))
     return dataclasses.replace(saved, model=model)
 
 
@@ -269,7 +269,7 @@ def _in_form(
         except ValueError as error:
             raise ConfigError(f"table {pool} of {folder}: {error}") from error
     params = cast_like(saved.params, params_to_tree(parts.abstract_params))
-    model = parts.assemble(tree_to_params(parts, params), tables)
+    model = parts.merge(tree_to_params(parts, params), tables)
     return LoadedModel(model, saved.tokenizer, saved.config, saved.step)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from memjax.checkpoint.checkpoints import Checkpoints
 from memjax.checkpoint.restoring import StoredStep
 from memjax.errors import CheckpointError
-from memjax.models.parts import take_apart, writable
+from memjax.models.parts import split_decoder, writable
 from memjax.runs.applied import Applied, model_digest
 from memjax.runs.layout import META, PARAMS
 from memjax.runs.load import LoadedModel, load_as_saved
@@ -36,7 +36,7 @@ def diff(old: str | os.PathLike[str], new: str | os.PathLike[str], *, step: Step
             f"{new}: differs from {old} in {other[0]}{more}; a patch holds rows of tables only, dense "
             "parameters must be the same"
         )
-    before, after = (writable(take_apart(model.model)[2]) for model in models)
+    before, after = (writable(split_decoder(model.model)[2]) for model in models)
     shapes = [{name: (table.shape, table.dtype.name) for name, table in tables.items()} for tables in (before, after)]
     if shapes[0] != shapes[1]:
         raise CheckpointError(f"{new}: has tables {shapes[1]}, {old} has {shapes[0]}")
@@ -50,8 +50,8 @@ def patch_between(run: str | os.PathLike[str], found: LoadedModel, new: Any, not
     Rows are rounded to the type in which the run keeps its tables.
     """
     folder = checkpoint_folder(run)
-    tables = writable(take_apart(load_as_saved(run, step=found.step).model)[2])
-    wanted = {name: table.astype(tables[name].dtype) for name, table in writable(take_apart(new)[2]).items()}
+    tables = writable(split_decoder(load_as_saved(run, step=found.step).model)[2])
+    wanted = {name: table.astype(tables[name].dtype) for name, table in writable(split_decoder(new)[2]).items()}
     return between(tables, wanted, base=model_digest(folder, found.step), notes=notes)
 
 

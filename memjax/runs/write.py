@@ -7,7 +7,7 @@ from memjax.checkpoint.checkpoints import Checkpoints
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.models.decoder import Decoder
-from memjax.models.parts import take_apart, writable
+from memjax.models.parts import split_decoder, writable
 from memjax.runs.files import written_whole
 from memjax.runs.folder import Claim, RunFolder
 from memjax.runs.layout import CHECKPOINTS, META, PARAMS, TABLES, meta_document, params_to_tree
@@ -20,7 +20,7 @@ def write_run(folder: str | os.PathLike[str], model: Decoder, tokenizer: Tokeniz
         ConfigError: the folder holds something.
         CheckpointError: it cannot be written.
     """
-    _, params, tables = take_apart(model)
+    _, params, tables = split_decoder(model)
     config = dataclasses.replace(config_of_copy(config, folder), model=model.config)
     items = {PARAMS: params_to_tree(params)} | ({TABLES: writable(tables)} if tables else {})
     with written_whole(folder) as path:

@@ -177,7 +177,7 @@ def is_first() -> bool:
 
 
 @contextlib.contextmanager
-def first_alone(name: str) -> Iterator[None]:
+def process_zero_first(name: str) -> Iterator[None]:
     """The block in the first process, then in all others, which find what it has written.
 
     Args:

@@ -18,7 +18,7 @@ from memjax.monitoring.metrics import WINDOW, comparable, has_usage, read_metric
 from memjax.monitoring.plots import plot_run
 from memjax.runs.folder import RunFolder
 from memjax.sharding.mesh import put_batch
-from memjax.sharding.processes import first_alone, is_first
+from memjax.sharding.processes import is_first, process_zero_first
 from memjax.sharding.rules import TOKENS
 from memjax.training.program import TrainProgram
 from memjax.training.state import TrainState
@@ -33,7 +33,7 @@ def finish(
     """
     config = program.config
     report = _ask_for_facts(program, state, mesh, tokenizer) if find_source(config.data).people else None
-    with first_alone("summary"):
+    with process_zero_first("summary"):
         if is_first():
             _write(config, folder, report, _sizes(program))
     summary = folder.read_summary()
@@ -45,7 +45,7 @@ def finish(
 def _ask_for_facts(program: TrainProgram, state: TrainState, mesh: Mesh, tokenizer: Tokenizer) -> dict[str, Any]:
     """Uses the tables up."""
     config, started = program.config, time.monotonic()
-    model = program.parts.assemble(state.params, state.tables)
+    model = program.parts.merge(state.params, state.tables)
     report = fact_report(
         model,
         tokenizer,

@@ -109,8 +109,8 @@ def _gradients(
     def loss_fn(
         params: nnx.State, perturbations: dict[str, Perturbations], tables: Tables
     ) -> tuple[Array, tuple[Reads, LossSums]]:
-        params = without_gradient_where_frozen(program.config.optim, _whole_outside_blocks(params))
-        model = parts.assemble(params, tables)
+        params = without_gradient_where_frozen(program.config.optim, _gathered_outside_blocks(params))
+        model = parts.merge(params, tables)
         places = (batch["tokens"], batch["positions"], segments)
         hidden = model.hidden(*places, perturbations, remat, token_mask=token_mask, training=True)
         mask = batch["loss_mask"].astype(accumulator(hidden.states.dtype))
@@ -140,7 +140,7 @@ def _gradients(
     return StepGradients(summed, rows, {layer: of_layer[0].indices for layer, of_layer in reads.items()})
 
 
-def _whole_outside_blocks(params: nnx.State) -> nnx.State:
+def _gathered_outside_blocks(params: nnx.State) -> nnx.State:
     """Embedding, norm and output matrix gathered once; blocks gather theirs when they run."""
     return nnx.State({name: part if name == "blocks" else axes.gathered(part) for name, part in params.items()})
 

@@ -21,7 +21,7 @@ from memjax.monitoring.units import billions, gigabytes
 from memjax.ops import dispatch, host_memory
 from memjax.runs.folder import Claim, RunFolder
 from memjax.sharding.mesh import make_mesh
-from memjax.sharding.processes import first_alone, is_first
+from memjax.sharding.processes import is_first, process_zero_first
 from memjax.training.ending import Preempted
 from memjax.training.finish import describe_summary, finish
 from memjax.training.hook import Periodic
@@ -97,7 +97,7 @@ def train(config: RunConfig, *, allow_changed: bool = False, hooks: Sequence[Per
     check(config)
     folder = RunFolder.of(config)
     with contextlib.ExitStack() as stack:
-        with first_alone("run.dir"):
+        with process_zero_first("run.dir"):
             if is_first():
                 stack.enter_context(folder.owned())
                 if config.run.mirror:
@@ -123,7 +123,7 @@ def _train(claim: Claim, hooks: Sequence[Periodic]) -> int:
     log_phase("reading tokenizer and data")
     source = find_source(config.data.in_run(str(folder.path)))
     tokenizer = folder.tokenizer(config, source)
-    with first_alone("data"):
+    with process_zero_first("data"):
         if is_first() and config.data.prepared is None and not folder.began():
             source.discard_outdated(tokenizer)
         dataset = open_dataset(source, tokenizer)

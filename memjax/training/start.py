@@ -14,7 +14,7 @@ from memjax.config.optim import ScheduleConfig
 from memjax.config.run import RunConfig
 from memjax.errors import CheckpointError, ConfigError
 from memjax.io.console import say
-from memjax.models.parts import DecoderParts, take_apart, writable
+from memjax.models.parts import DecoderParts, split_decoder, writable
 from memjax.monitoring.progress import log_phase
 from memjax.runs.folder import Claim, RunFolder
 from memjax.runs.layout import DATA_ITER, META, OPT_STATE, PARAMS, TABLES, params_to_tree, tree_to_params, widened
@@ -117,7 +117,7 @@ def first_state(program: TrainProgram, mesh: jax.sharding.Mesh) -> TrainState:
         return jax.block_until_ready(program.init(jax.random.key(program.config.run.seed), mesh))
     log_phase(f"reading {source}")
     loaded = load(source)
-    _, params, tables = take_apart(loaded.model)
+    _, params, tables = split_decoder(loaded.model)
     params, tables = tree_to_params(program.parts, params_to_tree(params)), writable(tables, str(source))
     like = (program.parts.abstract_params, program.parts.abstract_tables)
     arrays = jax.tree.map(lambda array, target: array.astype(target.dtype), (params, tables), like)

@@ -164,7 +164,7 @@ class Trainer:
 
     def model(self) -> Decoder:
         """The model in its present state, whose arrays the next step overwrites."""
-        return self.program.parts.assemble(self.state.params, self.state.tables)
+        return self.program.parts.merge(self.state.params, self.state.tables)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

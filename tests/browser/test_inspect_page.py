@@ -31,7 +31,7 @@ def values() -> dict[str, Any]:
     memory = MemoryConfig(layers=(0, 2), num_keys=8, num_heads=1, top_k=3, key_dim=8, gate="none")
     config = ModelConfig(dim=16, num_layers=3, num_heads=2, ffn_dim=16, vocab_size=259, memory=memory)
     parts, tokenizer = DecoderParts.of(config), ByteTokenizer()
-    model = parts.assemble(*parts.init(jax.random.key(0)))
+    model = parts.merge(*parts.init(jax.random.key(0)))
     found = trace(model, tokenizer.prompt(tokenizer.encode(PROMPT)), tokenizer.encode(" Ada"))
     changed = {"shared": {int(found.layers["L0"].slots[-1, 0])}}
     return document(found, tokenizer, config, changed=changed, title=PROMPT)

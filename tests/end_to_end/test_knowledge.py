@@ -11,7 +11,7 @@ import pytest
 from memjax import evaluate, generate, inspect, learn, patch, train
 from memjax.config.data import BiographiesConfig
 from memjax.data.sources import biographies
-from memjax.models.parts import take_apart
+from memjax.models.parts import split_decoder
 from memjax.runs.load import load
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "experiments/trust"))
@@ -39,7 +39,7 @@ def facts_about(count: int) -> list[dict]:
 
 
 def table_of(run: pathlib.Path) -> np.ndarray:
-    (rows,) = take_apart(load(run).model)[2].values()
+    (rows,) = split_decoder(load(run).model)[2].values()
     return np.asarray(rows)
 
 

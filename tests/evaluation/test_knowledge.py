@@ -18,7 +18,7 @@ from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.evaluation import knowledge
 from memjax.evaluation.knowledge import format_knowledge_report, knowledge_report
 from memjax.models.decoder import Decoder
-from memjax.models.parts import DecoderParts, take_apart
+from memjax.models.parts import DecoderParts, split_decoder
 
 # 28 days, 12 months, 60 years; cities, universities, majors, employers.
 CHOICES = {"birth_date": 20160, "birth_city": 100, "university": 100, "major": 50, "employer": 100}
@@ -40,7 +40,7 @@ def tiny(memory: bool = True) -> Decoder:
     parts, rng = DecoderParts.of(config), np.random.default_rng(0)
     # Drawn by NumPy: compiling the initialisation would take longer than all that is tested.
     fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 4, leaf.dtype))
-    return parts.assemble(fill(parts.abstract_params), fill(parts.abstract_tables))
+    return parts.merge(fill(parts.abstract_params), fill(parts.abstract_tables))
 
 
 forward = nnx.jit(lambda model, tokens: model(tokens))
@@ -92,7 +92,7 @@ def test_a_model_that_is_never_surprised_knows_all_there_is(monkeypatch):
     without_a_model(monkeypatch, 0.0)
     data = DataConfig(biographies=BiographiesConfig(num_people=10))
     report = knowledge_report(tiny(), ByteTokenizer(), data)
-    _, params, tables = take_apart(tiny())
+    _, params, tables = split_decoder(tiny())
     arrays = [int(leaf.size) for leaf in jax.tree.leaves(params)]
     rows = sum(leaf.size for leaf in jax.tree.leaves(tables))
     # 41 rows of the embedding and of the output matrix belong to no token.

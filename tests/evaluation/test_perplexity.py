@@ -19,7 +19,7 @@ from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.evaluation import perplexity
 from memjax.evaluation.perplexity import TextScore, bits_per_byte, validation_loss
 from memjax.models.decoder import Decoder
-from memjax.models.parts import DecoderParts, take_apart
+from memjax.models.parts import DecoderParts, split_decoder
 
 TEXTS = ["A short one.", "", "Ünïcödé 字 is longer in bytes than in letters.", "x" * 8, "the quick brown fox " * 4]
 LENGTH = 8
@@ -43,7 +43,7 @@ def tiny() -> Decoder:
     parts, rng = DecoderParts.of(config), np.random.default_rng(0)
     # Drawn by NumPy: compiling the initialisation would take longer than all that is tested.
     fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype))
-    return parts.assemble(fill(parts.abstract_params), fill(parts.abstract_tables))
+    return parts.merge(fill(parts.abstract_params), fill(parts.abstract_tables))
 
 
 def log_softmax(logits) -> np.ndarray:
@@ -139,16 +139,16 @@ def num_compiled(function) -> int:
 
 
 def test_validation_compiles_once_and_runs_on_a_mesh(mesh):
-    parts, params, tables = take_apart(tiny())
-    alone = validation_loss(parts.assemble(params, tables), batches())
+    parts, params, tables = split_decoder(tiny())
+    alone = validation_loss(parts.merge(params, tables), batches())
     compiled = num_compiled(perplexity._batch_loss)
-    assert validation_loss(parts.assemble(params, tables), batches()) == alone
+    assert validation_loss(parts.merge(params, tables), batches()) == alone
     assert num_compiled(perplexity._batch_loss) == compiled
     columns = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "memory"))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     params, tables = jax.device_put(params, whole), jax.device_put(tables, columns)
     with jax.set_mesh(mesh):
-        np.testing.assert_allclose(validation_loss(parts.assemble(params, tables), batches()), alone, rtol=1e-5)
+        np.testing.assert_allclose(validation_loss(parts.merge(params, tables), batches()), alone, rtol=1e-5)
 
 
 def test_no_batches_have_no_loss():

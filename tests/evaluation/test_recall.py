@@ -17,7 +17,7 @@ from memjax.data.tokenizers.base import ByteTokenizer, Tokenizer
 from memjax.evaluation.recall import fact_report, format_fact_report, majority_guess, recall, zero_tables
 from memjax.inference.engine import generate
 from memjax.models.decoder import Decoder
-from memjax.models.parts import DecoderParts, take_apart, writable
+from memjax.models.parts import DecoderParts, split_decoder, writable
 
 NOBODY = Person(name="", birth_date="", birth_city="", university="", major="", employer="", work_city="")
 
@@ -58,7 +58,7 @@ def tiny(vocab_size: int = 259, memory: bool = True) -> Decoder:
     parts, rng = DecoderParts.of(config), np.random.default_rng(0)
     # Drawn by NumPy: compiling the initialisation would take longer than all that is tested.
     fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype))
-    return parts.assemble(fill(parts.abstract_params), fill(parts.abstract_tables))
+    return parts.merge(fill(parts.abstract_params), fill(parts.abstract_tables))
 
 
 def question(prompt: str, answer: str, attribute: str = "major") -> Question:
@@ -119,14 +119,14 @@ def test_zeroed_tables_change_what_the_model_says_and_nothing_else():
     model, tokens = nnx.clone(tiny()), jnp.asarray([[1, 5, 9, 200]])
     before = forward(model, tokens)
     zeroed = zero_tables(model)
-    assert all(not table.any() for table in writable(take_apart(zeroed)[2]).values())
-    assert jax.tree.all(jax.tree.map(np.array_equal, take_apart(zeroed)[1], take_apart(model)[1]))
+    assert all(not table.any() for table in writable(split_decoder(zeroed)[2]).values())
+    assert jax.tree.all(jax.tree.map(np.array_equal, split_decoder(zeroed)[1], split_decoder(model)[1]))
     assert np.abs(forward(zeroed, tokens) - before).max() > 0.01
     np.testing.assert_array_equal(forward(model, tokens), before)
 
     donated = zero_tables(model, donate=True)
     np.testing.assert_array_equal(forward(donated, tokens), forward(zeroed, tokens))
-    assert all(table.is_deleted() for table in writable(take_apart(model)[2]).values())
+    assert all(table.is_deleted() for table in writable(split_decoder(model)[2]).values())
 
 
 def test_the_report_tells_asked_and_held_out_apart():
@@ -157,15 +157,15 @@ def test_the_report_leaves_out_what_does_not_exist():
 
 
 def test_a_mesh_recalls_the_same_and_zeroes_its_tables_in_place(mesh):
-    parts, params, tables = take_apart(tiny(vocab_size=32))
+    parts, params, tables = split_decoder(tiny(vocab_size=32))
     questions = [question("abc", "d"), question("ab", "cd")]
-    alone = recall(parts.assemble(params, tables), Letters(2), questions, batch_size=8)
+    alone = recall(parts.merge(params, tables), Letters(2), questions, batch_size=8)
     columns = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "memory"))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     with jax.set_mesh(mesh):
-        spread = parts.assemble(jax.device_put(params, whole), jax.device_put(tables, columns))
+        spread = parts.merge(jax.device_put(params, whole), jax.device_put(tables, columns))
         found = recall(spread, Letters(2), questions, batch_size=8)
-        zeroed = writable(take_apart(zero_tables(spread, donate=True))[2])["shared"]
+        zeroed = writable(split_decoder(zero_tables(spread, donate=True))[2])["shared"]
     np.testing.assert_array_equal(found.correct, alone.correct)
     assert zeroed.sharding == columns
     assert not np.asarray(zeroed).any()

@@ -65,7 +65,7 @@ def test_signals_are_those_of_the_answer_that_the_model_writes():
     facts = np.arange(24)
     found = guessing._ask(trainer, state, facts)
     written = trainer.write_answers(state, facts)
-    model = trainer.program.parts.assemble(state.params, state.tables)
+    model = trainer.program.parts.merge(state.params, state.tables)
     full = jax.jit(lambda tokens: (model(tokens), model.hidden(tokens).reads["L0"][-1]))
     for fact in facts.tolist():
         begin, end = rows.answers[fact, 0]

@@ -91,7 +91,7 @@ def test_a_run_learns_and_its_scores_are_those_of_the_librarys_engine(read):
     assert set(result["written"]) == set(last["answers"])
 
     state = trainer._init(jax.random.key(1))
-    model = trainer.program.parts.assemble(state.params, state.tables)
+    model = trainer.program.parts.merge(state.params, state.tables)
     rows = [
         Request(tokens[:begin].tolist(), tokens[begin:end].tolist())
         for tokens, (begin, end) in zip(read.asked.tokens, read.asked.ends, strict=True)

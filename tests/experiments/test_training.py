@@ -54,7 +54,7 @@ def test_a_run_is_the_librarys_step_at_the_librarys_schedule_and_its_answers_are
         state, step = plain.init(jax.random.key(3), mesh), make_train_step(plain, mesh)
         for numbers in draw_order(rows, batch_size=16, steps=50, seed=3):
             state, _ = step(state, batch_by_hand(rows, numbers))
-    model = plain.parts.assemble(state.params, state.tables)
+    model = plain.parts.merge(state.params, state.tables)
     right, nats = [], 0.0
     logits = np.asarray(jax.jit(lambda model, tokens: model(tokens))(model, rows.tokens[:, 0, :-1]), np.float64)
     for row, scores, (begin, end) in zip(rows.tokens[:, 0], logits, rows.answers[:, 0], strict=True):
@@ -86,7 +86,7 @@ def test_in_the_control_every_token_of_a_sentence_reads_the_slots_of_its_fact(ro
     addressed = trainer._addressed(trainer.on_device.slots, facts)
     parts = addressed.parts
     params, tables = jax.jit(lambda key: parts.init(key))(jax.random.key(0))
-    memory = parts.assemble(params, tables).blocks[0].lookup
+    memory = parts.merge(params, tables).blocks[0].lookup
     assert isinstance(memory, MemoryLayer)
     lookup = memory.lookup(jnp.zeros((3 * rows.length, 16)))
     read = np.asarray(lookup.indices).reshape(3, rows.length, -1)
@@ -108,7 +108,7 @@ def test_a_gated_layer_without_one_of_its_projections_has_the_other(rows):
     projected = bag @ own("value_proj", "kernel") + own("value_proj", "bias")
     expected = {"gate_proj": projected, "value_proj": bag * gate / (1 + np.exp(-gate))}
     for part, trainer in trainers.items():
-        memory = trainer.program.parts.assemble(*arrays).blocks[0].lookup
+        memory = trainer.program.parts.merge(*arrays).blocks[0].lookup
         assert isinstance(memory, MemoryLayer)
         np.testing.assert_allclose(memory.combine(jnp.asarray(x), jnp.asarray(bag)), expected[part], rtol=1e-4)
 

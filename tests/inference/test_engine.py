@@ -17,7 +17,7 @@ from memjax.inference import engine
 from memjax.inference.engine import Engine, Request, generate, generate_batch
 from memjax.inference.weights import prepare
 from memjax.models.decoder import Decoder
-from memjax.models.parts import DecoderParts, take_apart
+from memjax.models.parts import DecoderParts, split_decoder
 
 LONGEST = 32
 
@@ -41,7 +41,7 @@ def tiny(memory: bool = True, num_kv_heads: int | None = None) -> Decoder:
     parts, rng = DecoderParts.of(config), np.random.default_rng(0)
     # Drawn by NumPy: compiling the initialisation would take longer than all that is tested.
     fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype))
-    return parts.assemble(fill(parts.abstract_params), fill(parts.abstract_tables))
+    return parts.merge(fill(parts.abstract_params), fill(parts.abstract_tables))
 
 
 def prompt(length: int) -> list[int]:
@@ -67,12 +67,12 @@ def test_cached_greedy_equals_the_plain_forward_pass(memory, num_kv_heads, lengt
 
 def test_a_mesh_writes_the_same(mesh):
     model = tiny(True, 2)
-    parts, params, tables = take_apart(model)
+    parts, params, tables = split_decoder(model)
     alone = list(generate(model, prompt(5), max_tokens=10))
     columns = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "memory"))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     with jax.set_mesh(mesh):
-        spread = parts.assemble(jax.device_put(params, whole), jax.device_put(tables, columns))
+        spread = parts.merge(jax.device_put(params, whole), jax.device_put(tables, columns))
         assert list(generate(spread, prompt(5), max_tokens=10)) == alone
 
 
@@ -264,8 +264,8 @@ def test_log_probabilities_are_those_of_the_plain_forward_pass():
 @pytest.mark.slow
 def test_sixteen_bit_logits_follow_those_of_the_plain_forward_pass():
     config = dataclasses.replace(tiny(False, None).config, dtype="bfloat16")
-    _, params, tables = take_apart(tiny(False, None))
-    model = DecoderParts.of(config).assemble(params, tables)
+    _, params, tables = split_decoder(tiny(False, None))
+    model = DecoderParts.of(config).merge(params, tables)
     forced = alone(model, request(5, max_tokens=20))
     cache, logits = model.init_cache(1, 32), []
     extend = nnx.jit(lambda model, tokens, cache: model.with_cache(tokens, cache))

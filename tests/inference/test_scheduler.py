@@ -24,7 +24,7 @@ def test_a_warm_engine_compiles_nothing_for_prompts_of_any_length():
     config = ModelConfig(dim=8, num_layers=1, num_heads=1, ffn_dim=8, vocab_size=11, dtype="float32", memory=None)
     parts = DecoderParts.of(config)
     fill = lambda leaf: jnp.full(leaf.shape, 0.1, leaf.dtype)
-    engine = make_engine(parts.assemble(jax.tree.map(fill, parts.abstract_params), {}), num_slots=2, max_length=33)
+    engine = make_engine(parts.merge(jax.tree.map(fill, parts.abstract_params), {}), num_slots=2, max_length=33)
     warm_up(engine, max_length=33)
     compiled = []
     # JAX offers no way to take one listener back; this one only adds to a list.

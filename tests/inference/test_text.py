@@ -26,7 +26,7 @@ def tiny() -> Decoder:
     parts, rng = DecoderParts.of(config), np.random.default_rng(0)
     # Drawn by NumPy: compiling the initialisation would take longer than all that is tested.
     fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype))
-    return parts.assemble(fill(parts.abstract_params), {})
+    return parts.merge(fill(parts.abstract_params), {})
 
 
 def as_lm_eval_cuts(pieces: list[str], stops: list[str]) -> str:

@@ -22,7 +22,7 @@ def drawn(**settings) -> Decoder:
     parts, rng = DecoderParts.of(config), np.random.default_rng(0)
     # Drawn by NumPy: compiling the initialisation would take longer than all that is tested.
     fill = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype)
-    return parts.assemble(jax.tree.map(fill, parts.abstract_params), jax.tree.map(fill, parts.abstract_tables))
+    return parts.merge(jax.tree.map(fill, parts.abstract_params), jax.tree.map(fill, parts.abstract_tables))
 
 
 def kinds():

@@ -19,7 +19,7 @@ from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.errors import ConfigError
 from memjax.interop.upcycle import upcycle, upcycle_run
 from memjax.models.decoder import Decoder
-from memjax.models.parts import DecoderParts, take_apart
+from memjax.models.parts import DecoderParts, split_decoder
 from memjax.runs.layout import params_to_tree
 from memjax.runs.write import write_run
 
@@ -34,7 +34,7 @@ forward = nnx.jit(lambda model, tokens: model(tokens))
 @pytest.fixture(scope="module")
 def dense() -> Decoder:
     parts, rng = DecoderParts.of(DENSE), np.random.default_rng(0)
-    return parts.assemble(
+    return parts.merge(
         jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype), parts.abstract_params), {}
     )
 
@@ -52,10 +52,10 @@ def test_beside_the_feed_forward_layers_a_memory_changes_no_logit(dense, beside)
 
 
 def test_once_its_scale_is_not_zero_the_memory_counts(beside):
-    parts, params, tables = take_apart(beside)
+    parts, params, tables = split_decoder(beside)
     moved = jax.tree.map(lambda leaf: leaf + 0.1 if leaf.ndim == 1 else leaf, params)
     still = jax.tree.map(lambda leaf: 0 * leaf, tables)
-    logits = [forward(parts.assemble(moved, rows), TOKENS) for rows in (tables, still)]
+    logits = [forward(parts.merge(moved, rows), TOKENS) for rows in (tables, still)]
     assert np.abs(logits[0] - logits[1]).max() > 1e-3
 
 
@@ -67,7 +67,7 @@ def test_in_place_of_feed_forward_layers_all_else_stays(dense):
             jax.tree_util.keystr(path): leaf
             for path, leaf in jax.tree_util.tree_flatten_with_path(params_to_tree(params))[0]
         }
-        for params in (take_apart(dense)[1], take_apart(replaced)[1])
+        for params in (split_decoder(dense)[1], split_decoder(replaced)[1])
     )
     gone = {name for name in old if name not in new}
     assert {name.split("'")[3:6:2] == ["1", "feed_forward"] for name in gone} == {True}

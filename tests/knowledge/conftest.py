@@ -33,7 +33,7 @@ def config_of(kind: str) -> ModelConfig:
 def draw(kind: str) -> Decoder:
     parts, rng = DecoderParts.of(config_of(kind)), np.random.default_rng(0)
     fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype))
-    return parts.assemble(fill(parts.abstract_params), fill(parts.abstract_tables))
+    return parts.merge(fill(parts.abstract_params), fill(parts.abstract_tables))
 
 
 @pytest.fixture(scope="session")

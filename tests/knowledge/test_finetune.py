@@ -12,7 +12,7 @@ from memjax.knowledge.facts import Fact
 from memjax.knowledge.finetune import Recipe, chosen, learn, scores
 from memjax.knowledge.reads import slot_reads
 from memjax.knowledge.slots import Background, count_texts, slot_report
-from memjax.models.parts import take_apart
+from memjax.models.parts import split_decoder
 
 TOKENIZER = ByteTokenizer()
 FACTS = [
@@ -69,7 +69,7 @@ def test_contexts_of_a_slot_are_those_that_read_it(model_of):
     assert (TOKENIZER.bos_id, *TOKENIZER.encode("abc")) in [context.tokens for context in report.contexts]
     weights = [abs(context.weight) for context in report.contexts]
     assert weights == sorted(weights, reverse=True)
-    row = np.asarray(take_apart(model)[2]["layer_2"])[slot]
+    row = np.asarray(split_decoder(model)[2]["layer_2"])[slot]
     # A plain layer of the model's own width adds the row itself; which logits gain most hangs on no weight here.
     gains = row * np.asarray(model.norm.scale[...]) @ np.asarray(model.output_matrix())
     signs = {np.sign(context.weight) for context in report.contexts}
@@ -80,7 +80,7 @@ def test_contexts_of_a_slot_are_those_that_read_it(model_of):
 @pytest.mark.parametrize("kind", ["memory_plus", "peer"])
 def test_facts_are_learned_in_few_rows_and_nothing_else_changes(model_of, kind):
     model = model_of(kind)
-    _, params, tables = take_apart(model)
+    _, params, tables = split_decoder(model)
     before = jax.tree.map(np.asarray, tables)
     background = count_texts(model, TOKENIZER, TEXTS, length=8, batch_size=5)
     losses = []
@@ -95,9 +95,9 @@ def test_facts_are_learned_in_few_rows_and_nothing_else_changes(model_of, kind):
         after_epoch=lambda _, loss, __: bool(losses.append(loss)),
     )
     assert losses[-1] < losses[0]
-    _, new_params, new_tables = take_apart(learned)
+    _, new_params, new_tables = split_decoder(learned)
     jax.tree.map(np.testing.assert_array_equal, params, new_params)
-    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, take_apart(model)[2]))
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, split_decoder(model)[2]))
     changed = {name: np.flatnonzero((before[name] != np.asarray(new_tables[name])).any(axis=1)) for name in before}
     assert all(0 < len(rows) <= 3 * recipe.epochs for rows in changed.values())
     if kind == "peer":
@@ -112,4 +112,4 @@ def test_slots_that_every_text_reads_are_left_alone(model_of):
     counts = {name: np.full(36, 4, np.int32) for name in ("layer_0", "layer_2")}
     recipe = Recipe(rows=3, lr=0.3, epochs=1, batch_size=3)
     learned = learn(model, TOKENIZER, FACTS, Background(4, counts), recipe, longest=16)
-    jax.tree.map(np.testing.assert_array_equal, take_apart(model)[2], take_apart(learned)[2])
+    jax.tree.map(np.testing.assert_array_equal, split_decoder(model)[2], split_decoder(learned)[2])

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from memjax.knowledge.trace import trace
-from memjax.models.parts import take_apart, writable
+from memjax.models.parts import split_decoder, writable
 
 PROMPT, ANSWER = [1, 70, 9, 200, 33, 8], [120, 7]
 KINDS = ["memory_plus", "plain", "gated_beside", "peer"]
@@ -17,8 +17,8 @@ KINDS = ["memory_plus", "plain", "gated_beside", "peer"]
 
 def final_stream(model, tokens) -> np.ndarray:
     """The residual stream before the last norm, which is replaced by one that does nothing."""
-    parts, params, tables = take_apart(model)
-    copy = parts.assemble(params, tables)
+    parts, params, tables = split_decoder(model)
+    copy = parts.merge(params, tables)
     setattr(copy, "norm", _Nothing())  # noqa: B010  of another type than that of the class
     return np.asarray(nnx.jit(lambda m, t: m.hidden(t).states)(copy, jnp.asarray([tokens]))[0], np.float64)
 
@@ -29,8 +29,8 @@ class _Nothing(nnx.Module):
 
 
 def with_table(model, name, table):
-    parts, params, tables = take_apart(model)
-    return parts.assemble(params, {**tables, name: table})
+    parts, params, tables = split_decoder(model)
+    return parts.merge(params, {**tables, name: table})
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "post_norms"])
@@ -48,7 +48,7 @@ def test_a_slot_of_the_last_layer_adds_what_the_logit_loses_without_it(model_of,
     model = model_of(kind)
     found = trace(model, PROMPT, ANSWER)
     name = "experts_2_outputs" if kind == "peer" else "layer_2"
-    table = writable(take_apart(model)[2])[name]
+    table = writable(split_decoder(model)[2])[name]
     before = final_stream(model, found.tokens)
     scale = 1 / np.sqrt((before**2).mean(axis=1) + model.norm.epsilon)
     to_logits = np.asarray(model.norm.scale[...])[:, None] * np.asarray(model.output_matrix())
@@ -61,11 +61,11 @@ def test_a_slot_of_the_last_layer_adds_what_the_logit_loses_without_it(model_of,
 
 
 def test_what_a_layer_gives_is_traced_through_the_norm_of_its_output(model_of):
-    parts, params, tables = take_apart(model_of("post_norms"))
-    model = parts.assemble(params, tables)
+    parts, params, tables = split_decoder(model_of("post_norms"))
+    model = parts.merge(params, tables)
     found = trace(model, PROMPT, ANSWER)
     before = final_stream(model, found.tokens)
-    silent = parts.assemble(jax.tree.map(jnp.copy, params), tables)
+    silent = parts.merge(jax.tree.map(jnp.copy, params), tables)
     silent.blocks[2].mixer_norm.scale[...] *= 0
     given = before - final_stream(silent, found.tokens)
     scale = np.asarray(model.norm.scale[...]) / np.sqrt((before**2).mean(axis=1, keepdims=True) + model.norm.epsilon)
@@ -78,7 +78,7 @@ def test_effects_are_derivatives_of_the_answers_logit(model_of, kind):
     model = model_of(kind)
     found = trace(model, PROMPT, ANSWER)
     name = "experts_0_outputs" if kind == "peer" else "layer_0"
-    table, layer = writable(take_apart(model)[2])[name], found.layers["L0"]
+    table, layer = writable(split_decoder(model)[2])[name], found.layers["L0"]
     step = 3e-3
     logit = nnx.jit(lambda m: m(jnp.asarray([PROMPT]))[0, -1, ANSWER[0]])
     slot = int(layer.slots[len(PROMPT) - 1, 0])

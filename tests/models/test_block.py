@@ -10,7 +10,7 @@ def test_operations_of_a_block_carry_its_name_and_that_of_their_part(tiny_config
     parts = DecoderParts.of(tiny_config().model)
 
     def loss(params, tables, tokens):
-        return jnp.sum(parts.assemble(params, tables).hidden(tokens).states)
+        return jnp.sum(parts.merge(params, tables).hidden(tokens).states)
 
     shapes = parts.abstract_params, parts.abstract_tables, jax.ShapeDtypeStruct((2, 8), jnp.int32)
     lowered = jax.jit(jax.grad(loss)).lower(*shapes).as_text(debug_info=True)

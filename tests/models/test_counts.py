@@ -100,7 +100,7 @@ def test_flops_are_those_that_xla_counts():
     )
     parts = DecoderParts.of(config)
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    forward = jax.jit(lambda params, tokens: parts.assemble(params, {})(tokens))
+    forward = jax.jit(lambda params, tokens: parts.merge(params, {})(tokens))
     analysis = forward.lower(parts.abstract_params, tokens).compile().cost_analysis()
     assert isinstance(analysis, dict)
     # Forward and backward are three forward passes. XLA also computes the masked half of attention.
@@ -136,7 +136,7 @@ def test_frozen_parts_compute_no_gradients_of_their_weights_and_none_at_all_befo
         optim = OptimConfig(freeze_dense=freeze_dense)
 
         def loss(params, tables, tokens):
-            model = parts.assemble(without_gradient_where_frozen(optim, params), tables)
+            model = parts.merge(without_gradient_where_frozen(optim, params), tables)
             return jax.nn.logsumexp(model(tokens), axis=-1).sum()
 
         lowered = jax.jit(jax.value_and_grad(loss)).lower(

@@ -14,7 +14,7 @@ from memjax.models.block import Block
 from memjax.models.decoder import resolve_dtype
 from memjax.models.feed_forward import FeedForward
 from memjax.models.loss import summed_loss
-from memjax.models.parts import DecoderParts, take_apart
+from memjax.models.parts import DecoderParts, split_decoder
 from memjax.ops.product_key_search.api import product_key_search
 
 SIZES: dict[str, Any] = {"dim": 16, "num_heads": 2, "num_kv_heads": 1, "ffn_dim": 24, "vocab_size": 40}
@@ -63,7 +63,7 @@ def build(name):
         scale = leaf.shape[-1] ** -0.5 if leaf.ndim > 1 else 1
         return jnp.asarray(rng.normal(size=leaf.shape) * scale, leaf.dtype)
 
-    return parts.assemble(*jax.tree.map(draw, (parts.abstract_params, parts.abstract_tables)))
+    return parts.merge(*jax.tree.map(draw, (parts.abstract_params, parts.abstract_tables)))
 
 
 call = nnx.jit(lambda layer, *arguments: layer(*arguments))
@@ -157,7 +157,7 @@ def test_cache_filled_in_pieces_gives_what_all_tokens_at_once_give(name):
 
 
 def loss_and_reads(parts, params, tables, perturbations, remat):
-    model = parts.assemble(params, tables)
+    model = parts.merge(params, tables)
     hidden, reads, *_ = model.hidden(jnp.asarray(TOKENS), perturbations=perturbations, remat=remat)
     return summed_loss(model, hidden, jnp.asarray(TOKENS[:, ::-1]), jnp.ones(TOKENS.shape))[0], reads
 
@@ -165,7 +165,7 @@ def loss_and_reads(parts, params, tables, perturbations, remat):
 @cache
 def compiled_gradient(remat, forget=False):
     """value_and_grad in parameters, tables and perturbations; `forget` recomputes everything, whatever remat says."""
-    parts, *arrays = take_apart(build("shared tables"))
+    parts, *arrays = split_decoder(build("shared tables"))
     policy = jax.checkpoint_policies.nothing_saveable
     wrap = (lambda function: jax.checkpoint(function, policy=policy)) if forget else (lambda function: function)
     loss = wrap(lambda params, tables, zeros: loss_and_reads(parts, params, tables, zeros, remat))
@@ -238,12 +238,12 @@ def test_types_follow_the_config():
     assert parts.abstract_tables["shared"].dtype == jnp.bfloat16
 
     def run(params, tables):
-        return parts.assemble(params, tables).hidden(jnp.asarray(TOKENS))[0]
+        return parts.merge(params, tables).hidden(jnp.asarray(TOKENS))[0]
 
     assert jax.eval_shape(run, parts.abstract_params, parts.abstract_tables).dtype == jnp.bfloat16
 
     def logits(params, tables):
-        return parts.assemble(params, tables)(jnp.asarray(TOKENS))
+        return parts.merge(params, tables)(jnp.asarray(TOKENS))
 
     assert jax.eval_shape(logits, parts.abstract_params, parts.abstract_tables).dtype == jnp.float32
 

@@ -22,7 +22,7 @@ def build(tie_embeddings=False, length=7):
     def draw(leaf):
         return jnp.asarray(rng.normal(size=leaf.shape) * DIM**-0.5, leaf.dtype)
 
-    model = parts.assemble(jax.tree.map(draw, parts.abstract_params), {})
+    model = parts.merge(jax.tree.map(draw, parts.abstract_params), {})
     hidden = jnp.asarray(rng.normal(size=(BATCH, length, DIM)), jnp.float32)
     targets = jnp.asarray(rng.integers(VOCAB, size=(BATCH, length)), jnp.int32)
     mask = jnp.asarray(rng.integers(2, size=(BATCH, length)), jnp.float32)

@@ -10,7 +10,7 @@ from memjax.config.memory import MemoryConfig, PEERConfig
 from memjax.config.model import ModelConfig
 from memjax.memory.table import TableRows
 from memjax.models.decoder import Decoder
-from memjax.models.parts import DecoderParts, take_apart
+from memjax.models.parts import DecoderParts, split_decoder
 
 SIZES: dict[str, Any] = {"dim": 8, "num_layers": 2, "num_heads": 2, "ffn_dim": 8, "vocab_size": 16}
 MEMORY: dict[str, Any] = {"layers": (0, 1), "num_keys": 3, "num_heads": 1, "top_k": 2, "key_dim": 4, "value_dim": 6}
@@ -31,16 +31,16 @@ def shapes(tree):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_decoder_taken_apart_and_put_together_is_the_same(name):
+def test_a_decoder_split_and_merged_is_the_same(name):
     abstract = DecoderParts.of(CONFIGS[name])
 
     def fill(tree):
         return jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.5, leaf.dtype), tree)
 
-    model = abstract.assemble(fill(abstract.abstract_params), fill(abstract.abstract_tables))
-    parts, params, tables = take_apart(model)
+    model = abstract.merge(fill(abstract.abstract_params), fill(abstract.abstract_tables))
+    parts, params, tables = split_decoder(model)
     assert shapes((parts.abstract_params, parts.abstract_tables)) == shapes((params, tables))
-    again = parts.assemble(params, tables)
+    again = parts.merge(params, tables)
     assert nnx.graphdef(again) == nnx.graphdef(model)
     one, other = nnx.state(again), nnx.state(model)
     assert jax.tree.structure(one) == jax.tree.structure(other)
@@ -58,7 +58,7 @@ def test_parts_of_a_config_have_the_structure_of_its_decoder(name):
     def zeros(tree):
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
 
-    again = parts.assemble(zeros(parts.abstract_params), zeros(parts.abstract_tables))
+    again = parts.merge(zeros(parts.abstract_params), zeros(parts.abstract_tables))
     assert nnx.graphdef(again) == nnx.graphdef(model)
     assert shapes(nnx.state(again)) == shapes(nnx.state(model))
 

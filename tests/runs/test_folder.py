@@ -160,7 +160,7 @@ def test_a_damaged_summary_is_no_finished_run(started, finished, text):
 def test_a_run_without_its_config_is_compared_with_that_of_its_checkpoint(tiny_config, tmp_path):
     config = tiny_config(f"--run.dir {tmp_path}/run --model.memory null")
     parts = DecoderParts.of(config.model)
-    model = parts.assemble(jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), parts.abstract_params), {})
+    model = parts.merge(jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), parts.abstract_params), {})
     write_run(tmp_path / "run", model, ByteTokenizer(), config)
     folder = RunFolder.of(config)
     folder.config.unlink()

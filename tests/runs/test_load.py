@@ -18,7 +18,7 @@ from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import ByteTokenizer, Tokenizer
 from memjax.io import remote
 from memjax.models.decoder import Decoder
-from memjax.models.parts import DecoderParts, take_apart, writable
+from memjax.models.parts import DecoderParts, split_decoder, writable
 from memjax.runs.layout import meta_document, params_to_tree, tree_to_params
 from memjax.runs.load import load
 
@@ -41,13 +41,13 @@ def build(config: ModelConfig, seed: int) -> Decoder:
     parts, rng = DecoderParts.of(config), np.random.default_rng(seed)
     # Drawn by NumPy: compiling the initialisation would take longer than all that is tested.
     fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype))
-    return parts.assemble(fill(parts.abstract_params), fill(parts.abstract_tables))
+    return parts.merge(fill(parts.abstract_params), fill(parts.abstract_tables))
 
 
 def save(folder, run: RunConfig, step: int = 3, loss: float | None = None, **changes) -> Decoder:
     """A checkpoint as training writes it, beside an item that is none of a reader's business."""
     model = build(run.model, step)
-    _, params, tables = take_apart(model)
+    _, params, tables = split_decoder(model)
     document = meta_document(run, ByteTokenizer(), step=step) | changes
     with Checkpoints(folder / "checkpoints", block_bytes=4096) as checkpoints:
         items = {"params": params_to_tree(params), "tables": tables, "opt_state": {"count": jnp.zeros(())}}
@@ -56,7 +56,7 @@ def save(folder, run: RunConfig, step: int = 3, loss: float | None = None, **cha
 
 
 def equal_bits(left: Decoder, right: Decoder) -> bool:
-    pairs = [take_apart(model)[1:] for model in (left, right)]
+    pairs = [split_decoder(model)[1:] for model in (left, right)]
 
     def same(a: jax.Array, b: jax.Array) -> bool:
         return a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
@@ -99,7 +99,7 @@ def test_a_mesh_gets_the_same_model_split_by_columns(tmp_path, mesh):
     saved = save(tmp_path, run_config())
     with jax.set_mesh(mesh):
         model, _ = load(tmp_path)
-        tables = writable(take_apart(model)[2])
+        tables = writable(split_decoder(model)[2])
         assert {shard.data.shape for shard in tables["shared"].addressable_shards} == {(64, 8)}
         spread = np.asarray(jax.jit(lambda tokens: model(tokens))(jnp.tile(TOKENS, (4, 1))))
     assert equal_bits(model, saved)
@@ -129,13 +129,13 @@ def test_a_table_saved_in_bfloat16_is_widened_where_the_machine_computes_in_floa
 
     # As a GPU writes 'auto'.
     model = build(narrow.model, 3)
-    _, params, tables = take_apart(model)
+    _, params, tables = split_decoder(model)
     document = meta_document(config, ByteTokenizer(), step=1) | {
         "table_dtypes": {"memory": "bfloat16", "peer": "float32"}
     }
     with Checkpoints(tmp_path / "auto" / "checkpoints") as checkpoints:
         checkpoints.save(1, {"params": params_to_tree(params), "tables": tables}, {"meta": document})
-    wide = take_apart(load(tmp_path / "auto").model)[2]["shared"]
+    wide = split_decoder(load(tmp_path / "auto").model)[2]["shared"]
     assert wide.dtype == jnp.float32
     np.testing.assert_array_equal(wide, writable(tables)["shared"].astype(jnp.float32))
 
@@ -143,7 +143,7 @@ def test_a_table_saved_in_bfloat16_is_widened_where_the_machine_computes_in_floa
 def test_dtype_is_that_of_everything(tmp_path):
     save(tmp_path, run_config())
     model, _ = load(tmp_path, dtype=jnp.bfloat16)
-    _, params, tables = take_apart(model)
+    _, params, tables = split_decoder(model)
     assert {leaf.dtype for leaf in jax.tree.leaves((params, tables))} == {jnp.dtype(jnp.bfloat16)}
     assert nnx.eval_shape(lambda model: model.hidden(TOKENS)[0], model).dtype == jnp.bfloat16
 
@@ -191,7 +191,7 @@ def test_what_cannot_be_loaded_is_explained(tmp_path):
 
 
 def test_parameters_become_a_tree_and_come_back():
-    parts, params, _ = take_apart(build(run_config().model, 3))
+    parts, params, _ = split_decoder(build(run_config().model, 3))
     tree = params_to_tree(params)
     assert set(tree["blocks"]) == {"0", "1"}
     back = tree_to_params(parts, tree)

@@ -16,7 +16,7 @@ from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.errors import CheckpointError, ConfigError
 from memjax.io.files import write_atomic
-from memjax.models.parts import DecoderParts, take_apart
+from memjax.models.parts import DecoderParts, split_decoder
 from memjax.ops import host_memory
 from memjax.runs import applied, patching
 from memjax.runs.command import CheckpointSettings, InferenceSettings, loaded
@@ -57,7 +57,7 @@ def save(folder: pathlib.Path, change: dict[int, float] | None = None, *, dense:
 
 
 def table_of(run, *patches) -> np.ndarray:
-    return np.asarray(take_apart(load(run, patches=patches).model)[2]["shared"])
+    return np.asarray(split_decoder(load(run, patches=patches).model)[2]["shared"])
 
 
 def files_of(folder) -> dict[str, bytes]:

@@ -23,7 +23,7 @@ from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.errors import ConfigError
 from memjax.evaluation.recall import zero_tables
 from memjax.models.decoder import Decoder
-from memjax.models.parts import DecoderParts, take_apart
+from memjax.models.parts import DecoderParts, split_decoder
 from memjax.ops import host_memory
 from memjax.ops.row_formats import formats
 from memjax.ops.table import Table
@@ -61,11 +61,11 @@ def save(folder, table_dtype="float32") -> Decoder:
     with Checkpoints(folder / "checkpoints", block_bytes=1024) as checkpoints:
         items = {"params": params_to_tree(params), "tables": tables}
         checkpoints.save(3, items, {"meta": meta_document(run, ByteTokenizer(), step=3)})
-    return parts.assemble(params, tables)
+    return parts.merge(params, tables)
 
 
 def stored(model) -> Mapping[str, Any]:
-    return take_apart(model)[2]
+    return split_decoder(model)[2]
 
 
 def decoded(table):

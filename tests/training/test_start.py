@@ -21,7 +21,7 @@ from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.errors import CheckpointError, ConfigError
 from memjax.interop.upcycle import upcycle_run
-from memjax.models.parts import DecoderParts, take_apart
+from memjax.models.parts import DecoderParts, split_decoder
 from memjax.runs.folder import Claim, RunFolder
 from memjax.runs.layout import OPT_STATE, params_to_tree
 from memjax.runs.write import write_run
@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     parts, rng = DecoderParts.of(DENSE), np.random.default_rng(0)
     draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 4 + (leaf.ndim == 1), leaf.dtype)
-    model = parts.assemble(jax.tree.map(draw, parts.abstract_params), {})
+    model = parts.merge(jax.tree.map(draw, parts.abstract_params), {})
     write_run(folder / "dense", model, ByteTokenizer(), RunConfig(model=DENSE))
     upcycle_run(folder / "dense", folder / "memory", MEMORY)
     (folder / "corpus.txt").write_text("\n".join(f"line {number} of a small corpus" for number in range(50)))
@@ -68,7 +68,7 @@ def run(folder, monkeypatch, capsys):
 
 
 def arrays_of(folder, step: Any = "latest") -> dict[str, np.ndarray]:
-    _, params, tables = take_apart(memjax.load(folder, step=step).model)
+    _, params, tables = split_decoder(memjax.load(folder, step=step).model)
     leaves = jax.tree_util.tree_flatten_with_path({"params": params_to_tree(params), "tables": tables})[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 

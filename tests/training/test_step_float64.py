@@ -116,7 +116,7 @@ def test_rows_follow_their_rule_on_the_gradient_of_the_whole_table(tiny, monkeyp
         """Mean loss of the target tokens, the slots that were read, and the loss's gradient by plain autodiff."""
 
         def loss(tables):
-            model = program.parts.assemble(params, tables)
+            model = program.parts.merge(params, tables)
             hidden, reads, *_ = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
             every = jax.nn.log_softmax(model.logits(hidden))
             picked = jnp.sum(every * jax.nn.one_hot(batch["targets"], tiny.vocab, dtype=every.dtype), axis=-1)

@@ -121,7 +121,7 @@ def test_a_dense_block_sums_activations_over_tensor_and_gathers_no_weights(tiny)
     )
 
     def loss(params, tokens):
-        return jnp.sum(jnp.sin(program.parts.assemble(params, {}).hidden(tokens).states))
+        return jnp.sum(jnp.sin(program.parts.merge(params, {}).hidden(tokens).states))
 
     with jax.set_mesh(mesh):
         text = jax.jit(jax.grad(loss)).lower(params, jax.ShapeDtypeStruct((16, 8), jnp.int32)).compile().as_text()

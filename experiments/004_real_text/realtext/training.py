@@ -203,7 +203,7 @@ class TextTrainer:
         }
         if not state.tables:
             return found
-        zeroed = zero_tables(self.program.parts.assemble(state.params, state.tables))
+        zeroed = zero_tables(self.program.parts.merge(state.params, state.tables))
         tables = {pool: table.rows[...] for pool, table in zeroed.tables.items()}
         return found | {"zeroed": self.measure(dataclasses.replace(state, tables=tables))}
 
@@ -255,7 +255,7 @@ class TextTrainer:
         return {name: array.reshape(shape) for name, array in batch.items()}
 
     def _score_rows(self, params: Any, tables: Tables, tokens: Array, ends: Array) -> tuple[Array, Array]:
-        model = self.program.parts.assemble(params, tables)
+        model = self.program.parts.merge(params, tables)
         targets, places = tokens[:, 1:], jnp.arange(1, tokens.shape[1])[None, :]
         counted = (places >= ends[:, :1]) & (places < ends[:, 1:]) & (targets != self.corpus.tokenizer.bos_id)
 
@@ -266,7 +266,7 @@ class TextTrainer:
         return -jnp.sum(log_p, axis=1, where=counted), (best | ~counted).all(axis=1)
 
     def _write_rows(self, params: Any, tables: Tables, tokens: Array, begins: Array) -> Array:
-        return write_greedily(self.program.parts.assemble(params, tables), tokens, begins, ANSWER_TOKENS)
+        return write_greedily(self.program.parts.merge(params, tables), tokens, begins, ANSWER_TOKENS)
 
 
 def length_of(steps: float, points: int) -> Length:

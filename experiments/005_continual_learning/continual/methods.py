@@ -17,7 +17,7 @@ from memjax.knowledge.finetune import Recipe, learn
 from memjax.knowledge.slots import Background, count_texts
 from memjax.models.decoder import Decoder
 from memjax.models.loss import summed_loss
-from memjax.models.parts import take_apart, writable
+from memjax.models.parts import split_decoder, writable
 
 ROWS = ("sparse", "tf_only", "random_rows", "all_rows")
 """Methods that change rows of tables and nothing else."""
@@ -81,13 +81,13 @@ def teach(
     scored_on = _background_for(method, background, model, tokenizer, facts)
     learned = learn(model, tokenizer, facts, scored_on, recipe, longest=longest, known=known)
     changed = changed_rows(model, learned)
-    width = next(iter(take_apart(model)[2].values())).shape[1]
+    width = next(iter(split_decoder(model)[2].values())).shape[1]
     return Learned(learned, changed * (width + 1), changed)
 
 
 def changed_rows(model: Decoder, learned: Decoder) -> int:
     """Rows that differ."""
-    old, new = (writable(take_apart(one)[2]) for one in (model, learned))
+    old, new = (writable(split_decoder(one)[2]) for one in (model, learned))
     return sum(int(jnp.any(old[name] != new[name], axis=1).sum()) for name in old)
 
 
@@ -121,7 +121,7 @@ Trainable = Any
 
 
 def _dense(model: Decoder, tokenizer: Tokenizer, facts: Sequence[Fact], method: Method) -> Learned:
-    parts, params, tables = take_apart(model)
+    parts, params, tables = split_decoder(model)
     tables = writable(tables)
     if method.name == "full":
         trainable, join = (params, tables), lambda trainable, params, tables: trainable
@@ -137,7 +137,7 @@ def _dense(model: Decoder, tokenizer: Tokenizer, facts: Sequence[Fact], method: 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(trainable: Trainable, state: Any, params: Any, tables: Any, batch: dict[str, Array], lr: Array) -> Any:
         def loss(trainable: Trainable) -> Array:
-            model = parts.assemble(*join(trainable, params, tables))
+            model = parts.merge(*join(trainable, params, tables))
             hidden = model.hidden(batch["tokens"], token_mask=batch["segments"] > 0).states
             weights = batch["loss_mask"] / jnp.maximum(batch["loss_mask"].sum(), 1)
             return summed_loss(model, hidden, batch["targets"], weights)[0]
@@ -155,7 +155,7 @@ def _dense(model: Decoder, tokenizer: Tokenizer, facts: Sequence[Fact], method: 
             lr = jnp.asarray(method.lr * (1 - done / steps), jnp.float32)
             trainable, state = step(trainable, state, params, tables, batch_of(pairs[number], shape), lr)
     stored = sum(leaf.size for leaf in jax.tree.leaves(trainable))
-    new = parts.assemble(*join(trainable, params, tables))
+    new = parts.merge(*join(trainable, params, tables))
     return Learned(new, stored, changed_rows(model, new))
 
 

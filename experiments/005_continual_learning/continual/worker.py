@@ -21,7 +21,7 @@ from continual.methods import ROWS, Method, changed_rows, teach
 from memjax.data.sources.records import Segment
 from memjax.knowledge.slots import Background, count_texts
 from memjax.models.decoder import Decoder
-from memjax.models.parts import take_apart, writable
+from memjax.models.parts import split_decoder, writable
 from memjax.runs.load import load
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -119,16 +119,16 @@ def _merged(base: Base, method: Method) -> dict[str, Any]:
     """Ten patches, each of the base, and their sum."""
     if method.name not in ROWS:
         raise ValueError(f"only rows are merged, not {method.name}")
-    parts, params, tables = take_apart(base.model)
+    parts, params, tables = split_decoder(base.model)
     tables = writable(tables)
     total, alone = dict(tables), []
     for place, part in enumerate(_parts(base)):
         model, told = _teach(base, base.model, part, method)
-        learned = writable(take_apart(model)[2])
+        learned = writable(split_decoder(model)[2])
         total = {name: total[name] + (learned[name] - tables[name]) for name in tables}
         shares = list(_split(base.of_new.paraphrases(model), base.size["parts"]))
         alone.append(float(shares[place].mean()))
-    model = parts.assemble(params, total)
+    model = parts.merge(params, total)
     measured = {**base.of_new.measure(model), **base.lost(model), "paraphrases_alone": float(np.mean(alone))}
     return {**told, **measured, "rows": changed_rows(base.model, model)}
 

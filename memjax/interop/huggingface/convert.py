@@ -31,7 +31,7 @@ from memjax.interop.huggingface.written_tokenizer import write_tokenizer
 from memjax.interop.model_card import CARD, generation_config, model_card
 from memjax.interop.run import check_vocabulary, write_converted
 from memjax.models.decoder import Decoder, resolve_dtype
-from memjax.models.parts import DecoderParts, take_apart
+from memjax.models.parts import DecoderParts, split_decoder
 from memjax.runs.files import check_new, written_whole
 from memjax.runs.load import load_as_saved
 from memjax.runs.saved import with_dtypes
@@ -180,7 +180,7 @@ def _rounded(model: Decoder, dtype: str | None) -> Decoder:
     """The model with its numbers rounded to another type, and kept in their own; the given one is gone then."""
     if dtype is None:
         return model
-    parts, params, tables = take_apart(model)
+    parts, params, tables = split_decoder(model)
 
     def rounded(leaf: jax.Array) -> jax.Array:
         if jnp.promote_types(leaf.dtype, dtype) == dtype:
@@ -195,15 +195,15 @@ def _rounded(model: Decoder, dtype: str | None) -> Decoder:
         leaf.delete()  # or the whole model would be in memory twice
         return narrow.astype(own)
 
-    return parts.assemble(*jax.tree.map(rounded, (params, tables)))
+    return parts.merge(*jax.tree.map(rounded, (params, tables)))
 
 
 def _logits(model: Decoder) -> np.ndarray:
     """The model's answer to a few tokens, computed in float32 or wider whatever it computes in otherwise."""
     wide = "float64" if model.config.param_dtype == "float64" else "float32"
     if resolve_dtype(model.config.dtype) != wide:
-        _, params, tables = take_apart(model)
-        model = DecoderParts.of(dataclasses.replace(model.config, dtype=wide)).assemble(params, tables)
+        _, params, tables = split_decoder(model)
+        model = DecoderParts.of(dataclasses.replace(model.config, dtype=wide)).merge(params, tables)
     tokens = np.arange(1, 25, dtype=np.int32)[None] * 7919 % model.config.vocab_size
     # Compiled as a whole, a dense model would be in memory in the wider type too; operation by operation only a matrix
     # of it is. A memory layer has so many small operations that compiling each takes longer than all the rest.

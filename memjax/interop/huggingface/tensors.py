@@ -14,7 +14,7 @@ from memjax.errors import CheckpointError
 from memjax.interop.arrays import DTYPES, common_type, compare_shapes, own
 from memjax.interop.huggingface.safetensors import StoredTensor, TensorFiles, TensorToWrite, write_tensors
 from memjax.models.decoder import Decoder
-from memjax.models.parts import DecoderParts, take_apart, writable
+from memjax.models.parts import DecoderParts, split_decoder, writable
 from memjax.runs.layout import params_to_tree, tree_to_params
 from memjax.runs.saved import with_dtypes
 
@@ -93,7 +93,7 @@ def read_model(files: TensorFiles, config: ModelConfig, place: str) -> Decoder:
 
     params = jax.tree_util.tree_map_with_path(read, params_to_tree(parts.abstract_params))
     tables = {pool: read(_table_path(pool), leaf) for pool, leaf in parts.abstract_tables.items()}
-    return parts.assemble(tree_to_params(parts, params), tables)
+    return parts.merge(tree_to_params(parts, params), tables)
 
 
 def _parameters(files: TensorFiles, config: ModelConfig, place: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -153,7 +153,7 @@ def compare_bits(model: Decoder, files: TensorFiles, *, dtype: str | None) -> No
 
 
 def _tensors_of(model: Decoder) -> list[_Tensor]:
-    _, params, tables = take_apart(model)
+    _, params, tables = split_decoder(model)
     return list(_tensors(params_to_tree(params), writable(tables), model.config).values())
 
 

@@ -96,7 +96,7 @@ def load_decoder(arrays: Arrays, settings: Mapping[str, Any], *, place: str = "t
     parts = DecoderParts.of(config)
     params = take(dense, params_to_tree(parts.abstract_params), place, head_dim=config.head_width)
     rows = {pool: _table(arrays[name], place) for pool, name in tables.items()}
-    return parts.assemble(tree_to_params(parts, params), rows)
+    return parts.merge(tree_to_params(parts, params), rows)
 
 
 def from_official(

@@ -19,7 +19,7 @@ from memjax.ops import triton_call
 from memjax.ops.manual_axes import vary_like
 from memjax.ops.precision import accumulator
 from memjax.ops.product_key_search import tiles
-from memjax.ops.product_key_search.xla import chunked, map_chunks, pairs_worth_trying, tokens_of
+from memjax.ops.product_key_search.xla import candidate_pairs, chunked, map_chunks, tokens_of
 from memjax.ops.tiles import ceil_div, next_power_of_two
 
 CHUNK_BYTES = 1 << 30
@@ -236,7 +236,7 @@ def pair_kernel(
 
 @triton.jit
 def ranks_of_pair(pair, TOP_K: tl.constexpr):
-    """Ranks in the two halves of the pairs that `xla.pairs_worth_trying` lists, computed: no load to wait for."""
+    """Ranks in the two halves of the pairs that `xla.candidate_pairs` lists, computed: no load to wait for."""
     first, begin, start = pair * 0, pair * 0, 0
     for rank in tl.static_range(1, TOP_K):
         # The pairs of the rank before end here.
@@ -439,7 +439,7 @@ def _launch_pairs(best: Array, places: Array, *, num_keys: int, scale: float | N
     heads, _, tokens, top_k = best.shape
     num_pairs, round_k, shape = _num_pairs(top_k), _round_k(top_k), (tokens, heads, top_k)
     tile = tiles.pair(num_pairs, tokens * heads)
-    ranks = [] if tile.by_rank else [jnp.asarray(ranks, jnp.int32) for ranks in pairs_worth_trying(top_k)]
+    ranks = [] if tile.by_rank else [jnp.asarray(ranks, jnp.int32) for ranks in candidate_pairs(top_k)]
     scores, slots = triton_call.launch(
         ranked_pair_kernel if tile.by_rank else pair_kernel,
         best,
@@ -485,7 +485,7 @@ def _launch_scatter(indices: Array, d_scores: Array, like: Array, *, num_keys: i
 
 
 def _num_pairs(top_k: int) -> int:
-    return len(pairs_worth_trying(top_k)[0])
+    return len(candidate_pairs(top_k)[0])
 
 
 def _round_k(top_k: int) -> int:

@@ -26,7 +26,7 @@ def product_key_search(
 ) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
     """The reference's slots (equal scores in any order), best first; `chunk_bytes` of half scores exist at once."""
     halves = _split(queries)
-    first, second = (jnp.asarray(ranks) for ranks in pairs_worth_trying(top_k))
+    first, second = (jnp.asarray(ranks) for ranks in candidate_pairs(top_k))
     num_keys = keys.shape[2]
 
     def search(halves: Float[Array, "c h 2 half"]) -> tuple[Array, Array]:
@@ -80,7 +80,7 @@ def _score(halves: Float[Array, "c h 2 half"], keys: Float[Array, "h 2 n half"])
     return jnp.einsum("thcd,hcnd->thcn", halves, keys, precision="highest", preferred_element_type=dtype)
 
 
-def pairs_worth_trying(top_k: int) -> tuple[np.ndarray, np.ndarray]:
+def candidate_pairs(top_k: int) -> tuple[np.ndarray, np.ndarray]:
     """Ranks (i, j) in the two sorted halves that can be among the best: (i + 1) (j + 1) pairs are at least as good."""
     ranks = np.arange(1, top_k + 1)
     first, second = np.nonzero(ranks[:, None] * ranks[None, :] <= top_k)

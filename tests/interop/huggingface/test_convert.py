@@ -23,7 +23,7 @@ from memjax.interop.huggingface import convert as huggingface
 from memjax.interop.huggingface.convert import TORCH_MODEL, from_hf, to_hf
 from memjax.interop.huggingface.tokenizer import read_tokenizer
 from memjax.models.decoder import Decoder
-from memjax.models.parts import DecoderParts, take_apart
+from memjax.models.parts import DecoderParts, split_decoder
 from memjax.runs.load import load_as_saved
 from memjax.runs.write import write_run
 
@@ -38,7 +38,7 @@ def make_run(folder: pathlib.Path) -> None:
     config = RunConfig(model=MODEL, data=DataConfig(sequence_length=48))
     parts, rng = DecoderParts.of(config.model), np.random.default_rng(0)
     fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype))
-    write_run(folder, parts.assemble(fill(parts.abstract_params), fill(parts.abstract_tables)), ByteTokenizer(), config)
+    write_run(folder, parts.merge(fill(parts.abstract_params), fill(parts.abstract_tables)), ByteTokenizer(), config)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def memory_run(tmp_path_factory):
 
 
 def arrays_of(model: Decoder) -> dict[str, tuple]:
-    _, params, tables = take_apart(model)
+    _, params, tables = split_decoder(model)
     leaves, _ = jax.tree_util.tree_flatten_with_path((params, tables))
     return {jax.tree_util.keystr(path): (leaf.dtype, leaf.shape, np.asarray(leaf).tobytes()) for path, leaf in leaves}
 
@@ -133,8 +133,8 @@ def test_nothing_lies_at_the_target_when_what_was_written_gives_other_logits(oth
 
 def test_a_type_that_cannot_hold_the_numbers_is_refused(memory_run, tmp_path, monkeypatch):
     found = load_as_saved(memory_run)
-    parts, params, tables = take_apart(found.model)
-    large = parts.assemble(jax.tree.map(lambda leaf: jnp.full(leaf.shape, 1e5, leaf.dtype), params), tables)
+    parts, params, tables = split_decoder(found.model)
+    large = parts.merge(jax.tree.map(lambda leaf: jnp.full(leaf.shape, 1e5, leaf.dtype), params), tables)
     monkeypatch.setattr(huggingface, "load_as_saved", lambda *_, **__: dataclasses.replace(found, model=large))
     with pytest.raises(CheckpointError, match=r"dtype=float16 cannot hold numbers as large as 1e\+05"):
         to_hf(memory_run, tmp_path / "out", dtype="float16")
