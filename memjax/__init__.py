@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from memjax.evaluation.perplexity import bits_per_byte as bits_per_byte
     from memjax.evaluation.recall import fact_report as fact_report
     from memjax.inference.engine import Engine as Engine
-    from memjax.inference.engine import Request as Request
+    from memjax.inference.requests import Request as Request
     from memjax.inference.text import Continuation as Continuation
     from memjax.inference.text import continue_texts as continue_texts
     from memjax.inference.text import stream_text as stream_text
@@ -65,7 +65,7 @@ _MODULES = {
     "PEERConfig": "config.memory",
     "PEERLayer": "memory.peer",
     "Periodic": "training.hook",
-    "Request": "inference.engine",
+    "Request": "inference.requests",
     "RowGradient": "ops.row_gradient",
     "RowOptimizer": "memory.row_optimizer",
     "RowRule": "ops.row_update.rules",

@@ -179,7 +179,7 @@ def _program() -> NoReturn:
 
 
 def _write(folder: str) -> str:
-    from memjax.inference.engine import generate
+    from memjax.inference.streaming import generate
     from memjax.runs.load import load
 
     model, tokenizer = load(pathlib.Path(folder) / "run")

@@ -17,7 +17,9 @@ import numpy as np
 
 from memjax.config.load import load
 from memjax.config.run import RunConfig
-from memjax.inference.engine import LONGEST_CHUNK, Engine, Request
+from memjax.inference.engine import Engine
+from memjax.inference.programs import LONGEST_CHUNK
+from memjax.inference.requests import Request
 from memjax.models.counts import training_flops_per_token
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts

@@ -3,23 +3,31 @@
 generate_cpu.py starts it, also with checkouts of older commits: only what all of them have is used.
 """
 
+import contextlib
+import importlib
 import json
 import pathlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 STARTED = time.perf_counter()
 TOKENS = 256
+
+
+def found() -> Callable[..., Iterator[int]]:
+    """`generate`, wherever it is."""
+    for module in ("inference.streaming", "inference.engine", "models.generate"):  # the last one before the engine
+        with contextlib.suppress(ModuleNotFoundError):
+            return importlib.import_module(f"memjax.{module}").generate
+    raise ImportError("no memjax that generates")
 
 
 def main() -> None:
     """Writes seconds of the wall clock and of the processors as JSON."""
     import memjax
 
-    try:
-        from memjax.inference.engine import generate
-    except ModuleNotFoundError:
-        from memjax.models.generate import generate  # before there was an engine
+    generate = found()
 
     def timed() -> tuple[float, float, float, float]:
         """Seconds to the first token and of all further ones, by both clocks; texts have no end."""

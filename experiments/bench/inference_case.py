@@ -22,7 +22,9 @@ import memjax
 from memjax.config.load import load
 from memjax.config.memory import MemoryConfig
 from memjax.config.run import RunConfig
-from memjax.inference.engine import Engine, Pace, Request
+from memjax.inference.engine import Engine
+from memjax.inference.requests import Request
+from memjax.inference.streaming import Pace
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts
 from memjax.monitoring.profile import newest_trace, operations, table

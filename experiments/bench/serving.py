@@ -57,7 +57,9 @@ def serve(case: cases.Row) -> None:
     from memjax.config.load import load
     from memjax.config.run import RunConfig
     from memjax.data.tokenizers.base import Tokenizer
-    from memjax.inference.engine import LONGEST_CHUNK, Engine, Request
+    from memjax.inference.engine import Engine
+    from memjax.inference.programs import LONGEST_CHUNK
+    from memjax.inference.requests import Request
     from memjax.inference.scheduler import Scheduler, make_engine, warm_up
     from memjax.inference.server import HttpServer
     from memjax.inference.service import Limits, Service

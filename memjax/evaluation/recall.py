@@ -15,8 +15,8 @@ from memjax.config.data import DataConfig
 from memjax.data.sources import biographies
 from memjax.data.sources.biographies import Question
 from memjax.data.tokenizers.base import Tokenizer
-from memjax.inference.engine import generate
 from memjax.inference.scoring import Place, Request, score, to_device
+from memjax.inference.streaming import generate
 from memjax.models.decoder import Decoder
 from memjax.models.parts import split_decoder
 from memjax.ops.table import Table

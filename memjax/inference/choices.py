@@ -11,7 +11,7 @@ from memjax.data.tokenizers.base import Tokenizer
 from memjax.data.tokenizers.decoding import StreamingDecoder
 from memjax.inference.bodies import RefusedError, shown
 from memjax.inference.completions import MOST_LOGPROBS, CompletionRequest, Prompt
-from memjax.inference.engine import Request, TokenLogprobs
+from memjax.inference.requests import Request, TokenLogprobs
 from memjax.inference.scheduler import Ticket, Update
 from memjax.inference.text import StopStrings
 

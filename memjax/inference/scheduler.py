@@ -13,8 +13,11 @@ from typing import Any
 import jax
 
 from memjax.config.sampling import SamplingConfig
-from memjax.inference.engine import Engine, Made, Pace, Request, TokenLogprobs, padded_length
+from memjax.inference.engine import Engine
+from memjax.inference.programs import padded_length
+from memjax.inference.requests import Made, Request, TokenLogprobs
 from memjax.inference.sampling import Mode
+from memjax.inference.streaming import Pace
 from memjax.models.decoder import Decoder
 
 MODES = (Mode(), Mode(draws=True, top_k=True, top_p=True), Mode(True, True, True, True))

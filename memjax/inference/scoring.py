@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from memjax.data.packing import Batch
 from memjax.data.tokenizers.base import Tokenizer
-from memjax.inference.engine import TokenLogprobs, padded_length, top_count
+from memjax.inference.programs import padded_length, top_count
+from memjax.inference.requests import TokenLogprobs
 from memjax.inference.sampling import Likelihoods, likelihoods
 from memjax.inference.weights import prepare
 from memjax.models.decoder import Decoder

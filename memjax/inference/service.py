@@ -14,8 +14,8 @@ from memjax.data.tokenizers.base import Tokenizer
 from memjax.inference.bodies import RefusedError
 from memjax.inference.choices import Choice, Piece
 from memjax.inference.completions import CompletionRequest
-from memjax.inference.engine import Made
 from memjax.inference.metrics import Metrics
+from memjax.inference.requests import Made
 from memjax.inference.scheduler import QueueFullError, Scheduler, Ticket, Update
 
 

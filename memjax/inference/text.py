@@ -7,8 +7,10 @@ from typing import Literal
 from memjax.config.sampling import SamplingConfig
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.data.tokenizers.decoding import StreamingDecoder
-from memjax.inference.engine import Engine, Pace, Request, generate
+from memjax.inference.engine import Engine
+from memjax.inference.requests import Request
 from memjax.inference.sampling import GREEDY
+from memjax.inference.streaming import Pace, generate
 from memjax.models.decoder import Decoder
 
 

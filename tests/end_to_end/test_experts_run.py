@@ -11,7 +11,7 @@ from flax import nnx
 
 import memjax
 from memjax import train
-from memjax.inference.engine import generate
+from memjax.inference.streaming import generate
 from memjax.interop.huggingface.convert import to_hf
 from memjax.models.decoder import Decoder
 from memjax.sharding.mesh import make_mesh

@@ -15,7 +15,7 @@ from memjax.config.model import ModelConfig
 from memjax.data.sources.biographies import Person, Question
 from memjax.data.tokenizers.base import ByteTokenizer, Tokenizer
 from memjax.evaluation.recall import fact_report, format_fact_report, majority_guess, recall, zero_tables
-from memjax.inference.engine import generate
+from memjax.inference.streaming import generate
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, split_decoder, writable
 

@@ -14,7 +14,9 @@ from memjax.config.memory import MemoryConfig, PEERConfig
 from memjax.config.model import ModelConfig
 from memjax.config.sampling import SamplingConfig
 from memjax.inference import engine
-from memjax.inference.engine import Engine, Request, generate, generate_batch
+from memjax.inference.engine import Engine
+from memjax.inference.requests import Request
+from memjax.inference.streaming import generate, generate_batch
 from memjax.inference.weights import prepare
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, split_decoder

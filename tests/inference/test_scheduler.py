@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memjax.config.model import ModelConfig
-from memjax.inference.engine import Request
+from memjax.inference.requests import Request
 from memjax.inference.scheduler import batches, make_engine, warm_up
 from memjax.models.parts import DecoderParts
 

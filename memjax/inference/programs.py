@@ -1,0 +1,216 @@
+"""The compiled programs of an engine, and the state of the texts that they pass on.
+
+- prefill reads prompts and start picks the first token of each: for every power of two of prompt tokens, times powers
+  of two of prompts that are read together;
+- insert puts what was read into the engine's slots: for each of these and each capacity of the cache;
+- decode writes tokens: for each capacity of the cache, which is a power of two, and each `sampling.Mode`.
+
+How many tokens are decoded at a time, temperatures, seeds, stop tokens and lengths are data.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from memjax.inference.requests import Request
+from memjax.inference.sampling import GREEDY, Likelihoods, Mode, Rules, likelihoods, pick
+from memjax.models.decoder import Cache, Decoder
+from memjax.ops.tiles import next_power_of_two
+from memjax.sharding.axes import replicate, split_tokens
+
+LONGEST_CHUNK = 32
+"""Tokens that one call of the decoding program makes at most; the host looks at texts between calls only."""
+STOPPED, NOTHING = -2, -1
+"""In place of a token: stop token t came here (STOPPED - t); the text had ended before."""
+_SMALLEST, _SMALLEST_ON_CPUS = 128, 16
+"""Prompts and caches are padded to powers of two from here on. A GPU reads 128 tokens as fast as one, and compiling for
+a length takes it many seconds."""
+_TOP_COUNTS = (0, 5, 20)
+"""Likeliest tokens are counted up to one of these, so that few programs compile."""
+
+
+class Rows(NamedTuple):
+    """The requests of rows as arrays."""
+
+    rules: Rules
+    limit: Int[Array, " b"]
+    stop_ids: Int[Array, "b stops"]
+    """Padded with a number that no token has."""
+    is_used: Bool[Array, " b"]
+
+    @classmethod
+    def of(cls, requests: Sequence[Request | None]) -> "Rows":
+        """The rows of requests, as NumPy arrays; None is a row without a text."""
+        width = next_power_of_two(max([4, *(len(request.stop_ids) for request in requests if request)]))
+        stops = np.full((len(requests), width), NOTHING, np.int32)
+        for row, request in enumerate(requests):
+            if request:
+                stops[row, : len(request.stop_ids)] = list(request.stop_ids)
+        rules = Rules.of([(request.sampling, request.number) if request else (GREEDY, 0) for request in requests])
+        limit = np.array([request.max_tokens if request else 0 for request in requests], np.int32)
+        is_used = np.array([request is not None for request in requests])
+        return cls._make((rules, limit, stops, is_used))
+
+
+class State(NamedTuple):
+    """What decoding changes."""
+
+    cache: Cache
+    token: Int[Array, " b"]
+    """The last one of each text, which the cache does not hold yet."""
+    num_made: Int[Array, " b"]
+    is_active: Bool[Array, " b"]
+    seen: Bool[Array, "b vocab"]
+    """Which tokens the texts hold; kept up to date where a repetition penalty asks."""
+
+
+Weights = tuple[Array, ...]
+
+
+class Programs(NamedTuple):
+    """The compiled programs for models of one structure."""
+
+    prefill: Callable[..., tuple[Array, Cache]]
+    start: Callable[..., tuple[State, Array, Likelihoods | None]]
+    insert: Callable[..., State]
+    grow: Callable[..., State]
+    decode: Callable[..., tuple[State, Array, Likelihoods | None]]
+
+
+@functools.lru_cache(maxsize=8)
+def programs_of(graphdef: Any, structure: Any) -> Programs:
+    """The programs; a structure is compared once for an engine, not with every token."""
+
+    def model_of(weights: Weights) -> Decoder:
+        return nnx.merge(graphdef, jax.tree.unflatten(structure, weights))
+
+    @jax.jit
+    def prefill(
+        weights: Weights, tokens: Int[Array, "b s"], lengths: Int[Array, " b"]
+    ) -> tuple[Float[Array, "b vocab"], Cache]:
+        """Logits after the first `lengths` tokens of each row, and the cache of these."""
+        model = model_of(weights)
+        hidden, cache = model.hidden_with_cache(split_tokens(tokens), None)
+        last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+        # The padding's keys stay in the cache behind its lengths: nobody sees them, and new tokens overwrite them.
+        return model.logits(last), cache._replace(lengths=lengths)
+
+    @functools.partial(jax.jit, static_argnames=("mode", "num_top"), donate_argnames="cache")
+    def start(
+        logits: Float[Array, "b vocab"],
+        cache: Cache,
+        tokens: Int[Array, "b s"],
+        rows: Rows,
+        *,
+        mode: Mode,
+        num_top: int | None,
+    ) -> tuple[State, Int[Array, "b 1"], Likelihoods | None]:
+        """The state of texts that were read, with the first token of each."""
+        (num_rows, width), vocab_size = tokens.shape, logits.shape[1]
+        seen = jnp.zeros(logits.shape, bool)
+        if mode.penalty:
+            is_text = jnp.arange(width)[None, :] < cache.lengths[:, None]
+            # Padding is marked past the vocabulary, where nothing is written.
+            text = jnp.where(is_text, tokens, vocab_size)
+            seen = seen.at[jnp.arange(num_rows)[:, None], text].set(True, mode="drop")
+        nothing = jnp.zeros(num_rows, jnp.int32)
+        state = State(cache=cache, token=nothing, num_made=nothing, is_active=rows.is_used, seen=seen)
+        state, made, likely = _add_token(state, logits, rows, mode, num_top)
+        # With an axis of places, as decoding has it.
+        return state, replicate(made[:, None]), jax.tree.map(lambda array: replicate(array[:, None]), likely)
+
+    @functools.partial(jax.jit, static_argnames=("num_rows", "capacity"), donate_argnames="state")
+    def insert(state: State | None, fresh: State, slots: Int[Array, " b"], *, num_rows: int, capacity: int) -> State:
+        """The state with rows of another at the given slots; their caches are padded to its capacity."""
+        # Whole rows are written: what another text has left there cannot come back as 0 * inf.
+        fresh = _with_capacity(fresh, capacity)
+        if state is None:
+            empty = lambda array: split_tokens(jnp.zeros((num_rows, *array.shape[1:]), array.dtype))
+            state = jax.tree.map(empty, fresh)
+        return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), state, fresh)
+
+    @functools.partial(jax.jit, static_argnames="capacity")
+    def grow(state: State, *, capacity: int) -> State:
+        """The state with room for more tokens."""
+        return _with_capacity(state, capacity)
+
+    @functools.partial(jax.jit, static_argnames=("mode", "num_top"), donate_argnames="state")
+    def decode(
+        weights: Weights,
+        state: State,
+        rows: Rows,
+        count: Int[Array, ""],
+        *,
+        mode: Mode,
+        num_top: int | None,
+    ) -> tuple[State, Int[Array, "b n"], Likelihoods | None]:
+        """`count` more tokens of each text, fewer where all of them end before."""
+        num_rows = len(state.token)
+        state = state._replace(is_active=state.is_active & rows.is_used)
+
+        def add(carry: tuple[Array, State, Array, Any]) -> tuple[Array, State, Array, Any]:
+            place, state, tokens, reported = carry
+            model = model_of(weights)
+            hidden, cache = model.hidden_with_cache(state.token[:, None], state.cache)
+            lengths = jnp.where(state.is_active, cache.lengths, state.cache.lengths)
+            state = state._replace(cache=cache._replace(lengths=lengths))
+            state, made, likely = _add_token(state, model.logits(hidden[:, 0]), rows, mode, num_top)
+            write = lambda all_, one: all_.at[:, place].set(one)
+            return place + 1, state, write(tokens, made), jax.tree.map(write, reported, likely)
+
+        tokens = jnp.full((num_rows, LONGEST_CHUNK), NOTHING, jnp.int32)
+        reported = None
+        if num_top is not None:
+            shape = (num_rows, LONGEST_CHUNK)
+            reported = Likelihoods(
+                jnp.zeros(shape), jnp.zeros((*shape, num_top)), jnp.zeros((*shape, num_top), jnp.int32)
+            )
+        go_on = lambda carry: (carry[0] < count) & jnp.any(carry[1].is_active)
+        _, state, tokens, reported = jax.lax.while_loop(go_on, add, (jnp.int32(0), state, tokens, reported))
+        return state, replicate(tokens), jax.tree.map(replicate, reported)
+
+    return Programs(prefill, start, insert, grow, decode)
+
+
+def _add_token(
+    state: State, logits: Float[Array, "b vocab"], rows: Rows, mode: Mode, num_top: int | None
+) -> tuple[State, Int[Array, " b"], Likelihoods | None]:
+    """The next token of every active text, in the state and as what the host is given."""
+    picked = pick(logits, state.seen, rows.rules, state.num_made, mode=mode)
+    is_stop = jnp.any(picked[:, None] == rows.stop_ids, axis=1)
+    made = jnp.where(state.is_active, jnp.where(is_stop, STOPPED - picked, picked), NOTHING)
+    is_made = state.is_active & ~is_stop
+    num_made = state.num_made + is_made
+    seen = state.seen
+    if mode.penalty:
+        seen = seen.at[jnp.arange(len(picked)), picked].set(True)
+    state = state._replace(token=picked, num_made=num_made, is_active=is_made & (num_made < rows.limit), seen=seen)
+    return state, made, None if num_top is None else likelihoods(logits, picked, num_top)
+
+
+def capacity_of(state: State) -> int:
+    """Tokens of each text that the state has room for."""
+    return state.cache.blocks[0].keys.shape[2]
+
+
+def _with_capacity(state: State, capacity: int) -> State:
+    """The state with a cache of more places."""
+    more = lambda array: jnp.pad(array, [(0, 0), (0, 0), (0, capacity - array.shape[2]), (0, 0)])
+    return state._replace(cache=state.cache._replace(blocks=jax.tree.map(more, state.cache.blocks)))
+
+
+def padded_length(length: int) -> int:
+    """The length that a row of so many tokens is padded to: a power of two, so that few shapes are ever compiled."""
+    smallest = _SMALLEST_ON_CPUS if jax.default_backend() == "cpu" else _SMALLEST
+    return max(smallest, next_power_of_two(length))
+
+
+def top_count(most: int) -> int:
+    """How many of the likeliest tokens are counted where so many are asked for."""
+    return next((count for count in _TOP_COUNTS if count >= most), most)

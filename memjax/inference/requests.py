@@ -1,0 +1,60 @@
+"""What an engine is asked for, and what it gives back."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import Literal, NamedTuple
+
+from memjax.config.sampling import SamplingConfig
+from memjax.inference.sampling import GREEDY
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """A text to write."""
+
+    prompt_ids: Sequence[int]
+    """The prompt, its begin token included."""
+    max_tokens: int
+    """The most tokens to write."""
+    sampling: SamplingConfig = GREEDY
+    stop_ids: Collection[int] = ()
+    """Tokens that end the text; they are not part of it."""
+    number: int = 0
+    """Of the prompt; with the seed it decides the draws."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens to report at each token, beside its own log-probability; None reports none."""
+
+
+class TokenLogprobs(NamedTuple):
+    """How likely the model holds tokens at one place, before any sampling setting: natural logarithms."""
+
+    chosen: float
+    """Of the token written."""
+    top: dict[int, float]
+    """Of the likeliest tokens, in falling order."""
+
+
+@dataclasses.dataclass(slots=True)
+class Made:
+    """What one step has added to a text."""
+
+    tokens: list[int]
+    finish: Literal["stop", "length"] | None = None
+    """Why the text ends with these tokens: a stop token came, or max_tokens are written. None: it goes on."""
+    logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    """Of each token, if the request asks for them."""
+    stop: tuple[int, TokenLogprobs | None] | None = None
+    """The stop token that came, which is no part of the text, with its log-probabilities if the request asks."""
+
+
+def check(request: Request, vocab_size: int) -> None:
+    """Raises a ValueError that says why a request cannot be met."""
+    if not len(request.prompt_ids):
+        raise ValueError(f"the ids of prompt {request.number} are empty; they need at least the begin token")
+    for token in (min(request.prompt_ids), max(request.prompt_ids)):
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"the ids of prompt {request.number} hold {token}; the model knows 0..{vocab_size - 1}")
+    if request.max_tokens < 1:
+        raise ValueError(f"max_tokens={request.max_tokens} must be positive")
+    if request.logprobs is not None and not 0 <= request.logprobs <= vocab_size:
+        raise ValueError(f"logprobs={request.logprobs} must be in 0..{vocab_size}, the tokens of the vocabulary")
