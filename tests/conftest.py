@@ -32,7 +32,8 @@ import pytest
 
 # Shapes and types of the annotations are checked at every call; not in kernels, whose source Triton wants as it stands.
 _root = pathlib.Path(__file__).parents[1]
-_sources = [path for path in (_root / "memjax").rglob("*.py") if path.name not in ("__init__.py", "triton.py")]
+_modules = [path for path in (_root / "memjax").rglob("*.py") if path.name != "__init__.py"]
+_sources = [path for path in _modules if "@triton.jit" not in path.read_text()]
 jaxtyping.install_import_hook(
     [".".join(path.relative_to(_root).with_suffix("").parts) for path in _sources], "beartype.beartype"
 )

@@ -105,7 +105,7 @@ def main() -> None:
         run,
     )
 
-    from memjax.ops.product_key_search.triton import select
+    from memjax.ops.product_key_search.triton_select import select
 
     for operation, num in (("select", bench.num_keys), ("select_long", 4 * bench.num_keys)):
         rows = (bench.heads, 2, bench.tokens, num)

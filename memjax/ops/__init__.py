@@ -10,6 +10,6 @@
     matvec               rows @ x, gated or added to a residual, for generation of one text
 
 Each is a folder: `reference.py` is the definition, `xla.py` runs anywhere, in bounded memory where XLA lets it,
-`triton.py` holds the kernels and `tiles.py` how they cut their work, `specs.py` the uses by which they are compared,
-`api.py` is what others call (`memjax.embedding_bag` and so on).
+`triton.py` holds the kernels, or launches those of `triton_*.py`, and `tiles.py` how they cut their work, `specs.py`
+the uses by which they are compared, `api.py` is what others call (`memjax.embedding_bag` and so on).
 """

@@ -8,14 +8,17 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.custom_batching import sequential_vmap
 from jax.interpreters import mlir
 from jaxlib.mlir import ir
 
 from memjax.ops.manual_axes import vary_like
+
+T = TypeVar("T")
 
 FFI_TARGET, FFI_VERSION = "triton_kernel_call_ffi", 4
 """jaxlib's launcher for XLA's typed foreign function interface."""
@@ -86,6 +89,16 @@ def launch(
     )
     # Kernels carry no types of manual axes.
     return vary_like(outputs, arguments)
+
+
+def sequential(function: Callable[..., T]) -> Callable[..., T]:
+    """A function of arrays that `jax.vmap` maps over a batch one by one; keyword arguments are static."""
+
+    @functools.wraps(function)
+    def call(*arrays: Any, **settings: Any) -> T:
+        return sequential_vmap(functools.partial(function, **settings))(*arrays)
+
+    return call
 
 
 @functools.cache

@@ -162,7 +162,7 @@ def test_selection_from_long_rows_is_exact(num, top_k, values):
         "two values": rng.integers(2, size=(1, num)),
         "all equal": np.full((1, num), -0.5),
     }[values].astype(np.float32)
-    select = importlib.import_module("memjax.ops.product_key_search.triton").select
+    select = importlib.import_module("memjax.ops.product_key_search.triton_select").select
     best, places = select(jnp.asarray(rows), top_k=top_k)
     np.testing.assert_array_equal(best, -np.sort(-rows, axis=1)[:, :top_k])
     np.testing.assert_array_equal(np.take_along_axis(rows, np.asarray(places), axis=1), best)

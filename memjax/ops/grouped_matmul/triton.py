@@ -1,13 +1,11 @@
 """The grouped product as Triton kernels: tiles of rows, each of one group, by a schedule that is made on the device."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
-from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
 from memjax.ops import triton_call
@@ -112,27 +110,12 @@ def matrices_kernel(
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(row < K)[:, None] & is_column)
 
 
+@triton_call.sequential
 def grouped_matmul(
     rows: Float[Array, "m k"], matrices: Float[Array, "g ..."], sizes: Int[Array, " g"], *, transposed: bool = False
 ) -> Float[Array, "m n"]:
     """The reference's products, summed in float32; matrices are read transposed, not copied."""
-    return sequential_vmap(partial(_product, transposed=transposed))(rows, matrices, _inside(sizes, rows.shape[0]))
-
-
-def matrices_gradient(
-    rows: Float[Array, "m k"], cotangent: Float[Array, "m n"], sizes: Int[Array, " g"]
-) -> Float[Array, "g k n"]:
-    """The reference's sums, in float32."""
-    return sequential_vmap(_matrices_gradient)(rows, cotangent, _inside(sizes, rows.shape[0]))
-
-
-def _inside(sizes: Array, num_rows: int) -> Array:
-    """The sizes without rows that do not exist, which nothing may read or write."""
-    ends = jnp.minimum(jnp.cumsum(jnp.maximum(sizes, 0)), num_rows)
-    return jnp.diff(ends, prepend=0)
-
-
-def _product(rows: Array, matrices: Array, sizes: Array, *, transposed: bool) -> Array:
+    sizes = _inside(sizes, rows.shape[0])
     (num_rows, inputs), outputs = rows.shape, matrices.shape[1 if transposed else 2]
     tile = tiles.grouped_matmul(num_rows // sizes.shape[0], outputs, inputs, rows.dtype.itemsize)
     work = schedule(sizes, num_rows, tile.rows)
@@ -157,7 +140,12 @@ def _product(rows: Array, matrices: Array, sizes: Array, *, transposed: bool) ->
     return out
 
 
-def _matrices_gradient(rows: Array, cotangent: Array, sizes: Array) -> Array:
+@triton_call.sequential
+def matrices_gradient(
+    rows: Float[Array, "m k"], cotangent: Float[Array, "m n"], sizes: Int[Array, " g"]
+) -> Float[Array, "g k n"]:
+    """The reference's sums, in float32."""
+    sizes = _inside(sizes, rows.shape[0])
     (num_rows, inputs), outputs, groups = rows.shape, cotangent.shape[1], sizes.shape[0]
     tile = tiles.grouped_matmul_gradient(inputs, outputs, num_rows // groups, rows.dtype.itemsize)
     ends = jnp.cumsum(sizes).astype(jnp.int32)
@@ -180,6 +168,12 @@ def _matrices_gradient(rows: Array, cotangent: Array, sizes: Array) -> Array:
         PRECISION=_precision(rows),
     )
     return out
+
+
+def _inside(sizes: Array, num_rows: int) -> Array:
+    """The sizes without rows that do not exist, which nothing may read or write."""
+    ends = jnp.minimum(jnp.cumsum(jnp.maximum(sizes, 0)), num_rows)
+    return jnp.diff(ends, prepend=0)
 
 
 def _precision(rows: Array) -> str:

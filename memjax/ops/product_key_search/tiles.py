@@ -24,11 +24,11 @@ class Pairing(NamedTuple):
 
 def select(num: int, top_k: int, rows: int) -> Tile:
     """Groups (`rows`) and neighbouring scores (`columns`) of the selection from each of `rows` rows of `num` scores."""
-    whole, round_k, is_few = next_power_of_two(num), max(2, next_power_of_two(top_k)), rows <= FEW_ROWS
+    whole, is_few = next_power_of_two(num), rows <= FEW_ROWS
     found = tuned("product_key_search", f"select{'_long' * (whole > 2048)}{'_few' * is_few}")
     # Fewer groups than picks would leave picks out, and a short row is sorted at once.
-    run = min(found.get("columns", 4), max(1, whole // (2 * round_k)))
-    groups = min(max(found.get("rows", 256 if whole > 2048 else 128), 2 * round_k), max(2, whole // run))
+    run = min(found.get("columns", 4), max(1, whole // (2 * round_k(top_k))))
+    groups = min(max(found.get("rows", 256 if whole > 2048 else 128), 2 * round_k(top_k)), max(2, whole // run))
     return Tile(rows=groups, columns=run, num_warps=found.get("num_warps", 1))
 
 
@@ -38,3 +38,8 @@ def pair(num_pairs: int, tokens_and_heads: int) -> Pairing:
     found = tuned("product_key_search", "pair_few" if is_few else "pair")
     by_rank = bool(found.get("by_rank", is_few)) and num_pairs <= _MOST_RANKED
     return Pairing(found.get("num_warps", 4 if by_rank else 1), by_rank)
+
+
+def round_k(top_k: int) -> int:
+    """Picks that are sorted: tl.topk takes powers of two from 2 on."""
+    return max(2, next_power_of_two(top_k))

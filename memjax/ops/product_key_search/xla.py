@@ -37,7 +37,7 @@ def product_key_search(
         columns = jnp.take_along_axis(places[:, :, 1], second[pair], axis=-1)
         return best, rows * num_keys + columns
 
-    return map_chunks(search, halves, chunk=tokens_of(chunk_bytes, keys))
+    return map_chunks(search, halves, chunk=tokens_per_chunk(chunk_bytes, keys))
 
 
 def search_gradient(
@@ -64,7 +64,7 @@ def search_gradient(
         d_keys += jnp.einsum("thcn,thcd->hcnd", d_half, halves.astype(dtype), precision="highest")
         return d_keys, d_halves
 
-    chunks = chunked((_split(queries), places, d_scores), tokens_of(chunk_bytes, keys))
+    chunks = chunked((_split(queries), places, d_scores), tokens_per_chunk(chunk_bytes, keys))
     d_keys, d_halves = jax.lax.scan(one_chunk, vary_like(jnp.zeros(keys.shape, dtype), queries), chunks)
     d_queries = d_halves.reshape(-1, *queries.shape[1:])[: queries.shape[0]]
     return d_queries.astype(queries.dtype), d_keys.astype(keys.dtype)
@@ -93,7 +93,7 @@ def _top_k(scores: Float[Array, "*b n"], top_k: int) -> tuple[Float[Array, "*b k
     return best.reshape(*scores.shape[:-1], top_k), places.reshape(*scores.shape[:-1], top_k)
 
 
-def tokens_of(chunk_bytes: int, keys: Float[Array, "h 2 n half"]) -> int:
+def tokens_per_chunk(chunk_bytes: int, keys: Float[Array, "h 2 n half"]) -> int:
     """Tokens whose half scores take so many bytes; at least one."""
     num_heads, _, num_keys, _ = keys.shape
     return max(1, chunk_bytes // (8 * num_heads * num_keys))

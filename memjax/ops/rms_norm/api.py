@@ -76,8 +76,8 @@ def _forward(epsilon: float, scale: Array, x: Array, *residual: Array):
 
 
 def _backward(epsilon: float, residuals: tuple[Array, Array, tuple[None, ...]], cotangents: tuple[Array, Array]):
-    (scale, x, added), (beside, d_y) = residuals, cotangents
-    d_x, d_scale = dispatch.load("rms_norm", "triton").rms_norm_gradient(x, scale, d_y, beside, epsilon)
+    (scale, x, added), (d_residual, d_y) = residuals, cotangents
+    d_x, d_scale = dispatch.load("rms_norm", "triton").rms_norm_gradient(x, scale, d_y, d_residual, epsilon=epsilon)
     return d_scale.astype(scale.dtype), d_x, *(d_x for _ in added)
 
 

@@ -1,12 +1,9 @@
 """The root mean square norm and its gradient as Triton kernels: every row is read once."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
-from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float
 
 from memjax.ops import triton_call
@@ -64,7 +61,7 @@ def normed(x, scale_ptr, column, DIM: tl.constexpr, EPSILON: tl.constexpr):
 
 @triton.jit
 def norm_gradient_kernel(
-    x_ptr, scale_ptr, d_y_ptr, beside_ptr, d_x_ptr, d_scale_ptr, TOKENS: tl.constexpr, DIM: tl.constexpr,
+    x_ptr, scale_ptr, d_y_ptr, d_residual_ptr, d_x_ptr, d_scale_ptr, TOKENS: tl.constexpr, DIM: tl.constexpr,
     EPSILON: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
     """STRIP rows, ROWS at a time: their part of d_scale stays in registers."""
@@ -78,12 +75,12 @@ def norm_gradient_kernel(
         inside = (row < TOKENS)[:, None] & (column < DIM)[None, :]
         x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
         d_y = tl.load(d_y_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        beside = tl.load(beside_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        d_residual = tl.load(d_residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
         inverse = 1 / tl.sqrt(tl.sum(x * x, axis=1) / DIM + EPSILON)
         normed = x * inverse[:, None]
         d_normed = d_y * scale[None, :]
         along = tl.sum(d_normed * normed, axis=1) / DIM
-        d_x = beside + (d_normed - normed * along[:, None]) * inverse[:, None]
+        d_x = d_residual + (d_normed - normed * along[:, None]) * inverse[:, None]
         tl.store(d_x_ptr + place, d_x.to(d_x_ptr.dtype.element_ty), mask=inside)
         d_scale += tl.sum(d_y * normed, axis=0)
     tl.store(d_scale_ptr + strip * DIM + column, d_scale, mask=column < DIM)
@@ -91,7 +88,7 @@ def norm_gradient_kernel(
 
 def rms_norm(x: Float[Array, "t d"], scale: Float[Array, " d"], epsilon: float) -> Float[Array, "t d"]:
     """The reference's formula, in float32."""
-    (y,) = sequential_vmap(partial(_norm, epsilon=epsilon))(x, scale)
+    (y,) = _norm(x, scale, epsilon=epsilon)
     return y
 
 
@@ -99,21 +96,43 @@ def added_rms_norm(
     x: Float[Array, "t d"], residual: Float[Array, "t d"], scale: Float[Array, " d"], epsilon: float
 ) -> tuple[Float[Array, "t d"], Float[Array, "t d"]]:
     """x plus the residual, and its norm."""
-    added, y = sequential_vmap(partial(_norm, epsilon=epsilon))(x, residual, scale)
+    added, y = _norm(x, residual, scale, epsilon=epsilon)
     return added, y
 
 
+@triton_call.sequential
 def rms_norm_gradient(
     x: Float[Array, "t d"],
     scale: Float[Array, " d"],
     d_y: Float[Array, "t d"],
-    beside: Float[Array, "t d"],
+    d_residual: Float[Array, "t d"],
+    *,
     epsilon: float,
 ) -> tuple[Float[Array, "t d"], Float[Array, " d"]]:
-    """The norm's gradient in x plus `beside`, x's gradient from elsewhere; and the gradient in scale, in float32."""
-    return sequential_vmap(partial(_gradient, epsilon=epsilon))(x, scale, d_y, beside)
+    """The norm's gradient in x plus that of the residual, and the gradient in scale, in float32."""
+    tokens, dim = x.shape
+    tile = tiles.rms_norm_gradient(dim)
+    strips = ceil_div(tokens, STRIP)
+    d_x, d_scale = triton_call.launch(
+        norm_gradient_kernel,
+        x,
+        scale,
+        d_y,
+        d_residual,
+        out=[jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((strips, dim), jnp.float32)],
+        grid=(strips,),
+        num_warps=tile.num_warps,
+        TOKENS=tokens,
+        DIM=dim,
+        EPSILON=epsilon,
+        WIDTH=tile.columns,
+        ROWS=tile.rows,
+        STRIP=STRIP,
+    )
+    return d_x, d_scale.sum(axis=0)
 
 
+@triton_call.sequential
 def _norm(*arrays: Array, epsilon: float) -> tuple[Array, ...]:
     """Of x and scale, or of x, residual and scale."""
     x, adds = arrays[0], len(arrays) == 3
@@ -132,26 +151,3 @@ def _norm(*arrays: Array, epsilon: float) -> tuple[Array, ...]:
         ROWS=tile.rows,
     )
     return tuple(outputs)
-
-
-def _gradient(x: Array, scale: Array, d_y: Array, beside: Array, *, epsilon: float) -> tuple[Array, Array]:
-    tokens, dim = x.shape
-    tile = tiles.rms_norm_gradient(dim)
-    strips = ceil_div(tokens, STRIP)
-    d_x, d_scale = triton_call.launch(
-        norm_gradient_kernel,
-        x,
-        scale,
-        d_y,
-        beside,
-        out=[jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((strips, dim), jnp.float32)],
-        grid=(strips,),
-        num_warps=tile.num_warps,
-        TOKENS=tokens,
-        DIM=dim,
-        EPSILON=epsilon,
-        WIDTH=tile.columns,
-        ROWS=tile.rows,
-        STRIP=STRIP,
-    )
-    return d_x, d_scale.sum(axis=0)
