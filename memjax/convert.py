@@ -9,12 +9,11 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from memjax.config.checks import local_paths
 from memjax.config.help import Positional
 from memjax.config.load import READ_RUN, RUN_FOLDER
 from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig
-from memjax.config.section import Positive, Section
+from memjax.config.section import LocalPath, Positive, Section
 from memjax.errors import ConfigError
 from memjax.io.ctrl_c import run_command
 from memjax.runs import subcommands
@@ -28,22 +27,18 @@ PROG = "python -m memjax.convert"
 class FromHfConfig(Section):
     """Where the run goes, and what the folder does not say."""
 
-    out: str
+    out: LocalPath[str]
     """The folder of the run to write; new or empty."""
-    tokenizer: str | None = None
+    tokenizer: LocalPath[str] | None = None
     """A tokenizer.json or a SentencePiece .model; null takes that of the folder. byte: the 256 bytes, for a model
     without a tokenizer, which is then of use by token ids only."""
-
-    def problems(self) -> list[str | None]:
-        """Paths that are none."""
-        return local_paths(self, "out", "tokenizer")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToHfConfig(StepSettings):
     """Which checkpoint is written, and how."""
 
-    out: str
+    out: LocalPath[str]
     """The folder to write; new or empty."""
     ema: bool = False
     """Take the moving average of the dense parameters (optim.ema_decay)."""
@@ -52,15 +47,11 @@ class ToHfConfig(StepSettings):
     max_length: Positive[int] | None = None
     """Tokens that the model may be given at once (max_position_embeddings); null takes that of `like`, or
     data.sequence_length."""
-    like: str | None = None
+    like: LocalPath[str] | None = None
     """The Hugging Face folder that the run's model came from: its tokenizer files, chat template and settings for
     generation are kept."""
     shard_gb: Positive[float] = 5.0
     """Largest file in GB; a model that needs more gets several, and an index."""
-
-    def problems(self) -> list[str | None]:
-        """Everything that is wrong with the settings."""
-        return super().problems() + local_paths(self, "out", "like")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,30 +69,22 @@ class AddedMemoryConfig(MemoryConfig):
 class UpcycleConfig(StepSettings):
     """Where the new run goes, and the memory that its model gets."""
 
-    out: str
+    out: LocalPath[str]
     """The folder of the run to write; new or empty."""
     memory: AddedMemoryConfig
     seed: int = 0
     """Of the new parameters."""
-
-    def problems(self) -> list[str | None]:
-        """Everything that is wrong with the settings."""
-        return super().problems() + local_paths(self, "out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizeConfig(StepSettings):
     """Where the new run goes, and how the rows of its tables are stored."""
 
-    out: str
+    out: LocalPath[str]
     """The folder of the run to write; new or empty."""
     table: TableFormat = "int8"
     """Format of the rows. int8 and float8_e4m3 take a half, int4 a quarter of bfloat16's bytes; saved changes nothing
     but that tables are in files, which table_place=host maps on a CPU."""
-
-    def problems(self) -> list[str | None]:
-        """Everything that is wrong with the settings."""
-        return super().problems() + local_paths(self, "out")
 
 
 def from_hf(folder: str, *, settings: FromHfConfig) -> None:

@@ -8,9 +8,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from memjax.config.checks import local_paths, not_negative, positive
+from memjax.config.checks import not_negative, positive
 from memjax.config.load import READ_RUN, parse
 from memjax.config.sampling import SamplingConfig
+from memjax.config.section import LocalPath
 from memjax.errors import ConfigError
 from memjax.io.console import printable
 from memjax.io.ctrl_c import heard, run_command
@@ -29,10 +30,10 @@ class GenerateConfig(InferenceSettings, SamplingConfig):
     prompt: str | None = None
     """The text to go on from. A model of biographies answers a question such as "What is the major of ...? Answer:".
     Without it and without a file, prompts are asked for at the terminal, or read from standard input, one a line."""
-    prompts: str | None = None
+    prompts: LocalPath[str] | None = None
     """A file of prompts: one a line, or (.jsonl) one object a line with the field prompt. Prints one JSON object for
     each, with its text, why it ended, and the other fields of its line."""
-    output: str | None = None
+    output: LocalPath[str] | None = None
     """The file for these objects, in place of the terminal."""
     batch_size: int = 8
     """Prompts of the file that are worked on at once; it changes no text."""
@@ -48,7 +49,6 @@ class GenerateConfig(InferenceSettings, SamplingConfig):
         return [
             *InferenceSettings.problems(self),
             *SamplingConfig.problems(self),
-            *local_paths(self, "prompts", "output"),
             *not_negative(max_tokens=self.max_tokens),
             *positive(batch_size=self.batch_size),
             f"prompts={self.prompts} cannot be written on together with a prompt; give one of the two"

@@ -5,9 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from memjax.config.checks import local_paths
 from memjax.config.load import RUN_FOLDER, parse
-from memjax.config.section import Positive
+from memjax.config.section import LocalPath, Positive
 from memjax.errors import ConfigError
 from memjax.io.ctrl_c import run_command
 from memjax.runs.command import CheckpointSettings, check_output, exit_code, loaded
@@ -27,7 +26,7 @@ class InspectConfig(CheckpointSettings):
     """A text: prints the slots that its tokens read, and what each adds to the logit of the token that follows."""
     answer: str | None = None
     """What is to follow the prompt; null takes the likeliest token."""
-    out: str | None = None
+    out: LocalPath[str] | None = None
     """A file for the same as a page (.html) with all tokens and slots, which needs no server and no network."""
     top: Positive[int] = 8
     """Slots of each layer that are printed."""
@@ -35,7 +34,7 @@ class InspectConfig(CheckpointSettings):
     """The number of the token whose slots are printed; null is the last of the prompt."""
     slot: str | None = None
     """A slot such as L4:123456: prints the places of a corpus that read it most, and the tokens it makes likelier."""
-    corpus: str | None = None
+    corpus: LocalPath[str] | None = None
     """The file, folder or glob of that corpus; null is what the run was trained on."""
     corpus_texts: Positive[int] = 20_000
     """The most texts of the corpus that are read."""
@@ -44,7 +43,7 @@ class InspectConfig(CheckpointSettings):
 
     def problems(self) -> list[str | None]:
         """Everything that is wrong with the settings."""
-        problems = super().problems() + local_paths(self, "out", "corpus")
+        problems = super().problems()
         if (self.prompt is None) == (self.slot is None):
             problems.append("prompt and slot: give one of the two")
         if self.slot is not None and not _SLOT.fullmatch(self.slot):

@@ -4,10 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-from memjax.config.checks import local_paths
 from memjax.config.help import Positional
 from memjax.config.load import parse
-from memjax.config.section import NotNegative, Positive
+from memjax.config.section import LocalPath, NotNegative, Positive
 from memjax.errors import ConfigError
 from memjax.io.ctrl_c import run_command
 from memjax.runs.command import CheckpointSettings, exit_code, loaded
@@ -26,7 +25,7 @@ RUN_AND_FACTS = Positional(
 class LearnConfig(CheckpointSettings):
     """How to learn, and what to measure."""
 
-    out: str
+    out: LocalPath[str]
     """The patch to write: a file (.safetensors), or a folder for it. The run's model stays as it is."""
     rows: Positive[int] = 4_096
     """Rows of each table that a batch of facts may change: those that it reads more than other texts do. More rows
@@ -41,21 +40,17 @@ class LearnConfig(CheckpointSettings):
     """Facts in a batch, each in all its wordings."""
     replay: NotNegative[int] = 128
     """Texts of the background that are learned again in each batch, so that the rows keep what they held."""
-    background: str | None = None
+    background: LocalPath[str] | None = None
     """The texts that slots are compared on: a file, folder or glob; null is what the run was trained on."""
     background_texts: Positive[int] = 20_000
     """The most texts of the background that are read. The counts are kept with the run."""
-    held_out: str | None = None
+    held_out: LocalPath[str] | None = None
     """Questions that the facts should not change: JSON lines with prompt and answer, asked before and after. null takes
     the run's own questions where it has some (generated people)."""
     held_out_questions: Positive[int] = 1_000
     """The most of these that are asked."""
     seed: NotNegative[int] = 0
     """Orders the facts and draws the texts that are learned again."""
-
-    def problems(self) -> list[str | None]:
-        """Everything that is wrong with the settings."""
-        return super().problems() + local_paths(self, "out", "background", "held_out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

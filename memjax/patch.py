@@ -8,9 +8,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from memjax.config.checks import local_paths
 from memjax.config.help import Positional
-from memjax.config.section import Positive, Section
+from memjax.config.section import LocalPath, Positive, Section
 from memjax.io.ctrl_c import run_command
 from memjax.runs import subcommands
 from memjax.runs.command import StepSettings
@@ -26,25 +25,17 @@ PROG = "python -m memjax.patch"
 class DiffConfig(StepSettings):
     """Where the patch goes."""
 
-    out: str
+    out: LocalPath[str]
     """The file to write (.safetensors), or a folder for it."""
-
-    def problems(self) -> list[str | None]:
-        """Everything that is wrong with the settings."""
-        return super().problems() + local_paths(self, "out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ApplyConfig(StepSettings):
     """Where the patch is applied."""
 
-    out: str | None = None
+    out: LocalPath[str] | None = None
     """A new folder for a run whose checkpoint has the patch's rows; the run itself then stays as it is. null notes the
     patch in the run's folder, whose checkpoints stay as they are, so that it can be taken back."""
-
-    def problems(self) -> list[str | None]:
-        """Everything that is wrong with the settings."""
-        return super().problems() + local_paths(self, "out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,15 +47,11 @@ class RevertConfig(StepSettings):
 class MergeConfig(Section):
     """Where the patch goes, and what becomes of rows that several patches change."""
 
-    out: str
+    out: LocalPath[str]
     """The file to write (.safetensors), or a folder for it."""
     conflicts: Literal["refuse", "sum", "first", "last"] = "refuse"
     """refuse: such rows are named, and nothing is written; sum: the old row plus every change; first, last: the row of
     the first or the last patch."""
-
-    def problems(self) -> list[str | None]:
-        """A path that is none."""
-        return local_paths(self, "out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,9 +5,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import cast
 
-from memjax.config.checks import local_paths
 from memjax.config.load import RUN_FOLDER, parse
-from memjax.config.section import Positive, Section
+from memjax.config.section import LocalPath, Positive, Section
 from memjax.io.console import format_table
 from memjax.io.ctrl_c import run_command
 from memjax.runs.command import exit_code
@@ -17,7 +16,7 @@ from memjax.runs.command import exit_code
 class PlotConfig(Section):
     """What to draw."""
 
-    out: str = "comparison.png"
+    out: LocalPath[str] = "comparison.png"
     """The file to write: .png, .svg or .pdf, or .html for one page with the picture and a table that needs no other
     file."""
     x: str = "step"
@@ -34,7 +33,7 @@ class PlotConfig(Section):
 
     def problems(self) -> list[str | None]:
         """Settings that do not go together."""
-        problems = local_paths(self, "out")
+        problems: list[str | None] = []
         if pathlib.PurePath(self.out).suffix not in SUFFIXES:
             problems.append(f"out={self.out} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
         if self.metric is not None and self.x in AXES:

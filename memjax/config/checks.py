@@ -7,6 +7,7 @@ be null, where no type says otherwise.
 import functools
 import math
 import numbers
+import os
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -129,29 +130,36 @@ def ranges(config: Any) -> list[str | None]:
     ]
 
 
-def local_paths(section: Any, *names: str, remote: bool = False) -> list[str | None]:
-    """Fields must hold paths of this machine, alone or in a tuple, or null; their `~` is expanded in the section. With
-    remote, addresses are right, too; whether this machine can read them is not asked, since a config is also loaded
-    where nothing of them is needed.
-    """
-    problems: list[str | None] = []
+def _check_paths(read: Callable[[str, str], object]) -> Check:
+    def check(**fields: Any) -> list[str | None]:
+        problems: list[str | None] = []
+        for name, value in fields.items():
+            for text in (value,) if isinstance(value, str) else value or ():
+                try:
+                    read(text, name)
+                except ValueError as error:
+                    problems.append(str(error))
+        return problems
 
-    def expanded(text: str, name: str) -> str:
-        try:
-            path = (path_or_address if remote else local_path)(text, name)
-        except ValueError as error:
-            problems.append(str(error))
-            return text
-        # Otherwise as it was written, so that messages and recorded settings show it so.
-        return str(path) if text.startswith("~") else text
+    return check
 
-    for name in names:
-        value = getattr(section, name)
-        if isinstance(value, str):
-            object.__setattr__(section, name, expanded(value, name))
-        elif value is not None:
-            object.__setattr__(section, name, tuple(expanded(text, name) for text in value))
-    return problems
+
+local = _check_paths(local_path)
+"""Fields hold paths of this machine, alone or in a tuple."""
+local_or_remote = _check_paths(path_or_address)
+"""Addresses are right, too; whether this machine can read them is not checked, since a config is also loaded where they
+are not needed.
+"""
+
+
+def expand_home(config: Any) -> None:
+    """Expands the `~` of the fields whose types name them paths; other paths stay as they were written."""
+    expanded = lambda text: os.path.expanduser(text) if text.startswith("~") else text
+    for name, kind in _types(type(config), include_extras=True).items():
+        checks = [check for one in _union(kind) for check in getattr(one, "__metadata__", ())]
+        value = getattr(config, name)
+        if value and (local in checks or local_or_remote in checks):
+            object.__setattr__(config, name, expanded(value) if isinstance(value, str) else tuple(map(expanded, value)))
 
 
 def block_numbers(layers: tuple[int, ...]) -> Iterator[str]:

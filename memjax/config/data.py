@@ -5,8 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Literal
 
-from memjax.config.checks import local_paths
-from memjax.config.section import BelowOne, NotNegative, Positive, Section, Share
+from memjax.config.section import BelowOne, LocalPath, NotNegative, PathOrAddress, Positive, Section, Share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,7 +15,7 @@ class TokenizerConfig(Section):
     kind: Literal["byte", "bpe", "hf", "sentencepiece", "tiktoken"] = "bpe"
     """byte: the 256 bytes and the special tokens; bpe: byte-level BPE trained on the run's own corpus; the others are
     read from a file: hf a tokenizer.json with a byte-level BPE, sentencepiece a .model, tiktoken a file of ranks."""
-    path: str | None = None
+    path: LocalPath[str] | None = None
     """The file (hf, sentencepiece and tiktoken); the run keeps a copy."""
     train_bytes: Positive[int] = 10_000_000
     """Text of the corpus, in bytes, that a BPE is trained on (spread evenly over it)."""
@@ -37,7 +36,6 @@ class TokenizerConfig(Section):
 
     def problems(self) -> Iterator[str | None]:
         """Settings that are for another kind."""
-        yield from local_paths(self, "path")
         for name, value in (("path", self.path), ("bos", self.bos), ("eos", self.eos)):
             if value is not None and self.kind in ("byte", "bpe"):
                 yield f"{name}={value} is for a tokenizer from a file; set kind to hf, sentencepiece or tiktoken"
@@ -67,7 +65,7 @@ class MixtureConfig(Section):
 
     name: str
     """What metrics call it, and the folder of its prepared data."""
-    path: str
+    path: PathOrAddress[str]
     """File, folder or glob, as in data.path."""
     source: Literal["files", "jsonl", "text"] = "files"
     """How its files are read, as in data.source."""
@@ -75,8 +73,7 @@ class MixtureConfig(Section):
     """Share of the tokens of the training, relative to the weights of the other parts."""
 
     def problems(self) -> Iterator[str | None]:
-        """A path or a name that is none."""
-        yield from local_paths(self, "path", remote=True)
+        """A name that is none."""
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
             yield f"name={self.name} must consist of letters, digits, - and _: a folder and metrics are named after it"
 
@@ -89,7 +86,7 @@ class DataConfig(Section):
     """biographies: generated; jsonl: a JSON object a line; text: a document a line; files: as the suffix says (.jsonl
     .txt .parquet .arrow .array_record, lines also with .gz .xz .zst .bz2); huggingface: the dataset that path names, by
     way of the package datasets; mixture: the parts in `mixture`."""
-    path: str | None = None
+    path: PathOrAddress[str] | None = None
     """The training data (jsonl, text, files): a file, a folder or a glob, read in sorted order. An address (gs://, s3://,
     hf://, http) is read by way of a copy in the user's cache folder."""
     subset: str | None = None
@@ -98,11 +95,11 @@ class DataConfig(Section):
     """The split of the dataset that is trained on (source: huggingface)."""
     mixture: tuple[MixtureConfig, ...] = ()
     """Parts that are mixed (source: mixture), as {name, path, weight, source} each."""
-    validation_path: str | None = None
+    validation_path: PathOrAddress[str] | None = None
     """The validation data; null holds the last validation_fraction of the records (of every part) out of training."""
     validation_fraction: BelowOne[float] = 0.005
     """Share of the records held out when validation_path is null."""
-    prepared: str | None = None
+    prepared: LocalPath[str] | None = None
     """Folder of the tokenised data; null: `prepared` in the run's folder. Compressed files, Parquet, ArrayRecord,
     mixtures and whatever is read with malformed: skip are tokenised there before the training; see memjax.prepare."""
     malformed: Literal["strict", "skip"] = "strict"
@@ -137,9 +134,7 @@ class DataConfig(Section):
     """The generated people (source: biographies)."""
 
     def problems(self) -> Iterator[str | None]:
-        """Paths and names that are none, and settings that are for another source."""
-        yield from local_paths(self, "path", "validation_path", remote=True)
-        yield from local_paths(self, "prepared")
+        """Names that are none, and settings that are for another source."""
         if self.source == "mixture" and not self.mixture:
             yield f"source={self.source} needs the parts to mix; list them in mixture, as {{name, path, weight}} each"
         if self.source != "mixture" and self.mixture:

@@ -4,13 +4,12 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from memjax.config.checks import local_paths
 from memjax.config.data import DataConfig
 from memjax.config.devices import MeshConfig, ProcessesConfig
 from memjax.config.log import LogConfig
 from memjax.config.model import ModelConfig
 from memjax.config.optim import OptimConfig, TableOptimConfig
-from memjax.config.section import Section
+from memjax.config.section import LocalPath, PathOrAddress, Section
 from memjax.config.training import CheckpointConfig, EvalConfig, TrainConfig
 
 
@@ -18,9 +17,9 @@ from memjax.config.training import CheckpointConfig, EvalConfig, TrainConfig
 class RunFolderConfig(Section):
     """Where the run lives and what makes it repeatable."""
 
-    dir: str = "runs/quickstart"
+    dir: LocalPath[str] = "runs/quickstart"
     """The run's folder; the same folder again resumes the run."""
-    mirror: str | None = None
+    mirror: PathOrAddress[str] | None = None
     """Folder or address (gs://, s3://, hf://) to which the run's folder is copied after each save and at the end,
     without its prepared data; `memjax.load` reads it. It must be empty, or the mirror of the same run. What goes wrong
     with it is told, and tried again at the next save."""
@@ -29,15 +28,13 @@ class RunFolderConfig(Section):
     deterministic: bool = False
     """Bit-for-bit repeatable runs on GPUs, with XLA's repeatable kernels and attention in chunks: slower, the more so
     the longer rows are."""
-    compile_cache: str | None = "auto"
+    compile_cache: LocalPath[str] | None = "auto"
     """Folder that keeps compiled programs, so that the next start does not compile them again. auto: memjax/compiled in
     the user's cache folder (at most 2 GB; MEMJAX_COMPILE_CACHE in the environment names another or says off, and is for
     evaluate and generate too); null keeps none."""
 
     def problems(self) -> Iterator[str | None]:
-        """Paths that are none."""
-        yield from local_paths(self, "dir", "compile_cache")
-        yield from local_paths(self, "mirror", remote=True)
+        """A mirror that can only be read."""
         if self.mirror and self.mirror.startswith(("http://", "https://")):
             yield f"mirror={self.mirror} cannot be written to; name a folder, or an address such as gs://bucket/run"
 

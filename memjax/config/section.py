@@ -15,6 +15,10 @@ Share = Annotated[Value, checks.share]
 """From 0 to 1."""
 BelowOne = Annotated[Value, checks.below_one]
 """From 0 to 1, without 1."""
+LocalPath = Annotated[Value, checks.local]
+"""A path of this machine, or several; `~` is expanded."""
+PathOrAddress = Annotated[Value, checks.local_or_remote]
+"""The same, or an address such as gs://bucket/run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +30,9 @@ class Section:
 
     def __post_init__(self) -> None:
         checks.typed(self, self.PLACE)
-        checks.refuse([*checks.ranges(self), *self.problems()])
+        problems = checks.ranges(self)
+        checks.expand_home(self)
+        checks.refuse([*problems, *self.problems()])
 
     def problems(self) -> Iterable[str | None]:
         """What else is wrong, each beginning with `field=value`."""

@@ -5,8 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Literal
 
-from memjax.config.checks import local_paths
-from memjax.config.section import Positive, Section
+from memjax.config.section import LocalPath, PathOrAddress, Positive, Section
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,7 +14,7 @@ class TrainConfig(Section):
 
     steps: Positive[int] = 750
     """Optimizer steps of the whole run."""
-    init_from: str | None = None
+    init_from: PathOrAddress[str] | None = None
     """Folder or address of a run (of its newest checkpoint) whose parameters, tables and tokenizer the training starts
     from; every shape must fit. A run that has a checkpoint of its own goes on from that. null: random parameters."""
     grad_accum_steps: Positive[int] = 1
@@ -25,10 +24,6 @@ class TrainConfig(Section):
     attention: Literal["auto", "cudnn", "chunked"] = "auto"
     """cudnn: the fused kernel of NVIDIA GPUs, for 16-bit types; chunked: anywhere, some queries at a time; auto: cudnn
     where it can run."""
-
-    def problems(self) -> Iterator[str | None]:
-        """A path that is none."""
-        yield from local_paths(self, "init_from", remote=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,11 +70,11 @@ class EvalConfig(Section):
     """Steps between recall tests during the training (source: biographies), without zeroed tables; null asks at the end
     only."""
 
-    questions: tuple[str, ...] = ()
+    questions: LocalPath[tuple[str, ...]] = ()
     """Sets of questions to ask during the training, as `questions` of `python -m memjax.evaluate`."""
     tasks: tuple[str, ...] = ()
     """Tasks of lm-eval to do during the training, as `tasks` of `python -m memjax.evaluate`."""
-    task_folder: str | None = None
+    task_folder: LocalPath[str] | None = None
     """Folder with tasks as YAML files, which then are the only ones known."""
     questions_every: Positive[int] = 1000
     """Steps between two rounds of questions and tasks; the last step ends with one."""
@@ -87,7 +82,6 @@ class EvalConfig(Section):
     """The most questions of each set and documents of each task; null takes all."""
 
     def problems(self) -> Iterator[str | None]:
-        """Paths that are none, and a folder without its tasks."""
-        yield from local_paths(self, "questions", "task_folder")
+        """A folder of tasks, none of which is named."""
         if self.task_folder is not None and not self.tasks:
             yield f"task_folder={self.task_folder} is used with tasks; name some, or leave it out"

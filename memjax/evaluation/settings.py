@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from memjax.config.checks import local_paths, not_negative, positive
 from memjax.config.sampling import SamplingConfig
 from memjax.config.schema import show
+from memjax.config.section import LocalPath, NotNegative, PathOrAddress, Positive
 from memjax.runs.command import InferenceSettings
 
 _OF_QUESTIONS = ("examples", "max_tokens", "sampling", "samples", "run_programs", "program_seconds")
@@ -22,72 +22,62 @@ class EvaluateConfig(InferenceSettings):
     is asked for its facts; other runs read their validation data.
     """
 
-    text: str | None = None
+    text: PathOrAddress[str] | None = None
     """A file to read, one document a line; .jsonl: one object a line. null: the facts, or the run's validation data."""
     text_key: str | None = None
     """JSONL field with a whole document; null takes the run's."""
-    max_bytes: int | None = None
+    max_bytes: Positive[int] | None = None
     """Text to read, in bytes; null reads all."""
-    sequence_length: int | None = None
+    sequence_length: Positive[int] | None = None
     """Tokens that the model sees at once; null takes the run's."""
-    stride: int | None = None
+    stride: Positive[int] | None = None
     """Tokens from one window on a long document to the next; null is half a window, so that tokens have a context."""
-    people: int | None = None
+    people: Positive[int] | None = None
     """The most people to ask about, of those asked about in training and of the others; null asks about all."""
-    questions: tuple[str, ...] = ()
+    questions: LocalPath[tuple[str, ...]] = ()
     """Sets of questions to ask: .jsonl files (.gz, .xz, .zst or .bz2 may follow), folders of such, or globs. What is in
     a file, its fields say: question, answers; context, qas; or as HumanEval and MBPP are published. For questions with
     choices see tasks."""
-    limit: int | None = None
+    limit: Positive[int] | None = None
     """The most questions of each set, evenly spread over it; of each task the first. null asks all."""
-    shots: int | None = None
+    shots: NotNegative[int] | None = None
     """Solved questions in front of each one. null: none in front of questions, as many as a task wants."""
-    examples: tuple[str, ...] = ()
+    examples: LocalPath[tuple[str, ...]] = ()
     """Where these come from: files with the same names but for `_train`, `_dev` and the like. Without, from the set
     itself, never the question itself."""
-    max_tokens: int | None = None
+    max_tokens: Positive[int] | None = None
     """The most tokens to write; null: 32 for an answer, 384 for a program."""
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     """How answers and programs are written."""
-    samples: int = 1
+    samples: Positive[int] = 1
     """Programs to write for each problem, for pass@10 and pass@100."""
     run_programs: bool = False
     """Run the programs that the model writes, in processes with limits, to see whether they are right. What keeps them
     from files and the network depends on the machine; what is missing is printed. Run them where nothing can be
     lost."""
-    program_seconds: int = 5
+    program_seconds: Positive[int] = 5
     """What such a program may compute; of the clock it gets three times as much."""
     tasks: tuple[str, ...] = ()
     """Tasks of lm-eval to do (pip install lm-eval). No network is used, so their data must be on this
     machine."""
-    task_folder: str | None = None
+    task_folder: LocalPath[str] | None = None
     """A folder with tasks of your own as YAML files, which then are the only ones known. Such files can name Python
     code that is run."""
-    batch_size: int = 64
+    batch_size: Positive[int] = 64
     """Sequences at once."""
     zero_tables: bool = True
     """Measure again with the tables zeroed, which tells how much is in them."""
 
     def problems(self) -> list[str | None]:
         """Everything that is wrong with the settings."""
-        names = ("max_bytes", "sequence_length", "stride", "people", "limit", "max_tokens", "samples")
-        problems = [
-            *super().problems(),
-            *positive(**{name: getattr(self, name) for name in (*names, "program_seconds", "batch_size")}),
-            *not_negative(shots=self.shots),
-        ]
+        problems = super().problems()
         if self.memory_devices > 0 and self.batch_size % self.memory_devices:
             problems.append(f"batch_size={self.batch_size} must be a multiple of memory_devices={self.memory_devices}")
         if self.samples > 1 and self.sampling.temperature == 0:
             problems.append(f"samples={self.samples} would all be the same; set sampling.temperature, such as 0.8")
         if self.examples and not self.shots:
             problems.append(f"examples={show(self.examples)} are not used without shots; set shots to their number")
-        return (
-            problems
-            + local_paths(self, "text", remote=True)
-            + local_paths(self, "questions", "examples", "task_folder")
-            + self._misplaced()
-        )
+        return problems + self._misplaced()
 
     def _misplaced(self) -> list[str | None]:
         """What is asked for together with something else, and settings of what is not asked for."""
