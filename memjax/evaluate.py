@@ -57,7 +57,7 @@ def _evaluate(run: str, settings: EvaluateConfig) -> None:
     from memjax.data.sources.kinds import find_source
 
     with loaded(run, settings) as found:
-        folder, asked = _evals_folder(run), dataclasses.asdict(settings)
+        folder, asked = found.folder / "evals", dataclasses.asdict(settings)
         if found.patches:
             asked["patches"] = list(found.patches)
         if sets:
@@ -72,7 +72,7 @@ def _evaluate(run: str, settings: EvaluateConfig) -> None:
             path = _result_path(folder, f"{found.step}-facts", asked)
             report = _facts(found, settings)
         else:
-            source = _open(run, found, settings)
+            source = _open(found, settings)
             name = "validation" if settings.text is None else f"text-{pathlib.Path(settings.text).stem}"
             path = _result_path(folder, f"{found.step}-{name}", asked)
             report = _text(found, settings, source)
@@ -244,7 +244,7 @@ def _text(found: "LoadedModel", settings: EvaluateConfig, source: "Iterable[Reco
     return report
 
 
-def _open(run: str, found: "LoadedModel", settings: EvaluateConfig) -> "Iterable[Record]":
+def _open(found: "LoadedModel", settings: EvaluateConfig) -> "Iterable[Record]":
     """The text to read.
 
     Raises:
@@ -261,7 +261,7 @@ def _open(run: str, found: "LoadedModel", settings: EvaluateConfig) -> "Iterable
     if settings.text is not None:
         keys = Keys(settings.text_key or data.text_key, data.prompt_key, data.answer_key)
         return RecordFiles(settings.text, "--text", keys)
-    source = find_source(data.in_run(str(_evals_folder(run).parent)))
+    source = find_source(data.in_run(str(found.folder)))
     if source.problem:  # a model from elsewhere
         raise DataError("the run has no text of its own; name a file with --text")
     held_out = open_dataset(source, found.tokenizer).validation
@@ -273,14 +273,6 @@ def _open(run: str, found: "LoadedModel", settings: EvaluateConfig) -> "Iterable
 def _texts(records: "Iterable[Record]") -> Iterator[str]:
     for record in records:
         yield "".join(segment.text for segment in record)
-
-
-def _evals_folder(run: str) -> pathlib.Path:
-    from memjax.runs.layout import CHECKPOINTS
-    from memjax.runs.saved import readable_folder
-
-    folder = readable_folder(run)
-    return (folder.parent if folder.name == CHECKPOINTS else folder) / "evals"
 
 
 if __name__ == "__main__":

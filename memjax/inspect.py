@@ -79,12 +79,12 @@ def _inspect(run: str, settings: InspectConfig) -> None:
         if not found.model.config.lookups:
             raise ConfigError(f"{run}: the model has no memory layers and no PEER layers: there are no slots")
         if settings.prompt is not None:
-            _show_prompt(run, found, settings, settings.prompt)
+            _show_prompt(found, settings, settings.prompt)
         else:
-            _show_slot(run, found, settings)
+            _show_slot(found, settings)
 
 
-def _show_prompt(run: str, found: "LoadedModel", settings: InspectConfig, prompt: str) -> None:
+def _show_prompt(found: "LoadedModel", settings: InspectConfig, prompt: str) -> None:
     from memjax.io.files import write_atomic
     from memjax.knowledge import page
     from memjax.knowledge.trace import trace
@@ -95,7 +95,7 @@ def _show_prompt(run: str, found: "LoadedModel", settings: InspectConfig, prompt
     number = traced.place if settings.token is None else settings.token
     if not 0 <= number < len(traced.tokens):
         raise ConfigError(f"token={number} must be in 0..{len(traced.tokens) - 1}: there are no more tokens")
-    changed = _changed(run, found, settings)
+    changed = _changed(found, settings)
     values = page.document(traced, tokenizer, found.model.config, changed=changed, title=prompt)
     print("\n".join(lines(values, number, settings.top)))
     if settings.out is not None:
@@ -108,13 +108,12 @@ def _after(prompt: str, answer: str) -> str:
     return answer if not prompt or prompt[-1].isspace() or answer[0].isspace() else f" {answer}"
 
 
-def _changed(run: str, found: "LoadedModel", settings: InspectConfig) -> dict[str, set[int]]:
+def _changed(found: "LoadedModel", settings: InspectConfig) -> dict[str, set[int]]:
     """The rows that patches have changed, by table."""
     from memjax.runs.applied import Applied
     from memjax.runs.patch import read_patch
-    from memjax.runs.saved import checkpoint_folder
 
-    applied = [patch for _, patch in Applied(checkpoint_folder(run)).patches(found.step)]
+    applied = [patch for _, patch in Applied(found.checkpoints).patches(found.step)]
     changed: dict[str, set[int]] = {}
     for patch in [*applied, *map(read_patch, settings.patch)]:
         for name, change in patch.tables.items():
@@ -173,7 +172,7 @@ def _cell(text: str, width: int = 18) -> str:
     return (shown if len(shown) < width else f"{shown[: width - 2]}…").ljust(width)
 
 
-def _show_slot(run: str, found: "LoadedModel", settings: InspectConfig) -> None:
+def _show_slot(found: "LoadedModel", settings: InspectConfig) -> None:
     from memjax.knowledge.corpus import open_corpus
     from memjax.knowledge.page import text_of
     from memjax.knowledge.reads import layers_of, tables_of
@@ -189,7 +188,7 @@ def _show_slot(run: str, found: "LoadedModel", settings: InspectConfig) -> None:
     report = slot_report(
         found.model,
         found.tokenizer,
-        open_corpus(run, found, settings.corpus, "--corpus"),
+        open_corpus(found, settings.corpus, "--corpus"),
         layer,
         int(row),
         length=found.config.data.sequence_length,

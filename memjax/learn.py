@@ -86,7 +86,6 @@ def _learn(words: Sequence[str], settings: LearnConfig) -> None:
         names = ("rows", "lr", "epochs", "batch_size", "optimizer", "replay", "seed")
         recipe = Recipe(**{name: getattr(settings, name) for name in names})
         learn_facts(
-            run,
             found,
             facts,
             held_out,

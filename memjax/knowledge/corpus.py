@@ -1,7 +1,6 @@
 """The texts that a model is compared on: a file that is named, or what the run was trained on."""
 
 import itertools
-import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -14,17 +13,14 @@ from memjax.data.sources.records import Record
 from memjax.data.sources.stream import RecordFiles
 from memjax.data.tokenize import TextReader
 from memjax.errors import DataError
-from memjax.runs.layout import CHECKPOINTS
 from memjax.runs.load import LoadedModel
-from memjax.runs.saved import checkpoint_folder
 
 
-def open_corpus(run: str, found: LoadedModel, path: str | None, field: str) -> Iterable[Record]:
+def open_corpus(found: LoadedModel, path: str | None, field: str) -> Iterable[Record]:
     """The records of a path, or of the run's training data; iterating reads them anew.
 
     Args:
-        run: the run's folder.
-        found: its model.
+        found: the run's model.
         path: a file, a folder or a glob; None for the run's data.
         field: the option that names the path, for messages.
 
@@ -34,16 +30,10 @@ def open_corpus(run: str, found: LoadedModel, path: str | None, field: str) -> I
     data = found.config.data
     if path is not None:
         return RecordFiles(path, field, Keys.of(data))
-    source = find_source(data.in_run(str(run_folder(run))))
+    source = find_source(data.in_run(str(found.folder)))
     if source.problem:  # a model from elsewhere
         raise DataError(f"the run has no text of its own; name a file with {field}")
     return TrainingRecords(open_dataset(source, found.tokenizer).train)
-
-
-def run_folder(run: str) -> pathlib.Path:
-    """The folder of a run, also where that of its checkpoints is named."""
-    folder = checkpoint_folder(run)
-    return folder.parent if folder.name == CHECKPOINTS else folder
 
 
 class TrainingRecords:

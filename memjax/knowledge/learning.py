@@ -20,7 +20,7 @@ from memjax.evaluation.perplexity import bits_per_byte
 from memjax.inference.scoring import Request, score
 from memjax.io.console import say, warn
 from memjax.io.files import check_inside, read_document, write_atomic
-from memjax.knowledge.corpus import open_corpus, run_folder
+from memjax.knowledge.corpus import open_corpus
 from memjax.knowledge.facts import Fact
 from memjax.knowledge.finetune import Recipe, learn
 from memjax.knowledge.slots import Background, count_texts
@@ -30,7 +30,6 @@ from memjax.runs.applied import model_digest
 from memjax.runs.load import LoadedModel
 from memjax.runs.patch import Patch, write_patch
 from memjax.runs.patching import patch_between
-from memjax.runs.saved import checkpoint_folder
 
 LEARNED = "learned"
 """Of a patch's notes: the facts that it was made of, as objects with the fields of FACTS."""
@@ -43,7 +42,6 @@ _REPLAYED = 4_096
 
 
 def learn_facts(
-    run: str,
     found: LoadedModel,
     facts: Sequence[Fact],
     held_out: Sequence[Fact] | None,
@@ -58,8 +56,7 @@ def learn_facts(
     """Learns facts, prints what is known before and after, and writes the rows that differ as a patch.
 
     Args:
-        run: the run's folder.
-        found: its model.
+        found: the run's model.
         facts: what to learn.
         held_out: questions to ask besides; None asks the run's own where it has some.
         recipe: how to learn.
@@ -75,8 +72,8 @@ def learn_facts(
     """
     model, tokenizer = found.model, found.tokenizer
     length = found.config.data.sequence_length
-    records = list(itertools.islice(open_corpus(run, found, corpus, "--background"), corpus_texts))
-    background = _background(run, found, records)
+    records = list(itertools.islice(open_corpus(found, corpus, "--background"), corpus_texts))
+    background = _background(found, records)
     groups = {"new facts": _questions(facts)} | {
         name: _spread(questions, most_questions) for name, questions in _held_out(found, held_out).items()
     }
@@ -111,7 +108,7 @@ def learn_facts(
         )
     seconds = time.perf_counter() - began
     say(f"learned in {seconds:.0f} s: {last}")
-    patch = patch_between(run, found, learned, {})
+    patch = patch_between(found, learned, {})
     # What is written is what is measured: rows in the type of the run's tables.
     after = measure(found_with(learned, patch))
     notes = {"made_by": "learn", "facts": len(facts), "source": source, "seconds": round(seconds, 2)}
@@ -211,16 +208,16 @@ def _text(record: Record) -> str:
     return "".join(segment.text for segment in record)
 
 
-def _background(run: str, found: LoadedModel, records: Sequence[Record]) -> Background:
+def _background(found: LoadedModel, records: Sequence[Record]) -> Background:
     """How common every slot is in the records: counted once, and kept in the run's folder where that can be written."""
     length = found.config.data.sequence_length
     content = [_text(record) for record in records]
     asked = {
-        "model": model_digest(checkpoint_folder(run), found.step),
+        "model": model_digest(found.checkpoints, found.step),
         "texts": text_digest(content),
         "sequence_length": length,
     }
-    path = run_folder(run) / "knowledge" / f"background-{text_digest(asked)[:16]}.safetensors"
+    path = found.folder / "knowledge" / f"background-{text_digest(asked)[:16]}.safetensors"
     sizes = {name: found.model.config.tables[name].num_slots for name in found.model.config.tables}
     if (kept := _kept(path, sizes)) is not None:
         return kept
@@ -228,7 +225,7 @@ def _background(run: str, found: LoadedModel, records: Sequence[Record]) -> Back
     counted = count_texts(found.model, found.tokenizer, records, length=length)
     arrays = {"texts": np.asarray(counted.texts)} | {f"counts/{name}": total for name, total in counted.counts.items()}
     try:
-        check_inside(path.parent, run_folder(run))
+        check_inside(path.parent, found.folder)
         write_atomic(path, safetensors.numpy.save(arrays))
     except OSError as error:
         warn(f"the counts are not kept: {path.parent}: {error.strerror}")

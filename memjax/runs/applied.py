@@ -18,7 +18,7 @@ from memjax.checkpoint.restoring import StoredStep
 from memjax.errors import CheckpointError
 from memjax.io.files import check_inside, read_text, write_atomic
 from memjax.io.lock import Locked, locked
-from memjax.runs.layout import CHECKPOINTS, PARAMS, TABLES
+from memjax.runs.layout import PARAMS, TABLES, run_folder
 from memjax.runs.patch import Patch, overlay, patch_file, read_patch
 
 FOLDER, _LIST = "patches", "applied.json"
@@ -30,8 +30,7 @@ class Applied:
 
     def __init__(self, checkpoints: pathlib.Path):
         """Reads nothing yet."""
-        run = checkpoints.parent if checkpoints.name == CHECKPOINTS else checkpoints
-        self.checkpoints, self.folder = checkpoints, run / FOLDER
+        self.checkpoints, self.folder = checkpoints, run_folder(checkpoints) / FOLDER
 
     def names(self, step: int) -> list[str]:
         """The identities of the patches, in the order in which they were applied.

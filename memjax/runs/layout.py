@@ -5,6 +5,7 @@ Parameters are kept as nested dicts of arrays with text keys, `blocks/0/attentio
 
 import dataclasses
 import importlib.metadata
+import pathlib
 import platform
 from typing import Any
 
@@ -29,6 +30,11 @@ FORMAT_WITH_TABLE_FILES = 3
 """Of a run whose tables are in files, as `meta["table_files"]` says by pool, and not in its checkpoint."""
 TABLE_FILES = "tables"
 """The folder of a run with these files."""
+
+
+def run_folder(checkpoints: pathlib.Path) -> pathlib.Path:
+    """The folder of the run whose steps are in a folder, which may also stand alone."""
+    return checkpoints.parent if checkpoints.name == CHECKPOINTS else checkpoints
 
 
 def meta_document(config: RunConfig, tokenizer: Tokenizer, *, step: int) -> dict[str, Any]:

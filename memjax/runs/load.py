@@ -10,7 +10,6 @@ from typing import Any, Literal, cast, get_args
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from memjax.checkpoint.checkpoints import Checkpoints
 from memjax.config.dtype import DType
 from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
@@ -22,17 +21,16 @@ from memjax.ops.row_formats import formats
 from memjax.ops.row_formats.formats import Plain, RowFormat
 from memjax.ops.table import Place
 from memjax.runs.applied import Applied, patched
-from memjax.runs.layout import META, TABLE_FILES, TABLES, params_to_tree, tree_to_params
+from memjax.runs.layout import TABLE_FILES, TABLES, params_to_tree, run_folder, tree_to_params
 from memjax.runs.patch import read_patch
 from memjax.runs.saved import (
+    OpenStep,
     Saved,
     TableDtypes,
     cast_like,
-    checked_meta,
+    open_step,
     read_saved,
-    readable_folder,
     shardings,
-    wanted_step,
     with_dtypes,
 )
 from memjax.runs.tables import LOAD_OPTIONS, LoadOption, TableForm, build, encoded, read_files, stored_format
@@ -48,8 +46,15 @@ class LoadedModel:
     """Of the run, as it was trained."""
     step: int
     """The step that was read."""
+    checkpoints: pathlib.Path
+    """The folder that the step is in; of a run at an address, that of the local copy."""
     patches: tuple[str, ...] = ()
     """Identities of the patches whose rows it has: those applied to the run, then those that were named."""
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """The run's folder."""
+        return run_folder(self.checkpoints)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.tokenizer))
@@ -125,14 +130,10 @@ def load_with(
             "were saved; load without them, or write a run with the patches in its tables (python -m memjax.patch "
             "apply RUN PATCH --out NEW) and use that"
         )
-    folder = readable_folder(path, step)
-    with Checkpoints(folder) as checkpoints:
-        # Of all the steps of a run the config is the same; which of them is whole, only reading the arrays tells.
-        wanted = wanted_step(checkpoints, step)
-        meta = checked_meta(checkpoints.read_document(META, wanted), folder)
-        if patches or (tables.is_default and "table_files" not in meta):
-            return _in_types_of_here(_as_saved(checkpoints, folder, wanted, meta, ema, patches, options), dtype)
-        return _in_form(checkpoints, folder, read_saved(checkpoints, folder, wanted, meta, ema=ema), dtype, tables)
+    with open_step(path, step) as opened:
+        if patches or (tables.is_default and "table_files" not in opened.meta):
+            return _in_types_of_here(_as_saved(opened, ema, patches, options), dtype)
+        return _in_form(opened, read_saved(opened, ema=ema), dtype, tables)
 
 
 def load_as_saved(
@@ -147,11 +148,8 @@ def load_as_saved(
     Raises:
         CheckpointError: there is no such checkpoint, it cannot be read here, or a patch is not for it.
     """
-    folder = readable_folder(path, step)
-    with Checkpoints(folder) as checkpoints:
-        wanted = wanted_step(checkpoints, step)
-        meta = checked_meta(checkpoints.read_document(META, wanted), folder)
-        return _as_saved(checkpoints, folder, wanted, meta, ema, patches, options=())
+    with open_step(path, step) as opened:
+        return _as_saved(opened, ema, patches, options=())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -207,29 +205,24 @@ def refuse_applied(folder: pathlib.Path, step: int, change: str) -> None:
 
 
 def _as_saved(
-    checkpoints: Checkpoints,
-    folder: pathlib.Path,
-    wanted: int | None,
-    meta: dict[str, Any],
-    ema: bool,
-    patches: Sequence[str | os.PathLike[str]],
-    options: Collection[LoadOption],
+    opened: OpenStep, ema: bool, patches: Sequence[str | os.PathLike[str]], options: Collection[LoadOption]
 ) -> LoadedModel:
     """The model with plain tables on the device, in the types in which all lies on disk."""
-    if "table_files" in meta:
-        names = ", ".join(sorted({record["format"] for record in meta["table_files"].values()}))
+    folder = opened.folder
+    if "table_files" in opened.meta:
+        names = ", ".join(sorted({record["format"] for record in opened.meta["table_files"].values()}))
         raise CheckpointError(
             f"{folder}: the tables of this run are read-only, in {names}; use the run that it was made from"
         )
-    step = checkpoints.latest() if wanted is None else wanted
+    step = opened.checkpoints.latest() if opened.number is None else opened.number
     if patches or (step is not None and Applied(folder).names(step)):
         # Patches are for tables as they were saved, on the device.
         options = [option for option in options if option not in ("table_format", "table_place")]
-    saved = read_saved(checkpoints, folder, wanted, meta, ema=ema, with_tables=True, options=options)
+    saved = read_saved(opened, ema=ema, with_tables=True, options=options)
     tables = patched(saved.tables, folder, saved.step, patches)
     identities = [*Applied(folder).names(saved.step), *(read_patch(patch).identity for patch in patches)]
     model = saved.parts.merge(tree_to_params(saved.parts, saved.params), tables)
-    return LoadedModel(model, saved.tokenizer, saved.config, saved.step, tuple(identities))
+    return LoadedModel(model, saved.tokenizer, saved.config, saved.step, folder, tuple(identities))
 
 
 def _in_types_of_here(saved: LoadedModel, dtype: DTypeLike | None) -> LoadedModel:
@@ -244,10 +237,9 @@ def _in_types_of_here(saved: LoadedModel, dtype: DTypeLike | None) -> LoadedMode
     return dataclasses.replace(saved, model=model)
 
 
-def _in_form(
-    checkpoints: Checkpoints, folder: pathlib.Path, saved: Saved, dtype: DTypeLike | None, settings: TableSettings
-) -> LoadedModel:
+def _in_form(opened: OpenStep, saved: Saved, dtype: DTypeLike | None, settings: TableSettings) -> LoadedModel:
     """The model with its tables in a format and a place."""
+    folder = opened.folder
     refuse_applied(folder, saved.step, str(settings) or "tables in files")
     wider = _wider(saved.config.model, saved.parts.config)
     if isinstance(settings.format, Plain) and settings.format.name in get_args(DType):
@@ -261,16 +253,16 @@ def _in_form(
             row_format = _format_of(files.get(pool), settings, stored_tables[pool].dtype, folder)
             form = TableForm.of(pool, abstract, row_format, settings.place)
             if pool in files:
-                tables[pool] = read_files(folder.parent / TABLE_FILES, form, files[pool], columns)
+                tables[pool] = read_files(run_folder(folder) / TABLE_FILES, form, files[pool], columns)
                 continue
-            rows = partial(checkpoints.read_rows, TABLES, pool, step=saved.step)
+            rows = partial(opened.checkpoints.read_rows, TABLES, pool, step=saved.step)
             blocks = lambda rows=rows, form=form: encoded(rows(), form.format)
             tables[pool] = build(form, blocks, columns)
         except ValueError as error:
             raise ConfigError(f"table {pool} of {folder}: {error}") from error
     params = cast_like(saved.params, params_to_tree(parts.abstract_params))
     model = parts.merge(tree_to_params(parts, params), tables)
-    return LoadedModel(model, saved.tokenizer, saved.config, saved.step)
+    return LoadedModel(model, saved.tokenizer, saved.config, saved.step, folder)
 
 
 def _format_of(record: Any, settings: TableSettings, saved: DTypeLike, folder: pathlib.Path) -> RowFormat:
@@ -280,8 +272,8 @@ def _format_of(record: Any, settings: TableSettings, saved: DTypeLike, folder: p
     found = stored_format(record)
     if settings.format is not None and settings.format.name != found.name:
         raise ConfigError(
-            f"table_format={settings.format.name}: the tables of {folder.parent} are stored in {found.name}, which "
-            "is not changed again; leave table_format out, or convert the run that it was made from"
+            f"table_format={settings.format.name}: the tables of {run_folder(folder)} are stored in {found.name}, "
+            "which is not changed again; leave table_format out, or convert the run that it was made from"
         )
     return found
 

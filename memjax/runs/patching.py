@@ -6,15 +6,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from memjax.checkpoint.checkpoints import Checkpoints
 from memjax.checkpoint.restoring import StoredStep
 from memjax.errors import CheckpointError
+from memjax.models.decoder import Decoder
 from memjax.models.parts import split_decoder, writable
 from memjax.runs.applied import Applied, model_digest
 from memjax.runs.layout import META, PARAMS
 from memjax.runs.load import LoadedModel, load_as_saved
 from memjax.runs.patch import Patch, between, read_patch
-from memjax.runs.saved import checkpoint_folder, wanted_step
+from memjax.runs.saved import checkpoint_folder, open_step
 from memjax.runs.write import write_run
 
 Step = int | Literal["latest", "best"]
@@ -27,8 +27,7 @@ def diff(old: str | os.PathLike[str], new: str | os.PathLike[str], *, step: Step
         CheckpointError: a run cannot be read, or they differ in more than rows.
     """
     models = [load_as_saved(path, step=step) for path in (old, new)]
-    folders = [checkpoint_folder(path) for path in (old, new)]
-    indices = [StoredStep(folder, model.step).index()["arrays"] for folder, model in zip(folders, models, strict=True)]
+    indices = [StoredStep(model.checkpoints, model.step).index()["arrays"] for model in models]
     left, right = ({name: leaf["digest"] for name, leaf in index[PARAMS].items()} for index in indices)
     if other := sorted(name for name in left.keys() | right.keys() if left.get(name) != right.get(name)):
         more = f" and {len(other) - 1} more" if len(other) > 1 else ""
@@ -41,18 +40,17 @@ def diff(old: str | os.PathLike[str], new: str | os.PathLike[str], *, step: Step
     if shapes[0] != shapes[1]:
         raise CheckpointError(f"{new}: has tables {shapes[1]}, {old} has {shapes[0]}")
     notes = {"made_by": "diff", "old": str(old), "new": str(new)}
-    return between(before, after, base=model_digest(folders[0], models[0].step), notes=notes)
+    return between(before, after, base=model_digest(models[0].checkpoints, models[0].step), notes=notes)
 
 
-def patch_between(run: str | os.PathLike[str], found: LoadedModel, new: Any, notes: Mapping[str, Any]) -> Patch:
+def patch_between(found: LoadedModel, new: Decoder, notes: Mapping[str, Any]) -> Patch:
     """The patch that makes a run's model, as `load` gave it, another that has other rows.
 
     Rows are rounded to the type in which the run keeps its tables.
     """
-    folder = checkpoint_folder(run)
-    tables = writable(split_decoder(load_as_saved(run, step=found.step).model)[2])
+    tables = writable(split_decoder(load_as_saved(found.checkpoints, step=found.step).model)[2])
     wanted = {name: table.astype(tables[name].dtype) for name, table in writable(split_decoder(new)[2]).items()}
-    return between(tables, wanted, base=model_digest(folder, found.step), notes=notes)
+    return between(tables, wanted, base=model_digest(found.checkpoints, found.step), notes=notes)
 
 
 def apply(
@@ -117,8 +115,8 @@ def revert(run: str | os.PathLike[str], path: str | os.PathLike[str], *, step: S
 
 def _number(applied: Applied, step: Step) -> int:
     """The step's own number."""
-    with Checkpoints(applied.checkpoints) as checkpoints:
-        return checkpoints.restore({}, [META], step=wanted_step(checkpoints, step)).step
+    with open_step(applied.checkpoints, step) as opened:
+        return opened.checkpoints.restore({}, [META], step=opened.number).step
 
 
 def shared_rows(left: Patch, right: Patch) -> int:

@@ -20,10 +20,9 @@ from memjax.runs.layout import (
     TABLE_FILES,
     TABLES,
     meta_document,
-    upgraded,
 )
 from memjax.runs.load import refuse_applied
-from memjax.runs.saved import checkpoint_folder, read_saved, wanted_step
+from memjax.runs.saved import open_step, read_saved
 from memjax.runs.tables import TableForm, encoded, write_files
 from memjax.runs.write import config_of_copy
 
@@ -48,14 +47,14 @@ def quantize_run(
         CheckpointError: the run cannot be read, has patches applied to it, or `out` cannot be written.
     """
     check_new(out)
-    folder = checkpoint_folder(source)
-    with Checkpoints(folder) as checkpoints:
-        meta = checkpoints.read_document(META, wanted_step(checkpoints, step))
-        if "table_files" in meta:
-            raise CheckpointError(f"{folder}: its tables are in files already; convert the run that it was made from")
-        saved = read_saved(checkpoints, folder, wanted_step(checkpoints, step), meta)
-        refuse_applied(folder, saved.step, "quantize")
-        config, parts = saved.config, saved.parts
+    with open_step(source, step) as opened:
+        if "table_files" in opened.meta:
+            raise CheckpointError(
+                f"{opened.folder}: its tables are in files already; convert the run that it was made from"
+            )
+        saved = read_saved(opened)
+        refuse_applied(opened.folder, saved.step, "quantize")
+        parts = saved.parts
         if not parts.abstract_tables:
             raise ConfigError(f"{source}: the model has no tables, so there is nothing to quantize")
         with written_whole(out) as path:
@@ -64,16 +63,16 @@ def quantize_run(
             for pool, table in parts.abstract_tables.items():
                 found = row_format or Plain(jnp.dtype(table.dtype).name)
                 form = TableForm.of(pool, table, found, "host")
-                rows = partial(checkpoints.read_rows, TABLES, pool, step=saved.step)
+                rows = partial(opened.checkpoints.read_rows, TABLES, pool, step=saved.step)
                 try:
                     records[pool] = write_files(path / TABLE_FILES, form, encoded(rows(), found))
                 except ValueError as error:
                     raise ConfigError(f"table {pool} of {source}: {error}") from error
-            new = config_of_copy(config, out)
+            new = config_of_copy(saved.config, out)
             document = meta_document(new, saved.tokenizer, step=0)
             document |= {"format": FORMAT_WITH_TABLE_FILES, "table_files": records}
             # Types that the tables had, whatever 'auto' means here.
-            document |= {"table_dtypes": upgraded(meta)["table_dtypes"]}
+            document |= {"table_dtypes": saved.meta["table_dtypes"]}
             with Checkpoints(path / CHECKPOINTS) as written:
                 written.save(0, {PARAMS: saved.params}, {META: document})
             Claim(RunFolder(path), new).record(0, saved.tokenizer)

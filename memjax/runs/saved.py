@@ -1,9 +1,10 @@
 """What the checkpoints of a run hold: its config, its tokenizer, parameters and tables."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -42,6 +43,31 @@ TableDtypes = Mapping[str, str]
 """Names of the types of tables, by the section that they belong to."""
 
 
+class OpenStep(NamedTuple):
+    """A step of a run, open for reading."""
+
+    checkpoints: Checkpoints
+    folder: pathlib.Path
+    """Of the steps of the run."""
+    number: int | None
+    """None is the newest that can be read: which it is, only reading the arrays tells."""
+    meta: dict[str, Any]
+    """A checked `meta` document: its config and table types are those of all steps."""
+
+
+@contextlib.contextmanager
+def open_step(path: str | os.PathLike[str], step: int | str = "latest") -> Iterator[OpenStep]:
+    """Opens a step of a run: its number, the newest that can be read, or that with the lowest validation loss.
+
+    Raises:
+        CheckpointError: there is no such step, or it cannot be read.
+    """
+    folder = readable_folder(path, step)
+    with Checkpoints(folder) as checkpoints:
+        number = _number(checkpoints, step)
+        yield OpenStep(checkpoints, folder, number, checked_meta(checkpoints.read_document(META, number), folder))
+
+
 class Saved(NamedTuple):
     """What a checkpoint holds."""
 
@@ -57,22 +83,16 @@ class Saved(NamedTuple):
 
 
 def read_saved(
-    checkpoints: Checkpoints,
-    folder: pathlib.Path,
-    wanted: int | None,
-    meta: dict[str, Any],
+    opened: OpenStep,
     *,
     ema: bool = False,
     with_tables: bool = False,
     options: Collection[LoadOption] = LOAD_OPTIONS,
 ) -> Saved:
-    """A step: the wanted one, or the newest that can be read, whose `meta` document was read.
+    """Reads the arrays of a step, and its tokenizer.
 
     Args:
-        checkpoints: of the run.
-        folder: theirs, for messages.
-        wanted: the number of the step; None is the newest that can be read.
-        meta: the document of a step of the run.
+        opened: the step.
         ema: take the moving average of the dense parameters in their place, in their types.
         with_tables: read the tables, too.
         options: what the caller can be given where there is no room for the tables.
@@ -81,7 +101,8 @@ def read_saved(
         CheckpointError: it cannot be read here, or has no average.
         ConfigError: the device has no room for the tables.
     """
-    config, stored = read_meta(meta, folder)
+    folder = opened.folder
+    config, stored = _config_of(opened.meta, folder)
     replicated, columns = shardings(config.model, folder)
     parts, item = DecoderParts.of(with_dtypes(config.model, tables=stored)), EMA if ema else PARAMS
     params = jax.eval_shape(widened, parts.abstract_params) if ema else parts.abstract_params
@@ -93,7 +114,7 @@ def read_saved(
             check_room(forms, columns, options)
         except ConfigError as error:
             raise ConfigError(f"tables of {folder}: {error}") from error
-    restored = checkpoints.restore(targets, [META], step=wanted, optional=[EMA])
+    restored = opened.checkpoints.restore(targets, [META], step=opened.number, optional=[EMA])
     if item not in restored.arrays:
         raise CheckpointError(
             f"{folder}: ema=True, and step {restored.step} has no moving average of its parameters: it was trained "
@@ -102,9 +123,10 @@ def read_saved(
     found = restored.arrays[item]
     if ema:
         found = cast_like(found, params_to_tree(parts.abstract_params))
-    meta, tables = restored.documents[META], restored.arrays.get(TABLES, {})
-    tokenizer = tokenizer_of(meta, folder)
-    return Saved(config, parts, found, tables, tokenizer, restored.step, meta)
+    meta = checked_meta(restored.documents[META], folder)
+    return Saved(
+        config, parts, found, restored.arrays.get(TABLES, {}), _tokenizer_of(meta, folder), restored.step, meta
+    )
 
 
 @dataclasses.dataclass
@@ -143,8 +165,8 @@ def read_config(path: str | os.PathLike[str]) -> RunConfig:
     Raises:
         CheckpointError: there is no such checkpoint, or this version cannot read it.
     """
-    folder = readable_folder(path)
-    return read_meta(Checkpoints(folder).read_document(META), folder)[0]
+    with open_step(path) as opened:
+        return _config_of(opened.meta, opened.folder)[0]
 
 
 def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -153,16 +175,11 @@ def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         CheckpointError: there is no such checkpoint.
     """
-    folder = readable_folder(path)
-    return tokenizer_of(Checkpoints(folder).read_document(META), folder)
+    with open_step(path) as opened:
+        return _tokenizer_of(opened.meta, opened.folder)
 
 
-def tokenizer_of(meta: Mapping[str, Any], folder: pathlib.Path) -> Tokenizer:
-    """The tokenizer in a `meta` document.
-
-    Raises:
-        CheckpointError: there is none in it.
-    """
+def _tokenizer_of(meta: Mapping[str, Any], folder: pathlib.Path) -> Tokenizer:
     try:
         return Tokenizer.from_state(meta["tokenizer"])
     except MALFORMED as error:
@@ -214,8 +231,7 @@ def _of_hub(path: str | os.PathLike[str]) -> str:
     )
 
 
-def wanted_step(checkpoints: Checkpoints, step: int | str) -> int | None:
-    """The step's number; None for the newest that can be read."""
+def _number(checkpoints: Checkpoints, step: int | str) -> int | None:
     if step == "latest":
         return None
     if step != "best":
@@ -241,9 +257,8 @@ def checked_meta(meta: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
     return meta
 
 
-def read_meta(meta: dict[str, Any], folder: pathlib.Path) -> tuple[RunConfig, TableDtypes]:
-    """The run's config, and the types that its tables are stored in."""
-    meta = checked_meta(meta, folder)
+def _config_of(meta: dict[str, Any], folder: pathlib.Path) -> tuple[RunConfig, TableDtypes]:
+    """The config in a `meta` document, and the types in which the tables are stored."""
     if meta.get("format") not in (FORMAT, FORMAT_WITH_TABLE_FILES):
         raise CheckpointError(
             f"{folder}: the checkpoint has format {meta.get('format')!s:.40}, this version of memjax reads 1 to "

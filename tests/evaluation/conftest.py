@@ -1,5 +1,7 @@
 """The model that the tests of questions and tasks ask."""
 
+import pathlib
+
 import pytest
 
 from memjax.config.data import DataConfig
@@ -12,4 +14,4 @@ from memjax.runs.load import LoadedModel
 def found(drawn_model) -> LoadedModel:
     """The model as `memjax.load` gives it."""
     config = RunConfig(model=drawn_model.config, data=DataConfig(sequence_length=32))
-    return LoadedModel(drawn_model, ByteTokenizer(), config, 0)
+    return LoadedModel(drawn_model, ByteTokenizer(), config, 0, pathlib.Path("run/checkpoints"))
