@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 
 PROG = "python -m memjax.evaluate"
+Keep = Callable[[dict[str, Any]], None]
+"""Takes every question or document with its answer, as JSON values."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,32 +56,38 @@ def _evaluate(run: str, settings: EvaluateConfig) -> None:
     if settings.tasks and importlib.util.find_spec("lm_eval") is None:
         asked = ",".join(settings.tasks)
         raise ConfigError(f"tasks={asked} needs the package lm-eval: pip install lm-eval")
-    from memjax.data.sources.kinds import find_source
-
     with loaded(run, settings) as found:
-        folder, asked = found.folder / "evals", dataclasses.asdict(settings)
+        asked = dataclasses.asdict(settings)
         if found.patches:
             asked["patches"] = list(found.patches)
-        if sets:
-            name = f"questions-{_stem(settings.questions)}"
-            path = _result_path(folder, f"{found.step}-{name}", asked)
-            report = _questions(found, settings, sets, examples, path and _answers(path))
-        elif settings.tasks:
-            name = f"tasks-{_stem(settings.tasks)}"
-            path = _result_path(folder, f"{found.step}-{name}", asked)
-            report = _tasks(found, settings, path and _answers(path))
-        elif settings.text is None and find_source(found.config.data).people:
-            path = _result_path(folder, f"{found.step}-facts", asked)
-            report = _facts(found, settings)
-        else:
-            source = _open(found, settings)
-            name = "validation" if settings.text is None else f"text-{pathlib.Path(settings.text).stem}"
-            path = _result_path(folder, f"{found.step}-{name}", asked)
-            report = _text(found, settings, source)
-        document = {"step": found.step, "settings": asked, **report}
+        name, measure = _measurement(found, settings, sets, examples)
+        path = _result_path(found.folder / "evals", f"{found.step}-{name}", asked)
+        answers = path.with_name(f"{path.stem}-answers.jsonl") if path and (sets or settings.tasks) else None
+        with _json_lines(answers) as keep:
+            report = measure(keep)
+    if answers:
+        print(f"\nevery answer is in {answers}")
     if path:
+        document = {"step": found.step, "settings": asked, **report}
         write_atomic(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
         print(f"\nwritten to {path}")
+
+
+def _measurement(
+    found: "LoadedModel", settings: EvaluateConfig, sets: list["QuestionSet"], examples: list["QuestionSet"]
+) -> tuple[str, Callable[[Keep], dict[str, Any]]]:
+    """What is asked for: its name in the file of the result, and what measures and prints it."""
+    from memjax.data.sources.kinds import find_source
+
+    if sets:
+        return f"questions-{_stem(settings.questions)}", lambda keep: _questions(found, settings, sets, examples, keep)
+    if settings.tasks:
+        return f"tasks-{_stem(settings.tasks)}", lambda keep: _tasks(found, settings, keep)
+    if settings.text is None and find_source(found.config.data).people:
+        return "facts", lambda _: _facts(found, settings)
+    source = _open(found, settings)
+    name = "validation" if settings.text is None else f"text-{pathlib.Path(settings.text).stem}"
+    return name, lambda _: _text(found, settings, source)
 
 
 def _result_path(folder: pathlib.Path, name: str, asked: dict[str, Any]) -> pathlib.Path | None:
@@ -109,10 +117,6 @@ def _result_path(folder: pathlib.Path, name: str, asked: dict[str, Any]) -> path
     return folder / f"{name}-{digest}.json"
 
 
-def _answers(result: pathlib.Path) -> pathlib.Path:
-    return result.with_name(f"{result.stem}-answers.jsonl")
-
-
 def _stem(asked: Sequence[str]) -> str:
     """Files or tasks that are asked for, as a part of a file's name."""
     more = f"-and-{len(asked) - 1}-more" if len(asked) > 1 else ""
@@ -134,45 +138,43 @@ def _questions(
     settings: EvaluateConfig,
     sets: list["QuestionSet"],
     examples: list["QuestionSet"],
-    answers: pathlib.Path | None,
+    keep: Keep,
 ) -> dict[str, Any]:
     from memjax.evaluation.question_sets.report import format_question_report, question_report
     from memjax.evaluation.question_sets.sandbox import Limits
 
     seconds = settings.program_seconds
-    with _lines(answers) as keep:
-        report = question_report(
-            _eval_model(found, settings),
-            sets,
-            examples=examples,
-            limit=settings.limit,
-            shots=settings.shots or 0,
-            max_tokens=settings.max_tokens,
-            sampling=settings.sampling,
-            samples=settings.samples,
-            limits=Limits(cpu_seconds=seconds, seconds=3 * seconds) if settings.run_programs else None,
-            zero_tables=settings.zero_tables,
-            keep=keep,
-        )
-    print(format_question_report(report) + (f"\n\nevery answer is in {answers}" if answers else ""))
+    report = question_report(
+        _eval_model(found, settings),
+        sets,
+        examples=examples,
+        limit=settings.limit,
+        shots=settings.shots or 0,
+        max_tokens=settings.max_tokens,
+        sampling=settings.sampling,
+        samples=settings.samples,
+        limits=Limits(cpu_seconds=seconds, seconds=3 * seconds) if settings.run_programs else None,
+        zero_tables=settings.zero_tables,
+        keep=keep,
+    )
+    print(format_question_report(report))
     return report
 
 
-def _tasks(found: "LoadedModel", settings: EvaluateConfig, answers: pathlib.Path | None) -> dict[str, Any]:
+def _tasks(found: "LoadedModel", settings: EvaluateConfig, keep: Keep) -> dict[str, Any]:
     forbid_downloads()
     from memjax.evaluation.harness import format_task_report, task_report
 
-    with _lines(answers) as keep:
-        report = task_report(
-            _eval_model(found, settings),
-            settings.tasks,
-            folder=settings.task_folder,
-            limit=settings.limit,
-            shots=settings.shots,
-            zero_tables=settings.zero_tables,
-            keep=keep,
-        )
-    print(format_task_report(report) + (f"\n\nevery answer is in {answers}" if answers else ""))
+    report = task_report(
+        _eval_model(found, settings),
+        settings.tasks,
+        folder=settings.task_folder,
+        limit=settings.limit,
+        shots=settings.shots,
+        zero_tables=settings.zero_tables,
+        keep=keep,
+    )
+    print(format_task_report(report))
     return report
 
 
@@ -183,7 +185,7 @@ def _eval_model(found: "LoadedModel", settings: EvaluateConfig) -> "EvalModel":
 
 
 @contextlib.contextmanager
-def _lines(path: pathlib.Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+def _json_lines(path: pathlib.Path | None) -> Iterator[Keep]:
     """A function that writes objects into a file, one a line; without a file it does nothing."""
     if path is None:
         yield lambda values: None

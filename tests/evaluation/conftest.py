@@ -11,7 +11,7 @@ from memjax.runs.load import LoadedModel
 
 
 @pytest.fixture
-def found(drawn_model) -> LoadedModel:
+def found(drawn_model, tmp_path: pathlib.Path) -> LoadedModel:
     """The model as `memjax.load` gives it."""
     config = RunConfig(model=drawn_model.config, data=DataConfig(sequence_length=32))
-    return LoadedModel(drawn_model, ByteTokenizer(), config, 0, pathlib.Path("run/checkpoints"))
+    return LoadedModel(drawn_model, ByteTokenizer(), config, 0, tmp_path / "checkpoints")

@@ -264,7 +264,6 @@ def test_the_command_keeps_results_and_answers(harness, found, tmp_path, monkeyp
     rule |= {"output_type": "multiple_choice", "metric_list": [metric("acc")]}
     write_task(tmp_path, "choose", CHOICES, **rule)
     monkeypatch.setattr(evaluate, "loaded", lambda run, settings: contextlib.nullcontext(found))
-    monkeypatch.setattr(evaluate, "_evals_folder", lambda run: tmp_path / "evals")
     options = ["--tasks", "choose", "--task_folder", str(tmp_path), "--batch_size", "8", "--no-zero_tables"]
     assert evaluate.main(["run", *options]) == 0
     assert "choose" in capsys.readouterr().out
