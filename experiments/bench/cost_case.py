@@ -28,7 +28,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import timing
 from energy import EnergyMeter
 from random_table import random_model
-from step_case import attempt, whole_step
+from step_case import whole_step
 
 Row = dict[str, Any]
 Sample = tuple[float, int, float]
@@ -45,7 +45,7 @@ def of_tokens(case: Row) -> Iterator[Row]:
         found = {"part": "tokens", "model": one["model"], "slots": slots_of(config), "FLOPs": flops}
         model = random_model(parts, None, None)
         for batch in case["batches"]:
-            yield found | {"batch": batch} | attempt(lambda: token_row(model, case, batch, meter))  # noqa: B023
+            yield found | {"batch": batch} | timing.attempt(lambda: token_row(model, case, batch, meter))  # noqa: B023
         del model
 
 
@@ -109,7 +109,7 @@ def of_steps(case: Row) -> Iterator[Row]:
     """Each model's training step."""
     for one in case["models"]:
         config = load(RunConfig, pathlib.Path(one["preset"]), one["settings"])
-        found = attempt(lambda: whole_step(config, jax.devices()[:1], case))  # noqa: B023
+        found = timing.attempt(lambda: whole_step(config, jax.devices()[:1], case))  # noqa: B023
         kept = {name: found[name] for name in ("tokens/s", "compile s", "note") if name in found}
         step = {"ms a step": found["ms"]} if "ms" in found else {}
         yield {"part": "steps", "model": one["model"], "slots": slots_of(config)} | step | kept

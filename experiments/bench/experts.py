@@ -169,19 +169,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="time of a case beside its compilation")
     arguments = parser.parse_args()
     small = arguments.small or jax.default_backend() == "cpu"
-    device = timing.environment()["device"]
-    stem = f"experts-{device.replace(' ', '-').lower()}" + ("-small" if small else "")
+    stem = timing.stem("experts", small=small)
     bench = Bench(small=small, seconds=arguments.seconds, out=arguments.out / f"{stem}.json")
     bench.record["largest error"] = largest_error(bench)
-    print(f"{device}: largest error {bench.record['largest error']:.1e} of the largest number", flush=True)
+    print(
+        f"{bench.record['device']}: largest error {bench.record['largest error']:.1e} of the largest number", flush=True
+    )
     print(timing.table([], COLUMNS), flush=True)
     for top_k in (1, 2):
         products(bench, top_k)
         layers(bench, top_k)
-    heading = (
-        f"# Experts on one {device}\n\n{bench.tokens:,} tokens, {EXPERTS} experts of {bench.dim} x {bench.hidden}\n\n"
+    record, sizes = (
+        bench.record | {"rows": bench.rows},
+        f"{bench.tokens:,} tokens, {EXPERTS} experts of {bench.dim} x {bench.hidden}",
     )
-    (arguments.out / f"{stem}.md").write_text(heading + timing.table(bench.rows, COLUMNS) + "\n")
+    timing.write_report(arguments.out, stem, record, COLUMNS, title="Experts", note=sizes)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,8 @@ def main() -> None:
     copy = max(timing.copy_bandwidth(1 << 24 if small else 1 << 31).values())
     link = link_bandwidth(1 << 24 if small else 1 << 30)
     environment = timing.environment()
-    print(f"{environment['device']}: copy {copy / 1e9:.0f} GB/s, link {link / 1e9:.1f} GB/s", flush=True)
+    ceilings = f"copy {copy / 1e9:.0f} GB/s, link {link / 1e9:.1f} GB/s"
+    print(f"{environment['device']}: {ceilings}", flush=True)
     print(timing.table([], COLUMNS))
     bag, rows = jax.jit(functools.partial(memjax.embedding_bag, mode="promise_in_bounds")), []
     rounds = {"rounds": 3, "calls": 2} if small else {"rounds": 9, "calls": 10}
@@ -86,11 +87,8 @@ def main() -> None:
                 rows.append(row)
                 print(timing.table([row], COLUMNS).splitlines()[-1], flush=True)
     record = {**environment, "copy_bytes_per_second": copy, "link_bytes_per_second": link, "rows": rows}
-    stem = f"host-table-{environment['device'].replace(' ', '-').lower()}" + ("-small" if small else "")
-    timing.write_record(arguments.out / f"{stem}.json", record)
-    heading = f"# Bags from device and host memory on one {environment['device']}\n\n"
-    ceilings = f"copy {copy / 1e9:.0f} GB/s, link {link / 1e9:.1f} GB/s\n\n"
-    (arguments.out / f"{stem}.md").write_text(heading + ceilings + timing.table(rows, COLUMNS) + "\n")
+    stem, title = timing.stem("host-table", small=small), "Bags from device and host memory"
+    timing.write_report(arguments.out, stem, record, COLUMNS, title=title, note=ceilings)
 
 
 if __name__ == "__main__":

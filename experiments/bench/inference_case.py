@@ -105,7 +105,7 @@ def of_engine(case: Row) -> Iterator[Row]:
     config = load(RunConfig, pathlib.Path(case["preset"]), case["settings"]).model
     model = random_model(DecoderParts.of(config), case.get("format"), case.get("place"))
     for batch, length in case["sizes"]:
-        yield {"batch": batch, "prompt": length} | attempt(lambda: measure(model, case, batch, length))  # noqa: B023
+        yield {"batch": batch, "prompt": length} | timing.attempt(lambda: measure(model, case, batch, length))  # noqa: B023
 
 
 def of_attention(case: Row) -> Iterator[Row]:
@@ -124,7 +124,7 @@ def of_attention(case: Row) -> Iterator[Row]:
             runs[name] = partial(kernels.decode_attention, window=None, tile=tile)
     for (batch, length), (name, run) in itertools.product(case["sizes"], runs.items()):
         found = {"model": f"decode attention, {name}", "batch": batch, "prompt": length}
-        yield found | attempt(lambda: attention_row(case, batch, length, run, dtype))  # noqa: B023
+        yield found | timing.attempt(lambda: attention_row(case, batch, length, run, dtype))  # noqa: B023
 
 
 def attention_row(case: Row, batch: int, length: int, attend: Callable[..., Any], dtype: Any) -> Row:
@@ -157,7 +157,7 @@ def of_lookup(case: Row) -> Iterator[Row]:
                 inputs = inputs_of_lookup(memory, memory.width(model.dim), num_keys, table_format, tokens)
                 for variant, tried in variants(num_keys, table_format).items():
                     name = f"lookup, {num_keys**2:,} slots, {table_format}, {variant}"
-                    found = attempt(lambda: lookup_row(inputs, memory.top_k, tried, case["rounds"]))  # noqa: B023
+                    found = timing.attempt(lambda: lookup_row(inputs, memory.top_k, tried, case["rounds"]))  # noqa: B023
                     yield {"model": name, "batch": tokens} | found
                 del inputs
 
@@ -222,18 +222,6 @@ def lookup_row(inputs: tuple[Any, ...], top_k: int, tried: dict[str, Row], round
             stack.enter_context(tiles.override(operation, **fields))
         milliseconds = timing.median_ms(jax.jit(run), [inputs], rounds=rounds, calls=2) / layers / times
     return {"ms a token": milliseconds, "note": f"{milliseconds * 1e3:.2f} microseconds"}
-
-
-def attempt(function: Callable[[], Row]) -> Row:
-    """The function's row, or what went wrong as one."""
-    try:
-        return function()
-    except Exception as error:
-        text = str(error)
-        if "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
-            return {"note": "out of memory"}
-        print(f"{type(error).__name__}: {text[:4000]}", file=sys.stderr, flush=True)
-        return {"note": f"{type(error).__name__}: {' '.join(text.split())[:200]}"}
 
 
 def main() -> None:

@@ -328,11 +328,9 @@ def main() -> None:
         "checks": found,
         "rows": bench.rows,
     }
-    stem = f"ops-{environment['device'].replace(' ', '-').lower()}" + ("-small" if bench.small else "")
-    timing.write_record(arguments.out / f"{stem}.json", record)
     ceiling = f"copy {bench.bandwidth / 1e12:.2f} TB/s; F = {bench.unit_ms:.3f} ms"
-    heading = f"# Operations on one {environment['device']}\n\n{ceiling}\n\n"
-    (arguments.out / f"{stem}.md").write_text(heading + timing.table(bench.rows, COLUMNS) + "\n")
+    stem = timing.stem("ops", small=bench.small)
+    timing.write_report(arguments.out, stem, record, COLUMNS, title="Operations", note=ceiling)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from memjax.models.parts import DecoderParts
 from memjax.ops import host_memory
 from memjax.ops.row_formats import formats
 from memjax.ops.row_formats.formats import SCALE_DTYPE, RowFormat
-from memjax.ops.table import Table
+from memjax.ops.table import Place, Table
+from memjax.runs.tables import TableForm, in_host_memory
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -31,25 +32,21 @@ def noise(shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
     return codes.astype(dtype) if jnp.issubdtype(dtype, jnp.integer) else (codes / 1280).astype(dtype)
 
 
-def random_table(row_format: RowFormat, place: str, num_rows: int, width: int) -> Table:
+def random_table(row_format: RowFormat, place: Place, num_rows: int, width: int) -> Table:
     """A table of random codes: what they mean does not matter for time."""
-    shape, dtype = (num_rows, row_format.payload_columns(width)), row_format.payload_dtype
-    groups = row_format.groups(width)
-    scales = jnp.full((num_rows, groups), 0.01, SCALE_DTYPE) if groups else None
-    common: dict[str, Any] = {"format": row_format, "value_dtype": "bfloat16", "place": place}
+    form = TableForm("random", num_rows, width, row_format, place, "bfloat16")
+    scales = jnp.full((num_rows, form.groups), 0.01, SCALE_DTYPE) if form.groups else None
     if place == "device":
-        return Table(noise(shape, dtype), scales, **common)
-    memory = host_memory.allocate(shape[0] * shape[1] * dtype.itemsize)
+        rows = noise(form.payload_shape, row_format.payload_dtype)
+        return Table(rows, scales, format=row_format, value_dtype=form.value_dtype)
+    memory = host_memory.allocate(form.payload_bytes)
     piece = np.random.default_rng(0).integers(0, 63, min(len(memory), 1 << 24)).astype(np.uint8)
     for start in range(0, len(memory), len(piece)):
         memory[start : start + len(piece)] = piece[: len(memory) - start]
-    rows = memory.view(dtype).reshape(shape)
-    if jax.default_backend() == "cpu":
-        return Table(host_memory.as_array(rows), scales, **common)
-    return Table(host_memory.address_of(memory), scales, pinned=(num_rows, width), **common)
+    return in_host_memory(form, memory, scales)
 
 
-def random_model(parts: DecoderParts, table_format: str | None, place: str | None) -> Decoder:
+def random_model(parts: DecoderParts, table_format: str | None, place: Place | None) -> Decoder:
     """A model of random numbers; its tables are in a format and a place, or arrays of their type."""
 
     def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:

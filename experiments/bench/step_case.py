@@ -238,18 +238,6 @@ def memory_layer(config: RunConfig, devices: list[Any], case: Row) -> Row:
         return row | {"peak GB": allocator_peak(devices[0])} | traced(run, table_state, case)
 
 
-def attempt(function: Callable[[], Row]) -> Row:
-    """The function's row, or what went wrong as one."""
-    try:
-        return function()
-    except Exception as error:
-        text = str(error)
-        if "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
-            return {"note": "out of memory"}
-        print(f"{type(error).__name__}: {text[:4000]}", file=sys.stderr, flush=True)
-        return {"note": f"{type(error).__name__}: {' '.join(text.split())[:200]}"}
-
-
 def config_of(case: Row, more: list[str] | None = None) -> RunConfig:
     """The case's preset with its settings."""
     return load(RunConfig, pathlib.Path(case["preset"]), [*case["settings"], *(more or [])])
@@ -259,7 +247,7 @@ def main() -> None:
     """Writes the case's rows as JSON."""
     case, result = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
     measure = memory_layer if case["kind"] == "layer" else whole_step
-    row = attempt(lambda: measure(config_of(case), jax.devices()[: case["devices"]], case))
+    row = timing.attempt(lambda: measure(config_of(case), jax.devices()[: case["devices"]], case))
     result.write_text(json.dumps({"rows": [row], "environment": timing.environment()}))
 
 

@@ -8,6 +8,7 @@ import os
 import pathlib
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -119,6 +120,32 @@ def environment() -> dict[str, Any]:
         "commit": git("rev-parse", "--verify", "-q", "HEAD") or os.environ.get("COMMIT"),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def attempt(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A measurement's row, or what went wrong as one."""
+    try:
+        return function()
+    except Exception as error:
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
+            return {"note": "out of memory"}
+        print(f"{type(error).__name__}: {text[:4000]}", file=sys.stderr, flush=True)
+        return {"note": f"{type(error).__name__}: {' '.join(text.split())[:200]}"}
+
+
+def stem(bench: str, *, small: bool) -> str:
+    """What the files of a bench on this device are called."""
+    return f"{bench}-{jax.devices()[0].device_kind.replace(' ', '-').lower()}" + ("-small" if small else "")
+
+
+def write_report(
+    out: pathlib.Path, stem: str, record: dict[str, Any], columns: Sequence[str], *, title: str, note: str
+) -> None:
+    """The record as JSON, and its rows as a table under a title and a note."""
+    write_record(out / f"{stem}.json", record)
+    text = f"# {title} on one {record['device']}\n\n{note}\n\n{table(record['rows'], columns)}\n"
+    (out / f"{stem}.md").write_text(text)
 
 
 def write_record(path: pathlib.Path, record: dict[str, Any]) -> None:

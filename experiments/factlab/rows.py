@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from memjax.config.data import BiographiesConfig
 from memjax.data.sources import biographies
+from memjax.evaluation.knowledge import CHOICES
 
 PAD, BOS, EOS = 0, 1, 2
 Ints = NDArray[np.integer]
@@ -26,7 +27,7 @@ class FactRows(NamedTuple):
     groups: Ints
     """[facts]: number of the attribute or relation."""
     bits: NDArray[np.floating]
-    """[facts]: information of the answer for who knows how often each answer occurs, and nothing else."""
+    """[facts]: information of the answer given only how often each answer occurs."""
     group_names: tuple[str, ...]
     vocab_size: int
     told: Ints
@@ -74,7 +75,7 @@ def biography_rows(config: BiographiesConfig, told: Sequence[int] = (1,)) -> Fac
         answers=answers.reshape(-1, num_wordings, 2),
         first_wording=np.zeros(num_people * num_attributes, np.int32),
         groups=np.tile(np.arange(num_attributes, dtype=np.int32), num_people),
-        bits=np.tile([math.log2(choices) for choices in _choices().values()], num_people),
+        bits=np.tile([math.log2(CHOICES.get(name, 1)) for name in biographies.attribute_names], num_people),
         group_names=biographies.attribute_names,
         vocab_size=EOS + 1 + len(number),
         told=np.repeat(np.resize(np.array(told, np.int32), num_people), num_attributes),
@@ -87,18 +88,6 @@ def _tell(wording: Sequence[str], number: dict[str, int], names: Ints, answers: 
     prompt = [names if word == "{name}" else column(number[word]) for word in wording]
     row = np.concatenate([column(BOS), *prompt, answers, column(EOS)], axis=1)
     return row, row.shape[1] - answers.shape[1] - 1
-
-
-def _choices() -> dict[str, int]:
-    """Values among which each attribute was drawn; the work city follows from the employer."""
-    return {
-        "birth_date": len(biographies.DAYS) * len(biographies.MONTHS) * len(biographies.YEARS),
-        "birth_city": len(biographies.CITIES),
-        "university": len(biographies.UNIVERSITIES),
-        "major": len(biographies.MAJORS),
-        "employer": len(biographies.EMPLOYERS),
-        "work_city": 1,
-    }
 
 
 def draw_order(rows: FactRows, *, batch_size: int, steps: int, seed: int) -> Ints:

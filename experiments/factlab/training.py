@@ -1,11 +1,6 @@
-"""One training on facts: memjax's own step on batches gathered on the device, many steps for each call of the device.
-
-Rates are arguments of the compiled program, not constants in it, so that all rates, lengths and seeds of a model share
-one compilation.
-"""
+"""One training on facts: memjax's own step on batches gathered on the device, and tests of what the model recalls."""
 
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -16,18 +11,16 @@ import optax
 from jax import Array
 
 from factlab.rows import FactRows, draw_order
-from factlab.steps import OutOfTime, Rates, at_rates, rate_by_step, require_unit_rates, write_greedily
+from factlab.steps import Rates, Trainer, rate_by_step, write_greedily
 from memjax.config.run import RunConfig
 from memjax.evaluation.recall import zero_tables
 from memjax.memory.keys import Lookup
 from memjax.memory.usage import statistics
-from memjax.models.counts import count_parameters, training_flops_per_token
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, Tables
-from memjax.training.compiler import compiler_options
 from memjax.training.program import TrainProgram
 from memjax.training.state import TrainState
-from memjax.training.step import Batch, train_step
+from memjax.training.step import Batch
 
 CHUNK = 50
 """Steps for each call of the device."""
@@ -84,24 +77,22 @@ class Without(DecoderParts):
         return model
 
 
-class FactTrainer:
-    """A model's compiled programs, for any rates, seeds and lengths."""
+class FactTrainer(Trainer):
+    """Trains a model on facts."""
 
     def __init__(self, config: RunConfig, rows: FactRows, *, perfect_address: bool = False, without: str = ""):
         """The config's own rates must be constant and 1: those of a run are factors on them.
 
         Parameters that are left out (`without`) are still counted.
         """
-        require_unit_rates(config)
         if config.model.vocab_size < rows.vocab_size or config.data.sequence_length != rows.length:
             raise ValueError(
                 f"model.vocab_size={config.model.vocab_size} must be at least {rows.vocab_size} and "
                 f"data.sequence_length={config.data.sequence_length} must be {rows.length}, as the facts are"
             )
-        self.config, self.rows, self.perfect_address = config, rows, perfect_address
-        self.program = TrainProgram.of(config)
-        if without:
-            self.program = _with_parts(self.program, Without, part=without)
+        program = TrainProgram.of(config)
+        super().__init__(config, _with_parts(program, Without, part=without) if without else program)
+        self.rows, self.perfect_address = rows, perfect_address
         picks = config.model.memory.picks if perfect_address and config.model.memory else 0
         slots = config.model.memory.num_slots if config.model.memory else 1
         num_facts = len(rows.tokens)
@@ -112,12 +103,8 @@ class FactTrainer:
             answers=jnp.asarray(rows.answers.reshape(-1, 2)),
             slots=jnp.asarray(np.random.default_rng(5).integers(slots, size=(num_facts, picks), dtype=np.int32)),
         )
-        options = {"compiler_options": compiler_options(jax.default_backend(), 1)}
-        begun = at_rates(self.program, Rates(1.0, 1.0))
-        self._init = jax.jit(lambda key: begun.begin(*begun.parts.init(key)), **options)
-        self._steps = jax.jit(self._run_steps, donate_argnums=0, **options)
-        self._test = jax.jit(self._answer, **options)
-        self._write = jax.jit(self.write, **options)
+        self._test = jax.jit(self._answer, **self.options)
+        self._write = jax.jit(self.write, **self.options)
 
     def run(
         self,
@@ -142,58 +129,38 @@ class FactTrainer:
         Raises:
             OutOfTime: the deadline would be missed.
         """
-        begin = time.perf_counter()
         batch_size, told = self.config.data.batch_size, int(self.rows.told.sum())
         steps = max(1, round(exposures * told / batch_size / CHUNK)) * CHUNK
-        order = draw_order(self.rows, batch_size=batch_size, steps=steps, seed=seed)
-        by_step = np.stack([rate_by_step(rate, steps) for rate in rates], axis=1)
-        state = jax.block_until_ready(self._init(jax.random.key(seed)))
-        tokens_per_step = batch_size * self.rows.length
-        flops_per_token = training_flops_per_token(self.program.parts, self.rows.length)
         found = Answers(np.zeros(0, bool), np.zeros(0))
-        measured_at = {steps * point // CURVE_POINTS // CHUNK * CHUNK for point in range(1, CURVE_POINTS + 1)}
 
-        curve: list[dict[str, Any]] = []
-        training_seconds, compile_seconds = 0.0, 0.0
-        for done in range(CHUNK, steps + 1, CHUNK):
-            started = time.perf_counter()
-            chunk = slice(done - CHUNK, done)
-            state, loss = self._steps(state, self.on_device, order[chunk], by_step[chunk])
-            loss = float(loss)
-            if done == CHUNK:
-                compile_seconds = time.perf_counter() - begin
-            else:
-                training_seconds += time.perf_counter() - started
-            # The first steps, with which the program was compiled, say nothing of the speed.
-            seconds_left = training_seconds / max(CHUNK, done - CHUNK) * (steps - done)
-            if deadline is not None and time.time() + seconds_left > deadline:
-                raise OutOfTime(f"step {done}/{steps}: {seconds_left:.0f} s more are needed")
-            if done in measured_at:
-                found = self.test(state)
-                tokens = done * tokens_per_step
-                point = {"step": done, "tokens": tokens, "flops": tokens * flops_per_token, **self.summary(found)}
-                curve.append(point | {"loss": loss if np.isfinite(loss) else None})
-                tell(f"step {done}/{steps}, loss {loss:.3f}, recall {point['recall']:.3f}, {seconds_left:.0f} s left")
-                if done < steps:
-                    state = dataclasses.replace(state, reads=self.program.no_reads())
-        counts = count_parameters(self.program.parts)
+        def measure(state: TrainState) -> dict[str, Any]:
+            nonlocal found
+            found = self.test(state)
+            return self.summary(found)
+
+        def show(step: int, point: dict[str, Any], speed: float, left: float) -> None:
+            loss = "not finite" if point["loss"] is None else f"{point['loss']:.3f}"
+            tell(f"step {step}/{steps}, loss {loss}, recall {point['recall']:.3f}, {left:.0f} s left")
+
+        state, curve, result = self.train(
+            self.on_device,
+            draw_order(self.rows, batch_size=batch_size, steps=steps, seed=seed),
+            np.stack([rate_by_step(rate, steps) for rate in rates], axis=1),
+            measure,
+            chunk=CHUNK,
+            points={steps * point // CURVE_POINTS // CHUNK * CHUNK for point in range(1, CURVE_POINTS + 1)},
+            seed=seed,
+            deadline=deadline,
+            tell=show,
+        )
         return {
-            "steps": steps,
+            **result,
             "exposures": steps * batch_size / told,
             "facts": int((self.rows.told > 0).sum()),
-            "tokens": steps * tokens_per_step,
-            "training_flops": steps * tokens_per_step * flops_per_token,
-            "flops_per_token": flops_per_token,
-            "parameters": dataclasses.asdict(counts) | {"total": counts.total},
             **{name: value for name, value in curve[-1].items() if name not in ("step", "tokens", "flops")},
             "by_group": self.by_group(found),
-            "healthy": bool(state.healthy),
-            "curve": curve,
             **self._of_the_table(state),
             **examine(state),
-            "compile_seconds": round(compile_seconds, 1),
-            "training_seconds": round(training_seconds, 2),
-            "tokens_per_second": round(tokens_per_step * (steps - CHUNK) / training_seconds) if training_seconds else 0,
         }
 
     def test(self, state: TrainState) -> Answers:
@@ -250,17 +217,9 @@ class FactTrainer:
         used = {name: float(statistics(counts).used_fraction) for name, counts in state.reads.items()}
         return {"used_fraction": used, "recall_zeroed": self.summary(self.test(without))["recall"]}
 
-    def _run_steps(self, state: TrainState, rows: DeviceRows, order: Array, rates: Array) -> tuple[TrainState, Array]:
-        """Steps one after the other, and the mean of their losses."""
-
-        def one(state: TrainState, now: tuple[Array, Array]) -> tuple[TrainState, Array]:
-            row, rate = now
-            program = at_rates(self._addressed(rows.slots, row // self.rows.tokens.shape[1]), Rates(*rate))
-            state, metrics = train_step(program, state, _batch(rows, row))
-            return state, metrics["train/loss"]
-
-        state, losses = jax.lax.scan(one, state, (order, rates))
-        return state, losses.mean()
+    def step_of(self, data: DeviceRows, rows: Array) -> tuple[TrainProgram, Batch]:
+        """The program, in the control with the addresses of the facts, and the rows as a batch."""
+        return self._addressed(data.slots, rows // self.rows.tokens.shape[1]), _batch(data, rows)
 
     def _answer(self, params: Any, tables: Any, slots: Array, *questions: Array) -> tuple[Array, Array]:
         def some(question: tuple[Array, Array, Array]) -> tuple[Array, Array]:

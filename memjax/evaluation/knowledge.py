@@ -22,7 +22,7 @@ from memjax.models.counts import count_parameters
 from memjax.models.decoder import Decoder
 from memjax.models.parts import split_decoder
 
-_CHOICES = {
+CHOICES = {
     "birth_date": len(biographies.DAYS) * len(biographies.MONTHS) * len(biographies.YEARS),
     "birth_city": len(biographies.CITIES),
     "university": len(biographies.UNIVERSITIES),
@@ -75,7 +75,7 @@ def knowledge_report(
     for statement, loss in zip(statements, _losses(model, tokenizer, statements, batch_size, place), strict=True):
         nats[statement.attribute].append(loss)
     by_attribute = {}
-    for name, choices in _CHOICES.items():
+    for name, choices in CHOICES.items():
         needed = float(np.mean(nats[name])) / math.log(2)
         by_attribute[name] = {"bits": math.log2(choices) - needed, "bits_to_know": math.log2(choices)}
     bits, to_know = (len(people) * sum(item[key] for item in by_attribute.values()) for key in ("bits", "bits_to_know"))
@@ -121,7 +121,7 @@ def _statements(people: Sequence[Person], seed: int, end: str) -> list[_Statemen
     """Every fact that counts, in some wordings of its own."""
     rng, found = np.random.default_rng([seed, 3]), []
     for person in people:
-        for attribute in _CHOICES:
+        for attribute in CHOICES:
             wordings = biographies.STATEMENTS[attribute]
             for number in rng.permutation(len(wordings))[:_RENDERINGS]:
                 prompt = wordings[number].format(name=person.name)

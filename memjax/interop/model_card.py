@@ -5,6 +5,7 @@ from typing import Any
 
 from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
+from memjax.interop.huggingface.families import has_own_format
 
 CARD = "README.md"
 
@@ -27,67 +28,64 @@ def one_or_many(ids: Sequence[int]) -> int | list[int]:
 
 def model_card(run: RunConfig, model: ModelConfig, *, step: int) -> str:
     """The README.md of an exported model, with the header that the Hugging Face Hub reads."""
-    has_code = bool(model.lookups) or model.experts is not None
-    kind = " with memory layers" if model.lookups else " with experts" if has_code else ""
-    sizes = [
-        f"| Blocks | {model.num_layers} |",
-        f"| Width | {model.dim} |",
-        f"| Heads | {model.num_heads}, {model.kv_heads} of keys and values |",
-        f"| Vocabulary | {model.vocab_size:,} |",
-        *(f"| Table `{name}` | {table.num_slots:,} rows of {table.width} |" for name, table in model.tables.items()),
-        f"| Trained on sequences of | {run.data.sequence_length:,} tokens |",
-        f"| Step | {step:,} |",
-    ]
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "pipeline_tag: text-generation",
-            "tags:",
-            "- memjax",
-            *(["- custom_code"] if has_code else []),
-            "---",
-            "",
-            f"# A language model{kind}",
-            "",
-            "Written by memjax.",
-            "",
-            "| | |",
-            "|---|---|",
-            *sizes,
-            "",
-            "## Use",
-            "",
-            *(_WITH_CODE if has_code else _with_transformers()),
-            "",
-        ]
+    has_code = has_own_format(model)
+    rows = {
+        "Blocks": f"{model.num_layers}",
+        "Width": f"{model.dim}",
+        "Heads": f"{model.num_heads}, {model.kv_heads} of keys and values",
+        "Vocabulary": f"{model.vocab_size:,}",
+        **{f"Table `{name}`": f"{table.num_slots:,} rows of {table.width}" for name, table in model.tables.items()},
+        "Trained on sequences of": f"{run.data.sequence_length:,} tokens",
+        "Step": f"{step:,}",
+    }
+    return _CARD.format(
+        tags="\n- custom_code" if has_code else "",
+        kind=" with memory layers" if model.lookups else " with experts" if has_code else "",
+        sizes="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+        use=_WITH_CODE if has_code else _with_transformers(),
     )
 
 
-def _with_transformers(arguments: str = "") -> tuple[str, ...]:
-    return (
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{arguments})',
-        f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{arguments})',
-        'inputs = tokenizer("The capital of France is", return_tensors="pt")',
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
-        "```",
-    )
+def _with_transformers(arguments: str = "") -> str:
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER"{arguments})
+model = AutoModelForCausalLM.from_pretrained("FOLDER"{arguments})
+inputs = tokenizer("The capital of France is", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+```"""
 
 
-_WITH_CODE = (
-    "With transformers, which runs the model's code from this folder (`modeling_memjax.py`):",
-    "",
-    *_with_transformers(", trust_remote_code=True"),
-    "",
-    'With `table_device="cpu"` as a further argument the tables stay in the main memory of the machine.',
-    "",
-    "With memjax:",
-    "",
-    "```bash",
-    "python -m memjax.convert from-hf FOLDER --out RUN",
-    'python -m memjax.generate RUN --prompt "The capital of France is"',
-    "```",
-)
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- memjax{tags}
+---
+
+# A language model{kind}
+
+Written by memjax.
+
+| | |
+|---|---|
+{sizes}
+
+## Use
+
+{use}
+"""
+
+_WITH_CODE = f"""With transformers, which runs the model's code from this folder (`modeling_memjax.py`):
+
+{_with_transformers(", trust_remote_code=True")}
+
+With `table_device="cpu"` as a further argument the tables stay in the main memory of the machine.
+
+With memjax:
+
+```bash
+python -m memjax.convert from-hf FOLDER --out RUN
+python -m memjax.generate RUN --prompt "The capital of France is"
+```"""

@@ -73,7 +73,7 @@ def _write(stream: Any, text: str, *, error: bool = False) -> None:
         stream.flush()
     except (OSError, ValueError):  # ValueError: written to a closed file
         if not error:
-            _discard_output()
+            discard_output()
 
 
 _CLEAR = "\r\x1b[K"
@@ -148,7 +148,8 @@ def printable(text: str, *, error: bool = False) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def _discard_output() -> None:
+def discard_output() -> None:
+    """Sends what is still written to standard output nowhere."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         # What is buffered is flushed into the null device at exit.

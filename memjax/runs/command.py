@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from memjax.config.section import Positive, Section
 from memjax.errors import ConfigError
-from memjax.io.console import log_to_console, printable
+from memjax.io.console import discard_output, log_to_console, printable
 from memjax.io.ctrl_c import heard
 
 if TYPE_CHECKING:
@@ -212,14 +212,11 @@ def check_output(path: str, name: str) -> None:
 def _output_is_gone() -> bool:
     """Whether standard output has no reader; what is left in its buffer then goes nowhere, or the exit would fail."""
     try:
-        output = sys.stdout.fileno()
         poll = select.poll()
-        poll.register(output, 0)
+        poll.register(sys.stdout.fileno(), 0)
         if not any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
             return False
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, output)
-        os.close(null)
     except (OSError, ValueError):
         return False
+    discard_output()
     return True

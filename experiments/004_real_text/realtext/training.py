@@ -1,32 +1,26 @@
-"""One training on text: the library's step on rows of tokens that are on the device, and what is measured of the model.
-
-Rates are arguments of the compiled program, so that all rates and seeds of a model share one compilation.
-"""
+"""One training on text: the library's step on rows of tokens that are on the device, and measures of the model."""
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from factlab.steps import OutOfTime, Rates, at_rates, rate_by_step, require_unit_rates, write_greedily
+from factlab.steps import Rates, Trainer, rate_by_step, write_greedily
 from jax import Array
 
 from memjax.config.run import RunConfig
 from memjax.evaluation.recall import zero_tables
 from memjax.inference.sampling import likelihoods
 from memjax.memory.usage import statistics
-from memjax.models.counts import count_parameters, training_flops_per_token
 from memjax.models.loss import map_logits
 from memjax.models.parts import Tables
 from memjax.monitoring.metrics import peak_flops
-from memjax.training.compiler import compiler_options
 from memjax.training.program import TrainProgram
 from memjax.training.state import TrainState
-from memjax.training.step import Batch, train_step
+from memjax.training.step import Batch
 from realtext import grading
 from realtext.corpus import STREAMS, WIDTH, Corpus, Spans
 
@@ -61,27 +55,22 @@ class Scores(NamedTuple):
     """Whether each of its tokens is the likeliest."""
 
 
-class TextTrainer:
-    """A model's compiled programs, for any rates and seeds."""
+class TextTrainer(Trainer):
+    """Trains a model on text."""
 
     def __init__(self, config: RunConfig, corpus: Corpus):
         """The config's own rates must be constant and 1: those of a run are factors on them."""
-        require_unit_rates(config)
         if config.model.vocab_size < corpus.tokenizer.vocab_size:
             raise ValueError(f"model.vocab_size={config.model.vocab_size} is below {corpus.tokenizer.vocab_size}")
-        self.config, self.corpus = config, corpus
-        self.program = TrainProgram.of(config)
+        super().__init__(config, TrainProgram.of(config))
+        self.corpus = corpus
         self.length = config.data.sequence_length
         # A row has one token more than predictions: rows that begin where the one before ends.
         self.num_rows = (len(corpus.train) - 1) // self.length
         self.stream = jnp.asarray(np.asarray(corpus.train[: self.num_rows * self.length + 1]))
         self.texts = {name: corpus.texts[name].rows(self.length) for name in STREAMS}
-        options = {"compiler_options": compiler_options(jax.default_backend(), 1)}
-        begun = at_rates(self.program, Rates(1.0, 1.0))
-        self._init = jax.jit(lambda key: begun.begin(*begun.parts.init(key)), **options)
-        self._steps = jax.jit(self._run_steps, donate_argnums=0, **options)
-        self._score = jax.jit(self._score_rows, **options)
-        self._write = jax.jit(self._write_rows, **options)
+        self._score = jax.jit(self._score_rows, **self.options)
+        self._write = jax.jit(self._write_rows, **self.options)
 
     def run(
         self,
@@ -108,64 +97,35 @@ class TextTrainer:
         Raises:
             OutOfTime: the deadline would be missed.
         """
-        began = time.perf_counter()
         length = length_of(epochs * self.num_rows / self.config.data.batch_size, points)
-        order = draw_order(self.num_rows, self.config.data.batch_size, length.steps, seed)
         warmup = min(WARMUP_STEPS, length.steps // 10)
-        by_step = np.stack([rate_by_step(rate, length.steps, warmup) for rate in rates], axis=1)
-        state = jax.block_until_ready(self._init(jax.random.key(seed)))
-        flops_per_token = training_flops_per_token(self.program.parts, self.length)
-        tokens_per_step = self.config.data.batch_size * self.length
 
-        curve: list[dict[str, Any]] = []
-        training, compiling, measuring = 0.0, 0.0, 0.0
-        for done in range(length.chunk, length.steps + 1, length.chunk):
-            started = time.perf_counter()
-            chunk = slice(done - length.chunk, done)
-            state, loss = self._steps(state, self.stream, order[chunk], by_step[chunk])
-            loss = float(loss)
-            if done == length.chunk:
-                compiling = time.perf_counter() - began
-            else:
-                training += time.perf_counter() - started
-            # The first steps, with which the program was compiled, say nothing of the speed.
-            speed = tokens_per_step * (done - length.chunk) / training if training else 0.0
-            seconds_left = tokens_per_step * (length.steps - done) / speed if speed else 0.0
-            # Each later point costs about what those before it did, the questions that are answered at the end more.
-            points_left = sum(point > done for point in length.points) + 3
-            seconds_left += measuring / max(1, len(curve)) * points_left
-            if deadline is not None and time.time() + seconds_left > deadline:
-                raise OutOfTime(f"step {done}/{length.steps}: {seconds_left:.0f} s more are needed")
-            if done in length.points:
-                started = time.perf_counter()
-                tokens = done * tokens_per_step
-                point = {"step": done, "tokens": tokens, "flops": tokens * flops_per_token, "loss": _finite(loss)}
-                point |= self.measure(state) if measures != "loss" else {}
-                point |= {"slots": self.slots(state)} if state.reads else {}
-                curve.append(point)
-                measuring += time.perf_counter() - started
-                shown = f", held out {point['bits_per_byte']['held_out']:.4f} bits/byte" if measures != "loss" else ""
-                tell(f"step {done}/{length.steps}, loss {loss:.3f}{shown}, {speed:,.0f} tokens/s, {seconds_left:.0f} s")
-                if done < length.steps:
-                    state = dataclasses.replace(state, reads=self.program.no_reads())
-        counts = count_parameters(self.program.parts)
-        speed = tokens_per_step * (length.steps - length.chunk) / training if training else 0.0
+        def measure(state: TrainState) -> dict[str, Any]:
+            point = self.measure(state) if measures != "loss" else {}
+            return point | ({"slots": self.slots(state)} if state.reads else {})
+
+        def show(step: int, point: dict[str, Any], speed: float, left: float) -> None:
+            loss = "not finite" if point["loss"] is None else f"{point['loss']:.3f}"
+            shown = f", held out {point['bits_per_byte']['held_out']:.4f} bits/byte" if measures != "loss" else ""
+            tell(f"step {step}/{length.steps}, loss {loss}{shown}, {speed:,.0f} tokens/s, {left:.0f} s left")
+
+        state, _, result = self.train(
+            self.stream,
+            draw_order(self.num_rows, self.config.data.batch_size, length.steps, seed),
+            np.stack([rate_by_step(rate, length.steps, warmup) for rate in rates], axis=1),
+            measure,
+            chunk=length.chunk,
+            points=length.points,
+            seed=seed,
+            deadline=deadline,
+            tell=show,
+        )
         peak = peak_flops(jax.devices()[0])
         return {
-            "steps": length.steps,
+            **result,
             "epochs": length.steps * self.config.data.batch_size / self.num_rows,
-            "tokens": length.steps * tokens_per_step,
-            "training_flops": length.steps * tokens_per_step * flops_per_token,
-            "flops_per_token": flops_per_token,
-            "parameters": dataclasses.asdict(counts) | {"total": counts.total},
-            "healthy": bool(state.healthy),
-            "curve": curve,
             **(self.examine(state) if measures == "all" else {}),
-            "compile_seconds": round(compiling, 1),
-            "training_seconds": round(training, 2),
-            "evaluation_seconds": round(measuring, 1),
-            "tokens_per_second": round(speed),
-            "flops_utilization": speed * flops_per_token / peak if peak else None,
+            "flops_utilization": result["tokens_per_second"] * result["flops_per_token"] / peak if peak else None,
         }
 
     def measure(self, state: TrainState) -> dict[str, Any]:
@@ -228,21 +188,10 @@ class TextTrainer:
             ]
         return written
 
-    def _run_steps(self, state: TrainState, stream: Array, order: Array, rates: Array) -> tuple[TrainState, Array]:
-        """Steps one after the other, and the mean of their losses."""
-
-        def one(state: TrainState, now: tuple[Array, Array]) -> tuple[TrainState, Array]:
-            rows, rate = now
-            state, metrics = train_step(at_rates(self.program, Rates(*rate)), state, self._batch(stream, rows))
-            return state, metrics["train/loss"]
-
-        state, losses = jax.lax.scan(one, state, (order, rates))
-        return state, losses.mean()
-
-    def _batch(self, stream: Array, rows: Array) -> Batch:
-        """The rows of the given numbers as a batch, cut into the config's micro-batches."""
+    def step_of(self, data: Array, rows: Array) -> tuple[TrainProgram, Batch]:
+        """The program, and the rows as a batch, cut into the config's micro-batches."""
         places = rows[:, None] * self.length + jnp.arange(self.length + 1)[None, :]
-        tokens = stream[places].astype(jnp.int32)
+        tokens = data[places].astype(jnp.int32)
         shape = (self.config.train.grad_accum_steps, -1, self.length)
         ones = jnp.ones((len(rows), self.length), jnp.int32)
         batch = {
@@ -252,7 +201,7 @@ class TextTrainer:
             "positions": jnp.broadcast_to(jnp.arange(self.length, dtype=jnp.int32), ones.shape),
             "loss_mask": ones.astype(jnp.float32),
         }
-        return {name: array.reshape(shape) for name, array in batch.items()}
+        return self.program, {name: array.reshape(shape) for name, array in batch.items()}
 
     def _score_rows(self, params: Any, tables: Tables, tokens: Array, ends: Array) -> tuple[Array, Array]:
         model = self.program.parts.merge(params, tables)
@@ -290,7 +239,3 @@ def _batches(rows: Spans, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, i
     for start in range(0, len(rows.tokens), size):
         some = np.arange(start, start + size) % len(rows.tokens)
         yield rows.tokens[some].astype(np.int32), rows.ends[some], min(size, len(rows.tokens) - start)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

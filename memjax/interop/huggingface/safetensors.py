@@ -82,6 +82,19 @@ def open_tensors(folder: str | os.PathLike[str]) -> Iterator[TensorFiles]:
     weight_map = _weight_map(folder) if single is None else None
     names = [single] if single is not None else sorted(set((weight_map or {}).values()))
     files = [file_in(folder, name) for name in names]
+    with open_files(files) as found:
+        if weight_map is not None:
+            _compare(folder / INDEX, weight_map, {name: tensor.file.name for name, tensor in found.tensors.items()})
+        yield found
+
+
+@contextlib.contextmanager
+def open_files(files: Iterable[pathlib.Path]) -> Iterator[TensorFiles]:
+    """The tensors of some files, as long as the block lasts.
+
+    Raises:
+        CheckpointError: one is no sound safetensors file, or two hold tensors of one name.
+    """
     with contextlib.ExitStack() as stack:
         handles = {}
         for file in files:
@@ -91,10 +104,7 @@ def open_tensors(folder: str | os.PathLike[str]) -> Iterator[TensorFiles]:
                 raise CheckpointError(
                     f"{file}: is no sound safetensors file ({line_of(error)}); download or copy it again"
                 ) from error
-        found = TensorFiles(handles)
-        if weight_map is not None:
-            _compare(folder / INDEX, weight_map, {name: tensor.file.name for name, tensor in found.tensors.items()})
-        yield found
+        yield TensorFiles(handles)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

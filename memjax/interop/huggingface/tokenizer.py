@@ -12,7 +12,7 @@ from memjax.data.tokenizers.open import open_tokenizer, sentencepiece_pieces, sp
 from memjax.errors import ConfigError, DataError
 from memjax.interop.folders import file_in
 from memjax.interop.huggingface.tokenizer_files import JSON, MODEL, SETTINGS, ContradictionError, TokenizerFiles
-from memjax.io.console import say
+from memjax.io.console import warn
 
 _ADVICE = (
     "set --tokenizer to a tokenizer.json with a byte-level BPE or to a SentencePiece .model, or to byte, with which "
@@ -142,7 +142,7 @@ def _end_tokens(folder: TokenizerFiles, names: Mapping[int, str], tokenizer: Tok
         if token in names:
             found.append(names[token])
         else:
-            say(f"warning: {folder.path}: eos_token_id={token} is no special token, so generation does not end there")
+            warn(f"warning: {folder.path}: eos_token_id={token} is no special token, so generation does not end there")
     return tuple(name for name in dict.fromkeys(found) if tokenizer.special_tokens[name] != tokenizer.eos_id)
 
 
@@ -153,7 +153,7 @@ def _adds_bos(path: pathlib.Path, folder: TokenizerFiles, tokenizer: Tokenizer) 
         DataError: prompts begin with other special tokens, or `add_bos_token` is no flag.
     """
     if folder.flag("add_eos_token"):
-        say(f"warning: {folder.path / SETTINGS}: add_eos_token is not kept: prompts do not end with the end token")
+        warn(f"warning: {folder.path / SETTINGS}: add_eos_token is not kept: prompts do not end with the end token")
     said, prefix = folder.flag("add_bos_token"), folder.prompt_prefix()
     if prefix is None:
         # As LlamaTokenizer does without tokenizer.json; null is no there.
@@ -170,7 +170,7 @@ def _adds_bos(path: pathlib.Path, folder: TokenizerFiles, tokenizer: Tokenizer) 
     else:
         used = said
     if said not in (None, in_json):
-        say(
+        warn(
             f"warning: {folder.path}: add_bos_token={json.dumps(said)} in {SETTINGS}, but the post-processor of {JSON} "
             f"begins texts {'with' if in_json else 'without'} the begin token; prompts begin "
             f"{'with' if used else 'without'} it"

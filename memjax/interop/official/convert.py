@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 
 from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig
@@ -24,6 +23,7 @@ from memjax.config.run import RunConfig
 from memjax.errors import CheckpointError
 from memjax.interop.arrays import DTYPES
 from memjax.interop.folders import file_in, read_json
+from memjax.interop.huggingface.safetensors import TensorFiles, open_files
 from memjax.interop.huggingface.tokenizer import read_tokenizer
 from memjax.interop.official.lazy_array import LazyArray
 from memjax.interop.official.tensors import VALUES, Arrays, memory_options, refuse_experts, shape_of, take, type_of
@@ -139,11 +139,8 @@ def open_arrays(folder: str | os.PathLike[str]) -> Iterator[Arrays]:
     if file.suffix == ".pth":
         yield _state_dict(read_torch_zip(file), str(file))
         return
-    try:
-        with safe_open(file, framework="np") as handle:
-            yield {name: _in_safetensors(handle, name, file) for name in handle.keys()}  # noqa: SIM118  it is no dict
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: is no sound safetensors file ({line_of(error)}); copy it again") from error
+    with open_files([file]) as files:
+        yield {name: _lazy(files, name) for name in files.tensors}
 
 
 def _state_dict(tree: Any, place: str) -> Arrays:
@@ -159,12 +156,11 @@ def _state_dict(tree: Any, place: str) -> Arrays:
     return found
 
 
-def _in_safetensors(handle: Any, name: str, file: pathlib.Path) -> LazyArray:
-    part = handle.get_slice(name)
-    if part.get_dtype() not in DTYPES:
-        raise CheckpointError(f"{file}: {name} is of type {part.get_dtype()}, must be one of {', '.join(DTYPES)}")
-    dtype = jnp.dtype(DTYPES[part.get_dtype()])
-    return LazyArray(tuple(part.get_shape()), dtype, lambda: handle.get_tensor(name))
+def _lazy(files: TensorFiles, name: str) -> LazyArray:
+    tensor = files.tensors[name]
+    if tensor.dtype not in DTYPES:
+        raise CheckpointError(f"{tensor.file}: {name} is of type {tensor.dtype}, must be one of {', '.join(DTYPES)}")
+    return LazyArray(tensor.shape, jnp.dtype(DTYPES[tensor.dtype]), lambda: files.read(name))
 
 
 def _memory_layers(arrays: Arrays) -> list[int]:

@@ -255,7 +255,7 @@ def test_flags_that_contradict_the_post_processor_or_are_not_kept_are_told(byte_
     (tmp_path / "tokenizer.json").write_text(json.dumps({**byte_level, "post_processor": _template("<|begin|>", 0)}))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     read_tokenizer(tmp_path, None, {"bos_token_id": 0, "eos_token_id": 1})
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     assert "add_bos_token=false in tokenizer_config.json, but the post-processor" in told
     assert "add_eos_token is not kept: prompts do not end with the end token" in told
 
