@@ -23,7 +23,7 @@ from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import ByteTokenizer
-from memjax.inference import engine as streaming
+from memjax.inference import streaming
 from memjax.models.parts import DecoderParts
 from memjax.runs.command import exit_code
 from memjax.runs.layout import meta_document, params_to_tree

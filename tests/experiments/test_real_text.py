@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from factlab.entity_questions import Fact
 from factlab.runs import read_results
-from factlab.steps import FINAL_FRACTION, Rates
+from factlab.steps import FINAL_FRACTION, OutOfTime, Rates
 from realtext import comparisons, corpus, generated, grading, measures, prepare, tables, training, worker
 
 from memjax.config.data import DataConfig
@@ -103,7 +103,7 @@ def test_a_run_learns_and_its_scores_are_those_of_the_librarys_engine(read):
     written = [Request(one.context, ids) for one, ids in zip(rows, trainer.write(state, read.asked), strict=True)]
     assert {len(one.continuation) for one in written} == {training.ANSWER_TOKENS}
     assert all(one.is_greedy for one in score(model, written))
-    with pytest.raises(training.OutOfTime):
+    with pytest.raises(OutOfTime):
         trainer.run(Rates(1e-2, 1e-1), epochs=3, points=2, seed=1, deadline=0.0)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from factlab import training
 from factlab.rows import biography_rows, draw_order
+from factlab.steps import OutOfTime
 
 from memjax.config.data import BiographiesConfig, DataConfig
 from memjax.config.memory import MemoryConfig
@@ -115,7 +116,7 @@ def test_a_gated_layer_without_one_of_its_projections_has_the_other(rows):
 
 @pytest.mark.slow
 def test_a_run_that_would_miss_its_deadline_ends_early(trainer):
-    with pytest.raises(training.OutOfTime, match="more are needed"):
+    with pytest.raises(OutOfTime, match="more are needed"):
         trainer.run(RATES, exposures=1e4, seed=0, deadline=0.0)
 
 
