@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 MOST_CHARACTERS = 4000
 MOST_SHOWN = 40
-"""The most problems that are listed: a file that is no config at all has thousands."""
+"""Most problems that are listed: a file of another kind has thousands."""
 
 
 class ConfigError(ValueError):
@@ -22,7 +22,7 @@ def shown(problems: Sequence[str]) -> list[str]:
 
 
 class _ShortError(Exception):
-    """An error whose message may show what somebody else wrote, and is cut where that is long."""
+    """An error whose message may quote files from elsewhere, and is truncated."""
 
     def __str__(self) -> str:
         text = super().__str__()

@@ -1,4 +1,4 @@
-"""`python -m memjax.evaluate RUN`: facts, text, questions or tasks; beside it the same with the tables zeroed."""
+"""`python -m memjax.evaluate RUN`: facts, text, questions or tasks, with the tables and without."""
 
 import contextlib
 import dataclasses
@@ -76,7 +76,7 @@ def _evaluate(run: str, settings: EvaluateConfig) -> None:
 def _measurement(
     found: "LoadedModel", settings: EvaluateConfig, sets: list["QuestionSet"], examples: list["QuestionSet"]
 ) -> tuple[str, Callable[[Keep], dict[str, Any]]]:
-    """What is asked for: its name in the file of the result, and what measures and prints it."""
+    """The requested measurement: its name in the result's file, and a function that runs and prints it."""
     from memjax.data.sources.kinds import find_source
 
     if sets:
@@ -124,7 +124,7 @@ def _stem(asked: Sequence[str]) -> str:
 
 
 def _question_sets(settings: EvaluateConfig) -> tuple[list["QuestionSet"], list["QuestionSet"]]:
-    """What to ask, and what to take examples from."""
+    """Questions to ask, and those to take examples from."""
     if not settings.questions:
         return [], []
     from memjax.evaluation.question_sets.formats import read_question_sets

@@ -130,7 +130,7 @@ def lines(values: Mapping[str, Any], number: int, top: int) -> list[str]:
         top: slots of each layer.
     """
     tokens, layers = values["tokens"], values["layers"]
-    few = layers[:3]  # more do not fit beside the tokens
+    few = layers[:3]  # more do not fit next to the tokens
     found = [f"{'':>4}  {'token':<18}{'next':<18}{'p':>7}" + "".join(f"{layer['name']:>9}" for layer in few)]
     for place, token in enumerate(tokens):
         mark = ">" if place == number else " "
@@ -211,7 +211,7 @@ def _show_slot(found: "LoadedModel", settings: InspectConfig) -> None:
 
 
 def _window(before: str, after: str) -> str:
-    """A place in a text on one line of 70 columns; the bar stands after the token that reads."""
+    """A position in a text on one line of 70 columns; the bar follows the token that reads."""
     before, after = (re.sub(r"\s", " ", text) for text in (before, after))
     before = before if len(before) <= 46 else f"…{before[-45:]}"
     room = 68 - len(before)

@@ -54,7 +54,7 @@ def _prepare(config: RunConfig) -> None:
 
 
 def _tokenizer(config: RunConfig, data: "Source") -> "Tokenizer":
-    """That of the run's checkpoints; else the one that the run will begin with, which is not kept."""
+    """The tokenizer of the run's checkpoints, or else the one that the run would begin with, which is not saved."""
     from memjax.runs.folder import RunFolder, make_tokenizer
 
     return RunFolder.of(config).saved_tokenizer() or make_tokenizer(config, data)

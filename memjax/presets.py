@@ -27,7 +27,7 @@ class PresetsConfig(Section):
     """Devices such as 1x24 or 8x80, their number and GB of each: says in a table how each preset fits on them."""
 
     def problems(self) -> Iterator[str]:
-        """Names that are no presets', and devices that are none."""
+        """Unknown presets, and malformed devices."""
         unknown = [name for name in self.only if presets.find(name) is None or name == presets.RECIPE]
         if unknown:
             yield f"only={','.join(unknown)} must be names of presets; memjax presets lists them"
@@ -67,9 +67,9 @@ def _fitted(config: RunConfig, *, devices: int, device_bytes: int) -> str:
     found = search(config, devices=devices, device_bytes=device_bytes)
     if found is None:
         return "no"
-    told = f"{found.config.data.batch_size:,} in {found.config.train.grad_accum_steps:,}"
-    told += f", tables over {found.config.mesh.memory}" if found.config.mesh.memory != config.mesh.memory else ""
-    return told + (f", remat {found.config.train.remat}" if found.config.train.remat != config.train.remat else "")
+    settings = f"{found.config.data.batch_size:,} in {found.config.train.grad_accum_steps:,}"
+    settings += f", tables over {found.config.mesh.memory}" if found.config.mesh.memory != config.mesh.memory else ""
+    return settings + (f", remat {found.config.train.remat}" if found.config.train.remat != config.train.remat else "")
 
 
 def _list(configs: Mapping[str, RunConfig]) -> None:

@@ -66,7 +66,7 @@ def _devices(device_gb: Sequence[str], devices: Sequence[str], *, is_dry: bool) 
     """Bytes of a device, and how many there are; None where nothing was said of them.
 
     Raises:
-        ConfigError: these are no such numbers, or it is no dry run.
+        ConfigError: the numbers are malformed, or it is not a dry run.
     """
     from memjax.errors import ConfigError
 

@@ -1,1 +1,1 @@
-"""What a trained model can do: bits per byte on text, recall of facts, questions, tasks."""
+"""Evaluation of trained models: bits per byte of text, recall of facts, questions, tasks."""

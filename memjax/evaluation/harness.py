@@ -23,7 +23,7 @@ from memjax.inference.scoring import Request, request
 from memjax.io.console import format_table
 
 _MOST_TOKENS = 256
-"""Of a text where the task does not say."""
+"""Default of max_gen_toks."""
 _RESAMPLES = 1000
 """For the standard error of metrics that have no formula for it."""
 _FEWSHOT_SEED = 1234
@@ -55,7 +55,7 @@ class HarnessModel(LM):
         return [one.log_likelihood for one in scores]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each context, up to one of the task's stop strings."""
+        """Continues each context, up to one of the task's stop strings."""
         asked: list[tuple[Any, ...]] = [one.args for one in requests]
         by_rule: dict[str, list[int]] = defaultdict(list)
         for number, (_, rule) in enumerate(asked):
@@ -79,7 +79,7 @@ def task_report(
     zero_tables: bool = True,
     keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """How a model does on tasks, as JSON values: lm-eval's results with versions and hashes of the tasks.
+    """Evaluates a model on tasks; lm-eval's results with versions and hashes of the tasks, as JSON values.
 
     `zeroed` has the results of the model without its tables, which it has lost for good then.
 
@@ -129,7 +129,7 @@ def load_tasks(tasks: Sequence[str], folder: str | None = None, *, section: str 
         section: of the settings that name them, with its dot, for messages.
 
     Raises:
-        ConfigError: a task is not known, or the folder is none.
+        ConfigError: a task is unknown, or there is no such folder.
         DataError: a task cannot be loaded, or wants something that memjax does not have.
     """
     if folder is not None and not os.path.isdir(folder):

@@ -1,4 +1,4 @@
-"""How many bits of its facts a model knows, and how many for each of its parameters (arXiv:2404.05405).
+"""Fact knowledge of a model in bits, in total and per parameter (arXiv:2404.05405).
 
 What there is to know about the generated people is known to the bit: each value is one of so many. A model that needs
 p nats to write the values after the person's name, where a stranger to the person needs log S0, knows at least
@@ -36,7 +36,7 @@ _RENDERINGS = 2
 
 
 class _Statement(NamedTuple):
-    """A fact as training tells it."""
+    """A fact in a wording of the training data."""
 
     attribute: str
     prompt: str
@@ -52,7 +52,7 @@ def knowledge_report(
     batch_size: int = 256,
     place: Place = to_device,
 ) -> dict[str, Any]:
-    """What a model trained on biographies knows, as JSON values.
+    """Fact knowledge of a model trained on biographies, as JSON values.
 
     `bits` is a lower bound over all people of the config, `bits_to_know` the most it can be, `by_attribute` the same of
     one person on average. Below zero, a model is worse than one that takes all values to be equally likely.

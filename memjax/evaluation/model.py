@@ -16,7 +16,7 @@ from memjax.runs.load import LoadedModel
 
 
 class Written(NamedTuple):
-    """What a model wrote after a prompt."""
+    """A continuation of a prompt."""
 
     text: str
     is_cut: bool
@@ -48,7 +48,7 @@ class EvalModel:
         )
 
     def description(self) -> dict[str, Any]:
-        """What numbers depend on besides the questions, as JSON values."""
+        """Settings of the evaluation that results depend on, as JSON values."""
         return {
             "sequence_length": self.max_length,
             "dtype": resolve_dtype(self.model.config.dtype).name,
@@ -76,7 +76,7 @@ class EvalModel:
     def write(
         self, prompts: Sequence[str], *, max_tokens: int, stop: Sequence[str], sampling: SamplingConfig, show: Show
     ) -> list[Written]:
-        """What the model writes after each prompt, up to a stop string.
+        """Continues each prompt, up to a stop string.
 
         Of prompts that leave no room for max_tokens the begin is left out, but half of max_length is always the
         prompt's.

@@ -1,4 +1,4 @@
-"""How well a model predicts text: nats per token on batches, bits per byte on documents of any length."""
+"""Likelihood of text: nats per token on batches, bits per byte on documents of any length."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ _BATCHES_AT_ONCE = 16
 
 
 class TextScore(NamedTuple):
-    """How well a model predicts some text."""
+    """Likelihood of a text under a model."""
 
     bits_per_byte: float
     """Bits the model needs for a byte of the UTF-8 text; comparable between tokenizers."""

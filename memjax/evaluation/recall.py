@@ -1,4 +1,4 @@
-"""How many facts a model remembers, beside what guessing and the model without its tables would reach."""
+"""Recall of facts, compared with the majority baseline and with the model without its tables."""
 
 import textwrap
 from collections import Counter, defaultdict
@@ -27,7 +27,7 @@ _SAMPLE_TOKENS = 24
 
 
 class Recall(NamedTuple):
-    """Which questions a model answers exactly."""
+    """Exact match of a model's answers."""
 
     correct: Bool[np.ndarray, " questions"]
     accuracy: float
@@ -77,7 +77,7 @@ def recall(
 
 
 def majority_guess(train_questions: Sequence[Question], questions: Sequence[Question]) -> float:
-    """Share of `questions` right for who always says the attribute's commonest answer among `train_questions`."""
+    """Accuracy on `questions` of always giving the attribute's commonest answer among `train_questions`."""
     seen: dict[str, Counter[str]] = defaultdict(Counter)
     for question in train_questions:
         seen[question.attribute][question.answer] += 1
@@ -146,7 +146,7 @@ def fact_report(
             "questions": len(questions),
             "accuracy": found.accuracy,
             "by_attribute": found.by_attribute,
-            # Where nobody is asked about in training, only the held-out people's own facts can be counted.
+            # Without questions in training, the baseline is computed from the held-out ones themselves.
             "majority_guess": majority_guess(asked or questions, questions),
             "samples": [_sample(model, tokenizer, question) for question in _spread(questions)],
         }

@@ -1,4 +1,4 @@
-"""What `python -m memjax.evaluate` can be asked for. Nothing here imports JAX."""
+"""Settings of `python -m memjax.evaluate`. Nothing here imports JAX."""
 
 import dataclasses
 
@@ -80,7 +80,7 @@ class EvaluateConfig(InferenceSettings):
         return problems + self._misplaced()
 
     def _misplaced(self) -> list[str | None]:
-        """What is asked for together with something else, and settings of what is not asked for."""
+        """Measurements that exclude each other, and settings of measurements that are not requested."""
         asked = [name for name in ("text", "questions", "tasks") if getattr(self, name)]
         problems: list[str | None] = [
             f"{name}={show(getattr(self, name))} cannot be done together with {asked[0]}; do one after the other"

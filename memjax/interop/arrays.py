@@ -16,7 +16,7 @@ _SHOWN = 8
 
 
 def own(array: np.ndarray, dtype: Any) -> jax.Array:
-    """The array on the device, in a copy of its own: what a library gives may lie in the file."""
+    """Copies an array to the device; the given one may be a view of a file."""
     return jax.device_put(np.array(array, dtype, order="C", copy=True))
 
 

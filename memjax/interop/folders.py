@@ -1,4 +1,4 @@
-"""Folders of other programs: files that lie where they should, and JSON that is JSON."""
+"""Files and JSON documents in folders that other programs wrote; paths and contents are checked."""
 
 import json
 import math
@@ -17,7 +17,7 @@ def file_in(folder: pathlib.Path, name: str) -> pathlib.Path:
     Links may lead to other places in the folder, or to the blobs of the download cache that the folder belongs to.
 
     Raises:
-        CheckpointError: the name is a path, or what lies there is missing, no file, or a link that leads elsewhere.
+        CheckpointError: the name is a path, or the file is missing, not a regular file, or a link to another folder.
     """
     if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
         raise CheckpointError(f"{folder}: {name!r} must be the name of a file in this folder, not a path")
@@ -41,7 +41,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        CheckpointError: it cannot be read, is no JSON object, or holds a number that is not finite.
+        CheckpointError: the file cannot be read, is not a JSON object, or holds a number that is not finite.
     """
     try:
         content = json.loads(read_text(path), parse_constant=_refuse, parse_float=_finite)

@@ -9,13 +9,13 @@ from memjax.data.tokenizers.round_trip import probe_texts
 from memjax.data.tokenizers.sentencepiece import SPACE, SentencePieceTokenizer
 
 SPECIAL_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-"""Of special tokens in a tokenizer.json."""
+"""Flags of special tokens in a tokenizer.json."""
 _MIXTURES = 2000
 """Texts of several pieces that both must encode alike."""
 
 
 def sentencepiece_as_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any] | None:
-    """The description of a tokenizer that encodes as the model does; None if there is none.
+    """The tokenizer.json of a tokenizer that encodes exactly as the model does; None if there is none.
 
     transformers 5 converts .model files itself, and then drops a space from texts that begin with one. Models that are
     no BPE, normalise texts or have pieces of a user encode otherwise, which shows in the probes.

@@ -40,7 +40,7 @@ def enable(setting: str | None = "auto") -> pathlib.Path | None:
 
     Args:
         setting: auto is memjax in the user's cache folder, null (None) no cache, all else a folder. The variable
-            MEMJAX_COMPILE_CACHE goes before auto; whoever has set JAX's own variables is left alone.
+            MEMJAX_COMPILE_CACHE overrides auto; if JAX's own variables are set, nothing is changed.
 
     Returns:
         The folder; None without a cache.
@@ -58,7 +58,7 @@ def enable(setting: str | None = "auto") -> pathlib.Path | None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(13, "not writable")
-        # An entry is machine code: one that somebody else could write must not be run.
+        # An entry is machine code: a folder that another user can write must not be trusted.
         if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
             raise PermissionError(1, "belongs to another user")
         _tidy(folder)
@@ -134,7 +134,7 @@ def _tidy(folder: pathlib.Path) -> None:
 
 
 def _remove_old(folder: pathlib.Path) -> None:
-    """Removes the folders of other versions and machines that nobody has added to for a long time."""
+    """Removes folders of other versions and machines that have had no new entry for a long time."""
     for other in folder.parent.glob("jaxlib-*"):
         with contextlib.suppress(OSError):
             if other != folder and time.time() - other.stat().st_mtime > DAYS * 24 * 3600:

@@ -19,7 +19,7 @@ from typing import Any
 logger = logging.getLogger("memjax")
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What a terminal obeys: control characters and marks of writing direction; and surrogates, which have no bytes."""
+"""Control characters, directional marks and surrogates, which must not reach a terminal."""
 
 
 def say(text: str) -> None:
@@ -78,7 +78,7 @@ def _write(stream: Any, text: str, *, error: bool = False) -> None:
 
 _CLEAR = "\r\x1b[K"
 _status = ""
-"""What stands at the bottom of the terminal."""
+"""The status line at the bottom of the terminal."""
 
 
 def is_live() -> bool:
@@ -103,7 +103,7 @@ def show_status(text: str) -> None:
 
 
 def columns() -> int:
-    """Of the terminal."""
+    """Width of the terminal."""
     return shutil.get_terminal_size().columns
 
 

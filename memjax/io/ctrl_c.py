@@ -13,7 +13,7 @@ _LOST_SECONDS = 2.0
 def run_command(main: Callable[[], int]) -> NoReturn:
     """Runs the main function of a command that a Ctrl-C may end anywhere, and ends the process with its exit code.
 
-    Callbacks of JAX and imports of libraries lose a KeyboardInterrupt; it is raised again until somebody calls `heard`,
+    JAX callbacks and library imports may swallow a KeyboardInterrupt; it is raised again until `heard` is called,
     but not into the handlers and clean-ups that it has come to. Where Ctrl-C is ignored, as in the background of a
     script, it stays so.
     """
@@ -33,7 +33,7 @@ def run_command(main: Callable[[], int]) -> NoReturn:
 
 
 def heard() -> None:
-    """Says that a KeyboardInterrupt has arrived where it is wanted."""
+    """Acknowledges a KeyboardInterrupt, so that it is not raised again."""
     signal.setitimer(signal.ITIMER_REAL, 0)
 
 

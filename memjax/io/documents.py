@@ -1,4 +1,4 @@
-"""JSON that somebody else may have written: its shape is checked before anything in it is used."""
+"""JSON documents from untrusted sources: their structure is validated before they are used."""
 
 import json
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ def read_as(shape: type[T], document: Any) -> T:
 
 
 def line_of(error: BaseException) -> str:
-    """What an error says, in one line that is not too long for a message around it."""
+    """The message of an error in one short line, for use in another message."""
     text = " ".join(str(error).split())
     return text[:_MOST_CHARACTERS] if text else type(error).__name__
 

@@ -1,4 +1,4 @@
-"""Files: replaced atomically, and read though somebody else may have put them in a folder."""
+"""Files: atomic replacement, and safe reading from folders that come from elsewhere."""
 
 import contextlib
 import errno
@@ -16,11 +16,11 @@ MAX_BYTES = 1 << 28
 def read_document(path: str | os.PathLike[str], most_bytes: int | None = MAX_BYTES) -> bytes:
     """The content of a regular file.
 
-    In a folder that somebody sent, a name may belong to a pipe that never ends or a device. Only the pipes of a shell,
+    In a folder from elsewhere, a name may be an endless pipe or a device. Only the pipes of a shell,
     such as /dev/fd/63 or /proc/self/fd/63, are read to their end.
 
     Raises:
-        OSError: it cannot be read, is no regular file, or has more bytes.
+        OSError: the file cannot be read, is not a regular file, or is larger.
     """
     path = os.fspath(path)
     is_shell_pipe = path.startswith(("/dev/fd/", "/proc/self/fd/")) or path == "/dev/stdin"
@@ -44,7 +44,7 @@ def read_text(path: str | os.PathLike[str], most_bytes: int | None = MAX_BYTES) 
 
 
 def check_inside(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> None:
-    """Raises an OSError for a path that leads out of a folder, which somebody else may have made, by a link."""
+    """Raises an OSError for a path that leaves a folder through a link."""
     real, inside = os.path.realpath(path), os.path.realpath(root)
     if os.path.commonpath([real, inside]) != inside:
         message = f"leads out of its folder, to {real}, where nothing is written; move that folder here"

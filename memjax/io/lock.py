@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from memjax.io.console import say
 
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
-"""What flock answers on file systems without locks, such as Lustre mounted without `-o flock`."""
+"""Errors of flock on file systems without locks, such as Lustre mounted without `-o flock`."""
 
 _held: set[int] = set()
 
@@ -45,7 +45,8 @@ def locked(path: pathlib.Path, *, on_wait: Callable[[str], None] | None = None) 
             _sign(handle)
             yield
         finally:
-            # Before the lock is freed: whoever opened the file meanwhile sees that it is gone, and begins again.
+            # Before the lock is released: a process that has opened the file meanwhile sees that it is gone and tries
+            # again.
             with contextlib.suppress(OSError):
                 path.unlink()
             _held.discard(handle)

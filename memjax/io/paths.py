@@ -35,8 +35,8 @@ def local_path(text: str, name: str) -> pathlib.Path:
 def literal(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """The folder by a path that Orbax takes literally: a link to it, where its own path has a `[` or a backslash.
 
-    Orbax finds what it has written by a glob with the whole path in it, and takes a backslash for a slash. Without the
-    link it would save, without an error, what nobody can read.
+    Orbax finds its files by a glob that contains the path, and takes a backslash for a slash. Without the link it would
+    silently save checkpoints that cannot be read.
     """
     whole = os.path.abspath(folder)
     if "[" not in whole and "\\" not in whole:
@@ -56,7 +56,7 @@ _PACKAGES = {
     "hf": "huggingface_hub",
     "memory": "fsspec",
 }
-"""What reads addresses with this scheme, besides fsspec; `memory` is that of the process alone."""
+"""Package that reads addresses with this scheme, besides fsspec; `memory` is in-process, for tests."""
 
 
 def is_remote(text: str | os.PathLike[str]) -> bool:
@@ -104,7 +104,7 @@ def readable_path(text: str, name: str) -> str:
 
 
 def missing_package(text: str) -> str | None:
-    """The package that reading an address takes and that is not installed; None for paths, and where all are there."""
+    """The missing package that is needed to read an address; None for paths, or if all are installed."""
     if not is_remote(text):
         return None
     needed = ("fsspec", _PACKAGES[text.partition("://")[0]])

@@ -21,7 +21,7 @@ STEP_IS_COMPLETE = "_CHECKPOINT_METADATA"
 """The file of a checkpoint that is sent last: a step without it is not all there."""
 
 MIRROR_ID = "mirror_id"
-"""The file, in a run's folder and in its copy, that tells of which run the copy is."""
+"""The file that identifies the run, in its folder and in its mirror."""
 
 _NOT_SENT = "prepared/"
 _WRITTEN_HERE = ("evals/", "prepared/")
@@ -87,7 +87,7 @@ def _require_packages(address: str) -> None:
 
 
 def _files(address: str) -> tuple[dict[str, Mapping[str, Any]], str | None]:
-    """What the store says of each file, by its name below the folder; and the name where the address is that of one."""
+    """Metadata of each file, by its name relative to the folder; and the name of the file if there is only one."""
     import fsspec.core
 
     file_system, path = fsspec.core.url_to_fs(address, use_listings_cache=False)
@@ -160,7 +160,7 @@ def fetch_run(address: str, step: int | str = "latest") -> pathlib.Path:
 
 
 def why_not_mirror(folder: pathlib.Path, address: str) -> str | None:
-    """Why a run's folder cannot be copied to an address: what is there is not the copy of this run. None where it is.
+    """Why a run's folder cannot be mirrored to an address, which holds something else; None if it can.
 
     Raises:
         Exception: whatever the file system raises.

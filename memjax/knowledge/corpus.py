@@ -1,4 +1,4 @@
-"""The texts that a model is compared on: a file that is named, or what the run was trained on."""
+"""The corpus for slot statistics: a given file, or the training data of the run."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,7 +37,7 @@ def open_corpus(found: LoadedModel, path: str | None, field: str) -> Iterable[Re
 
 
 class TrainingRecords:
-    """What a run is trained on, in an order drawn once, each record in a wording that training might show."""
+    """The training records of a run in a fixed random order, each in one of its wordings."""
 
     def __init__(self, splits: Sequence[Split], seed: int = 0):
         self._splits, self._seed = splits, seed

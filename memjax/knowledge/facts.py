@@ -27,7 +27,7 @@ class Fact:
 
     @property
     def question(self) -> Record | None:
-        """The first wording where it has a prompt: what tells whether the fact is known."""
+        """The first wording if it has a prompt: asked to test whether the fact is known."""
         return self.wordings[0] if len(self.wordings[0]) > 1 else None
 
     def fields(self) -> dict[str, Any]:

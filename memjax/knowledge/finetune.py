@@ -29,7 +29,7 @@ TableStates = dict[str, dict[str, Array]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How facts are learned."""
+    """Hyperparameters of learning facts."""
 
     rows: int
     """Rows of each table that a batch may change."""
@@ -82,7 +82,7 @@ def learn(
         recipe: how to learn.
         longest: tokens of a row; longer texts are cut.
         known: texts of the background, from which `recipe.replay` are drawn for every batch.
-        after_epoch: is told the epoch from 1, its mean loss and the model after it, whose tables the next epoch
+        after_epoch: called with the epoch (from 1), its mean loss and the model after it, whose tables the next epoch
             overwrites; true ends the learning.
     """
     parts, params, tables = split_decoder(model)
@@ -160,7 +160,7 @@ def _step(
 
 
 def _count(reads: dict[str, SlotReads], layers: Sequence[str], token_mask: Array, like: Array) -> Int[Array, " n"]:
-    """How often the tokens of the mask read each slot in these layers."""
+    """Number of reads of each slot by the tokens of the mask in these layers."""
     total = jnp.zeros_like(like)
     for layer in layers:
         total = count_reads(total, jnp.where(token_mask[:, None], reads[layer].indices, like.shape[0]))

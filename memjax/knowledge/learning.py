@@ -1,4 +1,4 @@
-"""Facts into a patch: background counted and kept, what is known measured before and after, rows learned."""
+"""Learns facts as a patch: counts the background, measures before and after, and writes the changed rows."""
 
 import itertools
 import pathlib
@@ -32,9 +32,9 @@ from memjax.runs.patch import Patch, write_patch
 from memjax.runs.patching import patch_between
 
 LEARNED = "learned"
-"""Of a patch's notes: the facts that it was made of, as objects with the fields of FACTS."""
+"""Key of a patch's notes with the facts that it was made of, as objects with the fields of FACTS."""
 _SCORED_BYTES = 50_000
-"""Of the background, for its bits per byte."""
+"""Bytes of the background on which bits per byte are measured."""
 _PROGRESS_SECONDS = 5.0
 """Between two lines of progress."""
 _REPLAYED = 4_096
@@ -209,7 +209,7 @@ def _text(record: Record) -> str:
 
 
 def _background(found: LoadedModel, records: Sequence[Record]) -> Background:
-    """How common every slot is in the records: counted once, and kept in the run's folder where that can be written."""
+    """Document frequency of every slot in the records, cached in the run's folder where that is writable."""
     length = found.config.data.sequence_length
     content = [_text(record) for record in records]
     asked = {

@@ -16,7 +16,7 @@ from memjax.knowledge.trace import Trace
 
 
 def text_of(tokenizer: Tokenizer, token: int) -> str:
-    """A token as people read it: special ones by name, bytes that are no text by their numbers."""
+    """A readable form of a token: special tokens by name, undecodable bytes as hex."""
     for name, number in tokenizer.special_tokens.items():
         if number == token:
             return name

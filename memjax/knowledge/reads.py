@@ -1,4 +1,4 @@
-"""What layers read from their tables, and gradients of what was read: all that this package knows of lookups."""
+"""Reads of the tables by every layer, and their gradients; no other module here depends on the kinds of lookups."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -51,7 +51,7 @@ def layers_of(config: ModelConfig) -> dict[str, int]:
 
 
 def slot_reads(hidden: DecoderOutput) -> dict[str, SlotReads]:
-    """What every layer read, by its name."""
+    """The reads of every layer, by its name."""
     return {name: _of_sum(reads) for name, reads in hidden.reads.items()}
 
 
@@ -75,7 +75,7 @@ def table_gradients(
         parts: structure of the model.
         params: dense parameters.
         tables: rows by table.
-        batch: `tokens`, and `segments` that are 0 at padding, which stands at the ends of rows.
+        batch: `tokens`, and `segments`, 0 at padding at the ends of rows.
         objective: of the model and its hidden states.
     """
 
@@ -93,7 +93,7 @@ class LayerRun(NamedTuple):
     """A layer that reads tables, at work on tokens."""
 
     inputs: Float[Array, "b s dim"]
-    """What it is given."""
+    """Input of the layer."""
     reads: SlotReads
     combine: Callable[[Float[Array, "t d"]], Float[Array, "b s dim"]]
     """Its output from its sum of rows; affine."""
@@ -130,7 +130,7 @@ def _layer_run(block: Block, inputs: Array, tables: tuple[ValueTable, ...], read
 
 
 def through_norm(norm: RMSNorm, vector: Float[Array, "*t dim"], x: Float[Array, "*t dim"]) -> Float[Array, "*t dim"]:
-    """What a part of x is after a norm, whose scale is that of x as a whole."""
+    """Applies an RMS norm to a component of x, with the scale of x itself."""
     wide = x.astype(accumulator(x.dtype))
     inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + norm.epsilon)
     scale = norm.scale[...].astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))

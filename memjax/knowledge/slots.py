@@ -1,4 +1,4 @@
-"""Which texts read which slots: how common every slot is in a corpus, and the contexts that read one slot most."""
+"""Slot statistics over a corpus: document frequency of every slot, and the contexts that read one slot most."""
 
 import functools
 import heapq
@@ -58,7 +58,7 @@ def count_texts(
         length: tokens in a window.
         batch_size: windows at once.
         most: windows that are read; None for all.
-        show: is told how many have been read.
+        show: called with the number of windows read so far.
     """
     graphdef, state = nnx.split(model)
     counts = {pool: jnp.zeros(model.config.tables[pool].num_slots, jnp.int32) for pool in pools_of(model.config)}
@@ -119,7 +119,7 @@ class Context(NamedTuple):
 
 
 class SlotReport(NamedTuple):
-    """Who reads a slot, and what it makes likelier."""
+    """The contexts that read a slot, and the tokens that it promotes."""
 
     texts: int
     """Texts that were read."""
@@ -144,7 +144,7 @@ def slot_report(
     promoted: int = 10,
     most: int | None = None,
 ) -> SlotReport:
-    """Who reads a slot of a layer in a corpus.
+    """Finds the contexts of a corpus that read a slot most, and the tokens that it promotes there.
 
     Args:
         model: the model.
@@ -206,7 +206,7 @@ def _promotes(
 def _logits_of_slot(
     graphdef: Any, layer: str, state: nnx.State, tokens: Array, slot: Array, place: Array, weight: Array
 ) -> Float[Array, " vocab"]:
-    """What a slot adds to every logit at a place."""
+    """The contribution of a slot to every logit at a position."""
     model = nnx.merge(graphdef, state)
     runs, x = run_layers(model, tokens)
     table = model.tables[tables_of(model.config, layer)[-1]].table

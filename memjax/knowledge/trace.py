@@ -1,4 +1,4 @@
-"""What a model reads on its way through a text, and what each slot adds to the logit of the token that follows."""
+"""Traces of a prompt: the slots that each token reads, and their contributions to the logit of the next token."""
 
 import dataclasses
 import functools
@@ -18,25 +18,25 @@ from memjax.ops.embedding_dot.api import embedding_dot
 
 
 class LayerTrace(NamedTuple):
-    """What one layer read, and what came of it."""
+    """Reads of one layer and their contributions."""
 
     slots: Int[np.ndarray, "t k"]
     weights: Float[np.ndarray, "t k"]
     """Factor of each row in the layer's sum; of an expert with the value of its hidden unit."""
     added: Float[np.ndarray, "t k"]
-    """What each slot adds to the logit of the token that follows: straight through the layer's projections and the last
+    """Direct contribution of each slot to the logit of the next token: through the layer's projections and the last
     norm at its actual scale, not through the blocks between."""
     rest: Float[np.ndarray, " t"]
-    """What the layer adds without any slot: the bias of its projection."""
+    """Contribution of the layer without any slot: the bias of its projection."""
     total: Float[np.ndarray, " t"]
-    """What the layer's output adds; the sum of the two."""
+    """Contribution of the layer's output; the sum of the two."""
     effect: Float[np.ndarray, "t k"]
-    """What each slot adds to the logit of the answer at the last place, through all blocks, to first order."""
+    """First-order effect of each slot, through all blocks, on the logit of the answer after the prompt."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class Trace:
-    """A text on its way through a model."""
+    """A text traced through a model."""
 
     tokens: list[int]
     """The text, begin token included."""
@@ -61,7 +61,7 @@ def trace(model: Decoder, prompt: Sequence[int], answer: Sequence[int] = (), *, 
         model: the model.
         prompt: token ids, at least one.
         answer: token ids whose logits are asked for after the prompt; without it, of the likeliest token.
-        guesses: likeliest tokens that are told.
+        guesses: number of likeliest tokens returned for each position.
     """
     tokens = [*prompt, *answer][: len(prompt) + max(0, len(answer) - 1)]
     length = len(tokens)
@@ -118,7 +118,7 @@ def _traced(
 
 
 def _directions(model: Decoder, x: Float[Array, "t dim"], targets: Int[Array, " t"]) -> Float[Array, "t dim"]:
-    """What the logit of each target gains per unit of the residual stream, with the norm's scale as it is."""
+    """Gradient of the logit of each target with respect to the residual stream, at a fixed scale of the norm."""
     columns = model.output_matrix().T[targets]
     return through_norm(model.norm, columns, x)
 
@@ -140,7 +140,7 @@ def _layer(rows: Any, run: LayerRun, directions: Float[Array, "t dim"]) -> tuple
 
 
 def _effects(model: Decoder, tokens: Array, place: int, target: int) -> dict[str, Array]:
-    """What every slot adds to the logit of a token at a place through all blocks, to first order, by layer."""
+    """First-order effect of every slot, through all blocks, on the logit of a token at a position, by layer."""
     parts, params, tables = split_decoder(model)
 
     @jax.jit

@@ -1,1 +1,1 @@
-"""What can be seen of a run: metrics, progress, profiles, plots."""
+"""Monitoring of runs: metrics, progress, profiles, plots."""

@@ -27,19 +27,19 @@ _PARTS = 50
 
 _NOT_COMPARED = ("run.dir", "run.compile_cache", "log.", "processes.", "data.prepared")
 MOST_SETTINGS = 6
-"""That a table shows of those in which runs differ."""
+"""Most differing settings that a table shows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What one run wrote."""
+    """Metrics, settings and summary of one run."""
 
     name: str
     rows: list[Row]
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """By their dotted names."""
     summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Of a finished run."""
+    """Report of a finished run."""
 
     def values(self, metric: str) -> Values:
         """A metric at every step; NaN where it was not measured, or was no number."""
@@ -52,7 +52,7 @@ class Run:
         return np.mean([self.values(metric) for metric in metrics] or [np.full(len(self.rows), np.nan)], axis=0)
 
     def final(self, metric: str) -> float:
-        """Where a metric ended: its last value, a setting, or a number of the summary such as facts/asked/accuracy."""
+        """Final value of a metric, a setting, or a number of the summary such as facts/asked/accuracy."""
         if metric in self.settings:
             value = self.settings[metric]
         else:
@@ -64,14 +64,14 @@ class Run:
         return float(value) if isinstance(value, int | float) else math.nan
 
     def along(self, axis: Axis) -> Values:
-        """Where each row stands on the horizontal axis."""
+        """Coordinate of each row on the horizontal axis."""
         if axis == "step":
             return self.values("step")
         return np.nancumsum(self.values(_AXIS_METRICS[axis]))
 
 
 def read_runs(folders: Sequence[pathlib.Path]) -> list[Run]:
-    """The runs of some folders, each under the shortest end of its path that tells it from the others.
+    """The runs of some folders, each named by the shortest suffix of its path that is unique.
 
     Raises:
         DataError: a folder holds no metrics.
@@ -92,7 +92,7 @@ def read_runs(folders: Sequence[pathlib.Path]) -> list[Run]:
 
 
 def _settings(path: pathlib.Path) -> dict[str, Any]:
-    """The settings of a run; none where its file is damaged or of another version: the metrics are there anyway."""
+    """The settings of a run; empty if its file is damaged or of another version, since metrics do not depend on it."""
     try:
         tree = dataclasses.asdict(load(RunConfig, path))
     except ConfigError:

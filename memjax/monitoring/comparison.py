@@ -21,11 +21,11 @@ class Panel(NamedTuple):
 
     title: str
     label: str
-    """Of the vertical axis, with the unit."""
+    """Label of the vertical axis, with the unit."""
     steady: str | None
-    """What is measured at every step: drawn smoothed over the faint raw curve. A metric, or None."""
+    """Metric measured at every step, drawn smoothed over the faint raw curve; or None."""
     sparse: tuple[tuple[str, str, str], ...]
-    """What is measured now and then: metrics or fields of the slot statistics, with their names in the legend and in
+    """Metrics measured at some steps, or fields of the slot statistics, with their names in the legend and in
     the notes."""
 
 

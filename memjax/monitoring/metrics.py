@@ -73,7 +73,7 @@ class MetricsFile:
             return
         data = "".join(self._waiting).encode()
         try:
-            if self._file is None or not self.path.exists():  # somebody has moved or deleted it
+            if self._file is None or not self.path.exists():  # it was moved or deleted
                 self._open()
             assert self._file is not None
             if self._file.seek(0, os.SEEK_END) > self._written:

@@ -49,7 +49,7 @@ class ProfileWindow:
         if not self._traces:
             return
         options = ProfileOptions()
-        options.python_tracer_level = 0  # every call of every function: slow, and nobody asked for it
+        options.python_tracer_level = 0  # tracing every Python call is slow
         try:
             jax.profiler.start_trace(str(self._folder), profiler_options=options)
             self._is_tracing = True
@@ -88,10 +88,10 @@ def _tell(error: Exception) -> None:
 
 
 class Operation(NamedTuple):
-    """What the devices did under one name."""
+    """Total time and uses of one operation."""
 
     name: str
-    """Without the number that tells one use from the next."""
+    """Without the suffix that numbers its uses."""
     seconds: float
     """Over all uses and all devices, without the operations inside it."""
     uses: int
@@ -131,7 +131,7 @@ def operations(profile: Any) -> list[Operation]:
 
 
 class Overlap(NamedTuple):
-    """How a GPU spent the time between its first operation and its last; in seconds."""
+    """Seconds of a GPU between its first operation and its last."""
 
     span: float
     idle: float
@@ -190,7 +190,7 @@ class _Event(NamedTuple):
 
 
 def _lines(profile: Any, prefix: str) -> list[list[_Event]]:
-    """Of the accelerators the lines with such names: GPUs have streams, others a line of XLA's operations."""
+    """Lines of all accelerators whose name has the prefix: streams of GPUs, or XLA operations of others."""
     return [line for plane in _devices(profile) for line in _lines_of(plane, prefix)]
 
 
@@ -206,7 +206,7 @@ def is_collective(operation: str) -> bool:
 
 
 def _lines_of(plane: Any, prefix: str) -> list[list[_Event]]:
-    """Of a plane the lines with such names."""
+    """Lines of a plane whose name has the prefix."""
     return [
         [_Event(event.name, event.start_ns, event.duration_ns) for event in line.events]
         for line in plane.lines
@@ -215,7 +215,7 @@ def _lines_of(plane: Any, prefix: str) -> list[list[_Event]]:
 
 
 def _covered(events: Iterable[_Event]) -> float:
-    """How long at least one of the events was under way."""
+    """Total time during which at least one of the events was running."""
     covered, end = 0.0, 0.0
     for event in sorted(events, key=lambda event: event.start):
         covered += max(0.0, event.start + event.duration - max(end, event.start))
@@ -224,7 +224,7 @@ def _covered(events: Iterable[_Event]) -> float:
 
 
 def _cpu_lines(profile: Any) -> list[list[_Event]]:
-    """Of each thread the operations of compiled programs."""
+    """Operations of compiled programs, by thread."""
     plane = profile.find_plane_with_name("/host:CPU")
     found = []
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""How far a work is: phases of a start, lines of a training, bars of whatever else takes long."""
+"""Progress: phases of a start, lines of a training, bars for other long work."""
 
 import time
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ def log_phase(what: str) -> None:
 
 
 def time_stamp() -> str:
-    """What lines of a log begin with: date and time; empty on a terminal, in front of which somebody sits."""
+    """Date and time at the beginning of log lines; empty on an interactive terminal."""
     return "" if is_live() else time.strftime("%Y-%m-%d %H:%M:%S  ")
 
 
@@ -47,7 +47,7 @@ class Stopwatch:
 
 
 BAR_COLUMNS = 20
-"""Of the bar, at the most."""
+"""Most columns of the bar."""
 BAR_SECONDS = 0.2
 """Between two states of the bar."""
 
@@ -133,7 +133,7 @@ class Progress:
     """Shows the share that is done, the time left, and what there is to say of it. Use it in a `with`."""
 
     def __init__(self, total: int | float, every_seconds: float):
-        """Takes what `update` counts up to, and the time between two lines where there is no terminal."""
+        """Takes the total of `update`, and the seconds between two lines where there is no terminal."""
         self.total, self.every_seconds = max(1, total), every_seconds
         self._started = self._last = time.monotonic()
         self._bar = Bar()
@@ -160,7 +160,7 @@ class Progress:
 
 
 class ByteProgress(Progress):
-    """How far the bytes of some files are read."""
+    """Progress through the bytes of some files."""
 
     def show(self, num_bytes: int, records: int, tokens: int) -> None:
         """Takes how far it is."""

@@ -1,4 +1,4 @@
-"""The patches that are applied to the checkpoints of a run: copies of their files, and the list that `load` obeys.
+"""The patches that are applied to the checkpoints of a run: copies of their files, and the list that `load` reads.
 
 Checkpoints are never rewritten. A patch is applied when its name is in the list and taken back when it is not, and the
 list is replaced in one step: whenever a process dies, the model is the one before or the one after.
@@ -41,7 +41,7 @@ class Applied:
         return self._read().get(str(step), [])
 
     def file(self, name: str) -> pathlib.Path:
-        """Where the copy of a patch is."""
+        """Path of the copy of a patch."""
         return self.folder / f"{name}.safetensors"
 
     def patches(self, step: int) -> list[tuple[str, Patch]]:

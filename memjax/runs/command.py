@@ -1,4 +1,4 @@
-"""What the command lines that read a trained model have in common. Nothing here imports JAX before it is needed."""
+"""Shared by the commands: settings that choose a checkpoint, loading it, exit codes. JAX is imported only when needed."""
 
 import contextlib
 import dataclasses
@@ -186,7 +186,7 @@ def _is_without_device() -> bool:
 
 
 def explain(error: OSError) -> str:
-    """What the operating system refused, in a line: `runs/a/evals: Permission denied`."""
+    """An OSError in one line: `runs/a/evals: Permission denied`."""
     named = [str(path) for path in (error.filename, error.filename2) if path is not None]
     return ": ".join([*[" -> ".join(named)] * bool(named), error.strerror or str(error) or type(error).__name__])
 

@@ -1,4 +1,4 @@
-"""What a run depends on besides its config: versions, the commit and the devices."""
+"""The environment of a run: command, versions, commit and devices."""
 
 import pathlib
 import platform
@@ -19,7 +19,7 @@ def command_line() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """What a run depends on besides its config."""
+    """Command line, Python and package versions, commit and devices, as JSON values."""
     from importlib.metadata import version
 
     packages = (

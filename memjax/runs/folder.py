@@ -1,4 +1,4 @@
-"""The folder of a run: its config, environment, tokenizer, and where the rest goes."""
+"""The folder of a run: its config, environment, tokenizer and paths."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ from memjax.runs.saved import read_config, read_tokenizer
 from memjax.sharding.processes import is_first, process_zero_first
 
 WHERE_IT_RUNS = ("run.dir", "run.mirror", "run.compile_cache", "data.prepared", "mesh.", "processes.")
-"""Settings that do not show in what a run leaves."""
+"""Settings that do not affect the results of a run."""
 
 MAY_CHANGE = (
     *WHERE_IT_RUNS,
@@ -42,10 +42,10 @@ MAY_CHANGE = (
     "log.",
     "train.remat",
 )
-"""Settings that a resumed run may change: they do not decide what is learned."""
+"""Settings that a resumed run may change: they do not affect what is learned."""
 
 SUBFOLDERS = (CHECKPOINTS, "evals", "patches", "plots", "prepared", "profile", "tensorboard", "wandb")
-"""What a run writes into below its folder."""
+"""Subfolders that a run writes."""
 
 LOCK = ".lock"
 
@@ -78,11 +78,11 @@ class RunFolder:
 
     @property
     def resume_command(self) -> str:
-        """What continues the run with its own settings."""
+        """The command that resumes the run with its own settings."""
         return f"python -m memjax.train {shlex.quote(str(self.path))}"
 
     def read_summary(self) -> dict[str, Any] | None:
-        """What the finished run reported; None while it is not finished, or where the report is damaged."""
+        """The report of a finished run; None while it is unfinished, or if the report is damaged."""
         summary = read_object(self.summary) or {}
         is_report = isinstance(summary.get("metrics"), dict) and isinstance(summary.get("steps"), int)
         return summary if is_report else None
@@ -128,7 +128,7 @@ class RunFolder:
             )
 
     def began(self) -> bool:
-        """Whether a step was made or a model put there; until then, a start claims nothing."""
+        """Whether the folder holds a step or metrics; until then nothing is claimed."""
         return bool(Checkpoints(self.checkpoints).steps() or read_metrics(self.metrics))
 
     def saved_config(self) -> RunConfig | None:
@@ -228,7 +228,7 @@ class RunFolder:
             )
 
     def _refuse_links(self) -> None:
-        """A run writes and deletes only inside its folder, which somebody else may have made."""
+        """Refuses links to other folders: a run writes and deletes only inside its own, which may come from elsewhere."""
         links = [self.path / name for name in SUBFOLDERS if (self.path / name).is_symlink()]
         real = lambda path: pathlib.Path(os.path.realpath(path))
         outside = [link for link in links if not real(link).is_relative_to(real(self.path))]

@@ -1,4 +1,4 @@
-"""What is in a checkpoint of a run: the names of its items, its `meta` document, dense parameters as nested dicts.
+"""Layout of the checkpoints of a run: names of items, the `meta` document, dense parameters as nested dicts.
 
 Parameters are kept as nested dicts of arrays with text keys, `blocks/0/attention/key/kernel`.
 """
@@ -25,9 +25,9 @@ CHECKPOINTS = "checkpoints"
 PARAMS, TABLES, META = "params", "tables", "meta"
 """The items of a step that a model is made of."""
 FORMAT = 2
-"""Of what `meta_document` writes; raised when older code could not read it."""
+"""Version of the `meta` document; increased when older code could not read it."""
 FORMAT_WITH_TABLE_FILES = 3
-"""Of a run whose tables are in files, as `meta["table_files"]` says by pool, and not in its checkpoint."""
+"""Version for runs whose tables are in files, listed by pool in `meta["table_files"]`, instead of the checkpoint."""
 TABLE_FILES = "tables"
 """The folder of a run with these files."""
 
@@ -38,7 +38,7 @@ def run_folder(checkpoints: pathlib.Path) -> pathlib.Path:
 
 
 def meta_document(config: RunConfig, tokenizer: Tokenizer, *, step: int) -> dict[str, Any]:
-    """What a checkpoint must say of itself, so that `load` can read it anywhere, as JSON values."""
+    """The `meta` document of a checkpoint as JSON values: all that `load` needs besides the arrays."""
     dtypes = {kind: resolve_dtype(section.table_dtype).name for kind, section in config.model.lookup_sections.items()}
     return {
         "format": FORMAT,
@@ -69,7 +69,7 @@ OPT_STATE = "opt_state"
 
 
 TABLE_STATE, DATA_ITER = "table_state", "data_iter"
-"""Items of a checkpoint beside OPT_STATE and those of `memjax.runs.load`."""
+"""Items of a checkpoint that only a training reads."""
 
 EMA, RECENT = "ema", "recent"
 """Items of runs that keep a moving average of the dense parameters, or skip spikes of the loss."""
@@ -95,7 +95,7 @@ def tree_to_params(parts: DecoderParts, tree: dict[str, Any]) -> nnx.State:
     def find(path: tuple[Any, ...], _: Any) -> Any:
         found = tree
         for key in path:
-            if isinstance(key, jax.tree_util.DictKey):  # what follows the dicts lies inside the variable
+            if isinstance(key, jax.tree_util.DictKey):  # keys after the dicts are inside the variable
                 found = found[str(key.key)]
         return found
 

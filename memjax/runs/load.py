@@ -38,12 +38,12 @@ from memjax.runs.tables import LOAD_OPTIONS, LoadOption, TableForm, build, encod
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class LoadedModel:
-    """What `load` gives; `model, tokenizer = memjax.load(path)` works too."""
+    """The result of `load`; it unpacks as `model, tokenizer = memjax.load(path)`."""
 
     model: Decoder
     tokenizer: Tokenizer
     config: RunConfig
-    """Of the run, as it was trained."""
+    """The config with which the run was trained."""
     step: int
     """The step that was read."""
     checkpoints: pathlib.Path
@@ -80,7 +80,7 @@ def load(
     """The model and the tokenizer of a run.
 
     Only these are read, not the optimizer's state. Under an ambient mesh with a `memory` axis the tables come split by
-    columns and all else on every device; otherwise everything lies on the first device.
+    columns and everything else replicated; otherwise all arrays are on the first device.
 
     Tables in another format or place are read-only. They are read block by block and written straight to where they
     live: there is never a second copy, and nothing on the device of a table in host memory.
@@ -89,7 +89,7 @@ def load(
         path: the run's folder, or the `checkpoints` in it; or its address, such as hf://OWNER/NAME, of which what is
             needed is copied to the user's cache folder.
         step: the number of a checkpoint, the newest that can be read, or that with the lowest validation loss.
-        ema: take the moving average of the dense parameters (optim.ema_decay), beside the tables as they are.
+        ema: take the moving average of the dense parameters (optim.ema_decay) with the current tables.
         dtype: of activations, parameters and tables. None keeps parameters and tables as they were saved, or widens
             tables to what this machine computes in.
         patches: files of `memjax.patch` and `memjax.learn` whose rows replace the model's, after those that are applied
@@ -143,7 +143,7 @@ def load_as_saved(
     ema: bool = False,
     patches: Sequence[str | os.PathLike[str]] = (),
 ) -> LoadedModel:
-    """`load` with parameters and tables in the types in which they lie on disk.
+    """`load` with parameters and tables in the dtypes in which they are stored.
 
     Raises:
         CheckpointError: there is no such checkpoint, it cannot be read here, or a patch is not for it.
@@ -154,7 +154,7 @@ def load_as_saved(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TableSettings:
-    """How tables are stored, and where."""
+    """Storage format and place of tables."""
 
     format: RowFormat | None
     place: Place
@@ -207,7 +207,7 @@ def refuse_applied(folder: pathlib.Path, step: int, change: str) -> None:
 def _as_saved(
     opened: OpenStep, ema: bool, patches: Sequence[str | os.PathLike[str]], options: Collection[LoadOption]
 ) -> LoadedModel:
-    """The model with plain tables on the device, in the types in which all lies on disk."""
+    """The model with plain tables on the device, in the stored dtypes."""
     folder = opened.folder
     if "table_files" in opened.meta:
         names = ", ".join(sorted({record["format"] for record in opened.meta["table_files"].values()}))

@@ -39,13 +39,13 @@ class RowChange:
     rows: Int[np.ndarray, " n"]
     """Which, ascending."""
     old: Float[np.ndarray, "n d"]
-    """What they were, in the type in which the table is stored."""
+    """Their values before, in the dtype of the table."""
     new: Float[np.ndarray, "n d"]
-    """What they become."""
+    """Their values after."""
 
     @property
     def digest(self) -> str:
-        """Of the numbers of the rows and what they were."""
+        """Digest of the row numbers and the old values."""
         return _digest(self.rows, self.old)
 
 
@@ -58,7 +58,7 @@ class Patch:
     tables: Mapping[str, RowChange]
     """By the name of the table; those without a change are left out."""
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Where it comes from, as JSON values."""
+    """Provenance, as JSON values."""
 
     @property
     def num_rows(self) -> int:
@@ -100,7 +100,7 @@ def patch_file(path: str | os.PathLike[str]) -> pathlib.Path:
     """The file that a path names: itself where it ends in .safetensors, else `patch.safetensors` in that folder.
 
     Raises:
-        CheckpointError: the path is none of this machine.
+        CheckpointError: the path is not local.
     """
     try:
         found = local_path(os.fspath(path), "patch")
@@ -110,7 +110,7 @@ def patch_file(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def is_patch(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names a file of a patch that is there."""
+    """Whether a path names an existing file of a patch."""
     try:
         return patch_file(path).is_file()
     except CheckpointError:
@@ -153,7 +153,7 @@ def _parse(document: Any, arrays: dict[str, np.ndarray]) -> Patch:
     """The patch of a file's metadata and arrays.
 
     Raises:
-        ValueError, TypeError, KeyError: they are none.
+        ValueError, TypeError, KeyError: they do not describe a patch.
     """
     if not isinstance(document, dict) or document.get("version") != _VERSION:
         version = document.get("version") if isinstance(document, dict) else document
@@ -211,7 +211,7 @@ def between(old: Mapping[str, Array], new: Mapping[str, Array], *, base: str, no
 
 @jax.jit
 def _differs(old: Float[Array, "n d"], new: Float[Array, "n d"]) -> Array:
-    """Which rows differ in any bit."""
+    """Mask of the rows that differ in any bit."""
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}[old.dtype.itemsize]
     left, right = (jax.lax.bitcast_convert_type(array, unsigned) for array in (old, new))
     return jnp.any(left != right, axis=1)

@@ -92,7 +92,7 @@ def revert(run: str | os.PathLike[str], path: str | os.PathLike[str], *, step: S
         step: the checkpoint.
 
     Raises:
-        CheckpointError: the patch is not applied, or a later one stands on its rows.
+        CheckpointError: the patch is not applied, or a later one changes the same rows.
     """
     applied = Applied(checkpoint_folder(run))
     with applied.owned():
@@ -120,6 +120,6 @@ def _number(applied: Applied, step: Step) -> int:
 
 
 def shared_rows(left: Patch, right: Patch) -> int:
-    """How many rows both patches change."""
+    """Number of rows that both patches change."""
     names = left.tables.keys() & right.tables.keys()
     return sum(len(np.intersect1d(left.tables[name].rows, right.tables[name].rows)) for name in names)

@@ -1,4 +1,4 @@
-"""What the checkpoints of a run hold: its config, its tokenizer, parameters and tables."""
+"""Reading the checkpoints of a run: config, tokenizer, parameters and tables."""
 
 import contextlib
 import dataclasses
@@ -48,9 +48,9 @@ class OpenStep(NamedTuple):
 
     checkpoints: Checkpoints
     folder: pathlib.Path
-    """Of the steps of the run."""
+    """The folder of the steps."""
     number: int | None
-    """None is the newest that can be read: which it is, only reading the arrays tells."""
+    """None is the newest that can be read, which is known only once its arrays are read."""
     meta: dict[str, Any]
     """A checked `meta` document: its config and table types are those of all steps."""
 
@@ -69,11 +69,11 @@ def open_step(path: str | os.PathLike[str], step: int | str = "latest") -> Itera
 
 
 class Saved(NamedTuple):
-    """What a checkpoint holds."""
+    """The content of a checkpoint."""
 
     config: RunConfig
     parts: DecoderParts
-    """Of the model with the types in which the tables are stored."""
+    """Structure of the model, with the dtypes in which the tables are stored."""
     params: dict[str, Any]
     tables: dict[str, Any]
     """Empty where they were not asked for."""
@@ -95,7 +95,7 @@ def read_saved(
         opened: the step.
         ema: take the moving average of the dense parameters in their place, in their types.
         with_tables: read the tables, too.
-        options: what the caller can be given where there is no room for the tables.
+        options: settings that the error may recommend when memory is short.
 
     Raises:
         CheckpointError: it cannot be read here, or has no average.
@@ -221,7 +221,7 @@ def checkpoint_folder(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _of_hub(path: str | os.PathLike[str]) -> str:
-    """What to do where the path looks like the name of a model on the Hugging Face Hub; otherwise nothing."""
+    """A hint for paths that look like the name of a model on the Hugging Face Hub; otherwise empty."""
     if (download := hub_download(path)) is None:
         return ""
     name, folder = os.fspath(path), os.path.basename(path)
@@ -246,7 +246,7 @@ def checked_meta(meta: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
     """A `meta` document as this version writes it.
 
     Raises:
-        CheckpointError: it has another shape, as that of a run that somebody sent may.
+        CheckpointError: the document, which may come from elsewhere, has another structure.
     """
     try:
         meta = upgraded(meta)
@@ -289,7 +289,7 @@ def with_dtypes(config: ModelConfig, *, tables: TableDtypes, all_of: DTypeLike |
 
 
 def shardings(config: ModelConfig, folder: pathlib.Path) -> tuple[Sharding | None, Sharding | None]:
-    """Of dense parameters and of tables; None is the first device."""
+    """Shardings of dense parameters and of tables; None is the first device."""
     if not has_memory_axis():
         return None, None
     mesh = jax.sharding.get_mesh()

@@ -13,7 +13,7 @@ from memjax.runs.command import exit_code
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Subcommand:
-    """What the first word of a command line asks for."""
+    """A subcommand, named by the first word of the command line."""
 
     run: Callable[..., None]
     """Takes the positional arguments, and the settings by name."""

@@ -38,12 +38,12 @@ LOAD_OPTIONS: tuple[LoadOption, ...] = ("table_format", "table_place", "memory_d
 _PIECE_ELEMENTS = 1 << 20
 """Numbers that a thread encodes at once: they stay in its cache."""
 _READ_BYTES = 64 << 20
-"""Of a file that are read, and have a digest, at once."""
+"""Bytes of a file that are read, and hashed, at once."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TableForm:
-    """A table before it is there."""
+    """Shape, format and place of a table that is to be built."""
 
     pool: str
     num_rows: int
@@ -65,12 +65,12 @@ class TableForm:
 
     @property
     def payload_shape(self) -> tuple[int, int]:
-        """Of the stored numbers."""
+        """Shape of the stored numbers."""
         return self.num_rows, self.format.payload_columns(self.width)
 
     @property
     def payload_bytes(self) -> int:
-        """Of the stored numbers, without scales."""
+        """Bytes of the stored numbers, without scales."""
         return math.prod(self.payload_shape) * self.format.payload_dtype.itemsize
 
 
@@ -160,7 +160,7 @@ def build(form: TableForm, blocks: Callable[[], Blocks], sharding: Sharding | No
 
 
 def in_host_memory(form: TableForm, memory: np.ndarray, scales: Array | None) -> Table:
-    """The table whose payload lies in host memory."""
+    """The table whose payload is in host memory."""
     common = {"format": form.format, "value_dtype": form.value_dtype, "place": "host"}
     if jax.default_backend() == "cpu":
         return Table(host_memory.as_array(_typed(memory, form)), scales, **common)

@@ -1,4 +1,4 @@
-"""What a model answers to questions with short answers."""
+"""Asks questions with short answers and grades them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from memjax.inference.scoring import Show
 
 
 class Graded(NamedTuple):
-    """What was answered to a question, and what that is worth."""
+    """Answers to a question, and their metrics."""
 
     answers: tuple[str, ...]
     """One, or all samples."""

@@ -26,7 +26,7 @@ _MBPP_PARTS = {"prompt": 10, "test": 510, "validation": 600, "train": sys.maxsiz
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """What all kinds of questions have."""
+    """Base of all kinds of questions."""
 
     kind: ClassVar[str]
     text: str
@@ -36,7 +36,7 @@ class Question:
     solved: str
     """The prompt with the right answer, as an example for other questions."""
     group: str | None = None
-    """What the set is divided by, such as the relation of facts."""
+    """Group within the set, such as the relation of a fact."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,9 +54,9 @@ class Problem(Question):
 
     kind: ClassVar = "program"
     beginning: str
-    """What stands before the model's text in a program."""
+    """Code in front of the model's text."""
     tests: str
-    """What stands after it: fails unless the function is right."""
+    """Code after it: fails unless the function is right."""
     stop: tuple[str, ...]
     """Strings that the function cannot hold, with which a model begins something else."""
 
@@ -70,7 +70,7 @@ class QuestionSet:
 
     @property
     def name(self) -> str:
-        """That of the file, with that of its folder where the file is only called `dev` or the like."""
+        """Name of the file, with that of its folder where the file is only called `dev` or the like."""
         name = self.path.name.partition(".")[0]
         return f"{self.path.resolve().parent.name}_{name}" if name in _SPLITS else name
 
@@ -104,12 +104,12 @@ def read_question_sets(paths: Sequence[str], *, field: str) -> list[QuestionSet]
 
 
 class _Row(pydantic.BaseModel):
-    """A line of a file; its required fields tell the layouts apart."""
+    """A line of a file; the layout is chosen by its required fields."""
 
     model_config = pydantic.ConfigDict(strict=True, frozen=True)
 
     def questions(self) -> Iterable[Question]:
-        """What the line asks."""
+        """The questions of the line."""
         raise NotImplementedError
 
 
@@ -133,7 +133,7 @@ class _ParagraphRow(_Row):
     qas: tuple[_ParagraphQuestion, ...]
 
     def questions(self) -> Iterable[Question]:
-        """Those about the paragraph, without it: the model must know the answers."""
+        """The questions about the paragraph, closed-book: without the paragraph."""
         return (_open_question(item.question, item.answers) for item in self.qas)
 
 
@@ -196,7 +196,7 @@ def _known() -> str:
 
 
 def _layout(file: DataFile, *, must_fit: bool) -> type[_Row] | None:
-    """What the lines of a file are, as the first one tells; None where it is something else.
+    """The layout of a file's lines, by its first one; None if it holds something else.
 
     Raises:
         DataError: it is something else, and must not be.

@@ -40,7 +40,7 @@ def question_report(
     zero_tables: bool = True,
     keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """How a model does on each set, as JSON values.
+    """Evaluates a model on question sets; the results as JSON values.
 
     `metrics` are means over the questions asked, `by_group` those of its relations, `zeroed` those of the model without
     its tables, which it has lost for good then.
@@ -118,7 +118,7 @@ def format_question_report(report: Mapping[str, Any]) -> str:
 def _chosen(
     whole: QuestionSet, examples: Sequence[QuestionSet], limit: int | None, shots: int
 ) -> tuple[list[Any], list[str]]:
-    """The questions of a set that are asked, and what stands before each."""
+    """The questions of a set to ask, and the examples in front of each."""
     size = len(whole.questions)
     count = min(size, limit or size)
     # Evenly spread, because files are often sorted by subject.

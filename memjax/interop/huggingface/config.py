@@ -23,7 +23,7 @@ _OTHER_LAYERS = {
 }
 """Why models that look alike are not read."""
 _MOST_CHARACTERS = 200
-"""Of a value that messages show."""
+"""Most characters of a value that a message shows."""
 ROPE_SCALING_KINDS: tuple[RopeScalingKind, ...] = get_args(RopeScalingKind)
 
 
@@ -203,13 +203,13 @@ def _memory_model(config: dict[str, Any], place: str) -> ModelConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Fields:
-    """Reads fields of a config strictly: a size is a whole number, and true is none."""
+    """Reads fields of a config with strict types: true is not a number."""
 
     config: dict[str, Any]
     place: str
 
     def refused(self, name: str, rule: str, why: str) -> CheckpointError:
-        """What to raise for a field that cannot be honoured."""
+        """The error for an unsupported value of a field."""
         value = json.dumps(self.config.get(name))
         value = value if len(value) <= _MOST_CHARACTERS else f"{value[:_MOST_CHARACTERS]}..."
         return CheckpointError(f"{self.place}: {name}={value} {rule}: {why}")

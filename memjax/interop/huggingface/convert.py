@@ -42,7 +42,7 @@ TORCH_MODEL = pathlib.Path(__file__).with_name("torch_model")
 LONGEST_SEQUENCE = 2048
 """data.sequence_length of a new run is at most this: few machines have room for all that some models could read."""
 KEPT_FIELDS = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-"""Of the config.json of the folder that a model came from: what this project has no setting for."""
+"""Fields of the original config.json that have no setting here; they are kept."""
 KEPT_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -53,7 +53,7 @@ KEPT_FILES = (
     "chat_template.json",
     GENERATION,
 )
-"""Of its files: all that is neither weights nor config.json."""
+"""Files of the original folder that are kept: all but weights and config.json."""
 TOLERANCE = 1e-4
 """Largest difference between the logits of a model before and after it was written."""
 
@@ -162,7 +162,7 @@ def to_hf(
 
 
 def _kept_fields(folder: pathlib.Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What config.json says there of texts; refuses the folder of a model with another tokenizer."""
+    """The kept fields of the original config.json, after checking that the tokenizers are the same."""
     fields = read_json(file_in(folder, CONFIG))
     if read_tokenizer(folder, None, fields)[1].fingerprint != tokenizer.fingerprint:
         raise ConfigError(f"like={folder} has another tokenizer than the run; name the folder that its model came from")

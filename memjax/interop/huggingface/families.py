@@ -9,13 +9,13 @@ from memjax.config.model import ModelConfig, QKNorm
 MEMORY_MODEL = "memjax"
 """The model_type of what transformers has no name for: a decoder with memory layers or experts."""
 MEMORY_FORMAT = 2
-"""Of the config of such a model; raised when older code could not read it."""
+"""Version of the config of such a model; increased when older code could not read it."""
 MEMORY_CODE = {
     "AutoConfig": "configuration_memjax.MemjaxConfig",
     "AutoModel": "modeling_memjax.MemjaxModel",
     "AutoModelForCausalLM": "modeling_memjax.MemjaxForCausalLM",
 }
-"""The classes by which transformers runs such a model, in the files that lie next to its config."""
+"""Classes that run such a model in transformers, in the files next to its config."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Family:
 
     architecture: str
     absent: Mapping[str, Any]
-    """What a field means that is not there; null where it is not named."""
+    """Values of fields that are absent; null for those not listed."""
     has_bias_flag: bool = True
     """Whether the config says that the attention has biases."""
     qk_norm: QKNorm = "none"

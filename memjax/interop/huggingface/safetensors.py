@@ -1,8 +1,7 @@
 """Tensors in safetensors files, one or many with an index: read one at a time, written shard by shard.
 
-The library refuses headers that are too long or no JSON, shapes that do not fit their bytes, and bytes that overlap or
-belong to nobody. What it cannot know is checked here: that an index names files of its own folder, and tells of them
-what they hold.
+The library refuses headers that are too long or not JSON, shapes that do not match their byte ranges, and ranges that
+overlap or leave gaps. Checked here: an index names files in its own folder only, and agrees with their contents.
 """
 
 import contextlib
@@ -24,15 +23,15 @@ from memjax.io.files import default_mode
 from memjax.io.paths import hub_download
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-"""The one file, or what tells which of several files holds a tensor."""
+"""The single file, or the index that maps tensors to files."""
 _ONLY_SHARD = "model-00001-of-00001.safetensors"
-"""What some programs call the one file; some of them write an index to it, some do not."""
+"""Another name of the single file; some programs write an index next to it, some do not."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """What the header of a file says of a tensor."""
+    """The header entry of a tensor."""
 
     file: pathlib.Path
     dtype: str
@@ -182,8 +181,8 @@ def _why_nothing(folder: pathlib.Path) -> str:
 
 
 def _compare(index: pathlib.Path, promised: dict[str, str], found: dict[str, str]) -> None:
-    # Programs leave tied weights and buffers out of the files or out of the index; who reads tensors finds what is
-    # missing. Another file than the index says is a mix of two downloads.
+    # Tied weights and buffers may be absent from the files or from the index; missing tensors show when they are read.
+    # A tensor in another file than the index says is a sign of two downloads mixed.
     wrong = [
         f"tensor {name!r} is in {found[name]}, the index says {promised[name]}"
         for name in sorted(promised.keys() & found.keys())

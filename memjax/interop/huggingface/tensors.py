@@ -31,9 +31,9 @@ _BUFFERS = (
     ".position_ids",
     ".causal_mask",
 )
-"""Ends of the names of what is no parameter."""
+"""Suffixes of the names of buffers, which are not parameters."""
 _WRAPPERS = ("module.", "_orig_mod.")
-"""What the names of all parameters begin with where a model was saved inside of another torch module."""
+"""Prefixes of the names of models that were saved wrapped in another torch module."""
 _WITHOUT_HEAD = ("embed_tokens.", "layers.", "norm.", "rotary_emb.")
 _IN_MODEL = {"embed/embedding": _EMBEDDING, "norm/scale": "model.norm.weight", "head/kernel": _HEAD}
 _NORMS = {
@@ -167,7 +167,7 @@ def _tensors(params: dict[str, Any], tables: dict[str, Any], config: ModelConfig
 
 
 def _name(path: str, in_block: dict[str, str]) -> str:
-    """What a file calls the parameter of this path, by the names of the modules of a block."""
+    """The name in the file of the parameter at a path, given the names of the modules of a block."""
     if path in _IN_MODEL:
         return _IN_MODEL[path]
     _, layer, inner = path.split("/", 2)

@@ -1,4 +1,4 @@
-"""What the files of a Hugging Face folder say of its tokenizer, and where they contradict each other."""
+"""The JSON files that describe the tokenizer of a Hugging Face folder, checked for contradictions."""
 
 import json
 import pathlib
@@ -20,7 +20,7 @@ class ContradictionError(DataError):
 
 
 class TokenizerFiles:
-    """What the JSON files next to a tokenizer say of it."""
+    """The JSON files next to a tokenizer."""
 
     def __init__(self, path: pathlib.Path, config: dict[str, Any]):
         self.path = path
@@ -109,7 +109,7 @@ class TokenizerFiles:
         """The ids that the model's files give for bos or eos; generation_config.json wins, as in transformers.
 
         Raises:
-            DataError: one of them is no whole number.
+            DataError: an id is not an integer.
         """
         field = f"{which}_token_id"
         found = self.generation.get(field)

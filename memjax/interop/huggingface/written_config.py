@@ -11,7 +11,7 @@ from memjax.interop.model_card import one_or_many
 from memjax.models.rotary import attention_factor
 
 SHARED_FIELDS = ("factor", "low_freq_factor", "high_freq_factor")
-"""Of a scaling that have the same name here and there."""
+"""Fields of a scaling that have the same name in transformers."""
 _YARN_FIELDS = ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")
 
 

@@ -40,7 +40,7 @@ from memjax.runs.layout import params_to_tree, tree_to_params
 WEIGHTS = ("consolidated.safetensors", "consolidated.pth")
 SETTINGS = "params.json"
 TOP_K = 32
-"""Slots that a head reads in the official code where nothing else is said; no shape tells it."""
+"""Default of mem_knn, the slots that each head reads, in the official code; it cannot be inferred from shapes."""
 
 
 def load_layer(
@@ -51,7 +51,7 @@ def load_layer(
     Args:
         arrays: by their names within the layer: `keys`, `values.weight`, `query_proj.query_mlps.0.weight`, ... A layer
             that shares its table with others needs `values.weight` too.
-        top_k: slots that each head reads, mem_knn there; no shape tells it.
+        top_k: slots that each head reads (mem_knn), which cannot be inferred from shapes.
         implementation: of search and bag; None takes the fastest that can run.
 
     Raises:
@@ -80,9 +80,9 @@ def load_decoder(arrays: Arrays, settings: Mapping[str, Any], *, place: str = "t
     Args:
         arrays: by name: `tok_embeddings.weight`, `layers.0.attention.wq.weight`, ... A shared table may be there once,
             or once for every memory layer.
-        settings: what no shape tells, as the checkpoint's params.json has it: n_heads or head_dim, and, where they are
-            not the official code's defaults, rope_theta (10000), norm_eps (1e-5), sliding_window and, anywhere inside,
-            mem_knn (32).
+        settings: the params.json of the checkpoint, for what shapes do not determine: n_heads or head_dim, and, where
+            they differ from the official code's defaults, rope_theta (10000), norm_eps (1e-5), sliding_window and, at
+            any depth, mem_knn (32).
         place: where it is from, for messages.
 
     Raises:
@@ -144,7 +144,7 @@ def open_arrays(folder: str | os.PathLike[str]) -> Iterator[Arrays]:
 
 
 def _state_dict(tree: Any, place: str) -> Arrays:
-    """The model's tensors, which a training's checkpoint has under `model`, beside its optimizer's."""
+    """The tensors of the model; checkpoints of a training keep them under `model`, next to the optimizer's."""
     found = tree["model"] if isinstance(tree, dict) and isinstance(tree.get("model"), dict) else tree
     if not isinstance(found, dict):
         raise CheckpointError(f"{place}: holds a {type(found).__name__}, must hold tensors by name")

@@ -18,7 +18,7 @@ VALUES = "feed_forward.values.weight"
 _KEYS = "feed_forward.keys"
 _QUERY = "feed_forward.query_proj.query_mlps.0.weight"
 _TURNED = ("attention/query/kernel", "attention/key/kernel")
-"""What rotary positions turn."""
+"""Parameters whose outputs are rotated by position."""
 _IN_BLOCK = {
     "attention_norm/scale": "attention_norm.weight",
     "mixer_norm/scale": "ffn_norm.weight",
@@ -136,7 +136,7 @@ def type_of(arrays: Arrays, place: str) -> Literal["float32", "bfloat16", "float
     """The narrowest type of parameters that holds all of the arrays.
 
     Raises:
-        CheckpointError: one is no array of floating-point numbers, or of float64 while JAX computes in 32 bits.
+        CheckpointError: an array is not floating-point, or is float64 while JAX computes in 32 bits.
     """
     names = {name: jnp.dtype(array.dtype).name for name, array in arrays.items()}
     for name, dtype in names.items():
@@ -146,7 +146,7 @@ def type_of(arrays: Arrays, place: str) -> Literal["float32", "bfloat16", "float
 
 
 def _name(path: str) -> str:
-    """What the official code calls a parameter of the decoder."""
+    """The official name of a parameter of the decoder."""
     if path in _IN_MODEL:
         return _IN_MODEL[path]
     _, layer, inner = path.split("/", 2)

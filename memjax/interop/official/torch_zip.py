@@ -32,7 +32,7 @@ _MAX_AXES = 8
 _MAX_DEPTH = 50
 """Deepest nesting of dicts, lists and tuples; a state dict needs 2, a checkpoint of a whole training a few more."""
 _MAX_SHOWN = 300
-"""Letters of what a message says of a file's content."""
+"""Most characters of a message that quote the file."""
 
 _STORAGES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -65,7 +65,7 @@ class _Storage(NamedTuple):
 
 
 class _Refused(Exception):
-    """What is wrong with the file."""
+    """The file is refused; the message says why."""
 
 
 def read_torch_zip(path: str | os.PathLike[str]) -> Any:
@@ -74,7 +74,7 @@ def read_torch_zip(path: str | os.PathLike[str]) -> Any:
     The numbers themselves are read, and compared with the archive's checksum, when NumPy asks for a tensor.
 
     Raises:
-        CheckpointError: it is no such file, is damaged, or holds anything beside tensors and plain containers.
+        CheckpointError: the file is of another kind or damaged, or holds anything besides tensors and plain containers.
     """
     path = pathlib.Path(path)
     try:
@@ -89,7 +89,7 @@ def read_torch_zip(path: str | os.PathLike[str]) -> Any:
             f"{path}: is no whole zip archive ({error}); copy it again, or, where it is of torch before 1.6, load and "
             "save it once with a newer one"
         ) from error
-    # What zipfile raises beside its own: names in no encoding, encrypted entries, archives that end too early.
+    # zipfile also raises these: undecodable names, encrypted entries, truncated archives.
     except (_Refused, OSError, ValueError, RuntimeError, EOFError) as error:
         reason = str(error)
         reason = reason if len(reason) <= _MAX_SHOWN else f"{reason[:_MAX_SHOWN]}..."
@@ -127,7 +127,7 @@ class _Machine:
         """Nesting of the containers, by their identity; they are held here, so that no identity is used twice."""
 
     def run(self, description: bytes) -> Any:
-        """What the description leaves on the stack."""
+        """Runs the description and returns the one value that it leaves on the stack."""
         try:
             for opcode, argument, _ in pickletools.genops(description):
                 self._step(opcode.name, argument)
@@ -252,7 +252,7 @@ class _Machine:
 def _tensor(
     path: pathlib.Path, folder: str, sizes: Mapping[str, int], storage: Any, offset: Any, shape: Any, strides: Any
 ) -> LazyArray:
-    """A tensor, once it is known to lie within its storage."""
+    """A tensor, after checking that it lies within its storage."""
     is_sound = isinstance(storage, _Storage) and len(shape) == len(strides) <= _MAX_AXES
     if not is_sound or not all(_is_count(number) for number in (offset, *shape, *strides)):
         raise ValueError("a tensor's place, shape or strides")

@@ -1,1 +1,1 @@
-"""Where metrics go besides metrics.jsonl. None of these can stop or slow a run."""
+"""Trackers receive metrics besides metrics.jsonl; they can neither stop nor slow a run."""

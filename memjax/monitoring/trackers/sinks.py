@@ -1,4 +1,4 @@
-"""What trackers write to: TensorBoard's event files, Weights & Biases, Trackio."""
+"""Destinations of trackers: TensorBoard's event files, Weights & Biases, Trackio."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ class TensorBoard:
 
 
 class Service:
-    """What W&B and Trackio have in common: a run with `log` and `finish`, which does not take a step back.
+    """Base of W&B and Trackio: a run with `log` and `finish`, whose steps may only increase.
 
     The last step handed over is kept in the run's folder, so that steps made again after a resumption are not sent
     twice.

@@ -9,7 +9,7 @@ from memjax.monitoring.trackers.sinks import TensorBoard, Trackio, Wandb
 from memjax.monitoring.trackers.tracker import Tracker
 
 CLOSE_SECONDS = 15.0
-"""How long the end of a run waits for a tracker. Whoever sends SIGTERM waits about 30 seconds before SIGKILL."""
+"""Longest wait for a tracker at the end of a run; SIGKILL usually follows SIGTERM after about 30 seconds."""
 
 
 def make_trackers(config: RunConfig, folder: pathlib.Path, *, last_step: int) -> list[Tracker]:
@@ -17,7 +17,7 @@ def make_trackers(config: RunConfig, folder: pathlib.Path, *, last_step: int) ->
 
     Args:
         config: the run's.
-        folder: the run's; TensorBoard's and W&B's files and what a resumption needs to know lie in it.
+        folder: the run's; it holds TensorBoard's and W&B's files, and the state that a resumption needs.
         last_step: the step that the run goes on from. What was written after it is hidden (TensorBoard), or its steps
             are not sent again (the others).
     """

@@ -1,4 +1,4 @@
-"""Where metrics go besides metrics.jsonl: TensorBoard, Weights & Biases, Trackio. None of them can stop or slow a run.
+"""Trackers (TensorBoard, Weights & Biases, Trackio) behind a thread each, so that none can stop or slow a run.
 
 Each has a thread of its own that imports, starts, feeds and ends it; the loop only puts rows of plain numbers into a
 queue. Whatever is raised there is printed once, and the run goes on without that tracker.
@@ -20,7 +20,7 @@ _MOST_WAITING = 100_000
 
 
 class Sink(Protocol):
-    """What a tracker's thread writes to. Any method may raise."""
+    """Destination of a tracker's thread. Any method may raise."""
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Takes the numbers of a step."""
@@ -58,7 +58,7 @@ class Tracker:
             self._drop(f"it is {_MOST_WAITING} steps behind")
 
     def finish(self) -> None:
-        """Says that no row will follow; returns at once and raises nothing."""
+        """Marks the end of the rows; returns at once and raises nothing."""
         with contextlib.suppress(queue.Full):
             self._rows.put_nowait(None)
 
@@ -69,7 +69,7 @@ class Tracker:
             self._drop("it does not finish, so its last steps may be missing")
 
     def _run(self, start: Callable[[], Sink]) -> None:
-        # Libraries that give up sometimes raise SystemExit, which is no Exception.
+        # Libraries that give up may raise SystemExit, which is not an Exception.
         try:
             sink = start()
             while not self._dropped and (row := self._rows.get()) is not None:
