@@ -1,4 +1,4 @@
-"""Shared by the commands: settings that choose a checkpoint, loading it, exit codes. JAX is imported only when needed."""
+"""Shared by commands: settings that choose a checkpoint, loading it, exit codes. JAX is imported only when needed."""
 
 import contextlib
 import dataclasses

@@ -228,7 +228,7 @@ class RunFolder:
             )
 
     def _refuse_links(self) -> None:
-        """Refuses links to other folders: a run writes and deletes only inside its own, which may come from elsewhere."""
+        """Refuses links to other folders: a run writes and deletes only inside its own, which may be a copy."""
         links = [self.path / name for name in SUBFOLDERS if (self.path / name).is_symlink()]
         real = lambda path: pathlib.Path(os.path.realpath(path))
         outside = [link for link in links if not real(link).is_relative_to(real(self.path))]
