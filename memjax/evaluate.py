@@ -86,7 +86,7 @@ def _measurement(
     if settings.text is None and find_source(found.config.data).people:
         return "facts", lambda _: _facts(found, settings)
     source = _open(found, settings)
-    name = "validation" if settings.text is None else f"text-{pathlib.Path(settings.text).stem}"
+    name = "validation" if settings.text is None else f"text-{_stem([settings.text])}"
     return name, lambda _: _text(found, settings, source)
 
 

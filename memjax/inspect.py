@@ -91,7 +91,10 @@ def _show_prompt(found: "LoadedModel", settings: InspectConfig, prompt: str) -> 
 
     tokenizer = found.tokenizer
     answer = tokenizer.encode(_after(prompt, settings.answer)) if settings.answer else []
-    traced = trace(found.model, tokenizer.prompt(tokenizer.encode(prompt)), answer)
+    tokens = tokenizer.prompt(tokenizer.encode(prompt))
+    if not tokens:
+        raise ConfigError("prompt is empty, and this model's texts begin with no token; write at least a character")
+    traced = trace(found.model, tokens, answer)
     number = traced.place if settings.token is None else settings.token
     if not 0 <= number < len(traced.tokens):
         raise ConfigError(f"token={number} must be in 0..{len(traced.tokens) - 1}: there are no more tokens")

@@ -4,12 +4,12 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from memjax.config.arguments import take
+from memjax.config import arguments
 from memjax.config.load import Parsed, parse
+from memjax.config.problems import Problems
 from memjax.config.run import RunConfig
 from memjax.errors import ConfigError, DataError
 from memjax.io.console import format_table, say, warn
-from memjax.io.paths import local_path
 from memjax.runs.command import exit_code
 
 PROG = "python -m memjax.sweep"
@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     from memjax.training import sweep
 
-    specifications, rest = take(argv, "grid")
-    asked, rest = take(rest, "jobs")
+    specifications, rest = arguments.take(argv, "grid")
+    asked, rest = arguments.take(rest, "jobs")
     parsed: Parsed[RunConfig] = parse(
         RunConfig,
         rest,
@@ -46,11 +46,12 @@ def _main(argv: list[str]) -> int:
     )
     grid = sweep.points(sweep.parse_grid(specifications))
     jobs = _jobs(asked)
-    file, words = _config(parsed.positional, rest)
+    file = _config_file(parsed.positional)
+    settings = arguments.split(rest, {}, Problems(RunConfig)).settings
     folder = pathlib.Path(parsed.config.run.dir)
     if (folder / "config.yaml").exists():
         raise ConfigError(f"run.dir={folder} is the folder of a run; name another --run.dir for the sweep")
-    sweep.check(file, words, folder, grid)
+    sweep.check(file, [f"--{'.'.join(path)}={text}" for path, text in settings], folder, grid)
     code = sweep.Sweep(
         [sys.executable, "-m", "memjax.train", *rest], folder, grid, jobs=jobs, mirror=parsed.config.run.mirror
     ).run()
@@ -58,16 +59,11 @@ def _main(argv: list[str]) -> int:
     return code
 
 
-def _config(positional: str | None, words: Sequence[str]) -> tuple[pathlib.Path | None, list[str]]:
-    """The config's file, and the words without it."""
-    if positional is None:
-        return None, list(words)
-    path = pathlib.Path(positional)
-    if path.is_dir():
+def _config_file(positional: str | None) -> pathlib.Path | None:
+    path = None if positional is None else pathlib.Path(positional)
+    if path is not None and path.is_dir():
         raise ConfigError(f"{path} is the folder of a run; a sweep begins with a YAML file or a preset")
-    rest = list(words)
-    del rest[next(place for place, word in enumerate(rest) if str(local_path(word, "")) == positional)]
-    return path, rest
+    return path
 
 
 def _jobs(asked: Sequence[str]) -> int:

@@ -76,9 +76,10 @@ def _devices(device_gb: Sequence[str], devices: Sequence[str], *, is_dry: bool) 
     problems = []
     if not is_dry:
         problems.append(f"device_gb={size} is for planning; add --dry_run, or leave it out to train")
-    if not re.fullmatch(r"0*[1-9]\d*(\.\d+)?|0*\.0*[1-9]\d*", size):
+    # Six digits: more would be no device, and at some length no number.
+    if not re.fullmatch(r"\d{0,6}(\.\d+)?", size) or not float(size or 0):
         problems.append(f"device_gb={size} must be the memory of a device in GB, such as 80")
-    if not re.fullmatch(r"0*[1-9]\d*", count):
+    if not re.fullmatch(r"\d{1,6}", count) or not int(count):
         problems.append(f"devices={count} must be a whole number of devices, at least 1")
     if problems:
         raise ConfigError(problems)

@@ -89,7 +89,11 @@ def test_a_run_elsewhere_is_loaded_by_its_address(tmp_path, monkeypatch):
     assert equal_bits(found.model, saved)
     assert found.step == 3
     assert not [*(tmp_path / "cache").rglob("checkpoints/2")], "only what is loaded is copied"
-    assert load("memory://test_load/run", step=2).step == 2
+    older = load("memory://test_load/run", step=2)
+    assert older.step == 2
+    # Its own copy has this step alone: nothing fetches another one to find the folder.
+    assert [path.name for path in older.checkpoints.iterdir() if path.name.isdecimal()] == ["2"]
+    assert older.folder == older.checkpoints.parent
     for path, problem in (("memory://test_load/none", "cannot be read"), ("hdfs://a/run", "must be a path")):
         with pytest.raises(CheckpointError, match=problem):
             load(path)

@@ -81,6 +81,21 @@ def test_the_folder_of_a_run_is_not_that_of_a_sweep(tmp_path, capsys):
     assert "a sweep begins with a YAML file or a preset" in capsys.readouterr().err
 
 
+def test_the_config_may_stand_after_settings_that_are_addresses(tmp_path, capsys):
+    (tmp_path / "small.yaml").write_text("train: {steps: 5}")
+    settings = [
+        "--data.source",
+        "jsonl",
+        "--data.path",
+        "memory://bucket/texts.jsonl",
+        "--run.dir",
+        str(tmp_path / "runs"),
+    ]
+    argv = [*settings, str(tmp_path / "small.yaml"), "--grid", "optim.lr=1e-3,fast"]
+    assert command.main(argv) == 2
+    assert capsys.readouterr().err.strip().endswith("optim.lr='fast' must be a number")
+
+
 def test_values_that_a_folder_cannot_hold_apart_get_numbers():
     assert [point.name for point in sweep.points({"data.path": ["a/b", "a_b", "c"]})] == [
         "path=a_b-1",

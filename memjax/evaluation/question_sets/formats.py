@@ -96,8 +96,12 @@ def read_question_sets(paths: Sequence[str], *, field: str) -> list[QuestionSet]
         for file in find_files(path, "jsonl", field):
             if file.format != "jsonl" and not is_whole:
                 continue
-            if layout := _layout(file, must_fit=is_whole):
-                found.append(QuestionSet(path=file.path, questions=tuple(_questions(file, layout))))
+            layout = _layout(file, must_fit=is_whole)
+            questions = tuple(_questions(file, layout)) if layout else ()
+            if is_whole and not questions:
+                raise DataError(f"{file.path}: holds no question: every list of questions in it is empty")
+            if questions:
+                found.append(QuestionSet(path=file.path, questions=questions))
     if not found:
         raise DataError(f"{', '.join(paths)}: no file there holds questions; set {field} to one that does: {_known()}")
     return found

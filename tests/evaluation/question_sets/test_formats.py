@@ -46,6 +46,14 @@ def test_questions_about_a_paragraph_are_asked_without_it(tmp_path):
     assert only(write(tmp_path / "a.jsonl", row)).prompt == "Question: Who?\nAnswer:"
 
 
+def test_a_file_without_a_question_is_refused_alone_and_left_out_of_a_folder(tmp_path):
+    path = write(tmp_path / "none.jsonl", {"context": "He did.", "qas": []})
+    with pytest.raises(DataError, match="holds no question"):
+        read(path)
+    write(tmp_path / "some.jsonl", OPEN)
+    assert [one.name for one in read(str(tmp_path))] == ["some"]
+
+
 def run(problem: Problem, body: str) -> None:
     exec(problem.beginning + body + "\n" + problem.tests, {})
 

@@ -94,6 +94,8 @@ def test_the_command_prints_the_settings_and_the_time(capsys):
     [
         (["--device_gb", "many"], "device_gb=many must be the memory of a device in GB"),
         (["--device-gb", "0"], "device_gb=0 must be"),
+        (["--device_gb", "0.0"], "device_gb=0.0 must be"),
+        (["--device_gb", "9" * 400], "device_gb=9999"),
         (["--device_gb", "--devices", "2"], "device_gb= must be"),
         (["--devices", "8"], "device_gb= must be"),
         (["--device_gb", "80", "--devices", "0"], "devices=0 must be a whole number"),
