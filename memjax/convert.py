@@ -17,7 +17,7 @@ from memjax.config.section import LocalPath, Positive, Section
 from memjax.errors import ConfigError
 from memjax.io.ctrl_c import run_command
 from memjax.runs import subcommands
-from memjax.runs.command import StepSettings, TableFormat
+from memjax.runs.settings import StepSettings, TableFormat
 from memjax.runs.subcommands import Subcommand
 
 PROG = "python -m memjax.convert"

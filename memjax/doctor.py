@@ -20,7 +20,7 @@ from types import FrameType
 from typing import NoReturn
 
 from memjax.config import load as config_load
-from memjax.runs.command import exit_code
+from memjax.io.command import exit_code
 from memjax.training.interrupt import SIGNALS, leave
 
 FLAGS = {"quick": "Leave out the training run: only versions, devices and operations."}

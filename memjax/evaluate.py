@@ -16,10 +16,11 @@ from memjax.config.load import READ_RUN, parse
 from memjax.errors import ConfigError
 from memjax.evaluation.offline import forbid_downloads
 from memjax.evaluation.settings import EvaluateConfig
+from memjax.io.command import exit_code
 from memjax.io.console import fitted
 from memjax.io.ctrl_c import run_command
 from memjax.io.files import check_inside, read_text, write_atomic
-from memjax.runs.command import exit_code, loaded
+from memjax.runs.settings import loaded
 
 if TYPE_CHECKING:
     from memjax.data.sources.records import Record

@@ -13,9 +13,10 @@ from memjax.config.load import READ_RUN, parse
 from memjax.config.sampling import SamplingConfig
 from memjax.config.section import LocalPath
 from memjax.errors import ConfigError
+from memjax.io.command import check_output, exit_code
 from memjax.io.console import printable
 from memjax.io.ctrl_c import heard, run_command
-from memjax.runs.command import InferenceSettings, check_output, exit_code, loaded
+from memjax.runs.settings import InferenceSettings, loaded
 
 if TYPE_CHECKING:
     from memjax.runs.load import LoadedModel

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from memjax.config.load import RUN_FOLDER, parse
 from memjax.config.section import LocalPath, Positive
 from memjax.errors import ConfigError
+from memjax.io.command import check_output, exit_code
 from memjax.io.ctrl_c import run_command
-from memjax.runs.command import CheckpointSettings, check_output, exit_code, loaded
+from memjax.runs.settings import CheckpointSettings, loaded
 
 if TYPE_CHECKING:
     from memjax.runs.load import LoadedModel

@@ -8,8 +8,9 @@ from memjax.config.help import Positional
 from memjax.config.load import parse
 from memjax.config.section import LocalPath, NotNegative, Positive
 from memjax.errors import ConfigError
+from memjax.io.command import exit_code
 from memjax.io.ctrl_c import run_command
-from memjax.runs.command import CheckpointSettings, exit_code, loaded
+from memjax.runs.settings import CheckpointSettings, loaded
 
 PROG = "python -m memjax.learn"
 RUN_AND_FACTS = Positional(

@@ -12,7 +12,7 @@ from memjax.config.help import Positional
 from memjax.config.section import LocalPath, Positive, Section
 from memjax.io.ctrl_c import run_command
 from memjax.runs import subcommands
-from memjax.runs.command import StepSettings
+from memjax.runs.settings import StepSettings
 from memjax.runs.subcommands import Subcommand
 
 if TYPE_CHECKING:

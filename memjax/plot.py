@@ -7,9 +7,9 @@ from typing import cast
 
 from memjax.config.load import RUN_FOLDER, parse
 from memjax.config.section import LocalPath, Positive, Section
+from memjax.io.command import exit_code
 from memjax.io.console import format_table
 from memjax.io.ctrl_c import run_command
-from memjax.runs.command import exit_code
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
     )
     # Only now: wrong settings should not wait for imports.
-    from memjax.runs.command import exit_code
+    from memjax.io.command import exit_code
 
     stopped = "stopped; the same command begins the unfinished part again"
     return exit_code(lambda: _prepare(arguments.config), interrupted=stopped)

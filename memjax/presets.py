@@ -10,9 +10,9 @@ from memjax.config import presets
 from memjax.config.load import load, parse
 from memjax.config.run import RunConfig
 from memjax.config.section import Section
+from memjax.io.command import exit_code
 from memjax.io.console import columns, fitted, is_terminal, say
 from memjax.io.ctrl_c import run_command
-from memjax.runs.command import exit_code
 
 _DEVICES = re.compile(r"[1-9]\d*x[1-9]\d*")
 

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from memjax.config.checks import not_empty, positive
 from memjax.config.load import READ_RUN, parse
 from memjax.errors import ConfigError
+from memjax.io.command import exit_code
 from memjax.io.console import say, warn
 from memjax.io.ctrl_c import run_command
-from memjax.runs.command import InferenceSettings, exit_code, loaded
+from memjax.runs.settings import InferenceSettings, loaded
 
 PROG = "python -m memjax.serve"
 API_KEY = "MEMJAX_API_KEY"

@@ -9,8 +9,8 @@ from memjax.config.load import Parsed, parse
 from memjax.config.problems import Problems
 from memjax.config.run import RunConfig
 from memjax.errors import ConfigError, DataError
+from memjax.io.command import exit_code
 from memjax.io.console import format_table, say, warn
-from memjax.runs.command import exit_code
 
 PROG = "python -m memjax.sweep"
 

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None, *, hooks: Sequence["Periodic"] = ())
     prepare_environment(arguments.config)
     # Only now: the settings above must be in place before JAX starts, and wrong ones should not wait for its import.
     from memjax.io import compilation_cache
-    from memjax.runs.command import exit_code
+    from memjax.io.command import exit_code
     from memjax.sharding.processes import run_together
     from memjax.training.main import dry_run, train
 

@@ -24,8 +24,8 @@ from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.inference import streaming
+from memjax.io.command import exit_code
 from memjax.models.parts import DecoderParts
-from memjax.runs.command import exit_code
 from memjax.runs.layout import meta_document, params_to_tree
 from memjax.runs.load import load
 
@@ -276,7 +276,7 @@ def test_what_the_system_refuses_is_a_line_with_the_path(tmp_path, capsys):
 def test_a_reader_that_goes_ends_a_command_quietly():
     code = """
 import sys
-from memjax.runs.command import exit_code
+from memjax.io.command import exit_code
 sys.exit(exit_code(lambda: [print("a line of \u2581 text", flush=True) for _ in range(100_000)] and None))
 """
     env = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1]), "PYTHONIOENCODING": "ascii"}

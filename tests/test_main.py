@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from memjax.__main__ import COMMANDS, main
-from memjax.runs.command import exit_code
+from memjax.io.command import exit_code
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "memjax"
 

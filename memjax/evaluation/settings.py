@@ -5,7 +5,7 @@ import dataclasses
 from memjax.config.sampling import SamplingConfig
 from memjax.config.schema import show
 from memjax.config.section import LocalPath, NotNegative, PathOrAddress, Positive
-from memjax.runs.command import InferenceSettings
+from memjax.runs.settings import InferenceSettings
 
 _OF_QUESTIONS = ("examples", "max_tokens", "sampling", "samples", "run_programs", "program_seconds")
 _USED_BY = dict.fromkeys(_OF_QUESTIONS, ("questions",)) | {

@@ -8,7 +8,7 @@ from typing import Any
 from memjax.config.help import Positional, help_text
 from memjax.config.load import COMPLETE, parse
 from memjax.errors import ConfigError
-from memjax.runs.command import exit_code
+from memjax.io.command import exit_code
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -19,10 +19,10 @@ from memjax.io.files import write_atomic
 from memjax.models.parts import DecoderParts, split_decoder
 from memjax.ops import host_memory
 from memjax.runs import applied, patching
-from memjax.runs.command import CheckpointSettings, InferenceSettings, loaded
 from memjax.runs.layout import meta_document, params_to_tree
 from memjax.runs.load import load
 from memjax.runs.patch import read_patch, write_patch
+from memjax.runs.settings import CheckpointSettings, InferenceSettings, loaded
 
 CONFIG = RunConfig(
     model=ModelConfig(

@@ -30,11 +30,11 @@ from memjax.ops.table import Table
 from memjax.runs import patching, subcommands
 from memjax.runs import tables as run_tables
 from memjax.runs.applied import model_digest
-from memjax.runs.command import CheckpointSettings, InferenceSettings, loaded
 from memjax.runs.layout import meta_document, params_to_tree
 from memjax.runs.load import TableSettings
 from memjax.runs.patch import Patch, RowChange, write_patch
 from memjax.runs.quantize import quantize_run
+from memjax.runs.settings import CheckpointSettings, InferenceSettings, loaded
 
 TOKENS = jnp.asarray([[1, 5, 9, 200], [1, 8, 7, 6]])
 CODED = ("int8", "float8_e4m3", "int4")

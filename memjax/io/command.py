@@ -1,0 +1,96 @@
+"""Exit codes of commands, and messages for what users can mend. JAX is imported only when needed."""
+
+import contextlib
+import os
+import select
+import sys
+from collections.abc import Callable
+
+from memjax.errors import CheckpointError, ConfigError, DataError
+from memjax.io.console import discard_output, log_to_console, printable
+from memjax.io.ctrl_c import heard
+
+
+def exit_code(command: Callable[[], int | None], *, interrupted: str = "interrupted") -> int:
+    """Runs a command; what users can mend is printed without a traceback, and `interrupted` after a Ctrl-C.
+
+    Returns:
+        What the command returns (None is 0); 2 for a wrong setting, 3 for data and 4 for a checkpoint that cannot be
+        used, or whatever else the operating system refuses; 130 for a Ctrl-C that the command does not catch itself;
+        141 when the reader of standard output is gone, as of programs that SIGPIPE ends.
+    """
+    log_to_console()
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        # Text of models and file names may hold letters that the terminal's encoding lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+    codes = {ConfigError: 2, DataError: 3, CheckpointError: 4}
+    try:
+        return command() or 0
+    except tuple(codes) as error:
+        print(printable(str(error), error=True), file=sys.stderr)
+        return next(code for kind, code in codes.items() if isinstance(error, kind))
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _output_is_gone():
+            return 141
+        print(printable(explain(error), error=True), file=sys.stderr)
+        return 4
+    except (AssertionError, RuntimeError):
+        if "JAX_PLATFORMS" not in os.environ or not _is_without_device():
+            raise
+        print(
+            f"JAX finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: set it to what this machine "
+            "has (cpu always works), or unset it",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        heard()
+        print(f"\n{interrupted}", file=sys.stderr)
+        return 130
+
+
+def _is_without_device() -> bool:
+    """Whether JAX can start none of the platforms that JAX_PLATFORMS names."""
+    import jax
+
+    try:
+        return not jax.devices()
+    except (AssertionError, RuntimeError):  # the former where it has a plugin for one, but finds no device
+        return True
+
+
+def explain(error: OSError) -> str:
+    """An OSError in one line: `runs/a/evals: Permission denied`."""
+    named = [str(path) for path in (error.filename, error.filename2) if path is not None]
+    return ": ".join([*[" -> ".join(named)] * bool(named), error.strerror or str(error) or type(error).__name__])
+
+
+def check_output(path: str, name: str) -> None:
+    """Refuses a file that could not be written after the work.
+
+    Raises:
+        ConfigError: its folder does not exist or is not writable, or the path is a folder.
+    """
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path):
+        problem = "is a folder; name a file"
+    elif not os.path.isdir(folder):
+        problem = f"cannot be written: there is no folder {folder}"
+    elif not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        problem = "cannot be written: permission denied"
+    else:
+        return
+    raise ConfigError(f"{name}={path} {problem}")
+
+
+def _output_is_gone() -> bool:
+    """Whether standard output has no reader; what is left in its buffer then goes nowhere, or the exit would fail."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        if not any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
+            return False
+    except (OSError, ValueError):
+        return False
+    discard_output()
+    return True
