@@ -114,8 +114,8 @@ def _after(prompt: str, answer: str) -> str:
 
 def _changed(found: "LoadedModel", settings: InspectConfig) -> dict[str, set[int]]:
     """The rows that patches have changed, by table."""
-    from memjax.runs.applied import Applied
-    from memjax.runs.patch import read_patch
+    from memjax.runs.patches.applied import Applied
+    from memjax.runs.patches.patch import read_patch
 
     applied = [patch for _, patch in Applied(found.checkpoints).patches(found.step)]
     changed: dict[str, set[int]] = {}

@@ -74,7 +74,7 @@ def _learn(words: Sequence[str], settings: LearnConfig) -> None:
     from memjax.knowledge.facts import Fact, read_facts
     from memjax.knowledge.finetune import Recipe
     from memjax.knowledge.learning import facts_of, learn_facts
-    from memjax.runs.patch import is_patch, read_patch
+    from memjax.runs.patches.patch import is_patch, read_patch
 
     run, *paths = words
     facts: list[Fact] = []

@@ -16,7 +16,7 @@ from memjax.runs.settings import StepSettings
 from memjax.runs.subcommands import Subcommand
 
 if TYPE_CHECKING:
-    from memjax.runs.patch import Patch
+    from memjax.runs.patches.patch import Patch
 
 PROG = "python -m memjax.patch"
 
@@ -64,18 +64,18 @@ class ShowConfig(Section):
 
 def diff(old: str, new: str, *, settings: DiffConfig) -> None:
     """Writes the patch that makes the first run's model the second's."""
-    from memjax.runs import patching
-    from memjax.runs.patch import write_patch
+    from memjax.runs.patches import edit
+    from memjax.runs.patches.patch import write_patch
 
-    patch = patching.diff(old, new, step=settings.checkpoint)
+    patch = edit.diff(old, new, step=settings.checkpoint)
     print(f"written to {write_patch(settings.out, patch)}: {in_words(patch)}")
 
 
 def apply(run: str, path: str, *, settings: ApplyConfig) -> None:
     """Applies a patch and says how to take it back."""
-    from memjax.runs import patching
+    from memjax.runs.patches import edit
 
-    patch = patching.apply(run, path, step=settings.checkpoint, out=settings.out)
+    patch = edit.apply(run, path, step=settings.checkpoint, out=settings.out)
     if settings.out is not None:
         print(f"written to {settings.out}: the model of {run} with {in_words(patch)}")
         return
@@ -85,24 +85,24 @@ def apply(run: str, path: str, *, settings: ApplyConfig) -> None:
 
 def revert(run: str, path: str, *, settings: RevertConfig) -> None:
     """Takes a patch back."""
-    from memjax.runs import patching
+    from memjax.runs.patches import edit
 
-    patch = patching.revert(run, path, step=settings.checkpoint)
+    patch = edit.revert(run, path, step=settings.checkpoint)
     print(f"taken back from {run}: {in_words(patch)}")
 
 
 def merge(*paths: str, settings: MergeConfig) -> None:
     """Writes one patch that does what several do."""
-    from memjax.runs import patch as patches
+    from memjax.runs.patches import merge
+    from memjax.runs.patches.patch import read_patch, write_patch
 
-    read = [(path, patches.read_patch(path)) for path in paths]
-    merged = patches.merge(read, conflicts=settings.conflicts)
-    print(f"written to {patches.write_patch(settings.out, merged)}: {in_words(merged)}")
+    merged = merge.merge([(path, read_patch(path)) for path in paths], conflicts=settings.conflicts)
+    print(f"written to {write_patch(settings.out, merged)}: {in_words(merged)}")
 
 
 def show(*paths: str, settings: ShowConfig) -> None:
     """Prints what is in a patch."""
-    from memjax.runs.patch import read_patch
+    from memjax.runs.patches.patch import read_patch
 
     for path in paths:
         print("\n".join(_described(path, read_patch(path), settings.top)))

@@ -19,7 +19,7 @@ from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.models.parts import DecoderParts
 from memjax.runs.layout import meta_document, params_to_tree
-from memjax.runs.patch import read_patch, write_patch
+from memjax.runs.patches.patch import read_patch, write_patch
 
 FACTS = [{"prompt": "Q a", "answer": "x"}, {"prompt": "Q b", "answer": "y", "paraphrases": ["b is"]}]
 

@@ -255,8 +255,8 @@ def patch_files(folder: pathlib.Path) -> Family:
 
     import memjax
     from memjax.models.parts import split_decoder
-    from memjax.runs.applied import Applied, model_digest
-    from memjax.runs.patch import Patch, RowChange, read_patch, write_patch
+    from memjax.runs.patches.applied import Applied, model_digest
+    from memjax.runs.patches.patch import Patch, RowChange, read_patch, write_patch
 
     run = folder / "run"
     make_run(run)

@@ -36,7 +36,8 @@ from memjax.data.sources.records import Segment  # noqa: E402
 from memjax.knowledge.facts import read_facts  # noqa: E402
 from memjax.knowledge.learning import known  # noqa: E402
 from memjax.runs.load import load  # noqa: E402
-from memjax.runs.patch import Patch, merge, read_patch, write_patch  # noqa: E402
+from memjax.runs.patches.merge import merge  # noqa: E402
+from memjax.runs.patches.patch import Patch, read_patch, write_patch  # noqa: E402
 from memjax.runs.saved import read_config  # noqa: E402
 
 SLOTS = ("--model.memory.num_keys", "256")

@@ -26,10 +26,10 @@ from memjax.knowledge.finetune import Recipe, learn
 from memjax.knowledge.slots import Background, count_texts
 from memjax.models.decoder import Decoder
 from memjax.monitoring.progress import Progress
-from memjax.runs.applied import model_digest
 from memjax.runs.load import LoadedModel
-from memjax.runs.patch import Patch, write_patch
-from memjax.runs.patching import patch_between
+from memjax.runs.patches.applied import model_digest
+from memjax.runs.patches.edit import patch_between
+from memjax.runs.patches.patch import Patch, write_patch
 
 LEARNED = "learned"
 """Key of a patch's notes with the facts that it was made of, as objects with the fields of FACTS."""

@@ -20,9 +20,9 @@ from memjax.models.parts import DecoderParts, split_decoder
 from memjax.ops.row_formats import formats
 from memjax.ops.row_formats.formats import Plain, RowFormat
 from memjax.ops.table import Place
-from memjax.runs.applied import Applied, patched
 from memjax.runs.layout import TABLE_FILES, TABLES, params_to_tree, run_folder, tree_to_params
-from memjax.runs.patch import read_patch
+from memjax.runs.patches.applied import Applied, patched
+from memjax.runs.patches.patch import read_patch
 from memjax.runs.saved import (
     OpenStep,
     Saved,

@@ -101,6 +101,6 @@ def test_patches_learned_together_keep_what_each_has_alone(run, tmp_path):
 
 
 def patch_name(folder: pathlib.Path) -> str:
-    from memjax.runs.patch import read_patch
+    from memjax.runs.patches.patch import read_patch
 
     return read_patch(folder).identity

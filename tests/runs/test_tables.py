@@ -27,12 +27,13 @@ from memjax.models.parts import DecoderParts, split_decoder
 from memjax.ops import host_memory
 from memjax.ops.row_formats import formats
 from memjax.ops.table import Table
-from memjax.runs import patching, subcommands
+from memjax.runs import subcommands
 from memjax.runs import tables as run_tables
-from memjax.runs.applied import model_digest
 from memjax.runs.layout import meta_document, params_to_tree
 from memjax.runs.load import TableSettings
-from memjax.runs.patch import Patch, RowChange, write_patch
+from memjax.runs.patches import edit
+from memjax.runs.patches.applied import model_digest
+from memjax.runs.patches.patch import Patch, RowChange, write_patch
 from memjax.runs.quantize import quantize_run
 from memjax.runs.settings import CheckpointSettings, InferenceSettings, loaded
 
@@ -224,7 +225,7 @@ def test_patches_are_refused_with_another_format_or_place(run_and_patch, form):
         memjax.load(run, patches=[patch], **form)
     with pytest.raises(ValueError, match=rf"{name}={value} and patch={patch} do not go together"):
         InferenceSettings(patch=(patch,), **form)
-    patching.apply(run, patch)
+    edit.apply(run, patch)
     with pytest.raises(CheckpointError, match=rf"patch \w+ is applied to step 3, .* with {name}={value}: .* revert"):
         memjax.load(run, **form)
     with pytest.raises(ConfigError, match="do not go together"):
@@ -234,14 +235,14 @@ def test_patches_are_refused_with_another_format_or_place(run_and_patch, form):
 @pytest.mark.slow
 def test_a_run_with_patches_is_not_quantized_and_its_copy_with_the_rows_is(run_and_patch, tmp_path):
     run, patch = run_and_patch
-    patching.apply(run, patch)
+    edit.apply(run, patch)
     with pytest.raises(CheckpointError, match=r"patch \w+ is applied to step 3, .* with quantize"):
         quantize_run(run, tmp_path / "small", formats.find("int8"))
     assert not (tmp_path / "small").exists()
     patched = decoded(stored(memjax.load(run).model)["shared"])
     # The way out that the message names.
-    patching.revert(run, patch)
-    patching.apply(run, patch, out=tmp_path / "written")
+    edit.revert(run, patch)
+    edit.apply(run, patch, out=tmp_path / "written")
     quantize_run(tmp_path / "written", tmp_path / "small", None)
     np.testing.assert_array_equal(decoded(stored(memjax.load(tmp_path / "small").model)["shared"]), patched)
 
@@ -250,7 +251,7 @@ def test_patches_of_a_quantized_run_are_refused(run_and_patch, tmp_path):
     run, patch = run_and_patch
     small = tmp_path / "small"
     quantize_run(run, small, formats.find("int8"))
-    for refused in (lambda: memjax.load(small, patches=[patch]), lambda: patching.apply(small, patch)):
+    for refused in (lambda: memjax.load(small, patches=[patch]), lambda: edit.apply(small, patch)):
         with pytest.raises(CheckpointError, match="the tables of this run are read-only, in int8; use the run that"):
             refused()
 

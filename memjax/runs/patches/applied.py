@@ -19,7 +19,8 @@ from memjax.errors import CheckpointError
 from memjax.io.files import check_inside, read_text, write_atomic
 from memjax.io.lock import Locked, locked
 from memjax.runs.layout import PARAMS, TABLES, run_folder
-from memjax.runs.patch import Patch, overlay, patch_file, read_patch
+from memjax.runs.patches.patch import Patch, patch_file, read_patch
+from memjax.runs.patches.tables import overlay
 
 FOLDER, _LIST = "patches", "applied.json"
 """The folder of a run with the patches that are applied to it, and their list."""

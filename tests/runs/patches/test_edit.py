@@ -18,10 +18,10 @@ from memjax.errors import CheckpointError, ConfigError
 from memjax.io.files import write_atomic
 from memjax.models.parts import DecoderParts, split_decoder
 from memjax.ops import host_memory
-from memjax.runs import applied, patching
 from memjax.runs.layout import meta_document, params_to_tree
 from memjax.runs.load import load
-from memjax.runs.patch import read_patch, write_patch
+from memjax.runs.patches import applied, edit
+from memjax.runs.patches.patch import read_patch, write_patch
 from memjax.runs.settings import CheckpointSettings, InferenceSettings, loaded
 
 CONFIG = RunConfig(
@@ -72,7 +72,7 @@ def runs(tmp_path_factory):
     patches = {}
     for name, change in changes.items():
         other = save(folder / name, change)
-        patches[name] = str(write_patch(folder / f"{name}.safetensors", patching.diff(base, other)))
+        patches[name] = str(write_patch(folder / f"{name}.safetensors", edit.diff(base, other)))
     return base, patches, {name: table_of(folder / name) for name in changes}
 
 
@@ -95,31 +95,31 @@ def test_an_applied_patch_is_part_of_the_model_until_it_is_taken_back(runs, caps
     identity = capsys.readouterr().out.split()[-1]
     np.testing.assert_array_equal(table_of(base), tables["a"])
     with pytest.raises(CheckpointError, match=f"is applied already, as patch {identity}"):
-        patching.apply(base, patches["a"])
+        edit.apply(base, patches["a"])
     with pytest.raises(CheckpointError, match="has changed 1 rows"):
-        patching.apply(base, patches["c"])
-    patching.apply(base, patches["b"])
+        edit.apply(base, patches["c"])
+    edit.apply(base, patches["b"])
     assert command.main(["revert", base, identity]) == 0
     np.testing.assert_array_equal(table_of(base), tables["b"])
-    patching.revert(base, patches["b"])
+    edit.revert(base, patches["b"])
     assert table_of(base).tobytes() == original.tobytes()
     assert {name: content for name, content in files_of(base).items() if name in before} == before
     with pytest.raises(CheckpointError, match=f"patch {identity} is not applied to step 3; there are none"):
-        patching.revert(base, patches["a"])
+        edit.revert(base, patches["a"])
 
 
 def test_a_patch_under_a_later_one_stays(runs, tmp_path):
     base, patches, _ = runs
-    patching.apply(base, patches["a"])
+    edit.apply(base, patches["a"])
     try:
         other = save(tmp_path / "over", {1: 5.0, 4: 2.0})
-        over = write_patch(tmp_path / "over.safetensors", patching.diff(base, other))
-        patching.apply(base, over)
+        over = write_patch(tmp_path / "over.safetensors", edit.diff(base, other))
+        edit.apply(base, over)
         with pytest.raises(CheckpointError, match=r"was applied after .* changes 1 of the same rows; revert it first"):
-            patching.revert(base, patches["a"])
-        patching.revert(base, over)
+            edit.revert(base, patches["a"])
+        edit.revert(base, over)
     finally:
-        patching.revert(base, patches["a"])
+        edit.revert(base, patches["a"])
 
 
 def test_a_run_of_its_own_has_the_rows_in_its_checkpoint(runs, tmp_path):
@@ -143,7 +143,7 @@ def test_another_base_is_refused_in_a_line(runs, tmp_path, capsys):
 def test_runs_that_differ_in_more_than_rows_have_no_patch(runs, tmp_path):
     base, *_ = runs
     with pytest.raises(CheckpointError, match="a patch holds rows of tables only"):
-        patching.diff(base, save(tmp_path / "dense", dense=1))
+        edit.diff(base, save(tmp_path / "dense", dense=1))
 
 
 def test_patches_are_merged_and_shown(runs, tmp_path, capsys):
@@ -218,16 +218,16 @@ def test_a_model_is_the_one_before_or_after_wherever_a_process_dies(runs, moment
     original = table_of(base)
     dies_at(moment)
     with pytest.raises(Died):
-        patching.apply(base, patches["a"])
+        edit.apply(base, patches["a"])
     np.testing.assert_array_equal(table_of(base), original)
     dies_at(2)
-    patching.apply(base, patches["a"])
+    edit.apply(base, patches["a"])
     dies_at(0)
     with pytest.raises(Died):
-        patching.revert(base, patches["a"])
+        edit.revert(base, patches["a"])
     np.testing.assert_array_equal(table_of(base), tables["a"])
     dies_at(1)
-    patching.revert(base, patches["a"])
+    edit.revert(base, patches["a"])
     np.testing.assert_array_equal(table_of(base), original)
 
 
@@ -250,7 +250,7 @@ def test_without_room_for_the_tables_only_options_of_the_caller_are_advised(tmp_
             pass
 
     for call in (
-        lambda: patching.diff(run, run),
+        lambda: edit.diff(run, run),
         lambda: load(run, patches=["any.safetensors"]),
         lambda: open_with(CheckpointSettings()),
         lambda: open_with(InferenceSettings(patch=("any.safetensors",))),

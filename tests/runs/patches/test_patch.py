@@ -12,7 +12,9 @@ import pytest
 import safetensors.numpy
 
 from memjax.errors import CheckpointError
-from memjax.runs.patch import Patch, RowChange, between, merge, overlay, patch_file, read_patch, write_patch
+from memjax.runs.patches.merge import merge
+from memjax.runs.patches.patch import Patch, RowChange, patch_file, read_patch, write_patch
+from memjax.runs.patches.tables import between, overlay
 
 RNG = np.random.default_rng(0)
 TABLES = {

@@ -4,16 +4,15 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import numpy as np
-
 from memjax.checkpoint.restoring import StoredStep
 from memjax.errors import CheckpointError
 from memjax.models.decoder import Decoder
 from memjax.models.parts import split_decoder, writable
-from memjax.runs.applied import Applied, model_digest
 from memjax.runs.layout import META, PARAMS
 from memjax.runs.load import LoadedModel, load_as_saved
-from memjax.runs.patch import Patch, between, read_patch
+from memjax.runs.patches.applied import Applied, model_digest
+from memjax.runs.patches.patch import Patch, read_patch
+from memjax.runs.patches.tables import between
 from memjax.runs.saved import checkpoint_folder, open_step
 from memjax.runs.write import write_run
 
@@ -104,9 +103,10 @@ def revert(run: str | os.PathLike[str], path: str | os.PathLike[str], *, step: S
             raise CheckpointError(f"{run}: patch {name} is not applied to step {number}; {there}")
         patch = read_patch(applied.file(name))
         for later in names[names.index(name) + 1 :]:
-            if shared := shared_rows(patch, read_patch(applied.file(later))):
+            if shared := patch.shared_rows(read_patch(applied.file(later))):
+                count = sum(map(len, shared.values()))
                 raise CheckpointError(
-                    f"{run}: patch {later} was applied after {name} and changes {shared:,} of the same rows; revert it "
+                    f"{run}: patch {later} was applied after {name} and changes {count:,} of the same rows; revert it "
                     "first"
                 )
         applied.remove(number, name)
@@ -117,9 +117,3 @@ def _number(applied: Applied, step: Step) -> int:
     """The step's own number."""
     with open_step(applied.checkpoints, step) as opened:
         return opened.checkpoints.restore({}, [META], step=opened.number).step
-
-
-def shared_rows(left: Patch, right: Patch) -> int:
-    """Number of rows that both patches change."""
-    names = left.tables.keys() & right.tables.keys()
-    return sum(len(np.intersect1d(left.tables[name].rows, right.tables[name].rows)) for name in names)

@@ -1,20 +1,18 @@
 """Patches: files with the rows of tables that replace others, what these others were, and the model they belong to."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from memjax.errors import CheckpointError
 from memjax.io.documents import line_of
@@ -24,10 +22,6 @@ from memjax.io.paths import local_path
 FILE_NAME = "patch.safetensors"
 """The file in a folder that is named as a patch."""
 _KEY, _VERSION = "memjax.patch", 1
-_SHOWN = 5
-"""Rows that a message names."""
-
-Rule = Literal["refuse", "sum", "first", "last"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -64,6 +58,12 @@ class Patch:
     def num_rows(self) -> int:
         """Rows of all tables."""
         return sum(len(change.rows) for change in self.tables.values())
+
+    def shared_rows(self, other: "Patch") -> dict[str, Int[np.ndarray, " n"]]:
+        """The rows that both patches change, by table; tables without any are left out."""
+        names = [name for name in self.tables if name in other.tables]
+        rows = {name: np.intersect1d(self.tables[name].rows, other.tables[name].rows) for name in names}
+        return {name: found for name, found in rows.items() if len(found)}
 
     def to_bytes(self) -> bytes:
         """The content of its file."""
@@ -190,141 +190,3 @@ def _checked(name: str, num_slots: Any, rows: np.ndarray, old: np.ndarray, new: 
     if not np.isfinite(new.astype(np.float64)).all():
         raise ValueError(f"table {name}: its new rows hold values that are not finite")
     return RowChange(num_slots, rows, old, new)
-
-
-def between(old: Mapping[str, Array], new: Mapping[str, Array], *, base: str, notes: Mapping[str, Any]) -> Patch:
-    """The patch that turns tables into others of the same shapes and types.
-
-    Raises:
-        CheckpointError: a new row is not finite.
-    """
-    changes = {}
-    for name, table in old.items():
-        rows = np.flatnonzero(jax.device_get(_differs(table, new[name])))
-        if rows.size:
-            before, after = (np.asarray(jax.device_get(array[rows])) for array in (table, new[name]))
-            if not np.isfinite(after.astype(np.float64)).all():
-                raise CheckpointError(f"table {name}: the new rows are not finite; a patch cannot hold them")
-            changes[name] = RowChange(table.shape[0], rows.astype(np.int64), before, after)
-    return Patch(base, changes, notes)
-
-
-@jax.jit
-def _differs(old: Float[Array, "n d"], new: Float[Array, "n d"]) -> Array:
-    """Mask of the rows that differ in any bit."""
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}[old.dtype.itemsize]
-    left, right = (jax.lax.bitcast_convert_type(array, unsigned) for array in (old, new))
-    return jnp.any(left != right, axis=1)
-
-
-def overlay(tables: Mapping[str, Array], patches: Sequence[tuple[str, Patch]], *, base: str) -> dict[str, Array]:
-    """The tables with the rows of patches, one patch after the other; the given arrays of changed tables are donated.
-
-    Args:
-        tables: rows by table, in the types in which they are stored.
-        patches: with what messages call each.
-        base: digest of the checkpoint that the tables are from.
-
-    Raises:
-        CheckpointError: a patch is for another model, or its rows are not what it expects them to be.
-    """
-    tables, done = dict(tables), []
-    for label, patch in patches:
-        if patch.base != base:
-            raise CheckpointError(
-                f"{label}: was made for another model: for the digest {patch.base[:16]}, this one has {base[:16]}"
-            )
-        for name, change in patch.tables.items():
-            table = tables.get(name)
-            found = None if table is None else (*table.shape, table.dtype.name)
-            wanted = (change.num_slots, change.new.shape[1], change.new.dtype.name)
-            if table is None or found != wanted:
-                raise CheckpointError(f"{label}: is for a table {name} of {wanted}, the model has {found}")
-            now = np.asarray(jax.device_get(table[change.rows]))
-            if now.tobytes() != change.old.tobytes():
-                raise CheckpointError(f"{label}: {_why_not(name, change, now, done)}")
-            tables[name] = _replaced(table, change.rows, change.new)
-        done.append((label, patch))
-    return tables
-
-
-def _why_not(name: str, change: RowChange, now: np.ndarray, done: Sequence[tuple[str, Patch]]) -> str:
-    is_other = (now.view(np.uint8) != change.old.view(np.uint8)).any(axis=1)
-    other = change.rows[is_other]
-    for label, patch in done:
-        if name in patch.tables and len(shared := np.intersect1d(other, patch.tables[name].rows)):
-            return f"{label} has changed {_named(name, shared)} too; merge the two, or leave one out"
-    return f"{_named(name, other)} are not what the patch was made for"
-
-
-def _named(table: str, rows: np.ndarray) -> str:
-    shown = ", ".join(map(str, rows[:_SHOWN].tolist())) + (", ..." if len(rows) > _SHOWN else "")
-    return f"{len(rows):,} rows of table {table} ({shown})"
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _replaced(table: Float[Array, "n d"], rows: Int[Array, " u"], new: Float[Array, "u d"]) -> Float[Array, "n d"]:
-    return table.at[rows].set(new, unique_indices=True, indices_are_sorted=True)
-
-
-def merge(patches: Sequence[tuple[str, Patch]], *, conflicts: Rule = "refuse") -> Patch:
-    """One patch that does what several do.
-
-    Args:
-        patches: of one base, with what messages call each.
-        conflicts: what becomes of rows that several change. refuse: nothing, they are named; sum: the old row plus
-            every change; first and last: the row of the first or the last patch.
-
-    Raises:
-        CheckpointError: patches are of different models, or change the same rows and `conflicts` is refuse.
-    """
-    first_label, first = patches[0]
-    for label, patch in patches[1:]:
-        if patch.base != first.base:
-            bases = f"{first.base[:16]} and {patch.base[:16]}"
-            raise CheckpointError(f"{first_label} and {label} were made for different models: {bases}")
-    if conflicts == "refuse":
-        found = [*_conflicts(patches)]
-        if found:
-            rule = "choose a rule for such rows (conflicts sum, first or last), or learn the facts of all together: "
-            raise CheckpointError("\n".join([*found, f"{rule}`python -m memjax.learn RUN PATCHES --out PATCH`"]))
-    names = dict.fromkeys(name for _, patch in patches for name in patch.tables)
-    tables = {}
-    for name in names:
-        parts = [(label, patch.tables[name]) for label, patch in patches if name in patch.tables]
-        tables[name] = _merged(name, parts, conflicts)
-    sources = [{"patch": label, "identity": patch.identity, "notes": dict(patch.notes)} for label, patch in patches]
-    return Patch(first.base, tables, {"made_by": "merge", "conflicts": conflicts, "sources": sources})
-
-
-def _conflicts(patches: Sequence[tuple[str, Patch]]) -> Iterator[str]:
-    for number, (label, patch) in enumerate(patches):
-        for other_label, other in patches[:number]:
-            for name in patch.tables.keys() & other.tables.keys():
-                shared = np.intersect1d(patch.tables[name].rows, other.tables[name].rows)
-                if len(shared):
-                    yield f"{other_label} and {label} both change {_named(name, shared)}"
-
-
-def _merged(name: str, parts: Sequence[tuple[str, RowChange]], conflicts: Rule) -> RowChange:
-    label, like = parts[0]
-    for other_label, part in parts[1:]:
-        if (part.num_slots, part.new.shape[1], part.new.dtype) != (like.num_slots, like.new.shape[1], like.new.dtype):
-            raise CheckpointError(f"{label} and {other_label} are for tables {name} of different shapes or types")
-    rows = functools.reduce(np.union1d, [part.rows for _, part in parts])
-    width = like.new.shape[1]
-    old, new = np.zeros((2, len(rows), width), like.new.dtype)
-    total, seen = np.zeros((len(rows), width)), np.zeros(len(rows), np.int64)
-    for part_label, part in parts:
-        at = np.searchsorted(rows, part.rows)
-        again = seen[at] > 0
-        if old[at[again]].tobytes() != part.old[again].tobytes():
-            raise CheckpointError(f"{part_label}: expects other old rows of table {name} than those before it")
-        old[at] = part.old
-        new[at[~again] if conflicts == "first" else at] = part.new[~again] if conflicts == "first" else part.new
-        total[at] += part.new.astype(np.float64) - part.old.astype(np.float64)
-        seen[at] += 1
-    if conflicts == "sum":
-        several = seen > 1
-        new[several] = (old[several].astype(np.float64) + total[several]).astype(new.dtype)
-    return RowChange(like.num_slots, rows, old, new)
