@@ -33,7 +33,8 @@ from memjax.runs.saved import (
     shardings,
     with_dtypes,
 )
-from memjax.runs.tables import LOAD_OPTIONS, LoadOption, TableForm, build, encoded, read_files, stored_format
+from memjax.runs.table_files import read_files, stored_format
+from memjax.runs.tables import LOAD_OPTIONS, LoadOption, TableForm, build, encoded
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)

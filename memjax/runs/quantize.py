@@ -23,7 +23,8 @@ from memjax.runs.layout import (
 )
 from memjax.runs.load import refuse_applied
 from memjax.runs.saved import open_step, read_saved
-from memjax.runs.tables import TableForm, encoded, write_files
+from memjax.runs.table_files import write_files
+from memjax.runs.tables import TableForm, encoded
 from memjax.runs.write import config_of_copy
 
 

@@ -1,17 +1,11 @@
-"""Tables on their way from a run's folder to where they live, a block of rows at a time, and files of tables.
-
-A run that `python -m memjax.convert quantize` wrote has its tables in files instead of its checkpoint: their bytes are
-those that operations read, so a CPU maps them.
-"""
+"""Building tables in a format, on devices or in host memory, a block of rows at a time."""
 
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
 import math
 import os
-import pathlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -20,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, Sharding
 from jaxtyping import Array
 
-from memjax.errors import CheckpointError, ConfigError
+from memjax.errors import ConfigError
 from memjax.monitoring.units import gigabytes
 from memjax.ops import host_memory
 from memjax.ops.row_formats import formats
@@ -37,8 +31,6 @@ LOAD_OPTIONS: tuple[LoadOption, ...] = ("table_format", "table_place", "memory_d
 
 _PIECE_ELEMENTS = 1 << 20
 """Numbers that a thread encodes at once: they stay in its cache."""
-_READ_BYTES = 64 << 20
-"""Bytes of a file that are read, and hashed, at once."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -203,90 +195,3 @@ class _DeviceRows:
 
 def _typed(memory: np.ndarray, form: TableForm) -> np.ndarray:
     return memory.view(form.format.payload_dtype).reshape(form.payload_shape)
-
-
-def write_files(folder: pathlib.Path, form: TableForm, blocks: Blocks) -> dict[str, Any]:
-    """Writes a table's files; returns what `read_files` must know of them, as JSON values."""
-    paths = {"rows": folder / f"{form.pool}.rows"} | ({"scales": folder / f"{form.pool}.scales"} if form.groups else {})
-    for path in paths.values():
-        path.touch()
-    for _, block in blocks:
-        for name, part in zip(("rows", "scales"), block, strict=True):
-            if part is not None:
-                with open(paths[name], "ab") as file:
-                    file.write(
-                        np.ascontiguousarray(part).data.cast("B") if part.dtype.isbuiltin == 1 else part.tobytes()
-                    )
-    return {
-        "format": form.format.name,
-        "group": form.width // form.groups if form.groups else None,
-        "value_dtype": form.value_dtype,
-        "num_rows": form.num_rows,
-        "width": form.width,
-        "files": {name: {"bytes": path.stat().st_size, "digest": file_digest(path)} for name, path in paths.items()},
-    }
-
-
-def file_digest(path: pathlib.Path) -> str:
-    """The digest of a file, from those of its pieces, which threads read."""
-    size = path.stat().st_size
-
-    def piece(start: int) -> bytes:
-        with open(path, "rb") as file:
-            return hashlib.blake2b(os.pread(file.fileno(), _READ_BYTES, start), digest_size=16).digest()
-
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        pieces = threads.map(piece, range(0, size, _READ_BYTES))
-        return hashlib.blake2b(b"".join(pieces), digest_size=16).hexdigest()
-
-
-def stored_format(record: Mapping[str, Any]) -> RowFormat:
-    """The format of a table's files.
-
-    Raises:
-        ValueError: this version has no format of that name.
-    """
-    found = formats.find(record["format"])
-    # The default may have been another one when the files were written.
-    return dataclasses.replace(found, group=record["group"]) if isinstance(found, formats.Scaled) else found
-
-
-def read_files(folder: pathlib.Path, form: TableForm, record: Mapping[str, Any], sharding: Sharding | None) -> Any:
-    """The table in the files of a run, at the form's place.
-
-    Raises:
-        CheckpointError: a file is missing or damaged.
-        ConfigError: there is no room for it.
-    """
-    paths = {name: folder / f"{form.pool}.{name}" for name in record["files"]}
-    for name, path in paths.items():
-        expected = record["files"][name]
-        try:
-            if path.stat().st_size != expected["bytes"]:
-                raise CheckpointError(f"{path}: has {path.stat().st_size} bytes, not {expected['bytes']}")
-            if file_digest(path) != expected["digest"]:
-                raise CheckpointError(f"{path}: is damaged, its digest differs")
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    kinds = {"rows": (form.payload_shape[1], form.format.payload_dtype), "scales": (form.groups, SCALE_DTYPE)}
-
-    def blocks() -> Iterator[tuple[int, Encoded]]:
-        step = max(1, _READ_BYTES // max(1, form.payload_bytes // max(1, form.num_rows)))
-        for start in range(0, form.num_rows, step):
-            count = min(step, form.num_rows - start)
-            parts = {}
-            for name, path in paths.items():
-                columns, dtype = kinds[name]
-                offset, size = start * columns * dtype.itemsize, count * columns * dtype.itemsize
-                with open(path, "rb") as file:
-                    file.seek(offset)
-                    parts[name] = np.frombuffer(file.read(size), dtype).reshape(count, columns)
-            yield start, Encoded(parts["rows"], parts.get("scales"))
-
-    if form.place == "host" and jax.default_backend() == "cpu":
-        scales = None
-        if "scales" in paths:
-            stored = np.fromfile(paths["scales"], SCALE_DTYPE).reshape(form.num_rows, form.groups)
-            scales = jnp.asarray(stored)
-        return in_host_memory(form, host_memory.map_file(paths["rows"], form.payload_bytes), scales)
-    return build(form, blocks, sharding)

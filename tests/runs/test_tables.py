@@ -27,7 +27,7 @@ from memjax.models.parts import DecoderParts, split_decoder
 from memjax.ops import host_memory
 from memjax.ops.row_formats import formats
 from memjax.ops.table import Table
-from memjax.runs import subcommands
+from memjax.runs import subcommands, table_files
 from memjax.runs import tables as run_tables
 from memjax.runs.layout import meta_document, params_to_tree
 from memjax.runs.load import TableSettings
@@ -119,7 +119,7 @@ def test_a_format_of_training_on_the_device_is_a_plain_array(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["saved", *CODED])
 def test_files_of_a_quantized_run_hold_what_load_would_make(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(run_tables, "_READ_BYTES", 300)
+    monkeypatch.setattr(table_files, "_READ_BYTES", 300)
     save(tmp_path / "run")
     row_format = None if name == "saved" else formats.find(name)
     quantize_run(tmp_path / "run", tmp_path / "small", row_format)
