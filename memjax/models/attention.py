@@ -1,7 +1,7 @@
 """Causal self-attention with grouped queries, rotary positions, document masks, a sliding window and a cache."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from memjax.config import checks
-from memjax.config.model import QKNorm, RopeScalingConfig
+from memjax.config.model import ModelConfig
 from memjax.models import dot_product
 from memjax.models.feed_forward import fused_linear, linear
 from memjax.models.rotary import rotate, rotation
@@ -54,18 +53,9 @@ class Attention(nnx.Module):
 
     def __init__(
         self,
-        dim: int,
+        config: ModelConfig,
+        layer: int = 0,
         *,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int | None = None,
-        use_bias: bool = False,
-        use_out_bias: bool | None = None,
-        qk_norm: QKNorm = "none",
-        norm_eps: float = 1e-5,
-        rope_theta: float | None,
-        rope_scaling: RopeScalingConfig | None = None,
-        sliding_window: int | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         implementation: str | None = None,
@@ -74,39 +64,33 @@ class Attention(nnx.Module):
         """Draws the projections.
 
         Args:
-            dim: width of the inputs and outputs.
-            num_heads: heads of queries.
-            num_kv_heads: heads of keys and values.
-            head_dim: width of a head; None divides dim among the heads.
-            use_bias: whether the projections have biases.
-            use_out_bias: whether the output projection has one; None is `use_bias`.
-            qk_norm: what queries and keys are normed over, before they are rotated.
-            norm_eps: epsilon of this norm.
-            rope_theta: base of the rotary frequencies; None leaves positions out.
-            rope_scaling: of these frequencies.
-            sliding_window: tokens that a token sees; None for all.
+            config: the model's.
+            layer: the block's number: some may have no rotary positions.
             dtype: of activations.
             param_dtype: of parameters.
             implementation: one of `dot_product.IMPLEMENTATIONS`; None takes the fastest that can run.
             rngs: source of the `params` key.
         """
-        checks.refuse(checks.one_of(get_args(QKNorm), qk_norm=qk_norm))
         self.implementation = implementation
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
-        self.head_dim = dim // num_heads if head_dim is None else head_dim
-        self.rope_theta, self.rope_scaling, self.sliding_window = rope_theta, rope_scaling, sliding_window
-        kwargs = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.query = linear(dim, num_heads * self.head_dim, axes=("embed", "heads"), **kwargs)
-        self.key = linear(dim, num_kv_heads * self.head_dim, axes=("embed", "kv_heads"), **kwargs)
-        self.value = linear(dim, num_kv_heads * self.head_dim, axes=("embed", "kv_heads"), **kwargs)
-        kwargs["use_bias"] = use_bias if use_out_bias is None else use_out_bias
-        self.out = linear(num_heads * self.head_dim, dim, axes=("heads", "embed"), **kwargs)
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_width
+        self.rope_theta = None if layer in config.rope_free_layers else config.rope_theta
+        self.rope_scaling, self.sliding_window = config.rope_scaling, config.sliding_window
+        dim, width, kv_width = config.dim, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        has_bias, has_out_bias = config.attention_bias, config.attention_out_bias
+        kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.query = linear(dim, width, axes=("embed", "heads"), use_bias=has_bias, **kwargs)
+        self.key = linear(dim, kv_width, axes=("embed", "kv_heads"), use_bias=has_bias, **kwargs)
+        self.value = linear(dim, kv_width, axes=("embed", "kv_heads"), use_bias=has_bias, **kwargs)
+        has_out_bias = has_bias if has_out_bias is None else has_out_bias
+        self.out = linear(width, dim, axes=("heads", "embed"), use_bias=has_out_bias, **kwargs)
 
         def norm(count: int, axis: str) -> HeadNorm | None:
-            together = count if qk_norm == "all_heads" else None
-            return None if qk_norm == "none" else HeadNorm(self.head_dim, together, norm_eps, param_dtype, axis)
+            if config.qk_norm == "none":
+                return None
+            together = count if config.qk_norm == "all_heads" else None
+            return HeadNorm(self.head_dim, together, config.norm_eps, param_dtype, axis)
 
-        self.query_norm, self.key_norm = norm(num_heads, "heads"), norm(num_kv_heads, "kv_heads")
+        self.query_norm, self.key_norm = norm(self.num_heads, "heads"), norm(self.num_kv_heads, "kv_heads")
 
     def __call__(
         self, x: Float[Array, "b s dim"], positions: Int[Array, "b s"], segments: Int[Array, "b s"] | None = None

@@ -53,21 +53,7 @@ class Block(nnx.Module):
         self.norm_placement = config.norm_placement
         norm = partial(RMSNorm, config.dim, epsilon=config.norm_eps, dtype=dtype, param_dtype=param_dtype)
         self.attention_norm = norm(implementation=implementation)
-        self.attention = Attention(
-            config.dim,
-            num_heads=config.num_heads,
-            num_kv_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            use_bias=config.attention_bias,
-            use_out_bias=config.attention_out_bias,
-            qk_norm=config.qk_norm,
-            norm_eps=config.norm_eps,
-            rope_theta=None if layer in config.rope_free_layers else config.rope_theta,
-            rope_scaling=config.rope_scaling,
-            sliding_window=config.sliding_window,
-            implementation=attention,
-            **kwargs,
-        )
+        self.attention = Attention(config, layer, implementation=attention, **kwargs)
         self.mixer_norm = norm(implementation=implementation)
         kind = config.kind(layer)
         self.feed_forward = FeedForward(config.dim, config.ffn_dim, **kwargs) if kind == "dense" else None

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from memjax.config.model import ModelConfig
 from memjax.models.attention import Attention, KeyValues, write
 
 DIM, HEADS, LENGTH, THETA = 8, 4, 6, 100.0
@@ -57,9 +58,8 @@ def by_hand(layer, x, positions, segments, window=LENGTH):
 
 @cache
 def build(num_kv_heads, dtype="float32", **more):
-    options = {"num_heads": HEADS, "num_kv_heads": num_kv_heads, "rope_theta": THETA, "param_dtype": jnp.dtype(dtype)}
-    options |= more
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Attention(DIM, rngs=nnx.Rngs(0), **options)))
+    config = ModelConfig(dim=DIM, num_heads=HEADS, num_kv_heads=num_kv_heads, rope_theta=THETA, **more)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Attention(config, param_dtype=dtype, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(1)
     layer = nnx.merge(graphdef, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, dtype), state))
     return layer, np.random.default_rng(0).normal(size=(2, LENGTH, DIM)).astype(dtype)
@@ -87,7 +87,7 @@ def test_output_is_causal_attention_within_documents(num_kv_heads, documents, dt
 
 def test_projections_may_have_biases_and_heads_any_width():
     with jax.enable_x64(True):
-        layer, x = build(2, "float64", use_bias=True, head_dim=6)
+        layer, x = build(2, "float64", attention_bias=True, head_dim=6)
         assert layer.out.kernel.shape == (HEADS * 6, DIM)
         expected = by_hand(layer, x, COUNTING, np.zeros_like(COUNTING))
         np.testing.assert_allclose(run(layer, x, COUNTING), expected, rtol=1e-12, atol=1e-12)
