@@ -181,13 +181,11 @@ def update_rows(
             table, state, gradients, rule, step, implementation=implementation
         )
         return unsharded_update(alike_over_tensor(run), (table, state))(table, state, gradients, step)
+    if row_grad_reduce.choose(collective, table, gradients, **_sizes()) == "all_reduce":
+        total = add_rows(no_rows(table, gradients), gradients, implementation=implementation, piece_picks=piece_picks)
+        return update_rows_by_sum(table, state, total, rule, step, block_bytes=block_bytes)
     specs = (COLUMNS, COLUMNS, (FACTORS,) * len(gradients), REPLICATED)
-    settings: dict[str, Any] = {"rule": rule, "implementation": implementation}
-    if row_grad_reduce.choose(collective, table, gradients, **_sizes()) == "all_gather":
-        run = over_mesh(_update_by_picks, specs, (COLUMNS, COLUMNS), **settings)
-    else:
-        settings |= {"piece_picks": piece_picks, "block_bytes": block_bytes}
-        run = over_mesh(_update_by_own_sum, specs, (COLUMNS, COLUMNS), **settings)
+    run = over_mesh(_update_by_picks, specs, (COLUMNS, COLUMNS), rule=rule, implementation=implementation)
     return run(table, state, tuple(gradients), step)
 
 
@@ -204,26 +202,6 @@ def _update_by_picks(
     """The update of a device's columns by the picks of all tokens."""
     of_all, step = [_gather_gradient(gradient, whole_mesh=True) for gradient in gradients], _of_columns(step, table)
     return row_update(table, state, of_all, rule, step, implementation=implementation)
-
-
-@alike_over_tensor
-def _update_by_own_sum(
-    table: Array,
-    state: TableState,
-    gradients: Sequence[RowGradient],
-    step: RowStep,
-    *,
-    rule: RowRule,
-    implementation: str | None,
-    piece_picks: int,
-    block_bytes: int,
-) -> tuple[Array, TableState]:
-    """The update of a device's columns by sums over the tokens of its replica."""
-    gather = partial(_gather_gradient, whole_mesh=False)
-    total = dense.summed(
-        gradients, table.shape[0], gather=gather, piece_picks=piece_picks, implementation=implementation
-    )
-    return _update_by_sum(table, state, *total, step, rule=rule, block_bytes=block_bytes)
 
 
 class RowSum(NamedTuple):
@@ -251,31 +229,36 @@ def sums_micro_batches(
     return row_grad_reduce.sums_micro_batches(collective, table, gradients, count, **_sizes())
 
 
-def no_rows(table: Float[Array, "n d"]) -> RowSum:
-    """The sum of no row gradients."""
+def no_rows(table: Float[Array, "n d"], after: Any = ()) -> RowSum:
+    """The sum of no row gradients. The arrays of `after` come first, so that it takes no memory before they do."""
     replicas, shards = _sizes().values()
-    gradient = jnp.zeros((replicas, *table.shape), accumulator(table.dtype))
-    total = RowSum(gradient, jnp.zeros((replicas, shards, table.shape[0]), bool))
+    # Not a constant, which could be written long before.
+    zero, _ = jax.lax.optimization_barrier((jnp.zeros((), accumulator(table.dtype)), after))
+    total = RowSum(jnp.full((replicas, *table.shape), zero), jnp.zeros((replicas, shards, table.shape[0]), bool))
     if not has_memory_axis():
         return total
     return RowSum(place(total.gradient, REPLICA_COLUMNS), place(total.touched, REPLICA_SHARDS))
 
 
-def add_rows(total: RowSum, gradients: Sequence[RowGradient], *, implementation: str | None = None) -> RowSum:
+def add_rows(
+    total: RowSum,
+    gradients: Sequence[RowGradient],
+    *,
+    implementation: str | None = None,
+    piece_picks: int = dense.PIECE_PICKS,
+) -> RowSum:
     """The sum with row gradients of all tokens of the mesh added; nothing crosses `data`."""
-    settings = {"has_mesh": has_memory_axis(), "implementation": implementation}
+    settings = {"has_mesh": has_memory_axis(), "implementation": implementation, "piece_picks": piece_picks}
     if not settings["has_mesh"]:
         return unsharded(partial(_add_own, **settings), total.gradient)(total, tuple(gradients))
     return over_mesh(_add_own, (ROW_SUM, (FACTORS,) * len(gradients)), ROW_SUM, **settings)(total, tuple(gradients))
 
 
 @alike_over_tensor
-def _add_own(total: RowSum, gradients: Sequence[RowGradient], *, has_mesh: bool, implementation: str | None) -> RowSum:
+def _add_own(total: RowSum, gradients: Sequence[RowGradient], *, has_mesh: bool, **settings: Any) -> RowSum:
     gather = partial(_gather_gradient, whole_mesh=False) if has_mesh else lambda gradient: gradient
     start = total.gradient[0], total.touched[0, 0]
-    gradient, touched = dense.summed(
-        gradients, start[0].shape[0], start=start, gather=gather, implementation=implementation
-    )
+    gradient, touched = dense.summed(gradients, start, gather=gather, **settings)
     return RowSum(gradient[None], touched[None, None])
 
 
@@ -303,18 +286,12 @@ def update_rows_by_sum(
 
 @alike_over_tensor
 def _update_by_sums(
-    table: Array, state: TableState, gradient: Array, touched: Array, step: RowStep, **settings: Any
-) -> tuple[Array, TableState]:
-    return _update_by_sum(table, state, gradient[0], touched[0, 0], step, **settings)
-
-
-def _update_by_sum(
     table: Array, state: TableState, gradient: Array, touched: Array, step: RowStep, *, rule: RowRule, block_bytes: int
 ) -> tuple[Array, TableState]:
     """The update of a device's columns by the sums of all replicas."""
-    touched = jax.lax.psum(touched.astype(jnp.int32), DATA) > 0
+    touched = jax.lax.psum(touched[0, 0].astype(jnp.int32), DATA) > 0
     reduce, step = partial(jax.lax.psum, axis_name=DATA), _of_columns(step, table)
-    return dense.update_touched(table, state, gradient, touched, rule, step, reduce=reduce, block_bytes=block_bytes)
+    return dense.update_touched(table, state, gradient[0], touched, rule, step, reduce=reduce, block_bytes=block_bytes)
 
 
 def _of_columns(step: RowStep, table: Array) -> RowStep:

@@ -87,7 +87,8 @@ def test_row_update_of_gathered_row_gradients(implementation):
         gradient, step = RowGradient(*factors), row_step(0.1, 0)
         if implementation != "dense":
             return row_update(table, state, [gradient], RULE, step, implementation=implementation)
-        return dense.update_touched(table, state, *dense.summed([gradient], ROWS, piece_picks=4), RULE, step)
+        nothing = jnp.zeros((ROWS, COLUMNS)), jnp.zeros(ROWS, bool)
+        return dense.update_touched(table, state, *dense.summed([gradient], nothing, piece_picks=4), RULE, step)
 
     def gathered(table, state, *factors):
         factors = [jax.lax.all_gather(factor, "i", tiled=True) for factor in factors]

@@ -16,6 +16,9 @@ from memjax.ops.row_update.segments import sorted_picks
 ROWS, COLUMNS, UNREAD = 13, 8, 5
 
 
+NOTHING = jnp.zeros((ROWS, COLUMNS)), jnp.zeros(ROWS, bool)
+
+
 def draw_gradients():
     """Of two layers, 5 tokens with 3 picks each and 9 with one, small whole numbers: sums in any order are equal.
 
@@ -40,8 +43,8 @@ def test_sum_and_touched_rows_equal_a_loop_over_picks(implementation, piece):
     for indices, weights, vectors in jax.tree.map(np.asarray, gradients):
         for token, pick in np.ndindex(indices.shape):
             expected[indices[token, pick]] += weights[token, pick] * vectors[token]
-    total, touched = jax.jit(lambda g: dense.summed(g, ROWS, piece_picks=piece, implementation=implementation))(
-        gradients
+    total, touched = jax.jit(partial(dense.summed, piece_picks=piece, implementation=implementation))(
+        gradients, NOTHING
     )
     np.testing.assert_array_equal(total, expected)
     np.testing.assert_array_equal(touched, np.arange(ROWS) <= UNREAD)
@@ -58,7 +61,7 @@ def test_touched_rows_are_updated_as_by_row_update_bit_for_bit(kind, rows):
     @jax.jit
     def by_dense(table, state, gradients, step):
         return dense.update_touched(
-            table, state, *dense.summed(gradients, ROWS), rule, step, block_bytes=rows * COLUMNS * 4
+            table, state, *dense.summed(gradients, NOTHING), rule, step, block_bytes=rows * COLUMNS * 4
         )
 
     got = by_dense(table, state, gradients, step)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from memjax.ops.manual_axes import vary_like, vary_together
-from memjax.ops.precision import accumulator
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.api import row_update
 from memjax.ops.row_update.rounding import round_to
@@ -29,33 +28,27 @@ BLOCK_COPIES = 5
 
 def summed(
     gradients: Sequence[RowGradient],
-    num_rows: int,
+    start: tuple[Float[Array, "n d"], Bool[Array, " n"]],
     *,
-    start: tuple[Float[Array, "n d"], Bool[Array, " n"]] | None = None,
     gather: Callable[[RowGradient], RowGradient] = lambda gradient: gradient,
     piece_picks: int = PIECE_PICKS,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "n d"], Bool[Array, " n"]]:
-    """All gradients as one array of the table's shape, and the rows that any pick names: a zero does not tell.
+    """A dense gradient with row gradients added, and the rows that any pick names: a zero does not tell.
 
     One gradient after the other, at most piece_picks picks at a time, are gathered, sorted and added, so the sum is in
     float32 or wider, and always formed in the same order.
 
     Args:
         gradients: what to sum.
-        num_rows: of the table.
-        start: a sum to add to; None is zero.
+        start: the sum so far, and the rows that it names.
         gather: applied to each gradient when its turn comes, as to collect the picks of other devices.
         piece_picks: the most picks that are sorted at once.
         implementation: of the row update, whose kernels sum here.
     """
     gradients = vary_together(list(gradients))
-    if start is None:
-        dtype = jnp.result_type(*[accumulator(gradient.vectors.dtype) for gradient in gradients])
-        # Not a constant: that could be written, and take memory, long before there are gradients.
-        zero, gradients = jax.lax.optimization_barrier((jnp.zeros((), dtype), gradients))
-        start = jnp.full((num_rows, gradients[0].vectors.shape[1]), zero), jnp.zeros(num_rows, bool)
     total, touched = vary_like(start, gradients)
+    num_rows = total.shape[0]
     # A step of gradient descent at the rate -1 adds.
     add = RowRule(kind="sgd")
 
