@@ -4,14 +4,16 @@ import bisect
 import itertools
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int32
 
 from memjax.data.sources.records import Record, Records
 from memjax.data.tokenizers.base import Tokenizer
+
+T = TypeVar("T")
 
 Pairs = Int32[np.ndarray, "_ 3"]
 """Of one record: the tokens, their targets, and 1 where the target is learned plus twice the number of its part."""
@@ -150,12 +152,29 @@ class JoinedReader(Reader):
 
     def __call__(self, numbers: Sequence[int], rng: np.random.Generator) -> list[Pairs]:
         """The pairs of those records, each read by its part."""
-        owners = [bisect.bisect_right(self.starts, number) - 1 for number in numbers]
-        found: dict[int, Pairs] = {}
-        for part, (reader, start) in enumerate(zip(self.parts, self.starts, strict=False)):
-            places = [place for place, owner in enumerate(owners) if owner == part]
-            if places:
-                for place, pairs in zip(places, reader([numbers[p] - start for p in places], rng), strict=True):
-                    pairs[:, 2] |= part << 1
-                    found[place] = pairs
-        return [found[place] for place in range(len(numbers))]
+
+        def read(part: int, own_numbers: list[int]) -> list[Pairs]:
+            found = self.parts[part](own_numbers, rng)
+            for pairs in found:
+                pairs[:, 2] |= part << 1
+            return found
+
+        return read_by_part(numbers, self.starts, read)
+
+
+def read_by_part(
+    numbers: Sequence[int], starts: Sequence[int], read: Callable[[int, list[int]], Sequence[T]]
+) -> list[T]:
+    """Records of several parts, in the order of their numbers.
+
+    Args:
+        numbers: of the records, counted through all parts.
+        starts: the number of each part's first record, and the number of all records.
+        read: records of a part, by their numbers in it; called once for each part that has some.
+    """
+    owners = [bisect.bisect_right(starts, number) - 1 for number in numbers]
+    found: dict[int, T] = {}
+    for part in sorted(set(owners)):
+        places = [place for place, owner in enumerate(owners) if owner == part]
+        found |= zip(places, read(part, [numbers[place] - starts[part] for place in places]), strict=True)
+    return [found[place] for place in range(len(numbers))]

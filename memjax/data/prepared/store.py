@@ -4,7 +4,6 @@ A record is a little-endian uint32 count of segments, for each of them its lengt
 then the ids of all of them, two bytes each where the vocabulary allows it. `manifest.json` says what they were made of.
 """
 
-import bisect
 import contextlib
 import dataclasses
 import itertools
@@ -21,7 +20,7 @@ from pydantic import NonNegativeInt
 
 from memjax.data.sources.corpus import Corpus
 from memjax.data.sources.records import Record, Segment, checked
-from memjax.data.tokenize import Pairs, Reader, make_pairs
+from memjax.data.tokenize import Pairs, Reader, make_pairs, read_by_part
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import DataError
 from memjax.io.documents import read_as
@@ -54,16 +53,12 @@ class Manifest:
     """Records that were left out."""
     examples: list[str]
     """The first of them, and why."""
-    usable: int = -1
-    """Records without the empty ones that keep the numbers of those left out; -1: all, before 0.2."""
-    digest: str = ""
-    """Checksum of all records; empty before 0.2."""
+    usable: int
+    """Records without the empty ones that keep the numbers of those left out."""
+    digest: str
+    """Checksum of all records."""
     asked_for: bool = True
     """By memjax.prepare, and not only by the start of a training."""
-
-    def __post_init__(self) -> None:
-        if self.usable < 0:
-            object.__setattr__(self, "usable", self.records)
 
     @property
     def records(self) -> int:
@@ -256,13 +251,7 @@ class PreparedReader(Reader):
 
     def _read(self, numbers: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
         """The ids of each record, and its head: of each segment the doubled length, plus 1 if it is learned."""
-        shards = [bisect.bisect_right(self._starts, number) - 1 for number in numbers]
-        found: list[bytes] = [b""] * len(numbers)
-        for shard in set(shards):
-            places = [place for place, owner in enumerate(shards) if owner == shard]
-            wanted = [numbers[place] - self._starts[shard] for place in places]
-            for place, record in zip(places, self._read_shard(shard, wanted), strict=True):
-                found[place] = record
+        found = read_by_part(numbers, self._starts, self._read_shard)
         return [self._parse(record, number) for record, number in zip(found, numbers, strict=True)]
 
     def _read_shard(self, shard: int, wanted: list[int]) -> list[bytes]:

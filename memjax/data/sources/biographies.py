@@ -183,23 +183,12 @@ def _people(num_people: int, seed: int) -> tuple[Person, ...]:
     return tuple(found)
 
 
-def held_out_people(config: BiographiesConfig) -> list[Person]:
-    """The people whose facts are told in training and whose questions are not asked there."""
+def people_asked_about(config: BiographiesConfig, *, in_training: bool) -> list[Person]:
+    """The people whose questions are asked in training, or the others, whose facts are only told there."""
     everyone = _people(config.num_people, config.seed)
-    return [everyone[i] for i in _shares(config)[1]]
-
-
-def asked_people(config: BiographiesConfig) -> list[Person]:
-    """The people whose questions are asked in training."""
-    everyone = _people(config.num_people, config.seed)
-    return [everyone[i] for i in _shares(config)[0]]
-
-
-def _shares(config: BiographiesConfig) -> tuple[list[int], list[int]]:
-    """Numbers of the people who are asked about in training, and of those who are not, each in rising order."""
     order = np.random.default_rng([config.seed, 2]).permutation(config.num_people).tolist()
-    border = round(config.num_people * config.held_out_fraction)
-    return sorted(order[border:]), sorted(order[:border])
+    num_held_out = round(config.num_people * config.held_out_fraction)
+    return [everyone[i] for i in sorted(order[num_held_out:] if in_training else order[:num_held_out])]
 
 
 def questions(config: BiographiesConfig, asked: bool, limit_people: int | None = None) -> list[Question]:
@@ -210,10 +199,8 @@ def questions(config: BiographiesConfig, asked: bool, limit_people: int | None =
         asked: whether the questions are among those of the training.
         limit_people: the most people to ask about; None for all.
     """
-    chosen = asked_people(config) if asked else held_out_people(config)
-    return [
-        _question(person, attribute, QUESTIONS) for person in chosen[:limit_people] for attribute in attribute_names
-    ]
+    chosen = people_asked_about(config, in_training=asked)[:limit_people]
+    return [_question(person, attribute, QUESTIONS) for person in chosen for attribute in attribute_names]
 
 
 def statements(config: BiographiesConfig, limit_people: int | None = None) -> list[Question]:
@@ -236,7 +223,7 @@ class BiographyRecords(Records):
     def __init__(self, config: BiographiesConfig):
         self.config = config
         self._people = _people(config.num_people, config.seed)
-        self._asked = asked_people(config)
+        self._asked = people_asked_about(config, in_training=True)
         self._num_told = len(self._people) * (len(attribute_names) if config.form == "fact" else 1)
 
     def __reduce__(self) -> tuple[type["BiographyRecords"], tuple[BiographiesConfig]]:
@@ -272,7 +259,8 @@ class QuestionRecords(Records):
 
     def __init__(self, config: BiographiesConfig):
         self.config = config
-        self._people = held_out_people(config) or asked_people(config)
+        held_out = people_asked_about(config, in_training=False)
+        self._people = held_out or people_asked_about(config, in_training=True)
 
     def __reduce__(self) -> tuple[type["QuestionRecords"], tuple[BiographiesConfig]]:
         return QuestionRecords, (self.config,)

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib
 import json
 import pathlib
 import re
@@ -17,6 +18,14 @@ FILE_NAME = "tokenizer.json"
 SPECIAL_TOKENS = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
 _MAX_VOCAB_SIZE = 1 << 22
 """Several times that of the largest vocabularies in use."""
+_CLASSES = {
+    "byte": "base.ByteTokenizer",
+    "bpe": "bpe.BpeTokenizer",
+    "hf": "hf.HfTokenizer",
+    "sentencepiece": "sentencepiece.SentencePieceTokenizer",
+    "tiktoken": "tiktoken.TiktokenTokenizer",
+}
+"""Module and class by kind."""
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError, MemoryError)
 """What reading content of the wrong shape can raise."""
 
@@ -25,6 +34,8 @@ class Tokenizer(ABC):
     """Encodes texts; special tokens have ids and names, but no text encodes to them unless that is asked for."""
 
     kind: ClassVar[str]
+    STATE: ClassVar[tuple[str, ...]] = ()
+    """The names that `to_state` gives the arguments of the constructor, in their order."""
     adds_leading_space: bool = False
     """Whether a text's first token carries a space that is no part of the text."""
     added_words: tuple[str, ...] = ()
@@ -178,39 +189,18 @@ class Tokenizer(ABC):
             ValueError: the state is of no known kind.
             DataError: the package that the kind needs is missing.
         """
-        found = Tokenizer._of_kind(state)
-        return found.configure(adds_bos=state.get("adds_bos", True), end_tokens=state.get("end_tokens", ()))
-
-    @staticmethod
-    def _of_kind(state: dict[str, Any]) -> "Tokenizer":
         kind = state.get("kind")
-        if kind == ByteTokenizer.kind:
-            return ByteTokenizer()
+        if not isinstance(kind, str) or kind not in _CLASSES:
+            raise ValueError(f"tokenizer kind={kind!r} is unknown; known: {', '.join(_CLASSES)}")
         # Imported here, because these modules are built on this one.
+        module, name = _CLASSES[kind].split(".")
+        tokenizer = getattr(importlib.import_module(f"memjax.data.tokenizers.{module}"), name)
         try:
-            if kind == "bpe":
-                from memjax.data.tokenizers.bpe import BpeTokenizer
-
-                return BpeTokenizer(state["bpe"])
-            if kind == "hf":
-                from memjax.data.tokenizers.hf import HfTokenizer
-
-                return HfTokenizer(state["json"], bos=state["bos"], eos=state["eos"])
-            if kind == "sentencepiece":
-                from memjax.data.tokenizers.sentencepiece import SentencePieceTokenizer
-
-                added = state.get("added_tokens", ())
-                return SentencePieceTokenizer(state["model"], bos=state["bos"], eos=state["eos"], added_tokens=added)
-            if kind == "tiktoken":
-                from memjax.data.tokenizers.tiktoken import TiktokenTokenizer
-
-                ranks, names = state["ranks"], state["special_tokens"]
-                return TiktokenTokenizer(
-                    ranks, pattern=state["pattern"], special_tokens=names, bos=state["bos"], eos=state["eos"]
-                )
+            arguments = [({"added_tokens": ()} | state)[field] for field in tokenizer.STATE]
         except KeyError as error:
             raise ValueError(f"the state of a tokenizer of kind={kind!r} lacks {error}") from error
-        raise ValueError(f"tokenizer kind={kind!r} is unknown; known: byte, bpe, hf, sentencepiece, tiktoken")
+        found = tokenizer(*arguments)
+        return found.configure(adds_bos=state.get("adds_bos", True), end_tokens=state.get("end_tokens", ()))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer.from_state, (self.full_state(),)

@@ -18,6 +18,7 @@ class BpeTokenizer(Tokenizer):
     """Byte-level BPE; made by `train_bpe` or from a state."""
 
     kind: ClassVar[str] = "bpe"
+    STATE = ("bpe",)
 
     def __init__(self, bpe: dict[str, Any]):
         """Takes the `bpe` part of a state: the description that the tokenizers library writes."""

@@ -15,8 +15,9 @@ class HfTokenizer(Tokenizer):
     """Encodes as the library does, without the special tokens that its post-processor would add."""
 
     kind: ClassVar[str] = "hf"
+    STATE = ("json", "bos", "eos")
 
-    def __init__(self, description: Any, *, bos: str | None = None, eos: str | None = None):
+    def __init__(self, description: Any, bos: str | None = None, eos: str | None = None):
         """Takes the content of a tokenizer.json, and the names of the begin and the end token where they are not known.
 
         Raises:

@@ -19,8 +19,9 @@ class SentencePieceTokenizer(Tokenizer):
     """
 
     kind: ClassVar[str] = "sentencepiece"
+    STATE = ("model", "bos", "eos", "added_tokens")
 
-    def __init__(self, model: str, *, bos: str | None = None, eos: str | None = None, added_tokens: Sequence[str] = ()):
+    def __init__(self, model: str, bos: str | None = None, eos: str | None = None, added_tokens: Sequence[str] = ()):
         """Takes the content of the file in base 64.
 
         Args:

@@ -26,11 +26,11 @@ class TiktokenTokenizer(Tokenizer):
     """Encodes as the library does; special tokens get the ids after the last rank."""
 
     kind: ClassVar[str] = "tiktoken"
+    STATE = ("ranks", "pattern", "special_tokens", "bos", "eos")
 
     def __init__(
         self,
         ranks: Mapping[str, int],
-        *,
         pattern: str,
         special_tokens: Sequence[str],
         bos: str | None = None,

@@ -6,7 +6,7 @@ gives it a name for settings; `memjax.ops.table.Table` takes any format, registe
 
 import dataclasses
 import importlib
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -158,18 +158,19 @@ class Scaled:
 
     payload_dtype = np.dtype(np.int8)
     has_scales = True
+    codes_per_byte: ClassVar[int] = 1
 
     def payload_columns(self, width: int) -> int:
-        """One code a byte."""
-        return width
+        """A byte for each of its codes."""
+        return width // self.codes_per_byte
 
     def width(self, payload_columns: int) -> int:
-        """One column a byte."""
-        return payload_columns
+        """A column for each code."""
+        return payload_columns * self.codes_per_byte
 
     def groups(self, width: int) -> int:
         """Scales of a row."""
-        step = self.payload_columns_per_code()
+        step = self.codes_per_byte
         sizes = [size for size in range(step, min(self.group, width) + 1, step) if width % size == 0]
         if not sizes or sizes[-1] < min(SMALLEST_GROUP, width):
             raise ValueError(
@@ -178,10 +179,6 @@ class Scaled:
                 f"{width}; use bfloat16, or a width that is a multiple of 16"
             )
         return width // sizes[-1]
-
-    def payload_columns_per_code(self) -> int:
-        """Codes in a byte."""
-        return 1
 
     def encode(self, rows: Float[np.ndarray, "b d"]) -> Encoded:
         """Scales from each group's largest number, and the nearest codes."""
@@ -244,21 +241,11 @@ class Float8(Scaled):
 class Int4(Scaled):
     """Whole numbers from -8 to 7, two in a byte: the even column in its lower half, the odd one in its upper half."""
 
+    codes_per_byte = 2
+
     _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
     """Of each group's largest number that the largest code may mean. Less of it makes the steps between codes finer at
     the price of that number: the best share is chosen group by group."""
-
-    def payload_columns_per_code(self) -> int:
-        """Two codes in a byte."""
-        return 2
-
-    def payload_columns(self, width: int) -> int:
-        """Half a byte a column."""
-        return width // 2
-
-    def width(self, payload_columns: int) -> int:
-        """Two columns a byte."""
-        return 2 * payload_columns
 
     def _code(self, grouped: np.ndarray, largest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         signed = np.where(grouped.max(axis=2) == largest, largest, -largest)

@@ -69,7 +69,10 @@ def test_people_depend_on_their_seed_alone():
 @pytest.mark.parametrize(("fraction", "num_held_out"), [(0.0, 0), (0.25, 15), (1.0, 60)])
 def test_people_are_either_asked_about_or_held_out(fraction, num_held_out):
     config = dataclasses.replace(CONFIG, held_out_fraction=fraction)
-    asked, held_out = biographies.asked_people(config), biographies.held_out_people(config)
+    asked, held_out = (
+        biographies.people_asked_about(config, in_training=True),
+        biographies.people_asked_about(config, in_training=False),
+    )
     assert len(held_out) == num_held_out
     assert sorted(p.name for p in asked + held_out) == sorted(p.name for p in people(config))
 
@@ -77,7 +80,7 @@ def test_people_are_either_asked_about_or_held_out(fraction, num_held_out):
 @pytest.mark.parametrize("form", ["fact", "biography"])
 def test_training_tells_everybody_and_asks_only_about_the_asked(form):
     config = dataclasses.replace(CONFIG, form=form)
-    asked = {person.name for person in biographies.asked_people(config)}
+    asked = {person.name for person in biographies.people_asked_about(config, in_training=True)}
     records = exposures(config, np.random.default_rng(0))
     assert len(records) == 60 * (6 if form == "fact" else 1) + 45 * 6
     questioned = [text_of(record) for record in records if "?" in text_of(record)]
@@ -134,7 +137,10 @@ def test_no_wording_serves_two_attributes():
 
 
 def test_questions_ask_for_the_six_values_of_the_right_people():
-    for asked, who in ((True, biographies.asked_people(CONFIG)), (False, biographies.held_out_people(CONFIG))):
+    for asked, who in (
+        (True, biographies.people_asked_about(CONFIG, in_training=True)),
+        (False, biographies.people_asked_about(CONFIG, in_training=False)),
+    ):
         found = questions(CONFIG, asked, None)
         assert [(q.person, q.attribute) for q in found] == [(p, a) for p in who for a in attribute_names]
         for question in found:
