@@ -1,4 +1,4 @@
-"""Streaming of large arrays: cut into row blocks to be written, put together from them when they are read."""
+"""Streaming of large arrays: split into row blocks when they are written, joined when they are read."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -50,7 +50,7 @@ def join_blocks(
     places: Mapping[str, tuple[int, int]],
     read: Callable[[str, jax.ShapeDtypeStruct], jax.Array],
 ) -> jax.Array:
-    """The leaf, read block by block into a donated array: beside it there is never more than one block.
+    """The leaf, read block by block into a donated array, so that at most one block exists besides it.
 
     Args:
         target: The leaf, with its sharding.

@@ -148,8 +148,7 @@ class Checkpoints(Steps):
         Raises:
             CheckpointError: there is no such leaf, or it is damaged.
         """
-        stored = StoredStep(self.folder, step)
-        return stored.read_rows(stored.index(), item, name, verify=self._verify)
+        return StoredStep(self.folder, step).read_rows(item, name, verify=self._verify)
 
     def read_document(self, name: str, step: int | None = None) -> dict[str, Any]:
         """One JSON item of a step, by default of the newest that can be read."""
@@ -181,11 +180,11 @@ class Checkpoints(Steps):
         self, step: int, targets: Mapping[str, Any], documents: Sequence[str], optional: Collection[str]
     ) -> Restored:
         stored = StoredStep(self.folder, step)
-        index = stored.index()
+        index = stored.index
         targets = {item: tree for item, tree in targets.items() if item in index["arrays"] or item not in optional}
         absent = [item for item in targets if item not in index["arrays"]]
         if absent and note_of(index).partial:
             newest = self.latest()
             way_out = "no step here has all of it" if newest is None else f"the newest step with all of it is {newest}"
             raise CheckpointError(f"{self.folder}: step {step} was saved without its {' and '.join(absent)}; {way_out}")
-        return stored.restore(index, targets, documents, verify=self._verify)
+        return stored.restore(targets, documents, verify=self._verify)

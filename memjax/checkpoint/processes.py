@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other while they save and restore."""
+"""Agreement of the processes of a run while they save and restore."""
 
 import jax
 import numpy as np

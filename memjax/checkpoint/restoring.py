@@ -51,46 +51,43 @@ class StoredStep:
         self._regular: set[str] = set()
         """Items whose files have been looked at."""
 
+    @functools.cached_property
     def index(self) -> dict[str, Any]:
         """What the step says of its items; raises Damaged if it cannot be read."""
         stored = self._items({INDEX: ocp.args.JsonRestore()})[INDEX]
         with explained(Damaged, f"{self._name}, item {INDEX}: is damaged"):
             return unseal(stored, self.step)
 
-    def restore(
-        self, index: Mapping[str, Any], targets: Mapping[str, Any], documents: Sequence[str], *, verify: bool
-    ) -> Restored:
+    def restore(self, targets: Mapping[str, Any], documents: Sequence[str], *, verify: bool) -> Restored:
         """Reads the named items, which the index has.
 
         Raises:
             CheckpointError: a target does not fit what was saved.
             Damaged: what is on disk is not what was saved, or cannot be read.
         """
-        stored = index["arrays"]
+        stored = self.index["arrays"]
         wanted = {item: as_stored(flatten(tree), stored.get(item, ())) for item, tree in targets.items()}
-        self._check_fit(index, wanted, documents)
+        self._check_fit(wanted, documents)
         texts = dict(self._items({item: ocp.args.JsonRestore() for item in documents})) if documents else {}
         for item, text in texts.items():
             if not isinstance(text, dict):
                 raise Damaged(f"{self._name}, document {item}: is no JSON object")
-            if verify and text_digest(text) != index["documents"][item]:
+            if verify and text_digest(text) != self.index["documents"][item]:
                 raise Damaged(f"{self._name}, document {item}: its digest differs")
         arrays = {}
         for item, flat in wanted.items():
-            leaves = self._read_leaves(item, flat, index["arrays"][item], verify)
+            leaves = self._read_leaves(item, flat, stored[item], verify)
             arrays[item] = jax.tree.unflatten(jax.tree.structure(targets[item]), leaves.values())
         return Restored(step=self.step, arrays=arrays, documents=texts)
 
-    def read_rows(
-        self, index: Mapping[str, Any], item: str, name: str, *, verify: bool
-    ) -> Iterator[tuple[int, np.ndarray]]:
+    def read_rows(self, item: str, name: str, *, verify: bool) -> Iterator[tuple[int, np.ndarray]]:
         """The rows of a leaf in host memory, block by block, each with the number of its first row.
 
         Raises:
             CheckpointError: there is no such leaf.
             Damaged: what is on disk is not what was saved, or cannot be read; at the last block at the latest.
         """
-        record = index["arrays"].get(item, {}).get(name)
+        record = self.index["arrays"].get(item, {}).get(name)
         if record is None:
             raise CheckpointError(f"{self._name} has no {item}/{name}")
 
@@ -118,7 +115,8 @@ class StoredStep:
         if verify and digest.hex() != record["digest"]:
             raise Damaged(f"{self._name}, item {item}: digest differs in {name}")
 
-    def _check_fit(self, index: Mapping[str, Any], wanted: Mapping[str, Any], documents: Sequence[str]) -> None:
+    def _check_fit(self, wanted: Mapping[str, Any], documents: Sequence[str]) -> None:
+        index = self.index
         problems = [f"{item}: no such item" for item in wanted if item not in index["arrays"]]
         problems += [f"{item}: no such document" for item in documents if item not in index["documents"]]
         hint = "build the model with the config of that run"

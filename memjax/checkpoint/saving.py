@@ -104,7 +104,7 @@ class Writer:
         if jax.process_index() == 0:
             for step in steps:
                 shutil.rmtree(self._folder / str(step))
-        any_process(False)  # nobody lists the steps before they are gone
+        any_process(False)  # a barrier: no process lists the steps before they are gone
 
     def quarantine(self, steps: Iterable[int]) -> None:
         """Moves steps out of the way; not deleted, because a step may be unreadable for a reason that passes."""

@@ -52,7 +52,7 @@ class Steps:
         """The newest step, partial or not, whose index can be read and names an item of arrays; None when none does."""
         for step in reversed(self.steps()):
             with contextlib.suppress(Damaged):
-                if item in StoredStep(self.folder, step).index()["arrays"]:
+                if item in StoredStep(self.folder, step).index["arrays"]:
                     return step
         return None
 
@@ -71,10 +71,9 @@ class Steps:
     def _note(self, step: int) -> Note | None:
         if step not in self._notes:
             try:
-                index = StoredStep(self.folder, step).index()
+                self._notes[step] = note_of(StoredStep(self.folder, step).index)
             except Damaged:
                 return None  # asked again, because the reason may pass
-            self._notes[step] = note_of(index)
         return self._notes[step]
 
 
@@ -94,7 +93,7 @@ class Retention:
         del context
         steps = sorted(info.step for info in checkpoints)
         best = self._steps.best(steps) if self._keep_best else None
-        # A step that cannot be read takes nobody's place.
+        # A step that cannot be read does not count as one that is kept.
         complete = self._steps.complete(self._steps.readable(steps))
         kept = {*steps[-self._keep :], *complete[-self._keep :], best}
         return [info.step in kept for info in checkpoints]

@@ -10,9 +10,10 @@ import numbers
 import os
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 from memjax.config.renamed import new_value
+from memjax.config.schema import field_types
 from memjax.io.paths import local_path, path_or_address
 
 
@@ -91,10 +92,10 @@ def typed(config: Any, section: str | None = None) -> None:
         section: where its fields are in a run's config, so that values that were renamed are recognised.
 
     Raises:
-        ValueError: a word is unknown, or a number or flag is none.
+        ValueError: a word is unknown, or a value is of another type.
     """
     problems: list[str | None] = []
-    for name, kind in _types(type(config)).items():
+    for name, kind in field_types(type(config)).items():
         value, kinds = getattr(config, name), [one for one in _union(kind) if one is not type(None)]
         if value is None and len(kinds) < len(_union(kind)):
             continue
@@ -114,16 +115,11 @@ def _rule(kind: Any) -> Check | None:
     return functools.partial(one_of, get_args(kind)) if get_origin(kind) is Literal else _TYPES.get(kind)
 
 
-@functools.cache
-def _types(owner: type, include_extras: bool = False) -> dict[str, Any]:
-    return get_type_hints(owner, include_extras=include_extras)
-
-
 def ranges(config: Any) -> list[str | None]:
     """Problems with values outside of the ranges that the types of a config's fields name (`memjax.config.section`)."""
     return [
         problem
-        for name, kind in _types(type(config), include_extras=True).items()
+        for name, kind in field_types(type(config), include_extras=True).items()
         for one in _union(kind)
         for check in getattr(one, "__metadata__", ())
         for problem in check(**{name: getattr(config, name)})

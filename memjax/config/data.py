@@ -73,7 +73,7 @@ class MixtureConfig(Section):
     """Share of the tokens of the training, relative to the weights of the other parts."""
 
     def problems(self) -> Iterator[str | None]:
-        """A name that is none."""
+        """An invalid name."""
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
             yield f"name={self.name} must consist of letters, digits, - and _: a folder and metrics are named after it"
 
@@ -134,7 +134,7 @@ class DataConfig(Section):
     """The generated people (source: biographies)."""
 
     def problems(self) -> Iterator[str | None]:
-        """Names that are none, and settings that are for another source."""
+        """Invalid names, and settings that are for another source."""
         if self.source == "mixture" and not self.mixture:
             yield f"source={self.source} needs the parts to mix; list them in mixture, as {{name, path, weight}} each"
         if self.source != "mixture" and self.mixture:

@@ -10,16 +10,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from memjax.config.schema import (
-    PLAIN_TYPES,
-    FieldPath,
-    field_type,
-    field_types,
-    item_section_of,
-    section_of,
-    show,
-    unwrap,
-)
+from memjax.config.schema import PLAIN_TYPES, FieldPath, field_types, item_section_of, section_of, show, unwrap
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,9 +71,13 @@ _SHOW_THIS = "Show this and stop."
 def section_help(schema: type, topic: str) -> str | None:
     """The help of one section or setting, named by its dotted path; None where there is none of that name."""
     path = tuple(topic.split("."))
-    owner, annotation = section_of(field_type(schema, path[:-1])), field_type(schema, path)
-    if owner is None or annotation is None:
-        return None
+    annotation: Any = schema
+    owner: type = schema
+    for name in path:
+        inner = section_of(annotation)
+        if inner is None or name not in field_types(inner):
+            return None
+        owner, annotation = inner, field_types(inner)[name]
     section = section_of(annotation)
     head = _field_lines(owner, path, annotation)
     lines = head if section is None else [*(head if unwrap(annotation)[1] else []), *_section_lines(section, path)]

@@ -54,8 +54,6 @@ class LookupConfig(Section):
 class ProductKeyConfig(LookupConfig):
     """What all lookups by product keys have in common."""
 
-    layers: tuple[int, ...]
-    """Blocks (0-based) that have a lookup."""
     num_keys: Positive[int] = 64
     """Sub-keys per half; the table has num_keys squared slots."""
     num_heads: Positive[int] = 2

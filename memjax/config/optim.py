@@ -25,7 +25,7 @@ class ScheduleConfig(Section):
     """Last steps of a wsd schedule, over which the rate falls; a number below 1 is a share of train.steps."""
 
     def problems(self) -> Iterator[str]:
-        """Numbers of steps that are none."""
+        """Fractional numbers of steps."""
         for name, value in (("warmup_steps", self.warmup_steps), ("decay_steps", self.decay_steps)):
             if value >= 1 and not isinstance(value, int):
                 yield f"{name}={value} must be a whole number of steps, or a share of them below 1"

@@ -21,8 +21,8 @@ class RunFolderConfig(Section):
     """The run's folder; the same folder again resumes the run."""
     mirror: PathOrAddress[str] | None = None
     """Folder or address (gs://, s3://, hf://) to which the run's folder is copied after each save and at the end,
-    without its prepared data; `memjax.load` reads it. It must be empty, or the mirror of the same run. What goes wrong
-    with it is told, and tried again at the next save."""
+    without its prepared data; `memjax.load` reads it. It must be empty, or the mirror of the same run. A copy that
+    fails costs a warning, and is tried again at the next save."""
     seed: int = 0
     """Seed of the initialisation, the data order and the stochastic rounding."""
     deterministic: bool = False

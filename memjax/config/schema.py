@@ -13,9 +13,9 @@ FieldPath = tuple[str, ...]
 
 
 @functools.cache
-def field_types(section: type) -> dict[str, Any]:
-    """The type of each field of a section."""
-    hints = typing.get_type_hints(section)
+def field_types(section: type, include_extras: bool = False) -> dict[str, Any]:
+    """The type of each field of a section, with the ranges that it names where those are asked for."""
+    hints = typing.get_type_hints(section, include_extras=include_extras)
     return {field.name: hints[field.name] for field in dataclasses.fields(section)}
 
 

@@ -43,7 +43,7 @@ class CheckpointConfig(Section):
     steps each N-th, and all others that are written. One without tables is small, but nothing can go on from it."""
 
     def problems(self) -> Iterator[str]:
-        """A rule for tables that is none."""
+        """An invalid rule for tables."""
         if not re.fullmatch(r"always|every 0*[1-9]\d*", self.tables):
             yield (
                 f"tables={self.tables} must be always or, as in 'every 4', every and a number from 1; there is no "

@@ -9,23 +9,14 @@ from typing import Any
 
 import pydantic
 
+from memjax.config import schema
 from memjax.config.arguments import from_text
 from memjax.config.files import Tree, merge
 from memjax.config.problems import Problems, close, did_you_mean
-from memjax.config.schema import (
-    FieldPath,
-    field_type,
-    field_types,
-    item_section_of,
-    printable,
-    section_of,
-    shortened,
-    unwrap,
-)
 from memjax.errors import ConfigError
 
 
-def validate(tree: Tree, settings: Sequence[tuple[FieldPath, str]], problems: Problems) -> Any:
+def validate(tree: Tree, settings: Sequence[tuple[schema.FieldPath, str]], problems: Problems) -> Any:
     """The config of a tree with settings of the command line on top.
 
     Raises:
@@ -50,30 +41,30 @@ def validate(tree: Tree, settings: Sequence[tuple[FieldPath, str]], problems: Pr
     return config
 
 
-def _refuse_unknown(section: type, tree: Tree, path: FieldPath, problems: Problems) -> None:
-    annotations = field_types(section)
+def _refuse_unknown(section: type, tree: Tree, path: schema.FieldPath, problems: Problems) -> None:
+    annotations = schema.field_types(section)
     for name, value in tree.items():
         here, annotation = (*path, name), annotations.get(name)
         if annotation is None:
             problems.unknown(here, is_section=isinstance(value, dict), place=problems.places[here])
-        elif isinstance(value, dict) and (deeper := section_of(annotation)):
+        elif isinstance(value, dict) and (deeper := schema.section_of(annotation)):
             _refuse_unknown(deeper, value, here, problems)
-        elif isinstance(value, list) and (item := item_section_of(annotation)):
+        elif isinstance(value, list) and (item := schema.item_section_of(annotation)):
             _refuse_unknown_in_items(item, value, here, problems)
 
 
-def _refuse_unknown_in_items(section: type, items: list[Any], path: FieldPath, problems: Problems) -> None:
+def _refuse_unknown_in_items(section: type, items: list[Any], path: schema.FieldPath, problems: Problems) -> None:
     """Items are whole: a section of a list has no sections in it."""
-    known = list(field_types(section))
+    known = list(schema.field_types(section))
     for number, item in enumerate(items):
         for name in item if isinstance(item, dict) else ():
             if name not in known:
                 hint = did_you_mean(close(name, known)) or f"; known: {', '.join(known)}"
-                where = f"{'.'.join(path)}[{number}].{printable(name)}"
+                where = f"{'.'.join(path)}[{number}].{schema.printable(name)}"
                 problems.add(problems.nearest((*path, name)), f"{where}: unknown setting{hint}")
 
 
-def _without_undecodable(value: Any, path: FieldPath, problems: Problems) -> Any:
+def _without_undecodable(value: Any, path: schema.FieldPath, problems: Problems) -> Any:
     """The tree without text that UTF-8 cannot express (lone surrogates, undecodable bytes of the command line)."""
     if isinstance(value, dict):
         return {
@@ -88,9 +79,9 @@ def _without_undecodable(value: Any, path: FieldPath, problems: Problems) -> Any
     way_out = ""
     if sys.getfilesystemencoding() != "utf-8":
         way_out = f"; this locale is {sys.getfilesystemencoding()}: set PYTHONUTF8=1 for other characters"
-    what = f"{'.'.join(path)}='{shortened(printable(value))}'"
+    what = f"{'.'.join(path)}='{schema.shortened(schema.printable(value))}'"
     problems.add(problems.nearest(path), f"{what} is not text in UTF-8{way_out}")
-    return None if unwrap(field_type(problems.schema, path))[1] else ""
+    return None if schema.unwrap(schema.field_type(problems.schema, path))[1] else ""
 
 
 def _is_encodable(text: str) -> bool:

@@ -124,13 +124,13 @@ class Dataset:
     def _amount(self, split: Split, steps: int | None, share: float) -> str:
         count, config = split.stop - split.start, self.config
         tokens, is_exact = _num_tokens(split)
-        told = f"{count:,} for training, {'' if is_exact else 'about '}{tokens:,} tokens"
+        amount = f"{count:,} for training, {'' if is_exact else 'about '}{tokens:,} tokens"
         if steps is None:
-            return told
+            return amount
         read = steps * share * config.batch_size
         if config.packing == "none":
-            return f"{told}; {steps:,} steps read {read / count:.3g} epochs"
-        return f"{told}; {steps:,} steps read about {read * config.sequence_length / tokens:.3g} epochs"
+            return f"{amount}; {steps:,} steps read {read / count:.3g} epochs"
+        return f"{amount}; {steps:,} steps read about {read * config.sequence_length / tokens:.3g} epochs"
 
 
 def open_dataset(data: DataConfig | Source, tokenizer: Tokenizer) -> Dataset:

@@ -64,7 +64,7 @@ class TrainingData(Iterator[Batch]):
             batches = iter(ThreadPrefetchIterDataset(ahead, prefetch_buffer_size=_READY_BATCHES))
         self._open = [batches]
         # A thread or process that still reads when the interpreter goes down would abort it with an exit code of its
-        # own, so what nobody closed is closed, and released, before.
+        # own, so iterators that were not closed are closed, and released, before.
         self._close = weakref.finalize(self, _close_all, self._open, stop)
 
     def __next__(self) -> Batch:

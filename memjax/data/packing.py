@@ -49,7 +49,7 @@ def batches(
         num_rows: rows in a batch.
         document_mask: number the records of a row and their positions, or treat a row as one text.
         seed: chooses the wordings of the records, and orders the rows that first_fit fills together.
-        with_sources: tell the part of a mixture that each token is from.
+        with_sources: add the part of a mixture that each token is from.
         shard: which of the blocks of records that are read together, for one of several workers.
     """
     finish = _Finish(num_rows=num_rows, document_mask=document_mask, with_sources=with_sources)

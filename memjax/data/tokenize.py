@@ -42,7 +42,7 @@ class Reader(ABC):
         """The text of a record."""
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """What tells these records from others, as JSON values; None where the settings decide them."""
+        """Identifies the records, as JSON values; None where the settings decide them."""
         return None
 
 
@@ -112,7 +112,7 @@ def make_pairs(
 
 
 class StoppableReader(Reader):
-    """Another reader's records, a few at a time, until it is told to stop: a block of long ones takes seconds."""
+    """Another reader's records, a few at a time, until it is stopped: a block of long ones takes seconds."""
 
     def __init__(self, reader: Reader, stop: threading.Event):
         self.reader, self.stop = reader, stop
@@ -135,7 +135,7 @@ class StoppableReader(Reader):
 
 
 class JoinedReader(Reader):
-    """The records of several parts, those of the first, then those of the second; pairs tell the number of the part."""
+    """The records of several parts, those of the first, then those of the second; pairs have the number of the part."""
 
     def __init__(self, parts: Sequence[Reader]):
         self.parts = tuple(parts)

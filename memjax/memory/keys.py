@@ -11,11 +11,11 @@ from jaxtyping import Array, Float, Int
 
 from memjax.config import checks
 from memjax.config.memory import ProductKeyConfig
-from memjax.memory import sharded
 from memjax.ops import dispatch
-from memjax.ops.precision import init_in_float32
+from memjax.ops.precision import accumulator, init_in_float32
+from memjax.ops.product_key_search.api import product_key_search
 from memjax.ops.shapes import require
-from memjax.sharding.axes import fold
+from memjax.sharding.axes import alike_over_tensor, fold, on_own_tokens
 
 
 class Lookup(NamedTuple):
@@ -47,7 +47,7 @@ class ProductKeys(nnx.Module):
         """Queries are one linear layer (Xavier-uniform, bias 0), keys uniform within +- key_dim ** -0.5.
 
         Raises:
-            ValueError: dim is no width, a type is none of floating-point numbers, or `implementation` is unknown.
+            ValueError: dim is not positive, a type is not a floating-point type, or `implementation` is unknown.
         """
         kinds = {"dtype": dtype or jnp.float32, "param_dtype": param_dtype}
         checks.refuse(
@@ -98,7 +98,7 @@ class ProductKeys(nnx.Module):
 
     def search(self, queries: Float[Array, "t width"]) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
         """Scores of each head for projected queries, best first and without `score_scale`, and slots."""
-        return sharded.search(*self.vectors(queries), self.top_k, implementation=self.implementation)
+        return search(*self.vectors(queries), self.top_k, implementation=self.implementation)
 
     def vectors(
         self, queries: Float[Array, "t width"]
@@ -110,6 +110,20 @@ class ProductKeys(nnx.Module):
             halves = queries.reshape(tokens, self.num_heads, 2, self.key_dim // 2)
             queries, keys = unit_length(halves), unit_length(keys)
         return queries.reshape(tokens, self.num_heads, self.key_dim), keys
+
+
+def search(
+    queries: Float[Array, "t h key_dim"],
+    keys: Float[Array, "h 2 n half"],
+    top_k: int,
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
+    """`product_key_search`, each device for its own tokens."""
+    return on_own_tokens(_search, (queries,), (keys,), top_k=top_k, implementation=implementation)
+
+
+_search = alike_over_tensor(product_key_search)
 
 
 def check_width(layer: str, x: Float[Array, "*b width"], dim: int) -> None:
@@ -124,7 +138,7 @@ def check_width(layer: str, x: Float[Array, "*b width"], dim: int) -> None:
 
 def unit_length(vectors: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     """Vectors over their Euclidean length, computed in float32 or wider."""
-    wide = vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
+    wide = vectors.astype(accumulator(vectors.dtype))
     return (wide * jax.lax.rsqrt(jnp.sum(wide**2, axis=-1, keepdims=True) + 1e-12)).astype(vectors.dtype)
 
 

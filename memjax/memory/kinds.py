@@ -62,7 +62,7 @@ def _memory_bytes(section: MemoryConfig, dim: int, width: int, table_width: int)
 
 def _peer_bytes(section: PEERConfig, dim: int, width: int, table_width: int) -> TokenBytes:
     queries, vectors = section.num_heads * section.key_dim * width, dim * (width + table_width)
-    # Beside index, score and weight of a pick its product with the token, and what comes of it.
+    # Of each pick its index, score and weight, its product with the token, and the activation of that.
     read, gradient = section.picks * 20 + vectors, section.picks * 12 + vectors
     return TokenBytes(queries, queries, read, gradient, _half_scores(section))
 

@@ -65,7 +65,7 @@ class LookupLayer(nnx.Module):
         if recording is None:
             return self.with_reads(x, *tables)[0]
         calls, perturbations = recording.reads.get_value(), recording.perturbations.get_value()
-        # The number of the call tells which perturbations are its own; the first pass, which finds shapes, has none.
+        # A call's perturbations have its number; the first pass, which finds shapes, has none.
         own = perturbations[len(calls)] if perturbations else None
         out, found = self.with_reads(x, *tables, perturbations=own)
         try:

@@ -6,61 +6,33 @@ and an all-to-all returns whole rows to the device that owns the token. For dots
 hands out the columns of the vectors, and the parts of each product are summed on the device that owns the token.
 
 The mesh is the ambient one (`jax.set_mesh`). Without it, without both axes, or inside a `jax.shard_map` over them,
-these are the plain operations, so one device, a mesh and somebody else's model run the same layer.
+these are the plain operations, so one device, a mesh and a caller's own model run the same layer.
 """
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from memjax.config import checks
 from memjax.memory import row_grad_reduce
 from memjax.ops.embedding_bag.api import embedding_bag
 from memjax.ops.embedding_dot.api import embedding_dot
 from memjax.ops.precision import accumulator
-from memjax.ops.product_key_search.api import product_key_search
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update import dense
 from memjax.ops.row_update.api import check_state, row_update
 from memjax.ops.row_update.rules import RowRule, RowStep, TableState
 from memjax.ops.shapes import require
 from memjax.ops.table import Table
+from memjax.sharding import rules
 from memjax.sharding.axes import alike_over_tensor, has_memory_axis, over_mesh, place, unsharded, unsharded_update
-from memjax.sharding.rules import (
-    BAGS,
-    COLUMNS,
-    DATA,
-    MEMORY,
-    REPLICA_COLUMNS,
-    REPLICA_SHARDS,
-    REPLICATED,
-    TOKENS,
-)
 
-FACTORS = RowGradient._make((TOKENS, TOKENS, BAGS))
+FACTORS = RowGradient._make((rules.TOKENS, rules.TOKENS, rules.BAGS))
 """The layout of a row gradient."""
-
-
-def search(
-    queries: Float[Array, "t h key_dim"],
-    keys: Float[Array, "h 2 n half"],
-    top_k: int,
-    *,
-    implementation: str | None = None,
-) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
-    """`product_key_search`, each device for its own tokens."""
-    settings = {"top_k": top_k, "implementation": implementation}
-    if _is_plain(queries):
-        return unsharded(partial(_search, **settings), queries)(queries, keys)
-    return over_mesh(_search, (TOKENS, REPLICATED), (TOKENS, TOKENS), **settings)(queries, keys)
-
-
-_search = alike_over_tensor(product_key_search)
 
 
 def bag(
@@ -80,8 +52,8 @@ def bag(
     if _is_plain(indices):
         run = alike_over_tensor(partial(embedding_bag, mode="promise_in_bounds", implementation=implementation))
         return sum(perturbations, start=unsharded(run, indices)(table, indices, weights))
-    specs = (COLUMNS, TOKENS, TOKENS, *(BAGS for _ in perturbations))
-    run = over_mesh(_bag_of_group, specs, TOKENS, implementation=implementation)
+    specs = (rules.COLUMNS, rules.TOKENS, rules.TOKENS, *(rules.BAGS for _ in perturbations))
+    run = over_mesh(_bag_of_group, specs, rules.TOKENS, implementation=implementation)
     return run(table, indices, weights, *perturbations)
 
 
@@ -89,12 +61,12 @@ def bag(
 def _bag_of_group(
     table: Table | Array, indices: Array, weights: Array, *perturbations: Array, implementation: str | None
 ) -> Array:
-    indices, weights = (jax.lax.all_gather(picks, MEMORY, tiled=True) for picks in (indices, weights))
+    indices, weights = (jax.lax.all_gather(picks, rules.MEMORY, tiled=True) for picks in (indices, weights))
     out = sum(
         perturbations,
         start=embedding_bag(table, indices, weights, mode="promise_in_bounds", implementation=implementation),
     )
-    return jax.lax.all_to_all(out, MEMORY, split_axis=0, concat_axis=1, tiled=True)
+    return jax.lax.all_to_all(out, rules.MEMORY, split_axis=0, concat_axis=1, tiled=True)
 
 
 def _checked(operation: str, perturbation: Array | None, shape: tuple[int, ...], **arrays: Any) -> tuple[Array, ...]:
@@ -122,8 +94,8 @@ def dot(
     if _is_plain(indices):
         run = alike_over_tensor(partial(embedding_dot, mode="promise_in_bounds", implementation=implementation))
         return sum(perturbations, start=unsharded(run, indices)(table, indices, vectors)), vectors
-    specs = (COLUMNS, TOKENS, TOKENS, *(TOKENS for _ in perturbations))
-    run = over_mesh(_dot_of_group, specs, (TOKENS, BAGS), implementation=implementation)
+    specs = (rules.COLUMNS, rules.TOKENS, rules.TOKENS, *(rules.TOKENS for _ in perturbations))
+    run = over_mesh(_dot_of_group, specs, (rules.TOKENS, rules.BAGS), implementation=implementation)
     return run(table, indices, vectors, *perturbations)
 
 
@@ -131,10 +103,10 @@ def dot(
 def _dot_of_group(
     table: Table | Array, indices: Array, vectors: Array, *perturbations: Array, implementation: str | None
 ) -> tuple[Array, Array]:
-    indices = jax.lax.all_gather(indices, MEMORY, tiled=True)
-    columns = jax.lax.all_to_all(vectors, MEMORY, split_axis=1, concat_axis=0, tiled=True)
+    indices = jax.lax.all_gather(indices, rules.MEMORY, tiled=True)
+    columns = jax.lax.all_to_all(vectors, rules.MEMORY, split_axis=1, concat_axis=0, tiled=True)
     out = embedding_dot(table, indices, columns, mode="promise_in_bounds", implementation=implementation)
-    out = jax.lax.psum_scatter(out, MEMORY, scatter_dimension=0, tiled=True)
+    out = jax.lax.psum_scatter(out, rules.MEMORY, scatter_dimension=0, tiled=True)
     return sum(perturbations, start=out), columns
 
 
@@ -175,17 +147,17 @@ def update_rows(
     for gradient in gradients:
         gradient.check(table.shape[1])
     check_state(table, state, rule)
-    checks.refuse(checks.one_of(("auto", *get_args(row_grad_reduce.Collective)), collective=collective))
+    chosen = row_grad_reduce.choose(collective, table, gradients, **_sizes())
     if all(_is_plain(gradient.indices) for gradient in gradients):
         run = lambda table, state, gradients, step: row_update(
             table, state, gradients, rule, step, implementation=implementation
         )
         return unsharded_update(alike_over_tensor(run), (table, state))(table, state, gradients, step)
-    if row_grad_reduce.choose(collective, table, gradients, **_sizes()) == "all_reduce":
+    if chosen == "all_reduce":
         total = add_rows(no_rows(table, gradients), gradients, implementation=implementation, piece_picks=piece_picks)
         return update_rows_by_sum(table, state, total, rule, step, block_bytes=block_bytes)
-    specs = (COLUMNS, COLUMNS, (FACTORS,) * len(gradients), REPLICATED)
-    run = over_mesh(_update_by_picks, specs, (COLUMNS, COLUMNS), rule=rule, implementation=implementation)
+    specs = (rules.COLUMNS, rules.COLUMNS, (FACTORS,) * len(gradients), rules.REPLICATED)
+    run = over_mesh(_update_by_picks, specs, (rules.COLUMNS, rules.COLUMNS), rule=rule, implementation=implementation)
     return run(table, state, tuple(gradients), step)
 
 
@@ -216,7 +188,7 @@ class RowSum(NamedTuple):
         return self._replace(gradient=self.gradient * jnp.asarray(factor, self.gradient.dtype))
 
 
-ROW_SUM = RowSum(REPLICA_COLUMNS, REPLICA_SHARDS)  # pyright: ignore[reportArgumentType]  # layouts of the arrays
+ROW_SUM = RowSum(rules.REPLICA_COLUMNS, rules.REPLICA_SHARDS)  # pyright: ignore[reportArgumentType]  # layouts of the arrays
 
 
 def sums_micro_batches(
@@ -237,7 +209,7 @@ def no_rows(table: Float[Array, "n d"], after: Any = ()) -> RowSum:
     total = RowSum(jnp.full((replicas, *table.shape), zero), jnp.zeros((replicas, shards, table.shape[0]), bool))
     if not has_memory_axis():
         return total
-    return RowSum(place(total.gradient, REPLICA_COLUMNS), place(total.touched, REPLICA_SHARDS))
+    return RowSum(place(total.gradient, rules.REPLICA_COLUMNS), place(total.touched, rules.REPLICA_SHARDS))
 
 
 def add_rows(
@@ -279,8 +251,8 @@ def update_rows_by_sum(
         )
         arguments = table, state, total.gradient[0], total.touched[0, 0], step
         return unsharded_update(alike_over_tensor(run), (table, state))(*arguments)
-    specs = (COLUMNS, COLUMNS, REPLICA_COLUMNS, REPLICA_SHARDS, REPLICATED)
-    run = over_mesh(_update_by_sums, specs, (COLUMNS, COLUMNS), rule=rule, block_bytes=block_bytes)
+    specs = (rules.COLUMNS, rules.COLUMNS, rules.REPLICA_COLUMNS, rules.REPLICA_SHARDS, rules.REPLICATED)
+    run = over_mesh(_update_by_sums, specs, (rules.COLUMNS, rules.COLUMNS), rule=rule, block_bytes=block_bytes)
     return run(table, state, *total, step)
 
 
@@ -289,14 +261,14 @@ def _update_by_sums(
     table: Array, state: TableState, gradient: Array, touched: Array, step: RowStep, *, rule: RowRule, block_bytes: int
 ) -> tuple[Array, TableState]:
     """The update of a device's columns by the sums of all replicas."""
-    touched = jax.lax.psum(touched[0, 0].astype(jnp.int32), DATA) > 0
-    reduce, step = partial(jax.lax.psum, axis_name=DATA), _of_columns(step, table)
+    touched = jax.lax.psum(touched[0, 0].astype(jnp.int32), rules.DATA) > 0
+    reduce, step = partial(jax.lax.psum, axis_name=rules.DATA), _of_columns(step, table)
     return dense.update_touched(table, state, gradient[0], touched, rule, step, reduce=reduce, block_bytes=block_bytes)
 
 
 def _of_columns(step: RowStep, table: Array) -> RowStep:
     """The step of the columns of a device."""
-    return step._replace(first_column=step.first_column + jax.lax.axis_index(MEMORY) * table.shape[1])
+    return step._replace(first_column=step.first_column + jax.lax.axis_index(rules.MEMORY) * table.shape[1])
 
 
 def table_shards() -> int:
@@ -306,8 +278,8 @@ def table_shards() -> int:
 
 def _sizes() -> dict[str, int]:
     """Replicas of a column shard, and devices that share the columns of a table."""
-    axes = jax.sharding.get_abstract_mesh().shape if has_memory_axis() else {DATA: 1, MEMORY: 1}
-    return {"data_axis": axes[DATA], "memory_axis": axes[MEMORY]}
+    axes = jax.sharding.get_abstract_mesh().shape if has_memory_axis() else {rules.DATA: 1, rules.MEMORY: 1}
+    return {"data_axis": axes[rules.DATA], "memory_axis": axes[rules.MEMORY]}
 
 
 def _is_plain(tokens: Array) -> bool:
@@ -317,7 +289,7 @@ def _is_plain(tokens: Array) -> bool:
 
 def _gather_gradient(gradient: RowGradient, *, whole_mesh: bool) -> RowGradient:
     """All tokens' row gradient of a device's columns: of the whole mesh, or of its replica of the table."""
-    over = (DATA, MEMORY) if whole_mesh else MEMORY
+    over = (rules.DATA, rules.MEMORY) if whole_mesh else rules.MEMORY
     gather = partial(jax.lax.all_gather, tiled=True)
     indices, weights = gather(gradient.indices, over), gather(gradient.weights, over)
-    return RowGradient(indices, weights, gather(gradient.vectors, DATA) if whole_mesh else gradient.vectors)
+    return RowGradient(indices, weights, gather(gradient.vectors, rules.DATA) if whole_mesh else gradient.vectors)

@@ -45,7 +45,7 @@ def row_sparse_value_and_grad(
         new_rows, state = row_update(table.rows[...], state, rows[table.name], rule, row_step(lr, step))
 
     Since d bag / d perturbation = 1, a perturbation's cotangent is the bag's, and with the read it makes up the table's
-    gradient; the same holds for dots. Tables are told apart by their names.
+    gradient; the same holds for dots. Tables are identified by their names.
 
     Returns:
         A function of `(params, perturbations, *args)` that returns `(loss, aux)`, the gradient of `params`, and the

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from memjax.config import checks
 from memjax.config.memory import MOST_KEYS
+from memjax.ops.precision import accumulator
 from memjax.ops.table import Table
 from memjax.sharding.axes import split_columns
 
@@ -92,11 +93,10 @@ def draw_rows(
 
     Each block is drawn in float32 (bfloat16 draws have only 128 distinct values) from `fold_in(key, block)`, then cast.
     """
-    draw_dtype = jnp.promote_types(dtype, jnp.float32)
     block = min(num_slots, max(1, block_elements // value_dim))
 
     def write_block(number: Array | int, table: Array, rows: int = block) -> Array:
-        values = std * jax.random.normal(jax.random.fold_in(key, number), (rows, value_dim), draw_dtype)
+        values = std * jax.random.normal(jax.random.fold_in(key, number), (rows, value_dim), accumulator(dtype))
         values = split_columns(values.astype(dtype))
         return split_columns(jax.lax.dynamic_update_slice(table, values, (number * block, 0)))
 

@@ -21,7 +21,7 @@ from memjax.ops.rms_norm.api import Normed
 
 
 class BlockAux(NamedTuple):
-    """What a block returns beside its output."""
+    """Auxiliary outputs of a block."""
 
     reads: tuple[TableRead, ...] = ()
     """Its reads of tables, one of each in their order."""

@@ -74,9 +74,8 @@ def training_flops(parts: DecoderParts, sequence_length: int, *, freeze_dense: b
     output matrix too); attention with the tokens that are seen on average, half of the sequence, or fewer with a
     sliding window.
 
-    With freeze_dense, 2 fewer for every frozen parameter, whose weight gradient nobody wants; and 2 fewer again up to
-    the first lookup, where the gradient of the activations has nowhere to go, and neither has
-    the attention's.
+    With freeze_dense, 2 fewer for every frozen parameter, which has no weight gradient; and 2 fewer again up to the
+    first lookup, below which neither activations nor attention have a gradient.
     """
     config, experts = parts.config, parts.config.experts
     frozen_blocks = min(config.lookups) + 1 if config.lookups and freeze_dense else 0

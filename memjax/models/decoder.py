@@ -32,7 +32,7 @@ class Cache(NamedTuple):
 
 
 class DecoderOutput(NamedTuple):
-    """The hidden states, and what the blocks return beside them."""
+    """The hidden states, and the auxiliary outputs of the blocks."""
 
     states: Float[Array, "b s dim"]
     """The normed residual stream."""
@@ -109,7 +109,7 @@ class Decoder(nnx.Module):
         token_mask: Bool[Array, "b s"] | None = None,
         training: bool = False,
     ) -> DecoderOutput:
-        """The normed residual stream, and what the blocks tell of their work, by the layer's name.
+        """The normed residual stream, and the auxiliary outputs of the blocks, by the layer's name.
 
         Args:
             tokens: token ids.

@@ -1,7 +1,5 @@
 """The norm in front of every part of a block."""
 
-from functools import partial
-
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
@@ -10,32 +8,7 @@ from jaxtyping import Array, Float
 
 from memjax.ops import dispatch
 from memjax.ops.rms_norm.api import Normed, rms_norm
-from memjax.sharding.axes import has_memory_axis, over_mesh, unsharded
-from memjax.sharding.rules import REPLICATED, TOKENS
-
-
-def norm(
-    x: Float[Array, "*b d"],
-    scale: Float[Array, " d"],
-    epsilon: float,
-    *,
-    residual: Float[Array, "*b d"] | None = None,
-    implementation: str | None = None,
-) -> Normed:
-    """`rms_norm`, each device for its own tokens."""
-    name = dispatch.choose("rms_norm", implementation, x.dtype)
-    arrays = (x, scale) if residual is None else (x, scale, residual)
-    settings = {"epsilon": epsilon, "implementation": name}
-    if name != "triton":
-        return _norm(*arrays, **settings)
-    # XLA cannot split a kernel.
-    if not has_memory_axis():
-        return unsharded(partial(_norm, **settings), x)(*arrays)
-    return over_mesh(_norm, (TOKENS, REPLICATED, TOKENS)[: len(arrays)], TOKENS, **settings)(*arrays)
-
-
-def _norm(x: Array, scale: Array, residual: Array | None = None, *, epsilon: float, implementation: str) -> Normed:
-    return rms_norm(x, scale, epsilon, residual=residual, implementation=implementation)
+from memjax.sharding.axes import on_own_tokens
 
 
 class RMSNorm(nnx.Module):
@@ -57,4 +30,14 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*b dim"], residual: Float[Array, "*b dim"] | None = None) -> Normed:
         """x plus the residual, for the next residual, and its norm."""
         x, residual = promote_dtype((x, residual), dtype=x.dtype if self.dtype is None else self.dtype)
-        return norm(x, self.scale[...], self.epsilon, residual=residual, implementation=self.implementation)
+        scale, name = self.scale[...], dispatch.choose("rms_norm", self.implementation, x.dtype)
+        if name != "triton":
+            return rms_norm(x, scale, self.epsilon, residual=residual, implementation=name)
+        # XLA cannot split a kernel: each device norms its own tokens.
+        tokens = (x,) if residual is None else (x, residual)
+        return on_own_tokens(_by_kernel, tokens, (scale,), epsilon=self.epsilon)
+
+
+def _by_kernel(x: Array, *rest: Array, epsilon: float) -> Normed:
+    *residual, scale = rest
+    return rms_norm(x, scale, epsilon, residual=residual[0] if residual else None, implementation="triton")

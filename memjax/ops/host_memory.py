@@ -1,7 +1,7 @@
 """Tables in host memory: mapped outside of JAX, read by kernels over the bus, or by XLA on a CPU, without a copy.
 
 XLA's own host memory spaces do not serve here: it computes on them with slow host code, or moves them first. So the
-rows lie in memory that the driver is told of once (`cuMemHostRegister`); a program gets their address as data.
+rows lie in memory that is registered with the driver once (`cuMemHostRegister`); a program gets their address as data.
 """
 
 import contextlib

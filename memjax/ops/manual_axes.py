@@ -1,4 +1,4 @@
-"""Operations inside a `jax.shard_map` of somebody else's, which checks over which mesh axes each value varies.
+"""Operations inside a caller's `jax.shard_map`, which checks over which mesh axes each value varies.
 
 A loop's carry must have the type of what the loop makes of it, and a custom gradient that of its argument. Constants
 vary over no axis, sharded arguments do: `vary_together` gives all of them one type. Outside of `shard_map`, and inside

@@ -19,7 +19,7 @@ SAVED_NAMES = {"embedding_bag": "memory_bag", "embedding_dot": "memory_dot"}
 """`checkpoint_name` of each operation's output, so that rematerialisation can keep it."""
 
 IndexMode = Literal["fill", "promise_in_bounds"]
-"""What becomes of indices outside the table: NaN is read there, or there are none (`jax.lax.GatherScatterMode`)."""
+"""Indices outside the table read NaN, or the caller promises that there are none (`jax.lax.GatherScatterMode`)."""
 
 
 def checked(indices: Array, num_rows: int, mode: IndexMode) -> tuple[Array, Array | None]:

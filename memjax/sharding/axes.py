@@ -2,7 +2,7 @@
 
 Tokens are split over `data` and `memory`, the columns of a table over `memory`; `tensor`, which a mesh need not have,
 splits dense parameters only, and how is left to XLA. Without a mesh, or without a `memory` axis, everything here leaves
-arrays as they are, so one device, a mesh and somebody else's model run the same code.
+arrays as they are, so one device, a mesh and a caller's own model run the same code.
 """
 
 import math
@@ -18,17 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from memjax.ops.shapes import describe
-from memjax.sharding.rules import (
-    COLUMNS,
-    DATA,
-    MEMORY,
-    REPLICATED,
-    TENSOR,
-    TOKENS,
-    is_variable,
-    names_of,
-    parameter_spec,
-)
+from memjax.sharding import rules
 
 Weights = TypeVar("Weights")
 
@@ -42,26 +32,26 @@ def automatic_sizes() -> dict[str, int]:
 def has_memory_axis() -> bool:
     """Whether the ambient mesh splits tokens and tables: it has both axes, and not only devices along `tensor`."""
     sizes = automatic_sizes()
-    if not {DATA, MEMORY} <= sizes.keys():
+    if not {rules.DATA, rules.MEMORY} <= sizes.keys():
         return False
-    return sizes[DATA] * sizes[MEMORY] > 1 or sizes.get(TENSOR, 1) == 1
+    return sizes[rules.DATA] * sizes[rules.MEMORY] > 1 or sizes.get(rules.TENSOR, 1) == 1
 
 
 def has_several_devices() -> bool:
     """Whether the ambient mesh splits anything at all."""
-    return {DATA, MEMORY} <= automatic_sizes().keys() and jax.sharding.get_abstract_mesh().size > 1
+    return {rules.DATA, rules.MEMORY} <= automatic_sizes().keys() and jax.sharding.get_abstract_mesh().size > 1
 
 
 def on_own_tokens(function: Callable, tokens: Sequence[Array], weights: Sequence[Array], **settings: Hashable) -> Any:
     """`function(*tokens, *weights, **settings)`, each device for its own tokens, with replicated weights.
 
-    What stands in front in `tokens` and in the results is split, be it tokens or sequences of them. As for
-    `over_mesh`, the function is one of a module.
+    What stands in front in `tokens` and in the results is split, be it tokens or sequences of them; no tokens are not.
+    As for `over_mesh`, the function is one of a module.
     """
-    if not has_memory_axis():
+    if not has_memory_axis() or tokens[0].size == 0:
         return unsharded(partial(function, **settings), tokens[0])(*tokens, *weights)
-    specs = (*(TOKENS for _ in tokens), *(REPLICATED for _ in weights))
-    return over_mesh(function, specs, TOKENS, **settings)(*tokens, *weights)
+    specs = (*(rules.TOKENS for _ in tokens), *(rules.REPLICATED for _ in weights))
+    return over_mesh(function, specs, rules.TOKENS, **settings)(*tokens, *weights)
 
 
 def tensor_pieces(parameter: nnx.Variable, axis: int) -> int:
@@ -69,18 +59,18 @@ def tensor_pieces(parameter: nnx.Variable, axis: int) -> int:
     if not has_several_devices() or is_explicit():
         return 1
     sizes = automatic_sizes()
-    entry = parameter_spec(parameter.shape, names_of(parameter), sizes)[axis : axis + 1]
-    return sizes[TENSOR] if TENSOR in jax.tree.leaves(entry) else 1
+    entry = rules.parameter_spec(parameter.shape, rules.names_of(parameter), sizes)[axis : axis + 1]
+    return sizes[rules.TENSOR] if rules.TENSOR in jax.tree.leaves(entry) else 1
 
 
 def split_columns(table: Float[Array, "n d"]) -> Float[Array, "n d"]:
     """The table with its columns split over the memory axis, where there is one."""
-    return place(table, COLUMNS) if has_memory_axis() else table
+    return place(table, rules.COLUMNS) if has_memory_axis() else table
 
 
 def split_tokens(array: Array) -> Array:
     """An array with tokens or sequences in front, split over all devices, where there is a mesh."""
-    return place(array, TOKENS) if has_memory_axis() else array
+    return place(array, rules.TOKENS) if has_memory_axis() else array
 
 
 def gathered(weights: Weights, dtype: DTypeLike | None = None) -> Weights:
@@ -98,11 +88,11 @@ def gathered(weights: Weights, dtype: DTypeLike | None = None) -> Weights:
         def one(weight: Array) -> Array:
             if dtype is not None and weight.ndim >= 2:
                 weight = weight.astype(dtype)
-            return _gathered(parameter_spec(weight.shape, names_of(node), sizes), weight)
+            return _gathered(rules.parameter_spec(weight.shape, rules.names_of(node), sizes), weight)
 
         return jax.tree.map(one, node)
 
-    return jax.tree.map(gather, weights, is_leaf=is_variable)
+    return jax.tree.map(gather, weights, is_leaf=rules.is_variable)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -120,7 +110,7 @@ _gathered.defvjp(lambda spec, weight: (_gathered(spec, weight), None), lambda sp
 
 def replicate(array: Array) -> Array:
     """The array on every device, so that every process can read it."""
-    return array if jax.sharding.get_abstract_mesh().empty else place(array, REPLICATED)
+    return array if jax.sharding.get_abstract_mesh().empty else place(array, rules.REPLICATED)
 
 
 def fold(x: Float[Array, "*b dim"]) -> Float[Array, "t dim"]:
@@ -153,7 +143,7 @@ def over_mesh(function: Callable, in_specs: Any, out_specs: Any, **settings: Has
     it is, and row updates need no collective over `tensor`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    left = {TENSOR} if mesh.shape.get(TENSOR, 1) > 1 and not is_explicit() else set()
+    left = {rules.TENSOR} if mesh.shape.get(rules.TENSOR, 1) > 1 and not is_explicit() else set()
     manual = frozenset(mesh.axis_names) - set(mesh.manual_axes) - left
     mapped = _mapped(function, mesh, manual, in_specs, out_specs, tuple(settings.items()))
 
@@ -193,9 +183,11 @@ def alike_over_tensor(function: Callable) -> Callable:
     @wraps(function)
     def alike(*arguments: Any, **settings: Any) -> Any:
         sizes = automatic_sizes()
-        if sizes.get(TENSOR, 1) == 1 or math.prod(sizes.values()) > sizes[TENSOR] or is_explicit():
+        if sizes.get(rules.TENSOR, 1) == 1 or math.prod(sizes.values()) > sizes[rules.TENSOR] or is_explicit():
             return function(*arguments, **settings)
-        replicate = partial(jax.tree.map, lambda leaf: place(leaf, REPLICATED) if isinstance(leaf, Array) else leaf)
+        replicate = partial(
+            jax.tree.map, lambda leaf: place(leaf, rules.REPLICATED) if isinstance(leaf, Array) else leaf
+        )
         return replicate(function(*replicate(arguments), **settings))
 
     return alike

@@ -8,14 +8,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from memjax.config.devices import MeshConfig
 from memjax.config.run import RunConfig
 from memjax.errors import ConfigError
-from memjax.sharding.rules import (
-    AXES,
-    COLUMNS,
-    REPLICATED,
-    is_variable,
-    names_of,
-    parameter_spec,
-)
+from memjax.sharding import rules
 
 
 def make_mesh(config: RunConfig, devices: list[Any] | None = None) -> Mesh:
@@ -42,19 +35,19 @@ def make_mesh(config: RunConfig, devices: list[Any] | None = None) -> Mesh:
             f"{config.train.grad_accum_steps} x {rows}; try {-(-batch_size // per_step) * per_step}"
         )
     return jax.make_mesh(
-        (data, mesh.memory, mesh.tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+        (data, mesh.memory, mesh.tensor), rules.AXES, axis_types=(AxisType.Auto,) * len(rules.AXES), devices=devices
     )
 
 
 def abstract_mesh(config: MeshConfig, data_axis: int) -> AbstractMesh:
     """The mesh of `make_mesh` without devices."""
     sizes = (data_axis, config.memory, config.tensor)
-    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return AbstractMesh(sizes, rules.AXES, axis_types=(AxisType.Auto,) * len(rules.AXES))
 
 
 def replicated(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """Shardings that replicate every array."""
-    return jax.tree.map(lambda _: NamedSharding(mesh, REPLICATED), tree)
+    return jax.tree.map(lambda _: NamedSharding(mesh, rules.REPLICATED), tree)
 
 
 def of_parameters(mesh: Mesh | AbstractMesh, tree: Any, *, fully_sharded: bool) -> Any:
@@ -65,16 +58,16 @@ def of_parameters(mesh: Mesh | AbstractMesh, tree: Any, *, fully_sharded: bool) 
     sizes = dict(mesh.shape)
 
     def of_node(node: Any) -> Any:
-        names = names_of(node)
-        place = lambda array: parameter_spec(array.shape, names, sizes, fully_sharded=fully_sharded)
+        names = rules.names_of(node)
+        place = lambda array: rules.parameter_spec(array.shape, names, sizes, fully_sharded=fully_sharded)
         return jax.tree.map(lambda array: NamedSharding(mesh, place(array)), node)
 
-    return jax.tree.map(of_node, tree, is_leaf=is_variable)
+    return jax.tree.map(of_node, tree, is_leaf=rules.is_variable)
 
 
 def by_columns(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """Shardings of tables and their state: columns over the memory axis, scalars everywhere."""
-    return jax.tree.map(lambda array: NamedSharding(mesh, COLUMNS if array.ndim == 2 else REPLICATED), tree)
+    return jax.tree.map(lambda array: NamedSharding(mesh, rules.COLUMNS if array.ndim == 2 else rules.REPLICATED), tree)
 
 
 def put_batch(mesh: Mesh, batch: dict[str, Any], spec: PartitionSpec) -> dict[str, jax.Array]:

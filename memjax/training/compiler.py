@@ -1,4 +1,4 @@
-"""What XLA is told about the training step."""
+"""XLA's compiler options for the training step."""
 
 import os
 

@@ -2,18 +2,16 @@
 
 import shlex
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from jax.sharding import Mesh
 
-from memjax.config.run import RunConfig
 from memjax.data.sources.kinds import find_source
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import CheckpointError
 from memjax.evaluation.recall import fact_report, format_fact_report
 from memjax.io.console import fitted, say
-from memjax.models.counts import count_parameters, training_flops_per_token
+from memjax.models.counts import count_parameters
 from memjax.monitoring.metrics import WINDOW, comparable, has_usage, read_metrics
 from memjax.monitoring.plots import plot_run
 from memjax.runs.folder import RunFolder
@@ -35,7 +33,7 @@ def finish(
     report = _ask_for_facts(program, state, mesh, tokenizer) if find_source(config.data).people else None
     with process_zero_first("summary"):
         if is_first():
-            _write(config, folder, report, _sizes(program))
+            _write(program, folder, report)
     summary = folder.read_summary()
     if summary is None:
         raise CheckpointError(f"{folder.summary}: was written, but cannot be read; is this file system damaged?")
@@ -60,27 +58,21 @@ def _ask_for_facts(program: TrainProgram, state: TrainState, mesh: Mesh, tokeniz
     return report
 
 
-def _sizes(program: TrainProgram) -> dict[str, int]:
-    """Parameters and arithmetic, by which runs are compared."""
-    config, parts = program.config, program.parts
-    flops = training_flops_per_token(parts, config.data.sequence_length, freeze_dense=config.optim.freeze_dense)
-    return {"parameters": count_parameters(parts).total, "flops_per_token": flops}
-
-
-def _write(config: RunConfig, folder: RunFolder, report: dict[str, Any] | None, sizes: Mapping[str, int]) -> None:
-    rows = comparable(read_metrics(folder.metrics))
+def _write(program: TrainProgram, folder: RunFolder, report: dict[str, Any] | None) -> None:
+    steps, rows = program.config.train.steps, comparable(read_metrics(folder.metrics))
     usage = next((row for row in reversed(rows) if has_usage(row)), {})
     summary: dict[str, Any] = {
-        "steps": config.train.steps,
+        "steps": steps,
         "metrics": {name: value for name, value in (usage | (rows[-1] if rows else {})).items() if name != "step"},
         "plots": [str(path) for path in plot_run(rows, folder.plots)],
         "training_seconds": sum(row.get("throughput/step_seconds", 0) for row in rows),
-        **sizes,
+        "parameters": count_parameters(program.parts).total,
+        "flops_per_token": program.flops_per_token,
     }
     if usage:
         summary["slots_until_step"] = usage["step"]
     if report is not None:
-        folder.write_json(f"evals/{config.train.steps}-facts.json", report)
+        folder.write_json(f"evals/{steps}-facts.json", report)
         summary["facts"] = report
     folder.write_json(folder.summary.name, summary)
 
@@ -88,12 +80,12 @@ def _write(config: RunConfig, folder: RunFolder, report: dict[str, Any] | None, 
 def describe_summary(summary: dict[str, Any], folder: RunFolder) -> str:
     """The closing screen of a run."""
     metrics, place = summary["metrics"], shlex.quote(str(folder.path))
-    told = [f"finished: {summary['steps']} steps"]
+    results = [f"finished: {summary['steps']} steps"]
     if metrics.get("train/loss") is not None:
-        told.append(f"training loss {metrics['train/loss']:.4f}")
+        results.append(f"training loss {metrics['train/loss']:.4f}")
     if metrics.get("eval/validation/loss") is not None:
-        told.append(f"validation loss {metrics['eval/validation/loss']:.4f}")
-    lines = [", ".join(told)]
+        results.append(f"validation loss {metrics['eval/validation/loss']:.4f}")
+    lines = [", ".join(results)]
     for layer in sorted({name.split("/")[1] for name in metrics if name.startswith("memory/L")}):
         used, effective = (metrics.get(f"memory/{layer}/{field}") for field in ("used_fraction", "effective_fraction"))
         if used is None or effective is None:

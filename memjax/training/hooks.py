@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from memjax.models.counts import training_flops_per_token
 from memjax.monitoring.metrics import WINDOW, MetricsFile, Row, peak_flops
 from memjax.monitoring.profile import ProfileWindow
 from memjax.monitoring.progress import ProgressLines
@@ -65,10 +64,7 @@ class Throughput(Hook):
 
     def __init__(self, program: TrainProgram, mesh: jax.sharding.Mesh):
         """Takes what FLOPs are counted of, and where they are done."""
-        config = program.config
-        self._flops_per_token = training_flops_per_token(
-            program.parts, config.data.sequence_length, freeze_dense=config.optim.freeze_dense
-        )
+        self._flops_per_token = program.flops_per_token
         self._device = mesh.local_devices[0]
         peak = peak_flops(mesh.devices.flat[0])
         self._peak_flops = peak and peak * mesh.size

@@ -19,14 +19,10 @@ if TYPE_CHECKING:
     import jax
     from jax.sharding import Mesh
 
-SIGNALS = tuple(
-    getattr(signal, name)
-    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
-    if hasattr(signal, name)
-)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 """What schedulers, terminals and people send to end a program."""
 
-MAY_BE_IGNORED = [number for number in SIGNALS if number.name in ("SIGHUP", "SIGINT")]
+MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)
 """Where these are ignored from the start, they stay so: under nohup, and in the background of a script."""
 
 SAVED, NOTHING_SAVED, CHECKPOINT_TROUBLE = 75, 130, 4

@@ -42,7 +42,7 @@ from memjax.training.trainer import Trainer
 
 def dry_run(config: RunConfig, *, fit_to: tuple[int, int] | None = None) -> int:
     """Prints what a run would need; works on any machine, whatever the mesh. Where the mesh's accelerators are there,
-    also compiles the step, which tells exactly.
+    also compiles the step, which gives the exact number.
 
     Args:
         config: the run's.
@@ -71,8 +71,8 @@ def _say_plan(config: RunConfig) -> None:
     data_axis = config.mesh.data_axis(jax.device_count())
     say(describe(config, program.parts, data_axis=data_axis))
     say(memory_plan.describe(memory_plan.plan(config, data_axis=data_axis, program=program)))
-    if told := reduce_plan.describe(config, data_axis=data_axis):
-        say(told)
+    if collective := reduce_plan.describe(config, data_axis=data_axis):
+        say(collective)
     if jax.default_backend() != "cpu" and jax.device_count() == data_axis * config.mesh.devices_per_replica:
         mesh = make_mesh(config)
         with jax.set_mesh(mesh):
@@ -226,7 +226,7 @@ def kernels(operation: str, type_name: DType) -> str:
 
 
 def _because(reason: str, fastest: str) -> str:
-    """Why not the fastest, on a GPU; that a CPU runs no kernels of GPUs is no news."""
+    """Why not the fastest, on a GPU; on a CPU GPU kernels are not expected."""
     return "" if jax.default_backend() == "cpu" else f" ({fastest} cannot run: {reason})"
 
 

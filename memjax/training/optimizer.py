@@ -13,6 +13,7 @@ from memjax.memory.keys import QueryKeyParam
 from memjax.memory.kinds import KINDS
 from memjax.ops.precision import accumulator
 from memjax.sharding.axes import has_several_devices
+from memjax.sharding.rules import is_variable
 
 FROZEN = "frozen"
 
@@ -102,7 +103,6 @@ def parameter_groups(config: OptimConfig, abstract_params: nnx.State) -> Any:
         is_lookup = any(getattr(key, "key", None) in KINDS for key in path)
         return FROZEN if config.freeze_dense and not is_lookup else "dense"
 
-    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
     return jax.tree_util.tree_map_with_path(group, abstract_params, is_leaf=is_variable)
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from memjax.config.run import RunConfig
 from memjax.memory.row_optimizer import RowOptimizer
+from memjax.models.counts import training_flops_per_token
 from memjax.models.decoder import layer_name
 from memjax.models.parts import DecoderParts, Tables
 from memjax.runs.layout import widened
@@ -71,6 +72,12 @@ class TrainProgram:
     def schedule(self) -> optax.Schedule:
         """The dense parameters' learning rate, by step."""
         return make_schedule(self.config.optim, self.config.train.steps)
+
+    @property
+    def flops_per_token(self) -> int:
+        """The arithmetic of the training, by which runs are compared."""
+        length, frozen = self.config.data.sequence_length, self.config.optim.freeze_dense
+        return training_flops_per_token(self.parts, length, freeze_dense=frozen)
 
     def no_reads(self) -> dict[str, Array]:
         """Read counters at zero."""

@@ -34,7 +34,7 @@ class TrainState:
     ema: Any = None
     """The moving average of the dense parameters, in float32 or wider (`optim.ema_decay`); None where there is none."""
     recent: Any = None
-    """What spikes are told by (`memjax.training.spikes`); None where none is skipped (`optim.skip_step_sigma`)."""
+    """Recent losses and norms (`memjax.training.spikes`); None where no step is skipped (`optim.skip_step_sigma`)."""
 
 
 def to_items(state: TrainState) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def train_step(program: TrainProgram, state: TrainState, batch: Batch) -> tuple[
     aux, dense, dense_tables, not_finite = found.summed
 
     # Decided before anything is written, so that the last good state is always whole. The norm, which clipping needs
-    # anyway, tells of all dense gradients in one pass over them.
+    # anyway, covers all dense gradients in one pass.
     norm = global_norm(dense)
     gradients = clipped(program, state.tables, dense, dense_tables or found.rows, norm)
     table_norm = gradients.table_norm

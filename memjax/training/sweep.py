@@ -117,7 +117,7 @@ def check(config: pathlib.Path | None, settings: Sequence[str], folder: pathlib.
 
 
 class Sweep:
-    """Starts the runs, `jobs` at a time, tells of each, and hands signals on to them."""
+    """Starts the runs, `jobs` at a time, reports each, and forwards signals to them."""
 
     def __init__(
         self,
@@ -186,9 +186,9 @@ class Sweep:
             self.running.remove(started)
             code = started.process.returncode
             self.codes[started.point.name] = code
-            told = MEANINGS.get(code, "stopped" if code == SAVED else "failed")
+            outcome = MEANINGS.get(code, "stopped" if code == SAVED else "failed")
             took = clock(time.monotonic() - started.began)
-            say(f"{started.point.name}: {told} after {took}" + (f" (exit code {code})" if code else ""))
+            say(f"{started.point.name}: {outcome} after {took}" + (f" (exit code {code})" if code else ""))
 
     def _hand_on(self, number: int, frame: object) -> None:
         self.stopped = number

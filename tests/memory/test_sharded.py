@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from memjax.memory import sharded
+from memjax.memory.keys import search
 from memjax.memory.layer import MemoryLayer
 from memjax.memory.peer import PEERLayer
 from memjax.memory.read import zero_perturbation
@@ -115,7 +116,7 @@ def test_search_and_its_gradients_equal_the_plain_ones(shape):
 
     def run(queries, keys):
         def loss(queries, keys):
-            scores, indices = sharded.search(queries, keys, 4)
+            scores, indices = search(queries, keys, 4)
             return jnp.sum(factors * scores), (scores, indices)
 
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(queries, keys)

@@ -3,16 +3,19 @@
 import json
 import shlex
 
+from memjax.models.counts import count_parameters
 from memjax.runs.folder import RunFolder
 from memjax.training.finish import _write, describe_summary
+from memjax.training.program import TrainProgram
 
 
 def test_a_run_whose_metrics_were_removed_finishes_without_them(tiny, tmp_path):
-    folder = RunFolder(tmp_path / "run")
-    _write(tiny.config("--train.steps 60"), folder, None, {"parameters": 7})
+    folder, program = RunFolder(tmp_path / "run"), TrainProgram.of(tiny.config("--train.steps 60"))
+    _write(program, folder, None)
     summary = folder.read_summary()
-    assert summary == {"steps": 60, "metrics": {}, "plots": [], "training_seconds": 0, "parameters": 7}
     assert summary is not None
+    sizes = {"parameters": count_parameters(program.parts).total, "flops_per_token": program.flops_per_token}
+    assert summary == {"steps": 60, "metrics": {}, "plots": [], "training_seconds": 0, **sizes}
     assert describe_summary(summary, folder).startswith("finished: 60 steps\n")
 
 

@@ -216,7 +216,7 @@ def program() -> TrainProgram:
 @pytest.fixture
 def throughput(program, monkeypatch) -> Throughput:
     """On two devices of 100 FLOP/s each, with a model that takes 3 FLOPs for a token."""
-    monkeypatch.setattr(hooks, "training_flops_per_token", lambda *_, **__: 3.0)
+    monkeypatch.setattr(TrainProgram, "flops_per_token", 3.0)
     monkeypatch.setattr(hooks, "peak_flops", lambda device: 100.0)
     return Throughput(program, jax.make_mesh((2,), ("data",), devices=jax.devices()[:2]))
 

@@ -15,18 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
-from memjax.data.prepared.store import (
-    Manifest,
-    Writer,
-    encode_record,
-    id_dtype,
-    is_empty,
-    is_prepared,
-    misfits,
-    read_manifest,
-    settings_of,
-    write_manifest,
-)
+from memjax.data.prepared import store
 from memjax.data.sources.corpus import Corpus, CorpusStream
 from memjax.data.sources.files import DataFile, Payload
 from memjax.data.sources.parsing import Keys, MalformedError
@@ -61,7 +50,7 @@ class BlockTokenizer:
 
     def __init__(self, files: Sequence[DataFile], keys: Keys, tokenizer: Tokenizer):
         self.files, self.keys, self.tokenizer = tuple(files), keys, tokenizer
-        self._dtype = id_dtype(tokenizer.vocab_size)
+        self._dtype = store.id_dtype(tokenizer.vocab_size)
 
     def __call__(self, block: _Block) -> _Tokenised:
         """The records of a block in order, and the payloads that hold none."""
@@ -80,7 +69,7 @@ class BlockTokenizer:
             segments = [(next(ids), segment.learned) for segment in record]
             tokens += bool(segments) + sum(len(some) for some, _ in segments)
             largest = max([largest, *(max(some, default=0) for some, _ in segments)])
-            encoded.append(encode_record(segments, self._dtype))
+            encoded.append(store.encode_record(segments, self._dtype))
         if largest >= self.tokenizer.vocab_size:
             # Numbers are written modulo the width of their type, so this must never pass.
             raise DataError(f"the tokenizer gives the id {largest}, but has only {self.tokenizer.vocab_size}")
@@ -113,16 +102,16 @@ def prepare(
     Raises:
         DataError: records cannot be used and may not be left out, or none is left, or the folder holds something else.
     """
-    if is_prepared(folder):
-        if asked_for and not (manifest := read_manifest(folder)).asked_for:
+    if store.is_prepared(folder):
+        if asked_for and not (manifest := store.read_manifest(folder)).asked_for:
             with contextlib.suppress(OSError):  # it may lie where nothing can be written
-                write_manifest(folder, dataclasses.replace(manifest, asked_for=True))
+                store.write_manifest(folder, dataclasses.replace(manifest, asked_for=True))
         return
     partial = _partial(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
-            if is_prepared(folder):
+            if store.is_prepared(folder):
                 return
             if folder.exists():
                 raise DataError(
@@ -145,12 +134,12 @@ def discard_outdated(corpus: Corpus, tokenizer: Tokenizer, folder: pathlib.Path)
     Raises:
         DataError: it cannot be read or removed.
     """
-    if not is_prepared(folder):
+    if not store.is_prepared(folder):
         return
     try:
         with _locked(folder):
-            manifest = read_manifest(folder)
-            if manifest.asked_for or not misfits(manifest, corpus, tokenizer):
+            manifest = store.read_manifest(folder)
+            if manifest.asked_for or not store.misfits(manifest, corpus, tokenizer):
                 return
             say(f"{folder}: was prepared by a start with other settings or files that made no step; removed")
             partial = _partial(folder)
@@ -188,7 +177,7 @@ def _prepare(
         f"{stream.total_bytes / 1e6:,.1f} MB) into {folder.with_suffix('')}"
     )
     started, tokens, largest, count, digest = time.monotonic(), 0, 0, 0, 0
-    writer = Writer(folder)
+    writer = store.Writer(folder)
     work = BlockTokenizer(stream.files, corpus.keys, tokenizer)
     try:
         with ByteProgress(stream.total_bytes, every_seconds) as progress:
@@ -198,7 +187,7 @@ def _prepare(
                 for record in done.records:
                     writer.write(record)
                     digest = zlib.crc32(record, digest)
-                    count += not is_empty(record)
+                    count += not store.is_empty(record)
                 tokens, largest = tokens + done.tokens, max(largest, done.largest_id)
                 progress.show(stream.bytes_read, count, tokens)
         shards = writer.finish()
@@ -206,8 +195,8 @@ def _prepare(
         writer.abandon()
     if not count:
         raise DataError(f"{corpus.path}: no record can be used; set {corpus.field} to files with at least one")
-    manifest = Manifest(
-        settings=settings_of(corpus, tokenizer),
+    manifest = store.Manifest(
+        settings=store.settings_of(corpus, tokenizer),
         files=corpus.names_and_sizes(),
         shards=shards,
         usable=count,
@@ -218,7 +207,7 @@ def _prepare(
         examples=stream.examples,
         asked_for=asked_for,
     )
-    write_manifest(folder, manifest)
+    store.write_manifest(folder, manifest)
     seconds = time.monotonic() - started
     say(f"prepared {count:,} records, {tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s")
 

@@ -83,7 +83,7 @@ def is_empty(record: bytes) -> bool:
 
 
 def settings_of(corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Everything that decides the ids of a corpus, beside its files."""
+    """Everything that decides the ids of a corpus, besides its files."""
     return {"tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, **corpus.settings()}
 
 
@@ -240,7 +240,7 @@ class PreparedReader(Reader):
         return {"digest": self.manifest.digest, "files": [[name, size] for name, size in self.manifest.files]}
 
     def record(self, number: int) -> Record:
-        """The record's text, from its ids; what the tokenizer does not give back exactly is not exact here."""
+        """The record's text, from its ids; exact only where the tokenizer decodes exactly."""
         ids, lengths = self._read([checked(number, len(self))])[0]
         stops = np.cumsum(lengths >> 1)
         pieces = np.split(ids, stops[:-1])

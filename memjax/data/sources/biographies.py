@@ -255,7 +255,7 @@ class BiographyRecords(Records):
 
 
 class QuestionRecords(Records):
-    """Questions of held-out people, or of those asked about in training when nobody is held out; fixed wordings."""
+    """Questions of held-out people, or of those asked about in training when no one is held out; fixed wordings."""
 
     def __init__(self, config: BiographiesConfig):
         self.config = config

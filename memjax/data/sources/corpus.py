@@ -61,7 +61,7 @@ class Corpus:
         return LineRecords(self.files, self.keys, field=self.field, max_bytes=self.config.max_record_bytes)
 
     def settings(self) -> dict[str, Any]:
-        """What decides, beside the files and the tokenizer, which records they give."""
+        """Settings that decide, besides files and tokenizer, which records there are."""
         return {"source": self.source, **dataclasses.asdict(self.keys), "malformed": self.config.malformed}
 
     def names_and_sizes(self) -> list[tuple[str, int]]:

@@ -29,7 +29,7 @@ _SAMPLES, _FEWEST_SAMPLES, _SAMPLE_BYTES = 64, 4, 4096
 
 @dataclasses.dataclass(slots=True)
 class _Scan:
-    """Where the lines of a file are, and what tells whether it is still the same file."""
+    """Where the lines of a file are, and how it is recognised as unchanged."""
 
     size: int
     mtime_ns: int
@@ -124,7 +124,7 @@ class LineRecords(Records):
 
 
 class _OpenFile:
-    """A file that is open as long as somebody reads it, in whichever thread."""
+    """A file that stays open as long as a thread reads it."""
 
     def __init__(self, path: pathlib.Path):
         self.handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -40,15 +40,14 @@ class SentencePieceTokenizer(Tokenizer):
         except ValueError as error:
             raise ValueError(f"not a SentencePiece model ({error})") from error
         processor = self._processor = _processor(content)
-        pieces = self.pieces = [processor.IdToPiece(token) for token in range(processor.GetPieceSize())]
+        pieces = self.pieces = _pieces(processor)
         """The model's pieces by id, added tokens left out."""
         self.unknown = pieces[processor.unk_id()]
         """The piece that stands for unknown characters."""
-        special_tokens = {piece: token for token, piece in enumerate(pieces) if processor.IsControl(token)}
+        special_tokens = _special_tokens(processor, pieces, added_tokens)
         if known := sorted(set(added_tokens) & set(pieces)):
             raise ValueError(f"its added token {known[0]!r} is a piece of the model already")
         self._added_tokens = tuple(added_tokens)
-        special_tokens |= {name: len(pieces) + number for number, name in enumerate(added_tokens)}
 
         def own(token: int) -> str | None:
             return pieces[token] if token >= 0 else None
@@ -72,15 +71,13 @@ class SentencePieceTokenizer(Tokenizer):
     @staticmethod
     def pieces_of(content: bytes) -> list[str]:
         """The pieces of a .model file, by id; raises what the constructor raises."""
-        processor = _processor(content)
-        return [processor.IdToPiece(token) for token in range(processor.GetPieceSize())]
+        return _pieces(_processor(content))
 
     @staticmethod
     def special_tokens_of(content: bytes, added_tokens: Sequence[str] = ()) -> dict[str, int]:
         """The special tokens of a .model file and what was added to it; raises what the constructor raises."""
-        processor, size = _processor(content), len(SentencePieceTokenizer.pieces_of(content))
-        own = {processor.IdToPiece(token): token for token in range(size) if processor.IsControl(token)}
-        return own | {name: size + number for number, name in enumerate(added_tokens)}
+        processor = _processor(content)
+        return _special_tokens(processor, _pieces(processor), added_tokens)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special tokens."""
@@ -103,6 +100,16 @@ class SentencePieceTokenizer(Tokenizer):
         if self._processor.IsByte(token):  # <0x0A>
             return bytes.fromhex(piece[3:5])
         return piece.replace(SPACE, " ").encode()
+
+
+def _pieces(processor: Any) -> list[str]:
+    return [processor.IdToPiece(token) for token in range(processor.GetPieceSize())]
+
+
+def _special_tokens(processor: Any, pieces: Sequence[str], added_tokens: Sequence[str]) -> dict[str, int]:
+    """The model's control pieces, and added tokens with the ids after the last piece."""
+    own = {piece: token for token, piece in enumerate(pieces) if processor.IsControl(token)}
+    return own | {name: len(pieces) + number for number, name in enumerate(added_tokens)}
 
 
 def _processor(content: bytes) -> Any:

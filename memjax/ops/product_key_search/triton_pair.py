@@ -8,15 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from memjax.ops import triton_call
 from memjax.ops.product_key_search import tiles
-from memjax.ops.product_key_search.triton_ranking import (
-    WORST,
-    approx_failed,
-    approx_topk,
-    exact_topk,
-    order_bits,
-    ordered_topk,
-    topk_by_rank,
-)
+from memjax.ops.product_key_search import triton_ranking as ranking
 from memjax.ops.product_key_search.xla import candidate_pairs
 from memjax.ops.tiles import next_power_of_two
 
@@ -52,14 +44,14 @@ def pair_kernel(
     right = left + TOKENS * TOP_K
     pair = tl.arange(0, ROUND_PAIRS)
     sums, _, _ = load_pairs(best_ptr, first_ptr, second_ptr, left, right, pair, PAIRS)
-    bits = tl.where(pair < PAIRS, order_bits(sums), WORST)
-    chosen = approx_topk(bits, pair, ROUND_PAIRS - 1, ROUND_K)
+    bits = tl.where(pair < PAIRS, ranking.order_bits(sums), ranking.WORST)
+    chosen = ranking.approx_topk(bits, pair, ROUND_PAIRS - 1, ROUND_K)
     sums, _, _ = load_pairs(best_ptr, first_ptr, second_ptr, left, right, chosen, PAIRS)
-    chosen_bits = tl.where(chosen < PAIRS, order_bits(sums), WORST)
-    if approx_failed(bits, chosen_bits):
-        chosen = exact_topk(bits, pair, ROUND_K)
+    chosen_bits = tl.where(chosen < PAIRS, ranking.order_bits(sums), ranking.WORST)
+    if ranking.approx_failed(bits, chosen_bits):
+        chosen = ranking.exact_topk(bits, pair, ROUND_K)
     else:
-        chosen = ordered_topk(chosen_bits, chosen, ROUND_K)
+        chosen = ranking.ordered_topk(chosen_bits, chosen, ROUND_K)
     sums, first, second = load_pairs(best_ptr, first_ptr, second_ptr, left, right, chosen, PAIRS)
     rank = tl.arange(0, ROUND_K)
     kept = rank < TOP_K
@@ -105,7 +97,7 @@ def ranked_pair_kernel(
     first, second = ranks_of_pair(pair, TOP_K)
     valid = pair < PAIRS
     sums = tl.load(best_ptr + first, mask=valid, other=0.0) + tl.load(best_ptr + right + second, mask=valid, other=0.0)
-    chosen = topk_by_rank(tl.where(valid, order_bits(sums), WORST), pair, ROUND_K)
+    chosen = ranking.topk_by_rank(tl.where(valid, ranking.order_bits(sums), ranking.WORST), pair, ROUND_K)
     first, second = ranks_of_pair(chosen, TOP_K)
     rank = tl.arange(0, ROUND_K)
     kept = rank < TOP_K

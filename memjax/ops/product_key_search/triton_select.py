@@ -8,14 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from memjax.ops import triton_call
 from memjax.ops.product_key_search import tiles
-from memjax.ops.product_key_search.triton_ranking import (
-    WORST,
-    approx_failed,
-    approx_topk,
-    exact_topk,
-    load_bits,
-    ordered_topk,
-)
+from memjax.ops.product_key_search import triton_ranking as ranking
 from memjax.ops.tiles import ceil_div, next_power_of_two
 
 
@@ -42,42 +35,42 @@ def select_kernel(
     scores_ptr += row * NUM
     group = tl.arange(0, GROUPS)
     member = tl.arange(0, RUN)
-    maxima = tl.full((GROUPS,), WORST, tl.int32)
+    maxima = tl.full((GROUPS,), ranking.WORST, tl.int32)
     for run in tl.static_range(RUNS):
         place = (run * GROUPS + group)[:, None] * RUN + member[None, :]
-        maxima = tl.maximum(maxima, tl.max(load_bits(scores_ptr, place, NUM), axis=1))
+        maxima = tl.maximum(maxima, tl.max(ranking.load_bits(scores_ptr, place, NUM), axis=1))
     if RUNS * RUN == 1:
-        chosen = exact_topk(maxima, group, ROUND_K)
+        chosen = ranking.exact_topk(maxima, group, ROUND_K)
     else:
-        chosen = approx_topk(maxima, group, GROUPS - 1, ROUND_K)
+        chosen = ranking.approx_topk(maxima, group, GROUPS - 1, ROUND_K)
         runs = tl.arange(0, RUNS)[None, :] * GROUPS + chosen[:, None]
-        bits = load_bits(scores_ptr, runs[:, :, None] * RUN + member[None, None, :], NUM)
-        if approx_failed(maxima, tl.max(tl.max(bits, axis=2), axis=1)):
-            chosen = exact_topk(maxima, group, ROUND_K)
+        bits = ranking.load_bits(scores_ptr, runs[:, :, None] * RUN + member[None, None, :], NUM)
+        if ranking.approx_failed(maxima, tl.max(tl.max(bits, axis=2), axis=1)):
+            chosen = ranking.exact_topk(maxima, group, ROUND_K)
             runs = tl.arange(0, RUNS)[None, :] * GROUPS + chosen[:, None]
-            bits = load_bits(scores_ptr, runs[:, :, None] * RUN + member[None, None, :], NUM)
+            bits = ranking.load_bits(scores_ptr, runs[:, :, None] * RUN + member[None, None, :], NUM)
 
         if RUNS > 1:
             maxima = tl.reshape(tl.max(bits, axis=2), [ROUND_K * RUNS])
             runs = tl.reshape(runs, [ROUND_K * RUNS])
-            chosen = approx_topk(maxima, runs, GROUPS * RUNS - 1, ROUND_K)
+            chosen = ranking.approx_topk(maxima, runs, GROUPS * RUNS - 1, ROUND_K)
             place = chosen[:, None] * RUN + member[None, :]
-            bits = load_bits(scores_ptr, place, NUM)
-            if approx_failed(maxima, tl.max(bits, axis=1)):
-                chosen = exact_topk(maxima, runs, ROUND_K)
+            bits = ranking.load_bits(scores_ptr, place, NUM)
+            if ranking.approx_failed(maxima, tl.max(bits, axis=1)):
+                chosen = ranking.exact_topk(maxima, runs, ROUND_K)
                 place = chosen[:, None] * RUN + member[None, :]
-                bits = load_bits(scores_ptr, place, NUM)
+                bits = ranking.load_bits(scores_ptr, place, NUM)
         else:
             place = runs * RUN + member[None, :]
 
         bits = tl.reshape(bits, [ROUND_K * RUN])
         place = tl.reshape(place, [ROUND_K * RUN])
-        chosen = approx_topk(bits, place, GROUPS * RUNS * RUN - 1, ROUND_K)
-        chosen_bits = load_bits(scores_ptr, chosen, NUM)
-        if approx_failed(bits, chosen_bits):
-            chosen = exact_topk(bits, place, ROUND_K)
+        chosen = ranking.approx_topk(bits, place, GROUPS * RUNS * RUN - 1, ROUND_K)
+        chosen_bits = ranking.load_bits(scores_ptr, chosen, NUM)
+        if ranking.approx_failed(bits, chosen_bits):
+            chosen = ranking.exact_topk(bits, place, ROUND_K)
         else:
-            chosen = ordered_topk(chosen_bits, chosen, ROUND_K)
+            chosen = ranking.ordered_topk(chosen_bits, chosen, ROUND_K)
     rank = tl.arange(0, ROUND_K)
     kept = rank < TOP_K
     # The score itself is read again, not made from its bits: NaN stays the NaN it was.

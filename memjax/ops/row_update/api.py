@@ -48,7 +48,7 @@ def row_update(
         if implementation:
             raise NotImplementedError(f"row_update: implementation='triton' has no kernel for {type(rule).__name__}")
         name = "xla"
-    if implementation is None and name == "xla" and is_small(table):
+    if implementation is None and name == "xla" and table.size * accumulator(table.dtype).itemsize <= SMALL_TABLE_BYTES:
         name = "reference"
     with_picks = [gradient.existing(table.shape[0]) for gradient in gradients if gradient.indices.size]
     if not with_picks:
@@ -56,11 +56,6 @@ def row_update(
     arguments = vary_together((table, state, with_picks, step))
     table, state, with_picks, step = arguments
     return dispatch.load("row_update", name).row_update(table, state, with_picks, rule, step)
-
-
-def is_small(table: Float[Array, "n d"]) -> bool:
-    """Whether None takes the reference in place of the xla form."""
-    return table.size * accumulator(table.dtype).itemsize <= SMALL_TABLE_BYTES
 
 
 def check_state(table: Float[Array, "n d"], state: TableState, rule: RowRule) -> None:

@@ -34,7 +34,7 @@ def summed(
     piece_picks: int = PIECE_PICKS,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "n d"], Bool[Array, " n"]]:
-    """A dense gradient with row gradients added, and the rows that any pick names: a zero does not tell.
+    """A dense gradient with row gradients added, and the rows that any pick names (whose gradient may be zero).
 
     One gradient after the other, at most piece_picks picks at a time, are gathered, sorted and added, so the sum is in
     float32 or wider, and always formed in the same order.

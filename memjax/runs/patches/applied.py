@@ -126,7 +126,7 @@ def model_digest(checkpoints: pathlib.Path, step: int) -> str:
     Raises:
         CheckpointError: the step's index cannot be read.
     """
-    arrays = StoredStep(checkpoints, step).index()["arrays"]
+    arrays = StoredStep(checkpoints, step).index["arrays"]
     return text_digest(
         {
             item: {name: leaf["digest"] for name, leaf in arrays[item].items()}

@@ -26,7 +26,7 @@ def diff(old: str | os.PathLike[str], new: str | os.PathLike[str], *, step: Step
         CheckpointError: a run cannot be read, or they differ in more than rows.
     """
     models = [load_as_saved(path, step=step) for path in (old, new)]
-    indices = [StoredStep(model.checkpoints, model.step).index()["arrays"] for model in models]
+    indices = [StoredStep(model.checkpoints, model.step).index["arrays"] for model in models]
     left, right = ({name: leaf["digest"] for name, leaf in index[PARAMS].items()} for index in indices)
     if other := sorted(name for name in left.keys() | right.keys() if left.get(name) != right.get(name)):
         more = f" and {len(other) - 1} more" if len(other) > 1 else ""

@@ -4,7 +4,7 @@ The number means: bytes in use at the fullest moment of a step, all devices bein
 step to step, plus what the fullest of three moments holds: the end of the forward pass (all that is kept for the
 backward pass, and logits), the end of the backward pass (all gradients, and one block at work), the update of the
 tables. GPUs are meant: what is counted was compared with the buffers of steps that XLA compiled for one. On a CPU, XLA
-fuses and schedules otherwise, and a step takes up to three times as much beside its state.
+fuses and schedules otherwise, and a step takes up to three times as much besides its state.
 
 XLA can also plan for a GPU that is not there: with the library of jax-cuda13-pjrt alone (no CUDA, no cuDNN),
 `get_topology_desc("", "cuda", topology="1x1x1", target_config=...)` of `jax.experimental.topologies` compiled steps for

@@ -43,7 +43,7 @@ def explain_out_of_memory(config: RunConfig, *, data_axis: int, limit: int | Non
     Args:
         config: of the run.
         data_axis: devices along `data`.
-        limit: bytes that a device has; None where it does not tell.
+        limit: bytes that a device has; None where it is unknown.
     """
     lines = ["out of memory" + (f": a device has {gigabytes(limit)} for JAX" if limit else ""), ""]
     lines += ["predicted " + describe(plan(config, data_axis=data_axis)), "", "what would need less:"]

@@ -220,7 +220,7 @@ def test_a_disk_that_takes_nothing_is_an_error_that_says_so(tmp_path, lines, mon
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare_module, "write_manifest", full)
+    monkeypatch.setattr(prepare_module.store, "write_manifest", full)
     with pytest.raises(DataError, match=r"p: cannot be written \(.*No space left.*\); make room"):
         prepare(corpus(lines), BYTES, tmp_path / "p")
     assert not (tmp_path / "p").exists()
