@@ -151,7 +151,7 @@ are not needed.
 def expand_home(config: Any) -> None:
     """Expands the `~` of the fields whose types name them paths; other paths stay as they were written."""
     expanded = lambda text: os.path.expanduser(text) if text.startswith("~") else text
-    for name, kind in _types(type(config), include_extras=True).items():
+    for name, kind in field_types(type(config), include_extras=True).items():
         checks = [check for one in _union(kind) for check in getattr(one, "__metadata__", ())]
         value = getattr(config, name)
         if value and (local in checks or local_or_remote in checks):
