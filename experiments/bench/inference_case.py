@@ -68,7 +68,7 @@ def measure(model: Decoder, case: Row, batch: int, length: int) -> Row:
         engine.step(0)
         began, pace = time.perf_counter(), Pace()
         while engine.is_busy:
-            engine.step(pace.next())
+            pace.step(engine)
         return (time.perf_counter() - began) / case["new"]
 
     chunk, rounds = case["chunk"], range(2, 2 + case["rounds"])

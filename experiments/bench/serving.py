@@ -6,7 +6,8 @@
 The server is a process of its own. Before it serves it times its engine alone on the same work: as many prompts as
 there are clients are read at once and written to their end, again and again. Then each client sends one request after
 the other; a share hangs up after some of its text. Afterwards a sample of what came back is asked again, one by one.
-All tokens that the server made count, also those of clients that had gone. The exit code is 1 if an answer is lost or
+All tokens that the server made count, also those of clients that had gone; the steady rate is that until the first
+client has sent all its requests, from when on slots stay empty. The exit code is 1 if an answer is lost or
 mixed up (in float32; in bfloat16 the share of equal answers is reported).
 """
 
@@ -33,6 +34,7 @@ import timing
 from train_step import SMALL, SMALL_MEMORY
 
 COLUMNS = ("model", "clients", "prompt", "new", "tokens/s", "engine tokens/s", "of engine", "decoding tokens/s")
+COLUMNS += ("steady tokens/s", "steady of engine")
 COLUMNS += (
     "first token p50 ms",
     "first token p95 ms",
@@ -187,10 +189,10 @@ async def load_server(case: cases.Row, port: int) -> cases.Row:
     patience = [[rng.randrange(1, 8) for _ in turns] for turns in work]
     answers: list[tuple[dict[str, Any], str]] = []
     firsts: list[float] = []
-    lost = 0
+    lost, steady = 0, None
 
     async def client(place: int) -> None:
-        nonlocal lost
+        nonlocal lost, steady
         for turn, body in enumerate(work[place]):
             hangs_up = hang_ups[place][turn]
             try:
@@ -203,6 +205,9 @@ async def load_server(case: cases.Row, port: int) -> cases.Row:
                 is_whole = answer.finish == "length" and answer.num_tokens == case["new"]
                 lost += not is_whole
                 answers.append((body, answer.text))
+        if steady is None:
+            steady = 0.0  # no other client comes here while the server is asked
+            steady = (await made_tokens(port) - before) / (time.perf_counter() - started)
 
     # The first of all requests compile what is left.
     await asyncio.gather(*[ask(port, request(-1 - number)) for number in range(2)])
@@ -215,6 +220,7 @@ async def load_server(case: cases.Row, port: int) -> cases.Row:
     cuts = statistics.quantiles(firsts, n=20)
     return {
         "tokens/s": made / seconds,
+        "steady tokens/s": steady,
         "first token p50 ms": statistics.median(firsts) * 1e3,
         "first token p95 ms": cuts[18] * 1e3,
         "answers": len(answers),
@@ -243,7 +249,8 @@ def measure(case: cases.Row) -> cases.Row:
         process.kill()
         process.wait()
     row |= {name: ready[name] for name in ("engine tokens/s", "decoding tokens/s", "dtype")}
-    row["of engine"] = row["tokens/s"] / row["engine tokens/s"]
+    for rate, share in (("tokens/s", "of engine"), ("steady tokens/s", "steady of engine")):
+        row[share] = row[rate] / row["engine tokens/s"]
     row |= {"peak GB": end["peak GB"], "RSS grown MB": end["RSS"] - ready["RSS"], "environment": end["environment"]}
     return row
 

@@ -7,6 +7,7 @@ runs in the scheduler's thread alone.
 import asyncio
 import json
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -24,6 +25,9 @@ HUNG_UP = 499
 """The status under which requests are counted whose client has gone."""
 _DISCARDED = 8
 """Bodies of up to so many times the limit are read to their end, so that clients see why they are refused."""
+
+_SHORT = 1000
+"""Characters of prompts that are encoded on the event loop."""
 
 
 class HungUpError(Exception):
@@ -105,8 +109,10 @@ async def _completions(service: Service, request: Request, send: Send) -> Respon
     asked = parse_request(body, vocab_size=service.vocab_size, max_choices=most)
     if asked.model is not None and asked.model != service.model_name:
         raise _no_model(asked.model, service)
-    # A long text takes a while to encode.
-    prompts = await asyncio.to_thread(prompt_ids, service.tokenizer, asked)
+    encode = partial(prompt_ids, service.tokenizer, asked)
+    letters = sum(len(prompt) for prompt in asked.prompts if isinstance(prompt, str))
+    # A long text takes a while to encode; another thread takes longer than a short one.
+    prompts = await asyncio.to_thread(encode) if letters > _SHORT else encode()
     choices = make_choices(service.tokenizer, asked, prompts, max_length=limits.max_length)
     service.metrics.prompt_tokens += sum(len(ids) for ids, _ in prompts)
     with service.answering(asked, choices) as answer:
@@ -133,14 +139,15 @@ async def _stream(service: Service, answer: Answer, send: Send) -> None:
     is_started = False
     usage = {"usage": None} if answer.request.include_usage else {}
 
-    async def event(data: str) -> None:
+    async def write(text: str, *, more: bool) -> None:
         nonlocal is_started
         if not is_started:
             headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             is_started = True
-        await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
 
+    text = ""
     try:
         async for choice, piece in answer.pieces(service):
             part = {
@@ -149,15 +156,23 @@ async def _stream(service: Service, answer: Answer, send: Send) -> None:
                 "logprobs": piece.logprobs,
                 "finish_reason": piece.finish,
             }
-            await event(_dumps(answer.document(service, [part], **usage)))
+            text += _event(_dumps(answer.document(service, [part], **usage)))
+            if not answer.is_done:
+                await write(text, more=True)
+                text = ""
+        # The end goes out with the last piece.
         if usage:
-            await event(_dumps(answer.document(service, [], usage=answer.usage())))
-        await event("[DONE]")
+            text += _event(_dumps(answer.document(service, [], usage=answer.usage())))
+        text += _event("[DONE]")
     except RefusedError as error:
         if not is_started:
             raise
-        await event(_dumps(error.document))
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
+        text += _event(_dumps(error.document))
+    await write(text, more=False)
+
+
+def _event(data: str) -> str:
+    return f"data: {data}\n\n"
 
 
 async def _models(service: Service, request: Request, send: Send) -> Response:
@@ -274,5 +289,4 @@ def _json(document: Any, *, status: int = 200) -> Response:
     return Response(_dumps(document), status_code=status, media_type="application/json")
 
 
-def _dumps(document: Any) -> str:
-    return json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode

@@ -13,9 +13,9 @@ from memjax.inference.programs import (
     LONGEST_CHUNK,
     NOTHING,
     STOPPED,
+    Room,
     Rows,
     State,
-    capacity_of,
     padded_length,
     programs_of,
     top_count,
@@ -109,7 +109,6 @@ class Engine:
         self._num_rows = math.ceil(num_slots / self._devices) * self._devices
         self._slots: list[_Slot | None] = [None] * num_slots
         self._state: State | None = None
-        self._rows: Rows | None = None
         self._unread: list[_Fresh] = []
         self._unmerged: list[_Fresh] = []
 
@@ -140,7 +139,7 @@ class Engine:
             raise ValueError(f"{len(requests)} requests do not fit into {len(free)} free slots of {self.num_slots}")
         if not self.is_busy:
             # The last texts may have been longer than those to come.
-            if self._state is not None and capacity_of(self._state) > self._min_capacity:
+            if self._state is not None and self._state.room.tokens > self._min_capacity:
                 self._state = None
             self._unmerged = []
         slots = free[: len(requests)]
@@ -149,7 +148,6 @@ class Engine:
             some = self._read_together(requests[start:])
             self._prefill(some, slots[start : start + len(some)], prefill_rows or self._prefill_rows)
             start += len(some)
-        self._rows = None
         return slots
 
     def step(self, max_tokens: int) -> dict[int, Made]:
@@ -168,10 +166,12 @@ class Engine:
         if count > 0 and self.is_busy:
             slots = [(number, slot) for number, slot in enumerate(self._slots) if slot is not None]
             mode, num_top = self._needs([slot.request for _, slot in slots])
-            self._state, tokens, likely = self._programs.decode(
-                self._weights, self._state, self._rows, np.int32(count), mode=mode, num_top=num_top
-            )
             places = [number for number, _ in slots]
+            is_wanted = np.zeros(self._num_rows, bool)
+            is_wanted[places] = True
+            self._state, tokens, likely = self._programs.decode(
+                self._weights, self._state, is_wanted, np.int32(count), mode=mode, num_top=num_top
+            )
             tokens, likely = jax.tree.map(lambda array: array[places], jax.device_get((tokens, likely)))
             self._take(found, slots, tokens, likely)
         return found
@@ -179,13 +179,11 @@ class Engine:
     def release(self, slot: int) -> None:
         """Ends a text before its end."""
         self._slots[slot] = None
-        # Rows are sent anew with the next step, and then without this one.
-        self._rows = None
 
     def reset(self) -> None:
         """Ends every text and drops the cache, which a call that failed may have left half written."""
         self._slots = [None] * self.num_slots
-        self._state, self._rows, self._unread, self._unmerged = None, None, [], []
+        self._state, self._unread, self._unmerged = None, [], []
 
     def _read_together(self, requests: Sequence[Request]) -> Sequence[Request]:
         """The first of the requests, as many as are read at once."""
@@ -221,28 +219,26 @@ class Engine:
         self._unmerged.append(fresh)
 
     def _merge(self, count: int) -> None:
-        """Brings the state and its rows up to the texts that are there, with room for `count` more tokens of each."""
+        """Brings the state up to the texts that are there, with room for `count` more tokens of each."""
         unmerged, self._unmerged = self._unmerged, []
-        before = 0 if self._state is None else capacity_of(self._state)
-        widths = [capacity_of(fresh.state) for fresh in unmerged]
+        states = [state for state in (self._state, *(fresh.state for fresh in unmerged)) if state is not None]
+        if not states:
+            return
         soon = [slot.capacity(count) for slot in self._slots if slot is not None]
-        capacity = max(before, self._min_capacity, *widths, *soon)
-        if self._state is not None and before < capacity:
-            self._state = self._programs.grow(self._state, capacity=capacity)
+        room = Room(*map(max, zip(*(state.room for state in states), strict=True)))
+        room = room._replace(tokens=max(room.tokens, self._min_capacity, *soon))
+        if self._state is not None and self._state.room != room:
+            self._state = self._programs.grow(self._state, room=room)
         for fresh in unmerged:
             # Rows without a request go to no slot.
             places = np.full(len(fresh.tokens), self._num_rows, np.int32)
             places[: len(fresh.slots)] = list(fresh.slots)
             if self._state is None and self._devices == 1 and np.array_equal(places, np.arange(self._num_rows)):
                 # They fill all slots in their order: their state is that of the engine, and no cache is copied.
-                is_wide = capacity_of(fresh.state) == capacity
-                self._state = fresh.state if is_wide else self._programs.grow(fresh.state, capacity=capacity)
+                has_room = fresh.state.room == room
+                self._state = fresh.state if has_room else self._programs.grow(fresh.state, room=room)
                 continue
-            sizes = {"num_rows": self._num_rows, "capacity": capacity}
-            self._state = self._programs.insert(self._state, fresh.state, places, **sizes)
-        if self._rows is None:
-            requests = [slot and slot.request for slot in self._slots]
-            self._rows = jax.device_put(Rows.of([*requests, *[None] * (self._num_rows - self.num_slots)]))
+            self._state = self._programs.insert(self._state, fresh.state, places, num_rows=self._num_rows, room=room)
 
     def _needs(self, requests: Sequence[Request]) -> tuple[Mode, int | None]:
         """The mode of the sampling, and how many likeliest tokens are reported."""
@@ -279,7 +275,6 @@ class Engine:
             elif slot.num_made == request.max_tokens:
                 made.finish = "length"
             if made.finish is not None:
-                # Its row is inactive on the device too; the rows need not be sent for that.
                 self._slots[number] = None
 
 

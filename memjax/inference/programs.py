@@ -40,9 +40,9 @@ class Rows(NamedTuple):
 
     rules: Rules
     limit: Int[Array, " b"]
+    """Tokens to write; 0 in rows without a text."""
     stop_ids: Int[Array, "b stops"]
     """Padded with a number that no token has."""
-    is_used: Bool[Array, " b"]
 
     @classmethod
     def of(cls, requests: Sequence[Request | None]) -> "Rows":
@@ -54,13 +54,21 @@ class Rows(NamedTuple):
                 stops[row, : len(request.stop_ids)] = list(request.stop_ids)
         rules = Rules.of([(request.sampling, request.number) if request else (GREEDY, 0) for request in requests])
         limit = np.array([request.max_tokens if request else 0 for request in requests], np.int32)
-        is_used = np.array([request is not None for request in requests])
-        return cls._make((rules, limit, stops, is_used))
+        return cls._make((rules, limit, stops))
+
+
+class Room(NamedTuple):
+    """The most that rows of a state can hold."""
+
+    tokens: int
+    """Of the cache."""
+    stop_ids: int
 
 
 class State(NamedTuple):
-    """What decoding changes."""
+    """Texts in the making, a row each."""
 
+    rows: Rows
     cache: Cache
     token: Int[Array, " b"]
     """The last one of each text, which the cache does not hold yet."""
@@ -68,6 +76,11 @@ class State(NamedTuple):
     is_active: Bool[Array, " b"]
     seen: Bool[Array, "b vocab"]
     """Which tokens the texts hold; kept up to date where a repetition penalty asks."""
+
+    @property
+    def room(self) -> Room:
+        """What its rows have room for."""
+        return Room(self.cache.blocks[0].keys.shape[2], self.rows.stop_ids.shape[1])
 
 
 Weights = tuple[Array, ...]
@@ -120,39 +133,39 @@ def programs_of(graphdef: Any, structure: Any) -> Programs:
             text = jnp.where(is_text, tokens, vocab_size)
             seen = seen.at[jnp.arange(num_rows)[:, None], text].set(True, mode="drop")
         nothing = jnp.zeros(num_rows, jnp.int32)
-        state = State(cache=cache, token=nothing, num_made=nothing, is_active=rows.is_used, seen=seen)
-        state, made, likely = _add_token(state, logits, rows, mode, num_top)
+        state = State(rows, cache, token=nothing, num_made=nothing, is_active=rows.limit > 0, seen=seen)
+        state, made, likely = _add_token(state, logits, mode, num_top)
         # With an axis of places, as decoding has it.
         return state, replicate(made[:, None]), jax.tree.map(lambda array: replicate(array[:, None]), likely)
 
-    @functools.partial(jax.jit, static_argnames=("num_rows", "capacity"), donate_argnames="state")
-    def insert(state: State | None, fresh: State, slots: Int[Array, " b"], *, num_rows: int, capacity: int) -> State:
-        """The state with rows of another at the given slots; their caches are padded to its capacity."""
+    @functools.partial(jax.jit, static_argnames=("num_rows", "room"), donate_argnames="state")
+    def insert(state: State | None, fresh: State, slots: Int[Array, " b"], *, num_rows: int, room: Room) -> State:
+        """The state with rows of another, which get its room, at the given slots."""
         # Whole rows are written: what another text has left there cannot come back as 0 * inf.
-        fresh = _with_capacity(fresh, capacity)
+        fresh = _with_room(fresh, room)
         if state is None:
             empty = lambda array: split_tokens(jnp.zeros((num_rows, *array.shape[1:]), array.dtype))
             state = jax.tree.map(empty, fresh)
         return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), state, fresh)
 
-    @functools.partial(jax.jit, static_argnames="capacity")
-    def grow(state: State, *, capacity: int) -> State:
-        """The state with room for more tokens."""
-        return _with_capacity(state, capacity)
+    @functools.partial(jax.jit, static_argnames="room")
+    def grow(state: State, *, room: Room) -> State:
+        """The state with more room."""
+        return _with_room(state, room)
 
     @functools.partial(jax.jit, static_argnames=("mode", "num_top"), donate_argnames="state")
     def decode(
         weights: Weights,
         state: State,
-        rows: Rows,
+        is_wanted: Bool[Array, " b"],
         count: Int[Array, ""],
         *,
         mode: Mode,
         num_top: int | None,
     ) -> tuple[State, Int[Array, "b n"], Likelihoods | None]:
-        """`count` more tokens of each text, fewer where all of them end before."""
+        """`count` more tokens of each text that is wanted, fewer where all of them end before."""
         num_rows = len(state.token)
-        state = state._replace(is_active=state.is_active & rows.is_used)
+        state = state._replace(is_active=state.is_active & is_wanted)
 
         def add(carry: tuple[Array, State, Array, Any]) -> tuple[Array, State, Array, Any]:
             place, state, tokens, reported = carry
@@ -160,7 +173,7 @@ def programs_of(graphdef: Any, structure: Any) -> Programs:
             hidden, cache = model.hidden_with_cache(state.token[:, None], state.cache)
             lengths = jnp.where(state.is_active, cache.lengths, state.cache.lengths)
             state = state._replace(cache=cache._replace(lengths=lengths))
-            state, made, likely = _add_token(state, model.logits(hidden[:, 0]), rows, mode, num_top)
+            state, made, likely = _add_token(state, model.logits(hidden[:, 0]), mode, num_top)
             write = lambda all_, one: all_.at[:, place].set(one)
             return place + 1, state, write(tokens, made), jax.tree.map(write, reported, likely)
 
@@ -179,9 +192,10 @@ def programs_of(graphdef: Any, structure: Any) -> Programs:
 
 
 def _add_token(
-    state: State, logits: Float[Array, "b vocab"], rows: Rows, mode: Mode, num_top: int | None
+    state: State, logits: Float[Array, "b vocab"], mode: Mode, num_top: int | None
 ) -> tuple[State, Int[Array, " b"], Likelihoods | None]:
     """The next token of every active text, in the state and as what the host is given."""
+    rows = state.rows
     picked = pick(logits, state.seen, rows.rules, state.num_made, mode=mode)
     is_stop = jnp.any(picked[:, None] == rows.stop_ids, axis=1)
     made = jnp.where(state.is_active, jnp.where(is_stop, STOPPED - picked, picked), NOTHING)
@@ -194,15 +208,13 @@ def _add_token(
     return state, made, None if num_top is None else likelihoods(logits, picked, num_top)
 
 
-def capacity_of(state: State) -> int:
-    """Tokens of each text that the state has room for."""
-    return state.cache.blocks[0].keys.shape[2]
-
-
-def _with_capacity(state: State, capacity: int) -> State:
-    """The state with a cache of more places."""
-    more = lambda array: jnp.pad(array, [(0, 0), (0, 0), (0, capacity - array.shape[2]), (0, 0)])
-    return state._replace(cache=state.cache._replace(blocks=jax.tree.map(more, state.cache.blocks)))
+def _with_room(state: State, room: Room) -> State:
+    """The state with more places in its cache and for stop tokens."""
+    tokens, stop_ids = (wanted - has for wanted, has in zip(room, state.room, strict=True))
+    more = lambda array: jnp.pad(array, [(0, 0), (0, 0), (0, tokens), (0, 0)])
+    cache = state.cache._replace(blocks=jax.tree.map(more, state.cache.blocks))
+    stops = jnp.pad(state.rows.stop_ids, [(0, 0), (0, stop_ids)], constant_values=NOTHING)
+    return state._replace(cache=cache, rows=state.rows._replace(stop_ids=stops))
 
 
 def padded_length(length: int) -> int:

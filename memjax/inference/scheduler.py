@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import jax
 
 from memjax.config.sampling import SamplingConfig
 from memjax.inference.engine import Engine
-from memjax.inference.programs import padded_length
+from memjax.inference.programs import LONGEST_CHUNK, padded_length
 from memjax.inference.requests import Made, Request, TokenLogprobs
 from memjax.inference.sampling import Mode
 from memjax.inference.streaming import Pace
@@ -27,9 +28,12 @@ _PREFILL_ROWS = 8
 _PADDED_FROM = 3
 """Prompts that are read at once though the batch is not full: it takes about as long as two that are read alone."""
 _CHUNK = 16
-"""Tokens that several texts get at a time: whoever has ended or waits does so until the others have theirs."""
+"""Tokens that several texts get at a time. With fewer, slots of texts that have ended are empty for a shorter time, but
+prompts join in smaller groups, and there are more events to send. Simulated with the times of a 373m model on an H200
+(64 clients, prompts of 512 and answers of 128 tokens) 8 and 16 write equally fast."""
 _RETURN_SECONDS = 0.002
-"""Time that whoever got a whole text has to send the next request, before its slot stays empty for a chunk."""
+"""Time that whoever got a whole text has to send the next request, before its slot stays empty for a chunk. Where
+others wait already, their prompts are read meanwhile."""
 _PREFILL_TOKENS = 1 << 15
 """Prompt tokens, padding included, that are read before running texts go on."""
 
@@ -102,7 +106,10 @@ class Scheduler:
         self._groups: collections.deque[collections.deque[Ticket]] = collections.deque()
         self._num_waiting = 0
         self._running: dict[int, Ticket] = {}
+        self._joining: list[Ticket] = []
+        """Those who are about to get their slots."""
         self._cancelled: list[Ticket] = []
+        self._num_ended, self._return_due = 0, 0.0
         self._is_open = True
         self._changed = threading.Condition()
         # A mesh belongs to a thread.
@@ -182,17 +189,35 @@ class Scheduler:
                     self._changed.wait()
                 if not self._is_open:
                     return
+            try:
+                self._admit()
+                if self._running:
+                    most = _CHUNK if len(self._running) > 1 else LONGEST_CHUNK
+                    self._hand_out(pace.step(self._engine, most))
+            except Exception as error:
+                self._fail(error)
+
+    def _admit(self) -> None:
+        """Reads the prompts that wait, and those of the many that come meanwhile."""
+        num_tokens, fewest = 0, 1
+        while num_tokens < _PREFILL_TOKENS:
+            with self._changed:
+                self._changed.wait_for(self._have_returned, max(0.0, self._return_due - time.monotonic()))
                 cancelled, self._cancelled = self._cancelled, []
                 for ticket in cancelled:
                     self._release(ticket)
-                joining = self._take()
-            try:
-                self._join(joining)
-                if self._running:
-                    tokens = min(pace.next(), _CHUNK) if len(self._running) > 1 else pace.next()
-                    self._hand_out(self._engine.step(tokens))
-            except Exception as error:
-                self._fail(joining, error)
+                self._joining = self._take(_PREFILL_TOKENS - num_tokens) if self._num_waiting >= fewest else []
+            if not self._joining:
+                return
+            self._join(self._joining)
+            num_tokens += sum(padded_length(len(ticket.request.prompt_ids)) for ticket in self._joining)
+            self._joining = []
+            # Fewer can wait for a chunk: their rows in it are worth less than the time to read them on their own.
+            fewest = max(1, self._prefill_rows // 2)
+
+    def _have_returned(self) -> bool:
+        """Whether as many texts wait as have just ended."""
+        return self._num_waiting >= self._num_ended or not self._is_open
 
     def _has_work(self) -> bool:
         return bool(self._groups or self._running or self._cancelled)
@@ -203,11 +228,11 @@ class Scheduler:
             del self._running[ticket.slot]
             self._engine.release(ticket.slot)
 
-    def _take(self) -> list[Ticket]:
-        """The tickets whose turn it is."""
+    def _take(self, most_tokens: int) -> list[Ticket]:
+        """The tickets whose turn it is, until their prompts have so many tokens."""
         taken: list[Ticket] = []
         num_free, num_tokens = self.num_slots - len(self._running), 0
-        while self._groups and num_tokens < _PREFILL_TOKENS:
+        while self._groups and num_tokens < most_tokens:
             request = self._groups[0][0].request
             if request.max_tokens:
                 if not num_free:
@@ -241,24 +266,23 @@ class Scheduler:
             self._hand_out(self._engine.step(0))
 
     def _hand_out(self, found: dict[int, Made]) -> None:
-        updates = []
-        for slot, made in found.items():
-            updates.append((self._running[slot], Update(made)))
-            if made.finish is not None:
-                del self._running[slot]
-        num_ended = sum(update.is_last for _, update in updates)
-        self._listener(updates)
-        if num_ended and self._running:
-            with self._changed:
-                self._changed.wait_for(lambda: len(self._groups) >= num_ended or not self._is_open, _RETURN_SECONDS)
+        updates = [(self._running[slot], Update(made)) for slot, made in found.items()]
+        ended = [slot for slot, made in found.items() if made.finish is not None]
+        for slot in ended:
+            del self._running[slot]
+        # Those that end come first: their clients are the next to ask.
+        self._listener(sorted(updates, key=lambda pair: not pair[1].is_last))
+        self._num_ended = len(ended)
+        is_worth = self._running and not self._num_waiting
+        self._return_due = time.monotonic() + _RETURN_SECONDS if is_worth else 0.0
 
-    def _fail(self, joining: Sequence[Ticket], error: Exception) -> None:
+    def _fail(self, error: Exception) -> None:
         """Tells everybody whose text is lost, and goes on with those who wait."""
         self.num_failures += 1
         if sys.stderr is not None:
             with contextlib.suppress(OSError, ValueError):
                 traceback.print_exception(error)
-        lost = dict.fromkeys(itertools.chain(self._running.values(), joining))
+        lost = dict.fromkeys(itertools.chain(self._running.values(), self._joining))
         self._running = {}
         self._engine.reset()
         is_full = "RESOURCE_EXHAUSTED" in str(error)

@@ -159,6 +159,11 @@ class Answer:
         self.id = f"cmpl-{uuid.uuid4().hex}"
         self.created = int(time.time())
 
+    @property
+    def is_done(self) -> bool:
+        """Whether all choices have ended."""
+        return all(choice.is_done for choice in self.choices)
+
     async def pieces(self, service: Service) -> AsyncIterator[tuple[Choice, Piece]]:
         """What becomes of the choices, until all are done.
 
@@ -166,7 +171,7 @@ class Answer:
             RefusedError: the engine failed.
         """
         is_first = True
-        while not all(choice.is_done for choice in self.choices):
+        while not self.is_done:
             choice, update = await self.inbox.get()
             if update.error is not None:
                 raise RefusedError(

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from memjax.config.sampling import SamplingConfig
 from memjax.inference.engine import Engine
 from memjax.inference.programs import LONGEST_CHUNK
-from memjax.inference.requests import Request, check
+from memjax.inference.requests import Made, Request, check
 from memjax.inference.sampling import GREEDY
 from memjax.models.decoder import Decoder
 
@@ -15,18 +15,21 @@ _CHUNK_SECONDS = 0.05
 
 
 class Pace:
-    """How many tokens a stream asks for at a time: twice as many as before, while that takes less than a moment."""
+    """How many tokens a stream takes at a time: one at first, then ever more, as long as that takes but a moment."""
 
     def __init__(self) -> None:
         """Begins with a single token."""
-        self.tokens, self._began = 0, time.monotonic()
+        self.tokens = 1
 
-    def next(self) -> int:
-        """The tokens to ask for now."""
-        now = time.monotonic()
-        grown = self.tokens * 2 if now - self._began < _CHUNK_SECONDS else self.tokens // 2
-        self.tokens, self._began = min(max(1, grown), LONGEST_CHUNK), now
-        return self.tokens
+    def step(self, engine: Engine, most: int = LONGEST_CHUNK) -> dict[int, Made]:
+        """The engine's next tokens, `most` of each text at the most."""
+        count, began = min(self.tokens, most), time.monotonic()
+        made = engine.step(count)
+        seconds = time.monotonic() - began
+        # Doubled only where twice the time is still a moment.
+        grown = 2 * count if seconds < _CHUNK_SECONDS / 2 else count if seconds < _CHUNK_SECONDS else count // 2
+        self.tokens = min(max(1, grown), LONGEST_CHUNK)
+        return made
 
 
 def generate(
@@ -115,4 +118,4 @@ def _steps(model: Decoder, requests: Sequence[Request], num_rows: int) -> Iterat
             yield [text[place] if place < len(text) else None for text in texts]
         if not engine.is_busy:
             return
-        made = engine.step(pace.next())
+        made = pace.step(engine)

@@ -104,7 +104,7 @@ def continue_texts(
                     engine.release(slot)
             if not engine.is_busy:
                 break
-            made = engine.step(pace.next())
+            made = pace.step(engine)
         for text in texts.values():
             text.finish()
             finish = "stop" if text.is_stopped else "length" if text.num_tokens == max_tokens else "end"
@@ -171,6 +171,8 @@ class StopStrings:
         """What can be passed on now: all but an end that may be the beginning of a stop string."""
         if self.found is not None:
             return ""
+        if not self._stops:
+            return piece
         text = self._held + piece
         for stop in self._stops:
             before, found, _ = text.partition(stop)

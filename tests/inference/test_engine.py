@@ -218,6 +218,20 @@ def test_a_slot_that_was_released_takes_another_text():
         writer.insert([request(5), request(9)])
 
 
+def test_texts_with_many_and_with_few_stop_tokens_are_written_side_by_side():
+    model = tiny(True, 2)
+    few, many = request(5), request(9, stop_ids=[alone(model, request(9))[6], *range(3, 9)])
+    for first, second in ((few, many), (many, few)):
+        writer = Engine(model, num_slots=2)
+        writer.insert([first])
+        texts = {0: writer.step(2)[0].tokens, 1: []}
+        writer.insert([second])
+        while writer.is_busy:
+            for slot, made in writer.step(5).items():
+                texts[slot] += made.tokens
+        assert texts == {0: alone(model, first), 1: alone(model, second)}
+
+
 def test_a_cache_grows_under_a_text(monkeypatch):
     monkeypatch.setattr(engine, "_AT_ONCE", 0)
     model = tiny(False, None)

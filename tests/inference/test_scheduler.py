@@ -1,12 +1,16 @@
 """Prompts that wait are read together where that is faster, by programs that were compiled before."""
 
+import threading
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from memjax.config.model import ModelConfig
-from memjax.inference.requests import Request
-from memjax.inference.scheduler import batches, make_engine, warm_up
+from memjax.inference.engine import Engine
+from memjax.inference.requests import Made, Request
+from memjax.inference.scheduler import Scheduler, Ticket, batches, make_engine, warm_up
 from memjax.models.parts import DecoderParts
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -36,3 +40,73 @@ def test_a_warm_engine_compiles_nothing_for_prompts_of_any_length():
     assert compiled.count(COMPILED) == 0
     jax.jit(lambda x: x * 3 + 1)(np.ones(3))
     assert compiled.count(COMPILED) == 1
+
+
+class Scripted(Engine):
+    """An engine of eight slots without a model: notes what it is asked for; texts have three tokens or, if odd, one."""
+
+    def __init__(self) -> None:
+        self.num_slots = 8
+        self.calls: list[str] = []
+        self.during_insert: Callable[[], None] = lambda: None
+        self.left: dict[int, int] = {}
+        self.fresh: list[int] = []
+
+    def insert(self, requests: Sequence[Request], *, prefill_rows: int | None = None) -> list[int]:
+        self.calls.append(f"read {len(requests)} in {prefill_rows}")
+        slots = [slot for slot in range(8) if slot not in self.left][: len(requests)]
+        for slot, request in zip(slots, requests, strict=True):
+            self.left[slot] = 1 if request.number % 2 else 3
+        self.fresh += slots
+        hook, self.during_insert = self.during_insert, lambda: None
+        hook()
+        return slots
+
+    def step(self, max_tokens: int) -> dict[int, Made]:
+        self.calls.append(f"write {max_tokens}")
+        found, self.fresh = {slot: Made([]) for slot in self.left if max_tokens or slot in self.fresh}, []
+        for slot, made in found.items():
+            self.left[slot] -= 1
+            made.tokens = [7]
+            if not self.left[slot]:
+                del self.left[slot]
+                made.finish = "length"
+        return found
+
+
+def ticket(number: int = 0) -> Ticket:
+    return Ticket(request=Request(prompt_ids=[1], max_tokens=3, number=number))
+
+
+def calls_until_all_end(first: list[Ticket], meanwhile: list[Ticket]) -> tuple[list[str], list[list[Ticket]]]:
+    """What the engine is asked for, and to whom what was written is handed out."""
+    engine, handed_out, num_left, ended = Scripted(), [], len(first) + len(meanwhile), threading.Event()
+
+    def listen(updates: list) -> None:
+        nonlocal num_left
+        handed_out.append([ticket for ticket, _ in updates])
+        num_left -= sum(update.is_last for _, update in updates)
+        if not num_left:
+            ended.set()
+
+    scheduler = Scheduler(engine, listen, max_waiting=99)
+    if meanwhile:
+        engine.during_insert = lambda: scheduler.submit(meanwhile)
+    scheduler.submit(first)
+    scheduler.start()
+    assert ended.wait(30)
+    assert scheduler.stop(30.0)
+    return engine.calls, handed_out
+
+
+def test_many_who_come_while_prompts_are_read_join_before_the_next_tokens_and_few_after_them():
+    calls, _ = calls_until_all_end([ticket()], [ticket() for _ in range(4)])
+    assert calls[:5] == ["read 1 in 1", "write 0", "read 4 in 8", "write 0", "write 1"]
+    calls, _ = calls_until_all_end([ticket()], [ticket() for _ in range(3)])
+    assert calls[:5] == ["read 1 in 1", "write 0", "write 1", "read 3 in 8", "write 0"]
+
+
+def test_texts_that_end_are_handed_out_first():
+    tickets = [ticket(number) for number in range(4)]
+    _, handed_out = calls_until_all_end(tickets, [])
+    assert handed_out[0] == [tickets[1], tickets[3], tickets[0], tickets[2]]

@@ -26,9 +26,9 @@ class StreamingDecoder:
             self._at_start = True
             return self.finish() + self._names[token] if self._shows_special else ""
         piece = self._tokenizer.token_bytes(token)
-        if piece and self._at_start and self._tokenizer.adds_leading_space:
-            piece = piece.removeprefix(b" ")
-        self._at_start = self._at_start and not self._tokenizer.token_bytes(token)
+        if piece and self._at_start:
+            self._at_start = False
+            piece = piece.removeprefix(b" ") if self._tokenizer.adds_leading_space else piece
         return self._utf8.decode(piece)
 
     def finish(self) -> str:
