@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import cheats
 from clients import http
 from families import FAMILIES
 from fuzz import CPU_SECONDS, Faults, attempts
@@ -125,41 +126,21 @@ def flips(seed: int, count: int, folder: pathlib.Path, lab: pathlib.Path) -> Ite
         yield name, attempt
 
 
-_CHEATS = {
-    "exits": "import os; os._exit(0)",
-    "exits politely": "raise SystemExit",
-    "writes everywhere": "import os\nfor i in range(3, 64):\n  try: os.write(i, b'0' * 64)\n  except OSError: pass\n"
-    "os._exit(0)",
-    "traces": "import sys; sys.settrace(print)",
-    "searches": "import gc; gc.get_objects()",
-    "ends its watcher": "import os; os.kill(os.getppid(), 9)",
-    "waits": "import time; time.sleep(99)",
-    "computes": "while True: pass",
-    "allocates": "x = [bytes(1 << 20) for _ in range(9999)]",
-    "fills the disk": "for i in range(9999): open(str(i), 'wb').write(bytes(1 << 20))",
-    "makes files": "for i in range(99999): open(str(i), 'w').close()",
-    "makes deep folders": "import os\nfor i in range(2000): os.mkdir('d'); os.chdir('d')",
-    "leaves a FIFO": "import os; os.mkfifo('errors'); os.mkfifo('x')",
-    "stays": "import os, time\nif os.fork() == 0:\n  os.setsid(); os.fork(); time.sleep(99)",
-    "has a surrogate": "x = '\ud800'",
-    "prints without end": "import sys\nwhile True: sys.stderr.write('x' * 9999)",
-    "ignores signals": "import signal\nfor i in (1, 2, 15, 24): signal.signal(i, signal.SIG_IGN)\nwhile True: pass",
-    "reads the environment": "import os; print(open(f'/proc/{os.getppid()}/environ').read()); os._exit(0)",
-}
-
-
 def sandbox(
     seed: int, count: int, folder: pathlib.Path, lab: pathlib.Path
 ) -> Iterator[tuple[str, Callable[[], Faults]]]:
     """Programs whose tests cannot pass."""
-    from memjax.evaluation.question_sets.sandbox import Limits, missing_protection, run_program
+    from memjax.evaluation.question_sets import sandbox
+    from memjax.evaluation.question_sets.sandbox_launcher import PROCESSES
 
     tempfile.tempdir = str(folder)
-    print(f"without: {', '.join(missing_protection()) or 'nothing'}", flush=True)
+    lacks, start = sandbox.missing_protection(), sandbox._START
+    print(f"without: {', '.join(lacks) or 'nothing'}", flush=True)
 
-    def attempt(source: str) -> Faults:
+    def attempt(source: str, start: str) -> Faults:
         faults: Faults = []
-        if run_program(source, "assert False", Limits(cpu_seconds=1, seconds=3)).passed:
+        sandbox._START = start
+        if sandbox.run_program(source, cheats.TESTS, sandbox.Limits(cpu_seconds=1, seconds=3)).passed:
             faults.append(("wrong", "passed"))
         if left := list(folder.iterdir()):
             faults.append(("other", f"left {left}"))
@@ -169,8 +150,12 @@ def sandbox(
                     faults.append(("other", "a process stays"))
         return faults
 
-    for name, source in _CHEATS.items():
-        yield name, lambda source=source: attempt(source)
+    killers = {} if PROCESSES in lacks else cheats.KILLERS
+    for name, source in (cheats.FORGERIES | cheats.BURDENS | killers).items():
+        yield name, lambda source=source: attempt(source, start)
+    plain = cheats.without_namespaces(start)
+    for name, source in cheats.FORGERIES.items():
+        yield f"{name}, without namespaces", lambda source=source: attempt(source, plain)
 
 
 def main() -> None:

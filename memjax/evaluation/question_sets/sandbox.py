@@ -1,18 +1,23 @@
-"""Runs programs that a model wrote, in processes with limits.
+"""Runs programs that a model wrote and their tests, in processes with limits.
 
 Written by hand: lm-eval's tasks for programs need a metric from the network, which says itself that it is no sandbox.
 
 Limited: CPU time, elapsed time, memory, the size of each file, open files, core dumps, further processes. The program
 starts in an empty folder that is removed, without input and without this process's environment. Where the kernel
-allows it (as root, or with user namespaces), it also has no network, sees no other process, reads the file systems
-without being able to write to them, and has a few megabytes of memory for files. `missing_protection` names what a
-machine does not allow.
+allows it (as root, or with user namespaces), it also has no network, sees no process but its own and that of its tests,
+reads the file systems without being able to write to them, and has a few megabytes of memory for files.
+`missing_protection` names what a machine does not allow.
 
-A verdict counts only with a secret that Python's own means do not reveal: frames, `gc`, tracing, and C functions by
-`ctypes` (importing it is allowed, since pandas and others do). But the tests call the program's functions, so both run
-in one process, and the secret must be in its memory. A program that reads raw addresses can therefore forge a verdict:
-with `ctypes` pointers, NumPy's `__array_interface__` or native code. So can a result that claims to equal everything.
-This scores the programs of a model; it does not withstand an adversary. Run programs where there is nothing to lose.
+The tests run in another process, the judge, with the same limits. It has functions called in the program's process,
+over pipes, with values that are parsed as data (`program_wire`), and alone decides. So nothing that a program does to
+its own process is a pass, whether by `ctypes`, raw addresses or native code. A program passes by its answers only:
+
+* A result that is not plain data never equals plain data, nor is it less or more. But tests that ask an object of the
+  program whether it is right (`result.is_valid()`), or that compare two answers of the program, believe it.
+* Without tests, the program itself says that it ran to its last line.
+
+Where namespaces are not allowed, a program has the user's rights to files and processes: it could change this package.
+Run programs where there is nothing to lose.
 """
 
 import contextlib
@@ -22,14 +27,13 @@ import functools
 import json
 import os
 import pathlib
-import secrets
 import signal
 import stat
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from memjax.evaluation.question_sets import sandbox_launcher
 
@@ -40,6 +44,13 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
+_START = f"""
+import sys
+sys.path.insert(0, {str(pathlib.Path(__file__).parents[3])!r})
+from {sandbox_launcher.__name__} import main
+del sys.path[0]
+main()
+"""
 _MESSAGE_BYTES = 4096
 _REASON_LETTERS = 200
 _GRACE_SECONDS = 10
@@ -101,40 +112,37 @@ def unreadable() -> Iterator[None]:
 
 
 def _run(program: str, tests: str, limits: Limits) -> tuple[Outcome, tuple[str, ...]]:
-    secret = secrets.token_hex(32).encode()
     with contextlib.ExitStack() as stack:
         folder = pathlib.Path(tempfile.mkdtemp(prefix="memjax-program-"))
         stack.callback(_remove, folder)
         folder.chmod(0o755)
-        errors = stack.enter_context(tempfile.TemporaryFile())
-        pipes = [os.pipe(), os.pipe()]
-        (secret_read, secret_write), (verdict_read, verdict_write) = pipes
-        for end in {secret_read, verdict_read, verdict_write}:
-            stack.callback(os.close, end)
-        os.write(secret_write, secret)
-        os.close(secret_write)
-        os.set_blocking(verdict_read, False)
+        # Three files, so that the process of the program never holds the tests.
+        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
+        for file, text in zip(files, (program, tests), strict=False):
+            file.write(json.dumps(text).encode())
+            file.seek(0)
+        texts, errors = [file.fileno() for file in files[:2]], files[2]
         settings = {
             "folder": str(folder),
-            "secret": secret_read,
-            "verdict": verdict_write,
+            "program": texts[0],
+            "tests": texts[1],
             "seconds": limits.seconds,
             "limits": _resources(limits),
             "disk_bytes": _DISK_BYTES,
             "disk_files": _DISK_FILES,
         }
         process = subprocess.Popen(
-            [sys.executable, "-I", "-B", sandbox_launcher.__file__, json.dumps(settings)],
+            [sys.executable, "-I", "-B", "-c", _START, json.dumps(settings)],
             cwd="/",
             env=_ENVIRONMENT | {"HOME": f"{folder}/home", "TMPDIR": f"{folder}/home"},
-            stdin=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
-            pass_fds=[secret_read, verdict_write],
+            pass_fds=texts,
             start_new_session=True,
         )
         try:
-            report, _ = process.communicate(json.dumps([program, tests]).encode(), limits.seconds + _GRACE_SECONDS)
+            report, _ = process.communicate(timeout=limits.seconds + _GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             report = b""
         finally:
@@ -146,8 +154,8 @@ def _run(program: str, tests: str, limits: Limits) -> tuple[Outcome, tuple[str, 
             found = json.loads(report)
         except ValueError:
             return Outcome(False, "the process that watches it was ended"), ()
-        passed = found["code"] == 0 and _read(verdict_read) == secret
-        return Outcome(passed, "" if passed else _reason(found["code"], errors, limits)), tuple(found["lacks"])
+        passed = found["verdict"] is not None and found["verdict"]["passed"]
+        return Outcome(passed, "" if passed else _reason(found, errors, limits)), tuple(found["lacks"])
 
 
 def _resources(limits: Limits) -> dict[str, tuple[int, int]]:
@@ -164,25 +172,30 @@ def _resources(limits: Limits) -> dict[str, tuple[int, int]]:
     return {"RLIMIT_CPU": cpu} | {name: (value, value) for name, value in most.items()}
 
 
-def _read(pipe: int) -> bytes:
-    try:
-        return os.read(pipe, 4096)
-    except BlockingIOError:
-        return b""
-
-
-def _reason(code: int | None, errors: BinaryIO, limits: Limits) -> str:
-    if code is None:
+def _reason(found: dict[str, Any], errors: BinaryIO, limits: Limits) -> str:
+    """Why the tests do not pass, or, where the program is gone, how it ended."""
+    code, judges_code, verdict = found["program"], found["judge"], found["verdict"]
+    if judges_code is None:
         return f"stopped after {limits.seconds} s by the clock"
-    if code == -signal.SIGXCPU:
-        return f"stopped after {limits.cpu_seconds} s of computing"
+    if verdict is None:
+        return f"its tests were {_stopped(judges_code, limits)}"
+    if not verdict["gone"]:
+        return verdict["reason"]
+    if code is None:
+        return "it closed the pipes to its tests"
     if code < 0:
-        return f"stopped by {signal.Signals(-code).name}"
+        return _stopped(code, limits)
     errors.seek(max(0, os.fstat(errors.fileno()).st_size - _MESSAGE_BYTES))
     lines = errors.read(_MESSAGE_BYTES).decode(errors="replace").strip().splitlines()
     if lines:
         return lines[-1][:_REASON_LETTERS]
     return "it ended before its last line" if code == 0 else f"it ended with exit code {code}"
+
+
+def _stopped(code: int, limits: Limits) -> str:
+    if code == -signal.SIGXCPU:
+        return f"stopped after {limits.cpu_seconds} s of computing"
+    return f"stopped by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 def _remove(folder: pathlib.Path) -> None:

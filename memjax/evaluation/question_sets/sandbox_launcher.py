@@ -1,14 +1,14 @@
-"""The process that runs a program for `sandbox`: started alone by its path, it imports nothing of memjax.
+"""The process that confines a program and its tests for `sandbox`; it imports little, since each program starts one.
 
-Three processes, each forked from the one before: this one enters new namespaces, the second is the first in them,
-mounts, waits and reports, the third becomes the program. Everything that needs rights is tried; what cannot be had is
-reported under `lacks`.
+Four processes, forked from each other: this one enters new namespaces; the second is the first in them, mounts, waits
+and reports; its children become the program and the judge, which runs the tests. Everything that needs rights is tried;
+what cannot be had is reported under `lacks`.
 """
 
-import collections
 import contextlib
 import ctypes
 import functools
+import itertools
 import json
 import operator
 import os
@@ -16,17 +16,18 @@ import resource
 import signal
 import sys
 import time
-import traceback
-import types
-from collections.abc import Callable
 from typing import Any, NoReturn
+
+from memjax.evaluation.question_sets.program_judge import judge, run_program
+from memjax.evaluation.question_sets.program_wire import Channel
 
 PROCESSES = "a process namespace"
 NETWORK = "a network namespace"
 FILES = "read-only file systems"
 USER = "a user without rights"
 
-_NOBODY = 65534
+_NOBODY, _JUDGE = 65534, 65533
+"""The users that root's programs and their judges become: neither may send the other a signal."""
 _NEW = {PROCESSES: 0x20000000, NETWORK: 0x40000000, FILES: 0x00020000, "ipc": 0x08000000}
 """CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWNS, CLONE_NEWIPC."""
 _NEW_USER = 0x10000000
@@ -39,24 +40,12 @@ _FLAGS = {"nosuid": 2, "nodev": 4, "noexec": 8, "noatime": 1024, "nodiratime": 2
 _DEATH_SIGNAL, _DUMPABLE, _SUBREAPER, _NO_NEW_PRIVILEGES = 1, 4, 36, 38
 _CAPABILITY_VERSION = 0x20080522
 
-_FORBIDDEN = (
-    *("gc.get_objects", "gc.get_referrers", "gc.get_referents", "sys._current_frames"),
-    *("sys.settrace", "sys.setprofile", "sys.monitoring.register_callback"),
-    *("ctypes.dlsym", "ctypes.dlsym/handle", "ctypes.call_function"),
-    *("ctypes.string_at", "ctypes.wstring_at", "ctypes.PyObj_FromPtr"),
-)
-"""Audited events that search the interpreter for the secret, call C functions, or skip lines of the tests.
-
-Importing `ctypes`, as pandas does, and its types and buffers raise none of them.
-"""
-
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> NoReturn:
-    """Runs the program of standard input as the first argument says; reports on standard output."""
+    """Runs the program and the tests that the first argument describes; reports on standard output."""
     settings = json.loads(sys.argv[1])
-    program, tests = json.loads(sys.stdin.buffer.read())
     lacks = _enter_namespaces()
     # Changes of user and namespace clear both.
     _prctl(_DEATH_SIGNAL, signal.SIGKILL)
@@ -69,29 +58,45 @@ def main() -> NoReturn:
     folder = settings["folder"]
     if FILES not in lacks and not _mount(folder, settings["disk_bytes"], settings["disk_files"]):
         lacks.append(FILES)
-    user = _user()
+    user, judges_user = _users()
     _prctl(_DEATH_SIGNAL, signal.SIGKILL)
     _prctl(_DUMPABLE, 0)
     if user == 0:
         lacks.append(USER)
     home = os.path.join(folder, "home")
     os.makedirs(home, exist_ok=True)
+    os.chmod(home, 0o1777)
     if os.geteuid() == 0:
         os.chown(home, user, user)
-    # The report is written where the program cannot.
+    # The report is written where neither of the two can.
     report, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
-    child = os.fork()
-    if child == 0:
-        os.closerange(3, settings["secret"])
-        os.closerange(settings["verdict"] + 1, 4096)
-        os.chdir(home)
-        _become(program, tests, settings, user)
-    code = _wait(child, settings["seconds"])
+    (questions, asks), (answers, replies), (verdict, decides) = os.pipe(), os.pipe(), os.pipe()
+    program = os.fork()
+    if program == 0:
+        _confine(settings, user, home, [settings["program"], questions, replies])
+        run_program(_text(settings["program"]), Channel(questions, replies))
+    judging = os.fork()
+    if judging == 0:
+        os.dup2(null, 2)
+        _confine(settings, judges_user, home, [settings["tests"], asks, answers, decides])
+        found = judge(_text(settings["tests"]), Channel(answers, asks))
+        os.write(decides, json.dumps(found).encode())
+        os._exit(0)
+    for end in (questions, asks, answers, replies, decides):
+        os.close(end)
+    codes: dict[int, int] = {}
+    _wait(judging, settings["seconds"], codes)
+    text = os.read(verdict, 4096) if judging in codes else b""
+    found = json.loads(text) if text else None
+    if found is None or found["gone"]:
+        # How the program ended says why.
+        _wait(program, 1, codes)
     _end_children()
-    os.write(report, json.dumps({"lacks": lacks, "code": code}).encode())
+    ends = {"program": codes.get(program), "judge": codes.get(judging)}
+    os.write(report, json.dumps({"lacks": lacks, "verdict": found, **ends}).encode())
     os._exit(0)
 
 
@@ -177,38 +182,37 @@ def _mounts() -> list[tuple[str, int]]:
     return found
 
 
-def _user() -> int:
-    """The user to become: nobody for root, if nobody can then read Python's library and root may become him."""
+def _users() -> tuple[int, int]:
+    """The users of the program and its judge: for root two without rights, if they can then read Python's library."""
     if os.geteuid() != 0:
-        return os.geteuid()
+        return os.geteuid(), os.geteuid()
     library = next((place for place in sys.path if os.path.exists(os.path.join(place, "os.py"))), "")
     try:
-        os.seteuid(_NOBODY)
-        try:
-            os.listdir(library)
-        finally:
-            os.seteuid(0)
-    except OSError:
-        return 0
-    return _NOBODY
-
-
-def _wait(child: int, seconds: float) -> int | None:
-    """How the child ended, as subprocess gives it; None if it has not after so many seconds."""
-    deadline = time.monotonic() + seconds
-    while True:
-        while True:
+        for user in (_NOBODY, _JUDGE):
+            os.seteuid(user)
             try:
-                ended, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return None
-            if ended == child:
-                return os.waitstatus_to_exitcode(status)
-            if ended == 0:
-                break
+                os.listdir(library)
+            finally:
+                os.seteuid(0)
+    except OSError:
+        return 0, 0
+    return _NOBODY, _JUDGE
+
+
+def _wait(child: int, seconds: float, codes: dict[int, int]) -> None:
+    """Waits until a child has ended, so many seconds at most; adds how all that did ended, as subprocess gives it."""
+    deadline = time.monotonic() + seconds
+    while child not in codes:
+        try:
+            ended, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if ended:
+            codes[ended] = os.waitstatus_to_exitcode(status)
+            continue
         left = deadline - time.monotonic()
         if left <= 0 or signal.sigtimedwait([signal.SIGCHLD], left) is None:
-            return None
+            return
 
 
 def _end_children() -> None:
@@ -235,42 +239,23 @@ def _parent(process: str) -> int | None:
         return None
 
 
-def _become(program: str, tests: str, settings: dict[str, Any], user: int) -> NoReturn:
-    """Runs the program, then its tests, then writes the secret to the verdict; all in this process, with limits."""
-    leave, write, describe = os._exit, os.write, traceback.format_exception_only
+def _text(descriptor: int) -> str:
+    with open(descriptor, "rb") as file:
+        return json.load(file)
+
+
+def _confine(settings: dict[str, Any], user: int, home: str, descriptors: list[int]) -> None:
+    """Keeps of this process only these descriptors and the standard ones; sets its limits; drops its rights."""
+    for low, high in itertools.pairwise([2, *sorted(descriptors), 4096]):
+        os.closerange(low + 1, high)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "memjax"]:
+        del sys.modules[name]
+    sys.argv[1:] = []
+    os.chdir(home)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     os.setsid()
     _limit(settings["limits"])
     _drop_rights(user)
-    # Frames show the globals: no C function that is already loaded may be among them.
-    del globals()["_libc"], globals()["ctypes"]
-    module = types.ModuleType("__main__")
-    sys.modules["__main__"], names = module, module.__dict__
-    sys.argv[1:] = []
-    sys.addaudithook(_guard())
-    secret, verdict, code = settings["secret"], settings["verdict"], 1
-    try:
-        # The secret has no name: it lies in the arguments of a call that is under way, which frames do not show.
-        collections.deque(
-            map(
-                operator.call,
-                (
-                    functools.partial(exec, compile(program, "program.py", "exec"), names),
-                    functools.partial(exec, compile(tests, "tests.py", "exec"), names),
-                    functools.partial(write, verdict, os.read(secret, 64)),
-                ),
-            ),
-            maxlen=0,
-        )
-        code = 0
-    except SystemExit as error:
-        code = 0 if error.code is None else error.code & 255 if isinstance(error.code, int) else 1
-        with contextlib.suppress(BaseException):
-            print("" if isinstance(error.code, int | None) else error.code, file=sys.stderr, flush=True)
-    except BaseException as error:
-        write(2, "\n".join(["", *describe(error)]).encode(errors="replace"))
-    finally:
-        leave(code)
 
 
 def _limit(limits: dict[str, tuple[int, int]]) -> None:
@@ -291,16 +276,3 @@ def _drop_rights(user: int) -> None:
     _libc.capset(header, none)
     _prctl(_DEATH_SIGNAL, signal.SIGKILL)
     _prctl(_DUMPABLE, 0)
-
-
-def _guard() -> Callable[[str, tuple[Any, ...]], None]:
-    # Defaults rather than a closure: the frame of an error shows them, but cannot change them for the next call.
-    def guard(event: str, _: object, forbidden: Any = frozenset(_FORBIDDEN), error: Any = PermissionError) -> None:
-        if event in forbidden:
-            raise error(f"a program may not use {event}")
-
-    return guard
-
-
-if __name__ == "__main__":
-    main()

@@ -10,8 +10,12 @@ import time
 
 import pytest
 
-from memjax.evaluation.question_sets import sandbox, sandbox_launcher
+from memjax.evaluation.question_sets import sandbox
 from memjax.evaluation.question_sets.sandbox import Limits, run_program
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[3] / "experiments/trust"))
+
+import cheats
 
 LIMITS = Limits(cpu_seconds=1, seconds=20)
 
@@ -81,38 +85,19 @@ def test_tests_run_after_the_program_and_with_its_names():
     assert not run_program('x = """', 'assert False\n"""').passed
 
 
-FORGERIES = {
-    "exit": "import os\nos._exit(0)",
-    "writes to every descriptor": "import os\nfor i in range(3, 64):\n  try: os.write(i, b'0' * 64)\n"
-    "  except OSError: pass\nos._exit(0)",
-    "reads what is left of the secret": "import os\nos.set_blocking(0, False)\nfor i in range(3, 64):\n"
-    "  try:\n    os.set_blocking(i, False)\n    found = os.read(i, 64)\n    for j in range(3, 64):\n"
-    "      try: os.write(j, found)\n      except OSError: pass\n  except OSError: pass\nos._exit(0)",
-    "skips lines": "import sys\nsys.settrace(lambda *a: None)",
-    "searches objects": "import gc\ngc.get_objects()",
-    "searches memory": "import ctypes\nctypes.string_at(id(1), 8)",
-    "changes the guard by its frame": "import gc\ntry: gc.get_objects()\nexcept PermissionError as e:\n"
-    "  f = e.__traceback__.tb_next.tb_frame\n  f.f_locals['forbidden'] = ()\n  f.f_globals['_FORBIDDEN'] = ()\n"
-    "try: gc.get_objects()\nexcept PermissionError: pass\nelse: raise SystemExit('secret')",
-    "finds what imported it": "import sys\nf = sys._getframe()\nwhile f:\n"
-    "  assert not {'ctypes', '_libc'} & f.f_globals.keys(), 'secret'\n  f = f.f_back\nsys.exit(0)",
-    "looks into frames": "import sys\nf = sys._getframe()\nwhile f:\n"
-    "  for v in [*f.f_locals.values(), *f.f_globals.values()]:\n"
-    "    assert not (isinstance(v, bytes) and len(v) == 64), 'secret'\n  f = f.f_back\nsys.exit(0)",
-    "changes what runs afterwards": "import os, builtins, sys\nbuiltins.exec = builtins.compile = os.write = print\n"
-    "sys._getframe(1).f_globals.clear()",
-}
-
-
-@pytest.mark.parametrize("how", FORGERIES)
+@pytest.mark.parametrize("how", cheats.FORGERIES)
 def test_a_known_forgery_does_not_pass(how):
-    outcome = run_program(FORGERIES[how], "assert False", LIMITS)
-    assert not outcome.passed
-    assert "secret" not in outcome.reason
+    assert not run_program(cheats.FORGERIES[how], cheats.TESTS, LIMITS).passed
 
 
-def test_a_program_may_import_ctypes():
-    """Libraries do: pandas with its first import."""
+def test_the_search_of_memory_finds_what_is_there():
+    """So that the forgeries by memory could find the tests, if they were there."""
+    source = cheats.FORGERIES["searches memory by ctypes"]
+    assert run_program(f"{source}\nhere = 'answer-' + str(4711)", cheats.TESTS, LIMITS).reason == ""
+
+
+def test_a_program_may_use_ctypes():
+    """Libraries do."""
     source = """
 import ctypes, ctypes.util, _ctypes
 
@@ -121,38 +106,14 @@ class Pair(ctypes.Structure):
 
 def f(data):
     numbers = (ctypes.c_int * 2).from_buffer(data)
+    assert ctypes.CDLL(None).abs(-3) == 3
     return ctypes.cast(numbers, ctypes.POINTER(Pair)).contents.second + ctypes.sizeof(Pair)
 """
     assert run_program(source, "assert f(bytearray([1, 0, 0, 0, 2, 0, 0, 0])) == 10", LIMITS).reason == ""
 
 
-REFUSED = {
-    "import ctypes, os\nctypes.CDLL(None).process_vm_readv(os.getpid(), 0, 0, 0, 0, 0)": "ctypes.dlsym",
-    # A copy of the module under another name raises the same events.
-    "import _ctypes, importlib.util as u\ns = u.spec_from_file_location('a._ctypes', _ctypes.__file__)\n"
-    "m = u.module_from_spec(s)\ns.loader.exec_module(m)\nm.dlsym(m.dlopen(None, 2), 'getpid')": "ctypes.dlsym/handle",
-    "import ctypes\nctypes.string_at(id(1), 8)": "ctypes.string_at",
-    "import gc\ngc.get_objects()": "gc.get_objects",
-    "import sys\nsys.settrace(lambda *a: None)": "sys.settrace",
-}
-
-
-@pytest.mark.parametrize("source", REFUSED)
-def test_a_refused_call_is_an_error_that_names_it(source):
-    outcome = run_program(source, limits=LIMITS)
-    assert outcome.reason == f"PermissionError: a program may not use {REFUSED[source]}"
-
-
-def without_namespaces(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a user has whom the kernel allows nothing."""
-    source = pathlib.Path(sandbox_launcher.__file__).read_text(encoding="utf-8")
-    launcher = tmp_path / "launcher.py"
-    launcher.write_text(source.replace("_libc.unshare(", "abs(-1) or ("), encoding="utf-8")
-    monkeypatch.setattr(sandbox_launcher, "__file__", str(launcher))
-
-
-def test_what_cannot_be_had_is_named(tmp_path, monkeypatch):
-    without_namespaces(tmp_path, monkeypatch)
+def test_what_cannot_be_had_is_named(monkeypatch):
+    monkeypatch.setattr(sandbox, "_START", cheats.without_namespaces(sandbox._START))
     _, lacks = sandbox._run("", "", LIMITS)
     assert set(lacks) >= {"a process namespace", "a network namespace", "read-only file systems"}
 
@@ -171,7 +132,7 @@ LEAVES = {
 @pytest.mark.parametrize("namespaces", [True, False], ids=["namespaces", "none"])
 def test_nothing_that_a_program_leaves_hangs_fills_or_ends_the_evaluation(tmp_path, monkeypatch, namespaces):
     if not namespaces:
-        without_namespaces(tmp_path, monkeypatch)
+        monkeypatch.setattr(sandbox, "_START", cheats.without_namespaces(sandbox._START))
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
@@ -181,6 +142,16 @@ def test_nothing_that_a_program_leaves_hangs_fills_or_ends_the_evaluation(tmp_pa
     assert time.monotonic() - started < 60
     assert list(folder.iterdir()) == []
     assert soon(lambda: str(folder) not in commands())
+
+
+def test_tests_are_limited_and_see_the_files_of_the_program():
+    """As one that has written files, or whose answers are without end."""
+    program = "def f(x):\n  open('a', 'w').write(x)\ndef g():\n  while True: yield 1"
+    assert run_program(program, "f('b')\nassert open('a').read() == 'b'", LIMITS).reason == ""
+    assert run_program(program, "while True: pass", LIMITS).reason == "its tests were stopped after 1 s of computing"
+    assert run_program(program, "x = bytes(1 << 40)", LIMITS).reason == "MemoryError"
+    assert run_program(program, "import os; os._exit(0)", LIMITS).reason == "its tests were ended with exit code 0"
+    assert not run_program(program, "list(g())", LIMITS).passed
 
 
 def test_the_environment_of_the_evaluation_cannot_be_read():
@@ -195,8 +166,8 @@ def test_programs_end_with_the_evaluation(tmp_path):
     code = "from memjax.evaluation.question_sets.sandbox import run_program\nrun_program('import time; time.sleep(60)')"
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen([sys.executable, "-c", code], env=environment) as process:
-        # The launcher, the first process of its namespace, and the program.
-        assert soon(lambda: commands().count(str(tmp_path)) >= 3)
+        # The launcher, the first process of its namespace, the program and its judge.
+        assert soon(lambda: commands().count(str(tmp_path)) >= 4)
         process.kill()
     started = time.monotonic()
     assert soon(lambda: str(tmp_path) not in commands())

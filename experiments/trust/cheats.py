@@ -1,0 +1,255 @@
+"""Programs that must not pass `TESTS`, by what they do."""
+
+import re
+
+TESTS = "assert f(3) == 'answer-4711'"
+
+
+def _programs(text: str, beginning: str = "") -> dict[str, str]:
+    names_and_texts = re.split(r"^### (.*)\n", text, flags=re.MULTILINE)[1:]
+    return {name: beginning + text for name, text in zip(names_and_texts[::2], names_and_texts[1::2], strict=True)}
+
+
+_BEGINNING = """
+import os
+
+def everywhere(*parts):
+    for descriptor in range(3, 64):
+        try:
+            for part in parts:
+                os.write(descriptor, part)
+        except OSError:
+            pass
+
+def frame(text):
+    return len(text).to_bytes(4, "big") + text
+
+PROXY = frame(b'["answer",[],[["mine",1]],[]]')
+
+def yes(*_):
+    return True
+
+class Yes:
+    __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = __instancecheck__ = __bool__ = __getattr__ = yes
+    __ne__ = lambda *_: False
+    __sub__ = __rsub__ = __len__ = __hash__ = lambda *_: 0
+
+def search(read):
+    import re
+    for line in open("/proc/self/maps"):
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if " rw" in line and end - start < 1 << 26:
+            if found := re.search(b"answer-[0-9]+", read(start, end - start)):
+                return found[0].decode()
+"""
+FORGERIES = _programs(
+    r"""
+### exits
+os._exit(0)
+### exits politely
+raise SystemExit
+### exits when called
+def f(x): os._exit(0)
+### raises an exit when called
+def f(x): raise SystemExit
+### traces
+import sys
+sys.settrace(print)
+### searches objects
+import gc
+def f(x): return next((v for v in gc.get_objects() if type(v) is str and v.startswith("answer-4")), None)
+### searches memory by ctypes
+import ctypes
+def f(x): return search(ctypes.string_at)
+### searches memory by NumPy
+import numpy
+class At: pass
+def read(start, size):
+    At.__array_interface__ = {"data": (start, False), "shape": (size,), "typestr": "|u1", "version": 3}
+    return numpy.asarray(At()).tobytes()
+def f(x): return search(read)
+### searches memory by its file
+def read(start, size):
+    with open("/proc/self/mem", "rb") as file:
+        file.seek(start)
+        return file.read(size)
+def f(x): return search(read)
+### looks into frames
+import re, sys
+def f(x):
+    frame = sys._getframe()
+    while frame:
+        for value in [*frame.f_locals.values(), *frame.f_globals.values()]:
+            if found := re.search("answer-[0-9]+", str(value)):
+                return found[0]
+        frame = frame.f_back
+### opens every descriptor
+def f(x):
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            opened = os.open(f"/proc/self/fd/{name}", os.O_RDWR | os.O_NONBLOCK)
+            os.write(opened, PROXY)
+            return os.read(opened, 99).decode()
+        except OSError:
+            pass
+### opens other processes
+import glob
+def f(x):
+    for process in glob.glob("/proc/[0-9]*"):
+        for name in ["mem", "environ", "maps", "fd/0", "fd/3", "fd/4", "fd/5", "cwd/x", "root/x"]:
+            if process != f"/proc/{os.getpid()}":
+                try: open(f"{process}/{name}", "r+b").write(PROXY)
+                except OSError: pass
+### writes a verdict
+everywhere(b'{"passed": true, "reason": "", "gone": false}')
+os._exit(0)
+### writes a report
+for descriptor in 0, 1, 2:
+    os.write(descriptor, b'{"lacks":[],"verdict":{"passed":true},"program":0,"judge":0}')
+os._exit(0)
+### answers before it is asked
+f = Yes()
+everywhere(frame(b'["ready"]'), *[PROXY] * 50)
+### answers twice
+def f(x):
+    everywhere(PROXY, PROXY)
+    return Yes()
+### answers rubbish
+def f(x): everywhere(os.urandom(9999))
+### answers at any length
+def f(x): everywhere(b"\xff" * 4, bytes(9999))
+### answers at length
+def f(x): return "x" * (1 << 26)
+### answers deep
+def f(x): everywhere(frame(b"[" * 100000))
+### answers with what is not there
+def f(x): everywhere(frame(b'["answer",[],[["yours",-1]],[]]'))
+### answers with another container
+def f(x): everywhere(frame(b'["answer",[],[["cell",0]],[[0,"builtins.tuple",[1]]]]'))
+### asks for what is forbidden
+def f(x): everywhere(frame(b'["ask",["getattr"],[["type","builtins.str"],"__subclasses__"],[]]'))
+### closes its pipes
+def f(x): os.closerange(3, 64)
+### equals everything
+def f(x): return Yes()
+### is a function that equals everything
+f = Yes()
+Yes.__call__ = lambda *_: [Yes()]
+### lies about its class
+class Liar(Yes): __class__ = property(lambda self: str)
+def f(x): return Liar()
+### extends a builtin
+class Text(str):
+    __eq__ = yes
+    __ne__ = lambda *_: False
+    __hash__ = str.__hash__
+def f(x): return Text("x")
+### is a class that extends a builtin
+class f(int):
+    __eq__ = yes
+    __hash__ = int.__hash__
+### pretends to be a builtin
+Yes.__module__, Yes.__qualname__ = "builtins", "str"
+def f(x): return Yes()
+### replaces builtins
+import builtins, json
+for name in "isinstance", "len", "type", "exec", "compile", "abs":
+    setattr(builtins, name, yes)
+json.loads = json.dumps = os._exit = yes
+def f(x): return True
+### raises an exception that nobody can make
+class Odd(Exception): __init__ = yes
+def f(x): raise Odd from Odd()
+### hangs in its methods
+def hang(*_):
+    while True: pass
+Yes.__repr__ = Yes.__reduce__ = Yes.__reduce_ex__ = Yes.__iter__ = Yes.__str__ = hang
+def f(x): return Yes()
+### never ends to yield
+def f(x):
+    while True: yield "answer"
+### recurses
+def f(x): return f(x)
+### recurses in data
+def f(x):
+    for _ in range(99999): x = (x,)
+    return x
+### contains itself
+def f(x):
+    x = []
+    x.append(x)
+    return x
+### has a surrogate
+x = '\ud800'
+""".replace(r"x = '\ud800'", "x = '\ud800'"),
+    _BEGINNING,
+)
+"""All end at once."""
+BURDENS = _programs(
+    r"""
+### ends its watcher
+os.kill(os.getppid(), 9)
+### waits
+import time
+time.sleep(99)
+### computes
+while True: pass
+### computes when called
+def f(x):
+    while True: pass
+### dribbles
+import time
+def f(x):
+    everywhere(b"\0\1\0\0")
+    while True:
+        everywhere(b" ")
+        time.sleep(0.1)
+### allocates
+x = [bytes(1 << 20) for _ in range(9999)]
+### fills the disk
+for i in range(9999): open(str(i), "wb").write(bytes(1 << 20))
+### makes files
+for i in range(99999): open(str(i), "w").close()
+### makes deep folders
+for i in range(2000):
+    os.mkdir("d")
+    os.chdir("d")
+### leaves FIFOs
+os.mkfifo("errors")
+os.mkfifo("tests.py")
+### stays
+import time
+if os.fork() == 0:
+    os.setsid()
+    os.fork()
+    time.sleep(99)
+### prints without end
+import sys
+while True: sys.stderr.write("x" * 9999)
+### ignores signals
+import signal
+for i in (1, 2, 15, 24): signal.signal(i, signal.SIG_IGN)
+while True: pass
+### reads the environment
+print(open(f"/proc/{os.getppid()}/environ").read())
+os._exit(0)
+""",
+    _BEGINNING,
+)
+"""These use time, memory, disk or processes."""
+KILLERS = _programs(
+    r"""
+### kills all that it can
+os.kill(-1, 9)
+### stops all that it can
+os.kill(-1, 19)
+def f(x): return 1
+""",
+    _BEGINNING,
+)
+"""These must not run where a program sees the other processes of its user."""
+
+
+def without_namespaces(start: str) -> str:
+    """What starts the launcher of the sandbox, as if the kernel allowed it no namespaces."""
+    return start.replace("\nmain()", "\nmain.__globals__['_libc'].unshare = lambda _: -1\nmain()")

@@ -1,0 +1,125 @@
+"""The two processes of `sandbox` after their confinement: one runs a program, the other its tests.
+
+The program defines its names and then serves them. The tests call them over pipes (`program_wire`), and only their
+process gives the verdict; the program holds neither the tests nor anything that proves a pass.
+"""
+
+import ast
+import builtins
+import contextlib
+import os
+import sys
+import traceback
+import types
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from memjax.evaluation.question_sets.program_proxy import Proxy
+from memjax.evaluation.question_sets.program_values import MODULES
+from memjax.evaluation.question_sets.program_wire import Channel, Lost, Peer
+
+_REASON_LETTERS = 200
+
+
+def run_program(program: str, channel: Channel) -> NoReturn:
+    """Runs a program, serves its names to its tests, and ends this process."""
+    leave, write, describe = os._exit, os.write, traceback.format_exception_only
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module
+    code = 1
+    try:
+        exec(compile(program, "program.py", "exec"), module.__dict__)
+        peer = Peer(channel, may=lambda *_: True)
+        peer.export(module.__dict__)
+        peer.announce()
+        peer.serve()
+        code = 0
+    except SystemExit as error:
+        code = 0 if error.code is None else error.code & 255 if isinstance(error.code, int) else 1
+        with contextlib.suppress(BaseException):
+            print("" if isinstance(error.code, int | None) else error.code, file=sys.stderr, flush=True)
+    except BaseException as error:
+        write(2, "\n".join(["", *describe(error)]).encode(errors="replace"))
+    finally:
+        leave(code)
+
+
+def judge(tests: str, channel: Channel) -> dict[str, Any]:
+    """The verdict: whether the tests ran to their last line, why not, and whether that is because the program is gone.
+
+    With empty tests, the program itself says that it ran to its last line.
+    """
+    peer = Peer(channel, may=_may)
+    reason = ""
+    try:
+        peer.wait()
+        parsed = ast.parse(tests, "tests.py")
+        exec(compile(parsed, "tests.py", "exec"), _Names(parsed, peer))
+    except Lost:
+        pass
+    except SystemExit:
+        reason = "its tests ended before their last line"
+    except BaseException as error:
+        reason = "its tests failed"
+        with contextlib.suppress(BaseException):
+            reason = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1][:_REASON_LETTERS]
+    if peer.failure is not None:
+        # Also where the tests have caught it.
+        return {"passed": False, "reason": peer.failure, "gone": peer.failure == ""}
+    return {"passed": not reason, "reason": reason, "gone": False}
+
+
+class _Names(dict[str, Any]):
+    """The global names of tests: their own, those of Python, and those of the program.
+
+    Python's come before the program's, unless the tests use no others: a program cannot replace `abs`. Modules of the
+    library that tests take attributes of are those of this process.
+    """
+
+    def __init__(self, tests: ast.Module, peer: Peer) -> None:
+        super().__init__(__name__="__main__", __builtins__=builtins)
+        self._peer = peer
+        read, bound, not_modules = set(), set(), set()
+        bases = {id(node.value) for node in ast.walk(tests) if isinstance(node, ast.Attribute)}
+        for node in ast.walk(tests):
+            if isinstance(node, ast.Name):
+                (read if isinstance(node.ctx, ast.Load) else bound).add(node.id)
+                if id(node) not in bases:
+                    not_modules.add(node.id)
+            elif isinstance(node, ast.alias):
+                bound.add((node.asname or node.name).partition(".")[0])
+            else:
+                bound.add(node.arg if isinstance(node, ast.arg) else getattr(node, "name", None))
+        asked = read - bound
+        self._modules = MODULES - not_modules
+        self._trusts_builtins = not all(hasattr(builtins, name) for name in asked)
+        # The bodies of classes look names up without __missing__.
+        for name in sorted(asked):
+            with contextlib.suppress(Exception):
+                self[name]
+
+    def __missing__(self, name: str) -> Any:
+        if self._trusts_builtins and hasattr(builtins, name):
+            raise KeyError(name)
+        value = self._peer.ask("getitem", self._peer.proxy(0), name)
+        if name in self._modules and not isinstance(value, type | types.ModuleType):
+            raise KeyError(name)
+        if isinstance(value, Proxy | type | types.ModuleType):
+            self[name] = value
+        return value
+
+
+def _may(operation: str, target: Any, arguments: Sequence[Any]) -> bool:
+    """What a program may do with an object of its tests: call it, step through it, and use the classes of tests."""
+    if operation in ("call", "bool", "hash", "eq", "ne"):
+        return True
+    if operation in ("iter", "next"):
+        return hasattr(target, "__next__") or type(target).__module__ == "__main__"
+    if type(target).__module__ != "__main__":
+        return False
+    if operation in ("getattr", "setattr", "delattr"):
+        name = arguments[0]
+        # Neither what leads to the globals of a function, nor another method in place of one of the tests.
+        hidden = type(name) is not str or name.startswith("_")
+        return not hidden and (operation == "getattr" or not callable(getattr(type(target), name, None)))
+    return operation not in ("isinstance", "issubclass")

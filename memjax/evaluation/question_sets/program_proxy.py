@@ -1,0 +1,95 @@
+"""Stands in one process for an object that lives in the other: every operation is a request."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+_VISIBLE_DUNDERS = ("__name__", "__qualname__", "__doc__", "__dict__")
+
+
+class Proxy:
+    """An object of the other process. It never equals data of this one, whatever it claims.
+
+    Nor can it be ordered against data or added to it: the request would carry the value that tests expect. Between two
+    proxies the other process compares and computes.
+    """
+
+    __slots__ = ("_proxy_ask", "_proxy_number")
+
+    def __init__(self, ask: Callable[..., Any], number: int) -> None:
+        object.__setattr__(self, "_proxy_ask", ask)
+        object.__setattr__(self, "_proxy_number", number)
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Calls it there."""
+        return self._proxy_ask("call", self, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # A library that was given __array_interface__, __fspath__ and the like would believe the other process.
+        if name.startswith("__") and name.endswith("__") and name not in _VISIBLE_DUNDERS:
+            raise AttributeError(name)
+        return self._proxy_ask("getattr", self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._proxy_ask("setattr", self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._proxy_ask("delattr", self, name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Proxy) and bool(self._proxy_ask("eq", self, other))
+
+    def __ne__(self, other: object) -> bool:
+        return not isinstance(other, Proxy) or bool(self._proxy_ask("ne", self, other))
+
+    def __hash__(self) -> int:
+        return self._proxy_ask("hash", self)
+
+    def __instancecheck__(self, value: object) -> bool:
+        return isinstance(value, Proxy) and self._proxy_ask("isinstance", value, self) is True
+
+    def __subclasscheck__(self, kind: object) -> bool:
+        return isinstance(kind, Proxy) and self._proxy_ask("issubclass", kind, self) is True
+
+    def __exit__(self, kind: object, error: object, trace: object) -> Any:
+        return self._proxy_ask("exit", self, kind)
+
+
+_UNARY: dict[str, Callable[..., Any]] = {
+    **{"len": len, "iter": iter, "next": next, "reversed": reversed, "str": str, "repr": repr, "format": format},
+    **{"bool": bool, "int": int, "float": float, "complex": complex, "index": operator.index, "round": round},
+    **{"abs": abs, "neg": operator.neg, "pos": operator.pos, "invert": operator.invert},
+    **{"getitem": operator.getitem, "setitem": operator.setitem, "delitem": operator.delitem},
+    "enter": lambda value: type(value).__enter__(value),
+}
+"""Operations on one object, with keys or options; without `contains`, which would carry what tests expect."""
+_BINARY: dict[str, Callable[..., Any]] = {
+    name: getattr(operator, f"__{name}__")
+    for name in (
+        *("lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
+        *("and", "or", "xor", "lshift", "rshift"),
+    )
+}
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    **_UNARY,
+    **_BINARY,
+    **{"getattr": getattr, "setattr": setattr, "delattr": delattr, "isinstance": isinstance, "issubclass": issubclass},
+    **{"eq": operator.eq, "ne": operator.ne, "hash": hash},
+    "call": lambda value, /, *args, **kwargs: value(*args, **kwargs),
+    "exit": lambda value, kind: type(value).__exit__(value, kind, None, None),
+}
+"""What is done in the process of the object, by the names of the requests."""
+
+
+def _unary(name: str) -> Callable[..., Any]:
+    return lambda self, *args: self._proxy_ask(name, self, *args)
+
+
+def _binary(name: str) -> Callable[..., Any]:
+    return lambda self, other: self._proxy_ask(name, self, other) if isinstance(other, Proxy) else NotImplemented
+
+
+for _name in _UNARY:
+    setattr(Proxy, f"__{_name}__", _unary(_name))
+for _name in _BINARY:
+    setattr(Proxy, f"__{_name}__", _binary(_name))

@@ -1,0 +1,189 @@
+"""The types whose values cross between a program and its tests, and how each is taken apart and put together."""
+
+import builtins
+import functools
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+MODULES = frozenset(
+    (
+        *("bisect", "cmath", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq"),
+        *("itertools", "json", "math", "operator", "random", "re", "statistics", "string", "sys", "time"),
+    )
+)
+"""Modules that a process imports itself where the other one names them."""
+
+
+class Codec(NamedTuple):
+    """How a value becomes parts, which are encoded in turn, and parts a value."""
+
+    parts: Callable[[Any], Iterable[Any]]
+    make: Callable[[Any, list[Any]], Any] = lambda kind, parts: kind(*parts)
+    """Makes a value of the type from its parts; of a mutable container, an empty one, from parts not yet decoded."""
+    fill: Callable[[Any, list[Any]], object] | None = None
+    """Replaces the contents of a mutable container."""
+
+
+def _sequence(parts: Callable[[Any], Iterable[Any]]) -> Codec:
+    return Codec(parts, lambda kind, parts: kind(parts))
+
+
+def _container(parts: Callable[[Any], Iterable[Any]], fill: Callable[[Any, list[Any]], object]) -> Codec:
+    return Codec(parts, lambda kind, _: kind(), fill)
+
+
+def _items(value: Any) -> Iterator[Any]:
+    return (part for pair in dict.items(value) for part in pair)
+
+
+def _fill_dict(value: Any, parts: list[Any]) -> None:
+    value.clear()
+    for key, item in zip(parts[::2], parts[1::2], strict=True):
+        value[key] = item
+
+
+def _fill_defaultdict(value: Any, parts: list[Any]) -> None:
+    value.default_factory = parts[0]
+    _fill_dict(value, parts[1:])
+
+
+def _replace(value: Any, parts: list[Any]) -> None:
+    value[:] = parts
+
+
+def _refill(add: str, first: int = 0) -> Callable[[Any, list[Any]], None]:
+    def refill(value: Any, parts: list[Any]) -> None:
+        value.clear()
+        getattr(value, add)(parts[first:])
+
+    return refill
+
+
+_range = Codec(lambda value: (value.start, value.stop, value.step))
+_moment = Codec(
+    lambda value: (value.isoformat(), value.fold),
+    lambda kind, parts: kind.fromisoformat(parts[0]).replace(fold=parts[1]),
+)
+
+# The parts are those of the builtin, so that a subclass cannot send others than it holds.
+CODECS = {
+    "builtins.int": Codec(lambda value: (hex(int.__int__(value)),), lambda kind, parts: kind(*parts, 16)),
+    "builtins.float": Codec(lambda value: (float.__float__(value),)),
+    "builtins.str": Codec(lambda value: (str.__str__(value),)),
+    "builtins.complex": Codec(lambda value: (value.real, value.imag)),
+    "builtins.bytes": Codec(lambda value: (bytes.hex(value),), lambda kind, parts: kind.fromhex(*parts)),
+    "builtins.tuple": _sequence(tuple.__iter__),
+    "builtins.frozenset": _sequence(frozenset.__iter__),
+    "builtins.range": _range,
+    "builtins.slice": _range,
+    "builtins.list": _container(list.__iter__, _replace),
+    "builtins.set": _container(set.__iter__, _refill("update")),
+    "builtins.bytearray": _container(
+        lambda value: (bytearray.hex(value),), lambda value, parts: _replace(value, list(bytes.fromhex(*parts)))
+    ),
+    "builtins.dict": _container(_items, _fill_dict),
+    "collections.Counter": _container(_items, _fill_dict),
+    "collections.OrderedDict": _container(lambda value: [part for pair in value.items() for part in pair], _fill_dict),
+    "collections.defaultdict": _container(lambda value: (value.default_factory, *_items(value)), _fill_defaultdict),
+    "collections.deque": Codec(
+        lambda value: (value.maxlen, *value), lambda kind, parts: kind((), parts[0]), _refill("extend", 1)
+    ),
+    "decimal.Decimal": Codec(lambda value: (str(value),)),
+    "fractions.Fraction": Codec(lambda value: (value.numerator, value.denominator)),
+    "datetime.datetime": _moment,
+    "datetime.date": Codec(lambda value: (value.isoformat(),), lambda kind, parts: kind.fromisoformat(*parts)),
+    "datetime.time": _moment,
+    "datetime.timedelta": Codec(lambda value: (value.days, value.seconds, value.microseconds)),
+}
+TYPES = {*CODECS, "builtins.bool", "builtins.object"} | {
+    f"builtins.{name}"
+    for name, value in vars(builtins).items()
+    if isinstance(value, type) and issubclass(value, Exception)
+}
+"""Types that both processes have: those with values, and exceptions."""
+
+
+def name_of(kind: type) -> str:
+    """The module and the name of a type."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def type_of(name: Any) -> Any:
+    """One of `TYPES`.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if name not in TYPES:
+        raise ValueError(f"not a known type: {str(name)[:80]!r}")
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@functools.cache
+def codec_name(kind: type) -> str | None:
+    """The type with a codec that a type is or extends."""
+    return next((name for name in map(name_of, kind.__mro__) if name in CODECS), None)
+
+
+class Cells:
+    """The mutable containers of a request, to which its answer refers too."""
+
+    def __init__(self) -> None:
+        self.objects: list[Any] = []
+        self._indices: dict[int, int] = {}
+        self._before: list[list[Any]] = []
+
+    def index(self, value: object) -> int:
+        """That of a container, which is added if it is new."""
+        if id(value) not in self._indices:
+            self._indices[id(value)] = len(self.objects)
+            self.objects.append(value)
+        return self._indices[id(value)]
+
+    def get(self, index: Any) -> Any:
+        """The container with an index that the other process has sent.
+
+        Raises:
+            ValueError: there is none.
+        """
+        return item_of(self.objects, index)
+
+    def parts(self, index: int) -> tuple[str, list[Any]]:
+        """The type of a container, by its name, and what it holds."""
+        name = codec_name(type(self.objects[index]))
+        assert name is not None
+        return name, list(CODECS[name].parts(self.objects[index]))
+
+    def remember(self) -> None:
+        """From now on, a container has changed if it does not hold the same objects."""
+        self._before = [self.parts(index)[1] for index in range(len(self.objects))]
+
+    def has_changed(self, index: int) -> bool:
+        """Whether its contents must be sent: it is new, or holds other objects than it did."""
+        if index >= len(self._before):
+            return True
+        before, (_, now) = self._before[index], self.parts(index)
+        return len(before) != len(now) or not all(map(_same, before, now))
+
+    def forget_new(self) -> None:
+        """Removes the containers that have come since `remember`."""
+        for value in self.objects[len(self._before) :]:
+            del self._indices[id(value)]
+        del self.objects[len(self._before) :]
+
+
+def _same(first: object, second: object) -> bool:
+    return first is second or (type(first) is type(second) and type(first) in (int, str) and first == second)
+
+
+def item_of(objects: list[Any], index: Any) -> Any:
+    """The object with an index that the other process has sent.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if type(index) is not int or not 0 <= index < len(objects):
+        raise ValueError("no such object")
+    return objects[index]

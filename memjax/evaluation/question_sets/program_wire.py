@@ -1,0 +1,312 @@
+"""Requests and answers between a program and its tests, which run in two processes joined by two pipes.
+
+A message is a frame of JSON of bounded length, in which all values but None, bool, float, str and small int are lists
+that begin with a tag. An instance of a subclass is sent as the builtin that it extends, without its methods. What is
+not data is sent as a number, under which its process keeps it: the other one gets a `Proxy`, whose operations are
+requests.
+
+Mutable containers are cells, to which values refer by index, so that aliases and cycles survive; an answer brings the
+new contents of those arguments that changed.
+
+A message can only become data, a proxy, or the end of the conversation, so the tests need not trust who sent it.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+import types
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from memjax.evaluation.question_sets.program_proxy import OPERATIONS, Proxy
+from memjax.evaluation.question_sets.program_values import (
+    CODECS,
+    MODULES,
+    TYPES,
+    Cells,
+    codec_name,
+    item_of,
+    name_of,
+    type_of,
+)
+
+_MESSAGE_BYTES = 32 << 20
+_NESTING = 100
+_SMALL = 1 << 63
+
+
+class Lost(BaseException):
+    """The other process is gone, or sends no proper messages; not an Exception, so that tests do not catch it."""
+
+
+class Channel:
+    """Two pipes, for frames of JSON."""
+
+    def __init__(self, reads: int, writes: int) -> None:
+        self._reads, self._writes = reads, writes
+
+    def frame(self, message: list[Any]) -> bytes:
+        """The bytes of a message.
+
+        Raises:
+            ValueError: it is too long.
+        """
+        # In escapes, two surrogates in a row would come back as one character.
+        body = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+        if len(body) > _MESSAGE_BYTES:
+            raise ValueError(f"{len(body)} bytes between a program and its tests; {_MESSAGE_BYTES} are allowed")
+        return len(body).to_bytes(4, "big") + body
+
+    def write(self, frame: bytes) -> None:
+        """Sends a message."""
+        left = memoryview(frame)
+        while left:
+            left = left[os.write(self._writes, left) :]
+
+    def read(self) -> Any:
+        """The next message.
+
+        Raises:
+            EOFError: the other process has closed its end.
+            ValueError: it is no message.
+        """
+        size = int.from_bytes(self._exactly(4), "big")
+        if size > _MESSAGE_BYTES:
+            raise ValueError(f"{size} bytes; {_MESSAGE_BYTES} are allowed")
+        return json.loads(self._exactly(size).decode("utf-8", "surrogatepass"))
+
+    def _exactly(self, size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            part = os.read(self._reads, min(size - len(data), 1 << 20))
+            if not part:
+                raise EOFError
+            data += part
+        return bytes(data)
+
+
+class Peer:
+    """One of the two processes: sends requests, and meanwhile answers those of the other one.
+
+    Args:
+        channel: to the other process.
+        may: whether that one may have an operation done with an object that it was given, and with these arguments.
+    """
+
+    def __init__(self, channel: Channel, may: Callable[[str, Any, Sequence[Any]], bool]) -> None:
+        self._channel, self._may = channel, may
+        self._exports: list[Any] = []
+        self._numbers: dict[int, int] = {}
+        self._proxies: dict[int, Proxy] = {}
+        self._errors: dict[int, type[Exception]] = {}
+        self.failure: str | None = None
+        """Why the conversation is over: empty if the other process has closed it."""
+
+    def export(self, value: object) -> int:
+        """The number by which the other process refers to an object from now on."""
+        if id(value) not in self._numbers:
+            self._numbers[id(value)] = len(self._exports)
+            self._exports.append(value)
+        return self._numbers[id(value)]
+
+    def proxy(self, number: Any) -> Proxy:
+        """Stands for the object that the other process exports under a number."""
+        if type(number) is not int:
+            raise ValueError("not a number")
+        return self._proxies.setdefault(number, Proxy(self.ask, number))
+
+    def announce(self) -> None:
+        """Sends that this process is ready."""
+        self._send(self._channel.frame(["ready"]))
+
+    def wait(self) -> None:
+        """Waits until the other process is ready.
+
+        Raises:
+            Lost: it never is.
+        """
+        try:
+            if self._channel.read() != ["ready"]:
+                raise ValueError("not the first message")
+        except Exception as error:
+            raise self._lost(error) from None
+
+    def ask(self, operation: str, /, *args: Any, **kwargs: Any) -> Any:
+        """Has the other process do an operation.
+
+        Raises:
+            Lost: it does not answer.
+            Exception: the operation raises it there.
+        """
+        cells = Cells()
+        self._send(self._message("ask", [operation, *kwargs], [*args, *kwargs.values()], cells))
+        while True:
+            kind, found = self._receive(cells)
+            if kind == "answer":
+                return found
+            if kind == "error":
+                raise found
+            self._answer(*found)
+
+    def serve(self) -> None:
+        """Answers until the other process is gone."""
+        with contextlib.suppress(Lost):
+            while True:
+                _, found = self._receive(Cells())
+                self._answer(*found)
+
+    def _send(self, frame: bytes) -> None:
+        try:
+            self._channel.write(frame)
+        except OSError as error:
+            raise self._lost(error) from None
+
+    def _lost(self, error: Exception) -> Lost:
+        if self.failure is None:
+            gone = isinstance(error, EOFError | OSError)
+            self.failure = "" if gone else f"its messages cannot be read: {type(error).__name__}: {error}"
+        return Lost(self.failure)
+
+    def _receive(self, cells: Cells) -> tuple[str, Any]:
+        """A request as the arguments of `_answer`, or the answer to one of these cells, or its error."""
+        if self.failure is not None:
+            raise Lost(self.failure)
+        try:
+            kind, head, encoded, contents = self._channel.read()
+            if kind == "ask":
+                cells = Cells()
+            self._fill(cells, contents)
+            values = [self._decode(value, cells) for value in encoded]
+            match kind, head, values:
+                case "ask", [operation, *names], _:
+                    cells.remember()
+                    split = len(values) - len(names)
+                    return kind, (operation, values[:split], dict(zip(names, values[split:], strict=True)), cells)
+                case "answer", [], [value]:
+                    return kind, value
+                case "error", [], [error, arguments, name]:
+                    return kind, _error(error, arguments, name)
+            raise ValueError("neither a request nor an answer")
+        except Exception as error:
+            raise self._lost(error) from None
+
+    def _answer(self, operation: Any, args: list[Any], kwargs: dict[str, Any], cells: Cells) -> None:
+        try:
+            if operation not in OPERATIONS or not self._may(operation, args[0], args[1:]):
+                raise PermissionError(f"a program may not do {operation} with this object of its tests")
+            result = OPERATIONS[operation](*args, **kwargs)
+            # Tests that make an object of a program's class want its methods, even where it extends a builtin.
+            made = operation == "call" and isinstance(args[0], type) and args[0].__module__ == "__main__"
+            frame = self._message("answer", [], [_Exported(result) if made else result], cells)
+        except Exception as error:
+            kind, name = type(error), type(error).__name__
+            cells.forget_new()
+            try:
+                frame = self._message("error", [], [kind, _arguments(error), name], cells)
+            except Exception:
+                frame = self._message("error", [], [RuntimeError, (name,), name], Cells())
+        self._send(frame)
+
+    def _message(self, kind: str, head: list[str], values: Iterable[Any], cells: Cells) -> bytes:
+        encoded = [self._encode(value, cells) for value in values]
+        contents, index = [], 0
+        while index < len(cells.objects):
+            if cells.has_changed(index):
+                name, parts = cells.parts(index)
+                contents.append([index, name, [self._encode(part, cells) for part in parts]])
+            index += 1
+        return self._channel.frame([kind, head, encoded, contents])
+
+    def _encode(self, value: Any, cells: Cells, depth: int = 0) -> Any:
+        kind = type(value)
+        if value is None or kind in (bool, float, str) or (kind is int and -_SMALL < value < _SMALL):
+            return value
+        if kind is Proxy and value._proxy_ask == self.ask:
+            return ["yours", value._proxy_number]
+        if depth > _NESTING:
+            raise RecursionError("tuples are nested too deeply")
+        if isinstance(value, type):
+            return self._encode_type(value)
+        if isinstance(value, types.ModuleType) and value.__name__ in MODULES and sys.modules[value.__name__] is value:
+            return ["module", value.__name__]
+        if name := codec_name(kind):
+            if CODECS[name].fill is not None:
+                return ["cell", cells.index(value)]
+            return [name, *[self._encode(part, cells, depth + 1) for part in CODECS[name].parts(value)]]
+        if kind.__module__ == "numpy" and getattr(value, "shape", None) == ():
+            return self._encode(value.item(), cells, depth + 1)
+        return ["mine", self.export(value.value if kind is _Exported else value)]
+
+    def _encode_type(self, kind: type) -> list[Any]:
+        name = name_of(kind)
+        if name in TYPES and type_of(name) is kind:
+            return ["type", name]
+        for number, error in self._errors.items():
+            if error is kind:
+                return ["yours", number]
+        if issubclass(kind, Exception):
+            return ["error", self.export(kind), kind.__name__, name_of(_known_base(kind))]
+        return ["mine", self.export(kind)]
+
+    def _fill(self, cells: Cells, contents: list[Any]) -> None:
+        for index, name, parts in contents:
+            if index == len(cells.objects):
+                cells.index(CODECS[name].make(type_of(name), parts))
+            if codec_name(type(cells.get(index))) != name:
+                raise ValueError("a container of another type")
+        for index, name, parts in contents:
+            if (fill := CODECS[name].fill) is None:
+                raise ValueError("not a container")
+            fill(cells.get(index), [self._decode(part, cells) for part in parts])
+
+    def _decode(self, encoded: Any, cells: Cells, depth: int = 0) -> Any:
+        if encoded is None or type(encoded) in (bool, int, float, str):
+            return encoded
+        if type(encoded) is not list or depth > _NESTING + 1:
+            raise ValueError("neither plain nor a list with a tag, or nested too deeply")
+        match encoded:
+            case ["cell", index]:
+                return cells.get(index)
+            case ["yours", number]:
+                return item_of(self._exports, number)
+            case ["mine", number]:
+                return self.proxy(number)
+            case ["type", name]:
+                return type_of(name)
+            case ["module", name] if name in MODULES:
+                return importlib.import_module(name)
+            case ["error", number, name, base]:
+                if number not in self._errors:
+                    self._errors[number] = type(str(name), (type_of(base),), {"__module__": "builtins"})
+                return self._errors[number]
+            case [name, *parts] if CODECS[name].fill is None:
+                return CODECS[name].make(type_of(name), [self._decode(part, cells, depth + 1) for part in parts])
+        raise ValueError(f"no such tag: {str(encoded[:1])[:80]}")
+
+
+class _Exported:
+    """Marks a value that is sent as a proxy, even if it has a codec."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+
+def _known_base(kind: type) -> type:
+    return next(base for base in kind.__mro__ if name_of(base) in TYPES)
+
+
+def _arguments(error: Exception) -> tuple[Any, ...]:
+    """Those that make an equal exception; its text, if its class has a way of its own to print it."""
+    kind = type(error)
+    return error.args if kind.__str__ is _known_base(kind).__str__ else (str(error),)
+
+
+def _error(kind: Any, arguments: Any, name: Any) -> Exception:
+    """An exception of the other process; RuntimeError where it cannot be made from these arguments."""
+    with contextlib.suppress(Exception):
+        error = kind(*arguments)
+        if isinstance(error, Exception):
+            return error
+    return RuntimeError(str(name))
