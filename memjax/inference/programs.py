@@ -200,7 +200,7 @@ def _add_token(
     is_stop = jnp.any(picked[:, None] == rows.stop_ids, axis=1)
     made = jnp.where(state.is_active, jnp.where(is_stop, STOPPED - picked, picked), NOTHING)
     is_made = state.is_active & ~is_stop
-    num_made = state.num_made + is_made
+    num_made = state.num_made + is_made.astype(jnp.int32)
     seen = state.seen
     if mode.penalty:
         seen = seen.at[jnp.arange(len(picked)), picked].set(True)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from memjax.config.sampling import SamplingConfig
+from memjax.ops.precision import accumulator
 
 GREEDY = SamplingConfig()
 
@@ -191,7 +192,7 @@ class Likelihoods(NamedTuple):
 
 def likelihoods(logits: Float[Array, "*b vocab"], picked: Int[Array, "*b"], num_top: int) -> Likelihoods:
     """Log-probabilities of the picked tokens, and the num_top likeliest tokens with theirs."""
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = logits.astype(accumulator(logits.dtype))
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     chosen = (jnp.take_along_axis(logits, picked[..., None], axis=-1) - total)[..., 0]
     top = logits[..., :0]

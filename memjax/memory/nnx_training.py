@@ -112,13 +112,15 @@ def value_and_grad(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Cal
             for name, layer in layers.items():
                 layer.recording = Recording(perturbations.get(name, ()))
             value = loss_fn(copy, *args, **kwargs)
+            if has_aux and not (isinstance(value, tuple) and len(value) == 2):
+                raise TypeError(f"with has_aux loss_fn must return a pair, (loss, aux); found {type(value).__name__}")
             reads = {name: layer.recording.reads.get_value() for name, layer in layers.items()}
             for layer in layers.values():
                 del layer.recording
             return value[0] if has_aux else value, (value, reads, nnx.state(copy, nnx.Not(nnx.Param)))
 
         rows = {name: table.rows[...] for name, table in _named(model, ValueTable)}
-        _, (_, shapes, _) = jax.eval_shape(lambda dense: run(dense, {}), dense)
+        shapes = jax.eval_shape(lambda dense: run(dense, {})[1][1], dense)
         _check_read(rows, shapes)
         perturbations = jax.tree.map(
             lambda read: _perturbation(read, rows[read.table]), shapes, is_leaf=lambda leaf: isinstance(leaf, TableRead)
@@ -154,8 +156,11 @@ class Optimizer(nnx.Module):
                 and the rows that they name, and for that time a number for each row of the tables.
 
         Raises:
+            TypeError: tables is no RowOptimizer.
             ValueError: max_grad_norm is not a positive finite number.
         """
+        if not isinstance(tables, RowOptimizer):
+            raise TypeError(f"tables must be a memjax.RowOptimizer, found {type(tables).__name__}")
         checks.refuse(checks.finite(max_grad_norm=max_grad_norm) or checks.positive(max_grad_norm=max_grad_norm))
         self.tx, self.row_optimizer, self.max_grad_norm = dense, tables, max_grad_norm
         self.step = nnx.OptState(jnp.zeros((), jnp.int32))
@@ -171,7 +176,12 @@ class Optimizer(nnx.Module):
             gradients: of `memjax.value_and_grad`.
             ok: False leaves model and optimizer as they are, say where the loss is NaN.
             **extra: further arguments of the optax transformation, say `value=loss`.
+
+        Raises:
+            TypeError: gradients are of another function.
         """
+        if not isinstance(gradients, Gradients):
+            raise TypeError(f"gradients must be those of memjax.value_and_grad, found {type(gradients).__name__}")
         all_rows = {name: table.rows[...] for name, table in _named(model, ValueTable)}
         squared = _squared_norm(gradients.dense)
         # Always true, NaN included. By depending on the dense gradient, what writes tables waits for the backward pass,

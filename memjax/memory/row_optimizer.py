@@ -1,17 +1,21 @@
 """The optimizer of tables: a rule for rows that were read, its learning rate, and the seed of its rounding."""
 
 import dataclasses
+import math
+import numbers
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-import numpy as np
+import jax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from memjax.config import checks
 from memjax.memory import sharded
 from memjax.memory.gradient_norm import columns_per_state, squared_norm
 from memjax.memory.sharded import RowSum
+from memjax.ops import dispatch
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.rules import RowRule, TableState, row_step
 
@@ -35,9 +39,21 @@ class RowOptimizer:
     """Of `row_update`; None takes the fastest that can run."""
 
     def __post_init__(self):
-        rate = self.learning_rate
-        if isinstance(rate, str) or (isinstance(rate, int | float | np.number) and not rate >= 0):
-            raise ValueError(f"learning_rate={rate!r} must be a number that is not negative, or a schedule")
+        rate, is_rule = self.learning_rate, isinstance(self.rule, RowRule)
+        is_number = isinstance(rate, numbers.Real) and not isinstance(rate, bool) and 0 <= rate < math.inf
+        is_rate = callable(rate) or is_number or (isinstance(rate, jax.Array) and rate.shape == ())
+        checks.typed(self)
+        checks.refuse(
+            (
+                []
+                if self.implementation is None
+                else checks.one_of(dispatch.IMPLEMENTATIONS, implementation=self.implementation)
+            )
+            + [
+                None if is_rate else f"learning_rate={rate!r} must be a number that is not negative, or a schedule",
+                None if is_rule else f"rule={self.rule!r} must be a memjax.RowRule",
+            ]
+        )
 
     def rate(self, step: ArrayLike) -> ArrayLike:
         """The learning rate of a step, numbered from 0."""

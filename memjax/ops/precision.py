@@ -10,7 +10,8 @@ from jaxtyping import Array
 
 def accumulator(dtype: DTypeLike) -> jnp.dtype:
     """float32, or the type itself where that is wider."""
-    return jnp.promote_types(dtype, jnp.float32)
+    # Not jnp.promote_types: it refuses two types where jax_numpy_dtype_promotion is strict.
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
 
 
 def init_in_float32(init: Callable[..., Array]) -> Callable[..., Array]:

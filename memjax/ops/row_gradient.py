@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from memjax.ops.manual_axes import vary_like
 from memjax.ops.precision import accumulator
-from memjax.ops.shapes import require
+from memjax.ops.shapes import exist, require
 
 PIECES = 16
 """The most scatters that `RowGradient.dense` unrolls."""
@@ -45,17 +45,17 @@ class RowGradient(NamedTuple):
             token_mask=token_mask,
             indices=self.indices,
         )
-        return self._replace(indices=jnp.where(token_mask[..., None], self.indices, num_rows))
+        indices = self.existing(num_rows).indices
+        return self._replace(indices=jnp.where(token_mask[..., None], indices, num_rows))
 
     def scaled(self, factor: ArrayLike) -> "RowGradient":
         """The gradient times a number."""
         return self._replace(weights=self.weights * jnp.asarray(factor, self.weights.dtype))
 
     def existing(self, num_rows: int) -> "RowGradient":
-        """The gradient with row num_rows in place of negative ones, which NumPy would count from the end."""
-        if jnp.issubdtype(self.indices.dtype, jnp.unsignedinteger):
-            return self
-        return self._replace(indices=jnp.where(self.indices < 0, jnp.int32(num_rows), self.indices))
+        """The gradient with int32 indices, and row num_rows in place of those that do not exist."""
+        found = exist(self.indices, num_rows)
+        return self._replace(indices=jnp.where(found, self.indices.astype(jnp.int32), jnp.int32(num_rows)))
 
     def check(self, width: int | None = None) -> None:
         """Refuses factors that do not fit together, or rows of another width.

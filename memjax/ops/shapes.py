@@ -27,6 +27,12 @@ def describe(array: Any) -> str:
     return f"{jnp.dtype(array.dtype).name}[{', '.join(map(str, array.shape))}]"
 
 
+def exist(indices: Any, num_rows: int) -> Any:
+    """Which indices name a row of a table of num_rows. Numbers that their type cannot hold are not compared with."""
+    below = indices < num_rows if num_rows <= jnp.iinfo(indices.dtype).max else True
+    return (indices >= 0) & below
+
+
 def check_table(operation: str, table: Any, indices: Any) -> None:
     """A table has two axes and floating-point rows; indices are integers with at least one axis, that of the picks.
 
@@ -37,3 +43,4 @@ def check_table(operation: str, table: Any, indices: Any) -> None:
     require(operation, is_table, "table must be [slots, width] of floating-point numbers", table=table)
     is_indices = jnp.issubdtype(indices.dtype, jnp.integer) and indices.ndim >= 1
     require(operation, is_indices, "indices must be integers [..., picks]", indices=indices)
+    require(operation, table.shape[0] > 0 or not indices.size, "a table without rows cannot be read", table=table)

@@ -45,7 +45,8 @@ class Table:
         """The table; an array as a table of its numbers on the device."""
         if isinstance(table, Table):
             return table
-        name = jnp.dtype(table.dtype).name
+        table = jnp.asarray(table)
+        name = table.dtype.name
         return cls(table, format=Plain(name), value_dtype=name)
 
     @classmethod

@@ -13,6 +13,7 @@ from memjax.config import checks
 from memjax.ops import dispatch
 from memjax.ops.manual_axes import vary_together
 from memjax.ops.row_gradient import RowGradient
+from memjax.ops.shapes import exist
 from memjax.ops.table import Table, differentiable
 
 SAVED_NAMES = {"embedding_bag": "memory_bag", "embedding_dot": "memory_dot"}
@@ -29,11 +30,10 @@ def checked(indices: Array, num_rows: int, mode: IndexMode) -> tuple[Array, Arra
         ValueError: the mode is unknown.
     """
     checks.refuse(checks.one_of(get_args(IndexMode), mode=mode))
-    if mode == "promise_in_bounds":
-        return indices, None
-    # The bound must be a number of the indices' type.
-    exist = (indices >= 0) & (indices <= min(num_rows - 1, int(jnp.iinfo(indices.dtype).max)))
-    return jnp.where(exist, indices, 0), exist
+    found = None if mode == "promise_in_bounds" else exist(indices, num_rows)
+    # Narrow types can be too small for the number of rows, which indexing compares with.
+    indices = indices.astype(jnp.int32)
+    return indices if found is None else jnp.where(found, indices, 0), found
 
 
 def read(operation: str, name: str, table: Table, indices: Array, factor: Array) -> Array:

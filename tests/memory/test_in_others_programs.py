@@ -5,11 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import memjax
 from memjax.memory.layer import MemoryLayer
 from memjax.memory.peer import PEERLayer
 from memjax.memory.table import TableRows, ValueTable
@@ -125,3 +127,16 @@ def test_a_table_shared_by_unrolled_layers_holds_one_gradient_under_plain_autodi
     assert memory is not None
     assert memory.output_size_in_bytes >= rows.nbytes
     assert memory.temp_size_in_bytes < rows.nbytes
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_steps_where_jax_promotes_no_types(dtype):
+    def step(x):
+        table = ValueTable(16, DIM, dtype=dtype, rngs=nnx.Rngs(0))
+        net = nnx.Dict(layer=MemoryLayer(DIM, **SIZES, dtype=dtype, rngs=nnx.Rngs(1)), table=table)
+        optimizer = memjax.Optimizer(net, dense=optax.sgd(0.1), tables=memjax.RowOptimizer(0.1), max_grad_norm=1.0)
+        loss, gradients = memjax.value_and_grad(lambda net: net["layer"](x, net["table"]).astype(float).sum())(net)
+        optimizer.update(net, (gradients + gradients) / 2, ok=jnp.isfinite(loss))
+
+    with jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(step, jnp.ones((4, DIM), dtype))

@@ -322,7 +322,24 @@ def test_model_and_optimizer_come_back_from_their_pure_dicts():
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(restored)), saved)
 
 
-@pytest.mark.parametrize("rate", ["1e-3", -1.0, float("nan")])
+@pytest.mark.parametrize("rate", ["1e-3", -1.0, float("nan"), float("inf"), None, True])
 def test_rates_that_are_none_are_refused(as_users_call, rate):
     with pytest.raises(ValueError, match=r"learning_rate=.* must be a number that is not negative, or a schedule"):
         RowOptimizer(rate)
+
+
+@pytest.mark.parametrize("wrong", [{"collective": "sum"}, {"implementation": "cuda"}, {"rule": "sgd"}, {"seed": "0"}])
+def test_settings_of_row_optimizers_are_checked(as_users_call, wrong):
+    with pytest.raises(ValueError, match=rf"^{next(iter(wrong))}="):
+        RowOptimizer(0.1, **wrong)
+
+
+def test_what_is_of_flax_and_optax_is_refused_by_name(as_users_call):
+    model, wrong = Model(), optax.sgd(0.1)
+    with pytest.raises(TypeError, match=r"tables must be a memjax.RowOptimizer, found GradientTransformation"):
+        memjax.Optimizer(model, dense=wrong, tables=wrong)  # pyright: ignore[reportArgumentType]
+    optimizer = memjax.Optimizer(model, dense=wrong, tables=RowOptimizer(0.1))
+    with pytest.raises(TypeError, match=r"gradients must be those of memjax.value_and_grad, found State"):
+        optimizer.update(model, nnx.state(model))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"must return a pair, \(loss, aux\)"):
+        memjax.value_and_grad(loss_fn, has_aux=True)(model, *data())

@@ -204,12 +204,21 @@ def test_output_is_named_so_that_remat_keeps_it():
     assert (4, 5) in shapes
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_arrays_of_numpy_are_taken(as_users_call, implementation):
+    table, indices, weights = np.ones((3, 4), np.float32), np.array([[0, 2]]), np.ones((1, 2), np.float32)
+    np.testing.assert_array_equal(
+        embedding_bag(table, indices, weights, implementation=implementation),  # pyright: ignore[reportArgumentType]
+        [[2, 2, 2, 2]],
+    )
+
+
 @every_implementation
-@pytest.mark.parametrize("kind", [jnp.int32, jnp.uint8])
+@pytest.mark.parametrize("kind", [jnp.int32, jnp.uint8, jnp.int8])
 def test_tokens_with_an_index_outside_the_table_are_nan_and_have_no_gradient(as_users_call, implementation, kind):
-    table, weights = jnp.ones((300 if kind == jnp.uint8 else 3, 4)), jnp.ones((4, 2))
+    table, weights = jnp.ones((3 if kind == jnp.int32 else 300, 4)), jnp.ones((4, 2))
     indices = jnp.array([[0, 2], [3, 1], [-1, 0], [1, 1]]).astype(kind)
-    inside = np.array([True, kind == jnp.uint8, kind == jnp.uint8, True])[:, None]
+    inside = np.array([True, kind != jnp.int32, kind == jnp.uint8, True])[:, None]
     bag = partial(embedding_bag, implementation=implementation)
     np.testing.assert_array_equal(bag(table, indices, weights), np.where(inside, 2, np.nan) * np.ones(4))
     loss = lambda table, weights: jnp.nansum(bag(table, indices, weights))

@@ -9,6 +9,8 @@ from memjax.ops.precision import accumulator, init_in_float32
 @pytest.mark.parametrize(("dtype", "wide"), [("bfloat16", "float32"), ("float32", "float32"), ("float64", "float64")])
 def test_sums_are_float32_or_wider(dtype, wide):
     assert accumulator(dtype) == wide
+    with jax.numpy_dtype_promotion("strict"):
+        assert accumulator(dtype) == wide
 
 
 def test_16_bit_weights_are_rounded_draws_and_have_their_mean():

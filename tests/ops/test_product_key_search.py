@@ -308,5 +308,8 @@ def test_sizes_that_do_not_fit_are_refused():
         product_key_search(jnp.ones((1, 2, 6)), keys, 5)
     with pytest.raises(ValueError, match=r"top_k=0 must be in 1\.\.n=4"):
         product_key_search(jnp.ones((1, 2, 6)), keys, 0)
+    with pytest.raises(TypeError):  # and 2 is no other program afterwards
+        product_key_search(jnp.ones((1, 2, 6)), keys, 2.0)  # pyright: ignore[reportArgumentType]
+    product_key_search(jnp.ones((1, 2, 6)), keys, 2)
     with pytest.raises(ValueError, match=r"queries end in \[heads, key_dim\] = \(2, 4\), .* need \(2, 6\)"):
         product_key_search(jnp.ones((1, 2, 4)), keys, 2)

@@ -42,6 +42,14 @@ def test_picks_of_rows_that_do_not_exist_add_nothing_to_the_dense_gradient():
     np.testing.assert_array_equal(gradient, [[0], [1]])
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16"])
+def test_padding_is_left_out_whatever_the_type_of_indices(dtype):
+    rows = 300 if "8" in dtype else 2**16 + 1
+    gradient = RowGradient(jnp.array([[1], [44]], dtype), jnp.ones((2, 1)), jnp.ones((2, 1)))
+    found = gradient.without_padding(jnp.array([True, False]), rows).dense(rows)
+    np.testing.assert_array_equal(np.flatnonzero(found), [1])
+
+
 def test_flags_of_padding_are_as_many_as_the_tokens():
     gradient = RowGradient(jnp.zeros((3, 2), jnp.int32), jnp.ones((3, 2)), jnp.ones((3, 1)))
     with pytest.raises(

@@ -1,5 +1,6 @@
 import dataclasses
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -409,10 +410,22 @@ def test_xla_form_never_holds_every_picked_row(equations_of):
     assert large == {(rows, columns)}
 
 
-def test_arguments_that_do_not_fit_are_refused():
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_indices_of_8_bits_and_gradients_of_an_iterator_are_taken(as_users_call, implementation):
+    factors: Any = np.array([[200, 3]], np.uint8), np.ones((1, 2)), np.ones((1, 1))
+    gradient, table = RowGradient(*factors), jnp.zeros((300, 1))
+    run = lambda of: row_update(table, {}, of, RULES["sgd"], row_step(1, 0), implementation=implementation)
+    assert np.flatnonzero(run([gradient])[0]).tolist() == [3, 200]
+    assert np.flatnonzero(run(one for one in [gradient])[0]).tolist() == [3, 200]
+
+
+def test_arguments_that_do_not_fit_are_refused(as_users_call):
     table = jnp.ones((ROWS, COLUMNS))
-    with pytest.raises(ValueError, match="needs at least one RowGradient"):
-        row_update(table, {}, [], RULES["sgd"], row_step(1.0, 0))
+    one = RowGradient(jnp.zeros((2, 1), jnp.int32), jnp.ones((2, 1)), jnp.ones((2, COLUMNS)))
+    nones: list[Any] = [[], one]
+    for none in nones:
+        with pytest.raises(ValueError, match="needs a list of at least one RowGradient"):
+            row_update(table, {}, none, RULES["sgd"], row_step(1.0, 0))
     narrow = RowGradient(jnp.zeros((2, 1), jnp.int32), jnp.ones((2, 1)), jnp.ones((2, 4)))
     with pytest.raises(ValueError, match="vectors of width 4 cannot update rows of 8"):
         row_update(table, {}, [narrow], RULES["sgd"], row_step(1.0, 0))

@@ -48,6 +48,14 @@ MISFITS = {
         lambda: embedding_bag(TABLE.astype(jnp.int32), indices(3, 2), jnp.ones((3, 2))),
         r"embedding_bag: table must be .* of floating-point numbers; found table int32\[8, 4\]",
     ),
+    "a table without rows": (
+        lambda: embedding_bag(TABLE[:0], indices(3, 2), jnp.ones((3, 2))),
+        r"a table without rows cannot be read; found table float32\[0, 4\]",
+    ),
+    "complex weights": (
+        lambda: embedding_bag(TABLE, indices(3, 2), jnp.ones((3, 2), complex)),
+        r"a real number; found indices int32\[3, 2\], weights complex64\[3, 2\]",
+    ),
     "keys without halves": (
         lambda: product_key_search(jnp.ones((3, 2, 4)), jnp.ones((2, 1, 5, 2)), 2),
         r"queries float32\[3, 2, 4\], keys float32\[2, 1, 5, 2\]",

@@ -31,13 +31,13 @@ def embedding_bag(
         NotImplementedError: `implementation` cannot run here, or not read this table.
         TypeError: the table is differentiated, and is read-only.
     """
-    table = Table.of(table)
+    table, indices, weights = Table.of(table), jnp.asarray(indices), jnp.asarray(weights)
     check_table("embedding_bag", table, indices)
     name = dispatch.choose_for("embedding_bag", implementation, table)
     require(
         "embedding_bag",
-        indices.shape == weights.shape,
-        "every index needs one weight",
+        indices.shape == weights.shape and not jnp.iscomplexobj(weights),
+        "every index needs one weight, a real number",
         indices=indices,
         weights=weights,
     )

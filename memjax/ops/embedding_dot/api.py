@@ -30,7 +30,7 @@ def embedding_dot(
         NotImplementedError: `implementation` cannot run here, or not read this table.
         TypeError: the table is differentiated, and is read-only.
     """
-    table = Table.of(table)
+    table, indices, vectors = Table.of(table), jnp.asarray(indices), jnp.asarray(vectors)
     check_table("embedding_dot", table, indices)
     name = dispatch.choose_for("embedding_dot", implementation, table)
     batch, picks = indices.shape[:-1], indices.shape[-1]

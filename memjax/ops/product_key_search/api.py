@@ -1,6 +1,7 @@
 """The product-key search as others call it: any batch shape, gradients, choice of the implementation."""
 
 import math
+import operator
 from functools import partial
 from typing import Any
 
@@ -44,6 +45,7 @@ def product_key_search(
     Raises:
         ValueError: shapes do not fit together, there are more slots than 32 bits can number, or `implementation` is
             unknown.
+        TypeError: top_k is no integer.
         NotImplementedError: `implementation` cannot run here.
     """
     require(
@@ -58,6 +60,7 @@ def product_key_search(
         raise ValueError(
             f"n={num_keys} keys make {num_keys**2:,} slots; slot numbers are 32-bit, at most {MOST_SLOTS:,}"
         )
+    top_k = operator.index(top_k)
     if not 1 <= top_k <= num_keys:
         raise ValueError(f"top_k={top_k} must be in 1..n={num_keys}: each half offers only n candidates")
     if queries.shape[-2:] != (num_heads, 2 * half_dim):

@@ -1,8 +1,9 @@
 """The row update as others call it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from memjax.ops import dispatch
@@ -19,7 +20,7 @@ SMALL_TABLE_BYTES = 1 << 24
 def row_update(
     table: Float[Array, "n d"],
     state: TableState,
-    gradients: Sequence[RowGradient],
+    gradients: Iterable[RowGradient],
     rule: RowRule,
     step: RowStep,
     *,
@@ -35,8 +36,10 @@ def row_update(
         ValueError: there is no gradient, shapes do not fit together, or `implementation` is unknown.
         NotImplementedError: `implementation` cannot run here.
     """
-    if not gradients:
-        raise ValueError("row_update needs at least one RowGradient")
+    gradients = list(gradients)
+    if not gradients or not all(isinstance(gradient, RowGradient) for gradient in gradients):
+        raise ValueError("row_update needs a list of at least one RowGradient")
+    table, state, gradients = jax.tree.map(jnp.asarray, (table, state, gradients))
     require("row_update", table.ndim == 2, "table must be [slots, width]", table=table)
     for gradient in gradients:
         gradient.check(table.shape[1])
@@ -51,7 +54,7 @@ def row_update(
     if implementation is None and name == "xla" and table.size * accumulator(table.dtype).itemsize <= SMALL_TABLE_BYTES:
         name = "reference"
     with_picks = [gradient.existing(table.shape[0]) for gradient in gradients if gradient.indices.size]
-    if not with_picks:
+    if not with_picks or not table.size:
         return table, state
     arguments = vary_together((table, state, with_picks, step))
     table, state, with_picks, step = arguments
