@@ -17,7 +17,8 @@ from memjax.config.data import DataConfig
 from memjax.data.sources import biographies
 from memjax.data.sources.biographies import Person
 from memjax.data.tokenizers.base import Tokenizer
-from memjax.inference.scoring import Place, Request, score, to_device
+from memjax.evaluation.recall import answer_requests
+from memjax.inference.scoring import Place, score, to_device
 from memjax.models.counts import count_parameters
 from memjax.models.decoder import Decoder
 from memjax.models.parts import split_decoder
@@ -133,7 +134,5 @@ def _losses(
     model: Decoder, tokenizer: Tokenizer, statements: Sequence[_Statement], batch_size: int, place: Place
 ) -> list[float]:
     """-log p of each value after its prompt, in nats."""
-    prompts = tokenizer.encode_batch([statement.prompt for statement in statements])
-    values = tokenizer.encode_batch([statement.value for statement in statements])
-    requests = [Request([tokenizer.bos_id, *prompt], value) for prompt, value in zip(prompts, values, strict=True)]
+    requests = answer_requests(tokenizer, [(one.prompt, one.value) for one in statements], end=False)
     return [-one.log_likelihood for one in score(model, requests, batch_size=batch_size, place=place)]

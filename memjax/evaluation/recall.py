@@ -62,18 +62,29 @@ def recall(
     """
     if not questions:
         raise ValueError("there are no questions to ask")
-    prompts = tokenizer.encode_batch([question.prompt for question in questions])
-    answers = tokenizer.encode_batch([question.answer for question in questions])
-    requests = [
-        Request([tokenizer.bos_id, *prompt], [*answer, tokenizer.eos_id])
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    requests = answer_requests(tokenizer, [(question.prompt, question.answer) for question in questions])
     correct = np.array([one.is_greedy for one in score(model, requests, batch_size=batch_size, place=place)])
     asked = defaultdict(list)
     for question, right in zip(questions, correct, strict=True):
         asked[question.attribute].append(right)
     by_attribute = {attribute: float(np.mean(rights)) for attribute, rights in asked.items()}
     return Recall(correct, float(correct.mean()), by_attribute)
+
+
+def answer_requests(tokenizer: Tokenizer, asked: Sequence[tuple[str, str]], *, end: bool = True) -> list[Request]:
+    """Prompts and their answers for scoring, encoded apart as in training.
+
+    Args:
+        tokenizer: the one the model was trained with.
+        asked: prompts and answers.
+        end: score the end of the text after each answer, too.
+    """
+    prompts = tokenizer.encode_batch([prompt for prompt, _ in asked])
+    answers = tokenizer.encode_batch([answer for _, answer in asked])
+    last = [tokenizer.eos_id] if end else []
+    return [
+        Request([tokenizer.bos_id, *prompt], [*answer, *last]) for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 def majority_guess(train_questions: Sequence[Question], questions: Sequence[Question]) -> float:

@@ -1,15 +1,13 @@
-"""Learns facts as a patch: counts the background, measures before and after, and writes the changed rows."""
+"""Learns facts as a patch: measures a model before and after, and writes the rows that have changed."""
 
+import dataclasses
 import itertools
-import pathlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
-from memjax.checkpoint.digests import text_digest
 from memjax.data.sources import biographies
 from memjax.data.sources.kinds import find_source
 from memjax.data.sources.parsing import MalformedError
@@ -17,17 +15,16 @@ from memjax.data.sources.records import Record, Segment
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import DataError
 from memjax.evaluation.perplexity import bits_per_byte
-from memjax.inference.scoring import Request, score
-from memjax.io.console import say, warn
-from memjax.io.files import check_inside, read_document, write_atomic
+from memjax.evaluation.recall import answer_requests
+from memjax.inference.scoring import score
+from memjax.io.console import say
+from memjax.knowledge.background import background_of
 from memjax.knowledge.corpus import open_corpus
-from memjax.knowledge.facts import Fact
+from memjax.knowledge.facts import Fact, text_of
 from memjax.knowledge.finetune import Recipe, learn
-from memjax.knowledge.slots import Background, count_texts
 from memjax.models.decoder import Decoder
 from memjax.monitoring.progress import Progress
 from memjax.runs.load import LoadedModel
-from memjax.runs.patches.applied import model_digest
 from memjax.runs.patches.edit import patch_between
 from memjax.runs.patches.patch import Patch, write_patch
 
@@ -37,8 +34,58 @@ _SCORED_BYTES = 50_000
 """Bytes of the background on which bits per byte are measured."""
 _PROGRESS_SECONDS = 5.0
 """Between two lines of progress."""
+NEW = "new facts"
+"""The group of the questions of the facts to learn."""
 _REPLAYED = 4_096
 """Texts of the background from which those are drawn that are learned again."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Probe:
+    """Measurements of a model before and after learning."""
+
+    tokenizer: Tokenizer
+    length: int
+    """Tokens of a window."""
+    questions: Mapping[str, Sequence[Record]]
+    """By their group; the facts to learn are under NEW, where they are questions."""
+    texts: Mapping[str, Sequence[str]]
+
+    @classmethod
+    def of(
+        cls, found: LoadedModel, facts: Sequence[Fact], groups: Mapping[str, list[Record]], background: Sequence[str]
+    ) -> "_Probe":
+        """Measures the facts, other groups of questions, and bits per byte of the background."""
+        asked = {name: some for name, some in {NEW: _questions(facts), **groups}.items() if some}
+        texts = {"bits per byte, background": background}
+        if NEW not in asked:
+            texts["bits per byte, facts"] = [text_of(fact.wordings[0]) for fact in facts]
+        return cls(found.tokenizer, found.config.data.sequence_length, asked, texts)
+
+    def known(self, model: Decoder, group: str) -> float | None:
+        """Share of a group's questions that the model answers exactly; None if there are none."""
+        questions = self.questions.get(group)
+        return known(model, self.tokenizer, questions, length=self.length) if questions else None
+
+    def measure(self, model: Decoder) -> dict[str, float]:
+        """The share of known answers of every group, and bits per byte of every text."""
+        rates = {name: known(model, self.tokenizer, some, length=self.length) for name, some in self.questions.items()}
+        bits = {
+            name: bits_per_byte(
+                model, self.tokenizer, some, sequence_length=self.length, batch_size=8, max_bytes=_SCORED_BYTES
+            ).bits_per_byte
+            for name, some in self.texts.items()
+        }
+        return rates | bits
+
+    def table(self, before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+        """Both measurements side by side."""
+        lines = ["", f"{'':<34}{'before':>10}{'after':>10}"]
+        for name, old in before.items():
+            is_share = name in self.questions
+            label, kind = (f"{name} ({len(self.questions[name]):,})", "10.1%") if is_share else (name, "10.4f")
+            lines.append(f"{label:<34}{old:>{kind}}{after[name]:>{kind}}")
+        return lines
 
 
 def learn_facts(
@@ -70,54 +117,46 @@ def learn_facts(
         DataError: the background cannot be read.
         CheckpointError: the patch cannot be written.
     """
-    model, tokenizer = found.model, found.tokenizer
-    length = found.config.data.sequence_length
     records = list(itertools.islice(open_corpus(found, corpus, "--background"), corpus_texts))
-    background = _background(found, records)
-    groups = {"new facts": _questions(facts)} | {
-        name: _spread(questions, most_questions) for name, questions in _held_out(found, held_out).items()
-    }
-    groups = {name: questions for name, questions in groups.items() if questions}
-    texts = {"bits per byte, background": [_text(record) for record in records]}
-    if "new facts" not in groups:
-        texts["bits per byte, facts"] = [_text(fact.wordings[0]) for fact in facts]
+    background = background_of(found, records)
+    groups = {name: _spread(some, most_questions) for name, some in _held_out(found, held_out).items()}
+    probe = _Probe.of(found, facts, groups, list(map(text_of, records)))
+    before, began, last = probe.measure(found.model), time.perf_counter(), ""
 
-    def measure(model: Decoder) -> dict[str, float]:
-        rates = {name: known(model, tokenizer, questions, length=length) for name, questions in groups.items()}
-        return rates | {
-            name: bits_per_byte(
-                model, tokenizer, some, sequence_length=length, batch_size=8, max_bytes=_SCORED_BYTES
-            ).bits_per_byte
-            for name, some in texts.items()
-        }
-
-    last = ""
-
-    def tell(epoch: int, loss: float, model: Decoder) -> bool:
+    def after_epoch(epoch: int, loss: float, model: Decoder) -> bool:
         nonlocal last
-        rate = known(model, tokenizer, groups["new facts"], length=length) if "new facts" in groups else None
-        last = f"loss {loss:.4f}" + ("" if rate is None else f"  new facts {rate:.1%}")
+        rate = probe.known(model, NEW)
+        last = f"loss {loss:.4f}" + ("" if rate is None else f"  {NEW} {rate:.1%}")
         progress.update(epoch, f"epoch {epoch}/{recipe.epochs}  {last}")
         last += f"  after {epoch} of {recipe.epochs} epochs"
         return rate == 1
 
-    before, began = measure(model), time.perf_counter()
     with Progress(recipe.epochs, _PROGRESS_SECONDS) as progress:
         learned = learn(
-            model, tokenizer, facts, background, recipe, longest=length, known=records[:_REPLAYED], after_epoch=tell
+            found.model,
+            found.tokenizer,
+            facts,
+            background,
+            recipe,
+            longest=found.config.data.sequence_length,
+            known=records[:_REPLAYED],
+            after_epoch=after_epoch,
         )
     seconds = time.perf_counter() - began
     say(f"learned in {seconds:.0f} s: {last}")
     patch = patch_between(found, learned, {})
     # What is written is what is measured: rows in the type of the run's tables.
-    after = measure(found_with(learned, patch))
+    after = probe.measure(found_with(learned, patch))
     notes = {"made_by": "learn", "facts": len(facts), "source": source, "seconds": round(seconds, 2)}
     notes |= {LEARNED: [fact.fields() for fact in facts]}
     for moment, rates in (("before", before), ("after", after)):
         notes |= {f"{name} {moment}": value for name, value in rates.items()}
     patch = Patch(patch.base, patch.tables, notes)
     path = write_patch(out, patch)
-    say("\n".join(_report(groups, before, after, patch, seconds / len(facts))))
+    lines = probe.table(before, after)
+    for name, change in patch.tables.items():
+        lines.append(f"{f'rows changed in {name}':<34}{len(change.rows):>10,} of {change.num_slots:,}")
+    say("\n".join([*lines, f"{'seconds a fact':<34}{seconds / len(facts):>10.2f}"]))
     say(f"written to {path}")
     return patch
 
@@ -153,29 +192,9 @@ def found_with(model: Decoder, patch: Patch) -> Decoder:
     return model
 
 
-def _report(
-    groups: Mapping[str, Sequence[Record]],
-    before: Mapping[str, float],
-    after: Mapping[str, float],
-    patch: Patch,
-    seconds: float,
-) -> list[str]:
-    lines = ["", f"{'':<34}{'before':>10}{'after':>10}"]
-    for name, old in before.items():
-        label = f"{name} ({len(groups[name]):,})" if name in groups else name
-        kind = "10.1%" if name in groups else "10.4f"
-        lines.append(f"{label:<34}{old:>{kind}}{after[name]:>{kind}}")
-    for name, change in patch.tables.items():
-        lines.append(f"{f'rows changed in {name}':<34}{len(change.rows):>10,} of {change.num_slots:,}")
-    return [*lines, f"{'seconds a fact':<34}{seconds:>10.2f}"]
-
-
 def known(model: Decoder, tokenizer: Tokenizer, questions: Sequence[Record], *, length: int) -> float:
     """Share of the questions that the model answers exactly, end of text included."""
-    requests = []
-    for record in questions:
-        *before, answer = (tokenizer.encode(segment.text) for segment in record)
-        requests.append(Request([tokenizer.bos_id, *itertools.chain(*before)], [*answer, tokenizer.eos_id]))
+    requests = answer_requests(tokenizer, [(text_of(record[:-1]), record[-1].text) for record in questions])
     return float(np.mean([found.is_greedy for found in score(model, requests, max_length=length, batch_size=128)]))
 
 
@@ -202,43 +221,3 @@ def _spread(questions: list[Record], most: int) -> list[Record]:
     """At most so many, evenly spread."""
     step = max(1, -(-len(questions) // most))
     return questions[::step]
-
-
-def _text(record: Record) -> str:
-    return "".join(segment.text for segment in record)
-
-
-def _background(found: LoadedModel, records: Sequence[Record]) -> Background:
-    """Document frequency of every slot in the records, cached in the run's folder where that is writable."""
-    length = found.config.data.sequence_length
-    content = [_text(record) for record in records]
-    asked = {
-        "model": model_digest(found.checkpoints, found.step),
-        "texts": text_digest(content),
-        "sequence_length": length,
-    }
-    path = found.folder / "knowledge" / f"background-{text_digest(asked)[:16]}.safetensors"
-    sizes = {name: found.model.config.tables[name].num_slots for name in found.model.config.tables}
-    if (kept := _kept(path, sizes)) is not None:
-        return kept
-    say(f"counting the slots that {len(records):,} texts read")
-    counted = count_texts(found.model, found.tokenizer, records, length=length)
-    arrays = {"texts": np.asarray(counted.texts)} | {f"counts/{name}": total for name, total in counted.counts.items()}
-    try:
-        check_inside(path.parent, found.folder)
-        write_atomic(path, safetensors.numpy.save(arrays))
-    except OSError as error:
-        warn(f"the counts are not kept: {path.parent}: {error.strerror}")
-    return counted
-
-
-def _kept(path: pathlib.Path, sizes: Mapping[str, int]) -> Background | None:
-    """The counts of a file; None where there is none, or what is there is damaged."""
-    try:
-        arrays = safetensors.numpy.load(read_document(path, None))
-        counts = {name.removeprefix("counts/"): array for name, array in arrays.items() if name != "texts"}
-        if not counts or any(array.shape != (sizes[name],) for name, array in counts.items()):
-            return None
-        return Background(int(arrays["texts"]), counts)
-    except Exception:  # kinds of the library's own, and whatever the file makes of the rest
-        return None

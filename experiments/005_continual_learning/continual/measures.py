@@ -9,7 +9,8 @@ import numpy as np
 from continual.facts import Asked, NewFact
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.evaluation.perplexity import bits_per_byte
-from memjax.inference.scoring import Request, Score, score
+from memjax.evaluation.recall import answer_requests
+from memjax.inference.scoring import Score, score
 from memjax.models.decoder import Decoder
 
 LENGTH = 128
@@ -22,13 +23,7 @@ class Questions:
 
     def __init__(self, tokenizer: Tokenizer, asked: Sequence[Asked], *, end: bool = True):
         """`end`: whether the answer must also stop there."""
-        prompts = tokenizer.encode_batch([one.prompt for one in asked])
-        answers = tokenizer.encode_batch([one.answer for one in asked])
-        last = [tokenizer.eos_id] if end else []
-        self.requests = [
-            Request([tokenizer.bos_id, *prompt], [*answer, *last])
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
+        self.requests = answer_requests(tokenizer, asked, end=end)
 
     def scores(self, model: Decoder) -> list[Score]:
         """Of each."""
