@@ -67,24 +67,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _plot(folders: Sequence[pathlib.Path], settings: PlotConfig) -> None:
     # Only now, so that wrong settings need not wait for NumPy; JAX is not needed at all.
-    from memjax.monitoring import comparison
+    from memjax.monitoring import comparison, interactive
     from memjax.monitoring.compared_runs import Axis, read_runs, summary_table
 
     runs = read_runs(folders)
     out = pathlib.Path(settings.out)
-    if settings.interactive:
-        from memjax.monitoring import interactive
-
-        interactive.write(runs, out, axis=cast("Axis", settings.x), window=settings.smoothing)
-        notes = comparison.missing(runs)
-    elif settings.metric is None:
-        comparison.draw(runs, out, axis=cast("Axis", settings.x), window=settings.smoothing)
-        notes = comparison.missing(runs)
-    else:
+    if settings.metric is not None:
         comparison.draw_over(runs, out, metric=settings.metric, x=settings.x)
-        notes = []
+    else:
+        write = interactive.write if settings.interactive else comparison.draw
+        write(runs, out, axis=cast("Axis", settings.x), window=settings.smoothing)
     print(format_table(summary_table(runs)))
-    for note in notes:
+    for note in comparison.missing(runs) if settings.metric is None else ():
         print(f"there is {note}")
     print(f"written to {settings.out}")
 

@@ -4,7 +4,7 @@ import html
 import io
 import pathlib
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,29 +16,48 @@ AXIS_LABELS = {"step": "step", "tokens": "tokens read", "seconds": "seconds of t
 _GREY = "0.35"
 
 
+class Sparse(NamedTuple):
+    """A metric that is measured at some steps: a metric, or a field of the slot statistics."""
+
+    metric: str
+    legend: str
+    name: str
+    """In notes."""
+
+
 class Panel(NamedTuple):
     """One pair of axes."""
 
     title: str
     label: str
     """Label of the vertical axis, with the unit."""
-    steady: str | None
-    """Metric measured at every step, drawn smoothed over the faint raw curve; or None."""
-    sparse: tuple[tuple[str, str, str], ...]
-    """Metrics measured at some steps, or fields of the slot statistics, with their names in the legend and in
-    the notes."""
+    steady: str | None = None
+    """Metric measured at every step, drawn smoothed over the faint raw curve."""
+    sparse: tuple[Sparse, ...] = ()
+    is_log: bool = False
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Every metric, and its name in notes."""
+        steady = {self.steady: self.title.lower()} if self.steady else {}
+        return steady | {one.metric: one.name for one in self.sparse}
 
 
 PANELS = (
-    Panel("Loss", "nats per token", "train/loss", (("eval/validation/loss", "validation", "validation loss"),)),
-    Panel("Throughput", "tokens per second", "throughput/tokens_per_second", ()),
+    Panel(
+        "Loss",
+        "nats per token",
+        "train/loss",
+        (Sparse("eval/validation/loss", "validation", "validation loss"),),
+        is_log=True,
+    ),
+    Panel("Throughput", "tokens per second", "throughput/tokens_per_second"),
     Panel(
         "Slot use, mean of the memory layers",
         "share of the slots",
-        None,
-        (
-            ("used_fraction", "read at all", "slot use"),
-            ("effective_fraction", "as if read equally often", "slot use"),
+        sparse=(
+            Sparse("used_fraction", "read at all", "slot use"),
+            Sparse("effective_fraction", "as if read equally often", "slot use"),
         ),
     ),
 )
@@ -47,12 +66,9 @@ PANELS = (
 def missing(runs: Sequence[Run]) -> list[str]:
     """Notes on what the picture lacks because runs did not measure it."""
     notes = {}
-    for panel in PANELS:
-        steady = [(panel.steady, panel.title.lower())] if panel.steady else []
-        for metric, name in [*steady, *((metric, name) for metric, _, name in panel.sparse)]:
-            without = [run.name for run in runs if not np.isfinite(series(run, metric)).any()]
-            if without:
-                notes[f"no {name} in " + ("any run" if len(without) == len(runs) else ", ".join(without))] = None
+    for metric, name in (item for panel in PANELS for item in panel.names.items()):
+        if without := [run.name for run in runs if not is_measured(run, metric)]:
+            notes[f"no {name} in " + ("any run" if len(without) == len(runs) else ", ".join(without))] = None
     return list(notes)
 
 
@@ -70,7 +86,7 @@ def draw(runs: Sequence[Run], out: pathlib.Path, *, axis: Axis = "step", window:
     from matplotlib.lines import Line2D
 
     window = window or smoothing_window(runs)
-    panels = [panel for panel in PANELS if any(np.isfinite(series(run, m)).any() for run in runs for m in _all(panel))]
+    panels = [panel for panel in PANELS if any(is_measured(run, metric) for run in runs for metric in panel.names)]
     count = max(1, len(panels))
     figure = Figure(figsize=(5.4 * count, 5), layout="constrained")
     grid = figure.subplots(1, count, squeeze=False)
@@ -80,11 +96,9 @@ def draw(runs: Sequence[Run], out: pathlib.Path, *, axis: Axis = "step", window:
     handles = [Line2D([], [], color=color, linewidth=2.5) for color in colors]
     names = [_plain(run.name) for run in runs]
     figure.legend(handles, names, loc="outside upper center", ncols=min(2 * count, len(runs)), frameon=False)
-    notes = missing(runs)
-    if notes:
+    if notes := missing(runs):
         text = textwrap.fill(_plain(f"There is {'; '.join(notes)}."), 85 * count)
         figure.supxlabel(text, fontsize=8, color=_GREY)
-    out.parent.mkdir(parents=True, exist_ok=True)
     _write(figure, out, runs, notes)
 
 
@@ -130,21 +144,20 @@ def _write(figure: Any, out: pathlib.Path, runs: Sequence[Run], notes: Sequence[
         figure.savefig(out, dpi=130)
 
 
-def _all(panel: Panel) -> list[str]:
-    return ([panel.steady] if panel.steady else []) + [metric for metric, _, _ in panel.sparse]
-
-
 def series(run: Run, metric: str) -> Values:
     """A metric, or a share of the slots by its field, at every step."""
     return run.values(metric) if "/" in metric else run.slot_share(metric)
 
 
-def _draw_panel(axes: Any, panel: Panel, runs: Sequence[Run], colors: Sequence[Any], axis: Axis, window: int) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+def is_measured(run: Run, metric: str) -> bool:
+    """Whether a metric has a value at any step."""
+    return bool(np.isfinite(series(run, metric)).any())
 
-    styles: Any = (("--", "o"), (":", "s")) if panel.steady else (("-", "o"), ("--", "s"))
-    legend = []
+
+def _draw_panel(axes: Any, panel: Panel, runs: Sequence[Run], colors: Sequence[Any], axis: Axis, window: int) -> None:
+    styles = dict(
+        zip(panel.sparse, (("--", "o"), (":", "s")) if panel.steady else (("-", "o"), ("--", "s")), strict=False)
+    )
     for run, color in zip(runs, colors, strict=True):
         places = run.along(axis)
         if panel.steady:
@@ -154,34 +167,51 @@ def _draw_panel(axes: Any, panel: Panel, runs: Sequence[Run], colors: Sequence[A
             axes.plot(places, values, color=color, rasterized=True, **alone)
             if window > 1:
                 axes.plot(places, smoothed(values, window), color=color, linewidth=1.8)
-        for (metric, _, _), (line, marker) in zip(panel.sparse, styles, strict=False):
-            values = series(run, metric)
+        for sparse, (line, marker) in styles.items():
+            values = series(run, sparse.metric)
             known = np.isfinite(values)
             axes.plot(places[known], values[known], line, color=color, marker=marker, markersize=3.5, linewidth=1.2)
-    if panel.steady:
-        legend.append((Line2D([], [], color=_GREY, linewidth=0.8, alpha=0.5 if window > 1 else 1), "each step"))
-        if window > 1:
-            legend.append((Line2D([], [], color=_GREY, linewidth=1.8), f"mean of {window} steps"))
-    for (metric, label, _), (line, marker) in zip(panel.sparse, styles, strict=False):
-        if any(np.isfinite(series(run, metric)).any() for run in runs):
-            legend.append((Line2D([], [], color=_GREY, linestyle=line, marker=marker, markersize=3.5), label))
     axes.set(title=panel.title, xlabel=AXIS_LABELS[axis], ylabel=panel.label)
-    axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
+    _set_scales(axes, panel, runs, axis)
+    _add_legend(axes, panel, styles, runs, window)
+
+
+def _set_scales(axes: Any, panel: Panel, runs: Sequence[Run], axis: Axis) -> None:
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+
+    axes.set_xlim(left=0)
     if axis == "tokens":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if panel.title == "Loss":
-        losses = np.concatenate([series(run, metric) for run in runs for metric in _all(panel)])
-        losses = losses[losses > 0]
-        if losses.size:  # matplotlib warns of a logarithmic axis without a positive value
-            axes.set_yscale("log")
-            narrow = losses.max() < 10 * losses.min()
-            axes.yaxis.set_major_locator(MaxNLocator(7) if narrow else LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_formatter("{x:g}")
-    else:
+    if not panel.is_log:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(EngFormatter(sep="") if panel.steady else PercentFormatter(1))
+        return
+    values = np.concatenate([series(run, metric) for run in runs for metric in panel.names])
+    values = values[values > 0]
+    if values.size:  # matplotlib warns of a logarithmic axis without a positive value
+        axes.set_yscale("log")
+        narrow = values.max() < 10 * values.min()
+        axes.yaxis.set_major_locator(MaxNLocator(7) if narrow else LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
+
+
+def _add_legend(
+    axes: Any, panel: Panel, styles: Mapping[Sparse, tuple[str, str]], runs: Sequence[Run], window: int
+) -> None:
+    """Names the kinds of lines, in grey: colors are the runs'."""
+    from matplotlib.lines import Line2D
+
+    grey = lambda **style: Line2D([], [], color=_GREY, **style)
+    legend = []
+    if panel.steady:
+        legend.append((grey(linewidth=0.8, alpha=0.5 if window > 1 else 1), "each step"))
+        if window > 1:
+            legend.append((grey(linewidth=1.8), f"mean of {window} steps"))
+    for sparse, (line, marker) in styles.items():
+        if any(is_measured(run, sparse.metric) for run in runs):
+            legend.append((grey(linestyle=line, marker=marker, markersize=3.5), sparse.legend))
     if legend:
         axes.legend(*zip(*legend, strict=True), fontsize=8, framealpha=0.85)
 

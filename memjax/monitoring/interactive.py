@@ -54,7 +54,7 @@ def write(runs: Sequence[Run], out: pathlib.Path, *, axis: Axis = "step", window
                     col=1,
                 )
                 named.add(run.name)
-        if panel.title == "Loss":
+        if panel.is_log:
             figure.update_yaxes(type="log", row=row, col=1)
     figure.update_xaxes(title_text=comparison.AXIS_LABELS[axis], row=max(1, len(panels)), col=1)
     figure.update_layout(height=280 * len(panels) + 120, hovermode="x unified", template="plotly_white")
@@ -64,8 +64,8 @@ def write(runs: Sequence[Run], out: pathlib.Path, *, axis: Axis = "step", window
 
 def _curves(panel: Panel, run: Run, window: int) -> Iterator[tuple[str, Values, str]]:
     """The curves of a run in a panel: what they show, their values and the dash of their lines."""
-    if panel.steady is not None and np.isfinite(values := run.values(panel.steady)).any():
-        yield f"mean of {window} steps", smoothed(values, window), "solid"
-    for (metric, label, _), dash in zip(panel.sparse, _DASHES, strict=False):
-        if np.isfinite(values := comparison.series(run, metric)).any():
-            yield label, values, dash
+    if panel.steady is not None and comparison.is_measured(run, panel.steady):
+        yield f"mean of {window} steps", smoothed(run.values(panel.steady), window), "solid"
+    for sparse, dash in zip(panel.sparse, _DASHES, strict=False):
+        if comparison.is_measured(run, sparse.metric):
+            yield sparse.legend, comparison.series(run, sparse.metric), dash
