@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
-import numbers
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -40,7 +40,7 @@ class RowOptimizer:
 
     def __post_init__(self):
         rate, is_rule = self.learning_rate, isinstance(self.rule, RowRule)
-        is_number = isinstance(rate, numbers.Real) and not isinstance(rate, bool) and 0 <= rate < math.inf
+        is_number = isinstance(rate, int | float | np.number) and not isinstance(rate, bool) and 0 <= rate < math.inf
         is_rate = callable(rate) or is_number or (isinstance(rate, jax.Array) and rate.shape == ())
         checks.typed(self)
         checks.refuse(
