@@ -1,5 +1,6 @@
 """The environment of a run: command, versions, commit and devices."""
 
+import importlib.metadata
 import pathlib
 import platform
 import shlex
@@ -20,34 +21,31 @@ def command_line() -> str:
 
 def environment() -> dict[str, Any]:
     """Command line, Python and package versions, commit and devices, as JSON values."""
-    from importlib.metadata import version
-
-    packages = (
-        "memjax",
-        "jax",
-        "jaxlib",
-        "flax",
-        "optax",
-        "orbax-checkpoint",
-        "grain",
-        "numpy",
-        "jax-triton",
-        "triton",
-    )
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except ImportError:  # not installed; memjax itself may run from a checkout
-            versions[package] = None
-    source = pathlib.Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
         "command": command_line(),
         "python": platform.python_version(),
-        "versions": versions,
-        "commit": commit.stdout.strip() or None,
+        "versions": {package: _version(package) for package in _PACKAGES},
+        "commit": _commit(),
         "devices": [device.device_kind for device in jax.devices()],
     }
+
+
+_PACKAGES = ("memjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "jax-triton", "triton")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except ImportError:  # not installed; memjax itself may run from a checkout
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that memjax runs from; None for an installed package, or without git."""
+    file = pathlib.Path(__file__)
+    # The file's own object, because packages may be installed inside the checkout of another project.
+    command = ["git", "-C", str(file.parent), "rev-parse", "HEAD", f"HEAD:./{file.name}"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError):
+        return None
