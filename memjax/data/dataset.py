@@ -52,7 +52,7 @@ class Dataset:
             shard: which blocks of records are read.
             stop: ends a batch that is being made in another thread.
         """
-        reader = joined(self.train, with_sources=self.config.source == "mixture")
+        reader = joined(self.train)
         return self._batches(
             self.train,
             reader if stop is None else StoppableReader(reader, stop),
@@ -72,7 +72,7 @@ class Dataset:
             DataError: the validation data cannot be used.
         """
         if self.validation:
-            reader = joined(self.validation, with_sources=self.config.source == "mixture")
+            reader = joined(self.validation)
             batches = self._batches(self.validation, reader, seed=0, shuffle=False, repeat=False)
             yield from itertools.islice(batches, count)
 

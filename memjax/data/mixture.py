@@ -68,9 +68,9 @@ def num_training_records(count: int, validation_fraction: float, path: str) -> i
     return count - min(max(1, round(count * validation_fraction)), count - 1)
 
 
-def joined(splits: Sequence[Split], *, with_sources: bool) -> Reader:
-    """One reader of all records of the splits' readers; with_sources it gives the number of the split, too."""
-    return JoinedReader([split.reader for split in splits]) if with_sources else splits[0].reader
+def joined(splits: Sequence[Split]) -> Reader:
+    """One reader of all records of the splits' readers; of several splits it gives the number of each, too."""
+    return JoinedReader([split.reader for split in splits]) if len(splits) > 1 else splits[0].reader
 
 
 def order(splits: Sequence[Split], *, seed: int, shuffle: bool, repeat: bool) -> grain.MapDataset[int]:

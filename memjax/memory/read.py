@@ -59,7 +59,7 @@ class TableRead(NamedTuple):
 
     def without_padding(self, token_mask: Bool[Array, "*micro t"], num_rows: int) -> "TableRead":
         """The read without the picks of padding: see `RowGradient.without_padding`."""
-        return self._replace(indices=jnp.where(token_mask[..., None], self.indices, num_rows))
+        return self._replace(indices=jnp.where(token_mask[..., None], self.indices, jnp.int32(num_rows)))
 
 
 Reads = Mapping[str, tuple[TableRead, ...]]

@@ -324,6 +324,17 @@ def test_picks_below_zero_do_not_exist(implementation):
     assert np.flatnonzero(np.any(got[0] != 1, axis=1)).tolist() == [3, ROWS - 1]
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8])
+def test_indices_of_narrow_types_update_the_rows_that_they_name(implementation, dtype):
+    rule, rows = RULES["adam"], 300
+    table = jnp.ones((rows, COLUMNS))
+    state = {name: jnp.ones_like(array) for name, array in rule.init(rows, COLUMNS).items()}
+    gradient = RowGradient(jnp.asarray([[3], [100]], dtype), jnp.ones((2, 1)), jnp.ones((2, COLUMNS)))
+    new, _ = row_update(table, state, [gradient], rule, row_step(0.1, 2), implementation=implementation)
+    assert np.flatnonzero(np.any(new != 1, axis=1)).tolist() == [3, 100]
+
+
 @every_implementation
 def test_rounding_is_reproducible_and_unbiased(implementation):
     rows, rule = 48, RowRule(kind="sgd")

@@ -145,17 +145,17 @@ class Stream:
                 line = lines.readline(self.max_bytes + 2)
                 if not line:
                     return
-                if number == 1:
+                if number == 1 and line.startswith(BYTE_ORDER_MARK):  # which is no part of the record
                     line = line.removeprefix(BYTE_ORDER_MARK)
-                is_whole = line.endswith(b"\n") or len(line) <= self.max_bytes
+                    line += b"" if line.endswith(b"\n") else lines.readline(len(BYTE_ORDER_MARK))
+                record = line.removesuffix(b"\n").removesuffix(b"\r")
                 while not line.endswith(b"\n") and (more := lines.readline(_SKIPPED_BYTES)):
                     line = more[-1:]
-                line = line.removesuffix(b"\n").removesuffix(b"\r")
                 self.bytes_read = raw.tell()
-                if not is_whole:
+                if len(record) > self.max_bytes:
                     yield number, too_large(self.max_bytes)
-                elif line.strip():
-                    yield number, line
+                elif record.strip():
+                    yield number, record
 
     def _rows(self) -> Iterator[tuple[int, Payload]]:
         arrow = pyarrow_for(self.file.path)

@@ -1,6 +1,7 @@
 """The optimizers of table rows, as arithmetic on a few rows at a time."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import jax
@@ -8,8 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from memjax.config import checks
-from memjax.config.section import BelowOne, Positive
+from memjax.config.section import BelowOne, Positive, Section
 from memjax.ops.precision import accumulator
 
 Kind = Literal["rowwise_adam", "rowwise_adagrad", "adam", "sgd"]
@@ -47,7 +47,7 @@ def row_step(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class RowRule:
+class RowRule(Section):
     """An optimizer of rows that touches only rows that were read ("lazy": other rows and their state stay).
 
     rowwise_adam: v = mean(g^2) over `state_columns` neighbouring columns at the first touch, then beta2 v + (1 - beta2)
@@ -70,13 +70,10 @@ class RowRule:
     stochastic_rounding: bool = True
     """Round bfloat16 rows at random, so that steps below half a unit in the last place are not lost."""
 
-    def __post_init__(self) -> None:
-        is_float = jnp.issubdtype(self.moment_dtype, jnp.floating)
-        checks.typed(self)
-        checks.refuse(
-            checks.ranges(self)
-            + [None if is_float else f"moment_dtype={self.moment_dtype} must be a type of floating-point numbers"]
-        )
+    def problems(self) -> Iterator[str]:
+        """Moments in a type that is not for them."""
+        if not jnp.issubdtype(self.moment_dtype, jnp.floating):
+            yield f"moment_dtype={self.moment_dtype} must be a type of floating-point numbers"
 
     def init(self, num_rows: int, num_columns: int, dtype: DTypeLike = jnp.float32) -> TableState:
         """The state before the first update, of a table of the given shape and type.

@@ -79,6 +79,18 @@ def test_text_is_read_line_by_line_without_blank_lines_marks_and_line_ends(tmp_p
     assert read(tmp_path / name, "text") == [(1, "one"), (4, "two "), (5, "three")]
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_are_records_up_to_the_limit_whether_or_not_a_mark_begins_the_file(tmp_path, mark, end):
+    path, limit = tmp_path / "a.txt", 10
+    for size in range(limit - 3, limit + 4):
+        path.write_bytes(f"{mark}{'x' * size}{end}next{end}".encode())
+        (file,) = find_files(str(path), "text", "data.path")
+        (_, first), (_, second) = Stream(file, Keys(), max_bytes=limit)
+        assert first == b"x" * size if size <= limit else "more than data.max_record_bytes=10" in str(first)
+        assert second == b"next"
+
+
 @pytest.mark.parametrize("begin", ["BZhang wrote", "BZh9", "BZh91 lines", "BZh01AY&SY"])
 def test_a_text_that_begins_like_bzip2_is_a_text(tmp_path, begin):
     (tmp_path / "a.txt").write_text(f"{begin}\ntwo\n")
