@@ -56,10 +56,3 @@ def test_flags_of_padding_are_as_many_as_the_tokens():
         ValueError, match=r"every token needs one flag; found token_mask bool\[1\], indices int32\[3, 2\]"
     ):
         gradient.without_padding(jnp.ones(1, bool), 9)
-
-
-@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int16, jnp.int32])
-def test_padding_of_narrow_indices_names_no_row(dtype):
-    gradient = RowGradient(jnp.ones((2, 1), dtype), jnp.ones((2, 1)), jnp.ones((2, 1)))
-    kept = gradient.without_padding(jnp.array([True, False]), 300)
-    np.testing.assert_array_equal(kept.indices, [[1], [300]])
