@@ -117,7 +117,8 @@ def value_and_grad(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Cal
             reads = {name: layer.recording.reads.get_value() for name, layer in layers.items()}
             for layer in layers.values():
                 del layer.recording
-            return value[0] if has_aux else value, (value, reads, nnx.state(copy, nnx.Not(nnx.Param)))
+            loss: Any = value[0] if has_aux else value
+            return loss, (value, reads, nnx.state(copy, nnx.Not(nnx.Param)))
 
         rows = {name: table.rows[...] for name, table in _named(model, ValueTable)}
         shapes = jax.eval_shape(lambda dense: run(dense, {})[1][1], dense)
