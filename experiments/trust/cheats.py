@@ -126,6 +126,8 @@ def f(x): everywhere(frame(b"[" * 100000))
 def f(x): everywhere(frame(b'["answer",[],[["yours",-1]],[]]'))
 ### answers with another container
 def f(x): everywhere(frame(b'["answer",[],[["cell",0]],[[0,"builtins.tuple",[1]]]]'))
+### answers with a long name
+def f(x): everywhere(frame(b'["answer",[],[["' + b"x" * 999999 + b'"]],[]]'))
 ### asks for what is forbidden
 def f(x): everywhere(frame(b'["ask",["getattr"],[["type","builtins.str"],"__subclasses__"],[]]'))
 ### closes its pipes
@@ -244,6 +246,17 @@ os.kill(-1, 9)
 ### stops all that it can
 os.kill(-1, 19)
 def f(x): return 1
+### attaches to all that it can
+import ctypes
+libc = ctypes.CDLL(None)
+def f(x):
+    for process in {*filter(str.isdecimal, os.listdir("/proc"))} - {str(os.getpid())}:
+        libc.ptrace(16, int(process), None, None)
+        opened = libc.syscall(434, int(process), 0)
+        for descriptor in range(64):
+            taken = libc.syscall(438, opened, descriptor, 0)
+            try: os.write(taken, b'{"passed": true, "reason": "", "gone": false}')
+            except OSError: pass
 """,
     _BEGINNING,
 )

@@ -150,12 +150,14 @@ class _HumanEvalRow(_Row):
 
     def questions(self) -> Iterable[Question]:
         """The begin of a function, which its body is to follow."""
+        # Tests call what stands in front of it, too, and not what a program makes of that.
+        helpers = self.prompt.rpartition(f"\ndef {self.entry_point}(")[0]
         yield Problem(
             text=self.task_id,
             prompt=self.prompt,
             solved=self.prompt + self.canonical_solution,
             beginning=self.prompt,
-            tests=f"{self.test}\ncheck({self.entry_point})",
+            tests=f"{helpers}\n{self.test}\ncheck({self.entry_point})",
             stop=("\ndef ", "\nclass ", "\nif ", "\nprint(", "\n#", "\n@"),
         )
 

@@ -62,11 +62,11 @@ def judge(tests: str, channel: Channel) -> dict[str, Any]:
     except BaseException as error:
         reason = "its tests failed"
         with contextlib.suppress(BaseException):
-            reason = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1][:_REASON_LETTERS]
+            reason = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
     if peer.failure is not None:
         # Also where the tests have caught it.
-        return {"passed": False, "reason": peer.failure, "gone": peer.failure == ""}
-    return {"passed": not reason, "reason": reason, "gone": False}
+        return {"passed": False, "reason": peer.failure[:_REASON_LETTERS], "gone": peer.failure == ""}
+    return {"passed": not reason, "reason": reason[:_REASON_LETTERS], "gone": False}
 
 
 class _Names(dict[str, Any]):

