@@ -112,9 +112,9 @@ class Tokenizer(ABC):
             UnicodeEncodeError: the text holds half of a surrogate pair, which no UTF-8 can carry.
         """
 
-    @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text; BPE spreads them over the cores."""
+        return [self.encode(text) for text in texts]
 
     @abstractmethod
     def to_state(self) -> dict[str, Any]:
@@ -217,10 +217,6 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         """One id for each byte of the UTF-8 text."""
         return [byte + len(SPECIAL_TOKENS) for byte in text.encode()]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text."""
-        return [self.encode(text) for text in texts]
 
     def to_state(self) -> dict[str, Any]:
         """There is nothing to keep but the kind."""

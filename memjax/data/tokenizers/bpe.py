@@ -14,7 +14,22 @@ from memjax.data.tokenizers.base import SPECIAL_TOKENS, Tokenizer, check_id, who
 _MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 
 
-class BpeTokenizer(Tokenizer):
+class LibraryTokenizer(Tokenizer):
+    """Encodes by the tokenizers library, without the special tokens that a post-processor would add."""
+
+    _tokenizer: tokenizers.Tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without special tokens."""
+        return self._tokenizer.encode(whole_unicode(text), add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, spread over the cores."""
+        texts = [whole_unicode(text) for text in texts]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+class BpeTokenizer(LibraryTokenizer):
     """Byte-level BPE; made by `train_bpe` or from a state."""
 
     kind: ClassVar[str] = "bpe"
@@ -28,14 +43,6 @@ class BpeTokenizer(Tokenizer):
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"the BPE's description cannot be read ({error})") from error
         super().__init__(bytes_by_id(self._tokenizer.get_vocab(), dict.fromkeys(SPECIAL_TOKENS.values(), b"")))
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, without special tokens."""
-        return self._tokenizer.encode(whole_unicode(text)).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, spread over the cores."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast([whole_unicode(t) for t in texts])]
 
     def to_state(self) -> dict[str, Any]:
         """Vocabulary and merges, as the tokenizers library describes them."""

@@ -2,17 +2,17 @@
 
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import tokenizers
 
-from memjax.data.tokenizers.base import Tokenizer, begin_and_end, whole_unicode
-from memjax.data.tokenizers.bpe import byte_letters, bytes_by_id
+from memjax.data.tokenizers.base import begin_and_end, whole_unicode
+from memjax.data.tokenizers.bpe import LibraryTokenizer, byte_letters, bytes_by_id
 
 
-class HfTokenizer(Tokenizer):
-    """Encodes as the library does, without the special tokens that its post-processor would add."""
+class HfTokenizer(LibraryTokenizer):
+    """A tokenizer.json as it is, without length limits and dropout."""
 
     kind: ClassVar[str] = "hf"
     STATE = ("json", "bos", "eos")
@@ -65,10 +65,6 @@ class HfTokenizer(Tokenizer):
         added = read_description(description).get_added_tokens_decoder()
         return {token.content: index for index, token in sorted(added.items()) if token.special}
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, without special tokens."""
-        return self._tokenizer.encode(whole_unicode(text), add_special_tokens=False).ids
-
     def encode_with_special(self, text: str) -> list[int]:
         """The ids of a text in which names of special tokens mean these tokens.
 
@@ -79,11 +75,6 @@ class HfTokenizer(Tokenizer):
     @functools.cached_property
     def _with_special(self) -> tokenizers.Tokenizer:
         return read_description(self._description)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, spread over the cores."""
-        texts = [whole_unicode(text) for text in texts]
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def to_state(self) -> dict[str, Any]:
         """The whole tokenizer.json."""

@@ -83,10 +83,6 @@ class SentencePieceTokenizer(Tokenizer):
         """The ids of a text, without special tokens."""
         return self._processor.EncodeAsIds(whole_unicode(text))
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text."""
-        return [self.encode(text) for text in texts]
-
     def to_state(self) -> dict[str, Any]:
         """The content of the .model file, and what was added to it."""
         state = {"kind": self.kind, "model": self._model, "bos": self._bos, "eos": self._eos}
