@@ -38,8 +38,8 @@ class _Index:
     arrays: dict[str, dict[str, _Leaf]]
     documents: dict[str, str]
     loss: float | None
-    partial: bool
-    step: int
+    partial: bool = False
+    step: int | None = None
 
 
 def describe(leaves: Mapping[str, Any], most_bytes: int) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def seal(index: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unseal(stored: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """The index of a step from what is stored.
+    """The index of a step from what is stored. Steps of before indices had a number are taken at their folder's word.
 
     Raises:
         ValueError, TypeError, KeyError: it is not what was sealed, or is that of another step, or no index.
@@ -92,11 +92,11 @@ def unseal(stored: Mapping[str, Any], step: int) -> dict[str, Any]:
             jnp.dtype(leaf["dtype"])
     if text_digest(index) != stored["digest"]:
         raise ValueError("its digest differs")
-    if index["step"] != step:
+    if index.get("step", step) != step:
         raise ValueError(f"it was saved as step {index['step']}, so the folder was renamed")
     return index
 
 
 def note_of(index: Mapping[str, Any]) -> Note:
-    """The note in an index."""
-    return Note(index["loss"], index["partial"])
+    """The note in an index; steps of before there were partial ones are complete."""
+    return Note(index["loss"], index.get("partial", False))

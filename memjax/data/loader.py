@@ -78,7 +78,7 @@ class TrainingData(Iterator[Batch]):
         return {"plan": dict(self._plan), "data": self._data, "grain": position}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues from a position that `get_state` gave.
+        """Continues from a position that `get_state` gave. Those of before 0.2 do not know the content of the data.
 
         Raises:
             DataError: it was given with other data, another tokenizer or other settings, where it means another place.
@@ -90,7 +90,7 @@ class TrainingData(Iterator[Batch]):
             if saved.get(name) != now
         ]
         if not changed:
-            for before, now in zip(state["data"], self._data, strict=True):
+            for before, now in zip(state.get("data", self._data), self._data, strict=True):
                 changed += _differences(before, now)
         if changed:
             raise DataError(
@@ -123,7 +123,7 @@ def _differences(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None
     if before is None or now is None:
         return []
     if "digest" in before and "digest" in now:
-        same = before["digest"] == now["digest"]
+        same = before["digest"] == now["digest"] or not before["digest"]
         return [] if same else ["the prepared data holds other records than in the checkpoint"]
     problems = []
     if "digest" in before or "digest" in now:  # read as it is before, prepared since malformed records are skipped

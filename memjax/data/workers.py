@@ -88,7 +88,9 @@ class Workers(Iterator[Any]):
         return {"next": self._next, "workers": list(self._states)}
 
     def set_state(self, state: State) -> None:
-        """Continues from a position that `get_state` gave."""
+        """Continues from a position that `get_state` gave, also one of Grain's own worker processes."""
+        if "iterators_in_use_states" in state:
+            state = {"next": state["next_index_in_cycle"], "workers": state["iterators_in_use_states"]}
         _kill(self._running)
         self._next, self._states = state["next"], list(state["workers"])
 

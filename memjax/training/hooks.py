@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from memjax.monitoring.metrics import WINDOW, MetricsFile, Row, peak_flops
+from memjax.monitoring.metrics import WINDOW, MetricsFile, Row, peak_flops, read_metrics
 from memjax.monitoring.profile import ProfileWindow
 from memjax.monitoring.progress import ProgressLines
 from memjax.monitoring.trackers.start import CLOSE_SECONDS, close_trackers, make_trackers
@@ -68,8 +68,8 @@ class Throughput(Hook):
         self._device = mesh.local_devices[0]
         peak = peak_flops(mesh.devices.flat[0])
         self._peak_flops = peak and peak * mesh.size
-        self._tokens_seen = 0
-        """Tokens of all steps read so far, without padding."""
+        self._tokens_seen: int | None = 0
+        """Tokens of all steps read so far, without padding; None where a checkpoint does not say."""
         self._compile_seconds_are_new = True
 
     def state(self) -> dict[str, Any]:
@@ -78,12 +78,18 @@ class Throughput(Hook):
 
     def restore(self, saved: Mapping[str, Any], step: int) -> None:
         """The tokens so far."""
-        self._tokens_seen = saved.get("tokens_seen", 0)
+        self._tokens_seen = saved.get("tokens_seen")
+
+    def begin(self, trainer: "Trainer") -> None:
+        """Counts the tokens of rows where the checkpoint is too old to say."""
+        if self._tokens_seen is None:
+            rows = read_metrics(trainer.folder.metrics)
+            self._tokens_seen = sum(row.get("train/tokens") or 0 for row in rows if row["step"] <= trainer.first_step)
 
     def on_row(self, trainer: "Trainer", row: Row) -> None:
         """Adds the tokens so far and the speed."""
         tokens = row["train/tokens"]
-        self._tokens_seen += tokens
+        self._tokens_seen = (self._tokens_seen or 0) + tokens
         row["train/tokens_seen"] = self._tokens_seen
         row["throughput/tokens_per_second"] = speed = tokens / max(row["throughput/step_seconds"], 1e-9)
         if self._peak_flops:
@@ -179,8 +185,11 @@ class SlotUsage(Hook):
         return {"usage_since": self._since}
 
     def restore(self, saved: Mapping[str, Any], step: int) -> None:
-        """The step of the last count."""
-        self._since = saved.get("usage_since", step)
+        """The step of the last count; versions before 0.2 counted anew after the last step of a run."""
+        config = saved.get("config", {})
+        every = config.get("log", {}).get("usage_every") or self._every
+        is_end = step == config.get("train", {}).get("steps")
+        self._since = saved.get("usage_since", step if is_end else step - step % every)
 
     def after_step(self, trainer: "Trainer", step: Step) -> None:
         """Counts, at the end of a window."""

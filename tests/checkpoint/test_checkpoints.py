@@ -450,6 +450,15 @@ def test_folders_that_changed_places_are_noticed(tmp_path, capsys):
     assert "step 3" in capsys.readouterr().err
 
 
+def test_an_index_without_a_number_is_still_read(tmp_path):
+    saved(tmp_path, 7)
+    file = tmp_path / "7" / INDEX / "metadata"
+    index = json.loads(file.read_text())["index"]
+    del index["step"], index["partial"]
+    file.write_text(json.dumps(seal(index)))
+    assert_same_bits(Checkpoints(tmp_path).restore(small_target(), step=7).arrays, small(7))
+
+
 @pytest.mark.parametrize("name", ["0099", "99999999", "٣٣", "+9", "9.orbax-checkpoint-tmp"])
 def test_folders_that_are_no_steps_and_empty_steps_are_passed_over(tmp_path, name):
     saved(tmp_path, 1)

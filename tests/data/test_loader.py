@@ -334,6 +334,13 @@ def test_other_text_of_as_many_records_is_refused_on_resume(jsonl_config, tmp_pa
         take(gzipped, 1, state=place)
 
 
+def test_a_place_saved_before_the_content_was_known_is_found_again(jsonl_config):
+    place = place_after(jsonl_config, 3)
+    expected = take(jsonl_config, 5)[3:]
+    del place["data"]
+    assert_same(take(jsonl_config, 2, state=place), expected)
+
+
 @pytest.mark.parametrize("repair", ["replace", "skip"])
 def test_the_repairs_that_the_message_for_a_bad_line_names_can_be_resumed(jsonl_config, tmp_path, repair):
     path = tmp_path / "a.jsonl"

@@ -208,6 +208,13 @@ def test_a_run_shorter_than_a_window_reports_and_goes_on_counting_when_it_is_ext
     assert usage_of(trainer, usage, 7, 12, every=10) == {10: (10, 10)}
 
 
+@pytest.mark.parametrize(("step", "since"), [(25, 20), (40, 40)])
+def test_usage_of_a_run_before_0_2_begins_at_the_window(step, since):
+    usage = SlotUsage(10)
+    usage.restore({"config": {"log": {"usage_every": 10}, "train": {"steps": 40}}}, step)
+    assert usage.state() == {"usage_since": since}
+
+
 @pytest.fixture(scope="module")
 def program() -> TrainProgram:
     return TrainProgram.of(RunConfig(model=ModelConfig(num_layers=1, memory=None)))
@@ -290,6 +297,14 @@ def test_rows_have_the_memory_in_use_of_a_device_that_tells_it(trainer, throughp
         "device/bytes_in_use": 5,
         "device/peak_bytes_in_use": 7,
     }
+
+
+def test_tokens_that_a_checkpoint_does_not_know_are_those_of_the_rows_before_it(trainer, throughput, tmp_path):
+    hook, trainer.first_step, trainer.folder = throughput, 2, SimpleNamespace(metrics=tmp_path / "m")
+    (tmp_path / "m").write_text("".join(f'{{"step": {step}, "train/tokens": 10}}\n' for step in (1, 2, 3)))
+    hook.restore({}, 2)
+    hook.begin(trainer)
+    assert hook.state() == {"tokens_seen": 20}
 
 
 def test_the_profile_traces_what_its_window_says_while_training_pauses(trainer, tmp_path):

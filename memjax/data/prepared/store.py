@@ -53,12 +53,16 @@ class Manifest:
     """Records that were left out."""
     examples: list[str]
     """The first of them, and why."""
-    usable: int
-    """Records without the empty ones that keep the numbers of those left out."""
-    digest: str
-    """Checksum of all records."""
+    usable: int = -1
+    """Records without the empty ones that keep the numbers of those left out; -1: all, before 0.2."""
+    digest: str = ""
+    """Checksum of all records; empty before 0.2."""
     asked_for: bool = True
     """By memjax.prepare, and not only by the start of a training."""
+
+    def __post_init__(self) -> None:
+        if self.usable < 0:
+            object.__setattr__(self, "usable", self.records)
 
     @property
     def records(self) -> int:
