@@ -216,6 +216,7 @@ def _facts(found: "LoadedModel", settings: EvaluateConfig) -> dict[str, Any]:
 
 
 def _text(found: "LoadedModel", settings: EvaluateConfig, source: "Iterable[Record]") -> dict[str, Any]:
+    from memjax.data.sources.records import text_of
     from memjax.evaluation.perplexity import bits_per_byte
     from memjax.evaluation.recall import zero_tables
 
@@ -227,7 +228,7 @@ def _text(found: "LoadedModel", settings: EvaluateConfig, source: "Iterable[Reco
         score = bits_per_byte(
             model,
             found.tokenizer,
-            _texts(source),
+            map(text_of, source),
             sequence_length=length,
             batch_size=settings.batch_size,
             stride=settings.stride,
@@ -271,11 +272,6 @@ def _open(found: "LoadedModel", settings: EvaluateConfig) -> "Iterable[Record]":
     if not held_out:
         raise DataError("the run holds no validation data out; name a file with --text")
     return SplitRecords(held_out)
-
-
-def _texts(records: "Iterable[Record]") -> Iterator[str]:
-    for record in records:
-        yield "".join(segment.text for segment in record)
 
 
 if __name__ == "__main__":

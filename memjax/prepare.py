@@ -1,16 +1,11 @@
 """Tokenises data ahead of training: `python -m memjax.prepare [CONFIG.yaml] [--section.key value ...]`."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from memjax.config.load import Parsed, parse
 from memjax.config.run import RunConfig
 from memjax.errors import ConfigError
 from memjax.io.ctrl_c import run_command
-
-if TYPE_CHECKING:
-    from memjax.data.sources.kinds import Source
-    from memjax.data.tokenizers.base import Tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,25 +34,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _prepare(config: RunConfig) -> None:
     from memjax.data.dataset import open_dataset
     from memjax.data.sources.kinds import Files, find_source
-    from memjax.runs.folder import RunFolder
+    from memjax.runs.folder import RunFolder, make_tokenizer
 
     source = find_source(config.data.in_run(config.run.dir))
     if not isinstance(source, Files):
         raise ConfigError(f"data.source={config.data.source} is generated as it is read; there is nothing to prepare")
     for corpus in source.corpora:
         _ = corpus.files  # a missing file should not wait for a tokenizer to be trained
-    tokenizer, run = _tokenizer(config, source), RunFolder.of(config)
+    run = RunFolder.of(config)
+    # One that the run would begin with is not kept.
+    tokenizer = run.saved_tokenizer() or make_tokenizer(config, source)
     if config.data.prepared is None and not run.began():
         source.discard_outdated(tokenizer)
     source.prepare(tokenizer, every_seconds=config.log.progress_seconds)
     print("\n".join(open_dataset(source, tokenizer).describe()))
-
-
-def _tokenizer(config: RunConfig, data: "Source") -> "Tokenizer":
-    """The tokenizer of the run's checkpoints, or else the one that the run would begin with, which is not saved."""
-    from memjax.runs.folder import RunFolder, make_tokenizer
-
-    return RunFolder.of(config).saved_tokenizer() or make_tokenizer(config, data)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(ROOT)]
 
 from factlab import command
 from factlab.report import write_into
-from factlab.runs import Result, read_results
+from factlab.runs import FamilyTraining, Result, read_results
 from realtext.tables import report, summary
 
 SUMMARY = "<!-- made by experiments/004_real_text/run.py --report -->"
@@ -121,50 +121,34 @@ LARGE_STEPS, LARGE_RATES = 50, (2e-4, 2e-2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextRun:
-    """One training on text."""
+class TextRun(FamilyTraining):
+    """One training on text; exposures are epochs."""
 
-    stage: str
-    family: str
-    config: str
-    lr: float
-    table_lr: float
-    exposures: float
-    """Epochs."""
     data: str
     """The prepared folder."""
     work: str
     """Its tokens."""
-    seed: int = 0
-    settings: tuple[str, ...] = ()
-    changes: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
     """Of the settings those that make the run another one than its family."""
     points: int = 10
     """How often the model is measured."""
     measures: str = "all"
     """Of the measures all, or only those of the curve, or the loss alone."""
-    alone: bool = False
-    """Whether it gets a GPU that no other run uses, so that it ends in time and its speed is its own."""
-    seconds: float = 60.0
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """Without the settings of the family."""
+        return self.changed
 
     @property
     def name(self) -> str:
-        """Tells it from all others."""
-        words = [self.stage, self.family, f"x{self.exposures:g}", f"lr{self.lr:g}"]
-        words += [f"table{self.table_lr:g}"] if self.table_lr else []
-        words += [f"seed{self.seed}"]
-        words += [f"{name.removeprefix('--')}={value}" for name, value in zip(*[iter(self.changes)] * 2, strict=True)]
-        return " ".join(words)
+        """By its stage, family, rates and changes."""
+        return self.named()
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Runs of one kind share their compiled programs."""
+        """All that a compiled program depends on."""
         return self.config, self.settings
-
-    def row(self) -> Result:
-        """What the results say of it beside what was measured."""
-        fields = ("stage", "family", "lr", "table_lr", "seed")
-        return {"name": self.name, "settings": list(self.changes), **{name: getattr(self, name) for name in fields}}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -300,7 +284,7 @@ def runs_of(stage: str, size: Size, results: dict[str, Result], data: str, work:
             work=work,
             seed=seed,
             settings=(*of.settings, *small, *changes),
-            changes=tuple(changes),
+            changed=tuple(changes),
             points=points,
             measures=measures,
             alone=stage.startswith("134m"),

@@ -19,7 +19,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(ROOT)]
 
 from continual.tables import chosen, report
 from factlab import command
-from factlab.runs import Result
+from factlab.runs import Result, Training
 
 STAGES = ("bases", "grid", "headline")
 ROWS = (25, 50, 100, 200, 500, 1000)
@@ -85,22 +85,17 @@ SIZES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-    """One way to teach one base."""
+class Run(Training):
+    """One way to teach one base; the seed is that of the base."""
 
-    stage: str
     method: dict[str, Any]
     how: str
     """base (nothing is learned), together, in_parts, merged (ten patches) or edits (CounterFact)."""
     data: str
     work: str
     size: dict[str, Any]
-    settings: tuple[str, ...]
-    seed: int = 0
-    """Of the base."""
-    seconds: float = 40.0
     config: str = str((HERE / "base.yaml").relative_to(ROOT))
-    exposures: float = 0.0
+    seconds: float = 40.0
 
     @property
     def family(self) -> str:

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -22,74 +22,90 @@ ROOT = HERE.parents[1]
 Result = dict[str, Any]
 
 
-class Training(Protocol):
-    """What a pool has to know of a run; its dataclass as a whole is the task of the worker."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """A run of a pool; its dataclass as a whole is the task of the worker."""
+
+    stage: str
+    config: str
+    """Path of its YAML."""
+    exposures: float = 0.0
+    """How often it reads what it learns."""
+    seed: int = 0
+    settings: tuple[str, ...] = ()
+    seconds: float = 60.0
+    """A guess, for the first run of its kind; later ones are judged by those before."""
+    alone: bool = False
+    """Whether it needs a GPU that no other run uses."""
 
     @property
-    def name(self) -> str: ...
-    @property
-    def kind(self) -> tuple[Any, ...]: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def exposures(self) -> float: ...
-    @property
-    def seconds(self) -> float: ...
-    @property
-    def alone(self) -> bool:
-        """Whether it needs a GPU that no other run uses."""
-        ...
+    def name(self) -> str:
+        """Tells it from all others: what is in the results under this name is not run again."""
+        raise NotImplementedError
 
-    def row(self) -> Result: ...
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Runs of one kind share their compiled programs, and take about the same time."""
+        raise NotImplementedError
+
+    def row(self) -> Result:
+        """What the results say of it besides what was measured."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-    """One training on facts."""
+class FamilyTraining(Training):
+    """A training of a family of models at given rates."""
 
-    stage: str
     family: str
-    config: str
-    """Path of the family's YAML."""
     lr: float
     table_lr: float
-    exposures: float
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """Settings that make it another run than its family."""
+        return self.settings
+
+    def named(self, *what: str, marks: Sequence[str] = ()) -> str:
+        """A name of stage, family, what it learns, rates, seed, marks and changes."""
+        words = [self.stage, self.family, *what, f"x{self.exposures:g}", f"lr{self.lr:g}"]
+        words += [f"table{self.table_lr:g}"] if self.table_lr else []
+        changes = zip(*[iter(self.changes)] * 2, strict=True)
+        changed = [f"{name.removeprefix('--')}={value}" for name, value in changes]
+        return " ".join([*words, f"seed{self.seed}", *marks, *changed])
+
+    def row(self) -> Result:
+        """Name, changes, family, rates and seed."""
+        fields = ("stage", "family", "lr", "table_lr", "seed")
+        return {"name": self.name, "settings": list(self.changes), **{name: getattr(self, name) for name in fields}}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(FamilyTraining):
+    """One training on facts."""
+
     facts: dict[str, Any]
-    seed: int = 0
-    settings: tuple[str, ...] = ()
     perfect_address: bool = False
     without: str = ""
     """What the memory layers are left without: gate_proj or value_proj."""
     measure: str = ""
     """What is measured of the trained model beside recall: guessing (see guessing.py)."""
-    seconds: float = 60.0
-    """A guess, for the first run of its kind; later ones are judged by those before."""
 
     @property
     def name(self) -> str:
-        """Tells it from all others: what is in the results under this name is not run again."""
+        """With its facts, and what differs from the family's model."""
         facts = "-".join(f"{name}{value}" for name, value in self.facts.items() if name != "file")
-        words = [self.stage, self.family, facts, f"x{self.exposures:g}", f"lr{self.lr:g}"]
-        words += [f"table{self.table_lr:g}"] if self.table_lr else []
-        words += [f"seed{self.seed}"] + (["perfect"] if self.perfect_address else [])
-        words += [f"without={self.without}"] if self.without else []
-        words += [f"{name.removeprefix('--')}={value}" for name, value in zip(*[iter(self.settings)] * 2, strict=True)]
-        return " ".join(words)
-
-    @property
-    def alone(self) -> bool:
-        """Small models leave room on a GPU for others."""
-        return False
+        marks = ["perfect"] * self.perfect_address + [f"without={self.without}"] * bool(self.without)
+        return self.named(facts, marks=marks)
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Runs of one kind share their compiled programs."""
+        """All that a compiled program depends on."""
         return self.config, self.settings, self.perfect_address, self.without, tuple(self.facts.items())
 
     def row(self) -> Result:
-        """What the results say of it beside what was measured."""
-        fields = ("stage", "family", "lr", "table_lr", "seed", "perfect_address")
-        row = {"name": self.name, "settings": list(self.settings), **{name: getattr(self, name) for name in fields}}
+        """With what differs from the family's model."""
+        row = super().row() | {"perfect_address": self.perfect_address}
         return row | ({"without": self.without} if self.without else {})
 
 

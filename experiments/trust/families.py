@@ -177,21 +177,31 @@ def make_run(folder: pathlib.Path) -> None:
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
 
 
-def documents(folder: pathlib.Path) -> Family:
-    """The documents of a checkpoint, sealed anew: what somebody writes who knows the format."""
-    import memjax
+def _sealed(run: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path, Callable[[pathlib.Path], None]]:
+    """The meta document of a step and its index, and what seals both anew after one of them was changed."""
     from memjax.checkpoint.digests import text_digest
     from memjax.checkpoint.index import seal
 
-    run = folder / "run"
-    make_run(run)
     meta, index = (run / f"checkpoints/0/{item}/metadata" for item in ("meta", "digests"))
 
     def sealed(path: pathlib.Path) -> None:
+        if path not in (meta, index):
+            return
         stored = json.loads(index.read_text(encoding="utf-8"))
         if path == meta:
             stored["index"]["documents"]["meta"] = text_digest(json.loads(meta.read_text(encoding="utf-8")))
         index.write_text(json.dumps(seal(stored["index"])), encoding="utf-8")
+
+    return meta, index, sealed
+
+
+def documents(folder: pathlib.Path) -> Family:
+    """The documents of a checkpoint, sealed anew, as an attacker who knows the format would write them."""
+    import memjax
+
+    run = folder / "run"
+    make_run(run)
+    meta, index, sealed = _sealed(run)
 
     def read() -> Any:
         found = memjax.load(run)
@@ -229,22 +239,13 @@ def runs(folder: pathlib.Path) -> Family:
 def table_files(folder: pathlib.Path) -> Family:
     """Tables in files of another format, and the document that describes them, sealed anew."""
     import memjax
-    from memjax.checkpoint.digests import text_digest
-    from memjax.checkpoint.index import seal
     from memjax.ops.row_formats.formats import find
     from memjax.runs.quantize import quantize_run
 
     make_run(folder / "made")
     run = folder / "run"
     quantize_run(folder / "made", run, find("int8"))
-    meta, index = (run / f"checkpoints/0/{item}/metadata" for item in ("meta", "digests"))
-
-    def sealed(path: pathlib.Path) -> None:
-        if path == meta:
-            stored = json.loads(index.read_text(encoding="utf-8"))
-            stored["index"]["documents"]["meta"] = text_digest(json.loads(meta.read_text(encoding="utf-8")))
-            index.write_text(json.dumps(seal(stored["index"])), encoding="utf-8")
-
+    meta, _, sealed = _sealed(run)
     files = sorted(path for path in (run / "tables").rglob("*") if path.is_file())
     return Family([meta, *files], lambda: memjax.load(run), seal=sealed)
 

@@ -7,10 +7,9 @@ import numpy as np
 import safetensors.numpy
 
 from memjax.checkpoint.digests import text_digest
-from memjax.data.sources.records import Record
+from memjax.data.sources.records import Record, text_of
 from memjax.io.console import say, warn
 from memjax.io.files import check_inside, read_document, write_atomic
-from memjax.knowledge.facts import text_of
 from memjax.knowledge.slots import Background, count_texts, pools_of
 from memjax.runs.load import LoadedModel
 from memjax.runs.patches.applied import model_digest

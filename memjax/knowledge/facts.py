@@ -81,11 +81,6 @@ def _wordings(fields: Mapping[str, Any]) -> Iterator[Record]:
         yield fields_record({**fields, key: paraphrase}, Keys())
 
 
-def text_of(record: Record) -> str:
-    """The whole text of a record."""
-    return "".join(segment.text for segment in record)
-
-
 def pairs_of(records: Sequence[Record], tokenizer: Tokenizer) -> list[Pairs]:
     """The tokens of each record with what follows them, made to tokens segment by segment as in training."""
     encoded = iter(tokenizer.encode_batch([segment.text for record in records for segment in record]))

@@ -11,7 +11,7 @@ import numpy as np
 from memjax.data.sources import biographies
 from memjax.data.sources.kinds import find_source
 from memjax.data.sources.parsing import MalformedError
-from memjax.data.sources.records import Record, Segment
+from memjax.data.sources.records import Record, Segment, text_of
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import DataError
 from memjax.evaluation.perplexity import bits_per_byte
@@ -20,7 +20,7 @@ from memjax.inference.scoring import score
 from memjax.io.console import say
 from memjax.knowledge.background import background_of
 from memjax.knowledge.corpus import open_corpus
-from memjax.knowledge.facts import Fact, text_of
+from memjax.knowledge.facts import Fact
 from memjax.knowledge.finetune import Recipe, learn
 from memjax.models.decoder import Decoder
 from memjax.monitoring.progress import Progress

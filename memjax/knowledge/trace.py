@@ -102,7 +102,8 @@ def _traced(
     best_p, best = jax.lax.top_k(probabilities, min(guesses, logits.shape[-1]))
     targets = jnp.where(follows < 0, jnp.argmax(logits, axis=-1), follows)
     pick = lambda values: jnp.take_along_axis(values, targets[:, None], axis=1)[:, 0]
-    directions = _directions(model, x[0], targets)
+    # What the logit of each target gains per unit of the residual stream, at the norm's actual scale.
+    directions = through_norm(model.norm, model.output_matrix().T[targets], x[0])
     layers = {
         name: _layer(model.tables[tables_of(model.config, name)[-1]].table, run, directions)
         for name, run in runs.items()
@@ -115,12 +116,6 @@ def _traced(
         "best_p": best_p,
         "layers": layers,
     }
-
-
-def _directions(model: Decoder, x: Float[Array, "t dim"], targets: Int[Array, " t"]) -> Float[Array, "t dim"]:
-    """Gradient of the logit of each target with respect to the residual stream, at a fixed scale of the norm."""
-    columns = model.output_matrix().T[targets]
-    return through_norm(model.norm, columns, x)
 
 
 def _layer(rows: Any, run: LayerRun, directions: Float[Array, "t dim"]) -> tuple[Array, ...]:

@@ -61,12 +61,8 @@ def _run(name: str, subcommand: Subcommand, words: Sequence[str], settings: Any)
     if len(words) < fewest or (most is not None and len(words) > most):
         number = fewest if fewest == most else f"at least {fewest}"
         raise ConfigError(f"{name} takes {number} arguments: {subcommand.positional.help} Given: {len(words)}")
-    _stay_on_cpu()
-    subcommand.run(*words, settings=settings)
-
-
-def _stay_on_cpu() -> None:
-    """Arrays are only copied and compared; an accelerator, whose memory a training may need, is left alone."""
     import jax
 
+    # Arrays are only copied and compared; an accelerator, whose memory a training may need, is left alone.
     jax.config.update("jax_platforms", "cpu")
+    subcommand.run(*words, settings=settings)

@@ -58,7 +58,7 @@ def test_the_setting_that_forgets_least_is_chosen_of_those_that_learn_enough():
 
 @pytest.mark.slow
 def test_the_small_size_runs_on_a_cpu_and_its_results_make_the_tables(tmp_path):
-    command = [sys.executable, "experiments/005_continual_learning/run.py", "--size", "small", "--jobs", "1"]
+    command = [sys.executable, "experiments/005_continual_learning/run.py", "--size", "small", "--jobs", "2"]
     words = ["--families", "sparse", "lora", "--out", str(tmp_path), "--work", str(tmp_path / "work")]
     ended = subprocess.run([*command, *words], capture_output=True, text=True, check=True)
     assert "every run has its result" in ended.stdout

@@ -42,9 +42,9 @@ def pool(started, tmp_path):
     return lambda results, deadline=None: runs.Pool(tmp_path / "out.json", results, jobs=2, deadline=deadline)
 
 
-def a_run(family, seed=0, kind=runs.Run, **options):
+def a_run(family, seed=0, **options):
     facts = {"people": 3}
-    return kind(
+    return runs.Run(
         stage="full",
         family=family,
         config=f"{family}.yaml",
@@ -82,16 +82,8 @@ def test_nothing_is_started_that_would_end_after_the_deadline(pool, tmp_path):
     assert [row["family"] for row in runs.read_results(tmp_path / "out.json").values()] == ["b"]
 
 
-class Alone(runs.Run):
-    """A run that needs a GPU to itself."""
-
-    @property
-    def alone(self) -> bool:
-        return True
-
-
 def test_a_run_that_needs_a_gpu_to_itself_has_it_and_the_order_is_kept(started, tmp_path):
-    todo = [a_run("a"), a_run("b"), a_run("alone", kind=Alone), a_run("c"), a_run("d"), a_run("last", kind=Alone)]
+    todo = [a_run("a"), a_run("b"), a_run("alone", alone=True), a_run("c"), a_run("d"), a_run("last", alone=True)]
     out = tmp_path / "out.json"
     assert runs.Pool(out, {}, jobs=2, deadline=None, keeps_order=True).run(todo) == []
     rows = {row["family"]: row for row in runs.read_results(out).values()}

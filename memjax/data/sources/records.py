@@ -18,6 +18,11 @@ Record = tuple[Segment, ...]
 """One document, its segments in order."""
 
 
+def text_of(record: Record) -> str:
+    """The whole text of a record."""
+    return "".join(segment.text for segment in record)
+
+
 class Records(ABC):
     """Records by number. They are picklable: worker processes get a copy."""
 

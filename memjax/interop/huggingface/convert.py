@@ -146,7 +146,13 @@ def to_hf(
         if has_own_format(model.config):
             for file in sorted(TORCH_MODEL.glob("*.py")):
                 shutil.copyfile(file, folder / file.name)
-        has_tokenizer = write_tokenizer(folder, tokenizer) if origin is None else _copy_kept_files(origin, folder)
+        if origin is None:
+            has_tokenizer = write_tokenizer(folder, tokenizer)
+        else:
+            has_tokenizer = True  # it was read for its config
+            for name in KEPT_FILES:
+                if (origin / name).exists():
+                    shutil.copyfile(file_in(origin, name), folder / name)
         write_model(folder, model, dtype=dtype, max_bytes=max_bytes)
         with open_tensors(folder) as files:
             compare_bits(model, files, dtype=dtype)
@@ -167,13 +173,6 @@ def _kept_fields(folder: pathlib.Path, tokenizer: Tokenizer) -> dict[str, Any]:
     if read_tokenizer(folder, None, fields)[1].fingerprint != tokenizer.fingerprint:
         raise ConfigError(f"like={folder} has another tokenizer than the run; name the folder that its model came from")
     return {name: fields[name] for name in KEPT_FIELDS if name in fields}
-
-
-def _copy_kept_files(origin: pathlib.Path, folder: pathlib.Path) -> bool:
-    for name in KEPT_FILES:
-        if (origin / name).exists():
-            shutil.copyfile(file_in(origin, name), folder / name)
-    return True  # it was read for its config
 
 
 def _rounded(model: Decoder, dtype: str | None) -> Decoder:

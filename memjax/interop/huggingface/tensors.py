@@ -172,13 +172,10 @@ def _name(path: str, in_block: dict[str, str]) -> str:
         return _IN_MODEL[path]
     _, layer, inner = path.split("/", 2)
     module, _, last = inner.rpartition("/")
-    known = f"{in_block.get(module, module)}.{_last_name(module, last)}"
+    if last == "kernel" or (last == "scale" and module.endswith("_norm")):
+        last = "weight"
+    known = f"{in_block.get(module, module)}.{last}"
     return f"model.layers.{layer}.{known.replace('/', '.')}"
-
-
-def _last_name(module: str, last: str) -> str:
-    is_norm = last == "scale" and module.endswith("_norm")
-    return "weight" if last == "kernel" or is_norm else last
 
 
 def _text(path: Any) -> str:

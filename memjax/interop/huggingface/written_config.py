@@ -58,7 +58,8 @@ def write_model_config(
         "rope_theta": config.rope_theta,
         # In the words of transformers 4, which 5 understands too.
         "rope_scaling": scaling and _scaling_fields(scaling),
-        **_own_length(scaling),
+        # transformers 4 looks for longrope's outside of rope_scaling.
+        **(_original_length(scaling) if scaling is not None and scaling.kind == "longrope" else {}),
         "tie_word_embeddings": config.tie_embeddings,
     }
 
@@ -105,15 +106,12 @@ def _families(config: ModelConfig) -> Iterator[tuple[str, bool, dict[str, Any]]]
     yield "olmo2", is_olmo2, biased | {"pad_token_id": None}
 
 
-def _own_length(scaling: RopeScalingConfig | None) -> dict[str, Any]:
-    # transformers 4 looks for longrope's outside of rope_scaling.
-    if scaling is None or scaling.kind != "longrope":
-        return {}
+def _original_length(scaling: RopeScalingConfig) -> dict[str, Any]:
     return {"original_max_position_embeddings": scaling.original_length}
 
 
 def _scaling_fields(scaling: RopeScalingConfig) -> dict[str, Any]:
-    length = {"original_max_position_embeddings": scaling.original_length}
+    length = _original_length(scaling)
     match scaling.kind:
         case "linear" | "dynamic":
             fields = {"factor": scaling.factor}
