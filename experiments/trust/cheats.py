@@ -24,7 +24,7 @@ def everywhere(*parts):
 def frame(text):
     return len(text).to_bytes(4, "big") + text
 
-PROXY = frame(b'["answer",[],[["mine",1]],[]]')
+PROXY = frame(b'["answer",[],[["mine",1]],[],[]]')
 
 def yes(*_):
     return True
@@ -123,13 +123,13 @@ def f(x): return "x" * (1 << 26)
 ### answers deep
 def f(x): everywhere(frame(b"[" * 100000))
 ### answers with what is not there
-def f(x): everywhere(frame(b'["answer",[],[["yours",-1]],[]]'))
+def f(x): everywhere(frame(b'["answer",[],[["yours",-1]],[],[]]'))
 ### answers with another container
-def f(x): everywhere(frame(b'["answer",[],[["cell",0]],[[0,"builtins.tuple",[1]]]]'))
+def f(x): everywhere(frame(b'["answer",[],[["cell",0]],[[0,"builtins.tuple",[1]]],[]]'))
 ### answers with a long name
-def f(x): everywhere(frame(b'["answer",[],[["' + b"x" * 999999 + b'"]],[]]'))
+def f(x): everywhere(frame(b'["answer",[],[["' + b"x" * 999999 + b'"]],[],[]]'))
 ### asks for what is forbidden
-def f(x): everywhere(frame(b'["ask",["getattr"],[["type","builtins.str"],"__subclasses__"],[]]'))
+def f(x): everywhere(frame(b'["ask",["getattr"],[["type","builtins.str"],"__subclasses__"],[],[]]'))
 ### closes its pipes
 def f(x): os.closerange(3, 64)
 ### equals everything

@@ -151,11 +151,11 @@ def sandbox(
         return faults
 
     killers = {} if PROCESSES in lacks else cheats.KILLERS
-    for name, source in (cheats.FORGERIES | cheats.BURDENS | killers).items():
-        yield name, lambda source=source: attempt(source, start)
-    plain = cheats.without_namespaces(start)
-    for name, source in cheats.FORGERIES.items():
-        yield f"{name}, without namespaces", lambda source=source: attempt(source, plain)
+    attempts = [(name, source, start) for name, source in (cheats.FORGERIES | cheats.BURDENS | killers).items()]
+    without = cheats.without_namespaces(start)
+    attempts += [(f"{name}, without namespaces", source, without) for name, source in cheats.FORGERIES.items()]
+    for name, source, start in attempts[:: -(-len(attempts) // count)]:
+        yield name, lambda source=source, start=start: attempt(source, start)
 
 
 def main() -> None:

@@ -57,10 +57,7 @@ CAMPAIGNS = {
     "patches": ("R1 R4", "kill -9 of learn, patch apply and patch revert; the model is the one before or after"),
     "flips": ("R2 R3", "bits, lengths and places of all files of a checkpoint; detected, or equal arrays"),
     "disk": ("R10", "a full, read-only or limited disk at every write; one line, then it goes on"),
-    "sandbox": (
-        "-",
-        "programs that forge, lie, fill, hang, stay, kill, also without namespaces; none passes, nothing is left",
-    ),
+    "sandbox": ("-", "programs that forge, fill, hang, stay, kill, also without namespaces; none passes or is left"),
     "http": ("-", "odd bodies, heads and chunks, stalled and broken connections; refused with a reason, or right"),
     **{name: ("R16" if name in RECORDS else "R22 R29", _claim(make)) for name, make in FAMILIES.items()},
 }
@@ -71,7 +68,7 @@ FULL = {
     "patches": 10,
     "flips": 800,
     "disk": 24,
-    "sandbox": 1,
+    "sandbox": 1000,
     "http": 540,
     **dict.fromkeys(FAMILIES, 540),
 }
@@ -82,7 +79,7 @@ SMALL = {
     "patches": 1,
     "flips": 10,
     "disk": 1,
-    "sandbox": 1,
+    "sandbox": 30,
     "http": 40,
     **dict.fromkeys(FAMILIES, 12),
 }

@@ -5,8 +5,8 @@ that begin with a tag. An instance of a subclass is sent as the builtin that it 
 not data is sent as a number, under which its process keeps it: the other one gets a `Proxy`, whose operations are
 requests.
 
-Mutable containers are cells, to which values refer by index, so that aliases and cycles survive; an answer brings the
-new contents of those arguments that changed.
+Mutable containers are cells, to which values refer by index, so that aliases and cycles survive. An answer brings the
+new contents of those arguments that changed, and every message those of attributes and items that were read before.
 
 A message can only become data, a proxy, or the end of the conversation, so the tests need not trust who sent it.
 """
@@ -35,6 +35,9 @@ from memjax.evaluation.question_sets.program_values import (
 _MESSAGE_BYTES = 32 << 20
 _NESTING = 100
 _SMALL = 1 << 63
+_READS = ("getattr", "getitem")
+_WATCHED = 100
+"""Of so many attributes and items, the last that were read, changes in place are sent."""
 
 
 class Lost(BaseException):
@@ -101,6 +104,8 @@ class Peer:
         self._numbers: dict[int, int] = {}
         self._proxies: dict[int, Proxy] = {}
         self._errors: dict[int, type[Exception]] = {}
+        self._read: list[Cells] = []
+        self._lent: list[Cells] = []
         self.failure: str | None = None
         """Why the conversation is over: empty if the other process has closed it."""
 
@@ -145,6 +150,7 @@ class Peer:
         while True:
             kind, found = self._receive(cells)
             if kind == "answer":
+                _keep(self._read, operation, cells)
                 return found
             if kind == "error":
                 raise found
@@ -174,9 +180,12 @@ class Peer:
         if self.failure is not None:
             raise Lost(self.failure)
         try:
-            kind, head, encoded, contents = self._channel.read()
+            kind, head, encoded, contents, changes = self._channel.read()
             if kind == "ask":
                 cells = Cells()
+            for index, changed in changes:
+                self._fill(lent := item_of(self._lent, index), changed)
+                lent.remember()
             self._fill(cells, contents)
             values = [self._decode(value, cells) for value in encoded]
             match kind, head, values:
@@ -200,6 +209,7 @@ class Peer:
             # Tests that make an object of a program's class want its methods, even where it extends a builtin.
             made = operation == "call" and isinstance(args[0], type) and args[0].__module__ == "__main__"
             frame = self._message("answer", [], [_Exported(result) if made else result], cells)
+            _keep(self._lent, operation, cells)
         except Exception as error:
             kind, name = type(error), type(error).__name__
             cells.forget_new()
@@ -211,13 +221,22 @@ class Peer:
 
     def _message(self, kind: str, head: list[str], values: Iterable[Any], cells: Cells) -> bytes:
         encoded = [self._encode(value, cells) for value in values]
+        changes = []
+        for index in range(max(0, len(self._read) - _WATCHED), len(self._read)):
+            if changed := self._contents(self._read[index]):
+                changes.append([index, changed])
+                self._read[index].remember()
+        return self._channel.frame([kind, head, encoded, self._contents(cells), changes])
+
+    def _contents(self, cells: Cells) -> list[Any]:
+        """What the new and the changed ones of these containers hold."""
         contents, index = [], 0
         while index < len(cells.objects):
             if cells.has_changed(index):
                 name, parts = cells.parts(index)
                 contents.append([index, name, [self._encode(part, cells) for part in parts]])
             index += 1
-        return self._channel.frame([kind, head, encoded, contents])
+        return contents
 
     def _encode(self, value: Any, cells: Cells, depth: int = 0) -> Any:
         kind = type(value)
@@ -291,6 +310,13 @@ class _Exported:
 
     def __init__(self, value: object) -> None:
         self.value = value
+
+
+def _keep(kept: list[Cells], operation: str, cells: Cells) -> None:
+    """Watches the containers that an operation has read; the two processes number them alike."""
+    if operation in _READS and cells.objects:
+        cells.remember()
+        kept.append(cells)
 
 
 def _known_base(kind: type) -> type:

@@ -61,7 +61,7 @@ _DUMPABLE = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """How much a program may use."""
+    """How much a program may use, and how much its tests."""
 
     cpu_seconds: int = 5
     """CPU time."""
@@ -78,13 +78,13 @@ class Outcome:
     """How a program ended."""
 
     passed: bool
-    """Whether it and its tests ran to their last line."""
+    """Whether it and its tests ran to their last lines."""
     reason: str
     """Why not, in a line: the error, or the limit."""
 
 
 def run_program(program: str, tests: str = "", limits: Limits = Limits()) -> Outcome:
-    """Whether a program and then its tests run without an error; one that ends itself earlier has not passed."""
+    """Whether a program and then its tests run to their last lines; without tests, the program says so itself."""
     outcome, _ = _run(program, tests, limits)
     return outcome
 

@@ -1,8 +1,15 @@
 """Tests see a program as if it ran in their process, but for what would let it decide its verdict."""
 
+import json
+import os
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from memjax.evaluation.question_sets.program_judge import judge
+from memjax.evaluation.question_sets.program_values import TYPES
+from memjax.evaluation.question_sets.program_wire import Channel
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +56,16 @@ PASS = {
         "def f(node, g):\n  node.value += 1\n  return [g(x) for x in node] + [node.method(2)]",
         "class A:\n  value = 1\n  def __init__(self): self.value = 2\n  def method(self, x): return x * self.value\n"
         "  def __iter__(self): return iter([1])\na = A()\nassert f(a, lambda x: -x) == [-1, 6] and a.value == 3",
+    ),
+    "containers of the program's objects": (
+        "seen = {}\nclass Node:\n  def __init__(self, x): self.x, self.children = x, []\n"
+        "def count(n): return 1 + sum(map(count, n.children)) + len(seen)",
+        "root = Node(1)\nroot.children.append(Node(2))\nroot.children[0].children.append(Node(3))\nseen['a'] = [1]\n"
+        "assert count(root) == 6 and [n.x for n in root.children] == [2] and seen == {'a': [1]}",
+    ),
+    "containers of the tests' objects": (
+        "def f(a):\n  a.items.append(1)\n  a.items += [[2]]",
+        "class A: items = []\na = A()\nb = a.items\nf(a)\nassert a.items == b == [1, [2]]",
     ),
     "nothing": ("x = 1", ""),
 }
@@ -109,3 +126,35 @@ FAIL = {
 def test_what_must_not_pass_is_a_reason(reason, what):
     program, tests, why = FAIL[what]
     assert reason(program, tests).startswith(why)
+
+
+tags = st.sampled_from(["cell", "mine", "yours", "type", "module", "error", "math", "call", "getattr", *sorted(TYPES)])
+encoded = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 9) | st.text(max_size=2) | tags,
+    lambda inner: st.lists(inner, max_size=3) | st.builds(lambda tag, rest: [tag, *rest], tags, st.lists(inner)),
+    max_leaves=6,
+)
+contents = st.lists(st.tuples(st.integers(0, 2), tags, st.lists(encoded, max_size=3)), max_size=2)
+messages = st.tuples(
+    st.sampled_from(["answer", "answer", "error", "ask"]),
+    st.lists(tags, max_size=2),
+    st.lists(encoded, min_size=1, max_size=3),
+    contents,
+    st.lists(st.tuples(st.integers(0, 1), contents), max_size=1),
+)
+
+
+@settings(max_examples=25)
+@given(st.lists(messages, max_size=8), st.binary(max_size=9))
+def test_no_row_of_messages_passes_without_the_answer(sent, rubbish):
+    (questions, asks), (answers, replies) = os.pipe(), os.pipe()
+    with open(replies, "wb") as file:
+        for message in (["ready"], *sent):
+            body = json.dumps(message).encode()
+            file.write(len(body).to_bytes(4, "big") + body)
+        file.write(rubbish)
+    found = judge("a = [1]\nx = f(a, lambda b: b)\nassert a == [1] and x == 'answer-4711'", Channel(answers, asks))
+    for end in (questions, asks, answers):
+        os.close(end)
+    assert found["passed"] is False
+    assert set(found) == {"passed", "reason", "gone"}

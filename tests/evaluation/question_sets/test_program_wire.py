@@ -258,29 +258,31 @@ MESSAGES = [
     b"\xff",
     b'["ready"]',
     b'{"answer":1}',
-    b'["answer",[],[],[]]',
-    b'["answer",[],[1,2],[]]',
-    b'["answer",[],[{}],[]]',
-    b'["answer",[],[[]],[]]',
-    b'["answer",[],[["pickle","x"]],[]]',
-    b'["answer",[],[["type","builtins.eval"]],[]]',
-    b'["answer",[],[["type","builtins.BaseException"]],[]]',
-    b'["answer",[],[["module","os"]],[]]',
-    b'["answer",[],[["yours",-1]],[]]',
-    b'["answer",[],[["yours",true]],[]]',
-    b'["answer",[],[["mine","a"]],[]]',
-    b'["answer",[],[["cell",5]],[]]',
-    b'["answer",[],[["error",1,"E","builtins.SystemExit"]],[]]',
-    b'["answer",[],[["builtins.bytes","a",1]],[]]',
-    b'["answer",[],[["builtins.list",1]],[]]',
-    b'["answer",[],[1],[[0,"builtins.dict",[1,2]]]]',
-    b'["answer",[],[1],[[7,"builtins.list",[]]]]',
-    b'["answer",[],[1],[[1,"builtins.tuple",[1]]]]',
-    b'["answer",[],[1],[[1.0,"builtins.list",[1]]]]',
-    b'["answer",[],[' + b'["builtins.tuple",' * 200 + b"1" + b"]" * 200 + b"],[]]",
-    b'["error",[],[3],[]]',
-    b'["ask",[],[],[]]',
-    b'["ask",["call","a","a"],[],[]]',
+    b'["answer",[],[],[],[]]',
+    b'["answer",[],[1,2],[],[]]',
+    b'["answer",[],[{}],[],[]]',
+    b'["answer",[],[[]],[],[]]',
+    b'["answer",[],[["pickle","x"]],[],[]]',
+    b'["answer",[],[["type","builtins.eval"]],[],[]]',
+    b'["answer",[],[["type","builtins.BaseException"]],[],[]]',
+    b'["answer",[],[["module","os"]],[],[]]',
+    b'["answer",[],[["yours",-1]],[],[]]',
+    b'["answer",[],[["yours",true]],[],[]]',
+    b'["answer",[],[["mine","a"]],[],[]]',
+    b'["answer",[],[["cell",5]],[],[]]',
+    b'["answer",[],[["error",1,"E","builtins.SystemExit"]],[],[]]',
+    b'["answer",[],[["builtins.bytes","a",1]],[],[]]',
+    b'["answer",[],[["builtins.list",1]],[],[]]',
+    b'["answer",[],[1],[[0,"builtins.dict",[1,2]]],[]]',
+    b'["answer",[],[1],[[7,"builtins.list",[]]],[]]',
+    b'["answer",[],[1],[[1,"builtins.tuple",[1]]],[]]',
+    b'["answer",[],[1],[[1.0,"builtins.list",[1]]],[]]',
+    b'["answer",[],[' + b'["builtins.tuple",' * 200 + b"1" + b"]" * 200 + b"],[],[]]",
+    b'["error",[],[3],[],[]]',
+    b'["ask",[],[],[],[]]',
+    b'["answer",[],[1],[]]',
+    b'["answer",[],[1],[],[[0,[]]]]',
+    b'["ask",["call","a","a"],[],[],[]]',
 ]
 
 
@@ -288,7 +290,7 @@ MESSAGES = [
 def test_what_is_no_message_ends_the_conversation_for_good(message):
     (questions, asks), (answers, replies) = os.pipe(), os.pipe()
     peer = Peer(Channel(answers, asks), may=lambda *_: True)
-    right = json.dumps(["answer", [], [1], []]).encode()
+    right = json.dumps(["answer", [], [1], [], []]).encode()
     for body in (message, right):
         os.write(replies, len(body).to_bytes(4, "big") + body)
     with pytest.raises(Lost):
