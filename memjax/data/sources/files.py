@@ -86,6 +86,10 @@ def find_files(path: str, source: Literal["jsonl", "text", "files"], field: str)
     place = pathlib.Path(path)
     if place.is_dir():
         kinds = _FORMATS.values() if source == "files" else (source, *_BINARY)
+        if (place / "dataset_dict.json").exists():
+            raise DataError(
+                f"{path}: the folder holds the splits of a data set; set {field} to one of them, as {path}/train"
+            )
         below = sorted(file for file in place.rglob("*") if file.is_file() and suffix_format(file) in kinds)
         if any(suffix_format(file) == "arrow" for file in below):  # beside them datasets' save_to_disk puts two files
             below = [file for file in below if file.name not in ("dataset_info.json", "state.json")]

@@ -30,7 +30,10 @@ class DatasetCorpus(Corpus):
         try:
             found: Any = datasets.load_dataset(self.path, self.config.subset, split=self.config.split)
         except Exception as error:  # it raises what its many parts raise
-            raise DataError(f"{self.path}: the package datasets cannot load it ({error}); set {self.field}") from error
+            raise DataError(
+                f"{self.path}: the package datasets cannot load it ({error}); set {self.field}, or data.source=files "
+                "for a folder of save_to_disk"
+            ) from error
         return [DataFile(pathlib.Path(kept["filename"]), "arrow", as_text=False) for kept in found.cache_files]
 
     def settings(self) -> dict[str, Any]:

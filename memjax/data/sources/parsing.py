@@ -96,8 +96,10 @@ def _decode(line: bytes) -> str:
 
 def _text(fields: Mapping[str, Any], key: str) -> str:
     text = fields[key]
+    if isinstance(text, bytes):  # of a binary column
+        text = _decode(text)
     if not isinstance(text, str):
-        raise MalformedError(f"field {key!r} is a JSON {_kind(text)}, not a string; put the text in quotes")
+        raise MalformedError(f"field {key!r} is a {_kind(text)}, not a string; write the text as a string")
     if not text:
         raise MalformedError(f"field {key!r} is an empty string; give it a text or remove the line")
     if not text.isascii():
@@ -112,4 +114,4 @@ def _text(fields: Mapping[str, Any], key: str) -> str:
 
 def _kind(value: object) -> str:
     names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
+    return names.get(type(value), "number" if isinstance(value, int | float) else type(value).__name__)

@@ -59,6 +59,15 @@ def test_a_folder_of_hugging_faces_datasets_is_its_arrow_files(tmp_path):
     assert file.format == "arrow"
 
 
+def test_splits_of_a_data_set_are_not_read_together(tmp_path):
+    for name in ("dataset_dict.json", "train/data-00000-of-00001.arrow", "test/data-00000-of-00001.arrow"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match=r"holds the splits of a data set; set data.path to one of them, as .*/train"):
+        find_files(str(tmp_path), "files", "data.path")
+    assert len(find_files(str(tmp_path / "test"), "files", "data.path")) == 1
+
+
 def test_packed_parquet_is_refused(tmp_path):
     (tmp_path / "a.parquet.gz").touch()
     with pytest.raises(DataError, match="compressed in themselves; unpack it"):

@@ -114,6 +114,15 @@ def test_parquet_has_prompts_and_answers_too(tmp_path):
     assert read(path) == [(1, "Q: A")]
 
 
+def test_a_binary_column_of_parquet_is_read_as_utf8(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["é".encode(), b"\xff", b""]}), path)
+    (_, text), (_, broken), (_, empty) = read(path)
+    assert text == "é"
+    assert "not UTF-8" in str(broken)
+    assert "empty string" in str(empty)
+
+
 def cut(data):
     return data[: len(data) * 2 // 3]
 
