@@ -25,7 +25,7 @@ PROG = "python -m memjax.convert"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class FromHfConfig(Section):
-    """Where the run goes, and what the folder does not say."""
+    """The run to write, and the tokenizer where the folder has none."""
 
     out: LocalPath[str]
     """The folder of the run to write; new or empty."""
@@ -36,7 +36,7 @@ class FromHfConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToHfConfig(StepSettings):
-    """Which checkpoint is written, and how."""
+    """The checkpoint to export, and its format."""
 
     out: LocalPath[str]
     """The folder to write; new or empty."""
@@ -67,18 +67,18 @@ class AddedMemoryConfig(MemoryConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UpcycleConfig(StepSettings):
-    """Where the new run goes, and the memory that its model gets."""
+    """The run to write, and the memory that its model gets."""
 
     out: LocalPath[str]
     """The folder of the run to write; new or empty."""
     memory: AddedMemoryConfig
     seed: int = 0
-    """Of the new parameters."""
+    """Seed of the new parameters."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizeConfig(StepSettings):
-    """Where the new run goes, and how the rows of its tables are stored."""
+    """The run to write, and the format of its tables."""
 
     out: LocalPath[str]
     """The folder of the run to write; new or empty."""

@@ -117,10 +117,7 @@ def check_training() -> bool:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-SETTINGS = (
-    *("--train.steps", "20"),
-    *("--data.biographies.num_people", "20", "--eval.recall_people", "4"),
-)
+SETTINGS = ("--train.steps", "20", "--data.biographies.num_people", "20", "--eval.recall_people", "4")
 
 
 def _train(folder: str) -> str:

@@ -121,7 +121,9 @@ def _result_path(folder: pathlib.Path, name: str, asked: dict[str, Any]) -> path
 def _stem(asked: Sequence[str]) -> str:
     """Files or tasks that are asked for, as a part of a file's name."""
     more = f"-and-{len(asked) - 1}-more" if len(asked) > 1 else ""
-    return re.sub(r"[^\w-]+", "_", pathlib.Path(asked[0]).resolve().name.partition(".")[0]) + more
+    name = pathlib.Path(asked[0]).resolve().name.partition(".")[0]
+    # File systems take 255 bytes, and more follows.
+    return re.sub(r"[^\w-]+", "_", name)[:40] + more
 
 
 def _question_sets(settings: EvaluateConfig) -> tuple[list["QuestionSet"], list["QuestionSet"]]:

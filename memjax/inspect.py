@@ -21,20 +21,20 @@ _SLOT = re.compile(r"L(\d+):(\d+)")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InspectConfig(CheckpointSettings):
-    """What to look at."""
+    """What to inspect."""
 
     prompt: str | None = None
     """A text: prints the slots that its tokens read, and what each adds to the logit of the token that follows."""
     answer: str | None = None
-    """What is to follow the prompt; null takes the likeliest token."""
+    """The continuation whose logit is explained; null takes the likeliest token."""
     out: LocalPath[str] | None = None
-    """A file for the same as a page (.html) with all tokens and slots, which needs no server and no network."""
+    """A file (.html) for the same as a self-contained page with all tokens and slots."""
     top: Positive[int] = 8
     """Slots of each layer that are printed."""
     token: int | None = None
     """The number of the token whose slots are printed; null is the last of the prompt."""
     slot: str | None = None
-    """A slot such as L4:123456: prints the places of a corpus that read it most, and the tokens it makes likelier."""
+    """A slot such as L4:123456: prints the contexts of a corpus that read it most, and the tokens that it promotes."""
     corpus: LocalPath[str] | None = None
     """The file, folder or glob of that corpus; null is what the run was trained on."""
     corpus_texts: Positive[int] = 20_000

@@ -24,7 +24,7 @@ RUN_AND_FACTS = Positional(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearnConfig(CheckpointSettings):
-    """How to learn, and what to measure."""
+    """Hyperparameters of learning, and what is measured."""
 
     out: LocalPath[str]
     """The patch to write: a file (.safetensors), or a folder for it. The run's model stays as it is."""
@@ -34,7 +34,7 @@ class LearnConfig(CheckpointSettings):
     lr: Positive[float] = 0.05
     """Learning rate of the first step; it falls to zero in a straight line. For sgd a few hundred times as much."""
     optimizer: Literal["rowwise_adam", "sgd"] = "rowwise_adam"
-    """What updates the rows."""
+    """Optimizer of the rows."""
     epochs: Positive[int] = 16
     """Passes over the facts, at most; the learning ends when every fact is known."""
     batch_size: Positive[int] = 16

@@ -23,7 +23,7 @@ PROG = "python -m memjax.patch"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiffConfig(StepSettings):
-    """Where the patch goes."""
+    """The patch to write."""
 
     out: LocalPath[str]
     """The file to write (.safetensors), or a folder for it."""
@@ -31,7 +31,7 @@ class DiffConfig(StepSettings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ApplyConfig(StepSettings):
-    """Where the patch is applied."""
+    """The checkpoint that is patched."""
 
     out: LocalPath[str] | None = None
     """A new folder for a run whose checkpoint has the patch's rows; the run itself then stays as it is. null notes the
@@ -40,12 +40,12 @@ class ApplyConfig(StepSettings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RevertConfig(StepSettings):
-    """Where the patch is taken back."""
+    """The checkpoint that the patch is taken back from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class MergeConfig(Section):
-    """Where the patch goes, and what becomes of rows that several patches change."""
+    """The patch to write, and how conflicts are resolved."""
 
     out: LocalPath[str]
     """The file to write (.safetensors), or a folder for it."""
@@ -56,7 +56,7 @@ class MergeConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ShowConfig(Section):
-    """How much is shown."""
+    """Length of the listing."""
 
     top: Positive[int] = 10
     """Rows of each table that are listed, those that change most first."""

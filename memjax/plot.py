@@ -14,7 +14,7 @@ from memjax.io.ctrl_c import run_command
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PlotConfig(Section):
-    """What to draw."""
+    """The plot to draw."""
 
     out: LocalPath[str] = "comparison.png"
     """The file to write: .png, .svg or .pdf, or .html for one page with the picture and a table that needs no other

@@ -19,7 +19,7 @@ _DEVICES = re.compile(r"[1-9]\d*x[1-9]\d*")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PresetsConfig(Section):
-    """Which presets to list, and devices to plan for."""
+    """Presets to list, and devices to plan for."""
 
     only: tuple[str, ...] = ()
     """Names of presets; without, all."""

@@ -128,6 +128,12 @@ def test_questions_are_asked_and_every_answer_is_kept(biographies, tmp_path, cap
     assert answers[0]["question"] == "MBPP/1"
 
 
+@pytest.mark.parametrize("name", ["a" * 249, "é" * 120])
+def test_results_of_files_with_long_names_have_names_that_a_file_can_have(name):
+    stem = evaluate._stem([f"{name}.jsonl", "other.jsonl"])
+    assert len(f"999999-questions-{stem}-01234567-answers.jsonl".encode()) < 200
+
+
 def test_text_is_generated_from_a_prompt(biographies, capsys):
     assert generate.main([biographies, "--prompt", "What is", "--max_tokens", "9"]) == 0
     model, tokenizer = load(biographies)

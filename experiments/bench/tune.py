@@ -100,9 +100,7 @@ def main() -> None:
         jax.jit(functools.partial(memjax.embedding_dot, mode=IN_TABLE, implementation="triton")), dots, **rounds
     )
     found["embedding_dot"] = best(
-        "embedding_dot",
-        candidates(rows=(8, 16, 32), columns=(256, 512), num_warps=(1, 2)),
-        run,
+        "embedding_dot", candidates(rows=(8, 16, 32), columns=(256, 512), num_warps=(1, 2)), run
     )
 
     from memjax.ops.product_key_search.triton_select import select

@@ -199,10 +199,7 @@ def adamw() -> Check:
     optimizer = make_optimizer(config, 50, params)
     state = optimizer.init(params)
     tensors = {name: torch.tensor(array, requires_grad=True) for name, array in first.items()}
-    groups = [
-        {"params": [tensors["matrix"]], "weight_decay": 0.1},
-        {"params": [tensors["bias"]], "weight_decay": 0.0},
-    ]
+    groups = [{"params": [tensors["matrix"]], "weight_decay": 0.1}, {"params": [tensors["bias"]], "weight_decay": 0.0}]
     theirs = torch.optim.AdamW(groups, lr=1e-2, betas=(config.beta1, config.beta2), eps=config.eps)
     for _ in range(50):
         gradients = {name: rng.normal(size=array.shape) for name, array in first.items()}

@@ -131,17 +131,7 @@ def _head(rng: random.Random, path: str, body: bytes) -> tuple[str, bytes, bool]
         ),
     }
     name = rng.choice(list(odd))
-    waits = (
-        "length too long",
-        "length huge",
-        "chunk",
-        "noise",
-        "TLS",
-        "HTTP/2",
-        "line feeds",
-        "two",
-        "no host",
-    )
+    waits = ("length too long", "length huge", "chunk", "noise", "TLS", "HTTP/2", "line feeds", "two", "no host")
     return f"{path} {name} ({length})", odd[name](), not name.startswith(waits)
 
 

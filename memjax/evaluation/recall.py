@@ -211,8 +211,4 @@ def _spread(questions: Sequence[Question]) -> list[Question]:
 def _sample(model: Decoder, tokenizer: Tokenizer, question: Question) -> dict[str, str]:
     prompt = tokenizer.prompt(tokenizer.encode(question.prompt))
     tokens = generate(model, prompt, max_tokens=_SAMPLE_TOKENS, stop_ids=tokenizer.end_ids)
-    return {
-        "prompt": question.prompt,
-        "answer": tokenizer.decode(tokens).strip(),
-        "expected": question.answer.strip(),
-    }
+    return {"prompt": question.prompt, "answer": tokenizer.decode(tokens).strip(), "expected": question.answer.strip()}

@@ -35,20 +35,20 @@ class EvaluateConfig(InferenceSettings):
     people: Positive[int] | None = None
     """The most people to ask about, of those asked about in training and of the others; null asks about all."""
     questions: LocalPath[tuple[str, ...]] = ()
-    """Sets of questions to ask: .jsonl files (.gz, .xz, .zst or .bz2 may follow), folders of such, or globs. What is in
-    a file, its fields say: question, answers; context, qas; or as HumanEval and MBPP are published. For questions with
-    choices see tasks."""
+    """Question sets: .jsonl files (also with .gz, .xz, .zst or .bz2), folders of them, or globs. The fields determine the
+    kind: question, answers; context, qas; or those that HumanEval and MBPP are published with. For multiple choice see
+    tasks."""
     limit: Positive[int] | None = None
     """The most questions of each set, evenly spread over it; of each task the first. null asks all."""
     shots: NotNegative[int] | None = None
-    """Solved questions in front of each one. null: none in front of questions, as many as a task wants."""
+    """Solved examples in front of each question. null: none for question sets, the task's own number for tasks."""
     examples: LocalPath[tuple[str, ...]] = ()
-    """Where these come from: files with the same names but for `_train`, `_dev` and the like. Without, from the set
-    itself, never the question itself."""
+    """Files that the examples are taken from, with the same names but for `_train`, `_dev` and the like. Without, they
+    come from the set itself, and are never the question."""
     max_tokens: Positive[int] | None = None
     """The most tokens to write; null: 32 for an answer, 384 for a program."""
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
-    """How answers and programs are written."""
+    """How the tokens of answers and programs are sampled."""
     samples: Positive[int] = 1
     """Programs to write for each problem, for pass@10 and pass@100."""
     run_programs: bool = False
@@ -66,7 +66,7 @@ class EvaluateConfig(InferenceSettings):
     batch_size: Positive[int] = 64
     """Sequences at once."""
     zero_tables: bool = True
-    """Measure again with the tables zeroed, which tells how much is in them."""
+    """Measure again with the tables zeroed, to see how much they hold."""
 
     def problems(self) -> list[str | None]:
         """Everything that is wrong with the settings."""

@@ -23,16 +23,7 @@ from memjax.ops.table import Place
 from memjax.runs.layout import TABLE_FILES, TABLES, params_to_tree, run_folder, tree_to_params
 from memjax.runs.patches.applied import Applied, patched
 from memjax.runs.patches.patch import read_patch
-from memjax.runs.saved import (
-    OpenStep,
-    Saved,
-    TableDtypes,
-    cast_like,
-    open_step,
-    read_saved,
-    shardings,
-    with_dtypes,
-)
+from memjax.runs.saved import OpenStep, Saved, TableDtypes, cast_like, open_step, read_saved, shardings, with_dtypes
 from memjax.runs.table_files import read_files, stored_format
 from memjax.runs.tables import LOAD_OPTIONS, LoadOption, TableForm, build, encoded
 
@@ -105,18 +96,26 @@ def load(
         ConfigError: table_format is unknown, there is no room for the tables, or patches are given with table_format
             or table_place.
     """
-    tables = TableSettings.of(table_format, table_place)
-    return load_with(path, tables, step=step, ema=ema, dtype=dtype, patches=patches)
+    return load_with(
+        path,
+        step=step,
+        ema=ema,
+        dtype=dtype,
+        patches=patches,
+        table_format=table_format,
+        table_place=table_place,
+    )
 
 
 def load_with(
     path: str | os.PathLike[str],
-    tables: "TableSettings",
     *,
     step: int | Literal["latest", "best"] = "latest",
     ema: bool = False,
     dtype: DTypeLike | None = None,
     patches: Sequence[str | os.PathLike[str]] = (),
+    table_format: str | RowFormat | None = None,
+    table_place: str = "device",
     options: Collection[LoadOption] = LOAD_OPTIONS,
 ) -> LoadedModel:
     """`load` for a command that has some of the options by which tables need less memory.
@@ -125,6 +124,7 @@ def load_with(
         CheckpointError: as `load`.
         ConfigError: as `load`; only these options are advised.
     """
+    tables = TableSettings.of(table_format, table_place)
     if patches and not tables.is_default:
         raise ConfigError(
             f"patch={', '.join(map(str, patches))} and {tables} do not go together: patches are for tables as they "

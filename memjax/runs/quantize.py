@@ -12,15 +12,7 @@ from memjax.errors import CheckpointError, ConfigError
 from memjax.ops.row_formats.formats import Plain, RowFormat
 from memjax.runs.files import check_new, written_whole
 from memjax.runs.folder import Claim, RunFolder
-from memjax.runs.layout import (
-    CHECKPOINTS,
-    FORMAT_WITH_TABLE_FILES,
-    META,
-    PARAMS,
-    TABLE_FILES,
-    TABLES,
-    meta_document,
-)
+from memjax.runs.layout import CHECKPOINTS, FORMAT_WITH_TABLE_FILES, META, PARAMS, TABLE_FILES, TABLES, meta_document
 from memjax.runs.load import refuse_applied
 from memjax.runs.saved import open_step, read_saved
 from memjax.runs.table_files import write_files

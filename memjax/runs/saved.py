@@ -83,11 +83,7 @@ class Saved(NamedTuple):
 
 
 def read_saved(
-    opened: OpenStep,
-    *,
-    ema: bool = False,
-    with_tables: bool = False,
-    options: Collection[LoadOption] = LOAD_OPTIONS,
+    opened: OpenStep, *, ema: bool = False, with_tables: bool = False, options: Collection[LoadOption] = LOAD_OPTIONS
 ) -> Saved:
     """Reads the arrays of a step, and its tokenizer.
 

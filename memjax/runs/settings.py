@@ -18,7 +18,7 @@ TableFormat = Literal["saved", "float32", "bfloat16", "float16", "int8", "float8
 # These have no slots, so that settings of a command can inherit from several, and `super()` works in them.
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepSettings(Section):
-    """Which checkpoint of the run."""
+    """The checkpoint of the run."""
 
     step: str = "latest"
     """The checkpoint: latest, best (lowest validation loss) or its number."""
@@ -38,25 +38,25 @@ class StepSettings(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointSettings(StepSettings):
-    """Which checkpoint of the run, and where it is put."""
+    """The checkpoint, and its devices."""
 
     memory_devices: Positive[int] = 1
     """Devices that share the tables by columns, for tables too large for one."""
     patch: tuple[str, ...] = ()
-    """Patches whose rows replace the model's, beside those applied to the run; see `python -m memjax.patch`."""
+    """Patches whose rows replace the model's, after those applied to the run; see `python -m memjax.patch`."""
 
     @property
     def options(self) -> dict[str, Any]:
-        """More arguments of `memjax.load`."""
+        """Further arguments of `memjax.load`."""
         return {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InferenceSettings(CheckpointSettings):
-    """Which checkpoint of the run, where it is put, and how its tables are stored: they are only read."""
+    """The checkpoint, its devices, and the format and place of its tables, which are read-only."""
 
     ema: bool = False
-    """Take the moving average of the dense parameters (optim.ema_decay), beside the tables as they are."""
+    """Take the moving average of the dense parameters (optim.ema_decay) with the current tables."""
     table_format: TableFormat = "saved"
     """How the rows of tables are stored: saved, as they were; int8, float8_e4m3 and int4 need a half, a half and a
     quarter of bfloat16's bytes, and lose a little."""
@@ -83,7 +83,7 @@ class InferenceSettings(CheckpointSettings):
 
     @property
     def options(self) -> dict[str, Any]:
-        """More arguments of `memjax.load`: which parameters, how tables are stored, and where."""
+        """Further arguments of `memjax.load`: parameters, and format and place of tables."""
         table_format = None if self.table_format == "saved" else self.table_format
         return {"ema": self.ema, "table_format": table_format, "table_place": self.table_place}
 
@@ -118,13 +118,11 @@ def loaded(run: str, settings: CheckpointSettings) -> Iterator["LoadedModel"]:
 
 def _load(run: str, settings: CheckpointSettings) -> "LoadedModel":
     from memjax.models.parts import split_decoder, writable
-    from memjax.runs.load import TableSettings, load_with
+    from memjax.runs.load import load_with
     from memjax.runs.tables import LOAD_OPTIONS, LoadOption
 
-    options = settings.options
-    tables = TableSettings.of(options.pop("table_format", None), options.pop("table_place", "device"))
     known: list[LoadOption] = [option for option in LOAD_OPTIONS if hasattr(settings, option)]
-    found = load_with(run, tables, step=settings.checkpoint, patches=settings.patch, options=known, **options)
+    found = load_with(run, step=settings.checkpoint, patches=settings.patch, options=known, **settings.options)
     if not isinstance(settings, InferenceSettings):
         writable(split_decoder(found.model)[2], run)
     return found

@@ -24,10 +24,7 @@ def compared(families: Families) -> list[str]:
         if base not in families or not others:
             continue
         lines = [
-            (
-                f"`{name}`",
-                *(_difference(families, base, name, MEASURES[measure]) for measure in COMPARISONS),
-            )
+            (f"`{name}`", *(_difference(families, base, name, MEASURES[measure]) for measure in COMPARISONS))
             for name in others
         ]
         found += [

@@ -72,10 +72,7 @@ def _open(path: pathlib.Path, folder: TokenizerFiles) -> tuple[TokenizerConfig, 
     bos, eos = (_special_name(folder, names, which) for which in ("bos", "eos"))
     settings = dataclasses.replace(settings, bos=bos, eos=eos)
     tokenizer = open_tokenizer(settings)
-    used = {
-        "adds_bos": _adds_bos(path, folder, tokenizer),
-        "end_tokens": _end_tokens(folder, names, tokenizer),
-    }
+    used = {"adds_bos": _adds_bos(path, folder, tokenizer), "end_tokens": _end_tokens(folder, names, tokenizer)}
     return dataclasses.replace(settings, **used), tokenizer.configure(**used)
 
 
