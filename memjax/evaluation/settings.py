@@ -35,9 +35,9 @@ class EvaluateConfig(InferenceSettings):
     people: Positive[int] | None = None
     """The most people to ask about, of those asked about in training and of the others; null asks about all."""
     questions: LocalPath[tuple[str, ...]] = ()
-    """Question sets: .jsonl files (also with .gz, .xz, .zst or .bz2), folders of them, or globs. The fields determine the
-    kind: question, answers; context, qas; or those that HumanEval and MBPP are published with. For multiple choice see
-    tasks."""
+    """Question sets: .jsonl files (also with .gz, .xz, .zst or .bz2), folders of them, or globs. The fields determine
+    the kind: question, answers; context, qas; or those that HumanEval and MBPP are published with. For multiple choice
+    see tasks."""
     limit: Positive[int] | None = None
     """The most questions of each set, evenly spread over it; of each task the first. null asks all."""
     shots: NotNegative[int] | None = None
