@@ -7,14 +7,13 @@ The set is read from a file that its user gives (JSON lines with relation, subje
 import collections
 import itertools
 import json
-import lzma
 import math
 import pathlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from factlab import lines
 from factlab.rows import BOS, EOS, FactRows
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.data.tokenizers.bpe import train_bpe
@@ -70,7 +69,7 @@ def read_facts(path: pathlib.Path) -> list[Fact]:
             "which https://github.com/princeton-nlp/EntityQuestions offers"
         )
     found: dict[tuple[str, str], Fact] = {}
-    for number, row in enumerate(_lines(path), start=1):
+    for number, row in enumerate(lines.read(path), start=1):
         try:
             fact = Fact(row["relation"], row["subject"], row["question"], tuple(row["answers"]))
         except (KeyError, TypeError) as error:
@@ -80,12 +79,6 @@ def read_facts(path: pathlib.Path) -> list[Fact]:
             both = dict.fromkeys((*known.answers, *fact.answers)) if known else fact.answers
             found[fact.relation, fact.subject] = fact._replace(answers=tuple(both))
     return list(found.values())
-
-
-def _lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)
 
 
 def prepare(source: pathlib.Path, target: pathlib.Path, *, vocab_size: int, seed: int = 0) -> int:

@@ -12,13 +12,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from factlab.lines import read
 from numpy.typing import NDArray
 
 from memjax.data.tokenizers.base import ByteTokenizer, Tokenizer
 from memjax.data.tokenizers.tiktoken import TiktokenTokenizer
 from memjax.errors import DataError
 from memjax.io.files import write_atomic
-from realtext.prepare import ARTICLES, HELD_OUT, QUESTIONS, SHOTS, TOKENIZER, read
+from realtext.prepare import ARTICLES, HELD_OUT, QUESTIONS, SHOTS, TOKENIZER
 
 Row = dict[str, Any]
 Ints = NDArray[np.integer]

@@ -4,7 +4,6 @@ The questions are drawn once, from fixed seeds, so that every model of every mac
 a text holds is found by comparing words, so it is noisy: a name may mean something else.
 """
 
-import gzip
 import json
 import lzma
 import pathlib
@@ -15,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from factlab.entity_questions import Fact, read_facts
+from factlab.lines import read
 
 Row = dict[str, Any]
 
@@ -71,14 +71,6 @@ def prepare(data: pathlib.Path, out: pathlib.Path, sizes: Sizes | None = None) -
         (out / source.name).write_bytes(source.read_bytes())
     for name, number in Counter(row["set"] + (f", {row['bin']}" if "bin" in row else "") for row in rows).items():
         print(f"{number:,} rows of {name}")
-
-
-def read(path: pathlib.Path) -> Iterator[Row]:
-    """The rows of JSON lines, .xz, .gz or as they are."""
-    opened = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
-    with opened(path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)
 
 
 def write(path: pathlib.Path, rows: Iterable[Row]) -> None:

@@ -3,12 +3,12 @@
 import functools
 import itertools
 import json
-import lzma
 import pathlib
 import random
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from factlab import lines
 from factlab.entity_questions import STATEMENTS
 from factlab.entity_questions import Fact as Question
 from factlab.entity_questions import read_facts as read_questions
@@ -114,16 +114,14 @@ def held_out_text(data: pathlib.Path, characters: int) -> list[str]:
 
 
 def read(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The rows of JSON lines, compressed or not.
+    """The rows of a file of JSON lines.
 
     Raises:
         DataError: there is no such file.
     """
     if not path.exists():
         raise DataError(f"{path}: there is no such file; --data names a folder with {ARTICLES}, {OLD} and the others")
-    with lzma.open(path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)
+    return lines.read(path)
 
 
 @functools.cache
