@@ -45,12 +45,13 @@ _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
 }
 _START = f"""
-import sys
-sys.path.insert(0, {str(pathlib.Path(__file__).parents[3])!r})
+import sys, types
+package = sys.modules["memjax"] = types.ModuleType("memjax")
+package.__path__ = [{str(pathlib.Path(__file__).parents[2])!r}]
 from {sandbox_launcher.__name__} import main
-del sys.path[0]
 main()
 """
+"""The package without its `__init__`, and with nothing more on Python's path."""
 _MESSAGE_BYTES = 4096
 _REASON_LETTERS = 200
 _GRACE_SECONDS = 10
