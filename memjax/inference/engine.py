@@ -29,6 +29,8 @@ from memjax.sharding.axes import has_memory_axis
 
 _PREFILL_TOKENS = 1 << 15
 """Prompt tokens, padding included, that are read at once: it bounds the activations. A longer prompt is read alone."""
+_FEW_TOKENS = 64
+"""Prompt tokens up to which compiling takes longer than running what was compiled well."""
 _AT_ONCE = 1024
 """Caches up to this capacity are allocated for the longest text that may come, larger ones grow with the texts."""
 
@@ -157,8 +159,10 @@ class Engine:
         """
         found: dict[int, Made] = {}
         count = min(max_tokens, LONGEST_CHUNK)
-        # Sent before the host waits for first tokens, so that the device has all it needs when they are there.
-        self._merge(max(1, count))
+        if count > 0 or self._state is not None:
+            # Sent before the host waits for first tokens, so that the device has all it needs to go on. First tokens
+            # that nobody else waits with do not wait for the programs to compile.
+            self._merge(max(1, count))
         unread, self._unread = self._unread, []
         firsts = jax.device_get([(fresh.tokens, fresh.likelihoods) for fresh in unread])
         for fresh, (tokens, likely) in zip(unread, firsts, strict=True):
@@ -213,8 +217,10 @@ class Engine:
             self._slots[slot] = taken[slot] = _Slot(request)
         rows = Rows.of([*requests, *[None] * (group - len(requests))])
         mode, num_top = self._needs(requests)
-        logits, cache = self._programs.prefill(self._weights, tokens, lengths)
-        fresh = _Fresh(taken, *self._programs.start(logits, cache, tokens, rows, mode=mode, num_top=num_top))
+        prefill = self._programs.prefill_few if tokens.size <= _FEW_TOKENS else self._programs.prefill
+        logits, cache = prefill(self._weights, tokens, lengths)
+        state, made, likely = self._programs.start(logits, lengths, tokens, rows, mode=mode, num_top=num_top)
+        fresh = _Fresh(taken, state._replace(cache=cache), made, likely)
         self._unread.append(fresh)
         self._unmerged.append(fresh)
 
@@ -230,14 +236,14 @@ class Engine:
         if self._state is not None and self._state.room != room:
             self._state = self._programs.grow(self._state, room=room)
         for fresh in unmerged:
-            # Rows without a request go to no slot.
-            places = np.full(len(fresh.tokens), self._num_rows, np.int32)
-            places[: len(fresh.slots)] = list(fresh.slots)
-            if self._state is None and self._devices == 1 and np.array_equal(places, np.arange(self._num_rows)):
+            if self._state is None and self._devices == 1 and list(fresh.slots) == list(range(self._num_rows)):
                 # They fill all slots in their order: their state is that of the engine, and no cache is copied.
                 has_room = fresh.state.room == room
                 self._state = fresh.state if has_room else self._programs.grow(fresh.state, room=room)
                 continue
+            # Rows without a request go to no slot.
+            places = np.full(len(fresh.tokens), self._num_rows, np.int32)
+            places[: len(fresh.slots)] = list(fresh.slots)
             self._state = self._programs.insert(self._state, fresh.state, places, num_rows=self._num_rows, room=room)
 
     def _needs(self, requests: Sequence[Request]) -> tuple[Mode, int | None]:

@@ -44,6 +44,11 @@ class Rows(NamedTuple):
     stop_ids: Int[Array, "b stops"]
     """Padded with a number that no token has."""
 
+    @property
+    def num_stops(self) -> int:
+        """Stop tokens that each row has room for."""
+        return self.stop_ids.shape[1]
+
     @classmethod
     def of(cls, requests: Sequence[Request | None]) -> "Rows":
         """The rows of requests, as NumPy arrays; None is a row without a text."""
@@ -73,14 +78,19 @@ class State(NamedTuple):
     token: Int[Array, " b"]
     """The last one of each text, which the cache does not hold yet."""
     num_made: Int[Array, " b"]
-    is_active: Bool[Array, " b"]
+    """Tokens written; the limit once the text has ended."""
     seen: Bool[Array, "b vocab"]
     """Which tokens the texts hold; kept up to date where a repetition penalty asks."""
 
     @property
+    def is_active(self) -> Bool[Array, " b"]:
+        """Which texts go on."""
+        return self.num_made < self.rows.limit
+
+    @property
     def room(self) -> Room:
         """What its rows have room for."""
-        return Room(self.cache.blocks[0].keys.shape[2], self.rows.stop_ids.shape[1])
+        return Room(self.cache.blocks[0].keys.shape[2], self.rows.num_stops)
 
 
 Weights = tuple[Array, ...]
@@ -90,6 +100,8 @@ class Programs(NamedTuple):
     """The compiled programs for models of one structure."""
 
     prefill: Callable[..., tuple[Array, Cache]]
+    prefill_few: Callable[..., tuple[Array, Cache]]
+    """For few tokens."""
     start: Callable[..., tuple[State, Array, Likelihoods | None]]
     insert: Callable[..., State]
     grow: Callable[..., State]
@@ -103,7 +115,6 @@ def programs_of(graphdef: Any, structure: Any) -> Programs:
     def model_of(weights: Weights) -> Decoder:
         return nnx.merge(graphdef, jax.tree.unflatten(structure, weights))
 
-    @jax.jit
     def prefill(
         weights: Weights, tokens: Int[Array, "b s"], lengths: Int[Array, " b"]
     ) -> tuple[Float[Array, "b vocab"], Cache]:
@@ -114,26 +125,27 @@ def programs_of(graphdef: Any, structure: Any) -> Programs:
         # The padding's keys stay in the cache behind its lengths: nobody sees them, and new tokens overwrite them.
         return model.logits(last), cache._replace(lengths=lengths)
 
-    @functools.partial(jax.jit, static_argnames=("mode", "num_top"), donate_argnames="cache")
+    @functools.partial(jax.jit, static_argnames=("mode", "num_top"))
     def start(
         logits: Float[Array, "b vocab"],
-        cache: Cache,
+        lengths: Int[Array, " b"],
         tokens: Int[Array, "b s"],
         rows: Rows,
         *,
         mode: Mode,
         num_top: int | None,
     ) -> tuple[State, Int[Array, "b 1"], Likelihoods | None]:
-        """The state of texts that were read, with the first token of each."""
+        """The state of texts that were read, with the first token of each; it gets the blocks of the cache later."""
         (num_rows, width), vocab_size = tokens.shape, logits.shape[1]
         seen = jnp.zeros(logits.shape, bool)
         if mode.penalty:
-            is_text = jnp.arange(width)[None, :] < cache.lengths[:, None]
+            is_text = jnp.arange(width)[None, :] < lengths[:, None]
             # Padding is marked past the vocabulary, where nothing is written.
             text = jnp.where(is_text, tokens, vocab_size)
             seen = seen.at[jnp.arange(num_rows)[:, None], text].set(True, mode="drop")
         nothing = jnp.zeros(num_rows, jnp.int32)
-        state = State(rows, cache, token=nothing, num_made=nothing, is_active=rows.limit > 0, seen=seen)
+        cache = Cache((), lengths)
+        state = State(rows, cache, token=nothing, num_made=nothing, seen=seen)
         state, made, likely = _add_token(state, logits, mode, num_top)
         # With an axis of places, as decoding has it.
         return state, replicate(made[:, None]), jax.tree.map(lambda array: replicate(array[:, None]), likely)
@@ -165,7 +177,7 @@ def programs_of(graphdef: Any, structure: Any) -> Programs:
     ) -> tuple[State, Int[Array, "b n"], Likelihoods | None]:
         """`count` more tokens of each text that is wanted, fewer where all of them end before."""
         num_rows = len(state.token)
-        state = state._replace(is_active=state.is_active & is_wanted)
+        state = state._replace(num_made=jnp.where(is_wanted, state.num_made, state.rows.limit))
 
         def add(carry: tuple[Array, State, Array, Any]) -> tuple[Array, State, Array, Any]:
             place, state, tokens, reported = carry
@@ -188,7 +200,10 @@ def programs_of(graphdef: Any, structure: Any) -> Programs:
         _, state, tokens, reported = jax.lax.while_loop(go_on, add, (jnp.int32(0), state, tokens, reported))
         return state, replicate(tokens), jax.tree.map(replicate, reported)
 
-    return Programs(prefill, start, insert, grow, decode)
+    # On a CPU a first text waits for the compiler above all, whose optimisations save a short prompt no millisecond.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    few = jax.jit(prefill, compiler_options=options)
+    return Programs(jax.jit(prefill), few, start, insert, grow, decode)
 
 
 def _add_token(
@@ -199,12 +214,11 @@ def _add_token(
     picked = pick(logits, state.seen, rows.rules, state.num_made, mode=mode)
     is_stop = jnp.any(picked[:, None] == rows.stop_ids, axis=1)
     made = jnp.where(state.is_active, jnp.where(is_stop, STOPPED - picked, picked), NOTHING)
-    is_made = state.is_active & ~is_stop
-    num_made = state.num_made + is_made.astype(jnp.int32)
+    num_made = jnp.where(is_stop, rows.limit, jnp.minimum(state.num_made + 1, rows.limit))
     seen = state.seen
     if mode.penalty:
         seen = seen.at[jnp.arange(len(picked)), picked].set(True)
-    state = state._replace(token=picked, num_made=num_made, is_active=is_made & (num_made < rows.limit), seen=seen)
+    state = state._replace(token=picked, num_made=num_made, seen=seen)
     return state, made, None if num_top is None else likelihoods(logits, picked, num_top)
 
 

@@ -160,8 +160,8 @@ class Joined(nnx.Module):
         """Joins matrices, [inputs, outputs]; there is a bias for each, or none."""
         self.ends = tuple(itertools.accumulate(kernel.shape[1] for kernel in kernels))[:-1]
         self.dtype = dtype
-        self.rows = nnx.Param(_rows_of(kernels))
-        self.bias = nnx.Param(jnp.concatenate(biases)) if biases else None
+        self.rows = nnx.Param(_joined([kernel.T for kernel in _readable(kernels)]))
+        self.bias = nnx.Param(_joined(_readable(biases))) if biases else None
 
     @classmethod
     def of(cls, *layers: nnx.Linear) -> "Joined":
@@ -204,12 +204,17 @@ class Joined(nnx.Module):
         return nnx.silu(gate) * up
 
 
-def _rows_of(kernels: Sequence[Array]) -> Array:
-    """[inputs, outputs] matrices as one with a row for each output of all."""
-    if jax.default_backend() == "cpu" and not has_several_devices():
-        # Where NumPy gets at the arrays, it is done before XLA has compiled a program for it.
-        return jnp.asarray(np.concatenate([np.asarray(kernel).T for kernel in kernels]))
-    return jnp.concatenate([kernel.T for kernel in kernels])
+def _readable(arrays: Sequence[Array]) -> Sequence[Array | np.ndarray]:
+    """The arrays as NumPy's where it gets at them: it is done before XLA has compiled a program."""
+    on_cpu = jax.default_backend() == "cpu" and not has_several_devices()
+    return [np.asarray(array) for array in arrays] if on_cpu else arrays
+
+
+def _joined(arrays: Sequence[Array | np.ndarray]) -> Array:
+    """Arrays one below the other."""
+    if all(isinstance(array, np.ndarray) for array in arrays):
+        return jax.device_put(np.concatenate(arrays))
+    return jnp.concatenate(arrays)
 
 
 def _is_for_kernel(x: Array) -> bool:
