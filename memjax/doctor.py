@@ -28,7 +28,7 @@ FLAGS = {"quick": "Leave out the training run: only versions, devices and operat
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DoctorConfig:
-    """There is nothing to set."""
+    """No settings."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 PROG = "python -m memjax.evaluate"
 Keep = Callable[[dict[str, Any]], None]
-"""Takes every question or document with its answer, as JSON values."""
+"""Called with every question or document and its answer, as JSON values."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

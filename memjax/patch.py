@@ -84,7 +84,7 @@ def apply(run: str, path: str, *, settings: ApplyConfig) -> None:
 
 
 def revert(run: str, path: str, *, settings: RevertConfig) -> None:
-    """Takes a patch back."""
+    """Reverts a patch."""
     from memjax.runs.patches import edit
 
     patch = edit.revert(run, path, step=settings.checkpoint)

@@ -25,7 +25,7 @@ from memjax.io.console import format_table
 _MOST_TOKENS = 256
 """Default of max_gen_toks."""
 _RESAMPLES = 1000
-"""For the standard error of metrics that have no formula for it."""
+"""Bootstrap samples for the standard error of metrics without a formula for it."""
 _FEWSHOT_SEED = 1234
 """lm-eval's own, so that the examples are those of others."""
 _KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams")

@@ -34,7 +34,7 @@ class EvalModel:
     batch_size: int = 64
     """Sequences at once; under a mesh a multiple of its devices. It changes no answer."""
     progress_seconds: float = 10.0
-    """Between two lines on how far the work is."""
+    """Seconds between two lines of progress."""
 
     @classmethod
     def of(cls, run: LoadedModel, *, max_length: int | None = None, batch_size: int = 64) -> "EvalModel":

@@ -33,7 +33,7 @@ LEARNED = "learned"
 _SCORED_BYTES = 50_000
 """Bytes of the background on which bits per byte are measured."""
 _PROGRESS_SECONDS = 5.0
-"""Between two lines of progress."""
+"""Seconds between two lines of progress."""
 NEW = "new facts"
 """The group of the questions of the facts to learn."""
 _REPLAYED = 4_096
@@ -218,6 +218,6 @@ def _held_out(found: LoadedModel, held_out: Sequence[Fact] | None) -> dict[str, 
 
 
 def _spread(questions: list[Record], most: int) -> list[Record]:
-    """At most so many, evenly spread."""
+    """At most `most` of the questions, evenly spread."""
     step = max(1, -(-len(questions) // most))
     return questions[::step]

@@ -24,7 +24,7 @@ _RECORDS_AT_ONCE = 256
 
 
 class Background(NamedTuple):
-    """In how many texts of a corpus every slot is read."""
+    """Document frequency of every slot in a corpus."""
 
     texts: int
     counts: dict[str, Int[np.ndarray, " n"]]
@@ -49,7 +49,7 @@ def count_texts(
     most: int | None = None,
     show: Callable[[int], None] | None = None,
 ) -> Background:
-    """In how many of the texts, cut into windows, every slot is read.
+    """Counts in how many of the texts, cut into windows, every slot is read.
 
     Args:
         model: the model.

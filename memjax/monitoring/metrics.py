@@ -54,7 +54,7 @@ class MetricsFile:
         self._open()
 
     def write(self, row: Row) -> None:
-        """Takes a line; values that are not finite become null, which JSON can hold."""
+        """Queues a row; values that are not finite become null, which JSON can hold."""
         self._waiting.append(_line(row))
 
     def amend(self, step: int, more: Row) -> None:

@@ -135,7 +135,7 @@ class Overlap(NamedTuple):
 
     span: float
     idle: float
-    """Nothing ran on any stream."""
+    """Seconds in which nothing ran on any stream."""
     collectives: float
     """Something was being sent to other devices or received."""
     exposed: float
@@ -143,7 +143,7 @@ class Overlap(NamedTuple):
 
 
 def overlaps(profile: Any) -> dict[str, Overlap]:
-    """For each GPU of a trace how much of its collectives hid behind other work."""
+    """Overlap of collectives with other work, for each GPU of a trace."""
     found = {}
     for plane in _devices(profile):
         events = [event for stream in _lines_of(plane, "Stream") for event in stream]

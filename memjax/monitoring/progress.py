@@ -49,7 +49,7 @@ class Stopwatch:
 BAR_COLUMNS = 20
 """Most columns of the bar."""
 BAR_SECONDS = 0.2
-"""Between two states of the bar."""
+"""Seconds between two states of the bar."""
 
 
 class Bar:
@@ -74,7 +74,7 @@ class Bar:
         show_status(line)
 
     def close(self) -> None:
-        """Takes the line away."""
+        """Clears the line."""
         show_status("")
 
 
@@ -94,7 +94,7 @@ class ProgressLines:
         self._since_print: list[Row] = []
 
     def show(self, row: Row) -> None:
-        """Takes a step's row; prints when it is time, and at the first and the last step."""
+        """Shows the row of a step: prints when it is due, and at the first and the last step."""
         now = time.monotonic()
         self._seconds += row["throughput/step_seconds"]
         self._since_print.append(row)
@@ -122,7 +122,7 @@ class ProgressLines:
         say(fitted("  ".join(parts)))
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Clears the bar."""
         self._bar.close()
 
 
@@ -150,7 +150,7 @@ class Progress:
         return max(time.monotonic() - self._started, 1e-9)
 
     def update(self, done: int | float, text: str) -> None:
-        """Takes how far it is."""
+        """Shows the progress."""
         left = self.elapsed * (self.total - done) / done if done else None
         self._bar.draw(done / self.total, text, left)
         if not is_live() and time.monotonic() - self._last >= self.every_seconds:
@@ -163,5 +163,5 @@ class ByteProgress(Progress):
     """Progress through the bytes of some files."""
 
     def show(self, num_bytes: int, records: int, tokens: int) -> None:
-        """Takes how far it is."""
+        """Shows the progress."""
         self.update(num_bytes, f"{records:,} records  {tokens:,} tokens  {tokens / self.elapsed:,.0f} tokens/s")

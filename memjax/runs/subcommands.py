@@ -16,7 +16,7 @@ class Subcommand:
     """A subcommand, named by the first word of the command line."""
 
     run: Callable[..., None]
-    """Takes the positional arguments, and the settings by name."""
+    """Called with the positional arguments, and `settings` by name."""
     schema: type
     positional: Positional
     description: str

@@ -43,7 +43,7 @@ class TensorFiles:
     """The tensors of an open folder; nothing is read before it is asked for."""
 
     def __init__(self, handles: dict[pathlib.Path, Any]):
-        """Takes the library's handle of each file."""
+        """`handles` are the library's, by file."""
         self._handles = handles
         self.tensors: dict[str, StoredTensor] = {}
         """Every tensor by its name."""

@@ -30,7 +30,7 @@ class TokenizerFiles:
         self.description = self._read_description()
 
     def take(self, path: pathlib.Path) -> None:
-        """Takes the file that was chosen for the description of the tokenizer, if it is a tokenizer.json."""
+        """Describes the tokenizer by a file, if it is a tokenizer.json."""
         if path.suffix == ".json" and not self.is_own_json(path):
             try:
                 self.description = read_json(path)

@@ -118,7 +118,7 @@ class _Machine:
     """Carries out the instructions that describe a state dict."""
 
     def __init__(self, tensor: Callable[..., LazyArray]):
-        """Takes what makes a tensor of a storage, an offset, a shape and strides."""
+        """`tensor` makes a tensor of a storage, an offset, a shape and strides."""
         self._tensor = tensor
         self._stack: list[Any] = []
         self._marks: list[int] = []

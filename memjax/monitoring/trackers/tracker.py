@@ -23,7 +23,7 @@ class Sink(Protocol):
     """Destination of a tracker's thread. Any method may raise."""
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Takes the numbers of a step."""
+        """Writes the numbers of a step."""
         ...
 
     def close(self) -> None:
@@ -49,7 +49,7 @@ class Tracker:
         self._thread.start()
 
     def write(self, row: Row) -> None:
-        """Takes a step's row; returns at once and raises nothing."""
+        """Queues the row of a step; returns at once and raises nothing."""
         if self._dropped:
             return
         try:

@@ -59,7 +59,7 @@ class Applied:
         self._write(step, [*self.names(step), patch.identity])
 
     def remove(self, step: int, name: str) -> None:
-        """Takes a patch back."""
+        """Reverts a patch."""
         self._write(step, [other for other in self.names(step) if other != name])
         if not any(name in names for names in self._read().values()):
             self.file(name).unlink(missing_ok=True)

@@ -83,7 +83,7 @@ def apply(
 
 
 def revert(run: str | os.PathLike[str], path: str | os.PathLike[str], *, step: Step = "latest") -> Patch:
-    """Takes back a patch that was applied to a checkpoint: the model is what it was before, bit for bit.
+    """Reverts a patch that was applied to a checkpoint: the model is what it was before, bit for bit.
 
     Args:
         run: the run's folder.
