@@ -72,10 +72,10 @@ class Attention(nnx.Module):
             rngs: source of the `params` key.
         """
         self.implementation = implementation
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_width
+        heads, kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_width
         self.rope_theta = None if layer in config.rope_free_layers else config.rope_theta
         self.rope_scaling, self.sliding_window = config.rope_scaling, config.sliding_window
-        dim, width, kv_width = config.dim, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        dim, width, kv_width = config.dim, heads * self.head_dim, kv_heads * self.head_dim
         has_bias, has_out_bias = config.attention_bias, config.attention_out_bias
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.query = linear(dim, width, axes=("embed", "heads"), use_bias=has_bias, **kwargs)
@@ -90,7 +90,7 @@ class Attention(nnx.Module):
             together = count if config.qk_norm == "all_heads" else None
             return HeadNorm(self.head_dim, together, config.norm_eps, param_dtype, axis)
 
-        self.query_norm, self.key_norm = norm(self.num_heads, "heads"), norm(self.num_kv_heads, "kv_heads")
+        self.query_norm, self.key_norm = norm(heads, "heads"), norm(kv_heads, "kv_heads")
 
     def __call__(
         self, x: Float[Array, "b s dim"], positions: Int[Array, "b s"], segments: Int[Array, "b s"] | None = None

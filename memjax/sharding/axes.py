@@ -45,8 +45,8 @@ def has_several_devices() -> bool:
 def on_own_tokens(function: Callable, tokens: Sequence[Array], weights: Sequence[Array], **settings: Hashable) -> Any:
     """`function(*tokens, *weights, **settings)`, each device for its own tokens, with replicated weights.
 
-    What stands in front in `tokens` and in the results is split, be it tokens or sequences of them; no tokens are not.
-    As for `over_mesh`, the function is one of a module.
+    The first axis of `tokens` and of the results is split, be it of tokens or of sequences, unless it is empty. As for
+    `over_mesh`, the function is one of a module.
     """
     if not has_memory_axis() or tokens[0].size == 0:
         return unsharded(partial(function, **settings), tokens[0])(*tokens, *weights)

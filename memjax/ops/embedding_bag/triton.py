@@ -3,7 +3,6 @@
 import jax
 import triton
 import triton.language as tl
-from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
 from memjax.ops import tiles, triton_call
@@ -44,7 +43,7 @@ def bag_kernel(
     tl.store(out_ptr + token * DIM + columns, total.to(out_ptr.dtype.element_ty), mask=columns < DIM)
 
 
-@sequential_vmap
+@triton_call.sequential
 def embedding_bag(
     table: Table | Float[Array, "n d"], indices: Int[Array, "t k"], weights: Float[Array, "t k"]
 ) -> Float[Array, "t d"]:

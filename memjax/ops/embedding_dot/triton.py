@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
-from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
 from memjax.ops import tiles, triton_call
@@ -44,7 +43,7 @@ def dot_kernel(
     tl.store(out_ptr + token * PICKS + pick, tl.sum(total, axis=1), mask=valid)
 
 
-@sequential_vmap
+@triton_call.sequential
 def embedding_dot(
     table: Table | Float[Array, "n d"], indices: Int[Array, "t k"], vectors: Float[Array, "t d"]
 ) -> Float[Array, "t k"]:
