@@ -11,6 +11,7 @@ import operator
 import weakref
 from collections.abc import Collection, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -233,7 +234,23 @@ def _matvec(x: Array, rows: Array, *vectors: Array, names: tuple[str, ...], gate
     return matvec(x[0], rows, **dict(zip(names, vectors, strict=True)), gated=gated, implementation="triton")[None]
 
 
+class Prepared(NamedTuple):
+    """A model as decoding reads it, and taken apart for compiled programs."""
+
+    model: Decoder
+    graphdef: Any
+    structure: Any
+    """Of the state, whose leaves follow."""
+    leaves: tuple[Array, ...]
+    """Plain, as each call of a program takes its arguments apart anew."""
+
+
 def prepare(model: Decoder) -> Decoder:
+    """The model of `prepared`."""
+    return prepared(model).model
+
+
+def prepared(model: Decoder) -> Prepared:
     """The model with joined projections, and with matrices in the type that it computes in where that is narrower.
 
     The blocks' matrices are copied, joined and transposed; all other arrays, tables among them, are the model's own and
@@ -249,11 +266,14 @@ def prepare(model: Decoder) -> Decoder:
     joined = nnx.merge(graphdef, tables, jax.tree.map(partial(_narrowed, dtype=dtype), params))
     blocks: list[Block] = [JoinedBlock(block) for block in joined.blocks]
     joined.blocks = nnx.List(blocks)
-    _prepared[model] = (arrays, joined)
-    return joined
+    graphdef, state = nnx.split(joined)
+    leaves, structure = jax.tree.flatten(state)
+    found = Prepared(joined, graphdef, structure, tuple(leaves))
+    _prepared[model] = (arrays, found)
+    return found
 
 
-_prepared: weakref.WeakKeyDictionary[Decoder, tuple[list[Array], Decoder]] = weakref.WeakKeyDictionary()
+_prepared: weakref.WeakKeyDictionary[Decoder, tuple[list[Array], Prepared]] = weakref.WeakKeyDictionary()
 
 
 def _narrowed(weight: Array, *, dtype: DTypeLike) -> Array:
