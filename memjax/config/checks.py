@@ -24,6 +24,11 @@ def refuse(problems: list[str | None]) -> None:
         raise ValueError("\n".join(found))
 
 
+def several(value: Any) -> Any:
+    """A text or path alone as a list of it, since its letters would be taken for the items of one."""
+    return [value] if isinstance(value, str | os.PathLike) else value
+
+
 Check = Callable[..., list[str | None]]
 """Takes fields by name, and says what is wrong with their values."""
 

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from memjax.config import checks
 from memjax.data.packing import Batch
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.inference.scoring import Place, Request, score, to_device
@@ -96,7 +97,7 @@ def bits_per_byte(
 
     def windows() -> Iterator[Request]:
         nonlocal num_bytes, num_tokens
-        limited = _limit(texts, max_bytes)
+        limited = _limit(checks.several(texts), max_bytes)
         while some := list(itertools.islice(limited, _TEXTS_AT_ONCE)):
             for ids in tokenizer.encode_batch(some):
                 # What a tokenizer drops was not predicted, and must not be counted either.

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Literal
 
+from memjax.config import checks
 from memjax.config.sampling import SamplingConfig
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.data.tokenizers.decoding import StreamingDecoder
@@ -51,7 +52,7 @@ def stream_text(
         special_tokens: whether the names of special tokens in the prompt mean these.
         number: of the prompt; with the seed it decides the draws.
     """
-    prompt_ids = _prompt_ids(tokenizer, prompt, special_tokens)
+    prompt_ids, stop = _prompt_ids(tokenizer, prompt, special_tokens), checks.several(stop)
     text = _Text(tokenizer, prompt_ids, stop)
     stop_ids = _stop_ids(tokenizer, stop)
     for token in generate(
@@ -67,7 +68,7 @@ def stream_text(
 def continue_texts(
     model: Decoder,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Iterable[str],
     *,
     max_tokens: int,
     sampling: SamplingConfig = GREEDY,
@@ -81,6 +82,7 @@ def continue_texts(
     A prompt's place in the list is its number, so the batch size changes no text. Of a prompt of more than
     max_prompt_tokens the last ones are read.
     """
+    prompts, stop = list(checks.several(prompts)), checks.several(stop)
     if not max_tokens:
         yield from (Continuation(text="", finish="length", tokens=0) for _ in prompts)
         return

@@ -166,8 +166,8 @@ class Attention(nnx.Module):
 
     def _heads(self, x: Array) -> tuple[Array, Array, Array]:
         """`_project` before positions are brought in."""
-        parts = self.query_key_value(x)
-        query, key, value = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in parts)
+        parts, width = self.query_key_value(x), self.head_dim
+        query, key, value = (part.reshape(*part.shape[:2], part.shape[2] // width, width) for part in parts)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         return query, key, value
@@ -177,7 +177,7 @@ class Attention(nnx.Module):
         return fused_linear(x, self.query, self.key, self.value)
 
     def _project_out(self, out: Float[Array, "b s n h"]) -> Float[Array, "b s dim"]:
-        return self.out(out.reshape(*out.shape[:2], -1))
+        return self.out(out.reshape(*out.shape[:2], out.shape[2] * out.shape[3]))
 
 
 def _decode_step(

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from memjax.config import checks
 from memjax.config.dtype import DType
 from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
@@ -101,7 +102,7 @@ def load(
         step=step,
         ema=ema,
         dtype=dtype,
-        patches=patches,
+        patches=checks.several(patches),
         table_format=table_format,
         table_place=table_place,
     )

@@ -94,6 +94,11 @@ def test_the_size_of_the_batch_changes_nothing():
     np.testing.assert_allclose(*(score.bits_per_byte for score in scores), rtol=1e-6)
 
 
+def test_a_text_alone_is_one_document():
+    score = functools.partial(bits_per_byte, tiny(), TOKENIZER, sequence_length=LENGTH)
+    assert score(TEXTS[0]) == score(TEXTS[:1])
+
+
 def test_max_bytes_cuts_between_characters():
     def score(texts: list[str], limit: int | None) -> TextScore:
         return bits_per_byte(tiny(), TOKENIZER, texts, sequence_length=LENGTH, batch_size=4, max_bytes=limit)

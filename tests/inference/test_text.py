@@ -109,3 +109,13 @@ def test_a_prompt_with_its_begin_token_gets_no_second_one():
     spelled = "".join(write("<bos>x", special_tokens=True))
     assert spelled == "".join(write("x"))
     assert spelled != "".join(write("<bos>x"))
+
+
+def test_a_text_alone_is_one_prompt_and_one_stop_string():
+    model, tokenizer = tiny(), ByteTokenizer()
+    write = functools.partial(continue_texts, model, tokenizer, max_tokens=12, sampling=SAMPLING)
+    ((text, *_),) = [list(write([PROMPTS[0]]))]
+    stop = text.text[3:5]
+    (alone,), (of_iterator,) = write(PROMPTS[0], stop=stop), write(iter(PROMPTS[:1]), stop=[stop])
+    assert alone == of_iterator
+    assert alone.text == text.text[: text.text.index(stop)]

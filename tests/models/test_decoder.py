@@ -255,3 +255,15 @@ def test_what_belongs_to_other_tokens_is_refused(as_users_call, name, shape):
     sizes = ", ".join(map(str, shape))
     with pytest.raises(ValueError, match=rf"{name} must have the shape of the tokens; found .*{name} \w+\[{sizes}\]"):
         build("own tables").hidden(jnp.asarray(TOKENS), **given)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0)], ids=str)
+@pytest.mark.parametrize("name", ["shared tables", "experts"])
+def test_no_token_gives_no_logits(name, shape):
+    assert build(name)(jnp.zeros(shape, jnp.int32)).shape == (*shape, SIZES["vocab_size"])
+
+
+@pytest.mark.parametrize("tokens", [np.zeros(4, np.int32), np.zeros((1, 4))], ids=["one axis", "floats"])
+def test_what_is_no_batch_of_tokens_is_refused(as_users_call, tokens):
+    with pytest.raises(ValueError, match=r"Decoder: tokens must be whole numbers \[batch, tokens\]; found tokens "):
+        build("dense")(tokens)
