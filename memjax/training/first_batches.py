@@ -1,4 +1,4 @@
-"""A look at the first batches of a run."""
+"""Checks the first batches of a run for target tokens."""
 
 from memjax.config.data import DataConfig
 from memjax.data.packing import Batch
@@ -16,7 +16,7 @@ class FirstBatches:
         self._unlearned: int | None = 0
         """Batches without a target token; None once there was one with."""
 
-    def look(self, batch: Batch, *, last: bool) -> None:
+    def check(self, batch: Batch, *, last: bool) -> None:
         """Takes the next batch; `last` when no other will follow.
 
         Raises:

@@ -142,7 +142,7 @@ class Sweep:
         """The exit code: 0 when all runs are done, 75 after a signal, else that of the first run that failed."""
         # What is ignored stays so, as SIGHUP under nohup.
         caught = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        handlers = {number: signal.signal(number, self._hand_on) for number in caught}
+        handlers = {number: signal.signal(number, self._forward) for number in caught}
         waiting = collections.deque(self.grid)
         try:
             while self.running or (waiting and self.stopped is None):
@@ -190,7 +190,7 @@ class Sweep:
             took = clock(time.monotonic() - started.began)
             say(f"{started.point.name}: {outcome} after {took}" + (f" (exit code {code})" if code else ""))
 
-    def _hand_on(self, number: int, frame: object) -> None:
+    def _forward(self, number: int, frame: object) -> None:
         self.stopped = number
         for started in self.running:
             started.process.send_signal(number)

@@ -139,7 +139,7 @@ class Trainer:
     def _next_batch(self) -> dict[str, jax.Array]:
         """The next batch, on the devices."""
         batch = next(self._data)
-        self._first_batches.look(batch, last=self.last_step + 1 == self.config.train.steps)
+        self._first_batches.check(batch, last=self.last_step + 1 == self.config.train.steps)
         accumulate = self.config.train.grad_accum_steps
         micro = {name: rows.reshape(accumulate, -1, rows.shape[-1]) for name, rows in batch.items()}
         return put_batch(self.mesh, micro, BATCH)
