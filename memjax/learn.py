@@ -73,13 +73,15 @@ def _learn(words: Sequence[str], settings: LearnConfig) -> None:
         raise ConfigError(f"learn takes a run and at least one file of facts; given: {len(words)}")
     from memjax.knowledge.facts import Fact, read_facts
     from memjax.knowledge.finetune import Recipe
-    from memjax.knowledge.learning import facts_of, learn_facts
+    from memjax.knowledge.learning import LEARNED, facts_of, learn_facts
     from memjax.runs.patches.patch import is_patch, read_patch
 
     run, *paths = words
     facts: list[Fact] = []
     for path in paths:
         facts += facts_of(path, read_patch(path)) if is_patch(path) else read_facts(path, "FACTS")
+    if is_patch(settings.out) and read_patch(settings.out).notes.get(LEARNED) != [fact.fields() for fact in facts]:
+        raise ConfigError(f"out={settings.out} holds a patch of other facts, which would be lost; name another --out")
     held_out = None if settings.held_out is None else read_facts(settings.held_out, "--held_out")
     with loaded(run, settings) as found:
         if not found.model.config.lookups:

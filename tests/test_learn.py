@@ -100,6 +100,8 @@ def test_a_patch_stands_for_the_facts_that_it_was_made_of(run, facts, tmp_path, 
     for fact, file, patch in zip(FACTS, files, patches, strict=True):
         pathlib.Path(file).write_text(json.dumps(fact) + "\n")
         assert learn.main([run, file, "--out", patch, *settings]) == 0
+    assert learn.main([run, files[0], "--out", patches[1], *settings]) == 2
+    assert "holds a patch of other facts, which would be lost" in capsys.readouterr().err
     for words, out in (([facts], "of_file"), (patches, "of_patches"), ([patches[0], files[1]], "of_both")):
         assert learn.main([run, *words, "--out", str(tmp_path / out), *settings]) == 0
         assert "new facts (2)" in capsys.readouterr().out

@@ -108,7 +108,7 @@ def format_question_report(report: Mapping[str, Any]) -> str:
             blocks.append(format_table(list(_rows(title, entries))))
     blocks += [
         f"{entry['name']}: {entry['prompts_cut']:,} of {entry['questions']:,} prompts did not fit into "
-        f"{report['sequence_length']} tokens (--sequence_length), so their begins were left out"
+        f"{report['sequence_length']} tokens (--sequence_length), so their beginnings were left out"
         for entry in report["sets"]
         if entry["prompts_cut"]
     ]
@@ -145,7 +145,7 @@ def _examples(whole: QuestionSet, asked: Iterable[Question], sets: Sequence[Ques
         if len(picked) < shots:
             picked = first(every, question.text)
         if len(picked) < shots:
-            raise DataError(f"{whole.path}: there are only {len(picked)} examples for a question; set --shots to that")
+            raise DataError(f"{whole.path}: --shots must be at most {len(picked)}: a question has no more examples")
         yield "".join(f"{other.solved}\n\n" for other in picked)
 
 

@@ -81,7 +81,7 @@ def test_examples_can_come_from_another_part_of_the_set(model, asked):
     with pytest.raises(DataError, match=r"facts_test.jsonl: --examples holds none of facts, only of trivia"):
         question_report(model, [whole(question(1))], examples=[other], **settings)
     settings["shots"] = 2
-    with pytest.raises(DataError, match="there are only 1 examples for a question; set --shots to that"):
+    with pytest.raises(DataError, match="--shots must be at most 1: a question has no more examples"):
         question_report(model, [whole(question(1))], examples=[train], **settings)
 
 
