@@ -36,7 +36,8 @@ def write_files(folder: pathlib.Path, form: TableForm, blocks: Blocks) -> dict[s
     for _, block in blocks:
         for path, part in zip(paths.values(), block, strict=False):
             with open(path, "ab") as file:
-                np.ascontiguousarray(part).tofile(file)
+                # Not by `ndarray.tofile`, which loses the error of a disk that fills up.
+                file.write(np.ascontiguousarray(part).view(np.uint8).data)
     return {
         "format": form.format.name,
         "group": form.width // form.groups if form.groups else None,
