@@ -70,8 +70,9 @@ class Engine:
                 print(slot, made.tokens, made.finish)
 
     A text's tokens are those that it gets alone, whatever is written beside it: a row has positions of its own and sees
-    no other, and draws depend on the seed, the prompt's number and the step. (Sums in another order can still decide
-    between two tokens that are equally likely to the last digits.)
+    no other, and draws depend on the seed, the prompt's number and the step. (Groups of prompts of different sizes are
+    read by different programs, whose sums can be rounded differently: it decides between two tokens that are equally
+    likely to the last digits.)
 
     Under a mesh, slots are split over its devices, as the batch of the training is.
     """
@@ -137,9 +138,10 @@ class Engine:
         if len(requests) > len(free):
             raise ValueError(f"{len(requests)} requests do not fit into {len(free)} free slots of {self.num_slots}")
         if not self.is_busy:
-            # The last texts may have been longer than those to come.
-            if self._state is not None and self._state.room.tokens > self._min_capacity:
-                self._state = None
+            # The last texts may have been longer than those to come, or have had more stop tokens.
+            if self._state is not None:
+                is_longer = self._state.room.tokens > self._min_capacity
+                self._state = None if is_longer else self._state.with_fewest_stops()
             self._unmerged = []
         slots = free[: len(requests)]
         start = 0

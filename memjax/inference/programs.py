@@ -31,6 +31,7 @@ STOPPED, NOTHING = -2, -1
 _SMALLEST, _SMALLEST_ON_CPUS = 128, 16
 """Prompts and caches are padded to powers of two from here on. A GPU reads 128 tokens as fast as one, and compiling for
 a length takes it many seconds."""
+_FEWEST_STOPS = 4
 _TOP_COUNTS = (0, 5, 20)
 """Likeliest tokens are counted up to one of these, so that few programs compile."""
 
@@ -52,7 +53,7 @@ class Rows(NamedTuple):
     @classmethod
     def of(cls, requests: Sequence[Request | None]) -> "Rows":
         """The rows of requests, as NumPy arrays; None is a row without a text."""
-        width = next_power_of_two(max([4, *(len(request.stop_ids) for request in requests if request)]))
+        width = next_power_of_two(max([_FEWEST_STOPS, *(len(request.stop_ids) for request in requests if request)]))
         stops = np.full((len(requests), width), NOTHING, np.int32)
         for row, request in enumerate(requests):
             if request:
@@ -91,6 +92,12 @@ class State(NamedTuple):
     def room(self) -> Room:
         """What its rows have room for."""
         return Room(self.cache.blocks[0].keys.shape[2], self.rows.num_stops)
+
+    def with_fewest_stops(self) -> "State":
+        """A state without texts, with room for as few stop tokens as any has."""
+        if self.rows.num_stops == _FEWEST_STOPS:
+            return self
+        return self._replace(rows=self.rows._replace(stop_ids=self.rows.stop_ids[:, :_FEWEST_STOPS]))
 
 
 Weights = tuple[Array, ...]

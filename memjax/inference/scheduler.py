@@ -191,7 +191,7 @@ class Scheduler:
                     return
             try:
                 self._admit()
-                if self._running:
+                if self._running and self._is_open:
                     most = _CHUNK if len(self._running) > 1 else LONGEST_CHUNK
                     self._hand_out(pace.step(self._engine, most))
             except Exception as error:
@@ -203,14 +203,17 @@ class Scheduler:
         while num_tokens < _PREFILL_TOKENS:
             with self._changed:
                 self._changed.wait_for(self._have_returned, max(0.0, self._return_due - time.monotonic()))
+                if not self._is_open:
+                    return
                 cancelled, self._cancelled = self._cancelled, []
                 for ticket in cancelled:
                     self._release(ticket)
                 self._joining = self._take(_PREFILL_TOKENS - num_tokens) if self._num_waiting >= fewest else []
-            if not self._joining:
+            joining = tuple(self._joining)
+            if not joining:
                 return
-            self._join(self._joining)
-            num_tokens += sum(padded_length(len(ticket.request.prompt_ids)) for ticket in self._joining)
+            self._join(joining)
+            num_tokens += sum(padded_length(len(ticket.request.prompt_ids)) for ticket in joining)
             self._joining = []
             # Fewer can wait for a chunk: their rows in it are worth less than the time to read them on their own.
             fewest = max(1, self._prefill_rows // 2)
@@ -254,6 +257,8 @@ class Scheduler:
                 self._listener([(ticket, Update(made, prompt))])
             elif not ticket.request.max_tokens:
                 self._listener([(ticket, Update(Made([], finish="length")))])
+            if not ticket.request.max_tokens:
+                self._joining.remove(ticket)
         writing = [ticket for ticket in tickets if ticket.request.max_tokens]
         for batch in batches([len(ticket.request.prompt_ids) for ticket in writing], self._prefill_rows):
             some = [writing[place] for place in batch]
@@ -283,7 +288,7 @@ class Scheduler:
             with contextlib.suppress(OSError, ValueError):
                 traceback.print_exception(error)
         lost = dict.fromkeys(itertools.chain(self._running.values(), self._joining))
-        self._running = {}
+        self._running, self._joining = {}, []
         self._engine.reset()
         is_full = "RESOURCE_EXHAUSTED" in str(error)
         reason = "the device is out of memory" if is_full else f"the engine failed ({type(error).__name__})"

@@ -10,7 +10,7 @@ import numpy as np
 from memjax.config.model import ModelConfig
 from memjax.inference.engine import Engine
 from memjax.inference.requests import Made, Request
-from memjax.inference.scheduler import Scheduler, Ticket, batches, make_engine, warm_up
+from memjax.inference.scheduler import Scheduler, Ticket, Update, batches, make_engine, warm_up
 from memjax.models.parts import DecoderParts
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -33,10 +33,20 @@ def test_a_warm_engine_compiles_nothing_for_prompts_of_any_length():
     compiled = []
     # JAX offers no way to take one listener back; this one only adds to a list.
     jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
-    for lengths in ([3], [17, 17], [32], [31, 30]):
-        engine.insert([Request(prompt_ids=[5] * length, max_tokens=2) for length in lengths])
+
+    def write(lengths: Sequence[int], stop_ids: Sequence[int] = ()) -> None:
+        engine.insert([Request(prompt_ids=[5] * length, max_tokens=2, stop_ids=stop_ids) for length in lengths])
         while engine.is_busy:
             engine.step(4)
+
+    for lengths in ([3], [17, 17], [32], [31, 30]):
+        write(lengths)
+    assert compiled.count(COMPILED) == 0
+    # Room for many stop tokens, which takes programs of its own, is given back.
+    write([3], stop_ids=range(5))
+    write([3])
+    compiled.clear()
+    write([32])
     assert compiled.count(COMPILED) == 0
     jax.jit(lambda x: x * 3 + 1)(np.ones(3))
     assert compiled.count(COMPILED) == 1
@@ -48,7 +58,7 @@ class Scripted(Engine):
     def __init__(self) -> None:
         self.num_slots = 8
         self.calls: list[str] = []
-        self.during_insert: Callable[[], None] = lambda: None
+        self.during_insert: Callable[[], object] = lambda: None
         self.left: dict[int, int] = {}
         self.fresh: list[int] = []
 
@@ -61,6 +71,14 @@ class Scripted(Engine):
         hook, self.during_insert = self.during_insert, lambda: None
         hook()
         return slots
+
+    def release(self, slot: int) -> None:
+        self.calls.append(f"release {slot}")
+        del self.left[slot]
+
+    def reset(self) -> None:
+        self.calls.append("reset")
+        self.left, self.fresh = {}, []
 
     def step(self, max_tokens: int) -> dict[int, Made]:
         self.calls.append(f"write {max_tokens}")
@@ -110,3 +128,72 @@ def test_texts_that_end_are_handed_out_first():
     tickets = [ticket(number) for number in range(4)]
     _, handed_out = calls_until_all_end(tickets, [])
     assert handed_out[0] == [tickets[1], tickets[3], tickets[0], tickets[2]]
+
+
+def scheduler_with(
+    engine: Scripted, num_tickets: int
+) -> tuple[Scheduler, list[tuple[Ticket, Update]], threading.Event]:
+    """A scheduler, the updates that it hands out, and what is set once so many tickets have had their last one."""
+    updates: list[tuple[Ticket, Update]] = []
+    ended = threading.Event()
+
+    def listen(some: list[tuple[Ticket, Update]]) -> None:
+        updates.extend(some)
+        if sum(update.is_last for _, update in updates) == num_tickets:
+            ended.set()
+
+    return Scheduler(engine, listen, max_waiting=99), updates, ended
+
+
+def test_nothing_is_read_or_written_any_more_after_a_stop_while_prompts_are_read():
+    engine, is_reading, is_stopping = Scripted(), threading.Event(), threading.Event()
+    scheduler, _, _ = scheduler_with(engine, 0)
+
+    def during_insert() -> None:
+        scheduler.submit([ticket() for _ in range(4)])
+        is_reading.set()
+        is_stopping.wait(30)
+
+    engine.during_insert = during_insert
+    scheduler.submit([ticket()])
+    scheduler.start()
+    assert is_reading.wait(30)
+    assert not scheduler.stop(0.0)
+    is_stopping.set()
+    assert scheduler.stop(30.0)
+    assert engine.calls == ["read 1 in 1", "write 0"]
+
+
+def test_a_text_that_is_cancelled_while_its_prompt_is_read_gives_its_slot_back_before_more_is_written():
+    engine, tickets = Scripted(), [ticket() for _ in range(3)]
+    scheduler, updates, ended = scheduler_with(engine, 2)
+    engine.during_insert = lambda: scheduler.cancel(tickets[1])
+    scheduler.submit(tickets)
+    scheduler.start()
+    assert ended.wait(30)
+    assert scheduler.stop(30.0)
+    assert engine.calls[:3] == ["read 3 in 8", "write 0", "release 1"]
+    assert [sum(one is ticket for one, _ in updates) for ticket in tickets] == [3, 1, 3]
+
+
+def test_a_failure_while_prompts_are_read_reaches_each_text_that_is_lost_once_and_no_other(capsys):
+    engine, lost, later = Scripted(), [ticket(), ticket()], ticket()
+    scored = Ticket(request=Request(prompt_ids=[1], max_tokens=0), prompt_top=0)
+    scheduler, updates, ended = scheduler_with(engine, 4)
+
+    def during_insert() -> None:
+        scheduler.submit([later])
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    engine.during_insert = during_insert
+    scheduler.submit([scored, *lost])
+    scheduler.start()
+    assert ended.wait(30)
+    assert scheduler.stop(30.0)
+    assert scheduler.num_failures == 1
+    assert engine.calls[:3] == ["read 1 in 1", "reset", "read 1 in 1"]
+    ends = {id(one): update.error for one, update in updates if update.is_last}
+    reason = "the device is out of memory"
+    assert ends == {id(scored): None, id(lost[0]): reason, id(lost[1]): reason, id(later): None}
+    assert sum(update.is_last for _, update in updates) == 4
+    assert "RESOURCE_EXHAUSTED" in capsys.readouterr().err
