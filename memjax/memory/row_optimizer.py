@@ -4,10 +4,11 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -27,7 +28,7 @@ class RowOptimizer:
     The exception are row gradients that are summed dense: by `all_reduce` on a mesh, or as a `RowSum`.
     """
 
-    learning_rate: float | Callable[[ArrayLike], ArrayLike]
+    learning_rate: ArrayLike | Callable[[ArrayLike], ArrayLike]
     """A number, or a schedule of the number of the step, as those of optax."""
     rule: RowRule = dataclasses.field(default_factory=RowRule)
     """The default of 256 state_columns is lowered where it does not divide a table's width, or that of a shard."""
@@ -40,8 +41,11 @@ class RowOptimizer:
 
     def __post_init__(self):
         rate, is_rule = self.learning_rate, isinstance(self.rule, RowRule)
-        is_number = isinstance(rate, int | float | np.number) and not isinstance(rate, bool) and 0 <= rate < math.inf
-        is_rate = callable(rate) or is_number or (isinstance(rate, jax.Array) and rate.shape == ())
+        if isinstance(rate, np.ndarray | jax.Array) and rate.shape == () and not isinstance(rate, Tracer):
+            # Transformations of Flax compare optimizers by hashes, which arrays lack.
+            rate = rate.item()
+            object.__setattr__(self, "learning_rate", rate)
+        is_rate = _is_rate(rate)
         checks.typed(self)
         checks.refuse(
             (
@@ -115,3 +119,10 @@ class RowOptimizer:
     def _rule(self, width: int) -> RowRule:
         columns = self.rule.state_columns
         return dataclasses.replace(self.rule, state_columns=columns_per_state(width) if columns == 256 else columns)
+
+
+def _is_rate(rate: Any) -> bool:
+    if callable(rate) or (isinstance(rate, Tracer) and rate.shape == ()):
+        return True
+    is_real = isinstance(rate, int | float | np.integer | np.floating) and not isinstance(rate, bool)
+    return is_real and bool(0 <= rate < math.inf)

@@ -322,7 +322,22 @@ def test_model_and_optimizer_come_back_from_their_pure_dicts():
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(restored)), saved)
 
 
-@pytest.mark.parametrize("rate", ["1e-3", -1.0, float("nan"), float("inf"), None, True])
+@pytest.mark.parametrize("number", [np.array, np.float32, np.float64, jnp.float32])
+def test_rates_may_be_numbers_of_numpy_and_jax(number):
+    assert RowOptimizer(number(0.5)) == RowOptimizer(0.5)
+    assert hash(RowOptimizer(number(0.5))) == hash(RowOptimizer(0.5))
+
+
+def test_a_rate_may_be_an_argument_of_a_compiled_function():
+    assert jax.jit(lambda rate: RowOptimizer(rate).rate(0))(0.5) == 0.5
+
+
+@pytest.mark.parametrize(
+    "rate",
+    ["1e-3", -1.0, float("nan"), float("inf"), None, True]
+    + [np.array(wrong) for wrong in (-1.0, np.nan, True, "1e-3", 1j, [0.1])]
+    + [jnp.float32(-1.0)],
+)
 def test_rates_that_are_none_are_refused(as_users_call, rate):
     with pytest.raises(ValueError, match=r"learning_rate=.* must be a number that is not negative, or a schedule"):
         RowOptimizer(rate)
