@@ -188,7 +188,8 @@ class RowSum(NamedTuple):
         return self._replace(gradient=self.gradient * jnp.asarray(factor, self.gradient.dtype))
 
 
-ROW_SUM = RowSum(rules.REPLICA_COLUMNS, rules.REPLICA_SHARDS)  # pyright: ignore[reportArgumentType]  # layouts of the arrays
+# In place of the arrays their layouts.
+ROW_SUM = RowSum(rules.REPLICA_COLUMNS, rules.REPLICA_SHARDS)  # pyright: ignore[reportArgumentType]
 
 
 def sums_micro_batches(

@@ -4,7 +4,7 @@ import html
 import io
 import pathlib
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,8 @@ class Sparse(NamedTuple):
     legend: str
     name: str
     """In notes."""
+    line: str
+    marker: str
 
 
 class Panel(NamedTuple):
@@ -48,7 +50,7 @@ PANELS = (
         "Loss",
         "nats per token",
         "train/loss",
-        (Sparse("eval/validation/loss", "validation", "validation loss"),),
+        (Sparse("eval/validation/loss", "validation", "validation loss", "--", "o"),),
         is_log=True,
     ),
     Panel("Throughput", "tokens per second", "throughput/tokens_per_second"),
@@ -56,8 +58,8 @@ PANELS = (
         "Slot use, mean of the memory layers",
         "share of the slots",
         sparse=(
-            Sparse("used_fraction", "read at all", "slot use"),
-            Sparse("effective_fraction", "as if read equally often", "slot use"),
+            Sparse("used_fraction", "read at all", "slot use", "-", "o"),
+            Sparse("effective_fraction", "as if read equally often", "slot use", "--", "s"),
         ),
     ),
 )
@@ -155,9 +157,6 @@ def is_measured(run: Run, metric: str) -> bool:
 
 
 def _draw_panel(axes: Any, panel: Panel, runs: Sequence[Run], colors: Sequence[Any], axis: Axis, window: int) -> None:
-    styles = dict(
-        zip(panel.sparse, (("--", "o"), (":", "s")) if panel.steady else (("-", "o"), ("--", "s")), strict=False)
-    )
     for run, color in zip(runs, colors, strict=True):
         places = run.along(axis)
         if panel.steady:
@@ -167,14 +166,15 @@ def _draw_panel(axes: Any, panel: Panel, runs: Sequence[Run], colors: Sequence[A
             axes.plot(places, values, color=color, rasterized=True, **alone)
             if window > 1:
                 axes.plot(places, smoothed(values, window), color=color, linewidth=1.8)
-        for sparse, (line, marker) in styles.items():
+        for sparse in panel.sparse:
             values = series(run, sparse.metric)
             known = np.isfinite(values)
-            axes.plot(places[known], values[known], line, color=color, marker=marker, markersize=3.5, linewidth=1.2)
+            style = {"linestyle": sparse.line, "marker": sparse.marker, "markersize": 3.5, "linewidth": 1.2}
+            axes.plot(places[known], values[known], color=color, **style)
     axes.set(title=panel.title, xlabel=AXIS_LABELS[axis], ylabel=panel.label)
     axes.grid(alpha=0.25)
     _set_scales(axes, panel, runs, axis)
-    _add_legend(axes, panel, styles, runs, window)
+    _add_legend(axes, panel, runs, window)
 
 
 def _set_scales(axes: Any, panel: Panel, runs: Sequence[Run], axis: Axis) -> None:
@@ -197,9 +197,7 @@ def _set_scales(axes: Any, panel: Panel, runs: Sequence[Run], axis: Axis) -> Non
         axes.yaxis.set_major_formatter("{x:g}")
 
 
-def _add_legend(
-    axes: Any, panel: Panel, styles: Mapping[Sparse, tuple[str, str]], runs: Sequence[Run], window: int
-) -> None:
+def _add_legend(axes: Any, panel: Panel, runs: Sequence[Run], window: int) -> None:
     """Names the kinds of lines, in grey: colors are the runs'."""
     from matplotlib.lines import Line2D
 
@@ -209,9 +207,11 @@ def _add_legend(
         legend.append((grey(linewidth=0.8, alpha=0.5 if window > 1 else 1), "each step"))
         if window > 1:
             legend.append((grey(linewidth=1.8), f"mean of {window} steps"))
-    for sparse, (line, marker) in styles.items():
-        if any(is_measured(run, sparse.metric) for run in runs):
-            legend.append((grey(linestyle=line, marker=marker, markersize=3.5), sparse.legend))
+    legend += [
+        (grey(linestyle=sparse.line, marker=sparse.marker, markersize=3.5), sparse.legend)
+        for sparse in panel.sparse
+        if any(is_measured(run, sparse.metric) for run in runs)
+    ]
     if legend:
         axes.legend(*zip(*legend, strict=True), fontsize=8, framealpha=0.85)
 

@@ -35,7 +35,7 @@ class Tokenizer(ABC):
 
     kind: ClassVar[str]
     STATE: ClassVar[tuple[str, ...]] = ()
-    """The names that `to_state` gives the arguments of the constructor, in their order."""
+    """The fields of `to_state` that are arguments of the constructor."""
     adds_leading_space: bool = False
     """Whether a text's first token carries a space that is no part of the text."""
     added_words: tuple[str, ...] = ()
@@ -195,11 +195,13 @@ class Tokenizer(ABC):
         # Imported here, because these modules are built on this one.
         module, name = _CLASSES[kind].split(".")
         tokenizer = getattr(importlib.import_module(f"memjax.data.tokenizers.{module}"), name)
+        # Added tokens are kept only where there are any.
+        fields = {"added_tokens": (), **state}
         try:
-            arguments = [({"added_tokens": ()} | state)[field] for field in tokenizer.STATE]
+            arguments = {field: fields[field] for field in tokenizer.STATE}
         except KeyError as error:
             raise ValueError(f"the state of a tokenizer of kind={kind!r} lacks {error}") from error
-        found = tokenizer(*arguments)
+        found = tokenizer(**arguments)
         return found.configure(adds_bos=state.get("adds_bos", True), end_tokens=state.get("end_tokens", ()))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -17,18 +17,18 @@ class HfTokenizer(LibraryTokenizer):
     kind: ClassVar[str] = "hf"
     STATE = ("json", "bos", "eos")
 
-    def __init__(self, description: Any, bos: str | None = None, eos: str | None = None):
+    def __init__(self, json: Any, bos: str | None = None, eos: str | None = None):
         """Takes the content of a tokenizer.json, and the names of the begin and the end token where they are not known.
 
         Raises:
             ValueError: it is no byte-level BPE, or has no such token.
         """
-        _check_byte_level(description)
+        _check_byte_level(json)
         # Whoever saved it may have left a length in it, to which texts would be cut, or BPE dropout, which draws.
-        self._description = {**description, "truncation": None, "padding": None}
+        self._description = description = {**json, "truncation": None, "padding": None}
         if description["model"].get("dropout") is not None:
-            self._description["model"] = {**description["model"], "dropout": None}
-        self._tokenizer = read_description(self._description)
+            description["model"] = {**description["model"], "dropout": None}
+        self._tokenizer = read_description(description)
         added = self._tokenizer.get_added_tokens_decoder()
         vocab = self._tokenizer.get_vocab()
         if missing := [letter for letter in byte_letters() if letter not in vocab]:
