@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from memjax import __version__
+from memjax.config.problems import close, did_you_mean
 from memjax.io.console import fitted, output
 from memjax.io.ctrl_c import run_command
 from memjax.training.interrupt import run_program
@@ -49,13 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "--completion":
         output(_COMPLETION.replace("COMMANDS", " ".join(COMMANDS)))
         return 0
+    if name == "--version":
+        output(f"memjax {__version__}")
+        return 0
     lines = [f"  {command:<10} {summary}" for command, summary in COMMANDS.items()]
     head, end = ["usage: python -m memjax COMMAND ...", ""], ["", "COMMAND --help explains a command.", _SHELLS]
     overview = "\n".join([*head, fitted("\n".join(lines), 13), *end])
     if name in ("-h", "--help"):
         output(overview)
         return 0
-    print(f"python -m memjax: there is no command {name!r}\n\n{overview}", file=sys.stderr)
+    guess = did_you_mean(close(name, list(COMMANDS)))
+    print(f"python -m memjax: there is no command {name!r}{guess}\n\n{overview}", file=sys.stderr)
     return 2
 
 

@@ -9,6 +9,7 @@ import sys
 import jax
 import pytest
 
+import memjax
 from memjax.__main__ import COMMANDS, main
 from memjax.io.command import exit_code
 
@@ -32,7 +33,13 @@ def test_a_command_gets_the_words_after_its_name(capsys):
 
 def test_an_unknown_command_ends_with_2(capsys):
     assert main(["tarin"]) == 2
-    assert capsys.readouterr().err.startswith("python -m memjax: there is no command 'tarin'\n\nusage: ")
+    problem = "python -m memjax: there is no command 'tarin'; did you mean 'train'?\n\nusage: "
+    assert capsys.readouterr().err.startswith(problem)
+
+
+def test_the_version_is_printed(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"memjax {memjax.__version__}\n"
 
 
 def test_bash_completes_commands_and_their_settings(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Settings on command lines: `--model.dim 64`, whose field says how the text is read."""
 
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -75,6 +76,8 @@ def from_text(text: str, path: FieldPath, problems: Problems) -> Any:
     if inner is bool and _FLAG_WORDS.get(text.lower()) is not None:
         return _FLAG_WORDS[text.lower()]
     if typing.get_origin(inner) is tuple and not text.startswith("["):
+        if typing.get_args(inner)[0] is str and not {'"', "'"} & set(text):
+            return [item for item in re.split(", *", text) if item]
         text = f"[{text}]"
     try:
         node = compose(text)
