@@ -46,7 +46,7 @@ def _problems(path: pathlib.Path) -> list[Problem]:
 
 
 def _judged(name: str, problems: list[Problem], bodies: list[str]) -> Iterator[Check]:
-    run = lambda problem, body: run_program(problem.beginning + body, problem.tests).passed
+    run = lambda problem, body: run_program(problem.beginning + body, problem.tests, functions=problem.functions).passed
     with ThreadPoolExecutor(2) as pool:
         right = list(pool.map(run, problems, bodies))
         # The program of the problem before.

@@ -1,4 +1,4 @@
-"""Programs that must not pass `TESTS`, by what they do."""
+"""Programs that must not pass `TESTS`, or tests of their own, by what they do."""
 
 import re
 
@@ -8,6 +8,12 @@ TESTS = "assert f(3) == 'answer-4711'"
 def _programs(text: str, beginning: str = "") -> dict[str, str]:
     names_and_texts = re.split(r"^### (.*)\n", text, flags=re.MULTILINE)[1:]
     return {name: beginning + text for name, text in zip(names_and_texts[::2], names_and_texts[1::2], strict=True)}
+
+
+def split(source: str) -> tuple[str, str]:
+    """A program, and the tests that follow it or else `TESTS`."""
+    program, _, tests = source.partition("#### tests\n")
+    return program, tests or TESTS
 
 
 _BEGINNING = """
@@ -24,7 +30,7 @@ def everywhere(*parts):
 def frame(text):
     return len(text).to_bytes(4, "big") + text
 
-PROXY = frame(b'["answer",[],[["mine",1]],[],[]]')
+PROXY = frame(b'["answer",[],[["mine",1]],[]]')
 
 def yes(*_):
     return True
@@ -123,13 +129,13 @@ def f(x): return "x" * (1 << 26)
 ### answers deep
 def f(x): everywhere(frame(b"[" * 100000))
 ### answers with what is not there
-def f(x): everywhere(frame(b'["answer",[],[["yours",-1]],[],[]]'))
+def f(x): everywhere(frame(b'["answer",[],[["yours",-1]],[]]'))
 ### answers with another container
-def f(x): everywhere(frame(b'["answer",[],[["cell",0]],[[0,"builtins.tuple",[1]]],[]]'))
+def f(x): everywhere(frame(b'["answer",[],[["cell",0]],[[0,"builtins.tuple",[1]]]]'))
 ### answers with a long name
-def f(x): everywhere(frame(b'["answer",[],[["' + b"x" * 999999 + b'"]],[],[]]'))
+def f(x): everywhere(frame(b'["answer",[],[["' + b"x" * 999999 + b'"]],[]]'))
 ### asks for what is forbidden
-def f(x): everywhere(frame(b'["ask",["getattr"],[["type","builtins.str"],"__subclasses__"],[],[]]'))
+def f(x): everywhere(frame(b'["ask",["getattr"],[["type","builtins.str"],"__subclasses__"],[]]'))
 ### closes its pipes
 def f(x): os.closerange(3, 64)
 ### equals everything
@@ -159,6 +165,51 @@ for name in "isinstance", "len", "type", "exec", "compile", "abs":
     setattr(builtins, name, yes)
 json.loads = json.dumps = os._exit = yes
 def f(x): return True
+### replaces a builtin of the tests
+def f(x): return 0.0
+def abs(x): return 0.0
+#### tests
+f = f(3)
+assert abs(f - 28.27) < 0.1
+### replaces a builtin of tests with a local name
+def f(x): return 0
+def all(x): return True
+#### tests
+def check(g):
+    def other():
+        f = 5
+        return f
+    assert all([g(3) == other()])
+check(f)
+### replaces a library of the tests
+def f(x): return 0
+class np: allclose = staticmethod(yes)
+#### tests
+assert np.allclose(f(3), 9)
+### ends the loops of the tests
+def f(x): raise StopIteration
+#### tests
+assert all(map(lambda case: f(case[0]) == case[1], [(3, "answer-4711")]))
+### drops the errors of the tests
+class Handle:
+    __enter__ = lambda self: self
+    __exit__ = yes
+def f(x): return Handle()
+#### tests
+with f(3) as handle:
+    assert handle.text == "answer-4711"
+### is another number each time
+class Number:
+    def __init__(self, xs): self.answers = [0.0] * 99 + [-xs[0] / xs[1], 1.0]
+    def __float__(self): return self.answers.pop()
+    def __rmul__(self, other): return other * float(self)
+    __rpow__ = __pow__ = __rmul__
+def f(xs): return Number(xs)
+#### tests
+import math
+xs = [3, 7, 1, 5]
+x = f(xs)
+assert math.fabs(sum(c * math.pow(x, i) for i, c in enumerate(xs))) < 1e-4
 ### raises an exception that nobody can make
 class Odd(Exception): __init__ = yes
 def f(x): raise Odd from Odd()

@@ -57,6 +57,8 @@ class Problem(Question):
     """Code in front of the model's text."""
     tests: str
     """Code after it: fails unless the function is right."""
+    functions: tuple[str, ...]
+    """Names of what to write."""
     stop: tuple[str, ...]
     """Strings that the function cannot hold, with which a model begins something else."""
 
@@ -158,6 +160,7 @@ class _HumanEvalRow(_Row):
             solved=self.prompt + self.canonical_solution,
             beginning=self.prompt,
             tests=f"{helpers}\n{self.test}\ncheck({self.entry_point})",
+            functions=(self.entry_point,),
             stop=("\ndef ", "\nclass ", "\nif ", "\nprint(", "\n#", "\n@"),
         )
 
@@ -180,6 +183,7 @@ class _MbppRow(_Row):
             solved=prompt + self.code.replace("\r\n", "\n"),
             beginning="",
             tests=f"{self.test_setup_code}\n{tests}",
+            functions=tuple(re.findall(r"^(?:def|class) (\w+)", self.code, re.MULTILINE)),
             stop=('\n"""', "\nassert ", "\nprint(", "\nif "),
         )
 

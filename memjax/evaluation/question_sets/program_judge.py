@@ -7,18 +7,23 @@ process gives the verdict; the program holds neither the tests nor anything that
 import ast
 import builtins
 import contextlib
+import importlib
 import os
 import sys
 import traceback
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 from memjax.evaluation.question_sets.program_proxy import Proxy
-from memjax.evaluation.question_sets.program_values import MODULES
 from memjax.evaluation.question_sets.program_wire import Channel, Lost, Peer
 
 _REASON_LETTERS = 200
+_LIBRARIES = {name: name for name in (*sys.stdlib_module_names, "numpy", "pandas", "scipy", "sympy", "torch")} | {
+    "np": "numpy",
+    "pd": "pandas",
+}
+"""Modules that the judge imports where tests take attributes of names that they do not bind."""
 
 
 def run_program(program: str, channel: Channel) -> NoReturn:
@@ -44,17 +49,18 @@ def run_program(program: str, channel: Channel) -> NoReturn:
         leave(code)
 
 
-def judge(tests: str, channel: Channel) -> dict[str, Any]:
+def judge(tests: str, channel: Channel, functions: Collection[str] = ()) -> dict[str, Any]:
     """The verdict: whether the tests ran to their last line, why not, and whether that is because the program is gone.
 
-    With empty tests, the program itself says that it ran to its last line.
+    With empty tests, the program itself says that it ran to its last line. Of builtins, the tests get only these
+    functions from the program.
     """
     peer = Peer(channel, may=_may)
     reason = ""
     try:
         peer.wait()
         parsed = ast.parse(tests, "tests.py")
-        exec(compile(parsed, "tests.py", "exec"), _Names(parsed, peer))
+        exec(compile(parsed, "tests.py", "exec"), _Names(peer, _libraries(parsed), _free_names(parsed) | {*functions}))
     except Lost:
         pass
     except SystemExit:
@@ -69,42 +75,40 @@ def judge(tests: str, channel: Channel) -> dict[str, Any]:
     return {"passed": not reason, "reason": reason[:_REASON_LETTERS], "gone": False}
 
 
+def _libraries(tests: ast.Module) -> set[str]:
+    """Names of libraries that tests take attributes of."""
+    attributes = [node for node in ast.walk(tests) if isinstance(node, ast.Attribute)]
+    return {node.value.id for node in attributes if isinstance(node.value, ast.Name)} & _LIBRARIES.keys()
+
+
+def _free_names(tests: ast.Module) -> set[str]:
+    """Names in tests that are the program's where the tests do not bind them: neither Python's nor a library's."""
+    names = {node.id for node in ast.walk(tests) if isinstance(node, ast.Name)}
+    return names - vars(builtins).keys() - _libraries(tests)
+
+
 class _Names(dict[str, Any]):
-    """The global names of tests: their own, those of Python, and those of the program.
+    """The global names of tests: their own first, then those of libraries and of the program."""
 
-    Python's come before the program's, unless the tests use no others: a program cannot replace `abs`. Modules of the
-    library that tests take attributes of are those of this process.
-    """
-
-    def __init__(self, tests: ast.Module, peer: Peer) -> None:
+    def __init__(self, peer: Peer, libraries: set[str], of_program: set[str]) -> None:
         super().__init__(__name__="__main__", __builtins__=builtins)
-        self._peer = peer
-        read, bound, not_modules = set(), set(), set()
-        bases = {id(node.value) for node in ast.walk(tests) if isinstance(node, ast.Attribute)}
-        for node in ast.walk(tests):
-            if isinstance(node, ast.Name):
-                (read if isinstance(node.ctx, ast.Load) else bound).add(node.id)
-                if id(node) not in bases:
-                    not_modules.add(node.id)
-            elif isinstance(node, ast.alias):
-                bound.add((node.asname or node.name).partition(".")[0])
-            else:
-                bound.add(node.arg if isinstance(node, ast.arg) else getattr(node, "name", None))
-        asked = read - bound
-        self._modules = MODULES - not_modules
-        self._trusts_builtins = not all(hasattr(builtins, name) for name in asked)
+        self._peer, self._libraries, self._of_program = peer, libraries - of_program, of_program
         # The bodies of classes look names up without __missing__.
-        for name in sorted(asked):
+        for name in sorted(of_program):
             with contextlib.suppress(Exception):
                 self[name]
 
     def __missing__(self, name: str) -> Any:
-        if self._trusts_builtins and hasattr(builtins, name):
+        if name in self._libraries:
+            return importlib.import_module(_LIBRARIES[name])
+        if name not in self._of_program:
             raise KeyError(name)
-        value = self._peer.ask("getitem", self._peer.proxy(0), name)
-        if name in self._modules and not isinstance(value, type | types.ModuleType):
-            raise KeyError(name)
-        if isinstance(value, Proxy | type | types.ModuleType):
+        try:
+            value = self._peer.ask("getitem", self._peer.proxy(0), name)
+        except KeyError:
+            # Not KeyError: a builtin would stand in for the function under test.
+            raise NameError(f"name {name!r} is not defined") from None
+        if isinstance(value, Proxy | type):
             self[name] = value
         return value
 

@@ -10,8 +10,8 @@ _VISIBLE_DUNDERS = ("__name__", "__qualname__", "__doc__", "__dict__")
 class Proxy:
     """An object of the other process. It never equals data of this one, whatever it claims.
 
-    Nor can it be ordered against data or added to it: the request would carry the value that tests expect. Between two
-    proxies the other process compares and computes.
+    Nor can it be ordered against data, added to it or made a number: a request would carry the value that tests expect,
+    and the answer could be another each time. Between two proxies the other process compares and computes.
     """
 
     __slots__ = ("_proxy_ask", "_proxy_number")
@@ -42,8 +42,8 @@ class Proxy:
     def __ne__(self, other: object) -> bool:
         return not isinstance(other, Proxy) or bool(self._proxy_ask("ne", self, other))
 
-    def __hash__(self) -> int:
-        return self._proxy_ask("hash", self)
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise TypeError("an object of the other process cannot be copied")
 
     def __instancecheck__(self, value: object) -> bool:
         return isinstance(value, Proxy) and self._proxy_ask("isinstance", value, self) is True
@@ -51,30 +51,33 @@ class Proxy:
     def __subclasscheck__(self, kind: object) -> bool:
         return isinstance(kind, Proxy) and self._proxy_ask("issubclass", kind, self) is True
 
-    def __exit__(self, kind: object, error: object, trace: object) -> Any:
-        return self._proxy_ask("exit", self, kind)
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        # What it answers would have Python drop the error of an assertion.
+        self._proxy_ask("exit", self, kind)
 
 
 _UNARY: dict[str, Callable[..., Any]] = {
-    **{"len": len, "iter": iter, "next": next, "reversed": reversed, "str": str, "repr": repr, "format": format},
-    **{"bool": bool, "int": int, "float": float, "complex": complex, "index": operator.index, "round": round},
-    **{"abs": abs, "neg": operator.neg, "pos": operator.pos, "invert": operator.invert},
-    **{"getitem": operator.getitem, "setitem": operator.setitem, "delitem": operator.delitem},
+    **{kind.__name__: kind for kind in (len, iter, next, reversed, str, repr, format, bool, hash)},
+    "getitem": operator.getitem,
+    "setitem": operator.setitem,
+    "delitem": operator.delitem,
     "enter": lambda value: type(value).__enter__(value),
 }
-"""Operations on one object, with keys or options; without `contains`, which would carry what tests expect."""
+"""Operations on one object, with keys or options.
+
+Without conversions to numbers, which could give another answer each time, and `contains`, which would carry what tests
+expect.
+"""
 _BINARY: dict[str, Callable[..., Any]] = {
-    name: getattr(operator, f"__{name}__")
-    for name in (
-        *("lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
-        *("and", "or", "xor", "lshift", "rshift"),
+    name: getattr(operator, f"__{name}__") for name in (
+        "lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul",
+        "and", "or", "xor", "lshift", "rshift",
     )
-}
+}  # fmt: skip
 OPERATIONS: dict[str, Callable[..., Any]] = {
     **_UNARY,
     **_BINARY,
-    **{"getattr": getattr, "setattr": setattr, "delattr": delattr, "isinstance": isinstance, "issubclass": issubclass},
-    **{"eq": operator.eq, "ne": operator.ne, "hash": hash},
+    **{kind.__name__: kind for kind in (getattr, setattr, delattr, isinstance, issubclass, operator.eq, operator.ne)},
     "call": lambda value, /, *args, **kwargs: value(*args, **kwargs),
     "exit": lambda value, kind: type(value).__exit__(value, kind, None, None),
 }

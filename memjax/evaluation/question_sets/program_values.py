@@ -1,18 +1,11 @@
 """The types whose values cross between a program and its tests, and how each is taken apart and put together."""
 
 import builtins
+import collections
 import functools
 import importlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
-
-MODULES = frozenset(
-    (
-        *("bisect", "cmath", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq"),
-        *("itertools", "json", "math", "operator", "random", "re", "statistics", "string", "sys", "time"),
-    )
-)
-"""Modules that a process imports itself where the other one names them."""
 
 
 class Codec(NamedTuple):
@@ -20,17 +13,15 @@ class Codec(NamedTuple):
 
     parts: Callable[[Any], Iterable[Any]]
     make: Callable[[Any, list[Any]], Any] = lambda kind, parts: kind(*parts)
-    """Makes a value of the type from its parts; of a mutable container, an empty one, from parts not yet decoded."""
+    """Makes a value of the type from its parts."""
     fill: Callable[[Any, list[Any]], object] | None = None
-    """Replaces the contents of a mutable container."""
+    """Only of mutable containers: replaces the contents."""
+    empty: Callable[[Any, list[Any]], Any] = lambda kind, _: kind()
+    """Makes a mutable container to fill, which the parts may hold: they are not decoded yet."""
 
 
 def _sequence(parts: Callable[[Any], Iterable[Any]]) -> Codec:
     return Codec(parts, lambda kind, parts: kind(parts))
-
-
-def _container(parts: Callable[[Any], Iterable[Any]], fill: Callable[[Any, list[Any]], object]) -> Codec:
-    return Codec(parts, lambda kind, _: kind(), fill)
 
 
 def _items(value: Any) -> Iterator[Any]:
@@ -60,6 +51,11 @@ def _refill(add: str, first: int = 0) -> Callable[[Any, list[Any]], None]:
     return refill
 
 
+@functools.cache
+def _named(name: str, fields: tuple[str, ...]) -> Any:
+    return collections.namedtuple(name, fields)
+
+
 _range = Codec(lambda value: (value.start, value.stop, value.step))
 _moment = Codec(
     lambda value: (value.isoformat(), value.fold),
@@ -77,17 +73,27 @@ CODECS = {
     "builtins.frozenset": _sequence(frozenset.__iter__),
     "builtins.range": _range,
     "builtins.slice": _range,
-    "builtins.list": _container(list.__iter__, _replace),
-    "builtins.set": _container(set.__iter__, _refill("update")),
-    "builtins.bytearray": _container(
-        lambda value: (bytearray.hex(value),), lambda value, parts: _replace(value, list(bytes.fromhex(*parts)))
+    "builtins.list": Codec(list.__iter__, fill=_replace),
+    "builtins.set": Codec(set.__iter__, fill=_refill("update")),
+    "builtins.bytearray": Codec(
+        lambda value: (bytearray.hex(value),),
+        fill=lambda value, parts: _replace(value, list(bytes.fromhex(*parts))),
     ),
-    "builtins.dict": _container(_items, _fill_dict),
-    "collections.Counter": _container(_items, _fill_dict),
-    "collections.OrderedDict": _container(lambda value: [part for pair in value.items() for part in pair], _fill_dict),
-    "collections.defaultdict": _container(lambda value: (value.default_factory, *_items(value)), _fill_defaultdict),
+    "builtins.dict": Codec(_items, fill=_fill_dict),
+    "builtins.dict_keys": Codec(iter, lambda _, parts: dict.fromkeys(parts).keys()),
+    "builtins.dict_values": Codec(iter, lambda _, parts: dict(enumerate(parts)).values()),
+    "builtins.dict_items": Codec(iter, lambda _, parts: dict(parts).items()),
+    "collections.namedtuple": Codec(
+        lambda value: (type(value).__name__, value._fields, *tuple.__iter__(value)),
+        lambda _, parts: _named(*parts[:2])._make(parts[2:]),
+    ),
+    "collections.Counter": Codec(_items, fill=_fill_dict),
+    "collections.OrderedDict": Codec(lambda value: [part for pair in value.items() for part in pair], fill=_fill_dict),
+    "collections.defaultdict": Codec(lambda value: (value.default_factory, *_items(value)), fill=_fill_defaultdict),
     "collections.deque": Codec(
-        lambda value: (value.maxlen, *value), lambda kind, parts: kind((), parts[0]), _refill("extend", 1)
+        lambda value: (value.maxlen, *value),
+        fill=_refill("extend", 1),
+        empty=lambda kind, parts: kind((), parts[0]),
     ),
     "decimal.Decimal": Codec(lambda value: (str(value),)),
     "fractions.Fraction": Codec(lambda value: (value.numerator, value.denominator)),
@@ -96,6 +102,10 @@ CODECS = {
     "datetime.time": _moment,
     "datetime.timedelta": Codec(lambda value: (value.days, value.seconds, value.microseconds)),
 }
+_NAMELESS = {f"builtins.{kind.__name__}": kind for kind in map(type, ({}.keys(), {}.values(), {}.items()))} | {
+    "collections.namedtuple": tuple
+}
+"""Types that no module holds under their names."""
 TYPES = {*CODECS, "builtins.bool", "builtins.object"} | {
     f"builtins.{name}"
     for name, value in vars(builtins).items()
@@ -117,6 +127,8 @@ def type_of(name: Any) -> Any:
     """
     if name not in TYPES:
         raise ValueError(f"not a known type: {str(name)[:80]!r}")
+    if name in _NAMELESS:
+        return _NAMELESS[name]
     module, _, attribute = name.rpartition(".")
     return getattr(importlib.import_module(module), attribute)
 
@@ -124,6 +136,8 @@ def type_of(name: Any) -> Any:
 @functools.cache
 def codec_name(kind: type) -> str | None:
     """The type with a codec that a type is or extends."""
+    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        return "collections.namedtuple"
     return next((name for name in map(name_of, kind.__mro__) if name in CODECS), None)
 
 

@@ -5,25 +5,21 @@ that begin with a tag. An instance of a subclass is sent as the builtin that it 
 not data is sent as a number, under which its process keeps it: the other one gets a `Proxy`, whose operations are
 requests.
 
-Mutable containers are cells, to which values refer by index, so that aliases and cycles survive. An answer brings the
-new contents of those arguments that changed, and every message those of attributes and items that were read before.
+Mutable containers are cells, to which values refer by index, so that aliases and cycles survive within a request and
+its answer, which brings the new contents of those arguments that changed. All else is a copy.
 
 A message can only become data, a proxy, or the end of the conversation, so the tests need not trust who sent it.
 """
 
 import contextlib
-import importlib
 import json
 import os
-import sys
-import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from memjax.evaluation.question_sets.program_proxy import OPERATIONS, Proxy
 from memjax.evaluation.question_sets.program_values import (
     CODECS,
-    MODULES,
     TYPES,
     Cells,
     codec_name,
@@ -35,9 +31,7 @@ from memjax.evaluation.question_sets.program_values import (
 _MESSAGE_BYTES = 32 << 20
 _NESTING = 100
 _SMALL = 1 << 63
-_READS = ("getattr", "getitem")
-_WATCHED = 100
-"""Of so many attributes and items, the last that were read, changes in place are sent."""
+_PLAIN = {type(None), bool, float, str}
 
 
 class Lost(BaseException):
@@ -104,8 +98,6 @@ class Peer:
         self._numbers: dict[int, int] = {}
         self._proxies: dict[int, Proxy] = {}
         self._errors: dict[int, type[Exception]] = {}
-        self._read: list[Cells] = []
-        self._lent: list[Cells] = []
         self.failure: str | None = None
         """Why the conversation is over: empty if the other process has closed it."""
 
@@ -150,9 +142,11 @@ class Peer:
         while True:
             kind, found = self._receive(cells)
             if kind == "answer":
-                _keep(self._read, operation, cells)
                 return found
             if kind == "error":
+                if operation != "next" and isinstance(found, StopIteration | StopAsyncIteration):
+                    # The loops of the caller would take it for their own end.
+                    raise RuntimeError(f"{operation} raised {type(found).__name__}")
                 raise found
             self._answer(*found)
 
@@ -180,14 +174,11 @@ class Peer:
         if self.failure is not None:
             raise Lost(self.failure)
         try:
-            kind, head, encoded, contents, changes = self._channel.read()
+            kind, head, encoded, contents = self._channel.read()
             if kind == "ask":
                 cells = Cells()
-            for index, changed in changes:
-                self._fill(lent := item_of(self._lent, index), changed)
-                lent.remember()
             self._fill(cells, contents)
-            values = [self._decode(value, cells) for value in encoded]
+            values = self._decode_all(encoded, cells)
             match kind, head, values:
                 case "ask", [operation, *names], _:
                     cells.remember()
@@ -208,8 +199,8 @@ class Peer:
             result = OPERATIONS[operation](*args, **kwargs)
             # Tests that make an object of a program's class want its methods, even where it extends a builtin.
             made = operation == "call" and isinstance(args[0], type) and args[0].__module__ == "__main__"
-            frame = self._message("answer", [], [_Exported(result) if made else result], cells)
-            _keep(self._lent, operation, cells)
+            has_methods = made and not hasattr(args[0], "_fields")
+            frame = self._message("answer", [], [_Exported(result) if has_methods else result], cells)
         except Exception as error:
             kind, name = type(error), type(error).__name__
             cells.forget_new()
@@ -220,13 +211,8 @@ class Peer:
         self._send(frame)
 
     def _message(self, kind: str, head: list[str], values: Iterable[Any], cells: Cells) -> bytes:
-        encoded = [self._encode(value, cells) for value in values]
-        changes = []
-        for index in range(max(0, len(self._read) - _WATCHED), len(self._read)):
-            if changed := self._contents(self._read[index]):
-                changes.append([index, changed])
-                self._read[index].remember()
-        return self._channel.frame([kind, head, encoded, self._contents(cells), changes])
+        encoded = self._encode_all([*values], cells)
+        return self._channel.frame([kind, head, encoded, self._contents(cells)])
 
     def _contents(self, cells: Cells) -> list[Any]:
         """What the new and the changed ones of these containers hold."""
@@ -234,13 +220,19 @@ class Peer:
         while index < len(cells.objects):
             if cells.has_changed(index):
                 name, parts = cells.parts(index)
-                contents.append([index, name, [self._encode(part, cells) for part in parts]])
+                contents.append([index, name, self._encode_all(parts, cells)])
             index += 1
         return contents
 
+    def _encode_all(self, values: list[Any], cells: Cells, depth: int = 0) -> list[Any]:
+        kinds = {*map(type, values)}
+        if kinds <= _PLAIN or (kinds == {int} and min(values) > -_SMALL and max(values) < _SMALL):
+            return values
+        return [self._encode(value, cells, depth) for value in values]
+
     def _encode(self, value: Any, cells: Cells, depth: int = 0) -> Any:
         kind = type(value)
-        if value is None or kind in (bool, float, str) or (kind is int and -_SMALL < value < _SMALL):
+        if kind in _PLAIN or (kind is int and -_SMALL < value < _SMALL):
             return value
         if kind is Proxy and value._proxy_ask == self.ask:
             return ["yours", value._proxy_number]
@@ -248,14 +240,14 @@ class Peer:
             raise RecursionError("tuples are nested too deeply")
         if isinstance(value, type):
             return self._encode_type(value)
-        if isinstance(value, types.ModuleType) and value.__name__ in MODULES and sys.modules[value.__name__] is value:
-            return ["module", value.__name__]
         if name := codec_name(kind):
             if CODECS[name].fill is not None:
                 return ["cell", cells.index(value)]
-            return [name, *[self._encode(part, cells, depth + 1) for part in CODECS[name].parts(value)]]
+            return [name, *self._encode_all([*CODECS[name].parts(value)], cells, depth + 1)]
         if kind.__module__ == "numpy" and getattr(value, "shape", None) == ():
-            return self._encode(value.item(), cells, depth + 1)
+            plain = float(value) if kind.__name__ == "longdouble" else value.item()
+            if type(plain) is not kind:
+                return self._encode(plain, cells, depth + 1)
         return ["mine", self.export(value.value if kind is _Exported else value)]
 
     def _encode_type(self, kind: type) -> list[Any]:
@@ -272,13 +264,18 @@ class Peer:
     def _fill(self, cells: Cells, contents: list[Any]) -> None:
         for index, name, parts in contents:
             if index == len(cells.objects):
-                cells.index(CODECS[name].make(type_of(name), parts))
+                cells.index(CODECS[name].empty(type_of(name), parts))
             if codec_name(type(cells.get(index))) != name:
                 raise ValueError("a container of another type")
         for index, name, parts in contents:
             if (fill := CODECS[name].fill) is None:
                 raise ValueError("not a container")
-            fill(cells.get(index), [self._decode(part, cells) for part in parts])
+            fill(cells.get(index), self._decode_all(parts, cells))
+
+    def _decode_all(self, encoded: list[Any], cells: Cells, depth: int = 0) -> list[Any]:
+        if {*map(type, encoded)} <= _PLAIN | {int}:
+            return encoded
+        return [self._decode(value, cells, depth) for value in encoded]
 
     def _decode(self, encoded: Any, cells: Cells, depth: int = 0) -> Any:
         if encoded is None or type(encoded) in (bool, int, float, str):
@@ -294,14 +291,12 @@ class Peer:
                 return self.proxy(number)
             case ["type", name]:
                 return type_of(name)
-            case ["module", name] if name in MODULES:
-                return importlib.import_module(name)
             case ["error", number, name, base]:
                 if number not in self._errors:
                     self._errors[number] = type(str(name), (type_of(base),), {"__module__": "builtins"})
                 return self._errors[number]
             case [name, *parts] if CODECS[name].fill is None:
-                return CODECS[name].make(type_of(name), [self._decode(part, cells, depth + 1) for part in parts])
+                return CODECS[name].make(type_of(name), self._decode_all(parts, cells, depth + 1))
         raise ValueError(f"no such tag: {str(encoded[:1])[:80]}")
 
 
@@ -310,13 +305,6 @@ class _Exported:
 
     def __init__(self, value: object) -> None:
         self.value = value
-
-
-def _keep(kept: list[Cells], operation: str, cells: Cells) -> None:
-    """Watches the containers that an operation has read; the two processes number them alike."""
-    if operation in _READS and cells.objects:
-        cells.remember()
-        kept.append(cells)
 
 
 def _known_base(kind: type) -> type:

@@ -57,7 +57,7 @@ def ask_problems(
     passed: list[bool] = []
     if limits is not None:
         texts = [f"{problem.beginning}{text}" for problem, (text, _) in zip(repeated, written, strict=True)]
-        passed = _run(texts, [problem.tests for problem in repeated], limits, show)
+        passed = _run(texts, repeated, limits, show)
     graded = []
     for number in range(len(problems)):
         mine = slice(number * samples, (number + 1) * samples)
@@ -69,8 +69,9 @@ def ask_problems(
     return graded
 
 
-def _run(programs: Sequence[str], tests: Sequence[str], limits: Limits, show: Show) -> list[bool]:
-    """Which programs pass their tests."""
+def _run(programs: Sequence[str], problems: Sequence[Problem], limits: Limits, show: Show) -> list[bool]:
+    """Which programs solve their problems."""
+    run = lambda program, problem: run_program(program, problem.tests, limits, functions=problem.functions)
     passed: list[bool] = []
     if lacks := missing_protection():
         warn(
@@ -80,7 +81,7 @@ def _run(programs: Sequence[str], tests: Sequence[str], limits: Limits, show: Sh
     pool = ThreadPoolExecutor(os.cpu_count())
     with unreadable() if lacks else contextlib.nullcontext():
         try:
-            for outcome in pool.map(lambda program, test: run_program(program, test, limits), programs, tests):
+            for outcome in pool.map(run, programs, problems):
                 passed.append(outcome.passed)
                 show(_WRITING + (1 - _WRITING) * len(passed) / len(programs))
         finally:

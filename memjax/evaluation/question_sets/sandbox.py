@@ -12,8 +12,11 @@ The tests run in another process, the judge, with the same limits. It has functi
 over pipes, with values that are parsed as data (`program_wire`), and alone decides. So nothing that a program does to
 its own process is a pass, whether by `ctypes`, raw addresses or native code. A program passes by its answers only:
 
-* A result that is not plain data never equals plain data, nor is it less or more. But tests that ask an object of the
-  program whether it is right (`result.is_valid()`), or that compare two answers of the program, believe it.
+* A result that is not plain data never equals plain data, and has neither order nor arithmetic with it. But tests that
+  ask an object of the program (`result.is_valid()`, `len(result)`, `str(result)`), or that compare or combine two of
+  its answers, believe it.
+* Names that the tests neither define nor import are the program's, except those of builtins (but for the function under
+  test) and libraries.
 * Without tests, the program itself says that it ran to its last line.
 
 Where namespaces are not allowed, a program has the user's rights to files and processes: it could change this package.
@@ -32,7 +35,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, BinaryIO
 
 from memjax.evaluation.question_sets import sandbox_launcher
@@ -84,9 +87,18 @@ class Outcome:
     """Why not, in a line: the error, or the limit."""
 
 
-def run_program(program: str, tests: str = "", limits: Limits = Limits()) -> Outcome:
-    """Whether a program and then its tests run to their last lines; without tests, the program says so itself."""
-    outcome, _ = _run(program, tests, limits)
+def run_program(
+    program: str, tests: str = "", limits: Limits = Limits(), *, functions: Collection[str] = ()
+) -> Outcome:
+    """Whether a program and then its tests run to their last lines; without tests, the program says so itself.
+
+    Args:
+        program: text of it.
+        tests: text of them.
+        limits: of each of the two.
+        functions: names that the tests get from the program even if they are those of builtins.
+    """
+    outcome, _ = _run(program, tests, limits, functions)
     return outcome
 
 
@@ -112,7 +124,7 @@ def unreadable() -> Iterator[None]:
         libc.prctl(_DUMPABLE, max(before, 0), 0, 0, 0)
 
 
-def _run(program: str, tests: str, limits: Limits) -> tuple[Outcome, tuple[str, ...]]:
+def _run(program: str, tests: str, limits: Limits, functions: Collection[str] = ()) -> tuple[Outcome, tuple[str, ...]]:
     with contextlib.ExitStack() as stack:
         folder = pathlib.Path(tempfile.mkdtemp(prefix="memjax-program-"))
         stack.callback(_remove, folder)
@@ -127,6 +139,7 @@ def _run(program: str, tests: str, limits: Limits) -> tuple[Outcome, tuple[str, 
             "folder": str(folder),
             "program": texts[0],
             "tests": texts[1],
+            "functions": [*functions],
             "seconds": limits.seconds,
             "limits": _resources(limits),
             "disk_bytes": _DISK_BYTES,

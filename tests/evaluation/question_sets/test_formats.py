@@ -83,6 +83,7 @@ def test_problems_are_programs_that_fail_unless_the_function_is_right(tmp_path):
         run(problem, right)
         with pytest.raises(AssertionError):
             run(problem, wrong)
+        assert problem.functions == ("double",)
     assert problem.group == "test"
     parts = [only(write(tmp_path / "b.jsonl", mbpp | {"task_id": number})).group for number in (10, 510, 511, 601)]
     assert parts == ["prompt", "test", "validation", "train"]

@@ -19,7 +19,8 @@ def test_pass_at_k_is_the_share_of_all_choices_of_k_that_hold_a_right_one(sample
 
 
 def problem(tests: str) -> Problem:
-    return Problem(text="P/1", prompt="def f(x):\n", solved="", beginning="def f(x):\n", tests=tests, stop=("\ndef ",))
+    head = "def f(x):\n"
+    return Problem(text="P/1", prompt=head, solved="", beginning=head, tests=tests, functions=("f",), stop=("\ndef ",))
 
 
 @pytest.mark.parametrize("limits", [Limits(cpu_seconds=1), None])

@@ -87,7 +87,13 @@ def test_tests_run_after_the_program_and_with_its_names():
 
 @pytest.mark.parametrize("how", cheats.FORGERIES)
 def test_a_known_forgery_does_not_pass(how):
-    assert not run_program(cheats.FORGERIES[how], cheats.TESTS, LIMITS).passed
+    assert not run_program(*cheats.split(cheats.FORGERIES[how]), LIMITS).passed
+
+
+def test_a_function_under_test_may_have_the_name_of_a_builtin():
+    program = "def sum(a, b): return a + b"
+    assert run_program(program, "assert sum(2, 3) == 5", LIMITS, functions=["sum"]).reason == ""
+    assert not run_program(program, "assert sum(2, 3) == 5", LIMITS).passed
 
 
 def test_the_search_of_memory_finds_what_is_there():
