@@ -8,7 +8,7 @@ _VISIBLE_DUNDERS = ("__name__", "__qualname__", "__doc__", "__dict__")
 
 
 class Proxy:
-    """An object of the other process. It never equals data of this one, whatever it claims.
+    """An object of the other process, which never equals data of this one, whatever it claims.
 
     Nor can it be ordered against data, added to it or made a number: a request would carry the value that tests expect,
     and the answer could be another each time. Between two proxies the other process compares and computes.
@@ -35,12 +35,6 @@ class Proxy:
 
     def __delattr__(self, name: str) -> None:
         self._proxy_ask("delattr", self, name)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Proxy) and bool(self._proxy_ask("eq", self, other))
-
-    def __ne__(self, other: object) -> bool:
-        return not isinstance(other, Proxy) or bool(self._proxy_ask("ne", self, other))
 
     def __reduce_ex__(self, protocol: object) -> Any:
         raise TypeError("an object of the other process cannot be copied")
@@ -70,14 +64,14 @@ expect.
 """
 _BINARY: dict[str, Callable[..., Any]] = {
     name: getattr(operator, f"__{name}__") for name in (
-        "lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul",
+        "eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul",
         "and", "or", "xor", "lshift", "rshift",
     )
 }  # fmt: skip
 OPERATIONS: dict[str, Callable[..., Any]] = {
     **_UNARY,
     **_BINARY,
-    **{kind.__name__: kind for kind in (getattr, setattr, delattr, isinstance, issubclass, operator.eq, operator.ne)},
+    **{kind.__name__: kind for kind in (getattr, setattr, delattr, isinstance, issubclass)},
     "call": lambda value, /, *args, **kwargs: value(*args, **kwargs),
     "exit": lambda value, kind: type(value).__exit__(value, kind, None, None),
 }

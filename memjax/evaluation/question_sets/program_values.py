@@ -81,7 +81,6 @@ CODECS = {
     ),
     "builtins.dict": Codec(_items, fill=_fill_dict),
     "builtins.dict_keys": Codec(iter, lambda _, parts: dict.fromkeys(parts).keys()),
-    "builtins.dict_values": Codec(iter, lambda _, parts: dict(enumerate(parts)).values()),
     "builtins.dict_items": Codec(iter, lambda _, parts: dict(parts).items()),
     "collections.namedtuple": Codec(
         lambda value: (type(value).__name__, value._fields, *tuple.__iter__(value)),
@@ -102,7 +101,7 @@ CODECS = {
     "datetime.time": _moment,
     "datetime.timedelta": Codec(lambda value: (value.days, value.seconds, value.microseconds)),
 }
-_NAMELESS = {f"builtins.{kind.__name__}": kind for kind in map(type, ({}.keys(), {}.values(), {}.items()))} | {
+_NAMELESS = {f"builtins.{kind.__name__}": kind for kind in map(type, ({}.keys(), {}.items()))} | {
     "collections.namedtuple": tuple
 }
 """Types that no module holds under their names."""
@@ -155,14 +154,6 @@ class Cells:
             self._indices[id(value)] = len(self.objects)
             self.objects.append(value)
         return self._indices[id(value)]
-
-    def get(self, index: Any) -> Any:
-        """The container with an index that the other process has sent.
-
-        Raises:
-            ValueError: there is none.
-        """
-        return item_of(self.objects, index)
 
     def parts(self, index: int) -> tuple[str, list[Any]]:
         """The type of a container, by its name, and what it holds."""

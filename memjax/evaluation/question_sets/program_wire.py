@@ -265,12 +265,12 @@ class Peer:
         for index, name, parts in contents:
             if index == len(cells.objects):
                 cells.index(CODECS[name].empty(type_of(name), parts))
-            if codec_name(type(cells.get(index))) != name:
+            if codec_name(type(item_of(cells.objects, index))) != name:
                 raise ValueError("a container of another type")
         for index, name, parts in contents:
             if (fill := CODECS[name].fill) is None:
                 raise ValueError("not a container")
-            fill(cells.get(index), self._decode_all(parts, cells))
+            fill(item_of(cells.objects, index), self._decode_all(parts, cells))
 
     def _decode_all(self, encoded: list[Any], cells: Cells, depth: int = 0) -> list[Any]:
         if {*map(type, encoded)} <= _PLAIN | {int}:
@@ -278,13 +278,13 @@ class Peer:
         return [self._decode(value, cells, depth) for value in encoded]
 
     def _decode(self, encoded: Any, cells: Cells, depth: int = 0) -> Any:
-        if encoded is None or type(encoded) in (bool, int, float, str):
+        if type(encoded) in _PLAIN or type(encoded) is int:
             return encoded
         if type(encoded) is not list or depth > _NESTING + 1:
             raise ValueError("neither plain nor a list with a tag, or nested too deeply")
         match encoded:
             case ["cell", index]:
-                return cells.get(index)
+                return item_of(cells.objects, index)
             case ["yours", number]:
                 return item_of(self._exports, number)
             case ["mine", number]:

@@ -63,6 +63,15 @@ PASS = {
         "d = {1: 'a'}\ndef f(): return d.keys(), d.values(), d.items()",
         "k, v, i = f()\nassert k == {1} and list(v) == ['a'] and i == {(1, 'a')}",
     ),
+    "arrays and numbers of NumPy": (
+        "import numpy\ndef f(): return numpy.array([[1, 2]]), numpy.longdouble(1.5), numpy.float32(2)",
+        "import numpy as np\na, *rest = f()\nassert (a == np.array([[1, 2]])).all() and rest == [1.5, 2]\n"
+        "assert np.array_equal(a, [[1, 2]]) and not (a == np.array([[1, 3]])).all()",
+    ),
+    "an object that is compared by a class of the tests": (
+        "class A: x = 3\nf = A",
+        "class B:\n  def __eq__(self, other): return other.x == 3\nassert f() == B()",
+    ),
     "nothing": ("x = 1", ""),
 }
 
