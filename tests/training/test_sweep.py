@@ -148,9 +148,14 @@ def test_each_run_has_a_mirror_of_its_own(program, tmp_path):
 
 def test_a_signal_goes_on_to_the_runs_and_starts_no_more(program, tmp_path, capsys):
     grid = sweep.points({"optim.lr": ["0.5", "0.25"]})
-    asked = threading.Timer(1.0, signal.raise_signal, [signal.SIGTERM])
-    asked.start()
     started = time.monotonic()
+
+    def ask_once_the_first_has_started():
+        while not (tmp_path / "runs" / "lr=0.5").exists() and time.monotonic() - started < 30:
+            time.sleep(0.01)
+        signal.raise_signal(signal.SIGTERM)
+
+    threading.Thread(target=ask_once_the_first_has_started).start()
     assert sweep.Sweep([*program, "--sleep", "60"], tmp_path / "runs", grid, jobs=1).run() == 75
     assert time.monotonic() - started < 30
     out = capsys.readouterr().out

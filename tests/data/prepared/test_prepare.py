@@ -240,12 +240,14 @@ def test_a_second_process_waits_for_the_first(tmp_path, lines, monkeypatch, caps
     assert entered.wait(30)
     entered.clear()
     threads[1].start()
-    time.sleep(0.1)
+    due = time.monotonic() + 20
+    while "waiting for another process" not in capsys.readouterr().out:
+        assert time.monotonic() < due, "it does not wait"
+        time.sleep(0.01)
     go_on.set()
     for thread in threads:
         thread.join(30)
     assert not entered.is_set(), "the data was prepared twice"
-    assert "waiting for another process" in capsys.readouterr().out
     assert len(PreparedReader(tmp_path / "p", BYTES)) == 70
 
 
