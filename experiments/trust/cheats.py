@@ -115,7 +115,7 @@ for descriptor in 0, 1, 2:
 os._exit(0)
 ### answers before it is asked
 f = Yes()
-everywhere(frame(b'["ready"]'), *[PROXY] * 50)
+everywhere(*[PROXY] * 50)
 ### answers twice
 def f(x):
     everywhere(PROXY, PROXY)
@@ -161,7 +161,7 @@ Yes.__module__, Yes.__qualname__ = "builtins", "str"
 def f(x): return Yes()
 ### replaces builtins
 import builtins, json
-for name in "isinstance", "len", "type", "exec", "compile", "abs":
+for name in "isinstance", "type", "exec", "compile", "abs":
     setattr(builtins, name, yes)
 json.loads = json.dumps = os._exit = yes
 def f(x): return True
@@ -250,6 +250,9 @@ while True: pass
 ### computes when called
 def f(x):
     while True: pass
+### replaces len
+import builtins
+builtins.len = yes
 ### dribbles
 import time
 def f(x):

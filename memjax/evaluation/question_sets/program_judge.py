@@ -36,7 +36,6 @@ def run_program(program: str, channel: Channel) -> NoReturn:
         exec(compile(program, "program.py", "exec"), module.__dict__)
         peer = Peer(channel, may=lambda *_: True)
         peer.export(module.__dict__)
-        peer.announce()
         peer.serve()
         code = 0
     except SystemExit as error:
@@ -58,7 +57,8 @@ def judge(tests: str, channel: Channel, functions: Collection[str] = ()) -> dict
     peer = Peer(channel, may=_may)
     reason = ""
     try:
-        peer.wait()
+        # Answered once the program has run.
+        peer.ask("len", peer.proxy(0))
         parsed = ast.parse(tests, "tests.py")
         exec(compile(parsed, "tests.py", "exec"), _Names(peer, _libraries(parsed), _free_names(parsed) | {*functions}))
     except Lost:

@@ -20,10 +20,6 @@ class Codec(NamedTuple):
     """Makes a mutable container to fill, which the parts may hold: they are not decoded yet."""
 
 
-def _sequence(parts: Callable[[Any], Iterable[Any]]) -> Codec:
-    return Codec(parts, lambda kind, parts: kind(parts))
-
-
 def _items(value: Any) -> Iterator[Any]:
     return (part for pair in dict.items(value) for part in pair)
 
@@ -69,8 +65,8 @@ CODECS = {
     "builtins.str": Codec(lambda value: (str.__str__(value),)),
     "builtins.complex": Codec(lambda value: (value.real, value.imag)),
     "builtins.bytes": Codec(lambda value: (bytes.hex(value),), lambda kind, parts: kind.fromhex(*parts)),
-    "builtins.tuple": _sequence(tuple.__iter__),
-    "builtins.frozenset": _sequence(frozenset.__iter__),
+    "builtins.tuple": Codec(tuple.__iter__, lambda kind, parts: kind(parts)),
+    "builtins.frozenset": Codec(frozenset.__iter__, lambda kind, parts: kind(parts)),
     "builtins.range": _range,
     "builtins.slice": _range,
     "builtins.list": Codec(list.__iter__, fill=_replace),

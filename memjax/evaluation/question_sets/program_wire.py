@@ -14,7 +14,7 @@ A message can only become data, a proxy, or the end of the conversation, so the 
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from memjax.evaluation.question_sets.program_proxy import OPERATIONS, Proxy
@@ -114,22 +114,6 @@ class Peer:
             raise ValueError("not a number")
         return self._proxies.setdefault(number, Proxy(self.ask, number))
 
-    def announce(self) -> None:
-        """Sends that this process is ready."""
-        self._send(self._channel.frame(["ready"]))
-
-    def wait(self) -> None:
-        """Waits until the other process is ready.
-
-        Raises:
-            Lost: it never is.
-        """
-        try:
-            if self._channel.read() != ["ready"]:
-                raise ValueError("not the first message")
-        except Exception as error:
-            raise self._lost(error) from None
-
     def ask(self, operation: str, /, *args: Any, **kwargs: Any) -> Any:
         """Has the other process do an operation.
 
@@ -138,7 +122,8 @@ class Peer:
             Exception: the operation raises it there.
         """
         cells = Cells()
-        self._send(self._message("ask", [operation, *kwargs], [*args, *kwargs.values()], cells))
+        values = self._encode_all([*args, *kwargs.values()], cells)
+        self._send(self._frame("ask", [operation, *kwargs], values, cells))
         while True:
             kind, found = self._receive(cells)
             if kind == "answer":
@@ -200,29 +185,26 @@ class Peer:
             # Tests that make an object of a program's class want its methods, even where it extends a builtin.
             made = operation == "call" and isinstance(args[0], type) and args[0].__module__ == "__main__"
             has_methods = made and not hasattr(args[0], "_fields")
-            frame = self._message("answer", [], [_Exported(result) if has_methods else result], cells)
+            encoded = ["mine", self.export(result)] if has_methods else self._encode(result, cells)
+            frame = self._frame("answer", [], [encoded], cells)
         except Exception as error:
             kind, name = type(error), type(error).__name__
             cells.forget_new()
             try:
-                frame = self._message("error", [], [kind, _arguments(error), name], cells)
+                frame = self._frame("error", [], self._encode_all([kind, _arguments(error), name], cells), cells)
             except Exception:
-                frame = self._message("error", [], [RuntimeError, (name,), name], Cells())
+                frame = self._frame("error", [], self._encode_all([RuntimeError, (name,), name], Cells()), Cells())
         self._send(frame)
 
-    def _message(self, kind: str, head: list[str], values: Iterable[Any], cells: Cells) -> bytes:
-        encoded = self._encode_all([*values], cells)
-        return self._channel.frame([kind, head, encoded, self._contents(cells)])
-
-    def _contents(self, cells: Cells) -> list[Any]:
-        """What the new and the changed ones of these containers hold."""
+    def _frame(self, kind: str, head: list[str], encoded: list[Any], cells: Cells) -> bytes:
+        """A message with what the new and the changed ones of these containers hold."""
         contents, index = [], 0
         while index < len(cells.objects):
             if cells.has_changed(index):
                 name, parts = cells.parts(index)
                 contents.append([index, name, self._encode_all(parts, cells)])
             index += 1
-        return contents
+        return self._channel.frame([kind, head, encoded, contents])
 
     def _encode_all(self, values: list[Any], cells: Cells, depth: int = 0) -> list[Any]:
         kinds = {*map(type, values)}
@@ -248,7 +230,7 @@ class Peer:
             plain = float(value) if kind.__name__ == "longdouble" else value.item()
             if type(plain) is not kind:
                 return self._encode(plain, cells, depth + 1)
-        return ["mine", self.export(value.value if kind is _Exported else value)]
+        return ["mine", self.export(value)]
 
     def _encode_type(self, kind: type) -> list[Any]:
         name = name_of(kind)
@@ -298,13 +280,6 @@ class Peer:
             case [name, *parts] if CODECS[name].fill is None:
                 return CODECS[name].make(type_of(name), self._decode_all(parts, cells, depth + 1))
         raise ValueError(f"no such tag: {str(encoded[:1])[:80]}")
-
-
-class _Exported:
-    """Marks a value that is sent as a proxy, even if it has a codec."""
-
-    def __init__(self, value: object) -> None:
-        self.value = value
 
 
 def _known_base(kind: type) -> type:

@@ -220,7 +220,7 @@ messages = st.tuples(
 def test_no_row_of_messages_passes_without_the_answer(sent, rubbish):
     (questions, asks), (answers, replies) = os.pipe(), os.pipe()
     with open(replies, "wb") as file:
-        for message in (["ready"], *sent):
+        for message in (["answer", [], [0], []], *sent):
             body = json.dumps(message).encode()
             file.write(len(body).to_bytes(4, "big") + body)
         file.write(rubbish)

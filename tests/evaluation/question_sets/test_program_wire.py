@@ -49,7 +49,6 @@ def functions(serve):
     def names(program: str):
         with serve(program) as channel:
             peer = Peer(channel, may=lambda *_: True)
-            peer.wait()
             yield peer.proxy(0)
 
     return names
