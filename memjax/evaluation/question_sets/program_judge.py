@@ -19,10 +19,11 @@ from memjax.evaluation.question_sets.program_proxy import Proxy
 from memjax.evaluation.question_sets.program_wire import Channel, Lost, Peer
 
 _REASON_LETTERS = 200
-_LIBRARIES = {name: name for name in (*sys.stdlib_module_names, "numpy", "pandas", "scipy", "sympy", "torch")} | {
-    "np": "numpy",
-    "pd": "pandas",
-}
+_ALIASES = {"np": "numpy", "pd": "pandas", "nx": "networkx", "plt": "matplotlib.pyplot"}
+_LIBRARIES = {
+    *sys.stdlib_module_names, *_ALIASES,
+    "jax", "matplotlib", "networkx", "numpy", "pandas", "pytest", "scipy", "sklearn", "sympy", "torch",
+}  # fmt: skip
 """Modules that the judge imports where tests take attributes of names that they do not bind."""
 
 
@@ -78,7 +79,7 @@ def judge(tests: str, channel: Channel, functions: Collection[str] = ()) -> dict
 def _libraries(tests: ast.Module) -> set[str]:
     """Names of libraries that tests take attributes of."""
     attributes = [node for node in ast.walk(tests) if isinstance(node, ast.Attribute)]
-    return {node.value.id for node in attributes if isinstance(node.value, ast.Name)} & _LIBRARIES.keys()
+    return {node.value.id for node in attributes if isinstance(node.value, ast.Name)} & _LIBRARIES
 
 
 def _free_names(tests: ast.Module) -> set[str]:
@@ -100,7 +101,7 @@ class _Names(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         if name in self._libraries:
-            return importlib.import_module(_LIBRARIES[name])
+            return importlib.import_module(_ALIASES.get(name, name))
         if name not in self._of_program:
             raise KeyError(name)
         try:

@@ -115,6 +115,11 @@ FAIL = {
         "assert math.fabs(f() - 1) < 1",
         "AssertionError",
     ),
+    "a replaced library of tests": (
+        "class pytest: approx = lambda x: 3\ndef f(x): return x",
+        "assert f(3) == pytest.approx(9)",
+        "AssertionError",
+    ),
     "a replaced library": (
         "class np: allclose = staticmethod(lambda *a: True)\ndef f(x): return x",
         "assert np.allclose(f(3), 9)",
