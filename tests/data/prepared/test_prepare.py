@@ -91,7 +91,7 @@ BROKEN = {
     "NUL in a string": (b'{"text": "a\0b"}', "not JSON"),
     "an empty text": (b'{"text": ""}', "'text' is an empty string"),
     "a missing key": (b'{"body": "x"}', r"has the fields \['body'\]"),
-    "null": (b'{"text": null}', "JSON null"),
+    "null": (b'{"text": null}', "'text' is a null"),
     "half a surrogate pair": (b'{"text": "\\udc00"}', "half of a surrogate pair"),
     "two objects in a line": (b'{"text": "x"} {"text": "y"}', "not JSON"),
     "deep nesting": (b"[" * 100_000, "not JSON"),
