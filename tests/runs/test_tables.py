@@ -27,7 +27,7 @@ from memjax.models.parts import DecoderParts, split_decoder
 from memjax.ops import host_memory
 from memjax.ops.row_formats import formats
 from memjax.ops.table import Table
-from memjax.runs import subcommands, table_files
+from memjax.runs import table_files
 from memjax.runs import tables as run_tables
 from memjax.runs.layout import meta_document, params_to_tree
 from memjax.runs.load import TableSettings
@@ -400,9 +400,7 @@ def test_without_a_driver_the_message_says_so(monkeypatch):
 
 
 @pytest.mark.slow
-def test_commands_take_formats_and_places(tmp_path, monkeypatch, capsys):
-    # A command that only copies stays off accelerators, which is a setting of the process.
-    monkeypatch.setattr(subcommands, "_stay_on_cpu", lambda: None)
+def test_commands_take_formats_and_places(tmp_path, capsys):
     save(tmp_path / "run")
     assert convert.main(["quantize", str(tmp_path / "run"), "--table", "int4", "--out", str(tmp_path / "small")]) == 0
     assert "tables in int4, read-only" in capsys.readouterr().out
