@@ -18,6 +18,7 @@ from memjax.data.tokenizers.base import Tokenizer
 from memjax.inference.scoring import Place, Request, score, to_device
 from memjax.models.decoder import Decoder
 from memjax.models.loss import token_losses
+from memjax.models.token_ids import check_ids
 
 _TEXTS_AT_ONCE = 64
 """Texts tokenised in one call, which a BPE spreads over the cores."""
@@ -47,10 +48,15 @@ def validation_loss(model: Decoder, batches: Iterable[Batch], *, place: Place = 
         model: the model; under an ambient mesh its arrays may be split over it.
         batches: as `Dataset.validation_batches` gives them.
         place: puts a batch on the devices.
+
+    Raises:
+        ValueError: a token id is outside the vocabulary.
     """
     graphdef, state = nnx.split(model)
     sums: list[Any] = []
     for batch in batches:
+        for name in ("tokens", "targets"):
+            check_ids(batch[name], model.config.vocab_size, f"the {name} of a batch")
         sums.append(_batch_loss(graphdef, state, place(batch)))
         if len(sums) > 1:
             # One batch computes while the next is made; more would be memory, and time in which nothing can stop it.

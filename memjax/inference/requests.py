@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 from memjax.config.sampling import SamplingConfig
 from memjax.inference.sampling import GREEDY
+from memjax.models.token_ids import check_ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,9 +52,7 @@ def check(request: Request, vocab_size: int) -> None:
     """Raises a ValueError that says why a request cannot be met."""
     if not len(request.prompt_ids):
         raise ValueError(f"the ids of prompt {request.number} are empty; they need at least the begin token")
-    for token in (min(request.prompt_ids), max(request.prompt_ids)):
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"the ids of prompt {request.number} hold {token}; the model knows 0..{vocab_size - 1}")
+    check_ids(request.prompt_ids, vocab_size, f"the ids of prompt {request.number}")
     if request.max_tokens < 1:
         raise ValueError(f"max_tokens={request.max_tokens} must be positive")
     if request.logprobs is not None and not 0 <= request.logprobs <= vocab_size:

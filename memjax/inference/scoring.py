@@ -24,6 +24,7 @@ from memjax.inference.sampling import Likelihoods, likelihoods
 from memjax.inference.weights import prepare
 from memjax.models.decoder import Decoder
 from memjax.models.loss import map_logits
+from memjax.models.token_ids import check_ids
 from memjax.sharding.axes import has_memory_axis, replicate, split_tokens
 
 Show = Callable[[float], None]
@@ -97,9 +98,12 @@ def score(
         show: receives the share of the work that is done.
 
     Raises:
-        ValueError: a context is empty.
+        ValueError: a context is empty, or a token id is outside the vocabulary.
     """
     requests = list(requests)
+    for number, one in enumerate(requests):
+        for name, ids in zip(one._fields, one, strict=True):
+            check_ids(ids, model.config.vocab_size, f"the ids of the {name} of request {number}")
     longest = max((len(one.context) + len(one.continuation) for one in requests), default=1)
     groups = _by_shape(_rows(requests, max_length or longest), batch_size)
     nats, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)

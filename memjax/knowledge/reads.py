@@ -104,7 +104,7 @@ class LayerRun(NamedTuple):
 def run_layers(model: Decoder, tokens: Int[Array, "b s"]) -> tuple[dict[str, LayerRun], Float[Array, "b s dim"]]:
     """Every layer that reads tables, by its name, and the residual stream before the last norm."""
     config, positions = model.config, jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    x = model.embed.embedding[...][tokens].astype(model.embed.dtype)
+    x = model.embedded(tokens)
     runs: dict[str, LayerRun] = {}
     for number, block in enumerate(model.blocks):
         lookup = config.lookups.get(number)

@@ -18,6 +18,7 @@ from memjax.data.tokenizers.base import Tokenizer
 from memjax.knowledge.facts import batch_of, pairs_of, windows
 from memjax.knowledge.reads import layers_of, run_layers, slot_reads, tables_of, through_norm
 from memjax.models.decoder import Decoder
+from memjax.models.token_ids import check_ids
 from memjax.ops.embedding_bag.api import embedding_bag
 
 _RECORDS_AT_ONCE = 256
@@ -59,7 +60,11 @@ def count_texts(
         batch_size: windows at once.
         most: windows that are read; None for all.
         show: called with the number of windows read so far.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the model.
     """
+    check_ids([tokenizer.vocab_size - 1], model.config.vocab_size, "the ids of the tokenizer")
     graphdef, state = nnx.split(model)
     counts = {pool: jnp.zeros(model.config.tables[pool].num_slots, jnp.int32) for pool in pools_of(model.config)}
     total = 0
@@ -157,7 +162,11 @@ def slot_report(
         contexts: places that are kept.
         promoted: tokens that are kept.
         most: windows that are read; None for all.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the model.
     """
+    check_ids([tokenizer.vocab_size - 1], model.config.vocab_size, "the ids of the tokenizer")
     graphdef, state = nnx.split(model)
     best: list[tuple[float, int, Context]] = []
     texts = reads = 0

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from memjax.knowledge.reads import LayerRun, run_layers, table_gradients, tables_of, through_norm
 from memjax.models.decoder import Decoder
 from memjax.models.parts import split_decoder
+from memjax.models.token_ids import check_ids
 from memjax.ops.embedding_dot.api import embedding_dot
 
 
@@ -62,7 +63,12 @@ def trace(model: Decoder, prompt: Sequence[int], answer: Sequence[int] = (), *, 
         prompt: token ids, at least one.
         answer: token ids whose logits are asked for after the prompt; without it, of the likeliest token.
         guesses: number of likeliest tokens returned for each position.
+
+    Raises:
+        ValueError: a token id is outside the vocabulary.
     """
+    for name, ids in (("prompt", prompt), ("answer", answer)):
+        check_ids(ids, model.config.vocab_size, f"the ids of the {name}")
     tokens = [*prompt, *answer][: len(prompt) + max(0, len(answer) - 1)]
     length = len(tokens)
     # Rows of a few lengths share a compiled program; padding at the end is seen by no token before it.

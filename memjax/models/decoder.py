@@ -18,6 +18,7 @@ from memjax.models.feed_forward import linear
 from memjax.models.moe import Routing
 from memjax.models.norm import RMSNorm
 from memjax.models.remat import Remat, rematerialised
+from memjax.models.token_ids import check_ids
 from memjax.ops.precision import accumulator, init_in_float32
 from memjax.ops.shapes import require
 from memjax.sharding.axes import gathered, split_tokens
@@ -95,7 +96,12 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "b s"], positions: Int[Array, "b s"] | None = None
     ) -> Float[Array, "b s vocab"]:
-        """Logits of the next token at every place, in float32 or wider. For training see `hidden` and `models.loss`."""
+        """Logits of the next token at every place, in float32 or wider. For training see `hidden` and `models.loss`.
+
+        Raises:
+            ValueError: a token id is outside the vocabulary. Under `jax.jit`, where ids have no values yet, the logits
+                of its sequence are NaN.
+        """
         return self.logits(self.hidden(tokens, positions).states)
 
     def hidden(
@@ -128,7 +134,7 @@ class Decoder(nnx.Module):
             if given is not None:
                 fits = given.shape == tokens.shape
                 require("Decoder", fits, f"{name} must have the shape of the tokens", tokens=tokens, **{name: given})
-        x = split_tokens(self._embed(tokens))
+        x = split_tokens(self.embedded(tokens))
         reads: dict[str, tuple[TableRead, ...]] = {}
         routings: dict[str, Routing] = {}
 
@@ -180,17 +186,21 @@ class Decoder(nnx.Module):
         if cache is not None:
             lengths = cache.lengths
             positions += lengths[:, None]
-        x, blocks = self._embed(tokens), []
+        x, blocks = self.embedded(tokens), []
         for layer, block in enumerate(self.blocks):
             with jax.named_scope(layer_name(layer)):
                 x, kept = block.with_cache(x, positions, cache and cache.blocks[layer], self._tables(layer))
             blocks.append(kept)
         return self.norm(x).normed, Cache(tuple(blocks), lengths + tokens.shape[1])
 
-    def _embed(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s dim"]:
+    def embedded(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s dim"]:
+        """The embeddings of tokens; under `jax.jit` NaN for ids outside the vocabulary, which are refused elsewhere."""
+        check_ids(tokens, self.config.vocab_size, "tokens")
+        # Indexing would read the last row instead, or count from the end.
+        rows = self.embed.embedding[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         # Rows first, then their type: the other way round the whole matrix would be cast, and its gradient be summed
         # in 16 bits.
-        return self.embed.embedding[...][tokens].astype(self.embed.dtype)
+        return rows.astype(self.embed.dtype)
 
     def _tables(self, layer: int) -> tuple[ValueTable, ...]:
         """The tables that a block reads."""

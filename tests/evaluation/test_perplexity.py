@@ -158,3 +158,12 @@ def test_validation_compiles_once_and_runs_on_a_mesh(mesh):
 
 def test_no_batches_have_no_loss():
     assert math.isnan(validation_loss(tiny(), []))
+
+
+@pytest.mark.parametrize("name", ["tokens", "targets"])
+def test_validation_data_of_another_tokenizer_are_refused(name):
+    batch = batches()[0]
+    ids = np.array(batch[name])
+    ids[-1, -1] = 259
+    with pytest.raises(ValueError, match=rf"the {name} of a batch hold 259; the model knows 0\.\.258"):
+        validation_loss(tiny(), [batch | {name: ids}])

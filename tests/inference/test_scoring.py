@@ -97,6 +97,14 @@ def test_a_context_needs_a_token(drawn_model):
         score(drawn_model, [Request([1], [5]), Request([], [5])], max_length=8)
 
 
+@pytest.mark.parametrize(
+    ("name", "request_"), [("context", Request([300], [5])), ("continuation", Request([1], [5, -2]))]
+)
+def test_an_id_outside_the_vocabulary_is_no_other_token(drawn_model, name, request_):
+    with pytest.raises(ValueError, match=rf"the {name} of request 1 hold (300|-2); the model knows 0\.\.258"):
+        score(drawn_model, [Request([1], [5]), request_], max_length=8)
+
+
 def test_two_devices_score_what_one_scores(drawn_model, by_hand):
     requests = mixed_requests(by_hand)[:3]
     mesh = jax.make_mesh(

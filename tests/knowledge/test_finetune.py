@@ -113,3 +113,17 @@ def test_slots_that_every_text_reads_are_left_alone(model_of):
     recipe = Recipe(rows=3, lr=0.3, epochs=1, batch_size=3)
     learned = learn(model, TOKENIZER, FACTS, Background(4, counts), recipe, longest=16)
     jax.tree.map(np.testing.assert_array_equal, split_decoder(model)[2], split_decoder(learned)[2])
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(model_of, monkeypatch):
+    model = model_of("peer")
+    monkeypatch.setattr(ByteTokenizer, "vocab_size", 300)
+    for run in (
+        lambda: count_texts(model, TOKENIZER, TEXTS, length=8),
+        lambda: slot_report(model, TOKENIZER, TEXTS, "L2", 0, length=8),
+        lambda: learn(
+            model, TOKENIZER, FACTS, Background(1, {}), Recipe(rows=1, lr=0.1, epochs=1, batch_size=2), longest=8
+        ),
+    ):
+        with pytest.raises(ValueError, match=r"the ids of the tokenizer hold 299; the model knows 0\.\.258"):
+            run()

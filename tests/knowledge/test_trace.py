@@ -102,3 +102,9 @@ def test_logits_and_probabilities_are_the_models(model_of):
     best = np.argsort(-probabilities, axis=1)[:, :3]
     assert [[token for token, _ in guesses] for guesses in found.guesses] == best.tolist()
     assert trace(model, PROMPT).targets == [*PROMPT[1:], int(logits[len(PROMPT) - 1].argmax())]
+
+
+@pytest.mark.parametrize(("prompt", "answer"), [([1, 259], [7]), ([1, 70], [259])])
+def test_an_id_outside_the_vocabulary_is_not_traced(model_of, prompt, answer):
+    with pytest.raises(ValueError, match=r"hold 259; the model knows 0\.\.258"):
+        trace(model_of("plain"), prompt, answer)

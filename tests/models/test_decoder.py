@@ -267,3 +267,23 @@ def test_no_token_gives_no_logits(name, shape):
 def test_what_is_no_batch_of_tokens_is_refused(as_users_call, tokens):
     with pytest.raises(ValueError, match=r"Decoder: tokens must be whole numbers \[batch, tokens\]; found tokens "):
         build("dense")(tokens)
+
+
+@pytest.mark.parametrize("wrong", [-1, 40, 41])
+def test_ids_outside_the_vocabulary_are_refused_and_are_nan_where_they_are_traced(as_users_call, wrong):
+    model, tokens = build("dense"), np.array([[3, 5, wrong, 7], [3, 5, 6, 7]], np.int32)
+    given: Any
+    for given in (tokens, jnp.asarray(tokens)):
+        with pytest.raises(ValueError, match=rf"tokens hold {wrong}; the model knows 0\.\.39"):
+            model(given)
+        with pytest.raises(ValueError, match=rf"tokens hold {wrong}; the model knows 0\.\.39"):
+            model.with_cache(given, model.init_cache(2, 4))
+    logits = np.asarray(call(model, tokens))
+    assert np.isnan(logits[0, 2:]).all()
+    np.testing.assert_array_equal(logits[1], np.asarray(call(model, tokens[[1, 1]]))[1])
+
+
+def test_an_id_outside_the_vocabulary_moves_no_embedding():
+    embedding = lambda model, tokens: jnp.nansum(model.embedded(tokens))
+    gradient = nnx.jit(nnx.grad(embedding))(build("dense"), jnp.array([[3, -1, 40, 7]])).embed.embedding[...]
+    np.testing.assert_array_equal(np.flatnonzero(np.asarray(gradient).any(axis=1)), [3, 7])
