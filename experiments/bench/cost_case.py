@@ -20,7 +20,7 @@ from memjax.config.run import RunConfig
 from memjax.inference.engine import Engine
 from memjax.inference.programs import LONGEST_CHUNK
 from memjax.inference.requests import Request
-from memjax.models.counts import training_flops_per_token
+from memjax.models.counts import training_flops
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts
 
@@ -41,7 +41,7 @@ def of_tokens(case: Row) -> Iterator[Row]:
     for one in case["models"]:
         config = load(RunConfig, pathlib.Path(one["preset"]), one["settings"])
         parts = DecoderParts.of(config.model)
-        flops = training_flops_per_token(parts, case["prompt"])
+        flops = training_flops(parts, case["prompt"]).total
         found = {"part": "tokens", "model": one["model"], "slots": slots_of(config), "FLOPs": flops}
         model = random_model(parts, None, None)
         for batch in case["batches"]:

@@ -28,7 +28,7 @@ from memjax.config.load import load
 from memjax.config.run import RunConfig
 from memjax.config.section import replaced
 from memjax.memory.row_grad_reduce import Collective
-from memjax.models.counts import count_parameters, training_flops_per_token
+from memjax.models.counts import count_parameters, training_flops
 from memjax.models.decoder import resolve_dtype
 from memjax.monitoring.metrics import PEAK_FLOPS
 from memjax.training.plan import memory as memory_plan
@@ -130,7 +130,7 @@ class Case:
 
     def one_gpu(self, mfu: float) -> float:
         """Seconds of its step on one GPU."""
-        flops = training_flops_per_token(self.program.parts, self.config.data.sequence_length)
+        flops = training_flops(self.program.parts, self.config.data.sequence_length).total
         return flops * self.tokens / (mfu * PEAK_FLOPS["NVIDIA H200"])
 
     def on(self, data: int, memory: int) -> RunConfig:

@@ -25,7 +25,7 @@ from memjax.memory import sharded
 from memjax.memory.read import TableName, zero_perturbation
 from memjax.memory.table import draw_rows
 from memjax.models import dot_product
-from memjax.models.counts import count_parameters, training_flops_per_token
+from memjax.models.counts import count_parameters, training_flops
 from memjax.models.decoder import resolve_dtype
 from memjax.monitoring.metrics import peak_flops
 from memjax.monitoring.profile import describe_overlap, is_collective, newest_trace, operations, overlaps, table
@@ -152,7 +152,7 @@ def whole_step(config: RunConfig, devices: list[Any], case: Row) -> Row:
     }
     if peak := peak_flops(devices[0]):
         freeze_dense = config.optim.freeze_dense
-        flops = training_flops_per_token(program.parts, config.data.sequence_length, freeze_dense=freeze_dense)
+        flops = training_flops(program.parts, config.data.sequence_length, freeze_dense=freeze_dense).total
         row["MFU"] = speed * flops / (peak * len(devices))
     return row
 

@@ -19,7 +19,7 @@ from jax import Array
 
 from memjax.config.optim import ScheduleConfig
 from memjax.config.run import RunConfig
-from memjax.models.counts import count_parameters, training_flops_per_token
+from memjax.models.counts import count_parameters, training_flops
 from memjax.models.decoder import Decoder
 from memjax.training.compiler import compiler_options
 from memjax.training.optimizer import make_schedule
@@ -135,7 +135,7 @@ class Trainer:
         state = jax.block_until_ready(self._init(jax.random.key(seed)))
         length = self.config.data.sequence_length
         tokens_per_step = self.config.data.batch_size * length
-        flops_per_token = training_flops_per_token(self.program.parts, length)
+        flops_per_token = training_flops(self.program.parts, length).total
         curve: list[dict[str, Any]] = []
         compiling, training, measuring, speed = 0.0, 0.0, 0.0, 0.0
         for done in range(chunk, steps + 1, chunk):

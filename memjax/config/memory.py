@@ -121,8 +121,6 @@ class MemoryConfig(ProductKeyConfig):
     """silu: Memory+, out = W2 (y * silu(W1 x)); none: the plain memory layer."""
     output_gate: bool = False
     """Scale each token's output by a learned number between 0 and 1 (the paper's '+gated')."""
-    shared_table: bool = True
-    """All memory layers read one table; false gives each layer its own."""
 
     def width(self, dim: int) -> int:
         """Columns of the tables, in a model of width dim."""

@@ -14,7 +14,7 @@ from memjax.memory.read import Perturbations, TableRead
 from memjax.memory.sparse_gradient import row_sparse_value_and_grad
 from memjax.memory.table import ValueTable
 from memjax.models.block import Block
-from memjax.models.decoder import Decoder, DecoderOutput, layer_name
+from memjax.models.decoder import Decoder, DecoderOutput, default_positions, layer_name
 from memjax.models.norm import RMSNorm
 from memjax.models.parts import AnyTables, DecoderParts
 from memjax.ops.precision import accumulator
@@ -103,12 +103,10 @@ class LayerRun(NamedTuple):
 
 def run_layers(model: Decoder, tokens: Int[Array, "b s"]) -> tuple[dict[str, LayerRun], Float[Array, "b s dim"]]:
     """Every layer that reads tables, by its name, and the residual stream before the last norm."""
-    config, positions = model.config, jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    x = model.embedded(tokens)
+    x, positions = model.embedded(tokens), default_positions(tokens)
     runs: dict[str, LayerRun] = {}
     for number, block in enumerate(model.blocks):
-        lookup = config.lookups.get(number)
-        tables = tuple(model.tables[name] for name in lookup.tables(number)) if lookup else ()
+        tables = model.tables_of(number)
         residual, attention_inputs = block.inputs_of(x, block.attention_norm)
         attended = block.add(residual, block.attention_norm, block.attention(attention_inputs, positions))
         inputs = block.inputs_of(attended, block.mixer_norm).normed

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from memjax.memory.sharded import RowSum, table_shards, update_rows, update_rows_by_sum
+from memjax.memory.row_grad_reduce import CollectiveOption
+from memjax.memory.sharded import RowSum, mesh_sizes, update_rows, update_rows_by_sum
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.rules import NormRule, row_step
 from memjax.sharding.axes import split_columns
@@ -20,7 +20,7 @@ MOST_COLUMNS = 1024
 
 def columns_per_state(width: int) -> int:
     """The most columns of a row, up to 256, that share a second moment on whichever device has them."""
-    shards = table_shards()
+    shards = mesh_sizes()["memory_axis"]
     return math.gcd(256, width if width % shards else width // shards)
 
 
@@ -35,7 +35,7 @@ def squared_norm(
     gradients: Sequence[RowGradient] | RowSum,
     *,
     ok: ArrayLike = True,
-    collective: Literal["auto", "all_gather", "all_reduce"] = "auto",
+    collective: CollectiveOption = "auto",
     implementation: str | None = None,
 ) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
     """The unchanged table, and the squared Euclidean norm of its gradient.
@@ -51,7 +51,7 @@ def squared_norm(
         collective: see `memjax.memory.sharded.update_rows`.
         implementation: of `row_update`.
     """
-    columns = columns_per_square(table.shape[1], table_shards())
+    columns = columns_per_square(table.shape[1], mesh_sizes()["memory_axis"])
     rule, step = NormRule(state_columns=columns), row_step(0, 0, ok=ok)
     state = jax.tree.map(split_columns, rule.init(table.shape[0], table.shape[1], table.dtype))
     if isinstance(gradients, RowSum):

@@ -52,7 +52,7 @@ class ProductKeys(nnx.Module):
         kinds = {"dtype": dtype or jnp.float32, "param_dtype": param_dtype}
         checks.refuse(
             checks.counts(dim=dim)
-            + ([] if implementation is None else checks.one_of(dispatch.IMPLEMENTATIONS, implementation=implementation))
+            + dispatch.problems(implementation)
             + [
                 f"{name}={jnp.dtype(kind).name} must be a type of floating-point numbers"
                 for name, kind in kinds.items()

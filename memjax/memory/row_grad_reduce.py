@@ -12,6 +12,7 @@ from memjax.ops.row_update.dense import BLOCK_BYTES, BLOCK_COPIES, piece_tokens
 from memjax.ops.row_update.segments import MOST_PICKS
 
 Collective = Literal["all_gather", "all_reduce"]
+CollectiveOption = Literal["auto", "all_gather", "all_reduce"]
 
 PICK_BYTES = 40
 """Of each pick while rows are updated: its row, token and weight, sorted and unsorted, and where segments begin."""
@@ -66,7 +67,7 @@ def reduce_bytes(
 
 
 def sums_micro_batches(
-    wanted: Literal["auto", "all_gather", "all_reduce"],
+    wanted: CollectiveOption,
     table: Any,
     gradients: Sequence[RowGradient],
     count: int,
@@ -105,7 +106,7 @@ def _of_one(gradient: RowGradient, num_tokens: int, columns: int) -> int:
 
 
 def choose(
-    wanted: Literal["auto", "all_gather", "all_reduce"],
+    wanted: CollectiveOption,
     table: Any,
     gradients: Sequence[RowGradient],
     *,
@@ -120,7 +121,7 @@ def choose(
     Raises:
         ValueError: `wanted` is unknown.
     """
-    checks.refuse(checks.one_of(("auto", *get_args(Collective)), collective=wanted))
+    checks.refuse(checks.one_of(get_args(CollectiveOption), collective=wanted))
     if wanted != "auto":
         return wanted
     if sum(gradient.indices.size for gradient in gradients) > MOST_PICKS:

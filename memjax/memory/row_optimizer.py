@@ -4,7 +4,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from memjax.config import checks
-from memjax.memory import sharded
+from memjax.memory import row_grad_reduce, sharded
 from memjax.memory.gradient_norm import columns_per_state, squared_norm
 from memjax.memory.sharded import RowSum
 from memjax.ops import dispatch
@@ -34,30 +34,24 @@ class RowOptimizer:
     """The default of 256 state_columns is lowered where it does not divide a table's width, or that of a shard."""
     seed: int = 0
     """Of the stochastic rounding; every table rounds with bits of its own."""
-    collective: Literal["auto", "all_gather", "all_reduce"] = "auto"
+    collective: row_grad_reduce.CollectiveOption = "auto"
     """How row gradients cross the axis `data` of a mesh: see `memjax.memory.sharded.update_rows`."""
     implementation: str | None = None
     """Of `row_update`; None takes the fastest that can run."""
 
     def __post_init__(self):
-        rate, is_rule = self.learning_rate, isinstance(self.rule, RowRule)
+        rate = self.learning_rate
         if isinstance(rate, np.ndarray | jax.Array) and rate.shape == () and not isinstance(rate, Tracer):
             # Transformations of Flax compare optimizers by hashes, which arrays lack.
             rate = rate.item()
             object.__setattr__(self, "learning_rate", rate)
-        is_rate = _is_rate(rate)
         checks.typed(self)
-        checks.refuse(
-            (
-                []
-                if self.implementation is None
-                else checks.one_of(dispatch.IMPLEMENTATIONS, implementation=self.implementation)
-            )
-            + [
-                None if is_rate else f"learning_rate={rate!r} must be a number that is not negative, or a schedule",
-                None if is_rule else f"rule={self.rule!r} must be a memjax.RowRule",
-            ]
-        )
+        problems = dispatch.problems(self.implementation)
+        if not _is_rate(rate):
+            problems.append(f"learning_rate={rate!r} must be a number that is not negative, or a schedule")
+        if not isinstance(self.rule, RowRule):
+            problems.append(f"rule={self.rule!r} must be a memjax.RowRule")
+        checks.refuse(problems)
 
     def rate(self, step: ArrayLike) -> ArrayLike:
         """The learning rate of a step, numbered from 0."""
@@ -108,9 +102,9 @@ class RowOptimizer:
         """The gradients times a number."""
         return gradients.scaled(factor) if isinstance(gradients, RowSum) else [row.scaled(factor) for row in gradients]
 
-    def sums(self, rows: Float[Array, "n d"], gradients: Sequence[RowGradient], count: int) -> bool:
-        """Whether the row gradients of so many micro-batches are to be summed as they come; those of one are given."""
-        return sharded.sums_micro_batches(self.collective, rows, gradients, count)
+    def sums_micro_batches(self, rows: Float[Array, "n d"], gradients: Sequence[RowGradient], count: int) -> bool:
+        """Whether to sum the row gradients of `count` micro-batches as they come; `gradients` are those of one."""
+        return row_grad_reduce.sums_micro_batches(self.collective, rows, gradients, count, **sharded.mesh_sizes())
 
     def add(self, total: RowSum, gradients: Sequence[RowGradient]) -> RowSum:
         """The sum, at first `no_rows(rows)`, with more row gradients."""

@@ -11,7 +11,7 @@ these are the plain operations, so one device, a mesh and a caller's own model r
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,35 +47,33 @@ def bag(
 
     The perturbation is added before the all-to-all, so its cotangent is split by columns, as `update_rows` wants it.
     """
-    tokens = (*indices.shape[:1], *table.shape[1:])
-    perturbations = _checked("bag", perturbation, tokens, indices=indices, table=table)
+    _check_perturbation("bag", perturbation, (*indices.shape[:1], *table.shape[1:]), indices=indices, table=table)
     if _is_plain(indices):
         run = alike_over_tensor(partial(embedding_bag, mode="promise_in_bounds", implementation=implementation))
-        return sum(perturbations, start=unsharded(run, indices)(table, indices, weights))
-    specs = (rules.COLUMNS, rules.TOKENS, rules.TOKENS, *(rules.BAGS for _ in perturbations))
+        return _perturbed(unsharded(run, indices)(table, indices, weights), perturbation)
+    specs = (rules.COLUMNS, rules.TOKENS, rules.TOKENS, rules.BAGS)
     run = over_mesh(_bag_of_group, specs, rules.TOKENS, implementation=implementation)
-    return run(table, indices, weights, *perturbations)
+    return run(table, indices, weights, perturbation)
 
 
 @alike_over_tensor
 def _bag_of_group(
-    table: Table | Array, indices: Array, weights: Array, *perturbations: Array, implementation: str | None
+    table: Table | Array, indices: Array, weights: Array, perturbation: Array | None, *, implementation: str | None
 ) -> Array:
     indices, weights = (jax.lax.all_gather(picks, rules.MEMORY, tiled=True) for picks in (indices, weights))
-    out = sum(
-        perturbations,
-        start=embedding_bag(table, indices, weights, mode="promise_in_bounds", implementation=implementation),
-    )
+    out = embedding_bag(table, indices, weights, mode="promise_in_bounds", implementation=implementation)
+    out = _perturbed(out, perturbation)
     return jax.lax.all_to_all(out, rules.MEMORY, split_axis=0, concat_axis=1, tiled=True)
 
 
-def _checked(operation: str, perturbation: Array | None, shape: tuple[int, ...], **arrays: Any) -> tuple[Array, ...]:
-    """The perturbation, if there is one, which must have the shape of what it is added to."""
-    if perturbation is None:
-        return ()
-    rule = f"a perturbation must have the shape of the {operation}s"
-    require(operation, perturbation.shape == shape, rule, perturbation=perturbation, **arrays)
-    return (perturbation,)
+def _check_perturbation(operation: str, perturbation: Array | None, shape: tuple[int, ...], **arrays: Any) -> None:
+    if perturbation is not None:
+        rule = f"a perturbation must have the shape of the {operation}s"
+        require(operation, perturbation.shape == shape, rule, perturbation=perturbation, **arrays)
+
+
+def _perturbed(out: Array, perturbation: Array | None) -> Array:
+    return out if perturbation is None else out + perturbation
 
 
 def dot(
@@ -90,24 +88,24 @@ def dot(
 
     The vectors come back split by columns like the bags of `bag`, as `update_rows` wants them.
     """
-    perturbations = _checked("dot", perturbation, indices.shape, indices=indices)
+    _check_perturbation("dot", perturbation, indices.shape, indices=indices)
     if _is_plain(indices):
         run = alike_over_tensor(partial(embedding_dot, mode="promise_in_bounds", implementation=implementation))
-        return sum(perturbations, start=unsharded(run, indices)(table, indices, vectors)), vectors
-    specs = (rules.COLUMNS, rules.TOKENS, rules.TOKENS, *(rules.TOKENS for _ in perturbations))
+        return _perturbed(unsharded(run, indices)(table, indices, vectors), perturbation), vectors
+    specs = (rules.COLUMNS, rules.TOKENS, rules.TOKENS, rules.TOKENS)
     run = over_mesh(_dot_of_group, specs, (rules.TOKENS, rules.BAGS), implementation=implementation)
-    return run(table, indices, vectors, *perturbations)
+    return run(table, indices, vectors, perturbation)
 
 
 @alike_over_tensor
 def _dot_of_group(
-    table: Table | Array, indices: Array, vectors: Array, *perturbations: Array, implementation: str | None
+    table: Table | Array, indices: Array, vectors: Array, perturbation: Array | None, *, implementation: str | None
 ) -> tuple[Array, Array]:
     indices = jax.lax.all_gather(indices, rules.MEMORY, tiled=True)
     columns = jax.lax.all_to_all(vectors, rules.MEMORY, split_axis=1, concat_axis=0, tiled=True)
     out = embedding_dot(table, indices, columns, mode="promise_in_bounds", implementation=implementation)
     out = jax.lax.psum_scatter(out, rules.MEMORY, scatter_dimension=0, tiled=True)
-    return sum(perturbations, start=out), columns
+    return _perturbed(out, perturbation), columns
 
 
 def update_rows(
@@ -117,7 +115,7 @@ def update_rows(
     rule: RowRule,
     step: RowStep,
     *,
-    collective: Literal["auto", "all_gather", "all_reduce"] = "auto",
+    collective: row_grad_reduce.CollectiveOption = "auto",
     implementation: str | None = None,
     piece_picks: int = dense.PIECE_PICKS,
     block_bytes: int = dense.BLOCK_BYTES,
@@ -147,7 +145,7 @@ def update_rows(
     for gradient in gradients:
         gradient.check(table.shape[1])
     check_state(table, state, rule)
-    chosen = row_grad_reduce.choose(collective, table, gradients, **_sizes())
+    chosen = row_grad_reduce.choose(collective, table, gradients, **mesh_sizes())
     if all(_is_plain(gradient.indices) for gradient in gradients):
         run = lambda table, state, gradients, step: row_update(
             table, state, gradients, rule, step, implementation=implementation
@@ -192,19 +190,9 @@ class RowSum(NamedTuple):
 ROW_SUM = RowSum(rules.REPLICA_COLUMNS, rules.REPLICA_SHARDS)  # pyright: ignore[reportArgumentType]
 
 
-def sums_micro_batches(
-    collective: Literal["auto", "all_gather", "all_reduce"],
-    table: Float[Array, "n d"],
-    gradients: Sequence[RowGradient],
-    count: int,
-) -> bool:
-    """Whether row gradients of so many micro-batches are summed as they come; see `row_grad_reduce`."""
-    return row_grad_reduce.sums_micro_batches(collective, table, gradients, count, **_sizes())
-
-
 def no_rows(table: Float[Array, "n d"], after: Any = ()) -> RowSum:
     """The sum of no row gradients. The arrays of `after` come first, so that it takes no memory before they do."""
-    replicas, shards = _sizes().values()
+    replicas, shards = mesh_sizes().values()
     # Not a constant, which could be written long before.
     zero, _ = jax.lax.optimization_barrier((jnp.zeros((), accumulator(table.dtype)), after))
     total = RowSum(jnp.full((replicas, *table.shape), zero), jnp.zeros((replicas, shards, table.shape[0]), bool))
@@ -272,13 +260,8 @@ def _of_columns(step: RowStep, table: Array) -> RowStep:
     return step._replace(first_column=step.first_column + jax.lax.axis_index(rules.MEMORY) * table.shape[1])
 
 
-def table_shards() -> int:
-    """Devices that share the columns of a table."""
-    return _sizes()["memory_axis"]
-
-
-def _sizes() -> dict[str, int]:
-    """Replicas of a column shard, and devices that share the columns of a table."""
+def mesh_sizes() -> dict[str, int]:
+    """`data_axis`, the replicas of a column shard, and `memory_axis`, the devices that share a table's columns."""
     axes = jax.sharding.get_abstract_mesh().shape if has_memory_axis() else {rules.DATA: 1, rules.MEMORY: 1}
     return {"data_axis": axes[rules.DATA], "memory_axis": axes[rules.MEMORY]}
 

@@ -98,11 +98,6 @@ def training_flops(parts: DecoderParts, sequence_length: int, *, freeze_dense: b
     return FlopCounts(**flops)
 
 
-def training_flops_per_token(parts: DecoderParts, sequence_length: int, *, freeze_dense: bool = False) -> int:
-    """All of `training_flops`."""
-    return training_flops(parts, sequence_length, freeze_dense=freeze_dense).total
-
-
 def _attention_products(config: ModelConfig, sequence_length: int) -> int:
     """Multiplications of scores and of weighted values in one block, by token."""
     # The first tokens of a row see fewer than the window holds.

@@ -146,7 +146,7 @@ class Decoder(nnx.Module):
             name = layer_name(layer)
             own = (perturbations or {}).get(name)
             with jax.named_scope(name):  # for profilers
-                x, aux = run(block, x, positions, segments, self._tables(layer), own, token_mask)
+                x, aux = run(block, x, positions, segments, self.tables_of(layer), own, token_mask)
             x = split_tokens(x)
             if aux.reads:
                 reads[name] = aux.reads
@@ -189,7 +189,7 @@ class Decoder(nnx.Module):
         x, blocks = self.embedded(tokens), []
         for layer, block in enumerate(self.blocks):
             with jax.named_scope(layer_name(layer)):
-                x, kept = block.with_cache(x, positions, cache and cache.blocks[layer], self._tables(layer))
+                x, kept = block.with_cache(x, positions, cache and cache.blocks[layer], self.tables_of(layer))
             blocks.append(kept)
         return self.norm(x).normed, Cache(tuple(blocks), lengths + tokens.shape[1])
 
@@ -202,7 +202,7 @@ class Decoder(nnx.Module):
         # in 16 bits.
         return rows.astype(self.embed.dtype)
 
-    def _tables(self, layer: int) -> tuple[ValueTable, ...]:
+    def tables_of(self, layer: int) -> tuple[ValueTable, ...]:
         """The tables that a block reads."""
         lookup = self.config.lookups.get(layer)
         return tuple(self.tables[name] for name in lookup.tables(layer)) if lookup else ()

@@ -10,6 +10,7 @@ from types import ModuleType
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from memjax.config import checks
 from memjax.ops import triton_call
 from memjax.ops.table import Table
 
@@ -37,6 +38,11 @@ def choose(operation: str, wanted: str | None, dtype: DTypeLike = jnp.float32) -
     if reason := why_not(wanted, dtype):
         raise NotImplementedError(f"{operation}: implementation={wanted!r} cannot run: {reason}")
     return wanted
+
+
+def problems(implementation: str | None) -> list[str | None]:
+    """Why `implementation` names none of IMPLEMENTATIONS, for `checks.refuse`; None, the default, is allowed."""
+    return [] if implementation is None else checks.one_of(IMPLEMENTATIONS, implementation=implementation)
 
 
 def choose_for(operation: str, wanted: str | None, table: Table) -> str:

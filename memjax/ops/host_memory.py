@@ -29,29 +29,18 @@ def allocate(num_bytes: int) -> UInt8[np.ndarray, " b"]:
     Raises:
         ConfigError: the machine has not so much left.
     """
-    check_available(num_bytes)
+    available = available_bytes()
+    if available is not None and num_bytes > available:
+        raise ConfigError(
+            f"table_place=host needs {num_bytes / 1e9:.1f} GB of host memory, of which {available / 1e9:.1f} GB are "
+            "available; use a smaller table_format (int8, int4), or a machine with more memory"
+        )
     return np.frombuffer(mmap.mmap(-1, max(1, num_bytes)), np.uint8)[:num_bytes]
 
 
 def map_file(path: pathlib.Path, num_bytes: int) -> UInt8[np.ndarray, " b"]:
     """A file's bytes, read from disk as they are needed; nothing that happens to the array reaches the file."""
     return np.memmap(path, np.uint8, "c", shape=(num_bytes,)) if num_bytes else np.zeros(0, np.uint8)
-
-
-def check_available(num_bytes: int) -> None:
-    """Refuses what the machine has no memory for.
-
-    Raises:
-        ConfigError: it is not there; the message says how much is.
-    """
-    available = available_bytes()
-    if available is not None and num_bytes > available:
-        raise ConfigError(
-            [
-                f"table_place=host needs {num_bytes / 1e9:.1f} GB of host memory, of which {available / 1e9:.1f} GB "
-                "are available; use a smaller table_format (int8, int4), or a machine with more memory"
-            ]
-        )
 
 
 def available_bytes() -> int | None:
@@ -133,9 +122,7 @@ class _Driver:
 def _driver() -> _Driver:
     device = jax.devices()[0]
     if device.platform != "gpu":
-        raise ConfigError(
-            [f"table_place=host: memory is pinned for NVIDIA GPUs, and the device is a {device.platform}"]
-        )
+        raise ConfigError(f"table_place=host: memory is pinned for NVIDIA GPUs, and the device is a {device.platform}")
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError as error:

@@ -76,7 +76,9 @@ def accumulate_gradients(
     shapes, optimizer = jax.eval_shape(one, first), program.table_optimizer
     sums = {}
     if isinstance(optimizer, RowOptimizer):
-        dense = [name for name, rows in shapes.rows.items() if optimizer.sums(state.tables[name], rows, count)]
+        dense = [
+            name for name, rows in shapes.rows.items() if optimizer.sums_micro_batches(state.tables[name], rows, count)
+        ]
         sums = {name: no_rows(state.tables[name]) for name in dense}
 
     def add(total: StepGradients, micro: Batch) -> tuple[StepGradients, dict[str, Any]]:
@@ -106,36 +108,33 @@ def _gradients(
     segments = batch["segments"] if program.config.data.rows_hold_documents else None
     token_mask = batch["segments"] > 0
 
+    is_dense = program.config.optim.table.is_dense
+
     def loss_fn(
-        params: nnx.State, perturbations: dict[str, Perturbations], tables: Tables
+        trained: tuple[nnx.State, Tables], perturbations: dict[str, Perturbations]
     ) -> tuple[Array, tuple[Reads, LossSums]]:
+        params, tables = trained
         params = without_gradient_where_frozen(program.config.optim, _gathered_outside_blocks(params))
-        model = parts.merge(params, tables)
-        places = (batch["tokens"], batch["positions"], segments)
-        hidden = model.hidden(*places, perturbations, remat, token_mask=token_mask, training=True)
+        model = parts.merge(params, tables if is_dense else state.tables)
+        inputs = (batch["tokens"], batch["positions"], segments)
+        hidden = model.hidden(*inputs, perturbations, remat, token_mask=token_mask, training=True)
         mask = batch["loss_mask"].astype(accumulator(hidden.states.dtype))
         loss, losses = summed_loss(model, hidden.states, batch["targets"], mask / num_targets)
         by_part = [jnp.sum(losses * mask, where=is_of_part) for is_of_part in masks_of_parts(program, batch)]
         aux = LossSums(loss, by_part, _routers(hidden.routings, token_mask, num_tokens))
         return loss + _router_loss(program, aux.routers), (hidden.reads, aux)
 
-    params, tables, of_tables = state.params, state.tables, {}
+    trained = state.params, state.tables if is_dense else {}
     perturbations = parts.zero_perturbations(batch["tokens"].size)
-    if not program.config.optim.table.is_dense:
-        (_, aux), dense, reads, cotangents = perturbed_value_and_grad(loss_fn)(params, perturbations, tables)
-    else:
-        of_both = lambda both, perturbations: loss_fn(both[0], perturbations, both[1])
-        (_, aux), (dense, of_tables), reads, cotangents = perturbed_value_and_grad(of_both)(
-            (params, tables), perturbations
-        )
+    (_, aux), (dense, dense_tables), reads, cotangents = perturbed_value_and_grad(loss_fn)(trained, perturbations)
     reads = _without_padding(program, state, reads, token_mask.ravel())
-    rows = {} if program.config.optim.table.is_dense else row_gradients(reads, cotangents)
+    rows = {} if is_dense else row_gradients(reads, cotangents)
     factors = [(row.weights, row.vectors) for of_table in rows.values() for row in of_table]
     not_finite = (~all_finite(factors)).astype(jnp.int32)
     if not (mesh := jax.sharding.get_abstract_mesh()).empty:
         # Where its parameters live, so that no device sums or keeps all of it.
         dense = jax.lax.with_sharding_constraint(dense, program.dense_shardings(mesh, dense))
-    summed = Summed(aux, dense, of_tables, not_finite)
+    summed = Summed(aux, dense, dense_tables, not_finite)
     # A layer that reads several tables reads the same rows of each.
     return StepGradients(summed, rows, {layer: of_layer[0].indices for layer, of_layer in reads.items()})
 

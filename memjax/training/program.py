@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from memjax.config.run import RunConfig
 from memjax.memory.row_optimizer import RowOptimizer
-from memjax.models.counts import training_flops_per_token
+from memjax.models.counts import training_flops
 from memjax.models.decoder import layer_name
 from memjax.models.parts import DecoderParts, Tables
 from memjax.runs.layout import widened
@@ -77,7 +77,7 @@ class TrainProgram:
     def flops_per_token(self) -> int:
         """The arithmetic of the training, by which runs are compared."""
         length, frozen = self.config.data.sequence_length, self.config.optim.freeze_dense
-        return training_flops_per_token(self.parts, length, freeze_dense=frozen)
+        return training_flops(self.parts, length, freeze_dense=frozen).total
 
     def no_reads(self) -> dict[str, Array]:
         """Read counters at zero."""

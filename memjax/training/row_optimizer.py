@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from memjax.config.optim import TableOptimConfig
+from memjax.memory.row_grad_reduce import CollectiveOption
 from memjax.memory.row_optimizer import RowOptimizer
 from memjax.ops.precision import accumulator
 from memjax.ops.row_update.rules import RowRule
@@ -59,7 +60,7 @@ def make_table_optimizer(
     learning_rate: optax.Schedule,
     *,
     seed: int,
-    collective: Literal["auto", "all_gather", "all_reduce"] = "auto",
+    collective: CollectiveOption = "auto",
     implementation: str | None = None,
 ) -> RowOptimizer | DenseTableOptimizer:
     """The optimizer of all tables; see `RowOptimizer` for the arguments."""

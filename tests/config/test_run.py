@@ -67,11 +67,12 @@ def parameters(model: ModelConfig) -> int:
             continue
         queries = (model.dim + 1) * lookup.num_heads * lookup.key_dim
         keys = lookup.num_heads * 2 * lookup.num_keys * (lookup.key_dim // 2)
-        gate = (model.dim + 1) * model.value_dim + (model.value_dim + 1) * model.dim
+        value_dim = lookup.width(model.dim)
+        gate = (model.dim + 1) * value_dim + (value_dim + 1) * model.dim
         gated = isinstance(lookup, MemoryConfig) and lookup.gate == "silu"
         total += queries + keys + (gate if gated else 0)
     if model.memory is not None:
-        total += model.memory.num_slots * model.value_dim
+        total += model.memory.num_slots * model.memory.width(model.dim)
     if model.peer is not None:
         total += 2 * model.peer.num_slots * model.dim
     return total

@@ -12,7 +12,7 @@ from memjax.config.memory import MemoryConfig, PEERConfig
 from memjax.config.model import ExpertsConfig, ModelConfig
 from memjax.config.optim import OptimConfig
 from memjax.config.run import RunConfig
-from memjax.models.counts import count_parameters, training_flops, training_flops_per_token
+from memjax.models.counts import count_parameters, training_flops
 from memjax.models.parts import DecoderParts
 from memjax.training.optimizer import without_gradient_where_frozen
 from memjax.training.plan.report import describe
@@ -106,14 +106,14 @@ def test_flops_are_those_that_xla_counts():
     # Forward and backward are three forward passes. XLA also computes the masked half of attention.
     masked_half = 2 * length * 2 * 48 * config.num_layers
     counted = 3 * (analysis["flops"] / length - masked_half)
-    assert training_flops_per_token(parts, length) == pytest.approx(counted, rel=0.03)
+    assert training_flops(parts, length).total == pytest.approx(counted, rel=0.03)
 
 
 def test_flops_of_a_memory_layer_are_those_of_its_search_and_its_reads():
     memory = MemoryConfig(layers=(0,), num_keys=16, num_heads=2, top_k=4, key_dim=8, value_dim=32)
     dense = ModelConfig(dim=16, num_layers=1, num_heads=2, ffn_dim=24, vocab_size=259, memory=None)
     both = (dataclasses.replace(dense, memory=memory), dense)
-    with_memory, without = (training_flops_per_token(DecoderParts.of(config), 8) for config in both)
+    with_memory, without = (training_flops(DecoderParts.of(config), 8).total for config in both)
     feed_forward = 3 * 16 * 24
     projections = 16 * 2 * 8 + 16 * 32 + 32 * 16
     scores = 2 * 2 * 16 * 4
@@ -151,7 +151,7 @@ def test_frozen_parts_compute_no_gradients_of_their_weights_and_none_at_all_befo
     seen = length // 2 * 128 * 2
     before = 2 * attention + feed_forward
     by_hand = 4 * before + 2 * (attention + feed_forward + head) + 4 * 2 * seen
-    both = (training_flops_per_token(parts, length, freeze_dense=frozen) for frozen in (False, True))
+    both = (training_flops(parts, length, freeze_dense=frozen).total for frozen in (False, True))
     assert next(both) - next(both) == by_hand
     # XLA also computes the masked half of the attention, and counts norms, gates and softmax: here a thirtieth of it.
     masked = 4 * 2 * seen
@@ -177,7 +177,7 @@ def test_a_peer_layer_by_hand():
 def test_a_window_counts_the_tokens_that_are_seen():
     whole = ModelConfig(dim=16, num_layers=3, num_heads=2, vocab_size=259, memory=None)
     parts = [DecoderParts.of(dataclasses.replace(whole, sliding_window=window)) for window in (None, 64, 16)]
-    full, long, short = (training_flops_per_token(part, 64) for part in parts)
+    full, long, short = (training_flops(part, 64).total for part in parts)
     assert full == long
     # Seen places up to each token's own half, as the formula counts them: areas of the mask, by hand.
     area = 64 * 64 / 2 - 48 * 48 / 2

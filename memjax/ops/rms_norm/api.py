@@ -50,15 +50,13 @@ def rms_norm(
         require("rms_norm", fits, "residual must be like x", x=x, residual=residual)
     if x.size == 0:
         return Normed(x, x)
-    rows = x.size // x.shape[-1]
-    folded = [array.reshape(rows, -1) for array in (x, residual) if array is not None]
+    fold = lambda array: array.reshape(-1, x.shape[-1])
     if name != "triton":
-        added = sum(folded[:0:-1], start=folded[0])
-        normed = dispatch.load("rms_norm", name).rms_norm(added, scale, epsilon)
-        return Normed(added.reshape(x.shape), normed.reshape(x.shape))
-    both: Any = _by_kernels(epsilon, *vary_together((scale, *folded)))
-    same, normed = both
-    return Normed(same.reshape(x.shape), normed.reshape(x.shape))
+        x = x if residual is None else x + residual
+        return Normed(x, dispatch.load("rms_norm", name).rms_norm(fold(x), scale, epsilon).reshape(x.shape))
+    rows = [fold(array) for array in (x, residual) if array is not None]
+    added, normed = _by_kernels(epsilon, *vary_together((scale, *rows)))  # pyright: ignore[reportGeneralTypeIssues]
+    return Normed(added.reshape(x.shape), normed.reshape(x.shape))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
