@@ -31,10 +31,10 @@ from memjax.monitoring.metrics import peak_flops
 from memjax.monitoring.profile import describe_overlap, is_collective, newest_trace, operations, overlaps, table
 from memjax.ops.row_update.rules import RowRule, row_step
 from memjax.sharding.mesh import make_mesh, put_batch
-from memjax.sharding.rules import COLUMNS, TOKENS
+from memjax.sharding.rules import COLUMNS, MICRO_BATCHES, TOKENS
 from memjax.training.plan import memory as memory_plan
 from memjax.training.program import TrainProgram
-from memjax.training.step import BATCH, make_train_step
+from memjax.training.step import make_train_step
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import timing
@@ -121,7 +121,7 @@ def whole_step(config: RunConfig, devices: list[Any], case: Row) -> Row:
         return row | {"note": f"does not fit: a device has {limit / 1e9:.1f} GB"}
     with jax.set_mesh(mesh):
         state = program.init(jax.random.key(0), mesh)
-        batch = put_batch(mesh, random_batch(config, case["documents"]), BATCH)
+        batch = put_batch(mesh, random_batch(config, case["documents"]), MICRO_BATCHES)
         jax.block_until_ready(state)
         say("state drawn")
         if case["count_rows"]:

@@ -20,8 +20,9 @@ from memjax.models.parts import split_decoder
 from memjax.runs.load import load_as_saved
 from memjax.runs.write import write_run
 from memjax.sharding.mesh import put_batch
+from memjax.sharding.rules import MICRO_BATCHES
 from memjax.training.program import TrainProgram
-from memjax.training.step import BATCH, make_train_step
+from memjax.training.step import make_train_step
 
 STEPS, SEQUENCES, LENGTH = 30, 6, 24
 EPS = 1e-30
@@ -137,7 +138,7 @@ def _in_memjax(folder: pathlib.Path, settings: str) -> tuple[Outcome, RunConfig]
         state = dataclasses.replace(state, params=jax.tree.map(lambda leaf: leaf + 0.02, state.params))
         _export(folder, "start", program, state, config)
         for batch in _batches(config.train.grad_accum_steps):
-            state, metrics = step(state, put_batch(mesh, batch, BATCH))
+            state, metrics = step(state, put_batch(mesh, batch, MICRO_BATCHES))
             losses.append(float(metrics["train/loss"]))
         _export(folder, "end", program, state, config)
     model = _load(folder / "end")

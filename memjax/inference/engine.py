@@ -21,7 +21,7 @@ from memjax.inference.programs import (
 )
 from memjax.inference.requests import Made, Request, TokenLogprobs, check
 from memjax.inference.sampling import Likelihoods, Mode
-from memjax.inference.weights import prepared
+from memjax.inference.weights import prepare
 from memjax.models.decoder import Decoder
 from memjax.ops.tiles import next_power_of_two
 from memjax.sharding.axes import has_memory_axis
@@ -86,7 +86,7 @@ class Engine:
         min_capacity: int = 0,
         modes: Sequence[Mode] = (),
     ):
-        """Prepares the weights (`weights.prepared`); the cache is allocated when it is needed.
+        """Prepares the weights (`weights.prepare`); the cache is allocated when it is needed.
 
         Args:
             model: the model; the engine sees no change made to it later.
@@ -102,7 +102,7 @@ class Engine:
         self.num_slots = num_slots
         self._config, self._prefill_rows = model.config, prefill_rows
         self._min_capacity, self._modes = min_capacity, tuple(modes)
-        _, graphdef, structure, self._weights = prepared(model)
+        _, graphdef, structure, self._weights = prepare(model)
         self._programs = programs_of(graphdef, structure)
         # A mesh splits rows over its devices, so each needs as many as the others; nobody reads the rows in excess.
         self._devices = jax.sharding.get_abstract_mesh().size if has_memory_axis() else 1

@@ -231,7 +231,7 @@ class PromptScorer:
 
     def __init__(self, model: Decoder):
         """Takes the weights that an `Engine` for this model has; they are in memory once."""
-        graphdef, self._weights = nnx.split(prepare(model))
+        graphdef, self._weights = nnx.split(prepare(model).model)
 
         @partial(jax.jit, static_argnames="num_top")
         def run(weights: nnx.State, tokens: Int[Array, "b s"], *, num_top: int) -> Likelihoods:

@@ -101,7 +101,8 @@ def continue_texts(
         made, pace = engine.step(0), Pace()
         while True:
             for slot, more in made.items():
-                texts[slot].extend(more.tokens)
+                for token in more.tokens:
+                    texts[slot].push(token)
                 if texts[slot].is_stopped:
                     engine.release(slot)
             if not engine.is_busy:
@@ -141,10 +142,6 @@ class _Text:
             return ""
         self.num_tokens += 1
         return self._add(self._stops.push(self._decoder.push(token)))
-
-    def extend(self, tokens: Iterable[int]) -> str:
-        """The new text that several tokens complete."""
-        return "".join([self.push(token) for token in tokens])
 
     def finish(self) -> str:
         """What was held back."""

@@ -235,26 +235,21 @@ def _matvec(x: Array, rows: Array, *vectors: Array, names: tuple[str, ...], gate
 
 
 class Prepared(NamedTuple):
-    """A model as decoding reads it, and taken apart for compiled programs."""
+    """A model as decoding reads it, and the same split for compiled programs."""
 
     model: Decoder
     graphdef: Any
     structure: Any
-    """Of the state, whose leaves follow."""
+    """Tree structure of the state, whose leaves follow."""
     leaves: tuple[Array, ...]
-    """Plain, as each call of a program takes its arguments apart anew."""
+    """A flat tuple, because every call of a program flattens its arguments."""
 
 
-def prepare(model: Decoder) -> Decoder:
-    """The model of `prepared`."""
-    return prepared(model).model
-
-
-def prepared(model: Decoder) -> Prepared:
+def prepare(model: Decoder) -> Prepared:
     """The model with joined projections, and with matrices in the type that it computes in where that is narrower.
 
     The blocks' matrices are copied, joined and transposed; all other arrays, tables among them, are the model's own and
-    take no more memory. What was made is kept as long as the model lives and has the same arrays.
+    take no more memory. The result is cached as long as the model lives and has the same arrays.
     """
     graphdef, tables, params = nnx.split(model, TableRows, ...)
     arrays = jax.tree.leaves((tables, params))

@@ -10,7 +10,7 @@ from memjax.checkpoint.digests import text_digest
 from memjax.data.sources.records import Record, text_of
 from memjax.io.console import say, warn
 from memjax.io.files import check_inside, read_document, write_atomic
-from memjax.knowledge.slots import Background, count_texts, pools_of
+from memjax.knowledge.slots import Background, count_texts, layers_by_table
 from memjax.runs.load import LoadedModel
 from memjax.runs.patches.applied import model_digest
 
@@ -24,7 +24,7 @@ def background_of(found: LoadedModel, records: Sequence[Record]) -> Background:
         "sequence_length": length,
     }
     path = found.folder / "knowledge" / f"background-{text_digest(asked)[:16]}.safetensors"
-    shapes = {f"counts/{pool}": (config.tables[pool].num_slots,) for pool in pools_of(config)}
+    shapes = {f"counts/{name}": (config.tables[name].num_slots,) for name in layers_by_table(config)}
     if (kept := _read(path, shapes)) is not None:
         return kept
     say(f"counting the slots that {len(records):,} texts read")

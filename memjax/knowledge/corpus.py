@@ -1,6 +1,5 @@
 """The corpus for slot statistics: a given file, or the training data of the run."""
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -44,11 +43,9 @@ class TrainingRecords:
 
     def __iter__(self) -> Iterator[Record]:
         rng = np.random.default_rng(self._seed)
-        lengths = [split.stop - split.start for split in self._splits]
-        starts = [0, *itertools.accumulate(lengths)]
+        starts = np.cumsum([0, *(split.stop - split.start for split in self._splits)])
         for number in rng.permutation(starts[-1]).tolist():
-            part = next(i for i in range(len(lengths)) if number < starts[i + 1])
-            split, at = self._splits[part], number - starts[part]
-            reader = split.reader
-            wanted = split.start + at
+            part = int(np.searchsorted(starts, number, side="right")) - 1
+            split = self._splits[part]
+            wanted, reader = split.start + number - int(starts[part]), split.reader
             yield reader.records.draw(wanted, rng) if isinstance(reader, TextReader) else reader.record(wanted)

@@ -16,7 +16,7 @@ from memjax.data.sources.records import Record
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.knowledge.facts import Fact, batch_of, pairs_of, round_up, width_of, windows
 from memjax.knowledge.reads import SlotReads, table_gradients, tables_of
-from memjax.knowledge.slots import Background, pools_of
+from memjax.knowledge.slots import Background, layers_by_table
 from memjax.memory.usage import count_reads
 from memjax.models.decoder import Decoder
 from memjax.models.loss import summed_loss
@@ -102,7 +102,7 @@ def learn(
         name: recipe.rule(table.shape[1]).init(table.shape[0], table.shape[1], table.dtype)
         for name, table in tables.items()
     }
-    counts = {pool: jnp.asarray(found) for pool, found in background.counts.items()}
+    counts = {name: jnp.asarray(found) for name, found in background.counts.items()}
     run = jax.jit(functools.partial(_step, parts, recipe, background.texts), donate_argnums=(1, 2))
     order, step, total = np.random.default_rng(recipe.seed), 0, recipe.epochs * -(-len(facts) // size)
     for epoch in range(1, recipe.epochs + 1):
@@ -143,22 +143,16 @@ def _step(
     loss, reads, gradients = table_gradients(parts, params, tables, batch, objective)
     ok = jnp.isfinite(loss)
     new_tables, new_state = dict(tables), dict(state)
-    for pool, layers in pools_of(parts.config).items():
-        may_change = chosen(_count(reads, layers, is_new, background[pool]), background[pool], texts, recipe.rows)
+    for counted, layers in layers_by_table(parts.config).items():
+        seen = background[counted]
+        may_change = chosen(_count(reads, layers, is_new, seen), seen, texts, recipe.rows)
         for name in tables_of(parts.config, layers[0]):
-            table = tables[name]
-            kept = [gradient.without_padding(token_mask, table.shape[0]) for gradient in gradients[name]]
-            # A pick of a row that does not exist changes nothing.
-            kept = [
-                gradient._replace(
-                    indices=jnp.where(
-                        may_change.at[gradient.indices].get(mode="fill", fill_value=False),
-                        gradient.indices,
-                        table.shape[0],
-                    )
-                )
-                for gradient in kept
-            ]
+            table, kept = tables[name], []
+            for gradient in gradients[name]:
+                indices = gradient.without_padding(token_mask, table.shape[0]).indices
+                # The pick of a row that does not exist changes nothing.
+                is_kept = may_change.at[indices].get(mode="fill", fill_value=False)
+                kept.append(gradient._replace(indices=jnp.where(is_kept, indices, table.shape[0])))
             now = row_step(lr, step, ok=ok)
             new_tables[name], new_state[name] = row_update(table, state[name], kept, recipe.rule(table.shape[1]), now)
     return new_tables, new_state, loss

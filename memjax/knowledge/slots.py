@@ -3,7 +3,7 @@
 import functools
 import heapq
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from memjax.config.model import ModelConfig
 from memjax.data.sources.records import Record
 from memjax.data.tokenize import Pairs
 from memjax.data.tokenizers.base import Tokenizer
@@ -32,12 +33,12 @@ class Background(NamedTuple):
     """Texts that read each row, by the name of the table."""
 
 
-def pools_of(model_config: Any) -> dict[str, list[str]]:
-    """The layers that read each table, by the name of the table that their outputs are sums of."""
-    pools: dict[str, list[str]] = {}
-    for layer in layers_of(model_config):
-        pools.setdefault(tables_of(model_config, layer)[-1], []).append(layer)
-    return pools
+def layers_by_table(config: ModelConfig) -> dict[str, list[str]]:
+    """The layers whose output is a sum of rows of a table, by the name of the table."""
+    layers: dict[str, list[str]] = {}
+    for layer in layers_of(config):
+        layers.setdefault(tables_of(config, layer)[-1], []).append(layer)
+    return layers
 
 
 def count_texts(
@@ -47,8 +48,6 @@ def count_texts(
     *,
     length: int,
     batch_size: int = 32,
-    most: int | None = None,
-    show: Callable[[int], None] | None = None,
 ) -> Background:
     """Counts in how many of the texts, cut into windows, every slot is read.
 
@@ -58,23 +57,19 @@ def count_texts(
         records: the texts.
         length: tokens in a window.
         batch_size: windows at once.
-        most: windows that are read; None for all.
-        show: called with the number of windows read so far.
 
     Raises:
         ValueError: the tokenizer has more tokens than the model.
     """
     check_ids([tokenizer.vocab_size - 1], model.config.vocab_size, "the ids of the tokenizer")
     graphdef, state = nnx.split(model)
-    counts = {pool: jnp.zeros(model.config.tables[pool].num_slots, jnp.int32) for pool in pools_of(model.config)}
+    tables = model.config.tables
+    counts = {name: jnp.zeros(tables[name].num_slots, jnp.int32) for name in layers_by_table(model.config)}
     total = 0
-    for some in _batches(itertools.islice(_windows(tokenizer, records, length), most), batch_size):
-        batch = batch_of(some, (batch_size, length))
-        counts = _add_texts(graphdef, state, counts, batch)
+    for some in _batches(_windows(tokenizer, records, length), batch_size):
+        counts = _add_texts(graphdef, state, counts, batch_of(some, (batch_size, length)))
         total += len(some)
-        if show:
-            show(total)
-    return Background(total, {pool: np.asarray(found) for pool, found in counts.items()})
+    return Background(total, {name: np.asarray(found) for name, found in counts.items()})
 
 
 def _windows(tokenizer: Tokenizer, records: Iterable[Record], length: int) -> Iterator[Pairs]:
@@ -97,20 +92,19 @@ def _add_texts(
     token_mask = batch["segments"] > 0
     reads = slot_reads(model.hidden(batch["tokens"], token_mask=token_mask))
 
-    def of_pool(pool: str, before: Int[Array, " n"]) -> Int[Array, " n"]:
+    def add(layers: list[str], before: Int[Array, " n"]) -> Int[Array, " n"]:
         num_slots = before.shape[0]
 
         def add_row(total: Array, picks: Int[Array, "s k"]) -> tuple[Array, None]:
             is_read = jnp.zeros(num_slots, bool).at[picks.reshape(-1)].set(True, mode="drop")
             return total + is_read, None
 
-        layers = pools_of(model.config)[pool]
         picks = jnp.concatenate([reads[layer].indices.reshape(*token_mask.shape, -1) for layer in layers], axis=-1)
         # Padding reads a slot that does not exist.
         picks = jnp.where(token_mask[..., None], picks, num_slots)
         return jax.lax.scan(add_row, before, picks)[0]
 
-    return {pool: of_pool(pool, before) for pool, before in counts.items()}
+    return {name: add(layers, counts[name]) for name, layers in layers_by_table(model.config).items()}
 
 
 class Context(NamedTuple):
@@ -184,10 +178,9 @@ def slot_report(
             if len(best) > contexts:
                 heapq.heappop(best)
     kept = [context for _, _, context in sorted(best, reverse=True)]
-    total = sum((_promotes(graphdef, layer, state, slot, context, length) for context in kept), np.zeros(()))
     if not kept:
         return SlotReport(texts, reads, [], [])
-    mean = total / len(kept)
+    mean = np.mean([_promotes(graphdef, layer, state, slot, context, length) for context in kept], axis=0)
     order = np.argsort(-mean)[:promoted].tolist()
     return SlotReport(texts, reads, kept, [(token, float(mean[token])) for token in order])
 

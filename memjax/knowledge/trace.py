@@ -148,12 +148,11 @@ def _effects(model: Decoder, tokens: Array, place: int, target: int) -> dict[str
     def run(params: Any, tables: Any, batch: dict[str, Array], place: Array, target: Array) -> dict[str, Array]:
         objective = lambda model, hidden: model.logits(hidden[:, place])[0, target]
         _, reads, rows = table_gradients(parts, params, tables, batch, objective)
-        position: dict[str, int] = {}
+        of_table = {name: iter(gradients) for name, gradients in rows.items()}  # in the order of the layers
         effects = {}
         for layer in reads:
             table = tables_of(parts.config, layer)[-1]
-            position[table] = position.get(table, -1) + 1
-            indices, weights, vectors = rows[table][position[table]]
+            indices, weights, vectors = next(of_table[table])
             effects[layer] = weights * embedding_dot(tables[table], indices, vectors)
         return effects
 

@@ -69,6 +69,7 @@ def load(
     patches: Sequence[str | os.PathLike[str]] = (),
     table_format: str | RowFormat | None = None,
     table_place: Place = "device",
+    advise: Collection[LoadOption] = LOAD_OPTIONS,
 ) -> LoadedModel:
     """The model and the tokenizer of a run.
 
@@ -91,40 +92,14 @@ def load(
             `memjax.ops.row_formats.formats` added. None keeps what was saved.
         table_place: device, or host for tables larger than the GPU: their rows stay in the machine's memory and are
             read from there by the kernels. On a CPU, files of `convert quantize` are mapped.
+        advise: options that an error may recommend where memory is short; commands name those that they have.
 
     Raises:
         CheckpointError: there is no such checkpoint, it cannot be read here, or a patch is not for it.
         ConfigError: table_format is unknown, there is no room for the tables, or patches are given with table_format
             or table_place.
     """
-    return load_with(
-        path,
-        step=step,
-        ema=ema,
-        dtype=dtype,
-        patches=checks.several(patches),
-        table_format=table_format,
-        table_place=table_place,
-    )
-
-
-def load_with(
-    path: str | os.PathLike[str],
-    *,
-    step: int | Literal["latest", "best"] = "latest",
-    ema: bool = False,
-    dtype: DTypeLike | None = None,
-    patches: Sequence[str | os.PathLike[str]] = (),
-    table_format: str | RowFormat | None = None,
-    table_place: str = "device",
-    options: Collection[LoadOption] = LOAD_OPTIONS,
-) -> LoadedModel:
-    """`load` for a command that has some of the options by which tables need less memory.
-
-    Raises:
-        CheckpointError: as `load`.
-        ConfigError: as `load`; only these options are advised.
-    """
+    patches = checks.several(patches)
     tables = TableSettings.of(table_format, table_place)
     if patches and not tables.is_default:
         raise ConfigError(
@@ -134,8 +109,8 @@ def load_with(
         )
     with open_step(path, step) as opened:
         if patches or (tables.is_default and "table_files" not in opened.meta):
-            return _in_types_of_here(_as_saved(opened, ema, patches, options), dtype)
-        return _in_form(opened, read_saved(opened, ema=ema), dtype, tables)
+            return _cast_for_backend(_as_saved(opened, ema, patches, advise), dtype)
+        return _with_tables_as(opened, read_saved(opened, ema=ema), dtype, tables)
 
 
 def load_as_saved(
@@ -151,7 +126,7 @@ def load_as_saved(
         CheckpointError: there is no such checkpoint, it cannot be read here, or a patch is not for it.
     """
     with open_step(path, step) as opened:
-        return _as_saved(opened, ema, patches, options=())
+        return _as_saved(opened, ema, patches, advise=())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -207,7 +182,7 @@ def refuse_applied(folder: pathlib.Path, step: int, change: str) -> None:
 
 
 def _as_saved(
-    opened: OpenStep, ema: bool, patches: Sequence[str | os.PathLike[str]], options: Collection[LoadOption]
+    opened: OpenStep, ema: bool, patches: Sequence[str | os.PathLike[str]], advise: Collection[LoadOption]
 ) -> LoadedModel:
     """The model with plain tables on the device, in the stored dtypes."""
     folder = opened.folder
@@ -219,16 +194,16 @@ def _as_saved(
     step = opened.checkpoints.latest() if opened.number is None else opened.number
     if patches or (step is not None and Applied(folder).names(step)):
         # Patches are for tables as they were saved, on the device.
-        options = [option for option in options if option not in ("table_format", "table_place")]
-    saved = read_saved(opened, ema=ema, with_tables=True, options=options)
+        advise = [option for option in advise if option not in ("table_format", "table_place")]
+    saved = read_saved(opened, ema=ema, with_tables=True, advise=advise)
     tables = patched(saved.tables, folder, saved.step, patches)
     identities = [*Applied(folder).names(saved.step), *(read_patch(patch).identity for patch in patches)]
     model = saved.parts.merge(tree_to_params(saved.parts, saved.params), tables)
     return LoadedModel(model, saved.tokenizer, saved.config, saved.step, folder, tuple(identities))
 
 
-def _in_types_of_here(saved: LoadedModel, dtype: DTypeLike | None) -> LoadedModel:
-    """The model in the types that this machine computes in, or in one type."""
+def _cast_for_backend(saved: LoadedModel, dtype: DTypeLike | None) -> LoadedModel:
+    """The model cast to the types of this machine's backend, or to `dtype`."""
     config = with_dtypes(saved.config.model, all_of=dtype, tables=_wider(saved.config.model, saved.model.config))
     if config == saved.model.config:
         return saved
@@ -239,8 +214,8 @@ def _in_types_of_here(saved: LoadedModel, dtype: DTypeLike | None) -> LoadedMode
     return dataclasses.replace(saved, model=model)
 
 
-def _in_form(opened: OpenStep, saved: Saved, dtype: DTypeLike | None, settings: TableSettings) -> LoadedModel:
-    """The model with its tables in a format and a place."""
+def _with_tables_as(opened: OpenStep, saved: Saved, dtype: DTypeLike | None, settings: TableSettings) -> LoadedModel:
+    """The model with its tables in the format and place of the settings."""
     folder = opened.folder
     refuse_applied(folder, saved.step, str(settings) or "tables in files")
     wider = _wider(saved.config.model, saved.parts.config)

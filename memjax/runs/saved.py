@@ -83,7 +83,7 @@ class Saved(NamedTuple):
 
 
 def read_saved(
-    opened: OpenStep, *, ema: bool = False, with_tables: bool = False, options: Collection[LoadOption] = LOAD_OPTIONS
+    opened: OpenStep, *, ema: bool = False, with_tables: bool = False, advise: Collection[LoadOption] = LOAD_OPTIONS
 ) -> Saved:
     """Reads the arrays of a step, and its tokenizer.
 
@@ -91,7 +91,7 @@ def read_saved(
         opened: the step.
         ema: take the moving average of the dense parameters in their place, in their types.
         with_tables: read the tables, too.
-        options: settings that the error may recommend when memory is short.
+        advise: settings that the error may recommend when memory is short.
 
     Raises:
         CheckpointError: it cannot be read here, or has no average.
@@ -107,7 +107,7 @@ def read_saved(
         targets[TABLES] = _placed(parts.abstract_tables, columns)
         forms = [TableForm.of(pool, table, Plain(table.dtype.name)) for pool, table in parts.abstract_tables.items()]
         try:
-            check_room(forms, columns, options)
+            check_room(forms, columns, advise)
         except ConfigError as error:
             raise ConfigError(f"tables of {folder}: {error}") from error
     restored = opened.checkpoints.restore(targets, [META], step=opened.number, optional=[EMA])

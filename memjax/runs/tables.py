@@ -67,14 +67,14 @@ class TableForm:
 
 
 def check_room(
-    forms: Sequence[TableForm], sharding: Sharding | None, options: Collection[LoadOption] = LOAD_OPTIONS
+    forms: Sequence[TableForm], sharding: Sharding | None, advise: Collection[LoadOption] = LOAD_OPTIONS
 ) -> None:
     """Refuses tables for which the device has no memory left, before they are allocated.
 
     Args:
         forms: the tables.
         sharding: of them; None is the first device.
-        options: what the caller can be given; the message advises no others.
+        advise: settings that the message may recommend.
 
     Raises:
         ConfigError: it is so; the message has the sizes, and what would need less.
@@ -90,14 +90,14 @@ def check_room(
     if free is None or needed <= free:
         return
     ways = []
-    for name in ("int8", "int4") if "table_format" in options else ():
+    for name in ("int8", "int4") if "table_format" in advise else ():
         with contextlib.suppress(ValueError):  # not of this width
             if (less := size(lambda form, name=name: formats.find(name))) <= free:
                 ways.append(f"table_format={name} ({gigabytes(less)})")
-    if "table_place" in options:
+    if "table_place" in advise:
         files = ", which maps the files that `python -m memjax.convert quantize` writes" if on_cpu else ""
         ways.append(f"table_place=host{files}")
-    if "memory_devices" in options and not on_cpu:
+    if "memory_devices" in advise and not on_cpu:
         ways.append(f"memory_devices={-(-needed * split // max(1, free))}")
     if ways:
         way_out = f"load with {' or '.join(ways)}"

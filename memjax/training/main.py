@@ -179,9 +179,8 @@ def check(config: RunConfig) -> None:
                 f"{name}.warmup_steps={schedule.warmup_steps} must be below train.steps={config.train.steps}; "
                 f"set --{name}.warmup_steps 0.1, a share of the steps"
             )
-    wanted, reason = config.train.attention, why_no_cudnn(config)
-    if wanted == "cudnn" and reason:
-        problems.append(f"train.attention={wanted} cannot run: {reason}; set train.attention=auto")
+    if config.train.attention == "cudnn" and (reason := why_no_cudnn(config)):
+        problems.append(f"train.attention=cudnn cannot run: {reason}; set train.attention=auto")
     if problems:
         raise ConfigError(problems)
 
@@ -209,55 +208,54 @@ def why_no_cudnn(config: RunConfig) -> str | None:
     return dot_product.why_not("cudnn", resolve_dtype(model.dtype), model.head_width, config.data.sequence_length)
 
 
-def attention(config: RunConfig) -> str:
-    """Which implementation of the attention runs, and on a GPU why not the fastest."""
+def _attention(config: RunConfig) -> str:
+    """The implementation of the attention that runs."""
     if config.attention != "auto":
         return config.attention
     reason = why_no_cudnn(config)
-    return f"chunked{_because(reason, 'cudnn')}" if reason else "cudnn"
+    return ("chunked" if reason else "cudnn") + _because(reason, "cudnn")
 
 
-def kernels(operation: str, type_name: DType) -> str:
-    """Which implementation of an operation runs on a type, and on a GPU why not the fastest."""
+def _kernels(operation: str, type_name: DType) -> str:
+    """The implementation of an operation that runs on a type."""
     dtype = resolve_dtype(type_name)
-    chosen = dispatch.choose(operation, None, dtype)
-    reason = dispatch.why_not("triton", dtype)
-    return f"{chosen}{_because(reason, 'triton')}" if reason else chosen
+    return dispatch.choose(operation, None, dtype) + _because(dispatch.why_not("triton", dtype), "triton")
 
 
-def _because(reason: str, fastest: str) -> str:
-    """Why not the fastest, on a GPU; on a CPU GPU kernels are not expected."""
-    return "" if jax.default_backend() == "cpu" else f" ({fastest} cannot run: {reason})"
+def _because(reason: str | None, fastest: str) -> str:
+    """Why the fastest implementation does not run; empty where it does, and on CPUs, where it is not expected."""
+    return "" if reason is None or jax.default_backend() == "cpu" else f" ({fastest} cannot run: {reason})"
 
 
 def opening(config: RunConfig, program: TrainProgram, mesh: jax.sharding.Mesh, folder: RunFolder) -> str:
-    """The first lines of a run: model, memory, devices, what computes."""
-    counts = count_parameters(program.parts)
-    sizes = memory_plan.plan(config, data_axis=mesh.shape["data"], program=program)
-    experts = config.model.experts
+    """The first lines of a run: model, memory, devices, kernels."""
+    counts, model, experts = count_parameters(program.parts), config.model, config.model.experts
+    data_axis = mesh.shape["data"]
+    sizes = memory_plan.plan(config, data_axis=data_axis, program=program)
+    in_experts = f"{billions(counts.experts)} in experts, " if experts else ""
+    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     lines = [
         f"run        {folder.path}",
         f"model      {billions(counts.dense)} dense + {billions(counts.table)} table parameters, "
-        + (f"{billions(counts.experts)} in experts, " if config.model.experts else "")
-        + f"{billions(counts.active)} active per token",
-        f"devices    {mesh.size} x {mesh.devices.flat[0].device_kind} ({config.mesh.describe(mesh.shape['data'])}"
-        + (f", {jax.process_count()} processes" if jax.process_count() > 1 else "")
-        + f"), {gigabytes(sizes.total)} needed on each",
+        f"{in_experts}{billions(counts.active)} active per token",
+    ]
+    if experts:
+        layers = ", ".join(map(str, model.layers_of("experts")))
+        choice = "experts choose" if experts.routing == "expert_choice" else f"{experts.top_k} by token"
+        lines.append(f"experts    {experts.num_experts} in block {layers}; {choice}")
+    for kind, lookup in model.lookup_sections.items():
+        layers = ", ".join(map(str, lookup.layers))
+        lines.append(f"{KINDS[kind].title.format(lookup.num_slots)}, {lookup.picks} read by block {layers}")
+    lines += [
+        f"devices    {mesh.size} x {mesh.devices.flat[0].device_kind} "
+        f"({config.mesh.describe(data_axis)}{processes}), {gigabytes(sizes.total)} needed on each",
         f"data       {config.data.path or config.data.source}, {config.train.steps} steps of "
         f"{config.data.batch_size} x {config.data.sequence_length} tokens",
-        f"attention  {attention(config)}",
+        f"attention  {_attention(config)}",
     ]
-    lines[2:2] = [
-        f"{KINDS[kind].title.format(lookup.num_slots)}, {lookup.picks} read by block "
-        + ", ".join(map(str, lookup.layers))
-        for kind, lookup in config.model.lookup_sections.items()
-    ]
-    # The operations of lookups have the same implementations, so one name says it all.
-    chosen = {kernels("embedding_bag", lookup.table_dtype) for lookup in config.model.lookups.values()}
+    # The operations of lookups have the same implementations, so one name stands for all.
+    chosen = {_kernels("embedding_bag", lookup.table_dtype) for lookup in model.lookups.values()}
     lines += [f"kernels    {name}" for name in sorted(chosen)]
     if experts:
-        layers = ", ".join(map(str, config.model.layers_of("experts")))
-        choice = "experts choose" if experts.routing == "expert_choice" else f"{experts.top_k} by token"
-        lines.insert(2, f"experts    {experts.num_experts} in block {layers}; {choice}")
-        lines.append(f"kernels    {kernels('grouped_matmul', config.model.dtype)} for experts")
+        lines.append(f"kernels    {_kernels('grouped_matmul', model.dtype)} for experts")
     return fitted("\n".join(lines), 11)

@@ -25,9 +25,6 @@ from memjax.training.optimizer import at_step, global_norm
 from memjax.training.program import TrainProgram
 from memjax.training.state import TrainState
 
-BATCH = MICRO_BATCHES
-"""Layout of a batch of shape [micro-batches, sequences, tokens]."""
-
 Metrics = dict[str, Array]
 
 
@@ -42,7 +39,7 @@ def make_train_step(program: TrainProgram, mesh: jax.sharding.Mesh) -> jax.stage
     return jax.jit(
         lambda state, batch: train_step(program, state, batch),
         donate_argnums=0,
-        in_shardings=(shardings, jax.sharding.NamedSharding(mesh, BATCH)),
+        in_shardings=(shardings, jax.sharding.NamedSharding(mesh, MICRO_BATCHES)),
         out_shardings=(shardings, None),
         compiler_options=compiler_options(mesh.devices.flat[0].platform, mesh.size),
     )

@@ -21,6 +21,7 @@ from memjax.monitoring.progress import log_phase
 from memjax.runs.folder import RunFolder
 from memjax.runs.layout import DATA_ITER, META, TABLE_STATE, TABLES, meta_document
 from memjax.sharding.mesh import put_batch
+from memjax.sharding.rules import MICRO_BATCHES
 from memjax.training.ending import saved_at_the_end
 from memjax.training.evaluation_hooks import VALIDATION_LOSS
 from memjax.training.first_batches import FirstBatches
@@ -31,7 +32,7 @@ from memjax.training.interrupt import SAVED, Interrupt, any_process_interrupted
 from memjax.training.program import TrainProgram
 from memjax.training.start import first_state, newest_state
 from memjax.training.state import TrainState, to_items
-from memjax.training.step import BATCH, make_train_step
+from memjax.training.step import make_train_step
 
 
 class Trainer:
@@ -142,7 +143,7 @@ class Trainer:
         self._first_batches.check(batch, last=self.last_step + 1 == self.config.train.steps)
         accumulate = self.config.train.grad_accum_steps
         micro = {name: rows.reshape(accumulate, -1, rows.shape[-1]) for name, rows in batch.items()}
-        return put_batch(self.mesh, micro, BATCH)
+        return put_batch(self.mesh, micro, MICRO_BATCHES)
 
     def _step(self, number: int, batch: dict[str, jax.Array]) -> Step:
         """Gives a step to the device, which does not wait for it."""

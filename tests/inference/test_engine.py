@@ -16,7 +16,7 @@ from memjax.config.sampling import SamplingConfig
 from memjax.inference import engine
 from memjax.inference.engine import Engine
 from memjax.inference.requests import Request
-from memjax.inference.streaming import generate, generate_batch
+from memjax.inference.streaming import generate
 from memjax.inference.weights import prepare
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, split_decoder
@@ -91,6 +91,28 @@ def test_draws_repeat_by_seed_and_differ_between_seeds():
     assert draw(3, 1e-6) == draw(4, 1e-6) == draw(0, 0.0)
 
 
+def side_by_side(
+    model: Decoder,
+    prompts: list[list[int]],
+    max_tokens: int,
+    *,
+    slots: int | None = None,
+    first: int = 0,
+    **settings: Any,
+) -> list[list[int]]:
+    """The texts after prompts that an engine writes at once; prompts are numbered from `first`."""
+    running = Engine(model, num_slots=slots or len(prompts), prefill_rows=slots or len(prompts))
+    requests = [
+        Request(prompt_ids=ids, max_tokens=max_tokens, number=number, **settings)
+        for number, ids in enumerate(prompts, first)
+    ]
+    texts: dict[int, list[int]] = {slot: [] for slot in running.insert(requests)}
+    while running.is_busy:
+        for slot, made in running.step(8).items():
+            texts[slot] += made.tokens
+    return list(texts.values())
+
+
 SAMPLINGS = {
     "greedy": SamplingConfig(),
     "drawn": SamplingConfig(temperature=1.0, seed=3),
@@ -106,30 +128,25 @@ def test_a_batch_gives_each_prompt_what_it_gets_alone(name):
         list(generate(model, prompt_ids, max_tokens=12, sampling=sampling, number=number))
         for number, prompt_ids in enumerate(prompts)
     ]
-    together: list[list[int | None]] = []
-    for start in (0, 3):
-        some = prompts[start : start + 3]
-        steps = generate_batch(model, some, max_tokens=12, sampling=sampling, first_number=start, num_rows=3)
-        together += [list(tokens) for tokens in zip(*steps, strict=True)]
-    assert together == alone
+    batches = [(start, prompts[start : start + 3]) for start in (0, 3)]
+    together = [side_by_side(model, some, 12, sampling=sampling, first=start, slots=3) for start, some in batches]
+    assert together[0] + together[1] == alone
 
 
 def test_each_prompt_ends_for_itself():
     model = tiny(True, 2)
     prompts = [prompt(length) for length in (5, 17, 9)]
-    whole = list(zip(*generate_batch(model, prompts, max_tokens=12), strict=True))
+    whole = side_by_side(model, prompts, 12)
     stop = whole[1][5]
     lengths = [tokens.index(stop) if stop in tokens else 12 for tokens in whole]
     assert len(set(lengths)) > 1
-    steps = list(generate_batch(model, prompts, max_tokens=12, stop_ids=(stop,)))
-    assert len(steps) == max(lengths)
-    for tokens, full, length in zip(zip(*steps, strict=True), whole, lengths, strict=True):
-        assert tokens == (*full[:length], *[None] * (len(steps) - length))
+    found = side_by_side(model, prompts, 12, stop_ids=(stop,))
+    assert found == [tokens[:length] for tokens, length in zip(whole, lengths, strict=True)]
 
 
 def test_equal_prompts_of_other_numbers_are_drawn_anew():
-    steps = generate_batch(tiny(True, 2), [prompt(17)] * 3, max_tokens=12, sampling=SAMPLINGS["drawn"])
-    assert len(set(zip(*steps, strict=True))) == 3
+    texts = side_by_side(tiny(True, 2), [prompt(17)] * 3, 12, sampling=SAMPLINGS["drawn"])
+    assert len(set(map(tuple, texts))) == 3
 
 
 def drawn_by_hand(model: Decoder, tokens: list[int], count: int, sampling: SamplingConfig, number: int) -> list[int]:
@@ -286,7 +303,7 @@ def test_sixteen_bit_logits_follow_those_of_the_plain_forward_pass():
     cache, logits = model.init_cache(1, 32), []
     extend = nnx.jit(lambda model, tokens, cache: model.with_cache(tokens, cache))
     for token in prompt(5) + forced:
-        found, cache = extend(prepare(model), jnp.asarray([[token]]), cache)
+        found, cache = extend(prepare(model).model, jnp.asarray([[token]]), cache)
         logits.append(found[0, 0])
     whole = np.asarray(forward(model, jnp.asarray([prompt(5) + forced]))[0])
     # The network's weights are large: its logits reach 20.
@@ -320,7 +337,7 @@ def test_draws_have_the_probabilities_that_the_settings_leave(temperature, top_k
     expected = allowed_by_hand(logits, set(text), temperature, top_k, top_p, penalty)
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty)
     count = 500
-    (drawn,) = generate_batch(model, [text] * count, max_tokens=1, sampling=sampling)
+    drawn = [token for (token,) in side_by_side(model, [text] * count, 1, sampling=sampling)]
     assert set(drawn) <= set(expected)
     for token, probability in expected.items():
         spread = np.sqrt(count * probability * (1 - probability))
@@ -361,7 +378,7 @@ def test_nearby_lengths_share_what_is_compiled():
     for some in ([prompt(3), prompt(12), prompt(7)], [prompt(16)]):
         for seed, top_k in ((0, 3), (1, 5)):
             sampling = SamplingConfig(temperature=1.0 + seed, top_k=top_k, seed=seed)
-            list(generate_batch(model, some, max_tokens=9, sampling=sampling, num_rows=3))
+            side_by_side(model, some, 9, sampling=sampling, slots=3)
     for now, before in zip(num_compiled(model), compiled, strict=True):
         assert now <= before + 1
 
@@ -370,8 +387,6 @@ def test_what_cannot_be_done_is_refused_at_the_call():
     model = tiny(True, 2)
     with pytest.raises(ValueError, match="ids of prompt 0 are empty"):
         generate(model, [], max_tokens=1)
-    with pytest.raises(ValueError, match="prompts is empty"):
-        generate_batch(model, [], max_tokens=1)
     with pytest.raises(ValueError, match=r"prompt 0 hold 259; the model knows 0\.\.258"):
         generate(model, [1, 259], max_tokens=1)
     with pytest.raises(ValueError, match="max_tokens=-1"):

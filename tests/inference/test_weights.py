@@ -48,19 +48,21 @@ def logits_of(model: Decoder, tokens: jax.Array) -> jax.Array:
 def test_logits_are_those_of_the_model(kind, dtype, tolerance):
     model = drawn(dtype=dtype, **kinds()[kind])
     expected = nnx.jit(lambda model, tokens: model(tokens))(model, TOKENS)
-    found = logits_of(prepare(model), TOKENS)
+    found = logits_of(prepare(model).model, TOKENS)
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * float(jnp.abs(expected).max()))
 
 
 def test_joined_layers_serve_the_whole_forward_pass_too():
     model = drawn(dtype="float32", **kinds()["memory"])
-    expected, found = (nnx.jit(lambda model, tokens: model(tokens))(one, TOKENS) for one in (model, prepare(model)))
+    expected, found = (
+        nnx.jit(lambda model, tokens: model(tokens))(one, TOKENS) for one in (model, prepare(model).model)
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
 def test_tables_and_vectors_stay_the_models_own_and_matrices_are_narrowed():
     model = drawn(dtype="bfloat16", **kinds()["memory"])
-    ready = prepare(model)
+    ready = prepare(model).model
     assert ready.tables["shared"].rows[...] is model.tables["shared"].rows[...]
     assert ready.norm.scale[...] is model.norm.scale[...]
     attention = ready.blocks[0].attention
@@ -73,18 +75,18 @@ def test_tables_and_vectors_stay_the_models_own_and_matrices_are_narrowed():
 
 def test_weights_are_prepared_once_and_anew_when_the_model_was_changed():
     model = drawn(dtype="float32", **kinds()["memory"])
-    ready = prepare(model)
-    assert prepare(model) is ready
+    ready = prepare(model).model
+    assert prepare(model).model is ready
     model.norm.scale[...] = model.norm.scale[...] * 2
-    assert prepare(model) is not ready
-    np.testing.assert_allclose(prepare(model).norm.scale[...], ready.norm.scale[...] * 2)
+    assert prepare(model).model is not ready
+    np.testing.assert_allclose(prepare(model).model.norm.scale[...], ready.norm.scale[...] * 2)
 
 
 @pytest.mark.parametrize("kind", kinds())
 def test_a_single_row_is_multiplied_by_the_kernel_as_well(kind, monkeypatch):
     if reason := dispatch.why_not("triton"):
         pytest.skip(reason)
-    ready = prepare(drawn(dtype="float32", **kinds()[kind]))
+    ready = prepare(drawn(dtype="float32", **kinds()[kind])).model
     expected = ready.logits(ready.hidden_with_cache(TOKENS[:1, :1], None)[0])
     rows: list[int] = []
 

@@ -13,9 +13,10 @@ import pytest
 from memjax.config.run import RunConfig
 from memjax.memory import sharded
 from memjax.sharding.mesh import put_batch
+from memjax.sharding.rules import MICRO_BATCHES
 from memjax.training.program import TrainProgram
 from memjax.training.state import TrainState
-from memjax.training.step import BATCH, make_train_step
+from memjax.training.step import make_train_step
 
 SEQUENCES, LENGTH, VOCAB = 16, 8, 259
 
@@ -125,7 +126,8 @@ def train(
         step, state = make_train_step(program, mesh), start(program, mesh)
         before = to_numpy(state)
         for batch in batches:
-            state, row = step(state, put_batch(mesh, micro_batches(batch, config.train.grad_accum_steps), BATCH))
+            micro = micro_batches(batch, config.train.grad_accum_steps)
+            state, row = step(state, put_batch(mesh, micro, MICRO_BATCHES))
             metrics.append(to_numpy(row))
         return Trained(before, to_numpy(state), metrics, state)
 

@@ -9,7 +9,8 @@ import pytest
 
 from memjax.memory import sharded
 from memjax.sharding.mesh import put_batch
-from memjax.training.step import BATCH, make_train_step, make_usage_report
+from memjax.sharding.rules import MICRO_BATCHES
+from memjax.training.step import make_train_step, make_usage_report
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -62,7 +63,7 @@ def test_a_nan_in_one_perturbation_leaves_everything_as_it_was(tiny, monkeypatch
         drawn = tiny.batches(4)
         num_learned = drawn[0]["loss_mask"].sum()
         drawn[1]["loss_mask"][:] = 0
-        batches = [put_batch(mesh, tiny.micro_batches(batch, 1), BATCH) for batch in drawn]
+        batches = [put_batch(mesh, tiny.micro_batches(batch, 1), MICRO_BATCHES) for batch in drawn]
         step, report = make_train_step(program, mesh), make_usage_report(program, mesh)
         for batch, learned in zip(batches[:2], (num_learned, 0), strict=True):
             state, metrics = step(state, batch)

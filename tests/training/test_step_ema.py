@@ -12,10 +12,11 @@ from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.errors import CheckpointError
 from memjax.runs.layout import DATA_ITER, META, meta_document
 from memjax.sharding.mesh import put_batch
+from memjax.sharding.rules import MICRO_BATCHES
 from memjax.training import spikes
 from memjax.training.start import newest_state
 from memjax.training.state import to_items
-from memjax.training.step import BATCH, make_train_step
+from memjax.training.step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -38,7 +39,7 @@ def test_the_average_follows_the_updates_and_a_skipped_step_changes_nothing_but_
     with jax.set_mesh(mesh):
         step, state = make_train_step(program, mesh), tiny.quick_state(program, mesh)
         state = with_recent(state, spikes.none_yet())
-        put = lambda batch: put_batch(mesh, batch, BATCH)
+        put = lambda batch: put_batch(mesh, batch, MICRO_BATCHES)
         average = None
         for number, batch in enumerate(batches[:3]):
             state, metrics = step(state, put(batch))

@@ -12,7 +12,8 @@ import pytest
 
 from memjax.memory import sharded
 from memjax.sharding.mesh import put_batch
-from memjax.training.step import BATCH, make_train_step
+from memjax.sharding.rules import MICRO_BATCHES
+from memjax.training.step import make_train_step
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.slow]
 
@@ -133,7 +134,7 @@ def test_rows_follow_their_rule_on_the_gradient_of_the_whole_table(tiny, monkeyp
             with monkeypatch.context() as patch:
                 patch.setattr(sharded, "bag", plain_bag)
                 (loss, read), gradients = oracle(state.params, state.tables, batch)
-            state, metrics = step(state, put_batch(mesh, tiny.micro_batches(batch, 1), BATCH))
+            state, metrics = step(state, put_batch(mesh, tiny.micro_batches(batch, 1), MICRO_BATCHES))
             assert abs(metrics["train/loss"] - loss) <= 1e-12 * abs(loss)
 
             token_mask = batch["segments"].ravel() > 0

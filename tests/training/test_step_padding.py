@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from memjax.sharding.mesh import put_batch
-from memjax.training.step import BATCH, make_train_step
+from memjax.sharding.rules import MICRO_BATCHES
+from memjax.training.step import make_train_step
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.slow]
 
@@ -52,7 +53,7 @@ def trained(tiny, runs, optimizer, settings=SIZES):
         for batches in runs:
             state, losses = tiny.quick_state(program, mesh), []
             for batch in batches:
-                state, row = step(state, put_batch(mesh, tiny.micro_batches(batch, 1), BATCH))
+                state, row = step(state, put_batch(mesh, tiny.micro_batches(batch, 1), MICRO_BATCHES))
                 losses.append(float(row["train/loss"]))
             found.append((np.array(losses), tiny.to_numpy(state)))
     return found

@@ -11,9 +11,10 @@ import pytest
 from memjax.checkpoint import Checkpoints
 from memjax.runs.layout import DATA_ITER, META
 from memjax.sharding.mesh import of_parameters, put_batch
+from memjax.sharding.rules import MICRO_BATCHES
 from memjax.training.start import newest_state
 from memjax.training.state import to_items
-from memjax.training.step import BATCH, make_train_step
+from memjax.training.step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -103,7 +104,7 @@ def test_a_run_goes_on_from_a_checkpoint_of_a_mesh_with_another_tensor_axis(
                 assert found is not None
                 state, batches = found.state, [last]
             for batch in batches:
-                state, _ = step(state, put_batch(mesh, tiny.micro_batches(batch, 1), BATCH))
+                state, _ = step(state, put_batch(mesh, tiny.micro_batches(batch, 1), MICRO_BATCHES))
             if mesh_shape == saved_on:
                 checkpoints.save(2, to_items(state), {DATA_ITER: {}, META: {}})
                 checkpoints.wait()
