@@ -55,7 +55,8 @@ def rms_norm(
         x = x if residual is None else x + residual
         return Normed(x, dispatch.load("rms_norm", name).rms_norm(fold(x), scale, epsilon).reshape(x.shape))
     rows = [fold(array) for array in (x, residual) if array is not None]
-    added, normed = _by_kernels(epsilon, *vary_together((scale, *rows)))  # pyright: ignore[reportGeneralTypeIssues]
+    found: Any = _by_kernels(epsilon, *vary_together((scale, *rows)))
+    added, normed = found
     return Normed(added.reshape(x.shape), normed.reshape(x.shape))
 
 
