@@ -96,7 +96,7 @@ def _add_texts(
         num_slots = before.shape[0]
 
         def add_row(total: Array, picks: Int[Array, "s k"]) -> tuple[Array, None]:
-            is_read = jnp.zeros(num_slots, bool).at[picks.reshape(-1)].set(True, mode="drop")
+            is_read = jnp.zeros(num_slots, total.dtype).at[picks.reshape(-1)].set(1, mode="drop")
             return total + is_read, None
 
         picks = jnp.concatenate([reads[layer].indices.reshape(*token_mask.shape, -1) for layer in layers], axis=-1)
@@ -192,7 +192,8 @@ def _slot_weights(
     """The weight with which every token reads a slot; 0 where it does not, or is padding."""
     model, token_mask = nnx.merge(graphdef, state), batch["segments"] > 0
     indices, weights = slot_reads(model.hidden(batch["tokens"], token_mask=token_mask))[layer]
-    return jnp.where(indices == slot, weights, 0).sum(axis=-1).reshape(token_mask.shape) * token_mask
+    found = jnp.where(indices == slot, weights, 0).sum(axis=-1).reshape(token_mask.shape)
+    return jnp.where(token_mask, found, 0)
 
 
 def _promotes(

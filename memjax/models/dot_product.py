@@ -135,7 +135,8 @@ def _seen(
 
 def _attend(query: Array, keys: Array, values: Array, seen: Bool[Array, "b 1 q k"]) -> Array:
     if query.dtype != jnp.float64:
-        return jax.nn.dot_product_attention(query, keys, values, mask=seen, implementation="xla")
+        with jax.numpy_dtype_promotion("standard"):  # which this function of JAX asks for
+            return jax.nn.dot_product_attention(query, keys, values, mask=seen, implementation="xla")
     # jax.nn's softmax is float32 whatever it is given.
     groups = query.shape[2] // keys.shape[2]
     keys, values = jnp.repeat(keys, groups, axis=2), jnp.repeat(values, groups, axis=2)

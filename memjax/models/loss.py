@@ -111,7 +111,7 @@ def _losses_and_gradients(hidden: Array, kernel: Array, targets: Array, weights:
         hidden, targets, weights = chunk
         logits = _logits(hidden, kernel)
         losses, log_total = _cross_entropy(logits, targets)
-        is_target = jnp.arange(kernel.shape[1])[None, None, :] == targets[..., None]
+        is_target = (jnp.arange(kernel.shape[1])[None, None, :] == targets[..., None]).astype(logits.dtype)
         d_logits = (jnp.exp(logits - log_total[..., None]) - is_target) * weights.astype(logits.dtype)[..., None]
         # In the type of the factors: left as wide as the logits, it would keep both products from the fast units.
         d_logits = d_logits.astype(hidden.dtype)

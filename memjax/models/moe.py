@@ -55,7 +55,7 @@ def router_statistics(routing: Routing, token_mask: Bool[Array, " t"]) -> Router
     fits = token_mask.shape == routing.logits.shape[:1]
     require("router_statistics", fits, _ONE_EACH, logits=routing.logits, token_mask=token_mask)
     num_experts, wide = routing.logits.shape[1], routing.logits.dtype
-    share = token_mask.astype(wide) / jnp.maximum(token_mask.sum(), 1)
+    share = token_mask.astype(wide) / jnp.maximum(token_mask.sum(dtype=wide), 1)
     log_probabilities = jax.nn.log_softmax(routing.logits)
     probabilities = jnp.exp(log_probabilities)
     chosen = jax.nn.one_hot(routing.picks, num_experts, dtype=wide).mean(axis=1)
@@ -186,7 +186,7 @@ def _token_choice(
 
     rows = _to_experts(x, order, places)
     found = _from_experts(product(nnx.silu(product(rows, gate)) * product(rows, up), down), order, places)
-    return jnp.sum(found * weights[:, :, None], axis=1).astype(x.dtype), picks
+    return jnp.sum(found.astype(weights.dtype) * weights[:, :, None], axis=1).astype(x.dtype), picks
 
 
 def _expert_choice(
@@ -209,14 +209,14 @@ def _expert_choice(
     # Below every probability, so that padding is taken last.
     wanted = jax.lax.stop_gradient(jnp.where(token_mask[:, None, :], probabilities, -1.0))
     chosen = checkpoint_name(jax.lax.top_k(wanted, most)[1], SAVED_ROUTING)
-    allowed = jnp.ceil(token_mask.sum(axis=1) * capacity / num_experts)
+    allowed = jnp.ceil(token_mask.sum(axis=1).astype(float) * capacity / num_experts).astype(jnp.int32)
     weights = jnp.take_along_axis(probabilities, chosen, axis=-1)
     weights = jnp.where(jnp.arange(most)[None, None, :] < allowed[:, None, None], weights, 0)
 
     sequence = jnp.arange(x.shape[0])[:, None, None]
     rows = x[sequence, chosen]
     hidden = nnx.silu(jnp.einsum("becd,edf->becf", rows, gate)) * jnp.einsum("becd,edf->becf", rows, up)
-    found = jnp.einsum("becf,efd->becd", hidden, down) * weights[..., None]
+    found = jnp.einsum("becf,efd->becd", hidden, down).astype(weights.dtype) * weights[..., None]
     out = jnp.zeros(x.shape, found.dtype).at[sequence, chosen].add(found)
     return out.astype(x.dtype), _choose(logits, 1)
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int
 
 
@@ -18,7 +19,7 @@ def check_ids(ids: Int[Array, "..."] | Int[np.ndarray, "..."] | Sequence[int], v
     Raises:
         ValueError: an id is negative, or not below vocab_size.
     """
-    if isinstance(ids, jax.core.Tracer) or (isinstance(ids, jax.Array) and not ids.is_fully_addressable):
+    if isinstance(ids, Tracer) or (isinstance(ids, jax.Array) and not ids.is_fully_addressable):
         return
     values = np.asarray(ids)
     for token in (values.min(), values.max()) if values.size else ():

@@ -84,8 +84,7 @@ def accumulate_gradients(
     def add(total: StepGradients, micro: Batch) -> tuple[StepGradients, dict[str, Any]]:
         found = one(micro)
         summed = jax.tree.map(jnp.add, total.summed, found.summed)
-        add_rows = cast(RowOptimizer, optimizer).add
-        rows = {name: add_rows(rows, found.rows[name]) for name, rows in total.rows.items()}
+        rows = {name: cast(RowOptimizer, optimizer).add(rows, found.rows[name]) for name, rows in total.rows.items()}
         reads = _counted(total.reads, found.reads, jnp.ones((), bool))
         return StepGradients(summed, rows, reads), {name: rows for name, rows in found.rows.items() if name not in sums}
 

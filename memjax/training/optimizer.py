@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from memjax.config.optim import OptimConfig, ScheduleConfig
@@ -30,8 +31,12 @@ def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
         after = optax.cosine_decay_schedule(config.lr, max(1, steps - warmup), alpha=config.final_fraction)
     rise = optax.linear_schedule(0.0, config.lr, warmup)
     joined = optax.join_schedules([rise, after], [warmup]) if warmup else after
-    # The first step counts as 1: at rate 0 it would be wasted.
-    return lambda step: joined(step + 1)
+
+    def rate(step: ArrayLike) -> ArrayLike:
+        with jax.numpy_dtype_promotion("standard"):  # which optax asks for
+            return joined(step + 1)  # the first step counts as 1: at rate 0 it would be wasted
+
+    return rate
 
 
 def make_optimizer(config: OptimConfig, steps: int, abstract_params: nnx.State) -> optax.GradientTransformation:

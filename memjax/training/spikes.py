@@ -40,4 +40,4 @@ def with_step(
     values = {
         name: recent[name].at[place].set(value.astype(jnp.float32), mode="drop") for name, value in measured.items()
     }
-    return values | {"skipped": recent["skipped"] + (spike & ok)}
+    return values | {"skipped": recent["skipped"] + (spike & ok).astype(jnp.int32)}

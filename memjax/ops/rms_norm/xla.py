@@ -11,4 +11,4 @@ def rms_norm(x: Float[Array, "t d"], scale: Float[Array, " d"], epsilon: float) 
     """The reference's formula."""
     wide = x.astype(accumulator(x.dtype))
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
-    return (wide * (inverse * scale[None, :])).astype(x.dtype)
+    return (wide * (inverse * scale[None, :].astype(wide.dtype))).astype(x.dtype)
