@@ -149,8 +149,8 @@ class PEERConfig(ProductKeyConfig):
 
     def tables(self, layer: int) -> tuple[str, ...]:
         """The names of the tables with the experts' input and output vectors."""
-        pool = "experts" if self.shared_table else f"experts_{layer}"
-        return f"{pool}_inputs", f"{pool}_outputs"
+        prefix = "experts" if self.shared_table else f"experts_{layer}"
+        return f"{prefix}_inputs", f"{prefix}_outputs"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

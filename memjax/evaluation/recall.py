@@ -106,14 +106,14 @@ def zero_tables(model: Decoder, *, donate: bool = False) -> Decoder:
     """
     parts, params, tables = split_decoder(model)
     zeroed = {}
-    for pool, table in tables.items():
+    for name, table in tables.items():
         if isinstance(table, Table):
-            zeroed[pool] = table.zeroed()
+            zeroed[name] = table.zeroed()
             continue
         shape, dtype, sharding = table.shape, table.dtype, table.sharding
         if donate:
             table.delete()
-        zeroed[pool] = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+        zeroed[name] = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
     return parts.merge(params, zeroed)
 
 

@@ -27,7 +27,7 @@ class TableRows(nnx.Param):
 
 
 class ValueTable(nnx.Module):
-    """A pool of values, owned by the model and passed to the layers that read it: `layer(x, table)`."""
+    """A table of values, owned by the model and passed to the layers that read it: `layer(x, table)`."""
 
     def __init__(
         self,

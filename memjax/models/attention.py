@@ -97,7 +97,7 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b s dim"]:
         """Attention over the tokens of x."""
         query, *fresh = self._project(x, positions)
-        # A window counts places in the row: within a document they differ as positions do.
+        # A window counts tokens of the row, whose distances within a document are those of their positions.
         out = dot_product.self_attention(
             query,
             *fresh,
@@ -117,9 +117,8 @@ class Attention(nnx.Module):
 
         Args:
             x: the new tokens.
-            positions: where they stand, in their text and in the cache; each row has its own, one after the other. A
-                token sees what the cache holds up to its own place: what lies behind may be anything. A token whose
-                place is beyond the cache is not written.
+            positions: of the tokens in their text and in the cache, consecutive in each row. A token sees the cache up
+                to its own position; what follows may be anything. A token beyond the cache is not written.
             cache: None where nothing is cached and positions count from 0; the new cache then holds just these tokens.
         """
         if cache is not None and x.shape[1] == 1:
@@ -133,7 +132,7 @@ class Attention(nnx.Module):
             return self._project_out(out), KeyValues(*(jnp.swapaxes(array, 1, 2) for array in fresh))
         cache = KeyValues(*(write(old, new, positions) for old, new in zip(cache, fresh, strict=True)))
         keys, values = (jnp.swapaxes(array, 1, 2).astype(query.dtype) for array in cache)
-        out = dot_product.attention(query, keys, values, places=positions, window=self.sliding_window)
+        out = dot_product.attention(query, keys, values, positions=positions, window=self.sliding_window)
         return self._project_out(out), cache
 
     def _one_with_cache(
@@ -181,7 +180,7 @@ class Attention(nnx.Module):
 
 
 def _decode_step(
-    joined: Array, keys: Array, values: Array, places: Array, *turns: Array, window: int | None
+    joined: Array, keys: Array, values: Array, positions: Array, *turns: Array, window: int | None
 ) -> tuple[Array, Array, Array]:
     angles = (turns[0], turns[1]) if turns else None
-    return decode_step(joined, keys, values, places, angles, window=window)
+    return decode_step(joined, keys, values, positions, angles, window=window)

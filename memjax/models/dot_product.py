@@ -74,9 +74,9 @@ def self_attention(
 ) -> Float[Array, "b s n h"]:
     """Each token attends to itself and those before it, of its own segment and among the nearest `window` ones."""
     if implementation == "chunked":
-        places = jnp.arange(query.shape[1])[None, :]
+        positions = jnp.arange(query.shape[1])[None, :]
         return attention(
-            query, keys, values, places=places, segments=segments, window=window, max_score_bytes=max_score_bytes
+            query, keys, values, positions=positions, segments=segments, window=window, max_score_bytes=max_score_bytes
         )
     mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
     nearest = None if window is None else (window - 1, 0)
@@ -90,46 +90,47 @@ def attention(
     keys: Float[Array, "b k kv h"],
     values: Float[Array, "b k kv h"],
     *,
-    places: Int[Array, "#b q"],
+    positions: Int[Array, "#b q"],
     segments: Int[Array, "b k"] | None = None,
     window: int | None = None,
     max_score_bytes: int = SCORE_BYTES,
 ) -> Float[Array, "b q n h"]:
-    """Queries that stand at `places` among the keys; a chunk of them is scored at a time, and again in the backward
-    pass, so that queries x keys never stands in memory.
+    """Causal attention of queries at `positions` of the keys, a chunk of queries at a time.
+
+    Chunks are scored again in the backward pass, so that queries x keys is never in memory.
 
     Args:
         query: queries.
-        keys: keys; a query sees those up to its own place.
+        keys: keys; a query sees those up to its own position.
         values: values.
-        places: of the queries, among the keys.
-        segments: of the keys; a query sees those of the segment at its place. None is one segment.
+        positions: of the queries, among the keys.
+        segments: of the keys; a query sees those of the segment at its position. None is one segment.
         window: how many of the nearest keys a query sees; None for all.
         max_score_bytes: scores per device that exist at once.
     """
     batch, length, heads, _ = query.shape
-    places = jnp.broadcast_to(places, (batch, length))
+    positions = jnp.broadcast_to(positions, (batch, length))
     wide = accumulator(query.dtype).itemsize
     score_bytes = batch * length * heads * keys.shape[1] * wide
     at_once = max_score_bytes * max(1, jax.sharding.get_abstract_mesh().size)
     count = max(1, min(length, -(-score_bytes // at_once)))
 
-    def one_chunk(query: Array, places: Array) -> Array:
-        return _attend(query, keys, values, _seen(places, keys.shape[1], segments, window))
+    def one_chunk(query: Array, positions: Array) -> Array:
+        return _attend(query, keys, values, _seen(positions, keys.shape[1], segments, window))
 
-    return by_chunks(one_chunk if count == 1 else jax.checkpoint(one_chunk), count, query, places)
+    return by_chunks(one_chunk if count == 1 else jax.checkpoint(one_chunk), count, query, positions)
 
 
 def _seen(
-    places: Int[Array, "b q"], num_keys: int, segments: Int[Array, "b k"] | None, window: int | None
+    positions: Int[Array, "b q"], num_keys: int, segments: Int[Array, "b k"] | None, window: int | None
 ) -> Bool[Array, "b 1 q k"]:
     """Which keys each query sees."""
-    distance = places[:, :, None] - jnp.arange(num_keys)[None, None, :]
+    distance = positions[:, :, None] - jnp.arange(num_keys)[None, None, :]
     seen = distance >= 0
     if window is not None:
         seen &= distance < window
     if segments is not None:
-        seen &= jnp.take_along_axis(segments, places, axis=1)[:, :, None] == segments[:, None, :]
+        seen &= jnp.take_along_axis(segments, positions, axis=1)[:, :, None] == segments[:, None, :]
     return seen[:, None]
 
 

@@ -18,9 +18,9 @@ from memjax.models.decoder import Decoder, draw_block, layer_name
 from memjax.ops.table import Table
 
 Tables = dict[str, Float[Array, "n d"]]
-"""Rows of every table, by the name of the pool."""
+"""Rows of every table, by name."""
 AnyTables = Mapping[str, Table | Float[Array, "n d"]]
-"""Every table, by the name of the pool: an array, or a read-only table."""
+"""Every table, by name: an array, or a read-only table."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ class DecoderParts:
 
     def merge(self, params: nnx.State, tables: AnyTables) -> Decoder:
         """The decoder with the given arrays."""
-        rows = {pool: {"rows": TableRows(table)} for pool, table in tables.items()}
+        rows = {name: {"rows": TableRows(table)} for name, table in tables.items()}
         return nnx.merge(self.graphdef, params, nnx.State({"tables": rows} if rows else {}))
 
 
@@ -124,17 +124,17 @@ def writable(tables: AnyTables, source: str = "the model") -> Tables:
         CheckpointError: one is read-only.
     """
     arrays = {}
-    for pool, table in tables.items():
+    for name, table in tables.items():
         if isinstance(table, Table):
             raise CheckpointError(
-                f"{source}: table {pool} is read-only ({table.describe()}); use the run that it was made from, without "
+                f"{source}: table {name} is read-only ({table.describe()}); use the run that it was made from, without "
                 "table_format and table_place"
             )
-        arrays[pool] = table
+        arrays[name] = table
     return arrays
 
 
 def _tables_of(state: nnx.State) -> dict:
-    """The tables of a split state, by pool."""
-    pools = nnx.to_pure_dict(state).get("tables", {})
-    return {pool: table["rows"] for pool, table in pools.items()}
+    """The tables of a split state, by name."""
+    tables = nnx.to_pure_dict(state).get("tables", {})
+    return {name: table["rows"] for name, table in tables.items()}

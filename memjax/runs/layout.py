@@ -27,7 +27,7 @@ PARAMS, TABLES, META = "params", "tables", "meta"
 FORMAT = 2
 """Version of the `meta` document; increased when older code could not read it."""
 FORMAT_WITH_TABLE_FILES = 3
-"""Version for runs whose tables are in files, listed by pool in `meta["table_files"]`, instead of the checkpoint."""
+"""Version for runs whose tables are in files, listed by name in `meta["table_files"]`, instead of the checkpoint."""
 TABLE_FILES = "tables"
 """The folder of a run with these files."""
 

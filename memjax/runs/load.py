@@ -225,18 +225,18 @@ def _with_tables_as(opened: OpenStep, saved: Saved, dtype: DTypeLike | None, set
     stored_tables = saved.parts.abstract_tables
     files, (_, columns) = saved.meta.get("table_files") or {}, shardings(saved.config.model, folder)
     tables = {}
-    for pool, abstract in parts.abstract_tables.items():
+    for name, abstract in parts.abstract_tables.items():
         try:
-            row_format = _format_of(files.get(pool), settings, stored_tables[pool].dtype, folder)
-            form = TableForm.of(pool, abstract, row_format, settings.place)
-            if pool in files:
-                tables[pool] = read_files(run_folder(folder) / TABLE_FILES, form, files[pool], columns)
+            row_format = _format_of(files.get(name), settings, stored_tables[name].dtype, folder)
+            form = TableForm.of(name, abstract, row_format, settings.place)
+            if name in files:
+                tables[name] = read_files(run_folder(folder) / TABLE_FILES, form, files[name], columns)
                 continue
-            rows = partial(opened.checkpoints.read_rows, TABLES, pool, step=saved.step)
+            rows = partial(opened.checkpoints.read_rows, TABLES, name, step=saved.step)
             blocks = lambda rows=rows, form=form: encoded(rows(), form.format)
-            tables[pool] = build(form, blocks, columns)
+            tables[name] = build(form, blocks, columns)
         except ValueError as error:
-            raise ConfigError(f"table {pool} of {folder}: {error}") from error
+            raise ConfigError(f"table {name} of {folder}: {error}") from error
     params = cast_like(saved.params, params_to_tree(parts.abstract_params))
     model = parts.merge(tree_to_params(parts, params), tables)
     return LoadedModel(model, saved.tokenizer, saved.config, saved.step, folder)

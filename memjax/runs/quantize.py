@@ -53,14 +53,14 @@ def quantize_run(
         with written_whole(out) as path:
             (path / TABLE_FILES).mkdir()
             records = {}
-            for pool, table in parts.abstract_tables.items():
+            for name, table in parts.abstract_tables.items():
                 found = row_format or Plain(jnp.dtype(table.dtype).name)
-                form = TableForm.of(pool, table, found, "host")
-                rows = partial(opened.checkpoints.read_rows, TABLES, pool, step=saved.step)
+                form = TableForm.of(name, table, found, "host")
+                rows = partial(opened.checkpoints.read_rows, TABLES, name, step=saved.step)
                 try:
-                    records[pool] = write_files(path / TABLE_FILES, form, encoded(rows(), found))
+                    records[name] = write_files(path / TABLE_FILES, form, encoded(rows(), found))
                 except ValueError as error:
-                    raise ConfigError(f"table {pool} of {source}: {error}") from error
+                    raise ConfigError(f"table {name} of {source}: {error}") from error
             new = config_of_copy(saved.config, out)
             document = meta_document(new, saved.tokenizer, step=0)
             document |= {"format": FORMAT_WITH_TABLE_FILES, "table_files": records}

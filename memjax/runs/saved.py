@@ -105,7 +105,7 @@ def read_saved(
     targets = {item: _placed(params_to_tree(params), replicated)}
     if with_tables and parts.abstract_tables:
         targets[TABLES] = _placed(parts.abstract_tables, columns)
-        forms = [TableForm.of(pool, table, Plain(table.dtype.name)) for pool, table in parts.abstract_tables.items()]
+        forms = [TableForm.of(name, table, Plain(table.dtype.name)) for name, table in parts.abstract_tables.items()]
         try:
             check_room(forms, columns, advise)
         except ConfigError as error:

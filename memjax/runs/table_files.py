@@ -83,7 +83,7 @@ def read_files(
     """
     paths = _paths(folder, form)
     if paths.keys() != record["files"].keys():
-        raise CheckpointError(f"{folder}: table {form.pool} in {form.format.name} needs the files {', '.join(paths)}")
+        raise CheckpointError(f"{folder}: table {form.name} in {form.format.name} needs the files {', '.join(paths)}")
     for name, path in paths.items():
         _check(path, record["files"][name])
     columns, dtype = form.payload_shape[1], form.format.payload_dtype
@@ -110,8 +110,8 @@ def read_files(
 
 def _paths(folder: pathlib.Path, form: TableForm) -> dict[str, pathlib.Path]:
     """The files of a table, in the order of the fields of `Encoded`."""
-    names = ("rows", "scales") if form.groups else ("rows",)
-    return {name: folder / f"{form.pool}.{name}" for name in names}
+    parts = ("rows", "scales") if form.groups else ("rows",)
+    return {part: folder / f"{form.name}.{part}" for part in parts}
 
 
 def _check(path: pathlib.Path, expected: Mapping[str, Any]) -> None:

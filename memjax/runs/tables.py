@@ -37,7 +37,7 @@ _PIECE_ELEMENTS = 1 << 20
 class TableForm:
     """Shape, format and place of a table that is to be built."""
 
-    pool: str
+    name: str
     num_rows: int
     width: int
     format: RowFormat
@@ -46,9 +46,9 @@ class TableForm:
     """Type in which operations return what they read."""
 
     @classmethod
-    def of(cls, pool: str, rows: Any, row_format: RowFormat, place: Place = "device") -> "TableForm":
+    def of(cls, name: str, rows: Any, row_format: RowFormat, place: Place = "device") -> "TableForm":
         """The form of a table that has the shape of `rows` and is read in their type."""
-        return cls(pool, rows.shape[0], rows.shape[1], row_format, place, jnp.dtype(rows.dtype).name)
+        return cls(name, rows.shape[0], rows.shape[1], row_format, place, jnp.dtype(rows.dtype).name)
 
     @property
     def groups(self) -> int:

@@ -27,7 +27,7 @@ class TrainState:
     """Dense parameters."""
     opt_state: optax.OptState
     tables: dict[str, Any]
-    """Rows of every table, by the name of the pool."""
+    """Rows of every table, by name."""
     table_state: dict[str, Any]
     reads: dict[str, Any]
     """Reads of every slot (int32 [num_slots]) since the last statistics, by layer."""

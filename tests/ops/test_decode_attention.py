@@ -10,7 +10,7 @@ import pytest
 from memjax.ops.decode_attention.api import decode_attention, decode_step
 
 every_implementation = pytest.mark.parametrize("implementation", ["triton", "xla", "reference"])
-# Rows, heads, heads of keys, width of a head, places of the cache. Groups and widths that fill no whole tile.
+# Rows, heads, heads of keys, width of a head, positions of the cache. Groups and widths that fill no whole tile.
 SHAPES = [(3, 4, 2, 8, 96), (2, 3, 3, 24, 40), (1, 5, 1, 16, 7)]
 
 
@@ -70,22 +70,22 @@ def turned(x, angles):
 def test_a_step_writes_the_new_entry_and_sees_it(implementation, window, shape, has_angles):
     (rows, heads, kv_heads, width, size), rng = shape, np.random.default_rng(3)
     # A place in the middle, the first one, and one beyond the cache.
-    places = np.array([size // 2, 0, size][:rows], np.int32)
+    positions = np.array([size // 2, 0, size][:rows], np.int32)
     joined = rng.normal(size=(rows, (heads + 2 * kv_heads) * width))
     keys, values = rng.normal(size=(2, rows, kv_heads, size, width))
     angles = rng.uniform(0, 6, size=(rows, width // 2)) if has_angles else None
     rotation = None if angles is None else (jnp.float32(np.cos(angles)), jnp.float32(np.sin(angles)))
     arrays = (jnp.float32(array) for array in (joined, keys, values))
-    out, *written = compiled_step(implementation, window)(*arrays, jnp.asarray(places), rotation)
+    out, *written = compiled_step(implementation, window)(*arrays, jnp.asarray(positions), rotation)
     query = np.zeros((rows, heads, width))
-    for row, place in enumerate(places):
+    for row, place in enumerate(positions):
         parts = joined[row].reshape(-1, width)
         if angles is not None:
             parts[: heads + kv_heads] = turned(parts[: heads + kv_heads], angles[row])
         query[row] = parts[:heads]
         if place < size:
             keys[row, :, place], values[row, :, place] = parts[heads : heads + kv_heads], parts[heads + kv_heads :]
-    expected = by_hand(query, keys, values, np.minimum(places + 1, size), window)
+    expected = by_hand(query, keys, values, np.minimum(positions + 1, size), window)
     np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
     for found, array in zip(written, (keys, values), strict=True):
         np.testing.assert_allclose(found, array, rtol=2e-6, atol=2e-6)

@@ -92,7 +92,7 @@ def read_model(files: TensorFiles, config: ModelConfig, place: str) -> Decoder:
         return own(array.T if tensor.transposed else array, leaf.dtype)
 
     params = jax.tree_util.tree_map_with_path(read, params_to_tree(parts.abstract_params))
-    tables = {pool: read(_table_path(pool), leaf) for pool, leaf in parts.abstract_tables.items()}
+    tables = {name: read(_table_path(name), leaf) for name, leaf in parts.abstract_tables.items()}
     return parts.merge(tree_to_params(parts, params), tables)
 
 
@@ -162,7 +162,7 @@ def _tensors(params: dict[str, Any], tables: dict[str, Any], config: ModelConfig
     flat = {_text(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
     in_block = _IN_BLOCK | _NORMS[config.norm_placement]
     found = {path: _Tensor(_name(path, in_block), leaf, path.endswith("/kernel")) for path, leaf in flat.items()}
-    found |= {_text(_table_path(pool)): _Tensor(_TABLE.format(pool), leaf, False) for pool, leaf in tables.items()}
+    found |= {_text(_table_path(name)): _Tensor(_TABLE.format(name), leaf, False) for name, leaf in tables.items()}
     return found
 
 
@@ -182,8 +182,8 @@ def _text(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _table_path(pool: str) -> Any:
-    return (jax.tree_util.DictKey("tables"), jax.tree_util.DictKey(pool))
+def _table_path(name: str) -> Any:
+    return (jax.tree_util.DictKey("tables"), jax.tree_util.DictKey(name))
 
 
 def _in_file(tensor: _Tensor, dtype: str | None) -> np.ndarray:

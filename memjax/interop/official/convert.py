@@ -92,10 +92,10 @@ def load_decoder(arrays: Arrays, settings: Mapping[str, Any], *, place: str = "t
     refuse_experts(arrays, place)
     dense = {name: array for name, array in arrays.items() if not name.endswith(VALUES)}
     tables = _tables(arrays, place)
-    config = _model_config(dense, {pool: arrays[name] for pool, name in tables.items()}, settings, place)
+    config = _model_config(dense, {table: arrays[name] for table, name in tables.items()}, settings, place)
     parts = DecoderParts.of(config)
     params = take(dense, params_to_tree(parts.abstract_params), place, head_dim=config.head_width)
-    rows = {pool: _table(arrays[name], place) for pool, name in tables.items()}
+    rows = {table: _table(arrays[name], place) for table, name in tables.items()}
     return parts.merge(tree_to_params(parts, params), rows)
 
 
@@ -169,7 +169,7 @@ def _memory_layers(arrays: Arrays) -> list[int]:
 
 
 def _tables(arrays: Arrays, place: str) -> dict[str, str]:
-    """The array of each table, by the name of its pool."""
+    """The array of each table, by the name of the table."""
     layers = _memory_layers(arrays)
     names = {layer: f"layers.{layer}.{VALUES}" for layer in layers}
     present = [layer for layer in layers if names[layer] in arrays]

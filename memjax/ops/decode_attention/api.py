@@ -49,7 +49,7 @@ def decode_step(
     joined: Float[Array, "b width"],
     keys: Float[Array, "b kv s h"],
     values: Float[Array, "b kv s h"],
-    places: Int[Array, " b"],
+    positions: Int[Array, " b"],
     rotation: tuple[Float[Array, "b half"], Float[Array, "b half"]] | None,
     *,
     window: int | None = None,
@@ -61,7 +61,7 @@ def decode_step(
         joined: queries of the new tokens, then keys, then values, heads side by side: width = (n + 2 kv) h.
         keys: of the cache.
         values: of the cache.
-        places: where the entries go; an entry whose place is beyond the cache is neither written nor seen.
+        positions: where the entries go; an entry whose position is beyond the cache is neither written nor seen.
         rotation: cosines and sines of the angles by which pairs (x[i], x[i + h/2]) of queries and keys are turned; None
             leaves them as they are.
         window: how many of the latest entries are seen; None for all.
@@ -73,14 +73,15 @@ def decode_step(
     """
     (batch, kv_heads, _, width), heads = keys.shape, joined.shape[-1] // keys.shape[-1] - 2 * keys.shape[1]
     fits = heads > 0 and joined.shape == (batch, (heads + 2 * kv_heads) * width) and heads % kv_heads == 0
-    if not fits or values.shape != keys.shape or places.shape != (batch,):
+    if not fits or values.shape != keys.shape or positions.shape != (batch,):
         raise ValueError(
-            f"decode_step: joined {joined.shape}, keys {keys.shape}, values {values.shape} and places {places.shape} "
-            "do not fit; they must be [b, (n + 2 kv) h], [b, kv, s, h] twice and [b], with kv a divisor of n"
+            f"decode_step: joined {joined.shape}, keys {keys.shape}, values {values.shape} and positions "
+            f"{positions.shape} do not fit; they must be [b, (n + 2 kv) h], [b, kv, s, h] twice and [b], with kv a "
+            "divisor of n"
         )
     if rotation is not None and any(part.shape != (batch, width // 2) for part in rotation):
         raise ValueError(f"decode_step: cosines and sines {rotation[0].shape} must be [{batch}, {width // 2}]")
     name = dispatch.choose("decode_attention", implementation, joined.dtype)
     if name == "triton" and keys.dtype == values.dtype == joined.dtype:
-        return dispatch.load("decode_attention", name).decode_step(joined, keys, values, places, rotation, window)
-    return step.decode_step(joined, keys, values, places, rotation, window, implementation=name)
+        return dispatch.load("decode_attention", name).decode_step(joined, keys, values, positions, rotation, window)
+    return step.decode_step(joined, keys, values, positions, rotation, window, implementation=name)

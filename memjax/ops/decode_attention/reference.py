@@ -18,9 +18,9 @@ def decode_attention(
     wide, groups = accumulator(query.dtype), query.shape[1] // keys.shape[1]
     keys, values = (jnp.repeat(array, groups, axis=1).astype(wide) for array in (keys, values))
     scores = jnp.einsum("bnh,bnsh->bns", query.astype(wide), keys) * query.shape[-1] ** -0.5
-    places = jnp.arange(keys.shape[2])[None, None, :]
-    seen = places < lengths[:, None, None]
+    positions = jnp.arange(keys.shape[2])[None, None, :]
+    seen = positions < lengths[:, None, None]
     if window is not None:
-        seen &= places >= lengths[:, None, None] - window
+        seen &= positions >= lengths[:, None, None] - window
     weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
     return jnp.einsum("bns,bnsh->bnh", weights, jnp.where(seen[..., None], values, 0)).astype(query.dtype)

@@ -11,7 +11,7 @@ def decode_step(
     joined: Float[Array, "b width"],
     keys: Float[Array, "b kv s h"],
     values: Float[Array, "b kv s h"],
-    places: Int[Array, " b"],
+    positions: Int[Array, " b"],
     rotation: tuple[Float[Array, "b half"], Float[Array, "b half"]] | None,
     window: int | None,
     *,
@@ -25,9 +25,9 @@ def decode_step(
         cos, sin = (part[:, None, :] for part in rotation)
         query, key = turn(query, cos, sin), turn(key, cos, sin)
     keys, values = (
-        write(old, new[:, None], places[:, None]) for old, new in zip((keys, values), (key, value), strict=True)
+        write(old, new[:, None], positions[:, None]) for old, new in zip((keys, values), (key, value), strict=True)
     )
-    lengths = jnp.minimum(places + 1, size)
+    lengths = jnp.minimum(positions + 1, size)
     attend = dispatch.load("decode_attention", implementation).decode_attention
     return attend(query, keys.astype(query.dtype), values.astype(query.dtype), lengths, window), keys, values
 
@@ -41,16 +41,16 @@ def turn(x: Float[Array, "*b h"], cos: Float[Array, "*#b half"], sin: Float[Arra
 def write(
     cache: Float[Array, "b kv s h"],
     new: Float[Array, "b q kv h"],
-    places: Int[Array, "b q"],
+    positions: Int[Array, "b q"],
     *,
     by_rows: bool | None = None,
 ) -> Float[Array, "b kv s h"]:
-    """The cache with new entries at the places of each row; those at places beyond it are left out.
+    """The cache with new entries at the positions of each row; those at positions beyond it are left out.
 
     Args:
         cache: the cache.
         new: entries.
-        places: where they go; each one once.
+        positions: where they go; each one once.
         by_rows: write single rows of a flat cache. XLA for GPUs would otherwise transpose the whole cache to write into
             it and back, at each step; XLA for CPUs writes one index after the other, so there fewer are better. None
             decides by the backend.
@@ -60,12 +60,12 @@ def write(
         by_rows = jax.default_backend() == "gpu"
     row = jnp.arange(batch)[:, None]
     if not by_rows:
-        return cache.at[row, :, places].set(new, unique_indices=True, mode="drop")
+        return cache.at[row, :, positions].set(new, unique_indices=True, mode="drop")
     head = row[:, :, None] * kv_heads + jnp.arange(kv_heads)[None, None, :]
-    flat = (head * size + places[:, :, None]).reshape(-1)
+    flat = (head * size + positions[:, :, None]).reshape(-1)
     # Numbers past the end are left out; they are all different, as is promised of indices.
     beyond = batch * kv_heads * size + jnp.arange(flat.size, dtype=flat.dtype)
-    inside = jnp.repeat((places < size).reshape(-1), kv_heads)
+    inside = jnp.repeat((positions < size).reshape(-1), kv_heads)
     flat = jnp.where(inside, flat, beyond)
     rows = cache.reshape(-1, width).at[flat].set(new.reshape(-1, width), unique_indices=True, mode="drop")
     return rows.reshape(cache.shape)

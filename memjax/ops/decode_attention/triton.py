@@ -25,14 +25,14 @@ def _attend(
     """The highest score, the sum of weights and the weighted sum, with the entries first..last of a cache added."""
     is_column = column < WIDTH
     for start in range(first, last, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        is_place = place < last
-        at = cache + place[:, None] * WIDTH + column[None, :]
-        inside = is_place[:, None] & is_column[None, :]
+        position = start + tl.arange(0, BLOCK)
+        is_position = position < last
+        at = cache + position[:, None] * WIDTH + column[None, :]
+        inside = is_position[:, None] & is_column[None, :]
         keys = tl.load(keys_ptr + at, mask=inside, other=0.0)
         scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * SCALE
-        scores = tl.where(is_place[None, :], scores, float("-inf"))
-        # The first place of a block is always filled, so this is a number.
+        scores = tl.where(is_position[None, :], scores, float("-inf"))
+        # The first position of a block is always filled, so this is a number.
         higher = tl.maximum(highest, tl.max(scores, axis=1))
         weights = tl.exp(scores - higher[:, None])
         fade = tl.exp(highest - higher)
@@ -96,7 +96,7 @@ def piece_kernel(
 
 @triton.jit
 def step_kernel(
-    joined_ptr, keys_ptr, values_ptr, places_ptr, cos_ptr, sin_ptr, out_ptr, highest_ptr, total_ptr, new_keys_ptr,
+    joined_ptr, keys_ptr, values_ptr, positions_ptr, cos_ptr, sin_ptr, out_ptr, highest_ptr, total_ptr, new_keys_ptr,
     new_values_ptr, SIZE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
     PIECES: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, TURNED: tl.constexpr, HEADS: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -106,13 +106,13 @@ def step_kernel(
     The first piece begins with the new entry, from registers, and writes it; no program reads it from the cache.
     """
     row, kv_head, piece = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    own_place = tl.load(places_ptr + row)
-    filled = tl.minimum(own_place, SIZE)
+    own_position = tl.load(positions_ptr + row)
+    filled = tl.minimum(own_position, SIZE)
     # Columns of the new entry that this program writes and begins with: all or none.
-    entry_width = tl.where((own_place < SIZE) & (piece == 0), COLUMNS, 0)
+    entry_width = tl.where((own_position < SIZE) & (piece == 0), COLUMNS, 0)
     begin = 0
     if WINDOW > 0:
-        begin = tl.maximum(tl.minimum(own_place + 1, SIZE) - WINDOW, 0)
+        begin = tl.maximum(tl.minimum(own_position + 1, SIZE) - WINDOW, 0)
     share = tl.cdiv(tl.cdiv(filled - begin, PIECES), BLOCK) * BLOCK
     first = begin + piece * share
     last = tl.minimum(first + share, filled)
@@ -141,7 +141,7 @@ def step_kernel(
         key = (key.to(tl.float32) * cos + other_key * sin).to(key.dtype)
 
     cache = (row * KV_HEADS + kv_head) * SIZE * WIDTH
-    at = cache + own_place * WIDTH + column
+    at = cache + own_position * WIDTH + column
     is_written = is_column & (column < entry_width)
     tl.store(new_keys_ptr + at, key, mask=is_written)
     tl.store(new_values_ptr + at, value, mask=is_written)
@@ -197,15 +197,15 @@ def decode_step(
     joined: Float[Array, "b width"],
     keys: Float[Array, "b kv s h"],
     values: Float[Array, "b kv s h"],
-    places: Int[Array, " b"],
+    positions: Int[Array, " b"],
     rotation: tuple[Float[Array, "b half"], Float[Array, "b half"]] | None,
     window: int | None,
     *,
     tile: Tile | None = None,
 ) -> tuple[Float[Array, "b n h"], Float[Array, "b kv s h"], Float[Array, "b kv s h"]]:
     """One kernel for positions, the new entry and the attention; the cache is written in place."""
-    places = places.astype(jnp.int32)
-    arguments = (joined, keys, values, places, *(rotation or (places, places)))
+    positions = positions.astype(jnp.int32)
+    arguments = (joined, keys, values, positions, *(rotation or (positions, positions)))
     num_heads = joined.shape[1] // keys.shape[3] - 2 * keys.shape[1]
     out, (keys, values) = _launch(
         step_kernel, arguments, num_heads, keys, window, tile, written=2, TURNED=rotation is not None

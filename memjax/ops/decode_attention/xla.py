@@ -19,10 +19,10 @@ def decode_attention(
     wide = accumulator(query.dtype)
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, width)
     scores = jnp.einsum("bkgh,bksh->bkgs", grouped, keys, preferred_element_type=wide) * width**-0.5
-    places = jnp.arange(size)[None, None, None, :]
-    seen = places < lengths[:, None, None, None]
+    positions = jnp.arange(size)[None, None, None, :]
+    seen = positions < lengths[:, None, None, None]
     if window is not None:
-        seen &= places >= lengths[:, None, None, None] - window
+        seen &= positions >= lengths[:, None, None, None] - window
     # Finite, so that what an unfilled cache holds cannot turn into a NaN by way of inf - inf.
     weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(wide).min), axis=-1).astype(values.dtype)
     out = jnp.einsum("bkgs,bksh->bkgh", weights, values, preferred_element_type=wide)
