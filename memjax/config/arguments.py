@@ -13,7 +13,7 @@ from memjax.config.schema import FieldPath, field_type, printable, unwrap
 from memjax.config.yaml import compose
 
 _FLAG_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "1": None, "0": None}
-"""What may follow the name of a flag, and its meaning; None for what is refused as the value, not as a stray word."""
+"""Words that may follow the name of a flag, with their values; None for words refused as a value, not as stray."""
 
 
 class Arguments(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a model reads: sources, their mixture, the tokenizer, and how records become batches."""
+"""Settings of the data: sources, their mixture, the tokenizer, and how records become batches."""
 
 import dataclasses
 import re
@@ -64,7 +64,7 @@ class MixtureConfig(Section):
     """One part of a mixture."""
 
     name: str
-    """What metrics call it, and the folder of its prepared data."""
+    """Name used in metrics and as the folder of its prepared data."""
     path: PathOrAddress[str]
     """File, folder or glob, as in data.path."""
     source: Literal["files", "jsonl", "text"] = "files"

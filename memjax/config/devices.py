@@ -51,7 +51,7 @@ class ProcessesConfig(Section):
     """Processes that train one model together, on one machine or on many. All of them are started with one command."""
 
     count: Positive[int] | None = None
-    """Their number; null asks SLURM or MPI, and is 1 without them. 1 trains alone, whatever they say."""
+    """Their number; null asks SLURM or MPI, and is 1 without them. 1 trains alone in any case."""
     index: NotNegative[int] | None = None
     """The number of this process, from 0; null asks SLURM, MPI or Kubernetes."""
     coordinator: str | None = None

@@ -20,7 +20,7 @@ DEEPEST = 32
 """The most levels of sections and lists in a config; the schema has four."""
 
 _WRITTEN_BY_RUNS = ("checkpoints", "metrics.jsonl")
-"""What lies beside a config.yaml that a run has written, perhaps one of an earlier version."""
+"""Files next to a config.yaml that a run has written, perhaps one of an earlier version."""
 
 Tree = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""The text that --help prints: every setting, with what the schema says of it."""
+"""The text of --help: every setting, with its type, documentation and default."""
 
 import ast
 import dataclasses
@@ -18,9 +18,9 @@ class Positional:
     """The argument of a command line that has no `--name`."""
 
     name: str
-    """What help calls it."""
+    """Name in the help."""
     help: str
-    """What it is."""
+    """Text in the help."""
     required: bool = True
     """Whether the command refuses to start without it."""
     repeats: bool = False
@@ -135,7 +135,7 @@ def _wrapped(text: str, spaces: int) -> list[str]:
 
 
 def metavar(annotation: Any) -> str:
-    """What stands for a value of this type behind the name of its setting."""
+    """Placeholder of a value of this type behind the name of its setting."""
     inner, optional = unwrap(annotation)
     arguments = typing.get_args(inner)
     if typing.get_origin(inner) is Literal:

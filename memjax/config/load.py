@@ -42,12 +42,12 @@ RUN_FOLDER = Positional(name="RUN", help="The folder of a run.")
 READ_RUN = Positional(name="RUN", help="The folder of a run, or its address (gs://, s3://, hf://, http).", is_read=True)
 
 COMPLETE = "--complete"
-"""As the only argument of a command: print what a shell may offer."""
+"""As the only argument of a command: print the words that a shell may complete."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Parsed(Generic[T]):
-    """What a command line asked for."""
+    """A parsed command line."""
 
     config: T
     """The validated settings."""
@@ -147,7 +147,7 @@ def _paths(words: Sequence[str], positional: Positional | None, problems: Proble
 
 
 def _completions(schema: type, positional: Positional | None, flags: Mapping[str, str]) -> list[str]:
-    """What a shell may offer for the next word."""
+    """Words that a shell may complete."""
     settings = [f"--{'.'.join(path)}" for path, annotation in walk(schema) if section_of(annotation) is None]
     configs = presets.names() if positional and positional.is_config else []
     return [*configs, *settings, *(f"--{name}" for name in flags), "--help"]

@@ -1,4 +1,4 @@
-"""What a run prints and where its metrics go."""
+"""Settings of the log: progress lines, trackers, profile."""
 
 import dataclasses
 from typing import Literal
@@ -42,7 +42,7 @@ class ProfileConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig(Section):
-    """What is printed and written while the run goes on. None of these writers can stop it."""
+    """What a run prints and writes while it goes on. A failing writer does not stop the run."""
 
     progress_seconds: Positive[float] = 5.0
     """Seconds between progress lines."""

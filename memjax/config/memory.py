@@ -52,7 +52,7 @@ class LookupConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ProductKeyConfig(LookupConfig):
-    """What all lookups by product keys have in common."""
+    """Settings common to all lookups by product keys."""
 
     num_keys: Positive[int] = 64
     """Sub-keys per half; the table has num_keys squared slots."""

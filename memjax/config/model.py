@@ -229,7 +229,7 @@ class ModelConfig(Section):
         return named | ({"experts": self.experts.layers or ()} if self.experts else {})
 
     def kind(self, layer: int) -> str:
-        """What a block has after its attention: `dense`, or the section that takes the feed-forward layer's place."""
+        """The kind of a block: `dense`, or the section that takes the feed-forward layer's place."""
         for kind, layers in self._named_layers().items():
             if layer in layers:
                 section = self.lookup_sections.get(kind)

@@ -1,9 +1,9 @@
-"""The configs that memjax brings, by name: `wiki_text` is configs/wiki_text.yaml of a checkout or of the wheel."""
+"""The configs shipped with memjax, by name: `wiki_text` is configs/wiki_text.yaml of a checkout or of the wheel."""
 
 from pathlib import Path
 
 RECIPE = "paper"
-"""What presets of the paper's models share: no model of its own."""
+"""The base of the presets of the paper's models; no model of its own."""
 
 _PACKAGE = Path(__file__).parents[1]
 

@@ -1,4 +1,4 @@
-"""What is wrong with a config: each problem with the place where the setting was written, and a hint."""
+"""Collect the problems of a config, each with the place where the setting was written, and a hint."""
 
 import difflib
 import re
@@ -12,7 +12,7 @@ from memjax.errors import MOST_SHOWN
 
 
 class Problems:
-    """The problems of one config, and where files and command line say what they say."""
+    """The problems of one config, and where each setting was written."""
 
     def __init__(self, schema: type) -> None:
         self.schema = schema

@@ -1,4 +1,4 @@
-"""Settings that earlier versions called otherwise. What a run of such a version has written is read all the same."""
+"""Renamed settings, so that files written by earlier versions can be read."""
 
 import copy
 from typing import Any
@@ -27,7 +27,7 @@ RENAMED_VALUES: dict[str, dict[str | bool, str]] = {
 
 
 def new_name(name: str) -> str:
-    """What a setting or section is called now; the name itself where it was not renamed."""
+    """The current name of a setting or section; the same name if it was not renamed."""
     for old, new in RENAMED.items():
         if f"{name}.".startswith(f"{old}."):
             name = f"{old.rpartition('.')[0]}.{new}{name.removeprefix(old)}"
@@ -35,7 +35,7 @@ def new_name(name: str) -> str:
 
 
 def new_value(setting: str, value: Any) -> str | None:
-    """What a value of a setting is called now; None where it was not renamed."""
+    """The current value for an old value of a setting; None if it was not renamed."""
     return next((new for old, new in RENAMED_VALUES.get(setting, {}).items() if str(old) == str(value)), None)
 
 

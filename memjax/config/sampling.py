@@ -20,7 +20,7 @@ class SamplingConfig(Section):
     """Divides the positive scores of tokens that the text holds already, multiplies the negative ones
     (arXiv:1909.05858)."""
     seed: int = 0
-    """Of the draws; the same seed writes the same text."""
+    """Seed of the draws; the same seed writes the same text."""
 
     def problems(self) -> list[str | None]:
         """Everything that is wrong with the settings."""

@@ -1,4 +1,4 @@
-"""What a schema, a frozen dataclass of settings and sections, says of itself: fields, types, and both in words."""
+"""Introspection of schemas (frozen dataclasses of settings and sections): fields, types, descriptions."""
 
 import dataclasses
 import functools
@@ -90,7 +90,7 @@ PLAIN_TYPES: dict[Any, tuple[str, str]] = {
 
 
 def in_words(annotation: Any) -> str:
-    """What a field's value must be."""
+    """The rule of a field's type, for messages."""
     inner, optional = unwrap(annotation)
     arguments = typing.get_args(inner)
     if typing.get_origin(inner) is Literal:

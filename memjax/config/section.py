@@ -35,7 +35,7 @@ class Section:
         checks.refuse([*problems, *self.problems()])
 
     def problems(self) -> Iterable[str | None]:
-        """What else is wrong, each beginning with `field=value`."""
+        """Further problems, each beginning with `field=value`."""
         return ()
 
 

@@ -20,7 +20,7 @@ class TrainConfig(Section):
     grad_accum_steps: Positive[int] = 1
     """Micro-batches per step."""
     remat: Literal["none", "dots", "block"] = "none"
-    """What the backward pass computes again: nothing, all but matrix products, or whole blocks; never the lookups."""
+    """Recomputed in the backward pass: nothing, all but matrix products, or whole blocks; never the lookups."""
     attention: Literal["auto", "cudnn", "chunked"] = "auto"
     """cudnn: the fused kernel of NVIDIA GPUs, for 16-bit types; chunked: anywhere, some queries at a time; auto: cudnn
     where it can run."""
@@ -52,7 +52,7 @@ class CheckpointConfig(Section):
 
     @property
     def steps_between_tables(self) -> int:
-        """Of the checkpoints written by number, those of its multiples hold the tables."""
+        """Periodic checkpoints at multiples of this step hold the tables."""
         return self.every * int(self.tables.removeprefix("every ") if self.tables != "always" else 1)
 
 

@@ -84,7 +84,7 @@ def scalar(node: ScalarNode) -> Any:
 
 
 def why_invalid(error: MarkedYAMLError) -> str:
-    """What is wrong with a text that is no YAML, and what it mostly comes from."""
+    """The error of invalid YAML in words, with the likely cause."""
     problem = error.problem or "it cannot be read"
     if problem.startswith("but "):
         problem = f"{error.context}, {problem}"

@@ -1,4 +1,4 @@
-"""Bodies of requests: a JSON object whose fields are read one by one, with everything that is wrong said at once."""
+"""Parse JSON request bodies field by field, and report all problems at once."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The texts that a request for completions asks for: what the engine is given, and how answers are written."""
+"""Choices of a completion request: engine requests in, pieces of the response out."""
 
 import dataclasses
 import math
@@ -98,7 +98,7 @@ class Piece:
 
 
 class Choice:
-    """A text in the making.
+    """One choice of a completion: decodes its tokens, applies stop strings, reports log-probabilities.
 
     The tokens' log-probabilities come with the text that they belong to: those of a text that a stop string cuts off
     never come.
@@ -156,7 +156,7 @@ class Choice:
         return Piece(text, self._logprobs(), finish)
 
     def _begin(self, scores: list[TokenLogprobs] | None) -> str:
-        """The prompt, which the client wants back."""
+        """The text of the prompt, for `echo`."""
         self._begun = True
         ids = self.ticket.request.prompt_ids
         decoder = StreamingDecoder(self._tokenizer, after=ids[: self._num_added])

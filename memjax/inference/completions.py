@@ -1,4 +1,4 @@
-"""Bodies of OpenAI's `/v1/completions`: requests are read and checked."""
+"""Parse and validate the request bodies of OpenAI's `/v1/completions`, and of /tokenize and /detokenize."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -1,7 +1,6 @@
 """OpenAI's HTTP interface as an ASGI application: paths, bodies, streams and errors.
 
-The event loop does everything but the model: it checks requests, makes text of tokens, and notices who hangs up. JAX
-runs in the scheduler's thread alone.
+The event loop validates requests, decodes tokens and detects disconnects; JAX runs in the scheduler's thread alone.
 """
 
 import asyncio

@@ -42,7 +42,7 @@ class _Slot:
     num_made: int = 0
 
     def capacity(self, count: int) -> int:
-        """Of a cache that holds the text with `count` more tokens, and with all to come where these are not many."""
+        """Cache capacity for the text with `count` more tokens, or with all of max_tokens where that is small."""
         start = len(self.request.prompt_ids)
         longest = start + self.request.max_tokens
         soon = min(longest, start + max(1, self.num_made) + count)
@@ -54,7 +54,7 @@ class _Fresh:
     """Prompts that were read together; a row each."""
 
     slots: dict[int, _Slot]
-    """Of the first rows, in their order."""
+    """Slots of the first rows, in their order."""
     state: State
     tokens: Int[jax.Array, "b 1"]
     likelihoods: Likelihoods | None
@@ -104,7 +104,7 @@ class Engine:
         self._min_capacity, self._modes = min_capacity, tuple(modes)
         _, graphdef, structure, self._weights = prepare(model)
         self._programs = programs_of(graphdef, structure)
-        # A mesh splits rows over its devices, so each needs as many as the others; nobody reads the rows in excess.
+        # A mesh splits rows over its devices, so each needs as many as the others; the excess rows are ignored.
         self._devices = jax.sharding.get_abstract_mesh().size if has_memory_axis() else 1
         self._num_rows = math.ceil(num_slots / self._devices) * self._devices
         self._slots: list[_Slot | None] = [None] * num_slots
@@ -159,8 +159,8 @@ class Engine:
         found: dict[int, Made] = {}
         count = min(max_tokens, LONGEST_CHUNK)
         if count > 0 or self._state is not None:
-            # Sent before the host waits for first tokens, so that the device has all it needs to go on. First tokens
-            # that nobody else waits with do not wait for the programs to compile.
+            # Sent before the host waits for first tokens, so that the device has all it needs to go on. Where
+            # no other text runs, first tokens do not wait for the decoding program to compile.
             self._merge(max(1, count))
         unread, self._unread = self._unread, []
         firsts = jax.device_get([(fresh.tokens, fresh.likelihoods) for fresh in unread])
@@ -284,6 +284,6 @@ class Engine:
 
 
 def _logprobs_at(likely: Likelihoods, at: tuple[int, int], num_top: int) -> TokenLogprobs:
-    """What a request is given for one place of its row."""
+    """The log-probabilities reported for one position of a row."""
     pairs = zip(likely.top_tokens[at].tolist(), likely.top[at].tolist(), strict=True)
     return TokenLogprobs(float(likely.chosen[at]), dict(list(pairs)[:num_top]))

@@ -1,4 +1,4 @@
-"""What a server counts, as Prometheus reads it."""
+"""Counters, gauges and histograms of the server, in Prometheus' text format."""
 
 import bisect
 import collections
@@ -26,7 +26,7 @@ class Histogram:
 
     @property
     def mean(self) -> float:
-        """Of all durations; 0 where there is none."""
+        """Mean duration; 0 without any."""
         return self.total / self.count if self.count else 0.0
 
     def lines(self, name: str) -> list[str]:
@@ -63,7 +63,7 @@ class Metrics:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the last seconds."""
+        """Rate over the last `_WINDOW` seconds."""
         self._forget()
         return sum(count for _, count in self._recent) / _WINDOW
 

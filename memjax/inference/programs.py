@@ -67,7 +67,7 @@ class Room(NamedTuple):
     """The most that rows of a state can hold."""
 
     tokens: int
-    """Of the cache."""
+    """Positions of the cache."""
     stop_ids: int
 
 
@@ -90,7 +90,7 @@ class State(NamedTuple):
 
     @property
     def room(self) -> Room:
-        """What its rows have room for."""
+        """Capacity of its rows."""
         return Room(self.cache.blocks[0].keys.shape[2], self.rows.num_stops)
 
     def with_fewest_stops(self) -> "State":
@@ -129,7 +129,7 @@ def programs_of(graphdef: Any, structure: Any) -> Programs:
         model = model_of(weights)
         hidden, cache = model.hidden_with_cache(split_tokens(tokens), None)
         last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-        # The padding's keys stay in the cache behind its lengths: nobody sees them, and new tokens overwrite them.
+        # The padding's keys stay in the cache behind its lengths: they are never seen, and new tokens overwrite them.
         return model.logits(last), cache._replace(lengths=lengths)
 
     @functools.partial(jax.jit, static_argnames=("mode", "num_top"))

@@ -1,4 +1,4 @@
-"""What an engine is asked for, and what it gives back."""
+"""Requests to an engine, and the tokens it returns."""
 
 import dataclasses
 from collections.abc import Collection, Sequence
@@ -21,35 +21,35 @@ class Request:
     stop_ids: Collection[int] = ()
     """Tokens that end the text; they are not part of it."""
     number: int = 0
-    """Of the prompt; with the seed it decides the draws."""
+    """Number of the prompt; with the seed it decides the draws."""
     logprobs: int | None = None
-    """How many of the likeliest tokens to report at each token, beside its own log-probability; None reports none."""
+    """Number of likeliest tokens to report with each token's own log-probability; None reports nothing."""
 
 
 class TokenLogprobs(NamedTuple):
-    """How likely the model holds tokens at one place, before any sampling setting: natural logarithms."""
+    """Log-probabilities (natural) of the model at one position, before any sampling setting."""
 
     chosen: float
-    """Of the token written."""
+    """Log-probability of the written token."""
     top: dict[int, float]
-    """Of the likeliest tokens, in falling order."""
+    """Log-probabilities of the likeliest tokens, in falling order."""
 
 
 @dataclasses.dataclass(slots=True)
 class Made:
-    """What one step has added to a text."""
+    """Tokens that one step added to a text."""
 
     tokens: list[int]
     finish: Literal["stop", "length"] | None = None
     """Why the text ends with these tokens: a stop token came, or max_tokens are written. None: it goes on."""
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
-    """Of each token, if the request asks for them."""
+    """Of each token in `tokens`, if requested."""
     stop: tuple[int, TokenLogprobs | None] | None = None
     """The stop token that came, which is no part of the text, with its log-probabilities if the request asks."""
 
 
 def check(request: Request, vocab_size: int) -> None:
-    """Raises a ValueError that says why a request cannot be met."""
+    """Raises a ValueError if a request cannot be served."""
     if not len(request.prompt_ids):
         raise ValueError(f"the ids of prompt {request.number} are empty; they need at least the begin token")
     check_ids(request.prompt_ids, vocab_size, f"the ids of prompt {request.number}")

@@ -51,7 +51,7 @@ class Rules(NamedTuple):
 
 
 class Mode(NamedTuple):
-    """What the rows of a batch need at most; each combination is a compiled program of its own."""
+    """Features of the sampling that some row of a batch needs; each combination is a compiled program of its own."""
 
     draws: bool = False
     """Some row has a temperature."""
@@ -138,7 +138,7 @@ def allowed(
 
 
 def _likeliest(codes: UInt[Array, "b v"], weights: Array, target: Array) -> Bool[Array, "b v"]:
-    """Of each row the fewest largest codes whose weights add up to the target; all where they do not reach it."""
+    """Mask of the fewest largest codes of each row whose weights reach the target; all where they do not reach it."""
     threshold = _threshold(codes, weights, target)[:, None]
     above, level = codes > threshold, codes == threshold
     # Of those at the threshold the first ones in their order that reach what is missing.
@@ -181,12 +181,12 @@ def _codes(logits: Float[Array, "b v"]) -> UInt[Array, "b v"]:
 
 
 class Likelihoods(NamedTuple):
-    """How likely the model itself, before any sampling setting, holds tokens: natural logarithms."""
+    """Log-probabilities (natural) of the model itself, before any sampling setting."""
 
     chosen: Float[Array, "*b"]
-    """Of the token picked."""
+    """Log-probability of the picked token."""
     top: Float[Array, "*b n"]
-    """Of the likeliest tokens, in falling order."""
+    """Log-probabilities of the likeliest tokens, in falling order."""
     top_tokens: Int[Array, "*b n"]
 
 

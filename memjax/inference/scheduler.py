@@ -32,33 +32,33 @@ _CHUNK = 16
 prompts join in smaller groups, and there are more events to send. With a device that only takes the times of a 373m
 model on an H200 (64 clients, prompts of 512 and answers of 128 tokens) a server wrote 5 to 8 % less by 8 at a time."""
 _RETURN_SECONDS = 0.002
-"""Time that whoever got a whole text has to send the next request, before its slot stays empty for a chunk. Where
-others wait already, their prompts are read meanwhile."""
+"""How long a finished client has to send its next request before its slot stays empty for a chunk; prompts that wait
+already are read meanwhile."""
 _PREFILL_TOKENS = 1 << 15
 """Prompt tokens, padding included, that are read before running texts go on."""
 
 
 @dataclasses.dataclass(eq=False, kw_only=True, slots=True)
 class Ticket:
-    """A text that somebody waits for."""
+    """A text that a client waits for."""
 
     request: Request
     """With max_tokens=0 only the prompt is scored."""
     prompt_top: int | None = None
     """How many of the likeliest tokens to report at each place of the prompt; None does not score the prompt."""
     owner: Any = None
-    """Whatever the listener needs to find whom an update is for."""
+    """Set by the listener, to find the client of an update."""
     slot: int | None = None
     """The scheduler's: where the text is written."""
 
 
 @dataclasses.dataclass(slots=True)
 class Update:
-    """What has become of a ticket."""
+    """Progress of a ticket."""
 
     made: Made
     prompt: list[TokenLogprobs] | None = None
-    """Of the tokens of the prompt after the first."""
+    """Log-probabilities of the prompt's tokens after the first."""
     error: str | None = None
     """Why nothing more comes."""
 
@@ -107,7 +107,7 @@ class Scheduler:
         self._num_waiting = 0
         self._running: dict[int, Ticket] = {}
         self._joining: list[Ticket] = []
-        """Those who are about to get their slots."""
+        """Tickets taken from the queue that have no slot yet."""
         self._cancelled: list[Ticket] = []
         self._num_ended, self._return_due = 0, 0.0
         self._is_open = True
@@ -282,7 +282,7 @@ class Scheduler:
         self._return_due = time.monotonic() + _RETURN_SECONDS if is_worth else 0.0
 
     def _fail(self, error: Exception) -> None:
-        """Tells everybody whose text is lost, and goes on with those who wait."""
+        """Fails the tickets whose texts are lost, and goes on with the waiting ones."""
         self.num_failures += 1
         if sys.stderr is not None:
             with contextlib.suppress(OSError, ValueError):
@@ -331,7 +331,7 @@ def warm_up(
         engine: what `make_engine` made; without texts.
         max_length: that of `make_engine`.
         lengths: of the prompts to come; None is all that are shorter than max_length.
-        progress: is told how many of how many steps are done.
+        progress: called with the number of finished steps and of all.
     """
     samplings = (SamplingConfig(), SamplingConfig(temperature=1.0, top_p=0.5))
     widths = sorted({padded_length(length) for length in lengths or range(1, max_length)})

@@ -28,7 +28,7 @@ from memjax.models.token_ids import check_ids
 from memjax.sharding.axes import has_memory_axis, replicate, split_tokens
 
 Show = Callable[[float], None]
-"""Receives the share of the work that is done: 0 to 1."""
+"""Called with the finished share of the work, 0 to 1."""
 Place = Callable[[Batch], dict[str, jax.Array]]
 """Puts the arrays of a batch on the devices."""
 
@@ -39,7 +39,7 @@ _PROMPT_POSITIONS = 256
 
 
 class Request(NamedTuple):
-    """What to score: `continuation` after `context`, both as token ids."""
+    """A continuation to score after a context, both as token ids."""
 
     context: Sequence[int]
     """At least the begin token."""
@@ -235,7 +235,7 @@ class PromptScorer:
 
         @partial(jax.jit, static_argnames="num_top")
         def run(weights: nnx.State, tokens: Int[Array, "b s"], *, num_top: int) -> Likelihoods:
-            """Of the first row: how likely each token's successor is, and the likeliest ones."""
+            """Likelihoods of the first row: of each token's successor, and of the likeliest tokens."""
             model = nnx.merge(graphdef, weights)
             hidden, _ = model.hidden_with_cache(split_tokens(tokens), None)
             following = jnp.roll(tokens[:1], -1, axis=1)

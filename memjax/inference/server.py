@@ -73,7 +73,7 @@ class _Uvicorn(uvicorn.Server):
 
 
 class HttpServer:
-    """Serves an attached `Service` on a socket until it is told to drain."""
+    """Serves an attached `Service` on a socket until it drains."""
 
     def __init__(
         self, service: Service, listening: socket.socket, *, drain_seconds: float, max_connections: int = 1024
@@ -118,7 +118,7 @@ class HttpServer:
         await serving
         ended = await asyncio.to_thread(self._service.scheduler.stop, _SHUTDOWN_SECONDS)
         if signals and not ended:
-            # It compiles, say; nobody waits for what comes of it, and the interpreter cannot end around it.
+            # It may be compiling: the result is not needed, and the interpreter cannot exit around the thread.
             _exit_now(0)
 
     def drain(self) -> None:

@@ -1,4 +1,4 @@
-"""What the endpoints of the HTTP interface share: the scheduler, the key, limits, and completions in the making."""
+"""State shared by the HTTP endpoints: scheduler, API key, limits, running completions."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ from memjax.inference.scheduler import QueueFullError, Scheduler, Ticket, Update
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What one client may ask for."""
+    """Limits of one client."""
 
     max_length: int
     """Tokens of a prompt and its answer together."""
@@ -35,7 +35,7 @@ class Limits:
 
 
 class Service:
-    """What the endpoints share. Everything runs on one event loop but `deliver`, which the scheduler calls."""
+    """State shared by the endpoints. All methods run on one event loop except `deliver`, which the scheduler calls."""
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class Service:
 
 
 class Answer:
-    """A completion in the making."""
+    """A running completion."""
 
     def __init__(self, request: CompletionRequest, choices: list[Choice]):
         self.request, self.choices = request, choices
@@ -165,7 +165,7 @@ class Answer:
         return all(choice.is_done for choice in self.choices)
 
     async def pieces(self, service: Service) -> AsyncIterator[tuple[Choice, Piece]]:
-        """What becomes of the choices, until all are done.
+        """Pieces of the choices as they come, until all are done.
 
         Raises:
             RefusedError: the engine failed.

@@ -1,4 +1,4 @@
-"""From prompts to texts: a model and its tokenizer write on, up to their end, a stop string or a number of tokens."""
+"""Generate text from prompts, up to the model's end token, a stop string or a number of tokens."""
 
 import dataclasses
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -17,7 +17,7 @@ from memjax.models.decoder import Decoder
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Continuation:
-    """What a model wrote after a prompt."""
+    """The text that a model wrote after a prompt."""
 
     text: str
     """Without the prompt and without the stop string."""
@@ -124,7 +124,7 @@ def _stop_ids(tokenizer: Tokenizer, stop: Sequence[str]) -> set[int]:
 
 
 class _Text:
-    """A continuation in the making."""
+    """A running continuation: decodes its tokens and applies stop strings."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]):
         self.text = ""
@@ -144,7 +144,7 @@ class _Text:
         return self._add(self._stops.push(self._decoder.push(token)))
 
     def finish(self) -> str:
-        """What was held back."""
+        """The text held back so far."""
         return self._add(self._stops.push(self._decoder.finish()) + self._stops.finish())
 
     def _add(self, piece: str) -> str:
@@ -167,7 +167,7 @@ class StopStrings:
         self._held = ""
 
     def push(self, piece: str) -> str:
-        """What can be passed on now: all but an end that may be the beginning of a stop string."""
+        """The text that can be passed on now: all but an end that may begin a stop string."""
         if self.found is not None:
             return ""
         if not self._stops:
@@ -181,7 +181,7 @@ class StopStrings:
         return text[: len(text) - len(self._held)]
 
     def finish(self) -> str:
-        """What was held back and is the beginning of a stop string without its end."""
+        """The text still held back: the beginning of a stop string that did not complete."""
         held, self._held = self._held, ""
         return held
 

@@ -103,7 +103,7 @@ class JoinedMemory(MemoryLayer):
         return Lookup(slots.reshape(shape), weights.reshape(shape))
 
     def _project(self, x: Array, bag: Array, gates: Sequence[Array], residual: Array | None = None) -> Array:
-        """The output from the bags and what the input gives beside its queries."""
+        """The output from the bags and the input's gates."""
         y, input_gate = unfold(bag, x).astype(x.dtype), gates[0] if gates else None
         if self.value is not None and self.output_gate is None and self.scale is None:
             return self.value(y, residual, input_gate)
@@ -176,7 +176,7 @@ class Joined(nnx.Module):
         residual: Float[Array, "*b outputs"] | None = None,
         input_gate: Float[Array, "*b inputs"] | None = None,
     ) -> Float[Array, "*b outputs"]:
-        """What the layers make of x, times the silu of an input gate, side by side; added to a residual."""
+        """The layers' outputs for x, times the silu of an input gate, concatenated; added to a residual."""
         x, rows, bias, input_gate = self._promoted(x, input_gate)
         if _is_for_kernel(x) and (residual is None or residual.dtype == x.dtype):
             return _by_kernel(x, rows, residual=residual, bias=bias, input_gate=input_gate)
@@ -193,11 +193,11 @@ class Joined(nnx.Module):
         return promote_dtype((x, self.rows[...], bias, input_gate), dtype=self.dtype)
 
     def split(self, x: Float[Array, "*b inputs"]) -> list[Float[Array, "*b outputs"]]:
-        """What each layer makes of x."""
+        """Each layer's output for x."""
         return jnp.split(self(x), self.ends, axis=-1)
 
     def gated(self, x: Float[Array, "*b inputs"]) -> Float[Array, "*b outputs"]:
-        """The silu of what the first of two layers makes of x, times what the second does."""
+        """SwiGLU: the silu of the first layer's output for x, times the second's."""
         if _is_for_kernel(x):
             x, rows, bias, _ = self._promoted(x)
             return _by_kernel(x, rows, bias=bias, gated=True)
@@ -224,7 +224,7 @@ def _is_for_kernel(x: Array) -> bool:
 
 
 def _by_kernel(x: Array, rows: Array, *, gated: bool = False, **vectors: Array | None) -> Array:
-    """`matvec` of an x, and of vectors beside it, with axes of length 1 in front."""
+    """`matvec` of x and other vectors with leading axes of length 1."""
     given = {name: array.reshape(-1) for name, array in vectors.items() if array is not None}
     settings = {"names": tuple(given), "gated": gated}
     return on_own_tokens(_matvec, (x.reshape(1, -1),), (rows, *given.values()), **settings).reshape(*x.shape[:-1], -1)

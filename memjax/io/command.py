@@ -1,4 +1,4 @@
-"""Exit codes of commands, and messages for what users can mend. JAX is imported only when needed."""
+"""Exit codes of commands, and error messages without tracebacks. JAX is imported only when needed."""
 
 import contextlib
 import os

@@ -1,7 +1,7 @@
-"""JAX's persistent compilation cache in the user's cache folder: a second start compiles nothing again.
+"""JAX's persistent compilation cache in the user's cache folder, so that a second start compiles nothing.
 
-JAX reads and writes the entries; what it leaves to others is here. Entries are kept apart by what they depend on and
-JAX's keys do not hold (jaxlib, the CPU's instructions), damaged ones are removed, the size is bounded. JAX's own bound
+JAX reads and writes the entries. This module separates them by what JAX's keys lack (jaxlib, the CPU's instructions),
+removes damaged ones, and bounds the size. JAX's own bound
 (`jax_compilation_cache_max_size`) needs the package filelock, and locks and lists the folder at every read.
 """
 

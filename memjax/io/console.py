@@ -1,4 +1,4 @@
-"""Lines for people: the logger `memjax`, and the output of commands, which may be gone.
+"""Console output: the logger `memjax`, and prints that survive a closed standard output.
 
 How far a work is, and what goes wrong without ending it, are records of `logging.getLogger("memjax")`. Commands show
 them (`log_to_console`): plain lines on standard output, from warnings on standard error. Programs that use the library
@@ -23,12 +23,12 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u20
 
 
 def say(text: str) -> None:
-    """Logs a line on how far the program is."""
+    """Logs a line of progress."""
     logger.info("%s", text, stacklevel=2)
 
 
 def warn(text: str) -> None:
-    """Logs a line on what went wrong, after which the program goes on."""
+    """Logs a warning."""
     logger.warning("%s", text, stacklevel=2)
 
 

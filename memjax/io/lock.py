@@ -1,4 +1,4 @@
-"""A lock on a file, held by one process at a time and freed by its death."""
+"""An exclusive lock on a file, released when its process ends in any way."""
 
 import contextlib
 import errno
@@ -109,7 +109,7 @@ def _is_at(path: pathlib.Path, handle: int) -> bool:
 
 
 def _sign(handle: int) -> None:
-    """Writes who holds the lock; on a full disk this fails."""
+    """Writes the holder's process, host and time; fails on a full disk."""
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n"
     os.ftruncate(handle, 0)

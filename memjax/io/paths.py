@@ -1,4 +1,4 @@
-"""Paths that people write."""
+"""Paths and addresses given by users."""
 
 import contextlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""Files behind addresses such as gs://bucket/run: reading them by way of local copies, and keeping copies there.
+"""Fetch files of remote stores (gs://, s3://, hf://, http) to a local cache, and mirror a run's folder to one.
 
 fsspec does the work. Reading a copy keeps what local files give: records at random, and the same ones after a restart.
 """

@@ -105,7 +105,7 @@ def learn_facts(
     Args:
         found: the run's model.
         facts: what to learn.
-        held_out: questions to ask besides; None asks the run's own where it has some.
+        held_out: further questions to ask; None asks the run's own where it has some.
         recipe: how to learn.
         out: the patch's file or folder.
         source: where the facts are from, for the patch's notes.

@@ -1,4 +1,4 @@
-"""Reads of the tables by every layer, and their gradients; no other module here depends on the kinds of lookups."""
+"""Reads of the tables by every layer, and their gradients; the only module here that knows the kinds of lookups."""
 
 import functools
 from collections.abc import Callable, Mapping

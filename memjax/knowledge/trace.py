@@ -46,9 +46,9 @@ class Trace:
     targets: list[int]
     """The token that follows each; after the last of them the answer's first, or the likeliest."""
     logits: Float[np.ndarray, " t"]
-    """Of the targets."""
+    """Logits of the targets."""
     probabilities: Float[np.ndarray, " t"]
-    """Of the targets."""
+    """Probabilities of the targets."""
     guesses: list[list[tuple[int, float]]]
     """The likeliest tokens after each, with their probabilities."""
     layers: Mapping[str, LayerTrace]

@@ -1,4 +1,4 @@
-"""The norm of a table's gradient, which is never formed: what gradients are clipped by."""
+"""The norm of a table's gradient, for clipping, without forming the gradient."""
 
 import math
 from collections.abc import Sequence

@@ -19,7 +19,7 @@ from memjax.sharding.axes import alike_over_tensor, fold, on_own_tokens
 
 
 class Lookup(NamedTuple):
-    """What a layer reads for each token."""
+    """The slots that a layer reads for each token, with weights."""
 
     indices: Int[Array, "t k"]
     """Slots, the picks of all heads one after the other."""

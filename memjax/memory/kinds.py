@@ -16,15 +16,15 @@ class TokenBytes(NamedTuple):
     """Bytes a token and layer of a training step."""
 
     activations: int
-    """Around the lookup, kept where nothing is computed again."""
+    """Around the lookup; kept without rematerialisation."""
     products: int
-    """Of these the outputs of matrix products."""
+    """The part of `activations` that matrix products give."""
     read: int
-    """What was looked up: kept always."""
+    """Results of the lookup; always kept."""
     gradient: int
     """The row gradients."""
     scores: int
-    """What the search compares, once for each of its numbers, in float32 or wider."""
+    """Scores that the search compares (their number, not bytes), in float32 or wider."""
 
 
 class LookupKind(NamedTuple):
@@ -34,7 +34,7 @@ class LookupKind(NamedTuple):
     layer: type[LookupLayer]
     """Built as layer(dim, section, dtype=, param_dtype=, implementation=, rngs=)."""
     title: str
-    """Of its line when a run starts, with a place for the number of slots."""
+    """Begins its line when a run starts; formatted with the number of slots."""
     noun: str
     """Its name in descriptions of models."""
     search_products: Callable[[Any], int]

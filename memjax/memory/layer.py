@@ -115,7 +115,7 @@ class MemoryLayer(LookupLayer):
         return self.scaled(x, y.astype(x.dtype) if self.value_proj is None else self.value_proj(y))
 
     def scaled(self, x: Float[Array, "*b dim"], out: Float[Array, "*b dim"]) -> Float[Array, "*b dim"]:
-        """What was read and projected, times the output gate and the factors of a parallel memory."""
+        """The projected bag, times the output gate and the factors of a parallel memory."""
         if self.output_gate is not None:
             out = out * nnx.sigmoid(self.output_gate(x))
         if self.scale is not None:

@@ -1,4 +1,4 @@
-"""What all layers that read tables have in common, whatever they look up."""
+"""Base class of the layers that read tables."""
 
 from typing import Any, ClassVar
 
@@ -11,13 +11,13 @@ from memjax.memory.table import ValueTable
 
 
 class Recording(nnx.Module):
-    """What `memjax.value_and_grad` attaches to a layer while it runs a model."""
+    """Perturbations in and reads out: attached to a layer by `memjax.value_and_grad` while it runs a model."""
 
     def __init__(self, perturbations: tuple[Perturbations, ...]):
         """Perturbations of each call of the layer; none while their shapes are not known yet."""
         self.perturbations = nnx.Perturbation(perturbations)
         self.reads = nnx.Intermediate(())
-        """Of each call, in their order."""
+        """Reads of each call, in their order."""
 
 
 class LookupLayer(nnx.Module):
@@ -28,7 +28,7 @@ class LookupLayer(nnx.Module):
     """
 
     READS: ClassVar[tuple[ReadKind, ...]]
-    """What is read of each table."""
+    """How each table is read."""
     picks: int
     """Rows that a token reads of each table."""
 

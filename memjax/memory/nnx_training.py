@@ -31,9 +31,9 @@ class Gradients:
     """The gradients of a model. They add up (`sum` too) and are scaled, so micro-batches can be accumulated."""
 
     dense: Any
-    """Of the dense parameters, an `nnx.State`."""
+    """Gradient of the dense parameters, an `nnx.State`."""
     tables: dict[str, list[RowGradient]]
-    """Of the tables, by their paths in the model."""
+    """Row gradients of the tables, by path in the model."""
 
     def __add__(self, other: "Gradients") -> "Gradients":
         """The gradient of the sum of two losses."""
@@ -274,5 +274,5 @@ def _perturbation(read: TableRead, rows: Any) -> Array:
 
 
 def _by_call(by_layer: dict[str, Any]) -> dict[str, Any]:
-    """What layers hold of each of their calls, by layer and number of the call."""
+    """Flatten what layers hold for each call, to keys of layer and call."""
     return {f"{name} {number}": found for name, calls in by_layer.items() for number, found in enumerate(calls)}

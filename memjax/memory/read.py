@@ -1,4 +1,4 @@
-"""What a layer reads of tables, and the gradients of the tables that follow from it."""
+"""Reads of tables, and the row gradients that follow from them."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple

@@ -15,18 +15,18 @@ Collective = Literal["all_gather", "all_reduce"]
 CollectiveOption = Literal["auto", "all_gather", "all_reduce"]
 
 PICK_BYTES = 40
-"""Of each pick while rows are updated: its row, token and weight, sorted and unsorted, and where segments begin."""
+"""Bytes per pick while rows are updated: row, token and weight, sorted and unsorted, and the segments' starts."""
 
 
 class ReduceBytes(NamedTuple):
-    """What one update of a table costs a device in bytes."""
+    """Bytes that one update of a table costs a device."""
 
     received: int
-    """From other replicas, over `data`."""
+    """Received from other replicas, over `data`."""
     gradient: int
-    """Held of the dense gradient."""
+    """Held for the dense gradient."""
     picks: int
-    """Held of picks and vectors while they are sorted and summed."""
+    """Held for picks and vectors while they are sorted and summed."""
 
     @property
     def total(self) -> int:

@@ -23,7 +23,7 @@ from memjax.ops.row_update.rules import RowRule, TableState, row_step
 
 @dataclasses.dataclass(frozen=True)
 class RowOptimizer:
-    """Updates the rows of tables that were read, in place; besides table and state it needs no array of a table's size.
+    """Updates the rows of tables that were read, in place, without another array of a table's size.
 
     The exception are row gradients that are summed dense: by `all_reduce` on a mesh, or as a `RowSum`.
     """
@@ -33,11 +33,11 @@ class RowOptimizer:
     rule: RowRule = dataclasses.field(default_factory=RowRule)
     """The default of 256 state_columns is lowered where it does not divide a table's width, or that of a shard."""
     seed: int = 0
-    """Of the stochastic rounding; every table rounds with bits of its own."""
+    """Seed of the stochastic rounding; every table rounds with bits of its own."""
     collective: row_grad_reduce.CollectiveOption = "auto"
     """How row gradients cross the axis `data` of a mesh: see `memjax.memory.sharded.update_rows`."""
     implementation: str | None = None
-    """Of `row_update`; None takes the fastest that can run."""
+    """Implementation of `row_update`; None takes the fastest that can run."""
 
     def __post_init__(self):
         rate = self.learning_rate

@@ -57,7 +57,7 @@ class ValueTable(nnx.Module):
 
     @property
     def table(self) -> Table | Float[Array, "n d"]:
-        """What the operations read: an array of rows, or a table in another format or place (`memjax.load`)."""
+        """The rows as operations take them: an array, or a Table in another format or place (`memjax.load`)."""
         return self.rows.get_value()
 
     def rows_for(self, num_slots: int, value_dim: int, *, name: str = "the table") -> Table | Float[Array, "n d"]:

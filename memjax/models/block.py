@@ -1,4 +1,4 @@
-"""A decoder block: attention, a feed-forward layer or what takes its place, perhaps a memory in parallel to it."""
+"""A decoder block: attention, then a feed-forward layer, experts or a lookup; a memory may run in parallel."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,9 +24,9 @@ class BlockAux(NamedTuple):
     """Auxiliary outputs of a block."""
 
     reads: tuple[TableRead, ...] = ()
-    """Its reads of tables, one of each in their order."""
+    """Reads of its tables, in their order."""
     routing: Routing | None = None
-    """Of its router, if it has experts."""
+    """Output of its router; None without experts."""
 
 
 class Block(nnx.Module):
@@ -98,11 +98,11 @@ class Block(nnx.Module):
         return self._mix(self.add(x, self.attention_norm, attended), tables)[0], cache
 
     def inputs_of(self, x: Float[Array, "b s dim"], norm: RMSNorm) -> Normed:
-        """The residual stream, and what attention or mixer, whose norm it is, read of it."""
+        """The residual stream, and the input of the attention or mixer that `norm` belongs to."""
         return norm(x) if self.norm_placement == "pre" else Normed(x, x)
 
     def add(self, x: Float[Array, "b s dim"], norm: RMSNorm, *outs: Float[Array, "b s dim"]) -> Float[Array, "b s dim"]:
-        """The residual stream with what attention or mixer, whose norm it is, give."""
+        """The residual stream plus the outputs of the attention or mixer that `norm` belongs to."""
         if self.norm_placement == "pre":
             return sum(outs, start=x)
         return x + norm(sum(outs[1:], start=outs[0])).normed

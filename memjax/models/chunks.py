@@ -1,4 +1,4 @@
-"""Sequences in chunks of tokens, computed one after the other so that less is in memory at once."""
+"""Run a function over chunks of the sequence axis, so that less is in memory at once."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -27,6 +27,6 @@ def split(array: Float[Array, "b s *rest"] | Int[Array, "b s"], chunks: int) -> 
 
 
 def join(pieces: Shaped[Array, "pieces b each *rest"], length: int) -> Array:
-    """What `split` has cut."""
+    """Inverse of `split`."""
     joined = jnp.moveaxis(pieces, 0, 1)
     return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :length]

@@ -18,14 +18,14 @@ class ParameterCounts:
     dense: int
     """Everything but the experts and the tables."""
     routers: int
-    """Of the dense ones those that choose experts, which published totals leave out."""
+    """Dense parameters that choose experts, which published totals leave out."""
     experts: int
     """All experts together, without their routers."""
     table: int
     """All tables together."""
     active: int
-    """What one token uses: the dense parameters, of the input embedding one row, the experts that it chooses, of the
-    tables the rows it reads."""
+    """Parameters that one token uses: the dense ones with one row of the input embedding, the experts that it chooses,
+    and the table rows that it reads."""
 
     @property
     def total(self) -> int:
@@ -107,7 +107,7 @@ def _attention_products(config: ModelConfig, sequence_length: int) -> int:
 
 
 def _group(names: tuple[str, ...], *, tied: bool) -> str | None:
-    """What a matrix is for; None for an input embedding."""
+    """The field of FlopCounts that a matrix belongs to; None for an input embedding."""
     if names[0] == "blocks":
         if names[2] in KINDS:
             return "memory_search" if "keys" in names else "memory_read"

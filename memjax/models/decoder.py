@@ -38,13 +38,13 @@ class DecoderOutput(NamedTuple):
     states: Float[Array, "b s dim"]
     """The normed residual stream."""
     reads: dict[str, tuple[TableRead, ...]]
-    """Of the tables, by the layer's name."""
+    """Reads of the tables, by layer name."""
     routings: dict[str, Routing]
-    """Of the blocks with experts, by the layer's name."""
+    """Routings of the blocks with experts, by layer name."""
 
 
 class Decoder(nnx.Module):
-    """A Llama-shaped decoder whose blocks are of the kinds that `ModelConfig.kind` says."""
+    """A Llama-shaped decoder; `ModelConfig.kind` gives the kind of each block."""
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ class Decoder(nnx.Module):
     def hidden_with_cache(
         self, tokens: Int[Array, "b s"], cache: Cache | None
     ) -> tuple[Float[Array, "b s dim"], Cache]:
-        """`with_cache` before the logits, for those who want them of some tokens only.
+        """`with_cache` without the logits, for callers that need them at some tokens only.
 
         Without a cache the tokens are the first ones, and the new cache holds just these.
         """

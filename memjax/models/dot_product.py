@@ -1,6 +1,6 @@
 """Dot-product attention in bounded memory: cuDNN's kernel where it can run, else chunks of queries.
 
-As with the memory's operations, a named implementation is met or refused, never swapped; only None may choose.
+As in `ops.dispatch`, a requested implementation runs or raises; it is never substituted.
 """
 
 from typing import Any

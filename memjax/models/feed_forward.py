@@ -35,7 +35,7 @@ def linear(
 
 
 def fused_linear(x: Float[Array, "*b inputs"], *layers: nnx.Linear) -> list[Float[Array, "*b outputs"]]:
-    """What each of several layers makes of one input, by one matrix product: one gradient of the input, not a sum.
+    """Outputs of several layers of one input, by one matrix product: one gradient of the input, not a sum.
 
     The layers compute in one type. Where the mesh splits their outputs, each device's part of all of them is joined, so
     that no output moves.
@@ -53,7 +53,7 @@ def fused_linear(x: Float[Array, "*b inputs"], *layers: nnx.Linear) -> list[Floa
     x, kernel, bias = dtypes.promote_dtype((x, kernel, bias), dtype=layers[0].dtype)
     out = x @ kernel
     if bias is not None:
-        # Spelled out for those who forbid JAX to promote ranks.
+        # Explicit, because jax_numpy_rank_promotion may be `raise`.
         out += jnp.broadcast_to(bias, out.shape)
     ends = itertools.accumulate(width // count for width in widths)
     parts = jnp.split(_cut(out, count), list(ends)[:-1], axis=-1)

@@ -22,30 +22,30 @@ from memjax.sharding.axes import on_own_tokens
 from memjax.sharding.rules import named
 
 SAVED_ROUTING = "routing"
-"""`checkpoint_name` of who goes to whom: with it kept, rematerialisation neither chooses nor sorts again."""
+"""`checkpoint_name` of the routing: with it saved, rematerialisation neither chooses nor sorts again."""
 
 
 _ONE_EACH = "token_mask must have one value for each token"
 
 
 class Routing(NamedTuple):
-    """What a router says of each token."""
+    """Output of a router for each token."""
 
     logits: Float[Array, "t e"]
-    """Of the experts, in float32 or wider."""
+    """Scores of the experts, in float32 or wider."""
     picks: Int[Array, "t k"]
     """The experts that the token chooses, best first. Where experts choose in training, what it would choose."""
 
 
 class RouterStatistics(NamedTuple):
-    """What many tokens' routing amounts to."""
+    """Router statistics over many tokens."""
 
     balance: Float[Array, ""]
     """The load-balance loss of arXiv:2101.03961, experts * sum of load * mean probability: 1 where all is even."""
     z: Float[Array, ""]
     """The z loss of arXiv:2202.08906: the mean square of the logits' logsumexp."""
     entropy: Float[Array, ""]
-    """Of a token's probabilities, in nats, on average."""
+    """Mean entropy of a token's probabilities, in nats."""
     load: Float[Array, " e"]
     """Share of the choices that fall on each expert."""
 
@@ -71,10 +71,10 @@ def router_statistics(routing: Routing, token_mask: Bool[Array, " t"]) -> Router
 class MoE(nnx.Module):
     """SwiGLU experts behind a router: out = sum over a token's experts of probability * expert(x).
 
-    With token choice each token takes its top_k likeliest experts, and none is turned away. With expert choice
+    Token choice is dropless: every token is routed to its top_k likeliest experts. With expert choice
     (arXiv:2202.09368) each expert takes, in training, its likeliest tokens of every sequence, capacity / experts of
-    them, so that all experts do the same work whatever the router says. What a token gets then depends on the tokens
-    after it too, so where text is continued or judged each token takes its likeliest expert instead.
+    them, so that all experts do the same amount of work. A token's output then depends on later tokens too, so in
+    generation and evaluation each token takes its likeliest expert instead.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class MoE(nnx.Module):
     def __call__(
         self, x: Float[Array, "b s dim"], token_mask: Bool[Array, "b s"] | None = None, *, training: bool = False
     ) -> tuple[Float[Array, "b s dim"], Routing]:
-        """The layer's output, and what the router said.
+        """The layer's output, and the router's.
 
         Args:
             x: the tokens.

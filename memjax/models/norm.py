@@ -1,4 +1,4 @@
-"""The norm in front of every part of a block."""
+"""RMSNorm as a module, fused with the residual sum before it."""
 
 import jax.numpy as jnp
 from flax import nnx

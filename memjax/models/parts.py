@@ -1,4 +1,4 @@
-"""A decoder split into dense parameters and tables, which are trained differently, and merged from them again."""
+"""Split a Decoder into dense parameters and tables, which are trained differently, and merge them back."""
 
 import dataclasses
 from collections.abc import Mapping

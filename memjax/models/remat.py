@@ -1,4 +1,4 @@
-"""What a block's backward pass computes again instead of keeping it."""
+"""Rematerialisation: the activations of a block that its backward pass recomputes."""
 
 from collections.abc import Callable
 from typing import Literal, get_args

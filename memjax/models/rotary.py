@@ -31,7 +31,7 @@ def rotation(
 
 
 def attention_factor(scaling: RopeScalingConfig) -> float:
-    """What queries and keys are multiplied by, besides being turned."""
+    """The factor on rotated queries and keys."""
     if scaling.kind not in ("yarn", "longrope"):
         return 1.0
     if scaling.attention_factor is not None:

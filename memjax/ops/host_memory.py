@@ -44,7 +44,7 @@ def map_file(path: pathlib.Path, num_bytes: int) -> UInt8[np.ndarray, " b"]:
 
 
 def available_bytes() -> int | None:
-    """Host memory that a process can still get, limits of its container included; None where nothing says so."""
+    """Host memory that a process can still get, limits of its container included; None where it is unknown."""
     found = []
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
@@ -80,7 +80,7 @@ def address_of(rows: np.ndarray) -> UInt[Array, "2"]:
 
 
 _pinned: list[np.ndarray] = []
-"""What the driver knows must not be unmapped while a program may read it."""
+"""Memory registered with the driver, which must not be unmapped while a program may read it."""
 
 
 class _Driver:

@@ -29,7 +29,7 @@ class Use(NamedTuple):
     """In which it is differentiated."""
 
     def run(self, implementation: str) -> list[Array]:
-        """What the function returns, and the gradients of half the sum of its squares."""
+        """The function's outputs, and the gradients of half the sum of their squares."""
 
         def run(*arrays: Array) -> Any:
             out, pull = jax.vjp(partial(self.function, implementation), *arrays)

@@ -34,7 +34,7 @@ the host; more tokens do so by themselves, and then long reads are the faster on
 
 
 def of_table_rows(operation: str, dim: int, picks: int, table: Table, tokens: int) -> Tile:
-    """Of programs that read `picks` rows of a table for each token: 16 rows in flight, 512 bytes of each by a warp."""
+    """The tile of kernels that read `picks` table rows per token: 16 rows in flight, 512 bytes of each per warp."""
     name, tile = _of_rows(operation, table, tokens)
     tile = dataclasses.replace(tile, **tuned(operation, name))
     return dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Folders that are written as a whole or not at all."""
+"""Folders that are created atomically."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ def check_new(folder: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def written_whole(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A folder to write in that takes the given name when the block ends; after an error there is nothing.
+    """A temporary folder that gets the given name when the block ends, atomically; after an error nothing is left.
 
     Raises:
         ConfigError: the folder holds something.

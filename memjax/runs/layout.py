@@ -38,7 +38,7 @@ def run_folder(checkpoints: pathlib.Path) -> pathlib.Path:
 
 
 def meta_document(config: RunConfig, tokenizer: Tokenizer, *, step: int) -> dict[str, Any]:
-    """The `meta` document of a checkpoint as JSON values: all that `load` needs besides the arrays."""
+    """The `meta` document of a checkpoint as JSON values: everything except arrays that `load` needs."""
     dtypes = {kind: resolve_dtype(section.table_dtype).name for kind, section in config.model.lookup_sections.items()}
     return {
         "format": FORMAT,

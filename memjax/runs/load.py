@@ -1,4 +1,4 @@
-"""From the folder of a run to a model that is ready to call, on any number of devices."""
+"""Load the model of a run, on any number of devices."""
 
 import dataclasses
 import os
@@ -76,8 +76,8 @@ def load(
     Only these are read, not the optimizer's state. Under an ambient mesh with a `memory` axis the tables come split by
     columns and everything else replicated; otherwise all arrays are on the first device.
 
-    Tables in another format or place are read-only. They are read block by block and written straight to where they
-    live: there is never a second copy, and nothing on the device of a table in host memory.
+    Tables in another format or place are read-only. They are read block by block and written directly to their place:
+    there is never a second copy, and a table in host memory takes no memory of the device.
 
     Args:
         path: the run's folder, or the `checkpoints` in it; or its address, such as hf://OWNER/NAME, of which what is

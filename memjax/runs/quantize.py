@@ -1,4 +1,4 @@
-"""A run whose tables are in another format, in files that are mapped or read straight to where they live."""
+"""Write a run with quantized tables, in files that are memory-mapped or read directly to their place."""
 
 import os
 from functools import partial

@@ -249,7 +249,7 @@ def checked_meta(meta: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
         read_as(_Meta, meta)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         reason = f"{type(error).__name__}: {line_of(error)}"
-        raise CheckpointError(f"{folder}: the checkpoint does not say what it holds ({reason})") from error
+        raise CheckpointError(f"{folder}: the checkpoint's meta document is malformed ({reason})") from error
     return meta
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run whose model was not trained there: `memjax.load` reads it, trainings can start from it."""
+"""Write a model as the folder of a run, for `memjax.load` and `train.init_from`."""
 
 import dataclasses
 import os
@@ -14,7 +14,7 @@ from memjax.runs.layout import CHECKPOINTS, META, PARAMS, TABLES, meta_document,
 
 
 def write_run(folder: str | os.PathLike[str], model: Decoder, tokenizer: Tokenizer, config: RunConfig) -> None:
-    """Writes a run at step 0, whole or not at all: config, environment, tokenizer, one checkpoint of the model alone.
+    """Writes a run at step 0 atomically: config, environment, tokenizer, one checkpoint of the model alone.
 
     Raises:
         ConfigError: the folder holds something.

@@ -1,4 +1,4 @@
-"""How a run ends before its last step: what is done is saved, and the error says so."""
+"""Save a run that ends before its last step, and report it in the error."""
 
 import contextlib
 from collections.abc import Iterator
@@ -55,12 +55,12 @@ def _preempt(trainer: "Trainer") -> NoReturn:
     with trainer.paused():
         trainer.save()
     trainer.checkpoints.wait()
-    why = trainer.interrupt.name or "another process was told to stop"
+    why = trainer.interrupt.name or "another process was interrupted"
     raise Preempted(f"{why}: step {trainer.last_step} is saved; the same command goes on from there")
 
 
 def _save_after_an_error(trainer: "Trainer") -> str:
-    """Saves the steps that are done and says so; raises nothing that would hide the error."""
+    """Saves the finished steps and returns a message; raises nothing that would hide the error."""
     if jax.process_count() > 1:
         # An error may be that of one process alone, and the others would not come to the save.
         return "The same command goes on from the newest checkpoint."

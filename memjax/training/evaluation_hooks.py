@@ -53,7 +53,7 @@ def _place(trainer: "Trainer") -> Callable[[Batch], dict[str, jax.Array]]:
 class Validate(Hook):
     """Measures the validation loss for the step's row, and has the best state so far saved.
 
-    What a signal cuts short is measured by who goes on from there, at the begin.
+    A validation that a signal cuts short is made up for when the run resumes.
     """
 
     def __init__(self, config: RunConfig):
@@ -113,7 +113,7 @@ class Facts(Hook):
     """Asks a model of biographies for facts, for the step's row: how it learns them while it trains."""
 
     def __init__(self, config: RunConfig):
-        """Takes the questions: about people who are asked about in training, and those who are only told."""
+        """Takes the questions: about people whose questions are in the training data, and about held-out people."""
         people, limit = config.data.biographies, config.eval.recall_people
         self._questions = {
             name: biographies.questions(people, asked=name == "asked", limit_people=limit)

@@ -30,15 +30,15 @@ class LossSums(NamedTuple):
     """Scalars summed over micro-batches, returned next to the gradients."""
 
     loss: Array
-    """Of the language model, of all target tokens."""
+    """Cross-entropy of all target tokens."""
     by_part: list[Array]
     """Summed losses of a mixture's parts."""
     routers: dict[str, RouterStatistics]
-    """Of the tokens without padding, by layer."""
+    """Statistics of the tokens without padding, by layer."""
 
 
 class Summed(NamedTuple):
-    """What adds up over micro-batches."""
+    """Values summed over micro-batches."""
 
     aux: LossSums
     dense: nnx.State
@@ -50,7 +50,7 @@ class Summed(NamedTuple):
 
 
 class StepGradients(NamedTuple):
-    """Of one micro-batch, or of all."""
+    """Gradients and reads of one micro-batch, or of all."""
 
     summed: Summed
     rows: dict[str, Any]
@@ -144,7 +144,7 @@ def _gathered_outside_blocks(params: nnx.State) -> nnx.State:
 
 
 def masks_of_parts(program: TrainProgram, batch: Batch) -> list[Array]:
-    """Of each part of a mixture, which places of the batch are from it."""
+    """For each component of a mixture, the mask of its tokens in the batch."""
     return [batch["sources"] == number for number in range(len(program.config.data.mixture))]
 
 
@@ -156,7 +156,7 @@ def _routers(routings: dict[str, Routing], token_mask: Array, num_tokens: Array)
 
 
 def _router_loss(program: TrainProgram, routers: dict[str, RouterStatistics]) -> Array | float:
-    """What routers add to the loss of the training."""
+    """The routers' auxiliary losses."""
     experts = program.config.model.experts
     if experts is None:
         return 0.0

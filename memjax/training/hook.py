@@ -1,4 +1,4 @@
-"""What a trainer does besides its steps, one class for each such thing."""
+"""Hooks: extra work of a trainer around its steps."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     from memjax.training.trainer import Trainer
 
 STOP_SECONDS = 5.0
-"""How long the end of a hook may wait for a network in a run that was told to stop."""
+"""Seconds that the end of a hook may wait for a network in an interrupted run."""
 
 
 class Hook:
-    """Something that a trainer does besides its steps. Methods that a hook does not override do nothing.
+    """Base class of hooks; methods that a hook does not override do nothing.
 
     Every process of a run calls the same methods at the same points, so a hook may run a computation of all devices;
     what writes files does so in the first process alone (`memjax.sharding.processes.is_first`).
     """
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the hook, as JSON values."""
+        """State to checkpoint, as JSON values."""
         return {}
 
     def restore(self, saved: Mapping[str, Any], step: int) -> None:

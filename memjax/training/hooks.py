@@ -69,7 +69,7 @@ class Throughput(Hook):
         peak = peak_flops(mesh.devices.flat[0])
         self._peak_flops = peak and peak * mesh.size
         self._tokens_seen: int | None = 0
-        """Tokens of all steps read so far, without padding; None where a checkpoint does not say."""
+        """Tokens of all steps read so far, without padding; None where the checkpoint lacks the count."""
         self._compile_seconds_are_new = True
 
     def state(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class Throughput(Hook):
         self._tokens_seen = saved.get("tokens_seen")
 
     def begin(self, trainer: "Trainer") -> None:
-        """Counts the tokens of rows where the checkpoint is too old to say."""
+        """Counts the tokens of the rows where the checkpoint lacks the count."""
         if self._tokens_seen is None:
             rows = read_metrics(trainer.folder.metrics)
             self._tokens_seen = sum(row.get("train/tokens") or 0 for row in rows if row["step"] <= trainer.first_step)

@@ -1,4 +1,4 @@
-"""Signals: at the end of a step while there is something to save, at once while there is not.
+"""Turn signals into a flag that the loop checks after every step; before there is anything to save, exit at once.
 
 Imports no JAX, so that a program can call `run_program` before it does.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
-"""What schedulers, terminals and people send to end a program."""
+"""Signals by which schedulers, terminals and people end a program."""
 
 MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)
 """Where these are ignored from the start, they stay so: under nohup, and in the background of a script."""
@@ -58,7 +58,7 @@ class Interrupt:
         self.name: str | None = None
         """The signal that came, None so far."""
         self.exit_code = NOTHING_SAVED
-        """What the process ends with if it ends at once; SAVED as soon as there is a checkpoint."""
+        """Exit code if the process ends at once; SAVED as soon as there is a checkpoint."""
         self._first: tuple[int, float] | None = None
         self.set(at_once=at_once, quiet=quiet)
 

@@ -74,7 +74,7 @@ def at_step(state: optax.OptState, step: Array) -> optax.OptState:
 
 
 def global_norm(gradient: Any) -> Float[Array, ""]:
-    """Euclidean norm of all gradients together, in float32 or wider: not a number where one of them is not."""
+    """Euclidean norm of all gradients together, in float32 or wider; NaN if any leaf is NaN."""
     squares = [jnp.square(leaf.astype(accumulator(leaf.dtype))) for leaf in jax.tree.leaves(gradient)]
     if has_several_devices():
         return jnp.sqrt(sum(jnp.sum(square) for square in squares))

@@ -1,4 +1,4 @@
-"""What stays the same over a run: the structure of the model, and its optimizers."""
+"""The stateless part of a training: the model's structure and the optimizers."""
 
 import dataclasses
 from typing import Any
@@ -25,7 +25,7 @@ from memjax.training.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class TrainProgram:
-    """What stays the same over a run: the model's structure and the optimizers."""
+    """The model's structure and the optimizers: everything that stays the same over a run."""
 
     config: RunConfig
     parts: DecoderParts
@@ -46,7 +46,7 @@ class TrainProgram:
         return cls(config, parts, make_optimizer(config.optim, steps, parts.abstract_params), table_optimizer)
 
     def init(self, key: Array, mesh: Mesh) -> TrainState:
-        """The state before the first step; every array is drawn where it lives, so no table is ever whole."""
+        """The state before the first step; arrays are initialised already sharded, so no device holds a full table."""
         shardings = self.shardings(mesh)
         return self.place(self.parts.init(key, (shardings.params, shardings.tables)), shardings)
 
@@ -91,8 +91,8 @@ class TrainProgram:
     def shardings(self, mesh: Mesh | AbstractMesh) -> TrainState:
         """Where every array of the state lives.
 
-        Tables and their state are split by columns, dense parameters and theirs as `dense_shardings` says; the rest is
-        on every device.
+        Tables and their state are split by columns, dense parameters and theirs by `dense_shardings`; the rest is
+        replicated.
         """
         state = self.abstract_state()
         return dataclasses.replace(

@@ -126,7 +126,7 @@ def first_state(program: TrainProgram, mesh: jax.sharding.Mesh) -> TrainState:
 
 
 class SavedState(NamedTuple):
-    """What a checkpoint of a training holds."""
+    """Contents of a training checkpoint."""
 
     state: TrainState
     data_position: dict[str, Any]

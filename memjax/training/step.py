@@ -1,4 +1,4 @@
-"""One training step: gradients, whether they are sound, both optimizers, and the metrics of the step."""
+"""One training step: gradients, the check that they are finite, both optimizers, metrics."""
 
 import dataclasses
 from collections.abc import Callable

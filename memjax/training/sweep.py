@@ -1,4 +1,4 @@
-"""A grid of settings, one run for each combination: as processes of their own, so that none can harm another.
+"""Sweep over a grid of settings: one run per combination, each in its own process.
 
 Imports no JAX: the runs start it, each with its devices.
 """
@@ -34,7 +34,7 @@ class Point:
     """One combination of the grid."""
 
     name: str
-    """Of its folder: lr=0.001,num_keys=64."""
+    """Name of its folder: lr=0.001,num_keys=64."""
     arguments: tuple[str, ...]
     """The settings as words of a command line."""
 

@@ -129,7 +129,7 @@ def test_a_kill_and_a_signal_to_one_of_two_processes_leave_no_trace(arrays_of, r
     step = runs.checkpoints("two").latest()
     assert step is not None
     assert step > saved
-    assert f"another process was told to stop: step {step} is saved" in outputs[0]
+    assert f"another process was interrupted: step {step} is saved" in outputs[0]
     assert not outputs[1].count("\nstep "), "only the first process reports"
 
     code, output = ends([runs.start("one", "--train.steps", str(step), devices=2)])

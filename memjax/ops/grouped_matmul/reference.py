@@ -20,7 +20,7 @@ def grouped_matmul(
 def matrices_gradient(
     rows: Float[Array, "m k"], cotangent: Float[Array, "m n"], sizes: Int[Array, " g"]
 ) -> Float[Array, "g k n"]:
-    """Of each group, the sum over its rows of row (outer product) cotangent."""
+    """Sum over the rows of each group of row (outer product) cotangent."""
     wide = accumulator(rows.dtype)
     own = jnp.where(_members(sizes, rows.shape[0]), rows.astype(wide)[None], 0)
     theirs = jnp.where(_members(sizes, rows.shape[0]), cotangent.astype(wide)[None], 0)

@@ -18,12 +18,12 @@ class MatmulTile:
 
 
 def grouped_matmul(rows: int, columns: int, inner: int, itemsize: int) -> MatmulTile:
-    """Of groups of about so many rows; 128 x 256 keep the matrix units of a Hopper busy."""
+    """The tile for groups of about `rows` rows; 128 x 256 keeps the matrix units of a Hopper busy."""
     return _matmul("grouped_matmul", rows, columns, inner, itemsize)
 
 
 def grouped_matmul_gradient(rows: int, columns: int, inner: int, itemsize: int) -> MatmulTile:
-    """Of the matrices, whose sums go over groups of about `inner` rows."""
+    """The tile for the gradient of the matrices, sums over groups of about `inner` rows."""
     return _matmul("grouped_matmul_gradient", rows, columns, inner, itemsize)
 
 

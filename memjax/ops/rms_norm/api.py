@@ -12,10 +12,10 @@ from memjax.ops.shapes import require
 
 
 class Normed(NamedTuple):
-    """What a residual block goes on with."""
+    """The residual stream and its norm."""
 
     x: Float[Array, "*t d"]
-    """What was normed. Its gradient is added where that of the norm is formed: use this one for the residual."""
+    """The input of the norm; use this one for the residual: its gradient is added inside the norm's backward pass."""
     normed: Float[Array, "*t d"]
 
 

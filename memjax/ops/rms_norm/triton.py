@@ -134,7 +134,7 @@ def rms_norm_gradient(
 
 @triton_call.sequential
 def _norm(*arrays: Array, epsilon: float) -> tuple[Array, ...]:
-    """Of x and scale, or of x, residual and scale."""
+    """Norm of x with scale, or of x + residual with scale."""
     x, adds = arrays[0], len(arrays) == 3
     tokens, dim = x.shape
     tile = tiles.rms_norm(dim)

@@ -19,7 +19,7 @@ SMALLEST_GROUP = 16
 """Columns that share a scale at least, unless a row has fewer: with less, scales would outweigh what they save."""
 
 SCALE_DTYPE = np.dtype(ml_dtypes.bfloat16)
-"""Of scales. Codes are chosen for the rounded scale, so its eight bits cost next to nothing."""
+"""Type of scales. Codes are chosen for the rounded scale, so its eight bits cost next to nothing."""
 
 
 class Encoded(NamedTuple):
@@ -31,7 +31,7 @@ class Encoded(NamedTuple):
 
 @runtime_checkable
 class RowFormat(Protocol):
-    """What a format is asked for; `Plain` and `Scaled` implement it."""
+    """Interface of a format; `Plain` and `Scaled` implement it."""
 
     @property
     def name(self) -> str:
@@ -84,7 +84,7 @@ class RowFormat(Protocol):
 
 
 def row_bytes(row_format: RowFormat, width: int) -> int:
-    """What a row of so many columns takes up, scales included."""
+    """Bytes of a row of `width` columns, scales included."""
     payload = row_format.payload_columns(width) * row_format.payload_dtype.itemsize
     return payload + row_format.groups(width) * SCALE_DTYPE.itemsize
 
@@ -94,7 +94,7 @@ class Plain:
     """Floating-point numbers as they are: the format of training, and of any array."""
 
     name: str
-    """Of the type."""
+    """Name of the type."""
 
     has_scales = False
 
@@ -244,8 +244,8 @@ class Int4(Scaled):
     codes_per_byte = 2
 
     _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-    """Of each group's largest number that the largest code may mean. Less of it makes the steps between codes finer at
-    the price of that number: the best share is chosen group by group."""
+    """Shares of a group's largest number that the largest code may mean. A smaller share makes the steps between codes
+    finer and clips that number: the best one is chosen group by group."""
 
     def _code(self, grouped: np.ndarray, largest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         signed = np.where(grouped.max(axis=2) == largest, largest, -largest)
@@ -294,7 +294,7 @@ def register(row_format: RowFormat) -> RowFormat:
 
 
 def names() -> list[str]:
-    """Of all formats."""
+    """Names of all formats."""
     return list(_FORMATS)
 
 

@@ -38,7 +38,7 @@ class KernelRows(NamedTuple):
 
 
 def kernel_rows(table: Table) -> KernelRows:
-    """What a kernel that reads rows is given of a table."""
+    """The arguments of a table for a kernel that reads its rows."""
     width = table.shape[1]
     group = width // max(1, table.format.groups(width))
     pinned = None if table.pinned is None else ELEMENTS[table.format.payload_dtype.name]

@@ -19,7 +19,7 @@ TableState = dict[str, jax.Array]
 
 
 class RowStep(NamedTuple):
-    """What changes from one update to the next."""
+    """Scalars of one update, traced so that steps share a program."""
 
     lr: Float[Array, ""]
     """Learning rate of this step."""

@@ -64,7 +64,7 @@ def store_halves(halves_ptr, values, mask, DIM: tl.constexpr):
 
 @triton.jit
 def load_halves(halves_ptr, mask, DIM: tl.constexpr):
-    """What `store_halves` has stored."""
+    """Inverse of `store_halves`."""
     high, low = tl.load(halves_ptr, mask=mask, other=0), tl.load(halves_ptr + DIM, mask=mask, other=0)
     return ((high.to(tl.uint32) << 16) | low.to(tl.uint32)).to(tl.float32, bitcast=True)
 

@@ -1,1 +1,1 @@
-"""What a run will need, known before it starts."""
+"""Plan a run before it starts: memory, communication, settings that fit."""

@@ -1,4 +1,4 @@
-"""What a training step needs of each device's memory, predicted from shapes alone, and what would make it need less.
+"""Predict the memory that a training step needs per device, from shapes alone.
 
 The number means: bytes in use at the fullest moment of a step, all devices being alike. It is state, which lives from
 step to step, plus what the fullest of three moments holds: the end of the forward pass (all that is kept for the
@@ -35,7 +35,7 @@ from memjax.training.plan.row_grad_reduce import PlannedReduce, plan_reduce
 from memjax.training.program import TrainProgram
 
 GAPS = 0.06
-"""What lies idle between the buffers of a compiled step, as a share of what is temporary: 0 to 0.11 was seen."""
+"""Fragmentation between the buffers of a compiled step, as a share of the temporary bytes: 0 to 0.11 was seen."""
 
 SEARCH_BYTES = 1 << 28
 """Half scores of the chunk of tokens that searches, forward and backward."""
@@ -49,11 +49,11 @@ class Plan:
     """Bytes on each device at the fullest moment of a step."""
 
     state: Bytes
-    """What lives from step to step."""
+    """Bytes that live from step to step."""
     moment: str
     """The fullest moment."""
     temporary: Bytes
-    """What lives at that moment besides."""
+    """Bytes that live only at that moment."""
 
     @property
     def total(self) -> int:
@@ -74,7 +74,7 @@ def describe(found: Plan) -> str:
 
 
 def compiled_bytes(compiled: jax.stages.Compiled) -> int:
-    """What a compiled step really needs of each device: the number that `plan` predicts."""
+    """Bytes per device that a compiled step needs: the number that `plan` predicts."""
     sizes: Any = compiled.memory_analysis()
     new = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + new
@@ -138,7 +138,7 @@ class _Planner:
         return {"parameters as activations": sum(self.block_sizes) * self.width if casts else 0}
 
     def kept(self) -> Bytes:
-        """What the forward pass keeps for the backward pass."""
+        """Activations kept for the backward pass."""
         dim, blocks, remat = self.model.dim, self.model.num_layers, self.config.train.remat
         attention, feed_forward, lookups = self.attention(), self.feed_forward(), sum(map(self.mixer, self.lookups))
         experts = self.experts()
@@ -228,7 +228,7 @@ class _Planner:
         return int(2 * self.model.dim + rows) * self.width + self.routing()
 
     def routing(self) -> int:
-        """Bytes a token: logits, and twice who goes to whom."""
+        """Bytes per token: logits, and two copies of the routing."""
         experts = self.model.experts
         return int(experts.num_experts * self.wide + self.expert_rows() * 8) if experts else 0
 
@@ -266,7 +266,7 @@ class _Planner:
         return self.accumulated() | self.row_gradients() | {"gradients": dense, "gradients of the tables": whole}
 
     def accumulated(self) -> Bytes:
-        """What grows or is summed from micro-batch to micro-batch."""
+        """Gradients accumulated over micro-batches."""
         if self.config.train.grad_accum_steps == 1:
             return {}
         return {"accumulated gradients": self.state()["dense parameters"]} | self.row_gradients()
@@ -337,6 +337,6 @@ def _elements(tree: Any, shardings: Any) -> int:
 
 
 def _pieces(tree: Any, shardings: Any) -> Iterator[tuple[int, jnp.dtype]]:
-    """Of each array the numbers on one device, and their type."""
+    """Size of each array on one device, in elements, and its type."""
     for leaf, place in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True):
         yield math.prod(place.shard_shape(leaf.shape)), leaf.dtype

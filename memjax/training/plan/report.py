@@ -44,7 +44,7 @@ def describe(config: RunConfig, parts: DecoderParts, *, data_axis: int) -> str:
 
 
 def describe_fit(config: RunConfig, found: Fit | None, device_bytes: int, devices: int) -> str:
-    """What `--dry_run --device_gb` prints: the settings that fit, what they need, and how long the run would take."""
+    """The report of `--dry_run --device_gb`: the settings that fit, what they need, and how long the run would take."""
     asked = f"{devices} x {gigabytes(device_bytes)}"
     if found is None:
         return f"nothing fits on {asked}, not even one sequence at a time: try more devices, or a smaller model"

@@ -1,4 +1,4 @@
-"""What would make a training step need less memory, and what to print when there was too little."""
+"""Suggest settings that need less memory, and explain an out-of-memory error."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def explain_out_of_memory(config: RunConfig, *, data_axis: int, limit: int | None) -> str:
-    """What to print when memory ran out: the plan, and the three most useful changes.
+    """The message of an out-of-memory error: the plan, and the three most useful changes.
 
     Args:
         config: of the run.

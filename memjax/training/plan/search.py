@@ -54,7 +54,7 @@ class _Search:
         # Shapes do not depend on the mesh or on how a batch is cut, and take long to find.
         self.program = TrainProgram.of(self.config)
         self.shards = devices // config.mesh.tensor
-        """Of the batch."""
+        """Equal parts that the batch is split into."""
 
     def run(self) -> Fit | None:
         """Tries batches, then meshes, each with the smallest micro-batch; then makes that as large as fits."""
