@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-import time
+import threading
 
 import numpy as np
 import pytest
@@ -368,17 +368,23 @@ def test_the_repairs_that_the_message_for_a_bad_line_names_can_be_resumed(jsonl_
 
 
 def test_closing_stops_a_thread_in_the_middle_of_a_batch(tmp_path):
-    class Slow(ByteTokenizer):
+    encoded, begun = [], threading.Event()
+
+    class Waiting(ByteTokenizer):
         def encode_batch(self, texts):
-            time.sleep(0.2)
+            encoded.append(texts)
+            begun.set()
+            assert stop.wait(60)
             return super().encode_batch(texts)
 
     path = tmp_path / "a.txt"
     path.write_text("\n".join(f"line {i}" for i in range(5000)))
     config = DataConfig(source="text", path=str(path), batch_size=64, sequence_length=512, packing="concat")
-    data = TrainingData(open_dataset(config, Slow()), seed=0)
+    data = TrainingData(open_dataset(config, Waiting()), seed=0)
+    finalizer = data._close.peek()
+    assert finalizer is not None
+    stop = finalizer[2][1]
     data._open[0].start_prefetch()
-    time.sleep(0.3)
-    started = time.monotonic()
+    assert begun.wait(60)
     data.close()
-    assert time.monotonic() - started < 2
+    assert len(encoded) == 1, "the batch needs many more"

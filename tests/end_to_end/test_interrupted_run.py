@@ -155,9 +155,7 @@ def test_kills_and_signals_leave_no_trace(arrays_of, tmp_path):
     places = [runs.checkpoints(name).read_document("data_iter", STEPS) for name in ("straight", "broken")]
     assert places[0] == places[1]
 
-    started = time.monotonic()
     code, output = runs.finish("broken")
     assert code == 0, output
     assert f"{tmp_path / 'broken'} is finished already" in output
     assert f"finished: {STEPS} steps, training loss {rows[-1]['train/loss']:.4f}" in output
-    assert time.monotonic() - started < 30
