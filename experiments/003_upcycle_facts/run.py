@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from memjax import train
 from memjax.config.memory import MemoryConfig
+from memjax.io.files import write_atomic
 
 HERE = pathlib.Path(__file__).parent
 NUM_FACTS, HELD_OUT_BYTES = 1_000, 200_000
@@ -64,7 +65,7 @@ def main() -> None:
     before = measured["base"]["bits_per_byte"]
     rise = {name: measured[name]["bits_per_byte"] / before - 1 for name in trained}
     result = {"facts": NUM_FACTS, "training_seconds": seconds, "measured": measured, "rise": rise}
-    (HERE / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_atomic(HERE / "result.json", json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
 

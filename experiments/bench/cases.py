@@ -11,6 +11,8 @@ from typing import Any
 
 import timing
 
+from memjax.io.files import write_atomic
+
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
@@ -79,4 +81,4 @@ def write(
     device = record.get("device", "an unknown device")
     table = timing.table(record["rows"], timing.filled(record["rows"], columns))
     text = f"# {title} {device}\n\n{record['command']}\n\n{table}\n"
-    (out / f"{stem}.md").write_text(text)
+    write_atomic(out / f"{stem}.md", text)

@@ -18,6 +18,8 @@ import tempfile
 import cases
 import timing
 
+from memjax.io.files import write_atomic
+
 BEFORE = {"3001729": "before there was an engine", "14d79c5": "the first engine"}
 THIS_CODE = "this code"
 COLUMNS = ("commit", "what", "load s", "load CPU s", "first token s", "first token CPU s")
@@ -76,7 +78,7 @@ def main() -> None:
     record |= {"processors": os.cpu_count(), "machine": platform.machine()}
     timing.write_record(arguments.out / "generate-cpu.json", record)
     heading = f"# Texts of the quick start's model on {os.cpu_count()} CPU cores\n\n"
-    (arguments.out / "generate-cpu.md").write_text(heading + timing.table(rows, COLUMNS) + "\n")
+    write_atomic(arguments.out / "generate-cpu.md", heading + timing.table(rows, COLUMNS) + "\n")
     print(timing.table(rows, COLUMNS))
 
 

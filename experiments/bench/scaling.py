@@ -27,6 +27,7 @@ import timing
 from memjax.config.load import load
 from memjax.config.run import RunConfig
 from memjax.config.section import replaced
+from memjax.io.files import write_atomic
 from memjax.memory.row_grad_reduce import Collective
 from memjax.models.counts import count_parameters, training_flops
 from memjax.models.decoder import resolve_dtype
@@ -282,7 +283,7 @@ def main() -> None:
     print(text)
     if arguments.out:
         timing.write_record(arguments.out / "scaling-model.json", record)
-        (arguments.out / "scaling-model.md").write_text(text)
+        write_atomic(arguments.out / "scaling-model.md", text)
 
 
 def tables(record: Row) -> str:

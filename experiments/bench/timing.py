@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memjax.io.files import write_atomic
+
 DISTRIBUTIONS = ("uniform", "zipf", "equal")
 
 
@@ -145,13 +147,12 @@ def write_report(
     """The record as JSON, and its rows as a table under a title and a note."""
     write_record(out / f"{stem}.json", record)
     text = f"# {title} on one {record['device']}\n\n{note}\n\n{table(record['rows'], columns)}\n"
-    (out / f"{stem}.md").write_text(text)
+    write_atomic(out / f"{stem}.md", text)
 
 
 def write_record(path: pathlib.Path, record: dict[str, Any]) -> None:
     """The results as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_atomic(path, json.dumps(record, indent=1) + "\n")
 
 
 def filled(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 import memjax
+from memjax.io.files import write_atomic
 from memjax.ops import tiles
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.rules import RowRule, row_step
@@ -71,8 +72,7 @@ def write(file: pathlib.Path, name: str, fields: dict[str, int]) -> None:
     """Puts the fields of a tile under this device's kind."""
     kind, known = jax.devices()[0].device_kind, json.loads(file.read_text()) if file.exists() else {}
     known.setdefault(kind, {})[name] = fields
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(known, indent=1) + "\n")
+    write_atomic(file, json.dumps(known, indent=1) + "\n")
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ The set is read from a file that its user gives (JSON lines with relation, subje
 """
 
 import collections
+import io
 import itertools
 import json
 import math
@@ -19,6 +20,7 @@ from memjax.data.tokenizers.base import Tokenizer
 from memjax.data.tokenizers.bpe import train_bpe
 from memjax.errors import DataError
 from memjax.evaluation.question_sets.metrics import best, exact_match
+from memjax.io.files import write_atomic
 
 STATEMENTS = {
     "P19": ("{} was born in", "The birthplace of {} is", "The first home of {} was in", "{} came into the world in"),
@@ -105,9 +107,9 @@ def prepare(source: pathlib.Path, target: pathlib.Path, *, vocab_size: int, seed
     for fact, sentences in enumerate(rows):
         for wording, sentence in enumerate(sentences):
             tokens[fact, wording, : len(sentence)] = sentence
-    target.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
     np.savez_compressed(
-        target,
+        content,
         tokens=tokens,
         answers=np.array(ends, np.uint8),
         relations=np.array([facts[place].relation for place in kept]),
@@ -115,6 +117,7 @@ def prepare(source: pathlib.Path, target: pathlib.Path, *, vocab_size: int, seed
         accepted=np.array([json.dumps(facts[place].answers, ensure_ascii=False) for place in kept]),
         tokenizer=np.array(json.dumps(tokenizer.to_state(), ensure_ascii=False)),
     )
+    write_atomic(target, content.getvalue())
     print(
         f"{len(kept):,} of {len(facts):,} facts in at most {MAX_LENGTH} tokens, {tokenizer.vocab_size:,} tokens known"
     )

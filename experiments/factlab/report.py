@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from factlab.runs import Result
+from memjax.io.files import write_atomic
 
 BEGIN = "<!-- made from results/full.json by run.py --report -->"
 END = "<!-- end of what is made -->"
@@ -59,7 +60,7 @@ def write_into(readme: pathlib.Path, text: str, begin: str = BEGIN) -> None:
     _, mark, after = rest.partition(END)
     if not mark:
         raise ValueError(f"{readme}: needs the lines {begin!r} and {END!r}, between which the results go")
-    readme.write_text(f"{before}{begin}\n\n{text or NOT_RUN}\n\n{END}{after}", encoding="utf-8")
+    write_atomic(readme, f"{before}{begin}\n\n{text or NOT_RUN}\n\n{END}{after}")
 
 
 def draw(

@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from memjax.io.files import write_atomic
+
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
@@ -120,11 +122,8 @@ def read_results(*paths: pathlib.Path) -> dict[str, Result]:
 
 def write_results(path: pathlib.Path, results: dict[str, Result]) -> None:
     """All results as one file, whole at any time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(f"  {json.dumps(row)}" for row in results.values())
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(f'{{"runs": [\n{lines}\n]}}\n')
-    temporary.replace(path)
+    write_atomic(path, f'{{"runs": [\n{lines}\n]}}\n')
 
 
 def recall_and_bits(result: Result) -> str:

@@ -25,6 +25,8 @@ import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 
+from memjax.io.files import write_atomic
+
 HERE = pathlib.Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "references.json"
 PAGE = HERE.parents[1] / "docs" / "checked.md"
@@ -116,7 +118,7 @@ def report(document: dict) -> str:
 def write_page(document: dict) -> None:
     """Puts the table into docs/checked.md."""
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    PAGE.write_text(before + BEGIN + report(document) + END + rest.split(END)[1], encoding="utf-8")
+    write_atomic(PAGE, before + BEGIN + report(document) + END + rest.split(END)[1])
 
 
 def versions() -> dict[str, str]:
@@ -161,7 +163,7 @@ def main() -> int:
                 print(f"{'pass' if check.passes else 'FAIL'}  {line(check)}", flush=True)
                 found.append(check)
         document = merged(document, parts, found)
-        RESULTS.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_atomic(RESULTS, json.dumps(document, indent=1) + "\n")
     write_page(document)
     return int(not all(Check(**check).passes for check in document["checks"]))
 

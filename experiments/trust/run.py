@@ -29,6 +29,8 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from importlib import metadata
 
+from memjax.io.files import write_atomic
+
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
@@ -216,9 +218,8 @@ def main() -> int:
         return 0
     if options.tests:
         found = run_tests(options.jobs)
-        (options.out or RESULTS).mkdir(parents=True, exist_ok=True)
         kept = json.dumps({"machine": machine(), "tests": found}, indent=1)
-        ((options.out or RESULTS) / "tests.json").write_text(f"{kept}\n", encoding="utf-8")
+        write_atomic((options.out or RESULTS) / "tests.json", f"{kept}\n")
         return int(any(counts["failed"] for counts in found.values()))
     campaigns = options.only.split(",")
     if unknown := [name for name in campaigns if name not in CAMPAIGNS]:
@@ -242,14 +243,13 @@ def main() -> int:
     if threads := [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]:
         print(f"threads left: {threads}")
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
         keep = ("campaign", "name", "seed", *COUNTS, "skipped", "notes", "seconds")
         rows = [{name: getattr(case, name) for name in keep} for case in done]
         lines = ",\n".join(map(json.dumps, rows))
         how = {name: getattr(options, name) for name in ("only", "small", "seconds", "patience", "jobs", "workers")}
         head = json.dumps({"machine": machine(), "options": how, "equal": lab.repeats}, indent=1)
-        (options.out / "trust.json").write_text(f'{head[:-2]},\n "cases": [\n{lines}\n]}}\n', encoding="utf-8")
-        (options.out / "trust.md").write_text(report(done, campaigns, {}) + "\n", encoding="utf-8")
+        write_atomic(options.out / "trust.json", f'{head[:-2]},\n "cases": [\n{lines}\n]}}\n')
+        write_atomic(options.out / "trust.md", report(done, campaigns, {}) + "\n")
     return int(any(case.faults for case in done))
 
 

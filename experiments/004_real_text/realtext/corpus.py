@@ -5,6 +5,7 @@ begin inside an article, and the few rows that hold the end of one article also 
 """
 
 import concurrent.futures
+import io
 import json
 import os
 import pathlib
@@ -107,7 +108,8 @@ def build(folder: pathlib.Path, work: pathlib.Path) -> None:
     sizes = {}
     for name, some in texts.items():
         tokens = _stream(tokenizer, some)
-        np.save(work / f"{name}.npy", tokens)
+        np.save(content := io.BytesIO(), tokens)
+        write_atomic(work / f"{name}.npy", content.getvalue())
         sizes[name] = sum(len(text.encode()) for text in some)
         print(f"{name}: {len(some):,} texts, {sizes[name] / 1e6:.1f} MB, {len(tokens) / 1e6:.2f} M tokens", flush=True)
     write_atomic(done, json.dumps(sizes))

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 from factlab.entity_questions import Fact, read_facts
 from factlab.lines import read
 
+from memjax.io.files import write_atomic
+
 Row = dict[str, Any]
 
 ARTICLES, HELD_OUT, QUESTIONS, TOKENIZER = (
@@ -68,7 +70,7 @@ def prepare(data: pathlib.Path, out: pathlib.Path, sizes: Sizes | None = None) -
     rows = [*_shots(questions, rng), *questions, *_choices(data, rng, sizes), *_code(data)]
     write(out / QUESTIONS, rows)
     for source in (data / "wiki" / ARTICLES, data / "wiki" / HELD_OUT, data / "tokenizers" / TOKENIZER):
-        (out / source.name).write_bytes(source.read_bytes())
+        write_atomic(out / source.name, source.read_bytes())
     for name, number in Counter(row["set"] + (f", {row['bin']}" if "bin" in row else "") for row in rows).items():
         print(f"{number:,} rows of {name}")
 
@@ -76,7 +78,7 @@ def prepare(data: pathlib.Path, out: pathlib.Path, sizes: Sizes | None = None) -
 def write(path: pathlib.Path, rows: Iterable[Row]) -> None:
     """Compressed JSON lines."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
+    write_atomic(path, lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
 
 
 def words(name: str) -> str:

@@ -15,6 +15,7 @@ from factlab.entity_questions import read_facts as read_questions
 
 from memjax.data.sources.records import Segment
 from memjax.errors import DataError
+from memjax.io.files import write_atomic
 from memjax.knowledge.facts import Fact
 
 ARTICLES, HELD_OUT = "wiki/wiki_a.jsonl.xz", "wiki/wiki_heldout.jsonl.xz"
@@ -104,7 +105,7 @@ def write_training(
     texts = ({"text": f"{row['title']}\n\n{row['text']}"} for row in rows)
     told = [{"prompt": prompt, "answer": fact.question.answer} for fact in facts for prompt in fact.told]
     for path, rows in zip(paths.values(), (texts, told), strict=True):
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return paths
 
 

@@ -19,6 +19,7 @@ from continual import facts as sets
 from continual.measures import OfEdits, OfFacts, Questions, text_bits
 from continual.methods import ROWS, Method, changed_rows, teach
 from memjax.data.sources.records import Segment
+from memjax.io.files import write_atomic
 from memjax.knowledge.slots import Background, count_texts
 from memjax.models.decoder import Decoder
 from memjax.models.parts import split_decoder, writable
@@ -185,7 +186,7 @@ def _train(task: dict[str, Any], data: pathlib.Path, work: pathlib.Path, old: Se
             began = time.perf_counter()
             command = [sys.executable, "-m", "memjax.train", task["config"], *words, *task["settings"]]
             subprocess.run(command, check=True, cwd=ROOT, stdout=sys.stderr)
-            done.write_text(json.dumps({"seconds": round(time.perf_counter() - began, 1)}), encoding="utf-8")
+            write_atomic(done, json.dumps({"seconds": round(time.perf_counter() - began, 1)}))
     return json.loads(done.read_text(encoding="utf-8"))["seconds"]
 
 
