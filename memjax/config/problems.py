@@ -95,7 +95,7 @@ class Problems:
         return [leaves[leaf] for leaf in close(path[-1], list(leaves))]
 
 
-def close(name: str, names: Sequence[str], *, cutoff: float = 0.72, last: str = "") -> list[str]:
+def close(name: str, names: Sequence[str], *, last: str = "") -> list[str]:
     """The most similar of some names, in a list; the `last` part of a dotted name must be similar too."""
 
     def similarity(other: str) -> float:
@@ -106,7 +106,7 @@ def close(name: str, names: Sequence[str], *, cutoff: float = 0.72, last: str = 
         return _ratio(other, name) + (0.06 if is_near else 0.0)
 
     found = max(names, key=similarity, default="")
-    if not found or similarity(found) < cutoff:
+    if not found or similarity(found) < 0.72:
         return []
     # Of sections that have the same setting and are about as similar, the first one.
     leaf, limit = found.rpartition(".")[2], similarity(found) - 0.05

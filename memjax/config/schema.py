@@ -74,9 +74,9 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
-def shortened(text: str, limit: int = 200) -> str:
+def shortened(text: str) -> str:
     """The text, cut where it is longer than a message should be."""
-    return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text):,} characters)"
 
 
 PLAIN_TYPES: dict[Any, tuple[str, str]] = {

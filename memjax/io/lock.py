@@ -49,8 +49,7 @@ def locked(path: pathlib.Path, *, on_wait: Callable[[str], None] | None = None) 
             # again.
             with contextlib.suppress(OSError):
                 path.unlink()
-            _held.discard(handle)
-            os.close(handle)
+            _close(handle)
     finally:
         with contextlib.suppress(OSError):
             for folder in created:
@@ -70,19 +69,20 @@ def _acquire(path: pathlib.Path, on_wait: Callable[[str], None] | None) -> int:
                 raise
             raise OSError(errno.ELOOP, "is a link; remove it", str(path)) from None
         _held.add(handle)
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(_close, handle)
             found = os.fstat(handle)
             if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
                 raise OSError(errno.EINVAL, "is no file of its own; remove it", str(path))
             _flock(handle, path, on_wait)
             if _is_at(path, handle):
+                stack.pop_all()
                 return handle
-        except BaseException:
-            _held.discard(handle)
-            os.close(handle)
-            raise
-        _held.discard(handle)
-        os.close(handle)
+
+
+def _close(handle: int) -> None:
+    _held.discard(handle)
+    os.close(handle)
 
 
 def _flock(handle: int, path: pathlib.Path, on_wait: Callable[[str], None] | None) -> None:

@@ -76,12 +76,12 @@ class Attention(nnx.Module):
         self.rope_theta = None if layer in config.rope_free_layers else config.rope_theta
         self.rope_scaling, self.sliding_window = config.rope_scaling, config.sliding_window
         dim, width, kv_width = config.dim, heads * self.head_dim, kv_heads * self.head_dim
-        has_bias, has_out_bias = config.attention_bias, config.attention_out_bias
+        has_bias = config.attention_bias
+        has_out_bias = has_bias if config.attention_out_bias is None else config.attention_out_bias
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.query = linear(dim, width, axes=("embed", "heads"), use_bias=has_bias, **kwargs)
         self.key = linear(dim, kv_width, axes=("embed", "kv_heads"), use_bias=has_bias, **kwargs)
         self.value = linear(dim, kv_width, axes=("embed", "kv_heads"), use_bias=has_bias, **kwargs)
-        has_out_bias = has_bias if has_out_bias is None else has_out_bias
         self.out = linear(width, dim, axes=("heads", "embed"), use_bias=has_out_bias, **kwargs)
 
         def norm(count: int, axis: str) -> HeadNorm | None:
@@ -96,16 +96,7 @@ class Attention(nnx.Module):
         self, x: Float[Array, "b s dim"], positions: Int[Array, "b s"], segments: Int[Array, "b s"] | None = None
     ) -> Float[Array, "b s dim"]:
         """Attention over the tokens of x."""
-        query, *fresh = self._project(x, positions)
-        # A window counts tokens of the row, whose distances within a document are those of their positions.
-        out = dot_product.self_attention(
-            query,
-            *fresh,
-            segments=segments,
-            window=self.sliding_window,
-            implementation=dot_product.choose(self.implementation, query.dtype, self.head_dim, x.shape[1]),
-        )
-        return self._project_out(out)
+        return self._self_attention(x, positions, segments)[0]
 
     def with_cache(
         self,
@@ -121,19 +112,26 @@ class Attention(nnx.Module):
                 to its own position; what follows may be anything. A token beyond the cache is not written.
             cache: None where nothing is cached and positions count from 0; the new cache then holds just these tokens.
         """
-        if cache is not None and x.shape[1] == 1:
+        if cache is None:
+            out, *fresh = self._self_attention(x, positions, None)
+            return out, KeyValues(*(jnp.swapaxes(array, 1, 2) for array in fresh))
+        if x.shape[1] == 1:
             return self._one_with_cache(x, positions, cache)
         query, *fresh = self._project(x, positions)
-        if cache is None:
-            name = dot_product.choose(self.implementation, query.dtype, self.head_dim, x.shape[1])
-            out = dot_product.self_attention(
-                query, *fresh, segments=None, window=self.sliding_window, implementation=name
-            )
-            return self._project_out(out), KeyValues(*(jnp.swapaxes(array, 1, 2) for array in fresh))
         cache = KeyValues(*(write(old, new, positions) for old, new in zip(cache, fresh, strict=True)))
         keys, values = (jnp.swapaxes(array, 1, 2).astype(query.dtype) for array in cache)
         out = dot_product.attention(query, keys, values, positions=positions, window=self.sliding_window)
         return self._project_out(out), cache
+
+    def _self_attention(self, x: Array, positions: Array, segments: Array | None) -> tuple[Array, Array, Array]:
+        """The output [b, s, dim], and keys and values [b, s, kv_heads, head_dim]."""
+        query, keys, values = self._project(x, positions)
+        name = dot_product.choose(self.implementation, query.dtype, self.head_dim, x.shape[1])
+        # A window counts tokens of the row, whose distances within a document are those of their positions.
+        out = dot_product.self_attention(
+            query, keys, values, segments=segments, window=self.sliding_window, implementation=name
+        )
+        return self._project_out(out), keys, values
 
     def _one_with_cache(
         self,

@@ -24,6 +24,10 @@ CHECKPOINTS = "checkpoints"
 """The folder of a run that holds its steps."""
 PARAMS, TABLES, META = "params", "tables", "meta"
 """The items of a step that a model is made of."""
+OPT_STATE, TABLE_STATE, DATA_ITER = "opt_state", "table_state", "data_iter"
+"""Items that only a training has: the optimizers of dense parameters and of tables, and the data position."""
+EMA, RECENT = "ema", "recent"
+"""Items of runs that keep a moving average of the dense parameters, or skip spikes of the loss."""
 FORMAT = 2
 """Version of the `meta` document; increased when older code could not read it."""
 FORMAT_WITH_TABLE_FILES = 3
@@ -62,17 +66,6 @@ def upgraded(meta: dict[str, Any]) -> dict[str, Any]:
     # Kinds of lookups are called as their sections.
     dtypes = renamed.upgraded({"model": meta.get("table_dtypes", {})})["model"]
     return meta | {"config": renamed.upgraded(meta["config"]), "table_dtypes": dtypes}
-
-
-OPT_STATE = "opt_state"
-"""The item of a checkpoint with the state of the dense optimizer, which a model without a training does not have."""
-
-
-TABLE_STATE, DATA_ITER = "table_state", "data_iter"
-"""Items of a checkpoint that only a training reads."""
-
-EMA, RECENT = "ema", "recent"
-"""Items of runs that keep a moving average of the dense parameters, or skip spikes of the loss."""
 
 
 def widened(params: nnx.State) -> nnx.State:

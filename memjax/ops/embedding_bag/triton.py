@@ -5,9 +5,10 @@ import triton
 import triton.language as tl
 from jaxtyping import Array, Float, Int
 
-from memjax.ops import tiles, triton_call
-from memjax.ops.row_formats.triton import kernel_rows, rows_in_host_memory
+from memjax.ops import triton_call
+from memjax.ops.row_formats.triton import launch_read, rows_in_host_memory
 from memjax.ops.table import Table
+from memjax.ops.tiles import ceil_div
 
 
 @triton.jit
@@ -49,21 +50,6 @@ def embedding_bag(
 ) -> Float[Array, "t d"]:
     """The reference's sum, in float32."""
     table = Table.of(table)
-    (tokens, picks), dim = indices.shape, table.shape[1]
-    tile = tiles.of_table_rows("embedding_bag", dim, picks, table, tokens)
-    rows = kernel_rows(table)
-    (out,) = triton_call.launch(
-        bag_kernel,
-        *rows.arrays,
-        indices,
-        weights,
-        out=[jax.ShapeDtypeStruct((tokens, dim), table.dtype)],
-        grid=(tokens, tiles.ceil_div(dim, tile.columns)),
-        num_warps=tile.num_warps,
-        DIM=dim,
-        PICKS=picks,
-        COLUMNS=tile.columns,
-        ROWS=tile.rows,
-        **rows.constants,
-    )
-    return out
+    out = jax.ShapeDtypeStruct((indices.shape[0], table.shape[1]), table.dtype)
+    programs = lambda tile: ceil_div(table.shape[1], tile.columns)
+    return launch_read("embedding_bag", bag_kernel, table, indices, weights, out=out, programs=programs)

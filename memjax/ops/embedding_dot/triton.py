@@ -6,9 +6,10 @@ import triton
 import triton.language as tl
 from jaxtyping import Array, Float, Int
 
-from memjax.ops import tiles, triton_call
-from memjax.ops.row_formats.triton import kernel_rows, rows_in_host_memory
+from memjax.ops import triton_call
+from memjax.ops.row_formats.triton import launch_read, rows_in_host_memory
 from memjax.ops.table import Table
+from memjax.ops.tiles import ceil_div
 
 
 @triton.jit
@@ -48,22 +49,6 @@ def embedding_dot(
     table: Table | Float[Array, "n d"], indices: Int[Array, "t k"], vectors: Float[Array, "t d"]
 ) -> Float[Array, "t k"]:
     """The reference's products, in float32."""
-    table = Table.of(table)
-    (tokens, picks), dim = indices.shape, table.shape[1]
-    tile = tiles.of_table_rows("embedding_dot", dim, picks, table, tokens)
-    rows = kernel_rows(table)
-    (out,) = triton_call.launch(
-        dot_kernel,
-        *rows.arrays,
-        indices,
-        vectors,
-        out=[jax.ShapeDtypeStruct((tokens, picks), jnp.float32)],
-        grid=(tokens, tiles.ceil_div(picks, tile.rows)),
-        num_warps=tile.num_warps,
-        DIM=dim,
-        PICKS=picks,
-        COLUMNS=tile.columns,
-        ROWS=tile.rows,
-        **rows.constants,
-    )
-    return out
+    out = jax.ShapeDtypeStruct(indices.shape, jnp.float32)
+    programs = lambda tile: ceil_div(indices.shape[1], tile.rows)
+    return launch_read("embedding_dot", dot_kernel, Table.of(table), indices, vectors, out=out, programs=programs)

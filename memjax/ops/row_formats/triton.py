@@ -1,4 +1,4 @@
-"""How kernels read rows: a function for each format, which a kernel takes as a constant.
+"""How kernels read rows: a function for each format, which a kernel takes as a constant, and their launch.
 
     reader(rows_ptr, scales_ptr, row, first, valid, WIDTH, GROUP, COLUMNS) -> float32[ROWS, COLUMNS]
 
@@ -7,13 +7,17 @@ are not `valid`, and columns from WIDTH on, are 0. GROUP columns share a scale. 
 kernel it is part of, and kernels depend on no format.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import triton
 import triton.language as tl
+from jaxtyping import Array, Float, Int
 
+from memjax.ops import tiles, triton_call
 from memjax.ops.table import Table
+from memjax.ops.tiles import Tile
 
 ELEMENTS = {
     "float32": tl.float32,
@@ -28,23 +32,49 @@ ELEMENTS = {
 """Types of payloads that kernels can find by their address."""
 
 
-class KernelRows(NamedTuple):
-    """A table as kernels take it."""
+def launch_read(
+    operation: str,
+    kernel: Any,
+    table: Table,
+    indices: Int[Array, "t k"],
+    factor: Float[Array, "t _"],
+    *,
+    out: jax.ShapeDtypeStruct,
+    programs: Callable[[Tile], int],
+) -> Array:
+    """Runs a kernel that reads `indices` of a table for each token, and multiplies the rows by `factor`.
 
-    arrays: tuple[jax.Array, jax.Array]
-    """For `rows_ptr` and `scales_ptr`."""
-    constants: dict[str, Any]
-    """GROUP, READ and PINNED: the type of the rows where `rows_ptr` leads to their address."""
-
-
-def kernel_rows(table: Table) -> KernelRows:
-    """The arguments of a table for a kernel that reads its rows."""
-    width = table.shape[1]
-    group = width // max(1, table.format.groups(width))
-    pinned = None if table.pinned is None else ELEMENTS[table.format.payload_dtype.name]
-    # A kernel has all of its pointers; without scales this one is not read.
-    scales = table.rows if table.scales is None else table.scales
-    return KernelRows((table.rows, scales), {"GROUP": group, "READ": table.format.reader(), "PINNED": pinned})
+    Args:
+        operation: by whose name tiles are tuned.
+        kernel: its pointers are rows, scales, indices, factor and out.
+        table: the table.
+        indices: rows read by each token.
+        factor: the weights of a bag, the vectors of a dot.
+        out: shape and type of the result.
+        programs: programs per token, given the tile.
+    """
+    (tokens, picks), dim = indices.shape, table.shape[1]
+    tile = tiles.of_table_rows(operation, dim, picks, table, tokens)
+    (result,) = triton_call.launch(
+        kernel,
+        table.rows,
+        # A kernel has all of its pointers; without scales this one is not read.
+        table.rows if table.scales is None else table.scales,
+        indices,
+        factor,
+        out=[out],
+        grid=(tokens, programs(tile)),
+        num_warps=tile.num_warps,
+        DIM=dim,
+        PICKS=picks,
+        COLUMNS=tile.columns,
+        ROWS=tile.rows,
+        GROUP=dim // max(1, table.format.groups(dim)),
+        READ=table.format.reader(),
+        # The type of the rows where `rows_ptr` leads to their address.
+        PINNED=None if table.pinned is None else ELEMENTS[table.format.payload_dtype.name],
+    )
+    return result
 
 
 @triton.jit
