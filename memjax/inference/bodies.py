@@ -77,7 +77,7 @@ class Fields:
         """Notes a problem of a field."""
         self.problems.append((name, message))
 
-    def any(self, name: str) -> Any:
+    def value(self, name: str) -> Any:
         """The value of a field, whatever it is."""
         return self._values[name]
 
@@ -91,7 +91,7 @@ class Fields:
             self.wrong(name, "true or false")
         return self._values[name] is True
 
-    def whole(self, name: str, low: int, high: int | None, rule: str) -> Any:
+    def integer(self, name: str, low: int, high: int | None, rule: str) -> Any:
         """The whole number, or None where there is none or a wrong one."""
         value = self._values[name]
         if value is None:

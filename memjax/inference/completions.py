@@ -74,36 +74,27 @@ def parse_request(body: Mapping[str, Any], *, vocab_size: int, max_choices: int)
     """
     fields = Fields(body, FIELDS)
     prompts = _prompts(fields, vocab_size)
-    n = fields.whole("n", 1, None, "a whole number above 0") or 1
+    n = fields.integer("n", 1, None, "a whole number above 0") or 1
     if n * len(prompts) > max_choices:
         many = f"{shown(n)} times {len(prompts):,} prompts"
         fields.refuse("n", f"n={many} is more than the {max_choices:,} texts of one request; send several requests")
     _refuse_what_is_not_served(fields, n)
-    stream, options = fields.flag("stream"), fields.any("stream_options")
-    include_usage = False
-    if options is not None:
-        if not isinstance(options, dict) or not options.keys() <= {"include_usage"}:
-            fields.wrong("stream_options", 'an object such as {"include_usage": true}')
-        elif not isinstance(options.get("include_usage", False), bool):
-            fields.wrong("stream_options", "include_usage must be true or false; see {'include_usage': true}")
-        elif not stream:
-            fields.wrong("stream_options", "left out where stream is false")
-        else:
-            include_usage = options.get("include_usage", False)
-    top_k = fields.whole("top_k", -1, None, "a whole number above 0, or 0 or -1 for all tokens")
+    stream = fields.flag("stream")
+    include_usage = _include_usage(fields, stream)
+    top_k = fields.integer("top_k", -1, None, "a whole number above 0, or 0 or -1 for all tokens")
     found = CompletionRequest(
         prompts=prompts,
         model=fields.text("model"),
-        max_tokens=fields.whole("max_tokens", 0, None, "a whole number that is not negative"),
+        max_tokens=fields.integer("max_tokens", 0, None, "a whole number that is not negative"),
         # Logits divided by less overflow; the likeliest token is certain long before.
-        temperature=_at_least(1e-4, fields.number("temperature", 0.0, 2.0, "a number in 0..2")),
+        temperature=value if (value := fields.number("temperature", 0.0, 2.0, "a number in 0..2")) >= 1e-4 else 0.0,
         top_p=max(1e-6, fields.number("top_p", 0.0, 1.0, "a number above 0 and at most 1", above=True)),
         top_k=top_k if top_k and top_k > 0 else None,
         repetition_penalty=fields.number("repetition_penalty", 0.01, 100.0, "a number in 0.01..100; 1 changes nothing"),
-        seed=fields.whole("seed", -(1 << 63), (1 << 63) - 1, "a whole number of 64 bits"),
+        seed=fields.integer("seed", -(1 << 63), (1 << 63) - 1, "a whole number of 64 bits"),
         n=n,
         stop=_stops(fields),
-        logprobs=fields.whole("logprobs", 0, MOST_LOGPROBS, f"a whole number in 0..{MOST_LOGPROBS}"),
+        logprobs=fields.integer("logprobs", 0, MOST_LOGPROBS, f"a whole number in 0..{MOST_LOGPROBS}"),
         echo=fields.flag("echo"),
         stream=stream,
         include_usage=include_usage,
@@ -125,7 +116,7 @@ def parse_tokenize(body: Mapping[str, Any]) -> tuple[str, bool]:
     """
     fields = Fields(body, {"add_special_tokens": True, "model": None, "prompt": None})
     text, adds = fields.text("prompt"), fields.flag("add_special_tokens")
-    if fields.any("prompt") is None:
+    if fields.value("prompt") is None:
         fields.refuse("prompt", "prompt is missing; it must be a string")
     elif text is not None and not _is_unicode(text):
         fields.refuse("prompt", f"prompt {_HALF}")
@@ -140,19 +131,30 @@ def parse_detokenize(body: Mapping[str, Any], *, vocab_size: int) -> list[int]:
         RefusedError: a field is missing or wrong.
     """
     fields = Fields(body, {"model": None, "tokens": None})
-    ids = fields.any("tokens")
+    ids = fields.value("tokens")
     if not isinstance(ids, list) or not _are_ids(ids) or _outside(ids, vocab_size):
         fields.wrong("tokens", f"a list of whole numbers in 0..{vocab_size - 1}")
     fields.finish()
     return ids
 
 
-def _at_least(smallest: float, temperature: float) -> float:
-    return temperature if temperature >= smallest else 0.0
+def _include_usage(fields: Fields, stream: bool) -> bool:
+    options = fields.value("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, dict) or not options.keys() <= {"include_usage"}:
+        fields.wrong("stream_options", 'an object such as {"include_usage": true}')
+    elif not isinstance(options.get("include_usage", False), bool):
+        fields.wrong("stream_options", "include_usage must be true or false; see {'include_usage': true}")
+    elif not stream:
+        fields.wrong("stream_options", "left out where stream is false")
+    else:
+        return options.get("include_usage", False)
+    return False
 
 
 def _prompts(fields: Fields, vocab_size: int) -> tuple[Prompt, ...]:
-    value = fields.any("prompt")
+    value = fields.value("prompt")
     rule = "a string, a list of strings, a list of token ids or a list of such lists"
     if value is None:
         fields.refuse("prompt", f"prompt is missing; it must be {rule}")
@@ -193,19 +195,19 @@ def _outside(ids: list[int], vocab_size: int) -> list[int]:
 
 
 def _refuse_what_is_not_served(fields: Fields, n: int) -> None:
-    if fields.any("best_of") not in (None, n) or isinstance(fields.any("best_of"), bool):
+    if fields.value("best_of") not in (None, n) or isinstance(fields.value("best_of"), bool):
         fields.wrong("best_of", f"left out or n={n}: the server ranks no texts; ask for n of them with logprobs")
     for name in ("presence_penalty", "frequency_penalty"):
-        if isinstance(fields.any(name), bool) or fields.any(name) != 0:
+        if isinstance(fields.value(name), bool) or fields.value(name) != 0:
             fields.wrong(name, "left out or 0: it is not served; repetition_penalty is")
-    if fields.any("logit_bias") not in (None, {}):
+    if fields.value("logit_bias") not in (None, {}):
         fields.wrong("logit_bias", "left out or empty: it is not served")
-    if fields.any("suffix") not in (None, ""):
+    if fields.value("suffix") not in (None, ""):
         fields.wrong("suffix", "left out or empty: the model only goes on from prompts")
 
 
 def _stops(fields: Fields) -> tuple[str, ...]:
-    value = fields.any("stop")
+    value = fields.value("stop")
     stops = [] if value is None else [value] if isinstance(value, str) else value
     rule = f"a string or at most {_MOST_STOPS} strings, each of 1 to {_LONGEST_STOP} characters"
     is_list = isinstance(stops, list) and len(stops) <= _MOST_STOPS

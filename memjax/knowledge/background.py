@@ -15,23 +15,23 @@ from memjax.runs.load import LoadedModel
 from memjax.runs.patches.applied import model_digest
 
 
-def background_of(found: LoadedModel, records: Sequence[Record]) -> Background:
+def background_of(loaded: LoadedModel, records: Sequence[Record]) -> Background:
     """Document frequency of every slot in the records, cached in the run's folder where that is writable."""
-    length, config = found.config.data.sequence_length, found.model.config
+    length, config = loaded.config.data.sequence_length, loaded.model.config
     asked = {
-        "model": model_digest(found.checkpoints, found.step),
+        "model": model_digest(loaded.checkpoints, loaded.step),
         "texts": text_digest(list(map(text_of, records))),
         "sequence_length": length,
     }
-    path = found.folder / "knowledge" / f"background-{text_digest(asked)[:16]}.safetensors"
+    path = loaded.folder / "knowledge" / f"background-{text_digest(asked)[:16]}.safetensors"
     shapes = {f"counts/{name}": (config.tables[name].num_slots,) for name in layers_by_table(config)}
     if (kept := _read(path, shapes)) is not None:
         return kept
     say(f"counting the slots that {len(records):,} texts read")
-    counted = count_texts(found.model, found.tokenizer, records, length=length)
+    counted = count_texts(loaded.model, loaded.tokenizer, records, length=length)
     arrays = {"texts": np.asarray(counted.texts)} | {f"counts/{name}": total for name, total in counted.counts.items()}
     try:
-        check_inside(path.parent, found.folder)
+        check_inside(path.parent, loaded.folder)
         write_atomic(path, safetensors.numpy.save(arrays))
     except OSError as error:
         warn(f"the counts are not kept: {path.parent}: {error.strerror}")

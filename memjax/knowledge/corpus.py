@@ -15,24 +15,24 @@ from memjax.errors import DataError
 from memjax.runs.load import LoadedModel
 
 
-def open_corpus(found: LoadedModel, path: str | None, field: str) -> Iterable[Record]:
+def open_corpus(loaded: LoadedModel, path: str | None, field: str) -> Iterable[Record]:
     """The records of a path, or of the run's training data; iterating reads them anew.
 
     Args:
-        found: the run's model.
+        loaded: the run's model.
         path: a file, a folder or a glob; None for the run's data.
         field: the option that names the path, for messages.
 
     Raises:
         DataError: there is none, or it cannot be read.
     """
-    data = found.config.data
+    data = loaded.config.data
     if path is not None:
         return RecordFiles(path, field, Keys.of(data))
-    source = find_source(data.in_run(str(found.folder)))
+    source = find_source(data.in_run(str(loaded.folder)))
     if source.problem:  # a model from elsewhere
         raise DataError(f"the run has no text of its own; name a file with {field}")
-    return TrainingRecords(open_dataset(source, found.tokenizer).train)
+    return TrainingRecords(open_dataset(source, loaded.tokenizer).train)
 
 
 class TrainingRecords:

@@ -53,14 +53,14 @@ class _Probe:
 
     @classmethod
     def of(
-        cls, found: LoadedModel, facts: Sequence[Fact], groups: Mapping[str, list[Record]], background: Sequence[str]
+        cls, loaded: LoadedModel, facts: Sequence[Fact], groups: Mapping[str, list[Record]], background: Sequence[str]
     ) -> "_Probe":
         """Measures the facts, other groups of questions, and bits per byte of the background."""
         asked = {name: some for name, some in {NEW: _questions(facts), **groups}.items() if some}
         texts = {"bits per byte, background": background}
         if NEW not in asked:
             texts["bits per byte, facts"] = [text_of(fact.wordings[0]) for fact in facts]
-        return cls(found.tokenizer, found.config.data.sequence_length, asked, texts)
+        return cls(loaded.tokenizer, loaded.config.data.sequence_length, asked, texts)
 
     def known(self, model: Decoder, group: str) -> float | None:
         """Share of a group's questions that the model answers exactly; None if there are none."""
@@ -89,7 +89,7 @@ class _Probe:
 
 
 def learn_facts(
-    found: LoadedModel,
+    loaded: LoadedModel,
     facts: Sequence[Fact],
     held_out: Sequence[Fact] | None,
     recipe: Recipe,
@@ -103,7 +103,7 @@ def learn_facts(
     """Learns facts, prints what is known before and after, and writes the rows that differ as a patch.
 
     Args:
-        found: the run's model.
+        loaded: the run's model.
         facts: what to learn.
         held_out: further questions to ask; None asks the run's own where it has some.
         recipe: how to learn.
@@ -117,11 +117,11 @@ def learn_facts(
         DataError: the background cannot be read.
         CheckpointError: the patch cannot be written.
     """
-    records = list(itertools.islice(open_corpus(found, corpus, "--background"), corpus_texts))
-    background = background_of(found, records)
-    groups = {name: _spread(some, most_questions) for name, some in _held_out(found, held_out).items()}
-    probe = _Probe.of(found, facts, groups, list(map(text_of, records)))
-    before, began, last = probe.measure(found.model), time.perf_counter(), ""
+    records = list(itertools.islice(open_corpus(loaded, corpus, "--background"), corpus_texts))
+    background = background_of(loaded, records)
+    groups = {name: _spread(some, most_questions) for name, some in _held_out(loaded, held_out).items()}
+    probe = _Probe.of(loaded, facts, groups, list(map(text_of, records)))
+    before, began, last = probe.measure(loaded.model), time.perf_counter(), ""
 
     def after_epoch(epoch: int, loss: float, model: Decoder) -> bool:
         nonlocal last
@@ -133,18 +133,18 @@ def learn_facts(
 
     with Progress(recipe.epochs, _PROGRESS_SECONDS) as progress:
         learned = learn(
-            found.model,
-            found.tokenizer,
+            loaded.model,
+            loaded.tokenizer,
             facts,
             background,
             recipe,
-            longest=found.config.data.sequence_length,
+            longest=loaded.config.data.sequence_length,
             known=records[:_REPLAYED],
             after_epoch=after_epoch,
         )
     seconds = time.perf_counter() - began
     say(f"learned in {seconds:.0f} s: {last}")
-    patch = patch_between(found, learned, {})
+    patch = patch_between(loaded, learned, {})
     # What is written is what is measured: rows in the type of the run's tables.
     after = probe.measure(found_with(learned, patch))
     notes = {"made_by": "learn", "facts": len(facts), "source": source, "seconds": round(seconds, 2)}
@@ -202,10 +202,10 @@ def _questions(facts: Sequence[Fact]) -> list[Record]:
     return [fact.question for fact in facts if fact.question is not None]
 
 
-def _held_out(found: LoadedModel, held_out: Sequence[Fact] | None) -> dict[str, list[Record]]:
+def _held_out(loaded: LoadedModel, held_out: Sequence[Fact] | None) -> dict[str, list[Record]]:
     if held_out is not None:
         return {"held-out questions": _questions(held_out)}
-    people = find_source(found.config.data).people
+    people = find_source(loaded.config.data).people
     if people is None:
         return {}
     return {

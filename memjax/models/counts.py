@@ -36,9 +36,10 @@ class ParameterCounts:
 def count_parameters(parts: DecoderParts) -> ParameterCounts:
     """Parameters of a decoder."""
     config = parts.config
-    experts = sum(math.prod(shape) for names, shape in _arrays(parts) if _is_expert(names, shape))
-    dense = sum(math.prod(shape) for _, shape in _arrays(parts)) - experts
-    routers = sum(math.prod(shape) for names, shape in _arrays(parts) if "router" in names)
+    sizes = [(names, shape, math.prod(shape)) for names, shape in _arrays(parts)]
+    experts = sum(size for names, shape, size in sizes if _is_expert(names, shape))
+    dense = sum(size for _, _, size in sizes) - experts
+    routers = sum(size for names, _, size in sizes if "router" in names)
     used = experts * config.experts.chosen // config.experts.num_experts if config.experts else 0
     embedding = 0 if config.tie_embeddings else (config.vocab_size - 1) * config.dim
     table = sum(math.prod(leaf.shape) for leaf in parts.abstract_tables.values())

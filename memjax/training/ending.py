@@ -68,12 +68,9 @@ def _save_after_an_error(trainer: "Trainer") -> str:
         try:
             trainer.finish_steps()
         except Exception as error:
-            if (
-                trainer.num_in_flight == under_way
-            ):  # without the run's settings, which could not be written, none is of use
-                return (
-                    f"The steps since the last checkpoint could not be saved: {getattr(error, 'strerror', 0) or error}"
-                )
+            if trainer.num_in_flight == under_way:  # the run's settings could not be written, which every step needs
+                reason = getattr(error, "strerror", None) or error
+                return f"The steps since the last checkpoint could not be saved: {reason}"
             warn(str(error) if isinstance(error, NotFinite) else f"{type(error).__name__}: {error}")
     step = int(trainer.state.step)
     if step == 0:

@@ -34,9 +34,7 @@ def check_start(config: RunConfig) -> None:
         CheckpointError: train.init_from names no run that can be read.
     """
     folder, source = RunFolder.of(config), config.train.init_from
-    if _check_own_steps(folder, config):
-        return
-    if source is None:
+    if _check_own_steps(folder, config) or source is None:
         return
     saved = read_config(source).model
     found, wanted = (_shapes(DecoderParts.of(model)) for model in (saved, config.model))

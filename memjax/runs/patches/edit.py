@@ -42,14 +42,14 @@ def diff(old: str | os.PathLike[str], new: str | os.PathLike[str], *, step: Step
     return between(before, after, base=model_digest(models[0].checkpoints, models[0].step), notes=notes)
 
 
-def patch_between(found: LoadedModel, new: Decoder, notes: Mapping[str, Any]) -> Patch:
+def patch_between(loaded: LoadedModel, new: Decoder, notes: Mapping[str, Any]) -> Patch:
     """The patch that makes a run's model, as `load` gave it, another that has other rows.
 
     Rows are rounded to the type in which the run keeps its tables.
     """
-    tables = writable(split_decoder(load_as_saved(found.checkpoints, step=found.step).model)[2])
+    tables = writable(split_decoder(load_as_saved(loaded.checkpoints, step=loaded.step).model)[2])
     wanted = {name: table.astype(tables[name].dtype) for name, table in writable(split_decoder(new)[2]).items()}
-    return between(tables, wanted, base=model_digest(found.checkpoints, found.step), notes=notes)
+    return between(tables, wanted, base=model_digest(loaded.checkpoints, loaded.step), notes=notes)
 
 
 def apply(
@@ -72,13 +72,13 @@ def apply(
     """
     patch = read_patch(path)
     if out is not None:
-        found = load_as_saved(run, step=step, patches=[path])
-        write_run(out, found.model, found.tokenizer, found.config)
+        loaded = load_as_saved(run, step=step, patches=[path])
+        write_run(out, loaded.model, loaded.tokenizer, loaded.config)
         return patch
     applied = Applied(checkpoint_folder(run))
     with applied.owned():
-        found = load_as_saved(run, step=step, patches=[path])
-        applied.add(found.step, patch)
+        loaded = load_as_saved(run, step=step, patches=[path])
+        applied.add(loaded.step, patch)
     return patch
 
 
