@@ -1,1 +1,1 @@
-"""Every setting, as frozen dataclasses that need no JAX; and how files and command lines become them."""
+"""All settings, as frozen dataclasses without JAX; and how YAML files and command lines are parsed into them."""

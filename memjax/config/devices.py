@@ -1,4 +1,4 @@
-"""How devices and processes train one model together."""
+"""Settings of the device mesh, and of processes that train together."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Configs as YAML files: a file over the one that it `extends`, as a tree whose places are known."""
+"""Read YAML configs, each merged over the one that it `extends`, with the place of every setting."""
 
 import os
 from collections.abc import Callable, Mapping

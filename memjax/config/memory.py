@@ -1,4 +1,4 @@
-"""Blocks that read tables: memory layers and PEER, and the tables they read."""
+"""Settings of blocks that read tables: memory layers and PEER."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The optimizers of dense parameters and of tables, and their learning rates."""
+"""Settings of the optimizers of dense parameters and of tables, and of their learning rates."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""A whole run: every section, and the rules that hold between sections."""
+"""The config of a run: all sections, and the rules between sections."""
 
 import dataclasses
 import math

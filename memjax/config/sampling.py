@@ -1,4 +1,4 @@
-"""How generated tokens are picked."""
+"""Settings of the sampling of tokens."""
 
 import dataclasses
 

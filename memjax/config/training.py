@@ -1,4 +1,4 @@
-"""The training loop, its checkpoints and its validations."""
+"""Settings of the training loop, its checkpoints and its evaluations."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""From a tree of settings to a config: names, text and values are checked, and all problems are reported together."""
+"""Validate a tree of settings into a config, and report all problems together."""
 
 import functools
 import json

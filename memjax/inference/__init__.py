@@ -1,1 +1,1 @@
-"""Text from a model: the compiled prefill and decode, sampling, and prompts in, texts out."""
+"""Inference: compiled prefill and decode, sampling, scoring, streaming, and an OpenAI-compatible server."""

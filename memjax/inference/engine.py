@@ -1,4 +1,4 @@
-"""Generation: prompts are read at once, and tokens are written many at a time, several texts side by side."""
+"""The generation engine: slots for several texts, batched prefill, many decoding steps per call."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Picking the next token of each row, with settings of its own, inside a compiled program and without a sort."""
+"""Sample the next token of each row with its own settings, inside a compiled program and without a sort."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, in few compiled shapes that no batch size changes.
+"""Score given tokens: log-probabilities, in few compiled shapes that do not depend on the batch size.
 
 `score` is the engine of every evaluation: recall, bits of knowledge, bits per byte and lm-eval's tasks score
 continuations after contexts. `PromptScorer` scores the prompts of a server, with the likeliest tokens at each position.

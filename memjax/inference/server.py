@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn with limits of time for clients, which drains before it ends."""
+"""The HTTP server: uvicorn with timeouts for clients, which drains before it ends."""
 
 import asyncio
 import contextlib

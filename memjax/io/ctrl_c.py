@@ -1,4 +1,4 @@
-"""Ctrl-C in commands that keep nothing which a signal should wait for. The training has `memjax.training.interrupt`."""
+"""Ctrl-C in commands that have no state to save; `memjax.training.interrupt` is for training."""
 
 import signal
 import sys

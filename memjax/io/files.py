@@ -1,4 +1,4 @@
-"""Files: atomic replacement, and safe reading from folders that come from elsewhere."""
+"""Atomic file replacement, and safe reading from untrusted folders."""
 
 import contextlib
 import errno

@@ -1,1 +1,1 @@
-"""See and change what a model knows: traces of what it reads, finetuning of few rows, pages to look at."""
+"""Inspect and edit what a model knows: traces of its table reads, sparse finetuning, HTML pages."""

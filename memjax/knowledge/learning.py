@@ -1,4 +1,4 @@
-"""Learns facts as a patch: measures a model before and after, and writes the rows that have changed."""
+"""Learn facts as a patch: measure before and after, and write the rows that have changed."""
 
 import dataclasses
 import itertools

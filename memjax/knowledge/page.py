@@ -1,4 +1,4 @@
-"""A trace as one HTML file that needs no other: tokens to click, slots to open, a search; light and dark."""
+"""Render a trace as a self-contained HTML page."""
 
 import html
 import importlib.resources

@@ -1,4 +1,4 @@
-"""The parameters that decide which slots are read: the query projection and the product keys."""
+"""Product keys: the query projection and the sub-keys, which select the slots that are read."""
 
 from typing import NamedTuple
 

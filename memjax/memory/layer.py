@@ -1,4 +1,4 @@
-"""The memory layer: a feed-forward layer's place taken by a lookup in a large table of values."""
+"""The memory layer: a lookup in a large table of values in place of a feed-forward layer."""
 
 import math
 from typing import Any

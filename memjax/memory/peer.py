@@ -1,4 +1,4 @@
-"""PEER: a feed-forward layer's place taken by a few of very many experts with one hidden unit each."""
+"""PEER: a few single-unit experts, retrieved from very many, in place of a feed-forward layer."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""How row gradients cross the `data` axis of a mesh: in factors, or summed to a dense gradient of the table."""
+"""How row gradients cross the `data` axis of a mesh: an all-gather of their factors, or an all-reduce of dense sums."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args

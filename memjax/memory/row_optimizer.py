@@ -1,4 +1,4 @@
-"""The optimizer of tables: a rule for rows that were read, its learning rate, and the seed of its rounding."""
+"""The row optimizer of tables: its rule, learning rate, and the seed of its rounding."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Gradients that keep the tables' part factored: no array of a table's size besides the table."""
+"""Row-sparse gradients of pure functions: the gradient of a table stays factored."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

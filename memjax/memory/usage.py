@@ -1,4 +1,4 @@
-"""How evenly the slots of a table are read."""
+"""Slot usage: how evenly the slots of a table are read."""
 
 from typing import NamedTuple
 

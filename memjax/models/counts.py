@@ -1,4 +1,4 @@
-"""Parameters and arithmetic of a model, computed from its shapes."""
+"""Parameter and FLOP counts of a model, from its shapes."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Cross-entropy over the vocabulary, in chunks of tokens: tokens x vocabulary never stands in memory."""
+"""Cross-entropy over the vocabulary in chunks of tokens, so that tokens x vocabulary is never in memory."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv:2104.09864), and the ways to scale it for texts longer than those of a training."""
+"""Rotary position embedding (arXiv:2104.09864), and its scalings for longer texts."""
 
 import math
 

@@ -6,10 +6,10 @@
     row_update           table rows <- optimizer(rows, gradient), in place, only the rows that were read
     grouped_matmul       out[i] = rows[i] @ matrices[group of i], rows in the order of their groups
     rms_norm             scale * x / sqrt(mean(x**2) + epsilon), and x, for the residual
-    decode_attention     attention of a new token over a cache that is filled to a length of its own
-    matvec               rows @ x, gated or added to a residual, for generation of one text
+    decode_attention     attention of a new token over a cache, each row with its own length
+    matvec               rows @ x, gated or added to a residual, for decoding a single text
 
 Each is a folder: `reference.py` is the definition, `xla.py` runs anywhere, in bounded memory where XLA lets it,
-`triton.py` holds the kernels, or launches those of `triton_*.py`, and `tiles.py` how they cut their work, `specs.py`
-the uses by which they are compared, `api.py` is what others call (`memjax.embedding_bag` and so on).
+`triton.py` holds the kernels, or launches those of `triton_*.py`, `tiles.py` their tile sizes, `specs.py` the cases on
+which implementations are compared, and `api.py` the public function (`memjax.embedding_bag` and so on).
 """

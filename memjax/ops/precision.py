@@ -1,4 +1,4 @@
-"""In which type sums are formed and random numbers drawn."""
+"""Accumulation types, and initializers that draw in float32."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Checks of shapes, so that what does not fit is refused by name and never broadcast or reshaped to something else."""
+"""Shape checks that raise with the names of the arrays, so that nothing is silently broadcast or reshaped."""
 
 from typing import Any
 

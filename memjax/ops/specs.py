@@ -1,6 +1,6 @@
-"""Uses of every operation on small arrays, by which implementations are compared: in tests, on GPUs, by the doctor.
+"""Cases of every operation on small arrays, for comparing implementations: in tests, on GPUs, in the doctor.
 
-`memjax.ops.<operation>.specs` has a function `specs`, which draws arrays and returns uses of the operation by name.
+`memjax.ops.<operation>.specs` has a function `specs`, which draws arrays and returns the cases by name.
 """
 
 import importlib
@@ -20,7 +20,7 @@ OPERATIONS = (
 """The folders of the operations."""
 
 
-class Use(NamedTuple):
+class Case(NamedTuple):
     """A call of an operation, and its gradients."""
 
     function: Callable[..., Any]
@@ -38,7 +38,7 @@ class Use(NamedTuple):
         return jax.tree.leaves(jax.jit(run)(*self.arrays))
 
 
-Specs = Mapping[str, Use]
+Specs = Mapping[str, Case]
 
 
 class Draw:
@@ -57,12 +57,12 @@ class Draw:
 
 
 def specs(operation: str) -> Specs:
-    """The uses of an operation, by name."""
+    """The cases of an operation, by name."""
     return importlib.import_module(f"memjax.ops.{operation}.specs").specs(Draw())
 
 
 def difference(operation: str, implementation: str) -> float:
-    """How far an implementation is from the reference at most, in any use, as a share of the largest number.
+    """How far an implementation is from the reference at most, in any case, as a share of the largest number.
 
     Infinite where a number is not finite.
 
@@ -70,8 +70,8 @@ def difference(operation: str, implementation: str) -> float:
         ValueError: a result or gradient has another shape.
     """
     worst = 0.0
-    for use in specs(operation).values():
-        for one, other in zip(use.run(implementation), use.run("reference"), strict=True):
+    for case in specs(operation).values():
+        for one, other in zip(case.run(implementation), case.run("reference"), strict=True):
             if one.shape != other.shape:
                 raise ValueError(f"{operation}: {implementation} has shape {one.shape}, the reference {other.shape}")
             one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)

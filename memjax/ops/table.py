@@ -1,4 +1,4 @@
-"""The table: what operations on rows take, whatever it is made of and wherever it lies."""
+"""The Table type: rows in any storage format, on the device or in host memory."""
 
 import dataclasses
 from functools import partial

@@ -1,4 +1,4 @@
-"""The two reads of a table, bag and dot, as each other's transpose: how both are called and differentiated."""
+"""The two reads of a table, bag and dot: each is the transpose of the other in its per-token factor."""
 
 import dataclasses
 from functools import partial

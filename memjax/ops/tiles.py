@@ -1,4 +1,4 @@
-"""How the Triton kernels cut their work: what several operations share.
+"""Tile sizes of the Triton kernels: helpers that several operations share.
 
 An operation's own sizes are in its `tiles.py`. Its `tiles.json` holds what `experiments/bench/tune.py` found best on a
 kind of device; a kind that is not in it gets the defaults, which are chosen for 16-byte loads and enough of them in

@@ -1,4 +1,4 @@
-"""Reading the checkpoints of a run: config, tokenizer, parameters and tables."""
+"""Read the checkpoints of a run: config, tokenizer, parameters and tables."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Settings of the commands that read a trained model, and loading it by them. JAX is imported only when needed."""
+"""Settings common to the commands that read a trained model, and loading it. JAX is imported only when needed."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Commands whose first word names one of several things to do: `memjax.convert` and `memjax.patch`."""
+"""Command lines with subcommands: `memjax.convert` and `memjax.patch`."""
 
 import dataclasses
 import sys

@@ -1,4 +1,4 @@
-"""Building tables in a format, on devices or in host memory, a block of rows at a time."""
+"""Build tables in a storage format, on devices or in host memory, a block of rows at a time."""
 
 import concurrent.futures
 import contextlib

@@ -1,4 +1,4 @@
-"""Clipping of the gradients of tables: with those of the dense parameters, or by themselves."""
+"""Clip the gradients of tables, jointly with the dense gradient or separately."""
 
 from typing import Any, NamedTuple
 

@@ -1,4 +1,4 @@
-"""The end of a run: what it learned, in words, numbers and plots."""
+"""Finish a run: recall test, plots, summary."""
 
 import shlex
 import time

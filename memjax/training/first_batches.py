@@ -1,4 +1,4 @@
-"""Checks the first batches of a run for target tokens."""
+"""Check the first batches of a run for target tokens."""
 
 from memjax.config.data import DataConfig
 from memjax.data.packing import Batch

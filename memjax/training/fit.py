@@ -1,4 +1,4 @@
-"""Training as one function of Python: what `python -m memjax.train` does, without a process of its own."""
+"""`fit`: train from Python, as `python -m memjax.train` does from the shell."""
 
 import os
 import pathlib

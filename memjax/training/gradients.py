@@ -1,4 +1,4 @@
-"""Gradients of one step: of the dense parameters, and row gradients of the tables, over all micro-batches."""
+"""Gradients of one step over all micro-batches: dense parameters, and row gradients of the tables."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast

@@ -1,4 +1,4 @@
-"""The hooks of every run, in their order; throughput, logs, profile, slot usage and checkpoints."""
+"""The standard hooks of a run, in their order: throughput, log, profile, slot usage, checkpoints."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping

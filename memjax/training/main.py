@@ -1,4 +1,4 @@
-"""A run from its config to its summary."""
+"""Run a training from its config to its summary; the dry run."""
 
 import contextlib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A copy of a run's folder elsewhere, brought up to date in the background after each save."""
+"""Mirror a run's folder to another place, in the background after each save."""
 
 import importlib.util
 import pathlib

@@ -1,4 +1,4 @@
-"""The optimizer of all parameters but the tables: AdamW, with a slower rate for queries and keys."""
+"""AdamW for all parameters except tables, with a slower rate for queries and keys."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The optimizer of the tables that a config asks for: of the rows that were read, or dense to compare with."""
+"""Table optimizers from the config: row-sparse, or dense for comparison."""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Spikes of the loss: steps that are far above the ones before, whose updates are skipped."""
+"""Loss spikes: skip the update of a step whose loss or gradient norm is far above the recent ones."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int

@@ -1,4 +1,4 @@
-"""Where a run begins: at its newest checkpoint, at random parameters, or at those of another run."""
+"""The first state of a run: its newest checkpoint, random parameters, or another run's."""
 
 import dataclasses
 import shlex

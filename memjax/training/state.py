@@ -1,4 +1,4 @@
-"""Everything that changes from step to step, and how a checkpoint holds it."""
+"""The training state, and the checkpoint items that hold it."""
 
 import dataclasses
 from typing import Any

@@ -34,12 +34,12 @@ def test_every_operation_has_uses():
     ids=["of results", "of gradients", "to NaN"],
 )
 def test_a_difference_is_found(function, expected, monkeypatch):
-    monkeypatch.setattr(specs, "specs", lambda operation: {"one": specs.Use(function, (jnp.float32(2.0),))})
+    monkeypatch.setattr(specs, "specs", lambda operation: {"one": specs.Case(function, (jnp.float32(2.0),))})
     assert specs.difference("any", "xla") == expected
 
 
 def test_another_shape_is_no_small_difference(monkeypatch):
     function = lambda name, x: x if name == "reference" else x[None]
-    monkeypatch.setattr(specs, "specs", lambda operation: {"one": specs.Use(function, (jnp.ones(3),))})
+    monkeypatch.setattr(specs, "specs", lambda operation: {"one": specs.Case(function, (jnp.ones(3),))})
     with pytest.raises(ValueError, match=r"any: xla has shape \(1, 3\), the reference \(3,\)"):
         specs.difference("any", "xla")

@@ -1,4 +1,4 @@
-"""Attention of one query a row over a cache that is filled to a length of its own, choice of the implementation."""
+"""Public API of decode attention: one query per row over a cache, each row with its own length."""
 
 from jaxtyping import Array, Float, Int
 

@@ -1,4 +1,4 @@
-"""Decode attention as the formula: every head with keys of its own."""
+"""Decode attention by its formula: every head with its own keys."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Uses of decode attention: see `memjax.ops.specs`."""
+"""Cases of decode attention: see `memjax.ops.specs`."""
 
 from functools import partial
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from memjax.ops.decode_attention.api import decode_attention, decode_step
-from memjax.ops.specs import Draw, Specs, Use
+from memjax.ops.specs import Case, Draw, Specs
 
 
 def specs(draw: Draw) -> Specs:
@@ -19,7 +19,7 @@ def specs(draw: Draw) -> Specs:
         return decode_attention(query, keys, values, lengths, window=window, implementation=name)
 
     return {
-        "attention": Use(partial(attend, None)),
-        "window": Use(partial(attend, 5)),
-        "step": Use(lambda name: decode_step(joined, keys, values, lengths - 1, rotation, implementation=name)),
+        "attention": Case(partial(attend, None)),
+        "window": Case(partial(attend, 5)),
+        "step": Case(lambda name: decode_step(joined, keys, values, lengths - 1, rotation, implementation=name)),
     }

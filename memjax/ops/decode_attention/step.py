@@ -1,4 +1,4 @@
-"""A decoding step's attention by parts: positions, the new entry of the cache, attention over it."""
+"""A decoding step in parts: rotary positions, the cache's new entry, attention over the cache."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""How decode attention cuts the cache."""
+"""Tile sizes of decode attention."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Decode attention as two batched matrix products over the cache as it lies, heads of a group side by side."""
+"""Decode attention in plain XLA: two batched matmuls over the cache, with the heads of a group batched together."""
 
 import jax
 import jax.numpy as jnp

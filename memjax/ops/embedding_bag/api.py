@@ -1,4 +1,4 @@
-"""The embedding bag as others call it: any batch shape, gradients, choice of the implementation."""
+"""Public API of the embedding bag: batch shapes, gradients, dispatch."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The embedding dot as others call it: any batch shape, gradients, choice of the implementation."""
+"""Public API of the embedding dot: batch shapes, gradients, dispatch."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The grouped product as others call it: gradients, choice of the implementation."""
+"""Public API of the grouped matmul: gradients, dispatch."""
 
 from functools import partial
 from typing import Any

@@ -1,4 +1,4 @@
-"""The definition of the grouped product, and of the gradient of its matrices."""
+"""The definition of the grouped matmul, and of the gradient of its matrices."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int

@@ -1,4 +1,4 @@
-"""How grouped products cut their work."""
+"""Tile sizes of grouped matmuls."""
 
 import dataclasses
 

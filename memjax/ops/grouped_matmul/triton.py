@@ -1,4 +1,4 @@
-"""The grouped product as Triton kernels: tiles of rows, each of one group, by a schedule that is made on the device."""
+"""The grouped matmul as Triton kernels: tiles of rows, each of one group, scheduled on the device."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""The grouped product as XLA's ragged dot.
+"""The grouped matmul as XLA's ragged dot.
 
 Where a back end has no kernel of its own for it, CPUs among them, XLA multiplies every row with every matrix and keeps
 one product of each row: g times the work.

@@ -1,4 +1,4 @@
-"""The product of a matrix and a single vector, which generation for one text consists of: choice of implementation."""
+"""Public API of the matrix-vector product, which decoding of a single text consists of."""
 
 from jaxtyping import Array, Float
 

@@ -1,4 +1,4 @@
-"""The product of a matrix and a vector by its formula."""
+"""The matrix-vector product by its formula."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The product of a matrix and a vector as a Triton kernel: a few rows for each program, all loads under way at once."""
+"""The matrix-vector product as a Triton kernel: a few rows per program, all loads in flight at once."""
 
 import jax
 import triton

@@ -1,4 +1,4 @@
-"""The product of a matrix and a vector for XLA, which makes a reduction of it."""
+"""The matrix-vector product in plain XLA, which turns it into a reduction."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The product-key search as others call it: any batch shape, gradients, choice of the implementation."""
+"""Public API of the product-key search: batch shapes, gradients, dispatch."""
 
 import math
 import operator

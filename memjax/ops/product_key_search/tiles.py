@@ -1,4 +1,4 @@
-"""How the choice of the best scores cuts its work.
+"""Tile sizes of the selection of the best scores.
 
 With one warp a row takes the fewest instructions, which counts where rows fill the GPU. Few rows leave it empty; their
 tiles are looked up by names of their own, so that tuning can give them more warps.

@@ -1,4 +1,4 @@
-"""The root mean square norm as others call it: any batch shape, gradients, choice of the implementation."""
+"""Public API of RMSNorm: batch shapes, gradients, dispatch."""
 
 from functools import partial
 from typing import Any, NamedTuple

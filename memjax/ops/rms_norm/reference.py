@@ -1,4 +1,4 @@
-"""The root mean square norm by its formula."""
+"""RMSNorm by its formula."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float

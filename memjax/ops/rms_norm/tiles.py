@@ -1,4 +1,4 @@
-"""How the norm and its gradient cut their work."""
+"""Tile sizes of the norm and its gradient."""
 
 import dataclasses
 

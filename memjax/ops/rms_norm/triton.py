@@ -1,4 +1,4 @@
-"""The root mean square norm and its gradient as Triton kernels: every row is read once."""
+"""RMSNorm and its gradient as Triton kernels: every row is read once."""
 
 import jax
 import jax.numpy as jnp

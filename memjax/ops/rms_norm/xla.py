@@ -1,4 +1,4 @@
-"""The root mean square norm for XLA, which needs to see no more than a sum of squares and a product."""
+"""RMSNorm in plain XLA, which fuses it."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The row update as others call it."""
+"""Public API of the row update: checks and dispatch."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""The picks of all gradients of a table, brought into the order of its rows."""
+"""Sort the picks of all gradients of a table by row."""
 
 from collections.abc import Sequence
 

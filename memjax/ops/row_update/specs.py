@@ -1,4 +1,4 @@
-"""Uses of the update: see `memjax.ops.specs`."""
+"""Cases of the update: see `memjax.ops.specs`."""
 
 from functools import partial
 from typing import Any, get_args
@@ -6,7 +6,7 @@ from typing import Any, get_args
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.api import row_update
 from memjax.ops.row_update.rules import Kind, RowRule, row_step
-from memjax.ops.specs import Draw, Specs, Use
+from memjax.ops.specs import Case, Draw, Specs
 
 
 def specs(draw: Draw) -> Specs:
@@ -17,4 +17,4 @@ def specs(draw: Draw) -> Specs:
     def update(rule: RowRule, name: str) -> Any:
         return row_update(table, rule.init(60, 96), [gradient], rule, row_step(1e-2, 0), implementation=name)
 
-    return {kind: Use(partial(update, RowRule(kind=kind, state_columns=32))) for kind in get_args(Kind)}
+    return {kind: Case(partial(update, RowRule(kind=kind, state_columns=32))) for kind in get_args(Kind)}

@@ -1,4 +1,4 @@
-"""How the update of rows cuts its work."""
+"""Tile sizes of the row update."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Patches and runs: what differs between two, and patches applied to a run and taken back."""
+"""Diff two runs into a patch, apply a patch to a run, and revert it."""
 
 import os
 from collections.abc import Mapping

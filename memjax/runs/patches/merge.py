@@ -1,4 +1,4 @@
-"""Several patches of one model as one."""
+"""Merge several patches of one model."""
 
 import functools
 import itertools

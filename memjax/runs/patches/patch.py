@@ -1,4 +1,4 @@
-"""Patches: files with the rows of tables that replace others, what these others were, and the model they belong to."""
+"""Patch files: rows of tables to replace, their old values, and the digest of the model."""
 
 import dataclasses
 import hashlib

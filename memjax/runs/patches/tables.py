@@ -1,4 +1,4 @@
-"""Patches and tables: the patch between two versions of tables, and tables with the rows of patches."""
+"""Compute a patch from two versions of tables, and overlay patches on tables."""
 
 import functools
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The files that a run reads, looked at before there is a run."""
+"""Describe the files that a run will read, for the dry run."""
 
 import pathlib
 from collections.abc import Iterator

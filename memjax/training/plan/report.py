@@ -1,4 +1,4 @@
-"""The first part of what `--dry_run` prints: parameters, arithmetic, mesh."""
+"""The report of `--dry_run`: parameters, arithmetic, mesh."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""How the row gradients of a run will cross the `data` axis, known before the run from its config."""
+"""Predict from the config how row gradients cross the `data` axis."""
 
 from typing import NamedTuple
 
