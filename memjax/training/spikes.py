@@ -10,12 +10,12 @@ FEWEST = WINDOW // 2
 """Steps that must be known before one is skipped."""
 
 Recent = dict[str, Array]
-"""Loss and gradient norm of the last steps, NaN where there was none, and how many steps were skipped so far."""
+"""Loss and gradient norm of the last steps, infinite where there was none, and how many steps were skipped so far."""
 
 
 def none_yet() -> Recent:
     """Before the first step."""
-    unknown = jnp.full(WINDOW, jnp.nan, jnp.float32)
+    unknown = jnp.full(WINDOW, jnp.inf, jnp.float32)  # NaN would stop runs under jax_debug_nans
     return {"loss": unknown, "grad_norm": unknown + 0, "skipped": jnp.zeros((), jnp.int32)}
 
 

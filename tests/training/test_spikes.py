@@ -1,5 +1,6 @@
 """Updates that are skipped because the loss or the gradient norm has a spike."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,3 +50,9 @@ def test_a_step_that_is_not_finite_is_not_counted():
     )
     assert recent["skipped"] == 0
     assert np.isfinite(recent["grad_norm"]).sum() == 1
+
+
+def test_the_first_steps_of_a_run_pass_where_jax_stops_at_a_nan():
+    with jax.debug_nans(True):
+        recent = jax.jit(lambda: after([1.0]))()
+        assert not jax.jit(lambda: spikes.is_spike(recent, 6.0, loss=jnp.float32(9), grad_norm=jnp.float32(9)))()
