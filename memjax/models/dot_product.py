@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax.models.chunks import by_chunks
+from memjax.ops import dispatch
 from memjax.ops.precision import accumulator
 
 IMPLEMENTATIONS = ("cudnn", "chunked")
@@ -35,11 +36,7 @@ def choose(wanted: str | None, dtype: DTypeLike, head_dim: int, length: int) -> 
     """
     if wanted is None:
         return "chunked" if why_not("cudnn", dtype, head_dim, length) else "cudnn"
-    if wanted not in IMPLEMENTATIONS:
-        raise ValueError(f"attention={wanted!r} is unknown; known: {', '.join(IMPLEMENTATIONS)}")
-    if reason := why_not(wanted, dtype, head_dim, length):
-        raise NotImplementedError(f"attention={wanted!r} cannot run: {reason}")
-    return wanted
+    return dispatch.named("attention", wanted, IMPLEMENTATIONS, lambda name: why_not(name, dtype, head_dim, length))
 
 
 def why_not(name: str, dtype: DTypeLike, head_dim: int, length: int) -> str | None:

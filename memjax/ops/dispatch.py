@@ -5,6 +5,7 @@ implementation runs or raises; it is never substituted. None takes the first of 
 """
 
 import importlib
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import jax.numpy as jnp
@@ -33,10 +34,20 @@ def choose(operation: str, wanted: str | None, dtype: DTypeLike = jnp.float32) -
     if wanted is None:
         # Triton's interpreter is for tests: it has to be asked for.
         return "xla" if triton_call.is_interpreted() or why_not("triton", dtype) else "triton"
-    if wanted not in IMPLEMENTATIONS:
-        raise ValueError(f"{operation}: implementation={wanted!r} is unknown; known: {', '.join(IMPLEMENTATIONS)}")
-    if reason := why_not(wanted, dtype):
-        raise NotImplementedError(f"{operation}: implementation={wanted!r} cannot run: {reason}")
+    return named(f"{operation}: implementation", wanted, IMPLEMENTATIONS, lambda name: why_not(name, dtype))
+
+
+def named(label: str, wanted: str, known: Sequence[str], reason_against: Callable[[str], str | None]) -> str:
+    """The implementation `wanted`, if it is known and can run; `label` begins the messages.
+
+    Raises:
+        ValueError: it is unknown.
+        NotImplementedError: it cannot run here.
+    """
+    if wanted not in known:
+        raise ValueError(f"{label}={wanted!r} is unknown; known: {', '.join(known)}")
+    if reason := reason_against(wanted):
+        raise NotImplementedError(f"{label}={wanted!r} cannot run: {reason}")
     return wanted
 
 

@@ -110,11 +110,11 @@ def test_vmap_equals_a_loop(implementation):
 
 def test_what_does_not_fit_is_refused():
     rows, matrices, sizes = draw(0, SHAPES[0], "even")
-    with pytest.raises(ValueError, match=r"rows are float32\[12, 4\] and matrices float32\[3, 5, 7\]; both must"):
+    with pytest.raises(ValueError, match=r"found rows float32\[12, 4\], matrices float32\[3, 5, 7\]"):
         grouped_matmul(rows[:, 1:], matrices, sizes)
-    with pytest.raises(ValueError, match=r"rows are bfloat16\[12, 5\] and matrices float32"):
+    with pytest.raises(ValueError, match=r"found rows bfloat16\[12, 5\], matrices float32"):
         grouped_matmul(rows.astype(jnp.bfloat16), matrices, sizes)
-    with pytest.raises(ValueError, match="there are 3 matrices and 2 sizes"):
+    with pytest.raises(ValueError, match=r"found .* matrices float32\[3, 5, 7\], sizes int32\[2\]"):
         grouped_matmul(rows, matrices, sizes[1:])
 
 

@@ -311,5 +311,8 @@ def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(TypeError):  # and 2 is no other program afterwards
         product_key_search(jnp.ones((1, 2, 6)), keys, 2.0)  # pyright: ignore[reportArgumentType]
     product_key_search(jnp.ones((1, 2, 6)), keys, 2)
-    with pytest.raises(ValueError, match=r"queries end in \[heads, key_dim\] = \(2, 4\), .* need \(2, 6\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"product_key_search: queries must be .* found queries float32\[.*2, 4\], keys float32\[2, 2, 4, 3\]",
+    ):
         product_key_search(jnp.ones((1, 2, 4)), keys, 2)

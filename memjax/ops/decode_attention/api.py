@@ -4,6 +4,7 @@ from jaxtyping import Array, Float, Int
 
 from memjax.ops import dispatch
 from memjax.ops.decode_attention import step
+from memjax.ops.shapes import require
 
 
 def decode_attention(
@@ -31,14 +32,10 @@ def decode_attention(
         ValueError: shapes do not fit each other, or `implementation` is unknown.
         NotImplementedError: `implementation` cannot run here.
     """
-    (batch, heads, width), (_, kv_heads, size, _) = query.shape, keys.shape
-    if keys.shape != (batch, kv_heads, size, width) or values.shape != keys.shape or heads % kv_heads:
-        raise ValueError(
-            f"decode_attention: query {query.shape}, keys {keys.shape} and values {values.shape} do not fit; they must "
-            "be [b, n, h], [b, kv, s, h] and [b, kv, s, h], with kv a divisor of n"
-        )
-    if lengths.shape != (batch,):
-        raise ValueError(f"decode_attention: lengths {lengths.shape} must be [{batch}], one for each row of the query")
+    fits = (query.ndim, keys.ndim) == (3, 4) and query.shape[::2] == keys.shape[::3] and values.shape == keys.shape
+    fits = fits and query.shape[1] % keys.shape[1] == 0 and lengths.shape == query.shape[:1]
+    rule = "query must be [b, n, h], keys and values [b, kv, s, h] with kv a divisor of n, and lengths [b]"
+    require("decode_attention", fits, rule, query=query, keys=keys, values=values, lengths=lengths)
     if window is not None and window < 1:
         raise ValueError(f"decode_attention: window={window} must be positive")
     name = dispatch.choose("decode_attention", implementation, query.dtype)
@@ -73,14 +70,12 @@ def decode_step(
     """
     (batch, kv_heads, _, width), heads = keys.shape, joined.shape[-1] // keys.shape[-1] - 2 * keys.shape[1]
     fits = heads > 0 and joined.shape == (batch, (heads + 2 * kv_heads) * width) and heads % kv_heads == 0
-    if not fits or values.shape != keys.shape or positions.shape != (batch,):
-        raise ValueError(
-            f"decode_step: joined {joined.shape}, keys {keys.shape}, values {values.shape} and positions "
-            f"{positions.shape} do not fit; they must be [b, (n + 2 kv) h], [b, kv, s, h] twice and [b], with kv a "
-            "divisor of n"
-        )
-    if rotation is not None and any(part.shape != (batch, width // 2) for part in rotation):
-        raise ValueError(f"decode_step: cosines and sines {rotation[0].shape} must be [{batch}, {width // 2}]")
+    fits = fits and values.shape == keys.shape and positions.shape == (batch,)
+    rule = "joined must be [b, (n + 2 kv) h], keys and values [b, kv, s, h] with kv a divisor of n, and positions [b]"
+    require("decode_step", fits, rule, joined=joined, keys=keys, values=values, positions=positions)
+    if rotation is not None:
+        fits = all(part.shape == (batch, width // 2) for part in rotation)
+        require("decode_step", fits, "cosines and sines must be [b, h / 2]", cosines=rotation[0], sines=rotation[1])
     name = dispatch.choose("decode_attention", implementation, joined.dtype)
     if name == "triton" and keys.dtype == values.dtype == joined.dtype:
         return dispatch.load("decode_attention", name).decode_step(joined, keys, values, positions, rotation, window)

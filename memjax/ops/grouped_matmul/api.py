@@ -29,21 +29,10 @@ def grouped_matmul(
         ValueError: shapes or types do not fit, or `implementation` is unknown.
         NotImplementedError: `implementation` cannot run here.
     """
-    require(
-        "grouped_matmul",
-        (rows.ndim, matrices.ndim, sizes.ndim) == (2, 3, 1),
-        "rows must be [rows, inputs], matrices [groups, inputs, outputs] and sizes [groups]",
-        rows=rows,
-        matrices=matrices,
-        sizes=sizes,
-    )
-    if rows.shape[1] != matrices.shape[1] or rows.dtype != matrices.dtype:
-        raise ValueError(
-            f"rows are {rows.dtype}{list(rows.shape)} and matrices {matrices.dtype}{list(matrices.shape)}; "
-            "both must have one type, and rows as many columns as a matrix has rows"
-        )
-    if matrices.shape[0] != sizes.shape[0]:
-        raise ValueError(f"there are {matrices.shape[0]} matrices and {sizes.shape[0]} sizes; each group has one")
+    fits = (rows.ndim, matrices.ndim, rows.dtype) == (2, 3, matrices.dtype) and sizes.shape == matrices.shape[:1]
+    rule = "rows must be [m, k], matrices [groups, k, n] of the same type, and sizes [groups]"
+    fits = fits and rows.shape[1] == matrices.shape[1]
+    require("grouped_matmul", fits, rule, rows=rows, matrices=matrices, sizes=sizes)
     name = dispatch.choose("grouped_matmul", implementation, matrices.dtype)
     if rows.size == 0:
         return jnp.zeros((rows.shape[0], matrices.shape[2]), rows.dtype)

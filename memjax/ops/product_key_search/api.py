@@ -48,14 +48,10 @@ def product_key_search(
         TypeError: top_k is no integer.
         NotImplementedError: `implementation` cannot run here.
     """
-    require(
-        "product_key_search",
-        keys.ndim == 4 and keys.shape[1] == 2 and queries.ndim >= 2,
-        "queries must be [..., heads, key_dim] and keys [heads, 2, n, key_dim / 2]",
-        queries=queries,
-        keys=keys,
-    )
-    num_heads, _, num_keys, half_dim = keys.shape
+    fits = keys.ndim == 4 and keys.shape[1] == 2 and queries.shape[-2:] == (keys.shape[0], 2 * keys.shape[3])
+    rule = "queries must be [..., heads, key_dim] and keys [heads, 2, n, key_dim / 2]"
+    require("product_key_search", fits, rule, queries=queries, keys=keys)
+    num_heads, _, num_keys, _ = keys.shape
     if num_keys**2 > MOST_SLOTS:
         raise ValueError(
             f"n={num_keys} keys make {num_keys**2:,} slots; slot numbers are 32-bit, at most {MOST_SLOTS:,}"
@@ -63,11 +59,6 @@ def product_key_search(
     top_k = operator.index(top_k)
     if not 1 <= top_k <= num_keys:
         raise ValueError(f"top_k={top_k} must be in 1..n={num_keys}: each half offers only n candidates")
-    if queries.shape[-2:] != (num_heads, 2 * half_dim):
-        raise ValueError(
-            f"queries end in [heads, key_dim] = {queries.shape[-2:]}, but the keys {keys.shape} need "
-            f"{(num_heads, 2 * half_dim)}"
-        )
     name = dispatch.choose("product_key_search", implementation, keys.dtype)
     batch = queries.shape[:-2]
     if queries.size == 0:
