@@ -5,7 +5,8 @@
 
 The server is a process of its own. Before it serves it times its engine alone on the same work: as many prompts as
 there are clients are read at once and written to their end, again and again. Then each client sends one request after
-the other; a share hangs up after some of its text. Afterwards a sample of what came back is asked again, one by one.
+the other; a share hangs up after some of its text. Clients share several processes, as one cannot keep up with the
+server. Afterwards a sample of what came back is asked again, one by one.
 All tokens that the server made count, also those of clients that had gone; the steady rate is that until the first
 client has sent all its requests, from when on slots stay empty. The exit code is 1 if an answer is lost or
 mixed up (in float32; in bfloat16 the share of equal answers is reported).
@@ -13,8 +14,10 @@ mixed up (in float32; in bfloat16 the share of equal answers is reported).
 
 import argparse
 import asyncio
+import concurrent.futures
 import functools
 import json
+import multiprocessing
 import os
 import pathlib
 import random
@@ -24,7 +27,9 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
@@ -172,60 +177,111 @@ async def made_tokens(port: int) -> int:
     return int(text.rpartition("\nmemjax_generated_tokens_total ")[2].split("\n")[0])
 
 
-async def load_server(case: cases.Row, port: int) -> cases.Row:
-    """Sends all requests, and asks a sample again."""
-    rng = random.Random(0)
+class Load(NamedTuple):
+    """What some of the clients saw."""
+
+    answers: list[tuple[dict[str, Any], str]]
+    """Requests and their texts, of those that did not hang up."""
+    firsts: list[float]
+    """Seconds to the first token."""
+    lost: int
+    first_end: tuple[float, int]
+    """When the first of them had sent all its requests, and the tokens that the server had made by then."""
+
+
+class Client(NamedTuple):
+    """What a client does."""
+
+    bodies: list[dict[str, Any]]
+    patience: list[int | None]
+    """Events after which it hangs up."""
+
+
+def plan(case: cases.Row, rng: random.Random) -> list[Client]:
+    """The requests of each client."""
     length = case["prompt"] - 1  # the server adds the begin token
 
     def request(number: int) -> dict[str, Any]:
         prompt = [rng.randrange(3, case["vocab_size"]) for _ in range(length)]
         return {"prompt": prompt, "max_tokens": case["new"], "temperature": float(number % 2), "seed": number}
 
-    work = [
-        [request(client * case["requests"] + turn) for turn in range(case["requests"])]
-        for client in range(case["clients"])
+    numbers = range(case["requests"])
+    return [
+        Client(
+            [request(place * len(numbers) + number) for number in numbers],
+            [rng.randrange(1, 8) if rng.random() < case["hang_ups"] else None for _ in numbers],
+        )
+        for place in range(case["clients"])
     ]
-    hang_ups = [[rng.random() < case["hang_ups"] for _ in turns] for turns in work]
-    patience = [[rng.randrange(1, 8) for _ in turns] for turns in work]
+
+
+async def run_clients(port: int, clients: Sequence[Client], num_tokens: int) -> Load:
+    """Each client sends one request after the other."""
     answers: list[tuple[dict[str, Any], str]] = []
     firsts: list[float] = []
-    lost, steady = 0, None
+    lost, first_end = 0, None
 
-    async def client(place: int) -> None:
-        nonlocal lost, steady
-        for turn, body in enumerate(work[place]):
-            hangs_up = hang_ups[place][turn]
+    async def run(client: Client) -> None:
+        nonlocal lost, first_end
+        for body, patience in zip(*client, strict=True):
             try:
-                answer = await ask(port, body, events=patience[place][turn] if hangs_up else None)
+                answer = await ask(port, body, events=patience)
             except OSError:
                 answer = Answer()
             if answer.first is not None:
                 firsts.append(answer.first)
-            if not hangs_up:
-                is_whole = answer.finish == "length" and answer.num_tokens == case["new"]
+            if patience is None:
+                is_whole = answer.finish == "length" and answer.num_tokens == num_tokens
                 lost += not is_whole
                 answers.append((body, answer.text))
-        if steady is None:
-            steady = 0.0  # no other client comes here while the server is asked
-            steady = (await made_tokens(port) - before) / (time.perf_counter() - started)
+        if first_end is None:
+            first_end = time.perf_counter(), 0  # no other client comes here while the server is asked
+            first_end = first_end[0], await made_tokens(port)
 
+    await asyncio.gather(*map(run, clients))
+    assert first_end is not None
+    return Load(answers, firsts, lost, first_end)
+
+
+def run_process(port: int, clients: Sequence[Client], num_tokens: int, barrier: threading.Barrier) -> Load:
+    """The clients of one process, which begin with those of the others."""
+    barrier.wait()
+    return asyncio.run(run_clients(port, clients, num_tokens))
+
+
+def load_server(case: cases.Row, port: int) -> cases.Row:
+    """Sends all requests, and asks a sample again."""
+    rng = random.Random(0)
+    clients, num_processes = plan(case, rng), min(case["clients"], case["processes"])
     # The first of all requests compile what is left.
-    await asyncio.gather(*[ask(port, request(-1 - number)) for number in range(2)])
-    before, started = await made_tokens(port), time.perf_counter()
-    await asyncio.gather(*[client(place) for place in range(case["clients"])])
-    seconds = time.perf_counter() - started
-    made = await made_tokens(port) - before
+    warm = plan({**case, "clients": 1, "requests": 2, "hang_ups": 0.0}, random.Random(1))
+    asyncio.run(run_clients(port, warm, case["new"]))
+    with (
+        multiprocessing.get_context("spawn").Manager() as manager,
+        concurrent.futures.ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn")) as pool,
+    ):
+        barrier: Any = manager.Barrier(num_processes + 1)
+        shares = [clients[place::num_processes] for place in range(num_processes)]
+        futures = [pool.submit(run_process, port, share, case["new"], barrier) for share in shares]
+        before = asyncio.run(made_tokens(port))
+        barrier.wait()
+        started = time.perf_counter()
+        loads = [future.result() for future in futures]
+        seconds = time.perf_counter() - started
+    made = asyncio.run(made_tokens(port)) - before
+    answers = [answer for load in loads for answer in load.answers]
+    first_end, made_then = min(load.first_end for load in loads)
     again = rng.sample(answers, min(_SAMPLE, len(answers)))
-    equal = [text == (await ask(port, body)).text for body, text in again]
-    cuts = statistics.quantiles(firsts, n=20)
+    equal = [text == asyncio.run(ask(port, body)).text for body, text in again]
+    firsts = [first for load in loads for first in load.firsts]
     return {
         "tokens/s": made / seconds,
-        "steady tokens/s": steady,
+        "steady tokens/s": (made_then - before) / (first_end - started),
         "first token p50 ms": statistics.median(firsts) * 1e3,
-        "first token p95 ms": cuts[18] * 1e3,
+        "first token p95 ms": statistics.quantiles(firsts, n=20)[18] * 1e3,
         "answers": len(answers),
-        "hung up": sum(map(sum, hang_ups)),
-        "lost": lost,
+        "hung up": sum(patience is not None for client in clients for patience in client.patience),
+        "lost": sum(load.lost for load in loads),
         "equal": f"{sum(equal)} of {len(equal)}",
         "all equal": all(equal),
     }
@@ -241,7 +297,7 @@ def measure(case: cases.Row) -> cases.Row:
         ready = lines()
         if ready is None:
             return {"note": f"the server ended with {process.wait()}"}
-        row = asyncio.run(load_server(case, ready["port"]))
+        row = load_server(case, ready["port"])
         process.send_signal(signal.SIGTERM)
         end = lines() or {"peak GB": None, "RSS": ready["RSS"], "environment": {}}
         process.wait(60)
@@ -268,6 +324,7 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, help="tokens; 512, or 16 if small")
     parser.add_argument("--new", type=int, help="tokens of an answer; 128, or 16 if small")
     parser.add_argument("--hang_ups", type=float, default=0.15, help="share of requests whose client hangs up")
+    parser.add_argument("--processes", type=int, help="that the clients share; half of the CPU's cores")
     parser.add_argument("--stem", help="name of the files in the folder, without suffix")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -288,7 +345,8 @@ def main() -> int:
     vocab_size = load(RunConfig, preset, words).model.vocab_size
     case |= {"preset": str(preset), "settings": words, "vocab_size": vocab_size}
     case |= {name: getattr(arguments, name) for name in ("table_format", "table_place")}
-    case |= {"hang_ups": arguments.hang_ups, "rounds": 1 if small else 3}
+    processes = arguments.processes or max(1, (os.cpu_count() or 2) // 2)
+    case |= {"hang_ups": arguments.hang_ups, "processes": processes, "rounds": 1 if small else 3}
     table = f", table {arguments.table_format}, {arguments.table_place}" if arguments.table_format else ""
     row: cases.Row = {"model": f"Memory+ {'small' if small else arguments.size}, {dtype}{table}"}
     row |= {name: case[name] for name in ("clients", "prompt", "new")} | measure(case)

@@ -122,6 +122,10 @@ class Engine:
         """Slots without a text."""
         return [number for number, slot in enumerate(self._slots) if slot is None]
 
+    def tokens_left(self) -> list[int]:
+        """How many more tokens each running text may get."""
+        return [slot.request.max_tokens - slot.num_made for slot in self._slots if slot is not None]
+
     def insert(self, requests: Sequence[Request], *, prefill_rows: int | None = None) -> list[int]:
         """Reads prompts into free slots and returns these; the next `step` gives their first tokens.
 

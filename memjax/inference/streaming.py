@@ -17,18 +17,20 @@ _CHUNK_SECONDS = 0.05
 class Pace:
     """How many tokens a stream takes at a time: one at first, then ever more, as long as that takes but a moment."""
 
-    def __init__(self) -> None:
-        """Begins with a single token."""
-        self.tokens = 1
+    def __init__(self, seconds: float = _CHUNK_SECONDS):
+        """Begins with a single token, and asks for no more than take so many seconds."""
+        self.tokens, self._seconds = 1, seconds
 
     def step(self, engine: Engine, most: int = LONGEST_CHUNK) -> dict[int, Made]:
         """The engine's next tokens, `most` of each text at the most."""
         count, began = min(self.tokens, most), time.monotonic()
         made = engine.step(count)
         seconds = time.monotonic() - began
-        # Doubled only where twice the time is still a moment.
-        grown = 2 * count if seconds < _CHUNK_SECONDS / 2 else count if seconds < _CHUNK_SECONDS else count // 2
-        self.tokens = min(max(1, grown), LONGEST_CHUNK)
+        if seconds >= self._seconds:
+            self.tokens = max(1, count // 2)
+        elif seconds < self._seconds / 2:
+            # Doubled only where twice the time is still a moment.
+            self.tokens = min(max(self.tokens, 2 * count), LONGEST_CHUNK)
         return made
 
 

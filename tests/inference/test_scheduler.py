@@ -1,6 +1,7 @@
 """Prompts that wait are read together where that is faster, by programs that were compiled before."""
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memjax.config.model import ModelConfig
+from memjax.inference import scheduler as scheduler_module
 from memjax.inference.engine import Engine
 from memjax.inference.requests import Made, Request
 from memjax.inference.scheduler import Scheduler, Ticket, Update, batches, make_engine, warm_up
@@ -53,10 +55,10 @@ def test_a_warm_engine_compiles_nothing_for_prompts_of_any_length():
 
 
 class Scripted(Engine):
-    """An engine of eight slots without a model: notes what it is asked for; texts have three tokens or, if odd, one."""
+    """An engine without a model: notes what it is asked for; texts have three tokens or, if odd, one."""
 
-    def __init__(self) -> None:
-        self.num_slots = 8
+    def __init__(self, num_slots: int = 8, num_tokens: int = 3) -> None:
+        self.num_slots, self.num_tokens = num_slots, num_tokens
         self.calls: list[str] = []
         self.during_insert: Callable[[], object] = lambda: None
         self.left: dict[int, int] = {}
@@ -64,13 +66,16 @@ class Scripted(Engine):
 
     def insert(self, requests: Sequence[Request], *, prefill_rows: int | None = None) -> list[int]:
         self.calls.append(f"read {len(requests)} in {prefill_rows}")
-        slots = [slot for slot in range(8) if slot not in self.left][: len(requests)]
+        slots = [slot for slot in range(self.num_slots) if slot not in self.left][: len(requests)]
         for slot, request in zip(slots, requests, strict=True):
-            self.left[slot] = 1 if request.number % 2 else 3
+            self.left[slot] = 1 if request.number % 2 else self.num_tokens
         self.fresh += slots
         hook, self.during_insert = self.during_insert, lambda: None
         hook()
         return slots
+
+    def tokens_left(self) -> list[int]:
+        return list(self.left.values())
 
     def release(self, slot: int) -> None:
         self.calls.append(f"release {slot}")
@@ -96,9 +101,11 @@ def ticket(number: int = 0) -> Ticket:
     return Ticket(request=Request(prompt_ids=[1], max_tokens=3, number=number))
 
 
-def calls_until_all_end(first: list[Ticket], meanwhile: list[Ticket]) -> tuple[list[str], list[list[Ticket]]]:
+def calls_until_all_end(
+    first: list[Ticket], meanwhile: list[Ticket], num_slots: int = 8
+) -> tuple[list[str], list[list[Ticket]]]:
     """What the engine is asked for, and to whom what was written is handed out."""
-    engine, handed_out, num_left, ended = Scripted(), [], len(first) + len(meanwhile), threading.Event()
+    engine, handed_out, num_left, ended = Scripted(num_slots), [], len(first) + len(meanwhile), threading.Event()
 
     def listen(updates: list) -> None:
         nonlocal num_left
@@ -117,11 +124,43 @@ def calls_until_all_end(first: list[Ticket], meanwhile: list[Ticket]) -> tuple[l
     return engine.calls, handed_out
 
 
-def test_many_who_come_while_prompts_are_read_join_before_the_next_tokens_and_few_after_them():
-    calls, _ = calls_until_all_end([ticket()], [ticket() for _ in range(4)])
-    assert calls[:5] == ["read 1 in 1", "write 0", "read 4 in 8", "write 0", "write 1"]
-    calls, _ = calls_until_all_end([ticket()], [ticket() for _ in range(3)])
-    assert calls[:5] == ["read 1 in 1", "write 0", "write 1", "read 3 in 8", "write 0"]
+def test_prompts_that_come_while_others_are_read_join_before_the_next_tokens_if_they_are_enough(monkeypatch):
+    # Nine texts run: for two more they stand still again, for one they do not.
+    monkeypatch.setattr(scheduler_module, "_READ_AFTER_SECONDS", 3600.0)
+    first = [ticket() for _ in range(9)]
+    calls, _ = calls_until_all_end(first, [ticket(), ticket()], num_slots=16)
+    assert calls[:7] == ["read 8 in 8", "read 1 in 1", "write 0", "read 1 in 1", "read 1 in 1", "write 0", "write 1"]
+    calls, _ = calls_until_all_end(first, [ticket()], num_slots=16)
+    assert calls[:4] == ["read 8 in 8", "read 1 in 1", "write 0", "write 1"]
+    assert calls.count("read 1 in 1") == 2
+
+
+def test_a_prompt_that_nobody_follows_waits_for_a_moment_only():
+    engine = Scripted(num_slots=16, num_tokens=10_000)
+    scheduler, updates, _ = scheduler_with(engine, 0)
+    scheduler.submit([ticket() for _ in range(9)])
+    scheduler.start()
+    deadline = time.monotonic() + 30
+    while not updates and time.monotonic() < deadline:
+        time.sleep(0.001)
+    late = ticket()
+    scheduler.submit([late])
+    while not any(one is late for one, _ in updates) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert scheduler.stop(30.0)
+    assert any(one is late for one, _ in updates)
+    assert engine.tokens_left(), "the others still run"
+
+
+def test_tokens_are_written_up_to_the_last_end_that_is_near():
+    most = []
+    for left in ([100, 90], [100, 20, 31, 7], [3, 2], [100]):
+        engine = Scripted(num_slots=4)
+        engine.left = dict(enumerate(left))
+        scheduler = Scheduler(engine, lambda updates: None, max_waiting=1)
+        scheduler._running = dict.fromkeys(engine.left, ticket())
+        most.append(scheduler._chunk())
+    assert most == [32, 31, 8, 32]
 
 
 def test_texts_that_end_are_handed_out_first():
