@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from memjax.ops.manual_axes import vary_like
 from memjax.ops.precision import accumulator
-from memjax.ops.shapes import exist, require
+from memjax.ops.shapes import in_range, require
 
 PIECES = 16
 """The most scatters that `RowGradient.dense` unrolls."""
@@ -54,8 +54,8 @@ class RowGradient(NamedTuple):
 
     def existing(self, num_rows: int) -> "RowGradient":
         """The gradient with int32 indices, and row num_rows in place of those that do not exist."""
-        found = exist(self.indices, num_rows)
-        return self._replace(indices=jnp.where(found, self.indices.astype(jnp.int32), jnp.int32(num_rows)))
+        is_row = in_range(self.indices, num_rows)
+        return self._replace(indices=jnp.where(is_row, self.indices.astype(jnp.int32), jnp.int32(num_rows)))
 
     def check(self, width: int | None = None) -> None:
         """Refuses factors that do not fit together, or rows of another width.

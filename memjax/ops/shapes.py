@@ -27,8 +27,8 @@ def describe(array: Any) -> str:
     return f"{jnp.dtype(array.dtype).name}[{', '.join(map(str, array.shape))}]"
 
 
-def exist(indices: Any, num_rows: int) -> Any:
-    """Which indices name a row of a table of num_rows. Numbers that their type cannot hold are not compared with."""
+def in_range(indices: Any, num_rows: int) -> Any:
+    """Mask of the indices in 0..num_rows - 1, also where their type cannot hold num_rows."""
     below = indices < num_rows if num_rows <= jnp.iinfo(indices.dtype).max else True
     return (indices >= 0) & below
 

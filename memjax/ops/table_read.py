@@ -1,19 +1,20 @@
 """The two reads of a table, bag and dot: each is the transpose of the other in its per-token factor."""
 
 import dataclasses
+import math
 from functools import partial
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float, Int
 
 from memjax.config import checks
 from memjax.ops import dispatch
 from memjax.ops.manual_axes import vary_together
 from memjax.ops.row_gradient import RowGradient
-from memjax.ops.shapes import exist
+from memjax.ops.shapes import in_range
 from memjax.ops.table import Table, differentiable
 
 SAVED_NAMES = {"embedding_bag": "memory_bag", "embedding_dot": "memory_dot"}
@@ -23,32 +24,41 @@ IndexMode = Literal["fill", "promise_in_bounds"]
 """Indices outside the table read NaN, or the caller promises that there are none (`jax.lax.GatherScatterMode`)."""
 
 
-def checked(indices: Array, num_rows: int, mode: IndexMode) -> tuple[Array, Array | None]:
-    """Indices that exist, in place of those that do not, and which did; None where that is promised.
+def read(
+    operation: str,
+    name: str,
+    table: Table,
+    indices: Int[Array, "*t k"],
+    factor: Float[Array, "*t _"],
+    mode: IndexMode,
+) -> tuple[Float[Array, "t _"], Bool[Array, "t k"] | None]:
+    """The operation with batch axes folded, and which indices are in range; None where that is promised.
+
+    Args:
+        operation: embedding_bag or embedding_dot.
+        name: of the implementation.
+        table: the table.
+        indices: rows to read; row 0 is read in place of those out of range.
+        factor: the weights of a bag, the vectors of a dot.
+        mode: whether indices may be out of range.
 
     Raises:
         ValueError: the mode is unknown.
     """
     checks.refuse(checks.one_of(get_args(IndexMode), mode=mode))
-    found = None if mode == "promise_in_bounds" else exist(indices, num_rows)
+    tokens = math.prod(indices.shape[:-1])
+    indices, factor = indices.reshape(tokens, -1), factor.reshape(tokens, -1)
+    exist = None if mode == "promise_in_bounds" else in_range(indices, table.shape[0])
     # Narrow types can be too small for the number of rows, which indexing compares with.
     indices = indices.astype(jnp.int32)
-    return indices if found is None else jnp.where(found, indices, 0), found
-
-
-def read(operation: str, name: str, table: Table, indices: Array, factor: Array) -> Array:
-    """The operation, by the implementation of a name, on tokens without batch axes.
-
-    `factor` is what the table's rows are multiplied by: the weights of a bag, the vectors of a dot.
-    """
-    arguments = vary_together((table, indices, factor))
+    arguments = vary_together((table, indices if exist is None else jnp.where(exist, indices, 0), factor))
     try:
-        return _read(operation, name, *arguments)
+        return _read(operation, name, *arguments), exist
     except NotImplementedError as error:
         if "symbolic_zeros" not in str(error):
             raise
         # A jax.shard_map that is not compiled. Compiled always, remat would take every table for differentiated.
-        return jax.jit(_read, static_argnums=(0, 1))(operation, name, *arguments)
+        return jax.jit(_read, static_argnums=(0, 1))(operation, name, *arguments), exist
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -1,14 +1,12 @@
 """Public API of the embedding bag: batch shapes, gradients, dispatch."""
 
-import math
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from memjax.ops import dispatch
 from memjax.ops.shapes import check_table, require
 from memjax.ops.table import Table
-from memjax.ops.table_read import IndexMode, checked, read
+from memjax.ops.table_read import IndexMode, read
 
 
 def embedding_bag(
@@ -41,12 +39,10 @@ def embedding_bag(
         indices=indices,
         weights=weights,
     )
-    batch, picks = indices.shape[:-1], indices.shape[-1]
+    shape = (*indices.shape[:-1], table.shape[1])
     if indices.size == 0:
-        return jnp.zeros((*batch, table.shape[1]), table.dtype)
-    tokens = math.prod(batch)
-    indices, exist = checked(indices.reshape(tokens, picks), table.shape[0], mode)
-    out = read("embedding_bag", name, table, indices, weights.reshape(tokens, picks))
+        return jnp.zeros(shape, table.dtype)
+    out, exist = read("embedding_bag", name, table, indices, weights, mode)
     if exist is not None:
         out = jnp.where(exist.all(axis=1, keepdims=True), out, jnp.nan)
-    return out.reshape(*batch, table.shape[1])
+    return out.reshape(shape)

@@ -1,7 +1,5 @@
 """Public API of the embedding dot: batch shapes, gradients, dispatch."""
 
-import math
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -9,7 +7,7 @@ from memjax.ops import dispatch
 from memjax.ops.precision import accumulator
 from memjax.ops.shapes import check_table, require
 from memjax.ops.table import Table
-from memjax.ops.table_read import IndexMode, checked, read
+from memjax.ops.table_read import IndexMode, read
 
 
 def embedding_dot(
@@ -33,10 +31,9 @@ def embedding_dot(
     table, indices, vectors = Table.of(table), jnp.asarray(indices), jnp.asarray(vectors)
     check_table("embedding_dot", table, indices)
     name = dispatch.choose_for("embedding_dot", implementation, table)
-    batch, picks = indices.shape[:-1], indices.shape[-1]
     require(
         "embedding_dot",
-        vectors.shape == (*batch, table.shape[1]),
+        vectors.shape == (*indices.shape[:-1], table.shape[1]),
         "every token needs one vector of the table's width",
         indices=indices,
         vectors=vectors,
@@ -44,9 +41,7 @@ def embedding_dot(
     )
     if indices.size == 0:
         return jnp.zeros(indices.shape, accumulator(table.dtype))
-    tokens = math.prod(batch)
-    indices, exist = checked(indices.reshape(tokens, picks), table.shape[0], mode)
-    out = read("embedding_dot", name, table, indices, vectors.reshape(tokens, -1))
+    out, exist = read("embedding_dot", name, table, indices, vectors, mode)
     if exist is not None:
         out = jnp.where(exist, out, jnp.nan)
-    return out.reshape(*batch, picks)
+    return out.reshape(indices.shape)
