@@ -21,7 +21,8 @@ from typing import NoReturn
 
 from memjax.config import load as config_load
 from memjax.io.command import exit_code
-from memjax.training.interrupt import SIGNALS, leave
+from memjax.io.ctrl_c import leave_after_output
+from memjax.training.interrupt import SIGNALS
 
 FLAGS = {"quick": "Leave out the training run: only versions, devices and operations."}
 
@@ -169,10 +170,7 @@ def _program() -> NoReturn:
         code = main()
     except KeyboardInterrupt:
         code = 130
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    leave(code)  # the training's thread may be in a long call
+    leave_after_output(code)  # the training's thread may be in a long call
 
 
 def _write(folder: str) -> str:

@@ -1,5 +1,8 @@
 """Ctrl-C in commands that have no state to save; `memjax.training.interrupt` is for training."""
 
+import contextlib
+import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -29,7 +32,26 @@ def run_command(main: Callable[[], int]) -> NoReturn:
         code = 130
     for number in (signal.SIGINT, signal.SIGALRM):
         signal.signal(number, signal.SIG_IGN)
+    if code == 130:
+        # A computation that goes on in a thread of JAX would crash when the interpreter takes down what it works on.
+        leave_after_output(code)
     sys.exit(code)
+
+
+def leave_after_output(code: int) -> NoReturn:
+    """Ends the process as `leave`, once what it has printed is out."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process now, and its children with it, without waiting for any thread; safe in a signal handler."""
+    with contextlib.suppress(Exception):
+        for child in multiprocessing.active_children():
+            child.kill()
+    os._exit(code)
 
 
 def heard() -> None:

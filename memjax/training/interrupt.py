@@ -4,7 +4,6 @@ Imports no JAX, so that a program can call `run_program` before it does.
 """
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import socket
@@ -14,6 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, NoReturn
+
+from memjax.io.ctrl_c import leave, leave_after_output
 
 if TYPE_CHECKING:
     import jax
@@ -187,10 +188,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         # service, which does not answer.
         stuck = any(thread.name.startswith(TRACKER_THREAD) for thread in threading.enumerate())
         if stuck or code == CHECKPOINT_TROUBLE:
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(OSError, ValueError):
-                    stream.flush()
-            leave(code)
+            leave_after_output(code)
         sys.exit(code)
 
 
@@ -207,14 +205,6 @@ def _unraisable_without_closed_loops(unraisable: "sys.UnraisableHookArgs") -> No
 def _is_closed_loop(error: BaseException | None) -> bool:
     """TensorStore's threads report writes that failed to an event loop which the first of them has ended."""
     return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
-
-
-def leave(code: int) -> NoReturn:
-    """Ends the process now, and its children with it, without waiting for any thread; safe in a signal handler."""
-    with contextlib.suppress(Exception):
-        for child in multiprocessing.active_children():
-            child.kill()
-    os._exit(code)
 
 
 def any_process_interrupted(interrupt: Interrupt, mesh: "Mesh") -> "Callable[[], jax.Array]":

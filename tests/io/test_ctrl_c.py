@@ -6,7 +6,7 @@ import sys
 import pytest
 
 LOST = """
-import os, signal, sys, time
+import os, signal, sys, threading, time
 from memjax.io import ctrl_c
 from memjax.io.ctrl_c import heard, run_command
 
@@ -19,6 +19,8 @@ def main():
     if sys.argv[1] == "ignored":
         os.kill(os.getpid(), signal.SIGINT)
         return 0
+    if sys.argv[1] == "a thread at work":
+        threading.Thread(target=time.sleep, args=[1000]).start()
     if sys.argv[1] == "lost":
         Loses()
     elif sys.argv[1] == "caught":
@@ -55,7 +57,7 @@ run_command(main)
 """
 
 
-@pytest.mark.parametrize("how", ["raised", "lost", "caught", "heard", "ignored", "cleaning up"])
+@pytest.mark.parametrize("how", ["raised", "lost", "caught", "heard", "ignored", "cleaning up", "a thread at work"])
 def test_ctrl_c_ends_a_command_in_a_line_wherever_it_comes(how):
     done = subprocess.run([sys.executable, "-c", LOST, how], capture_output=True, text=True, check=False, timeout=120)
     expected = (0, "") if how in ("heard", "ignored") else (130, "\ninterrupted\n")
