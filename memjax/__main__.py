@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("-h", "--help"):
         output(overview)
         return 0
-    guess = did_you_mean(close(name, list(COMMANDS)))
+    groups = {group: importlib.import_module(f"memjax.{group}").COMMANDS for group in ("convert", "patch")}
+    within = [f"{group} {known}" for group, commands in groups.items() for known in commands if known == name]
+    guess = did_you_mean(within or close(name, list(COMMANDS)))
     print(f"python -m memjax: there is no command {name!r}{guess}\n\n{overview}", file=sys.stderr)
     return 2
 

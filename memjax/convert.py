@@ -160,8 +160,8 @@ COMMANDS: Mapping[str, Subcommand] = {
         ToHfConfig,
         READ_RUN,
         "Writes a run's model in Hugging Face's format, reads it back and compares numbers and logits. Without memory "
-        "layers it is a Llama, a Mistral or a relative, which transformers 4 and 5 load; with them only from-hf reads "
-        "it.",
+        "layers it is a Llama, a Mistral or a relative, which transformers 4 and 5 load; with them the folder "
+        "brings the torch code that runs it, for transformers with trust_remote_code=True.",
     ),
     "from-official": Subcommand(
         from_official,

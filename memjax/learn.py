@@ -35,8 +35,9 @@ class LearnConfig(CheckpointSettings):
     """Learning rate of the first step; it falls to zero in a straight line. For sgd a few hundred times as much."""
     optimizer: Literal["rowwise_adam", "sgd"] = "rowwise_adam"
     """Optimizer of the rows."""
-    epochs: Positive[int] = 16
-    """Passes over the facts, at most; the learning ends when every fact is known."""
+    epochs: Positive[int] | None = None
+    """Passes over the facts, at most; the learning ends when every fact is known. null: 16, and of few facts as many as
+    make 128 batches."""
     batch_size: Positive[int] = 16
     """Facts in a batch, each in all its wordings."""
     replay: NotNegative[int] = 128
@@ -52,6 +53,11 @@ class LearnConfig(CheckpointSettings):
     """The most of these that are asked."""
     seed: NotNegative[int] = 0
     """Orders the facts and draws the texts that are learned again."""
+
+
+def fewest_epochs(facts: int, batch_size: int) -> int:
+    """16 passes over the facts, more where these are under 128 batches: fewer steps teach no fact."""
+    return max(16, -(-128 // -(-facts // batch_size)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,8 +92,9 @@ def _learn(words: Sequence[str], settings: LearnConfig) -> None:
     with loaded(run, settings) as found:
         if not found.model.config.lookups:
             raise ConfigError(f"{run}: the model has no memory layers and no PEER layers: there are no rows")
-        names = ("rows", "lr", "epochs", "batch_size", "optimizer", "replay", "seed")
-        recipe = Recipe(**{name: getattr(settings, name) for name in names})
+        names = ("rows", "lr", "batch_size", "optimizer", "replay", "seed")
+        epochs = settings.epochs or fewest_epochs(len(facts), settings.batch_size)
+        recipe = Recipe(epochs=epochs, **{name: getattr(settings, name) for name in names})
         learn_facts(
             found,
             facts,

@@ -72,8 +72,8 @@ def test_the_settings_of_to_hf_arrive(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 2, "'' must be one of from-hf, to-hf"),
-        (["from-hff", "x"], 2, "'from-hff' must be one of from-hf, to-hf"),
+        ([], 2, "name what to do\n\nusage: python -m memjax.convert COMMAND ...\n\n  from-hf "),
+        (["from-hff", "x"], 2, "there is no command 'from-hff'; did you mean 'from-hf'?"),
         (["from-hf", "--out", "y"], 2, "HF_FOLDER is missing"),
         (["from-hf", "x"], 2, "out is missing"),
         (["to-hf", "x", "--out", "y", "--step", "last"], 2, "step=last must be latest, best or the number"),

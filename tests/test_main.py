@@ -37,6 +37,12 @@ def test_an_unknown_command_ends_with_2(capsys):
     assert capsys.readouterr().err.startswith(problem)
 
 
+@pytest.mark.parametrize(("word", "command"), [("to-hf", "convert to-hf"), ("revert", "patch revert")])
+def test_commands_of_commands_are_found(word, command, capsys):
+    assert main([word]) == 2
+    assert f"there is no command {word!r}; did you mean {command!r}?" in capsys.readouterr().err
+
+
 def test_the_version_is_printed(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"memjax {memjax.__version__}\n"

@@ -157,6 +157,9 @@ def learn_facts(
     for name, change in patch.tables.items():
         lines.append(f"{f'rows changed in {name}':<34}{len(change.rows):>10,} of {change.num_slots:,}")
     say("\n".join([*lines, f"{'seconds a fact':<34}{seconds / len(facts):>10.2f}"]))
+    if after.get(NEW, 1.0) < 1:
+        longer, faster = f"--epochs {2 * recipe.epochs}", f"--lr {2 * recipe.lr:g}"
+        say(f"not every fact is known; more passes ({longer}) or a higher rate ({faster}) help")
     say(f"written to {path}")
     return patch
 

@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
 from flax import nnx
 from flax.errors import TraceContextError
 from jaxtyping import Array, Float
@@ -56,11 +57,14 @@ class LookupLayer(nnx.Module):
             ValueError: x is of another width, or tables are not as many or not of the shape that the layer addresses;
                 or `memjax.value_and_grad` meets it where its reads cannot leave a transformation of JAX.
         """
-        name = type(self).__name__
+        name, call = type(self).__name__, "(x, table)" if len(self.READS) == 1 else "(x, *tables)"
         if len(tables) != len(self.READS):
-            raise ValueError(f"{name} reads {len(self.READS)} tables, found {len(tables)}")
+            raise ValueError(
+                f"{name} is called as layer{call} and reads {len(self.READS)} of them, found {len(tables)}"
+            )
         if wrong := [type(table).__name__ for table in tables if not isinstance(table, ValueTable)]:
-            raise TypeError(f"{name} is called as layer(x, *tables) with a ValueTable each, found {', '.join(wrong)}")
+            raise TypeError(f"{name} is called as layer{call} with a ValueTable each, found {', '.join(wrong)}")
+        x = jnp.asarray(x)  # arrays of NumPy have types that JAX has not, such as float64
         recording: Any = getattr(self, "recording", None)
         if recording is None:
             return self.with_reads(x, *tables)[0]

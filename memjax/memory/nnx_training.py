@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from memjax.config import checks
 from memjax.memory.lookup import LookupLayer, Recording
@@ -28,7 +28,11 @@ DENSE = nnx.All(nnx.Param, nnx.Not(TableRows))
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Gradients:
-    """The gradients of a model. They add up (`sum` too) and are scaled, so micro-batches can be accumulated."""
+    """The gradients of a model. They add up (`sum` too) and are scaled, so micro-batches can be accumulated.
+
+    Those of tables are kept as factors, so functions of all leaves, such as `optax.tree.norm`, mean nothing: measure
+    with `Optimizer.grad_norm`.
+    """
 
     dense: Any
     """Gradient of the dense parameters, an `nnx.State`."""
@@ -157,9 +161,13 @@ class Optimizer(nnx.Module):
                 and the rows that they name, and for that time a number for each row of the tables.
 
         Raises:
-            TypeError: tables is no RowOptimizer.
+            TypeError: dense is no transformation of optax, or tables no RowOptimizer.
             ValueError: max_grad_norm is not a positive finite number.
         """
+        if not isinstance(dense, optax.GradientTransformation):
+            raise TypeError(
+                f"dense must be a transformation of optax, as optax.adam(1e-3), found {type(dense).__name__}"
+            )
         if not isinstance(tables, RowOptimizer):
             raise TypeError(f"tables must be a memjax.RowOptimizer, found {type(tables).__name__}")
         checks.refuse(checks.finite(max_grad_norm=max_grad_norm) or checks.positive(max_grad_norm=max_grad_norm))
@@ -183,14 +191,9 @@ class Optimizer(nnx.Module):
         """
         if not isinstance(gradients, Gradients):
             raise TypeError(f"gradients must be those of memjax.value_and_grad, found {type(gradients).__name__}")
-        all_rows = {name: table.rows[...] for name, table in _named(model, ValueTable)}
-        squared = _squared_norm(gradients.dense)
-        # Always true, NaN included. By depending on the dense gradient, what writes tables waits for the backward pass,
-        # which still reads them, and XLA needs no copy.
-        write = ok & ~(squared < 0)
         if self.max_grad_norm is not None:
-            all_rows, of_tables = self._measured(all_rows, gradients, write)
-            gradients = gradients * jnp.minimum(1, self.max_grad_norm / jnp.sqrt(squared + of_tables))
+            gradients = gradients * jnp.minimum(1, self.max_grad_norm / self.grad_norm(model, gradients))
+        write = ok & _true_after(gradients.dense)
         state, before = nnx.state(model, DENSE), _values(self.dense_state)
         params = _arrays(state)
         tx = optax.with_extra_args_support(self.tx)
@@ -203,7 +206,7 @@ class Optimizer(nnx.Module):
         for name, table in _named(model, ValueTable):
             rows, table_state[name] = self.row_optimizer.update(
                 name,
-                all_rows[name],
+                table.rows[...],
                 table_state[name],
                 gradients.tables[name],
                 step=self.step.get_value(),
@@ -213,13 +216,26 @@ class Optimizer(nnx.Module):
         _assign(self.table_state, table_state)
         self.step.set_value(self.step.get_value() + jnp.asarray(ok, jnp.int32))
 
-    def _measured(
-        self, all_rows: dict[str, Array], gradients: Gradients, ok: ArrayLike
-    ) -> tuple[dict[str, Array], ArrayLike]:
-        """The unchanged rows of the tables, and the squared norm of their gradients."""
-        measure = self.row_optimizer.squared_norm
-        found = {name: measure(rows, gradients.tables[name], ok=ok) for name, rows in all_rows.items()}
-        return {name: rows for name, (rows, _) in found.items()}, sum(square for _, square in found.values())
+    def grad_norm(self, model: nnx.Module, gradients: Gradients) -> Float[Array, ""]:
+        """The Euclidean norm of all gradients, of dense parameters and tables, as `optax.tree.norm` has it.
+
+        It costs what `max_grad_norm` costs. In a program that updates the model, measure before `update`: the rows pass
+        through the measurement, so that no copy of them is made.
+        """
+        squared, ok = _squared_norm(gradients.dense), _true_after(gradients.dense)
+        for name, table in _named(model, ValueTable):
+            rows, of_table = self.row_optimizer.squared_norm(table.rows[...], gradients.tables[name], ok=ok)
+            table.rows.set_value(rows)
+            squared += of_table
+        return jnp.sqrt(squared)
+
+
+def _true_after(dense: Any) -> Bool[Array, ""]:
+    """True, also where gradients are NaN; what writes tables and depends on it waits for the dense gradient.
+
+    The backward pass, which still reads the tables, is then over, and XLA needs no copy of them.
+    """
+    return ~(_squared_norm(dense) < 0)
 
 
 def _squared_norm(tree: Any) -> Array:

@@ -6,6 +6,7 @@ As in `ops.dispatch`, a requested implementation runs or raises; it is never sub
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -110,7 +111,8 @@ def attention(
     wide = accumulator(query.dtype).itemsize
     score_bytes = batch * length * heads * keys.shape[1] * wide
     at_once = max_score_bytes * max(1, jax.sharding.get_abstract_mesh().size)
-    count = max(1, min(length, -(-score_bytes // at_once)))
+    # Of symbolic sizes (`jax.export`) nothing is known: all queries are one chunk.
+    count = 1 if jax.export.is_symbolic_dim(score_bytes) else max(1, min(length, -(-score_bytes // at_once)))
 
     def one_chunk(query: Array, positions: Array) -> Array:
         return _attend(query, keys, values, _seen(positions, keys.shape[1], segments, window))

@@ -7,8 +7,10 @@ from typing import Any
 
 from memjax.config.help import Positional, help_text
 from memjax.config.load import COMPLETE, parse
+from memjax.config.problems import close, did_you_mean
 from memjax.errors import ConfigError
 from memjax.io.command import exit_code
+from memjax.io.console import fitted
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,7 +43,12 @@ def main(prog: str, subcommands: Mapping[str, Subcommand], argv: Sequence[str] |
         parts = [help_text(flags={}, **_command_line(prog, *item)) for item in subcommands.items()]
         print("\n\n\n".join([f"usage: {prog} {'|'.join(subcommands)} ...", *parts]))
         return 0
-    print(f"{prog}: {name!r} must be one of {', '.join(subcommands)}\n--help tells what they do.", file=sys.stderr)
+    guess = did_you_mean(close(name, list(subcommands)))
+    problem = f"there is no command {name!r}{guess}" if words else "name what to do"
+    width = max(map(len, subcommands)) + 2
+    overview = "\n".join(f"  {known:<{width}}{one.description}" for known, one in subcommands.items())
+    usage = f"usage: {prog} COMMAND ...\n\n{fitted(overview, width + 2)}\n\nCOMMAND --help explains a command."
+    print(f"{prog}: {problem}\n\n{usage}", file=sys.stderr)
     return 2
 
 

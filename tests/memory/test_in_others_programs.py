@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -140,3 +141,17 @@ def test_steps_where_jax_promotes_no_types(dtype):
 
     with jax.numpy_dtype_promotion("strict"):
         jax.eval_shape(step, jnp.ones((4, DIM), dtype))
+
+
+def test_layers_are_exported_for_any_number_of_tokens(as_users_call):
+    model, x = draw(3)
+    exported = jax.export.export(jax.jit(model))(jax.ShapeDtypeStruct(jax.export.symbolic_shape("t, 8"), x.dtype))
+    np.testing.assert_allclose(exported.call(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_numbers_of_numpy_are_those_of_jax(as_users_call, recwarn):
+    model, x = draw(3)
+    out = model(np.asarray(x, np.float64))
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, model(x), rtol=1e-5, atol=1e-6)
+    assert not recwarn

@@ -162,7 +162,7 @@ def test_steps_are_those_of_the_explicit_form():
 
 
 @pytest.mark.slow
-def test_clipping_is_that_of_optax_on_all_gradients_of_plain_autodiff():
+def test_norm_and_clipping_are_those_of_optax_on_all_gradients_of_plain_autodiff():
     (x, y), limit = data(), 1e-3
     plain, net = Model(), Model()
     chain = optax.chain(optax.clip_by_global_norm(limit), optax.sgd(1.0))
@@ -177,6 +177,10 @@ def test_clipping_is_that_of_optax_on_all_gradients_of_plain_autodiff():
         step = lambda model, optimizer, of=gradient_of: optimizer.update(model, of(model, x, y)[1])
         nnx.jit(step)(model, optimizer)
     after = nnx.state(plain, nnx.Param)
+    model = Model()
+    norm = nnx.jit(lambda model: found.grad_norm(model, memjax.value_and_grad(loss_fn)(model, x, y)[1]))(model)
+    dense_norm = nnx.jit(lambda model: optax.tree.norm(nnx.grad(loss_fn)(model, x, y)))(model)
+    np.testing.assert_allclose(norm, dense_norm, rtol=1e-9)
     moves = [np.linalg.norm(new - old) for new, old in zip(*map(jax.tree.leaves, (after, before)), strict=True)]
     assert np.linalg.norm(moves) == pytest.approx(limit)
     for one, other in zip(*map(jax.tree.leaves, (nnx.state(net, nnx.Param), after)), strict=True):
@@ -353,6 +357,8 @@ def test_what_is_of_flax_and_optax_is_refused_by_name(as_users_call):
     model, wrong = Model(), optax.sgd(0.1)
     with pytest.raises(TypeError, match=r"tables must be a memjax.RowOptimizer, found GradientTransformation"):
         memjax.Optimizer(model, dense=wrong, tables=wrong)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"dense must be a transformation of optax, as optax.adam\(1e-3\), found float"):
+        memjax.Optimizer(model, dense=0.1, tables=RowOptimizer(0.1))  # pyright: ignore[reportArgumentType]
     optimizer = memjax.Optimizer(model, dense=wrong, tables=RowOptimizer(0.1))
     with pytest.raises(TypeError, match=r"gradients must be those of memjax.value_and_grad, found State"):
         optimizer.update(model, nnx.state(model))  # pyright: ignore[reportArgumentType]

@@ -61,7 +61,10 @@ def json_fields(line: bytes) -> dict[str, Any]:
     except MalformedError:
         raise
     except (ValueError, RecursionError) as error:
-        raise MalformedError(f"not JSON ({error}); write one whole JSON object a line") from error
+        way_out = "; write one whole JSON object a line"
+        if not line.lstrip().startswith((b"{", b"[")):
+            way_out += ", or set data.source=text to read lines of plain text"
+        raise MalformedError(f"not JSON ({error}){way_out}") from error
     if not isinstance(fields, dict):
         raise MalformedError(f"a JSON {_kind(fields)}, not an object; write one JSON object a line")
     return fields

@@ -3,6 +3,7 @@
 import inspect
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -113,8 +114,8 @@ def chunked(arrays, chunk: int):
 
 
 def map_chunks(function, array: Array, *, chunk: int):
-    """function over chunks of the leading axis; a single chunk needs no loop."""
-    if array.shape[0] <= chunk:
+    """function over chunks of the leading axis; a single chunk, or a symbolic size (`jax.export`), needs no loop."""
+    if jax.export.is_symbolic_dim(array.shape[0]) or array.shape[0] <= chunk:
         return function(array)
     results = jax.lax.map(function, chunked(array, chunk))
     return jax.tree.map(lambda result: result.reshape(-1, *result.shape[2:])[: array.shape[0]], results)
