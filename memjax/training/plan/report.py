@@ -58,7 +58,7 @@ def describe_fit(config: RunConfig, found: Fit | None, device_bytes: int, device
     lines = [
         (f"fits on {asked}", settings or "as it is"),
         ("  bytes per device", f"{gigabytes(found.plan.total)} at the fullest moment of a step: {found.plan.moment}"),
-        ("  batch", f"{batch} sequences in {micro}, {tokens:,} tokens"),
+        ("  batch", f"{batch:,} sequences in {micro}, {tokens:,} tokens"),
         (
             "  time",
             f"{seconds / 86400:,.1f} days for {config.train.steps:,} steps on {devices} x {EXAMPLE_DEVICE} "

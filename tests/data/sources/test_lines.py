@@ -83,6 +83,7 @@ def test_the_keys_can_be_named(tmp_path):
         (b'{"text": "x"', "not JSON", "one whole JSON object a line"),
         (b'["x"]', "a JSON array, not an object", "one JSON object a line"),
         (b"7", "a JSON number, not an object", "one JSON object a line"),
+        (b"Plain text.", r"not JSON", "set data.source=text to read lines of plain text"),
         (b'{"body": "x"}', r"has the fields \['body'\]", "set data.text_key"),
         (b'{"prompt": "x"}', r"has the fields \['prompt'\]", "data.prompt_key and data.answer_key"),
         (b'{"text": null}', "'text' is a null, not a string", "write the text as a string"),
