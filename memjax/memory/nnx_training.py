@@ -197,7 +197,8 @@ class Optimizer(nnx.Module):
         state, before = nnx.state(model, DENSE), _values(self.dense_state)
         params = _arrays(state)
         tx = optax.with_extra_args_support(self.tx)
-        updates, after = tx.update(_arrays(gradients.dense), before, params, **extra)
+        with jax.numpy_dtype_promotion("standard"):  # which optax asks for
+            updates, after = tx.update(_arrays(gradients.dense), before, params, **extra)
         keep = lambda new, old: jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, old)
         nnx.replace_by_pure_dict(state, keep(optax.apply_updates(params, updates), params))
         nnx.update(model, state)

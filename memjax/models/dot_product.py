@@ -124,7 +124,7 @@ def _seen(
     positions: Int[Array, "b q"], num_keys: int, segments: Int[Array, "b k"] | None, window: int | None
 ) -> Bool[Array, "b 1 q k"]:
     """Which keys each query sees."""
-    distance = positions[:, :, None] - jnp.arange(num_keys)[None, None, :]
+    distance = positions[:, :, None] - jnp.arange(num_keys, dtype=positions.dtype)[None, None, :]
     seen = distance >= 0
     if window is not None:
         seen &= distance < window

@@ -211,7 +211,7 @@ def _expert_choice(
     chosen = checkpoint_name(jax.lax.top_k(wanted, most)[1], SAVED_ROUTING)
     allowed = jnp.ceil(token_mask.sum(axis=1).astype(float) * capacity / num_experts).astype(jnp.int32)
     weights = jnp.take_along_axis(probabilities, chosen, axis=-1)
-    weights = jnp.where(jnp.arange(most)[None, None, :] < allowed[:, None, None], weights, 0)
+    weights = jnp.where(jnp.arange(most, dtype=jnp.int32)[None, None, :] < allowed[:, None, None], weights, 0)
 
     sequence = jnp.arange(x.shape[0])[:, None, None]
     rows = x[sequence, chosen]

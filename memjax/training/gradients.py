@@ -118,7 +118,7 @@ def _gradients(
         inputs = (batch["tokens"], batch["positions"], segments)
         hidden = model.hidden(*inputs, perturbations, remat, token_mask=token_mask, training=True)
         mask = batch["loss_mask"].astype(accumulator(hidden.states.dtype))
-        loss, losses = summed_loss(model, hidden.states, batch["targets"], mask / num_targets)
+        loss, losses = summed_loss(model, hidden.states, batch["targets"], mask / num_targets.astype(mask.dtype))
         by_part = [jnp.sum(losses * mask, where=is_of_part) for is_of_part in masks_of_parts(program, batch)]
         aux = LossSums(loss, by_part, _routers(hidden.routings, token_mask, num_tokens))
         return loss + _router_loss(program, aux.routers), (hidden.reads, aux)

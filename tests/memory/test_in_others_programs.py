@@ -135,7 +135,7 @@ def test_steps_where_jax_promotes_no_types(dtype):
     def step(x):
         table = ValueTable(16, DIM, dtype=dtype, rngs=nnx.Rngs(0))
         net = nnx.Dict(layer=MemoryLayer(DIM, **SIZES, dtype=dtype, rngs=nnx.Rngs(1)), table=table)
-        optimizer = memjax.Optimizer(net, dense=optax.sgd(0.1), tables=memjax.RowOptimizer(0.1), max_grad_norm=1.0)
+        optimizer = memjax.Optimizer(net, dense=optax.adamw(0.1), tables=memjax.RowOptimizer(0.1), max_grad_norm=1.0)
         loss, gradients = memjax.value_and_grad(lambda net: net["layer"](x, net["table"]).astype(float).sum())(net)
         optimizer.update(net, (gradients + gradients) / 2, ok=jnp.isfinite(loss))
 

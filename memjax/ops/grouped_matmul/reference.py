@@ -30,5 +30,7 @@ def matrices_gradient(
 
 def _members(sizes: Int[Array, " g"], num_rows: int):
     """[g, m, 1]: whether a row belongs to a group."""
-    ends, row = jnp.cumsum(sizes)[:, None, None], jnp.arange(num_rows)[None, :, None]
-    return (row >= ends - sizes[:, None, None]) & (row < ends)
+    sizes = sizes.astype(jnp.int32)[:, None, None]
+    ends = jnp.cumsum(sizes, axis=0, dtype=jnp.int32)
+    row = jnp.arange(num_rows, dtype=jnp.int32)[None, :, None]
+    return (row >= ends - sizes) & (row < ends)

@@ -101,7 +101,7 @@ def update_touched(
     """
     num_rows, num_columns = table.shape
     rows = max(1, min(num_rows, block_bytes // (num_columns * gradient.dtype.itemsize)))
-    columns = step.first_column + jnp.arange(num_columns)
+    columns = step.first_column + jnp.arange(num_columns, dtype=jnp.int32)
 
     def update_block(number: Array, carry: tuple[Array, TableState]) -> tuple[Array, TableState]:
         table, state = carry

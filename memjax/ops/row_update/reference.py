@@ -21,7 +21,7 @@ def row_update(
         touched = touched.at[gradient.indices.reshape(-1)].set(True)
     summed = sum(gradient.dense(num_rows) for gradient in gradients)
     new, new_state = rule.apply(table.astype(accumulator(table.dtype)), state, jnp.asarray(summed), step)
-    columns = step.first_column + jnp.arange(num_columns)
+    columns = step.first_column + jnp.arange(num_columns, dtype=jnp.int32)
     new = round_to(new, table.dtype, rule.stochastic_rounding, step.seed, step.step, jnp.arange(num_rows), columns)
     write = (touched & step.ok)[:, None]
     return jnp.where(write, new, table), {name: jnp.where(write, new_state[name], state[name]) for name in state}

@@ -38,7 +38,7 @@ def row_update(
     dtype = accumulator(table.dtype)
     rows, tokens, weights = sorted_picks(gradients)
     vectors = jnp.concatenate([gradient.vectors for gradient in gradients])
-    columns = step.first_column + jnp.arange(num_columns)
+    columns = step.first_column + jnp.arange(num_columns, dtype=jnp.int32)
 
     chunk = max(1, min(rows.shape[0], chunk_bytes // (num_columns * dtype.itemsize)))
     # Rows that do not exist are numbered too, in 32 bits.
