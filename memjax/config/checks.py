@@ -4,6 +4,7 @@ A check gives a list of problems in words, each beginning with `field=value`; No
 be null, where no type says otherwise.
 """
 
+import dataclasses
 import functools
 import math
 import numbers
@@ -90,7 +91,7 @@ def one_of(known: Sequence[str], **fields: Any) -> list[str | None]:
 def typed(config: Any, section: str | None = None) -> None:
     """Refuses fields of a config's dataclass whose values are not of their types: what the reader of files checks too.
 
-    Fields of classes, which check themselves, and of types without a rule here are left out.
+    Sections check their own fields; fields of types without a rule here are left out.
 
     Args:
         config: the dataclass.
@@ -117,6 +118,9 @@ def _union(kind: Any) -> tuple[Any, ...]:
 
 def _rule(kind: Any) -> Check | None:
     """The check of values of a type."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        # A dict, say, would be taken for a section without a field, and a model be built without a memory.
+        return _check(lambda value: isinstance(value, kind), f"must be of class {kind.__name__}", quoted=True)
     return functools.partial(one_of, get_args(kind)) if get_origin(kind) is Literal else _TYPES.get(kind)
 
 

@@ -115,6 +115,8 @@ def continue_texts(
 
 
 def _prompt_ids(tokenizer: Tokenizer, prompt: str, special_tokens: bool) -> list[int]:
+    if not isinstance(prompt, str):
+        raise TypeError(f"a prompt must be a text, found {type(prompt).__name__}; continue_texts takes a list of them")
     encode = tokenizer.encode_with_special if special_tokens else tokenizer.encode
     return tokenizer.prompt(encode(prompt))
 

@@ -96,8 +96,8 @@ def load(
 
     Raises:
         CheckpointError: there is no such checkpoint, it cannot be read here, or a patch is not for it.
-        ConfigError: table_format is unknown, there is no room for the tables, or patches are given with table_format
-            or table_place.
+        ConfigError: step or table_format is unknown, there is no room for the tables, or patches are given with
+            table_format or table_place.
     """
     patches = checks.several(patches)
     tables = TableSettings.of(table_format, table_place)

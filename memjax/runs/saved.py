@@ -231,6 +231,8 @@ def _number(checkpoints: Checkpoints, step: int | str) -> int | None:
     if step == "latest":
         return None
     if step != "best":
+        if not str(step).isdecimal():
+            raise ConfigError(f"step={step!r} must be latest, best or the number of a checkpoint")
         return int(step)
     best = checkpoints.best()
     if best is None:

@@ -1,10 +1,12 @@
 """Sections check the types and the ranges that their fields name; settings are replaced by dotted names."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
 from memjax.config.memory import MemoryConfig
+from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
 from memjax.config.section import BelowOne, Positive, Section, replaced
 
@@ -27,6 +29,12 @@ def test_types_come_first_then_all_ranges_and_rules(as_users_call):
         Toy(size=0, share=1.0)
     with pytest.raises(ValueError, match=r"^share=0\.5 is for size=1$"):
         Toy(size=2, share=0.5)
+
+
+def test_a_section_is_of_its_class(as_users_call):
+    fields: Any = {"memory": {"num_keys": 8}}
+    with pytest.raises(ValueError, match=r"^memory=\{'num_keys': 8\} must be of class MemoryConfig$"):
+        ModelConfig(**fields)
 
 
 def test_settings_that_are_right_only_together_are_replaced_at_once():

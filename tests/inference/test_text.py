@@ -1,6 +1,7 @@
 """Texts end where their stop strings say, in a batch as alone."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +110,12 @@ def test_a_prompt_with_its_begin_token_gets_no_second_one():
     spelled = "".join(write("<bos>x", special_tokens=True))
     assert spelled == "".join(write("x"))
     assert spelled != "".join(write("<bos>x"))
+
+
+def test_prompts_are_texts(as_users_call):
+    prompts: Any = ["a"]
+    with pytest.raises(TypeError, match="a prompt must be a text, found list; continue_texts takes a list"):
+        next(stream_text(tiny(), ByteTokenizer(), prompts, max_tokens=1))
 
 
 def test_a_text_alone_is_one_prompt_and_one_stop_string():

@@ -16,6 +16,7 @@ from memjax.config.memory import MemoryConfig, PEERConfig
 from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import ByteTokenizer, Tokenizer
+from memjax.errors import ConfigError
 from memjax.io import remote
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, split_decoder, writable
@@ -152,7 +153,7 @@ def test_dtype_is_that_of_everything(tmp_path):
     assert nnx.eval_shape(lambda model: model.hidden(TOKENS)[0], model).dtype == jnp.bfloat16
 
 
-def test_the_step_is_the_latest_the_best_or_a_number(tmp_path):
+def test_the_step_is_the_latest_the_best_or_a_number(as_users_call, tmp_path):
     config = run_config(memory=False)
     saved = {step: save(tmp_path, config, step, loss) for step, loss in ((2, 1.0), (4, 2.0))}
     wanted: dict[int | Literal["latest", "best"], int] = {"latest": 4, "best": 2, 2: 2}
@@ -162,6 +163,8 @@ def test_the_step_is_the_latest_the_best_or_a_number(tmp_path):
         assert equal_bits(found.model, saved[number])
     with pytest.raises(CheckpointError, match="there is no step 3"):
         load(tmp_path, step=3)
+    with pytest.raises(ConfigError, match="step='last' must be latest, best or the number of a checkpoint"):
+        load(tmp_path, step="last")  # pyright: ignore[reportArgumentType]
 
 
 def test_what_cannot_be_loaded_is_explained(tmp_path):
