@@ -168,7 +168,7 @@ def test_patches_are_merged_and_shown(runs, tmp_path, capsys):
         (["apply", "RUN"], 2, "takes 2 arguments"),
         (["apply", "RUN", "a", "b"], 2, "takes 2 arguments"),
         (["diff", "RUN"], 2, "out"),
-        (["squash"], 2, "must be one of"),
+        (["squash"], 2, "there is no command 'squash'"),
         (["show", "nowhere"], 4, "there is no such file"),
     ],
 )
