@@ -244,8 +244,8 @@ class Engine:
                 has_room = fresh.state.room == room
                 self._state = fresh.state if has_room else self._programs.grow(fresh.state, room=room)
                 continue
-            # Rows without a request go to no slot.
-            places = np.full(len(fresh.tokens), self._num_rows, np.int32)
+            # Rows without a request go to no slot: each to another place past the last one.
+            places = self._num_rows + np.arange(len(fresh.tokens), dtype=np.int32)
             places[: len(fresh.slots)] = list(fresh.slots)
             self._state = self._programs.insert(self._state, fresh.state, places, num_rows=self._num_rows, room=room)
 

@@ -159,13 +159,14 @@ def programs_of(graphdef: Any, structure: Any) -> Programs:
 
     @functools.partial(jax.jit, static_argnames=("num_rows", "room"), donate_argnames="state")
     def insert(state: State | None, fresh: State, slots: Int[Array, " b"], *, num_rows: int, room: Room) -> State:
-        """The state with rows of another, which get its room, at the given slots."""
+        """The state with rows of another, which get its room, at the given slots, no two alike."""
         # Whole rows are written: what another text has left there cannot come back as 0 * inf.
         fresh = _with_room(fresh, room)
         if state is None:
             empty = lambda array: split_tokens(jnp.zeros((num_rows, *array.shape[1:]), array.dtype))
             state = jax.tree.map(empty, fresh)
-        return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), state, fresh)
+        # No place comes twice: a GPU need not write numbers of 16 bits one after the other by compare-and-swap.
+        return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop", unique_indices=True), state, fresh)
 
     @functools.partial(jax.jit, static_argnames="room")
     def grow(state: State, *, room: Room) -> State:
