@@ -38,7 +38,17 @@ import cases
 import timing
 from train_step import SMALL, SMALL_MEMORY
 
-COLUMNS = ("model", "clients", "prompt", "new", "tokens/s", "engine tokens/s", "of engine", "decoding tokens/s")
+COLUMNS = (
+    "model",
+    "clients",
+    "prompt",
+    "new",
+    "hang_ups",
+    "tokens/s",
+    "engine tokens/s",
+    "of engine",
+    "decoding tokens/s",
+)
 COLUMNS += ("steady tokens/s", "steady of engine")
 COLUMNS += (
     "first token p50 ms",
@@ -50,7 +60,7 @@ COLUMNS += (
     "peak GB",
     "RSS grown MB",
 )
-KEY = ("model", "clients", "prompt", "new")
+KEY = ("model", "clients", "prompt", "new", "hang_ups")
 _SAMPLE = 24
 """Answers that are asked again."""
 
@@ -349,7 +359,7 @@ def main() -> int:
     case |= {"hang_ups": arguments.hang_ups, "processes": processes, "rounds": 1 if small else 3}
     table = f", table {arguments.table_format}, {arguments.table_place}" if arguments.table_format else ""
     row: cases.Row = {"model": f"Memory+ {'small' if small else arguments.size}, {dtype}{table}"}
-    row |= {name: case[name] for name in ("clients", "prompt", "new")} | measure(case)
+    row |= {name: case[name] for name in ("clients", "prompt", "new", "hang_ups")} | measure(case)
     ignored = ("--out", str(arguments.out), "--stem", arguments.stem)
     command = f"python experiments/bench/serving.py {shlex.join(w for w in sys.argv[1:] if w not in ignored)}".strip()
     environment: cases.Row = row.pop("environment", {})

@@ -49,21 +49,29 @@ def test_speeds_of_generation_were_measured():
 
 def test_speeds_of_generation_with_a_memory_were_measured():
     rows = json.loads((ROOT / "experiments/bench/results/inference-memory-nvidia-h200.json").read_text())["rows"]
-    of_batch = {row["batch"]: row for row in rows if row["model"] == "Memory+" and row["prompt"] == 512}
-    one, eight, many = (of_batch[batch] for batch in (1, 8, 64))
+    of_model = {(row["model"], row["batch"]): row for row in rows if row["prompt"] == 512}
+    (one, eight, many), large = ([of_model[name, size] for size in (1, 8, 64)] for name in ("Memory+", "Memory+ 16M"))
     text = (
         f"took {one['ms a token']:.3f} at batch 1, {eight['ms a token']:.3f} at batch 8 and {many['ms a token']:.3f} "
-        f"at batch 64, {one['of dense']:.2f}, {eight['of dense']:.2f} and {many['of dense']:.2f} of the dense model"
+        f"at batch 64, {one['of dense']:.2f}, {eight['of dense']:.2f} and {many['of dense']:.2f} of the dense model; "
     )
+    times = "{:.3f}, {:.3f} and {:.3f}: ".format(*(row["ms a token"] for row in large))
+    text += f"with 16 million slots {times}" + "{:.2f}, {:.2f} and {:.2f}.".format(*(row["of dense"] for row in large))
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert text in readme
     tables = json.loads((ROOT / "experiments/bench/results/inference-tables-nvidia-h200.json").read_text())["rows"]
-    ratio = {(row["model"], row["batch"]): f"{row['of dense']:.2f}" for row in tables}
-    host, large = ([ratio[name, batch] for batch in (1, 64)] for name in ("Memory+, host", "Memory+ 16M"))
+    host = [f"{row['of dense']:.2f}" for row in tables if row["model"] == "Memory+, host" and row["batch"] in (1, 64)]
     assert f"it took {host[0]} of the dense model at batch 1 and {host[1]} at batch 64" in readme
-    assert f"with 16 million slots {large[0]} and {large[1]};" in readme
-    found = json.loads((ROOT / "experiments/bench/results/inference-lookup-nvidia-h200.json").read_text())["rows"]
-    last = {(row["model"], row["batch"]): f"{row['of dense']:.2f}" for row in found if row["of dense"]}
-    large, one, many = last["Memory+ 16M", 1], last["Memory+", 1], last["Memory+", 64]
-    text = f"16 million slots took {large} at batch 1, in a run where 1 million took {one} at batch 1 and {many} at"
-    assert f"{text} batch 64." in readme
+
+
+def test_speeds_of_the_server_were_measured():
+    rows = json.loads((ROOT / "experiments/bench/results/serving-nvidia-h200.json").read_text())["rows"]
+    (host,), (device,) = ([row for row in rows if ("host" in row["model"]) == is_host] for is_host in (True, False))
+    rate = f"{device['tokens/s']:,.0f} tokens/s"
+    first, first_host = (f"{row['first token p95 ms'] / 1e3:.2f} s" for row in (device, host))
+    readme, page = (" ".join((ROOT / name).read_text().split()) for name in ("README.md", "docs/serve.md"))
+    assert f"writes {rate}" in readme
+    assert f"({device['engine tokens/s']:,.0f}), and the first token comes within {first} for 95 %" in readme
+    assert f"it wrote {rate}, {device['of engine']:.2f} of the engine" in page
+    assert f"95 % of the first tokens came within {first}." in page
+    assert f"it was {host['tokens/s']:,.0f} tokens/s, {host['of engine']:.2f} of the engine, and {first_host}." in page
