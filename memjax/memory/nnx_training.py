@@ -146,7 +146,7 @@ class Optimizer(nnx.Module):
         self,
         model: nnx.Module,
         *,
-        dense: optax.GradientTransformation,
+        dense: optax.GradientTransformation | optax.MultiSteps,
         tables: RowOptimizer,
         max_grad_norm: float | None = None,
     ):
@@ -164,14 +164,16 @@ class Optimizer(nnx.Module):
             TypeError: dense is no transformation of optax, or tables no RowOptimizer.
             ValueError: max_grad_norm is not a positive finite number.
         """
-        if not isinstance(dense, optax.GradientTransformation):
+        # By their methods: `optax.MultiSteps` is no GradientTransformation.
+        if not all(callable(getattr(dense, method, None)) for method in ("init", "update")):
             raise TypeError(
                 f"dense must be a transformation of optax, as optax.adam(1e-3), found {type(dense).__name__}"
             )
         if not isinstance(tables, RowOptimizer):
             raise TypeError(f"tables must be a memjax.RowOptimizer, found {type(tables).__name__}")
         checks.refuse(checks.finite(max_grad_norm=max_grad_norm) or checks.positive(max_grad_norm=max_grad_norm))
-        self.tx, self.row_optimizer, self.max_grad_norm = dense, tables, max_grad_norm
+        tx: Any = dense
+        self.tx, self.row_optimizer, self.max_grad_norm = tx, tables, max_grad_norm
         self.step = nnx.OptState(jnp.zeros((), jnp.int32))
         self.dense_state = _variables(dense.init(_arrays(nnx.state(model, DENSE))))
         states = {name: tables.init(table.rows[...]) for name, table in _named(model, ValueTable)}
@@ -189,18 +191,19 @@ class Optimizer(nnx.Module):
         Raises:
             TypeError: gradients are of another function.
         """
-        if not isinstance(gradients, Gradients):
-            raise TypeError(f"gradients must be those of memjax.value_and_grad, found {type(gradients).__name__}")
-        if self.max_grad_norm is not None:
-            gradients = gradients * jnp.minimum(1, self.max_grad_norm / self.grad_norm(model, gradients))
+        _check_gradients(gradients)
         write = ok & _true_after(gradients.dense)
+        if self.max_grad_norm is not None:
+            norm = jnp.sqrt(self._squared_norm(model, gradients, write))
+            gradients = gradients * jnp.minimum(1, self.max_grad_norm / norm)
         state, before = nnx.state(model, DENSE), _values(self.dense_state)
         params = _arrays(state)
         tx = optax.with_extra_args_support(self.tx)
-        with jax.numpy_dtype_promotion("standard"):  # which optax asks for
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes types
             updates, after = tx.update(_arrays(gradients.dense), before, params, **extra)
+            updated = optax.apply_updates(params, updates)
         keep = lambda new, old: jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, old)
-        nnx.replace_by_pure_dict(state, keep(optax.apply_updates(params, updates), params))
+        nnx.replace_by_pure_dict(state, keep(updated, params))
         nnx.update(model, state)
         _assign(self.dense_state, keep(after, before))
         table_state = _values(self.table_state)
@@ -221,20 +224,34 @@ class Optimizer(nnx.Module):
         """The Euclidean norm of all gradients, of dense parameters and tables, as `optax.tree.norm` has it.
 
         It costs what `max_grad_norm` costs. In a program that updates the model, measure before `update`: the rows pass
-        through the measurement, so that no copy of them is made.
+        through the measurement, so that no copy of them is made. Call it in the jitted step, with the model as an
+        argument; elsewhere each table is copied.
+
+        Raises:
+            TypeError: gradients are of another function.
         """
-        squared, ok = _squared_norm(gradients.dense), _true_after(gradients.dense)
+        _check_gradients(gradients)
+        return jnp.sqrt(self._squared_norm(model, gradients, _true_after(gradients.dense)))
+
+    def _squared_norm(self, model: nnx.Module, gradients: Gradients, ok: ArrayLike) -> Array:
+        """Of all gradients; those of tables are not measured where ok is false."""
+        squared = _squared_norm(gradients.dense)
         for name, table in _named(model, ValueTable):
             rows, of_table = self.row_optimizer.squared_norm(table.rows[...], gradients.tables[name], ok=ok)
             table.rows.set_value(rows)
             squared += of_table
-        return jnp.sqrt(squared)
+        return squared
+
+
+def _check_gradients(gradients: Gradients) -> None:
+    if not isinstance(gradients, Gradients):
+        raise TypeError(f"gradients must be those of memjax.value_and_grad, found {type(gradients).__name__}")
 
 
 def _true_after(dense: Any) -> Bool[Array, ""]:
-    """True, also where gradients are NaN; what writes tables and depends on it waits for the dense gradient.
+    """Always true (even for NaN), but depends on the dense gradient.
 
-    The backward pass, which still reads the tables, is then over, and XLA needs no copy of them.
+    A table write that takes it as `ok` is scheduled after the backward pass, so XLA needs no copy of the table.
     """
     return ~(_squared_norm(dense) < 0)
 

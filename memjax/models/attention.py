@@ -109,7 +109,7 @@ class Attention(nnx.Module):
         Args:
             x: the new tokens.
             positions: of the tokens in their text and in the cache, consecutive in each row. A token sees the cache up
-                to its own position; what follows may be anything. A token beyond the cache is not written.
+                to its own position; what follows may be any finite numbers. A token beyond the cache is not written.
             cache: None where nothing is cached and positions count from 0; the new cache then holds just these tokens.
         """
         if cache is None:

@@ -9,7 +9,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from memjax.models.chunks import by_chunks
 from memjax.ops import dispatch
@@ -88,7 +88,7 @@ def attention(
     keys: Float[Array, "b k kv h"],
     values: Float[Array, "b k kv h"],
     *,
-    positions: Int[Array, "#b q"],
+    positions: Integer[Array, "#b q"],
     segments: Int[Array, "b k"] | None = None,
     window: int | None = None,
     max_score_bytes: int = SCORE_BYTES,
@@ -100,14 +100,15 @@ def attention(
     Args:
         query: queries.
         keys: keys; a query sees those up to its own position.
-        values: values.
+        values: values; finite, also those that no query sees.
         positions: of the queries, among the keys.
         segments: of the keys; a query sees those of the segment at its position. None is one segment.
         window: how many of the nearest keys a query sees; None for all.
         max_score_bytes: scores per device that exist at once.
     """
     batch, length, heads, _ = query.shape
-    positions = jnp.broadcast_to(positions, (batch, length))
+    # Unsigned and narrow types would wrap in the distances to keys.
+    positions = jnp.broadcast_to(positions.astype(jnp.int32), (batch, length))
     wide = accumulator(query.dtype).itemsize
     score_bytes = batch * length * heads * keys.shape[1] * wide
     at_once = max_score_bytes * max(1, jax.sharding.get_abstract_mesh().size)
@@ -124,7 +125,7 @@ def _seen(
     positions: Int[Array, "b q"], num_keys: int, segments: Int[Array, "b k"] | None, window: int | None
 ) -> Bool[Array, "b 1 q k"]:
     """Which keys each query sees."""
-    distance = positions[:, :, None] - jnp.arange(num_keys, dtype=positions.dtype)[None, None, :]
+    distance = positions[:, :, None] - jnp.arange(num_keys, dtype=jnp.int32)[None, None, :]
     seen = distance >= 0
     if window is not None:
         seen &= distance < window
@@ -135,7 +136,7 @@ def _seen(
 
 def _attend(query: Array, keys: Array, values: Array, seen: Bool[Array, "b 1 q k"]) -> Array:
     if query.dtype != jnp.float64:
-        with jax.numpy_dtype_promotion("standard"):  # which this function of JAX asks for
+        with jax.numpy_dtype_promotion("standard"):  # JAX mixes types here
             return jax.nn.dot_product_attention(query, keys, values, mask=seen, implementation="xla")
     # jax.nn's softmax is float32 whatever it is given.
     groups = query.shape[2] // keys.shape[2]

@@ -33,7 +33,7 @@ def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
     joined = optax.join_schedules([rise, after], [warmup]) if warmup else after
 
     def rate(step: ArrayLike) -> ArrayLike:
-        with jax.numpy_dtype_promotion("standard"):  # which optax asks for
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes types
             return joined(step + 1)  # the first step counts as 1: at rate 0 it would be wasted
 
     return rate

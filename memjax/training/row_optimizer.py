@@ -50,10 +50,11 @@ class DenseTableOptimizer:
         self, name: str, rows: Array, state: Any, gradient: Float[Array, "n d"], *, step: Array, ok: Array
     ) -> tuple[Float[Array, "n d"], Any]:
         """The table and its state; as they were where ok is false."""
-        with jax.numpy_dtype_promotion("standard"):  # which optax asks for
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes types
             updates, after = self.make(self.learning_rate).update(gradient, at_step(state, step), rows)
+            updated = jnp.asarray(optax.apply_updates(rows, updates))
         keep = lambda new, old: jnp.where(ok, new, old)
-        return keep(jnp.asarray(optax.apply_updates(rows, updates)), rows), jax.tree.map(keep, after, state)
+        return keep(updated, rows), jax.tree.map(keep, after, state)
 
 
 def make_table_optimizer(

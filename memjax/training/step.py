@@ -75,10 +75,11 @@ def train_step(program: TrainProgram, state: TrainState, batch: Batch) -> tuple[
     updated = ok & ~spike
 
     opt_state = at_step(state.opt_state, state.step)
-    with jax.numpy_dtype_promotion("standard"):  # which optax asks for
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes types
         updates, new_opt_state = program.optimizer.update(gradients.dense, opt_state, state.params)
+        new_params = optax.apply_updates(state.params, updates)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(updated, n, o), new, old)
-    params = keep(optax.apply_updates(state.params, updates), state.params)
+    params = keep(new_params, state.params)
     tables, table_state = _update_tables(program, state, gradients.tables, gradients.of_tables, updated)
 
     new_state = TrainState(

@@ -134,8 +134,9 @@ def test_a_table_shared_by_unrolled_layers_holds_one_gradient_under_plain_autodi
 def test_steps_where_jax_promotes_no_types(dtype):
     def step(x):
         table = ValueTable(16, DIM, dtype=dtype, rngs=nnx.Rngs(0))
-        net = nnx.Dict(layer=MemoryLayer(DIM, **SIZES, dtype=dtype, rngs=nnx.Rngs(1)), table=table)
-        optimizer = memjax.Optimizer(net, dense=optax.adamw(0.1), tables=memjax.RowOptimizer(0.1), max_grad_norm=1.0)
+        net = nnx.Dict(layer=MemoryLayer(DIM, **SIZES, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(1)), table=table)
+        dense = optax.adamw(0.1, mu_dtype=jnp.float32)
+        optimizer = memjax.Optimizer(net, dense=dense, tables=memjax.RowOptimizer(0.1), max_grad_norm=1.0)
         loss, gradients = memjax.value_and_grad(lambda net: net["layer"](x, net["table"]).astype(float).sum())(net)
         optimizer.update(net, (gradients + gradients) / 2, ok=jnp.isfinite(loss))
 

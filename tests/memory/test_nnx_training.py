@@ -285,6 +285,17 @@ def test_transformations_of_optax_that_take_the_loss_get_it():
     assert optimizer.dense_state[1].best_value[...] == loss
 
 
+def test_transformations_may_be_of_any_class_with_their_methods():
+    net, x = Net(), jnp.ones((TOKENS, DIM))
+    optimizer = memjax.Optimizer(net, dense=optax.MultiSteps(optax.sgd(0.1), 2), tables=RowOptimizer(0.1))
+    loss = lambda net: jnp.sum(net(x))
+    before, moved = jax.tree.leaves(nnx.state(net.block)), []
+    for _ in range(2):
+        optimizer.update(net, memjax.value_and_grad(loss)(net)[1])
+        moved.append(any(map(np.any, map(np.subtract, jax.tree.leaves(nnx.state(net.block)), before))))
+    assert moved == [False, True]
+
+
 @pytest.mark.parametrize(
     ("names", "axis_type", "spec"),
     [
@@ -357,10 +368,13 @@ def test_what_is_of_flax_and_optax_is_refused_by_name(as_users_call):
     model, wrong = Model(), optax.sgd(0.1)
     with pytest.raises(TypeError, match=r"tables must be a memjax.RowOptimizer, found GradientTransformation"):
         memjax.Optimizer(model, dense=wrong, tables=wrong)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(TypeError, match=r"dense must be a transformation of optax, as optax.adam\(1e-3\), found float"):
-        memjax.Optimizer(model, dense=0.1, tables=RowOptimizer(0.1))  # pyright: ignore[reportArgumentType]
+    for other in (0.1, nnx.Optimizer(model, wrong, wrt=nnx.Param)):
+        rule = rf"dense must be a transformation of optax, as optax.adam\(1e-3\), found {type(other).__name__}"
+        with pytest.raises(TypeError, match=rule):
+            memjax.Optimizer(model, dense=other, tables=RowOptimizer(0.1))  # pyright: ignore[reportArgumentType]
     optimizer = memjax.Optimizer(model, dense=wrong, tables=RowOptimizer(0.1))
-    with pytest.raises(TypeError, match=r"gradients must be those of memjax.value_and_grad, found State"):
-        optimizer.update(model, nnx.state(model))  # pyright: ignore[reportArgumentType]
+    for method in (optimizer.update, optimizer.grad_norm):
+        with pytest.raises(TypeError, match=r"gradients must be those of memjax.value_and_grad, found State"):
+            method(model, nnx.state(model))  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match=r"must return a pair, \(loss, aux\)"):
         memjax.value_and_grad(loss_fn, has_aux=True)(model, *data())

@@ -45,6 +45,18 @@ def test_output_does_not_depend_on_how_queries_are_cut(chunks, window, documents
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize(("dtype", "num_keys"), [("uint32", 4), ("int8", 300), ("uint8", 200)])
+def test_positions_may_be_unsigned_or_narrow(dtype, num_keys):
+    (query, *_), (_, keys, values) = draw(length=4)[0], draw(length=num_keys)[0]
+    positions = jnp.array([[0, 1, 2, 3]])
+    with jax.numpy_dtype_promotion("strict"):
+        expected, found = (
+            dot_product.attention(query, keys, values, positions=positions.astype(kind)) for kind in ("int32", dtype)
+        )
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(found[:, 0, ::2], values[:, 0], rtol=1e-6)
+
+
 def test_gradients_of_chunks_are_those_of_the_whole_and_hold_no_square_of_scores():
     arrays, segments = draw(length=64)
 

@@ -52,6 +52,20 @@ def test_a_query_sees_what_is_filled_and_in_the_window(implementation, window, s
     np.testing.assert_allclose(out, by_hand(*arguments, window), rtol=2e-5, atol=2e-5)
 
 
+@every_implementation
+def test_lengths_and_positions_may_be_unsigned_or_narrow(implementation):
+    query, keys, values, _ = draw((2, 2, 1, 8, 300))
+    joined = jnp.concatenate([query.reshape(2, -1), keys[:, 0, 0], values[:, 0, 0]], axis=1)
+    kinds = [jnp.array([3, 100], kind) for kind in ("int32", "int8")]
+    expected, found = (decode_attention(query, keys, values, kind, implementation=implementation) for kind in kinds)
+    np.testing.assert_array_equal(found, expected)
+    kinds = [jnp.array([3, 255], kind) for kind in ("int32", "uint8")]
+    for one, other in zip(
+        *(decode_step(joined, keys, values, kind, None, implementation=implementation) for kind in kinds), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
 @cache
 def compiled_step(implementation, window):
     return jax.jit(partial(decode_step, window=window, implementation=implementation))

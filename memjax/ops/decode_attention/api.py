@@ -1,6 +1,7 @@
 """Public API of decode attention: one query per row over a cache, each row with its own length."""
 
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
 
 from memjax.ops import dispatch
 from memjax.ops.decode_attention import step
@@ -11,7 +12,7 @@ def decode_attention(
     query: Float[Array, "b n h"],
     keys: Float[Array, "b kv s h"],
     values: Float[Array, "b kv s h"],
-    lengths: Int[Array, " b"],
+    lengths: Integer[Array, " b"],
     *,
     window: int | None = None,
     implementation: str | None = None,
@@ -24,7 +25,8 @@ def decode_attention(
         query: of the newest token, whose own key is in the cache.
         keys: of the cache.
         values: of the cache.
-        lengths: entries that each row holds, the newest token's included; at least 1. What lies behind is ignored.
+        lengths: entries that each row holds, the newest token's included; at least 1. What lies behind may be any
+            finite numbers.
         window: how many of the latest entries are seen; None for all.
         implementation: `triton` reads only what is filled; `xla` and `reference` read the whole cache.
 
@@ -39,6 +41,8 @@ def decode_attention(
     if window is not None and window < 1:
         raise ValueError(f"decode_attention: window={window} must be positive")
     name = dispatch.choose("decode_attention", implementation, query.dtype)
+    # Narrow types could not count the cache's entries.
+    lengths = lengths.astype(jnp.int32)
     return dispatch.load("decode_attention", name).decode_attention(query, keys, values, lengths, window)
 
 
@@ -46,7 +50,7 @@ def decode_step(
     joined: Float[Array, "b width"],
     keys: Float[Array, "b kv s h"],
     values: Float[Array, "b kv s h"],
-    positions: Int[Array, " b"],
+    positions: Integer[Array, " b"],
     rotation: tuple[Float[Array, "b half"], Float[Array, "b half"]] | None,
     *,
     window: int | None = None,
@@ -76,6 +80,7 @@ def decode_step(
     if rotation is not None:
         fits = all(part.shape == (batch, width // 2) for part in rotation)
         require("decode_step", fits, "cosines and sines must be [b, h / 2]", cosines=rotation[0], sines=rotation[1])
+    positions = positions.astype(jnp.int32)
     name = dispatch.choose("decode_attention", implementation, joined.dtype)
     if name == "triton" and keys.dtype == values.dtype == joined.dtype:
         return dispatch.load("decode_attention", name).decode_step(joined, keys, values, positions, rotation, window)

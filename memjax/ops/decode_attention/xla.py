@@ -19,7 +19,7 @@ def decode_attention(
     wide = accumulator(query.dtype)
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, width)
     scores = jnp.einsum("bkgh,bksh->bkgs", grouped, keys, preferred_element_type=wide) * width**-0.5
-    positions = jnp.arange(size, dtype=lengths.dtype)[None, None, None, :]
+    positions = jnp.arange(size, dtype=jnp.int32)[None, None, None, :]
     seen = positions < lengths[:, None, None, None]
     if window is not None:
         seen &= positions >= lengths[:, None, None, None] - window
