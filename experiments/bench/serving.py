@@ -63,6 +63,8 @@ COLUMNS += (
 KEY = ("model", "clients", "prompt", "new", "hang_ups")
 _SAMPLE = 24
 """Answers that are asked again."""
+_START_SECONDS = 120.0
+"""For the processes of the clients to start."""
 
 
 def serve(case: cases.Row) -> None:
@@ -229,10 +231,10 @@ async def run_clients(port: int, clients: Sequence[Client], num_tokens: int) -> 
     """Each client sends one request after the other."""
     answers: list[tuple[dict[str, Any], str]] = []
     firsts: list[float] = []
-    lost, first_end = 0, None
+    lost, has_ended, first_end = 0, False, (0.0, 0)
 
     async def run(client: Client) -> None:
-        nonlocal lost, first_end
+        nonlocal lost, has_ended, first_end
         for body, patience in zip(*client, strict=True):
             try:
                 answer = await ask(port, body, events=patience)
@@ -244,18 +246,18 @@ async def run_clients(port: int, clients: Sequence[Client], num_tokens: int) -> 
                 is_whole = answer.finish == "length" and answer.num_tokens == num_tokens
                 lost += not is_whole
                 answers.append((body, answer.text))
-        if first_end is None:
-            first_end = time.perf_counter(), 0  # no other client comes here while the server is asked
-            first_end = first_end[0], await made_tokens(port)
+        if not has_ended:
+            has_ended = True  # before others come here while the server is asked
+            made = await made_tokens(port)
+            first_end = time.perf_counter(), made
 
     await asyncio.gather(*map(run, clients))
-    assert first_end is not None
     return Load(answers, firsts, lost, first_end)
 
 
 def run_process(port: int, clients: Sequence[Client], num_tokens: int, barrier: threading.Barrier) -> Load:
     """The clients of one process, which begin with those of the others."""
-    barrier.wait()
+    barrier.wait(_START_SECONDS)
     return asyncio.run(run_clients(port, clients, num_tokens))
 
 
@@ -274,7 +276,7 @@ def load_server(case: cases.Row, port: int) -> cases.Row:
         shares = [clients[place::num_processes] for place in range(num_processes)]
         futures = [pool.submit(run_process, port, share, case["new"], barrier) for share in shares]
         before = asyncio.run(made_tokens(port))
-        barrier.wait()
+        barrier.wait(_START_SECONDS)
         started = time.perf_counter()
         loads = [future.result() for future in futures]
         seconds = time.perf_counter() - started

@@ -29,8 +29,6 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from importlib import metadata
 
-from memjax.io.files import write_atomic
-
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
@@ -41,6 +39,8 @@ from families import FAMILIES  # noqa: E402
 from lab import Case, Lab, Skipped  # noqa: E402
 from promises import RESULTS, promises, run_tests  # noqa: E402
 from records import RECORDS, UNSEALED  # noqa: E402
+
+from memjax.io.files import write_atomic  # noqa: E402
 
 
 def _claim(make: Callable[..., object]) -> str:

@@ -165,7 +165,7 @@ def programs_of(graphdef: Any, structure: Any) -> Programs:
         if state is None:
             empty = lambda array: split_tokens(jnp.zeros((num_rows, *array.shape[1:]), array.dtype))
             state = jax.tree.map(empty, fresh)
-        # That no place comes twice spares the order in which they would have to be written.
+        # Unique indices let XLA write rows in any order.
         return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop", unique_indices=True), state, fresh)
 
     @functools.partial(jax.jit, static_argnames="room")

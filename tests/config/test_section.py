@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from memjax.config.data import DataConfig
 from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
@@ -35,6 +36,11 @@ def test_a_section_is_of_its_class(as_users_call):
     fields: Any = {"memory": {"num_keys": 8}}
     with pytest.raises(ValueError, match=r"^memory=\{'num_keys': 8\} must be of class MemoryConfig$"):
         ModelConfig(**fields)
+    parts: Any = {"source": "mixture", "mixture": ({"name": "a", "path": "b"},)}
+    with pytest.raises(
+        ValueError, match=r"^mixture=\(\{'name': 'a', 'path': 'b'\},\) must be a tuple of MixtureConfig$"
+    ):
+        DataConfig(**parts)
 
 
 def test_settings_that_are_right_only_together_are_replaced_at_once():

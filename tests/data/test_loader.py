@@ -368,13 +368,13 @@ def test_the_repairs_that_the_message_for_a_bad_line_names_can_be_resumed(jsonl_
 
 
 def test_closing_stops_a_thread_in_the_middle_of_a_batch(tmp_path):
-    encoded, begun = [], threading.Event()
+    encoded, waited, begun = [], [], threading.Event()
 
     class Waiting(ByteTokenizer):
         def encode_batch(self, texts):
             encoded.append(texts)
             begun.set()
-            assert stop.wait(60)
+            waited.append(stop.wait(60))
             return super().encode_batch(texts)
 
     path = tmp_path / "a.txt"
@@ -388,3 +388,4 @@ def test_closing_stops_a_thread_in_the_middle_of_a_batch(tmp_path):
     assert begun.wait(60)
     data.close()
     assert len(encoded) == 1, "the batch needs many more"
+    assert waited == [True], "it was told to stop, and not left to itself"

@@ -136,7 +136,7 @@ def test_prompts_that_come_while_others_are_read_join_before_the_next_tokens_if_
 
 
 def test_a_prompt_that_nobody_follows_waits_for_a_moment_only():
-    engine = Scripted(num_slots=16, num_tokens=10_000)
+    engine = Scripted(num_slots=16, num_tokens=10**9)
     scheduler, updates, _ = scheduler_with(engine, 0)
     scheduler.submit([ticket() for _ in range(9)])
     scheduler.start()
@@ -149,7 +149,49 @@ def test_a_prompt_that_nobody_follows_waits_for_a_moment_only():
         time.sleep(0.001)
     assert scheduler.stop(30.0)
     assert any(one is late for one, _ in updates)
-    assert engine.tokens_left(), "the others still run"
+    assert len(engine.tokens_left()) == 10, "nobody had ended"
+
+
+def test_running_texts_go_on_between_prompts_that_are_only_scored(monkeypatch):
+    monkeypatch.setattr(scheduler_module, "_CHUNK_SECONDS", 0.05)
+    engine, enough = Scripted(num_tokens=10**9), threading.Event()
+
+    def scored() -> Ticket:
+        return Ticket(request=Request(prompt_ids=[1], max_tokens=0), prompt_top=0)
+
+    def listen(updates: list[tuple[Ticket, Update]]) -> None:
+        # Whoever scores asks again at once.
+        for _ in [one for one, _ in updates if not one.request.max_tokens]:
+            scheduler.submit([scored()])
+        if sum(call not in ("read 1 in 1", "write 0") for call in engine.calls) >= 5:
+            enough.set()
+
+    # At 10 ms each, the tokens of all that may be read at once would take 20 s.
+    scheduler = Scheduler(engine, listen, max_waiting=99, score=lambda prompt, top: time.sleep(0.01) or [])
+    scheduler.submit([ticket()])
+    scheduler.submit([scored()])
+    scheduler.start()
+    assert enough.wait(10)
+    assert scheduler.stop(30.0)
+
+
+def test_prompts_that_are_only_scored_wait_for_no_slot_and_no_others(monkeypatch):
+    monkeypatch.setattr(scheduler_module, "_READ_AFTER_SECONDS", 3600.0)
+    engine, scored = Scripted(num_tokens=10**9), Ticket(request=Request(prompt_ids=[1], max_tokens=0), prompt_top=0)
+    is_scored = threading.Event()
+
+    def listen(updates: list[tuple[Ticket, Update]]) -> None:
+        if any(one is scored for one, _ in updates):
+            is_scored.set()
+        elif len(engine.left) == 8 and not scored.owner:
+            scored.owner = "submitted"
+            scheduler.submit([scored])
+
+    scheduler = Scheduler(engine, listen, max_waiting=99, score=lambda prompt, top: [])
+    scheduler.submit([ticket() for _ in range(8)])
+    scheduler.start()
+    assert is_scored.wait(30)
+    assert scheduler.stop(30.0)
 
 
 def test_tokens_are_written_up_to_the_last_end_that_is_near():

@@ -47,11 +47,11 @@ def json_record(line: bytes, keys: Keys) -> Record:
     Raises:
         MalformedError: it is none, or its fields cannot be used.
     """
-    return fields_record(json_fields(line), keys)
+    return fields_record(json_fields(line, or_else=", or set data.source=text to read lines of plain text"), keys)
 
 
-def json_fields(line: bytes) -> dict[str, Any]:
-    """The fields of a JSON object.
+def json_fields(line: bytes, *, or_else: str = "") -> dict[str, Any]:
+    """The fields of a JSON object; what else to do with a line that looks like plain text ends the error.
 
     Raises:
         MalformedError: it is none.
@@ -63,7 +63,7 @@ def json_fields(line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         way_out = "; write one whole JSON object a line"
         if not line.lstrip().startswith((b"{", b"[")):
-            way_out += ", or set data.source=text to read lines of plain text"
+            way_out += or_else
         raise MalformedError(f"not JSON ({error}){way_out}") from error
     if not isinstance(fields, dict):
         raise MalformedError(f"a JSON {_kind(fields)}, not an object; write one JSON object a line")
