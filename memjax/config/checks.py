@@ -122,7 +122,7 @@ def _rule(kind: Any) -> Check | None:
         # A dict, say, would be taken for a section without a field, and a model be built without a memory.
         return _check(lambda value: isinstance(value, kind), f"must be of class {kind.__name__}", quoted=True)
     item: Any = get_args(kind)[0] if get_origin(kind) is tuple else None
-    if dataclasses.is_dataclass(item):
+    if dataclasses.is_dataclass(item) and isinstance(item, type):
         are_all = lambda values: isinstance(values, tuple | list) and all(isinstance(value, item) for value in values)
         return _check(are_all, f"must be a tuple of {item.__name__}", quoted=True)
     return functools.partial(one_of, get_args(kind)) if get_origin(kind) is Literal else _TYPES.get(kind)
