@@ -21,7 +21,7 @@ from memjax.memory.usage import count_reads
 from memjax.models.decoder import Decoder
 from memjax.models.loss import summed_loss
 from memjax.models.parts import DecoderParts, Tables, split_decoder, writable
-from memjax.models.token_ids import check_ids
+from memjax.models.token_ids import check_vocabulary
 from memjax.ops.row_update.api import row_update
 from memjax.ops.row_update.rules import RowRule, row_step
 
@@ -89,7 +89,7 @@ def learn(
     Raises:
         ValueError: the tokenizer has more tokens than the model.
     """
-    check_ids([tokenizer.vocab_size - 1], model.config.vocab_size, "the ids of the tokenizer")
+    check_vocabulary(tokenizer.vocab_size, model.config.vocab_size)
     parts, params, tables = split_decoder(model)
     pairs = [windows(pairs_of(fact.wordings, tokenizer), longest) for fact in facts]
     old = windows(pairs_of(known, tokenizer), longest) if recipe.replay else []

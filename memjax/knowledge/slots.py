@@ -19,7 +19,7 @@ from memjax.data.tokenizers.base import Tokenizer
 from memjax.knowledge.facts import batch_of, pairs_of, windows
 from memjax.knowledge.reads import layers_of, run_layers, slot_reads, tables_of, through_norm
 from memjax.models.decoder import Decoder
-from memjax.models.token_ids import check_ids
+from memjax.models.token_ids import check_vocabulary
 from memjax.ops.embedding_bag.api import embedding_bag
 
 _RECORDS_AT_ONCE = 256
@@ -61,7 +61,7 @@ def count_texts(
     Raises:
         ValueError: the tokenizer has more tokens than the model.
     """
-    check_ids([tokenizer.vocab_size - 1], model.config.vocab_size, "the ids of the tokenizer")
+    check_vocabulary(tokenizer.vocab_size, model.config.vocab_size)
     graphdef, state = nnx.split(model)
     tables = model.config.tables
     counts = {name: jnp.zeros(tables[name].num_slots, jnp.int32) for name in layers_by_table(model.config)}
@@ -160,7 +160,7 @@ def slot_report(
     Raises:
         ValueError: the tokenizer has more tokens than the model.
     """
-    check_ids([tokenizer.vocab_size - 1], model.config.vocab_size, "the ids of the tokenizer")
+    check_vocabulary(tokenizer.vocab_size, model.config.vocab_size)
     graphdef, state = nnx.split(model)
     best: list[tuple[float, int, Context]] = []
     texts = reads = 0

@@ -13,7 +13,7 @@ from memjax.memory.peer import PEERLayer
 
 
 class TokenBytes(NamedTuple):
-    """Bytes a token and layer of a training step."""
+    """Bytes a token and layer of a training step, and the number of scores."""
 
     activations: int
     """Around the lookup; kept without rematerialisation."""
@@ -24,7 +24,7 @@ class TokenBytes(NamedTuple):
     gradient: int
     """The row gradients."""
     scores: int
-    """Scores that the search compares (their number, not bytes), in float32 or wider."""
+    """Scores that the search compares, in float32 or wider: a count, not bytes."""
 
 
 class LookupKind(NamedTuple):

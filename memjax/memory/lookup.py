@@ -59,11 +59,11 @@ class LookupLayer(nnx.Module):
         """
         name, call = type(self).__name__, "(x, table)" if len(self.READS) == 1 else "(x, *tables)"
         if len(tables) != len(self.READS):
-            raise ValueError(
-                f"{name} is called as layer{call} and reads {len(self.READS)} of them, found {len(tables)}"
-            )
+            count = "one table" if len(self.READS) == 1 else f"{len(self.READS)} tables"
+            raise ValueError(f"{name} is called as layer{call}, with {count}; found {len(tables)}")
         if wrong := [type(table).__name__ for table in tables if not isinstance(table, ValueTable)]:
-            raise TypeError(f"{name} is called as layer{call} with a ValueTable each, found {', '.join(wrong)}")
+            rule = "table must be a ValueTable" if len(self.READS) == 1 else "tables must be ValueTables"
+            raise TypeError(f"{name} is called as layer{call}: {rule}, found {', '.join(wrong)}")
         x = jnp.asarray(x)  # arrays of NumPy have types that JAX has not, such as float64
         recording: Any = getattr(self, "recording", None)
         if recording is None:

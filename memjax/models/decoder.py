@@ -100,7 +100,7 @@ class Decoder(nnx.Module):
 
         Raises:
             ValueError: a token id is outside the vocabulary. Under `jax.jit`, where ids have no values yet, the logits
-                of its sequence are NaN.
+                of its position and those after it are NaN; those before it may be.
         """
         return self.logits(self.hidden(tokens, positions).states)
 
@@ -134,6 +134,7 @@ class Decoder(nnx.Module):
             if given is not None:
                 fits = given.shape == tokens.shape
                 require("Decoder", fits, f"{name} must have the shape of the tokens", tokens=tokens, **{name: given})
+        check_ids(tokens, self.config.vocab_size, "tokens")
         x = split_tokens(self.embedded(tokens))
         reads: dict[str, tuple[TableRead, ...]] = {}
         routings: dict[str, Routing] = {}
@@ -171,7 +172,11 @@ class Decoder(nnx.Module):
         return Cache(tuple(KeyValues(*pair) for pair in zeros), jnp.zeros(batch, jnp.int32))
 
     def with_cache(self, tokens: Int[Array, "b s"], cache: Cache) -> tuple[Float[Array, "b s vocab"], Cache]:
-        """Logits at new tokens that follow each row's cached ones, and the cache with them."""
+        """Logits at new tokens that follow each row's cached ones, and the cache with them.
+
+        Token ids must be of the vocabulary. They are checked as by `__call__`, but where a step takes one token of each
+        row: a loop that samples need not wait for its tokens.
+        """
         hidden, cache = self.hidden_with_cache(tokens, cache)
         return self.logits(hidden), cache
 
@@ -182,6 +187,8 @@ class Decoder(nnx.Module):
 
         Without a cache the tokens are the first ones, and the new cache holds just these.
         """
+        if cache is None or tokens.shape[1] > 1:
+            check_ids(tokens, self.config.vocab_size, "tokens")
         positions, lengths = default_positions(tokens), jnp.zeros(tokens.shape[0], jnp.int32)
         if cache is not None:
             lengths = cache.lengths
@@ -194,8 +201,7 @@ class Decoder(nnx.Module):
         return self.norm(x).normed, Cache(tuple(blocks), lengths + tokens.shape[1])
 
     def embedded(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s dim"]:
-        """The embeddings of tokens; under `jax.jit` NaN for ids outside the vocabulary, which are refused elsewhere."""
-        check_ids(tokens, self.config.vocab_size, "tokens")
+        """The embeddings of tokens; NaN for ids outside the vocabulary."""
         # Indexing would read the last row instead, or count from the end.
         rows = self.embed.embedding[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         # Rows first, then their type: the other way round the whole matrix would be cast, and its gradient be summed

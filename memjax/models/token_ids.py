@@ -7,6 +7,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
+TOKENIZER = "take the tokenizer that the model was trained with"
+
 
 def check_ids(ids: Int[Array, "..."] | Int[np.ndarray, "..."] | Sequence[int], vocab_size: int, name: str) -> None:
     """Refuses ids outside the vocabulary. Traced ids, and arrays that other processes hold a part of, pass.
@@ -24,6 +26,19 @@ def check_ids(ids: Int[Array, "..."] | Int[np.ndarray, "..."] | Sequence[int], v
     values = np.asarray(ids)
     for token in (values.min(), values.max()) if values.size else ():
         if not 0 <= token < vocab_size:
-            raise ValueError(
-                f"{name} hold {token}; the model knows 0..{vocab_size - 1}: take the tokenizer that it was trained with"
-            )
+            way_out = "mask padding and use id 0 there" if token < 0 else TOKENIZER
+            raise ValueError(f"{name} hold {token}; the model knows 0..{vocab_size - 1}: {way_out}")
+
+
+def check_vocabulary(tokens: int, vocab_size: int) -> None:
+    """Refuses a tokenizer with more tokens than a model.
+
+    Args:
+        tokens: of the tokenizer.
+        vocab_size: of the model.
+
+    Raises:
+        ValueError: the tokenizer has more.
+    """
+    if tokens > vocab_size:
+        raise ValueError(f"the tokenizer has {tokens:,} tokens, the model {vocab_size:,}: {TOKENIZER}")

@@ -52,7 +52,7 @@ def named(label: str, wanted: str, known: Sequence[str], reason_against: Callabl
 
 
 def problems(implementation: str | None) -> list[str | None]:
-    """Why `implementation` names none of IMPLEMENTATIONS, for `checks.refuse`; None, the default, is allowed."""
+    """Problems of an `implementation` argument, for `checks.refuse`: none if it is None or known."""
     return [] if implementation is None else checks.one_of(IMPLEMENTATIONS, implementation=implementation)
 
 

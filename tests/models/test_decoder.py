@@ -10,6 +10,7 @@ from flax import nnx
 
 from memjax.config.memory import MemoryConfig, PEERConfig
 from memjax.config.model import ExpertsConfig, ModelConfig
+from memjax.models import decoder
 from memjax.models.block import Block
 from memjax.models.decoder import resolve_dtype
 from memjax.models.feed_forward import FeedForward
@@ -278,9 +279,18 @@ def test_ids_outside_the_vocabulary_are_refused_and_are_nan_where_they_are_trace
             model(given)
         with pytest.raises(ValueError, match=rf"tokens hold {wrong}; the model knows 0\.\.39"):
             model.with_cache(given, model.init_cache(2, 4))
+        with pytest.raises(ValueError, match=rf"tokens hold {wrong}; the model knows 0\.\.39"):
+            model.hidden_with_cache(given[:, 2:3], None)
     logits = np.asarray(call(model, tokens))
     assert np.isnan(logits[0, 2:]).all()
     np.testing.assert_array_equal(logits[1], np.asarray(call(model, tokens[[1, 1]]))[1])
+
+
+def test_a_cached_step_of_one_token_reads_no_token_on_the_host(monkeypatch):
+    model, tokens = build("dense"), jnp.array([[3, 5]])
+    _, cache = model.with_cache(tokens, model.init_cache(1, 4))
+    monkeypatch.setattr(decoder, "check_ids", lambda *_: pytest.fail("waits for the tokens"))
+    assert np.isfinite(model.with_cache(tokens[:, :1], cache)[0]).all()
 
 
 def test_an_id_outside_the_vocabulary_moves_no_embedding():

@@ -378,8 +378,8 @@ def kind_of(model, layer):
     if memory and layer in memory["layers"]:
         return "memory", ("shared" if memory["shared_table"] else f"layer_{layer}",)
     if peer and layer in peer["layers"]:
-        pool = "experts" if peer["shared_table"] else f"experts_{layer}"
-        return "peer", (f"{pool}_inputs", f"{pool}_outputs")
+        name = "experts" if peer["shared_table"] else f"experts_{layer}"
+        return "peer", (f"{name}_inputs", f"{name}_outputs")
     return "experts" if experts and (experts["layers"] is None or layer in experts["layers"]) else "dense", ()
 
 
