@@ -171,9 +171,9 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= 24 else f"{text[:23]}…")
 
 
-def _cell(text: str, width: int = 18) -> str:
+def _cell(text: str) -> str:
     shown = repr(text)[1:-1]
-    return (shown if len(shown) < width else f"{shown[: width - 2]}…").ljust(width)
+    return f"{shown if len(shown) < 18 else f'{shown[:16]}…':<18}"
 
 
 def _show_slot(found: "LoadedModel", settings: InspectConfig) -> None:

@@ -18,7 +18,7 @@ from memjax.data.sources import biographies
 from memjax.data.sources.biographies import Person
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.evaluation.recall import answer_requests
-from memjax.inference.scoring import Place, score, to_device
+from memjax.inference.scoring import score
 from memjax.models.counts import count_parameters
 from memjax.models.decoder import Decoder
 from memjax.models.parts import split_decoder
@@ -51,7 +51,6 @@ def knowledge_report(
     limit_people: int | None = None,
     *,
     batch_size: int = 256,
-    place: Place = to_device,
 ) -> dict[str, Any]:
     """Fact knowledge of a model trained on biographies, as JSON values.
 
@@ -66,14 +65,13 @@ def knowledge_report(
         config: the run's data.
         limit_people: people to measure; their mean stands for all. None measures all.
         batch_size: statements at once; under a mesh a multiple of its devices.
-        place: puts a batch on the devices.
     """
     people = biographies.people(config.biographies)
     measured = people[:limit_people]
     # In a biography the full stop belongs to the value, and any sentence may be the first.
     statements = _statements(measured, config.biographies.seed, "." if config.biographies.form == "biography" else "")
     nats: dict[str, list[float]] = defaultdict(list)
-    for statement, loss in zip(statements, _losses(model, tokenizer, statements, batch_size, place), strict=True):
+    for statement, loss in zip(statements, _losses(model, tokenizer, statements, batch_size), strict=True):
         nats[statement.attribute].append(loss)
     by_attribute = {}
     for name, choices in CHOICES.items():
@@ -130,9 +128,7 @@ def _statements(people: Sequence[Person], seed: int, end: str) -> list[_Statemen
     return found
 
 
-def _losses(
-    model: Decoder, tokenizer: Tokenizer, statements: Sequence[_Statement], batch_size: int, place: Place
-) -> list[float]:
+def _losses(model: Decoder, tokenizer: Tokenizer, statements: Sequence[_Statement], batch_size: int) -> list[float]:
     """-log p of each value after its prompt, in nats."""
     requests = answer_requests(tokenizer, [(one.prompt, one.value) for one in statements], end=False)
-    return [-one.log_likelihood for one in score(model, requests, batch_size=batch_size, place=place)]
+    return [-one.log_likelihood for one in score(model, requests, batch_size=batch_size)]

@@ -74,7 +74,6 @@ def bits_per_byte(
     batch_size: int = 32,
     stride: int | None = None,
     max_bytes: int | None = None,
-    place: Place = to_device,
 ) -> TextScore:
     """The model's code length of documents, each predicted from a begin token on; every token counts exactly once.
 
@@ -90,7 +89,6 @@ def bits_per_byte(
         stride: tokens from one window's begin to the next one's; None is half a window, sequence_length is the fastest
             and gives the first tokens of a window no context.
         max_bytes: ends after that many bytes of text, cut between characters; None reads all.
-        place: puts a batch on the devices.
 
     Raises:
         ValueError: there is no text, or stride is not in 1..sequence_length.
@@ -113,7 +111,7 @@ def bits_per_byte(
 
     ahead = windows()
     while some := list(itertools.islice(ahead, _BATCHES_AT_ONCE * batch_size)):
-        nats -= sum(one.log_likelihood for one in score(model, some, batch_size=batch_size, place=place))
+        nats -= sum(one.log_likelihood for one in score(model, some, batch_size=batch_size))
     if not num_bytes:
         raise ValueError("there is no text to score: every document is empty")
     return TextScore(nats / math.log(2) / num_bytes, nats / num_tokens, num_bytes, num_tokens)

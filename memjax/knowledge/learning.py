@@ -96,9 +96,9 @@ def learn_facts(
     *,
     out: str,
     source: str,
-    corpus: str | None = None,
-    corpus_texts: int = 20_000,
-    most_questions: int = 1_000,
+    corpus: str | None,
+    corpus_texts: int,
+    most_questions: int,
 ) -> Patch:
     """Learns facts, prints what is known before and after, and writes the rows that differ as a patch.
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from memjax.models.chunks import by_chunks, join, split
 from memjax.models.decoder import Decoder
+from memjax.models.token_ids import check_ids
 from memjax.ops.manual_axes import vary_like
 from memjax.ops.precision import accumulator
 from memjax.ops.shapes import require
@@ -30,8 +31,12 @@ def token_losses(
     *,
     logit_bytes: int = LOGIT_BYTES,
 ) -> Float[Array, "b s"]:
-    """-log p(target) of every token, in nats, float32 or wider; for gradients see `summed_loss`."""
-    _check(hidden, targets=targets)
+    """-log p(target) of every token, in nats, float32 or wider; for gradients see `summed_loss`.
+
+    Raises:
+        ValueError: as `summed_loss`.
+    """
+    _check(model, hidden, targets=targets)
     losses = lambda logits, targets: _cross_entropy(logits, targets)[0]
     return map_logits(model, losses, hidden, targets, logit_bytes=logit_bytes)
 
@@ -66,15 +71,17 @@ def summed_loss(
     losses, while its logits are there: they are made once, not again for the backward pass.
 
     Raises:
-        ValueError: targets or weights are not one for each token.
+        ValueError: targets or weights are not one for each token, or a target is outside the vocabulary. Under
+            `jax.jit`, where targets have no values yet, the loss of such a target is NaN, whatever its weight.
     """
-    _check(hidden, targets=targets, weights=weights)
+    _check(model, hidden, targets=targets, weights=weights)
     return _summed(_chunks_of(model, hidden, logit_bytes), hidden, model.output_matrix(), targets, weights)
 
 
-def _check(hidden: Array, **by_token: Array) -> None:
+def _check(model: Decoder, hidden: Array, **by_token: Array) -> None:
     fits = hidden.ndim == 3 and all(array.shape == hidden.shape[:2] for array in by_token.values())
     require("loss", fits, "each token needs one of each", hidden=hidden, **by_token)
+    check_ids(by_token["targets"], model.config.vocab_size, "targets")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -140,7 +147,9 @@ def _logits(hidden: Array, kernel: Array) -> Float[Array, "b s vocab"]:
 def _cross_entropy(logits: Float[Array, "b s vocab"], targets: Int[Array, "b s"]) -> tuple[Array, Array]:
     """-log softmax(logits)[target], and the logarithm of the softmax's denominator."""
     log_total = jax.nn.logsumexp(logits, axis=-1)
-    return log_total - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], log_total
+    # Indices past the end give NaN; negative ones would count from the end.
+    index = jnp.where(targets < 0, logits.shape[-1], targets)[..., None]
+    return log_total - jnp.take_along_axis(logits, index, axis=-1, mode="fill")[..., 0], log_total
 
 
 def _chunks_of(model: Decoder, hidden: Float[Array, "b s dim"], logit_bytes: int) -> int:

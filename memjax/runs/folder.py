@@ -15,7 +15,7 @@ from memjax.checkpoint.checkpoints import Checkpoints
 from memjax.config.load import differences, load, to_yaml
 from memjax.config.run import RunConfig
 from memjax.data.dataset import train_tokenizer
-from memjax.data.sources.kinds import Source, find_source
+from memjax.data.sources.kinds import Source
 from memjax.data.tokenizers.base import FILE_NAME, Tokenizer
 from memjax.errors import ConfigError
 from memjax.io.console import say
@@ -181,15 +181,11 @@ class RunFolder:
             say(f"changed: {line}")
         return Claim(self, config, before=saved, changes=changed)
 
-    def tokenizer(self, config: RunConfig, data: Source | None = None) -> Tokenizer:
+    def tokenizer(self, config: RunConfig, data: Source) -> Tokenizer:
         """The run's tokenizer. Until there is a checkpoint it is made anew by every start, as the settings say.
 
         It is that of the run's checkpoints, or of train.init_from, or read from data.tokenizer.path, or trained. With
         several processes, each one calls it; the first one trains, and the others read what it writes.
-
-        Args:
-            config: of the run.
-            data: the config's, where it has been found before.
 
         Raises:
             ConfigError: it has more tokens than the model has embeddings.
@@ -284,12 +280,8 @@ class Claim:
         self._recorded = True  # not before: what a full disk has refused is written by the next call
 
 
-def make_tokenizer(config: RunConfig, data: Source | None = None) -> Tokenizer:
-    """The tokenizer that a run of these settings would begin with.
-
-    Args:
-        config: of the run.
-        data: the config's, where it has been found before.
+def make_tokenizer(config: RunConfig, data: Source) -> Tokenizer:
+    """The tokenizer that a run of these settings, with this data, would begin with.
 
     Raises:
         ConfigError: it has more tokens than the model has embeddings.
@@ -297,9 +289,7 @@ def make_tokenizer(config: RunConfig, data: Source | None = None) -> Tokenizer:
         CheckpointError: train.init_from cannot be read.
     """
     source = config.train.init_from
-    tokenizer = (
-        read_tokenizer(source) if source else train_tokenizer(data or find_source(config.data), config.model.vocab_size)
-    )
+    tokenizer = read_tokenizer(source) if source else train_tokenizer(data, config.model.vocab_size)
     return _fitting(tokenizer, config, f"{f'of {source}' if source else 'that data.tokenizer asks for'}; raise it")
 
 

@@ -69,7 +69,6 @@ def load(
     patches: Sequence[str | os.PathLike[str]] = (),
     table_format: str | RowFormat | None = None,
     table_place: Place = "device",
-    advise: Collection[LoadOption] = LOAD_OPTIONS,
 ) -> LoadedModel:
     """The model and the tokenizer of a run.
 
@@ -92,13 +91,28 @@ def load(
             `memjax.ops.row_formats.formats` added. None keeps what was saved.
         table_place: device, or host for tables larger than the GPU: their rows stay in the machine's memory and are
             read from there by the kernels. On a CPU, files of `convert quantize` are mapped.
-        advise: options that an error may recommend where memory is short; commands name those that they have.
 
     Raises:
         CheckpointError: there is no such checkpoint, it cannot be read here, or a patch is not for it.
         ConfigError: step or table_format is unknown, there is no room for the tables, or patches are given with
             table_format or table_place.
     """
+    tables = {"table_format": table_format, "table_place": table_place}
+    return load_advising(LOAD_OPTIONS, path, step=step, ema=ema, dtype=dtype, patches=patches, **tables)
+
+
+def load_advising(
+    advise: Collection[LoadOption],
+    path: str | os.PathLike[str],
+    *,
+    step: int | Literal["latest", "best"],
+    ema: bool = False,
+    dtype: DTypeLike | None = None,
+    patches: Sequence[str | os.PathLike[str]] = (),
+    table_format: str | RowFormat | None = None,
+    table_place: str = "device",
+) -> LoadedModel:
+    """`load` for callers with other options: `advise` holds those that an error recommends when memory is short."""
     patches = checks.several(patches)
     tables = TableSettings.of(table_format, table_place)
     if patches and not tables.is_default:

@@ -182,7 +182,7 @@ def _tokenizer_of(meta: Mapping[str, Any], folder: pathlib.Path) -> Tokenizer:
         raise CheckpointError(f"{folder}: the checkpoint's tokenizer cannot be read: {explained(error)}") from error
 
 
-def readable_folder(path: str | os.PathLike[str], step: int | str = "latest") -> pathlib.Path:
+def readable_folder(path: str | os.PathLike[str], step: int | str) -> pathlib.Path:
     """The folder of steps of a run, which may be the copy of one that is elsewhere.
 
     Raises:

@@ -118,11 +118,11 @@ def loaded(run: str, settings: CheckpointSettings) -> Iterator["LoadedModel"]:
 
 def _load(run: str, settings: CheckpointSettings) -> "LoadedModel":
     from memjax.models.parts import split_decoder, writable
-    from memjax.runs.load import load
+    from memjax.runs.load import load_advising
     from memjax.runs.tables import LOAD_OPTIONS, LoadOption
 
     known: list[LoadOption] = [option for option in LOAD_OPTIONS if hasattr(settings, option)]
-    found = load(run, step=settings.checkpoint, patches=settings.patch, advise=known, **settings.options)
+    found = load_advising(known, run, step=settings.checkpoint, patches=settings.patch, **settings.options)
     if not isinstance(settings, InferenceSettings):
         writable(split_decoder(found.model)[2], run)
     return found

@@ -50,6 +50,17 @@ def test_losses_are_minus_log_probabilities_however_they_are_cut(chunk_tokens, t
     np.testing.assert_allclose(total, np.sum(expected * np.asarray(mask)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("target", [-1, VOCAB])
+def test_targets_outside_the_vocabulary_are_refused_and_nan_where_they_are_traced(target):
+    model, hidden, targets, mask = build()
+    wrong = targets.at[0, 2].set(target)
+    for loss in (token_losses, partial(summed_loss, weights=mask)):
+        with pytest.raises(ValueError, match=f"targets hold {target}; the model knows 0..{VOCAB - 1}"):
+            loss(model, hidden, wrong)
+    losses = nnx.jit(token_losses)(model, hidden, wrong)
+    np.testing.assert_array_equal(jnp.isnan(losses), wrong == target)
+
+
 def gradients(model, hidden, targets, mask, *, chunk_tokens):
     graphdef, params = nnx.split(model)
 

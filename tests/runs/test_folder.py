@@ -14,6 +14,7 @@ import pytest
 
 from memjax.config.load import to_yaml
 from memjax.config.run import RunConfig
+from memjax.data.sources.kinds import find_source
 from memjax.data.tokenizers.base import ByteTokenizer, Tokenizer
 from memjax.errors import ConfigError
 from memjax.io.files import write_atomic
@@ -232,7 +233,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_and_another_is_made_fo
     def tokenizer(vocab_size: int, *settings: str) -> Tokenizer:
         few = "--data.biographies.num_people 20"
         config = tiny_config(f"--run.dir {tmp_path} --model.vocab_size {vocab_size} {few}", *settings)
-        return RunFolder.of(config).tokenizer(config)
+        return RunFolder.of(config).tokenizer(config, find_source(config.data))
 
     bpe = "--data.tokenizer.kind bpe"
     first = tokenizer(300, bpe)

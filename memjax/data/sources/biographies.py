@@ -203,10 +203,9 @@ def questions(config: BiographiesConfig, asked: bool, limit_people: int | None =
     return [_question(person, attribute, QUESTIONS) for person in chosen for attribute in attribute_names]
 
 
-def statements(config: BiographiesConfig, limit_people: int | None = None) -> list[Question]:
+def statements(config: BiographiesConfig) -> list[Question]:
     """The six facts of each person as a trained sentence begins them, in fixed wordings."""
-    chosen = people(config)[:limit_people]
-    return [_question(person, attribute, STATEMENTS) for person in chosen for attribute in attribute_names]
+    return [_question(person, name, STATEMENTS) for person in people(config) for name in attribute_names]
 
 
 def _question(person: Person, attribute: str, wordings: dict[str, tuple[str, ...]]) -> Question:

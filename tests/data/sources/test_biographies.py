@@ -153,8 +153,8 @@ def test_questions_ask_for_the_six_values_of_the_right_people():
 def test_statements_are_told_in_training():
     config = dataclasses.replace(CONFIG, num_people=3)
     told = {text_of(record) for seed in range(60) for record in exposures(config, np.random.default_rng(seed))}
-    found = biographies.statements(config, 2)
-    assert len(found) == 12
+    found = biographies.statements(config)
+    assert len(found) == 18
     assert {statement.prompt + statement.answer for statement in found} <= told
 
 
