@@ -12,7 +12,7 @@ from memjax.config.checks import not_negative, positive
 from memjax.config.load import READ_RUN, parse
 from memjax.config.sampling import SamplingConfig
 from memjax.config.section import LocalPath
-from memjax.errors import ConfigError
+from memjax.errors import ConfigError, DataError
 from memjax.io.command import check_output, exit_code
 from memjax.io.console import printable
 from memjax.io.ctrl_c import heard, run_command
@@ -99,7 +99,6 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
     """
     from memjax.data.sources.parsing import Keys
     from memjax.data.sources.stream import RecordFiles
-    from memjax.errors import DataError
 
     records = []
     for place, record in RecordFiles(path, "--prompts", Keys("prompt")).fields("prompt"):
@@ -166,6 +165,7 @@ def _converse(found: "LoadedModel", settings: GenerateConfig) -> None:
 
     Raises:
         ConfigError: the input is no terminal, and there is no prompt in it.
+        DataError: it is no terminal, and a prompt is not UTF-8.
     """
     asks = sys.stdin.isatty()
     if asks:
@@ -185,6 +185,12 @@ def _converse(found: "LoadedModel", settings: GenerateConfig) -> None:
                 ) from None
             return
         if not prompt:
+            continue
+        if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            problem = f"the prompt {prompt[:100]!a} is not UTF-8"
+            if not asks:
+                raise DataError(f"standard input: {problem}; write it in UTF-8")
+            print(problem, file=sys.stderr)
             continue
         try:
             _write(found, settings, prompt, number=number)

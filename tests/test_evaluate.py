@@ -187,6 +187,12 @@ def test_prompts_are_read_from_a_pipe(biographies, capsys, monkeypatch):
     assert first == second
 
 
+def test_a_prompt_from_a_pipe_that_is_no_utf8_is_named(biographies, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors="surrogateescape"))
+    assert generate.main([biographies]) == 3
+    assert r"standard input: the prompt 'caf\udce9' is not UTF-8" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_two_devices_write_what_one_writes(biographies, capsys):
     printed = []

@@ -53,6 +53,10 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _fits_float32(value: Any) -> bool:
+    return value == 0 or 1.2e-38 <= abs(value) <= 3.4e38
+
+
 def _are_whole(value: Any) -> bool:
     return isinstance(value, tuple) and all(map(_is_whole, value))
 
@@ -65,11 +69,23 @@ not_empty = _check(bool, "must not be empty", quoted=True)
 whole = _check(_is_whole, "must be a whole number", quoted=True)
 finite = _check(_is_finite, "must be a finite number", quoted=True)
 
+
+def _both(one: Check, other: Check) -> Check:
+    return lambda **fields: one(**fields) or other(**fields)
+
+
 _of_type = functools.partial(_check, quoted=True, or_null=False)
+# A number that float32 rounds to zero, or to infinity, would end a run as not a number.
 _TYPES: dict[Any, Check] = {
     bool: _of_type(lambda value: isinstance(value, bool), "must be true or false"),
-    int: _of_type(_is_whole, "must be a whole number"),
-    float: _of_type(_is_finite, "must be a finite number"),
+    int: _both(
+        _of_type(_is_whole, "must be a whole number"),
+        _check(lambda value: abs(value) < 1 << 63, "must be a whole number of 64 bits"),
+    ),
+    float: _both(
+        _of_type(_is_finite, "must be a finite number"),
+        _check(_fits_float32, "must be a number of float32: 0, or from 1.2e-38 to 3.4e38"),
+    ),
     tuple[int, ...]: _of_type(_are_whole, "must be a tuple of whole numbers"),
 }
 

@@ -63,7 +63,7 @@ class Problems:
                 joint = "" if not dotted else "." if re.match(r"[a-z_][\w.]*=", line) else ": "
                 self.add(place, f"{dotted}{joint}{printable(line)}")
             return
-        annotation = field_type(self.schema, path)
+        annotation = field_type(self.schema, path, in_items=True)
         if item["type"] == "missing":
             problem = f"{dotted} is missing: it must be {in_words(annotation)}"
         elif annotation is None:

@@ -49,11 +49,11 @@ def walk(section: type, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]
             yield from walk(deeper, (*path, name))
 
 
-def field_type(section: type, path: FieldPath) -> Any:
-    """The type of a field; None where there is no such field."""
+def field_type(section: type, path: FieldPath, *, in_items: bool = False) -> Any:
+    """The type of a field, also one of a list's items if those are asked for; None where there is no such field."""
     annotation: Any = section
     for name in path:
-        inner = section_of(annotation)
+        inner = section_of(annotation) or (item_section_of(annotation) if in_items else None)
         annotation = field_types(inner).get(name) if inner else None
     return annotation
 

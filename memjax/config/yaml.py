@@ -1,5 +1,6 @@
 """The YAML of configs: YAML 1.2 by ruamel.yaml (3e-4 is a number, `no` is text), without tags, anchors and aliases."""
 
+import decimal
 import io
 import math
 import re
@@ -43,8 +44,10 @@ def compose(text: str) -> Node | None:
     """The document as nodes with their places; None where it is empty.
 
     Raises:
-        YAMLError: it is not YAML, or uses tags, anchors or aliases.
+        YAMLError: it is not YAML 1.2, or uses tags, anchors or aliases.
     """
+    if re.search(r"^%YAML[ \t]+1\.[01]\b", text, re.MULTILINE):  # where 012 is ten, and `no` is false
+        raise ComposerError(None, None, "this is read as YAML 1.2; take the %YAML line out", None)
     yaml = YAML(typ="safe", pure=True)
     yaml.Composer = _Composer
     return yaml.compose(text)
@@ -77,7 +80,7 @@ def scalar(node: ScalarNode) -> Any:
     except (KeyError, ValueError):  # ValueError: underscores without digits, more digits than Python reads
         return node.value
     if isinstance(value, float) and value.is_integer() and re.fullmatch(r"[+-]?[0-9]+[eE][+]?[0-9]+", node.value):
-        value = int(value)  # 1e6 steps are whole steps; a field for other numbers takes them, too
+        value = int(decimal.Decimal(node.value))  # 1e6 steps are whole steps; a field for other numbers takes them, too
     # What overflows stays text, so that the validation refuses it with its name.
     fits = math.isfinite(value) if isinstance(value, float) else isinstance(value, int) and abs(value) < 10**40
     return value if value is None or fits else node.value

@@ -35,7 +35,8 @@ class Rules(NamedTuple):
         """The rules of rows with the given sampling settings and prompt numbers, as NumPy arrays."""
         rows = [
             (
-                sampling.temperature,
+                # Logits divided by less overflow; the likeliest token is certain long before.
+                sampling.temperature and max(sampling.temperature, 1e-30),
                 _ALL if sampling.top_k is None else min(sampling.top_k, _ALL),
                 # The sum of all probabilities can pass 1 by a rounding error, and must not cut the last token off.
                 sampling.top_p if sampling.top_p < 1 else math.inf,

@@ -74,7 +74,9 @@ class Attention(nnx.Module):
         self.implementation = implementation
         heads, kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_width
         self.rope_theta = None if layer in config.rope_free_layers else config.rope_theta
-        self.rope_scaling, self.sliding_window = config.rope_scaling, config.sliding_window
+        self.rope_scaling, window = config.rope_scaling, config.sliding_window
+        # Distances of tokens are 32-bit; a wider window sees all of them.
+        self.sliding_window = window if window is None or window < 2**31 else None
         dim, width, kv_width = config.dim, heads * self.head_dim, kv_heads * self.head_dim
         has_bias = config.attention_bias
         has_out_bias = has_bias if config.attention_out_bias is None else config.attention_out_bias

@@ -256,7 +256,7 @@ WRONG = {
         [],
         [
             "config.yaml:4: data.mixture[0].wieght: unknown setting; did you mean 'weight'?",
-            "config.yaml:5: data.mixture[1].path: Input should be a valid string",
+            "config.yaml:5: data.mixture[1].path=3 must be text, in quotes if it looks like a number",
         ],
     ),
     "broken YAML": (
@@ -271,6 +271,38 @@ WRONG = {
             "config.yaml:1: not valid YAML: tags (!) and anchors (&, *) are not allowed; "
             "quote the text, or use `extends:`"
         ],
+    ),
+    "a value that looks like an option": (
+        "",
+        ["--data.path", "--x"],
+        [
+            "command line: --data.path needs a value; one that begins with -- is given as --data.path=VALUE",
+            "command line: x: unknown setting",
+        ],
+    ),
+    "numbers that float32 and 64 bits cannot hold": (
+        "optim:\n  lr: 1e39\n  eps: 1e-50\nrun: {seed: 1e30}\ntrain: {steps: 1e23}\n",
+        [],
+        [
+            "config.yaml:4: run.seed=1000000000000000000000000000000 must be a whole number of 64 bits",
+            "config.yaml:2: optim.lr=1e+39 must be a number of float32: 0, or from 1.2e-38 to 3.4e38",
+            "config.yaml:3: optim.eps=1e-50 must be a number of float32: 0, or from 1.2e-38 to 3.4e38",
+            "config.yaml:5: train.steps=100000000000000000000000 must be a whole number of 64 bits",
+        ],
+    ),
+    "an item of a list": (
+        "data:\n  source: mixture\n  mixture:\n  - {name: a, path: x, weight: .nan}\n"
+        "  - {name: b, path: x, source: txt}\n",
+        [],
+        [
+            "config.yaml:4: data.mixture[0].weight='.nan' must be a number",
+            "config.yaml:5: data.mixture[1].source='txt' must be one of 'files', 'jsonl', 'text'; did you mean 'text'?",
+        ],
+    ),
+    "YAML 1.1, where 017 is fifteen": (
+        "%YAML 1.1\n---\ntrain: {steps: 017}\n",
+        [],
+        ["config.yaml:1: not valid YAML: this is read as YAML 1.2; take the %YAML line out"],
     ),
     "numbers that overflow": (
         f"optim: {{lr: 1e999}}\ntrain: {{steps: {'9' * 50}}}\n",

@@ -76,6 +76,19 @@ def test_infinities_and_huge_numbers_keep_their_order():
         assert np.flatnonzero(kept[0]).tolist() == list(range(6 - top_k, 6))
 
 
+def test_the_smallest_temperature_takes_the_likeliest_token():
+    logits = jnp.asarray([[1.0, 5.0, 9.0, 3.0]])
+    settings = SamplingConfig(temperature=1.3e-38, top_p=1.3e-38)
+    rules = Rules.of([(settings, 0)])
+    assert compiled_pick(logits, logits > 9, rules, jnp.zeros(1, jnp.int32), mode=Mode.of([settings])).tolist() == [2]
+
+
+@pytest.mark.parametrize("penalty", [0.009, 101.0])
+def test_penalties_that_would_overflow_are_refused(penalty):
+    with pytest.raises(ValueError, match=f"repetition_penalty={penalty} must be in 0.01..100"):
+        SamplingConfig(repetition_penalty=penalty)
+
+
 def test_every_row_is_picked_by_its_own_settings():
     rng = np.random.default_rng(0)
     logits, seen = jnp.asarray(rng.normal(size=(5, 50)), jnp.float32), jnp.asarray(rng.random((5, 50)) < 0.3)

@@ -108,7 +108,9 @@ def test_queries_and_keys_may_be_normed_by_head_or_over_all_heads(qk_norm, sizes
         np.testing.assert_allclose(last[:, 0], expected[:, 5], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("window", "documents"), [(1, False), (3, False), (3, True), (LENGTH + 1, True)])
+@pytest.mark.parametrize(
+    ("window", "documents"), [(1, False), (3, False), (3, True), (LENGTH + 1, True), (2**31, False)]
+)
 def test_a_window_hides_all_but_the_nearest_tokens(window, documents):
     with jax.enable_x64(True):
         layer, x = build(2, "float64", sliding_window=window)

@@ -102,7 +102,9 @@ def _text(fields: Mapping[str, Any], key: str) -> str:
     if isinstance(text, bytes):  # of a binary column
         text = _decode(text)
     if not isinstance(text, str):
-        raise MalformedError(f"field {key!r} is a {_kind(text)}, not a string; write the text as a string")
+        kind = _kind(text)
+        article = "an" if kind in ("array", "object") else "a"
+        raise MalformedError(f"field {key!r} is {article} {kind}, not a string; write the text as a string")
     if not text:
         raise MalformedError(f"field {key!r} is an empty string; give it a text or remove the line")
     if not text.isascii():

@@ -5,6 +5,7 @@ import dataclasses
 import glob
 import io
 import itertools
+import json
 import lzma
 import pathlib
 import zlib
@@ -47,14 +48,14 @@ class RecordFiles:
         """The place and the fields of every record; a text is the field `name`.
 
         Raises:
-            DataError: a file cannot be read, or a record of JSON lines is no object.
+            DataError: a file cannot be read, or a record of JSON lines is no object or holds what is no Unicode.
         """
 
         def parse(file: DataFile, payload: Payload) -> dict[str, Any]:
             if isinstance(payload, dict):
                 return payload
             if isinstance(payload, bytes) and not file.as_text:
-                return json_fields(payload)
+                return _whole_unicode(json_fields(payload), payload)
             return {name: file.record(payload, self.keys)[0].text}
 
         return self._parsed(parse)
@@ -77,6 +78,17 @@ class RecordFiles:
                     yield place, parse(file, payload)
                 except MalformedError as error:
                     raise DataError(f"{place}: {error}") from error
+
+
+def _whole_unicode(fields: dict[str, Any], line: bytes) -> dict[str, Any]:
+    """The fields of a line, which tokenizers and files take as they are."""
+    if b"\\u" in line:
+        try:
+            json.dumps(fields, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise MalformedError(f"holds half of a surrogate pair ({half!a}); write both halves") from error
+    return fields
 
 
 class UnreadableError(MalformedError):
@@ -173,9 +185,16 @@ class Stream:
             raise _BrokenFileError(f"a truncated or damaged {self.file.format.capitalize()} file: {error}") from error
 
     def _wanted(self, names: Iterable[str]) -> list[str]:
-        """The columns to read. A file without the fields is malformed row by row, like one of JSON lines."""
+        """The columns to read. A file without the fields is malformed row by row, like one of JSON lines.
+
+        Raises:
+            DataError: several columns have one name.
+        """
         names = list(names)
-        return [name for name in dataclasses.astuple(self.keys) if name in names] or names
+        wanted = [name for name in dataclasses.astuple(self.keys) if name in names] or names
+        if twice := [name for name in wanted if names.count(name) > 1]:
+            raise DataError(f"{self.file.path}: several columns are called {twice[0]!r}; rename all but one")
+        return wanted
 
     def _parquet_batches(self, arrow: ModuleType) -> Iterator[Any]:
         size, rows = self.file.path.stat().st_size, 0

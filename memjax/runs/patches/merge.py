@@ -23,13 +23,18 @@ def merge(patches: Sequence[tuple[str, Patch]], *, conflicts: Rule = "refuse") -
             every change; first and last: the row of the first or the last patch.
 
     Raises:
-        CheckpointError: patches are of different models, or change the same rows and `conflicts` is refuse.
+        CheckpointError: patches are of different models, one is there twice, they change the same rows and `conflicts`
+            is refuse, or sums of rows are not finite.
     """
     first_label, first = patches[0]
     for label, patch in patches[1:]:
         if patch.base != first.base:
             bases = f"{first.base[:16]} and {patch.base[:16]}"
             raise CheckpointError(f"{first_label} and {label} were made for different models: {bases}")
+    by_identity: dict[str, str] = {}
+    for label, patch in patches:
+        if (other := by_identity.setdefault(patch.identity, label)) is not label:
+            raise CheckpointError(f"{other} and {label} are one and the same patch; leave one of them out")
     if conflicts == "refuse" and (found := [*_conflicts(patches)]):
         rule = "choose a rule for such rows (conflicts sum, first or last), or learn the facts of all together: "
         raise CheckpointError("\n".join([*found, f"{rule}`python -m memjax.learn RUN PATCHES --out PATCH`"]))
@@ -68,5 +73,8 @@ def _merged(name: str, parts: Sequence[tuple[str, RowChange]], conflicts: Rule) 
         seen[at] += 1
     if conflicts == "sum":
         several = seen > 1
-        new[several] = (old[several].astype(np.float64) + total[several]).astype(new.dtype)
+        with np.errstate(over="ignore"):
+            new[several] = (old[several].astype(np.float64) + total[several]).astype(new.dtype)
+        if len(broken := rows[~np.isfinite(new.astype(np.float64)).all(axis=1)]):
+            raise CheckpointError(f"the sums of {named_rows(name, broken)} are not finite; take the first or the last")
     return RowChange(like.num_slots, rows, old, new)

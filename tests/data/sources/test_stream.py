@@ -216,6 +216,19 @@ def test_a_parquet_value_that_is_no_utf8_is_one_malformed_row(tmp_path):
     assert "UTF-8" in str(error)
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_columns_of_one_name_are_refused(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    table = pyarrow.table([["one"], ["two"]], names=["text", "text"])
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(DataError, match=rf"a\.{suffix}: several columns are called 'text'"):
+        read(path)
+
+
 def test_page_checksums_of_parquet_are_compared_where_there_are_any(tmp_path):
     path = tmp_path / "a.parquet"
     table = pyarrow.table({"text": ["needle in it" + "x" * 50] * 3})
@@ -259,6 +272,17 @@ def test_a_bad_record_of_a_command_line_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{')
     with pytest.raises(DataError, match=r"a\.jsonl:2: not JSON"):
         list(RecordFiles(str(tmp_path / "a.jsonl"), "--text"))
+
+
+@pytest.mark.parametrize(
+    "half", ['{"text": "\\ud800"}', '{"text": "x", "id": ["\\uDC00"]}', '{"text": "x", "\\udfff": 1}']
+)
+def test_half_of_a_surrogate_pair_in_a_field_is_named(tmp_path, half):
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n' + half)
+    found = RecordFiles(str(tmp_path / "a.jsonl"), "--prompts").fields("text")
+    assert next(found)[1] == {"text": "\U0001f600"}
+    with pytest.raises(DataError, match=r"a\.jsonl:2: holds half of a surrogate pair \('.ud"):
+        next(found)
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -114,6 +114,20 @@ def test_rows_in_conflict_are_named_where_there_is_no_rule():
         merge([patches[0], ("o", patch_of([7], base="other"))])
 
 
+def test_one_patch_is_not_merged_with_itself():
+    with pytest.raises(CheckpointError, match="one and again are one and the same patch"):
+        merge([("one", patch_of([1])), ("again", patch_of([1]))], conflicts="sum")
+
+
+def test_a_sum_that_overflows_is_refused_and_not_written():
+    old, huge, more = (np.full((1, 4), value, np.float32) for value in (0, 3e38, 2e38))
+    patches = [
+        (str(n), Patch("base", {"shared": RowChange(8, np.array([5]), old, new)})) for n, new in enumerate((huge, more))
+    ]
+    with pytest.raises(CheckpointError, match=r"the sums of 1 rows of table shared \(5\) are not finite"):
+        merge(patches, conflicts="sum")
+
+
 def stored(patch: Patch) -> tuple[dict[str, np.ndarray], dict]:
     raw = patch.to_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
