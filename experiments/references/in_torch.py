@@ -81,7 +81,6 @@ def texts(model: torch.nn.Module, tokenizer, prompts: list[str]) -> list[list[in
     found = []
     for group in [*([prompt] for prompt in prompts), prompts]:
         inputs = tokenizer(group, return_tensors="pt", padding=True)
-        inputs.pop("token_type_ids", None)
         written = model.generate(**inputs, max_new_tokens=64)[:, inputs["input_ids"].shape[1] :]
         found += written.tolist()
     return found

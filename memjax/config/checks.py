@@ -39,10 +39,17 @@ def _check(is_right: Callable[[Any], bool], rule: str, *, quoted: bool = False, 
         return [
             f"{name}={value!r} {rule}" if quoted else f"{name}={value} {rule}"
             for name, value in fields.items()
-            if not ((or_null and value is None) or is_right(value))
+            if not ((or_null and value is None) or _holds(is_right, value))
         ]
 
     return check
+
+
+def _holds(is_right: Callable[[Any], bool], value: Any) -> bool:
+    try:
+        return is_right(value)
+    except TypeError:  # of a type that the rule does not compare, such as a text
+        return False
 
 
 def _is_whole(value: Any) -> bool:

@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.nnx.graphlib import is_node, register_pytree_node_type
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
@@ -82,6 +83,19 @@ class Gradients:
         return dataclasses.replace(self, tables=tables)
 
 
+def _refuse_as_state(*_: Any) -> NoReturn:
+    raise TypeError(
+        "gradients of memjax.value_and_grad are applied by memjax.Optimizer(model, dense=optax..., "
+        "tables=memjax.RowOptimizer(...)), since those of tables are kept as factors; nnx.Optimizer takes those of "
+        "nnx.value_and_grad"
+    )
+
+
+# `nnx.Optimizer` asks for the state of the gradients, and would then fail at the tables with names of pytrees. NNX's
+# transformations take them as the pytree that they are.
+register_pytree_node_type(Gradients, _refuse_as_state, _refuse_as_state)
+
+
 def value_and_grad(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., tuple[Any, Gradients]]:
     """Like `nnx.value_and_grad(loss_fn)`, with row gradients in place of dense gradients of the tables.
 
@@ -102,10 +116,15 @@ def value_and_grad(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Cal
         A function of what `loss_fn` takes that returns what it returns, and the Gradients.
 
     Raises:
-        ValueError: a table of the model was not read, or one that is not the model's was.
+        TypeError: the first argument is no model.
+        ValueError: a table of the model was not read, or one that is not the model's was, or layers are stacked.
     """
 
     def differentiate(model: nnx.Module, *args: Any, **kwargs: Any) -> tuple[Any, Gradients]:
+        if not is_node(model):
+            raise TypeError(
+                f"the first argument of loss_fn must be the model, an nnx.Module; found {type(model).__name__}"
+            )
         graphdef, tables, dense, rest = nnx.split(model, TableRows, DENSE, ...)
 
         def run(dense: nnx.State, perturbations: dict[str, Any]) -> tuple[Array, tuple[Any, dict, nnx.State]]:
@@ -290,8 +309,15 @@ def _check_read(rows: dict[str, Any], reads: dict[str, Any]) -> None:
     """Refuses tables that nothing would train.
 
     Raises:
-        ValueError: there is one, or a table is not the model's.
+        ValueError: there is one, a table is not the model's, or layers are stacked.
     """
+    if stacked := [
+        name for name, calls in reads.items() for of_call in calls for read in of_call if read.indices.ndim != 2
+    ]:
+        raise ValueError(
+            f"the layers {stacked} are stacked, as nnx.vmap and nnx.scan have them, and cannot be trained row by row: "
+            "make them one by one, in a list, or take nnx.value_and_grad"
+        )
     found = {read.table for calls in reads.values() for of_call in calls for read in of_call}
     if foreign := found - rows.keys():
         raise ValueError(f"a table that is read must belong to the model; it has {sorted(rows)}, not {sorted(foreign)}")

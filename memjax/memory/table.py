@@ -45,11 +45,12 @@ class ValueTable(nnx.Module):
             ValueError: a number is out of its range, or dtype is no type of floating-point numbers of 16 bits or more.
         """
         problems = checks.counts(num_slots=num_slots, value_dim=value_dim) + checks.not_negative(init_scale=init_scale)
-        if not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype).itemsize == 1:
-            name = jnp.dtype(dtype).name
-            problems.append(f"dtype={name} must be a type of floating-point numbers of 16 bits or more")
-        if num_slots > MOST_SLOTS:
+        if not any(problems) and num_slots > MOST_SLOTS:
             problems.append(f"num_slots={num_slots} must be at most {MOST_SLOTS:,}: slot numbers are 32-bit")
+        if not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype).itemsize == 1:
+            problems.append(
+                f"dtype={jnp.dtype(dtype).name} must be a type of floating-point numbers of 16 bits or more"
+            )
         checks.refuse(problems)
         self.num_slots, self.value_dim, self.name = num_slots, value_dim, name
         std = init_scale * value_dim**-0.5

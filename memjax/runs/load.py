@@ -24,7 +24,17 @@ from memjax.ops.table import Place
 from memjax.runs.layout import TABLE_FILES, TABLES, params_to_tree, run_folder, tree_to_params
 from memjax.runs.patches.applied import Applied, patched
 from memjax.runs.patches.patch import read_patch
-from memjax.runs.saved import OpenStep, Saved, TableDtypes, cast_like, open_step, read_saved, shardings, with_dtypes
+from memjax.runs.saved import (
+    OpenStep,
+    Saved,
+    TableDtypes,
+    cast_like,
+    formats_in_files,
+    open_step,
+    read_saved,
+    shardings,
+    with_dtypes,
+)
 from memjax.runs.table_files import read_files, stored_format
 from memjax.runs.tables import LOAD_OPTIONS, LoadOption, TableForm, build, encoded
 
@@ -200,8 +210,7 @@ def _as_saved(
 ) -> LoadedModel:
     """The model with plain tables on the device, in the stored dtypes."""
     folder = opened.folder
-    if "table_files" in opened.meta:
-        names = ", ".join(sorted({record["format"] for record in opened.meta["table_files"].values()}))
+    if names := formats_in_files(opened.meta):
         raise CheckpointError(
             f"{folder}: the tables of this run are read-only, in {names}; use the run that it was made from"
         )

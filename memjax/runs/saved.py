@@ -165,6 +165,21 @@ def read_config(path: str | os.PathLike[str]) -> RunConfig:
         return _config_of(opened.meta, opened.folder)[0]
 
 
+def formats_in_files(meta: Mapping[str, Any]) -> str:
+    """Formats of the tables that a run keeps in files, which are read-only (`convert quantize`); empty without any."""
+    return ", ".join(sorted({record["format"] for record in (meta.get("table_files") or {}).values()}))
+
+
+def read_only_formats(path: str | os.PathLike[str]) -> str:
+    """`formats_in_files` of the newest checkpoint of a run.
+
+    Raises:
+        CheckpointError: there is no checkpoint that can be read.
+    """
+    with open_step(path) as opened:
+        return formats_in_files(opened.meta)
+
+
 def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a run, from its newest checkpoint that can be read.
 

@@ -35,7 +35,7 @@ from memjax.training.plan.report import describe, describe_fit
 from memjax.training.plan.savings import explain_out_of_memory, is_out_of_memory
 from memjax.training.plan.search import search
 from memjax.training.program import TrainProgram
-from memjax.training.start import check_start, log_schedule_changes
+from memjax.training.start import check_start, check_trainable, log_schedule_changes
 from memjax.training.step import abstract_batch, make_train_step
 from memjax.training.trainer import Trainer
 
@@ -94,6 +94,7 @@ def train(config: RunConfig, *, allow_changed: bool = False, hooks: Sequence[Per
     Raises:
         ConfigError, DataError, CheckpointError: what their names say.
     """
+    check_trainable(config)
     check(config)
     folder = RunFolder.of(config)
     with contextlib.ExitStack() as stack:

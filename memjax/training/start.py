@@ -19,24 +19,53 @@ from memjax.monitoring.progress import log_phase
 from memjax.runs.folder import Claim, RunFolder
 from memjax.runs.layout import DATA_ITER, META, OPT_STATE, PARAMS, TABLES, params_to_tree, tree_to_params, widened
 from memjax.runs.load import load
-from memjax.runs.saved import read_config
+from memjax.runs.saved import read_config, read_only_formats
 from memjax.training import spikes
 from memjax.training.optimizer import make_schedule
 from memjax.training.program import TrainProgram
 from memjax.training.state import OPTIONAL, TrainState, from_items, to_items
 
 
+def check_trainable(config: RunConfig) -> None:
+    """Refuses the folder of a model without a training, before anything is asked of the data.
+
+    Raises:
+        ConfigError: the run's own folder holds a model, not a training.
+        CheckpointError: its model cannot be read.
+    """
+    folder = RunFolder.of(config)
+    checkpoints = Checkpoints(folder.checkpoints)
+    if checkpoints.latest() is None or checkpoints.newest_with(OPT_STATE) is not None:
+        return
+    place, source = folder.path, shlex.quote(str(folder.path))
+    if formats := read_only_formats(place):
+        raise ConfigError(
+            f"run.dir={place} holds a model whose tables are read-only, in {formats}: {_OF_WHAT_IT_WAS}, with "
+            "--train.init_from THAT_RUN and another --run.dir"
+        )
+    raise ConfigError(
+        f"run.dir={place} holds a model without the state of a training, so there is nothing to resume; to train that "
+        f"model set --train.init_from {source} and another --run.dir"
+    )
+
+
+_OF_WHAT_IT_WAS = "train the run that `convert quantize` made it from"
+
+
 def check_start(config: RunConfig) -> None:
     """Refuses, before anything is written, a start that cannot be made; says which settings of the model change.
 
     Raises:
-        ConfigError: shapes differ from those of train.init_from, or the run's own folder holds a model, not a training.
-        CheckpointError: train.init_from names no run that can be read.
+        ConfigError: shapes differ from those of train.init_from, its tables are read-only, or train.steps is below
+            what the run has reached.
+        CheckpointError: train.init_from names no run that can be read, or no step of the run can be.
     """
     folder, source = RunFolder.of(config), config.train.init_from
     if _check_own_steps(folder, config) or source is None:
         return
     saved = read_config(source).model
+    if formats := read_only_formats(source):
+        raise ConfigError(f"train.init_from={source}: its tables are read-only, in {formats}; {_OF_WHAT_IT_WAS}")
     found, wanted = (_shapes(DecoderParts.of(model)) for model in (saved, config.model))
     problems = [
         f"  {name}: has {found.get(name, 'nothing')}, the model has {wanted.get(name, 'nothing')}"
@@ -66,12 +95,6 @@ def _check_own_steps(folder: RunFolder, config: RunConfig) -> bool:
         raise CheckpointError(
             f"{folder.checkpoints}: none of the steps {unreadable} can be read, and no other holds all of the state; "
             "repair or remove them, or name another run.dir"
-        )
-    if checkpoints.newest_with(OPT_STATE) is None:
-        raise ConfigError(
-            f"run.dir={folder.path} holds a model without the state of a training, so there is nothing to "
-            f"resume; to train that model set --train.init_from {shlex.quote(str(folder.path))} and another "
-            "--run.dir"
         )
     newest = checkpoints.latest() if folder.read_summary() is None else None
     if newest is not None and newest > config.train.steps:

@@ -378,3 +378,33 @@ def test_what_is_of_flax_and_optax_is_refused_by_name(as_users_call):
             method(model, nnx.state(model))  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match=r"must return a pair, \(loss, aux\)"):
         memjax.value_and_grad(loss_fn, has_aux=True)(model, *data())
+    with pytest.raises(TypeError, match=r"first argument of loss_fn must be the model, an nnx.Module; found \w*Array"):
+        memjax.value_and_grad(lambda x, model: loss_fn(model, x, x))(data()[0], model)
+
+
+def test_an_optimizer_of_flax_refuses_row_gradients_and_its_transformations_take_them():
+    net, x = Net(), jnp.ones((TOKENS, DIM))
+    loss = lambda net: jnp.sum(net(x))
+    optimizer = nnx.Optimizer(net, optax.sgd(0.1), wrt=nnx.Param)
+    gradients = nnx.jit(memjax.value_and_grad(loss))(net)[1]
+    for update in (optimizer.update, nnx.jit(lambda net, gradients: optimizer.update(net, gradients))):
+        with pytest.raises(TypeError, match=r"are applied by memjax\.Optimizer\(.* takes those of nnx.value_and_grad"):
+            update(net, gradients)
+    doubled = nnx.scan(lambda gradients, _: (gradients * 2, None), length=1)(gradients, None)[0]
+    for one, other in zip(jax.tree.leaves(doubled.dense), jax.tree.leaves(gradients.dense), strict=True):
+        np.testing.assert_array_equal(one, 2 * other)
+
+
+def test_stacked_layers_are_refused_with_what_to_do():
+    class Stacked(nnx.Module):
+        def __init__(self):
+            self.table = ValueTable(SLOTS, DIM, dtype=jnp.float64, rngs=nnx.Rngs(0))
+            self.blocks = nnx.vmap(Block)(nnx.Rngs(1).split(2))
+
+        def __call__(self, x):
+            table = self.table
+            run = nnx.scan(lambda block, x: block(x, table), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+            return run(self.blocks, x)
+
+    with pytest.raises(ValueError, match=r"the layers \['blocks.memory'\] are stacked, .* nnx.value_and_grad"):
+        memjax.value_and_grad(lambda model: jnp.sum(model(jnp.ones((TOKENS, DIM)))))(Stacked())

@@ -77,3 +77,18 @@ def test_temporaries_of_drawing_a_table_do_not_grow_with_it(dtype):
     assert large.output_size_in_bytes == 2**29 * jnp.dtype(dtype).itemsize
     assert large.temp_size_in_bytes < 0.1 * large.output_size_in_bytes
     assert large.temp_size_in_bytes < 1.01 * small.temp_size_in_bytes
+
+
+@pytest.mark.parametrize(
+    ("wrong", "rule"),
+    [
+        ({"num_slots": "16"}, "num_slots='16' must be a whole number"),
+        ({"num_slots": 2**31 + 1}, "num_slots=2147483649 must be at most"),
+        ({"value_dim": 0}, "value_dim=0 must be positive"),
+        ({"init_scale": "1"}, "init_scale=1 must not be negative"),
+        ({"dtype": "int8"}, "dtype=int8 must be a type of floating-point numbers"),
+    ],
+)
+def test_arguments_are_refused_by_name(as_users_call, wrong, rule):
+    with pytest.raises(ValueError, match=rule):
+        ValueTable(**({"num_slots": 16, "value_dim": 8} | wrong), rngs=nnx.Rngs(0))

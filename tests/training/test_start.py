@@ -22,8 +22,10 @@ from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.errors import CheckpointError, ConfigError
 from memjax.interop.upcycle import upcycle_run
 from memjax.models.parts import DecoderParts, split_decoder
+from memjax.ops.row_formats import formats
 from memjax.runs.folder import Claim, RunFolder
 from memjax.runs.layout import OPT_STATE, params_to_tree
+from memjax.runs.quantize import quantize_run
 from memjax.runs.write import write_run
 from memjax.sharding.mesh import make_mesh
 from memjax.training import main
@@ -124,10 +126,28 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(folder, run, ca
 
 
 def test_a_folder_that_holds_a_model_alone_is_not_resumed_but_says_how_to_train_it(folder, run):
-    code, printed = run("memory", "memory")
+    for data in ([], ["--data.path", str(folder / "none.txt")]):  # whose absence is not told first
+        code, printed = run("memory", "memory", *data)
+        assert code == 2
+        assert re.search(r"run\.dir=\S+/memory holds a model without the state of a training", printed)
+        assert f"--train.init_from {folder / 'memory'}" in printed
+
+
+@pytest.mark.parametrize("row_format", ["int8", None])
+def test_tables_in_files_are_not_trained_and_the_run_that_they_were_made_from_is_named_as_the_way(
+    folder, run, row_format
+):
+    place = folder / f"in_{row_format}"
+    quantize_run(folder / "memory", place, row_format and formats.find(row_format))
+    way_out = f"read-only, in {row_format or 'float32'}[:;] train the run that `convert quantize` made it from"
+    code, printed = run(place.name, place.name)
     assert code == 2
-    assert re.search(r"run\.dir=\S+/memory holds a model without the state of a training", printed)
-    assert f"--train.init_from {folder / 'memory'}" in printed
+    assert re.search(rf"run\.dir=\S+ holds a model whose tables are {way_out}, with --train.init_from", printed)
+    assert f"--train.init_from {place}" not in printed, "that would be refused"
+    code, printed = run("memory", "refused", "--train.init_from", str(place))
+    assert code == 2
+    assert re.search(rf"train\.init_from=\S+: its tables are {way_out}", printed)
+    assert not (folder / "refused").exists()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,9 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer) -> bool:
     """Writes the files that transformers reads a tokenizer from; False where it has none of this kind."""
     state = tokenizer.to_state()
     names = {token: name for name, token in tokenizer.special_tokens.items()}
-    settings = {
+    settings: dict[str, Any] = {
+        # By default transformers 4 also gives token types, which `generate` of a decoder refuses.
+        "model_input_names": ["input_ids", "attention_mask"],
         "bos_token": names[tokenizer.bos_id],
         "eos_token": names[tokenizer.eos_id],
         "add_bos_token": tokenizer.adds_bos,
