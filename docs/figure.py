@@ -23,7 +23,7 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"training": "the loop, the step, optimizers, hooks, the planner"},
     {
         "evaluation": "recall, perplexity, question sets, lm-eval",
-        "interop": "Hugging Face, the official checkpoints, up-cycling",
+        "interop": "Hugging Face, official checkpoints, upcycling",
     },
     {
         "inference": "the engine, sampling, scoring, the server",
