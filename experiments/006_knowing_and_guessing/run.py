@@ -61,7 +61,8 @@ def main() -> None:
         print(f"{arguments.facts}: there is no such file; make it with 002's --prepare first", file=sys.stderr)
         raise SystemExit(3)
     size = SIZES[arguments.size]
-    command.serve(arguments, HERE, lambda stage, _: runs_of(stage, size, arguments.facts), report)
+    # Neither stage follows from the other.
+    command.serve(arguments, HERE, lambda stage, _: runs_of(stage, size, arguments.facts), report, awaited=())
 
 
 def runs_of(stage: str, size: Size, file: pathlib.Path) -> list[Run]:
@@ -108,6 +109,10 @@ def report(rows: list[Result], folder: pathlib.Path) -> str:
         if stage == "people":
             picture(groups, folder / "knowing.png")
             parts.append("![recall and how well signals tell the told from the never told, by exposures](knowing.png)")
+        seeds = max(map(len, groups.values()))
+        fewer = [f"`{family}` {len(runs)}" for family, runs in groups.items() if len(runs) < seeds]
+        if fewer:
+            parts.append(f"{titles[stage]}: {seeds} seeds; of {', '.join(fewer)}.")
         parts += [
             f"{titles[stage]}: share right by how often a fact was told, and answers about facts never told:",
             answered(groups),
@@ -198,7 +203,7 @@ def _mean(runs: Rows, value: Callable[[Result], Any], form: str) -> str:
 
 def picture(groups: dict[str, Rows], path: pathlib.Path) -> None:
     """By exposures: recall, and the AUROC of told against never told."""
-    recall, told = {}, {}
+    recall, told, scores = {}, {}, {}
     for family, runs in groups.items():
         levels = _levels(runs[0])
         points = lambda *path, runs=runs, levels=levels, last=(): [
@@ -207,7 +212,9 @@ def picture(groups: dict[str, Rows], path: pathlib.Path) -> None:
         recall[family] = points("levels", last=("right",))
         told[family] = points("signals", "answer")
         if family == "memory":
-            told["memory, key score"] = points("signals", "L2 score")
+            scores = {"memory, key score": points("signals", "L2 score")}
+    # Last, so that a family has one colour in both panels.
+    told |= scores
     panels = [
         ("Recall", "share of the facts", recall),
         ("Told against never told", "AUROC of the answer's probability or the score", told),

@@ -245,7 +245,7 @@ class Pool:
             result = {**run.row(), **answer["result"], "wall_seconds": round(seconds, 1)}
             self.results[run.name] = result
             write_results(self.path, self.results)
-            done = self._total - len(self._left) - len(self._running)
+            done = self._total - len(self._left) - len(self._running) - len(self._failed)
             elapsed = time.time() - self._began
             print(
                 f"{done}/{self._total} in {elapsed:.0f} s, about {elapsed / done * (self._total - done):.0f} s left: "
