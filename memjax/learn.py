@@ -8,7 +8,7 @@ from memjax.config.help import Positional
 from memjax.config.load import parse
 from memjax.config.section import LocalPath, NotNegative, Positive
 from memjax.errors import ConfigError
-from memjax.io.command import exit_code
+from memjax.io.command import check_output, exit_code
 from memjax.io.ctrl_c import run_command
 from memjax.runs.settings import CheckpointSettings, loaded
 
@@ -80,9 +80,10 @@ def _learn(words: Sequence[str], settings: LearnConfig) -> None:
     from memjax.knowledge.facts import Fact, read_facts
     from memjax.knowledge.finetune import Recipe
     from memjax.knowledge.learning import LEARNED, facts_of, learn_facts
-    from memjax.runs.patches.patch import is_patch, read_patch
+    from memjax.runs.patches.patch import is_patch, patch_file, read_patch
 
     run, *paths = words
+    check_output(str(patch_file(settings.out)), "out", makes_folder=True)
     facts: list[Fact] = []
     for path in paths:
         facts += facts_of(path, read_patch(path)) if is_patch(path) else read_facts(path, "FACTS")

@@ -87,7 +87,7 @@ _TYPES: dict[Any, Check] = {
     bool: _of_type(lambda value: isinstance(value, bool), "must be true or false"),
     int: _both(
         _of_type(_is_whole, "must be a whole number"),
-        _check(lambda value: abs(value) < 1 << 63, "must be a whole number of 64 bits"),
+        _check(lambda value: -(1 << 63) <= value < 1 << 63, "must be a whole number of 64 bits"),
     ),
     float: _both(
         _of_type(_is_finite, "must be a finite number"),

@@ -89,7 +89,7 @@ def parse_request(body: Mapping[str, Any], *, vocab_size: int, max_choices: int)
         # Logits divided by less overflow; the likeliest token is certain long before.
         temperature=value if (value := fields.number("temperature", 0.0, 2.0, "a number in 0..2")) >= 1e-4 else 0.0,
         top_p=max(1e-6, fields.number("top_p", 0.0, 1.0, "a number above 0 and at most 1", above=True)),
-        top_k=top_k if top_k and top_k > 0 else None,
+        top_k=min(top_k, 1 << 31) if top_k and top_k > 0 else None,
         repetition_penalty=fields.number("repetition_penalty", 0.01, 100.0, "a number in 0.01..100; 1 changes nothing"),
         seed=fields.integer("seed", -(1 << 63), (1 << 63) - 1, "a whole number of 64 bits"),
         n=n,

@@ -65,13 +65,20 @@ def explain(error: OSError) -> str:
     return ": ".join([*[" -> ".join(named)] * bool(named), error.strerror or str(error) or type(error).__name__])
 
 
-def check_output(path: str, name: str) -> None:
+def check_output(path: str, name: str, *, makes_folder: bool = False) -> None:
     """Refuses a file that could not be written after the work.
+
+    Args:
+        path: the file.
+        name: the setting that names it, for the message.
+        makes_folder: whether its folder will be made where there is none.
 
     Raises:
         ConfigError: its folder does not exist or is not writable, or the path is a folder.
     """
     folder = os.path.dirname(path) or "."
+    while makes_folder and not os.path.lexists(folder):
+        folder = os.path.dirname(folder) or "."
     if os.path.isdir(path):
         problem = "is a folder; name a file"
     elif not os.path.isdir(folder):

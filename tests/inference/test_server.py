@@ -187,6 +187,14 @@ def test_defaults_are_those_of_the_interface(server):
     assert len(unseeded) > 1
 
 
+def test_the_largest_numbers_are_served(server):
+    greedy = server.ask(prompt="ab", max_tokens=4, temperature=0)["choices"]
+    for seed in (-(1 << 63), (1 << 63) - 1):
+        assert server.ask(prompt="ab", max_tokens=4, temperature=2, top_k=1, seed=seed)["choices"] == greedy
+        drawn = [server.ask(prompt="ab", max_tokens=4, seed=seed, top_k=top_k)["choices"] for top_k in (10**40, None)]
+        assert drawn[0] == drawn[1]
+
+
 def test_several_prompts_and_choices_are_each_what_they_are_alone(server):
     prompts = ["What is", "x", "A longer one"]
     answer = server.ask(prompt=prompts, n=2, max_tokens=8, seed=4)

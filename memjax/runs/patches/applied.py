@@ -116,6 +116,7 @@ def patched(
         patch = read_patch(path)
         if patch.identity in known:
             raise CheckpointError(f"{patch_file(path)}: is applied already, as patch {patch.identity}")
+        known.add(patch.identity)
         found.append((str(patch_file(path)), patch))
     return overlay(tables, found, base=model_digest(checkpoints, step)) if found else dict(tables)
 

@@ -31,10 +31,11 @@ def merge(patches: Sequence[tuple[str, Patch]], *, conflicts: Rule = "refuse") -
         if patch.base != first.base:
             bases = f"{first.base[:16]} and {patch.base[:16]}"
             raise CheckpointError(f"{first_label} and {label} were made for different models: {bases}")
-    by_identity: dict[str, str] = {}
+    labels: dict[str, str] = {}
     for label, patch in patches:
-        if (other := by_identity.setdefault(patch.identity, label)) is not label:
-            raise CheckpointError(f"{other} and {label} are one and the same patch; leave one of them out")
+        if patch.identity in labels:
+            raise CheckpointError(f"{labels[patch.identity]} and {label} are one and the same patch; leave one out")
+        labels[patch.identity] = label
     if conflicts == "refuse" and (found := [*_conflicts(patches)]):
         rule = "choose a rule for such rows (conflicts sum, first or last), or learn the facts of all together: "
         raise CheckpointError("\n".join([*found, f"{rule}`python -m memjax.learn RUN PATCHES --out PATCH`"]))

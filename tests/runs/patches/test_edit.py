@@ -86,6 +86,8 @@ def test_load_lays_patches_over_the_model_and_writes_nothing(runs):
     assert files_of(base) == before
     with pytest.raises(CheckpointError, match=r"a.safetensors has changed 1 rows of table shared \(4\) too"):
         table_of(base, patches["a"], patches["c"])
+    with pytest.raises(CheckpointError, match="is applied already"):
+        table_of(base, patches["b"], patches["b"])
 
 
 def test_an_applied_patch_is_part_of_the_model_until_it_is_taken_back(runs, capsys):
