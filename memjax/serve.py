@@ -87,10 +87,11 @@ def _serve(run: str, settings: ServeConfig) -> None:
         if key is None and not ipaddress.ip_address(address[0]).is_loopback:
             warn(f"warning: anybody who reaches {address[0]} can use the model; set {API_KEY} to ask for a key")
         with loaded(run, settings) as found:
-            from memjax.inference.scheduler import Scheduler, make_engine, warm_up
+            from memjax.inference.scheduler import Scheduler
             from memjax.inference.scoring import PromptScorer
             from memjax.inference.server import HttpServer
             from memjax.inference.service import Limits, Service
+            from memjax.inference.serving_engine import make_engine, warm_up
 
             max_length = settings.max_length or found.config.data.sequence_length
             name = settings.model_name or pathlib.Path(run).resolve().name

@@ -79,9 +79,10 @@ def serve(case: cases.Row) -> None:
     from memjax.inference.engine import Engine
     from memjax.inference.programs import LONGEST_CHUNK
     from memjax.inference.requests import Request
-    from memjax.inference.scheduler import Scheduler, make_engine, warm_up
+    from memjax.inference.scheduler import Scheduler
     from memjax.inference.server import HttpServer
     from memjax.inference.service import Limits, Service
+    from memjax.inference.serving_engine import make_engine, warm_up
     from memjax.models.parts import DecoderParts
 
     class Numbers(Tokenizer):

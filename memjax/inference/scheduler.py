@@ -9,21 +9,16 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from memjax.config.sampling import SamplingConfig
 from memjax.inference.engine import Engine
 from memjax.inference.programs import LONGEST_CHUNK, padded_length
 from memjax.inference.requests import Made, Request, TokenLogprobs
-from memjax.inference.sampling import Mode
 from memjax.inference.streaming import Pace
-from memjax.models.decoder import Decoder
 
-MODES = (Mode(), Mode(draws=True, top_k=True, top_p=True), Mode(True, True, True, True))
-"""Sampling modes of a server: few programs, so that no request waits for a compilation for long."""
 _PREFILL_ROWS = 8
 """Prompts are read one by one or so many at once: two programs for each width."""
 _PADDED_FROM = 3
@@ -335,38 +330,3 @@ def batches(lengths: Sequence[int], rows: int) -> list[list[int]]:
             some = places[start : start + rows]
             found += [some] if len(some) == rows or len(some) >= _PADDED_FROM else [[place] for place in some]
     return found
-
-
-def make_engine(model: Decoder, *, num_slots: int, max_length: int) -> Engine:
-    """An engine with one decoding program for each of `MODES`, whose texts are at most max_length tokens long."""
-    return Engine(model, num_slots=num_slots, min_capacity=padded_length(max_length), modes=MODES)
-
-
-def warm_up(
-    engine: Engine,
-    *,
-    max_length: int,
-    lengths: Collection[int] | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Compiles what greedy and drawn texts need; afterwards the engine is as before.
-
-    Args:
-        engine: what `make_engine` made; without texts.
-        max_length: that of `make_engine`.
-        lengths: of the prompts to come; None is all that are shorter than max_length.
-        progress: called with the number of finished steps and of all.
-    """
-    samplings = (SamplingConfig(), SamplingConfig(temperature=1.0, top_p=0.5))
-    widths = sorted({padded_length(length) for length in lengths or range(1, max_length)})
-    steps = list(itertools.product(widths, sorted({1, prefill_rows(engine.num_slots)}), samplings))
-    for done, (width, rows, sampling) in enumerate(steps):
-        progress(done, len(steps))
-        # Of the longest texts that are padded to the width; with two tokens to write, where there is room for them.
-        length = min(max_length - 1, max(width // 2 + 1, min(width, max_length - 2)))
-        request = Request(prompt_ids=[0] * length, max_tokens=max_length - length, sampling=sampling)
-        slots = engine.insert([request] * rows)
-        engine.step(1)
-        for slot in slots:
-            engine.release(slot)
-    progress(len(steps), len(steps))

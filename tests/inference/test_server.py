@@ -25,10 +25,11 @@ from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig
 from memjax.config.sampling import SamplingConfig
 from memjax.data.tokenizers.base import ByteTokenizer
-from memjax.inference.scheduler import Scheduler, make_engine
+from memjax.inference.scheduler import Scheduler
 from memjax.inference.scoring import PromptScorer
 from memjax.inference.server import HttpServer
 from memjax.inference.service import Limits, Service
+from memjax.inference.serving_engine import make_engine
 from memjax.inference.text import continue_texts
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts
