@@ -39,6 +39,8 @@ def _prepare(config: RunConfig) -> None:
     source = find_source(config.data.in_run(config.run.dir))
     if not isinstance(source, Files):
         raise ConfigError(f"data.source={config.data.source} is generated as it is read; there is nothing to prepare")
+    if source.problem:
+        raise ConfigError(source.problem)
     for corpus in source.corpora:
         _ = corpus.files  # a missing file should not wait for a tokenizer to be trained
     run = RunFolder.of(config)

@@ -43,6 +43,33 @@ def test_commands_of_commands_are_found(word, command, capsys):
     assert f"there is no command {word!r}; did you mean {command!r}?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("evaluate FILE", "is a file; name the folder of a run"),
+        ("convert to-hf FILE --out new", "is a file; name the folder of a run"),
+        ("convert from-hf FILE --out new", "is a file; name the folder of a downloaded model"),
+        ("patch show FILE", "is no patch: its file ends in .safetensors"),
+        ("plot FILE --out new.png", "is a file, where a folder is needed"),
+        ("sweep --grid optim.lr=1e-3 --run.dir FILE/below", "is a file, where a folder is needed"),
+    ],
+)
+def test_a_file_in_place_of_a_folder_is_called_one(words, problem, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.md").write_text("# Notes")
+    assert main([word.replace("FILE", "notes.md") for word in words.split()]) == 4
+    assert re.search(rf"^\S*notes\.md:? {re.escape(problem)}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("words", "option"), [("learn RUN FACTS", "--out"), ("convert upcycle RUN --out new", "--memory.layers")]
+)
+def test_what_is_missing_on_a_command_line_is_named_as_its_option(words, option, capsys):
+    with pytest.raises(SystemExit):
+        main(words.split())
+    assert f" is missing: set {option}\n" in capsys.readouterr().err
+
+
 def test_the_version_is_printed(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"memjax {memjax.__version__}\n"

@@ -34,9 +34,11 @@ def test_a_malformed_record_ends_it_with_3(mixture, tmp_path, capsys):
     assert f"{tmp_path}/a.jsonl.gz:40: not JSON" in capsys.readouterr().err
 
 
-def test_generated_data_is_refused_with_2(capsys):
+def test_generated_data_and_none_are_refused_with_2(capsys):
     assert prepare.main([]) == 2
     assert "data.source=biographies is generated as it is read" in capsys.readouterr().err
+    assert prepare.main(["wiki_text"]) == 2
+    assert "data.path is null: source=jsonl needs a file" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_it_with_130(mixture, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Collect the problems of a config, each with the place where the setting was written, and a hint."""
 
+import dataclasses
 import difflib
 import re
 import typing
@@ -9,6 +10,9 @@ from typing import Any
 from memjax.config.renamed import new_name, new_value
 from memjax.config.schema import FieldPath, field_type, in_words, printable, section_of, shortened, show, unwrap, walk
 from memjax.errors import MOST_SHOWN
+
+_COMMAND_LINE = "command line"
+"""The place of a problem that is not in a file."""
 
 
 class Problems:
@@ -30,12 +34,12 @@ class Problems:
 
     def of_arguments(self, problem: str) -> None:
         """Takes a problem of the command line."""
-        self.add("command line", problem)
+        self.add(_COMMAND_LINE, problem)
 
     def nearest(self, path: FieldPath) -> str:
         """Where a setting was written, or else the section that it is in."""
         lengths = range(len(path), -1, -1)
-        return next((self.places[path[:size]] for size in lengths if path[:size] in self.places), "command line")
+        return next((self.places[path[:size]] for size in lengths if path[:size] in self.places), _COMMAND_LINE)
 
     def unknown(self, path: FieldPath, *, is_section: bool, place: str) -> None:
         """Takes a name that is no setting's."""
@@ -65,7 +69,11 @@ class Problems:
             return
         annotation = field_type(self.schema, path, in_items=True)
         if item["type"] == "missing":
-            problem = f"{dotted} is missing: it must be {in_words(annotation)}"
+            is_option = self.nearest(path) == _COMMAND_LINE and "[" not in dotted
+            needed = (
+                f"set --{dotted}{_first_required(annotation)}" if is_option else f"it must be {in_words(annotation)}"
+            )
+            problem = f"{dotted} is missing: {needed}"
         elif annotation is None:
             problem = f"{dotted or 'config'}: {item['msg']}"
         else:
@@ -93,6 +101,14 @@ class Problems:
             return found
         leaves = {name.rpartition(".")[2]: name for name in reversed(self._known)}
         return [leaves[leaf] for leaf in close(path[-1], list(leaves))]
+
+
+def _first_required(annotation: Any) -> str:
+    """The end of an option that sets a section, which is that of its first setting without a default; else empty."""
+    section = section_of(annotation)
+    fields = dataclasses.fields(section) if section else ()
+    missing = dataclasses.MISSING
+    return next((f".{field.name}" for field in fields if field.default is field.default_factory is missing), "")
 
 
 def close(name: str, names: Sequence[str], *, last: str = "") -> list[str]:

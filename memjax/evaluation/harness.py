@@ -16,6 +16,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks.manager import TaskDict
 
+from memjax.config.problems import did_you_mean
 from memjax.config.sampling import SamplingConfig
 from memjax.errors import ConfigError, DataError
 from memjax.evaluation.model import EvalModel
@@ -138,8 +139,10 @@ def load_tasks(tasks: Sequence[str], folder: str | None = None, *, section: str 
     names = manager.match_tasks(list(tasks))
     for task in tasks:
         if not manager.match_tasks([task]):
-            close = difflib.get_close_matches(task, manager.all_tasks, n=3) or manager.all_tasks[:8]
-            raise ConfigError(f"{section}tasks={task} is not known; known are {', '.join(close) or 'none'}")
+            close, known = difflib.get_close_matches(task, manager.all_tasks, n=3), manager.all_tasks
+            more = f" and {len(known) - 8:,} more" if len(known) > 8 else ""
+            hint = did_you_mean(close) or f"; known are {', '.join(known[:8]) or 'none'}{more}"
+            raise ConfigError(f"{section}tasks={task} is not known{hint}")
     try:
         loaded = manager.load(names)
     except Exception as error:  # whatever a task's file or its data can do wrong

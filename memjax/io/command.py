@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import select
 import sys
 from collections.abc import Callable
@@ -61,8 +62,18 @@ def _is_without_device() -> bool:
 
 def explain(error: OSError) -> str:
     """An OSError in one line: `runs/a/evals: Permission denied`."""
+    if isinstance(error, FileExistsError | NotADirectoryError) and (file := _file_on_the_way(error.filename)):
+        return f"{file} is a file, where a folder is needed; name another"
     named = [str(path) for path in (error.filename, error.filename2) if path is not None]
     return ": ".join([*[" -> ".join(named)] * bool(named), error.strerror or str(error) or type(error).__name__])
+
+
+def _file_on_the_way(path: object) -> pathlib.Path | None:
+    """The first of a path's folders, or the path itself, that is a file."""
+    if not isinstance(path, str | os.PathLike):
+        return None
+    whole = pathlib.Path(path)
+    return next((part for part in (*reversed(whole.parents), whole) if part.is_file()), None)
 
 
 def check_output(path: str, name: str, *, makes_folder: bool = False) -> None:

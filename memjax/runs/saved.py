@@ -227,7 +227,8 @@ def checkpoint_folder(path: str | os.PathLike[str]) -> pathlib.Path:
         if Checkpoints(candidate).steps():
             return candidate
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: there is no such folder; name the folder of a run (run.dir){_of_hub(path)}")
+        problem = "is a file" if folder.exists() else "there is no such folder"
+        raise CheckpointError(f"{folder}: {problem}; name the folder of a run (run.dir){_of_hub(path)}")
     raise CheckpointError(f"{folder}: there is no checkpoint in it; name the folder of a run that has saved one")
 
 

@@ -379,7 +379,7 @@ def test_parse_prints_one_screen_and_exits_2(capsys):
         "  command line: mdoe: unknown setting; did you mean 'mode'?",
         "  command line: dry: unknown setting",
         "  command line: RUN is missing: The folder of a run.",
-        "  command line: prompt is missing: it must be text, in quotes if it looks like a number",
+        "  command line: prompt is missing: set --prompt",
         "--help lists every setting.",
     ]
 

@@ -150,7 +150,7 @@ def test_the_zeroed_tables_the_shots_and_the_limit(harness, found, tmp_path, mon
 @pytest.mark.parametrize(
     ("tasks", "error", "message"),
     [
-        (("chose",), ConfigError, "tasks=chose is not known; known are choose"),
+        (("chose",), ConfigError, "tasks=chose is not known; did you mean 'choose'"),
         (("*",), DataError, "cannot be loaded"),
         (("broken",), DataError, "--tasks broken: cannot be loaded .*data must be on this machine"),
         (("contrastive",), DataError, "generation_kwargs: penalty_alpha unknown; known are until, max_gen_toks"),
@@ -170,7 +170,7 @@ def test_what_cannot_be_done_is_said(harness, found, tmp_path, tasks, error, mes
 @pytest.mark.parametrize(
     ("task", "error", "message"),
     [
-        ("chose", ConfigError, r"eval\.tasks=chose is not known; known are choose"),
+        ("chose", ConfigError, r"eval\.tasks=chose is not known; did you mean 'choose'"),
         ("choose", DataError, r"--eval\.tasks choose: cannot be loaded"),
         ("contrastive", DataError, "generation_kwargs: penalty_alpha unknown"),
     ],

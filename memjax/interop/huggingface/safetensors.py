@@ -169,8 +169,8 @@ def _weight_map(folder: pathlib.Path) -> dict[str, str]:
 
 def _why_nothing(folder: pathlib.Path) -> str:
     if not folder.is_dir():
-        download = hub_download(folder)
-        return "there is no such folder; name the folder of a downloaded model" + f" (`{download}`)" * bool(download)
+        download, problem = hub_download(folder), "is a file" if folder.exists() else "there is no such folder"
+        return f"{problem}; name the folder of a downloaded model" + f" (`{download}`)" * bool(download)
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
     if pickles:
         return (

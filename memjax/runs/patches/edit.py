@@ -1,6 +1,7 @@
 """Diff two runs into a patch, apply a patch to a run, and revert it."""
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -97,7 +98,8 @@ def revert(run: str | os.PathLike[str], path: str | os.PathLike[str], *, step: S
     with applied.owned():
         number = _number(applied, step)
         names = applied.names(number)
-        name = str(path) if str(path) in names else read_patch(path).identity
+        is_identity = re.fullmatch("[0-9a-f]{16}", str(path)) and not os.path.exists(path)
+        name = str(path) if is_identity or str(path) in names else read_patch(path).identity
         if name not in names:
             there = f"there are {', '.join(names)}" if names else "there are none"
             raise CheckpointError(f"{run}: patch {name} is not applied to step {number}; {there}")

@@ -136,6 +136,8 @@ def read_patch(path: str | os.PathLike[str]) -> Patch:
             arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  no mapping
     except FileNotFoundError:
         raise CheckpointError(f"{file}: there is no such file; name a patch that learn or patch has written") from None
+    except NotADirectoryError:
+        raise CheckpointError(f"{path}: is no patch: its file ends in .safetensors") from None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # the library raises kinds of its own, and whatever NumPy finds wrong

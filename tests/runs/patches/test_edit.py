@@ -108,6 +108,8 @@ def test_an_applied_patch_is_part_of_the_model_until_it_is_taken_back(runs, caps
     assert {name: content for name, content in files_of(base).items() if name in before} == before
     with pytest.raises(CheckpointError, match=f"patch {identity} is not applied to step 3; there are none"):
         edit.revert(base, patches["a"])
+    with pytest.raises(CheckpointError, match=f"patch {identity} is not applied to step 3; there are none"):
+        edit.revert(base, identity)
 
 
 def test_a_patch_under_a_later_one_stays(runs, tmp_path):
