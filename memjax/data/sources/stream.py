@@ -132,8 +132,12 @@ class Stream:
         """Reads the file.
 
         Raises:
-            DataError: a package to read it with is not there.
+            DataError: a package to read it with is not there, or the file cannot be opened.
         """
+        try:
+            self.file.path.open("rb").close()  # the library of each format has another error for it
+        except OSError as error:
+            raise DataError(f"{self.file.path}: cannot be read ({error.strerror}); make it readable") from error
         read = {"parquet": self._rows, "arrow": self._rows, "array_record": self._records}.get(
             self.file.format, self._lines
         )

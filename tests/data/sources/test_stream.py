@@ -1,9 +1,11 @@
 import bz2
+import errno
 import gzip
 import json
 import lzma
 import tracemalloc
 from typing import Literal
+from unittest import mock
 
 import numpy as np
 import pyarrow
@@ -168,6 +170,15 @@ def test_an_arrow_stream_that_was_cut_between_two_batches_is_not_taken_for_whole
         *_, (_, last) = read(path)
         assert isinstance(last, MalformedError)
         assert "cut off or damaged" in str(last)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch, name):
+    WRITERS[name](tmp_path / name)
+    refuse = mock.Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    with pytest.raises(DataError, match=r"cannot be read \(Permission denied\); make it readable"):
+        read(tmp_path / name)
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
