@@ -1,6 +1,6 @@
 """Base class of the layers that read tables."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -17,8 +17,26 @@ class Recording(nnx.Module):
     def __init__(self, perturbations: tuple[Perturbations, ...]):
         """Perturbations of each call of the layer; none while their shapes are not known yet."""
         self.perturbations = nnx.Perturbation(perturbations)
-        self.reads = nnx.Intermediate(())
+        self.reads: nnx.Variable[tuple[tuple[TableRead, ...], ...]] = nnx.Intermediate(())
         """Reads of each call, in their order."""
+
+    def next_perturbations(self) -> Perturbations | None:
+        """Those of the layer's next call; the first pass, which finds shapes, has none."""
+        perturbations = self.perturbations.get_value()
+        return perturbations[len(self.reads.get_value())] if perturbations else None
+
+    def add(self, reads: tuple[TableRead, ...]) -> None:
+        """Records the reads of a call.
+
+        Raises:
+            TraceContextError: it is inside a transformation of JAX that closes over the layer.
+        """
+        self.reads.set_value((*self.reads.get_value(), reads))
+
+
+def recording_of(layer: nnx.Module | None) -> Recording | None:
+    """What is attached to a layer, if `memjax.value_and_grad` runs it."""
+    return getattr(layer, "recording", None)
 
 
 class LookupLayer(nnx.Module):
@@ -65,15 +83,12 @@ class LookupLayer(nnx.Module):
             rule = "table must be a ValueTable" if len(self.READS) == 1 else "tables must be ValueTables"
             raise TypeError(f"{name} is called as layer{call}: {rule}, found {', '.join(wrong)}")
         x = jnp.asarray(x)  # arrays of NumPy have types that JAX has not, such as float64
-        recording: Any = getattr(self, "recording", None)
+        recording = recording_of(self)
         if recording is None:
             return self.with_reads(x, *tables)[0]
-        calls, perturbations = recording.reads.get_value(), recording.perturbations.get_value()
-        # A call's perturbations have its number; the first pass, which finds shapes, has none.
-        own = perturbations[len(calls)] if perturbations else None
-        out, found = self.with_reads(x, *tables, perturbations=own)
+        out, found = self.with_reads(x, *tables, perturbations=recording.next_perturbations())
         try:
-            recording.reads.set_value((*calls, found))
+            recording.add(found)
         except TraceContextError as error:
             raise ValueError(
                 f"memjax.value_and_grad: a {name} is called inside a transformation of JAX, as jit, vmap or scan, "

@@ -100,7 +100,8 @@ def value_and_grad(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Cal
     """Like `nnx.value_and_grad(loss_fn)`, with row gradients in place of dense gradients of the tables.
 
     `loss_fn(model, *args, **kwargs)` calls the memory layers of the model, whose gradients are found by themselves,
-    however many layers share a table, under `nnx.remat` and on a mesh; `memjax.Optimizer` applies them:
+    however many layers share a table, under `nnx.remat` and on a mesh, in a `memjax.Decoder` too; `memjax.Optimizer`
+    applies them:
 
         loss, gradients = memjax.value_and_grad(loss_fn)(model, x, y)
         optimizer.update(model, gradients)

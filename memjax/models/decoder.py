@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax.config.model import ModelConfig
+from memjax.memory.lookup import recording_of
 from memjax.memory.read import Perturbations, TableRead
 from memjax.memory.table import ValueTable
 from memjax.models.attention import KeyValues
@@ -134,6 +135,9 @@ class Decoder(nnx.Module):
             if given is not None:
                 fits = given.shape == tokens.shape
                 require("Decoder", fits, f"{name} must have the shape of the tokens", tokens=tokens, **{name: given})
+                # Positions as numbers of 16 bits would be others from 257 on.
+                kind, rule = (jnp.bool_, "true or false") if name == "token_mask" else (jnp.integer, "whole numbers")
+                require("Decoder", jnp.issubdtype(given.dtype, kind), f"{name} must be {rule}", **{name: given})
         check_ids(tokens, self.config.vocab_size, "tokens")
         x = split_tokens(self.embedded(tokens))
         reads: dict[str, tuple[TableRead, ...]] = {}
@@ -145,12 +149,16 @@ class Decoder(nnx.Module):
 
         for layer, block in enumerate(self.blocks):
             name = layer_name(layer)
-            own = (perturbations or {}).get(name)
+            own, recording = (perturbations or {}).get(name), recording_of(block.lookup)
+            if recording is not None:
+                own = recording.next_perturbations()
             with jax.named_scope(name):  # for profilers
                 x, aux = run(block, x, positions, segments, self.tables_of(layer), own, token_mask)
             x = split_tokens(x)
             if aux.reads:
                 reads[name] = aux.reads
+            if recording is not None:
+                recording.add(aux.reads)
             if aux.routing is not None:
                 routings[name] = aux.routing
         return DecoderOutput(self.norm(x).normed, reads, routings)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import memjax
 from memjax.config.memory import MemoryConfig, PEERConfig
 from memjax.config.model import ExpertsConfig, ModelConfig
 from memjax.models import decoder
@@ -247,6 +248,34 @@ def test_types_follow_the_config():
         return parts.merge(params, tables)(jnp.asarray(TOKENS))
 
     assert jax.eval_shape(logits, parts.abstract_params, parts.abstract_tables).dtype == jnp.float32
+
+
+@pytest.mark.slow
+def test_value_and_grad_finds_the_reads_of_a_decoder():
+    model = build("shared tables")
+
+    def loss_fn(model):
+        tokens = jnp.asarray(TOKENS)
+        return summed_loss(model, model.hidden(tokens, remat="block").states, tokens, jnp.ones((2, 7)))[0]
+
+    _, expected = nnx.jit(nnx.value_and_grad(loss_fn))(model)
+    _, gradients = nnx.jit(memjax.value_and_grad(loss_fn))(model)
+    for name, table in expected["tables"].items():
+        total = sum(row.dense(25) for row in gradients.tables[f"tables.{name}"])
+        np.testing.assert_allclose(total, table["rows"][...], rtol=1e-4, atol=1e-4)
+    assert [len(rows) for rows in gradients.tables.values()] == [1, 1, 2]
+    others = nnx.filter_state(expected, lambda path, _: path[0] != "tables")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradients.dense, others)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "rule"),
+    [("positions", "float32", "whole numbers"), ("segments", "bool", "whole numbers"), ("token_mask", "int32", "true")],
+)
+def test_positions_segments_and_masks_of_other_types_are_refused(as_users_call, name, dtype, rule):
+    given: dict[str, Any] = {name: jnp.ones((2, 7), dtype)}
+    with pytest.raises(ValueError, match=f"Decoder: {name} must be {rule}.*; found {name} {dtype}"):
+        build("own tables").hidden(jnp.asarray(TOKENS), **given)
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (2, 1), (7,)], ids=str)
