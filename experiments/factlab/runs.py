@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,8 @@ class Training:
     seed: int = 0
     settings: tuple[str, ...] = ()
     seconds: float = 60.0
-    """A guess, for the first run of its kind; later ones are judged by those before."""
+    """A guess, for the first run of its kind, corrected by how long those of other kinds took; later ones are judged by
+    those before."""
     alone: bool = False
     """Whether it needs a GPU that no other run uses."""
 
@@ -174,6 +176,8 @@ class Pool:
         self._environments = [given(name) if gpus > 1 else {} for name in visible[:gpus]]
         self._lock = threading.Lock()
         self._seconds: dict[Any, float] = {}
+        self._slowdowns: list[float] = []
+        """Measured over guessed seconds: what the guesses of other kinds are worth."""
         self._running: dict[str, tuple[Training, int]] = {}
         self._began = time.time()
 
@@ -231,7 +235,8 @@ class Pool:
         return min(in_time, key=lambda run: (run.seed, run.kind not in compiled, run.kind in busy, order[run.name]))
 
     def _ends(self, run: Training) -> float:
-        return time.time() + self._seconds.get((run.kind, run.exposures), run.seconds)
+        guess = run.seconds * statistics.median(self._slowdowns or [1.0])
+        return time.time() + self._seconds.get((run.kind, run.exposures), guess)
 
     def _note(self, run: Training, answer: dict[str, Any], seconds: float, number: int) -> None:
         """Keeps a result, or says what went wrong."""
@@ -242,6 +247,7 @@ class Pool:
                 print(f"FAILED [{run.name}] {answer}", flush=True)
                 return
             self._seconds[run.kind, run.exposures] = seconds
+            self._slowdowns.append(seconds / run.seconds)
             result = {**run.row(), **answer["result"], "wall_seconds": round(seconds, 1)}
             self.results[run.name] = result
             write_results(self.path, self.results)

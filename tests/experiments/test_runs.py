@@ -82,6 +82,13 @@ def test_nothing_is_started_that_would_end_after_the_deadline(pool, tmp_path):
     assert [row["family"] for row in runs.read_results(tmp_path / "out.json").values()] == ["b"]
 
 
+def test_guesses_are_corrected_by_what_other_runs_took(started, tmp_path):
+    # The first takes at least fifty times its guess, so the second would end after an hour.
+    quick, other = a_run("a", seconds=1e-3), a_run("b", 1, seconds=72.0)
+    pool = runs.Pool(tmp_path / "out.json", {}, jobs=1, deadline=time.time() + 3600, keeps_order=True)
+    assert pool.run([quick, other]) == [other.name]
+
+
 def test_a_run_that_needs_a_gpu_to_itself_has_it_and_the_order_is_kept(started, tmp_path):
     todo = [a_run("a"), a_run("b"), a_run("alone", alone=True), a_run("c"), a_run("d"), a_run("last", alone=True)]
     out = tmp_path / "out.json"
