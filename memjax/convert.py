@@ -25,13 +25,13 @@ PROG = "python -m memjax.convert"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class FromHfConfig(Section):
-    """The run to write, and the tokenizer where the folder has none."""
+    """The run to write, and the tokenizer if the folder has none."""
 
     out: LocalPath[str]
     """The folder of the run to write; new or empty."""
     tokenizer: LocalPath[str] | None = None
-    """A tokenizer.json or a SentencePiece .model; null takes that of the folder. byte: the 256 bytes, for a model
-    without a tokenizer, which is then of use by token ids only."""
+    """A tokenizer.json or a SentencePiece .model; null: that of the folder. byte: the 256 bytes, for a model without a
+    tokenizer, which can then be used only by token ids."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,33 +41,32 @@ class ToHfConfig(StepSettings):
     out: LocalPath[str]
     """The folder to write; new or empty."""
     ema: bool = False
-    """Take the moving average of the dense parameters (optim.ema_decay)."""
+    """Use the moving average of the dense parameters (optim.ema_decay)."""
     dtype: Literal["saved", "float32", "bfloat16", "float16"] = "saved"
-    """Type of the numbers in the files; saved: that of the checkpoint."""
+    """Type of the arrays in the files; saved: as in the checkpoint."""
     max_length: Positive[int] | None = None
-    """Tokens that the model may be given at once (max_position_embeddings); null takes that of `like`, or
-    data.sequence_length."""
+    """Longest input in tokens (max_position_embeddings); null: that of `like`, or data.sequence_length."""
     like: LocalPath[str] | None = None
-    """The Hugging Face folder that the run's model came from: its tokenizer files, chat template and settings for
-    generation are kept."""
+    """The Hugging Face folder that the run's model came from; its tokenizer files, chat template and generation
+    settings are copied."""
     shard_gb: Positive[float] = 5.0
-    """Largest file in GB; a model that needs more gets several, and an index."""
+    """Largest file in GB; a larger model is split over several, with an index."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class AddedMemoryConfig(MemoryConfig):
-    """The memory layers that the model gets."""
+    """The memory layers to add."""
 
     layers: tuple[int, ...]  # pyright: ignore[reportGeneralTypeIssues]  # fields by keyword may do without a default
-    """Blocks (0-based) that get a memory layer."""
+    """Blocks (0-based) to give a memory layer."""
     placement: Literal["replace", "parallel"] = "parallel"
-    """parallel: the feed-forward layers stay, and the model's outputs are what they were until the memory is trained;
-    replace: the memory takes their place, and what they knew is gone."""
+    """parallel: the feed-forward layers stay, and the model's outputs are unchanged until the memory is trained;
+    replace: memory layers replace them, and what they knew is lost."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UpcycleConfig(StepSettings):
-    """The run to write, and the memory that its model gets."""
+    """The run to write, and the memory to add to its model."""
 
     out: LocalPath[str]
     """The folder of the run to write; new or empty."""
@@ -83,8 +82,8 @@ class QuantizeConfig(StepSettings):
     out: LocalPath[str]
     """The folder of the run to write; new or empty."""
     table: TableFormat = "int8"
-    """Format of the rows. int8 and float8_e4m3 take a half, int4 a quarter of bfloat16's bytes; saved changes nothing
-    but that tables are in files, which table_place=host maps on a CPU."""
+    """Format of the rows. int8 and float8_e4m3 take half of bfloat16's bytes, int4 a quarter; saved keeps the format
+    and writes tables as files, which table_place=host maps on a CPU."""
 
 
 def from_hf(folder: str, *, settings: FromHfConfig) -> None:

@@ -8,10 +8,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from memjax.config.checks import not_negative, positive
 from memjax.config.load import READ_RUN, parse
 from memjax.config.sampling import SamplingConfig
-from memjax.config.section import LocalPath
+from memjax.config.section import LocalPath, NotNegative, Positive
 from memjax.errors import ConfigError, DataError
 from memjax.io.command import check_output, exit_code
 from memjax.io.console import printable
@@ -26,39 +25,33 @@ PROG = "python -m memjax.generate"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateConfig(InferenceSettings, SamplingConfig):
-    """What to write, and how."""
+    """What to generate, and how."""
 
     prompt: str | None = None
-    """The text to go on from. A model of biographies answers a question such as "What is the major of ...? Answer:".
-    Without it and without a file, prompts are asked for at the terminal, or read from standard input, one a line."""
+    """The text to continue. A model of biographies answers a question such as "What is the major of ...? Answer:".
+    Without this or a file, prompts are requested at the terminal, or read from standard input, one per line."""
     prompts: LocalPath[str] | None = None
-    """A file of prompts: one a line, or (.jsonl) one object a line with the field prompt. Prints one JSON object for
-    each, with its text, why it ended, and the other fields of its line."""
+    """A file of prompts: one per line, or (.jsonl) one object per line with the field prompt. Prints one JSON object
+    for each, with its text, why it ended, and the other fields of its line."""
     output: LocalPath[str] | None = None
-    """The file for these objects, in place of the terminal."""
-    batch_size: int = 8
-    """Prompts of the file that are worked on at once; it changes no text."""
-    max_tokens: int = 64
-    """The most tokens to write; the model may end the text before."""
+    """The file for these objects; null: the terminal."""
+    batch_size: Positive[int] = 8
+    """Prompts of the file to process at once; the texts do not depend on it."""
+    max_tokens: NotNegative[int] = 64
+    """Most tokens to generate; the model may end the text earlier."""
     stop: tuple[str, ...] = ()
-    """Strings that end the text, such as '["\\n", "Question:"]'; special tokens may be named too."""
+    """Strings that end the text, such as '["\\n", "Question:"]'; they may be special tokens."""
     special_tokens: bool = False
-    """Whether the names of special tokens in a prompt, as chat templates have them, mean these or are mere text."""
+    """Read special tokens in a prompt, as chat templates write them, as such rather than as plain text."""
 
-    def problems(self) -> list[str | None]:
-        """Everything that is wrong with the settings."""
-        return [
-            *InferenceSettings.problems(self),
-            *SamplingConfig.problems(self),
-            *not_negative(max_tokens=self.max_tokens),
-            *positive(batch_size=self.batch_size),
-            f"prompts={self.prompts} cannot be written on together with a prompt; give one of the two"
-            if self.prompt is not None and self.prompts is not None
-            else None,
-            f"output={self.output} is for a file of prompts; set prompts too"
-            if self.output is not None and self.prompts is None
-            else None,
-        ]
+    def problems(self) -> Iterator[str]:
+        """Settings that do not go together."""
+        yield from InferenceSettings.problems(self)
+        yield from SamplingConfig.problems(self)
+        if self.prompt is not None and self.prompts is not None:
+            yield f"prompts={self.prompts} cannot be written on together with a prompt; give one of the two"
+        if self.output is not None and self.prompts is None:
+            yield f"output={self.output} is for a file of prompts; set prompts too"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         GenerateConfig,
         argv,
         prog=PROG,
-        description="Writes what a trained model says after a prompt, token by token.",
+        description="Prints how a trained model continues a prompt, token by token.",
         positional=READ_RUN,
         examples=[
             f'{PROG} runs/quickstart --prompt "What is the major of"',

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memjax.config.load import RUN_FOLDER, parse
@@ -24,36 +24,35 @@ class InspectConfig(CheckpointSettings):
     """What to inspect."""
 
     prompt: str | None = None
-    """A text: prints the slots that its tokens read, and what each adds to the logit of the token that follows."""
+    """A text: prints the slots that its tokens read, and what each adds to the logit of the next token."""
     answer: str | None = None
-    """The continuation whose logit is explained; null takes the likeliest token."""
+    """The continuation whose logit is explained; null: the likeliest token."""
     out: LocalPath[str] | None = None
-    """A file (.html) for the same as a self-contained page with all tokens and slots."""
+    """A file (.html) for a self-contained page with all tokens and slots."""
     top: Positive[int] = 8
-    """Slots of each layer that are printed."""
+    """Slots to print per layer."""
     token: int | None = None
-    """The number of the token whose slots are printed; null is the last of the prompt."""
+    """Position of the token whose slots are printed; null: the last of the prompt."""
     slot: str | None = None
-    """A slot such as L4:123456: prints the contexts of a corpus that read it most, and the tokens that it promotes."""
+    """A slot such as L4:123456: prints the contexts that read it most in a corpus, and the tokens that it promotes."""
     corpus: LocalPath[str] | None = None
-    """The file, folder or glob of that corpus; null is what the run was trained on."""
+    """File, folder or glob of that corpus; null: the training data."""
     corpus_texts: Positive[int] = 20_000
-    """The most texts of the corpus that are read."""
+    """Most texts to read from the corpus."""
     batch_size: Positive[int] = 32
-    """Texts of the corpus that are read at once."""
+    """Texts of the corpus per batch."""
 
-    def problems(self) -> list[str | None]:
-        """Everything that is wrong with the settings."""
-        problems = super().problems()
+    def problems(self) -> Iterator[str]:
+        """Settings that are malformed or do not go together."""
+        yield from super().problems()
         if (self.prompt is None) == (self.slot is None):
-            problems.append("prompt and slot: give one of the two")
+            yield "prompt and slot: give one of the two"
         if self.slot is not None and not _SLOT.fullmatch(self.slot):
-            problems.append(f"slot={self.slot} must name a layer and a row, such as L4:123456")
+            yield f"slot={self.slot} must name a layer and a row, such as L4:123456"
         if self.out is not None and not self.out.endswith(".html"):
-            problems.append(f"out={self.out} must end in .html")
+            yield f"out={self.out} must end in .html"
         if self.out is not None and self.prompt is None:
-            problems.append(f"out={self.out} is for a prompt; set prompt too")
-        return problems
+            yield f"out={self.out} is for a prompt; set prompt too"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         InspectConfig,
         argv,
         prog=PROG,
-        description="Shows which slots of its tables a model reads for a prompt and what each adds to the answer, or "
+        description="Shows which table slots a model reads for a prompt and what each adds to the answer, or "
         "which texts read a slot.",
         positional=RUN_FOLDER,
         examples=[

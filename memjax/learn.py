@@ -24,35 +24,35 @@ RUN_AND_FACTS = Positional(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearnConfig(CheckpointSettings):
-    """Hyperparameters of learning, and what is measured."""
+    """Hyperparameters, and what is measured."""
 
     out: LocalPath[str]
-    """The patch to write: a file (.safetensors), or a folder for it. The run's model stays as it is."""
+    """The patch to write: a file (.safetensors), or a folder for it. The run itself is unchanged."""
     rows: Positive[int] = 4_096
-    """Rows of each table that a batch of facts may change: those that it reads more than other texts do. More rows
-    learn faster, fewer leave more of the model alone."""
+    """Rows per table that a batch of facts may change: those that it reads more than other texts do. More rows learn
+    faster; fewer leave more of the model unchanged."""
     lr: Positive[float] = 0.05
-    """Learning rate of the first step; it falls to zero in a straight line. For sgd a few hundred times as much."""
+    """Initial learning rate, which decays linearly to zero. sgd needs one a few hundred times higher."""
     optimizer: Literal["rowwise_adam", "sgd"] = "rowwise_adam"
     """Optimizer of the rows."""
     epochs: Positive[int] | None = None
-    """Passes over the facts, at most; the learning ends when every fact is known. null: 16, and of few facts as many as
-    make 128 batches."""
+    """Most passes over the facts; learning ends when every fact is known. null: 16, or with few facts as many as give
+    128 batches."""
     batch_size: Positive[int] = 16
-    """Facts in a batch, each in all its wordings."""
+    """Facts per batch, each in all its wordings."""
     replay: NotNegative[int] = 128
-    """Texts of the background that are learned again in each batch, so that the rows keep what they held."""
+    """Background texts replayed in each batch, so that the rows keep what they held."""
     background: LocalPath[str] | None = None
-    """The texts that slots are compared on: a file, folder or glob; null is what the run was trained on."""
+    """The texts that slots are compared on: a file, folder or glob; null: the training data."""
     background_texts: Positive[int] = 20_000
-    """The most texts of the background that are read. The counts are kept with the run."""
+    """Most background texts to read. The counts are stored with the run."""
     held_out: LocalPath[str] | None = None
-    """Questions that the facts should not change: JSON lines with prompt and answer, asked before and after. null takes
-    the run's own questions where it has some (generated people)."""
+    """Questions whose answers should not change: JSON lines with prompt and answer, asked before and after. null: the
+    run's own questions, if it has any (generated people)."""
     held_out_questions: Positive[int] = 1_000
-    """The most of these that are asked."""
+    """Most of these to ask."""
     seed: NotNegative[int] = 0
-    """Orders the facts and draws the texts that are learned again."""
+    """Seed of the order of the facts and of the replayed texts."""
 
 
 def fewest_epochs(facts: int, batch_size: int) -> int:

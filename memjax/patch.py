@@ -34,13 +34,13 @@ class ApplyConfig(StepSettings):
     """The checkpoint that is patched."""
 
     out: LocalPath[str] | None = None
-    """A new folder for a run whose checkpoint has the patch's rows; the run itself then stays as it is. null notes the
-    patch in the run's folder, whose checkpoints stay as they are, so that it can be taken back."""
+    """A new folder for a run whose checkpoint has the patch's rows; the run itself is then unchanged. null: the patch
+    is recorded in the run's folder, whose checkpoints are unchanged, so that it can be reverted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RevertConfig(StepSettings):
-    """The checkpoint that the patch is taken back from."""
+    """The checkpoint whose patch is reverted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,8 +50,8 @@ class MergeConfig(Section):
     out: LocalPath[str]
     """The file to write (.safetensors), or a folder for it."""
     conflicts: Literal["refuse", "sum", "first", "last"] = "refuse"
-    """refuse: such rows are named, and nothing is written; sum: the old row plus every change; first, last: the row of
-    the first or the last patch."""
+    """refuse: name such rows and write nothing; sum: the old row plus every change; first, last: the row of the first
+    or the last patch."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +59,7 @@ class ShowConfig(Section):
     """Length of the listing."""
 
     top: Positive[int] = 10
-    """Rows of each table that are listed, those that change most first."""
+    """Rows to list per table, those that change most first."""
 
 
 def diff(old: str, new: str, *, settings: DiffConfig) -> None:

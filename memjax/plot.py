@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 from memjax.config.load import RUN_FOLDER, parse
@@ -17,35 +17,31 @@ class PlotConfig(Section):
     """The plot to draw."""
 
     out: LocalPath[str] = "comparison.png"
-    """The file to write: .png, .svg or .pdf, or .html for one page with the picture and a table that needs no other
-    file."""
+    """The file to write: .png, .svg or .pdf, or .html for a self-contained page with the picture and a table."""
     x: str = "step"
-    """The horizontal axis: step, tokens read, or seconds of training (neither compilation nor validation). Or a setting
-    such as model.memory.num_keys, or parameters or flops_per_token: then one point a run, where `metric` ended."""
+    """The horizontal axis: step, tokens, or seconds of training (without compilation and validation). Or a setting such
+    as model.memory.num_keys, or parameters or flops_per_token: then one point per run, the last value of `metric`."""
     metric: str | None = None
-    """With a setting on the horizontal axis: what is drawn over it, such as eval/validation/loss or
+    """With a setting on the horizontal axis: the metric to plot, such as eval/validation/loss or
     facts/asked/accuracy."""
     interactive: bool = False
-    """Whether the .html page shows values under the pointer, zooms, and hides and shows runs; needs plotly (pip install
-    plotly)."""
+    """Make the .html page show values under the pointer, zoom, and toggle runs; needs plotly (pip install plotly)."""
     smoothing: Positive[int] | None = None
-    """Steps that are averaged; 1 draws each step alone, null takes a fiftieth of the longest run."""
+    """Steps to average over; 1: no smoothing, null: a fiftieth of the longest run."""
 
-    def problems(self) -> list[str | None]:
+    def problems(self) -> Iterator[str]:
         """Settings that do not go together."""
-        problems: list[str | None] = []
         if pathlib.PurePath(self.out).suffix not in SUFFIXES:
-            problems.append(f"out={self.out} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+            yield f"out={self.out} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
         if self.metric is not None and self.x in AXES:
-            problems.append(f"metric={self.metric} is drawn over a setting; set x to one, or leave metric out")
+            yield f"metric={self.metric} is drawn over a setting; set x to one, or leave metric out"
         if self.x not in AXES and self.metric is None:
-            problems.append(
+            yield (
                 f"x={self.x} is neither step, tokens nor seconds; to draw over a setting, say what: "
                 "--metric eval/validation/loss, for example"
             )
         if self.interactive and (pathlib.PurePath(self.out).suffix != ".html" or self.metric is not None):
-            problems.append("interactive=true is for the curves of runs in an .html file, as in --out comparison.html")
-        return problems
+            yield "interactive=true is for the curves of runs in an .html file, as in --out comparison.html"
 
 
 SUFFIXES = (".png", ".svg", ".pdf", ".html")

@@ -22,9 +22,9 @@ class PresetsConfig(Section):
     """Presets to list, and devices to plan for."""
 
     only: tuple[str, ...] = ()
-    """Names of presets; without, all."""
+    """Names of presets; by default, all."""
     fit: tuple[str, ...] = ()
-    """Devices such as 1x24 or 8x80, their number and GB of each: says in a table how each preset fits on them."""
+    """Devices such as 1x24 or 8x80, number and GB of each: prints how each preset fits on them."""
 
     def problems(self) -> Iterator[str]:
         """Unknown presets, and malformed devices."""

@@ -8,10 +8,10 @@ import os
 import pathlib
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from memjax.config.checks import not_empty, positive
 from memjax.config.load import READ_RUN, parse
+from memjax.config.section import NotEmpty, Positive
 from memjax.errors import ConfigError
 from memjax.io.command import exit_code
 from memjax.io.console import say, warn
@@ -27,38 +27,35 @@ INSTALL = "pip install 'starlette>=1,<2' 'uvicorn>=0.50,<1'"
 class ServeConfig(InferenceSettings):
     """Where to serve, and what clients may ask for."""
 
-    host: str = "127.0.0.1"
-    """The address to listen on; 0.0.0.0 for all of this machine, which anybody who reaches it can then use unless the
-    environment variable MEMJAX_API_KEY holds a key."""
+    host: NotEmpty[str] = "127.0.0.1"
+    """The address to listen on; 0.0.0.0: all addresses of this machine. Anybody who reaches it can then use the model,
+    unless the environment variable MEMJAX_API_KEY holds a key."""
     port: int = 8000
-    """0 takes a free one and prints it."""
-    slots: int = 16
-    """Texts that are written at a time; others wait. Their cache is allocated at the start."""
+    """The port; 0: a free one, which is printed."""
+    slots: Positive[int] = 16
+    """Texts generated at once; others wait. Their cache is allocated at the start."""
     max_length: int | None = None
-    """The most tokens of a prompt and its answer together; null for the sequence length of the training."""
-    queue: int = 256
+    """Most tokens in a prompt and its answer together; null: data.sequence_length."""
+    queue: Positive[int] = 256
     """Texts that may wait for a slot; further requests are refused with 429."""
-    max_body_kib: int = 2048
-    """The longest body of a request, in KiB."""
-    model_name: str | None = None
-    """The model's name for clients; null for the name of the run's folder."""
+    max_body_kib: Positive[int] = 2048
+    """Largest body of a request, in KiB."""
+    model_name: NotEmpty[str] | None = None
+    """The model's name for clients; null: that of the run's folder."""
     drain_seconds: float = 30.0
-    """How long running requests may go on after SIGTERM or Ctrl-C."""
+    """How long running requests may continue after SIGTERM or Ctrl-C."""
     warm_up: bool = True
-    """Whether to compile for all lengths of prompts before the first request; otherwise it happens when they come."""
+    """Compile for all prompt lengths before the first request, rather than when they arrive."""
 
-    def problems(self) -> list[str | None]:
-        """Everything that is wrong with the settings."""
-        return [
-            *super().problems(),
-            *not_empty(host=self.host, model_name=self.model_name),
-            *positive(slots=self.slots, queue=self.queue, max_body_kib=self.max_body_kib),
-            None if 0 <= self.port < 1 << 16 else f"port={self.port} must be in 0..65535",
-            None if 0 <= self.drain_seconds < 1e6 else f"drain_seconds={self.drain_seconds} must be in 0..1e6",
-            f"max_length={self.max_length} must be at least 2: a token of the prompt and one to write"
-            if self.max_length is not None and self.max_length < 2
-            else None,
-        ]
+    def problems(self) -> Iterator[str]:
+        """Numbers out of ranges that no type names."""
+        yield from super().problems()
+        if not 0 <= self.port < 1 << 16:
+            yield f"port={self.port} must be in 0..65535"
+        if not 0 <= self.drain_seconds < 1e6:
+            yield f"drain_seconds={self.drain_seconds} must be in 0..1e6"
+        if self.max_length is not None and self.max_length < 2:
+            yield f"max_length={self.max_length} must be at least 2: a token of the prompt and one to write"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ServeConfig,
         argv,
         prog=PROG,
-        description="Serves a trained model to OpenAI's clients: /v1/completions, /v1/models, /health and /metrics.",
+        description="Serves a trained model to OpenAI clients: /v1/completions, /v1/models, /health and /metrics.",
         positional=READ_RUN,
         examples=[
             f"{PROG} runs/quickstart",

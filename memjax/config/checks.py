@@ -1,7 +1,7 @@
 """Checks of settings, for the `__post_init__` of configs and for the classes that take the same values as arguments.
 
-A check gives a list of problems in words, each beginning with `field=value`; None stands where all is well. Fields may
-be null, where no type says otherwise.
+A check gives a list of problems in words, each beginning with `field=value`. Fields may be null, where no type says
+otherwise.
 """
 
 import dataclasses
@@ -18,11 +18,10 @@ from memjax.config.schema import field_types
 from memjax.io.paths import local_path, path_or_address
 
 
-def refuse(problems: list[str | None]) -> None:
+def refuse(problems: Sequence[str]) -> None:
     """Raises one ValueError with every problem on a line of its own; does nothing when there is none."""
-    found = [problem for problem in problems if problem]
-    if found:
-        raise ValueError("\n".join(found))
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def several(value: Any) -> Any:
@@ -30,12 +29,12 @@ def several(value: Any) -> Any:
     return [value] if isinstance(value, str | os.PathLike) else value
 
 
-Check = Callable[..., list[str | None]]
+Check = Callable[..., list[str]]
 """Takes fields by name, and says what is wrong with their values."""
 
 
 def _check(is_right: Callable[[Any], bool], rule: str, *, quoted: bool = False, or_null: bool = True) -> Check:
-    def check(**fields: Any) -> list[str | None]:
+    def check(**fields: Any) -> list[str]:
         return [
             f"{name}={value!r} {rule}" if quoted else f"{name}={value} {rule}"
             for name, value in fields.items()
@@ -97,12 +96,12 @@ _TYPES: dict[Any, Check] = {
 }
 
 
-def counts(**fields: Any) -> list[str | None]:
+def counts(**fields: Any) -> list[str]:
     """Fields must be whole numbers above 0, or null."""
     return whole(**fields) or positive(**fields)
 
 
-def one_of(known: Sequence[str], **fields: Any) -> list[str | None]:
+def one_of(known: Sequence[str], **fields: Any) -> list[str]:
     """Fields must be one of the known words."""
     return [
         f"{name}={value!r} is unknown; known: {', '.join(known)}"
@@ -123,15 +122,15 @@ def typed(config: Any, section: str | None = None) -> None:
     Raises:
         ValueError: a word is unknown, or a value is of another type.
     """
-    problems: list[str | None] = []
+    problems: list[str] = []
     for name, kind in field_types(type(config)).items():
         value, kinds = getattr(config, name), [one for one in _union(kind) if one is not type(None)]
         if value is None and len(kinds) < len(_union(kind)):
             continue
         found = [rule(**{name: value}) for rule in map(_rule, kinds) if rule is not None]
-        if len(found) == len(kinds) and all(map(any, found)):
+        if len(found) == len(kinds) and all(found):
             now = section and new_value(f"{section}.{name}", value)
-            problems += [f"{problem}; it is now {now!r}" if problem and now else problem for problem in found[0]]
+            problems += [f"{problem}; it is now {now!r}" if now else problem for problem in found[0]]
     refuse(problems)
 
 
@@ -151,7 +150,7 @@ def _rule(kind: Any) -> Check | None:
     return functools.partial(one_of, get_args(kind)) if get_origin(kind) is Literal else _TYPES.get(kind)
 
 
-def ranges(config: Any) -> list[str | None]:
+def ranges(config: Any) -> list[str]:
     """Problems with values outside of the ranges that the types of a config's fields name (`memjax.config.section`)."""
     return [
         problem
@@ -163,8 +162,8 @@ def ranges(config: Any) -> list[str | None]:
 
 
 def _check_paths(read: Callable[[str, str], object]) -> Check:
-    def check(**fields: Any) -> list[str | None]:
-        problems: list[str | None] = []
+    def check(**fields: Any) -> list[str]:
+        problems: list[str] = []
         for name, value in fields.items():
             for text in (value,) if isinstance(value, str) else value or ():
                 try:

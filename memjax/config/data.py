@@ -13,28 +13,28 @@ class TokenizerConfig(Section):
     """How text becomes token ids."""
 
     kind: Literal["byte", "bpe", "hf", "sentencepiece", "tiktoken"] = "bpe"
-    """byte: the 256 bytes and the special tokens; bpe: byte-level BPE trained on the run's own corpus; the others are
-    read from a file: hf a tokenizer.json with a byte-level BPE, sentencepiece a .model, tiktoken a file of ranks."""
+    """byte: the 256 bytes and the special tokens; bpe: byte-level BPE trained on the run's own corpus. The others are
+    read from a file: hf: a tokenizer.json with a byte-level BPE, sentencepiece: a .model, tiktoken: a file of ranks."""
     path: LocalPath[str] | None = None
     """The file (hf, sentencepiece and tiktoken); the run keeps a copy."""
     train_bytes: Positive[int] = 10_000_000
-    """Text of the corpus, in bytes, that a BPE is trained on (spread evenly over it)."""
+    """Bytes of text that a BPE is trained on, sampled evenly from the corpus."""
     bos: str | None = None
-    """The file's special token that begins a text; null: the one of a known name, or the one that ends texts."""
+    """The file's special token that begins a text; null: the one with a known name, or else eos."""
     eos: str | None = None
-    """The file's special token that ends a text; null: the one of a known name."""
+    """The file's special token that ends a text; null: the one with a known name."""
     pattern: Literal["gpt2", "cl100k", "o200k"] = "gpt2"
-    """How text is cut before ranks are applied, which their file does not say; Llama 3 has cl100k's (tiktoken)."""
+    """How text is split before merging, which the file of ranks does not say; Llama 3 uses cl100k (tiktoken)."""
     special_tokens: tuple[str, ...] = ("<|endoftext|>",)
-    """Special tokens, which get the ids after the last rank in this order (tiktoken)."""
+    """Special tokens, with the ids after the last rank, in this order (tiktoken)."""
     added_tokens: tuple[str, ...] = ()
-    """Special tokens that were added to the file's own, with the ids after its last piece (sentencepiece)."""
+    """Special tokens added to the file's own, with the ids after its last piece (sentencepiece)."""
     end_tokens: tuple[str, ...] = ()
-    """Special tokens besides eos at which generation ends."""
+    """Special tokens other than eos that end generation."""
     adds_bos: bool = True
-    """Whether prompts begin with the begin token, in generation and evaluation; records of a training always do."""
+    """Begin prompts with bos in generation and evaluation; training records always begin with it."""
 
-    def problems(self) -> Iterator[str | None]:
+    def problems(self) -> Iterator[str]:
         """Settings that are for another kind."""
         for name, value in (("path", self.path), ("bos", self.bos), ("eos", self.eos)):
             if value is not None and self.kind in ("byte", "bpe"):
@@ -47,32 +47,32 @@ class TokenizerConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class BiographiesConfig(Section):
-    """Generated people with six facts each, told in several wordings and asked about in questions."""
+    """Generated people with six facts each, stated in several wordings and asked for in questions."""
 
     num_people: Positive[int] = 500
-    """People, each with a full name of their own."""
+    """People, each with a unique full name."""
     form: Literal["fact", "biography"] = "fact"
-    """fact: one sentence a record; biography: all six sentences of a person in an order redrawn every time."""
+    """fact: one sentence per record; biography: all six sentences of a person, reordered at random each time."""
     held_out_fraction: Share[float] = 0.5
-    """Share of the people whose questions are never asked in training (their facts are told)."""
+    """Fraction of people whose questions are not in the training data (their facts are)."""
     seed: int = 0
-    """Draws the people and their facts."""
+    """Seed of the people and their facts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class MixtureConfig(Section):
-    """One part of a mixture."""
+    """One component of a mixture."""
 
     name: str
-    """Name used in metrics and as the folder of its prepared data."""
+    """Name in metrics, and of the folder with its prepared data."""
     path: PathOrAddress[str]
     """File, folder or glob, as in data.path."""
     source: Literal["files", "jsonl", "text"] = "files"
     """How its files are read, as in data.source."""
     weight: Positive[float] = 1.0
-    """Share of the tokens of the training, relative to the weights of the other parts."""
+    """Share of training tokens, relative to the other weights."""
 
-    def problems(self) -> Iterator[str | None]:
+    def problems(self) -> Iterator[str]:
         """An invalid name."""
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
             yield f"name={self.name} must consist of letters, digits, - and _: a folder and metrics are named after it"
@@ -83,57 +83,58 @@ class DataConfig(Section):
     """What the model reads, and how records become batches."""
 
     source: Literal["biographies", "jsonl", "text", "files", "huggingface", "mixture"] = "biographies"
-    """biographies: generated; jsonl: a JSON object a line; text: a document a line; files: as the suffix says (.jsonl
-    .txt .parquet .arrow .array_record, lines also with .gz .xz .zst .bz2); huggingface: the dataset that path names, by
-    way of the package datasets; mixture: the parts in `mixture`."""
+    """biographies: generated; jsonl: a JSON object per line; text: a document per line; files: by suffix (.jsonl .txt
+    .parquet .arrow .array_record, lines also with .gz .xz .zst .bz2); huggingface: the dataset named by path, through
+    the package datasets; mixture: the components in `mixture`."""
     path: PathOrAddress[str] | None = None
-    """The training data (jsonl, text, files): a file, a folder or a glob, read in sorted order. An address (gs://, s3://,
-    hf://, http) is read by way of a copy in the user's cache folder."""
+    """The training data (jsonl, text, files): a file, folder or glob, read in sorted order. A URL (gs://, s3://, hf://,
+    http) is first copied to the user's cache folder."""
     subset: str | None = None
     """The subset of the dataset (source: huggingface); null: its default."""
     split: str = "train"
-    """The split of the dataset that is trained on (source: huggingface)."""
+    """The split of the dataset to train on (source: huggingface)."""
     mixture: tuple[MixtureConfig, ...] = ()
-    """Parts that are mixed (source: mixture), as {name, path, weight, source} each."""
+    """The components (source: mixture), each as {name, path, weight, source}."""
     validation_path: PathOrAddress[str] | None = None
-    """The validation data; null holds the last validation_fraction of the records (of every part) out of training."""
+    """The validation data; null: the last validation_fraction of the records (of each component)."""
     validation_fraction: BelowOne[float] = 0.005
-    """Share of the records held out when validation_path is null."""
+    """Fraction of records held out for validation when validation_path is null."""
     prepared: LocalPath[str] | None = None
     """Folder of the tokenised data; null: `prepared` in the run's folder. Compressed files, Parquet, ArrayRecord,
-    mixtures and whatever is read with malformed: skip are tokenised there before the training; see memjax.prepare."""
+    mixtures and any data read with malformed: skip are tokenised there before training; see memjax.prepare."""
     malformed: Literal["strict", "skip"] = "strict"
-    """strict: a record that cannot be used ends the run; skip: it is left out, counted and reported."""
+    """strict: an unusable record ends the run; skip: it is skipped, counted and reported."""
     max_malformed: NotNegative[int] = 1000
-    """The most records that may be left out of a part (malformed: skip); more end the run."""
+    """Most records to skip per component (malformed: skip); more end the run."""
     damaged_files: Literal["strict", "skip"] = "strict"
-    """strict: a file of which a part cannot be read ends the run; skip: the rest of it is used (malformed: skip)."""
+    """strict: a partly unreadable file ends the run; skip: the rest of it is used (needs malformed: skip)."""
     max_record_bytes: Positive[int] = 64_000_000
-    """The largest record; a larger one is malformed, and is never read into memory."""
+    """Largest record; a larger one is malformed, and never read into memory."""
     text_key: str = "text"
-    """Field (JSON, Parquet) with a whole document; all its tokens are learned."""
+    """Field (JSON, Parquet) with a whole document; the loss covers all its tokens."""
     prompt_key: str = "prompt"
-    """Field with a prompt, used in records without text_key; its tokens are read, not learned."""
+    """Field with a prompt, in records without text_key; its tokens are outside the loss."""
     answer_key: str = "answer"
-    """Field with the answer to the prompt; only its tokens are learned."""
+    """Field with the answer to the prompt; the loss covers only its tokens."""
     sequence_length: Positive[int] = 64
-    """Tokens the model sees at once."""
+    """Tokens per sequence."""
     batch_size: Positive[int] = 32
-    """Sequences per optimizer step, over all devices and micro-batches."""
+    """Sequences per optimizer step, summed over devices and micro-batches."""
     packing: Literal["none", "concat", "first_fit"] = "first_fit"
-    """none: one record a sequence, cut and padded; concat: records end to end, unpadded; first_fit: whole records."""
+    """none: one record per sequence, truncated and padded; concat: records end to end, unpadded; first_fit: whole
+    records, as many as fit."""
     document_mask: bool = True
-    """Attention and positions stay inside a record when several share a sequence."""
+    """Confine attention and positions to each record when several share a sequence."""
     shuffle: bool = True
-    """Shuffle all records anew in every epoch."""
+    """Reshuffle all records every epoch."""
     num_workers: NotNegative[int] = 0
-    """Processes that read and tokenise; 0 uses threads of this process."""
+    """Processes that read and tokenise; 0: threads of this process."""
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     """How text becomes token ids."""
     biographies: BiographiesConfig = dataclasses.field(default_factory=BiographiesConfig)
-    """The generated people (source: biographies)."""
+    """Generated people (source: biographies)."""
 
-    def problems(self) -> Iterator[str | None]:
+    def problems(self) -> Iterator[str]:
         """Invalid names, and settings that are for another source."""
         if self.source == "mixture" and not self.mixture:
             yield f"source={self.source} needs the parts to mix; list them in mixture, as {{name, path, weight}} each"

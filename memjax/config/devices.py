@@ -16,20 +16,20 @@ class MeshConfig(Section):
     PLACE = "mesh"
 
     data: Positive[int] | None = None
-    """Devices along the data axis; null takes all that `memory` and `tensor` leave."""
+    """Devices along the data axis; null: all that `memory` and `tensor` leave."""
     memory: Positive[int] = 1
     """Devices along the memory axis: each holds value_dim / memory columns of every table row."""
     tensor: Positive[int] = 1
-    """Devices along the tensor axis, which work on the same tokens: each has a part of the attention heads, of the
-    feed-forward layers' hidden units and of the vocabulary. Must divide model.num_heads, model.num_kv_heads,
+    """Devices along the tensor axis, which process the same tokens: each holds an equal part of the attention heads,
+    the feed-forward layers' hidden units and the vocabulary. Must divide model.num_heads, model.num_kv_heads,
     model.ffn_dim and model.vocab_size."""
     dense: Literal["sharded", "replicated"] = "sharded"
-    """The dense parameters and their optimizer: sharded, a piece on each device, gathered block by block while they are
-    used; or replicated, whole on every device, which sends less where train.remat gathers blocks again."""
+    """The dense parameters and their optimizer state. sharded: split over the devices and gathered block by block when
+    used (FSDP); replicated: a copy on every device, which sends less when train.remat would gather blocks again."""
     row_grad_reduce: Literal["auto", "all_gather", "all_reduce"] = "auto"
-    """How row gradients cross the data axis. all_gather: every device gets and sorts the picks of all; all_reduce:
-    each replica sums its own to a gradient of the table's size, and these are added up; auto: what takes fewer
-    bytes. Those of micro-batches: all_gather keeps all until the update, all_reduce sums them as they come."""
+    """How row gradients cross the data axis. all_gather: every device gets and sorts the picks of all; all_reduce: each
+    replica sums its own into a gradient of the table's size, and these are summed; auto: whichever sends fewer bytes.
+    Over micro-batches, all_gather keeps all picks until the update, and all_reduce sums them as they come."""
 
     @property
     def devices_per_replica(self) -> int:
@@ -48,18 +48,18 @@ class MeshConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessesConfig(Section):
-    """Processes that train one model together, on one machine or on many. All of them are started with one command."""
+    """Processes that train one model together, on one or many machines, all started with the same command."""
 
     count: Positive[int] | None = None
-    """Their number; null asks SLURM or MPI, and is 1 without them. 1 trains alone in any case."""
+    """Number of processes; null: from SLURM or MPI, or 1 without them. 1 always trains alone."""
     index: NotNegative[int] | None = None
-    """The number of this process, from 0; null asks SLURM, MPI or Kubernetes."""
+    """Index of this process, from 0; null: from SLURM, MPI or Kubernetes."""
     coordinator: str | None = None
-    """host:port where process 0 waits for the others; null is the first machine of a SLURM job."""
+    """host:port where process 0 waits for the others; null: the first machine of a SLURM job."""
     start_timeout: Positive[int] = 300
     """Seconds to wait for the others at the start."""
     heartbeat_timeout: Positive[int] = 30
-    """Seconds without a sign of life after which a process counts as gone, and the others end."""
+    """Seconds without a heartbeat after which a process counts as lost, and the others end."""
 
     def problems(self) -> Iterator[str]:
         """An address or a number that cannot be."""

@@ -8,12 +8,12 @@ from memjax.config.section import NotEmpty, Positive, Section
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class WandbConfig(Section):
-    """Weights & Biases (pip install wandb). A resumed run goes on as the same run there."""
+    """Weights & Biases (pip install wandb). A resumed run continues as the same run there."""
 
     project: NotEmpty[str] = "memjax"
     """The project."""
     name: NotEmpty[str] | None = None
-    """The run's name; null takes that of its folder."""
+    """The run's name; null: that of its folder."""
     mode: Literal["online", "offline"] = "online"
     """offline keeps everything in the run's folder, for `wandb sync`."""
 
@@ -25,34 +25,34 @@ class TrackioConfig(Section):
     project: NotEmpty[str] = "memjax"
     """The project."""
     name: NotEmpty[str] | None = None
-    """The run's name; null takes that of its folder."""
+    """The run's name; null: that of its folder."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ProfileConfig(Section):
-    """A trace of some steps, and a table of the operations that took the most time in them."""
+    """A trace of some steps, and a table of the operations that took the most time."""
 
     start: Positive[int] = 10
-    """The first step that is traced; the steps before it warm up."""
+    """First traced step; the steps before it warm up."""
     steps: Positive[int] = 5
-    """Steps that are traced."""
+    """Number of traced steps."""
     top: Positive[int] = 15
     """Operations in the table."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig(Section):
-    """What a run prints and writes while it goes on. A failing writer does not stop the run."""
+    """What a run prints and logs. A failing writer does not stop the run."""
 
     progress_seconds: Positive[float] = 5.0
     """Seconds between progress lines."""
     usage_every: Positive[int] = 100
-    """Steps over which reads of the slots are counted for one set of slot statistics."""
+    """Steps over which slot reads are counted for each set of slot statistics."""
     tensorboard: bool = True
-    """Write the metrics for TensorBoard too, into the run's folder."""
+    """Also write the metrics for TensorBoard, in the run's folder."""
     wandb: WandbConfig | None = None
-    """Send the metrics to Weights & Biases too; '{}' switches it on with its defaults."""
+    """Also send the metrics to Weights & Biases; '{}' enables it with its defaults."""
     trackio: TrackioConfig | None = None
-    """Keep the metrics in Trackio too; '{}' switches it on with its defaults."""
+    """Also send the metrics to Trackio; '{}' enables it with its defaults."""
     profile: ProfileConfig | None = None
-    """Trace some steps; '{}' switches it on with its defaults."""
+    """Trace some steps; '{}' enables it with its defaults."""

@@ -20,7 +20,7 @@ class LookupConfig(Section):
     """
 
     layers: tuple[int, ...]
-    """Blocks (0-based) that have a lookup."""
+    """Blocks (0-based) with a lookup."""
     value_init_scale: float
     """Initial standard deviation of the tables, in units of their width ** -0.5."""
     table_dtype: DType
@@ -57,13 +57,13 @@ class ProductKeyConfig(LookupConfig):
     num_keys: Positive[int] = 64
     """Sub-keys per half; the table has num_keys squared slots."""
     num_heads: Positive[int] = 2
-    """Independent lookups per token; their outputs add up."""
+    """Independent lookups per token; their outputs are summed."""
     top_k: int = 8
     """Slots read per head and token."""
     key_dim: int = 64
-    """Width of a query and of a whole key (each half has key_dim / 2)."""
+    """Width of a query and of a whole key (key_dim / 2 per half)."""
     qk_norm: bool = True
-    """Scale both halves of queries and keys to unit length before they are compared."""
+    """Normalise both halves of queries and keys to unit length."""
     score_scale: Positive[float] = 4.0
     """Factor on the scores before the softmax (the paper: 1, without qk_norm)."""
     value_init_scale: Positive[float] = 4.0
@@ -73,7 +73,7 @@ class ProductKeyConfig(LookupConfig):
     table_dtype: DType = "auto"
     """auto: bfloat16 on GPUs, float32 on CPUs."""
 
-    def problems(self) -> Iterator[str | None]:
+    def problems(self) -> Iterator[str]:
         """Sizes that no lookup can have."""
         if not 1 <= self.top_k <= self.num_keys:
             yield (
@@ -111,12 +111,12 @@ class MemoryConfig(ProductKeyConfig):
     PLACE = "model.memory"
 
     layers: tuple[int, ...] = (1, 2)
-    """Blocks (0-based) that have a memory layer."""
+    """Blocks (0-based) with a memory layer."""
     placement: Placement = "replace"
-    """replace: the memory takes the feed-forward layer's place (the paper); parallel: the block has both, and adds them
-    up; what the memory adds is scaled by learned numbers that begin at zero, so that at first it changes nothing."""
+    """replace: the memory layer replaces the feed-forward layer (the paper); parallel: the block has both and sums
+    them. The memory's output is then scaled by learned numbers that start at zero, so at first it changes nothing."""
     value_dim: Positive[int] | None = None
-    """Width of a table row; null means model.dim."""
+    """Width of a table row; null: model.dim."""
     gate: Gate = "silu"
     """silu: Memory+, out = W2 (y * silu(W1 x)); none: the plain memory layer."""
     output_gate: bool = False
@@ -134,10 +134,10 @@ class MemoryConfig(ProductKeyConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PEERConfig(ProductKeyConfig):
-    """PEER (arXiv:2407.04153): product keys pick experts of a single hidden number, two table rows each."""
+    """PEER (arXiv:2407.04153): product keys pick experts with a single hidden unit, two table rows each."""
 
     layers: tuple[int, ...] = (1,)
-    """Blocks (0-based) that have a PEER layer in place of the feed-forward layer."""
+    """Blocks (0-based) with a PEER layer in place of the feed-forward layer."""
     num_keys: Positive[int] = 64
     """Sub-keys per half; there are num_keys squared experts."""
     top_k: int = 8

@@ -15,26 +15,26 @@ class ExpertsConfig(Section):
     """A mixture of experts: several feed-forward layers in a block, of which each token uses a few."""
 
     layers: tuple[int, ...] | None = None
-    """Blocks (0-based) that have experts; null means every block that no other list names."""
+    """Blocks (0-based) with experts; null: all blocks that are not in another list."""
     num_experts: Positive[int] = 8
-    """Feed-forward layers in a block."""
+    """Experts per block."""
     ffn_dim: Positive[int] | None = None
-    """Hidden width of an expert; null means model.ffn_dim."""
+    """Hidden width of an expert; null: model.ffn_dim."""
     routing: Literal["token_choice", "expert_choice"] = "token_choice"
-    """token_choice: each token takes its top_k best experts, and none is turned away; expert_choice: in training each
-    expert takes its best tokens, so many that all do the same work (arXiv:2202.09368), and otherwise each token takes
-    its best expert."""
+    """token_choice: each token takes its top_k best experts, and no token is dropped; expert_choice: in training each
+    expert takes its best tokens, the same number for all (arXiv:2202.09368); outside training each token takes its best
+    expert."""
     top_k: int = 2
-    """Experts of each token (token_choice)."""
+    """Experts per token (token_choice)."""
     renormalize: bool = False
-    """Scale the weights of a token's experts so that they add up to 1 (token_choice, top_k above 1)."""
+    """Normalise the weights of a token's experts to sum to 1 (token_choice, top_k above 1)."""
     capacity_factor: float = 1.0
-    """Experts that a token is taken by on average in training (expert_choice)."""
+    """Average number of experts per token in training (expert_choice)."""
     aux_loss_weight: NotNegative[float] = 0.01
-    """Weight of the load-balance loss in the training. It is 1 where tokens spread evenly over the experts, and more
-    where they crowd (with expert_choice: where they would)."""
+    """Weight of the load-balancing loss. That loss is 1 when tokens spread evenly over the experts, and higher when
+    they crowd (with expert_choice: when their own choices would)."""
     z_loss_weight: NotNegative[float] = 0.001
-    """Weight of the router's z loss in the training, which keeps its logits small."""
+    """Weight of the router's z-loss, which keeps its logits small."""
 
     def problems(self) -> Iterator[str]:
         """Numbers that do not go with the routing, and blocks that cannot be."""
@@ -62,37 +62,37 @@ RopeScalingKind = Literal["llama3", "linear", "dynamic", "yarn", "longrope"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RopeScalingConfig(Section):
-    """Slower rotary frequencies, with which a model reads longer texts than those of its first training."""
+    """Slower rotary frequencies, which let a model read longer texts than it was first trained on."""
 
     kind: RopeScalingKind = "llama3"
     """llama3: as Llama 3.1; linear: all frequencies by one factor; dynamic: a larger base for rows beyond
-    original_length (NTK); yarn: slow frequencies only, and sharper attention (arXiv:2309.00071); longrope: a factor for
-    each frequency, one list of them for short rows and one for rows beyond original_length (arXiv:2402.13753)."""
+    original_length (NTK); yarn: slow frequencies only, and sharper attention (arXiv:2309.00071); longrope: a factor per
+    frequency, with one list for short rows and one for rows beyond original_length (arXiv:2402.13753)."""
     factor: Positive[float] = 8.0
-    """What slow frequencies are divided by: how much longer texts may get."""
+    """Divisor of slow frequencies: how much longer texts may become."""
     low_freq_factor: Positive[float] = 1.0
-    """Frequencies of fewer turns than this within original_length are slow (llama3)."""
+    """Frequencies with fewer turns than this within original_length are slow (llama3)."""
     high_freq_factor: float = 4.0
-    """Frequencies of more turns than this within original_length stay as they are; those between are blended
+    """Frequencies with more turns than this within original_length are unchanged; those between are blended
     (llama3)."""
     original_length: Positive[int] = 8192
-    """Tokens in the longest texts of the first training."""
+    """Tokens in the longest texts the model was first trained on."""
     beta_fast: Positive[float] = 32.0
-    """Frequencies of more turns than this within original_length stay as they are (yarn)."""
+    """Frequencies with more turns than this within original_length are unchanged (yarn)."""
     beta_slow: Positive[float] = 1.0
-    """Frequencies of fewer turns than this within original_length are divided by factor (yarn)."""
+    """Frequencies with fewer turns than this within original_length are divided by factor (yarn)."""
     truncate: bool = True
-    """Whether the borders between fast and slow frequencies are rounded to whole dimensions (yarn)."""
+    """Round the borders between fast and slow frequencies to whole dimensions (yarn)."""
     attention_factor: Positive[float] | None = None
     """Factor on rotated queries and keys; null computes it from the other settings (yarn and longrope)."""
     mscale: Positive[float] | None = None
-    """With mscale_all_dim, another way to that factor (yarn)."""
+    """With mscale_all_dim, another way to set that factor (yarn)."""
     mscale_all_dim: Positive[float] | None = None
     """See mscale (yarn)."""
     short_factor: tuple[float, ...] = ()
-    """What each frequency is divided by in rows of at most original_length tokens (longrope)."""
+    """Divisor of each frequency in rows of up to original_length tokens (longrope)."""
     long_factor: tuple[float, ...] = ()
-    """What each frequency is divided by in longer rows (longrope)."""
+    """Divisor of each frequency in longer rows (longrope)."""
 
     def problems(self) -> Iterator[str]:
         """Numbers that do not go together, or not with the kind."""
@@ -117,7 +117,7 @@ MOST_LAYERS = 1000
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig(Section):
-    """The decoder: Llama's shape, with memory layers or experts in place of some feed-forward layers."""
+    """The decoder: Llama's architecture, with memory layers or experts in place of some feed-forward layers."""
 
     PLACE = "model"
 
@@ -126,48 +126,48 @@ class ModelConfig(Section):
     num_layers: Positive[int] = 3
     """Number of blocks."""
     num_heads: Positive[int] = 2
-    """Query heads of the attention."""
+    """Attention query heads."""
     num_kv_heads: Positive[int] | None = None
-    """Key and value heads (grouped-query attention); null means num_heads."""
+    """Key and value heads (grouped-query attention); null: num_heads."""
     head_dim: Positive[int] | None = None
-    """Width of an attention head; null means dim / num_heads."""
+    """Width of an attention head; null: dim / num_heads."""
     attention_bias: bool = False
-    """Whether the projections of the attention have biases."""
+    """Biases in the attention projections."""
     attention_out_bias: bool | None = None
-    """Whether its output projection has one; null: as the others (Qwen 2: false)."""
+    """Bias in the output projection; null: as in the others (Qwen 2: false)."""
     qk_norm: QKNorm = "none"
-    """RMSNorm of queries and keys before they are rotated: over the width of each head (Qwen 3), or over all heads
+    """RMSNorm of queries and keys before rotation: per head (Qwen 3), or over all heads
     (OLMo 2)."""
     ffn_dim: Positive[int] = 96
     """Hidden width of the feed-forward layers."""
     vocab_size: Positive[int] = 2048
-    """Rows of the embedding; a tokenizer with more tokens is refused, a trained one stays within it."""
+    """Rows of the embedding. A tokenizer with more tokens is refused; one trained by the run stays within it."""
     rope_theta: Positive[float] = 10000.0
     """Base of the rotary position frequencies."""
     rope_scaling: RopeScalingConfig | None = None
-    """Slower rotary frequencies for longer texts; null keeps them all."""
+    """Slower rotary frequencies for longer texts; null: none."""
     rope_free_layers: tuple[int, ...] = ()
     """Blocks (0-based) whose attention has no rotary positions (SmolLM 3)."""
     sliding_window: Positive[int] | None = None
-    """Tokens that a token sees, itself and those before it; null for all of its document."""
+    """Tokens that a token attends to, itself and those before it; null: all of its document."""
     norm_eps: Positive[float] = 1e-5
     """Added to the mean square in every RMSNorm."""
     norm_placement: Literal["pre", "post"] = "pre"
-    """RMSNorm of what attention and feed-forward layer read, or of what they give before it is added (post: OLMo 2)."""
+    """RMSNorm on the inputs of attention and feed-forward layer (pre), or on their outputs (post: OLMo 2)."""
     tie_embeddings: bool = False
-    """Use the embedding matrix as the output matrix too."""
+    """Use the embedding matrix as the output matrix, too."""
     embedding_init_std: Positive[float] | None = 1.0
-    """Initial standard deviation of the embedding; null means dim ** -0.5 (the paper)."""
+    """Initial standard deviation of the embedding; null: dim ** -0.5 (the paper)."""
     dtype: DType = "auto"
     """Type of activations and matrix products; auto: bfloat16 on GPUs, float32 on CPUs."""
     param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Type in which the dense parameters are kept."""
+    """Type of the dense parameters."""
     memory: MemoryConfig | None = dataclasses.field(default_factory=MemoryConfig)
-    """Memory layers; null for none. A model of feed-forward layers alone has neither these nor experts."""
+    """Memory layers; null: none."""
     experts: ExpertsConfig | None = None
-    """Experts in place of feed-forward layers; null for none."""
+    """Mixture of experts in place of feed-forward layers; null: none."""
     peer: PEERConfig | None = None
-    """Experts that are looked up like memories, in place of feed-forward layers; null for none."""
+    """PEER: experts looked up like memory slots, in place of feed-forward layers; null: none."""
 
     def problems(self) -> Iterator[str]:
         """Sizes that do not divide each other, and blocks that cannot be."""

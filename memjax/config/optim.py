@@ -13,16 +13,16 @@ class ScheduleConfig(Section):
     """A learning rate over the steps of a run."""
 
     lr: NotNegative[float]
-    """The highest learning rate."""
+    """Peak learning rate."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
-    """The rate after the warm-up: a cosine, constant, or (wsd: warm-up, stable, decay) constant until a linear decay
-    over the last decay_steps, so that one run can be continued from before its decay with other lengths."""
+    """Learning rate after the warm-up: cosine decay, constant, or (wsd: warm-up, stable, decay) constant with a linear
+    decay over the last decay_steps, so that a run can be continued from before its decay to other lengths."""
     warmup_steps: NotNegative[int | float] = 0.067
-    """Steps over which the rate rises from 0; a number below 1 is a share of train.steps."""
+    """Steps over which the rate rises from 0; below 1: a fraction of train.steps."""
     final_fraction: Share[float] = 0.05
-    """Where a cosine or wsd schedule ends, as a share of lr."""
+    """Final rate of a cosine or wsd schedule, as a fraction of lr."""
     decay_steps: NotNegative[int | float] = 0.2
-    """Last steps of a wsd schedule, over which the rate falls; a number below 1 is a share of train.steps."""
+    """Last steps of a wsd schedule, over which the rate falls; below 1: a fraction of train.steps."""
 
     def problems(self) -> Iterator[str]:
         """Fractional numbers of steps."""
@@ -45,12 +45,12 @@ def _steps(wanted: int | float, steps: int) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TableOptimConfig(ScheduleConfig):
-    """The optimizer of the value tables: only rows that were read are touched."""
+    """The optimizer of the value tables; it touches only the rows that were read."""
 
     lr: NotNegative[float] = 5e-2
-    """The highest learning rate of the tables."""
+    """Peak learning rate of the tables."""
     optimizer: Literal["rowwise_adam", "rowwise_adagrad", "adam", "sgd", "dense_adam", "dense_sgd"] = "rowwise_adam"
-    """dense_*: plain optax on a gradient of the table's size, to compare with; it costs the whole table every step."""
+    """dense_*: plain optax with a gradient of the whole table, as a reference; its cost grows with the table."""
     beta1: BelowOne[float] = 0.9
     """Decay of the first moment (adam, dense_adam)."""
     beta2: BelowOne[float] = 0.99
@@ -63,7 +63,7 @@ class TableOptimConfig(ScheduleConfig):
     moment_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type of adam's moments."""
     stochastic_rounding: bool = True
-    """Round bfloat16 rows up or down at random, so that small updates are not lost; other types are unaffected."""
+    """Round bfloat16 rows stochastically, so that small updates are not lost; other types are unaffected."""
 
     @property
     def is_dense(self) -> bool:
@@ -80,7 +80,7 @@ class OptimConfig(ScheduleConfig):
     """AdamW for the dense parameters; `table` for the value tables."""
 
     lr: NotNegative[float] = 6e-3
-    """The highest learning rate of the dense parameters."""
+    """Peak learning rate of the dense parameters."""
     beta1: BelowOne[float] = 0.9
     """Decay of the first moment."""
     beta2: BelowOne[float] = 0.98
@@ -88,24 +88,24 @@ class OptimConfig(ScheduleConfig):
     eps: Positive[float] = 1e-8
     """Added to the root of the second moment."""
     weight_decay: NotNegative[float] = 0.01
-    """Decoupled weight decay of matrices (norms, biases and tables have none)."""
+    """Decoupled weight decay of matrices; norms, biases and tables have none."""
     max_grad_norm: Positive[float] | None = 1.0
-    """Largest norm of the dense gradient; null for no clipping."""
+    """Largest norm of the dense gradient; null: no clipping."""
     clip_tables: Literal["joint", "separate"] | None = None
-    """Clips the gradients of tables, too. joint: one norm of all gradients is at most max_grad_norm; separate: that of
-    the dense gradient, and that of all tables together (as the paper's code does). Measuring it takes as long as
-    updating the tables. null: only the dense gradient; the scale of the gradient means little to rowwise_adam."""
+    """Clip the gradients of tables, too. joint: max_grad_norm limits one norm over all gradients; separate: it limits
+    the norm of the dense gradient and that of all tables (as the paper's code does). Measuring the norm takes as long
+    as updating the tables. null: only the dense gradient; rowwise_adam depends little on the gradient's scale."""
     key_lr_factor: NotNegative[float] = 0.2
-    """Learning rate of memory keys and query projections, as a share of lr; slow keys spread the reads."""
+    """Learning rate of memory keys and query projections, as a fraction of lr; slow keys spread the reads."""
     ema_decay: BelowOne[float] | None = None
-    """Decay of an exponential moving average of the dense parameters, such as 0.999, which checkpoints keep beside them
-    and `ema` of evaluate, generate, serve and convert reads; in the first steps it is (n - 1) / (n + 8). null: none.
-    Tables are not averaged: that would write whole tables in every step."""
+    """Decay of an exponential moving average of the dense parameters, such as 0.999; in the first steps it is
+    (n - 1) / (n + 8). Checkpoints also store the average, and the option `ema` of evaluate, generate, serve and convert
+    reads it. Tables are not averaged: that would write whole tables at every step. null: none."""
     skip_step_sigma: Positive[float] | None = None
-    """Skip the update of a step whose loss or gradient norm is above the mean of the last 128 by more than so many
-    of their standard deviations (6 is common); null: never. `train/skipped_steps` counts them."""
+    """Skip the update of a step whose loss or gradient norm exceeds the mean of the last 128 by more than this many
+    standard deviations (6 is common); null: never. `train/skipped_steps` counts them."""
     freeze_dense: bool = False
-    """Train the memory layers and their tables only; all else stays as it is, and has no optimizer state."""
+    """Train only the memory layers and their tables; everything else is frozen and has no optimizer state."""
     table: TableOptimConfig = dataclasses.field(default_factory=TableOptimConfig)
     """The optimizer of the value tables."""
 

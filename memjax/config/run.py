@@ -15,25 +15,25 @@ from memjax.config.training import CheckpointConfig, EvalConfig, TrainConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RunFolderConfig(Section):
-    """Where the run lives and what makes it repeatable."""
+    """Where the run is stored, and what makes it repeatable."""
 
     dir: LocalPath[str] = "runs/quickstart"
-    """The run's folder; the same folder again resumes the run."""
+    """The run's folder; starting with the same folder again resumes the run."""
     mirror: PathOrAddress[str] | None = None
-    """Folder or address (gs://, s3://, hf://) to which the run's folder is copied after each save and at the end,
-    without its prepared data; `memjax.load` reads it. It must be empty, or the mirror of the same run. A copy that
-    fails costs a warning, and is tried again at the next save."""
+    """Folder or URL (gs://, s3://, hf://) to which the run's folder is copied after each save and at the end, without
+    its prepared data; `memjax.load` reads it. It must be empty, or the mirror of the same run. A failed copy prints a
+    warning and is retried at the next save."""
     seed: int = 0
     """Seed of the initialisation, the data order and the stochastic rounding."""
     deterministic: bool = False
-    """Bit-for-bit repeatable runs on GPUs, with XLA's repeatable kernels and attention in chunks: slower, the more so
-    the longer rows are."""
+    """Bit-for-bit repeatable runs on GPUs, with XLA's deterministic kernels and attention in chunks: slower, especially
+    with long rows."""
     compile_cache: LocalPath[str] | None = "auto"
-    """Folder that keeps compiled programs, so that the next start does not compile them again. auto: memjax/compiled in
-    the user's cache folder (at most 2 GB; MEMJAX_COMPILE_CACHE in the environment names another or says off, and is for
-    evaluate and generate too); null keeps none."""
+    """Folder that caches compiled programs for the next start. auto: memjax/compiled in the user's cache folder, at
+    most 2 GB; the environment variable MEMJAX_COMPILE_CACHE, which all commands read, names another folder, or off.
+    null: no cache."""
 
-    def problems(self) -> Iterator[str | None]:
+    def problems(self) -> Iterator[str]:
         """A mirror that can only be read."""
         if self.mirror and self.mirror.startswith(("http://", "https://")):
             yield f"mirror={self.mirror} cannot be written to; name a folder, or an address such as gs://bucket/run"

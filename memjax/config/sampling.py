@@ -1,6 +1,7 @@
 """Settings of the sampling of tokens."""
 
 import dataclasses
+from collections.abc import Iterator
 
 from memjax.config.section import NotNegative, Positive, Section
 
@@ -8,25 +9,23 @@ from memjax.config.section import NotNegative, Positive, Section
 # Without slots, so that the settings of a command can inherit from it and from another class.
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig(Section):
-    """How the next token of a text is picked."""
+    """How the next token is chosen."""
 
     temperature: NotNegative[float] = 0.0
-    """0 always takes the likeliest token; 1 draws from the model's own probabilities."""
+    """0: greedy; 1: the model's own probabilities."""
     top_k: Positive[int] | None = None
-    """Draw from this many of the likeliest tokens; null for all."""
+    """Sample from this many of the likeliest tokens; null: all."""
     top_p: float = 1.0
-    """Draw from the fewest likeliest tokens that have this probability together, after top_k."""
+    """Sample from the smallest set of likeliest tokens with this total probability, after top_k."""
     repetition_penalty: float = 1.0
-    """Divides the positive scores of tokens that the text holds already, multiplies the negative ones
-    (arXiv:1909.05858); 0.01 to 100."""
+    """Divisor of the positive logits of tokens already in the text, and factor on negative ones (arXiv:1909.05858);
+    0.01 to 100."""
     seed: int = 0
-    """Seed of the draws; the same seed writes the same text."""
+    """Seed of the sampling; the same seed gives the same text."""
 
-    def problems(self) -> list[str | None]:
-        """Everything that is wrong with the settings."""
-        return [
-            None if 0 < self.top_p <= 1 else f"top_p={self.top_p} must be above 0 and at most 1",
-            None
-            if 0.01 <= self.repetition_penalty <= 100
-            else f"repetition_penalty={self.repetition_penalty} must be in 0.01..100; 1 changes nothing",
-        ]
+    def problems(self) -> Iterator[str]:
+        """Numbers out of ranges that no type names."""
+        if not 0 < self.top_p <= 1:
+            yield f"top_p={self.top_p} must be above 0 and at most 1"
+        if not 0.01 <= self.repetition_penalty <= 100:
+            yield f"repetition_penalty={self.repetition_penalty} must be in 0.01..100; 1 changes nothing"

@@ -34,7 +34,7 @@ class Section:
         checks.expand_home(self)
         checks.refuse([*problems, *self.problems()])
 
-    def problems(self) -> Iterable[str | None]:
+    def problems(self) -> Iterable[str]:
         """Further problems, each beginning with `field=value`."""
         return ()
 

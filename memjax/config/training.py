@@ -13,17 +13,17 @@ class TrainConfig(Section):
     """The training loop."""
 
     steps: Positive[int] = 750
-    """Optimizer steps of the whole run."""
+    """Number of optimizer steps."""
     init_from: PathOrAddress[str] | None = None
-    """Folder or address of a run (of its newest checkpoint) whose parameters, tables and tokenizer the training starts
-    from; every shape must fit. A run that has a checkpoint of its own goes on from that. null: random parameters."""
+    """Folder or URL of a run whose parameters, tables and tokenizer (of its latest checkpoint) training starts from;
+    all shapes must match. A run with a checkpoint of its own resumes from that instead. null: random parameters."""
     grad_accum_steps: Positive[int] = 1
     """Micro-batches per step."""
     remat: Literal["none", "dots", "block"] = "none"
-    """Recomputed in the backward pass: nothing, all but matrix products, or whole blocks; never the lookups."""
+    """What the backward pass recomputes: nothing, all but matrix products, or whole blocks; never the lookups."""
     attention: Literal["auto", "cudnn", "chunked"] = "auto"
-    """cudnn: the fused kernel of NVIDIA GPUs, for 16-bit types; chunked: anywhere, some queries at a time; auto: cudnn
-    where it can run."""
+    """cudnn: the fused kernel of NVIDIA GPUs, for 16-bit types; chunked: on any device, a chunk of queries at a time;
+    auto: cudnn where it runs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,16 +31,16 @@ class CheckpointConfig(Section):
     """When checkpoints are written and how many are kept."""
 
     every: Positive[int] = 500
-    """Steps between checkpoints; the last step, a signal and a new best validation loss always write one."""
+    """Steps between checkpoints; the last step, a signal and a new best validation loss also write one."""
     keep: Positive[int] = 2
-    """Latest checkpoints that stay on disk."""
+    """Latest checkpoints to keep."""
     keep_best: bool = True
     """Also keep the checkpoint with the lowest validation loss."""
     verify: bool = True
-    """Compare every array with its digest when it is read."""
+    """Verify the digest of every array when it is read."""
     tables: str = "always"
-    """Which checkpoints hold the tables and their optimizer. always: all; 'every N': of those written every `every`
-    steps each N-th, and all others that are written. One without tables is small, but nothing can go on from it."""
+    """Which checkpoints contain the tables and their optimizer state. always: all; 'every N': every N-th of the
+    periodic ones, and all others. A checkpoint without tables is small, but training cannot resume from it."""
 
     def problems(self) -> Iterator[str]:
         """An invalid rule for tables."""
@@ -58,30 +58,29 @@ class CheckpointConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig(Section):
-    """Evaluation during and after the training."""
+    """Evaluation during and after training."""
 
     every: Positive[int] | None = 250
-    """Steps between validations; null validates only at the end."""
+    """Steps between validations; null: only at the end."""
     batches: Positive[int] = 8
-    """Batches of a validation."""
+    """Batches per validation."""
     recall_people: Positive[int] = 500
-    """People asked about in the recall test at the end (source: biographies)."""
+    """People in the recall test at the end (source: biographies)."""
     recall_every: Positive[int] | None = None
-    """Steps between recall tests during the training (source: biographies), without zeroed tables; null asks at the end
-    only."""
-
+    """Steps between recall tests during training (source: biographies), without zeroed tables; null: only at the
+    end."""
     questions: LocalPath[tuple[str, ...]] = ()
-    """Sets of questions to ask during the training, as `questions` of `python -m memjax.evaluate`."""
+    """Question sets to evaluate during training, as in `questions` of `python -m memjax.evaluate`."""
     tasks: tuple[str, ...] = ()
-    """Tasks of lm-eval to do during the training, as `tasks` of `python -m memjax.evaluate`."""
+    """Tasks of lm-eval to evaluate during training, as in `tasks` of `python -m memjax.evaluate`."""
     task_folder: LocalPath[str] | None = None
-    """Folder with tasks as YAML files, which then are the only ones known."""
+    """Folder with tasks as YAML files; only these are then known."""
     questions_every: Positive[int] = 1000
-    """Steps between two rounds of questions and tasks; the last step ends with one."""
+    """Steps between evaluations on questions and tasks; the last step is always evaluated."""
     question_limit: Positive[int] | None = 200
-    """The most questions of each set and documents of each task; null takes all."""
+    """Most questions per set and documents per task; null: all."""
 
-    def problems(self) -> Iterator[str | None]:
+    def problems(self) -> Iterator[str]:
         """A folder of tasks, none of which is named."""
         if self.task_folder is not None and not self.tasks:
             yield f"task_folder={self.task_folder} is used with tasks; name some, or leave it out"

@@ -45,7 +45,7 @@ class ValueTable(nnx.Module):
             ValueError: a number is out of its range, or dtype is no type of floating-point numbers of 16 bits or more.
         """
         problems = checks.counts(num_slots=num_slots, value_dim=value_dim) + checks.not_negative(init_scale=init_scale)
-        if not any(problems) and num_slots > MOST_SLOTS:
+        if not problems and num_slots > MOST_SLOTS:
             problems.append(f"num_slots={num_slots} must be at most {MOST_SLOTS:,}: slot numbers are 32-bit")
         if not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype).itemsize == 1:
             problems.append(

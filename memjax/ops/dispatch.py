@@ -51,7 +51,7 @@ def named(label: str, wanted: str, known: Sequence[str], reason_against: Callabl
     return wanted
 
 
-def problems(implementation: str | None) -> list[str | None]:
+def problems(implementation: str | None) -> list[str]:
     """Problems of an `implementation` argument, for `checks.refuse`: none if it is None or known."""
     return [] if implementation is None else checks.one_of(IMPLEMENTATIONS, implementation=implementation)
 

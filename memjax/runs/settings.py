@@ -21,12 +21,12 @@ class StepSettings(Section):
     """The checkpoint of the run."""
 
     step: str = "latest"
-    """The checkpoint: latest, best (lowest validation loss) or its number."""
+    """The checkpoint: latest, best (lowest validation loss) or a step number."""
 
-    def problems(self) -> list[str | None]:
-        """Everything that is wrong with the settings; those of a command add theirs."""
-        is_step = self.step in ("latest", "best") or self.step.isdecimal()
-        return [None if is_step else f"step={self.step} must be latest, best or the number of a checkpoint"]
+    def problems(self) -> Iterator[str]:
+        """A step that is no checkpoint's."""
+        if self.step not in ("latest", "best") and not self.step.isdecimal():
+            yield f"step={self.step} must be latest, best or the number of a checkpoint"
 
     @property
     def checkpoint(self) -> int | Literal["latest", "best"]:
@@ -41,9 +41,9 @@ class CheckpointSettings(StepSettings):
     """The checkpoint, and its devices."""
 
     memory_devices: Positive[int] = 1
-    """Devices that share the tables by columns, for tables too large for one."""
+    """Devices to split the tables over by columns, for tables too large for one."""
     patch: tuple[str, ...] = ()
-    """Patches whose rows replace the model's, after those applied to the run; see `python -m memjax.patch`."""
+    """Patches whose rows replace the model's, after any applied to the run; see `python -m memjax.patch`."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -56,30 +56,29 @@ class InferenceSettings(CheckpointSettings):
     """The checkpoint, its devices, and the format and place of its tables, which are read-only."""
 
     ema: bool = False
-    """Take the moving average of the dense parameters (optim.ema_decay) with the current tables."""
+    """Use the moving average of the dense parameters (optim.ema_decay), with the current tables."""
     table_format: TableFormat = "saved"
-    """How the rows of tables are stored: saved, as they were; int8, float8_e4m3 and int4 need a half, a half and a
-    quarter of bfloat16's bytes, and lose a little."""
+    """How table rows are stored. saved: as in the checkpoint; int8 and float8_e4m3 take half of bfloat16's bytes, int4
+    a quarter, with a small loss of accuracy."""
     table_place: Literal["device", "host"] = "device"
-    """Where tables live. host: in the memory of the machine, from where the GPU reads the rows that it needs; for
-    tables larger than the GPU."""
+    """Where tables are kept. host: in host memory, from which the GPU reads the rows it needs, for tables larger than
+    its memory."""
 
-    def problems(self) -> list[str | None]:
-        """Everything that is wrong with the settings."""
-        problems = super().problems()
+    def problems(self) -> Iterator[str]:
+        """Settings that do not go together."""
+        yield from super().problems()
         if self.memory_devices > 1 and self.table_place == "host":
-            problems.append(
+            yield (
                 f"memory_devices={self.memory_devices} splits tables over devices and table_place=host keeps them off "
                 "devices; leave one of the two out"
             )
         for name, default in (("table_format", "saved"), ("table_place", "device")):
             if self.patch and (value := getattr(self, name)) != default:
-                problems.append(
+                yield (
                     f"{name}={value} and patch={', '.join(self.patch)} do not go together: patches are for tables as "
                     f"they were saved; leave one of the two out, or apply the patch with `python -m memjax.patch apply "
                     "RUN PATCH --out NEW` and use that run"
                 )
-        return problems
 
     @property
     def options(self) -> dict[str, Any]:

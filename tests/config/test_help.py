@@ -28,8 +28,8 @@ def test_help_explains_every_field(capsys):
     assert "--dry_run Only print the sizes." in flat
     assert "--model.memory.gate none|silu silu: Memory+" in flat
     assert "--model.memory null|{}" in shown
-    assert "--log.wandb null|{} Send the metrics" in flat
-    assert "switches it on with its defaults. (default: null)" in flat
+    assert "--log.wandb null|{} Also send the metrics" in flat
+    assert "enables it with its defaults. (default: null)" in flat
 
 
 def leaves(config, prefix):
@@ -71,7 +71,7 @@ def test_help_of_a_section_or_setting_is_that_alone(capsys):
     assert set(re.findall(r"^  --([\w.]+)\.", section, re.MULTILINE)) == {"optim.table"}
     assert "--data.tokenizer.kind" in help_of(capsys, "data")
     assert help_of(capsys, "log.wandb").startswith("  --log.wandb null|{}\n")
-    assert help_of(capsys, "train.steps").startswith("  --train.steps INT\n      Optimizer steps of the")
+    assert help_of(capsys, "train.steps").startswith("  --train.steps INT\n      Number of optimizer steps.")
     assert "data.mixture[].weight NUMBER" in help_of(capsys, "data.mixture")
 
 
