@@ -81,7 +81,7 @@ class EvalModel:
         Of prompts that leave no room for max_tokens the begin is left out, but half of max_length is always the
         prompt's.
         """
-        room = max(self.max_length - max_tokens, self.max_length // 2)
+        room = max(self.max_length - max_tokens, self.max_length // 2, 1)
         lengths = [1 + len(ids) for ids in self.tokenizer.encode_batch(prompts)]
         # Prompts of one batch are alike in length then; the longest first, which takes the most memory.
         order = sorted(range(len(prompts)), key=lambda number: -lengths[number])

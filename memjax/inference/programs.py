@@ -59,7 +59,7 @@ class Rows(NamedTuple):
             if request:
                 stops[row, : len(request.stop_ids)] = list(request.stop_ids)
         rules = Rules.of([(request.sampling, request.number) if request else (GREEDY, 0) for request in requests])
-        limit = np.array([request.max_tokens if request else 0 for request in requests], np.int32)
+        limit = np.array([min(request.max_tokens, 2**31 - 1) if request else 0 for request in requests], np.int32)
         return cls._make((rules, limit, stops))
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
 
+from memjax.config import checks
 from memjax.config.sampling import SamplingConfig
 from memjax.inference.sampling import GREEDY
 from memjax.models.token_ids import check_ids
@@ -53,7 +54,6 @@ def check(request: Request, vocab_size: int) -> None:
     if not len(request.prompt_ids):
         raise ValueError(f"the ids of prompt {request.number} are empty; they need at least the begin token")
     check_ids(request.prompt_ids, vocab_size, f"the ids of prompt {request.number}")
-    if request.max_tokens < 1:
-        raise ValueError(f"max_tokens={request.max_tokens} must be positive")
+    checks.refuse(checks.counts(max_tokens=request.max_tokens))
     if request.logprobs is not None and not 0 <= request.logprobs <= vocab_size:
         raise ValueError(f"logprobs={request.logprobs} must be in 0..{vocab_size}, the tokens of the vocabulary")

@@ -81,7 +81,15 @@ def continue_texts(
 
     A prompt's place in the list is its number, so the batch size changes no text. Of a prompt of more than
     max_prompt_tokens the last ones are read.
+
+    Raises:
+        ValueError: a number is not a whole one, or out of its range.
+        TypeError: a prompt is no text.
     """
+    checks.refuse(
+        checks.counts(batch_size=batch_size, max_prompt_tokens=max_prompt_tokens)
+        + (checks.whole(max_tokens=max_tokens) or checks.not_negative(max_tokens=max_tokens))
+    )
     prompts, stop = list(checks.several(prompts)), checks.several(stop)
     if not max_tokens:
         yield from (Continuation(text="", finish="length", tokens=0) for _ in prompts)

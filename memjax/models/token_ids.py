@@ -19,11 +19,13 @@ def check_ids(ids: Int[Array, "..."] | Int[np.ndarray, "..."] | Sequence[int], v
         name: of the ids, for the message.
 
     Raises:
-        ValueError: an id is negative, or not below vocab_size.
+        ValueError: an id is no whole number, negative, or not below vocab_size.
     """
     if isinstance(ids, Tracer) or (isinstance(ids, jax.Array) and not ids.is_fully_addressable):
         return
     values = np.asarray(ids)
+    if values.size and not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(f"{name} must be whole numbers, not of type {values.dtype}")
     for token in (values.min(), values.max()) if values.size else ():
         if not 0 <= token < vocab_size:
             way_out = "mask padding and use id 0 there" if token < 0 else TOKENIZER

@@ -114,6 +114,9 @@ def test_nothing_to_score_and_gaps_are_refused():
     for stride in (0, LENGTH + 1):
         with pytest.raises(ValueError, match=f"stride={stride} must be in"):
             bits_per_byte(tiny(), TOKENIZER, TEXTS, sequence_length=LENGTH, stride=stride)
+    for name, value in (("batch_size", 0), ("max_bytes", -1)):
+        with pytest.raises(ValueError, match=f"{name}={value} must be positive"):
+            bits_per_byte(tiny(), TOKENIZER, TEXTS, sequence_length=LENGTH, **{name: value})
 
 
 def batches(packing: Literal["none", "first_fit"] = "none") -> list[Batch]:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from memjax.config.model import ModelConfig
 from memjax.config.sampling import SamplingConfig
 from memjax.data.tokenizers.base import ByteTokenizer
+from memjax.inference.requests import Request, check
 from memjax.inference.text import StopStrings, continue_texts, stream_text
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts
@@ -116,6 +117,36 @@ def test_prompts_are_texts(as_users_call):
     prompts: Any = ["a"]
     with pytest.raises(TypeError, match="a prompt must be a text, found list; continue_texts takes a list"):
         next(stream_text(tiny(), ByteTokenizer(), prompts, max_tokens=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("batch_size", -1, "positive"),
+        ("batch_size", 0, "positive"),
+        ("max_prompt_tokens", 0, "positive"),
+        ("max_tokens", -1, "not be negative"),
+        ("max_tokens", 2.0, "a whole number"),
+    ],
+)
+def test_numbers_out_of_their_range_write_nothing(as_users_call, name, value, rule):
+    with pytest.raises(ValueError, match=f"{name}={value} must .*{rule}"):
+        list(continue_texts(tiny(), ByteTokenizer(), ["a"], **{"max_tokens": 1, name: value}))
+
+
+def test_ids_are_whole_numbers(as_users_call):
+    fractions: Any = [1.0, 1.5]
+    with pytest.raises(ValueError, match="the ids of prompt 0 must be whole numbers, not of type float64"):
+        check(Request(prompt_ids=fractions, max_tokens=1), 259)
+
+
+def test_a_text_may_be_longer_than_32_bits_count():
+    tokenizer = ByteTokenizer()
+    texts = [
+        continue_texts(tiny(), tokenizer, ["a"], max_tokens=most, stop=["\0", *map(chr, range(1, 128))])
+        for most in (60, 2**40)
+    ]
+    assert list(texts[0]) == list(texts[1])
 
 
 def test_a_text_alone_is_one_prompt_and_one_stop_string():
