@@ -90,7 +90,7 @@ class Applied:
             )
         except FileNotFoundError:
             return {}
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error}); without it no patch is applied") from error
         if not valid:
             raise CheckpointError(f"{path}: does not list patches by step; without it no patch is applied")

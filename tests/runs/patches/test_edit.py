@@ -193,6 +193,10 @@ def test_a_list_that_is_damaged_is_named(runs, tmp_path):
         listed.write_text(content)
         with pytest.raises(CheckpointError, match=r"applied\.json"):
             load(other)
+    listed.unlink()
+    listed.mkdir()
+    with pytest.raises(CheckpointError, match=r"applied\.json: cannot be read \(.*Is a directory"):
+        load(other)
 
 
 class Died(BaseException):
