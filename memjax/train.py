@@ -91,10 +91,6 @@ def prepare_environment(config: RunConfig) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     # XLA's start-up messages would hide ours.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    simulated = int(os.environ.get("JAX_NUM_CPU_DEVICES", "1"))
-    if simulated > 1:
-        # Devices that wait for each other hold a thread each; with a pool of only as many, all could wait for ever.
-        os.environ.setdefault("NPROC", str(max(4 * simulated, os.cpu_count() or 1)))
     if config.run.deterministic:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
 

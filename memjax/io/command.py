@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import select
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ def exit_code(command: Callable[[], int | None], *, interrupted: str = "interrup
         141 when the reader of standard output is gone, as of programs that SIGPIPE ends.
     """
     log_to_console()
+    give_threads_to_simulated_devices()
     with contextlib.suppress(AttributeError, ValueError, OSError):
         # Text of models and file names may hold letters that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
@@ -48,6 +50,17 @@ def exit_code(command: Callable[[], int | None], *, interrupted: str = "interrup
         heard()
         print(f"\n{interrupted}", file=sys.stderr)
         return 130
+
+
+def give_threads_to_simulated_devices() -> None:
+    """Gives XLA threads enough for the CPU devices that it is to simulate, where it has not started; the user's stay.
+
+    Devices that wait for each other hold a thread each; in a pool of only as many, all could wait for ever.
+    """
+    flags = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    counts = [int(text) for text in (*flags, os.environ.get("JAX_NUM_CPU_DEVICES", "")) if text.isdecimal()]
+    if (simulated := max(counts, default=1)) > 1:
+        os.environ.setdefault("NPROC", str(max(4 * simulated, os.cpu_count() or 1)))
 
 
 def _is_without_device() -> bool:

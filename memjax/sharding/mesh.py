@@ -1,5 +1,6 @@
 """The device mesh, and where every part of the state and the batch lives on it."""
 
+import math
 from typing import Any
 
 import jax
@@ -23,8 +24,7 @@ def make_mesh(config: RunConfig, devices: list[Any] | None = None) -> Mesh:
     if data * mesh.devices_per_replica != len(devices):
         raise ConfigError(
             f"mesh: {mesh.describe(data, '=')} needs {data * mesh.devices_per_replica} devices, found "
-            f"{len(devices)}; set mesh.data={max(1, len(devices) // mesh.devices_per_replica)} or start with other "
-            "devices"
+            f"{len(devices)}; set {_that_fits(mesh, len(devices))} or start with other devices"
         )
     rows = data * mesh.memory
     batch_size, per_step = config.data.batch_size, config.train.grad_accum_steps * rows
@@ -37,6 +37,14 @@ def make_mesh(config: RunConfig, devices: list[Any] | None = None) -> Mesh:
     return jax.make_mesh(
         (data, mesh.memory, mesh.tensor), rules.AXES, axis_types=(AxisType.Auto,) * len(rules.AXES), devices=devices
     )
+
+
+def _that_fits(mesh: MeshConfig, devices: int) -> str:
+    """The axes to change, with sizes that use all devices."""
+    memory = math.gcd(mesh.memory, devices)
+    tensor = math.gcd(mesh.tensor, devices // memory)
+    sizes = {"memory": memory, "tensor": tensor, "data": mesh.data and devices // (memory * tensor)}
+    return " and ".join(f"mesh.{name}={size}" for name, size in sizes.items() if size != getattr(mesh, name))
 
 
 def abstract_mesh(config: MeshConfig, data_axis: int) -> AbstractMesh:

@@ -10,6 +10,7 @@ from memjax.config.run import RunConfig
 from memjax.config.schema import show
 from memjax.errors import ConfigError
 from memjax.io import compilation_cache
+from memjax.io.command import give_threads_to_simulated_devices
 from memjax.runs.load import LoadedModel, load
 from memjax.sharding.processes import find
 from memjax.training.hook import Periodic
@@ -49,6 +50,7 @@ def fit(
     else:
         config = load_config(RunConfig, pathlib.Path(config) if config is not None else None, words)
     _check(config)
+    give_threads_to_simulated_devices()
     compilation_cache.enable(config.run.compile_cache)
     with catch_interrupts(kind=RaisedInterrupt):
         code = train(config, allow_changed=allow_changed, hooks=hooks)

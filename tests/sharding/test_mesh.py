@@ -24,21 +24,26 @@ def test_the_data_axis_takes_what_the_others_leave(tiny_config):
 @pytest.mark.parametrize(
     ("settings", "devices", "message"),
     [
-        ("--mesh.data 4", 8, "mesh: data=4 x memory=1 needs 4 devices, found 8; set mesh.data=8"),
+        ("--mesh.data 4", 8, "mesh: data=4 x memory=1 needs 4 devices, found 8; set mesh.data=8 or start"),
         (
             "--mesh.memory 4 --optim.table.state_columns 64",
             2,
-            "mesh: data=1 x memory=4 needs 4 devices, found 2; set mesh.data=1",
+            "mesh: data=1 x memory=4 needs 4 devices, found 2; set mesh.memory=2 or start",
         ),
         (
             "--mesh.memory 4 --optim.table.state_columns 64",
             6,
-            "mesh: data=1 x memory=4 needs 4 devices, found 6; set mesh.data=1",
+            "mesh: data=1 x memory=4 needs 4 devices, found 6; set mesh.memory=2 or start",
         ),
         (
             f"{TENSOR} --mesh.tensor 4",
             6,
-            "mesh: data=1 x memory=1 x tensor=4 needs 4 devices, found 6; set mesh.data=1",
+            "mesh: data=1 x memory=1 x tensor=4 needs 4 devices, found 6; set mesh.tensor=2 or start",
+        ),
+        (
+            "--mesh.data 2 --mesh.memory 2 --optim.table.state_columns 64",
+            1,
+            "mesh: data=2 x memory=2 needs 4 devices, found 1; set mesh.memory=1 and mesh.data=1 or start",
         ),
         (
             f"{TENSOR} --mesh.tensor 2 --data.batch_size 6",
