@@ -12,7 +12,7 @@ from memjax.io.ctrl_c import run_command
 from memjax.training.interrupt import run_program
 
 COMMANDS = {
-    "train": "train a model, or go on with a run",
+    "train": "train a model, or resume a run",
     "sweep": "train a run for each combination of some settings, and compare them",
     "presets": "list the configs that memjax brings, and what each needs",
     "prepare": "tokenise the data of a run ahead of training",

@@ -87,7 +87,7 @@ class QuantizeConfig(StepSettings):
 
 
 def from_hf(folder: str, *, settings: FromHfConfig) -> None:
-    """Writes a run and says how to go on from it."""
+    """Writes a run and says how to continue from it."""
     from memjax.interop.huggingface import convert as huggingface
 
     model = huggingface.from_hf(folder, settings.out, tokenizer=settings.tokenizer).model
@@ -114,14 +114,14 @@ def to_hf(run: str, *, settings: ToHfConfig) -> None:
 
 
 def from_official(folder: str, *, settings: FromHfConfig) -> None:
-    """Writes a run and says how to go on from it."""
+    """Writes a run and says how to continue from it."""
     from memjax.interop.official import convert as official
 
     _tell_of_run(settings.out, official.from_official(folder, settings.out, tokenizer=settings.tokenizer).model)
 
 
 def upcycle(run: str, *, settings: UpcycleConfig) -> None:
-    """Writes a run and says how to go on from it."""
+    """Writes a run and says how to continue from it."""
     from memjax.interop.upcycle import upcycle_run
     from memjax.runs.saved import read_config
 

@@ -186,7 +186,7 @@ def _report(name: str, check: Callable[[], str]) -> bool:
     start = time.monotonic()
     try:
         result, works = check(), True
-    except Exception as error:  # whatever it is, the report goes on and says so
+    except Exception as error:  # whatever it is, the report continues and says so
         traceback.print_exc(file=sys.stderr)
         result, works = f"FAILED: {type(error).__name__}: {error}", False
     print(f"{name:<27} {result} ({time.monotonic() - start:.1f} s)", flush=True)

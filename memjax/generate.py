@@ -164,7 +164,7 @@ def _converse(found: "LoadedModel", settings: GenerateConfig) -> None:
     if asks:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives `input` a history and keys to edit a line with
-        print("Write a prompt; the model goes on from it. Ctrl-D ends.", flush=True)
+        print("Write a prompt for the model to continue. Ctrl-D ends.", flush=True)
     number = 0
     while True:
         try:

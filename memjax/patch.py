@@ -154,7 +154,7 @@ COMMANDS: Mapping[str, Subcommand] = {
         ApplyConfig,
         Positional(name="RUN PATCH", help=f"{_STEP_OR_PATCH}.", repeats=True),
         "Applies a patch to a checkpoint of a run: all that load it then get the changed rows. Its files stay as they "
-        "are; a training that goes on from it does so without the patch.",
+        "are; training that resumes from it does so without the patch.",
         ("apply runs/quickstart people",),
         fewest=2,
         most=2,

@@ -37,7 +37,7 @@ def _main(argv: list[str]) -> int:
         prog=PROG,
         description=(
             "Trains a run for each combination of settings, in folders below run.dir, and compares them. The same "
-            "command goes on with runs that were interrupted, and trains no finished one again."
+            "command resumes interrupted runs and skips finished ones."
         ),
         flags=OPTIONS,
         examples=[

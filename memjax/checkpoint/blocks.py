@@ -20,7 +20,7 @@ BLOCKS = 512
 
 
 def block_rows(leaf: jax.Array, item_bytes: int, most_bytes: int) -> int:
-    """How many rows of a leaf go into a block of at most `most_bytes`, in an item of so many bytes; at least one."""
+    """Rows of a leaf per block of at most `most_bytes`, in an item of that many bytes; at least one."""
     block_bytes = min(most_bytes, max(SMALL_BYTES, item_bytes // BLOCKS))
     return max(1, block_bytes // max(1, leaf.dtype.itemsize * math.prod(leaf.shape[1:])))
 

@@ -23,7 +23,7 @@ class Checkpoints(Steps):
 
     Only saving creates or cleans the folder, so any number of readers may look at a run that is being trained. One
     writer at a time. With several processes, each one calls every method, at the same point of the run. A run that
-    goes on saving restores with the same object, so that a step found damaged is saved again.
+    continues saving restores with the same object, so that a step found damaged is saved again.
 
     Args:
         folder: Holds one folder per step.
@@ -129,7 +129,7 @@ class Checkpoints(Steps):
                 warn(f"warning: {error}; trying the step before")
             else:
                 if step is None:
-                    # Whoever goes on from here comes to the partial ones after it once more.
+                    # Whoever resumes here comes to the partial ones after it once more.
                     self._replaced.update(set(self.steps()) - set(candidates) - set(range(candidate)))
                 return found
         if candidates:

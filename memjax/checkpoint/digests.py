@@ -16,7 +16,7 @@ def text_digest(document: Any) -> str:
 
 
 _FEW_ELEMENTS = 1 << 16
-"""Up to so many NumPy takes less long than XLA takes to compile for a shape."""
+"""Up to this size, NumPy is faster than XLA takes to compile for a shape."""
 
 
 def array_digests(leaves: Mapping[str, jax.Array]) -> dict[str, str]:

@@ -75,7 +75,7 @@ def differences(item: str, records: Mapping[str, Any], wanted: Mapping[str, Any]
 
 
 def seal(index: Mapping[str, Any]) -> dict[str, Any]:
-    """The index as it is stored, with a digest of its own."""
+    """The stored form of the index, with its own digest."""
     return {"index": index, "digest": text_digest(index)}
 
 

@@ -129,7 +129,7 @@ class StoredStep:
         if types_alone:
             hint += (
                 " and the types that were saved: auto is bfloat16 on GPUs and float32 on CPUs, so a run that began on "
-                "a GPU goes on elsewhere with --model.memory.table_dtype bfloat16 --allow_changed"
+                "a GPU resumes elsewhere with --model.memory.table_dtype bfloat16 --allow_changed"
             )
         if problems:
             raise CheckpointError("\n  ".join([f"{self._name} does not fit; {hint}", *shown(problems)]))

@@ -118,7 +118,7 @@ class Writer:
                 (self._folder / str(step)).rename(target)
 
     def close(self) -> None:
-        """Frees what writing needs; the next write opens the folder anew."""
+        """Frees what writing needs; the next write reopens the folder."""
         manager, self._manager = self._manager, None
         with self._opened:
             if manager is not None:
@@ -126,7 +126,7 @@ class Writer:
 
     @contextlib.contextmanager
     def failing(self, what: str) -> Iterator[None]:
-        """Errors inside say that `what` cannot be written; the next write begins anew."""
+        """Errors inside say that `what` cannot be written; the next write starts over."""
         with explained(CheckpointError, f"{self._folder}: {what} cannot be written", advice=write_advice):
             try:
                 yield

@@ -35,7 +35,7 @@ class Steps:
         return [step for step in self._all(steps) if not self.is_partial(step)]
 
     def readable(self, steps: Iterable[int] | None = None) -> list[int]:
-        """The steps whose index can be read; what they hold may be damaged all the same."""
+        """The steps whose index can be read; their contents may still be damaged."""
         return [step for step in self._all(steps) if self._note(step) is not None]
 
     def latest(self) -> int | None:

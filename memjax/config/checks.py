@@ -1,6 +1,6 @@
 """Checks of settings, for the `__post_init__` of configs and for the classes that take the same values as arguments.
 
-A check gives a list of problems in words, each beginning with `field=value`. Fields may be null, where no type says
+A check gives a list of problems as text, each beginning with `field=value`. Fields may be null, where no type says
 otherwise.
 """
 

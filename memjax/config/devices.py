@@ -37,7 +37,7 @@ class MeshConfig(Section):
         return self.memory * self.tensor
 
     def data_axis(self, devices: int) -> int:
-        """Devices along `data`, where there are so many in all."""
+        """Devices along `data`, given the number of all devices."""
         return self.data or max(1, devices // self.devices_per_replica)
 
     def describe(self, data_axis: int, equals: str = " ") -> str:

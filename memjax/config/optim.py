@@ -31,11 +31,11 @@ class ScheduleConfig(Section):
                 yield f"{name}={value} must be a whole number of steps, or a share of them below 1"
 
     def warmup_of(self, steps: int) -> int:
-        """The warm-up of a run of so many steps, in steps."""
+        """Warm-up steps of a run with that many steps."""
         return _steps(self.warmup_steps, steps)
 
     def decay_of(self, steps: int) -> int:
-        """The decay of a run of so many steps, in steps: no more than the warm-up leaves."""
+        """Decay steps of a run with that many steps: at most what the warm-up leaves."""
         return min(_steps(self.decay_steps, steps), max(0, steps - self.warmup_of(steps)))
 
 

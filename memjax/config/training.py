@@ -47,7 +47,7 @@ class CheckpointConfig(Section):
         if not re.fullmatch(r"always|every 0*[1-9]\d*", self.tables):
             yield (
                 f"tables={self.tables} must be always or, as in 'every 4', every and a number from 1; there is no "
-                "never: nothing could go on from such a run, not even itself"
+                "never: nothing could resume from such a run, not even itself"
             )
 
     @property

@@ -134,7 +134,7 @@ def _differences(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None
             problems.append(f"{name} holds other text here than in the checkpoint, in as many records")
         elif different or old_size != size:
             say(
-                f"{name} has changed in some records since the checkpoint; their number is the same, so the run goes on"
+                f"{name} has changed in some records since the checkpoint; but not their number; the run continues"
             )
     return problems
 

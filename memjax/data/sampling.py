@@ -10,7 +10,7 @@ from memjax.data.sources.records import Records
 
 
 def spread_over_records(records: Records, passes: int, num_bytes: int, count: int | None = None) -> Iterator[str]:
-    """Texts of the first `count` records (None: all) in an even order, up to num_bytes or so many passes.
+    """Texts of the first `count` records (None: all) in an even order, up to num_bytes or that many passes.
 
     Raises:
         DataError: a record cannot be used.

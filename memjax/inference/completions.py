@@ -203,7 +203,7 @@ def _refuse_what_is_not_served(fields: Fields, n: int) -> None:
     if fields.value("logit_bias") not in (None, {}):
         fields.wrong("logit_bias", "left out or empty: it is not served")
     if fields.value("suffix") not in (None, ""):
-        fields.wrong("suffix", "left out or empty: the model only goes on from prompts")
+        fields.wrong("suffix", "left out or empty: the model only continues prompts")
 
 
 def _stops(fields: Fields) -> tuple[str, ...]:

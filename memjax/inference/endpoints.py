@@ -23,7 +23,7 @@ T = TypeVar("T")
 HUNG_UP = 499
 """The status under which requests are counted whose client has gone."""
 _DISCARDED = 8
-"""Bodies of up to so many times the limit are read to their end, so that clients see why they are refused."""
+"""Bodies up to this multiple of the limit are read to the end, so that clients see why they are refused."""
 
 _SHORT = 1000
 """Characters of prompts that are encoded on the event loop."""

@@ -42,7 +42,7 @@ class Made:
 
     tokens: list[int]
     finish: Literal["stop", "length"] | None = None
-    """Why the text ends with these tokens: a stop token came, or max_tokens are written. None: it goes on."""
+    """Why the text ends with these tokens: a stop token came, or max_tokens are written. None: it continues."""
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     """Of each token in `tokens`, if requested."""
     stop: tuple[int, TokenLogprobs | None] | None = None

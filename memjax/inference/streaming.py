@@ -18,7 +18,7 @@ class Pace:
     """How many tokens a stream takes at a time: one at first, then ever more, as long as that takes but a moment."""
 
     def __init__(self, seconds: float = _CHUNK_SECONDS):
-        """Begins with a single token, and asks for no more than take so many seconds."""
+        """Begins with a single token, and requests no more than fit in that many seconds."""
         self.tokens, self._seconds = 1, seconds
 
     def step(self, engine: Engine, most: int = LONGEST_CHUNK) -> dict[int, Made]:

@@ -45,7 +45,7 @@ def stream_text(
     Args:
         model: the model.
         tokenizer: the one it was trained with.
-        prompt: the text to go on from.
+        prompt: the text to continue.
         max_tokens: the most tokens to write.
         sampling: how tokens are picked; by default the likeliest.
         stop: strings that end the text; special tokens may be named too.

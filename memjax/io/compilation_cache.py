@@ -29,7 +29,7 @@ MAX_BYTES = 2 << 30
 """Size of a folder above which the entries that were not used for longest are removed."""
 
 DAYS = 60
-"""After so many days without a new entry, the folder of another jaxlib or machine is removed."""
+"""The folder of another jaxlib or machine is removed after this many days without a new entry."""
 
 _CHECKED = "checked.json"
 _ENTRIES = "*-cache"

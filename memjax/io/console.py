@@ -50,7 +50,7 @@ class _Console(logging.Handler):
 
 
 def output(text: str, *, error: bool = False) -> None:
-    """Prints and flushes. When standard output is closed, full or cannot encode the text, the program goes on.
+    """Prints and flushes. When standard output is closed, full or cannot encode the text, the program continues.
 
     Characters that the terminal cannot encode are replaced. After the first failure standard output is replaced by the
     null device, so that neither later prints nor the interpreter's last flush fail again.

@@ -178,7 +178,7 @@ def why_not_mirror(folder: pathlib.Path, address: str) -> str | None:
         if there == here:
             return None
         return (
-            f"{address} is the mirror of another run than that in {folder}; name another address, or, to go on with "
+            f"{address} is the mirror of another run than that in {folder}; name another address, or, to continue with "
             f"that run, copy all of {address} into run.dir"
         )
     try:

@@ -28,7 +28,7 @@ class Lookup(NamedTuple):
 
 
 class QueryKeyParam(nnx.Param):
-    """A parameter of queries or keys, which has a learning rate of its own."""
+    """A parameter of queries or keys, with its own learning rate."""
 
 
 class ProductKeys(nnx.Module):

@@ -205,7 +205,7 @@ class Optimizer(nnx.Module):
         Args:
             model: the one of `__init__`; its parameters change.
             gradients: of `memjax.value_and_grad`.
-            ok: False leaves model and optimizer as they are, say where the loss is NaN.
+            ok: False leaves model and optimizer unchanged, for example when the loss is NaN.
             **extra: further arguments of the optax transformation, say `value=loss`.
 
         Raises:

@@ -33,7 +33,7 @@ class RowOptimizer:
     rule: RowRule = dataclasses.field(default_factory=RowRule)
     """The default of 256 state_columns is lowered where it does not divide a table's width, or that of a shard."""
     seed: int = 0
-    """Seed of the stochastic rounding; every table rounds with bits of its own."""
+    """Seed of the stochastic rounding; every table uses different random bits."""
     collective: row_grad_reduce.CollectiveOption = "auto"
     """How row gradients cross the axis `data` of a mesh: see `memjax.memory.sharded.update_rows`."""
     implementation: str | None = None
@@ -79,7 +79,7 @@ class RowOptimizer:
             state: of `init`.
             gradients: of all reads of the table, or what `add` has made of them.
             step: number of the step, from 0.
-            ok: False leaves everything as it is.
+            ok: False changes nothing.
         """
         now = row_step(self.rate(step), step, ok=ok, seed=zlib.crc32(f"{self.seed} {name}".encode()))
         if isinstance(gradients, RowSum):

@@ -13,14 +13,14 @@ from memjax.ops.table import Table
 from memjax.sharding.axes import split_columns
 
 BLOCK_ELEMENTS = 1 << 22
-"""Elements drawn at once; part of the definition of the initial table, since every block has a key of its own."""
+"""Elements drawn at once; part of the definition of the initial table, since every block has its own key."""
 
 MOST_SLOTS = MOST_KEYS**2
 """Rows of the largest table."""
 
 
 class TableRows(nnx.Param):
-    """Rows of a value table: a parameter read sparsely, with an optimizer, sharding and checkpoint item of its own.
+    """Rows of a value table: a parameter read sparsely, with its own optimizer, sharding and checkpoint item.
 
     Its value is an array, or an `ops.table.Table` where the rows are read only.
     """

@@ -41,7 +41,7 @@ def choose(wanted: str | None, dtype: DTypeLike, head_dim: int, length: int) -> 
 
 
 def why_not(name: str, dtype: DTypeLike, head_dim: int, length: int) -> str | None:
-    """Why an implementation cannot run here, in words; None when it can."""
+    """Why an implementation cannot run here, as text; None if it can."""
     if name != "cudnn":
         return None
     if jax.default_backend() != "gpu":
@@ -70,7 +70,7 @@ def self_attention(
     implementation: str,
     max_score_bytes: int = SCORE_BYTES,
 ) -> Float[Array, "b s n h"]:
-    """Each token attends to itself and those before it, of its own segment and among the nearest `window` ones."""
+    """Each token attends to itself and the tokens before it, within its segment and the nearest `window` tokens."""
     if implementation == "chunked":
         positions = jnp.arange(query.shape[1])[None, :]
         return attention(

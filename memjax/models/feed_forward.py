@@ -61,7 +61,7 @@ def fused_linear(x: Float[Array, "*b inputs"], *layers: nnx.Linear) -> list[Floa
 
 
 def _cut(array: Float[Array, "*b n"], count: int) -> Array:
-    """The last axis as so many equal pieces."""
+    """The last axis in that many equal pieces."""
     return array if count == 1 else array.reshape(*array.shape[:-1], count, -1)
 
 

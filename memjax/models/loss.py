@@ -160,6 +160,6 @@ def _chunks_of(model: Decoder, hidden: Float[Array, "b s dim"], logit_bytes: int
 
 
 def chunk_count(tokens: int, vocab_size: int, dtype: DTypeLike, devices: int, *, logit_bytes: int = LOGIT_BYTES) -> int:
-    """Pieces in which the logits of so many tokens, spread over the devices, are made; logit_bytes a device at once."""
+    """Number of pieces in which to compute the logits of that many tokens: logit_bytes per device at once."""
     every = tokens * vocab_size * accumulator(dtype).itemsize
     return max(1, -(-every // (logit_bytes * max(1, devices))))

@@ -1,4 +1,4 @@
-"""A mixture of experts: several feed-forward layers, of which each token uses a few."""
+"""A mixture of experts: several feed-forward layers, a few of which process each token."""
 
 import math
 from functools import partial

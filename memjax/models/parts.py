@@ -50,8 +50,8 @@ class DecoderParts:
     def init(self, key: Array, shardings: tuple[Any, Any] | None = None) -> tuple[nnx.State, Tables]:
         """Freshly drawn dense parameters and tables, those of `Decoder(config, rngs=nnx.Rngs(key))`.
 
-        XLA needs seconds for the draws of a block, and would take them anew for every layer: a program is compiled for
-        each kind of block and run for each block.
+        XLA compiles the draws of a block for seconds, and would do so for every layer: one program is compiled for each
+        kind of block and run for each block.
 
         Args:
             key: of all draws.

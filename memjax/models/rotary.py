@@ -73,7 +73,7 @@ def _frequencies(
 
 
 def _slowed_down(frequencies: Float[Array, "1 1 1 half"], scaling: RopeScalingConfig) -> Float[Array, "1 1 1 half"]:
-    """Slow frequencies, which never came round in the first training, divided by the factor; fast ones as they are."""
+    """Slow frequencies, which made no full turn in the first training, divided by the factor; fast ones unchanged."""
     turns = scaling.original_length * frequencies / (2 * math.pi)
     speed = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = jnp.clip(speed, 0, 1)
@@ -81,7 +81,7 @@ def _slowed_down(frequencies: Float[Array, "1 1 1 half"], scaling: RopeScalingCo
 
 
 def _yarn(half: int, theta: float, scaling: RopeScalingConfig) -> np.ndarray:
-    """Fast frequencies as they are, slow ones divided by the factor, those between blended by their number."""
+    """Fast frequencies unchanged, slow ones divided by the factor, those between blended by their index."""
 
     def number(turns: float) -> float:
         """The (fractional) number of the frequency that turns so often within the original length."""

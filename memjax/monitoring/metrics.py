@@ -117,7 +117,7 @@ class MetricsFile:
     def _warn(self, error: OSError) -> None:
         if not self._warned:
             self._warned = True
-            warn(f"{self.path} cannot be written ({error}); the run goes on, and its lines wait until it can")
+            warn(f"{self.path} cannot be written ({error}); the run continues, and its lines wait until it can")
 
 
 def read_metrics(path: pathlib.Path) -> list[Row]:

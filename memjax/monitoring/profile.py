@@ -84,7 +84,7 @@ class ProfileWindow:
 
 def _tell(error: Exception) -> None:
     text = " ".join(str(error).split())
-    warn(f"log.profile: {type(error).__name__}: {text}. The run goes on without it.")
+    warn(f"log.profile: {type(error).__name__}: {text}. The run continues without it.")
 
 
 class Operation(NamedTuple):

@@ -74,7 +74,7 @@ def choose_for(operation: str, wanted: str | None, table: Table) -> str:
 
 
 def why_not(name: str, dtype: DTypeLike = jnp.float32) -> str | None:
-    """Why an implementation cannot run here on arrays of a type, in words; None when it can."""
+    """Why an implementation cannot run here on arrays of a type, as text; None if it can."""
     if name != "triton":
         return None
     if jnp.dtype(dtype) == jnp.float64:

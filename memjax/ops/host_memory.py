@@ -39,7 +39,7 @@ def allocate(num_bytes: int) -> UInt8[np.ndarray, " b"]:
 
 
 def map_file(path: pathlib.Path, num_bytes: int) -> UInt8[np.ndarray, " b"]:
-    """A file's bytes, read from disk as they are needed; nothing that happens to the array reaches the file."""
+    """A file's bytes, read from disk on demand; writes to the array do not reach the file."""
     return np.memmap(path, np.uint8, "c", shape=(num_bytes,)) if num_bytes else np.zeros(0, np.uint8)
 
 

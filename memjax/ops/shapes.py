@@ -11,7 +11,7 @@ def require(operation: str, fits: bool, rule: str, **arrays: Any) -> None:
     Args:
         operation: begins the message.
         fits: whether they do.
-        rule: what must hold, in words.
+        rule: what must hold, as text.
         arrays: the arrays by name; the message has their types and shapes.
 
     Raises:

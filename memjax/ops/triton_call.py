@@ -28,7 +28,7 @@ compute_capability: int | None = None
 
 
 def why_not() -> str | None:
-    """Why Triton kernels cannot run here, in words; None when they can."""
+    """Why Triton kernels cannot run here, as text; None if they can."""
     if is_interpreted():
         return _import_problem("triton")
     if jax.default_backend() != "gpu":

@@ -182,7 +182,7 @@ class RunFolder:
         return Claim(self, config, before=saved, changes=changed)
 
     def tokenizer(self, config: RunConfig, data: Source) -> Tokenizer:
-        """The run's tokenizer. Until there is a checkpoint it is made anew by every start, as the settings say.
+        """The run's tokenizer. Until there is a checkpoint, every start makes it again from the settings.
 
         It is that of the run's checkpoints, or of train.init_from, or read from data.tokenizer.path, or trained. With
         several processes, each one calls it; the first one trains, and the others read what it writes.
@@ -261,7 +261,7 @@ class Claim:
         What was finished with fewer steps is so no longer: its summary is kept under a name with its steps.
 
         Args:
-            step: the step that the run goes on from.
+            step: the step that the run resumes from.
             tokenizer: the run's.
         """
         if self._recorded or not is_first():

@@ -151,7 +151,7 @@ class _Meta:
 
 
 def _placed(tree: Any, sharding: Sharding | None) -> Any:
-    """The shapes of a tree, with where its arrays are to be."""
+    """The shapes of a tree, with one sharding for all its arrays."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 

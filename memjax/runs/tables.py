@@ -35,7 +35,7 @@ _PIECE_ELEMENTS = 1 << 20
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TableForm:
-    """Shape, format and place of a table that is to be built."""
+    """Shape, format and place of a table to build."""
 
     name: str
     num_rows: int

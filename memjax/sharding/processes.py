@@ -255,7 +255,7 @@ def _explain(launch: Launch, error: Exception) -> int:
     if from_jax or "Gloo" in str(error) or "NCCL" in str(error):
         launch.report(
             f"has lost the others ({' '.join(str(error).split())[:300]}). What they printed last says why. The same "
-            "command for all of them goes on from the newest checkpoint."
+            "command for all of them resumes from the latest checkpoint."
         )
         return LOST
     traceback.print_exc()

@@ -55,9 +55,9 @@ COLUMNS = spec("table_rows", "table_columns")
 BAGS = spec("group", "table_columns")
 """Bags before the all-to-all: tokens over `data`, columns over `memory`."""
 REPLICA_COLUMNS = spec("group", "table_rows", "table_columns")
-"""Arrays of tables' shape of which every replica of a table has one of its own, in front."""
+"""Arrays with a table's shape behind a leading axis, one for each replica of the table."""
 REPLICA_SHARDS = spec("group", "table_columns")
-"""Arrays of which every device along `data` and `memory` has one of its own."""
+"""Arrays of which every device along `data` and `memory` has its own."""
 ONE_PER_DEVICE = P(AXES)
 """Arrays with one element for each device."""
 

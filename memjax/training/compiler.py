@@ -13,7 +13,7 @@ SEVERAL_GPUS_OPTIONS = {
 
 
 def compiler_options(platform: str, devices: int) -> dict[str, bool] | None:
-    """XLA's options for a step on so many devices of a platform; what the user has set in XLA_FLAGS stays."""
+    """XLA's options for a step on that many devices of a platform; what the user has set in XLA_FLAGS stays."""
     if platform != "gpu":
         return None
     wanted = GPU_OPTIONS | (SEVERAL_GPUS_OPTIONS if devices > 1 else {})

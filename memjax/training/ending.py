@@ -56,14 +56,14 @@ def _preempt(trainer: "Trainer") -> NoReturn:
         trainer.save()
     trainer.checkpoints.wait()
     why = trainer.interrupt.name or "another process was interrupted"
-    raise Preempted(f"{why}: step {trainer.last_step} is saved; the same command goes on from there")
+    raise Preempted(f"{why}: step {trainer.last_step} is saved; the same command resumes from there")
 
 
 def _save_after_an_error(trainer: "Trainer") -> str:
     """Saves the finished steps and returns a message; raises nothing that would hide the error."""
     if jax.process_count() > 1:
         # An error may be that of one process alone, and the others would not come to the save.
-        return "The same command goes on from the newest checkpoint."
+        return "The same command resumes from the latest checkpoint."
     while under_way := trainer.num_in_flight:
         try:
             trainer.finish_steps()
@@ -80,4 +80,4 @@ def _save_after_an_error(trainer: "Trainer") -> str:
         trainer.checkpoints.wait()
     except Exception as error:
         return f"The state after step {step} could not be saved: {error}"
-    return f"The state after step {step} is saved; the same command goes on from there."
+    return f"The state after step {step} is saved; the same command resumes from there."

@@ -121,7 +121,7 @@ class Facts(Hook):
         }
 
     def after_step(self, trainer: "Trainer", step: Step) -> None:
-        """Asks, unless a signal comes; the end of a run has a test of its own."""
+        """Asks, unless a signal comes; the end of a run has its own test."""
         if step.is_last:
             return
         accuracies = {}

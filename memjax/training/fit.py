@@ -36,7 +36,7 @@ def fit(
         config: the settings, or what they are read from: a YAML file, a preset's name, or the folder of a run. None is
             the quick start.
         settings: values by dotted name that replace these, such as {"train.steps": 100, "model.memory": None}.
-        allow_changed: whether a run goes on although its settings have changed.
+        allow_changed: whether to resume a run although its settings have changed.
         hooks: what the run does besides what its settings ask for.
 
     Raises:
@@ -60,7 +60,7 @@ def fit(
 
 
 def _check(config: RunConfig) -> None:
-    """Refuses settings that only a program of its own can follow, because they come before JAX starts."""
+    """Refuses settings that only a separate program can follow, because they take effect before JAX starts."""
     problems = []
     if config.run.deterministic and _DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
         problems.append(f"run.deterministic=True must be known before JAX starts: set XLA_FLAGS={_DETERMINISTIC} first")

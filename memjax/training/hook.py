@@ -26,7 +26,7 @@ class Hook:
         return {}
 
     def restore(self, saved: Mapping[str, Any], step: int) -> None:
-        """Takes up what `state` gave after a step, the one that the run goes on from.
+        """Restores what `state` gave after the step that the run resumes from.
 
         Not called where the checkpoint knows no hook of this name. One that is older than hooks gives its whole `meta`.
         """
@@ -60,7 +60,7 @@ class Periodic:
     name: str
     hook: Hook
     every: int | None = 1
-    """`after_step` is called every so many steps and after the last one; None means after the last one alone."""
+    """Steps between calls of `after_step`, which is also called after the last step; None: only after the last."""
 
     def __post_init__(self) -> None:
         """Refuses a period of no step."""

@@ -108,7 +108,7 @@ class Log(Hook):
     _trackers: tuple[Tracker, ...] | list[Tracker] = ()
 
     def begin(self, trainer: "Trainer") -> None:
-        """Opens the files, and drops what was written after the step that the run goes on from."""
+        """Opens the files, and drops what was written after the step that the run resumes from."""
         config, first_step = trainer.config, trainer.first_step
         if is_first():
             self._metrics = MetricsFile(trainer.folder.metrics, last_step=first_step)
@@ -166,10 +166,10 @@ class Profile(Hook):
 
 
 class SlotUsage(Hook):
-    """Adds slot statistics to the row of the step that ends a window, and counts the reads anew.
+    """Adds slot statistics to the row of the step that ends a window, and restarts the count.
 
     Only windows of the same length can be compared, so one that a changed `log.usage_every` has cut short is dropped.
-    A run shorter than one window reports what there is at its end, and goes on counting if it is extended.
+    A run shorter than one window reports what there is at its end, and continues counting if it is extended.
     """
 
     def __init__(self, every: int):
@@ -185,7 +185,7 @@ class SlotUsage(Hook):
         return {"usage_since": self._since}
 
     def restore(self, saved: Mapping[str, Any], step: int) -> None:
-        """The step of the last count; versions before 0.2 counted anew after the last step of a run."""
+        """The step of the last count; versions before 0.2 restarted the count after the last step of a run."""
         config = saved.get("config", {})
         every = config.get("log", {}).get("usage_every") or self._every
         is_end = step == config.get("train", {}).get("steps")

@@ -32,7 +32,7 @@ class Step:
     """Reading them waits for the step."""
     host_metrics: Row = dataclasses.field(default_factory=dict)
     requested: set[str] = dataclasses.field(default_factory=set)
-    """Names of hooks that are to be called after this step, although their period does not end with it."""
+    """Names of hooks to call after this step, although their period does not end with it."""
 
     def add(self, metrics: Mapping[str, Any]) -> None:
         """Adds metrics to the step's row, scalars on the device, and starts to copy them to the host.
@@ -62,7 +62,7 @@ class InFlight:
         self._steps.append(step)
 
     def finished(self, *, keep: int = IN_FLIGHT) -> Iterator[tuple[Step, Row]]:
-        """Steps and their rows until so many are left: enough that the device never runs dry. Waits for each.
+        """Steps and their rows until that many are left: enough that the device never idles. Waits for each.
 
         Raises:
             NotFinite: a step was not finite; the steps after it are dropped.

@@ -27,7 +27,7 @@ MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)
 """Where these are ignored from the start, they stay so: under nohup, and in the background of a script."""
 
 SAVED, NOTHING_SAVED, CHECKPOINT_TROUBLE = 75, 130, 4
-"""Exit codes: the same command goes on from a checkpoint; there is none; one could not be written or read."""
+"""Exit codes: the same command resumes from a checkpoint; there is none; one could not be written or read."""
 
 TRACKER_THREAD = "memjax log."
 """How the names of the trackers' threads begin, which end with the run unless a service does not answer."""
@@ -100,7 +100,7 @@ class Interrupt:
         self._end(self.name or "stopped")
 
     def _end(self, why: str) -> NoReturn:
-        after = "the same command goes on from the newest checkpoint"
+        after = "the same command resumes from the latest checkpoint"
         if self.exit_code != SAVED:
             after = "ended before there was anything to save"
         self._print(f"\n{why}: {after}")

@@ -85,7 +85,7 @@ def train(config: RunConfig, *, allow_changed: bool = False, hooks: Sequence[Per
 
     Args:
         config: the run's.
-        allow_changed: whether a run goes on although its settings have changed.
+        allow_changed: whether to resume a run although its settings have changed.
         hooks: what the trainer does besides what the config asks for.
 
     Returns:
@@ -204,7 +204,7 @@ def _unreadable(config: RunConfig) -> list[str]:
 
 
 def why_no_cudnn(config: RunConfig) -> str | None:
-    """Why cuDNN's attention cannot run, in words; None when it can."""
+    """Why cuDNN's attention cannot run, as text; None if it can."""
     model = config.model
     return dot_product.why_not("cudnn", resolve_dtype(model.dtype), model.head_width, config.data.sequence_length)
 

@@ -23,7 +23,7 @@ _POLL_SECONDS = 0.1
 
 
 class Mirror(Hook):
-    """Sends a run's folder from the first process, while the training goes on."""
+    """Sends a run's folder from the first process, while training continues."""
 
     _thread: threading.Thread | None = None
 

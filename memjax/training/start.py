@@ -85,7 +85,7 @@ def check_start(config: RunConfig) -> None:
 
 
 def _check_own_steps(folder: RunFolder, config: RunConfig) -> bool:
-    """Whether the run has checkpoints of its own, which then can be resumed."""
+    """Whether the run has its own checkpoints, so that it can be resumed."""
     checkpoints = Checkpoints(folder.checkpoints)
     if not checkpoints.steps():
         return False
@@ -106,7 +106,7 @@ def _check_own_steps(folder: RunFolder, config: RunConfig) -> bool:
 
 
 def log_schedule_changes(claim: Claim) -> None:
-    """Says what another number of steps does to the learning rates of a run that goes on."""
+    """Says what another number of steps does to the learning rates of a resumed run."""
     before, config = claim.before, claim.config
     if before is None or before.train.steps == config.train.steps:
         return
@@ -163,7 +163,7 @@ def newest_state(program: TrainProgram, mesh: jax.sharding.Mesh, checkpoints: Ch
     steps, complete = checkpoints.steps(), checkpoints.complete()
     if steps and steps[-1:] != complete[-1:]:
         place = f"step {complete[-1]}" if complete else "the beginning"
-        say(f"step {steps[-1]} was saved without tables, so the run goes on from {place}")
+        say(f"step {steps[-1]} was saved without tables, so the run resumes from {place}")
     if not complete:
         return None
     log_phase("restoring the newest checkpoint")

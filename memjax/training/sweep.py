@@ -156,7 +156,7 @@ class Sweep:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         if self.stopped is not None:
-            say(f"{signal.Signals(self.stopped).name}: stopped; the same command goes on")
+            say(f"{signal.Signals(self.stopped).name}: stopped; the same command resumes")
             return SAVED
         return next((code for code in self.codes.values() if code), 0)
 

@@ -67,7 +67,7 @@ class Trainer:
             folder: the run's.
             dataset: what it reads.
             interrupt: the signals that end it.
-            record: called with the step that the run goes on from, before the first row.
+            record: called with the step that the run resumes from, before the first row.
             hooks: what the run does besides what its config asks for.
         """
         self.config, self.mesh, self.folder, self.dataset, self.interrupt = config, mesh, folder, dataset, interrupt
@@ -253,7 +253,7 @@ class Trainer:
         self._in_flight.stopwatch.lap()
 
     def _read(self, *, keep: int = IN_FLIGHT) -> None:
-        """Hands the rows of steps to the hooks until so many steps are in flight; all get a row, although one raises.
+        """Hands the rows of steps to the hooks until that many steps are in flight; all get a row, even if one raises.
 
         What a row says may end the run, so several processes read each at the same point, however fast they are.
         """

@@ -280,7 +280,7 @@ def test_a_target_that_does_not_fit_is_an_error_and_no_reason_to_fall_back(tmp_p
     assert "params/w: saved float32[64, 8], wanted bfloat16[64, 9]" in str(error.value)
     assert "params/b: saved nothing, wanted float32[64, 8]" in str(error.value)
     assert "types" not in str(error.value)
-    with pytest.raises(CheckpointError, match=r"goes on elsewhere with --model.memory.table_dtype bfloat16"):
+    with pytest.raises(CheckpointError, match=r"resumes elsewhere with --model.memory.table_dtype bfloat16"):
         checkpoints.restore({"params": {"w": jax.ShapeDtypeStruct((64, 8), jnp.bfloat16)}})
     with pytest.raises(CheckpointError, match="opt_state: no such item"):
         checkpoints.restore({"opt_state": {}})

@@ -363,7 +363,7 @@ class Options:
     """What to write."""
 
     prompt: str
-    """The text to go on from."""
+    """The text to continue."""
     mode: Literal["greedy", "sample"] = "greedy"
     """How to pick."""
 

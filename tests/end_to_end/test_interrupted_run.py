@@ -127,7 +127,7 @@ def test_kills_and_signals_leave_no_trace(arrays_of, tmp_path):
     # Before the first step nothing is lost, so nothing is waited for.
     code, output = runs.stop("broken", signal.SIGHUP, at="resumed from")
     assert code == 75, output
-    assert "SIGHUP: the same command goes on from the newest checkpoint" in output
+    assert "SIGHUP: the same command resumes from the latest checkpoint" in output
     for number in (signal.SIGTERM, signal.SIGINT):
         code, output = runs.stop("broken", number, at="step ")
         assert code == 75, output

@@ -532,7 +532,7 @@ def test_an_engine_that_fails_tells_its_clients_and_goes_on(capfd):
         ({"prompt": "x", "stream": True, "stream_options": {"a": 1}}, "stream_options", "must be an object such as"),
         ({"prompt": "x", "stream": True, "stream_options": {"include_usage": 1}}, "stream_options", "true or false"),
         ({"prompt": "x", "best_of": 2}, "best_of", "best_of=2 must be left out or n=1"),
-        ({"prompt": "x", "suffix": "y"}, "suffix", "only goes on from prompts"),
+        ({"prompt": "x", "suffix": "y"}, "suffix", "only continues prompts"),
         ({"prompt": "x", "presence_penalty": 0.5}, "presence_penalty", "not served; repetition_penalty is"),
         ({"prompt": "x", "frequency_penalty": -1}, "frequency_penalty", "not served"),
         ({"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias", "not served"),

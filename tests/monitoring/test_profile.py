@@ -160,7 +160,7 @@ def test_a_profiler_that_fails_is_told_of_and_the_run_goes_on(monkeypatch, tmp_p
     monkeypatch.setattr(jax.profiler, "start_trace", fail)
     run(ProfileWindow(ProfileConfig(start=2, steps=2), tmp_path), range(1, 9))
     assert capsys.readouterr().err == (
-        "log.profile: RuntimeError: another trace is under way. The run goes on without it.\n"
+        "log.profile: RuntimeError: another trace is under way. The run continues without it.\n"
     )
 
 

@@ -208,10 +208,10 @@ def test_what_the_host_meets_ends_a_run_only_after_its_steps_are_saved(run, tmp_
     assert not (folder / "checkpoints").exists(), "there was nothing to save"
     code, printed = ended_by(lambda: os.kill(os.getpid(), signal.SIGUSR1), 3)
     assert code == 75, printed
-    assert "SIGUSR1: step 3 is saved; the same command goes on from there" in printed
+    assert "SIGUSR1: step 3 is saved; the same command resumes from there" in printed
     code, printed = ended_by(raises(DataError("corpus.txt: line 9 is damaged")), 3)
     assert code == 3, printed
-    assert "corpus.txt: line 9 is damaged\nThe state after step 5 is saved; the same command goes on" in printed
+    assert "corpus.txt: line 9 is damaged\nThe state after step 5 is saved; the same command resumes" in printed
     code, printed = ended_by(raises(OSError(5, "Input/output error")), 2)
     assert code == 4, printed
     assert "The state after step 6 is saved" in printed
@@ -285,7 +285,7 @@ def test_a_run_whose_newest_checkpoint_has_no_tables_goes_on_from_the_newest_tha
 
     code, printed = run("light", *small, *often)
     assert code == 0, printed
-    assert "step 5 was saved without tables, so the run goes on from step 3\n" in printed
+    assert "step 5 was saved without tables, so the run resumes from step 3\n" in printed
     assert re.search(r"\d\.\d s   restoring the newest checkpoint\n", printed)
     assert "resumed from step 3\n" in printed
     assert steps_in(folder) == [1, 2, 3, 4, 5, 6]

@@ -87,7 +87,7 @@ def test_a_training_starts_from_the_weights_and_does_not_do_so_again_when_it_res
     assert "params/blocks/0/memory/scale" in moved
     assert all("/memory/" in name or name.startswith("tables/") for name in moved), "the dense part is frozen"
 
-    # Now the start is gone: the run goes on from its own checkpoint.
+    # Now the start is gone: the run resumes from its own checkpoint.
     (folder / "new/summary.json").unlink()
     (folder / "memory").rename(folder / "elsewhere")
     code, printed = run("elsewhere", "new", "--train.init_from", start, "--allow_changed")

@@ -160,7 +160,7 @@ def test_a_signal_goes_on_to_the_runs_and_starts_no_more(program, tmp_path, caps
     assert time.monotonic() - started < 30
     out = capsys.readouterr().out
     assert "lr=0.25" not in out
-    assert out.endswith("SIGTERM: stopped; the same command goes on\n")
+    assert out.endswith("SIGTERM: stopped; the same command resumes\n")
 
 
 def test_gpus_are_dealt_out_to_jobs(monkeypatch):

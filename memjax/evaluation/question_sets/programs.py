@@ -15,7 +15,7 @@ from memjax.inference.scoring import Show
 from memjax.io.console import warn
 
 _TRIES = (1, 10, 100)
-"""k of the pass@k that are reported, where there are so many samples."""
+"""k of the pass@k that are reported, if there are at least that many samples."""
 _WRITING = 0.9
 """Share of the time that writing takes, at a guess; the rest goes to running."""
 

@@ -198,7 +198,7 @@ def _users() -> tuple[int, int]:
 
 
 def _wait(child: int, seconds: float, codes: dict[int, int]) -> None:
-    """Waits until a child has ended, so many seconds at most; adds how all that did ended, as subprocess gives it."""
+    """Waits that many seconds for a child to end; adds the return codes of all that have, as in subprocess."""
     deadline = time.monotonic() + seconds
     while child not in codes:
         try:

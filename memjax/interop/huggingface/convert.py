@@ -205,6 +205,6 @@ def _logits(model: Decoder) -> np.ndarray:
         model = DecoderParts.of(dataclasses.replace(model.config, dtype=wide)).merge(params, tables)
     tokens = np.arange(1, 25, dtype=np.int32)[None] * 7919 % model.config.vocab_size
     # Compiled as a whole, a dense model would be in memory in the wider type too; operation by operation only a matrix
-    # of it is. A memory layer has so many small operations that compiling each takes longer than all the rest.
+    # of it is. A memory layer has many small operations, and compiling each takes longer than all the rest.
     forward = nnx.jit(lambda model, tokens: model(tokens)) if model.config.lookups else Decoder.__call__
     return np.asarray(forward(model, jnp.asarray(tokens)))

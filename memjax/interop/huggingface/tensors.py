@@ -77,7 +77,7 @@ def read_model(files: TensorFiles, config: ModelConfig, place: str) -> Decoder:
         CheckpointError: tensors are missing or left over, or have another shape or type than the config says.
     """
     stored, names = _parameters(files, config, place)
-    if config.num_layers > len(stored):  # before a decoder of so many is built
+    if config.num_layers > len(stored):  # before a decoder of that many is built
         raise CheckpointError(
             f"{place}: num_layers={config.num_layers} are more than the {len(stored)} tensors there are"
         )

@@ -18,7 +18,7 @@ def make_trackers(config: RunConfig, folder: pathlib.Path, *, last_step: int) ->
     Args:
         config: the run's.
         folder: the run's; it holds TensorBoard's and W&B's files, and the state that a resumption needs.
-        last_step: the step that the run goes on from. What was written after it is hidden (TensorBoard), or its steps
+        last_step: the step that the run resumes from. What was written after it is hidden (TensorBoard), or its steps
             are not sent again (the others).
     """
     log, trackers = config.log, []

@@ -1,7 +1,7 @@
 """Trackers (TensorBoard, Weights & Biases, Trackio) behind a thread each, so that none can stop or slow a run.
 
 Each has a thread of its own that imports, starts, feeds and ends it; the loop only puts rows of plain numbers into a
-queue. Whatever is raised there is printed once, and the run goes on without that tracker.
+queue. Whatever is raised there is printed once, and the run continues without that tracker.
 """
 
 import contextlib
@@ -83,7 +83,7 @@ class Tracker:
     def _drop(self, why: str) -> None:
         if not self._dropped:
             self._dropped = True
-            warn(f"{self.name}: {why}. The run goes on without it.")
+            warn(f"{self.name}: {why}. The run continues without it.")
 
 
 class Unusable(Exception):

@@ -7,7 +7,7 @@ class Tile(NamedTuple):
     """How the cache is cut."""
 
     programs: int
-    """At least so many, where the cache is long enough."""
+    """At least this many, if the cache is long enough."""
     block: int
     """Entries of the cache that a program reads at a time."""
     num_warps: int

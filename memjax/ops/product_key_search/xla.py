@@ -95,7 +95,7 @@ def _top_k(scores: Float[Array, "*b n"], top_k: int) -> tuple[Float[Array, "*b k
 
 
 def tokens_per_chunk(chunk_bytes: int, keys: Float[Array, "h 2 n half"]) -> int:
-    """Tokens whose half scores take so many bytes; at least one."""
+    """The number of tokens whose half scores fit in that many bytes; at least one."""
     num_heads, _, num_keys, _ = keys.shape
     return max(1, chunk_bytes // (8 * num_heads * num_keys))
 

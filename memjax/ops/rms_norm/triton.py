@@ -35,7 +35,7 @@ def added_norm_kernel(
     place, inside, column = whole_rows(TOKENS, DIM, WIDTH, ROWS)
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     x += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    # Narrowed first: the norm is that of the sum as it goes on.
+    # Narrowed first: the norm is that of the sum as later layers read it.
     added = x.to(added_ptr.dtype.element_ty)
     tl.store(added_ptr + place, added, mask=inside)
     y = normed(added.to(tl.float32), scale_ptr, column, DIM, EPSILON)

@@ -23,7 +23,7 @@ SCALE_DTYPE = np.dtype(ml_dtypes.bfloat16)
 
 
 class Encoded(NamedTuple):
-    """Some rows as they are stored."""
+    """Some rows in their stored form."""
 
     payload: Num[np.ndarray, "b p"]
     scales: Num[np.ndarray, "b g"] | None
@@ -49,11 +49,11 @@ class RowFormat(Protocol):
         ...
 
     def payload_columns(self, width: int) -> int:
-        """Numbers of `payload_dtype` that store a row of so many columns."""
+        """Numbers of `payload_dtype` per row, for a number of columns."""
         ...
 
     def width(self, payload_columns: int) -> int:
-        """Columns of a row that is stored in so many numbers: the inverse of `payload_columns`."""
+        """Columns of a row, for a number of stored numbers: the inverse of `payload_columns`."""
         ...
 
     def groups(self, width: int) -> int:
@@ -65,7 +65,7 @@ class RowFormat(Protocol):
         ...
 
     def encode(self, rows: Float[np.ndarray, "b d"]) -> Encoded:
-        """Rows as they are stored; runs on the host, block by block.
+        """Rows in their stored form; runs on the host, block by block.
 
         Raises:
             ValueError: the format has no code for one of the numbers.
@@ -91,7 +91,7 @@ def row_bytes(row_format: RowFormat, width: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-    """Floating-point numbers as they are: the format of training, and of any array."""
+    """Plain floating-point numbers: the format of training, and of any array."""
 
     name: str
     """Name of the type."""
@@ -208,7 +208,7 @@ class Scaled:
         raise NotImplementedError
 
     def _pack(self, codes: np.ndarray) -> np.ndarray:
-        """Codes as they are stored."""
+        """Codes in their stored form."""
         return codes
 
     def _unpack(self, payload: Array) -> Array:

@@ -63,10 +63,10 @@ def apply(
     """Applies a patch to a checkpoint of a run: whatever loads that checkpoint then gets the patch with it.
 
     Args:
-        run: the run's folder; its checkpoints stay as they are.
+        run: the run's folder; its checkpoints are not changed.
         path: of the patch.
         step: the checkpoint.
-        out: a new folder for a run with the changed rows in its checkpoint; the given run then stays as it is.
+        out: a new folder for a run with the changed rows in its checkpoint; the given run is then unchanged.
 
     Raises:
         CheckpointError: the patch cannot be read or does not fit, or nothing can be written.

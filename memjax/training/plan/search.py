@@ -38,7 +38,7 @@ def search(config: RunConfig, *, device_bytes: int, devices: int) -> Fit | None:
         devices: how many there are.
 
     Raises:
-        ConfigError: the mesh that was asked for cannot be made of so many devices.
+        ConfigError: the requested mesh cannot be made of that many devices.
     """
     mesh, fixed = config.mesh, (config.mesh.data or 1) * config.mesh.tensor
     if devices % fixed:

@@ -115,14 +115,14 @@ def test_a_start_without_a_step_gives_its_run_in_wandb_to_no_other(installed, tm
 def test_whatever_fails_is_told_once_and_the_run_goes_on(installed, tmp_path, name, stage, capsys):
     library = installed(name, stage)
     run(config(name), tmp_path, [1, 2, 3])
-    assert capsys.readouterr().err == f"log.{name}: ValueError: no {stage} today. The run goes on without it.\n"
+    assert capsys.readouterr().err == f"log.{name}: ValueError: no {stage} today. The run continues without it.\n"
     assert len(library.logged) == (3 if stage == "finish" else 0)
 
 
 def test_a_library_that_ends_the_process_ends_only_its_thread(installed, tmp_path, capsys):
     installed("wandb", "init", SystemExit("not logged in"))
     run(config("wandb"), tmp_path, [1])
-    assert capsys.readouterr().err == "log.wandb: SystemExit: not logged in. The run goes on without it.\n"
+    assert capsys.readouterr().err == "log.wandb: SystemExit: not logged in. The run continues without it.\n"
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_missing_package_is_one_line_that_says_how_to_get_it(tmp_path, monkeyp
     run(chosen, tmp_path, [1, 2])
     setting = "tensorboard" if name == "tensorboardX" else name
     assert capsys.readouterr().err == (
-        f"log.{setting}: {name} is not installed; get it with: pip install '{install}'. The run goes on without it.\n"
+        f"log.{setting}: {name} is not installed; get it with: pip install '{install}'. The run continues without it.\n"
     )
 
 
@@ -154,7 +154,7 @@ def test_a_service_that_never_answers_holds_nobody_up(capsys):
     close_trackers([tracker], seconds=0.05)
     assert time.monotonic() - started < 30
     assert capsys.readouterr().err == (
-        "log.slow: it does not finish, so its last steps may be missing. The run goes on without it.\n"
+        "log.slow: it does not finish, so its last steps may be missing. The run continues without it.\n"
     )
     answer.set()
 
@@ -167,7 +167,7 @@ def test_a_service_that_falls_behind_is_dropped(monkeypatch, capsys):
         tracker.write({"step": step})
     answer.set()
     close_trackers([tracker])
-    assert capsys.readouterr().err == "log.slow: it is 3 steps behind. The run goes on without it.\n"
+    assert capsys.readouterr().err == "log.slow: it is 3 steps behind. The run continues without it.\n"
 
 
 def shown_by_tensorboard(folder) -> list[tuple[int, str, float]]:
