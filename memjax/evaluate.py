@@ -189,7 +189,7 @@ def _eval_model(found: "LoadedModel", settings: EvaluateConfig) -> "EvalModel":
 
 @contextlib.contextmanager
 def _json_lines(path: pathlib.Path | None) -> Iterator[Keep]:
-    """A function that writes objects into a file, one a line; without a file it does nothing."""
+    """A function that writes objects into a file, one per line; without a file it does nothing."""
     if path is None:
         yield lambda values: None
         return

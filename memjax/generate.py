@@ -49,7 +49,7 @@ class GenerateConfig(InferenceSettings, SamplingConfig):
         yield from InferenceSettings.problems(self)
         yield from SamplingConfig.problems(self)
         if self.prompt is not None and self.prompts is not None:
-            yield f"prompts={self.prompts} cannot be written on together with a prompt; give one of the two"
+            yield f"prompts={self.prompts} cannot be combined with prompt; give one of the two"
         if self.output is not None and self.prompts is None:
             yield f"output={self.output} is for a file of prompts; set prompts too"
 
@@ -174,7 +174,7 @@ def _converse(found: "LoadedModel", settings: GenerateConfig) -> None:
                 print()
             elif not number:
                 raise ConfigError(
-                    ["prompt=null: give --prompt or --prompts, or write prompts to standard input, one a line"]
+                    ["prompt=null: give --prompt or --prompts, or write prompts to standard input, one per line"]
                 ) from None
             return
         if not prompt:

@@ -224,7 +224,7 @@ def test_wrong_settings_end_with_2(biographies, capsys, monkeypatch):
     for expected in (
         "prompt=null: give --prompt or --prompts",
         "temperature=-1.0 must not be negative",
-        "prompts=y cannot be written on together with a prompt",
+        "prompts=y cannot be combined with prompt",
         "output=y is for a file of prompts",
         "step=newest must be latest, best",
         "questions=['x'] cannot be done together with text; do one after the other",

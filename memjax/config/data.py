@@ -144,7 +144,7 @@ class DataConfig(Section):
             yield f"path={self.path} is not read with source=mixture; make it a part of mixture"
         names = [part.name for part in self.mixture]
         if len(set(names)) < len(names):
-            yield f"mixture={names} must give every part a name of its own"
+            yield f"mixture={names} must give every component its own name"
         if not re.fullmatch(r"\w[\w.-]*", self.split):
             yield f"split={self.split} must be the name of a split, such as train; validation_fraction holds a part out"
 

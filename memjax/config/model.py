@@ -178,7 +178,7 @@ class ModelConfig(Section):
         if self.head_dim is not None and self.head_dim % 2:
             yield f"head_dim={self.head_dim} must be even: rotary positions turn pairs of numbers"
         if self.num_layers > MOST_LAYERS:
-            yield f"num_layers={self.num_layers} must be at most {MOST_LAYERS}: every block is compiled by itself"
+            yield f"num_layers={self.num_layers} must be at most {MOST_LAYERS}: every block is compiled separately"
         if self.kv_heads > 0 and self.num_heads % self.kv_heads:
             yield f"num_kv_heads={self.kv_heads} must divide num_heads={self.num_heads}"
         free = list(self.rope_free_layers)

@@ -28,7 +28,7 @@ class ScheduleConfig(Section):
         """Fractional numbers of steps."""
         for name, value in (("warmup_steps", self.warmup_steps), ("decay_steps", self.decay_steps)):
             if value >= 1 and not isinstance(value, int):
-                yield f"{name}={value} must be a whole number of steps, or a share of them below 1"
+                yield f"{name}={value} must be a whole number of steps, or a fraction of them below 1"
 
     def warmup_of(self, steps: int) -> int:
         """Warm-up steps of a run with that many steps."""

@@ -82,7 +82,7 @@ def shortened(text: str) -> str:
 PLAIN_TYPES: dict[Any, tuple[str, str]] = {
     int: ("a whole number", "INT"),
     float: ("a number", "NUMBER"),
-    int | float: ("a whole number, or a share such as 0.05", "INT|SHARE"),
+    int | float: ("a whole number, or a fraction such as 0.05", "INT|SHARE"),
     bool: ("true or false", "BOOL"),
     str: ("text, in quotes if it looks like a number", "TEXT"),
 }

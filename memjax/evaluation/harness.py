@@ -134,7 +134,7 @@ def load_tasks(tasks: Sequence[str], folder: str | None = None, *, section: str 
         DataError: a task cannot be loaded, or wants something that memjax does not have.
     """
     if folder is not None and not os.path.isdir(folder):
-        raise ConfigError(f"{section}task_folder={folder} is no folder; name one that holds YAML files of tasks")
+        raise ConfigError(f"{section}task_folder={folder} is not a folder; name one with YAML files of tasks")
     manager = TaskManager(include_path=folder, include_defaults=folder is None)
     names = manager.match_tasks(list(tasks))
     for task in tasks:

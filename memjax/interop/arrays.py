@@ -44,7 +44,7 @@ def compare_shapes(wanted: Mapping[str, Any], found: Mapping[str, Any], head: st
         CheckpointError: arrays are missing, left over, or of other shapes.
     """
     problems = [f"{name} is missing" for name in wanted if name not in found]
-    problems += [f"{name} is none of this model's" for name in found if name not in wanted]
+    problems += [f"{name} is not part of this model" for name in found if name not in wanted]
     problems += [
         f"{name} has the shape {list(found[name].shape)}, must have {list(shape)}"
         for name, shape in wanted.items()

@@ -73,7 +73,7 @@ def _acquire(path: pathlib.Path, on_wait: Callable[[str], None] | None) -> int:
             stack.callback(_close, handle)
             found = os.fstat(handle)
             if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-                raise OSError(errno.EINVAL, "is no file of its own; remove it", str(path))
+                raise OSError(errno.EINVAL, "is not a regular file with one name; remove it", str(path))
             _flock(handle, path, on_wait)
             if _is_at(path, handle):
                 stack.pop_all()

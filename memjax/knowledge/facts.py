@@ -67,7 +67,7 @@ def read_facts(path: str, field: str) -> list[Fact]:
         except MalformedError as error:
             raise DataError(f"{place}: {error}") from None
     if not facts:
-        raise DataError(f"{path}: holds no facts; write one JSON object a line, with text or with prompt and answer")
+        raise DataError(f"{path}: holds no facts; write one JSON object per line, with text or with prompt and answer")
     return facts
 
 

@@ -65,7 +65,7 @@ def choose_for(operation: str, wanted: str | None, table: Table) -> str:
     """
     name = choose(operation, wanted, table.dtype)
     if table.pinned is not None and name != "triton":
-        reason = why_not("triton", table.dtype) or "it is another implementation that was asked for"
+        reason = why_not("triton", table.dtype) or "another implementation was requested"
         raise NotImplementedError(
             f"{operation}: implementation={name!r} cannot read {table.describe()}: only the Triton kernels read pinned "
             f"host memory, and they do not run ({reason})"

@@ -134,7 +134,7 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
         return None
     if not (text.isascii() and text.isdecimal()):
         raise ConfigError(
-            f"the environment has {name}={text!r}, which must be a whole number; mend it, or set --processes.count 1"
+            f"the environment has {name}={text!r}, which must be a whole number; correct it, or set --processes.count 1"
         )
     return int(text)
 

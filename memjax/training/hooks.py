@@ -55,7 +55,7 @@ def with_standard_hooks(
         hooks.insert(0, Periodic("mirror", Mirror(folder.path, config.run.mirror), None))  # what begins first ends last
     names = [periodic.name for periodic in hooks]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"two hooks are named {', '.join(twice)}: give each hook of a run a name of its own")
+        raise ValueError(f"two hooks are named {', '.join(twice)}: the names of hooks must be unique")
     return hooks
 
 

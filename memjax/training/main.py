@@ -109,7 +109,7 @@ def train(config: RunConfig, *, allow_changed: bool = False, hooks: Sequence[Per
         claim = folder.claim(config, allow_changed=allow_changed)
         if claim.finished is None:
             return _train(claim, hooks)
-        say(f"{folder.path} is finished already; a larger --train.steps continues it, another --run.dir starts anew.\n")
+        say(f"{folder.path} is already finished; continue it with a larger --train.steps, or set another --run.dir.\n")
         say(describe_summary(claim.finished, folder))
         if config.run.mirror and is_first():
             mirror(folder.path, config.run.mirror)  # what could not be sent at its end

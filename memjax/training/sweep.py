@@ -64,7 +64,7 @@ def parse_grid(specifications: Sequence[str]) -> dict[str, list[str]]:
         elif setting in grid:
             problems.append(f"grid={word} gives values for {setting} a second time; put all of them into one --grid")
         elif len(set(values)) < len(values):
-            problems.append(f"grid={word} holds a value twice; each is one run")
+            problems.append(f"grid={word} repeats a value; each value is one run")
         elif setting in ("run.dir", "run.mirror"):
             problems.append(f"grid={word}: the sweep names the folders of its runs itself")
         else:

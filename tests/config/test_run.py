@@ -329,7 +329,7 @@ def test_a_mixture_goes_through_yaml(tmp_path):
         ),
         (
             {"source": "mixture", "mixture": (MixtureConfig(name="a", path="x"), MixtureConfig(name="a", path="y"))},
-            r"mixture=\['a', 'a'\] must give every part a name of its own",
+            r"mixture=\['a', 'a'\] must give every component its own name",
         ),
     ],
 )

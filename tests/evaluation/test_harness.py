@@ -187,7 +187,7 @@ def test_training_refuses_what_cannot_be_done_before_its_first_step(harness, tmp
 
 
 def test_a_folder_that_is_not_there_is_said(harness, found, tmp_path):
-    with pytest.raises(ConfigError, match=r"task_folder=.*none is no folder; name one that holds YAML files"):
+    with pytest.raises(ConfigError, match=r"task_folder=.*none is not a folder; name one with YAML files"):
         report(harness, found, tmp_path / "none", "choose")
 
 

@@ -334,7 +334,7 @@ def test_hooks_of_a_program_of_ones_own_come_before_logs_and_checkpoints(program
     folder, mesh = RunFolder(tmp_path), jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     found = with_standard_hooks([Periodic("mine", Hook())], program, folder, mesh)
     assert [periodic.name for periodic in found] == ["throughput", "mine", "log", "validate", "save"]
-    with pytest.raises(ValueError, match="two hooks are named log: give each hook of a run a name of its own"):
+    with pytest.raises(ValueError, match="two hooks are named log: the names of hooks must be unique"):
         with_standard_hooks([Periodic("log", Hook())], program, folder, mesh)
 
 

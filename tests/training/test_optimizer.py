@@ -47,7 +47,7 @@ def test_a_share_of_the_steps_warms_up_as_long_as_their_number():
     by_share, by_number = (np.array([rate(step) for step in (0, 3, 4, 39)]) for rate in rates)
     np.testing.assert_array_equal(by_share, by_number)
     with pytest.raises(
-        ValueError, match=r"warmup_steps=2\.5 must be a whole number of steps, or a share of them below 1"
+        ValueError, match=r"warmup_steps=2\.5 must be a whole number of steps, or a fraction of them below 1"
     ):
         ScheduleConfig(lr=1.0, warmup_steps=2.5)
 

@@ -52,7 +52,7 @@ def test_settings_that_end_alike_keep_their_whole_names():
         (["optim.lr"], "grid=optim.lr must be SETTING=VALUE,VALUE"),
         (["optim.lr="], "grid=optim.lr= must be SETTING=VALUE,VALUE"),
         (["optim.lr=1", "optim.lr=2"], "gives values for optim.lr a second time"),
-        (["optim.lr=1,1"], "grid=optim.lr=1,1 holds a value twice"),
+        (["optim.lr=1,1"], "grid=optim.lr=1,1 repeats a value"),
         (["model.memory.layers=[1,2,[3]"], "must be SETTING=VALUE"),
         (["data.path=x{y,z"], "must be SETTING=VALUE"),
         (["run.mirror=gs://a,gs://b"], "the sweep names the folders of its runs itself"),

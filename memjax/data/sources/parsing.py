@@ -61,12 +61,12 @@ def json_fields(line: bytes, *, or_else: str = "") -> dict[str, Any]:
     except MalformedError:
         raise
     except (ValueError, RecursionError) as error:
-        way_out = "; write one whole JSON object a line"
+        way_out = "; write one whole JSON object per line"
         if not line.lstrip().startswith((b"{", b"[")):
             way_out += or_else
         raise MalformedError(f"not JSON ({error}){way_out}") from error
     if not isinstance(fields, dict):
-        raise MalformedError(f"a JSON {_kind(fields)}, not an object; write one JSON object a line")
+        raise MalformedError(f"a JSON {_kind(fields)}, not an object; write one JSON object per line")
     return fields
 
 

@@ -69,7 +69,8 @@ class Tokenizer(ABC):
         """
         if unknown := [name for name in end_tokens if name not in self.special_tokens]:
             raise ValueError(
-                f"data.tokenizer.end_tokens: {unknown[0]!r} is none of its special tokens: {_some(self.special_tokens)}"
+                f"data.tokenizer.end_tokens: {unknown[0]!r} is not one of its special tokens: "
+                f"{_some(self.special_tokens)}"
             )
         self.adds_bos = adds_bos
         self.end_tokens = tuple(name for name in end_tokens if self.special_tokens[name] != self.eos_id)
@@ -235,7 +236,7 @@ def begin_and_end(special_tokens: Mapping[str, int], bos: str | None, eos: str |
     """
     for field, name in (("bos", bos), ("eos", eos)):
         if name is not None and name not in special_tokens:
-            raise ValueError(f"data.tokenizer.{field}={name} is none of its special tokens: {_some(special_tokens)}")
+            raise ValueError(f"data.tokenizer.{field}={name} is not one of its special tokens: {_some(special_tokens)}")
     known = lambda names: next((name for name in names if name in special_tokens), None)
     end = eos or known(("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>"))
     if end is None:

@@ -215,5 +215,5 @@ def _check_tied(files: TensorFiles, names: dict[str, str], place: str) -> None:
     if not np.array_equal(embedding, head):
         raise CheckpointError(
             f"{place}: tie_word_embeddings=true, yet {_HEAD} differs from {_EMBEDDING}; set it to false in config.json "
-            "if the output has weights of its own"
+            "if the output has its own weights"
         )

@@ -174,13 +174,13 @@ def _tables(arrays: Arrays, place: str) -> dict[str, str]:
     names = {layer: f"layers.{layer}.{VALUES}" for layer in layers}
     present = [layer for layer in layers if names[layer] in arrays]
     if stray := sorted(name for name in arrays if name.endswith(VALUES) and name not in names.values()):
-        raise CheckpointError(f"{place}: {stray[0]} belongs to no memory layer: there are no keys beside it")
+        raise CheckpointError(f"{place}: {stray[0]} belongs to no memory layer: there are no keys next to it")
     if not layers:
         return {}
     if len(present) not in (1, len(layers)):
         raise CheckpointError(
             f"{place}: values.weight is there for the layers {present} of {layers}; a shared table is there once or "
-            "for every layer, tables of their own for every layer"
+            "for every layer, separate tables for every layer"
         )
     first, *others = present
     if all(_is_same(arrays[names[first]], arrays[names[other]]) for other in others):

@@ -86,8 +86,8 @@ def read_torch_zip(path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(f"{path}: there is no such file; name one that torch.save wrote") from None
     except zipfile.BadZipFile as error:
         raise CheckpointError(
-            f"{path}: is no whole zip archive ({error}); copy it again, or, where it is of torch before 1.6, load and "
-            "save it once with a newer one"
+            f"{path}: is not a complete zip archive ({error}); copy it again, or, if it is of torch before 1.6, load "
+            "and save it once with a newer one"
         ) from error
     # zipfile also raises these: undecodable names, encrypted entries, truncated archives.
     except (_Refused, OSError, ValueError, RuntimeError, EOFError) as error:

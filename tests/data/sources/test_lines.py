@@ -80,9 +80,9 @@ def test_the_keys_can_be_named(tmp_path):
 @pytest.mark.parametrize(
     ("line", "what", "way_out"),
     [
-        (b'{"text": "x"', "not JSON", "one whole JSON object a line"),
-        (b'["x"]', "a JSON array, not an object", "one JSON object a line"),
-        (b"7", "a JSON number, not an object", "one JSON object a line"),
+        (b'{"text": "x"', "not JSON", "one whole JSON object per line"),
+        (b'["x"]', "a JSON array, not an object", "one JSON object per line"),
+        (b"7", "a JSON number, not an object", "one JSON object per line"),
         (b"Plain text.", r"not JSON", "set data.source=text to read lines of plain text"),
         (b'{"body": "x"}', r"has the fields \['body'\]", "set data.text_key"),
         (b'{"prompt": "x"}', r"has the fields \['prompt'\]", "data.prompt_key and data.answer_key"),
@@ -93,7 +93,7 @@ def test_the_keys_can_be_named(tmp_path):
         (b'{"prompt": "", "answer": "x"}', "'prompt' is an empty string", "remove the line"),
         (b'{"text": "\xff"}', r"not UTF-8 \(byte 11 of the line\)", "save the file as UTF-8"),
         (b'{"text": "\\ud83d"}', "half of a surrogate pair", "write both halves"),
-        (b"[" * 100_000, "not JSON", "one whole JSON object a line"),
+        (b"[" * 100_000, "not JSON", "one whole JSON object per line"),
     ],
 )
 def test_a_bad_line_is_named_with_the_way_out(tmp_path, line, what, way_out):
@@ -177,7 +177,7 @@ def test_validation_can_come_from_its_own_file_or_not_at_all(tmp_path):
         opened(DataConfig(source="text", path=str(path)))
     array = tmp_path / "array.json"
     array.write_text('[{"text": "a"}, {"text": "b"}]')
-    with pytest.raises(DataError, match=r"array.json:1: a JSON array, not an object; write one JSON object a line"):
+    with pytest.raises(DataError, match=r"array.json:1: a JSON array, not an object; write one JSON object per line"):
         opened(DataConfig(source="jsonl", path=str(array)))
 
 

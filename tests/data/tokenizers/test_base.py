@@ -122,7 +122,7 @@ def test_begin_and_end_are_found_by_their_names_or_named():
     assert begin_and_end(llama, None, None) == (7, 8)
     assert begin_and_end(llama, None, "<|eot_id|>") == (7, 9)
     assert begin_and_end({"<|endoftext|>": 5}, None, None) == (5, 5)
-    with pytest.raises(ValueError, match=r"bos=<s> is none of its special tokens: <\|begin_of_text\|>, <\|end"):
+    with pytest.raises(ValueError, match=r"bos=<s> is not one of its special tokens: <\|begin_of_text\|>, <\|end"):
         begin_and_end(llama, "<s>", None)
     with pytest.raises(ValueError, match=r"set data\.tokenizer\.eos to one of: \[SEP\]"):
         begin_and_end({"[SEP]": 1}, None, None)

@@ -20,7 +20,7 @@ def test_what_a_file_cannot_give_is_said(tokenizer_files, tmp_path):
         open_tokenizer(TokenizerConfig(kind="hf"))
     with pytest.raises(DataError, match="none: cannot be read"):
         open_tokenizer(TokenizerConfig(kind="hf", path=str(tmp_path / "none")))
-    with pytest.raises(DataError, match=r"hf\.json: .*eos=<end> is none of its special tokens"):
+    with pytest.raises(DataError, match=r"hf\.json: .*eos=<end> is not one of its special tokens"):
         open_tokenizer(TokenizerConfig(kind="hf", path=str(tokenizer_files / "hf.json"), eos="<end>"))
     with pytest.raises(ValueError, match="path=x is for a tokenizer from a file"):
         TokenizerConfig(kind="bpe", path="x")
@@ -103,5 +103,5 @@ def test_how_a_model_uses_a_tokenizer_is_kept_but_encodes_nothing_else(tokenizer
         assert tokenizer.fingerprint == plain.fingerprint
     assert plain.prompt([9]) == plain.prompt([plain.bos_id, 9]) == [plain.bos_id, 9]
     assert plain.end_ids == (plain.eos_id,)
-    with pytest.raises(DataError, match=r"end_tokens: 'the' is none of its special tokens"):
+    with pytest.raises(DataError, match=r"end_tokens: 'the' is not one of its special tokens"):
         open_tokenizer(TokenizerConfig(kind="hf", path=path, end_tokens=("the",)))

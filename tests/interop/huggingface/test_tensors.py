@@ -69,7 +69,7 @@ NORM, QUERY, HEAD = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight
     ("name", "array", "message"),
     [
         (QUERY, None, f"{QUERY} is missing"),
-        (f"{QUERY}_2", np.zeros(3, np.float32), f"{QUERY}_2 is none of this model's"),
+        (f"{QUERY}_2", np.zeros(3, np.float32), f"{QUERY}_2 is not part of this model"),
         (QUERY, np.zeros((16, 15), np.float32), r"has the shape \[16, 15\], must have \[16, 16\]"),
         (NORM, np.zeros(16, np.int8), f"tensor '{NORM}' is of type I8, must be one of F64, F32, F16, BF16: quantised"),
         (NORM, np.zeros(16, np.float64), "arrays are in float64; set JAX_ENABLE_X64=1"),

@@ -139,7 +139,7 @@ def test_a_layer_gives_the_outputs_and_gradients_of_the_paper(variant):
         ({"keys": (2 * HEADS * N, 3)}, "do not fit each other"),
         ({"value_proj.weight": (DIM, DIM), "value_proj.bias": (DIM,)}, "value_proj without swilu_projection"),
         ({"values_u.weight": (25, DIM)}, "feed_forward.values_u.weight belongs to a PEER layer"),
-        ({"query_proj.query_mlps.1.weight": (4, 4)}, "query_mlps.1.weight is none of this model's"),
+        ({"query_proj.query_mlps.1.weight": (4, 4)}, "query_mlps.1.weight is not part of this model"),
         ({"swilu_projection.weight": (DIM, DIM)}, "feed_forward.swilu_projection.bias is missing"),
         ({f"{QUERY}.bias": (9,)}, "query_mlps.0.bias has the shape [9], must have [8]"),
     ],
@@ -254,7 +254,7 @@ def test_tables_are_shared_where_they_are_equal_or_there_once(fixture_arrays):
     [
         ({"layers.0.attention.wo.weight": None}, "layers.0.attention.wo.weight is missing"),
         ({"layers.0.feed_forward.w2.weight": (8, 13)}, "has the shape [8, 13], must have [8, 12]"),
-        ({"layers.0.feed_forward.w9.weight": (8, 13)}, "w9.weight is none of this model's"),
+        ({"layers.0.feed_forward.w9.weight": (8, 13)}, "w9.weight is not part of this model"),
         ({"layers.0.feed_forward.values.weight": (16, 5)}, "belongs to no memory layer"),
         ({"layers.0.feed_forward.values_v.weight": (16, 5)}, "belongs to a PEER layer"),
         ({"tok_embeddings.weight": None}, "tok_embeddings.weight is missing"),

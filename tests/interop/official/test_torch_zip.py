@@ -139,9 +139,9 @@ def test_what_is_no_archive_of_torch_is_refused(tmp_path):
 
     assert "there is no such file" in message()
     path.write_bytes(pickle.dumps({}))
-    assert "is no whole zip archive" in message()
+    assert "is not a complete zip archive" in message()
     path.write_bytes((FIXTURE / "consolidated.pth").read_bytes()[:-100])
-    assert "is no whole zip archive" in message()
+    assert "is not a complete zip archive" in message()
     archive(path, Op.state(), byteorder=b"big")
     assert "big-endian" in message()
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
