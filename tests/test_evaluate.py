@@ -280,7 +280,7 @@ def test_an_interrupt_that_nobody_catches_ends_without_a_traceback(capsys):
 def test_what_the_system_refuses_is_a_line_with_the_path(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert exit_code(lambda: (tmp_path / "file" / "x").write_text("")) == 4
-    assert capsys.readouterr().err == f"{tmp_path}/file/x: Not a directory\n"
+    assert capsys.readouterr().err == f"{tmp_path}/file is a file, where a folder is needed; name another\n"
     assert exit_code(lambda: os.rename(tmp_path / "a", tmp_path / "b")) == 4
     assert capsys.readouterr().err == f"{tmp_path}/a -> {tmp_path}/b: No such file or directory\n"
 
