@@ -34,7 +34,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
         RefusedError: the body is no JSON object in UTF-8, names a field twice, or holds NaN or infinity.
     """
     try:
-        found = json.loads(body.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_unique)
+        found = json.loads(body.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=unique_names)
     except UnicodeDecodeError as error:
         raise RefusedError(f"the body is not UTF-8 (byte {error.start}); send a JSON object in UTF-8") from None
     except (ValueError, RecursionError) as error:
@@ -52,12 +52,13 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number in JSON")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{shown(twice)} is there twice")
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of some pairs; a ValueError where a name is there twice."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{shown(name)} is there twice")
+        found[name] = value
     return found
 
 

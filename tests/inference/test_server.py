@@ -25,6 +25,7 @@ from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig
 from memjax.config.sampling import SamplingConfig
 from memjax.data.tokenizers.base import ByteTokenizer
+from memjax.inference.bodies import unique_names
 from memjax.inference.scheduler import Scheduler
 from memjax.inference.scoring import PromptScorer
 from memjax.inference.server import HttpServer
@@ -581,6 +582,21 @@ def test_a_body_that_is_no_object_is_refused(server, raw, words):
     status, error = server.refused(raw)
     assert status == 400
     assert words in error["message"]
+
+
+def test_a_name_that_is_there_twice_is_found_without_comparing_all_with_all():
+    class Name(str):
+        compared = 0
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            Name.compared += 1
+            return super().__eq__(other)
+
+    names = [Name(number) for number in range(300)]
+    with pytest.raises(ValueError, match='"299" is there twice'):
+        unique_names([(name, None) for name in [*names, Name(299)]])
+    assert Name.compared < 1000
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.slow)])

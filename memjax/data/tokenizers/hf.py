@@ -90,13 +90,16 @@ def _check_byte_level(description: Any) -> None:
 
 
 def read_description(description: dict[str, Any]) -> tokenizers.Tokenizer:
-    """The library's tokenizer of a tokenizer.json.
+    """The library's tokenizer of a tokenizer.json, without limits of length.
 
     Raises:
-        ValueError: the library cannot read it.
+        ValueError: the library cannot read it, or not encode a text with it.
     """
     try:
-        return tokenizers.Tokenizer.from_str(json.dumps(description))
+        found = tokenizers.Tokenizer.from_str(json.dumps({**description, "truncation": None, "padding": None}))
+        # Parts that do not belong together are found only when they are used.
+        found.encode("a")
+        return found
     except RecursionError:
         raise ValueError("is nested too deeply") from None
     except BaseException as error:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from memjax.config.model import ModelConfig, RopeScalingConfig, RopeScalingKind
@@ -24,6 +26,16 @@ _OTHER_LAYERS = {
 """Why models that look alike are not read."""
 _MOST_CHARACTERS = 200
 """Most characters of a value that a message shows."""
+_NAMES_THERE = {
+    "dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "ffn_dim": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "original_length": "original_max_position_embeddings",
+}
+"""What config.json calls the settings of a model that have another name there."""
 ROPE_SCALING_KINDS: tuple[RopeScalingKind, ...] = get_args(RopeScalingKind)
 
 
@@ -85,7 +97,7 @@ def read_model_config(config: dict[str, Any], place: str) -> ModelConfig:
             memory=None,
         )
     except ValueError as error:
-        raise CheckpointError(f"{place}: describes no model that can be: {line_of(error)}") from error
+        raise CheckpointError(f"{place}: describes no model that can be: {_in_its_words(error)}") from error
 
 
 def longest_text(config: dict[str, Any], place: str) -> int:
@@ -108,8 +120,9 @@ def _window(fields: "_Fields", kind: str, absent: Mapping[str, Any], num_layers:
         if not fields.flag("use_sliding_window"):
             window = None
         elif window is not None and types is None:
-            full = fields.config.get("max_window_layers", 28) if kind != "smollm3" else num_layers
-            types = [f"{'sliding' if layer >= full else 'full'}_attention" for layer in range(num_layers)]
+            types = _layer_types(fields, kind, num_layers)
+        if types == ["full_attention"] * num_layers:
+            return None
     if types is None:
         return window
     wanted = "full_attention" if window is None else "sliding_attention"
@@ -119,6 +132,15 @@ def _window(fields: "_Fields", kind: str, absent: Mapping[str, Any], num_layers:
             "everywhere: all layers have the same window here, or none"
         )
     return window
+
+
+def _layer_types(fields: "_Fields", kind: str, num_layers: int) -> list[str]:
+    """What transformers takes the layers of a model with a window to be where its config does not list them."""
+    if kind == "smollm3":
+        windowed: Sequence[int] = _rope_free_layers(fields, num_layers)
+    else:
+        windowed = range(fields.count("max_window_layers", 28), num_layers)
+    return [f"{'sliding' if layer in windowed else 'full'}_attention" for layer in range(num_layers)]
 
 
 def _rope_free_layers(fields: "_Fields", num_layers: int) -> tuple[int, ...]:
@@ -156,7 +178,12 @@ def _rope(fields: "_Fields", absent: Mapping[str, Any]) -> tuple[float, RopeScal
     try:
         return theta, RopeScalingConfig(kind=known, **_scaling_settings(known, inner, fields, absent))
     except ValueError as error:
-        raise CheckpointError(f"{place}: {name}: {line_of(error)}") from error
+        raise CheckpointError(f"{place}: {name}: {_in_its_words(error)}") from error
+
+
+def _in_its_words(error: ValueError) -> str:
+    """What is wrong with a model's settings, under the names that config.json has for them."""
+    return re.sub(r"\b\w+(?==)", lambda name: _NAMES_THERE.get(name[0], name[0]), line_of(error))
 
 
 def _scaling_settings(kind: str, inner: "_Fields", fields: "_Fields", absent: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,10 +252,15 @@ class _Fields:
         """A size, or null."""
         return None if self.config.get(name, default) is None else self.size(name, default)
 
+    def count(self, name: str, default: int) -> int:
+        """A whole number from 0 on."""
+        return 0 if self.config.get(name) == 0 else self.size(name, default)
+
     def number(self, name: str, default: float | None = None) -> float:
         """A positive number."""
         value = self.config.get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        # Integers may be too large for a float.
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             raise self.refused(name, "must be a positive number", "the model cannot be computed without it")
         return float(value)
 
@@ -239,7 +271,8 @@ class _Fields:
     def numbers(self, name: str) -> tuple[float, ...]:
         """A list of numbers."""
         value = self.config.get(name)
-        if not isinstance(value, list) or any(type(number) not in (int, float) for number in value):
+        is_number = lambda number: type(number) in (int, float) and abs(number) <= sys.float_info.max
+        if not isinstance(value, list) or not all(map(is_number, value)):
             raise self.refused(name, "must be a list of numbers", "there is one for each pair of a head")
         return tuple(map(float, value))
 

@@ -125,7 +125,7 @@ class TokenizerFiles:
     def prompt_prefix(self) -> list[int] | None:
         """Ids that tokenizer.json's post-processor puts in front of texts; None where it cannot be asked."""
         try:
-            tokenizer = read_description({**self.description, "truncation": None, "padding": None})
+            tokenizer = read_description(self.description)
         except ValueError:
             return None
         marked, plain = (tokenizer.encode("a", add_special_tokens=flag).ids for flag in (True, False))

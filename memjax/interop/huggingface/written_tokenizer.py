@@ -53,7 +53,7 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer) -> bool:
 
 def _with_begin(description: dict[str, Any], tokenizer: Tokenizer, bos: str) -> dict[str, Any]:
     """The description with a post-processor that begins texts as the tokenizer begins prompts."""
-    found = read_description({**description, "truncation": None, "padding": None})
+    found = read_description(description)
     plain = found.encode("a", add_special_tokens=False).ids
     wanted = [tokenizer.bos_id, *plain] if tokenizer.adds_bos else plain
     if found.encode("a").ids == wanted:

@@ -45,6 +45,10 @@ def test_other_shapes_are_refused(description):
             HfTokenizer(other)
     with pytest.raises(ValueError, match="the tokenizers library cannot read it"):
         HfTokenizer({**description, "model": {"type": "BPE", "vocab": 3}})
+    pieces = [{"SpecialToken": {"id": "<|eot_id|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    lacking = {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": {}}
+    with pytest.raises(ValueError, match="the tokenizers library cannot read it"):
+        HfTokenizer({**description, "post_processor": lacking})
     without = {token: index for token, index in description["model"]["vocab"].items() if token != "q"}
     with pytest.raises(ValueError, match="lacks 1 of the 256 bytes"):
         HfTokenizer({**description, "model": {**description["model"], "vocab": without}})

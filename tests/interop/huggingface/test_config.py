@@ -36,6 +36,9 @@ SCALINGS = [
 ]
 
 
+WINDOWED = {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 4}
+
+
 def read(**changes) -> ModelConfig:
     return read_model_config(LLAMA | changes, "config.json")
 
@@ -96,10 +99,11 @@ def test_rope_is_read_as_every_version_writes_it(fields):
         ),
         ({"rope_scaling": {"type": "longrope", "short_factor": [0, 1], "long_factor": [1, 1]}}, "positive numbers"),
         (
-            {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 4},
-            "layer_types=",
+            {"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 4, "no_rope_layers": [1, 0]},
+            'layer_types=["full_attention", "sliding_attention"] with sliding_window=4 must be sliding_attention',
         ),
-        ({"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 4}, "layer_types="),
+        (WINDOWED | {"max_window_layers": 1}, 'layer_types=["full_attention", "sliding_attention"] with'),
+        (WINDOWED | {"max_window_layers": None}, "max_window_layers=null must be a whole number"),
         ({"model_type": "smollm3", "no_rope_layers": [1, 2]}, "no_rope_layers=[1, 2] must hold 2 times 0 or 1"),
         ({"rope_scaling": "llama3"}, 'rope_scaling="llama3" must be an object or null'),
         ({"rope_scaling": SCALING | {"factor": 0}}, "rope_scaling: factor=0 must be a positive number"),
@@ -108,7 +112,16 @@ def test_rope_is_read_as_every_version_writes_it(fields):
         ({"hidden_size": True}, "hidden_size=true must be a whole number"),
         ({"hidden_size": 10**20}, "must be a whole number from 1 on"),
         ({"num_hidden_layers": None}, "num_hidden_layers=null must be a whole number"),
-        ({"num_key_value_heads": 3}, "describes no model that can be: num_kv_heads=3 must divide num_heads=4"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=4"),
+        ({"hidden_size": 18}, "num_attention_heads=4 must divide hidden_size=18 into heads"),
+        ({"rms_norm_eps": 1e-300}, "rms_norm_eps=1e-300 must be a number of float32"),
+        ({"rms_norm_eps": 10**400}, "must be a positive number"),
+        ({"rope_scaling": SCALING | {"factor": 10**400}}, "must be a positive number"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [10**400], "long_factor": [1]}}, "a list of numbers"),
+        (
+            {"rope_scaling": SCALING | {"original_max_position_embeddings": 1}},
+            "rope_scaling: original_max_position_embeddings=1 must be at least 2",
+        ),
         ({"head_dim": 5}, "head_dim=5 must be even"),
         ({"rms_norm_eps": -1e-6}, "rms_norm_eps=-1e-06 must be a positive number"),
         ({"attention_bias": "yes"}, 'attention_bias="yes" must be true or false'),
@@ -118,6 +131,22 @@ def test_what_this_decoder_does_not_do_is_refused(fields, message):
     with pytest.raises(CheckpointError, match="config") as error:
         read(**fields)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "window"),
+    [
+        ({"max_window_layers": 0}, 4),
+        ({"layer_types": ["sliding_attention"] * 2}, 4),
+        ({"max_window_layers": 2}, None),
+        ({"layer_types": ["full_attention"] * 2}, None),
+        ({}, None),
+        ({"model_type": "smollm3"}, None),
+        ({"model_type": "smollm3", "no_rope_layers": [0, 0]}, 4),
+    ],
+)
+def test_a_window_counts_where_the_layers_have_it(fields, window):
+    assert read(**(WINDOWED | fields)).sliding_window == window
 
 
 @pytest.mark.parametrize(
