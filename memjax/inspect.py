@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from memjax.runs.load import LoadedModel
 
 PROG = "python -m memjax.inspect"
-_SLOT = re.compile(r"L(\d+):(\d+)")
+_SLOT = re.compile(r"L(\d{1,4}):(\d{1,12})", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

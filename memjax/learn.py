@@ -7,7 +7,7 @@ from typing import Literal
 from memjax.config.help import Positional
 from memjax.config.load import parse
 from memjax.config.section import LocalPath, NotNegative, Positive
-from memjax.errors import ConfigError
+from memjax.errors import ConfigError, DataError
 from memjax.io.command import check_output, exit_code
 from memjax.io.ctrl_c import run_command
 from memjax.runs.settings import CheckpointSettings, loaded
@@ -90,6 +90,8 @@ def _learn(words: Sequence[str], settings: LearnConfig) -> None:
     if is_patch(settings.out) and read_patch(settings.out).notes.get(LEARNED) != [fact.fields() for fact in facts]:
         raise ConfigError(f"out={settings.out} holds a patch of other facts, which would be lost; name another --out")
     held_out = None if settings.held_out is None else read_facts(settings.held_out, "--held_out")
+    if held_out is not None and not any(fact.question for fact in held_out):
+        raise DataError(f"{settings.held_out}: held_out must hold questions, lines with prompt and answer; it has none")
     with loaded(run, settings) as found:
         if not found.model.config.lookups:
             raise ConfigError(f"{run}: the model has no memory layers and no PEER layers: there are no rows")

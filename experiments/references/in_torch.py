@@ -56,7 +56,7 @@ def compare(folder: pathlib.Path, prompts: list[str]) -> dict:
     model = load()
     found = {
         "logits": max(in_float32(), in_float32(attn_implementation="eager")),
-        "cpu_tables": in_float32(table_device="cpu", device_map="cpu"),
+        "cpu_tables": in_float32(table_device="cpu", device_map={"": "cpu"}),
         "narrow": distance(model, expected["logits"]) if is_narrow else None,
         "texts": texts(model, AutoTokenizer.from_pretrained(folder, **TRUST), prompts),
         "unlike_cached": unlike_without_cache(model, tokens[:, :8]),
