@@ -62,8 +62,10 @@ def test_a_slot_is_shown_by_the_texts_that_read_it(run, facts, capsys):
         (learn, ["RUN", "none.jsonl", "--out", "x"], 3, "there is no such file"),
         (learn, ["RUN", "FACTS", "--out", "FACTS"], 2, "cannot be written: there is no folder"),
         (learn, ["RUN", "FACTS", "--out", "x", "--rows", "0", "--lr", "-1"], 2, "rows=0 must be positive"),
+        (learn, ["RUN", "FACTS", "--out", "x", "--held_out", "TEXTS"], 3, "held_out must hold questions"),
         (inspect, ["RUN"], 2, "give one of the two"),
         (inspect, ["RUN", "--slot", "4"], 2, "must name a layer and a row"),
+        (inspect, ["RUN", "--slot", "L0:" + "9" * 5000], 2, "must name a layer and a row"),
         (inspect, ["RUN", "--slot", "L1:4"], 2, "layer L1 has no slots; those that have: L0"),
         (inspect, ["RUN", "--slot", "L0:64"], 2, "must be below L0:64"),
         (inspect, ["RUN", "--prompt", "x", "--token", "9"], 2, "token=9 must be in 0..1"),
@@ -71,8 +73,10 @@ def test_a_slot_is_shown_by_the_texts_that_read_it(run, facts, capsys):
         (inspect, ["RUN", "--prompt", "x", "--patch", "nowhere"], 4, "there is no such file"),
     ],
 )
-def test_wrong_command_lines_are_refused(run, facts, command, words, code, problem, capsys):
-    words = [{"RUN": run, "FACTS": facts}.get(word, word) for word in words]
+def test_wrong_command_lines_are_refused(run, facts, command, words, code, problem, tmp_path, capsys):
+    (tmp_path / "texts.jsonl").write_text('{"text": "no question"}')
+    names = {"RUN": run, "FACTS": facts, "TEXTS": str(tmp_path / "texts.jsonl")}
+    words = [names.get(word, word) for word in words]
     try:
         found = command.main(words)
     except SystemExit as end:

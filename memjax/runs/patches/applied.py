@@ -24,6 +24,7 @@ from memjax.runs.patches.tables import overlay
 
 FOLDER, _LIST = "patches", "applied.json"
 """The folder of a run with the patches that are applied to it, and their list."""
+_WAY_OUT = "correct it, or delete it and apply the patches again: without it none is applied"
 
 
 class Applied:
@@ -51,7 +52,21 @@ class Applied:
         Raises:
             CheckpointError: one cannot be read.
         """
-        return [(f"patch {name}", read_patch(self.file(name))) for name in self.names(step)]
+        return [(f"patch {name}", self.patch(name)) for name in self.names(step)]
+
+    def patch(self, name: str) -> Patch:
+        """The copy of a patch.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        try:
+            return read_patch(self.file(name))
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}\nit is a copy of a patch that is applied to this run: copy the patch there again, or take "
+                f"{name} out of {self.folder / _LIST}"
+            ) from error
 
     def add(self, step: int, patch: Patch) -> None:
         """Applies a patch, which must fit, after the others."""
@@ -91,9 +106,9 @@ class Applied:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({error}); without it no patch is applied") from error
+            raise CheckpointError(f"{path}: cannot be read ({error}); {_WAY_OUT}") from error
         if not valid:
-            raise CheckpointError(f"{path}: does not list patches by step; without it no patch is applied")
+            raise CheckpointError(f"{path}: does not list patches by step; {_WAY_OUT}")
         return found
 
     def _write(self, step: int, names: Sequence[str]) -> None:

@@ -103,9 +103,9 @@ def revert(run: str | os.PathLike[str], path: str | os.PathLike[str], *, step: S
         if name not in names:
             there = f"there are {', '.join(names)}" if names else "there are none"
             raise CheckpointError(f"{run}: patch {name} is not applied to step {number}; {there}")
-        patch = read_patch(applied.file(name))
+        patch = applied.patch(name)
         for later in names[names.index(name) + 1 :]:
-            if shared := patch.shared_rows(read_patch(applied.file(later))):
+            if shared := patch.shared_rows(applied.patch(later)):
                 count = sum(map(len, shared.values()))
                 raise CheckpointError(
                     f"{run}: patch {later} was applied after {name} and changes {count:,} of the same rows; revert it "

@@ -199,6 +199,16 @@ def test_a_list_that_is_damaged_is_named(runs, tmp_path):
         load(other)
 
 
+def test_a_lost_copy_of_an_applied_patch_is_named_with_the_ways_out(runs, tmp_path):
+    other = save(tmp_path / "run")
+    listed = tmp_path / "run" / "patches" / "applied.json"
+    listed.parent.mkdir()
+    listed.write_text('{"3": ["0123456789abcdef"]}')
+    for use in (load, lambda run: edit.revert(run, "0123456789abcdef"), lambda run: edit.apply(run, runs[1]["a"])):
+        with pytest.raises(CheckpointError, match=r"no such file.*\n.*or take 0123456789abcdef out of .*applied\.json"):
+            use(other)
+
+
 class Died(BaseException):
     """As a kill: nothing after it is written."""
 
