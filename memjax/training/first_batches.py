@@ -11,9 +11,10 @@ PATIENCE = 8
 class FirstBatches:
     """Refuses data without target tokens: cut to sequences that end before the answers begin, for example."""
 
-    def __init__(self, data: DataConfig):
+    def __init__(self, data: DataConfig, *, first_step: int = 0):
+        """A run that goes on from a step has been checked: the few batches that are left may all be without."""
         self._data = data
-        self._unlearned: int | None = 0
+        self._unlearned: int | None = None if first_step else 0
         """Batches without a target token; None once there was one with."""
 
     def check(self, batch: Batch, *, last: bool) -> None:

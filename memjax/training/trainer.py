@@ -77,7 +77,6 @@ class Trainer:
         self.hooks = with_standard_hooks(hooks, self.program, folder, mesh)
         self.first_step = self.last_step = 0
         self.newest_row: Row = {}
-        self._first_batches = FirstBatches(config.data)
         self._any_process_interrupted = any_process_interrupted(interrupt, mesh)
         self._all_must_stop = False
         self._in_flight = InFlight(lambda: record(self.first_step))
@@ -108,6 +107,7 @@ class Trainer:
         for line in self.dataset.describe(self.config.train.steps):
             say(line)
         self._begin()
+        self._first_batches = FirstBatches(self.config.data, first_step=self.first_step)
         with contextlib.ExitStack() as stack:
             for periodic in self.hooks:
                 periodic.hook.begin(self)

@@ -42,3 +42,8 @@ def test_after_one_learned_token_everything_may_come():
     for learned in (0, 0, 1, *[0] * (2 * PATIENCE)):
         first_batches.check(batch(learned), last=False)
     first_batches.check(batch(0), last=True)
+
+
+def test_a_run_that_goes_on_may_end_without_a_learned_token():
+    first_batches = FirstBatches(DataConfig(), first_step=3)
+    first_batches.check(batch(0), last=True)
