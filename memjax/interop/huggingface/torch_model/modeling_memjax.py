@@ -417,7 +417,7 @@ class MemjaxPreTrainedModel(PreTrainedModel):
         if device_map is None or not on_cpu:
             return super().from_pretrained(name, *args, config=config, device_map=device_map, **kwargs)
         if isinstance(device_map, dict) and device_map.keys() == {""}:  # another way to name one device
-            device_map = device_map[""]
+            (device_map,) = device_map.values()
         if isinstance(device_map, dict) or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
             raise ValueError(f"device_map={device_map!r} must name one device, such as cuda, where table_device is cpu")
         return super().from_pretrained(name, *args, config=config, **kwargs).to(device_map)
