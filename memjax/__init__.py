@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from memjax.ops.row_update.rules import RowRule as RowRule
     from memjax.ops.row_update.rules import row_step as row_step
     from memjax.runs.load import load as load
+    from memjax.training.fit import fit as fit
     from memjax.training.hook import Hook as Hook
     from memjax.training.hook import Periodic as Periodic
 
