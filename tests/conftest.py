@@ -1,7 +1,6 @@
 """Settings of the whole suite: eight CPU devices, strict ranks, reproducible properties, no network."""
 
 import dataclasses
-import functools
 import os
 import pathlib
 import signal
@@ -161,9 +160,9 @@ class ByHand:
 @pytest.fixture(scope="session")
 def drawn_model() -> Any:
     """A small decoder with a memory layer for the byte tokenizer; all tests share it, so none may change it."""
+    from drawn import drawn
     from memjax.config.memory import MemoryConfig
     from memjax.config.model import ModelConfig
-    from memjax.models.parts import DecoderParts
 
     config = ModelConfig(
         dim=16,
@@ -174,10 +173,7 @@ def drawn_model() -> Any:
         dtype="float32",
         memory=MemoryConfig(layers=(0,), num_keys=8, num_heads=2, top_k=4, key_dim=8),
     )
-    parts, rng = DecoderParts.of(config), np.random.default_rng(1)
-    # Drawn by NumPy: compiling the initialisation would take longer than all that is tested.
-    fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype))
-    return parts.merge(fill(parts.abstract_params), fill(parts.abstract_tables))
+    return drawn(config, seed=1)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """The command lines that read a run: what they print, what they keep, and their exit codes."""
 
-import functools
 import gzip
 import io
 import json
@@ -11,11 +10,9 @@ import shutil
 import subprocess
 import sys
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
+from drawn import drawn
 from memjax import evaluate, generate
 from memjax.checkpoint import Checkpoints
 from memjax.config.data import BiographiesConfig, DataConfig
@@ -25,7 +22,7 @@ from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.inference import streaming
 from memjax.io.command import exit_code
-from memjax.models.parts import DecoderParts
+from memjax.models.parts import split_decoder
 from memjax.runs.layout import meta_document, params_to_tree
 from memjax.runs.load import load
 
@@ -34,10 +31,7 @@ def save(folder, data: DataConfig, memory: bool = True) -> str:
     small = MemoryConfig(layers=(0,), num_keys=8, num_heads=2, top_k=4, key_dim=8)
     model = ModelConfig(dim=16, num_layers=1, num_heads=2, ffn_dim=32, vocab_size=259, memory=small if memory else None)
     config = RunConfig(model=model, data=data)
-    # Drawn by NumPy: compiling the initialisation would take longer than all that is tested.
-    parts, rng = DecoderParts.of(model), np.random.default_rng(0)
-    fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype))
-    params, tables = fill(parts.abstract_params), fill(parts.abstract_tables)
+    _, params, tables = split_decoder(drawn(model))
     meta = meta_document(config, ByteTokenizer(), step=7)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         checkpoints.save(7, {"params": params_to_tree(params), "tables": tables}, {"meta": meta})

@@ -1,7 +1,6 @@
 """The command that serves a run: what it refuses at the start, what it prints, and how it ends."""
 
 import contextlib
-import functools
 import http.client
 import json
 import os
@@ -14,11 +13,9 @@ import threading
 import time
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
+from drawn import drawn
 from memjax import serve
 from memjax.checkpoint import Checkpoints
 from memjax.config.data import DataConfig
@@ -26,7 +23,7 @@ from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import ByteTokenizer
-from memjax.models.parts import DecoderParts
+from memjax.models.parts import split_decoder
 from memjax.runs.layout import meta_document, params_to_tree
 
 
@@ -35,10 +32,7 @@ def run(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     memory = MemoryConfig(layers=(0,), num_keys=8, num_heads=2, top_k=4, key_dim=8)
     model = ModelConfig(dim=16, num_layers=1, num_heads=2, ffn_dim=32, vocab_size=259, memory=memory)
-    parts, rng = DecoderParts.of(model), np.random.default_rng(0)
-    # Drawn by NumPy: compiling the initialisation would take longer than all that is tested.
-    fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype))
-    params, tables = fill(parts.abstract_params), fill(parts.abstract_tables)
+    _, params, tables = split_decoder(drawn(model))
     config = RunConfig(model=model, data=DataConfig(sequence_length=2048))
     with Checkpoints(folder / "checkpoints") as checkpoints:
         meta = meta_document(config, ByteTokenizer(), step=7)

@@ -4,24 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from listed import BOS, EOS, Listed, pairs_by_hand
 from memjax.data import packing
-from memjax.data.sources.records import Records, Segment
+from memjax.data.sources.records import Segment
 from memjax.data.tokenize import TextReader
 from memjax.data.tokenizers.base import ByteTokenizer
 
 LENGTH, ROWS = 7, 3
-BOS, EOS = 1, 2
-
-
-class Listed(Records):
-    def __init__(self, records):
-        self.records = records
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, index):
-        return self.records[index]
 
 
 segments = st.builds(Segment, st.text("abc", max_size=6), st.booleans())
@@ -41,18 +30,6 @@ def pack(records, kind, document_mask=True):
             seed=5,
         )
     )
-
-
-def pairs_by_hand(record):
-    """(token, target, counts) for each place of a record but its last."""
-    tokens, counts = [BOS], [False]
-    for text, learned in record:
-        for letter in text:
-            tokens.append(ord(letter) + 3)
-            counts.append(learned)
-    tokens.append(EOS)
-    counts.append(record[-1].learned)
-    return [(tokens[i], tokens[i + 1], float(counts[i + 1])) for i in range(len(tokens) - 1)]
 
 
 def rows_of(batches):

@@ -1,33 +1,9 @@
 import numpy as np
 
+from listed import Listed, pairs_by_hand
 from memjax.data import tokenize
-from memjax.data.sources.records import Records, Segment
+from memjax.data.sources.records import Segment
 from memjax.data.tokenizers.base import ByteTokenizer
-
-BOS, EOS = 1, 2
-
-
-class Listed(Records):
-    def __init__(self, records):
-        self.records = records
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, index):
-        return self.records[index]
-
-
-def pairs_by_hand(record):
-    """(token, target, counts) for each place of a record but its last."""
-    tokens, counts = [BOS], [False]
-    for text, learned in record:
-        for letter in text:
-            tokens.append(ord(letter) + 3)
-            counts.append(learned)
-    tokens.append(EOS)
-    counts.append(record[-1].learned)
-    return [(tokens[i], tokens[i + 1], float(counts[i + 1])) for i in range(len(tokens) - 1)]
 
 
 def test_remembered_texts_are_encoded_as_before(monkeypatch):

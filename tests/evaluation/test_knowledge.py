@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from drawn import drawn
 from memjax.config.data import BiographiesConfig, DataConfig
 from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig
@@ -18,7 +19,7 @@ from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.evaluation import knowledge
 from memjax.evaluation.knowledge import format_knowledge_report, knowledge_report
 from memjax.models.decoder import Decoder
-from memjax.models.parts import DecoderParts, split_decoder
+from memjax.models.parts import split_decoder
 
 # 28 days, 12 months, 60 years; cities, universities, majors, employers.
 CHOICES = {"birth_date": 20160, "birth_city": 100, "university": 100, "major": 50, "employer": 100}
@@ -37,10 +38,7 @@ def tiny(memory: bool = True) -> Decoder:
         dtype="float32",
         memory=MemoryConfig(layers=(0,), num_keys=8, num_heads=2, top_k=4, key_dim=8) if memory else None,
     )
-    parts, rng = DecoderParts.of(config), np.random.default_rng(0)
-    # Drawn by NumPy: compiling the initialisation would take longer than all that is tested.
-    fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 4, leaf.dtype))
-    return parts.merge(fill(parts.abstract_params), fill(parts.abstract_tables))
+    return drawn(config, std=0.25)
 
 
 forward = nnx.jit(lambda model, tokens: model(tokens))

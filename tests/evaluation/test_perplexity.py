@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from drawn import drawn
 from memjax.config.data import BiographiesConfig, DataConfig
 from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig
@@ -19,7 +20,7 @@ from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.evaluation import perplexity
 from memjax.evaluation.perplexity import TextScore, bits_per_byte, validation_loss
 from memjax.models.decoder import Decoder
-from memjax.models.parts import DecoderParts, split_decoder
+from memjax.models.parts import split_decoder
 
 TEXTS = ["A short one.", "", "Ünïcödé 字 is longer in bytes than in letters.", "x" * 8, "the quick brown fox " * 4]
 LENGTH = 8
@@ -40,10 +41,7 @@ def tiny() -> Decoder:
         dtype="float32",
         memory=MemoryConfig(layers=(0,), num_keys=8, num_heads=2, top_k=4, key_dim=8, table_dtype="float32"),
     )
-    parts, rng = DecoderParts.of(config), np.random.default_rng(0)
-    # Drawn by NumPy: compiling the initialisation would take longer than all that is tested.
-    fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype))
-    return parts.merge(fill(parts.abstract_params), fill(parts.abstract_tables))
+    return drawn(config)
 
 
 def log_softmax(logits) -> np.ndarray:

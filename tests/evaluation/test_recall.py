@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from drawn import drawn
 from memjax.config.data import BiographiesConfig, DataConfig
 from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig
@@ -17,7 +18,7 @@ from memjax.data.tokenizers.base import ByteTokenizer, Tokenizer
 from memjax.evaluation.recall import fact_report, format_fact_report, majority_guess, recall, zero_tables
 from memjax.inference.streaming import generate
 from memjax.models.decoder import Decoder
-from memjax.models.parts import DecoderParts, split_decoder, writable
+from memjax.models.parts import split_decoder, writable
 
 NOBODY = Person(name="", birth_date="", birth_city="", university="", major="", employer="", work_city="")
 
@@ -55,10 +56,7 @@ def tiny(vocab_size: int = 259, memory: bool = True) -> Decoder:
         dtype="float32",
         memory=MemoryConfig(layers=(0,), num_keys=8, num_heads=2, top_k=4, key_dim=8) if memory else None,
     )
-    parts, rng = DecoderParts.of(config), np.random.default_rng(0)
-    # Drawn by NumPy: compiling the initialisation would take longer than all that is tested.
-    fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype))
-    return parts.merge(fill(parts.abstract_params), fill(parts.abstract_tables))
+    return drawn(config)
 
 
 def question(prompt: str, answer: str, attribute: str = "major") -> Question:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from drawn import drawn
 from memjax.config.memory import MemoryConfig, PEERConfig
 from memjax.config.model import ModelConfig
 from memjax.config.sampling import SamplingConfig
@@ -40,10 +41,7 @@ def tiny(memory: bool = True, num_kv_heads: int | None = None) -> Decoder:
         memory=MemoryConfig(layers=(1,), num_keys=8, num_heads=2, top_k=4, key_dim=8) if memory else None,
         peer=PEERConfig(layers=(2,), num_keys=8, num_heads=2, top_k=4, key_dim=8) if memory else None,
     )
-    parts, rng = DecoderParts.of(config), np.random.default_rng(0)
-    # Drawn by NumPy: compiling the initialisation would take longer than all that is tested.
-    fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype))
-    return parts.merge(fill(parts.abstract_params), fill(parts.abstract_tables))
+    return drawn(config)
 
 
 def prompt(length: int) -> list[int]:

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from drawn import drawn
 from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig
 from memjax.config.sampling import SamplingConfig
@@ -33,7 +34,6 @@ from memjax.inference.service import Limits, Service
 from memjax.inference.serving_engine import make_engine
 from memjax.inference.text import continue_texts
 from memjax.models.decoder import Decoder
-from memjax.models.parts import DecoderParts
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "experiments/trust"))
 
@@ -49,10 +49,7 @@ JSON = {"Content-Type": "application/json"}
 def tiny() -> Decoder:
     memory = MemoryConfig(layers=(0,), num_keys=8, num_heads=2, top_k=4, key_dim=8)
     config = ModelConfig(dim=16, num_layers=1, num_heads=2, ffn_dim=32, vocab_size=259, dtype="float32", memory=memory)
-    parts, rng = DecoderParts.of(config), np.random.default_rng(0)
-    # Drawn by NumPy: compiling the initialisation would take longer than all that is tested.
-    fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype))
-    return parts.merge(fill(parts.abstract_params), fill(parts.abstract_tables))
+    return drawn(config)
 
 
 class Running:

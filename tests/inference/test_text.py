@@ -3,20 +3,17 @@
 import functools
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn import drawn
 from memjax.config.model import ModelConfig
 from memjax.config.sampling import SamplingConfig
 from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.inference.requests import Request, check
 from memjax.inference.text import StopStrings, continue_texts, stream_text
 from memjax.models.decoder import Decoder
-from memjax.models.parts import DecoderParts
 
 SAMPLING = SamplingConfig(temperature=1.0, top_k=30, seed=1)
 PROMPTS = ["What is", "x", "A longer one", "", "What is"]
@@ -25,10 +22,7 @@ PROMPTS = ["What is", "x", "A longer one", "", "What is"]
 @functools.cache
 def tiny() -> Decoder:
     config = ModelConfig(dim=16, num_layers=1, num_heads=2, ffn_dim=32, vocab_size=259, memory=None)
-    parts, rng = DecoderParts.of(config), np.random.default_rng(0)
-    # Drawn by NumPy: compiling the initialisation would take longer than all that is tested.
-    fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype))
-    return parts.merge(fill(parts.abstract_params), {})
+    return drawn(config)
 
 
 def as_lm_eval_cuts(pieces: list[str], stops: list[str]) -> str:

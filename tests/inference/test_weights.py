@@ -6,23 +6,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from drawn import drawn
 from memjax.config.memory import MemoryConfig
 from memjax.config.model import ExpertsConfig, ModelConfig
 from memjax.inference import weights
 from memjax.inference.weights import JoinedAttention, prepare
 from memjax.models.decoder import Decoder
-from memjax.models.parts import DecoderParts
 from memjax.ops import dispatch
 
 TOKENS = jnp.array([[1, 5, 9, 3, 7, 2], [1, 8, 8, 4, 6, 5]], jnp.int32)
 
 
-def drawn(**settings) -> Decoder:
+def tiny(**settings) -> Decoder:
     config = ModelConfig(dim=16, num_layers=3, num_heads=4, num_kv_heads=2, ffn_dim=24, vocab_size=40, **settings)
-    parts, rng = DecoderParts.of(config), np.random.default_rng(0)
-    # Drawn by NumPy: compiling the initialisation would take longer than all that is tested.
-    fill = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype)
-    return parts.merge(jax.tree.map(fill, parts.abstract_params), jax.tree.map(fill, parts.abstract_tables))
+    return drawn(config)
 
 
 def kinds():
@@ -46,14 +43,14 @@ def logits_of(model: Decoder, tokens: jax.Array) -> jax.Array:
 @pytest.mark.parametrize("kind", kinds())
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 3e-2)])
 def test_logits_are_those_of_the_model(kind, dtype, tolerance):
-    model = drawn(dtype=dtype, **kinds()[kind])
+    model = tiny(dtype=dtype, **kinds()[kind])
     expected = nnx.jit(lambda model, tokens: model(tokens))(model, TOKENS)
     found = logits_of(prepare(model).model, TOKENS)
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * float(jnp.abs(expected).max()))
 
 
 def test_joined_layers_serve_the_whole_forward_pass_too():
-    model = drawn(dtype="float32", **kinds()["memory"])
+    model = tiny(dtype="float32", **kinds()["memory"])
     expected, found = (
         nnx.jit(lambda model, tokens: model(tokens))(one, TOKENS) for one in (model, prepare(model).model)
     )
@@ -61,7 +58,7 @@ def test_joined_layers_serve_the_whole_forward_pass_too():
 
 
 def test_tables_and_vectors_stay_the_models_own_and_matrices_are_narrowed():
-    model = drawn(dtype="bfloat16", **kinds()["memory"])
+    model = tiny(dtype="bfloat16", **kinds()["memory"])
     ready = prepare(model).model
     assert ready.tables["shared"].rows[...] is model.tables["shared"].rows[...]
     assert ready.norm.scale[...] is model.norm.scale[...]
@@ -74,7 +71,7 @@ def test_tables_and_vectors_stay_the_models_own_and_matrices_are_narrowed():
 
 
 def test_weights_are_prepared_once_and_anew_when_the_model_was_changed():
-    model = drawn(dtype="float32", **kinds()["memory"])
+    model = tiny(dtype="float32", **kinds()["memory"])
     ready = prepare(model).model
     assert prepare(model).model is ready
     model.norm.scale[...] = model.norm.scale[...] * 2
@@ -86,7 +83,7 @@ def test_weights_are_prepared_once_and_anew_when_the_model_was_changed():
 def test_a_single_row_is_multiplied_by_the_kernel_as_well(kind, monkeypatch):
     if reason := dispatch.why_not("triton"):
         pytest.skip(reason)
-    ready = prepare(drawn(dtype="float32", **kinds()[kind])).model
+    ready = prepare(tiny(dtype="float32", **kinds()[kind])).model
     expected = ready.logits(ready.hidden_with_cache(TOKENS[:1, :1], None)[0])
     rows: list[int] = []
 

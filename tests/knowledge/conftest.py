@@ -4,15 +4,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
+from drawn import drawn
 from memjax.config.memory import MemoryConfig, PEERConfig
 from memjax.config.model import ModelConfig
 from memjax.models.decoder import Decoder
-from memjax.models.parts import DecoderParts
 
 SIZES: dict[str, Any] = {"dim": 16, "num_layers": 3, "num_heads": 2, "ffn_dim": 24, "vocab_size": 259}
 LOOKUP: dict[str, Any] = {"num_keys": 6, "num_heads": 2, "top_k": 3, "key_dim": 8, "shared_table": False}
@@ -31,9 +28,7 @@ def config_of(kind: str) -> ModelConfig:
 
 @functools.cache
 def draw(kind: str) -> Decoder:
-    parts, rng = DecoderParts.of(config_of(kind)), np.random.default_rng(0)
-    fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype))
-    return parts.merge(fill(parts.abstract_params), fill(parts.abstract_tables))
+    return drawn(config_of(kind))
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 import memjax
+from drawn import drawn
 from memjax import convert, generate
 from memjax.checkpoint import CheckpointError, Checkpoints
 from memjax.config.memory import MemoryConfig, PEERConfig
@@ -55,14 +56,13 @@ forward = nnx.jit(lambda model, tokens: model(tokens))
 
 def save(folder, table_dtype="float32") -> Decoder:
     """A checkpoint as training writes it, its tables in several blocks."""
-    run, rng = run_config(table_dtype), np.random.default_rng(3)
-    parts = DecoderParts.of(run.model)
-    fill = lambda tree: jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype), tree)
-    params, tables = fill(parts.abstract_params), fill(parts.abstract_tables)
+    run = run_config(table_dtype)
+    model = drawn(run.model, seed=3)
+    _, params, tables = split_decoder(model)
     with Checkpoints(folder / "checkpoints", block_bytes=1024) as checkpoints:
         items = {"params": params_to_tree(params), "tables": tables}
         checkpoints.save(3, items, {"meta": meta_document(run, ByteTokenizer(), step=3)})
-    return parts.merge(params, tables)
+    return model
 
 
 def stored(model) -> Mapping[str, Any]:

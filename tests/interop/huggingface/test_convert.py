@@ -1,7 +1,6 @@
 """Runs to Hugging Face folders and back."""
 
 import dataclasses
-import functools
 import json
 import pathlib
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from drawn import drawn
 from memjax.checkpoint import CheckpointError
 from memjax.config.data import DataConfig
 from memjax.config.memory import MemoryConfig, PEERConfig
@@ -23,7 +23,7 @@ from memjax.interop.huggingface import convert as huggingface
 from memjax.interop.huggingface.convert import TORCH_MODEL, from_hf, to_hf
 from memjax.interop.huggingface.tokenizer import read_tokenizer
 from memjax.models.decoder import Decoder
-from memjax.models.parts import DecoderParts, split_decoder
+from memjax.models.parts import split_decoder
 from memjax.runs.load import load_as_saved
 from memjax.runs.write import write_run
 
@@ -36,9 +36,7 @@ MODEL = ModelConfig(**SIZES, memory=MEMORY, peer=EXPERTS, experts=MIXTURE)
 
 def make_run(folder: pathlib.Path) -> None:
     config = RunConfig(model=MODEL, data=DataConfig(sequence_length=48))
-    parts, rng = DecoderParts.of(config.model), np.random.default_rng(0)
-    fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype))
-    write_run(folder, parts.merge(fill(parts.abstract_params), fill(parts.abstract_tables)), ByteTokenizer(), config)
+    write_run(folder, drawn(config.model), ByteTokenizer(), config)
 
 
 @pytest.fixture(scope="module")
