@@ -125,7 +125,7 @@ def _described(path: str, patch: "Patch", top: int) -> list[str]:
     }
     width = 2 + max(map(len, notes), default=0)
     for name, value in notes.items():
-        lines.append(f"{name:<{width}}{f'{value:,.4g}' if isinstance(value, float) else value}")
+        lines.append(f"{name:<{width}}{_note(name, value)}")
     for name, change in patch.tables.items():
         old, new = change.old.astype(np.float64), change.new.astype(np.float64)
         moved, size = np.linalg.norm(new - old, axis=1), np.linalg.norm(old, axis=1)
@@ -136,6 +136,14 @@ def _described(path: str, patch: "Patch", top: int) -> list[str]:
         if len(moved) > top:
             lines.append(f"  and {len(moved) - top:,} more")
     return lines
+
+
+def _note(name: str, value: str | int | float) -> str:
+    """The value of a note; what `learn` has measured besides bits per byte are shares of known answers."""
+    if not isinstance(value, float):
+        return str(value)
+    is_share = name.endswith((" before", " after")) and not name.startswith("bits per byte")
+    return f"{value:.1%}" if is_share else f"{value:,.4g}"
 
 
 _STEP_OR_PATCH = "A run's folder, then a patch: its file or folder"

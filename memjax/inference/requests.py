@@ -50,10 +50,12 @@ class Made:
 
 
 def check(request: Request, vocab_size: int) -> None:
-    """Raises a ValueError if a request cannot be served."""
+    """Raises a ValueError, or a TypeError for sampling of another type, if a request cannot be served."""
     if not len(request.prompt_ids):
         raise ValueError(f"the ids of prompt {request.number} are empty; they need at least the begin token")
     check_ids(request.prompt_ids, vocab_size, f"the ids of prompt {request.number}")
     checks.refuse(checks.counts(max_tokens=request.max_tokens))
+    if not isinstance(request.sampling, SamplingConfig):
+        raise TypeError(f"sampling must be a memjax.SamplingConfig, found {type(request.sampling).__name__}")
     if request.logprobs is not None and not 0 <= request.logprobs <= vocab_size:
         raise ValueError(f"logprobs={request.logprobs} must be in 0..{vocab_size}, the tokens of the vocabulary")

@@ -19,6 +19,7 @@ from memjax.memory.row_optimizer import RowOptimizer
 from memjax.memory.table import TableRows, ValueTable
 from memjax.ops.precision import accumulator
 from memjax.ops.row_gradient import RowGradient
+from memjax.ops.table import Table
 from memjax.sharding.axes import split_columns
 from memjax.sharding.rules import is_variable
 
@@ -117,7 +118,7 @@ def value_and_grad(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Cal
         A function of what `loss_fn` takes that returns what it returns, and the Gradients.
 
     Raises:
-        TypeError: the first argument is no model.
+        TypeError: the first argument is no model, or a table of it is read-only.
         ValueError: a table of the model was not read, or one that is not the model's was, or layers are stacked.
     """
 
@@ -144,7 +145,7 @@ def value_and_grad(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Cal
             loss: Any = value[0] if has_aux else value
             return loss, (value, reads, nnx.state(copy, nnx.Not(nnx.Param)))
 
-        rows = {name: table.rows[...] for name, table in _named(model, ValueTable)}
+        rows = {name: _trainable(name, table) for name, table in _named(model, ValueTable)}
         shapes = jax.eval_shape(lambda dense: run(dense, {})[1][1], dense)
         _check_read(rows, shapes)
         perturbations = jax.tree.map(
@@ -181,7 +182,7 @@ class Optimizer(nnx.Module):
                 and the rows that they name, and for that time a number for each row of the tables.
 
         Raises:
-            TypeError: dense is no transformation of optax, or tables no RowOptimizer.
+            TypeError: dense is no transformation of optax, tables no RowOptimizer, or a table of the model read-only.
             ValueError: max_grad_norm is not a positive finite number.
         """
         # By their methods: `optax.MultiSteps` is no GradientTransformation.
@@ -196,7 +197,7 @@ class Optimizer(nnx.Module):
         self.tx, self.row_optimizer, self.max_grad_norm = tx, tables, max_grad_norm
         self.step = nnx.OptState(jnp.zeros((), jnp.int32))
         self.dense_state = _variables(dense.init(_arrays(nnx.state(model, DENSE))))
-        states = {name: tables.init(table.rows[...]) for name, table in _named(model, ValueTable)}
+        states = {name: tables.init(_trainable(name, table)) for name, table in _named(model, ValueTable)}
         self.table_state = _variables(jax.tree.map(split_columns, states))
 
     def update(self, model: nnx.Module, gradients: Gradients, *, ok: ArrayLike = True, **extra: Any) -> None:
@@ -304,6 +305,21 @@ def _named(model: nnx.Module, kind: type) -> Iterator[tuple[str, Any]]:
     for path, module in nnx.iter_modules(model):
         if isinstance(module, kind):
             yield ".".join(map(str, path)) or type(module).__name__, module
+
+
+def _trainable(name: str, table: ValueTable) -> Float[Array, "n d"]:
+    """The rows of a table.
+
+    Raises:
+        TypeError: it is read-only.
+    """
+    rows = table.table
+    if isinstance(rows, Table):
+        raise TypeError(
+            f"the table {name} is read-only, {rows.describe()}: it cannot be trained; load it without table_format and "
+            "table_place"
+        )
+    return rows
 
 
 def _check_read(rows: dict[str, Any], reads: dict[str, Any]) -> None:

@@ -128,7 +128,7 @@ class Decoder(nnx.Module):
             token_mask: which tokens are no padding, which experts that choose must not take; None for all.
             training: let experts choose their tokens, in models where they do so.
         """
-        is_batch = tokens.ndim == 2 and jnp.issubdtype(tokens.dtype, jnp.integer)
+        is_batch = getattr(tokens, "ndim", None) == 2 and jnp.issubdtype(tokens.dtype, jnp.integer)
         require("Decoder", is_batch, "tokens must be whole numbers [batch, tokens]", tokens=tokens)
         positions = default_positions(tokens) if positions is None else positions
         for name, given in (("positions", positions), ("segments", segments), ("token_mask", token_mask)):

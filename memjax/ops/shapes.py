@@ -23,7 +23,9 @@ def require(operation: str, fits: bool, rule: str, **arrays: Any) -> None:
 
 
 def describe(array: Any) -> str:
-    """Type and shape, as in float32[16, 64]."""
+    """Type and shape, as in float32[16, 64]; the name of the class of what is no array."""
+    if not hasattr(array, "dtype"):
+        return f"of type {type(array).__name__}"
     return f"{jnp.dtype(array.dtype).name}[{', '.join(map(str, array.shape))}]"
 
 

@@ -128,6 +128,12 @@ def test_numbers_out_of_their_range_write_nothing(as_users_call, name, value, ru
         list(continue_texts(tiny(), ByteTokenizer(), ["a"], **{"max_tokens": 1, name: value}))
 
 
+def test_sampling_is_of_its_class(as_users_call):
+    sampling: Any = {"temperature": 1.0}
+    with pytest.raises(TypeError, match=r"sampling must be a memjax\.SamplingConfig, found dict"):
+        next(stream_text(tiny(), ByteTokenizer(), "a", max_tokens=1, sampling=sampling))
+
+
 def test_ids_are_whole_numbers(as_users_call):
     fractions: Any = [1.0, 1.5]
     with pytest.raises(ValueError, match="the ids of prompt 0 must be whole numbers, not of type float64"):

@@ -14,7 +14,9 @@ from jax.sharding import PartitionSpec as P
 import memjax
 from memjax import MemoryLayer, PEERLayer, RowOptimizer, RowRule, TableRows, ValueTable, row_update
 from memjax.memory.sparse_gradient import row_sparse_value_and_grad
+from memjax.ops.row_formats import formats
 from memjax.ops.row_update.rules import row_step
+from memjax.ops.table import Table
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -393,6 +395,16 @@ def test_an_optimizer_of_flax_refuses_row_gradients_and_its_transformations_take
     doubled = nnx.scan(lambda gradients, _: (gradients * 2, None), length=1)(gradients, None)[0]
     for one, other in zip(jax.tree.leaves(doubled.dense), jax.tree.leaves(gradients.dense), strict=True):
         np.testing.assert_array_equal(one, 2 * other)
+
+
+def test_tables_that_are_read_only_are_refused():
+    net = Net()
+    net.table.rows = TableRows(Table.encoded(jnp.ones((SLOTS, DIM), jnp.float32), formats.find("int8")))
+    rule = r"the table table is read-only, int8\[16, 8\] in device memory: .* without table_format"
+    with pytest.raises(TypeError, match=rule):
+        memjax.Optimizer(net, dense=optax.sgd(0.1), tables=RowOptimizer(0.1))
+    with pytest.raises(TypeError, match=rule):
+        memjax.value_and_grad(lambda net: jnp.sum(net(jnp.ones((TOKENS, DIM)))))(net)
 
 
 def test_stacked_layers_are_refused_with_what_to_do():

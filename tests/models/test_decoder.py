@@ -293,7 +293,7 @@ def test_no_token_gives_no_logits(name, shape):
     assert build(name)(jnp.zeros(shape, jnp.int32)).shape == (*shape, SIZES["vocab_size"])
 
 
-@pytest.mark.parametrize("tokens", [np.zeros(4, np.int32), np.zeros((1, 4))], ids=["one axis", "floats"])
+@pytest.mark.parametrize("tokens", [np.zeros(4, np.int32), np.zeros((1, 4)), [[1, 2]], "a text"], ids=repr)
 def test_what_is_no_batch_of_tokens_is_refused(as_users_call, tokens):
     with pytest.raises(ValueError, match=r"Decoder: tokens must be whole numbers \[batch, tokens\]; found tokens "):
         build("dense")(tokens)

@@ -4,11 +4,12 @@ import functools
 import hashlib
 import importlib
 import json
+import operator
 import pathlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsIndex
 
 from memjax.data.tokenizers.decoding import StreamingDecoder
 from memjax.errors import DataError
@@ -145,7 +146,7 @@ class Tokenizer(ABC):
         names = sorted(self.special_tokens, key=len, reverse=True)
         return re.compile(f"({'|'.join(map(re.escape, names))})")
 
-    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+    def decode(self, ids: Iterable[SupportsIndex], *, special: bool = False) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD.
 
         Args:
@@ -153,7 +154,8 @@ class Tokenizer(ABC):
             special: write special tokens by their names, in place of leaving them out.
         """
         decoder = StreamingDecoder(self, special=special)
-        return "".join([decoder.push(token) for token in ids]) + decoder.finish()
+        # Elements of a JAX array are arrays, which cannot be looked up in a dict.
+        return "".join([decoder.push(operator.index(token)) for token in ids]) + decoder.finish()
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes tokenizer.json into the folder, which is made if need be."""

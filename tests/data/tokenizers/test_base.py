@@ -1,6 +1,8 @@
 import json
 import pickle
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -81,6 +83,8 @@ def test_decoding_replaces_bad_bytes_and_skips_special_and_unknown_ids(opened, k
     euro = chosen.encode("a€")
     assert chosen.decode([chosen.bos_id, *euro, chosen.eos_id, chosen.pad_id, 10**6, -1]) == "a€"
     assert chosen.decode(euro[:-1]) == "a\ufffd"
+    for array in (np.asarray, jnp.asarray):  # such as what a model has picked
+        assert chosen.decode(array(euro)) == "a€"
 
 
 @kinds

@@ -21,7 +21,7 @@ from memjax.ops import host_memory
 from memjax.runs.layout import meta_document, params_to_tree
 from memjax.runs.load import load
 from memjax.runs.patches import applied, edit
-from memjax.runs.patches.patch import read_patch, write_patch
+from memjax.runs.patches.patch import Patch, read_patch, write_patch
 from memjax.runs.settings import CheckpointSettings, InferenceSettings, loaded
 
 CONFIG = RunConfig(
@@ -164,6 +164,14 @@ def test_patches_are_merged_and_shown(runs, tmp_path, capsys):
     assert "rows 3 of 16 in shared" in printed
     assert "and 1 more" in printed
     assert max(map(len, printed.splitlines())) <= 160
+
+
+def test_what_learn_has_measured_is_shown_as_learn_prints_it(tmp_path, capsys):
+    notes = {"facts": 2, "new facts before": 0.0, "new facts after": 1.0, "bits per byte, background after": 4.80102}
+    write_patch(tmp_path, Patch("ab" * 32, {}, notes))
+    assert command.main(["show", str(tmp_path)]) == 0
+    values = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert values == ["2", "0.0%", "100.0%", "4.801"]
 
 
 @pytest.mark.parametrize(
