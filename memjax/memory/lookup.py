@@ -75,13 +75,11 @@ class LookupLayer(nnx.Module):
             ValueError: x is of another width, or tables are not as many or not of the shape that the layer addresses;
                 or `memjax.value_and_grad` meets it where its reads cannot leave a transformation of JAX.
         """
-        name, call = type(self).__name__, "(x, table)" if len(self.READS) == 1 else "(x, *tables)"
+        name = type(self).__name__
         if len(tables) != len(self.READS):
-            count = "one table" if len(self.READS) == 1 else f"{len(self.READS)} tables"
-            raise ValueError(f"{name} is called as layer{call}, with {count}; found {len(tables)}")
+            raise ValueError(f"{name}: layer(x, *tables) needs {len(self.READS)} ValueTable(s), found {len(tables)}")
         if wrong := [type(table).__name__ for table in tables if not isinstance(table, ValueTable)]:
-            rule = "table must be a ValueTable" if len(self.READS) == 1 else "tables must be ValueTables"
-            raise TypeError(f"{name} is called as layer{call}: {rule}, found {', '.join(wrong)}")
+            raise TypeError(f"{name}: layer(x, *tables) needs tables of type ValueTable, found {', '.join(wrong)}")
         x = jnp.asarray(x)  # arrays of NumPy have types that JAX has not, such as float64
         recording = recording_of(self)
         if recording is None:

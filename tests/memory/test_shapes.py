@@ -154,16 +154,14 @@ def test_what_is_no_table_is_refused(as_users_call):
     rows: Any = table.rows[...]
     nothing: Any = None
     for call in (lambda x: memory(x, rows), lambda x: memory(x, x), lambda x: experts(x, table, nothing)):
-        with pytest.raises(
-            TypeError, match=r"Layer is called as .*: (table must be a|tables must be) ValueTables?, found"
-        ):
+        with pytest.raises(TypeError, match=r"Layer: layer\(x, \*tables\) needs tables of type ValueTable, found"):
             call(jnp.ones((8, DIM)))
 
 
 def test_another_number_of_tables_is_refused():
     memory, experts, (table, *_) = build()
-    for layer, tables, count in ((memory, (), "one table"), (experts, (table,), "2 tables")):
-        rule = rf"{type(layer).__name__} is called as .*, with {count}; found {len(tables)}"
+    for layer, tables, count in ((memory, (), 1), (experts, (table,), 2)):
+        rule = rf"{type(layer).__name__}: .* needs {count} ValueTable\(s\), found {len(tables)}"
         with pytest.raises(ValueError, match=rule):
             layer(jnp.ones((8, DIM)), *tables)
     with pytest.raises(ValueError, match="MemoryLayer takes 1 perturbations, found 2"):
