@@ -161,8 +161,8 @@ COMMANDS: Mapping[str, Subcommand] = {
         apply,
         ApplyConfig,
         Positional(name="RUN PATCH", help=f"{_STEP_OR_PATCH}.", repeats=True),
-        "Applies a patch to a checkpoint of a run: all that load it then get the changed rows. Its files are unchanged, "
-        "and training resumes from it without the patch.",
+        "Applies a patch to a checkpoint of a run: all that load it then get the changed rows. Its files are "
+        "unchanged, and training resumes from it without the patch.",
         ("apply runs/quickstart people",),
         fewest=2,
         most=2,
