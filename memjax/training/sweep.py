@@ -85,13 +85,14 @@ def points(grid: Mapping[str, Sequence[str]]) -> list[Point]:
         pairs = dict(zip(grid, values, strict=True))
         name = ",".join(f"{short[setting]}={_plain(value)}" for setting, value in pairs.items())
         words = itertools.chain.from_iterable((f"--{setting}", value) for setting, value in pairs.items())
-        found.append(Point(name, tuple(words)))
+        # File systems take 255 bytes, and a number and a suffix may follow.
+        found.append(Point(name.encode()[:200].decode(errors="ignore"), tuple(words)))
     counts = collections.Counter(point.name for point in found)
-    numbers: collections.Counter[str] = collections.Counter()
+    numbers = {name: itertools.count(1) for name in counts}
     for place, point in enumerate(found):
-        if counts[point.name] > 1:  # values that differ only in what no folder's name may hold
-            numbers[point.name] += 1
-            found[place] = dataclasses.replace(point, name=f"{point.name}-{numbers[point.name]}")
+        if counts[point.name] > 1:  # values that differ only in what no folder's name can hold
+            numbered = (f"{point.name}-{number}" for number in numbers[point.name])
+            found[place] = dataclasses.replace(point, name=next(name for name in numbered if name not in counts))
     return found
 
 

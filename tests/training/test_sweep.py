@@ -104,6 +104,18 @@ def test_values_that_a_folder_cannot_hold_apart_get_numbers():
     ]
 
 
+def test_a_number_makes_no_name_that_another_run_has():
+    names = [point.name for point in sweep.points({"data.path": ["a/b", "a_b", "a_b-1"]})]
+    assert names == ["path=a_b-2", "path=a_b-3", "path=a_b-1"]
+
+
+def test_long_values_make_names_that_a_file_system_takes(tmp_path):
+    names = [point.name for point in sweep.points({"data.path": ["é" * 300 + end for end in "abc"]})]
+    assert len(set(names)) == 3
+    for name in names:
+        (tmp_path / f"{name}.log").touch()
+
+
 def test_a_comparison_that_cannot_be_made_does_not_hide_how_the_sweep_ended(tmp_path, capsys):
     for name, rows in (("lr=1", ""), ("lr=2", '{"step": 1, "train/loss": 2.0}\n')):
         (tmp_path / name).mkdir()
