@@ -130,7 +130,8 @@ def test_a_folder_that_holds_a_model_alone_is_not_resumed_but_says_how_to_train_
         code, printed = run("memory", "memory", *data)
         assert code == 2
         assert re.search(r"run\.dir=\S+/memory holds a model without the state of a training", printed)
-        assert f"--train.init_from {folder / 'memory'}" in printed
+        place = folder / "memory"
+        assert f"python -m memjax.train {place} --train.init_from {place} --run.dir NEW_RUN" in printed
 
 
 @pytest.mark.parametrize("row_format", ["int8", None])
@@ -139,10 +140,10 @@ def test_tables_in_files_are_not_trained_and_the_run_that_they_were_made_from_is
 ):
     place = folder / f"in_{row_format}"
     quantize_run(folder / "memory", place, row_format and formats.find(row_format))
-    way_out = f"read-only, in {row_format or 'float32'}[:;] train the run that `convert quantize` made it from"
+    way_out = f"read-only, in {row_format or 'float32'}; train the run that `convert quantize` made it from"
     code, printed = run(place.name, place.name)
     assert code == 2
-    assert re.search(rf"run\.dir=\S+ holds a model whose tables are {way_out}, with --train.init_from", printed)
+    assert re.search(rf"run\.dir=\S+ holds a model whose tables are {way_out}: python -m memjax.train", printed)
     assert f"--train.init_from {place}" not in printed, "that would be refused"
     code, printed = run("memory", "refused", "--train.init_from", str(place))
     assert code == 2
