@@ -259,11 +259,15 @@ class PreparedReader(Reader):
         return [self._parse(record, number) for record, number in zip(found, numbers, strict=True)]
 
     def _read_shard(self, shard: int, wanted: list[int]) -> list[bytes]:
-        path = self.folder / self.manifest.shards[shard][0]
+        name, _, count = self.manifest.shards[shard]
+        path = self.folder / name
         try:
             with self._lock:
                 if shard not in self._files:
-                    self._files[shard] = ArrayRecordReader(str(path), _READER_OPTIONS, file_reader_buffer_size=1 << 15)
+                    file = ArrayRecordReader(str(path), _READER_OPTIONS, file_reader_buffer_size=1 << 15)
+                    if (found := file.num_records()) != count:
+                        raise DataError(f"{path}: has {found} records, {count} in the manifest; {_AGAIN}")
+                    self._files[shard] = file
                 records = self._files[shard].read(wanted)
                 if self._files[shard].ok():
                     return records

@@ -320,7 +320,12 @@ def test_other_files_are_refused_and_missing_ones_are_not_missed(tmp_path, lines
 def test_damaged_prepared_data_is_refused(tmp_path, lines):
     prepare(corpus(lines), BYTES, tmp_path / "p")
     shard, manifest = tmp_path / "p" / "00000.array_record", tmp_path / "p" / "manifest.json"
-    whole = shard.read_bytes()
+    whole, content = shard.read_bytes(), json.loads(manifest.read_text())
+    ((_, _, count),) = content["shards"]
+    content["shards"][0][2] = count - 1
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"has {count} records, {count - 1} in the manifest; delete the folder"):
+        everything(PreparedReader(tmp_path / "p", BYTES))
     shard.write_bytes(whole[:-1])
     with pytest.raises(DataError, match=f"has {len(whole) - 1} bytes, {len(whole)} were written; delete the folder"):
         PreparedReader(tmp_path / "p", BYTES)
