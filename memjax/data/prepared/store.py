@@ -266,7 +266,7 @@ class PreparedReader(Reader):
                 if shard not in self._files:
                     file = ArrayRecordReader(str(path), _READER_OPTIONS, file_reader_buffer_size=1 << 15)
                     if (found := file.num_records()) != count:
-                        raise DataError(f"{path}: has {found} records, {count} in the manifest; {_AGAIN}")
+                        raise IndexError(f"{found} records, {count} in the manifest")
                     self._files[shard] = file
                 records = self._files[shard].read(wanted)
                 if self._files[shard].ok():

@@ -324,7 +324,7 @@ def test_damaged_prepared_data_is_refused(tmp_path, lines):
     ((_, _, count),) = content["shards"]
     content["shards"][0][2] = count - 1
     manifest.write_text(json.dumps(content))
-    with pytest.raises(DataError, match=rf"has {count} records, {count - 1} in the manifest; delete the folder"):
+    with pytest.raises(DataError, match=rf"damaged \({count} records, {count - 1} in the manifest\); delete the"):
         everything(PreparedReader(tmp_path / "p", BYTES))
     shard.write_bytes(whole[:-1])
     with pytest.raises(DataError, match=f"has {len(whole) - 1} bytes, {len(whole)} were written; delete the folder"):
