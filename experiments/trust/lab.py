@@ -245,7 +245,7 @@ class Lab:
     def check_resumed(case: Case, had: list[int], ended: Ended, what: str) -> None:
         """Notes a start that went on from an older step than the newest that was saved before it."""
         resumed = [line for line in ended.output.splitlines() if line.startswith("resumed from step ")]
-        went_on = int(resumed[0].split()[-1]) if resumed else STEPS if "is finished already" in ended.output else 0
+        went_on = int(resumed[0].split()[-1]) if resumed else STEPS if "is already finished" in ended.output else 0
         if had and went_on < had[-1]:
             case.note("lost", f"{what}: step {had[-1]} was saved, the run went on from {went_on}\n{ended.output}")
 

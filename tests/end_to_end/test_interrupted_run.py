@@ -157,5 +157,5 @@ def test_kills_and_signals_leave_no_trace(arrays_of, tmp_path):
 
     code, output = runs.finish("broken")
     assert code == 0, output
-    assert f"{tmp_path / 'broken'} is finished already" in output
+    assert f"{tmp_path / 'broken'} is already finished" in output
     assert f"finished: {STEPS} steps, training loss {rows[-1]['train/loss']:.4f}" in output
