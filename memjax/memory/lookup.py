@@ -25,13 +25,20 @@ class Recording(nnx.Module):
         perturbations = self.perturbations.get_value()
         return perturbations[len(self.reads.get_value())] if perturbations else None
 
-    def add(self, reads: tuple[TableRead, ...]) -> None:
-        """Records the reads of a call.
+    def add(self, reads: tuple[TableRead, ...], layer: str) -> None:
+        """Records the reads of a call; `layer` is the class, for the message.
 
         Raises:
-            TraceContextError: it is inside a transformation of JAX that closes over the layer.
+            ValueError: it is inside a transformation of JAX that closes over the layer.
         """
-        self.reads.set_value((*self.reads.get_value(), reads))
+        try:
+            self.reads.set_value((*self.reads.get_value(), reads))
+        except TraceContextError as error:
+            raise ValueError(
+                f"memjax.value_and_grad: a {layer} is called inside a transformation of JAX, as jit, vmap or scan, "
+                "that closes over it. Call it outside, or under nnx.jit or nnx.remat with the layer as an argument; "
+                "nnx.value_and_grad differentiates it anywhere"
+            ) from error
 
 
 def recording_of(layer: nnx.Module | None) -> Recording | None:
@@ -85,14 +92,7 @@ class LookupLayer(nnx.Module):
         if recording is None:
             return self.with_reads(x, *tables)[0]
         out, found = self.with_reads(x, *tables, perturbations=recording.next_perturbations())
-        try:
-            recording.add(found)
-        except TraceContextError as error:
-            raise ValueError(
-                f"memjax.value_and_grad: a {name} is called inside a transformation of JAX, as jit, vmap or scan, "
-                "that closes over it. Call it outside, or under nnx.jit or nnx.remat with the layer as an argument; "
-                "nnx.value_and_grad differentiates it anywhere"
-            ) from error
+        recording.add(found, name)
         return out
 
     def perturbations_of(self, given: Perturbations | None) -> tuple[Float[Array, "t _"] | None, ...]:

@@ -158,7 +158,7 @@ class Decoder(nnx.Module):
             if aux.reads:
                 reads[name] = aux.reads
             if recording is not None:
-                recording.add(aux.reads)
+                recording.add(aux.reads, type(self).__name__)
             if aux.routing is not None:
                 routings[name] = aux.routing
         return DecoderOutput(self.norm(x).normed, reads, routings)

@@ -268,6 +268,12 @@ def test_value_and_grad_finds_the_reads_of_a_decoder():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradients.dense, others)
 
 
+def test_a_decoder_that_a_transformation_closes_over_is_named():
+    loss_fn = lambda model: jax.checkpoint(lambda tokens: model.hidden(tokens).states.sum())(jnp.asarray(TOKENS))
+    with pytest.raises(ValueError, match="a Decoder is called inside a transformation of JAX"):
+        jax.eval_shape(memjax.value_and_grad(loss_fn), build("beside"))
+
+
 @pytest.mark.parametrize(
     ("name", "dtype", "rule"),
     [("positions", "float32", "whole numbers"), ("segments", "bool", "whole numbers"), ("token_mask", "int32", "true")],
