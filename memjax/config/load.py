@@ -110,12 +110,13 @@ def parse(
     problems = Problems(schema)
     settings, stray, given = arguments.split(argv, flags, problems)
     allowed = 0 if positional is None else len(stray) if positional.repeats else 1
-    positionals, stray = _paths(stray[:allowed], positional, problems), stray[allowed:]
+    words, stray = stray[:allowed], stray[allowed:]
+    positionals = _paths(words, positional, problems)
     first = positionals[0] if positionals else None
     tree = read_config(Path(first), problems) if first and positional and positional.is_config else {}
     for word in stray:
         problems.of_arguments(f"{shortened(repr(word))} is one argument too many")
-    if positional and positional.required and first is None:
+    if positional and positional.required and not words:
         problems.of_arguments(f"{positional.name} is missing: {positional.help}")
     try:
         config = validate(tree, settings, problems)

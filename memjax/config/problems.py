@@ -14,6 +14,9 @@ from memjax.errors import MOST_SHOWN
 _COMMAND_LINE = "command line"
 """The place of a problem that is not in a file."""
 
+_SECTIONS_ELSEWHERE = {"moe": "experts"}
+"""What sections are called in other programs, and in the names of presets."""
+
 
 class Problems:
     """The problems of one config, and where each setting was written."""
@@ -91,6 +94,7 @@ class Problems:
         The dotted paths are compared as a whole, so that a misspelt section does not lead into another one. A name
         that exists in another section only is looked for there.
         """
+        path = tuple(_SECTIONS_ELSEWHERE.get(part, part) for part in path)
         same_kind = [name for name, section in self._known.items() if section == is_section] + self.flags
         if found := close(".".join(path), same_kind, last=path[-1]):
             return found

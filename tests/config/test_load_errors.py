@@ -384,6 +384,15 @@ def test_parse_prints_one_screen_and_exits_2(capsys):
     ]
 
 
+def test_an_argument_that_is_no_path_is_not_called_missing(capsys):
+    with pytest.raises(SystemExit):
+        parse(Options, ["s3://bucket/run", "--prompt", "a"], prog="go", description="Goes.", positional=RUN_FOLDER)
+    problem = "  command line: RUN=s3://bucket/run must be a path on this machine; "
+    error = capsys.readouterr().err.splitlines()
+    assert error[0] == "go: 1 problem"
+    assert error[1].startswith(problem)
+
+
 # What was written (with 3 as the value) -> the setting that is meant.
 TYPOS = {
     "optim.tabel.lr": "optim.table.lr",
@@ -398,6 +407,7 @@ TYPOS = {
     "model.memroy.num_keys": "model.memory.num_keys",
     "model.peeer.num_keys": "model.peer.num_keys",
     "model.expert.num_experts": "model.experts.num_experts",
+    "model.moe.layers": "model.experts.layers",
     "model.layers": "model.num_layers",
     "model.vocabsize": "model.vocab_size",
     "data.tokeniser.kind": "data.tokenizer.kind",
