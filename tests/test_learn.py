@@ -60,7 +60,7 @@ def test_a_slot_is_shown_by_the_texts_that_read_it(run, facts, capsys):
         (learn, ["RUN"], 2, "out"),
         (learn, ["RUN", "--out", "x"], 2, "takes a run and at least one file"),
         (learn, ["RUN", "none.jsonl", "--out", "x"], 3, "there is no such file"),
-        (learn, ["RUN", "FACTS", "--out", "FACTS"], 2, "cannot be written: there is no folder"),
+        (learn, ["RUN", "FACTS", "--out", "FACTS"], 2, "facts.jsonl is a file, where a folder is needed"),
         (learn, ["RUN", "FACTS", "--out", "x", "--rows", "0", "--lr", "-1"], 2, "rows=0 must be positive"),
         (learn, ["RUN", "FACTS", "--out", "x", "--held_out", "TEXTS"], 3, "held_out must hold questions"),
         (inspect, ["RUN"], 2, "give one of the two"),

@@ -141,7 +141,7 @@ class DataConfig(Section):
         if self.source != "mixture" and self.mixture:
             yield f"source={self.source} does not read mixture; set source to mixture, or remove the list"
         if self.source == "mixture" and self.path is not None:
-            yield f"path={self.path} is not read with source=mixture; make it a part of mixture"
+            yield f"path={self.path} is not read with source=mixture; make it a component of the mixture"
         names = [part.name for part in self.mixture]
         if len(set(names)) < len(names):
             yield f"mixture={names} must give every component its own name"

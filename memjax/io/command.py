@@ -105,6 +105,8 @@ def check_output(path: str, name: str, *, makes_folder: bool = False) -> None:
         folder = os.path.dirname(folder) or "."
     if os.path.isdir(path):
         problem = "is a folder; name a file"
+    elif os.path.exists(folder) and not os.path.isdir(folder):
+        problem = f"cannot be written: {folder} is a file, where a folder is needed"
     elif not os.path.isdir(folder):
         problem = f"cannot be written: there is no folder {folder}"
     elif not os.access(path if os.path.exists(path) else folder, os.W_OK):

@@ -77,4 +77,5 @@ def test_speeds_of_the_server_were_measured():
     assert f"it wrote {rates[0]} tokens/s, {staying['of engine']:.2f} of the engine" in page
     assert f"95 % of the first tokens came within {first}." in page
     assert f"it wrote {rates[1]} tokens/s, {leaving['of engine']:.2f} of the engine" in page
+    assert f"95 % of the first tokens came within {leaving['first token p95 ms'] / 1e3:.2f} s. With the same" in page
     assert f"it was {host['tokens/s']:,.0f} tokens/s, {host['of engine']:.2f} of the engine, and {first_host}." in page
