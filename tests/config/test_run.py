@@ -325,7 +325,7 @@ def test_a_mixture_goes_through_yaml(tmp_path):
         ({"mixture": (MixtureConfig(name="a", path="x"),)}, "source=biographies does not read mixture"),
         (
             {"source": "mixture", "path": "x", "mixture": (MixtureConfig(name="a", path="x"),)},
-            "path=x is not read with source=mixture; make it a part of mixture",
+            "path=x is not read with source=mixture; make it a component of the mixture",
         ),
         (
             {"source": "mixture", "mixture": (MixtureConfig(name="a", path="x"), MixtureConfig(name="a", path="y"))},
