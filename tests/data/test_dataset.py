@@ -279,6 +279,21 @@ def test_a_packed_validation_file_goes_with_a_plain_training_file(tmp_path):
     assert not (tmp_path / "prepared" / "training").exists()
 
 
+def test_training_records_that_were_all_left_out_are_named(tmp_path):
+    lines = ['{"x": 1}\n'] * 8 + ['{"text": "a b"}\n'] * 2
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    config = DataConfig(
+        source="jsonl",
+        path=str(tmp_path / "a.jsonl"),
+        prepared=str(tmp_path / "prepared"),
+        malformed="skip",
+        validation_fraction=0.2,
+    )
+    with pytest.raises(DataError, match=r"a\.jsonl: none of the first 8 records, which are those of the training"):
+        open_dataset(config, BYTES)
+    assert len(open_dataset(dataclasses.replace(config, validation_fraction=0.1), BYTES).validation) == 1
+
+
 @pytest.mark.parametrize(("packing", "told"), [("none", "steps read 2 epochs"), ("concat", "read about 3.2 epochs")])
 def test_records_tokens_and_epochs_are_told(tmp_path, packing, told):
     (tmp_path / "a.txt").write_text("123456789\n" * 42)

@@ -5,10 +5,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
+import numpy as np
+
 from memjax.config.data import BiographiesConfig, DataConfig
 from memjax.data.mixture import Split, num_training_records
 from memjax.data.prepared.prepare import discard_outdated, prepare
-from memjax.data.prepared.store import is_prepared, open_prepared
+from memjax.data.prepared.store import PreparedReader, is_prepared, open_prepared
 from memjax.data.sampling import spread_over_records, spread_over_stream
 from memjax.data.sources.biographies import BiographyRecords, QuestionRecords
 from memjax.data.sources.corpus import Corpus
@@ -127,6 +129,11 @@ class Files(Source):
         training, held_out = [], []
         for corpus, reader in zip(self.training, readers, strict=True):
             stop = self._num_training(corpus, len(reader))
+            if not _has_records(reader, stop):
+                raise DataError(
+                    f"{corpus.path}: none of the first {stop:,} records, which are those of the training, can be used; "
+                    "mend the files, or hold out fewer with data.validation_fraction"
+                )
             training.append(Split(reader=reader, start=0, stop=stop, weight=corpus.weight))
             if stop < len(reader):
                 held_out.append(Split(reader=reader, start=stop, stop=len(reader), weight=corpus.weight))
@@ -174,6 +181,14 @@ class Files(Source):
         if count == 1 and fraction and corpus.is_random_access:
             _ = corpus.lines[0]  # so that a file of another kind, such as a JSON array, is reported as such
         return num_training_records(count, fraction, corpus.path)
+
+
+def _has_records(reader: Reader, stop: int) -> bool:
+    """Whether any of the first records is not one that was left out: the training would look for one for ever."""
+    if not (isinstance(reader, PreparedReader) and reader.manifest.malformed):
+        return True
+    rng = np.random.default_rng(0)
+    return any(len(reader([number], rng)[0]) for number in range(stop))
 
 
 class HuggingFace(Files):
