@@ -5,6 +5,7 @@ The event loop validates requests, decodes tokens and detects disconnects; JAX r
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ HUNG_UP = 499
 _DISCARDED = 8
 """Bodies up to this multiple of the limit are read to the end, so that clients see why they are refused."""
 
+_WHOLE_ADDRESS = re.compile("^https?://[^/]*")
 _SHORT = 1000
 """Characters of prompts that are encoded on the event loop."""
 
@@ -79,7 +81,8 @@ class Endpoints:
             self._service.metrics.codes[status or HUNG_UP] += 1
 
     async def _answer(self, request: Request, send: Send) -> None:
-        path = request.scope["path"]
+        # Clients of a proxy send the whole address (RFC 9112, 3.2.2).
+        path = _WHOLE_ADDRESS.sub("", request.scope["path"]) or "/"
         if path != "/health":
             self._service.check_key(request.scope["headers"])
         name = path.removeprefix("/v1/models/")
@@ -182,7 +185,8 @@ async def _models(service: Service, request: Request, send: Send) -> Response:
         "owned_by": "memjax",
         "max_model_len": service.limits.max_length,
     }
-    return _json(model if request.scope["path"] != "/v1/models" else {"object": "list", "data": [model]})
+    is_list = request.scope["path"].endswith("/v1/models")
+    return _json({"object": "list", "data": [model]} if is_list else model)
 
 
 async def _health(service: Service, request: Request, send: Send) -> Response:

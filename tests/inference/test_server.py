@@ -615,6 +615,10 @@ def test_paths_methods_and_types_that_are_not_served(server):
         status, _, answer = server.send("GET", path.replace("\x7f", "%7f"))
         assert status == 404, path
         assert json.loads(answer)["error"]["message"].isprintable()
+    # Clients of a proxy send the whole address.
+    for path in ("/health", "/v1/models", "/v1/models/tiny"):
+        assert server.send("GET", f"http://example.org:80{path}")[::2] == server.send("GET", path)[::2]
+    assert server.send("GET", "http://example.org")[0] == 404
     status, headers, _ = server.send("GET", "/v1/completions")
     assert (status, headers["allow"]) == (405, "POST")
     assert server.send("DELETE", "/health")[0] == 405

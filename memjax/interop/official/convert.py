@@ -9,6 +9,7 @@ import contextlib
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -203,10 +204,14 @@ def _model_config(dense: Arrays, tables: Arrays, settings: Mapping[str, Any], pl
         raise CheckpointError(f"{place}: has the layers {layers}, must have all from 0 on")
     vocab_size, dim = shape_of(dense, "tok_embeddings.weight", place)
     queries, keys = (shape_of(dense, f"layers.0.attention.{name}.weight", place)[0] for name in ("wq", "wk"))
-    head_dim = _head_dim(known, queries, place)
+    head_dim = _head_dim(known, queries, keys, place)
     hidden = [array.shape[0] for name, array in dense.items() if name.endswith(".feed_forward.w1.weight")]
-    if known.get("use_scaled_rope") or known.get("rope_scaling"):
-        raise CheckpointError(f"{place}: {SETTINGS} asks for scaled rotary frequencies, which are not converted")
+    for name in ("use_scaled_rope", "rope_scaling"):
+        if known.get(name):
+            raise CheckpointError(
+                f"{place}: {name}={known[name]!s:.40} in {SETTINGS} asks for scaled rotary frequencies, which are not "
+                "converted"
+            )
     try:
         return ModelConfig(
             dim=dim,
@@ -216,8 +221,8 @@ def _model_config(dense: Arrays, tables: Arrays, settings: Mapping[str, Any], pl
             head_dim=None if queries == dim else head_dim,
             ffn_dim=hidden[0] if hidden else dim,
             vocab_size=vocab_size,
-            rope_theta=float(known.get("rope_theta", 10000.0)),
-            norm_eps=float(known.get("norm_eps", 1e-5)),
+            rope_theta=_number(known, "rope_theta", 10000.0, place),
+            norm_eps=_number(known, "norm_eps", 1e-5, place),
             sliding_window=known.get("sliding_window"),
             tie_embeddings="output.weight" not in dense,
             param_dtype=type_of(dense, place),
@@ -241,16 +246,25 @@ def _memory_config(dense: Arrays, tables: Arrays, settings: Mapping[str, Any], p
     )
 
 
-def _head_dim(known: Mapping[str, Any], queries: int, place: str) -> int:
+def _number(known: Mapping[str, Any], name: str, default: float, place: str) -> float:
+    """A positive number of the settings; null is the default."""
+    value = default if known.get(name) is None else known[name]
+    # Integers may be too large for a float.
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+        raise CheckpointError(f"{place}: {name}={value!s:.40} in {SETTINGS} must be a positive number")
+    return float(value)
+
+
+def _head_dim(known: Mapping[str, Any], queries: int, keys: int, place: str) -> int:
     """Width of an attention head."""
     heads, width = (known.get(name) or 0 for name in ("n_heads", "head_dim"))
     if not heads and not width:
         raise CheckpointError(f"{place}: {SETTINGS} must say n_heads or head_dim, which no shape tells")
-    found = (width or queries // heads) if isinstance(heads, int) and isinstance(width, int) else 0
-    if found < 1 or queries % found or (heads and heads * found != queries):
+    found = (width or queries // heads) if type(heads) is type(width) is int else 0
+    if found < 1 or queries % found or keys % found or (heads and heads * found != queries):
         raise CheckpointError(
             f"{place}: n_heads={known.get('n_heads')!s:.40} and head_dim={known.get('head_dim')!s:.40} in {SETTINGS} "
-            f"do not fit queries of width {queries}"
+            f"do not fit queries of width {queries} and keys of width {keys}"
         )
     return found
 

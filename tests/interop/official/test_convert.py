@@ -283,7 +283,15 @@ def test_checkpoints_that_cannot_be_are_refused_and_nothing_is_written(tmp_path,
         ({"n_heads": "2"}, "n_heads=2 and head_dim=None"),
         ({"n_heads": 2, "mem_knn": 5}, "top_k=5 must be in 1..num_keys=4"),
         ({"n_heads": 2, "mem_knn": "x"}, "describes no model that can be"),
-        ({"n_heads": 2, "use_scaled_rope": True}, "asks for scaled rotary frequencies"),
+        ({"n_heads": 1}, "do not fit queries of width 8 and keys of width 4"),
+        ({"n_heads": True}, "n_heads=True and head_dim=None"),
+        ({"n_heads": 2, "rope_theta": 10**400}, "in params.json must be a positive number"),
+        ({"n_heads": 2, "rope_theta": "5e5"}, "rope_theta=5e5 in params.json must be a positive number"),
+        ({"n_heads": 2, "norm_eps": [1]}, "norm_eps=[1] in params.json must be a positive number"),
+        (
+            {"n_heads": 2, "use_scaled_rope": True},
+            "use_scaled_rope=True in params.json asks for scaled rotary frequencies",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(fixture_arrays, settings, message):
