@@ -118,10 +118,8 @@ def to_hf(
     check_new(out)
     loaded = load_as_saved(run, step=step, ema=ema)
     model, tokenizer = _rounded(loaded.model, dtype), loaded.tokenizer
-    # The type in which the tables are written, where the config has a word for it.
-    named = dict.fromkeys(model.config.lookup_sections, dtype) if dtype in ("float32", "bfloat16") else None
     fields = write_model_config(
-        with_dtypes(model.config, tables=named) if named else model.config,
+        model.config,
         dtype=dtype or model.config.param_dtype,
         longest=longest or loaded.config.data.sequence_length,
         bos=tokenizer.bos_id,
@@ -176,25 +174,31 @@ def _kept_fields(folder: pathlib.Path, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _rounded(model: Decoder, dtype: str | None) -> Decoder:
-    """The model with its numbers rounded to another type, and kept in their own; the given one is gone then."""
+    """The model with its numbers rounded to a type, and its tables in the one that they are read in again.
+
+    The sums of rows are rounded to the type of the table, so that another would give other logits. The given model is
+    gone then.
+    """
     if dtype is None:
         return model
-    parts, params, tables = split_decoder(model)
+    _, params, tables = split_decoder(model)
+    read_as = "float32" if dtype == "float16" else dtype
 
-    def rounded(leaf: jax.Array) -> jax.Array:
+    def rounded(leaf: jax.Array, own: str | jnp.dtype) -> jax.Array:
         if jnp.promote_types(leaf.dtype, dtype) == dtype:
-            return leaf
+            return leaf.astype(own)
         narrow = leaf.astype(dtype)
         if not bool(jnp.isfinite(narrow).all()) and bool(jnp.isfinite(leaf).all()):
             raise CheckpointError(
                 f"dtype={dtype} cannot hold numbers as large as {float(jnp.abs(leaf).max()):.3g}, which the model has; "
                 "take bfloat16 or float32"
             )
-        own = leaf.dtype
         leaf.delete()  # or the whole model would be in memory twice
         return narrow.astype(own)
 
-    return parts.merge(*jax.tree.map(rounded, (params, tables)))
+    config = with_dtypes(model.config, tables=dict.fromkeys(model.config.lookup_sections, read_as))
+    params = jax.tree.map(lambda leaf: rounded(leaf, leaf.dtype), params)
+    return DecoderParts.of(config).merge(params, jax.tree.map(lambda rows: rounded(rows, read_as), tables))
 
 
 def _logits(model: Decoder) -> np.ndarray:

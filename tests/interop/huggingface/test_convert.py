@@ -34,8 +34,8 @@ MIXTURE = ExpertsConfig(layers=(3,), num_experts=2, ffn_dim=8)
 MODEL = ModelConfig(**SIZES, memory=MEMORY, peer=EXPERTS, experts=MIXTURE)
 
 
-def make_run(folder: pathlib.Path) -> None:
-    config = RunConfig(model=MODEL, data=DataConfig(sequence_length=48))
+def make_run(folder: pathlib.Path, model: ModelConfig = MODEL) -> None:
+    config = RunConfig(model=model, data=DataConfig(sequence_length=48))
     write_run(folder, drawn(config.model), ByteTokenizer(), config)
 
 
@@ -87,12 +87,14 @@ def test_a_model_with_memory_goes_out_with_its_table_once_and_comes_back_bit_for
 
 
 @pytest.mark.slow
-def test_rounded_tables_are_described_as_they_are_written(memory_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface, "_logits", lambda model: np.zeros(1))
-    for dtype, expected in (("bfloat16", ["bfloat16"] * 2), ("float16", ["bfloat16", "float32"])):
-        to_hf(memory_run, tmp_path / dtype, dtype=dtype)
-        model = json.loads((tmp_path / dtype / "config.json").read_text())["model"]
-        assert [model[section]["table_dtype"] for section in ("memory", "peer")] == expected
+@pytest.mark.parametrize(("dtype", "read_as"), [("bfloat16",) * 2, ("float32",) * 2, ("float16", "float32")])
+def test_rounded_tables_give_the_logits_that_they_are_read_with_and_are_described(dtype, read_as, tmp_path):
+    memory = dataclasses.replace(MEMORY, layers=(0,), gate="none")
+    peer = dataclasses.replace(EXPERTS, layers=(1,))
+    make_run(tmp_path / "run", dataclasses.replace(MODEL, num_layers=2, memory=memory, peer=peer, experts=None))
+    assert to_hf(tmp_path / "run", tmp_path / "out", dtype=dtype)
+    model = json.loads((tmp_path / "out" / "config.json").read_text())["model"]
+    assert [model[section]["table_dtype"] for section in ("memory", "peer")] == [read_as] * 2
 
 
 def test_what_belongs_to_the_model_is_kept_from_where_it_came(memory_run, tmp_path, monkeypatch):
