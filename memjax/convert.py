@@ -6,7 +6,7 @@
 
 import dataclasses
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from memjax.config.help import Positional
@@ -21,6 +21,8 @@ from memjax.runs.settings import StepSettings, TableFormat
 from memjax.runs.subcommands import Subcommand
 
 PROG = "python -m memjax.convert"
+MOST_TOKENS = 1 << 31
+"""Lengths of texts are below it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +53,12 @@ class ToHfConfig(StepSettings):
     settings are copied."""
     shard_gb: Positive[float] = 5.0
     """Largest file in GB; a larger model is split over several, with an index."""
+
+    def problems(self) -> Iterator[str]:
+        """A step that is no checkpoint's, and a length that no reader takes."""
+        yield from super().problems()
+        if self.max_length is not None and self.max_length >= MOST_TOKENS:
+            yield f"max_length={self.max_length} must be below {MOST_TOKENS}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from memjax.config import arguments
+from memjax.config.checks import is_count
 from memjax.config.load import Parsed, parse
 from memjax.config.problems import Problems
 from memjax.config.run import RunConfig
@@ -68,7 +69,7 @@ def _config_file(positional: str | None) -> pathlib.Path | None:
 
 def _jobs(asked: Sequence[str]) -> int:
     text = asked[-1] if asked else "1"
-    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+    if not (is_count(text) and int(text) > 0):
         raise ConfigError(f"jobs={text} must be a whole number of runs at a time, at least 1")
     return int(text)
 

@@ -77,6 +77,12 @@ def test_the_settings_of_to_hf_arrive(monkeypatch, capsys):
         (["from-hf", "--out", "y"], 2, "HF_FOLDER is missing"),
         (["from-hf", "x"], 2, "out is missing"),
         (["to-hf", "x", "--out", "y", "--step", "last"], 2, "step=last must be latest, best or the number"),
+        (
+            ["to-hf", "x", "--out", "y", "--max_length", "9999999999"],
+            2,
+            "max_length=9999999999 must be below 2147483648",
+        ),
+        (["to-hf", "x", "--out", "y", "--step", "9" * 5000], 2, "must be latest, best or the number of a checkpoint"),
         (["to-hf", "x", "--out", "y", "--shard_gb", "0"], 2, "shard_gb=0.0 must be positive"),
         (["from-hf", "x", "--out", "y", "--tokeniser", "z"], 2, "did you mean 'tokenizer'"),
         (["from-hf", "nowhere", "--out", "y"], 4, "nowhere: there is no such folder"),

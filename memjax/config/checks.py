@@ -96,6 +96,11 @@ _TYPES: dict[Any, Check] = {
 }
 
 
+def is_count(text: str) -> bool:
+    """Whether a text is the decimal digits of a whole number of 64 bits; `int` refuses thousands of digits."""
+    return text.isascii() and text.isdecimal() and len(text) < 19
+
+
 def counts(**fields: Any) -> list[str]:
     """Fields must be whole numbers above 0, or null."""
     return whole(**fields) or positive(**fields)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
+from memjax.config.checks import is_count
 from memjax.config.section import NotNegative, Positive, Section
 
 
@@ -64,7 +65,7 @@ class ProcessesConfig(Section):
     def problems(self) -> Iterator[str]:
         """An address or a number that cannot be."""
         host, _, port = (self.coordinator or "host:1").rpartition(":")
-        if not (host and port.isdecimal()):
+        if not (host and is_count(port)):
             yield f"coordinator={self.coordinator} must be HOST:PORT, as in node1:12345"
         if self.index is not None and self.count is not None and self.index >= self.count:
             yield f"index={self.index} must be below count={self.count}: the first process is 0"

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from pydantic import NonNegativeInt, PositiveInt
 
 from memjax.checkpoint.checkpoints import Checkpoints
+from memjax.config.checks import is_count
 from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import MALFORMED, Tokenizer, explained
@@ -247,7 +248,7 @@ def _number(checkpoints: Checkpoints, step: int | str) -> int | None:
     if step == "latest":
         return None
     if step != "best":
-        if not str(step).isdecimal():
+        if not is_count(str(step)):
             raise ConfigError(f"step={step!r} must be latest, best or the number of a checkpoint")
         return int(step)
     best = checkpoints.best()

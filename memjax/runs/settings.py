@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
+from memjax.config.checks import is_count
 from memjax.config.section import Positive, Section
 from memjax.errors import ConfigError
 
@@ -25,7 +26,7 @@ class StepSettings(Section):
 
     def problems(self) -> Iterator[str]:
         """A step that is no checkpoint's."""
-        if self.step not in ("latest", "best") and not self.step.isdecimal():
+        if self.step not in ("latest", "best") and not is_count(self.step):
             yield f"step={self.step} must be latest, best or the number of a checkpoint"
 
     @property

@@ -22,6 +22,7 @@ from functools import partial
 import jax
 import orbax.checkpoint as ocp
 
+from memjax.config.checks import is_count
 from memjax.config.devices import ProcessesConfig
 from memjax.errors import ConfigError
 from memjax.io.console import say, warn
@@ -132,7 +133,7 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
     text = environ.get(name, "").strip()
     if not text:
         return None
-    if not (text.isascii() and text.isdecimal()):
+    if not is_count(text):
         raise ConfigError(
             f"the environment has {name}={text!r}, which must be a whole number; correct it, or set --processes.count 1"
         )

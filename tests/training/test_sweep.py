@@ -130,7 +130,7 @@ def test_a_comparison_that_cannot_be_made_does_not_hide_how_the_sweep_ended(tmp_
     assert "the runs are not compared" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("jobs", ["0", "two", "-1"])
+@pytest.mark.parametrize("jobs", ["0", "two", "-1", "9" * 5000])
 def test_jobs_is_a_number_of_runs(jobs, capsys):
     assert command.main(["--grid", "optim.lr=1e-3", "--jobs", jobs]) == 2
     assert f"jobs={jobs} must be a whole number of runs at a time" in capsys.readouterr().err

@@ -18,13 +18,13 @@ from flax import nnx
 
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import Tokenizer
-from memjax.errors import CheckpointError, ConfigError
+from memjax.errors import CheckpointError, ConfigError, DataError
 from memjax.interop.folders import file_in, read_json, write_json
 from memjax.interop.huggingface.config import longest_text, read_model_config
 from memjax.interop.huggingface.families import has_own_format
 from memjax.interop.huggingface.safetensors import open_tensors
 from memjax.interop.huggingface.tensors import compare_bits, read_model, write_model
-from memjax.interop.huggingface.tokenizer import read_tokenizer
+from memjax.interop.huggingface.tokenizer import ADVICE, read_tokenizer
 from memjax.interop.huggingface.tokenizer_files import GENERATION
 from memjax.interop.huggingface.written_config import write_model_config
 from memjax.interop.huggingface.written_tokenizer import write_tokenizer
@@ -111,9 +111,9 @@ def to_hf(
         Whether there is a tokenizer in it: the format knows not all kinds.
 
     Raises:
-        ConfigError: out holds something, or `like` has another tokenizer than the run.
-        DataError: the tokenizer of `like` cannot be read.
-        CheckpointError: the run cannot be read, the format has no such model, or out cannot be written.
+        ConfigError: out holds something, or `like` has another tokenizer than the run, or none that can be read.
+        CheckpointError: the run cannot be read, its logits are not finite, the format has no such model, or out cannot
+            be written.
     """
     check_new(out)
     loaded = load_as_saved(run, step=step, ema=ema)
@@ -137,6 +137,11 @@ def to_hf(
     fields |= kept if longest is None else {**kept, "max_position_embeddings": longest}
     del loaded
     expected = _logits(model)
+    if not np.isfinite(expected).all():
+        raise CheckpointError(
+            f"{run}: its logits are not finite, so that nothing can be compared with them; its weights hold NaN, "
+            "infinity or numbers that are too large: take another checkpoint"
+        )
     with written_whole(out) as folder:
         write_json(folder / CONFIG, fields)
         write_json(folder / GENERATION, generation_config(tokenizer.bos_id, tokenizer.end_ids))
@@ -168,7 +173,14 @@ def to_hf(
 def _kept_fields(folder: pathlib.Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """The kept fields of the original config.json, after checking that the tokenizers are the same."""
     fields = read_json(file_in(folder, CONFIG))
-    if read_tokenizer(folder, None, fields)[1].fingerprint != tokenizer.fingerprint:
+    try:
+        found = read_tokenizer(folder, None, fields)[1]
+    except DataError as error:
+        problem = str(error).replace(ADVICE, "").rstrip("; \n")
+        raise ConfigError(
+            f"like={folder} has no tokenizer to compare with the run's; leave like out: {problem}"
+        ) from error
+    if found.fingerprint != tokenizer.fingerprint:
         raise ConfigError(f"like={folder} has another tokenizer than the run; name the folder that its model came from")
     return {name: fields[name] for name in KEPT_FIELDS if name in fields}
 

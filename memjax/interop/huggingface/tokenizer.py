@@ -14,10 +14,11 @@ from memjax.interop.folders import file_in
 from memjax.interop.huggingface.tokenizer_files import JSON, MODEL, SETTINGS, ContradictionError, TokenizerFiles
 from memjax.io.console import warn
 
-_ADVICE = (
+ADVICE = (
     "set --tokenizer to a tokenizer.json with a byte-level BPE or to a SentencePiece .model, or to byte, with which "
     "the model can be called with token ids, but knows no text"
 )
+"""What to do where a folder has no tokenizer that can be read."""
 
 
 def read_tokenizer(
@@ -51,8 +52,8 @@ def read_tokenizer(
             except DataError as error:
                 problems.append(str(error))
     if problems:
-        raise DataError("\n".join([*problems, _ADVICE]))
-    raise DataError(f"{folder}: there is neither {JSON} nor {MODEL}; {_ADVICE}")
+        raise DataError("\n".join([*problems, ADVICE]))
+    raise DataError(f"{folder}: there is neither {JSON} nor {MODEL}; {ADVICE}")
 
 
 def _open(path: pathlib.Path, folder: TokenizerFiles) -> tuple[TokenizerConfig, Tokenizer]:

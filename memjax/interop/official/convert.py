@@ -165,7 +165,7 @@ def _lazy(files: TensorFiles, name: str) -> LazyArray:
 
 
 def _memory_layers(arrays: Arrays) -> list[int]:
-    matches = (re.fullmatch(r"layers\.(\d+)\.feed_forward\.keys", name) for name in arrays)
+    matches = (re.fullmatch(r"layers\.(\d{1,4})\.feed_forward\.keys", name) for name in arrays)
     return sorted(int(found[1]) for found in matches if found)
 
 
@@ -199,7 +199,7 @@ def _table(array: Any, place: str) -> jax.Array:
 
 def _model_config(dense: Arrays, tables: Arrays, settings: Mapping[str, Any], place: str) -> ModelConfig:
     known = settings["model"] if isinstance(settings.get("model"), Mapping) else settings
-    layers = sorted({int(found[1]) for name in dense if (found := re.match(r"layers\.(\d+)\.", name))})
+    layers = sorted({int(found[1]) for name in dense if (found := re.match(r"layers\.(\d{1,4})\.", name))})
     if layers != list(range(len(layers))):
         raise CheckpointError(f"{place}: has the layers {layers}, must have all from 0 on")
     vocab_size, dim = shape_of(dense, "tok_embeddings.weight", place)

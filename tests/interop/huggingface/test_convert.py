@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -108,6 +109,10 @@ def test_what_belongs_to_the_model_is_kept_from_where_it_came(memory_run, tmp_pa
         ConfigError, match="has another tokenizer than the run; name the folder that its model came from"
     ):
         to_hf(memory_run, tmp_path / "other", like=tmp_path / "like")
+    (tmp_path / "bare").mkdir()
+    shutil.copy(tmp_path / "like" / "config.json", tmp_path / "bare")
+    with pytest.raises(ConfigError, match=r"bare has no tokenizer to .* leave like out: .*neither .*tokenizer\.model$"):
+        to_hf(memory_run, tmp_path / "other", like=tmp_path / "bare")
 
     loaded = load_as_saved(memory_run)
     tokenizer = read_tokenizer(tmp_path / "like", None, fields)[1]
@@ -127,6 +132,13 @@ def test_nothing_lies_at_the_target_when_what_was_written_gives_other_logits(oth
     monkeypatch.setattr(huggingface, "_logits", lambda model: next(answers))
     monkeypatch.setattr(huggingface, "read_model", lambda *_: None)
     with pytest.raises(CheckpointError, match=rf"gives other logits \(by up to {other}\); nothing is kept"):
+        to_hf(memory_run, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_whose_logits_are_not_finite_is_called_so(memory_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface, "_logits", lambda model: np.array([0.0, np.nan]))
+    with pytest.raises(CheckpointError, match="its logits are not finite"):
         to_hf(memory_run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -260,6 +260,7 @@ def test_tables_are_shared_where_they_are_equal_or_there_once(fixture_arrays):
         ({"tok_embeddings.weight": None}, "tok_embeddings.weight is missing"),
         ({"layers.1.attention.wq.weight": None}, "layers.1.attention.wq.weight is missing"),
         ({"layers.0.attention.wq.weight": None}, "layers.0.attention.wq.weight is missing"),
+        ({f"layers.{'9' * 5000}.ffn_norm.weight": (8,)}, "not the arrays of an official checkpoint"),
         ({"layers.3.ffn_norm.weight": (8,)}, "has the layers [0, 1, 3], must have all from 0 on"),
     ],
 )
