@@ -157,11 +157,23 @@ def learn_facts(
     for name, change in patch.tables.items():
         lines.append(f"{f'rows changed in {name}':<34}{len(change.rows):>10,} of {change.num_slots:,}")
     say("\n".join([*lines, f"{'seconds a fact':<34}{seconds / len(facts):>10.2f}"]))
-    if after.get(NEW, 1.0) < 1:
-        longer, faster = f"--epochs {2 * recipe.epochs}", f"--lr {2 * recipe.lr:g}"
-        say(f"not every fact is known; more passes ({longer}) or a higher rate ({faster}) help")
+    if (hint := advice(patch, after.get(NEW, 1.0), recipe)) is not None:
+        say(hint)
     say(f"written to {path}")
     return patch
+
+
+def advice(patch: Patch, known: float, recipe: Recipe) -> str | None:
+    """What to try where the share of known facts is below 1, or the patch changes nothing."""
+    longer, faster = f"--epochs {2 * recipe.epochs}", f"--lr {2 * recipe.lr:g}"
+    if not patch.num_rows:
+        return (
+            "no row has changed: every slot that the facts read is read by all texts of the background too (give other "
+            f"texts with --background), or the rate is too small for the numbers in the table ({faster})"
+        )
+    if known < 1:
+        return f"not every fact is known; more passes ({longer}) or a higher rate ({faster}) help"
+    return None
 
 
 def facts_of(label: str, patch: Patch) -> list[Fact]:
