@@ -45,6 +45,10 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer) -> bool:
     else:
         return False
     if description is not None:
+        before = description.get("pre_tokenizer") or {}
+        if "add_prefix_space" in before:
+            # transformers 4 would take its own default for that of the file.
+            settings["add_prefix_space"] = before["add_prefix_space"]
         write_json(folder / JSON, _with_begin(description, tokenizer, names[tokenizer.bos_id]))
     name = "LlamaTokenizer" if description is None else "PreTrainedTokenizerFast"
     write_json(folder / SETTINGS, {"tokenizer_class": name, **settings})

@@ -129,6 +129,17 @@ def test_what_is_written_encodes_as_before_and_is_read_again(kind, byte_level, p
     assert library.encode(f"the{name}").ids[-1] == tokenizer.eos_id
 
 
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_space_in_front_of_texts_is_told_to_transformers_4_too(adds, byte_level, tmp_path):
+    """It changes the pre-tokenizer of the file to what tokenizer_config.json says, or to its own default."""
+    before = {**byte_level["pre_tokenizer"], "add_prefix_space": adds}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(byte_level | {"pre_tokenizer": before}))
+    tokenizer = read_tokenizer(tmp_path, None, {"bos_token_id": 0, "eos_token_id": 1})[1]
+    assert (tokenizer.encode("cat") == tokenizer.encode(" cat")) == adds
+    write_tokenizer(tmp_path, tokenizer)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["add_prefix_space"] is adds
+
+
 def test_a_kind_that_has_no_form_there_is_not_written(tmp_path):
     ranks = b"".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n".encode() for byte in range(256))
     tokenizer = TiktokenTokenizer.of_file(ranks, pattern="gpt2", special_tokens=("<|endoftext|>",))
