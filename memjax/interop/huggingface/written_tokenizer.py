@@ -11,6 +11,7 @@ from memjax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from memjax.interop.folders import write_json
 from memjax.interop.huggingface.tokenizer_files import ADDED, JSON, MODEL, SETTINGS
 from memjax.interop.sentencepiece_json import SPECIAL_FLAGS, sentencepiece_as_json
+from memjax.io.console import warn
 
 
 def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer) -> bool:
@@ -36,6 +37,11 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer) -> bool:
                 str(token): {"content": name, **SPECIAL_FLAGS} for token, name in added.items()
             }
         description = sentencepiece_as_json(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else None
+        if description is None:
+            warn(
+                f"warning: transformers 5 converts {MODEL} itself and encodes some texts otherwise (runs of spaces, "
+                "combining marks); pass ids of the sentencepiece library, or use transformers 4"
+            )
     elif tokenizer.kind == "hf":
         description = state["json"]
     elif tokenizer.kind == "bpe":

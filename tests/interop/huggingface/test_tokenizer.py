@@ -342,9 +342,10 @@ def test_a_sentencepiece_bpe_is_written_as_a_tokenizer_json_with_the_same_ids(se
     ],
     ids=["unigram", "normalised", "spaces"],
 )
-def test_a_sentencepiece_model_that_encodes_otherwise_is_written_as_its_own_file_only(settings, tmp_path):
+def test_a_sentencepiece_model_that_encodes_otherwise_is_written_as_its_own_file_only(settings, tmp_path, capsys):
     (tmp_path / "tokenizer.model").write_bytes(_model(**settings))
     tokenizer = read_tokenizer(tmp_path, None, {})[1]
     (tmp_path / "out").mkdir()
     write_tokenizer(tmp_path / "out", tokenizer)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["tokenizer.model", "tokenizer_config.json"]
+    assert "transformers 5 converts tokenizer.model itself" in capsys.readouterr().err
