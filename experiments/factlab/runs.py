@@ -247,10 +247,10 @@ class Pool:
                 print(f"FAILED [{run.name}] {answer}", flush=True)
                 return
             self._seconds[run.kind, run.exposures] = seconds
-            self._slowdowns.append(seconds / run.seconds)
             result = {**run.row(), **answer["result"], "wall_seconds": round(seconds, 1)}
             self.results[run.name] = result
             write_results(self.path, self.results)
+            self._slowdowns.append(seconds / max(run.seconds, 1e-9))
             done = self._total - len(self._left) - len(self._running) - len(self._failed)
             elapsed = time.time() - self._began
             print(

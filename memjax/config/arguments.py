@@ -54,7 +54,7 @@ def split(words: Sequence[str], flags: Mapping[str, str], problems: Problems) ->
             if queue and not queue[0].startswith("--"):
                 text = queue.pop(0)
             elif annotation is not None:
-                problems.of_arguments(f"--{printable(name)} needs a value{_with_dashes(name, queue, schema)}")
+                problems.of_arguments(f"--{printable(name)} needs a value{_with_dashes(name, queue, flags, schema)}")
                 continue
         if annotation is None:
             problems.unknown(path, is_section=text.startswith("{"), place="command line")
@@ -63,10 +63,11 @@ def split(words: Sequence[str], flags: Mapping[str, str], problems: Problems) ->
     return found
 
 
-def _with_dashes(name: str, rest: Sequence[str], schema: type) -> str:
+def _with_dashes(name: str, rest: Sequence[str], flags: Mapping[str, str], schema: type) -> str:
     """How a value that begins like an option is given, where the next word may be one."""
-    other = rest[0][2:].partition("=")[0] if rest else ""
-    is_option = not rest or field_type(schema, (other.partition(".")[0],)) is not None
+    other = re.split("[.=]", rest[0][2:])[0].replace("-", "_") if rest else ""
+    known = (other in flags, *(field_type(schema, (word,)) for word in (other, other.removeprefix("no_"))))
+    is_option = not rest or any(known)
     return "" if is_option else f"; one that begins with -- is given as --{printable(name)}=VALUE"
 
 

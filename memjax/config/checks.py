@@ -47,7 +47,7 @@ def _check(is_right: Callable[[Any], bool], rule: str, *, quoted: bool = False, 
 def _holds(is_right: Callable[[Any], bool], value: Any) -> bool:
     try:
         return is_right(value)
-    except TypeError:  # of a type that the rule does not compare, such as a text
+    except (TypeError, OverflowError):  # of a type that the rule does not compare, such as a text, or out of any range
         return False
 
 
@@ -81,13 +81,14 @@ def _both(one: Check, other: Check) -> Check:
 
 
 _of_type = functools.partial(_check, quoted=True, or_null=False)
+whole_number = _both(
+    _of_type(_is_whole, "must be a whole number"),
+    _check(lambda value: -(1 << 63) <= value < 1 << 64, "must be a whole number of 64 bits"),
+)
 # A number that float32 rounds to zero, or to infinity, would end a run as not a number.
 _TYPES: dict[Any, Check] = {
     bool: _of_type(lambda value: isinstance(value, bool), "must be true or false"),
-    int: _both(
-        _of_type(_is_whole, "must be a whole number"),
-        _check(lambda value: -(1 << 63) <= value < 1 << 63, "must be a whole number of 64 bits"),
-    ),
+    int: whole_number,
     float: _both(
         _of_type(_is_finite, "must be a finite number"),
         _check(_fits_float32, "must be a number of float32: 0, or from 1.2e-38 to 3.4e38"),
@@ -102,8 +103,8 @@ def is_count(text: str) -> bool:
 
 
 def counts(**fields: Any) -> list[str]:
-    """Fields must be whole numbers above 0, or null."""
-    return whole(**fields) or positive(**fields)
+    """Fields must be whole numbers above 0."""
+    return whole_number(**fields) or positive(**fields)
 
 
 def one_of(known: Sequence[str], **fields: Any) -> list[str]:
@@ -132,6 +133,8 @@ def typed(config: Any, section: str | None = None) -> None:
         value, kinds = getattr(config, name), [one for one in _union(kind) if one is not type(None)]
         if value is None and len(kinds) < len(_union(kind)):
             continue
+        if int in kinds and float in kinds:
+            kinds.remove(float if _is_whole(value) else int)
         found = [rule(**{name: value}) for rule in map(_rule, kinds) if rule is not None]
         if len(found) == len(kinds) and all(found):
             now = section and new_value(f"{section}.{name}", value)

@@ -30,8 +30,8 @@ class RunFolderConfig(Section):
     with long rows."""
     compile_cache: LocalPath[str] | None = "auto"
     """Folder that caches compiled programs for the next start. auto: memjax/compiled in the user's cache folder, at
-    most 2 GB; the environment variable MEMJAX_COMPILE_CACHE, which all commands read, names another folder, or off.
-    null: no cache."""
+    most 2 GB; the environment variable MEMJAX_COMPILE_CACHE, which commands that run a model read, names another
+    folder, or off. null: no cache."""
 
     def problems(self) -> Iterator[str]:
         """A mirror that can only be read."""

@@ -79,7 +79,8 @@ def scalar(node: ScalarNode) -> Any:
         value = _CONSTRUCTORS[node.tag](node)
     except (KeyError, ValueError):  # ValueError: underscores without digits, more digits than Python reads
         return node.value
-    if isinstance(value, float) and value.is_integer() and re.fullmatch(r"[+-]?[0-9]+[eE][+]?[0-9]+", node.value):
+    is_small = isinstance(value, float) and abs(value) < 1e40
+    if is_small and value.is_integer() and re.fullmatch(r"[+-]?[0-9]+[eE][+]?[0-9]+", node.value):
         value = int(decimal.Decimal(node.value))  # 1e6 steps are whole steps; a field for other numbers takes them, too
     # What overflows stays text, so that the validation refuses it with its name.
     fits = math.isfinite(value) if isinstance(value, float) else isinstance(value, int) and abs(value) < 10**40

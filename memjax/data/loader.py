@@ -133,7 +133,7 @@ def _differences(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None
         if different > max(1, len(new[0]) // 2):
             problems.append(f"{name} holds other text here than in the checkpoint, in as many records")
         elif different or old_size != size:
-            say(f"{name} has changed in some records since the checkpoint; but not their number; the run continues")
+            say(f"{name} has changed in some records since the checkpoint, though not in their number; continuing")
     return problems
 
 

@@ -93,7 +93,8 @@ def bits_per_byte(
     Raises:
         ValueError: there is no text, a number is not a positive whole one, or stride is not in 1..sequence_length.
     """
-    checks.refuse(checks.counts(sequence_length=sequence_length, batch_size=batch_size, max_bytes=max_bytes))
+    limits = {} if max_bytes is None else {"max_bytes": max_bytes}
+    checks.refuse(checks.counts(sequence_length=sequence_length, batch_size=batch_size, **limits))
     stride = max(1, sequence_length // 2) if stride is None else stride
     if not 1 <= stride <= sequence_length:
         raise ValueError(f"stride={stride} must be in 1..sequence_length={sequence_length}: it would leave tokens out")

@@ -87,8 +87,9 @@ def continue_texts(
         TypeError: a prompt is no text.
     """
     checks.refuse(
-        checks.counts(batch_size=batch_size, max_prompt_tokens=max_prompt_tokens)
-        + (checks.whole(max_tokens=max_tokens) or checks.not_negative(max_tokens=max_tokens))
+        checks.counts(batch_size=batch_size)
+        + ([] if max_prompt_tokens is None else checks.counts(max_prompt_tokens=max_prompt_tokens))
+        + (checks.not_negative(max_tokens=max_tokens) or checks.whole_number(max_tokens=max_tokens))
     )
     prompts, stop = list(checks.several(prompts)), checks.several(stop)
     if not max_tokens:

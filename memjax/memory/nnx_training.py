@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from flax.nnx.graphlib import is_node, register_pytree_node_type
+from flax.nnx.graphlib import is_node
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
@@ -84,25 +84,12 @@ class Gradients:
         return dataclasses.replace(self, tables=tables)
 
 
-def _refuse_as_state(*_: Any) -> NoReturn:
-    raise TypeError(
-        "gradients of memjax.value_and_grad are applied by memjax.Optimizer(model, dense=optax..., "
-        "tables=memjax.RowOptimizer(...)), since those of tables are kept as factors; nnx.Optimizer takes those of "
-        "nnx.value_and_grad"
-    )
-
-
-# `nnx.Optimizer` asks for the state of the gradients, and would then fail at the tables with names of pytrees. NNX's
-# transformations take them as the pytree that they are.
-register_pytree_node_type(Gradients, _refuse_as_state, _refuse_as_state)
-
-
 def value_and_grad(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., tuple[Any, Gradients]]:
     """Like `nnx.value_and_grad(loss_fn)`, with row gradients in place of dense gradients of the tables.
 
     `loss_fn(model, *args, **kwargs)` calls the memory layers of the model, whose gradients are found by themselves,
     however many layers share a table, under `nnx.remat` and on a mesh, in a `memjax.Decoder` too; `memjax.Optimizer`
-    applies them:
+    applies them (those of tables are kept as factors, which `nnx.Optimizer` cannot apply):
 
         loss, gradients = memjax.value_and_grad(loss_fn)(model, x, y)
         optimizer.update(model, gradients)

@@ -133,11 +133,11 @@ class Decoder(nnx.Module):
         positions = default_positions(tokens) if positions is None else positions
         for name, given in (("positions", positions), ("segments", segments), ("token_mask", token_mask)):
             if given is not None:
-                fits = given.shape == tokens.shape
+                fits = getattr(given, "shape", None) == tokens.shape
                 require("Decoder", fits, f"{name} must have the shape of the tokens", tokens=tokens, **{name: given})
-                # Positions as numbers of 16 bits would be others from 257 on.
-                kind, rule = (jnp.bool_, "true or false") if name == "token_mask" else (jnp.integer, "whole numbers")
-                require("Decoder", jnp.issubdtype(given.dtype, kind), f"{name} must be {rule}", **{name: given})
+        # As numbers of 16 bits they would be others from 257 on.
+        is_whole = jnp.issubdtype(positions.dtype, jnp.integer)
+        require("Decoder", is_whole, "positions must be whole numbers", positions=positions)
         check_ids(tokens, self.config.vocab_size, "tokens")
         x = split_tokens(self.embedded(tokens))
         reads: dict[str, tuple[TableRead, ...]] = {}

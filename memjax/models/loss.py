@@ -71,9 +71,11 @@ def summed_loss(
     losses, while its logits are there: they are made once, not again for the backward pass.
 
     Raises:
-        ValueError: targets or weights are not one for each token, or a target is outside the vocabulary. Under
-            `jax.jit`, where targets have no values yet, the loss of such a target is NaN, whatever its weight.
+        ValueError: targets or weights are not one for each token, or a target of a weight other than 0 is outside the
+            vocabulary. Under `jax.jit`, where targets have no values yet, the loss of such a target is NaN.
     """
+    is_outside = (targets < 0) | (targets >= model.config.vocab_size)
+    targets = jnp.where(is_outside & (weights == 0), 0, targets)  # such as -100 for padding
     _check(model, hidden, targets=targets, weights=weights)
     return _summed(_chunks_of(model, hidden, logit_bytes), hidden, model.output_matrix(), targets, weights)
 
@@ -147,8 +149,8 @@ def _logits(hidden: Array, kernel: Array) -> Float[Array, "b s vocab"]:
 def _cross_entropy(logits: Float[Array, "b s vocab"], targets: Int[Array, "b s"]) -> tuple[Array, Array]:
     """-log softmax(logits)[target], and the logarithm of the softmax's denominator."""
     log_total = jax.nn.logsumexp(logits, axis=-1)
-    # Indices past the end give NaN; negative ones would count from the end.
-    index = jnp.where(targets < 0, logits.shape[-1], targets)[..., None]
+    # Indices past the end give NaN; negative ones would count from the end. Narrow types do not hold the end.
+    index = jnp.where(targets < 0, logits.shape[-1], targets.astype(jnp.int32))[..., None]
     return log_total - jnp.take_along_axis(logits, index, axis=-1, mode="fill")[..., 0], log_total
 
 

@@ -24,7 +24,9 @@ def check_ids(ids: Int[Array, "..."] | Int[np.ndarray, "..."] | Sequence[int], v
     if isinstance(ids, Tracer) or (isinstance(ids, jax.Array) and not ids.is_fully_addressable):
         return
     values = np.asarray(ids)
-    if values.size and not np.issubdtype(values.dtype, np.integer):
+    if isinstance(ids, Sequence) and all(isinstance(one, int) for one in ids):
+        values = np.array(ids, object)  # NumPy makes floats of what 64 bits do not hold
+    elif values.size and not np.issubdtype(values.dtype, np.integer):
         raise ValueError(f"{name} must be whole numbers, not of type {values.dtype}")
     for token in (values.min(), values.max()) if values.size else ():
         if not 0 <= token < vocab_size:

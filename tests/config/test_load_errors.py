@@ -9,6 +9,7 @@ from typing import Literal
 
 import pytest
 
+from memjax import generate, serve, train
 from memjax.config.load import RUN_FOLDER, load, parse
 from memjax.config.run import RunConfig
 from memjax.errors import ConfigError
@@ -281,11 +282,11 @@ WRONG = {
         ],
     ),
     "numbers that float32 and 64 bits cannot hold": (
-        "optim:\n  lr: 1e39\n  eps: 1e-50\nrun: {seed: 1e30}\ntrain: {steps: 1e23}\n",
+        "optim:\n  lr: 1e99\n  eps: 1e-50\nrun: {seed: 1e30}\ntrain: {steps: 1e23}\n",
         [],
         [
             "config.yaml:4: run.seed=1000000000000000000000000000000 must be a whole number of 64 bits",
-            "config.yaml:2: optim.lr=1e+39 must be a number of float32: 0, or from 1.2e-38 to 3.4e38",
+            "config.yaml:2: optim.lr=1e+99 must be a number of float32: 0, or from 1.2e-38 to 3.4e38",
             "config.yaml:3: optim.eps=1e-50 must be a number of float32: 0, or from 1.2e-38 to 3.4e38",
             "config.yaml:5: train.steps=100000000000000000000000 must be a whole number of 64 bits",
         ],
@@ -382,6 +383,19 @@ def test_parse_prints_one_screen_and_exits_2(capsys):
         "  command line: prompt is missing: set --prompt",
         "--help lists every setting.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (generate, ["r", "--prompt", "--max-tokens", "5"]),
+        (serve, ["r", "--host", "--no_warm_up"]),
+        (train, ["quickstart", "--run.dir", "--dry-run"]),
+    ],
+)
+def test_an_option_where_a_value_is_missing_is_taken_for_none(capsys, command, words):
+    assert command.main(words) == 2
+    assert f"{words[1]} needs a value\n" in capsys.readouterr().err
 
 
 def test_an_argument_that_is_no_path_is_not_called_missing(capsys):

@@ -384,17 +384,17 @@ def test_what_is_of_flax_and_optax_is_refused_by_name(as_users_call):
         memjax.value_and_grad(lambda x, model: loss_fn(model, x, x))(data()[0], model)
 
 
-def test_an_optimizer_of_flax_refuses_row_gradients_and_its_transformations_take_them():
+def test_transformations_and_modules_of_flax_take_row_gradients():
     net, x = Net(), jnp.ones((TOKENS, DIM))
-    loss = lambda net: jnp.sum(net(x))
-    optimizer = nnx.Optimizer(net, optax.sgd(0.1), wrt=nnx.Param)
-    gradients = nnx.jit(memjax.value_and_grad(loss))(net)[1]
-    for update in (optimizer.update, nnx.jit(lambda net, gradients: optimizer.update(net, gradients))):
-        with pytest.raises(TypeError, match=r"are applied by memjax\.Optimizer\(.* takes those of nnx.value_and_grad"):
-            update(net, gradients)
+    gradients = nnx.jit(memjax.value_and_grad(lambda net: jnp.sum(net(x))))(net)[1]
     doubled = nnx.scan(lambda gradients, _: (gradients * 2, None), length=1)(gradients, None)[0]
     for one, other in zip(jax.tree.leaves(doubled.dense), jax.tree.leaves(gradients.dense), strict=True):
         np.testing.assert_array_equal(one, 2 * other)
+    holder = nnx.Module()
+    holder.gradients = nnx.data(gradients)
+    total = nnx.jit(lambda holder: sum(map(jnp.sum, jax.tree.leaves(holder.gradients.dense))))(holder)
+    np.testing.assert_allclose(total, sum(map(jnp.sum, jax.tree.leaves(gradients.dense))), rtol=1e-5)
+    assert jax.tree.leaves(nnx.state(holder))
 
 
 def test_tables_that_are_read_only_are_refused():

@@ -268,20 +268,34 @@ def test_value_and_grad_finds_the_reads_of_a_decoder():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradients.dense, others)
 
 
+def test_a_decoder_trains_by_rows():
+    model, tokens = build("beside"), jnp.asarray(TOKENS)
+    gradients = memjax.value_and_grad(lambda model: model(tokens).sum())(model)[1]
+    (rows,) = [row for rows in gradients.tables.values() for row in rows]
+    assert np.isfinite(rows.dense(25)).all()
+    assert np.any(rows.dense(25))
+
+
 def test_a_decoder_that_a_transformation_closes_over_is_named():
     loss_fn = lambda model: jax.checkpoint(lambda tokens: model.hidden(tokens).states.sum())(jnp.asarray(TOKENS))
     with pytest.raises(ValueError, match="a Decoder is called inside a transformation of JAX"):
         jax.eval_shape(memjax.value_and_grad(loss_fn), build("beside"))
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype", "rule"),
-    [("positions", "float32", "whole numbers"), ("segments", "bool", "whole numbers"), ("token_mask", "int32", "true")],
-)
-def test_positions_segments_and_masks_of_other_types_are_refused(as_users_call, name, dtype, rule):
-    given: dict[str, Any] = {name: jnp.ones((2, 7), dtype)}
-    with pytest.raises(ValueError, match=f"Decoder: {name} must be {rule}.*; found {name} {dtype}"):
-        build("own tables").hidden(jnp.asarray(TOKENS), **given)
+def test_positions_that_are_no_whole_numbers_are_refused(as_users_call):
+    with pytest.raises(ValueError, match="Decoder: positions must be whole numbers; found positions float32"):
+        build("own tables").hidden(jnp.asarray(TOKENS), positions=jnp.ones((2, 7)))
+
+
+def test_masks_and_segments_may_be_zeros_and_ones_of_any_type(as_users_call):
+    model, mask = build("experts"), np.arange(14).reshape(2, 7) % 3 > 0
+    states = [
+        model.hidden(
+            jnp.asarray(TOKENS), token_mask=mask.astype(one), segments=mask.astype(other), training=True
+        ).states
+        for one, other in ((bool, np.int32), (np.int32, bool))
+    ]
+    np.testing.assert_array_equal(*states)
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (2, 1), (7,)], ids=str)
@@ -290,6 +304,13 @@ def test_what_belongs_to_other_tokens_is_refused(as_users_call, name, shape):
     given: dict[str, Any] = {name: jnp.ones(shape, bool if name == "token_mask" else jnp.int32)}
     sizes = ", ".join(map(str, shape))
     with pytest.raises(ValueError, match=rf"{name} must have the shape of the tokens; found .*{name} \w+\[{sizes}\]"):
+        build("own tables").hidden(jnp.asarray(TOKENS), **given)
+
+
+@pytest.mark.parametrize("name", ["positions", "segments", "token_mask"])
+def test_lists_of_what_belongs_to_tokens_are_refused(as_users_call, name):
+    given: dict[str, Any] = {name: [[1] * 7] * 2}
+    with pytest.raises(ValueError, match=f"{name} must have the shape of the tokens"):
         build("own tables").hidden(jnp.asarray(TOKENS), **given)
 
 

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from memjax.config.model import ModelConfig
-from memjax.models.loss import summed_loss, token_losses
+from memjax.models.loss import _cross_entropy, summed_loss, token_losses
 from memjax.models.parts import DecoderParts
 
 DIM, VOCAB, BATCH = 16, 96, 2
@@ -59,6 +59,23 @@ def test_targets_outside_the_vocabulary_are_refused_and_nan_where_they_are_trace
             loss(model, hidden, wrong)
     losses = nnx.jit(token_losses)(model, hidden, wrong)
     np.testing.assert_array_equal(jnp.isnan(losses), wrong == target)
+
+
+def test_targets_outside_the_vocabulary_count_nothing_where_their_weight_is_0():
+    model, hidden, targets, mask = build()
+    masked = mask.at[0, 2].set(0.0)
+    expected = summed_loss(model, hidden, targets, masked)[0]
+    for target in (-100, VOCAB):
+        given = hidden, targets.at[0, 2].set(target), masked
+        for loss in (summed_loss, nnx.jit(summed_loss)):
+            np.testing.assert_allclose(loss(model, *given)[0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16"])
+def test_a_narrow_type_of_targets_hides_none_that_are_wrong(dtype):
+    logits, targets = jnp.zeros((1, 2, 259 if dtype == "int8" else 40_000)), jnp.asarray([[-1, 3]], dtype)
+    losses = jax.jit(lambda *given: _cross_entropy(*given)[0])(logits, targets)
+    np.testing.assert_array_equal(jnp.isnan(losses), [[True, False]])
 
 
 def gradients(model, hidden, targets, mask, *, chunk_tokens):

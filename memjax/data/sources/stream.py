@@ -132,12 +132,14 @@ class Stream:
         """Reads the file.
 
         Raises:
-            DataError: a package to read it with is not there, or the file cannot be opened.
+            DataError: a package to read it with is not there.
         """
         try:
             self.file.path.open("rb").close()  # the library of each format has another error for it
         except OSError as error:
-            raise DataError(f"{self.file.path}: cannot be read ({error.strerror}); make it readable") from error
+            way_out = "; make it readable" if isinstance(error, PermissionError) else ""
+            yield 1, UnreadableError(f"the file cannot be read ({error.strerror}){way_out}", 1.0)
+            return
         read = {"parquet": self._rows, "arrow": self._rows, "array_record": self._records}.get(
             self.file.format, self._lines
         )

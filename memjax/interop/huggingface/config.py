@@ -121,7 +121,7 @@ def _window(fields: "_Fields", kind: str, absent: Mapping[str, Any], num_layers:
             window = None
         elif window is not None and types is None:
             types = _layer_types(fields, kind, num_layers)
-        if types == ["full_attention"] * num_layers:
+        if isinstance(types, list) and len(types) == num_layers and all(name == "full_attention" for name in types):
             return None
     if types is None:
         return window
