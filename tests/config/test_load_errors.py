@@ -394,7 +394,8 @@ def test_parse_prints_one_screen_and_exits_2(capsys):
     ],
 )
 def test_an_option_where_a_value_is_missing_is_taken_for_none(capsys, command, words):
-    assert command.main(words) == 2
+    with pytest.raises(SystemExit):
+        command.main(words)
     assert f"{words[1]} needs a value\n" in capsys.readouterr().err
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from memjax.config.model import ModelConfig, RopeScalingConfig, RopeScalingKind
+from memjax.config.model import MOST_LAYERS, ModelConfig, RopeScalingConfig, RopeScalingKind
 from memjax.config.renamed import upgraded
 from memjax.errors import CheckpointError
 from memjax.interop.huggingface.families import FAMILIES, MEMORY_FORMAT, MEMORY_MODEL, has_own_format
@@ -79,6 +79,8 @@ def read_model_config(config: dict[str, Any], place: str) -> ModelConfig:
         "ffn_dim": fields.size("intermediate_size"),
         "vocab_size": fields.size("vocab_size"),
     }
+    if sizes["num_layers"] > MOST_LAYERS:  # before anything is listed by layer
+        raise fields.refused("num_hidden_layers", f"must be at most {MOST_LAYERS}", "every block is compiled separately")
     sizes["sliding_window"] = _window(fields, kind, absent, sizes["num_layers"])
     if sizes["head_dim"] and sizes["head_dim"] * sizes["num_heads"] == sizes["dim"]:
         sizes["head_dim"] = None  # newer versions write it even where it says nothing new
