@@ -80,7 +80,9 @@ def read_model_config(config: dict[str, Any], place: str) -> ModelConfig:
         "vocab_size": fields.size("vocab_size"),
     }
     if sizes["num_layers"] > MOST_LAYERS:  # before anything is listed by layer
-        raise fields.refused("num_hidden_layers", f"must be at most {MOST_LAYERS}", "every block is compiled separately")
+        raise fields.refused(
+            "num_hidden_layers", f"must be at most {MOST_LAYERS}", "every block is compiled separately"
+        )
     sizes["sliding_window"] = _window(fields, kind, absent, sizes["num_layers"])
     if sizes["head_dim"] and sizes["head_dim"] * sizes["num_heads"] == sizes["dim"]:
         sizes["head_dim"] = None  # newer versions write it even where it says nothing new
