@@ -83,7 +83,7 @@ def _both(one: Check, other: Check) -> Check:
 _of_type = functools.partial(_check, quoted=True, or_null=False)
 whole_number = _both(
     _of_type(_is_whole, "must be a whole number"),
-    _check(lambda value: -(1 << 63) <= value < 1 << 64, "must be a whole number of 64 bits"),
+    _check(lambda value: -(1 << 63) <= value < 1 << 63, "must be in -2**63..2**63-1"),
 )
 # A number that float32 rounds to zero, or to infinity, would end a run as not a number.
 _TYPES: dict[Any, Check] = {
@@ -98,8 +98,9 @@ _TYPES: dict[Any, Check] = {
 
 
 def is_count(text: str) -> bool:
-    """Whether a text is the decimal digits of a whole number of 64 bits; `int` refuses thousands of digits."""
-    return text.isascii() and text.isdecimal() and len(text) < 19
+    """Whether a text is the decimal digits of a whole number below 2**63; `int` refuses thousands of digits."""
+    digits = text.lstrip("0")
+    return text.isascii() and text.isdecimal() and len(digits) < 20 and int(digits or 0) < 1 << 63
 
 
 def counts(**fields: Any) -> list[str]:

@@ -26,7 +26,7 @@ HUNG_UP = 499
 _DISCARDED = 8
 """Bodies up to this multiple of the limit are read to the end, so that clients see why they are refused."""
 
-_WHOLE_ADDRESS = re.compile("^https?://[^/]*")
+_WHOLE_ADDRESS = re.compile("^https?://[^/]*", re.IGNORECASE)
 _SHORT = 1000
 """Characters of prompts that are encoded on the event loop."""
 
@@ -82,7 +82,7 @@ class Endpoints:
 
     async def _answer(self, request: Request, send: Send) -> None:
         # Clients of a proxy send the whole address (RFC 9112, 3.2.2).
-        path = _WHOLE_ADDRESS.sub("", request.scope["path"]) or "/"
+        path = request.scope["path"] = _WHOLE_ADDRESS.sub("", request.scope["path"]) or "/"
         if path != "/health":
             self._service.check_key(request.scope["headers"])
         name = path.removeprefix("/v1/models/")
@@ -185,7 +185,7 @@ async def _models(service: Service, request: Request, send: Send) -> Response:
         "owned_by": "memjax",
         "max_model_len": service.limits.max_length,
     }
-    is_list = request.scope["path"].endswith("/v1/models")
+    is_list = request.scope["path"] == "/v1/models"
     return _json({"object": "list", "data": [model]} if is_list else model)
 
 

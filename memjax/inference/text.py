@@ -89,7 +89,7 @@ def continue_texts(
     checks.refuse(
         checks.counts(batch_size=batch_size)
         + ([] if max_prompt_tokens is None else checks.counts(max_prompt_tokens=max_prompt_tokens))
-        + (checks.not_negative(max_tokens=max_tokens) or checks.whole_number(max_tokens=max_tokens))
+        + (checks.whole_number(max_tokens=max_tokens) or checks.not_negative(max_tokens=max_tokens))
     )
     prompts, stop = list(checks.several(prompts)), checks.several(stop)
     if not max_tokens:

@@ -135,9 +135,10 @@ class Decoder(nnx.Module):
             if given is not None:
                 fits = getattr(given, "shape", None) == tokens.shape
                 require("Decoder", fits, f"{name} must have the shape of the tokens", tokens=tokens, **{name: given})
-        # As numbers of 16 bits they would be others from 257 on.
-        is_whole = jnp.issubdtype(positions.dtype, jnp.integer)
-        require("Decoder", is_whole, "positions must be whole numbers", positions=positions)
+        for name, given in (("positions", positions), ("segments", segments)):
+            # bfloat16 rounds 257 to 256.
+            is_whole = given is None or not jnp.issubdtype(given.dtype, jnp.inexact)
+            require("Decoder", is_whole, f"{name} must be whole numbers", **{name: given})
         check_ids(tokens, self.config.vocab_size, "tokens")
         x = split_tokens(self.embedded(tokens))
         reads: dict[str, tuple[TableRead, ...]] = {}

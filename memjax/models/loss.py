@@ -7,7 +7,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from memjax.models.chunks import by_chunks, join, split
 from memjax.models.decoder import Decoder
@@ -36,7 +36,8 @@ def token_losses(
     Raises:
         ValueError: as `summed_loss`.
     """
-    _check(model, hidden, targets=targets)
+    _check(hidden, targets=targets)
+    check_ids(targets, model.config.vocab_size, "targets")
     losses = lambda logits, targets: _cross_entropy(logits, targets)[0]
     return map_logits(model, losses, hidden, targets, logit_bytes=logit_bytes)
 
@@ -74,16 +75,18 @@ def summed_loss(
         ValueError: targets or weights are not one for each token, or a target of a weight other than 0 is outside the
             vocabulary. Under `jax.jit`, where targets have no values yet, the loss of such a target is NaN.
     """
-    is_outside = (targets < 0) | (targets >= model.config.vocab_size)
-    targets = jnp.where(is_outside & (weights == 0), 0, targets)  # such as -100 for padding
-    _check(model, hidden, targets=targets, weights=weights)
+    _check(hidden, targets=targets, weights=weights)
+    targets, weights = jnp.asarray(targets), jnp.asarray(weights, accumulator(hidden.dtype))
+    is_ignored = _is_outside(targets, model.config.vocab_size) & (weights == 0)
+    targets = jnp.where(is_ignored, 0, targets)  # such as -100 for padding
+    check_ids(targets, model.config.vocab_size, "targets")
     return _summed(_chunks_of(model, hidden, logit_bytes), hidden, model.output_matrix(), targets, weights)
 
 
-def _check(model: Decoder, hidden: Array, **by_token: Array) -> None:
-    fits = hidden.ndim == 3 and all(array.shape == hidden.shape[:2] for array in by_token.values())
+def _check(hidden: Array, **by_token: Array) -> None:
+    shapes = [getattr(array, "shape", None) for array in by_token.values()]
+    fits = hidden.ndim == 3 and all(shape == hidden.shape[:2] for shape in shapes)
     require("loss", fits, "each token needs one of each", hidden=hidden, **by_token)
-    check_ids(by_token["targets"], model.config.vocab_size, "targets")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -149,9 +152,16 @@ def _logits(hidden: Array, kernel: Array) -> Float[Array, "b s vocab"]:
 def _cross_entropy(logits: Float[Array, "b s vocab"], targets: Int[Array, "b s"]) -> tuple[Array, Array]:
     """-log softmax(logits)[target], and the logarithm of the softmax's denominator."""
     log_total = jax.nn.logsumexp(logits, axis=-1)
-    # Indices past the end give NaN; negative ones would count from the end. Narrow types do not hold the end.
-    index = jnp.where(targets < 0, logits.shape[-1], targets.astype(jnp.int32))[..., None]
+    # Indices past the end give NaN; negative ones would count from the end.
+    vocab_size = logits.shape[-1]
+    index = jnp.where(_is_outside(targets, vocab_size), jnp.int32(vocab_size), targets.astype(jnp.int32))[..., None]
     return log_total - jnp.take_along_axis(logits, index, axis=-1, mode="fill")[..., 0], log_total
+
+
+def _is_outside(targets: Int[Array, "b s"], vocab_size: int) -> Bool[Array, "b s"]:
+    # Types that do not hold the end hold nothing beyond it.
+    holds_end = vocab_size <= jnp.iinfo(targets.dtype).max
+    return (targets < 0) | (targets >= vocab_size) if holds_end else targets < 0
 
 
 def _chunks_of(model: Decoder, hidden: Float[Array, "b s dim"], logit_bytes: int) -> int:

@@ -24,7 +24,7 @@ def check_ids(ids: Int[Array, "..."] | Int[np.ndarray, "..."] | Sequence[int], v
     if isinstance(ids, Tracer) or (isinstance(ids, jax.Array) and not ids.is_fully_addressable):
         return
     values = np.asarray(ids)
-    if isinstance(ids, Sequence) and all(isinstance(one, int) for one in ids):
+    if values.dtype.kind in "fO" and isinstance(ids, Sequence) and all(type(one) is int for one in ids):
         values = np.array(ids, object)  # NumPy makes floats of what 64 bits do not hold
     elif values.size and not np.issubdtype(values.dtype, np.integer):
         raise ValueError(f"{name} must be whole numbers, not of type {values.dtype}")

@@ -12,9 +12,11 @@ class FirstBatches:
     """Refuses data without target tokens: cut to sequences that end before the answers begin, for example."""
 
     def __init__(self, data: DataConfig, *, first_step: int = 0):
-        """Of a run that resumes the few batches that are left may all be without."""
-        self._data, self._is_resumed = data, first_step > 0
-        self._unlearned: int | None = 0
+        """A run that resumes is not checked: the batches that are left may all be without, as those of one that was not
+        interrupted may.
+        """
+        self._data = data
+        self._unlearned: int | None = None if first_step else 0
         """Batches without a target token; None once there was one with."""
 
     def check(self, batch: Batch, *, last: bool) -> None:
@@ -26,7 +28,7 @@ class FirstBatches:
         if self._unlearned is None:
             return
         self._unlearned = None if batch["loss_mask"].any() else self._unlearned + 1
-        if self._unlearned and (self._unlearned == PATIENCE or (last and not self._is_resumed)):
+        if self._unlearned and (last or self._unlearned == PATIENCE):
             raise ConfigError(self._why())
 
     def _why(self) -> str:

@@ -41,11 +41,12 @@ def check_trainable(config: RunConfig) -> None:
     if formats := read_only_formats(place):
         raise ConfigError(
             f"run.dir={place} holds a model whose tables are read-only, in {formats}; {_OF_WHAT_IT_WAS}: "
-            "python -m memjax.train THAT_RUN --train.init_from THAT_RUN --run.dir NEW_RUN"
+            "python -m memjax.train THAT_RUN --train.init_from THAT_RUN --run.dir NEW_RUN, and the other settings"
         )
     raise ConfigError(
         f"run.dir={place} holds a model without the state of a training, so there is nothing to resume; to train that "
-        f"model: python -m memjax.train {source} --train.init_from {source} --run.dir NEW_RUN"
+        f"model: python -m memjax.train {source} --train.init_from {source} --run.dir NEW_RUN, and the other settings, "
+        "such as --data.path FILE"
     )
 
 

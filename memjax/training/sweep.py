@@ -5,6 +5,7 @@ Imports no JAX: the runs start it, each with its devices.
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 import os
 import pathlib
@@ -85,8 +86,10 @@ def points(grid: Mapping[str, Sequence[str]]) -> list[Point]:
         pairs = dict(zip(grid, values, strict=True))
         name = ",".join(f"{short[setting]}={_plain(value)}" for setting, value in pairs.items())
         words = itertools.chain.from_iterable((f"--{setting}", value) for setting, value in pairs.items())
-        # File systems take 255 bytes, and a number and a suffix may follow.
-        found.append(Point(name.encode()[:200].decode(errors="ignore"), tuple(words)))
+        if len(name.encode()) > 255:  # more than file systems take
+            digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+            name = f"{name.encode()[:200].decode(errors='ignore')}-{digest}"
+        found.append(Point(name, tuple(words)))
     counts = collections.Counter(point.name for point in found)
     numbers = {name: itertools.count(1) for name in counts}
     for place, point in enumerate(found):

@@ -285,10 +285,10 @@ WRONG = {
         "optim:\n  lr: 1e99\n  eps: 1e-50\nrun: {seed: 1e30}\ntrain: {steps: 1e23}\n",
         [],
         [
-            "config.yaml:4: run.seed=1000000000000000000000000000000 must be a whole number of 64 bits",
+            "config.yaml:4: run.seed=1000000000000000000000000000000 must be in -2**63..2**63-1",
             "config.yaml:2: optim.lr=1e+99 must be a number of float32: 0, or from 1.2e-38 to 3.4e38",
             "config.yaml:3: optim.eps=1e-50 must be a number of float32: 0, or from 1.2e-38 to 3.4e38",
-            "config.yaml:5: train.steps=100000000000000000000000 must be a whole number of 64 bits",
+            "config.yaml:5: train.steps=100000000000000000000000 must be in -2**63..2**63-1",
         ],
     ),
     "an item of a list": (

@@ -390,8 +390,12 @@ def test_transformations_and_modules_of_flax_take_row_gradients():
     doubled = nnx.scan(lambda gradients, _: (gradients * 2, None), length=1)(gradients, None)[0]
     for one, other in zip(jax.tree.leaves(doubled.dense), jax.tree.leaves(gradients.dense), strict=True):
         np.testing.assert_array_equal(one, 2 * other)
-    holder = nnx.Module()
-    holder.gradients = nnx.data(gradients)
+
+    class Holder(nnx.Module):
+        def __init__(self) -> None:
+            self.gradients = nnx.data(gradients)
+
+    holder = Holder()
     total = nnx.jit(lambda holder: sum(map(jnp.sum, jax.tree.leaves(holder.gradients.dense))))(holder)
     np.testing.assert_allclose(total, sum(map(jnp.sum, jax.tree.leaves(gradients.dense))), rtol=1e-5)
     assert jax.tree.leaves(nnx.state(holder))

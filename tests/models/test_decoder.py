@@ -282,20 +282,21 @@ def test_a_decoder_that_a_transformation_closes_over_is_named():
         jax.eval_shape(memjax.value_and_grad(loss_fn), build("beside"))
 
 
-def test_positions_that_are_no_whole_numbers_are_refused(as_users_call):
-    with pytest.raises(ValueError, match="Decoder: positions must be whole numbers; found positions float32"):
-        build("own tables").hidden(jnp.asarray(TOKENS), positions=jnp.ones((2, 7)))
+@pytest.mark.parametrize("name", ["positions", "segments"])
+def test_positions_and_segments_that_are_no_whole_numbers_are_refused(as_users_call, name):
+    given: dict[str, Any] = {name: jnp.ones((2, 7))}
+    with pytest.raises(ValueError, match=f"Decoder: {name} must be whole numbers; found {name} float32"):
+        build("own tables").hidden(jnp.asarray(TOKENS), **given)
 
 
 def test_masks_and_segments_may_be_zeros_and_ones_of_any_type(as_users_call):
     model, mask = build("experts"), np.arange(14).reshape(2, 7) % 3 > 0
-    states = [
-        model.hidden(
-            jnp.asarray(TOKENS), token_mask=mask.astype(one), segments=mask.astype(other), training=True
-        ).states
-        for one, other in ((bool, np.int32), (np.int32, bool))
-    ]
-    np.testing.assert_array_equal(*states)
+
+    def states(one: Any, other: Any) -> np.ndarray:
+        given: dict[str, Any] = {"token_mask": mask.astype(one), "segments": mask.astype(other)}
+        return np.asarray(model.hidden(jnp.asarray(TOKENS), training=True, **given).states)
+
+    np.testing.assert_array_equal(states(bool, np.int32), states(np.int32, bool))
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (2, 1), (7,)], ids=str)

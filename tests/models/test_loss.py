@@ -1,5 +1,6 @@
 import re
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,9 +72,21 @@ def test_targets_outside_the_vocabulary_count_nothing_where_their_weight_is_0():
             np.testing.assert_allclose(loss(model, *given)[0], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int16"])
-def test_a_narrow_type_of_targets_hides_none_that_are_wrong(dtype):
-    logits, targets = jnp.zeros((1, 2, 259 if dtype == "int8" else 40_000)), jnp.asarray([[-1, 3]], dtype)
+def test_each_token_needs_a_target_and_a_weight(as_users_call):
+    model, hidden, targets, mask = build()
+    wrong: Any
+    for wrong in ((targets[:1], mask), (targets[:, :1], mask), (targets, mask[:, 1:]), (targets.tolist(), mask)):
+        with pytest.raises(ValueError, match="loss: each token needs one of each"):
+            summed_loss(model, hidden, *wrong)
+    with jax.numpy_dtype_promotion("strict"):
+        loss, _ = summed_loss(model, hidden, targets, mask.astype(bool))
+    np.testing.assert_allclose(loss, summed_loss(model, hidden, targets, mask)[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "uint32"])
+def test_no_type_of_targets_hides_one_that_is_wrong(as_users_call, dtype):
+    wrong = 2**32 - 1 if dtype == "uint32" else -1
+    logits, targets = jnp.zeros((1, 2, 259 if dtype == "int8" else 40_000)), jnp.asarray(np.array([[wrong, 3]], dtype))
     losses = jax.jit(lambda *given: _cross_entropy(*given)[0])(logits, targets)
     np.testing.assert_array_equal(jnp.isnan(losses), [[True, False]])
 

@@ -132,14 +132,14 @@ class Stream:
         """Reads the file.
 
         Raises:
-            DataError: a package to read it with is not there.
+            DataError: a package to read it with is not there, or the file cannot be opened.
         """
         try:
             self.file.path.open("rb").close()  # the library of each format has another error for it
         except OSError as error:
+            # Never skipped: what can be read another time would stay left out of prepared data.
             way_out = "; make it readable" if isinstance(error, PermissionError) else ""
-            yield 1, UnreadableError(f"the file cannot be read ({error.strerror}){way_out}", 1.0)
-            return
+            raise DataError(f"{self.file.path}: cannot be read ({error.strerror}){way_out}") from error
         read = {"parquet": self._rows, "arrow": self._rows, "array_record": self._records}.get(
             self.file.format, self._lines
         )

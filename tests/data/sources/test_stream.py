@@ -177,9 +177,8 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch
     WRITERS[name](tmp_path / name)
     refuse = mock.Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))
     monkeypatch.setattr("pathlib.Path.open", refuse)
-    ((_, found),) = read(tmp_path / name)
-    assert isinstance(found, MalformedError)
-    assert str(found) == "the file cannot be read (Permission denied); make it readable"
+    with pytest.raises(DataError, match=r"cannot be read \(Permission denied\); make it readable"):
+        read(tmp_path / name)
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
