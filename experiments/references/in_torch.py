@@ -37,7 +37,7 @@ def recorded_attention(module, *arguments, instances=None, **kwargs):
 
 def compare(folder: pathlib.Path, prompts: list[str]) -> dict:
     """What a folder's model does."""
-    expected = np.load(folder.with_suffix(".npz"))
+    expected = np.load(folder.with_name(f"{folder.name}.npz"))  # not with_suffix: names hold versions
     tokens, is_narrow = torch.tensor(expected["tokens"]).long(), "widened" in expected
 
     def distance(model: torch.nn.Module, logits: np.ndarray) -> float:
@@ -126,7 +126,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     place = pathlib.Path(sys.argv[1])
     prompts = json.loads((place / "prompts.json").read_text())
-    found = {file.stem: compare(file.with_suffix(""), prompts) for file in sorted(place.glob("*.npz"))}
+    found = {file.stem: compare(place / file.stem, prompts) for file in sorted(place.glob("*.npz"))}
     versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     (place / "found.json").write_text(json.dumps({"versions": versions, "models": found}))
 
