@@ -242,10 +242,26 @@ def draw_block(
         implementation: of the decoder's operations.
         attention: its implementation.
     """
-    rngs = nnx.Rngs(params=jax.random.fold_in(key, layer if number is None else number))
+    rngs = _BlockRngs(jax.random.fold_in(key, layer if number is None else number))
     dtype, param_dtype = resolve_dtype(config.dtype), jnp.dtype(config.param_dtype)
     kernels = {"implementation": implementation, "attention": attention}
     return Block(config, layer, **kernels, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+
+class _BlockRngs(nnx.Rngs):
+    """The keys of `nnx.Rngs(params=key)`, numbered in Python.
+
+    Flax asks for the sharding of its counter at each draw. While shapes are traced JAX explains why there is none, for
+    which it walks through all that was traced before: the time would grow with the square of the layers.
+    """
+
+    def __init__(self, key: Array):
+        self._key, self._drawn = key, 0
+
+    def params(self) -> Array:
+        """The next key."""
+        self._drawn += 1
+        return jax.random.fold_in(self._key, self._drawn - 1)
 
 
 def layer_name(layer: int) -> str:

@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 import jax
@@ -84,3 +85,20 @@ def test_perturbations_are_zeros_of_the_shapes_and_types_of_what_is_read():
     }
     assert not any(np.any(zeros) for zeros in jax.tree.leaves(found))
     assert found["dense"] == {}
+
+
+def test_the_time_to_describe_a_decoder_grows_with_its_layers_and_not_with_their_square(monkeypatch):
+    """Asked for the sharding of a traced value, JAX walks through all it has traced to explain why not."""
+    asked = []
+
+    def sharding(tracer):
+        asked.append(tracer)
+        raise AttributeError("traced")
+
+    monkeypatch.setattr(jax.core.Tracer, "sharding", property(sharding))
+    counts = []
+    for num_layers in (2, 6):
+        DecoderParts.of(dataclasses.replace(CONFIGS["memory"], num_layers=num_layers))
+        counts.append(len(asked))
+        asked.clear()
+    assert counts[0] == counts[1]
