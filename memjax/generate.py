@@ -15,6 +15,7 @@ from memjax.errors import ConfigError, DataError
 from memjax.io.command import check_output, exit_code
 from memjax.io.console import printable
 from memjax.io.ctrl_c import heard, run_command
+from memjax.io.files import naming
 from memjax.runs.settings import InferenceSettings, loaded
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ def _write_file(found: "LoadedModel", settings: GenerateConfig, records: list[di
         batch_size=settings.batch_size,
     )
     with contextlib.ExitStack() as stack:
+        stack.enter_context(naming(settings.output or "standard output"))
         file = settings.output and stack.enter_context(open(settings.output, "w", encoding="utf-8"))
         for record, continuation in zip(records, texts, strict=True):
             line = json.dumps(record | dataclasses.asdict(continuation), ensure_ascii=False)

@@ -13,8 +13,8 @@ _DAMAGE = re.compile(r"(DATA_LOSS|INVALID_ARGUMENT|NOT_FOUND|OUT_OF_RANGE|FAILED
 """Statuses of JAX that come from what was read. Others come from devices, or from too little memory."""
 
 _WRITE_ADVICE = {
-    "ENOSPC": "the disk is full; make room, or keep fewer steps with checkpoint.keep",
-    "EDQUOT": "the quota of this disk is used up; make room, or keep fewer steps with checkpoint.keep",
+    "ENOSPC": "the disk is full; make room, or let a training keep fewer steps with checkpoint.keep",
+    "EDQUOT": "the quota of this disk is used up; make room, or let a training keep fewer steps with checkpoint.keep",
     "EFBIG": "a file may not grow that large here; see `ulimit -f`",
     "EROFS": "the file system is read-only; mount it for writing, or name another run.dir",
     "EACCES": "this user may not write there; change the permissions, or name another run.dir",

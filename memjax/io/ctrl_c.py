@@ -9,6 +9,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
+from memjax.io import closed_loops
+
 _LOST_SECONDS = 2.0
 """After so long a KeyboardInterrupt that nothing has caught is lost."""
 
@@ -20,6 +22,7 @@ def run_command(main: Callable[[], int]) -> NoReturn:
     but not into the handlers and clean-ups that it has come to. Where Ctrl-C is ignored, as in the background of a
     script, it stays so.
     """
+    closed_loops.hide()
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         sys.unraisablehook = _unraisable_but_for_ctrl_c
         for number in (signal.SIGINT, signal.SIGALRM):
@@ -73,4 +76,4 @@ def _unraisable_but_for_ctrl_c(unraisable: "sys.UnraisableHookArgs") -> None:
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         signal.setitimer(signal.ITIMER_REAL, 0.05)
     else:
-        sys.__unraisablehook__(unraisable)
+        closed_loops.unraisablehook(unraisable)

@@ -7,6 +7,7 @@ import os
 import pathlib
 import stat
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 MAX_BYTES = 1 << 28
@@ -70,17 +71,19 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> pathlib.
         content: all of the new content.
 
     Raises:
-        OSError: the file cannot be written; the old one is as it was.
+        OSError: the file cannot be written, or is a device or a pipe; the old one is as it was.
     """
     path = pathlib.Path(path)
     data = content.encode() if isinstance(content, str) else content
+    if path.exists():
+        check_regular(path.stat(), path)  # root could replace /dev/null by a file
     with contextlib.suppress(OSError):
         if not path.is_symlink() and path.stat().st_size == len(data) and path.read_bytes() == data:
             return path
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with naming(path), os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             # mkstemp makes private files; these get the mode that open() would have given them.
@@ -92,6 +95,17 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> pathlib.
             os.unlink(temporary)
         raise
     return path
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Lets the errors of an open file name it: that of a disk which fills up does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from memjax.errors import DataError
+from memjax.io.files import write_atomic
 from memjax.monitoring.compared_runs import Axis, Run, Values, smoothed, smoothing_window, summary_table
 
 AXIS_LABELS = {"step": "step", "tokens": "tokens read", "seconds": "seconds of training"}
@@ -136,14 +137,14 @@ def draw_over(runs: Sequence[Run], out: pathlib.Path, *, metric: str, x: str) ->
 
 
 def _write(figure: Any, out: pathlib.Path, runs: Sequence[Run], notes: Sequence[str]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
+    written = io.BytesIO()
     if out.suffix == ".html":
-        written = io.StringIO()
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
-        svg = written.getvalue()
-        out.write_text(page(runs, svg[svg.index("<svg") :], notes), encoding="utf-8")
+        svg = written.getvalue().decode()
+        write_atomic(out, page(runs, svg[svg.index("<svg") :], notes))
     else:
-        figure.savefig(out, dpi=130)
+        figure.savefig(written, format=out.suffix[1:], dpi=130)
+        write_atomic(out, written.getvalue())
 
 
 def series(run: Run, metric: str) -> Values:

@@ -4,11 +4,15 @@ import contextlib
 import os
 import pathlib
 import shutil
-import uuid
+import time
 from collections.abc import Iterator
 
 from memjax.errors import CheckpointError, ConfigError
+from memjax.io.lock import Locked, locked
 from memjax.io.paths import local_path
+
+_SETTLED_SECONDS = 0.2
+"""After a save that failed, Orbax's threads may still write for a moment, and make folders again for that."""
 
 
 def check_new(folder: str | os.PathLike[str]) -> None:
@@ -26,24 +30,41 @@ def check_new(folder: str | os.PathLike[str]) -> None:
 def written_whole(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """A temporary folder that gets the given name when the block ends, atomically; after an error nothing is left.
 
+    What a process that was killed has left there is removed first.
+
     Raises:
-        ConfigError: the folder holds something.
+        ConfigError: the folder holds something, or another process writes it.
         CheckpointError: it cannot be written.
     """
-    check_new(folder)
     target = _target(folder).absolute()
     # Beside the target, because only within a file system a folder moves in one step.
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.unfinished")
+    temporary = target.with_name(f".{target.name}.unfinished")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.replace(temporary, target)
+        with locked(target.with_name(f".{target.name}.lock")):
+            check_new(folder)
+            _remove(temporary)
+            try:
+                temporary.mkdir()
+                yield temporary
+                os.replace(temporary, target)
+            finally:
+                _remove(temporary)
+    except Locked as error:
+        raise ConfigError(f"{target} is being written by {error}; name another folder") from None
     except OSError as error:
         raise CheckpointError(
             f"{target}: cannot be written ({error}); is the disk full, and may its parent be written?"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(str(temporary), str(target))) from error
+
+
+def _remove(folder: pathlib.Path) -> None:
+    for _ in range(25):
+        if not folder.exists():
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(_SETTLED_SECONDS)
 
 
 def _target(folder: str | os.PathLike[str]) -> pathlib.Path:

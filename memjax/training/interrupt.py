@@ -11,9 +11,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+from memjax.io import closed_loops
 from memjax.io.ctrl_c import leave, leave_after_output
 
 if TYPE_CHECKING:
@@ -178,8 +179,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     A signal that comes before the program catches its own ends it with 130; one that comes after it has returned does
     not change its code.
     """
-    sys.excepthook = _without_closed_loops
-    sys.unraisablehook = _unraisable_without_closed_loops
+    closed_loops.hide()
     with catch_interrupts():
         code = main()
         for number in SIGNALS:
@@ -190,21 +190,6 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         if stuck or code == CHECKPOINT_TROUBLE:
             leave_after_output(code)
         sys.exit(code)
-
-
-def _without_closed_loops(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if not _is_closed_loop(error):
-        sys.__excepthook__(kind, error, trace)
-
-
-def _unraisable_without_closed_loops(unraisable: "sys.UnraisableHookArgs") -> None:
-    if not _is_closed_loop(unraisable.exc_value):
-        sys.__unraisablehook__(unraisable)
-
-
-def _is_closed_loop(error: BaseException | None) -> bool:
-    """TensorStore's threads report writes that failed to an event loop which the first of them has ended."""
-    return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
 
 def any_process_interrupted(interrupt: Interrupt, mesh: "Mesh") -> "Callable[[], jax.Array]":

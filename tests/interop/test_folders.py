@@ -1,6 +1,8 @@
 """Files that lie where they should, and folders that appear whole or not at all."""
 
 import os
+import threading
+import time
 
 import pytest
 
@@ -34,6 +36,43 @@ def test_a_full_disk_is_told(tmp_path):
     with pytest.raises(CheckpointError, match=r"out: cannot be written .*No space left.*is the disk full"):
         write_and_fail(tmp_path / "out", OSError(28, "No space left on device"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_name_the_folder_that_was_asked_for(tmp_path):
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}/out/checkpoints: full$"):
+        write_and_fail(tmp_path / "out", CheckpointError(f"{tmp_path}/.out.unfinished/checkpoints: full"))
+
+
+def test_what_threads_write_after_an_error_is_removed_too(tmp_path):
+    def write_late():
+        for _ in range(20):
+            time.sleep(0.01)
+            (tmp_path / ".out.unfinished" / "late").mkdir(parents=True, exist_ok=True)
+            (tmp_path / ".out.unfinished" / "late" / "file").write_text("x")
+
+    writer = threading.Thread(target=write_late)
+    writer.start()
+    with pytest.raises(CheckpointError):
+        write_and_fail(tmp_path / "out", OSError(28, "No space left on device"))
+    writer.join()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_has_left_is_removed_by_the_next(tmp_path):
+    (tmp_path / ".out.unfinished").mkdir()
+    (tmp_path / ".out.unfinished" / "half").write_text("x")
+    (tmp_path / ".out.lock").write_text("")
+    with written_whole(tmp_path / "out") as folder:
+        (folder / "file").write_text("x")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path):
+    with written_whole(tmp_path / "out") as folder:
+        (folder / "file").write_text("first")
+        with pytest.raises(ConfigError, match=rf"out is being written by process {os.getpid()} on .*; name another"):
+            write_and_fail(tmp_path / "out", ZeroDivisionError())
+    assert (tmp_path / "out" / "file").read_text() == "first"
 
 
 def test_only_an_empty_folder_is_taken(tmp_path):

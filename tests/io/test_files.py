@@ -3,7 +3,7 @@ import pathlib
 
 import pytest
 
-from memjax.io.files import check_inside, read_document, read_text, write_atomic
+from memjax.io.files import check_inside, naming, read_document, read_text, write_atomic
 
 
 def test_replaces_the_content_and_leaves_no_other_file(tmp_path: pathlib.Path) -> None:
@@ -43,10 +43,30 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: pathlib.Path, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=rf"No space left on device: '{path}'"):
         write_atomic(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path: pathlib.Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "null").symlink_to("/dev/null")
+    for name in ("pipe", "null"):
+        with pytest.raises(OSError, match=f"not a regular file: '.*{name}'"):
+            write_atomic(tmp_path / name, "new")
+    assert (tmp_path / "null").is_symlink()
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_errors_of_an_open_file_name_it(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(OSError, match=r"No space left on device: 'a'"), naming("a"), open("/dev/full", "w") as full:
+        print("x", file=full, flush=True)
+    with pytest.raises(FileNotFoundError, match=r"b'"), naming(tmp_path / "a"):
+        (tmp_path / "b").read_text()
+    with pytest.raises(BlockingIOError) as caught, naming("a"):
+        raise BlockingIOError
+    assert caught.value.filename is None
 
 
 def test_pipes_devices_and_folders_are_not_read(tmp_path: pathlib.Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib import image
 
+from limits import files_of_at_most
 from memjax.errors import DataError
 from memjax.io.console import format_table
 from memjax.monitoring.compared_runs import Run, read_runs, smoothed, smoothing_window, summary_table
@@ -111,6 +112,14 @@ RUNS = {
 def test_pictures_are_drawn_of_whatever_there_is(tmp_path, name):
     draw(RUNS[name], tmp_path / "new" / "out.png")
     assert image.imread(tmp_path / "new" / "out.png").std() > 0.005, "the picture is blank"
+
+
+@pytest.mark.parametrize("name", ["out.png", "out.html"])
+def test_a_disk_that_fills_up_keeps_the_picture_there_was(tmp_path, name):
+    (tmp_path / name).write_bytes(b"old")
+    with files_of_at_most(4096), pytest.raises(OSError, match=f"File too large: '.*{name}'"):
+        draw(RUNS["losses of zero"], tmp_path / name)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {name: b"old"}
 
 
 def test_the_page_holds_everything_and_loads_nothing(tmp_path):

@@ -130,30 +130,6 @@ def test_a_later_ctrl_c_or_second_sigterm_ends_the_program_without_a_save(monkey
         caught(last)
 
 
-def test_of_errors_in_threads_only_closed_event_loops_are_left_out(capsys):
-    interrupt._without_closed_loops(RuntimeError, RuntimeError("Event loop is closed"), None)
-    assert capsys.readouterr().err == ""
-    interrupt._without_closed_loops(RuntimeError, RuntimeError("something else"), None)
-    assert "something else" in capsys.readouterr().err
-
-
-def test_nor_are_they_where_they_cannot_be_raised(monkeypatch, capsys):
-    class Fails:
-        def __init__(self, text: str) -> None:
-            self.text = text
-
-        def __del__(self) -> None:
-            raise RuntimeError(self.text)
-
-    monkeypatch.setattr(sys, "unraisablehook", interrupt._unraisable_without_closed_loops)
-    for text in ("Event loop is closed", "something else"):
-        fails = Fails(text)
-        del fails
-    error = capsys.readouterr().err
-    assert "something else" in error
-    assert "closed" not in error
-
-
 AT_EXIT = """
 import atexit, os, signal
 from memjax.training.interrupt import SIGNALS, run_program

@@ -109,7 +109,6 @@ def prepare(
         return
     partial = _partial(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
             if store.is_prepared(folder):
                 return
@@ -121,8 +120,12 @@ def prepare(
                 say(f"{partial}: an unfinished preparation is removed and begun again")
                 shutil.rmtree(partial)
             partial.mkdir()
-            _prepare(corpus, tokenizer, partial, asked_for, processes, every_seconds)
-            os.replace(partial, folder)
+            try:
+                _prepare(corpus, tokenizer, partial, asked_for, processes, every_seconds)
+                os.replace(partial, folder)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
     except OSError as error:
         # What goes wrong in reading is a malformed record.
         raise DataError(f"{folder}: cannot be written ({error}); make room, or name another data.prepared") from error

@@ -125,6 +125,9 @@ def write_tensors(folder: pathlib.Path, tensors: Iterable[TensorToWrite], *, max
     """Writes the tensors into one file, or, where that would be larger than max_bytes, into several with an index.
 
     A file holds at least one tensor, however large. Only the tensors of one file are in memory at once.
+
+    Raises:
+        OSError: a file cannot be written.
     """
     shards = _shards(tensors, max_bytes)
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
@@ -133,7 +136,10 @@ def write_tensors(folder: pathlib.Path, tensors: Iterable[TensorToWrite], *, max
     for name, shard in zip(names, shards, strict=True):
         # Readers that are written for torch insist on the format's name.
         arrays = {tensor.name: np.ascontiguousarray(tensor.make()) for tensor in shard}
-        save_file(arrays, folder / name, metadata={"format": "pt"})
+        try:
+            save_file(arrays, folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder / name}: {line_of(error)}") from error
         # The library makes files that only their owner may read.
         (folder / name).chmod(default_mode())
     if len(shards) > 1:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from limits import files_of_at_most
 from memjax.checkpoint import CheckpointError
 from memjax.interop.huggingface.safetensors import TensorToWrite, open_tensors, write_tensors
 
@@ -161,3 +162,9 @@ def test_files_get_the_permissions_that_open_would_give_them(tmp_path):
     write_tensors(tmp_path, [tensor], max_bytes=100)
     modes = {path.stat().st_mode for path in tmp_path.iterdir()}
     assert len(modes) == 1
+
+
+def test_a_disk_that_fills_up_is_an_error_of_the_system(tmp_path):
+    tensor = TensorToWrite("weight", (4096,), np.dtype(np.float32), lambda: np.zeros(4096, np.float32))
+    with files_of_at_most(4096), pytest.raises(OSError, match=rf"{tmp_path}/model.safetensors: .*File too large"):
+        write_tensors(tmp_path, [tensor], max_bytes=1 << 20)

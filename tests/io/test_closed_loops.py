@@ -1,0 +1,29 @@
+"""Of errors that nothing has caught only those of closed event loops are not shown."""
+
+import sys
+
+from memjax.io import closed_loops
+
+
+def test_of_errors_in_threads_only_closed_event_loops_are_left_out(capsys):
+    closed_loops._excepthook(RuntimeError, RuntimeError("Event loop is closed"), None)
+    assert capsys.readouterr().err == ""
+    closed_loops._excepthook(RuntimeError, RuntimeError("something else"), None)
+    assert "something else" in capsys.readouterr().err
+
+
+def test_nor_are_they_where_they_cannot_be_raised(monkeypatch, capsys):
+    class Fails:
+        def __init__(self, text: str) -> None:
+            self.text = text
+
+        def __del__(self) -> None:
+            raise RuntimeError(self.text)
+
+    monkeypatch.setattr(sys, "unraisablehook", closed_loops.unraisablehook)
+    for text in ("Event loop is closed", "something else"):
+        fails = Fails(text)
+        del fails
+    error = capsys.readouterr().err
+    assert "something else" in error
+    assert "is closed" not in error
