@@ -10,13 +10,11 @@ from memjax.config.sampling import SamplingConfig
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.data.tokenizers.decoding import StreamingDecoder
 from memjax.inference.bodies import RefusedError, shown
-from memjax.inference.completions import MOST_LOGPROBS, CompletionRequest, Prompt
+from memjax.inference.completions import CompletionRequest, Prompt
 from memjax.inference.requests import Request, TokenLogprobs
 from memjax.inference.scheduler import Ticket, Update
 from memjax.inference.text import StopStrings
 
-_TOP_COUNTS = (5, MOST_LOGPROBS)
-"""Likeliest tokens that are asked of the engine, so that few programs compile."""
 _DEFAULT_TOKENS = 16
 
 
@@ -70,9 +68,6 @@ def make_choices(
             repetition_penalty=request.repetition_penalty,
             seed=seed,
         )
-        top = None
-        if request.logprobs is not None:
-            top = next(count for count in _TOP_COUNTS if count >= request.logprobs)
         for copy in range(request.n):
             engine_request = Request(
                 prompt_ids=ids,
@@ -80,9 +75,9 @@ def make_choices(
                 sampling=sampling,
                 stop_ids=frozenset(stop_ids),
                 number=copy,
-                logprobs=top,
+                logprobs=request.logprobs,
             )
-            ticket = Ticket(request=engine_request, prompt_top=top if request.echo else None)
+            ticket = Ticket(request=engine_request, prompt_top=request.logprobs if request.echo else None)
             prompt = request.prompts[number]
             choices.append(Choice(tokenizer, request, ticket, index=len(choices), num_added=num_added, prompt=prompt))
     return choices
@@ -196,8 +191,8 @@ class Choice:
     def _top(self, token: int, likely: TokenLogprobs) -> dict[str, float]:
         """The likeliest tokens by their text, and the token itself."""
         found: dict[str, float] = {}
-        for other in list(likely.top)[: self._num_top]:
-            found.setdefault(self._shown(other), _finite(likely.top[other]))
+        for other, value in likely.top.items():
+            found.setdefault(self._shown(other), _finite(value))
         found.setdefault(self._shown(token), _finite(likely.chosen))
         return found
 

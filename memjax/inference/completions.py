@@ -6,7 +6,7 @@ from typing import Any
 
 from memjax.inference.bodies import Fields, shown
 
-MOST_LOGPROBS = 20
+_MOST_LOGPROBS = 20
 _MOST_STOPS, _LONGEST_STOP = 16, 256
 
 FIELDS = {
@@ -81,6 +81,7 @@ def parse_request(body: Mapping[str, Any], *, vocab_size: int, max_choices: int)
     _refuse_what_is_not_served(fields, n)
     stream = fields.flag("stream")
     include_usage = _include_usage(fields, stream)
+    most_logprobs = min(_MOST_LOGPROBS, vocab_size)
     top_k = fields.integer("top_k", -1, None, "a whole number above 0, or 0 or -1 for all tokens")
     found = CompletionRequest(
         prompts=prompts,
@@ -94,7 +95,7 @@ def parse_request(body: Mapping[str, Any], *, vocab_size: int, max_choices: int)
         seed=fields.integer("seed", -(1 << 63), (1 << 63) - 1, "a whole number of 64 bits"),
         n=n,
         stop=_stops(fields),
-        logprobs=fields.integer("logprobs", 0, MOST_LOGPROBS, f"a whole number in 0..{MOST_LOGPROBS}"),
+        logprobs=fields.integer("logprobs", 0, most_logprobs, f"a whole number in 0..{most_logprobs}"),
         echo=fields.flag("echo"),
         stream=stream,
         include_usage=include_usage,

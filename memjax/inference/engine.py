@@ -254,7 +254,7 @@ class Engine:
         mode = Mode.of([request.sampling for request in requests])
         most = max((request.logprobs for request in requests if request.logprobs is not None), default=None)
         known = next((known for known in self._modes if known.covers(mode)), mode)
-        return known, None if most is None else top_count(most)
+        return known, None if most is None else top_count(most, self._config.vocab_size)
 
     def _take(
         self,

@@ -32,7 +32,7 @@ _SMALLEST, _SMALLEST_ON_CPUS = 128, 16
 """Prompts and caches are padded to powers of two from here on. A GPU reads 128 tokens as fast as one, and compiling for
 a length takes it many seconds."""
 _FEWEST_STOPS = 4
-_TOP_COUNTS = (0, 5, 20)
+_TOP_COUNTS = (5, 20)
 """Likeliest tokens are counted up to one of these, so that few programs compile."""
 
 
@@ -127,10 +127,10 @@ def programs_of(graphdef: Any, structure: Any) -> Programs:
     ) -> tuple[Float[Array, "b vocab"], Cache]:
         """Logits after the first `lengths` tokens of each row, and the cache of these."""
         model = model_of(weights)
-        hidden, cache = model.hidden_with_cache(split_tokens(tokens), None)
+        is_text = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+        hidden, cache = model.hidden_with_cache(split_tokens(tokens), None, split_tokens(is_text))
         last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-        # The padding's keys stay in the cache behind its lengths: they are never seen, and new tokens overwrite them.
-        return model.logits(last), cache._replace(lengths=lengths)
+        return model.logits(last), cache
 
     @functools.partial(jax.jit, static_argnames=("mode", "num_top"))
     def start(
@@ -245,6 +245,6 @@ def padded_length(length: int) -> int:
     return max(smallest, next_power_of_two(length))
 
 
-def top_count(most: int) -> int:
+def top_count(most: int, vocab_size: int) -> int:
     """How many of the likeliest tokens are counted where so many are asked for."""
-    return next((count for count in _TOP_COUNTS if count >= most), most)
+    return min(next((count for count in _TOP_COUNTS if count >= most), most), vocab_size)

@@ -198,14 +198,15 @@ def _computed(model: Decoder, groups: Any, batch_size: int, place: Place) -> Ite
 
 
 def _batch(rows: Sequence[_Row], shape: tuple[int, int, int]) -> Batch:
-    """`tokens` of the rows; `positions` and the `targets` there. Padding is ignored."""
+    """`tokens` of the rows with their `token_mask`; `positions` and the `targets` there. Padding is ignored."""
     num_rows, width, depth = shape
-    tokens = np.zeros((num_rows, width), np.int32)
+    tokens, token_mask = np.zeros((num_rows, width), np.int32), np.zeros((num_rows, width), bool)
     positions, targets = np.zeros((num_rows, depth), np.int32), np.zeros((num_rows, depth), np.int32)
     for number, row in enumerate(rows):
         tokens[number, : len(row.tokens)] = row.tokens
+        token_mask[number, : len(row.tokens)] = True
         positions[number, : row.depth], targets[number, : row.depth] = np.array(list(row.predictions())).T
-    return {"tokens": tokens, "positions": positions, "targets": targets}
+    return {"tokens": tokens, "token_mask": token_mask, "positions": positions, "targets": targets}
 
 
 @partial(jax.jit, static_argnums=0)
@@ -215,7 +216,7 @@ def _scored(
     """log p of each target at its position, in nats, and whether it is the likeliest there."""
     model = nnx.merge(graphdef, state)
     # Without segments a padded end is harmless: tokens see only what comes before them.
-    hidden = model.hidden(batch["tokens"]).states
+    hidden = model.hidden(batch["tokens"], token_mask=batch["token_mask"]).states
     # Only these positions need logits, which at all positions would be the largest array of all.
     hidden = jnp.take_along_axis(hidden, batch["positions"][..., None], axis=1)
 
@@ -232,12 +233,15 @@ class PromptScorer:
     def __init__(self, model: Decoder):
         """Takes the weights that an `Engine` for this model has; they are in memory once."""
         graphdef, self._weights = nnx.split(prepare(model).model)
+        self._vocab_size = model.config.vocab_size
 
         @partial(jax.jit, static_argnames="num_top")
-        def run(weights: nnx.State, tokens: Int[Array, "b s"], *, num_top: int) -> Likelihoods:
+        def run(
+            weights: nnx.State, tokens: Int[Array, "b s"], is_text: Bool[Array, "b s"], *, num_top: int
+        ) -> Likelihoods:
             """Likelihoods of the first row: of each token's successor, and of the likeliest tokens."""
             model = nnx.merge(graphdef, weights)
-            hidden, _ = model.hidden_with_cache(split_tokens(tokens), None)
+            hidden, _ = model.hidden_with_cache(split_tokens(tokens), None, split_tokens(is_text))
             following = jnp.roll(tokens[:1], -1, axis=1)
             # Every device computes all of them.
             logit_bytes = 4 * _PROMPT_POSITIONS * model.config.vocab_size // len(tokens)
@@ -252,7 +256,8 @@ class PromptScorer:
         rows = jax.sharding.get_abstract_mesh().size if has_memory_axis() else 1
         tokens = np.zeros((rows, padded_length(len(prompt_ids))), np.int32)
         tokens[:, : len(prompt_ids)] = prompt_ids
-        found = jax.device_get(self._run(self._weights, tokens, num_top=top_count(num_top)))
+        is_text = np.broadcast_to(np.arange(tokens.shape[1])[None] < len(prompt_ids), tokens.shape)
+        found = jax.device_get(self._run(self._weights, tokens, is_text, num_top=top_count(num_top, self._vocab_size)))
         return [
             TokenLogprobs(float(chosen), dict(zip(ids[:num_top].tolist(), top[:num_top].tolist(), strict=True)))
             for chosen, top, ids in zip(found.chosen, found.top, found.top_tokens, strict=True)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from memjax.config.model import ModelConfig
 from memjax.memory.read import Perturbations, TableRead
@@ -101,9 +101,11 @@ class LayerRun(NamedTuple):
     """Its output."""
 
 
-def run_layers(model: Decoder, tokens: Int[Array, "b s"]) -> tuple[dict[str, LayerRun], Float[Array, "b s dim"]]:
+def run_layers(
+    model: Decoder, tokens: Int[Array, "b s"], token_mask: Bool[Array, "b s"] | None = None
+) -> tuple[dict[str, LayerRun], Float[Array, "b s dim"]]:
     """Every layer that reads tables, by its name, and the residual stream before the last norm."""
-    x, positions = model.embedded(tokens), default_positions(tokens)
+    x, positions = model.embedded(tokens), default_positions(tokens, token_mask)
     runs: dict[str, LayerRun] = {}
     for number, block in enumerate(model.blocks):
         tables = model.tables_of(number)

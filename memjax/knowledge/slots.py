@@ -211,7 +211,7 @@ def _logits_of_slot(
 ) -> Float[Array, " vocab"]:
     """The contribution of a slot to every logit at a position."""
     model = nnx.merge(graphdef, state)
-    runs, x = run_layers(model, tokens)
+    runs, x = run_layers(model, tokens, jnp.arange(tokens.shape[1])[None] <= place)
     table = model.tables[tables_of(model.config, layer)[-1]].table
     every = (tokens.shape[1], 1)
     bag = embedding_bag(table, jnp.broadcast_to(slot, every), jnp.broadcast_to(weight, every))

@@ -74,7 +74,7 @@ def trace(model: Decoder, prompt: Sequence[int], answer: Sequence[int] = (), *, 
     # Rows of a few lengths share a compiled program; padding at the end is seen by no token before it.
     padded = np.zeros(-(-length // 16) * 16, np.int32)
     padded[:length] = tokens
-    row = jnp.asarray(padded[None])
+    row, is_text = jnp.asarray(padded[None]), jnp.arange(len(padded))[None] < length
     graphdef, state = nnx.split(model)
     follows = np.full(len(padded), -1, np.int32)
     follows[: length - 1] = tokens[1:]
@@ -82,9 +82,9 @@ def trace(model: Decoder, prompt: Sequence[int], answer: Sequence[int] = (), *, 
         follows[length - 1] = answer[-1]
     # What is asked about first is the answer's first token.
     place = len(prompt) - 1
-    found = jax.device_get(_traced(graphdef, guesses, state, row, jnp.asarray(follows), jnp.asarray(place)))
+    found = jax.device_get(_traced(graphdef, guesses, state, row, is_text, jnp.asarray(follows), jnp.asarray(place)))
     cut = jax.tree.map(lambda array: array[:length], found)
-    effects = jax.device_get(_effects(model, row, place, int(cut["targets"][place])))
+    effects = jax.device_get(_effects(model, row, is_text, place, int(cut["targets"][place])))
     best = zip(cut["best"].tolist(), cut["best_p"].tolist(), strict=True)
     return Trace(
         tokens=tokens,
@@ -99,10 +99,10 @@ def trace(model: Decoder, prompt: Sequence[int], answer: Sequence[int] = (), *, 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _traced(
-    graphdef: Any, guesses: int, state: nnx.State, tokens: Array, follows: Array, place: Array
+    graphdef: Any, guesses: int, state: nnx.State, tokens: Array, is_text: Array, follows: Array, place: Array
 ) -> dict[str, Any]:
     model = nnx.merge(graphdef, state)
-    runs, x = run_layers(model, tokens)
+    runs, x = run_layers(model, tokens, is_text)
     logits = model.logits(model.norm(x).normed)[0]
     probabilities = jax.nn.softmax(logits, axis=-1)
     best_p, best = jax.lax.top_k(probabilities, min(guesses, logits.shape[-1]))
@@ -140,7 +140,7 @@ def _layer(rows: Any, run: LayerRun, directions: Float[Array, "t dim"]) -> tuple
     return indices, weights, added, rest, jnp.sum(run.out[0].astype(directions.dtype) * directions, axis=-1)
 
 
-def _effects(model: Decoder, tokens: Array, place: int, target: int) -> dict[str, Array]:
+def _effects(model: Decoder, tokens: Array, is_text: Array, place: int, target: int) -> dict[str, Array]:
     """First-order effect of every slot, through all blocks, on the logit of a token at a position, by layer."""
     parts, params, tables = split_decoder(model)
 
@@ -156,5 +156,5 @@ def _effects(model: Decoder, tokens: Array, place: int, target: int) -> dict[str
             effects[layer] = weights * embedding_dot(tables[table], indices, vectors)
         return effects
 
-    batch = {"tokens": jnp.asarray(tokens), "segments": jnp.ones(tokens.shape, jnp.int32)}
+    batch = {"tokens": jnp.asarray(tokens), "segments": is_text.astype(jnp.int32)}
     return run(params, tables, batch, jnp.asarray(place), jnp.asarray(target))

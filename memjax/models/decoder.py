@@ -120,17 +120,17 @@ class Decoder(nnx.Module):
 
         Args:
             tokens: token ids.
-            positions: of the tokens in their documents; None counts from 0.
+            positions: of the tokens in their documents; None counts from 0, padding left out.
             segments: document of each token, where several share a row; tokens see their own document only.
             perturbations: zeros, by layer name, added to what is read of tables
                 (`DecoderParts.zero_perturbations`); their cotangents and the reads make up the tables' gradients.
             remat: what the backward pass computes again. What tables gave and routings are always kept.
-            token_mask: which tokens are no padding, which experts that choose must not take; None for all.
+            token_mask: which tokens are no padding, which experts that choose must not take, and which makes no row
+                longer; None for all.
             training: let experts choose their tokens, in models where they do so.
         """
         is_batch = getattr(tokens, "ndim", None) == 2 and jnp.issubdtype(tokens.dtype, jnp.integer)
         require("Decoder", is_batch, "tokens must be whole numbers [batch, tokens]", tokens=tokens)
-        positions = default_positions(tokens) if positions is None else positions
         for name, given in (("positions", positions), ("segments", segments), ("token_mask", token_mask)):
             if given is not None:
                 fits = getattr(given, "shape", None) == tokens.shape
@@ -140,6 +140,7 @@ class Decoder(nnx.Module):
             is_whole = given is None or not jnp.issubdtype(given.dtype, jnp.inexact)
             require("Decoder", is_whole, f"{name} must be whole numbers", **{name: given})
         check_ids(tokens, self.config.vocab_size, "tokens")
+        positions = default_positions(tokens, token_mask) if positions is None else positions
         x = split_tokens(self.embedded(tokens))
         reads: dict[str, tuple[TableRead, ...]] = {}
         routings: dict[str, Routing] = {}
@@ -190,24 +191,29 @@ class Decoder(nnx.Module):
         return self.logits(hidden), cache
 
     def hidden_with_cache(
-        self, tokens: Int[Array, "b s"], cache: Cache | None
+        self, tokens: Int[Array, "b s"], cache: Cache | None, token_mask: Bool[Array, "b s"] | None = None
     ) -> tuple[Float[Array, "b s dim"], Cache]:
         """`with_cache` without the logits, for callers that need them at some tokens only.
 
-        Without a cache the tokens are the first ones, and the new cache holds just these.
+        Without a cache the tokens are the first ones, and the new cache holds just these. Rows may then be padded at
+        their ends: token_mask tells what is no padding. Entries of padding stay in the cache behind its lengths: they
+        are never seen, and new tokens overwrite them.
         """
         if cache is None or tokens.shape[1] > 1:
             check_ids(tokens, self.config.vocab_size, "tokens")
-        positions, lengths = default_positions(tokens), jnp.zeros(tokens.shape[0], jnp.int32)
+        positions = default_positions(tokens, token_mask)
+        lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
+        if token_mask is not None:
+            lengths = token_mask.sum(axis=1, dtype=jnp.int32)
         if cache is not None:
-            lengths = cache.lengths
-            positions += lengths[:, None]
+            positions += cache.lengths[:, None]
+            lengths += cache.lengths
         x, blocks = self.embedded(tokens), []
         for layer, block in enumerate(self.blocks):
             with jax.named_scope(layer_name(layer)):
                 x, kept = block.with_cache(x, positions, cache and cache.blocks[layer], self.tables_of(layer))
             blocks.append(kept)
-        return self.norm(x).normed, Cache(tuple(blocks), lengths + tokens.shape[1])
+        return self.norm(x).normed, Cache(tuple(blocks), lengths)
 
     def embedded(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s dim"]:
         """The embeddings of tokens; NaN for ids outside the vocabulary."""
@@ -269,9 +275,10 @@ def layer_name(layer: int) -> str:
     return f"L{layer}"
 
 
-def default_positions(tokens: Int[Array, "b s"]) -> Int[Array, "b s"]:
-    """0, 1, 2, ... in every row."""
-    return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+def default_positions(tokens: Int[Array, "b s"], token_mask: Bool[Array, "b s"] | None = None) -> Int[Array, "b s"]:
+    """0, 1, 2, ... in every row; 0 at padding, as rotary frequencies may depend on how far a row reaches."""
+    places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    return places if token_mask is None else jnp.where(token_mask, places, 0)
 
 
 def resolve_dtype(name: str) -> jnp.dtype:

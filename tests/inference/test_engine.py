@@ -12,13 +12,16 @@ from flax import nnx
 
 from drawn import drawn
 from memjax.config.memory import MemoryConfig, PEERConfig
-from memjax.config.model import ModelConfig
+from memjax.config.model import ModelConfig, RopeScalingConfig
 from memjax.config.sampling import SamplingConfig
 from memjax.inference import engine
 from memjax.inference.engine import Engine
 from memjax.inference.requests import Request
+from memjax.inference.scoring import PromptScorer, score
+from memjax.inference.scoring import Request as ScoreRequest
 from memjax.inference.streaming import generate
 from memjax.inference.weights import prepare
+from memjax.knowledge.trace import trace
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, split_decoder
 
@@ -290,6 +293,54 @@ def test_log_probabilities_are_those_of_the_plain_forward_pass():
         assert list(found.top) == np.argsort(-log_p)[:3].tolist()
         assert list(found.top.values()) == pytest.approx(np.sort(log_p)[::-1][:3].tolist(), abs=1e-4)
         text.append(token)
+
+
+def test_as_many_likeliest_tokens_as_a_small_vocabulary_has():
+    config = ModelConfig(dim=8, num_layers=1, num_heads=2, ffn_dim=8, vocab_size=12, dtype="float32", memory=None)
+    model = drawn(config)
+    writer = Engine(model, num_slots=1)
+    (slot,) = writer.insert([Request(prompt_ids=[1, 2], max_tokens=2, logprobs=12)])
+    found = writer.step(1)[slot].logprobs
+    assert [len(one.top) for one in found] == [12, 12]
+    assert [sum(map(np.exp, one.top.values())) for one in found] == pytest.approx([1, 1])
+    assert PromptScorer(model)([1, 2], 12)[0].top.keys() == set(range(12))
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        RopeScalingConfig(kind="dynamic", factor=4.0, original_length=8),
+        RopeScalingConfig(
+            kind="longrope", factor=4.0, original_length=16, short_factor=(1.0, 1.5), long_factor=(4.0, 9.0)
+        ),
+    ],
+    ids=["dynamic", "longrope"],
+)
+def test_where_frequencies_depend_on_the_length_of_a_text_its_padding_and_other_texts_do_not_count(scaling):
+    model = drawn(dataclasses.replace(tiny().config, num_layers=2, peer=None, rope_scaling=scaling))
+    texts = {length: prompt(length) for length in (11, 30)}
+    whole = {length: np.asarray(model(jnp.asarray([text]))[0], np.float64) for length, text in texts.items()}
+    log_p = {length: logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)) for length, logits in whole.items()}
+    writer = Engine(model, num_slots=2, prefill_rows=2)
+    slots = writer.insert([Request(prompt_ids=text, max_tokens=1, logprobs=1) for text in texts.values()])
+    made = writer.step(0)
+    for slot, length in zip(slots, texts, strict=True):
+        (token,), (found,) = made[slot].tokens, made[slot].logprobs
+        assert token == np.argmax(whole[length][-1])
+        assert found.chosen == pytest.approx(log_p[length][-1, token], abs=1e-4)
+    scored = score(model, [ScoreRequest(text, [7]) for text in texts.values()], batch_size=8)
+    assert [one.log_likelihood for one in scored] == pytest.approx([log_p[n][-1, 7] for n in texts], abs=1e-4)
+    for length, text in texts.items():
+        following = log_p[length][np.arange(length - 1), text[1:]]
+        found = [one.chosen for one in PromptScorer(model)(text, 0)]
+        np.testing.assert_allclose(found, following, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(
+            trace(model, text).logits[:-1], whole[length][np.arange(length - 1), text[1:]], atol=1e-3
+        )
+        padded, is_text = np.zeros((1, 32), np.int32), np.arange(32)[None] < length
+        padded[0, :length] = text
+        hidden = model.hidden(jnp.asarray(padded), token_mask=jnp.asarray(is_text)).states
+        np.testing.assert_allclose(model.logits(hidden)[0, :length], whole[length], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ def test_few_programs_are_compiled_and_equal_rows_are_computed_once(drawn_model,
     assert len(rows) == 3
 
 
-def test_every_number_of_likeliest_tokens_takes_one_of_three_programs(drawn_model):
+def test_every_number_of_likeliest_tokens_takes_one_of_two_programs(drawn_model):
     scorer = scoring.PromptScorer(drawn_model)
     found = {count: scorer([1, 5, 9], count) for count in (1, 2, 5, 6, 20)}
     program: Any = scorer._run
