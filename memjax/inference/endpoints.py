@@ -116,7 +116,6 @@ async def _completions(service: Service, request: Request, send: Send) -> Respon
     # A long text takes a while to encode; another thread takes longer than a short one.
     prompts = await asyncio.to_thread(encode) if letters > _SHORT else encode()
     choices = make_choices(service.tokenizer, asked, prompts, max_length=limits.max_length)
-    service.metrics.prompt_tokens += sum(len(ids) for ids, _ in prompts)
     with service.answering(asked, choices) as answer:
         if asked.stream:
             await _until_hang_up(request, _stream(service, answer, send))

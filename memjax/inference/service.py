@@ -123,19 +123,21 @@ class Service:
         answer = Answer(request, choices)
         for choice in choices:
             choice.ticket.owner = answer, choice
+        try:
+            self.scheduler.submit([choice.ticket for choice in choices])
+        except QueueFullError:
+            raise self._queue_is_full() from None
+        self.metrics.prompt_tokens += answer.usage()["prompt_tokens"]
         self._active.add(answer)
         try:
-            try:
-                self.scheduler.submit([choice.ticket for choice in choices])
-            except QueueFullError:
-                raise self._queue_is_full() from None
             yield answer
         finally:
             self._active.discard(answer)
             for choice in choices:
                 if not choice.is_done:
                     self.scheduler.cancel(choice.ticket)
-            self.metrics.whole_request.add(time.monotonic() - answer.began)
+            if answer.is_done:
+                self.metrics.whole_request.add(time.monotonic() - answer.began)
 
     def _queue_is_full(self) -> RefusedError:
         scheduler = self.scheduler

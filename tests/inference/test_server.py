@@ -465,6 +465,13 @@ def test_a_full_queue_is_refused_with_a_time_to_come_back():
         for connection in connections:
             connection.close()
         server.wait_until(server.is_idle)
+        # Nothing of what was refused was read, and nobody got a whole answer: the time of neither makes the others
+        # look fast, by which the time to come back is estimated.
+        metrics = server.send("GET", "/metrics")[2].decode()
+        assert f"memjax_prompt_tokens_total {2 * (SLOTS + 2)}\n" in metrics
+        assert "memjax_request_seconds_count 0\n" in metrics
+        server.ask(prompt="x", max_tokens=1)
+        assert "memjax_request_seconds_count 1\n" in server.send("GET", "/metrics")[2].decode()
         # More than ever fit are not told to come back.
         status, error = server.refused({"prompt": "x", "n": 3})
         assert (status, error["param"]) == (400, "n")
