@@ -84,6 +84,10 @@ class ProductKeys(nnx.Module):
         check_width(type(self).__name__, x, self.dim)
         return self.lookup(self.queries(x))
 
+    def promoted(self, x: Float[Array, "*b dim"]) -> Float[Array, "*b dim"]:
+        """The input in the type of activations: `dtype`, or without one that of input and parameters together."""
+        return promote_dtype((x, self.query_bias[...]), dtype=self.dtype)[0]
+
     def queries(self, x: Float[Array, "*b dim"]) -> Float[Array, "t width"]:
         """Projected queries, num_heads * key_dim numbers for each token; batch axes are folded into tokens."""
         x, kernel, bias = promote_dtype((fold(x), self.query_kernel[...], self.query_bias[...]), dtype=self.dtype)

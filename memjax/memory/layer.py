@@ -109,10 +109,11 @@ class MemoryLayer(LookupLayer):
         check_width(type(self).__name__, x, self.dim)
         fits = bag.shape == (math.prod(x.shape[:-1]), self.value_dim)
         require(type(self).__name__, fits, f"every token needs a bag of {self.value_dim} columns", x=x, bag=bag)
-        y = unfold(bag, x)
+        x = self.keys.promoted(x)
+        y = unfold(bag, x).astype(x.dtype)
         if self.gate_proj is not None:
-            y = y.astype(x.dtype) * nnx.silu(self.gate_proj(x))
-        return self.scaled(x, y.astype(x.dtype) if self.value_proj is None else self.value_proj(y))
+            y = y * nnx.silu(self.gate_proj(x))
+        return self.scaled(x, y if self.value_proj is None else self.value_proj(y))
 
     def scaled(self, x: Float[Array, "*b dim"], out: Float[Array, "*b dim"]) -> Float[Array, "*b dim"]:
         """The projected bag, times the output gate and the factors of a parallel memory."""

@@ -76,6 +76,7 @@ class PEERLayer(LookupLayer):
         """The layer's output, and its reads of the experts' inputs and outputs; see `LookupLayer.with_reads`."""
         (inputs, outputs), (dot, bag) = tables, self.perturbations_of(perturbations)
         indices, softmax = self.lookup(x)
+        x = self.keys.promoted(x)
         dots, vectors = sharded.dot(
             self._rows(inputs, "inputs"), indices, fold(x), dot, implementation=self.implementation
         )

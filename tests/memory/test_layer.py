@@ -123,6 +123,29 @@ def test_activations_have_the_type_that_was_asked_for():
     assert jax.eval_shape(lambda: compute(x, table)).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("options", [{}, {"gate": "none"}, {"gate": "none", "value_dim": 2 * DIM}])
+@pytest.mark.parametrize(
+    ("dtype", "of_input", "of_parameters", "expected"),
+    [
+        ("bfloat16", "float32", "float32", "bfloat16"),
+        ("float32", "bfloat16", "bfloat16", "float32"),
+        (None, "bfloat16", "float32", "float32"),
+        (None, "bfloat16", "bfloat16", "bfloat16"),
+    ],
+)
+@pytest.mark.parametrize("of_table", ["float32", "bfloat16"])
+def test_neither_gate_nor_table_decides_the_type_of_the_output(
+    options, dtype, of_input, of_parameters, expected, of_table
+):
+    def output():
+        sizes = {"num_keys": NUM_KEYS, "num_heads": 2, "top_k": 2, "key_dim": 4} | options
+        layer = MemoryLayer(DIM, dtype=dtype, param_dtype=of_parameters, rngs=nnx.Rngs(0), **sizes)
+        table = ValueTable(NUM_KEYS**2, layer.value_dim, dtype=of_table, rngs=nnx.Rngs(0))
+        return layer(jnp.ones((2, DIM), of_input), table)
+
+    assert jax.eval_shape(output).dtype == expected
+
+
 def test_parameters_begin_as_the_paper_says():
     layer = MemoryLayer(64, num_keys=32, num_heads=2, key_dim=128, value_dim=256, rngs=nnx.Rngs(0))
     keys, kernel = layer.keys.keys[...], layer.keys.query_kernel[...]
