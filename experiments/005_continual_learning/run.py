@@ -6,6 +6,7 @@ python experiments/005_continual_learning/run.py --data FOLDER --gpus 4 --second
 
 import dataclasses
 import functools
+import math
 import pathlib
 import sys
 import tempfile
@@ -17,16 +18,25 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(HERE.parent), str(ROOT)]
 
-from continual.tables import chosen, report
+from continual.tables import LEARNED, TRIED, chosen, report
 from factlab import command
+from factlab.report import grouped
 from factlab.runs import Result, Training
 
-STAGES = ("bases", "grid", "headline")
+STAGES = ("bases", "grid", "between", "closer", "headline", "larger")
 ROWS = (25, 50, 100, 200, 500, 1000)
 """t: rows of a table that a step may change."""
-ROW_RATES = {"rowwise_adam": (0.1, 0.3, 1.0), "sgd": (30.0, 100.0, 300.0)}
+ROW_RATES = {"rowwise_adam": (0.1, 0.3, 1.0), "sgd": (100.0, 300.0, 1000.0)}
 DENSE_RATES = {"lora": (1e-4, 3e-4, 1e-3, 3e-3), "full": (3e-5, 1e-4, 3e-4, 1e-3)}
 RANKS = (32, 128)
+COMPARED = ("sparse", "lora", "full")
+"""Methods that are also taught in parts, on CounterFact and on the larger base."""
+LARGER = (
+    *("--model.dim", "768", "--model.num_layers", "12", "--model.num_heads", "12", "--model.ffn_dim", "2048"),
+    *("--model.memory.layers", "2,6,10", "--model.memory.num_keys", "1024", "--model.memory.key_dim", "384"),
+    *("--model.memory.top_k", "32", "--optim.lr", "1.0e-3", "--optim.table.lr", "0.05"),
+)
+"""The base in the width and depth of 134m_memory_plus_1m, at half the rates."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +64,8 @@ class Size:
     rows: tuple[int, ...] = ROWS
     few: tuple[int, ...] = (50, 500)
     """t of the methods that sparse is compared with."""
+    sgd_from: int = 200
+    """SGD is not tried with a smaller t."""
     rates: int | None = None
     """Rates of each method, from the second of its list; None: all."""
 
@@ -95,6 +107,8 @@ class Run(Training):
     work: str
     size: dict[str, Any]
     config: str = str((HERE / "base.yaml").relative_to(ROOT))
+    larger: bool = False
+    """Whether the base is LARGER."""
     seconds: float = 40.0
 
     @property
@@ -106,12 +120,12 @@ class Run(Training):
     def name(self) -> str:
         """Tells it from all others."""
         told = " ".join(f"{name}{value}" for name, value in self.method.items() if value and name != "name")
-        return f"{self.how} {self.family} {told} base{self.seed}"
+        return f"{self.how} {self.family} {told} {'larger ' if self.larger else ''}base{self.seed}"
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """Runs of one kind take about the same time."""
-        return self.seed, self.how
+        return self.seed, self.how, self.larger
 
     def row(self) -> Result:
         """What the results say of it beside what was measured."""
@@ -123,6 +137,7 @@ class Run(Training):
             "family": self.family,
             "how": self.how,
             "seed": self.seed,
+            "larger": self.larger,
             **told,
         }
 
@@ -160,30 +175,63 @@ def main() -> None:
 
 
 def runs_of(stage: str, results: dict[str, Result], size: Size, data: str, work: str) -> Iterable[Run]:
-    """Bases at the same time; a grid on the first; what it chose on the others, in parts, merged and on CounterFact."""
+    """Bases at the same time; a grid on the first, and rates between its own; what was chosen of them in parts, merged,
+    on the other bases, on CounterFact, and on a larger base."""
     fields = {
         name: value
         for name, value in dataclasses.asdict(size).items()
-        if name not in ("settings", "rows", "few", "rates")
+        if name not in ("settings", "rows", "few", "sgd_from", "rates")
     }
-    make = lambda method, how="together", seed=0: Run(
-        stage=stage, method=method, how=how, seed=seed, data=data, work=work, size=fields, settings=size.settings
+    make = functools.partial(
+        Run, stage=stage, how="together", data=data, work=work, size=fields, settings=size.settings
     )
     if stage == "bases":
-        yield from (make(_method("none", 0.0, size), "base", seed) for seed in range(size.seeds))
+        yield from (make(method=_method("none", 0.0, size), how="base", seed=seed) for seed in range(size.seeds))
         return
     if stage == "grid":
-        yield from map(make, _grid(size))
+        yield from (make(method=method) for method in _grid(size))
         return
-    for row in chosen(results.values()):
-        method = {"name": row["family"], "lr": row["lr"], "rows": row["rows_given"]}
-        method |= {name: row[name] for name in ("rank", "optimizer", "epochs")}
-        for seed in range(1, size.seeds):
-            yield make(method, seed=seed)
-        yield make(method, "in_parts")
-        yield make(method, "edits")
-        if row["family"] not in DENSE_RATES:
-            yield make(method, "merged")
+    if stage in TRIED:
+        before = TRIED[: TRIED.index(stage)]
+        methods = _between([row for row in results.values() if row["stage"] in before])
+        yield from (make(method=method) for method in methods)
+        return
+    picked = [_method_of(row) for row in chosen(results.values())]
+    compared = [method for method in picked if method["name"] in COMPARED]
+    if stage == "larger":
+        settings = (*LARGER, *size.settings)
+        for method in compared:
+            yield make(method=method, larger=True, settings=settings, work=f"{work}/larger")
+        return
+    for method in compared:
+        yield make(method=method, how="in_parts")
+        if method["name"] not in DENSE_RATES:
+            yield make(method=method, how="merged")
+    for seed in range(1, size.seeds):
+        yield from (make(method=method, seed=seed) for method in picked)
+    yield from (make(method=method, how="edits") for method in compared)
+
+
+def _between(tried: Iterable[Result]) -> Iterator[dict[str, Any]]:
+    """Of each method with its t or rank the rate in the middle, as a factor, of the highest that learns too little and
+    the lowest that learns enough. Of LoRA and full finetuning, where the lowest learns enough, a third of it."""
+    alike = lambda row: (row["family"], row["rows_given"], row["rank"], row["optimizer"])
+    for rows in grouped(tried, alike).values():
+        less = [row["lr"] for row in rows if row["paraphrases"] < LEARNED]
+        enough = [row["lr"] for row in rows if row["paraphrases"] >= LEARNED]
+        if less and enough and max(less) < min(enough):
+            lr = math.sqrt(max(less) * min(enough))
+        elif enough and not less and rows[0]["family"] in DENSE_RATES:
+            lr = min(enough) / 3
+        else:
+            continue
+        yield {**_method_of(rows[0]), "lr": float(f"{lr:.2g}")}
+
+
+def _method_of(row: Result) -> dict[str, Any]:
+    """As it was given to the run of the row."""
+    last = {name: row[name] for name in ("rank", "optimizer", "epochs")}
+    return {"name": row["family"], "lr": row["lr"], "rows": row["rows_given"], **last}
 
 
 def _grid(size: Size) -> Iterator[dict[str, Any]]:
@@ -191,7 +239,8 @@ def _grid(size: Size) -> Iterator[dict[str, Any]]:
     method = functools.partial(_method, size=size)
     of_rows = [{"optimizer": name, "lr": lr} for name, rates in ROW_RATES.items() for lr in few(rates)]
     for rows in size.rows[::-1]:
-        yield from (method("sparse", rows=rows, **at) for at in of_rows)
+        tried = (at for at in of_rows if at["optimizer"] != "sgd" or rows >= size.sgd_from)
+        yield from (method("sparse", rows=rows, **at) for at in tried)
     yield from (method("full", lr, optimizer="adamw") for lr in few(DENSE_RATES["full"]))
     for rank in RANKS[: len(size.rows)]:
         yield from (method("lora", lr, rank=rank, optimizer="adamw") for lr in few(DENSE_RATES["lora"]))

@@ -1,5 +1,6 @@
 """005: what is learned is never what is asked, baselines begin at the base, and the choice follows the protocol."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from continual import facts, generated, methods, tables
 
 from memjax.config.model import ModelConfig
 from memjax.models.parts import DecoderParts
+from tests.experiments.conftest import EXPERIMENTS
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,38 @@ def test_the_setting_that_forgets_least_is_chosen_of_those_that_learn_enough():
     assert tables.chosen([*rows, {**rows[0], "stage": "headline", "old_lost": 0}]) == [rows[1], rows[4]]
 
 
+@pytest.fixture(scope="module")
+def experiment():
+    spec = importlib.util.spec_from_file_location("continual_run", EXPERIMENTS / "005_continual_learning/run.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for the types of their fields
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rates_are_tried_between_those_that_learn_too_little_and_enough_and_below_the_end_of_dense_ones(experiment):
+    def row(name, lr, learned, rows=0, rank=0):
+        method = {"family": name, "lr": lr, "rows_given": rows, "rank": rank, "optimizer": "adamw", "epochs": 4}
+        return {"stage": "grid", "paraphrases": learned, **method}
+
+    rows = [
+        *(row("sparse", lr, learned, 1000) for lr, learned in ((0.1, 0.6), (0.3, 0.8), (1.0, 0.7))),
+        *(row("sparse", lr, learned, 25) for lr, learned in ((0.1, 0.1), (0.3, 0.2))),
+        *(row("sparse", lr, 0.9, 500) for lr in (0.1, 0.3)),
+        *(row("full", lr, 0.9) for lr in (3e-5, 1e-4)),
+        *(row("lora", lr, learned, rank=32) for lr, learned in ((1e-4, 0.2), (1e-3, 0.69), (3e-3, 0.7))),
+    ]
+    results = {str(number): one for number, one in enumerate(rows)}
+    given = lambda stage: [
+        (run.method["name"], run.method["rows"], run.method["rank"], run.method["lr"])
+        for run in experiment.runs_of(stage, results, experiment.SIZES["full"], "data", "work")
+    ]
+    assert given("between") == [("sparse", 1000, 0, 0.17), ("full", 0, 0, 1e-5), ("lora", 0, 32, 0.0017)]
+    results["later"] = row("sparse", 0.17, 0.75, 1000) | {"stage": "between"}
+    assert ("sparse", 1000, 0, 0.13) in given("closer")
+    assert given("between")[0] == ("sparse", 1000, 0, 0.17)
+
+
 @pytest.mark.slow
 def test_the_small_size_runs_on_a_cpu_and_its_results_make_the_tables(tmp_path):
     command = [sys.executable, "experiments/005_continual_learning/run.py", "--size", "small", "--jobs", "2"]
@@ -69,4 +103,4 @@ def test_the_small_size_runs_on_a_cpu_and_its_results_make_the_tables(tmp_path):
     assert all(row["rows"] > 0 for row in rows if row["family"] == "sparse")
     assert all(row["rows"] == 0 for row in rows if row["family"] == "lora" and row["how"] == "together")
     made = tables.report(rows, tmp_path)
-    assert made.count("| lora, rank 32, 0.0003 |") == 4
+    assert made.count("| lora, rank 32, 0.0003 |") == 5

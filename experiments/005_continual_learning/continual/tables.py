@@ -2,13 +2,15 @@
 
 import pathlib
 from collections.abc import Iterable
+from typing import Any
 
 from factlab.report import NOT_RUN, grouped, markdown, spread
 from factlab.runs import Result
 
 LEARNED = 0.70
 """Of the wordings that were never learned: what a setting must reach to be compared."""
-
+TRIED = ("grid", "between", "closer")
+"""Stages that try settings."""
 
 MEASURES = (
     "method and rate",
@@ -22,9 +24,9 @@ MEASURES = (
 
 
 def chosen(results: Iterable[Result]) -> list[Result]:
-    """Of every method the run of the grid that forgets least of those that learn enough; else what learns most."""
+    """Of every method the setting that forgets least of those that learn enough; else what learns most."""
     best = []
-    for rows in grouped((row for row in results if row["stage"] == "grid"), lambda row: (row["family"],)).values():
+    for rows in grouped((row for row in results if row["stage"] in TRIED), lambda row: (row["family"],)).values():
         enough = [row for row in rows if row["paraphrases"] >= LEARNED]
         best.append(
             min(enough, key=lambda row: row["old_lost"])
@@ -40,8 +42,11 @@ def report(rows: list[Result], folder: pathlib.Path) -> str:
     picked = {name_of(row): row for row in chosen(rows)}
     if not picked:
         return NOT_RUN
-    of = lambda how: [row for row in rows if row["how"] == how and name_of(row) in picked]
-    parts = [_headline(of("together")), _edits(of("edits")), _parts(of("in_parts"), of("merged")), _grid(rows)]
+    of = lambda how, larger=False: [
+        row for row in rows if row["how"] == how and bool(row.get("larger")) == larger and name_of(row) in picked
+    ]
+    parts = [_headline(of("together")), _larger(of("together", True)), _edits(of("edits"))]
+    parts += [_parts(of("in_parts"), of("merged")), _grid(rows)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -69,13 +74,16 @@ def _headline(rows: list[Result]) -> str:
         )
         for (name,), runs in grouped(rows, lambda row: (name_of(row),)).items()
     ]
-    first = rows[0]
     right = [
         f"{row['old_right']:,} of {row['old_asked']:,}"
         for _, (row, *_) in grouped(rows, lambda row: (row["seed"],)).items()
     ]
-    told = f"{first['facts']:,} new facts. Old facts that the bases answer: {'; '.join(right)}."
+    told = f"{rows[0]['facts']:,} new facts. Old facts that the bases answer: {'; '.join(right)}."
     return f"{told}\n\n{markdown(head, lines)}"
+
+
+def _larger(rows: list[Result]) -> str:
+    return f"The larger base:\n\n{_headline(rows)}" if rows else ""
 
 
 def _edits(rows: list[Result]) -> str:
@@ -117,6 +125,10 @@ def _grid(rows: list[Result]) -> str:
             f"{row['bits_more']:+.2%}",
             f"{row['rows']:,}",
         )
-        for row in sorted((row for row in rows if row["stage"] == "grid"), key=name_of)
+        for row in sorted((row for row in rows if row["stage"] in TRIED), key=_place)
     ]
-    return f"All of the grid:\n\n{markdown(MEASURES, lines)}"
+    return f"All settings that were tried:\n\n{markdown(MEASURES, lines)}"
+
+
+def _place(row: Result) -> tuple[Any, ...]:
+    return row["family"], row["rank"], row["optimizer"], row["rows_given"], row["lr"]

@@ -94,7 +94,7 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def _base(task: str) -> Base:
     return Base(json.loads(task))
 
