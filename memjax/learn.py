@@ -80,6 +80,7 @@ def _learn(words: Sequence[str], settings: LearnConfig) -> None:
     from memjax.knowledge.facts import Fact, read_facts
     from memjax.knowledge.finetune import Recipe
     from memjax.knowledge.learning import LEARNED, facts_of, learn_facts
+    from memjax.runs.files import owned
     from memjax.runs.patches.patch import is_patch, patch_file, read_patch
 
     run, *paths = words
@@ -92,7 +93,7 @@ def _learn(words: Sequence[str], settings: LearnConfig) -> None:
     held_out = None if settings.held_out is None else read_facts(settings.held_out, "--held_out")
     if held_out is not None and not any(fact.question for fact in held_out):
         raise DataError(f"{settings.held_out}: held_out must hold questions, lines with prompt and answer; it has none")
-    with loaded(run, settings) as found:
+    with owned(patch_file(settings.out)), loaded(run, settings) as found:
         if not found.model.config.lookups:
             raise ConfigError(f"{run}: the model has no memory layers and no PEER layers: there are no rows")
         names = ("rows", "lr", "batch_size", "optimizer", "replay", "seed")

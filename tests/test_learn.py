@@ -18,6 +18,7 @@ from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.models.parts import DecoderParts
+from memjax.runs.files import owned
 from memjax.runs.layout import meta_document, params_to_tree
 from memjax.runs.patches.patch import read_patch, write_patch
 
@@ -123,3 +124,10 @@ def test_a_patch_stands_for_the_facts_that_it_was_made_of(run, facts, tmp_path, 
     write_patch(without, dataclasses.replace(made[0], notes={}))
     assert learn.main([run, str(without), "--out", str(tmp_path / "none")]) == 3
     assert "holds no facts" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_learn_into_one_patch(run, facts, tmp_path, capsys):
+    with owned(tmp_path / "patch.safetensors"):
+        assert learn.main([run, facts, "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path}/patch.safetensors is being written by process" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

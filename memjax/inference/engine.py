@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from memjax.config import checks
 from memjax.inference.programs import (
     LONGEST_CHUNK,
     NOTHING,
@@ -97,8 +98,7 @@ class Engine:
             modes: what to compile for, the narrowest first: a batch runs in the first that covers its needs. Without
                 one that does, a program for exactly these needs is compiled.
         """
-        if num_slots < 1:
-            raise ValueError(f"num_slots={num_slots} must be positive")
+        checks.refuse([*checks.counts(num_slots=num_slots), *_rows_wrong(prefill_rows)])
         self.num_slots = num_slots
         self._config, self._prefill_rows = model.config, prefill_rows
         self._min_capacity, self._modes = min_capacity, tuple(modes)
@@ -136,6 +136,7 @@ class Engine:
         Raises:
             ValueError: more requests than free slots, or one that cannot be met (`check`).
         """
+        checks.refuse(_rows_wrong(prefill_rows))
         for request in requests:
             check(request, self._config.vocab_size)
         free = self.free_slots
@@ -285,6 +286,10 @@ class Engine:
                 made.finish = "length"
             if made.finish is not None:
                 self._slots[number] = None
+
+
+def _rows_wrong(prefill_rows: int | None) -> list[str]:
+    return [] if prefill_rows is None else checks.counts(prefill_rows=prefill_rows)
 
 
 def _logprobs_at(likely: Likelihoods, at: tuple[int, int], num_top: int) -> TokenLogprobs:

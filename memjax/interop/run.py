@@ -2,13 +2,20 @@
 
 import os
 
+import jax
+import jax.numpy as jnp
+
+from memjax.checkpoint.names import flatten
 from memjax.config.data import DataConfig, TokenizerConfig
 from memjax.config.model import ModelConfig
 from memjax.config.optim import OptimConfig
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import CheckpointError
+from memjax.io.console import warn
 from memjax.models.decoder import Decoder
+from memjax.models.parts import split_decoder, writable
+from memjax.runs.layout import PARAMS, TABLES, params_to_tree
 from memjax.runs.write import write_run
 
 LEARNING_RATE = 2e-5
@@ -38,10 +45,21 @@ def write_converted(
 ) -> RunConfig:
     """Writes the folder of a run with the model: to evaluate it, and to begin a training with. Returns its config.
 
+    Weights that are not finite are kept, and named in a warning.
+
     Raises:
         CheckpointError: it cannot be written.
     """
     data = DataConfig(source="files", sequence_length=sequence_length, tokenizer=settings)
     config = RunConfig(model=model.config, data=data, optim=OptimConfig(lr=LEARNING_RATE))
+    for name in _not_finite(model):
+        warn(f"warning: {name} holds numbers that are not finite, and what is computed with them is none either")
     write_run(out, model, tokenizer, config)
     return config
+
+
+def _not_finite(model: Decoder) -> list[str]:
+    _, params, tables = split_decoder(model)
+    is_finite = jax.jit(lambda leaf: jnp.isfinite(leaf).all())
+    leaves = flatten({PARAMS: params_to_tree(params), TABLES: writable(tables)})
+    return [name for name, leaf in leaves.items() if not is_finite(leaf)]

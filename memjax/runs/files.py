@@ -1,4 +1,4 @@
-"""Folders that are created atomically."""
+"""Files and folders that one process writes, and folders that are created atomically."""
 
 import contextlib
 import os
@@ -27,6 +27,21 @@ def check_new(folder: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
+def owned(path: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes from writing a file or folder of this name while the block runs.
+
+    Raises:
+        ConfigError: one is at it.
+        OSError: its folder cannot be written.
+    """
+    try:
+        with locked(path.with_name(f".{path.name}.lock")):
+            yield
+    except Locked as error:
+        raise ConfigError(f"{path} is being written by {error}; name another") from None
+
+
+@contextlib.contextmanager
 def written_whole(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """A temporary folder that gets the given name when the block ends, atomically; after an error nothing is left.
 
@@ -40,7 +55,7 @@ def written_whole(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     # Beside the target, because only within a file system a folder moves in one step.
     temporary = target.with_name(f".{target.name}.unfinished")
     try:
-        with locked(target.with_name(f".{target.name}.lock")):
+        with owned(target):
             check_new(folder)
             _remove(temporary)
             try:
@@ -49,8 +64,6 @@ def written_whole(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
                 os.replace(temporary, target)
             finally:
                 _remove(temporary)
-    except Locked as error:
-        raise ConfigError(f"{target} is being written by {error}; name another folder") from None
     except OSError as error:
         raise CheckpointError(
             f"{target}: cannot be written ({error}); is the disk full, and may its parent be written?"

@@ -64,6 +64,7 @@ def quantize_run(
             new = config_of_copy(saved.config, out)
             document = meta_document(new, saved.tokenizer, step=0)
             document |= {"format": FORMAT_WITH_TABLE_FILES, "table_files": records}
+            document |= {"quantized_from": os.path.abspath(source)}
             # Types that the tables had, whatever 'auto' means here.
             document |= {"table_dtypes": saved.meta["table_dtypes"]}
             with Checkpoints(path / CHECKPOINTS) as written:

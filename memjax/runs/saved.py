@@ -149,6 +149,7 @@ class _Meta:
     tokenizer: dict[str, Any]
     table_dtypes: dict[str, Literal["float32", "bfloat16", "float16", "float64"] | None]
     table_files: dict[str, _TableFiles] | None = None
+    quantized_from: str | None = None
 
 
 def _placed(tree: Any, sharding: Sharding | None) -> Any:
@@ -171,14 +172,14 @@ def formats_in_files(meta: Mapping[str, Any]) -> str:
     return ", ".join(sorted({record["format"] for record in (meta.get("table_files") or {}).values()}))
 
 
-def read_only_formats(path: str | os.PathLike[str]) -> str:
-    """`formats_in_files` of the newest checkpoint of a run.
+def read_only_formats(path: str | os.PathLike[str]) -> tuple[str, str | None]:
+    """`formats_in_files` of the newest checkpoint of a run, and the run that it was made from, where that is recorded.
 
     Raises:
         CheckpointError: there is no checkpoint that can be read.
     """
     with open_step(path) as opened:
-        return formats_in_files(opened.meta)
+        return formats_in_files(opened.meta), opened.meta.get("quantized_from")
 
 
 def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

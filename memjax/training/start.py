@@ -38,10 +38,12 @@ def check_trainable(config: RunConfig) -> None:
     if checkpoints.latest() is None or checkpoints.newest_with(OPT_STATE) is not None:
         return
     place, source = folder.path, shlex.quote(str(folder.path))
-    if formats := read_only_formats(place):
+    formats, origin = read_only_formats(place)
+    if formats:
+        run = shlex.quote(origin or "THAT_RUN")
         raise ConfigError(
             f"run.dir={place} holds a model whose tables are read-only, in {formats}; {_OF_WHAT_IT_WAS}: "
-            "python -m memjax.train THAT_RUN --train.init_from THAT_RUN --run.dir NEW_RUN, and the other settings"
+            f"python -m memjax.train {run} --train.init_from {run} --run.dir NEW_RUN, and the other settings"
         )
     raise ConfigError(
         f"run.dir={place} holds a model without the state of a training, so there is nothing to resume; to train that "
@@ -65,8 +67,10 @@ def check_start(config: RunConfig) -> None:
     if _check_own_steps(folder, config) or source is None:
         return
     saved = read_config(source).model
-    if formats := read_only_formats(source):
-        raise ConfigError(f"train.init_from={source}: its tables are read-only, in {formats}; {_OF_WHAT_IT_WAS}")
+    formats, origin = read_only_formats(source)
+    if formats:
+        named = f", {origin}" if origin else ""
+        raise ConfigError(f"train.init_from={source}: its tables are read-only, in {formats}; {_OF_WHAT_IT_WAS}{named}")
     found, wanted = (_shapes(DecoderParts.of(model)) for model in (saved, config.model))
     problems = [
         f"  {name}: has {found.get(name, 'nothing')}, the model has {wanted.get(name, 'nothing')}"

@@ -440,6 +440,11 @@ def test_what_cannot_be_done_is_refused_at_the_call():
         generate(model, [1, 259], max_tokens=1)
     with pytest.raises(ValueError, match="max_tokens=-1"):
         generate(model, [1], max_tokens=-1)
+    for num_slots, prefill_rows, wrong_one in ((0, None, "num_slots=0"), (1, 0, "prefill_rows=0")):
+        with pytest.raises(ValueError, match=f"{wrong_one} must be positive"):
+            Engine(model, num_slots=num_slots, prefill_rows=prefill_rows)
+    with pytest.raises(ValueError, match="prefill_rows=0 must be positive"):
+        Engine(model, num_slots=1).insert([Request(prompt_ids=[1], max_tokens=1)], prefill_rows=0)
     wrong: dict[str, Any]
     for wrong, message in (
         ({"temperature": -0.5}, r"temperature=-0\.5 must not be negative"),

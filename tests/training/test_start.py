@@ -143,11 +143,12 @@ def test_tables_in_files_are_not_trained_and_the_run_that_they_were_made_from_is
     way_out = f"read-only, in {row_format or 'float32'}; train the run that `convert quantize` made it from"
     code, printed = run(place.name, place.name)
     assert code == 2
-    assert re.search(rf"run\.dir=\S+ holds a model whose tables are {way_out}: python -m memjax.train", printed)
-    assert f"--train.init_from {place}" not in printed, "that would be refused"
+    source = folder / "memory"
+    command = rf"python -m memjax\.train {source} --train\.init_from {source} --run\.dir NEW_RUN"
+    assert re.search(rf"run\.dir=\S+ holds a model whose tables are {way_out}: {command}", printed)
     code, printed = run("memory", "refused", "--train.init_from", str(place))
     assert code == 2
-    assert re.search(rf"train\.init_from=\S+: its tables are {way_out}", printed)
+    assert re.search(rf"train\.init_from=\S+: its tables are {way_out}, {source}", printed)
     assert not (folder / "refused").exists()
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from drawn import drawn
 from memjax.checkpoint import CheckpointError
@@ -158,6 +158,22 @@ def test_a_folder_that_holds_something_is_left_alone(memory_run, tmp_path):
         with pytest.raises(ConfigError, match="is there already and not empty; name a new folder"):
             convert(memory_run, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_weights_that_are_not_finite_are_read_and_named(memory_run, tmp_path, capsys):
+    to_hf(memory_run, tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    for name, value in (("model.norm.weight", np.inf), ("model.tables.shared.weight", np.nan)):
+        tensors[name] = np.array(tensors[name])
+        tensors[name].flat[3] = value
+    save_file(tensors, file)
+    capsys.readouterr()
+    from_hf(tmp_path / "out", tmp_path / "run")
+    named = [line.split()[1] for line in capsys.readouterr().err.splitlines() if "not finite" in line]
+    assert named == ["params/norm/scale", "tables/shared"]
+    found = split_decoder(load_as_saved(tmp_path / "run").model)[2]["shared"]
+    assert np.array_equal(np.asarray(found), tensors["model.tables.shared.weight"], equal_nan=True)
 
 
 def test_more_tokens_than_embeddings_are_refused(tmp_path):
