@@ -125,12 +125,8 @@ def _changed(found: "LoadedModel", settings: InspectConfig) -> dict[str, set[int
 
 
 def lines(values: Mapping[str, Any], number: int, top: int) -> list[str]:
-    """A trace for a terminal of 80 columns: every token with what the layers add, then the slots of one token.
-
-    Args:
-        values: the document of the page.
-        number: of that token.
-        top: slots of each layer.
+    """A trace for a terminal of 80 columns: every token with what the layers add, then the `top` slots of each layer
+    for one token.
     """
     tokens, layers = values["tokens"], values["layers"]
     few = layers[:3]  # more do not fit next to the tokens

@@ -23,11 +23,7 @@ FLAGS = {
 
 
 def main(argv: Sequence[str] | None = None, *, hooks: Sequence["Periodic"] = ()) -> int:
-    """Runs the command line.
-
-    Args:
-        argv: the arguments; None takes those of the process.
-        hooks: what the run does besides what its config asks for.
+    """Runs the command line, with hooks besides those that the config asks for.
 
     Returns:
         0 done, 2 wrong settings, 3 unusable data, 4 checkpoint trouble, 5 not a number, 6 alone without the other

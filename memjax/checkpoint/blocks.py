@@ -50,13 +50,7 @@ def join_blocks(
     places: Mapping[str, tuple[int, int]],
     read: Callable[[str, jax.ShapeDtypeStruct], jax.Array],
 ) -> jax.Array:
-    """The leaf, read block by block into a donated array, so that at most one block exists besides it.
-
-    Args:
-        target: The leaf, with its sharding.
-        places: Its blocks, as `blocks` names them.
-        read: Reads a block by its stored name and form.
-    """
+    """The leaf, read block by block into a donated array, so that at most one block exists besides it."""
     leaf = jax.jit(lambda: jnp.zeros(target.shape, target.dtype), out_shardings=target.sharding)()
     put = jax.jit(_put_rows, donate_argnums=0, out_shardings=target.sharding)
     for piece, (start, rows) in places.items():

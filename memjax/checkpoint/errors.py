@@ -42,13 +42,8 @@ def explained(
 ) -> Iterator[None]:
     """Raises what goes wrong inside as an error of this kind.
 
-    Too little memory and failing devices are no fault of a step and pass as they are.
-
-    Args:
-        kind: the error's type.
-        what: the beginning of its message.
-        advice: finds the way out for an error; empty where there is none.
-        only: errors of other types pass as they are, too.
+    Too little memory and failing devices are no fault of a step and pass as they are. So do errors of other types than
+    `only`. `advice` finds the way out that ends the message.
     """
     try:
         yield

@@ -85,17 +85,7 @@ def parse(
     flags: Mapping[str, str] = _NO_FLAGS,
     examples: Sequence[str] = (),
 ) -> Parsed[T]:
-    """The settings and other arguments of a command line; ends the process on --help (0) and on problems (2).
-
-    Args:
-        schema: The dataclass whose fields the options name.
-        argv: The arguments, without the program's name; None takes those of the process.
-        prog: The command, as help and errors call it.
-        description: What the command does.
-        positional: The argument without a name; None where there is none.
-        flags: Options without a value: name (with underscores) and help.
-        examples: Command lines for the help.
-    """
+    """The settings and other arguments of a command line; ends the process on --help (0) and on problems (2)."""
     argv = sys.argv[1:] if argv is None else argv
     if list(argv[:1]) == [COMPLETE]:
         output("\n".join(_completions(schema, positional, flags)))

@@ -45,12 +45,8 @@ class Dataset:
     def train_batches(
         self, seed: int, shard: slice = slice(None), stop: threading.Event | None = None
     ) -> grain.IterDataset[Batch]:
-        """Endless training batches, or those of one of several workers.
-
-        Args:
-            seed: orders the records and chooses their wordings.
-            shard: which blocks of records are read.
-            stop: ends a batch that is being made in another thread.
+        """Endless training batches, or those of the blocks of records that one of several workers reads (`shard`).
+        `stop` ends a batch that is being made in another thread.
         """
         reader = joined(self.train)
         return self._batches(
@@ -100,10 +96,8 @@ class Dataset:
         return {"data/malformed": sum(manifest.malformed for manifest in manifests)}
 
     def describe(self, steps: int | None = None) -> list[str]:
-        """Lines about prepared data and what was left out of it, then about records, tokens and epochs.
-
-        Args:
-            steps: of the run, for the epochs that it reads.
+        """Lines about prepared data and what was left out of it, then about records, tokens and the epochs of so many
+        steps.
         """
         lines = []
         for split in self.train:
@@ -148,9 +142,7 @@ def open_dataset(data: DataConfig | Source, tokenizer: Tokenizer) -> Dataset:
 def train_tokenizer(data: DataConfig | Source, vocab_size: int) -> Tokenizer:
     """The tokenizer that the config asks for; a BPE is trained on texts spread evenly over the training records.
 
-    Args:
-        data: the config, or the source that was found for it.
-        vocab_size: the most tokens; a small corpus may give fewer, and bytes always take 259.
+    vocab_size is the most tokens: a small corpus may give fewer, and bytes always take 259.
 
     Raises:
         ValueError: vocab_size is below 259.

@@ -31,12 +31,7 @@ class TrainingData(Iterator[Batch]):
     """
 
     def __init__(self, dataset: Dataset, *, seed: int):
-        """Starts no thread or process yet.
-
-        Args:
-            dataset: what to read, and the shape of batches.
-            seed: orders the records and chooses the wordings.
-        """
+        """Starts no thread or process yet."""
         config, splits = dataset.config, dataset.train
         self._plan = {
             "num_workers": config.num_workers,

@@ -76,11 +76,8 @@ def joined(splits: Sequence[Split]) -> Reader:
 def order(splits: Sequence[Split], *, seed: int, shuffle: bool, repeat: bool) -> grain.MapDataset[int]:
     """The numbers of the records, in the order in which they are to be seen, as `joined` counts them.
 
-    Args:
-        splits: what is mixed, by weight.
-        seed: orders the records.
-        shuffle: in every epoch of a split anew, or in the order of the files.
-        repeat: endlessly, each split in epochs of its own; or until one of them has no more.
+    A split is shuffled anew in each of its epochs, or read in the order of the files; endlessly with `repeat`, else
+    until one of the splits has no more.
     """
     orders, first = [], 0
     for number, split in enumerate(splits):

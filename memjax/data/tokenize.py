@@ -95,13 +95,7 @@ class TextReader(Reader):
 def make_pairs(
     tokens: Sequence[int] | np.ndarray, learned: bool | Sequence[bool] | np.ndarray, tokenizer: Tokenizer
 ) -> Pairs:
-    """The pairs of a record between its begin and its end.
-
-    Args:
-        tokens: its ids, without the special ones.
-        learned: of every token, then of the end; or of all of them.
-        tokenizer: knows begin and end.
-    """
+    """The pairs of a record between its begin and its end. `learned` is of every token, then the end, or of all."""
     pairs = np.empty((len(tokens) + 1, 3), np.int32)
     pairs[0, 0] = tokenizer.bos_id
     pairs[1:, 0] = tokens
@@ -165,12 +159,8 @@ class JoinedReader(Reader):
 def read_by_part(
     numbers: Sequence[int], starts: Sequence[int], read: Callable[[int, list[int]], Sequence[T]]
 ) -> list[T]:
-    """Records of several parts, in the order of their numbers.
-
-    Args:
-        numbers: of the records, counted through all parts.
-        starts: the number of each part's first record, and the number of all records.
-        read: records of a part, by their numbers in it; called once for each part that has some.
+    """Records of several parts, in the order of their numbers: `starts` has the number of each part's first record,
+    then that of all records. `read` is called once for each part that has some, with their numbers in it.
     """
     owners = [bisect.bisect_right(starts, number) - 1 for number in numbers]
     found: dict[int, T] = {}

@@ -46,12 +46,7 @@ class Workers(Iterator[Any]):
     """The batches of n worker processes, one of each in turn; the processes start at the first batch."""
 
     def __init__(self, shards: Shards, count: int):
-        """Starts nothing yet.
-
-        Args:
-            shards: makes the batches of a worker; sent to each.
-            count: number of processes.
-        """
+        """Starts nothing yet."""
         self._shards = shards
         self._states: list[State] = [iter(shards(index, count)).get_state() for index in range(count)]
         self._next = 0

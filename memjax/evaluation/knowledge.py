@@ -59,12 +59,7 @@ def knowledge_report(
     `bits_per_parameter` counts every parameter but the embedding rows for which the tokenizer has no token,
     `bits_per_table_parameter` (None without memory layers) the tables alone.
 
-    Args:
-        model: the model.
-        tokenizer: the one it was trained with.
-        config: the run's data.
-        limit_people: people to measure; their mean stands for all. None measures all.
-        batch_size: statements at once; under a mesh a multiple of its devices.
+    The mean of limit_people people stands for all. Under a mesh batch_size must be a multiple of its devices.
     """
     people = biographies.people(config.biographies)
     measured = people[:limit_people]

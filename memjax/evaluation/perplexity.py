@@ -42,12 +42,8 @@ class TextScore(NamedTuple):
 def validation_loss(model: Decoder, batches: Iterable[Batch], *, place: Place = to_device) -> float:
     """Mean nats per learned token; NaN where no token is learned.
 
-    Compiled once for each shape of batch and kind of model, however often it is called.
-
-    Args:
-        model: the model; under an ambient mesh its arrays may be split over it.
-        batches: as `Dataset.validation_batches` gives them.
-        place: puts a batch on the devices.
+    Compiled once for each shape of batch and kind of model, however often it is called. The model's arrays may be split
+    over an ambient mesh.
 
     Raises:
         ValueError: a token id is outside the vocabulary.

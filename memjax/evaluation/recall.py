@@ -50,12 +50,7 @@ def recall(
     likeliest after what precedes it. Greedy decoding writes the true answer exactly when this holds, because up to its
     first difference from the true answer it sees the same tokens.
 
-    Args:
-        model: the model.
-        tokenizer: the one it was trained with.
-        questions: prompts and answers, made to tokens apart as in training.
-        batch_size: questions at once; under a mesh a multiple of its devices.
-        place: puts a batch on the devices.
+    Under a mesh batch_size must be a multiple of its devices.
 
     Raises:
         ValueError: there are no questions.
@@ -72,12 +67,8 @@ def recall(
 
 
 def answer_requests(tokenizer: Tokenizer, asked: Sequence[tuple[str, str]], *, end: bool = True) -> list[Request]:
-    """Prompts and their answers for scoring, encoded apart as in training.
-
-    Args:
-        tokenizer: the one the model was trained with.
-        asked: prompts and answers.
-        end: score the end of the text after each answer, too.
+    """Prompts and their answers for scoring, encoded apart as in training; with `end` the end of the text is scored,
+    too.
     """
     prompts = tokenizer.encode_batch([prompt for prompt, _ in asked])
     answers = tokenizer.encode_batch([answer for _, answer in asked])
@@ -100,9 +91,7 @@ def majority_guess(train_questions: Sequence[Question], questions: Sequence[Ques
 def zero_tables(model: Decoder, *, donate: bool = False) -> Decoder:
     """The model with all its tables zeroed, so that only its dense parameters can know anything.
 
-    Args:
-        model: the model.
-        donate: give the model's own tables back first, so that no memory is needed; the model cannot be used any more.
+    With `donate` the model's own tables are given back first: no memory is needed, and the model is of no use any more.
     """
     parts, params, tables = split_decoder(model)
     zeroed = {}

@@ -92,13 +92,8 @@ class Scheduler:
         max_waiting: int,
         score: Callable[[Sequence[int], int], list[TokenLogprobs]] | None = None,
     ):
-        """Takes over the engine; work begins with `start`.
-
-        Args:
-            engine: written with by the scheduler's thread alone from now on.
-            listener: is given updates in the scheduler's thread, and must not block.
-            max_waiting: the most tickets without a slot.
-            score: scores the tokens of a prompt, see `scoring.PromptScorer`.
+        """Takes over the engine; work begins with `start`. The listener is given updates in the scheduler's thread, and
+        must not block.
         """
         self._engine, self._listener, self._score = engine, listener, score
         self.max_waiting = max_waiting

@@ -33,12 +33,7 @@ def common_type(names: Iterable[str], place: str) -> Literal["float32", "bfloat1
 
 
 def compare_shapes(wanted: Mapping[str, Any], found: Mapping[str, Any], head: str) -> None:
-    """Refuses arrays that are not those of a model.
-
-    Args:
-        wanted: shapes by name.
-        found: arrays by name, or what else has a shape.
-        head: the first line of the message.
+    """Refuses arrays that are not those of a model; `head` is the first line of the message.
 
     Raises:
         CheckpointError: arrays are missing, left over, or of other shapes.

@@ -11,12 +11,7 @@ CARD = "README.md"
 
 
 def generation_config(bos: int, ends: Sequence[int]) -> dict[str, Any]:
-    """The generation_config.json of a model: greedy decoding up to one of the end tokens.
-
-    Args:
-        bos: id of the token that begins texts.
-        ends: ids of the tokens that end them.
-    """
+    """The generation_config.json of a model: greedy decoding up to one of the end tokens."""
     # transformers pads batches with this token and masks it, so any will do.
     return {"bos_token_id": bos, "eos_token_id": one_or_many(ends), "pad_token_id": ends[0], "do_sample": False}
 

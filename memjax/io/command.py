@@ -91,12 +91,7 @@ def _file_on_the_way(path: object) -> pathlib.Path | None:
 
 
 def check_output(path: str, name: str, *, makes_folder: bool = False) -> None:
-    """Refuses a file that could not be written after the work.
-
-    Args:
-        path: the file.
-        name: the setting that names it, for the message.
-        makes_folder: whether its folder will be made where there is none.
+    """Refuses a file that could not be written after the work; with makes_folder its folder will be made where need be.
 
     Raises:
         ConfigError: its folder does not exist or is not writable, or the path is a folder.

@@ -64,11 +64,8 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> pathlib.
     """Replaces a file by new content: readers, a kill and a full disk see the old file or the new one, never a part.
 
     The temporary file is new and has a name of its own in the same folder, so neither a link laid there nor a second
-    process can redirect the write. Text is encoded as UTF-8. A file that holds the content already is left alone.
-
-    Args:
-        path: the file; its folder is created.
-        content: all of the new content.
+    process can redirect the write. Text is encoded as UTF-8. A file that holds the content already is left alone. Its
+    folder is created.
 
     Raises:
         OSError: the file cannot be written, or is a device or a pipe; the old one is as it was.

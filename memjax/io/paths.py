@@ -14,10 +14,6 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 def local_path(text: str, name: str) -> pathlib.Path:
     """The path of a file or folder of this machine: `~` is expanded, addresses of remote stores are refused.
 
-    Args:
-        text: what was written.
-        name: the setting or argument that holds it, for the message.
-
     Raises:
         ValueError: the text is empty, holds a NUL, or is an address such as gs://bucket/run.
     """
@@ -75,10 +71,6 @@ def hub_download(path: str | os.PathLike[str]) -> str | None:
 def path_or_address(text: str, name: str) -> str:
     """A path as `local_path` gives it, or an address of a kind that fsspec reads, whether or not it can be read here.
 
-    Args:
-        text: what was written.
-        name: the setting or argument that holds it, for the message.
-
     Raises:
         ValueError: it is neither.
     """
@@ -87,10 +79,6 @@ def path_or_address(text: str, name: str) -> str:
 
 def readable_path(text: str, name: str) -> str:
     """A path as `local_path` gives it, or an address that can be read by way of fsspec.
-
-    Args:
-        text: what was written.
-        name: the setting or argument that holds it, for the message.
 
     Raises:
         ValueError: it is neither, or the package that reads such addresses is missing.

@@ -16,12 +16,7 @@ from memjax.runs.load import LoadedModel
 
 
 def open_corpus(loaded: LoadedModel, path: str | None, field: str) -> Iterable[Record]:
-    """The records of a path, or of the run's training data; iterating reads them anew.
-
-    Args:
-        loaded: the run's model.
-        path: a file, a folder or a glob; None for the run's data.
-        field: the option that names the path, for messages.
+    """The records of a path, or (None) of the run's training data; iterating reads them anew.
 
     Raises:
         DataError: there is none, or it cannot be read.

@@ -102,16 +102,8 @@ def learn_facts(
 ) -> Patch:
     """Learns facts, prints what is known before and after, and writes the rows that differ as a patch.
 
-    Args:
-        loaded: the run's model.
-        facts: what to learn.
-        held_out: further questions to ask; None asks the run's own where it has some.
-        recipe: how to learn.
-        out: the patch's file or folder.
-        source: where the facts are from, for the patch's notes.
-        corpus: the background; None is what the run was trained on.
-        corpus_texts: the most texts of it that are read.
-        most_questions: the most held-out questions of a kind that are asked.
+    None for held_out asks the run's own questions, where it has some; None for `corpus`, the background, is what the
+    run was trained on.
 
     Raises:
         DataError: the background cannot be read.

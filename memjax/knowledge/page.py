@@ -30,15 +30,7 @@ def text_of(tokenizer: Tokenizer, token: int) -> str:
 def document(
     found: Trace, tokenizer: Tokenizer, config: ModelConfig, *, changed: Mapping[str, set[int]], title: str
 ) -> dict[str, Any]:
-    """The trace as JSON values.
-
-    Args:
-        found: the trace.
-        tokenizer: has the texts of the tokens.
-        config: of the model.
-        changed: slots that patches have changed, by table.
-        title: of the page.
-    """
+    """The trace as JSON values; `changed` are the slots that patches have changed, by table."""
     name = lambda token: text_of(tokenizer, token)
     tokens = [
         {

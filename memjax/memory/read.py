@@ -76,14 +76,7 @@ def row_gradients(reads: Reads, cotangents: Mapping[str, Any]) -> dict[str, list
 
 
 def zero_perturbation(kind: ReadKind, num_tokens: int, picks: int, table: Any) -> Float[Array, "t _"]:
-    """The perturbation of a read, laid out as it is added.
-
-    Args:
-        kind: of the read.
-        num_tokens: tokens, all batch axes together.
-        picks: rows that a token reads.
-        table: the table, or its shape and dtype.
-    """
+    """The perturbation of a read, laid out as it is added; of the table, shape and dtype will do."""
     if kind == "dot":
         return split_tokens(jnp.zeros((num_tokens, picks), accumulator(table.dtype)))
     zeros = jnp.zeros((num_tokens, table.shape[1]), table.dtype)

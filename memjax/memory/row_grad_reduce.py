@@ -37,14 +37,7 @@ class ReduceBytes(NamedTuple):
 def reduce_bytes(
     table: Any, gradients: Sequence[RowGradient], *, data_axis: int, memory_axis: int
 ) -> dict[Collective, ReduceBytes]:
-    """The bytes of either collective.
-
-    Args:
-        table: anything with the shape and dtype of the whole table.
-        gradients: row gradients of all tokens of the mesh, or their shapes.
-        data_axis: replicas of a column shard.
-        memory_axis: devices that share the columns.
-    """
+    """The bytes of either collective, for row gradients of all tokens of the mesh, or their shapes."""
     num_rows, columns = table.shape[0], table.shape[1] // memory_axis
     picks = sum(gradient.indices.size for gradient in gradients)
     vectors = sum(gradient.indices.shape[0] * columns * gradient.vectors.dtype.itemsize for gradient in gradients)
@@ -77,15 +70,8 @@ def sums_micro_batches(
 ) -> bool:
     """Whether row gradients are summed dense as the micro-batches of a step come, and not kept until the update.
 
-    auto takes what holds fewer bytes; all_gather always keeps them.
-
-    Args:
-        wanted: the collective that was asked for.
-        table: anything with the shape and dtype of the whole table.
-        gradients: row gradients of one micro-batch, or their shapes.
-        count: micro-batches of a step.
-        data_axis: replicas of a column shard.
-        memory_axis: devices that share the columns.
+    auto takes what holds fewer bytes; all_gather always keeps them. The row gradients, or shapes, are of one of the
+    `count` micro-batches of a step.
     """
     if count == 1 or wanted == "all_gather":
         return False

@@ -126,16 +126,8 @@ def update_rows(
     summed of its own tokens (all_reduce), so they stay bit-equal. See `row_grad_reduce.choose` for auto. Without a
     `memory` axis there are no replicas, and nothing crosses `data`.
 
-    Args:
-        table: rows.
-        state: of the rule.
-        gradients: of all layers that read the table.
-        rule: the optimizer.
-        step: rate, number and so on.
-        collective: how row gradients cross the `data` axis.
-        implementation: of `row_update`.
-        piece_picks: picks that are sorted at once, where they are summed dense.
-        block_bytes: dense gradient of the rows that are updated at once.
+    The gradients are of all layers that read the table. Where they are summed dense, piece_picks bounds the picks that
+    are sorted at once, and block_bytes the dense gradient of the rows that are updated at once.
 
     Raises:
         ValueError: shapes do not fit together, or `collective` or `implementation` is unknown.

@@ -51,11 +51,7 @@ class DecoderParts:
         """Freshly drawn dense parameters and tables, those of `Decoder(config, rngs=nnx.Rngs(key))`.
 
         XLA compiles the draws of a block for seconds, and would do so for every layer: one program is compiled for each
-        kind of block and run for each block.
-
-        Args:
-            key: of all draws.
-            shardings: where the arrays are drawn, in their structure; None leaves it to JAX.
+        kind of block and run for each block. Where there are no shardings, the places are left to JAX.
         """
         without_blocks, blocks = None, None
         if shardings is not None:

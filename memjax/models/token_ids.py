@@ -13,11 +13,6 @@ TOKENIZER = "take the tokenizer that the model was trained with"
 def check_ids(ids: Int[Array, "..."] | Int[np.ndarray, "..."] | Sequence[int], vocab_size: int, name: str) -> None:
     """Refuses ids outside the vocabulary. Traced ids, and arrays that other processes hold a part of, pass.
 
-    Args:
-        ids: token ids.
-        vocab_size: of the model.
-        name: of the ids, for the message.
-
     Raises:
         ValueError: an id is no whole number, negative, or not below vocab_size.
     """
@@ -36,10 +31,6 @@ def check_ids(ids: Int[Array, "..."] | Int[np.ndarray, "..."] | Sequence[int], v
 
 def check_vocabulary(tokens: int, vocab_size: int) -> None:
     """Refuses a tokenizer with more tokens than a model.
-
-    Args:
-        tokens: of the tokenizer.
-        vocab_size: of the model.
 
     Raises:
         ValueError: the tokenizer has more.

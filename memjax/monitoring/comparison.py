@@ -76,13 +76,8 @@ def missing(runs: Sequence[Run]) -> list[str]:
 
 
 def draw(runs: Sequence[Run], out: pathlib.Path, *, axis: Axis = "step", window: int | None = None) -> None:
-    """Writes the picture.
-
-    Args:
-        runs: what to compare.
-        out: a .png, .svg or .pdf file, or a .html file that needs no other.
-        axis: what is on the horizontal axis.
-        window: steps that the drawn means are taken over; 1 draws the values alone, None chooses.
+    """Writes the picture to a .png, .svg or .pdf file, or to a .html file that needs no other. Means are taken over
+    `window` steps; 1 draws the values alone, None chooses.
     """
     # matplotlib takes a second to import; without pyplot, whose state belongs to the caller, as in a notebook.
     from matplotlib.figure import Figure
@@ -106,13 +101,8 @@ def draw(runs: Sequence[Run], out: pathlib.Path, *, axis: Axis = "step", window:
 
 
 def draw_over(runs: Sequence[Run], out: pathlib.Path, *, metric: str, x: str) -> None:
-    """Writes a picture of where a metric ended over a setting or another such number, one point a run.
-
-    Args:
-        runs: what to compare.
-        out: as of `draw`.
-        metric: as `Run.final` takes it.
-        x: likewise.
+    """Writes a picture of where a metric ended over a setting or another such number, one point a run. Both names are
+    such as `Run.final` takes.
 
     Raises:
         DataError: fewer than two runs have both.

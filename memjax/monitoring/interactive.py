@@ -18,11 +18,7 @@ _DASHES = ("dash", "dot")
 def write(runs: Sequence[Run], out: pathlib.Path, *, axis: Axis = "step", window: int | None = None) -> None:
     """Writes the page; it holds plotly's script (5 MB) and loads nothing.
 
-    Args:
-        runs: what to compare.
-        out: the .html file.
-        axis: what is on the horizontal axis.
-        window: steps that the drawn means are taken over; None chooses.
+    Means are taken over `window` steps; None chooses.
 
     Raises:
         ConfigError: plotly is not installed.

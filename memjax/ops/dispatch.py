@@ -20,12 +20,7 @@ IMPLEMENTATIONS = ("triton", "xla", "reference")
 
 
 def choose(operation: str, wanted: str | None, dtype: DTypeLike = jnp.float32) -> str:
-    """The name of the implementation that runs.
-
-    Args:
-        operation: its folder in `memjax.ops`.
-        wanted: one of IMPLEMENTATIONS; None takes the fastest that can run.
-        dtype: of the table, of the keys, or of the matrices.
+    """The name of the implementation that runs: the wanted one, or (None) the fastest that can.
 
     Raises:
         ValueError: `wanted` is unknown.

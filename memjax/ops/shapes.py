@@ -6,13 +6,7 @@ import jax.numpy as jnp
 
 
 def require(operation: str, fits: bool, rule: str, **arrays: Any) -> None:
-    """Refuses arrays that do not fit together.
-
-    Args:
-        operation: begins the message.
-        fits: whether they do.
-        rule: what must hold, as text.
-        arrays: the arrays by name; the message has their types and shapes.
+    """Refuses arrays that do not fit together, in a message with the rule and their types and shapes.
 
     Raises:
         ValueError: `fits` is false.

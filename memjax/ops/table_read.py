@@ -32,15 +32,8 @@ def read(
     factor: Float[Array, "*t _"],
     mode: IndexMode,
 ) -> tuple[Float[Array, "t _"], Bool[Array, "t k"] | None]:
-    """The operation with batch axes folded, and which indices are in range; None where that is promised.
-
-    Args:
-        operation: embedding_bag or embedding_dot.
-        name: of the implementation.
-        table: the table.
-        indices: rows to read; row 0 is read in place of those out of range.
-        factor: the weights of a bag, the vectors of a dot.
-        mode: whether indices may be out of range.
+    """The operation with batch axes folded, and which indices are in range; None where that is promised. Row 0 is read
+    in place of those out of range.
 
     Raises:
         ValueError: the mode is unknown.

@@ -62,15 +62,8 @@ def launch(
 ) -> list[jax.Array]:
     """Runs a kernel whose parameters are the arguments, then one pointer for each output, then the constants.
 
-    Args:
-        kernel: a `triton.jit` function.
-        arguments: arrays.
-        out: shapes and types of the outputs.
-        grid: programs along each axis.
-        num_warps: warps of a program.
-        num_stages: loads of a loop that are under way at once.
-        aliases: output by the number of the argument whose memory it takes over.
-        constants: compile-time values; names that the kernel does not have are refused.
+    `aliases` are outputs, by the number of the argument whose memory each takes over. Constants that the kernel does
+    not have are refused.
     """
     unknown = set(constants) - set(kernel.arg_names)
     if unknown:

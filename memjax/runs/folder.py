@@ -259,10 +259,6 @@ class Claim:
         """Writes settings, environment and tokenizer, the first time that it is called, in the first process.
 
         What was finished with fewer steps is so no longer: its summary is kept under a name with its steps.
-
-        Args:
-            step: the step that the run resumes from.
-            tokenizer: the run's.
         """
         if self._recorded or not is_first():
             return

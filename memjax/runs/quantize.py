@@ -29,11 +29,7 @@ def quantize_run(
 ) -> RunConfig:
     """Writes a run with the model of another whose tables are in a format, block by block; returns its config.
 
-    Args:
-        source: the run.
-        out: the folder of the new run.
-        row_format: of the tables; None keeps the type that they were saved in.
-        step: the checkpoint.
+    None for row_format keeps the type that the tables were saved in.
 
     Raises:
         ConfigError: `out` holds something, the model has no tables, or the format cannot store them.

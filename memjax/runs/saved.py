@@ -86,13 +86,8 @@ class Saved(NamedTuple):
 def read_saved(
     opened: OpenStep, *, ema: bool = False, with_tables: bool = False, advise: Collection[LoadOption] = LOAD_OPTIONS
 ) -> Saved:
-    """Reads the arrays of a step, and its tokenizer.
-
-    Args:
-        opened: the step.
-        ema: take the moving average of the dense parameters in their place, in their types.
-        with_tables: read the tables, too.
-        advise: settings that the error may recommend when memory is short.
+    """Reads the arrays of a step, and its tokenizer. With `ema` the moving average of the dense parameters takes their
+    place, in their types. Where memory is short, the error recommends settings of `advise`.
 
     Raises:
         CheckpointError: it cannot be read here, or has no average.

@@ -69,12 +69,8 @@ class TableForm:
 def check_room(
     forms: Sequence[TableForm], sharding: Sharding | None, advise: Collection[LoadOption] = LOAD_OPTIONS
 ) -> None:
-    """Refuses tables for which the device has no memory left, before they are allocated.
-
-    Args:
-        forms: the tables.
-        sharding: of them; None is the first device.
-        advise: settings that the message may recommend.
+    """Refuses tables for which the device has no memory left, before they are allocated, and recommends settings of
+    `advise`.
 
     Raises:
         ConfigError: it is so; the message has the sizes, and what would need less.
@@ -126,12 +122,8 @@ def encoded(blocks: Iterable[tuple[int, np.ndarray]], row_format: RowFormat) -> 
 
 
 def build(form: TableForm, blocks: Callable[[], Blocks], sharding: Sharding | None) -> Table | Array:
-    """The table, written straight to where it lives; a plain array where that is what it is.
-
-    Args:
-        form: what to build.
-        blocks: gives the rows; called when there is a place for them.
-        sharding: of a table on the device; None is the first device.
+    """The table, written straight to where it lives; a plain array where that is what it is. `blocks` is called when
+    there is a place for the rows.
 
     Raises:
         ConfigError: there is no room, or the table cannot be split as asked.

@@ -179,10 +179,8 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def process_zero_first(name: str) -> Iterator[None]:
-    """The block in the first process, then in all others, which find what it has written.
-
-    Args:
-        name: of the block; no other may have it.
+    """The block in the first process, then in all others, which find what it has written. No other block may have its
+    name.
     """
     if jax.process_count() == 1:
         yield

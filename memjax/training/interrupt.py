@@ -51,12 +51,7 @@ class Interrupt:
     """Where the interpreter writes the numbers of signals as they come."""
 
     def __init__(self, *, at_once: bool = True, quiet: bool = False) -> None:
-        """Starts without a request.
-
-        Args:
-            at_once: whether signals end the process, to begin with.
-            quiet: nothing is printed, as in every process but the first.
-        """
+        """Starts without a request; `quiet` is for every process but the first."""
         self.name: str | None = None
         """The signal that came, None so far."""
         self.exit_code = NOTHING_SAVED

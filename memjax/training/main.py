@@ -44,9 +44,7 @@ def dry_run(config: RunConfig, *, fit_to: tuple[int, int] | None = None) -> int:
     """Prints what a run would need; works on any machine, whatever the mesh. Where the mesh's accelerators are there,
     also compiles the step, which gives the exact number.
 
-    Args:
-        config: the run's.
-        fit_to: bytes of a device and a number of devices, to print settings with which the run fits there instead.
+    With fit_to, bytes of a device and a number of devices, prints settings with which the run fits there instead.
 
     Returns:
         0, or 7 where nothing fits.
@@ -82,11 +80,6 @@ def _say_plan(config: RunConfig) -> None:
 
 def train(config: RunConfig, *, allow_changed: bool = False, hooks: Sequence[Periodic] = ()) -> int:
     """Trains, or resumes, or reports a finished run.
-
-    Args:
-        config: the run's.
-        allow_changed: whether to resume a run although its settings have changed.
-        hooks: what the trainer does besides what the config asks for.
 
     Returns:
         The exit code: 0 done, 5 not a number, 7 out of memory, 75 stopped by a signal after saving.

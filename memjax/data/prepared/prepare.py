@@ -90,14 +90,9 @@ def prepare(
     What an interrupted preparation left is removed first. Of several processes that want the same folder one prepares
     it, and the others wait.
 
-    Args:
-        corpus: what to read.
-        tokenizer: makes the ids.
-        folder: comes into being at the end, all at once.
-        asked_for: whether it is kept when `discard_outdated` finds it.
-        processes: that tokenise; None is one for each core, or fewer for small files. More than one start anew, so a
-            program must keep its own start under `if __name__ == "__main__"`.
-        every_seconds: between lines of progress where the output is no terminal.
+    The folder comes into being at the end, all at once; with asked_for `discard_outdated` keeps it. None for
+    `processes` is one for each core, or fewer for small files. More than one start anew, so a program must keep its own
+    start under `if __name__ == "__main__"`.
 
     Raises:
         DataError: records cannot be used and may not be left out, or none is left, or the folder holds something else.

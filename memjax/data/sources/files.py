@@ -68,12 +68,9 @@ class DataFile:
 def find_files(path: str, source: Literal["jsonl", "text", "files"], field: str) -> list[DataFile]:
     """The files of a path in sorted order.
 
-    Of a folder, whatever lies below it with a suffix that the source reads; of a glob, all that it finds.
-
-    Args:
-        path: a file, a folder or a glob.
-        source: what lines are; Parquet, Arrow and ArrayRecord are known by their suffix, with `files` so is the rest.
-        field: the config field that names the path, for messages.
+    Of a folder, whatever lies below it with a suffix that the source reads; of a glob, all that it finds. Parquet,
+    Arrow and ArrayRecord are known by their suffix; `source` says what others are, with `files` their suffix too.
+    Messages name the config field.
 
     Raises:
         DataError: there is no file, or its suffix does not say what it is.

@@ -49,13 +49,7 @@ class LineRecords(Records):
         field: str = "data.path",
         max_bytes: int = MAX_RECORD_BYTES,
     ):
-        """Scans the files.
-
-        Args:
-            files: plain files of text or JSON lines.
-            keys: the fields of JSON objects that hold the text.
-            field: the config field that names the files, for messages.
-            max_bytes: the longest line.
+        """Scans plain files of text or JSON lines; messages name the config field.
 
         Raises:
             DataError: a file cannot be read or holds no text.

@@ -117,13 +117,7 @@ class Stream:
     """
 
     def __init__(self, file: DataFile, keys: Keys, max_bytes: int = MAX_RECORD_BYTES):
-        """Opens nothing yet.
-
-        Args:
-            file: what to read.
-            keys: the columns that are read of a Parquet file.
-            max_bytes: the largest record; of a larger one no more is read into memory.
-        """
+        """Opens nothing yet. Of a record above max_bytes no more than that is read into memory."""
         self.file, self.keys, self.max_bytes = file, keys, max_bytes
         self.bytes_read = 0
         """Bytes of the file that are done with, as it lies on disk."""

@@ -91,11 +91,8 @@ def byte_letters() -> list[str]:
 
 
 def bytes_by_id(vocab: Mapping[str, int], known: Mapping[int, bytes]) -> list[bytes]:
-    """The bytes of every id of a byte-level vocabulary.
-
-    Args:
-        vocab: ids by words, which are spelled in `byte_letters`.
-        known: the bytes of words that are spelled otherwise, by id.
+    """The bytes of every id of a byte-level vocabulary. Words are spelled in `byte_letters`; `known` has the bytes of
+    those that are not, by id.
 
     Raises:
         ValueError: two words share an id, an id is far beyond the number of words, or a word has other characters.

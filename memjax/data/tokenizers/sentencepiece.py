@@ -22,13 +22,8 @@ class SentencePieceTokenizer(Tokenizer):
     STATE = ("model", "bos", "eos", "added_tokens")
 
     def __init__(self, model: str, bos: str | None = None, eos: str | None = None, added_tokens: Sequence[str] = ()):
-        """Takes the content of the file in base 64.
-
-        Args:
-            model: that content.
-            bos: name of a begin token other than the model's own.
-            eos: name of an end token other than the model's own.
-            added_tokens: further special tokens, which get the ids after the last piece.
+        """Takes the content of the file in base 64, the names of another begin and end token than the model's own, and
+        further special tokens, which get the ids after the last piece.
 
         Raises:
             ValueError: it is no SentencePiece model, or has no such token.

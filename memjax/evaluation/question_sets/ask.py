@@ -30,16 +30,7 @@ def ask_open(
     sampling: SamplingConfig,
     show: Show,
 ) -> list[Graded]:
-    """Answers up to the end of the line, by exact match and F1.
-
-    Args:
-        model: the model.
-        questions: what to ask.
-        before: of each question the text in front of its prompt.
-        max_tokens: the most tokens of an answer.
-        sampling: how their tokens are picked.
-        show: receives the share of the work that is done.
-    """
+    """Answers up to the end of the line, by exact match and F1; `before` has the text in front of each prompt."""
     prompts = [text + question.prompt for text, question in zip(before, questions, strict=True)]
     written = model.write(prompts, max_tokens=max_tokens, stop=("\n",), sampling=sampling, show=show)
     measures = {"exact_match": metrics_module.exact_match, "f1": metrics_module.f1}

@@ -83,11 +83,7 @@ class QuestionSet:
 
 
 def read_question_sets(paths: Sequence[str], *, field: str) -> list[QuestionSet]:
-    """The sets of some files and folders; in folders, files with anything else are left out.
-
-    Args:
-        paths: files, folders or globs.
-        field: the setting that names them, for messages.
+    """The sets of some files, folders and globs; in folders, files with anything else are left out.
 
     Raises:
         DataError: a file cannot be read, holds something else than questions, or there is none.

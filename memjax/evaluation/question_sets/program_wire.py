@@ -87,9 +87,8 @@ class Channel:
 class Peer:
     """One of the two processes: sends requests, and meanwhile answers those of the other one.
 
-    Args:
-        channel: to the other process.
-        may: whether that one may have an operation done with an object that it was given, and with these arguments.
+    `may` says whether the other one may have an operation done with an object that it was given, and with these
+    arguments.
     """
 
     def __init__(self, channel: Channel, may: Callable[[str, Any, Sequence[Any]], bool]) -> None:

@@ -33,15 +33,7 @@ def ask_problems(
 ) -> list[Graded]:
     """Functions for each problem, with pass@k if they may be run: the chance that one of k functions is right.
 
-    Args:
-        model: the model.
-        problems: what to write.
-        before: of each problem the text in front of its prompt.
-        max_tokens: the most tokens of a function.
-        samples: functions for each problem.
-        sampling: how their tokens are picked.
-        limits: of the process that runs a function; None runs nothing.
-        show: receives the share of the work that is done.
+    `before` has the text in front of each prompt. Without `limits` no function is run.
     """
     repeated = [problem for problem in problems for _ in range(samples)]
     prompts = [text + problem.prompt for problem, text in zip(problems, before, strict=True) for _ in range(samples)]

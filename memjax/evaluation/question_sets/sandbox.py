@@ -92,11 +92,7 @@ def run_program(
 ) -> Outcome:
     """Whether a program and then its tests run to their last lines; without tests, the program says so itself.
 
-    Args:
-        program: text of it.
-        tests: text of them.
-        limits: of each of the two.
-        functions: names that the tests get from the program even if they are those of builtins.
+    The limits are of each of the two. Tests get `functions` from the program even if they are names of builtins.
     """
     outcome, _ = _run(program, tests, limits, functions)
     return outcome

@@ -42,10 +42,6 @@ ROPE_SCALING_KINDS: tuple[RopeScalingKind, ...] = get_args(RopeScalingKind)
 def read_model_config(config: dict[str, Any], place: str) -> ModelConfig:
     """The model that a config.json describes; param_dtype and table_dtype are the files' to say.
 
-    Args:
-        config: the content of the file.
-        place: the file, for messages.
-
     Raises:
         CheckpointError: a field is missing, of the wrong type, or asks for what this decoder does not have.
     """

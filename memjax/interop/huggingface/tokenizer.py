@@ -24,12 +24,7 @@ ADVICE = (
 def read_tokenizer(
     folder: pathlib.Path, chosen: str | None, config: dict[str, Any]
 ) -> tuple[TokenizerConfig, Tokenizer]:
-    """The tokenizer of a model, and the settings that open it.
-
-    Args:
-        folder: the model's.
-        chosen: `byte`, or the file to take; None takes what lies in the folder.
-        config: the model's config.json, which knows the ids of the tokens that begin and end a text.
+    """The tokenizer of a model (bytes, that of the chosen file, or the folder's own), and the settings that open it.
 
     Raises:
         DataError: there is none that can be read, or the folder's files contradict each other.

@@ -20,13 +20,6 @@ def write_model_config(
 ) -> dict[str, Any]:
     """The config.json of a model, which transformers 4 and 5 both read; with memory layers one of this project's own.
 
-    Args:
-        config: the model.
-        dtype: of the weights in the files.
-        longest: tokens that it takes at once.
-        bos: id of the token that begins texts.
-        eos: ids of the tokens that end them.
-
     Raises:
         CheckpointError: transformers has no such model, and it has neither memory layers nor experts.
     """

@@ -45,12 +45,8 @@ _IN_MODEL = {"embed/embedding": "tok_embeddings.weight", "norm/scale": "norm.wei
 def take(arrays: Arrays, tree: Any, place: str, *, head_dim: int = 2, block: str | None = None) -> Any:
     """The tree of parameters with the official arrays in place of its shapes.
 
-    Args:
-        arrays: all there are but the tables; none may be left over.
-        tree: nested dicts of shapes under the decoder's names.
-        place: for messages.
-        head_dim: width of an attention head.
-        block: the prefix of the names of a single block, whose tree it is; None for a decoder.
+    No array but the tables may be left over. `block` is the prefix of the names of a single block, whose tree it is;
+    None is for a decoder.
 
     Raises:
         CheckpointError: arrays are missing, left over or of other shapes.

@@ -15,11 +15,8 @@ CLOSE_SECONDS = 15.0
 def make_trackers(config: RunConfig, folder: pathlib.Path, *, last_step: int) -> list[Tracker]:
     """The trackers that a config asks for.
 
-    Args:
-        config: the run's.
-        folder: the run's; it holds TensorBoard's and W&B's files, and the state that a resumption needs.
-        last_step: the step that the run resumes from. What was written after it is hidden (TensorBoard), or its steps
-            are not sent again (the others).
+    What was written after last_step, from which the run resumes, is hidden (TensorBoard), or its steps are not sent
+    again (the others). The folder holds the state that this takes.
     """
     log, trackers = config.log, []
     if log.tensorboard:

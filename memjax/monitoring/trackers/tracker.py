@@ -35,11 +35,8 @@ class Tracker:
     """A sink behind a thread."""
 
     def __init__(self, name: str, start: Callable[[], Sink]):
-        """Starts the thread.
-
-        Args:
-            name: the setting that asks for the tracker.
-            start: makes the sink; runs in the thread.
+        """Starts the thread, in which `start` makes the sink; the name is that of the setting that asks for the
+        tracker.
         """
         self.name = name
         self._rows: queue.Queue[Row | None] = queue.Queue(_MOST_WAITING)

@@ -47,13 +47,9 @@ def write(
 ) -> Float[Array, "b kv s h"]:
     """The cache with new entries at the positions of each row; those at positions beyond it are left out.
 
-    Args:
-        cache: the cache.
-        new: entries.
-        positions: where they go; each one once.
-        by_rows: write single rows of a flat cache. XLA for GPUs would otherwise transpose the whole cache to write into
-            it and back, at each step; XLA for CPUs writes one index after the other, so there fewer are better. None
-            decides by the backend.
+    A position is written once. by_rows writes single rows of a flat cache: XLA for GPUs would otherwise transpose the
+    whole cache to write into it and back, at each step; XLA for CPUs writes one index after the other, so there fewer
+    are better. None decides by the backend.
     """
     new, (batch, kv_heads, size, width) = new.astype(cache.dtype), cache.shape
     if by_rows is None:

@@ -44,14 +44,8 @@ def launch_read(
 ) -> Array:
     """Runs a kernel that reads `indices` of a table for each token, and multiplies the rows by `factor`.
 
-    Args:
-        operation: by whose name tiles are tuned.
-        kernel: its pointers are rows, scales, indices, factor and out.
-        table: the table.
-        indices: rows read by each token.
-        factor: the weights of a bag, the vectors of a dot.
-        out: shape and type of the result.
-        programs: programs per token, given the tile.
+    Tiles are tuned by the name of the operation. The pointers of the kernel are rows, scales, indices, factor and out;
+    `programs` gives its programs per token for a tile.
     """
     (tokens, picks), dim = indices.shape, table.shape[1]
     tile = tiles.of_table_rows(operation, dim, picks, table, tokens)

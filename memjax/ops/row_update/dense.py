@@ -37,14 +37,8 @@ def summed(
     """A dense gradient with row gradients added, and the rows that any pick names (whose gradient may be zero).
 
     One gradient after the other, at most piece_picks picks at a time, are gathered, sorted and added, so the sum is in
-    float32 or wider, and always formed in the same order.
-
-    Args:
-        gradients: what to sum.
-        start: the sum so far, and the rows that it names.
-        gather: applied to each gradient when its turn comes, as to collect the picks of other devices.
-        piece_picks: the most picks that are sorted at once.
-        implementation: of the row update, whose kernels sum here.
+    float32 or wider, and always formed in the same order. `gather` is applied to each gradient when its turn comes, as
+    to collect the picks of other devices.
     """
     gradients = vary_together(list(gradients))
     total, touched = vary_like(start, gradients)
@@ -89,15 +83,8 @@ def update_touched(
 ) -> tuple[Float[Array, "n d"], TableState]:
     """`row_update` of the touched rows by a dense gradient, a block of rows at a time, in place where donated.
 
-    Args:
-        table: rows.
-        state: of the rule.
-        gradient: as `summed` gives it.
-        touched: the rows to update.
-        rule: the optimizer.
-        step: rate, number and so on.
-        reduce: applied to the gradient of every block, as to add those of other devices.
-        block_bytes: of the dense gradient of the rows that are updated at once.
+    Gradient and touched rows are what `summed` gives. `reduce` is applied to the gradient of every block, as to add
+    those of other devices.
     """
     num_rows, num_columns = table.shape
     rows = max(1, min(num_rows, block_bytes // (num_columns * gradient.dtype.itemsize)))

@@ -62,11 +62,8 @@ def apply(
 ) -> Patch:
     """Applies a patch to a checkpoint of a run: whatever loads that checkpoint then gets the patch with it.
 
-    Args:
-        run: the run's folder; its checkpoints are not changed.
-        path: of the patch.
-        step: the checkpoint.
-        out: a new folder for a run with the changed rows in its checkpoint; the given run is then unchanged.
+    With `out`, a new folder, a run with the changed rows in its checkpoint is written there, and the given run stays as
+    it is.
 
     Raises:
         CheckpointError: the patch cannot be read or does not fit, or nothing can be written.
@@ -84,12 +81,8 @@ def apply(
 
 
 def revert(run: str | os.PathLike[str], path: str | os.PathLike[str], *, step: Step = "latest") -> Patch:
-    """Reverts a patch that was applied to a checkpoint: the model is what it was before, bit for bit.
-
-    Args:
-        run: the run's folder.
-        path: of the patch, or its identity as `show` prints it.
-        step: the checkpoint.
+    """Reverts a patch that was applied to a checkpoint: the model is what it was before, bit for bit. The path may also
+    be its identity, as `show` prints it.
 
     Raises:
         CheckpointError: the patch is not applied, or a later one changes the same rows.

@@ -43,11 +43,7 @@ def _differs(old: Float[Array, "n d"], new: Float[Array, "n d"]) -> Array:
 
 def overlay(tables: Mapping[str, Array], patches: Sequence[tuple[str, Patch]], *, base: str) -> dict[str, Array]:
     """The tables with the rows of patches, one patch after the other; the given arrays of changed tables are donated.
-
-    Args:
-        tables: rows by table, in the types in which they are stored.
-        patches: with what messages call each.
-        base: digest of the checkpoint that the tables are from.
+    `base` is the digest of the checkpoint that the tables are from.
 
     Raises:
         CheckpointError: a patch is for another model, or its rows are not what it expects them to be.

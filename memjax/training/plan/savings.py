@@ -38,12 +38,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def explain_out_of_memory(config: RunConfig, *, data_axis: int, limit: int | None) -> str:
-    """The message of an out-of-memory error: the plan, and the three most useful changes.
-
-    Args:
-        config: of the run.
-        data_axis: devices along `data`.
-        limit: bytes that a device has; None where it is unknown.
+    """The message of an out-of-memory error: the plan, and the three most useful changes. The limit is a device's
+    memory.
     """
     lines = ["out of memory" + (f": a device has {gigabytes(limit)} for JAX" if limit else ""), ""]
     lines += ["predicted " + describe(plan(config, data_axis=data_axis)), "", "what would need less:"]

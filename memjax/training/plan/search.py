@@ -30,12 +30,8 @@ class Fit:
 
 
 def search(config: RunConfig, *, device_bytes: int, devices: int) -> Fit | None:
-    """The first settings that fit; None where not even one sequence a device does.
-
-    Args:
-        config: of the run; types that are `auto` are planned as GPUs have them.
-        device_bytes: memory of a device.
-        devices: how many there are.
+    """The first settings that fit; None where not even one sequence a device does. Types that are `auto` are planned as
+    GPUs have them.
 
     Raises:
         ConfigError: the requested mesh cannot be made of that many devices.
