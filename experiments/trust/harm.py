@@ -81,7 +81,7 @@ def flips(seed: int, count: int, folder: pathlib.Path, lab: pathlib.Path) -> Ite
     program, mesh = TrainProgram.of(config), make_mesh(config)
     state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        program.abstract_state(),
+        program.abstract_state,
         program.shardings(mesh),
     )
     targets: dict[str, Any] = {

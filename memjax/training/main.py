@@ -74,7 +74,7 @@ def _say_plan(config: RunConfig) -> None:
     if jax.default_backend() != "cpu" and jax.device_count() == data_axis * config.mesh.devices_per_replica:
         mesh = make_mesh(config)
         with jax.set_mesh(mesh):
-            compiled = make_train_step(program, mesh).lower(program.abstract_state(), abstract_batch(config)).compile()
+            compiled = make_train_step(program, mesh).lower(program.abstract_state, abstract_batch(config)).compile()
         say(f"{'compiled for these devices':<27} {gigabytes(memory_plan.compiled_bytes(compiled))} on each")
 
 

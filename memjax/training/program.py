@@ -1,6 +1,7 @@
 """The stateless part of a training: the model's structure and the optimizers."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -84,6 +85,7 @@ class TrainProgram:
         lookups = self.config.model.lookups
         return {layer_name(layer): jnp.zeros(lookup.num_slots, jnp.int32) for layer, lookup in lookups.items()}
 
+    @functools.cached_property
     def abstract_state(self) -> TrainState:
         """The state as shapes."""
         return jax.eval_shape(self.begin, self.parts.abstract_params, self.parts.abstract_tables)
@@ -94,7 +96,7 @@ class TrainProgram:
         Tables and their state are split by columns, dense parameters and theirs by `dense_shardings`; the rest is
         replicated.
         """
-        state = self.abstract_state()
+        state = self.abstract_state
         return dataclasses.replace(
             replicated(mesh, state),
             params=self.dense_shardings(mesh, state.params),

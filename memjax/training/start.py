@@ -174,7 +174,7 @@ def newest_state(program: TrainProgram, mesh: jax.sharding.Mesh, checkpoints: Ch
     log_phase("restoring the newest checkpoint")
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        program.abstract_state(),
+        program.abstract_state,
         program.shardings(mesh),
     )
     restored = checkpoints.restore(to_items(abstract), [DATA_ITER, META], optional=OPTIONAL)

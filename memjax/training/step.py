@@ -123,7 +123,7 @@ def make_usage_report(
             metrics |= {f"memory/{name}/{field}": value for field, value in fields.items()}
         return program.no_reads(), metrics
 
-    compiled = jax.jit(report, donate_argnums=0, out_shardings=(replicated(mesh, program.abstract_state().reads), None))
+    compiled = jax.jit(report, donate_argnums=0, out_shardings=(replicated(mesh, program.abstract_state.reads), None))
 
     def report_and_reset(state: TrainState) -> tuple[TrainState, Metrics]:
         reads, metrics = compiled(state.reads)

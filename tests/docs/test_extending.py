@@ -53,6 +53,6 @@ def test_the_metric_of_the_page_is_in_the_row_of_a_step():
     model = ModelConfig(num_layers=1, memory=MemoryConfig(layers=(0,)))
     program = TrainProgram.of(RunConfig(model=model))
     traced = functools.partial(extended.train_step, program)
-    _, metrics = jax.eval_shape(traced, program.abstract_state(), step.abstract_batch(program.config))
+    _, metrics = jax.eval_shape(traced, program.abstract_state, step.abstract_batch(program.config))
     assert "train/param_norm" not in source
     assert metrics["train/param_norm"].shape == metrics["train/loss"].shape == ()

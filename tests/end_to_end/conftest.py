@@ -17,7 +17,7 @@ def arrays_of() -> Callable[[RunConfig, Checkpoints, int], dict[str, np.ndarray]
     """arrays_of(config, checkpoints, step): every leaf of a checkpoint, by its path."""
 
     def read(config: RunConfig, checkpoints: Checkpoints, step: int) -> dict[str, np.ndarray]:
-        state = TrainProgram.of(config).abstract_state()
+        state = TrainProgram.of(config).abstract_state
         targets = {
             "params": params_to_tree(state.params),
             "opt_state": state.opt_state,

@@ -71,7 +71,7 @@ def test_devices_that_do_not_fit_are_refused_with_a_way_out(tiny_config, setting
 def test_tables_are_split_by_columns_and_matrices_over_all_devices(tiny_config):
     config = tiny_config("--mesh.memory 4 --optim.table.state_columns 64")
     program, mesh = TrainProgram.of(config), make_mesh(config)
-    state, shardings = program.abstract_state(), program.shardings(mesh)
+    state, shardings = program.abstract_state, program.shardings(mesh)
     columns = {sharding.spec for sharding in jax.tree.leaves((shardings.tables, shardings.table_state))}
     assert columns == {P(None, "memory")}
     rest = (shardings.reads, shardings.step, shardings.healthy)

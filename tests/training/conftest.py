@@ -98,7 +98,7 @@ def quick_state(program: TrainProgram, mesh: jax.sharding.Mesh) -> TrainState:
     def zeros(leaf) -> np.ndarray:
         return np.zeros(leaf.shape, leaf.dtype)
 
-    abstract = program.abstract_state()
+    abstract = program.abstract_state
     state = dataclasses.replace(
         jax.tree.map(zeros, abstract),
         healthy=np.ones((), bool),

@@ -137,7 +137,7 @@ def test_what_is_frozen_neither_moves_nor_has_a_state(first_updates, tiny):
         np.testing.assert_array_equal(update, free[path] if "/memory/" in path else np.zeros_like(update))
     program = TrainProgram.of(tiny.config("--optim.freeze_dense true"))
     trained = sum(array.size for path, array in free.items() if "/memory/" in path)
-    kept = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state().opt_state) if leaf.ndim)
+    kept = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.opt_state) if leaf.ndim)
     assert kept == 2 * trained, "two moments of what is trained, and none of the rest"
 
 
@@ -154,6 +154,6 @@ def test_the_optimizer_of_dense_parameters_never_sees_a_table(tiny):
     variables = jax.tree.leaves(program.parts.abstract_params, is_leaf=lambda leaf: hasattr(leaf, "get_metadata"))
     assert any(isinstance(variable, QueryKeyParam) for variable in variables)
     assert not any(isinstance(variable, TableRows) for variable in variables)
-    state = program.abstract_state()
+    state = program.abstract_state
     assert all(leaf.shape != (64, 256) for leaf in jax.tree.leaves((state.params, state.opt_state)))
     assert state.tables["shared"].shape == (64, 256)

@@ -40,7 +40,7 @@ with jax.set_mesh(mesh), Checkpoints(folder) as checkpoints:
         checkpoints.save(1, to_items(state), {})
     else:
         place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        state = jax.tree.map(place, program.abstract_state(), program.shardings(mesh))
+        state = jax.tree.map(place, program.abstract_state, program.shardings(mesh))
         jax.block_until_ready(checkpoints.restore(to_items(state)).arrays)
         print("peak", peak() - before)
 """

@@ -105,7 +105,7 @@ def test_every_family_trains_where_jax_promotes_no_types(tiny, settings):
     config, mesh = tiny.config(settings), tiny.mesh(1, 1)
     program = tiny.program_of(config)
     with jax.set_mesh(mesh), jax.numpy_dtype_promotion("strict"):
-        make_train_step(program, mesh).trace(program.abstract_state(), abstract_batch(config))
+        make_train_step(program, mesh).trace(program.abstract_state, abstract_batch(config))
 
 
 def assert_same_bits(state, expected):

@@ -42,7 +42,7 @@ def top_k_calls(compiled) -> int:
 def test_a_step_holds_no_second_table_and_one_search_a_layer(tiny, remat):
     config = load(RunConfig, None, [*LARGE.split(), "--train.remat", remat])
     program, mesh = TrainProgram.of(config), tiny.mesh(1, 1)
-    state = program.abstract_state()
+    state = program.abstract_state
     batch = {
         name: jax.ShapeDtypeStruct((1, 4, 32), jnp.float32 if name == "loss_mask" else jnp.int32)
         for name in ("tokens", "targets", "segments", "positions", "loss_mask")
@@ -72,7 +72,7 @@ def test_clipping_tables_copies_none_and_measures_with_the_memory_that_is_planne
         program = tiny.program_of(config)
         with jax.set_mesh(mesh):
             step: Any = make_train_step(program, mesh)
-            compiled = step.lower(program.abstract_state(), abstract_batch(config)).compile()
+            compiled = step.lower(program.abstract_state, abstract_batch(config)).compile()
         temporary[clip] = compiled.memory_analysis().temp_size_in_bytes
         planned[clip] = sum(_Planner(config, program, 1).row_update().values())
     assert temporary["joint"] < table / 2
@@ -91,7 +91,7 @@ def test_row_gradients_do_not_grow_with_the_micro_batches(tiny):
         program = TrainProgram.of(config)
         with jax.set_mesh(mesh):
             step: Any = make_train_step(program, mesh)
-            compiled = step.lower(program.abstract_state(), abstract_batch(config)).compile()
+            compiled = step.lower(program.abstract_state, abstract_batch(config)).compile()
         temporary[count] = compiled.memory_analysis().temp_size_in_bytes
     # Of one micro-batch: 256 tokens in 2 layers, each with 6 picks of 8 bytes and 256 columns.
     assert temporary[12] - temporary[2] < 256 * 2 * (6 * 8 + 256 * 4)
@@ -105,7 +105,7 @@ def num_bytes(tree) -> int:
 def test_no_device_is_given_or_draws_or_keeps_all_dense_parameters(tiny):
     config = load(RunConfig, None, SHARDED.split())
     program, mesh = TrainProgram.of(config), tiny.mesh(2, 4)
-    state = program.abstract_state()
+    state = program.abstract_state
     batch = {
         name: jax.ShapeDtypeStruct((1, 8, 16), jnp.float32 if name == "loss_mask" else jnp.int32)
         for name in ("tokens", "targets", "segments", "positions", "loss_mask")

@@ -62,7 +62,11 @@ class Plan:
 
 
 def plan(config: RunConfig, *, data_axis: int, program: TrainProgram | None = None) -> Plan:
-    """The plan of a run with data_axis devices along `data`; nothing is allocated, and no device needs to be there."""
+    """The plan of a run with data_axis devices along `data`; nothing is allocated, and no device needs to be there.
+
+    The program may be that of a config with another mesh (but for mesh.dense) or batch: the shapes of its state, which
+    take long to find, are the same.
+    """
     return _Planner(config, program or TrainProgram.of(config), data_axis).plan()
 
 
@@ -90,7 +94,7 @@ class _Planner:
         self.dtype = resolve_dtype(config.model.dtype)
         self.width = self.dtype.itemsize
         self.wide = accumulator(self.dtype).itemsize
-        self.abstract, self.shardings = program.abstract_state(), program.shardings(self.mesh)
+        self.abstract, self.shardings = program.abstract_state, program.shardings(self.mesh)
         gathered = of_parameters(self.mesh, self.abstract.params, fully_sharded=False)
         self.gathered_bytes = _bytes(self.abstract.params, gathered)
         """Dense parameters on a device, were they not split over data and memory."""

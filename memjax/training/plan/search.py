@@ -101,8 +101,7 @@ class _Search:
             config = replaced(self.config, changes)
         except ValueError:  # not together
             return None
-        program = dataclasses.replace(self.program, config=config)
-        made = plan(config, data_axis=changes["mesh.data"], program=program)
+        made = plan(config, data_axis=changes["mesh.data"], program=self.program)
         return Fit(config, changes, made) if made.total <= self.limit else None
 
     def _named(self, changes: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from memjax.errors import ConfigError
 from memjax.training.plan.memory import plan
 from memjax.training.plan.report import describe_fit
 from memjax.training.plan.search import USABLE, search
+from memjax.training.program import TrainProgram
 
 SETTINGS = ["--model.dtype", "bfloat16", "--model.memory.table_dtype", "bfloat16", "--data.batch_size", "64"]
 CONFIG = load(RunConfig, None, SETTINGS)
@@ -109,3 +110,10 @@ def test_numbers_that_are_none_are_refused(words, problem, capsys):
 def test_planning_needs_a_dry_run(capsys):
     assert train.main(["--device_gb", "80"]) == 2
     assert "device_gb=80 is for planning; add --dry_run" in capsys.readouterr().err
+
+
+def test_the_state_is_described_once_for_all_plans(monkeypatch):
+    described, begin = [], TrainProgram.begin
+    monkeypatch.setattr(TrainProgram, "begin", lambda *arguments: described.append(1) or begin(*arguments))
+    assert search(CONFIG, device_bytes=NEEDED, devices=1) is not None
+    assert len(described) == 1
