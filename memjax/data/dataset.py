@@ -19,11 +19,11 @@ import numpy as np
 
 from memjax.config.data import DataConfig
 from memjax.data import packing
-from memjax.data.mixture import Split, joined, order
+from memjax.data.mixture import Split, order
 from memjax.data.packing import Batch
 from memjax.data.prepared.store import PreparedReader
 from memjax.data.sources.kinds import Source, find_source
-from memjax.data.tokenize import Reader, StoppableReader
+from memjax.data.tokenize import joined, stoppable
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.data.tokenizers.bpe import train_bpe
 from memjax.data.tokenizers.open import open_tokenizer
@@ -48,15 +48,8 @@ class Dataset:
         """Endless training batches, or those of the blocks of records that one of several workers reads (`shard`).
         `stop` ends a batch that is being made in another thread.
         """
-        reader = joined(self.train)
-        return self._batches(
-            self.train,
-            reader if stop is None else StoppableReader(reader, stop),
-            seed=seed % 2**32,
-            shuffle=self.config.shuffle,
-            repeat=True,
-            shard=shard,
-        )
+        settings = {"shuffle": self.config.shuffle, "shard": shard, "stop": stop}
+        return self._batches(self.train, seed=seed % 2**32, repeat=True, **settings)
 
     def validation_batches(self, count: int) -> Iterator[Batch]:
         """The first batches of the validation records, in file order, the same at every call.
@@ -68,17 +61,22 @@ class Dataset:
             DataError: the validation data cannot be used.
         """
         if self.validation:
-            reader = joined(self.validation)
-            batches = self._batches(self.validation, reader, seed=0, shuffle=False, repeat=False)
-            yield from itertools.islice(batches, count)
+            yield from itertools.islice(self._batches(self.validation, seed=0, shuffle=False, repeat=False), count)
 
     def _batches(
-        self, splits: list[Split], reader: Reader, *, seed: int, shuffle: bool, repeat: bool, shard: slice = slice(None)
+        self,
+        splits: list[Split],
+        *,
+        seed: int,
+        shuffle: bool,
+        repeat: bool,
+        shard: slice = slice(None),
+        stop: threading.Event | None = None,
     ) -> grain.IterDataset[Batch]:
-        config = self.config
+        config, read = self.config, joined([split.reader for split in splits])
         return packing.batches(
             order(splits, seed=seed, shuffle=shuffle, repeat=repeat),
-            reader,
+            read if stop is None else stoppable(read, stop),
             packing=config.packing,
             sequence_length=config.sequence_length,
             num_rows=config.batch_size,

@@ -1,13 +1,16 @@
 """Splits of readers for training and validation, mixed by weight into one order of records."""
 
+import bisect
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import grain
+import numpy as np
 
 from memjax.data.prepared.store import Manifest, PreparedReader
 from memjax.data.sources.records import Record, Records, checked
-from memjax.data.tokenize import JoinedReader, Reader
+from memjax.data.tokenize import Reader, TextReader
 from memjax.errors import DataError
 
 
@@ -42,14 +45,25 @@ class SplitRecords(Records):
     """The records of splits as text, those of the first, then those of the second."""
 
     def __init__(self, splits: Sequence[Split]):
-        self._numbers = [(split.reader, number) for split in splits for number in range(split.start, split.stop)]
+        self._splits = tuple(splits)
+        self._starts = [0, *itertools.accumulate(split.stop - split.start for split in splits)]
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return self._starts[-1]
 
     def __getitem__(self, index: int) -> Record:
-        reader, number = self._numbers[checked(index, len(self))]
+        reader, number = self._find(index)
         return reader.record(number)
+
+    def draw(self, index: int, rng: np.random.Generator) -> Record:
+        """The record in one of its wordings, where it has several: prepared data has one."""
+        reader, number = self._find(index)
+        return reader.records.draw(number, rng) if isinstance(reader, TextReader) else reader.record(number)
+
+    def _find(self, index: int) -> tuple[Reader, int]:
+        part = bisect.bisect_right(self._starts, checked(index, len(self))) - 1
+        split = self._splits[part]
+        return split.reader, split.start + index - self._starts[part]
 
 
 def num_training_records(count: int, validation_fraction: float, path: str) -> int:
@@ -66,11 +80,6 @@ def num_training_records(count: int, validation_fraction: float, path: str) -> i
             "set data.validation_path, or data.validation_fraction=0 for no validation"
         )
     return count - min(max(1, round(count * validation_fraction)), count - 1)
-
-
-def joined(splits: Sequence[Split]) -> Reader:
-    """One reader of all records of the splits' readers; of several splits it gives the number of each, too."""
-    return JoinedReader([split.reader for split in splits]) if len(splits) > 1 else splits[0].reader
 
 
 def order(splits: Sequence[Split], *, seed: int, shuffle: bool, repeat: bool) -> grain.MapDataset[int]:

@@ -11,7 +11,7 @@ import grain
 import numpy as np
 from grain.experimental import ConcatThenSplitIterDataset, FirstFitPackIterDataset, FlatMapIterDataset
 
-from memjax.data.tokenize import Pairs, Reader
+from memjax.data.tokenize import Pairs, Read
 
 Batch = dict[str, np.ndarray]
 """Arrays of shape [batch, sequence_length].
@@ -29,7 +29,7 @@ _BLOCK = 64
 
 def batches(
     numbers: grain.MapDataset[int],
-    reader: Reader,
+    read: Read,
     *,
     packing: Literal["none", "concat", "first_fit"],
     sequence_length: int,
@@ -43,7 +43,7 @@ def batches(
 
     Args:
         numbers: the numbers of the records, in the order in which they are to be seen.
-        reader: has the records.
+        read: gives the records.
         packing: none cuts a record at sequence_length pairs; the others cut it into rows, and lose nothing.
         sequence_length: pairs in a row.
         num_rows: rows in a batch.
@@ -53,13 +53,13 @@ def batches(
         shard: which of the blocks of records that are read together, for one of several workers.
     """
     finish = _Finish(num_rows=num_rows, document_mask=document_mask, with_sources=with_sources)
-    read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     if packing == "none":
-        blocks = numbers.batch(num_rows, batch_fn=list).random_map(reader, seed=seed)
-        return blocks.map(_OneEach(sequence_length)).map(finish)[shard].to_iter_dataset(read)
-    blocks = numbers.batch(_BLOCK, batch_fn=list).random_map(reader, seed=seed)
+        blocks = numbers.batch(num_rows, batch_fn=list).random_map(read, seed=seed)
+        return blocks.map(_OneEach(sequence_length)).map(finish)[shard].to_iter_dataset(options)
+    blocks = numbers.batch(_BLOCK, batch_fn=list).random_map(read, seed=seed)
     cut = _Pieces(None if packing == "concat" else sequence_length)
-    pieces = FlatMapIterDataset(blocks[shard].to_iter_dataset(read), cut)
+    pieces = FlatMapIterDataset(blocks[shard].to_iter_dataset(options), cut)
     rows: grain.IterDataset[Any]
     if packing == "concat":
         rows = ConcatThenSplitIterDataset(pieces, length_struct={_FEATURE: sequence_length})

@@ -78,18 +78,19 @@ class TextReader(Reader):
         new = list({segment.text for record in records for segment in record if segment.text not in known})
         ids = dict(zip(new, self.tokenizer.encode_batch(new), strict=True))
         known.update((text, found) for text, found in ids.items() if len(text) <= _CACHED_CHARACTERS)
-        return [self._pairs(record, ids, known) for record in records]
+        find = lambda text: ids[text] if text in ids else known[text]
+        return [pairs_of(record, [find(text) for text, _ in record], self.tokenizer) for record in records]
 
-    def _pairs(self, record: Record, ids: dict[str, list[int]], known: dict[str, list[int]]) -> Pairs:
-        tokens: list[int] = []
-        learned: list[bool] = []
-        for text, is_learned in record:
-            segment = ids[text] if text in ids else known[text]
-            tokens += segment
-            learned += [is_learned] * len(segment)
-        # EOS belongs to the last segment.
-        learned.append(bool(record) and record[-1].learned)
-        return make_pairs(tokens, learned, self.tokenizer)
+
+def pairs_of(record: Record, segments: Sequence[Sequence[int]], tokenizer: Tokenizer) -> Pairs:
+    """The pairs of a record from the ids of its segments."""
+    tokens: list[int] = []
+    learned: list[bool] = []
+    for (_, is_learned), ids in zip(record, segments, strict=True):
+        tokens += ids
+        learned += [is_learned] * len(ids)
+    # EOS belongs to the last segment.
+    return make_pairs(tokens, [*learned, bool(record) and record[-1].learned], tokenizer)
 
 
 def make_pairs(
@@ -105,55 +106,40 @@ def make_pairs(
     return pairs
 
 
-class StoppableReader(Reader):
-    """Another reader's records, a few at a time, until it is stopped: a block of long ones takes seconds."""
-
-    def __init__(self, reader: Reader, stop: threading.Event):
-        self.reader, self.stop = reader, stop
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def record(self, number: int) -> Record:
-        """The record as the reader has it."""
-        return self.reader.record(number)
-
-    def __call__(self, numbers: Sequence[int], rng: np.random.Generator) -> list[Pairs]:
-        """The pairs of those records, the same as if all were read at once."""
-        found: list[Pairs] = []
-        for at in range(0, len(numbers), _RECORDS_UNTIL_STOPPED):
-            if self.stop.is_set():
-                raise InterruptedError("the data was closed")
-            found += self.reader(numbers[at : at + _RECORDS_UNTIL_STOPPED], rng)
-        return found
+Read = Callable[[Sequence[int], np.random.Generator], list[Pairs]]
+"""Gives the pairs of records by number, as a `Reader` does."""
 
 
-class JoinedReader(Reader):
-    """The records of several parts, those of the first, then those of the second; pairs have the number of the part."""
+def joined(readers: Sequence[Reader]) -> Read:
+    """Reads the records of several, those of the first, then those of the second; pairs have the number of the part."""
+    if len(readers) == 1:
+        return readers[0]
+    starts = [0, *itertools.accumulate(map(len, readers))]
 
-    def __init__(self, parts: Sequence[Reader]):
-        self.parts = tuple(parts)
-        self.starts = [0, *itertools.accumulate(map(len, self.parts))]
-        """The number of each part's first record, and the number of all records."""
-
-    def __len__(self) -> int:
-        return self.starts[-1]
-
-    def record(self, number: int) -> Record:
-        """The record as its part has it."""
-        part = bisect.bisect_right(self.starts, number) - 1
-        return self.parts[part].record(number - self.starts[part])
-
-    def __call__(self, numbers: Sequence[int], rng: np.random.Generator) -> list[Pairs]:
-        """The pairs of those records, each read by its part."""
-
-        def read(part: int, own_numbers: list[int]) -> list[Pairs]:
-            found = self.parts[part](own_numbers, rng)
+    def read(numbers: Sequence[int], rng: np.random.Generator) -> list[Pairs]:
+        def of_part(part: int, own_numbers: list[int]) -> list[Pairs]:
+            found = readers[part](own_numbers, rng)
             for pairs in found:
                 pairs[:, 2] |= part << 1
             return found
 
-        return read_by_part(numbers, self.starts, read)
+        return read_by_part(numbers, starts, of_part)
+
+    return read
+
+
+def stoppable(read: Read, stop: threading.Event) -> Read:
+    """Reads a few records at a time, until it is stopped: a block of long ones takes seconds."""
+
+    def some(numbers: Sequence[int], rng: np.random.Generator) -> list[Pairs]:
+        found: list[Pairs] = []
+        for at in range(0, len(numbers), _RECORDS_UNTIL_STOPPED):
+            if stop.is_set():
+                raise InterruptedError("the data was closed")
+            found += read(numbers[at : at + _RECORDS_UNTIL_STOPPED], rng)
+        return found
+
+    return some
 
 
 def read_by_part(

@@ -5,12 +5,11 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from memjax.data.dataset import open_dataset
-from memjax.data.mixture import Split
+from memjax.data.mixture import Split, SplitRecords
 from memjax.data.sources.kinds import find_source
 from memjax.data.sources.parsing import Keys
 from memjax.data.sources.records import Record
 from memjax.data.sources.stream import RecordFiles
-from memjax.data.tokenize import TextReader
 from memjax.errors import DataError
 from memjax.runs.load import LoadedModel
 
@@ -34,13 +33,8 @@ class TrainingRecords:
     """The training records of a run in a fixed random order, each in one of its wordings."""
 
     def __init__(self, splits: Sequence[Split]):
-        self._splits = splits
+        self._records = SplitRecords(splits)
 
     def __iter__(self) -> Iterator[Record]:
         rng = np.random.default_rng(0)
-        starts = np.cumsum([0, *(split.stop - split.start for split in self._splits)])
-        for number in rng.permutation(starts[-1]).tolist():
-            part = int(np.searchsorted(starts, number, side="right")) - 1
-            split = self._splits[part]
-            wanted, reader = split.start + number - int(starts[part]), split.reader
-            yield reader.records.draw(wanted, rng) if isinstance(reader, TextReader) else reader.record(wanted)
+        return (self._records.draw(number, rng) for number in rng.permutation(len(self._records)).tolist())

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from memjax.io.console import columns, fitted, is_live, say, show_status
 from memjax.monitoring.metrics import Row
@@ -126,9 +126,6 @@ class ProgressLines:
         self._bar.close()
 
 
-P = TypeVar("P", bound="Progress")
-
-
 class Progress:
     """Shows the share that is done, the time left, and what there is to say of it. Use it in a `with`."""
 
@@ -138,7 +135,7 @@ class Progress:
         self._started = self._last = time.monotonic()
         self._bar = Bar()
 
-    def __enter__(self: P) -> P:
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -157,11 +154,3 @@ class Progress:
             self._last = time.monotonic()
             rest = "" if left is None else f"  left {left:.0f} s"
             say(f"{done / self.total:4.0%}  {text}  elapsed {self.elapsed:.0f} s{rest}")
-
-
-class ByteProgress(Progress):
-    """Progress through the bytes of some files."""
-
-    def show(self, num_bytes: int, records: int, tokens: int) -> None:
-        """Shows the progress."""
-        self.update(num_bytes, f"{records:,} records  {tokens:,} tokens  {tokens / self.elapsed:,.0f} tokens/s")

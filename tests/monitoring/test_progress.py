@@ -1,11 +1,9 @@
 """Without a terminal, progress is a line now and then, with the time that is left."""
 
-import re
-
 import pytest
 
 from memjax.monitoring import progress
-from memjax.monitoring.progress import ByteProgress, Progress
+from memjax.monitoring.progress import Progress
 
 
 @pytest.fixture
@@ -29,11 +27,3 @@ def test_lines_come_after_a_while_and_tell_what_is_left(clock, capsys):
         "  0%  nothing  elapsed 10 s",
         " 25%  a quarter  elapsed 20 s  left 60 s",
     ]
-
-
-def test_bytes_are_told_with_what_was_found(clock, capsys):
-    with ByteProgress(200, every_seconds=0.5) as shown:
-        clock[0] += 4
-        shown.show(100, records=1000, tokens=8000)
-    line = capsys.readouterr().out
-    assert re.fullmatch(r" 50%  1,000 records  8,000 tokens  2,000 tokens/s  elapsed 4 s  left 4 s\n", line)

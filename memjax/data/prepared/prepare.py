@@ -26,7 +26,7 @@ from memjax.data.workers import end_with_parent
 from memjax.errors import DataError
 from memjax.io.console import say
 from memjax.io.lock import locked
-from memjax.monitoring.progress import ByteProgress
+from memjax.monitoring.progress import Progress
 
 _BLOCK_BYTES = 1 << 19
 _BYTES_PER_PROCESS = 8 << 20
@@ -178,7 +178,7 @@ def _prepare(
     writer = store.Writer(folder)
     work = BlockTokenizer(stream.files, corpus.keys, tokenizer)
     try:
-        with ByteProgress(stream.total_bytes, every_seconds) as progress:
+        with Progress(stream.total_bytes, every_seconds) as progress:
             for done in _tokenised(work, stream, processes):
                 for index, number, error in done.malformed:
                     stream.leave_out(index, number, error)
@@ -187,7 +187,8 @@ def _prepare(
                     digest = zlib.crc32(record, digest)
                     count += not store.is_empty(record)
                 tokens, largest = tokens + done.tokens, max(largest, done.largest_id)
-                progress.show(stream.bytes_read, count, tokens)
+                speed = f"{tokens / progress.elapsed:,.0f} tokens/s"
+                progress.update(stream.bytes_read, f"{count:,} records  {tokens:,} tokens  {speed}")
         shards = writer.finish()
     finally:
         writer.abandon()

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,6 +60,12 @@ def test_prepared_records_are_those_of_the_files(tmp_path, lines, kind, monkeypa
     assert [prepared.record(i) for i in range(70)] == [direct.record(i) for i in range(70)]
     assert prepared.manifest.tokens == sum(map(len, everything(direct)))
     assert prepared.manifest.largest_id == max(token for pairs in everything(direct) for token, _, _ in pairs[1:])
+
+
+def test_progress_tells_records_tokens_and_speed(tmp_path, lines, capsys):
+    prepare(corpus(lines), BYTES, tmp_path / "p", every_seconds=0.0)
+    tokens = PreparedReader(tmp_path / "p", BYTES).manifest.tokens
+    assert re.search(rf"100%  70 records  {tokens:,} tokens  [0-9,]+ tokens/s  elapsed 0 s", capsys.readouterr().out)
 
 
 @pytest.mark.slow
@@ -263,7 +270,7 @@ if __name__ == "__main__":
     log_to_console()
     preparation._BLOCK_BYTES = 1000
     corpus = Corpus(name="training", path=sys.argv[1], source="files", field="data.path")
-    preparation.prepare(corpus, ByteTokenizer(), pathlib.Path(sys.argv[2]), processes=1, every_seconds=0)
+    preparation.prepare(corpus, ByteTokenizer(), pathlib.Path(sys.argv[2]), processes=1, every_seconds=0.0)
 """
 
 
