@@ -79,7 +79,7 @@ def trace(model: Decoder, prompt: Sequence[int], answer: Sequence[int] = (), *, 
     place = len(prompt) - 1
     found = jax.device_get(_traced(graphdef, guesses, state, row, is_text, jnp.asarray(follows), jnp.asarray(place)))
     cut = jax.tree.map(lambda array: array[:length], found)
-    effects = jax.device_get(_effects(model, row, is_text, place, int(cut["targets"][place])))
+    effects = jax.device_get(_effects(graphdef, state, row, is_text, jnp.asarray(place), cut["targets"][place]))
     best = zip(cut["best"].tolist(), cut["best_p"].tolist(), strict=True)
     return Trace(
         tokens=tokens,
@@ -135,21 +135,19 @@ def _layer(rows: Any, run: LayerRun, directions: Float[Array, "t dim"]) -> tuple
     return indices, weights, added, rest, jnp.sum(run.out[0].astype(directions.dtype) * directions, axis=-1)
 
 
-def _effects(model: Decoder, tokens: Array, is_text: Array, place: int, target: int) -> dict[str, Array]:
+@functools.partial(jax.jit, static_argnums=0)
+def _effects(
+    graphdef: Any, state: nnx.State, tokens: Array, is_text: Array, place: Array, target: Array
+) -> dict[str, Array]:
     """First-order effect of every slot, through all blocks, on the logit of a token at a position, by layer."""
-    parts, params, tables = split_decoder(model)
-
-    @jax.jit
-    def run(params: Any, tables: Any, batch: dict[str, Array], place: Array, target: Array) -> dict[str, Array]:
-        objective = lambda model, hidden: model.logits(hidden[:, place])[0, target]
-        _, reads, rows = table_gradients(parts, params, tables, batch, objective)
-        of_table = {name: iter(gradients) for name, gradients in rows.items()}  # in the order of the layers
-        effects = {}
-        for layer in reads:
-            table = tables_of(parts.config, layer)[-1]
-            indices, weights, vectors = next(of_table[table])
-            effects[layer] = weights * embedding_dot(tables[table], indices, vectors)
-        return effects
-
-    batch = {"tokens": jnp.asarray(tokens), "segments": is_text.astype(jnp.int32)}
-    return run(params, tables, batch, jnp.asarray(place), jnp.asarray(target))
+    parts, params, tables = split_decoder(nnx.merge(graphdef, state))
+    objective = lambda model, hidden: model.logits(hidden[:, place])[0, target]
+    batch = {"tokens": tokens, "segments": is_text.astype(jnp.int32)}
+    _, reads, rows = table_gradients(parts, params, tables, batch, objective)
+    of_table = {name: iter(gradients) for name, gradients in rows.items()}  # in the order of the layers
+    effects = {}
+    for layer in reads:
+        table = tables_of(parts.config, layer)[-1]
+        indices, weights, vectors = next(of_table[table])
+        effects[layer] = weights * embedding_dot(tables[table], indices, vectors)
+    return effects

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from memjax.knowledge import trace as trace_module
 from memjax.knowledge.trace import trace
 from memjax.models.parts import split_decoder, writable
 
@@ -108,3 +109,11 @@ def test_logits_and_probabilities_are_the_models(model_of):
 def test_an_id_outside_the_vocabulary_is_not_traced(model_of, prompt, answer):
     with pytest.raises(ValueError, match=r"hold 259; the model knows 0\.\.258"):
         trace(model_of("plain"), prompt, answer)
+
+
+def test_a_second_prompt_compiles_nothing(model_of):
+    model, programs = model_of("plain"), [getattr(trace_module, name) for name in ("_traced", "_effects")]
+    trace(model, PROMPT, ANSWER)
+    before = [program._cache_size() for program in programs]
+    trace(model, [*PROMPT, 5], ANSWER[:1])
+    assert [program._cache_size() for program in programs] == before
