@@ -16,6 +16,8 @@ _WRITE_ADVICE = {
     "ENOSPC": "the disk is full; make room, or let a training keep fewer steps with checkpoint.keep",
     "EDQUOT": "the quota of this disk is used up; make room, or let a training keep fewer steps with checkpoint.keep",
     "EFBIG": "a file may not grow that large here; see `ulimit -f`",
+    "EMFILE": "too many files are open at once; raise the limit with `ulimit -n`",
+    "ENFILE": "this machine has too many files open at once; end other programs",
     "EROFS": "the file system is read-only; mount it for writing, or name another run.dir",
     "EACCES": "this user may not write there; change the permissions, or name another run.dir",
     "EPERM": "this user may not write there; change the permissions, or name another run.dir",

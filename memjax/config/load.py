@@ -22,6 +22,7 @@ from memjax.config.schema import field_types, printable, section_of, shortened, 
 from memjax.config.validation import validate
 from memjax.config.yaml import dump
 from memjax.errors import ConfigError, shown
+from memjax.io.command import explain
 from memjax.io.console import output
 from memjax.io.paths import local_path, readable_path
 
@@ -103,7 +104,10 @@ def parse(
     words, stray = stray[:allowed], stray[allowed:]
     positionals = _paths(words, positional, problems)
     first = positionals[0] if positionals else None
-    tree = read_config(Path(first), problems) if first and positional and positional.is_config else {}
+    try:
+        tree = read_config(Path(first), problems) if first and positional and positional.is_config else {}
+    except OSError as error:  # a name that is too long, or in a folder that may not be read
+        _end(prog, [explain(error)])
     for word in stray:
         problems.of_arguments(f"{shortened(repr(word))} is one argument too many")
     if positional and positional.required and not words:

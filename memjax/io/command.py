@@ -75,11 +75,20 @@ def _is_without_device() -> bool:
 
 def explain(error: OSError) -> str:
     """An OSError in one line: `runs/a/evals: Permission denied`."""
+    if isinstance(error, FileNotFoundError) and error.filename is None and not _has_current_folder():
+        return "the current folder is no longer there; change to another"
     is_of_folder = isinstance(error, FileExistsError | NotADirectoryError) and error.filename2 is None
     if is_of_folder and (file := _file_on_the_way(error.filename)):
         return f"{file} is a file, where a folder is needed; name another"
     named = [str(path) for path in (error.filename, error.filename2) if path is not None]
     return ": ".join([*[" -> ".join(named)] * bool(named), error.strerror or str(error) or type(error).__name__])
+
+
+def _has_current_folder() -> bool:
+    try:
+        return bool(os.getcwd())
+    except FileNotFoundError:
+        return False
 
 
 def _file_on_the_way(path: object) -> pathlib.Path | None:

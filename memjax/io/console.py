@@ -148,6 +148,18 @@ def printable(text: str, *, error: bool = False) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def open_missing_files() -> None:
+    """Opens the null device as standard input, output and error, where this process was started without them.
+
+    The next files that are opened would get their numbers, and what libraries print would go into these.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+
+
 def discard_output() -> None:
     """Sends what is still written to standard output nowhere."""
     with contextlib.suppress(OSError, ValueError):

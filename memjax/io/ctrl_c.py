@@ -10,6 +10,7 @@ from types import FrameType
 from typing import NoReturn
 
 from memjax.io import closed_loops
+from memjax.io.console import open_missing_files
 
 _LOST_SECONDS = 2.0
 """After so long a KeyboardInterrupt that nothing has caught is lost."""
@@ -22,6 +23,7 @@ def run_command(main: Callable[[], int]) -> NoReturn:
     but not into the handlers and clean-ups that it has come to. Where Ctrl-C is ignored, as in the background of a
     script, it stays so.
     """
+    open_missing_files()
     closed_loops.hide()
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         sys.unraisablehook = _unraisable_but_for_ctrl_c

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from memjax.io import closed_loops
+from memjax.io.console import open_missing_files
 from memjax.io.ctrl_c import leave, leave_after_output
 
 if TYPE_CHECKING:
@@ -174,6 +175,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     A signal that comes before the program catches its own ends it with 130; one that comes after it has returned does
     not change its code.
     """
+    open_missing_files()
     closed_loops.hide()
     with catch_interrupts():
         code = main()

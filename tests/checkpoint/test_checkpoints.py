@@ -535,6 +535,7 @@ def test_a_program_whose_save_has_failed_ends_at_once_and_says_why(tmp_path):
         (ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']"), "the disk is full"),
         (PermissionError(errno.EACCES, "x"), "this user may not write there"),
         (OSError(errno.EROFS, "x"), "read-only"),
+        (OSError(errno.EMFILE, "x"), "ulimit -n"),
         (OSError(errno.ENOTEMPTY, "x"), "another process writes there"),
         (TypeError("x"), ""),
     ],

@@ -521,6 +521,14 @@ def test_hostile_text_is_refused_in_a_line(here, capsys, name):
     assert all(line.isprintable() for line in lines)
 
 
+def test_a_name_that_no_file_can_have_is_refused_in_a_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["n" * 300])
+    printed = capsys.readouterr().err
+    assert printed.startswith("python -m memjax.train: 1 problem")
+    assert "File name too long" in printed
+
+
 def test_characters_that_the_locale_lacks_are_refused_with_the_way_out():
     env = {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
     words = [sys.executable, "-m", "memjax.train", "--run.dir", "/tmp/ü"]

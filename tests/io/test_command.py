@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from memjax.io.command import exit_code
+from memjax.io.command import exit_code, explain
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,15 @@ def test_devices_that_a_cpu_simulates_get_threads_to_wait_in(variables, threads,
     found = []
     assert exit_code(lambda: found.append(os.environ.get("NPROC"))) == 0
     assert found == [threads and str(threads)]
+
+
+def test_a_current_folder_that_is_gone_is_called_so(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(FileNotFoundError) as caught:
+        os.path.abspath("runs/a")
+    assert explain(caught.value) == "the current folder is no longer there; change to another"
+    with pytest.raises(FileNotFoundError) as caught:
+        os.stat("runs/a")
+    assert explain(caught.value) == "runs/a: No such file or directory"

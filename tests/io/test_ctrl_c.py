@@ -1,5 +1,7 @@
 """Ctrl-C ends commands in a line, wherever it comes."""
 
+import os
+import shlex
 import subprocess
 import sys
 
@@ -64,3 +66,29 @@ def test_ctrl_c_ends_a_command_in_a_line_wherever_it_comes(how):
     if how == "cleaning up":
         expected = (130, "cleaned up\n\ninterrupted\n")
     assert (done.returncode, done.stderr) == expected
+
+
+WITHOUT_FILES = """
+import os
+from memjax.io.ctrl_c import run_command
+from memjax.training.interrupt import run_program
+
+def main():
+    with open("opened", "w") as file:
+        os.write(1, b"of a library")
+        os.write(2, b"of a library")
+        return file.fileno()
+
+RUN(main)
+"""
+
+
+@pytest.mark.parametrize("runs", ["run_command", "run_program"])
+def test_what_libraries_print_goes_into_no_file_where_there_is_no_output(tmp_path, runs):
+    program = shlex.quote(WITHOUT_FILES.replace("RUN", runs))
+    command = f"exec {sys.executable} -c {program} <&- >&- 2>&-"
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, check=False
+    )
+    assert done.returncode > 2, "the file has the number of an output"
+    assert (tmp_path / "opened").read_bytes() == b""
