@@ -217,14 +217,12 @@ def _between(tried: Iterable[Result]) -> Iterator[dict[str, Any]]:
     the lowest that learns enough. Of LoRA and full finetuning, where the lowest learns enough, a third of it."""
     alike = lambda row: (row["family"], row["rows_given"], row["rank"], row["optimizer"])
     for rows in grouped(tried, alike).values():
-        less = [row["lr"] for row in rows if row["paraphrases"] < LEARNED]
-        enough = [row["lr"] for row in rows if row["paraphrases"] >= LEARNED]
-        if less and enough and max(less) < min(enough):
-            lr = math.sqrt(max(less) * min(enough))
-        elif enough and not less and rows[0]["family"] in DENSE_RATES:
-            lr = min(enough) / 3
-        else:
+        enough = min((row["lr"] for row in rows if row["paraphrases"] >= LEARNED), default=0.0)
+        # Above the lowest that learns enough a rate can also be so high that nothing is learned.
+        less = max((row["lr"] for row in rows if row["lr"] < enough), default=0.0)
+        if not enough or not (less or rows[0]["family"] in DENSE_RATES):
             continue
+        lr = math.sqrt(less * enough) if less else enough / 3
         yield {**_method_of(rows[0]), "lr": float(f"{lr:.2g}")}
 
 

@@ -76,7 +76,7 @@ def test_rates_are_tried_between_those_that_learn_too_little_and_enough_and_belo
         *(row("sparse", lr, learned, 1000) for lr, learned in ((0.1, 0.6), (0.3, 0.8), (1.0, 0.7))),
         *(row("sparse", lr, learned, 25) for lr, learned in ((0.1, 0.1), (0.3, 0.2))),
         *(row("sparse", lr, 0.9, 500) for lr in (0.1, 0.3)),
-        *(row("full", lr, 0.9) for lr in (3e-5, 1e-4)),
+        *(row("full", lr, learned) for lr, learned in ((3e-5, 0.9), (1e-4, 0.9), (1e-3, 0.3))),
         *(row("lora", lr, learned, rank=32) for lr, learned in ((1e-4, 0.2), (1e-3, 0.69), (3e-3, 0.7))),
     ]
     results = {str(number): one for number, one in enumerate(rows)}
