@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from memjax.config import checks
+from memjax.inference import programs
 from memjax.inference.programs import (
     LONGEST_CHUNK,
     NOTHING,
@@ -223,7 +224,7 @@ class Engine:
         mode, num_top = self._needs(requests)
         prefill = self._programs.prefill_few if tokens.size <= _FEW_TOKENS else self._programs.prefill
         logits, cache = prefill(self._weights, tokens, lengths)
-        state, made, likely = self._programs.start(logits, lengths, tokens, rows, mode=mode, num_top=num_top)
+        state, made, likely = programs.start(logits, lengths, tokens, rows, mode=mode, num_top=num_top)
         fresh = _Fresh(taken, state._replace(cache=cache), made, likely)
         self._unread.append(fresh)
         self._unmerged.append(fresh)
@@ -238,17 +239,17 @@ class Engine:
         room = Room(*map(max, zip(*(state.room for state in states), strict=True)))
         room = room._replace(tokens=max(room.tokens, self._min_capacity, *soon))
         if self._state is not None and self._state.room != room:
-            self._state = self._programs.grow(self._state, room=room)
+            self._state = programs.grow(self._state, room=room)
         for fresh in unmerged:
             if self._state is None and self._devices == 1 and list(fresh.slots) == list(range(self._num_rows)):
                 # They fill all slots in their order: their state is that of the engine, and no cache is copied.
                 has_room = fresh.state.room == room
-                self._state = fresh.state if has_room else self._programs.grow(fresh.state, room=room)
+                self._state = fresh.state if has_room else programs.grow(fresh.state, room=room)
                 continue
             # Rows without a request go to no slot: each to another place past the last one.
             places = self._num_rows + np.arange(len(fresh.tokens), dtype=np.int32)
             places[: len(fresh.slots)] = list(fresh.slots)
-            self._state = self._programs.insert(self._state, fresh.state, places, num_rows=self._num_rows, room=room)
+            self._state = programs.insert(self._state, fresh.state, places, num_rows=self._num_rows, room=room)
 
     def _needs(self, requests: Sequence[Request]) -> tuple[Mode, int | None]:
         """The mode of the sampling, and how many likeliest tokens are reported."""

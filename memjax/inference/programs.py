@@ -101,6 +101,7 @@ class State(NamedTuple):
 
 
 Weights = tuple[Array, ...]
+ModelOf = Callable[[Weights], Decoder]
 
 
 class Programs(NamedTuple):
@@ -109,109 +110,107 @@ class Programs(NamedTuple):
     prefill: Callable[..., tuple[Array, Cache]]
     prefill_few: Callable[..., tuple[Array, Cache]]
     """For few tokens."""
-    start: Callable[..., tuple[State, Array, Likelihoods | None]]
-    insert: Callable[..., State]
-    grow: Callable[..., State]
     decode: Callable[..., tuple[State, Array, Likelihoods | None]]
 
 
 @functools.lru_cache(maxsize=8)
 def programs_of(graphdef: Any, structure: Any) -> Programs:
     """The programs; a structure is compared once for an engine, not with every token."""
-
-    def model_of(weights: Weights) -> Decoder:
-        return nnx.merge(graphdef, jax.tree.unflatten(structure, weights))
-
-    def prefill(
-        weights: Weights, tokens: Int[Array, "b s"], lengths: Int[Array, " b"]
-    ) -> tuple[Float[Array, "b vocab"], Cache]:
-        """Logits after the first `lengths` tokens of each row, and the cache of these."""
-        model = model_of(weights)
-        is_text = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
-        hidden, cache = model.hidden_with_cache(split_tokens(tokens), None, split_tokens(is_text))
-        last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-        return model.logits(last), cache
-
-    @functools.partial(jax.jit, static_argnames=("mode", "num_top"))
-    def start(
-        logits: Float[Array, "b vocab"],
-        lengths: Int[Array, " b"],
-        tokens: Int[Array, "b s"],
-        rows: Rows,
-        *,
-        mode: Mode,
-        num_top: int | None,
-    ) -> tuple[State, Int[Array, "b 1"], Likelihoods | None]:
-        """The state of texts that were read, with the first token of each; it gets the blocks of the cache later."""
-        (num_rows, width), vocab_size = tokens.shape, logits.shape[1]
-        seen = jnp.zeros(logits.shape, bool)
-        if mode.penalty:
-            is_text = jnp.arange(width)[None, :] < lengths[:, None]
-            # Padding is marked past the vocabulary, where nothing is written.
-            text = jnp.where(is_text, tokens, vocab_size)
-            seen = seen.at[jnp.arange(num_rows)[:, None], text].set(True, mode="drop")
-        nothing = jnp.zeros(num_rows, jnp.int32)
-        cache = Cache((), lengths)
-        state = State(rows, cache, token=nothing, num_made=nothing, seen=seen)
-        state, made, likely = _add_token(state, logits, mode, num_top)
-        # With an axis of places, as decoding has it.
-        return state, replicate(made[:, None]), jax.tree.map(lambda array: replicate(array[:, None]), likely)
-
-    @functools.partial(jax.jit, static_argnames=("num_rows", "room"), donate_argnames="state")
-    def insert(state: State | None, fresh: State, slots: Int[Array, " b"], *, num_rows: int, room: Room) -> State:
-        """The state with rows of another, which get its room, at the given slots, no two alike."""
-        # Whole rows are written: what another text has left there cannot come back as 0 * inf.
-        fresh = _with_room(fresh, room)
-        if state is None:
-            empty = lambda array: split_tokens(jnp.zeros((num_rows, *array.shape[1:]), array.dtype))
-            state = jax.tree.map(empty, fresh)
-        # Unique indices let XLA write rows in any order.
-        return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop", unique_indices=True), state, fresh)
-
-    @functools.partial(jax.jit, static_argnames="room")
-    def grow(state: State, *, room: Room) -> State:
-        """The state with more room."""
-        return _with_room(state, room)
-
-    @functools.partial(jax.jit, static_argnames=("mode", "num_top"), donate_argnames="state")
-    def decode(
-        weights: Weights,
-        state: State,
-        is_wanted: Bool[Array, " b"],
-        count: Int[Array, ""],
-        *,
-        mode: Mode,
-        num_top: int | None,
-    ) -> tuple[State, Int[Array, "b n"], Likelihoods | None]:
-        """`count` more tokens of each text that is wanted, fewer where all of them end before."""
-        num_rows = len(state.token)
-        state = state._replace(num_made=jnp.where(is_wanted, state.num_made, state.rows.limit))
-
-        def add(carry: tuple[Array, State, Array, Any]) -> tuple[Array, State, Array, Any]:
-            place, state, tokens, reported = carry
-            model = model_of(weights)
-            hidden, cache = model.hidden_with_cache(state.token[:, None], state.cache)
-            lengths = jnp.where(state.is_active, cache.lengths, state.cache.lengths)
-            state = state._replace(cache=cache._replace(lengths=lengths))
-            state, made, likely = _add_token(state, model.logits(hidden[:, 0]), mode, num_top)
-            write = lambda all_, one: all_.at[:, place].set(one)
-            return place + 1, state, write(tokens, made), jax.tree.map(write, reported, likely)
-
-        tokens = jnp.full((num_rows, LONGEST_CHUNK), NOTHING, jnp.int32)
-        reported = None
-        if num_top is not None:
-            shape = (num_rows, LONGEST_CHUNK)
-            reported = Likelihoods(
-                jnp.zeros(shape), jnp.zeros((*shape, num_top)), jnp.zeros((*shape, num_top), jnp.int32)
-            )
-        go_on = lambda carry: (carry[0] < count) & jnp.any(carry[1].is_active)
-        _, state, tokens, reported = jax.lax.while_loop(go_on, add, (jnp.int32(0), state, tokens, reported))
-        return state, replicate(tokens), jax.tree.map(replicate, reported)
-
+    model_of = lambda weights: nnx.merge(graphdef, jax.tree.unflatten(structure, weights))
+    read, write = (functools.partial(function, model_of) for function in (prefill, decode))
     # On a CPU a first text waits for the compiler above all, whose optimisations save a short prompt no millisecond.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    few = jax.jit(prefill, compiler_options=options)
-    return Programs(jax.jit(prefill), few, start, insert, grow, decode)
+    few = jax.jit(read, compiler_options=options)
+    return Programs(jax.jit(read), few, jax.jit(write, static_argnames=("mode", "num_top"), donate_argnames="state"))
+
+
+def prefill(
+    model_of: ModelOf, weights: Weights, tokens: Int[Array, "b s"], lengths: Int[Array, " b"]
+) -> tuple[Float[Array, "b vocab"], Cache]:
+    """Logits after the first `lengths` tokens of each row, and the cache of these."""
+    model = model_of(weights)
+    is_text = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+    hidden, cache = model.hidden_with_cache(split_tokens(tokens), None, split_tokens(is_text))
+    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+    return model.logits(last), cache
+
+
+@functools.partial(jax.jit, static_argnames=("mode", "num_top"))
+def start(
+    logits: Float[Array, "b vocab"],
+    lengths: Int[Array, " b"],
+    tokens: Int[Array, "b s"],
+    rows: Rows,
+    *,
+    mode: Mode,
+    num_top: int | None,
+) -> tuple[State, Int[Array, "b 1"], Likelihoods | None]:
+    """The state of texts that were read, with the first token of each; it gets the blocks of the cache later."""
+    (num_rows, width), vocab_size = tokens.shape, logits.shape[1]
+    seen = jnp.zeros(logits.shape, bool)
+    if mode.penalty:
+        is_text = jnp.arange(width)[None, :] < lengths[:, None]
+        # Padding is marked past the vocabulary, where nothing is written.
+        text = jnp.where(is_text, tokens, vocab_size)
+        seen = seen.at[jnp.arange(num_rows)[:, None], text].set(True, mode="drop")
+    nothing = jnp.zeros(num_rows, jnp.int32)
+    cache = Cache((), lengths)
+    state = State(rows, cache, token=nothing, num_made=nothing, seen=seen)
+    state, made, likely = _add_token(state, logits, mode, num_top)
+    # With an axis of places, as decoding has it.
+    return state, replicate(made[:, None]), jax.tree.map(lambda array: replicate(array[:, None]), likely)
+
+
+@functools.partial(jax.jit, static_argnames=("num_rows", "room"), donate_argnames="state")
+def insert(state: State | None, fresh: State, slots: Int[Array, " b"], *, num_rows: int, room: Room) -> State:
+    """The state with rows of another, which get its room, at the given slots, no two alike."""
+    # Whole rows are written: what another text has left there cannot come back as 0 * inf.
+    fresh = _with_room(fresh, room)
+    if state is None:
+        empty = lambda array: split_tokens(jnp.zeros((num_rows, *array.shape[1:]), array.dtype))
+        state = jax.tree.map(empty, fresh)
+    # Unique indices let XLA write rows in any order.
+    return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop", unique_indices=True), state, fresh)
+
+
+@functools.partial(jax.jit, static_argnames="room")
+def grow(state: State, *, room: Room) -> State:
+    """The state with more room."""
+    return _with_room(state, room)
+
+
+def decode(
+    model_of: ModelOf,
+    weights: Weights,
+    state: State,
+    is_wanted: Bool[Array, " b"],
+    count: Int[Array, ""],
+    *,
+    mode: Mode,
+    num_top: int | None,
+) -> tuple[State, Int[Array, "b n"], Likelihoods | None]:
+    """`count` more tokens of each text that is wanted, fewer where all of them end before."""
+    num_rows = len(state.token)
+    state = state._replace(num_made=jnp.where(is_wanted, state.num_made, state.rows.limit))
+
+    def add(carry: tuple[Array, State, Array, Any]) -> tuple[Array, State, Array, Any]:
+        place, state, tokens, reported = carry
+        model = model_of(weights)
+        hidden, cache = model.hidden_with_cache(state.token[:, None], state.cache)
+        lengths = jnp.where(state.is_active, cache.lengths, state.cache.lengths)
+        state = state._replace(cache=cache._replace(lengths=lengths))
+        state, made, likely = _add_token(state, model.logits(hidden[:, 0]), mode, num_top)
+        write = lambda all_, one: all_.at[:, place].set(one)
+        return place + 1, state, write(tokens, made), jax.tree.map(write, reported, likely)
+
+    tokens = jnp.full((num_rows, LONGEST_CHUNK), NOTHING, jnp.int32)
+    reported = None
+    if num_top is not None:
+        shape = (num_rows, LONGEST_CHUNK)
+        reported = Likelihoods(jnp.zeros(shape), jnp.zeros((*shape, num_top)), jnp.zeros((*shape, num_top), jnp.int32))
+    go_on = lambda carry: (carry[0] < count) & jnp.any(carry[1].is_active)
+    _, state, tokens, reported = jax.lax.while_loop(go_on, add, (jnp.int32(0), state, tokens, reported))
+    return state, replicate(tokens), jax.tree.map(replicate, reported)
 
 
 def _add_token(
