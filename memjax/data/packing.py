@@ -5,6 +5,7 @@ are what gets packed, so no pair is lost where a row ends and none joins the end
 """
 
 import dataclasses
+import sys
 from typing import Any, Literal
 
 import grain
@@ -55,7 +56,9 @@ def batches(
     finish = _Finish(num_rows=num_rows, document_mask=document_mask, with_sources=with_sources)
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     if packing == "none":
-        blocks = numbers.batch(num_rows, batch_fn=list).random_map(read, seed=seed)
+        # Grain rounds the length of endless numbers up, for one row past the longest that Python has.
+        endless = len(numbers) == sys.maxsize
+        blocks = numbers.batch(num_rows, drop_remainder=endless, batch_fn=list).random_map(read, seed=seed)
         return blocks.map(_OneEach(sequence_length)).map(finish)[shard].to_iter_dataset(options)
     blocks = numbers.batch(_BLOCK, batch_fn=list).random_map(read, seed=seed)
     cut = _Pieces(None if packing == "concat" else sequence_length)

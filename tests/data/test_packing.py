@@ -66,6 +66,25 @@ def test_unpacked_rows_are_the_records_cut_at_the_end(records):
     assert [row for row in rows if row] == [[pairs_by_hand(record)[:LENGTH]] for record in records]
 
 
+@kinds
+@pytest.mark.parametrize("num_rows", [1, 2, 3])
+def test_endless_records_come_in_batches_of_any_size(kind, num_rows):
+    records = [(Segment(letter, True),) for letter in "abc"]
+    found = packing.batches(
+        grain.MapDataset.range(len(records)).repeat(),
+        TextReader(Listed(records), ByteTokenizer()),
+        packing=kind,
+        sequence_length=2,
+        num_rows=num_rows,
+        document_mask=True,
+        seed=5,
+    )
+    rows = [row for batch, _ in zip(found, range(6), strict=False) for row in batch["targets"].tolist()]
+    letters = [pairs_by_hand(record)[0][1] for record in records]
+    assert len(rows) == 6 * num_rows
+    assert [row[0] for row in rows] == letters * (2 * num_rows) or kind == "first_fit"
+
+
 @given(records=corpora)
 def test_concat_is_the_records_end_to_end(records):
     rows = [row for row in rows_of(pack(records, "concat")) if row]
