@@ -134,7 +134,8 @@ def _losses_and_gradients(hidden: Array, kernel: Array, targets: Array, weights:
     length = targets.shape[1]
     if chunks == 1:
         d_kernel, (losses, d_hidden) = add_chunk(d_kernel, (hidden, targets, weights))
-        return losses, d_hidden, d_kernel
+        # With tied embeddings the gradient is transposed: folded into the product, bfloat16 would not run on CPUs.
+        return losses, d_hidden, jax.lax.optimization_barrier(d_kernel)
     parts = split(hidden, chunks), split(targets, chunks), split(weights, chunks)
     d_kernel, (losses, d_hidden) = jax.lax.scan(add_chunk, d_kernel, parts)
     return join(losses, length), join(d_hidden, length), d_kernel

@@ -116,6 +116,20 @@ def test_gradients_are_softmax_minus_target_however_they_are_cut(tie_embeddings)
         np.testing.assert_allclose(d_kernel, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+@pytest.mark.parametrize("chunk_tokens", [6, 4096])
+def test_gradients_of_bfloat16_run_on_this_device(tie_embeddings, chunk_tokens):
+    model, hidden, targets, mask = build(tie_embeddings)
+    arguments = targets, mask
+    wide, *given = gradients(model, hidden, *arguments, chunk_tokens=chunk_tokens)
+    narrow, *_ = gradients(model, hidden.astype(jnp.bfloat16), *arguments, chunk_tokens=chunk_tokens)
+    expected, found = (
+        compiled(given[0], x)[0] for compiled, x in ((wide, hidden), (narrow, hidden.astype("bfloat16")))
+    )
+    # Sums of at most 14 products of factors that are rounded to 8 bits.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.1, atol=0.03), expected, found)
+
+
 def test_compiled_gradient_holds_no_float32_array_of_tokens_by_vocabulary():
     length = 64
 
