@@ -128,7 +128,8 @@ class DataConfig(Section):
     shuffle: bool = True
     """Reshuffle all records every epoch."""
     num_workers: NotNegative[int] = 0
-    """Processes that read and tokenise; 0: threads of this process."""
+    """Processes that read and tokenise; 0: a thread of this process. More of them help where progress lines say
+    "waiting for data"."""
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     """How text becomes token ids."""
     biographies: BiographiesConfig = dataclasses.field(default_factory=BiographiesConfig)

@@ -57,6 +57,11 @@ class InFlight:
     def __len__(self) -> int:
         return len(self._steps)
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the device has computed all of them."""
+        return all(value.is_ready() for step in self._steps for value in step.device_metrics.values())
+
     def push(self, step: Step) -> None:
         """Takes the newest step."""
         self._steps.append(step)

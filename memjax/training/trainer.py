@@ -139,7 +139,10 @@ class Trainer:
 
     def _next_batch(self) -> dict[str, jax.Array]:
         """The next batch, on the devices."""
+        started = time.monotonic()
         batch = next(self._data)
+        # Nobody has waited for a batch that comes while a step is still being computed.
+        self._data_wait = time.monotonic() - started if self._in_flight.is_done else 0.0
         self._first_batches.check(batch, last=self.last_step + 1 == self.config.train.steps)
         accumulate = self.config.train.grad_accum_steps
         micro = {name: rows.reshape(accumulate, -1, rows.shape[-1]) for name, rows in batch.items()}
@@ -153,7 +156,7 @@ class Trainer:
         if jax.process_count() > 1:
             metrics["must_stop"] = self._any_process_interrupted()
         step = Step(number, self._data.get_state(), is_last=number == self.config.train.steps)
-        step.host_metrics |= self.dataset.malformed_counts()
+        step.host_metrics |= {"throughput/data_wait_seconds": self._data_wait} | self.dataset.malformed_counts()
         step.add(metrics)
         self._in_flight.push(step)
         return step
@@ -248,6 +251,7 @@ class Trainer:
         self.compile_seconds = time.monotonic() - started
         say(f"compiled the training step in {self.compile_seconds:.1f} s")
         self._in_flight.stopwatch.lap()
+        self._data_wait = 0.0
 
     def _read(self, *, keep: int = IN_FLIGHT) -> None:
         """Hands the rows of steps to the hooks until that many steps are in flight; all get a row, even if one raises.

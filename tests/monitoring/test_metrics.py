@@ -152,6 +152,18 @@ def test_progress_tells_the_tables_rate_and_the_share_of_the_peak(capsys):
     assert "MFU 50.0%" in line
 
 
+@pytest.mark.parametrize(("waits", "told"), [((0.9, 0.6), "waiting for data 50%"), ((0.1, 0.1), "")], ids=str)
+def test_progress_tells_when_the_devices_wait_for_data(capsys, waits, told):
+    progress = ProgressLines(first_step=0, steps=3, every_seconds=5.0)
+    progress.show(row(1, 1.0))
+    capsys.readouterr()
+    for step, (seconds, wait) in enumerate(zip((1.0, 2.0), waits, strict=True), 2):
+        progress.show(row(step, seconds, **{"throughput/data_wait_seconds": wait}))
+    line = capsys.readouterr().out
+    assert told in line
+    assert ("waiting" in line) == bool(told)
+
+
 def test_only_devices_with_a_known_peak_have_one(monkeypatch):
     device = jax.devices("cpu")[0]
     assert peak_flops(device) is None

@@ -1,8 +1,10 @@
 """The loop's pauses, saves and errors of hooks. Whole runs: test_main.py and tests/end_to_end."""
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -81,6 +83,24 @@ def trainer(monkeypatch) -> Any:
         metrics = {"train/loss": jnp.float32(1), "healthy": jnp.bool_(True)}
         trainer._in_flight.push(Step(number, {"after": number}, device_metrics=metrics))
     return trainer
+
+
+@pytest.mark.parametrize("is_computing", [False, True])
+def test_a_batch_is_waited_for_only_when_the_device_has_nothing_to_compute(trainer, monkeypatch, is_computing):
+    def batches():
+        time.sleep(0.05)
+        yield {"tokens": np.zeros((2, 4))}
+
+    trainer._data, trainer._first_batches = batches(), SimpleNamespace(check=lambda batch, last: None)
+    trainer.config = SimpleNamespace(train=SimpleNamespace(steps=9, grad_accum_steps=1))
+    trainer.last_step, trainer.mesh = 2, None
+    monkeypatch.setattr(trainer_module, "put_batch", lambda mesh, batch, axes: jax.tree.map(jnp.asarray, batch))
+    if is_computing:
+        running = SimpleNamespace(is_ready=lambda: False)
+        trainer._in_flight.push(Step(3, {}, device_metrics={"train/loss": running}))
+    trainer._next_batch()
+    assert (trainer._data_wait >= 0.05) == (not is_computing)
+    assert is_computing == (trainer._data_wait == 0)
 
 
 @pytest.mark.parametrize("where", [("on_row",), ("on_row", "state")], ids=str)
