@@ -31,7 +31,10 @@ def run_command(main: Callable[[], int]) -> NoReturn:
             signal.signal(number, _ctrl_c)
     try:
         code = main()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as error:
+        # An import that a Ctrl-C has stopped may fail with an error of its own.
+        if isinstance(error, Exception) and signal.getitimer(signal.ITIMER_REAL) == (0, 0):
+            raise
         heard()
         print("\ninterrupted", file=sys.stderr)
         code = 130

@@ -78,7 +78,10 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> pathlib.
         if not path.is_symlink() and path.stat().st_size == len(data) and path.read_bytes() == data:
             return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
     try:
         with naming(path), os.fdopen(handle, "wb") as file:
             file.write(data)

@@ -31,6 +31,12 @@ def main():
             time.sleep(1)
         except BaseException:
             pass
+    elif sys.argv[1] == "another error":
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            raise ImportError("initialization failed") from None
     elif sys.argv[1] == "cleaning up":
         try:
             os.kill(os.getpid(), signal.SIGINT)
@@ -59,7 +65,9 @@ run_command(main)
 """
 
 
-@pytest.mark.parametrize("how", ["raised", "lost", "caught", "heard", "ignored", "cleaning up", "a thread at work"])
+@pytest.mark.parametrize(
+    "how", ["raised", "lost", "caught", "heard", "ignored", "another error", "cleaning up", "a thread at work"]
+)
 def test_ctrl_c_ends_a_command_in_a_line_wherever_it_comes(how):
     done = subprocess.run([sys.executable, "-c", LOST, how], capture_output=True, text=True, check=False, timeout=120)
     expected = (0, "") if how in ("heard", "ignored") else (130, "\ninterrupted\n")

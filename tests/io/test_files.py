@@ -59,6 +59,12 @@ def test_a_pipe_or_a_device_is_not_replaced(tmp_path: pathlib.Path) -> None:
     assert (tmp_path / "pipe").is_fifo()
 
 
+def test_errors_name_the_file_that_was_asked_for(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / ("n" * 255)
+    with pytest.raises(OSError, match=f"File name too long: '{path}'"):
+        write_atomic(path, "new")
+
+
 def test_errors_of_an_open_file_name_it(tmp_path: pathlib.Path) -> None:
     with pytest.raises(OSError, match=r"No space left on device: 'a'"), naming("a"), open("/dev/full", "w") as full:
         print("x", file=full, flush=True)

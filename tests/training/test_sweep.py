@@ -110,10 +110,11 @@ def test_a_number_makes_no_name_that_another_run_has():
 
 
 def test_long_values_make_names_that_a_file_system_takes(tmp_path):
-    names = [point.name for point in sweep.points({"data.path": ["é" * 300 + end for end in "abc"]})]
-    assert len(set(names)) == 3
-    for name in names:
-        (tmp_path / f"{name}.log").touch()
+    for values in (["é" * 300 + end for end in "abc"], ["a" * length for length in (245, 246, 250)]):
+        names = [point.name for point in sweep.points({"data.path": values})]
+        assert len(set(names)) == 3
+        for name in names:
+            (tmp_path / f"{name}.log").touch()
 
 
 def test_a_comparison_that_cannot_be_made_does_not_hide_how_the_sweep_ended(tmp_path, capsys):
