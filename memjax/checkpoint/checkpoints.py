@@ -25,8 +25,12 @@ class Checkpoints(Steps):
     writer at a time. With several processes, each one calls every method, at the same point of the run. A run that
     continues saving restores with the same object, so that a step found damaged is saved again.
 
-    The latest `keep` steps stay, as many of the latest complete ones and, with keep_best, the one with the lowest loss.
-    Arrays above block_bytes are stored as blocks of rows. With `verify` all that is read is compared with its digest.
+    Args:
+        folder: Holds one folder per step.
+        keep: Latest steps that stay, and as many of the latest complete ones.
+        keep_best: Whether the step with the lowest loss stays too.
+        verify: Whether everything read is compared with its digest.
+        block_bytes: Arrays larger than this are stored as row blocks of at most this size (of one row at least).
     """
 
     def __init__(
@@ -65,8 +69,12 @@ class Checkpoints(Steps):
 
         The arrays may be donated as soon as this returns. A save that is still being written is waited for first.
 
-        `best` ranks steps by `loss`; one without a finite loss is never the best. A partial step lacks items that
-        others have: only who asks for it by its number reads it.
+        Args:
+            step: Number of the step.
+            arrays: A tree of `jax.Array` by item name.
+            documents: JSON objects by item name.
+            loss: What `best` ranks by; a step without one, or with one that is not finite, is never the best.
+            partial: Items of other steps are left out: only who asks for this step by its number reads it.
 
         Raises:
             CheckpointError: this save, or the one before in the background, failed.
@@ -97,8 +105,12 @@ class Checkpoints(Steps):
         Without `step`, a newest complete step that is damaged is reported on stderr and the one before it is read; the
         next save moves the damaged one out of the way.
 
-        Arrays come back under the sharding of their target, or on the first device where it is None; the mesh need not
-        be the one that saved. `optional` items do not come back where the step has none.
+        Args:
+            targets: A tree of `jax.ShapeDtypeStruct` by item name. Leaves come back under their sharding, or on the
+                first device where it is None; the mesh need not be the one that saved.
+            documents: Names of JSON items.
+            step: The step to read; None means the newest that can be read.
+            optional: Items that do not come back if the step has none of that name.
 
         Raises:
             CheckpointError: nothing there, nothing readable, or a target does not fit what was saved, or is what a

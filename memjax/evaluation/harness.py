@@ -82,9 +82,16 @@ def task_report(
 ) -> dict[str, Any]:
     """Evaluates a model on tasks; lm-eval's results with versions and hashes of the tasks, as JSON values.
 
-    `zeroed` has the results of the model without its tables, which it has lost for good then. Tasks in a `folder` of
-    YAML files are then the only ones known. None for `shots` leaves their number to each task. `keep` receives every
-    document with its answer, as JSON values.
+    `zeroed` has the results of the model without its tables, which it has lost for good then.
+
+    Args:
+        model: the model.
+        tasks: their names.
+        folder: with tasks as YAML files, which then are the only ones known.
+        limit: the most documents of each task.
+        shots: solved documents in front of each one; None: as many as the task wants.
+        zero_tables: do them again with the tables zeroed, where there are any.
+        keep: receives every document with its answer, as JSON values.
 
     Raises:
         ConfigError: a task is not known.
@@ -115,8 +122,12 @@ def format_task_report(report: Mapping[str, Any]) -> str:
 
 
 def load_tasks(tasks: Sequence[str], folder: str | None = None, *, section: str = "") -> TaskDict:
-    """Tasks by their names or patterns, as lm-eval's evaluator takes them; those in a `folder` of YAML files are then
-    the only ones known. Messages begin with the `section` of the settings that name them.
+    """Tasks as lm-eval's evaluator takes them.
+
+    Args:
+        tasks: their names, or patterns of names.
+        folder: with tasks as YAML files, which then are the only ones known.
+        section: of the settings that name them, with its dot, for messages.
 
     Raises:
         ConfigError: a task is unknown, or there is no such folder.

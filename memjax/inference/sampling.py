@@ -86,8 +86,12 @@ def pick(
 ) -> Int[Array, " b"]:
     """The next token of each row.
 
-    `seen` says which tokens the row's text holds, prompt included; only the repetition penalty asks. `step` counts the
-    tokens that a row has picked before. What the rules ask beyond `mode` is ignored.
+    Args:
+        logits: of the next token.
+        seen: which tokens the row's text holds, prompt included; only the repetition penalty asks.
+        rules: of the rows.
+        step: how many tokens each row has picked before.
+        mode: what `rules` need; anything beyond it is ignored.
     """
     if mode.penalty:
         penalty = rules.repetition_penalty[:, None].astype(logits.dtype)

@@ -89,7 +89,13 @@ def score(
     Rows do not see each other nor the padding, so batch size and other requests can change a score only by the order of
     a sum. Requests that read the same tokens, such as four letters after one question, are computed as one row.
 
-    Under a mesh batch_size must be a multiple of its devices.
+    Args:
+        model: the model.
+        requests: what to score.
+        max_length: tokens that the model sees at once; None: all of each request.
+        batch_size: rows at once; under a mesh a multiple of its devices.
+        place: puts a batch on the devices.
+        show: receives the share of the work that is done.
 
     Raises:
         ValueError: a context is empty, or a token id is outside the vocabulary.

@@ -48,7 +48,13 @@ def generate(
     Rotary positions have no last one, so prompt and answer may be longer than the sequences of the training; memory for
     the cache is the only limit.
 
-    Stop tokens are not yielded. With the seed the number of the prompt decides the draws.
+    Args:
+        model: the model.
+        prompt_ids: the prompt, its begin token included.
+        max_tokens: the most tokens to make.
+        sampling: how tokens are picked; by default the likeliest.
+        stop_ids: tokens that end the text; they are not yielded.
+        number: of the prompt; with the seed it decides the draws.
 
     Raises:
         ValueError: the prompt is empty or holds ids that the model does not know, or max_tokens is negative.

@@ -75,9 +75,16 @@ def learn(
 ) -> Decoder:
     """The model with other rows in its tables, and nothing else changed; the given model stays as it is.
 
-    Of the texts in `known`, which are of the background, `recipe.replay` are drawn for every batch. after_epoch is
-    called with the epoch (from 1), its mean loss and the model after it, whose tables the next epoch overwrites; true
-    ends the learning.
+    Args:
+        model: the model.
+        tokenizer: the one it was trained with.
+        facts: what to learn.
+        background: how common every slot is elsewhere.
+        recipe: how to learn.
+        longest: tokens of a row; longer texts are cut.
+        known: texts of the background, from which `recipe.replay` are drawn for every batch.
+        after_epoch: called with the epoch (from 1), its mean loss and the model after it, whose tables the next epoch
+            overwrites; true ends the learning.
 
     Raises:
         ValueError: the tokenizer has more tokens than the model.

@@ -51,6 +51,13 @@ def count_texts(
 ) -> Background:
     """Counts in how many of the texts, cut into windows, every slot is read.
 
+    Args:
+        model: the model.
+        tokenizer: the one it was trained with.
+        records: the texts.
+        length: tokens in a window.
+        batch_size: windows at once.
+
     Raises:
         ValueError: the tokenizer has more tokens than the model.
     """
@@ -138,7 +145,17 @@ def slot_report(
 ) -> SlotReport:
     """Finds the contexts of a corpus that read a slot most, and the tokens that it promotes there.
 
-    At most `most` windows are read; `contexts` places and `promoted` tokens are kept.
+    Args:
+        model: the model.
+        tokenizer: the one it was trained with.
+        records: the corpus, cut into windows.
+        layer: its name, such as L4.
+        slot: the row.
+        length: tokens in a window.
+        batch_size: windows at once.
+        contexts: places that are kept.
+        promoted: tokens that are kept.
+        most: windows that are read; None for all.
 
     Raises:
         ValueError: the tokenizer has more tokens than the model.

@@ -56,8 +56,13 @@ class Trace:
 
 
 def trace(model: Decoder, prompt: Sequence[int], answer: Sequence[int] = (), *, guesses: int = 5) -> Trace:
-    """Follows a prompt, and an answer where one is given, through a model. Without an answer, the likeliest token is
-    asked for.
+    """Follows a prompt, and an answer where one is given, through a model.
+
+    Args:
+        model: the model.
+        prompt: token ids, at least one.
+        answer: token ids whose logits are asked for after the prompt; without it, of the likeliest token.
+        guesses: number of likeliest tokens returned for each position.
 
     Raises:
         ValueError: a token id is outside the vocabulary.

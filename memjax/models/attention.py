@@ -61,7 +61,16 @@ class Attention(nnx.Module):
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
-        """Draws the projections; the layer decides whether there are rotary positions."""
+        """Draws the projections.
+
+        Args:
+            config: the model's.
+            layer: the block's number: some may have no rotary positions.
+            dtype: of activations.
+            param_dtype: of parameters.
+            implementation: one of `dot_product.IMPLEMENTATIONS`; None takes the fastest that can run.
+            rngs: source of the `params` key.
+        """
         self.implementation = implementation
         heads, kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_width
         self.rope_theta = None if layer in config.rope_free_layers else config.rope_theta

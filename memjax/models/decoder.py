@@ -240,7 +240,13 @@ def draw_block(
 ) -> Block:
     """A block with fresh parameters.
 
-    In the draws `number` stands for the layer; it may be traced, so that blocks of a kind share a program.
+    Args:
+        config: sizes and types.
+        layer: which block, for its kind.
+        key: of all blocks.
+        number: which block, for its draws; may be traced, so that blocks of a kind share a program. None is `layer`.
+        implementation: of the decoder's operations.
+        attention: its implementation.
     """
     rngs = _BlockRngs(jax.random.fold_in(key, layer if number is None else number))
     dtype, param_dtype = resolve_dtype(config.dtype), jnp.dtype(config.param_dtype)

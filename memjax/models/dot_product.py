@@ -23,7 +23,13 @@ SCORE_BYTES = 1 << 28
 
 
 def choose(wanted: str | None, dtype: DTypeLike, head_dim: int, length: int) -> str:
-    """The name of the implementation that runs: the wanted one, or (None) the fastest that can.
+    """The name of the implementation that runs.
+
+    Args:
+        wanted: one of IMPLEMENTATIONS; None takes the fastest that can run.
+        dtype: of queries, keys and values.
+        head_dim: width of a head.
+        length: tokens in a row.
 
     Raises:
         ValueError: `wanted` is unknown.
@@ -89,9 +95,16 @@ def attention(
 ) -> Float[Array, "b q n h"]:
     """Causal attention of queries at `positions` of the keys, a chunk of queries at a time.
 
-    Chunks are scored again in the backward pass, so that queries x keys is never in memory. A query sees the keys of
-    its segment up to its own position, the nearest `window` of them. Values must be finite, also those that no query
-    sees. max_score_bytes is of the scores per device that exist at once.
+    Chunks are scored again in the backward pass, so that queries x keys is never in memory.
+
+    Args:
+        query: queries.
+        keys: keys; a query sees those up to its own position.
+        values: values; finite, also those that no query sees.
+        positions: of the queries, among the keys.
+        segments: of the keys; a query sees those of the segment at its position. None is one segment.
+        window: how many of the nearest keys a query sees; None for all.
+        max_score_bytes: scores per device that exist at once.
     """
     batch, length, heads, _ = query.shape
     # Unsigned and narrow types would wrap in the distances to keys.

@@ -91,7 +91,15 @@ class MoE(nnx.Module):
     ):
         """Experts of width hidden_dim, drawn as feed-forward layers are.
 
-        The settings replace fields of the config, whose defaults None takes. None for dtype is the inputs' own.
+        Args:
+            dim: width of inputs and outputs.
+            hidden_dim: hidden width of each expert.
+            config: their number and routing; None takes the settings' defaults.
+            dtype: type of activations; None takes that of the inputs.
+            param_dtype: type of the parameters.
+            implementation: of `grouped_matmul`; None takes the fastest that can run.
+            rngs: source of the `params` key.
+            **settings: fields of the config that replace those of `config`.
 
         Raises:
             TypeError: a setting is unknown.
@@ -119,7 +127,12 @@ class MoE(nnx.Module):
     def __call__(
         self, x: Float[Array, "b s dim"], token_mask: Bool[Array, "b s"] | None = None, *, training: bool = False
     ) -> tuple[Float[Array, "b s dim"], Routing]:
-        """The layer's output, and the router's. Only experts that choose, as they may in training, ask for the padding.
+        """The layer's output, and the router's.
+
+        Args:
+            x: the tokens.
+            token_mask: which tokens are no padding; None for all. Only experts that choose ask.
+            training: let experts choose, if they are to.
 
         Raises:
             ValueError: shapes do not fit together.

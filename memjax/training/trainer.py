@@ -205,8 +205,11 @@ class Trainer:
             self.interrupt.exit_code = SAVED
 
     def save(self, *, without_tables: bool = False, despite_hooks: bool = False) -> None:
-        """Saves the state with the data's position after its last step. Every row up to it is written before. Without
-        tables it is a partial checkpoint. despite_hooks warns of a hook whose `state` raises, and leaves it out.
+        """Saves the state with the data's position after its last step. Every row up to it is written before.
+
+        Args:
+            without_tables: save a partial checkpoint.
+            despite_hooks: warn of a hook whose `state` raises, and leave it out.
         """
         self.finish_steps()
         step = int(self.state.step)

@@ -45,10 +45,18 @@ def question_report(
     `metrics` are means over the questions asked, `by_group` those of its relations, `zeroed` those of the model without
     its tables, which it has lost for good then.
 
-    Of each set at most `limit` questions are asked, evenly spread over it, each behind `shots` solved ones from
-    `examples`, or from the set itself. None for max_tokens is 32 for an answer and 384 for a program. `samples`
-    programs are written for each problem, and run within `limits`; None runs none. `keep` receives every question with
-    its answers, as JSON values.
+    Args:
+        model: the model.
+        sets: what to ask.
+        examples: sets that the solved questions in front come from; none: from the set itself.
+        limit: the most questions of each set, evenly spread over it.
+        shots: solved questions in front of each one.
+        max_tokens: the most tokens to write; None: 32 for an answer, 384 for a program.
+        sampling: how they are picked.
+        samples: programs to write for each problem.
+        limits: of the processes that run programs; None runs none.
+        zero_tables: ask again with the tables zeroed, where there are any.
+        keep: receives every question with its answers, as JSON values.
 
     Raises:
         DataError: there are not enough examples for a set.

@@ -19,9 +19,16 @@ def decode_attention(
 ) -> Float[Array, "b n h"]:
     """softmax(query . keys * h**-0.5) . values over the first `lengths` entries of each row, in the query's type.
 
-    Heads come in groups of n / kv that share keys and values. Scores and sums are in float32 or wider. The lengths
-    count the newest token, whose own key is in the cache; what lies behind may be any finite numbers. `triton` reads
-    only what is filled; `xla` and `reference` read the whole cache.
+    Heads come in groups of n / kv that share keys and values. Scores and sums are in float32 or wider.
+
+    Args:
+        query: of the newest token, whose own key is in the cache.
+        keys: of the cache.
+        values: of the cache.
+        lengths: entries that each row holds, the newest token's included; at least 1. What lies behind may be any
+            finite numbers.
+        window: how many of the latest entries are seen; None for all.
+        implementation: `triton` reads only what is filled; `xla` and `reference` read the whole cache.
 
     Raises:
         ValueError: shapes do not fit each other, or `implementation` is unknown.
@@ -51,9 +58,15 @@ def decode_step(
 ) -> tuple[Float[Array, "b n h"], Float[Array, "b kv s h"], Float[Array, "b kv s h"]]:
     """`decode_attention` of new tokens whose entries are yet to be written, and the cache with these.
 
-    In `joined` queries come first, then keys, then values, heads side by side: width = (n + 2 kv) h. An entry whose
-    position is beyond the cache is neither written nor seen. `rotation` has the cosines and sines of the angles by
-    which pairs (x[i], x[i + h/2]) of queries and keys are turned. `triton` does it all in one kernel, and in place.
+    Args:
+        joined: queries of the new tokens, then keys, then values, heads side by side: width = (n + 2 kv) h.
+        keys: of the cache.
+        values: of the cache.
+        positions: where the entries go; an entry whose position is beyond the cache is neither written nor seen.
+        rotation: cosines and sines of the angles by which pairs (x[i], x[i + h/2]) of queries and keys are turned; None
+            leaves them as they are.
+        window: how many of the latest entries are seen; None for all.
+        implementation: as above; `triton` does it all in one kernel, and in place.
 
     Raises:
         ValueError: shapes do not fit each other, or `implementation` is unknown.

@@ -18,8 +18,14 @@ def matvec(
 ) -> Float[Array, " m"]:
     """rows @ x + bias in x's type, summed in float32 or wider; not differentiable in the `triton` implementation.
 
-    The silu of input_gate multiplies x first. With `gated` the first half of the product goes through silu and
-    multiplies the second: SwiGLU. The residual is added last.
+    Args:
+        x: the vector.
+        rows: the matrix, [outputs, inputs].
+        residual: is added to the result.
+        bias: is added to the product.
+        input_gate: its silu multiplies x first.
+        gated: the first half of the product goes through silu and multiplies the second: SwiGLU.
+        implementation: one of `dispatch.IMPLEMENTATIONS`; None takes the fastest that can run.
 
     Raises:
         ValueError: shapes do not fit together, or `implementation` is unknown.

@@ -29,7 +29,14 @@ def rms_norm(
 ) -> Normed:
     """x, and scale * x / sqrt(mean(x**2) + epsilon) over the last axis (arXiv:1910.07467), in x's type.
 
-    Sums are in float32 or wider. Differentiable in x, scale and residual. A residual is added to x first, in x's type.
+    Sums are in float32 or wider. Differentiable in x, scale and residual.
+
+    Args:
+        x: rows.
+        scale: a factor for each column.
+        epsilon: keeps rows of zeros from being divided by zero.
+        residual: is added to x first, in x's type.
+        implementation: one of `dispatch.IMPLEMENTATIONS`; None takes the fastest that can run.
 
     Raises:
         ValueError: shapes do not fit together, or `implementation` is unknown.
