@@ -14,7 +14,7 @@ from memjax.io.command import exit_code
 from memjax.io.console import columns, fitted, is_terminal, say
 from memjax.io.ctrl_c import run_command
 
-_DEVICES = re.compile(r"[1-9]\d*x[1-9]\d*")
+_DEVICES = re.compile(r"[1-9]\d{0,5}x(?=.*[1-9])\d{1,6}(\.\d+)?")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,11 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fit(configs: Mapping[str, RunConfig], fit: Sequence[str]) -> None:
     """A table in Markdown: on each kind of devices the batch, the micro-batches, and what else has to change."""
-    pairs = [tuple(map(int, devices.split("x"))) for devices in fit]
+    pairs = [devices.split("x") for devices in fit]
     say(f"| preset | {' | '.join(f'{number} x {size} GB' for number, size in pairs)} |")
     say("|---" * (len(pairs) + 1) + "|")
     for name, config in configs.items():
-        cells = [_fitted(config, devices=number, device_bytes=size * 10**9) for number, size in pairs]
+        cells = [_fitted(config, devices=int(number), device_bytes=int(float(size) * 1e9)) for number, size in pairs]
         say(f"| `{name}` | {' | '.join(cells)} |")
 
 

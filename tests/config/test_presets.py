@@ -105,10 +105,16 @@ def test_the_table_of_what_fits_where_is_the_command_s(capsys):
     assert named == {*presets.names()} - {presets.RECIPE}
 
 
+def test_the_memory_of_a_device_need_not_be_a_whole_number_of_gb(capsys):
+    assert main(["--only", "134m_dense", "--fit", "1x0.5"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["| preset | 1 x 0.5 GB |", "|---|---|", "| `134m_dense` | no |"]
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
         (["--fit", "80gb"], "fit=80gb must be numbers of devices and GB of each, such as 1x24,8x80"),
+        (["--fit", "1x0.0"], "fit=1x0.0 must be numbers of devices and GB of each, such as 1x24,8x80"),
         (["--only", "134m_dense,none"], "only=none must be names of presets"),
         (["--only", "paper"], "only=paper must be names of presets"),
     ],
