@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import pathlib
 import uuid
 from typing import Any
@@ -51,7 +50,7 @@ class Service:
         """Logs the numbers of a step, unless an earlier start has."""
         if step <= self.notes.get("step", 0):
             return
-        self.run.log({name: value for name, value in metrics.items() if math.isfinite(value)}, step=step)
+        self.run.log(metrics, step=step)
         self.keep(step=step)
 
     def close(self) -> None:

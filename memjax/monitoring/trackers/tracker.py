@@ -6,6 +6,7 @@ queue. Whatever is raised there is printed once, and the run continues without t
 
 import contextlib
 import importlib
+import math
 import queue
 import threading
 from collections.abc import Callable
@@ -70,7 +71,9 @@ class Tracker:
         try:
             sink = start()
             while not self._dropped and (row := self._rows.get()) is not None:
-                metrics = {name: value for name, value in row.items() if name != "step" and value is not None}
+                # A part of a mixture has no loss in a step without its tokens.
+                is_shown = lambda name, value: name != "step" and value is not None and math.isfinite(value)
+                metrics = {name: value for name, value in row.items() if is_shown(name, value)}
                 sink.write(row["step"], metrics)
             sink.close()
         except (Exception, SystemExit) as error:

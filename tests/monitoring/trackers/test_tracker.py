@@ -1,6 +1,7 @@
 """Trackers get every step once, and nothing they do can stop a run."""
 
 import json
+import math
 import struct
 import sys
 import threading
@@ -194,6 +195,18 @@ def test_tensorboard_shows_every_step_once_after_a_resumption(tmp_path):
     run(RunConfig(), tmp_path, [4, 5], last_step=2)
     losses = [(step, value) for step, tag, value in shown_by_tensorboard(tmp_path / "tensorboard") if tag != "count"]
     assert losses == [(1, 1.0), (2, 0.5), (4, 0.25), (5, pytest.approx(0.2))]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", *SERVICES])
+def test_what_is_no_number_in_a_step_is_left_out_without_a_word(installed, tmp_path, name, caplog):
+    library = None if name == "tensorboard" else installed(name)
+    started = make_trackers(RunConfig() if library is None else config(name), tmp_path, last_step=0)
+    for tracker in started:
+        tracker.write({"step": 1, "train/loss": 2.0, "data/rare/loss": math.nan, "norm": math.inf})
+    close_trackers(started)
+    found = shown_by_tensorboard(tmp_path / "tensorboard") if library is None else library.logged
+    assert found == ([(1, "train/loss", 2.0)] if library is None else [(1, {"train/loss": 2.0})])
+    assert not caplog.records
 
 
 def test_nothing_is_started_that_was_not_asked_for(tmp_path):
