@@ -89,6 +89,21 @@ def test_the_page_on_results_names_figures_of_the_results():
     assert upcycled["half_text_faster"]["bits_per_byte"] < upcycled["base"]["bits_per_byte"]
 
 
+def test_what_is_said_of_forgetting_are_figures_of_the_results():
+    rows = json.loads((ROOT / "experiments/005_continual_learning/results/full.json").read_text())["runs"]
+    tried = [row for row in rows if row["how"] == "together" and row["seed"] == 0 and not row.get("larger")]
+    least = {
+        family: min(row["old_lost"] for row in tried if row["family"] == family and row["paraphrases"] >= 0.7)
+        for family in ("sparse", "full", "lora")
+    }
+    shares = [f"{least[family]:.0%}".replace("%", " %") for family in ("sparse", "full", "lora")]
+    for page in (ROOT / "README.md", DOCS / "knowledge.md"):
+        text = " ".join(page.read_text().split())
+        said = re.search(r"(\d+ %) of the old \w+[,;][^%]* full finetuning,? (\d+ %)[^%]* LoRA,? (\d+ %)", text)
+        assert said is not None, page.name
+        assert list(said.groups()) == shares, page.name
+
+
 def test_the_table_beside_the_paper_has_the_means_of_the_experiments(results):
     lines = [re.split(r" *\| *", line)[1:-1] for line in results.paper_table().splitlines()[2:]]
     recall, exact = means("001_fact_capacity", "recall"), means("002_real_facts", "exact_match")
