@@ -21,7 +21,7 @@ from memjax.runs.settings import StepSettings, TableFormat
 from memjax.runs.subcommands import Subcommand
 
 PROG = "python -m memjax.convert"
-MOST_TOKENS = 1 << 31
+_MOST_TOKENS = 1 << 31
 """Lengths of texts are below it."""
 
 
@@ -57,8 +57,8 @@ class ToHfConfig(StepSettings):
     def problems(self) -> Iterator[str]:
         """A step that is no checkpoint's, and a length that no reader takes."""
         yield from super().problems()
-        if self.max_length is not None and self.max_length >= MOST_TOKENS:
-            yield f"max_length={self.max_length} must be below {MOST_TOKENS}"
+        if self.max_length is not None and self.max_length >= _MOST_TOKENS:
+            yield f"max_length={self.max_length} must be below {_MOST_TOKENS}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

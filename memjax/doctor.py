@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(*, quick: bool) -> int:
-    checks = {"operations": check_operations}
+    checks = {"operations": _check_operations}
     if not quick:
         checks["training"] = check_training
     print(describe_machine(), flush=True)
@@ -83,7 +83,7 @@ def describe_machine() -> str:
     return "\n".join(lines)
 
 
-def check_operations() -> bool:
+def _check_operations() -> bool:
     """Compares every implementation that can run with the reference; prints a line each."""
     from memjax.ops import dispatch, specs
 

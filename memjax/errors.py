@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-MOST_CHARACTERS = 4000
+_MOST_CHARACTERS = 4000
 MOST_SHOWN = 40
 """Most problems that are listed: a file of another kind has thousands."""
 
@@ -26,7 +26,7 @@ class _ShortError(Exception):
 
     def __str__(self) -> str:
         text = super().__str__()
-        return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
+        return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
 
 
 class DataError(_ShortError):

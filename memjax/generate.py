@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _generate(run: str, settings: GenerateConfig) -> None:
     # A file that cannot be read is refused before the model is.
-    records = None if settings.prompts is None else read_prompts(settings.prompts)
+    records = None if settings.prompts is None else _read_prompts(settings.prompts)
     if settings.output is not None:
         check_output(settings.output, "output")
     with loaded(run, settings) as found:
@@ -85,7 +85,7 @@ def _generate(run: str, settings: GenerateConfig) -> None:
             _converse(found, settings)
 
 
-def read_prompts(path: str) -> list[dict[str, Any]]:
+def _read_prompts(path: str) -> list[dict[str, Any]]:
     """The records of a file of prompts as objects with the field `prompt`, a line of text being a prompt.
 
     Raises:

@@ -13,7 +13,7 @@ from memjax.io.ctrl_c import run_command
 from memjax.runs.settings import CheckpointSettings, loaded
 
 PROG = "python -m memjax.learn"
-RUN_AND_FACTS = Positional(
+_RUN_AND_FACTS = Positional(
     name="RUN FACTS",
     help="The folder of a run, then files of facts: JSON lines with text, or with prompt and answer, and maybe a list "
     "of paraphrases (of the text or of the prompt). A patch that learn has made may stand for the file "
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog=PROG,
         description="Teaches a model facts by changing a few rows of its tables (sparse memory finetuning, "
         "arXiv:2510.15103), and writes these rows as a patch.",
-        positional=RUN_AND_FACTS,
+        positional=_RUN_AND_FACTS,
         examples=[f"{PROG} runs/quickstart facts.jsonl --out people"],
     )
     return exit_code(lambda: _learn(parsed.positionals, parsed.config), interrupted="interrupted; nothing was written")

@@ -31,8 +31,8 @@ class PlotConfig(Section):
 
     def problems(self) -> Iterator[str]:
         """Settings that do not go together."""
-        if pathlib.PurePath(self.out).suffix not in SUFFIXES:
-            yield f"out={self.out} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+        if pathlib.PurePath(self.out).suffix not in _SUFFIXES:
+            yield f"out={self.out} must end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}"
         if self.metric is not None and self.x in AXES:
             yield f"metric={self.metric} is drawn over a setting; set x to one, or leave metric out"
         if self.x not in AXES and self.metric is None:
@@ -44,7 +44,7 @@ class PlotConfig(Section):
             yield "interactive=true is for the curves of runs in an .html file, as in --out comparison.html"
 
 
-SUFFIXES = (".png", ".svg", ".pdf", ".html")
+_SUFFIXES = (".png", ".svg", ".pdf", ".html")
 AXES = ("step", "tokens", "seconds")
 RUNS = dataclasses.replace(RUN_FOLDER, help="The folders of the runs.", repeats=True)
 

@@ -19,8 +19,8 @@ from memjax.io.ctrl_c import run_command
 from memjax.runs.settings import InferenceSettings, loaded
 
 PROG = "python -m memjax.serve"
-API_KEY = "MEMJAX_API_KEY"
-INSTALL = "pip install 'starlette>=1,<2' 'uvicorn>=0.50,<1'"
+_API_KEY = "MEMJAX_API_KEY"
+_INSTALL = "pip install 'starlette>=1,<2' 'uvicorn>=0.50,<1'"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         positional=READ_RUN,
         examples=[
             f"{PROG} runs/quickstart",
-            f"{API_KEY}=... {PROG} runs/quickstart --host 0.0.0.0 --port 8080 --slots 64",
+            f"{_API_KEY}=... {PROG} runs/quickstart --host 0.0.0.0 --port 8080 --slots 64",
         ],
     )
     return exit_code(lambda: _serve(str(parsed.positional), parsed.config))
@@ -76,13 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(run: str, settings: ServeConfig) -> None:
     if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
-        raise ConfigError(f"{PROG} needs {' and '.join(missing)}, which cannot be imported; {INSTALL}")
+        raise ConfigError(f"{PROG} needs {' and '.join(missing)}, which cannot be imported; {_INSTALL}")
     key = _api_key()
     # What is wrong with the address shows before the model is read.
     with listen(settings.host, settings.port) as listening:
         address = listening.getsockname()
         if key is None and not ipaddress.ip_address(address[0]).is_loopback:
-            warn(f"warning: anybody who reaches {address[0]} can use the model; set {API_KEY} to ask for a key")
+            warn(f"warning: anybody who reaches {address[0]} can use the model; set {_API_KEY} to ask for a key")
         with loaded(run, settings) as found:
             from memjax.inference.scheduler import Scheduler
             from memjax.inference.scoring import PromptScorer
@@ -116,9 +116,9 @@ def _serve(run: str, settings: ServeConfig) -> None:
 
 
 def _api_key() -> str | None:
-    key = os.environ.get(API_KEY)
+    key = os.environ.get(_API_KEY)
     if key is not None and (not key or key != key.strip() or not key.isprintable()):
-        raise ConfigError(f"{API_KEY} must hold a key without spaces around it; unset it to ask for none")
+        raise ConfigError(f"{_API_KEY} must hold a key without spaces around it; unset it to ask for none")
     return key
 
 
@@ -154,7 +154,7 @@ def _print_progress(done: int, total: int) -> None:
 
 
 def _greeting(what: str, url: str, *, has_key: bool) -> str:
-    key = f' -H "Authorization: Bearer ${API_KEY}"' if has_key else ""
+    key = f' -H "Authorization: Bearer ${_API_KEY}"' if has_key else ""
     body = """'{"prompt": "Once", "max_tokens": 32}'"""
     lines = [f"ready: {what}, at {url}", f"  curl {url}/completions -H 'Content-Type: application/json'{key} -d {body}"]
     return "\n".join(lines)

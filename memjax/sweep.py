@@ -15,7 +15,7 @@ from memjax.io.console import format_table, say, warn
 
 PROG = "python -m memjax.sweep"
 
-OPTIONS = {
+_OPTIONS = {
     "grid": "SETTING=VALUE,VALUE,...: the values of a setting; given once for each setting that varies.",
     "jobs": "How many runs train at a time (default 1). They share the GPUs of CUDA_VISIBLE_DEVICES.",
 }
@@ -40,7 +40,7 @@ def _main(argv: list[str]) -> int:
             "Trains a run for each combination of settings, in folders below run.dir, and compares them. The same "
             "command resumes interrupted runs and skips finished ones."
         ),
-        flags=OPTIONS,
+        flags=_OPTIONS,
         examples=[
             f"{PROG} wiki_text --data.path a.jsonl --grid optim.lr=1e-3,3e-3 --grid model.memory.num_keys=64,128"
         ],

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None, *, hooks: Sequence["Periodic"] = ())
         ),
         flags=FLAGS,
     )
-    prepare_environment(arguments.config)
+    _prepare_environment(arguments.config)
     # Only now: the settings above must be in place before JAX starts, and wrong ones should not wait for its import.
     from memjax.io import compilation_cache
     from memjax.io.command import exit_code
@@ -82,7 +82,7 @@ def _devices(device_gb: Sequence[str], devices: Sequence[str], *, is_dry: bool) 
     return int(float(size) * 1e9), int(count)
 
 
-def prepare_environment(config: RunConfig) -> None:
+def _prepare_environment(config: RunConfig) -> None:
     """Sets what JAX and XLA read when they start; what the user has set stays."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     # XLA's start-up messages would hide ours.

@@ -12,7 +12,7 @@ from memjax.sharding.rules import without_first_axis
 BLOCK_BYTES = 2 << 30
 """Largest array that is stored in one piece: Orbax refuses single arrays near 96 GB."""
 
-SMALL_BYTES = 16 << 20
+_SMALL_BYTES = 16 << 20
 """Arrays up to this size are never cut."""
 
 BLOCKS = 512
@@ -21,7 +21,7 @@ BLOCKS = 512
 
 def block_rows(leaf: jax.Array, item_bytes: int, most_bytes: int) -> int:
     """Rows of a leaf per block of at most `most_bytes`, in an item of that many bytes; at least one."""
-    block_bytes = min(most_bytes, max(SMALL_BYTES, item_bytes // BLOCKS))
+    block_bytes = min(most_bytes, max(_SMALL_BYTES, item_bytes // BLOCKS))
     return max(1, block_bytes // max(1, leaf.dtype.itemsize * math.prod(leaf.shape[1:])))
 
 

@@ -16,7 +16,7 @@ from memjax.config.yaml import compose, scalar, why_invalid
 from memjax.io.files import read_text
 from memjax.io.paths import local_path
 
-DEEPEST = 32
+_DEEPEST = 32
 """The most levels of sections and lists in a config; the schema has four."""
 
 _WRITTEN_BY_RUNS = ("checkpoints", "metrics.jsonl")
@@ -87,7 +87,7 @@ def _unreadable(path: Path, asked_at: str, error: Exception) -> tuple[str, str]:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
             return f"{path}:{line}", f"not valid YAML: {why_invalid(error)}"
         case RecursionError():
-            return str(path), f"is nested more than {DEEPEST} levels deep"
+            return str(path), f"is nested more than {_DEEPEST} levels deep"
         case FileNotFoundError():
             return asked_at, f"{name} does not exist{_other_name(path)}"
         case IsADirectoryError():
@@ -110,8 +110,8 @@ def to_tree(node: Node, path: FieldPath, problems: Problems, place: Callable[[No
     """The value of a node: sections as dicts. The place of each setting is noted."""
     if isinstance(node, ScalarNode):
         return scalar(node)
-    if depth > DEEPEST:
-        problems.add(place(node), f"{printable('.'.join(path))}: nested more than {DEEPEST} levels deep")
+    if depth > _DEEPEST:
+        problems.add(place(node), f"{printable('.'.join(path))}: nested more than {_DEEPEST} levels deep")
         return None
     if isinstance(node, SequenceNode):
         return [to_tree(item, path, problems, place, depth + 1) for item in node.value]

@@ -94,7 +94,7 @@ class RunConfig(Section):
             )
         yield from self._too_many_picks()
         for width in sorted({table.width for table in model.tables.values()}):
-            yield from memory_axis_problems(width, mesh.memory, optim.table)
+            yield from _memory_axis_problems(width, mesh.memory, optim.table)
         yield from _tensor_axis_problems(model, mesh.tensor)
 
     def _too_many_picks(self) -> Iterator[str]:
@@ -126,21 +126,21 @@ def _tensor_axis_problems(model: ModelConfig, tensor: int) -> Iterator[str]:
             )
 
 
-MIN_COLUMNS_PER_DEVICE = 64
+_MIN_COLUMNS_PER_DEVICE = 64
 """Narrower shards would read table rows in pieces too short for the memory's bandwidth."""
 
-MOST_DEVICES = 1 << 16
+_MOST_DEVICES = 1 << 16
 """The largest memory axis that is proposed."""
 
 
-def memory_axis_problems(value_dim: int, memory_axis: int, table: TableOptimConfig) -> Iterator[str]:
+def _memory_axis_problems(value_dim: int, memory_axis: int, table: TableOptimConfig) -> Iterator[str]:
     """Why rows of value_dim columns cannot be split over the memory axis."""
-    most = max(1, value_dim // MIN_COLUMNS_PER_DEVICE)
+    most = max(1, value_dim // _MIN_COLUMNS_PER_DEVICE)
     if memory_axis > 1 and (memory_axis > most or value_dim % memory_axis):
-        legal = [axis for axis in range(1, min(most, MOST_DEVICES) + 1) if value_dim % axis == 0]
+        legal = [axis for axis in range(1, min(most, _MOST_DEVICES) + 1) if value_dim % axis == 0]
         yield (
             f"mesh.memory={memory_axis} cannot split value_dim={value_dim}: each device needs a whole number "
-            f"of columns, at least {MIN_COLUMNS_PER_DEVICE}; the largest that can is mesh.memory={legal[-1]}"
+            f"of columns, at least {_MIN_COLUMNS_PER_DEVICE}; the largest that can is mesh.memory={legal[-1]}"
         )
         return
     columns, shared = value_dim // memory_axis, table.columns_per_state(value_dim)

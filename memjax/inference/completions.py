@@ -9,7 +9,7 @@ from memjax.inference.bodies import Fields, shown
 _MOST_LOGPROBS = 20
 _MOST_STOPS, _LONGEST_STOP = 16, 256
 
-FIELDS = {
+_FIELDS = {
     "add_special_tokens": True,
     "best_of": None,
     "echo": False,
@@ -67,7 +67,7 @@ def parse_request(body: Mapping[str, Any], *, vocab_size: int, max_choices: int)
     Raises:
         RefusedError: with all that is wrong; its `param` is the first such field.
     """
-    fields = Fields(body, FIELDS)
+    fields = Fields(body, _FIELDS)
     prompts = _prompts(fields, vocab_size)
     n = fields.integer("n", 1, None, "a whole number above 0") or 1
     if n * len(prompts) > max_choices:

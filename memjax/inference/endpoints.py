@@ -21,7 +21,7 @@ from memjax.inference.service import Answer, Limits, Service
 
 T = TypeVar("T")
 
-HUNG_UP = 499
+_HUNG_UP = 499
 """The status under which requests are counted whose client has gone."""
 _DISCARDED = 8
 """Bodies up to this multiple of the limit are read to the end, so that clients see why they are refused."""
@@ -71,14 +71,14 @@ class Endpoints:
             except RefusedError as error:
                 await _refusal(error)(scope, receive, noting)
         except (HungUpError, ClientDisconnect):
-            status = HUNG_UP
+            status = _HUNG_UP
         except Exception:
             # The traceback is for uvicorn's log.
             if status is None:
                 await _refusal(RefusedError("the server failed; its log says how", status=500))(scope, receive, noting)
             raise
         finally:
-            self._service.metrics.codes[status or HUNG_UP] += 1
+            self._service.metrics.codes[status or _HUNG_UP] += 1
 
     async def _answer(self, request: Request, send: Send) -> None:
         # Clients of a proxy send the whole address (RFC 9112, 3.2.2).

@@ -11,13 +11,13 @@ from memjax.inference.sampling import Mode
 from memjax.inference.scheduler import prefill_rows
 from memjax.models.decoder import Decoder
 
-MODES = (Mode(), Mode(draws=True, top_k=True, top_p=True), Mode(True, True, True, True))
+_MODES = (Mode(), Mode(draws=True, top_k=True, top_p=True), Mode(True, True, True, True))
 """Sampling modes of a server: few programs, so that no request waits for a compilation for long."""
 
 
 def make_engine(model: Decoder, *, num_slots: int, max_length: int) -> Engine:
-    """An engine with one decoding program for each of `MODES`, whose texts are at most max_length tokens long."""
-    return Engine(model, num_slots=num_slots, min_capacity=padded_length(max_length), modes=MODES)
+    """An engine with one decoding program for each of `_MODES`, whose texts are at most max_length tokens long."""
+    return Engine(model, num_slots=num_slots, min_capacity=padded_length(max_length), modes=_MODES)
 
 
 def warm_up(

@@ -40,7 +40,7 @@ class JoinedAttention(Attention):
 
     def __init__(self, attention: Attention):
         """Takes over the parameters of an attention layer."""
-        take_over(self, attention, without=("query", "key", "value", "out"))
+        _take_over(self, attention, without=("query", "key", "value", "out"))
         self.joined = Joined.of(attention.query, attention.key, attention.value)
         self.out = Joined.of(attention.out)
 
@@ -69,7 +69,7 @@ class JoinedMemory(MemoryLayer):
 
     def __init__(self, layer: MemoryLayer):
         """Takes over the parameters of a memory layer."""
-        take_over(self, layer, without=("gate_proj", "value_proj"))
+        _take_over(self, layer, without=("gate_proj", "value_proj"))
         keys, gates = layer.keys, [layer.gate_proj] if layer.gate_proj else []
         kernels = [keys.query_kernel[...], *(gate.kernel[...] for gate in gates)]
         biases = [keys.query_bias[...], *(gate.bias[...] for gate in gates if gate.bias is not None)]
@@ -116,7 +116,7 @@ class JoinedBlock(Block):
 
     def __init__(self, block: Block):
         """Takes over the parameters of a block."""
-        take_over(self, block)
+        _take_over(self, block)
         self.attention = JoinedAttention(block.attention)
         if block.feed_forward is not None:
             self.feed_forward = JoinedFeedForward(block.feed_forward)
@@ -147,7 +147,7 @@ class JoinedBlock(Block):
         return x, cache
 
 
-def take_over(target: nnx.Module, source: nnx.Module, without: Collection[str] = ()) -> None:
+def _take_over(target: nnx.Module, source: nnx.Module, without: Collection[str] = ()) -> None:
     """Sets the attributes of a module as those of another, but for some."""
     for name, value in vars(source).items():
         if name not in without and not name.startswith("_"):

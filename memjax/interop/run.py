@@ -18,7 +18,7 @@ from memjax.models.parts import split_decoder, writable
 from memjax.runs.layout import PARAMS, TABLES, params_to_tree
 from memjax.runs.write import write_run
 
-LEARNING_RATE = 2e-5
+_LEARNING_RATE = 2e-5
 """optim.lr of a new run: that of the quick start would undo what the model has learned."""
 
 
@@ -51,7 +51,7 @@ def write_converted(
         CheckpointError: it cannot be written.
     """
     data = DataConfig(source="files", sequence_length=sequence_length, tokenizer=settings)
-    config = RunConfig(model=model.config, data=data, optim=OptimConfig(lr=LEARNING_RATE))
+    config = RunConfig(model=model.config, data=data, optim=OptimConfig(lr=_LEARNING_RATE))
     for name in _not_finite(model):
         warn(f"warning: {name} holds numbers that are not finite, and what is computed with them is none either")
     write_run(out, model, tokenizer, config)

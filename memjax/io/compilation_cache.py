@@ -22,7 +22,7 @@ from memjax.io.console import warn
 from memjax.io.files import read_object, write_atomic
 from memjax.io.paths import local_path, user_cache
 
-VARIABLE = "MEMJAX_COMPILE_CACHE"
+_VARIABLE = "MEMJAX_COMPILE_CACHE"
 """Environment variable: a folder, or `off`."""
 
 MAX_BYTES = 2 << 30
@@ -45,7 +45,7 @@ def enable(setting: str | None = "auto") -> pathlib.Path | None:
     Returns:
         The folder; None without a cache.
     """
-    chosen = os.environ.get(VARIABLE) if setting == "auto" else setting
+    chosen = os.environ.get(_VARIABLE) if setting == "auto" else setting
     if chosen is None and setting == "auto":
         chosen = user_cache("compiled")
     of_jax = ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE")
@@ -54,7 +54,7 @@ def enable(setting: str | None = "auto") -> pathlib.Path | None:
     import jax
 
     try:
-        folder = local_path(chosen, VARIABLE) / _machine()
+        folder = local_path(chosen, _VARIABLE) / _machine()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(13, "not writable")
@@ -64,7 +64,7 @@ def enable(setting: str | None = "auto") -> pathlib.Path | None:
         _tidy(folder)
         _remove_old(folder)
     except (OSError, ValueError) as error:
-        if setting != "auto" or VARIABLE in os.environ:
+        if setting != "auto" or _VARIABLE in os.environ:
             reason = getattr(error, "strerror", None) or error
             warn(f"compiled programs are not kept: {chosen}: {reason}")
         return None

@@ -17,10 +17,10 @@ from memjax.io.files import write_atomic
 from memjax.io.lock import locked
 from memjax.io.paths import missing_package, user_cache
 
-STEP_IS_COMPLETE = "_CHECKPOINT_METADATA"
+_STEP_IS_COMPLETE = "_CHECKPOINT_METADATA"
 """The file of a checkpoint that is sent last: a step without it is not all there."""
 
-MIRROR_ID = "mirror_id"
+_MIRROR_ID = "mirror_id"
 """The file that identifies the run, in its folder and in its mirror."""
 
 _NOT_SENT = "prepared/"
@@ -145,7 +145,7 @@ def fetch_run(address: str, step: int | str = "latest") -> pathlib.Path:
 
     def wanted(names: Sequence[str]) -> Sequence[str]:
         by_step = {name: _step_of(name) for name in names}
-        steps = {of for name, of in by_step.items() if of is not None and name.endswith(f"/{STEP_IS_COMPLETE}")}
+        steps = {of for name, of in by_step.items() if of is not None and name.endswith(f"/{_STEP_IS_COMPLETE}")}
         if step == "latest":
             # One that was saved without its tables cannot be loaded unless it is asked for.
             whole = {of for of in steps if any(name.startswith(f"checkpoints/{of}/table_state/") for name in names)}
@@ -171,9 +171,9 @@ def why_not_mirror(folder: pathlib.Path, address: str) -> str | None:
     file_system, root = fsspec.core.url_to_fs(address.rstrip("/"), use_listings_cache=False)
     there = here = None
     with contextlib.suppress(FileNotFoundError):
-        there = file_system.cat_file(f"{root}/{MIRROR_ID}").decode(errors="replace").strip()
+        there = file_system.cat_file(f"{root}/{_MIRROR_ID}").decode(errors="replace").strip()
     with contextlib.suppress(FileNotFoundError):
-        here = (folder / MIRROR_ID).read_text(encoding="utf-8").strip()
+        here = (folder / _MIRROR_ID).read_text(encoding="utf-8").strip()
     if there is not None:
         if there == here:
             return None
@@ -206,11 +206,11 @@ def push(folder: pathlib.Path, address: str) -> None:
 
     if problem := why_not_mirror(folder, address):
         raise ValueError(problem)
-    if not (folder / MIRROR_ID).exists():
-        write_atomic(folder / MIRROR_ID, f"{uuid.uuid4().hex}\n")
+    if not (folder / _MIRROR_ID).exists():
+        write_atomic(folder / _MIRROR_ID, f"{uuid.uuid4().hex}\n")
     file_system, root = fsspec.core.url_to_fs(address.rstrip("/"), use_listings_cache=False)
     file_system.makedirs(root, exist_ok=True)
-    file_system.put_file(str(folder / MIRROR_ID), f"{root}/{MIRROR_ID}")
+    file_system.put_file(str(folder / _MIRROR_ID), f"{root}/{_MIRROR_ID}")
     there = {name.removeprefix(root).lstrip("/"): info for name, info in file_system.find(root, detail=True).items()}
     here = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     names = {path.relative_to(folder).as_posix(): path for path in here}
@@ -219,9 +219,9 @@ def push(folder: pathlib.Path, address: str) -> None:
         if not _is_same_step(names, there, file_system, root, step):
             file_system.rm(f"{root}/checkpoints/{step}", recursive=True)
             there = {name: info for name, info in there.items() if _step_of(name) != step}
-    for name, path in sorted(names.items(), key=lambda item: (item[0].endswith(STEP_IS_COMPLETE), item[0])):
+    for name, path in sorted(names.items(), key=lambda item: (item[0].endswith(_STEP_IS_COMPLETE), item[0])):
         step = _step_of(name)
-        is_left_out = name.startswith((_NOT_SENT, MIRROR_ID)) or path.name.startswith(".")
+        is_left_out = name.startswith((_NOT_SENT, _MIRROR_ID)) or path.name.startswith(".")
         if is_left_out or (step is None and name.startswith("checkpoints/")):
             continue
         try:
@@ -242,7 +242,7 @@ def _is_same_step(
     names: Mapping[str, pathlib.Path], there: Mapping[str, Any], file_system: Any, root: str, step: int
 ) -> bool:
     """Whether the copy's step is complete and this one: the file that completes it holds the time of the save."""
-    name = f"checkpoints/{step}/{STEP_IS_COMPLETE}"
+    name = f"checkpoints/{step}/{_STEP_IS_COMPLETE}"
     if name not in there:
         return False
     try:

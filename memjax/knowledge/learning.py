@@ -138,7 +138,7 @@ def learn_facts(
     say(f"learned in {seconds:.0f} s: {last}")
     patch = patch_between(loaded, learned, {})
     # What is written is what is measured: rows in the type of the run's tables.
-    after = probe.measure(found_with(learned, patch))
+    after = probe.measure(_found_with(learned, patch))
     notes = {"made_by": "learn", "facts": len(facts), "source": source, "seconds": round(seconds, 2)}
     notes |= {LEARNED: [fact.fields() for fact in facts]}
     for moment, rates in (("before", before), ("after", after)):
@@ -191,7 +191,7 @@ def _sources(notes: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield from _sources(source["notes"])
 
 
-def found_with(model: Decoder, patch: Patch) -> Decoder:
+def _found_with(model: Decoder, patch: Patch) -> Decoder:
     """A learned model with its changed rows as the patch has them."""
     for name, change in patch.tables.items():
         rows = model.tables[name].rows

@@ -14,7 +14,7 @@ from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.rules import NormRule, row_step
 from memjax.sharding.axes import split_columns
 
-MOST_COLUMNS = 1024
+_MOST_COLUMNS = 1024
 """Columns that share a sum of squares: as many as a Triton program takes at once."""
 
 
@@ -27,7 +27,7 @@ def columns_per_state(width: int) -> int:
 def columns_per_square(width: int, shards: int) -> int:
     """The most columns of a row, up to 1024, that share a sum of squares: all of them on a device, where they fit."""
     columns = width if width % shards else width // shards
-    return next(count for count in range(min(columns, MOST_COLUMNS), 0, -1) if columns % count == 0)
+    return next(count for count in range(min(columns, _MOST_COLUMNS), 0, -1) if columns % count == 0)
 
 
 def squared_norm(

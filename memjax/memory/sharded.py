@@ -31,7 +31,7 @@ from memjax.ops.table import Table
 from memjax.sharding import rules
 from memjax.sharding.axes import alike_over_tensor, has_memory_axis, over_mesh, place, unsharded, unsharded_update
 
-FACTORS = RowGradient._make((rules.TOKENS, rules.TOKENS, rules.BAGS))
+_FACTORS = RowGradient._make((rules.TOKENS, rules.TOKENS, rules.BAGS))
 """The layout of a row gradient."""
 
 
@@ -146,7 +146,7 @@ def update_rows(
     if chosen == "all_reduce":
         total = add_rows(no_rows(table, gradients), gradients, implementation=implementation, piece_picks=piece_picks)
         return update_rows_by_sum(table, state, total, rule, step, block_bytes=block_bytes)
-    specs = (rules.COLUMNS, rules.COLUMNS, (FACTORS,) * len(gradients), rules.REPLICATED)
+    specs = (rules.COLUMNS, rules.COLUMNS, (_FACTORS,) * len(gradients), rules.REPLICATED)
     run = over_mesh(_update_by_picks, specs, (rules.COLUMNS, rules.COLUMNS), rule=rule, implementation=implementation)
     return run(table, state, tuple(gradients), step)
 
@@ -179,7 +179,7 @@ class RowSum(NamedTuple):
 
 
 # In place of the arrays their layouts.
-ROW_SUM = RowSum(rules.REPLICA_COLUMNS, rules.REPLICA_SHARDS)  # pyright: ignore[reportArgumentType]
+_ROW_SUM = RowSum(rules.REPLICA_COLUMNS, rules.REPLICA_SHARDS)  # pyright: ignore[reportArgumentType]
 
 
 def no_rows(table: Float[Array, "n d"], after: Any = ()) -> RowSum:
@@ -204,7 +204,7 @@ def add_rows(
     settings = {"has_mesh": has_memory_axis(), "implementation": implementation, "piece_picks": piece_picks}
     if not settings["has_mesh"]:
         return unsharded(partial(_add_own, **settings), total.gradient)(total, tuple(gradients))
-    return over_mesh(_add_own, (ROW_SUM, (FACTORS,) * len(gradients)), ROW_SUM, **settings)(total, tuple(gradients))
+    return over_mesh(_add_own, (_ROW_SUM, (_FACTORS,) * len(gradients)), _ROW_SUM, **settings)(total, tuple(gradients))
 
 
 @alike_over_tensor

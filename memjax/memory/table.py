@@ -12,7 +12,7 @@ from memjax.ops.precision import accumulator
 from memjax.ops.table import Table
 from memjax.sharding.axes import split_columns
 
-BLOCK_ELEMENTS = 1 << 22
+_BLOCK_ELEMENTS = 1 << 22
 """Elements drawn at once; part of the definition of the initial table, since every block has its own key."""
 
 MOST_SLOTS = MOST_KEYS**2
@@ -82,7 +82,7 @@ def draw_rows(
     *,
     std: float,
     dtype: DTypeLike,
-    block_elements: int = BLOCK_ELEMENTS,
+    block_elements: int = _BLOCK_ELEMENTS,
 ) -> Float[Array, "n d"]:
     """Normal rows, drawn block by block into place: bit-identical on every mesh, with temporaries of a few blocks.
 

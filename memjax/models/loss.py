@@ -20,7 +20,7 @@ from memjax.sharding.rules import DATA, MEMORY, REPLICATED, TOKENS
 
 T = TypeVar("T")
 
-LOGIT_BYTES = 1 << 29
+_LOGIT_BYTES = 1 << 29
 """Logits per device that exist at once."""
 
 
@@ -29,7 +29,7 @@ def token_losses(
     hidden: Float[Array, "b s dim"],
     targets: Int[Array, "b s"],
     *,
-    logit_bytes: int = LOGIT_BYTES,
+    logit_bytes: int = _LOGIT_BYTES,
 ) -> Float[Array, "b s"]:
     """-log p(target) of every token, in nats, float32 or wider; for gradients see `summed_loss`.
 
@@ -47,7 +47,7 @@ def map_logits(
     function: Callable[..., T],
     hidden: Float[Array, "b s dim"],
     *by_token: Float[Array, "b s *rest"] | Int[Array, "b s *rest"],
-    logit_bytes: int = LOGIT_BYTES,
+    logit_bytes: int = _LOGIT_BYTES,
 ) -> T:
     """function(logits, *by_token), a pytree of arrays `[b, s, ...]`, computed chunk after chunk of the sequences.
 
@@ -64,7 +64,7 @@ def summed_loss(
     targets: Int[Array, "b s"],
     weights: Float[Array, "b s"],
     *,
-    logit_bytes: int = LOGIT_BYTES,
+    logit_bytes: int = _LOGIT_BYTES,
 ) -> tuple[Float[Array, ""], Float[Array, "b s"]]:
     """The sum over tokens of weight * -log p(target), in nats, and every token's own loss.
 
@@ -172,7 +172,9 @@ def _chunks_of(model: Decoder, hidden: Float[Array, "b s dim"], logit_bytes: int
     return max(1, min(hidden.shape[1], count))
 
 
-def chunk_count(tokens: int, vocab_size: int, dtype: DTypeLike, devices: int, *, logit_bytes: int = LOGIT_BYTES) -> int:
+def chunk_count(
+    tokens: int, vocab_size: int, dtype: DTypeLike, devices: int, *, logit_bytes: int = _LOGIT_BYTES
+) -> int:
     """Number of pieces in which to compute the logits of that many tokens: logit_bytes per device at once."""
     every = tokens * vocab_size * accumulator(dtype).itemsize
     return max(1, -(-every // (logit_bytes * max(1, devices))))

@@ -26,7 +26,7 @@ _PARTS = 50
 """Into which the longest run is cut to find how many steps are averaged."""
 
 _NOT_COMPARED = ("run.dir", "run.compile_cache", "log.", "processes.", "data.prepared")
-MOST_SETTINGS = 6
+_MOST_SETTINGS = 6
 """Most differing settings that a table shows."""
 
 
@@ -137,7 +137,7 @@ def summary_table(runs: Sequence[Run]) -> list[list[str]]:
 
     What no run has is left out: settings in which they differ, parameters, arithmetic, answers to questions.
     """
-    settings = varying(runs)[:MOST_SETTINGS]
+    settings = varying(runs)[:_MOST_SETTINGS]
     fixed = ["steps", "tokens", "loss", "best validation", "tokens/s", "slots read"]
     ends = Counter([*(name.rpartition(".")[2] for name in settings), *fixed])
     names = [end if ends[end := name.rpartition(".")[2]] == 1 else name for name in settings]

@@ -14,10 +14,10 @@ _BEGAN = time.monotonic()
 
 def log_phase(what: str) -> None:
     """Prints what a start is about to do, and when: seconds since the program began."""
-    say(f"{time_stamp()}{time.monotonic() - _BEGAN:7.1f} s   {what}")
+    say(f"{_time_stamp()}{time.monotonic() - _BEGAN:7.1f} s   {what}")
 
 
-def time_stamp() -> str:
+def _time_stamp() -> str:
     """Date and time at the beginning of log lines; empty on an interactive terminal."""
     return "" if is_live() else time.strftime("%Y-%m-%d %H:%M:%S  ")
 
@@ -46,7 +46,7 @@ class Stopwatch:
         return seconds
 
 
-BAR_COLUMNS = 20
+_BAR_COLUMNS = 20
 """Most columns of the bar."""
 BAR_SECONDS = 0.2
 """Seconds between two states of the bar."""
@@ -71,7 +71,7 @@ class Bar:
             ends = time.strftime("%H:%M" if left < 43200 else "%d %b %H:%M", time.localtime(time.time() + left))
             line += f"  left {clock(left)}"
             line += f", until {ends}" if len(line) + len(f", until {ends}") < columns() else ""
-        if (width := min(BAR_COLUMNS, columns() - len(line) - 4)) >= 4:
+        if (width := min(_BAR_COLUMNS, columns() - len(line) - 4)) >= 4:
             line = f"[{'#' * int(width * share):<{width}}] {line}"
         show_status(line)
 
@@ -109,7 +109,7 @@ class ProgressLines:
         rows, self._since_print = self._since_print, []
         seconds = max(sum(row["throughput/step_seconds"] for row in rows), 1e-9)
         parts = [
-            f"{time_stamp()}step {row['step']:>{len(str(self.steps))}}/{self.steps}",
+            f"{_time_stamp()}step {row['step']:>{len(str(self.steps))}}/{self.steps}",
             f"{row['step'] / self.steps:4.0%}",
             f"loss {row['train/loss']:.4f}",
             f"lr {row['train/lr']:.1e}" + (f" table {row['train/lr_table']:.1e}" if "train/lr_table" in row else ""),

@@ -14,7 +14,7 @@ from memjax.ops.shapes import in_range, require
 PIECES = 16
 """The most scatters that `RowGradient.dense` unrolls."""
 
-PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 20
 """Products of one scatter, whatever the size of the table."""
 
 
@@ -98,7 +98,7 @@ class RowGradient(NamedTuple):
         gradient = vary_like(jnp.zeros((num_rows, width), dtype), self)
         if existing.size == 0:
             return gradient
-        at_once = max(num_rows * width // 4, PIECE_BYTES // dtype.itemsize) // max(1, tokens * width)
+        at_once = max(num_rows * width // 4, _PIECE_BYTES // dtype.itemsize) // max(1, tokens * width)
         if at_once == 0 or picks > PIECES * at_once:
             one = lambda pick, gradient: add(gradient, existing[:, pick, None], weights[:, pick, None])
             return jax.lax.fori_loop(0, picks, one, gradient)

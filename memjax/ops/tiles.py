@@ -28,7 +28,7 @@ class Tile:
     num_warps: int
 
 
-FEW_TOKENS = {"device": 64, "host": 16}
+_FEW_TOKENS = {"device": 64, "host": 16}
 """Up to here programs for short pieces of rows, with many rows in flight, keep the memory busy, or the bus to that of
 the host; more tokens do so by themselves, and then long reads are the faster ones."""
 
@@ -45,7 +45,7 @@ def of_table_rows(operation: str, dim: int, picks: int, table: Table, tokens: in
 def _of_rows(operation: str, table: Table, tokens: int) -> tuple[str, Tile]:
     """The name under which tiles are tuned, and the default, for a table's format and place."""
     bits = 8 * table.format.payload_dtype.itemsize * table.format.payload_columns(64) // 64
-    is_few = tokens <= FEW_TOKENS[table.place]
+    is_few = tokens <= _FEW_TOKENS[table.place]
     if table.place == "host":
         if is_few:
             return f"{operation}_host_few", Tile(rows=32, columns=128 * 8 // bits, num_warps=1)

@@ -28,11 +28,11 @@ from memjax.runs.layout import CHECKPOINTS
 from memjax.runs.saved import read_config, read_tokenizer
 from memjax.sharding.processes import is_first, process_zero_first
 
-WHERE_IT_RUNS = ("run.dir", "run.mirror", "run.compile_cache", "data.prepared", "mesh.", "processes.")
+_WHERE_IT_RUNS = ("run.dir", "run.mirror", "run.compile_cache", "data.prepared", "mesh.", "processes.")
 """Settings that do not affect the results of a run."""
 
-MAY_CHANGE = (
-    *WHERE_IT_RUNS,
+_MAY_CHANGE = (
+    *_WHERE_IT_RUNS,
     "data.malformed",
     "data.max_malformed",
     "data.max_record_bytes",
@@ -44,10 +44,10 @@ MAY_CHANGE = (
 )
 """Settings that a resumed run may change: they do not affect what is learned."""
 
-SUBFOLDERS = (CHECKPOINTS, "evals", "patches", "plots", "prepared", "profile", "tensorboard", "wandb")
+_SUBFOLDERS = (CHECKPOINTS, "evals", "patches", "plots", "prepared", "profile", "tensorboard", "wandb")
 """Subfolders that a run writes."""
 
-LOCK = ".lock"
+_LOCK = ".lock"
 
 
 class RunFolder:
@@ -102,7 +102,7 @@ class RunFolder:
             raise ConfigError(f"run.dir={self.path} is a file; name a folder")
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(locked(self.path / LOCK))
+                stack.enter_context(locked(self.path / _LOCK))
             except Locked as error:
                 raise ConfigError(
                     f"run.dir={self.path} is in use: {error} trains there; stop it, or name another run.dir"
@@ -121,7 +121,7 @@ class RunFolder:
         Raises:
             ConfigError: it is not.
         """
-        file = self.path / LOCK
+        file = self.path / _LOCK
         if not file.exists():
             raise ConfigError(
                 f"{file.absolute()} is there for process 0, but not here; name a run.dir that all machines share"
@@ -166,7 +166,7 @@ class RunFolder:
         refused = [
             line
             for line in changed
-            if not line.startswith(MAY_CHANGE) and not (more_steps and line.startswith("train.steps:"))
+            if not line.startswith(_MAY_CHANGE) and not (more_steps and line.startswith("train.steps:"))
         ]
         if refused and not allow_changed:
             raise ConfigError(
@@ -212,7 +212,7 @@ class RunFolder:
         return Tokenizer.load(self.path) if (self.path / FILE_NAME).exists() else read_tokenizer(self.path)
 
     def _check_finished(self, changed: Sequence[str], steps: int) -> None:
-        refused = [line for line in changed if not line.startswith(WHERE_IT_RUNS)]
+        refused = [line for line in changed if not line.startswith(_WHERE_IT_RUNS)]
         if refused:
             raise ConfigError(
                 [
@@ -225,7 +225,7 @@ class RunFolder:
 
     def _refuse_links(self) -> None:
         """Refuses links to other folders: a run writes and deletes only inside its own, which may be a copy."""
-        links = [self.path / name for name in SUBFOLDERS if (self.path / name).is_symlink()]
+        links = [self.path / name for name in _SUBFOLDERS if (self.path / name).is_symlink()]
         real = lambda path: pathlib.Path(os.path.realpath(path))
         outside = [link for link in links if not real(link).is_relative_to(real(self.path))]
         if outside:

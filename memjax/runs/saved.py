@@ -63,10 +63,10 @@ def open_step(path: str | os.PathLike[str], step: int | str = "latest") -> Itera
     Raises:
         CheckpointError: there is no such step, or it cannot be read.
     """
-    folder = readable_folder(path, step)
+    folder = _readable_folder(path, step)
     with Checkpoints(folder) as checkpoints:
         number = _number(checkpoints, step)
-        yield OpenStep(checkpoints, folder, number, checked_meta(checkpoints.read_document(META, number), folder))
+        yield OpenStep(checkpoints, folder, number, _checked_meta(checkpoints.read_document(META, number), folder))
 
 
 class Saved(NamedTuple):
@@ -115,7 +115,7 @@ def read_saved(
     found = restored.arrays[item]
     if ema:
         found = cast_like(found, params_to_tree(parts.abstract_params))
-    meta = checked_meta(restored.documents[META], folder)
+    meta = _checked_meta(restored.documents[META], folder)
     return Saved(
         config, parts, found, restored.arrays.get(TABLES, {}), _tokenizer_of(meta, folder), restored.step, meta
     )
@@ -194,7 +194,7 @@ def _tokenizer_of(meta: Mapping[str, Any], folder: pathlib.Path) -> Tokenizer:
         raise CheckpointError(f"{folder}: the checkpoint's tokenizer cannot be read: {explained(error)}") from error
 
 
-def readable_folder(path: str | os.PathLike[str], step: int | str) -> pathlib.Path:
+def _readable_folder(path: str | os.PathLike[str], step: int | str) -> pathlib.Path:
     """The folder of steps of a run, which may be the copy of one that is elsewhere.
 
     Raises:
@@ -253,7 +253,7 @@ def _number(checkpoints: Checkpoints, step: int | str) -> int | None:
     return best
 
 
-def checked_meta(meta: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+def _checked_meta(meta: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
     """A `meta` document as this version writes it.
 
     Raises:

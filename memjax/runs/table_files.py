@@ -44,11 +44,11 @@ def write_files(folder: pathlib.Path, form: TableForm, blocks: Blocks) -> dict[s
         "value_dtype": form.value_dtype,
         "num_rows": form.num_rows,
         "width": form.width,
-        "files": {name: {"bytes": path.stat().st_size, "digest": file_digest(path)} for name, path in paths.items()},
+        "files": {name: {"bytes": path.stat().st_size, "digest": _file_digest(path)} for name, path in paths.items()},
     }
 
 
-def file_digest(path: pathlib.Path) -> str:
+def _file_digest(path: pathlib.Path) -> str:
     """The digest of a file, from those of its pieces, which threads read."""
     size = path.stat().st_size
 
@@ -118,7 +118,7 @@ def _check(path: pathlib.Path, expected: Mapping[str, Any]) -> None:
     try:
         if (size := path.stat().st_size) != expected["bytes"]:
             raise CheckpointError(f"{path}: has {size} bytes, not {expected['bytes']}")
-        if file_digest(path) != expected["digest"]:
+        if _file_digest(path) != expected["digest"]:
             raise CheckpointError(f"{path}: is damaged, its digest differs")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None

@@ -23,7 +23,7 @@ from memjax.sharding import rules
 Weights = TypeVar("Weights")
 
 
-def automatic_sizes() -> dict[str, int]:
+def _automatic_sizes() -> dict[str, int]:
     """Sizes of the ambient mesh's axes, without those that are a caller's own in a `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     return {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
@@ -31,7 +31,7 @@ def automatic_sizes() -> dict[str, int]:
 
 def has_memory_axis() -> bool:
     """Whether the ambient mesh splits tokens and tables: it has both axes, and not only devices along `tensor`."""
-    sizes = automatic_sizes()
+    sizes = _automatic_sizes()
     if not {rules.DATA, rules.MEMORY} <= sizes.keys():
         return False
     return sizes[rules.DATA] * sizes[rules.MEMORY] > 1 or sizes.get(rules.TENSOR, 1) == 1
@@ -39,7 +39,7 @@ def has_memory_axis() -> bool:
 
 def has_several_devices() -> bool:
     """Whether the ambient mesh splits anything at all."""
-    return {rules.DATA, rules.MEMORY} <= automatic_sizes().keys() and jax.sharding.get_abstract_mesh().size > 1
+    return {rules.DATA, rules.MEMORY} <= _automatic_sizes().keys() and jax.sharding.get_abstract_mesh().size > 1
 
 
 def on_own_tokens(function: Callable, tokens: Sequence[Array], weights: Sequence[Array], **settings: Hashable) -> Any:
@@ -56,9 +56,9 @@ def on_own_tokens(function: Callable, tokens: Sequence[Array], weights: Sequence
 
 def tensor_pieces(parameter: nnx.Variable, axis: int) -> int:
     """Equal pieces into which the axis of a parameter is split over `tensor`."""
-    if not has_several_devices() or is_explicit():
+    if not has_several_devices() or _is_explicit():
         return 1
-    sizes = automatic_sizes()
+    sizes = _automatic_sizes()
     entry = rules.parameter_spec(parameter.shape, rules.names_of(parameter), sizes)[axis : axis + 1]
     return sizes[rules.TENSOR] if rules.TENSOR in jax.tree.leaves(entry) else 1
 
@@ -80,9 +80,9 @@ def gathered(weights: Weights, dtype: DTypeLike | None = None) -> Weights:
     mesh the layout of weights is their owner's affair. Gradients go through it backwards only (`jax.grad`, not
     `jax.jvp`).
     """
-    if not has_several_devices() or is_explicit():
+    if not has_several_devices() or _is_explicit():
         return weights
-    sizes = automatic_sizes()
+    sizes = _automatic_sizes()
 
     def gather(node: Any) -> Any:
         def one(weight: Array) -> Array:
@@ -115,7 +115,7 @@ def replicate(array: Array) -> Array:
 
 def fold(x: Float[Array, "*b dim"]) -> Float[Array, "t dim"]:
     """The batch axes as one of tokens. Under an Explicit mesh it is split like the first of them."""
-    if is_explicit() and x.ndim > 2:
+    if _is_explicit() and x.ndim > 2:
         spec = jax.typeof(x).sharding.spec
         x = jax.sharding.reshard(x, P(spec[0], *[None] * (x.ndim - 2), spec[-1]))
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -124,7 +124,7 @@ def fold(x: Float[Array, "*b dim"]) -> Float[Array, "t dim"]:
 def unfold(tokens: Float[Array, "t d"], x: Float[Array, "*b dim"]) -> Float[Array, "*b d"]:
     """Tokens of `fold(x)` in the batch axes of x, under an Explicit mesh laid out like them."""
     shape = (*x.shape[:-1], tokens.shape[-1])
-    if not is_explicit():
+    if not _is_explicit():
         return tokens.reshape(shape)
     unfolded = jax.sharding.reshard(tokens, _front(x)).reshape(shape)
     return jax.sharding.reshard(unfolded, P(*jax.typeof(x).sharding.spec[:-1]))
@@ -143,13 +143,13 @@ def over_mesh(function: Callable, in_specs: Any, out_specs: Any, **settings: Has
     it is, and row updates need no collective over `tensor`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    left = {rules.TENSOR} if mesh.shape.get(rules.TENSOR, 1) > 1 and not is_explicit() else set()
+    left = {rules.TENSOR} if mesh.shape.get(rules.TENSOR, 1) > 1 and not _is_explicit() else set()
     manual = frozenset(mesh.axis_names) - set(mesh.manual_axes) - left
     mapped = _mapped(function, mesh, manual, in_specs, out_specs, tuple(settings.items()))
 
     def lay_out(spec: P, argument):
         # An Explicit mesh does not move arrays by itself.
-        put = place if is_explicit() else checked
+        put = place if _is_explicit() else checked
         return jax.tree.map(lambda array: put(array, spec), argument)
 
     def placed(*arguments):
@@ -182,8 +182,8 @@ def alike_over_tensor(function: Callable) -> Callable:
 
     @wraps(function)
     def alike(*arguments: Any, **settings: Any) -> Any:
-        sizes = automatic_sizes()
-        if sizes.get(rules.TENSOR, 1) == 1 or math.prod(sizes.values()) > sizes[rules.TENSOR] or is_explicit():
+        sizes = _automatic_sizes()
+        if sizes.get(rules.TENSOR, 1) == 1 or math.prod(sizes.values()) > sizes[rules.TENSOR] or _is_explicit():
             return function(*arguments, **settings)
         replicate = partial(
             jax.tree.map, lambda leaf: place(leaf, rules.REPLICATED) if isinstance(leaf, Array) else leaf
@@ -195,12 +195,12 @@ def alike_over_tensor(function: Callable) -> Callable:
 
 def unsharded(function: Callable, like: Array) -> Callable:
     """The function itself; under an Explicit mesh automatic inside, its results split in front like `like`."""
-    return jax.sharding.auto_axes(function, out_sharding=_front(like)) if is_explicit() else function
+    return jax.sharding.auto_axes(function, out_sharding=_front(like)) if _is_explicit() else function
 
 
 def unsharded_update(function: Callable, state: Any) -> Callable:
     """The function itself; under an Explicit mesh automatic inside, its results laid out like the state."""
-    if not is_explicit():
+    if not _is_explicit():
         return function
     return jax.sharding.auto_axes(
         function, out_sharding=jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, state)
@@ -212,7 +212,7 @@ def _front(array: Array) -> P:
     return P(*jax.typeof(array).sharding.spec[:1]) if array.ndim > 1 else P()
 
 
-def is_explicit() -> bool:
+def _is_explicit() -> bool:
     """Whether the ambient mesh is Explicit."""
     return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
 
@@ -220,7 +220,7 @@ def is_explicit() -> bool:
 def place(array: Array, spec: P) -> Array:
     """The array in the given layout: a demand under an Explicit mesh, a constraint under an Auto one."""
     array = checked(array, spec)
-    if is_explicit():
+    if _is_explicit():
         return jax.sharding.reshard(array, spec)
     return jax.lax.with_sharding_constraint(array, spec)
 

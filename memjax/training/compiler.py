@@ -2,11 +2,11 @@
 
 import os
 
-GPU_OPTIONS = {
+_GPU_OPTIONS = {
     # cuBLAS alone was faster for the products of these sizes: 2 % of a dense step on an H200.
     "xla_gpu_enable_triton_gemm": False,
 }
-SEVERAL_GPUS_OPTIONS = {
+_SEVERAL_GPUS_OPTIONS = {
     # Collectives start early and end late, with other work in between.
     "xla_gpu_enable_latency_hiding_scheduler": True,
 }
@@ -16,5 +16,5 @@ def compiler_options(platform: str, devices: int) -> dict[str, bool] | None:
     """XLA's options for a step on that many devices of a platform; what the user has set in XLA_FLAGS stays."""
     if platform != "gpu":
         return None
-    wanted = GPU_OPTIONS | (SEVERAL_GPUS_OPTIONS if devices > 1 else {})
+    wanted = _GPU_OPTIONS | (_SEVERAL_GPUS_OPTIONS if devices > 1 else {})
     return {name: value for name, value in wanted.items() if name not in os.environ.get("XLA_FLAGS", "")}

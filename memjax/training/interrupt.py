@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 """Signals by which schedulers, terminals and people end a program."""
 
-MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)
+_MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)
 """Where these are ignored from the start, they stay so: under nohup, and in the background of a script."""
 
 SAVED, NOTHING_SAVED, CHECKPOINT_TROUBLE = 75, 130, 4
 """Exit codes: the same command resumes from a checkpoint; there is none; one could not be written or read."""
 
-TRACKER_THREAD = "memjax log."
+_TRACKER_THREAD = "memjax log."
 """How the names of the trackers' threads begin, which end with the run unless a service does not answer."""
 
-SAME_REQUEST_SECONDS = 2.0
+_SAME_REQUEST_SECONDS = 2.0
 """Launchers pass on what a terminal sends to all of them as well; copies within this time are one request."""
 
 _HANDLER_SECONDS = 0.5
@@ -73,7 +73,7 @@ class Interrupt:
             self._first, self.name = (number, now), name
             self._print(f"\n{name}: saving after this step")
         # SIGXCPU comes every second, and schedulers warn with one signal before they send another.
-        elif now - self._first[1] > SAME_REQUEST_SECONDS and (
+        elif now - self._first[1] > _SAME_REQUEST_SECONDS and (
             number == signal.SIGINT or number == self._first[0] == signal.SIGTERM
         ):
             self._end(f"{name} again")
@@ -147,7 +147,7 @@ def catch_interrupts(
     there.setblocking(False)
     watcher = threading.Thread(target=_watch, args=[interrupt, here], name="memjax signals", daemon=True)
     watcher.start()
-    caught = [n for n in SIGNALS if n not in MAY_BE_IGNORED or signal.getsignal(n) != signal.SIG_IGN]
+    caught = [n for n in SIGNALS if n not in _MAY_BE_IGNORED or signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, interrupt) for number in caught}
     interrupt.wakeup = there.fileno()
     fd_before = signal.set_wakeup_fd(interrupt.wakeup, warn_on_full_buffer=False)
@@ -183,7 +183,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
             signal.signal(number, signal.SIG_IGN)
         # Threads of Orbax may wait for a save that has failed, and what a tracker's library does at the exit for its
         # service, which does not answer.
-        stuck = any(thread.name.startswith(TRACKER_THREAD) for thread in threading.enumerate())
+        stuck = any(thread.name.startswith(_TRACKER_THREAD) for thread in threading.enumerate())
         if stuck or code == CHECKPOINT_TROUBLE:
             leave_after_output(code)
         sys.exit(code)

@@ -173,7 +173,7 @@ def check(config: RunConfig) -> None:
                 f"{name}.warmup_steps={schedule.warmup_steps} must be below train.steps={config.train.steps}; "
                 f"set --{name}.warmup_steps 0.1, a share of the steps"
             )
-    if config.train.attention == "cudnn" and (reason := why_no_cudnn(config)):
+    if config.train.attention == "cudnn" and (reason := _why_no_cudnn(config)):
         problems.append(f"train.attention=cudnn cannot run: {reason}; set train.attention=auto")
     if problems:
         raise ConfigError(problems)
@@ -196,7 +196,7 @@ def _unreadable(config: RunConfig) -> list[str]:
     return problems
 
 
-def why_no_cudnn(config: RunConfig) -> str | None:
+def _why_no_cudnn(config: RunConfig) -> str | None:
     """Why cuDNN's attention cannot run, as text; None if it can."""
     model = config.model
     return dot_product.why_not("cudnn", resolve_dtype(model.dtype), model.head_width, config.data.sequence_length)
@@ -206,7 +206,7 @@ def _attention(config: RunConfig) -> str:
     """The implementation of the attention that runs."""
     if config.attention != "auto":
         return config.attention
-    reason = why_no_cudnn(config)
+    reason = _why_no_cudnn(config)
     return ("chunked" if reason else "cudnn") + _because(reason, "cudnn")
 
 

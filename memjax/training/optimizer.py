@@ -16,7 +16,7 @@ from memjax.ops.precision import accumulator
 from memjax.sharding.axes import has_several_devices
 from memjax.sharding.rules import is_variable
 
-FROZEN = "frozen"
+_FROZEN = "frozen"
 
 
 def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
@@ -55,7 +55,7 @@ def make_optimizer(config: OptimConfig, steps: int, abstract_params: nnx.State) 
 
     # The names of groups are in checkpoints. Queries and keys are the address of a row.
     by_group = optax.partition(
-        {"dense": adamw(1.0), "address": adamw(config.key_lr_factor), FROZEN: optax.set_to_zero()},
+        {"dense": adamw(1.0), "address": adamw(config.key_lr_factor), _FROZEN: optax.set_to_zero()},
         parameter_groups(config, abstract_params),
     )
     # What is clipped together with the tables is clipped before; either has no state.
@@ -106,12 +106,12 @@ def parameter_groups(config: OptimConfig, abstract_params: nnx.State) -> Any:
         if isinstance(variable, QueryKeyParam):
             return "address"
         is_lookup = any(getattr(key, "key", None) in KINDS for key in path)
-        return FROZEN if config.freeze_dense and not is_lookup else "dense"
+        return _FROZEN if config.freeze_dense and not is_lookup else "dense"
 
     return jax.tree_util.tree_map_with_path(group, abstract_params, is_leaf=is_variable)
 
 
 def without_gradient_where_frozen(config: OptimConfig, params: nnx.State) -> nnx.State:
     """The parameters; the frozen ones are constants to autodiff, so that their gradients are zero and cost nothing."""
-    constant = lambda group, variable: jax.lax.stop_gradient(variable) if group == FROZEN else variable
+    constant = lambda group, variable: jax.lax.stop_gradient(variable) if group == _FROZEN else variable
     return jax.tree.map(constant, parameter_groups(config, params), params)

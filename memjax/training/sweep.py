@@ -22,12 +22,12 @@ from memjax.io.console import say
 from memjax.monitoring.units import clock
 from memjax.training.interrupt import SAVED, SIGNALS
 
-POLL_SECONDS = 0.1
+_POLL_SECONDS = 0.1
 
 _VALUE = r"(?:\[[^]\[]*\]|\{[^{}]*\}|[^,\[\]{}])+"
 """One of a list, whose commas inside brackets do not separate."""
 
-MEANINGS = {0: "done", 2: "wrong settings", 3: "unusable data", 4: "files", 5: "not a number", 7: "out of memory"}
+_MEANINGS = {0: "done", 2: "wrong settings", 3: "unusable data", 4: "files", 5: "not a number", 7: "out of memory"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Sweep:
             while self.running or (waiting and self.stopped is None):
                 while waiting and len(self.running) < self.jobs and self.stopped is None:
                     self._start(waiting.popleft())
-                time.sleep(POLL_SECONDS)
+                time.sleep(_POLL_SECONDS)
                 self._collect()
         finally:
             for started in self.running:
@@ -190,7 +190,7 @@ class Sweep:
             self.running.remove(started)
             code = started.process.returncode
             self.codes[started.point.name] = code
-            outcome = MEANINGS.get(code, "stopped" if code == SAVED else "failed")
+            outcome = _MEANINGS.get(code, "stopped" if code == SAVED else "failed")
             took = clock(time.monotonic() - started.began)
             say(f"{started.point.name}: {outcome} after {took}" + (f" (exit code {code})" if code else ""))
 

@@ -26,7 +26,7 @@ from memjax.errors import DataError
 from memjax.io.documents import read_as
 from memjax.io.files import read_text, write_atomic
 
-MANIFEST = "manifest.json"
+_MANIFEST = "manifest.json"
 _FORMAT = 1
 _SHARD_BYTES = 1 << 31
 # Every record on its own, as random access wants it; ids are packed already, so that unpacking them costs more than
@@ -151,7 +151,7 @@ class Writer:
 def write_manifest(folder: pathlib.Path, manifest: Manifest) -> None:
     """Writes the manifest into the folder, atomically."""
     content = {"format": _FORMAT, **dataclasses.asdict(manifest)}
-    write_atomic(folder / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False))
+    write_atomic(folder / _MANIFEST, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def _shard_name(number: int) -> str:
@@ -160,7 +160,7 @@ def _shard_name(number: int) -> str:
 
 def is_prepared(folder: pathlib.Path) -> bool:
     """Whether a finished preparation lies in the folder."""
-    return (folder / MANIFEST).is_file()
+    return (folder / _MANIFEST).is_file()
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest:
@@ -169,7 +169,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
     Raises:
         DataError: it cannot be read, or is of another format.
     """
-    path = folder / MANIFEST
+    path = folder / _MANIFEST
     try:
         content = json.loads(read_text(path))
         found = content.pop("format")

@@ -36,7 +36,7 @@ _NAMES_THERE = {
     "original_length": "original_max_position_embeddings",
 }
 """What config.json calls the settings of a model that have another name there."""
-ROPE_SCALING_KINDS: tuple[RopeScalingKind, ...] = get_args(RopeScalingKind)
+_ROPE_SCALING_KINDS: tuple[RopeScalingKind, ...] = get_args(RopeScalingKind)
 
 
 def read_model_config(config: dict[str, Any], place: str) -> ModelConfig:
@@ -168,9 +168,9 @@ def _rope(fields: "_Fields", absent: Mapping[str, Any]) -> tuple[float, RopeScal
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default" and not any(isinstance(value, dict) for value in rope.values()):
         return theta, None
-    known: RopeScalingKind | None = next((name for name in ROPE_SCALING_KINDS if name == kind), None)
+    known: RopeScalingKind | None = next((name for name in _ROPE_SCALING_KINDS if name == kind), None)
     if known is None:
-        kinds = ", ".join(ROPE_SCALING_KINDS)
+        kinds = ", ".join(_ROPE_SCALING_KINDS)
         raise CheckpointError(
             f"{place}: {name}={json.dumps(rope)} must be null or of rope_type default, {kinds}; other ways of scaling "
             "give other logits at every length, and are not there"

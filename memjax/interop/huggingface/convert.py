@@ -39,11 +39,11 @@ from memjax.runs.saved import with_dtypes
 CONFIG = "config.json"
 TORCH_MODEL = pathlib.Path(__file__).with_name("torch_model")
 """The code that folders of models with memory layers hold: never imported here, because it needs torch."""
-LONGEST_SEQUENCE = 2048
+_LONGEST_SEQUENCE = 2048
 """data.sequence_length of a new run is at most this: few machines have room for all that some models could read."""
-KEPT_FIELDS = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+_KEPT_FIELDS = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 """Fields of the original config.json that have no setting here; they are kept."""
-KEPT_FILES = (
+_KEPT_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -54,7 +54,7 @@ KEPT_FILES = (
     GENERATION,
 )
 """Files of the original folder that are kept: all but weights and config.json."""
-TOLERANCE = 1e-4
+_TOLERANCE = 1e-4
 """Largest difference between the logits of a model before and after it was written."""
 
 
@@ -80,7 +80,7 @@ def from_hf(folder: str | os.PathLike[str], out: str | os.PathLike[str], *, toke
         settings, found = read_tokenizer(folder, tokenizer, fields)
         check_vocabulary(described, found, place)
         model = read_model(files, described, str(folder))
-    return write_converted(out, model, found, settings, sequence_length=min(length, LONGEST_SEQUENCE))
+    return write_converted(out, model, found, settings, sequence_length=min(length, _LONGEST_SEQUENCE))
 
 
 def to_hf(
@@ -153,7 +153,7 @@ def to_hf(
             has_tokenizer = write_tokenizer(folder, tokenizer)
         else:
             has_tokenizer = True  # it was read for its config
-            for name in KEPT_FILES:
+            for name in _KEPT_FILES:
                 if (origin / name).exists():
                     shutil.copyfile(file_in(origin, name), folder / name)
         write_model(folder, model, dtype=dtype, max_bytes=max_bytes)
@@ -162,7 +162,7 @@ def to_hf(
             del model  # or it would be in memory twice
             described = read_model_config(read_json(folder / CONFIG), str(folder / CONFIG))
             found = _logits(read_model(files, described, str(folder)))
-        if not (difference := np.max(np.abs(found - expected))) <= TOLERANCE:
+        if not (difference := np.max(np.abs(found - expected))) <= _TOLERANCE:
             raise CheckpointError(
                 f"{run}: as written to {out} the model gives other logits (by up to {difference:.2g}); nothing is "
                 "kept. This is a fault of memjax: please report it with the run's config.yaml"
@@ -182,7 +182,7 @@ def _kept_fields(folder: pathlib.Path, tokenizer: Tokenizer) -> dict[str, Any]:
         ) from error
     if found.fingerprint != tokenizer.fingerprint:
         raise ConfigError(f"like={folder} has another tokenizer than the run; name the folder that its model came from")
-    return {name: fields[name] for name in KEPT_FIELDS if name in fields}
+    return {name: fields[name] for name in _KEPT_FIELDS if name in fields}
 
 
 def _rounded(model: Decoder, dtype: str | None) -> Decoder:

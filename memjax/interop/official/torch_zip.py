@@ -25,7 +25,7 @@ import numpy as np
 from memjax.errors import CheckpointError
 from memjax.interop.official.lazy_array import LazyArray
 
-MAX_PICKLE_BYTES = 1 << 28
+_MAX_PICKLE_BYTES = 1 << 28
 """Longest description that is read; a state dict of 10,000 tensors takes about 2 MB."""
 
 _MAX_AXES = 8
@@ -109,8 +109,8 @@ def _description(archive: zipfile.ZipFile) -> tuple[str, bytes]:
     folder = found[0].removesuffix("/data.pkl")
     if (order := f"{folder}/byteorder") in names and archive.read(order) != b"little":
         raise _Refused("was written by a big-endian machine")
-    if (size := archive.getinfo(found[0]).file_size) > MAX_PICKLE_BYTES:
-        raise _Refused(f"describes its tensors in {size:,} bytes, more than the {MAX_PICKLE_BYTES:,} that are read")
+    if (size := archive.getinfo(found[0]).file_size) > _MAX_PICKLE_BYTES:
+        raise _Refused(f"describes its tensors in {size:,} bytes, more than the {_MAX_PICKLE_BYTES:,} that are read")
     return folder, archive.read(found[0])
 
 

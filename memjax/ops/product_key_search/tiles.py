@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from memjax.ops.tiles import Tile, next_power_of_two, tuned
 
-FEW_ROWS = 1024
+_FEW_ROWS = 1024
 """Rows of scores, two for a token and head, that leave a GPU empty at one warp each: four heads of 128 tokens."""
 _MOST_RANKED = 128
 """Candidates that are compared with each other at most: their pairs are the work."""
@@ -24,7 +24,7 @@ class Pairing(NamedTuple):
 
 def select(num: int, top_k: int, rows: int) -> Tile:
     """Groups (`rows`) and neighbouring scores (`columns`) of the selection from each of `rows` rows of `num` scores."""
-    whole, is_few = next_power_of_two(num), rows <= FEW_ROWS
+    whole, is_few = next_power_of_two(num), rows <= _FEW_ROWS
     found = tuned("product_key_search", f"select{'_long' * (whole > 2048)}{'_few' * is_few}")
     # Fewer groups than picks would leave picks out, and a short row is sorted at once.
     run = min(found.get("columns", 4), max(1, whole // (2 * round_k(top_k))))
@@ -34,7 +34,7 @@ def select(num: int, top_k: int, rows: int) -> Tile:
 
 def pair(num_pairs: int, tokens_and_heads: int) -> Pairing:
     """For the pairs of every token and head."""
-    is_few = 2 * tokens_and_heads <= FEW_ROWS
+    is_few = 2 * tokens_and_heads <= _FEW_ROWS
     found = tuned("product_key_search", "pair_few" if is_few else "pair")
     by_rank = bool(found.get("by_rank", is_few)) and num_pairs <= _MOST_RANKED
     return Pairing(found.get("num_warps", 4 if by_rank else 1), by_rank)

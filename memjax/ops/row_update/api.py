@@ -13,7 +13,7 @@ from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.rules import NormRule, RowRule, RowStep, TableState
 from memjax.ops.shapes import require
 
-SMALL_TABLE_BYTES = 1 << 24
+_SMALL_TABLE_BYTES = 1 << 24
 """Up to this size the reference is faster than the xla form, whose sort alone takes longer on a CPU."""
 
 
@@ -54,7 +54,11 @@ def row_update(
         if implementation:
             raise NotImplementedError(f"row_update: implementation='triton' has no kernel for {type(rule).__name__}")
         name = "xla"
-    if implementation is None and name == "xla" and table.size * accumulator(table.dtype).itemsize <= SMALL_TABLE_BYTES:
+    if (
+        implementation is None
+        and name == "xla"
+        and table.size * accumulator(table.dtype).itemsize <= _SMALL_TABLE_BYTES
+    ):
         name = "reference"
     with_picks = [gradient.existing(table.shape[0]) for gradient in gradients if gradient.indices.size]
     if not with_picks or not table.size:

@@ -34,10 +34,10 @@ from memjax.sharding.mesh import abstract_mesh, of_parameters
 from memjax.training.plan.row_grad_reduce import PlannedReduce, plan_reduce
 from memjax.training.program import TrainProgram
 
-GAPS = 0.06
+_GAPS = 0.06
 """Fragmentation between the buffers of a compiled step, as a share of the temporary bytes: 0 to 0.11 was seen."""
 
-SEARCH_BYTES = 1 << 28
+_SEARCH_BYTES = 1 << 28
 """Half scores of the chunk of tokens that searches, forward and backward."""
 
 Bytes = dict[str, int]
@@ -115,7 +115,7 @@ class _Planner:
         }
         moment = max(moments, key=lambda name: sum(moments[name].values()))
         temporary = moments[moment]
-        gaps = int(GAPS * sum(temporary.values()))
+        gaps = int(_GAPS * sum(temporary.values()))
         return Plan(self.state(), moment, temporary | {"gaps between buffers": gaps})
 
     def state(self) -> Bytes:
@@ -170,7 +170,9 @@ class _Planner:
         # The cotangents of what is widest in it.
         expert = self.expert_rows() * self.model.expert_dim
         widest = int(max(2 * self.ffn_dim, 4 * self.model.dim, 2 * expert)) * self.width * self.tokens
-        search = min(SEARCH_BYTES, max((lookup.scores * self.tokens * self.wide for lookup in self.lookups), default=0))
+        search = min(
+            _SEARCH_BYTES, max((lookup.scores * self.tokens * self.wide for lookup in self.lookups), default=0)
+        )
         return again + widest + self.scores() + self.mask() + search
 
     def attention(self) -> int:
