@@ -33,7 +33,7 @@ from memjax.interop.run import check_vocabulary, write_converted
 from memjax.models.decoder import Decoder, resolve_dtype
 from memjax.models.parts import DecoderParts, split_decoder
 from memjax.runs.files import check_new, written_whole
-from memjax.runs.load import load_as_saved
+from memjax.runs.load import LoadedModel, load_as_saved
 from memjax.runs.saved import with_dtypes
 
 CONFIG = "config.json"
@@ -118,23 +118,9 @@ def to_hf(
     check_new(out)
     loaded = load_as_saved(run, step=step, ema=ema)
     model, tokenizer = _rounded(loaded.model, dtype), loaded.tokenizer
-    fields = write_model_config(
-        model.config,
-        dtype=dtype or model.config.param_dtype,
-        longest=longest or loaded.config.data.sequence_length,
-        bos=tokenizer.bos_id,
-        eos=tokenizer.end_ids,
-    )
-    scaling = model.config.rope_scaling
-    if longest is not None and scaling is not None and scaling.kind == "dynamic" and longest != scaling.original_length:
-        raise CheckpointError(
-            f"longest={longest} must be {scaling.original_length} or left out: with rope_scaling.kind=dynamic "
-            "max_position_embeddings says from which length on the frequencies change"
-        )
     card = model_card(loaded.config, model.config, step=loaded.step)
     origin = None if like is None else pathlib.Path(like)
-    kept = {} if origin is None else _kept_fields(origin, tokenizer)
-    fields |= kept if longest is None else {**kept, "max_position_embeddings": longest}
+    fields = _fields(loaded, model, dtype, longest, origin)
     del loaded
     expected = _logits(model)
     if not np.isfinite(expected).all():
@@ -168,6 +154,27 @@ def to_hf(
                 "kept. This is a fault of memjax: please report it with the run's config.yaml"
             )
     return has_tokenizer
+
+
+def _fields(
+    loaded: LoadedModel, model: Decoder, dtype: str | None, longest: int | None, origin: pathlib.Path | None
+) -> dict[str, Any]:
+    """The fields of config.json, with those of the original that are kept."""
+    scaling = model.config.rope_scaling
+    if longest is not None and scaling is not None and scaling.kind == "dynamic" and longest != scaling.original_length:
+        raise CheckpointError(
+            f"longest={longest} must be {scaling.original_length} or left out: with rope_scaling.kind=dynamic "
+            "max_position_embeddings says from which length on the frequencies change"
+        )
+    fields = write_model_config(
+        model.config,
+        dtype=dtype or model.config.param_dtype,
+        longest=longest or loaded.config.data.sequence_length,
+        bos=loaded.tokenizer.bos_id,
+        eos=loaded.tokenizer.end_ids,
+    )
+    kept = {} if origin is None else _kept_fields(origin, loaded.tokenizer)
+    return fields | (kept if longest is None else {**kept, "max_position_embeddings": longest})
 
 
 def _kept_fields(folder: pathlib.Path, tokenizer: Tokenizer) -> dict[str, Any]:
