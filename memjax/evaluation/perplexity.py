@@ -88,10 +88,12 @@ def bits_per_byte(
 
     Raises:
         ValueError: there is no text, a number is not a positive whole one, or stride is not in 1..sequence_length.
+        TypeError: a document is no text.
     """
     limits = {} if max_bytes is None else {"max_bytes": max_bytes}
     checks.refuse(checks.counts(sequence_length=sequence_length, batch_size=batch_size, **limits))
     stride = max(1, sequence_length // 2) if stride is None else stride
+    checks.refuse(checks.whole_number(stride=stride))
     if not 1 <= stride <= sequence_length:
         raise ValueError(f"stride={stride} must be in 1..sequence_length={sequence_length}: it would leave tokens out")
     num_bytes = num_tokens = 0
@@ -111,7 +113,8 @@ def bits_per_byte(
     while some := list(itertools.islice(ahead, _BATCHES_AT_ONCE * batch_size)):
         nats -= sum(one.log_likelihood for one in score(model, some, batch_size=batch_size))
     if not num_bytes:
-        raise ValueError("there is no text to score: every document is empty")
+        cut = "" if max_bytes is None else f", or its first character is longer than max_bytes={max_bytes}"
+        raise ValueError(f"there is no text to score: every document is empty{cut}")
     return TextScore(nats / math.log(2) / num_bytes, nats / num_tokens, num_bytes, num_tokens)
 
 
@@ -119,6 +122,8 @@ def _limit(texts: Iterable[str], max_bytes: int | None) -> Iterator[str]:
     """The texts that are not empty, up to a number of bytes; the last may be cut, between two characters."""
     left = math.inf if max_bytes is None else max_bytes
     for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"a document must be a text, found {type(text).__name__}")
         size = len(text.encode())
         if size > left:
             text = text.encode()[: int(left)].decode(errors="ignore")

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -106,12 +106,15 @@ def test_max_bytes_cuts_between_characters():
     assert score(["ab", "cd"], 100).bytes == 4
 
 
-def test_nothing_to_score_and_gaps_are_refused():
+def test_nothing_to_score_and_gaps_are_refused(as_users_call):
     with pytest.raises(ValueError, match="no text to score"):
         bits_per_byte(tiny(), TOKENIZER, ["", ""], sequence_length=LENGTH)
     for stride in (0, LENGTH + 1):
         with pytest.raises(ValueError, match=f"stride={stride} must be in"):
             bits_per_byte(tiny(), TOKENIZER, TEXTS, sequence_length=LENGTH, stride=stride)
+    stride: Any = 2.5
+    with pytest.raises(ValueError, match=r"stride=2\.5 must be a whole number"):
+        bits_per_byte(tiny(), TOKENIZER, TEXTS, sequence_length=LENGTH, stride=stride)
     for name, value in (("batch_size", 0), ("max_bytes", -1)):
         with pytest.raises(ValueError, match=f"{name}={value} must be positive"):
             bits_per_byte(tiny(), TOKENIZER, TEXTS, sequence_length=LENGTH, **{name: value})
@@ -122,6 +125,17 @@ def batches(packing: Literal["none", "first_fit"] = "none") -> list[Batch]:
         sequence_length=96, batch_size=8, packing=packing, biographies=BiographiesConfig(num_people=6, seed=1)
     )
     return list(open_dataset(data, TOKENIZER).validation_batches(3))
+
+
+@pytest.mark.parametrize("text", [b"bytes", None, 3, ["nested"]])
+def test_what_is_no_text_is_refused(as_users_call, text):
+    with pytest.raises(TypeError, match=f"a document must be a text, found {type(text).__name__}"):
+        bits_per_byte(tiny(), TOKENIZER, ["a text", text], sequence_length=LENGTH)
+
+
+def test_max_bytes_that_hold_no_character_are_named():
+    with pytest.raises(ValueError, match="or its first character is longer than max_bytes=2"):
+        bits_per_byte(tiny(), TOKENIZER, ["字"], sequence_length=LENGTH, max_bytes=2)
 
 
 def test_validation_loss_is_the_mean_over_learned_tokens():
