@@ -319,7 +319,7 @@ def test_as_many_likeliest_tokens_as_a_small_vocabulary_has():
 def test_where_frequencies_depend_on_the_length_of_a_text_its_padding_and_other_texts_do_not_count(scaling):
     model = drawn(dataclasses.replace(tiny().config, num_layers=2, peer=None, rope_scaling=scaling))
     texts = {length: prompt(length) for length in (11, 30)}
-    whole = {length: np.asarray(model(jnp.asarray([text]))[0], np.float64) for length, text in texts.items()}
+    whole = {length: np.asarray(forward(model, jnp.asarray([text]))[0], np.float64) for length, text in texts.items()}
     log_p = {length: logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)) for length, logits in whole.items()}
     writer = Engine(model, num_slots=2, prefill_rows=2)
     slots = writer.insert([Request(prompt_ids=text, max_tokens=1, logprobs=1) for text in texts.values()])
@@ -330,17 +330,19 @@ def test_where_frequencies_depend_on_the_length_of_a_text_its_padding_and_other_
         assert found.chosen == pytest.approx(log_p[length][-1, token], abs=1e-4)
     scored = score(model, [ScoreRequest(text, [7]) for text in texts.values()], batch_size=8)
     assert [one.log_likelihood for one in scored] == pytest.approx([log_p[n][-1, 7] for n in texts], abs=1e-4)
+    score_prompt = PromptScorer(model)
+    logits = nnx.jit(lambda model, tokens, mask: model.logits(model.hidden(tokens, token_mask=mask).states))
     for length, text in texts.items():
         following = log_p[length][np.arange(length - 1), text[1:]]
-        found = [one.chosen for one in PromptScorer(model)(text, 0)]
+        found = [one.chosen for one in score_prompt(text, 0)]
         np.testing.assert_allclose(found, following, rtol=0, atol=1e-4)
         np.testing.assert_allclose(
             trace(model, text).logits[:-1], whole[length][np.arange(length - 1), text[1:]], atol=1e-3
         )
         padded, is_text = np.zeros((1, 32), np.int32), np.arange(32)[None] < length
         padded[0, :length] = text
-        hidden = model.hidden(jnp.asarray(padded), token_mask=jnp.asarray(is_text)).states
-        np.testing.assert_allclose(model.logits(hidden)[0, :length], whole[length], rtol=1e-4, atol=1e-3)
+        found = logits(model, jnp.asarray(padded), jnp.asarray(is_text))
+        np.testing.assert_allclose(found[0, :length], whole[length], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.slow
