@@ -232,24 +232,8 @@ class PromptScorer:
 
     def __init__(self, model: Decoder):
         """Takes the weights that an `Engine` for this model has; they are in memory once."""
-        graphdef, self._weights = nnx.split(prepare(model).model)
+        self._graphdef, self._weights = nnx.split(prepare(model).model)
         self._vocab_size = model.config.vocab_size
-
-        @partial(jax.jit, static_argnames="num_top")
-        def run(
-            weights: nnx.State, tokens: Int[Array, "b s"], is_text: Bool[Array, "b s"], *, num_top: int
-        ) -> Likelihoods:
-            """Likelihoods of the first row: of each token's successor, and of the likeliest tokens."""
-            model = nnx.merge(graphdef, weights)
-            hidden, _ = model.hidden_with_cache(split_tokens(tokens), None, split_tokens(is_text))
-            following = jnp.roll(tokens[:1], -1, axis=1)
-            # Every device computes all of them.
-            logit_bytes = 4 * _PROMPT_POSITIONS * model.config.vocab_size // len(tokens)
-            one = replicate(hidden)[:1]
-            found = map_logits(model, partial(likelihoods, num_top=num_top), one, following, logit_bytes=logit_bytes)
-            return jax.tree.map(lambda array: replicate(array[0]), found)
-
-        self._run = run
 
     def __call__(self, prompt_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
         """The log-probability of every token but the first, and the num_top likeliest tokens at its position."""
@@ -257,8 +241,24 @@ class PromptScorer:
         tokens = np.zeros((rows, padded_length(len(prompt_ids))), np.int32)
         tokens[:, : len(prompt_ids)] = prompt_ids
         is_text = np.broadcast_to(np.arange(tokens.shape[1])[None] < len(prompt_ids), tokens.shape)
-        found = jax.device_get(self._run(self._weights, tokens, is_text, num_top=top_count(num_top, self._vocab_size)))
+        most = top_count(num_top, self._vocab_size)
+        found = jax.device_get(_prompt_likelihoods(self._graphdef, most, self._weights, tokens, is_text))
         return [
             TokenLogprobs(float(chosen), dict(zip(ids[:num_top].tolist(), top[:num_top].tolist(), strict=True)))
             for chosen, top, ids in zip(found.chosen, found.top, found.top_tokens, strict=True)
         ][: len(prompt_ids) - 1]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _prompt_likelihoods(
+    graphdef: Any, num_top: int, weights: nnx.State, tokens: Int[Array, "b s"], is_text: Bool[Array, "b s"]
+) -> Likelihoods:
+    """Likelihoods of the first row: of each token's successor, and of the likeliest tokens."""
+    model = nnx.merge(graphdef, weights)
+    hidden, _ = model.hidden_with_cache(split_tokens(tokens), None, split_tokens(is_text))
+    following = jnp.roll(tokens[:1], -1, axis=1)
+    # Every device computes all of them.
+    logit_bytes = 4 * _PROMPT_POSITIONS * model.config.vocab_size // len(tokens)
+    one = replicate(hidden)[:1]
+    found = map_logits(model, partial(likelihoods, num_top=num_top), one, following, logit_bytes=logit_bytes)
+    return jax.tree.map(lambda array: replicate(array[0]), found)

@@ -1,5 +1,6 @@
 """Scores are those of whole forward passes, whatever the lengths, the batch size and what is asked beside them."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -68,10 +69,11 @@ def test_few_programs_are_compiled_and_equal_rows_are_computed_once(drawn_model,
 
 
 def test_every_number_of_likeliest_tokens_takes_one_of_two_programs(drawn_model):
-    scorer = scoring.PromptScorer(drawn_model)
-    found = {count: scorer([1, 5, 9], count) for count in (1, 2, 5, 6, 20)}
-    program: Any = scorer._run
-    assert program._cache_size() == 2
+    program: Any = scoring._prompt_likelihoods
+    before = program._cache_size()
+    scorers = itertools.cycle([scoring.PromptScorer(drawn_model), scoring.PromptScorer(drawn_model)])
+    found = {count: next(scorers)([1, 5, 9], count) for count in (1, 2, 5, 6, 20)}
+    assert program._cache_size() == before + 2
     for count, (first, second) in found.items():
         assert (len(first.top), len(second.top)) == (count, count)
         assert list(first.top.items()) == list(found[20][0].top.items())[:count]
