@@ -23,6 +23,8 @@ from memjax.io.paths import literal
 
 _TRASH = ".trash"
 _QUARANTINE = ".unreadable"
+_SAVE_SECONDS = 24 * 3600
+"""Time after which a save that has not ended has failed."""
 
 
 def items_of(
@@ -78,7 +80,8 @@ class Writer:
                     # The losses are in the index; reading each step's metadata could only fail.
                     lightweight_initialize=True,
                     # Made in the background, a folder that cannot be made leaves threads that wait for it for minutes.
-                    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+                    # A save may take longer than Orbax's 20 minutes, and the clock may be set, or stand still in sleep.
+                    async_options=ocp.AsyncOptions(create_directories_asynchronously=False, timeout_secs=_SAVE_SECONDS),
                 ),
             )
         return self._manager

@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import itertools
 import json
 import os
 import pathlib
@@ -308,6 +309,16 @@ def test_saving_into_a_file_fails(tmp_path):
     (tmp_path / "run").write_text("")
     with Checkpoints(tmp_path / "run") as checkpoints, pytest.raises(CheckpointError, match="step 1 cannot be written"):
         checkpoints.save(1, small(1), {})
+
+
+def test_a_clock_that_is_set_forward_does_not_end_a_save(tmp_path, monkeypatch):
+    now, asked = time.time(), itertools.count()
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(time, "time", lambda: now + 200 * next(asked))
+        checkpoints.save(1, small(1), {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [1]
+    assert 24 * 3600 > 200 * next(asked) > 3600, "it is not set forward by hours"
 
 
 def test_a_save_that_fails_in_the_background_is_reported(tmp_path, monkeypatch):

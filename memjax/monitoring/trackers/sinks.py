@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import pathlib
+import socket
+import struct
+import time
 import uuid
 from typing import Any
 
@@ -15,23 +18,48 @@ _FLUSH_SECONDS = 15
 
 
 class TensorBoard:
-    """Event files. Those of an earlier start stay; TensorBoard hides their steps that this start makes again."""
+    """An event file. Those of an earlier start stay; TensorBoard hides their steps that this start makes again.
+
+    The library's own writer has a thread that ends with a traceback when a disk fills up, and is then waited for.
+    """
 
     def __init__(self, folder: pathlib.Path, last_step: int):
-        library = optional_package("tensorboardX", "tensorboardX")
-        # Files are named by the second they were made in; the suffix keeps two starts within one second apart.
-        self._writer = library.SummaryWriter(
-            str(folder), purge_step=last_step + 1, flush_secs=_FLUSH_SECONDS, filename_suffix=f".{uuid.uuid4().hex[:8]}"
-        )
+        optional_package("tensorboardX", "tensorboardX")
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.record_writer import masked_crc32c
+        from tensorboardX.summary import scalar
+
+        self._event: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
+        self._checksum, self._scalar = masked_crc32c, scalar
+        # Two starts within one second, and machines that share a folder, have files of their own.
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{uuid.uuid4().hex[:8]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / name
+        self._waiting, self._due = bytearray(), 0.0
+        self._add(0, file_version="brain.Event:2")
+        self._add(last_step + 1, session_log={"status": "START"})
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Adds the numbers of a step."""
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+            self._add(step, summary=self._scalar(name, value))
+        if time.monotonic() >= self._due:
+            self._flush()
+            self._due = time.monotonic() + _FLUSH_SECONDS
 
     def close(self) -> None:
-        """Closes the event file."""
-        self._writer.close()
+        """Writes what waits."""
+        self._flush()
+
+    def _add(self, step: int, **content: Any) -> None:
+        event = self._event(wall_time=time.time(), step=step, **content).SerializeToString()
+        for part in (struct.pack("<Q", len(event)), event):
+            self._waiting += part + struct.pack("<I", self._checksum(part))
+
+    def _flush(self) -> None:
+        with open(self._path, "ab") as file:
+            file.write(self._waiting)
+        self._waiting.clear()
 
 
 class Service:

@@ -11,6 +11,7 @@ import types
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
+from limits import files_of_at_most
 from memjax.config.log import LogConfig, TrackioConfig, WandbConfig
 from memjax.config.run import RunConfig
 from memjax.monitoring.trackers import tracker as tracker_module
@@ -207,6 +208,15 @@ def test_what_is_no_number_in_a_step_is_left_out_without_a_word(installed, tmp_p
     found = shown_by_tensorboard(tmp_path / "tensorboard") if library is None else library.logged
     assert found == ([(1, "train/loss", 2.0)] if library is None else [(1, {"train/loss": 2.0})])
     assert not caplog.records
+
+
+def test_a_disk_that_fills_up_costs_a_line(tmp_path, capsys):
+    started = time.monotonic()
+    with files_of_at_most(4096):
+        run(RunConfig(), tmp_path, range(1, 1000))
+    error = capsys.readouterr().err
+    assert error == "log.tensorboard: OSError: [Errno 27] File too large. The run continues without it.\n"
+    assert time.monotonic() - started < 10
 
 
 def test_nothing_is_started_that_was_not_asked_for(tmp_path):
