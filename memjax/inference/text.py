@@ -98,29 +98,38 @@ def continue_texts(
     stop_ids = frozenset(_stop_ids(tokenizer, stop))
     read = slice(None) if max_prompt_tokens is None else slice(-max_prompt_tokens, None)
     num_slots = max(1, min(batch_size, len(prompts)))
-    engine = Engine(model, num_slots=num_slots, prefill_rows=num_slots)
-    for start in range(0, len(prompts), batch_size):
-        ids = [_prompt_ids(tokenizer, prompt, special_tokens)[read] for prompt in prompts[start : start + batch_size]]
-        requests = [
-            Request(prompt_ids=prompt_ids, max_tokens=max_tokens, sampling=sampling, stop_ids=stop_ids, number=number)
-            for number, prompt_ids in enumerate(ids, start)
-        ]
-        slots = engine.insert(requests)
-        texts = {slot: _Text(tokenizer, prompt_ids, stop) for slot, prompt_ids in zip(slots, ids, strict=True)}
-        made, pace = engine.step(0), Pace()
-        while True:
-            for slot, more in made.items():
-                for token in more.tokens:
-                    texts[slot].push(token)
-                if texts[slot].is_stopped:
-                    engine.release(slot)
-            if not engine.is_busy:
-                break
-            made = pace.step(engine)
-        for text in texts.values():
-            text.finish()
-            finish = "stop" if text.is_stopped else "length" if text.num_tokens == max_tokens else "end"
-            yield Continuation(text=text.text, finish=finish, tokens=text.num_tokens)
+    # Where more wait, half a batch is read at a time: as soon as that many texts have ended, others take their slots.
+    at_once = num_slots if num_slots == len(prompts) else max(1, num_slots // 2)
+    engine, pace = Engine(model, num_slots=num_slots, prefill_rows=at_once), Pace()
+    running: dict[int, tuple[int, _Text]] = {}
+    """By slot, with the prompt's number."""
+    ended: dict[int, Continuation] = {}
+    next_read = next_told = 0
+    while next_told < len(prompts):
+        first_new = next_read
+        while next_read < len(prompts) and len(free := engine.free_slots) >= (at_once if next_read >= num_slots else 1):
+            some = prompts[next_read : next_read + min(at_once, len(free))]
+            ids = [_prompt_ids(tokenizer, prompt, special_tokens)[read] for prompt in some]
+            requests = [
+                Request(prompt_ids=one, max_tokens=max_tokens, sampling=sampling, stop_ids=stop_ids, number=number)
+                for number, one in enumerate(ids, next_read)
+            ]
+            for slot, request in zip(engine.insert(requests), requests, strict=True):
+                running[slot] = request.number, _Text(tokenizer, request.prompt_ids, stop)
+            next_read += len(ids)
+        # The time that prompts take says nothing about that of tokens.
+        for slot, made in (pace.step(engine) if next_read == first_new else engine.step(0)).items():
+            number, text = running[slot]
+            for token in made.tokens:
+                text.push(token)
+            if text.is_stopped:
+                engine.release(slot)
+            if text.is_stopped or made.finish is not None:
+                del running[slot]
+                ended[number] = text.ended(max_tokens)
+        while next_told in ended:
+            yield ended.pop(next_told)
+            next_told += 1
 
 
 def _prompt_ids(tokenizer: Tokenizer, prompt: str, special_tokens: bool) -> list[int]:
@@ -157,6 +166,12 @@ class _Text:
     def finish(self) -> str:
         """The text held back so far."""
         return self._add(self._stops.push(self._decoder.finish()) + self._stops.finish())
+
+    def ended(self, max_tokens: int) -> Continuation:
+        """The whole text, after its last token."""
+        self.finish()
+        finish = "stop" if self.is_stopped else "length" if self.num_tokens == max_tokens else "end"
+        return Continuation(text=self.text, finish=finish, tokens=self.num_tokens)
 
     def _add(self, piece: str) -> str:
         self.text += piece

@@ -11,6 +11,7 @@ from drawn import drawn
 from memjax.config.model import ModelConfig
 from memjax.config.sampling import SamplingConfig
 from memjax.data.tokenizers.base import ByteTokenizer
+from memjax.inference.engine import Engine
 from memjax.inference.requests import Request, check
 from memjax.inference.text import StopStrings, continue_texts, stream_text
 from memjax.models.decoder import Decoder
@@ -82,6 +83,30 @@ def test_a_batch_writes_what_is_written_alone():
     for expected, continuation in zip(alone, texts, strict=True):
         assert continuation.text == expected
         assert (continuation.finish == "length") == (continuation.tokens == 12)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 8])
+def test_texts_that_have_ended_make_room_for_others(batch_size, monkeypatch):
+    model, tokenizer, read = tiny(), ByteTokenizer(), []
+    insert = Engine.insert
+
+    def recorded(self, requests):
+        read.append((batch_size - len(self.free_slots), [request.number for request in requests]))
+        return insert(self, requests)
+
+    monkeypatch.setattr(Engine, "insert", recorded)
+    prompts = [f"{number}" for number in range(19)]
+    write = functools.partial(continue_texts, model, tokenizer, max_tokens=30, sampling=SAMPLING, stop=["e", "u", "1"])
+    texts = list(write(prompts, batch_size=batch_size))
+    assert [number for _, numbers in read for number in numbers] == list(range(19))
+    assert max(running + len(numbers) for running, numbers in read) == batch_size
+    if batch_size > 1:
+        assert any(running and numbers[0] >= batch_size for running, numbers in read)
+    assert len({text.tokens for text in texts}) > 3
+    read.clear()
+    batch_size = 19
+    assert list(write(prompts, batch_size=19)) == texts
+    assert [running for running, _ in read] == [0]
 
 
 def test_texts_say_why_they_end():
