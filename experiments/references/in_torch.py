@@ -61,6 +61,7 @@ def compare(folder: pathlib.Path, prompts: list[str]) -> dict:
         "texts": texts(model, AutoTokenizer.from_pretrained(folder, **TRUST), prompts),
         "unlike_cached": unlike_without_cache(model, tokens[:, :8]),
         "foreign_attention": foreign_attention(folder, tokens, model),
+        "program": unlike_its_program(model, tokens),
     }
     torch.manual_seed(0)
     loss = lambda: model.eval()(tokens, labels=tokens).loss.item()
@@ -77,7 +78,7 @@ def compare(folder: pathlib.Path, prompts: list[str]) -> dict:
 
 def texts(model: torch.nn.Module, tokenizer, prompts: list[str]) -> list[list[int]]:
     """Greedy continuations of each prompt, and of all together with padding on the left."""
-    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
+    tokenizer.padding_side = "left"
     found = []
     for group in [*([prompt] for prompt in prompts), prompts]:
         inputs = tokenizer(group, return_tensors="pt", padding=True)
@@ -92,6 +93,16 @@ def unlike_without_cache(model: torch.nn.Module, tokens: torch.Tensor) -> int:
     first = model.generate(tokens, **wanted)
     static = model.generate(tokens, **wanted, cache_implementation="static", disable_compile=True)
     return int((first != static).sum() + (first != model.generate(tokens, **wanted, use_cache=False)).sum())
+
+
+def unlike_its_program(model: torch.nn.Module, tokens: torch.Tensor) -> float:
+    """How far the logits of a program made by torch.export are from the model's, at other sizes than it was made at."""
+    sizes = {"input_ids": dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC), "use_cache": None}
+    made = torch.export.export(model, (), {"input_ids": tokens, "use_cache": False}, dynamic_shapes=sizes, strict=False)
+    others = tokens[:, :20].repeat(2, 1)
+    with torch.no_grad():
+        found, wanted = made.module()(input_ids=others, use_cache=False).logits, model(others).logits
+    return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 def foreign_attention(folder: pathlib.Path, tokens: torch.Tensor, model: torch.nn.Module) -> bool:

@@ -191,6 +191,7 @@ def _in_environment(
         ('logits with table_device="cpu"', max(all_of("cpu_tables")), 1e-5),
         (f"greedy texts of 64 tokens that differ of {total}, half of them padded", differ, 0),
         ("tokens that a static cache or none picks otherwise", sum(all_of("unlike_cached")), 0),
+        ("logits of programs by torch.export, of other batches and lengths", max(all_of("program")), 1e-5),
         ("whose layers do not all call a registered attention function", all_of("foreign_attention").count(False), 0),
         ("whose loss 3 steps of the Trainer do not reduce", sum(not b < a for a, b in all_of("loss")), 0),
         ("tensors that save_pretrained and from_pretrained change", sum(all_of("saved_differ")), 0),

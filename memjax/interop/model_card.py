@@ -10,10 +10,9 @@ from memjax.interop.huggingface.families import has_own_format
 CARD = "README.md"
 
 
-def generation_config(bos: int, ends: Sequence[int]) -> dict[str, Any]:
+def generation_config(bos: int, ends: Sequence[int], pad: int) -> dict[str, Any]:
     """The generation_config.json of a model: greedy decoding up to one of the end tokens."""
-    # transformers pads batches with this token and masks it, so any will do.
-    return {"bos_token_id": bos, "eos_token_id": one_or_many(ends), "pad_token_id": ends[0], "do_sample": False}
+    return {"bos_token_id": bos, "eos_token_id": one_or_many(ends), "pad_token_id": pad, "do_sample": False}
 
 
 def one_or_many(ids: Sequence[int]) -> int | list[int]:

@@ -130,7 +130,7 @@ def to_hf(
         )
     with written_whole(out) as folder:
         write_json(folder / CONFIG, fields)
-        write_json(folder / GENERATION, generation_config(tokenizer.bos_id, tokenizer.end_ids))
+        write_json(folder / GENERATION, generation_config(tokenizer.bos_id, tokenizer.end_ids, tokenizer.pad_id))
         (folder / CARD).write_text(card, encoding="utf-8")
         if has_own_format(model.config):
             for file in sorted(TORCH_MODEL.glob("*.py")):

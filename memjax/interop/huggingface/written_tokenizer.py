@@ -28,6 +28,9 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer) -> bool:
         # transformers would delete spaces before punctuation from texts.
         "clean_up_tokenization_spaces": False,
     }
+    # Where the end token pads, transformers' collators take end tokens out of the loss.
+    if tokenizer.pad_id != tokenizer.eos_id:
+        settings["pad_token"] = names[tokenizer.pad_id]
     if tokenizer.kind == "sentencepiece":
         (folder / MODEL).write_bytes(base64.b64decode(state["model"]))
         added = {tokenizer.special_tokens[name]: name for name in state.get("added_tokens", ())}

@@ -71,6 +71,7 @@ def test_a_model_with_memory_goes_out_with_its_table_once_and_comes_back_bit_for
 
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert (generation["bos_token_id"], generation["eos_token_id"], config["eos_token_id"]) == (1, 2, 2)
+    assert generation["pad_token_id"] == 0
     for name in ("configuration_memjax.py", "modeling_memjax.py"):
         assert (tmp_path / "out" / name).read_bytes() == (TORCH_MODEL / name).read_bytes()
     card = (tmp_path / "out" / "README.md").read_text()

@@ -13,6 +13,7 @@ import tokenizers.trainers
 
 from memjax.data.tokenizers.base import ByteTokenizer, Tokenizer
 from memjax.data.tokenizers.bpe import train_bpe
+from memjax.data.tokenizers.hf import HfTokenizer
 from memjax.data.tokenizers.tiktoken import TiktokenTokenizer
 from memjax.errors import ConfigError, DataError
 from memjax.interop.huggingface.tokenizer import read_tokenizer
@@ -298,6 +299,18 @@ def test_exported_tokenizers_begin_texts_as_trainings_do(kind, tmp_path):
     for text in TEXTS[:2]:
         assert library.encode(text).ids == [tokenizer.bos_id, *tokenizer.encode(text)]
     assert read_tokenizer(tmp_path, None, {})[1].adds_bos
+
+
+def test_exported_tokenizers_pad_with_a_token_of_their_own_or_leave_it_to_the_user(byte_level, tmp_path):
+    for name, tokenizer in (
+        ("own", ByteTokenizer()),
+        ("none", HfTokenizer(byte_level, bos="<|begin|>", eos="<|stop|>")),
+    ):
+        (tmp_path / name).mkdir()
+        write_tokenizer(tmp_path / name, tokenizer)
+    own, none = (json.loads((tmp_path / name / "tokenizer_config.json").read_text()) for name in ("own", "none"))
+    assert own["pad_token"] == "<pad>"
+    assert "pad_token" not in none
 
 
 def _model(**settings) -> bytes:

@@ -69,6 +69,14 @@ def test_the_torch_code_declares_the_parameters_that_are_exported():
     assert exported_names(EVERYTHING) | exported_names(post) == declared
 
 
+def test_no_layer_takes_the_number_of_tokens_as_a_constant():
+    # torch.export would make a program for that number alone; sizes of parameters are constants.
+    forwards = [part for node in CLASSES.values() for part in node.body if getattr(part, "name", None) == "forward"]
+    assert len(forwards) > 8
+    calls = [ast.unparse(call) for forward in forwards for call in ast.walk(forward) if isinstance(call, ast.Call)]
+    assert {call for call in calls if call.startswith(("len(", "int("))} <= {"len(self.gate)"}
+
+
 @pytest.mark.parametrize(
     "config",
     [

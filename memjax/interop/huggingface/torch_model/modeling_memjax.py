@@ -248,7 +248,7 @@ class MemjaxProductKeys(nn.Module):
         """Slots and softmax weights [tokens, heads * top_k] of the tokens [tokens, dim]."""
         queries = torch.addmm(self.query_bias, x, self.query_kernel)
         keys, dtype = self.keys.to(queries.dtype), wide(queries.dtype)
-        queries = queries.view(len(x), self.num_heads, 2, -1)
+        queries = queries.unflatten(-1, (self.num_heads, 2, -1))
         if self.qk_norm:
             queries, keys = unit_length(queries), unit_length(keys)
         with torch.autocast(x.device.type, enabled=False):
