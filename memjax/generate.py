@@ -151,7 +151,7 @@ def _write(found: "LoadedModel", settings: GenerateConfig, prompt: str, *, numbe
         return
     told = f"{tokens:,} token{'s' * (tokens > 1)}, the first after {first - began:.1f} s"
     if tokens > 1:
-        told += f", then {(tokens - 1) / max(time.monotonic() - first, 1e-9):,.0f} tokens/s"
+        told += f", then {(tokens - 1) / max(time.monotonic() - first, 1e-9):,.1f} tokens/s"
     print(told, file=sys.stderr)
 
 
