@@ -61,6 +61,8 @@ def test_the_setting_that_forgets_least_is_chosen_of_those_that_learn_enough():
 @pytest.fixture(scope="module")
 def experiment():
     spec = importlib.util.spec_from_file_location("continual_run", EXPERIMENTS / "005_continual_learning/run.py")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look for the types of their fields
     spec.loader.exec_module(module)
