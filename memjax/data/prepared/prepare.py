@@ -24,7 +24,7 @@ from memjax.data.sources.stream import UnreadableError
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.data.workers import end_with_parent
 from memjax.errors import DataError
-from memjax.io.console import say
+from memjax.io.console import say, warn
 from memjax.io.lock import locked
 from memjax.monitoring.progress import Progress
 
@@ -213,12 +213,10 @@ def _prepare(
 
 def _tokenised(work: BlockTokenizer, stream: CorpusStream, processes: int) -> Iterator[_Tokenised]:
     """The blocks of a stream, tokenised, in order."""
-    if processes <= 1:
+    pool = _pool(processes, work) if processes > 1 else None
+    if pool is None:
         yield from map(work, _blocks(stream))
         return
-    # Forked processes would share locks with JAX's threads; these begin with nothing.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, context, initializer=_start_process, initargs=(work,))
     pending: collections.deque[Future[_Tokenised]] = collections.deque()
     try:
         for block in _blocks(stream):
@@ -233,6 +231,17 @@ def _tokenised(work: BlockTokenizer, stream: CorpusStream, processes: int) -> It
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _pool(processes: int, work: BlockTokenizer) -> ProcessPoolExecutor | None:
+    """Processes that tokenise; None where the system does not let them share locks."""
+    # Forked processes would share locks with JAX's threads; these begin with nothing.
+    context = multiprocessing.get_context("spawn")
+    try:
+        return ProcessPoolExecutor(processes, context, initializer=_start_process, initargs=(work,))
+    except OSError as error:
+        warn(f"one process tokenises alone, since others, which need a writable /dev/shm, fail: {error.strerror}")
+        return None
 
 
 def _blocks(stream: CorpusStream) -> Iterator[_Block]:

@@ -223,6 +223,18 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, lines):
     assert (tmp_path / "p" / "thesis.txt").exists()
 
 
+def test_without_shared_memory_one_process_writes_the_same_bytes(tmp_path, lines, monkeypatch, capsys):
+    def read_only(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    prepare(corpus(lines), BYTES, tmp_path / "several", processes=2)
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", read_only)
+    prepare(corpus(lines), BYTES, tmp_path / "one", processes=2)
+    assert "which need a writable /dev/shm, fail: Read-only file system" in capsys.readouterr().err
+    shard = "00000.array_record"
+    assert (tmp_path / "one" / shard).read_bytes() == (tmp_path / "several" / shard).read_bytes()
+
+
 def test_a_disk_that_takes_nothing_is_an_error_that_says_so(tmp_path, lines, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
