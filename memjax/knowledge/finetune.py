@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from memjax.knowledge.slots import Background, layers_by_table
 from memjax.memory.usage import count_reads
 from memjax.models.decoder import Decoder
 from memjax.models.loss import summed_loss
-from memjax.models.parts import DecoderParts, Tables, split_decoder, writable
+from memjax.models.parts import Tables, merge_decoder, split_decoder, writable
 from memjax.models.token_ids import check_vocabulary
 from memjax.ops.row_update.api import row_update
 from memjax.ops.row_update.rules import RowRule, row_step
@@ -103,7 +103,7 @@ def learn(
         for name, table in tables.items()
     }
     counts = {name: jnp.asarray(found) for name, found in background.counts.items()}
-    run = jax.jit(functools.partial(_step, parts, recipe, background.texts), donate_argnums=(1, 2))
+    run = _program(parts.graphdef, recipe, background.texts)
     order, step, total = np.random.default_rng(recipe.seed), 0, recipe.epochs * -(-len(facts) // size)
     for epoch in range(1, recipe.epochs + 1):
         numbers, losses = order.permutation(len(facts)).tolist(), []
@@ -120,8 +120,14 @@ def learn(
     return parts.merge(params, tables)
 
 
+@functools.lru_cache(maxsize=8)
+def _program(graphdef: nnx.GraphDef[Decoder], recipe: Recipe, texts: int) -> Callable[..., Any]:
+    """The compiled step; the structure of a model is compared once for all steps."""
+    return jax.jit(functools.partial(_step, graphdef, recipe, texts), donate_argnums=(1, 2))
+
+
 def _step(
-    parts: DecoderParts,
+    graphdef: nnx.GraphDef[Decoder],
     recipe: Recipe,
     texts: int,
     params: nnx.State,
@@ -133,6 +139,7 @@ def _step(
     step: Array,
 ) -> tuple[Tables, TableStates, Array]:
     """Tables and their state after a step, and the mean loss before it."""
+    parts, params, tables = split_decoder(merge_decoder(graphdef, params, tables))
     token_mask = batch["segments"].reshape(-1) > 0
     is_new = (batch["segments"] > batch["first_new"]).reshape(-1)
     weights = batch["loss_mask"] / jnp.maximum(batch["loss_mask"].sum(), 1)

@@ -95,12 +95,17 @@ class DecoderParts:
 
     def merge(self, params: nnx.State, tables: AnyTables) -> Decoder:
         """The decoder with the given arrays."""
-        rows = {name: {"rows": TableRows(table)} for name, table in tables.items()}
-        return nnx.merge(self.graphdef, params, nnx.State({"tables": rows} if rows else {}))
+        return merge_decoder(self.graphdef, params, tables)
 
 
 def _without_blocks(params: nnx.State) -> nnx.State:
     return nnx.State({name: part for name, part in params.items() if name != "blocks"})
+
+
+def merge_decoder(graphdef: nnx.GraphDef[Decoder], params: nnx.State, tables: AnyTables) -> Decoder:
+    """The decoder of a graph with the given arrays."""
+    rows = {name: {"rows": TableRows(table)} for name, table in tables.items()}
+    return nnx.merge(graphdef, params, nnx.State({"tables": rows} if rows else {}))
 
 
 def split_decoder(model: Decoder) -> tuple[DecoderParts, nnx.State, AnyTables]:

@@ -107,6 +107,15 @@ def test_facts_are_learned_in_few_rows_and_nothing_else_changes(model_of, kind):
         assert len(changed["layer_0"]) == 3
 
 
+def test_a_second_learning_compiles_no_step(model_of, caplog):
+    model, recipe = model_of("memory_plus"), Recipe(rows=3, lr=0.3, epochs=1, batch_size=3)
+    background = count_texts(model, TOKENIZER, TEXTS, length=8, batch_size=5)
+    learned = learn(model, TOKENIZER, FACTS, background, recipe, longest=16)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        learn(learned, TOKENIZER, FACTS[::-1], background, recipe, longest=16)
+    assert "jit(_step)" not in caplog.text
+
+
 def test_slots_that_every_text_reads_are_left_alone(model_of):
     model = model_of("memory_plus")
     counts = {name: np.full(36, 4, np.int32) for name in ("layer_0", "layer_2")}
