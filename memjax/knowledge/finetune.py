@@ -139,7 +139,7 @@ def _step(
     step: Array,
 ) -> tuple[Tables, TableStates, Array]:
     """Tables and their state after a step, and the mean loss before it."""
-    parts, params, tables = split_decoder(merge_decoder(graphdef, params, tables))
+    parts, _, _ = split_decoder(merge_decoder(graphdef, params, tables))
     token_mask = batch["segments"].reshape(-1) > 0
     is_new = (batch["segments"] > batch["first_new"]).reshape(-1)
     weights = batch["loss_mask"] / jnp.maximum(batch["loss_mask"].sum(), 1)
