@@ -16,7 +16,7 @@ _SETTLED_SECONDS = 0.2
 
 
 def check_new(folder: str | os.PathLike[str]) -> None:
-    """Refuses a folder that holds something.
+    """Refuses a folder that holds something, or that a new one cannot replace.
 
     Raises:
         ConfigError: it does.
@@ -24,6 +24,10 @@ def check_new(folder: str | os.PathLike[str]) -> None:
     path = _target(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path} is there already and not empty; name a new folder")
+    is_mount = path.absolute().is_mount()
+    if is_mount or (path.exists() and path.samefile(os.curdir)):
+        kind = "a mount point" if is_mount else "the current folder"
+        raise ConfigError(f"{path} is {kind}, which no new folder can replace; name a folder in it")
 
 
 @contextlib.contextmanager
@@ -82,6 +86,7 @@ def _remove(folder: pathlib.Path) -> None:
 
 def _target(folder: str | os.PathLike[str]) -> pathlib.Path:
     try:
-        return local_path(os.fspath(folder), "out")
+        path = local_path(os.fspath(folder), "out")
+        return pathlib.Path(os.path.realpath(path)) if path.is_symlink() else path
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -1,6 +1,7 @@
 """Files that lie where they should, and folders that appear whole or not at all."""
 
 import os
+import pathlib
 import threading
 import time
 
@@ -84,6 +85,28 @@ def test_only_an_empty_folder_is_taken(tmp_path):
     for taken in (tmp_path, tmp_path / "file"):
         with pytest.raises(ConfigError, match="is there already and not empty"):
             check_new(taken)
+
+
+def test_where_a_link_leads_the_folder_is_written(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name, place in (("link", "empty"), ("broken", "new")):
+        (tmp_path / name).symlink_to(place)
+        with written_whole(tmp_path / name) as folder:
+            (folder / "file").write_text("x")
+        assert (tmp_path / place / "file").read_text() == "x"
+        assert (tmp_path / name).is_symlink()
+
+
+def test_a_folder_that_none_can_replace_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(
+        ConfigError, match=r"^\. is the current folder, which no new folder can replace; name a folder in"
+    ):
+        check_new(".")
+    monkeypatch.setattr(pathlib.Path, "is_mount", lambda path: True)
+    with pytest.raises(ConfigError, match="here is a mount point"):
+        check_new(tmp_path / "here")
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "sub/file", "..", ".", "", "a\\b", "a\0b"])
