@@ -67,10 +67,14 @@ class Workers(Iterator[Any]):
             process.join(1)
             code = process.exitcode
             self.close()
-            raise DataError(
-                f"data worker {self._next} ended with exit code {code}; -9 is likely a lack of memory: "
-                "set data.num_workers lower"
-            ) from lost
+            if code == -signal.SIGKILL:
+                why = "likely a lack of memory: set data.num_workers lower"
+            else:
+                why = (
+                    "it has printed why; a script must train below `if __name__ == '__main__':`, because its workers "
+                    "import it, or with data.num_workers=0"
+                )
+            raise DataError(f"data worker {self._next} ended with exit code {code}; {why}") from lost
         if error is not None:
             self.close()
             raise error

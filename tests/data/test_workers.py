@@ -100,6 +100,23 @@ def test_a_killed_worker_is_an_error_that_says_so(tmp_path):
     assert list(data) == []
 
 
+def test_a_script_without_a_guard_is_told_of_it(tmp_path):
+    config(tmp_path, large=False)
+    script = tmp_path / "script.py"
+    script.write_text(PROGRAM.replace('if __name__ == "__main__":', "if True:"))
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "a.txt")],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert "data worker 0 ended with exit code 1; it has printed why" in last
+    assert "below `if __name__ == '__main__':`" in last
+
+
 @pytest.mark.parametrize("name", ["SIGKILL", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_workers_outlive_signals_to_their_group_but_not_their_parent(tmp_path, name):
     path = config(tmp_path, large=True).path
