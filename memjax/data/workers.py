@@ -108,7 +108,7 @@ class Workers(Iterator[Any]):
             args = (theirs, self._shards, index, len(self._states), state)
             process = context.Process(target=_work, args=args, daemon=True, name=f"data-worker-{index}")
             # A signal to the whole process group asks the program to save and end; it must not take its data away.
-            with _blocked(_SIGNALS):
+            with blocked(_SIGNALS):
                 process.start()
             theirs.close()
             self._running.append((process, ours))
@@ -154,7 +154,7 @@ def _kill(running: list[tuple[BaseProcess, Connection]]) -> None:
 
 
 @contextlib.contextmanager
-def _blocked(signals: Sequence[signal.Signals]) -> Iterator[None]:
+def blocked(signals: Sequence[signal.Signals]) -> Iterator[None]:
     """Blocks signals in this thread and in processes that it starts meanwhile, where they stay blocked."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from typing import NamedTuple
 
 from memjax.data.prepared import store
@@ -22,7 +23,7 @@ from memjax.data.sources.parsing import Keys, MalformedError
 from memjax.data.sources.records import Record
 from memjax.data.sources.stream import UnreadableError
 from memjax.data.tokenizers.base import Tokenizer
-from memjax.data.workers import end_with_parent
+from memjax.data.workers import blocked, end_with_parent
 from memjax.errors import DataError
 from memjax.io.console import say, warn
 from memjax.io.lock import locked
@@ -220,7 +221,10 @@ def _tokenised(work: BlockTokenizer, stream: CorpusStream, processes: int) -> It
     pending: collections.deque[Future[_Tokenised]] = collections.deque()
     try:
         for block in _blocks(stream):
-            pending.append(pool.submit(_work, block))
+            # The first call starts the processes, where it stays blocked: Ctrl-C reaches every process of a terminal, and
+            # the parent is the one that says so.
+            with blocked([signal.SIGINT]):
+                pending.append(pool.submit(_work, block))
             while len(pending) > _BLOCKS_AHEAD * processes or (pending and pending[0].done()):
                 yield pending.popleft().result()
         while pending:
@@ -238,6 +242,7 @@ def _pool(processes: int, work: BlockTokenizer) -> ProcessPoolExecutor | None:
     # Forked processes would share locks with JAX's threads; these begin with nothing.
     context = multiprocessing.get_context("spawn")
     try:
+        resource_tracker.ensure_running()  # its start would unblock signals that are blocked for the processes'
         return ProcessPoolExecutor(processes, context, initializer=_start_process, initargs=(work,))
     except OSError as error:
         warn(f"one process tokenises alone, since others, which need a writable /dev/shm, fail: {error.strerror}")
@@ -264,8 +269,6 @@ _this_process: list[BlockTokenizer] = []
 
 def _start_process(work: BlockTokenizer) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # Ctrl-C reaches every process of a terminal; the parent is the one that says so.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _this_process.append(work)
     end_with_parent()
 

@@ -306,6 +306,48 @@ def test_a_killed_preparation_is_begun_again(tmp_path):
     assert not (tmp_path / "p.partial").exists()
 
 
+INTERRUPTED = """
+import pathlib, sys
+from memjax.data.prepared import prepare as preparation
+from memjax.data.sources.corpus import Corpus
+from memjax.data.sources.parsing import Keys
+from memjax.data.tokenizers.base import ByteTokenizer
+from memjax.io.console import log_to_console
+from memjax.io.ctrl_c import run_command
+
+def main():
+    log_to_console()
+    corpus = Corpus(name="training", path=sys.argv[1], source="files", field="data.path")
+    preparation.prepare(corpus, ByteTokenizer(), pathlib.Path(sys.argv[2]), processes=2, every_seconds=0)
+
+if __name__ == "__main__":
+    run_command(main)
+"""
+
+
+def test_ctrl_c_in_a_terminal_is_told_once(tmp_path):
+    path, program = tmp_path / "a.txt", tmp_path / "program.py"
+    path.write_text("\n".join(f"{i:06d}" for i in range(200_000)))
+    program.write_text(INTERRUPTED)
+    command = [sys.executable, str(program), str(path), str(tmp_path / "p")]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **HERE},
+        start_new_session=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("preparing")
+        time.sleep(0.3)  # the processes that tokenise are importing
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.communicate(timeout=60)[0] == "\ninterrupted\n"
+    assert process.returncode == 130
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "program.py"]
+
+
 HERE = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 CHANGES = {
     "another tokenizer": ({}, "tokenizer='.*' here, '.*' in the prepared data.*vocab_size=259 here, 2"),
