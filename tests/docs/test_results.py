@@ -102,6 +102,25 @@ def test_what_is_said_of_forgetting_are_figures_of_the_results():
         said = re.search(r"(\d+ %) of the old \w+[,;][^%]* full finetuning,? (\d+ %)[^%]* LoRA,? (\d+ %)", text)
         assert said is not None, page.name
         assert list(said.groups()) == shares, page.name
+    adam = [row for row in tried if row["optimizer"] == "rowwise_adam" and 0.09 < row["old_lost"] < 0.11]
+    learned = {row["rows_given"]: row["paraphrases"] for row in adam if row["family"] in ("sparse", "all_rows")}
+    told = [f"{learned[rows]:.0%}".replace("%", " %") for rows in (200, 1000, 0)]
+    page = " ".join((DOCS / "knowledge.md").read_text().split())
+    assert f"200 rows learned {told[0]} of the new ones, 1,000 rows {told[1]} and all rows {told[2]}." in page
+    (less,) = [row for row in tried if row["family"] == "lora" and row["lr"] == 3.3e-05]
+    page = " ".join((DOCS / "results.md").read_text().split())
+    assert f"with {100 * less['paraphrases']:.0f} % learned, it still lost {100 * less['old_lost']:.0f} %" in page
+
+
+def test_what_is_said_of_knowing_are_figures_of_the_results():
+    folder = ROOT / "experiments/006_knowing_and_guessing"
+    auroc = defaultdict(list)
+    for row in json.loads((folder / "results/full.json").read_text())["runs"]:
+        if row["stage"] == "people":
+            auroc[row["family"]].append(row["guessing"]["signals"]["answer"]["known"])
+    of_families = [statistics.mean(seeds) for seeds in auroc.values()]
+    said = f"none reaches it ({min(of_families):.3f} to {max(of_families):.3f})"
+    assert said in " ".join((folder / "README.md").read_text().split())
 
 
 def test_the_table_beside_the_paper_has_the_means_of_the_experiments(results):
