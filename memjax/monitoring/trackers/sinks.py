@@ -1,10 +1,10 @@
 """Destinations of trackers: TensorBoard's event files, Weights & Biases, Trackio."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import socket
-import struct
 import time
 import uuid
 from typing import Any
@@ -20,46 +20,45 @@ _FLUSH_SECONDS = 15
 class TensorBoard:
     """An event file. Those of an earlier start stay; TensorBoard hides their steps that this start makes again.
 
-    The library's own writer has a thread that ends with a traceback when a disk fills up, and is then waited for.
+    It is written in this thread: that of the library's `SummaryWriter` ends with a traceback when a disk fills up, and
+    is waited for then.
     """
 
     def __init__(self, folder: pathlib.Path, last_step: int):
         optional_package("tensorboardX", "tensorboardX")
         from tensorboardX.proto import event_pb2
-        from tensorboardX.record_writer import masked_crc32c
+        from tensorboardX.record_writer import RecordWriter
         from tensorboardX.summary import scalar
 
         self._event: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
-        self._checksum, self._scalar = masked_crc32c, scalar
+        self._scalar = scalar
+        folder.mkdir(parents=True, exist_ok=True)
         # Two starts within one second, and machines that share a folder, have files of their own.
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{uuid.uuid4().hex[:8]}"
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / name
-        self._waiting, self._due = bytearray(), 0.0
+        self._file, self._due = RecordWriter(str(folder / name)), 0.0
         self._add(0, file_version="brain.Event:2")
         self._add(last_step + 1, session_log={"status": "START"})
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Adds the numbers of a step."""
-        for name, value in metrics.items():
-            self._add(step, summary=self._scalar(name, value))
-        if time.monotonic() >= self._due:
-            self._flush()
-            self._due = time.monotonic() + _FLUSH_SECONDS
+        try:
+            for name, value in metrics.items():
+                self._add(step, summary=self._scalar(name, value))
+            if time.monotonic() >= self._due:
+                self._file.flush()
+                self._due = time.monotonic() + _FLUSH_SECONDS
+        except OSError:
+            # What waits would be written, and fail, once more when the object goes.
+            with contextlib.suppress(OSError):
+                self._file.close()
+            raise
 
     def close(self) -> None:
-        """Writes what waits."""
-        self._flush()
+        """Writes what waits, and closes the file."""
+        self._file.close()
 
     def _add(self, step: int, **content: Any) -> None:
-        event = self._event(wall_time=time.time(), step=step, **content).SerializeToString()
-        for part in (struct.pack("<Q", len(event)), event):
-            self._waiting += part + struct.pack("<I", self._checksum(part))
-
-    def _flush(self) -> None:
-        with open(self._path, "ab") as file:
-            file.write(self._waiting)
-        self._waiting.clear()
+        self._file.write(self._event(wall_time=time.time(), step=step, **content).SerializeToString())
 
 
 class Service:
