@@ -151,7 +151,8 @@ def _write(found: "LoadedModel", settings: GenerateConfig, prompt: str, *, numbe
         return
     told = f"{tokens:,} token{'s' * (tokens > 1)}, the first after {first - began:.1f} s"
     if tokens > 1:
-        told += f", then {(tokens - 1) / max(time.monotonic() - first, 1e-9):,.1f} tokens/s"
+        rate = (tokens - 1) / max(time.monotonic() - first, 1e-9)
+        told += f", then {rate:,.{0 if rate >= 10 else 1}f} tokens/s"
     print(told, file=sys.stderr)
 
 
