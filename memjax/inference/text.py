@@ -107,8 +107,12 @@ def continue_texts(
     next_read = next_told = 0
     while next_told < len(prompts):
         first_new = next_read
-        while next_read < len(prompts) and len(free := engine.free_slots) >= (at_once if next_read >= num_slots else 1):
-            some = prompts[next_read : next_read + min(at_once, len(free))]
+        while next_read < len(prompts):
+            some = prompts[next_read : next_read + at_once]
+            if next_read < num_slots:
+                some = some[: num_slots - next_read]
+            if len(some) > len(engine.free_slots):
+                break
             ids = [_prompt_ids(tokenizer, prompt, special_tokens)[read] for prompt in some]
             requests = [
                 Request(prompt_ids=one, max_tokens=max_tokens, sampling=sampling, stop_ids=stop_ids, number=number)

@@ -107,6 +107,10 @@ def test_texts_that_have_ended_make_room_for_others(batch_size, monkeypatch):
     batch_size = 19
     assert list(write(prompts, batch_size=19)) == texts
     assert [running for running, _ in read] == [0]
+    read.clear()
+    batch_size = 8
+    assert list(write(prompts[:9], batch_size=8)) == texts[:9]
+    assert read[-1] == (7, [8]), "the last one waits for no more slots than it needs"
 
 
 def test_texts_say_why_they_end():
