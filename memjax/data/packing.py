@@ -120,7 +120,8 @@ class _Finish:
         pairs, segments, positions = (packed[_FEATURE + name] for name in ("", "_segment_ids", "_positions"))
         if not self.document_mask:
             segments = (segments > 0).astype(np.int32)
-            positions = np.broadcast_to(np.arange(segments.shape[1], dtype=np.int32), segments.shape)
+            # Padding makes no row longer, on whose length rotary frequencies may depend.
+            positions = np.arange(segments.shape[1], dtype=np.int32) * segments
         batch = {
             "tokens": pairs[:, :, 0],
             "targets": pairs[:, :, 1],
