@@ -86,7 +86,7 @@ def points(grid: Mapping[str, Sequence[str]]) -> list[Point]:
         pairs = dict(zip(grid, values, strict=True))
         name = ",".join(f"{short[setting]}={_plain(value)}" for setting, value in pairs.items())
         words = itertools.chain.from_iterable((f"--{setting}", value) for setting, value in pairs.items())
-        if len(f"{name}.log".encode()) > 255:  # more than file systems take
+        if len(name.encode()) > 240:  # with a number and ".log" more than file systems take
             digest = hashlib.sha256(name.encode()).hexdigest()[:12]
             name = f"{name.encode()[:200].decode(errors='ignore')}-{digest}"
         found.append(Point(name, tuple(words)))

@@ -110,9 +110,13 @@ def test_a_number_makes_no_name_that_another_run_has():
 
 
 def test_long_values_make_names_that_a_file_system_takes(tmp_path):
-    for values in (["é" * 300 + end for end in "abc"], ["a" * length for length in (245, 246, 250)]):
+    for values in (
+        ["é" * 300 + end for end in "abc"],
+        ["a" * length for length in (234, 235, 236, 245, 246, 250)],
+        *(["a" * length + end for end in "/:"] for length in (234, 235, 244, 245, 246, 300)),
+    ):
         names = [point.name for point in sweep.points({"data.path": values})]
-        assert len(set(names)) == 3
+        assert len(set(names)) == len(values)
         for name in names:
             (tmp_path / f"{name}.log").touch()
 
