@@ -45,7 +45,7 @@ def write_converted(
 ) -> RunConfig:
     """Writes the folder of a run with the model: to evaluate it, and to begin a training with. Returns its config.
 
-    Weights that are not finite are kept, and named in a warning.
+    Weights that hold NaN or infinity are kept, and named in a warning.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -53,7 +53,7 @@ def write_converted(
     data = DataConfig(source="files", sequence_length=sequence_length, tokenizer=settings)
     config = RunConfig(model=model.config, data=data, optim=OptimConfig(lr=_LEARNING_RATE))
     for name in _not_finite(model):
-        warn(f"warning: {name} holds numbers that are not finite, and what is computed with them is none either")
+        warn(f"warning: {name} holds NaN or infinity: what is computed with it is not finite")
     write_run(out, model, tokenizer, config)
     return config
 
