@@ -44,8 +44,8 @@ def explained(
 ) -> Iterator[None]:
     """Raises what goes wrong inside as an error of this kind.
 
-    Too little memory and failing devices are no fault of a step and pass as they are. So do errors of other types than
-    `only`. `advice` finds the way out that ends the message.
+    Errors of too little memory or a failing device are not the step's fault and are raised unchanged, as are errors of
+    other types than `only`. `advice` gives the way out with which the message ends.
     """
     try:
         yield

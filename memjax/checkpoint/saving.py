@@ -24,7 +24,7 @@ from memjax.io.paths import literal
 _TRASH = ".trash"
 _QUARANTINE = ".unreadable"
 _SAVE_SECONDS = 24 * 3600
-"""Time after which a save that has not ended has failed."""
+"""A save that takes longer has failed."""
 
 
 def items_of(

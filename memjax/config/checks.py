@@ -120,8 +120,8 @@ def one_of(known: Sequence[str], **fields: Any) -> list[str]:
 def typed(config: Any, section: str | None = None) -> None:
     """Refuses fields of a config's dataclass whose values are not of their types: what the reader of files checks too.
 
-    Sections check their own fields; fields of types without a rule here are left out. `section` is where its fields are
-    in a run's config, so that values that were renamed are recognised.
+    Sections check their own fields; fields of types without a rule here are left out. `section` names its place in a
+    run's config, by which renamed values are recognised.
 
     Raises:
         ValueError: a word is unknown, or a value is of another type.

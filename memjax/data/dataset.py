@@ -45,8 +45,8 @@ class Dataset:
     def train_batches(
         self, seed: int, shard: slice = slice(None), stop: threading.Event | None = None
     ) -> grain.IterDataset[Batch]:
-        """Endless training batches, or those of the blocks of records that one of several workers reads (`shard`).
-        `stop` ends a batch that is being made in another thread.
+        """Endless training batches; with `shard`, of the blocks of records that one of several workers reads. Setting
+        `stop` ends a batch that another thread is making.
         """
         settings = {"shuffle": self.config.shuffle, "shard": shard, "stop": stop}
         return self._batches(self.train, seed=seed % 2**32, repeat=True, **settings)
@@ -94,8 +94,8 @@ class Dataset:
         return {"data/malformed": sum(manifest.malformed for manifest in manifests)}
 
     def describe(self, steps: int | None = None) -> list[str]:
-        """Lines about prepared data and what was left out of it, then about records, tokens and the epochs of so many
-        steps.
+        """Lines about prepared data and what was left out of it, then about records, tokens, and how many epochs
+        `steps` steps make.
         """
         lines = []
         for split in self.train:
@@ -140,7 +140,7 @@ def open_dataset(data: DataConfig | Source, tokenizer: Tokenizer) -> Dataset:
 def train_tokenizer(data: DataConfig | Source, vocab_size: int) -> Tokenizer:
     """The tokenizer that the config asks for; a BPE is trained on texts spread evenly over the training records.
 
-    vocab_size is the most tokens: a small corpus may give fewer, and bytes always take 259.
+    vocab_size is an upper bound: a small corpus may give fewer tokens, and bytes always take 259.
 
     Raises:
         ValueError: vocab_size is below 259.

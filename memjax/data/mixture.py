@@ -85,8 +85,8 @@ def num_training_records(count: int, validation_fraction: float, path: str) -> i
 def order(splits: Sequence[Split], *, seed: int, shuffle: bool, repeat: bool) -> grain.MapDataset[int]:
     """The numbers of the records, in the order in which they are to be seen, as `joined` counts them.
 
-    A split is shuffled anew in each of its epochs, or read in the order of the files; endlessly with `repeat`, else
-    until one of the splits has no more.
+    A split is shuffled anew in each of its epochs, or read in the order of the files. Without `repeat` the numbers end
+    where one of the splits does.
     """
     orders, first = [], 0
     for number, split in enumerate(splits):

@@ -96,7 +96,9 @@ def pairs_of(record: Record, segments: Sequence[Sequence[int]], tokenizer: Token
 def make_pairs(
     tokens: Sequence[int] | np.ndarray, learned: bool | Sequence[bool] | np.ndarray, tokenizer: Tokenizer
 ) -> Pairs:
-    """The pairs of a record between its begin and its end. `learned` is of every token, then the end, or of all."""
+    """The pairs of a record, with its begin and end token. `learned` has a flag for each token and the end, or is one
+    for all.
+    """
     pairs = np.empty((len(tokens) + 1, 3), np.int32)
     pairs[0, 0] = tokenizer.bos_id
     pairs[1:, 0] = tokens
@@ -145,8 +147,9 @@ def stoppable(read: Read, stop: threading.Event) -> Read:
 def read_by_part(
     numbers: Sequence[int], starts: Sequence[int], read: Callable[[int, list[int]], Sequence[T]]
 ) -> list[T]:
-    """Records of several parts, in the order of their numbers: `starts` has the number of each part's first record,
-    then that of all records. `read` is called once for each part that has some, with their numbers in it.
+    """The records with these numbers, read from several parts. `starts` has the number of each part's first record,
+    then the number of all records. `read` is called once for each part that has some of them, with the numbers that
+    they have there.
     """
     owners = [bisect.bisect_right(starts, number) - 1 for number in numbers]
     found: dict[int, T] = {}

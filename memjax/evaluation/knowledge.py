@@ -59,7 +59,8 @@ def knowledge_report(
     `bits_per_parameter` counts every parameter but the embedding rows for which the tokenizer has no token,
     `bits_per_table_parameter` (None without memory layers) the tables alone.
 
-    The mean of limit_people people stands for all. Under a mesh batch_size must be a multiple of its devices.
+    With limit_people, the mean of that many stands for all people. Under a mesh batch_size must be a multiple of its
+    devices.
     """
     people = biographies.people(config.biographies)
     measured = people[:limit_people]

@@ -67,8 +67,8 @@ def recall(
 
 
 def answer_requests(tokenizer: Tokenizer, asked: Sequence[tuple[str, str]], *, end: bool = True) -> list[Request]:
-    """Prompts and their answers for scoring, encoded apart as in training; with `end` the end of the text is scored,
-    too.
+    """Requests to score answers to prompts, each encoded separately as in training; with `end`, the end of the text is
+    scored, too.
     """
     prompts = tokenizer.encode_batch([prompt for prompt, _ in asked])
     answers = tokenizer.encode_batch([answer for _, answer in asked])
@@ -91,7 +91,8 @@ def majority_guess(train_questions: Sequence[Question], questions: Sequence[Ques
 def zero_tables(model: Decoder, *, donate: bool = False) -> Decoder:
     """The model with all its tables zeroed, so that only its dense parameters can know anything.
 
-    With `donate` the model's own tables are given back first: no memory is needed, and the model is of no use any more.
+    With `donate` the model's own tables are freed first: no more memory is needed, but the model cannot be used any
+    more.
     """
     parts, params, tables = split_decoder(model)
     zeroed = {}

@@ -62,7 +62,7 @@ class CompletionRequest:
 
 
 def parse_request(body: Mapping[str, Any], *, vocab_size: int, max_choices: int) -> CompletionRequest:
-    """A request of well-formed fields, for at most max_choices texts.
+    """The request in a body, for at most max_choices texts.
 
     Raises:
         RefusedError: with all that is wrong; its `param` is the first such field.

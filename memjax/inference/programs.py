@@ -127,7 +127,7 @@ def programs_of(graphdef: Any, structure: Any) -> Programs:
 def prefill(
     model_of: ModelOf, weights: Weights, tokens: Int[Array, "b s"], lengths: Int[Array, " b"]
 ) -> tuple[Float[Array, "b vocab"], Cache]:
-    """Logits after the first `lengths` tokens of each row, and the cache of these."""
+    """Logits after the first `lengths` tokens of each row, and the cache of these tokens."""
     model = model_of(weights)
     is_text = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
     hidden, cache = model.hidden_with_cache(split_tokens(tokens), None, split_tokens(is_text))
@@ -145,7 +145,7 @@ def start(
     mode: Mode,
     num_top: int | None,
 ) -> tuple[State, Int[Array, "b 1"], Likelihoods | None]:
-    """The state of texts that were read, with the first token of each; it gets the blocks of the cache later."""
+    """The state of prompts that were read, with the first token of each; the blocks of the cache are added later."""
     (num_rows, width), vocab_size = tokens.shape, logits.shape[1]
     seen = jnp.zeros(logits.shape, bool)
     if mode.penalty:
@@ -163,7 +163,9 @@ def start(
 
 @functools.partial(jax.jit, static_argnames=("num_rows", "room"), donate_argnames="state")
 def insert(state: State | None, fresh: State, slots: Int[Array, " b"], *, num_rows: int, room: Room) -> State:
-    """The state with rows of another, which get its room, at the given slots, no two alike."""
+    """The state with the rows of `fresh` at the given slots, which must differ; they get as much room as the other
+    rows.
+    """
     # Whole rows are written: what another text has left there cannot come back as 0 * inf.
     fresh = _with_room(fresh, room)
     if state is None:
@@ -189,7 +191,7 @@ def decode(
     mode: Mode,
     num_top: int | None,
 ) -> tuple[State, Int[Array, "b n"], Likelihoods | None]:
-    """`count` more tokens of each text that is wanted, fewer where all of them end before."""
+    """`count` more tokens of each wanted text, or fewer if all of them end earlier."""
     num_rows = len(state.token)
     state = state._replace(num_made=jnp.where(is_wanted, state.num_made, state.rows.limit))
 

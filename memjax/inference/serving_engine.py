@@ -29,8 +29,8 @@ def warm_up(
 ) -> None:
     """Compiles what greedy and drawn texts need; afterwards the engine is as before.
 
-    None for `lengths`, those of the prompts to come, is all below max_length. `progress` is called with the number of
-    finished steps and of all.
+    `lengths` are those of the prompts to come; None stands for all below max_length. `progress` is called with the
+    number of steps that are done and the number of all.
     """
     samplings = (SamplingConfig(), SamplingConfig(temperature=1.0, top_p=0.5))
     widths = sorted({padded_length(length) for length in lengths or range(1, max_length)})

@@ -102,7 +102,7 @@ def continue_texts(
     at_once = num_slots if num_slots == len(prompts) else max(1, num_slots // 2)
     engine, pace = Engine(model, num_slots=num_slots, prefill_rows=at_once), Pace()
     running: dict[int, tuple[int, _Text]] = {}
-    """By slot, with the prompt's number."""
+    """By slot: the number of the prompt, and its text."""
     ended: dict[int, Continuation] = {}
     next_read = next_told = 0
     while next_told < len(prompts):
@@ -172,7 +172,7 @@ class _Text:
         return self._add(self._stops.push(self._decoder.finish()) + self._stops.finish())
 
     def ended(self, max_tokens: int) -> Continuation:
-        """The whole text, after its last token."""
+        """The finished text, once it has its last token."""
         self.finish()
         finish = "stop" if self.is_stopped else "length" if self.num_tokens == max_tokens else "end"
         return Continuation(text=self.text, finish=finish, tokens=self.num_tokens)

@@ -1,13 +1,11 @@
-"""Tracebacks that are not shown: TensorStore's threads report writes that failed to an event loop which the first of
-them has ended.
-"""
+"""Hides tracebacks of TensorStore, whose threads report failed writes to an event loop that the first has closed."""
 
 import sys
 from types import TracebackType
 
 
 def hide() -> None:
-    """Leaves them out of what this process prints of errors that nothing has caught."""
+    """Keeps this process from printing them among its uncaught errors."""
     sys.excepthook = _excepthook
     sys.unraisablehook = unraisablehook
 
@@ -18,7 +16,7 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Tracebac
 
 
 def unraisablehook(unraisable: "sys.UnraisableHookArgs") -> None:
-    """What `hide` makes of an error that could not be raised."""
+    """The hook for errors that could not be raised, once `hide` was called."""
     if not _is_closed_loop(unraisable.exc_value):
         sys.__unraisablehook__(unraisable)
 

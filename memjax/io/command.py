@@ -100,7 +100,7 @@ def _file_on_the_way(path: object) -> pathlib.Path | None:
 
 
 def check_output(path: str, name: str, *, makes_folder: bool = False) -> None:
-    """Refuses a file that could not be written after the work; with makes_folder its folder will be made where need be.
+    """Refuses an output file before the work if it could not be written; with makes_folder, its folder may be missing.
 
     Raises:
         ConfigError: its folder does not exist or is not writable, or the path is a folder.

@@ -64,8 +64,8 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> pathlib.
     """Replaces a file by new content: readers, a kill and a full disk see the old file or the new one, never a part.
 
     The temporary file is new and has a name of its own in the same folder, so neither a link laid there nor a second
-    process can redirect the write. Text is encoded as UTF-8. A file that holds the content already is left alone. Its
-    folder is created.
+    process can redirect the write. Text is encoded as UTF-8. A file that holds the content already is left alone; a
+    missing folder is created.
 
     Raises:
         OSError: the file cannot be written, or is a device or a pipe; the old one is as it was.
@@ -99,7 +99,7 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> pathlib.
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Lets the errors of an open file name it: that of a disk which fills up does not."""
+    """Adds a file's name to errors that lack it, such as that of a full disk."""
     try:
         yield
     except OSError as error:

@@ -15,7 +15,7 @@ from memjax.runs.load import LoadedModel
 
 
 def open_corpus(loaded: LoadedModel, path: str | None, field: str) -> Iterable[Record]:
-    """The records of a path, or (None) of the run's training data; iterating reads them anew.
+    """The records of a path or, without one, of the run's training data; each iteration reads them anew.
 
     Raises:
         DataError: there is none, or it cannot be read.

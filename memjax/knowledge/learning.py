@@ -102,8 +102,8 @@ def learn_facts(
 ) -> Patch:
     """Learns facts, prints what is known before and after, and writes the rows that differ as a patch.
 
-    None for held_out asks the run's own questions, where it has some; None for `corpus`, the background, is what the
-    run was trained on.
+    Without held_out the run's own questions are asked, where it has some. `corpus` is the background; without it, that
+    is what the run was trained on.
 
     Raises:
         DataError: the background cannot be read.

@@ -69,8 +69,8 @@ def table_gradients(
     batch: Mapping[str, Array],
     objective: Callable[[Decoder, Float[Array, "b s dim"]], Float[Array, ""]],
 ) -> Gradients:
-    """The objective of a batch's normed hidden states, and its row gradients; nothing else is differentiated. In
-    `segments` of the batch 0 is padding, at the ends of rows.
+    """The objective of a batch's normed hidden states, and its row gradients; nothing else is differentiated. Padding
+    has segment 0 and is at the ends of rows.
     """
 
     def loss_fn(nothing: dict[str, Array], perturbations: dict[str, Perturbations]) -> tuple[Array, tuple[Any, Any]]:

@@ -43,9 +43,9 @@ def squared_norm(
     The norm is found by a row update that writes no row: like an update it sorts and sums the picks and reads the rows
     that they name. It needs one number for each row of the table, more only where a device has over 1024 columns of it.
 
-    The table is passed through the update and returned, so that the update that follows is in place. ok=False measures
-    0. Where the backward pass that reads the table is in the same program, `ok` has to depend on its gradients: only
-    then does the update wait for those reads, and XLA needs no copy of the table.
+    The table is passed through the update and returned, so that the update that follows is in place. With ok=False the
+    norm is 0. Where the backward pass that reads the table is in the same program, `ok` has to depend on its gradients:
+    only then does the update wait for those reads, and XLA needs no copy of the table.
     """
     columns = columns_per_square(table.shape[1], mesh_sizes()["memory_axis"])
     rule, step = NormRule(state_columns=columns), row_step(0, 0, ok=ok)

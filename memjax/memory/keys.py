@@ -85,7 +85,7 @@ class ProductKeys(nnx.Module):
         return self.lookup(self.queries(x))
 
     def promoted(self, x: Float[Array, "*b dim"]) -> Float[Array, "*b dim"]:
-        """The input in the type of activations: `dtype`, or without one that of input and parameters together."""
+        """The input in the type of activations: `dtype` or, without one, the common type of input and parameters."""
         return promote_dtype((x, self.query_bias[...]), dtype=self.dtype)[0]
 
     def queries(self, x: Float[Array, "*b dim"]) -> Float[Array, "t width"]:

@@ -76,7 +76,7 @@ def row_gradients(reads: Reads, cotangents: Mapping[str, Any]) -> dict[str, list
 
 
 def zero_perturbation(kind: ReadKind, num_tokens: int, picks: int, table: Any) -> Float[Array, "t _"]:
-    """The perturbation of a read, laid out as it is added; of the table, shape and dtype will do."""
+    """The perturbation of a read, in the layout in which it is added. Of the table only shape and dtype are used."""
     if kind == "dot":
         return split_tokens(jnp.zeros((num_tokens, picks), accumulator(table.dtype)))
     zeros = jnp.zeros((num_tokens, table.shape[1]), table.dtype)

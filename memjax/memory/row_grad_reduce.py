@@ -37,7 +37,7 @@ class ReduceBytes(NamedTuple):
 def reduce_bytes(
     table: Any, gradients: Sequence[RowGradient], *, data_axis: int, memory_axis: int
 ) -> dict[Collective, ReduceBytes]:
-    """The bytes of either collective, for row gradients of all tokens of the mesh, or their shapes."""
+    """The bytes that either collective takes for row gradients of all tokens of the mesh; their shapes suffice."""
     num_rows, columns = table.shape[0], table.shape[1] // memory_axis
     picks = sum(gradient.indices.size for gradient in gradients)
     vectors = sum(gradient.indices.shape[0] * columns * gradient.vectors.dtype.itemsize for gradient in gradients)
@@ -70,8 +70,8 @@ def sums_micro_batches(
 ) -> bool:
     """Whether row gradients are summed dense as the micro-batches of a step come, and not kept until the update.
 
-    auto takes what holds fewer bytes; all_gather always keeps them. The row gradients, or shapes, are of one of the
-    `count` micro-batches of a step.
+    auto takes what holds fewer bytes; all_gather always keeps them. The row gradients are those of one of the step's
+    `count` micro-batches; their shapes suffice.
     """
     if count == 1 or wanted == "all_gather":
         return False

@@ -51,7 +51,7 @@ class DecoderParts:
         """Freshly drawn dense parameters and tables, those of `Decoder(config, rngs=nnx.Rngs(key))`.
 
         XLA compiles the draws of a block for seconds, and would do so for every layer: one program is compiled for each
-        kind of block and run for each block. Where there are no shardings, the places are left to JAX.
+        kind of block and run for each block. Without shardings JAX decides where arrays are placed.
         """
         without_blocks, blocks = None, None
         if shardings is not None:
@@ -103,7 +103,7 @@ def _without_blocks(params: nnx.State) -> nnx.State:
 
 
 def merge_decoder(graphdef: nnx.GraphDef[Decoder], params: nnx.State, tables: AnyTables) -> Decoder:
-    """The decoder of a graph with the given arrays."""
+    """The decoder with the structure of graphdef and the given arrays."""
     rows = {name: {"rows": TableRows(table)} for name, table in tables.items()}
     return nnx.merge(graphdef, params, nnx.State({"tables": rows} if rows else {}))
 

@@ -101,8 +101,8 @@ def draw(runs: Sequence[Run], out: pathlib.Path, *, axis: Axis = "step", window:
 
 
 def draw_over(runs: Sequence[Run], out: pathlib.Path, *, metric: str, x: str) -> None:
-    """Writes a picture of where a metric ended over a setting or another such number, one point a run. Both names are
-    such as `Run.final` takes.
+    """Writes a picture of where a metric ended over a setting or another such number, one point a run. Metric and x are
+    names that `Run.final` takes.
 
     Raises:
         DataError: fewer than two runs have both.

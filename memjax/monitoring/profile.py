@@ -23,7 +23,9 @@ class ProfileWindow:
     """Traces the steps that a config names. Nothing that goes wrong here stops the run, or moves the window."""
 
     def __init__(self, config: ProfileConfig, folder: pathlib.Path, *, traces: bool = True):
-        """Traces nothing yet; without `traces` it never does, but opens and closes with the process that does."""
+        """Traces nothing yet. Without `traces` it never will, but begins and ends at the same steps as the process that
+        does.
+        """
         self._config, self._folder, self._traces = config, folder, traces
         self._first: int | None = None
         """The first step of the window, while it is open."""

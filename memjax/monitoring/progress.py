@@ -51,7 +51,7 @@ _BAR_COLUMNS = 20
 BAR_SECONDS = 0.2
 """Seconds between two states of the bar."""
 SHOWN_DATA_WAIT = 0.1
-"""Share of the time that devices wait for data from which on a line says so."""
+"""Progress lines mention waiting for data if devices spend at least this share of the time on it."""
 
 
 class Bar:

@@ -20,7 +20,7 @@ IMPLEMENTATIONS = ("triton", "xla", "reference")
 
 
 def choose(operation: str, wanted: str | None, dtype: DTypeLike = jnp.float32) -> str:
-    """The name of the implementation that runs: the wanted one, or (None) the fastest that can.
+    """The name of the implementation to run: the wanted one, or for None the fastest that can run here.
 
     Raises:
         ValueError: `wanted` is unknown.

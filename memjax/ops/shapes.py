@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 
 def require(operation: str, fits: bool, rule: str, **arrays: Any) -> None:
-    """Refuses arrays that do not fit together, in a message with the rule and their types and shapes.
+    """Refuses arrays that do not fit together, with a message that has the rule, their types and their shapes.
 
     Raises:
         ValueError: `fits` is false.

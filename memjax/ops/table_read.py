@@ -32,8 +32,8 @@ def read(
     factor: Float[Array, "*t _"],
     mode: IndexMode,
 ) -> tuple[Float[Array, "t _"], Bool[Array, "t k"] | None]:
-    """The operation with batch axes folded, and which indices are in range; None where that is promised. Row 0 is read
-    in place of those out of range.
+    """The result of the operation with batch axes folded, and which indices are in range (None if the mode promises
+    that all are). Indices out of range read row 0.
 
     Raises:
         ValueError: the mode is unknown.

@@ -62,8 +62,8 @@ def launch(
 ) -> list[jax.Array]:
     """Runs a kernel whose parameters are the arguments, then one pointer for each output, then the constants.
 
-    `aliases` are outputs, by the number of the argument whose memory each takes over. Constants that the kernel does
-    not have are refused.
+    `aliases` maps the number of an argument to that of the output which takes over its memory. Constants that the
+    kernel does not have are refused.
     """
     unknown = set(constants) - set(kernel.arg_names)
     if unknown:

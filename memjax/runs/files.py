@@ -12,7 +12,7 @@ from memjax.io.lock import Locked, locked
 from memjax.io.paths import local_path
 
 _SETTLED_SECONDS = 0.2
-"""After a save that failed, Orbax's threads may still write for a moment, and make folders again for that."""
+"""Between attempts to remove a folder, which Orbax's threads may make again for a moment after a failed save."""
 
 
 def check_new(folder: str | os.PathLike[str]) -> None:
@@ -35,7 +35,7 @@ def owned(path: pathlib.Path) -> Iterator[None]:
     """Keeps other processes from writing a file or folder of this name while the block runs.
 
     Raises:
-        ConfigError: one is at it.
+        ConfigError: another process is writing it.
         OSError: its folder cannot be written.
     """
     try:

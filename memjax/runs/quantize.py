@@ -29,7 +29,7 @@ def quantize_run(
 ) -> RunConfig:
     """Writes a run with the model of another whose tables are in a format, block by block; returns its config.
 
-    None for row_format keeps the type that the tables were saved in.
+    Without row_format the tables keep the type that they were saved in.
 
     Raises:
         ConfigError: `out` holds something, the model has no tables, or the format cannot store them.

@@ -87,7 +87,7 @@ def read_saved(
     opened: OpenStep, *, ema: bool = False, with_tables: bool = False, advise: Collection[LoadOption] = LOAD_OPTIONS
 ) -> Saved:
     """Reads the arrays of a step, and its tokenizer. With `ema` the moving average of the dense parameters takes their
-    place, in their types. Where memory is short, the error recommends settings of `advise`.
+    place, in their types. If memory is short, the error recommends the settings in `advise`.
 
     Raises:
         CheckpointError: it cannot be read here, or has no average.

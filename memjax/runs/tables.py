@@ -69,8 +69,8 @@ class TableForm:
 def check_room(
     forms: Sequence[TableForm], sharding: Sharding | None, advise: Collection[LoadOption] = LOAD_OPTIONS
 ) -> None:
-    """Refuses tables for which the device has no memory left, before they are allocated, and recommends settings of
-    `advise`.
+    """Refuses tables for which the device has no memory left before they are allocated; the message recommends the
+    settings in `advise`.
 
     Raises:
         ConfigError: it is so; the message has the sizes, and what would need less.

@@ -179,8 +179,8 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def process_zero_first(name: str) -> Iterator[None]:
-    """The block in the first process, then in all others, which find what it has written. No other block may have its
-    name.
+    """Runs the block in the first process, then in all others, which find what it has written. Every block needs a name
+    of its own.
     """
     if jax.process_count() == 1:
         yield

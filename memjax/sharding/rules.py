@@ -86,7 +86,7 @@ def parameter_spec(
     every matrix is split further, over all of `data` and `memory`, or over one of them where that is all that can be:
     along the first axis that allows it, since pieces of the first axis are contiguous in memory, so that sending them
     takes no transposition. Vectors and scalars are not: they are small, and sending them costs more than keeping them.
-    Names of an array of another rank are ignored.
+    If there are more or fewer names than axes, they are ignored.
     """
     tensor = sizes.get(TENSOR, 1)
     by_name = names if len(names) == len(shape) else [None] * len(shape)

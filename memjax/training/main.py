@@ -44,7 +44,7 @@ def dry_run(config: RunConfig, *, fit_to: tuple[int, int] | None = None) -> int:
     """Prints what a run would need; works on any machine, whatever the mesh. Where the mesh's accelerators are there,
     also compiles the step, which gives the exact number.
 
-    With fit_to, bytes of a device and a number of devices, prints settings with which the run fits there instead.
+    With fit_to (bytes of a device, number of devices), prints settings with which the run fits there instead.
 
     Returns:
         0, or 7 where nothing fits.

@@ -91,9 +91,9 @@ def prepare(
     What an interrupted preparation left is removed first. Of several processes that want the same folder one prepares
     it, and the others wait.
 
-    The folder comes into being at the end, all at once; with asked_for `discard_outdated` keeps it. None for
-    `processes` is one for each core, or fewer for small files. More than one start anew, so a program must keep its own
-    start under `if __name__ == "__main__"`.
+    The folder appears at the end, all at once; with asked_for, `discard_outdated` keeps it. Without `processes` there
+    is one for each core, or fewer for small files. If there are several, they import the main module, so a program must
+    guard its own start by `if __name__ == "__main__"`.
 
     Raises:
         DataError: records cannot be used and may not be left out, or none is left, or the folder holds something else.
@@ -238,14 +238,14 @@ def _tokenised(work: BlockTokenizer, stream: CorpusStream, processes: int) -> It
 
 
 def _pool(processes: int, work: BlockTokenizer) -> ProcessPoolExecutor | None:
-    """Processes that tokenise; None where the system does not let them share locks."""
+    """Processes that tokenise, or None if the system does not let them share locks."""
     # Forked processes would share locks with JAX's threads; these begin with nothing.
     context = multiprocessing.get_context("spawn")
     try:
         resource_tracker.ensure_running()  # its start would unblock signals that are blocked for the processes'
         return ProcessPoolExecutor(processes, context, initializer=_start_process, initargs=(work,))
     except OSError as error:
-        warn(f"one process tokenises alone, since others, which need a writable /dev/shm, fail: {error.strerror}")
+        warn(f"only one process tokenises, because several need a writable /dev/shm: {error.strerror}")
         return None
 
 

@@ -192,7 +192,7 @@ def people_asked_about(config: BiographiesConfig, *, in_training: bool) -> list[
 
 
 def questions(config: BiographiesConfig, asked: bool, limit_people: int | None = None) -> list[Question]:
-    """Six questions in fixed wordings about each person, of those asked about in training or of those held out."""
+    """Six questions in fixed wordings about each person: those asked about in training (`asked`), or those held out."""
     chosen = people_asked_about(config, in_training=asked)[:limit_people]
     return [_question(person, attribute, QUESTIONS) for person in chosen for attribute in attribute_names]
 

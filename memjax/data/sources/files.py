@@ -68,9 +68,9 @@ class DataFile:
 def find_files(path: str, source: Literal["jsonl", "text", "files"], field: str) -> list[DataFile]:
     """The files of a path in sorted order.
 
-    Of a folder, whatever lies below it with a suffix that the source reads; of a glob, all that it finds. Parquet,
-    Arrow and ArrayRecord are known by their suffix; `source` says what others are, with `files` their suffix too.
-    Messages name the config field.
+    A folder stands for all files below it with a suffix that the source reads, a glob for all that it matches. Parquet,
+    Arrow and ArrayRecord are known by their suffix; what other files are is said by `source`, or by their suffix if it
+    is `files`. `field` is the setting that messages name.
 
     Raises:
         DataError: there is no file, or its suffix does not say what it is.

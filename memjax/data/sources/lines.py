@@ -49,7 +49,7 @@ class LineRecords(Records):
         field: str = "data.path",
         max_bytes: int = MAX_RECORD_BYTES,
     ):
-        """Scans plain files of text or JSON lines; messages name the config field.
+        """Scans plain files of text or JSON lines; `field` is the setting that messages name.
 
         Raises:
             DataError: a file cannot be read or holds no text.

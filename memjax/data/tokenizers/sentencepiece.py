@@ -22,8 +22,8 @@ class SentencePieceTokenizer(Tokenizer):
     STATE = ("model", "bos", "eos", "added_tokens")
 
     def __init__(self, model: str, bos: str | None = None, eos: str | None = None, added_tokens: Sequence[str] = ()):
-        """Takes the content of the file in base 64, the names of another begin and end token than the model's own, and
-        further special tokens, which get the ids after the last piece.
+        """`model` is the content of the file in base 64. `bos` and `eos` name tokens to use in place of the model's
+        own; added_tokens get the ids after the last piece.
 
         Raises:
             ValueError: it is no SentencePiece model, or has no such token.

@@ -87,7 +87,7 @@ class Channel:
 class Peer:
     """One of the two processes: sends requests, and meanwhile answers those of the other one.
 
-    `may` says whether the other one may have an operation done with an object that it was given, and with these
+    `may` decides whether the other process may have an operation done on an object that it was given, with these
     arguments.
     """
 

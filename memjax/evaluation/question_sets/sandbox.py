@@ -92,7 +92,7 @@ def run_program(
 ) -> Outcome:
     """Whether a program and then its tests run to their last lines; without tests, the program says so itself.
 
-    The limits are of each of the two. Tests get `functions` from the program even if they are names of builtins.
+    The limits apply to each of the two. Tests get `functions` from the program even if they are names of builtins.
     """
     outcome, _ = _run(program, tests, limits, functions)
     return outcome

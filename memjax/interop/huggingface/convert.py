@@ -159,12 +159,12 @@ def to_hf(
 def _fields(
     loaded: LoadedModel, model: Decoder, dtype: str | None, longest: int | None, origin: pathlib.Path | None
 ) -> dict[str, Any]:
-    """The fields of config.json, with those of the original that are kept."""
+    """The fields of config.json, some of them kept from the original."""
     scaling = model.config.rope_scaling
     if longest is not None and scaling is not None and scaling.kind == "dynamic" and longest != scaling.original_length:
         raise CheckpointError(
-            f"longest={longest} must be {scaling.original_length} or left out: with rope_scaling.kind=dynamic "
-            "max_position_embeddings says from which length on the frequencies change"
+            f"max_length={longest} must be {scaling.original_length} or left out: with rope_scaling.kind=dynamic "
+            "max_position_embeddings is the length from which on the frequencies change"
         )
     fields = write_model_config(
         model.config,

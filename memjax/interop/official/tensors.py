@@ -45,8 +45,8 @@ _IN_MODEL = {"embed/embedding": "tok_embeddings.weight", "norm/scale": "norm.wei
 def take(arrays: Arrays, tree: Any, place: str, *, head_dim: int = 2, block: str | None = None) -> Any:
     """The tree of parameters with the official arrays in place of its shapes.
 
-    No array but the tables may be left over. `block` is the prefix of the names of a single block, whose tree it is;
-    None is for a decoder.
+    No array but the tables may be left over. If the tree is that of a single block, `block` is the prefix of its
+    arrays' names.
 
     Raises:
         CheckpointError: arrays are missing, left over or of other shapes.

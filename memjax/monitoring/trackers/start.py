@@ -15,8 +15,8 @@ CLOSE_SECONDS = 15.0
 def make_trackers(config: RunConfig, folder: pathlib.Path, *, last_step: int) -> list[Tracker]:
     """The trackers that a config asks for.
 
-    What was written after last_step, from which the run resumes, is hidden (TensorBoard), or its steps are not sent
-    again (the others). The folder holds the state that this takes.
+    The run resumes from last_step: TensorBoard hides what it has of later steps, and the others do not get these steps
+    again. The folder holds the state that this needs.
     """
     log, trackers = config.log, []
     if log.tensorboard:

@@ -36,9 +36,7 @@ class Tracker:
     """A sink behind a thread."""
 
     def __init__(self, name: str, start: Callable[[], Sink]):
-        """Starts the thread, in which `start` makes the sink; the name is that of the setting that asks for the
-        tracker.
-        """
+        """Starts the thread, in which `start` makes the sink. `name` is the setting that asks for the tracker."""
         self.name = name
         self._rows: queue.Queue[Row | None] = queue.Queue(_MOST_WAITING)
         self._dropped = False

@@ -47,9 +47,9 @@ def write(
 ) -> Float[Array, "b kv s h"]:
     """The cache with new entries at the positions of each row; those at positions beyond it are left out.
 
-    A position is written once. by_rows writes single rows of a flat cache: XLA for GPUs would otherwise transpose the
-    whole cache to write into it and back, at each step; XLA for CPUs writes one index after the other, so there fewer
-    are better. None decides by the backend.
+    A row's positions must differ. by_rows writes single rows of a flat cache: XLA for GPUs would otherwise transpose
+    the whole cache to write into it and back, at each step; XLA for CPUs writes one index after the other, so fewer
+    indices are better there. None lets the backend decide.
     """
     new, (batch, kv_heads, size, width) = new.astype(cache.dtype), cache.shape
     if by_rows is None:

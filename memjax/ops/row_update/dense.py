@@ -37,8 +37,8 @@ def summed(
     """A dense gradient with row gradients added, and the rows that any pick names (whose gradient may be zero).
 
     One gradient after the other, at most piece_picks picks at a time, are gathered, sorted and added, so the sum is in
-    float32 or wider, and always formed in the same order. `gather` is applied to each gradient when its turn comes, as
-    to collect the picks of other devices.
+    float32 or wider, and always formed in the same order. `gather` is applied to each gradient when its turn comes, for
+    example to collect the picks of other devices.
     """
     gradients = vary_together(list(gradients))
     total, touched = vary_like(start, gradients)
@@ -83,8 +83,8 @@ def update_touched(
 ) -> tuple[Float[Array, "n d"], TableState]:
     """`row_update` of the touched rows by a dense gradient, a block of rows at a time, in place where donated.
 
-    Gradient and touched rows are what `summed` gives. `reduce` is applied to the gradient of every block, as to add
-    those of other devices.
+    Gradient and touched rows are as returned by `summed`. `reduce` is applied to the gradient of every block, for
+    example to add those of other devices.
     """
     num_rows, num_columns = table.shape
     rows = max(1, min(num_rows, block_bytes // (num_columns * gradient.dtype.itemsize)))

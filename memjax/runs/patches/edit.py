@@ -62,7 +62,7 @@ def apply(
 ) -> Patch:
     """Applies a patch to a checkpoint of a run: whatever loads that checkpoint then gets the patch with it.
 
-    With `out`, a new folder, a run with the changed rows in its checkpoint is written there, and the given run stays as
+    With `out`, a run with the changed rows in its checkpoint is written to that new folder, and the given run stays as
     it is.
 
     Raises:
@@ -81,8 +81,8 @@ def apply(
 
 
 def revert(run: str | os.PathLike[str], path: str | os.PathLike[str], *, step: Step = "latest") -> Patch:
-    """Reverts a patch that was applied to a checkpoint: the model is what it was before, bit for bit. The path may also
-    be its identity, as `show` prints it.
+    """Reverts a patch that was applied to a checkpoint: the model is what it was before, bit for bit. In place of its
+    path, its identity may be given, as `show` prints it.
 
     Raises:
         CheckpointError: the patch is not applied, or a later one changes the same rows.

@@ -30,8 +30,8 @@ class Fit:
 
 
 def search(config: RunConfig, *, device_bytes: int, devices: int) -> Fit | None:
-    """The first settings that fit; None where not even one sequence a device does. Types that are `auto` are planned as
-    GPUs have them.
+    """The first settings that fit; None if not even one sequence per device does. Types that are `auto` are planned as
+    on GPUs.
 
     Raises:
         ConfigError: the requested mesh cannot be made of that many devices.
