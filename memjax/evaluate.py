@@ -19,7 +19,7 @@ from memjax.evaluation.settings import EvaluateConfig
 from memjax.io.command import exit_code
 from memjax.io.console import fitted
 from memjax.io.ctrl_c import run_command
-from memjax.io.files import check_inside, naming, read_text, write_atomic
+from memjax.io.files import check_inside, read_text, write_atomic, written_lines
 from memjax.runs.settings import loaded
 
 if TYPE_CHECKING:
@@ -193,8 +193,8 @@ def _json_lines(path: pathlib.Path | None) -> Iterator[Keep]:
     if path is None:
         yield lambda values: None
         return
-    with naming(path), path.open("w", encoding="utf-8") as file:
-        yield lambda values: print(json.dumps(values, ensure_ascii=False, default=str), file=file)
+    with written_lines(path) as write:
+        yield lambda values: write(json.dumps(values, ensure_ascii=False, default=str))
 
 
 def _facts(found: "LoadedModel", settings: EvaluateConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from memjax.errors import ConfigError, DataError
 from memjax.io.command import check_output, exit_code
 from memjax.io.console import printable
 from memjax.io.ctrl_c import heard, run_command
-from memjax.io.files import naming
+from memjax.io.files import naming, written_lines
 from memjax.runs.settings import InferenceSettings, loaded
 
 if TYPE_CHECKING:
@@ -115,12 +115,14 @@ def _write_file(found: "LoadedModel", settings: GenerateConfig, records: list[di
         special_tokens=settings.special_tokens,
         batch_size=settings.batch_size,
     )
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(naming(settings.output or "standard output"))
-        file = settings.output and stack.enter_context(open(settings.output, "w", encoding="utf-8"))
+    with written_lines(settings.output) if settings.output else contextlib.nullcontext(_print_line) as write:
         for record, continuation in zip(records, texts, strict=True):
-            line = json.dumps(record | dataclasses.asdict(continuation), ensure_ascii=False)
-            print(line if file else printable(line), file=file or None, flush=True)
+            write(json.dumps(record | dataclasses.asdict(continuation), ensure_ascii=False))
+
+
+def _print_line(line: str) -> None:
+    with naming("standard output"):
+        print(printable(line), flush=True)
 
 
 def _write(found: "LoadedModel", settings: GenerateConfig, prompt: str, *, number: int) -> None:

@@ -7,7 +7,7 @@ import os
 import pathlib
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 MAX_BYTES = 1 << 28
@@ -106,6 +106,22 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = os.fspath(path)
         raise
+
+
+@contextlib.contextmanager
+def written_lines(path: str | os.PathLike[str]) -> Iterator[Callable[[str], None]]:
+    """A function that writes a line into a new file, at once. Errors of the file name it; those of others do not."""
+    with open(path, "w", encoding="utf-8") as file:
+
+        def write(line: str) -> None:
+            with naming(path):
+                print(line, file=file, flush=True)
+
+        try:
+            yield write
+        finally:
+            with naming(path):  # closing tries again what could not be written
+                file.close()
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any] | None:

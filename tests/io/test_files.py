@@ -3,7 +3,7 @@ import pathlib
 
 import pytest
 
-from memjax.io.files import check_inside, naming, read_document, read_text, write_atomic
+from memjax.io.files import check_inside, naming, read_document, read_text, write_atomic, written_lines
 
 
 def test_replaces_the_content_and_leaves_no_other_file(tmp_path: pathlib.Path) -> None:
@@ -72,6 +72,17 @@ def test_errors_of_an_open_file_name_it(tmp_path: pathlib.Path) -> None:
         (tmp_path / "b").read_text()
     with pytest.raises(BlockingIOError) as caught, naming("a"):
         raise BlockingIOError
+    assert caught.value.filename is None
+
+
+def test_lines_are_in_the_file_at_once_and_only_errors_of_the_file_name_it(tmp_path: pathlib.Path) -> None:
+    with written_lines(tmp_path / "a") as write:
+        write("ü")
+        assert (tmp_path / "a").read_text(encoding="utf-8") == "ü\n"
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"), written_lines("/dev/full") as write:
+        write("x")
+    with pytest.raises(ConnectionRefusedError) as caught, written_lines(tmp_path / "a"):
+        raise ConnectionRefusedError(111, "Connection refused")
     assert caught.value.filename is None
 
 
