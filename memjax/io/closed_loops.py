@@ -1,6 +1,7 @@
 """Hides tracebacks of TensorStore, whose threads report failed writes to an event loop that the first has closed."""
 
 import sys
+import threading
 from types import TracebackType
 
 
@@ -11,7 +12,8 @@ def hide() -> None:
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if not _is_closed_loop(error):
+    # In the main thread it ends the program, which must say why.
+    if threading.current_thread() is threading.main_thread() or not _is_closed_loop(error):
         sys.__excepthook__(kind, error, trace)
 
 

@@ -1,15 +1,28 @@
 """Of errors that nothing has caught only those of closed event loops are not shown."""
 
 import sys
+import threading
 
 from memjax.io import closed_loops
 
 
+def report(text: str) -> None:
+    closed_loops._excepthook(RuntimeError, RuntimeError(text), None)
+
+
 def test_of_errors_in_threads_only_closed_event_loops_are_left_out(capsys):
-    closed_loops._excepthook(RuntimeError, RuntimeError("Event loop is closed"), None)
-    assert capsys.readouterr().err == ""
-    closed_loops._excepthook(RuntimeError, RuntimeError("something else"), None)
-    assert "something else" in capsys.readouterr().err
+    for text in ("Event loop is closed", "something else"):
+        thread = threading.Thread(target=report, args=[text])
+        thread.start()
+        thread.join()
+    error = capsys.readouterr().err
+    assert "something else" in error
+    assert "is closed" not in error
+
+
+def test_an_error_that_ends_the_program_is_shown_whatever_it_is(capsys):
+    report("Event loop is closed")
+    assert "Event loop is closed" in capsys.readouterr().err
 
 
 def test_nor_are_they_where_they_cannot_be_raised(monkeypatch, capsys):
