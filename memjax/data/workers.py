@@ -69,6 +69,8 @@ class Workers(Iterator[Any]):
             self.close()
             if code == -signal.SIGKILL:
                 why = "likely a lack of memory: set data.num_workers lower"
+            elif code is not None and code < 0:
+                why = "a crash of a library that it uses; data.num_workers=0 shows which"
             else:
                 why = (
                     "it has printed why; a script must train below `if __name__ == '__main__':`, because its workers "

@@ -90,12 +90,15 @@ def test_closing_before_the_first_batch_starts_nothing(tmp_path, monkeypatch):
     assert list(data) == []
 
 
-def test_a_killed_worker_is_an_error_that_says_so(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "told"), [(signal.SIGKILL, r"-9; .*data\.num_workers lower"), (signal.SIGSEGV, r"-11; a crash of")]
+)
+def test_a_killed_worker_is_an_error_that_says_so(tmp_path, number, told):
     data = TrainingData(open_dataset(config(tmp_path, large=True), ByteTokenizer()), seed=0)
     next(data)
     process, _ = data._open[0]._running[1]
-    os.kill(process.pid, signal.SIGKILL)
-    with pytest.raises(DataError, match=r"data worker 1 ended with exit code -9.*data\.num_workers"):
+    os.kill(process.pid, number)
+    with pytest.raises(DataError, match=rf"data worker 1 ended with exit code {told}"):
         list(itertools.islice(data, 10))
     assert list(data) == []
 
