@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from memjax.checkpoint.checkpoints import Checkpoints
 from memjax.config.run import RunConfig
 from memjax.errors import CheckpointError, ConfigError
+from memjax.io.paths import is_remote, local_path
 from memjax.ops.row_formats.formats import Plain, RowFormat
 from memjax.runs.files import check_new, written_whole
 from memjax.runs.folder import Claim, RunFolder
@@ -60,7 +61,10 @@ def quantize_run(
             new = config_of_copy(saved.config, out)
             document = meta_document(new, saved.tokenizer, step=0)
             document |= {"format": FORMAT_WITH_TABLE_FILES, "table_files": records}
-            document |= {"quantized_from": os.path.abspath(source)}
+            source = os.fspath(source)
+            document |= {
+                "quantized_from": source if is_remote(source) else str(local_path(source, "source").absolute())
+            }
             # Types that the tables had, whatever 'auto' means here.
             document |= {"table_dtypes": saved.meta["table_dtypes"]}
             with Checkpoints(path / CHECKPOINTS) as written:

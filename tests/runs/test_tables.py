@@ -23,6 +23,7 @@ from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.errors import ConfigError
 from memjax.evaluation.recall import zero_tables
+from memjax.io.remote import push
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, split_decoder
 from memjax.ops import host_memory
@@ -36,6 +37,7 @@ from memjax.runs.patches import edit
 from memjax.runs.patches.applied import model_digest
 from memjax.runs.patches.patch import Patch, RowChange, write_patch
 from memjax.runs.quantize import quantize_run
+from memjax.runs.saved import read_only_formats
 from memjax.runs.settings import CheckpointSettings, InferenceSettings, loaded
 
 TOKENS = jnp.asarray([[1, 5, 9, 200], [1, 8, 7, 6]])
@@ -131,6 +133,20 @@ def test_files_of_a_quantized_run_hold_what_load_would_make(tmp_path, name, monk
         memjax.load(tmp_path / "small", table_format="float32" if name != "saved" else "int8")
     with pytest.raises(CheckpointError, match="its tables are in files already"):
         quantize_run(tmp_path / "small", tmp_path / "smaller", row_format)
+
+
+def test_a_quantized_run_names_its_source_from_wherever_it_is_read(tmp_path, monkeypatch):
+    save(tmp_path / "run")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    address = f"memory://{tmp_path.name}/run"
+    push(tmp_path / "run", address)
+    for number, (source, name) in enumerate(
+        {"run": tmp_path / "run", "~/run": tmp_path / "run", address: address}.items()
+    ):
+        quantize_run(source, f"small{number}", formats.find("int8"))
+        assert read_only_formats(f"small{number}") == ("int8", str(name))
 
 
 def test_files_are_mapped_on_a_cpu_and_never_written(tmp_path):
