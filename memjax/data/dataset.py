@@ -48,8 +48,9 @@ class Dataset:
         """Endless training batches; with `shard`, of the blocks of records that one of several workers reads. Setting
         `stop` ends a batch that another thread is making.
         """
-        settings = {"shuffle": self.config.shuffle, "shard": shard, "stop": stop}
-        return self._batches(self.train, seed=seed % 2**32, repeat=True, **settings)
+        return self._batches(
+            self.train, seed=seed % 2**32, shuffle=self.config.shuffle, repeat=True, shard=shard, stop=stop
+        )
 
     def validation_batches(self, count: int) -> Iterator[Batch]:
         """The first batches of the validation records, in file order, the same at every call.

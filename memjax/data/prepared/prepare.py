@@ -221,8 +221,8 @@ def _tokenised(work: BlockTokenizer, stream: CorpusStream, processes: int) -> It
     pending: collections.deque[Future[_Tokenised]] = collections.deque()
     try:
         for block in _blocks(stream):
-            # The first call starts the processes, where it stays blocked: Ctrl-C reaches all processes of a terminal,
-            # and the parent says so.
+            # Calls start processes, in which it stays blocked: Ctrl-C reaches all processes of a terminal, and the
+            # parent says so.
             with blocked([signal.SIGINT]):
                 pending.append(pool.submit(_work, block))
             while len(pending) > _BLOCKS_AHEAD * processes or (pending and pending[0].done()):
