@@ -88,28 +88,31 @@ def _learn(words: Sequence[str], settings: LearnConfig) -> None:
     facts: list[Fact] = []
     for path in paths:
         facts += facts_of(path, read_patch(path)) if is_patch(path) else read_facts(path, "FACTS")
-    if is_patch(settings.out) and read_patch(settings.out).notes.get(LEARNED) != [fact.fields() for fact in facts]:
-        raise ConfigError(f"out={settings.out} holds a patch of other facts, which would be lost; name another --out")
     held_out = None if settings.held_out is None else read_facts(settings.held_out, "--held_out")
     if held_out is not None and not any(fact.question for fact in held_out):
         raise DataError(f"{settings.held_out}: held_out must hold questions, lines with prompt and answer; it has none")
-    with owned(patch_file(settings.out)), loaded(run, settings) as found:
-        if not found.model.config.lookups:
-            raise ConfigError(f"{run}: the model has no memory layers and no PEER layers: there are no rows")
-        names = ("rows", "lr", "batch_size", "optimizer", "replay", "seed")
-        epochs = settings.epochs or fewest_epochs(len(facts), settings.batch_size)
-        recipe = Recipe(epochs=epochs, **{name: getattr(settings, name) for name in names})
-        learn_facts(
-            found,
-            facts,
-            held_out,
-            recipe,
-            out=settings.out,
-            source=", ".join(paths),
-            corpus=settings.background,
-            corpus_texts=settings.background_texts,
-            most_questions=settings.held_out_questions,
-        )
+    with owned(patch_file(settings.out)):
+        if is_patch(settings.out) and read_patch(settings.out).notes.get(LEARNED) != [fact.fields() for fact in facts]:
+            raise ConfigError(
+                f"out={settings.out} holds a patch of other facts, which would be lost; name another --out"
+            )
+        with loaded(run, settings) as found:
+            if not found.model.config.lookups:
+                raise ConfigError(f"{run}: the model has no memory layers and no PEER layers: there are no rows")
+            names = ("rows", "lr", "batch_size", "optimizer", "replay", "seed")
+            epochs = settings.epochs or fewest_epochs(len(facts), settings.batch_size)
+            recipe = Recipe(epochs=epochs, **{name: getattr(settings, name) for name in names})
+            learn_facts(
+                found,
+                facts,
+                held_out,
+                recipe,
+                out=settings.out,
+                source=", ".join(paths),
+                corpus=settings.background,
+                corpus_texts=settings.background_texts,
+                most_questions=settings.held_out_questions,
+            )
 
 
 if __name__ == "__main__":

@@ -131,3 +131,17 @@ def test_two_processes_do_not_learn_into_one_patch(run, facts, tmp_path, capsys)
         assert learn.main([run, facts, "--out", str(tmp_path)]) == 2
     assert f"{tmp_path}/patch.safetensors is being written by process" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_patch_that_another_process_has_just_finished_is_not_lost(run, facts, tmp_path, monkeypatch, capsys):
+    (tmp_path / "others.jsonl").write_text(json.dumps({"prompt": "Q c", "answer": "z"}))
+    out = tmp_path / "patch"
+
+    def later(path):
+        monkeypatch.undo()
+        assert learn.main([run, str(tmp_path / "others.jsonl"), "--out", str(out), "--epochs", "1"]) == 0
+        return owned(path)
+
+    monkeypatch.setattr("memjax.runs.files.owned", later)
+    assert learn.main([run, facts, "--out", str(out)]) == 2
+    assert "holds a patch of other facts, which would be lost" in capsys.readouterr().err
