@@ -122,8 +122,8 @@ def encoded(blocks: Iterable[tuple[int, np.ndarray]], row_format: RowFormat) -> 
 
 
 def build(form: TableForm, blocks: Callable[[], Blocks], sharding: Sharding | None) -> Table | Array:
-    """The table, written straight to where it lives; a plain array where that is what it is. `blocks` is called when
-    there is a place for the rows.
+    """The table, written block by block straight to its place; a plain array if that is its form. In host memory,
+    `blocks` is called once there is room for the rows.
 
     Raises:
         ConfigError: there is no room, or the table cannot be split as asked.
