@@ -160,6 +160,13 @@ def test_a_file_of_prompts_gives_an_object_for_each(biographies, tmp_path, capsy
     assert capsys.readouterr().out == printed[0]["text"].partition(stop)[0] + "\n"
 
 
+def test_a_disk_that_takes_no_text_is_told(biographies, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("What is")
+    command = [biographies, "--prompts", str(tmp_path / "prompts.txt"), "--max_tokens", "2", "--output", "/dev/full"]
+    assert generate.main(command) == 4
+    assert capsys.readouterr().err.endswith("/dev/full: No space left on device\n")
+
+
 def test_prompts_are_asked_for_at_a_terminal(biographies, capsys, monkeypatch):
     answers = iter(["What is", "", "What is"])
 

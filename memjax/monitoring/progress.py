@@ -50,7 +50,7 @@ _BAR_COLUMNS = 20
 """Most columns of the bar."""
 BAR_SECONDS = 0.2
 """Seconds between two states of the bar."""
-SHOWN_DATA_WAIT = 0.1
+_SHOWN_DATA_WAIT = 0.1
 """Progress lines mention waiting for data if devices spend at least this share of the time on it."""
 
 
@@ -121,7 +121,7 @@ class ProgressLines:
             share = sum(row["throughput/mfu"] * row["throughput/step_seconds"] for row in rows) / seconds
             parts.append(f"MFU {share:.1%}")
         waited = sum(row.get("throughput/data_wait_seconds", 0.0) for row in rows) / seconds
-        if waited >= SHOWN_DATA_WAIT:
+        if waited >= _SHOWN_DATA_WAIT:
             parts.append(f"waiting for data {waited:.0%}")
         parts.append(f"elapsed {clock(now - self._start)}  left {clock(left)}")
         say(fitted("  ".join(parts)))
