@@ -20,8 +20,8 @@ _FLUSH_SECONDS = 15
 class TensorBoard:
     """An event file. Those of an earlier start stay; TensorBoard hides their steps that this start makes again.
 
-    It is written in this thread: that of the library's `SummaryWriter` ends with a traceback when a disk fills up, and
-    is waited for then.
+    It is written in this thread, because that of the library's `SummaryWriter` ends with a traceback when a disk fills
+    up, and closing then waits for it.
     """
 
     def __init__(self, folder: pathlib.Path, last_step: int):
