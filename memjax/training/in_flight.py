@@ -1,10 +1,8 @@
 """Steps that the device computes while the host makes the next ones ready."""
 
 import dataclasses
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -53,22 +51,16 @@ class InFlight:
         """Is empty; `before_each` is called before a step leaves, which it does not if that raises."""
         self._before_each = before_each
         self._steps: deque[Step] = deque()
-        self._watcher = ThreadPoolExecutor(1, "memjax device")
         self.stopwatch = Stopwatch()
         """A step's time is that between the end of the one before and its own, as the host sees them."""
 
     def __len__(self) -> int:
         return len(self._steps)
 
-    def watch(self) -> Future[float]:
-        """When the device has computed all of them, by `time.monotonic`."""
-        values = [step.device_metrics for step in self._steps]
-
-        def wait() -> float:
-            jax.block_until_ready(values)
-            return time.monotonic()
-
-        return self._watcher.submit(wait)
+    @property
+    def is_done(self) -> bool:
+        """Whether the device has computed all of them."""
+        return all(value.is_ready() for step in self._steps for value in step.device_metrics.values())
 
     def push(self, step: Step) -> None:
         """Takes the newest step."""

@@ -139,11 +139,10 @@ class Trainer:
 
     def _next_batch(self) -> dict[str, jax.Array]:
         """The next batch, on the devices."""
-        started, ended = time.monotonic(), self._in_flight.watch()
+        started = time.monotonic()
         batch = next(self._data)
-        # The device waits from the end of its last step, which it may still be computing. Errors come when it is read.
-        is_idle = ended.done() and ended.exception() is None
-        self._data_wait = time.monotonic() - max(started, ended.result()) if is_idle else 0.0
+        # Nobody has waited for a batch that comes while a step is still being computed.
+        self._data_wait = time.monotonic() - started if self._in_flight.is_done else 0.0
         self._first_batches.check(batch, last=self.last_step + 1 == self.config.train.steps)
         accumulate = self.config.train.grad_accum_steps
         micro = {name: rows.reshape(accumulate, -1, rows.shape[-1]) for name, rows in batch.items()}
