@@ -51,7 +51,7 @@ _BAR_COLUMNS = 20
 BAR_SECONDS = 0.2
 """Seconds between two states of the bar."""
 _SHOWN_DATA_WAIT = 0.1
-"""Progress lines mention waiting for data if devices spend at least this share of the time on it."""
+"""Progress lines mention waiting for data if a run spends at least this share of its time on it."""
 
 
 class Bar:

@@ -141,7 +141,7 @@ class Trainer:
         """The next batch, on the devices."""
         started = time.monotonic()
         batch = next(self._data)
-        # Nobody has waited for a batch that comes while a step is still being computed.
+        # A batch that comes while a step is still being computed has cost no time.
         self._data_wait = time.monotonic() - started if self._in_flight.is_done else 0.0
         self._first_batches.check(batch, last=self.last_step + 1 == self.config.train.steps)
         accumulate = self.config.train.grad_accum_steps
