@@ -120,13 +120,13 @@ class Decoder(nnx.Module):
 
         Args:
             tokens: token ids.
-            positions: of the tokens in their documents; None counts from 0, padding left out.
+            positions: of the tokens in their documents; None counts from 0 in each row.
             segments: document of each token, where several share a row; tokens see their own document only.
             perturbations: zeros, by layer name, added to what is read of tables
                 (`DecoderParts.zero_perturbations`); their cotangents and the reads make up the tables' gradients.
             remat: what the backward pass computes again. What tables gave and routings are always kept.
-            token_mask: which tokens are no padding, which experts that choose must not take, and which makes no row
-                longer; None for all.
+            token_mask: False at padding; None where there is none. Experts that choose their tokens leave padding out,
+                and rotary frequencies that depend on a row's length do not count it.
             training: let experts choose their tokens, in models where they do so.
         """
         is_batch = getattr(tokens, "ndim", None) == 2 and jnp.issubdtype(tokens.dtype, jnp.integer)
@@ -196,8 +196,8 @@ class Decoder(nnx.Module):
         """`with_cache` without the logits, for callers that need them at some tokens only.
 
         Without a cache the tokens are the first ones, and the new cache holds just these. Rows may then be padded at
-        their ends: token_mask tells what is no padding. Entries of padding stay in the cache behind its lengths: they
-        are never seen, and new tokens overwrite them.
+        their ends, where token_mask is False. Entries of padding stay in the cache behind its lengths: they are never
+        seen, and new tokens overwrite them.
         """
         if cache is None or tokens.shape[1] > 1:
             check_ids(tokens, self.config.vocab_size, "tokens")

@@ -134,7 +134,7 @@ def _losses_and_gradients(hidden: Array, kernel: Array, targets: Array, weights:
     length = targets.shape[1]
     if chunks == 1:
         d_kernel, (losses, d_hidden) = add_chunk(d_kernel, (hidden, targets, weights))
-        # With tied embeddings the gradient is transposed: folded into the product, bfloat16 would not run on CPUs.
+        # XLA would fold the transposition for tied embeddings into the product, which CPUs then cannot run in bfloat16.
         return losses, d_hidden, jax.lax.optimization_barrier(d_kernel)
     parts = split(hidden, chunks), split(targets, chunks), split(weights, chunks)
     d_kernel, (losses, d_hidden) = jax.lax.scan(add_chunk, d_kernel, parts)
