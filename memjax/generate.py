@@ -154,7 +154,7 @@ def _write(found: "LoadedModel", settings: GenerateConfig, prompt: str, *, numbe
     told = f"{tokens:,} token{'s' * (tokens > 1)}, the first after {first - began:.1f} s"
     if tokens > 1:
         rate = (tokens - 1) / max(time.monotonic() - first, 1e-9)
-        told += f", then {rate:,.{0 if rate >= 10 else 1}f} tokens/s"
+        told += f", then {rate:,.{0 if rate >= 9.95 else 1}f} tokens/s"
     print(told, file=sys.stderr)
 
 
