@@ -157,9 +157,23 @@ def _kill(running: list[tuple[BaseProcess, Connection]]) -> None:
 
 @contextlib.contextmanager
 def blocked(signals: Sequence[signal.Signals]) -> Iterator[None]:
-    """Blocks signals in this thread and in processes that it starts meanwhile, where they stay blocked."""
+    """Blocks signals in this thread and in processes that it starts meanwhile, where they stay blocked.
+
+    The system gives a signal that is blocked here to another thread, after which Python runs its handler in the main
+    one: there handlers are called when the block ends.
+    """
+    came: list[int] = []
+    handlers: dict[signal.Signals, Any] = {}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
+        if threading.current_thread() is threading.main_thread():
+            handlers = {number: handler for number in signals if callable(handler := signal.getsignal(number))}
+            for number in handlers:
+                signal.signal(number, lambda number, _: came.append(number))
         yield
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number in came:
+            signal.raise_signal(number)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -13,7 +14,7 @@ from memjax.config.data import DataConfig, TokenizerConfig
 from memjax.data.dataset import open_dataset
 from memjax.data.loader import TrainingData
 from memjax.data.tokenizers.base import ByteTokenizer
-from memjax.data.workers import Workers
+from memjax.data.workers import Workers, blocked
 from memjax.errors import DataError
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -118,6 +119,25 @@ def test_a_script_without_a_guard_is_told_of_it(tmp_path):
     last = done.stderr.splitlines()[-1]
     assert "data worker 0 ended with exit code 1; it has printed why" in last
     assert "below `if __name__ == '__main__':`" in last
+
+
+def test_a_blocked_signal_waits_whatever_thread_the_system_gives_it_to():
+    ended, done = threading.Event(), []
+    thread = threading.Thread(target=ended.wait)
+    thread.start()
+
+    def interrupted():
+        with blocked([signal.SIGINT]):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+            done.append("inside")
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert done == ["inside"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ended.set()
+    thread.join()
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", pytest.param("SIGTERM", marks=pytest.mark.slow)])

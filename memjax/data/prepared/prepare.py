@@ -214,12 +214,14 @@ def _prepare(
 
 def _tokenised(work: BlockTokenizer, stream: CorpusStream, processes: int) -> Iterator[_Tokenised]:
     """The blocks of a stream, tokenised, in order."""
-    pool = _pool(processes, work) if processes > 1 else None
-    if pool is None:
-        yield from map(work, _blocks(stream))
-        return
+    pool = None
     pending: collections.deque[Future[_Tokenised]] = collections.deque()
     try:
+        with blocked([signal.SIGINT]):
+            pool = _pool(processes, work) if processes > 1 else None
+        if pool is None:
+            yield from map(work, _blocks(stream))
+            return
         for block in _blocks(stream):
             # Calls start processes, in which it stays blocked: Ctrl-C reaches all processes of a terminal, and the
             # parent says so.
@@ -234,7 +236,8 @@ def _tokenised(work: BlockTokenizer, stream: CorpusStream, processes: int) -> It
             "a process that tokenises was killed, likely for lack of memory; give the preparation fewer processes"
         ) from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
 
 
 def _pool(processes: int, work: BlockTokenizer) -> ProcessPoolExecutor | None:
