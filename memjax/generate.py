@@ -14,7 +14,7 @@ from memjax.config.section import LocalPath, NotNegative, Positive
 from memjax.errors import ConfigError, DataError
 from memjax.io.command import check_output, exit_code
 from memjax.io.console import printable
-from memjax.io.ctrl_c import heard, run_command
+from memjax.io.ctrl_c import Terminated, heard, run_command
 from memjax.io.files import naming, written_lines
 from memjax.runs.settings import InferenceSettings, loaded
 
@@ -192,6 +192,8 @@ def _converse(found: "LoadedModel", settings: GenerateConfig) -> None:
             continue
         try:
             _write(found, settings, prompt, number=number)
+        except Terminated:
+            raise
         except KeyboardInterrupt:
             heard()
             print()

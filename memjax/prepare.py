@@ -12,7 +12,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-        0 done, 2 wrong settings, 3 unusable data, 130 stopped by Ctrl-C.
+        0 done, 2 wrong settings, 3 unusable data, 130 stopped by a signal.
     """
     arguments: Parsed[RunConfig] = parse(
         RunConfig,

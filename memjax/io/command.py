@@ -18,8 +18,8 @@ def exit_code(command: Callable[[], int | None], *, interrupted: str = "interrup
 
     Returns:
         What the command returns (None is 0); 2 for a wrong setting, 3 for data and 4 for a checkpoint that cannot be
-        used, or whatever else the operating system refuses; 130 for a Ctrl-C that the command does not catch itself;
-        141 when the reader of standard output is gone, as of programs that SIGPIPE ends.
+        used, or whatever else the operating system refuses; 130 for a Ctrl-C or SIGTERM that the command does not catch
+        itself; 141 when the reader of standard output is gone, as of programs that SIGPIPE ends.
     """
     log_to_console()
     give_threads_to_simulated_devices()

@@ -1,4 +1,4 @@
-"""Ctrl-C in commands that have no state to save; `memjax.training.interrupt` is for training."""
+"""Ctrl-C and SIGTERM in commands that have no state to save; `memjax.training.interrupt` is for training."""
 
 import contextlib
 import multiprocessing
@@ -16,19 +16,25 @@ _LOST_SECONDS = 2.0
 """After so long a KeyboardInterrupt that nothing has caught is lost."""
 
 
-def run_command(main: Callable[[], int]) -> NoReturn:
-    """Runs the main function of a command that a Ctrl-C may end anywhere, and ends the process with its exit code.
+class Terminated(KeyboardInterrupt):
+    """The whole command is to end, whatever a Ctrl-C would stop in it."""
 
-    JAX callbacks and library imports may swallow a KeyboardInterrupt; it is raised again until `heard` is called,
-    but not into the handlers and clean-ups that it has come to. Where Ctrl-C is ignored, as in the background of a
-    script, it stays so.
+
+def run_command(main: Callable[[], int]) -> NoReturn:
+    """Runs the main function of a command that a signal may end anywhere, and ends the process with its exit code.
+
+    Ctrl-C, SIGTERM and SIGHUP are exceptions, so that nothing half written stays behind; a second SIGTERM ends the
+    process at once. JAX callbacks and library imports may swallow a KeyboardInterrupt; it is raised again until `heard`
+    is called, but not into the handlers and clean-ups that it has come to. Signals that are ignored, as Ctrl-C in the
+    background of a script and SIGHUP under nohup, stay so.
     """
     open_missing_files()
     closed_loops.hide()
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        sys.unraisablehook = _unraisable_but_for_ctrl_c
-        for number in (signal.SIGINT, signal.SIGALRM):
-            signal.signal(number, _ctrl_c)
+    sys.unraisablehook = _unraisable_but_for_ctrl_c
+    signal.signal(signal.SIGALRM, _ctrl_c)
+    for number, handler in _HANDLERS.items():
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
     try:
         code = main()
     except (KeyboardInterrupt, Exception) as error:
@@ -40,6 +46,9 @@ def run_command(main: Callable[[], int]) -> NoReturn:
         code = 130
     for number in (signal.SIGINT, signal.SIGALRM):
         signal.signal(number, signal.SIG_IGN)
+    for number, handler in _HANDLERS.items():
+        if signal.getsignal(number) is handler:
+            signal.signal(number, signal.SIG_DFL)
     if code == 130:
         # A computation that goes on in a thread of JAX would crash when the interpreter takes down what it works on.
         leave_after_output(code)
@@ -75,6 +84,15 @@ def _ctrl_c(number: int, frame: FrameType | None) -> None:
             return
         handled = handled.__context__
     raise KeyboardInterrupt
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, _LOST_SECONDS)
+    raise Terminated
+
+
+_HANDLERS = {signal.SIGINT: _ctrl_c, signal.SIGTERM: _terminate, signal.SIGHUP: _terminate}
 
 
 def _unraisable_but_for_ctrl_c(unraisable: "sys.UnraisableHookArgs") -> None:

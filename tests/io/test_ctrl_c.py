@@ -1,7 +1,8 @@
-"""Ctrl-C ends commands in a line, wherever it comes."""
+"""Ctrl-C and SIGTERM end commands in a line, wherever they come, and leave nothing half written."""
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -74,6 +75,54 @@ def test_ctrl_c_ends_a_command_in_a_line_wherever_it_comes(how):
     if how == "cleaning up":
         expected = (130, "cleaned up\n\ninterrupted\n")
     assert (done.returncode, done.stderr) == expected
+
+
+WRITES = """
+import sys, time
+from memjax.io.ctrl_c import run_command
+from memjax.runs.files import written_whole
+
+def main():
+    with written_whole("new") as folder:
+        (folder / "part").write_bytes(b"half")
+        try:
+            print("writing", flush=True)
+            time.sleep(60)
+        finally:
+            if sys.argv[1:]:
+                print("cleaning up", flush=True)
+                time.sleep(60)
+    return 0
+
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_nothing_of_what_was_being_written(tmp_path, number):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", WRITES]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    assert [path.name for path in tmp_path.iterdir() if "lock" not in path.name] == [".new.unfinished"]
+    process.send_signal(number)
+    assert process.communicate(timeout=60)[1] == "\ninterrupted\n"
+    assert process.returncode == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_sigterm_ends_a_command_that_is_busy_cleaning_up(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", WRITES, "slowly"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in ("writing\n", "cleaning up\n"):
+            assert process.stdout.readline() == line
+            process.terminate()
+        assert process.wait(timeout=60) == -signal.SIGTERM
 
 
 WITHOUT_FILES = """
