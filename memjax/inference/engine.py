@@ -186,7 +186,13 @@ class Engine:
         return found
 
     def release(self, slot: int) -> None:
-        """Ends a text before its end."""
+        """Ends a text before its end.
+
+        Raises:
+            ValueError: there is no such slot.
+        """
+        if not 0 <= slot < self.num_slots:
+            raise ValueError(f"slot={slot} must be in 0..{self.num_slots - 1}; release what insert has returned")
         self._slots[slot] = None
 
     def reset(self) -> None:

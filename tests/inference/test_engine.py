@@ -234,6 +234,10 @@ def test_a_slot_that_was_released_takes_another_text():
     assert writer.free_slots == [second]
     with pytest.raises(ValueError, match="2 requests do not fit into 1 free slots of 2"):
         writer.insert([request(5), request(9)])
+    for slot in (-1, 2):
+        with pytest.raises(ValueError, match=rf"slot={slot} must be in 0\.\.1; release what insert has returned"):
+            writer.release(slot)
+    assert writer.free_slots == [second]
 
 
 def test_texts_with_many_and_with_few_stop_tokens_are_written_side_by_side():
