@@ -52,9 +52,12 @@ def _main(argv: list[str]) -> int:
     folder = pathlib.Path(parsed.config.run.dir)
     if (folder / "config.yaml").exists():
         raise ConfigError(f"run.dir={folder} is the folder of a run; name another --run.dir for the sweep")
-    sweep.check(file, [f"--{'.'.join(path)}={text}" for path, text in settings], folder, grid)
+    words = [f"--{'.'.join(path)}={text}" for path, text in settings]
+    waiting = sweep.unfinished(file, words, folder, grid)
+    if waiting != grid:
+        say(f"{len(grid) - len(waiting)} of {len(grid)} runs are finished already")
     code = sweep.Sweep(
-        [sys.executable, "-m", "memjax.train", *rest], folder, grid, jobs=jobs, mirror=parsed.config.run.mirror
+        [sys.executable, "-m", "memjax.train", *rest], folder, waiting, jobs=jobs, mirror=parsed.config.run.mirror
     ).run()
     _compare(folder, [folder / point.name for point in grid])
     return code

@@ -19,6 +19,7 @@ from memjax.config.load import load
 from memjax.config.run import RunConfig
 from memjax.errors import ConfigError
 from memjax.io.console import say
+from memjax.io.files import read_object
 from memjax.monitoring.units import clock
 from memjax.training.interrupt import SAVED, SIGNALS
 
@@ -104,20 +105,37 @@ def _plain(value: str) -> str:
     return re.sub(r"[^\w.+-]", "_", value)
 
 
-def check(config: pathlib.Path | None, settings: Sequence[str], folder: pathlib.Path, grid: Sequence[Point]) -> None:
-    """Refuses a combination that no run could start with, before the first one does.
+def unfinished(
+    config: pathlib.Path | None, settings: Sequence[str], folder: pathlib.Path, grid: Sequence[Point]
+) -> list[Point]:
+    """The combinations to train. One that no run could start with is refused before the first one does.
 
     Raises:
         ConfigError: with the problems of all combinations, each once.
     """
-    problems: dict[str, None] = {}
+    found, problems = [], dict[str, None]()
     for point in grid:
         try:
-            load(RunConfig, config, [*settings, *point.arguments, "--run.dir", str(folder / point.name)])
+            settled = load(RunConfig, config, [*settings, *point.arguments, "--run.dir", str(folder / point.name)])
         except ConfigError as error:
             problems |= dict.fromkeys(error.problems)
+        else:
+            found += [point] * (not _is_finished(settled))
     if problems:
         raise ConfigError(list(problems))
+    return found
+
+
+def _is_finished(config: RunConfig) -> bool:
+    """Whether the run has made all of its steps with these settings; one with a mirror may have something to send."""
+    run = pathlib.Path(config.run.dir)
+    summary = read_object(run / "summary.json") or {}
+    if config.run.mirror is not None or summary.get("steps") != config.train.steps:
+        return False
+    try:
+        return load(RunConfig, run / "config.yaml") == config
+    except ConfigError:
+        return False  # its own start says what is wrong
 
 
 class Sweep:

@@ -10,6 +10,8 @@ import time
 import pytest
 
 from memjax import sweep as command
+from memjax.config.load import load, to_yaml
+from memjax.config.run import RunConfig
 from memjax.errors import ConfigError
 from memjax.training import sweep
 
@@ -190,6 +192,23 @@ def test_gpus_are_dealt_out_to_jobs(monkeypatch):
     assert sweep._devices(0, 1) == {}
 
 
+def test_a_finished_run_is_not_started_again_and_a_changed_or_mirrored_one_is(tmp_path):
+    grid = sweep.points({"optim.lr": ["0.5", "0.25", "0.125"]})
+    for point in grid:
+        config = load(RunConfig, None, [*point.arguments, "--run.dir", str(tmp_path / point.name)])
+        (tmp_path / point.name).mkdir()
+        (tmp_path / point.name / "config.yaml").write_text(to_yaml(config))
+        (tmp_path / point.name / "summary.json").write_text(f'{{"steps": {config.train.steps}}}')
+    (tmp_path / "lr=0.25" / "summary.json").unlink()
+    (tmp_path / "lr=0.125" / "config.yaml").write_text("optim: {lr: 0.126}")
+    waiting = lambda *settings: [point.name for point in sweep.unfinished(None, settings, tmp_path, grid)]
+    assert waiting() == ["lr=0.25", "lr=0.125"]
+    (tmp_path / "lr=0.125" / "config.yaml").write_text("optim: {lr:")
+    assert waiting() == ["lr=0.25", "lr=0.125"]
+    for setting in ("--train.steps=9999", "--optim.weight_decay=0.3", f"--run.mirror={tmp_path / 'mirror'}"):
+        assert waiting(setting) == ["lr=0.5", "lr=0.25", "lr=0.125"]
+
+
 @pytest.mark.slow
 def test_a_sweep_trains_compares_and_is_resumed(tmp_path, capsys):
     tiny = ["--train.steps", "2", "--data.biographies.num_people", "8", "--eval.recall_people", "2"]
@@ -206,3 +225,6 @@ def test_a_sweep_trains_compares_and_is_resumed(tmp_path, capsys):
     assert len(before) == 2
     assert command.main(argv) == 0
     assert {path: path.read_bytes() for path in before} == before
+    out = capsys.readouterr().out
+    assert out.startswith("2 of 2 runs are finished already\n\n")
+    assert "started" not in out
