@@ -55,7 +55,6 @@ class ToHfConfig(StepSettings):
     """Largest file in GB; a larger model is split over several, with an index."""
 
     def problems(self) -> Iterator[str]:
-        """A step that is no checkpoint's, and a length that no reader takes."""
         yield from super().problems()
         if self.max_length is not None and self.max_length >= _MOST_TOKENS:
             yield f"max_length={self.max_length} must be below {_MOST_TOKENS}"

@@ -46,7 +46,6 @@ class GenerateConfig(InferenceSettings, SamplingConfig):
     """Read special tokens in a prompt, as chat templates write them, as such rather than as plain text."""
 
     def problems(self) -> Iterator[str]:
-        """Settings that do not go together."""
         yield from InferenceSettings.problems(self)
         yield from SamplingConfig.problems(self)
         if self.prompt is not None and self.prompts is not None:

@@ -43,7 +43,6 @@ class InspectConfig(CheckpointSettings):
     """Texts of the corpus per batch."""
 
     def problems(self) -> Iterator[str]:
-        """Settings that are malformed or do not go together."""
         yield from super().problems()
         if (self.prompt is None) == (self.slot is None):
             yield "prompt and slot: give one of the two"

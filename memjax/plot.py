@@ -30,7 +30,6 @@ class PlotConfig(Section):
     """Steps to average over; 1: no smoothing, null: a fiftieth of the longest run."""
 
     def problems(self) -> Iterator[str]:
-        """Settings that do not go together."""
         if pathlib.PurePath(self.out).suffix not in _SUFFIXES:
             yield f"out={self.out} must end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}"
         if self.metric is not None and self.x in AXES:

@@ -27,7 +27,6 @@ class PresetsConfig(Section):
     """Devices such as 1x24 or 8x80, number and GB of each: prints how each preset fits on them."""
 
     def problems(self) -> Iterator[str]:
-        """Unknown presets, and malformed devices."""
         unknown = [name for name in self.only if presets.find(name) is None or name == presets.RECIPE]
         if unknown:
             yield f"only={','.join(unknown)} must be names of presets; memjax presets lists them"

@@ -48,7 +48,6 @@ class ServeConfig(InferenceSettings):
     """Compile for all prompt lengths before the first request, rather than when they arrive."""
 
     def problems(self) -> Iterator[str]:
-        """Numbers out of ranges that no type names."""
         yield from super().problems()
         if not 0 <= self.port < 1 << 16:
             yield f"port={self.port} must be in 0..65535"

@@ -29,7 +29,6 @@ class RowsDigest:
     """The digest that `array_digests` gives an array, from its rows block by block."""
 
     def __init__(self) -> None:
-        """Of no rows yet."""
         self._sums = (0, 0)
 
     def add(self, rows: np.ndarray, start: int) -> None:
@@ -38,7 +37,6 @@ class RowsDigest:
         self._sums = tuple((old + int(new)) % 2**32 for old, new in zip(self._sums, found, strict=True))
 
     def hex(self) -> str:
-        """The digest."""
         return "".join(f"{number:08x}" for number in self._sums)
 
 

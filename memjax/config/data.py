@@ -35,7 +35,6 @@ class TokenizerConfig(Section):
     """Begin prompts with bos in generation and evaluation; training records always begin with it."""
 
     def problems(self) -> Iterator[str]:
-        """Settings that are for another kind."""
         for name, value in (("path", self.path), ("bos", self.bos), ("eos", self.eos)):
             if value is not None and self.kind in ("byte", "bpe"):
                 yield f"{name}={value} is for a tokenizer from a file; set kind to hf, sentencepiece or tiktoken"
@@ -73,7 +72,6 @@ class MixtureConfig(Section):
     """Share of training tokens, relative to the other weights."""
 
     def problems(self) -> Iterator[str]:
-        """An invalid name."""
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
             yield f"name={self.name} must consist of letters, digits, - and _: a folder and metrics are named after it"
 
@@ -136,7 +134,6 @@ class DataConfig(Section):
     """Generated people (source: biographies)."""
 
     def problems(self) -> Iterator[str]:
-        """Invalid names, and settings that are for another source."""
         if self.source == "mixture" and not self.mixture:
             yield f"source={self.source} needs the parts to mix; list them in mixture, as {{name, path, weight}} each"
         if self.source != "mixture" and self.mixture:

@@ -63,7 +63,6 @@ class ProcessesConfig(Section):
     """Seconds without a heartbeat after which a process counts as lost, and the others end."""
 
     def problems(self) -> Iterator[str]:
-        """An address or a number that cannot be."""
         host, _, port = (self.coordinator or "host:1").rpartition(":")
         if not (host and is_count(port)):
             yield f"coordinator={self.coordinator} must be HOST:PORT, as in node1:12345"

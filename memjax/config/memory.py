@@ -74,7 +74,6 @@ class ProductKeyConfig(LookupConfig):
     """auto: bfloat16 on GPUs, float32 on CPUs."""
 
     def problems(self) -> Iterator[str]:
-        """Sizes that no lookup can have."""
         if not 1 <= self.top_k <= self.num_keys:
             yield (
                 f"top_k={self.top_k} must be in 1..num_keys={self.num_keys}: each half offers only num_keys candidates"
@@ -87,16 +86,13 @@ class ProductKeyConfig(LookupConfig):
 
     @property
     def num_slots(self) -> int:
-        """Rows in a table."""
         return self.num_keys**2
 
     @property
     def picks(self) -> int:
-        """Rows read per token and layer, over all heads."""
         return self.num_heads * self.top_k
 
     def tables(self, layer: int) -> tuple[str, ...]:
-        """The names of the tables that a block's lookup reads."""
         return ("shared" if self.shared_table else f"layer_{layer}",)
 
 
@@ -123,12 +119,10 @@ class MemoryConfig(ProductKeyConfig):
     """Scale each token's output by a learned number between 0 and 1 (the paper's '+gated')."""
 
     def width(self, dim: int) -> int:
-        """Columns of the tables, in a model of width dim."""
         return self.value_dim or dim
 
     @property
     def replaces_feed_forward(self) -> bool:
-        """Whether the blocks have no other feed-forward layer."""
         return self.placement == "replace"
 
 
@@ -148,7 +142,6 @@ class PEERConfig(ProductKeyConfig):
     """All these layers use the same experts; false gives each layer its own."""
 
     def tables(self, layer: int) -> tuple[str, ...]:
-        """The names of the tables with the experts' input and output vectors."""
         prefix = "experts" if self.shared_table else f"experts_{layer}"
         return f"{prefix}_inputs", f"{prefix}_outputs"
 

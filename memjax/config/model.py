@@ -37,7 +37,6 @@ class ExpertsConfig(Section):
     """Weight of the router's z-loss, which keeps its logits small."""
 
     def problems(self) -> Iterator[str]:
-        """Numbers that do not go with the routing, and blocks that cannot be."""
         by_token = self.routing == "token_choice"
         if by_token and not 1 <= self.top_k <= self.num_experts:
             yield f"top_k={self.top_k} must be in 1..num_experts={self.num_experts}"
@@ -95,7 +94,6 @@ class RopeScalingConfig(Section):
     """Divisor of each frequency in longer rows (longrope)."""
 
     def problems(self) -> Iterator[str]:
-        """Numbers that do not go together, or not with the kind."""
         if self.high_freq_factor <= self.low_freq_factor:
             yield f"high_freq_factor={self.high_freq_factor} must be above low_freq_factor={self.low_freq_factor}"
         if self.original_length == 1:
@@ -170,7 +168,6 @@ class ModelConfig(Section):
     """PEER: experts looked up like memory slots, in place of feed-forward layers; null: none."""
 
     def problems(self) -> Iterator[str]:
-        """Sizes that do not divide each other, and blocks that cannot be."""
         if self.head_dim is None and self.num_heads > 0 and (self.dim % self.num_heads or self.head_width % 2):
             yield (
                 f"num_heads={self.num_heads} must divide dim={self.dim} into heads of an even width, or head_dim be set"

@@ -25,7 +25,6 @@ class ScheduleConfig(Section):
     """Last steps of a wsd schedule, over which the rate falls; below 1: a fraction of train.steps."""
 
     def problems(self) -> Iterator[str]:
-        """Fractional numbers of steps."""
         for name, value in (("warmup_steps", self.warmup_steps), ("decay_steps", self.decay_steps)):
             if value >= 1 and not isinstance(value, int):
                 yield f"{name}={value} must be a whole number of steps, or a fraction of them below 1"
@@ -110,7 +109,6 @@ class OptimConfig(ScheduleConfig):
     """The optimizer of the value tables."""
 
     def problems(self) -> Iterator[str]:
-        """Those of the schedule, and clipping without a norm."""
         yield from ScheduleConfig.problems(self)
         if self.clip_tables and self.max_grad_norm is None:
             yield f"clip_tables={self.clip_tables} needs a norm; set max_grad_norm, or clip_tables to null"

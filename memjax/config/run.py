@@ -34,7 +34,6 @@ class RunFolderConfig(Section):
     folder, or off. null: no cache."""
 
     def problems(self) -> Iterator[str]:
-        """A mirror that can only be read."""
         if self.mirror and self.mirror.startswith(("http://", "https://")):
             yield f"mirror={self.mirror} cannot be written to; name a folder, or an address such as gs://bucket/run"
 
@@ -63,7 +62,6 @@ class RunConfig(Section):
         return "chunked" if self.run.deterministic else self.train.attention
 
     def problems(self) -> Iterator[str]:
-        """Settings of sections that do not go together."""
         data, model, mesh, optim, micro = self.data, self.model, self.mesh, self.optim, self.train.grad_accum_steps
         if self.run.deterministic and self.train.attention == "cudnn":
             yield (

@@ -24,7 +24,6 @@ class SamplingConfig(Section):
     """Seed of the sampling; the same seed gives the same text."""
 
     def problems(self) -> Iterator[str]:
-        """Numbers out of ranges that no type names."""
         if not 0 < self.top_p <= 1:
             yield f"top_p={self.top_p} must be above 0 and at most 1"
         if not 0.01 <= self.repetition_penalty <= 100:

@@ -43,7 +43,6 @@ class CheckpointConfig(Section):
     periodic ones, and all others. A checkpoint without tables is small, but training cannot resume from it."""
 
     def problems(self) -> Iterator[str]:
-        """An invalid rule for tables."""
         if not re.fullmatch(r"always|every 0*[1-9]\d*", self.tables):
             yield (
                 f"tables={self.tables} must be always or, as in 'every 4', every and a number from 1; there is no "
@@ -81,6 +80,5 @@ class EvalConfig(Section):
     """Most questions per set and documents per task; null: all."""
 
     def problems(self) -> Iterator[str]:
-        """A folder of tasks, none of which is named."""
         if self.task_folder is not None and not self.tasks:
             yield f"task_folder={self.task_folder} is used with tasks; name some, or leave it out"

@@ -62,15 +62,12 @@ class TextReader(Reader):
         return len(self.records)
 
     def record(self, number: int) -> Record:
-        """The record as it is."""
         return self.records[number]
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """That of the files."""
         return self._fingerprint
 
     def __call__(self, numbers: Sequence[int], rng: np.random.Generator) -> list[Pairs]:
-        """The pairs of those records, in wordings from rng."""
         records = [self.records.draw(number, rng) for number in numbers]
         if len(self._known) > _CACHED_TEXTS:
             self._known = {}

@@ -46,7 +46,6 @@ class Workers(Iterator[Any]):
     """The batches of n worker processes, one of each in turn; the processes start at the first batch."""
 
     def __init__(self, shards: Shards, count: int):
-        """Starts nothing yet."""
         self._shards = shards
         self._states: list[State] = [iter(shards(index, count)).get_state() for index in range(count)]
         self._next = 0

@@ -67,7 +67,6 @@ class EvaluateConfig(InferenceSettings):
     """Measure again with zeroed tables, to see how much they hold."""
 
     def problems(self) -> Iterator[str]:
-        """Settings that do not go together."""
         yield from super().problems()
         if self.memory_devices > 0 and self.batch_size % self.memory_devices:
             yield f"batch_size={self.batch_size} must be a multiple of memory_devices={self.memory_devices}"

@@ -19,7 +19,6 @@ class Histogram:
         self._counts = [0] * (len(bounds) + 1)
 
     def add(self, seconds: float) -> None:
-        """Counts a duration."""
         self._counts[bisect.bisect_left(self.bounds, seconds)] += 1
         self.total += seconds
         self.count += 1

@@ -135,7 +135,6 @@ class Scheduler:
         return self._thread.is_alive()
 
     def start(self) -> None:
-        """Starts the thread."""
         self._thread.start()
 
     def submit(self, tickets: Sequence[Ticket]) -> None:

@@ -39,13 +39,11 @@ class JoinedAttention(Attention):
     """Attention whose three projections are one matrix."""
 
     def __init__(self, attention: Attention):
-        """Takes over the parameters of an attention layer."""
         _take_over(self, attention, without=("query", "key", "value", "out"))
         self.joined = Joined.of(attention.query, attention.key, attention.value)
         self.out = Joined.of(attention.out)
 
     def query_key_value(self, x: Float[Array, "b s dim"]) -> list[Float[Array, "b s width"]]:
-        """The three projections, by one product."""
         return self.joined.split(x)
 
 
@@ -53,14 +51,12 @@ class JoinedFeedForward(FeedForward):
     """SwiGLU whose two inner projections are one matrix."""
 
     def __init__(self, feed_forward: FeedForward):
-        """Takes over the parameters of a feed-forward layer."""
         self.joined = Joined.of(feed_forward.gate, feed_forward.up)
         self.down = Joined.of(feed_forward.down)
 
     def __call__(
         self, x: Float[Array, "*b dim"], residual: Float[Array, "*b dim"] | None = None
     ) -> Float[Array, "*b dim"]:
-        """The layer's output, added to a residual."""
         return self.down(self.joined.gated(x), residual)
 
 
@@ -68,7 +64,6 @@ class JoinedMemory(MemoryLayer):
     """A memory layer whose projections of the input, queries and gate, are one matrix."""
 
     def __init__(self, layer: MemoryLayer):
-        """Takes over the parameters of a memory layer."""
         _take_over(self, layer, without=("gate_proj", "value_proj"))
         keys, gates = layer.keys, [layer.gate_proj] if layer.gate_proj else []
         kernels = [keys.query_kernel[...], *(gate.kernel[...] for gate in gates)]
@@ -80,14 +75,12 @@ class JoinedMemory(MemoryLayer):
     def __call__(
         self, x: Float[Array, "*b dim"], *tables: ValueTable, residual: Float[Array, "*b dim"] | None = None
     ) -> Float[Array, "*b dim"]:
-        """The layer's output, added to a residual."""
         (table,), (queries, *gates) = tables, self.joined.split(x)
         return self._project(x, self.read(table, self._lookup(fold(queries))), gates, residual)
 
     def with_reads(
         self, x: Float[Array, "*b dim"], *tables: ValueTable, perturbations: Perturbations | None = None
     ) -> tuple[Float[Array, "*b dim"], tuple[TableRead, ...]]:
-        """`MemoryLayer.with_reads`."""
         (table,), (perturbation,), (queries, *gates) = tables, perturbations or (None,), self.joined.split(x)
         lookup = self._lookup(fold(queries))
         out = self._project(x, self.read(table, lookup, perturbation), gates)
@@ -115,7 +108,6 @@ class JoinedBlock(Block):
     """A block with joined projections, whose products add to the residual stream themselves."""
 
     def __init__(self, block: Block):
-        """Takes over the parameters of a block."""
         _take_over(self, block)
         self.attention = JoinedAttention(block.attention)
         if block.feed_forward is not None:
@@ -130,7 +122,6 @@ class JoinedBlock(Block):
         cache: KeyValues | None,
         tables: tuple[ValueTable, ...] = (),
     ) -> tuple[Float[Array, "b s dim"], KeyValues]:
-        """`Block.with_cache`."""
         if self.norm_placement == "post":  # what products give is normed before it is added
             return super().with_cache(x, positions, cache, tables)
         x, inputs = self.attention_norm(x)

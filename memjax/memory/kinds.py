@@ -43,7 +43,6 @@ class LookupKind(NamedTuple):
     """(section, dim, bytes of an activation, bytes of a table's number) -> an estimate of a step's bytes."""
 
     def build(self, dim: int, section: LookupConfig, **kwargs: Any) -> LookupLayer:
-        """The layer of a section."""
         layer: Any = self.layer
         return layer(dim, section, **kwargs)
 

@@ -84,7 +84,6 @@ class MemoryLayer(LookupLayer):
     def with_reads(
         self, x: Float[Array, "*b dim"], *tables: ValueTable, perturbations: Perturbations | None = None
     ) -> tuple[Float[Array, "*b dim"], tuple[TableRead, ...]]:
-        """The layer's output, and its read; see `LookupLayer.with_reads`."""
         (table,), (perturbation,) = tables, self.perturbations_of(perturbations)
         lookup = self.lookup(x)
         return self.combine(x, self.read(table, lookup, perturbation)), (TableRead.bag(table, *lookup),)

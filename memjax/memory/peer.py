@@ -73,7 +73,6 @@ class PEERLayer(LookupLayer):
     def with_reads(
         self, x: Float[Array, "*b dim"], *tables: ValueTable, perturbations: Perturbations | None = None
     ) -> tuple[Float[Array, "*b dim"], tuple[TableRead, ...]]:
-        """The layer's output, and its reads of the experts' inputs and outputs; see `LookupLayer.with_reads`."""
         (inputs, outputs), (dot, bag) = tables, self.perturbations_of(perturbations)
         indices, softmax = self.lookup(x)
         x = self.keys.promoted(x)

@@ -174,7 +174,6 @@ class RowSum(NamedTuple):
     """The rows that any pick names."""
 
     def scaled(self, factor: ArrayLike) -> "RowSum":
-        """The sum times a number."""
         return self._replace(gradient=self.gradient * jnp.asarray(factor, self.gradient.dtype))
 
 

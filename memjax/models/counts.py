@@ -29,7 +29,6 @@ class ParameterCounts:
 
     @property
     def total(self) -> int:
-        """All of them."""
         return self.dense + self.experts + self.table
 
 
@@ -64,7 +63,6 @@ class FlopCounts:
 
     @property
     def total(self) -> int:
-        """All of them."""
         return sum(dataclasses.astuple(self))
 
 

@@ -265,7 +265,6 @@ class _BlockRngs(nnx.Rngs):
         self._key, self._drawn = key, 0
 
     def params(self) -> Array:
-        """The next key."""
         self._drawn += 1
         return jax.random.fold_in(self._key, self._drawn - 1)
 

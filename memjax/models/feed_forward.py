@@ -89,7 +89,6 @@ class FeedForward(nnx.Module):
         self.down = linear(hidden_dim, dim, axes=("ffn", "embed"), **kwargs)
 
     def __call__(self, x: Float[Array, "*b dim"]) -> Float[Array, "*b dim"]:
-        """The layer's output."""
         if tensor_pieces(self.gate.kernel, 1) == 1:
             gate, up = self.gate(x), self.up(x)
         else:

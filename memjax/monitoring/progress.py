@@ -76,7 +76,6 @@ class Bar:
         show_status(line)
 
     def close(self) -> None:
-        """Clears the line."""
         show_status("")
 
 
@@ -127,7 +126,6 @@ class ProgressLines:
         say(fitted("  ".join(parts)))
 
     def close(self) -> None:
-        """Clears the bar."""
         self._bar.close()
 
 
@@ -152,7 +150,6 @@ class Progress:
         return max(time.monotonic() - self._started, 1e-9)
 
     def update(self, done: int | float, text: str) -> None:
-        """Shows the progress."""
         left = self.elapsed * (self.total - done) / done if done else None
         self._bar.draw(done / self.total, text, left)
         if not is_live() and time.monotonic() - self._last >= self.every_seconds:

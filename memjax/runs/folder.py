@@ -54,7 +54,6 @@ class RunFolder:
     """Paths of one run."""
 
     def __init__(self, path: pathlib.Path):
-        """Neither reads nor creates anything."""
         self.path = path
         self.config = path / "config.yaml"
         """The settings with which the run's last step was made."""

@@ -25,7 +25,6 @@ class StepSettings(Section):
     """The checkpoint: latest, best (lowest validation loss) or a step number."""
 
     def problems(self) -> Iterator[str]:
-        """A step that is no checkpoint's."""
         if self.step not in ("latest", "best") and not is_count(self.step):
             yield f"step={self.step} must be latest, best or the number of a checkpoint"
 
@@ -66,7 +65,6 @@ class InferenceSettings(CheckpointSettings):
     its memory."""
 
     def problems(self) -> Iterator[str]:
-        """Settings that do not go together."""
         yield from super().problems()
         if self.memory_devices > 1 and self.table_place == "host":
             yield (
@@ -83,7 +81,6 @@ class InferenceSettings(CheckpointSettings):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Further arguments of `memjax.load`: parameters, and format and place of tables."""
         table_format = None if self.table_format == "saved" else self.table_format
         return {"ema": self.ema, "table_format": table_format, "table_place": self.table_place}
 

@@ -57,18 +57,15 @@ class Validate(Hook):
     """
 
     def __init__(self, config: RunConfig):
-        """Has measured nothing yet."""
         self._batches, self._keep_best = config.eval.batches, config.checkpoint.keep_best
         self.best_loss = float("inf")
         self._is_overdue = False
 
     def state(self) -> dict[str, Any]:
-        """The best loss, and whether a validation is overdue."""
         best = self.best_loss if math.isfinite(self.best_loss) else None
         return {"best_loss": best, "validation_is_due": self._is_overdue}
 
     def restore(self, saved: Mapping[str, Any], step: int) -> None:
-        """The best loss, and whether a validation is overdue."""
         best = saved.get("best_loss")
         self.best_loss = float("inf") if best is None else best
         self._is_overdue = saved.get("validation_is_due", False)
@@ -85,7 +82,6 @@ class Validate(Hook):
         say(f"step {trainer.first_step}: validation loss {loss:.4f}")
 
     def after_step(self, trainer: "Trainer", step: Step) -> None:
-        """Measures; requests a save of the best state so far."""
         with trainer.paused():
             loss = self._loss(trainer)
         if loss is None:
@@ -113,7 +109,6 @@ class Facts(Hook):
     """Asks a model of biographies for facts, for the step's row: how it learns them while it trains."""
 
     def __init__(self, config: RunConfig):
-        """Takes the questions: about people whose questions are in the training data, and about held-out people."""
         people, limit = config.data.biographies, config.eval.recall_people
         self._questions = {
             name: biographies.questions(people, asked=name == "asked", limit_people=limit)
@@ -161,7 +156,6 @@ class Questions(Hook):
             load_tasks(asked.tasks, asked.task_folder, section="eval.")
 
     def after_step(self, trainer: "Trainer", step: Step) -> None:
-        """Asks, unless a signal has come."""
         if _is_stopped(trainer):
             return
         config, size = trainer.config, trainer.mesh.size

@@ -63,7 +63,6 @@ class Throughput(Hook):
     """Tokens so far, speed, model FLOPs utilisation and memory of the device, in every row."""
 
     def __init__(self, program: TrainProgram, mesh: jax.sharding.Mesh):
-        """Takes what FLOPs are counted of, and where they are done."""
         self._flops_per_token = program.flops_per_token
         self._device = mesh.local_devices[0]
         peak = peak_flops(mesh.devices.flat[0])
@@ -73,11 +72,9 @@ class Throughput(Hook):
         self._compile_seconds_are_new = True
 
     def state(self) -> dict[str, Any]:
-        """The tokens so far."""
         return {"tokens_seen": self._tokens_seen}
 
     def restore(self, saved: Mapping[str, Any], step: int) -> None:
-        """The tokens so far."""
         self._tokens_seen = saved.get("tokens_seen")
 
     def begin(self, trainer: "Trainer") -> None:
@@ -87,7 +84,6 @@ class Throughput(Hook):
             self._tokens_seen = sum(row.get("train/tokens") or 0 for row in rows if row["step"] <= trainer.first_step)
 
     def on_row(self, trainer: "Trainer", row: Row) -> None:
-        """Adds the tokens so far and the speed."""
         tokens = row["train/tokens"]
         self._tokens_seen = (self._tokens_seen or 0) + tokens
         row["train/tokens_seen"] = self._tokens_seen
@@ -118,7 +114,6 @@ class Log(Hook):
         )
 
     def on_row(self, trainer: "Trainer", row: Row) -> None:
-        """Writes the row."""
         if self._metrics:
             self._metrics.write(row)
             self._metrics.flush()
@@ -127,14 +122,12 @@ class Log(Hook):
         self._progress.show(row)
 
     def on_late_metrics(self, trainer: "Trainer", step: int, metrics: Row) -> None:
-        """Adds to a row that is written."""
         if self._metrics:
             self._metrics.amend(step, metrics)
         for tracker in self._trackers:
             tracker.write({"step": step} | metrics)
 
     def end(self, trainer: "Trainer") -> None:
-        """Writes what still waits, and closes the files."""
         self._progress.close()
         if self._metrics:
             self._metrics.close()
@@ -145,23 +138,19 @@ class Profile(Hook):
     """Traces a window of steps in the first process; all of them pause at its ends."""
 
     def __init__(self, window: ProfileWindow):
-        """Takes the steps to trace."""
         self._window = window
 
     def before_step(self, trainer: "Trainer", number: int) -> None:
-        """Opens the window."""
         if self._window.opens(number):
             with trainer.paused():
                 self._window.start(number)
 
     def after_step(self, trainer: "Trainer", step: Step) -> None:
-        """Closes the window, and prints what took the time in it."""
         if self._window.closes(step.number, last=step.is_last):
             with trainer.paused():
                 self._window.stop(step.number)
 
     def end(self, trainer: "Trainer") -> None:
-        """Ends a trace that is still under way."""
         self._window.abandon()
 
 
@@ -173,7 +162,6 @@ class SlotUsage(Hook):
     """
 
     def __init__(self, every: int):
-        """Takes the steps of a window, which are the hook's period, too."""
         self._every = every
         self._since = 0
         """The step after which the reads of the slots began to be counted."""
@@ -181,7 +169,6 @@ class SlotUsage(Hook):
         """Compiled when it is first called."""
 
     def state(self) -> dict[str, Any]:
-        """The step of the last count."""
         return {"usage_since": self._since}
 
     def restore(self, saved: Mapping[str, Any], step: int) -> None:
@@ -192,7 +179,6 @@ class SlotUsage(Hook):
         self._since = saved.get("usage_since", step if is_end else step - step % every)
 
     def after_step(self, trainer: "Trainer", step: Step) -> None:
-        """Counts, at the end of a window."""
         window = step.number - self._since
         is_short = step.is_last and step.number < self._every
         if not is_short and step.number % self._every:
@@ -220,15 +206,12 @@ class Save(Hook):
     """Saves checkpoints; between those with tables there may be partial ones, without them."""
 
     def __init__(self, steps_between_tables: int):
-        """Takes the steps from one checkpoint with tables to the next."""
         self._steps_between_tables = steps_between_tables
 
     def before_step(self, trainer: "Trainer", number: int) -> None:
-        """Raises what a save in the background met."""
         trainer.check_saves()
 
     def after_step(self, trainer: "Trainer", step: Step) -> None:
-        """Saves, after the rows of all steps so far are written."""
         trainer.finish_steps()
         is_partial = bool(trainer.state.tables) and step.number % self._steps_between_tables != 0
         must_be_complete = step.is_last or "save" in step.requested or trainer.must_stop

@@ -48,7 +48,7 @@ class InFlight:
     """The steps whose metrics are not read yet, oldest first."""
 
     def __init__(self, before_each: Callable[[], None] = lambda: None):
-        """Is empty; `before_each` is called before a step leaves, which it does not if that raises."""
+        """`before_each` is called before a step leaves, which it does not if that raises."""
         self._before_each = before_each
         self._steps: deque[Step] = deque()
         self.stopwatch = Stopwatch()
@@ -63,7 +63,6 @@ class InFlight:
         return all(value.is_ready() for step in self._steps for value in step.device_metrics.values())
 
     def push(self, step: Step) -> None:
-        """Takes the newest step."""
         self._steps.append(step)
 
     def finished(self, *, keep: int = IN_FLIGHT) -> Iterator[tuple[Step, Row]]:

@@ -28,7 +28,6 @@ class Mirror(Hook):
     _thread: threading.Thread | None = None
 
     def __init__(self, folder: pathlib.Path, address: str):
-        """Has sent nothing yet."""
         self._folder, self._address = folder, address
         self._newest: int | None = None
         self._look_at = 0.0

@@ -27,11 +27,9 @@ class DenseTableOptimizer:
     make: Callable[[optax.Schedule], optax.GradientTransformation]
 
     def rate(self, step: Array) -> ArrayLike:
-        """The learning rate of a step, numbered from 0."""
         return self.learning_rate(step)
 
     def init(self, rows: Float[Array, "n d"]) -> optax.OptState:
-        """The state of a table before the first update."""
         return self.make(self.learning_rate).init(rows)
 
     def squared_norm(
@@ -43,7 +41,6 @@ class DenseTableOptimizer:
 
     @staticmethod
     def scaled(gradient: Float[Array, "n d"], factor: Array) -> Float[Array, "n d"]:
-        """The gradient times a number."""
         return gradient * factor.astype(gradient.dtype)
 
     def update(

@@ -240,7 +240,6 @@ class PreparedReader(Reader):
         return found
 
     def fingerprint(self) -> dict[str, Any]:
-        """Checksum of all records, and the files that they were made of."""
         return {"digest": self.manifest.digest, "files": [[name, size] for name, size in self.manifest.files]}
 
     def record(self, number: int) -> Record:

@@ -37,5 +37,4 @@ class DatasetCorpus(Corpus):
         return [DataFile(pathlib.Path(kept["filename"]), "arrow", as_text=False) for kept in found.cache_files]
 
     def settings(self) -> dict[str, Any]:
-        """What decides which records there are."""
         return {**super().settings(), "subset": self.config.subset, "split": self.config.split}

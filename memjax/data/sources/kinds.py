@@ -34,7 +34,6 @@ class Source(ABC):
     """What the config lacks."""
 
     def __init__(self, config: DataConfig):
-        """Opens nothing yet."""
         self.config = config
 
     @abstractmethod
@@ -66,16 +65,13 @@ class Biographies(Source):
     """Generated people; validation asks the questions of those that are not asked about in training."""
 
     def __init__(self, config: DataConfig):
-        """Keeps the settings; people are drawn when they are read."""
         super().__init__(config)
         self.people = config.biographies
 
     def texts(self, num_bytes: int) -> Iterator[str]:
-        """Statements and questions in all wordings."""
         return spread_over_records(BiographyRecords(self.config.biographies), _BIOGRAPHY_PASSES, num_bytes)
 
     def open(self, tokenizer: Tokenizer) -> tuple[list[Split], list[Split]]:
-        """Statements and questions; questions of other people."""
         people = self.config.biographies
         training, validation = (
             Split.of(TextReader(records, tokenizer)) for records in (BiographyRecords(people), QuestionRecords(people))
@@ -89,7 +85,6 @@ class Files(Source):
     KIND: ClassVar[type[Corpus]] = Corpus
 
     def __init__(self, config: DataConfig):
-        """Opens nothing yet."""
         super().__init__(config)
         self.training, self.validation = self._training(), self._validation()
         self.corpora = [*self.training, *([self.validation] if self.validation else [])]
@@ -151,7 +146,6 @@ class Files(Source):
             prepare(corpus, tokenizer, self._folder(corpus), every_seconds=every_seconds)
 
     def discard_outdated(self, tokenizer: Tokenizer) -> None:
-        """Removes the folders of corpora that a start prepared from other files, or for another tokenizer."""
         for corpus in self.corpora:
             discard_outdated(corpus, tokenizer, self._folder(corpus))
 

@@ -117,7 +117,7 @@ class Stream:
     """
 
     def __init__(self, file: DataFile, keys: Keys, max_bytes: int = MAX_RECORD_BYTES):
-        """Opens nothing yet. At most max_bytes of a record are read into memory."""
+        """At most max_bytes of a record are read into memory."""
         self.file, self.keys, self.max_bytes = file, keys, max_bytes
         self.bytes_read = 0
         """Bytes of the file that are done with, as it lies on disk."""

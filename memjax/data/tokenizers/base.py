@@ -220,11 +220,9 @@ class ByteTokenizer(Tokenizer):
         super().__init__([b""] * len(SPECIAL_TOKENS) + [bytes([b]) for b in range(256)])
 
     def encode(self, text: str) -> list[int]:
-        """One id for each byte of the UTF-8 text."""
         return [byte + len(SPECIAL_TOKENS) for byte in text.encode()]
 
     def to_state(self) -> dict[str, Any]:
-        """There is nothing to keep but the kind."""
         return {"kind": self.kind}
 
 

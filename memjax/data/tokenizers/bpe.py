@@ -20,11 +20,9 @@ class LibraryTokenizer(Tokenizer):
     _tokenizer: tokenizers.Tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without special tokens."""
         return self._tokenizer.encode(whole_unicode(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, spread over the cores."""
         texts = [whole_unicode(text) for text in texts]
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -45,7 +43,6 @@ class BpeTokenizer(LibraryTokenizer):
         super().__init__(bytes_by_id(self._tokenizer.get_vocab(), dict.fromkeys(SPECIAL_TOKENS.values(), b"")))
 
     def to_state(self) -> dict[str, Any]:
-        """Vocabulary and merges, as the tokenizers library describes them."""
         return {"kind": self.kind, "bpe": self._bpe}
 
 

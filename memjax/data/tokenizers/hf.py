@@ -77,7 +77,6 @@ class HfTokenizer(LibraryTokenizer):
         return read_description(self._description)
 
     def to_state(self) -> dict[str, Any]:
-        """The whole tokenizer.json."""
         return {"kind": self.kind, "json": self._description, "bos": self._bos, "eos": self._eos}
 
 

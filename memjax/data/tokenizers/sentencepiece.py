@@ -75,11 +75,9 @@ class SentencePieceTokenizer(Tokenizer):
         return _special_tokens(processor, _pieces(processor), added_tokens)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without special tokens."""
         return self._processor.EncodeAsIds(whole_unicode(text))
 
     def to_state(self) -> dict[str, Any]:
-        """The content of the .model file, and what was added to it."""
         state = {"kind": self.kind, "model": self._model, "bos": self._bos, "eos": self._eos}
         return {**state, "added_tokens": list(self._added_tokens)} if self._added_tokens else state
 

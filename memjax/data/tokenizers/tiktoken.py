@@ -96,15 +96,12 @@ class TiktokenTokenizer(Tokenizer):
         return cls(ranks, pattern=PATTERNS[pattern], special_tokens=special_tokens, bos=bos, eos=eos)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without special tokens."""
         return self._encoding.encode_ordinary(whole_unicode(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, spread over threads."""
         return self._encoding.encode_ordinary_batch([whole_unicode(text) for text in texts])
 
     def to_state(self) -> dict[str, Any]:
-        """Ranks, special tokens and the pattern."""
         return {
             "kind": self.kind,
             "ranks": self._ranks,

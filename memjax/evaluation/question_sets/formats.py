@@ -121,7 +121,6 @@ class _OpenRow(_Row):
     relation: str | None = None
 
     def questions(self) -> Iterable[Question]:
-        """The question alone."""
         yield _open_question(self.question, self.answers, group=self.relation)
 
 

@@ -81,7 +81,6 @@ class Service:
         self.keep(step=step)
 
     def close(self) -> None:
-        """Ends the run there."""
         self.run.finish()
 
     def keep(self, **notes: Any) -> None:

@@ -100,19 +100,15 @@ class Plain:
 
     @property
     def payload_dtype(self) -> np.dtype:
-        """The type."""
         return jnp.dtype(self.name)
 
     def payload_columns(self, width: int) -> int:
-        """One number a column."""
         return width
 
     def width(self, payload_columns: int) -> int:
-        """One column a number."""
         return payload_columns
 
     def groups(self, width: int) -> int:
-        """No scales."""
         return 0
 
     def encode(self, rows: Float[np.ndarray, "b d"]) -> Encoded:
@@ -122,11 +118,9 @@ class Plain:
     def decode(
         self, payload: Float[Array, "*b d"], scales: Num[Array, "*b g"] | None, dtype: DTypeLike
     ) -> Float[Array, "*b d"]:
-        """The rows themselves."""
         return payload.astype(dtype)
 
     def reader(self) -> Any:
-        """Loads numbers of any type."""
         return _reader("read_plain")
 
 
@@ -137,11 +131,9 @@ class Zeros(Plain):
     def decode(
         self, payload: Float[Array, "*b d"], scales: Num[Array, "*b g"] | None, dtype: DTypeLike
     ) -> Float[Array, "*b d"]:
-        """Zeros."""
         return jnp.zeros(payload.shape, dtype)
 
     def reader(self) -> Any:
-        """Loads nothing."""
         return _reader("read_zeros")
 
 

@@ -71,7 +71,6 @@ class RowRule(Section):
     """Round bfloat16 rows at random, so that steps below half a unit in the last place are not lost."""
 
     def problems(self) -> Iterator[str]:
-        """Moments in a type that is not for them."""
         if not jnp.issubdtype(self.moment_dtype, jnp.floating):
             yield f"moment_dtype={self.moment_dtype} must be a type of floating-point numbers"
 

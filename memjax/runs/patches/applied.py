@@ -31,7 +31,6 @@ class Applied:
     """The patches applied to the checkpoints in a folder, in order, by the number of the step."""
 
     def __init__(self, checkpoints: pathlib.Path):
-        """Reads nothing yet."""
         self.checkpoints, self.folder = checkpoints, run_folder(checkpoints) / FOLDER
 
     def names(self, step: int) -> list[str]:

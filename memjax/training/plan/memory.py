@@ -57,7 +57,6 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """All of it."""
         return sum(self.state.values()) + sum(self.temporary.values())
 
 
