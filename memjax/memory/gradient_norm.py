@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from memjax.memory.row_grad_reduce import CollectiveOption
-from memjax.memory.sharded import RowSum, mesh_sizes, update_rows, update_rows_by_sum
+from memjax.memory.sharded import RowSum, mesh_sizes, update_rows
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.rules import NormRule, row_step
 from memjax.sharding.axes import split_columns
@@ -50,10 +50,6 @@ def squared_norm(
     columns = columns_per_square(table.shape[1], mesh_sizes()["memory_axis"])
     rule, step = NormRule(state_columns=columns), row_step(0, 0, ok=ok)
     state = jax.tree.map(split_columns, rule.init(table.shape[0], table.shape[1], table.dtype))
-    if isinstance(gradients, RowSum):
-        table, state = update_rows_by_sum(table, state, gradients, rule, step)
-    else:
-        table, state = update_rows(
-            table, state, gradients, rule, step, collective=collective, implementation=implementation
-        )
+    kernels = {"collective": collective, "implementation": implementation}
+    table, state = update_rows(table, state, gradients, rule, step, **kernels)
     return table, columns * jnp.sum(state["second_moment"])

@@ -82,8 +82,6 @@ class RowOptimizer:
             ok: False changes nothing.
         """
         now = row_step(self.rate(step), step, ok=ok, seed=zlib.crc32(f"{self.seed} {name}".encode()))
-        if isinstance(gradients, RowSum):
-            return sharded.update_rows_by_sum(rows, state, gradients, self._rule(rows.shape[1]), now)
         kernels = {"collective": self.collective, "implementation": self.implementation}
         return sharded.update_rows(rows, state, gradients, self._rule(rows.shape[1]), now, **kernels)
 

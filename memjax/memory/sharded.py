@@ -108,10 +108,25 @@ def _dot_of_group(
     return _perturbed(out, perturbation), columns
 
 
+class RowSum(NamedTuple):
+    """The dense sum of row gradients of a table; on a mesh each device has its columns, of its replica's tokens."""
+
+    gradient: Float[Array, "replicas n d"]
+    touched: Bool[Array, "replicas shards n"]
+    """The rows that any pick names."""
+
+    def scaled(self, factor: ArrayLike) -> "RowSum":
+        return self._replace(gradient=self.gradient * jnp.asarray(factor, self.gradient.dtype))
+
+
+# In place of the arrays their layouts.
+_ROW_SUM = RowSum(rules.REPLICA_COLUMNS, rules.REPLICA_SHARDS)  # pyright: ignore[reportArgumentType]
+
+
 def update_rows(
     table: Float[Array, "n d"],
     state: TableState,
-    gradients: Sequence[RowGradient],
+    gradients: Sequence[RowGradient] | RowSum,
     rule: RowRule,
     step: RowStep,
     *,
@@ -126,17 +141,20 @@ def update_rows(
     summed of its own tokens (all_reduce), so they stay bit-equal. See `row_grad_reduce.choose` for auto. Without a
     `memory` axis there are no replicas, and nothing crosses `data`.
 
-    The gradients are of all layers that read the table. Where they are summed dense, piece_picks bounds the picks that
-    are sorted at once, and block_bytes the dense gradient of the rows that are updated at once.
+    The gradients are of all layers that read the table, or what `add_rows` has made of them. Where they are summed
+    dense, piece_picks bounds the picks that are sorted at once, and block_bytes the dense gradient of the rows that are
+    updated at once.
 
     Raises:
         ValueError: shapes do not fit together, or `collective` or `implementation` is unknown.
     """
+    check_state(table, state, rule)
+    if isinstance(gradients, RowSum):
+        return _update_rows_by_sum(table, state, gradients, rule, step, block_bytes)
     if not gradients:
         raise ValueError("update_rows needs at least one RowGradient")
     for gradient in gradients:
         gradient.check(table.shape[1])
-    check_state(table, state, rule)
     chosen = row_grad_reduce.choose(collective, table, gradients, **mesh_sizes())
     if all(_is_plain(gradient.indices) for gradient in gradients):
         run = lambda table, state, gradients, step: row_update(
@@ -145,7 +163,7 @@ def update_rows(
         return unsharded_update(alike_over_tensor(run), (table, state))(table, state, gradients, step)
     if chosen == "all_reduce":
         total = add_rows(no_rows(table, gradients), gradients, implementation=implementation, piece_picks=piece_picks)
-        return update_rows_by_sum(table, state, total, rule, step, block_bytes=block_bytes)
+        return _update_rows_by_sum(table, state, total, rule, step, block_bytes)
     specs = (rules.COLUMNS, rules.COLUMNS, (_FACTORS,) * len(gradients), rules.REPLICATED)
     run = over_mesh(_update_by_picks, specs, (rules.COLUMNS, rules.COLUMNS), rule=rule, implementation=implementation)
     return run(table, state, tuple(gradients), step)
@@ -164,21 +182,6 @@ def _update_by_picks(
     """The update of a device's columns by the picks of all tokens."""
     of_all, step = [_gather_gradient(gradient, whole_mesh=True) for gradient in gradients], _of_columns(step, table)
     return row_update(table, state, of_all, rule, step, implementation=implementation)
-
-
-class RowSum(NamedTuple):
-    """The dense sum of row gradients of a table; on a mesh each device has its columns, of its replica's tokens."""
-
-    gradient: Float[Array, "replicas n d"]
-    touched: Bool[Array, "replicas shards n"]
-    """The rows that any pick names."""
-
-    def scaled(self, factor: ArrayLike) -> "RowSum":
-        return self._replace(gradient=self.gradient * jnp.asarray(factor, self.gradient.dtype))
-
-
-# In place of the arrays their layouts.
-_ROW_SUM = RowSum(rules.REPLICA_COLUMNS, rules.REPLICA_SHARDS)  # pyright: ignore[reportArgumentType]
 
 
 def no_rows(table: Float[Array, "n d"], after: Any = ()) -> RowSum:
@@ -214,17 +217,10 @@ def _add_own(total: RowSum, gradients: Sequence[RowGradient], *, has_mesh: bool,
     return RowSum(gradient[None], touched[None, None])
 
 
-def update_rows_by_sum(
-    table: Float[Array, "n d"],
-    state: TableState,
-    total: RowSum,
-    rule: RowRule,
-    step: RowStep,
-    *,
-    block_bytes: int = dense.BLOCK_BYTES,
-) -> tuple[Float[Array, "n d"], TableState]:
-    """`update_rows` by what `add_rows` has summed; the sums of replicas are added up."""
-    check_state(table, state, rule)
+def _update_rows_by_sum(
+    table: Array, state: TableState, total: RowSum, rule: RowRule, step: RowStep, block_bytes: int
+) -> tuple[Array, TableState]:
+    """`update_rows` by a sum; those of replicas are added up."""
     if not has_memory_axis():
         run = lambda table, state, gradient, touched, step: dense.update_touched(
             table, state, gradient, touched, rule, step, block_bytes=block_bytes
