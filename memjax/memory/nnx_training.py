@@ -183,7 +183,7 @@ class Optimizer(nnx.Module):
         tx: Any = dense
         self.tx, self.row_optimizer, self.max_grad_norm = tx, tables, max_grad_norm
         self.step = nnx.OptState(jnp.zeros((), jnp.int32))
-        self.dense_state = _variables(dense.init(_arrays(nnx.state(model, DENSE))))
+        self.dense_state = _variables(dense.init(nnx.to_pure_dict(nnx.state(model, DENSE))))
         states = {name: tables.init(_trainable(name, table)) for name, table in _named(model, ValueTable)}
         self.table_state = _variables(jax.tree.map(split_columns, states))
 
@@ -205,10 +205,10 @@ class Optimizer(nnx.Module):
             norm = jnp.sqrt(self._squared_norm(model, gradients, write))
             gradients = gradients * jnp.minimum(1, self.max_grad_norm / norm)
         state, before = nnx.state(model, DENSE), _values(self.dense_state)
-        params = _arrays(state)
+        params = nnx.to_pure_dict(state)
         tx = optax.with_extra_args_support(self.tx)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes types
-            updates, after = tx.update(_arrays(gradients.dense), before, params, **extra)
+            updates, after = tx.update(nnx.to_pure_dict(gradients.dense), before, params, **extra)
             updated = optax.apply_updates(params, updates)
         keep = lambda new, old: jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, old)
         nnx.replace_by_pure_dict(state, keep(updated, params))
@@ -243,7 +243,7 @@ class Optimizer(nnx.Module):
 
     def _squared_norm(self, model: nnx.Module, gradients: Gradients, ok: ArrayLike) -> Array:
         """Of all gradients; those of tables are not measured where ok is false."""
-        squared = _squared_norm(gradients.dense)
+        squared = _sum_of_squares(gradients.dense)
         for name, table in _named(model, ValueTable):
             rows, of_table = self.row_optimizer.squared_norm(table.rows[...], gradients.tables[name], ok=ok)
             table.rows.set_value(rows)
@@ -261,10 +261,10 @@ def _true_after(dense: Any) -> Bool[Array, ""]:
 
     A table write that takes it as `ok` is scheduled after the backward pass, so XLA needs no copy of the table.
     """
-    return ~(_squared_norm(dense) < 0)
+    return ~(_sum_of_squares(dense) < 0)
 
 
-def _squared_norm(tree: Any) -> Array:
+def _sum_of_squares(tree: Any) -> Array:
     leaves = jax.tree.leaves(tree)
     squares = [jnp.sum(jnp.square(leaf.astype(accumulator(leaf.dtype)))) for leaf in leaves]
     return sum(squares, start=jnp.zeros(()))
@@ -281,10 +281,6 @@ def _values(variables: Any) -> Any:
 
 def _assign(variables: Any, values: Any) -> None:
     jax.tree.map(lambda variable, value: variable.set_value(value), variables, values, is_leaf=is_variable)
-
-
-def _arrays(state: nnx.State) -> dict[Any, Any]:
-    return nnx.to_pure_dict(state)
 
 
 def _named(model: nnx.Module, kind: type) -> Iterator[tuple[str, Any]]:
