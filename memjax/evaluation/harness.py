@@ -20,7 +20,7 @@ from memjax.config.problems import did_you_mean
 from memjax.config.sampling import SamplingConfig
 from memjax.errors import ConfigError, DataError
 from memjax.evaluation.model import EvalModel
-from memjax.inference.scoring import Request, request
+from memjax.inference.scoring import ScoreRequest, request
 from memjax.io.console import format_table
 
 _MOST_TOKENS = 256
@@ -52,7 +52,7 @@ class HarnessModel(LM):
         """The log-likelihood of whole texts, in windows that have at most one token in common; 0 for an empty text."""
         tokenizer = self.eval_model.tokenizer
         texts = tokenizer.encode_batch([one.args[0] for one in requests])
-        scores = self.eval_model.score([Request([tokenizer.bos_id], text) for text in texts])
+        scores = self.eval_model.score([ScoreRequest([tokenizer.bos_id], text) for text in texts])
         return [one.log_likelihood for one in scores]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:

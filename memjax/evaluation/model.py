@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from memjax.config.sampling import SamplingConfig
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.evaluation.recall import zero_tables
-from memjax.inference.scoring import Request, Score, Show, score
+from memjax.inference.scoring import Score, ScoreRequest, Show, score
 from memjax.inference.text import continue_texts
 from memjax.models.decoder import Decoder, resolve_dtype
 from memjax.monitoring.progress import Progress
@@ -68,7 +68,7 @@ class EvalModel:
         with Progress(1, self.progress_seconds) as progress:
             yield lambda share: progress.update(share, text)
 
-    def score(self, requests: Sequence[Request]) -> list[Score]:
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         """The log-likelihood of each continuation."""
         with self.progress(f"{len(requests):,} log-likelihoods") as show:
             return score(self.model, requests, max_length=self.max_length, batch_size=self.batch_size, show=show)

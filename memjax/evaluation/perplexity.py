@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from memjax.config import checks
 from memjax.data.packing import Batch
 from memjax.data.tokenizers.base import Tokenizer
-from memjax.inference.scoring import Place, Request, score, to_device
+from memjax.inference.scoring import Place, ScoreRequest, score, to_device
 from memjax.models.decoder import Decoder
 from memjax.models.loss import token_losses
 from memjax.models.token_ids import check_ids
@@ -99,7 +99,7 @@ def bits_per_byte(
     num_bytes = num_tokens = 0
     nats = 0.0
 
-    def windows() -> Iterator[Request]:
+    def windows() -> Iterator[ScoreRequest]:
         nonlocal num_bytes, num_tokens
         limited = _limit(checks.several(texts), max_bytes)
         while some := list(itertools.islice(limited, _TEXTS_AT_ONCE)):
@@ -134,14 +134,14 @@ def _limit(texts: Iterable[str], max_bytes: int | None) -> Iterator[str]:
             return
 
 
-def _windows(ids: list[int], sequence_length: int, stride: int) -> Iterator[Request]:
+def _windows(ids: list[int], sequence_length: int, stride: int) -> Iterator[ScoreRequest]:
     """Windows that begin stride tokens apart; the continuation of each is what no window before it has predicted."""
     counted = 1
     for start in range(0, len(ids) - 1, stride):
         if counted == len(ids):
             return
         stop = min(start + sequence_length + 1, len(ids))
-        yield Request(ids[start:counted], ids[counted:stop])
+        yield ScoreRequest(ids[start:counted], ids[counted:stop])
         counted = stop
 
 

@@ -15,7 +15,7 @@ from memjax.config.data import DataConfig
 from memjax.data.sources import biographies
 from memjax.data.sources.biographies import Question
 from memjax.data.tokenizers.base import Tokenizer
-from memjax.inference.scoring import Place, Request, score, to_device
+from memjax.inference.scoring import Place, ScoreRequest, score, to_device
 from memjax.inference.streaming import generate
 from memjax.models.decoder import Decoder
 from memjax.models.parts import split_decoder
@@ -66,7 +66,7 @@ def recall(
     return Recall(correct, float(correct.mean()), by_attribute)
 
 
-def answer_requests(tokenizer: Tokenizer, asked: Sequence[tuple[str, str]], *, end: bool = True) -> list[Request]:
+def answer_requests(tokenizer: Tokenizer, asked: Sequence[tuple[str, str]], *, end: bool = True) -> list[ScoreRequest]:
     """Requests to score answers to prompts, each encoded separately as in training; with `end`, the end of the text is
     scored, too.
     """
@@ -74,7 +74,8 @@ def answer_requests(tokenizer: Tokenizer, asked: Sequence[tuple[str, str]], *, e
     answers = tokenizer.encode_batch([answer for _, answer in asked])
     last = [tokenizer.eos_id] if end else []
     return [
-        Request([tokenizer.bos_id, *prompt], [*answer, *last]) for prompt, answer in zip(prompts, answers, strict=True)
+        ScoreRequest([tokenizer.bos_id, *prompt], [*answer, *last])
+        for prompt, answer in zip(prompts, answers, strict=True)
     ]
 
 

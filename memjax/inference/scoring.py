@@ -38,7 +38,7 @@ _PROMPT_POSITIONS = 256
 """Positions of a prompt whose logits are in memory at once."""
 
 
-class Request(NamedTuple):
+class ScoreRequest(NamedTuple):
     """A continuation to score after a context, both as token ids."""
 
     context: Sequence[int]
@@ -61,19 +61,19 @@ def to_device(batch: Batch) -> dict[str, jax.Array]:
     return {name: jnp.asarray(array) for name, array in batch.items()}
 
 
-def request(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
+def request(tokenizer: Tokenizer, context: str, continuation: str) -> ScoreRequest:
     """The context as a prompt, and the tokens that the continuation adds to it when both are encoded as one text.
 
     Spaces at the end of the context belong to the continuation: tokens carry the space before a word.
     """
     before = tokenizer.encode(context.rstrip())
     joined = tokenizer.encode(context + continuation)
-    return Request(tokenizer.prompt(before), joined[len(before) :])
+    return ScoreRequest(tokenizer.prompt(before), joined[len(before) :])
 
 
 def score(
     model: Decoder,
-    requests: Iterable[Request],
+    requests: Iterable[ScoreRequest],
     *,
     max_length: int | None = None,
     batch_size: int = 32,
@@ -149,7 +149,7 @@ class _Row:
             yield owner, slice(end - len(targets), end)
 
 
-def _rows(requests: Iterable[Request], max_length: int) -> list[_Row]:
+def _rows(requests: Iterable[ScoreRequest], max_length: int) -> list[_Row]:
     rows: list[_Row] = []
     shared: dict[tuple[int, ...], _Row] = {}
     for owner, (context, continuation) in enumerate(requests):

@@ -29,7 +29,7 @@ class SlotReads(NamedTuple):
     """Factor of each row in the layer's sum; of an expert with the value of its hidden unit."""
 
 
-class Gradients(NamedTuple):
+class TableGradients(NamedTuple):
     """A value, and its gradients with respect to the tables."""
 
     value: Float[Array, ""]
@@ -68,7 +68,7 @@ def table_gradients(
     tables: AnyTables,
     batch: Mapping[str, Array],
     objective: Callable[[Decoder, Float[Array, "b s dim"]], Float[Array, ""]],
-) -> Gradients:
+) -> TableGradients:
     """The objective of a batch's normed hidden states, and its row gradients; nothing else is differentiated. Padding
     has segment 0 and is at the ends of rows.
     """
@@ -80,7 +80,7 @@ def table_gradients(
 
     perturbations = parts.zero_perturbations(batch["tokens"].size)
     (value, reads), _, rows = row_sparse_value_and_grad(loss_fn)({}, perturbations)
-    return Gradients(value, reads, rows)
+    return TableGradients(value, reads, rows)
 
 
 class LayerRun(NamedTuple):

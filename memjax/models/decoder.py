@@ -129,16 +129,7 @@ class Decoder(nnx.Module):
                 and rotary frequencies that depend on a row's length do not count it.
             training: let experts choose their tokens, in models where they do so.
         """
-        is_batch = getattr(tokens, "ndim", None) == 2 and jnp.issubdtype(tokens.dtype, jnp.integer)
-        require("Decoder", is_batch, "tokens must be whole numbers [batch, tokens]", tokens=tokens)
-        for name, given in (("positions", positions), ("segments", segments), ("token_mask", token_mask)):
-            if given is not None:
-                fits = getattr(given, "shape", None) == tokens.shape
-                require("Decoder", fits, f"{name} must have the shape of the tokens", tokens=tokens, **{name: given})
-        for name, given in (("positions", positions), ("segments", segments)):
-            # bfloat16 rounds 257 to 256.
-            is_whole = given is None or not jnp.issubdtype(given.dtype, jnp.inexact)
-            require("Decoder", is_whole, f"{name} must be whole numbers", **{name: given})
+        _check_inputs(tokens, positions=positions, segments=segments, token_mask=token_mask)
         check_ids(tokens, self.config.vocab_size, "tokens")
         positions = default_positions(tokens, token_mask) if positions is None else positions
         x = split_tokens(self.embedded(tokens))
@@ -227,6 +218,18 @@ class Decoder(nnx.Module):
         """The tables that a block reads."""
         lookup = self.config.lookups.get(layer)
         return tuple(self.tables[name] for name in lookup.tables(layer)) if lookup else ()
+
+
+def _check_inputs(tokens: Array, **by_token: Array | None) -> None:
+    is_batch = getattr(tokens, "ndim", None) == 2 and jnp.issubdtype(tokens.dtype, jnp.integer)
+    require("Decoder", is_batch, "tokens must be whole numbers [batch, tokens]", tokens=tokens)
+    for name, given in by_token.items():
+        if given is not None:
+            fits = getattr(given, "shape", None) == tokens.shape
+            require("Decoder", fits, f"{name} must have the shape of the tokens", tokens=tokens, **{name: given})
+            # bfloat16 rounds 257 to 256.
+            is_whole = name == "token_mask" or not jnp.issubdtype(given.dtype, jnp.inexact)
+            require("Decoder", is_whole, f"{name} must be whole numbers", **{name: given})
 
 
 def draw_block(

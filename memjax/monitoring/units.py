@@ -1,4 +1,11 @@
-"""Numbers with their units, for people."""
+"""Numbers with their units, for people, and lists of them."""
+
+from collections.abc import Iterable
+
+
+def aligned(rows: Iterable[tuple[str, str]]) -> str:
+    """Names and values, one pair a line."""
+    return "\n".join(f"{name:<27} {value}" for name, value in rows)
 
 
 def billions(count: int) -> str:

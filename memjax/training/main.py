@@ -17,7 +17,7 @@ from memjax.models import dot_product
 from memjax.models.counts import count_parameters
 from memjax.models.decoder import resolve_dtype
 from memjax.monitoring.progress import log_phase
-from memjax.monitoring.units import billions, gigabytes
+from memjax.monitoring.units import aligned, billions, gigabytes
 from memjax.ops import dispatch, host_memory
 from memjax.runs.folder import Claim, RunFolder
 from memjax.sharding.mesh import make_mesh
@@ -59,8 +59,8 @@ def dry_run(config: RunConfig, *, fit_to: tuple[int, int] | None = None) -> int:
         found = search(config, device_bytes=fit_to[0], devices=fit_to[1])
         say(describe_fit(config, found, *fit_to))
         code = 0 if found else 7
-    for line in inputs.describe(config):
-        say(line)
+    for row in inputs.describe(config):
+        say(aligned([row]))
     return code
 
 
@@ -75,7 +75,7 @@ def _say_plan(config: RunConfig) -> None:
         mesh = make_mesh(config)
         with jax.set_mesh(mesh):
             compiled = make_train_step(program, mesh).lower(program.abstract_state, abstract_batch(config)).compile()
-        say(f"{'compiled for these devices':<27} {gigabytes(memory_plan.compiled_bytes(compiled))} on each")
+        say(aligned([("compiled for these devices", f"{gigabytes(memory_plan.compiled_bytes(compiled))} on each")]))
 
 
 def train(config: RunConfig, *, allow_changed: bool = False, hooks: Sequence[Periodic] = ()) -> int:

@@ -23,7 +23,7 @@ from memjax.config.model import ModelConfig
 from memjax.config.optim import OptimConfig, TableOptimConfig
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import ByteTokenizer
-from memjax.inference.scoring import Request, score
+from memjax.inference.scoring import ScoreRequest, score
 
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments" / "004_real_text"
 
@@ -93,14 +93,14 @@ def test_a_run_learns_and_its_scores_are_those_of_the_librarys_engine(read):
     state = trainer._init(jax.random.key(1))
     model = trainer.program.parts.merge(state.params, state.tables)
     rows = [
-        Request(tokens[:begin].tolist(), tokens[begin:end].tolist())
+        ScoreRequest(tokens[:begin].tolist(), tokens[begin:end].tolist())
         for tokens, (begin, end) in zip(read.asked.tokens, read.asked.ends, strict=True)
     ]
     expected = score(model, rows)
     found = trainer.score(state, read.asked)
     np.testing.assert_allclose(found.nats, [-one.log_likelihood for one in expected], rtol=1e-4)
     assert found.greedy.tolist() == [one.is_greedy for one in expected]
-    written = [Request(one.context, ids) for one, ids in zip(rows, trainer.write(state, read.asked), strict=True)]
+    written = [ScoreRequest(one.context, ids) for one, ids in zip(rows, trainer.write(state, read.asked), strict=True)]
     assert {len(one.continuation) for one in written} == {training.ANSWER_TOKENS}
     assert all(one.is_greedy for one in score(model, written))
     with pytest.raises(OutOfTime):

@@ -17,8 +17,7 @@ from memjax.config.sampling import SamplingConfig
 from memjax.inference import engine, programs
 from memjax.inference.engine import Engine
 from memjax.inference.requests import Request
-from memjax.inference.scoring import PromptScorer, score
-from memjax.inference.scoring import Request as ScoreRequest
+from memjax.inference.scoring import PromptScorer, ScoreRequest, score
 from memjax.inference.streaming import generate
 from memjax.inference.weights import prepare
 from memjax.knowledge.trace import trace

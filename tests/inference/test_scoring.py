@@ -9,29 +9,29 @@ import pytest
 
 from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.inference import scoring
-from memjax.inference.scoring import Request, request, score
+from memjax.inference.scoring import ScoreRequest, request, score
 
 
 def tokens(count: int, seed: int) -> list[int]:
     return np.random.default_rng(seed).integers(3, 259, size=count).tolist()
 
 
-def mixed_requests(by_hand) -> list[Request]:
+def mixed_requests(by_hand) -> list[ScoreRequest]:
     context = [1, *tokens(9, 0)]
     greedy = by_hand.write(context, 3)
     assert len(greedy) == 3
     return [
-        Request(context, tokens(1, 1)),  # one token
-        Request(context, greedy[:1]),  # another one after the same context
-        Request(context, greedy),
-        Request(context, [*greedy[:2], greedy[2] ^ 1]),
-        Request([1], tokens(5, 2)),  # nothing before it
-        Request([1], []),
-        Request([1, *tokens(50, 3)], tokens(4, 4)),  # a context that is too long
-        Request([1, *tokens(15, 5)], tokens(1, 6)),  # one that just fits into 16
-        Request([1, *tokens(5, 7)], tokens(75, 8)),  # a continuation of several windows
-        Request([1], tokens(32, 9)),
-        *(Request(context, [token]) for token in range(3, 40)),
+        ScoreRequest(context, tokens(1, 1)),  # one token
+        ScoreRequest(context, greedy[:1]),  # another one after the same context
+        ScoreRequest(context, greedy),
+        ScoreRequest(context, [*greedy[:2], greedy[2] ^ 1]),
+        ScoreRequest([1], tokens(5, 2)),  # nothing before it
+        ScoreRequest([1], []),
+        ScoreRequest([1, *tokens(50, 3)], tokens(4, 4)),  # a context that is too long
+        ScoreRequest([1, *tokens(15, 5)], tokens(1, 6)),  # one that just fits into 16
+        ScoreRequest([1, *tokens(5, 7)], tokens(75, 8)),  # a continuation of several windows
+        ScoreRequest([1], tokens(32, 9)),
+        *(ScoreRequest(context, [token]) for token in range(3, 40)),
     ]
 
 
@@ -88,23 +88,23 @@ def test_rows_that_fill_no_batch_join_the_next_larger_shape(drawn_model, monkeyp
         return np.zeros(batch["targets"].shape, np.float32), np.ones(batch["targets"].shape, bool)
 
     monkeypatch.setattr(scoring, "_scored", scored)
-    requests = [Request([1, number], [5]) for number in range(short)]
-    requests += [Request([1, *tokens(20, number)], [5]) for number in range(8 - short if short < 4 else 8)]
+    requests = [ScoreRequest([1, number], [5]) for number in range(short)]
+    requests += [ScoreRequest([1, *tokens(20, number)], [5]) for number in range(8 - short if short < 4 else 8)]
     assert len(score(drawn_model, requests, batch_size=4)) == len(requests)
     assert computed == [(4, width) for width in widths]
 
 
 def test_a_context_needs_a_token(drawn_model):
     with pytest.raises(ValueError, match="the context of request 1 is empty"):
-        score(drawn_model, [Request([1], [5]), Request([], [5])], max_length=8)
+        score(drawn_model, [ScoreRequest([1], [5]), ScoreRequest([], [5])], max_length=8)
 
 
 @pytest.mark.parametrize(
-    ("name", "request_"), [("context", Request([300], [5])), ("continuation", Request([1], [5, -2]))]
+    ("name", "request_"), [("context", ScoreRequest([300], [5])), ("continuation", ScoreRequest([1], [5, -2]))]
 )
 def test_an_id_outside_the_vocabulary_is_no_other_token(drawn_model, name, request_):
     with pytest.raises(ValueError, match=rf"the {name} of request 1 hold (300|-2); the model knows 0\.\.258"):
-        score(drawn_model, [Request([1], [5]), request_], max_length=8)
+        score(drawn_model, [ScoreRequest([1], [5]), request_], max_length=8)
 
 
 def test_two_devices_score_what_one_scores(drawn_model, by_hand):
@@ -121,5 +121,5 @@ def test_two_devices_score_what_one_scores(drawn_model, by_hand):
 def test_a_pair_of_texts_is_encoded_as_one_and_spaces_go_with_the_word():
     tokenizer = ByteTokenizer()
     found = request(tokenizer, "The sky is ", "blue")
-    assert found == Request([1, *tokenizer.encode("The sky is")], tokenizer.encode(" blue"))
-    assert request(tokenizer, "", "blue") == Request([1], tokenizer.encode("blue"))
+    assert found == ScoreRequest([1, *tokenizer.encode("The sky is")], tokenizer.encode(" blue"))
+    assert request(tokenizer, "", "blue") == ScoreRequest([1], tokenizer.encode("blue"))

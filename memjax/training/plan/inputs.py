@@ -15,8 +15,8 @@ from memjax.runs.folder import make_tokenizer
 _NOT_READ = "not looked into; the run fetches it to this machine"
 
 
-def describe(config: RunConfig) -> Iterator[str]:
-    """A line on each part of the data, once its first record was read, and on a tokenizer that is not trained.
+def describe(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Rows on each part of the data, once its first record was read, and on a tokenizer that is not trained.
 
     What a run would first copy to this machine is only named.
 
@@ -27,22 +27,22 @@ def describe(config: RunConfig) -> Iterator[str]:
     """
     source = find_source(config.data)
     if source.problem:
-        yield f"{'data':<27} {source.problem}"
+        yield "data", source.problem
     for corpus in source.corpora:
-        name = f"{'data, ' + corpus.name:<27}"
+        name = f"data, {corpus.name}"
         if _is_elsewhere(corpus):
-            yield f"{name} {corpus.path}: {_NOT_READ}"
+            yield name, f"{corpus.path}: {_NOT_READ}"
             continue
         stream = CorpusStream(corpus)
         if next(stream.records(), None) is None:
             raise DataError(f"{corpus.path}: holds no record; set {corpus.field} to files that do")
         size = gigabytes(stream.total_bytes)
-        yield f"{name} {corpus.path}: {len(stream.files):,} files, {size}"
+        yield name, f"{corpus.path}: {len(stream.files):,} files, {size}"
     if config.train.init_from and is_remote(config.train.init_from):
-        yield f"{'tokenizer':<27} of {config.train.init_from}: {_NOT_READ}"
+        yield "tokenizer", f"of {config.train.init_from}: {_NOT_READ}"
     elif config.train.init_from or config.data.tokenizer.kind != "bpe":
         tokenizer = make_tokenizer(config, source)
-        yield f"{'tokenizer':<27} {tokenizer.vocab_size:,} tokens; the model has {config.model.vocab_size:,}"
+        yield "tokenizer", f"{tokenizer.vocab_size:,} tokens; the model has {config.model.vocab_size:,}"
 
 
 def _is_elsewhere(corpus: Corpus) -> bool:

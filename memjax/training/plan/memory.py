@@ -28,7 +28,7 @@ from memjax.memory.gradient_norm import columns_per_square
 from memjax.memory.kinds import KINDS, TokenBytes
 from memjax.models import dot_product, loss
 from memjax.models.decoder import resolve_dtype
-from memjax.monitoring.units import gigabytes
+from memjax.monitoring.units import aligned, gigabytes
 from memjax.ops.precision import accumulator
 from memjax.sharding.mesh import abstract_mesh, of_parameters
 from memjax.training.plan.row_grad_reduce import PlannedReduce, plan_reduce
@@ -73,7 +73,7 @@ def describe(found: Plan) -> str:
     """The plan as a table."""
     rows = [("bytes per device", f"{gigabytes(found.total)} at the fullest moment of a step: {found.moment}")]
     rows += [(f"  {name}", gigabytes(count)) for name, count in (found.state | found.temporary).items() if count]
-    return "\n".join(f"{name:<27} {value}" for name, value in rows)
+    return aligned(rows)
 
 
 def compiled_bytes(compiled: jax.stages.Compiled) -> int:

@@ -6,7 +6,7 @@ from memjax.config.run import RunConfig
 from memjax.models.counts import count_parameters, training_flops
 from memjax.models.parts import DecoderParts
 from memjax.monitoring.metrics import PEAK_FLOPS
-from memjax.monitoring.units import billions, gigabytes
+from memjax.monitoring.units import aligned, billions, gigabytes
 from memjax.training.plan.search import Fit
 
 EXAMPLE_DEVICE, EXAMPLE_MFU = "NVIDIA H100", 0.4
@@ -40,7 +40,7 @@ def describe(config: RunConfig, parts: DecoderParts, *, data_axis: int) -> str:
         *((f"  {group.replace('_', ' ')}", f"{count:,}" if count else "") for group, count in vars(flops).items()),
         ("mesh", f"{config.mesh.describe(data_axis)} = {devices} devices"),
     ]
-    return "\n".join(f"{name:<27} {value}" for name, value in lines if value)
+    return aligned((name, value) for name, value in lines if value)
 
 
 def describe_fit(config: RunConfig, found: Fit | None, device_bytes: int, devices: int) -> str:
@@ -69,4 +69,4 @@ def describe_fit(config: RunConfig, found: Fit | None, device_bytes: int, device
         more = round(config.train.steps * config.data.batch_size / batch)
         kind = "smaller" if batch < config.data.batch_size else "larger"
         lines.append(("  note", f"the batch is {kind}; the same number of tokens takes --train.steps {more}"))
-    return "\n".join(f"{name:<27} {value}" for name, value in lines)
+    return aligned(lines)

@@ -9,7 +9,7 @@ from memjax.config.run import RunConfig
 from memjax.memory import row_grad_reduce
 from memjax.memory.row_grad_reduce import Collective, ReduceBytes
 from memjax.models.decoder import resolve_dtype
-from memjax.monitoring.units import gigabytes
+from memjax.monitoring.units import aligned, gigabytes
 from memjax.ops.precision import accumulator
 from memjax.ops.row_gradient import RowGradient
 
@@ -47,10 +47,10 @@ def describe(config: RunConfig, *, data_axis: int) -> str:
     planned = plan_reduce(config, data_axis=data_axis)
     if planned is None:
         return ""
-    lines = [f"{'row gradients over data':<27} {planned.chosen} (mesh.row_grad_reduce: {config.mesh.row_grad_reduce})"]
-    if planned.sums:
-        lines[0] += ", summed from micro-batch to micro-batch"
+    how = f"{planned.chosen} (mesh.row_grad_reduce: {config.mesh.row_grad_reduce})"
+    how += ", summed from micro-batch to micro-batch" if planned.sums else ""
+    rows = [("row gradients over data", how)]
     for name, count in planned.bytes.items():
         held = gigabytes(count.gradient + count.picks)
-        lines.append(f"{'  ' + name:<27} {gigabytes(count.received)} received by each device, {held} held")
-    return "\n".join(lines)
+        rows.append((f"  {name}", f"{gigabytes(count.received)} received by each device, {held} held"))
+    return aligned(rows)

@@ -9,11 +9,12 @@ from memjax.config.load import load
 from memjax.config.run import RunConfig
 from memjax.errors import ConfigError, DataError
 from memjax.io import remote
+from memjax.monitoring.units import aligned
 from memjax.training.plan.inputs import describe
 
 
 def told(*settings: str) -> list[str]:
-    return list(describe(load(RunConfig, None, settings)))
+    return [aligned([row]) for row in describe(load(RunConfig, None, settings))]
 
 
 def test_data_is_counted_once_its_first_record_was_read(tmp_path):
