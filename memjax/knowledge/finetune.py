@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax.data.sources.records import Record
@@ -17,13 +17,13 @@ from memjax.data.tokenizers.base import Tokenizer
 from memjax.knowledge.facts import Fact, batch_of, pairs_of, round_up, width_of, windows
 from memjax.knowledge.reads import SlotReads, table_gradients, tables_of
 from memjax.knowledge.slots import Background, layers_by_table
+from memjax.memory.row_optimizer import RowOptimizer
 from memjax.memory.usage import count_reads
 from memjax.models.decoder import Decoder
 from memjax.models.loss import summed_loss
 from memjax.models.parts import Tables, merge_decoder, split_decoder, writable
 from memjax.models.token_ids import check_vocabulary
-from memjax.ops.row_update.api import row_update
-from memjax.ops.row_update.rules import RowRule, row_step
+from memjax.ops.row_update.rules import RowRule
 
 TableStates = dict[str, dict[str, Array]]
 
@@ -46,9 +46,9 @@ class Recipe:
     seed: int = 0
     """Orders the facts, and draws the texts that are learned again."""
 
-    def rule(self, width: int) -> RowRule:
-        """The optimizer of a table with rows of some width."""
-        return RowRule(kind=self.optimizer, state_columns=math.gcd(256, width), stochastic_rounding=False)
+    def row_optimizer(self, lr: ArrayLike) -> RowOptimizer:
+        """The optimizer of the tables, at a learning rate."""
+        return RowOptimizer(lr, RowRule(kind=self.optimizer, stochastic_rounding=False))
 
 
 def scores(reads: Int[Array, " n"], background: Int[Array, " n"], texts: int) -> Float[Array, " n"]:
@@ -98,10 +98,7 @@ def learn(
     num_new = round_up(sum(sorted(map(len, pairs), reverse=True)[:size]))
     num_rows = num_new + (round_up(recipe.replay) if old else 0)
     tables = jax.tree.map(jnp.copy, writable(tables))  # which the step donates
-    state = {
-        name: recipe.rule(table.shape[1]).init(table.shape[0], table.shape[1], table.dtype)
-        for name, table in tables.items()
-    }
+    state = {name: recipe.row_optimizer(recipe.lr).init(table) for name, table in tables.items()}
     counts = {name: jnp.asarray(found) for name, found in background.counts.items()}
     run = _program(parts.graphdef, recipe, background.texts)
     order, step, total = np.random.default_rng(recipe.seed), 0, recipe.epochs * -(-len(facts) // size)
@@ -139,7 +136,7 @@ def _step(
     step: Array,
 ) -> tuple[Tables, TableStates, Array]:
     """Tables and their state after a step, and the mean loss before it."""
-    parts, _, _ = split_decoder(merge_decoder(graphdef, params, tables))
+    model, optimizer = merge_decoder(graphdef, params, tables), recipe.row_optimizer(lr)
     token_mask = batch["segments"].reshape(-1) > 0
     is_new = (batch["segments"] > batch["first_new"]).reshape(-1)
     weights = batch["loss_mask"] / jnp.maximum(batch["loss_mask"].sum(), 1)
@@ -147,21 +144,20 @@ def _step(
     def objective(model: Decoder, hidden: Array) -> Array:
         return summed_loss(model, hidden, batch["targets"], weights)[0]
 
-    loss, reads, gradients = table_gradients(parts, params, tables, batch, objective)
+    loss, reads, gradients = table_gradients(model, batch, objective)
     ok = jnp.isfinite(loss)
     new_tables, new_state = dict(tables), dict(state)
-    for counted, layers in layers_by_table(parts.config).items():
+    for counted, layers in layers_by_table(model.config).items():
         seen = background[counted]
         may_change = chosen(_count(reads, layers, is_new, seen), seen, texts, recipe.rows)
-        for name in tables_of(parts.config, layers[0]):
+        for name in tables_of(model.config, layers[0]):
             table, kept = tables[name], []
             for gradient in gradients[name]:
                 indices = gradient.without_padding(token_mask, table.shape[0]).indices
                 # The pick of a row that does not exist changes nothing.
                 is_kept = may_change.at[indices].get(mode="fill", fill_value=False)
                 kept.append(gradient._replace(indices=jnp.where(is_kept, indices, table.shape[0])))
-            now = row_step(lr, step, ok=ok)
-            new_tables[name], new_state[name] = row_update(table, state[name], kept, recipe.rule(table.shape[1]), now)
+            new_tables[name], new_state[name] = optimizer.update(name, table, state[name], kept, step=step, ok=ok)
     return new_tables, new_state, loss
 
 

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax.config.model import ModelConfig
@@ -16,7 +15,7 @@ from memjax.memory.table import ValueTable
 from memjax.models.block import Block
 from memjax.models.decoder import Decoder, DecoderOutput, default_positions, layer_name
 from memjax.models.norm import RMSNorm
-from memjax.models.parts import AnyTables, DecoderParts
+from memjax.models.parts import split_decoder
 from memjax.ops.precision import accumulator
 from memjax.ops.row_gradient import RowGradient
 
@@ -63,9 +62,7 @@ def _of_sum(reads: tuple[TableRead, ...]) -> SlotReads:
 
 
 def table_gradients(
-    parts: DecoderParts,
-    params: nnx.State,
-    tables: AnyTables,
+    model: Decoder,
     batch: Mapping[str, Array],
     objective: Callable[[Decoder, Float[Array, "b s dim"]], Float[Array, ""]],
 ) -> TableGradients:
@@ -74,11 +71,10 @@ def table_gradients(
     """
 
     def loss_fn(nothing: dict[str, Array], perturbations: dict[str, Perturbations]) -> tuple[Array, tuple[Any, Any]]:
-        model = parts.merge(params, tables)
         hidden = model.hidden(batch["tokens"], perturbations=perturbations, token_mask=batch["segments"] > 0)
         return objective(model, hidden.states), (hidden.reads, slot_reads(hidden))
 
-    perturbations = parts.zero_perturbations(batch["tokens"].size)
+    perturbations = split_decoder(model)[0].zero_perturbations(batch["tokens"].size)
     (value, reads), _, rows = row_sparse_value_and_grad(loss_fn)({}, perturbations)
     return TableGradients(value, reads, rows)
 

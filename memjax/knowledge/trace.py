@@ -13,7 +13,6 @@ from jaxtyping import Array, Float, Int
 
 from memjax.knowledge.reads import LayerRun, run_layers, table_gradients, tables_of, through_norm
 from memjax.models.decoder import Decoder
-from memjax.models.parts import split_decoder
 from memjax.models.token_ids import check_ids
 from memjax.ops.embedding_dot.api import embedding_dot
 
@@ -145,14 +144,14 @@ def _effects(
     graphdef: Any, state: nnx.State, tokens: Array, is_text: Array, place: Array, target: Array
 ) -> dict[str, Array]:
     """First-order effect of every slot, through all blocks, on the logit of a token at a position, by layer."""
-    parts, params, tables = split_decoder(nnx.merge(graphdef, state))
+    model = nnx.merge(graphdef, state)
     objective = lambda model, hidden: model.logits(hidden[:, place])[0, target]
     batch = {"tokens": tokens, "segments": is_text.astype(jnp.int32)}
-    _, reads, rows = table_gradients(parts, params, tables, batch, objective)
+    _, reads, rows = table_gradients(model, batch, objective)
     of_table = {name: iter(gradients) for name, gradients in rows.items()}  # in the order of the layers
     effects = {}
     for layer in reads:
-        table = tables_of(parts.config, layer)[-1]
+        table = tables_of(model.config, layer)[-1]
         indices, weights, vectors = next(of_table[table])
-        effects[layer] = weights * embedding_dot(tables[table], indices, vectors)
+        effects[layer] = weights * embedding_dot(model.tables[table].table, indices, vectors)
     return effects

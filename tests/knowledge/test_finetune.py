@@ -13,6 +13,8 @@ from memjax.knowledge.finetune import Recipe, chosen, learn, scores
 from memjax.knowledge.reads import slot_reads
 from memjax.knowledge.slots import Background, count_texts, slot_report
 from memjax.models.parts import split_decoder
+from memjax.sharding.mesh import by_columns, replicated
+from memjax.sharding.rules import COLUMNS
 
 TOKENIZER = ByteTokenizer()
 FACTS = [
@@ -105,6 +107,21 @@ def test_facts_are_learned_in_few_rows_and_nothing_else_changes(model_of, kind):
     else:
         # The first layer's reads hang on no row that changes: the same three rows all the time.
         assert len(changed["layer_0"]) == 3
+
+
+def test_tables_that_devices_share_by_columns_learn_the_same_rows(model_of):
+    model, recipe = model_of("memory_plus"), Recipe(rows=3, lr=30.0, epochs=2, batch_size=3, optimizer="sgd")
+    background = count_texts(model, TOKENIZER, TEXTS, length=8, batch_size=5)
+    expected = learn(model, TOKENIZER, FACTS, background, recipe, longest=16)
+    automatic, axes = jax.sharding.AxisType.Auto, ("data", "memory")
+    mesh = jax.make_mesh((1, 2), axes, axis_types=(automatic, automatic), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        parts, params, tables = split_decoder(model)
+        split = jax.device_put((params, tables), (replicated(mesh, params), by_columns(mesh, tables)))
+        learned = learn(parts.merge(*split), TOKENIZER, FACTS, background, recipe, longest=16)
+    for name, table in split_decoder(learned)[2].items():
+        assert table.sharding.spec == COLUMNS
+        np.testing.assert_allclose(table, split_decoder(expected)[2][name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_second_learning_compiles_no_step(model_of, caplog):
