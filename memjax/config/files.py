@@ -42,7 +42,13 @@ def read_config(path: Path, problems: Problems) -> Tree:
             f"{f'name {path.parent}' if is_part else f'name a YAML file, and --run.dir {path} to run there'}"
         )
         return {}
-    return merge(_read(file, problems, "command line"), {"run": {"dir": str(path)}})
+    tree = _read(file, problems, "command line")
+    if not tree:
+        problems.of_arguments(
+            f"give {path} its settings again, as when it began, and --run.dir {path}: they are compared with those of "
+            "its checkpoints"
+        )
+    return merge(tree, {"run": {"dir": str(path)}})
 
 
 def _read(path: Path, problems: Problems, asked_at: str, chain: tuple[Path, ...] = ()) -> Tree:
@@ -57,7 +63,10 @@ def _read(path: Path, problems: Problems, asked_at: str, chain: tuple[Path, ...]
     except (OSError, ValueError, YAMLError, RecursionError) as error:  # ValueError: no UTF-8, or a path with a NUL
         problems.add(*_unreadable(path, asked_at, error))
         return {}
+    is_of_run = path.name == "config.yaml" and any((path.parent / name).exists() for name in _WRITTEN_BY_RUNS)
     if node is None:
+        if is_of_run:
+            problems.add(asked_at, f"{path} is empty, though a run writes all of its settings")
         return {}
     if not isinstance(node, MappingNode):
         problems.add(f"{path}:1", "a config consists of sections, `name:` with indented lines below it")
@@ -75,7 +84,6 @@ def _read(path: Path, problems: Problems, asked_at: str, chain: tuple[Path, ...]
                 problems.add(line, "extends must name one YAML file, .yaml or .yml, or a preset")
     tree = to_tree(node, (), problems, lambda part: f"{path}:{part.start_mark.line + 1}")
     tree.pop("extends", None)
-    is_of_run = path.name == "config.yaml" and any((path.parent / name).exists() for name in _WRITTEN_BY_RUNS)
     return merge(base, upgraded(tree) if is_of_run else tree)
 
 

@@ -27,7 +27,8 @@ def read_document(path: str | os.PathLike[str], most_bytes: int | None = MAX_BYT
     is_shell_pipe = path.startswith(("/dev/fd/", "/proc/self/fd/")) or path == "/dev/stdin"
     # Opening a pipe would wait for a writer.
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if is_shell_pipe else os.O_NONBLOCK))
-    with os.fdopen(handle, "rb") as file:
+    # With a path `open` names the file in its errors, with a number the number.
+    with open(path, "rb", opener=lambda *_: handle) as file:
         status = os.fstat(handle)
         if not is_shell_pipe:
             check_regular(status, path)

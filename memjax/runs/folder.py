@@ -16,9 +16,9 @@ from memjax.config.load import differences, load, to_yaml
 from memjax.config.run import RunConfig
 from memjax.data.dataset import train_tokenizer
 from memjax.data.sources.kinds import Source
-from memjax.data.tokenizers.base import FILE_NAME, Tokenizer
+from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import ConfigError
-from memjax.io.console import say
+from memjax.io.console import say, warn
 from memjax.io.files import read_object, write_atomic
 from memjax.io.lock import Locked, locked
 from memjax.io.paths import local_path
@@ -134,15 +134,21 @@ class RunFolder:
         """The settings of the run; None if it has not begun. With several processes, each one calls it.
 
         Raises:
-            ConfigError: config.yaml is damaged, or of another version.
-            CheckpointError: there is no config.yaml, and the checkpoints cannot be read.
+            ConfigError: config.yaml is damaged, or of another version, and there is no checkpoint.
+            CheckpointError: config.yaml cannot be read, and neither can the checkpoints.
         """
         if not self.began():
             return None
+        has_steps = bool(Checkpoints(self.checkpoints).steps())
         if self.config.exists():
-            return load(RunConfig, self.config)
+            try:
+                return load(RunConfig, self.config)
+            except ConfigError as error:
+                if not has_steps:
+                    raise
+                warn(f"warning: {error}; the settings in its newest checkpoint are taken")
         # Metrics without settings or a step are nothing that a start could continue.
-        return read_config(self.path) if Checkpoints(self.checkpoints).steps() else None
+        return read_config(self.path) if has_steps else None
 
     def claim(self, config: RunConfig, *, allow_changed: bool = False) -> "Claim":
         """Compares settings with those of the run in the folder; writes nothing. With several processes, each calls it.
@@ -206,9 +212,7 @@ class RunFolder:
 
     def saved_tokenizer(self) -> Tokenizer | None:
         """The tokenizer of the run's checkpoints; None while there is none. With several processes, each calls it."""
-        if not Checkpoints(self.checkpoints).steps():
-            return None
-        return Tokenizer.load(self.path) if (self.path / FILE_NAME).exists() else read_tokenizer(self.path)
+        return read_tokenizer(self.path) if Checkpoints(self.checkpoints).steps() else None
 
     def _check_finished(self, changed: Sequence[str], steps: int) -> None:
         refused = [line for line in changed if not line.startswith(_WHERE_IT_RUNS)]

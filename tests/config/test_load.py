@@ -204,3 +204,14 @@ def test_a_folder_without_settings_is_no_run_and_the_message_says_what_to_name(h
             parse(RunConfig, [word], prog="go", description="Goes.")
         assert f"{word} is a folder without a config.yaml" in (shown := capsys.readouterr().err)
         assert hint in shown
+
+
+@pytest.mark.parametrize("damage", ["", "\0\0", "# nothing\n", "run: [", "text"])
+def test_damaged_settings_of_a_run_are_not_the_defaults_and_the_message_says_how_to_go_on(here, capsys, damage):
+    (here / "run/checkpoints").mkdir(parents=True)
+    (here / "run/config.yaml").write_text(damage)
+    with pytest.raises(SystemExit):
+        parse(RunConfig, ["run"], prog="go", description="Goes.")
+    shown = capsys.readouterr().err
+    assert "run/config.yaml" in shown
+    assert "give run its settings again, as when it began, and --run.dir run: they are compared with those" in shown

@@ -93,8 +93,9 @@ def test_pipes_devices_and_folders_are_not_read(tmp_path: pathlib.Path) -> None:
     for name, message in (("pipe", "not a regular file"), ("endless", "not a regular file"), ("itself", "symbolic")):
         with pytest.raises(OSError, match=message):
             read_document(tmp_path / name)
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(IsADirectoryError) as caught:
         read_document(tmp_path)
+    assert caught.value.filename == str(tmp_path)
     with pytest.raises(FileNotFoundError):
         read_document(tmp_path / "missing")
 

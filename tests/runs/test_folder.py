@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from memjax.config.load import to_yaml
+from memjax.config.load import load, to_yaml
 from memjax.config.run import RunConfig
 from memjax.data.sources.kinds import find_source
 from memjax.data.tokenizers.base import ByteTokenizer, Tokenizer
@@ -158,18 +158,26 @@ def test_a_damaged_summary_is_no_finished_run(started, finished, text):
     assert started("--train.steps 6", fails=True).finished is None
 
 
-def test_a_run_without_its_config_is_compared_with_that_of_its_checkpoint(tiny_config, tmp_path):
+@pytest.mark.parametrize("damage", [None, "", "\0" * 40, "run: [", "run: {dir: "])
+def test_a_run_without_its_files_is_compared_with_its_checkpoint(tiny_config, tmp_path, capsys, damage):
     config = tiny_config(f"--run.dir {tmp_path}/run --model.memory null")
     parts = DecoderParts.of(config.model)
     model = parts.merge(jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), parts.abstract_params), {})
     write_run(tmp_path / "run", model, ByteTokenizer(), config)
     folder = RunFolder.of(config)
-    folder.config.unlink()
-    (folder.path / "tokenizer.json").unlink()
+    for file in (folder.config, folder.path / "tokenizer.json"):
+        file.unlink()
+        if damage is not None:
+            file.write_text(damage)
     assert folder.claim(config).changes == ()
     assert isinstance(folder.saved_tokenizer(), ByteTokenizer)
     with pytest.raises(ConfigError, match=r"data\.sequence_length: 8 -> 9"):
         folder.claim(tiny_config(f"--run.dir {tmp_path}/run --model.memory null --data.sequence_length 9"))
+    warning = "the settings in its newest checkpoint are taken"
+    assert (warning in capsys.readouterr().err) == (damage is not None)
+    folder.claim(config).record(1, ByteTokenizer())
+    assert load(RunConfig, folder.config) == config
+    assert isinstance(Tokenizer.load(folder.path), ByteTokenizer)
 
 
 def test_a_second_owner_is_refused_until_the_first_is_gone(tmp_path):
