@@ -102,6 +102,9 @@ def test_what_is_said_of_forgetting_are_figures_of_the_results():
         said = re.search(r"(\d+ %) of the old \w+[,;][^%]* full finetuning,? (\d+ %)[^%]* LoRA,? (\d+ %)", text)
         assert said is not None, page.name
         assert list(said.groups()) == shares, page.name
+    (larger,) = [row for row in rows if row["family"] == "sparse" and row.get("larger")]
+    told = f"in one of 965m parameters rows learn {larger['paraphrases']:.0%} and lose {larger['old_lost']:.0%}"
+    assert told.replace("%", " %") in " ".join((ROOT / "README.md").read_text().split())
     adam = [row for row in tried if row["optimizer"] == "rowwise_adam" and 0.09 < row["old_lost"] < 0.11]
     learned = {row["rows_given"]: row["paraphrases"] for row in adam if row["family"] in ("sparse", "all_rows")}
     told = [f"{learned[rows]:.0%}".replace("%", " %") for rows in (200, 1000, 0)]

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from statistics import fmean
 
 from factlab.report import NOT_RUN, draw, markdown, millions, settings, spread
-from factlab.runs import Result
+from factlab.runs import Result, read_results
 
 from realtext.comparisons import compared, equivalents, speed_of_learning
 from realtext.grading import IN_TEXT, NOT_IN_TEXT
@@ -33,7 +33,8 @@ def report(rows: list[Result], folder: pathlib.Path) -> str:
     if families:
         figure(families, folder / "learning.png")
         parts.append("![loss against tokens and arithmetic, answers by exposures](learning.png)")
-        parts += headline(families) + compared(families) + equivalents(families) + speed_of_learning(families)
+        parts += headline(families) + repeated(families, read_results(folder / "results" / "again.json"))
+        parts += compared(families) + equivalents(families) + speed_of_learning(families)
         parts += written(families) + by_exposures(families) + slots(families) + other_sets(families)
     parts += longer([row for row in rows if row["stage"] == "long"], families)
     parts += ablations([row for row in rows if row["stage"] == "ablations"], families)
@@ -60,6 +61,22 @@ def headline(families: Families) -> list[str]:
         )
     row = next(iter(families.values()))[0]
     return [f"{row['tokens'] / 1e6:.0f} M tokens, {row['epochs']:.2f} epochs:", markdown(head, lines)]
+
+
+def repeated(families: Families, again: dict[str, Result]) -> list[str]:
+    """What was trained twice from one seed: both values, and those of all its seeds."""
+    first = {row["name"]: row for runs in families.values() for row in runs}
+    twice = [(first[name], row) for name, row in again.items() if name in first]
+    if not twice:
+        return []
+    head = ("family", *(f"{name}{again}" for name in COMPARISONS for again in (", twice", ", seeds")))
+    lines = []
+    for rows in twice:
+        cells = [f"`{rows[0]['family']}`"]
+        for value in (MEASURES[name] for name in COMPARISONS):
+            cells += [", ".join(f"{value(row):.3f}" for row in rows), spread(families[rows[0]["family"]], value, ".3f")]
+        lines.append(cells)
+    return ["Trained from scratch twice, from the same seed (`results/again.json`):", markdown(head, lines)]
 
 
 def written(families: Families) -> list[str]:
