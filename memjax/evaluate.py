@@ -19,7 +19,7 @@ from memjax.evaluation.settings import EvaluateConfig
 from memjax.io.command import exit_code
 from memjax.io.console import fitted
 from memjax.io.ctrl_c import run_command
-from memjax.io.files import check_inside, read_text, write_atomic, written_lines
+from memjax.io.files import check_inside, read_object, write_atomic, written_lines
 from memjax.runs.settings import loaded
 
 if TYPE_CHECKING:
@@ -106,13 +106,7 @@ def _result_path(folder: pathlib.Path, name: str, asked: dict[str, Any]) -> path
         return None
     asked = json.loads(json.dumps(asked))
     path = folder / f"{name}.json"
-    try:
-        kept = json.loads(read_text(path))["settings"]
-    except FileNotFoundError:
-        return path
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        kept = None
-    if kept == asked:
+    if not path.exists() or (read_object(path) or {}).get("settings") == asked:
         return path
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
     return folder / f"{name}-{digest}.json"

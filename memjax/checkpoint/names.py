@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
+from flax import traverse_util
 
 from memjax.errors import CheckpointError
 
@@ -32,11 +33,4 @@ def as_stored(flat: Mapping[str, Any], stored: Collection[str]) -> dict[str, Any
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     """A dictionary for each part of the names in front of a slash."""
-    nested: dict[str, Any] = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split("/")
-        place = nested
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = leaf
-    return nested
+    return traverse_util.unflatten_dict(dict(flat), sep="/")

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from memjax.checkpoint.names import flatten, nest
 from memjax.config import renamed
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import Tokenizer
@@ -75,7 +76,7 @@ def widened(params: nnx.State) -> nnx.State:
 
 def params_to_tree(params: nnx.State) -> dict[str, Any]:
     """The parameters as nested dicts, `blocks/0/attention/key/kernel`; shapes in place of arrays are kept too."""
-    return _with_text_keys(nnx.to_pure_dict(params))
+    return nest(flatten(nnx.to_pure_dict(params)))
 
 
 def tree_to_params(parts: DecoderParts, tree: dict[str, Any]) -> nnx.State:
@@ -93,9 +94,3 @@ def tree_to_params(parts: DecoderParts, tree: dict[str, Any]) -> nnx.State:
         return found
 
     return jax.tree_util.tree_map_with_path(find, parts.abstract_params)
-
-
-def _with_text_keys(tree: Any) -> Any:
-    if not isinstance(tree, dict):
-        return tree
-    return {str(name): _with_text_keys(inner) for name, inner in tree.items()}

@@ -19,7 +19,7 @@ from memjax.monitoring.progress import log_phase
 from memjax.runs.folder import Claim, RunFolder
 from memjax.runs.layout import DATA_ITER, META, OPT_STATE, PARAMS, TABLES, params_to_tree, tree_to_params, widened
 from memjax.runs.load import load
-from memjax.runs.saved import read_config, read_only_formats
+from memjax.runs.saved import cast_like, read_config, read_only_formats
 from memjax.training import spikes
 from memjax.training.optimizer import make_schedule
 from memjax.training.program import TrainProgram
@@ -145,8 +145,7 @@ def first_state(program: TrainProgram, mesh: jax.sharding.Mesh) -> TrainState:
     loaded = load(source)
     _, params, tables = split_decoder(loaded.model)
     params, tables = tree_to_params(program.parts, params_to_tree(params)), writable(tables, str(source))
-    like = (program.parts.abstract_params, program.parts.abstract_tables)
-    arrays = jax.tree.map(lambda array, target: array.astype(target.dtype), (params, tables), like)
+    arrays = cast_like((params, tables), (program.parts.abstract_params, program.parts.abstract_tables))
     say(f"starts from step {loaded.step} of {source}")
     return program.place(arrays, program.shardings(mesh))
 

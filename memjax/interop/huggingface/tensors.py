@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memjax.checkpoint.names import flatten, nest
 from memjax.config.model import ModelConfig
 from memjax.errors import CheckpointError
 from memjax.interop.arrays import DTYPES, common_type, compare_shapes, own
@@ -86,14 +87,14 @@ def read_model(files: TensorFiles, config: ModelConfig, place: str) -> Decoder:
     head = f"{place}: weights and config.json do not belong together; download or copy both again"
     compare_shapes({tensor.name: tensor.shape for tensor in wanted.values()}, stored, head)
 
-    def read(path: Any, leaf: Any) -> jax.Array:
-        tensor = wanted[_text(path)]
+    def read(path: str, leaf: Any) -> jax.Array:
+        tensor = wanted[path]
         array = files.read(names[tensor.name])
         return own(array.T if tensor.transposed else array, leaf.dtype)
 
-    params = jax.tree_util.tree_map_with_path(read, params_to_tree(parts.abstract_params))
-    tables = {name: read(_table_path(name), leaf) for name, leaf in parts.abstract_tables.items()}
-    return parts.merge(tree_to_params(parts, params), tables)
+    params = {path: read(path, leaf) for path, leaf in flatten(params_to_tree(parts.abstract_params)).items()}
+    tables = {name: read(f"tables/{name}", leaf) for name, leaf in parts.abstract_tables.items()}
+    return parts.merge(tree_to_params(parts, nest(params)), tables)
 
 
 def _parameters(files: TensorFiles, config: ModelConfig, place: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -159,10 +160,10 @@ def _tensors_of(model: Decoder) -> list[_Tensor]:
 
 def _tensors(params: dict[str, Any], tables: dict[str, Any], config: ModelConfig) -> dict[str, _Tensor]:
     """Every parameter by its path in the decoder; tables come last, because they may fill files of their own."""
-    flat = {_text(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
     in_block = _IN_BLOCK | _NORMS[config.norm_placement]
-    found = {path: _Tensor(_name(path, in_block), leaf, path.endswith("/kernel")) for path, leaf in flat.items()}
-    found |= {_text(_table_path(name)): _Tensor(_TABLE.format(name), leaf, False) for name, leaf in tables.items()}
+    flat = flatten(params).items()
+    found = {path: _Tensor(_name(path, in_block), leaf, path.endswith("/kernel")) for path, leaf in flat}
+    found |= {f"tables/{name}": _Tensor(_TABLE.format(name), leaf, False) for name, leaf in tables.items()}
     return found
 
 
@@ -176,14 +177,6 @@ def _name(path: str, in_block: dict[str, str]) -> str:
         last = "weight"
     known = f"{in_block.get(module, module)}.{last}"
     return f"model.layers.{layer}.{known.replace('/', '.')}"
-
-
-def _text(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _table_path(name: str) -> Any:
-    return (jax.tree_util.DictKey("tables"), jax.tree_util.DictKey(name))
 
 
 def _in_file(tensor: _Tensor, dtype: str | None) -> np.ndarray:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memjax.checkpoint.names import flatten
 from memjax.errors import CheckpointError
 from memjax.interop.arrays import DTYPES, common_type, compare_shapes, own
 
@@ -51,17 +52,13 @@ def take(arrays: Arrays, tree: Any, place: str, *, head_dim: int = 2, block: str
     Raises:
         CheckpointError: arrays are missing, left over or of other shapes.
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    names = [_name(path) if block is None else block + _IN_BLOCK[path] for path in paths]
-    wanted = {name: _shape_there(path, leaf.shape) for name, path, (_, leaf) in zip(names, paths, leaves, strict=True)}
+    leaves = flatten(tree)
+    names = {path: _name(path) if block is None else block + _IN_BLOCK[path] for path in leaves}
+    wanted = {names[path]: _shape_there(path, leaf.shape) for path, leaf in leaves.items()}
     head = f"{place}: these are not the arrays of an official checkpoint, as its shapes describe it:"
     compare_shapes(wanted, arrays, head)
-    found = [
-        _arranged(path, np.asarray(arrays[name]), leaf, head_dim)
-        for name, path, (_, leaf) in zip(names, paths, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, found)
+    found = [_arranged(path, np.asarray(arrays[names[path]]), leaf, head_dim) for path, leaf in leaves.items()]
+    return jax.tree.unflatten(jax.tree.structure(tree), found)
 
 
 def memory_options(arrays: Arrays, block: str, values: tuple[int, ...], place: str) -> dict[str, Any]:
@@ -70,7 +67,6 @@ def memory_options(arrays: Arrays, block: str, values: tuple[int, ...], place: s
     Raises:
         CheckpointError: arrays are missing or do not fit each other, or memjax has no such layer.
     """
-    refuse_experts(arrays, place)
     (rows, half), (queries, dim) = shape_of(arrays, block + _KEYS, place), shape_of(arrays, block + _QUERY, place)
     num_slots, value_dim = values
     num_keys = math.isqrt(num_slots)

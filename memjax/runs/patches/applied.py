@@ -8,14 +8,16 @@ import contextlib
 import json
 import os
 import pathlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated
 
+import pydantic
 from jaxtyping import Array
 
 from memjax.checkpoint.digests import text_digest
 from memjax.checkpoint.restoring import StoredStep
 from memjax.errors import CheckpointError
+from memjax.io.documents import line_of
 from memjax.io.files import check_inside, read_text, write_atomic
 from memjax.io.lock import Locked, locked
 from memjax.runs.layout import PARAMS, TABLES, run_folder
@@ -24,6 +26,7 @@ from memjax.runs.patches.tables import overlay
 
 FOLDER, _LIST = "patches", "applied.json"
 """The folder of a run with the patches that are applied to it, and their list."""
+_LISTED = pydantic.TypeAdapter(dict[str, list[Annotated[str, pydantic.Field(pattern="^[0-9a-f]{16}$")]]])
 _WAY_OUT = "correct it, or delete it and apply the patches again: without it none is applied"
 
 
@@ -96,19 +99,11 @@ class Applied:
     def _read(self) -> dict[str, list[str]]:
         path = self.folder / _LIST
         try:
-            found = json.loads(read_text(path))
-            valid = all(
-                isinstance(name, str) and re.fullmatch("[0-9a-f]{16}", name)
-                for names in found.values()
-                for name in names
-            )
+            return _LISTED.validate_json(read_text(path), strict=True)
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({error}); {_WAY_OUT}") from error
-        if not valid:
-            raise CheckpointError(f"{path}: does not list patches by step; {_WAY_OUT}")
-        return found
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({line_of(error)}); {_WAY_OUT}") from error
 
     def _write(self, step: int, names: Sequence[str]) -> None:
         entries = self._read() | {str(step): list(names)}
