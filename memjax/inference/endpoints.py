@@ -84,6 +84,7 @@ class Endpoints:
         path = request.scope["path"] = _WHOLE_ADDRESS.sub("", request.scope["path"]) or "/"
         if path != "/health":
             self._service.check_key(request.scope["headers"])
+            self._service.refuse_when_crowded()
         name = path.removeprefix("/v1/models/")
         if name != path and name != self._service.model_name:
             raise _no_model(name, self._service)

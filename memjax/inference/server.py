@@ -91,10 +91,10 @@ class HttpServer:
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            limit_concurrency=max_connections,
             timeout_graceful_shutdown=int(_SHUTDOWN_SECONDS),
         )
         self._uvicorn = _Uvicorn(config)
+        service.is_crowded = lambda: len(self._uvicorn.server_state.connections) > max_connections
         self._draining: asyncio.Task[None] | None = None
 
     async def run(self, *, ready: Callable[[], None] = lambda: None, signals: Sequence[signal.Signals] = ()) -> None:

@@ -7,7 +7,7 @@ import hmac
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 from memjax.data.tokenizers.base import Tokenizer
@@ -49,6 +49,8 @@ class Service:
         self.tokenizer, self.vocab_size, self.model_name, self.limits = tokenizer, vocab_size, model_name, limits
         self.created = int(time.time())
         self.is_draining = False
+        self.is_crowded: Callable[[], bool] = lambda: False
+        """Whether more clients are connected than are answered."""
         self.metrics = Metrics()
         self._key = None if api_key is None else api_key.encode()
         self._active: set[Answer] = set()
@@ -110,6 +112,12 @@ class Service:
         """Raises a RefusedError while the server ends."""
         if self.is_draining:
             raise RefusedError("the server is shutting down; try another one", status=503, headers={"Retry-After": "5"})
+
+    def refuse_when_crowded(self) -> None:
+        """Raises a RefusedError while too many clients are connected, and has this one go."""
+        if self.is_crowded():
+            headers = {"Retry-After": "5", "Connection": "close"}
+            raise RefusedError("too many clients are connected; try again later", status=503, headers=headers)
 
     def abort(self) -> None:
         """Ends every answer with an error."""

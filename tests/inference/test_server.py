@@ -55,7 +55,9 @@ def tiny() -> Decoder:
 class Running:
     """A server in this process."""
 
-    def __init__(self, *, queue: int = 64, api_key: str | None = None, slow: float = 0.0, **limits: Any):
+    def __init__(
+        self, *, queue: int = 64, api_key: str | None = None, slow: float = 0.0, connections: int = 1024, **limits: Any
+    ):
         listening = socket.socket()
         listening.bind(("127.0.0.1", 0))
         self.port = listening.getsockname()[1]
@@ -76,7 +78,7 @@ class Running:
         self.scheduler = Scheduler(engine, self.service.deliver, max_waiting=queue, score=score)
         self.service.attach(self.scheduler)
         self.scheduler.start()
-        self.server = HttpServer(self.service, listening, drain_seconds=20.0)
+        self.server = HttpServer(self.service, listening, drain_seconds=20.0, max_connections=connections)
         self.loop: asyncio.AbstractEventLoop | None = None
         ready = threading.Event()
 
@@ -723,6 +725,25 @@ def test_slow_and_oversized_requests_are_cut_off():
         assert raw_answer(server, huge).startswith(b"HTTP/1.1 400") or not server.service.num_active
         assert raw_answer(server, b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400")
         assert server.ask(prompt="x", max_tokens=1, ignore_eos=True)["usage"]["completion_tokens"] == 1
+
+
+def test_more_clients_than_may_connect_are_told_so_and_health_is_not():
+    with running(connections=3) as server:
+        idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3)]
+        connection = server.connect()
+        with contextlib.closing(connection):
+            connection.request("GET", "/health")
+            response = connection.getresponse()
+            assert (response.status, response.read()) == (200, b'{"status":"ok"}')
+            connection.request("GET", "/v1/models")
+            response = connection.getresponse()
+            assert (response.status, response.getheader("Retry-After")) == (503, "5")
+            assert json.loads(response.read())["error"]["message"].startswith("too many clients are connected")
+            assert response.getheader("Connection") == "close"
+        idle.pop().close()
+        server.wait_until(lambda: server.send("GET", "/v1/models")[0] == 200)
+        for client in idle:
+            client.close()
 
 
 def test_draining_ends_what_runs_and_takes_nothing_new():
