@@ -4,6 +4,7 @@ import difflib
 import importlib.metadata
 import json
 import os
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -115,9 +116,10 @@ def format_task_report(report: Mapping[str, Any]) -> str:
         for metric, value in _numbers(results):
             name, _, kind = metric.partition(",")
             error = results.get(f"{name}_stderr,{kind}")
-            cells = [f"{number:.4f}" if isinstance(number, float) else "" for number in (value, error)]
+            cells = [f"{number:.4f}" if isinstance(number, float | int) else "" for number in (value, error)]
             cells += [f"{zeroed[task][metric]:.4f}"] if zeroed else []
-            rows.append([task, str(report["n-shot"].get(task, "")), name, *cells])
+            shown = name if kind == "none" else f"{name} ({kind})"  # a task may measure the same of several filters
+            rows.append([task, str(report["n-shot"].get(task, "")), shown, *cells])
     return format_table(rows)
 
 
@@ -147,8 +149,8 @@ def load_tasks(tasks: Sequence[str], folder: str | None = None, *, section: str 
         loaded = manager.load(names)
     except Exception as error:  # whatever a task's file or its data can do wrong
         raise DataError(
-            f"--{section}tasks {','.join(tasks)}: cannot be loaded ({error}); data must be on this machine: name files "
-            "in the task's YAML file, or fetch them once with HF_HUB_OFFLINE=0"
+            f"--{section}tasks {','.join(tasks)}: cannot be loaded ({error}); correct the task's YAML file. Its "
+            "data must be on this machine: name files there, or fetch them once with HF_HUB_OFFLINE=0"
         ) from error
     for task in loaded["tasks"].values():
         if getattr(task, "UNSAFE_CODE", False):
@@ -168,11 +170,25 @@ def _measure(
         elif task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(_FEWSHOT_SEED)
-    # A pool of processes would fork this one, which a process with JAX's threads must not.
-    with mock.patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}):
-        results = evaluator.evaluate(HarnessModel(model), loaded, limit=limit, bootstrap_iters=_RESAMPLES)
+    try:
+        # A pool of processes would fork this one, which a process with JAX's threads must not.
+        with mock.patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}):
+            results = evaluator.evaluate(HarnessModel(model), loaded, limit=limit, bootstrap_iters=_RESAMPLES)
+    except Exception as error:
+        if _asked_the_model(error):
+            raise
+        raise DataError(
+            f"tasks={','.join(tasks)}: cannot be measured ({type(error).__name__}: {error}); correct the template, "
+            "metric or Python code of the task that raises this"
+        ) from error
     # Only JSON values: configs hold functions.
     return json.loads(json.dumps(results, default=str))
+
+
+def _asked_the_model(error: Exception) -> bool:
+    """Whether an error of lm-eval's evaluator came from the model, and not from the code or data of a task."""
+    modules = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return __name__ in modules[1:]  # the first is the caller of the evaluator
 
 
 def _writing(rule: dict[str, Any]) -> dict[str, Any]:
@@ -220,6 +236,7 @@ def _sampling(given: Mapping[str, Any]) -> SamplingConfig:
 
 
 def _numbers(results: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The metrics, which are called NAME,FILTER."""
     for metric, value in results.items():
-        if isinstance(value, float) and "_stderr," not in metric:
+        if "," in metric and "_stderr," not in metric and isinstance(value, float | int):
             yield metric, value

@@ -186,6 +186,40 @@ def test_training_refuses_what_cannot_be_done_before_its_first_step(harness, tmp
         Questions(RunConfig(eval=EvalConfig(tasks=(task,), task_folder=str(tmp_path))))
 
 
+def test_errors_of_a_tasks_own_code_are_said(harness, found, tmp_path):
+    rows = [{"q": {"text": "a"}}, {"q": None}]  # lm-eval tries the first one as it loads the task
+    rule = {"doc_to_text": "{{q.text.strip()}}", "doc_to_target": "a", "output_type": "generate_until"}
+    write_task(tmp_path, "broken", rows, **rule, metric_list=[metric("exact_match")])
+    with pytest.raises(DataError, match=r"tasks=broken: cannot be measured \(UndefinedError: .*correct the template"):
+        report(harness, found, tmp_path, "broken")
+
+
+def test_errors_of_the_model_are_not_blamed_on_a_task(harness, found, tmp_path, monkeypatch):
+    rule = {"doc_to_text": "{{q}}", "doc_to_target": "a", "output_type": "generate_until"}
+    write_task(tmp_path, "sound", CHOICES, **rule, metric_list=[metric("exact_match")])
+    monkeypatch.setattr(EvalModel, "write", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        report(harness, found, tmp_path, "sound")
+
+
+def test_a_metric_of_several_filters_has_a_line_for_each(harness, found, tmp_path):
+    take = {"function": "take_first"}
+    letters = {"function": "regex", "regex_pattern": "([a-z])"}
+    filters = [{"name": "strict", "filter": [take]}, {"name": "letter", "filter": [letters, take]}]
+    rule = {"doc_to_text": "{{q}}", "doc_to_target": "a", "output_type": "generate_until", "filter_list": filters}
+    rule["generation_kwargs"] = {"until": ["\n"], "max_gen_toks": 2}
+    write_task(tmp_path, "filtered", CHOICES, **rule, metric_list=[metric("exact_match")])
+    lines = harness.format_task_report(report(harness, found, tmp_path, "filtered"))
+    assert "exact_match (strict)" in lines
+    assert "exact_match (letter)" in lines
+
+
+def test_whole_numbers_are_metrics_and_sizes_of_sets_are_not(harness):
+    results = {"alias": "t", "sample_len": 4, "count,none": 3, "count_stderr,none": "N/A", "acc,none": 0.5}
+    lines = harness.format_task_report({"results": {"t": results}, "n-shot": {"t": 0}})
+    assert [line.split()[2:] for line in lines.splitlines()[1:]] == [["count", "3.0000"], ["acc", "0.5000"]]
+
+
 def test_a_folder_that_is_not_there_is_said(harness, found, tmp_path):
     with pytest.raises(ConfigError, match=r"task_folder=.*none is not a folder; name one with YAML files"):
         report(harness, found, tmp_path / "none", "choose")
