@@ -129,7 +129,7 @@ def prepared(folder: pathlib.Path) -> Family:
         reader = open_prepared(place, corpus, tokenizer)
         # A manifest may say any number of records.
         numbers = range(min(len(reader), 100))
-        return [pairs.tolist() for pairs in reader(numbers, np.random.default_rng(0))]
+        return [pairs.tolist() for pairs in reader(numbers, np.random.default_rng(0)).split()]
 
     (data,) = place.glob("*.array_record")
     # Of records the manifest says how many there are.

@@ -19,7 +19,7 @@ import numpy as np
 
 from memjax.config.data import DataConfig
 from memjax.data import packing
-from memjax.data.mixture import Split, order
+from memjax.data.mixture import Order, Split
 from memjax.data.packing import Batch
 from memjax.data.prepared.store import PreparedReader
 from memjax.data.sources.kinds import Source, find_source
@@ -76,7 +76,7 @@ class Dataset:
     ) -> grain.IterDataset[Batch]:
         config, read = self.config, joined([split.reader for split in splits])
         return packing.batches(
-            order(splits, seed=seed, shuffle=shuffle, repeat=repeat),
+            Order(splits, seed=seed, shuffle=shuffle, repeat=repeat),
             read if stop is None else stoppable(read, stop),
             packing=config.packing,
             sequence_length=config.sequence_length,
@@ -160,7 +160,7 @@ def _num_tokens(split: Split) -> tuple[int, bool]:
     rng, pairs, read = np.random.default_rng(0), 0, 0
     samples = min(_SAMPLED_RECORDS, count)
     for sample in range(samples):
-        pairs += len(split.reader([split.start + sample * count // samples], rng)[0])
+        pairs += len(split.reader([split.start + sample * count // samples], rng).pairs)
         read += 1
         if pairs >= _SAMPLED_PAIRS:
             break

@@ -92,7 +92,7 @@ class TrainingData(Iterator[Batch]):
                 f"the place in the data cannot be restored: {'; '.join(changed)}; "
                 "set it back, or start a new run in another run.dir"
             )
-        self._open[0].set_state(_with_tuples(state["grain"]))
+        self._open[0].set_state(state["grain"])
 
     def close(self) -> None:
         """Ends the threads and processes that read ahead; there are no batches after that."""
@@ -130,17 +130,3 @@ def _differences(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None
         elif different or old_size != size:
             say(f"{name} has changed in some records since the checkpoint, though not in their number; continuing")
     return problems
-
-
-def _with_tuples(state: Any) -> Any:
-    """Grain's state as it was before JSON: concat compares its slices with tuples, and takes a list for a remainder."""
-    if isinstance(state, dict):
-        return {
-            name: {feature: tuple(bounds) for feature, bounds in value.items()}
-            if name == "remainder_slices"
-            else _with_tuples(value)
-            for name, value in state.items()
-        }
-    if isinstance(state, list):
-        return [_with_tuples(value) for value in state]
-    return state

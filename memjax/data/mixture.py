@@ -3,10 +3,12 @@
 import bisect
 import dataclasses
 import itertools
+import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
-import grain
 import numpy as np
+from grain.experimental import index_shuffle
 
 from memjax.data.prepared.store import Manifest, PreparedReader
 from memjax.data.sources.records import Record, Records, checked
@@ -82,19 +84,60 @@ def num_training_records(count: int, validation_fraction: float, path: str) -> i
     return count - min(max(1, round(count * validation_fraction)), count - 1)
 
 
-def order(splits: Sequence[Split], *, seed: int, shuffle: bool, repeat: bool) -> grain.MapDataset[int]:
+class Order:
     """The numbers of the records, in the order in which they are to be seen, as `joined` counts them.
 
     A split is shuffled anew in each of its epochs, or read in the order of the files. Without `repeat` the numbers end
-    where one of the splits does.
+    where one of the splits does. The order is that of Grain's `shuffle`, `repeat` and `mix`, which give one number at a
+    time and take longer for it than a short record takes to read.
     """
-    orders, first = [], 0
-    for number, split in enumerate(splits):
-        numbers = grain.MapDataset.range(first + split.start, first + split.stop).seed((seed + number) % 2**32)
-        if shuffle:
-            numbers = numbers.shuffle()
-        orders.append(numbers.repeat() if repeat else numbers)
-        first += len(split.reader)
-    if len(orders) == 1:
-        return orders[0]
-    return grain.MapDataset.mix(orders, [split.record_weight for split in splits])
+
+    def __init__(self, splits: Sequence[Split], *, seed: int, shuffle: bool, repeat: bool):
+        self._shuffle = shuffle
+        firsts = itertools.accumulate((len(split.reader) for split in splits), initial=0)
+        self._parts = [
+            _Part(first + split.start, split.stop - split.start, _derived((seed + number) % 2**32))
+            for number, (first, split) in enumerate(zip(firsts, splits, strict=False))
+        ]
+        weights = [split.record_weight for split in splits]
+        self._shares = [int(weight * (100 / min(weights))) for weight in weights]
+        ends = [part.size / (share / sum(self._shares)) for part, share in zip(self._parts, self._shares, strict=True)]
+        self._length = sys.maxsize if repeat else int(min(ends))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, places: slice) -> np.ndarray:
+        start, stop, _ = places.indices(len(self))
+        found = np.empty(stop - start, np.int64)
+        # How many numbers before each place are of this part or a later one, in Python's integers: 64 bits may not hold
+        # the products.
+        before, shares = list(range(start, stop + 1)), sum(self._shares)
+        for part, share in zip(self._parts, self._shares, strict=True):
+            rest = shares - share
+            later = [count * rest // shares for count in before]
+            own = np.subtract(before, later)
+            found[np.flatnonzero(np.diff(own))] = part.numbers(int(own[0]), int(own[-1]), self._shuffle)
+            before, shares = later, rest
+        return found
+
+
+class _Part(NamedTuple):
+    """A split as part of an order."""
+
+    first: int
+    size: int
+    seed: int
+
+    def numbers(self, start: int, stop: int, shuffle: bool) -> list[int]:
+        """Those from start to stop, where all epochs are counted."""
+        epochs = (divmod(place, self.size) for place in range(start, stop))
+        if not shuffle:
+            return [self.first + place for _, place in epochs]
+        last = self.size - 1
+        return [self.first + index_shuffle(place, last, (self.seed + epoch) % 2**32, 4) for epoch, place in epochs]
+
+
+def _derived(seed: int) -> int:
+    """The seed of Grain's `seed(seed).shuffle()`."""
+    return int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])

@@ -5,14 +5,15 @@ are what gets packed, so no pair is lost where a row ends and none joins the end
 """
 
 import dataclasses
-import sys
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import grain
 import numpy as np
-from grain.experimental import ConcatThenSplitIterDataset, FirstFitPackIterDataset, FlatMapIterDataset
 
-from memjax.data.tokenize import Pairs, Read
+from memjax.data.mixture import Order
+from memjax.data.packers import Concat, FirstFit, Rows, within
+from memjax.data.tokenize import Block, Read
 
 Batch = dict[str, np.ndarray]
 """Arrays of shape [batch, sequence_length].
@@ -21,15 +22,12 @@ int32 `tokens` and `targets`; int32 `segments` (0 is padding, else the record's 
 float32 `loss_mask` (1 where the target is learned, else 0). Of mixtures also int32 `sources`, the number of the part.
 """
 
-_FEATURE = "pairs"
-_NUM_BINS = 64
-"""Rows that first_fit fills side by side; more waste less padding and come out in larger bursts."""
 _BLOCK = 64
-"""Records read and tokenised in one call; work per record is dear, Grain's own above all."""
+"""Records read and tokenised in one call."""
 
 
 def batches(
-    numbers: grain.MapDataset[int],
+    numbers: Order | range,
     read: Read,
     *,
     packing: Literal["none", "concat", "first_fit"],
@@ -53,71 +51,73 @@ def batches(
         with_sources: add the part of a mixture that each token is from.
         shard: which of the blocks of records that are read together, for one of several workers.
     """
-    finish = _Finish(num_rows=num_rows, document_mask=document_mask, with_sources=with_sources)
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    size = num_rows if packing == "none" else _BLOCK
+    blocks = grain.MapDataset.source(_Blocks(numbers, size))
+    blocks = blocks.random_map(lambda some, rng: read(some.tolist(), rng), seed=seed)[shard]
+    blocks = blocks.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    rows: grain.IterDataset[Rows]
     if packing == "none":
-        # Grain rounds the length of endless numbers up, for one row past the longest that Python has.
-        endless = len(numbers) == sys.maxsize
-        blocks = numbers.batch(num_rows, drop_remainder=endless, batch_fn=list).random_map(read, seed=seed)
-        return blocks.map(_OneEach(sequence_length)).map(finish)[shard].to_iter_dataset(options)
-    blocks = numbers.batch(_BLOCK, batch_fn=list).random_map(read, seed=seed)
-    cut = _Pieces(None if packing == "concat" else sequence_length)
-    pieces = FlatMapIterDataset(blocks[shard].to_iter_dataset(options), cut)
-    rows: grain.IterDataset[Any]
-    if packing == "concat":
-        rows = ConcatThenSplitIterDataset(pieces, length_struct={_FEATURE: sequence_length})
+        rows = blocks.map(_OneEach(num_rows, sequence_length))
+    elif packing == "concat":
+        rows = _Packed(blocks, lambda records: Concat(records, num_rows, sequence_length))
     else:
-        rows = FirstFitPackIterDataset(
-            pieces, length_struct={_FEATURE: sequence_length}, num_packing_bins=_NUM_BINS, seed=seed
-        )
-    return rows.batch(num_rows).map(finish)
+        rows = _Packed(blocks, lambda records: FirstFit(records, num_rows, sequence_length, seed))
+    return rows.map(_Finish(document_mask=document_mask, with_sources=with_sources))
 
 
-class _Pieces(grain.experimental.FlatMapTransform):
-    """The records of a block one by one, cut to pieces that fit a row (None: uncut)."""
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """The numbers of the records that are read together."""
 
-    max_fan_out = 1  # read by flat maps over MapDatasets only
+    numbers: Order | range
+    size: int
 
-    def __init__(self, longest: int | None):
-        self.longest = longest
+    def __len__(self) -> int:
+        return -(-len(self.numbers) // self.size)
 
-    def flat_map(self, element: list[Pairs]) -> list[dict[str, Pairs]]:
-        if self.longest is None:
-            return [{_FEATURE: pairs} for pairs in element if len(pairs)]
-        step = self.longest
-        return [{_FEATURE: pairs[at : at + step]} for pairs in element for at in range(0, len(pairs), step)]
+    def __getitem__(self, index: int) -> np.ndarray:
+        return np.asarray(self.numbers[index * self.size : (index + 1) * self.size])
 
 
 @dataclasses.dataclass(frozen=True)
 class _OneEach:
-    """A row per record, in the shape that Grain's packers give."""
+    """A row for each record."""
 
+    num_rows: int
     sequence_length: int
 
-    def __call__(self, records: list[Pairs]) -> dict[str, np.ndarray]:
-        pairs = np.zeros((len(records), self.sequence_length, 3), np.int32)
-        lengths = np.array([min(len(record), self.sequence_length) for record in records])
-        for row, record, length in zip(pairs, records, lengths, strict=True):
-            row[:length] = record[:length]
+    def __call__(self, block: Block) -> Rows:
+        rows = Rows.empty(self.num_rows, self.sequence_length)
         places = np.arange(self.sequence_length, dtype=np.int32)
-        filled = places < lengths[:, None]
-        return {
-            _FEATURE: pairs,
-            f"{_FEATURE}_segment_ids": filled.astype(np.int32),
-            f"{_FEATURE}_positions": places * filled,
-        }
+        filled = places < np.pad(block.lengths, (0, self.num_rows - len(block.lengths)))[:, None]
+        rows.pairs[filled] = block.pairs[within(block.lengths) < self.sequence_length]
+        rows.segments[:] = filled
+        rows.positions[:] = places * filled
+        return rows
+
+
+class _Packed(grain.IterDataset[Rows]):
+    """Blocks, packed by an iterator over them."""
+
+    def __init__(
+        self, blocks: grain.IterDataset[Block], pack: Callable[[grain.DatasetIterator], grain.DatasetIterator]
+    ):
+        super().__init__(blocks)
+        self._pack = pack
+
+    def __iter__(self) -> grain.DatasetIterator[Rows]:
+        return self._pack(iter(self._parent))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Finish:
-    """Names the columns, and adds the rows that a last batch lacks."""
+    """Names the columns."""
 
-    num_rows: int
     document_mask: bool
     with_sources: bool
 
-    def __call__(self, packed: dict[str, np.ndarray]) -> Batch:
-        pairs, segments, positions = (packed[_FEATURE + name] for name in ("", "_segment_ids", "_positions"))
+    def __call__(self, rows: Rows) -> Batch:
+        pairs, segments, positions = rows
         if not self.document_mask:
             segments = (segments > 0).astype(np.int32)
             # Padding makes no row longer, on whose length rotary frequencies may depend.
@@ -129,8 +129,4 @@ class _Finish:
             "positions": positions,
             "loss_mask": (pairs[:, :, 2] & 1).astype(np.float32),
         }
-        if self.with_sources:
-            batch["sources"] = pairs[:, :, 2] >> 1
-        if not (missing := self.num_rows - len(pairs)):
-            return batch
-        return {name: np.pad(rows, ((0, missing), (0, 0))) for name, rows in batch.items()}
+        return batch | ({"sources": pairs[:, :, 2] >> 1} if self.with_sources else {})

@@ -1,19 +1,16 @@
 """Records by number as token ids, from text that is tokenised as it is read, or from several readers as one."""
 
-import bisect
 import itertools
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int, Int32, Integer, Shaped
 
 from memjax.data.sources.records import Record, Records
 from memjax.data.tokenizers.base import Tokenizer
-
-T = TypeVar("T")
 
 Pairs = Int32[np.ndarray, "_ 3"]
 """Of one record: the tokens, their targets, and 1 where the target is learned plus twice the number of its part."""
@@ -23,6 +20,65 @@ _CACHED_TEXTS = 100_000
 _RECORDS_UNTIL_STOPPED = 16
 
 
+class Block(NamedTuple):
+    """The pairs of several records, end to end: short records are dear where each is an array of its own."""
+
+    pairs: Pairs
+    lengths: Int[np.ndarray, " records"]
+    """Of each record; one that was left out has none."""
+
+    def split(self) -> list[Pairs]:
+        """The pairs of each record."""
+        stops = np.cumsum(self.lengths)
+        return [self.pairs[start:stop] for start, stop in zip(stops - self.lengths, stops, strict=True)]
+
+
+def make_block(
+    ids: Integer[np.ndarray, " ids"],
+    lengths: Int[np.ndarray, " segments"],
+    learned: Shaped[np.ndarray, " segments"],
+    num_segments: Int[np.ndarray, " records"],
+    tokenizer: Tokenizer,
+) -> Block:
+    """The pairs of records, with their begin and end tokens.
+
+    Args:
+        ids: those of all segments, end to end.
+        lengths: ids of each segment.
+        learned: whether each segment is.
+        num_segments: segments of each record; a record without any has no pairs.
+        tokenizer: knows the begin and the end token.
+    """
+    ends = np.cumsum(num_segments)
+    num_ids = np.diff(edges(lengths)[edges(num_segments)])
+    is_there = num_segments > 0
+    stops = np.cumsum(num_ids)[is_there]
+    targets_of_segment = lengths.astype(np.int64)
+    targets_of_segment[ends[is_there] - 1] += 1  # the end belongs to the last segment
+    pairs = np.empty((len(ids) + len(stops), 3), np.int32)
+    pairs[:, 0] = np.insert(ids, stops - num_ids[is_there], tokenizer.bos_id)
+    pairs[:, 1] = np.insert(ids, stops, tokenizer.eos_id)
+    pairs[:, 2] = np.repeat(learned, targets_of_segment)
+    return Block(pairs, num_ids + is_there)
+
+
+def encoded_block(records: Sequence[Record], ids: Sequence[Sequence[int]], tokenizer: Tokenizer) -> Block:
+    """The pairs of records from the ids of all their segments."""
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    return make_block(
+        np.fromiter(itertools.chain.from_iterable(ids), np.int32, lengths.sum()),
+        lengths,
+        np.array([segment.learned for record in records for segment in record], bool),
+        np.fromiter(map(len, records), np.int64, len(records)),
+        tokenizer,
+    )
+
+
+def edges(lengths: np.ndarray) -> np.ndarray:
+    """Where each of several things that lie end to end begins, and the last one ends."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
 class Reader(ABC):
     """Records by number, as pairs. Readers are picklable: worker processes get a copy."""
 
@@ -30,8 +86,8 @@ class Reader(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def __call__(self, numbers: Sequence[int], rng: np.random.Generator) -> list[Pairs]:
-        """The pairs of those records, in wordings from rng where there are several.
+    def __call__(self, numbers: Sequence[int], rng: np.random.Generator) -> Block:
+        """Those records, in wordings from rng where there are several.
 
         Raises:
             DataError: a record cannot be used.
@@ -67,46 +123,21 @@ class TextReader(Reader):
     def fingerprint(self) -> dict[str, Any] | None:
         return self._fingerprint
 
-    def __call__(self, numbers: Sequence[int], rng: np.random.Generator) -> list[Pairs]:
+    def __call__(self, numbers: Sequence[int], rng: np.random.Generator) -> Block:
         records = [self.records.draw(number, rng) for number in numbers]
+        texts = [segment.text for record in records for segment in record]
         if len(self._known) > _CACHED_TEXTS:
             self._known = {}
         known = self._known  # which the validation, in another thread, may replace meanwhile
-        new = list({segment.text for record in records for segment in record if segment.text not in known})
+        new = list({text for text in texts if text not in known})
         ids = dict(zip(new, self.tokenizer.encode_batch(new), strict=True))
         known.update((text, found) for text, found in ids.items() if len(text) <= _CACHED_CHARACTERS)
-        find = lambda text: ids[text] if text in ids else known[text]
-        return [pairs_of(record, [find(text) for text, _ in record], self.tokenizer) for record in records]
+        found = [ids[text] if text in ids else known[text] for text in texts]
+        return encoded_block(records, found, self.tokenizer)
 
 
-def pairs_of(record: Record, segments: Sequence[Sequence[int]], tokenizer: Tokenizer) -> Pairs:
-    """The pairs of a record from the ids of its segments."""
-    tokens: list[int] = []
-    learned: list[bool] = []
-    for (_, is_learned), ids in zip(record, segments, strict=True):
-        tokens += ids
-        learned += [is_learned] * len(ids)
-    # EOS belongs to the last segment.
-    return make_pairs(tokens, [*learned, bool(record) and record[-1].learned], tokenizer)
-
-
-def make_pairs(
-    tokens: Sequence[int] | np.ndarray, learned: bool | Sequence[bool] | np.ndarray, tokenizer: Tokenizer
-) -> Pairs:
-    """The pairs of a record, with its begin and end token. `learned` has a flag for each token and the end, or is one
-    for all.
-    """
-    pairs = np.empty((len(tokens) + 1, 3), np.int32)
-    pairs[0, 0] = tokenizer.bos_id
-    pairs[1:, 0] = tokens
-    pairs[:-1, 1] = pairs[1:, 0]
-    pairs[-1, 1] = tokenizer.eos_id
-    pairs[:, 2] = learned
-    return pairs
-
-
-Read = Callable[[Sequence[int], np.random.Generator], list[Pairs]]
-"""Gives the pairs of records by number, as a `Reader` does."""
+Read = Callable[[Sequence[int], np.random.Generator], Block]
+"""Gives records by number, as a `Reader` does."""
 
 
 def joined(readers: Sequence[Reader]) -> Read:
@@ -115,14 +146,18 @@ def joined(readers: Sequence[Reader]) -> Read:
         return readers[0]
     starts = [0, *itertools.accumulate(map(len, readers))]
 
-    def read(numbers: Sequence[int], rng: np.random.Generator) -> list[Pairs]:
-        def of_part(part: int, own_numbers: list[int]) -> list[Pairs]:
-            found = readers[part](own_numbers, rng)
-            for pairs in found:
-                pairs[:, 2] |= part << 1
-            return found
-
-        return read_by_part(numbers, starts, of_part)
+    def read(numbers: Sequence[int], rng: np.random.Generator) -> Block:
+        blocks, places = [], []
+        for part, own_places, own_numbers in by_part(numbers, starts):
+            blocks.append(readers[part](own_numbers, rng))
+            blocks[-1].pairs[:, 2] |= part << 1
+            places.append(own_places)
+        pairs, lengths = _end_to_end(blocks)
+        # From the order of the parts to that of the numbers.
+        order = np.argsort(np.concatenate(places))
+        starts_there, lengths = edges(lengths)[order], lengths[order]
+        moved = np.repeat(starts_there - edges(lengths)[:-1], lengths)
+        return Block(pairs[np.arange(len(pairs)) + moved], lengths)
 
     return read
 
@@ -130,27 +165,31 @@ def joined(readers: Sequence[Reader]) -> Read:
 def stoppable(read: Read, stop: threading.Event) -> Read:
     """Reads a few records at a time, until it is stopped: a block of long ones takes seconds."""
 
-    def some(numbers: Sequence[int], rng: np.random.Generator) -> list[Pairs]:
-        found: list[Pairs] = []
+    def some(numbers: Sequence[int], rng: np.random.Generator) -> Block:
+        found = []
         for at in range(0, len(numbers), _RECORDS_UNTIL_STOPPED):
             if stop.is_set():
                 raise InterruptedError("the data was closed")
-            found += read(numbers[at : at + _RECORDS_UNTIL_STOPPED], rng)
-        return found
+            found.append(read(numbers[at : at + _RECORDS_UNTIL_STOPPED], rng))
+        return _end_to_end(found)
 
     return some
 
 
-def read_by_part(
-    numbers: Sequence[int], starts: Sequence[int], read: Callable[[int, list[int]], Sequence[T]]
-) -> list[T]:
-    """The records with these numbers, read from several parts. `starts` has the number of each part's first record,
-    then the number of all records. `read` is called once for each part that has some of them, with the numbers that
-    they have there.
+def _end_to_end(blocks: Sequence[Block]) -> Block:
+    pairs, lengths = zip(*blocks, strict=True)
+    return Block(np.concatenate(pairs), np.concatenate(lengths))
+
+
+def by_part(
+    numbers: Sequence[int], starts: Sequence[int]
+) -> Iterator[tuple[int, Int[np.ndarray, " records"], list[int]]]:
+    """Each of several parts that has some of the records with these numbers: its own number, the places of those
+    records among `numbers`, and their numbers in the part. `starts` has the number of each part's first record, then
+    the number of all records.
     """
-    owners = [bisect.bisect_right(starts, number) - 1 for number in numbers]
-    found: dict[int, T] = {}
-    for part in sorted(set(owners)):
-        places = [place for place, owner in enumerate(owners) if owner == part]
-        found |= zip(places, read(part, [numbers[place] - starts[part] for place in places]), strict=True)
-    return [found[place] for place in range(len(numbers))]
+    wanted = np.asarray(numbers)
+    owners = np.searchsorted(starts, wanted, side="right") - 1
+    for part in np.unique(owners).tolist():
+        places = np.flatnonzero(owners == part)
+        yield part, places, (wanted[places] - starts[part]).tolist()

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from memjax.data import tokenize
 from memjax.data.sources.parsing import Keys, MalformedError, fields_record
 from memjax.data.sources.records import Record
 from memjax.data.sources.stream import RecordFiles
-from memjax.data.tokenize import Pairs
+from memjax.data.tokenize import Pairs, encoded_block
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import DataError
 
@@ -84,8 +83,8 @@ def _wordings(fields: Mapping[str, Any]) -> Iterator[Record]:
 
 def pairs_of(records: Sequence[Record], tokenizer: Tokenizer) -> list[Pairs]:
     """The tokens of each record with what follows them, made to tokens segment by segment as in training."""
-    encoded = iter(tokenizer.encode_batch([segment.text for record in records for segment in record]))
-    return [tokenize.pairs_of(record, [next(encoded) for _ in record], tokenizer) for record in records]
+    texts = [segment.text for record in records for segment in record]
+    return encoded_block(records, tokenizer.encode_batch(texts), tokenizer).split()
 
 
 def windows(pairs: Sequence[Pairs], length: int) -> list[Pairs]:

@@ -80,7 +80,7 @@ def is_same(first, second):
 def test_a_place_is_found_again_after_any_number_of_batches(text_config, packing, monkeypatch):
     # Small blocks, so that places fall inside, between and at the ends of them.
     monkeypatch.setattr("memjax.data.packing._BLOCK", 5)
-    monkeypatch.setattr("memjax.data.packing._NUM_BINS", 6)
+    monkeypatch.setattr("memjax.data.packers._NUM_BINS", 6)
     config = dataclasses.replace(text_config, packing=packing)
     data = TrainingData(open_dataset(config, BYTES), seed=0)
     states, batches = [], []

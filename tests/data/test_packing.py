@@ -1,11 +1,16 @@
+import itertools
+import json
+
 import grain
 import numpy as np
 import pytest
+from grain.experimental import ConcatThenSplitIterDataset, FirstFitPackIterDataset, FlatMapIterDataset
 from hypothesis import given
 from hypothesis import strategies as st
 
 from listed import BOS, EOS, Listed, pairs_by_hand
 from memjax.data import packing
+from memjax.data.mixture import Order, Split
 from memjax.data.sources.records import Segment
 from memjax.data.tokenize import TextReader
 from memjax.data.tokenizers.base import ByteTokenizer
@@ -21,7 +26,7 @@ kinds = pytest.mark.parametrize("kind", ["none", "concat", "first_fit"])
 def pack(records, kind, document_mask=True):
     return list(
         packing.batches(
-            grain.MapDataset.range(len(records)),
+            range(len(records)),
             TextReader(Listed(records), ByteTokenizer()),
             packing=kind,
             sequence_length=LENGTH,
@@ -30,6 +35,11 @@ def pack(records, kind, document_mask=True):
             seed=5,
         )
     )
+
+
+def endless(reader):
+    """All records in order, again and again."""
+    return Order([Split.of(reader)], seed=0, shuffle=False, repeat=True)
 
 
 def rows_of(batches):
@@ -70,9 +80,10 @@ def test_unpacked_rows_are_the_records_cut_at_the_end(records):
 @pytest.mark.parametrize("num_rows", [1, 2, 3])
 def test_endless_records_come_in_batches_of_any_size(kind, num_rows):
     records = [(Segment(letter, True),) for letter in "abc"]
+    reader = TextReader(Listed(records), ByteTokenizer())
     found = packing.batches(
-        grain.MapDataset.range(len(records)).repeat(),
-        TextReader(Listed(records), ByteTokenizer()),
+        endless(reader),
+        reader,
         packing=kind,
         sequence_length=2,
         num_rows=num_rows,
@@ -131,3 +142,59 @@ def test_only_pairs_whose_target_is_learned_count():
     assert batch["loss_mask"][0].tolist() == [0, 0, 1, 1, 1, 0, 0]
     assert batch["segments"][0].tolist() == [1, 1, 1, 1, 2, 2, 2]
     assert batch["positions"][0].tolist() == [0, 1, 2, 3, 0, 1, 2]
+
+
+class Cut(grain.experimental.FlatMapTransform):
+    """A block of records to pieces of at most `longest` pairs."""
+
+    max_fan_out = 1
+
+    def __init__(self, longest):
+        self.longest = longest
+
+    def flat_map(self, element):
+        return [
+            {"pairs": np.array(pairs[at : at + self.longest], np.int32)}
+            for pairs in element
+            for at in range(0, len(pairs), self.longest)
+        ]
+
+
+def rows_of_grain(records, kind):
+    """The rows of records that come a thousand times, by Grain's own packers, one at a time."""
+    blocks = grain.MapDataset.range(len(records)).repeat(1000).batch(packing._BLOCK, batch_fn=list)
+    blocks = blocks.map(lambda numbers: [pairs_by_hand(records[number]) for number in numbers])
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    pieces = FlatMapIterDataset(blocks.to_iter_dataset(options), Cut(LENGTH if kind == "first_fit" else 1000))
+    if kind == "concat":
+        return iter(ConcatThenSplitIterDataset(pieces, length_struct={"pairs": LENGTH}))
+    return iter(FirstFitPackIterDataset(pieces, length_struct={"pairs": LENGTH}, num_packing_bins=4, seed=5))
+
+
+def in_json(value):
+    return json.loads(json.dumps(value))
+
+
+@pytest.mark.parametrize("kind", ["concat", "first_fit"])
+@given(records=corpora, block=st.sampled_from([1, 2, 3, 64]))
+def test_rows_and_places_are_those_of_grains_packers(kind, records, block):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("memjax.data.packing._BLOCK", block)
+        patch.setattr("memjax.data.packers._NUM_BINS", 4)
+        reader = TextReader(Listed(records), ByteTokenizer())
+        settings = {"packing": kind, "sequence_length": LENGTH, "num_rows": ROWS, "document_mask": True, "seed": 5}
+        data = packing.batches(endless(reader), reader, **settings)
+        batches, rows = iter(data), rows_of_grain(records, kind)
+        for _ in range(6):
+            place = in_json(rows.get_state())
+            assert in_json(batches.get_state()) == place
+            again = iter(data)
+            again.set_state(place)
+            assert in_json(again.get_state()) == place
+            expected = list(itertools.islice(rows, ROWS))
+            for batch in (next(batches), next(again)):
+                for row, packed in enumerate(expected):
+                    for name, column in (("tokens", 0), ("targets", 1), ("loss_mask", 2)):
+                        np.testing.assert_array_equal(batch[name][row], packed["pairs"][:, column])
+                    np.testing.assert_array_equal(batch["segments"][row], packed["pairs_segment_ids"])
+                    np.testing.assert_array_equal(batch["positions"][row], packed["pairs_positions"])

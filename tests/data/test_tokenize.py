@@ -14,7 +14,7 @@ def test_remembered_texts_are_encoded_as_before(monkeypatch):
     rng = np.random.default_rng(0)
     for _ in range(3):
         for i, record in enumerate(records):
-            assert [tuple(pair) for pair in reader([i], rng)[0]] == pairs_by_hand(record)
+            assert [tuple(pair) for pair in reader([i], rng).pairs] == pairs_by_hand(record)
 
 
 def test_joined_readers_count_on_and_name_the_part():
@@ -23,6 +23,6 @@ def test_joined_readers_count_on_and_name_the_part():
     joined = tokenize.joined(readers)
     everything = [(number, text) for number, texts in enumerate(parts) for text in texts]
     order = [5, 0, 2, 3, 1, 4, 2]
-    for place, pairs in zip(order, joined(order, np.random.default_rng(0)), strict=True):
+    for place, pairs in zip(order, joined(order, np.random.default_rng(0)).split(), strict=True):
         number, text = everything[place]
         assert pairs.tolist() == [[t, n, 1 + 2 * number] for t, n, _ in pairs_by_hand((Segment(text, True),))]

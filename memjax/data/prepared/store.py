@@ -20,7 +20,7 @@ from pydantic import NonNegativeInt
 
 from memjax.data.sources.corpus import Corpus
 from memjax.data.sources.records import Record, Segment, checked
-from memjax.data.tokenize import Pairs, Reader, make_pairs, read_by_part
+from memjax.data.tokenize import Block, Reader, by_part, edges, make_block
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import DataError
 from memjax.io.documents import read_as
@@ -220,42 +220,50 @@ class PreparedReader(Reader):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def __call__(self, numbers: Sequence[int], rng: np.random.Generator) -> list[Pairs]:
-        """The pairs of those records, always the same."""
-        found = []
-        for number, (ids, lengths) in zip(numbers, self._read(numbers), strict=True):
-            if len(ids) and ids.max() >= self.tokenizer.vocab_size:
-                raise DataError(
-                    f"{self.folder}: record {number} holds the id {ids.max()}, the tokenizer has "
-                    f"{self.tokenizer.vocab_size}; {_AGAIN}"
-                )
-            if not len(lengths):
-                found.append(np.zeros((0, 3), np.int32))
-                continue
-            learned: bool | np.ndarray = bool(lengths[-1] & 1)
-            if len(lengths) > 1:
-                # EOS belongs to the last segment.
-                learned = np.append(np.repeat(lengths & 1, lengths >> 1), lengths[-1] & 1)
-            found.append(make_pairs(ids, learned, self.tokenizer))
-        return found
+    def __call__(self, numbers: Sequence[int], rng: np.random.Generator) -> Block:
+        ids, lengths, learned, num_segments = self._read(numbers)
+        if len(ids) and ids.max() >= self.tokenizer.vocab_size:
+            segment = np.searchsorted(np.cumsum(lengths), ids.argmax(), side="right")
+            number = numbers[int(np.searchsorted(np.cumsum(num_segments), segment, side="right"))]
+            raise DataError(
+                f"{self.folder}: record {number} holds the id {ids.max()}, the tokenizer has "
+                f"{self.tokenizer.vocab_size}; {_AGAIN}"
+            )
+        return make_block(ids, lengths, learned, num_segments, self.tokenizer)
 
     def fingerprint(self) -> dict[str, Any]:
         return {"digest": self.manifest.digest, "files": [[name, size] for name, size in self.manifest.files]}
 
     def record(self, number: int) -> Record:
         """The record's text, from its ids; exact only where the tokenizer decodes exactly."""
-        ids, lengths = self._read([checked(number, len(self))])[0]
-        stops = np.cumsum(lengths >> 1)
-        pieces = np.split(ids, stops[:-1])
+        ids, lengths, learned, _ = self._read([checked(number, len(self))])
+        pieces = np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else []
         return tuple(
-            Segment(self.tokenizer.decode(piece.tolist()), bool(length & 1))
-            for piece, length in zip(pieces if len(lengths) else (), lengths, strict=True)
+            Segment(self.tokenizer.decode(piece.tolist()), bool(is_learned))
+            for piece, is_learned in zip(pieces, learned, strict=True)
         )
 
-    def _read(self, numbers: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The ids of each record, and its head: of each segment the doubled length, plus 1 if it is learned."""
-        found = read_by_part(numbers, self._starts, self._read_shard)
-        return [self._parse(record, number) for record, number in zip(found, numbers, strict=True)]
+    def _read(self, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The ids of all records, the length of each segment and whether it is learned, and the segments of each
+        record.
+        """
+        records = [b""] * len(numbers)
+        for shard, places, wanted in by_part(numbers, self._starts):
+            for place, record in zip(places, self._read_shard(shard, wanted), strict=True):
+                records[place] = record
+        sizes = np.fromiter(map(len, records), np.int64, len(records))
+        stops = [4 + 4 * int.from_bytes(record[:4], "little") for record in records]
+        heads = b"".join([record[4:stop] for record, stop in zip(records, stops, strict=True)])
+        ids = b"".join([record[stop:] for record, stop in zip(records, stops, strict=True)])
+        fits = np.array(stops, np.int64) <= sizes
+        if fits.all():
+            marks = np.frombuffer(heads, "<u4")
+            lengths, num_segments = (marks >> 1).astype(np.int64), np.array(stops, np.int64) // 4 - 1
+            num_ids = np.diff(edges(lengths)[edges(num_segments)])
+            fits = stops + num_ids * self._dtype.itemsize == sizes
+            if fits.all():
+                return np.frombuffer(ids, self._dtype), lengths, marks & 1, num_segments
+        raise DataError(f"{self.folder}: record {numbers[int(fits.argmin())]} is damaged; {_AGAIN}")
 
     def _read_shard(self, shard: int, wanted: list[int]) -> list[bytes]:
         name, _, count = self.manifest.shards[shard]
@@ -278,14 +286,6 @@ class PreparedReader(Reader):
         except (RuntimeError, IndexError) as error:
             what = str(error)
         raise DataError(f"{path}: damaged ({what}); {_AGAIN}")
-
-    def _parse(self, record: bytes, number: int) -> tuple[np.ndarray, np.ndarray]:
-        count = int.from_bytes(record[:4], "little")
-        at = 4 + 4 * count
-        lengths = np.frombuffer(record, "<u4", count, 4) if 4 <= at <= len(record) else np.zeros(0, "<u4")
-        if (not count and not is_empty(record)) or at + int((lengths >> 1).sum()) * self._dtype.itemsize != len(record):
-            raise DataError(f"{self.folder}: record {number} is damaged; {_AGAIN}")
-        return np.frombuffer(record, self._dtype, offset=at), lengths
 
 
 def open_prepared(folder: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer) -> PreparedReader:

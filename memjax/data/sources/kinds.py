@@ -182,7 +182,7 @@ def _has_records(reader: Reader, stop: int) -> bool:
     if not (isinstance(reader, PreparedReader) and reader.manifest.malformed):
         return True
     rng, block = np.random.default_rng(0), 4096
-    return any(any(map(len, reader(range(at, min(at + block, stop)), rng))) for at in range(0, stop, block))
+    return any(len(reader(range(at, min(at + block, stop)), rng).pairs) for at in range(0, stop, block))
 
 
 class HuggingFace(Files):

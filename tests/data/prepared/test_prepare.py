@@ -37,7 +37,7 @@ def corpus(path, *, source: Literal["text", "files"] = "files", **settings):
 
 
 def everything(reader):
-    return [pairs.tolist() for pairs in reader(range(len(reader)), np.random.default_rng(0))]
+    return [pairs.tolist() for pairs in reader(range(len(reader)), np.random.default_rng(0)).split()]
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_records_are_spread_over_shards(tmp_path, lines, monkeypatch):
     whole = everything(reader)
     assert whole == everything(TextReader(corpus(lines).lines, BYTES))
     order = np.random.default_rng(0).permutation(70).tolist()
-    assert [pairs.tolist() for pairs in reader(order, np.random.default_rng(0))] == [whole[i] for i in order]
+    assert [pairs.tolist() for pairs in reader(order, np.random.default_rng(0)).split()] == [whole[i] for i in order]
 
 
 BROKEN = {
@@ -119,7 +119,7 @@ def test_a_broken_line_is_refused_or_left_out_and_counted(tmp_path, name, packed
     prepare(corpus(path, malformed="skip"), BYTES, tmp_path / "p")
     reader = PreparedReader(tmp_path / "p", BYTES)
     # The record that is left out keeps its number, and has no tokens.
-    assert [len(pairs) for pairs in reader(range(3), np.random.default_rng(0))] == [6, 0, 5]
+    assert [len(pairs) for pairs in reader(range(3), np.random.default_rng(0)).split()] == [6, 0, 5]
     assert ["".join(segment.text for segment in reader.record(i)) for i in range(len(reader))] == ["first", "", "last"]
     assert (reader.manifest.malformed, reader.manifest.usable, reader.manifest.tokens) == (1, 2, 11)
     (example,) = reader.manifest.examples
@@ -141,7 +141,7 @@ def test_what_only_looks_broken_is_read(tmp_path, name):
     (tmp_path / "a.jsonl").write_bytes(WHOLE[name])
     prepare(corpus(tmp_path / "a.jsonl"), BYTES, tmp_path / "p")
     reader = PreparedReader(tmp_path / "p", BYTES)
-    first, second = reader([0, 1], np.random.default_rng(0))
+    first, second = reader([0, 1], np.random.default_rng(0)).split()
     assert set(first[1:, 0]) == {ord("x") + 3}
     assert bytes(second[1:, 0] - 3).strip(b"\0") == b"y"
     assert reader.manifest.malformed == 0
