@@ -126,6 +126,7 @@ def _print_line(line: str) -> None:
 
 def _write(found: "LoadedModel", settings: GenerateConfig, prompt: str, *, number: int) -> None:
     from memjax.inference.text import stream_text
+    from memjax.monitoring.compilation import compile_seconds
 
     pieces = stream_text(
         found.model,
@@ -137,24 +138,28 @@ def _write(found: "LoadedModel", settings: GenerateConfig, prompt: str, *, numbe
         special_tokens=settings.special_tokens,
         number=number,
     )
-    began, first, tokens = time.monotonic(), None, 0
+    with compile_seconds() as compiling:
+        began, first, tokens = time.monotonic(), None, 0
+        compiling_first = 0.0
 
-    def shown() -> Iterator[str]:
-        nonlocal tokens
-        tokens = yield from pieces
+        def shown() -> Iterator[str]:
+            nonlocal tokens
+            tokens = yield from pieces
 
-    for piece in shown():
-        first = first or time.monotonic()
-        print(printable(piece), end="", flush=True)
-    print(flush=True)
+        for piece in shown():
+            if first is None:
+                first, compiling_first = time.monotonic(), compiling()
+            print(printable(piece), end="", flush=True)
+        print(flush=True)
+        ended, compiled = time.monotonic(), compiling()
     if first is None or not tokens:
         print("0 tokens" + ": the model ends the text at once" * (settings.max_tokens > 0), file=sys.stderr)
         return
     told = f"{tokens:,} token{'s' * (tokens > 1)}, the first after {first - began:.1f} s"
     if tokens > 1:
-        rate = (tokens - 1) / max(time.monotonic() - first, 1e-9)
+        rate = (tokens - 1) / max(ended - first - (compiled - compiling_first), 1e-9)
         told += f", then {rate:,.{0 if rate >= 9.95 else 1}f} tokens/s"
-    print(told, file=sys.stderr)
+    print(told + f"; {compiled:.1f} s of it compiling" * (compiled >= 0.05), file=sys.stderr)
 
 
 def _converse(found: "LoadedModel", settings: GenerateConfig) -> None:

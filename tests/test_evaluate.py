@@ -9,7 +9,9 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
+import jax.monitoring
 import pytest
 
 from drawn import drawn
@@ -20,7 +22,7 @@ from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import ByteTokenizer
-from memjax.inference import streaming
+from memjax.inference import streaming, text
 from memjax.io.command import exit_code
 from memjax.models.parts import split_decoder
 from memjax.runs.layout import meta_document, params_to_tree
@@ -134,9 +136,24 @@ def test_text_is_generated_from_a_prompt(biographies, capsys):
     tokens = list(streaming.generate(model, [1, *tokenizer.encode("What is")], max_tokens=9, stop_ids=(2,)))
     printed = capsys.readouterr()
     assert printed.out == tokenizer.decode(tokens) + "\n"
-    assert re.fullmatch(
-        rf"{len(tokens)} tokens, the first after \d+\.\d s, then ([\d,]+|\d\.\d) tokens/s\n", printed.err
-    )
+    rate = r"then ([\d,]+|\d\.\d) tokens/s(; \d+\.\d s of it compiling)?"
+    assert re.fullmatch(rf"{len(tokens)} tokens, the first after \d+\.\d s, {rate}\n", printed.err)
+
+
+def test_the_rate_of_tokens_is_without_the_time_that_compiling_takes(biographies, monkeypatch, capsys):
+    def pieces(*_, **__):
+        yield "a"
+        jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", 1000.0)
+        yield "b"
+        return 2001
+
+    found = load(biographies)
+    times = iter([5.0, 5.0, 1007.0])
+    monkeypatch.setattr(text, "stream_text", pieces)
+    monkeypatch.setattr(generate, "time", types.SimpleNamespace(monotonic=lambda: next(times)))
+    generate._write(found, generate.GenerateConfig(), "", number=0)
+    told = "2,001 tokens, the first after 0.0 s, then 1,000 tokens/s; 1000.0 s of it compiling\n"
+    assert capsys.readouterr() == ("ab\n", told)
 
 
 def test_a_file_of_prompts_gives_an_object_for_each(biographies, tmp_path, capsys):
