@@ -1,7 +1,7 @@
 """Streaming of large arrays: split into row blocks when they are written, joined when they are read."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -45,18 +45,21 @@ def split_blocks(leaves: Mapping[str, jax.Array], records: Mapping[str, Any]) ->
     return stored
 
 
-def join_blocks(
-    target: jax.ShapeDtypeStruct,
-    places: Mapping[str, tuple[int, int]],
-    read: Callable[[str, jax.ShapeDtypeStruct], jax.Array],
-) -> jax.Array:
-    """The leaf, read block by block into a donated array, so that at most one block exists besides it."""
+def block_targets(
+    target: jax.ShapeDtypeStruct, places: Mapping[str, tuple[int, int]]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What to read of each block of a leaf, by stored name."""
+    sharding = without_first_axis(target.sharding)
+    of = lambda rows: jax.ShapeDtypeStruct((rows, *target.shape[1:]), target.dtype, sharding=sharding)
+    return {piece: of(rows) for piece, (_, rows) in places.items()}
+
+
+def join_blocks(target: jax.ShapeDtypeStruct, found: Iterable[tuple[int, jax.Array]]) -> jax.Array:
+    """The leaf, of blocks with their first rows, put one by one into a donated array."""
     leaf = jax.jit(lambda: jnp.zeros(target.shape, target.dtype), out_shardings=target.sharding)()
     put = jax.jit(_put_rows, donate_argnums=0, out_shardings=target.sharding)
-    for piece, (start, rows) in places.items():
-        shape = (rows, *target.shape[1:])
-        block = jax.ShapeDtypeStruct(shape, target.dtype, sharding=without_first_axis(target.sharding))
-        leaf = put(leaf, read(piece, block), start)
+    for start, block in found:
+        leaf = put(leaf, block, start)
     return leaf
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
-from memjax.checkpoint.blocks import blocks, join_blocks
+from memjax.checkpoint.blocks import block_targets, blocks, join_blocks
 from memjax.checkpoint.digests import RowsDigest, array_digests, text_digest
 from memjax.checkpoint.errors import Damaged, explained
 from memjax.checkpoint.index import INDEX, differences, unseal
@@ -102,13 +102,8 @@ class StoredStep:
             return start, block
 
         digest = RowsDigest()
-        places = blocks(name, record)
-        row_bytes = jnp.dtype(record["dtype"]).itemsize * math.prod(record["shape"][1:])
-        block_bytes = row_bytes * max((rows for _, rows in places.values()), default=1)
-        # Processes wait for each other at every block, so there one thread keeps the order.
-        readers = 1 if jax.process_count() > 1 else max(1, min(_READERS, _AHEAD_BYTES // max(1, block_bytes)))
-        calls = [functools.partial(read, piece, *rows) for piece, rows in places.items()]
-        for start, block in _ahead(calls, readers):
+        calls = [functools.partial(read, piece, *rows) for piece, rows in blocks(name, record).items()]
+        for start, block in _ahead(calls, _readers(record)):
             if verify:
                 digest.add(block, start)
             yield start, block
@@ -144,12 +139,18 @@ class StoredStep:
             for name, leaf in wanted.items()
         }
 
-        def read_block(piece: str, block: jax.ShapeDtypeStruct) -> jax.Array:
-            return self._read_pieces(item, {piece: block})[piece]
+        def read_blocks(name: str) -> Iterator[tuple[int, jax.Array]]:
+            wanted, wide = block_targets(targets[name], places[name]), jax.config.read("jax_enable_x64")
+
+            def read(piece: str) -> tuple[int, jax.Array]:
+                with jax.enable_x64(wide):  # what the caller has set may hold for its thread alone
+                    return places[name][piece][0], self._read_pieces(item, {piece: wanted[piece]})[piece]
+
+            return _ahead([functools.partial(read, piece) for piece in wanted], _readers(records[name]))
 
         found = self._read_pieces(item, {name: target for name, target in targets.items() if name in places[name]})
         leaves = {
-            name: found[name] if name in found else join_blocks(target, places[name], read_block)
+            name: found[name] if name in found else join_blocks(target, read_blocks(name))
             for name, target in targets.items()
         }
         if verify:
@@ -210,6 +211,14 @@ class StoredStep:
                 if not file.is_dir():
                     check_regular(file.stat(), file)
             self._regular.add(item)
+
+
+def _readers(record: Mapping[str, Any]) -> int:
+    """How many blocks of a leaf are read at a time."""
+    rows = min(record["shape"][0], record["block_rows"]) if record["shape"] else 1
+    block_bytes = rows * jnp.dtype(record["dtype"]).itemsize * math.prod(record["shape"][1:])
+    # Processes wait for each other at every block, so there one thread keeps the order.
+    return 1 if jax.process_count() > 1 else max(1, min(_READERS, _AHEAD_BYTES // max(1, block_bytes)))
 
 
 def _ahead(calls: Iterable[Callable[[], _Found]], threads: int) -> Iterator[_Found]:
