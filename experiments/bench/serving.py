@@ -48,9 +48,8 @@ COLUMNS = (
     "engine tokens/s",
     "of engine",
     "decoding tokens/s",
-)
-COLUMNS += ("steady tokens/s", "steady of engine")
-COLUMNS += (
+    "steady tokens/s",
+    "steady of engine",
     "first token p50 ms",
     "first token p95 ms",
     "answers",

@@ -265,6 +265,3 @@ def odd_texts(count: int) -> list[str]:
         "12", "3.14", "'s", "don't", "①", "ﬁ", "\u00a0", "\u200b", "ß", "кот", "(", "]", "{}", "_", "…", "x" * 9,
     ]  # fmt: skip
     return ["".join(rng.choice(parts, rng.integers(1, 30))) for _ in range(count)]
-
-
-VERSIONS = {module.__name__: module.__version__ for module in (torch, transformers, tokenizers)}

@@ -1,4 +1,4 @@
-"""A trace of some steps, and a table of the operations that took the most time in them."""
+"""What a trace says: the operations that took the most time, and how far collectives overlap with other work."""
 
 import pathlib
 import re
@@ -7,80 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import jax
-from jax.profiler import ProfileData, ProfileOptions
-
-from memjax.config.log import ProfileConfig
-from memjax.io.console import say, warn
-
 _NAME_WIDTH = 80
 _NANOSECONDS = 1e-9
 _COLLECTIVES = ("nccl", "allreduce", "allgather", "alltoall", "reducescatter", "collectivepermute")
 """Parts of the names of kernels that send and receive, in small letters and without underscores."""
-
-
-class ProfileWindow:
-    """Traces the steps that a config names. Nothing that goes wrong here stops the run, or moves the window."""
-
-    def __init__(self, config: ProfileConfig, folder: pathlib.Path, *, traces: bool = True):
-        """Traces nothing yet. Without `traces` it never will, but begins and ends at the same steps as the process that
-        does.
-        """
-        self._config, self._folder, self._traces = config, folder, traces
-        self._first: int | None = None
-        """The first step of the window, while it is open."""
-        self._is_tracing = False
-
-    def opens(self, step: int) -> bool:
-        """Whether `start` is due before this step; a window that a resumption falls into is traced from there on."""
-        return self._first is None and self._config.start <= step < self._config.start + self._config.steps
-
-    def closes(self, step: int, *, last: bool) -> bool:
-        """Whether `stop` is due after this step; `last` is that of the run."""
-        return self._first is not None and (last or step >= self._config.start + self._config.steps - 1)
-
-    def start(self, step: int) -> None:
-        """Begins to trace. Steps under way would be traced too, so wait for them before."""
-        self._first = step
-        if not self._traces:
-            return
-        options = ProfileOptions()
-        options.python_tracer_level = 0  # tracing every Python call is slow
-        try:
-            jax.profiler.start_trace(str(self._folder), profiler_options=options)
-            self._is_tracing = True
-        except Exception as error:
-            _tell(error)
-
-    def stop(self, step: int) -> None:
-        """Ends the trace and prints the table. Wait for the steps under way before."""
-        first, self._first = self._first, None
-        if not self._is_tracing:
-            return
-        self._is_tracing = False
-        try:
-            jax.profiler.stop_trace()
-            path = newest_trace(self._folder)
-            profile = ProfileData.from_file(str(path))
-            lines = [f"profile of the steps {first} to {step}", table(operations(profile), self._config.top)]
-            lines += [describe_overlap(device, overlap) for device, overlap in overlaps(profile).items()]
-            say("\n".join([*lines, f"trace in {path}"]))
-        except Exception as error:
-            _tell(error)
-
-    def abandon(self) -> None:
-        """Ends a trace that is still under way when the run ends early."""
-        if self._is_tracing:
-            self._is_tracing = False
-            try:
-                jax.profiler.stop_trace()
-            except Exception as error:
-                _tell(error)
-
-
-def _tell(error: Exception) -> None:
-    text = " ".join(str(error).split())
-    warn(f"log.profile: {type(error).__name__}: {text}. The run continues without it.")
 
 
 class Operation(NamedTuple):

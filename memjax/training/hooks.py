@@ -1,4 +1,4 @@
-"""The standard hooks of a run, in their order: throughput, log, profile, slot usage, checkpoints."""
+"""The standard hooks of a run, and their order; here are throughput, log, slot usage and checkpoints."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from memjax.monitoring.metrics import WINDOW, MetricsFile, Row, peak_flops, read_metrics
-from memjax.monitoring.profile import ProfileWindow
 from memjax.monitoring.progress import ProgressLines
 from memjax.monitoring.trackers.start import CLOSE_SECONDS, close_trackers, make_trackers
 from memjax.monitoring.trackers.tracker import Tracker
@@ -17,6 +16,7 @@ from memjax.training.evaluation_hooks import Facts, Questions, Validate
 from memjax.training.hook import STOP_SECONDS, Hook, Periodic
 from memjax.training.in_flight import Step
 from memjax.training.mirror import Mirror
+from memjax.training.profile import Profile
 from memjax.training.program import TrainProgram
 from memjax.training.step import make_usage_report
 
@@ -37,8 +37,7 @@ def with_standard_hooks(
     config = program.config
     hooks = [Periodic("throughput", Throughput(program, mesh))]
     if config.log.profile:
-        window = ProfileWindow(config.log.profile, folder.profile, traces=is_first())
-        hooks.append(Periodic("profile", Profile(window)))
+        hooks.append(Periodic("profile", Profile(config.log.profile, folder.profile)))
     if config.model.lookups:
         hooks.append(Periodic("slot_usage", SlotUsage(config.log.usage_every), config.log.usage_every))
     if config.eval.recall_every:
@@ -132,26 +131,6 @@ class Log(Hook):
         if self._metrics:
             self._metrics.close()
         close_trackers(self._trackers, STOP_SECONDS if trainer.interrupt.name else CLOSE_SECONDS)
-
-
-class Profile(Hook):
-    """Traces a window of steps in the first process; all of them pause at its ends."""
-
-    def __init__(self, window: ProfileWindow):
-        self._window = window
-
-    def before_step(self, trainer: "Trainer", number: int) -> None:
-        if self._window.opens(number):
-            with trainer.paused():
-                self._window.start(number)
-
-    def after_step(self, trainer: "Trainer", step: Step) -> None:
-        if self._window.closes(step.number, last=step.is_last):
-            with trainer.paused():
-                self._window.stop(step.number)
-
-    def end(self, trainer: "Trainer") -> None:
-        self._window.abandon()
 
 
 class SlotUsage(Hook):

@@ -1,14 +1,9 @@
-"""Which steps are traced, and what the table of a trace says."""
+"""What the table of a trace says."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.profiler import ProfileData
 
-from memjax.config.log import ProfileConfig
-from memjax.monitoring import profile
-from memjax.monitoring.profile import Operation, ProfileWindow, describe_overlap, operations, overlaps, table
+from memjax.monitoring.profile import Operation, describe_overlap, operations, overlaps, table
 
 # Two GPUs: one stream computes, one copies; the host's own times do not count where there are devices.
 GPU_TRACE = """
@@ -97,98 +92,6 @@ def test_the_table_has_shares_and_what_is_left_out():
         "   5,000.000  100.0%    1,004  all",
     ]
     assert table([], 5) == "no operation is in the trace"
-
-
-def run(window: ProfileWindow, steps: range, work=lambda: None) -> list[tuple[int, int]]:
-    """Goes through the steps as the loop does; which of them were traced."""
-    opened, traced = 0, []
-    for step in steps:
-        if window.opens(step):
-            opened = step
-            window.start(step)
-        with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            work()
-        if window.closes(step, last=step == steps[-1]):
-            traced.append((opened, step))
-            window.stop(step)
-    window.abandon()
-    return traced
-
-
-@pytest.fixture
-def fake_profiler(monkeypatch):
-    """Traces that cost nothing, and how often each end of one was called."""
-    calls = []
-    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: calls.append("start"))
-    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
-    return calls
-
-
-@pytest.mark.parametrize(
-    ("config", "steps", "traced"),
-    [
-        (ProfileConfig(start=3, steps=2), range(1, 9), [(3, 4)]),
-        (ProfileConfig(start=1, steps=1), range(1, 3), [(1, 1)]),
-        (ProfileConfig(start=3, steps=9), range(1, 6), [(3, 5)]),
-        (ProfileConfig(start=3, steps=4), range(5, 9), [(5, 6)]),
-        (ProfileConfig(start=3, steps=2), range(5, 9), []),
-    ],
-)
-def test_the_steps_of_the_config_are_traced(fake_profiler, tmp_path, config, steps, traced):
-    assert run(ProfileWindow(config, tmp_path), steps) == traced
-    assert fake_profiler == ["start", "stop"] * len(traced)
-
-
-def test_other_processes_open_and_close_the_window_at_the_same_steps_without_a_trace(fake_profiler, tmp_path):
-    window = ProfileWindow(ProfileConfig(start=2, steps=2), tmp_path, traces=False)
-    assert run(window, range(1, 9)) == [(2, 3)]
-    assert fake_profiler == []
-
-
-def test_a_run_that_ends_early_ends_its_trace(fake_profiler, tmp_path):
-    window = ProfileWindow(ProfileConfig(start=1, steps=5), tmp_path)
-    window.start(1)
-    window.abandon()
-    window.abandon()
-    assert fake_profiler == ["start", "stop"]
-
-
-def test_a_profiler_that_fails_is_told_of_and_the_run_goes_on(monkeypatch, tmp_path, capsys):
-    def fail(*_, **__):
-        raise RuntimeError("another trace is under way")
-
-    monkeypatch.setattr(jax.profiler, "start_trace", fail)
-    run(ProfileWindow(ProfileConfig(start=2, steps=2), tmp_path), range(1, 9))
-    assert capsys.readouterr().err == (
-        "log.profile: RuntimeError: another trace is under way. The run continues without it.\n"
-    )
-
-
-def test_a_trace_without_a_file_is_told_of(fake_profiler, tmp_path, capsys):
-    run(ProfileWindow(ProfileConfig(start=2, steps=2), tmp_path), range(1, 9))
-    assert "the profiler wrote no trace" in capsys.readouterr().err
-
-
-def test_on_this_machine_the_operations_of_the_traced_steps_are_told(tmp_path, capsys):
-    @jax.jit
-    def work(x):
-        return jnp.sort(jnp.tanh(x @ x), axis=0)
-
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(200, 200)), jnp.float32)
-    work(x).block_until_ready()
-    run(
-        ProfileWindow(ProfileConfig(start=2, steps=3, top=20), tmp_path),
-        range(1, 7),
-        lambda: work(x).block_until_ready(),
-    )
-    printed = capsys.readouterr()
-    assert printed.err == ""
-    lines = printed.out.splitlines()
-    assert lines[0] == "profile of the steps 2 to 4"
-    uses = {line.split()[-1]: int(line.split()[2]) for line in lines[2:-1]}
-    assert uses["sort"] == 3
-    assert "100.0%" in lines[-2]
-    assert str(profile.newest_trace(tmp_path)) in lines[-1]
 
 
 def test_overlap_is_what_collectives_share_with_other_work():

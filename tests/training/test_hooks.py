@@ -15,18 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memjax.config.log import ProfileConfig
 from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig, RunFolderConfig
 from memjax.config.training import EvalConfig
 from memjax.errors import ConfigError, DataError
-from memjax.monitoring.profile import ProfileWindow
 from memjax.runs.folder import RunFolder
 from memjax.training import evaluation_hooks, hooks, mirror
 from memjax.training.evaluation_hooks import VALIDATION_LOSS, Facts, Validate
 from memjax.training.hook import Hook, Periodic
 from memjax.training.hooks import (
-    Profile,
     Save,
     SlotUsage,
     Throughput,
@@ -305,29 +302,6 @@ def test_tokens_that_a_checkpoint_does_not_know_are_those_of_the_rows_before_it(
     hook.restore({}, 2)
     hook.begin(trainer)
     assert hook.state() == {"tokens_seen": 20}
-
-
-def test_the_profile_traces_what_its_window_says_while_training_pauses(trainer, tmp_path):
-    calls = trainer.calls
-
-    class Window(ProfileWindow):
-        def start(self, step: int) -> None:
-            calls.append(("start", step))
-            self._first = step
-
-        def stop(self, step: int) -> None:
-            calls.append(("stop", step))
-            self._first = None
-
-        def abandon(self) -> None:
-            calls.append("abandon")
-
-    profile = Profile(Window(ProfileConfig(start=2, steps=2), tmp_path))
-    for number in (1, 2, 3, 4):
-        profile.before_step(trainer, number)
-        profile.after_step(trainer, Step(number, {}))
-    profile.end(trainer)
-    assert calls == ["paused", ("start", 2), "paused", ("stop", 3), "abandon"]
 
 
 def test_hooks_of_a_program_of_ones_own_come_before_logs_and_checkpoints(program, tmp_path):

@@ -33,8 +33,8 @@ def round_stochastically(values: Float[Array, "u d"], bits: UInt32[Array, "u d"]
     """bfloat16 neighbours of float32 values, by 16 random bits: away from zero as often as that neighbour is near."""
     words = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
     rounded = (words + bits) & jnp.uint32(0xFFFF0000)
-    # Adding to the words of an infinity or a NaN would turn it into something else.
-    words = jnp.where(jnp.isfinite(values), rounded, words)
+    # Adding to the words of a NaN could turn it into a number; an infinity has none to carry into.
+    words = jnp.where(jnp.isnan(values), words, rounded)
     return jax.lax.bitcast_convert_type(words, jnp.float32).astype(jnp.bfloat16)
 
 
