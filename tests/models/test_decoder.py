@@ -270,7 +270,7 @@ def test_value_and_grad_finds_the_reads_of_a_decoder():
 
 def test_a_decoder_trains_by_rows():
     model, tokens = build("beside"), jnp.asarray(TOKENS)
-    gradients = memjax.value_and_grad(lambda model: model(tokens).sum())(model)[1]
+    gradients = nnx.jit(memjax.value_and_grad(lambda model: model(tokens).sum()))(model)[1]
     (rows,) = [row for rows in gradients.tables.values() for row in rows]
     assert np.isfinite(rows.dense(25)).all()
     assert np.any(rows.dense(25))
@@ -294,7 +294,8 @@ def test_masks_and_segments_may_be_zeros_and_ones_of_any_type(as_users_call):
 
     def states(one: Any, other: Any) -> np.ndarray:
         given: dict[str, Any] = {"token_mask": mask.astype(one), "segments": mask.astype(other)}
-        return np.asarray(model.hidden(jnp.asarray(TOKENS), training=True, **given).states)
+        hidden = nnx.jit(lambda model: model.hidden(jnp.asarray(TOKENS), training=True, **given).states)
+        return np.asarray(hidden(model))
 
     np.testing.assert_array_equal(states(bool, np.int32), states(np.int32, bool))
 
@@ -345,7 +346,7 @@ def test_ids_outside_the_vocabulary_are_refused_and_are_nan_where_they_are_trace
 
 def test_a_cached_step_of_one_token_reads_no_token_on_the_host(monkeypatch):
     model, tokens = build("dense"), jnp.array([[3, 5]])
-    _, cache = model.with_cache(tokens, model.init_cache(1, 4))
+    _, cache = nnx.jit(lambda model: model.with_cache(tokens, model.init_cache(1, 4)))(model)
     monkeypatch.setattr(decoder, "check_ids", lambda *_: pytest.fail("waits for the tokens"))
     assert np.isfinite(model.with_cache(tokens[:, :1], cache)[0]).all()
 
