@@ -176,54 +176,52 @@ def row_update(bench: Bench) -> None:
 def layer(bench: Bench) -> None:
     """One Memory+ layer: forward, backward and the update of its table."""
     for num_keys in [bench.num_keys] if bench.small else [bench.num_keys, 4096]:
-        slots = num_keys**2
-        rule = RowRule(kind="rowwise_adam", state_columns=min(256, bench.dim))
         for name in bench.implementations if num_keys == bench.num_keys else bench.implementations[:1]:
-            model = memjax.MemoryLayer(
-                bench.dim,
-                num_keys=num_keys,
-                num_heads=bench.heads,
-                top_k=bench.top_k,
-                key_dim=bench.key_dim,
-                qk_norm=False,
-                score_scale=1.0,
-                dtype=jnp.bfloat16,
-                implementation=name,
-                rngs=nnx.Rngs(0),
-            )
-            graphdef, params = nnx.split(model)
-            table = bench.table(slots, bench.dim)
-            state = (table, rule.init(slots, bench.dim, table.dtype))
-            del table
+            ms = layer_ms(bench, num_keys, name)
+            shape = f"{num_keys**2:,} x {bench.dim}"
+            bench.record("memory layer, forward + backward + update", shape, "", name, ms)
 
-            def loss_fn(params, perturbations, rows, x, target, graphdef=graphdef, name=name):
-                layer = nnx.merge(graphdef, params)
-                lookup = layer.lookup(x)
-                bag = memjax.embedding_bag(rows, *lookup, implementation=name) + perturbations["memory"][0]
-                read = memjax.TableRead(TableName("table"), *lookup, vectors=None)
-                return jnp.mean((layer.combine(x, bag) * target).astype(jnp.float32)), ({"memory": (read,)}, None)
 
-            @functools.partial(jax.jit, donate_argnums=0)
-            def step(state, params, x, target, loss_fn=loss_fn, rule=rule, name=name):
-                perturbations = {"memory": (jnp.zeros((bench.tokens, bench.dim), jnp.bfloat16),)}
-                value_and_grad = memjax.row_sparse_value_and_grad(loss_fn)
-                _, gradient, rows = value_and_grad(params, perturbations, state[0], x, target)
-                updated = memjax.row_update(*state, rows["table"], rule, row_step(1e-3, 0), implementation=name)
-                # All of the gradient is asked for, and little of it leaves the device's caches.
-                return updated, jax.tree.map(jnp.sum, gradient)
+def layer_ms(bench: Bench, num_keys: int, name: str) -> float:
+    """Milliseconds of a layer by one implementation; its table is gone afterwards."""
+    slots, rule = num_keys**2, RowRule(kind="rowwise_adam", state_columns=min(256, bench.dim))
+    model = memjax.MemoryLayer(
+        bench.dim,
+        num_keys=num_keys,
+        num_heads=bench.heads,
+        top_k=bench.top_k,
+        key_dim=bench.key_dim,
+        qk_norm=False,
+        score_scale=1.0,
+        dtype=jnp.bfloat16,
+        implementation=name,
+        rngs=nnx.Rngs(0),
+    )
+    graphdef, params = nnx.split(model)
+    table = bench.table(slots, bench.dim)
+    state = (table, rule.init(slots, bench.dim, table.dtype))
+    del table
 
-            inputs = [
-                (
-                    params,
-                    bench.normal(seed, (bench.tokens, bench.dim)),
-                    bench.normal(seed + 5, (bench.tokens, bench.dim)),
-                )
-                for seed in range(3)
-            ]
-            keep = lambda state, *rest, step=step: step(state, *rest)[0]
-            ms, state = median_ms_in_place(keep, state, inputs, **bench.rounds)
-            bench.record("memory layer, forward + backward + update", f"{slots:,} x {bench.dim}", "", name, ms)
-            del state
+    def loss_fn(params, perturbations, rows, x, target):
+        layer = nnx.merge(graphdef, params)
+        lookup = layer.lookup(x)
+        bag = memjax.embedding_bag(rows, *lookup, implementation=name) + perturbations["memory"][0]
+        read = memjax.TableRead(TableName("table"), *lookup, vectors=None)
+        return jnp.mean((layer.combine(x, bag) * target).astype(jnp.float32)), ({"memory": (read,)}, None)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, params, x, target):
+        perturbations = {"memory": (jnp.zeros((bench.tokens, bench.dim), jnp.bfloat16),)}
+        value_and_grad = memjax.row_sparse_value_and_grad(loss_fn)
+        _, gradient, rows = value_and_grad(params, perturbations, state[0], x, target)
+        updated = memjax.row_update(*state, rows["table"], rule, row_step(1e-3, 0), implementation=name)
+        # All of the gradient is asked for, and little of it leaves the device's caches.
+        return updated, jax.tree.map(jnp.sum, gradient)
+
+    normal = lambda seed: bench.normal(seed, (bench.tokens, bench.dim))
+    inputs = [(params, normal(seed), normal(seed + 5)) for seed in range(3)]
+    ms, _ = median_ms_in_place(lambda state, *rest: step(state, *rest)[0], state, inputs, **bench.rounds)
+    return ms
 
 
 def checks(bench: Bench) -> dict[str, Any]:
