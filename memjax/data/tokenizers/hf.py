@@ -110,7 +110,10 @@ def read_description(description: dict[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _types(part: Any) -> set[str]:
-    """The types of a tokenizer's parts, those in sequences too, where its model is a BPE."""
+    """The types of a tokenizer's parts, those in sequences too, where its model is a BPE.
+
+    Files of older versions of the library, such as GPT-2's, do not name the type of the model; a BPE has merges.
+    """
 
     def walk(part: Any) -> Iterator[str]:
         if isinstance(part, dict):
@@ -119,6 +122,7 @@ def _types(part: Any) -> set[str]:
                 for each in inner if isinstance(inner, list) else ():
                     yield from walk(each)
 
-    if not isinstance(part.get("model"), dict) or part["model"].get("type") != "BPE":
+    model = part.get("model")
+    if not isinstance(model, dict) or model.get("type", "BPE" if "merges" in model else None) != "BPE":
         return set()
     return {*walk(part.get("pre_tokenizer")), *walk(part.get("decoder"))}

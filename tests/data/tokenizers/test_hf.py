@@ -29,6 +29,13 @@ def test_ids_are_the_librarys_without_its_begin_token_and_its_cut(description):
     assert tokenizer.vocab_size == library.get_vocab_size()
 
 
+def test_older_files_name_no_type_of_the_model_and_write_merges_as_texts(description):
+    model = {name: value for name, value in description["model"].items() if name != "type"}
+    model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    older, newer = HfTokenizer({**description, "model": model}), HfTokenizer(description)
+    assert [older.encode(text) for text in TEXTS] == [newer.encode(text) for text in TEXTS]
+
+
 def test_special_tokens_have_the_ids_of_the_file(description):
     tokenizer = HfTokenizer(description, eos="<|eot_id|>")
     ids = {token["content"]: token["id"] for token in description["added_tokens"] if token["special"]}
