@@ -21,6 +21,7 @@ from memjax.knowledge.reads import layers_of, run_layers, slot_reads, tables_of,
 from memjax.models.decoder import Decoder
 from memjax.models.token_ids import check_vocabulary
 from memjax.ops.embedding_bag.api import embedding_bag
+from memjax.sharding.axes import committed_as
 
 _RECORDS_AT_ONCE = 256
 
@@ -65,7 +66,7 @@ def count_texts(
     graphdef, state = nnx.split(model)
     tables = model.config.tables
     counts = {name: jnp.zeros(tables[name].num_slots, jnp.int32) for name in layers_by_table(model.config)}
-    total = 0
+    counts, total = committed_as(counts, state), 0
     for some in _batches(_windows(tokenizer, records, length), batch_size):
         counts = _add_texts(graphdef, state, counts, batch_of(some, (batch_size, length)))
         total += len(some)

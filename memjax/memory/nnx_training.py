@@ -20,7 +20,7 @@ from memjax.memory.table import TableRows, ValueTable
 from memjax.ops.precision import accumulator
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.table import Table
-from memjax.sharding.axes import split_columns
+from memjax.sharding.axes import committed_as, split_columns
 from memjax.sharding.rules import is_variable
 
 DENSE = nnx.All(nnx.Param, nnx.Not(TableRows))
@@ -182,10 +182,18 @@ class Optimizer(nnx.Module):
         checks.refuse(checks.finite(max_grad_norm=max_grad_norm) or checks.positive(max_grad_norm=max_grad_norm))
         tx: Any = dense
         self.tx, self.row_optimizer, self.max_grad_norm = tx, tables, max_grad_norm
-        self.step = nnx.OptState(jnp.zeros((), jnp.int32))
-        self.dense_state = _variables(dense.init(nnx.to_pure_dict(nnx.state(model, DENSE))))
         states = {name: tables.init(_trainable(name, table)) for name, table in _named(model, ValueTable)}
-        self.table_state = _variables(jax.tree.map(split_columns, states))
+        state = (
+            jnp.zeros((), jnp.int32),
+            dense.init(nnx.to_pure_dict(nnx.state(model, DENSE))),
+            jax.tree.map(split_columns, states),
+        )
+        step, dense_state, table_state = committed_as(state, nnx.state(model, nnx.Param))
+        self.step, self.dense_state, self.table_state = (
+            nnx.OptState(step),
+            _variables(dense_state),
+            _variables(table_state),
+        )
 
     def update(self, model: nnx.Module, gradients: Gradients, *, ok: ArrayLike = True, **extra: Any) -> None:
         """One step; as a whole it is in place inside a jitted function that donates model and optimizer.

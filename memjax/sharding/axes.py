@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 import jax
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, AxisType, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -21,6 +22,7 @@ from memjax.ops.shapes import describe
 from memjax.sharding import rules
 
 Weights = TypeVar("Weights")
+Tree = TypeVar("Tree")
 
 
 def _automatic_sizes() -> dict[str, int]:
@@ -66,6 +68,17 @@ def tensor_pieces(parameter: nnx.Variable, axis: int) -> int:
 def split_columns(table: Float[Array, "n d"]) -> Float[Array, "n d"]:
     """The table with its columns split over the memory axis, where there is one."""
     return place(table, rules.COLUMNS) if has_memory_axis() else table
+
+
+def committed_as(tree: Tree, like: Any) -> Tree:
+    """A tree of new arrays on the one device that all arrays of another tree are committed to, if they are.
+
+    A step that takes both would be compiled a second time for the new ones as it returns them, committed like the rest.
+    """
+    arrays = [leaf for leaf in jax.tree.leaves(like) if not isinstance(leaf, Tracer)]
+    places = {array.sharding for array in arrays if isinstance(array, jax.Array) and array.committed}
+    is_one = len(places) == 1 and isinstance(next(iter(places)), SingleDeviceSharding)
+    return jax.device_put(tree, *places) if is_one else tree
 
 
 def split_tokens(array: Array) -> Array:

@@ -124,6 +124,17 @@ def test_tables_that_devices_share_by_columns_learn_the_same_rows(model_of):
         np.testing.assert_allclose(table, split_decoder(expected)[2][name], rtol=1e-5, atol=1e-6)
 
 
+def test_the_step_is_compiled_once_for_a_model_on_a_device_of_its_own(model_of, caplog):
+    parts, params, tables = split_decoder(model_of("memory_plus"))
+    model = parts.merge(*jax.device_put((params, tables), jax.devices()[0]))  # as one that was loaded
+    recipe = Recipe(rows=3, lr=0.3, epochs=3, batch_size=3, replay=0)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        background = count_texts(model, TOKENIZER, TEXTS, length=8, batch_size=2)
+        learn(model, TOKENIZER, FACTS, background, recipe, longest=16)
+    assert caplog.text.count("Compiling jit(_add_texts)") == 1
+    assert caplog.text.count("Compiling jit(_step)") == 1
+
+
 def test_a_second_learning_compiles_no_step(model_of, caplog):
     model, recipe = model_of("memory_plus"), Recipe(rows=3, lr=0.3, epochs=1, batch_size=3)
     background = count_texts(model, TOKENIZER, TEXTS, length=8, batch_size=5)

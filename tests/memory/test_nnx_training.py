@@ -221,6 +221,28 @@ def test_a_step_without_ok_copies_no_table(limit):
     assert memory.temp_size_in_bytes < model.table.rows.nbytes / 2
 
 
+def test_the_step_of_a_model_on_a_device_of_its_own_is_compiled_once(caplog):
+    class Small(nnx.Module):
+        def __init__(self):
+            self.table = ValueTable(4**2, 8, rngs=nnx.Rngs(0))
+            self.layer = MemoryLayer(8, num_keys=4, num_heads=1, top_k=2, key_dim=4, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.layer(x, self.table)
+
+    @nnx.jit
+    def small_step(model, optimizer, x):
+        optimizer.update(model, memjax.value_and_grad(loss_fn)(model, x, x)[1])
+
+    model, x = Small(), jnp.ones((8, 8), jnp.float32)
+    nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))  # as one that was loaded
+    optimizer = memjax.Optimizer(model, dense=optax.adam(1e-3), tables=RowOptimizer(1.0))
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for _ in range(3):
+            small_step(model, optimizer, x)
+    assert caplog.text.count("Compiling jit(small_step)") == 1
+
+
 @pytest.mark.usefixtures("as_users_call")
 def test_a_rule_that_only_measures_is_no_rule_to_train_with():
     kind: Any = "rowwise_norm"
