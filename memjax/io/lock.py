@@ -16,6 +16,9 @@ from memjax.io.console import say
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 """Errors of flock on file systems without locks, such as Lustre mounted without `-o flock`."""
 
+_MOST_FAILURES = 1000
+"""How often the file's folder may be gone when the file is created; each time another process has just removed it."""
+
 _held: set[int] = set()
 
 
@@ -57,13 +60,17 @@ def locked(path: pathlib.Path, *, on_wait: Callable[[str], None] | None = None) 
 
 
 def _acquire(path: pathlib.Path, on_wait: Callable[[str], None] | None) -> int:
+    failures = 0
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             handle = os.open(path, flags, 0o666)
-        except FileNotFoundError:  # the last holder has just removed the folder
-            continue
+        except FileNotFoundError:
+            failures += 1
+            if failures == _MOST_FAILURES:
+                raise  # its folder is there, but no file can be created in it, as in /proc
+            continue  # the last holder has just removed the folder
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise

@@ -129,6 +129,11 @@ def test_links_and_other_things_in_its_place_are_refused_and_not_written(tmp_pat
     assert theirs.read_text() == "theirs"
 
 
+def test_a_folder_that_takes_no_file_is_an_error():
+    with pytest.raises(FileNotFoundError, match="/proc/memjax"):
+        take(pathlib.Path("/proc/memjax"))
+
+
 def test_a_file_system_without_locks_is_told_of_and_used(tmp_path, monkeypatch, capsys):
     def refuse(*_) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
