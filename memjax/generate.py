@@ -159,7 +159,7 @@ def _write(found: "LoadedModel", settings: GenerateConfig, prompt: str, *, numbe
     if tokens > 1:
         rate = (tokens - 1) / max(ended - first - (compiled - compiling_first), 1e-9)
         told += f", then {rate:,.{0 if rate >= 9.95 else 1}f} tokens/s"
-    print(told + f"; {compiled:.1f} s of it compiling" * (compiled >= 0.05), file=sys.stderr)
+    print(told + f"; compiling took {compiled:.1f} s" * (compiled >= 0.05), file=sys.stderr)
 
 
 def _converse(found: "LoadedModel", settings: GenerateConfig) -> None:
