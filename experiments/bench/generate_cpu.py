@@ -34,6 +34,15 @@ def run(code: pathlib.Path, *command: str) -> None:
     subprocess.run([sys.executable, *command], env=environment, cwd=code, check=True, stdout=subprocess.DEVNULL)
 
 
+def checkout(commit: str, folder: pathlib.Path) -> pathlib.Path:
+    """The folder, with the files of that commit."""
+    if not folder.exists():
+        archive = subprocess.run(["git", "archive", commit], cwd=cases.ROOT, check=True, capture_output=True)
+        folder.mkdir(parents=True)
+        subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
+    return folder
+
+
 def measure(codes: dict[str, pathlib.Path], folder: pathlib.Path, rounds: int) -> dict[str, cases.Row]:
     """The best of every figure by commit."""
     for commit, code in codes.items():
@@ -64,11 +73,7 @@ def main() -> None:
         folder = (arguments.keep or pathlib.Path(temporary)).resolve()
         codes = {}
         for commit in arguments.before:
-            codes[commit] = folder / f"code-{commit}"
-            if not codes[commit].exists():
-                archive = subprocess.run(["git", "archive", commit], cwd=cases.ROOT, check=True, capture_output=True)
-                codes[commit].mkdir(parents=True)
-                subprocess.run(["tar", "-x", "-C", str(codes[commit])], input=archive.stdout, check=True)
+            codes[commit] = checkout(commit, folder / f"code-{commit}")
         codes[THIS_CODE] = cases.ROOT
         found = measure(codes, folder, arguments.rounds)
     environment = timing.environment()
