@@ -179,3 +179,17 @@ def test_energy_of_a_token_lies_between_moves_of_the_counter(bench):
     assert energy_of_token([text], 2) == 20 / 128 / 2
     assert energy_of_token([text, text], 2) == 20 / 128 / 2
     assert energy_of_token([text[:4]], 2) is None
+
+
+@pytest.mark.slow
+def test_the_input_pipeline_is_timed_by_kind_of_data_and_packing(tmp_path):
+    command = [sys.executable, str(BENCH.with_name("pipeline.py")), "--small", "--before", "", "--out", str(tmp_path)]
+    command += ["--rounds", "1", "--seconds", "0.01"]
+    done = subprocess.run(
+        command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "pipeline-cpu.json").read_text())["rows"]
+    assert {row["data"] for row in rows} >= {"facts, concat", "articles, prepared, none", "biographies, first_fit"}
+    assert all(row["tokens/s, now"] > 0 and row["tokens/CPU s, now"] > 0 for row in rows)
+    assert "| facts, prepared, preparing |" in (tmp_path / "pipeline-cpu.md").read_text()

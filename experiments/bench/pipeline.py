@@ -1,8 +1,8 @@
 """Tokens a second that one thread makes batches of, by kind of data and packing: `pipeline.py [--before COMMIT]`.
 
 Facts are sentences of about ten tokens, articles many of these; a row has 256 tokens, a batch 128 rows. This code and
-an older commit are timed in processes that alternate; of each the best round counts. `tokens/s` is of the wall clock, in
-which the tokenizer, which runs on all cores, takes less time the more of them are idle; `tokens/CPU s` counts them all.
+an older commit are timed in processes that alternate; of each the best round counts. The wall clock of `tokens/s`
+depends on how many cores are idle, since the tokenizer runs on all of them; `tokens/CPU s` counts them all.
 """
 
 import argparse

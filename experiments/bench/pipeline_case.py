@@ -9,6 +9,7 @@ import json
 import pathlib
 import shutil
 import sys
+import threading
 import time
 
 from memjax.config.data import BiographiesConfig, DataConfig, MixtureConfig
@@ -39,7 +40,8 @@ def main() -> None:
 
     def batches(name: str, config: DataConfig) -> None:
         for packing in ("none", "concat", "first_fit"):
-            data = iter(open_dataset(dataclasses.replace(config, packing=packing), tokenizer).train_batches(0))
+            dataset = open_dataset(dataclasses.replace(config, packing=packing), tokenizer)
+            data = iter(dataset.train_batches(0, stop=threading.Event()))  # as a training without workers
             next(data)
             tokens, begun, busy = 0, time.perf_counter(), time.process_time()
             for count in itertools.count(1):

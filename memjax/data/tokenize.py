@@ -17,7 +17,8 @@ Pairs = Int32[np.ndarray, "_ 3"]
 
 _CACHED_CHARACTERS = 200
 _CACHED_TEXTS = 100_000
-_RECORDS_UNTIL_STOPPED = 16
+_FIRST_RECORDS = 16
+_PAIRS_UNTIL_STOPPED = 1 << 16
 
 
 class Block(NamedTuple):
@@ -163,14 +164,18 @@ def joined(readers: Sequence[Reader]) -> Read:
 
 
 def stoppable(read: Read, stop: threading.Event) -> Read:
-    """Reads a few records at a time, until it is stopped: a block of long ones takes seconds."""
+    """Reads few long records or many short ones at a time, until it is stopped: a block of long ones takes seconds."""
+    size = _FIRST_RECORDS
 
     def some(numbers: Sequence[int], rng: np.random.Generator) -> Block:
-        found = []
-        for at in range(0, len(numbers), _RECORDS_UNTIL_STOPPED):
+        nonlocal size
+        found, at = [], 0
+        while at < len(numbers):
             if stop.is_set():
                 raise InterruptedError("the data was closed")
-            found.append(read(numbers[at : at + _RECORDS_UNTIL_STOPPED], rng))
+            found.append(read(numbers[at : at + size], rng))
+            at += size
+            size = 1 + _PAIRS_UNTIL_STOPPED * len(found[-1].lengths) // (1 + len(found[-1].pairs))
         return _end_to_end(found)
 
     return some

@@ -1,4 +1,7 @@
+import threading
+
 import numpy as np
+import pytest
 
 from listed import Listed, pairs_by_hand
 from memjax.data import tokenize
@@ -26,3 +29,24 @@ def test_joined_readers_count_on_and_name_the_part():
     for place, pairs in zip(order, joined(order, np.random.default_rng(0)).split(), strict=True):
         number, text = everything[place]
         assert pairs.tolist() == [[t, n, 1 + 2 * number] for t, n, _ in pairs_by_hand((Segment(text, True),))]
+
+
+def test_few_long_records_or_many_short_ones_are_read_until_it_is_stopped(monkeypatch):
+    monkeypatch.setattr(tokenize, "_PAIRS_UNTIL_STOPPED", 100)
+    records = [(Segment("a" * (40 if 30 < i < 50 else 3), True),) for i in range(100)]
+    reader = tokenize.TextReader(Listed(records), ByteTokenizer())
+    asked, stop = [], threading.Event()
+
+    def read(numbers, rng):
+        asked.append(len(numbers))
+        return reader(numbers, rng)
+
+    some = tokenize.stoppable(read, stop)
+    rng = np.random.default_rng(0)
+    pairs = [pair for _ in range(2) for block in (range(0, 60), range(60, 100)) for pair in some(block, rng).pairs]
+    assert [tuple(pair) for pair in pairs] == 2 * [pair for record in records for pair in pairs_by_hand(record)]
+    assert asked[0] == 16
+    assert {3, 25} <= set(asked)
+    stop.set()
+    with pytest.raises(InterruptedError):
+        some(range(10), rng)
