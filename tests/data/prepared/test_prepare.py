@@ -19,6 +19,7 @@ import pytest
 
 from memjax.config.data import DataConfig
 from memjax.data.prepared import prepare as prepare_module
+from memjax.data.prepared import store
 from memjax.data.prepared.prepare import discard_outdated, prepare
 from memjax.data.prepared.store import PreparedReader, open_prepared
 from memjax.data.sources.corpus import Corpus
@@ -405,12 +406,50 @@ def test_damaged_prepared_data_is_refused(tmp_path, lines):
         PreparedReader(tmp_path / "p", BYTES)
 
 
+GOOD = store.encode_record([([5, 6], False), ([7], True)], store.id_dtype(259))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        b"",
+        b"\0\0",
+        bytes(4) + b"ab",
+        b"\xff" * 12,
+        GOOD[:10],
+        GOOD[:-1],
+        GOOD[:-2],
+        GOOD + b"ab",
+        b"\x01" + GOOD[1:],
+        b"\x03" + GOOD[1:],
+        GOOD[:4] + b"\xff\xff\xff\xff" + GOOD[8:],
+    ],
+)
+def test_a_record_whose_lengths_do_not_add_up_is_named(tmp_path, lines, record):
+    prepare(corpus(lines), BYTES, tmp_path / "p")
+    manifest = PreparedReader(tmp_path / "p", BYTES).manifest
+    writer = store.Writer(tmp_path / "p")
+    for content in (GOOD, record, GOOD):
+        writer.write(content)
+    store.write_manifest(tmp_path / "p", dataclasses.replace(manifest, shards=writer.finish(), usable=3))
+    reader, rng = PreparedReader(tmp_path / "p", BYTES), np.random.default_rng(0)
+    assert [pairs.tolist() for pairs in reader([2, 0], rng).split()] == [
+        [[1, 5, 0], [5, 6, 0], [6, 7, 1], [7, 2, 1]]
+    ] * 2
+    for numbers in ([1], [0, 1, 2], [2, 1]):
+        with pytest.raises(DataError, match="record 1 is damaged; delete the folder"):
+            reader(numbers, rng)
+
+
 def test_ids_past_the_vocabulary_are_refused_before_they_are_used(tmp_path, lines):
     larger = train_bpe(["yy yyyy é1 é2 é3"] * 9, 280)
     prepare(corpus(lines), larger, tmp_path / "p")
     reader = PreparedReader(tmp_path / "p", BYTES)
-    with pytest.raises(DataError, match=r"record \d+ holds the id \d+, the tokenizer has 259"):
+    with pytest.raises(DataError, match=r"record \d+ holds the id \d+, the tokenizer has 259") as error:
         everything(reader)
+    (number,) = map(int, re.findall(r"record (\d+)", str(error.value)))
+    with pytest.raises(DataError, match=f"record {number} holds"):
+        reader([number], np.random.default_rng(0))
     manifest = reader.manifest
     path = tmp_path / "p" / "manifest.json"
     content = {"format": 1, **dataclasses.asdict(manifest)}
