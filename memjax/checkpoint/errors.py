@@ -67,6 +67,7 @@ def write_advice(error: BaseException) -> str:
         # TensorStore raises ValueError with the number in its text: "No space left on device [os_error_code='28']".
         numbers = re.findall(r"os_error_code='(\d+)'", str(found))
         names += [errno.errorcode.get(int(number), "") for number in numbers]
+        names += ["ENOENT"] * ("Checkpoint directory does not exist" in str(found))  # of Orbax
         if advice := next((_WRITE_ADVICE[name] for name in names if name in _WRITE_ADVICE), None):
             return advice
         found = found.__cause__ or found.__context__

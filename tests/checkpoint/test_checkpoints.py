@@ -548,6 +548,10 @@ def test_a_program_whose_save_has_failed_ends_at_once_and_says_why(tmp_path):
         (OSError(errno.EROFS, "x"), "read-only"),
         (OSError(errno.EMFILE, "x"), "ulimit -n"),
         (OSError(errno.ENOTEMPTY, "x"), "another process writes there"),
+        (
+            ValueError("Checkpoint directory does not exist: run/checkpoints/20.orbax-checkpoint-tmp"),
+            "was removed while",
+        ),
         (TypeError("x"), ""),
     ],
 )
