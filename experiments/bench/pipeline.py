@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import pathlib
+import shlex
 import sys
 import tempfile
 
@@ -69,7 +70,7 @@ def main() -> None:
             for row in rows.values():
                 row[columns[-1]] = round(row[f"{clock}, now"] / row[f"{clock}, before"], 2)
     record = {
-        "command": "python experiments/bench/pipeline.py",
+        "command": shlex.join(["python", *sys.argv]),
         **timing.environment(),
         "before": arguments.before or None,
     }
