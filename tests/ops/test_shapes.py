@@ -1,5 +1,7 @@
 """What does not fit together is refused with both shapes, and no token at all is as good as any number."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,6 +101,15 @@ MISFITS = {
         r"a step has scalars; found lr float32\[8, 1\]",
     ),
 }
+
+
+def test_a_table_of_whole_numbers_and_the_name_of_a_rule_are_refused(as_users_call):
+    one = [RowGradient(indices(1, 1), jnp.ones((1, 1)), jnp.ones((1, 4)))]
+    with pytest.raises(ValueError, match=r"floating-point numbers; found table int32\[8, 4\]"):
+        row_update(TABLE.astype(jnp.int32), {}, one, RowRule(kind="sgd"), row_step(0.5, 0))
+    rule: Any = "sgd"
+    with pytest.raises(TypeError, match=r"rule must be a memjax\.RowRule, found str"):
+        row_update(TABLE, {}, one, rule, row_step(0.5, 0))
 
 
 @pytest.mark.parametrize("case", MISFITS)

@@ -33,7 +33,7 @@ def row_update(
     update is in place and its temporaries do not grow with the table. With `step.ok` false nothing changes.
 
     Raises:
-        TypeError: step is no RowStep.
+        TypeError: step is no RowStep, or rule no RowRule.
         ValueError: there is no gradient, shapes do not fit together, or `implementation` is unknown.
         NotImplementedError: `implementation` cannot run here.
     """
@@ -69,11 +69,16 @@ def row_update(
 
 
 def check_state(table: Float[Array, "n d"], state: TableState, rule: RowRule) -> None:
-    """Refuses a state that is not the rule's for this table.
+    """Refuses a state that is not the rule's for this table, and a table of whole numbers, whose updates would be cut.
 
     Raises:
+        TypeError: rule is no RowRule.
         ValueError: it is so; the message has the shapes.
     """
+    if not isinstance(rule, RowRule):
+        raise TypeError(f"row_update: rule must be a memjax.RowRule, found {type(rule).__name__}")
+    is_real = jnp.issubdtype(table.dtype, jnp.floating)
+    require("row_update", is_real, "the table must hold floating-point numbers", table=table)
     slots, width = table.shape
     expected = jax.eval_shape(lambda: rule.init(slots, width, table.dtype))
     fits = {name: array.shape for name, array in state.items()} == {name: a.shape for name, a in expected.items()}
