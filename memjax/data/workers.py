@@ -101,7 +101,7 @@ class Workers(Iterator[Any]):
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        resource_tracker.ensure_running()  # its start would unblock signals that are blocked below
+        start_tracker()
         for index, state in enumerate(self._states):
             ours, theirs = context.Pipe(duplex=False)
             with contextlib.suppress(OSError, AttributeError):
@@ -152,6 +152,15 @@ def _kill(running: list[tuple[BaseProcess, Connection]]) -> None:
         process.join()
         process.close()
         pipe.close()
+
+
+def start_tracker() -> None:
+    """Starts Python's process that tracks locks, before others that inherit blocked signals: its start unblocks some.
+
+    It ignores Ctrl-C and SIGTERM, but a terminal that closes would end it, and its successor prints tracebacks.
+    """
+    with blocked(_SIGNALS):
+        resource_tracker.ensure_running()
 
 
 @contextlib.contextmanager

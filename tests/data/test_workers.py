@@ -159,3 +159,24 @@ def test_workers_outlive_signals_to_their_group_but_not_their_parent(tmp_path, n
             print(file=program.stdin, flush=True)
             assert program.stdout.readline() == "three more\n"
     wait_until(lambda: all(map(is_gone, workers)))
+
+
+TRACKED = """
+import os, signal, time
+from multiprocessing import resource_tracker
+from memjax.data.workers import start_tracker
+
+start_tracker()
+tracker = resource_tracker._resource_tracker._pid
+for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+    os.kill(tracker, number)
+    time.sleep(0.2)
+    assert os.waitpid(tracker, os.WNOHANG) == (0, 0), number
+"""
+
+
+def test_signals_to_all_processes_do_not_end_the_one_that_tracks_locks():
+    done = subprocess.run(
+        [sys.executable, "-c", TRACKED], env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -13,7 +13,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import resource_tracker
 from typing import NamedTuple
 
 from memjax.data.prepared import store
@@ -23,7 +22,7 @@ from memjax.data.sources.parsing import Keys, MalformedError
 from memjax.data.sources.records import Record
 from memjax.data.sources.stream import UnreadableError
 from memjax.data.tokenizers.base import Tokenizer
-from memjax.data.workers import blocked, end_with_parent
+from memjax.data.workers import blocked, end_with_parent, start_tracker
 from memjax.errors import DataError
 from memjax.io.console import say, warn
 from memjax.io.lock import locked
@@ -245,7 +244,7 @@ def _pool(processes: int, work: BlockTokenizer) -> ProcessPoolExecutor | None:
     # Forked processes would share locks with JAX's threads; these begin with nothing.
     context = multiprocessing.get_context("spawn")
     try:
-        resource_tracker.ensure_running()  # its start would unblock signals that are blocked for the processes'
+        start_tracker()
         return ProcessPoolExecutor(processes, context, initializer=_start_process, initargs=(work,))
     except OSError as error:
         warn(f"only one process tokenises, because several need a writable /dev/shm: {error.strerror}")
