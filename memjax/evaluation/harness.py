@@ -116,11 +116,16 @@ def format_task_report(report: Mapping[str, Any]) -> str:
         for metric, value in _numbers(results):
             name, _, kind = metric.partition(",")
             error = results.get(f"{name}_stderr,{kind}")
-            cells = [f"{number:.4f}" if isinstance(number, float | int) else "" for number in (value, error)]
-            cells += [f"{zeroed[task][metric]:.4f}"] if zeroed else []
+            cells = [_shown(number) if isinstance(number, float | int) else "" for number in (value, error)]
+            cells += [_shown(zeroed[task][metric])] if zeroed else []
             shown = name if kind == "none" else f"{name} ({kind})"  # a task may measure the same of several filters
             rows.append([task, str(report["n-shot"].get(task, "")), shown, *cells])
     return format_table(rows)
+
+
+def _shown(number: float) -> str:
+    """With four places; a perplexity of a model that knows nothing has more digits than anyone reads."""
+    return f"{number:.4f}" if abs(number) < 1e6 else f"{number:.4g}"
 
 
 def load_tasks(tasks: Sequence[str], folder: str | None = None, *, section: str = "") -> TaskDict:

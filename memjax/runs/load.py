@@ -199,7 +199,7 @@ def refuse_applied(folder: pathlib.Path, step: int, change: str) -> None:
     if names := Applied(folder).names(step):
         raise CheckpointError(
             f"{folder}: patch {', '.join(names)} is applied to step {step}, which does not go together with {change}: "
-            "patches are for tables as they were saved; load without table_format and table_place, or write a run with "
+            "patches are for tables as they were saved; do without that, or write a run with "
             "the rows in its tables (python -m memjax.patch revert RUN PATCH, then apply RUN PATCH --out NEW) and use "
             "that"
         )

@@ -216,8 +216,13 @@ def test_a_metric_of_several_filters_has_a_line_for_each(harness, found, tmp_pat
 
 def test_whole_numbers_are_metrics_and_sizes_of_sets_are_not(harness):
     results = {"alias": "t", "sample_len": 4, "count,none": 3, "count_stderr,none": "N/A", "acc,none": 0.5}
+    results["perplexity,none"] = 123456789012345678.0
     lines = harness.format_task_report({"results": {"t": results}, "n-shot": {"t": 0}})
-    assert [line.split()[2:] for line in lines.splitlines()[1:]] == [["count", "3.0000"], ["acc", "0.5000"]]
+    assert [line.split()[2:] for line in lines.splitlines()[1:]] == [
+        ["count", "3.0000"],
+        ["acc", "0.5000"],
+        ["perplexity", "1.235e+17"],
+    ]
 
 
 def test_a_folder_that_is_not_there_is_said(harness, found, tmp_path):
