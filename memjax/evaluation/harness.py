@@ -123,7 +123,7 @@ def format_task_report(report: Mapping[str, Any]) -> str:
     return format_table(rows)
 
 
-def _shown(number: float) -> str:
+def _shown(number: float | int) -> str:
     """With four places; a perplexity of a model that knows nothing has more digits than anyone reads."""
     return f"{number:.4f}" if abs(number) < 1e6 else f"{number:.4g}"
 
