@@ -1,10 +1,12 @@
 """Ctrl-C and SIGTERM in commands that have no state to save; `memjax.training.interrupt` is for training."""
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
@@ -14,6 +16,9 @@ from memjax.io.console import open_missing_files
 
 _LOST_SECONDS = 2.0
 """After so long a KeyboardInterrupt that nothing has caught is lost."""
+_CLEANING_SECONDS = 10.0
+"""For what a command does after SIGTERM: it may wait for processes that the same signal has ended."""
+_due = math.inf
 
 
 class Terminated(KeyboardInterrupt):
@@ -78,6 +83,8 @@ def heard() -> None:
 
 def _ctrl_c(number: int, frame: FrameType | None) -> None:
     signal.setitimer(signal.ITIMER_REAL, _LOST_SECONDS)
+    if time.monotonic() > _due:
+        leave_after_output(130)
     handled = sys.exception() if number == signal.SIGALRM else None
     while handled is not None:
         if isinstance(handled, KeyboardInterrupt):
@@ -87,7 +94,9 @@ def _ctrl_c(number: int, frame: FrameType | None) -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
+    global _due
     signal.signal(number, signal.SIG_DFL)
+    _due = time.monotonic() + _CLEANING_SECONDS
     signal.setitimer(signal.ITIMER_REAL, _LOST_SECONDS)
     raise Terminated
 

@@ -79,8 +79,12 @@ def test_ctrl_c_ends_a_command_in_a_line_wherever_it_comes(how):
 
 WRITES = """
 import sys, time
+from memjax.io import ctrl_c
 from memjax.io.ctrl_c import run_command
 from memjax.runs.files import written_whole
+
+ctrl_c._LOST_SECONDS = 0.1
+ctrl_c._CLEANING_SECONDS = float(sys.argv[1]) if sys.argv[1:] else 60.0
 
 def main():
     with written_whole("new") as folder:
@@ -116,13 +120,23 @@ def test_a_signal_leaves_nothing_of_what_was_being_written(tmp_path, number):
 
 def test_a_second_sigterm_ends_a_command_that_is_busy_cleaning_up(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", WRITES, "slowly"]
+    command = [sys.executable, "-c", WRITES, "60"]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in ("writing\n", "cleaning up\n"):
             assert process.stdout.readline() == line
             process.terminate()
         assert process.wait(timeout=60) == -signal.SIGTERM
+
+
+def test_a_command_does_not_clean_up_for_ever_after_sigterm(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", WRITES, "0.3"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        process.terminate()
+        assert process.wait(timeout=30) == 130
 
 
 WITHOUT_FILES = """
