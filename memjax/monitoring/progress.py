@@ -130,12 +130,18 @@ class ProgressLines:
 
 
 class Progress:
-    """Shows the share that is done, the time left, and what there is to say of it. Use it in a `with`."""
+    """Shows the share that is done, the time left, and what there is to say of it. Use it in a `with`.
+
+    The time until the first update with something done is not representative, as programs are compiled in it: it says
+    nothing about the time left.
+    """
 
     def __init__(self, total: int | float, every_seconds: float):
         """Takes the total of `update`, and the seconds between two lines where there is no terminal."""
         self.total, self.every_seconds = max(1, total), every_seconds
         self._started = self._last = time.monotonic()
+        self._first: tuple[float, float] | None = None
+        """Moment and value of the first update with something done."""
         self._bar = Bar()
 
     def __enter__(self) -> "Progress":
@@ -150,7 +156,12 @@ class Progress:
         return max(time.monotonic() - self._started, 1e-9)
 
     def update(self, done: int | float, text: str) -> None:
-        left = self.elapsed * (self.total - done) / done if done else None
+        left = None
+        if self._first is None and done:
+            self._first = time.monotonic(), done
+        elif self._first is not None and done > self._first[1]:
+            began, done_before = self._first
+            left = (time.monotonic() - began) * (self.total - done) / (done - done_before)
         self._bar.draw(done / self.total, text, left)
         if not is_live() and time.monotonic() - self._last >= self.every_seconds:
             self._last = time.monotonic()

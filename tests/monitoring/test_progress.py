@@ -19,11 +19,14 @@ def test_lines_come_after_a_while_and_tell_what_is_left(clock, capsys):
         shown.update(0.0, "begun")
         clock[0] += 10
         shown.update(0.0, "nothing")
-        clock[0] += 9
-        shown.update(0.2, "too early")
-        clock[0] += 1
-        shown.update(0.25, "a quarter")
+        clock[0] += 30
+        shown.update(0.2, "the first, with compiling")
+        clock[0] += 5
+        shown.update(0.25, "too early")
+        clock[0] += 5
+        shown.update(0.3, "more")
     assert capsys.readouterr().out.splitlines() == [
         "  0%  nothing  elapsed 10 s",
-        " 25%  a quarter  elapsed 20 s  left 60 s",
+        " 20%  the first, with compiling  elapsed 40 s",
+        " 30%  more  elapsed 50 s  left 70 s",
     ]
