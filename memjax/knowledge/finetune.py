@@ -24,7 +24,7 @@ from memjax.models.loss import summed_loss
 from memjax.models.parts import Tables, merge_decoder, split_decoder, writable
 from memjax.models.token_ids import check_vocabulary
 from memjax.ops.row_update.rules import RowRule
-from memjax.sharding.axes import committed_as
+from memjax.sharding.axes import committed_as, split_columns
 
 TableStates = dict[str, dict[str, Array]]
 
@@ -100,7 +100,7 @@ def learn(
     num_rows = num_new + (round_up(recipe.replay) if old else 0)
     tables = jax.tree.map(jnp.copy, writable(tables))  # which the step donates
     state = {name: recipe.row_optimizer(recipe.lr).init(table) for name, table in tables.items()}
-    state = committed_as(state, (params, tables))
+    state = committed_as(jax.tree.map(split_columns, state), (params, tables))
     counts = {name: jnp.asarray(found) for name, found in background.counts.items()}
     run = _program(parts.graphdef, recipe, background.texts)
     order, step, total = np.random.default_rng(recipe.seed), 0, recipe.epochs * -(-len(facts) // size)

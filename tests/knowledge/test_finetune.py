@@ -1,11 +1,14 @@
 """Only the rows that a batch reads more than the background does are changed, and they learn the facts."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from drawn import drawn
 from memjax.data.sources.records import Segment
 from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.knowledge.facts import Fact
@@ -109,16 +112,22 @@ def test_facts_are_learned_in_few_rows_and_nothing_else_changes(model_of, kind):
         assert len(changed["layer_0"]) == 3
 
 
-def test_tables_that_devices_share_by_columns_learn_the_same_rows(model_of):
-    model, recipe = model_of("memory_plus"), Recipe(rows=3, lr=30.0, epochs=2, batch_size=3, optimizer="sgd")
+@pytest.mark.parametrize(("optimizer", "width", "lr"), [("sgd", 12, 30.0), ("rowwise_adam", 512, 0.03)])
+def test_tables_that_devices_share_by_columns_learn_the_same_rows(model_of, optimizer, width, lr, caplog):
+    # At most 256 columns share a second moment, so that those of 512 do so on two devices as on one.
+    config = model_of("memory_plus").config
+    assert config.memory is not None
+    model = drawn(dataclasses.replace(config, memory=dataclasses.replace(config.memory, value_dim=width)))
+    recipe = Recipe(rows=3, lr=lr, epochs=2, batch_size=3, optimizer=optimizer)
     background = count_texts(model, TOKENIZER, TEXTS, length=8, batch_size=5)
     expected = learn(model, TOKENIZER, FACTS, background, recipe, longest=16)
     automatic, axes = jax.sharding.AxisType.Auto, ("data", "memory")
     mesh = jax.make_mesh((1, 2), axes, axis_types=(automatic, automatic), devices=jax.devices()[:2])
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), jax.log_compiles(), caplog.at_level("WARNING"):
         parts, params, tables = split_decoder(model)
         split = jax.device_put((params, tables), (replicated(mesh, params), by_columns(mesh, tables)))
         learned = learn(parts.merge(*split), TOKENIZER, FACTS, background, recipe, longest=16)
+    assert caplog.text.count("Compiling jit(_step)") == 1
     for name, table in split_decoder(learned)[2].items():
         assert table.sharding.spec == COLUMNS
         np.testing.assert_allclose(table, split_decoder(expected)[2][name], rtol=1e-5, atol=1e-6)
