@@ -19,6 +19,7 @@ _LOST_SECONDS = 2.0
 _CLEANING_SECONDS = 10.0
 """For what a command does after SIGTERM: it may wait for processes that the same signal has ended."""
 _due = math.inf
+"""When that time is over; infinite before SIGTERM."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -90,15 +91,14 @@ def _ctrl_c(number: int, frame: FrameType | None) -> None:
         if isinstance(handled, KeyboardInterrupt):
             return
         handled = handled.__context__
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt if _due == math.inf else Terminated
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     global _due
     signal.signal(number, signal.SIG_DFL)
     _due = time.monotonic() + _CLEANING_SECONDS
-    signal.setitimer(signal.ITIMER_REAL, _LOST_SECONDS)
-    raise Terminated
+    _ctrl_c(number, frame)
 
 
 _HANDLERS = {signal.SIGINT: _ctrl_c, signal.SIGTERM: _terminate, signal.SIGHUP: _terminate}

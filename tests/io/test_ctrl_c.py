@@ -11,11 +11,14 @@ import pytest
 LOST = """
 import os, signal, sys, threading, time
 from memjax.io import ctrl_c
-from memjax.io.ctrl_c import heard, run_command
+from memjax.io.ctrl_c import Terminated, heard, run_command
 
 class Loses:
+    def __init__(self, number):
+        self.number = number
+
     def __del__(self):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), self.number)
         time.sleep(0.1)
 
 def main():
@@ -25,7 +28,16 @@ def main():
     if sys.argv[1] == "a thread at work":
         threading.Thread(target=time.sleep, args=[1000]).start()
     if sys.argv[1] == "lost":
-        Loses()
+        Loses(signal.SIGINT)
+    elif sys.argv[1] == "lost SIGTERM":
+        try:
+            Loses(signal.SIGTERM)
+            time.sleep(60)
+        except Terminated:
+            raise
+        except KeyboardInterrupt:  # as a Ctrl-C that ends one text of several
+            heard()
+            return 1
     elif sys.argv[1] == "caught":
         try:
             os.kill(os.getpid(), signal.SIGINT)
@@ -67,7 +79,18 @@ run_command(main)
 
 
 @pytest.mark.parametrize(
-    "how", ["raised", "lost", "caught", "heard", "ignored", "another error", "cleaning up", "a thread at work"]
+    "how",
+    [
+        "raised",
+        "lost",
+        "lost SIGTERM",
+        "caught",
+        "heard",
+        "ignored",
+        "another error",
+        "cleaning up",
+        "a thread at work",
+    ],
 )
 def test_ctrl_c_ends_a_command_in_a_line_wherever_it_comes(how):
     done = subprocess.run([sys.executable, "-c", LOST, how], capture_output=True, text=True, check=False, timeout=120)
