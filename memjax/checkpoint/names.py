@@ -1,5 +1,6 @@
 """Trees as names and leaves, and names as nested dictionaries, the form in which Orbax stores them."""
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -13,8 +14,12 @@ def flatten(tree: Any) -> dict[str, Any]:
     """The leaves by name, in the order of the tree; names are the path joined by slashes."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     flat = {jax.tree_util.keystr(path, simple=True, separator="/") or "value": leaf for path, leaf in paths}
-    if len(flat) != len(paths):
-        raise CheckpointError(f"two leaves of a tree have one name; rename a key with a slash among {sorted(flat)}")
+    folders = {name[: slash.start()] for name in flat for slash in re.finditer("/", name)}
+    if len(flat) != len(paths) or not folders.isdisjoint(flat):
+        raise CheckpointError(
+            "a leaf has the name of another one, or of a dictionary that holds others; rename a key with a slash among "
+            f"{', '.join(sorted(flat))}"
+        )
     return flat
 
 

@@ -305,6 +305,13 @@ def test_only_device_arrays_can_be_saved(tmp_path):
         checkpoints.save(1, {"params": {"a": jnp.ones(3), "b": [np.ones(3)]}}, {})
 
 
+@pytest.mark.parametrize("tree", [{"a": 1, "a/b": 2}, {"a/b/c": 1, "a": {"b": 2}}, {"a": {"b": 1}, "a/b": 2}])
+def test_keys_with_slashes_that_make_names_ambiguous_are_refused(tmp_path, tree):
+    with pytest.raises(CheckpointError, match="rename a key with a slash among a"):
+        Checkpoints(tmp_path).save(1, {"params": jax.tree.map(jnp.asarray, tree)}, {})
+    assert Checkpoints(tmp_path).steps() == []
+
+
 def test_saving_into_a_file_fails(tmp_path):
     (tmp_path / "run").write_text("")
     with Checkpoints(tmp_path / "run") as checkpoints, pytest.raises(CheckpointError, match="step 1 cannot be written"):
