@@ -17,7 +17,7 @@ from jaxtyping import Array
 from memjax.checkpoint.digests import text_digest
 from memjax.checkpoint.restoring import StoredStep
 from memjax.errors import CheckpointError
-from memjax.io.documents import line_of
+from memjax.io.documents import line_of, listed
 from memjax.io.files import check_inside, read_text, write_atomic
 from memjax.io.lock import Locked, locked
 from memjax.runs.layout import PARAMS, TABLES, run_folder
@@ -103,7 +103,8 @@ class Applied:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({line_of(error)}); {_WAY_OUT}") from error
+            reason = listed(error) if isinstance(error, pydantic.ValidationError) else line_of(error)
+            raise CheckpointError(f"{path}: cannot be read ({reason}); {_WAY_OUT}") from error
 
     def _write(self, step: int, names: Sequence[str]) -> None:
         entries = self._read() | {str(step): list(names)}
