@@ -4,6 +4,7 @@ Places in the data are described as Grain's own packers describe them, `ConcatTh
 `FirstFitPackIterDataset` over a flat map. These take records one by one, and several times as long for short ones.
 """
 
+from collections import deque
 from typing import Any, NamedTuple
 
 import grain
@@ -32,11 +33,6 @@ class Rows(NamedTuple):
         return Rows(np.zeros((*shape, 3), np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32))
 
 
-def within(lengths: np.ndarray) -> np.ndarray:
-    """For each place of several things that lie end to end, its place in its own."""
-    return np.arange(lengths.sum()) - np.repeat(edges(lengths)[:-1], lengths)
-
-
 class _Pieces:
     """The pieces of blocks that are still to be packed, and the place of each: the state from which its block is read,
     and its number there.
@@ -53,7 +49,7 @@ class _Pieces:
         self._end, self._num_done = place, place["next_index_in_buffer"]
         self.pairs = np.zeros((0, 3), np.int32)
         self.lengths = np.zeros(0, np.int64)
-        self.places: list[State] = []
+        self.places: deque[State] = deque()
 
     def fill(self, num_pairs: int) -> None:
         """Reads blocks until there are that many pairs, or no more records."""
@@ -71,14 +67,17 @@ class _Pieces:
             if len(found) > done:
                 # The place of a block's first piece is that after the last piece of the one before.
                 numbers = range(done + 1, len(found) + 1)
-                self.places += [self._end, *({"parent": state, "next_index_in_buffer": number} for number in numbers)]
+                self.places.append(self._end)
+                self.places.extend({"parent": state, "next_index_in_buffer": number} for number in numbers)
                 self._end = self.places.pop()
         if len(pairs) > 1:
             self.pairs, self.lengths = np.concatenate(pairs), np.concatenate(lengths)
 
     def drop(self, count: int, num_pairs: int) -> None:
         """Removes pieces that are packed, with that many pairs."""
-        self.pairs, self.lengths, self.places = self.pairs[num_pairs:], self.lengths[count:], self.places[count:]
+        self.pairs, self.lengths = self.pairs[num_pairs:], self.lengths[count:]
+        for _ in range(count):
+            self.places.popleft()
 
     def next_place(self) -> State:
         """That of the next piece."""
@@ -194,7 +193,7 @@ class FirstFit(grain.DatasetIterator[Rows]):
             return None
         room, used = np.full(_NUM_BINS, length), [0] * _NUM_BINS
         starts, numbers = [], []
-        for size in pieces.lengths.tolist():
+        for size in pieces.lengths[: _NUM_BINS * length].tolist():  # no more can fit
             has_room = room >= size
             row = int(has_room.argmax())
             if not has_room[row]:
@@ -204,7 +203,7 @@ class FirstFit(grain.DatasetIterator[Rows]):
             starts.append((row + 1) * length - room[row])
             room[row] -= size
         lengths = pieces.lengths[: len(starts)]
-        positions = within(lengths)
+        positions = np.arange(lengths.sum()) - np.repeat(edges(lengths)[:-1], lengths)
         places = np.repeat(starts, lengths) + positions
         rows = Rows.empty(_NUM_BINS - used.count(0), length)
         rows.pairs.reshape(-1, 3)[places] = pieces.pairs[: len(places)]

@@ -12,7 +12,7 @@ import grain
 import numpy as np
 
 from memjax.data.mixture import Order
-from memjax.data.packers import Concat, FirstFit, Rows, within
+from memjax.data.packers import Concat, FirstFit, Rows
 from memjax.data.tokenize import Block, Read
 
 Batch = dict[str, np.ndarray]
@@ -88,11 +88,11 @@ class _OneEach:
 
     def __call__(self, block: Block) -> Rows:
         rows = Rows.empty(self.num_rows, self.sequence_length)
+        for row, record in zip(rows.pairs, block.split(), strict=False):
+            row[: len(record)] = record[: self.sequence_length]
         places = np.arange(self.sequence_length, dtype=np.int32)
-        filled = places < np.pad(block.lengths, (0, self.num_rows - len(block.lengths)))[:, None]
-        rows.pairs[filled] = block.pairs[within(block.lengths) < self.sequence_length]
-        rows.segments[:] = filled
-        rows.positions[:] = places * filled
+        rows.segments[: len(block.lengths)] = places < block.lengths[:, None]
+        rows.positions[:] = places * rows.segments
         return rows
 
 

@@ -18,7 +18,7 @@ Pairs = Int32[np.ndarray, "_ 3"]
 _CACHED_CHARACTERS = 200
 _CACHED_TEXTS = 100_000
 _FIRST_RECORDS = 16
-_PAIRS_UNTIL_STOPPED = 1 << 16
+_PAIRS_UNTIL_STOPPED = 1 << 18
 
 
 class Block(NamedTuple):
@@ -30,8 +30,7 @@ class Block(NamedTuple):
 
     def split(self) -> list[Pairs]:
         """The pairs of each record."""
-        stops = np.cumsum(self.lengths)
-        return [self.pairs[start:stop] for start, stop in zip(stops - self.lengths, stops, strict=True)]
+        return [self.pairs[start:stop] for start, stop in itertools.pairwise(edges(self.lengths).tolist())]
 
 
 def make_block(
@@ -148,17 +147,13 @@ def joined(readers: Sequence[Reader]) -> Read:
     starts = [0, *itertools.accumulate(map(len, readers))]
 
     def read(numbers: Sequence[int], rng: np.random.Generator) -> Block:
-        blocks, places = [], []
-        for part, own_places, own_numbers in by_part(numbers, starts):
-            blocks.append(readers[part](own_numbers, rng))
-            blocks[-1].pairs[:, 2] |= part << 1
-            places.append(own_places)
-        pairs, lengths = _end_to_end(blocks)
-        # From the order of the parts to that of the numbers.
-        order = np.argsort(np.concatenate(places))
-        starts_there, lengths = edges(lengths)[order], lengths[order]
-        moved = np.repeat(starts_there - edges(lengths)[:-1], lengths)
-        return Block(pairs[np.arange(len(pairs)) + moved], lengths)
+        records: list[Any] = [None] * len(numbers)
+        for part, places, own_numbers in by_part(numbers, starts):
+            block = readers[part](own_numbers, rng)
+            block.pairs[:, 2] |= part << 1
+            for place, pairs in zip(places.tolist(), block.split(), strict=True):
+                records[place] = pairs
+        return Block(np.concatenate(records), np.fromiter(map(len, records), np.int64, len(records)))
 
     return read
 
