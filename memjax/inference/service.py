@@ -114,7 +114,7 @@ class Service:
             raise RefusedError("the server is shutting down; try another one", status=503, headers={"Retry-After": "5"})
 
     def refuse_when_crowded(self) -> None:
-        """Raises a RefusedError while too many clients are connected, and has this one go."""
+        """Raises a RefusedError, which closes the connection, while too many clients are connected."""
         if self.is_crowded():
             headers = {"Retry-After": "5", "Connection": "close"}
             raise RefusedError("too many clients are connected; try again later", status=503, headers=headers)

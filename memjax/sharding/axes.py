@@ -71,9 +71,9 @@ def split_columns(table: Float[Array, "n d"]) -> Float[Array, "n d"]:
 
 
 def committed_as(tree: Tree, like: Any) -> Tree:
-    """A tree of new arrays on the one device that all arrays of another tree are committed to, if they are.
+    """A tree of new arrays, committed to the device that those of another tree are committed to, if it is a single one.
 
-    A step that takes both would be compiled a second time for the new ones as it returns them, committed like the rest.
+    Without that, a step that takes and returns both would be compiled twice: it returns all of them committed.
     """
     arrays = [leaf for leaf in jax.tree.leaves(like) if not isinstance(leaf, Tracer)]
     places = {array.sharding for array in arrays if isinstance(array, jax.Array) and array.committed}
