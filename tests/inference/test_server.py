@@ -479,8 +479,8 @@ def test_a_full_queue_is_refused_with_a_time_to_come_back():
         assert (status, error["param"]) == (400, "n")
 
 
-# The first server in a process configures logging, which closes the stream of absl's handler unless it is sys.stderr; so
-# another one starts before capfd replaces that.
+# The first server in a process configures logging, which closes the stream of absl's handler unless it is sys.stderr,
+# so another one starts before capfd replaces that.
 @pytest.mark.usefixtures("server")
 def test_an_engine_that_fails_tells_its_clients_and_goes_on(capfd):
     with running() as server:
