@@ -1,7 +1,8 @@
 """Packs records into rows, whole blocks of them at a time by NumPy.
 
 Places in the data are described as Grain's own packers describe them, `ConcatThenSplitIterDataset` and
-`FirstFitPackIterDataset` over a flat map, which take records one by one and so need several times as long for short ones.
+`FirstFitPackIterDataset` over a flat map. Those take records one by one, which takes several times as long for short
+ones.
 """
 
 from collections import deque
