@@ -125,6 +125,7 @@ run_command(main)
 """
 
 
+@pytest.mark.usefixtures("heeding_hangups")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_leaves_nothing_of_what_was_being_written(tmp_path, number):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
