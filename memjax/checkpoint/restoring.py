@@ -30,6 +30,9 @@ _Found = TypeVar("_Found")
 _READERS, _AHEAD_BYTES = 4, 1 << 30
 """Threads that read blocks of one leaf, as unpacking a block is the work of one thread, and what they read at once at
 most; of larger blocks one is read at a time."""
+_AHEAD_SHARE = 32
+"""Of a leaf that is put together in memory, they read one part in so many at once: a block is there several times while
+it is read, and resuming should need no more memory than beginning."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,7 +149,8 @@ class StoredStep:
                 with jax.enable_x64(wide):  # what the caller has set may hold for its thread alone
                     return places[name][piece][0], self._read_pieces(item, {piece: wanted[piece]})[piece]
 
-            return _ahead([functools.partial(read, piece) for piece in wanted], _readers(records[name]))
+            most = math.prod(targets[name].shape) * targets[name].dtype.itemsize // _AHEAD_SHARE
+            return _ahead([functools.partial(read, piece) for piece in wanted], _readers(records[name], most))
 
         found = self._read_pieces(item, {name: target for name, target in targets.items() if name in places[name]})
         leaves = {
@@ -213,12 +217,12 @@ class StoredStep:
             self._regular.add(item)
 
 
-def _readers(record: Mapping[str, Any]) -> int:
+def _readers(record: Mapping[str, Any], most_bytes: int = _AHEAD_BYTES) -> int:
     """How many blocks of a leaf are read at a time."""
     rows = min(record["shape"][0], record["block_rows"]) if record["shape"] else 1
     block_bytes = rows * jnp.dtype(record["dtype"]).itemsize * math.prod(record["shape"][1:])
     # Processes wait for each other at every block, so there one thread keeps the order.
-    return 1 if jax.process_count() > 1 else max(1, min(_READERS, _AHEAD_BYTES // max(1, block_bytes)))
+    return 1 if jax.process_count() > 1 else max(1, min(_READERS, min(most_bytes, _AHEAD_BYTES) // max(1, block_bytes)))
 
 
 def _ahead(calls: Iterable[Callable[[], _Found]], threads: int) -> Iterator[_Found]:
