@@ -199,21 +199,24 @@ def test_a_norm_to_clip_to_is_positive():
             memjax.Optimizer(model, dense=optax.sgd(1.0), tables=tables, max_grad_norm=norm)
 
 
+class OneLayer(nnx.Module):
+    """A memory layer with a table of its own."""
+
+    def __init__(self, width: int, *, num_keys: int):
+        self.table = ValueTable(num_keys**2, width, rngs=nnx.Rngs(0))
+        self.layer = MemoryLayer(width, num_keys=num_keys, num_heads=2, top_k=2, key_dim=4, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.layer(x, self.table)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [None, 1.0])
 def test_a_step_without_ok_copies_no_table(limit):
-    class Large(nnx.Module):
-        def __init__(self):
-            self.table = ValueTable(128**2, 64, rngs=nnx.Rngs(0))
-            self.layer = MemoryLayer(64, num_keys=128, num_heads=2, top_k=2, key_dim=4, rngs=nnx.Rngs(0))
-
-        def __call__(self, x):
-            return self.layer(x, self.table)
-
     def step(model, optimizer, x):
         optimizer.update(model, memjax.value_and_grad(loss_fn)(model, x, x)[1])
 
-    model, x = Large(), jnp.ones((8, 64), jnp.float32)
+    model, x = OneLayer(64, num_keys=128), jnp.ones((8, 64), jnp.float32)
     tables = RowOptimizer(1.0, implementation="xla")
     optimizer = memjax.Optimizer(model, dense=optax.sgd(1.0), tables=tables, max_grad_norm=limit)
     compiled = nnx.jit(step, donate_argnums=(0, 1)).lower(model, optimizer, x).compile()
@@ -222,19 +225,11 @@ def test_a_step_without_ok_copies_no_table(limit):
 
 
 def test_the_step_of_a_model_on_a_device_of_its_own_is_compiled_once(caplog):
-    class Small(nnx.Module):
-        def __init__(self):
-            self.table = ValueTable(4**2, 8, rngs=nnx.Rngs(0))
-            self.layer = MemoryLayer(8, num_keys=4, num_heads=1, top_k=2, key_dim=4, rngs=nnx.Rngs(0))
-
-        def __call__(self, x):
-            return self.layer(x, self.table)
-
     @nnx.jit
     def small_step(model, optimizer, x):
         optimizer.update(model, memjax.value_and_grad(loss_fn)(model, x, x)[1])
 
-    model, x = Small(), jnp.ones((8, 8), jnp.float32)
+    model, x = OneLayer(8, num_keys=4), jnp.ones((8, 8), jnp.float32)
     nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))  # as one that was loaded
     optimizer = memjax.Optimizer(model, dense=optax.adam(1e-3), tables=RowOptimizer(1.0))
     with jax.log_compiles(), caplog.at_level("WARNING"):
