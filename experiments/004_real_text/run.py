@@ -96,6 +96,7 @@ HEADLINE = ("dense_x1", "memory_plus", "dense_x2")
 
 ABLATIONS = (
     (),
+    ("--model.memory.gate", "none"),
     ("--model.memory.layers", "3"),
     ("--model.memory.layers", "2,4"),
     ("--model.memory.layers", "0,1,2"),
