@@ -20,6 +20,10 @@ class SamplingConfig(Section):
     repetition_penalty: float = 1.0
     """Divisor of the positive logits of tokens already in the text, and factor on negative ones (arXiv:1909.05858);
     0.01 to 100."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logit of a token for each time that it was generated before; -2 to 2."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of every token that was generated before; -2 to 2."""
     seed: int = 0
     """Seed of the sampling; the same seed gives the same text."""
 
@@ -28,3 +32,6 @@ class SamplingConfig(Section):
             yield f"top_p={self.top_p} must be above 0 and at most 1"
         if not 0.01 <= self.repetition_penalty <= 100:
             yield f"repetition_penalty={self.repetition_penalty} must be in 0.01..100; 1 changes nothing"
+        for name in ("frequency_penalty", "presence_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                yield f"{name}={getattr(self, name)} must be in -2..2; 0 changes nothing"

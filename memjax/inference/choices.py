@@ -66,6 +66,8 @@ def make_choices(
             top_p=request.top_p,
             top_k=request.top_k,
             repetition_penalty=request.repetition_penalty,
+            frequency_penalty=request.frequency_penalty,
+            presence_penalty=request.presence_penalty,
             seed=seed,
         )
         for copy in range(request.n):

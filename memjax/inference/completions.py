@@ -50,6 +50,8 @@ class CompletionRequest:
     top_p: float
     top_k: int | None
     repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
     seed: int | None
     n: int
     stop: tuple[str, ...]
@@ -87,6 +89,8 @@ def parse_request(body: Mapping[str, Any], *, vocab_size: int, max_choices: int)
         top_p=max(1e-6, fields.number("top_p", 0.0, 1.0, "a number above 0 and at most 1", above=True)),
         top_k=min(top_k, 1 << 31) if top_k and top_k > 0 else None,
         repetition_penalty=fields.number("repetition_penalty", 0.01, 100.0, "a number in 0.01..100; 1 changes nothing"),
+        frequency_penalty=fields.number("frequency_penalty", -2.0, 2.0, "a number in -2..2; 0 changes nothing"),
+        presence_penalty=fields.number("presence_penalty", -2.0, 2.0, "a number in -2..2; 0 changes nothing"),
         seed=fields.integer("seed", -(1 << 63), (1 << 63) - 1, "a whole number of 64 bits"),
         n=n,
         stop=_stops(fields),
@@ -193,9 +197,6 @@ def _outside(ids: list[int], vocab_size: int) -> list[int]:
 def _refuse_what_is_not_served(fields: Fields, n: int) -> None:
     if fields.value("best_of") not in (None, n) or isinstance(fields.value("best_of"), bool):
         fields.wrong("best_of", f"left out or n={n}: the server ranks no texts; ask for n of them with logprobs")
-    for name in ("presence_penalty", "frequency_penalty"):
-        if isinstance(fields.value(name), bool) or fields.value(name) != 0:
-            fields.wrong(name, "left out or 0: it is not served; repetition_penalty is")
     if fields.value("logit_bias") not in (None, {}):
         fields.wrong("logit_bias", "left out or empty: it is not served")
     if fields.value("suffix") not in (None, ""):

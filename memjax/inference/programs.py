@@ -80,8 +80,9 @@ class State(NamedTuple):
     """The last one of each text, which the cache does not hold yet."""
     num_made: Int[Array, " b"]
     """Tokens written; the limit once the text has ended."""
-    seen: Bool[Array, "b vocab"]
-    """Which tokens the texts hold; kept up to date where a repetition penalty asks."""
+    uses: Int[Array, "b vocab"]
+    """How often a text has written each token, -1 where its prompt does not hold it either; kept up to date where a
+    penalty asks."""
 
     @property
     def is_active(self) -> Bool[Array, " b"]:
@@ -147,15 +148,15 @@ def start(
 ) -> tuple[State, Int[Array, "b 1"], Likelihoods | None]:
     """The state of prompts that were read, with the first token of each; the blocks of the cache are added later."""
     (num_rows, width), vocab_size = tokens.shape, logits.shape[1]
-    seen = jnp.zeros(logits.shape, bool)
+    uses = jnp.full(logits.shape, -1, jnp.int32)
     if mode.penalty:
         is_text = jnp.arange(width)[None, :] < lengths[:, None]
         # Padding is marked past the vocabulary, where nothing is written.
         text = jnp.where(is_text, tokens, vocab_size)
-        seen = seen.at[jnp.arange(num_rows)[:, None], text].set(True, mode="drop")
+        uses = uses.at[jnp.arange(num_rows)[:, None], text].set(0, mode="drop")
     nothing = jnp.zeros(num_rows, jnp.int32)
     cache = Cache((), lengths)
-    state = State(rows, cache, token=nothing, num_made=nothing, seen=seen)
+    state = State(rows, cache, token=nothing, num_made=nothing, uses=uses)
     state, made, likely = _add_token(state, logits, mode, num_top)
     # With an axis of places, as decoding has it.
     return state, replicate(made[:, None]), jax.tree.map(lambda array: replicate(array[:, None]), likely)
@@ -220,14 +221,15 @@ def _add_token(
 ) -> tuple[State, Int[Array, " b"], Likelihoods | None]:
     """The next token of every active text, in the state and as what the host is given."""
     rows = state.rows
-    picked = pick(logits, state.seen, rows.rules, state.num_made, mode=mode)
+    picked = pick(logits, state.uses, rows.rules, state.num_made, mode=mode)
     is_stop = jnp.any(picked[:, None] == rows.stop_ids, axis=1)
     made = jnp.where(state.is_active, jnp.where(is_stop, STOPPED - picked, picked), NOTHING)
     num_made = jnp.where(is_stop, rows.limit, jnp.minimum(state.num_made + 1, rows.limit))
-    seen = state.seen
+    uses = state.uses
     if mode.penalty:
-        seen = seen.at[jnp.arange(len(picked)), picked].set(True)
-    state = state._replace(token=picked, num_made=num_made, seen=seen)
+        place = jnp.arange(len(picked)), picked
+        uses = uses.at[place].set(jnp.maximum(uses[place], 0) + 1)
+    state = state._replace(token=picked, num_made=num_made, uses=uses)
     return state, made, None if num_top is None else likelihoods(logits, picked, num_top)
 
 

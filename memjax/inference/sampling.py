@@ -26,6 +26,8 @@ class Rules(NamedTuple):
     top_k: Int[Array, " b"]
     top_p: Float[Array, " b"]
     repetition_penalty: Float[Array, " b"]
+    frequency_penalty: Float[Array, " b"]
+    presence_penalty: Float[Array, " b"]
     seed: UInt[Array, " b"]
     number: UInt[Array, " b"]
     """The prompt's number: with the seed and the step it decides a draw."""
@@ -41,12 +43,14 @@ class Rules(NamedTuple):
                 # The sum of all probabilities can pass 1 by a rounding error, and must not cut the last token off.
                 sampling.top_p if sampling.top_p < 1 else math.inf,
                 sampling.repetition_penalty,
+                sampling.frequency_penalty,
+                sampling.presence_penalty,
                 sampling.seed % 2**32,
                 number % 2**32,
             )
             for sampling, number in settings
         ]
-        types = (np.float32, np.int32, np.float32, np.float32, np.uint32, np.uint32)
+        types = (np.float32, np.int32, *[np.float32] * 4, np.uint32, np.uint32)
         columns = zip(*rows, strict=True)
         return cls._make(np.array(column, dtype) for column, dtype in zip(columns, types, strict=True))
 
@@ -59,6 +63,7 @@ class Mode(NamedTuple):
     top_k: bool = False
     top_p: bool = False
     penalty: bool = False
+    """Some row has a penalty of any kind."""
 
     def covers(self, needs: "Mode") -> bool:
         """Whether rows with these needs can run in this mode; it changes none of their tokens."""
@@ -72,13 +77,16 @@ class Mode(NamedTuple):
             draws=bool(drawn),
             top_k=any(sampling.top_k is not None for sampling in drawn),
             top_p=any(sampling.top_p < 1 for sampling in drawn),
-            penalty=any(sampling.repetition_penalty != 1 for sampling in samplings),
+            penalty=any(
+                sampling.repetition_penalty != 1 or sampling.frequency_penalty or sampling.presence_penalty
+                for sampling in samplings
+            ),
         )
 
 
 def pick(
     logits: Float[Array, "b vocab"],
-    seen: Bool[Array, "b vocab"],
+    uses: Int[Array, "b vocab"],
     rules: Rules,
     step: Int[Array, " b"],
     *,
@@ -88,14 +96,19 @@ def pick(
 
     Args:
         logits: of the next token.
-        seen: which tokens the row's text holds, prompt included; only the repetition penalty asks.
+        uses: how often the row has written each token; -1 for those that are not in its prompt either. Only penalties
+            ask.
         rules: of the rows.
         step: how many tokens each row has picked before.
         mode: what `rules` need; anything beyond it is ignored.
     """
     if mode.penalty:
-        penalty = rules.repetition_penalty[:, None].astype(logits.dtype)
-        logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+        repetition, frequency, presence = (
+            penalty[:, None].astype(logits.dtype)
+            for penalty in (rules.repetition_penalty, rules.frequency_penalty, rules.presence_penalty)
+        )
+        logits = jnp.where(uses >= 0, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
+        logits = jnp.where(uses > 0, logits - frequency * uses - presence, logits)
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if not mode.draws:
         return best

@@ -404,6 +404,52 @@ def test_a_penalty_keeps_greedy_text_from_repeating_itself():
     assert len({*prompt(5), *tokens}) == len(set(prompt(5))) + 20
 
 
+def penalised_by_hand(model: Decoder, tokens: list[int], count: int, sampling: SamplingConfig) -> list[int]:
+    """The likeliest token after the penalties of all that was written, again and again."""
+    text = list(tokens)
+    for _ in range(count):
+        padded = np.zeros((1, LONGEST), np.int32)
+        padded[0, : len(text)] = text
+        logits = np.array(forward(model, jnp.asarray(padded))[0, len(text) - 1], np.float64)
+        for token in set(text):
+            logits[token] *= sampling.repetition_penalty ** (-1 if logits[token] > 0 else 1)
+        for token in text[len(tokens) :]:
+            logits[token] -= sampling.frequency_penalty
+        for token in set(text[len(tokens) :]):
+            logits[token] -= sampling.presence_penalty
+        text.append(int(np.argmax(logits)))
+    return text[len(tokens) :]
+
+
+def test_penalties_count_what_was_written_alone_and_in_a_batch():
+    model = tiny(True, 2)
+    samplings = [
+        SamplingConfig(),
+        SamplingConfig(frequency_penalty=2.0),
+        SamplingConfig(presence_penalty=-2.0),
+        SamplingConfig(repetition_penalty=0.5, frequency_penalty=-1.5, presence_penalty=1.0),
+    ]
+    # Tokens that a prompt holds are not counted, however often.
+    requests = [request(9, prompt_ids=[1, *[7] * 8], sampling=sampling, max_tokens=20) for sampling in samplings]
+    expected = [penalised_by_hand(model, list(one.prompt_ids), 20, one.sampling) for one in requests]
+    assert len(set(map(tuple, expected))) > 2
+    assert [alone(model, one) for one in requests] == expected
+    writer = Engine(model, num_slots=3)
+    texts: dict[int, list[int]] = {}
+    for one in requests:
+        # A text that joins takes those beside it from one program to another.
+        if not writer.free_slots:
+            writer.release(0)
+        (slot,) = writer.insert([one])
+        texts[slot] = []
+        for number, made in writer.step(2).items():
+            texts[number] += made.tokens
+    while writer.is_busy:
+        for number, made in writer.step(8).items():
+            texts[number] += made.tokens
+    assert [texts[1], texts[2], texts[0]] == expected[1:]
+
+
 def test_tokens_come_one_by_one_and_stop_before_a_stop_token():
     model = tiny(True, 2)
     tokens = list(generate(model, prompt(5), max_tokens=10))

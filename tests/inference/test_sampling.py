@@ -80,7 +80,8 @@ def test_the_smallest_temperature_takes_the_likeliest_token():
     logits = jnp.asarray([[1.0, 5.0, 9.0, 3.0]])
     settings = SamplingConfig(temperature=1.3e-38, top_p=1.3e-38)
     rules = Rules.of([(settings, 0)])
-    assert compiled_pick(logits, logits > 9, rules, jnp.zeros(1, jnp.int32), mode=Mode.of([settings])).tolist() == [2]
+    uses, step = jnp.full((1, 4), -1), jnp.zeros(1, jnp.int32)
+    assert compiled_pick(logits, uses, rules, step, mode=Mode.of([settings])).tolist() == [2]
 
 
 @pytest.mark.parametrize("penalty", [0.009, 101.0])
@@ -89,29 +90,52 @@ def test_penalties_that_would_overflow_are_refused(penalty):
         SamplingConfig(repetition_penalty=penalty)
 
 
+@pytest.mark.parametrize("name", ["frequency_penalty", "presence_penalty"])
+@pytest.mark.parametrize("penalty", [-2.001, 2.001, float("nan")])
+def test_penalties_outside_the_range_of_the_interface_are_refused(name, penalty):
+    with pytest.raises(ValueError, match=f"{name}={penalty} must be"):
+        SamplingConfig(**{name: penalty})
+
+
+def penalised(logits, uses, sampling):
+    """The logits token by token: repetition first, then what was written, as in vLLM."""
+    found = np.array(logits, np.float64)
+    for token, times in enumerate(uses):
+        if times >= 0:
+            penalty = sampling.repetition_penalty
+            found[token] = found[token] / penalty if found[token] > 0 else found[token] * penalty
+        if times > 0:
+            found[token] -= sampling.frequency_penalty * times + sampling.presence_penalty
+    return found
+
+
 def test_every_row_is_picked_by_its_own_settings():
     rng = np.random.default_rng(0)
-    logits, seen = jnp.asarray(rng.normal(size=(5, 50)), jnp.float32), jnp.asarray(rng.random((5, 50)) < 0.3)
+    logits = jnp.asarray(rng.normal(size=(8, 50)), jnp.float32)
+    uses = jnp.asarray(rng.choice([-1, 0, 1, 2, 7], size=(8, 50), p=[0.4, 0.2, 0.2, 0.1, 0.1]), jnp.int32)
     samplings = [
         SamplingConfig(),
         SamplingConfig(temperature=1.0, seed=3),
         SamplingConfig(temperature=2.0, top_k=3, seed=4),
         SamplingConfig(temperature=1.5, top_p=0.5, seed=5),
         SamplingConfig(repetition_penalty=4.0),
+        SamplingConfig(frequency_penalty=1.3),
+        SamplingConfig(presence_penalty=-1.7, temperature=1.0, seed=6),
+        SamplingConfig(repetition_penalty=0.5, frequency_penalty=-0.4, presence_penalty=2.0),
     ]
-    step = jnp.arange(5, dtype=jnp.int32)
+    step = jnp.arange(8, dtype=jnp.int32)
 
     def picked(rows):
         chosen = [(samplings[row], row) for row in rows]
         mode = Mode.of([samplings[row] for row in rows])
         rows = np.asarray(rows)
-        return compiled_pick(logits[rows], seen[rows], Rules.of(chosen), step[rows], mode=mode).tolist()
+        return compiled_pick(logits[rows], uses[rows], Rules.of(chosen), step[rows], mode=mode).tolist()
 
-    together = picked(range(5))
-    assert together == [token for row in range(5) for token in picked([row])]
+    together = picked(range(8))
+    assert together == [token for row in range(8) for token in picked([row])]
     assert together[0] == int(np.argmax(logits[0]))
-    penalised = np.where(seen[4], np.where(logits[4] > 0, logits[4] / 4, logits[4] * 4), logits[4])
-    assert together[4] == int(np.argmax(penalised))
+    for row in (4, 5, 7):
+        assert together[row] == int(np.argmax(penalised(logits[row], uses[row], samplings[row])))
 
 
 def test_a_vocabulary_is_never_sorted():
@@ -124,8 +148,8 @@ def test_a_vocabulary_is_never_sorted():
                     yield from operations(inner)
 
     rules = Rules.of([(SamplingConfig(temperature=1.0, top_k=5, top_p=0.9), 0)] * 4)
-    run = lambda logits, seen: compiled_pick(logits, seen, rules, jnp.zeros(4, jnp.int32), mode=BOTH)
-    jaxpr = jax.make_jaxpr(run)(jnp.zeros((4, 4096)), jnp.zeros((4, 4096), bool))
+    run = lambda logits, uses: compiled_pick(logits, uses, rules, jnp.zeros(4, jnp.int32), mode=BOTH)
+    jaxpr = jax.make_jaxpr(run)(jnp.zeros((4, 4096)), jnp.zeros((4, 4096), jnp.int32))
     names = set(operations(jaxpr.jaxpr))
     assert "while" in names or "scan" in names
     assert not {"sort", "top_k"} & names

@@ -162,9 +162,10 @@ def alone(prompt: str, *, max_tokens: int = 16, stop: tuple[str, ...] = (), **sa
 
 
 DRAWN = {"temperature": 1.0, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.2, "seed": 5}
+PENALISED = {"temperature": 0.0, "frequency_penalty": 1.5, "presence_penalty": -0.5}
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1.3, "seed": 7}, DRAWN])
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1.3, "seed": 7}, DRAWN, PENALISED])
 def test_an_answer_is_what_the_model_writes_alone(server, sampling):
     answer = server.ask(prompt="What is", max_tokens=12, **sampling)
     expected = alone("What is", max_tokens=12, **sampling)
@@ -543,8 +544,12 @@ def test_an_engine_that_fails_tells_its_clients_and_goes_on(capfd):
         ({"prompt": "x", "stream": True, "stream_options": {"include_usage": 1}}, "stream_options", "true or false"),
         ({"prompt": "x", "best_of": 2}, "best_of", "best_of=2 must be left out or n=1"),
         ({"prompt": "x", "suffix": "y"}, "suffix", "only continues prompts"),
-        ({"prompt": "x", "presence_penalty": 0.5}, "presence_penalty", "not served; repetition_penalty is"),
-        ({"prompt": "x", "frequency_penalty": -1}, "frequency_penalty", "not served"),
+        (
+            {"prompt": "x", "presence_penalty": 2.5},
+            "presence_penalty",
+            "presence_penalty=2.5 must be a number in -2..2",
+        ),
+        ({"prompt": "x", "frequency_penalty": True}, "frequency_penalty", "frequency_penalty=true must be a number"),
         ({"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias", "not served"),
         ({"prompt": "x", "user": 5}, "user", "user=5 must be a string"),
         ({"prompt": "x", "max_token": 5}, "max_token", '"max_token" is no field of this request; known: '),
