@@ -9,7 +9,7 @@ is committed with them, by one rename.
 Orbax (0.12) restores flipped bits without a word, hence the digests.
 
 `checkpoints` is what others use; it stands on `steps` (which there are), `saving`, `restoring`, `index` (what a step
-says of itself), `digests` and `blocks`.
+says of itself), `digests`, `blocks` and `stored_arrays`.
 """
 
 from memjax.checkpoint.checkpoints import Checkpoints

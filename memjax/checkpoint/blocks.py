@@ -1,7 +1,7 @@
 """Streaming of large arrays: split into row blocks when they are written, joined when they are read."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -48,18 +48,24 @@ def split_blocks(leaves: Mapping[str, jax.Array], records: Mapping[str, Any]) ->
 def block_targets(
     target: jax.ShapeDtypeStruct, places: Mapping[str, tuple[int, int]]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """What to read of each block of a leaf, by stored name."""
+    """What to read of a leaf, by stored name."""
+    if len(places) == 1:
+        return dict.fromkeys(places, target)
     sharding = without_first_axis(target.sharding)
     of = lambda rows: jax.ShapeDtypeStruct((rows, *target.shape[1:]), target.dtype, sharding=sharding)
     return {piece: of(rows) for piece, (_, rows) in places.items()}
 
 
-def join_blocks(target: jax.ShapeDtypeStruct, found: Iterable[tuple[int, jax.Array]]) -> jax.Array:
-    """The leaf, of blocks with their first rows, put one by one into a donated array."""
-    leaf = jax.jit(lambda: jnp.zeros(target.shape, target.dtype), out_shardings=target.sharding)()
+def join_blocks(
+    target: jax.ShapeDtypeStruct, places: Mapping[str, tuple[int, int]], found: Iterator[jax.Array]
+) -> jax.Array:
+    """The leaf, of what is read of it: blocks are put one by one into a donated array."""
+    if len(places) == 1:
+        return next(found)
+    leaf = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=target.sharding)(target.shape, target.dtype)
     put = jax.jit(_put_rows, donate_argnums=0, out_shardings=target.sharding)
-    for start, block in found:
-        leaf = put(leaf, block, start)
+    for start, _ in places.values():
+        leaf = put(leaf, next(found), start)
     return leaf
 
 

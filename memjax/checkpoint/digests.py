@@ -1,13 +1,16 @@
 """Verifying: digests of arrays, the same on every mesh, and of documents."""
 
+import functools
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 
 def text_digest(document: Any) -> str:
@@ -21,8 +24,17 @@ _FEW_ELEMENTS = 1 << 16
 
 def array_digests(leaves: Mapping[str, jax.Array]) -> dict[str, str]:
     """The digest of every leaf, computed where the leaf is."""
-    sums = jax.device_get({name: (_of_few if _is_small(leaf) else _digest)(leaf) for name, leaf in leaves.items()})
+    compile_digests(leaves.values())
+    sums = jax.device_get(
+        {name: (_of_few if _is_small(leaf) else _program(_kind(leaf)))(leaf) for name, leaf in leaves.items()}
+    )
     return {name: f"{int(first):08x}{int(second):08x}" for name, (first, second) in sums.items()}
+
+
+def compile_digests(leaves: Iterable[jax.Array | jax.ShapeDtypeStruct]) -> None:
+    """Compiles what `array_digests` runs for leaves of these shapes, types and shardings, side by side."""
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(_program, {_kind(leaf) for leaf in leaves if not _is_small(leaf)}))
 
 
 class RowsDigest:
@@ -62,9 +74,28 @@ def _digest(array: jax.Array, first: Any = 0) -> tuple[jax.Array, jax.Array]:
     return jax.lax.reduce((mixed, mixed * (place | np.uint32(1))), (zero, zero), _add_both, axes)
 
 
-def _is_small(leaf: jax.Array) -> bool:
+class _Kind(NamedTuple):
+    """What a program is compiled for."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    sharding: Sharding
+
+
+def _kind(leaf: jax.Array | jax.ShapeDtypeStruct) -> _Kind:
+    return _Kind(leaf.shape, np.dtype(leaf.dtype), leaf.sharding)
+
+
+@functools.cache
+def _program(kind: _Kind) -> jax.stages.Compiled:
+    with jax.enable_x64(kind.dtype.itemsize == 8):  # what holds in the thread that asked does not hold in others
+        return _digest.lower(jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=kind.sharding)).compile()
+
+
+def _is_small(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Whether NumPy gets at a leaf without a copy, and is done with it sooner than a compiler."""
-    on_one = jax.default_backend() == "cpu" and leaf.is_fully_addressable and len(leaf.sharding.device_set) == 1
+    sharding = leaf.sharding
+    on_one = jax.default_backend() == "cpu" and sharding.is_fully_addressable and len(sharding.device_set) == 1
     return on_one and leaf.size <= _FEW_ELEMENTS and leaf.dtype.itemsize <= 4
 
 

@@ -1,14 +1,13 @@
 """Restoring: the named items of one step, onto any mesh, compared with their digests."""
 
-import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
-import math
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,22 +16,15 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
 from memjax.checkpoint.blocks import block_targets, blocks, join_blocks
-from memjax.checkpoint.digests import RowsDigest, array_digests, text_digest
+from memjax.checkpoint.digests import RowsDigest, array_digests, compile_digests, text_digest
 from memjax.checkpoint.errors import Damaged, explained
 from memjax.checkpoint.index import INDEX, differences, unseal
-from memjax.checkpoint.names import as_stored, flatten, nest
+from memjax.checkpoint.names import as_stored, flatten
 from memjax.checkpoint.processes import any_process
+from memjax.checkpoint.stored_arrays import read_arrays, read_parts
 from memjax.errors import CheckpointError, shown
 from memjax.io.files import check_regular
 from memjax.io.paths import literal
-
-_Found = TypeVar("_Found")
-_READERS, _AHEAD_BYTES = 4, 1 << 30
-"""Threads that read blocks of one leaf, as unpacking a block is the work of one thread, and what they read at once at
-most; of larger blocks one is read at a time."""
-_AHEAD_SHARE = 32
-"""Of a leaf that is put together in memory, they read one part in so many at once: a block is there several times while
-it is read, and resuming should need no more memory than beginning."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +49,7 @@ class StoredStep:
     @functools.cached_property
     def index(self) -> dict[str, Any]:
         """What the step says of its items; raises Damaged if it cannot be read."""
-        stored = self._items({INDEX: ocp.args.JsonRestore()})[INDEX]
+        stored = self._documents([INDEX])[INDEX]
         with explained(Damaged, f"{self._name}, item {INDEX}: is damaged"):
             return unseal(stored, self.step)
 
@@ -71,16 +63,24 @@ class StoredStep:
         stored = self.index["arrays"]
         wanted = {item: as_stored(flatten(tree), stored.get(item, ())) for item, tree in targets.items()}
         self._check_fit(wanted, documents)
-        texts = dict(self._items({item: ocp.args.JsonRestore() for item in documents})) if documents else {}
+        texts = self._documents(documents) if documents else {}
         for item, text in texts.items():
             if not isinstance(text, dict):
                 raise Damaged(f"{self._name}, document {item}: is no JSON object")
             if verify and text_digest(text) != self.index["documents"][item]:
                 raise Damaged(f"{self._name}, document {item}: its digest differs")
+        first_device = SingleDeviceSharding(jax.devices()[0])
+        on_device = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or first_device)
+        wanted = {item: {name: on_device(leaf) for name, leaf in flat.items()} for item, flat in wanted.items()}
+        digested = [leaf for flat in wanted.values() for leaf in flat.values()] if verify else []
         arrays = {}
-        for item, flat in wanted.items():
-            leaves = self._read_leaves(item, flat, stored[item], verify)
-            arrays[item] = jax.tree.unflatten(jax.tree.structure(targets[item]), leaves.values())
+        with ThreadPoolExecutor(1) as aside:
+            compiling = aside.submit(compile_digests, digested)  # while arrays are read
+            for item, flat in wanted.items():
+                leaves = self._read_leaves(item, flat, stored[item])
+                if verify:
+                    self._verify(item, leaves, stored[item], compiling)
+                arrays[item] = jax.tree.unflatten(jax.tree.structure(targets[item]), leaves.values())
         return Restored(step=self.step, arrays=arrays, documents=texts)
 
     def read_rows(self, item: str, name: str, *, verify: bool) -> Iterator[tuple[int, np.ndarray]]:
@@ -93,23 +93,14 @@ class StoredStep:
         record = self.index["arrays"].get(item, {}).get(name)
         if record is None:
             raise CheckpointError(f"{self._name} has no {item}/{name}")
-
-        def read(piece: str, start: int, rows: int) -> tuple[int, np.ndarray]:
-            shape = (rows, *record["shape"][1:])
-            wanted = nest({piece: jax.ShapeDtypeStruct(shape, jnp.dtype(record["dtype"]))})
-            how = nest({piece: ocp.RestoreArgs(restore_type=np.ndarray)})
-            args = {item: ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)}
-            block = flatten(self._items(args)[item])[piece]
-            if not isinstance(block, np.ndarray) or block.shape != shape:
-                raise Damaged(f"{self._name}, item {item}: {piece} did not come back")
-            return start, block
-
-        digest = RowsDigest()
-        calls = [functools.partial(read, piece, *rows) for piece, rows in blocks(name, record).items()]
-        for start, block in _ahead(calls, _readers(record)):
-            if verify:
-                digest.add(block, start)
-            yield start, block
+        of = lambda rows: jax.ShapeDtypeStruct((rows, *record["shape"][1:]), jnp.dtype(record["dtype"]))
+        places = blocks(name, record)
+        digest, parts = RowsDigest(), read_parts(self._path / item, {piece: of(n) for piece, (_, n) in places.items()})
+        with self._reading([item]):
+            for (start, _), part in zip(places.values(), parts, strict=True):
+                if verify:
+                    digest.add(part.values, start)
+                yield start, part.values
         if verify and digest.hex() != record["digest"]:
             raise Damaged(f"{self._name}, item {item}: digest differs in {name}")
 
@@ -133,80 +124,46 @@ class StoredStep:
             raise CheckpointError("\n  ".join([f"{self._name} does not fit; {hint}", *shown(problems)]))
 
     def _read_leaves(
-        self, item: str, wanted: Mapping[str, Any], records: Mapping[str, Any], verify: bool
+        self, item: str, targets: Mapping[str, jax.ShapeDtypeStruct], records: Mapping[str, Any]
     ) -> dict[str, jax.Array]:
-        places = {name: blocks(name, records[name]) for name in wanted}
-        first_device = SingleDeviceSharding(jax.devices()[0])
-        targets = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or first_device)
-            for name, leaf in wanted.items()
-        }
+        places = {name: blocks(name, records[name]) for name in targets}
+        pieces = [block_targets(target, places[name]) for name, target in targets.items()]
+        with self._reading([item]):
+            found = read_arrays(self._path / item, dict(itertools.chain(*(each.items() for each in pieces))))
+            return {name: join_blocks(target, places[name], found) for name, target in targets.items()}
 
-        def read_blocks(name: str) -> Iterator[tuple[int, jax.Array]]:
-            wanted, wide = block_targets(targets[name], places[name]), jax.config.read("jax_enable_x64")
+    def _verify(
+        self, item: str, leaves: Mapping[str, jax.Array], records: Mapping[str, Any], compiling: Future[None]
+    ) -> None:
+        with explained(Damaged, f"{self._name}, item {item}: cannot be compared with its digests"):
+            compiling.result()
+            digests = array_digests(leaves)
+        if differ := [name for name in leaves if digests[name] != records[name]["digest"]]:
+            raise Damaged(f"{self._name}, item {item}: digest differs in {', '.join(differ)}")
 
-            def read(piece: str) -> tuple[int, jax.Array]:
-                with jax.enable_x64(wide):  # what the caller has set may hold for its thread alone
-                    return places[name][piece][0], self._read_pieces(item, {piece: wanted[piece]})[piece]
+    def _documents(self, names: Sequence[str]) -> dict[str, Any]:
+        with self._reading(names), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            with literal(self._path) as path:
+                args = ocp.args.Composite(**{name: ocp.args.JsonRestore() for name in names})
+                found = reader.restore(path, args=args)
+            if missing := [name for name in names if found[name] is None]:
+                raise ValueError(f"{', '.join(missing)} is missing")
+            return dict(found.items())
 
-            most = math.prod(targets[name].shape) * targets[name].dtype.itemsize // _AHEAD_SHARE
-            return _ahead([functools.partial(read, piece) for piece in wanted], _readers(records[name], most))
-
-        found = self._read_pieces(item, {name: target for name, target in targets.items() if name in places[name]})
-        leaves = {
-            name: found[name] if name in found else join_blocks(target, read_blocks(name))
-            for name, target in targets.items()
-        }
-        if verify:
-            with explained(Damaged, f"{self._name}, item {item}: cannot be compared with its digests"):
-                digests = array_digests(leaves)
-            if differ := [name for name in leaves if digests[name] != records[name]["digest"]]:
-                raise Damaged(f"{self._name}, item {item}: digest differs in {', '.join(differ)}")
-        return leaves
-
-    def _read_pieces(self, item: str, pieces: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        if not pieces:
-            return {}
-        tree = nest(pieces)
-        how = jax.tree.map(
-            lambda t: ocp.ArrayRestoreArgs(sharding=t.sharding, global_shape=t.shape, dtype=t.dtype), tree
-        )
-        args = {item: ocp.args.PyTreeRestore(item=tree, restore_args=how, partial_restore=True)}
-
-        def check(found: Mapping[str, Any]) -> None:
-            leaves = flatten(found[item])
-            # Orbax leaves the target in place of an array that it does not find.
-            if lost := [name for name, target in pieces.items() if not _is_array_like(leaves.get(name), target)]:
-                raise ValueError(f"{', '.join(lost)} did not come back")
-
-        return flatten(self._items(args, check)[item])
-
-    def _items(
-        self, args: Mapping[str, Any], check: Callable[[Mapping[str, Any]], None] | None = None
-    ) -> Mapping[str, Any]:
-        what = f"{self._name}, item {', '.join(args)}: cannot be read"
+    @contextlib.contextmanager
+    def _reading(self, items: Sequence[str]) -> Iterator[None]:
+        """What goes wrong inside is damage of these items, in all processes."""
+        what = f"{self._name}, item {', '.join(items)}: cannot be read"
         try:
-            found = self._items_here(args, what, check)
+            with explained(Damaged, what):
+                self._check_files(items)
+                yield
         except Damaged:
             any_process(True)
             raise
         # What one process cannot read, none goes on with: they would wait for each other for ever.
         if any_process(False):
             raise Damaged(f"{what} by another process")
-        return found
-
-    def _items_here(
-        self, args: Mapping[str, Any], what: str, check: Callable[[Mapping[str, Any]], None] | None
-    ) -> Mapping[str, Any]:
-        with explained(Damaged, what):
-            self._check_files(args)
-            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader, literal(self._path) as path:
-                found = reader.restore(path, args=ocp.args.Composite(**args))
-            if missing := [item for item in args if found[item] is None]:
-                raise ValueError(f"{', '.join(missing)} is missing")
-            if check:
-                check(found)
-            return found
 
     def _check_files(self, items: Iterable[str]) -> None:
         """Raises an OSError where a pipe or a device is among the files, which would be read without end."""
@@ -215,27 +172,3 @@ class StoredStep:
                 if not file.is_dir():
                     check_regular(file.stat(), file)
             self._regular.add(item)
-
-
-def _readers(record: Mapping[str, Any], most_bytes: int = _AHEAD_BYTES) -> int:
-    """How many blocks of a leaf are read at a time."""
-    rows = min(record["shape"][0], record["block_rows"]) if record["shape"] else 1
-    block_bytes = rows * jnp.dtype(record["dtype"]).itemsize * math.prod(record["shape"][1:])
-    # Processes wait for each other at every block, so there one thread keeps the order.
-    return 1 if jax.process_count() > 1 else max(1, min(_READERS, min(most_bytes, _AHEAD_BYTES) // max(1, block_bytes)))
-
-
-def _ahead(calls: Iterable[Callable[[], _Found]], threads: int) -> Iterator[_Found]:
-    """What calls return, in their order; while one is waited for, the next ones run."""
-    with ThreadPoolExecutor(threads) as pool:
-        pending: collections.deque[Future[_Found]] = collections.deque()
-        for call in calls:
-            pending.append(pool.submit(call))
-            if len(pending) >= threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
-def _is_array_like(leaf: Any, target: jax.ShapeDtypeStruct) -> bool:
-    return isinstance(leaf, jax.Array) and (leaf.shape, leaf.dtype) == (target.shape, target.dtype)

@@ -39,3 +39,22 @@ def test_split_rows_are_stored_and_read_in_blocks(tmp_path):
     restored = Checkpoints(tmp_path).restore(target).arrays["tables"]["shared"]
     assert np.asarray(restored).tobytes() == table.tobytes()
     assert restored.sharding == split
+
+
+def test_leaves_of_one_shape_share_their_programs(tmp_path):
+    # 70,000 elements: more than NumPy digests itself; blocks of 300 rows and a rest of 100.
+    leaves = {name: jnp.full((1000, 70), value, jnp.float32) for value, name in enumerate("abcde")}
+    with Checkpoints(tmp_path, block_bytes=300 * 280) as checkpoints:
+        checkpoints.save(1, {"tables": leaves}, {})
+    jax.clear_caches()
+    compiled = []
+    count = lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+        restored = Checkpoints(tmp_path).restore({"tables": target}).arrays["tables"]
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert all(np.array_equal(restored[name], leaves[name]) for name in leaves)
+    # An empty leaf, two that put blocks into it, a digest (compiled for the save already), the number of a row.
+    assert len(compiled) <= 5
