@@ -2,7 +2,8 @@
 
 import pathlib
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from factlab.runs import Result
@@ -67,10 +68,12 @@ def draw(
     path: pathlib.Path,
     panels: Sequence[tuple[str, str, dict[str, list[tuple[Any, Any]]]]],
     x_label: str | Sequence[str],
+    styles: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> None:
     """A picture of panels: title, label of y, and points (x, values of the seeds) by name; bars are their spread.
 
-    `x_label` is one for all panels, or one for each. Numbers get a logarithmic axis, names one of categories.
+    `x_label` is one for all panels, or one for each. Numbers get a logarithmic axis, names one of categories. `styles`
+    are matplotlib's options of a line, by name.
     """
     x_labels = [x_label] * len(panels) if isinstance(x_label, str) else x_label
     import matplotlib
@@ -85,7 +88,8 @@ def draw(
             middle = [statistics.mean(point[1]) for point in points]
             below = [mean - min(point[1]) for mean, point in zip(middle, points, strict=True)]
             above = [max(point[1]) - mean for mean, point in zip(middle, points, strict=True)]
-            axes.errorbar(x, middle, yerr=[below, above], label=name, marker="o", markersize=3, capsize=2, linewidth=1)
+            style = {"marker": "o", "markersize": 3, "capsize": 2, "linewidth": 1} | dict(styles.get(name, {}))
+            axes.errorbar(x, middle, yerr=[below, above], label=name, **style)
         axes.set(title=title, xlabel=label, ylabel=y_label)
         axes.grid(alpha=0.3)
         if any(isinstance(point[0], str) for points in lines.values() for point in points):
@@ -94,7 +98,12 @@ def draw(
         axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(ticker.EngFormatter())
         axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-    handles, names = all_axes[-1].get_legend_handles_labels()
-    figure.legend(handles, names, fontsize="small", loc="outside right upper", frameon=False)
+    shown = {
+        name: handle
+        for axes in all_axes
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
+        if not name.startswith("_")
+    }
+    figure.legend(shown.values(), shown.keys(), fontsize="small", loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -1,13 +1,13 @@
 """README's tables and figure, from the results alone; a part whose runs are not there yet is left out."""
 
 import pathlib
-from collections.abc import Iterable
 from statistics import fmean
 
-from factlab.report import NOT_RUN, draw, markdown, millions, settings, spread
+from factlab.report import NOT_RUN, markdown, millions, settings, spread
 from factlab.runs import Result, read_results
 
 from realtext.comparisons import compared, equivalents, speed_of_learning
+from realtext.figure import figure
 from realtext.grading import IN_TEXT, NOT_IN_TEXT
 from realtext.measures import (
     COMPARISONS,
@@ -32,7 +32,7 @@ def report(rows: list[Result], folder: pathlib.Path) -> str:
     parts: list[str] = []
     if families:
         figure(families, folder / "learning.png")
-        parts.append("![loss against tokens and arithmetic, answers by exposures](learning.png)")
+        parts.append("![held-out loss against tokens and arithmetic, facts by exposures](learning.png)")
         parts += headline(families) + repeated(families, read_results(folder / "results" / "again.json"))
         parts += compared(families) + equivalents(families) + speed_of_learning(families)
         parts += written(families) + by_exposures(families) + slots(families) + other_sets(families)
@@ -261,26 +261,7 @@ def summary(rows: list[Result]) -> str:
         )
         for name, runs in families.items()
     ]
-    picture = "![loss against tokens and arithmetic, answers by exposures](experiments/004_real_text/learning.png)"
+    picture = (
+        "![held-out loss against tokens and arithmetic, facts by exposures](experiments/004_real_text/learning.png)"
+    )
     return f"{picture}\n\n{markdown(head, lines)}"
-
-
-def figure(families: Families, path: pathlib.Path) -> None:
-    """Held-out loss against tokens and arithmetic, and what answers cost by exposures."""
-    by_tokens, by_flops, by_bin = {}, {}, {}
-    for name, runs in families.items():
-        points = list(zip(*[run["curve"] for run in runs], strict=True))
-        values = [[point["bits_per_byte"]["held_out"] for point in each] for each in points]
-        by_tokens[name] = [(each[0]["tokens"], some) for each, some in zip(points, values, strict=True)]
-        by_flops[name] = [(each[0]["flops"], some) for each, some in zip(points, values, strict=True)]
-        bins: Iterable[str] = (one for one in BINS if one in runs[0]["written"])
-        by_bin[name] = [
-            (one.replace(", ", ",\n").replace(" paragraphs", "\nparagraphs"), [nats(one)(run) for run in runs])
-            for one in bins
-        ]
-    panels = [
-        ("Articles that training never shows", "bits per byte", by_tokens),
-        ("The same against arithmetic", "bits per byte", by_flops),
-        ("Facts by how often the text tells them", "nats of the answer", by_bin),
-    ]
-    draw(path, panels, ("tokens", "training FLOPs", "subject and object together"))
