@@ -16,9 +16,12 @@ from memjax.errors import ConfigError
 from memjax.io.command import exit_code
 from memjax.io.console import say, warn
 from memjax.io.ctrl_c import run_command
+from memjax.monitoring.progress import Progress
 from memjax.runs.settings import InferenceSettings, loaded
 
 PROG = "python -m memjax.serve"
+_PROGRESS_SECONDS = 5.0
+"""Between two lines that tell how many programs are compiled, where there is no terminal."""
 _API_KEY = "MEMJAX_API_KEY"
 _INSTALL = "pip install 'starlette>=1,<2' 'uvicorn>=0.50,<1'"
 
@@ -45,7 +48,8 @@ class ServeConfig(InferenceSettings):
     drain_seconds: float = 30.0
     """How long running requests may continue after SIGTERM or Ctrl-C."""
     warm_up: bool = True
-    """Compile for all prompt lengths before the first request, rather than when they arrive."""
+    """Compile for all prompt lengths before the first request, and then for less usual ones (log-probabilities,
+    penalties) in the background, rather than when they arrive."""
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -87,7 +91,7 @@ def _serve(run: str, settings: ServeConfig) -> None:
             from memjax.inference.scoring import PromptScorer
             from memjax.inference.server import HttpServer
             from memjax.inference.service import Limits, Service
-            from memjax.inference.serving_engine import make_engine, warm_up
+            from memjax.inference.serving_engine import lower_rest, make_engine, warm_up
 
             max_length = settings.max_length or found.config.data.sequence_length
             name = settings.model_name or pathlib.Path(run).resolve().name
@@ -103,10 +107,13 @@ def _serve(run: str, settings: ServeConfig) -> None:
             # The engine has weights of its own.
             del found
             if settings.warm_up:
-                warm_up(engine, max_length=max_length, progress=_print_progress)
+                say("compiling ...")
+                with Progress(1, _PROGRESS_SECONDS) as shown:
+                    show = lambda done, total: shown.update(done / total, f"compiled {done} of {total} programs")
+                    warm_up(engine, max_length=max_length, progress=show)
             scheduler = Scheduler(engine, service.deliver, max_waiting=settings.queue, score=score)
             service.attach(scheduler)
-            scheduler.start()
+            scheduler.start(lower_rest(engine, score, max_length=max_length) if settings.warm_up else ())
             server = HttpServer(service, listening, drain_seconds=settings.drain_seconds)
             url = f"http://{_url_host(address)}/v1"
             ready = lambda: say(_greeting(f"{name}, step {step:,}", url, has_key=key is not None))
@@ -145,11 +152,6 @@ def listen(host: str, port: int) -> socket.socket:
 def _url_host(address: tuple) -> str:
     host, port = address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _print_progress(done: int, total: int) -> None:
-    if done == 0:
-        say(f"compiling {total} shapes ...")
 
 
 def _greeting(what: str, url: str, *, has_key: bool) -> str:

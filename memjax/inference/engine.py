@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
+from jax.stages import Lowered, Wrapped
 from jaxtyping import Int
 
 from memjax.config import checks
@@ -102,6 +103,7 @@ class Engine:
         checks.refuse([*checks.counts(num_slots=num_slots), *_rows_wrong(prefill_rows)])
         self.num_slots = num_slots
         self._config, self._prefill_rows = model.config, prefill_rows
+        self.vocab_size = model.config.vocab_size
         self._min_capacity, self._modes = min_capacity, tuple(modes)
         _, graphdef, structure, self._weights = prepare(model)
         self._programs = programs_of(graphdef, structure)
@@ -139,7 +141,7 @@ class Engine:
         """
         checks.refuse(_rows_wrong(prefill_rows))
         for request in requests:
-            check(request, self._config.vocab_size)
+            check(request, self.vocab_size)
         free = self.free_slots
         if len(requests) > len(free):
             raise ValueError(f"{len(requests)} requests do not fit into {len(free)} free slots of {self.num_slots}")
@@ -200,6 +202,47 @@ class Engine:
         self._slots = [None] * self.num_slots
         self._state, self._unread, self._unmerged = None, [], []
 
+    def lower(
+        self, widths: Sequence[int], groups: Sequence[int], needs: Sequence[tuple[Mode, int | None]]
+    ) -> Iterator[Lowered]:
+        """The programs for prompts padded to these widths and read in groups of these sizes, each in some modes with a
+        number of likeliest tokens to report: traced, to be compiled; nothing runs.
+
+        Under a mesh there are only those that read prompts: the compiler decides how the arguments of others are split.
+        """
+        # What is computed from a committed array is committed, and a call compiles anew where that differs.
+        sharding = next((array.sharding for array in self._weights if array.committed), None)
+        shape = lambda info: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding)
+        shapes = lambda lowered: jax.tree.map(shape, lowered.out_info)
+        at_once = lambda group, width: self._group(min(group, max(1, _PREFILL_TOKENS // width)), width, group)
+        state, fresh = None, {}
+        for group, width in sorted({(at_once(group, width), width) for group in groups for width in widths}):
+            tokens, lengths, rows = (
+                np.zeros((group, width), np.int32),
+                np.ones(group, np.int32),
+                Rows.of([None] * group),
+            )
+            yield (read := self._program_for(tokens).lower(self._weights, tokens, lengths))
+            if self._devices > 1:
+                continue
+            logits, uses, cache = shapes(read)
+            for mode, num_top in needs if group not in fresh else ():
+                yield (started := programs.start.lower(logits, lengths, uses, rows, mode=mode, num_top=num_top))
+                fresh[group] = shapes(started)[0]
+            arguments = fresh[group]._replace(cache=cache), lengths
+            room = {"num_rows": self._num_rows, "room": Room(self._min_capacity, rows.num_stops)}
+            if state is None:
+                yield (inserted := programs.insert.lower(None, *arguments, **room))
+                state = shapes(inserted)
+            yield programs.insert.lower(state, *arguments, **room)
+        for mode, num_top in needs if state is not None else ():
+            arguments = self._weights, state, np.zeros(self._num_rows, bool), np.int32(1)
+            yield self._programs.decode.lower(*arguments, mode=mode, num_top=num_top)
+
+    def _program_for(self, tokens: np.ndarray) -> Wrapped:
+        """The program that reads so many prompt tokens."""
+        return self._programs.prefill_few if tokens.size <= _FEW_TOKENS else self._programs.prefill
+
     def _read_together(self, requests: Sequence[Request]) -> Sequence[Request]:
         """The first of the requests, as many as are read at once."""
         width, count = 0, 0
@@ -228,9 +271,8 @@ class Engine:
             self._slots[slot] = taken[slot] = _Slot(request)
         rows = Rows.of([*requests, *[None] * (group - len(requests))])
         mode, num_top = self._needs(requests)
-        prefill = self._programs.prefill_few if tokens.size <= _FEW_TOKENS else self._programs.prefill
-        logits, cache = prefill(self._weights, tokens, lengths)
-        state, made, likely = programs.start(logits, lengths, tokens, rows, mode=mode, num_top=num_top)
+        logits, uses, cache = self._program_for(tokens)(self._weights, tokens, lengths)
+        state, made, likely = programs.start(logits, lengths, uses, rows, mode=mode, num_top=num_top)
         fresh = _Fresh(taken, state._replace(cache=cache), made, likely)
         self._unread.append(fresh)
         self._unmerged.append(fresh)
@@ -262,7 +304,7 @@ class Engine:
         mode = Mode.of([request.sampling for request in requests])
         most = max((request.logprobs for request in requests if request.logprobs is not None), default=None)
         known = next((known for known in self._modes if known.covers(mode)), mode)
-        return known, None if most is None else top_count(most, self._config.vocab_size)
+        return known, None if most is None else top_count(most, self.vocab_size)
 
     def _take(
         self,

@@ -1,9 +1,9 @@
 """The compiled programs of an engine, and the state of the texts that they pass on.
 
-- prefill reads prompts and start picks the first token of each: for every power of two of prompt tokens, times powers
-  of two of prompts that are read together;
-- insert puts what was read into the engine's slots: for each of these and each capacity of the cache;
-- decode writes tokens: for each capacity of the cache, which is a power of two, and each `sampling.Mode`.
+- prefill reads prompts: for every power of two of prompt tokens, times powers of two of prompts that are read together;
+- start picks the first token of each: for these numbers of prompts and each `sampling.Mode`;
+- insert puts what was read into the engine's slots: for each size of a prefill and each capacity of the cache;
+- decode writes tokens: for each capacity of the cache, which is a power of two, and each mode.
 
 How many tokens are decoded at a time, temperatures, seeds, stop tokens and lengths are data.
 """
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.stages import Wrapped
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax.inference.requests import Request
@@ -108,10 +109,10 @@ ModelOf = Callable[[Weights], Decoder]
 class Programs(NamedTuple):
     """The compiled programs for models of one structure."""
 
-    prefill: Callable[..., tuple[Array, Cache]]
-    prefill_few: Callable[..., tuple[Array, Cache]]
+    prefill: Wrapped
+    prefill_few: Wrapped
     """For few tokens."""
-    decode: Callable[..., tuple[State, Array, Likelihoods | None]]
+    decode: Wrapped
 
 
 @functools.lru_cache(maxsize=8)
@@ -127,34 +128,30 @@ def programs_of(graphdef: Any, structure: Any) -> Programs:
 
 def prefill(
     model_of: ModelOf, weights: Weights, tokens: Int[Array, "b s"], lengths: Int[Array, " b"]
-) -> tuple[Float[Array, "b vocab"], Cache]:
-    """Logits after the first `lengths` tokens of each row, and the cache of these tokens."""
+) -> tuple[Float[Array, "b vocab"], Int[Array, "b vocab"], Cache]:
+    """Logits after the first `lengths` tokens of each row, its `State.uses`, and the cache of these tokens."""
     model = model_of(weights)
     is_text = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
     hidden, cache = model.hidden_with_cache(split_tokens(tokens), None, split_tokens(is_text))
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-    return model.logits(last), cache
+    logits = model.logits(last)
+    # Padding is marked past the vocabulary, where nothing is written.
+    places = jnp.arange(len(tokens))[:, None], jnp.where(is_text, tokens, logits.shape[1])
+    return logits, jnp.full(logits.shape, -1, jnp.int32).at[places].set(0, mode="drop"), cache
 
 
 @functools.partial(jax.jit, static_argnames=("mode", "num_top"))
 def start(
     logits: Float[Array, "b vocab"],
     lengths: Int[Array, " b"],
-    tokens: Int[Array, "b s"],
+    uses: Int[Array, "b vocab"],
     rows: Rows,
     *,
     mode: Mode,
     num_top: int | None,
 ) -> tuple[State, Int[Array, "b 1"], Likelihoods | None]:
     """The state of prompts that were read, with the first token of each; the blocks of the cache are added later."""
-    (num_rows, width), vocab_size = tokens.shape, logits.shape[1]
-    uses = jnp.full(logits.shape, -1, jnp.int32)
-    if mode.penalty:
-        is_text = jnp.arange(width)[None, :] < lengths[:, None]
-        # Padding is marked past the vocabulary, where nothing is written.
-        text = jnp.where(is_text, tokens, vocab_size)
-        uses = uses.at[jnp.arange(num_rows)[:, None], text].set(0, mode="drop")
-    nothing = jnp.zeros(num_rows, jnp.int32)
+    nothing = jnp.zeros(len(logits), jnp.int32)
     cache = Cache((), lengths)
     state = State(rows, cache, token=nothing, num_made=nothing, uses=uses)
     state, made, likely = _add_token(state, logits, mode, num_top)
@@ -246,6 +243,11 @@ def padded_length(length: int) -> int:
     """The length that a row of so many tokens is padded to: a power of two, so that few shapes are ever compiled."""
     smallest = _SMALLEST_ON_CPUS if jax.default_backend() == "cpu" else _SMALLEST
     return max(smallest, next_power_of_two(length))
+
+
+def top_counts(vocab_size: int) -> list[int]:
+    """The numbers of likeliest tokens that are counted in the first place."""
+    return sorted({min(count, vocab_size) for count in _TOP_COUNTS})
 
 
 def top_count(most: int, vocab_size: int) -> int:

@@ -9,15 +9,17 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+from jax.stages import Lowered
 
 from memjax.inference.engine import Engine
 from memjax.inference.programs import LONGEST_CHUNK, padded_length
 from memjax.inference.requests import Made, Request, TokenLogprobs
 from memjax.inference.streaming import Pace
+from memjax.io.console import warn
 
 _PREFILL_ROWS = 8
 """Prompts are read one by one or so many at once: two programs for each width."""
@@ -112,7 +114,7 @@ class Scheduler:
         self._changed = threading.Condition()
         # A mesh belongs to a thread.
         self._mesh = jax.sharding.get_mesh()
-        self._thread = threading.Thread(target=self._main, name="memjax-scheduler", daemon=True)
+        self._threads = [threading.Thread(target=self._main, name="memjax-scheduler", daemon=True)]
 
     @property
     def num_slots(self) -> int:
@@ -132,10 +134,14 @@ class Scheduler:
     @property
     def is_alive(self) -> bool:
         """Whether the thread runs."""
-        return self._thread.is_alive()
+        return self._threads[0].is_alive()
 
-    def start(self) -> None:
-        self._thread.start()
+    def start(self, compile_meanwhile: Iterable[Lowered] = ()) -> None:
+        """Begins to work; another thread traces and compiles programs before a request needs them."""
+        compiler = lambda: self._compile(compile_meanwhile)
+        self._threads.append(threading.Thread(target=compiler, name="memjax-compiler", daemon=True))
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, tickets: Sequence[Ticket]) -> None:
         """Queues tickets that belong together.
@@ -164,17 +170,32 @@ class Scheduler:
             self._changed.notify()
 
     def stop(self, seconds: float) -> bool:
-        """Ends the thread after what it is doing now; False if it has not ended after these seconds."""
+        """Ends the threads after what they are doing now; False if they have not ended after these seconds."""
         with self._changed:
             self._is_open = False
             self._changed.notify()
-        if self._thread.ident is not None:
-            self._thread.join(seconds)
-        return not self._thread.is_alive()
+        due = time.monotonic() + seconds
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(max(0.0, due - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self._mesh.empty else jax.set_mesh(self._mesh)
 
     def _main(self) -> None:
-        with contextlib.nullcontext() if self._mesh.empty else jax.set_mesh(self._mesh):
+        with self._on_mesh():
             self._loop()
+
+    def _compile(self, programs: Iterable[Lowered]) -> None:
+        try:
+            with self._on_mesh():
+                for program in programs:
+                    if not self._is_open:
+                        return
+                    program.compile()
+        except Exception as error:
+            warn(f"compiling ahead failed ({error}); requests that need another program wait for it")
 
     def _loop(self) -> None:
         pace = Pace(_CHUNK_SECONDS)

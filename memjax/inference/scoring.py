@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.stages import Lowered
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax.data.packing import Batch
@@ -237,16 +238,22 @@ class PromptScorer:
 
     def __call__(self, prompt_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
         """The log-probability of every token but the first, and the num_top likeliest tokens at its position."""
-        rows = jax.sharding.get_abstract_mesh().size if has_memory_axis() else 1
-        tokens = np.zeros((rows, padded_length(len(prompt_ids))), np.int32)
-        tokens[:, : len(prompt_ids)] = prompt_ids
-        is_text = np.broadcast_to(np.arange(tokens.shape[1])[None] < len(prompt_ids), tokens.shape)
-        most = top_count(num_top, self._vocab_size)
-        found = jax.device_get(_prompt_likelihoods(self._graphdef, most, self._weights, tokens, is_text))
+        found = jax.device_get(_prompt_likelihoods(*self._arguments(prompt_ids, num_top)))
         return [
             TokenLogprobs(float(chosen), dict(zip(ids[:num_top].tolist(), top[:num_top].tolist(), strict=True)))
             for chosen, top, ids in zip(found.chosen, found.top, found.top_tokens, strict=True)
         ][: len(prompt_ids) - 1]
+
+    def lower(self, width: int, num_top: int) -> Lowered:
+        """The program for prompts that are padded to a width; it is traced to be compiled, and nothing runs."""
+        return _prompt_likelihoods.lower(*self._arguments([0] * width, num_top))
+
+    def _arguments(self, prompt_ids: Sequence[int], num_top: int) -> tuple[Any, ...]:
+        rows = jax.sharding.get_abstract_mesh().size if has_memory_axis() else 1
+        tokens = np.zeros((rows, padded_length(len(prompt_ids))), np.int32)
+        tokens[:, : len(prompt_ids)] = prompt_ids
+        is_text = np.broadcast_to(np.arange(tokens.shape[1])[None] < len(prompt_ids), tokens.shape)
+        return self._graphdef, top_count(num_top, self._vocab_size), self._weights, tokens, is_text
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -1,42 +1,127 @@
 """A server's engine has its programs before requests come."""
 
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from memjax.config.model import ModelConfig
+from memjax.config.sampling import SamplingConfig
+from memjax.inference.engine import Engine
 from memjax.inference.requests import Request
-from memjax.inference.serving_engine import make_engine, warm_up
+from memjax.inference.scheduler import Scheduler
+from memjax.inference.scoring import PromptScorer
+from memjax.inference.serving_engine import lower_rest, make_engine, warm_up
+from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
+LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 
 
-def test_a_warm_engine_compiles_nothing_for_prompts_of_any_length():
-    config = ModelConfig(dim=8, num_layers=1, num_heads=1, ffn_dim=8, vocab_size=11, dtype="float32", memory=None)
+def constant(value: float, vocab_size: int = 11, *, committed: bool = False) -> Decoder:
+    config = ModelConfig(
+        dim=8, num_layers=1, num_heads=1, ffn_dim=8, vocab_size=vocab_size, dtype="float32", memory=None
+    )
     parts = DecoderParts.of(config)
-    fill = lambda leaf: jnp.full(leaf.shape, 0.1, leaf.dtype)
-    engine = make_engine(parts.merge(jax.tree.map(fill, parts.abstract_params), {}), num_slots=2, max_length=33)
-    warm_up(engine, max_length=33)
-    compiled = []
+    params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, value, leaf.dtype), parts.abstract_params)
+    # As a checkpoint is restored.
+    params = jax.device_put(params, jax.devices()[0]) if committed else params
+    return parts.merge(params, {})
+
+
+@pytest.fixture
+def compiled() -> list[str]:
+    events: list[str] = []
     # JAX offers no way to take one listener back; this one only adds to a list.
-    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: events.append(event))
+    return events
 
-    def write(lengths: Sequence[int], stop_ids: Sequence[int] = ()) -> None:
-        engine.insert([Request(prompt_ids=[5] * length, max_tokens=2, stop_ids=stop_ids) for length in lengths])
-        while engine.is_busy:
-            engine.step(4)
 
+def write(engine: Engine, lengths: Sequence[int], **settings: Any) -> None:
+    engine.insert([Request(prompt_ids=[5] * length, max_tokens=2, **settings) for length in lengths])
+    while engine.is_busy:
+        engine.step(4)
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_a_warm_engine_compiles_nothing_for_prompts_of_any_length(compiled, committed):
+    engine = make_engine(constant(0.1, committed=committed), num_slots=2, max_length=33)
+    told: list[tuple[int, int]] = []
+    compiled.clear()
+    warm_up(engine, max_length=33, progress=lambda done, total: told.append((done, total)))
+    # Widths 16 and 32, one prompt or two: each is read and inserted, the first into no state too; two modes.
+    assert told == [(done, 4 + 5 + 4 + 2) for done in range(1, 16)]
+    # Two prompts fill this engine; only its first texts are treated as such, so that is compiled when they come.
+    assert compiled.count(LOWERED) == 15 + 1
+    compiled.clear()
     for lengths in ([3], [17, 17], [32], [31, 30]):
-        write(lengths)
+        write(engine, lengths)
+        write(engine, lengths, sampling=SamplingConfig(temperature=1.0, top_k=3, top_p=0.5))
     assert compiled.count(COMPILED) == 0
     # Room for many stop tokens, which takes programs of its own, is given back.
-    write([3], stop_ids=range(5))
-    write([3])
+    write(engine, [3], stop_ids=range(5))
+    write(engine, [3])
     compiled.clear()
-    write([32])
+    write(engine, [32])
     assert compiled.count(COMPILED) == 0
     jax.jit(lambda x: x * 3 + 1)(np.ones(3))
     assert compiled.count(COMPILED) == 1
+
+
+def test_the_less_usual_programs_are_compiled_while_it_serves(compiled):
+    model = constant(0.2, vocab_size=13)
+    engine, scorer = make_engine(model, num_slots=2, max_length=17), PromptScorer(model)
+    warm_up(engine, max_length=17)
+    scheduler = Scheduler(engine, lambda updates: None, max_waiting=4, score=scorer)
+    scheduler.start(lower_rest(engine, scorer, max_length=17))
+    scheduler._threads[1].join(120)
+    compiled.clear()
+    for sampling in (SamplingConfig(), SamplingConfig(temperature=1.0), SamplingConfig(presence_penalty=1.0)):
+        for logprobs in (None, 0, 5, 13):
+            write(engine, [3, 16], sampling=sampling, logprobs=logprobs)
+            scorer([5] * 9, logprobs or 1)
+    assert compiled.count(COMPILED) == 0
+    assert scheduler.stop(10.0)
+
+
+def test_a_server_ends_after_the_program_that_is_compiled_and_survives_one_that_fails(caplog):
+    scheduler = Scheduler(make_engine(constant(0.3), num_slots=1, max_length=8), print, max_waiting=1)
+    first, go_on, made = threading.Event(), threading.Event(), []
+
+    class Program:
+        def __init__(self, number: int):
+            made.append(number)
+
+        def compile(self) -> None:
+            first.set()
+            go_on.wait(60)
+
+    scheduler.start(map(Program, range(3)))  # pyright: ignore
+    assert first.wait(60)
+    assert not scheduler.stop(0.01)
+    go_on.set()
+    assert scheduler.stop(60.0)
+    assert made == [0, 1]
+    failing = Scheduler(make_engine(constant(0.3), num_slots=1, max_length=8), print, max_waiting=1)
+    failing.start(1 // 0 for _ in range(3))  # pyright: ignore
+    failing._threads[1].join(60)
+    assert failing.is_alive
+    assert failing.stop(60.0)
+    assert "compiling ahead failed (integer division or modulo by zero)" in caplog.text
+
+
+def test_under_a_mesh_a_warm_engine_compiles_nothing_either(compiled, mesh):
+    with jax.set_mesh(mesh):
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        model = constant(0.4, vocab_size=16)
+        engine = make_engine(jax.device_put(model, whole), num_slots=3, max_length=33)
+        warm_up(engine, max_length=33)
+        compiled.clear()
+        for lengths in ([3], [17, 17], [32], [31, 30]):
+            write(engine, lengths)
+    assert compiled.count(COMPILED) == 0
