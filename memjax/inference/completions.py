@@ -142,15 +142,15 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
     options = fields.value("stream_options")
     if options is None:
         return False
-    if not isinstance(options, dict) or not options.keys() <= {"include_usage"}:
-        fields.wrong("stream_options", 'an object such as {"include_usage": true}')
-    elif not isinstance(options.get("include_usage", False), bool):
-        fields.wrong("stream_options", "include_usage must be true or false; see {'include_usage': true}")
+    # What clients switch off need not be known.
+    options = options if isinstance(options, dict) else {"": True}
+    used = {name: value for name, value in options.items() if value is not None and value is not False}
+    include_usage = used.pop("include_usage", False)
+    if used or not isinstance(include_usage, bool):
+        fields.wrong("stream_options", 'an object such as {"include_usage": true}, where nothing else is true')
     elif not stream:
         fields.wrong("stream_options", "left out where stream is false")
-    else:
-        return options.get("include_usage", False)
-    return False
+    return include_usage is True
 
 
 def _prompts(fields: Fields, vocab_size: int) -> tuple[Prompt, ...]:

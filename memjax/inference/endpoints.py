@@ -86,9 +86,9 @@ class Endpoints:
             self._service.check_key(request.scope["headers"])
             self._service.refuse_when_crowded()
         name = path.removeprefix("/v1/models/")
-        if name != path and name != self._service.model_name:
+        if name not in ("", path, self._service.model_name):
             raise _no_model(name, self._service)
-        known = self._routes.get("/v1/models" if name != path else path)
+        known = self._routes.get("/v1/models" if name == self._service.model_name else path)
         if known is None:
             paths = ", ".join(sorted(self._routes))
             raise RefusedError(f"there is nothing at {shown(path)}; there are {paths}", status=404)
@@ -222,7 +222,7 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
     """The body of a request.
 
     Raises:
-        RefusedError: it is too long, comes too slowly, or is not said to be JSON.
+        RefusedError: it is too long, comes too slowly, or is not said to be JSON, uncompressed.
         ClientDisconnect: the client has gone.
     """
     # A page in a browser may send any other type to a server on this machine without asking it first.
@@ -232,6 +232,10 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
             f"Content-Type={shown(kind)} must be application/json; send the header 'Content-Type: application/json'"
         )
         raise RefusedError(message, status=415)
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        message = f"Content-Encoding={shown(encoding)} is not served; leave it out and send the body uncompressed"
+        raise RefusedError(message, status=415, headers={"Accept-Encoding": "identity"})
     body, size = bytearray(), 0
     try:
         async with asyncio.timeout(limits.body_seconds):

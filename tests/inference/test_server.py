@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import gzip
 import http.client
 import json
 import pathlib
@@ -244,6 +245,11 @@ def test_streams_add_up_to_the_answer_and_end_with_the_usage(server):
     assert all(event["usage"] is None for event in events[:-1])
     assert len({event["id"] for event in events}) == 1
     assert "usage" not in server.stream(prompt="x", max_tokens=2)[0]
+    # OpenAI's and vLLM's other options, which clients may switch off by name.
+    off = {"include_obfuscation": False, "continuous_usage_stats": None}
+    assert "usage" not in server.stream(prompt="x", max_tokens=2, stream_options=off)[0]
+    on = {**off, "include_usage": True}
+    assert server.stream(prompt="x", max_tokens=2, stream_options=on)[-1]["usage"]["prompt_tokens"] == 2
 
 
 def text_with_long_letters() -> tuple[int, str]:
@@ -541,7 +547,12 @@ def test_an_engine_that_fails_tells_its_clients_and_goes_on(capfd):
         ({"prompt": "x", "stream": "yes"}, "stream", "must be true or false"),
         ({"prompt": "x", "stream_options": {}}, "stream_options", "left out where stream is false"),
         ({"prompt": "x", "stream": True, "stream_options": {"a": 1}}, "stream_options", "must be an object such as"),
-        ({"prompt": "x", "stream": True, "stream_options": {"include_usage": 1}}, "stream_options", "true or false"),
+        (
+            {"prompt": "x", "stream": True, "stream_options": {"include_usage": 2}},
+            "stream_options",
+            "must be an object",
+        ),
+        ({"prompt": "x", "stream": True, "stream_options": False}, "stream_options", "where nothing else is true"),
         ({"prompt": "x", "best_of": 2}, "best_of", "best_of=2 must be left out or n=1"),
         ({"prompt": "x", "suffix": "y"}, "suffix", "only continues prompts"),
         (
@@ -628,7 +639,7 @@ def test_whatever_clients_send_is_answered_or_refused_with_a_reason(server, coun
 
 
 def test_paths_methods_and_types_that_are_not_served(server):
-    for path in ("/", "/v1/chat/completions", "/health/", "/v1/models/other", "/v1/%00\x7f"):
+    for path in ("/", "/v1/chat/completions", "/health/", "/v1/models/", "/v1/models/other", "/v1/%00\x7f"):
         status, _, answer = server.send("GET", path.replace("\x7f", "%7f"))
         assert status == 404, path
         assert json.loads(answer)["error"]["message"].isprintable()
@@ -644,6 +655,13 @@ def test_paths_methods_and_types_that_are_not_served(server):
         status, error = server.refused({"prompt": "x"}, headers={"Content-Type": kind})
         assert status == 415
         assert "Content-Type: application/json" in error["message"]
+    body = gzip.compress(b'{"prompt": "x"}')
+    for encoding in ("gzip", "br, gzip", ""):
+        status, headers, answer = server.send("POST", "/tokenize", body, {**JSON, "Content-Encoding": encoding})
+        assert (status, headers["accept-encoding"]) == (415, "identity")
+        message = f'Content-Encoding="{encoding}" is not served; leave it out and send the body uncompressed'
+        assert json.loads(answer)["error"]["message"] == message
+    assert server.send("POST", "/tokenize", {"prompt": "x"}, {**JSON, "Content-Encoding": "Identity"})[0] == 200
     status, error = server.refused({"prompt": "x", "model": "gpt-2"})
     assert (status, error["code"]) == (404, "model_not_found")
     assert server.ask(prompt="x", model="tiny", max_tokens=1)["model"] == "tiny"
