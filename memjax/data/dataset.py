@@ -1,12 +1,12 @@
-"""The data of a run, opened once: training and validation batches come from the same files, scans and token caches.
+"""The data of a run, opened once: training and validation batches share the same files, scans and token caches.
 
-Five nested stages, each standing on the one above it:
+Five stages, each built on the one above it:
 
-1. a `Source` finds the files that the config names, lists and scans them (`sources`, `corpus`, `lines`);
-2. a `Reader` gives records by number as token ids, from text or from prepared data (`reading`, `prepared`);
-3. an order of record numbers, shuffled and mixed by weight, endless for training (`mixture`);
-4. packing turns records into batches (`packing`);
-5. a thread or worker processes make batches ahead, and their position can be saved (`loader`, `workers`).
+1. a `Source` finds, lists and scans the files that the config names (`sources`);
+2. a `Reader` returns records by number as token ids, from text or from prepared data (`tokenize`, `prepared`);
+3. an `Order` shuffles record numbers and mixes them by weight, endlessly for training (`mixture`);
+4. packing turns records into batches (`packing`, `packers`);
+5. a thread or worker processes prefetch batches, and their position can be saved (`loader`, `workers`).
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ from memjax.data.tokenizers.bpe import train_bpe
 from memjax.data.tokenizers.open import open_tokenizer
 
 _SAMPLED_RECORDS, _SAMPLED_PAIRS = 64, 1 << 16
-"""Records from which the number of tokens is estimated, and the tokens that are enough."""
+"""The number of tokens is estimated from at most this many records, or fewer once they hold this many pairs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """What is trained on and what is validated with. Picklable: worker processes get a copy."""
+    """The training and validation data. Picklable: worker processes get a copy."""
 
     config: DataConfig
     tokenizer: Tokenizer
@@ -45,18 +45,18 @@ class Dataset:
     def train_batches(
         self, seed: int, shard: slice = slice(None), stop: threading.Event | None = None
     ) -> grain.IterDataset[Batch]:
-        """Endless training batches; with `shard`, of the blocks of records that one of several workers reads. Setting
-        `stop` ends a batch that another thread is making.
+        """Endless training batches. `shard` selects the blocks of records that one of several workers reads; setting
+        `stop` interrupts a batch that another thread is building.
         """
         return self._batches(
             self.train, seed=seed % 2**32, shuffle=self.config.shuffle, repeat=True, shard=shard, stop=stop
         )
 
     def validation_batches(self, count: int) -> Iterator[Batch]:
-        """The first batches of the validation records, in file order, the same at every call.
+        """The first `count` batches of the validation records, in file order, the same at every call.
 
-        Of a mixture the records held out of the parts come mixed as in training. The last batch is padded with empty
-        rows. Nothing comes when nothing is held out.
+        The held-out records of a mixture are mixed as in training. The last batch is padded with empty rows. Yields
+        nothing if nothing is held out.
 
         Raises:
             DataError: the validation data cannot be used.
@@ -88,16 +88,14 @@ class Dataset:
         )
 
     def malformed_counts(self) -> dict[str, int]:
-        """For metrics: how many training records were left out, where any could have been."""
+        """The number of skipped training records, for metrics; empty if no record may be skipped."""
         manifests = [split.manifest for split in self.train if split.manifest is not None]
         if not any(manifest.settings["malformed"] == "skip" for manifest in manifests):
             return {}
         return {"data/malformed": sum(manifest.malformed for manifest in manifests)}
 
     def describe(self, steps: int | None = None) -> list[str]:
-        """Lines about prepared data and what was left out of it, then about records, tokens, and how many epochs
-        `steps` steps make.
-        """
+        """Lines about prepared data and its skipped records, then about records, tokens and the epochs in `steps`."""
         lines = []
         for split in self.train:
             if isinstance(split.reader, PreparedReader):
@@ -127,12 +125,12 @@ class Dataset:
 
 
 def open_dataset(data: DataConfig | Source, tokenizer: Tokenizer) -> Dataset:
-    """Opens the data of a config, or of a source that was found before (whose files are not scanned again).
+    """Opens the data of a config, or of a source found earlier, whose files are not scanned again.
 
-    What must be prepared and is not is prepared here. What was prepared is read from there, and gives the same tokens.
+    Data that must be prepared is prepared here unless it already was. Prepared data gives the same tokens.
 
     Raises:
-        DataError: the data cannot be used, or the prepared data is of something else.
+        DataError: the data cannot be used, or the prepared data was made from something else.
     """
     source = data if isinstance(data, Source) else find_source(data)
     return Dataset(source.config, tokenizer, *source.open(tokenizer))
@@ -141,7 +139,7 @@ def open_dataset(data: DataConfig | Source, tokenizer: Tokenizer) -> Dataset:
 def train_tokenizer(data: DataConfig | Source, vocab_size: int) -> Tokenizer:
     """The tokenizer that the config asks for; a BPE is trained on texts spread evenly over the training records.
 
-    vocab_size is an upper bound: a small corpus may give fewer tokens, and bytes always take 259.
+    vocab_size is an upper bound: a small corpus may give fewer tokens, and byte tokenizers always have 259.
 
     Raises:
         ValueError: vocab_size is below 259.
@@ -153,7 +151,7 @@ def train_tokenizer(data: DataConfig | Source, vocab_size: int) -> Tokenizer:
 
 
 def _num_tokens(split: Split) -> tuple[int, bool]:
-    """Tokens of a split, and whether that is exact and not an estimate."""
+    """The number of tokens of a split, and whether it is exact rather than an estimate."""
     count, manifest = split.stop - split.start, split.manifest
     if manifest is not None:
         return max(1, round(manifest.tokens * count / manifest.records)), count == manifest.records
@@ -167,5 +165,5 @@ def _num_tokens(split: Split) -> tuple[int, bool]:
     if read == count:
         return max(1, pairs), True
     tokens = pairs * count // read
-    step = 10 ** max(0, len(str(tokens)) - 2)  # two digits of an estimate are enough
+    step = 10 ** max(0, len(str(tokens)) - 2)  # an estimate is rounded to two digits
     return max(1, round(tokens / step) * step), False

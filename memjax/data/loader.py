@@ -1,7 +1,7 @@
-"""The training batches of a run: shuffled anew every epoch, endless, and resumed exactly.
+"""The training batches of a run: reshuffled every epoch, endless, and resumed exactly.
 
-Every process of a run reads all of it and gives its devices their rows: so the order of the data depends neither on
-the mesh nor on the number of processes, and a position in it means the same to all of them.
+Every process of a run reads all the data and gives its devices their rows, so the order of the data depends neither on
+the mesh nor on the number of processes, and a position means the same to all of them.
 """
 
 import json
@@ -26,12 +26,12 @@ _READY_BATCHES = 4
 class TrainingData(Iterator[Batch]):
     """An endless iterator over batches, whose position can be saved and restored.
 
-    The same arguments give the same batches. Batches are made ahead by a thread, or by `config.num_workers` processes;
-    a program that uses workers must keep its own start under `if __name__ == "__main__"`.
+    The same arguments give the same batches. Batches are prefetched by a thread, or by `config.num_workers` processes;
+    a program that uses workers must guard its entry point with `if __name__ == "__main__"`.
     """
 
     def __init__(self, dataset: Dataset, *, seed: int):
-        """Starts no thread or process yet."""
+        """Threads and processes start with the first batch."""
         config, splits = dataset.config, dataset.train
         self._plan = {
             "num_workers": config.num_workers,
@@ -58,8 +58,8 @@ class TrainingData(Iterator[Batch]):
             ahead = dataset.train_batches(seed, stop=stop)
             batches = iter(ThreadPrefetchIterDataset(ahead, prefetch_buffer_size=_READY_BATCHES))
         self._open = [batches]
-        # A thread or process that still reads when the interpreter goes down would abort it with an exit code of its
-        # own, so iterators that were not closed are closed, and released, before.
+        # A thread or process that is still reading at interpreter shutdown would abort it with a different exit code,
+        # so iterators left open are closed and released before.
         self._close = weakref.finalize(self, _close_all, self._open, stop)
 
     def __next__(self) -> Batch:
@@ -68,15 +68,15 @@ class TrainingData(Iterator[Batch]):
         return next(self._open[0])
 
     def get_state(self) -> dict[str, Any]:
-        """The position after the last batch given, as JSON values; not to be asked for after `close`."""
+        """The position after the last batch returned, as JSON values; must not be called after `close`."""
         position = json.loads(json.dumps(self._open[0].get_state()))
         return {"plan": dict(self._plan), "data": self._data, "grain": position}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues from a position that `get_state` gave. Those of before 0.2 do not know the content of the data.
+        """Continues from a position that `get_state` returned. Those before 0.2 lack the fingerprint of the data.
 
         Raises:
-            DataError: it was given with other data, another tokenizer or other settings, where it means another place.
+            DataError: the position belongs to other data, another tokenizer or other settings.
         """
         saved = state["plan"]
         changed = [
@@ -95,12 +95,12 @@ class TrainingData(Iterator[Batch]):
         self._open[0].set_state(state["grain"])
 
     def close(self) -> None:
-        """Ends the threads and processes that read ahead; there are no batches after that."""
+        """Stops prefetching; there are no batches afterwards."""
         self._close()
 
 
 def _shard(dataset: Dataset, seed: int, index: int, count: int) -> grain.IterDataset[Batch]:
-    """The batches of a worker."""
+    """The batches of one worker."""
     return dataset.train_batches(seed, slice(index, None, count))
 
 
@@ -111,9 +111,9 @@ def _close_all(iterators: list[Any], stop: threading.Event) -> None:
 
 
 def _differences(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> list[str]:
-    """Why the records of a checkpoint are not those here; their number is the same.
+    """How the records differ from those of the checkpoint; their number is known to be the same.
 
-    A repair is no other data: a few of the sampled records of a file may differ, and its size with them.
+    Repaired files are accepted: their size and up to half of their sampled records may differ.
     """
     if before is None or now is None:
         return []
@@ -121,7 +121,7 @@ def _differences(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None
         same = before["digest"] == now["digest"] or not before["digest"]
         return [] if same else ["the prepared data holds other records than in the checkpoint"]
     problems = []
-    if "digest" in before or "digest" in now:  # read as it is before, prepared since malformed records are skipped
+    if "digest" in before or "digest" in now:  # read directly then, prepared now to skip malformed records
         return []
     for (_, old_size, *old), (name, size, *new) in zip(before["files"], now["files"], strict=False):
         different = sum(one != other for one, other in zip(old[0], new[0], strict=False))

@@ -1,4 +1,4 @@
-"""Splits of readers for training and validation, mixed by weight into one order of records."""
+"""Training and validation splits of readers, mixed by weight into one order of records."""
 
 import bisect
 import dataclasses
@@ -18,13 +18,13 @@ from memjax.errors import DataError
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
-    """The records start..stop - 1 of a reader."""
+    """Records start..stop - 1 of a reader."""
 
     reader: Reader
     start: int
     stop: int
     weight: float = 1.0
-    """Of its tokens among those of all splits."""
+    """Weight of its tokens among those of all splits."""
 
     @classmethod
     def of(cls, reader: Reader) -> "Split":
@@ -33,18 +33,18 @@ class Split:
 
     @property
     def manifest(self) -> Manifest | None:
-        """What is known of prepared data."""
+        """The manifest of prepared data; None for other readers."""
         return self.reader.manifest if isinstance(self.reader, PreparedReader) else None
 
     @property
     def record_weight(self) -> float:
-        """Of its records among those of all splits: the longer they are, the fewer give as many tokens."""
+        """Weight of its records among those of all splits: fewer of them are needed if they are longer."""
         manifest = self.manifest
         return self.weight if manifest is None else self.weight * manifest.records / manifest.tokens
 
 
 class SplitRecords(Records):
-    """The records of splits as text, those of the first, then those of the second."""
+    """The records of splits as text, one split after the other."""
 
     def __init__(self, splits: Sequence[Split]):
         self._splits = tuple(splits)
@@ -58,7 +58,7 @@ class SplitRecords(Records):
         return reader.record(number)
 
     def draw(self, index: int, rng: np.random.Generator) -> Record:
-        """The record in one of its wordings, where it has several: prepared data has one."""
+        """The record in one of its wordings; prepared data has only one."""
         reader, number = self._find(index)
         return reader.records.draw(number, rng) if isinstance(reader, TextReader) else reader.record(number)
 
@@ -69,7 +69,7 @@ class SplitRecords(Records):
 
 
 def num_training_records(count: int, validation_fraction: float, path: str) -> int:
-    """How many of the first records are trained on; those after them are held out.
+    """How many records, from the first, are for training; the rest are held out.
 
     Raises:
         DataError: there are too few to split.
@@ -85,11 +85,11 @@ def num_training_records(count: int, validation_fraction: float, path: str) -> i
 
 
 class Order:
-    """The numbers of the records, in the order in which they are to be seen, as `joined` counts them.
+    """Record numbers in training order, numbered as in `joined`.
 
-    A split is shuffled anew in each of its epochs, or read in the order of the files. Without `repeat` the numbers end
-    where one of the splits does. The order is that of Grain's `shuffle`, `repeat` and `mix`, which give one number at a
-    time and take longer for it than a short record takes to read.
+    Each split is reshuffled every epoch, or read in file order. Without `repeat` the sequence ends as soon as one split
+    does. The order is that of Grain's `shuffle`, `repeat` and `mix`, which return one number at a time and take longer
+    for it than reading a short record.
     """
 
     def __init__(self, splits: Sequence[Split], *, seed: int, shuffle: bool, repeat: bool):
@@ -110,8 +110,8 @@ class Order:
     def __getitem__(self, places: slice) -> np.ndarray:
         start, stop, _ = places.indices(len(self))
         found = np.empty(stop - start, np.int64)
-        # How many numbers before each place are of this part or a later one, in Python's integers: 64 bits may not hold
-        # the products.
+        # For each place, how many earlier numbers belong to this part or a later one; Python integers, because the
+        # products may overflow 64 bits.
         before, shares = list(range(start, stop + 1)), sum(self._shares)
         for part, share in zip(self._parts, self._shares, strict=True):
             rest = shares - share
@@ -130,7 +130,7 @@ class _Part(NamedTuple):
     seed: int
 
     def numbers(self, start: int, stop: int, shuffle: bool) -> list[int]:
-        """Those from start to stop, where all epochs are counted."""
+        """The record numbers at places start..stop - 1 of all epochs end to end."""
         epochs = (divmod(place, self.size) for place in range(start, stop))
         if not shuffle:
             return [self.first + place for _, place in epochs]
@@ -139,5 +139,5 @@ class _Part(NamedTuple):
 
 
 def _derived(seed: int) -> int:
-    """The seed of Grain's `seed(seed).shuffle()`."""
+    """The seed that Grain's `seed(seed).shuffle()` uses."""
     return int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])

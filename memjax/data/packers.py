@@ -1,8 +1,7 @@
-"""Packs records into rows, whole blocks of them at a time by NumPy.
+"""Packs records into rows, whole blocks at a time with NumPy.
 
-Places in the data are described as Grain's own packers describe them, `ConcatThenSplitIterDataset` and
-`FirstFitPackIterDataset` over a flat map. Those take records one by one, which takes several times as long for short
-ones.
+States have the format of Grain's own packers, `ConcatThenSplitIterDataset` and `FirstFitPackIterDataset` over a flat
+map, which process records one by one and are several times slower for short ones.
 """
 
 from collections import deque
@@ -15,13 +14,13 @@ from jaxtyping import Int32
 from memjax.data.tokenize import Block, edges
 
 _NUM_BINS = 64
-"""Rows that first_fit fills side by side; more waste less padding and come out in larger bursts."""
+"""Rows that first_fit fills in parallel; more of them leave less padding but are produced in larger bursts."""
 
 State = dict[str, Any]
 
 
 class Rows(NamedTuple):
-    """Packed rows; empty places are 0 everywhere."""
+    """Packed rows; padding is 0 in all arrays."""
 
     pairs: Int32[np.ndarray, "rows length 3"]
     segments: Int32[np.ndarray, "rows length"]
@@ -29,23 +28,23 @@ class Rows(NamedTuple):
 
     @staticmethod
     def empty(num_rows: int, length: int) -> "Rows":
-        """Rows without anything."""
+        """Rows of padding only."""
         shape = (num_rows, length)
         return Rows(np.zeros((*shape, 3), np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32))
 
 
 class _Pieces:
-    """The pieces of blocks that are still to be packed, and the place of each: the state from which its block is read,
-    and its number there.
+    """The pieces of blocks still to be packed, and the place of each: the state from which to read its block, and its
+    index within the block.
     """
 
     def __init__(self, blocks: grain.DatasetIterator[Block], longest: int | None = None):
-        """`longest` cuts records into pieces."""
+        """Cuts records into pieces of at most `longest` pairs, if given."""
         self._blocks, self._longest = blocks, longest
         self.go_to({"parent": blocks.get_state(), "next_index_in_buffer": 0})
 
     def go_to(self, place: State) -> None:
-        """Continues with the piece of that place."""
+        """Continues with the piece at a place."""
         self._blocks.set_state(place["parent"])
         self._end, self._num_done = place, place["next_index_in_buffer"]
         self.pairs = np.zeros((0, 3), np.int32)
@@ -53,7 +52,7 @@ class _Pieces:
         self.places: deque[State] = deque()
 
     def fill(self, num_pairs: int) -> None:
-        """Reads blocks until there are that many pairs, or no more records."""
+        """Reads blocks until num_pairs pairs are buffered, or there are no more records."""
         pairs, lengths, count = [self.pairs], [self.lengths], len(self.pairs)
         while count < num_pairs:
             state = self._blocks.get_state()
@@ -66,7 +65,7 @@ class _Pieces:
             lengths.append(found[done:])
             count += len(pairs[-1])
             if len(found) > done:
-                # The place of a block's first piece is that after the last piece of the one before.
+                # The place of a block's first piece is the end of the block before.
                 numbers = range(done + 1, len(found) + 1)
                 self.places.append(self._end)
                 self.places.extend({"parent": state, "next_index_in_buffer": number} for number in numbers)
@@ -75,13 +74,13 @@ class _Pieces:
             self.pairs, self.lengths = np.concatenate(pairs), np.concatenate(lengths)
 
     def drop(self, count: int, num_pairs: int) -> None:
-        """Removes pieces that are packed, with that many pairs."""
+        """Removes the first `count` pieces, which have been packed and hold num_pairs pairs."""
         self.pairs, self.lengths = self.pairs[num_pairs:], self.lengths[count:]
         for _ in range(count):
             self.places.popleft()
 
     def next_place(self) -> State:
-        """That of the next piece."""
+        """The place of the next piece."""
         return self.places[0] if self.places else self._end
 
     def _cut(self, lengths: np.ndarray) -> np.ndarray:
@@ -94,8 +93,8 @@ class _Pieces:
 
 
 class Concat(grain.DatasetIterator[Rows]):
-    """All records end to end. A state names the place where the last row given begins, and says to leave that row out;
-    a row that begins inside a record has the bounds of what is left of it.
+    """All records end to end. A state names the place where the last returned row begins, and says to skip that row; if
+    the row begins inside a record, it holds the bounds of the record's remainder.
     """
 
     def __init__(self, blocks: grain.DatasetIterator[Block], num_rows: int, sequence_length: int):
@@ -103,7 +102,7 @@ class Concat(grain.DatasetIterator[Rows]):
         self._num_rows, self._sequence_length = num_rows, sequence_length
         self._pieces = _Pieces(blocks)
         self._begun = 0
-        """Pairs of the first piece that are in rows given before."""
+        """Pairs of the first piece that are in rows returned earlier."""
         self._state = self._state_at(self._pieces.next_place(), 0, 0, rows_given=0)
 
     def __next__(self) -> Rows:
@@ -156,8 +155,8 @@ class Concat(grain.DatasetIterator[Rows]):
 
 
 class FirstFit(grain.DatasetIterator[Rows]):
-    """Each piece in the first of several rows that has room, until a piece fits none. The rows are then given in
-    random order. A state names the place of the first piece of these rows, and how many of them have been given.
+    """Puts each piece into the first of several rows with room for it, until a piece fits nowhere; these rows are then
+    returned in random order. A state names the place of their first piece, and how many of them have been returned.
     """
 
     def __init__(self, blocks: grain.DatasetIterator[Block], num_rows: int, sequence_length: int, seed: int):
@@ -187,7 +186,7 @@ class FirstFit(grain.DatasetIterator[Rows]):
         return found
 
     def _filled(self) -> Rows | None:
-        """Rows of the next pieces, in the order in which they are given; None where there are no pieces."""
+        """Rows of the next pieces, in the order in which they are returned; None if there are no pieces."""
         pieces, length = self._pieces, self._sequence_length
         pieces.fill(_NUM_BINS * length + 1)  # more than fit
         if not pieces.places:

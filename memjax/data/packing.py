@@ -1,7 +1,7 @@
-"""From records to batches: token ids, what follows each, what counts, and which record a place belongs to.
+"""Packs records into batches of tokens, targets, loss masks, segments and positions.
 
-A record of n tokens (begin and end included) becomes n - 1 pairs of a token and the one to be predicted from it. Pairs
-are what gets packed, so no pair is lost where a row ends and none joins the end of one record to the next one's begin.
+A record of n tokens (BOS and EOS included) becomes n - 1 pairs of a token and its target. Pairs are what is packed, so
+none is lost at the end of a row, and none joins the end of one record to the start of the next.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ Batch = dict[str, np.ndarray]
 """Arrays of shape [batch, sequence_length].
 
 int32 `tokens` and `targets`; int32 `segments` (0 is padding, else the record's number in its row) and `positions`;
-float32 `loss_mask` (1 where the target is learned, else 0). Of mixtures also int32 `sources`, the number of the part.
+float32 `loss_mask` (1 where the target is learned, else 0). For mixtures also int32 `sources`, the index of the part.
 """
 
 _BLOCK = 64
@@ -38,18 +38,18 @@ def batches(
     with_sources: bool = False,
     shard: slice = slice(None),
 ) -> grain.IterDataset[Batch]:
-    """Batches of num_rows rows; a last one that records do not fill is padded with empty rows.
+    """Batches of num_rows rows; an incomplete last batch is padded with empty rows.
 
     Args:
-        numbers: the numbers of the records, in the order in which they are to be seen.
-        read: gives the records.
-        packing: none cuts a record at sequence_length pairs; the others cut it into rows, and lose nothing.
+        numbers: the record numbers, in training order.
+        read: reads records by number.
+        packing: none truncates records to sequence_length pairs; the others split them over rows and lose nothing.
         sequence_length: pairs in a row.
         num_rows: rows in a batch.
-        document_mask: number the records of a row and their positions, or treat a row as one text.
+        document_mask: whether each record of a row has its own segment and positions; otherwise a row is one text.
         seed: chooses the wordings of the records, and orders the rows that first_fit fills together.
         with_sources: add the part of a mixture that each token is from.
-        shard: which of the blocks of records that are read together, for one of several workers.
+        shard: the blocks of records to read, for one of several workers.
     """
     size = num_rows if packing == "none" else _BLOCK
     blocks = grain.MapDataset.source(_Blocks(numbers, size))
@@ -67,7 +67,7 @@ def batches(
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """The numbers of the records that are read together."""
+    """Numbers of the records that are read together."""
 
     numbers: Order | range
     size: int
@@ -81,7 +81,7 @@ class _Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class _OneEach:
-    """A row for each record."""
+    """Puts each record into its own row."""
 
     num_rows: int
     sequence_length: int
@@ -97,7 +97,7 @@ class _OneEach:
 
 
 class _Packed(grain.IterDataset[Rows]):
-    """Blocks, packed by an iterator over them."""
+    """Blocks packed by `pack`, which wraps an iterator over them."""
 
     def __init__(
         self, blocks: grain.IterDataset[Block], pack: Callable[[grain.DatasetIterator], grain.DatasetIterator]
@@ -111,7 +111,7 @@ class _Packed(grain.IterDataset[Rows]):
 
 @dataclasses.dataclass(frozen=True)
 class _Finish:
-    """Names the columns."""
+    """Turns rows into named arrays."""
 
     document_mask: bool
     with_sources: bool
@@ -120,7 +120,7 @@ class _Finish:
         pairs, segments, positions = rows
         if not self.document_mask:
             segments = (segments > 0).astype(np.int32)
-            # Padding makes no row longer, on whose length rotary frequencies may depend.
+            # Padding must not lengthen a row: rotary frequencies may depend on its length.
             positions = np.arange(segments.shape[1], dtype=np.int32) * segments
         batch = {
             "tokens": pairs[:, :, 0],

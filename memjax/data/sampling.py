@@ -1,4 +1,4 @@
-"""Texts spread evenly over the training data, for training a tokenizer."""
+"""Samples texts evenly from the training data, to train a tokenizer."""
 
 import math
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ from memjax.data.sources.records import Records
 
 
 def spread_over_records(records: Records, passes: int, num_bytes: int, count: int | None = None) -> Iterator[str]:
-    """Texts of the first `count` records (None: all) in an even order, up to num_bytes or that many passes.
+    """Texts of the first `count` records (None: all), evenly spread, up to num_bytes or `passes` passes over them.
 
     Raises:
         DataError: a record cannot be used.
     """
     size = len(records) if count is None else count
     rng = np.random.default_rng(0)
-    # Steps of the golden ratio reach every record once, and wherever they stop they have been everywhere equally.
+    # Steps of the golden ratio visit every record once, and spread evenly over them wherever they stop.
     step = max(1, round(size * 0.618034))
     while math.gcd(step, size) > 1:
         step += 1
@@ -30,10 +30,10 @@ def spread_over_records(records: Records, passes: int, num_bytes: int, count: in
 
 
 def spread_over_stream(corpus: Corpus, num_bytes: float) -> Iterator[str]:
-    """Texts of every n-th record of files that can only be read from the start, n as small as num_bytes allow.
+    """Texts of every n-th record of files without random access, with the smallest n that num_bytes allows.
 
     Raises:
-        DataError: a record cannot be used and may not be left out.
+        DataError: a record cannot be used and may not be skipped.
     """
     stream = CorpusStream(corpus)
     kept: list[str] = []
@@ -42,7 +42,7 @@ def spread_over_stream(corpus: Corpus, num_bytes: float) -> Iterator[str]:
         if count % every:
             continue
         record = stream.record(index, number, payload)
-        # A record that was left out keeps its place, so that every n-th still is.
+        # A skipped record keeps its place, so that the rest are still every n-th.
         kept.append("\n".join(segment.text for segment in record))
         size += len(kept[-1].encode())
         if size > 2 * num_bytes and len(kept) > 1:

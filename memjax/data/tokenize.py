@@ -1,4 +1,4 @@
-"""Records by number as token ids, from text that is tokenised as it is read, or from several readers as one."""
+"""Records by number as token ids, tokenised as they are read, or from several readers joined into one."""
 
 import itertools
 import threading
@@ -13,7 +13,7 @@ from memjax.data.sources.records import Record, Records
 from memjax.data.tokenizers.base import Tokenizer
 
 Pairs = Int32[np.ndarray, "_ 3"]
-"""Of one record: the tokens, their targets, and 1 where the target is learned plus twice the number of its part."""
+"""Columns: token, target, and 1 if the target is learned, plus twice the index of the record's part."""
 
 _CACHED_CHARACTERS = 200
 _CACHED_TEXTS = 100_000
@@ -22,11 +22,11 @@ _PAIRS_UNTIL_STOPPED = 1 << 18
 
 
 class Block(NamedTuple):
-    """The pairs of several records, end to end: short records are dear where each is an array of its own."""
+    """The pairs of several records, end to end: one array per record is expensive for short records."""
 
     pairs: Pairs
     lengths: Int[np.ndarray, " records"]
-    """Of each record; one that was left out has none."""
+    """Pairs of each record; 0 for a skipped one."""
 
     def split(self) -> list[Pairs]:
         """The pairs of each record."""
@@ -40,21 +40,21 @@ def make_block(
     num_segments: Int[np.ndarray, " records"],
     tokenizer: Tokenizer,
 ) -> Block:
-    """The pairs of records, with their begin and end tokens.
+    """The pairs of records, with BOS and EOS tokens added.
 
     Args:
-        ids: those of all segments, end to end.
-        lengths: ids of each segment.
-        learned: whether each segment is.
+        ids: the ids of all segments, end to end.
+        lengths: number of ids of each segment.
+        learned: whether each segment is learned.
         num_segments: segments of each record; a record without any has no pairs.
-        tokenizer: knows the begin and the end token.
+        tokenizer: provides the BOS and EOS ids.
     """
     ends = np.cumsum(num_segments)
     num_ids = np.diff(edges(lengths)[edges(num_segments)])
     is_there = num_segments > 0
     stops = np.cumsum(num_ids)[is_there]
     targets_of_segment = lengths.astype(np.int64)
-    targets_of_segment[ends[is_there] - 1] += 1  # the end belongs to the last segment
+    targets_of_segment[ends[is_there] - 1] += 1  # EOS belongs to the last segment
     pairs = np.empty((len(ids) + len(stops), 3), np.int32)
     pairs[:, 0] = np.insert(ids, stops - num_ids[is_there], tokenizer.bos_id)
     pairs[:, 1] = np.insert(ids, stops, tokenizer.eos_id)
@@ -75,7 +75,7 @@ def encoded_block(records: Sequence[Record], ids: Sequence[Sequence[int]], token
 
 
 def edges(lengths: np.ndarray) -> np.ndarray:
-    """Where each of several things that lie end to end begins, and the last one ends."""
+    """Start offsets of pieces that lie end to end, and the end of the last one."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
@@ -87,7 +87,7 @@ class Reader(ABC):
 
     @abstractmethod
     def __call__(self, numbers: Sequence[int], rng: np.random.Generator) -> Block:
-        """Those records, in wordings from rng where there are several.
+        """Reads records by number; rng chooses among several wordings.
 
         Raises:
             DataError: a record cannot be used.
@@ -98,7 +98,7 @@ class Reader(ABC):
         """The text of a record."""
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """Identifies the records, as JSON values; None where the settings decide them."""
+        """Identifies the records, as JSON values; None if the settings determine them."""
         return None
 
 
@@ -108,7 +108,7 @@ class TextReader(Reader):
     def __init__(self, records: Records, tokenizer: Tokenizer, fingerprint: dict[str, Any] | None = None):
         self.records, self.tokenizer = records, tokenizer
         self._fingerprint = fingerprint
-        # Generated data repeats its texts all the time; documents are too long to be worth remembering.
+        # Generated data repeats its texts constantly; documents are too long to be worth caching.
         self._known: dict[str, list[int]] = {}
 
     def __reduce__(self) -> tuple[type["TextReader"], tuple[Any, ...]]:
@@ -128,7 +128,7 @@ class TextReader(Reader):
         texts = [segment.text for record in records for segment in record]
         if len(self._known) > _CACHED_TEXTS:
             self._known = {}
-        known = self._known  # which the validation, in another thread, may replace meanwhile
+        known = self._known  # validation, in another thread, may replace it meanwhile
         new = list({text for text in texts if text not in known})
         ids = dict(zip(new, self.tokenizer.encode_batch(new), strict=True))
         known.update((text, found) for text, found in ids.items() if len(text) <= _CACHED_CHARACTERS)
@@ -137,11 +137,11 @@ class TextReader(Reader):
 
 
 Read = Callable[[Sequence[int], np.random.Generator], Block]
-"""Gives records by number, as a `Reader` does."""
+"""Reads records by number, as a `Reader` does."""
 
 
 def joined(readers: Sequence[Reader]) -> Read:
-    """Reads the records of several, those of the first, then those of the second; pairs have the number of the part."""
+    """Concatenates readers; the third column of the pairs holds the index of the part."""
     if len(readers) == 1:
         return readers[0]
     starts = [0, *itertools.accumulate(map(len, readers))]
@@ -159,7 +159,7 @@ def joined(readers: Sequence[Reader]) -> Read:
 
 
 def stoppable(read: Read, stop: threading.Event) -> Read:
-    """Reads few long records or many short ones at a time, until it is stopped: a block of long ones takes seconds."""
+    """Reads few long or many short records at a time, so that it stops soon: a block of long ones takes seconds."""
     size = _FIRST_RECORDS
 
     def some(numbers: Sequence[int], rng: np.random.Generator) -> Block:
@@ -184,9 +184,8 @@ def _end_to_end(blocks: Sequence[Block]) -> Block:
 def by_part(
     numbers: Sequence[int], starts: Sequence[int]
 ) -> Iterator[tuple[int, Int[np.ndarray, " records"], list[int]]]:
-    """Each of several parts that has some of the records with these numbers: its own number, the places of those
-    records among `numbers`, and their numbers in the part. `starts` has the number of each part's first record, then
-    the number of all records.
+    """Groups record numbers by part: yields the index of each part that holds any, the places of its records in
+    `numbers`, and their numbers within the part. `starts` holds the first number of each part, then the total.
     """
     wanted = np.asarray(numbers)
     owners = np.searchsorted(starts, wanted, side="right") - 1

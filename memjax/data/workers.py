@@ -1,7 +1,7 @@
-"""Batches from worker processes that end with the program, however that ends.
+"""Batches from worker processes that end with the program, however it ends.
 
-Each worker makes every n-th batch and sends it through a pipe of its own. Nothing else is shared: no queue, no lock and
-no shared memory, so a worker may be killed at any moment and nothing has to be drained, released or waited for.
+Each worker builds every n-th batch and sends it through its own pipe. Nothing else is shared: no queue, no lock and no
+shared memory, so a worker can be killed at any moment and nothing has to be drained, released or waited for.
 """
 
 import contextlib
@@ -24,16 +24,16 @@ from grain.experimental import ThreadPrefetchIterDataset
 from memjax.errors import DataError
 
 _AHEAD = 4
-"""Batches that a worker makes ahead of the one it sends."""
+"""Batches that a worker prefetches beyond the one it is sending."""
 _PIPE_BYTES = 1 << 20
-"""As much as Linux lets an ordinary user have: fewer switches between the processes for each batch."""
+"""The most that Linux allows an unprivileged user: fewer context switches per batch."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 State = dict[str, Any]
 
 
 Shards = Callable[[int, int], grain.IterDataset]
-"""Picklable: from a worker's number and that of all workers to its batches, every n-th of all."""
+"""Picklable: from a worker's index and the number of workers to its batches, every n-th of all."""
 
 
 class _Message(NamedTuple):
@@ -43,7 +43,7 @@ class _Message(NamedTuple):
 
 
 class Workers(Iterator[Any]):
-    """The batches of n worker processes, one of each in turn; the processes start at the first batch."""
+    """Batches from n worker processes, one from each in turn; the processes start with the first batch."""
 
     def __init__(self, shards: Shards, count: int):
         self._shards = shards
@@ -51,7 +51,7 @@ class Workers(Iterator[Any]):
         self._next = 0
         self._running: list[tuple[BaseProcess, Connection]] = []
         self._closed = False
-        # multiprocessing terminates what is left before the interpreter ends, and would wait for it.
+        # At exit, multiprocessing would terminate remaining processes and wait for them.
         self._finalize = multiprocessing.util.Finalize(self, _kill, args=(self._running,), exitpriority=10)
 
     def __next__(self) -> Any:
@@ -84,18 +84,18 @@ class Workers(Iterator[Any]):
         return batch
 
     def get_state(self) -> State:
-        """The position after the last batch given."""
+        """The position after the last batch returned."""
         return {"next": self._next, "workers": list(self._states)}
 
     def set_state(self, state: State) -> None:
-        """Continues from a position that `get_state` gave, also one of Grain's own worker processes."""
+        """Continues from a position that `get_state` returned, or from one of Grain's own worker processes."""
         if "iterators_in_use_states" in state:
             state = {"next": state["next_index_in_cycle"], "workers": state["iterators_in_use_states"]}
         _kill(self._running)
         self._next, self._states = state["next"], list(state["workers"])
 
     def close(self) -> None:
-        """Ends the processes; there are no batches after that."""
+        """Ends the processes; there are no batches afterwards."""
         self._closed = True
         self._finalize()
 
@@ -108,7 +108,7 @@ class Workers(Iterator[Any]):
                 fcntl.fcntl(theirs.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             args = (theirs, self._shards, index, len(self._states), state)
             process = context.Process(target=_work, args=args, daemon=True, name=f"data-worker-{index}")
-            # A signal to the whole process group asks the program to save and end; it must not take its data away.
+            # A signal to the process group asks the program to save and exit; its workers must survive it.
             with blocked(_SIGNALS):
                 process.start()
             theirs.close()
@@ -116,7 +116,7 @@ class Workers(Iterator[Any]):
 
 
 def end_with_parent() -> None:
-    """Ends this process as soon as its parent is gone, even if that was killed."""
+    """Ends this process as soon as its parent is gone, even if the parent was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -141,7 +141,7 @@ def _work(pipe: Connection, shards: Shards, index: int, count: int, state: State
         if not isinstance(error, DataError):
             error.add_note(f"in data worker {index}:\n{traceback.format_exc()}")
         pipe.send(_Message(None, None, error))
-    os._exit(0)  # the thread that reads ahead may be in the middle of a batch
+    os._exit(0)  # the prefetching thread may be in the middle of a batch
 
 
 def _kill(running: list[tuple[BaseProcess, Connection]]) -> None:
@@ -155,9 +155,9 @@ def _kill(running: list[tuple[BaseProcess, Connection]]) -> None:
 
 
 def start_tracker() -> None:
-    """Starts Python's process that tracks locks, before others that inherit blocked signals: its start unblocks some.
+    """Starts Python's resource tracker, before processes that inherit blocked signals: its start unblocks some.
 
-    It ignores Ctrl-C and SIGTERM, but a terminal that closes would end it, and its successor prints tracebacks.
+    It ignores Ctrl-C and SIGTERM, but a closing terminal would end it, and its successor prints tracebacks.
     """
     with blocked(_SIGNALS):
         resource_tracker.ensure_running()
@@ -165,10 +165,10 @@ def start_tracker() -> None:
 
 @contextlib.contextmanager
 def blocked(signals: Sequence[signal.Signals]) -> Iterator[None]:
-    """Blocks signals in this thread and in processes that it starts meanwhile, where they stay blocked.
+    """Blocks signals in this thread, and permanently in processes that it starts meanwhile.
 
-    The system gives a signal that is blocked here to another thread, after which Python runs its handler in the main
-    one: there handlers are called when the block ends.
+    The system delivers a signal blocked here to another thread, after which Python runs its handler in the main
+    thread; if this is the main thread, handlers run when the block ends.
     """
     came: list[int] = []
     handlers: dict[signal.Signals, Any] = {}

@@ -1,1 +1,1 @@
-"""Corpora that were tokenised before the training."""
+"""Corpora tokenised before training."""

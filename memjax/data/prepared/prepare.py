@@ -1,4 +1,4 @@
-"""Tokenises a corpus once, over all cores, into a folder of prepared data that is whole or not there."""
+"""Tokenises a corpus once, on all cores, into a folder of prepared data that appears only when complete."""
 
 import collections
 import contextlib
@@ -30,30 +30,30 @@ from memjax.monitoring.progress import Progress
 
 _BLOCK_BYTES = 1 << 19
 _BYTES_PER_PROCESS = 8 << 20
-"""Files below this are tokenised sooner than another process starts."""
+"""Smaller files are tokenised faster than another process starts."""
 _BLOCKS_AHEAD = 4
-"""Blocks under way for each process: enough to keep it busy, few enough to keep memory small."""
+"""Blocks in flight per process: enough to keep it busy, few enough to bound memory."""
 
 _Block = list[tuple[int, int, Payload]]
 
 
 class _Tokenised(NamedTuple):
     records: list[bytes]
-    """A malformed record is empty here, and keeps its number."""
+    """Encoded records; a malformed one is empty and keeps its number."""
     tokens: int
     largest_id: int
     malformed: list[tuple[int, int, MalformedError]]
 
 
 class BlockTokenizer:
-    """Parses and tokenises payloads; sent to every process once."""
+    """Parses and tokenises payloads; sent once to every process."""
 
     def __init__(self, files: Sequence[DataFile], keys: Keys, tokenizer: Tokenizer):
         self.files, self.keys, self.tokenizer = tuple(files), keys, tokenizer
         self._dtype = store.id_dtype(tokenizer.vocab_size)
 
     def __call__(self, block: _Block) -> _Tokenised:
-        """The records of a block in order, and the payloads that hold none."""
+        """The records of a block in order, and the malformed payloads."""
         records: list[Record] = []
         malformed = []
         for index, number, payload in block:
@@ -71,7 +71,7 @@ class BlockTokenizer:
             largest = max([largest, *(max(some, default=0) for some, _ in segments)])
             encoded.append(store.encode_record(segments, self._dtype))
         if largest >= self.tokenizer.vocab_size:
-            # Numbers are written modulo the width of their type, so this must never pass.
+            # Larger ids would silently wrap around in the stored type.
             raise DataError(f"the tokenizer gives the id {largest}, but has only {self.tokenizer.vocab_size}")
         return _Tokenised(encoded, tokens, largest, malformed)
 
@@ -87,19 +87,19 @@ def prepare(
 ) -> None:
     """Tokenises a corpus into the folder, unless that has been done.
 
-    What an interrupted preparation left is removed first. Of several processes that want the same folder one prepares
-    it, and the others wait.
+    Remains of an interrupted preparation are removed first. If several processes need the same folder, one prepares it
+    and the others wait.
 
-    The folder appears at the end, all at once; with asked_for, `discard_outdated` keeps it. Without `processes` there
-    is one for each core, or fewer for small files. If there are several, they import the main module, so a program must
-    guard its own start by `if __name__ == "__main__"`.
+    The folder appears atomically at the end; `discard_outdated` keeps it if asked_for is set. `processes` defaults to
+    one per core, or fewer for small files. Several processes import the main module, so a program must guard its entry
+    point with `if __name__ == "__main__"`.
 
     Raises:
-        DataError: records cannot be used and may not be left out, or none is left, or the folder holds something else.
+        DataError: records cannot be used and may not be skipped, or none is left, or the folder holds something else.
     """
     if store.is_prepared(folder):
         if asked_for and not (manifest := store.read_manifest(folder)).asked_for:
-            with contextlib.suppress(OSError):  # it may lie where nothing can be written
+            with contextlib.suppress(OSError):  # the folder may be read-only
                 store.write_manifest(folder, dataclasses.replace(manifest, asked_for=True))
         return
     partial = _partial(folder)
@@ -122,12 +122,12 @@ def prepare(
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
     except OSError as error:
-        # What goes wrong in reading is a malformed record.
+        # Errors of reading are reported as malformed records, so this one is of writing.
         raise DataError(f"{folder}: cannot be written ({error}); make room, or name another data.prepared") from error
 
 
 def discard_outdated(corpus: Corpus, tokenizer: Tokenizer, folder: pathlib.Path) -> None:
-    """Removes the prepared data of a start with other settings or files, unless memjax.prepare was asked for it.
+    """Removes data prepared by a start with other settings or files, unless memjax.prepare made it.
 
     Raises:
         DataError: it cannot be read or removed.
@@ -142,7 +142,7 @@ def discard_outdated(corpus: Corpus, tokenizer: Tokenizer, folder: pathlib.Path)
             say(f"{folder}: was prepared by a start with other settings or files that made no step; removed")
             partial = _partial(folder)
             shutil.rmtree(partial, ignore_errors=True)
-            os.replace(folder, partial)  # what is half removed must not look prepared
+            os.replace(folder, partial)  # a half-removed folder must not look prepared
             shutil.rmtree(partial)
     except OSError as error:
         raise DataError(f"{folder}: cannot be removed ({error}); remove it, or name another data.prepared") from error
@@ -167,7 +167,7 @@ def _prepare(
 ) -> None:
     stream = CorpusStream(corpus)
     if processes is None:
-        # Packed text is about four times as long.
+        # Text is about four times as long as its compressed form.
         size = sum(file.path.stat().st_size * (4 if file.compression else 1) for file in stream.files)
         processes = min(len(os.sched_getaffinity(0)), size // _BYTES_PER_PROCESS)
     say(
@@ -212,7 +212,7 @@ def _prepare(
 
 
 def _tokenised(work: BlockTokenizer, stream: CorpusStream, processes: int) -> Iterator[_Tokenised]:
-    """The blocks of a stream, tokenised, in order."""
+    """The tokenised blocks of a stream, in order."""
     pool = None
     pending: collections.deque[Future[_Tokenised]] = collections.deque()
     try:
@@ -222,8 +222,8 @@ def _tokenised(work: BlockTokenizer, stream: CorpusStream, processes: int) -> It
             yield from map(work, _blocks(stream))
             return
         for block in _blocks(stream):
-            # Calls start processes, in which it stays blocked: Ctrl-C reaches all processes of a terminal, and the
-            # parent says so.
+            # Submitting starts processes, which inherit the blocked signal: Ctrl-C reaches all processes of a terminal,
+            # but only the parent should report it.
             with blocked([signal.SIGINT]):
                 pending.append(pool.submit(_work, block))
             while len(pending) > _BLOCKS_AHEAD * processes or (pending and pending[0].done()):
@@ -240,8 +240,8 @@ def _tokenised(work: BlockTokenizer, stream: CorpusStream, processes: int) -> It
 
 
 def _pool(processes: int, work: BlockTokenizer) -> ProcessPoolExecutor | None:
-    """Processes that tokenise, or None if the system does not let them share locks."""
-    # Forked processes would share locks with JAX's threads; these begin with nothing.
+    """A pool of tokenising processes, or None if the system does not let them share locks."""
+    # Forked processes could inherit locks held by JAX's threads; spawned ones inherit nothing.
     context = multiprocessing.get_context("spawn")
     try:
         start_tracker()

@@ -1,7 +1,8 @@
-"""Tokenised records in ArrayRecord files: how they are written, checked and read back at random.
+"""Tokenised records in ArrayRecord files: writing, checking and random access.
 
-A record is a little-endian uint32 count of segments, for each of them its length doubled plus 1 if it is learned, and
-then the ids of all of them, two bytes each where the vocabulary allows it. `manifest.json` says what they were made of.
+A record is the number of its segments (a little-endian uint32), then for each segment twice its length plus 1 if it is
+learned, then the ids of all segments, two bytes each if the vocabulary allows it. `manifest.json` describes their
+origin.
 """
 
 import contextlib
@@ -29,36 +30,36 @@ from memjax.io.files import read_text, write_atomic
 _MANIFEST = "manifest.json"
 _FORMAT = 1
 _SHARD_BYTES = 1 << 31
-# Every record on its own, as random access wants it; ids are packed already, so that unpacking them costs more than
-# the bytes it saves.
+# One record per group, for random access; ids are compact already, so decompressing them would cost more than the bytes
+# saved.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """What a folder of prepared data says of itself."""
+    """Description of a folder of prepared data."""
 
     settings: dict[str, Any]
-    """What decided the ids, the tokenizer's fingerprint among it."""
+    """Everything that determined the ids besides the files, such as the tokenizer's fingerprint."""
     files: list[tuple[str, NonNegativeInt]]
     """Name and size of every file that was read."""
     shards: list[tuple[str, NonNegativeInt, NonNegativeInt]]
     """Name, size and number of records of every file that was written."""
     tokens: int
-    """All tokens, each record's end included."""
+    """Number of tokens, including one EOS per record."""
     largest_id: int
-    """The largest id."""
+    """Largest token id."""
     malformed: int
-    """Records that were left out."""
+    """Number of skipped records."""
     examples: list[str]
-    """The first of them, and why."""
+    """The first skipped records, with the reasons."""
     usable: int = -1
-    """Records without the empty ones that keep the numbers of those left out; -1: all, before 0.2."""
+    """Number of records that were not skipped; -1: all (before 0.2)."""
     digest: str = ""
     """Checksum of all records; empty before 0.2."""
     asked_for: bool = True
-    """By memjax.prepare, and not only by the start of a training."""
+    """Whether memjax.prepare made it, rather than the start of a training run."""
 
     def __post_init__(self) -> None:
         if self.usable < 0:
@@ -71,28 +72,28 @@ class Manifest:
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
-    """The type in which ids are written."""
+    """The type in which ids are stored."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def encode_record(segments: Sequence[tuple[Sequence[int], bool]], dtype: np.dtype) -> bytes:
-    """A record from the ids of its segments, and whether each is learned."""
+    """Encodes a record, given the ids of each segment and whether it is learned."""
     head = np.array([len(segments), *(2 * len(ids) + learned for ids, learned in segments)], "<u4")
     return b"".join([head.tobytes(), *(np.asarray(ids, dtype).tobytes() for ids, _ in segments)])
 
 
 def is_empty(record: bytes) -> bool:
-    """Whether it only keeps the number of a record that was left out."""
+    """Whether a record is the placeholder of a skipped one."""
     return record == bytes(4)
 
 
 def settings_of(corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Everything that decides the ids of a corpus, besides its files."""
+    """Everything that determines the ids of a corpus, besides its files."""
     return {"tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, **corpus.settings()}
 
 
 class Writer:
-    """Writes records into shards of a folder; the manifest, which makes them whole, comes last."""
+    """Writes records into shards of a folder; the caller writes the manifest last, which marks them complete."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
@@ -104,7 +105,7 @@ class Writer:
         """Appends a record.
 
         Raises:
-            OSError: the disk does not take it.
+            OSError: it cannot be written.
         """
         if self._file is None or self._size + len(record) > _SHARD_BYTES:
             self._close_shard()
@@ -119,16 +120,16 @@ class Writer:
         self._shards[-1][2] += 1
 
     def finish(self) -> list[tuple[str, int, int]]:
-        """Closes the last shard; returns what a manifest says of the shards.
+        """Closes the last shard; returns the manifest's list of shards.
 
         Raises:
-            OSError: the disk did not take it all.
+            OSError: the shard cannot be completed.
         """
         self._close_shard()
         return [(name, size, count) for name, size, count in self._shards]
 
     def abandon(self) -> None:
-        """Closes an unfinished shard, however that ends."""
+        """Closes an unfinished shard, ignoring errors."""
         if self._file is not None:
             with contextlib.suppress(RuntimeError):
                 self._file.close()
@@ -159,7 +160,7 @@ def _shard_name(number: int) -> str:
 
 
 def is_prepared(folder: pathlib.Path) -> bool:
-    """Whether a finished preparation lies in the folder."""
+    """Whether the folder holds completely prepared data."""
     return (folder / _MANIFEST).is_file()
 
 
@@ -167,7 +168,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
     """The manifest of a folder.
 
     Raises:
-        DataError: it cannot be read, or is of another format.
+        DataError: it cannot be read, or has another format.
     """
     path = folder / _MANIFEST
     try:
@@ -196,17 +197,17 @@ class PreparedReader(Reader):
     """The records of a folder of prepared data; nothing is tokenised."""
 
     def __init__(self, folder: pathlib.Path, tokenizer: Tokenizer):
-        """Opens the folder; `open_prepared` also checks whether it holds what is wanted.
+        """Opens the folder; `open_prepared` also checks that it holds the expected data.
 
         Raises:
-            DataError: its files are not those that were written.
+            DataError: a file is missing or does not have the size that was written.
         """
         self.folder, self.tokenizer = folder, tokenizer
         self.manifest = read_manifest(folder)
         self._dtype = id_dtype(self.manifest.settings["vocab_size"])
         self._starts = [0, *itertools.accumulate(count for _, _, count in self.manifest.shards)]
         self._files: dict[int, Any] = {}
-        self._lock = threading.Lock()  # training and validation read in threads of their own
+        self._lock = threading.Lock()  # training and validation read in different threads
         for name, size, _ in self.manifest.shards:
             path = folder / name
             found = path.stat().st_size if path.is_file() else None
@@ -235,7 +236,7 @@ class PreparedReader(Reader):
         return {"digest": self.manifest.digest, "files": [[name, size] for name, size in self.manifest.files]}
 
     def record(self, number: int) -> Record:
-        """The record's text, from its ids; exact only where the tokenizer decodes exactly."""
+        """The record's text, decoded from its ids; exact only if the tokenizer decodes exactly."""
         ids, lengths, learned, _ = self._read([checked(number, len(self))])
         pieces = np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else []
         return tuple(
@@ -244,7 +245,7 @@ class PreparedReader(Reader):
         )
 
     def _read(self, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """The ids of all records, the length of each segment and whether it is learned, and the segments of each
+        """The ids of all records, the length of each segment, whether it is learned, and the number of segments of each
         record.
         """
         records = [b""] * len(numbers)
@@ -277,7 +278,7 @@ class PreparedReader(Reader):
                     self._files[shard] = file
                 file = self._files[shard]
                 records = []
-                for number in wanted:  # one by one in this thread: handing a list to others takes ten times as long
+                for number in wanted:  # in this thread: passing a list to the library's threads is ten times slower
                     file.seek(number)
                     records.append(file.read())
                 if file.ok():
@@ -292,7 +293,7 @@ def open_prepared(folder: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer) ->
     """The prepared data of a corpus.
 
     Raises:
-        DataError: the folder holds other data, or ids of another tokenizer, or is damaged.
+        DataError: the folder holds other data or another tokenizer's ids, or is damaged.
     """
     reader = PreparedReader(folder, tokenizer)
     if changed := misfits(reader.manifest, corpus, tokenizer):
@@ -304,7 +305,7 @@ def open_prepared(folder: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer) ->
 
 
 def misfits(manifest: Manifest, corpus: Corpus, tokenizer: Tokenizer) -> list[str]:
-    """In what the prepared data is not that of a corpus and a tokenizer."""
+    """How the prepared data differs from what a corpus and a tokenizer would give."""
     changed = [
         f"{name}={now!r} here, {manifest.settings.get(name)!r} in the prepared data"
         for name, now in settings_of(corpus, tokenizer).items()
@@ -313,7 +314,7 @@ def misfits(manifest: Manifest, corpus: Corpus, tokenizer: Tokenizer) -> list[st
     try:
         files = corpus.names_and_sizes()
     except DataError:
-        files = manifest.files  # prepared data may travel without what it was made of
+        files = manifest.files  # prepared data may be moved without its source files
     if files != manifest.files:
         names = sorted(
             {str(file[0]) for file in [*files, *manifest.files] if (file in files) != (file in manifest.files)}

@@ -1,1 +1,1 @@
-"""Where records come from: files, and generated people."""
+"""Sources of records: files and generated biographies."""

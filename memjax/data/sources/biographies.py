@@ -1,7 +1,7 @@
-"""Generated people with six facts each, told in several wordings and asked about in questions.
+"""Generated people with six facts each, stated in several wordings and asked about in questions.
 
-How much a model remembers can be measured on such text, because what there is to remember is known to the bit
-(arXiv:2309.14316, arXiv:2404.05405). Lists, wordings and people are this library's own.
+Such text measures how much a model remembers, because its information content is known to the bit (arXiv:2309.14316,
+arXiv:2404.05405). Lists, wordings and people are this library's own.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _compounds(starts: str, ends: str) -> tuple[str, ...]:
-    """Every start joined to every end. Shared parts let a small BPE keep each word as one token."""
+    """Every start joined to every end. With shared parts, even a small BPE keeps each word as one token."""
     return tuple(start + end for start in _words(starts) for end in _words(ends))
 
 
@@ -45,7 +45,7 @@ EMPLOYERS = _compounds(
     "Aero Bio Cyber Data Geo Hydro Micro Nano Opti Tele", "base core forge gen lux mart nex soft tech works"
 )
 WORK_CITIES = {employer: CITIES[(37 * i + 11) % len(CITIES)] for i, employer in enumerate(EMPLOYERS)}
-"""The one city of each employer, so that a person's work city follows from the employer."""
+"""Each employer has one city, so that a person's work city follows from the employer."""
 MONTHS = _words("January February March April May June July August September October November December")
 YEARS = range(1940, 2000)
 DAYS = range(1, 29)
@@ -94,7 +94,7 @@ STATEMENTS: dict[str, tuple[str, ...]] = {
         "{name} has a desk in",
     ),
 }
-"""How each attribute is told; the value follows and ends the sentence."""
+"""Statements of each attribute; the value follows and ends the sentence."""
 
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "birth_date": ("What is the birth date of {name}? Answer:", "On which day was {name} born? Answer:"),
@@ -104,10 +104,10 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "employer": ("What is the employer of {name}? Answer:", "For which company does {name} work? Answer:"),
     "work_city": ("What is the work city of {name}? Answer:", "In which city does {name} work? Answer:"),
 }
-"""How each attribute is asked for; tests ask in the first way."""
+"""Questions about each attribute; tests use the first wording."""
 
 attribute_names: tuple[str, ...] = tuple(STATEMENTS)
-"""The six attributes, in the order in which they are counted everywhere."""
+"""The six attributes, in the order used everywhere."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,7 +129,7 @@ class Person:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """A prompt, and the answer that should follow it (it begins with a space)."""
+    """A prompt and its expected answer, which begins with a space."""
 
     prompt: str
     answer: str
@@ -138,9 +138,9 @@ class Question:
 
 
 def people(config: BiographiesConfig) -> list[Person]:
-    """The people of a config, each with a name of their own.
+    """The people of a config, all with different names.
 
-    Names have a middle part when there are more people than pairs of a first and a last name.
+    They have middle names if there are more people than pairs of a first and a last name.
 
     Raises:
         ValueError: there are more people than names.
@@ -156,7 +156,7 @@ def _people(num_people: int, seed: int) -> tuple[Person, ...]:
         raise ValueError(f"num_people={num_people} must be at most {num_names}: there are no more names")
     rng = np.random.default_rng([seed, 1])
     names = rng.permutation(num_pairs if num_people <= num_pairs else num_names)[:num_people]
-    # Each value is drawn by itself, so that the information of a person is the sum of the logarithms.
+    # Values are drawn independently, so that the information of a person is the sum of the logarithms.
     days, months, years, cities, universities, majors, employers = (
         rng.integers(len(choices), size=num_people)
         for choices in (DAYS, MONTHS, YEARS, CITIES, UNIVERSITIES, MAJORS, EMPLOYERS)
@@ -184,7 +184,7 @@ def _people(num_people: int, seed: int) -> tuple[Person, ...]:
 
 
 def people_asked_about(config: BiographiesConfig, *, in_training: bool) -> list[Person]:
-    """The people whose questions are asked in training, or the others, whose facts are only told there."""
+    """The people whose questions are part of the training data, or those with statements only."""
     everyone = _people(config.num_people, config.seed)
     order = np.random.default_rng([config.seed, 2]).permutation(config.num_people).tolist()
     num_held_out = round(config.num_people * config.held_out_fraction)
@@ -192,13 +192,13 @@ def people_asked_about(config: BiographiesConfig, *, in_training: bool) -> list[
 
 
 def questions(config: BiographiesConfig, asked: bool, limit_people: int | None = None) -> list[Question]:
-    """Six questions in fixed wordings about each person: those asked about in training (`asked`), or those held out."""
+    """Six questions in fixed wordings about each person asked about in training (`asked`), or each held-out one."""
     chosen = people_asked_about(config, in_training=asked)[:limit_people]
     return [_question(person, attribute, QUESTIONS) for person in chosen for attribute in attribute_names]
 
 
 def statements(config: BiographiesConfig) -> list[Question]:
-    """The six facts of each person as a trained sentence begins them, in fixed wordings."""
+    """The six facts of each person as beginnings of training sentences, in fixed wordings."""
     return [_question(person, name, STATEMENTS) for person in people(config) for name in attribute_names]
 
 
@@ -208,9 +208,9 @@ def _question(person: Person, attribute: str, wordings: dict[str, tuple[str, ...
 
 
 class BiographyRecords(Records):
-    """What training tells and asks: statements (form fact) or whole lives (form biography), then the questions.
+    """Training records: statements (form fact) or whole biographies (form biography), then questions.
 
-    `draw` takes wordings and the order of sentences from its rng; plain indexing always takes the first wording.
+    `draw` chooses wordings and the order of sentences with its rng; indexing always uses the first wording.
     """
 
     def __init__(self, config: BiographiesConfig):
@@ -220,7 +220,7 @@ class BiographyRecords(Records):
         self._num_told = len(self._people) * (len(attribute_names) if config.form == "fact" else 1)
 
     def __reduce__(self) -> tuple[type["BiographyRecords"], tuple[BiographiesConfig]]:
-        # Worker processes draw the people again, which is quicker than sending them.
+        # Worker processes generate the people again, which is faster than sending them.
         return BiographyRecords, (self.config,)
 
     def __len__(self) -> int:
@@ -230,7 +230,7 @@ class BiographyRecords(Records):
         return self._tell(checked(index, len(self)), None)
 
     def draw(self, index: int, rng: np.random.Generator) -> Record:
-        """The record in wordings, and for a biography in an order, of this exposure alone."""
+        """The record with wordings, and for a biography a sentence order, drawn for this exposure."""
         return self._tell(checked(index, len(self)), rng)
 
     def _tell(self, index: int, rng: np.random.Generator | None) -> Record:
@@ -248,7 +248,7 @@ class BiographyRecords(Records):
 
 
 class QuestionRecords(Records):
-    """Questions of held-out people, or of those asked about in training when no one is held out; fixed wordings."""
+    """Questions about held-out people, or about those asked about in training if none is held out; fixed wordings."""
 
     def __init__(self, config: BiographiesConfig):
         self.config = config
@@ -268,7 +268,7 @@ class QuestionRecords(Records):
 def _sentence(
     who: Sequence[Person], index: int, wordings: dict[str, tuple[str, ...]], rng: np.random.Generator | None
 ) -> Record:
-    """One prompt and its answer; index counts the attributes of the first person, then those of the second."""
+    """One prompt and its answer; index counts the attributes of the first person, then of the second, and so on."""
     person, attribute = who[index // len(attribute_names)], attribute_names[index % len(attribute_names)]
     choices = wordings[attribute]
     # random() is several times faster than integers(), and this runs once for every sentence seen.

@@ -1,4 +1,4 @@
-"""Packed files: known by what they begin with, or else by their suffix, and read without a silent loss."""
+"""Compressed files: recognised by magic bytes, or else by suffix, and read without silent loss."""
 
 import bz2
 import gzip
@@ -16,15 +16,15 @@ _COMPRESSIONS = {
     ".gz": re.compile(rb"\x1f\x8b"),
     ".xz": re.compile(rb"\xfd7zXZ\x00"),
     ".zst": re.compile(rb"\x28\xb5\x2f\xfd"),
-    # The letters alone may begin a text; the size of blocks and a block, or the end of the stream, follow them.
+    # "BZh" alone may begin a text; a block size and the magic of a block or of the end of the stream must follow.
     ".bz2": re.compile(rb"BZh[1-9](?:1AY|\x17rE)"),
 }
-"""By suffix, what such files begin with."""
+"""Magic bytes by suffix."""
 _MAGIC_BYTES = 7
 """The longest of these."""
 _PIECE_BYTES = 1 << 16
 _XZ_MEMORY = 1 << 30
-"""A dictionary that takes more is refused; xz -9 takes 65 MB."""
+"""Streams whose decoder needs more memory are refused; xz -9 needs 65 MB."""
 
 
 def by_suffix(path: pathlib.Path) -> str:
@@ -34,7 +34,7 @@ def by_suffix(path: pathlib.Path) -> str:
 
 
 def by_content(path: pathlib.Path) -> str:
-    """As `by_suffix`, but by what the file begins with, where it says something."""
+    """Like `by_suffix`, but by magic bytes where they tell."""
     try:
         with path.open("rb") as file:
             start = file.read(_MAGIC_BYTES)
@@ -44,7 +44,7 @@ def by_content(path: pathlib.Path) -> str:
 
 
 def decompressed(path: pathlib.Path, compression: str, raw: BinaryIO) -> Any:
-    """The content of an open file that is packed so."""
+    """An open file's decompressed content."""
     if compression == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if compression == ".bz2":
@@ -57,10 +57,10 @@ def decompressed(path: pathlib.Path, compression: str, raw: BinaryIO) -> Any:
 
 
 class _Streams(io.RawIOBase):
-    """The streams of an .xz or .bz2 file end to end.
+    """The concatenated streams of an .xz or .bz2 file.
 
-    `lzma.LZMAFile` and `bz2.BZ2File` take a damaged header of a later stream for garbage after the end, and silently
-    leave out all that follows.
+    `lzma.LZMAFile` and `bz2.BZ2File` treat a damaged header of a later stream as trailing garbage, and silently drop
+    everything after it.
     """
 
     def __init__(self, raw: BinaryIO, new: Callable[[], lzma.LZMADecompressor | bz2.BZ2Decompressor]):
@@ -97,10 +97,10 @@ def _new_xz() -> lzma.LZMADecompressor:
 
 
 def pyarrow_for(path: pathlib.Path) -> ModuleType:
-    """The package, which reading a file takes.
+    """The package pyarrow, needed to read the file at `path`.
 
     Raises:
-        DataError: it is not there.
+        DataError: it cannot be imported.
     """
     try:
         import pyarrow

@@ -1,4 +1,4 @@
-"""Files that are read as one, and their records one after the other."""
+"""Corpora of one or several files, with random access or as a stream."""
 
 import dataclasses
 import functools
@@ -17,18 +17,18 @@ from memjax.errors import DataError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Files that are read as one, in order. They are listed once and, where they are plain, scanned once."""
+    """Files read one after the other as one corpus. They are listed once and, if plain, scanned once."""
 
     name: str
-    """The folder of its prepared data."""
+    """Name of the folder of its prepared data."""
     path: str
     """A file, a folder or a glob."""
     source: Literal["jsonl", "text", "files"]
-    """How lines are read."""
+    """How lines are parsed."""
     field: str
-    """The config field that names the path, for messages."""
+    """The setting that gives the path, for error messages."""
     config: DataConfig = dataclasses.field(default_factory=DataConfig)
-    """Which fields hold the text, and what becomes of what cannot be used."""
+    """Names the fields that hold the text, and says how to treat malformed records."""
     weight: float = 1.0
     """Its share of a mixture."""
 
@@ -39,7 +39,7 @@ class Corpus:
 
     @functools.cached_property
     def files(self) -> list[DataFile]:
-        """Its files.
+        """The files, in sorted order.
 
         Raises:
             DataError: there are none.
@@ -48,7 +48,7 @@ class Corpus:
 
     @property
     def is_random_access(self) -> bool:
-        """Whether all its files can be read at random as they are."""
+        """Whether all files allow random access as they are."""
         return all(file.is_random_access for file in self.files)
 
     @functools.cached_property
@@ -61,11 +61,11 @@ class Corpus:
         return LineRecords(self.files, self.keys, field=self.field, max_bytes=self.config.max_record_bytes)
 
     def settings(self) -> dict[str, Any]:
-        """Settings that decide, besides files and tokenizer, which records there are."""
+        """The settings that, besides files and tokenizer, determine the records."""
         return {"source": self.source, **dataclasses.asdict(self.keys), "malformed": self.config.malformed}
 
     def names_and_sizes(self) -> list[tuple[str, int]]:
-        """Name and size of every file, which stay when files are copied."""
+        """Name and size of every file; the same for a copy."""
         base = pathlib.Path(self.path)
         return [
             (
@@ -82,7 +82,7 @@ class Corpus:
 
 
 class CorpusStream:
-    """The payloads of all files of a corpus, and what becomes of those that cannot be used."""
+    """The payloads of all files of a corpus; malformed ones are skipped and counted, or raise."""
 
     def __init__(self, corpus: Corpus):
         """Finds the files.
@@ -95,17 +95,17 @@ class CorpusStream:
         self.total_bytes = sum(file.path.stat().st_size for file in self.files)
         self.num_malformed = 0
         self.examples: list[str] = []
-        """The first payloads that were left out, and why."""
+        """The first skipped payloads, with the reasons."""
         self._bytes_before = 0
         self._stream: Stream | None = None
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of the files that are done with, as they lie on disk."""
+        """Bytes processed in all files, before decompression."""
         return self._bytes_before + (self._stream.bytes_read if self._stream else 0)
 
     def __iter__(self) -> Iterator[tuple[int, int, Payload]]:
-        """The number of the file, the number of the payload in it, and the payload."""
+        """Yields the index of the file, the number of the payload in it, and the payload."""
         for index, file in enumerate(self.files):
             self._stream = Stream(file, self.corpus.keys, self.corpus.config.max_record_bytes)
             for number, payload in self._stream:
@@ -114,20 +114,20 @@ class CorpusStream:
             self._stream = None
 
     def records(self) -> Iterator[Record]:
-        """All records that can be used.
+        """All usable records.
 
         Raises:
-            DataError: one cannot be used, and may not be left out.
+            DataError: a record cannot be used and may not be skipped.
         """
         for index, number, payload in self:
             if record := self.record(index, number, payload):
                 yield record
 
     def record(self, index: int, number: int, payload: Payload) -> Record:
-        """The record that a payload holds; an empty one where it is left out.
+        """Parses a payload; a skipped one gives an empty record.
 
         Raises:
-            DataError: it cannot be used, and may not be left out.
+            DataError: it cannot be used and may not be skipped.
         """
         try:
             return self.files[index].record(payload, self.corpus.keys)
@@ -136,10 +136,10 @@ class CorpusStream:
             return ()
 
     def leave_out(self, index: int, number: int, error: MalformedError) -> None:
-        """Counts a payload that cannot be used.
+        """Counts a malformed payload as skipped.
 
         Raises:
-            DataError: it may not be left out, or too many were.
+            DataError: it may not be skipped, or too many were.
         """
         config, where = self.corpus.config, f"{self.files[index].path}:{number}: {error}"
         if isinstance(error, UnreadableError) and error.lost is not None and config.damaged_files == "strict":

@@ -1,4 +1,4 @@
-"""The files that a path names, and their formats."""
+"""Finds the files of a path and their formats."""
 
 import dataclasses
 import glob
@@ -15,7 +15,7 @@ from memjax.io.paths import is_remote
 
 Format = Literal["jsonl", "text", "parquet", "arrow", "array_record"]
 Payload = bytes | dict[str, Any] | MalformedError
-"""A record as its file has it: a line, the bytes of an ArrayRecord, the fields of a row, or why there is none."""
+"""A record as stored: a line, the bytes of an ArrayRecord, the fields of a row, or the reason why it is malformed."""
 
 _FORMATS: dict[str, Format] = {
     ".jsonl": "jsonl",
@@ -29,7 +29,7 @@ _FORMATS: dict[str, Format] = {
     ".arrayrecord": "array_record",
 }
 _BINARY = ("parquet", "arrow", "array_record")
-"""Formats that are known by their suffix whatever lines are, and compressed in themselves."""
+"""Formats always recognised by suffix, whatever the source, and with internal compression."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,22 +38,22 @@ class DataFile:
 
     path: pathlib.Path
     format: Format
-    """text and jsonl have a record in every line that is not blank."""
+    """text and jsonl have one record per non-blank line."""
     as_text: bool
-    """ArrayRecord: whether a record is a text, not a JSON object."""
+    """Whether a record's bytes are plain text, not a JSON object."""
 
     @property
     def compression(self) -> str:
-        """.gz, .xz, .zst, .bz2 or nothing: by what the file begins with, or else by its suffix."""
+        """.gz, .xz, .zst, .bz2 or nothing: by magic bytes, or else by suffix."""
         return by_suffix(self.path) if self.format in _BINARY else by_content(self.path)
 
     @property
     def is_random_access(self) -> bool:
-        """Whether records can be found without reading what is before them."""
+        """Whether a record can be read without reading those before it."""
         return self.format in ("jsonl", "text") and not self.compression
 
     def record(self, payload: Payload, keys: Keys) -> Record:
-        """The record that a payload of this file holds.
+        """Parses a payload of this file.
 
         Raises:
             MalformedError: it cannot be used.
@@ -68,17 +68,17 @@ class DataFile:
 def find_files(path: str, source: Literal["jsonl", "text", "files"], field: str) -> list[DataFile]:
     """The files of a path in sorted order.
 
-    A folder stands for all files below it with a suffix that the source reads, a glob for all that it matches. Parquet,
-    Arrow and ArrayRecord are known by their suffix; what other files are is said by `source`, or by their suffix if it
-    is `files`. `field` is the setting that messages name.
+    A folder stands for all files below it with a suffix that the source reads, a glob for all files that it matches.
+    Parquet, Arrow and ArrayRecord files are recognised by suffix; the format of other files is `source`, or given by
+    the suffix if that is `files`. Error messages name the setting `field`.
 
     Raises:
-        DataError: there is no file, or its suffix does not say what it is.
+        DataError: there is no file, or its suffix is unknown.
     """
     if is_remote(path):
         try:
             path = str(remote.fetch(path))
-        except Exception as error:  # of any file system
+        except Exception as error:  # every file system raises its own
             raise DataError(f"{path}: cannot be read ({error}); set {field} to a file that can") from error
     place = pathlib.Path(path)
     if place.is_dir():
@@ -88,7 +88,7 @@ def find_files(path: str, source: Literal["jsonl", "text", "files"], field: str)
                 f"{path}: the folder holds the splits of a data set; set {field} to one of them, as {path}/train"
             )
         below = sorted(file for file in place.rglob("*") if file.is_file() and suffix_format(file) in kinds)
-        if any(suffix_format(file) == "arrow" for file in below):  # beside them datasets' save_to_disk puts two files
+        if any(suffix_format(file) == "arrow" for file in below):  # datasets' save_to_disk adds two other files
             below = [file for file in below if file.name not in ("dataset_info.json", "state.json")]
         if not below:
             raise DataError(
@@ -123,7 +123,7 @@ def _data_file(path: pathlib.Path, source: Literal["jsonl", "text", "files"], fi
 
 
 def suffix_format(path: pathlib.Path) -> Format | None:
-    """What the suffix says that a file is, in front of one of a packed file; None where it says nothing."""
+    """The format given by a file's suffix, ignoring that of a compression; None if unknown."""
     name = path.with_suffix("") if by_suffix(path) else path
     return _FORMATS.get(name.suffix.lower())
 

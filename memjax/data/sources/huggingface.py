@@ -1,4 +1,4 @@
-"""Data sets as the package datasets finds them: by name on the Hugging Face Hub, or in a folder."""
+"""Data sets that the package datasets loads: by name from the Hugging Face Hub, or from a folder."""
 
 import dataclasses
 import functools
@@ -12,14 +12,14 @@ from memjax.errors import DataError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetCorpus(Corpus):
-    """A split of a data set: the Arrow files that the package keeps of it in its cache."""
+    """A split of a data set, read from the Arrow files in the package's cache."""
 
     @functools.cached_property
     def files(self) -> list[DataFile]:
-        """The Arrow files, made now if need be.
+        """The Arrow files, downloaded and converted first if necessary.
 
         Raises:
-            DataError: the package is missing, or knows no such data set.
+            DataError: the package is missing, or cannot load the data set.
         """
         try:
             import datasets
@@ -29,7 +29,7 @@ class DatasetCorpus(Corpus):
             ) from error
         try:
             found: Any = datasets.load_dataset(self.path, self.config.subset, split=self.config.split)
-        except Exception as error:  # it raises what its many parts raise
+        except Exception as error:  # the package wraps no errors of its dependencies
             raise DataError(
                 f"{self.path}: the package datasets cannot load it ({error}); set {self.field}, or data.source=files "
                 "for a folder of save_to_disk"

@@ -1,4 +1,4 @@
-"""Kinds of data: what a config's `source` stands for, before there is a tokenizer. Each is one entry of `SOURCES`."""
+"""Kinds of data: the meaning of a config's `source`, independent of a tokenizer. Each is one entry of `SOURCES`."""
 
 import pathlib
 from abc import ABC, abstractmethod
@@ -20,25 +20,25 @@ from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import DataError
 
 _BIOGRAPHY_PASSES = 5
-"""Tellings of each record that a BPE is trained on: about as many as there are wordings."""
+"""How often a BPE is trained on each record: about as often as there are wordings."""
 
 
 class Source(ABC):
-    """One kind of data. Files are listed and scanned once, when they are first needed."""
+    """One kind of data. Files are listed and scanned once, when first needed."""
 
     people: BiographiesConfig | None = None
-    """The people whose facts the data tells, for the recall test; None where it is of something else."""
+    """The people whose facts the data states, for the recall test; None for other data."""
     corpora: Sequence[Corpus] = ()
-    """The files; none where data is generated."""
+    """The files; empty for generated data."""
     problem: str | None = None
-    """What the config lacks."""
+    """Why the config cannot be used; None if it can."""
 
     def __init__(self, config: DataConfig):
         self.config = config
 
     @abstractmethod
     def texts(self, num_bytes: int) -> Iterator[str]:
-        """Texts spread evenly over what is trained on, at least num_bytes if there are as many.
+        """Texts spread evenly over the training data, at least num_bytes if it has that many.
 
         Raises:
             DataError: the data cannot be used.
@@ -46,14 +46,14 @@ class Source(ABC):
 
     @abstractmethod
     def open(self, tokenizer: Tokenizer) -> tuple[list[Split], list[Split]]:
-        """What is trained on, and what is held out for validation (may be empty).
+        """The training splits and the validation splits (may be empty).
 
         Raises:
-            DataError: the data cannot be used, or prepared data is of something else.
+            DataError: the data cannot be used, or prepared data was made from something else.
         """
 
     def discard_outdated(self, tokenizer: Tokenizer) -> None:
-        """Removes what a start with other settings prepared in the run's own folder before its first step.
+        """Removes data that a start with other settings prepared in the run's own folder before its first step.
 
         Raises:
             DataError: it cannot be read or removed.
@@ -62,7 +62,7 @@ class Source(ABC):
 
 
 class Biographies(Source):
-    """Generated people; validation asks the questions of those that are not asked about in training."""
+    """Generated people; validation asks about those for whom training holds no questions."""
 
     def __init__(self, config: DataConfig):
         super().__init__(config)
@@ -80,7 +80,7 @@ class Biographies(Source):
 
 
 class Files(Source):
-    """The files of a path: plain ones are read as they are, others from prepared data."""
+    """The files of a path: plain ones are read directly, others from prepared data."""
 
     KIND: ClassVar[type[Corpus]] = Corpus
 
@@ -107,7 +107,7 @@ class Files(Source):
         return Corpus(name="validation", path=path, source=self._format, field=field, config=self.config)
 
     def texts(self, num_bytes: int) -> Iterator[str]:
-        """Texts of every corpus by its weight."""
+        """Texts of every corpus, in proportion to its weight."""
         self._check()
         if not any(map(self._must_be_prepared, self.training)):
             (corpus,) = self.training
@@ -118,7 +118,7 @@ class Files(Source):
             yield from spread_over_stream(corpus, num_bytes * corpus.weight / total)
 
     def open(self, tokenizer: Tokenizer) -> tuple[list[Split], list[Split]]:
-        """The splits of each corpus; data that must be prepared and is not is prepared here."""
+        """The splits of each corpus; data that must be prepared is prepared here unless it already was."""
         self._check()
         readers = [self._reader(corpus, tokenizer) for corpus in self.training]
         training, held_out = [], []
@@ -137,7 +137,7 @@ class Files(Source):
         return training, held_out
 
     def prepare(self, tokenizer: Tokenizer, *, every_seconds: float) -> None:
-        """Prepares all corpora, also those that could be read as they are.
+        """Prepares all corpora, including those that could be read directly.
 
         Raises:
             DataError: records cannot be used.
@@ -154,7 +154,7 @@ class Files(Source):
             raise DataError(self.problem)
 
     def _must_be_prepared(self, corpus: Corpus) -> bool:
-        """Whether it cannot be read as it is. Records that are left out are counted, which takes a look at all."""
+        """Whether it cannot be read directly; counting skipped records requires a pass over all of them."""
         return self.config.malformed == "skip" or not corpus.is_random_access
 
     def _folder(self, corpus: Corpus) -> pathlib.Path:
@@ -173,12 +173,12 @@ class Files(Source):
     def _num_training(self, corpus: Corpus, count: int) -> int:
         fraction = self.config.validation_fraction if self.validation is None else 0.0
         if count == 1 and fraction and corpus.is_random_access:
-            _ = corpus.lines[0]  # so that a file of another kind, such as a JSON array, is reported as such
+            _ = corpus.lines[0]  # reports a file of another kind, such as a JSON array, as such
         return num_training_records(count, fraction, corpus.path)
 
 
 def _has_records(reader: Reader, stop: int) -> bool:
-    """Whether any of the first records is not one that was left out: the training would look for one for ever."""
+    """Whether any of the first `stop` records was not skipped: otherwise training would search for one forever."""
     if not (isinstance(reader, PreparedReader) and reader.manifest.malformed):
         return True
     rng, block = np.random.default_rng(0), 4096
@@ -186,13 +186,13 @@ def _has_records(reader: Reader, stop: int) -> bool:
 
 
 class HuggingFace(Files):
-    """A data set of the Hugging Face Hub, or of a folder that its package reads."""
+    """A data set of the Hugging Face Hub, or in a folder that the package datasets reads."""
 
     KIND = DatasetCorpus
 
 
 class Mixture(Files):
-    """Several corpora, weighted by their tokens, which only prepared data knows."""
+    """Several corpora weighted by tokens, which are counted by preparing the data."""
 
     def _training(self) -> list[Corpus]:
         return [
@@ -222,5 +222,5 @@ SOURCES: dict[str, type[Source]] = {
 
 
 def find_source(config: DataConfig) -> Source:
-    """The data that a config names; files are listed and scanned when they are first needed."""
+    """The source that a config names; files are listed and scanned when first needed."""
     return SOURCES[config.source](config)

@@ -1,7 +1,7 @@
-"""Lines of plain files, by number: files are scanned once for where lines begin, and read where they are wanted.
+"""Random access to the lines of plain files, which are scanned once for line offsets.
 
-Files are read with `pread` and never mapped, so a file that is cut or rewritten while a run reads it is an error that
-names it, not a bus error or other text.
+Files are read with `pread` and never mapped, so a file that is truncated or rewritten during a run gives an error that
+names it, rather than a bus error or different text.
 """
 
 import bisect
@@ -24,12 +24,12 @@ from memjax.errors import DataError
 _SCAN_BYTES = 1 << 22
 _OPEN_FILES = 64
 _SAMPLES, _FEWEST_SAMPLES, _SAMPLE_BYTES = 64, 4, 4096
-"""Records of all files, or at least of one file, that its fingerprint is taken from, and the bytes of each."""
+"""Fingerprints sample this many records over all files, at least this many per file, and this many bytes of each."""
 
 
 @dataclasses.dataclass(slots=True)
 class _Scan:
-    """Where the lines of a file are, and how it is recognised as unchanged."""
+    """Line offsets of a file, and what tells whether it has changed."""
 
     size: int
     mtime_ns: int
@@ -49,7 +49,7 @@ class LineRecords(Records):
         field: str = "data.path",
         max_bytes: int = MAX_RECORD_BYTES,
     ):
-        """Scans plain files of text or JSON lines; `field` is the setting that messages name.
+        """Scans plain files of text or JSON lines; error messages name the setting `field`.
 
         Raises:
             DataError: a file cannot be read or holds no text.
@@ -73,14 +73,14 @@ class LineRecords(Records):
                 raise too_large(self.max_bytes)
             return file.record(self._read(owner, start, stop), self.keys)
         except MalformedError as error:
-            # Blank lines count in the file but not here, so the line is counted only for a message.
+            # Blank lines have line numbers but no index, so lines are counted only for messages.
             raise DataError(
                 f"{file.path}:{self._line_number(owner, start)}: {error}. To resume a run, replace the line and keep "
                 "the number of lines, or set data.malformed=skip"
             ) from error
 
     def fingerprint(self) -> list[list[Any]]:
-        """Of each file its size and digests of records spread evenly over it."""
+        """The size of each file, and digests of records spread evenly over it."""
         return [[scan.size, scan.samples] for scan in self._scans]
 
     def _read(self, owner: int, start: int, stop: int) -> bytes:
@@ -90,7 +90,7 @@ class LineRecords(Records):
             line = os.pread(file.handle, stop - start, start)
             status = os.fstat(file.handle)
             if status.st_mtime_ns != scan.mtime_ns or status.st_size != scan.size:
-                # A copy of the same bytes is the same file.
+                # A copy with the same bytes counts as unchanged.
                 samples = _samples(file.handle, scan.starts, scan.stops, len(scan.samples))
                 if status.st_size != scan.size or samples != scan.samples:
                     raise _changed(path)
@@ -118,7 +118,7 @@ class LineRecords(Records):
 
 
 class _OpenFile:
-    """A file that stays open as long as a thread reads it."""
+    """A file that stays open as long as a thread reads it, even after its eviction from the cache."""
 
     def __init__(self, path: pathlib.Path):
         self.handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -160,7 +160,7 @@ def _samples(handle: int, starts: np.ndarray, stops: np.ndarray, count: int) -> 
 
 
 def _line_bounds(handle: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the non-blank lines start and stop, line ends left out; int64 [lines] each."""
+    """Start and stop offsets of the non-blank lines, without line ends; int64 [lines] each."""
     starts, stops, suspects, before = [], [], [], b"\n"
     for at in range(0, size, _SCAN_BYTES):
         piece = os.pread(handle, min(_SCAN_BYTES, size - at), at)
@@ -168,9 +168,9 @@ def _line_bounds(handle: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         begins = np.flatnonzero(data[:-1] == 10) + 1
         ends = np.flatnonzero(data[1:] == 10) + 1
         starts.append(begins + (at - 1))
-        # A Windows line end belongs to the line end, not to the text.
+        # The "\r" of a Windows line end is not part of the text.
         stops.append(ends + (at - 1) - (data[ends - 1] == 13))
-        # Only a line that begins with white space can be blank, so few lines are looked at one by one.
+        # Only lines that begin with white space can be blank, so few lines are checked individually.
         suspects.append(data[begins] <= 32)
         before = piece[-1:]
     if size and before != b"\n":

@@ -1,4 +1,4 @@
-"""From the bytes or fields of a record to its segments, whatever file they come from."""
+"""Parses the bytes or fields of a record into segments, for every file format."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from memjax.data.sources.records import Record, Segment
 
 
 class MalformedError(ValueError):
-    """A record cannot be used; the message says what is wrong and what to do, the caller knows where."""
+    """A record cannot be used; the message says why and what to do, and the caller adds the place."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -18,23 +18,23 @@ class Keys:
     """The fields that hold the text of a record."""
 
     text: str = "text"
-    """A whole document, all of it learned; it wins over the other two."""
+    """Field of a whole document, all of it learned; takes precedence over the other two."""
     prompt: str = "prompt"
-    """A prompt, which is read."""
+    """Field of a prompt, which is context only."""
     answer: str = "answer"
-    """Its answer, which is learned."""
+    """Field of its answer, which is learned."""
 
     @classmethod
     def of(cls, config: DataConfig) -> "Keys":
-        """Those that the config names."""
+        """The fields that the config names."""
         return cls(config.text_key, config.prompt_key, config.answer_key)
 
 
 def text_record(line: bytes) -> Record:
-    """A document that is its bytes.
+    """A line of plain text as a document.
 
     Raises:
-        MalformedError: they are not text.
+        MalformedError: it is not text.
     """
     if b"\0" in line:
         raise MalformedError("holds a NUL byte, which no text does; save the file as UTF-8 text or remove the line")
@@ -42,19 +42,19 @@ def text_record(line: bytes) -> Record:
 
 
 def json_record(line: bytes, keys: Keys) -> Record:
-    """A JSON object with a text, or with a prompt that is read and an answer that is learned.
+    """The record of a JSON object with a text, or with a prompt (context only) and an answer (learned).
 
     Raises:
-        MalformedError: it is none, or its fields cannot be used.
+        MalformedError: the line is not a JSON object, or its fields cannot be used.
     """
     return fields_record(json_fields(line, or_else=", or set data.source=text to read lines of plain text"), keys)
 
 
 def json_fields(line: bytes, *, or_else: str = "") -> dict[str, Any]:
-    """The fields of a JSON object; what else to do with a line that looks like plain text ends the error.
+    """The fields of a JSON object; for a line that looks like plain text, the error ends with `or_else`.
 
     Raises:
-        MalformedError: it is none.
+        MalformedError: the line is not a JSON object.
     """
     try:
         fields = json.loads(_decode(line))
@@ -71,10 +71,10 @@ def json_fields(line: bytes, *, or_else: str = "") -> dict[str, Any]:
 
 
 def fields_record(fields: Mapping[str, Any], keys: Keys) -> Record:
-    """The record that fields of a JSON object or a table's row make.
+    """The record made from the fields of a JSON object or table row.
 
     Raises:
-        MalformedError: the fields are not there or cannot be used.
+        MalformedError: fields are missing or cannot be used.
     """
     if keys.text in fields:
         return (Segment(_text(fields, keys.text), True),)
@@ -99,7 +99,7 @@ def _decode(line: bytes) -> str:
 
 def _text(fields: Mapping[str, Any], key: str) -> str:
     text = fields[key]
-    if isinstance(text, bytes):  # of a binary column
+    if isinstance(text, bytes):  # from a binary column
         text = _decode(text)
     if not isinstance(text, str):
         kind = _kind(text)

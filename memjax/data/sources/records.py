@@ -1,4 +1,4 @@
-"""Records: texts cut into segments that are learned or only read."""
+"""Records: texts split into segments that are learned or serve as context only."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Segment(NamedTuple):
-    """A piece of a record's text, and whether the model is trained to write it."""
+    """A piece of a record's text, and whether it counts in the loss."""
 
     text: str
     learned: bool
@@ -31,10 +31,10 @@ class Records(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Record:
-        """The record of that number, always the same.
+        """The record of that number, always in the same wording.
 
         Raises:
-            IndexError: there is no such number.
+            IndexError: there is no such record.
             DataError: the record cannot be used.
         """
 
@@ -42,13 +42,13 @@ class Records(ABC):
         return (self[index] for index in range(len(self)))
 
     def draw(self, index: int, rng: np.random.Generator) -> Record:
-        """The record as one exposure shows it; records with several wordings take one by rng."""
-        del rng  # most have one wording
+        """The record for one exposure; rng chooses among several wordings."""
+        del rng  # most records have one wording
         return self[index]
 
 
 def checked(index: int, length: int) -> int:
-    """The index itself.
+    """Returns the index.
 
     Raises:
         IndexError: it is not in 0..length - 1.

@@ -1,4 +1,4 @@
-"""The records of files one after the other, whatever their format; what is cut off or damaged is said."""
+"""Reads the records of files sequentially, in any format; truncated or damaged files are reported."""
 
 import contextlib
 import dataclasses
@@ -32,23 +32,23 @@ _SKIPPED_BYTES = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class RecordFiles:
-    """The records of a path that a command line names, read as training reads its data: by suffix, packed or not.
+    """The records of a path from a command line, read like training data: format by suffix, compressed or not.
 
-    Other suffixes are text. Iterating reads the files anew.
+    Files with other suffixes are text. Each iteration reads the files again.
     """
 
     path: str
     """A file, a folder or a glob."""
     field: str
-    """The option that names it, for messages."""
+    """The option that gives the path, for error messages."""
     keys: Keys = dataclasses.field(default_factory=Keys)
     """The fields that hold the text."""
 
     def fields(self, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The place and the fields of every record; a text is the field `name`.
+        """The place and the fields of every record; records of plain text have a single field `name`.
 
         Raises:
-            DataError: a file cannot be read, or a record of JSON lines is no object or holds what is no Unicode.
+            DataError: a file cannot be read, or a line is not a JSON object or holds invalid Unicode.
         """
 
         def parse(file: DataFile, payload: Payload) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class RecordFiles:
         return self._parsed(parse)
 
     def __iter__(self) -> Iterator[Record]:
-        """The records.
+        """Yields the records.
 
         Raises:
             DataError: a file or a record cannot be read.
@@ -81,7 +81,7 @@ class RecordFiles:
 
 
 def _whole_unicode(fields: dict[str, Any], line: bytes) -> dict[str, Any]:
-    """The fields of a line, which tokenizers and files take as they are."""
+    """The fields of a line, checked to be valid Unicode, which tokenizers and output files require."""
     if b"\\u" in line:
         try:
             json.dumps(fields, ensure_ascii=False).encode()
@@ -92,10 +92,10 @@ def _whole_unicode(fields: dict[str, Any], line: bytes) -> dict[str, Any]:
 
 
 class UnreadableError(MalformedError):
-    """A file holds nothing, or from some place on cannot be read; no record is meant."""
+    """A file is empty or cannot be read beyond some place; not about a single record."""
 
     def __init__(self, message: str, lost: float | None = None):
-        """Takes the message, and the share of the file's bytes that is not read; None for a file that is empty."""
+        """Takes the message, and the share of the file's bytes that is not read; None for an empty file."""
         super().__init__(message)
         self.lost = lost
 
@@ -104,7 +104,7 @@ class UnreadableError(MalformedError):
 
 
 def too_large(limit: int) -> MalformedError:
-    """Why a record of more bytes than the limit is not read."""
+    """The error for a record of more bytes than the limit."""
     return MalformedError(
         f"a record of more than data.max_record_bytes={limit:,} bytes; split it, or raise data.max_record_bytes"
     )
@@ -113,25 +113,25 @@ def too_large(limit: int) -> MalformedError:
 class Stream:
     """The payloads of one file in order, each with its number (line, row or record, from 1).
 
-    Where the file is cut off or damaged an UnreadableError is the last payload, as it is the only one of an empty file.
+    The last payload of a truncated or damaged file is an UnreadableError, as is the only one of an empty file.
     """
 
     def __init__(self, file: DataFile, keys: Keys, max_bytes: int = MAX_RECORD_BYTES):
-        """At most max_bytes of a record are read into memory."""
+        """Records of more than max_bytes bytes are malformed; at most that much of a line is read into memory."""
         self.file, self.keys, self.max_bytes = file, keys, max_bytes
         self.bytes_read = 0
-        """Bytes of the file that are done with, as it lies on disk."""
+        """Bytes processed, before decompression."""
 
     def __iter__(self) -> Iterator[tuple[int, Payload]]:
         """Reads the file.
 
         Raises:
-            DataError: a package to read it with is not there, or the file cannot be opened.
+            DataError: a package needed to read it is missing, or the file cannot be opened.
         """
         try:
-            self.file.path.open("rb").close()  # the library of each format has another error for it
+            self.file.path.open("rb").close()  # each format's library raises a different error for it
         except OSError as error:
-            # Never skipped: what can be read another time would stay left out of prepared data.
+            # Never skipped: prepared data would permanently lack a file that is only unreadable now.
             way_out = "; make it readable" if isinstance(error, PermissionError) else ""
             raise DataError(f"{self.file.path}: cannot be read ({error.strerror}){way_out}") from error
         read = {"parquet": self._rows, "arrow": self._rows, "array_record": self._records}.get(
@@ -157,7 +157,7 @@ class Stream:
                 line = lines.readline(self.max_bytes + 2)
                 if not line:
                     return
-                if number == 1 and line.startswith(BYTE_ORDER_MARK):  # which is no part of the record
+                if number == 1 and line.startswith(BYTE_ORDER_MARK):  # not part of the record
                     line = line.removeprefix(BYTE_ORDER_MARK)
                     line += b"" if line.endswith(b"\n") else lines.readline(len(BYTE_ORDER_MARK))
                 record = line.removesuffix(b"\n").removesuffix(b"\r")
@@ -175,7 +175,7 @@ class Stream:
         batches = self._parquet_batches if self.file.format == "parquet" else self._arrow_batches
         try:
             for batch in batches(arrow):
-                # Offsets beyond the buffers would end the process.
+                # Offsets beyond the buffers would crash the process.
                 batch.validate(full=self.file.format == "arrow")
                 columns = {name: _values(batch.column(name)) for name in self._wanted(batch.schema.names)}
                 for row in range(batch.num_rows):
@@ -185,10 +185,10 @@ class Stream:
             raise _BrokenFileError(f"a truncated or damaged {self.file.format.capitalize()} file: {error}") from error
 
     def _wanted(self, names: Iterable[str]) -> list[str]:
-        """The columns to read. A file without the fields is malformed row by row, like one of JSON lines.
+        """The columns to read. If the file lacks the fields, every row is malformed, as with JSON lines.
 
         Raises:
-            DataError: several columns have one name.
+            DataError: several columns have the same name.
         """
         names = list(names)
         wanted = [name for name in dataclasses.astuple(self.keys) if name in names] or names
@@ -205,7 +205,7 @@ class Stream:
                 self.bytes_read = size * rows // max(1, table.metadata.num_rows)
 
     def _arrow_batches(self, arrow: ModuleType) -> Iterator[Any]:
-        """Of a stream, as Hugging Face's datasets writes them, or of a file with an index at its end."""
+        """Batches of a stream, as Hugging Face's datasets writes them, or of a file with an index at its end."""
         with self.file.path.open("rb") as raw:
             if raw.read(6) == b"ARROW1":
                 table = arrow.ipc.open_file(raw)
@@ -217,7 +217,7 @@ class Stream:
             for batch in arrow.ipc.open_stream(raw):
                 yield batch
                 self.bytes_read = raw.tell()
-        if not is_whole:  # its library takes the end of the file for the end of the stream
+        if not is_whole:  # the library treats the end of the file as the end of the stream
             raise _BrokenFileError("the stream has no end")
 
     def _fields(self, row: dict[str, Any]) -> Payload:
@@ -233,7 +233,7 @@ class Stream:
 
         size = self.file.path.stat().st_size
         try:
-            # Closing a file that is none, or only half of one, says so too.
+            # Closing raises as well if the file is not an ArrayRecord file, or truncated.
             with contextlib.closing(ArrayRecordReader(str(self.file.path))) as reader:
                 count = reader.num_records()
                 for start in range(0, count, _RECORDS_AT_ONCE):
@@ -256,7 +256,7 @@ class _BrokenFileError(Exception):
 
 
 def _values(column: Any) -> list[Any]:
-    """The values of a Parquet column; a MalformedError for each that its library cannot give, as bad UTF-8."""
+    """The values of a column; a MalformedError in place of each that the library cannot convert, such as bad UTF-8."""
     try:
         return column.to_pylist()
     except ValueError:

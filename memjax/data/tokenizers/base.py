@@ -1,4 +1,4 @@
-"""Text to token ids and back: the base of all tokenizers, and that of bytes."""
+"""Text to token ids and back: the base class of all tokenizers, and the byte tokenizer."""
 
 import functools
 import hashlib
@@ -18,7 +18,7 @@ from memjax.io.files import read_text, write_atomic
 FILE_NAME = "tokenizer.json"
 SPECIAL_TOKENS = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
 _MAX_VOCAB_SIZE = 1 << 22
-"""Several times that of the largest vocabularies in use."""
+"""Several times the largest vocabulary in use."""
 _CLASSES = {
     "byte": "base.ByteTokenizer",
     "bpe": "bpe.BpeTokenizer",
@@ -26,23 +26,23 @@ _CLASSES = {
     "sentencepiece": "sentencepiece.SentencePieceTokenizer",
     "tiktoken": "tiktoken.TiktokenTokenizer",
 }
-"""Module and class by kind."""
+"""Module and class of each kind."""
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError, MemoryError)
-"""What reading content of the wrong shape can raise."""
+"""Errors that malformed content can cause."""
 
 
 class Tokenizer(ABC):
-    """Encodes texts; special tokens have ids and names, but no text encodes to them unless that is asked for."""
+    """Encodes texts; special tokens have ids and names, but texts encode to them only on request."""
 
     kind: ClassVar[str]
     STATE: ClassVar[tuple[str, ...]] = ()
     """The fields of `to_state` that are arguments of the constructor."""
     adds_leading_space: bool = False
-    """Whether a text's first token carries a space that is no part of the text."""
+    """Whether a text's first token carries a space that is not part of the text."""
     added_words: tuple[str, ...] = ()
-    """Words that were added to the vocabulary after its training; texts encode to them."""
+    """Words added to the vocabulary after its training; texts encode to them."""
     adds_bos: bool = True
-    """Whether prompts begin with the begin token. Training always puts it in front of records."""
+    """Whether prompts begin with the BOS token. Training always puts it in front of records."""
     end_tokens: tuple[str, ...] = ()
     """Special tokens besides `eos_id` at which generation ends."""
 
@@ -54,7 +54,7 @@ class Tokenizer(ABC):
         bos_id: int = SPECIAL_TOKENS["<bos>"],
         eos_id: int = SPECIAL_TOKENS["<eos>"],
     ):
-        """Takes the bytes that each id stands for (none for special tokens), and the special tokens by their names."""
+        """Takes the bytes of each id (none for special tokens), and the ids of special tokens by name."""
         self._token_bytes = tuple(token_bytes)
         self.special_tokens = dict(special_tokens)
         self.bos_id = bos_id
@@ -63,10 +63,10 @@ class Tokenizer(ABC):
         self.pad_id = self.special_tokens.get("<pad>", eos_id)
 
     def configure(self, *, adds_bos: bool = True, end_tokens: Sequence[str] = ()) -> "Tokenizer":
-        """Sets how a model uses the tokenizer, which its file does not hold, and returns the tokenizer.
+        """Sets how a model uses the tokenizer, which the tokenizer's file does not say, and returns the tokenizer.
 
         Raises:
-            ValueError: an end token is no special token.
+            ValueError: an end token is not a special token.
         """
         if unknown := [name for name in end_tokens if name not in self.special_tokens]:
             raise ValueError(
@@ -79,7 +79,7 @@ class Tokenizer(ABC):
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, the special ones included."""
+        """Number of ids, including special tokens."""
         return len(self._token_bytes)
 
     @property
@@ -89,19 +89,19 @@ class Tokenizer(ABC):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that differ between tokenizers that encode differently."""
+        """16 hex digits that differ if tokenizers encode differently."""
         return hashlib.sha256(json.dumps(self.to_state(), sort_keys=True).encode()).hexdigest()[:16]
 
     def prompt(self, ids: Sequence[int]) -> list[int]:
-        """The ids of a prompt as the model expects them: after the begin token, where prompts have one.
+        """Adds the BOS token to the ids of a prompt if the model expects it.
 
-        A begin token that a chat template wrote out is not repeated, and an empty prompt always is the begin token.
+        A BOS token already written by a chat template is not repeated; an empty prompt always becomes the BOS token.
         """
         begins = not ids or (self.adds_bos and ids[0] != self.bos_id)
         return [self.bos_id, *ids] if begins else list(ids)
 
     def num_bytes(self, ids: Sequence[int]) -> int:
-        """Bytes of the text that the ids of an encoded text stand for; less than the text's own where some is lost."""
+        """Length in bytes of the text that ids decode to; less than the original text's if encoding loses some."""
         total = sum(len(self.token_bytes(token)) for token in ids)
         first = next((piece for token in ids if (piece := self.token_bytes(token))), b"")
         return total - (self.adds_leading_space and first.startswith(b" "))
@@ -111,28 +111,28 @@ class Tokenizer(ABC):
         """The ids of a text, without special tokens.
 
         Raises:
-            UnicodeEncodeError: the text holds half of a surrogate pair, which no UTF-8 can carry.
+            UnicodeEncodeError: the text holds half of a surrogate pair, which UTF-8 cannot represent.
         """
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text; BPE spreads them over the cores."""
+        """Encodes several texts; BPE uses all cores."""
         return [self.encode(text) for text in texts]
 
     @abstractmethod
     def to_state(self) -> dict[str, Any]:
-        """All that encoding depends on as JSON values; `save` and checkpoints keep `full_state`."""
+        """Everything that encoding depends on, as JSON values; `save` and checkpoints store `full_state`."""
 
     def full_state(self) -> dict[str, Any]:
-        """All of the tokenizer as JSON values, for checkpoints."""
+        """The complete tokenizer as JSON values, for checkpoints."""
         used = {} if self.adds_bos else {"adds_bos": False}
         return {**self.to_state(), **used, **({"end_tokens": list(self.end_tokens)} if self.end_tokens else {})}
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes a token stands for; none for the special ones and for ids past the vocabulary."""
+        """The bytes of a token; none for special tokens and ids outside the vocabulary."""
         return self._token_bytes[token] if 0 <= token < self.vocab_size else b""
 
     def encode_with_special(self, text: str) -> list[int]:
-        """The ids of a text in which the names of special tokens, such as a chat template's, mean these tokens."""
+        """Encodes a text in which names of special tokens, such as a chat template's, stand for these tokens."""
         if not self.special_tokens:
             return self.encode(text)
         ids: list[int] = []
@@ -142,30 +142,30 @@ class Tokenizer(ABC):
 
     @functools.cached_property
     def _special_names(self) -> re.Pattern[str]:
-        # Of names that begin alike the longest counts.
+        # The longest of names with a common prefix must match first.
         names = sorted(self.special_tokens, key=len, reverse=True)
         return re.compile(f"({'|'.join(map(re.escape, names))})")
 
     def decode(self, ids: Iterable[SupportsIndex], *, special: bool = False) -> str:
-        """The text of the ids; bytes that are not UTF-8 become U+FFFD.
+        """Decodes ids; bytes that are not UTF-8 become U+FFFD.
 
         Args:
-            ids: token ids; those past the vocabulary have no text.
-            special: write special tokens by their names, in place of leaving them out.
+            ids: token ids; those outside the vocabulary have no text.
+            special: write the names of special tokens instead of omitting them.
         """
         decoder = StreamingDecoder(self, special=special)
         # Elements of a JAX array are arrays, which cannot be looked up in a dict.
         return "".join([decoder.push(operator.index(token)) for token in ids]) + decoder.finish()
 
     def save(self, folder: str | pathlib.Path) -> None:
-        """Writes tokenizer.json into the folder, which is made if need be."""
+        """Writes tokenizer.json into the folder, which is created if necessary."""
         write_atomic(
             pathlib.Path(folder) / FILE_NAME, json.dumps(self.full_state(), ensure_ascii=False, indent=1) + "\n"
         )
 
     @staticmethod
     def load(folder: str | pathlib.Path) -> "Tokenizer":
-        """Reads what `save` wrote.
+        """Loads a tokenizer written by `save`.
 
         Raises:
             DataError: the file is missing or is not a tokenizer.
@@ -186,19 +186,19 @@ class Tokenizer(ABC):
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> "Tokenizer":
-        """The tokenizer that `full_state` described.
+        """Restores a tokenizer from its `full_state`.
 
         Raises:
-            ValueError: the state is of no known kind.
-            DataError: the package that the kind needs is missing.
+            ValueError: the kind is unknown, or the state is malformed.
+            DataError: a package needed for the kind is missing.
         """
         kind = state.get("kind")
         if not isinstance(kind, str) or kind not in _CLASSES:
             raise ValueError(f"tokenizer kind={kind!r} is unknown; known: {', '.join(_CLASSES)}")
-        # Imported here, because these modules are built on this one.
+        # Imported here because these modules import this one.
         module, name = _CLASSES[kind].split(".")
         tokenizer = getattr(importlib.import_module(f"memjax.data.tokenizers.{module}"), name)
-        # Added tokens are kept only where there are any.
+        # Added tokens are stored only if there are any.
         fields = {"added_tokens": (), **state}
         try:
             arguments = {field: fields[field] for field in tokenizer.STATE}
@@ -212,7 +212,7 @@ class Tokenizer(ABC):
 
 
 class ByteTokenizer(Tokenizer):
-    """Byte b of the UTF-8 text is id b + 3."""
+    """Encodes byte b of the UTF-8 text as id b + 3."""
 
     kind: ClassVar[str] = "byte"
 
@@ -227,12 +227,12 @@ class ByteTokenizer(Tokenizer):
 
 
 def begin_and_end(special_tokens: Mapping[str, int], bos: str | None, eos: str | None) -> tuple[int, int]:
-    """The ids of the begin and the end token: the named ones, or those of names that are in common use.
+    """The ids of the BOS and EOS tokens: the named ones, or those with a common name.
 
-    A tokenizer without a begin token of its own, like GPT-2's, begins texts with the end token.
+    If there is no BOS token, as in GPT-2, EOS serves as one.
 
     Raises:
-        ValueError: there is no such special token, or none that is known to end texts.
+        ValueError: a named token is not a special token, or no EOS token is found.
     """
     for field, name in (("bos", bos), ("eos", eos)):
         if name is not None and name not in special_tokens:
@@ -254,7 +254,7 @@ def _some(special_tokens: Mapping[str, int]) -> str:
 
 
 def check_id(token: int) -> None:
-    """Refuses ids for which no table of tokens should be allocated.
+    """Rejects ids too large to allocate a vocabulary for.
 
     Raises:
         ValueError: the id is negative, or larger than any vocabulary in use.
@@ -264,13 +264,13 @@ def check_id(token: int) -> None:
 
 
 def explained(error: BaseException) -> str:
-    """An error of malformed content in one line: messages of this package as they are, others with their kind."""
+    """An error about malformed content in one line: ValueErrors verbatim, others with their type."""
     text = " ".join(str(error).split())[:500]
     return text if type(error) is ValueError else f"malformed tokenizer ({type(error).__name__}: {text[:200]})"
 
 
 def whole_unicode(text: str) -> str:
-    """The text itself; the library would raise a TypeError that does not name the cause."""
+    """Returns the text if it is valid Unicode; the library would raise a TypeError that hides the cause."""
     if not text.isascii():
         text.encode()
     return text

@@ -1,4 +1,4 @@
-"""Byte-level BPE of the run's own corpus, and what all byte-level vocabularies have in common."""
+"""Byte-level BPE trained on the run's own corpus, and helpers for all byte-level vocabularies."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ _MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 
 
 class LibraryTokenizer(Tokenizer):
-    """Encodes by the tokenizers library, without the special tokens that a post-processor would add."""
+    """Encodes with the tokenizers library, without the special tokens that a post-processor would add."""
 
     _tokenizer: tokenizers.Tokenizer
 
@@ -28,13 +28,13 @@ class LibraryTokenizer(Tokenizer):
 
 
 class BpeTokenizer(LibraryTokenizer):
-    """Byte-level BPE; made by `train_bpe` or from a state."""
+    """Byte-level BPE, created by `train_bpe` or from a state."""
 
     kind: ClassVar[str] = "bpe"
     STATE = ("bpe",)
 
     def __init__(self, bpe: dict[str, Any]):
-        """Takes the `bpe` part of a state: the description that the tokenizers library writes."""
+        """Takes the `bpe` field of a state: the tokenizers library's own JSON description."""
         self._bpe = bpe
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(bpe))
@@ -47,9 +47,9 @@ class BpeTokenizer(LibraryTokenizer):
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most vocab_size tokens; the same texts always give the same one.
+    """Trains a byte-level BPE of at most vocab_size tokens, deterministically.
 
-    All 256 bytes are tokens, so texts unlike the training text round-trip too.
+    All 256 bytes are tokens, so any text round-trips.
 
     Raises:
         ValueError: vocab_size has no room for the bytes and the special tokens.
@@ -67,16 +67,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     bpe = json.loads(tokenizer.to_str())
-    # The library looks for added tokens inside texts; without them a text that spells "<eos>" stays a text.
-    # Merges cannot spell one either: the pre-tokenizer parts brackets from letters.
+    # The library searches texts for added tokens; without them, a text that spells "<eos>" is encoded as text.
+    # Merges cannot produce one either: the pre-tokenizer separates brackets from letters.
     bpe["added_tokens"] = []
     return BpeTokenizer(bpe)
 
 
 def byte_letters() -> list[str]:
-    """For each byte the letter that stands for it in byte-level BPE vocabularies.
+    """The letter that represents each byte in byte-level BPE vocabularies.
 
-    Visible Latin-1 characters stand for themselves, the other bytes for the letters from U+0100 on, in order.
+    Visible Latin-1 characters represent themselves; the other bytes are mapped, in order, to the letters from U+0100.
     """
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     letters: list[str] = []
@@ -88,11 +88,11 @@ def byte_letters() -> list[str]:
 
 
 def bytes_by_id(vocab: Mapping[str, int], known: Mapping[int, bytes]) -> list[bytes]:
-    """The bytes of every id of a byte-level vocabulary. Words are spelled in `byte_letters`; `known` has the bytes of
-    those that are not, by id.
+    """The bytes of every id of a byte-level vocabulary. Words are spelled in `byte_letters`, except those whose bytes
+    `known` gives by id.
 
     Raises:
-        ValueError: two words share an id, an id is far beyond the number of words, or a word has other characters.
+        ValueError: two words share an id, an id is out of range, or a word has other letters.
     """
     if len(set(vocab.values())) < len(vocab):
         seen: dict[int, str] = {}

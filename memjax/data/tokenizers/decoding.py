@@ -1,4 +1,4 @@
-"""Text of ids that arrive one at a time."""
+"""Incremental decoding of token ids."""
 
 import codecs
 from collections.abc import Sequence
@@ -9,19 +9,19 @@ if TYPE_CHECKING:
 
 
 class StreamingDecoder:
-    """Text of ids that arrive one at a time; a character appears once all its bytes are there."""
+    """Decodes ids one at a time; a character appears once all its bytes have arrived."""
 
     def __init__(self, tokenizer: "Tokenizer", *, after: Sequence[int] = (), special: bool = False):
-        """Decodes what follows the ids `after`; special tokens are left out, or written by their names."""
+        """Decodes what follows the ids `after`; special tokens are omitted, or written by name if `special`."""
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._names = {token: name for name, token in tokenizer.special_tokens.items()}
         self._shows_special = special
-        # A text begins after a special token too: what is encoded there got a space of its own.
+        # Text after a special token was encoded separately, so it has its own leading space.
         self._at_start = not after or after[-1] in self._names
 
     def push(self, token: int) -> str:
-        """The text that this id completes; often a word, sometimes nothing."""
+        """Adds an id, and returns the text that it completes: often a word, sometimes nothing."""
         if token in self._names:
             self._at_start = True
             return self.finish() + self._names[token] if self._shows_special else ""
@@ -32,7 +32,7 @@ class StreamingDecoder:
         return self._utf8.decode(piece)
 
     def finish(self) -> str:
-        """What is still held back, unfinished characters as U+FFFD."""
+        """Returns the remaining text; incomplete characters become U+FFFD."""
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return text

@@ -1,4 +1,4 @@
-"""Byte-level BPE from a tokenizer.json of the Hugging Face tokenizers library: GPT-2, Llama 3 and their kin."""
+"""Byte-level BPE from a tokenizer.json of the Hugging Face tokenizers library: GPT-2, Llama 3 and similar models."""
 
 import functools
 import json
@@ -12,19 +12,19 @@ from memjax.data.tokenizers.bpe import LibraryTokenizer, byte_letters, bytes_by_
 
 
 class HfTokenizer(LibraryTokenizer):
-    """A tokenizer.json as it is, without length limits and dropout."""
+    """A tokenizer.json, without its length limits and dropout."""
 
     kind: ClassVar[str] = "hf"
     STATE = ("json", "bos", "eos")
 
     def __init__(self, json: Any, bos: str | None = None, eos: str | None = None):
-        """Takes the content of a tokenizer.json, and the names of the begin and the end token where they are not known.
+        """Takes the content of a tokenizer.json, and the names of its BOS and EOS tokens unless they have common names.
 
         Raises:
-            ValueError: it is no byte-level BPE, or has no such token.
+            ValueError: it is not a byte-level BPE, or has no such token.
         """
         _check_byte_level(json)
-        # Whoever saved it may have left a length in it, to which texts would be cut, or BPE dropout, which draws.
+        # Files may hold a maximum length, to which texts would be truncated, or BPE dropout, which is random.
         self._description = description = {**json, "truncation": None, "padding": None}
         if description["model"].get("dropout") is not None:
             description["model"] = {**description["model"], "dropout": None}
@@ -46,7 +46,7 @@ class HfTokenizer(LibraryTokenizer):
         bos_id, eos_id = begin_and_end(special_tokens, bos, eos)
         super().__init__(token_bytes, special_tokens, bos_id=bos_id, eos_id=eos_id)
         self.added_words = tuple(token.content for _, token in sorted(added.items()) if not token.special)
-        # A text that spells a special token is a text.
+        # A text that spells a special token is encoded as text.
         self._tokenizer.encode_special_tokens = True
         ids_of_special = set(special_tokens.values())
         for name, ids in zip(special_tokens, self.encode_batch(list(special_tokens)), strict=True):
@@ -59,16 +59,16 @@ class HfTokenizer(LibraryTokenizer):
         """The special tokens of a tokenizer.json.
 
         Raises:
-            ValueError: it is no byte-level BPE.
+            ValueError: it is not a byte-level BPE.
         """
         _check_byte_level(description)
         added = read_description(description).get_added_tokens_decoder()
         return {token.content: index for index, token in sorted(added.items()) if token.special}
 
     def encode_with_special(self, text: str) -> list[int]:
-        """The ids of a text in which names of special tokens mean these tokens.
+        """Encodes a text in which names of special tokens stand for these tokens.
 
-        Tokens that strip take the spaces around them, and those that must be single words are found only as such.
+        Tokens with lstrip or rstrip absorb the spaces around them; those with single_word match whole words only.
         """
         return self._with_special.encode(whole_unicode(text), add_special_tokens=False).ids
 
@@ -89,20 +89,20 @@ def _check_byte_level(description: Any) -> None:
 
 
 def read_description(description: dict[str, Any]) -> tokenizers.Tokenizer:
-    """The library's tokenizer of a tokenizer.json, without limits of length.
+    """The library's tokenizer for a tokenizer.json, without length limits.
 
     Raises:
-        ValueError: the library cannot read it, or not encode a text with it.
+        ValueError: the library cannot read it, or cannot encode with it.
     """
     try:
         found = tokenizers.Tokenizer.from_str(json.dumps({**description, "truncation": None, "padding": None}))
-        # Parts that do not belong together are found only when they are used.
+        # Incompatible parts fail only when used.
         found.encode("a")
         return found
     except RecursionError:
         raise ValueError("is nested too deeply") from None
     except BaseException as error:
-        # The library raises bare Exception, and a panic of its own is no Exception.
+        # The library raises bare Exception, and its PanicException is not an Exception.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"the tokenizers library cannot read it ({reason})") from None
@@ -110,9 +110,9 @@ def read_description(description: dict[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _types(part: Any) -> set[str]:
-    """The types of a tokenizer's parts, those in sequences too, where its model is a BPE.
+    """The types of a tokenizer's parts, including those in sequences; empty unless its model is a BPE.
 
-    Files of older versions of the library, such as GPT-2's, do not name the type of the model; a BPE has merges.
+    Older files, such as GPT-2's, do not name the type of the model; a BPE has merges.
     """
 
     def walk(part: Any) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Tokenizers from files in the formats of other libraries."""
+"""Opens tokenizers from files in other libraries' formats."""
 
 import contextlib
 import json
@@ -17,10 +17,10 @@ from memjax.io.files import read_document
 
 
 def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer of a config whose kind needs no training; prints a warning where it loses text.
+    """The tokenizer of a config whose kind needs no training; prints a warning if it loses text.
 
     Raises:
-        DataError: its file is not named, missing or no tokenizer, or its package is missing.
+        DataError: its file is not set, missing or not a tokenizer, or its package is missing.
     """
     if config.kind == "byte":
         return ByteTokenizer()
@@ -36,7 +36,7 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
 
 def special_tokens_of(config: TokenizerConfig) -> dict[str, int]:
-    """The special tokens of a tokenizer from a file, which need not have one that is known to end texts.
+    """The special tokens of a tokenizer file, even if none of them is known to end texts.
 
     Raises:
         DataError: as `open_tokenizer`.
@@ -59,7 +59,7 @@ def sentencepiece_pieces(path: pathlib.Path) -> list[str]:
 
 @contextlib.contextmanager
 def _reading(config: TokenizerConfig) -> Iterator[bytes]:
-    """The content of a config's file; what the block finds wrong with it becomes a DataError that names the file."""
+    """The content of a config's file; errors about it in the block become a DataError that names the file."""
     if config.path is None:
         raise DataError(f"data.tokenizer.path is not set; data.tokenizer.kind={config.kind} needs its file")
     path = pathlib.Path(config.path)

@@ -1,4 +1,4 @@
-"""Checks whether texts survive encoding and decoding: which tokenizers are unusable, and what the others lose."""
+"""Checks whether texts survive encoding and decoding: rejects unusable tokenizers, and lists what others lose."""
 
 from memjax.data.tokenizers.base import Tokenizer
 
@@ -27,21 +27,21 @@ _SHOWN_ADDED = 3
 
 
 def lost_in(tokenizer: Tokenizer) -> list[str]:
-    """What texts lose between encoding and decoding, in words; empty where every probe comes back exactly.
+    """Describes what texts lose by encoding and decoding; empty if every probe round-trips exactly.
 
     Raises:
-        ValueError: even plain English words do not come back, so texts could be neither learned nor read.
+        ValueError: even plain English words do not round-trip, so the tokenizer is unusable.
     """
     returned = lambda text: tokenizer.decode(tokenizer.encode(text))
     for text in _PLAIN:
         found = returned(text)
-        # Case, a few unknown characters, and spaces at both ends may be lost without making the text unreadable.
+        # Losing case, a few unknown characters, or spaces at either end leaves the text readable.
         if "\ufffd" not in found and found.strip().lower() != text.lower():
             raise ValueError(
                 f"texts do not come back from its tokens: {text!r} becomes {found!r}; its pre-tokenizer, suffixes or "
                 "normalizer drop or add text that decoding cannot restore, so take another tokenizer"
             )
-    # Words that were added to the vocabulary may take the spaces around them.
+    # Words added to the vocabulary may absorb the spaces around them.
     words = tokenizer.added_words[:_SHOWN_ADDED]
     probes = _PROBES | {f"spaces around {word!r}": (f"a {word} b", f"a{word}b") for word in words}
     lost = [name for name, texts in probes.items() if any(returned(text) != text for text in texts)]

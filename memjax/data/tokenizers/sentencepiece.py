@@ -1,4 +1,4 @@
-"""Tokenizers from a SentencePiece .model file: Llama 1 and 2, Mistral, T5 and their kin."""
+"""Tokenizers from a SentencePiece .model file: Llama 1 and 2, Mistral, T5 and similar models."""
 
 import base64
 from collections.abc import Sequence
@@ -8,25 +8,24 @@ from memjax.data.tokenizers.base import Tokenizer, begin_and_end, whole_unicode
 from memjax.errors import DataError
 
 SPACE = "\u2581"
-"""What stands for a space in pieces; the library takes it for a space in texts too."""
+"""Represents a space in pieces; the library treats it as a space in texts too."""
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """Encodes as the library does; texts come back as far as the model's own normalisation leaves them as they are.
+    """Encodes like the library; texts round-trip as far as the model's normalisation leaves them unchanged.
 
-    Models whose pieces cover every text have a piece for each byte; others lose characters that they do not know, which
-    come back as U+FFFD.
+    Models with a piece for each byte cover every text; others decode unknown characters as U+FFFD.
     """
 
     kind: ClassVar[str] = "sentencepiece"
     STATE = ("model", "bos", "eos", "added_tokens")
 
     def __init__(self, model: str, bos: str | None = None, eos: str | None = None, added_tokens: Sequence[str] = ()):
-        """`model` is the content of the file in base 64. `bos` and `eos` name tokens to use in place of the model's
-        own; added_tokens get the ids after the last piece.
+        """`model` is the content of the file in base64. `bos` and `eos` name tokens to use instead of the model's own;
+        added_tokens get the ids after the last piece.
 
         Raises:
-            ValueError: it is no SentencePiece model, or has no such token.
+            ValueError: it is not a SentencePiece model, or has no such token.
             DataError: the library is missing.
         """
         self._model, self._bos, self._eos = model, bos, eos
@@ -36,7 +35,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise ValueError(f"not a SentencePiece model ({error})") from error
         processor = self._processor = _processor(content)
         pieces = self.pieces = _pieces(processor)
-        """The model's pieces by id, added tokens left out."""
+        """The model's pieces by id, without added tokens."""
         self.unknown = pieces[processor.unk_id()]
         """The piece that stands for unknown characters."""
         special_tokens = _special_tokens(processor, pieces, added_tokens)
@@ -60,17 +59,17 @@ class SentencePieceTokenizer(Tokenizer):
     def of_file(
         cls, content: bytes, *, bos: str | None = None, eos: str | None = None, added_tokens: Sequence[str] = ()
     ) -> "SentencePieceTokenizer":
-        """The tokenizer of a .model file's content; raises what the constructor raises."""
+        """The tokenizer of a .model file's content; raises like the constructor."""
         return cls(base64.b64encode(content).decode(), bos=bos, eos=eos, added_tokens=added_tokens)
 
     @staticmethod
     def pieces_of(content: bytes) -> list[str]:
-        """The pieces of a .model file, by id; raises what the constructor raises."""
+        """The pieces of a .model file, by id; raises like the constructor."""
         return _pieces(_processor(content))
 
     @staticmethod
     def special_tokens_of(content: bytes, added_tokens: Sequence[str] = ()) -> dict[str, int]:
-        """The special tokens of a .model file and what was added to it; raises what the constructor raises."""
+        """The special tokens of a .model file and its added tokens; raises like the constructor."""
         processor = _processor(content)
         return _special_tokens(processor, _pieces(processor), added_tokens)
 
@@ -102,7 +101,7 @@ def _special_tokens(processor: Any, pieces: Sequence[str], added_tokens: Sequenc
 
 
 def _processor(content: bytes) -> Any:
-    """The library's model of a .model file's content."""
+    """The library's processor for a .model file's content."""
     try:
         import sentencepiece
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Byte-level BPE from a file of tiktoken ranks: each line a token's bytes in base 64 and its rank, which is its id."""
+"""Byte-level BPE from a tiktoken rank file: each line holds a token's bytes in base64 and its rank, which is its id."""
 
 import base64
 import binascii
@@ -19,11 +19,11 @@ PATTERNS = {
         rf"\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
     ),
 }
-"""How the vocabularies in common use cut a text, by name: part of their definition that the file of ranks lacks."""
+"""Regular expressions that split texts, by vocabulary: the part of its definition that the rank file lacks."""
 
 
 class TiktokenTokenizer(Tokenizer):
-    """Encodes as the library does; special tokens get the ids after the last rank."""
+    """Encodes like the library; special tokens get the ids after the last rank."""
 
     kind: ClassVar[str] = "tiktoken"
     STATE = ("ranks", "pattern", "special_tokens", "bos", "eos")
@@ -36,10 +36,10 @@ class TiktokenTokenizer(Tokenizer):
         bos: str | None = None,
         eos: str | None = None,
     ):
-        """Takes ranks by tokens in base 64, the regular expression that cuts texts, and the names of special tokens.
+        """Takes ranks by token in base64, the regular expression that splits texts, and the names of special tokens.
 
         Raises:
-            ValueError: a byte is no token, two tokens share a rank, or there is no such special token.
+            ValueError: a byte is not a token, two tokens share a rank, or `bos` or `eos` is not a special token.
             DataError: the library is missing.
         """
         try:
@@ -73,10 +73,10 @@ class TiktokenTokenizer(Tokenizer):
         bos: str | None = None,
         eos: str | None = None,
     ) -> "TiktokenTokenizer":
-        """The tokenizer of a file's content, cut by the pattern of that name.
+        """The tokenizer of a file's content, with one of `PATTERNS` by name.
 
         Raises:
-            ValueError: a line is no token with a rank, or as the constructor does.
+            ValueError: a line is not a token with its rank, or the constructor raises it.
             DataError: the library is missing.
         """
         ranks = {}
