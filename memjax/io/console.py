@@ -151,13 +151,17 @@ def printable(text: str, *, error: bool = False) -> str:
 def open_missing_files() -> None:
     """Opens the null device as standard input, output and error, where this process was started without them.
 
-    The next files that are opened would get their numbers, and what libraries print would go into these.
+    The next files that are opened would get their numbers, and what libraries print would go into these. Python has
+    None for such a file, and prints to standard output what is printed to None.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  stays open
 
 
 def discard_output() -> None:

@@ -61,10 +61,22 @@ warn("lost")
             "memjax INFO <module> 100 % done\nmemjax WARNING <module> lost\n",
             "",
         ),
+        (
+            "import orbax.checkpoint; logging.basicConfig(); logging.getLogger('memjax').setLevel('INFO')",
+            "",
+            "INFO:memjax:100 % done\nWARNING:memjax:lost\n",
+        ),
         ("logging.getLogger('memjax').setLevel('WARNING'), log_to_console()", "", "lost\n"),
         ("logging.getLogger('memjax').addHandler(logging.NullHandler())", "", ""),
     ],
-    ids=["command", "library", "its own logging", "silenced command", "silenced library"],
+    ids=[
+        "command",
+        "library",
+        "its own logging",
+        "its own logging after Orbax",
+        "silenced command",
+        "silenced library",
+    ],
 )
 def test_lines_are_those_of_the_logger_and_commands_alone_show_them_plainly(setup, out, error) -> None:
     program = LIBRARY.format(setup=setup)

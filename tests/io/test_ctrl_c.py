@@ -187,3 +187,25 @@ def test_what_libraries_print_goes_into_no_file_where_there_is_no_output(tmp_pat
     )
     assert done.returncode > 2, "the file has the number of an output"
     assert (tmp_path / "opened").read_bytes() == b""
+
+
+STREAMS = """
+import sys
+from memjax.io.ctrl_c import run_command
+from memjax.training.interrupt import run_program
+
+def main():
+    print("a diagnostic", file=sys.stderr)
+    print(sys.stdin.isatty(), repr(sys.stdin.read()))
+
+RUN(main)
+"""
+
+
+@pytest.mark.parametrize("runs", ["run_command", "run_program"])
+def test_without_standard_error_nothing_of_it_goes_to_the_output_and_a_missing_input_is_empty(runs):
+    program = shlex.quote(STREAMS.replace("RUN", runs))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = ["sh", "-c", f"exec {sys.executable} -c {program} <&- 2>&-"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
+    assert done.stdout == "False ''\n"

@@ -169,7 +169,8 @@ def _prepare(
     if processes is None:
         # Text is about four times as long as its compressed form.
         size = sum(file.path.stat().st_size * (4 if file.compression else 1) for file in stream.files)
-        processes = min(len(os.sched_getaffinity(0)), size // _BYTES_PER_PROCESS)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        processes = min(cores, size // _BYTES_PER_PROCESS)
     say(
         f"preparing {corpus.path} ({len(stream.files)} file{'s' * (len(stream.files) > 1)}, "
         f"{stream.total_bytes / 1e6:,.1f} MB) into {folder.with_suffix('')}"

@@ -69,6 +69,14 @@ def test_progress_tells_records_tokens_and_speed(tmp_path, lines, capsys):
     assert re.search(rf"100%  70 records  {tokens:,} tokens  [0-9,]+ tokens/s  elapsed 0 s", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("count", [3, None])
+def test_systems_that_do_not_tell_a_process_its_cores_are_asked_for_all_of_them(tmp_path, lines, monkeypatch, count):
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.setattr("os.cpu_count", lambda: count)
+    prepare(corpus(lines), BYTES, tmp_path / "p")
+    assert len(PreparedReader(tmp_path / "p", BYTES)) == 70
+
+
 @pytest.mark.slow
 def test_several_processes_write_the_same_bytes(tmp_path, lines, monkeypatch):
     monkeypatch.setattr(prepare_module, "_BLOCK_BYTES", 100)
