@@ -1,4 +1,4 @@
-"""The language model evaluation harness (lm-eval) on a model of memjax, in this process."""
+"""Runs the language model evaluation harness (lm-eval) on a memjax model, in this process."""
 
 import difflib
 import importlib.metadata
@@ -29,15 +29,15 @@ _MOST_TOKENS = 256
 _RESAMPLES = 1000
 """Bootstrap samples for the standard error of metrics without a formula for it."""
 _FEWSHOT_SEED = 1234
-"""lm-eval's own, so that the examples are those of others."""
+"""lm-eval's default, so that the few-shot examples are the usual ones."""
 _KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams")
-"""And lm-eval's other names of `max_gen_toks`."""
+"""Supported generation settings; lm-eval's aliases of `max_gen_toks` are accepted too."""
 
 
 class HarnessModel(LM):
-    """Answers what lm-eval asks: `lm_eval.simple_evaluate(model=HarnessModel(model), tasks=[...])`.
+    """Adapts a model to lm-eval: `lm_eval.simple_evaluate(model=HarnessModel(model), tasks=[...])`.
 
-    Every text begins with the begin token, as in training.
+    Every text starts with the begin token, as in training.
     """
 
     def __init__(self, model: EvalModel):
@@ -45,19 +45,19 @@ class HarnessModel(LM):
         self.eval_model = model
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """The log-likelihood of each continuation after its context, and whether greedy decoding would write it."""
+        """The log-likelihood of each continuation given its context, and whether greedy decoding would produce it."""
         pairs: list[tuple[Any, ...]] = [one.args for one in requests]
         return [*self.eval_model.score([request(self.eval_model.tokenizer, *pair) for pair in pairs])]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts, in windows that have at most one token in common; 0 for an empty text."""
+        """The log-likelihood of whole texts, in windows that overlap by at most one token; 0 for an empty text."""
         tokenizer = self.eval_model.tokenizer
         texts = tokenizer.encode_batch([one.args[0] for one in requests])
         scores = self.eval_model.score([ScoreRequest([tokenizer.bos_id], text) for text in texts])
         return [one.log_likelihood for one in scores]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continues each context, up to one of the task's stop strings."""
+        """Continues each context until one of the task's stop strings."""
         asked: list[tuple[Any, ...]] = [one.args for one in requests]
         by_rule: dict[str, list[int]] = defaultdict(list)
         for number, (_, rule) in enumerate(asked):
@@ -81,22 +81,22 @@ def task_report(
     zero_tables: bool = True,
     keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Evaluates a model on tasks; lm-eval's results with versions and hashes of the tasks, as JSON values.
+    """Evaluates a model on tasks; returns lm-eval's results, with versions and hashes of the tasks, as JSON values.
 
-    `zeroed` has the results of the model without its tables, which it has lost for good then.
+    `zeroed` holds the results with the tables zeroed, which frees the model's own tables.
 
     Args:
         model: the model.
         tasks: their names.
-        folder: with tasks as YAML files, which then are the only ones known.
-        limit: the most documents of each task.
-        shots: solved documents in front of each one; None: as many as the task wants.
-        zero_tables: do them again with the tables zeroed, where there are any.
-        keep: receives every document with its answer, as JSON values.
+        folder: a folder of YAML task files; only these tasks are then known.
+        limit: at most this many documents per task.
+        shots: few-shot examples before each document; None: the task's own number.
+        zero_tables: measure again with the tables zeroed, if there are any.
+        keep: called with every document and its answer, as JSON values.
 
     Raises:
-        ConfigError: a task is not known.
-        DataError: a task cannot be loaded, or wants something that memjax does not have.
+        ConfigError: a task is unknown.
+        DataError: a task cannot be loaded, or needs something that memjax does not support.
     """
     measure = lambda model: _measure(model, tasks, folder, limit, shots)
     measured = measure(model)
@@ -118,27 +118,27 @@ def format_task_report(report: Mapping[str, Any]) -> str:
             error = results.get(f"{name}_stderr,{kind}")
             cells = [_shown(number) if isinstance(number, float | int) else "" for number in (value, error)]
             cells += [_shown(zeroed[task][metric])] if zeroed else []
-            shown = name if kind == "none" else f"{name} ({kind})"  # a task may measure the same of several filters
+            shown = name if kind == "none" else f"{name} ({kind})"  # a task may report a metric for several filters
             rows.append([task, str(report["n-shot"].get(task, "")), shown, *cells])
     return format_table(rows)
 
 
 def _shown(number: float | int) -> str:
-    """With four places; a perplexity of a model that knows nothing has more digits than anyone reads."""
+    """The number with four decimals, or, if very large (an untrained model's perplexity), four significant digits."""
     return f"{number:.4f}" if abs(number) < 1e6 else f"{number:.4g}"
 
 
 def load_tasks(tasks: Sequence[str], folder: str | None = None, *, section: str = "") -> TaskDict:
-    """Tasks as lm-eval's evaluator takes them.
+    """Loads tasks for lm-eval's evaluator.
 
     Args:
         tasks: their names, or patterns of names.
-        folder: with tasks as YAML files, which then are the only ones known.
-        section: of the settings that name them, with its dot, for messages.
+        folder: a folder of YAML task files; only these tasks are then known.
+        section: prefix of the settings' names in messages, with its dot.
 
     Raises:
         ConfigError: a task is unknown, or there is no such folder.
-        DataError: a task cannot be loaded, or wants something that memjax does not have.
+        DataError: a task cannot be loaded, or needs something that memjax does not support.
     """
     if folder is not None and not os.path.isdir(folder):
         raise ConfigError(f"{section}task_folder={folder} is not a folder; name one with YAML files of tasks")
@@ -152,7 +152,7 @@ def load_tasks(tasks: Sequence[str], folder: str | None = None, *, section: str 
             raise ConfigError(f"{section}tasks={task} is not known{hint}")
     try:
         loaded = manager.load(names)
-    except Exception as error:  # whatever a task's file or its data can do wrong
+    except Exception as error:  # a task's file or data can fail in any way
         raise DataError(
             f"--{section}tasks {','.join(tasks)}: cannot be loaded ({error}); correct the task's YAML file. Its "
             "data must be on this machine: name files there, or fetch them once with HF_HUB_OFFLINE=0"
@@ -176,7 +176,7 @@ def _measure(
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(_FEWSHOT_SEED)
     try:
-        # A pool of processes would fork this one, which a process with JAX's threads must not.
+        # lm-eval's process pool would fork this process, which is unsafe with JAX's threads.
         with mock.patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}):
             results = evaluator.evaluate(HarnessModel(model), loaded, limit=limit, bootstrap_iters=_RESAMPLES)
     except Exception as error:
@@ -186,24 +186,24 @@ def _measure(
             f"tasks={','.join(tasks)}: cannot be measured ({type(error).__name__}: {error}); correct the template, "
             "metric or Python code of the task that raises this"
         ) from error
-    # Only JSON values: configs hold functions.
+    # Configs of tasks hold functions, which become text.
     return json.loads(json.dumps(results, default=str))
 
 
 def _asked_the_model(error: Exception) -> bool:
-    """Whether an error of lm-eval's evaluator came from the model, and not from the code or data of a task."""
+    """Whether an error in lm-eval's evaluator came from the model rather than from a task's code or data."""
     modules = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return __name__ in modules[1:]  # the first is the caller of the evaluator
+    return __name__ in modules[1:]  # the first frame is the evaluator's caller
 
 
 def _writing(rule: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `write` that a task's generation settings mean, as lm-eval's own models read them.
+    """Converts a task's generation settings to arguments of `EvalModel.write`, with the meaning lm-eval gives them.
 
-    A temperature of 0, or a top_p of 0, takes the likeliest token; a top_k of 0 or -1 cuts nothing off; and no token
-    is written where max_gen_toks is 0. null is the default.
+    A temperature or top_p of 0 is greedy decoding, a top_k of 0 or -1 keeps all tokens, max_gen_toks=0 generates
+    nothing, and null is the default.
 
     Raises:
-        DataError: a setting that is not known, which to leave out would change the task, or one that cannot be met.
+        DataError: a setting is unknown, and ignoring it would change the task; or it is not supported.
     """
     try:
         given = normalize_gen_kwargs({name: value for name, value in rule.items() if value is not None}, _MOST_TOKENS)
@@ -232,7 +232,7 @@ def _sampling(given: Mapping[str, Any]) -> SamplingConfig:
         return SamplingConfig(repetition_penalty=penalty)
     top_k, top_p = int(given.get("top_k", 0)), float(given.get("top_p", 1.0))
     return SamplingConfig(
-        # transformers' own default, where the task does not say.
+        # The default of transformers, if the task sets none.
         temperature=0.0 if top_p == 0 else float(given.get("temperature", 1.0)),
         top_k=None if top_k in (0, -1) else top_k,
         top_p=1.0 if top_p == 0 else top_p,
@@ -241,7 +241,7 @@ def _sampling(given: Mapping[str, Any]) -> SamplingConfig:
 
 
 def _numbers(results: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The metrics, which are called NAME,FILTER."""
+    """The metrics; their keys are NAME,FILTER."""
     for metric, value in results.items():
         if "," in metric and "_stderr," not in metric and isinstance(value, float | int):
             yield metric, value

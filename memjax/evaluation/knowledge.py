@@ -1,9 +1,9 @@
 """Fact knowledge of a model in bits, in total and per parameter (arXiv:2404.05405).
 
-What there is to know about the generated people is known to the bit: each value is one of so many. A model that needs
-p nats to write the values after the person's name, where a stranger to the person needs log S0, knows at least
-log S0 - p of them. The paper counts the names as well; here names stand only in prompts, which are not learned, so they
-are given. The work city follows from the employer and counts nothing.
+The information in the facts about the generated people is known exactly, since each value is drawn from a known number
+of choices. A model that needs p nats for the values given the person's name, where a model that knows nothing about the
+person needs log S0, has learned at least log S0 - p nats. The paper also counts the names; here names occur only in
+prompts, which are not learned, so they are given. The work city follows from the employer and is not counted.
 """
 
 import math
@@ -30,10 +30,10 @@ CHOICES = {
     "major": len(biographies.MAJORS),
     "employer": len(biographies.EMPLOYERS),
 }
-"""Values that each attribute is drawn from, all equally likely and none the beginning of another."""
+"""Number of values of each attribute, all equally likely and none a prefix of another."""
 
 _RENDERINGS = 2
-"""Wordings that each fact is read in; their losses are averaged."""
+"""Wordings in which each fact is scored; their losses are averaged."""
 
 
 class _Statement(NamedTuple):
@@ -54,17 +54,17 @@ def knowledge_report(
 ) -> dict[str, Any]:
     """Fact knowledge of a model trained on biographies, as JSON values.
 
-    `bits` is a lower bound over all people of the config, `bits_to_know` the most it can be, `by_attribute` the same of
-    one person on average. Below zero, a model is worse than one that takes all values to be equally likely.
-    `bits_per_parameter` counts every parameter but the embedding rows for which the tokenizer has no token,
-    `bits_per_table_parameter` (None without memory layers) the tables alone.
+    `bits` is a lower bound for all people of the config together, `bits_to_know` its maximum, and `by_attribute` holds
+    both per person. Negative bits mean that the model is worse than a uniform guess. `bits_per_parameter` counts all
+    parameters except embedding rows for which the tokenizer has no token, `bits_per_table_parameter` (None without
+    memory layers) only the tables.
 
-    With limit_people, the mean of that many stands for all people. Under a mesh batch_size must be a multiple of its
-    devices.
+    With limit_people, that many people are measured and their mean stands for all. Under a mesh, batch_size must be a
+    multiple of its devices.
     """
     people = biographies.people(config.biographies)
     measured = people[:limit_people]
-    # In a biography the full stop belongs to the value, and any sentence may be the first.
+    # In a biography the full stop belongs to the value, and any sentence may come first.
     statements = _statements(measured, config.biographies.seed, "." if config.biographies.form == "biography" else "")
     nats: dict[str, list[float]] = defaultdict(list)
     for statement, loss in zip(statements, _losses(model, tokenizer, statements, batch_size), strict=True):
@@ -91,7 +91,7 @@ def knowledge_report(
 
 
 def format_knowledge_report(report: Mapping[str, Any]) -> str:
-    """The report as a screen of text."""
+    """The report as text for the terminal."""
     people, bits, to_know = report["people"], report["bits"], report["bits_to_know"]
     measured = "" if report["people_measured"] == people else f", measured on {report['people_measured']:,}"
     share = f" ({bits / to_know:.1%})" if bits >= 0 else ", worse than taking all values to be equally likely"
@@ -113,7 +113,7 @@ def format_knowledge_report(report: Mapping[str, Any]) -> str:
 
 
 def _statements(people: Sequence[Person], seed: int, end: str) -> list[_Statement]:
-    """Every fact that counts, in some wordings of its own."""
+    """Every counted fact, each in randomly drawn wordings."""
     rng, found = np.random.default_rng([seed, 3]), []
     for person in people:
         for attribute in CHOICES:

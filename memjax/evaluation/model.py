@@ -1,4 +1,4 @@
-"""A model with what its scores and answers depend on, for question sets and tasks of lm-eval."""
+"""A model with its evaluation settings, for question sets and lm-eval tasks."""
 
 import contextlib
 import dataclasses
@@ -20,25 +20,25 @@ class Written(NamedTuple):
 
     text: str
     is_cut: bool
-    """Whether the prompt's begin was left out."""
+    """Whether the prompt was truncated from the left."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvalModel:
-    """A model, and how it is asked."""
+    """A model with the tokenizer and settings with which it is evaluated."""
 
     model: Decoder
     tokenizer: Tokenizer
     max_length: int
-    """Tokens that the model sees at once."""
+    """Context length in tokens."""
     batch_size: int = 64
-    """Sequences at once; under a mesh a multiple of its devices. It changes no answer."""
+    """Sequences per batch; under a mesh, a multiple of its devices. Results do not depend on it."""
     progress_seconds: float = 10.0
-    """Seconds between two lines of progress."""
+    """Seconds between progress lines."""
 
     @classmethod
     def of(cls, run: LoadedModel, *, max_length: int | None = None, batch_size: int = 64) -> "EvalModel":
-        """The model of a run; max_length=None is the sequence length that it was trained with."""
+        """The model of a run; max_length=None is the sequence length it was trained with."""
         return cls(
             model=run.model,
             tokenizer=run.tokenizer,
@@ -48,7 +48,7 @@ class EvalModel:
         )
 
     def description(self) -> dict[str, Any]:
-        """Settings of the evaluation that results depend on, as JSON values."""
+        """The evaluation settings that results depend on, as JSON values."""
         return {
             "sequence_length": self.max_length,
             "dtype": resolve_dtype(self.model.config.dtype).name,
@@ -57,14 +57,14 @@ class EvalModel:
         }
 
     def zeroed(self) -> "EvalModel | None":
-        """The same with zeroed tables, which this one has lost for good then; None where it has no tables."""
+        """A copy with zeroed tables, or None without tables. Frees the tables of this model, which is then unusable."""
         if not self.model.config.lookups:
             return None
         return dataclasses.replace(self, model=zero_tables(self.model, donate=True))
 
     @contextlib.contextmanager
     def progress(self, text: str) -> Iterator[Show]:
-        """Shows how far a work is while the block runs."""
+        """Shows progress while the block runs; yields a function that takes the share done."""
         with Progress(1, self.progress_seconds) as progress:
             yield lambda share: progress.update(share, text)
 
@@ -76,14 +76,14 @@ class EvalModel:
     def write(
         self, prompts: Sequence[str], *, max_tokens: int, stop: Sequence[str], sampling: SamplingConfig, show: Show
     ) -> list[Written]:
-        """Continues each prompt, up to a stop string.
+        """Continues each prompt until a stop string.
 
-        Of prompts that leave no room for max_tokens the begin is left out, but half of max_length is always the
-        prompt's.
+        Prompts that leave no room for max_tokens are truncated from the left, but never to less than half of
+        max_length.
         """
         room = max(self.max_length - max_tokens, self.max_length // 2, 1)
         lengths = [1 + len(ids) for ids in self.tokenizer.encode_batch(prompts)]
-        # Prompts of one batch are alike in length then; the longest first, which takes the most memory.
+        # So that prompts of a batch have similar lengths; the longest, which take the most memory, come first.
         order = sorted(range(len(prompts)), key=lambda number: -lengths[number])
         texts = continue_texts(
             self.model,

@@ -1,4 +1,4 @@
-"""Keeps lm-eval and the libraries below it from the network."""
+"""Keeps lm-eval and its dependencies off the network."""
 
 import os
 
@@ -6,9 +6,9 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 
 def forbid_downloads() -> None:
-    """Makes libraries that are imported after this look for data on this machine only.
+    """Restricts libraries imported from now on to data on this machine.
 
-    They read environment variables when they are imported; those that the user has set stay.
+    They read environment variables at import; those that the user has set are kept.
     """
     for name, value in _OFFLINE.items():
         os.environ.setdefault(name, value)

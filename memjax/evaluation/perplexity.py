@@ -21,7 +21,7 @@ from memjax.models.loss import token_losses
 from memjax.models.token_ids import check_ids
 
 _TEXTS_AT_ONCE = 64
-"""Texts tokenised in one call, which a BPE spreads over the cores."""
+"""Texts tokenised per call; a BPE tokenizer spreads them over the cores."""
 _BATCHES_AT_ONCE = 16
 """Batches of windows that are sorted by length together."""
 
@@ -30,19 +30,19 @@ class TextScore(NamedTuple):
     """Likelihood of a text under a model."""
 
     bits_per_byte: float
-    """Bits the model needs for a byte of the UTF-8 text; comparable between tokenizers."""
+    """Bits per byte of UTF-8 text; comparable across tokenizers."""
     loss_per_token: float
     """Nats per token."""
     bytes: int
-    """Length of the text as UTF-8, as far as its tokens hold it: what a tokenizer drops is not predicted either."""
+    """UTF-8 bytes that the tokens represent; what a tokenizer drops is neither predicted nor counted."""
     tokens: int
-    """Tokens predicted: all of the text, none of the special ones."""
+    """Tokens predicted: all of the text's, no special ones."""
 
 
 def validation_loss(model: Decoder, batches: Iterable[Batch], *, place: Place = to_device) -> float:
-    """Mean nats per learned token; NaN where no token is learned.
+    """Mean nats per learned token; NaN if no token is learned.
 
-    Compiled once for each shape of batch and kind of model, however often it is called. The model's arrays may be split
+    Compiled once per batch shape and model structure, however often it is called. The model's arrays may be sharded
     over an ambient mesh.
 
     Raises:
@@ -55,7 +55,7 @@ def validation_loss(model: Decoder, batches: Iterable[Batch], *, place: Place = 
             check_ids(batch[name], model.config.vocab_size, f"the {name} of a batch")
         sums.append(_batch_loss(graphdef, state, place(batch)))
         if len(sums) > 1:
-            # One batch computes while the next is made; more would be memory, and time in which nothing can stop it.
+            # One batch computes while the next is prepared; more in flight would use memory and delay interrupts.
             jax.block_until_ready(sums[-2])
     losses, counts = np.asarray(jax.device_get(sums), np.float64).reshape(-1, 2).sum(axis=0)
     return float(losses / counts) if counts else math.nan
@@ -71,24 +71,24 @@ def bits_per_byte(
     stride: int | None = None,
     max_bytes: int | None = None,
 ) -> TextScore:
-    """The model's code length of documents, each predicted from a begin token on; every token counts exactly once.
+    """The model's code length for documents, each predicted after a begin token; every token counts exactly once.
 
-    Documents longer than a window are read through windows that begin `stride` tokens apart; a window counts only the
-    tokens that no window before it counted, so these have at least sequence_length - stride tokens of context.
+    Documents longer than a window are read in windows that start `stride` tokens apart. Each window counts only the
+    tokens that no earlier one counted, so these have at least sequence_length - stride tokens of context.
 
     Args:
         model: the model.
         tokenizer: the one it was trained with.
-        texts: the documents; those without a character count nothing.
-        sequence_length: tokens in a window.
-        batch_size: windows computed at once; under a mesh a multiple of its devices.
-        stride: tokens from one window's begin to the next one's; None is half a window, sequence_length is the fastest
-            and gives the first tokens of a window no context.
-        max_bytes: ends after that many bytes of text, cut between characters; None reads all.
+        texts: the documents; empty ones are skipped.
+        sequence_length: tokens per window.
+        batch_size: windows per batch; under a mesh, a multiple of its devices.
+        stride: tokens between the starts of two windows; None is half a window. sequence_length is fastest, but gives
+            the first tokens of a window no context.
+        max_bytes: stops after this many bytes of text, cut between characters; None reads all.
 
     Raises:
-        ValueError: there is no text, a number is not a positive whole one, or stride is not in 1..sequence_length.
-        TypeError: a document is no text.
+        ValueError: there is no text, a number is not a positive integer, or stride is not in 1..sequence_length.
+        TypeError: a document is not a str.
     """
     limits = {} if max_bytes is None else {"max_bytes": max_bytes}
     checks.refuse(checks.counts(sequence_length=sequence_length, batch_size=batch_size, **limits))
@@ -119,7 +119,7 @@ def bits_per_byte(
 
 
 def _limit(texts: Iterable[str], max_bytes: int | None) -> Iterator[str]:
-    """The texts that are not empty, up to a number of bytes; the last may be cut, between two characters."""
+    """The non-empty texts, up to max_bytes in total; the last may be cut between two characters."""
     left = math.inf if max_bytes is None else max_bytes
     for text in texts:
         if not isinstance(text, str):
@@ -135,7 +135,7 @@ def _limit(texts: Iterable[str], max_bytes: int | None) -> Iterator[str]:
 
 
 def _windows(ids: list[int], sequence_length: int, stride: int) -> Iterator[ScoreRequest]:
-    """Windows that begin stride tokens apart; the continuation of each is what no window before it has predicted."""
+    """Windows that start stride tokens apart; the continuation of each is what no earlier window has predicted."""
     counted = 1
     for start in range(0, len(ids) - 1, stride):
         if counted == len(ids):
@@ -149,6 +149,6 @@ def _windows(ids: list[int], sequence_length: int, stride: int) -> Iterator[Scor
 def _batch_loss(graphdef: Any, state: nnx.State, batch: dict[str, Array]) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The summed loss of the target tokens, and their number."""
     model = nnx.merge(graphdef, state)
-    # Without segments a padded end is harmless: tokens see only what comes before them.
+    # Without segments, padding at the end is harmless, because attention is causal.
     hidden = model.hidden(batch["tokens"], batch.get("positions"), batch.get("segments")).states
     return jnp.sum(token_losses(model, hidden, batch["targets"]) * batch["loss_mask"]), batch["loss_mask"].sum()

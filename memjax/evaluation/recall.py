@@ -31,9 +31,9 @@ class Recall(NamedTuple):
 
     correct: Bool[np.ndarray, " questions"]
     accuracy: float
-    """Share of all questions."""
+    """Share of the questions answered correctly."""
     by_attribute: dict[str, float]
-    """Share of the questions about each attribute."""
+    """The same for the questions about each attribute."""
 
 
 def recall(
@@ -46,11 +46,11 @@ def recall(
 ) -> Recall:
     """Exact match of greedy answers, end of text included.
 
-    Every answer is checked in one forward pass: each token of the true answer, and the end after it, must be the
-    likeliest after what precedes it. Greedy decoding writes the true answer exactly when this holds, because up to its
-    first difference from the true answer it sees the same tokens.
+    Each answer is checked in one forward pass: every token of the true answer, and the end token after it, must be the
+    likeliest given what precedes it. This holds exactly when greedy decoding would produce the true answer, because
+    both see the same tokens up to the first difference.
 
-    Under a mesh batch_size must be a multiple of its devices.
+    Under a mesh, batch_size must be a multiple of its devices.
 
     Raises:
         ValueError: there are no questions.
@@ -67,9 +67,7 @@ def recall(
 
 
 def answer_requests(tokenizer: Tokenizer, asked: Sequence[tuple[str, str]], *, end: bool = True) -> list[ScoreRequest]:
-    """Requests to score answers to prompts, each encoded separately as in training; with `end`, the end of the text is
-    scored, too.
-    """
+    """Requests to score answers given prompts, encoded separately as in training; `end` scores the end token too."""
     prompts = tokenizer.encode_batch([prompt for prompt, _ in asked])
     answers = tokenizer.encode_batch([answer for _, answer in asked])
     last = [tokenizer.eos_id] if end else []
@@ -80,7 +78,7 @@ def answer_requests(tokenizer: Tokenizer, asked: Sequence[tuple[str, str]], *, e
 
 
 def majority_guess(train_questions: Sequence[Question], questions: Sequence[Question]) -> float:
-    """Accuracy on `questions` of always giving the attribute's commonest answer among `train_questions`."""
+    """Accuracy on `questions` of always giving the attribute's most common answer in `train_questions`."""
     seen: dict[str, Counter[str]] = defaultdict(Counter)
     for question in train_questions:
         seen[question.attribute][question.answer] += 1
@@ -92,8 +90,7 @@ def majority_guess(train_questions: Sequence[Question], questions: Sequence[Ques
 def zero_tables(model: Decoder, *, donate: bool = False) -> Decoder:
     """The model with all its tables zeroed, so that only its dense parameters can know anything.
 
-    With `donate` the model's own tables are freed first: no more memory is needed, but the model cannot be used any
-    more.
+    With `donate`, the model's own tables are freed first: this needs no extra memory, but the model is then unusable.
     """
     parts, params, tables = split_decoder(model)
     zeroed = {}
@@ -121,19 +118,19 @@ def fact_report(
 ) -> dict[str, Any]:
     """The recall test of a run on biographies, as JSON values.
 
-    `asked` and `held_out` (left out when they have no people) each hold `questions`, `accuracy`, `by_attribute`,
+    `asked` and `held_out` (omitted if they have no people) each hold `questions`, `accuracy`, `by_attribute`,
     `majority_guess` and `samples`; with memory layers also `zeroed_accuracy` and `zeroed_by_attribute`.
 
     Args:
         model: the model.
         tokenizer: the one it was trained with.
         config: the run's data.
-        limit_people: the most people to ask about, of each kind; None for all.
-        batch_size: questions at once; under a mesh a multiple of its devices.
+        limit_people: at most this many people of each kind; None for all.
+        batch_size: questions per batch; under a mesh, a multiple of its devices.
         place: puts a batch on the devices.
-        zeroed: ask the model with its tables zeroed too.
-        donate: zero the tables in place, after which the model cannot be used any more; otherwise the zeroed tables
-            need as much memory as the tables.
+        zeroed: ask again with the model's tables zeroed.
+        donate: zero the tables in place, after which the model is unusable; otherwise the zeroed tables need as much
+            memory again.
     """
     asked = biographies.questions(config.biographies, asked=True)
     groups = {
@@ -148,7 +145,7 @@ def fact_report(
             "questions": len(questions),
             "accuracy": found.accuracy,
             "by_attribute": found.by_attribute,
-            # Without questions in training, the baseline is computed from the held-out ones themselves.
+            # If training asked no questions, the baseline comes from the held-out ones themselves.
             "majority_guess": majority_guess(asked or questions, questions),
             "samples": [_sample(model, tokenizer, question) for question in _spread(questions)],
         }
@@ -162,7 +159,7 @@ def fact_report(
 
 
 def format_fact_report(report: Mapping[str, Any]) -> str:
-    """The report as a screen of text."""
+    """The report as text for the terminal."""
     titles = {"asked": "asked in training", "held_out": "seen, not asked"}
     groups = {titles[name]: group for name, group in report.items() if name in titles}
     lines = ["Recall of facts: exact answers to questions", "", _row("", groups)]
@@ -192,7 +189,7 @@ def _row(label: str, cells: Any) -> str:
 
 
 def _spread(questions: Sequence[Question]) -> list[Question]:
-    """A few questions, about different people and attributes where there are enough."""
+    """A few questions, about different people and attributes if there are enough."""
     per_person = len(biographies.attribute_names)
     count = min(_SAMPLES, len(questions) // per_person)
     step = len(questions) // per_person // max(1, count)

@@ -14,13 +14,13 @@ _USED_BY = dict.fromkeys(_OF_QUESTIONS, ("questions",)) | {
     "shots": ("questions", "tasks"),
     "task_folder": ("tasks",),
 }
-"""Settings that mean nothing without one of others."""
+"""Settings that have an effect only together with one of the settings listed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(InferenceSettings):
-    """What to measure: a text, question sets or tasks of lm-eval. By default, a run on biographies is asked for its
-    facts, and other runs read their validation data.
+    """What to measure: a text, question sets or lm-eval tasks. By default, a run on biographies is asked about its
+    facts, and other runs are scored on their validation data.
     """
 
     text: PathOrAddress[str] | None = None
@@ -32,19 +32,19 @@ class EvaluateConfig(InferenceSettings):
     sequence_length: Positive[int] | None = None
     """Tokens per sequence; null: as in the run."""
     stride: Positive[int] | None = None
-    """Tokens from one window on a long document to the next; null: half a window, so that all tokens have context."""
+    """Tokens between window starts in a long document; null: half a window, so that all tokens have context."""
     people: Positive[int] | None = None
-    """Most people to ask about, both of those asked about in training and of the others; null: all."""
+    """Most people to ask about, separately for those asked about in training and for the others; null: all."""
     questions: LocalPath[tuple[str, ...]] = ()
     """Question sets: .jsonl files (also with .gz, .xz, .zst or .bz2), folders of them, or globs. The fields determine
     the kind: question and answers; context and qas; or those of HumanEval and MBPP. For multiple choice, see tasks."""
     limit: Positive[int] | None = None
-    """Most questions per set, spread evenly over it, or per task, the first ones; null: all."""
+    """Most questions per set (spread evenly over it) or per task (the first ones); null: all."""
     shots: NotNegative[int] | None = None
     """Solved examples before each question; null: none for question sets, and each task's own number."""
     examples: LocalPath[tuple[str, ...]] = ()
     """Files with the examples, named like the sets apart from `_train`, `_dev` and the like. Without them, examples
-    come from the set itself, and never include the question."""
+    come from the set itself, and never include the question asked."""
     max_tokens: Positive[int] | None = None
     """Most tokens to generate; null: 32 for an answer, 384 for a program."""
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
@@ -52,15 +52,15 @@ class EvaluateConfig(InferenceSettings):
     samples: Positive[int] = 1
     """Programs to generate per problem, for pass@10 and pass@100."""
     run_programs: bool = False
-    """Run the generated programs, in processes with limits, to see whether they are correct. What shields files and the
-    network from them depends on the machine, and what is missing is printed. Use a machine where nothing can be
-    lost."""
+    """Run the generated programs, in processes with resource limits, to test whether they are correct. How well files
+    and the network are protected depends on the machine; missing protection is printed. Use a machine where nothing can
+    be lost."""
     program_seconds: Positive[int] = 5
-    """CPU seconds per program; it may take three times as long by the clock."""
+    """CPU seconds per program; its elapsed time may be three times as long."""
     tasks: tuple[str, ...] = ()
-    """Tasks of lm-eval (pip install lm-eval). Their data must be on this machine, because no network is used."""
+    """Tasks of lm-eval (pip install lm-eval). Their data must be on this machine, because the network is not used."""
     task_folder: LocalPath[str] | None = None
-    """Folder with your own tasks as YAML files; only these are then known. Such files can name Python code to run."""
+    """Folder with your own tasks as YAML files, which replace the built-in ones. Such files can run Python code."""
     batch_size: Positive[int] = 64
     """Sequences per batch."""
     zero_tables: bool = True

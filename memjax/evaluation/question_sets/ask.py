@@ -18,7 +18,7 @@ class Graded(NamedTuple):
     metrics: dict[str, float]
     """Each 0 to 1; the same names for all questions of a kind."""
     is_cut: bool
-    """Whether the prompt did not fit, so that its begin was left out."""
+    """Whether the prompt did not fit and was truncated from the left."""
 
 
 def ask_open(
@@ -30,7 +30,10 @@ def ask_open(
     sampling: SamplingConfig,
     show: Show,
 ) -> list[Graded]:
-    """Answers up to the end of the line, by exact match and F1; `before` has the text in front of each prompt."""
+    """Asks questions and grades the first line of each answer by exact match and F1.
+
+    `before` holds the text before each prompt.
+    """
     prompts = [text + question.prompt for text, question in zip(before, questions, strict=True)]
     written = model.write(prompts, max_tokens=max_tokens, stop=("\n",), sampling=sampling, show=show)
     measures = {"exact_match": metrics_module.exact_match, "f1": metrics_module.f1}

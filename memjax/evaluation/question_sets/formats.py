@@ -1,6 +1,6 @@
-"""Sets of questions in files of JSON lines: what is asked in them, and how it is put to a language model.
+"""Question sets in files of JSON lines, and the prompts that ask them.
 
-What lm-eval's tasks lack: closed-book answers by relation from files as they are published, and programs in a sandbox.
+These add to lm-eval's tasks: closed-book answers by relation, from files as published, and programs in a sandbox.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from memjax.io.documents import listed
 
 _SPLITS = ("train", "validation", "val", "dev", "test")
 _MBPP_PARTS = {"prompt": 10, "test": 510, "validation": 600, "train": sys.maxsize}
-"""The parts that MBPP was published in, with the number of the last task of each."""
+"""The parts in which MBPP was published, with the number of each part's last task."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,7 @@ class OpenQuestion(Question):
 
     kind: ClassVar = "open"
     answers: tuple[str, ...]
-    """All that are right."""
+    """All accepted answers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,13 +54,13 @@ class Problem(Question):
 
     kind: ClassVar = "program"
     beginning: str
-    """Code in front of the model's text."""
+    """Code before the model's text."""
     tests: str
-    """Code after it: fails unless the function is right."""
+    """Code after it; it fails unless the function is correct."""
     functions: tuple[str, ...]
-    """Names of what to write."""
+    """Names of the functions to write."""
     stop: tuple[str, ...]
-    """Strings that the function cannot hold, with which a model begins something else."""
+    """Strings that cannot occur in the function and show that the model has moved on to something else."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,21 +72,21 @@ class QuestionSet:
 
     @property
     def name(self) -> str:
-        """Name of the file, with that of its folder where the file is only called `dev` or the like."""
+        """Name of the file, prefixed by its folder's if the file is just called `dev` or the like."""
         name = self.path.name.partition(".")[0]
         return f"{self.path.resolve().parent.name}_{name}" if name in _SPLITS else name
 
     @property
     def family(self) -> str:
-        """The name without what says which part of the questions it is."""
+        """The name without the suffix of its split, such as `_dev`."""
         return re.sub(f"_({'|'.join(_SPLITS)})$", "", self.name)
 
 
 def read_question_sets(paths: Sequence[str], *, field: str) -> list[QuestionSet]:
-    """The sets of some files, folders and globs; in folders, files with anything else are left out.
+    """Reads the question sets in files, folders and globs; other files in folders are skipped.
 
     Raises:
-        DataError: a file cannot be read, holds something else than questions, or there is none.
+        DataError: there is no question set, or a file cannot be read or holds something other than questions.
     """
     found = []
     for path in paths:
@@ -146,8 +146,8 @@ class _HumanEvalRow(_Row):
     test: str
 
     def questions(self) -> Iterable[Question]:
-        """The begin of a function, which its body is to follow."""
-        # Tests call what stands in front of it, too, and not what a program makes of that.
+        """The signature and docstring of a function, whose body the model writes."""
+        # Tests may call the code before the function too: the original, not what the program makes of it.
         helpers = self.prompt.rpartition(f"\ndef {self.entry_point}(")[0]
         yield Problem(
             text=self.task_id,
@@ -168,7 +168,7 @@ class _MbppRow(_Row):
     test_setup_code: str = ""
 
     def questions(self) -> Iterable[Question]:
-        """A docstring with the task and what must hold, which the function is to follow."""
+        """A docstring with the task and its assertions, after which the model writes the function."""
         tests = "\n".join(self.test_list)
         prompt = f'"""\n{self.text}\n{tests}\n"""\n'
         yield Problem(
@@ -184,7 +184,7 @@ class _MbppRow(_Row):
 
 
 _LAYOUTS: tuple[type[_Row], ...] = (_OpenRow, _ParagraphRow, _HumanEvalRow, _MbppRow)
-"""A line has the first layout all of whose required fields it has."""
+"""A line has the first layout whose required fields it all has."""
 
 
 def _open_question(text: str, answers: tuple[str, ...], *, group: str | None = None) -> OpenQuestion:
@@ -201,10 +201,10 @@ def _known() -> str:
 
 
 def _layout(file: DataFile, *, must_fit: bool) -> type[_Row] | None:
-    """The layout of a file's lines, by its first one; None if it holds something else.
+    """The layout of a file's lines, judged by the first; None if it holds something else.
 
     Raises:
-        DataError: it is something else, and must not be.
+        DataError: it holds something else although `must_fit` is set.
     """
     number, payload = next(iter(Stream(file, Keys())))
     try:
@@ -226,7 +226,7 @@ def _questions(file: DataFile, layout: type[_Row]) -> Iterator[Question]:
         try:
             if not isinstance(payload, bytes):
                 raise DataError(f"{file.path}:{number}: {payload}")
-            # JSON is what pydantic reads strictly and yet turns lists into tuples from.
+            # Validated from JSON, because only then does pydantic's strict mode accept lists for tuples.
             yield from layout.model_validate_json(payload).questions()
         except pydantic.ValidationError as error:
             raise DataError(f"{file.path}:{number}: {listed(error)}") from error

@@ -1,7 +1,7 @@
-"""The two processes of `sandbox` after their confinement: one runs a program, the other its tests.
+"""The two processes of `sandbox` once confined: one runs a program, the other its tests.
 
-The program defines its names and then serves them. The tests call them over pipes (`program_wire`), and only their
-process gives the verdict; the program holds neither the tests nor anything that proves a pass.
+The program defines its names and then serves them. The tests call them over pipes (`program_wire`), and only the tests'
+process gives the verdict; the program has neither the tests nor any way to claim a pass.
 """
 
 import ast
@@ -24,11 +24,11 @@ _LIBRARIES = {
     *sys.stdlib_module_names, *_ALIASES,
     "jax", "matplotlib", "networkx", "numpy", "pandas", "pytest", "scipy", "sklearn", "sympy", "torch",
 }  # fmt: skip
-"""Modules that the judge imports where tests take attributes of names that they do not bind."""
+"""Modules that the judge imports if tests use attributes of such names without binding them."""
 
 
 def run_program(program: str, channel: Channel) -> NoReturn:
-    """Runs a program, serves its names to its tests, and ends this process."""
+    """Runs a program, serves its names to its tests, and exits this process."""
     leave, write, describe = os._exit, os.write, traceback.format_exception_only
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
@@ -50,15 +50,15 @@ def run_program(program: str, channel: Channel) -> NoReturn:
 
 
 def judge(tests: str, channel: Channel, functions: Collection[str] = ()) -> dict[str, Any]:
-    """The verdict: whether the tests ran to their last line, why not, and whether that is because the program is gone.
+    """Returns whether the tests ran to their last line, if not why, and whether that is because the program is gone.
 
-    With empty tests, the program itself says that it ran to its last line. Of builtins, the tests get only these
-    functions from the program.
+    With empty tests, the program itself reports that it ran to its last line. Names of builtins are the program's only
+    if they are in `functions`.
     """
     peer = Peer(channel, may=_may)
     reason = ""
     try:
-        # Answered once the program has run.
+        # Answered only once the program has run.
         peer.ask("len", peer.proxy(0))
         parsed = ast.parse(tests, "tests.py")
         exec(compile(parsed, "tests.py", "exec"), _Names(peer, _libraries(parsed), _free_names(parsed) | {*functions}))
@@ -71,19 +71,19 @@ def judge(tests: str, channel: Channel, functions: Collection[str] = ()) -> dict
         with contextlib.suppress(BaseException):
             reason = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
     if peer.failure is not None:
-        # Also where the tests have caught it.
+        # Even if the tests caught the error.
         return {"passed": False, "reason": peer.failure[:_REASON_LETTERS], "gone": peer.failure == ""}
     return {"passed": not reason, "reason": reason[:_REASON_LETTERS], "gone": False}
 
 
 def _libraries(tests: ast.Module) -> set[str]:
-    """Names of libraries that tests take attributes of."""
+    """Names of libraries whose attributes the tests use."""
     attributes = [node for node in ast.walk(tests) if isinstance(node, ast.Attribute)]
     return {node.value.id for node in attributes if isinstance(node.value, ast.Name)} & _LIBRARIES
 
 
 def _free_names(tests: ast.Module) -> set[str]:
-    """Names in tests that are the program's where the tests do not bind them: neither Python's nor a library's."""
+    """Names in tests that are neither Python's nor a library's: the program's, unless the tests bind them."""
     names = {node.id for node in ast.walk(tests) if isinstance(node, ast.Name)}
     return names - vars(builtins).keys() - _libraries(tests)
 
@@ -94,7 +94,7 @@ class _Names(dict[str, Any]):
     def __init__(self, peer: Peer, libraries: set[str], of_program: set[str]) -> None:
         super().__init__(__name__="__main__", __builtins__=builtins)
         self._peer, self._libraries, self._of_program = peer, libraries - of_program, of_program
-        # The bodies of classes look names up without __missing__.
+        # Class bodies look up names without calling __missing__.
         for name in sorted(of_program):
             with contextlib.suppress(Exception):
                 self[name]
@@ -107,7 +107,7 @@ class _Names(dict[str, Any]):
         try:
             value = self._peer.ask("getitem", self._peer.proxy(0), name)
         except KeyError:
-            # Not KeyError: a builtin would stand in for the function under test.
+            # After a KeyError, Python would use a builtin in place of the function under test.
             raise NameError(f"name {name!r} is not defined") from None
         if isinstance(value, Proxy | type):
             self[name] = value
@@ -115,7 +115,7 @@ class _Names(dict[str, Any]):
 
 
 def _may(operation: str, target: Any, arguments: Sequence[Any]) -> bool:
-    """What a program may do with an object of its tests: call it, step through it, and use the classes of tests."""
+    """Whether a program may do this with an object of its tests: call, iterate, or use the tests' own classes."""
     if operation in ("call", "bool", "hash", "eq", "ne"):
         return True
     if operation in ("iter", "next"):
@@ -124,7 +124,7 @@ def _may(operation: str, target: Any, arguments: Sequence[Any]) -> bool:
         return False
     if operation in ("getattr", "setattr", "delattr"):
         name = arguments[0]
-        # Neither what leads to the globals of a function, nor another method in place of one of the tests.
+        # It must not reach the globals of a function, or replace a method of the tests.
         hidden = type(name) is not str or name.startswith("_")
         return not hidden and (operation == "getattr" or not callable(getattr(type(target), name, None)))
     return operation not in ("isinstance", "issubclass")

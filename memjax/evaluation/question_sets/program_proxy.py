@@ -1,4 +1,4 @@
-"""Stands in one process for an object that lives in the other: every operation is a request."""
+"""A proxy in one process for an object in the other; every operation on it is a request."""
 
 import operator
 from collections.abc import Callable
@@ -10,8 +10,8 @@ _VISIBLE_DUNDERS = ("__name__", "__qualname__", "__doc__", "__dict__")
 class Proxy:
     """An object of the other process, which never equals data of this one, whatever it claims.
 
-    Nor can it be ordered against data, added to it or made a number: a request would carry the value that tests expect,
-    and the answer could be another each time. Between two proxies the other process compares and computes.
+    Nor can it be ordered against data, added to it or converted to a number: such a request would reveal the value that
+    the tests expect, and the answer could differ each time. Operations between two proxies run in the other process.
     """
 
     __slots__ = ("_proxy_ask", "_proxy_number")
@@ -21,11 +21,11 @@ class Proxy:
         object.__setattr__(self, "_proxy_number", number)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        """Calls it there."""
+        """Calls the object in its process."""
         return self._proxy_ask("call", self, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        # A library that was given __array_interface__, __fspath__ and the like would believe the other process.
+        # A library that reads __array_interface__, __fspath__ and the like would trust what the other process says.
         if name.startswith("__") and name.endswith("__") and name not in _VISIBLE_DUNDERS:
             raise AttributeError(name)
         return self._proxy_ask("getattr", self, name)
@@ -46,7 +46,7 @@ class Proxy:
         return isinstance(kind, Proxy) and self._proxy_ask("issubclass", kind, self) is True
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        # What it answers would have Python drop the error of an assertion.
+        # Its answer is ignored: a true value would suppress the error of an assertion.
         self._proxy_ask("exit", self, kind)
 
 
@@ -59,8 +59,8 @@ _UNARY: dict[str, Callable[..., Any]] = {
 }
 """Operations on one object, with keys or options.
 
-Without conversions to numbers, which could give another answer each time, and `contains`, which would carry what tests
-expect.
+Conversions to numbers are missing because their answers could differ each time, `contains` because it would reveal what
+the tests expect.
 """
 _BINARY: dict[str, Callable[..., Any]] = {
     name: getattr(operator, f"__{name}__") for name in (
@@ -75,7 +75,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "call": lambda value, /, *args, **kwargs: value(*args, **kwargs),
     "exit": lambda value, kind: type(value).__exit__(value, kind, None, None),
 }
-"""What is done in the process of the object, by the names of the requests."""
+"""The operations done in the object's process, by the name of the request."""
 
 
 def _unary(name: str) -> Callable[..., Any]:

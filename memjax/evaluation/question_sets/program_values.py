@@ -1,4 +1,4 @@
-"""The types whose values cross between a program and its tests, and how each is taken apart and put together."""
+"""The types whose values cross between a program and its tests, and how each is encoded and decoded."""
 
 import builtins
 import collections
@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 
 
 class Codec(NamedTuple):
-    """How a value becomes parts, which are encoded in turn, and parts a value."""
+    """Splits a value into parts, which are encoded in turn, and makes a value of parts."""
 
     parts: Callable[[Any], Iterable[Any]]
     make: Callable[[Any, list[Any]], Any] = lambda kind, parts: kind(*parts)
     """Makes a value of the type from its parts."""
     fill: Callable[[Any, list[Any]], object] | None = None
-    """Only of mutable containers: replaces the contents."""
+    """Replaces the contents; only for mutable containers."""
     empty: Callable[[Any, list[Any]], Any] = lambda kind, _: kind()
-    """Makes a mutable container to fill, which the parts may hold: they are not decoded yet."""
+    """Makes a mutable container to fill later; the parts are not decoded yet, because they may refer to it."""
 
 
 def _items(value: Any) -> Iterator[Any]:
@@ -58,7 +58,7 @@ _moment = Codec(
     lambda kind, parts: kind.fromisoformat(parts[0]).replace(fold=parts[1]),
 )
 
-# The parts are those of the builtin, so that a subclass cannot send others than it holds.
+# Parts are taken with the builtin's own methods, so that a subclass cannot send anything but its contents.
 CODECS = {
     "builtins.int": Codec(lambda value: (hex(int.__int__(value)),), lambda kind, parts: kind(*parts, 16)),
     "builtins.float": Codec(lambda value: (float.__float__(value),)),
@@ -100,7 +100,7 @@ CODECS = {
 _NAMELESS = {f"builtins.{kind.__name__}": kind for kind in map(type, ({}.keys(), {}.items()))} | {
     "collections.namedtuple": tuple
 }
-"""Types that no module holds under their names."""
+"""Types that cannot be found in a module by their names."""
 TYPES = {*CODECS, "builtins.bool", "builtins.object"} | {
     f"builtins.{name}"
     for name, value in vars(builtins).items()
@@ -110,15 +110,15 @@ TYPES = {*CODECS, "builtins.bool", "builtins.object"} | {
 
 
 def name_of(kind: type) -> str:
-    """The module and the name of a type."""
+    """The module and name of a type."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def type_of(name: Any) -> Any:
-    """One of `TYPES`.
+    """The type of this name, which must be in `TYPES`.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: it is not.
     """
     if name not in TYPES:
         raise ValueError(f"not a known type: {str(name)[:80]!r}")
@@ -130,14 +130,14 @@ def type_of(name: Any) -> Any:
 
 @functools.cache
 def codec_name(kind: type) -> str | None:
-    """The type with a codec that a type is or extends."""
+    """The name of the type with a codec that a type is or extends; None without one."""
     if issubclass(kind, tuple) and hasattr(kind, "_fields"):
         return "collections.namedtuple"
     return next((name for name in map(name_of, kind.__mro__) if name in CODECS), None)
 
 
 class Cells:
-    """The mutable containers of a request, to which its answer refers too."""
+    """The mutable containers of a request and its answer."""
 
     def __init__(self) -> None:
         self.objects: list[Any] = []
@@ -145,31 +145,31 @@ class Cells:
         self._before: list[list[Any]] = []
 
     def index(self, value: object) -> int:
-        """That of a container, which is added if it is new."""
+        """The index of a container, which is added if it is new."""
         if id(value) not in self._indices:
             self._indices[id(value)] = len(self.objects)
             self.objects.append(value)
         return self._indices[id(value)]
 
     def parts(self, index: int) -> tuple[str, list[Any]]:
-        """The type of a container, by its name, and what it holds."""
+        """The name of a container's type, and its contents."""
         name = codec_name(type(self.objects[index]))
         assert name is not None
         return name, list(CODECS[name].parts(self.objects[index]))
 
     def remember(self) -> None:
-        """From now on, a container has changed if it does not hold the same objects."""
+        """Remembers the contents of all containers, with which `has_changed` compares."""
         self._before = [self.parts(index)[1] for index in range(len(self.objects))]
 
     def has_changed(self, index: int) -> bool:
-        """Whether its contents must be sent: it is new, or holds other objects than it did."""
+        """Whether a container's contents must be sent: it is new, or no longer holds the same objects."""
         if index >= len(self._before):
             return True
         before, (_, now) = self._before[index], self.parts(index)
         return len(before) != len(now) or not all(map(_same, before, now))
 
     def forget_new(self) -> None:
-        """Removes the containers that have come since `remember`."""
+        """Removes the containers added since `remember`."""
         for value in self.objects[len(self._before) :]:
             del self._indices[id(value)]
         del self.objects[len(self._before) :]
@@ -180,10 +180,10 @@ def _same(first: object, second: object) -> bool:
 
 
 def item_of(objects: list[Any], index: Any) -> Any:
-    """The object with an index that the other process has sent.
+    """The object at an index that the other process sent.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such object.
     """
     if type(index) is not int or not 0 <= index < len(objects):
         raise ValueError("no such object")

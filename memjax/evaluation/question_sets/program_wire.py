@@ -1,14 +1,14 @@
 """Requests and answers between a program and its tests, which run in two processes joined by two pipes.
 
-A message is a frame of JSON of bounded length, in which all values but None, bool, float, str and small int are lists
-that begin with a tag. An instance of a subclass is sent as the builtin that it extends, without its methods. What is
-not data is sent as a number, under which its process keeps it: the other one gets a `Proxy`, whose operations are
-requests.
+A message is a JSON frame of bounded length, in which all values except None, bool, float, str and small int are lists
+that start with a tag. An instance of a subclass is sent as the builtin that it extends, without its methods. An object
+that is not data is sent as a number under which its process keeps it; the other process gets a `Proxy`, whose
+operations are requests.
 
 Mutable containers are cells, to which values refer by index, so that aliases and cycles survive within a request and
-its answer, which brings the new contents of those arguments that changed. All else is a copy.
+its answer; the answer returns the new contents of arguments that changed. Everything else is copied.
 
-A message can only become data, a proxy, or the end of the conversation, so the tests need not trust who sent it.
+A message can only become data, a proxy, or the end of the conversation, so the tests need not trust its sender.
 """
 
 import contextlib
@@ -35,11 +35,11 @@ _PLAIN = {type(None), bool, float, str}
 
 
 class Lost(BaseException):
-    """The other process is gone, or sends no proper messages; not an Exception, so that tests do not catch it."""
+    """The other process is gone or sends malformed messages; not an Exception, so that tests do not catch it."""
 
 
 class Channel:
-    """Two pipes, for frames of JSON."""
+    """Two pipes for JSON frames."""
 
     def __init__(self, reads: int, writes: int) -> None:
         self._reads, self._writes = reads, writes
@@ -50,7 +50,7 @@ class Channel:
         Raises:
             ValueError: it is too long.
         """
-        # In escapes, two surrogates in a row would come back as one character.
+        # Escaped, two adjacent surrogates would be decoded as one character.
         body = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
         if len(body) > _MESSAGE_BYTES:
             raise ValueError(f"{len(body)} bytes between a program and its tests; {_MESSAGE_BYTES} are allowed")
@@ -67,7 +67,7 @@ class Channel:
 
         Raises:
             EOFError: the other process has closed its end.
-            ValueError: it is no message.
+            ValueError: it is not a message.
         """
         size = int.from_bytes(self._exactly(4), "big")
         if size > _MESSAGE_BYTES:
@@ -85,10 +85,9 @@ class Channel:
 
 
 class Peer:
-    """One of the two processes: sends requests, and meanwhile answers those of the other one.
+    """One of the two processes: sends requests, and meanwhile answers those of the other.
 
-    `may` decides whether the other process may have an operation done on an object that it was given, with these
-    arguments.
+    `may` decides whether the other process may perform an operation on an object exported to it, with these arguments.
     """
 
     def __init__(self, channel: Channel, may: Callable[[str, Any, Sequence[Any]], bool]) -> None:
@@ -98,23 +97,23 @@ class Peer:
         self._proxies: dict[int, Proxy] = {}
         self._errors: dict[int, type[Exception]] = {}
         self.failure: str | None = None
-        """Why the conversation is over: empty if the other process has closed it."""
+        """Why the conversation ended; empty if the other process closed it, None while it goes on."""
 
     def export(self, value: object) -> int:
-        """The number by which the other process refers to an object from now on."""
+        """The number by which the other process refers to an object."""
         if id(value) not in self._numbers:
             self._numbers[id(value)] = len(self._exports)
             self._exports.append(value)
         return self._numbers[id(value)]
 
     def proxy(self, number: Any) -> Proxy:
-        """Stands for the object that the other process exports under a number."""
+        """The proxy for the object that the other process exports under a number."""
         if type(number) is not int:
             raise ValueError("not a number")
         return self._proxies.setdefault(number, Proxy(self.ask, number))
 
     def ask(self, operation: str, /, *args: Any, **kwargs: Any) -> Any:
-        """Has the other process do an operation.
+        """Has the other process perform an operation and returns its result.
 
         Raises:
             Lost: it does not answer.
@@ -129,7 +128,7 @@ class Peer:
                 return found
             if kind == "error":
                 if operation != "next" and isinstance(found, StopIteration | StopAsyncIteration):
-                    # The loops of the caller would take it for their own end.
+                    # The caller's loops would take it as their own end.
                     raise RuntimeError(f"{operation} raised {type(found).__name__}")
                 raise found
             self._answer(*found)
@@ -154,7 +153,7 @@ class Peer:
         return Lost(self.failure)
 
     def _receive(self, cells: Cells) -> tuple[str, Any]:
-        """A request as the arguments of `_answer`, or the answer to one of these cells, or its error."""
+        """The next message: a request as arguments of `_answer`, or the result or error of our own request."""
         if self.failure is not None:
             raise Lost(self.failure)
         try:
@@ -181,7 +180,7 @@ class Peer:
             if operation not in OPERATIONS or not self._may(operation, args[0], args[1:]):
                 raise PermissionError(f"a program may not do {operation} with this object of its tests")
             result = OPERATIONS[operation](*args, **kwargs)
-            # Tests that make an object of a program's class want its methods, even where it extends a builtin.
+            # Tests that instantiate a program's class need its methods, even if it extends a builtin.
             made = operation == "call" and isinstance(args[0], type) and args[0].__module__ == "__main__"
             has_methods = made and not hasattr(args[0], "_fields")
             encoded = ["mine", self.export(result)] if has_methods else self._encode(result, cells)
@@ -196,7 +195,7 @@ class Peer:
         self._send(frame)
 
     def _frame(self, kind: str, head: list[str], encoded: list[Any], cells: Cells) -> bytes:
-        """A message with what the new and the changed ones of these containers hold."""
+        """A message that includes the contents of new and changed containers."""
         contents, index = [], 0
         while index < len(cells.objects):
             if cells.has_changed(index):
@@ -286,13 +285,13 @@ def _known_base(kind: type) -> type:
 
 
 def _arguments(error: Exception) -> tuple[Any, ...]:
-    """Those that make an equal exception; its text, if its class has a way of its own to print it."""
+    """Arguments that make an equal exception; its text, if its class defines its own `__str__`."""
     kind = type(error)
     return error.args if kind.__str__ is _known_base(kind).__str__ else (str(error),)
 
 
 def _error(kind: Any, arguments: Any, name: Any) -> Exception:
-    """An exception of the other process; RuntimeError where it cannot be made from these arguments."""
+    """An exception of the other process; RuntimeError if it cannot be made from these arguments."""
     with contextlib.suppress(Exception):
         error = kind(*arguments)
         if isinstance(error, Exception):

@@ -1,4 +1,4 @@
-"""Functions that a model writes, and the share of them that do what they should."""
+"""Functions that a model writes, and the share of them that is correct."""
 
 import contextlib
 import math
@@ -15,9 +15,9 @@ from memjax.inference.scoring import Show
 from memjax.io.console import warn
 
 _TRIES = (1, 10, 100)
-"""k of the pass@k that are reported, if there are at least that many samples."""
+"""The k for which pass@k is reported, if there are at least k samples."""
 _WRITING = 0.9
-"""Share of the time that writing takes, at a guess; the rest goes to running."""
+"""Estimated share of the time spent on generating; the rest is running the programs."""
 
 
 def ask_problems(
@@ -31,9 +31,9 @@ def ask_problems(
     limits: Limits | None,
     show: Show,
 ) -> list[Graded]:
-    """Functions for each problem, with pass@k if they may be run: the chance that one of k functions is right.
+    """Generates functions for each problem and, with `limits`, runs them and computes pass@k.
 
-    `before` has the text in front of each prompt. Without `limits` no function is run.
+    pass@k is the probability that one of k functions is correct. `before` holds the text before each prompt.
     """
     repeated = [problem for problem in problems for _ in range(samples)]
     prompts = [text + problem.prompt for problem, text in zip(problems, before, strict=True) for _ in range(samples)]
@@ -77,11 +77,11 @@ def _run(programs: Sequence[str], problems: Sequence[Problem], limits: Limits, s
                 passed.append(outcome.passed)
                 show(_WRITING + (1 - _WRITING) * len(passed) / len(programs))
         finally:
-            # After a Ctrl-C those that have not begun do not begin.
+            # After Ctrl-C, programs that have not started are not run.
             pool.shutdown(cancel_futures=True)
     return passed
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Without bias, the chance that of k functions one is right, from `right` of `samples` (arXiv:2107.03374)."""
+    """Unbiased estimate of pass@k from the number of right samples (arXiv:2107.03374)."""
     return 1 - math.comb(samples - right, k) / math.comb(samples, k)

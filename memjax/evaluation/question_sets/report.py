@@ -1,4 +1,4 @@
-"""Sets of questions put to a model: the examples before each, the answers, and one report over all sets."""
+"""Evaluation on question sets: the examples before each question, the answers, and one report on all sets."""
 
 import itertools
 from collections import Counter, defaultdict
@@ -21,9 +21,9 @@ from memjax.io.console import format_table
 _MAX_TOKENS = {"open": 32, "program": 384}
 _TITLES = {"open": "Short answers", "program": "Programs"}
 _MOST_GROUPS = 32
-"""Sets of more groups than this get no line for each ..."""
+"""Groups are listed only for sets with at most this many of them ..."""
 _FEWEST = 5
-"""... nor sets of fewer questions for a group."""
+"""... and, on average, at least this many questions per group."""
 
 
 def question_report(
@@ -40,23 +40,23 @@ def question_report(
     zero_tables: bool = True,
     keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Evaluates a model on question sets; the results as JSON values.
+    """Evaluates a model on question sets; returns the results as JSON values.
 
-    `metrics` are means over the questions asked, `by_group` those of its relations, `zeroed` those of the model without
-    its tables, which it has lost for good then.
+    `metrics` are means over the questions asked, `by_group` those of each group, and `zeroed` those with the tables
+    zeroed, which frees the model's own tables.
 
     Args:
         model: the model.
-        sets: what to ask.
-        examples: sets that the solved questions in front come from; none: from the set itself.
-        limit: the most questions of each set, evenly spread over it.
-        shots: solved questions in front of each one.
-        max_tokens: the most tokens to write; None: 32 for an answer, 384 for a program.
-        sampling: how they are picked.
-        samples: programs to write for each problem.
-        limits: of the processes that run programs; None runs none.
-        zero_tables: ask again with the tables zeroed, where there are any.
-        keep: receives every question with its answers, as JSON values.
+        sets: the question sets.
+        examples: sets from which solved examples are taken; if empty, they come from the set itself.
+        limit: at most this many questions per set, spread evenly over it.
+        shots: solved examples before each question.
+        max_tokens: at most this many tokens per answer; None: 32 for an answer, 384 for a program.
+        sampling: how tokens are sampled.
+        samples: programs to generate per problem.
+        limits: limits of the processes that run programs; None: programs are not run.
+        zero_tables: ask again with the tables zeroed, if there are any.
+        keep: called with every question and its answers, as JSON values.
 
     Raises:
         DataError: there are not enough examples for a set.
@@ -100,7 +100,7 @@ def question_report(
 
 
 def format_question_report(report: Mapping[str, Any]) -> str:
-    """The report as a table for each kind of questions."""
+    """The report as one table per kind of question."""
     blocks = []
     for kind, title in _TITLES.items():
         entries = [entry for entry in report["sets"] if entry["kind"] == kind]
@@ -118,7 +118,7 @@ def format_question_report(report: Mapping[str, Any]) -> str:
 def _chosen(
     whole: QuestionSet, examples: Sequence[QuestionSet], limit: int | None, shots: int
 ) -> tuple[list[Any], list[str]]:
-    """The questions of a set to ask, and the examples in front of each."""
+    """The questions of a set to ask, and the examples before each."""
     size = len(whole.questions)
     count = min(size, limit or size)
     # Evenly spread, because files are often sorted by subject.
@@ -127,7 +127,7 @@ def _chosen(
 
 
 def _examples(whole: QuestionSet, asked: Iterable[Question], sets: Sequence[QuestionSet], shots: int) -> Iterator[str]:
-    """The solved questions before each one: the first ones, of the same group where it has enough, never itself."""
+    """The examples before each question: the first others, of the same group if it has enough."""
     sources = [one for one in sets if one.family == whole.family] if sets else [whole]
     if not sources:
         others = ", ".join(sorted({one.family for one in sets}))
@@ -150,11 +150,11 @@ def _examples(whole: QuestionSet, asked: Iterable[Question], sets: Sequence[Ques
 
 
 def _with_baseline(whole: QuestionSet, asked: Iterable[OpenQuestion], graded: Iterable[Graded]) -> list[Graded]:
-    """Adds whether the commonest answer of the question's group is right, which takes no knowledge of the subject."""
+    """Adds a baseline that needs no knowledge: whether the most common answer in the question's group is right."""
     seen: dict[str | None, Counter[str]] = defaultdict(Counter)
     for question in whole.questions:
         assert isinstance(question, OpenQuestion)
-        # Not a set, whose order differs between runs: of answers that are equally common the first one counts.
+        # Not a set, whose order differs between runs: the first of several equally common answers wins.
         seen[question.group].update(dict.fromkeys(map(normalised, question.answers), 1))
     commonest = {group: counts.most_common(1)[0][0] for group, counts in seen.items()}
     return [

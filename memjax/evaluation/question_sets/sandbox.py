@@ -1,23 +1,24 @@
 """Runs programs that a model wrote and their tests, in processes with limits.
 
-Written by hand: lm-eval's tasks for programs need a metric from the network, which says itself that it is no sandbox.
+memjax has its own because lm-eval's program tasks need a metric from the network whose documentation says that it is
+not a sandbox.
 
-Limited: CPU time, elapsed time, memory, the size of each file, open files, core dumps, further processes. The program
-starts in an empty folder that is removed, without input and without this process's environment. Where the kernel
-allows it (as root, or with user namespaces), it also has no network, sees no process but its own and that of its tests,
-reads the file systems without being able to write to them, and has a few megabytes of memory for files.
-`missing_protection` names what a machine does not allow.
+Limited: CPU time, elapsed time, memory, file size, open files, core dumps and further processes. The program starts in
+an empty folder, which is removed afterwards, without input and without this process's environment. Where the kernel
+allows it (as root, or with user namespaces), it also has no network, sees only its own process and that of its tests,
+cannot write to the file systems it can read, and has a few megabytes of memory for files. `missing_protection` names
+what a machine does not allow.
 
-The tests run in another process, the judge, with the same limits. It has functions called in the program's process,
-over pipes, with values that are parsed as data (`program_wire`), and alone decides. So nothing that a program does to
-its own process is a pass, whether by `ctypes`, raw addresses or native code. A program passes by its answers only:
+The tests run in another process, the judge, with the same limits. It calls functions in the program's process over
+pipes, parses the results as data (`program_wire`), and alone decides. So nothing that a program does to its own
+process, be it with `ctypes`, raw addresses or native code, can make it pass. It passes only by its answers:
 
-* A result that is not plain data never equals plain data, and has neither order nor arithmetic with it. But tests that
-  ask an object of the program (`result.is_valid()`, `len(result)`, `str(result)`), or that compare or combine two of
-  its answers, believe it.
-* Names that the tests neither define nor import are the program's, except those of builtins (but for the function under
-  test) and libraries.
-* Without tests, the program itself says that it ran to its last line.
+* A result that is not plain data never equals plain data, nor can it be ordered against it or combined with it. But
+  tests that ask an object of the program (`result.is_valid()`, `len(result)`, `str(result)`), or that compare or
+  combine two of its answers, trust it.
+* Names that the tests neither define nor import are the program's, except those of libraries and of builtins other than
+  the function under test.
+* Without tests, the program itself reports that it ran to its last line.
 
 Where namespaces are not allowed, a program has the user's rights to files and processes: it could change this package.
 Run programs where there is nothing to lose.
@@ -43,7 +44,7 @@ from memjax.evaluation.question_sets import sandbox_launcher
 _ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "LANG": "C.UTF-8",
-    # Libraries that start a thread for each core could not.
+    # Libraries that start a thread per core would hit the limit on processes.
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
@@ -54,18 +55,18 @@ package.__path__ = [{str(pathlib.Path(__file__).parents[2])!r}]
 from {sandbox_launcher.__name__} import main
 main()
 """
-"""The package without its `__init__`, and with nothing more on Python's path."""
+"""Imports the launcher without the package's `__init__`, and without adding to Python's path."""
 _MESSAGE_BYTES = 4096
 _REASON_LETTERS = 200
 _GRACE_SECONDS = 10
-"""Beyond its time, for the launcher to start and to end everything."""
+"""Seconds beyond the time limit, for the launcher to start and to clean up."""
 _DISK_BYTES, _DISK_FILES = 64 << 20, 1000
 _DUMPABLE = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """How much a program may use, and how much its tests."""
+    """Limits of a program, and of its tests."""
 
     cpu_seconds: int = 5
     """CPU time."""
@@ -74,7 +75,7 @@ class Limits:
     memory_bytes: int = 1 << 30
     """Address space."""
     file_bytes: int = 1 << 20
-    """Each file."""
+    """Size of each file."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,15 +85,15 @@ class Outcome:
     passed: bool
     """Whether it and its tests ran to their last lines."""
     reason: str
-    """Why not, in a line: the error, or the limit."""
+    """Why not, in one line: the error, or the limit."""
 
 
 def run_program(
     program: str, tests: str = "", limits: Limits = Limits(), *, functions: Collection[str] = ()
 ) -> Outcome:
-    """Whether a program and then its tests run to their last lines; without tests, the program says so itself.
+    """Runs a program, then its tests; both must reach their last lines. Without tests, the program itself reports it.
 
-    The limits apply to each of the two. Tests get `functions` from the program even if they are names of builtins.
+    The limits apply to each of the two. Tests get `functions` from the program even if builtins have the same names.
     """
     outcome, _ = _run(program, tests, limits, functions)
     return outcome
@@ -100,7 +101,7 @@ def run_program(
 
 @functools.cache
 def missing_protection() -> tuple[str, ...]:
-    """What this user and this kernel cannot give to programs, besides the limits."""
+    """The protections, beyond the limits, that this user and kernel do not allow."""
     _, lacks = _run("", "", Limits())
     return lacks
 
@@ -109,7 +110,7 @@ def missing_protection() -> tuple[str, ...]:
 def unreadable() -> Iterator[None]:
     """While the block runs, other processes of the same user can read neither this one's memory nor its environment.
 
-    Needed where programs see the processes of their user. Debuggers cannot attach meanwhile.
+    Needed where programs can see the user's processes. Meanwhile, debuggers cannot attach.
     """
     libc = ctypes.CDLL(None)
     before = libc.prctl(3, 0, 0, 0, 0)
@@ -125,7 +126,7 @@ def _run(program: str, tests: str, limits: Limits, functions: Collection[str] = 
         folder = pathlib.Path(tempfile.mkdtemp(prefix="memjax-program-"))
         stack.callback(_remove, folder)
         folder.chmod(0o755)
-        # Three files, so that the process of the program never holds the tests.
+        # Separate files, so that the program's process never holds the tests.
         files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
         for file, text in zip(files, (program, tests), strict=False):
             file.write(json.dumps(text).encode())
@@ -156,7 +157,7 @@ def _run(program: str, tests: str, limits: Limits, functions: Collection[str] = 
         except subprocess.TimeoutExpired:
             report = b""
         finally:
-            # The whole group, so that no child stays behind.
+            # The whole group, so that no child survives.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
@@ -177,13 +178,13 @@ def _resources(limits: Limits) -> dict[str, tuple[int, int]]:
         "RLIMIT_NOFILE": 64,
         "RLIMIT_NPROC": 0,
     }
-    # A second for the signal that says why; whoever ignores it is killed.
+    # At the soft limit a signal ends the process; one that ignores it is killed a second later.
     cpu = (limits.cpu_seconds, limits.cpu_seconds + 1)
     return {"RLIMIT_CPU": cpu} | {name: (value, value) for name, value in most.items()}
 
 
 def _reason(found: dict[str, Any], errors: BinaryIO, limits: Limits) -> str:
-    """Why the tests do not pass, or, where the program is gone, how it ended."""
+    """Why the tests do not pass or, if the program is gone, how it ended."""
     code, judges_code, verdict = found["program"], found["judge"], found["verdict"]
     if judges_code is None:
         return f"stopped after {limits.seconds} s by the clock"
@@ -209,7 +210,7 @@ def _stopped(code: int, limits: Limits) -> str:
 
 
 def _remove(folder: pathlib.Path) -> None:
-    """Removes a folder, however deep what a program has left in it: what is below is moved up first."""
+    """Removes a folder, however deeply a program nested its contents: inner folders are moved up first."""
     count = 0
     with contextlib.suppress(OSError):
         while entries := list(os.scandir(folder)):
@@ -219,7 +220,7 @@ def _remove(folder: pathlib.Path) -> None:
                     continue
                 for inner in list(os.scandir(entry.path)):
                     if inner.is_dir(follow_symlinks=False):
-                        os.chmod(inner.path, 0o700)  # to move a folder, one must be able to write into it
+                        os.chmod(inner.path, 0o700)  # moving a folder needs write permission on it
                     os.rename(inner.path, folder / f".{count}")
                     count += 1
                 os.rmdir(entry.path)

@@ -1,8 +1,8 @@
 """The process that confines a program and its tests for `sandbox`; it imports little, since each program starts one.
 
-Four processes, forked from each other: this one enters new namespaces; the second is the first in them, mounts, waits
-and reports; its children become the program and the judge, which runs the tests. Everything that needs rights is tried;
-what cannot be had is reported under `lacks`.
+There are four processes, each forked from another: this one enters new namespaces; the second, the first inside them,
+mounts, waits and reports; its children become the program and the judge, which runs the tests. Every protection is
+attempted; those that cannot be set up are reported under `lacks`.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ FILES = "read-only file systems"
 USER = "a user without rights"
 
 _NOBODY, _JUDGE = 65534, 65533
-"""The users that root's programs and their judges become: neither may send the other a signal."""
+"""User ids of programs and judges started by root; they differ so that neither can send the other a signal."""
 _NEW = {PROCESSES: 0x20000000, NETWORK: 0x40000000, FILES: 0x00020000, "ipc": 0x08000000}
 """CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWNS, CLONE_NEWIPC."""
 _NEW_USER = 0x10000000
 _READ_ONLY, _NO_SUID, _NO_DEVICES, _NO_EXEC = 1, 2, 4, 8
 _REMOUNT, _BIND, _RECURSIVE, _PRIVATE = 32, 4096, 16384, 1 << 18
 _FLAGS = {"nosuid": 2, "nodev": 4, "noexec": 8, "noatime": 1024, "nodiratime": 2048, "relatime": 1 << 21}
-"""Options of a mount that a user namespace must keep."""
+"""Mount options that a user namespace must keep."""
 _DEATH_SIGNAL, _DUMPABLE, _SUBREAPER, _NO_NEW_PRIVILEGES = 1, 4, 36, 38
 _CAPABILITY_VERSION = 0x20080522
 
@@ -42,10 +42,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> NoReturn:
-    """Runs the program and the tests that the first argument describes; reports on standard output."""
+    """Runs the program and tests described by the first argument; reports on standard output."""
     settings = json.loads(sys.argv[1])
     lacks = _enter_namespaces()
-    # Changes of user and namespace clear both.
+    # Set again after each change of user or namespace, which clears both.
     _prctl(_DEATH_SIGNAL, signal.SIGKILL)
     _prctl(_DUMPABLE, 0)
     first = os.fork()
@@ -66,7 +66,7 @@ def main() -> NoReturn:
     os.chmod(home, 0o1777)
     if os.geteuid() == 0:
         os.chown(home, user, user)
-    # The report is written where neither of the two can.
+    # The report goes to a descriptor that neither of the two gets.
     report, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
@@ -90,7 +90,7 @@ def main() -> NoReturn:
     text = os.read(verdict, 4096) if judging in codes else b""
     found = json.loads(text) if text else None
     if found is None or found["gone"]:
-        # How the program ended says why.
+        # The program's exit code tells why.
         _wait(program, 1, codes)
     _end_children()
     ends = {"program": codes.get(program), "judge": codes.get(judging)}
@@ -103,7 +103,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _enter_namespaces() -> list[str]:
-    """Enters namespaces; returns those that could not be had."""
+    """Enters new namespaces; returns the names of those that are not allowed."""
     if os.geteuid() != 0:
         probe = os.fork()
         if probe == 0:
@@ -114,7 +114,7 @@ def _enter_namespaces() -> list[str]:
 
 
 def _enter_as_user() -> bool:
-    """Enters all namespaces by way of one of users, which may be half done afterwards; whether it is whole."""
+    """Enters all namespaces through a user namespace; returns whether it succeeded. A failure may leave some entered."""
     user, group = os.geteuid(), os.getegid()
     if _libc.unshare(functools.reduce(operator.or_, _NEW.values(), _NEW_USER)) != 0:
         return False
@@ -129,7 +129,7 @@ def _enter_as_user() -> bool:
 
 
 def _mount(folder: str, size: int, files: int) -> bool:
-    """Makes every file system read-only but a small new one at the folder; whether that could be done."""
+    """Makes every file system read-only except a small new one at the folder; returns whether it succeeded."""
 
     def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> bool:
         words = [os.fsencode(word) if word is not None else None for word in (source, target, kind)]
@@ -141,7 +141,7 @@ def _mount(folder: str, size: int, files: int) -> bool:
         and mount("none", folder, "tmpfs", _NO_SUID | _NO_DEVICES, small)
     ):
         return False
-    # Python may lie where only its owner can read.
+    # Python may be installed where only its owner can read.
     for number, place in enumerate(sys.path):
         if os.path.isdir(place):
             readable = os.path.join(folder, f"python{number}")
@@ -158,7 +158,7 @@ def _mount(folder: str, size: int, files: int) -> bool:
 
 
 def _move_imports(old: str, new: str) -> None:
-    """Has modules that are imported from now on read from another folder."""
+    """Makes future imports read from another folder."""
     sys.path[:] = [new if place == old else place for place in sys.path]
     sys.path_importer_cache.clear()
     for module in list(sys.modules.values()):
@@ -169,7 +169,7 @@ def _move_imports(old: str, new: str) -> None:
 
 
 def _mounts() -> list[tuple[str, int]]:
-    """All places where something is mounted, with the flags that it has."""
+    """All mount points, with the flags to keep."""
     found = []
     with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         for line in file:
@@ -181,7 +181,7 @@ def _mounts() -> list[tuple[str, int]]:
 
 
 def _users() -> tuple[int, int]:
-    """The users of the program and its judge: for root two without rights, if they can then read Python's library."""
+    """User ids of the program and its judge: for root, two unprivileged ones if these can read Python's library."""
     if os.geteuid() != 0:
         return os.geteuid(), os.geteuid()
     library = next((place for place in sys.path if os.path.exists(os.path.join(place, "os.py"))), "")
@@ -198,7 +198,7 @@ def _users() -> tuple[int, int]:
 
 
 def _wait(child: int, seconds: float, codes: dict[int, int]) -> None:
-    """Waits that many seconds for a child to end; adds the return codes of all that have, as in subprocess."""
+    """Waits up to `seconds` for a child; adds to `codes` the return codes of all that ended, as in subprocess."""
     deadline = time.monotonic() + seconds
     while child not in codes:
         try:
@@ -214,7 +214,7 @@ def _wait(child: int, seconds: float, codes: dict[int, int]) -> None:
 
 
 def _end_children() -> None:
-    """Kills and reaps every process that came from the program; orphans have this one as parent."""
+    """Kills and reaps every descendant process; orphans are reparented to this one."""
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
@@ -243,7 +243,7 @@ def _text(descriptor: int) -> str:
 
 
 def _confine(settings: dict[str, Any], user: int, home: str, descriptors: list[int]) -> None:
-    """Keeps of this process only these descriptors and the standard ones; sets its limits; drops its rights."""
+    """Closes all but these and the standard descriptors, sets the limits, and drops privileges."""
     for low, high in itertools.pairwise([2, *sorted(descriptors), 4096]):
         os.closerange(low + 1, high)
     for name in [name for name in sys.modules if name.partition(".")[0] == "memjax"]:
