@@ -1,4 +1,4 @@
-"""Document frequencies of slots in the background of a run, counted once and cached in its folder."""
+"""Document frequencies of slots in a run's background texts, counted once and cached in its folder."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from memjax.runs.patches.applied import model_digest
 
 
 def background_of(loaded: LoadedModel, records: Sequence[Record]) -> Background:
-    """Document frequency of every slot in the records, cached in the run's folder where that is writable."""
+    """Document frequency of every slot in the records, cached in the run's folder if that is writable."""
     length, config = loaded.config.data.sequence_length, loaded.model.config
     asked = {
         "model": model_digest(loaded.checkpoints, loaded.step),
@@ -46,5 +46,5 @@ def _read(path: pathlib.Path, shapes: Mapping[str, tuple[int]]) -> Background | 
         if {name: array.shape for name, array in arrays.items()} != shapes:
             return None
         return Background(texts, {name.removeprefix("counts/"): array for name, array in arrays.items()})
-    except Exception:  # kinds of the library's own, and whatever the file makes of the rest
+    except Exception:  # a damaged file can raise anything
         return None

@@ -15,7 +15,7 @@ from memjax.runs.load import LoadedModel
 
 
 def open_corpus(loaded: LoadedModel, path: str | None, field: str) -> Iterable[Record]:
-    """The records of a path or, without one, of the run's training data; each iteration reads them anew.
+    """The records of a path or, without one, of the run's training data; each iteration reads them again.
 
     Raises:
         DataError: there is none, or it cannot be read.
@@ -24,7 +24,7 @@ def open_corpus(loaded: LoadedModel, path: str | None, field: str) -> Iterable[R
     if path is not None:
         return RecordFiles(path, field, Keys.of(data))
     source = find_source(data.in_run(str(loaded.folder)))
-    if source.problem:  # a model from elsewhere
+    if source.problem:  # a model converted from elsewhere
         raise DataError(f"the run has no text of its own; name a file with {field}")
     return TrainingRecords(open_dataset(source, loaded.tokenizer).train)
 

@@ -1,4 +1,4 @@
-"""Facts to learn and questions to ask: JSON lines of a text, or of a prompt and its answer, with paraphrases."""
+"""Facts to learn and questions to ask: JSON lines with a text, or a prompt and its answer, and paraphrases."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,27 +16,27 @@ from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import DataError
 
 _MULTIPLE = 8
-"""Rows are padded to multiples of this, so that data alike shares a compiled shape."""
+"""Sizes are rounded up to multiples of this, so that similar batches share a compiled program."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fact:
-    """Something to learn, in one wording or several."""
+    """A fact to learn, in one or several wordings."""
 
     wordings: tuple[Record, ...]
 
     @property
     def question(self) -> Record | None:
-        """The first wording if it has a prompt: asked to test whether the fact is known."""
+        """The first wording if it has a prompt, to test whether the fact is known; otherwise None."""
         return self.wordings[0] if len(self.wordings[0]) > 1 else None
 
     def fields(self) -> dict[str, Any]:
-        """Its line of JSON, which `of_fields` reads."""
+        """The fact as JSON values, which `of_fields` reads."""
         first, *others = self.wordings
         fields: dict[str, Any] = {"text": first[0].text}
         if self.question is not None:
             prompt, answer = first[0].text, first[1].text
-            # Reading puts a space in front of an answer where there is none at either side.
+            # Reading inserts a space between prompt and answer if neither has one.
             if not prompt[-1].isspace() and answer[0] == " " and answer[1:2].strip():
                 answer = answer[1:]
             fields = {"prompt": prompt, "answer": answer}
@@ -44,7 +44,7 @@ class Fact:
 
     @classmethod
     def of_fields(cls, fields: Mapping[str, Any]) -> "Fact":
-        """The fact of an object with `text`, or `prompt` and `answer`, and maybe a list of `paraphrases`.
+        """The fact in an object with `text`, or `prompt` and `answer`, and optionally a list of `paraphrases`.
 
         Raises:
             MalformedError: it has other fields.
@@ -53,12 +53,12 @@ class Fact:
 
 
 def read_facts(path: str, field: str) -> list[Fact]:
-    """The facts of a file: objects with `text`, or `prompt` and `answer`, and maybe a list of `paraphrases`.
+    """Reads facts from a file: objects with `text`, or `prompt` and `answer`, and optionally a list of `paraphrases`.
 
-    Paraphrases of a text are texts, those of a prompt are prompts of the same answer.
+    Paraphrases of a text are texts; those of a prompt are prompts with the same answer.
 
     Raises:
-        DataError: the file cannot be read or holds no fact, or a line is none; the message names the line.
+        DataError: the file cannot be read or holds no facts, or a line is not a fact; the message names the line.
     """
     facts = []
     for place, fields in RecordFiles(path, field).fields("text"):
@@ -82,28 +82,28 @@ def _wordings(fields: Mapping[str, Any]) -> Iterator[Record]:
 
 
 def pairs_of(records: Sequence[Record], tokenizer: Tokenizer) -> list[Pairs]:
-    """The tokens of each record with what follows them, made to tokens segment by segment as in training."""
+    """The pairs of token and target of each record, tokenised segment by segment as in training."""
     texts = [segment.text for record in records for segment in record]
     return encoded_block(records, tokenizer.encode_batch(texts), tokenizer).split()
 
 
 def windows(pairs: Sequence[Pairs], length: int) -> list[Pairs]:
-    """The pairs cut into pieces of at most `length`."""
+    """Splits pairs into pieces of at most `length`."""
     return [found[start : start + length] for found in pairs for start in range(0, len(found), length)]
 
 
 def width_of(pairs: Sequence[Pairs]) -> int:
-    """Columns of a batch that holds any of the pairs."""
+    """Columns of a batch that is wide enough for all of the pairs."""
     return round_up(max(map(len, pairs)))
 
 
 def round_up(number: int) -> int:
-    """The next multiple of a small number."""
+    """Rounds up to a multiple of `_MULTIPLE`."""
     return -(-number // _MULTIPLE) * _MULTIPLE
 
 
 def batch_of(pairs: Sequence[Pairs], shape: tuple[int, int]) -> dict[str, Array]:
-    """`tokens`, `targets`, `loss_mask` and `segments` (0 is padding, else the row's number from 1)."""
+    """A batch: `tokens`, `targets`, `loss_mask` and `segments` (0 for padding, else the row's index plus 1)."""
     filled = np.zeros((*shape, 3), np.int32)
     segments = np.zeros(shape, np.int32)
     for row, found in enumerate(pairs):

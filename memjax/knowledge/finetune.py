@@ -1,4 +1,4 @@
-"""Sparse memory finetuning (arXiv:2510.15103): new facts go into the few rows that they read more than other text."""
+"""Sparse memory finetuning (arXiv:2510.15103): new facts change a few rows that they read more than other text."""
 
 import dataclasses
 import functools
@@ -36,19 +36,19 @@ class Recipe:
     rows: int
     """Rows of each table that a batch may change."""
     lr: float
-    """Learning rate of the first step; it falls to zero in a straight line."""
+    """Learning rate of the first step; it decays linearly to zero."""
     epochs: int
     """Passes over the facts."""
     batch_size: int
     """Facts in a batch."""
     optimizer: Literal["sgd", "rowwise_adam"] = "rowwise_adam"
     replay: int = 0
-    """Texts of the background that are learned again in every batch, so that what the rows held before stays."""
+    """Background texts replayed in every batch, to preserve what the rows held before."""
     seed: int = 0
-    """Orders the facts, and draws the texts that are learned again."""
+    """Seed of the order of facts and of the choice of replayed texts."""
 
     def row_optimizer(self, lr: ArrayLike) -> RowOptimizer:
-        """The optimizer of the tables, at a learning rate."""
+        """The optimizer of the tables with this learning rate."""
         return RowOptimizer(lr, RowRule(kind=self.optimizer, stochastic_rounding=False))
 
 
@@ -58,7 +58,7 @@ def scores(reads: Int[Array, " n"], background: Int[Array, " n"], texts: int) ->
 
 
 def chosen(reads: Int[Array, " n"], background: Int[Array, " n"], texts: int, rows: int) -> Bool[Array, " n"]:
-    """The `rows` slots of the highest scores; none that was not read, or that every text reads."""
+    """Mask of the `rows` slots with the highest scores, except those not read at all or read by every text."""
     best, slots = jax.lax.top_k(scores(reads, background, texts), min(rows, reads.shape[0]))
     return jnp.zeros(reads.shape, bool).at[slots].set(best > 0)
 
@@ -74,18 +74,18 @@ def learn(
     known: Sequence[Record] = (),
     after_epoch: Callable[[int, float, Decoder], bool] | None = None,
 ) -> Decoder:
-    """The model with other rows in its tables, and nothing else changed; the given model stays as it is.
+    """Learns facts by changing rows of the tables and nothing else; returns a new model.
 
     Args:
-        model: the model.
+        model: the model; it is not modified.
         tokenizer: the one it was trained with.
         facts: what to learn.
-        background: how common every slot is elsewhere.
-        recipe: how to learn.
-        longest: tokens of a row; longer texts are cut.
-        known: texts of the background, from which `recipe.replay` are drawn for every batch.
+        background: how common every slot is in other text.
+        recipe: the hyperparameters.
+        longest: most tokens per row of a batch; longer texts are split.
+        known: background texts, from which `recipe.replay` are drawn for every batch.
         after_epoch: called with the epoch (from 1), its mean loss and the model after it, whose tables the next epoch
-            overwrites; true ends the learning.
+            overwrites; returning true stops the learning.
 
     Raises:
         ValueError: the tokenizer has more tokens than the model.
@@ -98,7 +98,7 @@ def learn(
     size = min(recipe.batch_size, len(facts))
     num_new = round_up(sum(sorted(map(len, pairs), reverse=True)[:size]))
     num_rows = num_new + (round_up(recipe.replay) if old else 0)
-    tables = jax.tree.map(jnp.copy, writable(tables))  # which the step donates
+    tables = jax.tree.map(jnp.copy, writable(tables))  # the step donates them
     state = {name: recipe.row_optimizer(recipe.lr).init(table) for name, table in tables.items()}
     state = committed_as(jax.tree.map(split_columns, state), (params, tables))
     counts = {name: jnp.asarray(found) for name, found in background.counts.items()}
@@ -121,7 +121,7 @@ def learn(
 
 @functools.lru_cache(maxsize=8)
 def _program(graphdef: nnx.GraphDef[Decoder], recipe: Recipe, texts: int) -> Callable[..., Any]:
-    """The compiled step; the structure of a model is compared once for all steps."""
+    """The compiled step, with the model's structure bound, so that calls do not compare it."""
     return jax.jit(functools.partial(_step, graphdef, recipe, texts), donate_argnums=(1, 2))
 
 
@@ -156,7 +156,7 @@ def _step(
             table, kept = tables[name], []
             for gradient in gradients[name]:
                 indices = gradient.without_padding(token_mask, table.shape[0]).indices
-                # The pick of a row that does not exist changes nothing.
+                # Reads redirected to a row that does not exist change nothing.
                 is_kept = may_change.at[indices].get(mode="fill", fill_value=False)
                 kept.append(gradient._replace(indices=jnp.where(is_kept, indices, table.shape[0])))
             new_tables[name], new_state[name] = optimizer.update(name, table, state[name], kept, step=step, ok=ok)
@@ -164,7 +164,7 @@ def _step(
 
 
 def _count(reads: dict[str, SlotReads], layers: Sequence[str], token_mask: Array, like: Array) -> Int[Array, " n"]:
-    """Number of reads of each slot by the tokens of the mask in these layers."""
+    """Number of reads of each slot in these layers by the tokens of the mask."""
     total = jnp.zeros_like(like)
     for layer in layers:
         total = count_reads(total, jnp.where(token_mask[:, None], reads[layer].indices, like.shape[0]))

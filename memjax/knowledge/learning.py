@@ -1,4 +1,4 @@
-"""Learn facts as a patch: measure before and after, and write the rows that have changed."""
+"""Learn facts as a patch: measure before and after, and write the changed rows."""
 
 import dataclasses
 import itertools
@@ -29,33 +29,33 @@ from memjax.runs.patches.edit import patch_between
 from memjax.runs.patches.patch import Patch, write_patch
 
 LEARNED = "learned"
-"""Key of a patch's notes with the facts that it was made of, as objects with the fields of FACTS."""
+"""Key in a patch's notes of the facts it was made from, as objects with the fields of FACTS."""
 _SCORED_BYTES = 50_000
 """Bytes of the background on which bits per byte are measured."""
 _PROGRESS_SECONDS = 5.0
-"""Seconds between two lines of progress."""
+"""Seconds between progress lines."""
 NEW = "new facts"
-"""The group of the questions of the facts to learn."""
+"""The group of questions about the facts to learn."""
 _REPLAYED = 4_096
-"""Texts of the background from which those are drawn that are learned again."""
+"""Background texts from which replayed ones are drawn."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Probe:
-    """Measurements of a model before and after learning."""
+    """Measures a model before and after learning."""
 
     tokenizer: Tokenizer
     length: int
-    """Tokens of a window."""
+    """Tokens per window."""
     questions: Mapping[str, Sequence[Record]]
-    """By their group; the facts to learn are under NEW, where they are questions."""
+    """By group; the facts to learn are under NEW, if they are questions."""
     texts: Mapping[str, Sequence[str]]
 
     @classmethod
     def of(
         cls, loaded: LoadedModel, facts: Sequence[Fact], groups: Mapping[str, list[Record]], background: Sequence[str]
     ) -> "_Probe":
-        """Measures the facts, other groups of questions, and bits per byte of the background."""
+        """A probe of the facts, other groups of questions, and bits per byte of the background."""
         asked = {name: some for name, some in {NEW: _questions(facts), **groups}.items() if some}
         texts = {"bits per byte, background": background}
         if NEW not in asked:
@@ -68,7 +68,7 @@ class _Probe:
         return known(model, self.tokenizer, questions, length=self.length) if questions else None
 
     def measure(self, model: Decoder) -> dict[str, float]:
-        """The share of known answers of every group, and bits per byte of every text."""
+        """The share of known answers for every group, and bits per byte for every text."""
         rates = {name: known(model, self.tokenizer, some, length=self.length) for name, some in self.questions.items()}
         bits = {
             name: bits_per_byte(
@@ -100,10 +100,10 @@ def learn_facts(
     corpus_texts: int,
     most_questions: int,
 ) -> Patch:
-    """Learns facts, prints what is known before and after, and writes the rows that differ as a patch.
+    """Learns facts, prints what is known before and after, and writes the changed rows as a patch.
 
-    Without held_out the run's own questions are asked, where it has some. `corpus` is the background; without it, that
-    is what the run was trained on.
+    Without held_out, the run's own questions are asked, if it has any. `corpus` is the background; None: the run's
+    training data.
 
     Raises:
         DataError: the background cannot be read.
@@ -137,7 +137,7 @@ def learn_facts(
     seconds = time.perf_counter() - began
     say(f"learned in {seconds:.0f} s: {last}")
     patch = patch_between(loaded, learned, {})
-    # What is written is what is measured: rows in the type of the run's tables.
+    # Measure what is written: rows in the type of the run's tables.
     after = probe.measure(_found_with(learned, patch))
     notes = {"made_by": "learn", "facts": len(facts), "source": source, "seconds": round(seconds, 2)}
     notes |= {LEARNED: [fact.fields() for fact in facts]}
@@ -156,7 +156,7 @@ def learn_facts(
 
 
 def advice(patch: Patch, known: float, recipe: Recipe) -> str | None:
-    """What to try where the share of known facts is below 1, or the patch changes nothing."""
+    """What to try if the share of known facts is below 1 or the patch changes nothing; otherwise None."""
     longer, faster = f"--epochs {2 * recipe.epochs}", f"--lr {2 * recipe.lr:g}"
     if not patch.num_rows:
         return (
@@ -169,10 +169,10 @@ def advice(patch: Patch, known: float, recipe: Recipe) -> str | None:
 
 
 def facts_of(label: str, patch: Patch) -> list[Fact]:
-    """The facts that a patch was made of, which it keeps; a merged one those of all its sources.
+    """The facts recorded in a patch, or in all sources of a merged one.
 
     Raises:
-        DataError: it keeps none.
+        DataError: there are none.
     """
     try:
         return [Fact.of_fields(fields) for notes in _sources(patch.notes) for fields in notes[LEARNED]]
@@ -183,7 +183,7 @@ def facts_of(label: str, patch: Patch) -> list[Fact]:
 
 
 def _sources(notes: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The notes of the patches that were merged, or these."""
+    """The notes of all patches that were merged, or these notes if none were."""
     if "sources" not in notes:
         yield notes
         return
@@ -192,7 +192,7 @@ def _sources(notes: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _found_with(model: Decoder, patch: Patch) -> Decoder:
-    """A learned model with its changed rows as the patch has them."""
+    """The learned model with its changed rows as the patch stores them."""
     for name, change in patch.tables.items():
         rows = model.tables[name].rows
         rows[...] = rows[...].at[change.rows].set(change.new.astype(rows[...].dtype))

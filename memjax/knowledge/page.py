@@ -30,7 +30,7 @@ def text_of(tokenizer: Tokenizer, token: int) -> str:
 def document(
     found: Trace, tokenizer: Tokenizer, config: ModelConfig, *, changed: Mapping[str, set[int]], title: str
 ) -> dict[str, Any]:
-    """The trace as JSON values; `changed` are the slots that patches have changed, by table."""
+    """The trace as JSON values; `changed` holds the slots that patches have changed, by table."""
     name = lambda token: text_of(tokenizer, token)
     tokens = [
         {
@@ -68,10 +68,10 @@ def _rounded(values: np.ndarray) -> list[Any]:
 
 
 def render(values: Mapping[str, Any]) -> str:
-    """The page of a document."""
-    # A "</script>" in the data would end it, and "<!--" change how it is read.
+    """Renders a document as an HTML page."""
+    # A "</script>" in the data would end the script, and "<!--" change how it is parsed.
     data = json.dumps(values, ensure_ascii=True, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     parts = {"@TITLE@": html.escape(str(values["title"])), "@DATA@": data}
     template = (importlib.resources.files("memjax.knowledge") / "page.html").read_text(encoding="utf-8")
-    # In one pass: what is filled in may itself spell a place to fill.
+    # In one pass, because inserted text may itself contain a placeholder.
     return re.sub("|".join(parts), lambda found: parts[found[0]], template)

@@ -25,7 +25,7 @@ class SlotReads(NamedTuple):
 
     indices: Int[Array, "t k"]
     weights: Float[Array, "t k"]
-    """Factor of each row in the layer's sum; of an expert with the value of its hidden unit."""
+    """Factor of each row in the layer's sum; for an expert, this includes the value of its hidden unit."""
 
 
 class TableGradients(NamedTuple):
@@ -33,29 +33,29 @@ class TableGradients(NamedTuple):
 
     value: Float[Array, ""]
     reads: dict[str, SlotReads]
-    """By the name of the layer."""
+    """By layer name."""
     rows: dict[str, list[RowGradient]]
-    """By the name of the table, one for each layer that reads it."""
+    """By table name, one for each layer that reads it."""
 
 
 def tables_of(config: ModelConfig, layer: str) -> tuple[str, ...]:
-    """The names of the tables that a layer reads, the one that its output is a sum of last."""
+    """The names of the tables that a layer reads; its output is a sum of rows of the last."""
     number = layers_of(config)[layer]
     return config.lookups[number].tables(number)
 
 
 def layers_of(config: ModelConfig) -> dict[str, int]:
-    """The numbers of the blocks that read tables, by the name of the layer."""
+    """The indices of the blocks that read tables, by layer name."""
     return {layer_name(number): number for number in config.lookups}
 
 
 def slot_reads(hidden: DecoderOutput) -> dict[str, SlotReads]:
-    """The reads of every layer, by its name."""
+    """The reads whose rows each layer's output sums, by layer name."""
     return {name: _of_sum(reads) for name, reads in hidden.reads.items()}
 
 
 def _of_sum(reads: tuple[TableRead, ...]) -> SlotReads:
-    """The read that a layer's output is a sum of, which is its last."""
+    """The read whose rows a layer's output sums, which is its last."""
     weights = reads[-1].weights
     assert weights is not None
     return SlotReads(reads[-1].indices, weights)
@@ -66,7 +66,7 @@ def table_gradients(
     batch: Mapping[str, Array],
     objective: Callable[[Decoder, Float[Array, "b s dim"]], Float[Array, ""]],
 ) -> TableGradients:
-    """The objective of a batch's normed hidden states, and its row gradients; nothing else is differentiated. Padding
+    """The objective for a batch's normed hidden states, and its row gradients; nothing else is differentiated. Padding
     has segment 0 and is at the ends of rows.
     """
 
@@ -80,21 +80,19 @@ def table_gradients(
 
 
 class LayerRun(NamedTuple):
-    """A layer that reads tables, at work on tokens."""
+    """The inputs, reads and output of a layer that reads tables."""
 
     inputs: Float[Array, "b s dim"]
-    """Input of the layer."""
     reads: SlotReads
     combine: Callable[[Float[Array, "t d"]], Float[Array, "b s dim"]]
-    """Its output from its sum of rows; affine."""
+    """Maps the sum of rows to the layer's output; affine."""
     out: Float[Array, "b s dim"]
-    """Its output."""
 
 
 def run_layers(
     model: Decoder, tokens: Int[Array, "b s"], token_mask: Bool[Array, "b s"] | None = None
 ) -> tuple[dict[str, LayerRun], Float[Array, "b s dim"]]:
-    """Every layer that reads tables, by its name, and the residual stream before the last norm."""
+    """Runs the model; returns every layer that reads tables, by name, and the residual stream before the final norm."""
     x, positions = model.embedded(tokens), default_positions(tokens, token_mask)
     runs: dict[str, LayerRun] = {}
     for number, block in enumerate(model.blocks):

@@ -31,11 +31,11 @@ class Background(NamedTuple):
 
     texts: int
     counts: dict[str, Int[np.ndarray, " n"]]
-    """Texts that read each row, by the name of the table."""
+    """Number of texts that read each row, by table name."""
 
 
 def layers_by_table(config: ModelConfig) -> dict[str, list[str]]:
-    """The layers whose output is a sum of rows of a table, by the name of the table."""
+    """The layers whose output is a sum of rows of a table, by table name."""
     layers: dict[str, list[str]] = {}
     for layer in layers_of(config):
         layers.setdefault(tables_of(config, layer)[-1], []).append(layer)
@@ -50,14 +50,14 @@ def count_texts(
     length: int,
     batch_size: int = 32,
 ) -> Background:
-    """Counts in how many of the texts, cut into windows, every slot is read.
+    """Counts, for every slot, how many windows of the texts read it.
 
     Args:
         model: the model.
         tokenizer: the one it was trained with.
         records: the texts.
-        length: tokens in a window.
-        batch_size: windows at once.
+        length: tokens per window.
+        batch_size: windows per batch.
 
     Raises:
         ValueError: the tokenizer has more tokens than the model.
@@ -88,7 +88,7 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 def _add_texts(
     graphdef: Any, state: nnx.State, counts: dict[str, Int[Array, " n"]], batch: Mapping[str, Array]
 ) -> dict[str, Int[Array, " n"]]:
-    """The counts with one more for every row of the batch that reads a slot."""
+    """The counts, increased for each slot by the number of rows of the batch that read it."""
     model = nnx.merge(graphdef, state)
     token_mask = batch["segments"] > 0
     reads = slot_reads(model.hidden(batch["tokens"], token_mask=token_mask))
@@ -109,11 +109,11 @@ def _add_texts(
 
 
 class Context(NamedTuple):
-    """A place of a corpus that reads a slot."""
+    """A position in a corpus that reads a slot."""
 
     weight: float
     tokens: tuple[int, ...]
-    """The text up to the token that reads it, begin token included."""
+    """The text up to and including the token that reads it, with the begin token."""
     after: tuple[int, ...]
     """The tokens that follow."""
 
@@ -122,13 +122,13 @@ class SlotReport(NamedTuple):
     """The contexts that read a slot, and the tokens that it promotes."""
 
     texts: int
-    """Texts that were read."""
+    """Windows of the corpus that were searched."""
     reads: int
     """Tokens that read the slot."""
     contexts: list[Context]
-    """The places that read it with the largest weights."""
+    """The positions that read it with the largest weights."""
     promoted: list[tuple[int, float]]
-    """Tokens that the row makes likelier there, with what it adds to their logits, on average over the contexts."""
+    """Tokens to whose logits the row adds most, with what it adds on average over the contexts."""
 
 
 def slot_report(
@@ -151,12 +151,12 @@ def slot_report(
         tokenizer: the one it was trained with.
         records: the corpus, cut into windows.
         layer: its name, such as L4.
-        slot: the row.
-        length: tokens in a window.
-        batch_size: windows at once.
-        contexts: places that are kept.
-        promoted: tokens that are kept.
-        most: windows that are read; None for all.
+        slot: index of the row.
+        length: tokens per window.
+        batch_size: windows per batch.
+        contexts: number of contexts to return.
+        promoted: number of promoted tokens to return.
+        most: at most this many windows are read; None for all.
 
     Raises:
         ValueError: the tokenizer has more tokens than the model.
@@ -174,7 +174,7 @@ def slot_report(
         for row, place in zip(rows.tolist(), places.tolist(), strict=True):
             tokens = tuple(some[row][:, 0].tolist())
             context = Context(float(weights[row, place]), tokens[: place + 1], tokens[place + 1 :])
-            # Numbered, so that equal weights are not compared further.
+            # Numbered, so that contexts of equal weight are never compared.
             heapq.heappush(best, (abs(context.weight), -reads - len(best), context))
             if len(best) > contexts:
                 heapq.heappop(best)
@@ -190,7 +190,7 @@ def slot_report(
 def _slot_weights(
     graphdef: Any, layer: str, state: nnx.State, batch: Mapping[str, Array], slot: Array
 ) -> Float[Array, "b s"]:
-    """The weight with which every token reads a slot; 0 where it does not, or is padding."""
+    """The weight with which each token reads a slot; 0 if it does not, or is padding."""
     model, token_mask = nnx.merge(graphdef, state), batch["segments"] > 0
     indices, weights = slot_reads(model.hidden(batch["tokens"], token_mask=token_mask))[layer]
     found = jnp.where(indices == slot, weights, 0).sum(axis=-1).reshape(token_mask.shape)

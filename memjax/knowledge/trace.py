@@ -22,14 +22,14 @@ class LayerTrace(NamedTuple):
 
     slots: Int[np.ndarray, "t k"]
     weights: Float[np.ndarray, "t k"]
-    """Factor of each row in the layer's sum; of an expert with the value of its hidden unit."""
+    """Factor of each row in the layer's sum; for an expert, this includes the value of its hidden unit."""
     added: Float[np.ndarray, "t k"]
-    """Direct contribution of each slot to the logit of the next token: through the layer's projections and the last
+    """Direct contribution of each slot to the logit of the next token: through the layer's projections and the final
     norm at its actual scale, not through the blocks between."""
     rest: Float[np.ndarray, " t"]
     """Contribution of the layer without any slot: the bias of its projection."""
     total: Float[np.ndarray, " t"]
-    """Contribution of the layer's output; the sum of the two."""
+    """Contribution of the layer's output: the sum of `added` and `rest`."""
     effect: Float[np.ndarray, "t k"]
     """First-order effect of each slot, through all blocks, on the logit of the answer after the prompt."""
 
@@ -41,27 +41,27 @@ class Trace:
     tokens: list[int]
     """The text, begin token included."""
     place: int
-    """The last token of the prompt, after which the answer begins."""
+    """Position of the last token of the prompt, after which the answer begins."""
     targets: list[int]
-    """The token that follows each; after the last of them the answer's first, or the likeliest."""
+    """The next token at each position; at the last, the answer's last token or, without an answer, the likeliest."""
     logits: Float[np.ndarray, " t"]
     """Logits of the targets."""
     probabilities: Float[np.ndarray, " t"]
     """Probabilities of the targets."""
     guesses: list[list[tuple[int, float]]]
-    """The likeliest tokens after each, with their probabilities."""
+    """The likeliest next tokens at each position, with their probabilities."""
     layers: Mapping[str, LayerTrace]
-    """By the name of the layer."""
+    """By layer name."""
 
 
 def trace(model: Decoder, prompt: Sequence[int], answer: Sequence[int] = (), *, guesses: int = 5) -> Trace:
-    """Follows a prompt, and an answer where one is given, through a model.
+    """Traces a prompt, and optionally an answer, through a model.
 
     Args:
         model: the model.
         prompt: token ids, at least one.
-        answer: token ids whose logits are asked for after the prompt; without it, of the likeliest token.
-        guesses: number of likeliest tokens returned for each position.
+        answer: token ids of the continuation whose logits are explained; empty: the likeliest token.
+        guesses: number of likeliest tokens to return for each position.
 
     Raises:
         ValueError: a token id is outside the vocabulary.
@@ -70,7 +70,7 @@ def trace(model: Decoder, prompt: Sequence[int], answer: Sequence[int] = (), *, 
         check_ids(ids, model.config.vocab_size, f"the ids of the {name}")
     tokens = [*prompt, *answer][: len(prompt) + max(0, len(answer) - 1)]
     length = len(tokens)
-    # Rows of a few lengths share a compiled program; padding at the end is seen by no token before it.
+    # Padded, so that texts of similar length share a compiled program; causal attention never sees padding at the end.
     padded = np.zeros(-(-length // 16) * 16, np.int32)
     padded[:length] = tokens
     row, is_text = jnp.asarray(padded[None]), jnp.arange(len(padded))[None] < length
@@ -79,7 +79,7 @@ def trace(model: Decoder, prompt: Sequence[int], answer: Sequence[int] = (), *, 
     follows[: length - 1] = tokens[1:]
     if answer:
         follows[length - 1] = answer[-1]
-    # What is asked about first is the answer's first token.
+    # Effects are on the logit of the answer's first token.
     place = len(prompt) - 1
     found = jax.device_get(_traced(graphdef, guesses, state, row, is_text, jnp.asarray(follows), jnp.asarray(place)))
     cut = jax.tree.map(lambda array: array[:length], found)
@@ -107,7 +107,7 @@ def _traced(
     best_p, best = jax.lax.top_k(probabilities, min(guesses, logits.shape[-1]))
     targets = jnp.where(follows < 0, jnp.argmax(logits, axis=-1), follows)
     pick = lambda values: jnp.take_along_axis(values, targets[:, None], axis=1)[:, 0]
-    # What the logit of each target gains per unit of the residual stream, at the norm's actual scale.
+    # The gradient of each target's logit with respect to the residual stream, at the norm's actual scale.
     directions = through_norm(model.norm, model.output_matrix().T[targets], x[0])
     layers = {
         name: _layer(model.tables[tables_of(model.config, name)[-1]].table, run, directions)
@@ -124,7 +124,7 @@ def _traced(
 
 
 def _layer(rows: Any, run: LayerRun, directions: Float[Array, "t dim"]) -> tuple[Array, ...]:
-    """Slots, weights, what each adds, what the layer adds without slots, and what its output adds."""
+    """The fields of a `LayerTrace` up to `total`."""
     indices, weights = run.reads
     width = rows.shape[1]
 
@@ -133,7 +133,7 @@ def _layer(rows: Any, run: LayerRun, directions: Float[Array, "t dim"]) -> tuple
         return jnp.sum(out * directions, axis=-1)
 
     nothing = jnp.zeros((indices.shape[0], width), directions.dtype)
-    # Tokens do not meet in it, so the gradient of the sum holds that of each token.
+    # Tokens do not interact in `along`, so the gradient of its sum holds each token's own.
     rest, per_row = along(nothing), jax.grad(lambda bag: along(bag).sum())(nothing)
     added = weights.astype(directions.dtype) * embedding_dot(rows, indices, per_row)
     return indices, weights, added, rest, jnp.sum(run.out[0].astype(directions.dtype) * directions, axis=-1)

@@ -1,1 +1,1 @@
-"""The folder of a run: its layout, how it is written and how it is loaded."""
+"""The folder of a run: layout, writing and loading."""

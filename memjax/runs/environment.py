@@ -12,7 +12,7 @@ import jax
 
 
 def command_line() -> str:
-    """The command as it was typed: a console script is what its interpreter runs."""
+    """The command as it was typed, although the console script runs as `python .../memjax`."""
     words = list(sys.orig_argv)
     if len(words) > 1 and pathlib.PurePath(words[1]).name == "memjax":
         words = ["memjax", *words[2:]]
@@ -43,7 +43,7 @@ def _version(package: str) -> str | None:
 def _commit() -> str | None:
     """The commit of the checkout that memjax runs from; None for an installed package, or without git."""
     file = pathlib.Path(__file__)
-    # The file's own object, because packages may be installed inside the checkout of another project.
+    # This file must be in the commit, because memjax may be installed inside the checkout of another project.
     command = ["git", "-C", str(file.parent), "rev-parse", "HEAD", f"HEAD:./{file.name}"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]

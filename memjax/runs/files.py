@@ -1,4 +1,4 @@
-"""Files and folders that one process writes, and folders that are created atomically."""
+"""Files and folders owned by one process, and folders created atomically."""
 
 import contextlib
 import os
@@ -12,14 +12,14 @@ from memjax.io.lock import Locked, locked
 from memjax.io.paths import local_path
 
 _SETTLED_SECONDS = 0.2
-"""Between attempts to remove a folder, which Orbax's threads may make again for a moment after a failed save."""
+"""Time between attempts to remove a folder, which Orbax's threads may recreate briefly after a failed save."""
 
 
 def check_new(folder: str | os.PathLike[str]) -> None:
-    """Refuses a folder that holds something, or that a new one cannot replace.
+    """Refuses a folder that is not empty, or that a new one cannot replace.
 
     Raises:
-        ConfigError: it does.
+        ConfigError: it is not empty, a mount point or the current folder.
     """
     path = _target(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -36,7 +36,7 @@ def owned(path: pathlib.Path) -> Iterator[None]:
 
     Raises:
         ConfigError: another process is writing it.
-        OSError: its folder cannot be written.
+        OSError: the folder it is in cannot be written.
     """
     try:
         with locked(path.with_name(f".{path.name}.lock")):
@@ -47,16 +47,16 @@ def owned(path: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def written_whole(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A temporary folder that gets the given name when the block ends, atomically; after an error nothing is left.
+    """Yields a temporary folder, which is renamed atomically when the block ends; an error leaves nothing behind.
 
-    What a process that was killed has left there is removed first.
+    Leftovers of a killed process are removed first.
 
     Raises:
-        ConfigError: the folder holds something, or another process writes it.
+        ConfigError: the folder is not empty, or another process is writing it.
         CheckpointError: it cannot be written.
     """
     target = _target(folder).absolute()
-    # Beside the target, because only within a file system a folder moves in one step.
+    # Beside the target, because a rename is atomic only within one file system.
     temporary = target.with_name(f".{target.name}.unfinished")
     try:
         with owned(target):

@@ -56,15 +56,15 @@ class RunFolder:
     def __init__(self, path: pathlib.Path):
         self.path = path
         self.config = path / "config.yaml"
-        """The settings with which the run's last step was made."""
+        """The settings of the run's last step."""
         self.config_history = path / "config_history.jsonl"
         """One line of JSON for each resumption that changed settings."""
         self.checkpoints = path / CHECKPOINTS
         """The saved steps."""
         self.metrics = path / "metrics.jsonl"
-        """One line of JSON a step."""
+        """One line of JSON per step."""
         self.profile = path / "profile"
-        """Traces of some steps."""
+        """Profiler traces of a few steps."""
         self.plots = path / "plots"
         """PNG files."""
         self.summary = path / "summary.json"
@@ -92,10 +92,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:
-        """Keeps other processes out of the folder while the block runs; a folder that stays empty is removed again.
+        """Keeps other processes out of the folder while the block runs; the folder is removed again if it stays empty.
 
         Raises:
-            ConfigError: another process trains there, or the folder cannot be written, or leads elsewhere.
+            ConfigError: another process trains there, or the folder cannot be written or has links that leave it.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"run.dir={self.path} is a file; name a folder")
@@ -115,10 +115,10 @@ class RunFolder:
             yield
 
     def check_shared(self) -> None:
-        """Refuses a folder that is not the one that process 0 owns.
+        """Checks that this process sees the folder that process 0 owns.
 
         Raises:
-            ConfigError: it is not.
+            ConfigError: it does not.
         """
         file = self.path / _LOCK
         if not file.exists():
@@ -127,11 +127,11 @@ class RunFolder:
             )
 
     def began(self) -> bool:
-        """Whether the folder holds a step or metrics; until then nothing is claimed."""
+        """Whether the folder holds a step or metrics; until then, any settings may start a run in it."""
         return bool(Checkpoints(self.checkpoints).steps() or read_metrics(self.metrics))
 
     def saved_config(self) -> RunConfig | None:
-        """The settings of the run; None if it has not begun. With several processes, each one calls it.
+        """The settings of the run; None if it has not begun. All processes must call it.
 
         Raises:
             ConfigError: config.yaml is damaged, or of another version, and there is no checkpoint.
@@ -147,16 +147,16 @@ class RunFolder:
                 if not has_steps:
                     raise
                 warn(f"warning: {error}; the settings in its newest checkpoint are taken")
-        # Metrics without settings or a step are nothing that a start could continue.
+        # Metrics without settings or a step cannot be continued.
         return read_config(self.path) if has_steps else None
 
     def claim(self, config: RunConfig, *, allow_changed: bool = False) -> "Claim":
-        """Compares settings with those of the run in the folder; writes nothing. With several processes, each calls it.
+        """Compares settings with those of the run in the folder; writes nothing. All processes must call it.
 
-        More steps need no permission: they continue the run, also a finished one.
+        More steps need no permission: they continue the run, even a finished one.
 
         Raises:
-            ConfigError: the folder holds a run with other settings, or a finished run that they would change.
+            ConfigError: the folder holds a run with other settings, or a finished run that these would change.
             CheckpointError: the settings of the run cannot be read.
         """
         saved = self.saved_config()
@@ -187,10 +187,10 @@ class RunFolder:
         return Claim(self, config, before=saved, changes=changed)
 
     def tokenizer(self, config: RunConfig, data: Source) -> Tokenizer:
-        """The run's tokenizer. Until there is a checkpoint, every start makes it again from the settings.
+        """The run's tokenizer. Until there is a checkpoint, every start builds it anew from the settings.
 
-        It is that of the run's checkpoints, or of train.init_from, or read from data.tokenizer.path, or trained. With
-        several processes, each one calls it; the first one trains, and the others read what it writes.
+        It comes from the run's checkpoints, train.init_from or data.tokenizer.path, or it is trained. All processes
+        must call this; the first one trains, and the others read what it writes.
 
         Raises:
             ConfigError: it has more tokens than the model has embeddings.
@@ -200,7 +200,7 @@ class RunFolder:
         tokenizer = self.saved_tokenizer()
         if tokenizer is not None:
             return _fitting(tokenizer, config, f"of the run in {self.path}; set it back")
-        # Reading a checkpoint is for all processes together; training a tokenizer is for one.
+        # All processes read a checkpoint together, but only one trains a tokenizer.
         tokenizer = make_tokenizer(config, data) if config.train.init_from else None
         with process_zero_first("tokenizer"):
             if is_first():
@@ -211,7 +211,7 @@ class RunFolder:
             return Tokenizer.load(self.path)
 
     def saved_tokenizer(self) -> Tokenizer | None:
-        """The tokenizer of the run's checkpoints; None while there is none. With several processes, each calls it."""
+        """The tokenizer of the run's checkpoints; None while there are none. All processes must call it."""
         return read_tokenizer(self.path) if Checkpoints(self.checkpoints).steps() else None
 
     def _check_finished(self, changed: Sequence[str], steps: int) -> None:
@@ -227,7 +227,7 @@ class RunFolder:
             )
 
     def _refuse_links(self) -> None:
-        """Refuses links to other folders: a run writes and deletes only inside its own, which may be a copy."""
+        """Refuses subfolders linked elsewhere, as in a copied run: a run writes and deletes only inside its folder."""
         links = [self.path / name for name in _SUBFOLDERS if (self.path / name).is_symlink()]
         real = lambda path: pathlib.Path(os.path.realpath(path))
         outside = [link for link in links if not real(link).is_relative_to(real(self.path))]
@@ -242,7 +242,7 @@ class RunFolder:
 
 
 class Claim:
-    """The start of a run in its folder, which is on record once its first step is made."""
+    """The start of a run in its folder, recorded once its first step is done."""
 
     def __init__(
         self,
@@ -255,13 +255,13 @@ class Claim:
     ):
         self.folder, self.config, self.before, self.changes = folder, config, before, tuple(changes)
         self.finished = summary
-        """The report of a run that has made all of its steps."""
+        """The report, if the run has already made all its steps."""
         self._recorded = False
 
     def record(self, step: int, tokenizer: Tokenizer) -> None:
-        """Writes settings, environment and tokenizer, the first time that it is called, in the first process.
+        """Writes settings, environment and tokenizer, on the first call and in the first process only.
 
-        What was finished with fewer steps is so no longer: its summary is kept under a name with its steps.
+        The summary of a run that had finished with fewer steps is renamed to summary-STEPS.json.
         """
         if self._recorded or not is_first():
             return
@@ -276,11 +276,11 @@ class Claim:
         tokenizer.save(folder.path)
         write_atomic(folder.config, to_yaml(self.config))
         folder.write_json("environment.json", environment())
-        self._recorded = True  # not before: what a full disk has refused is written by the next call
+        self._recorded = True  # last, so that the next call tries again after an error such as a full disk
 
 
 def make_tokenizer(config: RunConfig, data: Source) -> Tokenizer:
-    """The tokenizer that a run of these settings, with this data, would begin with.
+    """The tokenizer with which a run with these settings and data would start.
 
     Raises:
         ConfigError: it has more tokens than the model has embeddings.

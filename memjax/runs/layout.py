@@ -1,6 +1,6 @@
 """Layout of the checkpoints of a run: names of items, the `meta` document, dense parameters as nested dicts.
 
-Parameters are kept as nested dicts of arrays with text keys, `blocks/0/attention/key/kernel`.
+The nested dicts have string keys, such as `blocks/0/attention/key/kernel`.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from memjax.models.parts import DecoderParts
 from memjax.ops.precision import accumulator
 
 CHECKPOINTS = "checkpoints"
-"""The folder of a run that holds its steps."""
+"""The subfolder of a run with its steps."""
 PARAMS, TABLES, META = "params", "tables", "meta"
-"""The items of a step that a model is made of."""
+"""The items of a step that make up a model."""
 OPT_STATE, TABLE_STATE, DATA_ITER = "opt_state", "table_state", "data_iter"
-"""Items that only a training has: the optimizers of dense parameters and of tables, and the data position."""
+"""Items needed only for training: optimizer states of dense parameters and of tables, and the data position."""
 EMA, RECENT = "ema", "recent"
 """Items of runs that keep a moving average of the dense parameters, or skip spikes of the loss."""
 FORMAT = 2
@@ -34,23 +34,23 @@ FORMAT = 2
 FORMAT_WITH_TABLE_FILES = 3
 """Version for runs whose tables are in files, listed by name in `meta["table_files"]`, instead of the checkpoint."""
 TABLE_FILES = "tables"
-"""The folder of a run with these files."""
+"""The subfolder of a run with these files."""
 
 
 def run_folder(checkpoints: pathlib.Path) -> pathlib.Path:
-    """The folder of the run whose steps are in a folder, which may also stand alone."""
+    """The run's folder, given that of its steps, which may also stand alone."""
     return checkpoints.parent if checkpoints.name == CHECKPOINTS else checkpoints
 
 
 def meta_document(config: RunConfig, tokenizer: Tokenizer, *, step: int) -> dict[str, Any]:
-    """The `meta` document of a checkpoint as JSON values: everything except arrays that `load` needs."""
+    """The `meta` document of a checkpoint as JSON values: everything that `load` needs except arrays."""
     dtypes = {kind: resolve_dtype(section.table_dtype).name for kind, section in config.model.lookup_sections.items()}
     return {
         "format": FORMAT,
         "step": step,
         "config": dataclasses.asdict(config),
         "tokenizer": tokenizer.full_state(),
-        # 'auto' means another type on another machine.
+        # Resolved, because 'auto' depends on the machine.
         "table_dtypes": dtypes,
         "versions": {
             "python": platform.python_version(),
@@ -60,27 +60,27 @@ def meta_document(config: RunConfig, tokenizer: Tokenizer, *, step: int) -> dict
 
 
 def upgraded(meta: dict[str, Any]) -> dict[str, Any]:
-    """The `meta` document of an older version as this version writes it."""
+    """Converts a `meta` document of an older version to the current one."""
     if meta.get("format") == 1:
         dtypes = {"memory": meta["table_dtype"], "expert_lookup": meta.get("expert_table_dtype")}
         meta = meta | {"format": FORMAT, "table_dtypes": dtypes}
-    # Kinds of lookups are called as their sections.
+    # Kinds of lookups have the names of their config sections.
     dtypes = renamed.upgraded({"model": meta.get("table_dtypes", {})})["model"]
     return meta | {"config": renamed.upgraded(meta["config"]), "table_dtypes": dtypes}
 
 
 def widened(params: nnx.State) -> nnx.State:
-    """Parameters in float32 or wider, as their moving average is kept: a step adds little to it."""
+    """Parameters in float32 or wider, as for their moving average: a step's change to it would round to nothing."""
     return jax.tree.map(lambda param: jnp.asarray(param, accumulator(param.dtype)), params)
 
 
 def params_to_tree(params: nnx.State) -> dict[str, Any]:
-    """The parameters as nested dicts, `blocks/0/attention/key/kernel`; shapes in place of arrays are kept too."""
+    """The parameters, or their shapes, as nested dicts such as `blocks/0/attention/key/kernel`."""
     return nest(flatten(nnx.to_pure_dict(params)))
 
 
 def tree_to_params(parts: DecoderParts, tree: dict[str, Any]) -> nnx.State:
-    """The parameters that `params_to_tree` gave.
+    """The inverse of `params_to_tree`.
 
     Raises:
         KeyError: the decoder has a parameter that the tree lacks.

@@ -48,11 +48,11 @@ class LoadedModel:
     config: RunConfig
     """The config with which the run was trained."""
     step: int
-    """The step that was read."""
+    """The step that was loaded."""
     checkpoints: pathlib.Path
-    """The folder that the step is in; of a run at an address, that of the local copy."""
+    """The folder of the step; for a run at an address, that of the local copy."""
     patches: tuple[str, ...] = ()
-    """Identities of the patches whose rows it has: those applied to the run, then those that were named."""
+    """Identities of the patches in its tables: those applied to the run, then those passed to `load`."""
 
     @property
     def folder(self) -> pathlib.Path:
@@ -80,32 +80,32 @@ def load(
     table_format: str | RowFormat | None = None,
     table_place: Place = "device",
 ) -> LoadedModel:
-    """The model and the tokenizer of a run.
+    """Loads the model and tokenizer of a run, without the optimizer's state.
 
-    Only these are read, not the optimizer's state. Under an ambient mesh with a `memory` axis the tables come split by
-    columns and everything else replicated; otherwise all arrays are on the first device.
+    Under an ambient mesh with a `memory` axis, tables are sharded by columns and everything else is replicated;
+    otherwise all arrays are on the first device.
 
-    Tables in another format or place are read-only. They are read block by block and written directly to their place:
-    there is never a second copy, and a table in host memory takes no memory of the device.
+    Tables in another format or place are read-only. They are read block by block straight into place: there is never a
+    second copy, and a table in host memory uses no device memory.
 
     Args:
-        path: the run's folder, or the `checkpoints` in it; or its address, such as hf://OWNER/NAME, of which what is
-            needed is copied to the user's cache folder.
-        step: the number of a checkpoint, the newest that can be read, or that with the lowest validation loss.
-        ema: take the moving average of the dense parameters (optim.ema_decay) with the current tables.
-        dtype: of activations, parameters and tables. None keeps parameters and tables as they were saved, or widens
-            tables to what this machine computes in.
-        patches: files of `memjax.patch` and `memjax.learn` whose rows replace the model's, after those that are applied
-            to the run already; nothing is written. They are for tables as they were saved, on the device.
-        table_format: how rows are stored: float32, bfloat16, float16, int8, float8_e4m3, int4, or what `register` of
-            `memjax.ops.row_formats.formats` added. None keeps what was saved.
-        table_place: device, or host for tables larger than the GPU: their rows stay in the machine's memory and are
-            read from there by the kernels. On a CPU, files of `convert quantize` are mapped.
+        path: the run's folder or its `checkpoints` subfolder; or an address, such as hf://OWNER/NAME, from which the
+            necessary files are copied to the user's cache folder.
+        step: the number of a checkpoint, or the newest that can be read, or that with the lowest validation loss.
+        ema: use the moving average of the dense parameters (optim.ema_decay), with the current tables.
+        dtype: of activations, parameters and tables. None keeps parameters and tables as saved, but widens tables to
+            the type in which this machine computes.
+        patches: patch files (`memjax.patch`, `memjax.learn`) whose rows replace the model's, after patches already
+            applied to the run; nothing is written. Only for tables in their saved format, on the device.
+        table_format: how rows are stored: float32, bfloat16, float16, int8, float8_e4m3, int4, or a format added with
+            `register` of `memjax.ops.row_formats.formats`. None keeps the saved one.
+        table_place: device, or host for tables larger than the GPU: rows stay in host memory, where the kernels read
+            them. On a CPU, files of `convert quantize` are memory-mapped.
 
     Raises:
-        CheckpointError: there is no such checkpoint, it cannot be read here, or a patch is not for it.
-        ConfigError: step or table_format is unknown, there is no room for the tables, or patches are given with
-            table_format or table_place.
+        CheckpointError: there is no such checkpoint, it cannot be read here, or a patch does not fit it.
+        ConfigError: step or table_format is unknown, there is too little memory for the tables, or patches are given
+            with table_format or table_place.
     """
     tables = {"table_format": table_format, "table_place": table_place}
     return load_advising(LOAD_OPTIONS, path, step=step, ema=ema, dtype=dtype, patches=patches, **tables)
@@ -122,7 +122,7 @@ def load_advising(
     table_format: str | RowFormat | None = None,
     table_place: str = "device",
 ) -> LoadedModel:
-    """`load` for callers with other options: `advise` holds those that an error recommends when memory is short."""
+    """`load` for callers with other options; `advise` names those to recommend in the error if memory is short."""
     patches = checks.several(patches)
     tables = TableSettings.of(table_format, table_place)
     if patches and not tables.is_default:
@@ -144,10 +144,10 @@ def load_as_saved(
     ema: bool = False,
     patches: Sequence[str | os.PathLike[str]] = (),
 ) -> LoadedModel:
-    """`load` with parameters and tables in the dtypes in which they are stored.
+    """`load` with parameters and tables in their stored dtypes.
 
     Raises:
-        CheckpointError: there is no such checkpoint, it cannot be read here, or a patch is not for it.
+        CheckpointError: there is no such checkpoint, it cannot be read here, or a patch does not fit it.
     """
     with open_step(path, step) as opened:
         return _as_saved(opened, ema, patches, advise=())
@@ -162,10 +162,10 @@ class TableSettings:
 
     @classmethod
     def of(cls, table_format: str | RowFormat | None, place: str) -> "TableSettings":
-        """The settings.
+        """Parses the settings.
 
         Raises:
-            ConfigError: one is unknown, or they do not go together.
+            ConfigError: one is unknown.
         """
         problems = []
         if isinstance(table_format, str):
@@ -191,10 +191,10 @@ class TableSettings:
 
 
 def refuse_applied(folder: pathlib.Path, step: int, change: str) -> None:
-    """Refuses a checkpoint with applied patches where its tables are read block by block, without them.
+    """Refuses a checkpoint with applied patches, for callers that read its tables block by block, without patches.
 
     Raises:
-        CheckpointError: there are such patches; `change` is the setting that asked for the blocks.
+        CheckpointError: patches are applied; `change` names what requires reading by blocks.
     """
     if names := Applied(folder).names(step):
         raise CheckpointError(
@@ -216,7 +216,7 @@ def _as_saved(
         )
     step = opened.checkpoints.latest() if opened.number is None else opened.number
     if patches or (step is not None and Applied(folder).names(step)):
-        # Patches are for tables as they were saved, on the device.
+        # These options cannot be combined with patches.
         advise = [option for option in advise if option not in ("table_format", "table_place")]
     saved = read_saved(opened, ema=ema, with_tables=True, advise=advise)
     tables = patched(saved.tables, folder, saved.step, patches)
@@ -266,7 +266,7 @@ def _with_tables_as(opened: OpenStep, saved: Saved, dtype: DTypeLike | None, set
 
 
 def _format_of(record: Any, settings: TableSettings, saved: DTypeLike, folder: pathlib.Path) -> RowFormat:
-    """The format that a table gets."""
+    """The format in which a table is loaded."""
     if record is None:
         return settings.format or Plain(jnp.dtype(saved).name)
     found = stored_format(record)
@@ -279,7 +279,7 @@ def _format_of(record: Any, settings: TableSettings, saved: DTypeLike, folder: p
 
 
 def _wider(wanted: ModelConfig, found: ModelConfig) -> TableDtypes:
-    """The types that tables get here: never narrower than saved, because that would lose what they learned."""
+    """The types of tables on this machine: never narrower than saved, which would lose what they learned."""
     return {
         kind: jnp.promote_types(found.lookup_sections[kind].table_dtype, resolve_dtype(section.table_dtype)).name
         for kind, section in wanted.lookup_sections.items()

@@ -1,4 +1,4 @@
-"""Write a run with quantized tables, in files that are memory-mapped or read directly to their place."""
+"""Write a run with quantized tables, in files that are memory-mapped or read straight into place."""
 
 import os
 from functools import partial
@@ -28,12 +28,12 @@ def quantize_run(
     *,
     step: int | Literal["latest", "best"] = "latest",
 ) -> RunConfig:
-    """Writes a run with the model of another whose tables are in a format, block by block; returns its config.
+    """Writes a copy of a run with its tables in a format, block by block; returns its config.
 
-    Without row_format the tables keep the type that they were saved in.
+    Without row_format, tables keep their saved type.
 
     Raises:
-        ConfigError: `out` holds something, the model has no tables, or the format cannot store them.
+        ConfigError: `out` is not empty, the model has no tables, or the format cannot store them.
         CheckpointError: the run cannot be read, has patches applied to it, or `out` cannot be written.
     """
     check_new(out)
@@ -65,7 +65,7 @@ def quantize_run(
             document |= {
                 "quantized_from": source if is_remote(source) else str(local_path(source, "source").absolute())
             }
-            # Types that the tables had, whatever 'auto' means here.
+            # The original types of the tables, not what 'auto' means on this machine.
             document |= {"table_dtypes": saved.meta["table_dtypes"]}
             with Checkpoints(path / CHECKPOINTS) as written:
                 written.save(0, {PARAMS: saved.params}, {META: document})

@@ -41,7 +41,7 @@ from memjax.sharding.axes import has_memory_axis
 from memjax.sharding.rules import COLUMNS, MEMORY, REPLICATED
 
 TableDtypes = Mapping[str, str]
-"""Names of the types of tables, by the section that they belong to."""
+"""Names of the types of tables, by config section."""
 
 
 class OpenStep(NamedTuple):
@@ -51,9 +51,9 @@ class OpenStep(NamedTuple):
     folder: pathlib.Path
     """The folder of the steps."""
     number: int | None
-    """None is the newest that can be read, which is known only once its arrays are read."""
+    """None: the newest that can be read, which is known only once its arrays are read."""
     meta: dict[str, Any]
-    """A checked `meta` document: its config and table types are those of all steps."""
+    """A validated `meta` document; its config and table types hold for all steps."""
 
 
 @contextlib.contextmanager
@@ -77,7 +77,7 @@ class Saved(NamedTuple):
     """Structure of the model, with the dtypes in which the tables are stored."""
     params: dict[str, Any]
     tables: dict[str, Any]
-    """Empty where they were not asked for."""
+    """Empty unless requested."""
     tokenizer: Tokenizer
     step: int
     meta: dict[str, Any]
@@ -86,12 +86,12 @@ class Saved(NamedTuple):
 def read_saved(
     opened: OpenStep, *, ema: bool = False, with_tables: bool = False, advise: Collection[LoadOption] = LOAD_OPTIONS
 ) -> Saved:
-    """Reads the arrays of a step, and its tokenizer. With `ema` the moving average of the dense parameters takes their
-    place, in their types. If memory is short, the error recommends the settings in `advise`.
+    """Reads the arrays and tokenizer of a step. `ema` replaces the dense parameters by their moving average, in the
+    same types. If memory is short, the error recommends the settings in `advise`.
 
     Raises:
-        CheckpointError: it cannot be read here, or has no average.
-        ConfigError: the device has no room for the tables.
+        CheckpointError: the step cannot be read here, or has no moving average.
+        ConfigError: the device has too little memory for the tables.
     """
     folder = opened.folder
     config, stored = _config_of(opened.meta, folder)
@@ -168,7 +168,7 @@ def formats_in_files(meta: Mapping[str, Any]) -> str:
 
 
 def read_only_formats(path: str | os.PathLike[str]) -> tuple[str, str | None]:
-    """`formats_in_files` of the newest checkpoint of a run, and the run that it was made from, where that is recorded.
+    """`formats_in_files` of the newest checkpoint of a run, and the run that it was made from, if recorded.
 
     Raises:
         CheckpointError: there is no checkpoint that can be read.
@@ -195,7 +195,7 @@ def _tokenizer_of(meta: Mapping[str, Any], folder: pathlib.Path) -> Tokenizer:
 
 
 def _readable_folder(path: str | os.PathLike[str], step: int | str) -> pathlib.Path:
-    """The folder of steps of a run, which may be the copy of one that is elsewhere.
+    """The folder of a run's steps; for a run at an address, that of its local copy.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
@@ -206,12 +206,12 @@ def _readable_folder(path: str | os.PathLike[str], step: int | str) -> pathlib.P
         return checkpoint_folder(remote.fetch_run(readable_path(str(path), "path"), step))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    except Exception as error:  # of any file system
+    except Exception as error:  # each file system raises its own
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
 
 
 def checkpoint_folder(path: str | os.PathLike[str]) -> pathlib.Path:
-    """The folder of steps in a run's folder, or the path itself where it is that folder.
+    """The folder of steps in a run's folder, or the path itself if it is that folder.
 
     Raises:
         CheckpointError: the path is neither.
@@ -254,10 +254,10 @@ def _number(checkpoints: Checkpoints, step: int | str) -> int | None:
 
 
 def _checked_meta(meta: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
-    """A `meta` document as this version writes it.
+    """Validates a `meta` document and converts it to the current version.
 
     Raises:
-        CheckpointError: the document, which may come from elsewhere, has another structure.
+        CheckpointError: the document, which may come from elsewhere, is malformed.
     """
     try:
         meta = upgraded(meta)
@@ -289,7 +289,7 @@ def _config_of(meta: dict[str, Any], folder: pathlib.Path) -> tuple[RunConfig, T
 
 
 def with_dtypes(config: ModelConfig, *, tables: TableDtypes, all_of: DTypeLike | None = None) -> ModelConfig:
-    """The config with the types of its tables, or of everything, named."""
+    """The config with explicit types for its tables, or for everything."""
     changes: dict[str, Any] = {}
     if all_of is not None:
         name = jnp.dtype(all_of).name
@@ -314,5 +314,5 @@ def shardings(config: ModelConfig, folder: pathlib.Path) -> tuple[Sharding | Non
 
 
 def cast_like(arrays: Any, like: Any) -> Any:
-    """Arrays in the types of others."""
+    """Casts arrays to the types of those in `like`."""
     return jax.tree.map(lambda array, target: array.astype(target.dtype), arrays, like)

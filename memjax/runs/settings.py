@@ -1,4 +1,4 @@
-"""Settings common to the commands that read a trained model, and loading it. JAX is imported only when needed."""
+"""Settings shared by the commands that read a trained model, and loading it. JAX is imported only when needed."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 TableFormat = Literal["saved", "float32", "bfloat16", "float16", "int8", "float8_e4m3", "int4"]
 
 
-# These have no slots, so that settings of a command can inherit from several, and `super()` works in them.
+# Without slots, so that a command's settings can inherit from several of these and `super()` works.
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepSettings(Section):
     """The checkpoint of the run."""
@@ -30,7 +30,7 @@ class StepSettings(Section):
 
     @property
     def checkpoint(self) -> int | Literal["latest", "best"]:
-        """The step as `memjax.load` takes it."""
+        """The step as an argument of `memjax.load`."""
         if self.step == "latest" or self.step == "best":
             return self.step
         return int(self.step)
@@ -58,8 +58,8 @@ class InferenceSettings(CheckpointSettings):
     ema: bool = False
     """Use the moving average of the dense parameters (optim.ema_decay), with the current tables."""
     table_format: TableFormat = "saved"
-    """How table rows are stored. saved: as in the checkpoint; int8 and float8_e4m3 take half of bfloat16's bytes, int4
-    a quarter, with a small loss of accuracy."""
+    """How table rows are stored. saved: as in the checkpoint; int8 and float8_e4m3 take half as many bytes as bfloat16,
+    int4 a quarter, with a small loss of accuracy."""
     table_place: Literal["device", "host"] = "device"
     """Where tables are kept. host: in host memory, from which the GPU reads the rows it needs, for tables larger than
     its memory."""
@@ -87,10 +87,10 @@ class InferenceSettings(CheckpointSettings):
 
 @contextlib.contextmanager
 def loaded(run: str, settings: CheckpointSettings) -> Iterator["LoadedModel"]:
-    """The model of a run's folder, under the mesh that it is split over.
+    """Loads the model of a run, under the mesh over which it is sharded.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, or its tables are read-only and the command is not one of
+        CheckpointError: the checkpoint cannot be read, or its tables are read-only and the command is not for
             inference.
         ConfigError: there are fewer devices than memory_devices, or they cannot split the tables evenly.
     """

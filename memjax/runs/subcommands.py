@@ -25,12 +25,12 @@ class Subcommand:
     examples: tuple[str, ...] = ()
     """Command lines for the help, without the program."""
     fewest: int = 1
-    """Positional arguments."""
+    """Fewest and most positional arguments; most=None is any number."""
     most: int | None = 1
 
 
 def main(prog: str, subcommands: Mapping[str, Subcommand], argv: Sequence[str] | None) -> int:
-    """Runs what the first word names, on the CPU; returns the exit code."""
+    """Runs the subcommand that the first word names, on the CPU; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0].replace("_", "-") if words else ""
     if name in subcommands:
@@ -70,6 +70,6 @@ def _run(name: str, subcommand: Subcommand, words: Sequence[str], settings: Any)
         raise ConfigError(f"{name} takes {number} arguments: {subcommand.positional.help} Given: {len(words)}")
     import jax
 
-    # Arrays are only copied and compared; an accelerator, whose memory a training may need, is left alone.
+    # Arrays are only copied and compared; accelerators are left to training runs that need their memory.
     jax.config.update("jax_platforms", "cpu")
     subcommand.run(*words, settings=settings)

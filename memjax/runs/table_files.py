@@ -1,6 +1,6 @@
-"""Files of tables, which `python -m memjax.convert quantize` writes in place of the tables of a checkpoint.
+"""Table files, which `python -m memjax.convert quantize` writes in place of a checkpoint's tables.
 
-Their bytes are those that operations read, so a CPU maps them.
+Their bytes are those that operations read, so that a CPU can memory-map them.
 """
 
 import concurrent.futures
@@ -25,7 +25,7 @@ from memjax.ops.table import Table
 from memjax.runs.tables import Blocks, TableForm, build, in_host_memory
 
 _READ_BYTES = 64 << 20
-"""Bytes of a file that are read, and hashed, at once."""
+"""Bytes of a file that are read and hashed at once."""
 
 
 def write_files(folder: pathlib.Path, form: TableForm, blocks: Blocks) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def write_files(folder: pathlib.Path, form: TableForm, blocks: Blocks) -> dict[s
     for _, block in blocks:
         for path, part in zip(paths.values(), block, strict=False):
             with open(path, "ab") as file:
-                # Not by `ndarray.tofile`, which loses the error of a disk that fills up.
+                # Not `ndarray.tofile`, which loses the error when the disk fills up.
                 file.write(np.ascontiguousarray(part).view(np.uint8).data)
     return {
         "format": form.format.name,
@@ -49,7 +49,7 @@ def write_files(folder: pathlib.Path, form: TableForm, blocks: Blocks) -> dict[s
 
 
 def _file_digest(path: pathlib.Path) -> str:
-    """The digest of a file, from those of its pieces, which threads read."""
+    """The digest of a file: a hash of the hashes of its pieces, which threads read in parallel."""
     size = path.stat().st_size
 
     def piece(start: int) -> bytes:
@@ -68,18 +68,18 @@ def stored_format(record: Mapping[str, Any]) -> RowFormat:
         ValueError: this version has no format of that name.
     """
     found = formats.find(record["format"])
-    # The default may have been another one when the files were written.
+    # The default group may have been different when the files were written.
     return dataclasses.replace(found, group=record["group"]) if isinstance(found, formats.Scaled) else found
 
 
 def read_files(
     folder: pathlib.Path, form: TableForm, record: Mapping[str, Any], sharding: Sharding | None
 ) -> Table | Array:
-    """The table in the files of a run, at the form's place.
+    """Reads a table from a run's files into the form's place.
 
     Raises:
         CheckpointError: a file is missing or damaged.
-        ConfigError: there is no room for it.
+        ConfigError: there is too little memory for it.
     """
     paths = _paths(folder, form)
     if paths.keys() != record["files"].keys():

@@ -23,14 +23,14 @@ from memjax.ops.table import Place, Table
 from memjax.sharding.rules import MEMORY
 
 Blocks = Iterable[tuple[int, Encoded]]
-"""Encoded rows, each block with the number of its first row."""
+"""Blocks of encoded rows, each with the index of its first row."""
 
 LoadOption = Literal["table_format", "table_place", "memory_devices"]
-"""A setting by which tables need less memory of a device."""
+"""A setting that makes tables need less device memory."""
 LOAD_OPTIONS: tuple[LoadOption, ...] = ("table_format", "table_place", "memory_devices")
 
 _PIECE_ELEMENTS = 1 << 20
-"""Numbers that a thread encodes at once: they stay in its cache."""
+"""Elements that a thread encodes at once, few enough to stay in cache."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,42 +43,42 @@ class TableForm:
     format: RowFormat
     place: Place
     value_dtype: str
-    """Type in which operations return what they read."""
+    """Type in which operations return rows."""
 
     @classmethod
     def of(cls, name: str, rows: Any, row_format: RowFormat, place: Place = "device") -> "TableForm":
-        """The form of a table that has the shape of `rows` and is read in their type."""
+        """The form of a table with the shape of `rows`, read in their type."""
         return cls(name, rows.shape[0], rows.shape[1], row_format, place, jnp.dtype(rows.dtype).name)
 
     @property
     def groups(self) -> int:
-        """Scales of a row."""
+        """Number of scales per row."""
         return self.format.groups(self.width)
 
     @property
     def payload_shape(self) -> tuple[int, int]:
-        """Shape of the stored numbers."""
+        """Shape of the stored array, without scales."""
         return self.num_rows, self.format.payload_columns(self.width)
 
     @property
     def payload_bytes(self) -> int:
-        """Bytes of the stored numbers, without scales."""
+        """Bytes of the stored array, without scales."""
         return math.prod(self.payload_shape) * self.format.payload_dtype.itemsize
 
 
 def check_room(
     forms: Sequence[TableForm], sharding: Sharding | None, advise: Collection[LoadOption] = LOAD_OPTIONS
 ) -> None:
-    """Refuses tables for which the device has no memory left before they are allocated; the message recommends the
-    settings in `advise`.
+    """Checks that tables fit in the device's free memory, before they are allocated; the error recommends the settings
+    in `advise`.
 
     Raises:
-        ConfigError: it is so; the message has the sizes, and what would need less.
+        ConfigError: they do not fit; the message has the sizes, and what would need less.
     """
     device, split = jax.devices()[0], _devices(sharding)
     on_cpu, stats = device.platform == "cpu", device.memory_stats() or {}
     if on_cpu:
-        free, split = host_memory.available_bytes(), 1  # devices of a CPU share its memory
+        free, split = host_memory.available_bytes(), 1  # CPU devices share the machine's memory
     else:
         free = stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
     size = lambda row_format: sum(form.num_rows * row_bytes(row_format(form), form.width) for form in forms) // split
@@ -87,7 +87,7 @@ def check_room(
         return
     ways = []
     for name in ("int8", "int4") if "table_format" in advise else ():
-        with contextlib.suppress(ValueError):  # not of this width
+        with contextlib.suppress(ValueError):  # the format does not support this width
             if (less := size(lambda form, name=name: formats.find(name))) <= free:
                 ways.append(f"table_format={name} ({gigabytes(less)})")
     if "table_place" in advise:
@@ -110,7 +110,7 @@ def _devices(sharding: Sharding | None) -> int:
 
 
 def encoded(blocks: Iterable[tuple[int, np.ndarray]], row_format: RowFormat) -> Iterator[tuple[int, Encoded]]:
-    """Blocks of rows in a format; several threads share a block."""
+    """Encodes blocks of rows; several threads share a block."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
         for start, rows in blocks:
             step = max(1, _PIECE_ELEMENTS // max(1, rows.shape[1]))
@@ -122,11 +122,11 @@ def encoded(blocks: Iterable[tuple[int, np.ndarray]], row_format: RowFormat) -> 
 
 
 def build(form: TableForm, blocks: Callable[[], Blocks], sharding: Sharding | None) -> Table | Array:
-    """The table, written block by block straight to its place; a plain array if that is its form. In host memory,
-    `blocks` is called once there is room for the rows.
+    """Builds a table block by block, straight into place; a plain array if the form is plain. In host memory, `blocks`
+    is called only once the rows are allocated.
 
     Raises:
-        ConfigError: there is no room, or the table cannot be split as asked.
+        ConfigError: there is too little memory, or the table cannot be sharded as requested.
     """
     if form.place == "device":
         return _on_device(form, blocks(), sharding)
@@ -144,7 +144,7 @@ def build(form: TableForm, blocks: Callable[[], Blocks], sharding: Sharding | No
 
 
 def in_host_memory(form: TableForm, memory: np.ndarray, scales: Array | None) -> Table:
-    """The table whose payload is in host memory."""
+    """A table whose payload is this host memory."""
     common = {"format": form.format, "value_dtype": form.value_dtype, "place": "host"}
     if jax.default_backend() == "cpu":
         return Table(host_memory.as_array(_typed(memory, form)), scales, **common)
@@ -181,7 +181,7 @@ class _DeviceRows:
         self._put = jax.jit(lambda all_, some, start: put(all_, some, start, 0), donate_argnums=0)
 
     def put(self, rows: np.ndarray | None, start: int) -> None:
-        """Writes rows from `start` on."""
+        """Writes rows beginning at row `start`."""
         self.array = self._put(self.array, jax.device_put(rows, self._sharding), start)
 
 

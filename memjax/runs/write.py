@@ -14,10 +14,10 @@ from memjax.runs.layout import CHECKPOINTS, META, PARAMS, TABLES, meta_document,
 
 
 def write_run(folder: str | os.PathLike[str], model: Decoder, tokenizer: Tokenizer, config: RunConfig) -> None:
-    """Writes a run at step 0 atomically: config, environment, tokenizer, one checkpoint of the model alone.
+    """Atomically writes a run at step 0: config, environment, tokenizer, and a checkpoint of only the model.
 
     Raises:
-        ConfigError: the folder holds something.
+        ConfigError: the folder is not empty.
         CheckpointError: it cannot be written.
     """
     _, params, tables = split_decoder(model)
@@ -30,6 +30,6 @@ def write_run(folder: str | os.PathLike[str], model: Decoder, tokenizer: Tokeniz
 
 
 def config_of_copy(config: RunConfig, folder: str | os.PathLike[str]) -> RunConfig:
-    """The config of a run, for a new one with its model."""
-    run = dataclasses.replace(config.run, dir=str(folder), mirror=None)  # its mirror is that of another run
+    """The config for a new run with the same model."""
+    run = dataclasses.replace(config.run, dir=str(folder), mirror=None)  # the mirror belongs to the original run
     return dataclasses.replace(config, run=run, train=dataclasses.replace(config.train, init_from=None))

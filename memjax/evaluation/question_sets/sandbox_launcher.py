@@ -114,7 +114,7 @@ def _enter_namespaces() -> list[str]:
 
 
 def _enter_as_user() -> bool:
-    """Enters all namespaces through a user namespace; returns whether it succeeded. A failure may leave some entered."""
+    """Enters all namespaces through a user namespace; returns whether it did. On failure, some may be entered."""
     user, group = os.geteuid(), os.getegid()
     if _libc.unshare(functools.reduce(operator.or_, _NEW.values(), _NEW_USER)) != 0:
         return False

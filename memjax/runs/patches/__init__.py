@@ -1,1 +1,1 @@
-"""Patches: rows of tables that replace others, in files, applied to runs, merged."""
+"""Patches: files of table rows that replace others; how they are made, applied to runs and merged."""

@@ -1,7 +1,7 @@
-"""The patches that are applied to the checkpoints of a run: copies of their files, and the list that `load` reads.
+"""The patches applied to the checkpoints of a run: copies of their files, and the list that `load` reads.
 
-Checkpoints are never rewritten. A patch is applied when its name is in the list and taken back when it is not, and the
-list is replaced in one step: whenever a process dies, the model is the one before or the one after.
+Checkpoints are never rewritten. A patch is applied while its name is in the list. The list is replaced atomically:
+whenever a process dies, the model is either the one before or the one after.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from memjax.runs.patches.patch import Patch, patch_file, read_patch
 from memjax.runs.patches.tables import overlay
 
 FOLDER, _LIST = "patches", "applied.json"
-"""The folder of a run with the patches that are applied to it, and their list."""
+"""The subfolder of a run with its applied patches, and the list of them."""
 _LISTED = pydantic.TypeAdapter(dict[str, list[Annotated[str, pydantic.Field(pattern="^[0-9a-f]{16}$")]]])
 _WAY_OUT = "correct it, or delete it and apply the patches again: without it none is applied"
 
 
 class Applied:
-    """The patches applied to the checkpoints in a folder, in order, by the number of the step."""
+    """The patches applied to the checkpoints in a folder, in order, by step."""
 
     def __init__(self, checkpoints: pathlib.Path):
         self.checkpoints, self.folder = checkpoints, run_folder(checkpoints) / FOLDER
@@ -45,11 +45,11 @@ class Applied:
         return self._read().get(str(step), [])
 
     def file(self, name: str) -> pathlib.Path:
-        """Path of the copy of a patch."""
+        """Path of the stored copy of a patch."""
         return self.folder / f"{name}.safetensors"
 
     def patches(self, step: int) -> list[tuple[str, Patch]]:
-        """The patches, each with what messages call it.
+        """The patches, each with a label for messages.
 
         Raises:
             CheckpointError: one cannot be read.
@@ -57,7 +57,7 @@ class Applied:
         return [(f"patch {name}", self.patch(name)) for name in self.names(step)]
 
     def patch(self, name: str) -> Patch:
-        """The copy of a patch.
+        """Reads the stored copy of a patch.
 
         Raises:
             CheckpointError: it cannot be read.
@@ -86,8 +86,8 @@ class Applied:
         """Keeps other processes from changing the list.
 
         Raises:
-            CheckpointError: one is at it.
-            OSError: the folder cannot be written, or is a link that leads elsewhere.
+            CheckpointError: another process is changing it.
+            OSError: the folder cannot be written, or is a link to somewhere else.
         """
         check_inside(self.folder, self.folder.parent)
         try:
@@ -115,7 +115,7 @@ class Applied:
 def patched(
     tables: Mapping[str, Array], checkpoints: pathlib.Path, step: int, patches: Sequence[str | os.PathLike[str]]
 ) -> dict[str, Array]:
-    """The tables of a checkpoint with the patches that are applied to it, then with those given; donates the tables.
+    """The tables of a checkpoint with the patches applied to it, then those given; donates the tables.
 
     Raises:
         CheckpointError: a patch cannot be read or does not fit.

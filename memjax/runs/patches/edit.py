@@ -21,7 +21,7 @@ Step = int | Literal["latest", "best"]
 
 
 def diff(old: str | os.PathLike[str], new: str | os.PathLike[str], *, step: Step = "latest") -> Patch:
-    """The patch that makes the model of the first run that of the second: of the same sizes and dense parameters.
+    """The patch that turns the model of one run into that of another with the same sizes and dense parameters.
 
     Raises:
         CheckpointError: a run cannot be read, or they differ in more than rows.
@@ -44,9 +44,9 @@ def diff(old: str | os.PathLike[str], new: str | os.PathLike[str], *, step: Step
 
 
 def patch_between(loaded: LoadedModel, new: Decoder, notes: Mapping[str, Any]) -> Patch:
-    """The patch that makes a run's model, as `load` gave it, another that has other rows.
+    """The patch that turns a loaded run's model into `new`, which differs in rows of tables only.
 
-    Rows are rounded to the type in which the run keeps its tables.
+    Rows are rounded to the type of the run's tables.
     """
     tables = writable(split_decoder(load_as_saved(loaded.checkpoints, step=loaded.step).model)[2])
     wanted = {name: table.astype(tables[name].dtype) for name, table in writable(split_decoder(new)[2]).items()}
@@ -60,10 +60,9 @@ def apply(
     step: Step = "latest",
     out: str | os.PathLike[str] | None = None,
 ) -> Patch:
-    """Applies a patch to a checkpoint of a run: whatever loads that checkpoint then gets the patch with it.
+    """Applies a patch to a checkpoint of a run: from then on, loading that checkpoint includes the patch.
 
-    With `out`, a run with the changed rows in its checkpoint is written to that new folder, and the given run stays as
-    it is.
+    With `out`, the given run is unchanged, and a new run with the changed rows in its checkpoint is written to `out`.
 
     Raises:
         CheckpointError: the patch cannot be read or does not fit, or nothing can be written.
@@ -81,8 +80,8 @@ def apply(
 
 
 def revert(run: str | os.PathLike[str], path: str | os.PathLike[str], *, step: Step = "latest") -> Patch:
-    """Reverts a patch that was applied to a checkpoint: the model is what it was before, bit for bit. In place of its
-    path, its identity may be given, as `show` prints it.
+    """Reverts a patch applied to a checkpoint, which restores the model bit for bit. `path` may also be the patch's
+    identity, as printed by `show`.
 
     Raises:
         CheckpointError: the patch is not applied, or a later one changes the same rows.
@@ -109,6 +108,6 @@ def revert(run: str | os.PathLike[str], path: str | os.PathLike[str], *, step: S
 
 
 def _number(applied: Applied, step: Step) -> int:
-    """The step's own number."""
+    """The number of the step."""
     with open_step(applied.checkpoints, step) as opened:
         return opened.checkpoints.restore({}, [META], step=opened.number).step

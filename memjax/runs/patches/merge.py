@@ -1,4 +1,4 @@
-"""Merge several patches of one model."""
+"""Merge several patches for one model."""
 
 import functools
 import itertools
@@ -15,15 +15,15 @@ Rule = Literal["refuse", "sum", "first", "last"]
 
 
 def merge(patches: Sequence[tuple[str, Patch]], *, conflicts: Rule = "refuse") -> Patch:
-    """One patch that does what several do.
+    """Combines several patches into one.
 
     Args:
-        patches: of one base, with what messages call each.
-        conflicts: what becomes of rows that several change. refuse: nothing, they are named; sum: the old row plus
-            every change; first and last: the row of the first or the last patch.
+        patches: patches for the same base, each with a label for messages.
+        conflicts: what to do with rows that several patches change. refuse: raise an error that names them; sum: the
+            old row plus all changes; first and last: the row of the first or last patch.
 
     Raises:
-        CheckpointError: patches are of different models, one is there twice, they change the same rows and `conflicts`
+        CheckpointError: patches are for different models, one is given twice, they change the same rows and `conflicts`
             is refuse, or sums of rows are not finite.
     """
     first_label, first = patches[0]

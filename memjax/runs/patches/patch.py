@@ -1,4 +1,4 @@
-"""Patch files: rows of tables to replace, their old values, and the digest of the model."""
+"""Patch files: table rows to replace, their old values, and the digest of the model."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ from memjax.io.files import check_regular, write_atomic
 from memjax.io.paths import local_path
 
 FILE_NAME = "patch.safetensors"
-"""The file in a folder that is named as a patch."""
+"""The patch file in a folder given as a patch."""
 _KEY, _VERSION = "memjax.patch", 1
 
 
@@ -31,7 +31,7 @@ class RowChange:
     num_slots: int
     """Rows of the whole table."""
     rows: Int[np.ndarray, " n"]
-    """Which, ascending."""
+    """Indices of the rows, ascending."""
     old: Float[np.ndarray, "n d"]
     """Their values before, in the dtype of the table."""
     new: Float[np.ndarray, "n d"]
@@ -39,7 +39,7 @@ class RowChange:
 
     @property
     def digest(self) -> str:
-        """Digest of the row numbers and the old values."""
+        """Digest of the row indices and the old values."""
         return _digest(self.rows, self.old)
 
 
@@ -50,23 +50,23 @@ class Patch:
     base: str
     """Digest of the checkpoint that it was made for (`model_digest`)."""
     tables: Mapping[str, RowChange]
-    """By the name of the table; those without a change are left out."""
+    """By table name; unchanged tables are left out."""
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Provenance, as JSON values."""
 
     @property
     def num_rows(self) -> int:
-        """Rows of all tables."""
+        """Number of rows changed in all tables."""
         return sum(len(change.rows) for change in self.tables.values())
 
     def shared_rows(self, other: "Patch") -> dict[str, Int[np.ndarray, " n"]]:
-        """The rows that both patches change, by table; tables without any are left out."""
+        """The rows that both patches change, by table; tables without such rows are left out."""
         names = [name for name in self.tables if name in other.tables]
         rows = {name: np.intersect1d(self.tables[name].rows, other.tables[name].rows) for name in names}
         return {name: found for name, found in rows.items() if len(found)}
 
     def to_bytes(self) -> bytes:
-        """The content of its file."""
+        """The content of the patch file."""
         arrays, sizes = {}, {}
         for name, change in self.tables.items():
             arrays |= {
@@ -82,7 +82,7 @@ class Patch:
 
     @property
     def identity(self) -> str:
-        """16 hex digits that differ between patches that do different things."""
+        """16 hex digits that differ between patches with different effects."""
         parts = [self.base]
         for name, change in sorted(self.tables.items()):
             parts += [name, change.digest, _digest(change.rows, change.new)]
@@ -97,7 +97,7 @@ def _digest(rows: np.ndarray, values: np.ndarray) -> str:
 
 
 def patch_file(path: str | os.PathLike[str]) -> pathlib.Path:
-    """The file that a path names: itself where it ends in .safetensors, else `patch.safetensors` in that folder.
+    """The file that a path names: the path itself if it ends in .safetensors, else `patch.safetensors` in that folder.
 
     Raises:
         CheckpointError: the path is not local.
@@ -110,7 +110,7 @@ def patch_file(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def is_patch(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names an existing file of a patch."""
+    """Whether a path names an existing patch file."""
     try:
         return patch_file(path).is_file()
     except CheckpointError:
@@ -118,12 +118,12 @@ def is_patch(path: str | os.PathLike[str]) -> bool:
 
 
 def write_patch(path: str | os.PathLike[str], patch: Patch) -> pathlib.Path:
-    """Writes the file, all of it or nothing, and returns its path."""
+    """Writes the file atomically and returns its path."""
     return write_atomic(patch_file(path), patch.to_bytes())
 
 
 def read_patch(path: str | os.PathLike[str]) -> Patch:
-    """Reads what `write_patch` wrote; everything in it is checked.
+    """Reads what `write_patch` wrote, and validates all of it.
 
     Raises:
         CheckpointError: there is no such file, or it is not a patch that could be applied to any model.
@@ -140,7 +140,7 @@ def read_patch(path: str | os.PathLike[str]) -> Patch:
         raise CheckpointError(f"{path}: is no patch: its file ends in .safetensors") from None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # the library raises kinds of its own, and whatever NumPy finds wrong
+    except Exception as error:  # the library raises its own errors and NumPy's
         raise CheckpointError(f"{file}: not a safetensors file, or a part of one ({line_of(error)})") from error
     if _KEY not in metadata:
         raise CheckpointError(f"{file}: not a patch: its metadata has no {_KEY!r}")

@@ -13,11 +13,11 @@ from memjax.errors import CheckpointError
 from memjax.runs.patches.patch import Patch, RowChange
 
 _SHOWN = 5
-"""Rows that a message names."""
+"""Most rows that a message names."""
 
 
 def between(old: Mapping[str, Array], new: Mapping[str, Array], *, base: str, notes: Mapping[str, Any]) -> Patch:
-    """The patch that turns tables into others of the same shapes and types.
+    """The patch that turns the old tables into new ones of the same shapes and types.
 
     Raises:
         CheckpointError: a new row is not finite.
@@ -42,11 +42,11 @@ def _differs(old: Float[Array, "n d"], new: Float[Array, "n d"]) -> Array:
 
 
 def overlay(tables: Mapping[str, Array], patches: Sequence[tuple[str, Patch]], *, base: str) -> dict[str, Array]:
-    """The tables with the rows of patches, one patch after the other; the given arrays of changed tables are donated.
-    `base` is the digest of the checkpoint that the tables are from.
+    """Applies patches to tables, in order; the given arrays of changed tables are donated. `base` is the digest of the
+    checkpoint that the tables are from.
 
     Raises:
-        CheckpointError: a patch is for another model, or its rows are not what it expects them to be.
+        CheckpointError: a patch is for another model, or the rows it replaces are not what it expects.
     """
     tables, done = dict(tables), []
     for label, patch in patches:
