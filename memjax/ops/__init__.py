@@ -1,4 +1,4 @@
-"""The operations that carry memory layers and experts; nothing here knows of models.
+"""The operations behind memory layers and experts; nothing here depends on models.
 
     product_key_search   which slots a query reads, and their scores
     embedding_bag        out[t] = sum_k weights[t, k] * table[indices[t, k]]

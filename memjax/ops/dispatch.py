@@ -16,7 +16,7 @@ from memjax.ops import triton_call
 from memjax.ops.table import Table
 
 IMPLEMENTATIONS = ("triton", "xla", "reference")
-"""In the order of preference."""
+"""In order of preference."""
 
 
 def choose(operation: str, wanted: str | None, dtype: DTypeLike = jnp.float32) -> str:
@@ -27,17 +27,17 @@ def choose(operation: str, wanted: str | None, dtype: DTypeLike = jnp.float32) -
         NotImplementedError: `wanted` is known but cannot run here; the message says why.
     """
     if wanted is None:
-        # Triton's interpreter is for tests: it has to be asked for.
+        # Triton's interpreter is for tests, so it must be requested by name.
         return "xla" if triton_call.is_interpreted() or why_not("triton", dtype) else "triton"
     return named(f"{operation}: implementation", wanted, IMPLEMENTATIONS, lambda name: why_not(name, dtype))
 
 
 def named(label: str, wanted: str, known: Sequence[str], reason_against: Callable[[str], str | None]) -> str:
-    """The implementation `wanted`, if it is known and can run; `label` begins the messages.
+    """The implementation `wanted`, if it is known and can run; `label` starts the messages.
 
     Raises:
-        ValueError: it is unknown.
-        NotImplementedError: it cannot run here.
+        ValueError: `wanted` is unknown.
+        NotImplementedError: `wanted` cannot run here.
     """
     if wanted not in known:
         raise ValueError(f"{label}={wanted!r} is unknown; known: {', '.join(known)}")
@@ -56,7 +56,7 @@ def choose_for(operation: str, wanted: str | None, table: Table) -> str:
 
     Raises:
         ValueError: `wanted` is unknown.
-        NotImplementedError: what is wanted, or what can run here, cannot read the table.
+        NotImplementedError: `wanted` cannot run here, or the chosen implementation cannot read the table.
     """
     name = choose(operation, wanted, table.dtype)
     if table.pinned is not None and name != "triton":
@@ -69,7 +69,7 @@ def choose_for(operation: str, wanted: str | None, table: Table) -> str:
 
 
 def why_not(name: str, dtype: DTypeLike = jnp.float32) -> str | None:
-    """Why an implementation cannot run here on arrays of a type, as text; None if it can."""
+    """The reason why an implementation cannot run here on arrays of this type; None if it can."""
     if name != "triton":
         return None
     if jnp.dtype(dtype) == jnp.float64:

@@ -1,7 +1,7 @@
-"""Tables in host memory: mapped outside of JAX, read by kernels over the bus, or by XLA on a CPU, without a copy.
+"""Tables in host memory, allocated outside JAX and read without a copy: by kernels over the bus, or by XLA on a CPU.
 
-XLA's own host memory spaces do not serve here: it computes on them with slow host code, or moves them first. So the
-rows lie in memory that is registered with the driver once (`cuMemHostRegister`); a program gets their address as data.
+XLA's own host memory spaces are of no use here: XLA computes on them with slow host code, or moves the data first.
+Instead, rows lie in memory registered once with the driver (`cuMemHostRegister`); programs take its address as data.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ from jaxtyping import Array, UInt, UInt8
 from memjax.errors import ConfigError
 
 _PORTABLE_AND_MAPPED = 3
-"""Flags of cuMemHostRegister: for all devices of the process, which may read it."""
+"""Flags of cuMemHostRegister: pinned for all contexts of the process, and mapped into the devices' address space."""
 
 
 def allocate(num_bytes: int) -> UInt8[np.ndarray, " b"]:
-    """Zeros in memory that begins with a page; it lives as long as the array, or what looks into it.
+    """Page-aligned zeros, which live as long as the array and its views.
 
     Raises:
-        ConfigError: the machine has not so much left.
+        ConfigError: less memory than that is available.
     """
     available = available_bytes()
     if available is not None and num_bytes > available:
@@ -44,7 +44,7 @@ def map_file(path: pathlib.Path, num_bytes: int) -> UInt8[np.ndarray, " b"]:
 
 
 def available_bytes() -> int | None:
-    """Host memory that a process can still get, limits of its container included; None where it is unknown."""
+    """Bytes of host memory that the process can still allocate, within its container's limit; None if unknown."""
     found = []
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
@@ -52,14 +52,14 @@ def available_bytes() -> int | None:
     with contextlib.suppress(OSError, ValueError):
         group = pathlib.Path("/sys/fs/cgroup")
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        # Pages of files count as used, and are given back when they are needed.
+        # The page cache counts as used, but is reclaimed on demand.
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         found.append(limit - used + int(stat.get("inactive_file", 0)))
     return min(found, default=None)
 
 
 def as_array(rows: np.ndarray) -> Array:
-    """Host memory as an array on a CPU device, without a copy. 16-bit floats that NumPy lacks come as their bits."""
+    """Host memory as an array on a CPU device, without a copy. Types that NumPy lacks are returned as their bits."""
     plain = rows if rows.dtype.kind in "iuf" and rows.dtype.isbuiltin == 1 else rows.view(f"u{rows.dtype.itemsize}")
     with jax.default_device(jax.devices("cpu")[0]):
         array = jax.dlpack.from_dlpack(plain)
@@ -69,7 +69,7 @@ def as_array(rows: np.ndarray) -> Array:
 
 
 def address_of(rows: np.ndarray) -> UInt[Array, "2"]:
-    """Where the GPU finds host memory, which from now on stays in place until the process ends, as a program's data.
+    """The device address of host memory, to pass to programs as data; pins the memory until the process ends.
 
     Raises:
         ConfigError: the driver is missing, or refuses; the message says why.
@@ -84,7 +84,7 @@ _pinned: list[np.ndarray] = []
 
 
 class _Driver:
-    """The few calls of the CUDA driver that make host memory readable for kernels."""
+    """The few CUDA driver calls that make host memory readable by kernels."""
 
     def __init__(self, library: Any, ordinal: int) -> None:
         self._library = library
@@ -96,7 +96,7 @@ class _Driver:
         self._context = context
 
     def register(self, rows: np.ndarray) -> int:
-        """The device pointer of memory that the driver pins."""
+        """Pins memory and returns its device pointer."""
         start, size = ctypes.c_void_p(rows.ctypes.data), ctypes.c_size_t(rows.nbytes)
         pointer = ctypes.c_uint64()
         self._call("cuCtxSetCurrent", self._context)

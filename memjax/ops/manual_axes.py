@@ -1,8 +1,8 @@
-"""Operations inside a caller's `jax.shard_map`, which checks over which mesh axes each value varies.
+"""Support for operations inside a caller's `jax.shard_map`, which tracks the mesh axes over which each value varies.
 
-A loop's carry must have the type of what the loop makes of it, and a custom gradient that of its argument. Constants
-vary over no axis, sharded arguments do: `vary_together` gives all of them one type. Outside of `shard_map`, and inside
-one with check_vma=False, nothing varies and everything here is the identity.
+A loop's carry must keep its type from one iteration to the next, and a custom gradient must have that of its argument.
+Constants vary over no axis but sharded arguments do; `vary_together` gives all of them one type. Outside `shard_map`,
+and inside one with check_vma=False, nothing varies and everything here is the identity.
 """
 
 from typing import Any, TypeVar
@@ -13,12 +13,12 @@ Tree = TypeVar("Tree")
 
 
 def vary_together(tree: Tree) -> Tree:
-    """The arrays of a tree, each varying over every manual axis over which one of them does."""
+    """The arrays of a tree, all varying over every manual axis over which any of them varies."""
     return vary_like(tree, tree)
 
 
 def vary_like(tree: Tree, other: Any) -> Tree:
-    """The arrays of a tree, varying over the manual axes of the other tree's arrays as well as over their own."""
+    """The arrays of a tree, varying over their own manual axes and those of the other tree's arrays."""
     axes = frozenset[str]().union(*(_varying(leaf) for leaf in jax.tree.leaves(other)))
 
     def vary(leaf: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The gradient of a table, kept as the factors it is made of."""
+"""The gradient of a table, kept as its factors."""
 
 from typing import NamedTuple
 
@@ -12,17 +12,17 @@ from memjax.ops.precision import accumulator
 from memjax.ops.shapes import in_range, require
 
 PIECES = 16
-"""The most scatters that `RowGradient.dense` unrolls."""
+"""Maximum number of scatters that `RowGradient.dense` unrolls."""
 
 _PIECE_BYTES = 1 << 20
-"""Products of one scatter, whatever the size of the table."""
+"""Bytes of products that one scatter may add, however small the table."""
 
 
 class RowGradient(NamedTuple):
     """d table[r] = sum of weights[t, k] * vectors[t] over the picks (t, k) with indices[t, k] == r.
 
-    The product is never formed for the whole table: `row_update` consumes the factors. A pick of a row below 0 or from
-    num_rows on does not exist: it adds nothing, and no row or state is touched for it (see `without_padding`).
+    The sum is never formed for the whole table: `row_update` consumes the factors. A pick whose index is negative or at
+    least num_rows is ignored: it adds nothing and touches no row or state (see `without_padding`).
     """
 
     indices: Int[Array, "t k"]
@@ -33,9 +33,9 @@ class RowGradient(NamedTuple):
     """Cotangent of the bag (embedding_bag) or the vectors (embedding_dot) of each token."""
 
     def without_padding(self, token_mask: Bool[Array, "*micro t"], num_rows: int) -> "RowGradient":
-        """The gradient of a table of num_rows rows without the picks of tokens that are padding.
+        """The gradient without the picks of padding tokens, for a table of num_rows rows.
 
-        The gradient of padding is zero, but rows with a gradient of zero still count as read: `rowwise_adam` decays
+        Padding has a gradient of zero, but rows with a gradient of zero still count as read: `rowwise_adam` decays
         their second moment, and `adam` moves them by their momentum.
         """
         require(
@@ -53,15 +53,15 @@ class RowGradient(NamedTuple):
         return self._replace(weights=self.weights * jnp.asarray(factor, self.weights.dtype))
 
     def existing(self, num_rows: int) -> "RowGradient":
-        """The gradient with int32 indices, and row num_rows in place of those that do not exist."""
+        """The gradient with int32 indices, in which num_rows replaces every index out of range."""
         is_row = in_range(self.indices, num_rows)
         return self._replace(indices=jnp.where(is_row, self.indices.astype(jnp.int32), jnp.int32(num_rows)))
 
     def check(self, width: int | None = None) -> None:
-        """Refuses factors that do not fit together, or rows of another width.
+        """Checks that the factors fit together, and that they are for rows of the given width.
 
         Raises:
-            ValueError: it is so; the message has the shapes.
+            ValueError: they are not; the message has the shapes.
         """
         indices, weights, vectors = self
         require(
@@ -80,9 +80,9 @@ class RowGradient(NamedTuple):
     def dense(self, num_rows: int) -> Float[Array, "n d"]:
         """The whole gradient, mostly zeros, in float32 or wider: for plain autodiff and for comparisons.
 
-        Products of picks and vectors are formed for some picks of all tokens at a time, at most a quarter of the
-        result. Where few scatters add them, these are not in a loop: XLA then adds the gradients of all uses of a
-        float32 table into one array, and does not keep one for each use until the end.
+        Products are formed for a few picks of all tokens at a time, and take at most a quarter of the result's memory
+        (or 1 MiB). Up to PIECES scatters are unrolled: XLA then adds the gradients of all uses of a float32 table into
+        one array, instead of keeping one per use until the end.
         """
         self.check()
         dtype = accumulator(self.vectors.dtype)
@@ -91,7 +91,7 @@ class RowGradient(NamedTuple):
         (tokens, picks), width = existing.shape, vectors.shape[1]
 
         def add(gradient: Array, indices: Array, weights: Array) -> Array:
-            # Pick by pick, as in the loop: the order of the sums is one and the same.
+            # Pick by pick, as in the loop, so that both sum in the same order.
             products = weights.T[:, :, None] * vectors[None]
             return gradient.at[indices.T.reshape(-1)].add(products.reshape(indices.size, width))
 

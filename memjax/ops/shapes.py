@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 
 def require(operation: str, fits: bool, rule: str, **arrays: Any) -> None:
-    """Refuses arrays that do not fit together, with a message that has the rule, their types and their shapes.
+    """Raises unless the arrays fit together; the message has the rule, their types and their shapes.
 
     Raises:
         ValueError: `fits` is false.
@@ -17,23 +17,23 @@ def require(operation: str, fits: bool, rule: str, **arrays: Any) -> None:
 
 
 def describe(array: Any) -> str:
-    """Type and shape, as in float32[16, 64]; the name of the class of what is no array."""
+    """Type and shape, as in float32[16, 64]; the class name of anything that is not an array."""
     if not hasattr(array, "dtype"):
         return f"of type {type(array).__name__}"
     return f"{jnp.dtype(array.dtype).name}[{', '.join(map(str, array.shape))}]"
 
 
 def in_range(indices: Any, num_rows: int) -> Any:
-    """Mask of the indices in 0..num_rows - 1, also where their type cannot hold num_rows."""
+    """Mask of the indices in 0..num_rows - 1, even if their type cannot represent num_rows."""
     below = indices < num_rows if num_rows <= jnp.iinfo(indices.dtype).max else True
     return (indices >= 0) & below
 
 
 def check_table(operation: str, table: Any, indices: Any) -> None:
-    """A table has two axes and floating-point rows; indices are integers with at least one axis, that of the picks.
+    """Checks that a table has two axes and floating-point rows, and that indices are integers [..., picks].
 
     Raises:
-        ValueError: it is not so.
+        ValueError: they are not.
     """
     is_table = table.ndim == 2 and jnp.issubdtype(table.dtype, jnp.floating)
     require(operation, is_table, "table must be [slots, width] of floating-point numbers", table=table)

@@ -17,7 +17,7 @@ OPERATIONS = (
     *("product_key_search", "embedding_bag", "embedding_dot", "row_update", "grouped_matmul", "rms_norm"),
     *("decode_attention", "matvec"),
 )
-"""The folders of the operations."""
+"""Names of the operations, and of their folders."""
 
 
 class Case(NamedTuple):
@@ -26,7 +26,7 @@ class Case(NamedTuple):
     function: Callable[..., Any]
     """(name of the implementation, *arrays) -> arrays."""
     arrays: tuple[Array, ...] = ()
-    """In which it is differentiated."""
+    """With respect to which it is differentiated."""
 
     def run(self, implementation: str) -> list[Array]:
         """The function's outputs, and the gradients of half the sum of their squares."""
@@ -52,7 +52,7 @@ class Draw:
         return jnp.asarray(self._rng.normal(size=shape), jnp.float32)
 
     def integers(self, limit: int, *shape: int) -> Int[Array, "..."]:
-        """Numbers from 0 and below a limit (int32)."""
+        """Integers from 0 to limit - 1 (int32)."""
         return jnp.asarray(self._rng.integers(limit, size=shape), jnp.int32)
 
 
@@ -62,12 +62,12 @@ def specs(operation: str) -> Specs:
 
 
 def difference(operation: str, implementation: str) -> float:
-    """How far an implementation is from the reference at most, in any case, as a share of the largest number.
+    """The largest difference from the reference in any case, relative to the reference's largest number.
 
-    Infinite where a number is not finite.
+    Infinite if an output is not finite.
 
     Raises:
-        ValueError: a result or gradient has another shape.
+        ValueError: an output or gradient differs in shape.
     """
     worst = 0.0
     for case in specs(operation).values():

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from memjax.ops.row_formats.formats import Plain, RowFormat, Zeros
 
 Place = Literal["device", "host"]
-"""device: in the memory of the device that computes; host: in that of the machine, read over the bus."""
+"""device: the memory of the device that computes; host: the machine's memory, read over the bus."""
 
 
 @partial(
@@ -23,13 +23,13 @@ Place = Literal["device", "host"]
 )
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows in a format and a place. A pytree: arrays are data, the rest is part of a program's structure.
+    """Rows in a storage format and a place. A pytree: arrays are data, the other fields are static.
 
-    A plain array is a table too: operations take either. Tables with scales, and tables in host memory, are read-only.
+    Operations also take a plain array as a table. Tables with scales, and tables in host memory, are read-only.
     """
 
     rows: Any
-    """[n, payload columns]; of a table in pinned host memory its address, as uint32[2]."""
+    """[n, payload columns]; for a table in pinned host memory, its address as uint32[2]."""
     scales: Any = None
     """[n, groups], for formats that have them; on the device."""
     _: dataclasses.KW_ONLY
@@ -38,11 +38,11 @@ class Table:
     """Type in which operations return what they read."""
     place: Place = "device"
     pinned: tuple[int, int] | None = None
-    """Rows and columns, where `rows` is an address."""
+    """Numbers of rows and columns, if `rows` is an address."""
 
     @classmethod
     def of(cls, table: "Table | Float[Array, 'n d']") -> "Table":
-        """The table; an array as a table of its numbers on the device."""
+        """The table itself, or an array wrapped as a plain table on the device."""
         if isinstance(table, Table):
             return table
         table = jnp.asarray(table)
@@ -51,7 +51,7 @@ class Table:
 
     @classmethod
     def encoded(cls, rows: Float[Array, "n d"], row_format: RowFormat) -> "Table":
-        """Rows in a format, on the first device. For large tables see `memjax.load`, which encodes block by block.
+        """Encodes rows, on the first device. For large tables, see `memjax.load`, which encodes block by block.
 
         Raises:
             ValueError: the format cannot store the rows.
@@ -88,16 +88,16 @@ class Table:
         return self.format.has_scales or self.place != "device" or self.format.payload_dtype != self.dtype
 
     def take(self, indices: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b d"]:
-        """Rows at indices, in a type: what implementations in XLA read. Indices outside are not checked."""
+        """The rows at `indices`, decoded to `dtype`, as the XLA implementations read them. Indices are not checked."""
         pick = lambda array: array.at[indices].get(mode="promise_in_bounds")
         payload = pick(self.rows)
         if payload.dtype != self.format.payload_dtype:
-            # Host memory that NumPy has no type for.
+            # Types that NumPy lacks come from host memory as their bits.
             payload = jax.lax.bitcast_convert_type(payload, self.format.payload_dtype)
         return self.format.decode(payload, None if self.scales is None else pick(self.scales), dtype)
 
     def zeroed(self) -> "Table":
-        """A table of zeros in its place, for which no memory is needed."""
+        """The same table, read as zeros, without memory for another set of rows."""
         if self.scales is not None:
             return dataclasses.replace(self, scales=jnp.zeros_like(self.scales))
         return dataclasses.replace(self, format=Zeros(self.format.name))
@@ -108,10 +108,10 @@ class Table:
 
 
 def differentiable(operation: str, table: Any) -> bool:
-    """Whether a table's gradient is asked for, from its leaves in the forward rule of `jax.custom_vjp`.
+    """Whether a table's gradient is needed, given its leaves in the forward rule of `jax.custom_vjp`.
 
     Raises:
-        TypeError: it is, and the table is read-only.
+        TypeError: it is, but the table is read-only.
     """
     perturbed = any(leaf.perturbed for leaf in jax.tree.leaves(table))
     if perturbed and table.is_read_only:

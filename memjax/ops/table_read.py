@@ -42,7 +42,7 @@ def read(
     tokens = math.prod(indices.shape[:-1])
     indices, factor = indices.reshape(tokens, -1), factor.reshape(tokens, -1)
     exist = None if mode == "promise_in_bounds" else in_range(indices, table.shape[0])
-    # Narrow types can be too small for the number of rows, which indexing compares with.
+    # Indexing compares with the number of rows, which a narrow type may not be able to represent.
     indices = indices.astype(jnp.int32)
     arguments = vary_together((table, indices if exist is None else jnp.where(exist, indices, 0), factor))
     try:
@@ -50,7 +50,7 @@ def read(
     except NotImplementedError as error:
         if "symbolic_zeros" not in str(error):
             raise
-        # A jax.shard_map that is not compiled. Compiled always, remat would take every table for differentiated.
+        # A jax.shard_map that is not compiled. Always compiling would make remat treat every table as differentiated.
         return jax.jit(_read, static_argnums=(0, 1))(operation, name, *arguments), exist
 
 
@@ -69,7 +69,7 @@ def _forward(operation, name, table, indices, factor):
 
 def _backward(operation, name, residuals, cotangent):
     table, indices, factor, wanted = residuals
-    # The transpose of either in its factor is the other one, of the same rows with the cotangent.
+    # Each operation's transpose in its factor is the other one: the same rows, read with the cotangent.
     (transpose,) = SAVED_NAMES.keys() - {operation}
     d_factor = getattr(dispatch.load(transpose, name), transpose)(table, indices, cotangent)
     d_table = None

@@ -1,7 +1,7 @@
 """Tile sizes of the Triton kernels: helpers that several operations share.
 
-An operation's own sizes are in its `tiles.py`. Its `tiles.json` holds what `experiments/bench/tune.py` found best on a
-kind of device; a kind that is not in it gets the defaults, which are chosen for 16-byte loads and enough of them in
+An operation's own sizes are in its `tiles.py`. Its `tiles.json` holds the sizes that `experiments/bench/tune.py` found
+best on a kind of device; other devices get the defaults, which are chosen for 16-byte loads with enough of them in
 flight.
 """
 
@@ -19,7 +19,7 @@ from memjax.ops.table import Table
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Tile:
-    """The part of the work that one program of a kernel does at a time."""
+    """The work that one program of a kernel does at a time."""
 
     rows: int
     """Table rows, or rows of scores; a power of two."""
@@ -29,12 +29,12 @@ class Tile:
 
 
 _FEW_TOKENS = {"device": 64, "host": 16}
-"""Up to here programs for short pieces of rows, with many rows in flight, keep the memory busy, or the bus to that of
-the host; more tokens do so by themselves, and then long reads are the faster ones."""
+"""Up to this many tokens, saturating device memory or the host bus takes many rows in flight, in short pieces. More
+tokens saturate it by themselves, and then long reads are faster."""
 
 
 def of_table_rows(operation: str, dim: int, picks: int, table: Table, tokens: int) -> Tile:
-    """The tile of kernels that read `picks` table rows per token: 16 rows in flight, 512 bytes of each per warp."""
+    """The tile for kernels that read `picks` table rows per token; by default 16 rows in flight, 512 bytes of each."""
     name, tile = _of_rows(operation, table, tokens)
     tile = dataclasses.replace(tile, **tuned(operation, name))
     return dataclasses.replace(
@@ -43,7 +43,7 @@ def of_table_rows(operation: str, dim: int, picks: int, table: Table, tokens: in
 
 
 def _of_rows(operation: str, table: Table, tokens: int) -> tuple[str, Tile]:
-    """The name under which tiles are tuned, and the default, for a table's format and place."""
+    """The name under which the tile for a table's format and place is tuned, and its default."""
     bits = 8 * table.format.payload_dtype.itemsize * table.format.payload_columns(64) // 64
     is_few = tokens <= _FEW_TOKENS[table.place]
     if table.place == "host":
@@ -53,16 +53,16 @@ def _of_rows(operation: str, table: Table, tokens: int) -> tuple[str, Tile]:
     if is_few:
         return f"{operation}_few", Tile(rows=128, columns=64, num_warps=8)
     if table.format.has_scales:
-        # Codes become float32 in registers: 4,096 of them fill those of a warp.
+        # Codes are decoded to float32 in registers; 4,096 of them fill a warp's.
         columns = 512 * 8 // bits
         return f"{operation}_{table.format.name}", Tile(rows=max(4, 4096 // columns), columns=columns, num_warps=1)
     return operation, Tile(rows=16, columns=512 * 8 // bits, num_warps=1)
 
 
 def _columns(dim: int) -> int:
-    """Columns of a program that covers dim without much waste: the power of two that divides it, or 64 and a rest.
+    """Columns per program that cover dim with little waste: the largest power of two that divides it, or 64.
 
-    At least 8: as many neighbouring columns are loaded together.
+    At least 8, the number of neighbouring columns that are loaded together.
     """
     return max(8, dim & -dim, min(64, next_power_of_two(dim)))
 
@@ -72,7 +72,7 @@ _overrides: dict[str, dict[str, int]] = {}
 
 @contextlib.contextmanager
 def override(name: str, **fields: int) -> Iterator[None]:
-    """Kernels traced inside the block use these fields of the tile that is tuned under a name: how tiles are tuned."""
+    """Overrides fields of the tile that is tuned under `name`, for kernels traced inside the block. Tuning uses it."""
     _overrides[name] = fields
     try:
         yield
@@ -81,7 +81,7 @@ def override(name: str, **fields: int) -> Iterator[None]:
 
 
 def tuned(operation: str, name: str) -> dict[str, int]:
-    """The fields of a tile that are tuned for this machine's kind of device, or overridden."""
+    """The fields of a tile that have been tuned for this kind of device, or overridden."""
     kind = jax.devices()[0].device_kind
     of_kind = next((found for known, found in _tuned_by_kind(operation).items() if kind.startswith(known)), {})
     return _overrides.get(name, of_kind.get(name, {}))
@@ -94,15 +94,15 @@ def _tuned_by_kind(operation: str) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def file_of(operation: str, folder: pathlib.Path | None = None) -> pathlib.Path:
-    """The tuned tiles of an operation, by default those that its kernels use."""
+    """The file of an operation's tuned tiles; by default the one that its kernels use."""
     return (folder or pathlib.Path(__file__).parent) / operation / "tiles.json"
 
 
 def ceil_div(size: int, part: int) -> int:
-    """Parts that cover size."""
+    """The number of parts that cover size."""
     return -(-size // part)
 
 
 def next_power_of_two(value: int) -> int:
-    """The smallest power of two that is not below value."""
+    """The smallest power of two that is at least value."""
     return 1 << max(0, value - 1).bit_length()

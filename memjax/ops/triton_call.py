@@ -24,11 +24,11 @@ FFI_TARGET, FFI_VERSION = "triton_kernel_call_ffi", 4
 """jaxlib's launcher for XLA's typed foreign function interface."""
 
 compute_capability: int | None = None
-"""Compile for this one (90 for sm_90) instead of the device's: for compile checks on machines without a GPU."""
+"""If set (90 for sm_90), compile for it instead of the device's own: for compile checks without a GPU."""
 
 
 def why_not() -> str | None:
-    """Why Triton kernels cannot run here, as text; None if they can."""
+    """The reason why Triton kernels cannot run here; None if they can."""
     if is_interpreted():
         return _import_problem("triton")
     if jax.default_backend() != "gpu":
@@ -62,8 +62,10 @@ def launch(
 ) -> list[jax.Array]:
     """Runs a kernel whose parameters are the arguments, then one pointer for each output, then the constants.
 
-    `aliases` maps the number of an argument to that of the output which takes over its memory. Constants that the
-    kernel does not have are refused.
+    `aliases` maps the index of an argument to that of the output that takes over its memory.
+
+    Raises:
+        TypeError: the kernel does not have one of the constants.
     """
     unknown = set(constants) - set(kernel.arg_names)
     if unknown:
@@ -80,12 +82,12 @@ def launch(
         **options,
         **constants,
     )
-    # Kernels carry no types of manual axes.
+    # Kernels do not track varying manual axes.
     return vary_like(outputs, arguments)
 
 
 def sequential(function: Callable[..., T]) -> Callable[..., T]:
-    """A function of arrays that `jax.vmap` maps over a batch one by one; keyword arguments are static."""
+    """A function of arrays to which `jax.vmap` passes a batch one element at a time; keyword arguments are static."""
 
     @functools.wraps(function)
     def call(*arrays: Any, **settings: Any) -> T:
@@ -96,11 +98,11 @@ def sequential(function: Callable[..., T]) -> Callable[..., T]:
 
 @functools.cache
 def _jax_triton() -> Any:
-    """jax-triton, made to call jaxlib's newer launcher where it does not do so by itself.
+    """The jax_triton module, patched to use jaxlib's newer launcher if it does not do so by itself.
 
-    XLA ends a CUDA graph at each custom call of the oldest interface, which jax-triton 0.3 asks for. jaxlib launches
-    the same kernels through XLA's foreign function interface too, and those calls become part of the graph. A jaxlib
-    without that launcher keeps the old one.
+    jax-triton 0.3 emits custom calls of the oldest interface, and XLA ends a CUDA graph at each of those. jaxlib can
+    also launch the same kernels through XLA's foreign function interface, whose calls become part of the graph.
+    Without that launcher in jaxlib, the old one is used.
     """
     jax_triton = importlib.import_module("jax_triton")
     # None where jaxlib finds no CUDA plugin.
@@ -113,7 +115,7 @@ def _jax_triton() -> Any:
 
 
 def _lower(lower: Callable[..., Any], context: mlir.LoweringRuleContext, *arguments: Any, **options: Any) -> Any:
-    """jax-triton's own lowering, with the custom call that it wrote turned into one of the newer interface."""
+    """jax-triton's own lowering, with its custom call converted to the newer interface."""
     results = lower(context, *arguments, **options)
     attributes = results[0].owner.attributes
     if attributes["api_version"].value < FFI_VERSION:
@@ -167,7 +169,7 @@ def _interpret(kernel, *arguments, out_shape, grid, input_output_aliases, **cons
         inputs = [np.ascontiguousarray(array) for array in arrays]
         outputs = [np.zeros(shape.shape, shape.dtype) for shape in shapes]
         for argument, output in input_output_aliases.items():
-            # Outputs begin as the aliased input, and the kernel may read them through either pointer.
+            # An aliased output starts as its input, and the kernel may read it through either pointer.
             outputs[output] = inputs[argument] = np.array(inputs[argument])
         kernel[grid](*map(_NumpyTensor, [*inputs, *outputs]), **constants)
         return outputs

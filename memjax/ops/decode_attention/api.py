@@ -22,13 +22,13 @@ def decode_attention(
     Heads come in groups of n / kv that share keys and values. Scores and sums are in float32 or wider.
 
     Args:
-        query: of the newest token, whose own key is in the cache.
-        keys: of the cache.
-        values: of the cache.
-        lengths: entries that each row holds, the newest token's included; at least 1. What lies behind may be any
+        query: the newest token's; its key is already in the cache.
+        keys: the cache's keys.
+        values: the cache's values.
+        lengths: number of entries in each row, the newest token's included; at least 1. Entries beyond it may hold any
             finite numbers.
-        window: how many of the latest entries are seen; None for all.
-        implementation: `triton` reads only what is filled; `xla` and `reference` read the whole cache.
+        window: number of latest entries to attend to; None for all.
+        implementation: `triton` reads only filled entries; `xla` and `reference` read the whole cache.
 
     Raises:
         ValueError: shapes do not fit each other, or `implementation` is unknown.
@@ -41,7 +41,7 @@ def decode_attention(
     if window is not None and window < 1:
         raise ValueError(f"decode_attention: window={window} must be positive")
     name = dispatch.choose("decode_attention", implementation, query.dtype)
-    # Narrow types could not count the cache's entries.
+    # A narrow type may not be able to count the cache's entries.
     lengths = lengths.astype(jnp.int32)
     return dispatch.load("decode_attention", name).decode_attention(query, keys, values, lengths, window)
 
@@ -56,17 +56,17 @@ def decode_step(
     window: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b n h"], Float[Array, "b kv s h"], Float[Array, "b kv s h"]]:
-    """`decode_attention` of new tokens whose entries are yet to be written, and the cache with these.
+    """Writes the entries of new tokens to the cache and attends; returns the attention and the cache's keys and values.
 
     Args:
         joined: queries of the new tokens, then keys, then values, heads side by side: width = (n + 2 kv) h.
-        keys: of the cache.
-        values: of the cache.
+        keys: the cache's keys.
+        values: the cache's values.
         positions: where the entries go; an entry whose position is beyond the cache is neither written nor seen.
-        rotation: cosines and sines of the angles by which pairs (x[i], x[i + h/2]) of queries and keys are turned; None
-            leaves them as they are.
-        window: how many of the latest entries are seen; None for all.
-        implementation: as above; `triton` does it all in one kernel, and in place.
+        rotation: cosines and sines of the angles by which pairs (x[i], x[i + h/2]) of queries and keys are rotated;
+            None leaves them as they are.
+        window: number of latest entries to attend to; None for all.
+        implementation: as above; `triton` does all of it in one kernel, in place.
 
     Raises:
         ValueError: shapes do not fit each other, or `implementation` is unknown.

@@ -1,4 +1,4 @@
-"""Decode attention by its formula: every head with its own keys."""
+"""The definition of decode attention, with each group's keys repeated for its heads."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def decode_attention(
     lengths: Int[Array, " b"],
     window: int | None,
 ) -> Float[Array, "b n h"]:
-    """All scores, and then those that may be seen."""
+    """Computes all scores, then masks those that may not be seen."""
     wide, groups = accumulator(query.dtype), query.shape[1] // keys.shape[1]
     keys, values = (jnp.repeat(array, groups, axis=1).astype(wide) for array in (keys, values))
     scores = jnp.einsum("bnh,bnsh->bns", query.astype(wide), keys) * query.shape[-1] ** -0.5

@@ -10,7 +10,7 @@ from memjax.ops.specs import Case, Draw, Specs
 
 
 def specs(draw: Draw) -> Specs:
-    """Attention over caches of several lengths, all of them or a window, and steps that write their entries first."""
+    """Attention over caches of different lengths, whole or a window, and a step that writes its entries first."""
     keys, values, query = draw.normal(3, 2, 96, 16), draw.normal(3, 2, 96, 16), draw.normal(3, 4, 16)
     lengths, joined, angles = jnp.asarray([96, 1, 40], jnp.int32), draw.normal(3, 8 * 16), draw.normal(3, 8)
     rotation = (jnp.cos(angles), jnp.sin(angles))

@@ -17,7 +17,7 @@ def decode_step(
     *,
     implementation: str,
 ) -> tuple[Float[Array, "b n h"], Float[Array, "b kv s h"], Float[Array, "b kv s h"]]:
-    """`api.decode_step`, with the attention of an implementation."""
+    """`api.decode_step`, with the attention of the given implementation."""
     (batch, kv_heads, size, width), num_heads = keys.shape, joined.shape[1] // keys.shape[3] - 2 * keys.shape[1]
     heads = joined.reshape(batch, -1, width)
     query, key, value = jnp.split(heads, (num_heads, num_heads + kv_heads), axis=1)
@@ -33,7 +33,7 @@ def decode_step(
 
 
 def turn(x: Float[Array, "*b h"], cos: Float[Array, "*#b half"], sin: Float[Array, "*#b half"]) -> Float[Array, "*b h"]:
-    """Turns the pairs (x[i], x[i + h/2]) by angles whose cosines and sines are given, in x's type."""
+    """Rotates the pairs (x[i], x[i + h/2]) by angles given as cosines and sines, in x's type."""
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
@@ -45,11 +45,11 @@ def write(
     *,
     by_rows: bool | None = None,
 ) -> Float[Array, "b kv s h"]:
-    """The cache with new entries at the positions of each row; those at positions beyond it are left out.
+    """The cache with new entries at the positions of each row; those at positions beyond its end are dropped.
 
-    A row's positions must differ. by_rows writes single rows of a flat cache: XLA for GPUs would otherwise transpose
-    the whole cache to write into it and back, at each step; XLA for CPUs writes one index after the other, so fewer
-    indices are better there. None lets the backend decide.
+    A row's positions must be distinct. `by_rows` writes single rows of a flat cache: on GPUs, XLA would otherwise
+    transpose the whole cache and back at each step; on CPUs, it writes one index after the other, so fewer indices are
+    better. None lets the backend decide.
     """
     new, (batch, kv_heads, size, width) = new.astype(cache.dtype), cache.shape
     if by_rows is None:
@@ -59,7 +59,7 @@ def write(
         return cache.at[row, :, positions].set(new, unique_indices=True, mode="drop")
     head = row[:, :, None] * kv_heads + jnp.arange(kv_heads)[None, None, :]
     flat = (head * size + positions[:, :, None]).reshape(-1)
-    # Numbers past the end are left out; they are all different, as is promised of indices.
+    # Indices past the end are dropped; they are distinct, as unique_indices promises.
     beyond = batch * kv_heads * size + jnp.arange(flat.size, dtype=flat.dtype)
     inside = jnp.repeat((positions < size).reshape(-1), kv_heads)
     flat = jnp.where(inside, flat, beyond)

@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """How the cache is cut."""
+    """How the cache is divided among programs."""
 
     programs: int
-    """At least this many, if the cache is long enough."""
+    """Number of programs to aim for, if the cache is long enough."""
     block: int
     """Entries of the cache that a program reads at a time."""
     num_warps: int
@@ -15,10 +15,10 @@ class Tile(NamedTuple):
 
 
 def default_tile(width: int, itemsize: int) -> Tile:
-    """The tile for heads of a width.
+    """The tile for heads of `width` columns.
 
-    Small programs: of those of a width of 64 a multiprocessor holds eight, so that 1,024 run at once on a GPU of about
-    130, with enough loads under way to fill its memory's pace.
+    Programs are small: at a width of 64 a multiprocessor holds eight, so a GPU of about 130 runs 1,024 at once, with
+    enough loads in flight to saturate its memory.
     """
     if width <= 128 and itemsize <= 2:
         return Tile(programs=1024, block=32, num_warps=2, num_stages=4)

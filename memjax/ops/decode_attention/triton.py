@@ -1,8 +1,8 @@
-"""Decode attention as a Triton kernel: the filled part of a row's cache is cut into pieces, a program for each.
+"""Decode attention as a Triton kernel: the filled part of a row's cache is cut into pieces, with one program for each.
 
-A program forms the softmax of its piece in one pass (arXiv:2205.14135). Where there are enough rows and heads to fill a
-GPU, a row is one piece; a second kernel weighs several of them, so that few rows with long caches fill a GPU as well
-(flash-decoding).
+A program forms the softmax of its piece in one pass (arXiv:2205.14135). If there are enough rows and heads to fill a
+GPU, a row is one piece; otherwise a second kernel combines its pieces, so that few rows with long caches fill a GPU as
+well (flash-decoding).
 """
 
 import jax
@@ -22,7 +22,7 @@ def _attend(
     query, keys_ptr, values_ptr, cache, first, last, column, highest, total, out, WIDTH: tl.constexpr,
     SCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The highest score, the sum of weights and the weighted sum, with the entries first..last of a cache added."""
+    """Adds a cache's entries first..last to the highest score, the sum of weights and the weighted sum."""
     is_column = column < WIDTH
     for start in range(first, last, BLOCK):
         position = start + tl.arange(0, BLOCK)
@@ -32,7 +32,7 @@ def _attend(
         keys = tl.load(keys_ptr + at, mask=inside, other=0.0)
         scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * SCALE
         scores = tl.where(is_position[None, :], scores, float("-inf"))
-        # The first position of a block is always filled, so this is a number.
+        # The first position of a block is always filled, so this is not -inf.
         higher = tl.maximum(highest, tl.max(scores, axis=1))
         weights = tl.exp(scores - higher[:, None])
         fade = tl.exp(highest - higher)
@@ -48,7 +48,7 @@ def _store(
     out_ptr, highest_ptr, total_ptr, own, piece, is_head, column, highest, total, out, WIDTH: tl.constexpr,
     PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Writes the result of a row that is one piece, or what is needed to weigh a piece."""
+    """Writes the result of a row that is one piece, or what is needed to combine several."""
     at = own * PIECES + piece
     if PIECES == 1:
         out = out / total[:, None]
@@ -65,9 +65,9 @@ def piece_kernel(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, WINDOW: tl.constexpr,
     SCALE: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One piece of a row's cache for the heads of a group: the weighted sum, its highest score, the sum of weights.
+    """Attention of a group's heads over one piece of a row's cache: weighted sum, highest score and sum of weights.
 
-    HEADS and COLUMNS are GROUP and WIDTH rounded up to what matrix products take.
+    HEADS and COLUMNS are GROUP and WIDTH rounded up to what tl.dot accepts.
     """
     row, kv_head, piece = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     end = tl.load(lengths_ptr + row)
@@ -101,14 +101,14 @@ def step_kernel(
     PIECES: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, TURNED: tl.constexpr, HEADS: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`piece_kernel` for a token that the cache does not hold yet: turns its query and key, and writes its entry.
+    """`piece_kernel` for a token that the cache does not hold yet: rotates its query and key, and writes its entry.
 
-    The first piece begins with the new entry, from registers, and writes it; no program reads it from the cache.
+    The first piece starts with the new entry in registers, and writes it; no program reads it from the cache.
     """
     row, kv_head, piece = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     own_position = tl.load(positions_ptr + row)
     filled = tl.minimum(own_position, SIZE)
-    # Columns of the new entry that this program writes and begins with: all or none.
+    # Columns of the new entry that this program starts with and writes: all or none.
     entry_width = tl.where((own_position < SIZE) & (piece == 0), COLUMNS, 0)
     begin = 0
     if WINDOW > 0:
@@ -163,7 +163,7 @@ def weigh_kernel(
     pieces_ptr, highest_ptr, total_ptr, out_ptr, PIECES: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The attention of a head of a row from its pieces; PADDED and COLUMNS are PIECES and WIDTH as powers of two."""
+    """Combines the pieces of a row and head; PADDED and COLUMNS are PIECES and WIDTH rounded up to powers of two."""
     head = tl.program_id(0).to(tl.int64)
     piece, column = tl.arange(0, PADDED), tl.arange(0, COLUMNS)
     is_piece, is_column = piece < PIECES, column < WIDTH
@@ -186,7 +186,7 @@ def decode_attention(
     *,
     tile: Tile | None = None,
 ) -> Float[Array, "b n h"]:
-    """Reads only what each row's cache holds."""
+    """Reads only the filled part of each row's cache."""
     keys, values = keys.astype(query.dtype), values.astype(query.dtype)
     arguments = (query, keys, values, lengths.astype(jnp.int32))
     out, _ = _launch(piece_kernel, arguments, query.shape[1], keys, window, tile)
@@ -203,7 +203,7 @@ def decode_step(
     *,
     tile: Tile | None = None,
 ) -> tuple[Float[Array, "b n h"], Float[Array, "b kv s h"], Float[Array, "b kv s h"]]:
-    """One kernel for positions, the new entry and the attention; the cache is written in place."""
+    """One kernel rotates, writes the new entries and attends; the cache is updated in place."""
     positions = positions.astype(jnp.int32)
     arguments = (joined, keys, values, positions, *(rotation or (positions, positions)))
     num_heads = joined.shape[1] // keys.shape[3] - 2 * keys.shape[1]
@@ -217,7 +217,7 @@ def _launch(
     kernel, arguments: tuple[Array, ...], heads: int, cache: Array, window: int | None, tile: Tile | None,
     written: int = 0, **constants: int,
 ) -> tuple[Array, list[Array]]:  # fmt: skip
-    """Attention by one of the kernels, and the first `written` arguments behind the query, which it writes in place."""
+    """Attention by one of the kernels, and the `written` arguments after the query, which it updates in place."""
     (batch, kv_heads, size, width), dtype = cache.shape, arguments[0].dtype
     tile = tile or tiles.default_tile(width, dtype.itemsize)
     longest = size if window is None else min(size, window)

@@ -14,7 +14,7 @@ def decode_attention(
     lengths: Int[Array, " b"],
     window: int | None,
 ) -> Float[Array, "b n h"]:
-    """Reads the whole cache, and weighs what is not filled with zero."""
+    """Reads the whole cache; entries that are not filled get a weight of zero."""
     (batch, heads, width), (kv_heads, size) = query.shape, keys.shape[1:3]
     wide = accumulator(query.dtype)
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, width)
@@ -23,7 +23,7 @@ def decode_attention(
     seen = positions < lengths[:, None, None, None]
     if window is not None:
         seen &= positions >= lengths[:, None, None, None] - window
-    # Finite, so that what an unfilled cache holds cannot turn into a NaN by way of inf - inf.
+    # A finite minimum: -inf could become NaN as inf - inf.
     weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(wide).min), axis=-1).astype(values.dtype)
     out = jnp.einsum("bkgs,bksh->bkgh", weights, values, preferred_element_type=wide)
     return out.reshape(batch, heads, width).astype(query.dtype)

@@ -17,17 +17,17 @@ def embedding_bag(
     mode: IndexMode = "fill",
     implementation: str | None = None,
 ) -> Float[Array, "*t d"]:
-    """out[t] = sum_k weights[t, k] * table[indices[t, k]], summed in float32, in the table's type.
+    """out[t] = sum_k weights[t, k] * table[indices[t, k]], summed in float32, returned in the table's type.
 
     Differentiable in `table` and `weights`. The table's gradient is as large as the table and is formed only when the
     table is differentiated; `memjax.row_sparse_value_and_grad` avoids it. Tables with scales or in host memory are
-    read-only. A token with an index outside 0..n-1 gets NaN and no gradient, as of `jnp.take`; negative indices are
-    outside, too. mode="promise_in_bounds" leaves that check out: what such indices read is then undefined.
+    read-only. A token with an index outside 0..n-1 gets NaN and no gradient, as with `jnp.take`; negative indices are
+    outside too. mode="promise_in_bounds" skips that check: what such indices read is then undefined.
 
     Raises:
         ValueError: shapes do not fit together, or `mode` or `implementation` is unknown.
-        NotImplementedError: `implementation` cannot run here, or not read this table.
-        TypeError: the table is differentiated, and is read-only.
+        NotImplementedError: `implementation` cannot run here, or cannot read this table.
+        TypeError: the table is differentiated but read-only.
     """
     table, indices, weights = Table.of(table), jnp.asarray(indices), jnp.asarray(weights)
     check_table("embedding_bag", table, indices)

@@ -5,7 +5,7 @@ from memjax.ops.specs import Case, Draw, Specs
 
 
 def specs(draw: Draw) -> Specs:
-    """A bag of a table."""
+    """A bag of rows of a table."""
     table, indices, weights = draw.normal(500, 96), draw.integers(500, 33, 7), draw.normal(33, 7)
     bag = lambda name, table, weights: embedding_bag(table, indices, weights, implementation=name)
     return {"bag": Case(bag, (table, weights))}

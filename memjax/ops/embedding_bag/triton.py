@@ -1,4 +1,4 @@
-"""The embedding bag as a Triton kernel: a program for every token and slice of columns, many rows in flight."""
+"""The embedding bag as a Triton kernel: one program per token and slice of columns, with many rows in flight."""
 
 import jax
 import triton

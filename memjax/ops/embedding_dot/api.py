@@ -20,13 +20,13 @@ def embedding_dot(
 ) -> Float[Array, "*t k"]:
     """out[t, k] = <vectors[t], table[indices[t, k]]>, in float32 or wider: the transpose of the embedding bag.
 
-    Differentiable in `table` (see `embedding_bag` for its price) and `vectors`. The dot with a row that does not
-    exist is NaN and has no gradient, unless mode="promise_in_bounds".
+    Differentiable in `table` (see `embedding_bag` for the cost) and `vectors`. An index outside the table gives NaN and
+    no gradient, unless mode="promise_in_bounds".
 
     Raises:
         ValueError: shapes do not fit together, or `mode` or `implementation` is unknown.
-        NotImplementedError: `implementation` cannot run here, or not read this table.
-        TypeError: the table is differentiated, and is read-only.
+        NotImplementedError: `implementation` cannot run here, or cannot read this table.
+        TypeError: the table is differentiated but read-only.
     """
     table, indices, vectors = Table.of(table), jnp.asarray(indices), jnp.asarray(vectors)
     check_table("embedding_dot", table, indices)

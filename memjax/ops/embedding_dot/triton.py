@@ -1,4 +1,4 @@
-"""The embedding dot as a Triton kernel: a program for every token and group of picks, a tile of rows in flight."""
+"""The embedding dot as a Triton kernel: one program per token and group of picks, with a tile of rows in flight."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def dot_kernel(
     pick = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     valid = pick < PICKS
     row = tl.load(indices_ptr + token * PICKS + pick, mask=valid, other=0).to(tl.int64)
-    # A thread sums the neighbouring columns that it has loaded; lanes meet only once, at the end.
+    # Each thread sums the neighbouring columns that it has loaded; threads exchange sums only once, at the end.
     total = tl.zeros((ROWS, COLUMNS // 8), tl.float32)
     for first in range(0, DIM, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)

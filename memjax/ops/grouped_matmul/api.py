@@ -21,9 +21,9 @@ def grouped_matmul(
 ) -> Float[Array, "m n"]:
     """Every row times the matrix of its group, summed in float32 or wider, in the rows' type.
 
-    Rows are in the order of their groups: the first sizes[0] belong to group 0, and so on. Groups may be empty; the
-    sizes must add up to m, which is not checked: what comes of other rows is undefined.
-    Differentiable in `rows` and `matrices`, which have one type.
+    Rows are in the order of their groups: the first sizes[0] belong to group 0, and so on. Groups may be empty. The
+    sizes must add up to m; this is not checked, and results for rows beyond their sum are undefined.
+    Differentiable in `rows` and `matrices`, which must be of the same type.
 
     Raises:
         ValueError: shapes or types do not fit, or `implementation` is unknown.

@@ -13,14 +13,14 @@ def grouped_matmul(
     matrices = jnp.swapaxes(matrices, 1, 2) if transposed else matrices
     wide = accumulator(rows.dtype)
     every = jnp.einsum("mk,gkn->gmn", rows.astype(wide), matrices.astype(wide), precision="highest")
-    # Not a product with 0: what a row makes of other groups' matrices may be infinite.
+    # Not multiplied by 0: the product of a row with another group's matrix may be infinite.
     return jnp.sum(jnp.where(_members(sizes, rows.shape[0]), every, 0), axis=0).astype(rows.dtype)
 
 
 def matrices_gradient(
     rows: Float[Array, "m k"], cotangent: Float[Array, "m n"], sizes: Int[Array, " g"]
 ) -> Float[Array, "g k n"]:
-    """Sum over the rows of each group of row (outer product) cotangent."""
+    """For each group, the sum over its rows of the outer product of row and cotangent."""
     wide = accumulator(rows.dtype)
     own = jnp.where(_members(sizes, rows.shape[0]), rows.astype(wide)[None], 0)
     theirs = jnp.where(_members(sizes, rows.shape[0]), cotangent.astype(wide)[None], 0)

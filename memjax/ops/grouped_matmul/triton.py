@@ -16,14 +16,14 @@ from memjax.ops.tiles import ceil_div
 class Schedule(NamedTuple):
     """Which rows each program multiplies, and with which matrix.
 
-    How many tiles the groups fill is known on the device only; there are enough for the worst case, and those left over
-    have no rows.
+    The number of tiles that the groups fill is known only on the device: there are enough for the worst case, and those
+    left over have no rows.
     """
 
     group: Int[Array, " tiles"]
     begin: Int[Array, " tiles"]
     end: Int[Array, " tiles"]
-    """One past the last row of the tile's group: what lies behind belongs to others."""
+    """One past the last row of the tile's group; later rows belong to other groups."""
 
 
 def schedule(sizes: Int[Array, " g"], num_rows: int, rows: int) -> Schedule:
@@ -92,7 +92,8 @@ def matrices_kernel(
 ):
     """ROWS x COLUMNS of the gradient of a group's matrix: a sum over the group's rows, INNER at a time.
 
-    STEPS, the most that any group needs, is for the interpreter, which takes no bounds from memory; otherwise it is 0.
+    STEPS is for the interpreter, which cannot load loop bounds: the most steps that a group may need. Otherwise it is
+    0.
     """
     group = tl.program_id(2).to(tl.int64)
     begin, end = tl.load(begin_ptr + group), tl.load(end_ptr + group)
@@ -171,7 +172,7 @@ def matrices_gradient(
 
 
 def _inside(sizes: Array, num_rows: int) -> Array:
-    """The sizes without rows that do not exist, which nothing may read or write."""
+    """The sizes without rows beyond num_rows, which must be neither read nor written."""
     ends = jnp.minimum(jnp.cumsum(jnp.maximum(sizes, 0)), num_rows)
     return jnp.diff(ends, prepend=0)
 

@@ -1,7 +1,7 @@
 """The grouped matmul as XLA's ragged dot.
 
-Where a back end has no kernel of its own for it, CPUs among them, XLA multiplies every row with every matrix and keeps
-one product of each row: g times the work.
+On backends without a kernel for it, such as CPUs, XLA multiplies every row by every matrix and keeps one product of
+each row: g times the work.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""Public API of the matrix-vector product, which decoding of a single text consists of."""
+"""Public API of the matrix-vector product, of which decoding a single text consists."""
 
 from jaxtyping import Array, Float
 
@@ -21,10 +21,10 @@ def matvec(
     Args:
         x: the vector.
         rows: the matrix, [outputs, inputs].
-        residual: is added to the result.
-        bias: is added to the product.
-        input_gate: its silu multiplies x first.
-        gated: the first half of the product goes through silu and multiplies the second: SwiGLU.
+        residual: added to the result.
+        bias: added to the product.
+        input_gate: x is multiplied by its silu first.
+        gated: the silu of the first half of the product multiplies the second half (SwiGLU).
         implementation: one of `dispatch.IMPLEMENTATIONS`; None takes the fastest that can run.
 
     Raises:

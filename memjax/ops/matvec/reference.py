@@ -15,7 +15,7 @@ def matvec(
     input_gate: Float[Array, " k"] | None,
     gated: bool,
 ) -> Float[Array, " m"]:
-    """Every row times x, summed; a gate is narrowed before its function, as a layer's output would be."""
+    """Every row times x, summed; a gate is cast to x's type before its silu, as a layer's output would be."""
     wide = accumulator(x.dtype)
     if input_gate is not None:
         x = x * jax.nn.silu(input_gate)

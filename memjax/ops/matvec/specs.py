@@ -5,7 +5,7 @@ from memjax.ops.specs import Case, Draw, Specs
 
 
 def specs(draw: Draw) -> Specs:
-    """A product that is added to a residual, a gated one with a bias, and one of a gated input."""
+    """A product added to a residual, a gated one with a bias, and one of a gated input."""
     x, rows, residual = draw.normal(1500), draw.normal(10, 1500) / 40, draw.normal(10)
     return {
         "residual": Case(lambda name: matvec(x, rows, residual, implementation=name)),

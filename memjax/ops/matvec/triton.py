@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from memjax.ops import tiles, triton_call
 
 _ROWS = 4
-"""Rows of a program: few, as a matrix of 1,024 rows has to keep all multiprocessors busy."""
+"""Rows per program: few, because a matrix of 1,024 rows must keep all multiprocessors busy."""
 _COLUMNS = 1024
 
 
@@ -18,7 +18,7 @@ def matvec_kernel(
     GATED: tl.constexpr, ADDS: tl.constexpr, BIASED: tl.constexpr, INPUT_GATED: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS outputs, summed in float32, COLUMNS inputs at a time; with GATED each has two rows of the matrix."""
+    """ROWS outputs, summed in float32, COLUMNS inputs at a time; with GATED, each takes two rows of the matrix."""
     dtype = out_ptr.dtype.element_ty
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
@@ -54,14 +54,14 @@ def matvec_kernel(
 
 @triton.jit
 def silu(gate):
-    """gate * sigmoid(gate), in its type."""
+    """gate * sigmoid(gate), in gate's type."""
     wide = gate.to(tl.float32)
     return (wide / (1 + tl.exp(-wide))).to(gate.dtype)
 
 
 @triton.jit
 def add(out, pointers, mask):
-    """The sum with what is stored, in the type of the former."""
+    """out plus the stored numbers, in out's type."""
     stored = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     return (stored + out.to(tl.float32)).to(out.dtype)
 
@@ -74,14 +74,14 @@ def matvec(
     input_gate: Float[Array, " k"] | None,
     gated: bool,
 ) -> Float[Array, " m"]:
-    """Reads the matrix once, at the pace of the memory."""
+    """Reads the matrix once, at memory bandwidth."""
     (outputs, inputs) = rows.shape
     outputs = outputs // 2 if gated else outputs
     (out,) = triton_call.launch(
         matvec_kernel,
         x,
         rows,
-        # A kernel has all of its pointers; those of absent arrays are not read.
+        # Every pointer must be given; those of absent arrays are not read.
         *(x if array is None else array for array in (residual, bias, input_gate)),
         out=[jax.ShapeDtypeStruct((outputs,), x.dtype)],
         grid=(tiles.ceil_div(outputs, _ROWS),),

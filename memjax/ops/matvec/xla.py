@@ -13,7 +13,7 @@ def matvec(
     input_gate: Float[Array, " k"] | None,
     gated: bool,
 ) -> Float[Array, " m"]:
-    """The gate of the input, the product, its gate, and the sums."""
+    """The reference's formula, summed as XLA chooses."""
     if input_gate is not None:
         x = x * jax.nn.silu(input_gate)
     out = jnp.matmul(rows, x)

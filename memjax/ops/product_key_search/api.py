@@ -16,7 +16,7 @@ from memjax.ops.precision import accumulator
 from memjax.ops.shapes import require
 
 SAVED_SCORES, SAVED_INDICES = "memory_scores", "memory_indices"
-"""`checkpoint_name`s of the outputs: with both kept, rematerialisation does not search again."""
+"""`checkpoint_name`s of the outputs: if both are kept, rematerialisation does not search again."""
 
 MOST_SLOTS = 2**31 - 1
 
@@ -40,12 +40,12 @@ def product_key_search(
         keys: two halves of n for each head.
         top_k: slots to find.
         implementation: one of `dispatch.IMPLEMENTATIONS`; None takes the fastest that can run.
-        chunk_bytes: half scores that exist at once; None leaves it to the implementation (the reference has all).
+        chunk_bytes: half scores held at once; None leaves it to the implementation (the reference holds them all).
 
     Raises:
         ValueError: shapes do not fit together, there are more slots than 32 bits can number, or `implementation` is
             unknown.
-        TypeError: top_k is no integer.
+        TypeError: top_k is not an integer.
         NotImplementedError: `implementation` cannot run here.
     """
     fits = keys.ndim == 4 and keys.shape[1] == 2 and queries.shape[-2:] == (keys.shape[0], 2 * keys.shape[3])

@@ -1,8 +1,8 @@
 """The product-key search with Triton kernels around XLA's matrix products.
 
-Half scores are made by a matrix product, [h, 2, t, n] in float32, those of a single token by `score_kernel`, which
-reads the keys at the pace of the memory; `select` takes the best k of every row, exactly; `pair` takes the best k sums
-of the two halves.
+Half scores, [h, 2, t, n] in float32, come from a matrix product, or for a single token from `score_kernel`, which reads
+the keys at memory bandwidth. `select` takes the exact top k of every row; `pair` takes the best k sums of the two
+halves.
 """
 
 from functools import partial
@@ -23,9 +23,9 @@ from memjax.ops.product_key_search.xla import chunked, map_chunks, tokens_per_ch
 from memjax.ops.tiles import ceil_div, next_power_of_two
 
 CHUNK_BYTES = 1 << 30
-"""Half scores that exist at once."""
+"""Half scores held at once."""
 _SCORES = 4096
-"""Numbers of keys that a program reads for a single token: 64 bytes for each thread."""
+"""Key elements that a program reads for a single token: 64 bytes per thread if they have 16 bits."""
 
 
 def product_key_search(
@@ -35,7 +35,7 @@ def product_key_search(
     *,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
-    """The reference's slots (equal scores in any order), best first; `chunk_bytes` of half scores exist at once."""
+    """The reference's slots (equal scores in any order), best first, in chunks of `chunk_bytes` of half scores."""
     search = partial(_search_chunk, keys=keys, top_k=top_k)
     return map_chunks(search, queries, chunk=tokens_per_chunk(chunk_bytes, keys))
 
@@ -43,7 +43,7 @@ def product_key_search(
 def weighted_search(
     queries: Float[Array, "t h key_dim"], keys: Float[Array, "h 2 n half"], top_k: int, scale: float
 ) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
-    """The slots with the softmax of their scaled scores, by as many kernels as the search where tokens are few."""
+    """The slots with the softmax of their scaled scores; for few tokens, the search's kernels compute that too."""
     tokens, heads, _ = queries.shape
     if tokens > tokens_per_chunk(CHUNK_BYTES, keys) or not tiles.pair(count_pairs(top_k), tokens * heads).by_rank:
         scores, slots = product_key_search(queries, keys, top_k)
@@ -59,7 +59,7 @@ def search_gradient(
     *,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Float[Array, "t h key_dim"], Float[Array, "h 2 n half"]]:
-    """Cotangents of queries and keys: d(half scores), in the type of the keys, and two matrix products with it."""
+    """Cotangents of queries and keys: two matrix products with d(half scores), which is in the keys' type."""
     wide = accumulator(keys.dtype)
 
     def one_chunk(d_keys: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, Array]:
@@ -105,7 +105,7 @@ def score_kernel(
     ROUND_HALF: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Scores of ROWS keys of a head's half for a single token, in float32."""
+    """Scores of ROWS sub-keys of one head and half for a single token, in float32."""
     part = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, ROUND_HALF)
@@ -149,7 +149,7 @@ def scatter_kernel(
     TOP_K: tl.constexpr,
     ROUND_K: tl.constexpr,
 ):
-    """Row of d(half scores) of a token, head and half: zeros, and the sum over the picks of a sub-key in its place."""
+    """The row of d(half scores) of a token, head and half: for each sub-key, the sum over its picks, or zero."""
     token, head, half = tl.program_id(0).to(tl.int64), tl.program_id(1) // 2, tl.program_id(1) % 2
     rank = tl.arange(0, ROUND_K)
     kept = rank < TOP_K
@@ -172,7 +172,7 @@ def scatter_kernel(
 def _scatter(
     indices: Int[Array, "t h k"], d_scores: Float[Array, "t h k"], *, num_keys: int, dtype: jnp.dtype
 ) -> Float[Array, "h 2 t n"]:
-    """The cotangent of the half scores, in a type."""
+    """The cotangent of the half scores, as `dtype`."""
     tokens, heads, top_k = indices.shape
     (d_half,) = triton_call.launch(
         scatter_kernel,

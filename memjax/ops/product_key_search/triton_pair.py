@@ -1,4 +1,4 @@
-"""The best k sums of the two halves' best scores, as Triton kernels: sorted, or by rank where they are few."""
+"""The best k sums of the two halves' best scores, as Triton kernels: by sorting, or by rank if they are few."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from memjax.ops.tiles import next_power_of_two
 
 @triton.jit
 def load_pairs(best_ptr, first_ptr, second_ptr, left, right, pair, PAIRS: tl.constexpr):
-    """Sums of pairs of ranks, and where the two halves of each lie."""
+    """Sums of pairs of ranks, and the offsets of the two halves of each."""
     valid = pair < PAIRS
     first = left + tl.load(first_ptr + pair, mask=valid, other=0)
     second = right + tl.load(second_ptr + pair, mask=valid, other=0)
@@ -63,10 +63,10 @@ def pair_kernel(
 
 @triton.jit
 def ranks_of_pair(pair, TOP_K: tl.constexpr):
-    """Ranks in the two halves of the pairs that `xla.candidate_pairs` lists, computed: no load to wait for."""
+    """The ranks that `xla.candidate_pairs` lists, computed so that there is no load to wait for."""
     first, begin, start = pair * 0, pair * 0, 0
     for rank in tl.static_range(1, TOP_K):
-        # The pairs of the rank before end here.
+        # The previous rank's pairs end here.
         start += TOP_K // rank
         first += (pair >= start).to(tl.int32)
         begin = tl.where(pair >= start, start, begin)
@@ -88,7 +88,7 @@ def ranked_pair_kernel(
     ROUND_K: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """`pair_kernel` by rank; with a SCALE the softmax of the scaled scores in place of the scores."""
+    """`pair_kernel` by rank; with a SCALE, it returns the softmax of the scaled scores instead of the scores."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     best_ptr += (2 * head * TOKENS + token) * TOP_K
     places_ptr += (2 * head * TOKENS + token) * TOP_K
@@ -118,7 +118,7 @@ def ranked_pair_kernel(
 def pair(
     best: Float[Array, "h 2 t k"], places: Int[Array, "h 2 t k"], *, num_keys: int, scale: float | None
 ) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
-    """Scores, best first, and slots of every token and head; with a scale, their softmax in place of the scores."""
+    """Scores, best first, and slots of every token and head; with a scale, the softmax of the scaled scores instead."""
     heads, _, tokens, top_k = best.shape
     num_pairs, round_k, shape = count_pairs(top_k), tiles.round_k(top_k), (tokens, heads, top_k)
     tile = tiles.pair(num_pairs, tokens * heads)
@@ -135,7 +135,7 @@ def pair(
         HEADS=heads,
         NUM=num_keys,
         PAIRS=num_pairs,
-        # tl.topk wants at least as many as it keeps.
+        # tl.topk needs at least as many as it keeps.
         ROUND_PAIRS=max(round_k, next_power_of_two(num_pairs)),
         TOP_K=top_k,
         ROUND_K=round_k,
@@ -145,5 +145,5 @@ def pair(
 
 
 def count_pairs(top_k: int) -> int:
-    """Sums that are compared for top_k of them."""
+    """The number of sums that may be among the top_k."""
     return len(candidate_pairs(top_k)[0])

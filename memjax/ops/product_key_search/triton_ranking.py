@@ -1,6 +1,6 @@
-"""How kernels rank scores: by 64-bit words, a score's order-preserving bits above its place.
+"""How kernels rank scores: by 64-bit words that hold a score's order-preserving bits above its place.
 
-Equal scores then never lose or repeat a place.
+Places are therefore never lost or repeated when scores are equal.
 """
 
 import triton
@@ -32,27 +32,27 @@ def place_of(word):
 
 @triton.jit
 def load_bits(scores_ptr, place, NUM: tl.constexpr):
-    """Order-preserving bits of the scores at some places; places outside the row come last."""
+    """Order-preserving bits of the scores at the given places; places outside the row rank last."""
     scores = tl.load(scores_ptr + place, mask=place < NUM, other=0.0)
     return tl.where(place < NUM, order_bits(scores), WORST)
 
 
 @triton.jit
 def approx_topk(bits, number, MASK: tl.constexpr, ROUND_K: tl.constexpr):
-    """Numbers of the ROUND_K best, up to near ties: 32-bit words hold the number in place of the lowest bits."""
+    """Numbers of the ROUND_K best, up to near ties: in 32-bit words, the number replaces the lowest bits."""
     return tl.topk((bits & ~MASK) | number, ROUND_K) & MASK
 
 
 @triton.jit
 def approx_failed(bits, chosen):
-    """Whether something better than the worst of the chosen was left out, and the exact way must be taken."""
+    """Whether anything better than the worst of the chosen was left out, so that `exact_topk` is needed."""
     worst = tl.min(chosen, axis=0)
     return tl.sum((bits > worst).to(tl.int32), axis=0) != tl.sum((chosen > worst).to(tl.int32), axis=0)
 
 
 @triton.jit
 def exact_topk(bits, number, ROUND_K: tl.constexpr):
-    """Numbers of the ROUND_K best, best first, taken one after the other: slow, for few rows, and little code."""
+    """Numbers of the ROUND_K best, best first, found one by one: slow, but little code, and needed by few rows."""
     words = with_place(bits, number)
     rank = tl.arange(0, ROUND_K)
     chosen = tl.zeros((ROUND_K,), tl.int64)
@@ -65,13 +65,13 @@ def exact_topk(bits, number, ROUND_K: tl.constexpr):
 
 @triton.jit
 def ordered_topk(bits, number, ROUND_K: tl.constexpr):
-    """The ROUND_K numbers, best first; of equal bits the higher number comes first."""
+    """Numbers of the ROUND_K best, best first; among equal bits, the higher number comes first."""
     return place_of(tl.topk(with_place(bits, number), ROUND_K))
 
 
 @triton.jit
 def topk_by_rank(bits, number, ROUND_K: tl.constexpr):
-    """`ordered_topk` by the count of what is better than each: 2 ** 14 independent comparisons for 128 numbers."""
+    """`ordered_topk` by counting how many are better than each: 2 ** 14 independent comparisons for 128 numbers."""
     words = with_place(bits, number)
     rank = tl.sum((words[:, None] > words[None, :]).to(tl.int32), axis=0)
     return tl.sum(tl.where(rank[:, None] == tl.arange(0, ROUND_K)[None, :], number[:, None], 0), axis=0)

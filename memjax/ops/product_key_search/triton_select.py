@@ -24,12 +24,12 @@ def select_kernel(
     RUNS: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """The best of NUM scores in a row. The k best lie in the k groups with the best maxima: only those are looked at.
+    """The best k of NUM scores in a row. They lie in the k groups with the best maxima, so only those are searched.
 
-    RUN neighbouring scores are a run; run r belongs to group r % GROUPS, which has RUNS of them, so that the maxima of
-    the groups form without any exchange between threads. Groups, then runs of the chosen groups, then scores of the
-    chosen runs are chosen by quick 32-bit sorts. A quick sort can err only among scores that agree in their leading
-    bits; that is detected, and the row then takes the exact, slower way.
+    RUN neighbouring scores form a run; run r belongs to group r % GROUPS, which has RUNS of them, so that threads
+    compute the groups' maxima without exchanging data. Fast 32-bit sorts choose groups, then runs of those groups, then
+    scores of those runs. They can err only among scores that agree in their leading bits; that is detected, and the row
+    is then sorted exactly, which is slower.
     """
     row = tl.program_id(0).to(tl.int64)
     scores_ptr += row * NUM
@@ -73,7 +73,7 @@ def select_kernel(
             chosen = ranking.ordered_topk(chosen_bits, chosen, ROUND_K)
     rank = tl.arange(0, ROUND_K)
     kept = rank < TOP_K
-    # The score itself is read again, not made from its bits: NaN stays the NaN it was.
+    # The score is read again, not rebuilt from its bits, so that a NaN keeps its bits.
     score = tl.load(scores_ptr + chosen, mask=kept, other=0.0)
     tl.store(best_ptr + row * TOP_K + rank, score, mask=kept)
     tl.store(places_ptr + row * TOP_K + rank, chosen, mask=kept)

@@ -12,7 +12,7 @@ from memjax.ops.manual_axes import vary_like
 from memjax.ops.precision import accumulator
 
 CHUNK_BYTES = 1 << 26
-"""Half scores of one chunk of tokens."""
+"""Half scores per chunk of tokens."""
 
 # Ties may come in any order here, and only the unstable form takes the fast path on GPUs; jax < 0.11 has just one form.
 _TOP_K_OPTIONS = {"is_stable": False} if "is_stable" in inspect.signature(jax.lax.top_k).parameters else {}
@@ -25,7 +25,7 @@ def product_key_search(
     *,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Float[Array, "t h k"], Int[Array, "t h k"]]:
-    """The reference's slots (equal scores in any order), best first; `chunk_bytes` of half scores exist at once."""
+    """The reference's slots (equal scores in any order), best first, in chunks of `chunk_bytes` of half scores."""
     halves = _split(queries)
     first, second = (jnp.asarray(ranks) for ranks in candidate_pairs(top_k))
     num_keys = keys.shape[2]
@@ -95,13 +95,13 @@ def _top_k(scores: Float[Array, "*b n"], top_k: int) -> tuple[Float[Array, "*b k
 
 
 def tokens_per_chunk(chunk_bytes: int, keys: Float[Array, "h 2 n half"]) -> int:
-    """The number of tokens whose half scores fit in that many bytes; at least one."""
+    """The number of tokens whose half scores fit into `chunk_bytes`; at least one."""
     num_heads, _, num_keys, _ = keys.shape
     return max(1, chunk_bytes // (8 * num_heads * num_keys))
 
 
 def chunked(arrays, chunk: int):
-    """Splits the leading axis into chunks, the last one filled up with zeros."""
+    """Splits the leading axis into chunks; the last one is padded with zeros."""
     tokens = jax.tree.leaves(arrays)[0].shape[0]
     chunk = max(1, min(chunk, tokens))
     count = -(-tokens // chunk)
@@ -114,7 +114,7 @@ def chunked(arrays, chunk: int):
 
 
 def map_chunks(function, array: Array, *, chunk: int):
-    """function over chunks of the leading axis; a single chunk, or a symbolic size (`jax.export`), needs no loop."""
+    """Maps function over chunks of the leading axis; one chunk, or a symbolic size (`jax.export`), needs no loop."""
     if jax.export.is_symbolic_dim(array.shape[0]) or array.shape[0] <= chunk:
         return function(array)
     results = jax.lax.map(function, chunked(array, chunk))

@@ -15,7 +15,7 @@ class Normed(NamedTuple):
     """The residual stream and its norm."""
 
     x: Float[Array, "*t d"]
-    """The input of the norm; use this one for the residual: its gradient is added inside the norm's backward pass."""
+    """The norm's input. Use this one as the residual: its gradient is added inside the norm's backward pass."""
     normed: Float[Array, "*t d"]
 
 
@@ -34,8 +34,8 @@ def rms_norm(
     Args:
         x: rows.
         scale: a factor for each column.
-        epsilon: keeps rows of zeros from being divided by zero.
-        residual: is added to x first, in x's type.
+        epsilon: avoids division by zero in rows of zeros.
+        residual: added to x first, in x's type.
         implementation: one of `dispatch.IMPLEMENTATIONS`; None takes the fastest that can run.
 
     Raises:
@@ -70,7 +70,7 @@ def _by_kernels(epsilon: float, scale: Array, x: Array, *residual: Array) -> tup
 
 def _forward(epsilon: float, scale: Array, x: Array, *residual: Array):
     both: Any = _by_kernels(epsilon, scale, x, *residual)
-    # How many residuals there are is kept as structure: a number would become a tracer.
+    # The number of residuals is kept as structure, because an int would become a tracer.
     return both, (scale, both[0], (None,) * len(residual))
 
 

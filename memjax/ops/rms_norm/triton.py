@@ -11,7 +11,7 @@ from memjax.ops.rms_norm import tiles
 from memjax.ops.tiles import ceil_div
 
 STRIP = 32
-"""Rows of a program of the gradient: enough that the parts of d_scale are few, few enough to fill a GPU."""
+"""Rows per program of the gradient: enough to keep the partial sums of d_scale few, but few enough to fill a GPU."""
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def norm_kernel(
     x_ptr, scale_ptr, y_ptr, TOKENS: tl.constexpr, DIM: tl.constexpr, EPSILON: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS whole rows; WIDTH is DIM rounded up to a power of two."""
+    """Normalises ROWS whole rows; WIDTH is DIM rounded up to a power of two."""
     place, inside, column = whole_rows(TOKENS, DIM, WIDTH, ROWS)
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     y = normed(x, scale_ptr, column, DIM, EPSILON)
@@ -31,11 +31,11 @@ def added_norm_kernel(
     x_ptr, residual_ptr, scale_ptr, added_ptr, y_ptr, TOKENS: tl.constexpr, DIM: tl.constexpr, EPSILON: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The same of a sum, which is written too."""
+    """`norm_kernel` for the sum of two arrays, which it also writes."""
     place, inside, column = whole_rows(TOKENS, DIM, WIDTH, ROWS)
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     x += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    # Narrowed first: the norm is that of the sum as later layers read it.
+    # Rounded first, so that the norm is that of the sum which later layers read.
     added = x.to(added_ptr.dtype.element_ty)
     tl.store(added_ptr + place, added, mask=inside)
     y = normed(added.to(tl.float32), scale_ptr, column, DIM, EPSILON)
@@ -44,7 +44,7 @@ def added_norm_kernel(
 
 @triton.jit
 def whole_rows(TOKENS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """Places of a program's rows, which of them exist, and the columns."""
+    """Offsets of a program's rows, a mask of those that exist, and the columns."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     place = row[:, None] * DIM + column[None, :]
@@ -53,7 +53,7 @@ def whole_rows(TOKENS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROW
 
 @triton.jit
 def normed(x, scale_ptr, column, DIM: tl.constexpr, EPSILON: tl.constexpr):
-    """Rows over their root mean square, scaled."""
+    """Rows divided by their root mean square, times the scale."""
     scale = tl.load(scale_ptr + column, mask=column < DIM, other=0.0).to(tl.float32)
     inverse = 1 / tl.sqrt(tl.sum(x * x, axis=1) / DIM + EPSILON)
     return x * inverse[:, None] * scale[None, :]
@@ -64,7 +64,7 @@ def norm_gradient_kernel(
     x_ptr, scale_ptr, d_y_ptr, d_residual_ptr, d_x_ptr, d_scale_ptr, TOKENS: tl.constexpr, DIM: tl.constexpr,
     EPSILON: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
-    """STRIP rows, ROWS at a time: their part of d_scale stays in registers."""
+    """STRIP rows, ROWS at a time; their sum of d_scale stays in registers."""
     strip = tl.program_id(0)
     column = tl.arange(0, WIDTH)
     scale = tl.load(scale_ptr + column, mask=column < DIM, other=0.0).to(tl.float32)
@@ -109,7 +109,7 @@ def rms_norm_gradient(
     *,
     epsilon: float,
 ) -> tuple[Float[Array, "t d"], Float[Array, " d"]]:
-    """The norm's gradient in x plus that of the residual, and the gradient in scale, in float32."""
+    """The gradient with respect to x, plus that of the residual, and the gradient with respect to scale (float32)."""
     tokens, dim = x.shape
     tile = tiles.rms_norm_gradient(dim)
     strips = ceil_div(tokens, STRIP)

@@ -1,7 +1,7 @@
 """Row formats: how many bytes a row takes, how rows are encoded and decoded, and how a kernel reads them.
 
-A format is a value that can be hashed: it is part of a table's structure, so programs are compiled for it. `register`
-gives it a name for settings; `memjax.ops.table.Table` takes any format, registered or not.
+Formats are hashable: a format is part of a table's static structure, so programs are compiled for it. `register` makes
+one available to settings by its name; `memjax.ops.table.Table` takes any format, registered or not.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 SMALLEST_GROUP = 16
-"""Columns that share a scale at least, unless a row has fewer: with less, scales would outweigh what they save."""
+"""Minimum number of columns that share a scale, unless a row has fewer; scales of fewer would cost what codes save."""
 
 SCALE_DTYPE = np.dtype(ml_dtypes.bfloat16)
-"""Type of scales. Codes are chosen for the rounded scale, so its eight bits cost next to nothing."""
+"""Type of scales. Codes are chosen for the rounded scale, so its eight bits of precision cost next to nothing."""
 
 
 class Encoded(NamedTuple):
-    """Some rows in their stored form."""
+    """Rows in their stored form."""
 
     payload: Num[np.ndarray, "b p"]
     scales: Num[np.ndarray, "b g"] | None
@@ -45,19 +45,19 @@ class RowFormat(Protocol):
 
     @property
     def has_scales(self) -> bool:
-        """Whether rows have scales, and so are read only."""
+        """Whether rows have scales, and are therefore read-only."""
         ...
 
     def payload_columns(self, width: int) -> int:
-        """Numbers of `payload_dtype` per row, for a number of columns."""
+        """Numbers of `payload_dtype` that store a row of `width` columns."""
         ...
 
     def width(self, payload_columns: int) -> int:
-        """Columns of a row, for a number of stored numbers: the inverse of `payload_columns`."""
+        """Columns of a row that is stored in `payload_columns` numbers."""
         ...
 
     def groups(self, width: int) -> int:
-        """Scales of a row; 0 for none.
+        """Scales per row; 0 for none.
 
         Raises:
             ValueError: rows of this width cannot be stored in the format.
@@ -65,7 +65,7 @@ class RowFormat(Protocol):
         ...
 
     def encode(self, rows: Float[np.ndarray, "b d"]) -> Encoded:
-        """Rows in their stored form; runs on the host, block by block.
+        """Encodes rows; runs on the host, block by block.
 
         Raises:
             ValueError: the format has no code for one of the numbers.
@@ -75,7 +75,7 @@ class RowFormat(Protocol):
     def decode(
         self, payload: Num[Array, "*b p"], scales: Num[Array, "*b g"] | None, dtype: DTypeLike
     ) -> Float[Array, "*b d"]:
-        """The rows that were stored, in a type."""
+        """Decodes stored rows to `dtype`."""
         ...
 
     def reader(self) -> Any:
@@ -94,7 +94,7 @@ class Plain:
     """Plain floating-point numbers: the format of training, and of any array."""
 
     name: str
-    """Name of the type."""
+    """Name of the dtype."""
 
     has_scales = False
 
@@ -126,7 +126,7 @@ class Plain:
 
 @dataclasses.dataclass(frozen=True)
 class Zeros(Plain):
-    """Zeros, whatever is stored: what a plain table is compared with, without another one."""
+    """Reads zeros, whatever is stored: a baseline for a plain table that needs no second one."""
 
     def decode(
         self, payload: Float[Array, "*b d"], scales: Num[Array, "*b g"] | None, dtype: DTypeLike
@@ -139,29 +139,29 @@ class Zeros(Plain):
 
 @dataclasses.dataclass(frozen=True)
 class Scaled:
-    """Codes of a few bits: `group` neighbouring columns share a scale, and a number is code x scale.
+    """Codes of a few bits: `group` neighbouring columns share a scale, and a value is code x scale.
 
-    A row whose width `group` does not divide has the largest groups below that do.
+    If `group` does not divide a row's width, the largest smaller group that does is used.
     """
 
     name: str
     group: int = 128
-    """Columns that share a scale, at most."""
+    """Maximum number of columns that share a scale."""
 
     payload_dtype = np.dtype(np.int8)
     has_scales = True
     codes_per_byte: ClassVar[int] = 1
 
     def payload_columns(self, width: int) -> int:
-        """A byte for each of its codes."""
+        """Bytes, of `codes_per_byte` codes each."""
         return width // self.codes_per_byte
 
     def width(self, payload_columns: int) -> int:
-        """A column for each code."""
+        """One column per code."""
         return payload_columns * self.codes_per_byte
 
     def groups(self, width: int) -> int:
-        """Scales of a row."""
+        """Scales per row."""
         step = self.codes_per_byte
         sizes = [size for size in range(step, min(self.group, width) + 1, step) if width % size == 0]
         if not sizes or sizes[-1] < min(SMALLEST_GROUP, width):
@@ -173,7 +173,7 @@ class Scaled:
         return width // sizes[-1]
 
     def encode(self, rows: Float[np.ndarray, "b d"]) -> Encoded:
-        """Scales from each group's largest number, and the nearest codes."""
+        """Scales each group by its largest magnitude, and rounds to the nearest codes."""
         groups = self.groups(rows.shape[1])
         grouped = np.asarray(rows, np.float32).reshape(len(rows), groups, -1)
         largest = np.abs(grouped).max(axis=2, initial=0.0)
@@ -204,7 +204,7 @@ class Scaled:
         return codes
 
     def _unpack(self, payload: Array) -> Array:
-        """Numbers in place of stored codes."""
+        """The numbers that the stored codes stand for."""
         return payload
 
 
@@ -217,12 +217,12 @@ class Int8(Scaled):
 
 
 class Float8(Scaled):
-    """Floating-point numbers with 4 bits of exponent and 3 of mantissa (e4m3), as their bits."""
+    """Floating-point numbers with 4 bits of exponent and 3 of mantissa (e4m3), stored as their bits."""
 
     def _code(self, grouped: np.ndarray, largest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         top = float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)
         scales = (largest / top).astype(SCALE_DTYPE)
-        # Past the largest number comes NaN.
+        # Numbers above the largest would become NaN.
         codes = np.clip(_divided(grouped, scales), -top, top).astype(ml_dtypes.float8_e4m3fn)
         return codes.view(np.int8), scales
 
@@ -236,15 +236,15 @@ class Int4(Scaled):
     codes_per_byte = 2
 
     _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-    """Shares of a group's largest number that the largest code may mean. A smaller share makes the steps between codes
-    finer and clips that number: the best one is chosen group by group."""
+    """Candidate values of the largest code, as shares of a group's largest number. A smaller share makes the steps
+    between codes finer but clips that number; the best one is chosen group by group."""
 
     def _code(self, grouped: np.ndarray, largest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         signed = np.where(grouped.max(axis=2) == largest, largest, -largest)
         best = np.full(largest.shape, np.inf, np.float32)
         codes, scales = np.zeros(grouped.shape, np.int8), np.zeros(largest.shape, SCALE_DTYPE)
         for share in self._SHARES:
-            # There is one negative code more than there are positive ones: the number of the largest size gets it.
+            # There is one more negative code than there are positive ones; the number of largest magnitude gets it.
             trial = (share * signed / -8).astype(SCALE_DTYPE)
             found = _whole_numbers(grouped, trial, -8, 7)
             error = np.square(found * trial[..., None].astype(np.float32) - grouped).sum(axis=2)
@@ -262,7 +262,7 @@ class Int4(Scaled):
 
 
 def _divided(grouped: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Numbers over their scales; 0 where the scale is."""
+    """Numbers divided by their scales; 0 where the scale is 0."""
     wide = scales[..., None].astype(np.float32)
     return np.divide(grouped, wide, out=np.zeros_like(grouped), where=wide != 0)
 
@@ -280,18 +280,18 @@ _FORMATS: dict[str, RowFormat] = {}
 
 
 def register(row_format: RowFormat) -> RowFormat:
-    """Gives a format its name in settings; one that has the name already is replaced."""
+    """Makes a format available to settings by its name, replacing any other of that name."""
     _FORMATS[row_format.name] = row_format
     return row_format
 
 
 def names() -> list[str]:
-    """Names of all formats."""
+    """Names of all registered formats."""
     return list(_FORMATS)
 
 
 def find(name: str) -> RowFormat:
-    """The format of a name.
+    """The format registered under a name.
 
     Raises:
         ValueError: there is none.

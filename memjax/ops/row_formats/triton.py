@@ -1,10 +1,10 @@
-"""How kernels read rows: a function for each format, which a kernel takes as a constant, and their launch.
+"""How kernels read rows: a reader for each format, which kernels take as a constant, and the launch of such kernels.
 
     reader(rows_ptr, scales_ptr, row, first, valid, WIDTH, GROUP, COLUMNS) -> float32[ROWS, COLUMNS]
 
-It loads COLUMNS neighbouring columns from `first` on, a multiple of COLUMNS, of the rows `row` (int64[ROWS]). Rows that
-are not `valid`, and columns from WIDTH on, are 0. GROUP columns share a scale. Nothing in a reader depends on which
-kernel it is part of, and kernels depend on no format.
+A reader loads COLUMNS neighbouring columns, from `first` (a multiple of COLUMNS) on, of the rows `row` (int64[ROWS]).
+Rows that are not `valid`, and columns from WIDTH on, are 0. GROUP columns share a scale. Readers do not depend on the
+kernel, nor kernels on the format.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ ELEMENTS = {
     "int32": tl.int32,
     "uint32": tl.uint32,
 }
-"""Types of payloads that kernels can find by their address."""
+"""Payload types that kernels can read by address."""
 
 
 def launch_read(
@@ -44,15 +44,15 @@ def launch_read(
 ) -> Array:
     """Runs a kernel that reads `indices` of a table for each token, and multiplies the rows by `factor`.
 
-    Tiles are tuned by the name of the operation. The pointers of the kernel are rows, scales, indices, factor and out;
-    `programs` gives its programs per token for a tile.
+    Tiles are tuned under the operation's name. The kernel's pointers are rows, scales, indices, factor and out;
+    `programs` returns the number of programs per token for a tile.
     """
     (tokens, picks), dim = indices.shape, table.shape[1]
     tile = tiles.of_table_rows(operation, dim, picks, table, tokens)
     (result,) = triton_call.launch(
         kernel,
         table.rows,
-        # A kernel has all of its pointers; without scales this one is not read.
+        # Every pointer must be given; without scales, this one is not read.
         table.rows if table.scales is None else table.scales,
         indices,
         factor,
@@ -65,7 +65,7 @@ def launch_read(
         ROWS=tile.rows,
         GROUP=dim // max(1, table.format.groups(dim)),
         READ=table.format.reader(),
-        # The type of the rows where `rows_ptr` leads to their address.
+        # The type of the rows, if `rows_ptr` points to their address.
         PINNED=None if table.pinned is None else ELEMENTS[table.format.payload_dtype.name],
     )
     return result
@@ -73,9 +73,9 @@ def launch_read(
 
 @triton.jit
 def rows_in_host_memory(rows_ptr, ELEMENT: tl.constexpr):
-    """The pointer to the rows from where their address is stored."""
+    """The pointer to the rows, given a pointer to their address."""
     address = tl.load(rows_ptr.to(tl.pointer_type(tl.int64)))
-    # What is mapped begins with a page; loads are 16 bytes wide only where that is known.
+    # Mapped memory is page-aligned; loads are 16 bytes wide only if the compiler knows that.
     return tl.multiple_of(tl.multiple_of(address, 16).to(tl.pointer_type(ELEMENT)), 16)
 
 
@@ -112,8 +112,8 @@ def read_float8(
 ):
     """e4m3 numbers, decoded by shifts: not every GPU has an instruction for it."""
     bits = load_bytes(rows_ptr, row, first, valid, WIDTH, COLUMNS).to(tl.int32)
-    # Exponent and mantissa go where those of float32 begin, whose exponents are 120 higher. Where the exponent is 0 the
-    # mantissa counts steps of 2**-9.
+    # Exponent and mantissa are shifted to their places in float32, whose exponent bias is larger by 120. Where the
+    # exponent is 0 (subnormal numbers), the mantissa counts steps of 2**-9.
     size = tl.where(
         (bits & 120) == 0,
         (bits & 7).to(tl.float32) * 0.001953125,

@@ -33,7 +33,7 @@ def row_update(
     update is in place and its temporaries do not grow with the table. With `step.ok` false nothing changes.
 
     Raises:
-        TypeError: step is no RowStep, or rule no RowRule.
+        TypeError: step is not a RowStep, or rule is not a RowRule.
         ValueError: there is no gradient, shapes do not fit together, or `implementation` is unknown.
         NotImplementedError: `implementation` cannot run here.
     """
@@ -50,7 +50,7 @@ def row_update(
     require("row_update", all(field.shape == () for field in step), "a step has scalars", **step._asdict())
     name = dispatch.choose("row_update", implementation, table.dtype)
     if name == "triton" and type(rule) not in (RowRule, NormRule):
-        # The kernel has the arithmetic of the package's rules in itself.
+        # The kernel implements only the package's own rules.
         if implementation:
             raise NotImplementedError(f"row_update: implementation='triton' has no kernel for {type(rule).__name__}")
         name = "xla"
@@ -69,11 +69,11 @@ def row_update(
 
 
 def check_state(table: Float[Array, "n d"], state: TableState, rule: RowRule) -> None:
-    """Refuses a state that is not the rule's for this table, and a table of whole numbers, whose updates would be cut.
+    """Checks that the state is the rule's for this table, and that the table holds floating-point numbers.
 
     Raises:
-        TypeError: rule is no RowRule.
-        ValueError: it is so; the message has the shapes.
+        TypeError: rule is not a RowRule.
+        ValueError: one of these does not hold; the message has the shapes.
     """
     if not isinstance(rule, RowRule):
         raise TypeError(f"row_update: rule must be a memjax.RowRule, found {type(rule).__name__}")

@@ -1,7 +1,7 @@
 """The row update by way of a dense gradient: first all picks are summed, then the rows that were read are updated.
 
-It takes memory of the table's size, but the picks may come in pieces, and dense gradients of replicas can be added up.
-Where many picks are read by many devices that is less than all their picks on every device.
+It takes as much memory as the table, but picks can come in pieces, and the dense gradients of replicas can be summed.
+With many picks on many devices, that is less than all of their picks on every device.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,10 +17,10 @@ from memjax.ops.row_update.rounding import round_to
 from memjax.ops.row_update.rules import RowRule, RowStep, TableState, row_step
 
 PIECE_PICKS = 1 << 26
-"""The most picks that are sorted at once."""
+"""Maximum number of picks that are sorted at once."""
 
 BLOCK_BYTES = 1 << 26
-"""Dense gradient of the rows that are updated at once."""
+"""Dense gradient of the rows that are updated together."""
 
 BLOCK_COPIES = 5
 """Arrays of a block's size while it is updated: its gradient, the sum of replicas, rows and state before and after."""
@@ -34,16 +34,16 @@ def summed(
     piece_picks: int = PIECE_PICKS,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "n d"], Bool[Array, " n"]]:
-    """A dense gradient with row gradients added, and the rows that any pick names (whose gradient may be zero).
+    """Adds row gradients to a dense gradient and a mask of the rows that were picked (whose gradient may be zero).
 
-    One gradient after the other, at most piece_picks picks at a time, are gathered, sorted and added, so the sum is in
-    float32 or wider, and always formed in the same order. `gather` is applied to each gradient when its turn comes, for
-    example to collect the picks of other devices.
+    Gradients are gathered, sorted and added one after the other, at most `piece_picks` picks at a time, so that the sum
+    is always formed in the same order, in float32 or wider. `gather` is applied to each gradient when its turn comes,
+    for example to collect the picks of other devices.
     """
     gradients = vary_together(list(gradients))
     total, touched = vary_like(start, gradients)
     num_rows = total.shape[0]
-    # A step of gradient descent at the rate -1 adds.
+    # Gradient descent at a rate of -1 adds the gradient.
     add = RowRule(kind="sgd")
 
     def add_piece(total: Array, gradient: RowGradient, start: Array | int, size: int) -> Array:
@@ -51,7 +51,7 @@ def summed(
         return row_update(total, {}, [piece], add, row_step(-1, 0), implementation=implementation)[0]
 
     for gradient in gradients:
-        # Or the picks of all might be gathered and sorted before the first are added.
+        # Otherwise XLA might gather and sort the picks of all before it adds the first.
         total, touched, gradient = jax.lax.optimization_barrier((total, touched, gradient))
         gradient = gather(gradient).existing(num_rows)
         touched = touched.at[gradient.indices.reshape(-1)].set(True)
@@ -81,7 +81,7 @@ def update_touched(
     reduce: Callable[[Array], Array] = lambda gradient: gradient,
     block_bytes: int = BLOCK_BYTES,
 ) -> tuple[Float[Array, "n d"], TableState]:
-    """`row_update` of the touched rows by a dense gradient, a block of rows at a time, in place where donated.
+    """`row_update` of the touched rows by a dense gradient, a block of rows at a time, in place if donated.
 
     Gradient and touched rows are as returned by `summed`. `reduce` is applied to the gradient of every block, for
     example to add those of other devices.
@@ -92,7 +92,7 @@ def update_touched(
 
     def update_block(number: Array, carry: tuple[Array, TableState]) -> tuple[Array, TableState]:
         table, state = carry
-        # The last block may begin before its turn; rows that were updated already are left alone.
+        # The last block may overlap the one before; rows that were updated already are left alone.
         start = jnp.minimum(number * rows, num_rows - rows)
         cut = lambda array: jax.lax.dynamic_slice_in_dim(array, start, rows)
         place = start + jnp.arange(rows)

@@ -14,7 +14,7 @@ from memjax.ops.row_update.rules import RowRule, RowStep, TableState
 def row_update(
     table: Float[Array, "n d"], state: TableState, gradients: Sequence[RowGradient], rule: RowRule, step: RowStep
 ) -> tuple[Float[Array, "n d"], TableState]:
-    """rule(rows, summed gradient) in the rows that any pick names, everything else as it was."""
+    """Applies the rule to the rows that any pick names, with their summed gradient; the others stay as they were."""
     num_rows, num_columns = table.shape
     touched = jnp.zeros(num_rows, bool)
     for gradient in gradients:

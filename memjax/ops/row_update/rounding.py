@@ -20,7 +20,8 @@ def random_bits(
 ) -> UInt32[Array, "u d"]:
     """16 random bits for each element of the given rows and columns of the whole table.
 
-    The columns 2 i and 2 i + 1 share one hash, the even one taking its low half: hashing is what rounding costs.
+    The columns 2 i and 2 i + 1 share one hash, of which the even one takes the low half: hashes are the cost of
+    rounding.
     """
     start = mix(mix(seed) ^ step.astype(jnp.uint32))
     by_row = mix(start ^ rows.astype(jnp.uint32))
@@ -30,10 +31,10 @@ def random_bits(
 
 
 def round_stochastically(values: Float[Array, "u d"], bits: UInt32[Array, "u d"]) -> Float[Array, "u d"]:
-    """bfloat16 neighbours of float32 values, by 16 random bits: away from zero as often as that neighbour is near."""
+    """Rounds float32 values to bfloat16 by 16 random bits, so that the expected result is the value itself."""
     words = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
     rounded = (words + bits) & jnp.uint32(0xFFFF0000)
-    # Adding to the words of a NaN could turn it into a number; an infinity has none to carry into.
+    # Adding to the bits of a NaN could turn it into a number; infinity has zeros there, so nothing carries.
     words = jnp.where(jnp.isnan(values), words, rounded)
     return jax.lax.bitcast_convert_type(words, jnp.float32).astype(jnp.bfloat16)
 
@@ -41,7 +42,7 @@ def round_stochastically(values: Float[Array, "u d"], bits: UInt32[Array, "u d"]
 def round_to(
     values: Float[Array, "u d"], dtype, stochastic: bool, seed, step, rows: Int[Array, " u"], columns: Int[Array, " d"]
 ) -> Float[Array, "u d"]:
-    """Values in the table's type; only bfloat16 is rounded at random."""
+    """Values in the table's type; only bfloat16 is rounded stochastically."""
     if stochastic and dtype == jnp.bfloat16:
         return round_stochastically(values, random_bits(seed, step, rows, columns))
     return values.astype(dtype)

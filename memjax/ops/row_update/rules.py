@@ -24,13 +24,13 @@ class RowStep(NamedTuple):
     lr: Float[Array, ""]
     """Learning rate of this step."""
     step: Int[Array, ""]
-    """Number of the step, from 0."""
+    """Index of the step, from 0."""
     ok: Bool[Array, ""]
-    """False writes nothing: the gradient is not a number somewhere."""
+    """If false, nothing is written: the gradient is not finite."""
     seed: UInt32[Array, ""]
     """Seed of the stochastic rounding; differs from table to table."""
     first_column: Int[Array, ""]
-    """Column of the whole table at which this shard begins, so that every mesh draws the same random bits."""
+    """First column of this shard in the whole table, so that every mesh draws the same random bits."""
 
 
 def row_step(
@@ -48,11 +48,11 @@ def row_step(
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RowRule(Section):
-    """An optimizer of rows that touches only rows that were read ("lazy": other rows and their state stay).
+    """An optimizer that touches only the rows that were read (lazy: other rows and their state stay as they are).
 
     rowwise_adam: v = mean(g^2) over `state_columns` neighbouring columns at the first touch, then beta2 v + (1 - beta2)
     mean(g^2); row -= lr g / (sqrt(v) + eps). No first moment, no bias correction (the first touch needs none).
-    rowwise_adagrad: v += mean(g^2), otherwise the same. adam: per element, bias-corrected by the number of the step.
+    rowwise_adagrad: v += mean(g^2), otherwise the same. adam: per element, bias-corrected for the index of the step.
     sgd: row -= lr g.
 
     Raises:
@@ -121,7 +121,7 @@ class RowRule(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class NormRule(RowRule):
-    """Measures gradients and trains nothing: v += mean(g^2) over `state_columns`, and rows stay (`gradient_norm`)."""
+    """Measures gradients without training: v += mean(g^2) over `state_columns`, and rows stay (see `gradient_norm`)."""
 
     kind: Literal["rowwise_norm"] = "rowwise_norm"  # pyright: ignore[reportIncompatibleVariableOverride]  # no Kind
     stochastic_rounding: bool = False
@@ -129,6 +129,6 @@ class NormRule(RowRule):
     def apply(
         self, rows: Float[Array, "u d"], state: TableState, gradients: Float[Array, "u d"], step: RowStep
     ) -> tuple[Float[Array, "u d"], TableState]:
-        """The rows as they were, and the mean squares with those of the gradients."""
+        """The rows as they were, and the state with the gradients' mean squares added."""
         blocks, old = gradients.reshape(gradients.shape[0], -1, self.state_columns), state["second_moment"]
         return rows, {"second_moment": (old + jnp.mean(blocks**2, axis=-1)).astype(old.dtype)}

@@ -1,4 +1,4 @@
-"""Sort the picks of all gradients of a table by row."""
+"""Sorts the picks of all gradients of a table by row."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ from jaxtyping import Array, Float, Int
 from memjax.ops.row_gradient import RowGradient
 
 MOST_PICKS = 2**31 - 1
-"""That can be sorted at once: they are counted in 32 bits."""
+"""Maximum number that can be sorted at once, since picks are counted in 32 bits."""
 
 
 def sorted_picks(gradients: Sequence[RowGradient]) -> tuple[Int[Array, " m"], Int[Array, " m"], Float[Array, " m"]]:
-    """Row, token (in the concatenated vectors) and weight of every pick of all gradients, in the order of the rows.
+    """Row, token (in the concatenated vectors) and weight of every pick of all gradients, sorted by row.
 
     Raises:
         ValueError: there are more picks than 32 bits can count.

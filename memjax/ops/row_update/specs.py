@@ -10,7 +10,7 @@ from memjax.ops.specs import Case, Draw, Specs
 
 
 def specs(draw: Draw) -> Specs:
-    """One update by each rule, of rows that several tokens have read."""
+    """One update by each rule, of rows that several tokens read."""
     table = draw.normal(60, 96)
     gradient = RowGradient(draw.integers(60, 9, 7), draw.normal(9, 7), draw.normal(9, 96))
 

@@ -1,10 +1,10 @@
 """The row update as Triton kernels: one sort of the picks, then one pass over them that updates the rows in place.
 
-After the sort the picks of a row are neighbours: a segment. A program walks through a chunk of picks, over one block of
-columns; where a segment ends it applies the rule to its sum and writes the row. Every chunk is the same work, however
-often its rows were picked. A segment that the border of a chunk cuts is left as a partial sum in each of its chunks;
-the partial sums are the picks of the next round, which is shorter by far, until one chunk holds all. Sums are always
-formed in the same order and without atomics: two runs give the same bits.
+After the sort, the picks of a row are adjacent: a segment. A program walks through a chunk of picks, over one block of
+columns; where a segment ends, it applies the rule to its sum and writes the row. Every chunk is the same amount of
+work, however often its rows were picked. A segment that crosses the border of a chunk leaves a partial sum in each of
+its chunks; the partial sums are the picks of the next, much shorter round, until one chunk holds them all. Sums are
+always formed in the same order and without atomics, so two runs give the same bits.
 """
 
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ from memjax.ops.row_update.segments import sorted_picks
 from memjax.ops.tiles import ceil_div
 
 CHUNK = 128
-"""Picks of a program; a multiple of the tile's rows."""
+"""Picks per program; a multiple of the tile's rows."""
 
 UNSHARED_COLUMNS = 256
-"""Columns of a program where no columns share a state (sgd, adam)."""
+"""Columns per program if no columns share a state (sgd, adam)."""
 
 
 @triton.jit
@@ -50,13 +50,13 @@ def round_up_or_down(values, hashed_row, first_column, COLUMNS: tl.constexpr, IN
         words, odd = mix(hashed_row ^ (column >> 1).to(tl.uint32)), column & 1
     random = tl.where(odd == 1, words >> 16, words & 0xFFFF)
     bits = (values.to(tl.uint32, bitcast=True) + random) & 0xFFFF0000
-    # Adding to the words of a NaN could turn it into a number; an infinity has none to carry into.
+    # Adding to the bits of a NaN could turn it into a number; infinity has zeros there, so nothing carries.
     return tl.where(values == values, bits.to(tl.float32, bitcast=True), values)
 
 
 @triton.jit
 def store_halves(halves_ptr, values, mask, DIM: tl.constexpr):
-    """Stores float32 values as their high and low halves: 16 bits wide like the table, they keep its layout."""
+    """Stores float32 values as high and low halves: being 16 bits wide like the table, they keep its layout."""
     bits = values.to(tl.uint32, bitcast=True)
     tl.store(halves_ptr, (bits >> 16).to(tl.uint16), mask=mask)
     tl.store(halves_ptr + DIM, bits.to(tl.uint16), mask=mask)
@@ -99,13 +99,13 @@ def update_kernel(
     ROUND: tl.constexpr,
     IN_PAIRS: tl.constexpr,
 ):
-    """Sums CHUNK sorted picks by their rows and updates these, over WIDTH columns, in place.
+    """Sums CHUNK sorted picks by row and updates the rows in place, over WIDTH columns.
 
-    Rows that do not exist (NUM_ROWS and above, as of padding) are left alone.
-    Where PARTIAL, the picks are the partial sums of the round before, and those of weight zero do not exist.
+    Rows from NUM_ROWS on, such as those of padding, are left alone.
+    With PARTIAL, the picks are the previous round's partial sums, and those of weight zero do not exist.
     """
     blocks: tl.constexpr = (DIM + WIDTH - 1) // WIDTH
-    # Programs of the same picks run side by side: their rows lie in the same pages.
+    # Programs with the same picks run side by side, because their rows lie in the same pages.
     chunk, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     inner = tl.arange(0, COLUMNS)
     columns = block * WIDTH + inner
@@ -120,11 +120,11 @@ def update_kernel(
         first_column = tl.load(ints_ptr + 3) + block * WIDTH
         total = tl.zeros((COLUMNS,), tl.float32)
         row = tl.load(rows_ptr + nth)
-        # Of the partial sums: 0 while the open segment is one that has begun before this chunk, else 1.
+        # Which of the chunk's partial sums: 0 while the open segment began before this chunk, else 1.
         side = tl.where((nth > 0) & (tl.load(rows_ptr + tl.maximum(nth - 1, 0)) == row), 0, 1)
         picked = 0
         while nth < end:
-            # Everything that STRIDE picks need is asked for before anything is waited for.
+            # All loads for STRIDE picks are issued before any is waited for.
             rows, weights, vectors, olds, old_seconds = (row,), (), (), (), ()
             for ahead in tl.static_range(STRIDE):
                 pick = nth + ahead
@@ -140,7 +140,7 @@ def update_kernel(
                 else:
                     vector = tl.load(vectors_ptr + source * DIM + columns, mask=mask, other=0.0)
                 next_row = tl.load(rows_ptr + pick + 1, mask=pick + 1 < NUM_PICKS, other=-1)
-                # As unsigned numbers: -1, after the last pick, is no row either.
+                # Compared as unsigned, so that -1, after the last pick, is not a row either.
                 last = (next_row != row) & (row.to(tl.uint32, bitcast=True) < NUM_ROWS)
                 place = row.to(tl.int64) * DIM + columns
                 mask = inner < tl.where(last, num_columns, 0)
@@ -208,7 +208,7 @@ def row_update(
     *,
     chunk: int = CHUNK,
 ) -> tuple[Float[Array, "n d"], TableState]:
-    """The reference's update, in place where the table and the state are donated; a program sums `chunk` picks."""
+    """The reference's update, in place if table and state are donated; a program sums `chunk` picks."""
     dim = table.shape[1]
     width = rule.state_columns if rule.kind.startswith("rowwise_") else min(UNSHARED_COLUMNS, dim)
     tile = tiles.row_update(width)
@@ -267,7 +267,7 @@ def row_update(
 
 
 def cut_segments(rows: Int[Array, " m"], chunk_size: int) -> tuple[Int[Array, " s"], Float[Array, " s"]]:
-    """Row and weight (one, or zero where there is none) of the partial sums on both sides of every chunk."""
+    """Row and weight (one, or zero if there is none) of the partial sums at both ends of every chunk."""
     begin = jnp.arange(0, rows.shape[0], chunk_size)
     end = jnp.minimum(begin + chunk_size, rows.shape[0])
     first, last = rows[begin], rows[end - 1]

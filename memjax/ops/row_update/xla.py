@@ -1,6 +1,6 @@
 """The row update in plain XLA: one sort of the picks, one pass over them in chunks, rows written in place.
 
-Picks of one row are neighbours after the sort. A chunk sums its picks row by row; when its last row goes on in the
+After the sort, the picks of a row are adjacent. A chunk sums its picks row by row; if its last row continues in the
 next chunk, the partial sum is carried over, so every row is read, updated and written once however often it was picked.
 """
 
@@ -18,7 +18,7 @@ from memjax.ops.row_update.rules import RowRule, RowStep, TableState
 from memjax.ops.row_update.segments import MOST_PICKS, sorted_picks
 
 CHUNK_BYTES = 1 << 22
-"""Summed gradients of one chunk of picks."""
+"""Summed gradients per chunk of picks."""
 
 
 def row_update(
@@ -32,7 +32,7 @@ def row_update(
 ) -> tuple[Float[Array, "n d"], TableState]:
     """The reference's update, touching only the rows that were read; temporaries do not grow with the table.
 
-    `chunk_bytes` of summed gradients exist at once.
+    At most `chunk_bytes` of summed gradients are held at once.
     """
     num_rows, num_columns = table.shape
     dtype = accumulator(table.dtype)
@@ -41,10 +41,10 @@ def row_update(
     columns = step.first_column + jnp.arange(num_columns, dtype=jnp.int32)
 
     chunk = max(1, min(rows.shape[0], chunk_bytes // (num_columns * dtype.itemsize)))
-    # Rows that do not exist are numbered too, in 32 bits.
+    # Absent rows, below, are numbered in 32 bits too.
     chunk = max(1, min(chunk, MOST_PICKS - num_rows))
     count = -(-rows.shape[0] // chunk)
-    # Row num_rows and those after it do not exist: writes there are dropped. The extra pick closes the last row.
+    # Rows from num_rows on do not exist: writes to them are dropped. The extra pick closes the last row.
     padding = (0, count * chunk - rows.shape[0] + 1)
     rows = jnp.pad(rows, padding, constant_values=num_rows)
     tokens, weights = jnp.pad(tokens, padding), jnp.pad(weights, padding)
@@ -66,7 +66,7 @@ def row_update(
         goes_on = rows[start + chunk] == picked[-1]
         partial = jnp.where(goes_on, summed[last], 0)
 
-        # Out of range, and each a row of its own: segments that do not exist, the unfinished one, all when not ok.
+        # Unused segments, the unfinished one, and all of them if not ok, get distinct rows out of range.
         target = absent.at[segment].set(picked)
         target = target.at[last].set(jnp.where(goes_on, absent[last], target[last]))
         target = jnp.where(step.ok & (target < num_rows), target, absent)
