@@ -15,17 +15,17 @@ from memjax.ops.row_update.rules import NormRule, row_step
 from memjax.sharding.axes import split_columns
 
 _MOST_COLUMNS = 1024
-"""Columns that share a sum of squares: as many as a Triton program takes at once."""
+"""Maximum number of columns that share a sum of squares: what a Triton program processes at once."""
 
 
 def columns_per_state(width: int) -> int:
-    """The most columns of a row, up to 256, that share a second moment on whichever device has them."""
+    """The most columns of a row, up to 256, that can share a second moment on every device."""
     shards = mesh_sizes()["memory_axis"]
     return math.gcd(256, width if width % shards else width // shards)
 
 
 def columns_per_square(width: int, shards: int) -> int:
-    """The most columns of a row, up to 1024, that share a sum of squares: all of them on a device, where they fit."""
+    """The most columns of a row, up to 1024, that can share a sum of squares; all columns of a device, if they fit."""
     columns = width if width % shards else width // shards
     return next(count for count in range(min(columns, _MOST_COLUMNS), 0, -1) if columns % count == 0)
 
@@ -40,12 +40,12 @@ def squared_norm(
 ) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
     """The unchanged table, and the squared Euclidean norm of its gradient.
 
-    The norm is found by a row update that writes no row: like an update it sorts and sums the picks and reads the rows
-    that they name. It needs one number for each row of the table, more only where a device has over 1024 columns of it.
+    The norm comes from a row update that writes no rows: like any update, it sorts and sums the picks and reads their
+    rows. It needs one number per row of the table, more only if a device holds over 1024 of its columns.
 
-    The table is passed through the update and returned, so that the update that follows is in place. With ok=False the
-    norm is 0. Where the backward pass that reads the table is in the same program, `ok` has to depend on its gradients:
-    only then does the update wait for those reads, and XLA needs no copy of the table.
+    The table is passed through that update and returned, so that the next update can be in place. With ok=False the
+    norm is 0. If the backward pass that reads the table is in the same program, `ok` must depend on its gradients: only
+    then does the update wait for those reads, so that XLA need not copy the table.
     """
     columns = columns_per_square(table.shape[1], mesh_sizes()["memory_axis"])
     rule, step = NormRule(state_columns=columns), row_step(0, 0, ok=ok)

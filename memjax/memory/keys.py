@@ -22,17 +22,17 @@ class Lookup(NamedTuple):
     """The slots that a layer reads for each token, with weights."""
 
     indices: Int[Array, "t k"]
-    """Slots, the picks of all heads one after the other."""
+    """Slots that all heads picked, head after head."""
     weights: Float[Array, "t k"]
     """Weight of each slot; the weights of a head add up to 1."""
 
 
 class QueryKeyParam(nnx.Param):
-    """A parameter of queries or keys, with its own learning rate."""
+    """A parameter of queries or keys, which has its own learning rate."""
 
 
 class ProductKeys(nnx.Module):
-    """Queries a product-key memory: [.., dim] -> the best top_k of num_keys ** 2 slots for each head, with weights."""
+    """Queries a product-key memory: [..., dim] -> the best top_k of num_keys ** 2 slots per head, with weights."""
 
     def __init__(
         self,
@@ -72,29 +72,29 @@ class ProductKeys(nnx.Module):
 
     @property
     def picks(self) -> int:
-        """Slots that a token reads, over all heads."""
+        """Number of slots that a token reads, over all heads."""
         return self.num_heads * self.top_k
 
     def __call__(self, x: Float[Array, "*b dim"]) -> Lookup:
-        """Which slots each token reads, with which weights; batch axes are folded into tokens.
+        """The slots that each token reads and their weights; batch axes are folded into tokens.
 
         Raises:
-            ValueError: x is of another width.
+            ValueError: x has the wrong width.
         """
         check_width(type(self).__name__, x, self.dim)
         return self.lookup(self.queries(x))
 
     def promoted(self, x: Float[Array, "*b dim"]) -> Float[Array, "*b dim"]:
-        """The input in the type of activations: `dtype` or, without one, the common type of input and parameters."""
+        """The input in the type of activations: `dtype`, or without it the common type of input and parameters."""
         return promote_dtype((x, self.query_bias[...]), dtype=self.dtype)[0]
 
     def queries(self, x: Float[Array, "*b dim"]) -> Float[Array, "t width"]:
-        """Projected queries, num_heads * key_dim numbers for each token; batch axes are folded into tokens."""
+        """Projected queries, num_heads * key_dim numbers per token; batch axes are folded into tokens."""
         x, kernel, bias = promote_dtype((fold(x), self.query_kernel[...], self.query_bias[...]), dtype=self.dtype)
         return x @ kernel + bias[None, :]
 
     def lookup(self, queries: Float[Array, "t width"]) -> Lookup:
-        """The slots of projected queries."""
+        """The slots and weights for projected queries."""
         scores, slots = self.search(queries)
         weights = jax.nn.softmax(self.score_scale * scores, axis=-1)
         shape = queries.shape[0], self.picks
@@ -107,7 +107,7 @@ class ProductKeys(nnx.Module):
     def vectors(
         self, queries: Float[Array, "t width"]
     ) -> tuple[Float[Array, "t h key_dim"], Float[Array, "h 2 n half"]]:
-        """Projected queries of each head, and keys, of which scores are the products."""
+        """The queries of each head and the keys, whose products are the scores."""
         queries, keys = promote_dtype((queries, self.keys[...]), dtype=self.dtype)
         tokens = queries.shape[0]
         if self.qk_norm:
@@ -131,17 +131,17 @@ _search = alike_over_tensor(product_key_search)
 
 
 def check_width(layer: str, x: Float[Array, "*b width"], dim: int) -> None:
-    """Refuses activations of another width than the layer's, and those that are no floating-point numbers.
+    """Checks that activations are floating-point numbers of the layer's width.
 
     Raises:
-        ValueError: it is so.
+        ValueError: they are not.
     """
     require(layer, x.ndim >= 1 and x.shape[-1] == dim, f"x must be [..., {dim}]", x=x)
     require(layer, jnp.issubdtype(x.dtype, jnp.floating), "x must be floating-point numbers", x=x)
 
 
 def unit_length(vectors: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-    """Vectors over their Euclidean length, computed in float32 or wider."""
+    """Vectors divided by their Euclidean length, which is computed in float32 or wider."""
     wide = vectors.astype(accumulator(vectors.dtype))
     return (wide * jax.lax.rsqrt(jnp.sum(wide**2, axis=-1, keepdims=True) + 1e-12)).astype(vectors.dtype)
 

@@ -1,6 +1,6 @@
-"""The kinds of lookups that a model's blocks may have: one entry each, by the name of its section in the config.
+"""The kinds of lookups that a model's blocks may have, by the name of their section in the config.
 
-A new kind is a section (a `LookupConfig`, and a field of `ModelConfig`), a layer (a `LookupLayer`), and an entry here.
+A new kind needs a section (a `LookupConfig` and a field of `ModelConfig`), a layer (a `LookupLayer`) and an entry here.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from memjax.memory.peer import PEERLayer
 
 
 class TokenBytes(NamedTuple):
-    """Bytes a token and layer of a training step, and the number of scores."""
+    """Bytes per token and layer of a training step, and the number of scores."""
 
     activations: int
-    """Around the lookup; kept without rematerialisation."""
+    """Activations around the lookup; kept without rematerialisation."""
     products: int
-    """The part of `activations` that matrix products give."""
+    """The part of `activations` that is the output of matrix products."""
     read: int
     """Results of the lookup; always kept."""
     gradient: int
@@ -28,19 +28,19 @@ class TokenBytes(NamedTuple):
 
 
 class LookupKind(NamedTuple):
-    """Everything that differs from kind to kind; sections are of the class `config`."""
+    """What differs between kinds; sections are instances of `config`."""
 
     config: type[LookupConfig]
     layer: type[LookupLayer]
     """Built as layer(dim, section, dtype=, param_dtype=, implementation=, rngs=)."""
     title: str
-    """Begins its line when a run starts; formatted with the number of slots."""
+    """Start of its line in the summary of a run; formatted with the number of slots."""
     noun: str
     """Its name in descriptions of models."""
     search_products: Callable[[Any], int]
-    """(section) -> multiplications of a token with what is no parameter of a linear layer."""
+    """(section) -> multiplications per token, other than those with parameters of linear layers."""
     token_bytes: Callable[[Any, int, int, int], TokenBytes]
-    """(section, dim, bytes of an activation, bytes of a table's number) -> an estimate of a step's bytes."""
+    """(section, dim, bytes of an activation, bytes of a table element) -> an estimate of a step's bytes."""
 
     def build(self, dim: int, section: LookupConfig, **kwargs: Any) -> LookupLayer:
         layer: Any = self.layer
@@ -61,7 +61,7 @@ def _memory_bytes(section: MemoryConfig, dim: int, width: int, table_width: int)
 
 def _peer_bytes(section: PEERConfig, dim: int, width: int, table_width: int) -> TokenBytes:
     queries, vectors = section.num_heads * section.key_dim * width, dim * (width + table_width)
-    # Of each pick its index, score and weight, its product with the token, and the activation of that.
+    # Per pick: index, score, weight, its product with the token, and the activation of that product.
     read, gradient = section.picks * 20 + vectors, section.picks * 12 + vectors
     return TokenBytes(queries, queries, read, gradient, _half_scores(section))
 
@@ -78,4 +78,4 @@ KINDS: dict[str, LookupKind] = {
     "memory": LookupKind(MemoryConfig, MemoryLayer, "memory     {:,} slots", "memory", _search_products, _memory_bytes),
     "peer": LookupKind(PEERConfig, PEERLayer, "peer       {:,} experts", "PEER", _search_products, _peer_bytes),
 }
-"""The kinds by the names of their sections in `ModelConfig`."""
+"""The kinds, by the name of their section in `ModelConfig`."""

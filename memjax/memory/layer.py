@@ -24,15 +24,16 @@ from memjax.sharding.rules import named
 class MemoryLayer(LookupLayer):
     """The layer of "Memory Layers at Scale" (arXiv:2412.09764): y = sum of softmax weight * value of the best slots.
 
-    Memory+ (gate='silu') returns W2 (y * silu(W1 x)); gate='none' returns y, through W2 where value_dim is not dim.
-    With output_gate the result is scaled by sigmoid(w x), one number a token; with placement="parallel" by a number a
-    channel that begins at zero. The table is owned by the model and passed in, so that several layers can share it:
+    Memory+ (gate='silu') returns W2 (y * silu(W1 x)); gate='none' returns y, or W2 y if value_dim is not dim. With
+    output_gate, the result is scaled by sigmoid(w x), one number per token; with placement="parallel", by one number
+    per
+    channel, initially zero. The model owns the table and passes it in, so that several layers can share it:
 
         table = ValueTable(num_slots=64**2, value_dim=256, rngs=rngs)
         layer = MemoryLayer(256, num_keys=64, num_heads=4, top_k=8, key_dim=128, rngs=rngs)
         y = layer(x, table)
 
-    It trains under plain autodiff with any optimizer; `memjax.value_and_grad` saves a gradient of the table's size.
+    It trains under plain autodiff with any optimizer; `memjax.value_and_grad` avoids a gradient of the table's size.
     """
 
     READS = ("bag",)
@@ -48,12 +49,12 @@ class MemoryLayer(LookupLayer):
         rngs: nnx.Rngs,
         **settings: Any,
     ):
-        """A layer of width dim over a table of num_keys ** 2 rows of value_dim (default: dim); biases begin at zero.
+        """A layer of width dim over a table of num_keys ** 2 rows of value_dim (default: dim); biases start at zero.
 
         Args:
             dim: width of inputs and outputs.
-            config: the layer's settings; None takes their defaults.
-            dtype: type of activations; None promotes inputs and parameters.
+            config: the layer's settings; None takes the defaults.
+            dtype: type of activations; None takes the common type of inputs and parameters.
             param_dtype: type of the parameters.
             implementation: of search and bag; None takes the fastest that can run.
             rngs: source of the `params` key.
@@ -89,7 +90,7 @@ class MemoryLayer(LookupLayer):
         return self.combine(x, self.read(table, lookup, perturbation)), (TableRead.bag(table, *lookup),)
 
     def lookup(self, x: Float[Array, "*b dim"]) -> Lookup:
-        """Which slots each token reads, with which weights; batch axes are folded into tokens."""
+        """The slots that each token reads and their weights; batch axes are folded into tokens."""
         return self.keys(x)
 
     def read(
@@ -100,7 +101,7 @@ class MemoryLayer(LookupLayer):
         return sharded.bag(rows, *lookup, perturbation, implementation=self.implementation)
 
     def combine(self, x: Float[Array, "*b dim"], bag: Float[Array, "t value_dim"]) -> Float[Array, "*b dim"]:
-        """The output from the layer's input and its bag.
+        """The layer's output, given its input and its bag.
 
         Raises:
             ValueError: shapes do not fit together.
@@ -115,7 +116,7 @@ class MemoryLayer(LookupLayer):
         return self.scaled(x, y if self.value_proj is None else self.value_proj(y))
 
     def scaled(self, x: Float[Array, "*b dim"], out: Float[Array, "*b dim"]) -> Float[Array, "*b dim"]:
-        """The projected bag, times the output gate and the factors of a parallel memory."""
+        """The output times the output gate and the scale of a parallel memory, where configured."""
         if self.output_gate is not None:
             out = out * nnx.sigmoid(self.output_gate(x))
         if self.scale is not None:

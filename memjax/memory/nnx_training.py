@@ -24,22 +24,22 @@ from memjax.sharding.axes import committed_as, split_columns
 from memjax.sharding.rules import is_variable
 
 DENSE = nnx.All(nnx.Param, nnx.Not(TableRows))
-"""The parameters that have a dense gradient."""
+"""The parameters with a dense gradient."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Gradients:
-    """The gradients of a model. They add up (`sum` too) and are scaled, so micro-batches can be accumulated.
+    """The gradients of a model. They can be added (also by `sum`) and scaled, to accumulate micro-batches.
 
-    Those of tables are kept as factors, so functions of all leaves, such as `optax.tree.norm`, mean nothing: measure
-    with `Optimizer.grad_norm`.
+    Gradients of tables are kept as factors, so functions over all leaves, such as `optax.tree.norm`, are meaningless;
+    use `Optimizer.grad_norm` instead.
     """
 
     dense: Any
     """Gradient of the dense parameters, an `nnx.State`."""
     tables: dict[str, list[RowGradient]]
-    """Row gradients of the tables, by path in the model."""
+    """Row gradients of the tables, by their path in the model."""
 
     def __add__(self, other: "Gradients") -> "Gradients":
         """The gradient of the sum of two losses."""
@@ -49,7 +49,7 @@ class Gradients:
         return Gradients(jax.tree.map(jnp.add, self.dense, other.dense), tables)
 
     def __radd__(self, zero: int) -> "Gradients":
-        """0 + gradients, with which `sum` begins."""
+        """0 + gradients, with which `sum` starts."""
         return self if zero == 0 else NotImplemented
 
     def __mul__(self, factor: ArrayLike) -> "Gradients":
@@ -75,9 +75,9 @@ class Gradients:
         return self * (1 / number)
 
     def without_padding(self, token_mask: Bool[Array, "*b"]) -> "Gradients":
-        """The gradients without the picks of padding, for which tables must have been read with these tokens.
+        """The gradients without the picks of padding; all tables must have been read by exactly these tokens.
 
-        The gradient of padding is zero, but rows with a gradient of zero still count as read: their moments decay.
+        Padding has a gradient of zero, but rows with a gradient of zero still count as read: their moments decay.
         """
         mask, beyond = token_mask.reshape(-1), jnp.iinfo(jnp.int32).max
         tables = {name: [row.without_padding(mask, beyond) for row in rows] for name, rows in self.tables.items()}
@@ -87,26 +87,27 @@ class Gradients:
 def value_and_grad(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., tuple[Any, Gradients]]:
     """Like `nnx.value_and_grad(loss_fn)`, with row gradients in place of dense gradients of the tables.
 
-    `loss_fn(model, *args, **kwargs)` calls the memory layers of the model, whose gradients are found by themselves,
-    however many layers share a table, under `nnx.remat` and on a mesh, in a `memjax.Decoder` too; `memjax.Optimizer`
-    applies them (those of tables are kept as factors, which `nnx.Optimizer` cannot apply):
+    `loss_fn(model, *args, **kwargs)` calls the model's memory layers as usual; their reads are recorded automatically,
+    also if layers share a table, under `nnx.remat`, on a mesh, and in a `memjax.Decoder`. `memjax.Optimizer` applies
+    the
+    gradients (those of tables are kept as factors, which `nnx.Optimizer` cannot apply):
 
         loss, gradients = memjax.value_and_grad(loss_fn)(model, x, y)
         optimizer.update(model, gradients)
 
-    The loss function is traced twice, first for the shapes of what is read. Layers must be called (`layer(x, table)`),
-    not by their parts, and their tables belong to the model. Layers inside `nnx.scan` or `nnx.vmap` are refused.
+    The loss function is traced twice, first for the shapes of the reads. Layers must be called as a whole
+    (`layer(x, table)`), and their tables must belong to the model. Layers inside `nnx.scan` or `nnx.vmap` are refused.
 
     Args:
-        loss_fn: returns a scalar, or with has_aux a scalar and anything else.
-        has_aux: whether it does.
+        loss_fn: returns a scalar, or with has_aux a pair of a scalar and anything else.
+        has_aux: whether loss_fn returns such a pair.
 
     Returns:
-        A function of what `loss_fn` takes that returns what it returns, and the Gradients.
+        A function with the arguments of `loss_fn` that returns its result and the Gradients.
 
     Raises:
-        TypeError: the first argument is no model, or a table of it is read-only.
-        ValueError: a table of the model was not read, or one that is not the model's was, or layers are stacked.
+        TypeError: the first argument is not a model, or one of its tables is read-only.
+        ValueError: a table of the model was not read, a table of something else was, or layers are stacked.
     """
 
     def differentiate(model: nnx.Module, *args: Any, **kwargs: Any) -> tuple[Any, Gradients]:
@@ -148,7 +149,7 @@ def value_and_grad(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Cal
 
 
 class Optimizer(nnx.Module):
-    """An optax transformation for the dense parameters of a model, and a row optimizer for its tables."""
+    """An optax transformation for a model's dense parameters, and a row optimizer for its tables."""
 
     def __init__(
         self,
@@ -158,21 +159,21 @@ class Optimizer(nnx.Module):
         tables: RowOptimizer,
         max_grad_norm: float | None = None,
     ):
-        """The optimizer of a model before the first step.
+        """The optimizer before the first step.
 
         Args:
-            model: with the tables that its memory layers read.
-            dense: of all parameters but the tables. Its clipping sees their gradients only.
-            tables: of the rows that were read.
-            max_grad_norm: the largest norm of all gradients together, those of the tables included: what
-                `optax.clip_by_global_norm` does under plain autodiff. It costs another pass over the row gradients
-                and the rows that they name, and for that time a number for each row of the tables.
+            model: the model, including the tables that its memory layers read.
+            dense: for all parameters but the tables. Clipping inside it sees only their gradients.
+            tables: for the rows that were read.
+            max_grad_norm: gradients are scaled so that their global norm, tables included, is at most this, as
+                `optax.clip_by_global_norm` does under plain autodiff. It costs another pass over the row gradients and
+                their rows, and temporarily one number per row of the tables.
 
         Raises:
-            TypeError: dense is no transformation of optax, tables no RowOptimizer, or a table of the model read-only.
+            TypeError: dense is not an optax transformation, tables is not a RowOptimizer, or a table is read-only.
             ValueError: max_grad_norm is not a positive finite number.
         """
-        # By their methods: `optax.MultiSteps` is no GradientTransformation.
+        # Checked by methods, because `optax.MultiSteps` is not a GradientTransformation.
         if not all(callable(getattr(dense, method, None)) for method in ("init", "update")):
             raise TypeError(
                 f"dense must be a transformation of optax, as optax.adam(1e-3), found {type(dense).__name__}"
@@ -196,13 +197,13 @@ class Optimizer(nnx.Module):
         )
 
     def update(self, model: nnx.Module, gradients: Gradients, *, ok: ArrayLike = True, **extra: Any) -> None:
-        """One step; as a whole it is in place inside a jitted function that donates model and optimizer.
+        """Takes one step; it is in place inside a jitted function that donates model and optimizer.
 
         Args:
-            model: the one of `__init__`; its parameters change.
-            gradients: of `memjax.value_and_grad`.
-            ok: False leaves model and optimizer unchanged, for example when the loss is NaN.
-            **extra: further arguments of the optax transformation, say `value=loss`.
+            model: the model given to `__init__`; its parameters are updated.
+            gradients: from `memjax.value_and_grad`.
+            ok: False leaves model and optimizer unchanged, for example if the loss is NaN.
+            **extra: further arguments of the optax transformation, such as `value=loss`.
 
         Raises:
             TypeError: gradients are of another function.
@@ -237,11 +238,11 @@ class Optimizer(nnx.Module):
         self.step.set_value(self.step.get_value() + jnp.asarray(ok, jnp.int32))
 
     def grad_norm(self, model: nnx.Module, gradients: Gradients) -> Float[Array, ""]:
-        """The Euclidean norm of all gradients, of dense parameters and tables, as `optax.tree.norm` has it.
+        """The Euclidean norm of all gradients, of dense parameters and tables, as `optax.tree.norm` defines it.
 
-        It costs what `max_grad_norm` costs. In a program that updates the model, measure before `update`: the rows pass
-        through the measurement, so that no copy of them is made. Call it in the jitted step, with the model as an
-        argument; elsewhere each table is copied.
+        It costs as much as `max_grad_norm`. In a program that updates the model, call it before `update`: the rows pass
+        through the measurement, so that they are not copied. Call it in the jitted step, with the model as an argument;
+        elsewhere each table is copied.
 
         Raises:
             TypeError: gradients are of another function.
@@ -250,7 +251,7 @@ class Optimizer(nnx.Module):
         return jnp.sqrt(self._squared_norm(model, gradients, _true_after(gradients.dense)))
 
     def _squared_norm(self, model: nnx.Module, gradients: Gradients, ok: ArrayLike) -> Array:
-        """Of all gradients; those of tables are not measured where ok is false."""
+        """The squared norm of all gradients; if ok is false, tables are not measured."""
         squared = _sum_of_squares(gradients.dense)
         for name, table in _named(model, ValueTable):
             rows, of_table = self.row_optimizer.squared_norm(table.rows[...], gradients.tables[name], ok=ok)
@@ -267,7 +268,7 @@ def _check_gradients(gradients: Gradients) -> None:
 def _true_after(dense: Any) -> Bool[Array, ""]:
     """Always true (even for NaN), but depends on the dense gradient.
 
-    A table write that takes it as `ok` is scheduled after the backward pass, so XLA needs no copy of the table.
+    A table write with it as `ok` is scheduled after the backward pass, so that XLA need not copy the table.
     """
     return ~(_sum_of_squares(dense) < 0)
 
@@ -279,7 +280,7 @@ def _sum_of_squares(tree: Any) -> Array:
 
 
 def _variables(tree: Any) -> Any:
-    """A variable for every array, so that what saves the state of modules knows them by name."""
+    """A variable for every array, so that code which saves the state of modules finds them by name."""
     return nnx.data(jax.tree.map(nnx.OptState, tree))
 
 
@@ -292,7 +293,7 @@ def _assign(variables: Any, values: Any) -> None:
 
 
 def _named(model: nnx.Module, kind: type) -> Iterator[tuple[str, Any]]:
-    """The modules of a kind, each once, by their paths."""
+    """Paths and modules of a kind, each module once."""
     for path, module in nnx.iter_modules(model):
         if isinstance(module, kind):
             yield ".".join(map(str, path)) or type(module).__name__, module
@@ -314,17 +315,17 @@ def _trainable(name: str, table: ValueTable) -> Float[Array, "n d"]:
 
 
 def _check_read(rows: dict[str, Any], reads: dict[str, Any]) -> None:
-    """Refuses tables that nothing would train.
+    """Checks that every table would be trained.
 
     Raises:
-        ValueError: there is one, a table is not the model's, or layers are stacked.
+        ValueError: a table was not read, one that was read is not the model's, or layers are stacked.
     """
     if stacked := [
         name for name, calls in reads.items() for of_call in calls for read in of_call if read.indices.ndim != 2
     ]:
         raise ValueError(
-            f"the layers {stacked} are stacked, as nnx.vmap and nnx.scan have them, and cannot be trained row by row: "
-            "make them one by one, in a list, or take nnx.value_and_grad"
+            f"the layers {stacked} are stacked, as by nnx.vmap or nnx.scan, and cannot be trained row by row: create
+            them " "one by one, in a list, or use nnx.value_and_grad"
         )
     found = {read.table for calls in reads.values() for of_call in calls for read in of_call}
     if foreign := found - rows.keys():
@@ -342,5 +343,5 @@ def _perturbation(read: TableRead, rows: Any) -> Array:
 
 
 def _by_call(by_layer: dict[str, Any]) -> dict[str, Any]:
-    """Flatten what layers hold for each call, to keys of layer and call."""
+    """Flattens what layers hold for each call, keyed by layer and call."""
     return {f"{name} {number}": found for name, calls in by_layer.items() for number, found in enumerate(calls)}

@@ -22,14 +22,15 @@ from memjax.sharding.axes import fold, unfold
 class PEERLayer(LookupLayer):
     """Parameter-efficient expert retrieval (PEER, arXiv:2407.04153): y = sum of weight * gelu(<x, u>) * v.
 
-    Product keys pick the experts of each token; u and v are an expert's rows of the tables `inputs` and `outputs`. The
-    tables are owned by the model and passed in, so that several layers can share them:
+    Product keys select the experts of each token; u and v are an expert's rows in the tables `inputs` and `outputs`.
+    The
+    model owns the tables and passes them in, so that several layers can share them:
 
         inputs, outputs = (ValueTable(num_slots=64**2, value_dim=256, rngs=rngs) for _ in range(2))
         layer = PEERLayer(256, num_keys=64, num_heads=4, top_k=8, key_dim=128, rngs=rngs)
         y = layer(x, inputs, outputs)
 
-    It trains under plain autodiff with any optimizer; `memjax.value_and_grad` saves two gradients of the tables' size.
+    It trains under plain autodiff with any optimizer; `memjax.value_and_grad` avoids two gradients of the tables' size.
     """
 
     READS = ("dot", "bag")
@@ -49,8 +50,8 @@ class PEERLayer(LookupLayer):
 
         Args:
             dim: width of inputs and outputs, and of the tables' rows.
-            config: the layer's settings; None takes their defaults.
-            dtype: type of activations; None promotes inputs and parameters.
+            config: the layer's settings; None takes the defaults.
+            dtype: type of activations; None takes the common type of inputs and parameters.
             param_dtype: type of the parameters.
             implementation: of search, dot and bag; None takes the fastest that can run.
             rngs: source of the `params` key.
@@ -67,7 +68,7 @@ class PEERLayer(LookupLayer):
         )
 
     def lookup(self, x: Float[Array, "*b dim"]) -> Lookup:
-        """Which experts each token uses, with which softmax weights; batch axes are folded into tokens."""
+        """The experts that each token uses and their softmax weights; batch axes are folded into tokens."""
         return self.keys(x)
 
     def with_reads(

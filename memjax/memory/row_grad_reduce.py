@@ -19,7 +19,7 @@ PICK_BYTES = 40
 
 
 class ReduceBytes(NamedTuple):
-    """Bytes that one update of a table costs a device."""
+    """Bytes per device for one update of a table."""
 
     received: int
     """Received from other replicas, over `data`."""
@@ -30,14 +30,14 @@ class ReduceBytes(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of them: what is moved and what is held."""
+        """Bytes received and held."""
         return sum(self)
 
 
 def reduce_bytes(
     table: Any, gradients: Sequence[RowGradient], *, data_axis: int, memory_axis: int
 ) -> dict[Collective, ReduceBytes]:
-    """The bytes that either collective takes for row gradients of all tokens of the mesh; their shapes suffice."""
+    """The bytes that each collective takes for row gradients of all tokens of the mesh. Only shapes are used."""
     num_rows, columns = table.shape[0], table.shape[1] // memory_axis
     picks = sum(gradient.indices.size for gradient in gradients)
     vectors = sum(gradient.indices.shape[0] * columns * gradient.vectors.dtype.itemsize for gradient in gradients)
@@ -46,7 +46,7 @@ def reduce_bytes(
         for gradient in gradients
     )
     row = columns * accumulator(table.dtype).itemsize
-    # A reduction sends everything twice: to be summed, and summed. Counts of picks go with the rows.
+    # An all-reduce sends everything twice, before and after the summation. Counts of picks go with the rows.
     reduced = 2 * num_rows * (row + jnp.dtype(jnp.int32).itemsize)
     from_others = lambda count: count * (data_axis - 1) // data_axis
     return {
@@ -68,10 +68,10 @@ def sums_micro_batches(
     data_axis: int,
     memory_axis: int,
 ) -> bool:
-    """Whether row gradients are summed dense as the micro-batches of a step come, and not kept until the update.
+    """Whether to sum row gradients densely after each micro-batch of a step, instead of keeping them until the update.
 
-    auto takes what holds fewer bytes; all_gather always keeps them. The row gradients are those of one of the step's
-    `count` micro-batches; their shapes suffice.
+    auto chooses what holds fewer bytes; all_gather always keeps them. The row gradients are those of one of the step's
+    `count` micro-batches; only their shapes are used.
     """
     if count == 1 or wanted == "all_gather":
         return False
@@ -85,7 +85,7 @@ def sums_micro_batches(
 
 
 def _of_one(gradient: RowGradient, num_tokens: int, columns: int) -> int:
-    """Bytes while one gradient is summed: its gathered picks, and a piece of them with its vectors sorted."""
+    """Bytes held while one gradient is summed: its gathered picks, and a sorted piece of them with its vectors."""
     k, width = gradient.indices.shape[1], gradient.vectors.dtype.itemsize
     gathered = num_tokens * k * (gradient.indices.dtype.itemsize + gradient.weights.dtype.itemsize)
     return gathered + piece_tokens(num_tokens, k) * (k * PICK_BYTES + columns * width)
@@ -101,8 +101,8 @@ def choose(
 ) -> Collective:
     """The collective that runs; arguments as for `reduce_bytes`.
 
-    auto takes the one of fewer bytes, received and held together; on one replica, where nothing crosses `data`,
-    all_reduce only where there are too many picks to be sorted at once.
+    auto chooses the one that receives and holds fewer bytes in total. On one replica, where nothing crosses `data`, it
+    chooses all_reduce only if there are too many picks to sort at once.
 
     Raises:
         ValueError: `wanted` is unknown.

@@ -1,4 +1,4 @@
-"""The row optimizer of tables: its rule, learning rate, and the seed of its rounding."""
+"""The row optimizer of tables: rule, learning rate, and seed of the rounding."""
 
 import dataclasses
 import math
@@ -23,26 +23,26 @@ from memjax.ops.row_update.rules import RowRule, TableState, row_step
 
 @dataclasses.dataclass(frozen=True)
 class RowOptimizer:
-    """Updates the rows of tables that were read, in place, without another array of a table's size.
+    """Updates the table rows that were read, in place, without another array of the table's size.
 
-    The exception are row gradients that are summed dense: by `all_reduce` on a mesh, or as a `RowSum`.
+    The exception is row gradients that are summed densely: by `all_reduce` on a mesh, or as a `RowSum`.
     """
 
     learning_rate: ArrayLike | Callable[[ArrayLike], ArrayLike]
-    """A number, or a schedule of the number of the step, as those of optax."""
+    """A number, or a function of the step index, like optax schedules."""
     rule: RowRule = dataclasses.field(default_factory=RowRule)
-    """The default of 256 state_columns is lowered where it does not divide a table's width, or that of a shard."""
+    """The default of 256 state_columns is lowered if it does not divide the width of a table or of its shards."""
     seed: int = 0
     """Seed of the stochastic rounding; every table uses different random bits."""
     collective: row_grad_reduce.CollectiveOption = "auto"
-    """How row gradients cross the axis `data` of a mesh: see `memjax.memory.sharded.update_rows`."""
+    """How row gradients cross the `data` axis of a mesh: see `memjax.memory.sharded.update_rows`."""
     implementation: str | None = None
     """Implementation of `row_update`; None takes the fastest that can run."""
 
     def __post_init__(self):
         rate = self.learning_rate
         if isinstance(rate, np.ndarray | jax.Array) and rate.shape == () and not isinstance(rate, Tracer):
-            # Transformations of Flax compare optimizers by hashes, which arrays lack.
+            # Flax's transformations hash optimizers, and arrays are not hashable.
             rate = rate.item()
             object.__setattr__(self, "learning_rate", rate)
         checks.typed(self)
@@ -58,7 +58,7 @@ class RowOptimizer:
         return self.learning_rate(step) if callable(self.learning_rate) else self.learning_rate
 
     def init(self, rows: Float[Array, "n d"]) -> TableState:
-        """The state of a table before the first update."""
+        """A table's state before the first update."""
         return self._rule(rows.shape[1]).init(rows.shape[0], rows.shape[1], rows.dtype)
 
     def update(
@@ -71,15 +71,15 @@ class RowOptimizer:
         step: ArrayLike,
         ok: ArrayLike = True,
     ) -> tuple[Float[Array, "n d"], TableState]:
-        """The rows of the table of a name and its state, updated by the gradients of all its reads together.
+        """A table's rows and state, updated by the gradients of all of its reads together.
 
         Args:
-            name: of the table.
-            rows: of the table.
-            state: of `init`.
-            gradients: of all reads of the table, or what `add` has made of them.
-            step: number of the step, from 0.
-            ok: False changes nothing.
+            name: name of the table; the random bits of its rounding depend on it.
+            rows: the table's rows.
+            state: its optimizer state, initially from `init`.
+            gradients: those of all reads of the table, or their sum by `add`.
+            step: index of the step, from 0.
+            ok: if False, nothing changes.
         """
         now = row_step(self.rate(step), step, ok=ok, seed=zlib.crc32(f"{self.seed} {name}".encode()))
         kernels = {"collective": self.collective, "implementation": self.implementation}
@@ -90,7 +90,7 @@ class RowOptimizer:
     ) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
         """The unchanged rows, which replace the given ones, and the squared norm of their gradient; 0 if not ok.
 
-        What `ok` depends on is computed first: the gradients of a backward pass that reads the table in place.
+        What `ok` depends on is computed first, such as the gradients of a backward pass that reads the table in place.
         """
         kernels = {"collective": self.collective, "implementation": self.implementation}
         return squared_norm(rows, gradients, ok=ok, **kernels)
@@ -101,11 +101,11 @@ class RowOptimizer:
         return gradients.scaled(factor) if isinstance(gradients, RowSum) else [row.scaled(factor) for row in gradients]
 
     def sums_micro_batches(self, rows: Float[Array, "n d"], gradients: Sequence[RowGradient], count: int) -> bool:
-        """Whether to sum the row gradients of `count` micro-batches as they come; `gradients` are those of one."""
+        """Whether to sum row gradients after each of `count` micro-batches; `gradients` are those of one."""
         return row_grad_reduce.sums_micro_batches(self.collective, rows, gradients, count, **sharded.mesh_sizes())
 
     def add(self, total: RowSum, gradients: Sequence[RowGradient]) -> RowSum:
-        """The sum, at first `no_rows(rows)`, with more row gradients."""
+        """The sum, initially `no_rows(rows)`, plus more row gradients."""
         return sharded.add_rows(total, gradients, implementation=self.implementation)
 
     def _rule(self, width: int) -> RowRule:

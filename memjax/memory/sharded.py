@@ -1,11 +1,11 @@
 """The operations of a memory layer on a mesh with the axes ('data', 'memory').
 
-Tokens are split over both axes, the columns of a table over `memory`; keys are on every device. Inside `shard_map` each
-device searches for its own tokens, gathers the picks of its memory group, sums its own columns of all the group's bags,
-and an all-to-all returns whole rows to the device that owns the token. For dots the way is the opposite: an all-to-all
-hands out the columns of the vectors, and the parts of each product are summed on the device that owns the token.
+Tokens are sharded over both axes, the columns of a table over `memory`; keys are replicated. Inside `shard_map`, each
+device searches for its own tokens, gathers the picks of its memory group, and sums its own columns of all the group's
+bags; an all-to-all returns whole bags to the devices that own the tokens. Dots go the opposite way: an all-to-all
+distributes the columns of the vectors, and the partial products are summed on the device that owns the token.
 
-The mesh is the ambient one (`jax.set_mesh`). Without it, without both axes, or inside a `jax.shard_map` over them,
+The mesh is the ambient one (`jax.set_mesh`). Without a mesh, without both axes, or inside a `jax.shard_map` over them,
 these are the plain operations, so one device, a mesh and a caller's own model run the same layer.
 """
 
@@ -32,7 +32,7 @@ from memjax.sharding import rules
 from memjax.sharding.axes import alike_over_tensor, has_memory_axis, over_mesh, place, unsharded, unsharded_update
 
 _FACTORS = RowGradient._make((rules.TOKENS, rules.TOKENS, rules.BAGS))
-"""The layout of a row gradient."""
+"""The sharding of a row gradient."""
 
 
 def bag(
@@ -45,7 +45,7 @@ def bag(
 ) -> Float[Array, "t d"]:
     """`embedding_bag` plus the perturbation, a zero whose cotangent is the cotangent of the bag.
 
-    The perturbation is added before the all-to-all, so its cotangent is split by columns, as `update_rows` wants it.
+    The perturbation is added before the all-to-all, so its cotangent is sharded by columns, as `update_rows` needs it.
     """
     _check_perturbation("bag", perturbation, (*indices.shape[:1], *table.shape[1:]), indices=indices, table=table)
     if _is_plain(indices):
@@ -86,7 +86,7 @@ def dot(
 ) -> tuple[Float[Array, "t k"], Float[Array, "t d"]]:
     """`embedding_dot` plus the perturbation, a zero whose cotangent is the cotangent of the dots; and the vectors.
 
-    The vectors come back split by columns like the bags of `bag`, as `update_rows` wants them.
+    The vectors are returned sharded by columns, like the bags of `bag`, as `update_rows` needs them.
     """
     _check_perturbation("dot", perturbation, indices.shape, indices=indices)
     if _is_plain(indices):
@@ -109,17 +109,17 @@ def _dot_of_group(
 
 
 class RowSum(NamedTuple):
-    """The dense sum of row gradients of a table; on a mesh each device has its columns, of its replica's tokens."""
+    """The dense sum of a table's row gradients; on a mesh, each device has its own columns for its replica's tokens."""
 
     gradient: Float[Array, "replicas n d"]
     touched: Bool[Array, "replicas shards n"]
-    """The rows that any pick names."""
+    """Whether any pick names the row."""
 
     def scaled(self, factor: ArrayLike) -> "RowSum":
         return self._replace(gradient=self.gradient * jnp.asarray(factor, self.gradient.dtype))
 
 
-# In place of the arrays their layouts.
+# Shardings in place of the arrays.
 _ROW_SUM = RowSum(rules.REPLICA_COLUMNS, rules.REPLICA_SHARDS)  # pyright: ignore[reportArgumentType]
 
 
@@ -137,13 +137,12 @@ def update_rows(
 ) -> tuple[Float[Array, "n d"], TableState]:
     """`row_update` on every device's columns, with the picks of all tokens of the mesh.
 
-    Replicas of a column shard see the same picks in the same order (all_gather), or the same sum of what each has
-    summed of its own tokens (all_reduce), so they stay bit-equal. See `row_grad_reduce.choose` for auto. Without a
-    `memory` axis there are no replicas, and nothing crosses `data`.
+    Replicas of a column shard see the same picks in the same order (all_gather), or the same total of the sums over
+    their own tokens (all_reduce), so they stay bit-equal. See `row_grad_reduce.choose` for auto. Without a `memory`
+    axis, there are no replicas and nothing crosses `data`.
 
-    The gradients are of all layers that read the table, or what `add_rows` has made of them. Where they are summed
-    dense, piece_picks bounds the picks that are sorted at once, and block_bytes the dense gradient of the rows that are
-    updated at once.
+    The gradients are those of all layers that read the table, or their sum by `add_rows`. If they are summed densely,
+    piece_picks limits the picks that are sorted at once, and block_bytes the dense gradient that is applied at once.
 
     Raises:
         ValueError: shapes do not fit together, or `collective` or `implementation` is unknown.
@@ -179,15 +178,15 @@ def _update_by_picks(
     rule: RowRule,
     implementation: str | None,
 ) -> tuple[Array, TableState]:
-    """The update of a device's columns by the picks of all tokens."""
+    """Updates a device's columns by the picks of all tokens."""
     of_all, step = [_gather_gradient(gradient, whole_mesh=True) for gradient in gradients], _of_columns(step, table)
     return row_update(table, state, of_all, rule, step, implementation=implementation)
 
 
 def no_rows(table: Float[Array, "n d"], after: Any = ()) -> RowSum:
-    """The sum of no row gradients. The arrays of `after` come first, so that it takes no memory before they do."""
+    """An empty sum of row gradients, allocated only after the arrays of `after` have been computed."""
     replicas, shards = mesh_sizes().values()
-    # Not a constant, which could be written long before.
+    # Not a constant, which XLA could allocate long before.
     zero, _ = jax.lax.optimization_barrier((jnp.zeros((), accumulator(table.dtype)), after))
     total = RowSum(jnp.full((replicas, *table.shape), zero), jnp.zeros((replicas, shards, table.shape[0]), bool))
     if not has_memory_axis():
@@ -202,7 +201,7 @@ def add_rows(
     implementation: str | None = None,
     piece_picks: int = dense.PIECE_PICKS,
 ) -> RowSum:
-    """The sum with row gradients of all tokens of the mesh added; nothing crosses `data`."""
+    """Adds row gradients of all tokens of the mesh to a sum; nothing crosses `data`."""
     settings = {"has_mesh": has_memory_axis(), "implementation": implementation, "piece_picks": piece_picks}
     if not settings["has_mesh"]:
         return unsharded(partial(_add_own, **settings), total.gradient)(total, tuple(gradients))
@@ -220,7 +219,7 @@ def _add_own(total: RowSum, gradients: Sequence[RowGradient], *, has_mesh: bool,
 def _update_rows_by_sum(
     table: Array, state: TableState, total: RowSum, rule: RowRule, step: RowStep, block_bytes: int
 ) -> tuple[Array, TableState]:
-    """`update_rows` by a sum; those of replicas are added up."""
+    """`update_rows` by a sum; the sums of replicas are added up."""
     if not has_memory_axis():
         run = lambda table, state, gradient, touched, step: dense.update_touched(
             table, state, gradient, touched, rule, step, block_bytes=block_bytes
@@ -236,14 +235,14 @@ def _update_rows_by_sum(
 def _update_by_sums(
     table: Array, state: TableState, gradient: Array, touched: Array, step: RowStep, *, rule: RowRule, block_bytes: int
 ) -> tuple[Array, TableState]:
-    """The update of a device's columns by the sums of all replicas."""
+    """Updates a device's columns by the sums of all replicas."""
     touched = jax.lax.psum(touched[0, 0].astype(jnp.int32), rules.DATA) > 0
     reduce, step = partial(jax.lax.psum, axis_name=rules.DATA), _of_columns(step, table)
     return dense.update_touched(table, state, gradient[0], touched, rule, step, reduce=reduce, block_bytes=block_bytes)
 
 
 def _of_columns(step: RowStep, table: Array) -> RowStep:
-    """The step of the columns of a device."""
+    """The step, for a device's own columns."""
     return step._replace(first_column=step.first_column + jax.lax.axis_index(rules.MEMORY) * table.shape[1])
 
 
@@ -259,7 +258,7 @@ def _is_plain(tokens: Array) -> bool:
 
 
 def _gather_gradient(gradient: RowGradient, *, whole_mesh: bool) -> RowGradient:
-    """All tokens' row gradient of a device's columns: of the whole mesh, or of its replica of the table."""
+    """The row gradient of a device's columns by all tokens of the whole mesh, or of the device's replica."""
     over = (rules.DATA, rules.MEMORY) if whole_mesh else rules.MEMORY
     gather = partial(jax.lax.all_gather, tiled=True)
     indices, weights = gather(gradient.indices, over), gather(gradient.weights, over)

@@ -14,7 +14,7 @@ Loss = Callable[..., tuple[Array, tuple[Reads, Any]]]
 
 
 def perturbed_value_and_grad(loss_fn: Loss) -> Callable[..., tuple[tuple[Array, Any], Any, Reads, dict[str, Any]]]:
-    """`row_sparse_value_and_grad` that returns reads and cotangents by layer, in place of row gradients by table."""
+    """`row_sparse_value_and_grad`, but returns reads and cotangents by layer instead of row gradients by table."""
 
     def value_and_grad(params: Any, perturbations: Mapping[str, Perturbations], *args: Any):
         differentiate = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
@@ -32,8 +32,8 @@ def row_sparse_value_and_grad(
     """Like `jax.value_and_grad(loss_fn, has_aux=True)`, with row gradients in place of dense gradients of the tables.
 
     The explicit form of `memjax.value_and_grad`, for pure functions. `loss_fn(params, perturbations, *args)` returns
-    `loss, (reads, aux)`. It must not differentiate the tables (close over them or pass them in args). It hands
-    `perturbations[name]` to layer `name`, and returns its reads as `reads[name]`:
+    `loss, (reads, aux)`. Tables must not be in params (close over them or pass them in args). `loss_fn` passes
+    `perturbations[name]` to layer `name`, and returns the layer's reads as `reads[name]`:
 
         def loss_fn(params, perturbations, table, x, y):
             layer = nnx.merge(graphdef, params)
@@ -44,12 +44,12 @@ def row_sparse_value_and_grad(
         (loss, aux), grads, rows = row_sparse_value_and_grad(loss_fn)(params, perturbations, table, x, y)
         new_rows, state = row_update(table.rows[...], state, rows[table.name], rule, row_step(lr, step))
 
-    Since d bag / d perturbation = 1, a perturbation's cotangent is the bag's, and with the read it makes up the table's
-    gradient; the same holds for dots. Tables are identified by their names.
+    Since d bag / d perturbation = 1, a perturbation's cotangent is the bag's; together with the read, it makes up the
+    table's gradient. The same holds for dots. Tables are identified by their names.
 
     Returns:
         A function of `(params, perturbations, *args)` that returns `(loss, aux)`, the gradient of `params`, and the
-        RowGradients of each table by its name.
+        RowGradients of each table, by its name.
     """
     differentiate = perturbed_value_and_grad(loss_fn)
 

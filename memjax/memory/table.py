@@ -13,7 +13,7 @@ from memjax.ops.table import Table
 from memjax.sharding.axes import split_columns
 
 _BLOCK_ELEMENTS = 1 << 22
-"""Elements drawn at once; part of the definition of the initial table, since every block has its own key."""
+"""Elements drawn at once; it affects the initial values, since every block has its own key."""
 
 MOST_SLOTS = MOST_KEYS**2
 """Rows of the largest table."""
@@ -22,7 +22,7 @@ MOST_SLOTS = MOST_KEYS**2
 class TableRows(nnx.Param):
     """Rows of a value table: a parameter read sparsely, with its own optimizer, sharding and checkpoint item.
 
-    Its value is an array, or an `ops.table.Table` where the rows are read only.
+    Its value is an array, or an `ops.table.Table` if the rows are read-only.
     """
 
 
@@ -39,10 +39,10 @@ class ValueTable(nnx.Module):
         name: str = "table",
         rngs: nnx.Rngs,
     ):
-        """Draws num_slots rows of value_dim normal numbers of standard deviation init_scale * value_dim ** -0.5.
+        """Draws num_slots rows of value_dim normal numbers with standard deviation init_scale * value_dim ** -0.5.
 
         Raises:
-            ValueError: a number is out of its range, or dtype is no type of floating-point numbers of 16 bits or more.
+            ValueError: a number is out of range, or dtype is not a floating-point type of 16 bits or more.
         """
         problems = checks.counts(num_slots=num_slots, value_dim=value_dim) + checks.not_negative(init_scale=init_scale)
         if not problems and num_slots > MOST_SLOTS:
@@ -58,14 +58,14 @@ class ValueTable(nnx.Module):
 
     @property
     def table(self) -> Table | Float[Array, "n d"]:
-        """The rows as operations take them: an array, or a Table in another format or place (`memjax.load`)."""
+        """The rows as operations accept them: an array, or a Table in another format or place (`memjax.load`)."""
         return self.rows.get_value()
 
     def rows_for(self, num_slots: int, value_dim: int, *, name: str = "the table") -> Table | Float[Array, "n d"]:
-        """The rows, for a layer that addresses num_slots of value_dim.
+        """The rows, for a layer that addresses num_slots rows of value_dim.
 
         Raises:
-            ValueError: the table's shape is another; the message calls it by its name.
+            ValueError: the table has another shape; the message calls it `name`.
         """
         rows = self.table
         if rows.shape != (num_slots, value_dim):
@@ -84,7 +84,7 @@ def draw_rows(
     dtype: DTypeLike,
     block_elements: int = _BLOCK_ELEMENTS,
 ) -> Float[Array, "n d"]:
-    """Normal rows, drawn block by block into place: bit-identical on every mesh, with temporaries of a few blocks.
+    """Draws normal rows block by block, in place: bit-identical on every mesh, with temporaries of a few blocks.
 
     Each block is drawn in float32 (bfloat16 draws have only 128 distinct values) from `fold_in(key, block)`, then cast.
     """

@@ -10,22 +10,22 @@ class UsageStatistics(NamedTuple):
     """Slot statistics over a window of tokens; every field is a scalar."""
 
     used_fraction: Float[Array, ""]
-    """Slots that were read at least once."""
+    """Fraction of slots that were read at least once."""
     dead_fraction: Float[Array, ""]
-    """Slots that were never read."""
+    """Fraction of slots that were never read."""
     effective_fraction: Float[Array, ""]
-    """exp(entropy of the reads) over the number of slots: 1 when all slots are read equally often."""
+    """exp(entropy of the reads) / number of slots: 1 if all slots are read equally often."""
     top1_share: Float[Array, ""]
     """Share of the reads that went to the most popular slot."""
 
 
 def count_reads(counts: Int[Array, " n"], indices: Int[Array, "*t k"]) -> Int[Array, " n"]:
-    """The counts with one more for every pick; picks of a slot n or above do not count."""
+    """Adds one to the count of each slot for every pick of it; picks of slots from n on are ignored."""
     return counts.at[indices.reshape(-1)].add(1, mode="drop")
 
 
 def statistics(counts: Int[Array, " n"]) -> UsageStatistics:
-    """Statistics of reads per slot; all zero but dead_fraction where nothing was read."""
+    """Statistics of reads per slot; if nothing was read, all are zero but dead_fraction."""
     reads = counts.astype(jnp.float32)
     total = jnp.maximum(reads.sum(), 1)
     share = reads / total

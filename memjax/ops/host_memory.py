@@ -64,7 +64,7 @@ def as_array(rows: np.ndarray) -> Array:
     with jax.default_device(jax.devices("cpu")[0]):
         array = jax.dlpack.from_dlpack(plain)
     if rows.size and array.unsafe_buffer_pointer() != rows.ctypes.data:
-        raise RuntimeError("this version of JAX copies host memory instead of looking into it")
+        raise RuntimeError("this version of JAX copies host memory instead of sharing it")
     return array
 
 
@@ -114,7 +114,7 @@ class _Driver:
         text = ctypes.c_char_p()
         self._library.cuGetErrorName(code, ctypes.byref(text))
         reason = f"{name} answered {(text.value or b'an unknown error').decode()} ({code})"
-        advice = f" when it was to pin {pinning / 1e9:.1f} GB{_lock_limit()}" if pinning else ""
+        advice = f" when asked to pin {pinning / 1e9:.1f} GB{_lock_limit()}" if pinning else ""
         raise ConfigError(f"table_place=host: the CUDA driver refused: {reason}{advice}; use table_place=device")
 
 

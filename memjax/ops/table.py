@@ -117,7 +117,6 @@ def differentiable(operation: str, table: Any) -> bool:
     if perturbed and table.is_read_only:
         raise TypeError(
             f"{operation}: a table of {table.format.name} in {table.place} memory is read-only and has no gradient; "
-            "train it in float32 or bfloat16 on the device, or keep it out of what is differentiated "
-            "(jax.lax.stop_gradient)"
+            "train it in float32 or bfloat16 on the device, or exclude it from differentiation (jax.lax.stop_gradient)"
         )
     return perturbed

@@ -47,7 +47,7 @@ def rms_norm(
     require("rms_norm", fits, "scale must have one number for each column of x", x=x, scale=scale)
     if residual is not None:
         fits = residual.shape == x.shape and residual.dtype == x.dtype
-        require("rms_norm", fits, "residual must be like x", x=x, residual=residual)
+        require("rms_norm", fits, "residual must have the shape and type of x", x=x, residual=residual)
     if x.size == 0:
         return Normed(x, x)
     fold = lambda array: array.reshape(-1, x.shape[-1])
