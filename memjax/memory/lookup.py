@@ -35,8 +35,7 @@ class Recording(nnx.Module):
             self.reads.set_value((*self.reads.get_value(), reads))
         except TraceContextError as error:
             raise ValueError(
-                f"memjax.value_and_grad: a {layer} is called inside a transformation of JAX, such as jit, vmap or scan,
-                "
+                f"memjax.value_and_grad: a {layer} is called inside a transformation of JAX, such as jit or vmap, "
                 "that closes over it. Call it outside, or under nnx.jit or nnx.remat with the layer as an argument; "
                 "nnx.value_and_grad differentiates it anywhere"
             ) from error

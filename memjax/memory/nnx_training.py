@@ -324,8 +324,8 @@ def _check_read(rows: dict[str, Any], reads: dict[str, Any]) -> None:
         name for name, calls in reads.items() for of_call in calls for read in of_call if read.indices.ndim != 2
     ]:
         raise ValueError(
-            f"the layers {stacked} are stacked, as by nnx.vmap or nnx.scan, and cannot be trained row by row: create
-            them " "one by one, in a list, or use nnx.value_and_grad"
+            f"the layers {stacked} are stacked, as by nnx.vmap or nnx.scan, and cannot be trained row by row: create "
+            "them one by one, in a list, or use nnx.value_and_grad"
         )
     found = {read.table for calls in reads.values() for of_call in calls for read in of_call}
     if foreign := found - rows.keys():

@@ -21,7 +21,7 @@ def sorted_picks(gradients: Sequence[RowGradient]) -> tuple[Int[Array, " m"], In
     if (total := sum(gradient.indices.size for gradient in gradients)) > MOST_PICKS:
         raise ValueError(
             f"{total:,} picks cannot be sorted at once, {MOST_PICKS:,} can; take fewer tokens, or sum them to a dense "
-            "gradient (row_update.dense; for a run, set mesh.row_grad_reduce to all_reduce)"
+            "gradient (row_update.dense; in a run, set mesh.row_grad_reduce: all_reduce)"
         )
     rows, tokens, weights, first = [], [], [], 0
     for gradient in gradients:
