@@ -46,10 +46,12 @@ def items_of(
 
 
 class _ReportedOnce(logging.Filter):
-    """Drops the tracebacks that Orbax logs from its threads: what fails there is raised by the next wait."""
+    """Drops the errors that Orbax logs: what fails in its threads is raised by the next wait, and metadata that it read
+    before they were written have no consequence.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and "orbax" in record.pathname)
+        return "orbax" not in record.pathname or not (record.exc_info or record.levelno >= logging.ERROR)
 
 
 _REPORTED_ONCE = _ReportedOnce()

@@ -121,7 +121,7 @@ def log_schedule_changes(claim: Claim) -> None:
         schedules.append(("optim.table", before.optim.table, config.optim.table))
     for name, old, new in schedules:
         was, now = (
-            jnp.asarray(make_schedule(schedule, run.train.steps)(step - 1)).item()
+            jnp.asarray(jax.jit(make_schedule(schedule, run.train.steps))(step - 1)).item()
             for schedule, run in ((old, before), (new, config))
         )
         if was != now:

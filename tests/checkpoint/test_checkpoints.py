@@ -4,6 +4,7 @@ import errno
 import gc
 import itertools
 import json
+import logging
 import os
 import pathlib
 import random
@@ -351,6 +352,19 @@ def test_a_save_that_fails_in_the_background_is_reported(tmp_path, monkeypatch):
     checkpoints.close()
     assert checkpoints.restore(small_target()).step == 2
     assert sorted(os.listdir(tmp_path)) == ["1", "2"]
+
+
+def test_errors_that_orbax_logs_are_not_printed_beside_those_that_are_raised(tmp_path, caplog):
+    saved(tmp_path, 1)
+    logger = logging.getLogger("absl")
+    caplog.set_level(logging.WARNING, logger="absl")
+    for file, level, text in [
+        ("/lib/orbax/metadata.py", logging.ERROR, "Failed to json parse"),
+        ("/lib/orbax/manager.py", logging.WARNING, "Waiting took long"),
+        ("/lib/another.py", logging.ERROR, "of another library"),
+    ]:
+        logger.handle(logger.makeRecord("absl", level, file, 1, text, (), None))
+    assert [record.getMessage() for record in caplog.records] == ["Waiting took long", "of another library"]
 
 
 def test_a_reader_leaves_a_save_in_progress_alone(tmp_path):
