@@ -131,7 +131,7 @@ class Writer:
 
     @contextlib.contextmanager
     def failing(self, what: str) -> Iterator[None]:
-        """Errors inside say that `what` cannot be written; the next write starts over."""
+        """Errors inside say that `what` cannot be written, and leave no part of it; the next write starts over."""
         with explained(CheckpointError, f"{self._folder}: {what} cannot be written", advice=write_advice):
             try:
                 yield
@@ -139,6 +139,7 @@ class Writer:
                 # After a failure, what Orbax remembers of the steps is no longer what is on disk.
                 with contextlib.suppress(Exception):
                     self.close()
+                self._remove_unfinished()
                 raise
 
     def _refuse_links(self) -> None:
@@ -146,6 +147,12 @@ class Writer:
         for name in (_TRASH, _QUARANTINE):
             if (self._folder / name).is_symlink():
                 raise CheckpointError(f"{self._folder / name} is a link, which is not followed; remove it")
+
+    def _remove_unfinished(self) -> None:
+        """Steps that were not written whole: on a full disk, they would be in the way of all else."""
+        if jax.process_index() == 0:
+            for path in self._folder.glob(f"*{ocp.path.atomicity_types.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _empty_trash(self) -> None:
         if jax.process_index() == 0:  # Orbax fills it only while a save is being finished

@@ -347,7 +347,7 @@ def test_a_save_that_fails_in_the_background_is_reported(tmp_path, monkeypatch):
         time.sleep(0.01)
     with pytest.raises(CheckpointError, match="No space left"):
         checkpoints.check()
-    assert checkpoints.steps() == [1]
+    assert os.listdir(tmp_path) == ["1"], "what was not written whole takes no room"
     checkpoints.save(2, small(2), {})
     checkpoints.close()
     assert checkpoints.restore(small_target()).step == 2
