@@ -58,8 +58,20 @@ class RowOptimizer:
         return self.learning_rate(step) if callable(self.learning_rate) else self.learning_rate
 
     def init(self, rows: Float[Array, "n d"]) -> TableState:
-        """A table's state before the first update."""
-        return self._rule(rows.shape[1]).init(rows.shape[0], rows.shape[1], rows.dtype)
+        """A table's state before the first update.
+
+        Raises:
+            ValueError: the rule's state_columns does not divide the columns of a device.
+        """
+        (num_rows, width), shards = rows.shape, sharded.mesh_sizes()["memory_axis"]
+        rule = self._rule(width)
+        if rule.kind.startswith("rowwise_") and width % shards == 0 and width // shards % rule.state_columns:
+            raise ValueError(
+                f"state_columns={rule.state_columns} must divide the {width // shards} columns of a table of width "
+                f"{width} that a device has (memory={shards}); set state_columns={columns_per_state(width)}, or leave "
+                "it at its default, which is lowered to what fits"
+            )
+        return rule.init(num_rows, width, rows.dtype)
 
     def update(
         self,

@@ -383,6 +383,17 @@ def test_settings_of_row_optimizers_are_checked(as_users_call, wrong):
         RowOptimizer(0.1, **wrong)
 
 
+def test_columns_that_share_a_moment_must_be_of_one_device():
+    mesh = jax.make_mesh((1, 2), ("data", "memory"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        table = ValueTable(SLOTS, 24, rngs=nnx.Rngs(0))
+        with pytest.raises(ValueError, match=r"state_columns=8 must divide the 12 columns .* set state_columns=4, or"):
+            RowOptimizer(0.1, RowRule(state_columns=8)).init(table.rows[...])
+        for rule in (RowRule(state_columns=4), RowRule(), RowRule(kind="adam", state_columns=8)):
+            state = RowOptimizer(0.1, rule).init(table.rows[...])
+            assert {moment.shape for moment in state.values()} == {(SLOTS, 24 if rule.kind == "adam" else 6)}
+
+
 def test_what_is_of_flax_and_optax_is_refused_by_name(as_users_call):
     model, wrong = Model(), optax.sgd(0.1)
     with pytest.raises(TypeError, match=r"tables must be a memjax.RowOptimizer, found GradientTransformation"):
