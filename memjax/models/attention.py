@@ -21,10 +21,10 @@ from memjax.sharding.rules import named
 
 
 class KeyValues(NamedTuple):
-    """Keys and values of the tokens seen so far, of one layer: a cache for generation."""
+    """Keys and values of one layer, of the tokens seen so far: a cache for generation."""
 
     keys: Float[Array, "b kv_heads s head_dim"]
-    """A head's keys lie together, as the matrix products of decoding read them."""
+    """The keys of a head are contiguous, as the matrix products of decoding read them."""
     values: Float[Array, "b kv_heads s head_dim"]
 
 
@@ -32,16 +32,16 @@ class HeadNorm(nnx.Module):
     """Root mean square norm of each head, with a scale that all heads share; or of all heads together."""
 
     def __init__(self, head_dim: int, all_heads: int | None, epsilon: float, param_dtype: DTypeLike, axis: str):
-        """Norms each head where all_heads, the number of those to be normed together, is None.
+        """Normalises each head separately if all_heads is None, else that many heads together.
 
-        `axis` is the logical name of what the heads are an axis of.
+        `axis` is the logical name of the axis of heads.
         """
         self.epsilon, self.head_dim, self.axes = epsilon, head_dim, (-1,) if all_heads is None else (-2, -1)
         metadata = named(None if all_heads is None else axis)
         self.scale = nnx.Param(jnp.ones(head_dim * (all_heads or 1), param_dtype), **metadata)
 
     def __call__(self, x: Float[Array, "b s n h"]) -> Float[Array, "b s n h"]:
-        """The heads with a mean square of 1, times the scale; in float32 or wider."""
+        """The heads normalised to a mean square of 1, times the scale; computed in float32 or wider."""
         wide = x.astype(accumulator(x.dtype))
         normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=self.axes, keepdims=True) + self.epsilon)
         scale = self.scale[...].astype(wide.dtype).reshape(1, 1, -1, self.head_dim)
@@ -49,7 +49,7 @@ class HeadNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Causal attention; with segments, each token sees only its own document, with a window only its neighbours."""
+    """Causal attention; with segments, a token sees only its own document; with a window, only the nearest tokens."""
 
     def __init__(
         self,
@@ -64,10 +64,10 @@ class Attention(nnx.Module):
         """Draws the projections.
 
         Args:
-            config: the model's.
-            layer: the block's number: some may have no rotary positions.
-            dtype: of activations.
-            param_dtype: of parameters.
+            config: the model's config.
+            layer: index of the block; some blocks may have no rotary positions.
+            dtype: type of activations.
+            param_dtype: type of parameters.
             implementation: one of `dot_product.IMPLEMENTATIONS`; None takes the fastest that can run.
             rngs: source of the `params` key.
         """
@@ -75,7 +75,7 @@ class Attention(nnx.Module):
         heads, kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_width
         self.rope_theta = None if layer in config.rope_free_layers else config.rope_theta
         self.rope_scaling, window = config.rope_scaling, config.sliding_window
-        # Distances of tokens are 32-bit; a wider window sees all of them.
+        # Distances of tokens are 32-bit; a wider window covers all of them.
         self.sliding_window = window if window is None or window < 2**31 else None
         dim, width, kv_width = config.dim, heads * self.head_dim, kv_heads * self.head_dim
         has_bias = config.attention_bias
@@ -106,13 +106,15 @@ class Attention(nnx.Module):
         positions: Int[Array, "b s"],
         cache: KeyValues | None,
     ) -> tuple[Float[Array, "b s dim"], KeyValues]:
-        """Attention of new tokens over cached tokens and themselves, and the cache with them written in.
+        """Attention of new tokens over cached tokens and themselves, and the cache including them.
 
         Args:
             x: the new tokens.
-            positions: of the tokens in their text and in the cache, consecutive in each row. A token sees the cache up
-                to its own position; what follows may be any finite numbers. A token beyond the cache is not written.
-            cache: None where nothing is cached and positions count from 0; the new cache then holds just these tokens.
+            positions: positions of the tokens, both in their text and in the cache; consecutive in each row. A token
+            sees
+                the cache up to its own position; later entries may hold any finite numbers. A token beyond the cache is
+                not written.
+            cache: None if nothing is cached and positions count from 0; the new cache then holds just these tokens.
         """
         if cache is None:
             out, *fresh = self._self_attention(x, positions, None)
@@ -129,7 +131,7 @@ class Attention(nnx.Module):
         """The output [b, s, dim], and keys and values [b, s, kv_heads, head_dim]."""
         query, keys, values = self._project(x, positions)
         name = dot_product.choose(self.implementation, query.dtype, self.head_dim, x.shape[1])
-        # A window counts tokens of the row, whose distances within a document are those of their positions.
+        # A window counts tokens of the row; within a document, their distances are those of their positions.
         out = dot_product.self_attention(
             query, keys, values, segments=segments, window=self.sliding_window, implementation=name
         )
@@ -141,12 +143,12 @@ class Attention(nnx.Module):
         positions: Int[Array, "b 1"],
         cache: KeyValues,
     ) -> tuple[Float[Array, "b 1 dim"], KeyValues]:
-        """`with_cache` of one new token of each row."""
+        """`with_cache` for one new token per row."""
         if self.query_norm is None:
             parts = self.query_key_value(x)
         else:
             parts = [part.reshape(*x.shape[:2], -1) for part in self._heads(x)]
-        # Side by side, as one product gives them: XLA drops a cut that is undone at once.
+        # Joined, as one product returns them: XLA removes a split that is undone at once.
         joined = jnp.concatenate(parts, axis=-1)[:, 0]
         turns: tuple[Array, ...] = ()
         if self.rope_theta is not None:
@@ -164,7 +166,7 @@ class Attention(nnx.Module):
         return query, key, value
 
     def _heads(self, x: Array) -> tuple[Array, Array, Array]:
-        """`_project` before positions are brought in."""
+        """`_project` before positions are applied."""
         parts, width = self.query_key_value(x), self.head_dim
         query, key, value = (part.reshape(*part.shape[:2], part.shape[2] // width, width) for part in parts)
         if self.query_norm is not None and self.key_norm is not None:
@@ -172,7 +174,7 @@ class Attention(nnx.Module):
         return query, key, value
 
     def query_key_value(self, x: Float[Array, "b s dim"]) -> Sequence[Float[Array, "b s width"]]:
-        """The three projections, before they are cut into heads."""
+        """The three projections, before they are split into heads."""
         return fused_linear(x, self.query, self.key, self.value)
 
     def _project_out(self, out: Float[Array, "b s n h"]) -> Float[Array, "b s dim"]:

@@ -24,16 +24,16 @@ class BlockAux(NamedTuple):
     """Auxiliary outputs of a block."""
 
     reads: tuple[TableRead, ...] = ()
-    """Reads of its tables, in their order."""
+    """Reads of its tables, in order."""
     routing: Routing | None = None
     """Output of its router; None without experts."""
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mixer(norm(x)); `ModelConfig.kind` says what the mixer is.
+    """x + attention(norm(x)), then x + mixer(norm(x)); `ModelConfig.kind` is the kind of the mixer.
 
-    A memory in parallel to the mixer adds its own output. With `norm_placement: post` it is x + norm(attention(x)),
-    then x + norm(mixer(x)).
+    A memory in parallel to the mixer adds its own output. With `norm_placement: post`, the block is
+    x + norm(attention(x)), then x + norm(mixer(x)).
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Block(nnx.Module):
         attention: str | None = None,
         rngs: nnx.Rngs,
     ):
-        """`implementation` names that of the operations of memory and experts, `attention` that of the attention."""
+        """`implementation` is for the operations of memory and experts, `attention` for the attention."""
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         kernels: dict[str, Any] = kwargs | {"implementation": implementation}
         self.norm_placement = config.norm_placement
@@ -65,7 +65,7 @@ class Block(nnx.Module):
 
     @property
     def lookup(self) -> LookupLayer | None:
-        """The layer that reads tables, which is an attribute by the name of its kind."""
+        """The layer that reads tables, if there is one; it is an attribute named after its kind."""
         return None if self.lookup_kind is None else getattr(self, self.lookup_kind)
 
     def __call__(
@@ -92,7 +92,7 @@ class Block(nnx.Module):
         cache: KeyValues | None,
         tables: tuple[ValueTable, ...] = (),
     ) -> tuple[Float[Array, "b s dim"], KeyValues]:
-        """The output for new tokens, and the cache with them; None is an empty one, see `Attention.with_cache`."""
+        """The output for new tokens, and the cache including them; see `Attention.with_cache`."""
         x, inputs = self.inputs_of(x, self.attention_norm)
         attended, cache = self.attention.with_cache(inputs, positions, cache)
         return self._mix(self.add(x, self.attention_norm, attended), tables)[0], cache

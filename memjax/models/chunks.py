@@ -1,4 +1,4 @@
-"""Run a function over chunks of the sequence axis, so that less is in memory at once."""
+"""Runs a function over chunks of the sequence axis, so that less is in memory at once."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def by_chunks(function: Callable[..., T], chunks: int, *arrays: Array) -> T:
-    """function(*arrays), one chunk of tokens after the other; the batch's layout is unchanged."""
+    """function(*arrays), one chunk of tokens after the other; the sharding of the batch is unchanged."""
     if chunks == 1:
         return function(*arrays)
     out = jax.lax.map(lambda parts: function(*parts), tuple(split(array, chunks) for array in arrays))
@@ -19,7 +19,7 @@ def by_chunks(function: Callable[..., T], chunks: int, *arrays: Array) -> T:
 
 
 def split(array: Float[Array, "b s *rest"] | Int[Array, "b s"], chunks: int) -> Array:
-    """The sequence axis in that many equal pieces, on a new first axis; the last is padded with zeros."""
+    """Splits the sequence axis into `chunks` equal pieces, on a new first axis; the last is padded with zeros."""
     length = array.shape[1]
     each = -(-length // chunks)
     padded = jnp.pad(array, [(0, 0), (0, chunks * each - length), *[(0, 0)] * (array.ndim - 2)])

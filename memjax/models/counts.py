@@ -18,14 +18,14 @@ class ParameterCounts:
     dense: int
     """Everything but the experts and the tables."""
     routers: int
-    """Dense parameters that choose experts, which published totals leave out."""
+    """Dense parameters of routers, which published totals leave out."""
     experts: int
     """All experts together, without their routers."""
     table: int
     """All tables together."""
     active: int
-    """Parameters that one token uses: the dense ones with one row of the input embedding, the experts that it chooses,
-    and the table rows that it reads."""
+    """Parameters that one token uses: the dense ones, with just one row of the input embedding, the experts that it
+    chooses, and the table rows that it reads."""
 
     @property
     def total(self) -> int:
@@ -33,7 +33,7 @@ class ParameterCounts:
 
 
 def count_parameters(parts: DecoderParts) -> ParameterCounts:
-    """Parameters of a decoder."""
+    """Counts the parameters of a decoder."""
     config = parts.config
     sizes = [(names, shape, math.prod(shape)) for names, shape in _arrays(parts)]
     experts = sum(size for names, shape, size in sizes if _is_expert(names, shape))
@@ -47,16 +47,16 @@ def count_parameters(parts: DecoderParts) -> ParameterCounts:
 
 @dataclasses.dataclass(frozen=True)
 class FlopCounts:
-    """Floating-point operations of a training step, forward and backward, by token and by what they are for."""
+    """Floating-point operations per token of a training step, forward and backward, by purpose."""
 
     attention: int
     feed_forward: int
     experts: int
-    """The experts that a token goes through, and the router."""
+    """The experts that process a token, and the router."""
     memory_search: int
     """Queries, and the scores of all sub-keys."""
     memory_read: int
-    """The sum over the picks and its two gradients, and the layer's products around it; of PEER layers also the
+    """The sum over the picks and its two gradients, and the layer's products around it; for PEER layers, also the
     products of token and picks."""
     head: int
     """The logits."""
@@ -67,13 +67,13 @@ class FlopCounts:
 
 
 def training_flops(parts: DecoderParts, sequence_length: int, *, freeze_dense: bool = False) -> FlopCounts:
-    """The arithmetic of a training.
+    """The arithmetic of training, per token.
 
-    6 for every parameter of a matrix product that a token meets (the input embedding is in none, unless it is the
-    output matrix too); attention with the tokens that are seen on average, half of the sequence, or fewer with a
-    sliding window.
+    6 for every parameter in the matrix products of a token (the input embedding is in none, unless it is tied to the
+    output); attention over the tokens that are visible on average: half of the sequence, or fewer with a sliding
+    window.
 
-    With freeze_dense, 2 fewer for every frozen parameter, which has no weight gradient; and 2 fewer again up to the
+    With freeze_dense, 2 fewer for every frozen parameter, which has no weight gradient, and another 2 fewer up to the
     first lookup, below which neither activations nor attention have a gradient.
     """
     config, experts = parts.config, parts.config.experts
@@ -98,8 +98,8 @@ def training_flops(parts: DecoderParts, sequence_length: int, *, freeze_dense: b
 
 
 def _attention_products(config: ModelConfig, sequence_length: int) -> int:
-    """Multiplications of scores and of weighted values in one block, by token."""
-    # The first tokens of a row see fewer than the window holds.
+    """Multiplications per token for scores and weighted values in one block."""
+    # The first tokens of a row see fewer tokens than the window holds.
     window = min(config.sliding_window or sequence_length, sequence_length)
     seen_twice = 2 * window - window**2 // sequence_length
     return seen_twice * config.num_heads * config.head_width
@@ -126,5 +126,5 @@ def _arrays(parts: DecoderParts) -> Iterator[tuple[tuple[str, ...], tuple[int, .
 
 
 def _read_per_token(config: ModelConfig) -> int:
-    """Numbers of the tables that a token reads, over all layers."""
+    """Table elements that a token reads, over all layers."""
     return sum(len(table.readers) * table.picks * table.width for table in config.tables.values())

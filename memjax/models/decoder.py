@@ -1,4 +1,4 @@
-"""The language model: embedding, blocks, norm, output; its memory layers read tables that the decoder owns."""
+"""The language model: embedding, blocks, norm and output; its memory layers read tables that the decoder owns."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -27,7 +27,7 @@ from memjax.sharding.rules import named
 
 
 class Cache(NamedTuple):
-    """Keys and values of every block, and how many tokens of each row they hold."""
+    """Keys and values of every block, and the number of tokens that they hold of each row."""
 
     blocks: tuple[KeyValues, ...]
     lengths: Int[Array, " b"]
@@ -55,12 +55,12 @@ class Decoder(nnx.Module):
         attention: str | None = None,
         rngs: nnx.Rngs,
     ):
-        """Draws all parameters; under `jax.jit` with `nnx.eval_shape` nothing is allocated.
+        """Draws all parameters; under `nnx.eval_shape`, nothing is allocated.
 
         Args:
             config: sizes and types.
-            implementation: of the operations of memory and experts; None takes the fastest that can run.
-            attention: implementation of the attention (`dot_product.IMPLEMENTATIONS`); None as above.
+            implementation: that of the operations of memory and experts; None takes the fastest that can run.
+            attention: that of the attention (`dot_product.IMPLEMENTATIONS`); None as above.
             rngs: source of the `params` key.
         """
         self.config = config
@@ -68,7 +68,7 @@ class Decoder(nnx.Module):
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         std = config.embedding_init_std or config.dim**-0.5
         init = init_in_float32(nnx.initializers.truncated_normal(std, lower=-3.0, upper=3.0))
-        # First of all draws, where `DecoderParts.init` finds it: it draws blocks one by one.
+        # Drawn first, because `DecoderParts.init`, which draws blocks one by one, draws it first too.
         block_key = rngs.params()
         names = named("vocab", "embed")
         self.embed = nnx.Embed(config.vocab_size, config.dim, embedding_init=init, embedding_metadata=names, **kwargs)
@@ -97,11 +97,11 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "b s"], positions: Int[Array, "b s"] | None = None
     ) -> Float[Array, "b s vocab"]:
-        """Logits of the next token at every place, in float32 or wider. For training see `hidden` and `models.loss`.
+        """Logits of the next token at every position, in float32 or wider. For training see `hidden` and `models.loss`.
 
         Raises:
             ValueError: a token id is outside the vocabulary. Under `jax.jit`, where ids have no values yet, the logits
-                of its position and those after it are NaN; those before it may be.
+                at its position and after it are NaN instead; those before it may be.
         """
         return self.logits(self.hidden(tokens, positions).states)
 
@@ -120,14 +120,14 @@ class Decoder(nnx.Module):
 
         Args:
             tokens: token ids.
-            positions: of the tokens in their documents; None counts from 0 in each row.
-            segments: document of each token, where several share a row; tokens see their own document only.
-            perturbations: zeros, by layer name, added to what is read of tables
-                (`DecoderParts.zero_perturbations`); their cotangents and the reads make up the tables' gradients.
-            remat: what the backward pass computes again. What tables gave and routings are always kept.
-            token_mask: False at padding; None where there is none. Experts that choose their tokens leave padding out,
-                and rotary frequencies that depend on a row's length do not count it.
-            training: let experts choose their tokens, in models where they do so.
+            positions: positions of the tokens in their documents; None counts from 0 in each row.
+            segments: document of each token, if several share a row; tokens see only their own document.
+            perturbations: zeros added to what is read from tables, by layer name (`DecoderParts.zero_perturbations`);
+                their cotangents and the reads make up the tables' gradients.
+            remat: what the backward pass recomputes. Results of table reads, and routings, are always kept.
+            token_mask: False at padding; None if there is none. Experts that choose tokens skip padding, and rotary
+                frequencies that depend on a row's length do not count it.
+            training: lets experts choose tokens, in models with expert choice.
         """
         _check_inputs(tokens, positions=positions, segments=segments, token_mask=token_mask)
         check_ids(tokens, self.config.vocab_size, "tokens")
@@ -162,7 +162,7 @@ class Decoder(nnx.Module):
         return jnp.matmul(hidden, kernel, preferred_element_type=accumulator(hidden.dtype))
 
     def output_matrix(self) -> Float[Array, "dim vocab"]:
-        """The matrix of the logits, in the type in which it is kept."""
+        """The matrix of the logits, in the type in which it is stored."""
         return self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
 
     def init_cache(self, batch: int, max_length: int) -> Cache:
@@ -173,10 +173,10 @@ class Decoder(nnx.Module):
         return Cache(tuple(KeyValues(*pair) for pair in zeros), jnp.zeros(batch, jnp.int32))
 
     def with_cache(self, tokens: Int[Array, "b s"], cache: Cache) -> tuple[Float[Array, "b s vocab"], Cache]:
-        """Logits at new tokens that follow each row's cached ones, and the cache with them.
+        """Logits at new tokens, which follow each row's cached ones, and the cache including them.
 
-        Token ids must be of the vocabulary. They are checked as by `__call__`, but where a step takes one token of each
-        row: a loop that samples need not wait for its tokens.
+        Token ids must be in the vocabulary. They are checked as by `__call__`, unless a step takes one token per row,
+        so that a sampling loop need not wait for its tokens.
         """
         hidden, cache = self.hidden_with_cache(tokens, cache)
         return self.logits(hidden), cache
@@ -184,10 +184,10 @@ class Decoder(nnx.Module):
     def hidden_with_cache(
         self, tokens: Int[Array, "b s"], cache: Cache | None, token_mask: Bool[Array, "b s"] | None = None
     ) -> tuple[Float[Array, "b s dim"], Cache]:
-        """`with_cache` without the logits, for callers that need them at some tokens only.
+        """`with_cache` without the logits, for callers that need them only at some tokens.
 
-        Without a cache the tokens are the first ones, and the new cache holds just these. Rows may then be padded at
-        their ends, where token_mask is False. Entries of padding stay in the cache behind its lengths: they are never
+        Without a cache, the tokens are the first ones, and the new cache holds just these. Rows may then be padded at
+        the end, where token_mask is False. Entries of padding stay in the cache beyond its lengths: they are never
         seen, and new tokens overwrite them.
         """
         if cache is None or tokens.shape[1] > 1:
@@ -210,8 +210,7 @@ class Decoder(nnx.Module):
         """The embeddings of tokens; NaN for ids outside the vocabulary."""
         # Indexing would read the last row instead, or count from the end.
         rows = self.embed.embedding[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        # Rows first, then their type: the other way round the whole matrix would be cast, and its gradient be summed
-        # in 16 bits.
+        # Cast after the lookup: casting first would convert the whole matrix, and sum its gradient in 16 bits.
         return rows.astype(self.embed.dtype)
 
     def tables_of(self, layer: int) -> tuple[ValueTable, ...]:
@@ -245,11 +244,12 @@ def draw_block(
 
     Args:
         config: sizes and types.
-        layer: which block, for its kind.
-        key: of all blocks.
-        number: which block, for its draws; may be traced, so that blocks of a kind share a program. None is `layer`.
-        implementation: of the decoder's operations.
-        attention: its implementation.
+        layer: index of the block that determines the kind.
+        key: the key of all blocks.
+        number: index of the block that determines the draws; may be traced, so that blocks of a kind share a program.
+            None takes `layer`.
+        implementation: that of the operations of memory and experts.
+        attention: that of the attention.
     """
     rngs = _BlockRngs(jax.random.fold_in(key, layer if number is None else number))
     dtype, param_dtype = resolve_dtype(config.dtype), jnp.dtype(config.param_dtype)
@@ -258,10 +258,10 @@ def draw_block(
 
 
 class _BlockRngs(nnx.Rngs):
-    """The keys of `nnx.Rngs(params=key)`, numbered in Python.
+    """The keys of `nnx.Rngs(params=key)`, counted in Python.
 
-    Flax asks for the sharding of its counter at each draw. While shapes are traced JAX explains why there is none, for
-    which it walks through all that was traced before: the time would grow with the square of the layers.
+    Flax asks for the sharding of its counter at each draw. While shapes are traced, JAX raises an error that explains
+    why there is none, by walking through everything traced so far: that would be quadratic in the number of layers.
     """
 
     def __init__(self, key: Array):
@@ -278,7 +278,7 @@ def layer_name(layer: int) -> str:
 
 
 def default_positions(tokens: Int[Array, "b s"], token_mask: Bool[Array, "b s"] | None = None) -> Int[Array, "b s"]:
-    """0, 1, 2, ... in every row; 0 at padding, as rotary frequencies may depend on how far a row reaches."""
+    """0, 1, 2, ... in every row; 0 at padding, because rotary frequencies may depend on the highest position."""
     places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     return places if token_mask is None else jnp.where(token_mask, places, 0)
 

@@ -16,10 +16,10 @@ from memjax.ops import dispatch
 from memjax.ops.precision import accumulator
 
 IMPLEMENTATIONS = ("cudnn", "chunked")
-"""In the order of preference."""
+"""In order of preference."""
 
 SCORE_BYTES = 1 << 28
-"""Scores per device that exist at once."""
+"""Bytes of scores per device that are held at once."""
 
 
 def choose(wanted: str | None, dtype: DTypeLike, head_dim: int, length: int) -> str:
@@ -27,9 +27,9 @@ def choose(wanted: str | None, dtype: DTypeLike, head_dim: int, length: int) -> 
 
     Args:
         wanted: one of IMPLEMENTATIONS; None takes the fastest that can run.
-        dtype: of queries, keys and values.
+        dtype: type of queries, keys and values.
         head_dim: width of a head.
-        length: tokens in a row.
+        length: number of tokens in a row.
 
     Raises:
         ValueError: `wanted` is unknown.
@@ -41,7 +41,7 @@ def choose(wanted: str | None, dtype: DTypeLike, head_dim: int, length: int) -> 
 
 
 def why_not(name: str, dtype: DTypeLike, head_dim: int, length: int) -> str | None:
-    """Why an implementation cannot run here, as text; None if it can."""
+    """The reason why an implementation cannot run here; None if it can."""
     if name != "cudnn":
         return None
     if jax.default_backend() != "gpu":
@@ -95,16 +95,16 @@ def attention(
 ) -> Float[Array, "b q n h"]:
     """Causal attention of queries at `positions` of the keys, a chunk of queries at a time.
 
-    Chunks are scored again in the backward pass, so that queries x keys is never in memory.
+    Chunks are recomputed in the backward pass, so that queries x keys is never in memory.
 
     Args:
         query: queries.
         keys: keys; a query sees those up to its own position.
-        values: values; finite, also those that no query sees.
-        positions: of the queries, among the keys.
-        segments: of the keys; a query sees those of the segment at its position. None is one segment.
-        window: how many of the nearest keys a query sees; None for all.
-        max_score_bytes: scores per device that exist at once.
+        values: values; they must be finite, even those that no query sees.
+        positions: positions of the queries among the keys.
+        segments: segment of each key; a query sees those of the segment at its position. None means one segment.
+        window: number of nearest keys that a query sees; None for all.
+        max_score_bytes: bytes of scores per device that are held at once.
     """
     batch, length, heads, _ = query.shape
     # Unsigned and narrow types would wrap in the distances to keys.
@@ -112,7 +112,7 @@ def attention(
     wide = accumulator(query.dtype).itemsize
     score_bytes = batch * length * heads * keys.shape[1] * wide
     at_once = max_score_bytes * max(1, jax.sharding.get_abstract_mesh().size)
-    # Of symbolic sizes (`jax.export`) nothing is known: all queries are one chunk.
+    # Symbolic sizes (`jax.export`) are unknown, so all queries are one chunk.
     count = 1 if jax.export.is_symbolic_dim(score_bytes) else max(1, min(length, -(-score_bytes // at_once)))
 
     def one_chunk(query: Array, positions: Array) -> Array:
@@ -124,7 +124,7 @@ def attention(
 def _seen(
     positions: Int[Array, "b q"], num_keys: int, segments: Int[Array, "b k"] | None, window: int | None
 ) -> Bool[Array, "b 1 q k"]:
-    """Which keys each query sees."""
+    """Mask of the keys that each query sees."""
     distance = positions[:, :, None] - jnp.arange(num_keys, dtype=jnp.int32)[None, None, :]
     seen = distance >= 0
     if window is not None:
@@ -138,7 +138,7 @@ def _attend(query: Array, keys: Array, values: Array, seen: Bool[Array, "b 1 q k
     if query.dtype != jnp.float64:
         with jax.numpy_dtype_promotion("standard"):  # JAX mixes types here
             return jax.nn.dot_product_attention(query, keys, values, mask=seen, implementation="xla")
-    # jax.nn's softmax is float32 whatever it is given.
+    # jax.nn.dot_product_attention computes its softmax in float32, whatever the inputs.
     groups = query.shape[2] // keys.shape[2]
     keys, values = jnp.repeat(keys, groups, axis=2), jnp.repeat(values, groups, axis=2)
     scores = jnp.einsum("bqnh,bknh->bnqk", query, keys) * query.shape[-1] ** -0.5

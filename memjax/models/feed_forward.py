@@ -24,7 +24,7 @@ def linear(
     axes: tuple[str | None, str | None] = (None, None),
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
-    """A linear layer drawn from a normal of standard deviation inputs ** -0.5, cut at 3 of them; a bias begins at 0.
+    """A linear layer drawn from a normal of standard deviation inputs ** -0.5, truncated at 3 of them; biases are 0.
 
     `axes` are the logical names of inputs and outputs (`sharding.rules`).
     """
@@ -35,10 +35,10 @@ def linear(
 
 
 def fused_linear(x: Float[Array, "*b inputs"], *layers: nnx.Linear) -> list[Float[Array, "*b outputs"]]:
-    """Outputs of several layers of one input, by one matrix product: one gradient of the input, not a sum.
+    """Outputs of several layers for one input by a single matrix product, so that the input has a single gradient.
 
-    The layers compute in one type. Where the mesh splits their outputs, each device's part of all of them is joined, so
-    that no output moves.
+    All layers compute in the type of the first. If the mesh shards their outputs, each device's shards are joined, so
+    that no output moves between devices.
 
     Raises:
         ValueError: some of them have a bias and some have none.
@@ -61,12 +61,12 @@ def fused_linear(x: Float[Array, "*b inputs"], *layers: nnx.Linear) -> list[Floa
 
 
 def _cut(array: Float[Array, "*b n"], count: int) -> Array:
-    """The last axis in that many equal pieces."""
+    """Splits the last axis into `count` equal pieces."""
     return array if count == 1 else array.reshape(*array.shape[:-1], count, -1)
 
 
 def _join(arrays: Sequence[Float[Array, "*b _"]], count: int) -> Float[Array, "*b n"]:
-    """The arrays one after the other: the first of `count` pieces of each, then the second of each, and so on."""
+    """Joins the first of `count` pieces of each array, then the second of each, and so on."""
     joined = jnp.concatenate([_cut(array, count) for array in arrays], axis=-1)
     return joined.reshape(*arrays[0].shape[:-1], -1)
 
@@ -92,6 +92,6 @@ class FeedForward(nnx.Module):
         if tensor_pieces(self.gate.kernel, 1) == 1:
             gate, up = self.gate(x), self.up(x)
         else:
-            # The input's gradient is summed over devices, so that of one product takes half of what those of two do.
+            # The input's gradient is summed over devices; that of one product is half as much traffic as those of two.
             gate, up = fused_linear(x, self.gate, self.up)
         return self.down(nnx.silu(gate) * up)

@@ -21,7 +21,7 @@ from memjax.sharding.rules import DATA, MEMORY, REPLICATED, TOKENS
 T = TypeVar("T")
 
 _LOGIT_BYTES = 1 << 29
-"""Logits per device that exist at once."""
+"""Bytes of logits per device that are held at once."""
 
 
 def token_losses(
@@ -34,7 +34,7 @@ def token_losses(
     """-log p(target) of every token, in nats, float32 or wider; for gradients see `summed_loss`.
 
     Raises:
-        ValueError: as `summed_loss`.
+        ValueError: as for `summed_loss`.
     """
     _check(hidden, targets=targets)
     check_ids(targets, model.config.vocab_size, "targets")
@@ -49,9 +49,9 @@ def map_logits(
     *by_token: Float[Array, "b s *rest"] | Int[Array, "b s *rest"],
     logit_bytes: int = _LOGIT_BYTES,
 ) -> T:
-    """function(logits, *by_token), a pytree of arrays `[b, s, ...]`, computed chunk after chunk of the sequences.
+    """function(logits, *by_token), a pytree of arrays `[b, s, ...]`, computed in chunks of the sequence axis.
 
-    At most logit_bytes of logits exist at once on a device.
+    At most logit_bytes of logits per device are held at once.
     """
     kernel = model.output_matrix()
     run = lambda hidden, *by_token: function(_logits(hidden, kernel), *by_token)
@@ -68,12 +68,12 @@ def summed_loss(
 ) -> tuple[Float[Array, ""], Float[Array, "b s"]]:
     """The sum over tokens of weight * -log p(target), in nats, and every token's own loss.
 
-    Differentiable through the sum alone, in the model and in hidden. A chunk's gradient is formed together with its
-    losses, while its logits are there: they are made once, not again for the backward pass.
+    Only the sum is differentiable, in the model and in hidden. A chunk's gradient is computed together with its losses,
+    so that its logits are computed once, not again in the backward pass.
 
     Raises:
-        ValueError: targets or weights are not one for each token, or a target of a weight other than 0 is outside the
-            vocabulary. Under `jax.jit`, where targets have no values yet, the loss of such a target is NaN.
+        ValueError: there is not one target and weight per token, or a target whose weight is not 0 is outside the
+            vocabulary. Under `jax.jit`, where targets have no values yet, the loss of such a target is NaN instead.
     """
     _check(hidden, targets=targets, weights=weights)
     targets, weights = jnp.asarray(targets), jnp.asarray(weights, accumulator(hidden.dtype))
@@ -116,7 +116,7 @@ _summed.defvjp(_summed_forward, _summed_backward)
 
 
 def _losses_and_gradients(hidden: Array, kernel: Array, targets: Array, weights: Array, *, chunks: int):
-    """Losses, and the gradients of their weighted sum in hidden and kernel."""
+    """Losses, and the gradients of their weighted sum with respect to hidden and kernel."""
     d_kernel = vary_like(jnp.zeros(kernel.shape, accumulator(hidden.dtype)), hidden)
 
     def add_chunk(d_kernel: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
@@ -125,7 +125,7 @@ def _losses_and_gradients(hidden: Array, kernel: Array, targets: Array, weights:
         losses, log_total = _cross_entropy(logits, targets)
         is_target = (jnp.arange(kernel.shape[1])[None, None, :] == targets[..., None]).astype(logits.dtype)
         d_logits = (jnp.exp(logits - log_total[..., None]) - is_target) * weights.astype(logits.dtype)[..., None]
-        # In the type of the factors: left as wide as the logits, it would keep both products from the fast units.
+        # In the factors' type: as wide as the logits, it would keep both products off the tensor cores.
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.matmul(d_logits, kernel.astype(hidden.dtype).T)
         d_kernel += jnp.einsum("bsd,bsv->dv", hidden, d_logits, preferred_element_type=d_kernel.dtype)
@@ -160,13 +160,13 @@ def _cross_entropy(logits: Float[Array, "b s vocab"], targets: Int[Array, "b s"]
 
 
 def _is_outside(targets: Int[Array, "b s"], vocab_size: int) -> Bool[Array, "b s"]:
-    # Types that do not hold the end hold nothing beyond it.
+    # A type that cannot represent vocab_size has no values beyond it.
     holds_end = vocab_size <= jnp.iinfo(targets.dtype).max
     return (targets < 0) | (targets >= vocab_size) if holds_end else targets < 0
 
 
 def _chunks_of(model: Decoder, hidden: Float[Array, "b s dim"], logit_bytes: int) -> int:
-    """Chunks for these hidden states, at most one for each place."""
+    """Number of chunks for these hidden states, at most one per position."""
     tokens, devices = hidden.shape[0] * hidden.shape[1], jax.sharding.get_abstract_mesh().size
     count = chunk_count(tokens, model.config.vocab_size, hidden.dtype, devices, logit_bytes=logit_bytes)
     return max(1, min(hidden.shape[1], count))
@@ -175,6 +175,6 @@ def _chunks_of(model: Decoder, hidden: Float[Array, "b s dim"], logit_bytes: int
 def chunk_count(
     tokens: int, vocab_size: int, dtype: DTypeLike, devices: int, *, logit_bytes: int = _LOGIT_BYTES
 ) -> int:
-    """Number of pieces in which to compute the logits of that many tokens: logit_bytes per device at once."""
+    """Number of chunks in which to compute the logits of `tokens` tokens, with logit_bytes per device at once."""
     every = tokens * vocab_size * accumulator(dtype).itemsize
     return max(1, -(-every // (logit_bytes * max(1, devices))))

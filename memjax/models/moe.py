@@ -22,7 +22,7 @@ from memjax.sharding.axes import on_own_tokens
 from memjax.sharding.rules import named
 
 SAVED_ROUTING = "routing"
-"""`checkpoint_name` of the routing: with it saved, rematerialisation neither chooses nor sorts again."""
+"""`checkpoint_name` of the routing: if it is kept, rematerialisation neither chooses nor sorts again."""
 
 
 _ONE_EACH = "token_mask must have one value for each token"
@@ -34,24 +34,24 @@ class Routing(NamedTuple):
     logits: Float[Array, "t e"]
     """Scores of the experts, in float32 or wider."""
     picks: Int[Array, "t k"]
-    """The experts that the token chooses, best first. Where experts choose in training, what it would choose."""
+    """The experts that each token chooses, best first; if experts choose, in training, those that it would choose."""
 
 
 class RouterStatistics(NamedTuple):
     """Router statistics over many tokens."""
 
     balance: Float[Array, ""]
-    """The load-balance loss of arXiv:2101.03961, experts * sum of load * mean probability: 1 where all is even."""
+    """The load-balance loss of arXiv:2101.03961, experts * sum of load * mean probability: 1 if all is even."""
     z: Float[Array, ""]
     """The z loss of arXiv:2202.08906: the mean square of the logits' logsumexp."""
     entropy: Float[Array, ""]
     """Mean entropy of a token's probabilities, in nats."""
     load: Float[Array, " e"]
-    """Share of the choices that fall on each expert."""
+    """Each expert's share of the choices."""
 
 
 def router_statistics(routing: Routing, token_mask: Bool[Array, " t"]) -> RouterStatistics:
-    """Statistics of the tokens of the mask; all zero where it has none."""
+    """Statistics of the tokens in the mask; all zero if there are none."""
     fits = token_mask.shape == routing.logits.shape[:1]
     require("router_statistics", fits, _ONE_EACH, logits=routing.logits, token_mask=token_mask)
     num_experts, wide = routing.logits.shape[1], routing.logits.dtype
@@ -71,10 +71,10 @@ def router_statistics(routing: Routing, token_mask: Bool[Array, " t"]) -> Router
 class MoE(nnx.Module):
     """SwiGLU experts behind a router: out = sum over a token's experts of probability * expert(x).
 
-    Token choice is dropless: every token is routed to its top_k likeliest experts. With expert choice
-    (arXiv:2202.09368) each expert takes, in training, its likeliest tokens of every sequence, capacity / experts of
-    them, so that all experts do the same amount of work. A token's output then depends on later tokens too, so in
-    generation and evaluation each token takes its likeliest expert instead.
+    Token choice is dropless: every token is routed to its top_k most probable experts. With expert choice
+    (arXiv:2202.09368), each expert takes the tokens of a sequence with its highest probabilities during training, a
+    share of capacity / experts, so that all experts do the same amount of work. A token's output then depends on later
+    tokens too, so in generation and evaluation each token takes its most probable expert instead.
     """
 
     def __init__(
@@ -89,17 +89,17 @@ class MoE(nnx.Module):
         rngs: nnx.Rngs,
         **settings: Any,
     ):
-        """Experts of width hidden_dim, drawn as feed-forward layers are.
+        """Experts of width hidden_dim, initialised like feed-forward layers.
 
         Args:
             dim: width of inputs and outputs.
             hidden_dim: hidden width of each expert.
-            config: their number and routing; None takes the settings' defaults.
+            config: their number and routing; None takes the defaults.
             dtype: type of activations; None takes that of the inputs.
             param_dtype: type of the parameters.
-            implementation: of `grouped_matmul`; None takes the fastest that can run.
+            implementation: that of `grouped_matmul`; None takes the fastest that can run.
             rngs: source of the `params` key.
-            **settings: fields of the config that replace those of `config`.
+            **settings: fields of `ExpertsConfig` that replace those of config.
 
         Raises:
             TypeError: a setting is unknown.
@@ -131,8 +131,8 @@ class MoE(nnx.Module):
 
         Args:
             x: the tokens.
-            token_mask: which tokens are no padding; None for all. Only experts that choose ask.
-            training: let experts choose, if they are to.
+            token_mask: which tokens are not padding; None for all. Only expert choice uses it.
+            training: lets experts choose tokens, if the routing is expert choice.
 
         Raises:
             ValueError: shapes do not fit together.
@@ -154,7 +154,7 @@ class MoE(nnx.Module):
         return out, Routing(logits, picks.reshape(tokens.shape[0], 1))
 
     def _logits(self, tokens: Float[Array, "t dim"]) -> Float[Array, "t e"]:
-        # In the type of the tokens, as weights are sent over a mesh: so that all meshes choose alike.
+        # In the tokens' type, in which weights are sent over a mesh, so that all meshes choose alike.
         kernel = self.router.kernel[...].astype(tokens.dtype)
         return jnp.matmul(tokens, kernel, preferred_element_type=accumulator(tokens.dtype))
 
@@ -174,7 +174,7 @@ def _token_choice(
     renormalize: bool,
     implementation: str | None,
 ) -> tuple[Float[Array, "t dim"], Int[Array, "t k"]]:
-    """Every token through its top_k experts."""
+    """Sends every token through its top_k experts."""
     picks = _choose(logits, top_k)
     weights = jnp.take_along_axis(jax.nn.softmax(logits), picks, axis=-1)
     if renormalize:
@@ -199,9 +199,9 @@ def _expert_choice(
     *,
     capacity: float,
 ) -> tuple[Float[Array, "b s dim"], Int[Array, "b s 1"]]:
-    """Every expert over its likeliest tokens of each sequence.
+    """Sends the most probable tokens of each sequence through every expert.
 
-    A sequence at a time, so that the result does not depend on how sequences lie on devices. Padding is taken by none.
+    Each sequence is routed separately, so that the result does not depend on the sharding. No expert takes padding.
     """
     length, num_experts = logits.shape[1:]
     most = math.ceil(length * capacity / num_experts)
@@ -221,11 +221,11 @@ def _expert_choice(
     return out.astype(x.dtype), _choose(logits, 1)
 
 
-# Both moves are permutations (of tokens that stand there top_k times), so each one's gradient is a read too; autodiff
-# would write rows in random order and add them up in 16 bits.
+# Both moves are permutations (of tokens repeated top_k times), so each one's gradient is a gather too; autodiff would
+# scatter rows in random order and sum them in 16 bits.
 @jax.custom_vjp
 def _to_experts(x: Float[Array, "t dim"], order: Int[Array, " m"], places: Int[Array, "t k"]) -> Float[Array, "m dim"]:
-    """Tokens in the order of the experts that they go to: row i is that of pick order[i]."""
+    """Tokens in the order of their experts: row i is the token of pick order[i]."""
     return x[order // places.shape[1]]
 
 
@@ -233,7 +233,7 @@ def _to_experts(x: Float[Array, "t dim"], order: Int[Array, " m"], places: Int[A
 def _from_experts(
     rows: Float[Array, "m dim"], order: Int[Array, " m"], places: Int[Array, "t k"]
 ) -> Float[Array, "t k dim"]:
-    """Rows of the experts back at the picks that they answer: pick (t, j) stands in row places[t, j]."""
+    """The experts' outputs in the order of the picks: that of pick (t, j) is row places[t, j]."""
     return rows[places]
 
 

@@ -12,7 +12,7 @@ from memjax.sharding.axes import on_own_tokens
 
 
 class RMSNorm(nnx.Module):
-    """Root mean square norm over the last axis with a learned scale that begins at 1 (arXiv:1910.07467)."""
+    """Root mean square norm over the last axis, with a learned scale that starts at 1 (arXiv:1910.07467)."""
 
     def __init__(
         self,
@@ -28,12 +28,12 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(dim, param_dtype))
 
     def __call__(self, x: Float[Array, "*b dim"], residual: Float[Array, "*b dim"] | None = None) -> Normed:
-        """x plus the residual, for the next residual, and its norm."""
+        """x plus the residual, to be used as the next residual, and its norm."""
         x, residual = promote_dtype((x, residual), dtype=x.dtype if self.dtype is None else self.dtype)
         scale, name = self.scale[...], dispatch.choose("rms_norm", self.implementation, x.dtype)
         if name != "triton":
             return rms_norm(x, scale, self.epsilon, residual=residual, implementation=name)
-        # XLA cannot split a kernel: each device norms its own tokens.
+        # XLA cannot shard a kernel, so each device normalises its own tokens.
         tokens = (x,) if residual is None else (x, residual)
         return on_own_tokens(_by_kernel, tokens, (scale,), epsilon=self.epsilon)
 

@@ -1,4 +1,4 @@
-"""Split a Decoder into dense parameters and tables, which are trained differently, and merge them back."""
+"""Splits a Decoder into dense parameters and tables, which are trained differently, and merges them back."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -25,17 +25,17 @@ AnyTables = Mapping[str, Table | Float[Array, "n d"]]
 
 @dataclasses.dataclass(frozen=True)
 class DecoderParts:
-    """The structure of a decoder without its arrays: dense parameters and tables go in, a decoder comes out.
+    """The structure of a decoder without its arrays; with dense parameters and tables, `merge` makes it a decoder.
 
-    `merge` costs nothing under `jax.jit` and copies nothing outside it.
+    Merging costs nothing under `jax.jit` and copies nothing outside it.
     """
 
     config: ModelConfig
     graphdef: nnx.GraphDef[Decoder]
     abstract_params: nnx.State
-    """Dense parameters as shapes."""
+    """Shapes of the dense parameters."""
     abstract_tables: dict[str, Table | jax.ShapeDtypeStruct]
-    """Tables as shapes."""
+    """Shapes of the tables."""
 
     @classmethod
     def of(
@@ -48,10 +48,10 @@ class DecoderParts:
         return cls(config, graphdef, params, _tables_of(tables))
 
     def init(self, key: Array, shardings: tuple[Any, Any] | None = None) -> tuple[nnx.State, Tables]:
-        """Freshly drawn dense parameters and tables, those of `Decoder(config, rngs=nnx.Rngs(key))`.
+        """Freshly drawn dense parameters and tables, equal to those of `Decoder(config, rngs=nnx.Rngs(key))`.
 
-        XLA compiles the draws of a block for seconds, and would do so for every layer: one program is compiled for each
-        kind of block and run for each block. Without shardings JAX decides where arrays are placed.
+        XLA takes seconds to compile the draws of a block, so one program is compiled for each kind of block, not for
+        each block. Without shardings, JAX decides where arrays are placed.
         """
         without_blocks, blocks = None, None
         if shardings is not None:
@@ -62,12 +62,12 @@ class DecoderParts:
         return jax.tree.unflatten(jax.tree.structure(self.abstract_params), leaves), drawn_tables
 
     def _draw_rest(self, key: Array) -> tuple[nnx.State, Tables]:
-        """All but the blocks."""
+        """Draws all but the blocks."""
         _, tables, params = nnx.split(Decoder(self.config, rngs=nnx.Rngs(key)), TableRows, nnx.Param)
         return _without_blocks(params), _tables_of(tables)
 
     def _draw_blocks(self, key: Array, shardings: Any | None) -> dict[int, nnx.State]:
-        """Every block's parameters, by its number."""
+        """Draws every block's parameters, by index."""
         programs, blocks = {}, {}
         for layer, abstract in self.abstract_params["blocks"].items():
             leaves, structure = jax.tree.flatten(abstract)
@@ -79,11 +79,11 @@ class DecoderParts:
         return blocks
 
     def _draw_block(self, layer: int, key: Array, number: int | Array) -> nnx.State:
-        """The block of a number, which is of the kind of the given layer."""
+        """Draws the block with index `number`, which is of the same kind as that with index `layer`."""
         return nnx.state(draw_block(self.config, layer, key, number=number), nnx.Param)
 
     def zero_perturbations(self, num_tokens: int) -> dict[str, Perturbations]:
-        """The perturbations of every lookup, by the layer's name, for a batch of num_tokens tokens."""
+        """The perturbations of every lookup, by layer name, for a batch of num_tokens tokens."""
         return {
             layer_name(layer): tuple(
                 zero_perturbation(read, num_tokens, section.picks, self.abstract_tables[table])
@@ -119,7 +119,7 @@ def split_decoder(model: Decoder) -> tuple[DecoderParts, nnx.State, AnyTables]:
 
 
 def writable(tables: AnyTables, source: str = "the model") -> Tables:
-    """The tables, all of which are arrays.
+    """The tables, if all of them are arrays.
 
     Raises:
         CheckpointError: one is read-only.

@@ -14,10 +14,10 @@ Remat = Literal["none", "dots", "block"]
 
 
 def rematerialised(remat: Remat) -> Callable[[Callable], Callable]:
-    """jax.checkpoint with the named policy; no search or bag runs twice: they are memory-bound, their outputs small.
+    """jax.checkpoint with the named policy. No search or bag runs twice: they are memory-bound, with small outputs.
 
-    Nor does a router choose twice: rounded otherwise, it might choose others. Weights that were gathered for the
-    forward pass are gathered again for the backward pass; with "none", where nothing is done again, they are kept.
+    Nor does a router choose twice: with different rounding, it might choose other experts. Weights gathered for the
+    forward pass are gathered again for the backward pass; with "none", which recomputes nothing, they are kept.
     """
     checks.refuse(checks.one_of(get_args(Remat), remat=remat))
     if remat == "none":

@@ -15,14 +15,14 @@ from memjax.ops.precision import accumulator
 def rotate(
     x: Float[Array, "b s n h"], positions: Int[Array, "b s"], theta: float, scaling: RopeScalingConfig | None = None
 ) -> Float[Array, "b s n h"]:
-    """Turns the pair (x[i], x[i + h/2]) by position * theta ** (-2 i / h), in float32 or wider: Llama's layout."""
+    """Rotates the pair (x[i], x[i + h/2]) by position * theta ** (-2 i / h), in Llama's layout."""
     return turn(x, *rotation(positions, x.shape[-1], theta, scaling, x.dtype))
 
 
 def rotation(
     positions: Int[Array, "b s"], width: int, theta: float, scaling: RopeScalingConfig | None, dtype: DTypeLike
 ) -> tuple[Float[Array, "b s 1 half"], Float[Array, "b s 1 half"]]:
-    """The cosines and sines of the angles by which `rotate` turns heads of a width."""
+    """Cosines and sines of the angles by which `rotate` rotates heads of `width` columns."""
     wide = accumulator(jnp.dtype(dtype))
     angles = positions[..., None, None].astype(wide) * _frequencies(width // 2, theta, scaling, positions, wide)
     factor = 1.0 if scaling is None else attention_factor(scaling)
@@ -49,12 +49,12 @@ def attention_factor(scaling: RopeScalingConfig) -> float:
 def _frequencies(
     half: int, theta: float, scaling: RopeScalingConfig | None, positions: Int[Array, "b s"], wide: jnp.dtype
 ) -> Float[Array, "#b 1 1 half"]:
-    """Turns of each pair from one position to the next, in radians; of every row, where they depend on its length."""
+    """Angle of each pair between neighbouring positions, in radians; one per row if it depends on the row's length."""
     exponents = jnp.arange(half, dtype=wide)[None, None, None] / half
     frequencies = theta**-exponents
     if scaling is None:
         return frequencies
-    # As in transformers, the length is what the positions of a call reach.
+    # As in transformers, the length is given by the highest position of a call.
     lengths = (jnp.max(positions, axis=1) + 1)[:, None, None, None].astype(wide)
     if scaling.kind == "dynamic":
         beyond = jnp.maximum(lengths / scaling.original_length, 1) - 1
@@ -73,7 +73,7 @@ def _frequencies(
 
 
 def _slowed_down(frequencies: Float[Array, "1 1 1 half"], scaling: RopeScalingConfig) -> Float[Array, "1 1 1 half"]:
-    """Slow frequencies, which made no full turn in the first training, divided by the factor; fast ones unchanged."""
+    """Divides slow frequencies, which made no full turn in pretraining, by the factor; fast ones are unchanged."""
     turns = scaling.original_length * frequencies / (2 * math.pi)
     speed = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = jnp.clip(speed, 0, 1)
@@ -81,19 +81,19 @@ def _slowed_down(frequencies: Float[Array, "1 1 1 half"], scaling: RopeScalingCo
 
 
 def _yarn(half: int, theta: float, scaling: RopeScalingConfig) -> np.ndarray:
-    """Fast frequencies unchanged, slow ones divided by the factor, those between blended by their index."""
+    """Keeps fast frequencies, divides slow ones by the factor, and blends those in between by their index."""
 
     def number(turns: float) -> float:
-        """The (fractional) number of the frequency that turns so often within the original length."""
+        """The (fractional) index of the frequency that makes that many turns within the original length."""
         return half * math.log(scaling.original_length / (2 * math.pi * turns)) / math.log(theta)
 
     first, last = number(scaling.beta_fast), number(scaling.beta_slow)
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
-    # transformers bounds it by the width of a head, not by the frequencies of one.
+    # transformers limits it by the width of a head, not by its number of frequencies.
     first, last = max(first, 0), min(last, 2 * half - 1)
     last = last + 0.001 if first == last else last
-    # They are constants of the program, so they are rounded to float32 only once.
+    # In float64, because they are constants of the program: rounded to float32 only once.
     numbers = np.arange(half, dtype=np.float64)
     slow = np.clip((numbers - first) / (last - first), 0, 1)
     return theta ** (-numbers / half) * (1 - slow + slow / scaling.factor)

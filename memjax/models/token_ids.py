@@ -1,4 +1,4 @@
-"""Token ids that a model has no embedding of: refused where their values are known."""
+"""Refuses token ids for which a model has no embedding, where their values are known."""
 
 from collections.abc import Sequence
 
@@ -7,20 +7,20 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
-TOKENIZER = "take the tokenizer that the model was trained with"
+TOKENIZER = "use the tokenizer that the model was trained with"
 
 
 def check_ids(ids: Int[Array, "..."] | Int[np.ndarray, "..."] | Sequence[int], vocab_size: int, name: str) -> None:
-    """Refuses ids outside the vocabulary. Traced ids, and arrays that other processes hold a part of, pass.
+    """Refuses ids outside the vocabulary. Traced ids, and arrays that are partly in other processes, pass.
 
     Raises:
-        ValueError: an id is no whole number, negative, or not below vocab_size.
+        ValueError: an id is not an integer, is negative, or is not below vocab_size.
     """
     if isinstance(ids, Tracer) or (isinstance(ids, jax.Array) and not ids.is_fully_addressable):
         return
     values = np.asarray(ids)
     if values.dtype.kind in "fO" and isinstance(ids, Sequence) and all(type(one) is int for one in ids):
-        values = np.array(ids, object)  # NumPy makes floats of what 64 bits do not hold
+        values = np.array(ids, object)  # NumPy turns integers beyond 64 bits into floats
     elif values.size and not np.issubdtype(values.dtype, np.integer):
         raise ValueError(f"{name} must be whole numbers, not of type {values.dtype}")
     for token in (values.min(), values.max()) if values.size else ():
@@ -30,7 +30,7 @@ def check_ids(ids: Int[Array, "..."] | Int[np.ndarray, "..."] | Sequence[int], v
 
 
 def check_vocabulary(tokens: int, vocab_size: int) -> None:
-    """Refuses a tokenizer with more tokens than a model.
+    """Refuses a tokenizer with more tokens than the model.
 
     Raises:
         ValueError: the tokenizer has more.

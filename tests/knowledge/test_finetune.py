@@ -173,5 +173,5 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(model_of, monkey
             model, TOKENIZER, FACTS, Background(1, {}), Recipe(rows=1, lr=0.1, epochs=1, batch_size=2), longest=8
         ),
     ):
-        with pytest.raises(ValueError, match="the tokenizer has 300 tokens, the model 259: take the tokenizer"):
+        with pytest.raises(ValueError, match="the tokenizer has 300 tokens, the model 259: use the tokenizer"):
             run()

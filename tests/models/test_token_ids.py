@@ -16,7 +16,7 @@ IDS = {
 @pytest.mark.parametrize("as_given", IDS.values(), ids=IDS)
 def test_ids_without_an_embedding_are_refused_by_value(as_given):
     check_ids(as_given([0, 3, 258]), 259, "ids")
-    for wrong, way_out in ((-1, "mask padding and use id 0"), (259, "take the tokenizer"), (300, "take the tokenizer")):
+    for wrong, way_out in ((-1, "mask padding and use id 0"), (259, "use the tokenizer"), (300, "use the tokenizer")):
         with pytest.raises(ValueError, match=rf"ids hold {wrong}; the model knows 0\.\.258: {way_out}"):
             check_ids(as_given([5, wrong, 7]), 259, "ids")
 
@@ -30,5 +30,5 @@ def test_no_ids_and_traced_ones_pass():
 def test_a_tokenizer_has_no_more_tokens_than_the_model():
     for tokens in (31_999, 32_000):
         check_vocabulary(tokens, 32_000)
-    with pytest.raises(ValueError, match=r"the tokenizer has 32,001 tokens, the model 32,000: take the tokenizer"):
+    with pytest.raises(ValueError, match=r"the tokenizer has 32,001 tokens, the model 32,000: use the tokenizer"):
         check_vocabulary(32_001, 32_000)
