@@ -1,6 +1,6 @@
-"""Code lines of Python files: without blank lines, comments and docstrings (also those below fields and constants).
+"""Counts code lines of Python files, without blank lines, comments and docstrings (including those of attributes).
 
-python .ci/count_lines.py [FOLDER ...]    # memjax/ without a folder: lines by package, and their sum
+python .ci/count_lines.py [FOLDER ...]    # default: memjax/; prints lines by package, and their sum
 """
 
 import ast
@@ -21,7 +21,7 @@ _NO_CODE = {
 
 
 def code_lines(path: pathlib.Path) -> int:
-    """Lines that hold a token of code; a string that is a statement of its own holds none."""
+    """Number of lines with at least one token of code; strings that are statements do not count."""
     with path.open("rb") as file:
         tokens = [token for token in tokenize.tokenize(file.readline) if token.type not in _NO_CODE]
     lines = {line for token in tokens for line in range(token.start[0], token.end[0] + 1)}
@@ -32,7 +32,7 @@ def code_lines(path: pathlib.Path) -> int:
 
 
 def main() -> None:
-    """Prints the lines of each package, and all together."""
+    """Prints the lines of each package, and their sum."""
     for folder in map(pathlib.Path, sys.argv[1:] or ["memjax"]):
         counts: collections.Counter[str] = collections.Counter()
         for path in sorted(folder.rglob("*.py")):

@@ -1,14 +1,14 @@
-"""The errors that users can mend, and the exit codes of the commands that meet them."""
+"""Errors that users can fix."""
 
 from collections.abc import Sequence
 
 _MOST_CHARACTERS = 4000
 MOST_SHOWN = 40
-"""Most problems that are listed: a file of another kind has thousands."""
+"""Maximum number of problems listed: a file of the wrong kind has thousands."""
 
 
 class ConfigError(ValueError):
-    """Everything that is wrong with a config: one problem, or several, one line each."""
+    """All problems of a config, one per line."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
@@ -22,7 +22,7 @@ def shown(problems: Sequence[str]) -> list[str]:
 
 
 class _ShortError(Exception):
-    """An error whose message may quote files from elsewhere, and is truncated."""
+    """An error whose message is truncated, as it may quote foreign files."""
 
     def __str__(self) -> str:
         text = super().__str__()
@@ -30,8 +30,8 @@ class _ShortError(Exception):
 
 
 class DataError(_ShortError):
-    """The data cannot be used; the message says where, what is wrong, and what to do."""
+    """The data cannot be used; the message says where, why, and what to do."""
 
 
 class CheckpointError(_ShortError):
-    """A checkpoint cannot be written, found or read; the message names folder, step, item and the way out."""
+    """A checkpoint cannot be written, found or read; the message names folder, step, item and remedy."""

@@ -1,4 +1,4 @@
-"""Settings of the whole suite: eight CPU devices, strict ranks, reproducible properties, no network."""
+"""Set-up of the whole suite: eight CPU devices, strict rank promotion, reproducible property tests, no network."""
 
 import dataclasses
 import os
@@ -9,17 +9,17 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-# Compilation takes most of the suite's time, so XLA leaves out what only makes programs faster; runs that tests start
-# as processes of their own inherit it. Before JAX is imported.
+# Compilation takes most of the suite's time, so XLA's optimisations are disabled; processes that tests start inherit
+# this. Must be set before JAX is imported.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# What one worker, module or process of a test has compiled need not be compiled again, but no test depends on what
-# another run of the suite has compiled: the folder lives as long as the process that began the suite.
+# Workers, modules and processes share compiled programs, but different runs of the suite do not: the folder lives as
+# long as the process that started the suite.
 os.environ.setdefault("MEMJAX_COMPILE_CACHE", "off")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="memjax-tests-", ignore_cleanup_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# Threads of XLA: devices that wait for each other hold one each, and others must be left.
+# XLA's threads: devices that wait for each other hold one each, and some must be left.
 os.environ.setdefault("NPROC", "32")
 
 import hypothesis
@@ -29,7 +29,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-# Shapes and types of the annotations are checked at every call; not in kernels, whose source Triton wants as it stands.
+# Annotated shapes and types are checked at every call, except in Triton kernels, whose source must not be rewritten.
 _root = pathlib.Path(__file__).parents[1]
 _modules = [path for path in (_root / "memjax").rglob("*.py") if path.name != "__init__.py"]
 _sources = [path for path in _modules if "@triton.jit" not in path.read_text()]
@@ -37,23 +37,23 @@ jaxtyping.install_import_hook(
     [".".join(path.relative_to(_root).with_suffix("").parts) for path in _sources], "beartype.beartype"
 )
 
-# All of these must be set before the first backend starts. JAX_PLATFORMS=cuda,cpu runs the tests marked `gpu` too.
+# All of this must be set before the first backend starts. JAX_PLATFORMS=cuda,cpu also runs the tests marked `gpu`.
 if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
     jax.config.update("jax_platforms", "cpu")
-    # Without a GPU the Triton kernels are tested in Triton's interpreter.
+    # Without a GPU, Triton kernels run in Triton's interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# XLA's newer code generator for CPUs takes twice as long over a training step as the older one, which jax 0.11 has no
-# longer: the tests on 3.12 are those of the newer. Processes that tests start inherit this, too.
+# XLA's newer CPU code generator is twice as slow for a training step as the older one, which jax 0.11 has removed, so
+# only the tests on Python 3.12 use it. Processes that tests start inherit this.
 if jax.__version_info__ < (0, 11) and "xla_cpu_use_fusion_emitters" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 jax.config.update("jax_num_cpu_devices", 8)
-# Strict promotion of types would be welcome too, but optax multiplies floats by integer counts.
+# Strict dtype promotion is not possible: optax multiplies floats by integer counts.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# A suite in a script's background inherits an ignored Ctrl-C, and tests of it are about programs that do not.
+# In a script's background Ctrl-C is ignored, and processes inherit this; its tests need the default.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Compilation makes single examples slow, so a time limit per example would only report noise.
+# Compilation makes single examples slow, so a time limit per example would give spurious failures.
 for _name, _examples in (("ci", 15), ("ci_again", 8), ("dev", 10), ("thorough", 1000)):
     _same = _name.startswith("ci")
     hypothesis.settings.register_profile(_name, max_examples=_examples, derandomize=_same, deadline=None)
@@ -72,7 +72,7 @@ sys.addaudithook(_refuse_network)
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_compiled_programs() -> Iterator[None]:
-    """What a module compiled is of no use to others, and a heap of gigabytes makes every garbage collection slow."""
+    """Clears compiled programs after each module: others do not use them, and a large heap slows garbage collection."""
     yield
     jax.clear_caches()
 
@@ -86,7 +86,7 @@ def _log_as_commands_do() -> None:
 
 @pytest.fixture
 def as_users_call() -> Iterator[None]:
-    """Without the suite's checks of annotations, which users do not have."""
+    """Disables the suite's checks of annotations, which users do not have."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -94,7 +94,7 @@ def as_users_call() -> Iterator[None]:
 
 @pytest.fixture
 def heeding_hangups() -> Iterator[None]:
-    """SIGHUP ends programs, also where the tests themselves run under nohup, which has it ignored."""
+    """Lets SIGHUP end programs even if the tests run under nohup, which ignores it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -102,7 +102,7 @@ def heeding_hangups() -> Iterator[None]:
 
 @pytest.fixture
 def mesh() -> jax.sharding.Mesh:
-    """Eight host devices as 2 x 4, the shape in which an error on either axis shows."""
+    """Eight host devices as 2 x 4, so that an error on either axis shows."""
     assert jax.device_count("cpu") == 8, "conftest.py must set the device count before JAX starts"
     automatic = jax.sharding.AxisType.Auto
     return jax.make_mesh((2, 4), ("data", "memory"), axis_types=(automatic, automatic), devices=jax.devices("cpu"))
@@ -119,7 +119,7 @@ TINY = """
 
 @pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., Any]:
-    """tiny_config(*settings): the config of two blocks with memory layers, with settings as on the command line."""
+    """tiny_config(*settings): a config with two memory layers, and settings as on a command line."""
     from memjax.config.load import load
     from memjax.config.run import RunConfig
 
@@ -128,12 +128,12 @@ def tiny_config() -> Callable[..., Any]:
 
 @dataclasses.dataclass
 class ByHand:
-    """Log-probabilities from whole forward passes, without a cache, a batch or padding in front."""
+    """Log-probabilities from whole forward passes, without cache, batching or left padding."""
 
     logits: Callable[[Sequence[int]], np.ndarray]
 
     def score(self, context: Sequence[int], continuation: Sequence[int], max_length: int) -> tuple[float, bool]:
-        """Token after token, each from the last tokens before it that its window may hold."""
+        """Scores token by token, each given as many previous tokens as its window holds."""
         ids = [*context, *continuation]
         nats, is_greedy = 0.0, True
         for start in range(len(context), len(ids), max_length):
@@ -147,7 +147,7 @@ class ByHand:
         return nats, bool(is_greedy)
 
     def write(self, prompt: Sequence[int], count: int) -> list[int]:
-        """The likeliest token, and again, until the end of text."""
+        """Decodes greedily until the end of text."""
         ids = list(prompt)
         for _ in range(count):
             token = int(self.logits(ids)[-1].argmax())
@@ -159,7 +159,7 @@ class ByHand:
 
 @pytest.fixture(scope="session")
 def drawn_model() -> Any:
-    """A small decoder with a memory layer for the byte tokenizer; all tests share it, so none may change it."""
+    """A small decoder with a memory layer, for the byte tokenizer; shared by all tests, so none may modify it."""
     from drawn import drawn
     from memjax.config.memory import MemoryConfig
     from memjax.config.model import ModelConfig
@@ -178,13 +178,13 @@ def drawn_model() -> Any:
 
 @pytest.fixture(scope="session")
 def by_hand(drawn_model) -> ByHand:
-    """Scores and texts of `drawn_model`."""
+    """Reference scores and texts of `drawn_model`."""
     from flax import nnx
 
     forward = nnx.jit(lambda model, tokens: model(tokens))
 
     def logits(tokens: Sequence[int]) -> np.ndarray:
-        # Tokens see nothing behind them, so what is there changes nothing, and one program will do.
+        # Attention is causal, so padding on the right changes nothing, and a single program suffices.
         padded = np.full((1, 64), 7, np.int32)
         padded[0, : len(tokens)] = tokens
         return np.asarray(forward(drawn_model, jnp.asarray(padded)))[0, : len(tokens)]

@@ -1,1 +1,1 @@
-"""All settings, as frozen dataclasses without JAX; and how YAML files and command lines are parsed into them."""
+"""All settings as frozen dataclasses, and their parsing from YAML files and command lines; imports no JAX."""

@@ -1,4 +1,4 @@
-"""Settings on command lines: `--model.dim 64`, whose field says how the text is read."""
+"""Settings on command lines, such as `--model.dim 64`; the type of the field determines how the text is read."""
 
 import re
 import typing
@@ -13,14 +13,14 @@ from memjax.config.schema import FieldPath, field_type, printable, unwrap
 from memjax.config.yaml import compose
 
 _FLAG_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "1": None, "0": None}
-"""Words that may follow the name of a flag, with their values; None for words refused as a value, not as stray."""
+"""Words that may follow a boolean setting, with their values; None for words rejected as values, not as stray."""
 
 
 class Arguments(NamedTuple):
-    """The words of a command line."""
+    """A command line, split into its parts."""
 
     settings: list[tuple[FieldPath, str]]
-    """In their order, as text."""
+    """Paths and unparsed values, in order."""
     stray: list[str]
     """Words that belong to no option."""
     flags: set[str]
@@ -28,7 +28,7 @@ class Arguments(NamedTuple):
 
 
 def split(words: Sequence[str], flags: Mapping[str, str], problems: Problems) -> Arguments:
-    """The settings, flags and other words of a command line."""
+    """Splits a command line into settings, flags and other words."""
     schema, found = problems.schema, Arguments([], [], set())
     problems.flags = list(flags)
     queue = list(words)
@@ -64,7 +64,7 @@ def split(words: Sequence[str], flags: Mapping[str, str], problems: Problems) ->
 
 
 def _with_dashes(name: str, rest: Sequence[str], flags: Mapping[str, str], schema: type) -> str:
-    """How a value that begins like an option is given, where the next word may be one."""
+    """A hint for values that begin with dashes, if the next word may be one."""
     other = re.split("[.=]", rest[0][2:])[0].replace("-", "_") if rest else ""
     known = (other in flags, *(field_type(schema, (word,)) for word in (other, other.removeprefix("no_"))))
     is_option = not rest or any(known)
@@ -72,9 +72,9 @@ def _with_dashes(name: str, rest: Sequence[str], flags: Mapping[str, str], schem
 
 
 def from_text(text: str, path: FieldPath, problems: Problems) -> Any:
-    """The value that a text is for a field."""
+    """Parses the text of a field's value."""
     inner, optional = unwrap(field_type(problems.schema, path))
-    # The field's type decides: `none` is a gate but no clip, and a folder may be called 2026.
+    # By the field's type: `none` is a valid gate but means null for a number, and a folder may be called 2026.
     if typing.get_origin(inner) is Literal and text in typing.get_args(inner):
         return text
     if optional and text.lower() in ("null", "none"):
@@ -95,9 +95,9 @@ def from_text(text: str, path: FieldPath, problems: Problems) -> Any:
 
 
 def take(words: Sequence[str], option: str) -> tuple[list[str], list[str]]:
-    """The values of an option that is no setting, as often as it is given, and the other words of a command line.
+    """Removes an option that is not a setting: returns its values, one per occurrence, and the remaining words.
 
-    An option without a value has the empty one.
+    An option without a value gives an empty text.
     """
     values, rest, queue = [], [], list(words)
     while queue:

@@ -1,7 +1,6 @@
-"""Checks of settings, for the `__post_init__` of configs and for the classes that take the same values as arguments.
+"""Checks of settings, for the `__post_init__` of configs and for classes that take the same values as arguments.
 
-A check gives a list of problems as text, each beginning with `field=value`. Fields may be null, where no type says
-otherwise.
+A check returns a list of problems, each beginning with `field=value`. Null passes all checks except those of types.
 """
 
 import dataclasses
@@ -19,18 +18,18 @@ from memjax.io.paths import local_path, path_or_address
 
 
 def refuse(problems: Sequence[str]) -> None:
-    """Raises one ValueError with every problem on a line of its own; does nothing when there is none."""
+    """Raises a ValueError with one problem per line, if there are any."""
     if problems:
         raise ValueError("\n".join(problems))
 
 
 def several(value: Any) -> Any:
-    """A text or path alone as a list of it, since its letters would be taken for the items of one."""
+    """Wraps a single text or path in a list, so that its letters are not taken for items."""
     return [value] if isinstance(value, str | os.PathLike) else value
 
 
 Check = Callable[..., list[str]]
-"""Takes fields by name, and says what is wrong with their values."""
+"""Takes fields by name, and returns the problems with their values."""
 
 
 def _check(is_right: Callable[[Any], bool], rule: str, *, quoted: bool = False, or_null: bool = True) -> Check:
@@ -47,7 +46,7 @@ def _check(is_right: Callable[[Any], bool], rule: str, *, quoted: bool = False, 
 def _holds(is_right: Callable[[Any], bool], value: Any) -> bool:
     try:
         return is_right(value)
-    except (TypeError, OverflowError):  # of a type that the rule does not compare, such as a text, or out of any range
+    except (TypeError, OverflowError):  # not comparable, such as a text, or out of range
         return False
 
 
@@ -85,7 +84,7 @@ whole_number = _both(
     _of_type(_is_whole, "must be a whole number"),
     _check(lambda value: -(1 << 63) <= value < 1 << 63, "must be in -2**63..2**63-1"),
 )
-# A number that float32 rounds to zero, or to infinity, would end a run as not a number.
+# A number that float32 rounds to zero or infinity would turn into NaN during a run.
 _TYPES: dict[Any, Check] = {
     bool: _of_type(lambda value: isinstance(value, bool), "must be true or false"),
     int: whole_number,
@@ -98,7 +97,7 @@ _TYPES: dict[Any, Check] = {
 
 
 def is_count(text: str) -> bool:
-    """Whether a text is the decimal digits of a whole number below 2**63; `int` refuses thousands of digits."""
+    """Whether a text is a decimal whole number below 2**63; `int` raises for thousands of digits."""
     digits = text.lstrip("0")
     return text.isascii() and text.isdecimal() and len(digits) < 20 and int(digits or 0) < 1 << 63
 
@@ -118,13 +117,13 @@ def one_of(known: Sequence[str], **fields: Any) -> list[str]:
 
 
 def typed(config: Any, section: str | None = None) -> None:
-    """Refuses fields of a config's dataclass whose values are not of their types: what the reader of files checks too.
+    """Checks the types of a config's values, as parsing a file does.
 
-    Sections check their own fields; fields of types without a rule here are left out. `section` names its place in a
-    run's config, by which renamed values are recognised.
+    Nested sections check their own fields; types without a rule here are not checked. `section` is the config's path in
+    a run's config, to recognise renamed values.
 
     Raises:
-        ValueError: a word is unknown, or a value is of another type.
+        ValueError: a word is unknown, or a value has the wrong type.
     """
     problems: list[str] = []
     for name, kind in field_types(type(config)).items():
@@ -145,9 +144,9 @@ def _union(kind: Any) -> tuple[Any, ...]:
 
 
 def _rule(kind: Any) -> Check | None:
-    """The check of values of a type."""
+    """The check for values of a type."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        # A dict, say, would be taken for a section without a field, and a model be built without a memory.
+        # A dict, for example, would pass as a section without fields, and the model would lack its memory.
         return _check(lambda value: isinstance(value, kind), f"must be of class {kind.__name__}", quoted=True)
     item: Any = get_args(kind)[0] if get_origin(kind) is tuple else None
     if dataclasses.is_dataclass(item) and isinstance(item, type):
@@ -157,7 +156,7 @@ def _rule(kind: Any) -> Check | None:
 
 
 def ranges(config: Any) -> list[str]:
-    """Problems with values outside of the ranges that the types of a config's fields name (`memjax.config.section`)."""
+    """Problems with values outside the ranges named by the types of a config's fields (`memjax.config.section`)."""
     return [
         problem
         for name, kind in field_types(type(config), include_extras=True).items()
@@ -182,15 +181,15 @@ def _check_paths(read: Callable[[str, str], object]) -> Check:
 
 
 local = _check_paths(local_path)
-"""Fields hold paths of this machine, alone or in a tuple."""
+"""Fields must hold local paths, alone or in a tuple."""
 local_or_remote = _check_paths(path_or_address)
-"""Addresses are right, too; whether this machine can read them is not checked, since a config is also loaded where they
-are not needed.
+"""Fields must hold local paths or addresses; whether this machine can read an address is not checked, since a config is
+also loaded where it is not needed.
 """
 
 
 def expand_home(config: Any) -> None:
-    """Expands the `~` of the fields whose types name them paths; other paths stay as they were written."""
+    """Expands `~` in fields whose types mark them as paths."""
     expanded = lambda text: os.path.expanduser(text) if text.startswith("~") else text
     for name, kind in field_types(type(config), include_extras=True).items():
         checks = [check for one in _union(kind) for check in getattr(one, "__metadata__", ())]
@@ -200,7 +199,7 @@ def expand_home(config: Any) -> None:
 
 
 def block_numbers(layers: tuple[int, ...]) -> Iterator[str]:
-    """Why a list of blocks cannot be."""
+    """Problems with a list of blocks."""
     if not layers:
         yield "layers=[] must name at least one block; for none, set the section to null"
     if list(layers) != sorted(set(layers)):

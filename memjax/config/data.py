@@ -14,7 +14,7 @@ class TokenizerConfig(Section):
 
     kind: Literal["byte", "bpe", "hf", "sentencepiece", "tiktoken"] = "bpe"
     """byte: the 256 bytes and the special tokens; bpe: byte-level BPE trained on the run's own corpus. The others are
-    read from a file: hf: a tokenizer.json with a byte-level BPE, sentencepiece: a .model, tiktoken: a file of ranks."""
+    read from a file. hf: a tokenizer.json with a byte-level BPE; sentencepiece: a .model; tiktoken: a rank file."""
     path: LocalPath[str] | None = None
     """The file (hf, sentencepiece and tiktoken); the run keeps a copy."""
     train_bytes: Positive[int] = 10_000_000
@@ -24,7 +24,7 @@ class TokenizerConfig(Section):
     eos: str | None = None
     """The file's special token that ends a text; null: the one with a known name."""
     pattern: Literal["gpt2", "cl100k", "o200k"] = "gpt2"
-    """How text is split before merging, which the file of ranks does not say; Llama 3 uses cl100k (tiktoken)."""
+    """How text is split before merging, which rank files do not say; Llama 3 uses cl100k (tiktoken)."""
     special_tokens: tuple[str, ...] = ("<|endoftext|>",)
     """Special tokens, with the ids after the last rank, in this order (tiktoken)."""
     added_tokens: tuple[str, ...] = ()
@@ -46,12 +46,12 @@ class TokenizerConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class BiographiesConfig(Section):
-    """Generated people with six facts each, stated in several wordings and asked for in questions."""
+    """Generated people with six facts each, stated in several wordings and asked about in questions."""
 
     num_people: Positive[int] = 500
     """People, each with a unique full name."""
     form: Literal["fact", "biography"] = "fact"
-    """fact: one sentence per record; biography: all six sentences of a person, reordered at random each time."""
+    """fact: one sentence per record; biography: all six sentences of a person, in a new random order each time."""
     held_out_fraction: Share[float] = 0.5
     """Fraction of people whose questions are not in the training data (their facts are)."""
     seed: int = 0
@@ -63,7 +63,7 @@ class MixtureConfig(Section):
     """One component of a mixture."""
 
     name: str
-    """Name in metrics, and of the folder with its prepared data."""
+    """Its name in metrics, and the name of the folder with its prepared data."""
     path: PathOrAddress[str]
     """File, folder or glob, as in data.path."""
     source: Literal["files", "jsonl", "text"] = "files"
@@ -78,7 +78,7 @@ class MixtureConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig(Section):
-    """What the model reads, and how records become batches."""
+    """The training and validation data, and how records become batches."""
 
     source: Literal["biographies", "jsonl", "text", "files", "huggingface", "mixture"] = "biographies"
     """biographies: generated; jsonl: a JSON object per line; text: a document per line; files: by suffix (.jsonl .txt
@@ -103,15 +103,15 @@ class DataConfig(Section):
     malformed: Literal["strict", "skip"] = "strict"
     """strict: an unusable record ends the run; skip: it is skipped, counted and reported."""
     max_malformed: NotNegative[int] = 1000
-    """Most records to skip per component (malformed: skip); more end the run."""
+    """Maximum number of records to skip per component (malformed: skip); more end the run."""
     damaged_files: Literal["strict", "skip"] = "strict"
     """strict: a partly unreadable file ends the run; skip: the rest of it is used (needs malformed: skip)."""
     max_record_bytes: Positive[int] = 64_000_000
-    """Largest record; a larger one is malformed, and never read into memory."""
+    """Size of the largest valid record; larger ones are malformed, and never read into memory."""
     text_key: str = "text"
     """Field (JSON, Parquet) with a whole document; the loss covers all its tokens."""
     prompt_key: str = "prompt"
-    """Field with a prompt, in records without text_key; its tokens are outside the loss."""
+    """Field with a prompt, in records without text_key; its tokens do not count in the loss."""
     answer_key: str = "answer"
     """Field with the answer to the prompt; the loss covers only its tokens."""
     sequence_length: Positive[int] = 64
@@ -126,7 +126,7 @@ class DataConfig(Section):
     shuffle: bool = True
     """Reshuffle all records every epoch."""
     num_workers: NotNegative[int] = 0
-    """Processes that read and tokenise; 0: a thread of this process. More of them help where progress lines say
+    """Processes that read and tokenise; 0: a thread of this process. More processes help if progress lines say
     "waiting for data"."""
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     """How text becomes token ids."""
@@ -148,9 +148,9 @@ class DataConfig(Section):
 
     @property
     def rows_hold_documents(self) -> bool:
-        """Whether attention has to keep documents apart: not where each has a row of its own, or rows are one text."""
+        """Whether attention must be confined to documents: a row may hold several, and is not treated as one text."""
         return self.document_mask and self.packing != "none"
 
     def in_run(self, folder: str) -> "DataConfig":
-        """The same data, with the folder of the prepared data named also where it is the run's own."""
+        """The config with `prepared` set, by default to a folder within the run's."""
         return self if self.prepared else dataclasses.replace(self, prepared=f"{folder}/prepared")

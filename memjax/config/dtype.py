@@ -1,4 +1,4 @@
-"""The types of numbers that settings name."""
+"""Data types of settings."""
 
 from typing import Literal
 

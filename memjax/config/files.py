@@ -1,4 +1,4 @@
-"""Read YAML configs, each merged over the one that it `extends`, with the place of every setting."""
+"""Reads YAML configs, each merged over the one that it `extends`, and records the place of every setting."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -17,16 +17,16 @@ from memjax.io.files import read_text
 from memjax.io.paths import local_path
 
 _DEEPEST = 32
-"""The most levels of sections and lists in a config; the schema has four."""
+"""Maximum nesting of sections and lists in a config; the schema has four levels."""
 
 _WRITTEN_BY_RUNS = ("checkpoints", "metrics.jsonl")
-"""Files next to a config.yaml that a run has written, perhaps one of an earlier version."""
+"""Files that mark a config.yaml beside them as written by a run, possibly of an earlier version."""
 
 Tree = dict[str, Any]
 
 
 def read_config(path: Path, problems: Problems) -> Tree:
-    """The tree of a config's file, or of a run's folder, whatever the place that the run began in."""
+    """The settings tree of a config file, a preset or a run's folder, even if the folder was moved."""
     try:
         path = local_path(str(path), "config")
     except ValueError as error:
@@ -52,7 +52,7 @@ def read_config(path: Path, problems: Problems) -> Tree:
 
 
 def _read(path: Path, problems: Problems, asked_at: str, chain: tuple[Path, ...] = ()) -> Tree:
-    """The tree of a file merged over that of the file it extends."""
+    """The tree of a file, merged over that of the file it extends."""
     if os.path.realpath(path) in map(os.path.realpath, chain):
         circle = " -> ".join(str(link) for link in (*chain, path))
         problems.add(asked_at, f"extends goes round in a circle: {circle}")
@@ -60,7 +60,7 @@ def _read(path: Path, problems: Problems, asked_at: str, chain: tuple[Path, ...]
     problems.places.setdefault((), str(path))
     try:
         node = compose(read_text(path))
-    except (OSError, ValueError, YAMLError, RecursionError) as error:  # ValueError: no UTF-8, or a path with a NUL
+    except (OSError, ValueError, YAMLError, RecursionError) as error:  # ValueError: not UTF-8, or a path with a NUL
         problems.add(*_unreadable(path, asked_at, error))
         return {}
     is_of_run = path.name == "config.yaml" and any((path.parent / name).exists() for name in _WRITTEN_BY_RUNS)
@@ -71,7 +71,7 @@ def _read(path: Path, problems: Problems, asked_at: str, chain: tuple[Path, ...]
     if not isinstance(node, MappingNode):
         problems.add(f"{path}:1", "a config consists of sections, `name:` with indented lines below it")
         return {}
-    # The base is read before this file's places are noted, so that a place is always that of the value in force.
+    # The base is read before this file's places are recorded, so that a place is always that of the final value.
     base: Tree = {}
     for key, value in node.value:
         if key.value == "extends":
@@ -80,7 +80,7 @@ def _read(path: Path, problems: Problems, asked_at: str, chain: tuple[Path, ...]
                 named = path.parent / value.value
                 named = named if named.is_file() else presets.find(value.value) or named
                 base = _read(named, problems, line, (*chain, path))
-            else:  # another kind of file is not opened: messages about its content would print parts of it
+            else:  # other files are not opened: errors would print parts of their content
                 problems.add(line, "extends must name one YAML file, .yaml or .yml, or a preset")
     tree = to_tree(node, (), problems, lambda part: f"{path}:{part.start_mark.line + 1}")
     tree.pop("extends", None)
@@ -88,7 +88,7 @@ def _read(path: Path, problems: Problems, asked_at: str, chain: tuple[Path, ...]
 
 
 def _unreadable(path: Path, asked_at: str, error: Exception) -> tuple[str, str]:
-    """A place, and why the file is no config."""
+    """The place, and why the file is not a config."""
     name = printable(str(path))
     match error:
         case MarkedYAMLError():
@@ -108,14 +108,14 @@ def _unreadable(path: Path, asked_at: str, error: Exception) -> tuple[str, str]:
 
 
 def _other_name(path: Path) -> str:
-    """A hint at what may be meant by a file that is not there."""
+    """A hint at what a missing file's name may have meant."""
     if hint := did_you_mean(close(str(path), [str(other) for other in path.parent.glob("*.yaml")])):
         return hint
     return f"; for a setting write --{path}" if "=" in str(path) else did_you_mean(close(path.stem, presets.names()))
 
 
 def to_tree(node: Node, path: FieldPath, problems: Problems, place: Callable[[Node], str], depth: int = 0) -> Any:
-    """The value of a node: sections as dicts. The place of each setting is noted."""
+    """Converts a node to a value, with sections as dicts, and records the place of each setting."""
     if isinstance(node, ScalarNode):
         return scalar(node)
     if depth > _DEEPEST:
@@ -138,10 +138,10 @@ def to_tree(node: Node, path: FieldPath, problems: Problems, place: Callable[[No
 
 
 def merge(base: Tree, over: Mapping[str, Any]) -> Tree:
-    """A tree with the settings of another in place of its own."""
+    """A tree, overridden by the settings of another."""
     merged = dict(base)
     for name, value in over.items():
         old = merged.get(name)
-        # A section over null starts from the defaults: a dense base, and then a memory section.
+        # A section over null starts from the defaults, as when a dense base gets a memory section.
         merged[name] = merge(old if isinstance(old, dict) else {}, value) if isinstance(value, dict) else value
     return merged

@@ -15,20 +15,20 @@ from memjax.config.schema import PLAIN_TYPES, FieldPath, field_types, item_secti
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Positional:
-    """The argument of a command line that has no `--name`."""
+    """A positional argument of a command."""
 
     name: str
     """Name in the help."""
     help: str
     """Text in the help."""
     required: bool = True
-    """Whether the command refuses to start without it."""
+    """Whether it must be given."""
     repeats: bool = False
     """Whether there may be several."""
     is_config: bool = False
-    """Whether it is the YAML file that the settings are read from."""
+    """Whether settings are read from it."""
     is_read: bool = False
-    """Whether it is only read, so that it may be an address."""
+    """Whether it is only read, and may therefore be a remote address."""
 
 
 _GRAMMAR = (
@@ -37,7 +37,7 @@ _GRAMMAR = (
 )
 
 
-# tyro's help was tried and left: it tells of its own grammar (lists with spaces, no `section null`), not of this one.
+# tyro's help was tried and dropped: it describes its own grammar (lists with spaces, no `section null`), not this one.
 def help_text(
     schema: type,
     prog: str,
@@ -46,7 +46,7 @@ def help_text(
     flags: Mapping[str, str],
     examples: Sequence[str] = (),
 ) -> str:
-    """The help of a command; the arguments are those of `memjax.config.load.parse`."""
+    """The help of a command; takes the arguments of `memjax.config.load.parse`."""
     usage = ""
     if positional:
         usage = f" {positional.name}" if positional.required else f" [{positional.name}]"
@@ -69,7 +69,7 @@ _SHOW_THIS = "Show this and stop."
 
 
 def section_help(schema: type, topic: str) -> str | None:
-    """The help of one section or setting, named by its dotted path; None where there is none of that name."""
+    """The help of one section or setting, named by its dotted path; None if it does not exist."""
     path = tuple(topic.split("."))
     annotation: Any = schema
     owner: type = schema
@@ -87,7 +87,7 @@ def section_help(schema: type, topic: str) -> str | None:
 
 
 def _section_lines(section: type, path: FieldPath) -> list[str]:
-    """A section, its settings, and the sections within it."""
+    """The help lines of a section, its settings, and nested sections."""
     lines: list[str] = []
     summary = inspect.cleandoc(section.__doc__ or "").partition("\n\n")[0]
     deeper: list[tuple[type, FieldPath]] = []
@@ -108,7 +108,7 @@ def _section_lines(section: type, path: FieldPath) -> list[str]:
 
 
 def _field_lines(section: type, path: FieldPath, annotation: Any) -> list[str]:
-    """A setting: its name, what it takes, what it is for, and its default."""
+    """The help lines of a setting: name, placeholder, documentation and default."""
     (field,) = (field for field in dataclasses.fields(section) if field.name == path[-1])
     doc = field_docs(section).get(field.name, "")
     if section_of(annotation):
@@ -116,7 +116,7 @@ def _field_lines(section: type, path: FieldPath, annotation: Any) -> list[str]:
         return [f"  --{'.'.join(path)} null|{{}}", *_wrapped(f"{doc}{off}", 6)]
     default = field.default_factory() if callable(field.default_factory) else field.default
     shown = "required" if default is dataclasses.MISSING else f"default: {show(default)}"
-    # The settings of a list's items have no option of their own: they stand inside the list.
+    # Settings of list items are not options: they are given inside the list.
     dashes = "" if any(part.endswith("[]") for part in path) else "--"
     name, value = f"{dashes}{'.'.join(path)}", metavar(annotation)
     if len(name) + len(value) + 3 <= _width():
@@ -135,7 +135,7 @@ def _wrapped(text: str, spaces: int) -> list[str]:
 
 
 def metavar(annotation: Any) -> str:
-    """Placeholder of a value of this type behind the name of its setting."""
+    """The placeholder for a value of this type, as in --setting VALUE."""
     inner, optional = unwrap(annotation)
     arguments = typing.get_args(inner)
     if typing.get_origin(inner) is Literal:
@@ -152,7 +152,7 @@ def metavar(annotation: Any) -> str:
 
 @functools.cache
 def field_docs(section: type) -> dict[str, str]:
-    """The string literal under each field, also of inherited ones."""
+    """The docstring below each field, including inherited fields."""
     docs: dict[str, str] = {}
     for owner in reversed(section.__mro__):
         if dataclasses.is_dataclass(owner):

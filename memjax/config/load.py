@@ -1,10 +1,10 @@
-"""Configs from YAML files and command lines: one strict validation, every problem at once, each with its place.
+"""Loads configs from YAML files and command lines, and reports all problems together, each with its place.
 
 A schema is a frozen dataclass, see memjax.config.run. Nothing here imports JAX, so a wrong config is refused at once.
 
-Written by hand, since no library reads these schemas: tyro makes commands of sections that may be null, jsonargparse
-fails on dataclasses with slots, pydantic-settings takes no plain dataclasses apart, and none names every problem at
-once.
+Written by hand, since no library handles these schemas: tyro turns nullable sections into subcommands, jsonargparse
+fails on dataclasses with slots, pydantic-settings does not split plain dataclasses into options, and none reports all
+problems together.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ RUN_FOLDER = Positional(name="RUN", help="The folder of a run.")
 READ_RUN = Positional(name="RUN", help="The folder of a run, or its address (gs://, s3://, hf://, http).", is_read=True)
 
 COMPLETE = "--complete"
-"""As the only argument of a command: print the words that a shell may complete."""
+"""The sole argument that makes a command print the words that a shell may complete."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,20 +53,20 @@ class Parsed(Generic[T]):
     config: T
     """The validated settings."""
     positional: str | None
-    """The positional argument as given, the first where there are several."""
+    """The first positional argument, as given."""
     positionals: tuple[str, ...]
-    """All of them."""
+    """All positional arguments."""
     flags: frozenset[str]
     """The bare flags that were given, with underscores."""
 
 
 def load(schema: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
-    """The config of a YAML file (and of the file it `extends`) with overrides such as `--model.dim 64` on top.
+    """Loads a YAML file (and the file it `extends`) and applies overrides such as `--model.dim 64`.
 
     The path may also be the name of a preset or the folder of a run.
 
     Raises:
-        ConfigError: with every problem found, not only the first.
+        ConfigError: lists all problems, not only the first.
     """
     problems = Problems(schema)
     tree = read_config(path, problems) if path else {}
@@ -86,7 +86,7 @@ def parse(
     flags: Mapping[str, str] = _NO_FLAGS,
     examples: Sequence[str] = (),
 ) -> Parsed[T]:
-    """The settings and other arguments of a command line; ends the process on --help (0) and on problems (2)."""
+    """Parses a command line; exits on --help (with 0) and on problems (with 2)."""
     argv = sys.argv[1:] if argv is None else argv
     if list(argv[:1]) == [COMPLETE]:
         output("\n".join(_completions(schema, positional, flags)))
@@ -106,7 +106,7 @@ def parse(
     first = positionals[0] if positionals else None
     try:
         tree = read_config(Path(first), problems) if first and positional and positional.is_config else {}
-    except OSError as error:  # a name that is too long, or in a folder that may not be read
+    except OSError as error:  # a name that is too long, or in an unreadable folder
         _end(prog, [explain(error)])
     for word in stray:
         problems.of_arguments(f"{shortened(repr(word))} is one argument too many")
@@ -120,7 +120,7 @@ def parse(
 
 
 def _help_of(topic: str, schema: type, prog: str) -> str:
-    """The help of a section or setting; ends the process where there is none of that name."""
+    """The help of a section or setting; exits if it does not exist."""
     if text := section_help(schema, topic.replace("-", "_")):
         return text
     names = sorted({".".join(path) for path, _ in walk(schema)})
@@ -130,7 +130,7 @@ def _help_of(topic: str, schema: type, prog: str) -> str:
 
 
 def _paths(words: Sequence[str], positional: Positional | None, problems: Problems) -> tuple[str, ...]:
-    """Positional arguments, each with its `~` expanded; what is no path of this machine is left out."""
+    """Positional arguments with `~` expanded; invalid paths are reported and omitted."""
     found = []
     for word in words:
         try:
@@ -156,7 +156,7 @@ def _end(prog: str, problems: Sequence[str]) -> NoReturn:
 
 
 def to_yaml(config: Any) -> str:
-    """The whole config as YAML from which `load` makes an equal one."""
+    """The whole config as YAML, from which `load` restores an equal one."""
     return dump(dataclasses.asdict(config))
 
 

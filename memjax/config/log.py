@@ -1,4 +1,4 @@
-"""Settings of the log: progress lines, trackers, profile."""
+"""Settings of logging: progress lines, trackers and profiles."""
 
 import dataclasses
 from typing import Literal
@@ -13,7 +13,7 @@ class WandbConfig(Section):
     project: NotEmpty[str] = "memjax"
     """The project."""
     name: NotEmpty[str] | None = None
-    """The run's name; null: that of its folder."""
+    """Name of the run; null: that of its folder."""
     mode: Literal["online", "offline"] = "online"
     """offline keeps everything in the run's folder, for `wandb sync`."""
 
@@ -25,7 +25,7 @@ class TrackioConfig(Section):
     project: NotEmpty[str] = "memjax"
     """The project."""
     name: NotEmpty[str] | None = None
-    """The run's name; null: that of its folder."""
+    """Name of the run; null: that of its folder."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +37,7 @@ class ProfileConfig(Section):
     steps: Positive[int] = 5
     """Number of traced steps."""
     top: Positive[int] = 15
-    """Operations in the table."""
+    """Number of operations in the table."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +47,7 @@ class LogConfig(Section):
     progress_seconds: Positive[float] = 5.0
     """Seconds between progress lines."""
     usage_every: Positive[int] = 100
-    """Steps over which slot reads are counted for each set of slot statistics."""
+    """Number of steps over which slot reads are counted for each report of slot statistics."""
     tensorboard: bool = True
     """Also write the metrics for TensorBoard, in the run's folder."""
     wandb: WandbConfig | None = None

@@ -9,14 +9,14 @@ from memjax.config.dtype import DType
 from memjax.config.section import Positive, Section
 
 MOST_KEYS = 32768
-"""Sub-keys per half whose slots 32-bit numbers can count, with room for those that do not exist."""
+"""Maximum number of sub-keys per half: slot indices are 32-bit, and some are reserved for slots that do not exist."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LookupConfig(Section):
-    """A section of the model's settings whose blocks read tables.
+    """Settings of one kind of lookup: blocks that read tables.
 
-    `memjax.memory.kinds` has the layer of each. In a ModelConfig the name of its field is the name of the kind.
+    `memjax.memory.kinds` holds the layer of each kind. The name of the kind is that of its field in ModelConfig.
     """
 
     layers: tuple[int, ...]
@@ -28,7 +28,7 @@ class LookupConfig(Section):
 
     @property
     def num_slots(self) -> int:
-        """Rows in a table."""
+        """Rows of a table."""
         raise NotImplementedError
 
     @property
@@ -37,16 +37,16 @@ class LookupConfig(Section):
         raise NotImplementedError
 
     def tables(self, layer: int) -> tuple[str, ...]:
-        """The names of the tables that a block's lookup reads."""
+        """Names of the tables that the lookup of block `layer` reads."""
         raise NotImplementedError
 
     def width(self, dim: int) -> int:
-        """Columns of the tables, in a model of width dim."""
+        """Columns of the tables in a model of width `dim`."""
         return dim
 
     @property
     def replaces_feed_forward(self) -> bool:
-        """Whether the blocks have no other feed-forward layer."""
+        """Whether the lookup replaces the block's feed-forward layer."""
         return True
 
 
@@ -69,7 +69,7 @@ class ProductKeyConfig(LookupConfig):
     value_init_scale: Positive[float] = 4.0
     """Initial standard deviation of the table, in units of value_dim ** -0.5 (the paper: 1)."""
     shared_table: bool = True
-    """All these layers read one table; false gives each layer its own."""
+    """Share one table between all these layers; false gives each layer its own."""
     table_dtype: DType = "auto"
     """auto: bfloat16 on GPUs, float32 on CPUs."""
 
@@ -102,7 +102,7 @@ Placement = Literal["replace", "parallel"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryConfig(ProductKeyConfig):
-    """Memory layers: which blocks have one, and the sizes of the lookup."""
+    """Memory layers: their blocks, and the sizes of the lookup."""
 
     PLACE = "model.memory"
 
@@ -128,7 +128,7 @@ class MemoryConfig(ProductKeyConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PEERConfig(ProductKeyConfig):
-    """PEER (arXiv:2407.04153): product keys pick experts with a single hidden unit, two table rows each."""
+    """PEER (arXiv:2407.04153): product keys select experts with a single hidden unit, two table rows each."""
 
     layers: tuple[int, ...] = (1,)
     """Blocks (0-based) with a PEER layer in place of the feed-forward layer."""
@@ -139,7 +139,7 @@ class PEERConfig(ProductKeyConfig):
     value_init_scale: Positive[float] = 4.0
     """Initial standard deviation of both tables, in units of model.dim ** -0.5 (the paper: 1)."""
     shared_table: bool = True
-    """All these layers use the same experts; false gives each layer its own."""
+    """Share the experts between all these layers; false gives each layer its own."""
 
     def tables(self, layer: int) -> tuple[str, ...]:
         prefix = "experts" if self.shared_table else f"experts_{layer}"
@@ -148,14 +148,14 @@ class PEERConfig(ProductKeyConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TableSizes:
-    """A table, as the lookups that read it describe it."""
+    """A table as described by the lookups that read it."""
 
     num_slots: int
     """Rows."""
     width: int
     """Columns."""
     picks: int
-    """Rows that each of its readers reads per token."""
+    """Rows that each lookup reads per token."""
     init_scale: float
     """Initial standard deviation, in units of width ** -0.5."""
     dtype: DType

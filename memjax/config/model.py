@@ -1,4 +1,4 @@
-"""The settings of a model, as frozen dataclasses: its sizes, and which kind each block is of."""
+"""The settings of a model, as frozen dataclasses: its sizes, and the kind of each block."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from memjax.config.section import NotNegative, Positive, Section
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertsConfig(Section):
-    """A mixture of experts: several feed-forward layers in a block, of which each token uses a few."""
+    """Mixture of experts: a block has several feed-forward layers, and each token uses a few of them."""
 
     layers: tuple[int, ...] | None = None
     """Blocks (0-based) with experts; null: all blocks that are not in another list."""
@@ -21,9 +21,9 @@ class ExpertsConfig(Section):
     ffn_dim: Positive[int] | None = None
     """Hidden width of an expert; null: model.ffn_dim."""
     routing: Literal["token_choice", "expert_choice"] = "token_choice"
-    """token_choice: each token takes its top_k best experts, and no token is dropped; expert_choice: in training each
-    expert takes its best tokens, the same number for all (arXiv:2202.09368); outside training each token takes its best
-    expert."""
+    """token_choice: each token chooses its top_k best experts, and no token is dropped; expert_choice: in training each
+    expert chooses its best tokens, the same number for all experts (arXiv:2202.09368); outside training each token
+    chooses its best expert."""
     top_k: int = 2
     """Experts per token (token_choice)."""
     renormalize: bool = False
@@ -31,8 +31,8 @@ class ExpertsConfig(Section):
     capacity_factor: float = 1.0
     """Average number of experts per token in training (expert_choice)."""
     aux_loss_weight: NotNegative[float] = 0.01
-    """Weight of the load-balancing loss. That loss is 1 when tokens spread evenly over the experts, and higher when
-    they crowd (with expert_choice: when their own choices would)."""
+    """Weight of the load-balancing loss, which is 1 if tokens are spread evenly over the experts, and higher otherwise.
+    With expert_choice it measures what the tokens' own choices would give."""
     z_loss_weight: NotNegative[float] = 0.001
     """Weight of the router's z-loss, which keeps its logits small."""
 
@@ -52,7 +52,7 @@ class ExpertsConfig(Section):
 
     @property
     def chosen(self) -> int:
-        """Experts that a token chooses; with expert_choice it does so outside of the training only."""
+        """Number of experts that a token chooses; with expert_choice, only outside training."""
         return self.top_k if self.routing == "token_choice" else 1
 
 
@@ -61,21 +61,21 @@ RopeScalingKind = Literal["llama3", "linear", "dynamic", "yarn", "longrope"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RopeScalingConfig(Section):
-    """Slower rotary frequencies, which let a model read longer texts than it was first trained on."""
+    """Slower rotary frequencies, which extend the context beyond the length of pretraining."""
 
     kind: RopeScalingKind = "llama3"
-    """llama3: as Llama 3.1; linear: all frequencies by one factor; dynamic: a larger base for rows beyond
+    """llama3: as in Llama 3.1; linear: all frequencies by one factor; dynamic: a larger base for rows beyond
     original_length (NTK); yarn: slow frequencies only, and sharper attention (arXiv:2309.00071); longrope: a factor per
     frequency, with one list for short rows and one for rows beyond original_length (arXiv:2402.13753)."""
     factor: Positive[float] = 8.0
-    """Divisor of slow frequencies: how much longer texts may become."""
+    """Divisor of slow frequencies: the factor by which texts may become longer."""
     low_freq_factor: Positive[float] = 1.0
     """Frequencies with fewer turns than this within original_length are slow (llama3)."""
     high_freq_factor: float = 4.0
-    """Frequencies with more turns than this within original_length are unchanged; those between are blended
+    """Frequencies with more turns than this within original_length are unchanged; those between are interpolated
     (llama3)."""
     original_length: Positive[int] = 8192
-    """Tokens in the longest texts the model was first trained on."""
+    """Context length of pretraining, in tokens."""
     beta_fast: Positive[float] = 32.0
     """Frequencies with more turns than this within original_length are unchanged (yarn)."""
     beta_slow: Positive[float] = 1.0
@@ -110,12 +110,12 @@ class RopeScalingConfig(Section):
 
 QKNorm = Literal["none", "per_head", "all_heads"]
 MOST_LAYERS = 1000
-"""The most blocks of a model; ten times those of the deepest language models."""
+"""Maximum number of blocks, about ten times that of the deepest language models."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig(Section):
-    """The decoder: Llama's architecture, with memory layers or experts in place of some feed-forward layers."""
+    """The decoder: the Llama architecture, with memory layers or experts in place of some feed-forward layers."""
 
     PLACE = "model"
 
@@ -130,9 +130,9 @@ class ModelConfig(Section):
     head_dim: Positive[int] | None = None
     """Width of an attention head; null: dim / num_heads."""
     attention_bias: bool = False
-    """Biases in the attention projections."""
+    """Use biases in the attention projections."""
     attention_out_bias: bool | None = None
-    """Bias in the output projection; null: as in the others (Qwen 2: false)."""
+    """Use a bias in the attention output projection; null: as attention_bias (Qwen 2: false)."""
     qk_norm: QKNorm = "none"
     """RMSNorm of queries and keys before rotation: per head (Qwen 3), or over all heads
     (OLMo 2)."""
@@ -147,13 +147,14 @@ class ModelConfig(Section):
     rope_free_layers: tuple[int, ...] = ()
     """Blocks (0-based) whose attention has no rotary positions (SmolLM 3)."""
     sliding_window: Positive[int] | None = None
-    """Tokens that a token attends to, itself and those before it; null: all of its document."""
+    """Number of tokens that a token attends to, including itself; null: all earlier ones of its document."""
     norm_eps: Positive[float] = 1e-5
     """Added to the mean square in every RMSNorm."""
     norm_placement: Literal["pre", "post"] = "pre"
-    """RMSNorm on the inputs of attention and feed-forward layer (pre), or on their outputs (post: OLMo 2)."""
+    """Where RMSNorm is applied. pre: to the inputs of attention and feed-forward layers; post: to their outputs
+    (OLMo 2)."""
     tie_embeddings: bool = False
-    """Use the embedding matrix as the output matrix, too."""
+    """Use the embedding matrix as the output matrix."""
     embedding_init_std: Positive[float] | None = 1.0
     """Initial standard deviation of the embedding; null: dim ** -0.5 (the paper)."""
     dtype: DType = "auto"
@@ -186,7 +187,7 @@ class ModelConfig(Section):
             yield from self._kind_problems()
 
     def _rope_problems(self) -> Iterator[str]:
-        """Factors of frequencies that the heads do not have."""
+        """Problems with rope_scaling: frequencies that are all equal, or a wrong number of factors."""
         scaling, half = self.rope_scaling, self.head_width // 2 if self.num_heads > 0 else 0
         if scaling is None:
             return
@@ -199,7 +200,7 @@ class ModelConfig(Section):
                 )
 
     def _kind_problems(self) -> Iterator[str]:
-        """Layers that do not exist or are named twice, and experts that find no layer."""
+        """Blocks that do not exist or are listed twice, and experts without a block."""
         named: dict[int, str] = {}
         for section, layers in self._named_layers().items():
             shown = f"{section}.layers={list(layers)}"
@@ -221,12 +222,12 @@ class ModelConfig(Section):
             )
 
     def _named_layers(self) -> dict[str, tuple[int, ...]]:
-        """The layers that each section lists."""
+        """The blocks that each section lists."""
         named = {kind: section.layers for kind, section in self.lookup_sections.items()}
         return named | ({"experts": self.experts.layers or ()} if self.experts else {})
 
     def kind(self, layer: int) -> str:
-        """The kind of a block: `dense`, or the section that takes the feed-forward layer's place."""
+        """The kind of a block: `dense`, or the section that replaces its feed-forward layer."""
         for kind, layers in self._named_layers().items():
             if layer in layers:
                 section = self.lookup_sections.get(kind)
@@ -239,13 +240,13 @@ class ModelConfig(Section):
 
     @property
     def lookup_sections(self) -> dict[str, LookupConfig]:
-        """The sections of the kinds of lookups that the model has."""
+        """The sections of the lookups that the model has, by kind."""
         sections = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {kind: section for kind, section in sections.items() if isinstance(section, LookupConfig)}
 
     @property
     def lookups(self) -> dict[int, LookupConfig]:
-        """The lookup of each block that has one, kind by kind."""
+        """The lookup section of each block that has one, grouped by kind."""
         return {layer: section for section in self.lookup_sections.values() for layer in section.layers}
 
     @property
@@ -270,7 +271,7 @@ class ModelConfig(Section):
 
     @property
     def kv_heads(self) -> int:
-        """Key and value heads of the attention."""
+        """Number of key and value heads."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
@@ -280,10 +281,10 @@ class ModelConfig(Section):
 
     @property
     def value_dim(self) -> int:
-        """Width of a row of the memories' tables (dim where there is no memory)."""
+        """Width of a memory table's row; `dim` if there is no memory."""
         return (self.memory and self.memory.value_dim) or self.dim
 
     @property
     def expert_dim(self) -> int:
-        """Hidden width of an expert of `experts`."""
+        """Hidden width of an expert."""
         return (self.experts and self.experts.ffn_dim) or self.ffn_dim

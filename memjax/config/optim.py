@@ -10,19 +10,19 @@ from memjax.config.section import BelowOne, NotNegative, Positive, Section, Shar
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig(Section):
-    """A learning rate over the steps of a run."""
+    """A learning-rate schedule."""
 
     lr: NotNegative[float]
     """Peak learning rate."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     """Learning rate after the warm-up: cosine decay, constant, or (wsd: warm-up, stable, decay) constant with a linear
-    decay over the last decay_steps, so that a run can be continued from before its decay to other lengths."""
+    decay over the last decay_steps; a wsd run can be continued to other lengths from before its decay."""
     warmup_steps: NotNegative[int | float] = 0.067
-    """Steps over which the rate rises from 0; below 1: a fraction of train.steps."""
+    """Steps over which the rate rises linearly from 0; below 1: a fraction of train.steps."""
     final_fraction: Share[float] = 0.05
     """Final rate of a cosine or wsd schedule, as a fraction of lr."""
     decay_steps: NotNegative[int | float] = 0.2
-    """Last steps of a wsd schedule, over which the rate falls; below 1: a fraction of train.steps."""
+    """Final steps of a wsd schedule, over which the rate falls; below 1: a fraction of train.steps."""
 
     def problems(self) -> Iterator[str]:
         for name, value in (("warmup_steps", self.warmup_steps), ("decay_steps", self.decay_steps)):
@@ -30,11 +30,11 @@ class ScheduleConfig(Section):
                 yield f"{name}={value} must be a whole number of steps, or a fraction of them below 1"
 
     def warmup_of(self, steps: int) -> int:
-        """Warm-up steps of a run with that many steps."""
+        """Number of warm-up steps in a run of `steps` steps."""
         return _steps(self.warmup_steps, steps)
 
     def decay_of(self, steps: int) -> int:
-        """Decay steps of a run with that many steps: at most what the warm-up leaves."""
+        """Number of decay steps in a run of `steps` steps, at most those left by the warm-up."""
         return min(_steps(self.decay_steps, steps), max(0, steps - self.warmup_of(steps)))
 
 
@@ -44,7 +44,7 @@ def _steps(wanted: int | float, steps: int) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TableOptimConfig(ScheduleConfig):
-    """The optimizer of the value tables; it touches only the rows that were read."""
+    """The optimizer of the value tables; it updates only the rows that were read."""
 
     lr: NotNegative[float] = 5e-2
     """Peak learning rate of the tables."""
@@ -66,7 +66,7 @@ class TableOptimConfig(ScheduleConfig):
 
     @property
     def is_dense(self) -> bool:
-        """Whether the table is differentiated as a whole."""
+        """Whether the gradient of the whole table is computed."""
         return self.optimizer.startswith("dense_")
 
     def columns_per_state(self, value_dim: int) -> int:
@@ -89,17 +89,19 @@ class OptimConfig(ScheduleConfig):
     weight_decay: NotNegative[float] = 0.01
     """Decoupled weight decay of matrices; norms, biases and tables have none."""
     max_grad_norm: Positive[float] | None = 1.0
-    """Largest norm of the dense gradient; null: no clipping."""
+    """Maximum norm of the dense gradient; null: no clipping."""
     clip_tables: Literal["joint", "separate"] | None = None
-    """Clip the gradients of tables, too. joint: max_grad_norm limits one norm over all gradients; separate: it limits
-    the norm of the dense gradient and that of all tables (as the paper's code does). Measuring the norm takes as long
-    as updating the tables. null: only the dense gradient; rowwise_adam depends little on the gradient's scale."""
+    """Also clip the gradients of tables. joint: max_grad_norm limits one norm over all gradients; separate: it limits
+    the norm of the dense gradient and, separately, that of all tables (as in the paper's code). Measuring the norm
+    takes as long as updating the tables. null: clip only the dense gradient; rowwise_adam depends little on the
+    gradient's scale."""
     key_lr_factor: NotNegative[float] = 0.2
-    """Learning rate of memory keys and query projections, as a fraction of lr; slow keys spread the reads."""
+    """Learning rate of memory keys and query projections, as a fraction of lr; slow keys spread reads over more
+    slots."""
     ema_decay: BelowOne[float] | None = None
     """Decay of an exponential moving average of the dense parameters, such as 0.999; in the first steps it is
     (n - 1) / (n + 8). Checkpoints also store the average, and the option `ema` of evaluate, generate, serve and convert
-    reads it. Tables are not averaged: that would write whole tables at every step. null: none."""
+    uses it. Tables are not averaged: that would write whole tables at every step. null: none."""
     skip_step_sigma: Positive[float] | None = None
     """Skip the update of a step whose loss or gradient norm exceeds the mean of the last 128 by more than this many
     standard deviations (6 is common); null: never. `train/skipped_steps` counts them."""

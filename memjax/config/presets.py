@@ -1,25 +1,25 @@
-"""The configs shipped with memjax, by name: `wiki_text` is configs/wiki_text.yaml of a checkout or of the wheel."""
+"""The configs shipped with memjax, by name: `wiki_text` is configs/wiki_text.yaml in a checkout or a wheel."""
 
 from pathlib import Path
 
 RECIPE = "paper"
-"""The base of the presets of the paper's models; no model of its own."""
+"""The base of the presets of the paper's models; not a model itself."""
 
 _PACKAGE = Path(__file__).parents[1]
 
 
 def folder() -> Path:
-    """Where they are: inside an installed package, next to it in a checkout."""
+    """The folder of the presets: inside an installed package, beside it in a checkout."""
     inside = _PACKAGE / "configs"
     return inside if inside.is_dir() else _PACKAGE.parent / "configs"
 
 
 def names() -> list[str]:
-    """The names, sorted."""
+    """All names, sorted."""
     return sorted(path.stem for path in folder().glob("*.yaml"))
 
 
 def find(word: str | Path) -> Path | None:
-    """The file of a preset; None for what is no preset's name, with or without .yaml."""
+    """The file of a preset, named with or without .yaml; None if there is no such preset."""
     name = str(word).removesuffix(".yaml")
     return folder() / f"{name}.yaml" if name in names() else None

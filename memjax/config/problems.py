@@ -1,4 +1,4 @@
-"""Collect the problems of a config, each with the place where the setting was written, and a hint."""
+"""Collects the problems of a config, each with the place of the setting, and a hint."""
 
 import dataclasses
 import difflib
@@ -12,10 +12,10 @@ from memjax.config.schema import FieldPath, field_type, in_words, printable, sec
 from memjax.errors import MOST_SHOWN
 
 _COMMAND_LINE = "command line"
-"""The place of a problem that is not in a file."""
+"""The place of problems that are not in a file."""
 
 _SECTIONS_ELSEWHERE = {"moe": "experts"}
-"""What sections are called in other programs, and in the names of presets."""
+"""Names of sections in other programs and in the names of presets."""
 
 
 class Problems:
@@ -24,28 +24,28 @@ class Problems:
     def __init__(self, schema: type) -> None:
         self.schema = schema
         self.places: dict[FieldPath, str] = {}
-        """Where each setting that is in force was written."""
+        """Where the final value of each setting was written."""
         self.lines: list[str] = []
         self.flags: list[str] = []
-        """Options of the command line that are no settings."""
+        """Options of the command line that are not settings."""
         self._num_unknown = 0
         self._known = {".".join(path): section_of(annotation) is not None for path, annotation in walk(schema)}
 
     def add(self, place: str, problem: str) -> None:
-        """Takes a problem and where it is."""
+        """Adds a problem at a place."""
         self.lines.append(f"{place}: {problem}")
 
     def of_arguments(self, problem: str) -> None:
-        """Takes a problem of the command line."""
+        """Adds a problem of the command line."""
         self.add(_COMMAND_LINE, problem)
 
     def nearest(self, path: FieldPath) -> str:
-        """Where a setting was written, or else the section that it is in."""
+        """Where a setting was written, or else the innermost section around it that was."""
         lengths = range(len(path), -1, -1)
         return next((self.places[path[:size]] for size in lengths if path[:size] in self.places), _COMMAND_LINE)
 
     def unknown(self, path: FieldPath, *, is_section: bool, place: str) -> None:
-        """Takes a name that is no setting's."""
+        """Adds the problem of an unknown setting."""
         name = ".".join(path)
         if name in self._known:
             self.add(place, f"{name}: write sections as indented lines, not with dots")
@@ -54,17 +54,18 @@ class Problems:
             self.add(place, f"{name} is now {new_name(name)}")
             return
         self._num_unknown += 1
-        # Each hint compares the name with every setting; a file of thousands of unknown names is no misspelt config.
+        # Each hint compares the name with every setting, and a file of thousands of unknown names is not a misspelt
+        # config.
         hint = did_you_mean(self._similar(path, is_section)) if self._num_unknown <= MOST_SHOWN else ""
         self.add(place, f"{shortened(printable(name))}: unknown setting{hint}")
 
     def invalid(self, item: Any) -> None:
-        """Takes a value that does not fit its field, as pydantic describes it."""
+        """Adds a value that does not fit its field, as described by pydantic."""
         path = tuple(part for part in item["loc"] if isinstance(part, str))
         dotted = "".join(f".{part}" if isinstance(part, str) else f"[{part}]" for part in item["loc"]).lstrip(".")
         if item["type"] == "value_error":
             for line in str(item["ctx"]["error"]).splitlines():
-                # Of the fields in the message, the first that was written is the one to look at.
+                # The first field in the message that was set explicitly is the likely culprit.
                 named = [(*path, *name.split(".")) for name in re.findall(r"([a-z_][\w.]*)=", line)]
                 place = next((self.places[field] for field in named if field in self.places), self.nearest(path))
                 joint = "" if not dotted else "." if re.match(r"[a-z_][\w.]*=", line) else ": "
@@ -89,10 +90,10 @@ class Problems:
         self.add(self.nearest(path), problem)
 
     def _similar(self, path: FieldPath, is_section: bool) -> list[str]:
-        """The setting that is meant most likely; empty where none is similar.
+        """The setting most likely meant, in a list; empty if none is similar.
 
-        The dotted paths are compared as a whole, so that a misspelt section does not lead into another one. A name
-        that exists in another section only is looked for there.
+        Dotted paths are compared as a whole, so that a misspelt section does not suggest another one. A name that
+        exists only in another section is found there.
         """
         path = tuple(_SECTIONS_ELSEWHERE.get(part, part) for part in path)
         same_kind = [name for name, section in self._known.items() if section == is_section] + self.flags
@@ -108,7 +109,7 @@ class Problems:
 
 
 def _first_required(annotation: Any) -> str:
-    """The end of an option that sets a section, which is that of its first setting without a default; else empty."""
+    """The suffix that makes a section's option name its first required setting; empty if there is none."""
     section = section_of(annotation)
     fields = dataclasses.fields(section) if section else ()
     missing = dataclasses.MISSING
@@ -116,11 +117,11 @@ def _first_required(annotation: Any) -> str:
 
 
 def close(name: str, names: Sequence[str], *, last: str = "") -> list[str]:
-    """The most similar of some names, in a list; the `last` part of a dotted name must be similar too."""
+    """The most similar of several names, in a list; the `last` part of a dotted name must also be similar."""
 
     def similarity(other: str) -> float:
         leaf = other.rpartition(".")[2]
-        if last and _ratio(leaf, last) < 0.6:  # a long path in common would hide that the names are different
+        if last and _ratio(leaf, last) < 0.6:  # a long common path would hide that the names differ
             return 0.0
         is_near = last and (leaf == last or other.rpartition(".")[0] == name.rpartition(".")[0])
         return _ratio(other, name) + (0.06 if is_near else 0.0)
@@ -128,7 +129,7 @@ def close(name: str, names: Sequence[str], *, last: str = "") -> list[str]:
     found = max(names, key=similarity, default="")
     if not found or similarity(found) < 0.72:
         return []
-    # Of sections that have the same setting and are about as similar, the first one.
+    # Among sections with the same setting and about the same similarity, take the first.
     leaf, limit = found.rpartition(".")[2], similarity(found) - 0.05
     return [next(name for name in names if name.rpartition(".")[2] == leaf and similarity(name) >= limit)]
 
@@ -138,5 +139,5 @@ def _ratio(one: str, other: str) -> float:
 
 
 def did_you_mean(names: Sequence[str]) -> str:
-    """The end of a message that proposes some names; empty where there are none."""
+    """The end of a message that suggests names; empty if there are none."""
     return f"; did you mean {' or '.join(repr(name) for name in names)}?" if names else ""

@@ -1,4 +1,4 @@
-"""Renamed settings, so that files written by earlier versions can be read."""
+"""Renamed settings, for reading files written by earlier versions."""
 
 import copy
 from typing import Any
@@ -16,14 +16,14 @@ RENAMED = {
     "processes.silence_timeout": "heartbeat_timeout",
     "train.accumulate": "grad_accum_steps",
 }
-"""The new name in the same section, by the old name with its sections; sections come before what is in them."""
+"""New name within the same section, by full old name; sections come before their settings."""
 
 RENAMED_VALUES: dict[str, dict[str | bool, str]] = {
     "mesh.row_grad_reduce": {"factored": "all_gather", "dense": "all_reduce"},
     "model.memory.placement": {"beside": "parallel"},
     "model.qk_norm": {False: "none", True: "per_head"},
 }
-"""The new value by the old one, by the setting."""
+"""For each setting, the new values by old value."""
 
 
 def new_name(name: str) -> str:
@@ -40,7 +40,7 @@ def new_value(setting: str, value: Any) -> str | None:
 
 
 def upgraded(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run of an earlier version, with their names and values of today."""
+    """The settings of a run of an earlier version, with current names and values."""
     config = copy.deepcopy(config)
     for old, new in RENAMED.items():
         section, name = _section(config, old)
@@ -54,7 +54,7 @@ def upgraded(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _section(config: dict[str, Any], setting: str) -> tuple[dict[str, Any], str]:
-    """The section that a setting is in, empty where there is none, and its name there."""
+    """The section that contains a setting (empty if absent), and the setting's name within it."""
     *path, name = setting.split(".")
     section: Any = config
     for part in path:

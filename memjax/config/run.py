@@ -1,4 +1,4 @@
-"""The config of a run: all sections, and the rules between sections."""
+"""The config of a run: all sections, and the rules that involve several of them."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from memjax.config.training import CheckpointConfig, EvalConfig, TrainConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RunFolderConfig(Section):
-    """Where the run is stored, and what makes it repeatable."""
+    """Where the run is stored, and how reproducible it is."""
 
     dir: LocalPath[str] = "runs/quickstart"
     """The run's folder; starting with the same folder again resumes the run."""
@@ -26,12 +26,12 @@ class RunFolderConfig(Section):
     seed: int = 0
     """Seed of the initialisation, the data order and the stochastic rounding."""
     deterministic: bool = False
-    """Bit-for-bit repeatable runs on GPUs, with XLA's deterministic kernels and attention in chunks: slower, especially
-    with long rows."""
+    """Make runs on GPUs bit-for-bit reproducible, with XLA's deterministic kernels and chunked attention: slower,
+    especially with long rows."""
     compile_cache: LocalPath[str] | None = "auto"
-    """Folder that caches compiled programs for the next start. auto: memjax/compiled in the user's cache folder, at
-    most 2 GB; the environment variable MEMJAX_COMPILE_CACHE, which commands that run a model read, names another
-    folder, or off. null: no cache."""
+    """Folder that caches compiled programs for later starts. auto: memjax/compiled in the user's cache folder, at most
+    2 GB, or the folder in the environment variable MEMJAX_COMPILE_CACHE (`off` disables the cache), which all commands
+    that run a model read. null: no cache."""
 
     def problems(self) -> Iterator[str]:
         if self.mirror and self.mirror.startswith(("http://", "https://")):
@@ -55,9 +55,9 @@ class RunConfig(Section):
 
     @property
     def attention(self) -> str:
-        """The attention that is asked for, or auto.
+        """The attention implementation to use, or auto.
 
-        XLA (0.11) ends a program that asks for repeatable bits by an error where cuDNN's attention is in it.
+        With deterministic kernels, XLA (0.11) raises an error for programs with cuDNN's attention.
         """
         return "chunked" if self.run.deterministic else self.train.attention
 
@@ -96,7 +96,7 @@ class RunConfig(Section):
         yield from _tensor_axis_problems(model, mesh.tensor)
 
     def _too_many_picks(self) -> Iterator[str]:
-        """Why the picks of a step cannot be sorted at once."""
+        """The problem of a step with too many reads to sort at once."""
         if self.mesh.row_grad_reduce != "all_gather" or self.optim.table.is_dense:
             return
         of_token = max((len(table.readers) * table.picks for table in self.model.tables.values()), default=0)
@@ -109,7 +109,7 @@ class RunConfig(Section):
 
 
 def _tensor_axis_problems(model: ModelConfig, tensor: int) -> Iterator[str]:
-    """Why the dense blocks cannot be split over the tensor axis."""
+    """Reasons why the dense blocks cannot be split over the tensor axis."""
     sizes = {"num_heads": model.num_heads, "vocab_size": model.vocab_size}
     if model.num_kv_heads is not None:
         sizes["num_kv_heads"] = model.num_kv_heads
@@ -125,14 +125,14 @@ def _tensor_axis_problems(model: ModelConfig, tensor: int) -> Iterator[str]:
 
 
 _MIN_COLUMNS_PER_DEVICE = 64
-"""Narrower shards would read table rows in pieces too short for the memory's bandwidth."""
+"""Narrower shards would read pieces of rows too short to use the memory bandwidth."""
 
 _MOST_DEVICES = 1 << 16
-"""The largest memory axis that is proposed."""
+"""The largest memory axis that messages suggest."""
 
 
 def _memory_axis_problems(value_dim: int, memory_axis: int, table: TableOptimConfig) -> Iterator[str]:
-    """Why rows of value_dim columns cannot be split over the memory axis."""
+    """Reasons why rows of value_dim columns cannot be split over the memory axis."""
     most = max(1, value_dim // _MIN_COLUMNS_PER_DEVICE)
     if memory_axis > 1 and (memory_axis > most or value_dim % memory_axis):
         legal = [axis for axis in range(1, min(most, _MOST_DEVICES) + 1) if value_dim % axis == 0]

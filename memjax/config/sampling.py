@@ -1,4 +1,4 @@
-"""Settings of the sampling of tokens."""
+"""Sampling settings."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from memjax.config.section import NotNegative, Positive, Section
 
 
-# Without slots, so that the settings of a command can inherit from it and from another class.
+# Without slots, so that a command's settings can inherit from this and another class.
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig(Section):
     """How the next token is chosen."""
@@ -14,16 +14,16 @@ class SamplingConfig(Section):
     temperature: NotNegative[float] = 0.0
     """0: greedy; 1: the model's own probabilities."""
     top_k: Positive[int] | None = None
-    """Sample from this many of the likeliest tokens; null: all."""
+    """Sample from this many most likely tokens; null: all."""
     top_p: float = 1.0
-    """Sample from the smallest set of likeliest tokens with this total probability, after top_k."""
+    """Sample from the smallest set of most likely tokens with this total probability, after top_k."""
     repetition_penalty: float = 1.0
     """Divisor of the positive logits of tokens already in the text, and factor on negative ones (arXiv:1909.05858);
     0.01 to 100."""
     frequency_penalty: float = 0.0
-    """Subtracted from the logit of a token for each time that it was generated before; -2 to 2."""
+    """Subtracted from a token's logit for each time it was generated before; -2 to 2."""
     presence_penalty: float = 0.0
-    """Subtracted once from the logit of every token that was generated before; -2 to 2."""
+    """Subtracted once from the logit of every token generated before; -2 to 2."""
     seed: int = 0
     """Seed of the sampling; the same seed gives the same text."""
 

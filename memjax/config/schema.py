@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 FieldPath = tuple[str, ...]
-"""Where a field is: the names of its sections and its own."""
+"""The path of a field: the names of its sections, then its own."""
 
 
 @functools.cache
 def field_types(section: type, include_extras: bool = False) -> dict[str, Any]:
-    """The type of each field of a section, with the ranges that it names where those are asked for."""
+    """The type of each field of a section; include_extras keeps the annotated ranges."""
     hints = typing.get_type_hints(section, include_extras=include_extras)
     return {field.name: hints[field.name] for field in dataclasses.fields(section)}
 
@@ -29,20 +29,20 @@ def unwrap(annotation: Any) -> tuple[Any, bool]:
 
 
 def section_of(annotation: Any) -> type | None:
-    """The section that a field holds, also one that may be null; None for a setting."""
+    """The section that a field holds, even if it may be null; None for a setting."""
     inner, _ = unwrap(annotation)
     return inner if isinstance(inner, type) and dataclasses.is_dataclass(inner) else None
 
 
 def item_section_of(annotation: Any) -> type | None:
-    """The section that each item of a list is; None for lists of settings and for what is no list."""
+    """The section type of a list's items; None for lists of settings and for other types."""
     inner, _ = unwrap(annotation)
     items = typing.get_args(inner)
     return section_of(items[0]) if items and typing.get_origin(inner) is tuple else None
 
 
 def walk(section: type, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
-    """Every field of a section and of the sections in it, with its type."""
+    """Yields every field of a section and of nested sections, with its type."""
     for name, annotation in field_types(section).items():
         yield (*path, name), annotation
         if deeper := section_of(annotation):
@@ -50,7 +50,7 @@ def walk(section: type, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]
 
 
 def field_type(section: type, path: FieldPath, *, in_items: bool = False) -> Any:
-    """The type of a field, also one of a list's items if those are asked for; None where there is no such field."""
+    """The type of a field; in_items also finds fields of list items. None if there is no such field."""
     annotation: Any = section
     for name in path:
         inner = section_of(annotation) or (item_section_of(annotation) if in_items else None)
@@ -59,7 +59,7 @@ def field_type(section: type, path: FieldPath, *, in_items: bool = False) -> Any
 
 
 def show(value: Any) -> str:
-    """A value as it stands in YAML, on one line."""
+    """A value as YAML on one line."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, dict):
@@ -70,12 +70,12 @@ def show(value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with control characters and undecodable bytes escaped, so that a terminal shows it and does nothing."""
+    """The text with control characters and undecodable bytes escaped, so that it cannot control a terminal."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def shortened(text: str) -> str:
-    """The text, cut where it is longer than a message should be."""
+    """The text, truncated if it is too long for a message."""
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text):,} characters)"
 
 
@@ -86,11 +86,11 @@ PLAIN_TYPES: dict[Any, tuple[str, str]] = {
     bool: ("true or false", "BOOL"),
     str: ("text, in quotes if it looks like a number", "TEXT"),
 }
-"""Types of settings, in words and as help abbreviates them."""
+"""Types of settings, in words and as placeholders in the help."""
 
 
 def in_words(annotation: Any) -> str:
-    """The rule of a field's type, for messages."""
+    """Describes a field's type, for messages."""
     inner, optional = unwrap(annotation)
     arguments = typing.get_args(inner)
     if typing.get_origin(inner) is Literal:

@@ -1,4 +1,4 @@
-"""The base of all settings, and the ranges that fields name in their types: `steps: Positive[int] = 750`."""
+"""The base class of all settings, and types that give fields a range: `steps: Positive[int] = 750`."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -14,19 +14,19 @@ NotEmpty = Annotated[Value, checks.not_empty]
 Share = Annotated[Value, checks.share]
 """From 0 to 1."""
 BelowOne = Annotated[Value, checks.below_one]
-"""From 0 to 1, without 1."""
+"""From 0 to below 1."""
 LocalPath = Annotated[Value, checks.local]
-"""A path of this machine, or several; `~` is expanded."""
+"""A local path, or several; `~` is expanded."""
 PathOrAddress = Annotated[Value, checks.local_or_remote]
 """The same, or an address such as gs://bucket/run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
-    """Settings that are checked when they are made: their types, then the ranges of fields and `problems`."""
+    """Settings, checked on construction: the types of fields, then their ranges and `problems`."""
 
     PLACE: ClassVar[str | None] = None
-    """Where the fields are in a run's config, for values that were renamed."""
+    """The section's path in a run's config, to recognise renamed values."""
 
     def __post_init__(self) -> None:
         checks.typed(self, self.PLACE)
@@ -43,7 +43,7 @@ Settings = TypeVar("Settings", bound=Section)
 
 
 def replaced(config: Settings, changes: Mapping[str, Any]) -> Settings:
-    """The config with some settings changed, by their dotted names: all at once, since some are right only together."""
+    """The config with settings changed by dotted name, all at once, since some are only valid together."""
     own: dict[str, Any] = {}
     of_sections: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
@@ -57,11 +57,11 @@ def replaced(config: Settings, changes: Mapping[str, Any]) -> Settings:
 
 
 def with_settings(owner: type, config: Settings, settings: Mapping[str, Any]) -> Settings:
-    """The settings of a layer: a section of the config with some fields replaced.
+    """The settings of a layer: a section with fields replaced by keyword arguments.
 
     Raises:
-        TypeError: there is no such field, or config is no section.
-        ValueError: a value is out of its range.
+        TypeError: there is no such field, or config is not a section.
+        ValueError: a value is out of range.
     """
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise TypeError(f"{owner.__name__}: config={config!r} must be an object with settings, as MemoryConfig()")

@@ -1,4 +1,4 @@
-"""Settings of the training loop, its checkpoints and its evaluations."""
+"""Settings of the training loop, checkpoints and evaluations."""
 
 import dataclasses
 import re
@@ -15,12 +15,13 @@ class TrainConfig(Section):
     steps: Positive[int] = 750
     """Number of optimizer steps."""
     init_from: PathOrAddress[str] | None = None
-    """Folder or URL of a run whose parameters, tables and tokenizer (of its latest checkpoint) training starts from;
-    all shapes must match. A run with a checkpoint of its own resumes from that instead. null: random parameters."""
+    """Folder or URL of a run; training starts from the parameters, tables and tokenizer of its latest checkpoint, and
+    all shapes must match. A run that has its own checkpoint resumes from that instead. null: random parameters."""
     grad_accum_steps: Positive[int] = 1
     """Micro-batches per step."""
     remat: Literal["none", "dots", "block"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, or whole blocks; never the lookups."""
+    """What the backward pass recomputes: nothing, everything but matrix products, or whole blocks; never the
+    lookups."""
     attention: Literal["auto", "cudnn", "chunked"] = "auto"
     """cudnn: the fused kernel of NVIDIA GPUs, for 16-bit types; chunked: on any device, a chunk of queries at a time;
     auto: cudnn where it runs."""
@@ -39,8 +40,8 @@ class CheckpointConfig(Section):
     verify: bool = True
     """Verify the digest of every array when it is read."""
     tables: str = "always"
-    """Which checkpoints contain the tables and their optimizer state. always: all; 'every N': every N-th of the
-    periodic ones, and all others. A checkpoint without tables is small, but training cannot resume from it."""
+    """Which checkpoints contain the tables and their optimizer state. always: all; 'every N': every N-th periodic one,
+    and all that are not periodic. A checkpoint without tables is small, but training cannot resume from it."""
 
     def problems(self) -> Iterator[str]:
         if not re.fullmatch(r"always|every 0*[1-9]\d*", self.tables):
@@ -51,7 +52,7 @@ class CheckpointConfig(Section):
 
     @property
     def steps_between_tables(self) -> int:
-        """Periodic checkpoints at multiples of this step hold the tables."""
+        """Periodic checkpoints at multiples of this step contain the tables."""
         return self.every * int(self.tables.removeprefix("every ") if self.tables != "always" else 1)
 
 
@@ -71,13 +72,13 @@ class EvalConfig(Section):
     questions: LocalPath[tuple[str, ...]] = ()
     """Question sets to evaluate during training, as in `questions` of `python -m memjax.evaluate`."""
     tasks: tuple[str, ...] = ()
-    """Tasks of lm-eval to evaluate during training, as in `tasks` of `python -m memjax.evaluate`."""
+    """lm-eval tasks to evaluate during training, as in `tasks` of `python -m memjax.evaluate`."""
     task_folder: LocalPath[str] | None = None
-    """Folder with tasks as YAML files; only these are then known."""
+    """Folder with task definitions as YAML files, which replace lm-eval's own tasks."""
     questions_every: Positive[int] = 1000
     """Steps between evaluations on questions and tasks; the last step is always evaluated."""
     question_limit: Positive[int] | None = 200
-    """Most questions per set and documents per task; null: all."""
+    """Maximum number of questions per set and documents per task; null: all."""
 
     def problems(self) -> Iterator[str]:
         if self.task_folder is not None and not self.tasks:

@@ -1,4 +1,4 @@
-"""Validate a tree of settings into a config, and report all problems together."""
+"""Validates a tree of settings into a config, and reports all problems together."""
 
 import functools
 import json
@@ -17,12 +17,12 @@ from memjax.errors import ConfigError
 
 
 def validate(tree: Tree, settings: Sequence[tuple[schema.FieldPath, str]], problems: Problems) -> Any:
-    """The config of a tree with settings of the command line on top.
+    """The config of a tree, overridden by command-line settings.
 
     Raises:
-        ConfigError: with every problem of files, command line and values.
+        ConfigError: lists all problems of files, command line and values.
     """
-    # One after the other, because `--model.memory null --model.memory.num_keys 8` starts from the defaults again.
+    # In order, because `--model.memory null --model.memory.num_keys 8` starts from the defaults again.
     for path, text in settings:
         problems.places[path] = "command line"
         value = from_text(text, path, problems)
@@ -31,7 +31,7 @@ def validate(tree: Tree, settings: Sequence[tuple[schema.FieldPath, str]], probl
     tree = _without_undecodable(tree, (), problems)
     config = None
     try:
-        # JSON is what pydantic reads strictly and yet turns lists into tuples and 1 into 1.0 from.
+        # From JSON, pydantic in strict mode still converts lists to tuples and 1 to 1.0.
         config = pydantic.TypeAdapter(problems.schema).validate_json(json.dumps(tree), strict=True)
     except pydantic.ValidationError as error:
         for item in error.errors(include_url=False):
@@ -54,7 +54,7 @@ def _refuse_unknown(section: type, tree: Tree, path: schema.FieldPath, problems:
 
 
 def _refuse_unknown_in_items(section: type, items: list[Any], path: schema.FieldPath, problems: Problems) -> None:
-    """Items are whole: a section of a list has no sections in it."""
+    """Reports unknown settings of list items, which have no nested sections."""
     known = list(schema.field_types(section))
     for number, item in enumerate(items):
         for name in item if isinstance(item, dict) else ():
@@ -65,12 +65,12 @@ def _refuse_unknown_in_items(section: type, items: list[Any], path: schema.Field
 
 
 def _without_undecodable(value: Any, path: schema.FieldPath, problems: Problems) -> Any:
-    """The tree without text that UTF-8 cannot express (lone surrogates, undecodable bytes of the command line)."""
+    """The tree without text that UTF-8 cannot encode (lone surrogates, undecodable bytes of the command line)."""
     if isinstance(value, dict):
         return {
             name: _without_undecodable(inner, (*path, name), problems)
             for name, inner in value.items()
-            if _is_encodable(name)  # else it is an unknown setting, which was refused
+            if _is_encodable(name)  # otherwise it is an unknown setting, already reported
         }
     if isinstance(value, list):
         return [_without_undecodable(inner, path, problems) for inner in value]

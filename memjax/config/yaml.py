@@ -16,7 +16,7 @@ from ruamel.yaml.representer import SafeRepresenter
 
 class _Composer(Composer):
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
-        """The next node; a tag, an anchor or an alias is refused."""
+        """Composes the next node; rejects tags, anchors and aliases."""
         event = self.parser.peek_event()
         if isinstance(event, AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
             what = "tags (!) and anchors (&, *) are not allowed; quote the text, or use `extends:`"
@@ -26,7 +26,7 @@ class _Composer(Composer):
 
 class _Representer(SafeRepresenter):
     def ignore_aliases(self, data: Any) -> bool:
-        """No value is ever written as a reference to another."""
+        """Disables aliases, so that every value is written out."""
         return True
 
 
@@ -41,12 +41,12 @@ _Representer.add_representer(
 
 
 def compose(text: str) -> Node | None:
-    """The document as nodes with their places; None where it is empty.
+    """The document as nodes with their places; None if it is empty.
 
     Raises:
         YAMLError: it is not YAML 1.2, or uses tags, anchors or aliases.
     """
-    if re.search(r"^%YAML[ \t]+1\.[01]\b", text, re.MULTILINE):  # where 012 is ten, and `no` is false
+    if re.search(r"^%YAML[ \t]+1\.[01]\b", text, re.MULTILINE):  # in which 012 is ten and `no` is false
         raise ComposerError(None, None, "this is read as YAML 1.2; take the %YAML line out", None)
     yaml = YAML(typ="safe", pure=True)
     yaml.Composer = _Composer
@@ -54,7 +54,7 @@ def compose(text: str) -> Node | None:
 
 
 def dump(tree: dict[str, Any]) -> str:
-    """Text from which `compose` makes the same tree."""
+    """The YAML of a tree, which `compose` reads back unchanged."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = _Representer
     yaml.default_flow_style, yaml.allow_unicode, yaml.width = False, True, 10_000
@@ -74,21 +74,21 @@ _CONSTRUCTORS = {
 
 
 def scalar(node: ScalarNode) -> Any:
-    """The value of a word: null, true, false or a finite number; anything else, dates included, is text."""
+    """The value of a scalar: null, true, false or a finite number; anything else, including dates, is text."""
     try:
         value = _CONSTRUCTORS[node.tag](node)
     except (KeyError, ValueError):  # ValueError: underscores without digits, more digits than Python reads
         return node.value
     is_small = isinstance(value, float) and abs(value) < 1e40
     if is_small and value.is_integer() and re.fullmatch(r"[+-]?[0-9]+[eE][+]?[0-9]+", node.value):
-        value = int(decimal.Decimal(node.value))  # 1e6 steps are whole steps; a field for other numbers takes them, too
-    # What overflows stays text, so that the validation refuses it with its name.
+        value = int(decimal.Decimal(node.value))  # so that integer fields accept 1e6; float fields accept integers too
+    # Numbers that overflow stay text, so that validation rejects them by name.
     fits = math.isfinite(value) if isinstance(value, float) else isinstance(value, int) and abs(value) < 10**40
     return value if value is None or fits else node.value
 
 
 def why_invalid(error: MarkedYAMLError) -> str:
-    """The error of invalid YAML in words, with the likely cause."""
+    """Explains a YAML error, with its likely cause."""
     problem = error.problem or "it cannot be read"
     if problem.startswith("but "):
         problem = f"{error.context}, {problem}"

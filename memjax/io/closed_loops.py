@@ -1,4 +1,4 @@
-"""Hides tracebacks of TensorStore, whose threads report failed writes to an event loop that the first has closed."""
+"""Hides tracebacks of TensorStore threads that report failed writes to an event loop closed by the first failure."""
 
 import sys
 import threading
@@ -6,19 +6,19 @@ from types import TracebackType
 
 
 def hide() -> None:
-    """Keeps this process from printing them among its uncaught errors."""
+    """Installs hooks that hide these tracebacks."""
     sys.excepthook = _excepthook
     sys.unraisablehook = unraisablehook
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    # In the main thread it ends the program, which must say why.
+    # In the main thread the error ends the program, which must say why.
     if threading.current_thread() is threading.main_thread() or not _is_closed_loop(error):
         sys.__excepthook__(kind, error, trace)
 
 
 def unraisablehook(unraisable: "sys.UnraisableHookArgs") -> None:
-    """The hook for errors that could not be raised, once `hide` was called."""
+    """The `sys.unraisablehook` that `hide` installs."""
     if not _is_closed_loop(unraisable.exc_value):
         sys.__unraisablehook__(unraisable)
 

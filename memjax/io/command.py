@@ -14,17 +14,17 @@ from memjax.io.ctrl_c import heard
 
 
 def exit_code(command: Callable[[], int | None], *, interrupted: str = "interrupted") -> int:
-    """Runs a command; what users can mend is printed without a traceback, and `interrupted` after a Ctrl-C.
+    """Runs a command; errors that users can fix are printed without a traceback, and `interrupted` after a Ctrl-C.
 
     Returns:
-        What the command returns (None is 0); 2 for a wrong setting, 3 for data and 4 for a checkpoint that cannot be
-        used, or whatever else the operating system refuses; 130 for a Ctrl-C or SIGTERM that the command does not catch
-        itself; 141 when the reader of standard output is gone, as of programs that SIGPIPE ends.
+        The command's return value (None is 0); 2 for an invalid setting; 3 for unusable data; 4 for an unusable
+        checkpoint or any OSError; 130 for a Ctrl-C or SIGTERM that the command does not catch; 141 if the reader of
+        standard output is gone, as for programs that SIGPIPE ends.
     """
     log_to_console()
     give_threads_to_simulated_devices()
     with contextlib.suppress(AttributeError, ValueError, OSError):
-        # Text of models and file names may hold letters that the terminal's encoding lacks.
+        # Generated text and file names may contain characters that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     codes = {ConfigError: 2, DataError: 3, CheckpointError: 4}
     try:
@@ -53,9 +53,9 @@ def exit_code(command: Callable[[], int | None], *, interrupted: str = "interrup
 
 
 def give_threads_to_simulated_devices() -> None:
-    """Gives XLA threads enough for the CPU devices that it is to simulate, where it has not started; the user's stay.
+    """Gives XLA enough threads for the CPU devices it simulates, unless NPROC is set; must run before XLA starts.
 
-    Devices that wait for each other hold a thread each; in a pool of only as many, all could wait for ever.
+    Devices that wait for each other hold one thread each; a pool of no more threads than devices could deadlock.
     """
     flags = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     counts = [int(text) for text in (*flags, os.environ.get("JAX_NUM_CPU_DEVICES", "")) if text.isdecimal()]
@@ -64,12 +64,12 @@ def give_threads_to_simulated_devices() -> None:
 
 
 def _is_without_device() -> bool:
-    """Whether JAX can start none of the platforms that JAX_PLATFORMS names."""
+    """Whether JAX can start none of the platforms named in JAX_PLATFORMS."""
     import jax
 
     try:
         return not jax.devices()
-    except (AssertionError, RuntimeError):  # the former where it has a plugin for one, but finds no device
+    except (AssertionError, RuntimeError):  # AssertionError: a plugin is installed, but finds no device
         return True
 
 
@@ -100,7 +100,7 @@ def _file_on_the_way(path: object) -> pathlib.Path | None:
 
 
 def check_output(path: str, name: str, *, makes_folder: bool = False) -> None:
-    """Refuses an output file before the work if it could not be written; with makes_folder, its folder may be missing.
+    """Rejects an unwritable output file before any work is done; with makes_folder, its folder may be missing.
 
     Raises:
         ConfigError: its folder does not exist or is not writable, or the path is a folder.
@@ -122,7 +122,7 @@ def check_output(path: str, name: str, *, makes_folder: bool = False) -> None:
 
 
 def _output_is_gone() -> bool:
-    """Whether standard output has no reader; what is left in its buffer then goes nowhere, or the exit would fail."""
+    """Whether standard output has no reader; if so, discards its buffer, which could not be flushed at exit."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)

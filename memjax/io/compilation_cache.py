@@ -1,8 +1,8 @@
 """JAX's persistent compilation cache in the user's cache folder, so that a second start compiles nothing.
 
-JAX reads and writes the entries. This module separates them by what JAX's keys lack (jaxlib, the CPU's instructions),
-removes damaged ones, and bounds the size. JAX's own bound
-(`jax_compilation_cache_max_size`) needs the package filelock, and locks and lists the folder at every read.
+JAX reads and writes the entries. This module separates them by what JAX's keys lack (the jaxlib version and the CPU's
+instruction set), removes damaged ones, and limits the size. JAX's own limit (`jax_compilation_cache_max_size`) needs
+the package filelock, and locks and lists the folder at every read.
 """
 
 import atexit
@@ -23,23 +23,23 @@ from memjax.io.files import read_object, write_atomic
 from memjax.io.paths import local_path, user_cache
 
 _VARIABLE = "MEMJAX_COMPILE_CACHE"
-"""Environment variable: a folder, or `off`."""
+"""Environment variable that holds a folder, or `off`."""
 
 MAX_BYTES = 2 << 30
-"""Size of a folder above which the entries that were not used for longest are removed."""
+"""Maximum size of a folder; the least recently used entries are removed first."""
 
 DAYS = 60
-"""The folder of another jaxlib or machine is removed after this many days without a new entry."""
+"""Folders of other jaxlib versions or machines are removed after this many days without a new entry."""
 
 _CHECKED = "checked.json"
 _ENTRIES = "*-cache"
 
 
 def enable(setting: str | None = "auto") -> pathlib.Path | None:
-    """Switches the cache on, before anything is compiled; a folder that cannot be used costs a line and nothing else.
+    """Enables the cache; must be called before anything is compiled. An unusable folder causes only a warning.
 
     Args:
-        setting: auto is memjax in the user's cache folder, null (None) no cache, all else a folder. The variable
+        setting: auto: memjax in the user's cache folder; null (None): no cache; otherwise a folder. The variable
             MEMJAX_COMPILE_CACHE overrides auto; if JAX's own variables are set, nothing is changed.
 
     Returns:
@@ -68,7 +68,7 @@ def enable(setting: str | None = "auto") -> pathlib.Path | None:
             reason = getattr(error, "strerror", None) or error
             warn(f"compiled programs are not kept: {chosen}: {reason}")
         return None
-    # What JAX cannot read it compiles, what it cannot write it leaves; neither is worth the user's attention.
+    # JAX compiles what it cannot read and skips what it cannot write; neither concerns the user.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # Hundreds of small programs take as long as the few large ones.
@@ -78,11 +78,11 @@ def enable(setting: str | None = "auto") -> pathlib.Path | None:
 
 
 def _machine() -> str:
-    """A folder's name for jaxlib and this kind of CPU: a home may be shared by machines with other instructions."""
+    """A folder name for jaxlib and this kind of CPU: machines that share a home may differ in their instructions."""
     kind = [platform.system(), platform.machine(), platform.processor()]
     with contextlib.suppress(OSError):
         lines = pathlib.Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-        # The first of each: all cores are alike, and frequencies change.
+        # The first line of each: cores are identical, and frequencies change.
         names = ("model name", "flags", "Features", "CPU part")
         kind += [next((line for line in lines if line.startswith(name)), "") for name in names]
     digest = hashlib.sha256("\n".join(kind).encode()).hexdigest()[:12]
@@ -90,16 +90,16 @@ def _machine() -> str:
 
 
 def _tidy_at_exit(folder: pathlib.Path) -> None:
-    """Notes the checksums of what this process has compiled."""
+    """Records the checksums of what this process has compiled."""
     with contextlib.suppress(Exception):
         _tidy(folder)
 
 
 def _tidy(folder: pathlib.Path) -> None:
-    """Removes entries that are damaged, and the oldest of too many.
+    """Removes damaged entries, and the least recently used ones if the folder is too large.
 
-    A process that is killed while it writes leaves a part of an entry, which JAX would neither use nor replace. An
-    entry is read and unpacked once; then its size, time and checksum are kept, and it is read again when these change.
+    A process killed while writing leaves a partial entry, which JAX would neither use nor replace. Each entry is read
+    and decompressed once; its size, time and checksum are stored, and it is read again when size or time change.
     """
     known = read_object(folder / _CHECKED) or {}
     checked: dict[str, list[int]] = {}
@@ -114,7 +114,7 @@ def _tidy(folder: pathlib.Path) -> None:
                 content = path.read_bytes()
                 checksum = zlib.crc32(content)
                 if not _is_entry(content) if old is None else checksum != old[2]:
-                    # A part of an entry may be one that another process is writing.
+                    # Another process may still be writing a partial entry.
                     if old is not None or time.time() - stat.st_mtime > 60:
                         path.unlink()
                     continue
@@ -134,7 +134,7 @@ def _tidy(folder: pathlib.Path) -> None:
 
 
 def _remove_old(folder: pathlib.Path) -> None:
-    """Removes folders of other versions and machines that have had no new entry for a long time."""
+    """Removes folders of other versions and machines without new entries for `DAYS` days."""
     for other in folder.parent.glob("jaxlib-*"):
         with contextlib.suppress(OSError):
             if other != folder and time.time() - other.stat().st_mtime > DAYS * 24 * 3600:
@@ -142,10 +142,10 @@ def _remove_old(folder: pathlib.Path) -> None:
 
 
 def _is_entry(content: bytes) -> bool:
-    """Whether JAX's packing of an entry, zlib's or zstd's, is whole."""
+    """Whether an entry is complete: it decompresses with zlib or zstd."""
     try:
         if content[:4] == b"\x28\xb5\x2f\xfd":
-            import zstandard  # pyright: ignore[reportMissingImports]  # what JAX packs with where it is installed
+            import zstandard  # pyright: ignore[reportMissingImports]  # JAX uses it if installed
 
             zstandard.ZstdDecompressor().decompress(content)
         else:

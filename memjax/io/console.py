@@ -1,9 +1,8 @@
 """Console output: the logger `memjax`, and prints that survive a closed standard output.
 
-How far a work is, and what goes wrong without ending it, are records of `logging.getLogger("memjax")`. Commands show
-them (`log_to_console`): plain lines on standard output, from warnings on standard error. Programs that use the library
-decide themselves: without a handler of theirs only warnings show, as of every logger. A log pipe that was closed must
-not end a training.
+Progress and warnings are records of `logging.getLogger("memjax")`. Commands show them (`log_to_console`) as plain lines
+on standard output, and from level WARNING on standard error. Programs that use the library configure logging
+themselves; as for any logger, only warnings show without a handler. A closed log pipe must not end a training run.
 """
 
 import contextlib
@@ -33,7 +32,7 @@ def warn(text: str) -> None:
 
 
 def log_to_console() -> None:
-    """Shows the log on this process's output; only the first call does anything. A level that is set already stays."""
+    """Shows the log on this process's output; idempotent, and keeps a log level that was set before."""
     if not any(isinstance(handler, _Console) for handler in logger.handlers):
         logger.addHandler(_Console())
         logger.propagate = False
@@ -42,18 +41,18 @@ def log_to_console() -> None:
 
 
 class _Console(logging.Handler):
-    """Writes to what is standard output or error at that moment."""
+    """Writes to the current standard output or error."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes the record's message alone."""
+        """Writes only the record's message."""
         output(self.format(record), error=record.levelno >= logging.WARNING)
 
 
 def output(text: str, *, error: bool = False) -> None:
-    """Prints and flushes. When standard output is closed, full or cannot encode the text, the program continues.
+    """Prints and flushes; the program continues if standard output is closed, full or cannot encode the text.
 
-    Characters that the terminal cannot encode are replaced. After the first failure standard output is replaced by the
-    null device, so that neither later prints nor the interpreter's last flush fail again.
+    Characters that the terminal cannot encode are replaced. After the first failure, standard output is redirected to
+    the null device, so that neither later prints nor the interpreter's final flush fail.
     """
     stream = sys.stderr if error else sys.stdout
     if stream is None:  # started without it
@@ -82,19 +81,19 @@ _status = ""
 
 
 def is_live() -> bool:
-    """Whether standard output is a terminal that shows the log, on which a line can change."""
+    """Whether standard output is a terminal that shows the log and can rewrite a line."""
     return is_terminal() and os.environ.get("TERM") != "dumb" and logger.isEnabledFor(logging.INFO)
 
 
 def is_terminal() -> bool:
-    """Whether standard output is one."""
+    """Whether standard output is a terminal."""
     return sys.stdout is not None and not sys.stdout.closed and sys.stdout.isatty()
 
 
 def show_status(text: str) -> None:
-    """Shows a line at the bottom of the terminal, below all that is printed; an empty one takes it away.
+    """Shows a status line at the bottom of the terminal, below all output; an empty one removes it.
 
-    Without a terminal nothing is shown.
+    Does nothing without a terminal.
     """
     global _status
     if is_live():
@@ -108,9 +107,9 @@ def columns() -> int:
 
 
 def fitted(text: str, indent: int = 2) -> str:
-    """Text whose lines a terminal shows without breaking words; what continues a line is indented.
+    """Wraps text to the terminal's width without breaking words; continuation lines are indented.
 
-    Files and pipes get the text as it is.
+    For files and pipes, the text is unchanged.
     """
     if not is_terminal():
         return text
@@ -120,7 +119,7 @@ def fitted(text: str, indent: int = 2) -> str:
 
 
 def format_table(table: Sequence[Sequence[str]]) -> str:
-    """The table as text, names to the left and numbers to the right; turned over where a terminal is too narrow."""
+    """Formats a table, names left-aligned and numbers right-aligned; transposed if the terminal is too narrow."""
     lines = _aligned(table)
     return "\n".join(
         lines if not is_terminal() or len(lines[0]) < columns() else _aligned(list(zip(*table, strict=True)))
@@ -137,10 +136,10 @@ def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
 
 
 def printable(text: str, *, error: bool = False) -> str:
-    """Text for standard output, or standard error: for a terminal, with control characters spelled out.
+    """Escapes control characters if standard output (or standard error) is a terminal.
 
-    What a model or a file holds could otherwise move the cursor, change the title or answer in the user's place. Line
-    feeds and tabs stay; files and pipes get the text as it is.
+    Text from models or files could otherwise move the cursor, change the title or inject input. Line feeds and tabs are
+    kept; for files and pipes, the text is unchanged.
     """
     stream = sys.stderr if error else sys.stdout
     if stream is None or not stream.isatty():
@@ -149,10 +148,10 @@ def printable(text: str, *, error: bool = False) -> str:
 
 
 def open_missing_files() -> None:
-    """Opens the null device as standard input, output and error, where this process was started without them.
+    """Opens the null device for each standard stream that this process was started without.
 
-    The next files that are opened would get their numbers, and what libraries print would go into these. Python has
-    None for such a file, and prints to standard output what is printed to None.
+    Otherwise the next opened files would get their descriptors, and output of libraries would go into them. Python sets
+    the stream to None, and `print` with file=None writes to standard output.
     """
     for number in range(3):
         try:
@@ -165,9 +164,9 @@ def open_missing_files() -> None:
 
 
 def discard_output() -> None:
-    """Sends what is still written to standard output nowhere."""
+    """Redirects standard output to the null device."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
-        # What is buffered is flushed into the null device at exit.
+        # Buffered output is flushed into the null device at exit.
         os.dup2(null, sys.stdout.fileno())
         os.close(null)

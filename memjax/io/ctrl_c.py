@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in commands that have no state to save; `memjax.training.interrupt` is for training."""
+"""Handles Ctrl-C and SIGTERM in commands without state to save; `memjax.training.interrupt` is for training."""
 
 import contextlib
 import math
@@ -15,24 +15,24 @@ from memjax.io import closed_loops
 from memjax.io.console import open_missing_files
 
 _LOST_SECONDS = 2.0
-"""After so long a KeyboardInterrupt that nothing has caught is lost."""
+"""Time after which an uncaught KeyboardInterrupt counts as lost."""
 _CLEANING_SECONDS = 10.0
-"""For what a command does after SIGTERM: it may wait for processes that the same signal has ended."""
+"""Time for clean-up after SIGTERM: a command may wait for processes that the same signal has ended."""
 _due = math.inf
 """When that time is over; infinite before SIGTERM."""
 
 
 class Terminated(KeyboardInterrupt):
-    """The whole command is to end, whatever a Ctrl-C would stop in it."""
+    """The whole command must end, even where a Ctrl-C would stop only part of it."""
 
 
 def run_command(main: Callable[[], int]) -> NoReturn:
-    """Runs the main function of a command that a signal may end anywhere, and ends the process with its exit code.
+    """Runs the main function of a command that signals may interrupt anywhere, and exits with its exit code.
 
-    Ctrl-C, SIGTERM and SIGHUP are exceptions, so that nothing half written stays behind; a second SIGTERM ends the
-    process at once. JAX callbacks and library imports may swallow a KeyboardInterrupt; it is raised again until `heard`
-    is called, but not into the handlers and clean-ups that it has come to. Signals that are ignored, as Ctrl-C in the
-    background of a script and SIGHUP under nohup, stay so.
+    Ctrl-C, SIGTERM and SIGHUP become exceptions, so that no half-written files remain; a second SIGTERM ends the
+    process at once. JAX callbacks and library imports may swallow a KeyboardInterrupt, so it is raised again until
+    `heard` is called, except while one is being handled. Ignored signals, such as Ctrl-C in a script's background or
+    SIGHUP under nohup, stay ignored.
     """
     open_missing_files()
     closed_loops.hide()
@@ -44,7 +44,7 @@ def run_command(main: Callable[[], int]) -> NoReturn:
     try:
         code = main()
     except (KeyboardInterrupt, Exception) as error:
-        # An import that a Ctrl-C has stopped may fail with an error of its own.
+        # An import interrupted by Ctrl-C may fail with a different error.
         if isinstance(error, Exception) and signal.getitimer(signal.ITIMER_REAL) == (0, 0):
             raise
         heard()
@@ -56,13 +56,13 @@ def run_command(main: Callable[[], int]) -> NoReturn:
         if signal.getsignal(number) is handler:
             signal.signal(number, signal.SIG_DFL)
     if code == 130:
-        # A computation that goes on in a thread of JAX would crash when the interpreter takes down what it works on.
+        # A computation still running in a JAX thread would crash during interpreter shutdown.
         leave_after_output(code)
     sys.exit(code)
 
 
 def leave_after_output(code: int) -> NoReturn:
-    """Ends the process as `leave`, once what it has printed is out."""
+    """Flushes the output, then ends the process like `leave`."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -70,7 +70,7 @@ def leave_after_output(code: int) -> NoReturn:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process now, and its children with it, without waiting for any thread; safe in a signal handler."""
+    """Ends the process and its children at once, without waiting for threads; safe in a signal handler."""
     with contextlib.suppress(Exception):
         for child in multiprocessing.active_children():
             child.kill()

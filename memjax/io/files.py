@@ -11,23 +11,23 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 MAX_BYTES = 1 << 28
-"""Most of a document that is read; a tokenizer of 256,000 tokens takes about 40 MB."""
+"""Maximum size of a document; a tokenizer of 256,000 tokens has about 40 MB."""
 
 
 def read_document(path: str | os.PathLike[str], most_bytes: int | None = MAX_BYTES) -> bytes:
     """The content of a regular file.
 
-    In a folder from elsewhere, a name may be an endless pipe or a device. Only the pipes of a shell,
-    such as /dev/fd/63 or /proc/self/fd/63, are read to their end.
+    In an untrusted folder, a name may be an endless pipe or a device. Only pipes of a shell, such as /dev/fd/63 or
+    /proc/self/fd/63, are read.
 
     Raises:
-        OSError: the file cannot be read, is not a regular file, or is larger.
+        OSError: the file cannot be read, is not a regular file, or is larger than most_bytes.
     """
     path = os.fspath(path)
     is_shell_pipe = path.startswith(("/dev/fd/", "/proc/self/fd/")) or path == "/dev/stdin"
     # Opening a pipe would wait for a writer.
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if is_shell_pipe else os.O_NONBLOCK))
-    # With a path `open` names the file in its errors, with a number the number.
+    # Given a path instead of a descriptor, `open` names the file in its errors.
     with open(path, "rb", opener=lambda *_: handle) as file:
         status = os.fstat(handle)
         if not is_shell_pipe:
@@ -41,12 +41,12 @@ def read_document(path: str | os.PathLike[str], most_bytes: int | None = MAX_BYT
 
 
 def read_text(path: str | os.PathLike[str], most_bytes: int | None = MAX_BYTES) -> str:
-    """The text of a regular file, as `read_document`; a UnicodeDecodeError where it is not UTF-8."""
+    """The text of a regular file, like `read_document`; raises UnicodeDecodeError if it is not UTF-8."""
     return read_document(path, most_bytes).decode("utf-8")
 
 
 def check_inside(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> None:
-    """Raises an OSError for a path that leaves a folder through a link."""
+    """Raises an OSError if a link leads the path out of its folder."""
     real, inside = os.path.realpath(path), os.path.realpath(root)
     if os.path.commonpath([real, inside]) != inside:
         message = f"leads out of its folder, to {real}, where nothing is written; move that folder here"
@@ -62,19 +62,19 @@ def check_regular(status: os.stat_result, path: str | os.PathLike[str]) -> None:
 
 
 def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> pathlib.Path:
-    """Replaces a file by new content: readers, a kill and a full disk see the old file or the new one, never a part.
+    """Replaces a file's content atomically: even after a kill or on a full disk, the file is the old or the new one.
 
-    The temporary file is new and has a name of its own in the same folder, so neither a link laid there nor a second
-    process can redirect the write. Text is encoded as UTF-8. A file that holds the content already is left alone; a
+    The temporary file is newly created with a unique name in the same folder, so neither a planted link nor a second
+    process can redirect the write. Text is encoded as UTF-8. A file that already has the content is left alone; a
     missing folder is created.
 
     Raises:
-        OSError: the file cannot be written, or is a device or a pipe; the old one is as it was.
+        OSError: the file cannot be written, or is a device or a pipe; the old file is unchanged.
     """
     path = pathlib.Path(path)
     data = content.encode() if isinstance(content, str) else content
     if path.exists():
-        check_regular(path.stat(), path)  # root could replace /dev/null by a file
+        check_regular(path.stat(), path)  # root could replace /dev/null with a file
     with contextlib.suppress(OSError):
         if not path.is_symlink() and path.stat().st_size == len(data) and path.read_bytes() == data:
             return path
@@ -87,7 +87,7 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> pathlib.
         with naming(path), os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
-            # mkstemp makes private files; these get the mode that open() would have given them.
+            # mkstemp creates private files; give this one the mode that open() would.
             os.fchmod(handle, default_mode())
             os.fsync(handle)
         os.replace(temporary, path)
@@ -111,7 +111,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def written_lines(path: str | os.PathLike[str]) -> Iterator[Callable[[str], None]]:
-    """A function that writes a line into a new file, at once. Errors of the file name it; those of others do not."""
+    """Yields a function that writes and flushes a line to a new file; errors in writing name the file."""
     with open(path, "w", encoding="utf-8") as file:
 
         def write(line: str) -> None:
@@ -121,12 +121,12 @@ def written_lines(path: str | os.PathLike[str]) -> Iterator[Callable[[str], None
         try:
             yield write
         finally:
-            with naming(path):  # closing tries again what could not be written
+            with naming(path):  # closing retries failed writes
                 file.close()
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is no such file, or it is damaged."""
+    """The object in a JSON file; None if the file is missing or damaged."""
     try:
         content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError):

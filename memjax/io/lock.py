@@ -1,4 +1,4 @@
-"""An exclusive lock on a file, released when its process ends in any way."""
+"""An exclusive file lock, released however its process ends."""
 
 import contextlib
 import errno
@@ -17,24 +17,24 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 """Errors of flock on file systems without locks, such as Lustre mounted without `-o flock`."""
 
 _MOST_FAILURES = 1000
-"""How often the file's folder may be gone when the file is created; each time another process has just removed it."""
+"""How often creating the file may fail because another process has just removed its folder."""
 
 _held: set[int] = set()
 
 
 class Locked(Exception):
-    """Another process holds the lock; the message names it."""
+    """Another process, named in the message, holds the lock."""
 
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path, *, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Holds a lock on a file while the block runs. Any end of the process frees it, kill -9 included.
+    """Holds a lock on a file while the block runs. It is released however the process ends, even by kill -9.
 
-    The file and its folder are created if need be. Afterwards the file is removed, and so are the folders that were
-    created for it and are still empty.
+    The file and its folder are created if necessary. Afterwards the file is removed, with the folders created for it if
+    they are empty.
 
     Args:
-        path: the file. A link, or a file with a second name, is refused, so that nothing else is ever written to.
+        path: the file. Links, symbolic or hard, are refused, so that no other file is ever written to.
         on_wait: called with the holder's name before waiting for a lock that is taken; None does not wait.
 
     Raises:
@@ -48,8 +48,7 @@ def locked(path: pathlib.Path, *, on_wait: Callable[[str], None] | None = None) 
             _sign(handle)
             yield
         finally:
-            # Before the lock is released: a process that has opened the file meanwhile sees that it is gone and tries
-            # again.
+            # Before releasing the lock: a process that has opened the file meanwhile sees that it is gone and retries.
             with contextlib.suppress(OSError):
                 path.unlink()
             _close(handle)
@@ -69,7 +68,7 @@ def _acquire(path: pathlib.Path, on_wait: Callable[[str], None] | None) -> int:
         except FileNotFoundError:
             failures += 1
             if failures == _MOST_FAILURES:
-                raise  # its folder is there, but no file can be created in it, as in /proc
+                raise  # the folder exists, but no file can be created in it, as in /proc
             continue  # the last holder has just removed the folder
         except OSError as error:
             if error.errno != errno.ELOOP:
@@ -130,12 +129,12 @@ def _holder(handle: int) -> str:
             who = json.loads(os.pread(handle, 4096, 0))
             return f"process {int(who['pid'])} on {who['host']!s:.100} since {who['since']!s:.30}"
         except (ValueError, KeyError, TypeError):
-            time.sleep(0.05)  # it has the lock, but has not signed yet
+            time.sleep(0.05)  # the holder has not written its name yet
     return "another process"
 
 
 def _close_in_child() -> None:
-    """A forked process would keep the lock beyond the death of the one that took it."""
+    """Closes inherited locks, which a forked process would keep after the death of their holder."""
     for handle in _held:
         with contextlib.suppress(OSError):
             os.close(handle)

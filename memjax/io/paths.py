@@ -12,7 +12,7 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 
 
 def local_path(text: str, name: str) -> pathlib.Path:
-    """The path of a file or folder of this machine: `~` is expanded, addresses of remote stores are refused.
+    """A local path with `~` expanded; addresses of remote stores are rejected.
 
     Raises:
         ValueError: the text is empty, holds a NUL, or is an address such as gs://bucket/run.
@@ -29,10 +29,10 @@ def local_path(text: str, name: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def literal(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The folder by a path that Orbax takes literally: a link to it, where its own path has a `[` or a backslash.
+    """Yields a path to the folder that Orbax takes literally: a link, if its own path contains `[` or a backslash.
 
-    Orbax finds its files by a glob that contains the path, and takes a backslash for a slash. Without the link it would
-    silently save checkpoints that cannot be read.
+    Orbax finds files with a glob that contains the path, and treats a backslash as a slash. Without the link it would
+    silently save unreadable checkpoints.
     """
     whole = os.path.abspath(folder)
     if "[" not in whole and "\\" not in whole:
@@ -52,16 +52,16 @@ _PACKAGES = {
     "hf": "huggingface_hub",
     "memory": "fsspec",
 }
-"""Package that reads addresses with this scheme, besides fsspec; `memory` is in-process, for tests."""
+"""Package needed to read each scheme, besides fsspec; `memory` is in-process, for tests."""
 
 
 def is_remote(text: str | os.PathLike[str]) -> bool:
-    """Whether it is an address such as gs://bucket/run, of a kind that fsspec reads, and not a path."""
+    """Whether it is an address with a known scheme, such as gs://bucket/run, rather than a path."""
     return str(text).partition("://")[0] in _PACKAGES and "://" in str(text)
 
 
 def hub_download(path: str | os.PathLike[str]) -> str | None:
-    """The command that downloads what the Hugging Face Hub calls ORG/NAME; None for what cannot be such a name."""
+    """The command that downloads ORG/NAME from the Hugging Face Hub; None if the path is not such a name."""
     name = os.fspath(path)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or os.path.isdir(os.path.dirname(name)):
         return None
@@ -69,7 +69,7 @@ def hub_download(path: str | os.PathLike[str]) -> str | None:
 
 
 def path_or_address(text: str, name: str) -> str:
-    """A path as `local_path` gives it, or an address of a kind that fsspec reads, whether or not it can be read here.
+    """A path as returned by `local_path`, or an address with a known scheme, even if it cannot be read here.
 
     Raises:
         ValueError: it is neither.
@@ -78,10 +78,10 @@ def path_or_address(text: str, name: str) -> str:
 
 
 def readable_path(text: str, name: str) -> str:
-    """A path as `local_path` gives it, or an address that can be read by way of fsspec.
+    """A path as returned by `local_path`, or an address that fsspec can read here.
 
     Raises:
-        ValueError: it is neither, or the package that reads such addresses is missing.
+        ValueError: it is neither, or the package needed to read the address is missing.
     """
     if package := missing_package(text):
         raise ValueError(
@@ -100,6 +100,6 @@ def missing_package(text: str) -> str | None:
 
 
 def user_cache(name: str) -> str:
-    """A folder of memjax in the user's cache folder; `~` may stand in it."""
-    base = os.environ.get("XDG_CACHE_HOME", "")  # the specification has relative paths ignored
+    """A folder of memjax in the user's cache folder; may contain an unexpanded `~`."""
+    base = os.environ.get("XDG_CACHE_HOME", "")  # the specification says to ignore relative paths
     return os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "memjax", name)

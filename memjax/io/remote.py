@@ -1,6 +1,6 @@
-"""Fetch files of remote stores (gs://, s3://, hf://, http) to a local cache, and mirror a run's folder to one.
+"""Fetches files from remote stores (gs://, s3://, hf://, http) to a local cache, and mirrors a run's folder to a store.
 
-fsspec does the work. Reading a copy keeps what local files give: records at random, and the same ones after a restart.
+Uses fsspec. Local copies allow random access to records, and give the same records after a restart.
 """
 
 import contextlib
@@ -18,20 +18,20 @@ from memjax.io.lock import locked
 from memjax.io.paths import missing_package, user_cache
 
 _STEP_IS_COMPLETE = "_CHECKPOINT_METADATA"
-"""The file of a checkpoint that is sent last: a step without it is not all there."""
+"""The file of a checkpoint that is sent last; a step without it is incomplete."""
 
 _MIRROR_ID = "mirror_id"
 """The file that identifies the run, in its folder and in its mirror."""
 
 _NOT_SENT = "prepared/"
 _WRITTEN_HERE = ("evals/", "prepared/")
-"""Folders of a run that `evaluate` writes into, also in a copy: they are neither fetched nor removed."""
+"""Folders that local commands write into, even in a fetched copy; they are neither fetched nor removed."""
 
 _PART = ".part"
-"""The end of a file's name while it is being copied."""
+"""Suffix of files that are being copied."""
 
 _ALWAYS_SENT_BYTES = 1 << 20
-"""Files up to this size are sent although the copy has the same size."""
+"""Files up to this size are sent even if the copy has the same size."""
 
 
 def fetch(
@@ -41,20 +41,20 @@ def fetch(
     part: str = "",
     kept: tuple[str, ...] = (),
 ) -> pathlib.Path:
-    """The local copy of a file, or the folder with the copies of all files that a folder or a glob has.
+    """The local copy of a file, or the folder with the local copies of a folder's or glob's files.
 
-    A file that is here already, and is still what the store describes, is not read again. One process at a time
-    fetches an address.
+    Files that are already local, and still match the store's metadata, are not fetched again. Only one process at a
+    time fetches an address.
 
     Args:
         address: of a file, a folder or a glob.
-        wanted: picks from the names of a folder's files.
-        part: what it picks; copies of other parts are others.
-        kept: folders below the copy, with a slash at the end, that hold files of this machine.
+        wanted: selects from the names of a folder's files.
+        part: identifies the selection; different selections have different copies.
+        kept: folders in the copy, with a trailing slash, that hold local files and must be kept.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ModuleNotFoundError: the package that reads such addresses is missing.
+        ModuleNotFoundError: the package needed to read the address is missing.
         Exception: whatever the file system raises.
     """
     _require_packages(address)
@@ -72,7 +72,7 @@ def fetch(
             _copy(files[name], *places[name])
         for path in [path for path in (copies / "files").rglob("*") if path.is_file()]:
             name = path.relative_to(copies / "files").as_posix()
-            # A file system without locks lets other processes copy at the same time.
+            # On a file system without locks, other processes may be copying at the same time.
             if name not in places and not name.startswith(kept) and not path.name.endswith(_PART):
                 path.unlink(missing_ok=True)
     return copies / "files" / (root or "")
@@ -87,7 +87,7 @@ def _require_packages(address: str) -> None:
 
 
 def _files(address: str) -> tuple[dict[str, Mapping[str, Any]], str | None]:
-    """Metadata of each file, by its name relative to the folder; and the name of the file if there is only one."""
+    """Metadata of each file by its name relative to the folder, and the file's name if the address is a file."""
     import fsspec.core
 
     file_system, path = fsspec.core.url_to_fs(address, use_listings_cache=False)
@@ -97,7 +97,7 @@ def _files(address: str) -> tuple[dict[str, Mapping[str, Any]], str | None]:
         base = path[: min(path.find(sign) for sign in "*[" if sign in path)].rpartition("/")[0]
     else:
         info = file_system.info(path)
-        # A web server has pages for folders, with links to what is in them.
+        # Web servers show folders as pages with links to their files.
         if info["type"] == "file" and info.get("mimetype") != "text/html":
             name = path.rpartition("/")[2]
             return {name: {**info, "file_system": file_system}}, name
@@ -112,7 +112,7 @@ def _files(address: str) -> tuple[dict[str, Mapping[str, Any]], str | None]:
 
 
 def _is_copied(info: Mapping[str, Any], copy: pathlib.Path, record: pathlib.Path) -> bool:
-    """Whether the copy is of what the store describes now."""
+    """Whether the copy matches the store's current metadata."""
     try:
         return json.loads(record.read_text()) == _described(info) and info.get("size") in (None, copy.stat().st_size)
     except (OSError, ValueError):
@@ -136,7 +136,7 @@ def _described(info: Mapping[str, Any]) -> dict[str, str]:
 
 
 def fetch_run(address: str, step: int | str = "latest") -> pathlib.Path:
-    """The local copy of a run's folder with what loading a step takes: latest, best or its number.
+    """The local copy of a run's folder with the files needed to load a step: latest, best or its number.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -147,7 +147,7 @@ def fetch_run(address: str, step: int | str = "latest") -> pathlib.Path:
         by_step = {name: _step_of(name) for name in names}
         steps = {of for name, of in by_step.items() if of is not None and name.endswith(f"/{_STEP_IS_COMPLETE}")}
         if step == "latest":
-            # One that was saved without its tables cannot be loaded unless it is asked for.
+            # Steps saved without tables are loaded only if named explicitly.
             whole = {of for of in steps if any(name.startswith(f"checkpoints/{of}/table_state/") for name in names)}
             whole = whole or steps
             steps = {max(whole)} if whole else set()
@@ -160,7 +160,7 @@ def fetch_run(address: str, step: int | str = "latest") -> pathlib.Path:
 
 
 def why_not_mirror(folder: pathlib.Path, address: str) -> str | None:
-    """Why a run's folder cannot be mirrored to an address, which holds something else; None if it can.
+    """Why a run's folder cannot be mirrored to an address (it holds something else); None if it can.
 
     Raises:
         Exception: whatever the file system raises.
@@ -185,7 +185,7 @@ def why_not_mirror(folder: pathlib.Path, address: str) -> str | None:
         found = [str(name).rstrip("/") for name in file_system.ls(root, detail=False)]
     except FileNotFoundError:
         return None
-    # Repositories of the Hugging Face Hub begin with a .gitattributes.
+    # New repositories of the Hugging Face Hub contain a .gitattributes.
     names = [name.rpartition("/")[2] for name in found if name.strip("/") != root.strip("/")]
     if any(not name.startswith(".") for name in names):
         return f"{address} holds files that are not a mirror's; name another address, or an empty folder there"
@@ -193,10 +193,10 @@ def why_not_mirror(folder: pathlib.Path, address: str) -> str | None:
 
 
 def push(folder: pathlib.Path, address: str) -> None:
-    """Makes the copy of a run's folder what the folder is: sends what has changed, then removes steps that are gone.
+    """Updates the mirror of a run's folder: sends what has changed, then removes steps that are gone.
 
-    The file that completes a step is sent last, and tells a step from another one with the same number. A folder
-    without steps removes none.
+    The file that completes a step is sent last, and distinguishes it from an earlier step with the same number. If the
+    folder has no steps, none are removed.
 
     Raises:
         ValueError: the address holds something else.
@@ -232,7 +232,7 @@ def push(folder: pathlib.Path, address: str) -> None:
                 file_system.put_file(str(path), f"{root}/{name}")
         except FileNotFoundError:
             if path.exists():
-                raise  # of the store; else a step was removed meanwhile
+                raise  # an error of the store; otherwise the step was removed meanwhile
     if steps:
         for step in {of for name in there if (of := _step_of(name)) is not None} - steps:
             file_system.rm(f"{root}/checkpoints/{step}", recursive=True)
@@ -241,7 +241,7 @@ def push(folder: pathlib.Path, address: str) -> None:
 def _is_same_step(
     names: Mapping[str, pathlib.Path], there: Mapping[str, Any], file_system: Any, root: str, step: int
 ) -> bool:
-    """Whether the copy's step is complete and this one: the file that completes it holds the time of the save."""
+    """Whether the mirror's step is complete and the same: the file that completes it holds the time of saving."""
     name = f"checkpoints/{step}/{_STEP_IS_COMPLETE}"
     if name not in there:
         return False
@@ -252,7 +252,7 @@ def _is_same_step(
 
 
 def _step_of(name: str) -> int | None:
-    """The number of the checkpoint that a file of a run belongs to."""
+    """The step number of the checkpoint that a file belongs to; None for other files."""
     first, _, rest = name.partition("/")
     number, slash, _ = rest.partition("/")
     return int(number) if first == "checkpoints" and slash and number.isdecimal() else None

@@ -1,4 +1,4 @@
-"""Small tokenizers in the formats of other libraries, made by those libraries."""
+"""Small tokenizers in other libraries' formats, written by those libraries."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ CORPUS = ["the cat sat on the mat", "naïve café, naïve café", "日本語の�
 
 
 def hf_json() -> dict:
-    """As Llama 3's: special tokens behind the vocabulary, one added word, and a begin token that is put in front."""
+    """Like Llama 3's: special tokens after the vocabulary, one added word, and a post-processor that prepends BOS."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -36,7 +36,7 @@ def hf_json() -> dict:
 
 
 def sentencepiece_model() -> bytes:
-    """As Llama 2's: nothing is normalised, unknown characters become bytes, texts get a space in front."""
+    """Like Llama 2's: no normalisation, byte fallback for unknown characters, and a space before texts."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(CORPUS),
@@ -54,7 +54,7 @@ def sentencepiece_model() -> bytes:
 
 
 def tiktoken_ranks() -> bytes:
-    """All bytes, ordered by what they stand for in reverse, and a few longer tokens."""
+    """All bytes in reverse order, and a few longer tokens."""
     tokens = [bytes([byte]) for byte in reversed(range(256))]
     tokens += [b"th", b" c", b"the", b"at", b" cat", "é".encode(), "日".encode(), b"  "]
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))

@@ -1,4 +1,4 @@
-"""What a run has left in a checkpoint."""
+"""Reads the arrays of a run's checkpoint."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from memjax.training.program import TrainProgram
 
 @pytest.fixture(scope="session")
 def arrays_of() -> Callable[[RunConfig, Checkpoints, int], dict[str, np.ndarray]]:
-    """arrays_of(config, checkpoints, step): every leaf of a checkpoint, by its path."""
+    """arrays_of(config, checkpoints, step): every leaf of a checkpoint, by path."""
 
     def read(config: RunConfig, checkpoints: Checkpoints, step: int) -> dict[str, np.ndarray]:
         state = TrainProgram.of(config).abstract_state

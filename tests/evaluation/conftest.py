@@ -1,4 +1,4 @@
-"""The model that the tests of questions and tasks ask."""
+"""The model used to test question sets and tasks."""
 
 import pathlib
 
@@ -12,6 +12,6 @@ from memjax.runs.load import LoadedModel
 
 @pytest.fixture
 def found(drawn_model, tmp_path: pathlib.Path) -> LoadedModel:
-    """The model as `memjax.load` gives it."""
+    """The model as returned by `memjax.load`."""
     config = RunConfig(model=drawn_model.config, data=DataConfig(sequence_length=32))
     return LoadedModel(drawn_model, ByteTokenizer(), config, 0, tmp_path / "checkpoints")

@@ -1,4 +1,4 @@
-"""The experiments' shared code is no part of the package: tests find it as run.py does."""
+"""Makes the experiments' shared code, which is not part of the package, importable as in run.py."""
 
 import pathlib
 import sys

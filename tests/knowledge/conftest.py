@@ -1,4 +1,4 @@
-"""Small models whose arrays are drawn by NumPy: compiling the initialisation would take longer than the tests."""
+"""Small models initialised with NumPy: compiling the initialisation would take longer than the tests."""
 
 import functools
 from collections.abc import Callable
@@ -33,5 +33,5 @@ def draw(kind: str) -> Decoder:
 
 @pytest.fixture(scope="session")
 def model_of() -> Callable[[str], Decoder]:
-    """model_of(kind): a model with two layers of one of `KINDS`, each with a table of its own."""
+    """model_of(kind): a model with two layers of one of `KINDS`, each with its own table."""
     return draw

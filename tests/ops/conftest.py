@@ -1,4 +1,4 @@
-"""What an operation computes with, read off its jaxpr; and where the cases of the Triton kernels run."""
+"""Inspects operations through their jaxprs, and selects where the tests of Triton kernels run."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from memjax.ops import dispatch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Cases of `triton` are marked `gpu` where a GPU runs them, and left out where nothing can."""
+    """Marks Triton cases `gpu` if they run on a GPU, and skips them if they cannot run at all."""
     reason = dispatch.why_not("triton")
     for item in items:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class Equation(NamedTuple):
     primitive: str
     shapes: tuple[tuple[int, ...], ...]
-    """Of the outputs."""
+    """Shapes of the outputs."""
 
 
 def _equations(jaxpr: Any) -> Iterator[Equation]:
@@ -39,5 +39,5 @@ def _equations(jaxpr: Any) -> Iterator[Equation]:
 
 @pytest.fixture(scope="session")
 def equations_of() -> Callable[..., list[Equation]]:
-    """equations_of(function, *arguments): every equation of the jaxpr, those of inner jaxprs included."""
+    """equations_of(function, *arguments): every equation of the jaxpr, including inner jaxprs."""
     return lambda function, *arguments: list(_equations(jax.make_jaxpr(function)(*arguments).jaxpr))

@@ -1,4 +1,4 @@
-"""A decoder small enough to train in a test, batches for it, and training without a run's folder around it."""
+"""A decoder small enough to train in a test, batches for it, and training without a run folder."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +28,7 @@ FLOAT64 = """
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What became of some steps; every array is NumPy's, but those of `live`."""
+    """The result of several steps; all arrays are NumPy arrays except those of `live`."""
 
     before: TrainState
     after: TrainState
@@ -42,7 +42,7 @@ class Trained:
 
 
 def ragged_batches(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
-    """Random batches: rows of several documents, some padding, and very unequal numbers of target tokens."""
+    """Random batches: rows with several documents, some padding, and very unequal numbers of target tokens."""
     rng, batches = np.random.default_rng(seed), []
     for _ in range(count):
         segments, positions = np.zeros((2, SEQUENCES, LENGTH), np.int32)
@@ -66,29 +66,29 @@ def ragged_batches(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
 
 
 def micro_batches(batch: dict[str, np.ndarray], accumulate: int) -> dict[str, np.ndarray]:
-    """The batch as the step takes it."""
+    """The batch in the shape that the step expects."""
     return {name: rows.reshape(accumulate, -1, rows.shape[1]) for name, rows in batch.items()}
 
 
 def mesh_of(data: int, memory: int, tensor: int = 1) -> jax.sharding.Mesh:
-    """The first devices as a mesh."""
+    """A mesh of the first devices."""
     automatic = (jax.sharding.AxisType.Auto,) * 3
     devices = jax.devices("cpu")[: data * memory * tensor]
     return jax.make_mesh((data, memory, tensor), ("data", "memory", "tensor"), axis_types=automatic, devices=devices)
 
 
 def program_of(config: RunConfig) -> TrainProgram:
-    """The program, with the row update of large tables: by itself it would take the reference for these small ones."""
+    """The program with the row update of large tables; by default, tables this small use the reference."""
     return TrainProgram.of(config, implementation="xla")
 
 
 def drawn_state(program: TrainProgram, mesh: jax.sharding.Mesh) -> TrainState:
-    """The program's own state before the first step. Call it under the mesh."""
+    """The program's own initial state. Call it under the mesh."""
     return program.init(jax.random.key(program.config.run.seed), mesh)
 
 
 def quick_state(program: TrainProgram, mesh: jax.sharding.Mesh) -> TrainState:
-    """A state with parameters from NumPy, since compiling the program's own draw takes seconds."""
+    """A state initialised with NumPy, since compiling the program's own initialisation takes seconds."""
     rng = np.random.default_rng(0)
 
     def draw(path, leaf) -> np.ndarray:
@@ -109,7 +109,7 @@ def quick_state(program: TrainProgram, mesh: jax.sharding.Mesh) -> TrainState:
 
 
 def to_numpy(tree: Any) -> Any:
-    """Copies, since what a step is given lives no longer than that step."""
+    """Copies the arrays, since a step donates its inputs."""
     return jax.tree.map(np.array, tree)
 
 
@@ -120,7 +120,7 @@ def train(
     *,
     start: Callable[[TrainProgram, jax.sharding.Mesh], TrainState] = quick_state,
 ) -> Trained:
-    """As many steps as there are batches."""
+    """Trains one step per batch."""
     mesh, metrics, program = mesh_of(*mesh_shape), [], program_of(config)
     with jax.set_mesh(mesh):
         step, state = make_train_step(program, mesh), start(program, mesh)
@@ -133,7 +133,7 @@ def train(
 
 
 def poisoned_bag(layer_number: int):
-    """`sharded.bag` whose perturbation gets one NaN for a cotangent, in the layer with the given number of a trace."""
+    """`sharded.bag`, with one NaN in the cotangent of the perturbation of the trace's layer_number-th call."""
     bag, calls = sharded.bag, []
 
     @jax.custom_vjp
@@ -170,7 +170,7 @@ def tiny(tiny_config) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def quick_compile() -> Iterator[None]:
-    """Machine code that is not optimised, which would take longer than it saves."""
+    """Disables optimised machine code, which takes longer to compile than it saves."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
@@ -179,6 +179,6 @@ def quick_compile() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def float64(quick_compile) -> Iterator[None]:
-    """Double precision for a module."""
+    """Enables double precision for a module."""
     with jax.enable_x64(True):
         yield

@@ -1,4 +1,4 @@
-"""A program in a thread, to which tests talk as to its process."""
+"""Runs a program in a thread, to which tests talk as if it were a process."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from memjax.evaluation.question_sets.program_wire import Channel, Peer
 
 @contextlib.contextmanager
 def served(program: str) -> Iterator[Channel]:
-    """The channel to a program, which is served while the block runs."""
+    """Serves a program while the block runs, and yields the channel to it."""
     (questions, asks), (answers, replies) = os.pipe(), os.pipe()
     names: dict[str, Any] = {"__name__": "__main__"}
 
@@ -37,5 +37,5 @@ def served(program: str) -> Iterator[Channel]:
 
 @pytest.fixture(scope="session")
 def serve():
-    """Serves a program while a block runs, and gives the channel to it."""
+    """The context manager `served`, since tests cannot import a conftest."""
     return served
